@@ -168,7 +168,8 @@ def test_a_rank_for_an_error_is_the_same_at_any_scale(exponent: int, error: floa
 def test_groups_of_very_different_sizes_together(exponents: list[int], errors: list[float]) -> None:
     plan = tna.SuperLoRA(presets.lora(1), [(2, 2)] * len(exponents))
     norms = [math.ldexp(1.5, exponent) for exponent in exponents]
-    groups = tuple(GroupReport(4, size, error, 0.0, False, 0, "") for size, error in zip(norms, errors, strict=False))
+    known: dict[str, Any] = {"size": 4, "bound": 0.0, "certified": False, "iterations": 0, "method": ""}
+    groups = tuple(GroupReport(norm=size, error=error, **known) for size, error in zip(norms, errors, strict=False))
     wide = [np.longdouble(1.5) * np.longdouble(2) ** exponent for exponent in exponents]
     off = np.sqrt(sum((size * np.longdouble(error)) ** 2 for size, error in zip(wide, errors, strict=False)))
     expected = float(off / np.sqrt(sum(size**2 for size in wide)))

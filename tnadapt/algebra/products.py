@@ -40,6 +40,7 @@ __all__ = [
     "tucker_last",
     "tucker_to_tensor",
     "tucker_with_last",
+    "unfolded",
 ]
 
 
@@ -596,7 +597,13 @@ def hadamard_tensor(arrays: Sequence[Array]) -> Array:
     return functools.reduce(lambda a, b: a * b, arrays)
 
 
-# -- The product of a tensor and a matrix along one mode ---------------------------------------------------------------
+# -- Unfoldings, and the product of a tensor and a matrix along one mode -----------------------------------------------
+
+
+def unfolded(backend: Backend, tensor: Array, mode: int) -> Array:
+    """Unfold a tensor: one mode as rows, the others in order as columns."""
+    moved = backend.moveaxis(tensor, mode, 0)
+    return backend.reshape(moved, (tensor.shape[mode], math.prod(tensor.shape) // tensor.shape[mode]))
 
 
 def mode_product(backend: Backend, tensor: Array, matrix: Array, mode: int) -> Array:

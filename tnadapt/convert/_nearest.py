@@ -180,6 +180,8 @@ def _lora(modules: Sequence[Module], unpacked: Unpacked, request: ConversionRequ
 def _smallest_rank(
     modules: Sequence[Module], unpacked: Unpacked, found: Sequence[Chosen | Spectrum], max_error: float | None
 ) -> int:
+    from tnadapt.decomposition.fits import smallest_within
+
     spectra = [(module, one) for module, one in zip(modules, found, strict=True) if isinstance(one, Spectrum)]
     module, worst = max(spectra, key=lambda pair: pair[1].rank)
     if max_error is None:
@@ -193,10 +195,11 @@ def _smallest_rank(
     # Exact updates do not contribute to the error, but to the norm that it is relative to.
     exact = [norm(own.delta(unpacked)) for own, one in zip(modules, found, strict=True) if isinstance(one, Chosen)]
     whole = together([*exact, *(norm(one.s) for _, one in spectra)])
-    for rank in range(1, worst.rank + 1):
-        if relative(together(norm(one.s[rank:]) for _, one in spectra), whole) <= max_error:
-            return rank
-    return worst.rank
+
+    def error(rank: int) -> float:
+        return relative(together(norm(spectrum.s[rank:]) for _, spectrum in spectra), whole)
+
+    return smallest_within(lambda rank: rank, error, max_error, worst.rank)
 
 
 # -- LoHa ----------------------------------------------------------------------------------------

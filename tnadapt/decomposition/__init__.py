@@ -3,14 +3,16 @@
 ``_decompose`` has :func:`tnadapt.decompose` and the search for a rank; ``extraction`` creates an adapter from a tuned
 checkpoint. ``_group_fits`` fits the groups of a plan, each through its F: by ``_network_fit`` before F, which sums of
 products (``_kronecker_sums``, ``_hadamard_fit``) divide into single tensors (``_single_tensor``), or, for frozen, tied
-and scaled arrays, by ``_parameter_fit``. Solvers that :mod:`tnadapt.tensors` uses, too, are ``cp_als``, ``hooi``,
-``tt_svd``, ``completion`` (some elements only), ``linear_algebra`` (singular vectors) and ``block_passes``. ``fits``
-and ``lower_bounds`` say how good a fit is, and whether it is the optimum.
+and scaled arrays, by ``_parameter_fit``; ``_reports`` says how good the fits are. :mod:`tnadapt.tensors` has the same
+drivers: ``cp_als``, ``hooi`` (Tucker), ``tt_svd``, and ``completion`` where elements are missing, with
+``linear_algebra`` (singular vectors) and ``block_passes``. ``fits`` says when an iteration stops and what a fit is,
+``lower_bounds`` whether it is the optimum.
 """
 
 from ._decompose import FoundRank, Settings, decompose, search_rank, smallest_rank
+from ._reports import FitReport, GroupReport, Step
 from ._single_tensor import fit_format
-from .fits import Fit, FitReport, GroupReport, Limits, Step
+from .fits import Fit, Limits
 
 __all__ = [
     "Fit",

@@ -19,7 +19,8 @@ from tnadapt.backends import Array, Backend, get_backend, load_backend
 from tnadapt.errors import BackendError, ConfigError, ShapeError, integer, safe_repr
 
 from ._group_fits import fit_plan
-from .fits import FitReport, Limits, Step, smallest_within
+from ._reports import FitReport, Step
+from .fits import limits_of, smallest_within
 from .linear_algebra import SVD_METHODS, TENSORLY, Algebra
 
 __all__ = ["FoundRank", "Settings", "decompose", "search_rank", "smallest_rank"]
@@ -37,9 +38,7 @@ class Settings:
     NAMES = ("tol", "max_iterations", "svd", "seed")
 
     def __init__(self, tol: float = 1e-6, max_iterations: int = 100, svd: str = "auto", seed: int = 0) -> None:
-        if isinstance(tol, bool) or not isinstance(tol, (int, float, np.floating)) or not 0.0 <= tol < 1.0:
-            raise ConfigError(f"tol must be from 0 to below 1; got {safe_repr(tol)}")
-        self.limits = Limits(float(tol), integer("max_iterations", max_iterations, 1, 1 << 31, ConfigError))
+        self.limits = limits_of(tol, max_iterations)
         if not isinstance(svd, str) or svd not in SVD_METHODS:
             raise ConfigError(f"svd must be one of {', '.join(SVD_METHODS)}; got {safe_repr(svd)}")
         self.svd, self.seed = svd, integer("seed", seed, 0, (1 << 64) - 1, ConfigError)
@@ -103,9 +102,11 @@ def decompose(
     given : mapping of str to array, optional
         The frozen arrays that the caller brings.
     tol : float
-        An iteration stops when a step reduces the relative error by no more than this.
+        An iteration stops when a step reduces the relative error by no more than this. The sweeps of CP and of trains,
+        which gain little each, have a hundredth of it.
     max_iterations : int
-        Maximum number of iterations per group, at least 1.
+        Maximum number of iterations from each start, at least 1; of the sweeps of CP and of trains twice as many, if
+        it is above 10.
     svd : {"auto", "full", "randomized"}
         How to compute leading singular vectors: from the full matrix, or by random projections (Halko et al.), whose
         results are never certified. "auto" uses a Krylov space if few vectors of a large matrix are needed, and the
@@ -121,8 +122,8 @@ def decompose(
         With the names and shapes of ``SuperLoRA(cfg, shapes).param_shapes``, and the library, device and dtype of the
         updates (float32 for half precision). Not differentiable.
     report : FitReport
-        The relative Frobenius error and a lower bound on it, overall and per group, the iterations, and whether the
-        optimum is certified; ``report.plan.deltas(params)`` are the fitted updates.
+        The relative Frobenius error and a lower bound on it, overall and per group, the iterations and why they
+        stopped, and whether the optimum is certified; ``report.plan.deltas(params)`` are the fitted updates.
 
     Raises
     ------
@@ -141,11 +142,12 @@ def decompose(
     ============================================ =========================================================
     dense; anything of order 1                   exact
     CP, M = 2 (LoRA)                             truncated SVD: without padding the optimum (Eckart & Young)
-    CP, M > 2                                    ALS (TensorLy), no guarantee; several starts for a small tensor,
-                                                 then Gauss-Newton where the error is small; of rank one, the power
-                                                 iteration
-    Tucker                                       HOSVD, then HOOI (TensorLy)
-    tensor train                                 TT-SVD (TensorLy), then ALS: within √(M - 1) of the optimum
+    CP, M > 2                                    as :func:`tnadapt.cp`: ALS, no guarantee; several starts for a small
+                                                 tensor, and Gauss-Newton where the error is small; of rank one, the
+                                                 power iteration
+    Tucker                                       as :func:`tnadapt.tucker`: HOSVD, then HOOI
+    tensor train                                 as :func:`tnadapt.tensor_train`: TT-SVD, then ALS: within √(M - 1) of
+                                                 the optimum
     K = 2 dense splits                           nearest Kronecker product, by rearrangement and SVD: the optimum
     other Kronecker splits, sums                 from there, alternating over splits; if small, then Gauss-Newton
     Hadamard splits                              L-BFGS on all arrays from several starts; if small, then Gauss-Newton,

@@ -19,8 +19,9 @@ from tnadapt.errors import ConfigError, ShapeError
 
 from ._least_squares import least_squares, refine
 from ._network_fit import fit_network, start_network
-from ._parameter_fit import ParameterFit, fit_parameters
-from .fits import OPEN, Claim, Fit, FitReport, GroupReport, Limits, Step, holds, unwatched
+from ._parameter_fit import fit_parameters
+from ._reports import FitReport, GroupReport, Step
+from .fits import OPEN, Fit, Iteration, Limits, holds, unwatched
 from .linear_algebra import Algebra, at_size, power_of
 from .lower_bounds import lower_bound
 
@@ -136,7 +137,7 @@ def _fitted_together(
 
     watch(0, None)
     found = fit_parameters(plan, wide, limits, algebra.seed, _ROUNDING * algebra.eps, watch)
-    params = {name: algebra.array(array) for name, array in found.params.items()}
+    params = {name: algebra.array(array) for name, array in found.arrays.items()}
     host = {name: np.asarray(algebra.backend.to_numpy(array), np.float64) for name, array in params.items()}
     arrays = plan.arrays(host)
     numpy, reports = load_backend("numpy"), []
@@ -146,7 +147,7 @@ def _fitted_together(
             y = y + np.asarray(group.projection(group.network.whole(numpy, group.begun(numpy, arrays))))
         # Arrays are rounded with a start that is subtracted, however small the update is.
         rounding = _ROUNDING * algebra.eps * float(np.linalg.norm(y))
-        known = _Known(Algebra(numpy, y), group, y, norm, error, rounding, found.optimal, len(wide) == 1)
+        known = _Known(Algebra(numpy, y), group, y, norm, error, rounding, found, len(wide) == 1)
         reports.append(_report(known, norm, found))
     return params, FitReport(plan, tuple(reports))
 
@@ -172,12 +173,14 @@ def _fitted(
     error = _error(algebra, group, arrays, scaled, exponent)
     if not error <= norm:
         # Never return a fit that is worse than an update of zeros.
-        found = Fit(started(algebra, group), False, found.iterations, f"{found.method}: no better than zero")
+        method = f"{found.method}: no better than zero"
+        found = Fit(started(algebra, group), False, found.iterations, method, found.stopped)
         arrays = found.arrays
         error = _error(algebra, group, arrays, scaled, exponent)
     # The caller may change the update before the report is read.
     kept = target if exponent else target * 1.0
-    known = _Known(algebra, group, kept, norm, error, _ROUNDING * algebra.eps * algebra.norm(kept), found.optimal)
+    rounding = _ROUNDING * algebra.eps * algebra.norm(kept)
+    known = _Known(algebra, group, kept, norm, error, rounding, found._replace(arrays={}, closed=None))
     return arrays, _report(known, math.ldexp(norm, exponent), found)
 
 
@@ -190,12 +193,12 @@ class _Known(NamedTuple):
     norm: float
     error: float
     rounding: float
-    optimal: Claim
+    fit: Fit
     alone: bool = True
 
     def optimum(self) -> tuple[float, bool]:
         """Return the relative bound, and whether the fit is certified."""
-        optimal = holds(self.optimal)
+        optimal = self.fit.factor <= 1.0 and holds(self.fit.optimal)
         if not self.norm:
             return 0.0, bool(optimal or self.error <= self.rounding)
         bound, projection = 0.0, self.group.projection
@@ -208,11 +211,11 @@ class _Known(NamedTuple):
         return min(self.error, bound) / self.norm, certified
 
 
-def _report(known: _Known, norm: float, found: Fit | ParameterFit) -> GroupReport:
+def _report(known: _Known, norm: float, fit: Fit) -> GroupReport:
     error = known.error / known.norm if known.norm else 0.0
     return GroupReport.computed_later(
-        lambda _: known.optimum(), size=known.group.size, norm=norm, error=error, iterations=found.iterations,
-        method=found.method,
+        lambda _: known.optimum(), size=known.group.size, norm=norm, error=error, iterations=fit.iterations,
+        method=fit.method, stopped=fit.stopped, history=fit.history,
     )  # fmt: skip
 
 
@@ -277,10 +280,11 @@ def fit_group(algebra: Algebra, group: Group, y: Array, limits: Limits, watch: W
     before = _before(algebra, projection, y, limits, limits.iterations if plain else _STEPS)
     if algebra.squares(before.arrays["x"]) == 0.0:
         # y is orthogonal to the range of F.
-        return Fit({name: algebra.zeros(shape) for name, shape in network.shapes.items()}, False, 0, before.method)
+        zeros = {name: algebra.zeros(shape) for name, shape in network.shapes.items()}
+        return Fit(zeros, False, 0, before.method, before.stopped)
     found = fit_network(algebra, network, before.arrays["x"], limits, unwatched)
     if plain:
-        return found._replace(optimal=before.optimal, iterations=before.iterations, method=before.method)
+        return before._replace(arrays=found.arrays)
     return alternate(algebra, network, projection, y, found.arrays, limits, watch)
 
 
@@ -308,8 +312,8 @@ def _before(algebra: Algebra, projection: Projection, y: Array, limits: Limits, 
     start = algebra.zeros((projection.n_in,))
     tol = min(limits.tol, 1e-6)
     found = least_squares(algebra, projection, projection.adjoint, y, start, tol, steps)
-    method = "least squares through F by LSQR" + (", converged" if found.converged else "")
-    return Fit({"x": found.x}, False, found.iterations, method)
+    stopped = "converged" if found.converged else "max_iterations"
+    return Fit({"x": found.x}, False, found.iterations, "least squares through F by LSQR", stopped)
 
 
 def _nonlinear(algebra: Algebra, group: Group, y: Array, limits: Limits, watch: Watch) -> Fit:
@@ -420,27 +424,29 @@ def alternate(
     state = _Descent(algebra, network, projection, y, start, limits.tol)
     known = all(_curvature(network, start, algebra, name) is not None for name in network.shapes)
     few = _ONE if preserved and known else _FEW
-    sweeps, steps = 0, few
-    for sweeps in range(1, limits.iterations + 1):
+    steps, conjugate, stopped = Iteration(limits, watch), few, "max_iterations"
+    for _ in range(limits.iterations):
         arrays, before = dict(state.arrays), state.error
-        state.sweep(steps)
+        state.sweep(conjugate)
         if state.error <= _NEAR * algebra.eps * state.norm:
             state.measure()
         else:
             state.go_on(arrays)
-        watch(sweeps, state.error / state.norm)
+        steps.note(state.error / state.norm)
         improved = state.error < before  # not if converged up to rounding, or NaN
         if not improved:
             state.arrays = arrays
-        if not improved or before - state.error <= state.least:
-            if steps == _MANY:
+        if not improved or limits.converged(before / state.norm, state.error / state.norm):
+            if conjugate == _MANY:
+                stopped = "converged"
                 break
-            steps = _MANY
+            conjugate = _MANY
         else:
-            steps = few if state.error > _NEAR * algebra.eps * state.norm else _FEW * 2
+            conjugate = few if state.error > _NEAR * algebra.eps * state.norm else _FEW * 2
         if not improved:
             state.measure()
-    return Fit(state.arrays, False, sweeps, "alternating least squares")
+    history = tuple(steps.history)
+    return Fit(state.arrays, False, len(history), "alternating least squares", stopped, history=history)
 
 
 class _Descent:

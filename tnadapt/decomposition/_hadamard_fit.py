@@ -18,8 +18,8 @@ from tnadapt.algebra.network import Network
 from tnadapt.backends import Array
 
 from ._least_squares import refine
-from ._single_tensor import double_on_host, fit_format
-from .completion import ObservedElements, affordable, fit_observed, random_start
+from ._single_tensor import fit_format
+from .completion import ObservedElements, affordable, double_on_host, fit_observed, random_start
 from .fits import Fit, Limits
 from .linear_algebra import Algebra
 
@@ -54,7 +54,7 @@ def fit_hadamard(algebra: Algebra, network: Network, vec: Array, limits: Limits,
 
     # The fit of one split alone, with the others equal to ones, is a valid result, too: return the better one.
     if not error(found.arrays) < error(plain):
-        return Fit(plain, False, found.iterations, "one split alone")
+        return found._replace(arrays=plain, method="one split alone")
     return found
 
 
@@ -86,7 +86,7 @@ def _one_alone(algebra: Algebra, network: Network, vec: Array, limits: Limits) -
 
 def _roots(algebra: Algebra, network: Network, vec: Array) -> Arrays:
     """Return fits of each split to a root of the magnitudes, the first with the signs, and a little noise."""
-    host, rng, count = double_on_host(algebra, _folded(algebra, network, vec)), algebra.rng, len(network.splits)
+    host, rng, count = double_on_host(algebra.backend, _folded(algebra, network, vec)), algebra.rng, len(network.splits)
     root = algebra.array(np.abs(host / network.terms) ** (1.0 / count))
     signed = root * algebra.array(np.sign(host))
     found: Arrays = {}
@@ -152,10 +152,10 @@ def _by_gauss_newton(
         for number, fit in enumerate(tried):
             # There may be an exact answer, which another start leads to.
             if not number or now <= _NEAR:
-                yield {name: double_on_host(algebra, array) for name, array in fit.arrays.items()}
+                yield {name: double_on_host(algebra.backend, array) for name, array in fit.arrays.items()}
 
     own = limits._replace(iterations=min(limits.iterations, _LAST))
-    wanted = double_on_host(algebra, vec)
+    wanted = double_on_host(algebra.backend, vec)
     found = fit_observed(elements, wanted, starts(), own, watch=seen)
     steps += found.iterations
     another = _from_rows(algebra, network, vec, found.error)
@@ -164,7 +164,7 @@ def _by_gauss_newton(
         steps += again.iterations
         found = again if again.error < found.error else found
     arrays = {name: algebra.array(array) for name, array in found.arrays.items()}
-    return Fit(arrays, False, steps, "L-BFGS, Gauss-Newton")
+    return found._replace(arrays=arrays, iterations=steps, method="L-BFGS, Gauss-Newton")
 
 
 def _from_rows(algebra: Algebra, network: Network, vec: Array, error: float) -> Mapping[str, np.ndarray] | None:
@@ -174,7 +174,7 @@ def _from_rows(algebra: Algebra, network: Network, vec: Array, error: float) -> 
     if not plain or any(type(split) is not CP for split in splits) or error < _ANSWER:
         return None
     matrix, ranks = (
-        double_on_host(algebra, _folded(algebra, network, vec)),
+        double_on_host(algebra.backend, _folded(algebra, network, vec)),
         [split.shapes["factor0"][1] for split in splits],
     )
     pairs = subspace_start(matrix, ranks, error, algebra.rng)

@@ -15,13 +15,13 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from tnadapt.algebra.formats import Dense, Format
+from tnadapt.algebra.formats import CP, Dense, Format
 from tnadapt.algebra.products import contracted
 from tnadapt.backends import Array
 
-from ._single_tensor import double_on_host, fit_format
-from .completion import ObservedElements, affordable, fit_observed, random_start
-from .fits import Fit, Limits
+from ._single_tensor import fit_format
+from .completion import ObservedElements, affordable, double_on_host, fit_observed, random_start
+from .fits import Fit, Iteration, Limits
 from .linear_algebra import Algebra
 
 __all__ = ["Term", "fit_sum", "outer_sum"]
@@ -92,19 +92,14 @@ def _alternated(
     watch: Callable[[int, float], None] | None,
 ) -> tuple[list[Term], Fit]:
     """Optimize the splits of all terms in turn until a sweep gains no more than the tolerance."""
-    norm = algebra.norm(tensor)
+    norm, steps = algebra.norm(tensor), Iteration(limits, watch)
     now = _Sum(algebra, tensor, splits, [list(term) for term in start])
-    error = now.error()
-    sweeps = 0
-    for sweeps in range(1, limits.iterations + 1):
+    steps.begin(now.error() / norm)
+    while not steps.stopped:
         now.sweep(limits)
-        before, error = error, now.error()
-        if watch is not None:
-            watch(sweeps, error / norm)
-        if before - error <= limits.tol * norm:
-            break
+        steps.step(now.error() / norm)
     method = "term by term" if len(splits) == 1 else "alternating over splits"
-    return now.arrays, Fit({}, False, sweeps, method)
+    return now.arrays, Fit({}, False, steps.count, method, steps.stopped, steps.before, tuple(steps.history))
 
 
 def _refined(
@@ -121,9 +116,9 @@ def _refined(
     if not affordable(_elements(splits, prefixes, 0), math.prod(tensor.shape)):
         return arrays, found
     elements, rng = _elements(splits, prefixes, math.prod(tensor.shape)), algebra.rng
-    wanted = double_on_host(algebra, tensor).reshape(-1)
+    wanted = double_on_host(algebra.backend, tensor).reshape(-1)
     named = {
-        prefix + name: double_on_host(algebra, array)
+        prefix + name: double_on_host(algebra.backend, array)
         for own, term in zip(prefixes, arrays, strict=True)
         for prefix, split in zip(own, term, strict=True)
         for name, array in split.items()
@@ -146,7 +141,9 @@ def _refined(
         ]
         for own in prefixes
     ]
-    return made, Fit({}, False, found.iterations + best.iterations, f"{found.method}, Gauss-Newton")
+    return made, best._replace(
+        arrays={}, iterations=found.iterations + best.iterations, method=f"{found.method}, Gauss-Newton"
+    )
 
 
 def _elements(splits: Sequence[Format], prefixes: Sequence[Sequence[str]], count: int) -> ObservedElements:
@@ -183,10 +180,7 @@ def _dense_start(algebra: Algebra, tensor: Array, terms: int, limits: Limits) ->
     if len(sizes) == 1:
         # The first term is fitted to all of the tensor, the others later to the residual that its format leaves.
         return [[tensor]] + [[algebra.zeros(sizes)] for _ in range(terms - 1)], Fit({}, True, 0, "exact")
-    from tnadapt.algebra.formats import CP
-
-    cp = CP(sizes, terms)
-    found = fit_format(algebra, cp, tensor, None, limits)
+    found = fit_format(algebra, CP(sizes, terms), tensor, None, limits)
     vectors = [
         [backend.flatten(found.arrays[f"factor{k}"][:, term : term + 1]) for k in range(len(sizes))]
         for term in range(terms)

@@ -35,9 +35,6 @@ __all__ = [
 # Initial damping relative to the mean diagonal of the normal equations; its limits; attempts for one step.
 _FIRST, _LEAST, _MOST = 1e-2, 1e-14, 1e8
 _ATTEMPTS = 12
-# A step that reduces the error itself by this fraction is followed by another one, however small the error is. The
-# second fraction is for errors below the third number, where it may be on its way to an exact answer.
-_FAST, _SLOW, _NEAR = 0.1, 1e-3, 1e-2
 # The normal equations are formed for up to this many parameters, and this many multiply-adds.
 _FORMED, _WORK = 1024, 1 << 33
 
@@ -83,8 +80,7 @@ def damped_gauss_newton(
     norm : float
         Norm of what is fitted, to which errors are relative.
     limits : Limits
-        It ends where a step reduces the relative error by no more than ``tol``, unless it reduces the error itself by a
-        tenth or more, or for a relative error below a hundredth by a thousandth or more.
+        It ends where a step has converged, as :meth:`Limits.converged` says.
     watch : callable
         Called with each step's number and relative error; stops the iteration if it returns True.
 
@@ -133,12 +129,11 @@ def _descent(
             return Descent(x, error, True, tuple(history))
         agreement = (error**2 - now**2) / predicted if predicted > 0.0 else 0.0
         damping = max(_LEAST, damping * (0.2 if agreement > 0.75 else 2.0 if agreement < 0.25 else 0.7))
-        gain, ratio = error - now, now / error
-        x, left, error = moved, after, now
+        before, x, left, error = error, moved, after, now
         history.append(error / norm)
         if watch(len(history), error / norm) is True:
             return Descent(x, error, False, tuple(history))
-        if gain <= limits.tol * norm and ratio > 1.0 - (_SLOW if error <= _NEAR * norm else _FAST):
+        if limits.converged(before / norm, error / norm):
             return Descent(x, error, True, tuple(history))
     return Descent(x, error, not error > floor, tuple(history))
 
@@ -412,4 +407,4 @@ def refine(
             value, flat(start, -1), jac=True, method="L-BFGS-B", callback=step,
             options={"maxiter": limits.iterations, "ftol": limits.tol**2, "gtol": 0.0},
         )  # fmt: skip
-    return Fit(arrays_of(found.x), False, int(found.nit), "L-BFGS")
+    return Fit(arrays_of(found.x), False, int(found.nit), "L-BFGS", "converged" if found.success else "max_iterations")

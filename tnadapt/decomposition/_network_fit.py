@@ -22,7 +22,7 @@ from ._hadamard_fit import fit_hadamard
 from ._kronecker_sums import Term, fit_sum, outer_sum
 from ._single_tensor import fit_format
 from .completion import ObservedElements, affordable, fit_observed, moved, random_start
-from .fits import Fit, Limits, unwatched
+from .fits import Fit, Iteration, Limits, unwatched
 from .linear_algebra import Algebra
 
 __all__ = [
@@ -130,23 +130,23 @@ def _completed(algebra: Algebra, network: Network, way: _Way, vec: Array, limits
     if rows is not None and algebra.squares(residual(rows)) < algebra.squares(residual(found.arrays)):
         found = found._replace(arrays=rows)
     left = residual(found.arrays)
-    error, rounds = algebra.norm(left), found.iterations
-    if error == 0.0:
+    steps, rounds = Iteration(limits, watch), found.iterations
+    steps.begin(algebra.norm(left) / norm)
+    if steps.before == 0.0:
         return found
     # A few steps of the method in each round are enough: the next round continues from the result.
     few = limits._replace(iterations=min(limits.iterations, 5))
-    for count in range(limits.iterations):
-        watch(count, error / norm)
+    while not steps.stopped:
         again = way.solve(way.make(found.arrays) + way.fold(left), found.arrays, few, unwatched)
         rounds += max(1, again.iterations)
         left = residual(again.arrays)
-        before, error = error, algebra.norm(left)
-        if error > before:
+        if (error := algebra.norm(left) / norm) > steps.before:
+            steps.stopped = "converged"  # up to rounding
             break
         found = again
-        if before - error <= limits.tol * norm:
-            break
-    return found._replace(optimal=False, iterations=rounds, method=f"{found.method}, padding filled in")
+        steps.step(error)
+    method = f"{found.method}, padding filled in"
+    return Fit(found.arrays, False, rounds, method, steps.stopped, steps.before, tuple(steps.history))
 
 
 # -- One split ---------------------------------------------------------------------------------------------------------
@@ -335,4 +335,4 @@ def fit_given(
             yield from moved([on_host(rows)], rng, _MORE_NOISE)
 
     found = fit_observed(elements, wanted, starts(), limits, watch=watch)
-    return Fit(found.arrays, False, found.iterations, "Gauss-Newton on the given elements")
+    return found._replace(method="Gauss-Newton on the given elements")

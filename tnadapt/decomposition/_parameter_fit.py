@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -24,9 +24,9 @@ from tnadapt.backends import load_backend
 
 from ._least_squares import damped_gauss_newton
 from ._tensor_equivalence import equivalence
-from .fits import Limits
+from .fits import Fit, Limits, all_of
 
-__all__ = ["ParameterFit", "fit_parameters"]
+__all__ = ["fit_parameters"]
 
 
 Arrays = dict[str, np.ndarray]
@@ -39,24 +39,6 @@ _COLUMNS = 256
 _STARTS = 3
 
 
-class ParameterFit(NamedTuple):
-    """Fitted parameters.
-
-    Attributes
-    ----------
-    params : dict of str to ndarray of float64
-    optimal : bool
-        Whether they are known to be the optimum.
-    iterations : int
-    method : str
-    """
-
-    params: Arrays
-    optimal: bool
-    iterations: int
-    method: str
-
-
 def fit_parameters(
     plan: SuperLoRA,
     wanted: Sequence[np.ndarray],
@@ -64,7 +46,7 @@ def fit_parameters(
     seed: int,
     rounding: float,
     watch: Callable[[int, float | None], None],
-) -> ParameterFit:
+) -> Fit:
     """Fit the parameters of a plan with linear maps F to the updates of its groups.
 
     Parameters
@@ -82,7 +64,8 @@ def fit_parameters(
 
     Returns
     -------
-    ParameterFit
+    Fit
+        Its arrays are the parameters, in float64.
     """
     start = {name: np.asarray(array, np.float64) for name, array in _start(plan).items()}
     seen = itertools.count(1)
@@ -94,11 +77,12 @@ def fit_parameters(
             fits.append(_linear(problem, begun, limits))
         else:
             fits.append(_nonlinear(problem, begun, limits, seed, rounding, lambda *_: watch(next(seen), None)))
-    return ParameterFit(
-        start | {name: array for fit in fits for name, array in fit.params.items()},
-        all(fit.optimal for fit in fits),
+    return Fit(
+        start | {name: array for fit in fits for name, array in fit.arrays.items()},
+        all_of(fit.optimal for fit in fits),
         sum(fit.iterations for fit in fits),
         ", ".join(dict.fromkeys(fit.method for fit in fits)),
+        next((fit.stopped for fit in fits if not fit.converged), fits[0].stopped),
     )
 
 
@@ -257,14 +241,14 @@ def _parameter_gradients(
     return gradients
 
 
-def _linear(problem: _Problem, start: Arrays, limits: Limits) -> ParameterFit:
+def _linear(problem: _Problem, start: Arrays, limits: Limits) -> Fit:
     begun = np.zeros_like(problem.flat(start))
     at_zero = problem.residual(begun)
     size = begun.size
     if size * problem.wanted.size <= _FORMED:
         matrix = np.stack([problem.moved(begun, unit) for unit in np.eye(size)], axis=1)
         found, *_ = np.linalg.lstsq(matrix, -at_zero, rcond=None)
-        return ParameterFit(problem.params(found), True, 0, "least squares")
+        return Fit(problem.params(found), True, 0, "least squares")
     from scipy.sparse.linalg import LinearOperator, lsqr
 
     operator = LinearOperator(
@@ -274,11 +258,9 @@ def _linear(problem: _Problem, start: Arrays, limits: Limits) -> ParameterFit:
         dtype=np.float64,
     )
     tol = min(limits.tol, 1e-10)
-    found, stopped, steps, *_ = lsqr(
-        operator, -at_zero, atol=tol, btol=tol, conlim=0.0, iter_lim=10 * limits.iterations
-    )
-    method = "least squares by LSQR" + (", converged" if stopped in (1, 2) else "")
-    return ParameterFit(problem.params(found), False, int(steps), method)
+    found, reason, steps, *_ = lsqr(operator, -at_zero, atol=tol, btol=tol, conlim=0.0, iter_lim=10 * limits.iterations)
+    stopped = "converged" if reason in (1, 2) else "max_iterations"
+    return Fit(problem.params(found), False, int(steps), "least squares by LSQR", stopped)
 
 
 def _nonlinear(
@@ -288,7 +270,7 @@ def _nonlinear(
     seed: int,
     rounding: float,
     watch: Callable[[int, float], None],
-) -> ParameterFit:
+) -> Fit:
     from scipy.sparse.linalg import LinearOperator
 
     size = problem.flat(start).size
@@ -313,7 +295,8 @@ def _nonlinear(
         if best.error <= rounding * problem.norm:
             break
     assert best is not None
-    return ParameterFit(problem.params(best.x), False, steps, "Gauss-Newton")
+    stopped = "converged" if best.converged else "max_iterations"
+    return Fit(problem.params(best.x), False, steps, "Gauss-Newton", stopped, history=best.history)
 
 
 def _starts(problem: _Problem, start: np.ndarray, rng: np.random.RandomState) -> Iterator[np.ndarray]:

@@ -14,8 +14,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from tnadapt.algebra.formats import unfolded
-from tnadapt.algebra.products import mode_product, tucker_tensor
+from tnadapt.algebra.products import mode_product, tucker_tensor, unfolded
 from tnadapt.backends import load_backend
 
 __all__ = ["equivalence"]

@@ -14,18 +14,20 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tnadapt.errors import ShapeError
+from tnadapt.errors import BackendError, ShapeError
 
+from .fits import FitOutcome
 from .linear_algebra import kept
 
 __all__ = [
+    "OVERSAMPLED",
     "ArrayPasses",
     "BlockPasses",
     "Compressed",
     "DaskPasses",
-    "by_error",
-    "by_sizes",
+    "compressed",
     "passes_over",
+    "result_dtype",
 ]
 
 
@@ -243,13 +245,9 @@ class DaskPasses(BlockPasses):
         return da.moveaxis(da.tensordot(placed, x, axes=(1, mode)), 0, mode)
 
 
-def passes_over(array: Any, memory: int) -> BlockPasses | None:
-    """Return the passes over an array that is read in blocks; None for one that is in memory."""
-    if isinstance(array, np.memmap):
-        return ArrayPasses(array, memory)
-    if type(array).__module__.partition(".")[0] == "dask" and hasattr(array, "chunks"):
-        return DaskPasses(array)
-    return None
+def passes_over(array: Any, memory: int) -> BlockPasses:
+    """Return the passes over an array that is read in blocks: a memory map, or an array of dask."""
+    return ArrayPasses(array, memory) if isinstance(array, np.memmap) else DaskPasses(array)
 
 
 def sketch_of(block: np.ndarray, mode: int, tests: Sequence[np.ndarray]) -> np.ndarray:
@@ -285,7 +283,9 @@ def _times(block: np.ndarray, matrix: np.ndarray, mode: int) -> np.ndarray:
 
 
 # Gram matrices square the singular values: below this part of the tensor's norm they are noise.
-LEAST_ERROR = 1e-7
+_LEAST_ERROR = 1e-7
+#: Directions of a sketch beyond the rank.
+OVERSAMPLED = 10
 
 
 class Compressed(NamedTuple):
@@ -310,8 +310,50 @@ class Compressed(NamedTuple):
     lost: float
     bound: float
 
+    def outcome(self, inner: FitOutcome, dtype: np.dtype[Any]) -> FitOutcome:
+        """Say how good a result is, from what the compression lost and how good that of the core is."""
+        left = inner.error * float(np.linalg.norm(self.core))
+        error = math.hypot(self.lost, left) / self.norm if self.norm else 0.0
+        bound = min(error, self.bound / self.norm if self.norm else 0.0)
+        return FitOutcome(
+            error=error, bound=bound, certified=error <= 64.0 * float(np.finfo(dtype).eps), stopped=inner.stopped,
+            history=inner.history, method=f"compressed in blocks, {inner.method}",
+        )  # fmt: skip
 
-def by_sizes(passes: BlockPasses, sizes: Sequence[int], seed: int) -> Compressed:
+
+def result_dtype(passes: BlockPasses) -> np.dtype[Any]:
+    """Return the dtype of a result: that of the tensor, or float64 for integers, float32 for half precision."""
+    if passes.dtype.kind not in "fc":
+        return np.dtype(np.float64)
+    return np.dtype(np.float32) if passes.dtype.itemsize < 4 else passes.dtype
+
+
+def compressed(passes: BlockPasses, sizes: Sequence[int] | None, max_error: float | None, seed: int) -> Compressed:
+    """Compress a tensor to sizes, or as far as a relative error allows.
+
+    Raises
+    ------
+    ShapeError
+        If the tensor has no elements, NaN or infinity, or the error is below what Gram matrices can tell.
+    BackendError
+        If the tensor does not hold numbers.
+    """
+    if passes.dtype.kind not in "biufc":
+        raise BackendError(f"the tensor must hold numbers; got the dtype {passes.dtype}")
+    if not math.prod(passes.shape):
+        raise ShapeError(f"the tensor has shape {passes.shape}, so there is nothing to decompose")
+    if sizes is not None:
+        return _by_sizes(passes, sizes, seed)
+    assert max_error is not None
+    if max_error < _LEAST_ERROR:
+        raise ShapeError(
+            f"max_error={max_error} is below {_LEAST_ERROR}, the least for a tensor read in blocks: give ranks, or "
+            "load the tensor into memory"
+        )
+    return _by_error(passes, max_error)
+
+
+def _by_sizes(passes: BlockPasses, sizes: Sequence[int], seed: int) -> Compressed:
     """Compress each mode to a number of elements.
 
     Parameters
@@ -339,14 +381,14 @@ def by_sizes(passes: BlockPasses, sizes: Sequence[int], seed: int) -> Compressed
     return _compressed_core(passes, bases, norm, 0.0)
 
 
-def by_error(passes: BlockPasses, max_error: float) -> Compressed:
+def _by_error(passes: BlockPasses, max_error: float) -> Compressed:
     """Compress each mode as far as an error allows.
 
     Parameters
     ----------
     passes : BlockPasses
     max_error : float
-        Relative Frobenius error, at least ``LEAST_ERROR``.
+        Relative Frobenius error, at least ``_LEAST_ERROR``.
 
     Notes
     -----

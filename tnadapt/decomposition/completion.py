@@ -10,21 +10,24 @@ import functools
 import itertools
 import math
 import string
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from tnadapt.algebra.formats import Format, Permuted
 from tnadapt.algebra.network import Network
+from tnadapt.backends import Array, Backend
 
 from ._least_squares import Descent, damped_gauss_newton
-from .fits import Limits
+from .fits import Callback, Fit, Iteration, Limits
 
 __all__ = [
     "ObservedElements",
     "affordable",
+    "all_places",
     "complete",
+    "double_on_host",
     "fit_observed",
     "moved",
     "random_start",
@@ -35,33 +38,10 @@ __all__ = [
 
 
 Arrays = dict[str, np.ndarray]
-#: Called with the number and the relative error of each step; True stops.
-Seen = Callable[[int, float], Any]
 
 # Sweeps from each start before Gauss-Newton.
 _SWEEPS = 5
-
-
-class ObservedFit(NamedTuple):
-    """Arrays fitted to observed elements.
-
-    Attributes
-    ----------
-    arrays : dict of str to ndarray
-    error : float
-        Of the observed elements, weighted, relative to their norm.
-    converged : bool
-    history : tuple of float
-        The error after each step of the best descent.
-    iterations : int
-        Steps of all descents.
-    """
-
-    arrays: Arrays
-    error: float
-    converged: bool
-    history: tuple[float, ...]
-    iterations: int
+_SWEPT = "alternating least squares"
 
 
 def complete(
@@ -75,8 +55,8 @@ def complete(
     starts: int = 8,
     seed: int = 0,
     limits: Limits | None = None,
-    watch: Seen = lambda *_: None,
-) -> ObservedFit:
+    watch: Callback = lambda *_: None,
+) -> Fit:
     """Fit a format, or a sum of products of several, to the elements of a tensor whose weight is not zero.
 
     Parameters
@@ -107,7 +87,7 @@ def complete(
 
     Returns
     -------
-    ObservedFit
+    Fit
         With the error of the observed elements.
 
     Examples
@@ -135,7 +115,7 @@ def complete(
     norm = float(np.linalg.norm(wanted * np.sqrt(own)))
     if norm == 0.0:
         zeros = {name: np.zeros(shape, wanted.dtype) for name, shape in elements.shapes.items()}
-        return ObservedFit(zeros, 0.0, True, (), 0)
+        return Fit(zeros, True, 0, _SWEPT, error=0.0)
     rng, small = np.random.RandomState(seed % (1 << 32)), affordable(elements) > 0
     few = limits._replace(iterations=min(limits.iterations, _SWEEPS))
 
@@ -146,8 +126,8 @@ def complete(
             yield random_start(elements, rng, float(np.linalg.norm(wanted)), np.result_type(wanted.dtype, np.float64))
 
     if not small:
-        return _by_sweeps(elements, wanted, next(begun()), limits, np.sqrt(own), watch)
-    swept = (sweeps_on_observed(elements, wanted, each, few, np.sqrt(own))[0] for each in begun())
+        return sweeps_on_observed(elements, wanted, next(begun()), Iteration(limits, watch), np.sqrt(own))
+    swept = (sweeps_on_observed(elements, wanted, each, Iteration(few), np.sqrt(own)).arrays for each in begun())
     return fit_observed(elements, wanted, swept, limits, weights=own, watch=watch)
 
 
@@ -159,24 +139,6 @@ def _places(
         return [modes] * len(splits)
     digits = [np.unravel_index(place, [split.sizes[mode] for split in splits]) for mode, place in enumerate(modes)]
     return [[each[k] for each in digits] for k in range(len(splits))]
-
-
-def _by_sweeps(
-    elements: ObservedElements,
-    wanted: np.ndarray,
-    start: Mapping[str, np.ndarray],
-    limits: Limits,
-    roots: np.ndarray,
-    watch: Seen,
-) -> ObservedFit:
-    history = list[float]()
-
-    def seen(count: int, error: float) -> Any:
-        history.append(error)
-        return watch(count, error)
-
-    arrays, error, converged = sweeps_on_observed(elements, wanted, start, limits, roots, seen)
-    return ObservedFit(arrays, error if math.isfinite(error) else math.inf, converged, tuple(history), len(history))
 
 
 # -- Some elements of the tensor of one format, and their derivatives --------------------------------------------------
@@ -471,6 +433,17 @@ def _unpermuted(split: Format, places: Sequence[np.ndarray]) -> tuple[Format, Se
     return split.own, own
 
 
+def all_places(sizes: Sequence[int]) -> list[np.ndarray]:
+    """Return for each mode the index of every element, in order."""
+    return list(np.unravel_index(np.arange(math.prod(sizes)), tuple(sizes)))
+
+
+def double_on_host(backend: Backend, x: Array) -> np.ndarray:
+    """Return an array in NumPy, in double precision, real or complex."""
+    host = np.asarray(backend.to_numpy(x))
+    return host.astype(np.result_type(host.dtype, np.float64))
+
+
 def unobserved(mask: np.ndarray) -> tuple[int, int] | None:
     """Return a mode and an index in it of which no element is observed; None if there is none.
 
@@ -506,11 +479,10 @@ def sweeps_on_observed(
     elements: ObservedElements,
     wanted: np.ndarray,
     start: Mapping[str, np.ndarray],
-    limits: Limits,
+    steps: Iteration,
     roots: np.ndarray | None = None,
-    watch: Callable[[int, float], Any] = lambda *_: None,
-) -> tuple[Arrays, float, bool]:
-    """Run sweeps until one reduces the relative error by no more than the tolerance.
+) -> Fit:
+    """Run sweeps until the iteration stops.
 
     Parameters
     ----------
@@ -518,22 +490,18 @@ def sweeps_on_observed(
     wanted : ndarray, shape (n,)
         Not all zero.
     start : mapping of str to ndarray
-    limits : Limits
+    steps : Iteration
     roots : ndarray, shape (n,), optional
         Square roots of the weights.
-    watch : callable
-        Called with each sweep's number and relative error; stops the iteration if it returns True.
 
     Returns
     -------
-    arrays : dict of str to ndarray
-    error : float
-        Relative to the norm of the weighted elements.
-    converged : bool
+    Fit
+        With the error of the weighted elements.
     """
     roots = np.ones(elements.count) if roots is None else roots
-    kind = np.result_type(wanted.dtype, np.float64)
-    arrays = {name: np.array(start[name], kind) for name in elements.shapes}
+    dtype = np.result_type(wanted.dtype, np.float64)
+    arrays = {name: np.array(start[name], dtype) for name in elements.shapes}
     groups = {name: _by_row(rows) for name, rows in elements.rows_of_arrays().items()}
     norm = float(np.linalg.norm(wanted * roots))
 
@@ -541,21 +509,18 @@ def sweeps_on_observed(
         return np.asarray((wanted - elements.values(elements.flat(arrays))) * roots)
 
     left = residual()
-    error = float(np.linalg.norm(left)) / norm
-    for sweep in range(1, limits.iterations + 1):
+    steps.begin(float(np.linalg.norm(left)) / norm)
+    while not steps.stopped:
         for name, (order, edges, chosen) in groups.items():
             rows = (elements.derivative(arrays, name) * roots[:, None])[order]
-            steps = _steps(rows, left[order], edges)
+            changes = _changes(rows, left[order], edges)
             flat = arrays[name].reshape(-1)
-            flat[elements.positions(name)[chosen]] += steps
-            left[order] -= np.einsum("nw,nw->n", rows, np.repeat(steps, np.diff(edges), axis=0))
+            flat[elements.positions(name)[chosen]] += changes
+            left[order] -= np.einsum("nw,nw->n", rows, np.repeat(changes, np.diff(edges), axis=0))
         left = residual()
-        before, error = error, float(np.linalg.norm(left)) / norm
-        if watch(sweep, error) is True:
-            return arrays, error, False
-        if before - error <= limits.tol:
-            return arrays, error, True
-    return arrays, error, False
+        steps.step(float(np.linalg.norm(left)) / norm)
+    error = steps.before if math.isfinite(steps.before) else math.inf
+    return Fit(arrays, False, len(steps.history), _SWEPT, steps.stopped, error, tuple(steps.history))
 
 
 def _by_row(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -565,7 +530,7 @@ def _by_row(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return order, np.append(first, len(rows)), chosen
 
 
-def _steps(rows: np.ndarray, left: np.ndarray, edges: np.ndarray) -> np.ndarray:
+def _changes(rows: np.ndarray, left: np.ndarray, edges: np.ndarray) -> np.ndarray:
     """Solve the least-squares problem of each row of an array for its change."""
     width, parts = rows.shape[1], list(itertools.pairwise(edges))
     grams = np.stack([rows[a:b].conj().T @ rows[a:b] for a, b in parts])
@@ -621,8 +586,8 @@ def fit_observed(
     limits: Limits,
     *,
     weights: np.ndarray | None = None,
-    watch: Seen = lambda *_: None,
-) -> ObservedFit:
+    watch: Callback = lambda *_: None,
+) -> Fit:
     """Fit arrays to observed elements from each of several starts, until one reaches zero or three reach one optimum.
 
     Parameters
@@ -641,7 +606,7 @@ def fit_observed(
 
     Returns
     -------
-    ObservedFit
+    Fit
         The best descent's.
     """
     problem = _Weighted(elements, wanted, weights)
@@ -668,14 +633,15 @@ def fit_observed(
         # It may be on its way to an exact answer, slowly.
         further = descent(best.x, left - seen.steps)
         best = further._replace(history=best.history + further.history)
-    error, converged = best.error / problem.norm, best.converged and not seen.stopped
-    return ObservedFit(elements.arrays(best.x), error, converged, best.history or (error,), seen.steps)
+    error = best.error / problem.norm
+    stopped = "callback" if seen.stopped else "converged" if best.converged else "max_iterations"
+    return Fit(elements.arrays(best.x), False, seen.steps, "Gauss-Newton", stopped, error, best.history or (error,))
 
 
 class _BestSoFar:
     """Counts the steps of all descents, and passes on the least error so far."""
 
-    def __init__(self, watch: Seen) -> None:
+    def __init__(self, watch: Callback) -> None:
         self.watch = watch
         self.steps, self.error, self.stopped = 0, math.inf, False
 

@@ -1,4 +1,4 @@
-"""Solvers for CP: alternating least squares, and the nearest tensor of rank one.
+"""CP decompositions: the driver of ``cp`` and ``decompose``, alternating least squares, and the nearest of rank one.
 
 Carroll & Chang (1970) and Harshman (1970); Kolda & Bader, "Tensor decompositions and applications" (SIAM Review 51,
 2009), section 3.4. The products of the tensor with all factors but one come from two large matrix products a sweep, one
@@ -10,39 +10,225 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from tnadapt.algebra.formats import unfolded
-from tnadapt.algebra.products import contracted, hadamard_tensor, khatri_rao
+from tnadapt.algebra.formats import CP
+from tnadapt.algebra.products import contracted, hadamard_tensor, khatri_rao, unfolded
 from tnadapt.backends import Array, Backend, load_backend
 
-from .fits import Limits
-from .linear_algebra import Algebra, norm_of, on_host
+from .completion import ObservedElements, all_places, double_on_host, fit_observed, refinable
+from .fits import Callback, Fit, Iteration, Limits
+from .linear_algebra import Algebra, MatrixTruncation, norm_of, on_host
 
-__all__ = [
-    "CRAWLS",
-    "MOVED",
-    "NEAR",
-    "OTHER_STARTS",
-    "CPFactors",
-    "CPSweeps",
-    "cp_als",
-    "nearest_rank_one",
-]
+__all__ = ["CPSweeps", "fit_cp"]
+
+
+# -- The driver: SVD of a matrix; else sweeps from several starts, then Gauss-Newton -----------------------------------
+
+
+# Standard deviation of the noise on singular vectors that sweeps start from: without it, a structured tensor may keep
+# them at a saddle point.
+_MOVED = 0.01
+# Sweeps crawl if they have not converged after so many, of which the last ten have reduced the relative error by more
+# than this, but not to this part of it.
+_CRAWLS, _SWEEPS, _FAST = ((20, 1e-5), (30, 0.0)), 10, 0.1
+# If the error is then below this, there may be an exact answer, which Gauss-Newton looks for from there and from so
+# many other starts, after ten sweeps each.
+_NEAR, _OTHER_STARTS = 0.3, 15
+# Starts for a tensor of at most so many elements, unless there are fewer sweeps than this.
+_STARTS, _SMALL, _FEW_SWEEPS = 3, 1 << 14, 10
+# An error of this many times epsilon is rounding. Starts whose errors differ by less than this found the same optimum.
+_ROUNDING, _SAME = 64.0, 1e-7
+
+
+def fit_cp(
+    backend: Backend,
+    tensor: Array,
+    rank: int,
+    limits: Limits,
+    *,
+    init: str | Sequence[Array] = "svd",
+    fixed: Collection[int] = (),
+    starts: int | None = None,
+    svd: str = "auto",
+    seed: int = 0,
+    settled: bool = False,
+    callback: Callback | None = None,
+) -> Fit:
+    """Fit a sum of outer products to a tensor.
+
+    Parameters
+    ----------
+    backend : Backend
+    tensor : array, shape (d_1, …, d_M)
+        Real or complex.
+    rank : int
+    limits : Limits
+        Of each start.
+    init : {"svd", "random"} or sequence of array
+        Singular vectors with a little noise, and Gauss-Newton where sweeps from them crawl; random factors; or given
+        ones.
+    fixed : collection of int
+        Modes whose given factors are kept.
+    starts : int, optional
+        Number of starts, the first by ``init`` and the others random, each followed to its end. By default 1, but for a
+        small tensor and ``"svd"`` 3, of which the others are given up where they would not become the best.
+    svd, seed
+        As for :func:`tnadapt.decompose`.
+    settled : bool
+        Whether nobody else can change the tensor later.
+    callback : callable, optional
+
+    Returns
+    -------
+    Fit
+        Arrays ``factor0``, …; of a matrix also ``weights``.
+    """
+    shape = tuple(int(size) for size in tensor.shape)
+    if len(shape) == 2 and not fixed:
+        return _of_matrix(backend, tensor, rank, MatrixTruncation(backend, tensor, svd, seed, settled=settled))
+    if (norm := norm_of(backend, tensor)) == 0.0:
+        zeros = {f"factor{mode}": backend.zeros((size, rank), like=tensor) for mode, size in enumerate(shape)}
+        return Fit(zeros, True, 0, "zero", error=0.0)
+    if len(shape) == 1:
+
+        def column(vector: Array) -> dict[str, Array]:
+            return {"factor0": backend.reshape(vector, (-1, 1))}
+
+        return Fit(column(tensor), True, 0, "exact", closed=column)
+    search = _CPSearch(backend, tensor, rank, norm, limits, init, fixed, MatrixTruncation(backend, tensor, svd, seed))
+    return search.fit(starts, Iteration(limits, callback))
+
+
+def _of_matrix(backend: Backend, matrix: Array, rank: int, truncation: MatrixTruncation) -> Fit:
+    def closed(matrix: Array) -> dict[str, Array]:
+        triplets = truncation.to_rank(matrix, rank)
+        return {"weights": triplets.s, "factor0": triplets.u, "factor1": backend.matrix_transpose(triplets.vh)}
+
+    u, s, vh, exact = truncation.to_rank(matrix, rank)
+    arrays = {"weights": s, "factor0": u, "factor1": backend.matrix_transpose(vh)}
+    return Fit(arrays, exact, 0, "SVD" if exact is not False else "randomized SVD", closed=closed)
+
+
+class _CPSearch:
+    """The search for the factors of one tensor and rank, with its random numbers."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        tensor: Array,
+        rank: int,
+        norm: float,
+        limits: Limits,
+        init: str | Sequence[Array],
+        fixed: Collection[int],
+        truncation: MatrixTruncation,
+    ) -> None:
+        self.backend, self.tensor, self.norm, self.limits = backend, tensor, norm, limits
+        self.init, self.truncation = init, truncation
+        self.sweeps = CPSweeps(backend, tensor, fixed)
+        # With this rank every tensor can be represented exactly; more components would only slow convergence.
+        self.rank = min(rank, math.prod(self.sweeps.sizes) // max(self.sweeps.sizes))
+        self.rng = np.random.RandomState(truncation.seed % (1 << 32))
+
+    def fit(self, starts: int | None, steps: Iteration) -> Fit:
+        """Run sweeps from each start, and Gauss-Newton from the first whose sweeps crawl near an exact answer."""
+        automatic = isinstance(self.init, str) and self.init == "svd"
+        if automatic and self.rank == 1 and self.truncation.algebra is not None:
+            factors, error = nearest_rank_one(self.truncation.algebra, self.tensor, steps)
+            return self._fit(factors, error, "power iteration", steps.stopped, steps)
+        small = math.prod(self.sweeps.sizes) <= _SMALL and self.limits.iterations > _FEW_SWEEPS
+        tries = starts or (_STARTS if automatic and small else 1)
+        best, best_stopped = None, ""
+        for number in range(tries):
+            run = _Run(self.sweeps, self._start(number), self.norm, steps)
+            for most, least in _CRAWLS:
+                run.advance(most)
+                if automatic and not number and not steps.stopped and self._crawls(steps.history, least):
+                    return self._refined(run, steps)
+            if starts or best is None:
+                run.advance(self.limits.iterations)
+            while best is not None and not steps.stopped and run.reaches(best.error, self.limits.iterations):
+                run.advance(run.count + _SWEEPS)
+            if best is None or run.error < best.error * (1.0 - _SAME):
+                best, best_stopped = run, steps.stopped
+            if best.error <= _ROUNDING * self.sweeps.epsilon * self.norm or steps.stopped == "callback":
+                best_stopped = steps.stopped
+                break
+        assert best is not None
+        return self._fit(best.factors, best.error / self.norm, "ALS", best_stopped, steps)
+
+    def _fit(self, factors: Sequence[Array], error: float, method: str, stopped: str, steps: Iteration) -> Fit:
+        arrays = {f"factor{mode}": factor for mode, factor in enumerate(factors)}
+        return Fit(arrays, False, len(steps.history), method, stopped, error, tuple(steps.history))
+
+    def _crawls(self, history: Sequence[float], least: float) -> bool:
+        """Return whether sweeps crawl where there may be an exact answer that Gauss-Newton can reach."""
+        before, error = history[-_SWEEPS - 1], history[-1]
+        crawls = before - error > least and error > _FAST * before and self.limits.iterations > _CRAWLS[-1][0]
+        near = _ROUNDING * self.sweeps.epsilon < error <= _NEAR
+        return crawls and near and refinable(CP(self.sweeps.sizes, self.rank))
+
+    def _refined(self, run: _Run, steps: Iteration) -> Fit:
+        """Run Gauss-Newton from the factors that sweeps have reached, and from those of other starts after a few.
+
+        Sweeps make fast progress at first, and then crawl where components are nearly collinear; Gauss-Newton does not.
+        """
+        backend, few = self.backend, Limits(self.limits.tol, min(self.limits.iterations, _SWEEPS))
+
+        def begun() -> Iterator[Mapping[str, np.ndarray]]:
+            for number in range(1 + _OTHER_STARTS):
+                other = run
+                if number:
+                    other = _Run(self.sweeps, self._start(number), self.norm, Iteration(few))
+                    other.advance(_SWEEPS)
+                yield {f"factor{mode}": double_on_host(backend, factor) for mode, factor in enumerate(other.factors)}
+
+        split = CP(self.sweeps.sizes, self.rank)
+        elements = ObservedElements([split], [[""]], [all_places(split.sizes)])
+        wanted = double_on_host(backend, self.tensor).reshape(-1)
+        refined = fit_observed(elements, wanted, begun(), self.limits, watch=lambda _, error: steps.note(error))
+        stopped = steps.stopped or refined.stopped
+        if not refined.error < run.error / self.norm:
+            return self._fit(run.factors, run.error / self.norm, "ALS", stopped, steps)
+        dtype, device = backend.dtype_name(self.tensor), backend.device(self.tensor)
+        factors = [backend.asarray(np.ascontiguousarray(x), dtype, device) for x in refined.arrays.values()]
+        return self._fit(factors, refined.error, "ALS, Gauss-Newton", stopped, steps)
+
+    def _start(self, number: int) -> list[Array]:
+        """Return the factors of a start: the first one by ``init``, the others random."""
+        backend, sizes, rank = self.backend, self.sweeps.sizes, self.rank
+        if not isinstance(self.init, str):
+            return [
+                factor if not number or mode in self.sweeps.fixed else self._normal(sizes[mode], rank)
+                for mode, factor in enumerate(self.init)
+            ]
+        if number or self.init == "random":
+            return [self._normal(size, rank) for size in sizes]
+        factors = []
+        for mode, size in enumerate(sizes):
+            columns = self.truncation.left_to_rank(unfolded(backend, self.tensor, mode), rank).u
+            if (missing := rank - int(columns.shape[1])) > 0:
+                columns = backend.concat([columns, self._random("uniform", size, missing)], axis=1)
+            factors.append(columns + self._normal(size, rank) * (_MOVED / math.sqrt(size)))
+        return factors
+
+    def _normal(self, size: int, columns: int) -> Array:
+        return self._random("normal", size, columns)
+
+    def _random(self, kind: str, size: int, columns: int) -> Array:
+        dtype, device = self.backend.dtype_name(self.tensor), self.backend.device(self.tensor)
+        numbers = getattr(self.rng, kind)(size=(size, columns))
+        if dtype.startswith("complex"):
+            numbers = numbers + 1j * getattr(self.rng, kind)(size=(size, columns))
+        return self.backend.asarray(numbers, dtype, device)
 
 
 # -- Alternating least squares -----------------------------------------------------------------------------------------
 
 
-# Standard deviation of the noise on singular vectors that sweeps start from: without it, a structured tensor may keep
-# them at a saddle point.
-MOVED = 0.01
-# Sweeps that have not converged after this many crawl. If their relative error is below the second number, there may be
-# an exact answer, which Gauss-Newton looks for from there and from so many other starts.
-CRAWLS, NEAR, OTHER_STARTS = 30, 0.3, 15
 # Sweeps before the first extrapolation, and from one to the next.
 _BEFORE, _BETWEEN = 10, 5
 # A squared error below this many epsilons of the squared norm is not computed as a difference.
@@ -68,6 +254,7 @@ class CPSweeps:
         cut = 1 + halves.index(min(halves))
         self.halves = [list(range(cut)), list(range(cut, len(self.sizes)))]
         self.epsilon = float(np.finfo(backend.dtype_name(tensor)).eps)
+        self.complex = backend.is_complex(tensor)
         self.matrix = backend.reshape(tensor, (math.prod(self.sizes[:cut]), math.prod(self.sizes[cut:])))
 
     def sweep(self, factors: Sequence[Array], ridge: float = 0.0) -> list[Array]:
@@ -90,18 +277,18 @@ class CPSweeps:
             if all(mode in self.fixed for mode in own):
                 continue
             # The tensor times the factors of the other half, conjugated: one column for each component.
-            cols = backend.conj(khatri_rao(backend, [factors[mode] for mode in other]))
+            cols = self._conj(khatri_rao(backend, [factors[mode] for mode in other]))
             matrix = self.matrix if own[0] == 0 else backend.matrix_transpose(self.matrix)
             partial = backend.matmul(matrix, cols)
             for mode in own:
                 if mode in self.fixed:
                     continue
                 right = self._contracted(partial, factors, own, mode)
-                system = hadamard_tensor([grams[m] for m in range(len(factors)) if m != mode])
+                system = hadamard_tensor([gram for m, gram in enumerate(grams) if m != mode])
                 factors[mode] = self._solved(system, right, ridge)
                 grams[mode] = self._gram(factors[mode])
                 self._last = right, factors[mode]
-        self._square = hadamard_tensor(grams)
+        self._square = backend.to_numpy(hadamard_tensor(grams))
         return factors
 
     def distance(self, factors: Sequence[Array], norm: float) -> float:
@@ -117,9 +304,9 @@ class CPSweeps:
         -----
         From the products of the sweep, unless these would cancel: then from the residual.
         """
-        backend, (right, factor) = self.backend, self._last
-        inner = self._total(right * backend.conj(factor))
-        square = norm * norm - 2.0 * inner + self._total(self._square)
+        right, factor = self._last
+        inner = np.sum(self.backend.to_numpy(right * self._conj(factor)).real, dtype=np.float64)
+        square = float(norm * norm - 2.0 * inner + np.sum(self._square.real, dtype=np.float64))
         if square > _CANCELS * self.epsilon * norm * norm:
             return math.sqrt(square)
         return self.residual(factors)
@@ -130,136 +317,107 @@ class CPSweeps:
         rows, cols = (khatri_rao(backend, [factors[mode] for mode in half]) for half in self.halves)
         return norm_of(backend, self.matrix - backend.matmul(rows, backend.matrix_transpose(cols)))
 
-    def sizes_of(self, factors: Sequence[Array]) -> np.ndarray:
-        """Return the norm of each component, on the host."""
-        squares = [self.backend.to_numpy(self._diagonal(self._gram(factor))) for factor in factors]
-        found: np.ndarray = np.sqrt(np.prod(np.abs(squares), axis=0, dtype=np.float64))
-        return found
+    def largest(self) -> float:
+        """Return the largest norm of a component that the last sweep returned; infinity if one is not finite."""
+        squares = np.abs(self._square.diagonal())
+        return math.sqrt(float(squares.max())) if np.isfinite(squares).all() else math.inf
 
-    def _diagonal(self, matrix: Array) -> Array:
-        rank = int(matrix.shape[0])
-        places = self.backend.constant(np.arange(rank) * (rank + 1), self.backend.device(matrix))
-        return self.backend.take(self.backend.flatten(matrix), places)
-
-    def _total(self, x: Array) -> float:
-        """Return the real part of the sum of all elements."""
-        return float(np.sum(self.backend.to_numpy(x), dtype=np.complex128).real)
+    def _conj(self, x: Array) -> Array:
+        return self.backend.conj(x) if self.complex else x
 
     def _gram(self, factor: Array) -> Array:
         """Return ``factorᵀ conj(factor)``."""
-        return self.backend.matmul(self.backend.matrix_transpose(factor), self.backend.conj(factor))
+        return self.backend.matmul(self.backend.matrix_transpose(factor), self._conj(factor))
 
     def _contracted(self, partial: Array, factors: Sequence[Array], own: list[int], mode: int) -> Array:
         """Contract a half's product with the other factors of that half: shape (d_mode, r)."""
+        if len(own) == 1:
+            return partial
         backend, rank = self.backend, int(factors[0].shape[1])
         place = own.index(mode)
         before, after = own[:place], own[place + 1 :]
         left = math.prod(self.sizes[m] for m in before)
         right = math.prod(self.sizes[m] for m in after)
-        found = backend.reshape(partial, (left, self.sizes[mode], right, rank))
+        product = backend.reshape(partial, (left, self.sizes[mode], right, rank))
         if after:
-            weights = backend.conj(khatri_rao(backend, [factors[m] for m in after]))
-            found = backend.sum(found * backend.reshape(weights, (1, 1, right, rank)), axis=2)
-        found = backend.reshape(found, (left, self.sizes[mode], rank))
+            weights = self._conj(khatri_rao(backend, [factors[m] for m in after]))
+            product = backend.sum(product * backend.reshape(weights, (1, 1, right, rank)), axis=2)
+        product = backend.reshape(product, (left, self.sizes[mode], rank))
         if before:
-            weights = backend.conj(khatri_rao(backend, [factors[m] for m in before]))
-            found = backend.sum(found * backend.reshape(weights, (left, 1, rank)), axis=0)
-        return backend.reshape(found, (self.sizes[mode], rank))
+            weights = self._conj(khatri_rao(backend, [factors[m] for m in before]))
+            product = backend.sum(product * backend.reshape(weights, (left, 1, rank)), axis=0)
+        return backend.reshape(product, (self.sizes[mode], rank))
 
     def _solved(self, system: Array, right: Array, ridge: float) -> Array:
         """Solve ``x @ system = right``."""
         backend = self.backend
         if ridge:
-            system = system + ridge * self._eye(system)
+            eye = backend.asarray(np.eye(int(system.shape[0])), backend.dtype_name(system), backend.device(system))
+            system = system + ridge * eye
         transposed = backend.matrix_transpose
         return transposed(backend.solve(transposed(system), transposed(right)))
 
-    def _eye(self, like: Array) -> Array:
-        backend = self.backend
-        return backend.asarray(np.eye(int(like.shape[0])), backend.dtype_name(like), backend.device(like))
 
+class _Run:
+    """Sweeps from one start; the best factors so far, and their distance from the tensor.
 
-class CPFactors(NamedTuple):
-    """The result of :func:`cp_als`.
-
-    Attributes
-    ----------
-    factors : list of array, shape (d_m, r)
-    error : float
-        Their distance from the tensor; infinity if there was no sweep that succeeded.
-    sweeps : int
+    From time to time, a longer step in the direction of the last sweep is tried, and kept if it reduces the error
+    (Harshman's line search, as in Andersson & Bro's N-way toolbox). Components that become collinear make the equations
+    singular, or diverge with opposite signs (degeneracy). Then a small ridge is added to the equations, and the
+    iteration goes on from the best factors.
     """
 
-    factors: list[Array]
-    error: float
-    sweeps: int
+    def __init__(self, sweeps: CPSweeps, start: Sequence[Array], norm: float, steps: Iteration) -> None:
+        self.sweeps, self.norm, self.steps = sweeps, norm, steps
+        self.factors, self.error, self.errors = list(start), math.inf, list[float]()
+        self.ridges = [0.0, 100.0 * sweeps.epsilon, sweeps.epsilon**0.5]
+        steps.begin()
 
+    @property
+    def count(self) -> int:
+        """Number of sweeps."""
+        return len(self.errors)
 
-def cp_als(
-    sweeps: CPSweeps,
-    start: Sequence[Array],
-    norm: float,
-    iterations: int,
-    on_sweep: Callable[[int, float], bool],
-    extrapolate: bool = True,
-) -> CPFactors:
-    """Run sweeps from given factors; return the best.
+    def advance(self, most: int) -> None:
+        """Run sweeps, up to a number of all, or until the iteration stops."""
+        sweeps, steps, norm = self.sweeps, self.steps, self.norm
+        while self.count < most and not steps.stopped:
+            factors = self._swept()
+            error = math.inf if factors is None else sweeps.distance(factors, norm)
+            if factors is None or not error < self.error * (1.0 + 1e-12):
+                if factors is not None and math.isfinite(self.error):
+                    if not steps.note(self.error / norm):
+                        steps.stopped = "converged"  # up to rounding
+                elif len(self.ridges) > 1:
+                    self.ridges.pop(0)
+                else:
+                    steps.stopped = "singular"
+                continue
+            previous, self.factors, self.error = self.factors, factors, min(error, self.error)
+            self.errors.append(self.error)
+            if steps.step(self.error / norm):
+                return
+            if not sweeps.fixed and self.count >= _BEFORE and self.count % _BETWEEN == 0:
+                longer = [
+                    new + (new - old) * math.sqrt(self.count) for new, old in zip(self.factors, previous, strict=True)
+                ]
+                if (error := sweeps.residual(longer)) < self.error:
+                    self.factors, self.error = longer, error
 
-    Parameters
-    ----------
-    sweeps : CPSweeps
-    start : sequence of array, shape (d_m, r)
-    norm : float
-        Frobenius norm of the tensor; not zero.
-    iterations : int
-        Maximum number of sweeps.
-    on_sweep : callable
-        Called with the number of sweeps and the relative error; stops the iteration if it returns True.
-    extrapolate : bool
-        Whether to try longer steps in the direction of the last sweeps, and keep those that reduce the error
-        (Harshman's line search, as in Andersson & Bro's N-way toolbox).
+    def reaches(self, least: float, most: int) -> bool:
+        """Return whether the error would fall below another one in the sweeps that are left, as fast as in the last."""
+        gain = (self.errors[-_SWEEPS - 1] - self.error) / _SWEEPS
+        return self.error - gain * (most - self.count) < least
 
-    Notes
-    -----
-    Components that become collinear make the equations singular, or diverge with opposite signs (degeneracy). Then a
-    small ridge is added to the equations, and the iteration goes on from the best factors.
-    """
-    eps = sweeps.epsilon
-    ridges = [0.0, 100.0 * eps, eps**0.5]
-    best, error, previous = list(start), math.inf, list(start)
-    count = 0
-    while count < iterations and ridges:
-        found = _tried(sweeps, best, ridges[0] * norm ** (2.0 / len(best)), norm)
-        now = math.inf if found is None else sweeps.distance(found, norm)
-        if found is None or not now < error * (1.0 + 1e-12):
-            if found is not None and math.isfinite(error):
-                on_sweep(count + 1, error / norm)
-                break  # converged up to rounding
-            ridges.pop(0)
-            continue
-        count += 1
-        previous, best, error = best, found, min(now, error)
-        if on_sweep(count, error / norm):
-            break
-        if extrapolate and count >= _BEFORE and count % _BETWEEN == 0:
-            longer = [new + (new - old) * math.sqrt(count) for new, old in zip(best, previous, strict=True)]
-            further = sweeps.residual(longer)
-            if further < error:
-                best, error = longer, further
-    return CPFactors(best, error, count)
-
-
-def _tried(sweeps: CPSweeps, factors: Sequence[Array], ridge: float, norm: float) -> list[Array] | None:
-    """Return the factors after a sweep; None if the equations are singular or the factors diverge."""
-    with np.errstate(all="ignore"):
-        try:
-            found = sweeps.sweep(factors, ridge)
-        except (np.linalg.LinAlgError, RuntimeError):  # torch raises a RuntimeError
-            return None
-    sizes = sweeps.sizes_of(found)
-    if not np.isfinite(sizes).all() or sizes.max() > norm * sweeps.epsilon**-0.5:
-        return None
-    return found
+    def _swept(self) -> list[Array] | None:
+        """Return the factors after a sweep; None if the equations are singular or the factors diverge."""
+        ridge = self.ridges[0] * self.norm ** (2.0 / len(self.factors)) if self.ridges[0] else 0.0
+        with np.errstate(all="ignore"):
+            try:
+                factors = self.sweeps.sweep(self.factors, ridge)
+            except (np.linalg.LinAlgError, RuntimeError):  # torch raises a RuntimeError
+                return None
+            return factors if self.sweeps.largest() <= self.norm * self.sweeps.epsilon**-0.5 else None
 
 
 # -- The nearest tensor of rank one: power iteration on all modes, from several starts ---------------------------------
@@ -272,47 +430,32 @@ def _tried(sweeps: CPSweeps, factors: Sequence[Array], ridge: float, norm: float
 
 # Tensors of up to this many elements have random starts, too, and each start is followed to its end. Of larger ones
 # the start that is best after a few sweeps is followed.
-_SMALL = 1 << 16
+_SMALL_POWERS = 1 << 16
 _RANDOM, _TRIED = 4, 4
 # Power iterations for a start, of small tensors and of others.
 _POWERS = 30, 3
-# An iteration ends when a sweep reduces the error by no more than this part of the tolerance. Sweeps cost little.
-_FINER = 1e-2
+# An iteration ends when a sweep reduces the error by no more than this part of the tolerance. Sweeps cost little. The
+# error is flat at its minimum: some more sweeps find the vectors to more digits.
+_FINER, _LAST = 1e-2, 4
 
 
-def nearest_rank_one(algebra: Algebra, tensor: Array, limits: Limits) -> tuple[list[Array], int]:
-    """Fit one outer product to a tensor of at least three modes.
-
-    Parameters
-    ----------
-    algebra : Algebra
-    tensor : array, shape (d_1, …, d_M)
-        Real, not zero.
-    limits : Limits
-
-    Returns
-    -------
-    list of array, shape (d_m, 1)
-    int
-        Number of sweeps.
-    """
+def nearest_rank_one(algebra: Algebra, tensor: Array, steps: Iteration) -> tuple[list[Array], float]:
+    """Fit an outer product to a real tensor of three modes or more, not zero: factors of one column, and the error."""
     if algebra.backend.name != "numpy" and on_host(algebra.backend, tensor):
         numpy = load_backend("numpy")
         host = Algebra(numpy, algebra.backend.to_numpy(algebra.like), algebra.svd_method, algebra.seed)
-        factors, count = nearest_rank_one(host, algebra.backend.to_numpy(tensor), limits)
-        return [algebra.array(factor) for factor in factors], count
-    powers, small = _Powers(algebra, tensor), math.prod(tensor.shape) <= _SMALL
+        factors, error = nearest_rank_one(host, algebra.backend.to_numpy(tensor), steps)
+        return [algebra.array(factor) for factor in factors], error
+    powers, small = _Powers(algebra, tensor, steps), math.prod(tensor.shape) <= _SMALL_POWERS
     runs = [(start, 0.0) for start in _starts(algebra, tensor, small)]
     if not small:
-        tried = limits._replace(iterations=min(_TRIED, limits.iterations))
-        runs = [max((powers.followed(*run, tried)[0] for run in runs), key=lambda run: run[1])]
-    count = 0
-    for number, run in enumerate(runs):
-        runs[number], more = powers.followed(*run, limits)
-        count += more
-    vectors, size = max(runs, key=lambda run: run[1])
+        runs = [max((powers.followed(*run, _TRIED) for run in runs), key=lambda run: run[1])]
+    vectors, size = max((powers.followed(*run, steps.limits.iterations) for run in runs), key=lambda run: run[1])
+    for _ in range(_LAST):
+        vectors, size = powers.sweep(vectors)
     backend = algebra.backend
-    return [backend.reshape(v * size if mode == 0 else v, (-1, 1)) for mode, v in enumerate(vectors)], count
+    factors = [backend.reshape(v * size if mode == 0 else v, (-1, 1)) for mode, v in enumerate(vectors)]
+    return factors, powers.error(size)
 
 
 def _starts(algebra: Algebra, tensor: Array, small: bool) -> Iterator[list[Array]]:
@@ -339,7 +482,7 @@ def _leading(algebra: Algebra, matrix: Array) -> tuple[Array, Array]:
     """Return a left vector near the leading one, and the matrix times it, after a few power iterations."""
     backend = algebra.backend
     along = algebra.array(algebra.rng.normal(size=(1, int(matrix.shape[0]))))
-    steps = _POWERS[matrix.shape[0] * matrix.shape[1] > _SMALL]
+    steps = _POWERS[matrix.shape[0] * matrix.shape[1] > _SMALL_POWERS]
     for step in range(steps + 1):
         along = along * (1.0 / (algebra.norm(along) or 1.0))
         rest = backend.matmul(along, matrix)
@@ -351,8 +494,8 @@ def _leading(algebra: Algebra, matrix: Array) -> tuple[Array, Array]:
 class _Powers:
     """Sweeps of the power iteration on a tensor, seen as a matrix of one half of its modes by the other."""
 
-    def __init__(self, algebra: Algebra, tensor: Array) -> None:
-        self.algebra, self.sizes = algebra, [int(size) for size in tensor.shape]
+    def __init__(self, algebra: Algebra, tensor: Array, steps: Iteration) -> None:
+        self.steps, self.algebra, self.sizes = steps, algebra, [int(size) for size in tensor.shape]
         halves = [math.prod(self.sizes[:m]) + math.prod(self.sizes[m:]) for m in range(1, len(self.sizes))]
         self.cut = 1 + halves.index(min(halves))
         rows = math.prod(self.sizes[: self.cut])
@@ -381,20 +524,28 @@ class _Powers:
                 vectors[mode] = found * (1.0 / size)
         return vectors, size
 
-    def followed(self, vectors: list[Array], size: float, limits: Limits) -> tuple[tuple[list[Array], float], int]:
-        """Run sweeps until one gains too little; return the vectors and their size, and the number of sweeps."""
-        eps, count = self.algebra.eps, 0
-        while count < limits.iterations:
-            found, now = self.sweep(vectors)
-            count += 1
+    def error(self, size: float) -> float:
+        """Return the relative error of an outer product of vectors of norm one and this size."""
+        return math.sqrt(max(0.0, 1.0 - (size / self.norm) ** 2))
+
+    def followed(self, vectors: list[Array], size: float, most: int) -> tuple[list[Array], float]:
+        """Run sweeps until one gains too little; return the vectors and their size."""
+        eps, steps = self.algebra.eps, self.steps
+        if steps.stopped == "callback":
+            return vectors, size
+        steps.begin()
+        for _ in range(min(most, steps.limits.iterations)):
+            improved, now = self.sweep(vectors)
             gain = (now - size) * (now + size) / self.norm**2
-            if not gain > 0.0:
+            vectors, size = (improved, now) if gain > 0.0 else (vectors, size)
+            if steps.note(self.error(size)):
                 break
-            vectors, size = found, now
-            error = math.sqrt(max(eps, 1.0 - (size / self.norm) ** 2))
-            if gain <= max(4.0 * eps, 2.0 * error * _FINER * limits.tol):
+            if gain <= max(4.0 * eps, 2.0 * max(eps**0.5, self.error(size)) * _FINER * steps.limits.tol):
+                steps.stopped = "converged"
                 break
-        return (vectors, size), count
+        else:
+            steps.stopped = "max_iterations"
+        return vectors, size
 
 
 def _outer(backend: Array, vectors: Sequence[Array]) -> Array:

@@ -1,4 +1,8 @@
-"""Results of fits: errors, reports, the proof that a fit is optimal, and the search for the smallest rank."""
+"""Limits and convergence: when an iteration stops, and why; the fit that it returns, its error, bound and certificate.
+
+Every solver counts its steps with an :class:`Iteration`, and every decomposition returns a :class:`Fit`, of which
+:class:`FitOutcome` is what users see. :func:`smallest_within` searches the smallest rank whose fit keeps to an error.
+"""
 
 from __future__ import annotations
 
@@ -10,34 +14,183 @@ from typing import Any, NamedTuple, Self, TypeVar
 
 import numpy as np
 
-from tnadapt.algebra.norms import relative, together
-from tnadapt.algebra.superlora import SuperLoRA
 from tnadapt.backends import Array
-from tnadapt.report import TextTable
+from tnadapt.errors import ConfigError, safe_repr
 
 __all__ = [
     "OPEN",
     "Claim",
     "Contraction",
     "Fit",
-    "FitReport",
-    "GroupReport",
+    "FitOutcome",
+    "Iteration",
     "Limits",
     "Optimality",
-    "Step",
     "all_of",
     "holds",
+    "limits_of",
     "no_matrix_is_closer",
     "smallest_within",
     "unwatched",
 ]
 
 
-# -- Whether a fit is optimal: its error, bound and certificate, computed when they are first read ---------------------
+# -- When an iteration stops, and why ----------------------------------------------------------------------------------
 
 
+class Limits(NamedTuple):
+    """Stopping criteria of an iteration.
+
+    Attributes
+    ----------
+    tol : float
+        Stop when a step reduces the relative error by no more than this: see :meth:`converged`.
+    iterations : int
+        Maximum number of iterations.
+    """
+
+    tol: float = 1e-6
+    iterations: int = 100
+
+    def converged(self, before: float, error: float) -> bool:
+        """Return whether a step that changed the relative error has gained too little to go on.
+
+        That is no more than ``tol``, and less than a tenth of the error itself; below an error of a hundredth, where it
+        may be on its way to an exact answer, less than a thousandth of it.
+        """
+        least = 1e-3 if error <= 1e-2 else 0.1
+        return before - error <= self.tol and error >= before * (1.0 - least)
+
+
+def limits_of(tol: Any, max_iterations: Any, least: int = 1) -> Limits:
+    """Return checked limits; raise a ConfigError unless tol is from 0 to below 1 and there are enough iterations."""
+    if isinstance(tol, bool) or not isinstance(tol, (int, float, np.floating)) or not 0.0 <= tol < 1.0:
+        raise ConfigError(f"tol must be from 0 to below 1; got {safe_repr(tol)}")
+    whole = isinstance(max_iterations, (int, np.integer)) and not isinstance(max_iterations, bool)
+    if not whole or max_iterations < least:
+        raise ConfigError(f"max_iterations must be an integer of at least {least}; got {safe_repr(max_iterations)}")
+    return Limits(float(tol), int(max_iterations))
+
+
+#: Called with the number of a step and the relative error after it; stops the iteration if it returns True.
+Callback = Callable[[int, float], Any]
+
+
+class Iteration:
+    """The steps of an iteration, perhaps from several starts: their errors, when it stops, and why.
+
+    Parameters
+    ----------
+    limits : Limits
+        Of each start.
+    callback : callable, optional
+        Called with the number of each step and the least relative error so far; if it returns True, that ends the
+        iteration and all other starts.
+
+    Attributes
+    ----------
+    history : list of float
+        The least relative error after each step of all starts.
+    stopped : str
+        Why the last start ended: ``"converged"``, ``"max_iterations"``, ``"callback"``, or what a solver has set;
+        empty before it does.
+
+    Examples
+    --------
+    >>> steps = Iteration(Limits(1e-3, 50))
+    >>> [steps.step(error) for error in (0.5, 0.3, 0.2999)], steps.stopped
+    ([False, False, True], 'converged')
+    """
+
+    def __init__(self, limits: Limits, callback: Callback | None = None) -> None:
+        self.limits, self.callback = limits, callback
+        self.history: list[float] = []
+        self.begin()
+
+    def begin(self, error: float = math.inf) -> None:
+        """Begin another start, with a relative error if it is known."""
+        self.count, self.before, self.stopped = 0, error, ""
+
+    def step(self, error: float) -> bool:
+        """Note the relative error after a step; return whether the start ends."""
+        before, self.before = self.before, error
+        self.count += 1
+        if not self.note(error):
+            if self.limits.converged(before, error):
+                self.stopped = "converged"
+            elif self.count >= self.limits.iterations:
+                self.stopped = "max_iterations"
+        return bool(self.stopped)
+
+    def note(self, error: float) -> bool:
+        """Note the error after a step of a solver with a rule of its own; return whether a callback ends it."""
+        self.history.append(min(error, self.history[-1]) if self.history else error)
+        if self.callback is not None and self.callback(len(self.history), self.history[-1]) is True:
+            self.stopped = "callback"
+        return self.stopped == "callback"
+
+
+def unwatched(iteration: int, error: float | None) -> None:
+    """Ignore progress. A solver that is given this one computes no error that only progress would show."""
+
+
+# -- What a solver returns ---------------------------------------------------------------------------------------------
+
+
+Arrays = dict[str, Array]
+#: For each array the indices of its axes, and those of the result: as ``numpy.einsum`` takes them.
+Contraction = tuple[list[list[int]], list[int]]
 #: Whether something holds: known, or proved by a function that takes longer than the fit.
 Claim = bool | Callable[[], bool]
+
+
+class Fit(NamedTuple):
+    """Fitted arrays, and how they were computed.
+
+    Attributes
+    ----------
+    arrays : dict of str to array
+    optimal : bool or function that returns one
+        Whether the error is known to be at most ``factor`` times the least possible one.
+    iterations : int
+        Steps of all starts.
+    method : str
+        Short description of the method.
+    stopped : str
+        Why it stopped: ``"direct"`` without an iteration, ``"converged"`` where a step gained no more than the
+        tolerance, ``"max_iterations"``, ``"callback"``, or ``"singular"`` where the equations of a step are.
+    error : float
+        The relative error, if the solver knows it; otherwise NaN.
+    history : tuple of float
+        The relative error after each step, if the solver knows them.
+    factor : float
+    bound : float
+        A lower bound on the relative error of all arrays of these shapes, if the solver knows one.
+    closed : callable, optional
+        Computes the arrays from the tensor, where that takes no iteration: so they are differentiated.
+    """
+
+    arrays: Arrays
+    optimal: Claim
+    iterations: int
+    method: str
+    stopped: str = "direct"
+    error: float = math.nan
+    history: tuple[float, ...] = ()
+    factor: float = 1.0
+    bound: float = 0.0
+    closed: Callable[[Array], Arrays] | None = None
+
+    @property
+    def converged(self) -> bool:
+        """Whether it stopped because it improved no more."""
+        return self.stopped in _CONVERGED
+
+
+_CONVERGED = ("direct", "converged")
+
+
+# -- Whether a fit is optimal: its error, bound and certificate, computed when they are first read ---------------------
 
 
 def holds(claim: Claim) -> bool:
@@ -112,6 +265,48 @@ class Optimality:
 
     def __getstate__(self) -> dict[str, Any]:
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}  # type: ignore[arg-type]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FitOutcome(Optimality):
+    """How a decomposition was found, and how good it is.
+
+    Attributes
+    ----------
+    error : float
+        Frobenius norm of the residual over that of the tensor, or of the update, computed from the returned arrays; of
+        the observed elements if there is a mask. 0 for zeros.
+    bound : float
+        A lower bound on the error of all arrays of these shapes; 0 if none is known.
+    certified : bool
+        Whether the error is known to be the least possible one: by theory, because it meets the bound, or because it is
+        no more than rounding.
+    stopped : str
+        Why it stopped: ``"direct"`` without an iteration, ``"converged"`` where a step gained no more than the
+        tolerance, ``"max_iterations"``, ``"callback"``, or ``"singular"`` where the equations of a step are.
+    history : tuple of float
+        The least error after each iteration, of all starts; empty if the method does not say.
+    method : str
+        Short description of the method.
+
+    Notes
+    -----
+    The bound and the certificate may take longer than the decomposition: they are computed when they are first read,
+    and so is the error of a tensor where no iteration needs it. Until then a copy of the tensor is held, of up to 2^24
+    elements.
+    """
+
+    error: float = dataclasses.field()
+    bound: float = dataclasses.field()
+    certified: bool = dataclasses.field()
+    stopped: str = "direct"
+    history: tuple[float, ...] = ()
+    method: str
+
+    @property
+    def converged(self) -> bool:
+        """Whether it stopped because it improved no more; True if there was no iteration."""
+        return self.stopped in _CONVERGED
 
 
 # -- The proof that a matrix has no closer approximation of a rank -----------------------------------------------------
@@ -209,206 +404,6 @@ def _bounded(rest: np.ndarray, along: np.ndarray, least: float) -> bool:
     except np.linalg.LinAlgError:
         return False
     return True
-
-
-# -- Reports, overall and per group ------------------------------------------------------------------------------------
-
-
-#: Rows that notebooks show.
-_SHOWN = 20
-
-
-class Step(NamedTuple):
-    """Progress of a decomposition, the argument of a progress callback.
-
-    Attributes
-    ----------
-    group, groups : int
-        Index of the group, from 0, and the number of groups.
-    iteration : int
-        Iteration within this group; 0 when the group begins.
-    error : float or None
-        The relative error of the group so far, if known.
-    """
-
-    group: int
-    groups: int
-    iteration: int
-    error: float | None
-
-
-@dataclasses.dataclass(frozen=True)
-class GroupReport(Optimality):
-    """The accuracy of the fit of one group.
-
-    Attributes
-    ----------
-    size : int
-        Number of elements of its update.
-    norm : float
-        Frobenius norm of the given update.
-    error : float
-        Relative Frobenius error, ``|fit - given| / |given|``, computed in float64 from the returned arrays; 0 for an
-        update of zeros.
-    bound : float
-        A lower bound on the relative error over all parameters of this config; 0 if none is known.
-    certified : bool
-        Whether the fit is known to be optimal: by theory, because it meets the bound, or because the error is no more
-        than rounding.
-    iterations : int
-        Iterations of the method; 0 if it is direct.
-    method : str
-        Description of the method.
-
-    Notes
-    -----
-    The bound and the certificate often take longer than the fit: they are computed when one of them is first read.
-    """
-
-    size: int
-    norm: float
-    error: float = dataclasses.field()
-    bound: float = dataclasses.field()
-    certified: bool = dataclasses.field()
-    iterations: int
-    method: str
-
-
-@dataclasses.dataclass(frozen=True)
-class FitReport:
-    """The accuracy of a decomposition.
-
-    Attributes
-    ----------
-    plan : SuperLoRA
-        The plan that the parameters belong to: ``report.plan.deltas(params)``.
-    groups : tuple of GroupReport
-
-    Examples
-    --------
-    >>> import tnadapt as tna
-    >>> plan = tna.SuperLoRA(tna.Config(rank=1), [(2, 2)])
-    >>> print(FitReport(plan, (GroupReport(4, 2.0, 0.25, 0.25, True, 0, "SVD"),)))
-    relative error 0.25 in 1 group, 4 parameters for 4 elements; the optimum
-    """
-
-    plan: SuperLoRA
-    groups: tuple[GroupReport, ...]
-
-    @functools.cached_property
-    def error(self) -> float:
-        """Relative Frobenius error of all updates together."""
-        return self._together([group.error for group in self.groups])
-
-    @functools.cached_property
-    def bound(self) -> float:
-        """Lower bound on the relative error of all updates together."""
-        return self._together([group.bound for group in self.groups])
-
-    @property
-    def errors(self) -> tuple[float, ...]:
-        """Relative error of each group."""
-        return tuple(group.error for group in self.groups)
-
-    @property
-    def certified(self) -> bool:
-        """Whether the fit of every group is known to be optimal."""
-        return all(group.certified for group in self.groups)
-
-    @property
-    def iterations(self) -> int:
-        """Total number of iterations of all groups."""
-        return sum(group.iterations for group in self.groups)
-
-    def _together(self, errors: list[float]) -> float:
-        # Scale by a power of two near the largest norm: an error times a norm of 1e-320 would have few digits.
-        exponent = math.frexp(max((group.norm for group in self.groups), default=0.0))[1]
-        norms = [math.ldexp(group.norm, -exponent) for group in self.groups]
-        wrong = together(error * norm for error, norm in zip(errors, norms, strict=True))
-        return relative(wrong, together(norms))
-
-    def __str__(self) -> str:
-        count = len(self.groups)
-        if not any(group.norm for group in self.groups):
-            return f"the updates are zero, in {count} group{'s' * (count != 1)}: there is nothing to fit"
-        known = "the optimum" if self.certified else "not known to be the optimum"
-        if self.bound and not self.certified:
-            known += f" (no less than {self.bound:.3g})"
-        return (
-            f"relative error {self.error:.3g} in {count} group{'s' * (count != 1)}, "
-            f"{self.plan.num_parameters:,} parameters for {self.plan.size:,} elements; {known}"
-        )
-
-    def _repr_html_(self) -> str:
-        head = ("group", "elements", "error", "bound", "certified", "iterations", "method")
-        rows = [
-            (
-                str(number), f"{group.size:,}", f"{group.error:.3g}", f"{group.bound:.3g}",
-                "yes" if group.certified else "no", str(group.iterations), group.method,
-            )
-            for number, group in enumerate(self.groups)
-        ]  # fmt: skip
-        more = [f"{len(rows) - _SHOWN} more groups in .groups"] if len(rows) > _SHOWN else []
-        return TextTable(rows[:_SHOWN], head, caption="Fit", notes=[*more, str(self)]).html()
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the report as a dictionary for JSON."""
-        return {
-            "config": self.plan.config.to_dict(),
-            "parameters": self.plan.num_parameters,
-            "elements": self.plan.size,
-            "error": self.error,
-            "bound": self.bound,
-            "certified": self.certified,
-            "iterations": self.iterations,
-            "groups": [dataclasses.asdict(group) for group in self.groups],
-        }
-
-
-# -- The result of a solver, and its stopping criteria -----------------------------------------------------------------
-
-
-Arrays = dict[str, Array]
-#: For each array the indices of its axes, and those of the result: as ``numpy.einsum`` takes them.
-Contraction = tuple[list[list[int]], list[int]]
-
-
-def unwatched(iteration: int, error: float | None) -> None:
-    """Ignore progress. A solver that is given this one computes no error that only progress would show."""
-
-
-class Fit(NamedTuple):
-    """Fitted arrays, and how they were computed.
-
-    Attributes
-    ----------
-    arrays : dict of str to array
-    optimal : bool or function that returns one
-        Whether they are known to be the optimum.
-    iterations : int
-    method : str
-        Short description of the method.
-    """
-
-    arrays: Arrays
-    optimal: Claim
-    iterations: int
-    method: str
-
-
-class Limits(NamedTuple):
-    """Stopping criteria of an iteration.
-
-    Attributes
-    ----------
-    tol : float
-        Stop when a step reduces the relative error by no more than this.
-    iterations : int
-        Maximum number of iterations.
-    """
-
-    tol: float = 1e-6
-    iterations: int = 100
 
 
 # -- The smallest rank for an error ------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Solvers for Tucker decompositions: HOSVD, and orthogonal iteration (HOOI) from it.
+"""Tucker decompositions: the driver of ``tucker`` and ``decompose``, HOSVD, and orthogonal iteration (HOOI) from it.
 
 De Lathauwer, De Moor & Vandewalle, "A multilinear singular value decomposition" and "On the best rank-1 and
 rank-(R1, …, RN) approximation" (SIAM J. Matrix Anal. 21, 2000); Vannieuwenhoven et al., "A new truncation strategy for
@@ -7,24 +7,108 @@ the higher-order singular value decomposition" (SIAM J. Sci. Comput. 34, 2012).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
 
-from tnadapt.algebra.formats import unfolded
-from tnadapt.algebra.products import mode_product
+from tnadapt.algebra.products import mode_product, unfolded
 from tnadapt.backends import Array, Backend
 
-from .linear_algebra import Leading
+from .fits import Callback, Claim, Fit, Iteration, Limits, all_of
+from .linear_algebra import Leading, MatrixTruncation, norm_of, refuse_trace
 
-__all__ = [
-    "SMALL",
-    "hooi",
-    "hosvd",
-    "projected",
-]
+__all__ = ["fit_tucker"]
 
 
-#: Up to this size, each mode is truncated of the whole tensor: the better start on average.
-SMALL = 1 << 14
+# Up to this size, each mode is truncated of the whole tensor: the better start on average.
+_SMALL = 1 << 14
+
+
+def fit_tucker(
+    backend: Backend,
+    tensor: Array,
+    ranks: Mapping[int, int] | None,
+    limits: Limits,
+    *,
+    loss: float = 0.0,
+    init: Mapping[int, Array] | None = None,
+    fixed: Collection[int] = (),
+    svd: str = "auto",
+    seed: int = 0,
+    callback: Callback | None = None,
+) -> Fit:
+    """Fit a core, and a matrix with orthonormal columns for each mode that has a rank.
+
+    Parameters
+    ----------
+    backend : Backend
+    tensor : array, shape (d_1, …, d_M)
+        Real or complex.
+    ranks : mapping of int to int, or None
+        By the modes; None for all modes, and as large as ``loss`` asks.
+    limits : Limits
+        Without iterations, the HOSVD alone.
+    loss : float
+        Frobenius norm that may be lost.
+    init : mapping of int to array, optional
+        The matrices that the iteration starts from, instead of those of the HOSVD.
+    fixed : collection of int
+        Modes whose matrices in ``init`` have orthonormal columns and are kept.
+    svd, seed
+        As for :func:`tnadapt.decompose`.
+    callback : callable, optional
+
+    Returns
+    -------
+    Fit
+        Arrays ``core``, ``factor0``, ….
+
+    Raises
+    ------
+    BackendError
+        For an iteration inside a trace.
+    """
+    shape = [int(size) for size in tensor.shape]
+    modes = list(range(len(shape)) if ranks is None else ranks)
+    truncation, exact = MatrixTruncation(backend, tensor, svd, seed), list[Claim]()
+    # Modes that shrink most come first: what follows is then smaller.
+    order = sorted(modes, key=lambda mode: (ranks[mode] if ranks else 1) / shape[mode])
+    # With ranks of the whole tensor, an error that is allowed would be spent once for each mode and not used up.
+    in_turn = ranks is None or len(shape) < 3 or math.prod(shape) > _SMALL
+
+    def truncated(matrix: Array, mode: int) -> Leading:
+        if ranks is None:
+            leading = truncation.left_to_loss(matrix, loss / math.sqrt(len(shape)))
+        else:
+            leading = truncation.left_to_rank(matrix, ranks[mode])
+        exact.append(leading.exact)
+        return leading
+
+    def start(tensor: Array) -> tuple[Array, dict[int, Array], int]:
+        if init is None:
+            return hosvd(backend, tensor, order, truncated, in_turn)
+        factors = {mode: init[mode] if mode in fixed else backend.qr(init[mode])[0] for mode in modes}
+        return _core(backend, tensor, factors, None), factors, len(shape)
+
+    def named(core: Array, factors: Mapping[int, Array]) -> dict[str, Array]:
+        return {"core": core} | {f"factor{mode}": factors[mode] for mode in modes}
+
+    core, factors, lossy = start(tensor)
+    optimal = all_of(exact) if init is None else False
+    factor = math.sqrt(max(1, lossy))
+    moving = [mode for mode in modes if mode not in fixed and int(core.shape[mode]) < shape[mode]]
+    if not moving or not limits.iterations or (init is None and lossy <= 1):
+        method = "HOSVD" if init is None else "given start"
+        return Fit(
+            named(core, factors), optimal, 0, method, factor=factor, closed=lambda tensor: named(*start(tensor)[:2])
+        )
+    refuse_trace(backend, tensor, "tucker()", "use max_iterations=0")
+    ranks = {mode: int(core.shape[mode]) for mode in modes}
+    steps = Iteration(limits, callback)
+    core, factors = hooi(backend, tensor, factors, moving, truncated, steps)
+    history = tuple(steps.history)
+    return Fit(
+        named(core, factors), optimal, len(history), "HOSVD, HOOI", steps.stopped, history=history, factor=factor
+    )
 
 
 def projected(backend: Backend, tensor: Array, factor: Array, mode: int) -> Array:
@@ -37,7 +121,7 @@ def hosvd(
     tensor: Array,
     modes: Sequence[int],
     truncated: Callable[[Array, int], Leading],
-    sequential: bool = True,
+    sequential: bool,
 ) -> tuple[Array, dict[int, Array], int]:
     """Truncate one mode after another, each of what the modes before it left, or each of the whole tensor.
 
@@ -76,11 +160,10 @@ def hosvd(
 def hooi(
     backend: Backend,
     tensor: Array,
-    factors: dict[int, Array],
+    factors: Mapping[int, Array],
     moving: Collection[int],
     truncated: Callable[[Array, int], Leading],
-    on_sweep: Callable[[int, Array], bool],
-    sweeps: int,
+    steps: Iteration,
 ) -> tuple[Array, dict[int, Array]]:
     """Improve factors in turn, each the best with the others fixed; no sweep increases the error.
 
@@ -88,31 +171,28 @@ def hooi(
     ----------
     backend : Backend
     tensor : array, shape (d_1, …, d_M)
-    factors : dict of int to array
+    factors : mapping of int to array
         With orthonormal columns.
     moving : collection of int
         The modes whose factors are improved.
     truncated : callable
         Truncates the unfolding of a mode to its rank.
-    on_sweep : callable
-        Called with the number of sweeps and the core; stops the iteration if it returns True.
-    sweeps : int
-        Maximum number of sweeps.
+    steps : Iteration
 
     Returns
     -------
     core : array
     factors : dict of int to array
     """
-    factors = dict(factors)
+    factors, norm = dict(factors), norm_of(backend, tensor)
     core = _core(backend, tensor, factors, None)
-    for count in range(1, sweeps + 1):
+    while not steps.stopped:
         for mode in moving:
             others = _core(backend, tensor, factors, mode)
             factors[mode] = truncated(unfolded(backend, others, mode), mode).u
             core = projected(backend, others, factors[mode], mode)
-        if on_sweep(count, core):
-            break
+        # The factors are orthonormal, so what the core lacks is the error.
+        steps.step(math.sqrt(max(0.0, 1.0 - (norm_of(backend, core) / norm) ** 2)) if norm else 0.0)
     return core, factors
 
 

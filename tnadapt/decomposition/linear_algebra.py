@@ -29,11 +29,13 @@ __all__ = [
     "Leading",
     "MatrixTruncation",
     "at_size",
+    "epsilon_of",
     "kept",
     "leading_triplets",
     "norm_of",
     "on_host",
     "power_of",
+    "refuse_trace",
     "tensorly_on",
     "truncated_pays",
     "with_value",
@@ -548,7 +550,7 @@ class MatrixTruncation:
     def __init__(
         self, backend: Backend, like: Array, svd: str = "auto", seed: int = 0, *, settled: bool = False
     ) -> None:
-        self.backend = backend
+        self.backend, self.seed = backend, seed
         if svd not in SVD_METHODS:
             raise ConfigError(f"svd must be one of {', '.join(SVD_METHODS)}; got {safe_repr(svd)}")
         traced = not backend.is_concrete(like)
@@ -670,6 +672,20 @@ def _pulled_back(matrix: np.ndarray, leading: np.ndarray, cotangent: np.ndarray,
 
 
 # -- Norms of arrays of any library, and scaling of updates and their arrays by powers of two --------------------------
+
+
+def refuse_trace(backend: Backend, tensor: Array, what: str, way: str) -> None:
+    """Raise a BackendError inside a trace, where the values that a solver needs are unknown."""
+    if not backend.is_concrete(tensor):
+        raise BackendError(
+            f"{what} iterates until it converges, which takes the values of the tensor, and they are unknown "
+            f"inside a trace (jax.jit, jax.grad, torch.func, torch.compile): {way}"
+        )
+
+
+def epsilon_of(backend: Backend, x: Array) -> float:
+    """Return the machine epsilon of an array's dtype."""
+    return float(np.finfo(backend.dtype_name(x)).eps)
 
 
 def norm_of(backend: Backend, x: Array) -> float:

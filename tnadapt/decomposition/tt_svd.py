@@ -1,4 +1,4 @@
-"""Solvers for tensor trains and rings: TT-SVD, TR-SVD, and alternating least squares over the cores.
+"""Tensor trains: the driver of ``tensor_train`` and ``decompose``, TT-SVD and sweeps over the cores; and tensor rings.
 
 Oseledets, "Tensor-train decomposition" (SIAM J. Sci. Comput. 33, 2011), algorithm 1.
 """
@@ -7,22 +7,106 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Sequence
-from typing import Any
 
 import numpy as np
 
 from tnadapt.algebra.products import tt_tensor
 from tnadapt.backends import Array, Backend
 
-from .fits import Limits
-from .linear_algebra import Leading, norm_of
+from .fits import Callback, Claim, Fit, Iteration, Limits, all_of
+from .linear_algebra import Leading, MatrixTruncation, norm_of, refuse_trace
 
-__all__ = [
-    "improved_train",
-    "ring_svd",
-    "ring_sweep",
-    "tt_svd",
-]
+__all__ = ["fit_train", "ring_svd", "ring_sweep"]
+
+
+# -- The driver: TT-SVD, then sweeps -----------------------------------------------------------------------------------
+
+
+def fit_train(
+    backend: Backend,
+    tensor: Array,
+    ranks: Sequence[int] | None,
+    limits: Limits,
+    *,
+    loss: float = 0.0,
+    init: Sequence[Array] | None = None,
+    fixed: Collection[int] = (),
+    svd: str = "auto",
+    seed: int = 0,
+    settled: bool = False,
+    callback: Callback | None = None,
+) -> Fit:
+    """Fit the cores of a tensor train.
+
+    Parameters
+    ----------
+    backend : Backend
+    tensor : array, shape (d_1, …, d_M)
+        Real or complex.
+    ranks : sequence of int or None
+        The largest rank of each bond; None for as large as ``loss`` asks.
+    limits : Limits
+        Of the sweeps; without iterations, TT-SVD alone.
+    loss : float
+        Frobenius norm that may be lost.
+    init : sequence of array, optional
+        The cores that the sweeps start from, instead of those of TT-SVD.
+    fixed : collection of int
+        Positions of the cores in ``init`` that are kept.
+    svd, seed
+        As for :func:`tnadapt.decompose`.
+    settled : bool
+        Whether nobody else can change the tensor later.
+    callback : callable, optional
+
+    Returns
+    -------
+    Fit
+        Arrays ``core0``, …. The error is at most √(M - 1) times the least one, unless there is ``init``.
+
+    Raises
+    ------
+    BackendError
+        For sweeps inside a trace.
+    """
+    bonds, steps = len(tensor.shape) - 1, Iteration(limits, callback)
+    if init is not None:
+        cores, method = list(init), "given start, ALS" if limits.iterations else "given start"
+        if norm_of(backend, tensor) == 0.0:
+            cores = [core if m in fixed else backend.zeros(core.shape, like=core) for m, core in enumerate(cores)]
+        elif limits.iterations:
+            cores = improved_train(backend, tensor, cores, steps, fixed)
+        kept = _named(cores)
+        closed = None if limits.iterations else lambda tensor: kept
+        return Fit(
+            kept, False, steps.count, method, steps.stopped or "direct", history=tuple(steps.history), closed=closed
+        )
+    truncation, exact = MatrixTruncation(backend, tensor, svd, seed, settled=settled), list[Claim]()
+
+    def truncated(matrix: Array, bond: int) -> Leading:
+        if ranks is None:
+            leading = truncation.left_to_loss(matrix, loss / math.sqrt(max(1, bonds)))
+        else:
+            leading = truncation.left_to_rank(matrix, ranks[bond])
+        exact.append(leading.exact)
+        return leading
+
+    cores, cut = tt_svd(backend, tensor, truncated)
+    known = all_of(exact)
+    method, factor = "TT-SVD" if known is not False else "TT-SVD, randomized", math.sqrt(max(1, sum(cut)))
+    if not limits.iterations or (sum(cut) <= 1 and known is not False):
+        return Fit(
+            _named(cores), known, 0, method, factor=factor,
+            closed=lambda tensor: _named(tt_svd(backend, tensor, truncated)[0]),
+        )  # fmt: skip
+    refuse_trace(backend, tensor, "tensor_train(sweeps=…)", "leave sweeps out")
+    cores = improved_train(backend, tensor, cores, steps)
+    history = tuple(steps.history)
+    return Fit(_named(cores), known, len(history), f"{method}, ALS", steps.stopped, history=history, factor=factor)
+
+
+def _named(cores: Sequence[Array]) -> dict[str, Array]:
+    return {f"core{mode}": core for mode, core in enumerate(cores)}
 
 
 # -- TT-SVD ------------------------------------------------------------------------------------------------------------
@@ -71,14 +155,9 @@ def tt_svd(
 
 
 def improved_train(
-    backend: Backend,
-    tensor: Array,
-    cores: Sequence[Array],
-    limits: Limits,
-    watch: Callable[[int, float], Any] = lambda *_: None,
-    fixed: Collection[int] = (),
-) -> tuple[list[Array], int, bool]:
-    """Improve the cores of a train by sweeps until one gains no more than the tolerance.
+    backend: Backend, tensor: Array, cores: Sequence[Array], steps: Iteration, fixed: Collection[int] = ()
+) -> list[Array]:
+    """Improve the cores of a train by sweeps until the iteration stops.
 
     Parameters
     ----------
@@ -87,35 +166,28 @@ def improved_train(
         Real or complex; not zero.
     cores : sequence of array, shape (r_{m-1}, d_m, r_m)
         A start, such as that of TT-SVD. The ranks stay, unless one is larger than its neighbors can use.
-    limits : Limits
-        A sweep goes to the first core and back to the last.
-    watch : callable
-        Called with each sweep's number and relative error; stops the iteration if it returns True.
+    steps : Iteration
+        A step goes to the first core and back to the last.
     fixed : collection of int
         Positions of cores that stay as they are, to the bit.
 
     Returns
     -------
-    cores : list of array
+    list of array
         Their error is never above that of the start. If any differs from the start, and none is fixed, all but the
         last one are orthogonal from the left.
-    sweeps : int
-    converged : bool
-        Whether a sweep gained no more than the tolerance.
     """
     train = AroundFixed(backend, tensor, list(cores), fixed) if fixed else _Train(backend, tensor, list(cores))
-    norm = norm_of(backend, tensor)
-    best, error = list(cores), train.error()
-    for sweep in range(1, limits.iterations + 1):
+    norm, best = norm_of(backend, tensor), list(cores)
+    steps.begin(train.error() / norm)
+    while not steps.stopped:
         train.sweep()
-        before, error = error, train.error()
-        if not error < before:
-            return best, sweep, True
+        if not (error := train.error() / norm) < steps.before:
+            steps.stopped = "converged"  # up to rounding
+            break
         best = list(train.cores)
-        stop = watch(sweep, error / norm) is True
-        if stop or before - error <= limits.tol * norm:
-            return best, sweep, not stop
-    return best, limits.iterations, False
+        steps.step(error)
+    return best
 
 
 class _Train:

@@ -5,6 +5,8 @@ Conventions are TensorLy's: row-major unfoldings, factors of shape ``(size, rank
 slices, and adds, multiplies and rounds without forming it.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from tnadapt.algebra.products import (
     cp_to_tensor,
     kron_matvec,
@@ -12,28 +14,31 @@ from tnadapt.algebra.products import (
     tt_to_tensor,
     tucker_to_tensor,
 )
+from tnadapt.decomposition.fits import FitOutcome
+from tnadapt.lazy_names import lazy_name
 
-from ._cp_decomposition import cp
-from ._decomposed import CPTensor, Decomposed, FitOutcome, TuckerTensor
-from ._kronecker import HadamardTensor, KroneckerTensor, hadamard_decomposition, kronecker_decomposition
-from ._matrix_products import (
-    contract,
-    fold,
-    inner,
-    khatri_rao,
-    mode_dot,
-    multi_mode_dot,
-    outer,
-    row_khatri_rao,
-    tensor_to_vec,
-    unfold,
-    vec,
-    vec_to_tensor,
-)
-from ._random_tensors import random_cp, random_tr, random_tt, random_tt_matrix, random_tucker
-from ._tensor_chains import TRTensor, TTMatrix, TTTensor
-from ._train_decomposition import tensor_ring, tensor_train, tt_matrix
-from ._tucker_decomposition import tucker
+if TYPE_CHECKING:
+    from ._cp_decomposition import cp
+    from ._decomposed import CPTensor, Decomposed, TuckerTensor
+    from ._kronecker import HadamardTensor, KroneckerTensor, hadamard_decomposition, kronecker_decomposition
+    from ._matrix_products import (
+        contract,
+        fold,
+        inner,
+        khatri_rao,
+        mode_dot,
+        multi_mode_dot,
+        outer,
+        row_khatri_rao,
+        tensor_to_vec,
+        unfold,
+        vec,
+        vec_to_tensor,
+    )
+    from ._random_tensors import random_cp, random_tr, random_tt, random_tt_matrix, random_tucker
+    from ._tensor_chains import TRTensor, TTMatrix, TTTensor
+    from ._train_decomposition import tensor_ring, tensor_train, tt_matrix
+    from ._tucker_decomposition import tucker
 
 __all__ = [
     "CPTensor",
@@ -75,3 +80,64 @@ __all__ = [
     "vec",
     "vec_to_tensor",
 ]
+
+# Imported on first use: one decomposition needs few of them.
+_LAZY = {
+    name: module
+    for module, names in {
+        "_cp_decomposition": ("cp",),
+        "_decomposed": (
+            "CPTensor",
+            "Decomposed",
+            "TuckerTensor",
+        ),
+        "_kronecker": (
+            "HadamardTensor",
+            "KroneckerTensor",
+            "hadamard_decomposition",
+            "kronecker_decomposition",
+        ),
+        "_matrix_products": (
+            "contract",
+            "fold",
+            "inner",
+            "khatri_rao",
+            "mode_dot",
+            "multi_mode_dot",
+            "outer",
+            "row_khatri_rao",
+            "tensor_to_vec",
+            "unfold",
+            "vec",
+            "vec_to_tensor",
+        ),
+        "_random_tensors": (
+            "random_cp",
+            "random_tr",
+            "random_tt",
+            "random_tt_matrix",
+            "random_tucker",
+        ),
+        "_tensor_chains": (
+            "TRTensor",
+            "TTMatrix",
+            "TTTensor",
+        ),
+        "_train_decomposition": (
+            "tensor_ring",
+            "tensor_train",
+            "tt_matrix",
+        ),
+        "_tucker_decomposition": ("tucker",),
+    }.items()
+    for name in names
+}
+
+
+def __getattr__(name: str) -> Any:
+    found = globals()[name] = lazy_name(__name__, _LAZY, name)
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,26 +1,26 @@
-"""Results of decompositions: what all have in common, CP tensors, and Tucker tensors."""
+"""Results of decompositions: from a fit to its result; what all have in common, CP tensors, and Tucker tensors."""
 
 from __future__ import annotations
 
 import abc
 import copy
-import dataclasses
+import functools
 import math
-from collections.abc import Collection, Sequence
-from typing import Any, NamedTuple, Self
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, NamedTuple, Self, TypeVar
 
 import numpy as np
 
 from tnadapt.algebra.products import cp_to_tensor, hadamard_tensor, kronecker_tensor, tucker_to_tensor
 from tnadapt.argument_checks import checks_arguments
 from tnadapt.backends import Array, Backend, get_backend
-from tnadapt.decomposition.fits import Contraction, Optimality
-from tnadapt.decomposition.linear_algebra import with_value
+from tnadapt.decomposition.fits import OPEN, Contraction, Fit, FitOutcome, holds
+from tnadapt.decomposition.linear_algebra import epsilon_of, norm_of, with_value
 from tnadapt.errors import BackendError, ShapeError, safe_repr
 from tnadapt.report import TextTable
 
-from ._checks import alike, as_tensor, as_tensors, integer_of, mode_of, scalar_of
 from ._matrix_products import mode_dot, row_khatri_rao, unfold
+from ._requests import Request, alike, as_tensor, as_tensors, integer_of, mode_of, scalar_of
 
 __all__ = [
     "CPTensor",
@@ -28,43 +28,13 @@ __all__ = [
     "FitOutcome",
     "TuckerTensor",
     "block_diagonal",
+    "error_of",
+    "finished",
+    "with_derivative",
 ]
 
 
 # -- What all results share --------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class FitOutcome(Optimality):
-    """How a decomposition was found, and how good it is.
-
-    Attributes
-    ----------
-    error : float
-        Frobenius norm of the residual over that of the tensor; of the observed elements if there is a mask.
-    bound : float
-        A lower bound on the error that any decomposition of that form and those ranks has; 0 if none is known.
-    certified : bool
-        Whether the error is the least possible one, up to rounding.
-    converged : bool
-        Whether an iteration stopped because it improved no more; True if there was no iteration.
-    history : tuple of float
-        The error after each iteration.
-    method : str
-        Short description of the method.
-
-    Notes
-    -----
-    The bound and the certificate may take longer than the decomposition: they are computed when they are first read,
-    and so is the error where no iteration needs it. Until then a copy of the tensor is held, of up to 2^24 elements.
-    """
-
-    error: float = dataclasses.field()
-    bound: float = dataclasses.field()
-    certified: bool = dataclasses.field()
-    converged: bool
-    history: tuple[float, ...]
-    method: str
 
 
 class Decomposed(abc.ABC):
@@ -315,7 +285,7 @@ class Decomposed(abc.ABC):
 
     @property
     def converged(self) -> bool | None:
-        """Whether the iteration stopped because it improved no more."""
+        """Whether the iteration stopped because it improved no more; ``outcome.stopped`` says why it did otherwise."""
         return None if self.outcome is None else self.outcome.converged
 
     @property
@@ -341,8 +311,113 @@ class Decomposed(abc.ABC):
             limit = " (the least possible)" if self.outcome.certified else f" (at least {self.outcome.bound:.3g})"
             facts += [("error", f"{self.outcome.error:.3g}{limit}"), ("method", self.outcome.method)]
             if not self.outcome.converged:
-                facts.append(("converged", "no"))
+                facts.append(("converged", f"no ({self.outcome.stopped})"))
         return facts
+
+
+# -- From a fit to its result ------------------------------------------------------------------------------------------
+
+
+D = TypeVar("D", bound=Decomposed)
+
+
+def finished(
+    request: Request, fit: Fit, result_of: Callable[[Mapping[str, Array]], D], fixed: Collection[int] = ()
+) -> D:
+    """Return the result of a fit, with how good it is, and with its derivative if it is recorded.
+
+    Parameters
+    ----------
+    request : Request
+    fit : Fit
+    result_of : callable
+        Makes the result from the fit's arrays.
+    fixed : collection of int
+        Which of the result's ``arrays`` do not depend on the tensor.
+
+    Returns
+    -------
+    Decomposed
+        Inside a trace without an outcome.
+    """
+    result = result_of(fit.arrays)
+    if not request.concrete:
+        return result
+    rounding = 64.0 * epsilon_of(request.backend, request.tensor)
+    certain, factor, bound, optimal = fit.factor <= 1.0, fit.factor, fit.bound, fit.optimal
+
+    def optimum(error: float) -> tuple[float, bool]:
+        known = holds(optimal)
+        least = error * (1.0 - OPEN) - rounding if certain else error / factor
+        least = max(0.0, min(error, max(bound, least if known else 0.0)))
+        return least, bool((known and certain) or error <= rounding or error <= least * (1.0 + 1e-6))
+
+    error: float | Callable[[], float]
+    if request.settled:
+        # The caller may change the arrays before the error is asked for.
+        copied: D = tuple.__new__(type(result), _copied(result))  # type: ignore[type-var]
+        error = functools.partial(error_of, request, copied)
+    else:
+        error = error_of(request, result)
+    outcome = FitOutcome.computed_later(
+        optimum, error=error, stopped=fit.stopped, history=fit.history, method=fit.method
+    )
+    closed = None if fit.closed is None else functools.partial(_composed, result_of, fit.closed)
+    return with_derivative(request, result, fit.converged, closed, fixed).with_outcome(outcome)
+
+
+def _composed(result_of: Callable[[Any], D], closed: Callable[[Array], Any], tensor: Array) -> D:
+    return result_of(closed(tensor))
+
+
+def error_of(request: Request, result: Decomposed) -> float:
+    """Relative Frobenius error of a decomposition, from its tensor."""
+    backend = request.backend
+    left = request.weighted(request.tensor - backend.reshape(result.to_tensor(), request.shape))
+    residual = norm_of(backend, left)
+    return residual / request.norm if request.norm else float(residual > 0.0)
+
+
+def with_derivative(
+    request: Request,
+    result: D,
+    converged: bool,
+    closed: Callable[[Array], D] | None = None,
+    fixed: Collection[int] = (),
+) -> D:
+    """Return a result with the same values, and with its derivative if it is recorded.
+
+    That of ``closed``, which computes the result from the tensor; otherwise that of a minimum of the error.
+    """
+    if request.source is None:
+        return result
+    backend, values = request.backend, result.arrays
+    if closed is not None:
+        expressed = closed(request.source).arrays
+        return result.with_arrays(
+            [with_value(backend, value, array) for value, array in zip(values, expressed, strict=True)]
+        )
+    from tnadapt.decomposition.implicit_gradient import implicit_gradient
+
+    dtype = backend.dtype_name(request.tensor)
+    hosts, contraction = [backend.to_numpy(value) for value in values], result.contraction
+
+    def pullback(tensor: Array, cotangents: Sequence[Array]) -> Array:
+        gradient = implicit_gradient(
+            contraction, hosts, backend.to_numpy(tensor), [backend.to_numpy(x) for x in cotangents], fixed,
+            float(np.finfo(dtype).eps), converged,
+        )  # fmt: skip
+        return backend.asarray(gradient, dtype, backend.device(tensor))
+
+    arrays = backend.with_pullback(request.source, values, pullback)
+    for place in fixed:
+        arrays[place] = values[place]
+    return result.with_arrays(arrays).scaled_alike(result)
+
+
+def _copied(parts: Any) -> list[Any]:
+    """Copy arrays in nested sequences."""
+    return [_copied(part) if isinstance(part, (list, tuple)) else None if part is None else part * 1 for part in parts]
 
 
 # -- CP tensors: sums of outer products of vectors ---------------------------------------------------------------------

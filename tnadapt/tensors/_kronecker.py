@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -16,13 +16,25 @@ from tnadapt.algebra.products import hadamard_tensor, kron_matvec, kronecker_ten
 from tnadapt.argument_checks import checks_arguments, is_sequence
 from tnadapt.backends import Array, get_backend
 from tnadapt.decomposition import Step, decompose
-from tnadapt.decomposition.fits import Contraction
+from tnadapt.decomposition.fits import Contraction, limits_of
 from tnadapt.errors import BackendError, ShapeError, safe_repr
 
-from ._checks import as_tensor, as_tensors, integer_of, numeric, scalar_of, useful_rank
 from ._cp_decomposition import cp
-from ._decomposed import CPTensor, Decomposed, FitOutcome
-from ._requests import METHOD, STARTS, Callback, Request, Watch, completed, requested, smallest_rank
+from ._decomposed import CPTensor, Decomposed, finished, with_derivative
+from ._requests import (
+    STARTS,
+    Callback,
+    Request,
+    as_tensor,
+    as_tensors,
+    completed,
+    integer_of,
+    numeric,
+    requested,
+    scalar_of,
+    smallest_rank,
+    useful_rank,
+)
 
 __all__ = ["HadamardTensor", "KroneckerTensor", "hadamard_decomposition", "kronecker_decomposition"]
 
@@ -228,7 +240,7 @@ def kronecker_decomposition(
     max_error: float | None = None,
     mask: Any = None,
     weights: Any = None,
-    starts: int = 1,
+    starts: int | None = None,
     random_state: Any = None,
     tol: float = 1e-8,
     max_iterations: int = 200,
@@ -287,19 +299,18 @@ def kronecker_decomposition(
     sizes = _shapes(shapes, request.shape)
     backend = request.backend
     if request.observed is not None:
-        watch, many = Watch(tol, callback), integer_of("terms", terms or 1, 1)
-        known = completed(
-            request, [Dense(shape, 1) for shape in sizes], watch, terms=many, starts=max(starts, STARTS),
-            iterations=integer_of("max_iterations", max_iterations, 1),
+        many = integer_of("terms", terms or 1, 1)
+        fit = completed(
+            request, [Dense(shape, 1) for shape in sizes], limits_of(tol, max_iterations), callback, terms=many,
+            starts=max(starts or 1, STARTS),
         )  # fmt: skip
-        alone = many == len(sizes) == 1
-        found_terms = [
-            [known.arrays["dense" if alone else f"term{term}.split{k}.dense"] for k in range(len(sizes))]
-            for term in range(many)
-        ]
-        return request.finished(
-            KroneckerTensor(None, found_terms), METHOD, converged=known.converged, history=known.history
-        )
+        # The arrays are in order: those of the first term, those of the second, ….
+        return finished(
+            request, fit,
+            lambda arrays: KroneckerTensor(
+                None, [list(arrays.values())[at : at + len(sizes)] for at in range(0, len(arrays), len(sizes))]
+            ),
+        )  # fmt: skip
     vectors = [math.prod(shape) for shape in sizes]
     most = math.prod(vectors) // max(vectors)
     count = None if terms is None else min(integer_of("terms", terms, 1), most)
@@ -526,23 +537,21 @@ def _fitted(
     request: Request, rank: int, parts: int, tol: float, max_iterations: int, callback: Callback | None
 ) -> HadamardTensor:
     """Return the fit of one rank."""
-    shape, watch = request.shape, Watch(tol, callback)
+    shape, limits = request.shape, limits_of(tol, max_iterations)
     if parts > 64 or rank > math.prod(shape):
         raise ShapeError(f"{parts} parts of rank {rank} are more than a tensor of shape {shape} can use")
 
+    def result_of(arrays: Mapping[str, Array]) -> HadamardTensor:
+        factors, each = list(arrays.values()), len(shape)
+        return HadamardTensor([CPTensor(None, factors[at : at + each]) for at in range(0, len(factors), each)])
+
     if request.observed is not None:
-        known = completed(
-            request, [CP(shape, rank) for _ in range(parts)], watch, hadamard=True, starts=STARTS,
-            iterations=integer_of("max_iterations", max_iterations, 1),
-        )  # fmt: skip
-        prefixes = [f"term0.split{part}." if parts > 1 else "" for part in range(parts)]
-        own = [[known.arrays[f"{prefix}factor{mode}"] for mode in range(len(shape))] for prefix in prefixes]
-        made = HadamardTensor([CPTensor(None, factors) for factors in own])
-        return request.finished(made, METHOD, converged=known.converged, history=known.history)
+        splits = [CP(shape, rank) for _ in range(parts)]
+        return finished(request, completed(request, splits, limits, callback, hadamard=True), result_of)
 
     def on_step(step: Step) -> None:
-        if step.error is not None:
-            watch(step.iteration, step.error)
+        if callback is not None and step.error is not None:
+            callback(step.iteration, step.error)
 
     matrix = request.backend.reshape(request.tensor, (shape[0], math.prod(shape[1:])))
     config = Config(rank=rank, order=len(shape), fold=shape, groups=1, format="cp")
@@ -551,18 +560,5 @@ def _fitted(
     params, report = decompose(
         [matrix], config, tol=tol, max_iterations=max_iterations, seed=request.seed, progress=on_step
     )
-    names = list(params)
-    each = len(names) // parts
-    found = HadamardTensor(
-        [CPTensor(None, [params[name] for name in names[part * each : (part + 1) * each]]) for part in range(parts)]
-    )
     (group,) = report.groups
-    # Another start may have used up the steps; an exact answer needs no more of them.
-    exact = float(group.error) <= 64.0 * float(np.finfo(request.backend.dtype_name(request.tensor)).eps)
-    converged = exact or group.iterations < max_iterations
-    return request.differentiable(found, converged).with_outcome(
-        FitOutcome.computed_later(
-            lambda _: (group.bound, group.certified), error=group.error, converged=converged,
-            history=tuple(watch.history), method=group.method,
-        )
-    )  # fmt: skip
+    return with_derivative(request, result_of(params), group.converged).with_outcome(group)

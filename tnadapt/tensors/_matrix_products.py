@@ -13,7 +13,7 @@ from tnadapt.argument_checks import checks_arguments
 from tnadapt.backends import Array, Backend, get_backend
 from tnadapt.errors import ShapeError, safe_repr
 
-from ._checks import alike, as_tensor, as_tensors, integer_of, mode_of, numeric
+from ._requests import alike, as_tensor, as_tensors, integer_of, mode_of, numeric
 
 __all__ = [
     "contract",

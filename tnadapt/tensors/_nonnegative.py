@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 
 from tnadapt.backends import Array, Backend, load_backend
+from tnadapt.decomposition.fits import Fit, Limits
 from tnadapt.decomposition.linear_algebra import norm_of, tensorly_on
 from tnadapt.errors import BackendError, ConfigError, ShapeError, safe_repr
 
-from ._checks import mode_of
-from ._decomposed import CPTensor, TuckerTensor
-from ._requests import Request
+from ._decomposed import TuckerTensor
+from ._requests import Request, mode_of
 
-__all__ = ["constrained_modes", "fitted_cp", "fitted_tucker", "refuse_callback"]
+__all__ = ["constrained_modes", "fit_nonnegative_cp", "fit_nonnegative_tucker", "refuse_callback"]
 
 _WAY = "non-negative HALS"
 # A tensor has no positive element if its negative part has its norm, up to this.
@@ -74,66 +74,54 @@ def _not_negative(backend: Backend, array: Array, what: str) -> None:
 def _bound(request: Request) -> float:
     """The error of any tensor without negative elements: at least the negative part of the given one."""
     backend, tensor = request.backend, request.tensor
-    norm = request.norm()
+    norm = request.norm
     return norm_of(backend, backend.where(tensor < 0.0, tensor, tensor * 0.0)) / norm if norm else 0.0
 
 
-def fitted_cp(
+def fit_nonnegative_cp(
     request: Request,
     rank: int,
     modes: frozenset[int],
-    init: str | CPTensor,
+    start: str | list[Array],
     fixed: Collection[int],
     starts: int,
-    tol: float,
-    iterations: int,
-) -> CPTensor:
-    """Return the best of several fits of one rank, of a tensor with at least two modes."""
-    backend, best = request.backend, list[CPTensor]()
-    bound = _bound(request) if len(modes) == len(request.shape) else 0.0
-    if bound >= 1.0 - _ROUNDING and not fixed:
-        zeros = [backend.zeros((size, rank), like=request.tensor) for size in request.shape]
-        return request.finished(CPTensor(None, zeros), "zero", optimal=True)
-    given: str | list[Array] = init if isinstance(init, str) else _factors(request, init, rank, modes, fixed)
-    rng = np.random.default_rng(request.seed)
+    limits: Limits,
+) -> Fit:
+    """Return the best of several fits of one rank."""
+    backend, shape = request.backend, request.shape
+    if len(shape) == 1:
+        column = backend.reshape(request.tensor, (-1, 1))
+        return Fit({"factor0": backend.where(column > 0.0, column, column * 0.0)}, True, 0, "exact")
+    bound = _bound(request) if len(modes) == len(shape) else 0.0
+    if request.norm == 0.0 or (bound >= 1.0 - _ROUNDING and not fixed):
+        zeros = {f"factor{mode}": backend.zeros((size, rank), like=request.tensor) for mode, size in enumerate(shape)}
+        return Fit(zeros, True, 0, "zero")
+    if not isinstance(start, str):
+        _check_start(request, start, modes, fixed)
+    rng, best, count = np.random.default_rng(request.seed), Fit({}, False, 0, _WAY, error=math.inf), 0
     for number in range(starts):
-        start = given if number == 0 or not isinstance(given, str) else "random"
-        if number and not isinstance(given, str):
-            start = [one if mode in fixed else _uniform(request, rng, one) for mode, one in enumerate(given)]
+        begun: str | list[Array] = start if number == 0 or not isinstance(start, str) else "random"
+        if number and not isinstance(start, str):
+            begun = [factor if mode in fixed else _uniform(request, rng, factor) for mode, factor in enumerate(start)]
         factors, errors = nonnegative_cp(
-            backend, request.tensor, rank, modes, start, fixed, tol, iterations, request.seed + number
+            backend, request.tensor, rank, modes, begun, fixed, limits.tol, limits.iterations, request.seed + number
         )
-        if not all(np.isfinite(errors)):
-            continue
-        found = CPTensor(None, factors)
-        best.append(
-            request.finished(
-                found if fixed else found.truncated(rank), _WAY, bound=bound, converged=len(errors) < iterations,
-                history=errors,
-            )
-        )  # fmt: skip
-    if not best:
-        raise ShapeError(
-            f"no start of rank {rank} succeeded, as its equations are singular: use another init or random_state, or a "
-            "smaller rank"
-        )
-    return min(best, key=lambda found: found.error or 0.0)
+        count += len(errors)
+        if all(np.isfinite(errors)) and errors[-1] < best.error:
+            best = _hals({f"factor{mode}": factor for mode, factor in enumerate(factors)}, errors, limits, bound)
+    return best._replace(iterations=count)
 
 
-def _factors(request: Request, init: CPTensor, rank: int, modes: frozenset[int], fixed: Collection[int]) -> list[Array]:
-    if init.rank != rank:
-        raise ShapeError(f"init has rank {init.rank}; expected {rank}")
-    for mode in sorted(modes):
-        _not_negative(request.backend, init.factors[mode], f"factor {mode} of init")
-    factors = list(init.factors)
-    free = next((mode for mode in range(len(factors)) if mode not in fixed), None)
-    if free is None:
+def _hals(arrays: dict[str, Array], errors: Sequence[float], limits: Limits, bound: float) -> Fit:
+    stopped = "converged" if len(errors) < limits.iterations else "max_iterations"
+    return Fit(arrays, False, len(errors), _WAY, stopped, errors[-1], tuple(errors), bound=bound)
+
+
+def _check_start(request: Request, start: list[Array], modes: frozenset[int], fixed: Collection[int]) -> None:
+    if len(set(fixed)) == len(start):
         raise ConfigError("fixed= keeps all modes, so that nothing is left to fit: leave out one of them")
-    if init.weights is not None:
-        factors[free] = factors[free] * init.weights
-        if free in modes:
-            _not_negative(request.backend, factors[free], "init with its weights")
-    return factors
+    for mode in sorted(modes):
+        _not_negative(request.backend, start[mode], f"factor {mode} of init")
 
 
 def _uniform(request: Request, rng: np.random.Generator, like: Array) -> Array:
@@ -141,9 +129,7 @@ def _uniform(request: Request, rng: np.random.Generator, like: Array) -> Array:
     return backend.asarray(rng.random(tuple(like.shape)), backend.dtype_name(like), backend.device(like))
 
 
-def fitted_tucker(
-    request: Request, ranks: Sequence[int], init: str | TuckerTensor, tol: float, iterations: int
-) -> TuckerTensor:
+def fit_nonnegative_tucker(request: Request, ranks: Sequence[int], init: str | TuckerTensor, limits: Limits) -> Fit:
     """Return a core and factors that are not negative."""
     backend = request.backend
     start: str | tuple[Array, list[Array]]
@@ -156,23 +142,21 @@ def fitted_tucker(
             _not_negative(backend, array, f"factor {place - 1} of init" if place else "the core of init")
         start = (init.core, list(init.factors))
     bound = _bound(request)
-    if request.norm() == 0.0 or bound >= 1.0 - _ROUNDING:
-        zeros = [
-            backend.zeros((size, rank), like=request.tensor) for size, rank in zip(request.shape, ranks, strict=True)
-        ]
-        return request.finished(TuckerTensor(backend.zeros(ranks, like=request.tensor), zeros), "zero", optimal=True)
-    fitted = _tried(request, request.tensor, ranks, start, tol, iterations)
+    if request.norm == 0.0 or bound >= 1.0 - _ROUNDING:
+        shapes = zip(request.shape, ranks, strict=True)
+        zeros = {f"factor{mode}": backend.zeros(shape, like=request.tensor) for mode, shape in enumerate(shapes)}
+        return Fit({"core": backend.zeros(ranks, like=request.tensor), **zeros}, True, 0, "zero")
+    fitted = _tried(request, request.tensor, ranks, start, limits)
     if fitted is None:
         # A core or a factor that becomes zero stays so; one that fits the positive part of the tensor does not.
         positive = backend.where(request.tensor > 0.0, request.tensor, request.tensor * 0.0)
-        begun = _tried(request, positive, ranks, start, tol, iterations)
-        fitted = None if begun is None else _tried(request, request.tensor, ranks, begun[:2], tol, iterations)
+        begun = _tried(request, positive, ranks, start, limits)
+        fitted = None if begun is None else _tried(request, request.tensor, ranks, begun[:2], limits)
     if fitted is None:
         raise ShapeError("the iteration failed, as its equations are singular: use another init or smaller ranks")
     core, factors, errors = fitted
-    return request.finished(
-        TuckerTensor(core, factors), _WAY, bound=bound, converged=len(errors) < iterations, history=errors
-    )
+    arrays = {"core": core} | {f"factor{mode}": factor for mode, factor in enumerate(factors)}
+    return _hals(arrays, errors, limits, bound)
 
 
 def _tried(
@@ -180,12 +164,11 @@ def _tried(
     tensor: Array,
     ranks: Sequence[int],
     start: str | tuple[Array, list[Array]],
-    tol: float,
-    iterations: int,
+    limits: Limits,
 ) -> tuple[Array, list[Array], list[float]] | None:
     """Return a core, factors and errors; None if the equations are singular."""
     try:
-        found = nonnegative_tucker(request.backend, tensor, ranks, start, tol, iterations, request.seed)
+        found = nonnegative_tucker(request.backend, tensor, ranks, start, limits.tol, limits.iterations, request.seed)
     except np.linalg.LinAlgError:
         return None
     return found if all(np.isfinite(found[2])) else None

@@ -12,8 +12,8 @@ from tnadapt.argument_checks import checks_arguments
 from tnadapt.backends import Array, load_backend
 from tnadapt.errors import ConfigError, ShapeError, safe_repr
 
-from ._checks import integer_of, ranks_of
 from ._decomposed import CPTensor, TuckerTensor
+from ._requests import integer_of, ranks_of
 from ._tensor_chains import TRTensor, TTMatrix, TTTensor
 
 __all__ = ["random_cp", "random_tr", "random_tt", "random_tt_matrix", "random_tucker"]

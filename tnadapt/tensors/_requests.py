@@ -1,4 +1,4 @@
-"""What all decompositions share: arguments, missing elements, convergence, the search for a rank, errors of results."""
+"""Arguments shared by all decompositions: tensors, ranks, errors, masks, weights, seeds; and the rank for an error."""
 
 from __future__ import annotations
 
@@ -6,52 +6,294 @@ import dataclasses
 import functools
 import inspect
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ParamSpec, Protocol, TypeVar
 
 import numpy as np
 
 from tnadapt.algebra.formats import Format
 from tnadapt.backends import Array, Backend, get_backend
-from tnadapt.decomposition import Limits
-from tnadapt.decomposition.block_passes import LEAST_ERROR, BlockPasses, Compressed, by_error, by_sizes
 from tnadapt.decomposition.completion import complete, unobserved
-from tnadapt.decomposition.fits import OPEN, Claim, holds, smallest_within
-from tnadapt.decomposition.linear_algebra import norm_of, with_value
+from tnadapt.decomposition.fits import Callback, Fit, Limits, smallest_within
+from tnadapt.decomposition.linear_algebra import norm_of, refuse_trace
 from tnadapt.errors import BackendError, ConfigError, ShapeError, UnexpectedKeywordError, safe_repr
-
-from ._checks import as_tensor, error_limit, finite, integer_of
-from ._decomposed import Decomposed, FitOutcome
 
 __all__ = [
     "BLOCK",
-    "METHOD",
-    "OVERSAMPLED",
     "STARTS",
     "Callback",
     "Request",
-    "Watch",
+    "alike",
+    "as_tensor",
+    "as_tensors",
     "completed",
-    "compressed",
+    "error_limit",
+    "finite",
     "hints_keywords",
+    "in_memory",
+    "inner_ranks",
+    "integer_of",
+    "mode_of",
+    "normal",
+    "numeric",
     "one_of",
+    "ranks_of",
     "refuse_observed",
     "requested",
-    "result_dtype",
+    "ring_ranks",
+    "scalar_of",
     "seed_of",
     "smallest_rank",
-    "with_block_error",
+    "useful_rank",
 ]
 
 
-# -- Arguments, and what is said of the result -------------------------------------------------------------------------
+# -- Tensors, modes and numbers ----------------------------------------------------------------------------------------
 
 
-Callback = Callable[[int, float], Any]
-D = TypeVar("D", bound=Decomposed)
+#: Dtypes that computations run in; others are converted to the first.
+_NUMERIC = ("float64", "float32", "complex128", "complex64")
+_HALF = ("float16", "bfloat16")
+
+
+def as_tensor(given: Any, what: str = "the tensor") -> tuple[Backend, Array]:
+    """Return the library of a tensor, and the tensor in a dtype that computations run in.
+
+    Parameters
+    ----------
+    given : array, or nested lists of numbers
+        Lists become NumPy arrays. Integers and booleans become float64 in NumPy, and float32 in other libraries; half
+        precision becomes float32.
+    what : str
+        What the tensor is, for errors.
+
+    Returns
+    -------
+    Backend
+    array
+
+    Raises
+    ------
+    BackendError
+        If it is not an array of a known library, or holds something else than numbers.
+    ShapeError
+        If nested lists differ in length.
+
+    Examples
+    --------
+    >>> as_tensor([[1, 2], [3, 4]])[1]
+    array([[1., 2.],
+           [3., 4.]])
+    """
+    if isinstance(given, (list, tuple, int, float, complex)):
+        given = _from_lists(given, what)
+    if isinstance(given, np.ma.MaskedArray):
+        raise BackendError(f"{what} is a masked array: give its data, and mask=~array.mask to a decomposition")
+    if type(given).__module__.partition(".")[0] == "dask":
+        raise BackendError(
+            f"{what} is a dask array, which tucker() and tensor_train() read in blocks; elsewhere pass x.compute()"
+        )
+    backend = get_backend(given, what=what)
+    return backend, numeric(backend, given, what)
+
+
+def numeric(backend: Backend, array: Array, what: str) -> Array:
+    """Return an array in a dtype that computations run in; see :func:`as_tensor`."""
+    name = backend.dtype_name(array)
+    if name in _NUMERIC:
+        return array
+    if name in _HALF:
+        return backend.astype(array, "float32")
+    if name.startswith(("int", "uint", "bool")):
+        return backend.astype(array, "float64" if backend.name == "numpy" else "float32")
+    raise BackendError(f"{what} must hold numbers; got the dtype {name}")
+
+
+def _from_lists(given: Any, what: str) -> np.ndarray:
+    try:
+        array = np.asarray(given)
+    except ValueError:
+        raise ShapeError(f"{what} is a list whose parts differ in length; expected equal lengths") from None
+    if array.dtype.kind not in "biufc":
+        raise BackendError(f"{what} must hold numbers; got {safe_repr(given)}")
+    return array
+
+
+def as_tensors(given: Any, what: str) -> tuple[Backend, list[Array]]:
+    """Return the library of several arrays, and the arrays; all of one library, dtype and device."""
+    try:
+        arrays = list(given)
+    except TypeError:
+        raise ShapeError(f"{what} must be a list of arrays; got {safe_repr(given)}") from None
+    if not arrays:
+        raise ShapeError(f"{what} must be a list of at least one array; got an empty one")
+    found = [as_tensor(array, f"array {number} of {what}") for number, array in enumerate(arrays)]
+    tensors = [array for _, array in found]
+    return get_backend(*tensors), tensors
+
+
+def alike(matrices: Sequence[Array], axis: int, what: str) -> None:
+    """Raise a ShapeError unless all are matrices with the same number of rows (axis 0) or columns (axis 1)."""
+    for number, matrix in enumerate(matrices):
+        if len(matrix.shape) != 2:
+            raise ShapeError(f"{what} {number} has shape {tuple(matrix.shape)}; expected a matrix")
+        if matrix.shape[axis] != matrices[0].shape[axis]:
+            raise ShapeError(
+                f"{what} {number} has shape {tuple(matrix.shape)}; expected as many {('rows', 'columns')[axis]} as "
+                f"{what} 0, of shape {tuple(matrices[0].shape)}"
+            )
+
+
+def finite(backend: Backend, tensor: Array, what: str = "the tensor", way: str = "") -> None:
+    """Raise a ShapeError if a tensor has no elements, NaN or infinity; tracers are not looked at."""
+    if not math.prod(tensor.shape):
+        raise ShapeError(f"{what} has shape {tuple(tensor.shape)}, so there is nothing to decompose")
+    if str(backend.device(tensor)) == "meta":
+        raise BackendError(f"{what} is on the meta device and has no values: move it to a real device")
+    if not backend.is_concrete(tensor):
+        return
+    if not backend.all_finite(tensor):
+        kind = "NaN" if math.isnan(backend.largest(tensor)) else "infinity"
+        raise ShapeError(f"{what} holds {kind}, so it cannot be decomposed{way}")
+
+
+def integer_of(name: str, value: Any, least: int, most: int | None = None) -> int:
+    """Return an integer argument; raise a ShapeError unless it is one within the limits."""
+    whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    if not whole or value < least or (most is not None and value > most):
+        limits = f"from {least} to {most}" if most is not None else f"of at least {least}"
+        raise ShapeError(f"{name} must be an integer {limits}; got {safe_repr(value)}")
+    return int(value)
+
+
+def mode_of(mode: Any, shape: Sequence[int], what: str = "mode") -> int:
+    """Return a mode as a number from 0; negative ones count from the last."""
+    order = len(shape)
+    if isinstance(mode, bool) or not isinstance(mode, (int, np.integer)) or not -order <= mode < order:
+        raise ShapeError(
+            f"{what} must be from 0 to {order - 1} for a tensor of shape {tuple(shape)}, or negative, counted from the "
+            f"last; got {safe_repr(mode)}"
+        )
+    return int(mode) % order
+
+
+def scalar_of(value: Any) -> Any:
+    """Return a number, or an array without axes, that may multiply a tensor; None for anything else.
+
+    Numbers of NumPy become Python's, which change no dtype.
+
+    Examples
+    --------
+    >>> scalar_of(np.float64(2.0)), scalar_of(np.ones(2))
+    (2.0, None)
+    """
+    if isinstance(value, (np.number, np.ndarray)) and value.ndim == 0:
+        value = value.item()
+    return value if isinstance(value, (int, float, complex)) or getattr(value, "shape", None) == () else None
+
+
+# -- Ranks and errors --------------------------------------------------------------------------------------------------
+
+# The Frobenius error of a sequence of truncations is at most the root of the sum of their squares, so each of n
+# truncations may lose ``max_error / sqrt(n)``.
+
+
+def error_limit(max_error: Any) -> float:
+    """Return an allowed relative error; raise a ShapeError unless it is from 0 to below 1."""
+    real = isinstance(max_error, (int, float, np.floating)) and not isinstance(max_error, bool)
+    if not real or not 0.0 <= max_error < 1.0:
+        raise ShapeError(f"max_error must be from 0 to below 1, a relative error; got {safe_repr(max_error)}")
+    return float(max_error)
+
+
+def _are_several(rank: Any) -> bool:
+    """Return whether a rank is a sequence of ranks."""
+    return isinstance(rank, (list, tuple)) or (isinstance(rank, np.ndarray) and rank.ndim == 1)
+
+
+def ranks_of(rank: Any, count: int, what: str) -> list[int]:
+    """Return one rank for each of ``count`` bonds or modes, from one number or a sequence of them."""
+    if isinstance(rank, (int, np.integer)) and not isinstance(rank, bool):
+        return [integer_of("rank", rank, 1)] * count
+    listed = list(rank) if _are_several(rank) else None
+    if listed is None or len(listed) != count:
+        raise ShapeError(f"rank must be a number or one for each of the {count} {what}; got {safe_repr(rank)}")
+    return [integer_of(f"rank[{place}]", one, 1) for place, one in enumerate(listed)]
+
+
+def inner_ranks(rank: Any, possible: Sequence[int]) -> list[int]:
+    """Return the ranks of the bonds of a train.
+
+    Parameters
+    ----------
+    rank : int or sequence of int
+        One number is cut to what is possible. A sequence has one for each bond, with or without a 1 at both ends.
+    possible : sequence of int
+        The largest rank of each bond.
+
+    Raises
+    ------
+    ShapeError
+        If a rank of a sequence is above the possible.
+    """
+    listed = list(rank) if _are_several(rank) else rank
+    if not isinstance(listed, list):
+        return [min(one, most) for one, most in zip(ranks_of(listed, len(possible), "bonds"), possible, strict=True)]
+    if len(listed) == len(possible) + 2 and (listed[0], listed[-1]) == (1, 1):
+        listed = listed[1:-1]
+    found = ranks_of(listed, len(possible), "bonds")
+    for bond, (one, most) in enumerate(zip(found, possible, strict=True)):
+        if one > most:
+            raise ShapeError(f"rank {one} of bond {bond} is above {most}, the largest that is possible there")
+    return found
+
+
+def useful_rank(shape: Sequence[int]) -> int:
+    """Return the rank with which every tensor of a shape is a CP tensor."""
+    return math.prod(shape) // max(shape)
+
+
+def ring_ranks(ranks: Sequence[int], shape: Sequence[int]) -> list[int]:
+    """Cut the ranks of a ring to what is useful.
+
+    A ring that is opened at one bond is a train, and represents any tensor with the full ranks of a train; and no bond
+    has more independent rows than the core on either side of it has columns.
+
+    Parameters
+    ----------
+    ranks : sequence of int
+        Of each bond, the first one left of the first core.
+    shape : sequence of int
+
+    Returns
+    -------
+    list of int
+
+    Examples
+    --------
+    >>> ring_ranks([99, 99, 99], (5, 6, 7)), ring_ranks([99, 2, 2], (5, 6, 7)), ring_ranks([3, 4, 5], (5, 6, 7))
+    ([6, 6, 6], [10, 2, 2], [3, 4, 5])
+    """
+    order, found = len(shape), list(ranks)
+    turned = [[*shape[first:], *shape[:first]] for first in range(order)]
+    most = min(max(min(math.prod(sizes[:cut]), math.prod(sizes[cut:])) for cut in range(1, order)) for sizes in turned)
+    if min(found) >= most:
+        found = [most] * order
+    while True:
+        # Bond m lies between the cores m - 1 and m.
+        cut = [min(found[m], found[m - 1] * shape[m - 1], found[(m + 1) % order] * shape[m]) for m in range(order)]
+        if cut == found:
+            return found
+        found = cut
+
+
+# -- A checked request -------------------------------------------------------------------------------------------------
+
 
 # Of larger tensors no copy is held until the error is asked for: it is computed at once.
 _COPIED = 1 << 24
+#: Bytes of a block of a tensor that is not in memory, in double precision, unless told otherwise.
+BLOCK = 1 << 27
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +314,7 @@ class Request:
         Whether nobody else can change the tensor, so that the error may be computed when it is read.
     source : array or None
         The tensor with its derivatives, if they are recorded; ``tensor`` is then detached, so that the result is the
-        same. :meth:`finished` connects the two.
+        same. :func:`._decomposed.finished` connects the two.
     """
 
     backend: Backend
@@ -93,12 +335,9 @@ class Request:
         """Whether the values are known: not inside a trace."""
         return self.backend.is_concrete(self.tensor)
 
+    @functools.cached_property
     def norm(self) -> float:
         """Frobenius norm of the tensor in float64; of the observed elements."""
-        return self._norm
-
-    @functools.cached_property
-    def _norm(self) -> float:
         return norm_of(self.backend, self.weighted(self.tensor))
 
     def kept(self) -> Request:
@@ -107,124 +346,18 @@ class Request:
             return self
         return dataclasses.replace(self, tensor=self.tensor * 1, settled=True)
 
-    def refuse_recorded(self, what: str, *given: Array | None) -> None:
+    def refuse_recorded(self, what: str, *arrays: Array | None) -> None:
         """Raise a BackendError if derivatives of given arrays are recorded: the result has none."""
-        if any(array is not None and self.backend.differentiates(array) for array in given):
+        if any(array is not None and self.backend.differentiates(array) for array in arrays):
             raise BackendError(f"{what} is not differentiated: detach the tensor first, as in x.detach()")
 
     def refuse_trace(self, what: str, way: str) -> None:
         """Raise a BackendError inside a trace, where the values that a solver needs are unknown."""
-        if not self.concrete:
-            raise BackendError(
-                f"{what} iterates until it converges, which takes the values of the tensor, and they are unknown "
-                f"inside a trace (jax.jit, jax.grad, torch.func, torch.compile): {way}"
-            )
+        refuse_trace(self.backend, self.tensor, what, way)
 
     def weighted(self, tensor: Array) -> Array:
         """Multiply a tensor by the roots of the weights."""
         return tensor if self.observed is None else tensor * self.observed
-
-    def error_of(self, found: Decomposed) -> float:
-        """Relative Frobenius error of a decomposition, from its tensor."""
-        norm = self.norm()
-        residual = norm_of(
-            self.backend, self.weighted(self.tensor - self.backend.reshape(found.to_tensor(), self.shape))
-        )
-        return residual / norm if norm else float(residual > 0.0)
-
-    def finished(
-        self,
-        found: D,
-        method: str,
-        *,
-        optimal: Claim = False,
-        known: Claim = True,
-        factor: float = math.inf,
-        bound: float = 0.0,
-        converged: bool = True,
-        history: Sequence[float] = (),
-        closed: Callable[[Array], D] | None = None,
-        fixed: Collection[int] = (),
-    ) -> D:
-        """Attach to a result how good it is, and its derivative if it is recorded; inside a trace return it as it is.
-
-        Parameters
-        ----------
-        found : Decomposed
-        method : str
-        optimal : bool or function that returns one
-            Whether theory guarantees the optimum.
-        known : bool or function that returns one
-            Whether the steps that ``factor`` rests on are known to be the best ones.
-        factor : float
-            The error is at most this many times the least one.
-        bound : float
-            A lower bound on the least relative error.
-        converged : bool
-        history : sequence of float
-        closed : callable, optional
-            Computes the result from a tensor whose derivatives are recorded, if that does not take an iteration.
-            Otherwise the derivative is that of a minimum of the error.
-        fixed : collection of int
-            Which of the result's ``arrays`` do not depend on the tensor.
-        """
-        if not self.concrete:
-            return found
-        rounding = 64.0 * float(np.finfo(self.backend.dtype_name(self.tensor)).eps)
-
-        def optimum(error: float) -> tuple[float, bool]:
-            is_optimal = holds(optimal)
-            least = max(bound, error / factor if factor < math.inf and holds(known) else 0.0)
-            if is_optimal:
-                least = max(least, error * (1.0 - OPEN) - rounding)
-            least = max(0.0, min(error, least))
-            return least, bool(is_optimal or error <= rounding or error <= least * (1.0 + 1e-6))
-
-        error: float | Callable[[], float]
-        if self.settled:
-            # The caller may change the arrays before the error is asked for.
-            copied: D = tuple.__new__(type(found), _copied(found))  # type: ignore[type-var]
-            error = functools.partial(self.error_of, copied)
-        else:
-            error = self.error_of(found)
-        outcome = FitOutcome.computed_later(
-            optimum, error=error, converged=converged, history=tuple(history), method=method
-        )
-        return self.differentiable(found, converged, closed, fixed).with_outcome(outcome)
-
-    def differentiable(
-        self, found: D, converged: bool, closed: Callable[[Array], D] | None = None, fixed: Collection[int] = ()
-    ) -> D:
-        """Return a result with the same values, and with its derivative if it is recorded; see :meth:`finished`."""
-        if self.source is None:
-            return found
-        backend, values = self.backend, found.arrays
-        if closed is not None:
-            expressed = closed(self.source).arrays
-            return found.with_arrays(
-                [with_value(backend, value, array) for value, array in zip(values, expressed, strict=True)]
-            )
-        from tnadapt.decomposition.implicit_gradient import implicit_gradient
-
-        kind = backend.dtype_name(self.tensor)
-        hosts, contraction = [backend.to_numpy(value) for value in values], found.contraction
-
-        def pullback(tensor: Array, cotangents: Sequence[Array]) -> Array:
-            gradient = implicit_gradient(
-                contraction, hosts, backend.to_numpy(tensor), [backend.to_numpy(one) for one in cotangents], fixed,
-                float(np.finfo(kind).eps), converged,
-            )  # fmt: skip
-            return backend.asarray(gradient, kind, backend.device(tensor))
-
-        arrays = backend.with_pullback(self.source, values, pullback)
-        for place in fixed:
-            arrays[place] = values[place]
-        return found.with_arrays(arrays).scaled_alike(found)
-
-
-def _copied(parts: Any) -> list[Any]:
-    """Copy arrays in nested sequences."""
-    return [_copied(part) if isinstance(part, (list, tuple)) else None if part is None else part * 1 for part in parts]
 
 
 def requested(
@@ -268,6 +401,21 @@ def requested(
     source = tensor if differentiated and backend.is_concrete(tensor) else None
     tensor = tensor if source is None else backend.detached(tensor)
     return Request(backend, tensor, observed, limit, seed_of(random_state), source=source)
+
+
+def in_memory(tensor: Any) -> bool:
+    """Return whether a tensor is in memory, and not read in blocks."""
+    dask = type(tensor).__module__.partition(".")[0] == "dask" and hasattr(tensor, "chunks")
+    return not dask and not isinstance(tensor, np.memmap)
+
+
+def normal(request: Request, rng: np.random.Generator, shape: Sequence[int]) -> Array:
+    """Return normal numbers in the tensor's library, dtype and device."""
+    backend, dtype = request.backend, request.backend.dtype_name(request.tensor)
+    numbers = rng.standard_normal(shape)
+    if dtype.startswith("complex"):
+        numbers = numbers + 1j * rng.standard_normal(shape)
+    return backend.asarray(numbers, dtype, backend.device(request.tensor))
 
 
 def one_of(what: str, rank: Any, max_error: Any) -> None:
@@ -352,60 +500,20 @@ def _all_seen(roots: np.ndarray) -> None:
         )
 
 
-# -- Convergence -------------------------------------------------------------------------------------------------------
-
-
-class Watch:
-    """Collects the errors of an iteration, calls the callback, and says when to stop.
-
-    Parameters
-    ----------
-    tol : float
-        Stop when a step reduces the relative error by no more than this.
-    callback : callable, optional
-        Called with the number and the relative error of each iteration; stops the iteration if it returns True.
-
-    Attributes
-    ----------
-    history : list of float
-    converged : bool
-    stopped : bool
-        Whether the callback has stopped the iteration.
-    """
-
-    def __init__(self, tol: float, callback: Callback | None) -> None:
-        if not isinstance(tol, (int, float, np.floating)) or isinstance(tol, bool) or not 0.0 <= tol < 1.0:
-            raise ConfigError(f"tol must be from 0 to below 1; got {safe_repr(tol)}")
-        if callback is not None and not callable(callback):
-            raise ConfigError(f"callback must be callable; got {safe_repr(callback)}")
-        self.tol, self.callback = float(tol), callback
-        self.history: list[float] = []
-        self.converged = self.stopped = False
-
-    def __call__(self, iteration: int, error: float) -> bool:
-        """Note an error; return whether to stop."""
-        before = self.history[-1] if self.history else math.inf
-        if self.told(iteration, error):
-            return True
-        self.converged = before - error <= self.tol
-        return self.converged
-
-    def told(self, iteration: int, error: float) -> bool:
-        """Note an error; return whether the callback stops the iteration, whatever the tolerance."""
-        self.history.append(error)
-        self.stopped = self.callback is not None and self.callback(iteration, error) is True
-        return self.stopped
-
-
 # -- The smallest rank for an error ------------------------------------------------------------------------------------
 
 
-DecomposedT = TypeVar("DecomposedT", bound=Decomposed)
+class _Fitted(Protocol):
+    @property
+    def error(self) -> float | None: ...
+
+
+FittedT = TypeVar("FittedT", bound=_Fitted)
 
 
 def smallest_rank(
-    fitted: Callable[[int], DecomposedT], limit: float, most: int, shape: Sequence[int], init: Any = "svd"
-) -> DecomposedT:
+    fitted: Callable[[int], FittedT], limit: float, most: int, shape: Sequence[int], init: Any = "svd"
+) -> FittedT:
     """Return the fit of the smallest rank that is found to keep to an error.
 
     Parameters
@@ -443,15 +551,6 @@ def smallest_rank(
 
 #: Random starts of a small problem.
 STARTS = 8
-METHOD = "least squares on the observed elements"
-
-
-class Completed(NamedTuple):
-    """The arrays of a completion, in the tensor's library, and how they were found."""
-
-    arrays: dict[str, Array]
-    converged: bool
-    history: tuple[float, ...]
 
 
 def refuse_observed(nonnegative: Any) -> None:
@@ -463,25 +562,24 @@ def refuse_observed(nonnegative: Any) -> None:
 def completed(
     request: Request,
     splits: Sequence[Format],
-    watch: Watch,
+    limits: Limits,
+    callback: Callback | None,
     *,
-    iterations: int,
-    starts: int,
+    starts: int = STARTS,
     terms: int = 1,
     hadamard: bool = False,
     start: Mapping[str, Array] | None = None,
     fixed: Any = (),
-) -> Completed:
-    """Fit formats to the observed elements of a tensor.
+) -> Fit:
+    """Fit formats to the observed elements of a tensor; the arrays are in the tensor's library.
 
     Parameters
     ----------
     request : Request
         With ``observed``.
-    splits, terms, hadamard, starts
+    splits, limits, starts, terms, hadamard
         As for :func:`tnadapt.decomposition.completion.complete`.
-    watch : Watch
-    iterations : int
+    callback : callable, optional
     start : mapping of str to array, optional
     fixed : collection
         What the caller was asked to keep.
@@ -503,67 +601,13 @@ def completed(
         raise ConfigError(f"fixed={sorted(fixed)} cannot be kept with mask= or weights=: leave one of them out")
     roots = np.real(backend.to_numpy(request.observed)).astype(np.float64)
     host = None if start is None else {name: backend.to_numpy(array) for name, array in start.items()}
-    found = complete(
+    fit = complete(
         splits, backend.to_numpy(request.tensor), roots**2, terms=terms, hadamard=hadamard, start=host, starts=starts,
-        seed=request.seed, limits=Limits(watch.tol, iterations), watch=watch.told,
+        seed=request.seed, limits=limits, watch=callback or (lambda *_: None),
     )  # fmt: skip
-    kind, device = backend.dtype_name(request.tensor), backend.device(request.tensor)
-    arrays = {name: backend.asarray(np.ascontiguousarray(one), kind, device) for name, one in found.arrays.items()}
-    return Completed(arrays, found.converged, found.history)
-
-
-# -- Tensors that are read block by block ------------------------------------------------------------------------------
-
-
-#: Bytes of a block, in double precision, unless told otherwise.
-BLOCK = 1 << 27
-#: Directions of a sketch beyond the rank.
-OVERSAMPLED = 10
-
-
-def compressed(passes: BlockPasses, sizes: Sequence[int] | None, max_error: float | None, seed: int) -> Compressed:
-    """Compress a tensor to sizes, or as far as an error allows.
-
-    Raises
-    ------
-    ShapeError
-        If the tensor has no elements, NaN or infinity, or the error is below what Gram matrices can tell.
-    BackendError
-        If the tensor does not hold numbers.
-    """
-    if passes.dtype.kind not in "biufc":
-        raise BackendError(f"the tensor must hold numbers; got the dtype {passes.dtype}")
-    if not math.prod(passes.shape):
-        raise ShapeError(f"the tensor has shape {passes.shape}, so there is nothing to decompose")
-    if sizes is None:
-        limit = error_limit(max_error)
-        if limit < LEAST_ERROR:
-            raise ShapeError(
-                f"max_error={limit} is below {LEAST_ERROR}, the least for a tensor read in blocks: give ranks, or "
-                "load the tensor into memory"
-            )
-        return by_error(passes, limit)
-    return by_sizes(passes, sizes, seed)
-
-
-def with_block_error(result: D, found: Compressed, small: Any) -> D:
-    """Attach how good a result is, from what the compression lost and the error of what was left."""
-    outcome = small.outcome
-    inside = outcome.error * float(np.linalg.norm(found.core))
-    error = math.hypot(found.lost, inside) / found.norm if found.norm else 0.0
-    bound = min(error, found.bound / found.norm if found.norm else 0.0)
-    eps = float(np.finfo(result.arrays[0].dtype).eps)
-    method = f"compressed in blocks, {outcome.method}"
-    return result.with_outcome(
-        FitOutcome(error, bound, error <= 64.0 * eps, outcome.converged, outcome.history, method)
-    )
-
-
-def result_dtype(passes: BlockPasses) -> np.dtype[Any]:
-    """Return the dtype of a result: that of the tensor, or float64 for integers, float32 for half precision."""
-    if passes.dtype.kind not in "fc":
-        return np.dtype(np.float64)
-    return np.dtype(np.float32) if passes.dtype.itemsize < 4 else passes.dtype
+    dtype, device = backend.dtype_name(request.tensor), backend.device(request.tensor)
+    arrays = {name: backend.asarray(np.ascontiguousarray(array), dtype, device) for name, array in fit.arrays.items()}
+    return fit._replace(arrays=arrays, method="least squares on the observed elements")
 
 
 # -- TensorLy's keywords, refused with our names for them --------------------------------------------------------------

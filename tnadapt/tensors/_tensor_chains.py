@@ -15,10 +15,11 @@ import numpy as np
 from tnadapt.algebra.products import tt_left, tt_to_tensor
 from tnadapt.backends import Array, Backend, get_backend
 from tnadapt.decomposition.fits import Contraction
+from tnadapt.decomposition.linear_algebra import kept
 from tnadapt.errors import ShapeError
 
-from ._checks import as_tensors, numeric, rounded_cores, scalar_of
 from ._decomposed import Decomposed, block_diagonal
+from ._requests import as_tensors, error_limit, numeric, ranks_of, scalar_of
 
 __all__ = [
     "TRTensor",
@@ -221,7 +222,7 @@ class TTTensor(CoreChain):
         Oseledets (2011), algorithm 2: ``M d r^3`` multiply-adds.
         """
         orthogonal = self.left_orthogonal()
-        return type(self)(rounded_cores(self.backend, list(orthogonal), rank, max_error))
+        return type(self)(_rounded(self.backend, list(orthogonal), rank, max_error))
 
 
 class TRTensor(CoreChain):
@@ -476,3 +477,39 @@ class TTMatrix(Decomposed, tuple[Array, ...]):
                 f"the matrices divide into {self.row_sizes} × {self.col_sizes} and {other.row_sizes} × "
                 f"{other.col_sizes}; expected the same modes"
             )
+
+
+def _rounded(
+    backend: Backend, cores: Sequence[Array], rank: int | Sequence[int] | None, max_error: float | None
+) -> list[Array]:
+    """Reduce the ranks of a train whose cores are orthogonal from the left.
+
+    Parameters
+    ----------
+    backend : Backend
+    cores : sequence of array, shape (r_{m-1}, d_m, r_m)
+    rank, max_error
+        As for :meth:`tnadapt.tensors.TTTensor.round`.
+
+    Returns
+    -------
+    list of array
+    """
+    if (rank is None) == (max_error is None):
+        raise ShapeError("give either rank= or max_error=, to say what to round to")
+    cores, bonds = list(cores), len(cores) - 1
+    limits = [0] * bonds if rank is None else ranks_of(rank, bonds, "bonds")
+    loss = 0.0
+    if max_error is not None:
+        norm = float(np.linalg.norm(backend.to_numpy(cores[-1]).reshape(-1)))
+        loss = error_limit(max_error) * norm / math.sqrt(max(1, bonds))
+    for bond in range(bonds - 1, -1, -1):
+        left, size, right = (int(one) for one in cores[bond + 1].shape)
+        u, s, vh = backend.svd(backend.reshape(cores[bond + 1], (left, size * right)))
+        most = int(s.shape[0])
+        keep = min(limits[bond], most) if rank is not None else kept(backend.to_numpy(s), most, loss)
+        cores[bond + 1] = backend.reshape(vh[:keep, :], (keep, size, right))
+        before = cores[bond]
+        flat = backend.reshape(before, (-1, left))
+        cores[bond] = backend.reshape(backend.matmul(flat, u[:, :keep] * s[:keep]), (*before.shape[:2], keep))
+    return cores

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -12,32 +12,32 @@ from tnadapt.algebra.formats import TensorTrain
 from tnadapt.algebra.products import mode_product
 from tnadapt.argument_checks import checks_arguments
 from tnadapt.backends import Array, get_backend, load_backend
-from tnadapt.decomposition import Limits
-from tnadapt.decomposition.block_passes import BlockPasses, Compressed, passes_over
-from tnadapt.decomposition.fits import Claim, all_of
-from tnadapt.decomposition.linear_algebra import Leading, MatrixTruncation
-from tnadapt.decomposition.tt_svd import improved_train, ring_svd, ring_sweep, tt_svd
+from tnadapt.decomposition.fits import Fit, Iteration, limits_of
+from tnadapt.decomposition.linear_algebra import Leading, MatrixTruncation, epsilon_of
+from tnadapt.decomposition.tt_svd import fit_train, ring_svd, ring_sweep
 from tnadapt.errors import ConfigError, ShapeError, TnadaptError, safe_repr
 
-from ._checks import as_tensor, error_limit, finite, inner_ranks, integer_of, mode_of, ranks_of, ring_ranks
-from ._decomposed import Decomposed
+from ._decomposed import Decomposed, error_of, finished
 from ._requests import (
     BLOCK,
-    METHOD,
-    OVERSAMPLED,
-    STARTS,
     Callback,
     Request,
-    Watch,
+    as_tensor,
     completed,
-    compressed,
+    error_limit,
+    finite,
     hints_keywords,
+    in_memory,
+    inner_ranks,
+    integer_of,
+    mode_of,
+    normal,
     one_of,
+    ranks_of,
     requested,
-    result_dtype,
+    ring_ranks,
     seed_of,
     smallest_rank,
-    with_block_error,
 )
 from ._tensor_chains import TRTensor, TTMatrix, TTTensor
 
@@ -146,31 +146,45 @@ def tensor_train(
     >>> bool((again[0] == tensor_train(noise, 3)[0]).all()), again.outcome.method
     (True, 'given start, ALS')
     """
-    passes = passes_over(tensor, integer_of("memory", memory, 1))
-    if passes is not None:
+    block = integer_of("memory", memory, 1)
+    if not in_memory(tensor):
         if mask is not None or weights is not None:
             raise ConfigError("a tensor that is read in blocks takes neither mask nor weights: load it into memory")
         if not isinstance(init, str) or fixed:
             raise ConfigError("a tensor that is read in blocks takes neither init nor fixed: load it into memory")
-        return _from_blocks(passes, rank, max_error, svd, seed_of(random_state))
+        return _from_blocks(tensor, block, rank, max_error, svd, seed_of(random_state))
     request = requested(tensor, rank, max_error, mask=mask, weights=weights, random_state=random_state)
-    watch, iterations = Watch(tol, callback), integer_of("max_iterations", max_iterations, 1)
-    most = None if sweeps is None else integer_of("sweeps", sweeps, 0)
+    limits = limits_of(tol, max_iterations)
     ranks = None if rank is None else inner_ranks(rank, _possible(request.shape))
-    begun, held = _start_of(request, init, fixed, ranks)
+    start, held = _start_of(request, init, fixed, ranks)
+    most = None if sweeps is None else integer_of("sweeps", sweeps, 0)
     if request.observed is not None:
         split = TensorTrain(request.shape, 1 if ranks is None else tuple(ranks))
-        start = None if begun is None else {f"core{mode}": core for mode, core in enumerate(begun)}
-        found = completed(request, [split], watch, iterations=iterations, starts=STARTS, start=start, fixed=held)
-        cores = [found.arrays[f"core{mode}"] for mode in range(len(request.shape))]
-        return request.finished(TTTensor(cores), METHOD, converged=found.converged, history=found.history)
-    if begun is not None:
-        return _from_start(request, begun, held, iterations if most is None else most, watch)
-    return _finished(request, ranks, svd, most or 0, watch)
+        named = None if start is None else {f"core{mode}": core for mode, core in enumerate(start)}
+        fit = completed(request, [split], limits, callback, start=named, fixed=held)
+        return finished(request, fit, _train)
+    if most is not None or start is None:
+        limits = limits._replace(iterations=most or 0)
+    # The core of a vector is the vector itself.
+    request = request.kept() if start is None and not limits.iterations and len(request.shape) > 1 else request
+    fit = fit_train(
+        request.backend, request.tensor, ranks, limits,
+        loss=0.0 if request.max_error is None else request.max_error * request.norm, init=start, fixed=held, svd=svd,
+        seed=request.seed, settled=request.settled, callback=callback,
+    )  # fmt: skip
+    return finished(request, fit, _train, fixed=held)
 
 
-def _from_blocks(passes: BlockPasses, rank: Any, max_error: float | None, svd: str, seed: int) -> TTTensor:
+def _train(arrays: Mapping[str, Array]) -> TTTensor:
+    # Without the checks of arrays from a user, which take a third of the time of a small tensor.
+    return TTTensor.of(get_backend(arrays["core0"]), [arrays[f"core{mode}"] for mode in range(len(arrays))])
+
+
+def _from_blocks(tensor: Any, block: int, rank: Any, max_error: float | None, svd: str, seed: int) -> TTTensor:
     """Compress the modes to what a train of these ranks can have, and decompose that."""
+    from tnadapt.decomposition.block_passes import OVERSAMPLED, compressed, passes_over, result_dtype
+
+    passes = passes_over(tensor, block)
     one_of("rank", rank, max_error)
     sizes = None
     if rank is not None:
@@ -180,66 +194,21 @@ def _from_blocks(passes: BlockPasses, rank: Any, max_error: float | None, svd: s
         sizes = [min(size, most) for size, most in zip(shape, wanted, strict=True)]
     # Both steps together lose the root of the sum of the squares.
     half = None if max_error is None else error_limit(max_error) / math.sqrt(2.0)
-    found = compressed(passes, sizes, half, seed)
-    left = None
+    small, left = compressed(passes, sizes, half, seed), None
     if max_error is not None:
-        core = float(np.linalg.norm(found.core))
-        left = math.sqrt(max(0.0, (max_error * found.norm) ** 2 - found.lost**2)) / core if core else 0.0
-    small = tensor_train(found.core, rank, max_error=left, svd=svd, random_state=seed)
-    return _expanded(passes, found, small)
-
-
-def _expanded(passes: BlockPasses, found: Compressed, small: TTTensor) -> TTTensor:
-    """Return the tensor train of what a tensor was compressed to, expanded."""
-    backend, dtype = load_backend("numpy"), result_dtype(passes)
-    cores = [
-        np.asarray(mode_product(backend, core, basis, 1), dtype)
-        for core, basis in zip(small, found.factors, strict=True)
-    ]
-    return with_block_error(TTTensor(cores), found, small)
+        core = float(np.linalg.norm(small.core))
+        left = math.sqrt(max(0.0, (max_error * small.norm) ** 2 - small.lost**2)) / core if core else 0.0
+    inner = tensor_train(small.core, rank, max_error=left, svd=svd, random_state=seed)
+    numpy, dtype = load_backend("numpy"), result_dtype(passes)
+    pairs = zip(inner, small.factors, strict=True)
+    cores = [np.asarray(mode_product(numpy, core, basis, 1), dtype) for core, basis in pairs]
+    assert inner.outcome is not None
+    return TTTensor(cores).with_outcome(small.outcome(inner.outcome, dtype))
 
 
 def _possible(shape: tuple[int, ...]) -> list[int]:
     """Return the largest rank of each bond."""
     return [min(math.prod(shape[: bond + 1]), math.prod(shape[bond + 1 :])) for bond in range(len(shape) - 1)]
-
-
-def _finished(request: Request, ranks: list[int] | None, svd: str, sweeps: int, watch: Watch) -> TTTensor:
-    bonds = len(request.shape) - 1
-    # The core of a vector is the vector itself.
-    request = request if sweeps or not bonds else request.kept()
-    truncation = MatrixTruncation(request.backend, request.tensor, svd, request.seed, settled=request.settled)
-    exact = list[Claim]()
-    loss = 0.0 if ranks is not None else (request.max_error or 0.0) * request.norm() / math.sqrt(max(1, bonds))
-
-    def truncated(matrix: Array, bond: int) -> Leading:
-        found = truncation.left_to_loss(matrix, loss) if ranks is None else truncation.left_to_rank(matrix, ranks[bond])
-        exact.append(found.exact)
-        return found
-
-    def closed(tensor: Array) -> TTTensor:
-        # Without the checks of arrays from a user, which take a third of the time of a small tensor.
-        return TTTensor.of(request.backend, tt_svd(request.backend, tensor, truncated)[0])
-
-    cores, cut = tt_svd(request.backend, request.tensor, truncated)
-    known = all_of(exact)
-    method = "TT-SVD, randomized" if known is False else "TT-SVD"
-    ran = sweeps > 0 and (sum(cut) > 1 or known is False)
-    if ran:
-        request.refuse_trace("tensor_train(sweeps=…)", "leave sweeps out")
-        limits = Limits(watch.tol, sweeps)
-        cores, _, ended = improved_train(request.backend, request.tensor, cores, limits, watch)
-        watch.converged = watch.converged or ended
-    return request.finished(
-        TTTensor.of(request.backend, cores),
-        f"{method}, ALS" if ran else method,
-        optimal=known if sum(cut) <= 1 else False,
-        known=known,
-        converged=watch.converged or not ran,
-        history=watch.history,
-        factor=math.sqrt(sum(cut)) if sum(cut) > 1 else math.inf,
-        closed=None if ran else closed,
-    )
 
 
 @hints_keywords
@@ -414,23 +383,6 @@ def _started(cls: type[ChainT], init: Any) -> ChainT:
         raise type(error)(f"init: {error}") from error
 
 
-def _from_start(request: Request, start: TTTensor, fixed: frozenset[int], sweeps: int, watch: Watch) -> TTTensor:
-    """Improve a train by sweeps over the cores that are not fixed."""
-    backend, cores, converged = request.backend, list(start), True
-    if request.norm() == 0.0:
-        free = [mode for mode in range(len(cores)) if mode not in fixed]
-        cores = [backend.zeros(core.shape, like=core) if mode in free else core for mode, core in enumerate(cores)]
-    elif sweeps:
-        limits = Limits(watch.tol, sweeps)
-        cores, _, converged = improved_train(backend, request.tensor, cores, limits, watch, fixed)
-    method = "given start, ALS" if sweeps else "given start"
-    found = TTTensor(cores)
-    return request.finished(
-        found, method, converged=watch.converged or converged, history=watch.history,
-        closed=None if sweeps else lambda tensor: found, fixed=fixed,
-    )  # fmt: skip
-
-
 # -- Tensor rings ------------------------------------------------------------------------------------------------------
 
 
@@ -475,7 +427,8 @@ def tensor_ring(
     max_iterations : int
         Maximum number of sweeps; 0 for TR-SVD alone, which also runs inside ``jax.jit``.
     callback : callable, optional
-        Called with the number and the relative error of each sweep; stops the iteration if it returns True.
+        Called with the number of each sweep, counted through all starts, and the least relative error so far; stops
+        the iteration, and all that would follow, if it returns True.
 
     Returns
     -------
@@ -508,12 +461,13 @@ def tensor_ring(
     (2, 2, 2, 2)
     """
     request = requested(tensor, rank, max_error, random_state=random_state, least_order=2)
-    sweeps = integer_of("max_iterations", max_iterations, 0)
-    count = integer_of("starts", starts, 1, 1 << 20)
+    limits, count = limits_of(tol, max_iterations, 0), integer_of("starts", starts, 1, 1 << 20)
     held = {mode_of(mode, request.shape, "a mode in fixed") for mode in fixed}
 
-    def fitted(one: int | Sequence[int]) -> TRTensor:
-        return _fitted(request, _ranks(one, request.shape), init, held, count, sweeps, tol, callback)
+    def fitted(rank: int | Sequence[int]) -> TRTensor:
+        ranks = _ranks(rank, request.shape)
+        fit = _fitted(request, ranks, init, held, count, Iteration(limits, callback))
+        return finished(request, fit, _ring, fixed=held if limits.iterations else ())
 
     if rank is not None:
         return fitted(rank)
@@ -522,33 +476,34 @@ def tensor_ring(
     return smallest_rank(fitted, request.max_error, most, request.shape, init)
 
 
-def _fitted(
-    request: Request,
-    ranks: list[int],
-    init: Any,
-    held: set[int],
-    starts: int,
-    sweeps: int,
-    tol: float,
-    callback: Callback | None,
-) -> TRTensor:
+def _ring(arrays: Mapping[str, Array]) -> TRTensor:
+    return TRTensor([arrays[f"core{mode}"] for mode in range(len(arrays))])
+
+
+def _named(cores: Sequence[Array]) -> dict[str, Array]:
+    return {f"core{mode}": core for mode, core in enumerate(cores)}
+
+
+def _fitted(request: Request, ranks: list[int], init: Any, held: set[int], starts: int, steps: Iteration) -> Fit:
     """Return the best fit of given ranks."""
     rng = np.random.default_rng(request.seed)
     cores, method = _start(request, request.tensor, ranks, init, held, rng)
-    if not sweeps:
-        return request.finished(
-            TRTensor(cores), method, closed=lambda tensor: TRTensor(_start(request, tensor, ranks, init, held, rng)[0])
-        )
+    if not steps.limits.iterations:
+        return Fit(
+            _named(cores), False, 0, method,
+            closed=lambda tensor: _named(_start(request, tensor, ranks, init, held, rng)[0]),
+        )  # fmt: skip
     request.refuse_trace("tensor_ring()", "use max_iterations=0")
-    found = list[TRTensor]()
+    best: Fit | None = None
     for number in range(starts):
-        watch = Watch(tol, callback)
         begun = cores if number == 0 else _random(request, ranks, rng, dict(enumerate(cores)), held)
-        ring = TRTensor(_improved(request, begun, held, watch, sweeps))
-        found.append(
-            request.finished(ring, f"{method}, ALS", converged=watch.converged, history=watch.history, fixed=held)
-        )
-    return min(found, key=lambda ring: ring.error or 0.0)
+        fit = _improved(request, begun, held, steps)
+        if best is None or fit.error < best.error:
+            best = fit
+        if steps.stopped == "callback":
+            break
+    assert best is not None
+    return best._replace(method=f"{method}, ALS", iterations=len(steps.history), history=tuple(steps.history))
 
 
 def _ranks(rank: Any, shape: tuple[int, ...]) -> list[int]:
@@ -607,38 +562,30 @@ def _random(
     request: Request, ranks: list[int], rng: np.random.Generator, given: dict[int, Array], held: set[int]
 ) -> list[Array]:
     """Return normal cores, and the given ones where they are held."""
+    shapes = [(ranks[mode], size, ranks[(mode + 1) % len(ranks)]) for mode, size in enumerate(request.shape)]
+    return [given[mode] if mode in held else normal(request, rng, shape) for mode, shape in enumerate(shapes)]
+
+
+def _improved(request: Request, cores: list[Array], held: set[int], steps: Iteration) -> Fit:
+    """Run sweeps until the iteration stops, with a small ridge where the equations are singular."""
     backend = request.backend
-    kind, device = backend.dtype_name(request.tensor), backend.device(request.tensor)
-    cores = []
-    for mode, size in enumerate(request.shape):
-        ends = (ranks[mode], size, ranks[(mode + 1) % len(ranks)])
-        numbers = rng.standard_normal(ends)
-        if kind.startswith("complex"):
-            numbers = numbers + 1j * rng.standard_normal(ends)
-        cores.append(given[mode] if mode in held else backend.asarray(numbers, kind, device))
-    return cores
-
-
-def _improved(request: Request, cores: list[Array], held: set[int], watch: Watch, sweeps: int) -> list[Array]:
-    backend, norm = request.backend, request.norm()
-    if norm == 0.0:
-        return [backend.zeros(core.shape, like=core) for core in cores]
-    eps = float(np.finfo(backend.dtype_name(request.tensor)).eps)
-    best, error, ridges = cores, request.error_of(TRTensor(cores)), [0.0, 100.0 * eps, eps**0.5]
-    count = 0
-    while count < sweeps and ridges:
-        ridge = ridges[0] * norm ** (2.0 * (len(cores) - 1) / len(cores))
-        found = _tried(request, best, held, ridge)
-        now = float("inf") if found is None else request.error_of(TRTensor(found))
-        if found is None or not now <= error * (1.0 + 1e-9):
-            ridges.pop(0)
-            watch.converged = found is not None and not ridges
+    steps.begin()
+    if request.norm == 0.0:
+        return Fit(_named([backend.zeros(core.shape, like=core) for core in cores]), True, 0, "zero", error=0.0)
+    eps, best, error = epsilon_of(backend, request.tensor), cores, error_of(request, TRTensor(cores))
+    ridges = [0.0, 100.0 * eps, eps**0.5]
+    while not steps.stopped:
+        swept = _tried(request, best, held, ridges[0] * request.norm ** (2.0 * (len(cores) - 1) / len(cores)))
+        now = math.inf if swept is None else error_of(request, TRTensor(swept))
+        if swept is None or not now <= error * (1.0 + 1e-9):
+            if len(ridges) > 1:
+                ridges.pop(0)
+            else:
+                steps.stopped = "singular" if swept is None else "converged"
             continue
-        count += 1
-        best, error = found, min(error, now)
-        if watch(count, error):
-            break
-    return best
+        best, error = swept, min(error, now)
+        steps.step(error)
+    return Fit(_named(best), False, steps.count, "ALS", steps.stopped, error)
 
 
 def _tried(request: Request, cores: list[Array], held: set[int], ridge: float) -> list[Array] | None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,32 +10,29 @@ import numpy as np
 from tnadapt.algebra.formats import Tucker
 from tnadapt.argument_checks import checks_arguments
 from tnadapt.backends import Array, get_backend
-from tnadapt.decomposition.block_passes import BlockPasses, Compressed, passes_over
-from tnadapt.decomposition.fits import Claim, all_of
-from tnadapt.decomposition.hooi import SMALL, hooi, hosvd, projected
-from tnadapt.decomposition.linear_algebra import Leading, MatrixTruncation, norm_of
+from tnadapt.decomposition.fits import Fit, Limits, limits_of
+from tnadapt.decomposition.hooi import fit_tucker
+from tnadapt.decomposition.linear_algebra import norm_of
 from tnadapt.errors import ConfigError, ShapeError, safe_repr
 
-from ._checks import integer_of, mode_of, ranks_of
-from ._decomposed import TuckerTensor
-from ._nonnegative import constrained_modes, fitted_tucker, refuse_callback
+from ._decomposed import TuckerTensor, finished
+from ._nonnegative import constrained_modes, fit_nonnegative_tucker, refuse_callback
 from ._requests import (
     BLOCK,
-    METHOD,
-    OVERSAMPLED,
-    STARTS,
     Callback,
     Request,
-    Watch,
     completed,
-    compressed,
+    error_limit,
     hints_keywords,
+    in_memory,
+    integer_of,
+    mode_of,
+    normal,
     one_of,
+    ranks_of,
     refuse_observed,
     requested,
-    result_dtype,
     seed_of,
-    with_block_error,
 )
 
 __all__ = ["tucker"]
@@ -135,8 +131,8 @@ def tucker(
     >>> tucker(tensor, max_error=1e-10).rank
     (2, 3, 2)
     """
-    passes = passes_over(tensor, integer_of("memory", memory, 1))
-    if passes is not None:
+    block = integer_of("memory", memory, 1)
+    if not in_memory(tensor):
         if init != "svd" or fixed or mask is not None or weights is not None:
             raise ConfigError(
                 "a tensor that is read in blocks starts from its HOSVD: leave init, fixed, mask and weights out, or "
@@ -144,51 +140,38 @@ def tucker(
             )
         if nonnegative is not False:
             raise ConfigError("nonnegative= needs the tensor in memory: pass np.asarray(tensor)")
-        return _from_blocks(passes, rank, max_error, seed_of(random_state), svd, tol, max_iterations, callback)
+        settings = {"svd": svd, "tol": tol, "max_iterations": max_iterations, "callback": callback}
+        return _from_blocks(tensor, block, rank, max_error, seed_of(random_state), settings)
     request = requested(tensor, rank, max_error, mask=mask, weights=weights, random_state=random_state)
-    sweeps, watch = integer_of("max_iterations", max_iterations, 0), Watch(tol, callback)
-    held = _held(request, init, fixed)
+    limits, held = limits_of(tol, max_iterations, 0), _held(request, init, fixed)
     ranks = None if rank is None else _ranks(rank, request.shape)
     if request.observed is not None:
         refuse_observed(nonnegative)
-        return _completed(request, ranks, init, held, watch, sweeps)
+        return finished(request, _completed(request, ranks, init, held, limits, callback), _orthogonal)
     if nonnegative is not False:
         _refuse(nonnegative, request, ranks, held, callback)
-        return fitted_tucker(request, ranks or [], init, watch.tol, integer_of("max_iterations", max_iterations, 1))
-    truncation = MatrixTruncation(request.backend, request.tensor, svd, request.seed)
+        fit = fit_nonnegative_tucker(request, ranks or [], init, limits_of(tol, max_iterations))
+        return finished(request, fit, _tucker_tensor)
+    fit = fit_tucker(
+        request.backend, request.tensor, None if ranks is None else dict(enumerate(ranks)), limits,
+        loss=0.0 if request.max_error is None else request.max_error * request.norm,
+        init=None if isinstance(init, str) and init == "svd" else _start(request, ranks, init, held), fixed=held,
+        svd=svd, seed=request.seed, callback=callback,
+    )  # fmt: skip
+    return finished(request, fit, _tucker_tensor, fixed={1 + mode for mode in held})
 
-    def start(tensor: Array) -> tuple[Array, dict[int, Array], int, Claim]:
-        return _start(request, tensor, ranks, truncation, init, held)
 
-    def closed(tensor: Array) -> TuckerTensor:
-        core, factors, *_ = start(tensor)
-        return TuckerTensor(core, [factors[mode] for mode in range(len(factors))])
+def _tucker_tensor(arrays: Mapping[str, Array]) -> TuckerTensor:
+    return TuckerTensor(arrays["core"], [arrays[f"factor{mode}"] for mode in range(len(arrays) - 1)])
 
-    core, factors, lossy, exact = start(request.tensor)
-    found = [int(size) for size in core.shape]
-    cut = [mode for mode, (r, d) in enumerate(zip(found, request.shape, strict=True)) if r < d]
-    moving = [mode for mode in cut if mode not in held]
-    direct = init == "svd"
-    ran = bool(moving) and sweeps > 0 and not (direct and lossy <= 1)
-    if ran:
-        request.refuse_trace("tucker()", "use max_iterations=0")
-        core, factors = _improved(request, factors, moving, truncation, watch, sweeps)
-    return request.finished(
-        TuckerTensor(core, [factors[mode] for mode in range(len(factors))]),
-        "HOSVD, HOOI" if ran else "HOSVD",
-        optimal=exact if direct and lossy <= 1 else False,
-        known=exact,
-        factor=math.sqrt(lossy) if direct and lossy else math.inf,
-        converged=watch.converged or not ran,
-        history=watch.history,
-        closed=None if ran else closed,
-        fixed={1 + mode for mode in held},
-    )
+
+def _orthogonal(arrays: Mapping[str, Array]) -> TuckerTensor:
+    return _tucker_tensor(arrays).orthogonal()
 
 
 def _completed(
-    request: Request, ranks: list[int] | None, init: Any, held: set[int], watch: Watch, iterations: int
-) -> TuckerTensor:
+    request: Request, ranks: list[int] | None, init: Any, held: set[int], limits: Limits, callback: Callback | None
+) -> Fit:
     """Return the fit to the observed elements."""
     split = Tucker(request.shape, 1 if ranks is None else tuple(ranks))
     start = None
@@ -196,32 +179,27 @@ def _completed(
         start = {"core": init.core} | {f"factor{mode}": factor for mode, factor in enumerate(init.factors)}
         if {name: tuple(array.shape) for name, array in start.items()} != split.shapes:
             raise ShapeError(f"init has ranks {init.rank}; expected {tuple(ranks or ())}")
-    found = completed(request, [split], watch, iterations=max(1, iterations), starts=STARTS, start=start, fixed=held)
-    factors = [found.arrays[f"factor{mode}"] for mode in range(len(request.shape))]
-    return request.finished(
-        TuckerTensor(found.arrays["core"], factors).orthogonal(), METHOD, converged=found.converged,
-        history=found.history,
-    )  # fmt: skip
+    limits = limits._replace(iterations=max(1, limits.iterations))
+    return completed(request, [split], limits, callback, start=start, fixed=held)
 
 
 def _from_blocks(
-    passes: BlockPasses, rank: Any, max_error: float | None, seed: int, svd: str, tol: float, sweeps: int, callback: Any
+    tensor: Any, block: int, rank: Any, max_error: float | None, seed: int, settings: dict[str, Any]
 ) -> TuckerTensor:
     """Compress the tensor in two passes, and decompose what is left."""
+    from tnadapt.decomposition.block_passes import OVERSAMPLED, compressed, passes_over, result_dtype
+
+    passes = passes_over(tensor, block)
     one_of("rank", rank, max_error)
     ranks = None if rank is None else _ranks(rank, passes.shape)
     sizes = None if ranks is None else [min(d, 2 * r + OVERSAMPLED) for r, d in zip(ranks, passes.shape, strict=True)]
-    found = compressed(passes, sizes, max_error, seed)
-    kept = [int(size) for size in found.core.shape] if ranks is None else ranks
-    small = tucker(found.core, kept, svd=svd, random_state=seed, tol=tol, max_iterations=sweeps, callback=callback)
-    return _expanded(passes, found, small)
-
-
-def _expanded(passes: BlockPasses, found: Compressed, small: TuckerTensor) -> TuckerTensor:
-    """Return the Tucker tensor of what a tensor was compressed to, expanded."""
+    small = compressed(passes, sizes, None if max_error is None else error_limit(max_error), seed)
+    kept = [int(size) for size in small.core.shape] if ranks is None else ranks
+    inner = tucker(small.core, kept, random_state=seed, **settings)
     dtype = result_dtype(passes)
-    factors = [np.asarray(basis @ factor, dtype) for basis, factor in zip(found.factors, small.factors, strict=True)]
-    return with_block_error(TuckerTensor(np.asarray(small.core, dtype), factors), found, small)
+    assert inner.outcome is not None
+    factors = [np.asarray(basis @ factor, dtype) for basis, factor in zip(small.factors, inner.factors, strict=True)]
+    return TuckerTensor(np.asarray(inner.core, dtype), factors).with_outcome(small.outcome(inner.outcome, dtype))
 
 
 def _ranks(rank: Any, shape: tuple[int, ...]) -> list[int]:
@@ -269,69 +247,19 @@ def _held(request: Request, init: Any, fixed: Collection[int]) -> set[int]:
     return held
 
 
-def _start(
-    request: Request,
-    tensor: Array,
-    ranks: list[int] | None,
-    truncation: MatrixTruncation,
-    init: Any,
-    held: set[int],
-) -> tuple[Array, dict[int, Array], int, Claim]:
-    backend, shape, exact = request.backend, request.shape, list[Claim]()
-    if ranks is None:
-        loss = (request.max_error or 0.0) * request.norm() / math.sqrt(len(shape))
-
-    def truncated(matrix: Array, mode: int) -> Leading:
-        found = truncation.left_to_loss(matrix, loss) if ranks is None else truncation.left_to_rank(matrix, ranks[mode])
-        exact.append(found.exact)
-        return found
-
-    # Modes that shrink most come first: what follows is then smaller.
-    order = sorted(range(len(shape)), key=lambda mode: (ranks[mode] if ranks else 1) / shape[mode])
-    if init == "svd":
-        # With ranks of the whole tensor, an error that is allowed would be spent once for each mode and not used up.
-        in_turn = ranks is None or len(shape) < 3 or math.prod(shape) > SMALL
-        found = hosvd(backend, tensor, order, truncated, sequential=in_turn)
-        return *found, all_of(exact)
+def _start(request: Request, ranks: list[int] | None, init: Any, held: set[int]) -> dict[int, Array]:
+    """Return the factors that the iteration starts from."""
     if ranks is None:
         raise ConfigError("max_error= chooses ranks from the HOSVD: use init='svd', or give rank=")
-    rng = np.random.default_rng(request.seed)
-    kind, device = backend.dtype_name(request.tensor), backend.device(request.tensor)
-    factors = {}
-    for mode, (size, rank) in enumerate(zip(shape, ranks, strict=True)):
-        given = None if init == "random" else init.factors[mode]
-        if given is not None and tuple(given.shape) != (size, rank):
-            raise ShapeError(f"factor {mode} of init has shape {tuple(given.shape)}; expected ({size}, {rank})")
-        if given is None:
-            given = backend.asarray(rng.standard_normal((size, rank)), kind, device)
+    rng, backend = np.random.default_rng(request.seed), request.backend
+    factors = dict[int, Array]()
+    for mode, shape in enumerate(zip(request.shape, ranks, strict=True)):
+        factors[mode] = normal(request, rng, shape) if isinstance(init, str) else init.factors[mode]
+        if tuple(factors[mode].shape) != shape:
+            raise ShapeError(f"factor {mode} of init has shape {tuple(factors[mode].shape)}; expected {shape}")
         if mode in held:
-            gram = backend.matmul(backend.conj(backend.matrix_transpose(given)), given)
-            wrong = norm_of(backend, gram - backend.asarray(np.eye(rank), kind, device))
-            if wrong > 1e-4:
+            gram = backend.matmul(backend.conj(backend.matrix_transpose(factors[mode])), factors[mode])
+            eye = backend.asarray(np.eye(shape[1]), backend.dtype_name(gram), backend.device(gram))
+            if norm_of(backend, gram - eye) > 1e-4:
                 raise ShapeError(f"factor {mode} of init is fixed and needs orthonormal columns: use init.orthogonal()")
-        factors[mode] = given if mode in held else backend.qr(given)[0]
-    core = tensor
-    for mode in order:
-        core = projected(backend, core, factors[mode], mode)
-    return core, factors, len(shape), False
-
-
-def _improved(
-    request: Request,
-    factors: dict[int, Array],
-    moving: list[int],
-    truncation: MatrixTruncation,
-    watch: Watch,
-    sweeps: int,
-) -> tuple[Array, dict[int, Array]]:
-    backend, norm = request.backend, request.norm()
-
-    def on_sweep(count: int, core: Array) -> bool:
-        # The factors are orthonormal, so what the core lacks is the error.
-        lost = max(0.0, 1.0 - (norm_of(backend, core) / norm) ** 2) if norm else 0.0
-        return watch(count, math.sqrt(lost))
-
-    def truncated(matrix: Array, mode: int) -> Leading:
-        return truncation.left_to_rank(matrix, int(factors[mode].shape[1]))
-
-    return hooi(backend, request.tensor, factors, moving, truncated, on_sweep, sweeps)
+    return factors

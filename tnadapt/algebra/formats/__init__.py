@@ -25,6 +25,7 @@ from tnadapt.algebra.products import (
     tt_right,
     tt_tensor,
     tucker_tensor,
+    unfolded,
 )
 from tnadapt.backends import Array, Backend
 from tnadapt.errors import ConfigError
@@ -47,7 +48,6 @@ from ._format import (
     of_tucker,
     rank_a_mode,
     rows_of,
-    unfolded,
 )
 
 __all__ = [

@@ -40,7 +40,6 @@ __all__ = [
     "of_tucker",
     "rank_a_mode",
     "rows_of",
-    "unfolded",
 ]
 
 
@@ -975,12 +974,6 @@ def rank_a_mode(name: str, rank: Any, order: int, expected: int, optional: bool 
         None if optional and each is None else integer(f"rank[{mode}]", each, 1, MAX_RANK, ConfigError, other)
         for mode, each in enumerate(rank)
     )
-
-
-def unfolded(backend: Backend, tensor: Array, mode: int) -> Array:
-    """Unfold a tensor: one mode as rows, the others in order as columns."""
-    moved = backend.moveaxis(tensor, mode, 0)
-    return backend.reshape(moved, (tensor.shape[mode], math.prod(tensor.shape) // tensor.shape[mode]))
 
 
 def rows_of(array: Array, bounds: tuple[int, int], axis: int = 0) -> Array:
