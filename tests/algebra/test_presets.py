@@ -52,6 +52,13 @@ def test_larger_sizes_have_more_parameters_up_to_the_largest(name: str) -> None:
         assert (counts[0] < counts[-1]) == (most > 1)
 
 
+def test_theta_is_at_most_as_large_as_what_it_determines() -> None:
+    weights = tna.presets.AdaptedWeights([(24, 16), (8, 40)])
+    largest = {"nola": [4 * 8, 8 * 8], "unilora": [4 * 88, 8 * 88], "tinylora": [2 * 2**2, 2 * 4**2, 2 * 8**2]}
+    for name, expected in largest.items():
+        assert [ladder.most(None) for ladder in tna.presets.PRESETS[name].ladders(weights)] == expected  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("name", tna.presets.__all__)
 def test_every_preset_says_where_it_comes_from_and_what_it_sets(name: str) -> None:
     preset = tna.presets.PRESETS[name]
