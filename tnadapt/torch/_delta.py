@@ -1,9 +1,12 @@
 """ΔW and what else is computed from an adapter's arrays: one autograd node each, cached while the arrays are unchanged.
 
+:class:`Recomputed` is the node, here and for W' (:mod:`tnadapt.torch._updated_weight`): its backward recomputes what it
+does not keep.
+
 Where slices are cheap (:class:`Slice`), each layer computes its own during training. Where they are not, as behind F,
-the updates of a whole group are computed at once for all its layers. The graph is a single node,
-:class:`DeltaFunction`, that keeps only the small arrays. Backward can therefore run through it several times (gradient
-accumulation without an optimizer step, reentrant checkpointing), and a checkpointed region saves no tensor for it.
+the updates of a whole group are computed at once for all its layers, by a node that keeps only the small arrays.
+Backward can therefore run through it several times (gradient accumulation without an optimizer step, reentrant
+checkpointing), and a checkpointed region saves no tensor for it.
 
 :class:`DeltaCache` gives layers these updates, and reuses them across layers and forward passes as long as a
 :class:`Snapshot` of the arrays says that they are the same. :class:`ThetaArrays` and :class:`QuotientCache` do so for
@@ -20,7 +23,7 @@ import sys
 import time
 import weakref
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +32,7 @@ from torch.autograd import forward_ad
 from torch.nn import functional
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from tnadapt.algebra.applying import Applying
+from tnadapt.algebra.applying import Applying, Rescaling
 from tnadapt.algebra.composite import CompositePlan
 from tnadapt.algebra.factoring import KroneckerRows
 from tnadapt.algebra.group import Group, batches
@@ -40,7 +43,6 @@ from tnadapt.backends import constant_result, load_backend
 
 __all__ = [
     "DeltaCache",
-    "DeltaFunction",
     "Quotient",
     "QuotientCache",
     "Slice",
@@ -55,8 +57,13 @@ __all__ = [
     "on_host",
     "outer_vjp_once",
     "pieces",
+    "plain_vjp",
+    "recompute",
+    "recomputed",
     "refuse_reentrant",
     "reshard",
+    "reuses_buffers",
+    "traced",
     "update_product",
     "vector",
     "wide_pair",
@@ -85,40 +92,90 @@ def in_dispatch_mode() -> bool:
     )
 
 
-# -- ΔW as one autograd node, recomputed in backward instead of saved --------------------------------------------------
+def traced() -> bool:
+    """Return whether single operations have to be seen, so that no autograd function of ours may stand for them."""
+    return torch.compiler.is_compiling() or in_functorch() or in_dispatch_mode()
 
 
-class DeltaFunction(torch.autograd.Function):
-    """A function of a plan's arrays as one autograd node; backward recomputes and differentiates it."""
+# -- A function of tensors as one autograd node, recomputed in backward instead of saved -------------------------------
+
+
+class Function(Protocol):
+    """A function that computes its own gradients from its inputs.
+
+    Attributes
+    ----------
+    keeps : {"inputs", "arrays", "nothing"}
+        What its node keeps for backward: the inputs, as every operation of torch does; arrays of an adapter, for a node
+        that layers and passes share; nothing for a linear function.
+    """
+
+    keeps: str
+
+    def __call__(self, *inputs: Any) -> Tensor:
+        """Return the output."""
+
+    def vjp(self, inputs: Sequence[Any], wanted: Sequence[int], gradient: Tensor) -> Sequence[Tensor | None]:
+        """Return the gradients of the wanted inputs, given that of the output."""
+
+
+class Recomputed(torch.autograd.Function):
+    """A :class:`Function` as one autograd node."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(made: Whole | Slice, *arrays: Tensor) -> Tensor:
-        return made(*arrays)
+    def forward(function: Function, *inputs: Any) -> Tensor:
+        return function(*inputs)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.made, *ctx.arrays = inputs
-        # Not save_for_backward: tensors saved there are freed after the first backward pass, but layers and passes
-        # share this node, so backward may run several times. Its check for in-place writes is therefore repeated here.
-        ctx.versions = [version(array) for array in ctx.arrays]
+        ctx.function, *tensors = inputs
+        if ctx.function.keeps == "inputs":
+            ctx.save_for_backward(*tensors)
+        elif ctx.function.keeps == "arrays":
+            # Not save_for_backward: tensors saved there are freed after the first backward pass, but layers and passes
+            # share this node, so backward may run several times. Its check for in-place writes is repeated here.
+            ctx.arrays, ctx.versions = tensors, [version(array) for array in tensors]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        if [version(array) for array in ctx.arrays] != ctx.versions:
-            raise RuntimeError(
-                "an array of the adapter was changed in place between the forward pass and this backward pass, which "
-                "needs the original values: call optimizer.step() after the last backward() of a step"
-            )
-        wanted = [index for index, _ in enumerate(ctx.arrays) if ctx.needs_input_grad[1 + index]]
-        result: list[Tensor | None] = [None] * (1 + len(ctx.arrays))
-        for index, part in zip(wanted, ctx.made.vjp(ctx.arrays, wanted, grads[0]), strict=True):
+        inputs: Sequence[Any] = ()
+        if ctx.function.keeps == "inputs":
+            inputs = ctx.saved_tensors
+        elif ctx.function.keeps == "arrays":
+            inputs = ctx.arrays
+            if [version(array) for array in inputs] != ctx.versions:
+                raise RuntimeError(
+                    "an array of the adapter was changed in place between the forward pass and this backward pass, "
+                    "which needs the original values: call optimizer.step() after the last backward() of a step"
+                )
+        wanted = [index for index, needed in enumerate(ctx.needs_input_grad[1:]) if needed]
+        result: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
+        for index, part in zip(wanted, ctx.function.vjp(inputs, wanted, grads[0]), strict=True):
             result[1 + index] = part
         return tuple(result)
 
 
-def _vjp(
+def recomputed(function: Function, *inputs: Any) -> Tensor:
+    """Return a function's output, as one autograd node."""
+    if in_functorch():
+        return cast(Tensor, Recomputed.apply(function, *inputs))  # type: ignore[no-untyped-call]
+    # Without torch's binding of the arguments to the signature of forward, which takes as long as a small product.
+    node: Any = super(torch.autograd.Function, Recomputed)
+    return cast(Tensor, node.apply(function, *inputs))
+
+
+def reuses_buffers(gradient: Tensor) -> bool:
+    """Return whether a backward pass may write into what it has computed: nothing looks at intermediate results again.
+
+    Not where it is itself differentiated (``create_graph=True``), batched or intercepted.
+    """
+    batched = torch._C._functorch.is_legacy_batchedtensor(gradient)
+    return not (torch.is_grad_enabled() or batched or in_functorch() or in_dispatch_mode())
+
+
+def plain_vjp(
     made: Callable[..., Tensor], arrays: Sequence[Tensor], wanted: Sequence[int], gradient: Tensor
 ) -> Sequence[Tensor]:
     """Recompute a function of arrays and return the gradients of the wanted ones."""
@@ -137,6 +194,8 @@ def _vjp(
 class Whole:
     """The vector of all updates of a plan as a function of its arrays, in order."""
 
+    keeps = "arrays"
+
     def __init__(self, plan: SuperLoRA, names: Sequence[str], on_backward: Callable[[], None] | None = None) -> None:
         self.plan, self.names = plan, tuple(names)
         self.on_backward = on_backward
@@ -154,7 +213,7 @@ class Whole:
             self.on_backward()
         groups = self.plan.groups
         if any(not group.projection.linear or group.projection.map.identity for group in groups):
-            return _vjp(self, arrays, wanted, gradient)
+            return plain_vjp(self, arrays, wanted, gradient)
         # The adjoint of a linear F needs no output of F, so only the network in front of it is recomputed.
         backend, found = load_backend("torch"), dict[str, Tensor]()
         named = dict(zip(self.names, arrays, strict=True))
@@ -192,7 +251,7 @@ def _of_network(
         arrays = group.with_frozen(backend, dict(zip(group.names, given, strict=True)))
         return cast(Tensor, group.network.whole(backend, arrays))
 
-    parts = _vjp(made, [named[full] for full in own], places, gradient)
+    parts = plain_vjp(made, [named[full] for full in own], places, gradient)
     return [(own[place], part) for place, part in zip(places, parts, strict=True)]
 
 
@@ -226,6 +285,8 @@ class Slice:
     size : int
         Number of elements of the update.
     """
+
+    keeps = "arrays"
 
     def __init__(self, plan: SuperLoRA, index: int) -> None:
         self.shape = plan.shapes[index]
@@ -280,7 +341,7 @@ class Slice:
 
     def vjp(self, arrays: Sequence[Tensor], wanted: Sequence[int], gradient: Tensor) -> Sequence[Tensor]:
         """Return the gradients of the wanted arrays, given that of the update."""
-        return _vjp(self, arrays, wanted, gradient)
+        return recompute(self, arrays, wanted, reuses_buffers(gradient))[1](gradient)
 
     @classmethod
     def of(cls, plan: SuperLoRA, index: int) -> Slice | None:
@@ -294,6 +355,84 @@ class Slice:
             return None
         many = any(len(group.pieces) * group.num_parameters > group.size for group in groups if len(group.pieces) > 1)
         return None if many else cls(plan, index)
+
+
+#: From the gradient of an update to those of the arrays that are wanted.
+Pull = Callable[[Tensor], Sequence[Tensor]]
+
+
+def recompute(
+    made: Slice, arrays: Sequence[Tensor], wanted: Sequence[int], once: bool, scale: float = 1.0
+) -> tuple[Tensor, Pull]:
+    """Return an update again, times ``scale``, and its :data:`Pull`; with ``once`` this overwrites the update.
+
+    That takes a third of the overhead of torch.func.vjp, and no memory beyond the update's.
+    """
+    given = list(arrays)
+
+    def update() -> Tensor:
+        found = made(*given)
+        return found if scale == 1.0 else found * scale
+
+    if not wanted:
+        return update(), lambda moved: []
+    if not once:
+
+        def of(*moved: Tensor) -> Tensor:
+            for index, array in zip(wanted, moved, strict=True):
+                given[index] = array
+            return update()
+
+        # torch.func rather than autograd.grad, because a backward pass may itself be batched or differentiated.
+        delta, pull_again = cast("tuple[Tensor, Pull]", torch.func.vjp(of, *(arrays[index] for index in wanted)))
+        return delta, pull_again
+    # A separate graph from detached leaves to the update: autograd.grad stops at these leaves.
+    for index in wanted:
+        given[index] = arrays[index].detach().requires_grad_()
+    leaves = [given[index] for index in wanted]
+    with torch.enable_grad():
+        outer = made.outer(*given)
+        if outer is not None:
+            return outer_vjp_once(outer, made.shape, scale, leaves)
+        factors = made.factors(*given)
+        if factors is None:
+            value = update()
+            return value.detach(), lambda moved: torch.autograd.grad(value, leaves, moved)
+    # The update is a contiguous run of elements of left @ right (a slice of a group's matrix, which may begin in the
+    # middle of a row). The product is differentiated by hand below, in the buffer that holds it.
+    left, right, first = factors
+    buffer = _scaled(torch.mm(left.detach(), right.detach()), scale)
+
+    def pull(moved: Tensor) -> Sequence[Tensor]:
+        _scaled(_put(moved, buffer, first, made.size), scale)
+        outputs, gradients = [], []
+        if left.requires_grad:
+            outputs.append(left)
+            # In this form the long sides of both operands are contiguous: it takes a quarter of the time.
+            gradients.append((right.detach().contiguous() @ buffer.T).T)
+        if right.requires_grad:
+            outputs.append(right)
+            gradients.append(left.detach().T @ buffer)
+        return torch.autograd.grad(outputs, leaves, gradients)
+
+    return buffer.view(-1)[first : first + made.size].view(made.shape), pull
+
+
+def _put(moved: Tensor, buffer: Tensor, first: int, size: int) -> Tensor:
+    """Replace the update inside the buffer of a product by its gradient; that of the other elements is zero."""
+    flat = buffer.view(-1)
+    if moved.data_ptr() != flat[first:].data_ptr():
+        flat[first : first + size].view(moved.shape).copy_(moved)
+    flat[:first].zero_()
+    flat[first + size :].zero_()
+    return buffer
+
+
+def _scaled(buffer: Tensor, *factors: float) -> Tensor:
+    for factor in factors:
+        if factor != 1.0:
+            buffer.mul_(factor)
+    return buffer
 
 
 def _joined(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -316,7 +455,7 @@ def vector(plan: SuperLoRA, arrays: Mapping[str, Tensor], on_backward: Callable[
     """Return the vector of all updates, differentiable; in a compiled program by operations that can be fused."""
     if torch.compiler.is_compiling():
         return plan.vector(arrays)
-    return cast(Tensor, DeltaFunction.apply(Whole(plan, tuple(arrays), on_backward), *arrays.values()))  # type: ignore[no-untyped-call]
+    return recomputed(Whole(plan, tuple(arrays), on_backward), *arrays.values())
 
 
 def pieces(plan: SuperLoRA, vec: Tensor) -> list[Tensor]:
@@ -374,7 +513,7 @@ class _Table(NamedTuple):
 
 def outer_vjp_once(
     outer: OuterRows, shape: tuple[int, int], weight: float, leaves: Sequence[Tensor]
-) -> tuple[Tensor, Callable[[Tensor], Sequence[Tensor]]]:
+) -> tuple[Tensor, Pull]:
     """Return an update, and a function from its gradient to those of the leaves, for a single use.
 
     Parameters
@@ -388,22 +527,13 @@ def outer_vjp_once(
     leaves : sequence of Tensor
     """
     buffer = torch.empty((len(outer.left), outer.cols), dtype=outer.left.dtype, device=outer.left.device)
-    table = _Table(outer, buffer)
+    table, size = _Table(outer, buffer), shape[0] * shape[1]
     with torch.no_grad():
         table.fill()
-        _scale(buffer, outer.scale, weight)
-    flat = buffer.view(-1)
-    stop = outer.first + shape[0] * shape[1]
-    delta = flat[outer.first : stop].view(shape)
+        _scaled(buffer, outer.scale, weight)
 
     def pull(moved: Tensor) -> Sequence[Tensor]:
-        # The gradient replaces the update inside the buffer of the rows.
-        if moved.data_ptr() != delta.data_ptr():
-            delta.copy_(moved)
-        # The rest of the rows is not part of the update: its gradient is zero.
-        flat[: outer.first].zero_()
-        flat[stop:].zero_()
-        _scale(buffer, outer.scale, weight)
+        _scaled(_put(moved, buffer, outer.first, size), outer.scale, weight)
         outputs, gradients = [], []
         if outer.right.requires_grad:
             outputs.append(outer.right)
@@ -413,13 +543,7 @@ def outer_vjp_once(
             gradients.append(table.of_left())
         return torch.autograd.grad(outputs, leaves, gradients)
 
-    return delta, pull
-
-
-def _scale(buffer: Tensor, *factors: float) -> None:
-    for factor in factors:
-        if factor != 1.0:
-            buffer.mul_(factor)
+    return buffer.view(-1)[outer.first : outer.first + size].view(shape), pull
 
 
 # -- Several assignments that take effect together or not at all -------------------------------------------------------
@@ -732,7 +856,7 @@ class DeltaCache:
                 modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
                 made = self._once((self._pass, *modes) if self._pass else None, lookup, index)
             else:
-                made = cast(Tensor, DeltaFunction.apply(own, *given))  # type: ignore[no-untyped-call]
+                made = recomputed(own, *given)
             return made
         # An update with a graph cannot replace one without (outputs would require gradients, and the graph would stay
         # alive), nor can an inference tensor replace an ordinary one.
@@ -965,24 +1089,21 @@ def trace_number() -> int:
 # of any number of backward passes go through it, each by one call of Pᵀ.
 
 
-class ThetaFunction(torch.autograd.Function):
-    """``P θ`` as one autograd node that saves no tensor."""
+class _Moved:
+    """``P θ`` as a function of θ."""
 
-    generate_vmap_rule = True
+    keeps = "nothing"
 
-    @staticmethod
-    def forward(part: ThetaPart, on_backward: Callable[[], None] | None, theta: Tensor) -> Tensor:
-        return cast(Tensor, part.forward(theta))
+    def __init__(self, part: ThetaPart, on_backward: Callable[[], None] | None) -> None:
+        self.part, self.on_backward = part, on_backward
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.part, ctx.on_backward, _ = inputs
+    def __call__(self, theta: Tensor) -> Tensor:
+        return cast(Tensor, self.part.forward(theta))
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, Tensor]:
-        if ctx.on_backward is not None:
-            ctx.on_backward()
-        return None, None, ctx.part.adjoint(grads[0])
+    def vjp(self, inputs: Sequence[Tensor], wanted: Sequence[int], gradient: Tensor) -> Sequence[Tensor]:
+        if self.on_backward is not None:
+            self.on_backward()
+        return [self.part.adjoint(gradient)]
 
 
 class ThetaArrays:
@@ -1048,10 +1169,11 @@ class ThetaArrays:
                 vec = part.forward(theta)
             else:
                 # Steps of fused optimizers, which follow a backward pass, change no version counter.
-                vec = ThetaFunction.apply(part, None if on_host(theta) else self.forget, theta)  # type: ignore[no-untyped-call]
+                moved = _Moved(part, None if on_host(theta) else self.forget)
+                vec = recomputed(moved, theta)
             for (full, shape), piece in zip(part.arrays.items(), torch.split(vec, sizes), strict=True):
-                moved = piece.view(shape)
-                found[full] = self.plan.array_start(backend, full, theta) + moved if self.theta.offset else moved
+                change = piece.view(shape)
+                found[full] = self.plan.array_start(backend, full, theta) + change if self.theta.offset else change
         return found
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ThetaArrays:
@@ -1063,8 +1185,8 @@ class ThetaArrays:
 
 # -- The quotient m / ‖W + ΔW‖ of a layer whose output is scaled -------------------------------------------------------
 
-# The quotient is one autograd node (:class:`DeltaFunction`) that keeps the small arrays alone:
-# backward forms W + ΔW once more instead of saving it.
+# The quotient is one autograd node (:class:`Recomputed`) that keeps the small arrays alone: backward forms W + ΔW once
+# more instead of saving it. With a detached norm only m has a gradient through it, and ordinary operations give that.
 
 
 def wide_pair(weight: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
@@ -1090,45 +1212,56 @@ class Quotient:
         Whether the norm counts as a constant for the gradient.
     """
 
+    keeps = "arrays"
+
     def __init__(
         self, applying: Applying, weight: Callable[[], Tensor], made: Slice | None, scale: float, detach: bool
     ) -> None:
         self.applying, self.weight, self.made = applying, weight, made
         self.scale, self.detach = scale, detach
+        #: What the call has found: vectors.
+        self._rescaling: Rescaling
 
     def __repr__(self) -> str:
         # Traces contain this text and are compared with each other.
         return f"Quotient({self.made!r})"
 
-    def _total(self, arrays: Sequence[Tensor]) -> Tensor:
-        delta = arrays[0] if self.made is None else self.made(*arrays[:-1])
-        weight, delta = wide_pair(self.weight(), delta if self.scale == 1.0 else delta * self.scale)
+    def __call__(self, *arrays: Tensor) -> Tensor:
+        """Return it, ``(rows,)``."""
+        *of_delta, magnitude = arrays
+        total = self._total(self._delta([array.detach() for array in of_delta] if self.detach else of_delta))
+        self._rescaling = self._rescaled(total.detach() if self.detach else total, magnitude)
+        return cast(Tensor, self._rescaling.quotient.view(-1))
+
+    def _delta(self, arrays: Sequence[Tensor]) -> Tensor:
+        delta = arrays[0] if self.made is None else self.made(*arrays)
+        return delta if self.scale == 1.0 else delta * self.scale
+
+    def _total(self, delta: Tensor) -> Tensor:
+        weight, delta = wide_pair(self.weight(), delta)
         return cast(Tensor, weight + self.applying.change(load_backend("torch"), weight, delta))
 
-    def __call__(self, *arrays: Tensor) -> Tensor:
-        total = self._total(arrays)
-        found = self.applying.rescaling(
-            load_backend("torch"), total.detach() if self.detach else total, [arrays[-1].to(total.device)]
-        )
+    def _rescaled(self, total: Tensor, magnitude: Tensor) -> Rescaling:
+        found = self.applying.rescaling(load_backend("torch"), total, [magnitude.to(total.device)])
         assert found is not None  # it rescales
-        return cast(Tensor, found.quotient.view(-1))
+        return found
 
     def vjp(self, arrays: Sequence[Tensor], wanted: Sequence[int], gradient: Tensor) -> Sequence[Tensor | None]:
         """Return the gradients of the wanted arrays, given that of the quotient."""
-        backend, last = load_backend("torch"), len(arrays) - 1
-        total = self._total(arrays)
-        found = self.applying.rescaling(backend, total, [arrays[-1].to(total.device)])
-        assert found is not None
-        through, (own,) = self.applying.rescaling_pulled(backend, total, found, gradient.view(-1, 1))
-        gradients: dict[int, Tensor | None] = {last: own.to(arrays[-1].device, arrays[-1].dtype)}
-        rest = [index for index in wanted if index != last]
-        if rest and not self.detach:
-            # C is ΔW where outputs are scaled.
-            moved = through.to(arrays[0].device, arrays[0].dtype)
-            moved = moved if self.scale == 1.0 else moved * self.scale
-            pulled = [moved] if self.made is None else self.made.vjp(arrays[:-1], rest, moved)
-            gradients.update(zip(rest, pulled, strict=True))
-        return [gradients.get(index) for index in wanted]
+        *of_delta, magnitude = arrays
+        once, rest = reuses_buffers(gradient), [index for index in wanted if index != len(of_delta)]
+        delta, pull = of_delta[0], cast(Pull, lambda moved: [moved])
+        if self.made is not None:
+            delta, pull = recompute(self.made, of_delta, rest, once, self.scale)
+        total = self._total(delta)
+        # What the forward pass has found is constant: for a derivative of this one it is computed again.
+        rescaling = self._rescaling if once else self._rescaled(total, magnitude)
+        through, (of_magnitude,) = self.applying.rescaling_pulled(
+            load_backend("torch"), total, rescaling, gradient.view(-1, 1)
+        )
+        # C is ΔW where outputs are scaled.
+        found = list(pull(through.to(of_delta[0].device, of_delta[0].dtype))) if rest else []
+        return found if len(rest) == len(wanted) else [*found, of_magnitude.to(magnitude.device, magnitude.dtype)]
 
 
 class _KeptQuotient(NamedTuple):

@@ -324,14 +324,14 @@ def _is_light(patch: RowPatch, group: Group, tokens: int, x: Tensor) -> bool:
     """Return whether a group's update is better added to the output."""
     rows, slots = group
     machine = MACHINES.get(x.device.type, MACHINES["cpu"])
-    for patched, slot in slots:
+    for _, slot in slots:
         if drops_input(slot, patch.host):
             return False
         if slot.strategy != "weight":
             continue
         # A second product, for each element of the weight, against reading W and ΔW, writing the sum and reading it.
         product, summing = 2.0 * tokens * len(rows) / machine.operations, 16.0 / machine.bytes
-        if not patched.sums or product > summing:
+        if not slot.adapter.plan.applying.additive or product > summing:
             return False
     return True
 
