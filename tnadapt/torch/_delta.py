@@ -9,8 +9,8 @@ Backward can therefore run through it several times (gradient accumulation witho
 checkpointing), and a checkpointed region saves no tensor for it.
 
 :class:`DeltaCache` gives layers these updates, and reuses them across layers and forward passes as long as a
-:class:`Snapshot` of the arrays says that they are the same. :class:`ThetaArrays` and :class:`QuotientCache` do so for
-the arrays that θ makes and for the quotient m / ‖W + ΔW‖.
+:class:`Snapshot` of the arrays says that they are the same. :class:`ThetaArrays` does so for the arrays that θ makes,
+and an :class:`ArrayCache` for the quotients m / ‖W + ΔW‖.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import math
 import sys
 import time
 import weakref
-from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
 import torch
@@ -42,13 +42,14 @@ from tnadapt.algebra.theta import ThetaPart
 from tnadapt.backends import constant_result, load_backend
 
 __all__ = [
+    "ArrayCache",
     "DeltaCache",
     "Quotient",
-    "QuotientCache",
     "Slice",
     "Snapshot",
     "ThetaArrays",
     "all_or_none",
+    "can_cache",
     "copy_all",
     "gather_full",
     "in_dispatch_mode",
@@ -66,6 +67,7 @@ __all__ = [
     "traced",
     "update_product",
     "vector",
+    "version",
     "wide_pair",
     "wide_product",
 ]
@@ -739,6 +741,179 @@ def _memory(array: Tensor) -> tuple[Any, ...]:
     return local.untyped_storage()._cdata, local.storage_offset(), local.stride()
 
 
+# -- What is computed from an adapter's arrays, cached -----------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class CacheEntry:
+    """Tensors, and the arrays they were computed from.
+
+    Attributes
+    ----------
+    copies : dict of str to Snapshot
+        The arrays as they were.
+    made : dict of int or str to Tensor
+        The tensors: updates by index of the weight, say.
+    settings : hashable
+        What else they depend on.
+    leaves : dict of str to (Tensor, hashable), optional
+        Where the tensors have a graph, the arrays themselves with their states: gradients go to these objects.
+    written : int
+        Sum of the version counters of the leaves.
+    rounded : dict of (int, dtype) to Tensor
+        Updates in other dtypes, added as they are asked for; only where there is no graph.
+    """
+
+    copies: dict[str, Snapshot]
+    made: Mapping[Any, Tensor]
+    settings: Hashable = ()
+    leaves: dict[str, tuple[Tensor, Hashable]] | None = None
+    written: int = 0
+    rounded: dict[tuple[int, torch.dtype], Tensor] = dataclasses.field(default_factory=dict)
+
+    def update(self, index: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Return the update of one weight, in a dtype if one is given."""
+        made = self.made[index]
+        if dtype is None or dtype == made.dtype:
+            return made
+        if self.leaves is not None:
+            return made.to(dtype)
+        found = self.rounded.get((index, dtype))
+        if found is None:
+            found = self.rounded[index, dtype] = made.to(dtype)
+        return found
+
+    def is_of(self, names: Sequence[str], given: Sequence[Tensor]) -> bool:
+        """Return whether the arrays of these names that it was computed from equal the given ones."""
+        if self.leaves is not None:
+            states = array_state(given)
+            for name, array, state in zip(names, given, states, strict=True):
+                leaf, before = self.leaves[name]
+                if leaf is not array or before != state:
+                    return False
+            # One graph covers all arrays, and its backward pass refuses if any of them was written to since.
+            if sum([version(leaf) for leaf, _ in self.leaves.values()]) != self.written:
+                return False
+        copies = self.copies
+        for name, array in zip(names, given, strict=True):  # noqa: SIM110, a generator takes as long as a comparison
+            if not copies[name].is_of(array):
+                return False
+        return True
+
+
+def array_state(arrays: Sequence[Tensor]) -> list[Hashable]:
+    """Return what tells whether a graph still belongs to arrays: whether they require gradients, and their versions."""
+    return [(array.requires_grad, version(array)) for array in arrays]
+
+
+class ArrayCache:
+    """Tensors computed from the arrays of an adapter, checked against the current arrays at every use.
+
+    Notes
+    -----
+    The cache does not depend on a "forward pass is running" flag: an interrupted pass never reports its end (torch runs
+    no hook on KeyboardInterrupt), and other threads may be in other passes. Instead the invariant is per entry: an
+    entry is immutable, holds snapshots of the arrays it was computed from, and is used only after a comparison with
+    these.
+
+    Entries with gradients hold the graph as well: they are valid only for the same parameter objects with unchanged
+    ``requires_grad`` and version counters, because the graph leads to these objects and its backward pass refuses
+    arrays that were written to.
+    """
+
+    def __init__(self) -> None:
+        #: By whether gradients are enabled, inference mode, and the key.
+        self._entries: dict[tuple[bool, bool, Hashable], CacheEntry] = {}
+        #: The latest snapshot of each array, which entries share.
+        self._snapshots: dict[tuple[str, bool], Snapshot] = {}
+
+    def entry(
+        self,
+        key: Hashable,
+        names: Sequence[str],
+        arrays: Sequence[Tensor],
+        compute: Callable[[Sequence[Tensor]], Mapping[Any, Tensor]],
+        settings: Hashable = (),
+        sources: Callable[[], tuple[Sequence[str], Sequence[Tensor]]] | None = None,
+    ) -> CacheEntry:
+        """Return the entry for these arrays, computed if there is none.
+
+        Parameters
+        ----------
+        key : hashable
+        names, arrays : sequence
+            What an entry is compared with.
+        compute : function
+            Of the arrays, or copies of them.
+        settings : hashable
+            What else an entry must have been computed for.
+        sources : callable, optional
+            Returns the names and arrays to compute it from, if they are more than those compared.
+        """
+        modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        # No lock is needed: entries are immutable, and reading or replacing one is a single dictionary operation. Two
+        # threads that both find none compute it twice, with equal results. An update with a graph cannot replace one
+        # without (outputs would require gradients, and the graph would stay alive), nor can an inference tensor replace
+        # an ordinary one.
+        known = self._entries.get((*modes, key))
+        if known is not None and known.settings == settings and known.is_of(names, arrays):
+            return known
+        # Drop the stale entry before computing the new one, to keep peak memory down.
+        known = None
+        self._entries.pop((*modes, key), None)
+        all_names, all_arrays = (names, arrays) if sources is None else sources()
+        # State before copies: a write in between makes the copies newer than the state, which invalidates the entry.
+        state = array_state(all_arrays) if modes[0] else None
+        copies = self._snapshots_of(all_names, all_arrays)
+        if state is None:
+            # Computed from the copies, so that the entry is consistent whatever is written to the arrays meanwhile.
+            # (Where these are no copies, their version tells of a write, and the entry is not used again.)
+            made = compute([copy.array for copy in copies.values()])
+            new = self._entries[*modes, key] = CacheEntry(copies, made, settings)
+            return new
+        leaves = dict(zip(all_names, zip(all_arrays, state, strict=True), strict=True))
+        new = CacheEntry(copies, compute(all_arrays), settings, leaves, sum(map(version, all_arrays)))
+        # A graph belongs to the arrays themselves, which another thread may have changed since they were copied. Such
+        # an entry is returned to this caller but not cached.
+        if new.is_of(names, arrays):
+            self._entries[*modes, key] = new
+        return new
+
+    def _snapshots_of(self, names: Sequence[str], arrays: Sequence[Tensor]) -> dict[str, Snapshot]:
+        """Return snapshots of arrays, reusing existing ones that are equal.
+
+        Entries of several weights, with and without gradients, refer to the same arrays and would otherwise hold one
+        copy each. A copy is never written to; an array that has changed gets a new one.
+        """
+        found = {}
+        for name, array in zip(names, arrays, strict=True):
+            key = name, torch.is_inference_mode_enabled()
+            snapshot = self._snapshots.get(key)
+            if snapshot is None or not snapshot.is_of(array):
+                snapshot = self._snapshots[key] = Snapshot.of(array)
+            found[name] = snapshot
+        return found
+
+    def forget(self) -> None:
+        """Empty the cache."""
+        # New dictionaries instead of clear(): other threads may be reading the old ones.
+        self._entries, self._snapshots = {}, {}
+
+    def held(self) -> int:
+        """Return the bytes that it keeps: the memory behind tensors, counted once where several are views of it."""
+        tensors = [snapshot.array for snapshot in self._snapshots.values() if snapshot.version is None]
+        for entry in self._entries.values():
+            tensors += [*entry.made.values(), *entry.rounded.values()]
+        memory = (tensor.untyped_storage() for tensor in tensors)
+        return sum({one.data_ptr(): one.nbytes() for one in memory}.values())
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ArrayCache:
+        return ArrayCache()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ArrayCache, ()
+
+
 # -- The cache of updates ----------------------------------------------------------------------------------------------
 
 
@@ -755,7 +930,7 @@ def numbered_cache(number: int) -> DeltaCache:
     return _caches[number]
 
 
-class DeltaCache:
+class DeltaCache(ArrayCache):
     """The updates of one plan, cached and checked against the current arrays at every use.
 
     Parameters
@@ -764,10 +939,7 @@ class DeltaCache:
 
     Notes
     -----
-    The cache does not depend on a "forward pass is running" flag: an interrupted pass never reports its end (torch runs
-    no hook on KeyboardInterrupt), and other threads may be in other passes. Instead the invariant is per entry: an
-    entry is immutable, holds snapshots of the arrays it was computed from, and is used only after a comparison with
-    these. It covers only the arrays of the requested weight, so its cost does not grow with the number of weights.
+    An entry covers only the arrays of the requested weight, so its cost does not grow with the number of weights.
 
     On the CPU the comparison is by content, and costs microseconds. On a GPU that would wait for the device. There it
     is by memory and version counter (:class:`Snapshot`), which do not see all writes.
@@ -775,13 +947,11 @@ class DeltaCache:
     Steps of fused optimizers change no version counter: entries end when gradients are computed, and none is used while
     arrays have gradients.
 
-    Entries are keyed by (gradients enabled, inference mode, weight; or -1, -2 … for all of a part). Entries with
-    gradients hold the graph as well: they are valid only for the same parameter objects with unchanged
-    ``requires_grad`` and version counters, because the graph leads to these objects and its backward pass refuses
-    arrays that were written to.
+    Keys are the weight, or -1, -2 … for all of a part.
     """
 
     def __init__(self, plan: SuperLoRA) -> None:
+        super().__init__()
         self.plan = plan
         #: By which an operator of a compiled program, which takes tensors and numbers only, finds this object.
         self.number = next(_numbers)
@@ -797,9 +967,6 @@ class DeltaCache:
         #: Parts of the plan whose updates are computed at once, and the part of each weight.
         self._parts = _parts(plan)
         self._part = [part for part in self._parts for _ in part.plan.shapes]
-        self._entries: dict[tuple[bool, bool, int], CacheEntry] = {}
-        #: The latest snapshot of each array, which entries share.
-        self._snapshots: dict[tuple[str, bool], Snapshot] = {}
         #: The current compiler trace or forward pass, and the updates of each part that it has computed for all its
         #: layers, where these are not cached.
         self._traced: tuple[Hashable, dict[int, list[Tensor]]] | None = None
@@ -831,18 +998,6 @@ class DeltaCache:
         self._traced, self._pass = None, 0
         self.began_with_gradients = False
 
-    def forget(self) -> None:
-        """Empty the cache."""
-        # New dictionaries instead of clear(): other threads may be reading the old ones.
-        self._entries, self._snapshots = {}, {}
-
-    def held(self) -> int:
-        """Return the bytes that it keeps."""
-        tensors = [snapshot.array for snapshot in self._snapshots.values() if snapshot.version is None]
-        for entry in self._entries.values():
-            tensors += [*entry.made.values(), *entry.rounded.values()]
-        return held_bytes(tensors)
-
     def get(self, lookup: Lookup, index: int, dtype: torch.dtype | None = None) -> Tensor:
         """Return the update of one weight for the current arrays; where it is cached, in ``dtype`` if one is given."""
         if torch.compiler.is_compiling():
@@ -858,62 +1013,16 @@ class DeltaCache:
             else:
                 made = recomputed(own, *given)
             return made
-        # An update with a graph cannot replace one without (outputs would require gradients, and the graph would stay
-        # alive), nor can an inference tensor replace an ordinary one.
+        if alone:
+            return self.entry(index, own.names, given, lambda arrays: {index: own(*arrays)}).update(index, dtype)
         part = self._part[index]
-        key = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), index if alone else part.key
-        # No lock is needed: entries are immutable, and reading or replacing one is a single dictionary operation. Two
-        # threads that both find none compute it twice, with equal results.
-        entry = self._entries.get(key)
-        if entry is not None and entry.is_of(own.names, given):
-            return entry.update(index, dtype)
-        # Drop the stale entry before computing the new one, to keep peak memory down.
-        entry = None
-        self._entries.pop(key, None)
-        new = self._entry(index, given) if alone else self._whole(lookup, part)
-        # A graph belongs to the arrays themselves, which another thread may have changed since they were copied. Such
-        # an entry is returned to this caller but not cached.
-        if new.leaves is None or new.is_of(own.names, given):
-            self._entries[key] = new
-        return new.update(index, dtype)
 
-    def _entry(self, index: int, given: Sequence[Tensor]) -> CacheEntry:
-        """Compute the entry of one weight alone, without gradients."""
-        own = self._slices[index]
-        copies = self._snapshots_of(own.names, given)
-        return CacheEntry(copies, {index: own(*(copy.array for copy in copies.values()))})
+        def updates(arrays: Sequence[Tensor]) -> dict[int, Tensor]:
+            # Gradients that reach the updates end the cached ones, whose memory the backward pass through F then uses.
+            return dict(enumerate(part.updates(arrays, self.forget), part.first))
 
-    def _whole(self, lookup: Lookup, part: CachedPart) -> CacheEntry:
-        """Compute the entry of all weights of a part; with gradients, as one graph that all layers share."""
-        names = part.names
-        given = lookup(names)
-        # State before copies: a write in between makes the copies newer than the state, which invalidates the entry.
-        state = array_state(given) if torch.is_grad_enabled() else None
-        copies = self._snapshots_of(names, given)
-        if state is None:
-            # Computed from the copies, so that the entry is consistent whatever is written to the arrays meanwhile.
-            # (Where these are no copies, their version tells of a write, and the entry is not used again.)
-            made = pieces(part.plan, Whole(part.plan, part.own)(*(copy.array for copy in copies.values())))
-            return CacheEntry(copies, dict(enumerate(made, part.first)))
-        # Gradients that reach the updates end the cached ones, whose memory the backward pass through F then reuses.
-        made = part.updates(given, self.forget)
-        leaves = dict(zip(names, zip(given, state, strict=True), strict=True))
-        return CacheEntry(copies, dict(enumerate(made, part.first)), leaves, sum(map(version, given)))
-
-    def _snapshots_of(self, names: Sequence[str], given: Sequence[Tensor]) -> dict[str, Snapshot]:
-        """Return snapshots of arrays, reusing existing ones that are equal.
-
-        Entries of several weights, with and without gradients, refer to the same arrays and would otherwise hold one
-        copy each. A copy is never written to; an array that has changed gets a new one.
-        """
-        found = {}
-        for name, array in zip(names, given, strict=True):
-            key = name, torch.is_inference_mode_enabled()
-            snapshot = self._snapshots.get(key)
-            if snapshot is None or not snapshot.is_of(array):
-                snapshot = self._snapshots[key] = Snapshot.of(array)
-            found[name] = snapshot
-        return found
+        entry = self.entry(part.key, own.names, given, updates, sources=lambda: (part.names, lookup(part.names)))
+        return entry.update(index, dtype)
 
     def _compiled(self, lookup: Lookup, index: int) -> Tensor:
         """Compute the update by ordinary operations, for the compiler to fuse.
@@ -980,70 +1089,6 @@ def _parts(plan: SuperLoRA) -> list[CachedPart]:
     ]
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class CacheEntry:
-    """Updates, and the arrays they were computed from.
-
-    Attributes
-    ----------
-    copies : dict of str to Snapshot
-        The arrays as they were.
-    made : dict of int to Tensor
-        The updates by index of the weight.
-    leaves : dict of str to (Tensor, hashable), optional
-        Where the updates have a graph, the arrays themselves with their states: gradients go to these objects.
-    written : int
-        Sum of the version counters of the leaves.
-    rounded : dict of (int, dtype) to Tensor
-        Updates in other dtypes, added as they are asked for; only where there is no graph.
-    """
-
-    copies: dict[str, Snapshot]
-    made: dict[int, Tensor]
-    leaves: dict[str, tuple[Tensor, Hashable]] | None = None
-    written: int = 0
-    rounded: dict[tuple[int, torch.dtype], Tensor] = dataclasses.field(default_factory=dict)
-
-    def update(self, index: int, dtype: torch.dtype | None = None) -> Tensor:
-        """Return the update of one weight, in a dtype if one is given."""
-        made = self.made[index]
-        if dtype is None or dtype == made.dtype:
-            return made
-        if self.leaves is not None:
-            return made.to(dtype)
-        found = self.rounded.get((index, dtype))
-        if found is None:
-            found = self.rounded[index, dtype] = made.to(dtype)
-        return found
-
-    def is_of(self, names: Sequence[str], given: Sequence[Tensor]) -> bool:
-        """Return whether the arrays of these names that it was computed from equal the given ones."""
-        if self.leaves is not None:
-            states = array_state(given)
-            for name, array, state in zip(names, given, states, strict=True):
-                leaf, before = self.leaves[name]
-                if leaf is not array or before != state:
-                    return False
-            # One graph covers all arrays, and its backward pass refuses if any of them was written to since.
-            if sum([version(leaf) for leaf, _ in self.leaves.values()]) != self.written:
-                return False
-        copies = self.copies
-        for name, array in zip(names, given, strict=True):  # noqa: SIM110, a generator takes as long as a comparison
-            if not copies[name].is_of(array):
-                return False
-        return True
-
-
-def held_bytes(tensors: Iterable[Tensor]) -> int:
-    """Return the bytes of the memory behind tensors, counted once where several are views of it."""
-    return sum({one.data_ptr(): one.nbytes() for one in (tensor.untyped_storage() for tensor in tensors)}.values())
-
-
-def array_state(arrays: Sequence[Tensor]) -> list[Hashable]:
-    """Return what tells whether a graph still belongs to arrays: whether they require gradients, and their versions."""
-    return [(array.requires_grad, version(array)) for array in arrays]
-
-
 def can_cache(arrays: Sequence[Tensor], alone: bool) -> bool:
     """Return whether an update of these arrays may be cached."""
     if not on_host(arrays[0]):
@@ -1106,27 +1151,22 @@ class _Moved:
         return [self.part.adjoint(gradient)]
 
 
-class ThetaArrays:
+class ThetaArrays(ArrayCache):
     """The arrays of a plan with a map before the network, cached and checked against θ at every use.
 
     Parameters
     ----------
     plan : SuperLoRA
         With ``plan.theta``.
-
-    Notes
-    -----
-    The rules are those of :class:`DeltaCache`: an entry is immutable, holds snapshots of
-    the θ it was computed from, and with gradients is valid only for the same parameter objects and version counters.
     """
 
     def __init__(self, plan: SuperLoRA) -> None:
         assert plan.theta is not None
+        super().__init__()
         self.plan, self.theta = plan, plan.theta
-        self._entries: dict[tuple[bool, bool], tuple[CacheEntry, dict[str, Tensor]]] = {}
         self._traced: tuple[int, dict[str, Tensor]] | None = None
 
-    def get(self, thetas: Sequence[Tensor]) -> dict[str, Tensor]:
+    def get(self, thetas: Sequence[Tensor]) -> Mapping[str, Tensor]:
         """Return the arrays by their names in the plan, for the current θ in the order of ``theta.shapes``."""
         if torch.compiler.is_compiling():
             number = trace_number()
@@ -1135,26 +1175,7 @@ class ThetaArrays:
             return self._traced[1]
         if not can_cache(thetas, False):
             return self._made(thetas)
-        names = list(self.theta.shapes)
-        key = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-        found = self._entries.get(key)
-        if found is not None and found[0].is_of(names, thetas):
-            return found[1]
-        state: list[Hashable] = array_state(thetas) if torch.is_grad_enabled() else []
-        copies = {name: Snapshot.of(theta) for name, theta in zip(names, thetas, strict=True)}
-        made = self._made(thetas)
-        leaves = dict(zip(names, zip(thetas, state, strict=True), strict=True)) if state else None
-        entry = CacheEntry(copies, {}, leaves, sum(-1 if t.is_inference() else t._version for t in thetas))
-        self._entries[key] = entry, made
-        return made
-
-    def forget(self) -> None:
-        """Empty the cache."""
-        self._entries = {}
-
-    def held(self) -> int:
-        """Return the bytes that it keeps."""
-        return held_bytes(array for _, made in self._entries.values() for array in made.values())
+        return self.entry((), list(self.theta.shapes), thetas, self._made).made
 
     def end(self) -> None:
         """Record that a pass has ended, so that the next one does not begin with what a trace left."""
@@ -1169,8 +1190,7 @@ class ThetaArrays:
                 vec = part.forward(theta)
             else:
                 # Steps of fused optimizers, which follow a backward pass, change no version counter.
-                moved = _Moved(part, None if on_host(theta) else self.forget)
-                vec = recomputed(moved, theta)
+                vec = recomputed(_Moved(part, None if on_host(theta) else self.forget), theta)
             for (full, shape), piece in zip(part.arrays.items(), torch.split(vec, sizes), strict=True):
                 change = piece.view(shape)
                 found[full] = self.plan.array_start(backend, full, theta) + change if self.theta.offset else change
@@ -1262,57 +1282,6 @@ class Quotient:
         # C is ΔW where outputs are scaled.
         found = list(pull(through.to(of_delta[0].device, of_delta[0].dtype))) if rest else []
         return found if len(rest) == len(wanted) else [*found, of_magnitude.to(magnitude.device, magnitude.dtype)]
-
-
-class _KeptQuotient(NamedTuple):
-    """A quotient without a graph, and what it was computed from."""
-
-    entry: CacheEntry
-    settings: tuple[Hashable, ...]
-    quotient: Tensor
-
-
-class QuotientCache:
-    """Quotients of the weights of one adapter for passes without gradients, checked at every use.
-
-    Notes
-    -----
-    As in :class:`DeltaCache`, arrays are compared by content with the copies that a
-    quotient was computed from. The weight is too large for that: it has to be the same memory with the same version
-    counter, which every operation in place on it changes. (A write through ``weight.data`` or NumPy does not.)
-    """
-
-    def __init__(self) -> None:
-        self._kept: dict[tuple[int, bool], _KeptQuotient] = {}
-
-    def get(self, index: int, names: Sequence[str], arrays: Sequence[Tensor], own: Quotient, weight: Tensor) -> Tensor:
-        """Return the quotient of a weight for the current arrays; ``weight`` is the stored parameter."""
-        if not can_cache(arrays, True) or weight.is_inference():
-            return own(*arrays)
-        key = index, torch.is_inference_mode_enabled()
-        settings = weight.data_ptr(), weight.dtype, version(weight), own.scale
-        found = self._kept.get(key)
-        if found is not None and found.settings == settings and found.entry.is_of(names, arrays):
-            return found.quotient
-        # Copied first: computed from the copies, it is consistent whatever is written to the arrays meanwhile.
-        copies = {name: Snapshot.of(array) for name, array in zip(names, arrays, strict=True)}
-        made = own(*(copy.array for copy in copies.values()))
-        self._kept[key] = _KeptQuotient(CacheEntry(copies, {}), settings, made)
-        return made
-
-    def forget(self) -> None:
-        """Empty the cache."""
-        self._kept = {}
-
-    def held(self) -> int:
-        """Return the bytes that it keeps."""
-        return held_bytes(kept.quotient for kept in self._kept.values())
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> QuotientCache:
-        return QuotientCache()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return QuotientCache, ()
 
 
 # -- The product of an input with a cached update, as one operator for compiled programs -------------------------------

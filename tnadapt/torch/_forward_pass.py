@@ -28,13 +28,13 @@ from tnadapt.errors import ConfigError, TargetError, safe_repr
 
 from ._delta import (
     Quotient,
-    in_dispatch_mode,
-    in_functorch,
+    can_cache,
     on_host,
     recomputed,
     refuse_reentrant,
     traced,
     update_product,
+    version,
     wide_pair,
     wide_product,
 )
@@ -42,6 +42,7 @@ from ._linear import (
     LowRank,
     add_features,
     index_tensor,
+    is_ordinary,
     is_small,
     low_rank_linear,
     mixed_low_rank_linear,
@@ -461,7 +462,7 @@ class LowRankLayer:
             return None
         assert weight is not None  # of these types
         dtype, device = x.dtype, x.device
-        if weight.dtype is not dtype or weight.device != device or not _is_ordinary(x):
+        if weight.dtype is not dtype or weight.device != device or not is_ordinary(x):
             return None
         changes: list[LowRank] = []
         acting: list[AdapterState] = []
@@ -507,16 +508,6 @@ def _stored(slot: AdapterSlot) -> _Stored | None:
     return _Stored(state, *how.stored, how.network.scale)
 
 
-def _is_ordinary(x: Tensor) -> bool:
-    """Return what :func:`~tnadapt.torch._linear.can_fuse` asks of an input and of the way it is called."""
-    if x.is_nested or x.ndim == 0 or x.is_meta or not x.is_contiguous():
-        return False
-    # A constant where possible: the name of the device takes longer than the answer.
-    if torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type):
-        return False
-    return not in_functorch() and not in_dispatch_mode()
-
-
 # -- A linear layer on few rows of input, without gradients: decoding, token by token ----------------------------------
 
 # ``x (W + ΔW)ᵀ`` writes a sum as large as the weight, for a product that does little more than read it once. For few
@@ -537,10 +528,8 @@ def has_few_rows(x: Tensor, weight: Tensor, slots: Sequence[AdapterSlot]) -> boo
         return False
     if x.numel() > MOST_ROWS.get(weight.dtype, 0) * x.shape[-1]:
         return False
-    if torch.compiler.is_compiling():
-        # An exported program has to contain the computation, as it is run without this library.
-        return not torch.compiler.is_exporting()
-    return not in_functorch() and not in_dispatch_mode()
+    # An exported program has to contain the computation, as it is run without this library.
+    return not torch.compiler.is_exporting() if torch.compiler.is_compiling() else not traced()
 
 
 def added_products(x: Tensor, weight: Tensor, bias: Tensor | None, slots: Sequence[AdapterSlot]) -> Tensor:
@@ -747,9 +736,13 @@ def quotient(slot: AdapterSlot, stored: Tensor | None) -> Tensor:
         return found
     if trained:
         return recomputed(function, *arrays)
-    if names and stored is not None:
-        return state.quotients.get(slot.index, names, arrays, function, stored)
-    return function(*arrays)
+    if not names or stored is None or stored.is_inference() or not can_cache(arrays, True):
+        return function(*arrays)
+    # The weight is too large to be compared: it has to be the same memory with the same version counter, which every
+    # operation in place on it changes. (A write through ``weight.data`` or NumPy does not.)
+    settings = stored.data_ptr(), stored.dtype, version(stored), scale
+    entry = state.quotients.entry(slot.index, names, arrays, lambda copies: {0: function(*copies)}, settings)
+    return entry.made[0]
 
 
 def scaled_output(y: Tensor, bias: Tensor | None, slot: AdapterSlot, stored: Tensor | None) -> Tensor:

@@ -57,7 +57,7 @@ from ._forward_pass import (
     scaled_output,
     updated_weight,
 )
-from ._linear import add_features, can_fuse, factored_linear, on_device, product
+from ._linear import add_features, can_fuse, factored_linear, is_ordinary, on_device, product
 from ._quantized import is_packed, quantized_type
 from ._state import AdapterSlot, AdapterState, mixing_weight
 from ._updated_weight import ITSELF, LINEAR, Convolution
@@ -635,18 +635,19 @@ class ForwardPatch:
                 to_weights[-1][1].append(slot)
             else:
                 to_weights.append((patched, [slot]))
-        ready: list[Factored] = []
-        if to_output and not to_weights and not dropping and not torch.compiler.is_compiling():
-            fused = self._fused(to_output, args, kwargs, ready)
-            if fused is not None:
-                return self.rescaled(fused, to_output)
         if to_output and self.looks_up:
             return self._embedded(to_weights, to_output, args, kwargs)
+        known: Sequence[Factored | None] = [None] * len(to_output)
+        if to_output and not to_weights and not dropping and self._can_factor(to_output, args, kwargs):
+            known = [factors(slot) for slot in to_output]
+            y = self._fused(args[0], to_output, cast("Sequence[Factored]", known))
+            if y is not None:
+                return self.rescaled(y, to_output)
         y = self._base(to_weights, args, kwargs)
         if to_output:
             x = _input(args, kwargs)
-            for number, slot in enumerate(to_output):
-                y = add_features(y, slot.target, self.output(slot, x, ready[number] if ready else None))
+            for slot, found in zip(to_output, known, strict=True):
+                y = add_features(y, slot.target, self.output(slot, x, found))
             y = self.rescaled(y, to_output)
         return self._with_dropout(y, dropping, _input(args, kwargs)) if dropping else y
 
@@ -722,20 +723,22 @@ class ForwardPatch:
         weight = updated_weight(ITSELF, None, stored, None, slots, less=less)
         return cast(Tensor, host._conv_forward(x, weight, bias))
 
-    def _fused(self, added: list[AdapterSlot], args: Any, kwargs: Any, ready: list[Factored]) -> Tensor | None:
-        """Return the output if all updates are factored and of a linear layer's dtype; else None, and the factors."""
-        host, x = self.host, args[0] if len(args) == 1 and not kwargs else None
-        if not (self.is_plain and isinstance(host, nn.Linear) and isinstance(x, Tensor)):
-            return None
+    def _can_factor(self, added: list[AdapterSlot], args: Any, kwargs: Any) -> bool:
+        """Return whether all updates are factors that a linear layer accumulates in its output."""
+        if not (self.is_plain and isinstance(self.host, nn.Linear) and len(args) == 1 and not kwargs):
+            return False
         if any(slot.strategy != "factored" or slot.adapter.activation is not None for slot in added):
-            return None
-        changes = []
-        for slot in added:
-            found = factors(slot)
-            ready.append(found)
-            changes.append((slot.target, found._replace(scale=found.scale * mixing_weight(slot.adapter))))
-        weight = self.weights[0].tensor
-        return factored_linear(x, weight, host.bias, changes) if can_fuse(x, weight, changes) else None
+            return False
+        return isinstance(args[0], Tensor) and is_ordinary(args[0])
+
+    def _fused(self, x: Tensor, added: list[AdapterSlot], known: Sequence[Factored]) -> Tensor | None:
+        """Return the output if all tensors have the same dtype."""
+        changes = [
+            (slot.target, found._replace(scale=found.scale * mixing_weight(slot.adapter)))
+            for slot, found in zip(added, known, strict=True)
+        ]
+        weight, bias = self.weights[0].tensor, cast(Any, self.host).bias
+        return factored_linear(x, weight, bias, changes) if can_fuse(x, weight, changes) else None
 
     def _is_plain(self) -> bool:
         if self.before is not None or len(self.weights) != 1 or self.weights[0].owner is not self.host:
@@ -787,7 +790,7 @@ class ForwardPatch:
     def output(self, slot: AdapterSlot, x: Tensor, found: Factored | None = None) -> Tensor:
         """Return what the update adds to the output; ``found`` are its factors, if they have been computed."""
         adapter = slot.adapter
-        if slot.strategy == "additive":
+        if slot.strategy != "factored":  # rows() adds small updates of weights, too
             plain = adapter.plan.applying.takes_factors
             update = delta(slot) if plain else added_matrix(slot, self._stored(slot))
             autocast = torch.is_autocast_enabled(x.device.type)

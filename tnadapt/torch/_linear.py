@@ -27,6 +27,7 @@ __all__ = [
     "features_of",
     "fixed_indices",
     "index_tensor",
+    "is_ordinary",
     "is_small",
     "low_rank_linear",
     "low_rank_updates",
@@ -283,14 +284,19 @@ def low_rank_updates(changes: Sequence[tuple[Target, Factored]]) -> list[LowRank
     return found
 
 
-def can_fuse(x: Tensor, weight: Tensor, changes: Sequence[tuple[Target, Factored]]) -> bool:
-    """Return whether all tensors share dtype and device, and no trace or mode intercepts single operations."""
-    if traced() or any(isinstance(target.rows, RowIndices) for target, _ in changes):
-        return False  # of these features there is no view to accumulate in
-    if x.is_nested or x.ndim == 0 or x.device.type == "meta" or torch.is_autocast_enabled(x.device.type):
+def is_ordinary(x: Tensor) -> bool:
+    """Return whether no trace, mode or autocast intercepts single operations on an input with rows in memory order."""
+    # With other strides torch sums products in another order, so that rounding would differ.
+    if x.is_nested or x.ndim == 0 or x.is_meta or not x.is_contiguous():
         return False
-    if not x.is_contiguous():
-        return False  # with other strides torch sums products in another order, so rounding would differ
+    # A constant where possible: the name of the device takes longer than the answer.
+    return not (torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type) or traced())
+
+
+def can_fuse(x: Tensor, weight: Tensor, changes: Sequence[tuple[Target, Factored]]) -> bool:
+    """Return whether all tensors share dtype and device; of an input that :func:`is_ordinary`."""
+    if any(isinstance(target.rows, RowIndices) for target, _ in changes):
+        return False  # of these features there is no view to accumulate in
     tensors = [t for _, factored in changes for term in factored.terms for matrix in term for t in matrix]
     return all(t is None or (t.dtype, t.device) == (x.dtype, x.device) for t in [weight, *tensors])
 

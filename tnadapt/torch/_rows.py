@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from tnadapt.errors import ConfigError, TargetError, safe_repr
-from tnadapt.targets.target import RowIndices, Target
+from tnadapt.targets.target import Target
 
-from ._forward_pass import PatchedParameter, delta, drops_input, factors
+from ._forward_pass import PatchedParameter, drops_input, factors
 from ._forward_patch import Placed, is_read
 from ._linear import add_features
 from ._quantized import is_embedding
@@ -61,13 +61,7 @@ def looped(output: Output, assignment: RowAssignment, groups: Sequence[Slots], x
         part = x.index_select(0, assignment.index(rows, x.device))
         for slot in slots:
             key = slot.target if slot.target.rows is not None else None
-            if slot.strategy == "weight":
-                update = delta(slot)
-                autocast = torch.is_autocast_enabled(x.device.type)
-                made = torch.nn.functional.linear(part, update.to(x.device) if autocast else update.to(x))
-            else:
-                made = output(slot, part)
-            found.setdefault(key, []).append((rows, made))
+            found.setdefault(key, []).append((rows, output(slot, part)))
     return found
 
 
@@ -126,22 +120,10 @@ def _are_alike(groups: Sequence[Slots]) -> bool:
 
 def _plus(y: Tensor, target: Target | None, rows: Tensor, change: Tensor, in_place: bool) -> Tensor:
     """Return y with a change added to some rows, and there to the features of the target's rows."""
-    part, own = y, None if target is None else target.rows
-    if target is not None and isinstance(own, RowIndices):
-        found = add_features(y.index_select(0, rows), target, change)
-        return y.index_copy_(0, rows, found) if in_place else y.index_copy(0, rows, found)
-    assert not isinstance(own, RowIndices)
-    if own is not None:
-        blocks = y.view(*y.shape[:-1], own.count, own.stride) if in_place else y.reshape(*y.shape[:-1], own.count, -1)
-        part = blocks[..., own.start : own.start + own.length]
-        change = change.reshape(*change.shape[:-1], own.count, own.length)
-    if in_place:
-        part.index_add_(0, rows, change)
-        return y
-    part = part.index_add(0, rows, change)
-    if own is None:
-        return part
-    return torch.cat([blocks[..., : own.start], part, blocks[..., own.start + own.length :]], -1).reshape(y.shape)
+    if target is None:
+        return y.index_add_(0, rows, change) if in_place else y.index_add(0, rows, change)
+    changed = add_features(y.index_select(0, rows), target, change)
+    return y.index_copy_(0, rows, changed) if in_place else y.index_copy(0, rows, changed)
 
 
 # -- A layer's forward with one adapter, or none, for each row ---------------------------------------------------------
