@@ -688,58 +688,56 @@ def updated_weight(
         return operation(x, updated(stored, (_change(slot, stored, drop) for slot in slots), less), bias)
     updates, arrays = list[Update](), list[Tensor]()
     for slot in slots:
-        state, own = slot.adapter, weight_params(slot.adapter, slot.index)
-        made = state.cache.slice(slot.index)
-        of_delta = [delta(slot)] if made is None else current(state, made.names)
-        scale = 1.0 if made is None else mixing_weight(state)
+        state, params = slot.adapter, weight_params(slot.adapter, slot.index)
+        source = state.cache.slice(slot.index)
+        of_delta = [delta(slot)] if source is None else current(state, source.names)
+        scale = 1.0 if source is None else mixing_weight(state)
         updates.append(
-            Update(slot.target, state.plan.applying, made, len(of_delta), len(own), scale, state.detach_norm)
+            Update(slot.target, state.plan.applying, source, len(of_delta), len(params), scale, state.detach_norm)
         )
-        arrays += [*of_delta, *own]
-    weight = UpdatedWeight(operation, updates, less)
-    return recomputed(weight, x, stored, bias, *arrays)
+        arrays += [*of_delta, *params]
+    return recomputed(UpdatedWeight(operation, updates, less), x, stored, bias, *arrays)
 
 
 def _change(slot: AdapterSlot, stored: Tensor, drop: ColumnDropout | None) -> Change:
     """Return the change of one slot at this moment, differentiable."""
-    state, update, own = slot.adapter, delta(slot), weight_params(slot.adapter, slot.index)
+    state, update, params = slot.adapter, delta(slot), weight_params(slot.adapter, slot.index)
     applying = state.plan.applying
-    made = Change(Update(slot.target, applying, None, 1, len(own), detach=state.detach_norm), update, own)
+    change = Change(Update(slot.target, applying, None, 1, len(params), detach=state.detach_norm), update, params)
     if drop is not None and drop.acts(slot):
-        made = made._replace(kept=drop.mask(slot, update))
+        change = change._replace(mask=drop.mask(slot, update))
     if applying.rescales and applying.scales_outputs and not torch.is_grad_enabled() and not traced():
-        made = made._replace(quotient=quotient(slot, stored))
+        change = change._replace(quotient=quotient(slot, stored))
     if not applying.additive and torch.compiler.is_compiling():
-        made = made._replace(inactive=weight_on(state, stored.device) == 0)
-    return made
+        change = change._replace(inactive=weight_on(state, stored.device) == 0)
+    return change
 
 
 def quotient(slot: AdapterSlot, stored: Tensor | None) -> Tensor:
     """Return q of one weight, one number for each row; ``stored`` is None for a quantized weight."""
     state = slot.adapter
-    made = None if torch.compiler.is_compiling() else state.cache.slice(slot.index)
-    own = weight_params(state, slot.index)
+    source = None if torch.compiler.is_compiling() else state.cache.slice(slot.index)
+    params = weight_params(state, slot.index)
     weight = functools.partial(_base, slot) if stored is None else functools.partial(slot.target.select, stored)
-    names: tuple[str, ...] = ()
-    if made is None:
-        arrays, scale = [delta(slot), *own], 1.0
+    if source is None:
+        arrays, scale = [delta(slot), *params], 1.0
     else:
-        names = (*made.names, *state.plan.weight_param_names[slot.index])
-        arrays, scale = [*current(state, made.names), *own], mixing_weight(state)
-    function = Quotient(state.plan.applying, weight, made, scale, state.detach_norm)
+        arrays, scale = [*current(state, source.names), *params], mixing_weight(state)
+    function = Quotient(state.plan.applying, weight, source, scale, state.detach_norm)
     trained = torch.is_grad_enabled()
     # The node passes no gradient to the weight, and traces have to show single operations.
     if traced() or (trained and (state.detach_norm or (stored is not None and stored.requires_grad))):
-        found = function(*arrays)
+        factor = function(*arrays)
         if torch.compiler.is_compiling():  # one program serves all mixing weights
-            found = torch.where(weight_on(state, found.device) == 0, torch.ones_like(found), found)
-        return found
+            factor = torch.where(weight_on(state, factor.device) == 0, torch.ones_like(factor), factor)
+        return factor
     if trained:
         return recomputed(function, *arrays)
-    if not names or stored is None or stored.is_inference() or not can_cache(arrays, True):
+    if source is None or stored is None or stored.is_inference() or not can_cache(arrays, True):
         return function(*arrays)
     # The weight is too large to be compared: it has to be the same memory with the same version counter, which every
     # operation in place on it changes. (A write through ``weight.data`` or NumPy does not.)
+    names = (*source.names, *state.plan.weight_param_names[slot.index])
     settings = stored.data_ptr(), stored.dtype, version(stored), scale
     entry = state.quotients.entry(slot.index, names, arrays, lambda copies: {0: function(*copies)}, settings)
     return entry.made[0]

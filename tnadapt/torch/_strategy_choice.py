@@ -152,13 +152,13 @@ def costs(
     multiplied = 3.0 * size if applying.scales_outputs and not applying.takes_factors else 0.0
     quotient = StepWork()
     if applying.rescales:
-        # Forward: ΔW, the sum and its norm. Backward: ΔW and the sum again, and their gradients. Then y and its gradient,
-        # times q.
+        # Forward: ΔW, the sum and its norm. Backward: ΔW and the sum again, and their gradients. Then y and its
+        # gradient, times q.
         again = StepWork(0.0, 0.0, 3.0 * size, 1)
         quotient = formed + formed + pulled + norm + again + again
         quotient += StepWork(0.0, 0.0, 2.0 * size + 8.0 * tokens * rows, 16)
-    # W' is made three times: in forward, and in backward for the gradient of x and for that of W', which is another sum.
-    # Then its gradient goes to ΔW, and to W, whether or not W is trained.
+    # W' is made three times: in forward, and in backward for the gradient of x and for that of W', which is another
+    # sum. Then its gradient goes to ΔW, and to W, whether or not W is trained.
     made = norm + StepWork(0.0, 0.0, multiplied + 2.0 * size * applying.rescales, 1 + applying.rescales)
     gradients = 9.0 * size if multiplied else 0.0
     gradients += 9.0 * size if applying.rescales else 0.0

@@ -40,9 +40,9 @@ class Update(NamedTuple):
     ----------
     target : Target
     applying : Applying
-    made : Slice or None
+    source : Slice or None
         Computes ΔW from the first arrays; None where the first array is ΔW itself.
-    number, own : int
+    num_arrays, num_params : int
         Number of the arrays of ΔW, and of the weight's own parameters, which follow.
     scale : float
         Factor of a ΔW that is computed here.
@@ -52,24 +52,24 @@ class Update(NamedTuple):
 
     target: Target
     applying: Applying
-    made: Slice | None
-    number: int
-    own: int
+    source: Slice | None
+    num_arrays: int
+    num_params: int
     scale: float = 1.0
     detach: bool = False
 
     def change(self, arrays: Sequence[Tensor]) -> Change:
         """Return the update at this moment."""
-        delta = arrays[0] if self.made is None else self.made(*arrays[: self.number])
-        return Change(self, delta if self.scale == 1.0 else delta * self.scale, arrays[self.number :])
+        delta = arrays[0] if self.source is None else self.source(*arrays[: self.num_arrays])
+        return Change(self, delta if self.scale == 1.0 else delta * self.scale, arrays[self.num_arrays :])
 
     def again(self, arrays: Sequence[Tensor], wanted: Sequence[int], once: bool) -> tuple[Change, Pull]:
         """Return it again, and the function from the gradient of ΔW to those of its arrays that are wanted."""
-        own = arrays[self.number :]
-        if self.made is None:
-            return Change(self, arrays[0], own), lambda moved: [moved] if wanted else []
-        delta, pull = recompute(self.made, arrays[: self.number], wanted, once, self.scale)
-        return Change(self, delta, own), pull
+        params = arrays[self.num_arrays :]
+        if self.source is None:
+            return Change(self, arrays[0], params), lambda gradient: [gradient] if wanted else []
+        delta, pull = recompute(self.source, arrays[: self.num_arrays], wanted, once, self.scale)
+        return Change(self, delta, params), pull
 
 
 class Change(NamedTuple):
@@ -79,10 +79,10 @@ class Change(NamedTuple):
     ----------
     update : Update
     delta : Tensor, shape (rows, cols)
-    own : sequence of Tensor
-    kept : Tensor, shape (1, cols), optional
+    params : sequence of Tensor
+    mask : Tensor, shape (1, cols), optional
         What W' - W is multiplied by: dropout of columns.
-    quotient : Tensor, optional
+    quotient : Tensor, shape (rows,), optional
         That of a magnitude and a norm, if it is known.
     inactive : Tensor of bool, optional
         Whether the rows stay those of W, in a compiled program.
@@ -90,8 +90,8 @@ class Change(NamedTuple):
 
     update: Update
     delta: Tensor
-    own: Sequence[Tensor] = ()
-    kept: Tensor | None = None
+    params: Sequence[Tensor] = ()
+    mask: Tensor | None = None
     quotient: Tensor | None = None
     inactive: Tensor | None = None
 
@@ -107,28 +107,28 @@ class Change(NamedTuple):
 
     def addend(self) -> Tensor:
         """Return what is added to W, of an additive one."""
-        return self.delta if self.kept is None else self.delta * self.kept
+        return self.delta if self.mask is None else self.delta * self.mask
 
     def rows(self, base: Tensor) -> Tensor:
         """Return the rows of W' for those of W, in the wider dtype of both."""
         applying, backend = self.update.applying, load_backend("torch")
         base, delta = wide_pair(base, self.delta)
         if self.quotient is None:
-            own = [array.to(base.device) for array in self.own]
-            found = cast(Tensor, applying.merged(backend, base, delta, own, detach=self.update.detach))
+            params = [param.to(base.device) for param in self.params]
+            rows = cast(Tensor, applying.merged(backend, base, delta, params, detach=self.update.detach))
         else:
-            found = cast(Tensor, base + applying.change(backend, base, delta))
-            found = found * self.quotient.view(-1, 1).to(found.dtype)
+            rows = cast(Tensor, base + applying.change(backend, base, delta))
+            rows = rows * self.quotient.view(-1, 1).to(rows.dtype)
         if self.inactive is not None:
-            found = torch.where(self.inactive, base, found)
-        return found if self.kept is None else base + (found - base) * self.kept
+            rows = torch.where(self.inactive, base, rows)
+        return rows if self.mask is None else base + (rows - base) * self.mask
 
     def pulled(self, base: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Return the gradients of the rows of W, of ΔW and of the own parameters, given that of the rows of W'."""
         base, delta = wide_pair(base, self.delta)
-        own = [array.to(base.device) for array in self.own]
+        params = [param.to(base.device) for param in self.params]
         return self.update.applying.pulled(
-            load_backend("torch"), base, delta, own, gradient.to(base.dtype), self.update.detach
+            load_backend("torch"), base, delta, params, gradient.to(base.dtype), self.update.detach
         )
 
 
@@ -150,8 +150,8 @@ def updated(stored: Tensor, changes: Iterable[Change], less: bool = False) -> Te
             index = several[0].matrix
             if index is None:
                 return _updated_matrix(stored, several, less)
-            alone = [one._replace(update=_of_matrix(one.update)) for one in several]
-            matrices[index] = _updated_matrix(stored[index], alone, less)
+            of_matrix = [each._replace(update=_of_matrix(each.update)) for each in several]
+            matrices[index] = _updated_matrix(stored[index], of_matrix, less)
             several = []
             if not at_once:
                 total = stored.detach().clone(memory_format=torch.contiguous_format) if total is stored else total
@@ -198,28 +198,28 @@ def summed(stored: Tensor, changes: Sequence[tuple[Target, Tensor]]) -> Tensor:
     """Return the stored weight plus the updates of its rows, summed in the wider dtype and rounded once."""
     if len(changes) == 1 and _can_sum_in_blocks(stored, *changes[0]):
         return _sum_in_blocks(stored, changes[0][1])
-    kind = stored.dtype
+    dtype = stored.dtype
     for _, delta in changes:
-        kind = torch.promote_types(kind, delta.dtype)
-    total, own = stored.to(kind), kind != stored.dtype
+        dtype = torch.promote_types(dtype, delta.dtype)
+    total, is_copy = stored.to(dtype), dtype != stored.dtype
     for target, delta in changes:
         delta = delta.to(stored.device)
         if target.rows is None:
-            total, own = total + (delta.T if target.transposed else delta.reshape(stored.shape)), True
+            total, is_copy = total + (delta.T if target.transposed else delta.reshape(stored.shape)), True
             continue
         if isinstance(target.rows, RowIndices):
             axis = 1 if target.transposed else 0
-            change = (delta.T if target.transposed else delta.reshape(-1, *stored.shape[1:])).to(kind)
-            total, own = total.index_add(axis, index_tensor(target, stored.device), change), True
+            change = (delta.T if target.transposed else delta.reshape(-1, *stored.shape[1:])).to(dtype)
+            total, is_copy = total.index_add(axis, index_tensor(target, stored.device), change), True
             continue
         # Only the target's rows are written, so the other rows keep their exact bits. In a channels_last weight the
         # block would be a copy instead of a view, hence the contiguous clone.
         if in_functorch():
             # Under vmap the update may have a batch dimension that the weight lacks. What new_ones returns has it, and
             # so has a selection by it, which is a copy.
-            total, own = torch.where(delta.new_ones((), dtype=torch.bool), total, total), True
-        elif not own or not total.is_contiguous():
-            total, own = total.clone(memory_format=torch.contiguous_format), True
+            total, is_copy = torch.where(delta.new_ones((), dtype=torch.bool), total, total), True
+        elif not is_copy or not total.is_contiguous():
+            total, is_copy = total.clone(memory_format=torch.contiguous_format), True
         target.block(total).add_(target.like_block(delta))
     return total.to(stored.dtype)
 
@@ -376,24 +376,26 @@ class UpdatedWeight:
     def vjp(self, inputs: Sequence[Any], wanted: Sequence[int], gradient: Tensor) -> list[Tensor | None]:
         """Return the gradients of the wanted inputs, given that of the output."""
         x, weight, _, *arrays = inputs
-        operation, once, found = self.operation, reuses_buffers(gradient), dict[int, Tensor]()
+        operation, once, gradients = self.operation, reuses_buffers(gradient), dict[int, Tensor]()
         terms: Iterable[tuple[int, list[int], Change, Pull]] = self._again(arrays, wanted, once)
         buffer: Tensor | None = None
         if 0 in wanted:
             terms = list(terms)
             changes = [change for _, _, change, _ in terms]
             total = self._total(weight, changes, arrays) if once else updated(weight, changes, self.less)
-            found[0] = operation.input_gradient(gradient, x, total)
+            gradients[0] = operation.input_gradient(gradient, x, total)
             # The sum is no longer needed: its buffer is warm in the cache, and reusing it saves an allocation.
             reused = operation.by_rows and once and total.dtype == gradient.dtype and total.is_contiguous()
-            buffer = total if reused and total is not weight else None
+            buffer = total if reused else None
             del total, changes
-        whole = None
+        whole: Tensor | None = None
         if 1 in wanted or not operation.by_rows:
             whole = operation.weight_gradient(gradient, x, weight)
         of_rows: list[tuple[Target, Tensor]] = []
         for start, places, change, pull in terms:
             update = change.update
+            if change.additive and not places and 1 not in wanted:
+                continue
             if whole is not None:
                 of_delta = update.target.select(whole)
             elif buffer is not None and buffer.shape == update.target.shape:
@@ -402,23 +404,23 @@ class UpdatedWeight:
                 of_delta = LINEAR.rows_gradient(gradient, x, update.target, None)
             if not change.additive:
                 of_changed = of_delta
-                of_base, of_delta, of_own = change.pulled(update.target.select(weight), of_changed)
+                of_base, of_delta, of_params = change.pulled(update.target.select(weight), of_changed)
                 of_rows.append((update.target, of_base - of_changed if self.less else of_base))
-                for place, part in enumerate(of_own, start + update.number):
-                    found[3 + place] = part.to(arrays[place].device, arrays[place].dtype)
-            pulled = pull(of_delta.to(arrays[start].device, arrays[start].dtype))
-            found.update(zip((3 + place for place in places), pulled, strict=True))
+                for place, part in enumerate(of_params, start + update.num_arrays):
+                    gradients[3 + place] = part.to(arrays[place].device, arrays[place].dtype)
+            of_arrays = pull(of_delta.to(arrays[start].device, arrays[start].dtype))
+            gradients.update(zip((3 + place for place in places), of_arrays, strict=True))
         if whole is not None and 1 in wanted:
-            found[1] = replaced(torch.zeros_like(weight) if self.less else whole.to(weight.dtype), of_rows)
+            gradients[1] = replaced(torch.zeros_like(weight) if self.less else whole.to(weight.dtype), of_rows)
         if 2 in wanted:
-            found[2] = operation.bias_gradient(gradient)
-        return [found[index] for index in wanted]
+            gradients[2] = operation.bias_gradient(gradient)
+        return [gradients[index] for index in wanted]
 
     def _spans(self) -> Iterator[tuple[Update, int, int]]:
         """Yield each update with the places of its arrays."""
         start = 0
         for update in self.updates:
-            stop = start + update.number + update.own
+            stop = start + update.num_arrays + update.num_params
             yield update, start, stop
             start = stop
 
@@ -427,7 +429,7 @@ class UpdatedWeight:
     ) -> Iterator[tuple[int, list[int], Change, Pull]]:
         """Compute each update again, one after the other, with the places of its arrays that have gradients."""
         for update, start, stop in self._spans():
-            places = [place for place in range(start, start + update.number) if 3 + place in wanted]
+            places = [place for place in range(start, start + update.num_arrays) if 3 + place in wanted]
             yield start, places, *update.again(arrays[start:stop], [place - start for place in places], once)
 
     def _total(self, weight: Tensor, changes: Iterable[Change], arrays: Sequence[Tensor]) -> Tensor:
