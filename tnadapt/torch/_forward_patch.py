@@ -77,35 +77,32 @@ class RoutedChanges:
 
     Parameters
     ----------
+    patch : ForwardPatch
     stored : Tensor, shape (matrices, …, …)
         The base weight.
     base : Tensor
         What the module multiplies by: the base weight, or its sum with updates of the strategy "weight".
     slots : sequence of AdapterSlot
         Those that are added to outputs.
-    host : Module
-    output : function of (AdapterSlot, Tensor)
-        What a slot adds to the output for an input.
     total : function
         Computes the changed weight with all updates, for whatever is no product.
     """
 
     def __init__(
         self,
+        patch: ForwardPatch,
         stored: Tensor,
         base: Tensor,
         slots: Sequence[AdapterSlot],
-        host: nn.Module,
-        output: Callable[[AdapterSlot, Tensor], Tensor],
         total: Callable[[], Tensor],
     ) -> None:
-        self.stored, self.base, self.host = stored, base, host
+        self.patch, self.stored, self.base = patch, stored, base
         self.transposed = slots[0].target.transposed  # the same for all matrices of a parameter
         self.by_index: dict[int, list[AdapterSlot]] = {}
         for slot in slots:
             assert slot.target.index is not None
             self.by_index.setdefault(slot.target.index, []).append(slot)
-        self._output, self._total = output, total
+        self._total = total
         self._sum: Tensor | None = None
 
     def total(self) -> Tensor:
@@ -116,17 +113,17 @@ class RoutedChanges:
 
     def of_one(self, y: Tensor, x: Tensor, index: int) -> Tensor:
         """Return ``x W'ᵀ`` for one of the matrices, given ``y = x Wᵀ``."""
-        slots = self.by_index.get(index, [])
-        dropping = [slot for slot in slots if slot.adapter.dropout > 0.0 and self.host.training]
-        y = self._changed(y, x, [slot for slot in slots if slot not in dropping])
-        for dropped, own in dropped_inputs(dropping, x):
-            if own[0].adapter.plan.applying.additive:
-                y = self._changed(y, dropped, own)
+        slots, added = self.by_index.get(index, []), self.patch.added
+        dropping = [slot for slot in slots if slot.adapter.dropout > 0.0 and self.patch.host.training]
+        y = added(y, x, [slot for slot in slots if slot not in dropping], biased=False)
+        for dropped, several in dropped_inputs(dropping, x):
+            if several[0].adapter.plan.applying.additive:
+                y = added(y, dropped, several, biased=False)
                 continue
             # Only the change sees the dropped input, whatever it is.
             matrix = self.base[index]
             plain = functional.linear(dropped, matrix.mT if self.transposed else matrix)
-            y = y + (self._changed(plain, dropped, own) - plain)
+            y = y + (added(plain, dropped, several, biased=False) - plain)
         return y
 
     def of_segments(self, y: Tensor, x: Tensor, counts: Sequence[int]) -> Tensor:
@@ -164,14 +161,6 @@ class RoutedChanges:
         counts = [count * number for number in torch.bincount(numbers, minlength=matrices).tolist()]
         found = self.of_segments(y[order].flatten(0, 1), x[order].flatten(0, 1), counts).view(y.shape)
         return found[torch.argsort(order)]
-
-    def _changed(self, y: Tensor, x: Tensor, slots: Sequence[AdapterSlot]) -> Tensor:
-        for slot in slots:
-            y = add_features(y, slot.target, self._output(slot, x))
-        for slot in slots:
-            if slot.adapter.plan.applying.rescales:
-                y = scaled_output(y, None, slot, self.stored)
-        return y
 
 
 # -- Experts: a stacked parameter to which products add the updates, without forming the sum ---------------------------
@@ -404,30 +393,15 @@ def updated_parameter(stored: Tensor, slots: Sequence[AdapterSlot], host: nn.Mod
     return updated_weight(ITSELF, None, stored, None, slots, ColumnDropout(host))
 
 
-def changed_parameter(
-    patched: PatchedParameter,
-    slots: Sequence[AdapterSlot],
-    host: nn.Module,
-    output: Callable[[AdapterSlot, Tensor], Tensor],
-) -> Tensor:
-    """Return what stands in the place of a parameter: the sum, or for experts a stack that products add updates to.
-
-    Parameters
-    ----------
-    patched : PatchedParameter
-    slots : sequence of AdapterSlot
-        Those that act.
-    host : Module
-    output : function of (AdapterSlot, Tensor)
-        What a slot adds to the output for an input, where its strategy is not "weight".
-    """
+def changed_parameter(patch: ForwardPatch, patched: PatchedParameter, slots: Sequence[AdapterSlot]) -> Tensor:
+    """Return what stands in the place of a parameter: the sum, or for experts a stack that products add updates to."""
     added = [slot for slot in slots if slot.strategy != "weight"]
-    stored = patched.tensor
+    stored, host = patched.tensor, patch.host
     if not added or not can_be_lazy(stored) or not shows_products(patched.owner):
         return updated_parameter(stored, slots, host)
     others = [slot for slot in slots if slot.strategy == "weight"]
     base = updated_parameter(stored, others, host) if others else stored
-    return LazyStack(RoutedChanges(stored, base, added, host, output, lambda: updated_parameter(stored, slots, host)))
+    return LazyStack(RoutedChanges(patch, stored, base, added, lambda: updated_parameter(stored, slots, host)))
 
 
 # -- The gradient of a layer that rounds its input, as if nothing were rounded -----------------------------------------
@@ -637,26 +611,30 @@ class ForwardPatch:
                 to_weights.append((patched, [slot]))
         if to_output and self.looks_up:
             return self._embedded(to_weights, to_output, args, kwargs)
-        known: Sequence[Factored | None] = [None] * len(to_output)
+        known: list[Factored] = []
         if to_output and not to_weights and not dropping and self._can_factor(to_output, args, kwargs):
             known = [factors(slot) for slot in to_output]
-            y = self._fused(args[0], to_output, cast("Sequence[Factored]", known))
+            y = self._fused(args[0], to_output, known)
             if y is not None:
                 return self.rescaled(y, to_output)
         y = self._base(to_weights, args, kwargs)
         if to_output:
-            x = _input(args, kwargs)
-            for slot, found in zip(to_output, known, strict=True):
-                y = add_features(y, slot.target, self.output(slot, x, found))
-            y = self.rescaled(y, to_output)
+            y = self.added(y, _input(args, kwargs), to_output, known)
         return self._with_dropout(y, dropping, _input(args, kwargs)) if dropping else y
+
+    def added(
+        self, y: Tensor, x: Tensor, slots: Sequence[AdapterSlot], known: Sequence[Factored] = (), biased: bool = True
+    ) -> Tensor:
+        """Return an output plus what slots add to it, whose factors may be known."""
+        for number, slot in enumerate(slots):
+            y = add_features(y, slot.target, self.output(slot, x, known[number] if known else None))
+        return self.rescaled(y, slots, biased)
 
     def _with_dropout(self, y: Tensor, dropping: Sequence[Placed], x: Tensor) -> Tensor:
         """Return the output plus what adapters add to it that drop elements of their input."""
         for dropped, slots in dropped_inputs([slot for _, slot in dropping], x):
             if all(slot.strategy != "weight" for slot in slots) and slots[0].adapter.plan.applying.additive:
-                for slot in slots:
-                    y = add_features(y, slot.target, self.output(slot, dropped))
+                y = self.added(y, dropped, slots)
                 continue
             if self.is_plain:
                 y = y + self._product(dropped, slots, less=True)
@@ -682,19 +660,19 @@ class ForwardPatch:
             weight = updated_parameter(weight, to_weights[0][1], self.host)
         return embedded(host, weight, _input(args, kwargs), added)
 
-    def rescaled(self, y: Any, added: list[AdapterSlot]) -> Any:
-        """Return the output with the features scaled that a magnitude scales."""
-        for slot in added:
+    def rescaled(self, y: Tensor, slots: Sequence[AdapterSlot], biased: bool = True) -> Tensor:
+        """Return an output with the features scaled that a magnitude scales; the bias in it is not."""
+        for slot in slots:
             if slot.adapter.plan.applying.rescales:
-                y = scaled_output(y, getattr(self.host, "bias", None), slot, self._stored(slot))
+                bias = getattr(self.host, "bias", None) if biased else None
+                y = scaled_output(y, bias, slot, self._stored(slot))
         return y
 
     def _stored(self, slot: AdapterSlot) -> Tensor | None:
         """Return the base weight of a slot as the module has it now; None if it is quantized."""
-        if slot.quantized:
-            return None
+        names = slot.owner, slot.target.parameter
         return next(
-            one.tensor for one in self.weights if one.owner is slot.owner and one.parameter == slot.target.parameter
+            (each.tensor for each in self.weights if (each.owner, each.parameter) == names and not slot.quantized), None
         )
 
     def _base(self, to_weights: list[tuple[PatchedParameter, list[AdapterSlot]]], args: Any, kwargs: Any) -> Any:
@@ -766,7 +744,7 @@ class ForwardPatch:
         parameter stays registered and unchanged: ``parameters()`` and the state dict never show the sum.
         """
         names = [(patched.owner, patched.parameter) for patched, _ in to_weights]
-        sums = [changed_parameter(patched, here, self.host, self.output) for patched, here in to_weights]
+        sums = [changed_parameter(self, patched, here) for patched, here in to_weights]
         # All threads see the shadow. Without the lock, a second thread could compute with this thread's sum (of another
         # dtype, graph or mixing weight), or read the base weight after this thread has removed the shadow. The lock is
         # reentrant because a forward may call itself. The sums are computed outside of it, so that threads wait only
