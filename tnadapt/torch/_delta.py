@@ -364,25 +364,25 @@ Pull = Callable[[Tensor], Sequence[Tensor]]
 
 
 def recompute(
-    made: Slice, arrays: Sequence[Tensor], wanted: Sequence[int], once: bool, scale: float = 1.0
+    source: Slice, arrays: Sequence[Tensor], wanted: Sequence[int], once: bool, scale: float = 1.0
 ) -> tuple[Tensor, Pull]:
     """Return an update again, times ``scale``, and its :data:`Pull`; with ``once`` this overwrites the update.
 
     That takes a third of the overhead of torch.func.vjp, and no memory beyond the update's.
     """
-    given = list(arrays)
+    inputs = list(arrays)
 
     def update() -> Tensor:
-        found = made(*given)
-        return found if scale == 1.0 else found * scale
+        delta = source(*inputs)
+        return delta if scale == 1.0 else delta * scale
 
     if not wanted:
-        return update(), lambda moved: []
+        return update(), lambda gradient: []
     if not once:
 
-        def of(*moved: Tensor) -> Tensor:
-            for index, array in zip(wanted, moved, strict=True):
-                given[index] = array
+        def of(*wanted_arrays: Tensor) -> Tensor:
+            for index, array in zip(wanted, wanted_arrays, strict=True):
+                inputs[index] = array
             return update()
 
         # torch.func rather than autograd.grad, because a backward pass may itself be batched or differentiated.
@@ -390,23 +390,23 @@ def recompute(
         return delta, pull_again
     # A separate graph from detached leaves to the update: autograd.grad stops at these leaves.
     for index in wanted:
-        given[index] = arrays[index].detach().requires_grad_()
-    leaves = [given[index] for index in wanted]
+        inputs[index] = arrays[index].detach().requires_grad_()
+    leaves = [inputs[index] for index in wanted]
     with torch.enable_grad():
-        outer = made.outer(*given)
+        outer = source.outer(*inputs)
         if outer is not None:
-            return outer_vjp_once(outer, made.shape, scale, leaves)
-        factors = made.factors(*given)
+            return outer_vjp_once(outer, source.shape, scale, leaves)
+        factors = source.factors(*inputs)
         if factors is None:
             value = update()
-            return value.detach(), lambda moved: torch.autograd.grad(value, leaves, moved)
+            return value.detach(), lambda gradient: torch.autograd.grad(value, leaves, gradient)
     # The update is a contiguous run of elements of left @ right (a slice of a group's matrix, which may begin in the
     # middle of a row). The product is differentiated by hand below, in the buffer that holds it.
     left, right, first = factors
     buffer = _scaled(torch.mm(left.detach(), right.detach()), scale)
 
-    def pull(moved: Tensor) -> Sequence[Tensor]:
-        _scaled(_put(moved, buffer, first, made.size), scale)
+    def pull(gradient: Tensor) -> Sequence[Tensor]:
+        _scaled(_put(gradient, buffer, first, source.size), scale)
         outputs, gradients = [], []
         if left.requires_grad:
             outputs.append(left)
@@ -417,14 +417,14 @@ def recompute(
             gradients.append(left.detach().T @ buffer)
         return torch.autograd.grad(outputs, leaves, gradients)
 
-    return buffer.view(-1)[first : first + made.size].view(made.shape), pull
+    return buffer.view(-1)[first : first + source.size].view(source.shape), pull
 
 
-def _put(moved: Tensor, buffer: Tensor, first: int, size: int) -> Tensor:
+def _put(gradient: Tensor, buffer: Tensor, first: int, size: int) -> Tensor:
     """Replace the update inside the buffer of a product by its gradient; that of the other elements is zero."""
     flat = buffer.view(-1)
-    if moved.data_ptr() != flat[first:].data_ptr():
-        flat[first : first + size].view(moved.shape).copy_(moved)
+    if gradient.data_ptr() != flat[first:].data_ptr():
+        flat[first : first + size].view(gradient.shape).copy_(gradient)
     flat[:first].zero_()
     flat[first + size :].zero_()
     return buffer
@@ -752,7 +752,7 @@ class CacheEntry:
     ----------
     copies : dict of str to Snapshot
         The arrays as they were.
-    made : dict of int or str to Tensor
+    tensors : dict of int or str to Tensor
         The tensors: updates by index of the weight, say.
     settings : hashable
         What else they depend on.
@@ -765,7 +765,7 @@ class CacheEntry:
     """
 
     copies: dict[str, Snapshot]
-    made: Mapping[Any, Tensor]
+    tensors: Mapping[Any, Tensor]
     settings: Hashable = ()
     leaves: dict[str, tuple[Tensor, Hashable]] | None = None
     written: int = 0
@@ -773,14 +773,14 @@ class CacheEntry:
 
     def update(self, index: int, dtype: torch.dtype | None = None) -> Tensor:
         """Return the update of one weight, in a dtype if one is given."""
-        made = self.made[index]
-        if dtype is None or dtype == made.dtype:
-            return made
+        update = self.tensors[index]
+        if dtype is None or dtype == update.dtype:
+            return update
         if self.leaves is not None:
-            return made.to(dtype)
+            return update.to(dtype)
         found = self.rounded.get((index, dtype))
         if found is None:
-            found = self.rounded[index, dtype] = made.to(dtype)
+            found = self.rounded[index, dtype] = update.to(dtype)
         return found
 
     def is_of(self, names: Sequence[str], given: Sequence[Tensor]) -> bool:
@@ -868,8 +868,8 @@ class ArrayCache:
         if state is None:
             # Computed from the copies, so that the entry is consistent whatever is written to the arrays meanwhile.
             # (Where these are no copies, their version tells of a write, and the entry is not used again.)
-            made = compute([copy.array for copy in copies.values()])
-            new = self._entries[*modes, key] = CacheEntry(copies, made, settings)
+            computed = compute([copy.array for copy in copies.values()])
+            new = self._entries[*modes, key] = CacheEntry(copies, computed, settings)
             return new
         leaves = dict(zip(all_names, zip(all_arrays, state, strict=True), strict=True))
         new = CacheEntry(copies, compute(all_arrays), settings, leaves, sum(map(version, all_arrays)))
@@ -903,9 +903,9 @@ class ArrayCache:
         """Return the bytes that it keeps: the memory behind tensors, counted once where several are views of it."""
         tensors = [snapshot.array for snapshot in self._snapshots.values() if snapshot.version is None]
         for entry in self._entries.values():
-            tensors += [*entry.made.values(), *entry.rounded.values()]
-        memory = (tensor.untyped_storage() for tensor in tensors)
-        return sum({one.data_ptr(): one.nbytes() for one in memory}.values())
+            tensors += [*entry.tensors.values(), *entry.rounded.values()]
+        storages = (tensor.untyped_storage() for tensor in tensors)
+        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ArrayCache:
         return ArrayCache()
@@ -1175,7 +1175,7 @@ class ThetaArrays(ArrayCache):
             return self._traced[1]
         if not can_cache(thetas, False):
             return self._made(thetas)
-        return self.entry((), list(self.theta.shapes), thetas, self._made).made
+        return self.entry((), list(self.theta.shapes), thetas, self._made).tensors
 
     def end(self) -> None:
         """Record that a pass has ended, so that the next one does not begin with what a trace left."""
@@ -1224,7 +1224,7 @@ class Quotient:
         One that rescales.
     weight : callable
         Returns the base weight, ``(rows, cols)``.
-    made : Slice or None
+    source : Slice or None
         Computes the update from all arrays but the last; None if the first array is the update itself.
     scale : float
         Factor of an update that is computed here.
@@ -1235,16 +1235,16 @@ class Quotient:
     keeps = "arrays"
 
     def __init__(
-        self, applying: Applying, weight: Callable[[], Tensor], made: Slice | None, scale: float, detach: bool
+        self, applying: Applying, weight: Callable[[], Tensor], source: Slice | None, scale: float, detach: bool
     ) -> None:
-        self.applying, self.weight, self.made = applying, weight, made
+        self.applying, self.weight, self.source = applying, weight, source
         self.scale, self.detach = scale, detach
         #: What the call has found: vectors.
         self._rescaling: Rescaling
 
     def __repr__(self) -> str:
         # Traces contain this text and are compared with each other.
-        return f"Quotient({self.made!r})"
+        return f"Quotient({self.source!r})"
 
     def __call__(self, *arrays: Tensor) -> Tensor:
         """Return it, ``(rows,)``."""
@@ -1254,7 +1254,7 @@ class Quotient:
         return cast(Tensor, self._rescaling.quotient.view(-1))
 
     def _delta(self, arrays: Sequence[Tensor]) -> Tensor:
-        delta = arrays[0] if self.made is None else self.made(*arrays)
+        delta = arrays[0] if self.source is None else self.source(*arrays)
         return delta if self.scale == 1.0 else delta * self.scale
 
     def _total(self, delta: Tensor) -> Tensor:
@@ -1270,9 +1270,9 @@ class Quotient:
         """Return the gradients of the wanted arrays, given that of the quotient."""
         *of_delta, magnitude = arrays
         once, rest = reuses_buffers(gradient), [index for index in wanted if index != len(of_delta)]
-        delta, pull = of_delta[0], cast(Pull, lambda moved: [moved])
-        if self.made is not None:
-            delta, pull = recompute(self.made, of_delta, rest, once, self.scale)
+        delta, pull = of_delta[0], cast(Pull, lambda of_update: [of_update])
+        if self.source is not None:
+            delta, pull = recompute(self.source, of_delta, rest, once, self.scale)
         total = self._total(delta)
         # What the forward pass has found is constant: for a derivative of this one it is computed again.
         rescaling = self._rescaling if once else self._rescaled(total, magnitude)

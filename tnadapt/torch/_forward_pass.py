@@ -740,7 +740,7 @@ def quotient(slot: AdapterSlot, stored: Tensor | None) -> Tensor:
     names = (*source.names, *state.plan.weight_param_names[slot.index])
     settings = stored.data_ptr(), stored.dtype, version(stored), scale
     entry = state.quotients.entry(slot.index, names, arrays, lambda copies: {0: function(*copies)}, settings)
-    return entry.made[0]
+    return entry.tensors[0]
 
 
 def scaled_output(y: Tensor, bias: Tensor | None, slot: AdapterSlot, stored: Tensor | None) -> Tensor:
