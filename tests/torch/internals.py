@@ -15,6 +15,7 @@ from tnadapt.torch import _forward_patch as forward_patch
 from tnadapt.torch import _linear as linear
 from tnadapt.torch import _merging as merging
 from tnadapt.torch import _rows as batch_rows
+from tnadapt.torch import _updated_weight as updated_weights
 from tnadapt.torch._delta import DeltaCache, Slice, Snapshot, outer_vjp_once, pieces, vector
 from tnadapt.torch._forward_pass import LowRankLayer
 from tnadapt.torch._quantized import quantized_type
@@ -57,5 +58,6 @@ __all__ = [
     "quantized_type",
     "reads_outside",
     "register_in",
+    "updated_weights",
     "vector",
 ]

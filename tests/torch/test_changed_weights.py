@@ -235,6 +235,19 @@ def test_other_rows_of_a_fused_weight_are_free() -> None:
     torch.testing.assert_close(model(x), changed, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.law("attached-is-update")
+def test_two_sums_next_to_one_that_rests() -> None:
+    model, x = nn.Sequential(nn.Linear(6, 5)).double(), torch.randn(3, 6, dtype=torch.float64)
+    one, two, rests = (
+        stirred(tt.attach(model, config, "all-linear", name, strategy="weight", dtype=torch.float64))
+        for name, config in (("one", P.lora(2)), ("two", P.lora(2)), ("rests", P.dora(2)))
+    )
+    rests.set_weight(0.0)
+    expected = x @ (model[0].weight + one.deltas()[0] + two.deltas()[0]).T + model[0].bias
+    torch.testing.assert_close(model(x), expected)
+    torch.testing.assert_close(run(model, x), expected)
+
+
 # -- Layers --------------------------------------------------------------------------------------
 
 

@@ -160,11 +160,15 @@ def test_checkpointing_recomputes_with_the_same_zeros(strategy: str, reentrant: 
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
-def test_the_weight_strategy_keeps_no_matrix_for_backward() -> None:
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("config", ["superlora", "dora", "hira"])
+@pytest.mark.parametrize("kind", [lambda: nn.Linear(48, 40), lambda: nn.Conv2d(48, 40, 1)], ids=["linear", "conv"])
+def test_the_weight_strategy_keeps_no_matrix_for_backward(kind: Any, config: str, dropout: float) -> None:
     """Neither the update nor a sum is saved; gradients are those of ordinary operations."""
     torch.manual_seed(0)
-    made = nn.Sequential(nn.Linear(48, 40))
-    stir(tt.attach(made, P.superlora(2), "all-linear", strategy="weight", dropout=0.4))
+    made = nn.Sequential(kind())
+    stir(tt.attach(made, CONFIGS[config], ["0"], strategy="weight", dropout=dropout))
+    shape = (2, 48) if made[0].weight.ndim == 2 else (1, 48, 2, 1)
     sizes = list[int]()
 
     def pack(saved: Any) -> Any:
@@ -173,7 +177,7 @@ def test_the_weight_strategy_keeps_no_matrix_for_backward() -> None:
         return saved
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
-        made.train()(torch.randn(2, 48, requires_grad=True)).sum().backward()
+        made.train()(torch.randn(shape, requires_grad=True)).sum().backward()
     assert max(sizes) < 48 * 40 // 2
 
 

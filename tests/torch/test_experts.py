@@ -95,7 +95,7 @@ def by_formula(adapter: tt.Adapter, model: Any) -> tuple[Tensor, list[Tensor]]:
 def forming_no_sum() -> Iterator[None]:
     """Fail where a changed weight is formed."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(forward_patch, "parameter_sum", None)
+        patch.setattr(forward_patch, "updated_parameter", None)
         yield
 
 
@@ -512,8 +512,8 @@ def test_products_form_no_changed_weight_and_use_the_experts_with_tokens(
 
 def test_of_what_is_no_product_it_is_formed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     module, _ = adapted(_unknown, strategy="factored")
-    sums, plain = [], forward_patch.parameter_sum
-    monkeypatch.setattr(forward_patch, "parameter_sum", lambda *args: sums.append(args) or plain(*args))
+    sums, plain = [], forward_patch.updated_parameter
+    monkeypatch.setattr(forward_patch, "updated_parameter", lambda *args: sums.append(args) or plain(*args))
     module(X, LAZY_IDS)
     assert len(sums) == 1
 

@@ -20,7 +20,7 @@ import tnadapt as tna
 import tnadapt.torch as tt
 from tests.support.array_presets import P
 
-from .internals import LowRankLayer, forward_pass, forward_patch, linear
+from .internals import LowRankLayer, forward_pass, linear, updated_weights
 from .small import stir
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -308,7 +308,7 @@ def no_sums(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: object) -> None:
         raise AssertionError("a sum of the weight's size was formed")
 
-    monkeypatch.setattr(forward_patch, "summed", refuse)
+    monkeypatch.setattr(updated_weights, "summed", refuse)
 
 
 @pytest.mark.law("attached-is-update")
@@ -332,8 +332,8 @@ def test_it_is_the_formula(name: str, dtype: torch.dtype, no_sums: None) -> None
 
 def test_many_rows_small_weights_and_gradients_form_the_sum(monkeypatch: pytest.MonkeyPatch) -> None:
     formed = []
-    plain = forward_patch.summed
-    monkeypatch.setattr(forward_patch, "summed", lambda *args: formed.append(1) or plain(*args))
+    plain = updated_weights.summed
+    monkeypatch.setattr(updated_weights, "summed", lambda *args: formed.append(1) or plain(*args))
     model = square_layers()
     attached(model, CONFIGS["superlora"])
     with torch.no_grad():
@@ -349,7 +349,7 @@ def test_many_rows_small_weights_and_gradients_form_the_sum(monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("shape", [(2, linear.BLOCK), (4, linear.BLOCK // 3 + 5)])
+@pytest.mark.parametrize("shape", [(2, updated_weights.BLOCK), (4, updated_weights.BLOCK // 3 + 5)])
 def test_a_half_precision_sum_has_the_bits_of_the_plain_one_and_needs_no_wide_copy(
     shape: tuple[int, int], dtype: torch.dtype
 ) -> None:

@@ -103,14 +103,14 @@ def test_rows_are_those_of_each_adapter_alone(pair: str, grad: bool) -> None:
         ("lora", ["a", None], 5, ["shared", "looped"]),
         ("weight", NAMES, 1, ["shared", "looped"]),
         # Many form the sum once for each adapter, where a second product costs more than W + ΔW.
-        ("weight", NAMES, 3000, ["by_group"]),
+        ("weight", NAMES, 3000, ["divided"]),
     ],
 )
 def test_the_ways_of_few_and_many_tokens(
     pair: str, names: list[str | None], tokens: int, ways: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     called: list[str] = []
-    for way in ("shared", "looped", "by_group"):
+    for way in ("shared", "looped", "divided"):
         whole = getattr(batch_rows, way)
         monkeypatch.setattr(batch_rows, way, lambda *args, way=way, whole=whole: (called.append(way), whole(*args))[1])
     model, x = adapted(nn.Sequential(nn.Linear(32, 32)), pair, "all-linear"), torch.randn(4, tokens, 32)

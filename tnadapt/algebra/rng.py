@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -50,13 +51,14 @@ PURPOSE = {
     "source": 1 << 16,
 }
 
-# Shorter draws take less time than importing the compiler.
-WORTH = 1 << 14
+# Shorter draws gain nothing from compiled kernels; and where these would have to be imported first, nor do longer ones.
+WORTH, WORTH_IMPORT = 1 << 14, 1 << 17
 
 
 def _way(size: int) -> Any:
     """Return the implementation for that many elements: compiled kernels if available, else NumPy; the same bits."""
-    return (kernels("philox") if size >= WORTH else None) or NumpyStreams
+    least = WORTH if "numba" in sys.modules else WORTH_IMPORT
+    return (kernels("philox") if size >= least else None) or NumpyStreams
 
 
 def _check_stream(seed: int, group: int, start: int, stop: int) -> None:

@@ -1,13 +1,16 @@
 """ΔW and what else is computed from an adapter's arrays: one autograd node each, cached while the arrays are unchanged.
 
+:class:`Recomputed` is the node, here and for W' (:mod:`tnadapt.torch._updated_weight`): its backward recomputes what it
+does not keep.
+
 Where slices are cheap (:class:`Slice`), each layer computes its own during training. Where they are not, as behind F,
-the updates of a whole group are computed at once for all its layers. The graph is a single node,
-:class:`DeltaFunction`, that keeps only the small arrays. Backward can therefore run through it several times (gradient
-accumulation without an optimizer step, reentrant checkpointing), and a checkpointed region saves no tensor for it.
+the updates of a whole group are computed at once for all its layers, by a node that keeps only the small arrays.
+Backward can therefore run through it several times (gradient accumulation without an optimizer step, reentrant
+checkpointing), and a checkpointed region saves no tensor for it.
 
 :class:`DeltaCache` gives layers these updates, and reuses them across layers and forward passes as long as a
-:class:`Snapshot` of the arrays says that they are the same. :class:`ThetaArrays` and :class:`QuotientCache` do so for
-the arrays that θ makes and for the quotient m / ‖W + ΔW‖.
+:class:`Snapshot` of the arrays says that they are the same. :class:`ThetaArrays` does so for the arrays that θ makes,
+and an :class:`ArrayCache` for the quotients m / ‖W + ΔW‖.
 """
 
 from __future__ import annotations
@@ -19,8 +22,8 @@ import math
 import sys
 import time
 import weakref
-from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar, cast
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +32,7 @@ from torch.autograd import forward_ad
 from torch.nn import functional
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from tnadapt.algebra.applying import Applying
+from tnadapt.algebra.applying import Applying, Rescaling
 from tnadapt.algebra.factoring import KroneckerRows
 from tnadapt.algebra.group import Group, batches
 from tnadapt.algebra.maps.projection import adjoints
@@ -38,14 +41,14 @@ from tnadapt.algebra.theta import ThetaPart
 from tnadapt.backends import constant_result, load_backend
 
 __all__ = [
+    "ArrayCache",
     "DeltaCache",
-    "DeltaFunction",
     "Quotient",
-    "QuotientCache",
     "Slice",
     "Snapshot",
     "ThetaArrays",
     "all_or_none",
+    "can_cache",
     "copy_all",
     "gather_full",
     "in_dispatch_mode",
@@ -54,10 +57,16 @@ __all__ = [
     "on_host",
     "outer_vjp_once",
     "pieces",
+    "plain_vjp",
+    "recompute",
+    "recomputed",
     "refuse_reentrant",
     "reshard",
+    "reuses_buffers",
+    "traced",
     "update_product",
     "vector",
+    "version",
     "wide_pair",
     "wide_product",
 ]
@@ -84,40 +93,90 @@ def in_dispatch_mode() -> bool:
     )
 
 
-# -- ΔW as one autograd node, recomputed in backward instead of saved --------------------------------------------------
+def traced() -> bool:
+    """Return whether single operations have to be seen, so that no autograd function of ours may stand for them."""
+    return torch.compiler.is_compiling() or in_functorch() or in_dispatch_mode()
 
 
-class DeltaFunction(torch.autograd.Function):
-    """A function of a plan's arrays as one autograd node; backward recomputes and differentiates it."""
+# -- A function of tensors as one autograd node, recomputed in backward instead of saved -------------------------------
+
+
+class Function(Protocol):
+    """A function that computes its own gradients from its inputs.
+
+    Attributes
+    ----------
+    keeps : {"inputs", "arrays", "nothing"}
+        What its node keeps for backward: the inputs, as every operation of torch does; arrays of an adapter, for a node
+        that layers and passes share; nothing for a linear function.
+    """
+
+    keeps: str
+
+    def __call__(self, *inputs: Any) -> Tensor:
+        """Return the output."""
+
+    def vjp(self, inputs: Sequence[Any], wanted: Sequence[int], gradient: Tensor) -> Sequence[Tensor | None]:
+        """Return the gradients of the wanted inputs, given that of the output."""
+
+
+class Recomputed(torch.autograd.Function):
+    """A :class:`Function` as one autograd node."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(made: Whole | Slice, *arrays: Tensor) -> Tensor:
-        return made(*arrays)
+    def forward(function: Function, *inputs: Any) -> Tensor:
+        return function(*inputs)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.made, *ctx.arrays = inputs
-        # Not save_for_backward: tensors saved there are freed after the first backward pass, but layers and passes
-        # share this node, so backward may run several times. Its check for in-place writes is therefore repeated here.
-        ctx.versions = [version(array) for array in ctx.arrays]
+        ctx.function, *tensors = inputs
+        if ctx.function.keeps == "inputs":
+            ctx.save_for_backward(*tensors)
+        elif ctx.function.keeps == "arrays":
+            # Not save_for_backward: tensors saved there are freed after the first backward pass, but layers and passes
+            # share this node, so backward may run several times. Its check for in-place writes is repeated here.
+            ctx.arrays, ctx.versions = tensors, [version(array) for array in tensors]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        if [version(array) for array in ctx.arrays] != ctx.versions:
-            raise RuntimeError(
-                "an array of the adapter was changed in place between the forward pass and this backward pass, which "
-                "needs the original values: call optimizer.step() after the last backward() of a step"
-            )
-        wanted = [index for index, _ in enumerate(ctx.arrays) if ctx.needs_input_grad[1 + index]]
-        result: list[Tensor | None] = [None] * (1 + len(ctx.arrays))
-        for index, part in zip(wanted, ctx.made.vjp(ctx.arrays, wanted, grads[0]), strict=True):
+        inputs: Sequence[Any] = ()
+        if ctx.function.keeps == "inputs":
+            inputs = ctx.saved_tensors
+        elif ctx.function.keeps == "arrays":
+            inputs = ctx.arrays
+            if [version(array) for array in inputs] != ctx.versions:
+                raise RuntimeError(
+                    "an array of the adapter was changed in place between the forward pass and this backward pass, "
+                    "which needs the original values: call optimizer.step() after the last backward() of a step"
+                )
+        wanted = [index for index, needed in enumerate(ctx.needs_input_grad[1:]) if needed]
+        result: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
+        for index, part in zip(wanted, ctx.function.vjp(inputs, wanted, grads[0]), strict=True):
             result[1 + index] = part
         return tuple(result)
 
 
-def _vjp(
+def recomputed(function: Function, *inputs: Any) -> Tensor:
+    """Return a function's output, as one autograd node."""
+    if in_functorch():
+        return cast(Tensor, Recomputed.apply(function, *inputs))  # type: ignore[no-untyped-call]
+    # Without torch's binding of the arguments to the signature of forward, which takes as long as a small product.
+    node: Any = super(torch.autograd.Function, Recomputed)
+    return cast(Tensor, node.apply(function, *inputs))
+
+
+def reuses_buffers(gradient: Tensor) -> bool:
+    """Return whether a backward pass may write into what it has computed: nothing looks at intermediate results again.
+
+    Not where it is itself differentiated (``create_graph=True``), batched or intercepted.
+    """
+    batched = torch._C._functorch.is_legacy_batchedtensor(gradient)
+    return not (torch.is_grad_enabled() or batched or in_functorch() or in_dispatch_mode())
+
+
+def plain_vjp(
     made: Callable[..., Tensor], arrays: Sequence[Tensor], wanted: Sequence[int], gradient: Tensor
 ) -> Sequence[Tensor]:
     """Recompute a function of arrays and return the gradients of the wanted ones."""
@@ -136,6 +195,8 @@ def _vjp(
 class Whole:
     """The vector of all updates of a plan as a function of its arrays, in order."""
 
+    keeps = "arrays"
+
     def __init__(self, plan: SuperLoRA, names: Sequence[str], on_backward: Callable[[], None] | None = None) -> None:
         self.plan, self.names = plan, tuple(names)
         self.on_backward = on_backward
@@ -153,7 +214,7 @@ class Whole:
             self.on_backward()
         groups = self.plan.groups
         if any(not group.projection.linear or group.projection.map.identity for group in groups):
-            return _vjp(self, arrays, wanted, gradient)
+            return plain_vjp(self, arrays, wanted, gradient)
         # The adjoint of a linear F needs no output of F, so only the network in front of it is recomputed.
         backend, found = load_backend("torch"), dict[str, Tensor]()
         named = dict(zip(self.names, arrays, strict=True))
@@ -191,7 +252,7 @@ def _of_network(
         arrays = group.with_frozen(backend, dict(zip(group.names, given, strict=True)))
         return cast(Tensor, group.network.whole(backend, arrays))
 
-    parts = _vjp(made, [named[full] for full in own], places, gradient)
+    parts = plain_vjp(made, [named[full] for full in own], places, gradient)
     return [(own[place], part) for place, part in zip(places, parts, strict=True)]
 
 
@@ -225,6 +286,8 @@ class Slice:
     size : int
         Number of elements of the update.
     """
+
+    keeps = "arrays"
 
     def __init__(self, plan: SuperLoRA, index: int) -> None:
         self.shape = plan.shapes[index]
@@ -279,7 +342,7 @@ class Slice:
 
     def vjp(self, arrays: Sequence[Tensor], wanted: Sequence[int], gradient: Tensor) -> Sequence[Tensor]:
         """Return the gradients of the wanted arrays, given that of the update."""
-        return _vjp(self, arrays, wanted, gradient)
+        return recompute(self, arrays, wanted, reuses_buffers(gradient))[1](gradient)
 
     @classmethod
     def of(cls, plan: SuperLoRA, index: int) -> Slice | None:
@@ -293,6 +356,84 @@ class Slice:
             return None
         many = any(len(group.pieces) * group.num_parameters > group.size for group in groups if len(group.pieces) > 1)
         return None if many else cls(plan, index)
+
+
+#: From the gradient of an update to those of the arrays that are wanted.
+Pull = Callable[[Tensor], Sequence[Tensor]]
+
+
+def recompute(
+    source: Slice, arrays: Sequence[Tensor], wanted: Sequence[int], once: bool, scale: float = 1.0
+) -> tuple[Tensor, Pull]:
+    """Return an update again, times ``scale``, and its :data:`Pull`; with ``once`` this overwrites the update.
+
+    That takes a third of the overhead of torch.func.vjp, and no memory beyond the update's.
+    """
+    inputs = list(arrays)
+
+    def update() -> Tensor:
+        delta = source(*inputs)
+        return delta if scale == 1.0 else delta * scale
+
+    if not wanted:
+        return update(), lambda gradient: []
+    if not once:
+
+        def of(*wanted_arrays: Tensor) -> Tensor:
+            for index, array in zip(wanted, wanted_arrays, strict=True):
+                inputs[index] = array
+            return update()
+
+        # torch.func rather than autograd.grad, because a backward pass may itself be batched or differentiated.
+        delta, pull_again = cast("tuple[Tensor, Pull]", torch.func.vjp(of, *(arrays[index] for index in wanted)))
+        return delta, pull_again
+    # A separate graph from detached leaves to the update: autograd.grad stops at these leaves.
+    for index in wanted:
+        inputs[index] = arrays[index].detach().requires_grad_()
+    leaves = [inputs[index] for index in wanted]
+    with torch.enable_grad():
+        outer = source.outer(*inputs)
+        if outer is not None:
+            return outer_vjp_once(outer, source.shape, scale, leaves)
+        factors = source.factors(*inputs)
+        if factors is None:
+            value = update()
+            return value.detach(), lambda gradient: torch.autograd.grad(value, leaves, gradient)
+    # The update is a contiguous run of elements of left @ right (a slice of a group's matrix, which may begin in the
+    # middle of a row). The product is differentiated by hand below, in the buffer that holds it.
+    left, right, first = factors
+    buffer = _scaled(torch.mm(left.detach(), right.detach()), scale)
+
+    def pull(gradient: Tensor) -> Sequence[Tensor]:
+        _scaled(_put(gradient, buffer, first, source.size), scale)
+        outputs, gradients = [], []
+        if left.requires_grad:
+            outputs.append(left)
+            # In this form the long sides of both operands are contiguous: it takes a quarter of the time.
+            gradients.append((right.detach().contiguous() @ buffer.T).T)
+        if right.requires_grad:
+            outputs.append(right)
+            gradients.append(left.detach().T @ buffer)
+        return torch.autograd.grad(outputs, leaves, gradients)
+
+    return buffer.view(-1)[first : first + source.size].view(source.shape), pull
+
+
+def _put(gradient: Tensor, buffer: Tensor, first: int, size: int) -> Tensor:
+    """Replace the update inside the buffer of a product by its gradient; that of the other elements is zero."""
+    flat = buffer.view(-1)
+    if gradient.data_ptr() != flat[first:].data_ptr():
+        flat[first : first + size].view(gradient.shape).copy_(gradient)
+    flat[:first].zero_()
+    flat[first + size :].zero_()
+    return buffer
+
+
+def _scaled(buffer: Tensor, *factors: float) -> Tensor:
+    for factor in factors:
+        if factor != 1.0:
+            buffer.mul_(factor)
+    return buffer
 
 
 def _joined(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -315,7 +456,7 @@ def vector(plan: SuperLoRA, arrays: Mapping[str, Tensor], on_backward: Callable[
     """Return the vector of all updates, differentiable; in a compiled program by operations that can be fused."""
     if torch.compiler.is_compiling():
         return plan.vector(arrays)
-    return cast(Tensor, DeltaFunction.apply(Whole(plan, tuple(arrays), on_backward), *arrays.values()))  # type: ignore[no-untyped-call]
+    return recomputed(Whole(plan, tuple(arrays), on_backward), *arrays.values())
 
 
 def pieces(plan: SuperLoRA, vec: Tensor) -> list[Tensor]:
@@ -373,7 +514,7 @@ class _Table(NamedTuple):
 
 def outer_vjp_once(
     outer: OuterRows, shape: tuple[int, int], weight: float, leaves: Sequence[Tensor]
-) -> tuple[Tensor, Callable[[Tensor], Sequence[Tensor]]]:
+) -> tuple[Tensor, Pull]:
     """Return an update, and a function from its gradient to those of the leaves, for a single use.
 
     Parameters
@@ -387,22 +528,13 @@ def outer_vjp_once(
     leaves : sequence of Tensor
     """
     buffer = torch.empty((len(outer.left), outer.cols), dtype=outer.left.dtype, device=outer.left.device)
-    table = _Table(outer, buffer)
+    table, size = _Table(outer, buffer), shape[0] * shape[1]
     with torch.no_grad():
         table.fill()
-        _scale(buffer, outer.scale, weight)
-    flat = buffer.view(-1)
-    stop = outer.first + shape[0] * shape[1]
-    delta = flat[outer.first : stop].view(shape)
+        _scaled(buffer, outer.scale, weight)
 
     def pull(moved: Tensor) -> Sequence[Tensor]:
-        # The gradient replaces the update inside the buffer of the rows.
-        if moved.data_ptr() != delta.data_ptr():
-            delta.copy_(moved)
-        # The rest of the rows is not part of the update: its gradient is zero.
-        flat[: outer.first].zero_()
-        flat[stop:].zero_()
-        _scale(buffer, outer.scale, weight)
+        _scaled(_put(moved, buffer, outer.first, size), outer.scale, weight)
         outputs, gradients = [], []
         if outer.right.requires_grad:
             outputs.append(outer.right)
@@ -412,13 +544,7 @@ def outer_vjp_once(
             gradients.append(table.of_left())
         return torch.autograd.grad(outputs, leaves, gradients)
 
-    return delta, pull
-
-
-def _scale(buffer: Tensor, *factors: float) -> None:
-    for factor in factors:
-        if factor != 1.0:
-            buffer.mul_(factor)
+    return buffer.view(-1)[outer.first : outer.first + size].view(shape), pull
 
 
 # -- Several assignments that take effect together or not at all -------------------------------------------------------
@@ -614,6 +740,179 @@ def _memory(array: Tensor) -> tuple[Any, ...]:
     return local.untyped_storage()._cdata, local.storage_offset(), local.stride()
 
 
+# -- What is computed from an adapter's arrays, cached -----------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class CacheEntry:
+    """Tensors, and the arrays they were computed from.
+
+    Attributes
+    ----------
+    copies : dict of str to Snapshot
+        The arrays as they were.
+    tensors : dict of int or str to Tensor
+        The tensors: updates by index of the weight, say.
+    settings : hashable
+        What else they depend on.
+    leaves : dict of str to (Tensor, hashable), optional
+        Where the tensors have a graph, the arrays themselves with their states: gradients go to these objects.
+    written : int
+        Sum of the version counters of the leaves.
+    rounded : dict of (int, dtype) to Tensor
+        Updates in other dtypes, added as they are asked for; only where there is no graph.
+    """
+
+    copies: dict[str, Snapshot]
+    tensors: Mapping[Any, Tensor]
+    settings: Hashable = ()
+    leaves: dict[str, tuple[Tensor, Hashable]] | None = None
+    written: int = 0
+    rounded: dict[tuple[int, torch.dtype], Tensor] = dataclasses.field(default_factory=dict)
+
+    def update(self, index: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Return the update of one weight, in a dtype if one is given."""
+        update = self.tensors[index]
+        if dtype is None or dtype == update.dtype:
+            return update
+        if self.leaves is not None:
+            return update.to(dtype)
+        found = self.rounded.get((index, dtype))
+        if found is None:
+            found = self.rounded[index, dtype] = update.to(dtype)
+        return found
+
+    def is_of(self, names: Sequence[str], given: Sequence[Tensor]) -> bool:
+        """Return whether the arrays of these names that it was computed from equal the given ones."""
+        if self.leaves is not None:
+            states = array_state(given)
+            for name, array, state in zip(names, given, states, strict=True):
+                leaf, before = self.leaves[name]
+                if leaf is not array or before != state:
+                    return False
+            # One graph covers all arrays, and its backward pass refuses if any of them was written to since.
+            if sum([version(leaf) for leaf, _ in self.leaves.values()]) != self.written:
+                return False
+        copies = self.copies
+        for name, array in zip(names, given, strict=True):  # noqa: SIM110, a generator takes as long as a comparison
+            if not copies[name].is_of(array):
+                return False
+        return True
+
+
+def array_state(arrays: Sequence[Tensor]) -> list[Hashable]:
+    """Return what tells whether a graph still belongs to arrays: whether they require gradients, and their versions."""
+    return [(array.requires_grad, version(array)) for array in arrays]
+
+
+class ArrayCache:
+    """Tensors computed from the arrays of an adapter, checked against the current arrays at every use.
+
+    Notes
+    -----
+    The cache does not depend on a "forward pass is running" flag: an interrupted pass never reports its end (torch runs
+    no hook on KeyboardInterrupt), and other threads may be in other passes. Instead the invariant is per entry: an
+    entry is immutable, holds snapshots of the arrays it was computed from, and is used only after a comparison with
+    these.
+
+    Entries with gradients hold the graph as well: they are valid only for the same parameter objects with unchanged
+    ``requires_grad`` and version counters, because the graph leads to these objects and its backward pass refuses
+    arrays that were written to.
+    """
+
+    def __init__(self) -> None:
+        #: By whether gradients are enabled, inference mode, and the key.
+        self._entries: dict[tuple[bool, bool, Hashable], CacheEntry] = {}
+        #: The latest snapshot of each array, which entries share.
+        self._snapshots: dict[tuple[str, bool], Snapshot] = {}
+
+    def entry(
+        self,
+        key: Hashable,
+        names: Sequence[str],
+        arrays: Sequence[Tensor],
+        compute: Callable[[Sequence[Tensor]], Mapping[Any, Tensor]],
+        settings: Hashable = (),
+        sources: Callable[[], tuple[Sequence[str], Sequence[Tensor]]] | None = None,
+    ) -> CacheEntry:
+        """Return the entry for these arrays, computed if there is none.
+
+        Parameters
+        ----------
+        key : hashable
+        names, arrays : sequence
+            What an entry is compared with.
+        compute : function
+            Of the arrays, or copies of them.
+        settings : hashable
+            What else an entry must have been computed for.
+        sources : callable, optional
+            Returns the names and arrays to compute it from, if they are more than those compared.
+        """
+        modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        # No lock is needed: entries are immutable, and reading or replacing one is a single dictionary operation. Two
+        # threads that both find none compute it twice, with equal results. An update with a graph cannot replace one
+        # without (outputs would require gradients, and the graph would stay alive), nor can an inference tensor replace
+        # an ordinary one.
+        known = self._entries.get((*modes, key))
+        if known is not None and known.settings == settings and known.is_of(names, arrays):
+            return known
+        # Drop the stale entry before computing the new one, to keep peak memory down.
+        known = None
+        self._entries.pop((*modes, key), None)
+        all_names, all_arrays = (names, arrays) if sources is None else sources()
+        # State before copies: a write in between makes the copies newer than the state, which invalidates the entry.
+        state = array_state(all_arrays) if modes[0] else None
+        copies = self._snapshots_of(all_names, all_arrays)
+        if state is None:
+            # Computed from the copies, so that the entry is consistent whatever is written to the arrays meanwhile.
+            # (Where these are no copies, their version tells of a write, and the entry is not used again.)
+            computed = compute([copy.array for copy in copies.values()])
+            new = self._entries[*modes, key] = CacheEntry(copies, computed, settings)
+            return new
+        leaves = dict(zip(all_names, zip(all_arrays, state, strict=True), strict=True))
+        new = CacheEntry(copies, compute(all_arrays), settings, leaves, sum(map(version, all_arrays)))
+        # A graph belongs to the arrays themselves, which another thread may have changed since they were copied. Such
+        # an entry is returned to this caller but not cached.
+        if new.is_of(names, arrays):
+            self._entries[*modes, key] = new
+        return new
+
+    def _snapshots_of(self, names: Sequence[str], arrays: Sequence[Tensor]) -> dict[str, Snapshot]:
+        """Return snapshots of arrays, reusing existing ones that are equal.
+
+        Entries of several weights, with and without gradients, refer to the same arrays and would otherwise hold one
+        copy each. A copy is never written to; an array that has changed gets a new one.
+        """
+        found = {}
+        for name, array in zip(names, arrays, strict=True):
+            key = name, torch.is_inference_mode_enabled()
+            snapshot = self._snapshots.get(key)
+            if snapshot is None or not snapshot.is_of(array):
+                snapshot = self._snapshots[key] = Snapshot.of(array)
+            found[name] = snapshot
+        return found
+
+    def forget(self) -> None:
+        """Empty the cache."""
+        # New dictionaries instead of clear(): other threads may be reading the old ones.
+        self._entries, self._snapshots = {}, {}
+
+    def held(self) -> int:
+        """Return the bytes that it keeps: the memory behind tensors, counted once where several are views of it."""
+        tensors = [snapshot.array for snapshot in self._snapshots.values() if snapshot.version is None]
+        for entry in self._entries.values():
+            tensors += [*entry.tensors.values(), *entry.rounded.values()]
+        storages = (tensor.untyped_storage() for tensor in tensors)
+        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ArrayCache:
+        return ArrayCache()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ArrayCache, ()
+
+
 # -- The cache of updates ----------------------------------------------------------------------------------------------
 
 
@@ -630,7 +929,7 @@ def numbered_cache(number: int) -> DeltaCache:
     return _caches[number]
 
 
-class DeltaCache:
+class DeltaCache(ArrayCache):
     """The updates of one plan, cached and checked against the current arrays at every use.
 
     Parameters
@@ -639,10 +938,7 @@ class DeltaCache:
 
     Notes
     -----
-    The cache does not depend on a "forward pass is running" flag: an interrupted pass never reports its end (torch runs
-    no hook on KeyboardInterrupt), and other threads may be in other passes. Instead the invariant is per entry: an
-    entry is immutable, holds snapshots of the arrays it was computed from, and is used only after a comparison with
-    these. It covers only the arrays of the requested weight, so its cost does not grow with the number of weights.
+    An entry covers only the arrays of the requested weight, so its cost does not grow with the number of weights.
 
     On the CPU the comparison is by content, and costs microseconds. On a GPU that would wait for the device. There it
     is by memory and version counter (:class:`Snapshot`), which do not see all writes.
@@ -650,13 +946,11 @@ class DeltaCache:
     Steps of fused optimizers change no version counter: entries end when gradients are computed, and none is used while
     arrays have gradients.
 
-    Entries are keyed by (gradients enabled, inference mode, weight; or -1, -2 … for all of a part). Entries with
-    gradients hold the graph as well: they are valid only for the same parameter objects with unchanged
-    ``requires_grad`` and version counters, because the graph leads to these objects and its backward pass refuses
-    arrays that were written to.
+    Keys are the weight, or -1, -2 … for all of a part.
     """
 
     def __init__(self, plan: SuperLoRA) -> None:
+        super().__init__()
         self.plan = plan
         #: By which an operator of a compiled program, which takes tensors and numbers only, finds this object.
         self.number = next(_numbers)
@@ -672,9 +966,6 @@ class DeltaCache:
         #: Parts of the plan whose updates are computed at once, and the part of each weight.
         self._parts = _parts(plan)
         self._part = [part for part in self._parts for _ in part.plan.shapes]
-        self._entries: dict[tuple[bool, bool, int], CacheEntry] = {}
-        #: The latest snapshot of each array, which entries share.
-        self._snapshots: dict[tuple[str, bool], Snapshot] = {}
         #: The current compiler trace or forward pass, and the updates of each part that it has computed for all its
         #: layers, where these are not cached.
         self._traced: tuple[Hashable, dict[int, list[Tensor]]] | None = None
@@ -706,18 +997,6 @@ class DeltaCache:
         self._traced, self._pass = None, 0
         self.began_with_gradients = False
 
-    def forget(self) -> None:
-        """Empty the cache."""
-        # New dictionaries instead of clear(): other threads may be reading the old ones.
-        self._entries, self._snapshots = {}, {}
-
-    def held(self) -> int:
-        """Return the bytes that it keeps."""
-        tensors = [snapshot.array for snapshot in self._snapshots.values() if snapshot.version is None]
-        for entry in self._entries.values():
-            tensors += [*entry.made.values(), *entry.rounded.values()]
-        return held_bytes(tensors)
-
     def get(self, lookup: Lookup, index: int, dtype: torch.dtype | None = None) -> Tensor:
         """Return the update of one weight for the current arrays; where it is cached, in ``dtype`` if one is given."""
         if torch.compiler.is_compiling():
@@ -731,64 +1010,18 @@ class DeltaCache:
                 modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
                 made = self._once((self._pass, *modes) if self._pass else None, lookup, index)
             else:
-                made = cast(Tensor, DeltaFunction.apply(own, *given))  # type: ignore[no-untyped-call]
+                made = recomputed(own, *given)
             return made
-        # An update with a graph cannot replace one without (outputs would require gradients, and the graph would stay
-        # alive), nor can an inference tensor replace an ordinary one.
+        if alone:
+            return self.entry(index, own.names, given, lambda arrays: {index: own(*arrays)}).update(index, dtype)
         part = self._part[index]
-        key = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), index if alone else part.key
-        # No lock is needed: entries are immutable, and reading or replacing one is a single dictionary operation. Two
-        # threads that both find none compute it twice, with equal results.
-        entry = self._entries.get(key)
-        if entry is not None and entry.is_of(own.names, given):
-            return entry.update(index, dtype)
-        # Drop the stale entry before computing the new one, to keep peak memory down.
-        entry = None
-        self._entries.pop(key, None)
-        new = self._entry(index, given) if alone else self._whole(lookup, part)
-        # A graph belongs to the arrays themselves, which another thread may have changed since they were copied. Such
-        # an entry is returned to this caller but not cached.
-        if new.leaves is None or new.is_of(own.names, given):
-            self._entries[key] = new
-        return new.update(index, dtype)
 
-    def _entry(self, index: int, given: Sequence[Tensor]) -> CacheEntry:
-        """Compute the entry of one weight alone, without gradients."""
-        own = self._slices[index]
-        copies = self._snapshots_of(own.names, given)
-        return CacheEntry(copies, {index: own(*(copy.array for copy in copies.values()))})
+        def updates(arrays: Sequence[Tensor]) -> dict[int, Tensor]:
+            # Gradients that reach the updates end the cached ones, whose memory the backward pass through F then uses.
+            return dict(enumerate(part.updates(arrays, self.forget), part.first))
 
-    def _whole(self, lookup: Lookup, part: CachedPart) -> CacheEntry:
-        """Compute the entry of all weights of a part; with gradients, as one graph that all layers share."""
-        names = part.names
-        given = lookup(names)
-        # State before copies: a write in between makes the copies newer than the state, which invalidates the entry.
-        state = array_state(given) if torch.is_grad_enabled() else None
-        copies = self._snapshots_of(names, given)
-        if state is None:
-            # Computed from the copies, so that the entry is consistent whatever is written to the arrays meanwhile.
-            # (Where these are no copies, their version tells of a write, and the entry is not used again.)
-            made = pieces(part.plan, Whole(part.plan, part.own)(*(copy.array for copy in copies.values())))
-            return CacheEntry(copies, dict(enumerate(made, part.first)))
-        # Gradients that reach the updates end the cached ones, whose memory the backward pass through F then reuses.
-        made = part.updates(given, self.forget)
-        leaves = dict(zip(names, zip(given, state, strict=True), strict=True))
-        return CacheEntry(copies, dict(enumerate(made, part.first)), leaves, sum(map(version, given)))
-
-    def _snapshots_of(self, names: Sequence[str], given: Sequence[Tensor]) -> dict[str, Snapshot]:
-        """Return snapshots of arrays, reusing existing ones that are equal.
-
-        Entries of several weights, with and without gradients, refer to the same arrays and would otherwise hold one
-        copy each. A copy is never written to; an array that has changed gets a new one.
-        """
-        found = {}
-        for name, array in zip(names, given, strict=True):
-            key = name, torch.is_inference_mode_enabled()
-            snapshot = self._snapshots.get(key)
-            if snapshot is None or not snapshot.is_of(array):
-                snapshot = self._snapshots[key] = Snapshot.of(array)
-            found[name] = snapshot
-        return found
+        entry = self.entry(part.key, own.names, given, updates, sources=lambda: (part.names, lookup(part.names)))
+        return entry.update(index, dtype)
 
     def _compiled(self, lookup: Lookup, index: int) -> Tensor:
         """Compute the update by ordinary operations, for the compiler to fuse.
@@ -852,70 +1085,6 @@ def _parts(plan: SuperLoRA) -> list[CachedPart]:
     ]
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class CacheEntry:
-    """Updates, and the arrays they were computed from.
-
-    Attributes
-    ----------
-    copies : dict of str to Snapshot
-        The arrays as they were.
-    made : dict of int to Tensor
-        The updates by index of the weight.
-    leaves : dict of str to (Tensor, hashable), optional
-        Where the updates have a graph, the arrays themselves with their states: gradients go to these objects.
-    written : int
-        Sum of the version counters of the leaves.
-    rounded : dict of (int, dtype) to Tensor
-        Updates in other dtypes, added as they are asked for; only where there is no graph.
-    """
-
-    copies: dict[str, Snapshot]
-    made: dict[int, Tensor]
-    leaves: dict[str, tuple[Tensor, Hashable]] | None = None
-    written: int = 0
-    rounded: dict[tuple[int, torch.dtype], Tensor] = dataclasses.field(default_factory=dict)
-
-    def update(self, index: int, dtype: torch.dtype | None = None) -> Tensor:
-        """Return the update of one weight, in a dtype if one is given."""
-        made = self.made[index]
-        if dtype is None or dtype == made.dtype:
-            return made
-        if self.leaves is not None:
-            return made.to(dtype)
-        found = self.rounded.get((index, dtype))
-        if found is None:
-            found = self.rounded[index, dtype] = made.to(dtype)
-        return found
-
-    def is_of(self, names: Sequence[str], given: Sequence[Tensor]) -> bool:
-        """Return whether the arrays of these names that it was computed from equal the given ones."""
-        if self.leaves is not None:
-            states = array_state(given)
-            for name, array, state in zip(names, given, states, strict=True):
-                leaf, before = self.leaves[name]
-                if leaf is not array or before != state:
-                    return False
-            # One graph covers all arrays, and its backward pass refuses if any of them was written to since.
-            if sum([version(leaf) for leaf, _ in self.leaves.values()]) != self.written:
-                return False
-        copies = self.copies
-        for name, array in zip(names, given, strict=True):  # noqa: SIM110, a generator takes as long as a comparison
-            if not copies[name].is_of(array):
-                return False
-        return True
-
-
-def held_bytes(tensors: Iterable[Tensor]) -> int:
-    """Return the bytes of the memory behind tensors, counted once where several are views of it."""
-    return sum({one.data_ptr(): one.nbytes() for one in (tensor.untyped_storage() for tensor in tensors)}.values())
-
-
-def array_state(arrays: Sequence[Tensor]) -> list[Hashable]:
-    """Return what tells whether a graph still belongs to arrays: whether they require gradients, and their versions."""
-    return [(array.requires_grad, version(array)) for array in arrays]
-
-
 def can_cache(arrays: Sequence[Tensor], alone: bool) -> bool:
     """Return whether an update of these arrays may be cached."""
     if not on_host(arrays[0]):
@@ -961,47 +1130,39 @@ def trace_number() -> int:
 # of any number of backward passes go through it, each by one call of Pᵀ.
 
 
-class ThetaFunction(torch.autograd.Function):
-    """``P θ`` as one autograd node that saves no tensor."""
+class _Moved:
+    """``P θ`` as a function of θ."""
 
-    generate_vmap_rule = True
+    keeps = "nothing"
 
-    @staticmethod
-    def forward(part: ThetaPart, on_backward: Callable[[], None] | None, theta: Tensor) -> Tensor:
-        return cast(Tensor, part.forward(theta))
+    def __init__(self, part: ThetaPart, on_backward: Callable[[], None] | None) -> None:
+        self.part, self.on_backward = part, on_backward
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.part, ctx.on_backward, _ = inputs
+    def __call__(self, theta: Tensor) -> Tensor:
+        return cast(Tensor, self.part.forward(theta))
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, Tensor]:
-        if ctx.on_backward is not None:
-            ctx.on_backward()
-        return None, None, ctx.part.adjoint(grads[0])
+    def vjp(self, inputs: Sequence[Tensor], wanted: Sequence[int], gradient: Tensor) -> Sequence[Tensor]:
+        if self.on_backward is not None:
+            self.on_backward()
+        return [self.part.adjoint(gradient)]
 
 
-class ThetaArrays:
+class ThetaArrays(ArrayCache):
     """The arrays of a plan with a map before the network, cached and checked against θ at every use.
 
     Parameters
     ----------
     plan : SuperLoRA
         With ``plan.theta``.
-
-    Notes
-    -----
-    The rules are those of :class:`DeltaCache`: an entry is immutable, holds snapshots of
-    the θ it was computed from, and with gradients is valid only for the same parameter objects and version counters.
     """
 
     def __init__(self, plan: SuperLoRA) -> None:
         assert plan.theta is not None
+        super().__init__()
         self.plan, self.theta = plan, plan.theta
-        self._entries: dict[tuple[bool, bool], tuple[CacheEntry, dict[str, Tensor]]] = {}
         self._traced: tuple[int, dict[str, Tensor]] | None = None
 
-    def get(self, thetas: Sequence[Tensor]) -> dict[str, Tensor]:
+    def get(self, thetas: Sequence[Tensor]) -> Mapping[str, Tensor]:
         """Return the arrays by their names in the plan, for the current θ in the order of ``theta.shapes``."""
         if torch.compiler.is_compiling():
             number = trace_number()
@@ -1010,26 +1171,7 @@ class ThetaArrays:
             return self._traced[1]
         if not can_cache(thetas, False):
             return self._made(thetas)
-        names = list(self.theta.shapes)
-        key = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-        found = self._entries.get(key)
-        if found is not None and found[0].is_of(names, thetas):
-            return found[1]
-        state: list[Hashable] = array_state(thetas) if torch.is_grad_enabled() else []
-        copies = {name: Snapshot.of(theta) for name, theta in zip(names, thetas, strict=True)}
-        made = self._made(thetas)
-        leaves = dict(zip(names, zip(thetas, state, strict=True), strict=True)) if state else None
-        entry = CacheEntry(copies, {}, leaves, sum(-1 if t.is_inference() else t._version for t in thetas))
-        self._entries[key] = entry, made
-        return made
-
-    def forget(self) -> None:
-        """Empty the cache."""
-        self._entries = {}
-
-    def held(self) -> int:
-        """Return the bytes that it keeps."""
-        return held_bytes(array for _, made in self._entries.values() for array in made.values())
+        return self.entry((), list(self.theta.shapes), thetas, self._made).tensors
 
     def end(self) -> None:
         """Record that a pass has ended, so that the next one does not begin with what a trace left."""
@@ -1044,10 +1186,10 @@ class ThetaArrays:
                 vec = part.forward(theta)
             else:
                 # Steps of fused optimizers, which follow a backward pass, change no version counter.
-                vec = ThetaFunction.apply(part, None if on_host(theta) else self.forget, theta)  # type: ignore[no-untyped-call]
+                vec = recomputed(_Moved(part, None if on_host(theta) else self.forget), theta)
             for (full, shape), piece in zip(part.arrays.items(), torch.split(vec, sizes), strict=True):
-                moved = piece.view(shape)
-                found[full] = self.plan.array_start(backend, full, theta) + moved if self.theta.offset else moved
+                change = piece.view(shape)
+                found[full] = self.plan.array_start(backend, full, theta) + change if self.theta.offset else change
         return found
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ThetaArrays:
@@ -1059,8 +1201,8 @@ class ThetaArrays:
 
 # -- The quotient m / ‖W + ΔW‖ of a layer whose output is scaled -------------------------------------------------------
 
-# The quotient is one autograd node (:class:`DeltaFunction`) that keeps the small arrays alone:
-# backward forms W + ΔW once more instead of saving it.
+# The quotient is one autograd node (:class:`Recomputed`) that keeps the small arrays alone: backward forms W + ΔW once
+# more instead of saving it. With a detached norm only m has a gradient through it, and ordinary operations give that.
 
 
 def wide_pair(weight: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
@@ -1078,7 +1220,7 @@ class Quotient:
         One that rescales.
     weight : callable
         Returns the base weight, ``(rows, cols)``.
-    made : Slice or None
+    source : Slice or None
         Computes the update from all arrays but the last; None if the first array is the update itself.
     scale : float
         Factor of an update that is computed here.
@@ -1086,96 +1228,56 @@ class Quotient:
         Whether the norm counts as a constant for the gradient.
     """
 
+    keeps = "arrays"
+
     def __init__(
-        self, applying: Applying, weight: Callable[[], Tensor], made: Slice | None, scale: float, detach: bool
+        self, applying: Applying, weight: Callable[[], Tensor], source: Slice | None, scale: float, detach: bool
     ) -> None:
-        self.applying, self.weight, self.made = applying, weight, made
+        self.applying, self.weight, self.source = applying, weight, source
         self.scale, self.detach = scale, detach
+        #: What the call has found: vectors.
+        self._rescaling: Rescaling
 
     def __repr__(self) -> str:
         # Traces contain this text and are compared with each other.
-        return f"Quotient({self.made!r})"
-
-    def _total(self, arrays: Sequence[Tensor]) -> Tensor:
-        delta = arrays[0] if self.made is None else self.made(*arrays[:-1])
-        weight, delta = wide_pair(self.weight(), delta if self.scale == 1.0 else delta * self.scale)
-        return cast(Tensor, weight + self.applying.change(load_backend("torch"), weight, delta))
+        return f"Quotient({self.source!r})"
 
     def __call__(self, *arrays: Tensor) -> Tensor:
-        total = self._total(arrays)
-        found = self.applying.rescaling(
-            load_backend("torch"), total.detach() if self.detach else total, [arrays[-1].to(total.device)]
-        )
+        """Return it, ``(rows,)``."""
+        *of_delta, magnitude = arrays
+        total = self._total(self._delta([array.detach() for array in of_delta] if self.detach else of_delta))
+        self._rescaling = self._rescaled(total.detach() if self.detach else total, magnitude)
+        return cast(Tensor, self._rescaling.quotient.view(-1))
+
+    def _delta(self, arrays: Sequence[Tensor]) -> Tensor:
+        delta = arrays[0] if self.source is None else self.source(*arrays)
+        return delta if self.scale == 1.0 else delta * self.scale
+
+    def _total(self, delta: Tensor) -> Tensor:
+        weight, delta = wide_pair(self.weight(), delta)
+        return cast(Tensor, weight + self.applying.change(load_backend("torch"), weight, delta))
+
+    def _rescaled(self, total: Tensor, magnitude: Tensor) -> Rescaling:
+        found = self.applying.rescaling(load_backend("torch"), total, [magnitude.to(total.device)])
         assert found is not None  # it rescales
-        return cast(Tensor, found.quotient.view(-1))
+        return found
 
     def vjp(self, arrays: Sequence[Tensor], wanted: Sequence[int], gradient: Tensor) -> Sequence[Tensor | None]:
         """Return the gradients of the wanted arrays, given that of the quotient."""
-        backend, last = load_backend("torch"), len(arrays) - 1
-        total = self._total(arrays)
-        found = self.applying.rescaling(backend, total, [arrays[-1].to(total.device)])
-        assert found is not None
-        through, (own,) = self.applying.rescaling_pulled(backend, total, found, gradient.view(-1, 1))
-        gradients: dict[int, Tensor | None] = {last: own.to(arrays[-1].device, arrays[-1].dtype)}
-        rest = [index for index in wanted if index != last]
-        if rest and not self.detach:
-            # C is ΔW where outputs are scaled.
-            moved = through.to(arrays[0].device, arrays[0].dtype)
-            moved = moved if self.scale == 1.0 else moved * self.scale
-            pulled = [moved] if self.made is None else self.made.vjp(arrays[:-1], rest, moved)
-            gradients.update(zip(rest, pulled, strict=True))
-        return [gradients.get(index) for index in wanted]
-
-
-class _KeptQuotient(NamedTuple):
-    """A quotient without a graph, and what it was computed from."""
-
-    entry: CacheEntry
-    settings: tuple[Hashable, ...]
-    quotient: Tensor
-
-
-class QuotientCache:
-    """Quotients of the weights of one adapter for passes without gradients, checked at every use.
-
-    Notes
-    -----
-    As in :class:`DeltaCache`, arrays are compared by content with the copies that a
-    quotient was computed from. The weight is too large for that: it has to be the same memory with the same version
-    counter, which every operation in place on it changes. (A write through ``weight.data`` or NumPy does not.)
-    """
-
-    def __init__(self) -> None:
-        self._kept: dict[tuple[int, bool], _KeptQuotient] = {}
-
-    def get(self, index: int, names: Sequence[str], arrays: Sequence[Tensor], own: Quotient, weight: Tensor) -> Tensor:
-        """Return the quotient of a weight for the current arrays; ``weight`` is the stored parameter."""
-        if not can_cache(arrays, True) or weight.is_inference():
-            return own(*arrays)
-        key = index, torch.is_inference_mode_enabled()
-        settings = weight.data_ptr(), weight.dtype, version(weight), own.scale
-        found = self._kept.get(key)
-        if found is not None and found.settings == settings and found.entry.is_of(names, arrays):
-            return found.quotient
-        # Copied first: computed from the copies, it is consistent whatever is written to the arrays meanwhile.
-        copies = {name: Snapshot.of(array) for name, array in zip(names, arrays, strict=True)}
-        made = own(*(copy.array for copy in copies.values()))
-        self._kept[key] = _KeptQuotient(CacheEntry(copies, {}), settings, made)
-        return made
-
-    def forget(self) -> None:
-        """Empty the cache."""
-        self._kept = {}
-
-    def held(self) -> int:
-        """Return the bytes that it keeps."""
-        return held_bytes(kept.quotient for kept in self._kept.values())
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> QuotientCache:
-        return QuotientCache()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return QuotientCache, ()
+        *of_delta, magnitude = arrays
+        once, rest = reuses_buffers(gradient), [index for index in wanted if index != len(of_delta)]
+        delta, pull = of_delta[0], cast(Pull, lambda of_update: [of_update])
+        if self.source is not None:
+            delta, pull = recompute(self.source, of_delta, rest, once, self.scale)
+        total = self._total(delta)
+        # What the forward pass has found is constant: for a derivative of this one it is computed again.
+        rescaling = self._rescaling if once else self._rescaled(total, magnitude)
+        through, (of_magnitude,) = self.applying.rescaling_pulled(
+            load_backend("torch"), total, rescaling, gradient.view(-1, 1)
+        )
+        # C is ΔW where outputs are scaled.
+        found = list(pull(through.to(of_delta[0].device, of_delta[0].dtype))) if rest else []
+        return found if len(rest) == len(wanted) else [*found, of_magnitude.to(magnitude.device, magnitude.dtype)]
 
 
 # -- The product of an input with a cached update, as one operator for compiled programs -------------------------------

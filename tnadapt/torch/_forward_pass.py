@@ -22,32 +22,28 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tnadapt.algebra.applying import Applying
 from tnadapt.algebra.factoring import Factored, Matrix
 from tnadapt.backends import load_backend
 from tnadapt.errors import ConfigError, TargetError, safe_repr
-from tnadapt.targets.target import Target
 
 from ._delta import (
-    DeltaFunction,
     Quotient,
-    Slice,
-    in_dispatch_mode,
-    in_functorch,
+    can_cache,
     on_host,
+    recomputed,
     refuse_reentrant,
+    traced,
     update_product,
+    version,
     wide_pair,
     wide_product,
 )
 from ._linear import (
-    DeltaSource,
     LowRank,
     add_features,
-    fixed_indices,
     index_tensor,
+    is_ordinary,
     is_small,
-    linear,
     low_rank_linear,
     mixed_low_rank_linear,
     overlap,
@@ -66,6 +62,7 @@ from ._state import (
     weight_on,
     weight_params,
 )
+from ._updated_weight import Change, Operation, Update, UpdatedWeight, updated
 from ._weights import numbers
 
 __all__ = [
@@ -78,12 +75,9 @@ __all__ = [
     "added_matrix",
     "added_products",
     "beside",
-    "changed_linear",
-    "changed_weight",
     "check_dropout",
     "check_recomputation",
     "delta",
-    "delta_source",
     "dropped_inputs",
     "drops_input",
     "embedded",
@@ -94,6 +88,7 @@ __all__ = [
     "rounded_delta",
     "scaled",
     "scaled_output",
+    "updated_weight",
 ]
 
 
@@ -171,15 +166,13 @@ class ColumnDropout:
             return False
         return not _shows_input(slot, self.host)
 
-    def __call__(self, slot: AdapterSlot, change: Tensor) -> Tensor:
-        """Return a change ``(rows, cols)`` with its columns dropped, or as it is."""
-        if not self.acts(slot):
-            return change
+    def mask(self, slot: AdapterSlot, change: Tensor) -> Tensor:
+        """Return what a change ``(rows, cols)`` is multiplied by: zeros in the columns that are dropped."""
         state = slot.adapter
         if state not in self._masks:
             ones = torch.ones(1, change.shape[1], dtype=change.dtype, device=change.device)
             self._masks[state] = functional.dropout(ones, state.dropout, training=True)
-        return change * self._masks[state]
+        return self._masks[state]
 
 
 # -- Whether an adapter acts, and its updates and factors --------------------------------------------------------------
@@ -205,7 +198,7 @@ def delta(slot: AdapterSlot) -> Tensor:
     made = state.cache.slice(slot.index) if own else None
     if made is None:
         return scaled(state, state.cache.get(lambda names: current(state, names), slot.index))
-    return scaled(state, DeltaFunction.apply(made, *current(state, made.names)))  # type: ignore[no-untyped-call]
+    return scaled(state, recomputed(made, *current(state, made.names)))
 
 
 def rounded_delta(slot: AdapterSlot, dtype: torch.dtype) -> Tensor:
@@ -213,15 +206,6 @@ def rounded_delta(slot: AdapterSlot, dtype: torch.dtype) -> Tensor:
     state = slot.adapter
     _refuse_reentrant(state)
     return state.cache.get(lambda names: current(state, names), slot.index, dtype)
-
-
-def delta_source(slot: AdapterSlot) -> tuple[DeltaSource, list[Tensor]]:
-    """Return the source of an update for ``MergedWeightLinear``, and the arrays it is computed from."""
-    state = slot.adapter
-    made = state.cache.slice(slot.index)
-    if made is None:
-        return DeltaSource(slot.target), [delta(slot)]
-    return DeltaSource(slot.target, made, len(made.names), mixing_weight(state)), current(state, made.names)
 
 
 def factors(slot: AdapterSlot) -> Factored:
@@ -389,8 +373,6 @@ class PatchedParameter:
 
     Attributes
     ----------
-    sums : bool
-        Whether all of them add to the weight.
     rivals : list of (AdapterSlot, AdapterSlot)
         Slots with rows in common, the first of which does not add to the weight.
     """
@@ -398,14 +380,12 @@ class PatchedParameter:
     owner: nn.Module
     parameter: str
     slots: list[AdapterSlot] = dataclasses.field(default_factory=list)
-    sums: bool = True
     rivals: list[tuple[AdapterSlot, AdapterSlot]] = dataclasses.field(default_factory=list)
 
     def put(self, slots: list[AdapterSlot]) -> None:
         """Set the slots."""
         self.slots = slots
         others = [slot for slot in slots if not slot.adapter.plan.applying.additive]
-        self.sums = not others
         alone = len({id(slot.adapter) for slot in slots}) < 2  # as with the many experts of one weight
         self.rivals = [
             (one, other)
@@ -482,7 +462,7 @@ class LowRankLayer:
             return None
         assert weight is not None  # of these types
         dtype, device = x.dtype, x.device
-        if weight.dtype is not dtype or weight.device != device or not _is_ordinary(x):
+        if weight.dtype is not dtype or weight.device != device or not is_ordinary(x):
             return None
         changes: list[LowRank] = []
         acting: list[AdapterState] = []
@@ -528,16 +508,6 @@ def _stored(slot: AdapterSlot) -> _Stored | None:
     return _Stored(state, *how.stored, how.network.scale)
 
 
-def _is_ordinary(x: Tensor) -> bool:
-    """Return what :func:`~tnadapt.torch._linear.can_fuse` asks of an input and of the way it is called."""
-    if x.is_nested or x.ndim == 0 or x.is_meta or not x.is_contiguous():
-        return False
-    # A constant where possible: the name of the device takes longer than the answer.
-    if torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type):
-        return False
-    return not in_functorch() and not in_dispatch_mode()
-
-
 # -- A linear layer on few rows of input, without gradients: decoding, token by token ----------------------------------
 
 # ``x (W + ΔW)ᵀ`` writes a sum as large as the weight, for a product that does little more than read it once. For few
@@ -554,12 +524,12 @@ def has_few_rows(x: Tensor, weight: Tensor, slots: Sequence[AdapterSlot]) -> boo
     """Return whether :func:`added_products` is the cheaper way to compute the output of a layer."""
     if torch.is_grad_enabled() or x.is_nested or x.ndim == 0 or weight.numel() < LEAST_ELEMENTS:
         return False
-    if any(slot.target.transposed for slot in slots) or x.numel() > MOST_ROWS.get(weight.dtype, 0) * x.shape[-1]:
+    if any(slot.target.transposed or not slot.adapter.plan.applying.additive for slot in slots):
         return False
-    if torch.compiler.is_compiling():
-        # An exported program has to contain the computation, as it is run without this library.
-        return not torch.compiler.is_exporting()
-    return not in_functorch() and not in_dispatch_mode()
+    if x.numel() > MOST_ROWS.get(weight.dtype, 0) * x.shape[-1]:
+        return False
+    # An exported program has to contain the computation, as it is run without this library.
+    return not torch.compiler.is_exporting() if torch.compiler.is_compiling() else not traced()
 
 
 def added_products(x: Tensor, weight: Tensor, bias: Tensor | None, slots: Sequence[AdapterSlot]) -> Tensor:
@@ -699,224 +669,78 @@ def _rows_of_term(term: Sequence[Matrix], places: Tensor) -> Tensor:
     return found
 
 
-# -- A linear layer on W' that is not a sum, recomputed in backward instead of saved -----------------------------------
-
-# The counterpart of :mod:`tnadapt.torch._linear` for ``Config.apply`` other than "add". Each change is that of
-# one target's rows; the targets of one weight do not overlap, because such adapters do not add up.
+# -- W' of the slots of a layer or stack, the quotient of a magnitude and a norm, and what is added to outputs ---------
 
 
-class RowChange(NamedTuple):
-    """The change of a target's rows, without the arrays that it is computed from.
-
-    Attributes
-    ----------
-    target : Target
-    applying : Applying
-    made : Slice or None
-        Computes the update from the first arrays; None where the first array is the update itself.
-    number : int
-        Number of arrays of the update.
-    own : int
-        Number of the weight's own parameters, which follow.
-    scale : float
-        Factor of an update that is computed here.
-    detach : bool
-        Whether a norm counts as a constant for the gradient.
-    """
-
-    target: Target
-    applying: Applying
-    made: Slice | None
-    number: int
-    own: int
-    scale: float
-    detach: bool
-
-    def delta(self, arrays: Sequence[Tensor]) -> Tensor:
-        """Return the update, scaled."""
-        delta = arrays[0] if self.made is None else self.made(*arrays[: self.number])
-        return delta if self.scale == 1.0 else delta * self.scale
-
-    def rows(self, weight: Tensor, arrays: Sequence[Tensor]) -> Tensor:
-        """Return the changed rows for the stored weight, in the wider dtype of weight and update."""
-        base, delta = wide_pair(self.target.select(weight), self.delta(arrays))
-        own = [array.to(base.device) for array in arrays[self.number :]]
-        return cast(Tensor, self.applying.merged(load_backend("torch"), base, delta, own, detach=self.detach))
-
-    def pulled(
-        self, weight: Tensor, arrays: Sequence[Tensor], needed: Sequence[bool], gradient: Tensor
-    ) -> tuple[Tensor, list[Tensor | None]]:
-        """Return the gradients of the target's rows of the weight, and of the arrays, given that of W'."""
-        base, delta = wide_pair(self.target.select(weight), self.delta(arrays))
-        own = arrays[self.number :]
-        of_base, of_delta, of_own = self.applying.pulled(
-            load_backend("torch"), base, delta, [array.to(base.device) for array in own], gradient.to(base.dtype),
-            self.detach,
-        )  # fmt: skip
-        found: list[Tensor | None] = [None] * len(arrays)
-        wanted = [index for index in range(self.number) if needed[index]]
-        if wanted:
-            moved = of_delta.to(arrays[0].device, arrays[0].dtype)
-            moved = moved if self.scale == 1.0 else moved * self.scale
-            pulled = [moved] if self.made is None else self.made.vjp(arrays[: self.number], wanted, moved)
-            for index, part in zip(wanted, pulled, strict=True):
-                found[index] = part
-        for index, part in enumerate(of_own, start=self.number):
-            found[index] = part.to(arrays[index].device, arrays[index].dtype) if needed[index] else None
-        return of_base, found
-
-
-def changed(stored: Tensor, rows: Sequence[tuple[Target, Tensor]]) -> Tensor:
-    """Return the stored weight with the rows of targets replaced by matrices ``(rows, cols)``, rounded to its dtype."""
-    total = stored
-    for target, matrix in rows:
-        matrix = matrix.to(stored.dtype)
-        if target.is_whole:
-            return matrix.T if target.transposed else matrix.reshape(stored.shape)
-        if total is stored:
-            total = stored.clone(memory_format=torch.contiguous_format)
-        target.write(total, matrix)
-    return total
-
-
-class ChangedLinear(torch.autograd.Function):
-    """``x W'ᵀ + b``; backward recomputes W' from W and the arrays.
-
-    Do not use it where :func:`~tnadapt.torch._delta.in_functorch` or ``in_dispatch_mode`` returns True.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, changes: Sequence[RowChange], *arrays: Tensor
-    ) -> Tensor:
-        ctx.changes = changes
-        ctx.save_for_backward(x, weight, *arrays)
-        return linear(x, _total(weight, changes, arrays), bias)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, *arrays = ctx.saved_tensors
-        need_x, need_weight, need_bias, _, *needed = ctx.needs_input_grad
-        # Under autocast the output and its gradient have the lower precision, and so have these products.
-        rows = grads[0].reshape(-1, grads[0].shape[-1])
-        inputs = x.reshape(-1, x.shape[-1]).to(rows.dtype)
-        found: list[Tensor | None] = [None] * 4
-        if need_x:
-            total = _total(weight, ctx.changes, arrays)
-            found[0] = (rows @ total.to(rows.dtype)).to(x.dtype).view(x.shape)
-            del total
-        whole = rows.T @ inputs
-        of_rows: list[tuple[Target, Tensor]] = []
-        start = 0
-        for change in ctx.changes:
-            stop = start + change.number + change.own
-            gradient = change.target.select(whole)
-            of_base, pulled = change.pulled(weight, arrays[start:stop], needed[start:stop], gradient)
-            of_rows.append((change.target, of_base))
-            found += pulled
-            start = stop
-        if need_weight:
-            found[1] = changed(whole.to(weight.dtype), of_rows)
-        if need_bias:
-            found[2] = rows.sum(0)
-        return tuple(found)
-
-
-def _total(weight: Tensor, changes: Sequence[RowChange], arrays: Sequence[Tensor]) -> Tensor:
-    found, start = list[tuple[Target, Tensor]](), 0
-    for change in changes:
-        stop = start + change.number + change.own
-        found.append((change.target, change.rows(weight, arrays[start:stop])))
-        start = stop
-    return changed(weight, found)
-
-
-# -- Adapters that are not sums: the changed weight, and the scaled output ---------------------------------------------
-
-# A layer works on the changed weight, or leaves the weight alone and scales its output: with q = m / ‖W + ΔW‖ and
-# ``y = x (W + ΔW)ᵀ + b``, the layer's output is ``y + (q - 1) ∘ (y - b)``, which for q = 1 is y to the bit. Each
-# function is called for slots whose adapter alone acts on their rows.
-
-
-def changed_linear(x: Tensor, weight: Tensor, bias: Tensor | None, slots: Sequence[AdapterSlot]) -> Tensor:
-    """Return the output of a linear layer on its changed weight."""
-    if _traced() or not torch.is_grad_enabled() or x.is_nested:
-        return functional.linear(x, changed_weight(weight, slots), bias)
-    changes, arrays = list[RowChange](), list[Tensor]()
+def updated_weight(
+    operation: Operation,
+    x: Tensor | None,
+    stored: Tensor,
+    bias: Tensor | None,
+    slots: Sequence[AdapterSlot],
+    drop: ColumnDropout | None = None,
+    less: bool = False,
+) -> Tensor:
+    """Return the result of an operation with W', with ``less`` with W' - W; recomputed in backward where possible."""
+    slots = sorted(slots, key=lambda slot: slot.target.index or 0)
+    dropping = drop is not None and any(drop.acts(slot) for slot in slots)
+    if dropping or traced() or not torch.is_grad_enabled() or (x is not None and x.is_nested):
+        return operation(x, updated(stored, (_change(slot, stored, drop) for slot in slots), less), bias)
+    updates, arrays = list[Update](), list[Tensor]()
     for slot in slots:
-        state, own = slot.adapter, weight_params(slot.adapter, slot.index)
-        made = state.cache.slice(slot.index)
-        of_update = [delta(slot)] if made is None else current(state, made.names)
-        scale = 1.0 if made is None else mixing_weight(state)
-        changes.append(
-            RowChange(slot.target, state.plan.applying, made, len(of_update), len(own), scale, state.detach_norm)
+        state, params = slot.adapter, weight_params(slot.adapter, slot.index)
+        source = state.cache.slice(slot.index)
+        of_delta = [delta(slot)] if source is None else current(state, source.names)
+        scale = 1.0 if source is None else mixing_weight(state)
+        updates.append(
+            Update(slot.target, state.plan.applying, source, len(of_delta), len(params), scale, state.detach_norm)
         )
-        arrays += [*of_update, *own]
-    return cast(Tensor, ChangedLinear.apply(x, weight, bias, tuple(changes), *arrays))  # type: ignore[no-untyped-call]
+        arrays += [*of_delta, *params]
+    return recomputed(UpdatedWeight(operation, updates, less), x, stored, bias, *arrays)
 
 
-def changed_weight(stored: Tensor, slots: Sequence[AdapterSlot], drop: ColumnDropout | None = None) -> Tensor:
-    """Return a changed weight, by ordinary operations; with dropout of columns of the changes."""
-    if slots[0].target.index is not None:
-        return _changed_matrices(stored, slots, drop)
-    total = stored
-    for slot in slots:
-        rows = slot.target.select(total)
-        total = changed(total, [(slot.target, _with_dropout(slot, stored, rows, drop))])
-    return total
-
-
-def _with_dropout(slot: AdapterSlot, stored: Tensor, rows: Tensor, drop: ColumnDropout | None) -> Tensor:
-    found = _changed_rows(slot, stored, rows)
-    return found if drop is None or not drop.acts(slot) else rows + drop(slot, found - rows)
-
-
-def _changed_matrices(stored: Tensor, slots: Sequence[AdapterSlot], drop: ColumnDropout | None) -> Tensor:
-    """Return a stack of matrices of which some are changed, with one operation on the whole stack."""
-    by_index: dict[int, Tensor] = {}
-    for slot in slots:
-        assert slot.target.index is not None
-        matrix, alone = by_index.get(slot.target.index, stored[slot.target.index]), slot.target.of_matrix()
-        rows = _with_dropout(slot, stored, alone.select(matrix), drop)
-        by_index[slot.target.index] = changed(matrix, [(alone, rows)])
-    return stored.index_copy(0, fixed_indices(tuple(by_index), stored.device), torch.stack(list(by_index.values())))
-
-
-def _changed_rows(slot: AdapterSlot, stored: Tensor, rows: Tensor) -> Tensor:
-    state = slot.adapter
-    applying, backend = state.plan.applying, load_backend("torch")
-    update = delta(slot)
-    base, update = wide_pair(rows, update)
-    own = [array.to(base.device) for array in weight_params(state, slot.index)]
-    if applying.rescales and applying.scales_outputs and not torch.is_grad_enabled() and not _traced():
-        total = base + applying.change(backend, base, update)
-        return cast(Tensor, total * quotient(slot, stored).view(-1, 1).to(total.dtype))
-    found = applying.merged(backend, base, update, own, detach=state.detach_norm)
-    return _unless_inactive(slot, found, base)
+def _change(slot: AdapterSlot, stored: Tensor, drop: ColumnDropout | None) -> Change:
+    """Return the change of one slot at this moment, differentiable."""
+    state, update, params = slot.adapter, delta(slot), weight_params(slot.adapter, slot.index)
+    applying = state.plan.applying
+    change = Change(Update(slot.target, applying, None, 1, len(params), detach=state.detach_norm), update, params)
+    if drop is not None and drop.acts(slot):
+        change = change._replace(mask=drop.mask(slot, update))
+    if applying.rescales and applying.scales_outputs and not torch.is_grad_enabled() and not traced():
+        change = change._replace(quotient=quotient(slot, stored))
+    if not applying.additive and torch.compiler.is_compiling():
+        change = change._replace(inactive=weight_on(state, stored.device) == 0)
+    return change
 
 
 def quotient(slot: AdapterSlot, stored: Tensor | None) -> Tensor:
     """Return q of one weight, one number for each row; ``stored`` is None for a quantized weight."""
     state = slot.adapter
-    made = None if torch.compiler.is_compiling() else state.cache.slice(slot.index)
-    own = weight_params(state, slot.index)
+    source = None if torch.compiler.is_compiling() else state.cache.slice(slot.index)
+    params = weight_params(state, slot.index)
     weight = functools.partial(_base, slot) if stored is None else functools.partial(slot.target.select, stored)
-    names: tuple[str, ...] = ()
-    if made is None:
-        arrays, scale = [delta(slot), *own], 1.0
+    if source is None:
+        arrays, scale = [delta(slot), *params], 1.0
     else:
-        names = (*made.names, *state.plan.weight_param_names[slot.index])
-        arrays, scale = [*current(state, made.names), *own], mixing_weight(state)
-    made_here = Quotient(state.plan.applying, weight, made, scale, state.detach_norm)
+        arrays, scale = [*current(state, source.names), *params], mixing_weight(state)
+    function = Quotient(state.plan.applying, weight, source, scale, state.detach_norm)
+    trained = torch.is_grad_enabled()
     # The node passes no gradient to the weight, and traces have to show single operations.
-    if _traced() or (torch.is_grad_enabled() and stored is not None and stored.requires_grad):
-        found = made_here(*arrays)
-        return _unless_inactive(slot, found, torch.ones_like(found))
-    if torch.is_grad_enabled():
-        return cast(Tensor, DeltaFunction.apply(made_here, *arrays))  # type: ignore[no-untyped-call]
-    if names and stored is not None:
-        return state.quotients.get(slot.index, names, arrays, made_here, stored)
-    return made_here(*arrays)
+    if traced() or (trained and (state.detach_norm or (stored is not None and stored.requires_grad))):
+        factor = function(*arrays)
+        if torch.compiler.is_compiling():  # one program serves all mixing weights
+            factor = torch.where(weight_on(state, factor.device) == 0, torch.ones_like(factor), factor)
+        return factor
+    if trained:
+        return recomputed(function, *arrays)
+    if source is None or stored is None or stored.is_inference() or not can_cache(arrays, True):
+        return function(*arrays)
+    # The weight is too large to be compared: it has to be the same memory with the same version counter, which every
+    # operation in place on it changes. (A write through ``weight.data`` or NumPy does not.)
+    names = (*source.names, *state.plan.weight_param_names[slot.index])
+    settings = stored.data_ptr(), stored.dtype, version(stored), scale
+    entry = state.quotients.entry(slot.index, names, arrays, lambda copies: {0: function(*copies)}, settings)
+    return entry.tensors[0]
 
 
 def scaled_output(y: Tensor, bias: Tensor | None, slot: AdapterSlot, stored: Tensor | None) -> Tensor:
@@ -947,14 +771,3 @@ def _base(slot: AdapterSlot) -> Tensor:
     if weight is None:
         raise TargetError(f"the values of {slot.target.name} can no longer be read")
     return cast(Tensor, slot.target.select(weight))
-
-
-def _unless_inactive(slot: AdapterSlot, found: Tensor, otherwise: Tensor) -> Tensor:
-    """Return what an adapter changes; in a compiled program, which serves all mixing weights, what is there at 0."""
-    if not torch.compiler.is_compiling():
-        return found
-    return torch.where(weight_on(slot.adapter, found.device) == 0, otherwise, found)
-
-
-def _traced() -> bool:
-    return torch.compiler.is_compiling() or in_functorch() or in_dispatch_mode()

@@ -14,8 +14,7 @@ forward could not clean up after an interrupted pass, for which torch runs no ho
 
 For experts, whose products are inside a module's forward, :class:`LazyStack` does the last two.
 
-That is for ``apply="add"``. :mod:`tnadapt.torch._forward_pass` has the same strategies for W' that is not a sum, of
-an adapter that has to act on its rows alone (:meth:`ForwardPatch.rivals`).
+Of an adapter whose W' is not a sum, no other one may act on the same rows (:meth:`ForwardPatch.rivals`).
 
 A patch keeps no state of a running pass, so several threads may run the same module. Only ``_shadowed`` changes the
 module for the duration of a forward, under a lock.
@@ -24,9 +23,8 @@ module for the duration of a forward, under a lock.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -36,9 +34,8 @@ from torch.utils._pytree import tree_map
 
 from tnadapt.algebra.factoring import Factored
 from tnadapt.errors import TargetError
-from tnadapt.targets.target import Target
 
-from ._delta import in_dispatch_mode, in_functorch
+from ._delta import recomputed, traced
 from ._forward_pass import (
     ColumnDropout,
     LowRankLayer,
@@ -47,11 +44,8 @@ from ._forward_pass import (
     added_matrix,
     added_products,
     beside,
-    changed_linear,
-    changed_weight,
     check_recomputation,
     delta,
-    delta_source,
     dropped_inputs,
     drops_input,
     embedded,
@@ -61,146 +55,15 @@ from ._forward_pass import (
     is_lookup,
     scaled,
     scaled_output,
+    updated_weight,
 )
-from ._linear import (
-    DeltaSource,
-    MergedWeightLinear,
-    add_features,
-    can_fuse,
-    factored_linear,
-    fixed_indices,
-    index_tensor,
-    on_device,
-    product,
-    summed,
-)
+from ._linear import add_features, can_fuse, factored_linear, is_ordinary, on_device, product
 from ._quantized import is_packed, quantized_type
 from ._state import AdapterSlot, AdapterState, mixing_weight
+from ._updated_weight import ITSELF, LINEAR, Convolution
 from ._weights import shows_products
 
-__all__ = [
-    "ACTIVATIONS",
-    "STRATEGIES",
-    "ForwardPatch",
-    "LazyStack",
-    "Placed",
-    "is_read",
-    "parameter_sum",
-    "stacked_sum",
-    "summed_matrices",
-]
-
-
-# -- Experts: the sum of a parameter that stacks their matrices, and the updates of these ------------------------------
-
-# Written with ordinary operations, the sum would need the stacked updates, the sum in the wider dtype and one node of
-# the graph for each matrix. :class:`SummedMatrices` writes one matrix after the other into a copy of the parameter, and
-# saves only the arrays that the updates are computed from. The sum itself is an operand of the module's products, which
-# save it for their own backward pass.
-
-
-def summed_matrices(stored: Tensor, slots: Sequence[AdapterSlot], drop: ColumnDropout) -> Tensor:
-    """Return a stack of matrices with the updates of some of them, each rounded once to its dtype."""
-    slots = sorted(slots, key=lambda slot: cast(int, slot.target.index))
-    dropping = any(drop.acts(slot) for slot in slots)
-    if dropping or torch.compiler.is_compiling() or in_functorch() or in_dispatch_mode():
-        return stacked_sum(stored, [(slot.target, drop(slot, delta(slot))) for slot in slots])
-    if not torch.is_grad_enabled():
-        return _written(stored, ((slot.target, delta(slot)) for slot in slots))
-    sources: list[DeltaSource] = []
-    arrays: list[Tensor] = []
-    for slot in slots:
-        source, own = delta_source(slot)
-        sources.append(source)
-        arrays += own
-    return cast(Tensor, SummedMatrices.apply(stored, tuple(sources), *arrays))  # type: ignore[no-untyped-call]
-
-
-def stacked_sum(stored: Tensor, changes: Sequence[tuple[Target, Tensor]]) -> Tensor:
-    """Compute the same sum by operations on the whole stack: the reference, and the form for compilers."""
-    kind = torch.promote_types(stored.dtype, changes[0][1].dtype)
-    by_index: dict[int, Tensor] = {}
-    for target, change in changes:
-        assert target.index is not None
-        matrix = by_index.get(target.index)
-        matrix = stored[target.index].to(kind) if matrix is None else matrix
-        change = change.to(stored.device, kind)
-        if target.rows is not None:
-            whole = torch.zeros(target.out, target.shape[1], dtype=kind, device=stored.device)
-            places = index_tensor(target, stored.device)
-            change = whole.index_copy(0, places, change)
-        by_index[target.index] = matrix + (change.mT if target.transposed else change)
-    numbers = fixed_indices(tuple(by_index), stored.device)
-    return stored.index_copy(0, numbers, torch.stack(list(by_index.values())).to(stored.dtype))
-
-
-class SummedMatrices(torch.autograd.Function):
-    """The sum as one autograd node; backward recomputes what the gradient of each update needs."""
-
-    @staticmethod
-    def forward(ctx: Any, stored: Tensor, sources: Sequence[DeltaSource], *arrays: Tensor) -> Tensor:
-        ctx.sources, ctx.kind = sources, stored.dtype
-        ctx.save_for_backward(*arrays)
-        return _written(stored, _changes(sources, arrays))
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        arrays, (moved,) = ctx.saved_tensors, grads
-        found: list[Tensor | None] = [moved if ctx.needs_input_grad[0] else None, None]
-        start = 0
-        for source in ctx.sources:
-            own = arrays[start : start + source.number]
-            needed = ctx.needs_input_grad[2 + start : 2 + start + source.number]
-            found += _pulled(source, own, needed, source.target.select(moved))
-            start += source.number
-        return tuple(found)
-
-
-def _changes(sources: Sequence[DeltaSource], arrays: Sequence[Tensor]) -> Iterator[tuple[Target, Tensor]]:
-    start = 0
-    for source in sources:
-        own = arrays[start : start + source.number]
-        change = own[0] if source.made is None else source.made(*own)
-        yield source.target, change if source.weight == 1.0 else change * source.weight
-        start += source.number
-
-
-def _written(stored: Tensor, changes: Iterable[tuple[Target, Tensor]]) -> Tensor:
-    """Return a copy of the stack with one matrix after the other changed; changes of one matrix follow each other."""
-    total = stored.detach().clone(memory_format=torch.contiguous_format)
-    for index, own in itertools.groupby(changes, lambda change: change[0].index):
-        assert index is not None
-        matrix = stored.detach()[index]
-        for target, change in own:
-            matrix = _wide_sum(matrix, target.of_matrix(), change)
-        total[index] = matrix  # rounded here
-    return total
-
-
-def _wide_sum(matrix: Tensor, target: Target, change: Tensor) -> Tensor:
-    kind = torch.promote_types(matrix.dtype, change.dtype)
-    change = change.to(matrix.device, kind)
-    if target.rows is None:
-        return matrix.to(kind) + (change.T if target.transposed else change)
-    total = matrix.to(kind, copy=True)
-    target.write(total, target.select(total) + change)
-    return total
-
-
-def _pulled(
-    source: DeltaSource, arrays: Sequence[Tensor], needed: Sequence[bool], moved: Tensor
-) -> list[Tensor | None]:
-    """Return the gradients of the arrays of one update, given that of the update."""
-    found: list[Tensor | None] = [None] * len(arrays)
-    wanted = [place for place, need in enumerate(needed) if need]
-    if not wanted:
-        return found
-    moved = moved.to(arrays[0].device, arrays[0].dtype)
-    moved = moved if source.weight == 1.0 else moved * source.weight
-    parts = [moved] if source.made is None else source.made.vjp(arrays, wanted, moved)
-    for place, part in zip(wanted, parts, strict=True):
-        found[place] = part
-    return found
+__all__ = ["ACTIVATIONS", "STRATEGIES", "ForwardPatch", "LazyStack", "Placed", "is_read", "updated_parameter"]
 
 
 # -- Experts: what updates add to the products of the tokens that are routed to them -----------------------------------
@@ -214,35 +77,32 @@ class RoutedChanges:
 
     Parameters
     ----------
+    patch : ForwardPatch
     stored : Tensor, shape (matrices, …, …)
         The base weight.
     base : Tensor
         What the module multiplies by: the base weight, or its sum with updates of the strategy "weight".
     slots : sequence of AdapterSlot
         Those that are added to outputs.
-    host : Module
-    output : function of (AdapterSlot, Tensor)
-        What a slot adds to the output for an input.
     total : function
         Computes the changed weight with all updates, for whatever is no product.
     """
 
     def __init__(
         self,
+        patch: ForwardPatch,
         stored: Tensor,
         base: Tensor,
         slots: Sequence[AdapterSlot],
-        host: nn.Module,
-        output: Callable[[AdapterSlot, Tensor], Tensor],
         total: Callable[[], Tensor],
     ) -> None:
-        self.stored, self.base, self.host = stored, base, host
+        self.patch, self.stored, self.base = patch, stored, base
         self.transposed = slots[0].target.transposed  # the same for all matrices of a parameter
         self.by_index: dict[int, list[AdapterSlot]] = {}
         for slot in slots:
             assert slot.target.index is not None
             self.by_index.setdefault(slot.target.index, []).append(slot)
-        self._output, self._total = output, total
+        self._total = total
         self._sum: Tensor | None = None
 
     def total(self) -> Tensor:
@@ -253,17 +113,17 @@ class RoutedChanges:
 
     def of_one(self, y: Tensor, x: Tensor, index: int) -> Tensor:
         """Return ``x W'ᵀ`` for one of the matrices, given ``y = x Wᵀ``."""
-        slots = self.by_index.get(index, [])
-        dropping = [slot for slot in slots if slot.adapter.dropout > 0.0 and self.host.training]
-        y = self._changed(y, x, [slot for slot in slots if slot not in dropping])
-        for dropped, own in dropped_inputs(dropping, x):
-            if own[0].adapter.plan.applying.additive:
-                y = self._changed(y, dropped, own)
+        slots, added = self.by_index.get(index, []), self.patch.added
+        dropping = [slot for slot in slots if slot.adapter.dropout > 0.0 and self.patch.host.training]
+        y = added(y, x, [slot for slot in slots if slot not in dropping], biased=False)
+        for dropped, several in dropped_inputs(dropping, x):
+            if several[0].adapter.plan.applying.additive:
+                y = added(y, dropped, several, biased=False)
                 continue
             # Only the change sees the dropped input, whatever it is.
             matrix = self.base[index]
             plain = functional.linear(dropped, matrix.mT if self.transposed else matrix)
-            y = y + (self._changed(plain, dropped, own) - plain)
+            y = y + (added(plain, dropped, several, biased=False) - plain)
         return y
 
     def of_segments(self, y: Tensor, x: Tensor, counts: Sequence[int]) -> Tensor:
@@ -302,14 +162,6 @@ class RoutedChanges:
         found = self.of_segments(y[order].flatten(0, 1), x[order].flatten(0, 1), counts).view(y.shape)
         return found[torch.argsort(order)]
 
-    def _changed(self, y: Tensor, x: Tensor, slots: Sequence[AdapterSlot]) -> Tensor:
-        for slot in slots:
-            y = add_features(y, slot.target, self._output(slot, x))
-        for slot in slots:
-            if slot.adapter.plan.applying.rescales:
-                y = scaled_output(y, None, slot, self.stored)
-        return y
-
 
 # -- Experts: a stacked parameter to which products add the updates, without forming the sum ---------------------------
 
@@ -334,7 +186,7 @@ def can_be_lazy(stored: Tensor) -> bool:
 
     Not in a trace, which must hold for all inputs, nor in a captured graph, nor without numbers.
     """
-    if torch.compiler.is_compiling() or in_functorch() or in_dispatch_mode() or stored.is_meta:
+    if traced() or stored.is_meta:
         return False
     return not (stored.is_cuda and torch.cuda.is_current_stream_capturing())
 
@@ -536,40 +388,20 @@ def is_read(slot: AdapterSlot) -> bool:
     return slot.strategy == "weight" or slot.target.index is not None
 
 
-def parameter_sum(patched: PatchedParameter, slots: Sequence[AdapterSlot], host: nn.Module) -> Tensor:
-    """Return the changed parameter as a tensor."""
-    drop = ColumnDropout(host)
-    if not patched.sums:
-        return changed_weight(patched.tensor, slots, drop)
-    if slots[0].target.index is not None:
-        return summed_matrices(patched.tensor, slots, drop)
-    return summed(patched.tensor, [(slot.target, drop(slot, delta(slot))) for slot in slots])
+def updated_parameter(stored: Tensor, slots: Sequence[AdapterSlot], host: nn.Module) -> Tensor:
+    """Return W' as a tensor, for a module that reads it."""
+    return updated_weight(ITSELF, None, stored, None, slots, ColumnDropout(host))
 
 
-def changed_parameter(
-    patched: PatchedParameter,
-    slots: Sequence[AdapterSlot],
-    host: nn.Module,
-    output: Callable[[AdapterSlot, Tensor], Tensor],
-) -> Tensor:
-    """Return what stands in the place of a parameter: the sum, or for experts a stack that products add updates to.
-
-    Parameters
-    ----------
-    patched : PatchedParameter
-    slots : sequence of AdapterSlot
-        Those that act.
-    host : Module
-    output : function of (AdapterSlot, Tensor)
-        What a slot adds to the output for an input, where its strategy is not "weight".
-    """
+def changed_parameter(patch: ForwardPatch, patched: PatchedParameter, slots: Sequence[AdapterSlot]) -> Tensor:
+    """Return what stands in the place of a parameter: the sum, or for experts a stack that products add updates to."""
     added = [slot for slot in slots if slot.strategy != "weight"]
-    stored = patched.tensor
+    stored, host = patched.tensor, patch.host
     if not added or not can_be_lazy(stored) or not shows_products(patched.owner):
-        return parameter_sum(patched, slots, host)
+        return updated_parameter(stored, slots, host)
     others = [slot for slot in slots if slot.strategy == "weight"]
-    base = parameter_sum(patched, others, host) if others else stored
-    return LazyStack(RoutedChanges(stored, base, added, host, output, lambda: parameter_sum(patched, slots, host)))
+    base = updated_parameter(stored, others, host) if others else stored
+    return LazyStack(RoutedChanges(patch, stored, base, added, lambda: updated_parameter(stored, slots, host)))
 
 
 # -- The gradient of a layer that rounds its input, as if nothing were rounded -----------------------------------------
@@ -597,30 +429,33 @@ def straight_through(x: Tensor, host: nn.Module, run: Callable[[Tensor], Tensor]
     """
     if not (torch.is_grad_enabled() and x.requires_grad):
         return run(x)
-    y = cast(Tensor, _StraightThrough.apply(x, host, run))  # type: ignore[no-untyped-call]
+    y = recomputed(_StraightThrough(host, run), x)
     bias: Any = host._parameters.get("bias")
     # Nothing is added, except to the gradient.
     return y if bias is None or not bias.requires_grad else y + (bias - bias.detach()).to(y.dtype)
 
 
-class _StraightThrough(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, host: nn.Module, run: Callable[[Tensor], Tensor]) -> Tensor:
-        ctx.host, ctx.dtype = host, x.dtype
-        return run(x)
+class _StraightThrough:
+    """The forward of a layer as a function of its input, with the gradient of its dequantized weight."""
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        (grad,) = grads
-        kind = quantized_type(ctx.host)
-        weight = None if kind is None else kind.dequantize(ctx.host)
+    keeps = "nothing"
+
+    def __init__(self, host: nn.Module, run: Callable[[Tensor], Tensor]) -> None:
+        self.host, self.run = host, run
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.run(x)
+
+    def vjp(self, inputs: Sequence[Tensor], wanted: Sequence[int], gradient: Tensor) -> list[Tensor]:
+        kind = quantized_type(self.host)
+        weight = None if kind is None else kind.dequantize(self.host)
         if weight is None:
             raise TargetError(
-                f"{type(ctx.host).__name__} passes no gradient to its input, and its weight cannot be dequantized to "
+                f"{type(self.host).__name__} passes no gradient to its input, and its weight cannot be dequantized to "
                 "compute one: attach to a freshly loaded model, before its first evaluation, or use a type of "
                 "quantization that leaves the input alone"
             )
-        return (grad @ weight.to(grad.dtype)).to(ctx.dtype), None, None
+        return [gradient @ weight.to(gradient.dtype)]
 
 
 # -- The forward of an adapted layer -----------------------------------------------------------------------------------
@@ -774,35 +609,38 @@ class ForwardPatch:
                 to_weights[-1][1].append(slot)
             else:
                 to_weights.append((patched, [slot]))
-        ready: list[Factored] = []
-        if to_output and not to_weights and not dropping and not torch.compiler.is_compiling():
-            fused = self._fused(to_output, args, kwargs, ready)
-            if fused is not None:
-                return self.rescaled(fused, to_output)
         if to_output and self.looks_up:
             return self._embedded(to_weights, to_output, args, kwargs)
+        known: list[Factored] = []
+        if to_output and not to_weights and not dropping and self._can_factor(to_output, args, kwargs):
+            known = [factors(slot) for slot in to_output]
+            y = self._fused(args[0], to_output, known)
+            if y is not None:
+                return self.rescaled(y, to_output)
         y = self._base(to_weights, args, kwargs)
         if to_output:
-            x = _input(args, kwargs)
-            for number, slot in enumerate(to_output):
-                y = add_features(y, slot.target, self.output(slot, x, ready[number] if ready else None))
-            y = self.rescaled(y, to_output)
+            y = self.added(y, _input(args, kwargs), to_output, known)
         return self._with_dropout(y, dropping, _input(args, kwargs)) if dropping else y
+
+    def added(
+        self, y: Tensor, x: Tensor, slots: Sequence[AdapterSlot], known: Sequence[Factored] = (), biased: bool = True
+    ) -> Tensor:
+        """Return an output plus what slots add to it, whose factors may be known."""
+        for number, slot in enumerate(slots):
+            y = add_features(y, slot.target, self.output(slot, x, known[number] if known else None))
+        return self.rescaled(y, slots, biased)
 
     def _with_dropout(self, y: Tensor, dropping: Sequence[Placed], x: Tensor) -> Tensor:
         """Return the output plus what adapters add to it that drop elements of their input."""
         for dropped, slots in dropped_inputs([slot for _, slot in dropping], x):
             if all(slot.strategy != "weight" for slot in slots) and slots[0].adapter.plan.applying.additive:
-                for slot in slots:
-                    y = add_features(y, slot.target, self.output(slot, dropped))
+                y = self.added(y, dropped, slots)
                 continue
-            own = [placed for placed in dropping if placed[1] in slots]
-            if isinstance(self.host, nn.Linear) and self.is_plain and own[0][0].sums:
-                # Plus a weight of zeros: in backward the update is recomputed, as without dropout.
-                zeros = own[0][0].tensor.new_zeros(()).expand(own[0][0].tensor.shape)
-                y = y + _merged_linear(dropped, zeros, None, slots)
+            if self.is_plain:
+                y = y + self._product(dropped, slots, less=True)
             else:
                 # Right for any layer that is linear in x, whatever its W' is; the bias cancels.
+                own = [placed for placed in dropping if placed[1] in slots]
                 y = y + (self.run(own, (dropped,), {}, drop=False) - self._original(dropped))
         return y
 
@@ -817,22 +655,24 @@ class ForwardPatch:
         host: Any = self.host
         if self.is_quantized:
             return beside(host, self._original(*args, **kwargs), _input(args, kwargs), added)
-        weight = parameter_sum(*to_weights[0], self.host) if to_weights else self.weights[0].tensor
+        weight = self.weights[0].tensor
+        if to_weights:
+            weight = updated_parameter(weight, to_weights[0][1], self.host)
         return embedded(host, weight, _input(args, kwargs), added)
 
-    def rescaled(self, y: Any, added: list[AdapterSlot]) -> Any:
-        """Return the output with the features scaled that a magnitude scales."""
-        for slot in added:
+    def rescaled(self, y: Tensor, slots: Sequence[AdapterSlot], biased: bool = True) -> Tensor:
+        """Return an output with the features scaled that a magnitude scales; the bias in it is not."""
+        for slot in slots:
             if slot.adapter.plan.applying.rescales:
-                y = scaled_output(y, getattr(self.host, "bias", None), slot, self._stored(slot))
+                bias = getattr(self.host, "bias", None) if biased else None
+                y = scaled_output(y, bias, slot, self._stored(slot))
         return y
 
     def _stored(self, slot: AdapterSlot) -> Tensor | None:
         """Return the base weight of a slot as the module has it now; None if it is quantized."""
-        if slot.quantized:
-            return None
+        names = slot.owner, slot.target.parameter
         return next(
-            one.tensor for one in self.weights if one.owner is slot.owner and one.parameter == slot.target.parameter
+            (each.tensor for each in self.weights if (each.owner, each.parameter) == names and not slot.quantized), None
         )
 
     def _base(self, to_weights: list[tuple[PatchedParameter, list[AdapterSlot]]], args: Any, kwargs: Any) -> Any:
@@ -845,31 +685,38 @@ class ForwardPatch:
             return self._shadowed([], args, kwargs) if summing else self._original(*args, **kwargs)
         # The fast path for nearly all layers: the sum is passed as an argument, without shadowing and lock. Only for
         # torch's own forwards (_PLAIN), because a subclass may do more in its forward.
-        if plain:
-            patched, here = to_weights[0]
-            host: Any = self.host
-            if isinstance(host, nn.Linear):
-                if not patched.sums:
-                    return changed_linear(args[0], patched.tensor, host.bias, here)
-                return _merged_linear(args[0], patched.tensor, host.bias, here)
-            if isinstance(host, nn.modules.conv._ConvNd):
-                return host._conv_forward(args[0], parameter_sum(patched, here, host), host.bias)
-        return self._shadowed(to_weights, args, kwargs)
+        return self._product(args[0], to_weights[0][1]) if plain else self._shadowed(to_weights, args, kwargs)
 
-    def _fused(self, added: list[AdapterSlot], args: Any, kwargs: Any, ready: list[Factored]) -> Tensor | None:
-        """Return the output if all updates are factored and of a linear layer's dtype; else None, and the factors."""
-        host, x = self.host, args[0] if len(args) == 1 and not kwargs else None
-        if not (self.is_plain and isinstance(host, nn.Linear) and isinstance(x, Tensor)):
-            return None
+    def _product(self, x: Tensor, slots: Sequence[AdapterSlot], less: bool = False) -> Tensor:
+        """Return the output of a plain layer on W'; with ``less`` on W' - W, without the bias."""
+        host: Any = self.host
+        stored, bias = self.weights[0].tensor, None if less else host.bias
+        if isinstance(host, nn.Linear):
+            if not less and has_few_rows(x, stored, slots):
+                return added_products(x, stored, bias, slots)
+            return updated_weight(LINEAR, x, stored, bias, slots, less=less)
+        operation = Convolution.of(host, x)
+        if operation is not None:
+            return updated_weight(operation, x, stored, bias, slots, less=less)
+        weight = updated_weight(ITSELF, None, stored, None, slots, less=less)
+        return cast(Tensor, host._conv_forward(x, weight, bias))
+
+    def _can_factor(self, added: list[AdapterSlot], args: Any, kwargs: Any) -> bool:
+        """Return whether all updates are factors that a linear layer accumulates in its output."""
+        if not (self.is_plain and isinstance(self.host, nn.Linear) and len(args) == 1 and not kwargs):
+            return False
         if any(slot.strategy != "factored" or slot.adapter.activation is not None for slot in added):
-            return None
-        changes = []
-        for slot in added:
-            found = factors(slot)
-            ready.append(found)
-            changes.append((slot.target, found._replace(scale=found.scale * mixing_weight(slot.adapter))))
-        weight = self.weights[0].tensor
-        return factored_linear(x, weight, host.bias, changes) if can_fuse(x, weight, changes) else None
+            return False
+        return isinstance(args[0], Tensor) and is_ordinary(args[0])
+
+    def _fused(self, x: Tensor, added: list[AdapterSlot], known: Sequence[Factored]) -> Tensor | None:
+        """Return the output if all tensors have the same dtype."""
+        changes = [
+            (slot.target, found._replace(scale=found.scale * mixing_weight(slot.adapter)))
+            for slot, found in zip(added, known, strict=True)
+        ]
+        weight, bias = self.weights[0].tensor, cast(Any, self.host).bias
+        return factored_linear(x, weight, bias, changes) if can_fuse(x, weight, changes) else None
 
     def _is_plain(self) -> bool:
         if self.before is not None or len(self.weights) != 1 or self.weights[0].owner is not self.host:
@@ -897,7 +744,7 @@ class ForwardPatch:
         parameter stays registered and unchanged: ``parameters()`` and the state dict never show the sum.
         """
         names = [(patched.owner, patched.parameter) for patched, _ in to_weights]
-        sums = [changed_parameter(patched, here, self.host, self.output) for patched, here in to_weights]
+        sums = [changed_parameter(self, patched, here) for patched, here in to_weights]
         # All threads see the shadow. Without the lock, a second thread could compute with this thread's sum (of another
         # dtype, graph or mixing weight), or read the base weight after this thread has removed the shadow. The lock is
         # reentrant because a forward may call itself. The sums are computed outside of it, so that threads wait only
@@ -921,7 +768,7 @@ class ForwardPatch:
     def output(self, slot: AdapterSlot, x: Tensor, found: Factored | None = None) -> Tensor:
         """Return what the update adds to the output; ``found`` are its factors, if they have been computed."""
         adapter = slot.adapter
-        if slot.strategy == "additive":
+        if slot.strategy != "factored":  # rows() adds small updates of weights, too
             plain = adapter.plan.applying.takes_factors
             update = delta(slot) if plain else added_matrix(slot, self._stored(slot))
             autocast = torch.is_autocast_enabled(x.device.type)
@@ -948,26 +795,3 @@ def _input(args: Any, kwargs: Any) -> Any:
 
 
 _PLAIN = (nn.Linear.forward, nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
-
-
-def _merged_linear(x: Tensor, weight: Tensor, bias: Tensor | None, slots: Sequence[AdapterSlot]) -> Tensor:
-    if has_few_rows(x, weight, slots):
-        return added_products(x, weight, bias, slots)
-    # Where operations are traced or intercepted, a custom autograd function would hide them: use ordinary ones, which
-    # give the same numbers.
-    if (
-        torch.compiler.is_compiling()
-        or not torch.is_grad_enabled()
-        or x.is_nested
-        or in_functorch()
-        or in_dispatch_mode()
-    ):
-        changes = [(slot.target, delta(slot)) for slot in slots]
-        return functional.linear(x, summed(weight, changes), bias)
-    sources: list[DeltaSource] = []
-    arrays: list[Tensor] = []
-    for slot in slots:
-        source, own = delta_source(slot)
-        sources.append(source)
-        arrays += own
-    return cast(Tensor, MergedWeightLinear.apply(x, weight, bias, tuple(sources), *arrays))  # type: ignore[no-untyped-call]

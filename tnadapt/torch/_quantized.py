@@ -11,6 +11,7 @@ has no fingerprint, and nothing is merged into it.
 from __future__ import annotations
 
 import copy
+import functools
 import importlib
 import sys
 from collections.abc import Callable, Mapping
@@ -179,7 +180,13 @@ def is_instance(value: object, *names: str) -> bool:
     >>> is_instance(nn.Linear(2, 2), "torch.nn.modules.linear.Linear"), is_instance(nn.ReLU(), "other.ReLU")
     (True, False)
     """
-    return any(f"{cls.__module__}.{cls.__qualname__}" in names for cls in type(value).__mro__)
+    cls: Any = type(value)
+    return not _class_names(cls).isdisjoint(names)
+
+
+@functools.lru_cache(maxsize=1024)
+def _class_names(cls: Any) -> frozenset[str]:
+    return frozenset(f"{base.__module__}.{base.__qualname__}" for base in cls.__mro__)
 
 
 def twin(module: nn.Module) -> Any:

@@ -6,16 +6,16 @@ import contextlib
 import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from tnadapt.errors import ConfigError, TargetError, safe_repr
-from tnadapt.targets.target import RowIndices, Target
+from tnadapt.targets.target import Target
 
-from ._forward_pass import PatchedParameter, delta, drops_input, factors
-from ._forward_patch import Placed, is_read
+from ._forward_pass import drops_input, factors
+from ._forward_patch import ForwardPatch, Placed, is_read
 from ._linear import add_features
 from ._quantized import is_embedding
 from ._registry import attached, overlapping, trim_idle
@@ -61,13 +61,7 @@ def looped(output: Output, assignment: RowAssignment, groups: Sequence[Slots], x
         part = x.index_select(0, assignment.index(rows, x.device))
         for slot in slots:
             key = slot.target if slot.target.rows is not None else None
-            if slot.strategy == "weight":
-                update = delta(slot)
-                autocast = torch.is_autocast_enabled(x.device.type)
-                made = torch.nn.functional.linear(part, update.to(x.device) if autocast else update.to(x))
-            else:
-                made = output(slot, part)
-            found.setdefault(key, []).append((rows, made))
+            found.setdefault(key, []).append((rows, output(slot, part)))
     return found
 
 
@@ -126,61 +120,27 @@ def _are_alike(groups: Sequence[Slots]) -> bool:
 
 def _plus(y: Tensor, target: Target | None, rows: Tensor, change: Tensor, in_place: bool) -> Tensor:
     """Return y with a change added to some rows, and there to the features of the target's rows."""
-    part, own = y, None if target is None else target.rows
-    if target is not None and isinstance(own, RowIndices):
-        found = add_features(y.index_select(0, rows), target, change)
-        return y.index_copy_(0, rows, found) if in_place else y.index_copy(0, rows, found)
-    assert not isinstance(own, RowIndices)
-    if own is not None:
-        blocks = y.view(*y.shape[:-1], own.count, own.stride) if in_place else y.reshape(*y.shape[:-1], own.count, -1)
-        part = blocks[..., own.start : own.start + own.length]
-        change = change.reshape(*change.shape[:-1], own.count, own.length)
-    if in_place:
-        part.index_add_(0, rows, change)
-        return y
-    part = part.index_add(0, rows, change)
-    if own is None:
-        return part
-    return torch.cat([blocks[..., : own.start], part, blocks[..., own.start + own.length :]], -1).reshape(y.shape)
+    if target is None:
+        return y.index_add_(0, rows, change) if in_place else y.index_add(0, rows, change)
+    changed = add_features(y.index_select(0, rows), target, change)
+    return y.index_copy_(0, rows, changed) if in_place else y.index_copy(0, rows, changed)
 
 
 # -- A layer's forward with one adapter, or none, for each row ---------------------------------------------------------
 
-# Rows of one adapter form a group. There are three ways to run the groups; the last one is the reference for the
-# others, and tests compare them.
+# Rows of one adapter form a group. There are two ways to run the groups; the second is the reference for the first, and
+# tests compare them.
 #
 # - *shared*: one product with the base weight for all rows, and for each group what its adapter adds to the output.
 #   Low-rank updates of equal shapes are two grouped products for all groups together (:func:`grouped`). For
 #   updates that factor or are added to the output, and for those that are added to the weight where a group has so few
 #   tokens that a second product costs less than forming the sum.
-# - *by group*: the layer's forward on the rows of each group.
-# - *selected*: the forward on the whole batch for each distinct adapter, of which its own rows are kept. For modules
-#   that read a child's weight and have several tensors as inputs, such as masks, in which rows cannot be told apart.
+# - *divided*: the layer's forward on the rows of each group. Where a module reads a child's weight and has several
+#   tensors as inputs, such as masks, in which rows cannot be told apart, on the whole batch for each group.
 
 
 #: The rows of a group, and the slots that act on them.
 Group = tuple[Sequence[int], Sequence[Placed]]
-
-
-class RowPatch(Protocol):
-    """The interface of a forward patch that is needed here."""
-
-    host: nn.Module
-    is_plain: bool
-    looks_up: bool
-    weights: list[PatchedParameter]
-
-    def acting(self, alone: bool = True) -> list[Placed]:
-        """Return the slots of active adapters."""
-
-    def run(self, acting: Sequence[Placed], args: Any, kwargs: Any, drop: bool = True) -> Any:
-        """Run the forward with these slots."""
-
-    def output(self, slot: AdapterSlot, x: Tensor) -> Tensor:
-        """Return what a slot adds to the output."""
-
-    def rescaled(self, y: Tensor, added: list[AdapterSlot]) -> Tensor:
-        """Return the output with the features scaled that a magnitude scales."""
 
 
 def check_usable(state: AdapterState, named: bool) -> None:
@@ -207,7 +167,7 @@ def row_runner() -> RowRunner:
     return _runner
 
 
-def run_by_rows(patch: RowPatch, args: Any, kwargs: Any) -> Any:
+def run_by_rows(patch: ForwardPatch, args: Any, kwargs: Any) -> Any:
     """Run a patched forward; some thread has rows for one of its adapters, not necessarily this one."""
     slots = [slot for patched in patch.weights for slot in patched.slots]
     assignment = next((found for slot in slots if (found := assignment_of(slot.adapter)) is not None), None)
@@ -241,22 +201,21 @@ def run_by_rows(patch: RowPatch, args: Any, kwargs: Any) -> Any:
     return _run_groups(patch, assignment, groups, args, kwargs)
 
 
-def _run_groups(patch: RowPatch, assignment: RowAssignment, groups: list[Group], args: Any, kwargs: Any) -> Any:
+def _run_groups(patch: ForwardPatch, assignment: RowAssignment, groups: list[Group], args: Any, kwargs: Any) -> Any:
     tensors = _tensors(patch, args, kwargs)
     x = _checked(patch, assignment, next(iter(tensors), None))
-    if len(tensors) > 1:
-        return selected(patch, assignment, groups, len(x), args, kwargs)
-    if len(args) == 1 and not kwargs and _is_linear(patch):
+    whole = len(tensors) > 1
+    if not whole and len(args) == 1 and not kwargs and _is_linear(patch):
         tokens = math.prod(x.shape[:-1]) // len(assignment.names)
         if all(_is_light(patch, group, tokens, x) for group in groups):
             return shared(patch, assignment, groups, x)
-    return by_group(patch, assignment, groups, x, args, kwargs)
+    return divided(patch, assignment, groups, x, args, kwargs, whole)
 
 
 # -- Ways ------------------------------------------------------------------------------------------------------
 
 
-def shared(patch: RowPatch, assignment: RowAssignment, groups: list[Group], x: Tensor) -> Tensor:
+def shared(patch: ForwardPatch, assignment: RowAssignment, groups: list[Group], x: Tensor) -> Tensor:
     """Run one product with the base weight, and add what each group's adapter adds."""
     always = [placed for placed in groups[0][1] if placed[1].adapter not in assignment.governed]
     y = patch.run(always, (x,), {})
@@ -273,46 +232,36 @@ def shared(patch: RowPatch, assignment: RowAssignment, groups: list[Group], x: T
     return wide.reshape(y.shape)
 
 
-def by_group(patch: RowPatch, assignment: RowAssignment, groups: list[Group], x: Tensor, args: Any, kwargs: Any) -> Any:
-    """Run the forward on the rows of each group."""
+def divided(
+    patch: ForwardPatch, assignment: RowAssignment, groups: list[Group], x: Tensor, args: Any, kwargs: Any, whole: bool
+) -> Any:
+    """Run the forward once for each group: on its rows, or with ``whole`` on the whole batch, and keep the group's."""
     number = len(assignment.names)
     blocks = x.reshape(number, -1, *x.shape[1:])
     outputs, order = [], list[int]()
     for rows, slots in groups:
-        part = blocks.index_select(0, assignment.index(rows, x.device)).reshape(-1, *x.shape[1:])
-        outputs.append(patch.run(slots, _exchanged(part, args), _exchanged(part, kwargs)))
+        if whole:
+            outputs.append(patch.run(slots, args, kwargs))
+        else:
+            part = blocks.index_select(0, assignment.index(rows, x.device)).reshape(-1, *x.shape[1:])
+            outputs.append(patch.run(slots, _exchanged(part, args), _exchanged(part, kwargs)))
         order += rows
     back = sorted(range(number), key=order.__getitem__)
 
     def joined(*parts: Tensor) -> Tensor:
-        _check_output(patch, parts, [len(rows) * blocks.shape[1] for rows, _ in groups])
-        several = [part.reshape(len(rows), -1, *part.shape[1:]) for part, (rows, _) in zip(parts, groups, strict=True)]
+        several = []
+        for part, (rows, _) in zip(parts, groups, strict=True):
+            given = number if whole else len(rows)
+            _check_output(patch, part, given * blocks.shape[1])
+            found = part.reshape(given, -1, *part.shape[1:])
+            several.append(found.index_select(0, assignment.index(rows, part.device)) if whole else found)
         found = torch.cat(several).index_select(0, assignment.index(back, parts[0].device))
         return found.reshape(-1, *found.shape[2:])
 
     return _zipped(patch, joined, outputs)
 
 
-def selected(
-    patch: RowPatch, assignment: RowAssignment, groups: list[Group], length: int, args: Any, kwargs: Any
-) -> Any:
-    """Run the forward on the whole batch for each group, and keep the group's rows."""
-    outputs = [patch.run(slots, args, kwargs) for _, slots in groups]
-    number = len(assignment.names)
-
-    def joined(*parts: Tensor) -> Tensor:
-        _check_output(patch, parts, [length] * len(parts))
-        several = [part.reshape(number, -1, *part.shape[1:]) for part in parts]
-        found = several[0]
-        for (rows, _), part in zip(groups[1:], several[1:], strict=True):
-            index = assignment.index(rows, part.device)
-            found = found.index_copy(0, index, part.index_select(0, index))
-        return found.reshape(parts[0].shape)
-
-    return _zipped(patch, joined, outputs)
-
-
-def _is_linear(patch: RowPatch) -> bool:
+def _is_linear(patch: ForwardPatch) -> bool:
     """Return whether all updates can be added to the output of the host, from its input."""
     if patch.looks_up:
         return False  # indices are not multiplied
@@ -320,18 +269,18 @@ def _is_linear(patch: RowPatch) -> bool:
     return not any(is_read(slot) for slot in slots) or (patch.is_plain and isinstance(patch.host, nn.Linear))
 
 
-def _is_light(patch: RowPatch, group: Group, tokens: int, x: Tensor) -> bool:
+def _is_light(patch: ForwardPatch, group: Group, tokens: int, x: Tensor) -> bool:
     """Return whether a group's update is better added to the output."""
     rows, slots = group
     machine = MACHINES.get(x.device.type, MACHINES["cpu"])
-    for patched, slot in slots:
+    for _, slot in slots:
         if drops_input(slot, patch.host):
             return False
         if slot.strategy != "weight":
             continue
         # A second product, for each element of the weight, against reading W and ΔW, writing the sum and reading it.
         product, summing = 2.0 * tokens * len(rows) / machine.operations, 16.0 / machine.bytes
-        if not patched.sums or product > summing:
+        if not slot.adapter.plan.applying.additive or product > summing:
             return False
     return True
 
@@ -339,7 +288,7 @@ def _is_light(patch: RowPatch, group: Group, tokens: int, x: Tensor) -> bool:
 # -- Rows ------------------------------------------------------------------------------------------------------
 
 
-def _checked(patch: RowPatch, assignment: RowAssignment, x: Tensor | None) -> Tensor:
+def _checked(patch: ForwardPatch, assignment: RowAssignment, x: Tensor | None) -> Tensor:
     """Return the input if its first dimension consists of the rows, or raise a TargetError."""
     wanted = len(assignment.names)
     if x is None or x.ndim < 2 or x.is_nested:
@@ -359,7 +308,7 @@ def _checked(patch: RowPatch, assignment: RowAssignment, x: Tensor | None) -> Te
     return x
 
 
-def _name(patch: RowPatch) -> str:
+def _name(patch: ForwardPatch) -> str:
     # Adapters may be attached to the model and to a module in it: the longest path is that of the model.
     slot = max(patch.weights[0].slots, key=lambda slot: len(slot.target.name))
     return slot.target.module if slot.owner is patch.host else f"{type(patch.host).__name__}, around {slot.target.name}"
@@ -370,7 +319,7 @@ def _name(patch: RowPatch) -> str:
 _SIMPLE = (type(None), bool, int, float, str, torch.dtype, torch.device)
 
 
-def _tensors(patch: RowPatch, args: Any, kwargs: Any) -> list[Tensor]:
+def _tensors(patch: ForwardPatch, args: Any, kwargs: Any) -> list[Tensor]:
     """Return the distinct tensors among arguments, in order."""
     found: dict[int, Tensor] = {}
 
@@ -402,7 +351,7 @@ def _exchanged(part: Tensor, value: Any) -> Any:
     return {key: _exchanged(part, one) for key, one in value.items()} if isinstance(value, Mapping) else value
 
 
-def _zipped(patch: RowPatch, joined: Callable[..., Tensor], outputs: Sequence[Any]) -> Any:
+def _zipped(patch: ForwardPatch, joined: Callable[..., Tensor], outputs: Sequence[Any]) -> Any:
     """Join the outputs of all groups, tensor by tensor."""
     first = outputs[0]
     if isinstance(first, Tensor):
@@ -414,13 +363,12 @@ def _zipped(patch: RowPatch, joined: Callable[..., Tensor], outputs: Sequence[An
     raise TargetError(f"rows() cannot divide the output of {_name(patch)}, a {type(first).__name__}")
 
 
-def _check_output(patch: RowPatch, parts: Sequence[Tensor], sizes: Sequence[int]) -> None:
-    for part, size in zip(parts, sizes, strict=True):
-        if part.ndim == 0 or part.shape[0] != size:
-            raise TargetError(
-                f"rows() cannot divide the output of {_name(patch)}: of {size} rows it made a tensor of shape "
-                f"{tuple(part.shape)}"
-            )
+def _check_output(patch: ForwardPatch, part: Tensor, size: int) -> None:
+    if part.ndim == 0 or part.shape[0] != size:
+        raise TargetError(
+            f"rows() cannot divide the output of {_name(patch)}: of {size} rows it made a tensor of shape "
+            f"{tuple(part.shape)}"
+        )
 
 
 # -- The context manager, and its checks -------------------------------------------------------------------------------

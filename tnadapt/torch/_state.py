@@ -27,8 +27,8 @@ from tnadapt.errors import ConfigError, ShapeError, TargetError, warn
 from tnadapt.targets.target import Target
 
 from ._delta import (
+    ArrayCache,
     DeltaCache,
-    QuotientCache,
     ThetaArrays,
     copy_all,
     gather_full,
@@ -243,7 +243,7 @@ class AdapterState:
     merge_report : RequantizationReport or None
         How well the quantized weights among them hold the sum, typed loosely because its class is defined above.
     cache : DeltaCache
-    quotients : QuotientCache
+    quotients : ArrayCache
         The quotients of a magnitude and a norm, where the plan has magnitudes.
     detach_norm : bool
         Whether gradients take these norms for constants.
@@ -319,7 +319,7 @@ class AdapterState:
         self.merged: list[Merged] | None = None
         self.merge_report: Any = None
         self.cache = DeltaCache(plan.arrays_plan)
-        self.quotients = QuotientCache()
+        self.quotients = ArrayCache()
         self.made = None if plan.theta is None else ThetaArrays(plan)
         self.enabled = True
         self.weight = 1.0

@@ -152,18 +152,18 @@ def costs(
     multiplied = 3.0 * size if applying.scales_outputs and not applying.takes_factors else 0.0
     quotient = StepWork()
     if applying.rescales:
-        # Forward: the sum and its norm. Backward: both again, the gradient of the sum, and ΔW's by one more vjp. Then y
-        # and its gradient, times q.
+        # Forward: ΔW, the sum and its norm. Backward: ΔW and the sum again, and their gradients. Then y and its
+        # gradient, times q.
         again = StepWork(0.0, 0.0, 3.0 * size, 1)
-        quotient = formed + formed + formed + pulled + norm + norm + again + again
+        quotient = formed + formed + pulled + norm + again + again
         quotient += StepWork(0.0, 0.0, 2.0 * size + 8.0 * tokens * rows, 16)
-    # W' is made three times: in forward, and in backward for the gradient of x and for that of W', which is another sum
-    # and forms ΔW twice more. Then its gradient goes to ΔW, and to W, whether or not W is trained.
+    # W' is made three times: in forward, and in backward for the gradient of x and for that of W', which is another
+    # sum. Then its gradient goes to ΔW, and to W, whether or not W is trained.
     made = norm + StepWork(0.0, 0.0, multiplied + 2.0 * size * applying.rescales, 1 + applying.rescales)
     gradients = 9.0 * size if multiplied else 0.0
     gradients += 9.0 * size if applying.rescales else 0.0
     extra = {
-        "weight": made + made + made + formed + formed + StepWork(0.0, 0.0, 3.0 * size + gradients, 10),
+        "weight": made + made + made + StepWork(0.0, 0.0, 3.0 * size + gradients, 10),
         # The product in forward, and that with the gradient in backward.
         "additive": quotient + StepWork(0.0, 0.0, 2.0 * multiplied, 4 * bool(multiplied)),
         "factored": quotient,
