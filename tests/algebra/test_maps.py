@@ -407,6 +407,8 @@ def test_equal_maps_in_a_chain_draw_differently() -> None:
     assert isinstance(found, Chain)
     assert found.parts[0].digest() == make_map("shuffle", 16, 16, seed=1).digest()
     assert found.parts[1].digest() == make_map("shuffle", 16, 16, seed=1, group=1 << 28).digest()
+    assert make_map(("shuffle", "linear"), 16, 16).full_rank
+    assert not make_map(("linear", "shuffle"), 16, 16).full_rank
     with pytest.raises(
         tna.ConfigError, match=r"can be drawn for 268435456 groups, and 268435456 is beyond: use shared"
     ):
@@ -602,6 +604,24 @@ class Scaled(Map):
 
     def matrix(self) -> np.ndarray:
         return self.settings.by * np.eye(self.n_out)
+
+
+class Sum(Map):
+    """Each element of y is the sum of x."""
+
+    square = True
+
+    def forward(self, backend: Backend, x: Any) -> Any:
+        return x.sum() * np.ones(self.n_out)
+
+    def matrix(self) -> np.ndarray:
+        return np.ones((self.n_out, self.n_in))
+
+
+def test_a_squared_norm_that_a_map_does_not_define_is_the_mean_of_many_probes() -> None:
+    estimates = [Sum(16, 16, group=group).squared_norm() / 256 for group in range(30)]
+    assert abs(np.mean(estimates) - 1.0) < 0.2
+    assert np.std(estimates) < 0.5  # of a single probe it is 1.4
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from __future__ import annotations
 from tnadapt.decomposition import _group_fits as group_fits
 from tnadapt.decomposition import _hadamard_fit as hadamard_fit
 from tnadapt.decomposition import _network_fit as network_fit
+from tnadapt.decomposition import _parameter_fit as parameter_fit
 from tnadapt.decomposition import linear_algebra
 from tnadapt.decomposition._least_squares import cgls, damped_gauss_newton, lsqr
 from tnadapt.decomposition.block_passes import ArrayPasses, BlockPasses, DaskPasses
@@ -30,6 +31,7 @@ __all__ = [
     "lower_bound",
     "lsqr",
     "network_fit",
+    "parameter_fit",
     "tensorly_on",
     "truncated_pays",
 ]

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tnadapt as tna
-from tests.decomposition.internals import hadamard_fit, network_fit
+from tests.decomposition.internals import hadamard_fit, network_fit, parameter_fit
 from tests.support.depth import in_depth
 from tests.support.exact_cases import cp_tensor, padded_plans, random_deltas
 from tnadapt.algebra.products import cp_tensor as cp_to_tensor
@@ -258,6 +258,17 @@ def test_mixing_matrices_of_a_frozen_core_are_recovered(core: tuple[int, ...]) -
         params = {name: np.eye(len(a)) + rng.normal(size=a.shape) for name, a in plan.init(dtype="float64").items()}
         _, report = tna.decompose(plan.deltas(params), config)
         assert report.error < 1e-5, seed
+
+
+@pytest.mark.parametrize("columns", [256, 0])
+def test_tied_arrays_with_diagonals_are_recovered(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a Jacobian that is formed, and with one that is multiplied by, as for large problems."""
+    monkeypatch.setattr(parameter_fit, "_COLUMNS", columns)
+    plan = tna.SuperLoRA(tna.presets.tied_lora(2), [(8, 6)] * 3)
+    rng = np.random.default_rng(2)
+    params = {name: array + rng.normal(size=array.shape) for name, array in plan.init(dtype="float64").items()}
+    _, report = tna.decompose(plan.deltas(params), plan.config, max_iterations=300)
+    assert report.error < 1e-8
 
 
 @pytest.mark.parametrize(("name", "apart"), [("vera", True), ("tied_lora", False)])

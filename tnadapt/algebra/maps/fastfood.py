@@ -267,7 +267,7 @@ def _fwht_along(backend: Backend, x: Array, dtype: str, axis: int, normalize: bo
     return plain(x) if transformed is None else transformed
 
 
-def fwht_plain(backend: Backend, x: Array, normalize: bool = True) -> Array:
+def fwht_plain(backend: Backend, x: Array, normalize: bool) -> Array:
     """Compute :func:`fwht_last` by matrix products of the library: the reference implementation for every kernel.
 
     For float32 and float64 and a batch that is not empty.
