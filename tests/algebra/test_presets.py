@@ -52,9 +52,10 @@ def test_larger_sizes_have_more_parameters_up_to_the_largest(name: str) -> None:
         assert (counts[0] < counts[-1]) == (most > 1)
 
 
-def test_theta_is_at_most_as_large_as_what_it_determines() -> None:
+def test_the_largest_size_is_that_beyond_which_nothing_is_gained() -> None:
     weights = tna.presets.AdaptedWeights([(24, 16), (8, 40)])
     largest = {"nola": [4 * 8, 8 * 8], "unilora": [4 * 88, 8 * 88], "tinylora": [2 * 2**2, 2 * 4**2, 2 * 8**2]}
+    largest["compacter"] = [8 // 2, 8 // 4, 8 // 8]
     for name, expected in largest.items():
         assert [ladder.most(None) for ladder in tna.presets.PRESETS[name].ladders(weights)] == expected  # type: ignore[arg-type]
 

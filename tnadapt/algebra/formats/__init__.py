@@ -694,8 +694,8 @@ class Permuted(Format):
         def on_box(box: Ranges) -> Array:
             known = dict(zip(digits, box, strict=True))
             covers = [self._cover(axis, [known[digit] for digit in axis]) for axis in axes]
-            bounds = [cover.bounds for cover in covers]
-            ranges = [*bounds, *others] if first else [*others, *bounds]
+            spans = [cover.bounds for cover in covers]
+            ranges = [*spans, *others] if first else [*others, *spans]
             lengths = [hi - lo for lo, hi in ranges]
             boxed = self.own.boxed(lengths)
             assert boxed is not None

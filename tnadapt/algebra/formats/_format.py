@@ -296,7 +296,7 @@ def minimal_cut(
         return min((cost(side), side) for side in itertools.product((False, True), repeat=count))
     # True is the side of the rows. Arrays without a leg begin on one side, and on the other.
     held = [[lengths[index] for index in indices if index in lengths] for indices in formula.inputs]
-    starts = [any(rows > 1 for rows, _ in legs) for legs in held], [all(cols == 1 for _, cols in legs) for legs in held]
+    starts = [any(rows > 1 for rows, _ in ends) for ends in held], [all(cols == 1 for _, cols in ends) for ends in held]
     return min(_descended(cost, list(side)) for side in starts)
 
 
