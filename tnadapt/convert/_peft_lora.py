@@ -229,6 +229,7 @@ class PeftTrainableTokens(PeftMethod):
     """New rows, which replace those of the base; written as LoRA."""
 
     title = "Trainable_Tokens"
+    peft_type = "TRAINABLE_TOKENS"
     tensors = (_TENSOR,)
     fields = ("token_indices", "init_weights", "ensure_weight_tying")
 
