@@ -60,7 +60,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print("\n".join([f"{len(_read(out))} mutants of the operators that are left out were run", *wrong]))
         sys.exit(1 if wrong else 0)
     records = _read(out)
-    judged = [records[mutant.key] for mutant in chosen if records.get(mutant.key, {}).get("status", "void") != "void"]
+    # A report is of all that was run, which the code may have moved on from.
+    keys = records if asked.report else [mutant.key for mutant in chosen]
+    judged = [records[key] for key in keys if records.get(key, {}).get("status", "void") != "void"]
     known = _known()
     void = {record["key"] for record in records.values() if record["status"] == "void"}
     there = {path: sum(m.key not in void for m in module.mutants) for path, module in modules.items()}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
@@ -17,7 +16,7 @@ from tnadapt.algebra.config import Config
 from tnadapt.algebra.named_config import require_preset
 from tnadapt.algebra.starting_points import starting_point
 from tnadapt.argument_checks import flag
-from tnadapt.errors import ConfigError, TargetError, UnexpectedKeywordError, safe_repr
+from tnadapt.errors import ConfigError, TargetError, UnexpectedKeywordError, safe_repr, warn
 from tnadapt.targets.roles import are_roles, ends_in, path_matcher
 from tnadapt.targets.target import Target
 from tnadapt.torch._forward_pass import check_dropout
@@ -432,11 +431,10 @@ def _excluded(path: str, exclude: Any) -> bool:
 
 def _warn_if_unused(model: nn.Module, exclude: Any) -> None:
     if not any(_excluded(plain(path), exclude) for path, _ in model.named_modules()):
-        warnings.warn(
+        warn(
             f"You have passed exclude_modules={safe_repr(_written(exclude))} but no modules were excluded: none of "
             f"{type(model).__name__} matches. A list takes whole paths or their last whole parts, a string is a "
             "regular expression for a whole path",
-            stacklevel=2,
         )
 
 
