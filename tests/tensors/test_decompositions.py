@@ -422,6 +422,7 @@ T = numbers((3, 4, 5), 1)
         (lambda: tna.cp(T, 2, init=tt.random_cp((3, 4, 6), 2)), r"init has shape \(3, 4, 6\)"),
         (lambda: tna.cp(T, 2, init=tt.random_cp((3, 4, 5), 3)), "init has rank 3; expected 2"),
         (lambda: tna.cp(T, 2, fixed=[0]), "init=CPTensor"),
+        (lambda: tna.cp(T, 2, fixed=[0, 1, 2], init=tt.random_cp((3, 4, 5), 2)), "nothing is left to fit"),
         (lambda: tna.cp(T, 2, fixed=[3], init=tt.random_cp((3, 4, 5), 2)), "mode( in fixed)? must be from 0 to 2"),
         (lambda: tna.cp(T, 2, tol=-1), "tol must be"),
         *(
