@@ -214,23 +214,17 @@ def test_trains_are_tensorlys(shape: tuple[int, ...], rank: int) -> None:
 
 
 @pytest.mark.law("decompositions")
-@given(
-    st.lists(st.integers(2, 6), min_size=3, max_size=4).map(tuple), st.integers(1, 4), st.integers(0, 9),
-    st.sampled_from([0.0, 0.15, 1.0]),
-)  # fmt: skip
+@given(SHAPES, st.integers(1, 4), st.integers(0, 9), st.sampled_from([0.0, 0.15, 1.0]))
 def test_decompose_has_the_error_of_the_function_of_its_format(
     shape: tuple[int, ...], rank: int, seed: int, noise: float
 ) -> None:
-    """They are faces of one driver; of exact, of nearly collinear and of noisy tensors."""
-    random_cp = tt.random_cp(shape, rank, random_state=seed)
-    factors = [np.where(np.arange(rank) == 1, f[:, :1] + noise * f, f) if rank > 1 else f for f in random_cp.factors]
+    factors = [numbers((size, rank), seed + mode) for mode, size in enumerate(shape)]
+    for factor in factors:
+        factor[:, -1] = factor[:, 0] + noise * factor[:, -1]
     tensor = tt.CPTensor(None, factors).to_tensor() + (noise == 1.0) * numbers(shape, seed)
-    most = math.prod(shape) // max(shape)
-    for name, found in (
-        ("cp", tna.cp(tensor, min(rank, most))),
-        ("tucker", tna.tucker(tensor, rank)),
-        ("tt", tna.tensor_train(tensor, rank, sweeps=200)),
-    ):
+    useful = min(rank, math.prod(shape) // max(shape))
+    results = tna.cp(tensor, useful), tna.tucker(tensor, rank), tna.tensor_train(tensor, rank, sweeps=200)
+    for name, found in zip(("cp", "tucker", "tt"), results, strict=True):
         config = tna.Config(rank=rank, order=len(shape), fold=shape, groups=1, format=name)
         (group,) = tna.decompose(tensor, config)[1].groups
         assert group.error == pytest.approx(found.error, rel=1e-6, abs=1e-9), name
@@ -248,8 +242,6 @@ def test_no_error_is_above_tensorlys(shape: tuple[int, ...], noise: float) -> No
     tensor = tensor + noise * tensor.std() * rng.normal(size=shape)
     theirs = tensorly.decomposition.parafac(tensor, 3, n_iter_max=200, random_state=0)
     assert tna.cp(tensor, 3).error <= error(tensorly.cp_to_tensor(theirs), tensor) * (1 + 1e-4) + 1e-6
-    tucker = tensorly.decomposition.tucker(tensor, [2] * len(shape))
-    assert tna.tucker(tensor, 2).error <= error(tensorly.tucker_to_tensor(tucker), tensor) * (1 + 1e-4)
     ring = tensorly.decomposition.tensor_ring_als(tensor, [2] * (len(shape) + 1), random_state=0)
     assert tna.tensor_ring(tensor, 2, starts=3).error <= error(ring.to_tensor(), tensor) * (1 + 1e-3) + 1e-6
 
@@ -422,6 +414,7 @@ T = numbers((3, 4, 5), 1)
         (lambda: tna.cp(T, 2, init=tt.random_cp((3, 4, 6), 2)), r"init has shape \(3, 4, 6\)"),
         (lambda: tna.cp(T, 2, init=tt.random_cp((3, 4, 5), 3)), "init has rank 3; expected 2"),
         (lambda: tna.cp(T, 2, fixed=[0]), "init=CPTensor"),
+        (lambda: tna.cp(T, 2, fixed=[0, 1, 2], init=tt.random_cp((3, 4, 5), 2)), "nothing is left to fit"),
         (lambda: tna.cp(T, 2, fixed=[3], init=tt.random_cp((3, 4, 5), 2)), "mode( in fixed)? must be from 0 to 2"),
         (lambda: tna.cp(T, 2, tol=-1), "tol must be"),
         *(

@@ -192,6 +192,8 @@ def _check_start(request: Request, init: Any, held: Collection[int]) -> None:
                 f"fixed={sorted(held)} keeps factors of a start: give them as init=CPTensor(None, factors)"
             )
         return
+    if len(held) == len(request.shape):
+        raise ConfigError("fixed= keeps all modes, so that nothing is left to fit: leave out one of them")
     get_backend(init.factors[0], request.tensor)
     if init.shape != request.shape:
         raise ShapeError(f"init has shape {init.shape}; expected the tensor's, {request.shape}")

@@ -97,7 +97,8 @@ def fit_nonnegative_cp(
         zeros = {f"factor{mode}": backend.zeros((size, rank), like=request.tensor) for mode, size in enumerate(shape)}
         return Fit(zeros, True, 0, "zero")
     if not isinstance(start, str):
-        _check_start(request, start, modes, fixed)
+        for mode in sorted(modes):
+            _not_negative(backend, start[mode], f"factor {mode} of init")
     rng, best, count = np.random.default_rng(request.seed), Fit({}, False, 0, _WAY, error=math.inf), 0
     for number in range(starts):
         begun: str | list[Array] = start if number == 0 or not isinstance(start, str) else "random"
@@ -115,13 +116,6 @@ def fit_nonnegative_cp(
 def _hals(arrays: dict[str, Array], errors: Sequence[float], limits: Limits, bound: float) -> Fit:
     stopped = "converged" if len(errors) < limits.iterations else "max_iterations"
     return Fit(arrays, False, len(errors), _WAY, stopped, errors[-1], tuple(errors), bound=bound)
-
-
-def _check_start(request: Request, start: list[Array], modes: frozenset[int], fixed: Collection[int]) -> None:
-    if len(set(fixed)) == len(start):
-        raise ConfigError("fixed= keeps all modes, so that nothing is left to fit: leave out one of them")
-    for mode in sorted(modes):
-        _not_negative(request.backend, start[mode], f"factor {mode} of init")
 
 
 def _uniform(request: Request, rng: np.random.Generator, like: Array) -> Array:
