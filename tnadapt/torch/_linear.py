@@ -16,7 +16,7 @@ from tnadapt.algebra.maps import Map
 from tnadapt.backends import FixedArrays, load_backend
 from tnadapt.targets.target import RowIndices, Rows, Target
 
-from ._delta import plain_vjp, recomputed, reuses_buffers, traced
+from ._delta import in_dispatch_mode, in_functorch, plain_vjp, recomputed, reuses_buffers
 
 __all__ = [
     "MOST_ELEMENTS",
@@ -290,7 +290,9 @@ def is_ordinary(x: Tensor) -> bool:
     if x.is_nested or x.ndim == 0 or x.is_meta or not x.is_contiguous():
         return False
     # A constant where possible: the name of the device takes longer than the answer.
-    return not (torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type) or traced())
+    if torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type) or torch.compiler.is_compiling():
+        return False
+    return not in_functorch() and not in_dispatch_mode()
 
 
 def can_fuse(x: Tensor, weight: Tensor, changes: Sequence[tuple[Target, Factored]]) -> bool:
