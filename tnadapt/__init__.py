@@ -196,8 +196,8 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module(f".{name}", __name__)
     if name in _ELSEWHERE:
         raise AttributeError(f"module 'tnadapt' has no attribute {name!r}: use {_ELSEWHERE[name]}", name=name)
-    found = globals()[name] = lazy_name(__name__, _LAZY, name)
-    return found
+    value = globals()[name] = lazy_name(__name__, _LAZY, name)
+    return value
 
 
 def __dir__() -> list[str]:

@@ -95,9 +95,17 @@ def checks_arguments(function: T) -> T:
         return cast("T", cls)
 
     every = inspect.signature(function).parameters
-    parameters = {name: one for name, one in every.items() if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)}
-    positional = [name for name, one in parameters.items() if one.kind is not one.KEYWORD_ONLY]
-    types = {name: _type_of(one.annotation) for name, one in parameters.items() if one.annotation is not one.empty}
+    parameters = {
+        name: parameter
+        for name, parameter in every.items()
+        if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+    }
+    positional = [name for name, parameter in parameters.items() if parameter.kind is not parameter.KEYWORD_ONLY]
+    types = {
+        name: _type_of(parameter.annotation)
+        for name, parameter in parameters.items()
+        if parameter.annotation is not parameter.empty
+    }
 
     @functools.wraps(function)
     def checked(*args: Any, **kwargs: Any) -> Any:
@@ -162,15 +170,15 @@ def _union(node: ast.BinOp) -> _Type | None:
         parts.insert(0, rest.right)
         rest = rest.left
     types = [_of_node(part) for part in (rest, *parts)]
-    if any(one is None for one in types):
+    if any(type_ is None for type_ in types):
         return None
-    known = [one for one in types if one is not None]
+    known = [type_ for type_ in types if type_ is not None]
     return _Type(
-        lambda value: any(one.accepts(value) for one in known),
-        _either([one.one for one in known]),
-        _either([one.several for one in known]),
-        next((one.error for one in known if one.one != "None"), ConfigError),
-        any(one.listed for one in known),
+        lambda value: any(type_.accepts(value) for type_ in known),
+        _either([type_.one for type_ in known]),
+        _either([type_.several for type_ in known]),
+        next((type_.error for type_ in known if type_.one != "None"), ConfigError),
+        any(type_.listed for type_ in known),
     )
 
 
@@ -187,7 +195,7 @@ def _generic(name: str, arguments: list[ast.expr]) -> _Type | None:
     if name in ("Mapping", "dict"):
         return _mapping(*map(_of_node, arguments))
     if name == "tuple" and not (isinstance(arguments[-1], ast.Constant) and arguments[-1].value is ...):
-        return _tuple([_of_node(one) for one in arguments])
+        return _tuple([_of_node(node) for node in arguments])
     if name in ("Sequence", "Collection", "Iterable", "Iterator", "list", "set", "tuple"):
         return _sequence(_of_node(arguments[0]), listed=name not in ("Iterable", "Iterator"))
     return None
@@ -212,10 +220,10 @@ def _tuple(elements: list[_Type | None]) -> _Type:
     def accepts(value: Any) -> bool:
         if not is_sequence(value) or not hasattr(value, "__len__") or len(value) != len(elements):
             return False
-        return all(one is None or one.accepts(part) for one, part in zip(elements, value, strict=True))
+        return all(element is None or element.accepts(part) for element, part in zip(elements, value, strict=True))
 
-    words = ", ".join("anything" if one is None else one.one for one in elements)
-    same = len({one.several for one in elements if one is not None}) == 1 and elements[0] is not None
+    words = ", ".join("anything" if element is None else element.one for element in elements)
+    same = len({element.several for element in elements if element is not None}) == 1 and elements[0] is not None
     if len(elements) == 2 and same and elements[0] is not None:
         return _Type(accepts, f"a pair of {elements[0].several}", f"pairs of {elements[0].several}", ShapeError)
     return _Type(accepts, f"a tuple of {words}", f"tuples of {words}", ShapeError)

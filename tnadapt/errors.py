@@ -94,7 +94,7 @@ class TnadaptError(ValueError):
     """
 
     def __init__(self, *arguments: object) -> None:
-        super().__init__(*(_shortened(escaped(one)) if isinstance(one, str) else one for one in arguments))
+        super().__init__(*(_shortened(escaped(value)) if isinstance(value, str) else value for value in arguments))
 
 
 def _shortened(text: str) -> str:

@@ -42,8 +42,8 @@ def lazy_name(package: str, modules: Mapping[str, str], name: str) -> Any:
     path = modules[name].split(".")
     # From the outermost in: two threads that import a package and a module in it could wait for each other.
     for length in range(1, len(path) + 1):
-        found = importlib.import_module(f".{'.'.join(path[:length])}", package)
-    return getattr(found, name)
+        module = importlib.import_module(f".{'.'.join(path[:length])}", package)
+    return getattr(module, name)
 
 
 def lazy_module(package: str, name: str) -> ModuleType:

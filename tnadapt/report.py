@@ -139,7 +139,7 @@ class ProgressBar:
     >>> import numpy as np, tnadapt as tna
     >>> tensor = np.random.default_rng(0).normal(size=(6, 7, 8))
     >>> with tna.ProgressBar("CP") as bar:
-    ...     found = tna.cp(tensor, rank=2, callback=bar.iterations)
+    ...     result = tna.cp(tensor, rank=2, callback=bar.iterations)
     >>> bar.words.startswith("iteration ")
     True
     """

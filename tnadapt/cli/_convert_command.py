@@ -80,14 +80,14 @@ def convert_command(
     Exit code: 0, or 2 if the conversion is not possible. Nothing is written then.
     """
     with stoppable(_kept(out)), ProgressBar("converting"):
-        found = convert(
+        conversion = convert(
             source, out, to=to, rank=rank, max_error=max_error, base=base, part=part, dtype=dtype,
             without_kept=without_kept, overwrite=overwrite,
         )  # fmt: skip
     if as_json:
-        echo_json({**found.to_dict(), "out": None if out is None else str(out)})
+        echo_json({**conversion.to_dict(), "out": None if out is None else str(out)})
         return
-    echo_table(str(found))
+    echo_table(str(conversion))
     echo("nothing was written: give -o OUT to write it" if out is None else f"written to {out}")
 
 

@@ -181,19 +181,19 @@ def extract_command(
     chosen = chosen_config(preset, changes, config)
     with stoppable(f"{out} is unchanged or complete; the same command starts over"):
         with tnadapt.ProgressBar("extracting") as bar:
-            found = tnadapt.extract(
+            extraction = tnadapt.extract(
                 base, tuned, chosen, targets_of(targets), max_error=max_error, max_rank=max_rank,
                 keep_trainable=keep_trainable or (), compare=compare, progress=bar.steps, max_iterations=iterations,
                 tol=tol, svd=svd, seed=seed,
             )  # fmt: skip
-        tnadapt.save(out, found.file)
-    if not any(group.norm for group in found.report.groups):
-        way = "--targets chooses among others that differ" if found.others else "are they the same model?"
+        tnadapt.save(out, extraction.file)
+    if not any(group.norm for group in extraction.report.groups):
+        way = "--targets chooses among others that differ" if extraction.others else "are they the same model?"
         echo(f"warning: {base} and {tuned} have equal weights, so the adapter adds nothing; {way}", err=True)
     if as_json:
-        echo_json(_summary(found, out))
+        echo_json(_summary(extraction, out))
     else:
-        _print_extraction(found, out)
+        _print_extraction(extraction, out)
 
 
 def _check_place(out: Path, base: Path, tuned: Path) -> None:
@@ -252,12 +252,12 @@ def info_command(
 
     Neither the base model nor torch is needed. Exit code: 0, or 2 if the path cannot be read.
     """
-    found = tnadapt.info(path, every)
+    content = tnadapt.info(path, every)
     if as_json:
-        echo_json(found)
+        echo_json(content)
         return
-    show = {"adapter": _adapter, "checkpoint": _checkpoint, "other adapter": _other}[found["kind"]]
-    for line in show(found):
+    show = {"adapter": _adapter, "checkpoint": _checkpoint, "other adapter": _other}[content["kind"]]
+    for line in show(content):
         echo(line)
 
 
@@ -271,8 +271,8 @@ def _adapter(found: dict[str, Any]) -> Iterable[str]:
         *_configs(found["config"]),
     ]  # fmt: skip
     if "given" in found:
-        given = found["given"]
-        rows.insert(1, ("given", f"{given['elements']:,} float32 in {_counted(given['arrays'], 'array')}, not trained"))
+        fixed = found["given"]
+        rows.insert(1, ("given", f"{fixed['elements']:,} float32 in {_counted(fixed['arrays'], 'array')}, not trained"))
     if found["activation"]:
         rows.append(("activation", f"{found['activation']} (LoDA: it cannot be merged)"))
     rows.append(("serving", found["export"]["says"]))
@@ -284,7 +284,7 @@ def _adapter(found: dict[str, Any]) -> Iterable[str]:
         here = "the same on this machine" if found["draws_here"] else "DIFFERENT on this machine: load rejects the file"
         rows.append(("draws", f"{found['draws'][:16]}…, {here}"))
     if found["kept"]:
-        kept = [f"{one['name']} {_times(one['shape'])}" for one in found["kept"]]
+        kept = [f"{tensor['name']} {_times(tensor['shape'])}" for tensor in found["kept"]]
         rows.append(("also trained", ", ".join(kept[:6]) + (f" and {len(kept) - 6} more" if len(kept) > 6 else "")))
     yield from _aligned(rows)
     yield from _targets(found, "weights")
@@ -312,7 +312,7 @@ def _configs(settings: dict[str, Any]) -> list[tuple[str, str]]:
     if "parts" not in settings:
         return [("config", _config(settings))]
     parts = settings["parts"]
-    told = [("", f"{_config(own)} for {_counted(weights, 'weight')}") for own, weights in parts]
+    told = [("", f"{_config(part)} for {_counted(weights, 'weight')}") for part, weights in parts]
     return [("configs", f"{len(parts)}, one after another"), *told]
 
 
@@ -325,15 +325,15 @@ def _config(settings: dict[str, Any]) -> str:
 
 def _checkpoint(found: dict[str, Any]) -> Iterable[str]:
     files = found["files"]
-    kind = ", ".join([*(found["architectures"] or []), *([found["model_type"]] if found["model_type"] else [])])
+    architecture = ", ".join([*(found["architectures"] or []), *([found["model_type"]] if found["model_type"] else [])])
     yield f"{found['path']}: a checkpoint of {_size(found['bytes'])} in {_counted(len(files), 'file')}"
-    rows = [("model", found["no_config"] or kind or "unknown, without a config.json")]
+    rows = [("model", found["no_config"] or architecture or "unknown, without a config.json")]
     rows.append(("tensors", f"{found['tensors']:,}"))
     for dtype, counts in found["dtypes"].items():
         rows.append((f"  {dtype}", f"{counts['tensors']:,}, {_size(counts['bytes'])}"))
     if len(files) > 1:
         rows.append(("files", ""))
-        rows += [(f"  {one['name']}", f"{one['tensors']:,} tensors, {_size(one['bytes'])}") for one in files]
+        rows += [(f"  {file['name']}", f"{file['tensors']:,} tensors, {_size(file['bytes'])}") for file in files]
     yield from _aligned(rows)
     if found["no_targets"]:
         yield f"  no queries and values: {found['no_targets']}"
@@ -348,14 +348,14 @@ def _targets(found: dict[str, Any], title: str) -> Iterable[str]:
     if found["targets"]:
         yield f"  {title}"
         yield from _table([
-            [f"{one['count']} ×", one["role"], one["name"], _times(one["shape"]), _view(one)]
-            for one in found["targets"]
+            [f"{target['count']} ×", target["role"], target["name"], _times(target["shape"]), _view(target)]
+            for target in found["targets"]
         ])  # fmt: skip
     if "every" in found:
         yield "  all"
         yield from _table([
-            [one.get("role", one.get("dtype")), one["name"], _times(one["shape"]), _view(one)]
-            for one in found["every"]
+            [target.get("role", target.get("dtype")), target["name"], _times(target["shape"]), _view(target)]
+            for target in found["every"]
         ])  # fmt: skip
 
 
@@ -381,7 +381,7 @@ def _view(one: dict[str, Any]) -> str:
 
 
 def _count(found: dict[str, Any]) -> int:
-    return sum(one["count"] for one in found["targets"])
+    return sum(target["count"] for target in found["targets"])
 
 
 def _counted(number: int, what: str) -> str:

@@ -62,7 +62,7 @@ def _print_outcome(study: Study, outcome: Outcome, folder: Path, as_json: bool) 
     """Print the table of a study that was run, its best adapter, and where its files are."""
     best, proof = outcome.best, outcome.proof
     if as_json:
-        found = {
+        summary = {
             "study": study.settings(),
             "points": [point.to_dict() for point in outcome.points],
             "best": best and {**best.to_dict(), "file": str(outcome.adapter), "proof": proof and proof._asdict()},
@@ -70,7 +70,7 @@ def _print_outcome(study: Study, outcome: Outcome, folder: Path, as_json: bool) 
             "picture": outcome.picture and str(outcome.picture),
             "results": str(folder / "results.jsonl"),
         }
-        echo_json(found)
+        echo_json(summary)
         return
     from tnadapt.finetune.pareto_report import columns, rows_of
 
@@ -105,8 +105,8 @@ def _print_outcome(study: Study, outcome: Outcome, folder: Path, as_json: bool) 
 
 def _others(best: Point) -> str:
     """Return the other metrics of the best adapter, each the mean over seeds."""
-    found = [one.get("test_metrics", {}) for one in best.records]
-    means = {name: [one[name] for one in found if one[name] is not None] for name in found[0]}
+    metrics = [record.get("test_metrics", {}) for record in best.records]
+    means = {name: [record[name] for record in metrics if record[name] is not None] for name in metrics[0]}
     return ", ".join(f"{name} {sum(some) / len(some):.4g}" for name, some in means.items() if some)
 
 
@@ -370,11 +370,11 @@ def finetune_command(
         "groups": groups and word_or_number(groups), "order": order, "splits": splits, "format": format,
         "fold": fold and word_or_number(fold), "projection": projection and word_or_number(projection), "ratio": ratio,
     }  # fmt: skip
-    own = {
+    options = {
         "task": task, "text-column": text_column, "label-column": label_column, "separator": separator,
         "tokenizer": tokenizer, "report-to": report_to.given,
     }  # fmt: skip
-    check_options(own, model is not None or data is not None, report_to)
+    check_options(options, model is not None or data is not None, report_to)
     changes = {name: value for name, value in changes.items() if value is not None}
     changes |= settings_of(
         settings or (), {*changes, *(["rank"] if rank else [])},

@@ -64,7 +64,7 @@ def _planned_weights(model: str | None, targets: list[str] | None, shape: list[s
         return _Weights(shapes_of(shape), None, None, None, [])
     assert model is not None
     try:
-        found = tnadapt.planning.model_targets(model, targets_of(targets))
+        adapted = tnadapt.planning.model_targets(model, targets_of(targets))
     except FileError as error:
         path = Path(model)
         if path.suffix.lower() == ".gguf" or (any(path.glob("*.gguf")) and not any(path.glob("*.safetensors"))):
@@ -73,15 +73,15 @@ def _planned_weights(model: str | None, targets: list[str] | None, shape: list[s
                 "call tnadapt.plan([target.shape for target in tnadapt.torch.find_targets(model)], budget)"
             ) from None
         raise
-    layers = [target.layer for target in found]
+    layers = [target.layer for target in adapted]
     numbers = {layer: number for number, layer in enumerate(dict.fromkeys(layers))}
-    roles = [target.role for target in found]
+    roles = [target.role for target in adapted]
     plain = {"linear", "conv"}.isdisjoint(roles)
     names = [
         f"{role}{numbers[layer]}" if plain else str(i)
         for i, (role, layer) in enumerate(zip(roles, layers, strict=True))
     ]
-    shapes, paths = [target.shape for target in found], [target.name for target in found]
+    shapes, paths = [target.shape for target in adapted], [target.name for target in adapted]
     return _Weights(shapes, layers, names, roles, paths, roles if plain else None)
 
 
@@ -113,9 +113,9 @@ def presets_command(
 
     Exit code: 0, or 2 if the request is not possible.
     """
-    given = model is not None or shape is not None or targets is not None
+    has_weights = model is not None or shape is not None or targets is not None
     with stoppable("nothing was listed"):
-        weights = _planned_weights(model, targets, shape) if given else USUAL
+        weights = _planned_weights(model, targets, shape) if has_weights else USUAL
         rows = [_row(tnadapt.presets.PRESETS[name], weights) for name in tnadapt.presets.PRESETS.installed()]
     if as_json:
         echo_json({"weights": len(weights.shapes), "presets": rows})
@@ -134,9 +134,9 @@ def presets_command(
 
 def _row(preset: tnadapt.presets.Preset, weights: _Weights) -> dict[str, Any]:
     arguments = [
-        one.name if one.default is one.empty else f"{one.name}={one.default!r}"
-        for one in inspect.signature(preset.make).parameters.values()
-        if one.kind is not one.VAR_KEYWORD and one.default is not None
+        parameter.name if parameter.default is parameter.empty else f"{parameter.name}={parameter.default!r}"
+        for parameter in inspect.signature(preset.make).parameters.values()
+        if parameter.kind is not parameter.VAR_KEYWORD and parameter.default is not None
     ]
     fewest = _fewest(preset, weights)
     return {
@@ -149,8 +149,8 @@ def _fewest(preset: tnadapt.presets.Preset, weights: _Weights) -> int | None:
     from tnadapt.planning.families import Search
 
     adapted = tnadapt.presets.AdaptedWeights(weights.shapes, weights.layers, weights.roles)
-    found = Search(weights.shapes, weights.layers, weights.roles).least(preset.ladders(adapted))
-    return None if found is None else found.parameters
+    least = Search(weights.shapes, weights.layers, weights.roles).least(preset.ladders(adapted))
+    return None if least is None else least.parameters
 
 
 # -- tnadapt verify ----------------------------------------------------------------------------------------------------
@@ -251,7 +251,7 @@ def plan_command(
     drawn = chosen_config(preset, settings or [], None)
     with stoppable("there is no plan"), tnadapt.ProgressBar("planning") as bar:
         weights = _planned_weights(model, targets, shape)
-        found = tnadapt.plan(
+        plan = tnadapt.plan(
             weights.shapes,
             budget,
             layers=weights.layers,
@@ -260,18 +260,18 @@ def plan_command(
             progress=bar.counts,
             **({"by": by} if by else {}),
         )
-        table = found.table(every)
-    chosen = found.shown[0].config if drawn is None else drawn
+        table = plan.table(every)
+    chosen = plan.shown[0].config if drawn is None else drawn
     adapter = tnadapt.SuperLoRA(chosen, weights.shapes, weights.layers, weights.roles)
     if picture is not None or layout_picture is not None:
-        _draw(found, weights, adapter, picture, layout_picture)
+        _draw(plan, weights, adapter, picture, layout_picture)
     if as_json:
         more: dict[str, Any] = {"model": model, "targets": weights.targets}
         if layout_picture is not None:
             more["layout"] = chosen.to_dict()
-        echo_json({**more, **found.to_dict(every)})
+        echo_json({**more, **plan.to_dict(every)})
         return
-    _print(found, table, targets_of(targets) if targets else [])
+    _print(plan, table, targets_of(targets) if targets else [])
     if picture is not None:
         echo(f"parameters against rank: {picture}")
     if layout_picture is not None:

@@ -89,14 +89,14 @@ def settings_of(
         ...
     tnadapt.errors.TnadaptError: --set gives rank twice; leave one of them out
     """
-    found: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
     for name, value in map(_setting, texts):
-        if name in found:
+        if name in settings:
             raise TnadaptError(f"--set gives {name} twice; {way}")
         if name in options:
             raise TnadaptError(f"--{name} and --set {name}=… both give {name}; leave one of them out")
-        found[name] = value
-    return found
+        settings[name] = value
+    return settings
 
 
 def word_or_number(text: str) -> Any:
@@ -164,7 +164,7 @@ def shapes_of(given: Sequence[str]) -> list[tuple[int, int]]:
     >>> shapes_of(["12x8*2", "4x6"])
     [(12, 8), (12, 8), (4, 6)]
     """
-    found: list[tuple[int, int]] = []
+    shapes: list[tuple[int, int]] = []
     for text in given:
         size, _, times = text.partition("*")
         rows, _, cols = size.partition("x")
@@ -174,12 +174,12 @@ def shapes_of(given: Sequence[str]) -> list[tuple[int, int]]:
             repeat = 0
         if repeat < 1:
             raise TnadaptError(f"--shape takes ROWSxCOLS, e.g. 768x768 or 768x768*24; got {safe_repr(text)}")
-        if len(found) + repeat > MOST:
+        if len(shapes) + repeat > MOST:
             raise TnadaptError(
                 f"--shape takes {MOST:,} weights at the most, of all that are given; see {safe_repr(text)}"
             )
-        found += [shape] * repeat
-    return found
+        shapes += [shape] * repeat
+    return shapes
 
 
 def targets_of(given: Sequence[str] | None) -> str | list[str]:
@@ -225,11 +225,11 @@ def preset_option(help: str, show_default: str, panel: str | None = None) -> typ
     panel : str, optional
         Of the help page.
     """
-    found: typer.models.OptionInfo = typer.Option(
+    option: typer.models.OptionInfo = typer.Option(
         help=f"{help}; tnadapt presets lists them.", show_default=show_default, rich_help_panel=panel,
         autocompletion=_presets_that_begin_with,
     )  # fmt: skip
-    return found
+    return option
 
 
 #: Of ``--targets``, after the words that a command takes.
@@ -274,15 +274,15 @@ def engine_options(given: Sequence[str]) -> dict[str, str]:
     >>> engine_options(["partition=gpu", "setup=export A=1"])
     {'partition': 'gpu', 'setup': 'export A=1'}
     """
-    found: dict[str, str] = {}
+    options: dict[str, str] = {}
     for text in given:
         name, equals, value = text.partition("=")
         if not equals or not name:
             raise TnadaptError(f"--engine-option takes KEY=VALUE; got {safe_repr(text)}")
-        if name in found:
+        if name in options:
             raise TnadaptError(f"--engine-option {name} is given twice")
-        found[name] = value
-    return found
+        options[name] = value
+    return options
 
 
 # -- Tasks and reports of tnadapt finetune -----------------------------------------------------------------------------

@@ -78,21 +78,21 @@ def predict_command(
     tnadapt.load(adapter, check_draws=False)
     job.require_data(data, one_image=True)
     with stoppable("nothing was written; the same command starts over"):
-        found = job.predict(
+        predictions = job.predict(
             adapter, data, base=base, tokenizer=tokenizer, text_column=text_column, label_column=label_column,
             separator=separator, limit=limit, batch=batch_size, new_tokens=max_new_tokens,
             device=job.usable_device(device), progress=lambda what: echo(what, err=True),
         )  # fmt: skip
-    of_part = f" of the {found.part} part" if found.part else ""
-    metrics = ", ".join(f"{name} {value:.4g}" for name, value in found.metrics.items())
+    of_part = f" of the {predictions.part} part" if predictions.part else ""
+    metrics = ", ".join(f"{name} {value:.4g}" for name, value in predictions.metrics.items())
     if out is None:
-        for row in found.rows:
+        for row in predictions.rows:
             echo(_json(row))
     else:
-        replace_file(str(out), _written(found.rows, out.suffix.lower()).encode())
-        echo(f"{len(found.rows):,} predictions{of_part}: {out}")
+        replace_file(str(out), _written(predictions.rows, out.suffix.lower()).encode())
+        echo(f"{len(predictions.rows):,} predictions{of_part}: {out}")
     if metrics:
-        echo(f"{found.task}{of_part}: {metrics}", err=out is None)
+        echo(f"{predictions.task}{of_part}: {metrics}", err=out is None)
 
 
 def _check_out(out: Path, inputs: Mapping[str, str], overwrite: bool) -> None:

@@ -148,8 +148,8 @@ def convert(
     >>> rng = np.random.default_rng(0)
     >>> arrays = {name: rng.normal(size=shape).astype("f4") for name, shape in plan.param_shapes.items()}
     >>> file = tna.AdapterFile(plan.config, [tna.Target("blocks.0.query", (8, 12), "q")], arrays)
-    >>> found = tna.convert(file, to="peft-lora")
-    >>> found.exact, found.config["r"], sorted(found.tensors)[0]
+    >>> conversion = tna.convert(file, to="peft-lora")
+    >>> conversion.exact, conversion.config["r"], sorted(conversion.tensors)[0]
     (True, 2, 'base_model.model.blocks.0.query.lora_A.weight')
     >>> tna.convert(file, to="peft-lora", rank=1)
     Traceback (most recent call last):

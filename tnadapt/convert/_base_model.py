@@ -90,7 +90,7 @@ class Base:
             If it is unclear how the matrices are stored.
         """
         config = None if self._checkpoint is None else self._checkpoint.config
-        return [one.target for one in experts_of(self.tensors, config) if one.target.index == 0]
+        return [expert.target for expert in experts_of(self.tensors, config) if expert.target.index == 0]
 
     def rows(self, path: str, numbers: Sequence[int]) -> np.ndarray:
         """Read rows of a module's weight, in float64.
@@ -119,15 +119,15 @@ class Base:
 
         A parameter that is not here, whose numbers are not known, or that is quantized is not compared.
         """
-        own = self._name(name)
-        if self._checkpoint is None or own not in self._checkpoint.entries or entry.dtype not in FLOATS:
+        key = self._name(name)
+        if self._checkpoint is None or key not in self._checkpoint.entries or entry.dtype not in FLOATS:
             return
-        theirs = self._checkpoint.entries[own]
+        theirs = self._checkpoint.entries[key]
         if theirs.dtype not in FLOATS:
             return
-        ours = self._checkpoint.array(own)
+        ours = self._checkpoint.array(key)
         if theirs.dtype != entry.dtype:  # it was cast when it was loaded
-            ours = round_to({name: widen(own, theirs.dtype, ours)}, DTYPES[entry.dtype])[0][name]
+            ours = round_to({name: widen(key, theirs.dtype, ours)}, DTYPES[entry.dtype])[0][name]
             stored = round_to({name: widen(name, entry.dtype, stored)}, DTYPES[entry.dtype])[0][name]
         if not np.array_equal(ours, stored):
             raise TargetError(
@@ -160,15 +160,15 @@ class Base:
         TargetError
             Unless there is exactly one.
         """
-        found = self._flat.get(flat) or self._flat.get(other, [])
-        if len(found) > 1:
+        paths = self._flat.get(flat) or self._flat.get(other, [])
+        if len(paths) > 1:
             raise TargetError(
-                f"the name {safe_repr(flat)} may be {' or '.join(map(safe_repr, found))}, as LyCORIS writes dots as "
+                f"the name {safe_repr(flat)} may be {' or '.join(map(safe_repr, paths))}, as LyCORIS writes dots as "
                 "underscores; leave all but one of them out of base"
             )
-        if not found:
+        if not paths:
             raise TargetError(f"base has no module for the name {safe_repr(flat)}{self._close(flat, self._flat)}")
-        return found[0]
+        return paths[0]
 
     def check_module(self, path: str) -> None:
         """Raise TargetError unless the module exists; if a checkpoint has it under another name, add its own."""
@@ -190,15 +190,15 @@ class Base:
         for target in targets:
             if target.parameter == "weight":
                 self.check_module(target.module)
-                own = self.shapes[target.module]
-                if own is not None and own != target.stored:
-                    raise _misfit(target.module, target.stored, own)
+                shape = self.shapes[target.module]
+                if shape is not None and shape != target.stored:
+                    raise _misfit(target.module, target.stored, shape)
 
     def _close(self, name: str, names: Iterable[str]) -> str:
         listed = list(names)
         close = difflib.get_close_matches(name, listed, n=2) or listed[:2]
-        there = f"; it has {', '.join(map(safe_repr, close))}" if close else "; it is empty"
-        return f"{there}, {len(listed)} in all. Is it the model that the adapter was made for?"
+        hint = f"; it has {', '.join(map(safe_repr, close))}" if close else "; it is empty"
+        return f"{hint}, {len(listed)} in all. Is it the model that the adapter was made for?"
 
 
 def as_base(base: Any) -> Base | None:
@@ -236,11 +236,11 @@ def as_base(base: Any) -> Base | None:
 def _of_file(path: str) -> Base:
     checkpoint = open_checkpoint(path)
     entries = checkpoint.entries
-    found = {_module(name): entry.shape for name, entry in entries.items() if name.endswith(".weight")}
-    if not found:
+    shapes = {_module(name): entry.shape for name, entry in entries.items() if name.endswith(".weight")}
+    if not shapes:
         raise FileError(f"{path} has no tensor whose name ends in .weight, and is not a base model")
     tensors = {name: entry.shape for name, entry in entries.items()}
-    return Base(found, ordered=False, tensors=tensors, checkpoint=checkpoint)  # safetensors sorts its tensors
+    return Base(shapes, ordered=False, tensors=tensors, checkpoint=checkpoint)  # safetensors sorts its tensors
 
 
 def _module(name: str) -> str:
@@ -269,24 +269,24 @@ def target_of(
     TargetError
         If the base has no such module, or its weight has another shape.
     """
-    own = None
+    shape = None
     if base is not None:
         base.check_module(path)
-        own = base.shapes[path]
-    if own is None:
-        own = stored[::-1] if transposed else stored
-    elif len(own) == 2:
-        as_it_is, turned = own == stored, own == stored[::-1] and may_transpose
+        shape = base.shapes[path]
+    if shape is None:
+        shape = stored[::-1] if transposed else stored
+    elif len(shape) == 2:
+        as_it_is, turned = shape == stored, shape == stored[::-1] and may_transpose
         if not as_it_is and not turned:
-            raise _misfit(path, stored, own)
+            raise _misfit(path, stored, shape)
         # For a square weight, only the adapter tells how it is stored.
         transposed = turned and (transposed or not as_it_is)
-    elif own[:1] != stored[:1] or math.prod(own) != math.prod(stored) or len(own) < 2:
-        raise _misfit(path, stored, own)
+    elif shape[:1] != stored[:1] or math.prod(shape) != math.prod(stored) or len(shape) < 2:
+        raise _misfit(path, stored, shape)
     last = parse_projection_name(path.rpartition(".")[2])
     role = last.letters if last is not None and last.letters in ("q", "k", "v") else "linear"
-    role = "conv" if role == "linear" and len(own) > 2 else role
-    return Target(path, own, role, transposed=transposed and len(own) == 2, layer=layer_of(path.rpartition(".")[0]))
+    role = "conv" if role == "linear" and len(shape) > 2 else role
+    return Target(path, shape, role, transposed=transposed and len(shape) == 2, layer=layer_of(path.rpartition(".")[0]))
 
 
 def _misfit(path: str, stored: tuple[int, ...], own: tuple[int, ...]) -> TargetError:
@@ -321,10 +321,10 @@ def check_base(file: AdapterFile, known: Base, base: Any) -> None:
     try:
         known.check_targets(file.targets)
     except TargetError:
-        found = located(file, open_checkpoint(base)) if isinstance(base, (str, os.PathLike)) else file.targets
-        if found is file.targets:
+        targets = located(file, open_checkpoint(base)) if isinstance(base, (str, os.PathLike)) else file.targets
+        if targets is file.targets:
             raise
-        known.check_targets(found)
+        known.check_targets(targets)
 
 
 def with_base_arrays(file: AdapterFile, base: Any) -> AdapterFile:

@@ -77,8 +77,8 @@ def component_of(paths: Sequence[str]) -> str | None:
     True
     """
     patterns = {"unet": _UNET, "text_encoder": _TEXT, "transformer": _TRANSFORMER}
-    found = [name for name, pattern in patterns.items() if any(map(pattern.match, paths))]
-    return found[0] if len(found) == 1 else None
+    components = [name for name, pattern in patterns.items() if any(map(pattern.match, paths))]
+    return components[0] if len(components) == 1 else None
 
 
 def stored_path(part: str, path: str) -> str:
@@ -235,9 +235,9 @@ class DiffusersFormat(FileFormat):
         """
         tensors, renamed = dict[str, Float](), dict[str, str]()
         for module, update in zip(modules, uniform(choice.updates), strict=True):
-            own = encode(update, module.stored, "lora_A.weight", "lora_B.weight")
+            arrays = encode(update, module.stored, "lora_A.weight", "lora_B.weight")
             path = stored_path(self._component, module.path)
-            tensors |= {f"{self._component}.{path}.{name}": array for name, array in own.items()}
+            tensors |= {f"{self._component}.{path}.{name}": array for name, array in arrays.items()}
             renamed |= {path: module.path} if path != module.path else {}
         return EncodedAdapter(tensors, record={_RENAMED: renamed} if renamed else {})
 
@@ -254,13 +254,13 @@ class DiffusersFormat(FileFormat):
 
 def _read(container: Container, base: Base | None, part: str | None) -> ForeignAdapter:
     """Read the adapter of an open file."""
-    found = {name: _NAME.fullmatch(name) for name in container.entries}
-    if unknown := [name for name, match in found.items() if match is None]:
+    matches = {name: _NAME.fullmatch(name) for name in container.entries}
+    if unknown := [name for name, match in matches.items() if match is None]:
         raise FileError(f"has tensors that do not belong to a LoRA of diffusers: {summarize(unknown)}")
-    chosen = chosen_part(list(dict.fromkeys(match[1] for match in found.values() if match)), part)
+    chosen = chosen_part(list(dict.fromkeys(match[1] for match in matches.values() if match)), part)
     modules: dict[str, dict[str, Float]] = {}
     dtypes = set[str]()
-    for name, match in found.items():
+    for name, match in matches.items():
         if match and match[1] == chosen:
             path, suffix, dtype = match[2], match[3], container.entries[name].dtype
             modules.setdefault(path, {})[_SUFFIXES.get(suffix, suffix)] = widen(name, dtype, container.array(name))
@@ -271,17 +271,17 @@ def _read(container: Container, base: Base | None, part: str | None) -> ForeignA
         tensors = modules[path]
         alpha = tensors.pop("alpha", None)
         update, shape = decode(path, tensors, functools.partial(_scale, path, alpha, settings))
-        own = _path(path, base, renamed)
-        updates.append(TargetUpdate(target_of(own, shape, base), update))
+        module_path = _path(path, base, renamed)
+        updates.append(TargetUpdate(target_of(module_path, shape, base), update))
     return ForeignAdapter("lora", updates, common_dtype(dtypes), part=chosen)
 
 
 def _path(path: str, base: Base | None, renamed: Mapping[str, str]) -> str:
     """Return the path of a module in the base, or else in the adapter that was converted."""
-    own = other_path(path)
+    other = other_path(path)
     if base is None:
-        return own if renamed.get(path) == own else path
-    return own if own in base.shapes and path not in base.shapes else path
+        return other if renamed.get(path) == other else path
+    return other if other in base.shapes and path not in base.shapes else path
 
 
 def _settings(metadata: Mapping[str, str], component: str) -> PeftSettings | None:
@@ -290,11 +290,11 @@ def _settings(metadata: Mapping[str, str], component: str) -> PeftSettings | Non
         return None
     try:
         stored = json.loads(metadata[_SETTINGS])
-        own = {name.removeprefix(f"{component}."): value for name, value in stored.items()
+        settings = {name.removeprefix(f"{component}."): value for name, value in stored.items()
                if name.startswith(f"{component}.")}  # fmt: skip
     except (ValueError, AttributeError, RecursionError):
         raise FileError(f"the entry {_SETTINGS} of its metadata is not a JSON object") from None
-    return settings_of({**own, "peft_type": "LORA"}) if own else None
+    return settings_of({**settings, "peft_type": "LORA"}) if settings else None
 
 
 def _scale(path: str, alpha: Float | None, settings: PeftSettings | None, rank: int | None) -> float:

@@ -147,8 +147,8 @@ class ForeignAdapter(NamedTuple):
         cls, kind: str, updates: Mapping[str, ModuleUpdate], base: Base | None = None, dtype: str = "float32"
     ) -> ForeignAdapter:
         """Return an adapter with the given updates of linear layers, by path, checked against the base."""
-        found = [TargetUpdate(target_of(path, update.shape, base), update) for path, update in updates.items()]
-        return cls(kind, found, dtype)
+        target_updates = [TargetUpdate(target_of(path, update.shape, base), update) for path, update in updates.items()]
+        return cls(kind, target_updates, dtype)
 
 
 class ExportChoice(NamedTuple):
@@ -520,41 +520,41 @@ def file_of(adapter: ForeignAdapter) -> tuple[AdapterFile, tuple[ModuleUpdate, .
     FileError
         If an array overflows when its scale is multiplied in, or a magnitude is missing or has another length.
     """
-    for one in adapter.updates:
-        check_size(one.target.label, one.update, adapter.dtype)
+    for entry in adapter.updates:
+        check_size(entry.target.label, entry.update, adapter.dtype)
     if adapter.file is not None:
-        return adapter.file, tuple(one.update for one in adapter.updates)
+        return adapter.file, tuple(entry.update for entry in adapter.updates)
     parts = [
-        own
+        group
         for part in _alike(adapter.updates, _key)
-        for own in ([part] if _common([one.update for one in part]) is not None else _alike(part, _sizes))
+        for group in ([part] if _common([entry.update for entry in part]) is not None else _alike(part, _sizes))
     ]
     configs, arrays, number = list[tuple[Config, int]](), dict[str, Float](), 0
     for part in parts:
-        config, updates = _conformed([one.update for one in part])
+        config, updates = _conformed([entry.update for entry in part])
         configs.append((config, len(part)))
         for update in updates:
             arrays |= {f"group{number}.{name}": array for name, array in update.arrays().items()}
             number += 1
     config = configs[0][0] if len(configs) == 1 else CompositeConfig(configs)
-    ordered = [one for part in parts for one in part]
+    ordered = [entry for part in parts for entry in part]
     stored, dtypes = narrow(arrays, adapter.dtype)
     for name, array in stored.items():
         if not np.isfinite(array).all():
             target = ordered[int(name.partition(".")[0].removeprefix("group"))].target
             raise FileError(f"the scale of {safe_repr(target.label)} makes numbers that are too large for float32")
     file = AdapterFile(
-        config, [one.target for one in ordered], stored, kept=adapter.kept, dtypes={**adapter.kept_dtypes, **dtypes},
-        model=adapter.model, ties=adapter.ties,
+        config, [entry.target for entry in ordered], stored, kept=adapter.kept,
+        dtypes={**adapter.kept_dtypes, **dtypes}, model=adapter.model, ties=adapter.ties,
     )  # fmt: skip
-    return _with_application(file, adapter.application, adapter.dtype), tuple(one.update for one in ordered)
+    return _with_application(file, adapter.application, adapter.dtype), tuple(entry.update for entry in ordered)
 
 
 def _alike(found: Iterable[TargetUpdate], key: Callable[[ModuleUpdate], Hashable]) -> Iterable[list[TargetUpdate]]:
     """Return the updates of each key, in the order of its first one."""
     parts: dict[Hashable, list[TargetUpdate]] = {}
-    for one in found:
-        parts.setdefault(key(one.update), []).append(one)
+    for entry in found:
+        parts.setdefault(key(entry.update), []).append(entry)
     return parts.values()
 
 
@@ -640,15 +640,15 @@ def _with_application(file: AdapterFile, application: Application, dtype: str) -
     arrays = dict(Unpacked(file).arrays)
     if application.magnitudes:
         for number, target in enumerate(file.targets):
-            found = application.magnitudes.get(target.module)
-            if found is None:
+            magnitude = application.magnitudes.get(target.module)
+            if magnitude is None:
                 raise FileError(f"{safe_repr(target.module)} has no magnitude, and other modules have one")
-            if found.shape != (target.shape[0],):
+            if magnitude.shape != (target.shape[0],):
                 raise FileError(
-                    f"the magnitude of {safe_repr(target.module)} has {found.size} elements; expected "
+                    f"the magnitude of {safe_repr(target.module)} has {magnitude.size} elements; expected "
                     f"{target.shape[0]}, one for each output"
                 )
-            arrays[f"weight{number}.magnitude"] = found
+            arrays[f"weight{number}.magnitude"] = magnitude
     stored, kinds = narrow(arrays, dtype)
-    kept = {name: kind for name, kind in file.dtypes.items() if name not in file.arrays}
+    kept = {name: dtype_name for name, dtype_name in file.dtypes.items() if name not in file.arrays}
     return dataclasses.replace(file, config=config, arrays=stored, dtypes={**kept, **kinds})

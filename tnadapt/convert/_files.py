@@ -321,10 +321,10 @@ _BEYOND, _MOST = 64, 1 << 16
 def kind_of(path: str, tensors: Tensors) -> str:
     """Return the method that the tensors belong to; raise FileError unless there is exactly one."""
     kinds = {"lora": LORA, "lokr": LOKR, "loha": LOHA, "dense": DIFF}
-    found = [kind for kind, names in kinds.items() if not tensors.keys().isdisjoint(names)]
-    if len(found) != 1:
-        raise FileError(f"{safe_repr(path)} has tensors of {' and '.join(found) or 'no method'}: {', '.join(tensors)}")
-    return found[0]
+    forms = [form for form, names in kinds.items() if not tensors.keys().isdisjoint(names)]
+    if len(forms) != 1:
+        raise FileError(f"{safe_repr(path)} has tensors of {' and '.join(forms) or 'no method'}: {', '.join(tensors)}")
+    return forms[0]
 
 
 # -- Decoding ------------------------------------------------------------------------------------
@@ -358,19 +358,19 @@ def decode(
     FileError
         If a tensor is missing or its shape does not fit the others.
     """
-    kind = kind_of(path, tensors)
+    method = kind_of(path, tensors)
     get = _Getter(path, tensors)
-    if kind == "dense":
+    if method == "dense":
         diff = get("diff", 2)
         return ModuleUpdate("dense", _matrix(diff.shape), (diff.reshape(diff.shape[0], -1),)), diff.shape
-    if kind == "lora":
+    if method == "lora":
         pair, shape = _lora(get)
         return ModuleUpdate("lora", pair.shape, (pair,), scale(pair.rank)), shape
-    if kind == "loha":
-        (one, shape), (two, other) = _half(get, "hada_w1", "hada_t1"), _half(get, "hada_w2", "hada_t2")
-        if shape != other or one.rank != two.rank:
+    if method == "loha":
+        (w1, shape), (w2, other) = _half(get, "hada_w1", "hada_t1"), _half(get, "hada_w2", "hada_t2")
+        if shape != other or w1.rank != w2.rank:
             raise get.misfit("its two halves are of different shapes or ranks")
-        return ModuleUpdate("loha", one.shape, (one, two), scale(one.rank)), shape
+        return ModuleUpdate("loha", w1.shape, (w1, w2), scale(w1.rank)), shape
     return _lokr(get, scale, kron_last_axes)
 
 
@@ -496,23 +496,23 @@ def _encode_lora(pair: Pair, stored: Sequence[int], down_name: str, up_name: str
 
 
 def _encode_loha(update: ModuleUpdate) -> dict[str, Float]:
-    found = dict[str, Float]()
+    tensors = dict[str, Float]()
     for number, part in enumerate(update.parts, start=1):
         assert isinstance(part, Pair)
         part = part.padded(update.rank)
-        found |= {f"hada_w{number}_a": part.b, f"hada_w{number}_b": part.a.T}
-    return found
+        tensors |= {f"hada_w{number}_a": part.b, f"hada_w{number}_b": part.a.T}
+    return tensors
 
 
 def _encode_lokr(update: ModuleUpdate, stored: Sequence[int]) -> dict[str, Float]:
-    found = dict[str, Float]()
+    tensors = dict[str, Float]()
     for number, part in enumerate(update.parts, start=1):
         if isinstance(part, Pair):
-            found |= {f"lokr_w{number}_a": part.b, f"lokr_w{number}_b": part.a.T}
+            tensors |= {f"lokr_w{number}_a": part.b, f"lokr_w{number}_b": part.a.T}
         else:
             kernel = tuple(stored[2:]) if number == 2 else ()
-            found[f"lokr_w{number}"] = part.reshape(part.shape[0], -1, *kernel) if kernel else part
-    return found
+            tensors[f"lokr_w{number}"] = part.reshape(part.shape[0], -1, *kernel) if kernel else part
+    return tensors
 
 
 # -- PEFT's LoRA of convolutions in groups --------------------------------------------------------
@@ -531,9 +531,9 @@ def spread_over_groups(down: Float, groups: int) -> Float:
     groups : int
     """
     rank, channels, *kernel = down.shape
-    found = np.zeros((groups, rank, groups, channels, *kernel))
-    found[np.arange(groups), :, np.arange(groups)] = down
-    return found.reshape(groups * rank, groups * channels, *kernel)
+    wide = np.zeros((groups, rank, groups, channels, *kernel))
+    wide[np.arange(groups), :, np.arange(groups)] = down
+    return wide.reshape(groups * rank, groups * channels, *kernel)
 
 
 def without_groups(path: str, tensors: Tensors) -> tuple[Tensors, int]:
@@ -552,21 +552,21 @@ def without_groups(path: str, tensors: Tensors) -> tuple[Tensors, int]:
         return tensors, 1  # refused as factors of different ranks
     rank, channels = up.shape[1], down.shape[1] // groups
     parts = down.reshape(groups, rank, groups, channels, *down.shape[2:])
-    own = parts[np.arange(groups), :, np.arange(groups)]
-    if np.count_nonzero(parts) != np.count_nonzero(own):
+    diagonal = parts[np.arange(groups), :, np.arange(groups)]
+    if np.count_nonzero(parts) != np.count_nonzero(diagonal):
         raise FileError(
             f"{safe_repr(path)} is a convolution in {groups} groups, and in PEFT's LoRA each reads the channels "
             "of all groups, which no update of its weight does: leave it out of target_modules, or train LoKr or LoHa, "
             "whose updates are those of the weight"
         )
-    if all(np.array_equal(part, own[0]) for part in own):
-        return {**tensors, "lora_down": own[0]}, groups
+    if all(np.array_equal(part, diagonal[0]) for part in diagonal):
+        return {**tensors, "lora_down": diagonal[0]}, groups
     wide = np.zeros((groups, len(up) // groups, groups, rank))
     wide[np.arange(groups), :, np.arange(groups)] = up.reshape(groups, -1, rank)
     ones = (1,) * (up.ndim - 2)
     return {
         **tensors,
-        "lora_down": own.reshape(groups * rank, channels, *down.shape[2:]),
+        "lora_down": diagonal.reshape(groups * rank, channels, *down.shape[2:]),
         "lora_up": wide.reshape(len(up), groups * rank, *ones),
     }, groups
 

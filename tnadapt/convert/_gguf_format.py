@@ -75,26 +75,26 @@ class GgufBase(NamedTuple):
             shape.
         """
         paths = (path, f"model.{path}", f"transformer.{path}")
-        found = next((name for one in paths if (name := _tensor_name(self.architecture, one, self.blocks))), None)
-        if found is None:
+        module = next((name for full in paths if (name := _tensor_name(self.architecture, full, self.blocks))), None)
+        if module is None:
             raise ConfigError(
                 f"llama.cpp's architecture {self.architecture!r} of {self.blocks} blocks has no weight for "
                 f"{safe_repr(path)}: merge the adapter into the base with tnadapt.merge (tnadapt merge), and convert "
                 "the model"
             )
-        if not found.startswith("blk."):
+        if not module.startswith("blk."):
             raise ConfigError(
-                f"{safe_repr(path)} is {found} in llama.cpp, and only weights of its blocks are converted: merge the "
+                f"{safe_repr(path)} is {module} in llama.cpp, and only weights of its blocks are converted: merge the "
                 "adapter into the base with tnadapt.merge (tnadapt merge), and convert the model"
             )
-        own = f"{found}.weight"
-        if self.shapes is not None and self.shapes.get(own) != stored:
-            has = f"the shape {self.shapes[own]}" if own in self.shapes else "no such tensor"
+        tensor = f"{module}.weight"
+        if self.shapes is not None and self.shapes.get(tensor) != stored:
+            has = f"the shape {self.shapes[tensor]}" if tensor in self.shapes else "no such tensor"
             raise ConfigError(
-                f"the adapter's update of {safe_repr(path)} has the shape {stored}, and {own} of base has {has}: this "
-                "is another model"
+                f"the adapter's update of {safe_repr(path)} has the shape {stored}, and {tensor} of base has {has}: "
+                "this is another model"
             )
-        return own
+        return tensor
 
     def heads_of(self, tensor: str) -> int | None:
         """Return the number of heads whose halves are interleaved in the rows of a tensor, or None."""
@@ -118,8 +118,8 @@ def _tensor_name(architecture: str, path: str, blocks: int) -> str | None:
             )
             if (first[:6], second[:6]) == ("blk.0.", "blk.1.") and first[6:] == second[6:]:
                 return f"blk.{part}.{first[6:]}"
-    found = names.get_name(path)
-    return None if found is None or found.startswith("blk.") else str(found)
+    name = names.get_name(path)
+    return None if name is None or name.startswith("blk.") else str(name)
 
 
 @functools.cache
@@ -157,20 +157,20 @@ def base_of_gguf(base: Any) -> GgufBase:
     if is_gguf(base):
         return _of_gguf(os.fspath(base))
     if not isinstance(base, (str, os.PathLike)):
-        given = "" if base is None else f"; got {safe_repr(base)}"
+        got = "" if base is None else f"; got {safe_repr(base)}"
         raise ConfigError(
             "gguf-lora needs the model's architecture and heads: give base= (--base), a folder of the base model "
-            f"with its config.json, or the GGUF file that llama.cpp serves{given}"
+            f"with its config.json, or the GGUF file that llama.cpp serves{got}"
         )
     config = open_checkpoint(base).config
     if not config:
         raise ConfigError(f"{os.fspath(base)} has no config.json next to it, which says the model's architecture")
-    kind = config.get("model_type")
-    if not isinstance(kind, str) or kind not in _ARCHITECTURES:
-        raise _unknown("model_type", kind, sorted(_ARCHITECTURES))
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str) or model_type not in _ARCHITECTURES:
+        raise _unknown("model_type", model_type, sorted(_ARCHITECTURES))
     blocks, heads = (_number(config, names) for names in (_BLOCKS, _HEADS))
     kv_heads = heads if config.get(_KV_HEADS) is None else _number(config, (_KV_HEADS,))
-    return GgufBase(_ARCHITECTURES[kind], blocks, heads, kv_heads)
+    return GgufBase(_ARCHITECTURES[model_type], blocks, heads, kv_heads)
 
 
 def _of_gguf(path: str) -> GgufBase:
@@ -291,8 +291,8 @@ class GgufFormat(FileFormat):
                 if array.dtype == np.float64:
                     raise ConfigError("llama.cpp does not compute in float64: give dtype='float32' (--dtype float32)")
                 if dtypes.get(name) == "bfloat16":
-                    kind = gguf.GGMLQuantizationType.BF16
-                    writer.add_tensor(name, gguf.quants.quantize(array, kind), raw_dtype=kind)
+                    ggml_type = gguf.GGMLQuantizationType.BF16
+                    writer.add_tensor(name, gguf.quants.quantize(array, ggml_type), raw_dtype=ggml_type)
                 else:
                     writer.add_tensor(name, np.ascontiguousarray(array))
             writer.write_header_to_file()
@@ -342,13 +342,13 @@ def _read(path: str, base: Base | None) -> ForeignAdapter:
             raise FileError(f"the factors of {safe_repr(name)} must be matrices; they are {a.shape} and {b.shape}")
         if heads is not None and (heads < 1 or b.shape[0] % (2 * heads)):
             raise FileError(f"{safe_repr(name)} has {b.shape[0]} rows, which are not those of {heads} heads in halves")
-        own = {"lora_down": a, "lora_up": _in_halves(b, heads)}
+        factors = {"lora_down": a, "lora_up": _in_halves(b, heads)}
 
         def scale(rank: int | None) -> float:
             assert rank is not None  # of LoRA
             return alpha / rank or 1.0
 
-        update, shape = decode(module, own, scale)
+        update, shape = decode(module, factors, scale)
         if shape != (tuple(stored)[::-1] if transposed else tuple(stored)):
             raise FileError(f"{safe_repr(name)} has the shape {shape}, and its record says {tuple(stored)}")
         updates.append(TargetUpdate(target_of(module, shape, base, transposed), update))
@@ -370,25 +370,25 @@ def _stored(path: str) -> tuple[dict[str, Any], dict[str, Float], dict[str, str]
             }
     except Exception as error:  # whatever a damaged file makes the package raise
         raise FileError(f"is not a valid GGUF file: {type(error).__name__}: {str(error)[:200]}") from None
-    if other := [name for name, kind in kinds.items() if kind not in _DTYPES]:
+    if other := [name for name, ggml_type in kinds.items() if ggml_type not in _DTYPES]:
         raise FileError(f"{safe_repr(other[0])} is {kinds[other[0]]}; only {', '.join(_DTYPES)} can be converted")
-    return fields, wide, {name: _DTYPES[kind] for name, kind in kinds.items()}
+    return fields, wide, {name: _DTYPES[ggml_type] for name, ggml_type in kinds.items()}
 
 
 def _recorded(text: Any) -> dict[str, tuple[str, list[int], bool, int | None]]:
     """Return the modules by llama.cpp's names, from the record of a conversion."""
     try:
-        found = {name: tuple(entry) for name, entry in json.loads(text)[_MODULES].items()}
+        modules = {name: tuple(entry) for name, entry in json.loads(text)[_MODULES].items()}
         well = all(
-            len(one) == 4 and isinstance(one[0], str) and len(one[1]) == 2 and isinstance(one[2], bool)
-            and (one[3] is None or (isinstance(one[3], int) and one[3] > 0))
-            for one in found.values()
+            len(entry) == 4 and isinstance(entry[0], str) and len(entry[1]) == 2 and isinstance(entry[2], bool)
+            and (entry[3] is None or (isinstance(entry[3], int) and entry[3] > 0))
+            for entry in modules.values()
         )  # fmt: skip
     except (ValueError, TypeError, AttributeError, KeyError, RecursionError):
         well = False
-    if not well or not found:
+    if not well or not modules:
         raise FileError(
             "is an adapter of llama.cpp that does not say the model's own names and heads, as those do that this "
             "library wrote; convert the adapter of PEFT from which it was made"
         )
-    return found
+    return modules

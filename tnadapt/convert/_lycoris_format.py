@@ -115,10 +115,10 @@ class LycorisFormat(FileFormat):
 
     def fit_kronecker(self, updates: Sequence[ModuleUpdate], stored: Sequence[tuple[int, ...]]) -> ExportChoice | None:
         """Return LoKr updates whose sizes LyCORIS infers correctly from their parts."""
-        fitted = [fit for one, shape in zip(updates, stored, strict=True) if (fit := _fit(one, shape)) is not None]
+        fitted = [fit for form, shape in zip(updates, stored, strict=True) if (fit := _fit(form, shape)) is not None]
         if len(fitted) < len(updates):
             return None
-        return ExportChoice(fitted, [update.rank for update in fitted], True, {})
+        return ExportChoice(fitted, [form.rank for form in fitted], True, {})
 
     def encode(self, kind: str, modules: Sequence[Module], choice: ExportChoice, kept: Sequence[str]) -> EncodedAdapter:
         """Encode the tensors.
@@ -132,8 +132,8 @@ class LycorisFormat(FileFormat):
             alpha = alpha_of([update.scale], rank) if update.kind == "lora" else None
             if alpha is None or float(np.float32(alpha)) != alpha:
                 update, alpha = update.absorb_scale(), float(rank)
-            own = encode(update, module.stored, "lora_down.weight", "lora_up.weight")
-            tensors |= {f"{name}.{key}": array for key, array in own.items()}
+            arrays = encode(update, module.stored, "lora_down.weight", "lora_up.weight")
+            tensors |= {f"{name}.{key}": array for key, array in arrays.items()}
             if update.kind != "dense":
                 # Stored in float32, as bfloat16 rounds integers from 257 on.
                 alphas[f"{name}.alpha"] = np.asarray(alpha)
@@ -183,11 +183,11 @@ def _inferred_factor(first: tuple[int, int], last: tuple[int, ...], low: bool) -
     rows, cols = first[0] * last[0], first[1] * last[1]
     if first == (_factorization(rows)[0], _factorization(cols)[0]):
         return -1
-    one, two = max(first), max(last[:2] if low else last)
-    for factor in (one, two):
+    first_factor, last_factor = max(first), max(last[:2] if low else last)
+    for factor in (first_factor, last_factor):
         if rows % factor == cols % factor == 0 and factor in (first[0], last[0]) and factor in (first[1], last[1]):
             return factor
-    return min(one, two)
+    return min(first_factor, last_factor)
 
 
 # -- Reading -------------------------------------------------------------------------------------
@@ -196,7 +196,7 @@ def _inferred_factor(first: tuple[int, int], last: tuple[int, ...], low: bool) -
 def _read(container: Container, base: Base | None, part: str | None) -> ForeignAdapter:
     chosen, flat, dtypes = _modules(container, part)
     recorded = _recorded(container.metadata)
-    found, kinds = [], set[str]()
+    updates, kinds = [], set[str]()
     paths: dict[str, str] = {}
     for name in flat:
         path = _path(name, base, recorded)
@@ -207,7 +207,7 @@ def _read(container: Container, base: Base | None, part: str | None) -> ForeignA
         tensors = flat[paths[path]]
         alpha = tensors.pop("alpha", None)
         update, shape = decode(path, tensors, functools.partial(_scale, path, alpha))
-        kinds.add({"dense": "full"}.get(kind := kind_of(path, tensors), kind))
+        kinds.add({"dense": "full"}.get(method := kind_of(path, tensors), method))
         if paths[path] in recorded:
             says = recorded[paths[path]][1]
             if (update.kind == "dense" and says != shape) or update.shape != (*says[:1], math.prod(says[1:])):
@@ -215,13 +215,13 @@ def _read(container: Container, base: Base | None, part: str | None) -> ForeignA
                     f"the tensors of {safe_repr(path)} make an update of {shape}, and the file's own record says {says}"
                 )
             shape = says
-        found.append(TargetUpdate(target_of(path, shape, base), update))
-    return ForeignAdapter(kinds.pop() if len(kinds) == 1 else "", found, common_dtype(dtypes), part=chosen)
+        updates.append(TargetUpdate(target_of(path, shape, base), update))
+    return ForeignAdapter(kinds.pop() if len(kinds) == 1 else "", updates, common_dtype(dtypes), part=chosen)
 
 
 def _modules(container: Container, part: str | None) -> tuple[str, dict[str, dict[str, Float]], set[str]]:
     """Return the part that is read, its tensors by the modules' flat names and their own, and the factors' dtypes."""
-    entries, found, dtypes = container.entries, dict[str, dict[str, Float]](), set[str]()
+    entries, modules, dtypes = container.entries, dict[str, dict[str, Float]](), set[str]()
     prefixes = {name: _PREFIXES.match(name) for name in entries}
     known = (*_SUFFIXES, *_REFUSED, "alpha")
     if unknown := [name for name in entries if prefixes[name] is None or name.partition(".")[2] not in known]:
@@ -239,8 +239,8 @@ def _modules(container: Container, part: str | None) -> tuple[str, dict[str, dic
                 raise FileError(f"{safe_repr(name)} cannot be converted: {_REFUSED[suffix]}")
             continue
         dtypes |= {DTYPES[entries[name].dtype]} if suffix != "alpha" else set()
-        found.setdefault(flat, {})[_SUFFIXES.get(suffix, suffix)] = array
-    return chosen, found, dtypes
+        modules.setdefault(flat, {})[_SUFFIXES.get(suffix, suffix)] = array
+    return chosen, modules, dtypes
 
 
 def _scale(path: str, alpha: Float | None, rank: int | None) -> float:
@@ -256,10 +256,10 @@ def _recorded(metadata: Mapping[str, str]) -> dict[str, tuple[str, tuple[int, ..
     """Return the path and shape of each flat name from the record of a conversion; empty if there is none."""
     try:
         listed = json.loads(metadata.get(RECORD, "{}")).get(_MODULES, {})
-        found = {str(name): (str(path), tuple(map(int, shape))) for name, (path, shape) in listed.items()}
+        modules = {str(name): (str(path), tuple(map(int, shape))) for name, (path, shape) in listed.items()}
     except (ValueError, TypeError, AttributeError, RecursionError):
         return {}
-    return {name: own for name, own in found.items() if _names(_PREFIXES.sub("", name, count=1), own[0])}
+    return {name: module for name, module in modules.items() if _names(_PREFIXES.sub("", name, count=1), module[0])}
 
 
 def _names(flat: str, path: str) -> bool:

@@ -48,8 +48,8 @@ def choose(modules: Sequence[Module], unpacked: Unpacked, request: ConversionReq
 
 
 def _choice_of(chosen: Sequence[Chosen]) -> ExportChoice:
-    updates = [one.update for one in chosen]
-    return ExportChoice(updates, [update.rank for update in updates], all(one.exact for one in chosen), {})
+    updates = [choice.update for choice in chosen]
+    return ExportChoice(updates, [update.rank for update in updates], all(choice.exact for choice in chosen), {})
 
 
 def _full(modules: Sequence[Module], unpacked: Unpacked, request: ConversionRequest) -> ExportChoice:
@@ -112,13 +112,13 @@ def _spectrum(module: Module, unpacked: Unpacked, form: ModuleUpdate | None, kep
 
 def _kronecker_spectrum(form: ModuleUpdate, kept: int | None) -> Spectrum:
     """Compute the SVD of a Kronecker product: its singular values and vectors are products of the factors'."""
-    one, two = (np.linalg.svd(as_matrix(part), full_matrices=False) for part in form.absorb_scale().parts)
-    s = np.outer(one.S, two.S).reshape(-1)
+    svd1, svd2 = (np.linalg.svd(as_matrix(part), full_matrices=False) for part in form.absorb_scale().parts)
+    s = np.outer(svd1.S, svd2.S).reshape(-1)
     order = np.argsort(-s, kind="stable")
     rank, kept = _ranks(s[order], form.shape, kept)
-    first, last = np.divmod(order[:kept], two.S.size)
-    u = (one.U[:, None, first] * two.U[None, :, last]).reshape(form.shape[0], kept)
-    v = (one.Vh.T[:, None, first] * two.Vh.T[None, :, last]).reshape(form.shape[1], kept)
+    first, last = np.divmod(order[:kept], svd2.S.size)
+    u = (svd1.U[:, None, first] * svd2.U[None, :, last]).reshape(form.shape[0], kept)
+    v = (svd1.Vh.T[:, None, first] * svd2.Vh.T[None, :, last]).reshape(form.shape[1], kept)
     return Spectrum(u, s[order[:rank]], v)
 
 
@@ -155,25 +155,25 @@ def _lora(modules: Sequence[Module], unpacked: Unpacked, request: ConversionRequ
     error.
     """
     rank = request.rank
-    found: list[Chosen | Spectrum] = []
+    candidates: list[Chosen | Spectrum] = []
     for module in modules:
         form = module.form(unpacked)
         if form is not None and form.kind == "lora" and (rank is None or form.rank <= rank):
-            found.append(Chosen(form, True))  # keep the scale separate, so that the factors keep their bits
+            candidates.append(Chosen(form, True))  # keep the scale separate, so that the factors keep their bits
             continue
-        own = _exact_pair(module, unpacked, form, rank)
-        found.append(Chosen(ModuleUpdate("lora", module.shape, (own,)), True) if isinstance(own, Pair) else own)
+        pair = _exact_pair(module, unpacked, form, rank)
+        candidates.append(Chosen(ModuleUpdate("lora", module.shape, (pair,)), True) if isinstance(pair, Pair) else pair)
     cut = rank
-    if rank is None and any(isinstance(one, Spectrum) for one in found):
-        cut = _smallest_rank(modules, unpacked, found, request.max_error)
+    if rank is None and any(isinstance(candidate, Spectrum) for candidate in candidates):
+        cut = _smallest_rank(modules, unpacked, candidates, request.max_error)
     chosen = []
-    for module, one in zip(modules, found, strict=True):
-        if isinstance(one, Spectrum):
+    for module, candidate in zip(modules, candidates, strict=True):
+        if isinstance(candidate, Spectrum):
             assert cut is not None
             if rank is None:
-                one = _spectrum(module, unpacked, module.form(unpacked), cut)
-            one = Chosen(ModuleUpdate("lora", module.shape, (one.pair(cut),)), one.rank <= cut)
-        chosen.append(one)
+                candidate = _spectrum(module, unpacked, module.form(unpacked), cut)
+            candidate = Chosen(ModuleUpdate("lora", module.shape, (candidate.pair(cut),)), candidate.rank <= cut)
+        chosen.append(candidate)
     return _choice_of(chosen)
 
 
@@ -182,7 +182,7 @@ def _smallest_rank(
 ) -> int:
     from tnadapt.decomposition.fits import smallest_within
 
-    spectra = [(module, one) for module, one in zip(modules, found, strict=True) if isinstance(one, Spectrum)]
+    spectra = [(module, fit) for module, fit in zip(modules, found, strict=True) if isinstance(fit, Spectrum)]
     module, worst = max(spectra, key=lambda pair: pair[1].rank)
     if max_error is None:
         raise ConfigError(
@@ -193,8 +193,10 @@ def _smallest_rank(
             "update"
         )
     # Exact updates do not contribute to the error, but to the norm that it is relative to.
-    exact = [norm(own.delta(unpacked)) for own, one in zip(modules, found, strict=True) if isinstance(one, Chosen)]
-    whole = together([*exact, *(norm(one.s) for _, one in spectra)])
+    exact = [
+        norm(module.delta(unpacked)) for module, fit in zip(modules, found, strict=True) if isinstance(fit, Chosen)
+    ]
+    whole = together([*exact, *(norm(fit.s) for _, fit in spectra)])
 
     def error(rank: int) -> float:
         return relative(together(norm(spectrum.s[rank:]) for _, spectrum in spectra), whole)
@@ -213,16 +215,16 @@ def _one_loha(module: Module, unpacked: Unpacked, rank: int | None) -> Chosen:
     form = module.form(unpacked)
     if form is not None and form.kind == "loha" and (rank is None or form.rank <= rank):
         return Chosen(form, True)
-    own = _exact_pair(module, unpacked, form, rank)
-    if isinstance(own, Pair):
-        return Chosen(_times_ones(module, own), True)
+    pair = _exact_pair(module, unpacked, form, rank)
+    if isinstance(pair, Pair):
+        return Chosen(_times_ones(module, pair), True)
     if rank is None:
         raise _no_rank(module, "LoHa")
     delta = module.delta(unpacked)
     fitted = _fit(delta, Config(rank=rank, splits=2, combine="hadamard", leading="same"))
     pairs = (Pair(fitted[f"split{k}.factor0"], fitted[f"split{k}.factor1"]) for k in (0, 1))
     # A LoHa fit of a given rank may be worse than LoRA of that rank.
-    candidates = [ModuleUpdate("loha", module.shape, tuple(pairs)), _times_ones(module, own.pair(rank))]
+    candidates = [ModuleUpdate("loha", module.shape, tuple(pairs)), _times_ones(module, pair.pair(rank))]
     return Chosen(min(candidates, key=lambda update: float(np.linalg.norm(update.delta() - delta))), False)
 
 
@@ -245,32 +247,32 @@ def _lokr(modules: Sequence[Module], unpacked: Unpacked, request: ConversionRequ
     forms = [module.form(unpacked) for module in modules]
     products = [form for form in forms if form is not None and form.kind == "lokr"]
     if len(products) == len(modules) and all(request.rank is None or form.rank <= request.rank for form in products):
-        found = request.format.fit_kronecker(products, stored)
-        if found is not None:
-            return found
-    own = [_exact_pair(module, unpacked, form, request.rank) for module, form in zip(modules, forms, strict=True)]
-    pairs = [pair for pair in own if isinstance(pair, Pair)]
+        choice = request.format.fit_kronecker(products, stored)
+        if choice is not None:
+            return choice
+    factors = [_exact_pair(module, unpacked, form, request.rank) for module, form in zip(modules, forms, strict=True)]
+    pairs = [pair for pair in factors if isinstance(pair, Pair)]
     if len(pairs) == len(modules):
         # A W1 of 1 × 1 fits a weight of any size.
-        found = request.format.fit_kronecker([_times_one(pair) for pair in pairs], stored)
-        if found is None:
+        choice = request.format.fit_kronecker([_times_one(pair) for pair in pairs], stored)
+        if choice is None:
             raise ConfigError(request.format.no_kronecker)
-        return found
+        return choice
     if request.rank is None:
-        raise _no_rank(next(m for m, pair in zip(modules, own, strict=True) if isinstance(pair, Spectrum)), "LoKr")
+        raise _no_rank(next(m for m, pair in zip(modules, factors, strict=True) if isinstance(pair, Spectrum)), "LoKr")
     deltas = [module.delta(unpacked) for module in modules]
     fitted = [_nearest_lokr(module, unpacked, request.rank) for module in modules]
     # LoRA is LoKr of the same rank with a W1 of 1 × 1, and is often nearer.
-    plain = [_times_one(pair if isinstance(pair, Pair) else pair.pair(request.rank)) for pair in own]
+    plain = [_times_one(pair if isinstance(pair, Pair) else pair.pair(request.rank)) for pair in factors]
 
     def squared_error(updates: Sequence[ModuleUpdate]) -> float:
         return math.fsum(float(np.sum((u.delta() - d) ** 2)) for u, d in zip(updates, deltas, strict=True))
 
     nearest = sorted((fitted, plain), key=squared_error)
-    found = next((choice for updates in nearest if (choice := request.format.fit_kronecker(updates, stored))), None)
-    if found is None:
+    choice = next((fit for updates in nearest if (fit := request.format.fit_kronecker(updates, stored))), None)
+    if choice is None:
         raise ConfigError(request.format.no_kronecker)
-    return found._replace(exact=False)
+    return choice._replace(exact=False)
 
 
 def _times_one(pair: Pair) -> ModuleUpdate:
@@ -283,11 +285,11 @@ def _nearest_lokr(module: Module, unpacked: Unpacked, rank: int) -> ModuleUpdate
     (p, k), (q, n) = (factorization(size) for size in module.stored[:2])
     full = 2 * rank >= max(k, n)  # both libraries store W2 of such a rank as a full matrix
     config = Config(rank=rank, splits=2, split_size=(p, q), format="dense" if full else "cp")
-    found = _fit(module.delta(unpacked), config)
-    last = found["split1.dense"] if full else Pair(found["split1.factor0"], found["split1.factor1"])
-    assert found["split0.dense"].shape == (p, q)
+    arrays = _fit(module.delta(unpacked), config)
+    last = arrays["split1.dense"] if full else Pair(arrays["split1.factor0"], arrays["split1.factor1"])
+    assert arrays["split0.dense"].shape == (p, q)
     assert last.shape == (k, n * math.prod(module.stored[2:]))
-    return ModuleUpdate("lokr", module.shape, (found["split0.dense"], last))
+    return ModuleUpdate("lokr", module.shape, (arrays["split0.dense"], last))
 
 
 def _fit(delta: Float, config: Config) -> dict[str, Float]:

@@ -123,7 +123,7 @@ class PeftContent:
                 modules.setdefault(path, {})[last] = self._number(name, entry.dtype, container, last in integers)
             elif name.startswith(PREFIX) and path and last in copies:
                 self._check_copy(name, last, container)
-            elif name != whole and any(whole == one or whole.startswith(f"{one}.") for one in shared):
+            elif name != whole and any(whole == name or whole.startswith(f"{name}.") for name in shared):
                 self.shared[whole] = self._number(name, entry.dtype, container, False)
             else:
                 others.append(name)
@@ -159,17 +159,17 @@ class PeftContent:
 
     def tensor(self, path: str, name: str, axes: int) -> Any:
         """Return a tensor of a module; raise FileError if it is missing or has another number of axes."""
-        found = self.modules[path].get(name)
-        if found is None:
+        array = self.modules[path].get(name)
+        if array is None:
             raise FileError(f"{safe_repr(path)} has {', '.join(self.modules[path])}, and lacks {name}")
-        return _checked(f"{name} of {safe_repr(path)}", found, axes)
+        return _checked(f"{name} of {safe_repr(path)}", array, axes)
 
     def shared_tensor(self, name: str, axes: int, way_out: str = "") -> Float:
         """Return a tensor of the whole adapter; raise FileError if it is missing or has another number of axes."""
         if name not in self.shared:
             raise FileError(f"lacks {_MODEL_LEVEL}{name}, which a {self.title} adapter needs{way_out}")
-        found: Float = _checked(_MODEL_LEVEL + name, self.shared[name], axes)
-        return found
+        array: Float = _checked(_MODEL_LEVEL + name, self.shared[name], axes)
+        return array
 
     def require_modules(self) -> None:
         """Raise FileError if no weight is adapted."""
@@ -348,26 +348,26 @@ def other_tensors(
             others.append(name)
         elif kept:
             trained.setdefault(kept, []).append(name)
-    found = OtherTensors({}, {}, {}, [])
+    rest = OtherTensors({}, {}, {}, [])
     for kept, stored in trained.items():
         _need_equal(container, stored)
-        found.kept[kept], dtype = _kept_array(stored[0], container.entries[stored[0]].dtype, container.array(stored[0]))
-        found.dtypes.update({f"kept.{kept}": dtype} if dtype else {})
-        if found.kept[kept].ndim == 2 and is_saved(kept, settings.saved):
-            found.ties[kept] = ()
+        rest.kept[kept], dtype = _kept_array(stored[0], container.entries[stored[0]].dtype, container.array(stored[0]))
+        rest.dtypes.update({f"kept.{kept}": dtype} if dtype else {})
+        if rest.kept[kept].ndim == 2 and is_saved(kept, settings.saved):
+            rest.ties[kept] = ()
     if isinstance(settings, PeftSettings) and settings.ties:
-        others = _join_ties(container, found, trained, others)
+        others = _join_ties(container, rest, trained, others)
     if others:
         raise FileError(f"has tensors that do not belong to a {title} adapter: {summarize(others)}")
     for name in layers:
         module, _, parameter = name.removeprefix(PREFIX).partition(".base_layer.")
         if base is not None:
             base.check_stored(f"{module}.{parameter}", container.entries[name], container.array(name))
-        found.bases.append(module)
+        rest.bases.append(module)
     if not layers:
-        return found
+        return rest
     note = f"left out {summarize(layers)}: PEFT saves the base's own weight next to the update of an embedding or head"
-    return found._replace(notes=(note,))
+    return rest._replace(notes=(note,))
 
 
 def _join_ties(
@@ -395,7 +395,7 @@ def _kept_name(path: str, names: Collection[str], saved: Sequence[str], bias: st
     if wrapper and is_saved(f"{module}.{rest}", saved):
         # Below a saved module, PEFT leaves the adapter's name in those of biases.
         return next(
-            (own for own in (f"{module}.{rest}", f"{module}.{rest.partition('.')[2]}") if PREFIX + own in names),
+            (path for path in (f"{module}.{rest}", f"{module}.{rest.partition('.')[2]}") if PREFIX + path in names),
             f"{module}.{rest}",
         )
     if ".original_module." in path and bias != "none" and is_saved(path, saved):
@@ -542,31 +542,33 @@ class PeftMethod:
         """Read the adapter of an open file of weights."""
         settings = common_settings(config, self.title, self.fields, self.refused, self.may_transpose)
         content = PeftContent(container, config, settings, base, self.tensors, self.shared, self.integers, self.copies)
-        found = self.read(content)
-        content.check_targets(found.targets)
+        structure = self.read(content)
+        content.check_targets(structure.targets)
         dtype = content.dtype
-        updates = [TargetUpdate(target, update) for target, update in zip(found.targets, found.updates, strict=False)]
+        updates = [
+            TargetUpdate(target, update) for target, update in zip(structure.targets, structure.updates, strict=False)
+        ]
         file, others = None, content.others
-        modules = {target.module: target.name for target in found.targets}
+        modules = {target.module: target.name for target in structure.targets}
         heads = [name for module, name in modules.items() if module in others.bases or is_head(module)]
-        tied = {target.name for target in found.targets if target.tied}
-        ties = others.ties | {name: () for name in (*found.alone, *heads) if name not in tied}
-        if found.config is not None:
-            stored, kinds = narrow(found.arrays, dtype)
+        tied = {target.name for target in structure.targets if target.tied}
+        ties = others.ties | {name: () for name in (*structure.alone, *heads) if name not in tied}
+        if structure.config is not None:
+            stored, kinds = narrow(structure.arrays, dtype)
             file = AdapterFile(
-                found.config,
-                found.targets,
+                structure.config,
+                structure.targets,
                 stored,
                 kept=others.kept,
                 dtypes={**others.dtypes, **kinds},
                 ties=ties,
-                given={name: array.astype(np.float32) for name, array in found.given.items()},
-                trained=found.trained,
+                given={name: array.astype(np.float32) for name, array in structure.given.items()},
+                trained=structure.trained,
                 model=settings.model,
             )
         return ForeignAdapter(
             self.kind, updates, dtype, others.kept, others.dtypes, settings.model, file,
-            (*found.notes, *others.notes), content.parameters, ties=ties,
+            (*structure.notes, *others.notes), content.parameters, ties=ties,
         )  # fmt: skip
 
     def read(self, content: PeftContent) -> OwnStructure:
@@ -591,13 +593,13 @@ class PeftMethod:
 
     def encoded(self, modules: Sequence[Module], file: AdapterFile) -> EncodedAdapter:
         """Encode an adapter file of the method's structure; raise ConfigError if it has another one."""
-        found = self.write(modules, file)
+        adapter = self.write(modules, file)
         transposed = {module.path: module.transposed for module in modules}
         common = common_config(self.kind, list(transposed))
         if self.may_transpose:
             common["fan_in_fan_out"] = all(transposed.values())
         record = {TRANSPOSED: transposed, SHAPES: {module.path: list(module.shape) for module in modules}}
-        return found._replace(config={**common, **(found.config or {})}, record=record)
+        return adapter._replace(config={**common, **(adapter.config or {})}, record=record)
 
     def write(self, modules: Sequence[Module], file: AdapterFile) -> EncodedAdapter:
         """Encode the tensors, and the settings of the method."""

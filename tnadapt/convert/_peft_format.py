@@ -142,11 +142,11 @@ class PeftFormat(FileFormat):
     def read(self, files: StoredFiles, base: Base | None, part: str | None) -> ForeignAdapter:
         """Read the adapter of a folder; ``part`` does not apply."""
         config = files.json(CONFIG_NAME)
-        kind = str(config.get("peft_type", "")).upper()
-        if kind in METHODS:
+        peft_type = str(config.get("peft_type", "")).upper()
+        if peft_type in METHODS:
             with files.container(_WEIGHTS) as container:
-                return METHODS[kind]().load(container, config, base)
-        if kind not in LOW_RANK:
+                return METHODS[peft_type]().load(container, config, base)
+        if peft_type not in LOW_RANK:
             known = ", ".join((*LOW_RANK, *METHODS))
             raise FileError(f"peft_type is {safe_repr(config.get('peft_type'))}; only {known} can be converted")
         settings = settings_of(config)
@@ -224,12 +224,12 @@ class PeftFormat(FileFormat):
             module, update, rank = modules[place], choice.updates[place], choice.ranks[place]
             alpha = alpha_of([update.scale], rank)
             whole = update if alpha is not None else update.absorb_scale()
-            own = encode(whole, module.stored, _A, "lora_B.weight")
+            factors = encode(whole, module.stored, _A, "lora_B.weight")
             if (groups := _groups_of(module)) > 1 and kind == "lora":
-                own[_A] = spread_over_groups(own[_A], groups)
+                factors[_A] = spread_over_groups(factors[_A], groups)
                 # PEFT divides alpha by the rank.
                 rank, alpha = rank * groups, None if alpha is None else alpha * groups
-            tensors |= {PREFIX + name: array for name, array in encoded_embedding(module, own).items()}
+            tensors |= {PREFIX + name: array for name, array in encoded_embedding(module, factors).items()}
             paths = [module.path, *tied_paths(module)]
             transposed |= dict.fromkeys(paths, module.transposed)
             alphas += [float(rank) if alpha is None else alpha] * len(paths)
@@ -285,13 +285,13 @@ class PeftFormat(FileFormat):
                 f"{self.library}: merge the adapter into the base with tnadapt.merge (tnadapt merge)"
             )
         if kind == "lora" and application.apply == "magnitude" and application.magnitude_axis == "rows":
-            found = {
+            magnitudes = {
                 f"{PREFIX}{m.path}.{MAGNITUDES[0]}": application.magnitudes[m.path].reshape(
                     (1, -1, *[1] * (len(m.stored) - 2)) if len(m.stored) > 2 else (-1,)
                 )
                 for m in modules
             }
-            return encoded._replace(tensors=encoded.tensors | found, config={**encoded.config, "use_dora": True})
+            return encoded._replace(tensors=encoded.tensors | magnitudes, config={**encoded.config, "use_dora": True})
         if kind == "lora" and application.apply == "hadamard":
             tensors, most = dict[str, Float](), max(choice.ranks)
             for module, update, rank in zip(modules, choice.updates, choice.ranks, strict=True):
@@ -335,8 +335,8 @@ class PeftFormat(FileFormat):
                 "to 'peft-lora' (--to peft-lora), or without them by without_kept=True (--without-kept)"
             )
         names = {name: [name, *file.ties.get(name, ())] for name in file.kept}
-        saved = sorted({one.rpartition(".")[0] for name in whole for one in names[name]})
-        every = {one for own in names.values() for one in own}
+        saved = sorted({key.rpartition(".")[0] for name in whole for key in names[name]})
+        every = {key for keys in names.values() for key in keys}
         missing = [name for name in (base.tensors if base else ()) if is_saved(name, saved) and name not in every]
         if missing:
             raise ConfigError(
@@ -349,7 +349,7 @@ class PeftFormat(FileFormat):
         if config["peft_type"] == "LORA" and any(len(names[name]) > 1 for name in whole):
             config["ensure_weight_tying"] = True
         layers = {name: [f"{adapted[name]}.base_layer.bias"] for name in biases if name in adapted}
-        stored = {name: [PREFIX + one for one in own] for name, own in (names | layers).items()}
+        stored = {name: [PREFIX + key for key in keys] for name, keys in (names | layers).items()}
         return encoded._replace(config={**config, "modules_to_save": saved or None}, kept_names=stored)
 
     def kept_name(self, name: str) -> str:
@@ -388,7 +388,7 @@ def _groups_of(module: Module) -> int:
 
 def _unknown_groups(modules: Sequence[Module]) -> tuple[str, ...]:
     """Return a remark if the channels of a convolution may be in groups, of which nothing says how many."""
-    paths = [one.path for one in modules if len(one.stored) > 2 and _groups_of(one) == 1 and one.stored[0] > 1]
+    paths = [conv.path for conv in modules if len(conv.stored) > 2 and _groups_of(conv) == 1 and conv.stored[0] > 1]
     if not paths:
         return ()
     return (

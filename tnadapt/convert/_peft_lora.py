@@ -119,13 +119,19 @@ def tied_paths(module: Module) -> list[str]:
 def joined_ties(found: Sequence[TargetUpdate]) -> list[TargetUpdate]:
     """Return updates of which those of a head that equal an embedding's are one with it."""
     joined = list(found)
-    for one in found:
-        if one.target.role != "embedding" or one.update.kind != "lora" or not any(own is one for own in joined):
+    for entry in found:
+        if (
+            entry.target.role != "embedding"
+            or entry.update.kind != "lora"
+            or not any(other is entry for other in joined)
+        ):
             continue
-        others = [other for other in joined if other is not one and _same(one.update, other.update)]
+        others = [other for other in joined if other is not entry and _same(entry.update, other.update)]
         if others:
-            tied = dataclasses.replace(one.target, tied=tuple(other.target.name for other in others))
-            joined = [one._replace(target=tied) if own is one else own for own in joined if own not in others]
+            tied = dataclasses.replace(entry.target, tied=tuple(other.target.name for other in others))
+            joined = [
+                entry._replace(target=tied) if other is entry else other for other in joined if other not in others
+            ]
     return joined
 
 
@@ -162,7 +168,7 @@ def decoded_tokens(tensors: Mapping[str, Float], indices: Any, base: Base | None
     FileError, TargetError
         If the base or its numbers are missing, or rows and indices do not fit.
     """
-    found, copies = [], {} if base is None else _copies(tensors, base)
+    updates, copies = [], {} if base is None else _copies(tensors, base)
     for path, rows in tensors.items():
         if path in copies:
             continue
@@ -185,23 +191,23 @@ def decoded_tokens(tensors: Mapping[str, Float], indices: Any, base: Base | None
         tied = tuple(f"{head}.weight" for head in heads)
         role = "linear" if is_head(path) else "embedding"
         target = Target(path, stored, role, rows=RowIndices(chosen), tied=tied)
-        found.append(TargetUpdate(target, ModuleUpdate("dense", target.shape, (rows[order] - before,))))
-    return found
+        updates.append(TargetUpdate(target, ModuleUpdate("dense", target.shape, (rows[order] - before,))))
+    return updates
 
 
 def separate_rows(found: Sequence[TargetUpdate], base: Base | None) -> list[str]:
     """Return the names of tied weights of which an embedding and a head have different rows, or the head alone has."""
     heads = {} if base is None else base.heads
-    trained = {one.target.module for one in found}
+    trained = {update.target.module for update in found}
     apart = {name for pair in heads.items() if pair[0] in trained for name in pair}
-    return [one.target.name for one in found if one.target.module in apart]
+    return [update.target.name for update in found if update.target.module in apart]
 
 
 def _copies(tensors: Mapping[str, Float], base: Base) -> dict[str, str]:
     """Return the heads that a base does not store because they are tied, each with the embedding of the same rows."""
-    there = [path for path in tensors if path in base.shapes and path not in base.heads]
+    known = [path for path in tensors if path in base.shapes and path not in base.heads]
     return {
-        path: of for path in tensors if path not in there for of in there if np.array_equal(tensors[path], tensors[of])
+        path: of for path in tensors if path not in known for of in known if np.array_equal(tensors[path], tensors[of])
     }
 
 
@@ -214,8 +220,8 @@ def _untrained_heads(path: str, tensors: Mapping[str, Float], base: Base) -> lis
 
 def _numbers(path: str, indices: Any) -> list[int]:
     if isinstance(indices, Mapping):
-        own = [value for key, value in indices.items() if f".{path}".endswith(f".{key}")]
-        indices = own[0] if len(own) == 1 else None
+        lists = [value for key, value in indices.items() if f".{path}".endswith(f".{key}")]
+        indices = lists[0] if len(lists) == 1 else None
     whole = isinstance(indices, list) and all(type(number) is int and number >= 0 for number in indices)
     if not whole or not indices or len(set(indices)) < len(indices):
         raise FileError(f"the settings have no list of different tokens for {safe_repr(path)}")
@@ -237,10 +243,10 @@ class PeftTrainableTokens(PeftMethod):
         """Read the rows; an update is their difference from the base's."""
         content.require_modules()
         rows = {path: content.tensor(path, _TENSOR, 2) for path in content.modules}
-        found = decoded_tokens(rows, content.config.get("token_indices"), content.base)
+        updates = decoded_tokens(rows, content.config.get("token_indices"), content.base)
         return OwnStructure(
-            [one.target for one in found], updates=[one.update for one in found],
-            alone=separate_rows(found, content.base),
+            [entry.target for entry in updates], updates=[entry.update for entry in updates],
+            alone=separate_rows(updates, content.base),
         )  # fmt: skip
 
 
@@ -285,15 +291,15 @@ def _stacks(names: Sequence[str], recorded: Mapping[str, Any], base: Base | None
             "belongs to: give base= (--base), a folder or safetensors file of the base model, or {name: "
             "tuple(p.shape) for name, p in model.named_parameters()}"
         )
-    found: dict[str, dict[str, Target]] = {}
+    stacks: dict[str, dict[str, Target]] = {}
     for target in _recorded(recorded) if base is None else base.experts:
         if any(f".{target.name}".endswith(f".{name}") for name in names):
-            found.setdefault(target.module, {})[target.parameter] = target
-    every = [target.name for own in found.values() for target in own.values()]
-    lost = [name for name in names if not any(f".{one}".endswith(f".{name}") for one in every)]
+            stacks.setdefault(target.module, {})[target.parameter] = target
+    every = [target.name for stack in stacks.values() for target in stack.values()]
+    lost = [name for name in names if not any(f".{parameter}".endswith(f".{name}") for parameter in every)]
     if lost:
         raise FileError(f"target_parameters names {summarize(lost)}, and the base has no experts of that name")
-    return found
+    return stacks
 
 
 def _recorded(recorded: Mapping[str, Any]) -> list[Target]:
@@ -325,14 +331,14 @@ def decoded_experts(
     for path, stacks in _stacks(settings.parameters, recorded, base).items():
         order = [name for name in PARAMETERS if name in stacks]
         wrappers = [path + _INNER * depth for depth in range(len(order))][::-1]
-        own = {name: rest.pop(name) for name in modules if name.split(_INNER)[0] == path}
-        if own.keys() != set(wrappers) or any(tensors.keys() != _FACTORS for tensors in own.values()):
+        factors = {name: rest.pop(name) for name in modules if name.split(_INNER)[0] == path}
+        if factors.keys() != set(wrappers) or any(tensors.keys() != _FACTORS for tensors in factors.values()):
             raise FileError(
-                f"{safe_repr(path)} has factors for {len(own)} parameters, and target_parameters names "
+                f"{safe_repr(path)} has factors for {len(factors)} parameters, and target_parameters names "
                 f"{', '.join(order)}"
             )
         whole = [
-            (stacks[name], own[wrapper]["lora_down"], own[wrapper]["lora_up"])
+            (stacks[name], factors[wrapper]["lora_down"], factors[wrapper]["lora_up"])
             for name, wrapper in zip(order, wrappers, strict=True)
         ]
         turned = _is_turned(whole)
@@ -369,14 +375,14 @@ def _experts(
             f"{count} experts"
         )
     first, last = a.reshape(count, rank, -1), b.reshape(-1, rank, count)
-    factor, found = scale(target.name, rank), []
+    factor, updates = scale(target.name, rank), []
     for index in range(count):
         left, right = np.ascontiguousarray(last[:, :, index]), np.ascontiguousarray(first[index].T)
         # PEFT transposes what it does not know to be stored as (in, out).
         pair = Pair(left, right) if turned == target.transposed else Pair(right, left)
-        one = dataclasses.replace(target, index=index)
-        found.append(TargetUpdate(one, ModuleUpdate("lora", one.shape, (pair,), factor)))
-    return found
+        expert = dataclasses.replace(target, index=index)
+        updates.append(TargetUpdate(expert, ModuleUpdate("lora", expert.shape, (pair,), factor)))
+    return updates
 
 
 # -- Writing -----------------------------------------------------------------------------------------------------
@@ -398,17 +404,17 @@ def encoded_experts(modules: Sequence[Module], updates: Sequence[ModuleUpdate]) 
             continue
         target = module.targets[0][1]
         stacks.setdefault(target.module, {}).setdefault(target.parameter, []).append((target, update))
-    found = EncodedExperts({}, {}, {})
-    for path, own in stacks.items():
-        order = [name for name in PARAMETERS if name in own]
-        if len(order) < len(own):
+    experts = EncodedExperts({}, {}, {})
+    for path, parameters in stacks.items():
+        order = [name for name in PARAMETERS if name in parameters]
+        if len(order) < len(parameters):
             raise ConfigError(
-                f"{safe_repr(path)} has parameters {', '.join(own)}, and it is unknown in which order PEFT wraps them: "
-                "merge the adapter into the base with tnadapt.merge (tnadapt merge)"
+                f"{safe_repr(path)} has parameters {', '.join(parameters)}, and it is unknown in which order PEFT "
+                "wraps them: merge the adapter into the base with tnadapt.merge (tnadapt merge)"
             )
         for depth, parameter in enumerate(reversed(order)):
-            _encode(path + _INNER * depth, f"{path}.{parameter}", own[parameter], found)
-    return found
+            _encode(path + _INNER * depth, f"{path}.{parameter}", parameters[parameter], experts)
+    return experts
 
 
 def _encode(path: str, name: str, own: Sequence[tuple[Target, ModuleUpdate]], found: EncodedExperts) -> None:
@@ -427,11 +433,11 @@ def _encode(path: str, name: str, own: Sequence[tuple[Target, ModuleUpdate]], fo
 
 def record_of(modules: Sequence[Module]) -> dict[str, Any]:
     """Return the shapes of the stacks, for the record of a conversion."""
-    found: dict[str, dict[str, list[Any]]] = {}
+    stacks: dict[str, dict[str, list[Any]]] = {}
     for target in (module.targets[0][1] for module in modules if is_expert(module)):
         row = [target.parameter, list(target.stored), target.transposed, target.layer]
-        found.setdefault(target.module, {})[target.parameter] = row
-    return {path: list(rows.values()) for path, rows in found.items()}
+        stacks.setdefault(target.module, {})[target.parameter] = row
+    return {path: list(rows.values()) for path, rows in stacks.items()}
 
 
 # -- A folder, with all that may be in it ------------------------------------------------------------------------------
@@ -493,7 +499,7 @@ def low_rank_adapter(container: Container, settings: PeftSettings, base: Base | 
     others = other_tensors(container, unread, modules, settings, settings.kind, base)
     if not modules and not tokens:
         raise FileError("has no adapted weight")
-    found, rest = decoded_experts(modules, settings, recorded(container.metadata, EXPERTS, list), base)
+    updates, rest = decoded_experts(modules, settings, recorded(container.metadata, EXPERTS, list), base)
     wrapped = next((path for path in rest if ".base_layer." in f".{path}."), None)
     if wrapped is not None:
         raise FileError(
@@ -503,9 +509,9 @@ def low_rank_adapter(container: Container, settings: PeftSettings, base: Base | 
         )
     transposed, conv1ds = recorded(container.metadata, TRANSPOSED, bool), set[str]()
     for path in sorted(rest, key=natural):
-        kind = kind_of(path, rest[path])
-        if kind != settings.kind:
-            raise FileError(f"{safe_repr(path)} has tensors of {kind}, and {CONFIG_NAME} says {settings.kind}")
+        method = kind_of(path, rest[path])
+        if method != settings.kind:
+            raise FileError(f"{safe_repr(path)} has tensors of {method}, and {CONFIG_NAME} says {settings.kind}")
         scale: Callable[[int | None], float] = functools.partial(settings.scale, path)
         tensors, groups = without_groups(path, rest[path])
         if groups > 1:
@@ -518,17 +524,17 @@ def low_rank_adapter(container: Container, settings: PeftSettings, base: Base | 
         says = transposed.get(path, settings.transposed or conv1d) and path not in embeddings
         target = target_of(path, shape, base, says and len(shape) == 2, settings.kind == "lora")
         target = dataclasses.replace(target, groups=groups)
-        found.append(as_embedding(TargetUpdate(target, update), embeddings))
+        updates.append(as_embedding(TargetUpdate(target, update), embeddings))
     if base is not None and settings.kind == "lora":
         known = {*transposed, *embeddings, *conv1ds}
-        check_transposed([one.target for one in found if one.target.module not in known], settings.transposed)
+        check_transposed([entry.target for entry in updates if entry.target.module not in known], settings.transposed)
     if settings.ties:
-        found = joined_ties(found)
+        updates = joined_ties(updates)
     rows = decoded_tokens(tokens, settings.tokens, base)
-    ties = others.ties | dict.fromkeys([*_alone(found, others.bases), *separate_rows(rows, base)], ())
-    found += rows
+    ties = others.ties | dict.fromkeys([*_alone(updates, others.bases), *separate_rows(rows, base)], ())
+    updates += rows
     notes = others.notes
-    if any(not one.target.tied for one in rows) and base is not None and base.unknown_heads:
+    if any(not entry.target.tied for entry in rows) and base is not None and base.unknown_heads:
         notes += (
             "base ties an embedding to its output head, which PEFT's rows of tokens change as well: load the result "
             "with keep_tied=True, and save it again for PEFT, so that the file says so",
@@ -537,16 +543,16 @@ def low_rank_adapter(container: Container, settings: PeftSettings, base: Base | 
         wrong = summarize(magnitudes.keys() ^ modules.keys())
         raise FileError(f"use_dora of {CONFIG_NAME} is true, and these lack a magnitude or factors: {wrong}")
     application = Application(settings.apply, magnitudes=magnitudes)
-    kind = settings.kind if settings.apply == "add" else _NAMES[settings.apply].lower()
+    method = settings.kind if settings.apply == "add" else _NAMES[settings.apply].lower()
     return ForeignAdapter(
-        kind, found, common_dtype(dtypes), others.kept, others.dtypes, settings.model, notes=notes,
+        method, updates, common_dtype(dtypes), others.kept, others.dtypes, settings.model, notes=notes,
         application=application, ties=ties,
     )  # fmt: skip
 
 
 def _alone(found: Sequence[TargetUpdate], bases: Collection[str]) -> list[str]:
     """Return the names of embeddings and heads that PEFT adapts alone, also where the model ties them."""
-    targets = [one.target for one in found if not one.target.tied]
+    targets = [update.target for update in found if not update.target.tied]
     return [
         target.name
         for target in targets

@@ -43,12 +43,12 @@ __all__ = ["PeftC3a", "PeftFourierFT", "PeftMiss", "PeftShira", "PeftWaveFT"]
 def few_values(targets: Sequence[Target], values: Sequence[Float], projection: Recipe, scale: float) -> OwnStructure:
     """Return one vector per weight, to which a map is applied."""
 
-    def config(alpha: float | None) -> Config:
+    def config_of(alpha: float | None) -> Config:
         return Config(order=1, format="dense", rank=1, projection=projection, on="weight", alpha=alpha)
 
-    made, factor = scaled_config(scale, config)
-    arrays = {f"group{number}.split0.dense": own.reshape(-1) * factor for number, own in enumerate(values)}
-    return OwnStructure(targets, made, arrays)
+    config, factor = scaled_config(scale, config_of)
+    arrays = {f"group{number}.split0.dense": array.reshape(-1) * factor for number, array in enumerate(values)}
+    return OwnStructure(targets, config, arrays)
 
 
 def dense_updates(targets: Sequence[Target], deltas: Sequence[Float], why: str) -> OwnStructure:
@@ -60,8 +60,8 @@ def dense_updates(targets: Sequence[Target], deltas: Sequence[Float], why: str) 
 def targets_with_room(content: PeftContent, values: Sequence[Float]) -> list[Target]:
     """Return the target of each module, which must have as many elements as there are values."""
     return [
-        content.target_from_base(path, functools.partial(_has_room, own.size), f"it has {own.size} values")
-        for path, own in zip(content.modules, values, strict=True)
+        content.target_from_base(path, functools.partial(_has_room, array.size), f"it has {array.size} values")
+        for path, array in zip(content.modules, values, strict=True)
     ]
 
 
@@ -104,9 +104,9 @@ class PeftShira(PeftMethod):
         content.require_modules()
         rank, targets, places, values = rank_of(content, 32), list[Target](), list[NDArray[np.int64]](), list[Float]()
         for path in content.modules:
-            own, indices = content.tensor(path, "shira_weight", 1), content.tensor(path, "shira_indices", 2)
-            sides, rest = divmod(own.size, rank)
-            if indices.shape != (2, own.size) or rest:
+            elements, indices = content.tensor(path, "shira_weight", 1), content.tensor(path, "shira_indices", 2)
+            sides, rest = divmod(elements.size, rank)
+            if indices.shape != (2, elements.size) or rest:
                 raise content.misfit(path, f"shira_weight must have r (rows + cols) elements, r = {rank}, and "
                                      "shira_indices a row and a column for each")  # fmt: skip
             target = content.target_from_base(
@@ -119,16 +119,16 @@ class PeftShira(PeftMethod):
                 raise content.misfit(path, "shira_indices has a position twice")
             targets.append(target)
             places.append(flat)
-            values.append(own)
+            values.append(elements)
         seed = seed_of("random_seed", content.config.get("random_seed"), DEFAULT_SEED)
         return _seeded(targets, places, values, seed) or _listed(targets, places, values)
 
     def write(self, modules: Sequence[Module], file: AdapterFile) -> EncodedAdapter:
         """Encode the values with their positions, and zeros at further ones up to ``r (rows + cols)``."""
-        found = [self._elements(module, file) for module in modules]
-        rank = max(-(-len(places) // sum(module.shape)) for module, (places, _) in zip(modules, found, strict=True))
+        elements = [self._elements(module, file) for module in modules]
+        rank = max(-(-len(places) // sum(module.shape)) for module, (places, _) in zip(modules, elements, strict=True))
         tensors, indices = dict[str, Float](), dict[str, NDArray[np.int32]]()
-        for module, (places, values) in zip(modules, found, strict=True):
+        for module, (places, values) in zip(modules, elements, strict=True):
             rows, cols = module.shape
             size = rank * (rows + cols)
             if size > rows * cols:
@@ -169,16 +169,16 @@ def _seeded(
     targets: Sequence[Target], places: Sequence[NDArray[np.int64]], values: Sequence[Float], seed: int
 ) -> OwnStructure | None:
     """Return the values in the order in which torch draws their positions; None if it does not draw these."""
-    most, arrays = max(own.size for own in values), []
-    for target, flat, own in zip(targets, places, values, strict=True):
+    most, arrays = max(array.size for array in values), []
+    for target, flat, weight_values in zip(targets, places, values, strict=True):
         length = target.shape[0] * target.shape[1]
         if most > length:
             return None
-        drawn = permutation_head(length, own.size, seed)
+        drawn = permutation_head(length, weight_values.size, seed)
         order = np.argsort(flat)
         if not np.array_equal(flat[order], np.sort(drawn)):
             return None
-        arrays.append(padded(own[order][np.argsort(np.argsort(drawn))], most))
+        arrays.append(padded(weight_values[order][np.argsort(np.argsort(drawn))], most))
     return few_values(targets, arrays, TorchScatter(most, seed), 1.0)
 
 
@@ -187,12 +187,12 @@ def _listed(targets: Sequence[Target], places: Sequence[NDArray[np.int64]], valu
 
     The positions are those in each weight if they are the same in all, otherwise those in the long vector.
     """
-    if all(np.array_equal(own, places[0]) for own in places) and len({target.shape for target in targets}) == 1:
+    if all(np.array_equal(flat, places[0]) for flat in places) and len({target.shape for target in targets}) == 1:
         with contextlib.suppress(ConfigError):
             return few_values(targets, values, Scatter(positions=tuple(places[0].tolist())), 1.0)
     sizes = [target.shape[0] * target.shape[1] for target in targets]
     starts = np.cumsum([0, *sizes])
-    flat = np.concatenate([own + start for own, start in zip(places, starts, strict=False)])
+    flat = np.concatenate([flat + start for flat, start in zip(places, starts, strict=False)])
     try:
         config = Config(
             groups=1,
@@ -204,9 +204,9 @@ def _listed(targets: Sequence[Target], places: Sequence[NDArray[np.int64]], valu
         )
     except ConfigError:
         deltas = []
-        for target, own, here in zip(targets, values, places, strict=True):
+        for target, weight_values, positions in zip(targets, values, places, strict=True):
             delta = np.zeros(target.shape)
-            delta.reshape(-1)[here] = own
+            delta.reshape(-1)[positions] = weight_values
             deltas.append(delta)
         return dense_updates(targets, deltas, f"no seed gives its {flat.size} positions, and a config cannot list them")
     return OwnStructure(targets, config, {"group0.split0.dense": np.concatenate(values)})
@@ -233,14 +233,14 @@ class PeftFourierFT(PeftMethod):
         targets = targets_with_room(content, values)
         scale = number_of("scaling", content.config.get("scaling", 150.0))
         seed = seed_of("random_loc_seed", content.config.get("random_loc_seed"), _FOURIER_SEED)
-        most = max(own.size for own in values)
+        most = max(array.size for array in values)
         if all(target.shape[0] * target.shape[1] >= most for target in targets):
             map_ = (TorchScatter(most, seed), "dft2")
-            return few_values(targets, [padded(own, most) for own in values], map_, scale)
+            return few_values(targets, [padded(array, most) for array in values], map_, scale)
         deltas = []
-        for target, own in zip(targets, values, strict=True):
+        for target, entries in zip(targets, values, strict=True):
             spectrum = np.zeros(target.shape[0] * target.shape[1])
-            spectrum[permutation_head(spectrum.size, own.size, seed)] = own
+            spectrum[permutation_head(spectrum.size, entries.size, seed)] = entries
             deltas.append(np.asarray(np.fft.ifft2(spectrum.reshape(target.shape)).real * scale))
         return dense_updates(
             targets, deltas, f"a config has one number of entries, and {most} are more than a weight has"
@@ -301,16 +301,16 @@ class PeftWaveFT(PeftMethod):
         targets = targets_with_room(content, values)
         scale = number_of("scaling", content.config.get("scaling", 25.0))
         seed = seed_of("random_loc_seed", content.config.get("random_loc_seed"), _WAVELET_SEED)
-        most, shapes = max(own.size for own in values), [target.shape for target in targets]
+        most, shapes = max(array.size for array in values), [target.shape for target in targets]
         transform = content.config.get("use_idwt", True)
         steps = (_wavelet(content.config.get("wavelet_family", "db1")),) if transform else ()
         if all(rows * cols >= most for rows, cols in shapes):
             map_: Recipe = (TorchScatter(most, seed), *steps) if steps else TorchScatter(most, seed)
-            return few_values(targets, [padded(own, most) for own in values], map_, scale)
+            return few_values(targets, [padded(array, most) for array in values], map_, scale)
         backend, deltas = load_backend("numpy"), []
-        for own, shape in zip(values, shapes, strict=True):
-            made = make_map_on_weights((TorchScatter(own.size, seed), *steps), [shape])
-            deltas.append(np.asarray(made.forward(backend, own)).reshape(shape) * scale)
+        for coefficients, shape in zip(values, shapes, strict=True):
+            wavelet_map = make_map_on_weights((TorchScatter(coefficients.size, seed), *steps), [shape])
+            deltas.append(np.asarray(wavelet_map.forward(backend, coefficients)).reshape(shape) * scale)
         why = f"a config has one number of coefficients, and {most} are more than a weight has"
         return dense_updates(targets, deltas, why)
 
@@ -387,8 +387,8 @@ def _delta(kernel: Float) -> Float:
     down, across, size = kernel.shape
     place = np.arange(size)
     blocks = kernel[:, :, (place[None, :] - place[:, None]) % size]
-    found: Float = blocks.transpose(0, 2, 1, 3).reshape(down * size, across * size) / (across * size)
-    return found
+    delta: Float = blocks.transpose(0, 2, 1, 3).reshape(down * size, across * size) / (across * size)
+    return delta
 
 
 # -- MiSS: one narrow matrix, repeated over the columns of a weight (with "mini" over its rows) ------------------------

@@ -204,19 +204,19 @@ class _Automaton:
 
     def closure(self, nodes: set[int]) -> set[int]:
         """Return the nodes and those that edges without a letter lead to."""
-        found, left = set(nodes), list(nodes)
+        reached, left = set(nodes), list(nodes)
         while left:
-            new = [node for node in self._empty[left.pop()] if node not in found]
-            found.update(new)
+            new = [node for node in self._empty[left.pop()] if node not in reached]
+            reached.update(new)
             left += new
-        return found
+        return reached
 
     def after(self, nodes: set[int], letter: str) -> set[int]:
         """Return the nodes that a letter leads to."""
-        found = {self._letters[node][letter] for node in nodes if letter in self._letters[node]}
+        following = {self._letters[node][letter] for node in nodes if letter in self._letters[node]}
         for node in nodes:
-            found.update(to for text, to in self._classes[node].items() if _reads(text, letter))
-        return found
+            following.update(to for text, to in self._classes[node].items() if _reads(text, letter))
+        return following
 
     def _new(self) -> int:
         if len(self._empty) == _MAX_NODES:
@@ -425,11 +425,11 @@ class PeftSettings(NamedTuple):
         """Return the scale, ``alpha / r``, of a module with factors of this rank; None if they have no rank."""
         if self.apply == "hadamard":
             return 1.0  # HiRA has no alpha; PEFT makes all factors of rank r, whatever rank_pattern says
-        given = integer_of(f"the rank of {path}", self.ranks.get(path, self.rank))
-        if rank is not None and rank != given:
-            raise FileError(f"{safe_repr(path)} has factors of rank {rank}, and adapter_config.json says {given}")
+        expected = integer_of(f"the rank of {path}", self.ranks.get(path, self.rank))
+        if rank is not None and rank != expected:
+            raise FileError(f"{safe_repr(path)} has factors of rank {rank}, and adapter_config.json says {expected}")
         alpha = number_of(f"alpha of {path}", self.alphas.get(path, self.alpha))
-        return alpha / math.sqrt(given) if self.rslora else alpha / given
+        return alpha / math.sqrt(expected) if self.rslora else alpha / expected
 
 
 def settings_of(config: Mapping[str, Any]) -> PeftSettings:
@@ -441,7 +441,7 @@ def settings_of(config: Mapping[str, Any]) -> PeftSettings:
         If a field has the wrong type, is unknown, or means that the update is not
         only added to the weight. The message names the field.
     """
-    kind = LOW_RANK[str(config["peft_type"]).upper()]
+    method = LOW_RANK[str(config["peft_type"]).upper()]
     _check_fields(config, _HARMLESS | _READ, _REFUSED)
     start = config.get("init_lora_weights")
     if isinstance(start, str) and _CHANGES_BASE.search(start):
@@ -452,18 +452,18 @@ def settings_of(config: Mapping[str, Any]) -> PeftSettings:
         )
     saved, bias, model = _kept_settings(config)
     return PeftSettings(
-        kind,
+        method,
         integer_of("r", config.get("r", 8)),
-        number_of("alpha", config.get("lora_alpha" if kind == "lora" else "alpha", 8)),
+        number_of("alpha", config.get("lora_alpha" if method == "lora" else "alpha", 8)),
         _patterns("rank_pattern", config),
         _patterns("alpha_pattern", config),
-        bool(config.get("use_rslora")) and kind == "lora",
-        bool(config.get("fan_in_fan_out")) and kind == "lora",
+        bool(config.get("use_rslora")) and method == "lora",
+        bool(config.get("fan_in_fan_out")) and method == "lora",
         saved,
         bias,
         model,
-        _apply(config, kind),
-        _parameters(config, kind),
+        _apply(config, method),
+        _parameters(config, method),
         config.get("trainable_token_indices"),
         bool(config.get("ensure_weight_tying")),
         _model_type(config),
@@ -554,19 +554,19 @@ def _apply(config: Mapping[str, Any], kind: str) -> str:
 
 
 def _parameters(config: Mapping[str, Any], kind: str) -> tuple[str, ...]:
-    found = config.get("target_parameters") or []
-    if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
-        raise FileError(f"target_parameters must be a list of names; got {safe_repr(found)}")
-    if found and (kind != "lora" or _apply(config, kind) != "add"):
-        raise FileError(f"target_parameters={safe_repr(found)} belongs to LoRA; peft_type is {config['peft_type']}")
-    return tuple(found)
+    names = config.get("target_parameters") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise FileError(f"target_parameters must be a list of names; got {safe_repr(names)}")
+    if names and (kind != "lora" or _apply(config, kind) != "add"):
+        raise FileError(f"target_parameters={safe_repr(names)} belongs to LoRA; peft_type is {config['peft_type']}")
+    return tuple(names)
 
 
 def _patterns(field: str, config: Mapping[str, Any]) -> PathPatterns:
-    found = config.get(field) or {}
-    if not isinstance(found, dict):
-        raise FileError(f"{field} must be an object; got {safe_repr(found)}")
-    return PathPatterns(field, found)
+    patterns = config.get(field) or {}
+    if not isinstance(patterns, dict):
+        raise FileError(f"{field} must be an object; got {safe_repr(patterns)}")
+    return PathPatterns(field, patterns)
 
 
 def integer_of(name: str, value: Any) -> int:
@@ -703,17 +703,17 @@ def origin_settings(about: Pretrained | None, saved: Collection[str] | None) -> 
     """
     if about is None or about.library != "transformers":
         return {}
-    found = dict[str, Any]()
+    settings = dict[str, Any]()
     if about.name and not about.local and not about.remote:
-        found["base_model_name_or_path"] = about.name
+        settings["base_model_name_or_path"] = about.name
         if about.revision:
-            found["revision"] = about.revision
+            settings["revision"] = about.revision
     task = _PEFT_TASKS.get(about.task)
     if task is not None and _has_head(task, saved or ()):
-        found["task_type"] = task.name
+        settings["task_type"] = task.name
     elif about.task:
-        found["auto_mapping"] = {"base_model_class": TASKS[about.task].model, "parent_library": "transformers"}
-    return found
+        settings["auto_mapping"] = {"base_model_class": TASKS[about.task].model, "parent_library": "transformers"}
+    return settings
 
 
 def _has_head(task: _PeftTask, saved: Collection[str]) -> bool:

@@ -76,8 +76,8 @@ class PeftVera(PeftMethod):
             "factor0": Scaled(Given(shared=True), start=0.0),
             "factor1": Scaled(Given(shared=True), size=False, rank=True, start=_start(content)),
         }
-        given = {f"group0.{_B}": b_matrix, f"group0.{_D}": a.T}
-        return OwnStructure(targets, Config(rank=rank, sources=sources), arrays, given, updates, notes=notes)
+        given_arrays = {f"group0.{_B}": b_matrix, f"group0.{_D}": a.T}
+        return OwnStructure(targets, Config(rank=rank, sources=sources), arrays, given_arrays, updates, notes=notes)
 
     def _projections(
         self, content: PeftContent, rank: int, rows: int, cols: int
@@ -110,9 +110,9 @@ class PeftVera(PeftMethod):
         fit = (config.order, config.splits, config.terms, config.format, config.projection, config.fold)
         sources = [config.sources.get("factor0"), config.sources.get("factor1")]
         shaped = [
-            isinstance(one, Scaled) and not inner_source(one).trained and inner_source(one).independent_of_group
-            and (one.size, one.rank) == sides
-            for one, sides in zip(sources, ((True, False), (False, True)), strict=True)
+            isinstance(source, Scaled) and not inner_source(source).trained
+            and inner_source(source).independent_of_group and (source.size, source.rank) == sides
+            for source, sides in zip(sources, ((True, False), (False, True)), strict=True)
         ]  # fmt: skip
         if fit != (2, 1, 1, "cp", "identity", "stack") or not all(shaped) or len(config.sources) != 2:
             self.refuse(
@@ -123,9 +123,9 @@ class PeftVera(PeftMethod):
         tensors, whole = dict[str, Float](), dict[str, Float]()
         for module in modules:
             group = plan.groups[plan.layout.of_weight(module.targets[0][0])[0].group]
-            own = {name: file.arrays[full].astype(np.float64) for name, full in group.names.items()}
-            tensors[self.name_of(module, "vera_lambda_b")] = own[f"{_B}.size"] * group.network.scale
-            tensors[self.name_of(module, "vera_lambda_d")] = own[f"{_D}.rank"]
+            arrays = {name: file.arrays[full].astype(np.float64) for name, full in group.names.items()}
+            tensors[self.name_of(module, "vera_lambda_b")] = arrays[f"{_B}.size"] * group.network.scale
+            tensors[self.name_of(module, "vera_lambda_d")] = arrays[f"{_D}.rank"]
             for name in (_B, _D):
                 array = group.frozen.on(backend, (name, file.dtype), like, "float64")
                 if name not in whole or len(array) > len(whole[name]):
@@ -140,9 +140,9 @@ def _has_rows(own: int, rows: int, _cols: int) -> bool:
 
 
 def _start(content: PeftContent) -> float:
-    found = content.config.get("d_initial")
-    usable = isinstance(found, (int, float)) and not isinstance(found, bool) and 0 < abs(found) <= 1
-    return float(found) if usable else 0.1  # type: ignore[arg-type]
+    start = content.config.get("d_initial")
+    usable = isinstance(start, (int, float)) and not isinstance(start, bool) and 0 < abs(start) <= 1
+    return float(start) if usable else 0.1  # type: ignore[arg-type]
 
 
 def _bound(fan_in: int) -> float:
@@ -193,7 +193,7 @@ class PeftRandLora(PeftMethod):
         a, b, notes = self._bases(content, rank, weights)
         alpha = number_of("randlora_alpha", content.config.get("randlora_alpha", 640))
         plan = _Plan(weights, rank, a, b)
-        arrays, given, updates = dict[str, Float](), dict[str, Float](), []
+        arrays, given_arrays, updates = dict[str, Float](), dict[str, Float](), []
         scale = alpha / rank
         config, moved = plan.config(), 1.0
         try:
@@ -202,12 +202,13 @@ class PeftRandLora(PeftMethod):
             moved = scale
         trained = list[str]()
         for number, weight in enumerate(weights):
-            own, frozen = plan.of(number)
-            for name in own:
-                own[name] = own[name] * moved if name.endswith(f"{plan.short(weight)}.rank") else own[name]
-            trained += [name for name in own if plan.short(weight) in name]
-            arrays |= own
-            given |= frozen
+            diagonals, frozen = plan.of(number)
+            for name in diagonals:
+                if name.endswith(f"{plan.short(weight)}.rank"):
+                    diagonals[name] = diagonals[name] * moved
+            trained += [name for name in diagonals if plan.short(weight) in name]
+            arrays |= diagonals
+            given_arrays |= frozen
             updates.append(plan.update(weight, scale))
         if plan.mixed:
             notes += ("weights with more rows than columns and others: each stores its own bases, with diagonals of "
@@ -215,7 +216,7 @@ class PeftRandLora(PeftMethod):
         elif not plan.alike:
             notes += ("weights whose smaller sides differ: PEFT pairs the bases differently, and each stores its own",)
         return OwnStructure(
-            [weight.target for weight in weights], config, arrays, given, updates,
+            [weight.target for weight in weights], config, arrays, given_arrays, updates,
             trained if plan.mixed else None, notes,
         )  # fmt: skip
 
@@ -240,9 +241,11 @@ class PeftRandLora(PeftMethod):
                 )
             names = short, long
             self._check(group, short, long, -(-min(module.shape) // rank))
-            own = {name: file.arrays[full].astype(np.float64) for name, full in group.names.items()}
-            tensors[self.name_of(module, "randlora_lambda")] = np.stack([own[f"{name}.rank"] for name in short], axis=1)
-            tensors[self.name_of(module, "randlora_gamma")] = np.stack([own[f"{name}.size"] for name in short])
+            arrays = {name: file.arrays[full].astype(np.float64) for name, full in group.names.items()}
+            tensors[self.name_of(module, "randlora_lambda")] = np.stack(
+                [arrays[f"{name}.rank"] for name in short], axis=1
+            )
+            tensors[self.name_of(module, "randlora_gamma")] = np.stack([arrays[f"{name}.size"] for name in short])
             for name in (short[0], *long):
                 array = group.frozen.on(load_backend("numpy"), (name, file.dtype), np.zeros(1), "float64")
                 if name not in whole or len(array) > len(whole[name]):
@@ -258,7 +261,7 @@ class PeftRandLora(PeftMethod):
     def _check(self, group: Group, short: Sequence[str], long: Sequence[str], count: int) -> None:
         """Raise ConfigError unless a weight is the sum of as many terms as PEFT has, with one A and shared bases."""
         entries = group.frozen.entries
-        multipliers = {name: one.multipliers for name, one in group.multiplied.items()}
+        multipliers = {name: factor.multipliers for name, factor in group.multiplied.items()}
         if (
             not all(name in entries and entries[name].source.independent_of_group for name in (*short, *long))
             or multipliers != dict.fromkeys(short, ("size", "rank"))
@@ -293,12 +296,12 @@ class PeftRandLora(PeftMethod):
                 )
                 for name in self.shared
             )
-            own = max(min(weight.target.shape) for weight in weights)
+            short = max(min(weight.target.shape) for weight in weights)
             long = max(max(weight.target.shape) for weight in weights)
-            if a.shape[:2] != (rank, 1) or a.shape[2] < own or b.shape[2] != rank or b.shape[0] < long:
+            if a.shape[:2] != (rank, 1) or a.shape[2] < short or b.shape[2] != rank or b.shape[0] < long:
                 raise content.misfit(
                     weights[0].target.module,
-                    f"randlora_A must be ({rank}, 1, {own}) and randlora_B ({long}, {-(-own // rank)}, {rank}), or "
+                    f"randlora_A must be ({rank}, 1, {short}) and randlora_B ({long}, {-(-short // rank)}, {rank}), or "
                     f"larger; they are {a.shape} and {b.shape}",
                 )
             if b.shape[1] < max(len(weight.gammas) for weight in weights):
@@ -365,25 +368,25 @@ class _Plan:
 
     def of(self, number: int) -> tuple[dict[str, Float], dict[str, Float]]:
         """Return the trained and the given arrays of a weight."""
-        weight, own, given = self.weights[number], dict[str, Float](), dict[str, Float]()
+        weight, trained, given_arrays = self.weights[number], dict[str, Float](), dict[str, Float]()
         least, most = min(weight.target.shape), max(weight.target.shape)
         short, long = self.short(weight), self.long(weight)
         largest_least, largest = (max(side(other.target.shape) for other in self.weights) for side in (min, max))
         for term in range(self.terms):
             prefix = f"group{number}." + f"term{term}." * (self.terms > 1)
             real = term < len(weight.gammas)
-            own[f"{prefix}{short}.size"] = weight.gammas[term] if real else np.zeros(least)
-            own[f"{prefix}{short}.rank"] = weight.lambdas[:, term] if real else np.zeros(self.rank)
+            trained[f"{prefix}{short}.size"] = weight.gammas[term] if real else np.zeros(least)
+            trained[f"{prefix}{short}.rank"] = weight.lambdas[:, term] if real else np.zeros(self.rank)
             if self.mixed:
-                own |= {f"{prefix}{long}.size": np.ones(most), f"{prefix}{long}.rank": np.ones(self.rank)}
-                given[f"{prefix}{short}"] = self.a[:, :least].T
+                trained |= {f"{prefix}{long}.size": np.ones(most), f"{prefix}{long}.rank": np.ones(self.rank)}
+                given_arrays[f"{prefix}{short}"] = self.a[:, :least].T
             elif number == 0 and term == 0:
-                given[f"{prefix}{short}"] = self.a[:, :largest_least].T
+                given_arrays[f"{prefix}{short}"] = self.a[:, :largest_least].T
             if self.mixed or not self.alike:
-                given[f"{prefix}{long}"] = self._long_factor(weight, term, most)
+                given_arrays[f"{prefix}{long}"] = self._long_factor(weight, term, most)
             elif number == 0:
-                given[f"{prefix}{long}"] = self._long_factor(weight, term, largest)
-        return own, given
+                given_arrays[f"{prefix}{long}"] = self._long_factor(weight, term, largest)
+        return trained, given_arrays
 
     def update(self, weight: _Weight, scale: float) -> ModuleUpdate:
         """Return the update, as PEFT multiplies it out."""
@@ -415,8 +418,8 @@ def _sparse(stream: TorchStream, shape: tuple[int, int, int], sparsity: float) -
 def _normalized(array: Float, half: bool) -> Float:
     deviation = np.array(array.std(ddof=1), np.float32)
     single = array.astype(np.float32)
-    found = bfloat16_of(single / bfloat16_of(deviation)) if half else single / deviation
-    return np.asarray(found, np.float64)
+    normalized = bfloat16_of(single / bfloat16_of(deviation)) if half else single / deviation
+    return np.asarray(normalized, np.float64)
 
 
 # -- TinyLoRA: the r × r matrices of LoRA-XS combine fixed random ones with few trained numbers ------------------------
@@ -462,10 +465,11 @@ class PeftTinyLora(PeftMethod):
             place = order.get(path, 0)
             # PEFT's groups of layers: all of one size, and the rest in the last one.
             number = min(place // max(1, len(order) // len(vectors)), len(vectors) - 1)
-            own = self._projection(content, path, place, vectors[number].size, len(a))
             owners.append(number)
             p = np.zeros((firsts[-1], len(a), len(a)))
-            p[firsts[number] : firsts[number + 1]] = own
+            p[firsts[number] : firsts[number + 1]] = self._projection(
+                content, path, place, vectors[number].size, len(a)
+            )
             targets.append(content.target(path, (len(b), a.shape[1])))
             parts.append((b, p, a))
         theta = np.concatenate(vectors)
@@ -474,13 +478,16 @@ class PeftTinyLora(PeftMethod):
         if "tinylora_P" not in next(iter(content.modules.values())):
             notes = (f"PEFT left P to a seed of torch's: {DRAWN}",)
         rank = max(p.shape[1] for _, p, _ in parts)
-        matrices, given, updates = dict[str, Float](), dict[str, Float](), []
+        matrices, given_arrays, updates = dict[str, Float](), dict[str, Float](), []
         for number, ((b, p, a), target) in enumerate(zip(parts, targets, strict=True)):
             # A Tucker factor has no more columns than rows.
             left, right = ((0, min(rank, side) - p.shape[1]) for side in target.shape)
             name = f"group{number}.split0"
             matrices[f"{name}.core"] = np.pad(p, ((0, 0), left, right))
-            given |= {f"{name}.factor0": np.pad(b, ((0, 0), left)), f"{name}.factor1": np.pad(a, (right, (0, 0))).T}
+            given_arrays |= {
+                f"{name}.factor0": np.pad(b, ((0, 0), left)),
+                f"{name}.factor1": np.pad(a, (right, (0, 0))).T,
+            }
             updates.append(ModuleUpdate("lora", target.shape, (Pair(b @ np.einsum("i,ijk->jk", theta, p), a.T),)))
         if "float64" in content.dtypes:
             return OwnStructure(targets, updates=updates, notes=(_WIDE, *notes))
@@ -493,18 +500,18 @@ class PeftTinyLora(PeftMethod):
                 arrays = dict[str, Float]()
                 for group, (owner, p) in enumerate(zip(owners, matrices.values(), strict=True)):
                     arrays[f"group{group}.theta"] = vectors[owner]
-                    own = p[firsts[owner] : firsts[owner + 1]]
-                    given[f"group{group}.theta.matrix"] = own.reshape(size, -1).T
-                return OwnStructure(targets, config, arrays, given, updates, notes=notes)
+                    block = p[firsts[owner] : firsts[owner + 1]]
+                    given_arrays[f"group{group}.theta.matrix"] = block.reshape(size, -1).T
+                return OwnStructure(targets, config, arrays, given_arrays, updates, notes=notes)
         matrix = np.concatenate([p.reshape(theta.size, -1) for p in matrices.values()], axis=1).T
         if theta.size <= len(matrix):
             config = config.replace(before="given", parameters=theta.size, offset=False)
             return OwnStructure(
-                targets, config, {"theta": theta}, {**given, "theta.matrix": matrix}, updates, notes=notes
+                targets, config, {"theta": theta}, {**given_arrays, "theta.matrix": matrix}, updates, notes=notes
             )
         cores = {name: np.einsum("i,ijk->jk", theta, p) for name, p in matrices.items()}
         notes = (_TINYLORA_NOTE.format(theta.size, sum(core.size for core in cores.values())), *notes)
-        return OwnStructure(targets, config, cores, given, updates, notes=notes)
+        return OwnStructure(targets, config, cores, given_arrays, updates, notes=notes)
 
     def write(self, modules: Sequence[Module], file: AdapterFile) -> EncodedAdapter:
         """Encode the factors, θ, and P as the map before the network has it."""
@@ -530,7 +537,7 @@ class PeftTinyLora(PeftMethod):
             tensors[self.name_of(module, "tinylora_A")] = a.T
             tensors[self.name_of(module, "tinylora_B")] = b
             tensors[self.name_of(module, "tinylora_P")] = group.network.scale * np.stack(
-                [one[full] for one in matrices]
+                [arrays[full] for arrays in matrices]
             )
         settings = {"r": max(sides), "u": vector.size, "weight_tying": 1.0, "save_projection": True}
         return EncodedAdapter(tensors, config=settings)
@@ -543,7 +550,7 @@ class PeftTinyLora(PeftMethod):
 
     def _order(self, content: PeftContent, vectors: int) -> dict[str, int]:
         """Return the place of each weight in the model: it says which v is the weight's, and seeds P."""
-        stored = all("tinylora_P" in own for own in content.modules.values())
+        stored = all("tinylora_P" in tensors for tensors in content.modules.values())
         if len(content.modules) == 1 or (vectors == 1 and stored):
             return dict.fromkeys(content.modules, 0)
         if content.base is None or not content.base.ordered:
@@ -553,7 +560,9 @@ class PeftTinyLora(PeftMethod):
             )
         for path in content.modules:
             content.base.check_module(path)
-        return {path: place for place, path in enumerate(one for one in content.base.shapes if one in content.modules)}
+        return {
+            path: place for place, path in enumerate(path for path in content.base.shapes if path in content.modules)
+        }
 
     def _projection(self, content: PeftContent, path: str, place: int, count: int, rank: int) -> Float:
         """Return P, (u, r, r), stored or drawn as PEFT draws it."""
@@ -655,7 +664,7 @@ class PeftUniLora(PeftMethod):
             self.refuse("PEFT's factors are P θ alone, and here they start at other numbers: set offset=False")
         vector = file.arrays[part.name].astype(np.float64)
         random = np.random.default_rng(0).normal(size=vector.size)
-        scales, places, made = (
+        scales, places, values = (
             theta.moved(backend, part, probe) for probe in (np.ones(vector.size), np.arange(vector.size) + 1.0, random)
         )
         # Both factors are multiples of θ, so that a scale of their product can be part of it.
@@ -669,7 +678,7 @@ class PeftUniLora(PeftMethod):
                 if np.any(scale == 0.0):
                     self._refuse_map(file)
                 index = np.clip(np.rint(places[full] / scale).astype(np.int64) - 1, 0, vector.size - 1)
-                if not np.allclose(random[index] * scale, made[full], rtol=1e-9, atol=1e-12):
+                if not np.allclose(random[index] * scale, values[full], rtol=1e-9, atol=1e-12):
                     self._refuse_map(file)
                 if letter == "A":
                     scale, index = scale.T, index.T
@@ -685,7 +694,7 @@ class PeftUniLora(PeftMethod):
         )
 
     def _stored(self, content: PeftContent, theta: Float) -> dict[str, _Factors]:
-        found = {}
+        factors = {}
         for path in content.modules:
             a_index, b_index, a_scale, b_scale = (content.tensor(path, name, 2) for name in _TENSORS)
             if a_index.shape != a_scale.shape or b_index.shape != b_scale.shape or len(a_index) != b_index.shape[1]:
@@ -693,8 +702,8 @@ class PeftUniLora(PeftMethod):
             for index in (a_index, b_index):
                 if (index < 0).any() or (index >= theta.size).any():
                     raise content.misfit(path, f"an index is outside the {theta.size} elements of unilora_theta_d")
-            found[path] = _Factors(a_index, b_index, a_scale, b_scale)
-        return found
+            factors[path] = _Factors(a_index, b_index, a_scale, b_scale)
+        return factors
 
     def _drawn(self, content: PeftContent, theta: Float, rank: int) -> dict[str, _Factors]:
         """Draw the indices as PEFT does, which needs the order of the model's modules."""
@@ -756,17 +765,17 @@ def _patterns_of(targets: str | Sequence[object]) -> PathPatterns:
     """Return patterns that match the paths that PEFT's ``target_modules`` mean."""
     if isinstance(targets, str):
         return PathPatterns("target_modules", {targets: True}, whole=True)
-    return PathPatterns("target_modules", {re.escape(one): True for one in targets if isinstance(one, str)})
+    return PathPatterns("target_modules", {re.escape(name): True for name in targets if isinstance(name, str)})
 
 
 def _balanced(count: int, length: int, seed: int) -> NDArray[np.int64]:
     """Return PEFT's indices, each of which occurs equally often but for one."""
     rng = np.random.default_rng(seed)
-    found = np.repeat(np.arange(length), count // length)
+    indices = np.repeat(np.arange(length), count // length)
     if count % length:
-        found = np.concatenate([found, rng.choice(length, size=count % length, replace=False)])
-    rng.shuffle(found)
-    return found
+        indices = np.concatenate([indices, rng.choice(length, size=count % length, replace=False)])
+    rng.shuffle(indices)
+    return indices
 
 
 # -- VB-LoRA: parts of A and B mix a few vectors of a bank, which no config has: read as LoRA --------------------------

@@ -92,7 +92,7 @@ def register_file_format(name: str, cls: type[FileFormat]) -> None:
     if isinstance(name, str) and name == OWN:
         raise ConfigError(f"file format {name!r} is built in and cannot be replaced: choose another name")
     _formats.check(name, cls)
-    if unknown := [kind for kind in cls.kinds if kind not in KINDS]:
+    if unknown := [method for method in cls.kinds if method not in KINDS]:
         raise ConfigError(f"kinds of {cls.__name__} may have {', '.join(KINDS)}; got {safe_repr(unknown[0])}")
     asked = ["detect", "read"]
     asked += ["encode", "write"] if cls.kinds else []
@@ -105,26 +105,26 @@ def register_file_format(name: str, cls: type[FileFormat]) -> None:
 
 def forms() -> tuple[str, ...]:
     """Return all valid values of ``to``: a format alone, for the adapter's own method, and with each of its methods."""
-    found = [OWN]
+    names = [OWN]
     for name, cls in _formats.items():
-        found += [name] if cls.kinds else []
-        found += [f"{name}-{kind}" for kind in (*cls.kinds, *cls.structures)]
-    return tuple(found)
+        names += [name] if cls.kinds else []
+        names += [f"{name}-{method}" for method in (*cls.kinds, *cls.structures)]
+    return tuple(names)
 
 
 def _is_form(to: str) -> bool:
-    name, dash, kind = to.partition("-")
+    name, dash, method = to.partition("-")
     if name not in _formats:
         return to == OWN
     cls = _formats[name]
-    return kind in (*cls.kinds, *cls.structures) if dash else bool(cls.kinds)
+    return method in (*cls.kinds, *cls.structures) if dash else bool(cls.kinds)
 
 
 def format_of(name: str) -> FileFormat:
     """Return a format by its name; that of this library reads and writes nothing."""
-    found = FileFormat() if name == OWN else _formats.find(name)()
-    found.name = name
-    return found
+    file_format = FileFormat() if name == OWN else _formats.find(name)()
+    file_format.name = name
+    return file_format
 
 
 # -- The request: checked arguments, and the method where only a format is named ---------------------------------------
@@ -151,8 +151,8 @@ def requested(
         rank = integer("rank", rank, 1, 1 << 40, ConfigError)
         if not has_rank(to):
             raise ConfigError(f"rank={rank} (--rank) applies to LoRA, LoKr and LoHa only; {to!r} has no rank to choose")
-    name, _, kind = to.partition("-")
-    return ConversionRequest(to, format_of(name), kind, rank, max_error, base, part, dtype, without_kept)
+    name, _, method = to.partition("-")
+    return ConversionRequest(to, format_of(name), method, rank, max_error, base, part, dtype, without_kept)
 
 
 def _no_choice(what: str, given: Any, known: Sequence[str]) -> ConfigError:
@@ -177,8 +177,8 @@ def check_part(part: str | None, source: FileFormat, target: FileFormat) -> None
 
 def has_rank(form: str) -> bool:
     """Return whether a form is of a rank: not the full differences, nor a structure of its own."""
-    _, _, kind = form.partition("-")
-    return form != OWN and kind in ("", *KINDS) and kind != "full"
+    _, _, method = form.partition("-")
+    return form != OWN and method in ("", *KINDS) and method != "full"
 
 
 def with_method(request: ConversionRequest, modules: Sequence[Module], unpacked: Unpacked) -> ConversionRequest:
@@ -186,10 +186,10 @@ def with_method(request: ConversionRequest, modules: Sequence[Module], unpacked:
     if request.kind:
         return request
     kinds = request.format.kinds
-    found = {form.kind if (form := module.form(unpacked)) is not None else "" for module in modules}
-    own = found.pop() if len(found) == 1 else ""
-    kind = own if own in kinds else kinds[0]
-    return request._replace(form=f"{request.format.name}-{kind}", kind=kind)
+    methods = {form.kind if (form := module.form(unpacked)) is not None else "" for module in modules}
+    common = methods.pop() if len(methods) == 1 else ""
+    method = common if common in kinds else kinds[0]
+    return request._replace(form=f"{request.format.name}-{method}", kind=method)
 
 
 # -- The result: the adapter in its new form, its error, and how to save it --------------------------------------------
@@ -389,11 +389,11 @@ def read(source: Any, request: ConversionRequest) -> ConvertedFrom:
     ConfigError
         If neither the source nor the result has such a part.
     """
-    found = _read(source, request.format, request.part, request.format.configure(request.base))
+    adapter = _read(source, request.format, request.part, request.format.configure(request.base))
     if request.without_kept:
-        found = found._replace(file=_without_kept(found.file))
-    found.file.check_finite()
-    return found
+        adapter = adapter._replace(file=_without_kept(adapter.file))
+    adapter.file.check_finite()
+    return adapter
 
 
 def _read(source: Any, target: FileFormat, part: str | None, base: Any) -> ConvertedFrom:
@@ -406,25 +406,25 @@ def _read(source: Any, target: FileFormat, part: str | None, base: Any) -> Conve
         return _from_own(source, known, base)
     path = path_of(source)
     with file_error_context(path):
-        found = _detect(path)
-        if found is None and os.path.isdir(path):
+        reader_and_path = _detect(path)
+        if reader_and_path is None and os.path.isdir(path):
             path = _in_folder(path)
-            found = _detect(path)
-    if found is None:
+            reader_and_path = _detect(path)
+    if reader_and_path is None:
         try:
             file = load(path)
         except FileError:
             # Neither a file of this library nor of a registered format: a plug-in may register one.
             load_plugins()
             with file_error_context(path):
-                found = _detect(path)
-            if found is None:
+                reader_and_path = _detect(path)
+            if reader_and_path is None:
                 raise
         else:
             check_part(part, format_of(OWN), target)
             with file_error_context(path):
                 return _from_own(file, known, base)
-    reader, place = found
+    reader, place = reader_and_path
     check_part(part, reader, target)
     with file_error_context(path):
         # A format without parts to read is not asked for one: the caller means that of the result.
@@ -454,12 +454,12 @@ def _read_foreign(reader: FileFormat, files: StoredFiles, base: Base | None, par
         raise FileError(
             f"the file format {reader.name!r} ({reader.library}) cannot read it: {type(error).__name__}: {error}"
         ) from error
-    kind = f"{reader.name}-{adapter.kind}" if adapter.kind else reader.name
+    form = f"{reader.name}-{adapter.kind}" if adapter.kind else reader.name
     file, updates = file_of(adapter)
     count = adapter.parameters
     if count is None:
         count = sum(update.num_parameters for update in updates)
-    return ConvertedFrom(kind, file, count, adapter.notes, updates, adapter.part, base)
+    return ConvertedFrom(form, file, count, adapter.notes, updates, adapter.part, base)
 
 
 def _from_own(file: AdapterFile, known: Base | None, base: Any) -> ConvertedFrom:
@@ -538,7 +538,7 @@ def _own(found: ConvertedFrom, dtype: str | None) -> Conversion:
     if dtype is not None:
         arrays, kinds = round_to(Unpacked(file).arrays, dtype)
         check_range(arrays, dtype)
-        kept = {name: kind for name, kind in file.dtypes.items() if name not in file.arrays}
+        kept = {name: dtype_name for name, dtype_name in file.dtypes.items() if name not in file.arrays}
         file = dataclasses.replace(file, arrays=arrays, dtypes={**kept, **kinds})
     sizes = found.parameters, file.num_parameters
     if file.activation is not None:
@@ -548,7 +548,7 @@ def _own(found: ConvertedFrom, dtype: str | None) -> Conversion:
     error, errors = errors_of(
         (target.label, before.update(number), after.update(number)) for number, target in enumerate(file.targets)
     )
-    exact = all(is_rounding(one, file.dtype, True) for one in (error, *errors.values()))
+    exact = all(is_rounding(value, file.dtype, True) for value in (error, *errors.values()))
     return Conversion(OWN, found.kind, exact, error, errors, sizes, found.notes, file)
 
 
@@ -596,7 +596,7 @@ def _export(found: ConvertedFrom, request: ConversionRequest) -> Conversion:
     record = {"from": found.kind, "to": request.form, "config": file.config.to_dict(), **encoded.record}
     error, errors = _measured(modules, unpacked, request, form.write(tensors, kinds, record, encoded.config))
     written = next(kinds.get(name, array.dtype.name) for name, array in stored.items())
-    exact = all(is_rounding(one, written, known) for one in (error, *errors.values()))
+    exact = all(is_rounding(value, written, known) for value in (error, *errors.values()))
     record |= {"exact": exact, "error": float(f"{error:.2e}")}
     files = form.write(tensors, kinds, record, encoded.config)
     sizes = found.parameters, sum(array.size for array in stored.values())
@@ -649,10 +649,10 @@ def _measured(
     again, wanted = Unpacked(back), {module.place for module in modules}
     places, others = dict[str, int](), list[Target]()
     for number, target in enumerate(back.targets):
-        own = [place_of(one) for one in (target, *target.tied_targets())]
-        places |= dict.fromkeys(own, number)
+        target_places = [place_of(alias) for alias in (target, *target.tied_targets())]
+        places |= dict.fromkeys(target_places, number)
         # Other libraries have all experts of a parameter; those without a target have zeros.
-        others += [target] if target.index is None and wanted.isdisjoint(own) else []
+        others += [target] if target.index is None and wanted.isdisjoint(target_places) else []
     if others or not places.keys() >= wanted:
         raise FileError("what was written does not read back: please report this")
     return errors_of((module.name, module.update(unpacked), again.update(places[module.place])) for module in modules)

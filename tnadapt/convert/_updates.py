@@ -90,13 +90,13 @@ def as_matrix(part: Pair | Float) -> Float:
     """Return a part as a matrix."""
     if not isinstance(part, Pair):
         return part
-    found: Float = part.b @ part.a.T
-    return found
+    product: Float = part.b @ part.a.T
+    return product
 
 
 def _rows_of(part: Pair | Float, at: slice | NDArray[np.int64]) -> Float:
-    found: Float = part.b[at] @ part.a.T if isinstance(part, Pair) else part[at]
-    return found
+    rows: Float = part.b[at] @ part.a.T if isinstance(part, Pair) else part[at]
+    return rows
 
 
 class ModuleUpdate(NamedTuple):
@@ -165,23 +165,23 @@ class ModuleUpdate(NamedTuple):
 
     def arrays(self) -> dict[str, Float]:
         """Return the arrays of :meth:`config`, without the group's prefix, and with all Pairs padded to one rank."""
-        config, found = self.config(), dict[str, Float]()
+        config, arrays = self.config(), dict[str, Float]()
         for number, part in enumerate(self.parts):
             leading = self.kind == "lokr" and number == 0 and config.leading == "dense"
             if isinstance(part, Pair) and not leading:
                 part = part.padded(self.rank)
-                found |= {f"split{number}.factor0": part.b, f"split{number}.factor1": part.a}
+                arrays |= {f"split{number}.factor0": part.b, f"split{number}.factor1": part.a}
             elif self.kind == "dense":
-                found[f"split{number}.dense"] = as_matrix(part).reshape(-1)
+                arrays[f"split{number}.dense"] = as_matrix(part).reshape(-1)
             else:
-                found[f"split{number}.dense"] = as_matrix(part)
-        return found
+                arrays[f"split{number}.dense"] = as_matrix(part)
+        return arrays
 
     def delta(self) -> Float:
         """Compute ΔW, shape (rows, cols)."""
         arrays = {f"group0.{name}": array for name, array in self.absorb_scale().arrays().items()}
-        found: Float = SuperLoRA(self.config(), [self.shape]).deltas(arrays)[0]
-        return found
+        delta: Float = SuperLoRA(self.config(), [self.shape]).deltas(arrays)[0]
+        return delta
 
     def rows(self, start: int, stop: int) -> Float:
         """Compute rows ``start`` to ``stop - 1`` of ΔW."""
@@ -190,10 +190,10 @@ class ModuleUpdate(NamedTuple):
             first, last = self.parts
             outer, inner = np.divmod(at, last.shape[0])
             left, right = _rows_of(first, outer), _rows_of(last, inner)
-            found = (left[:, :, None] * right[:, None, :]).reshape(len(at), -1)
+            rows = (left[:, :, None] * right[:, None, :]).reshape(len(at), -1)
         else:
-            found = functools.reduce(np.multiply, (_rows_of(part, slice(start, stop)) for part in self.parts))
-        return found if self.scale == 1.0 else found * self.scale
+            rows = functools.reduce(np.multiply, (_rows_of(part, slice(start, stop)) for part in self.parts))
+        return rows if self.scale == 1.0 else rows * self.scale
 
     def absorb_scale(self) -> ModuleUpdate:
         """Return the same update with its scale multiplied into the first part, and a scale of 1."""
@@ -315,17 +315,17 @@ def norms_of(old: ModuleUpdate, new: ModuleUpdate) -> tuple[float, float]:
     are subtracted. Updates without small factors of the same shapes are compared in blocks of rows.
     """
     with np.errstate(over="ignore", invalid="ignore"):
-        one, other = (_kronecker_of(update) for update in (old, new))
-        equal = old.scale == new.scale and all(map(_equal, one or old.parts, other or new.parts))
-        found = _norms_of_factors(old.absorb_scale(), new.absorb_scale())
-        off, whole = found or _norms_of_blocks(old.absorb_scale(), new.absorb_scale())
+        old_parts, new_parts = (_kronecker_of(update) for update in (old, new))
+        equal = old.scale == new.scale and all(map(_equal, old_parts or old.parts, new_parts or new.parts))
+        norms = _norms_of_factors(old.absorb_scale(), new.absorb_scale())
+        off, whole = norms or _norms_of_blocks(old.absorb_scale(), new.absorb_scale())
     return 0.0 if equal else off, whole
 
 
 def check_size(name: str, update: ModuleUpdate, dtype: str) -> None:
     """Raise FileError if an update has numbers that are not finite in float32, or in float64 if it is of that dtype."""
-    kind = "float64" if dtype == "float64" else "float32"
-    most = float(np.finfo(kind).max)
+    precision = "float64" if dtype == "float64" else "float32"
+    most = float(np.finfo(precision).max)
     bound = abs(update.scale) * math.prod(map(_largest, update.parts))
     if bound <= most:
         return
@@ -334,14 +334,14 @@ def check_size(name: str, update: ModuleUpdate, dtype: str) -> None:
     rows, cols = update.shape
     if not reached and rows * cols > _MOST:
         raise FileError(
-            f"the update of {safe_repr(name)} may have numbers that are not finite in {kind}, and was not checked, as "
-            f"{rows} × {cols} numbers are too many: its factors allow up to {bound:.3g}. The adapter is damaged, or "
-            "its scale (alpha) is wrong"
+            f"the update of {safe_repr(name)} may have numbers that are not finite in {precision}, and was not "
+            f"checked, as {rows} × {cols} numbers are too many: its factors allow up to {bound:.3g}. The adapter is "
+            "damaged, or its scale (alpha) is wrong"
         )
     if reached or not all(float(np.max(np.abs(block))) <= most for block in _blocks(update)):
         raise FileError(
-            f"the update of {safe_repr(name)} has numbers that are not finite in {kind}: the adapter is damaged, or "
-            "its scale (alpha) is wrong"
+            f"the update of {safe_repr(name)} has numbers that are not finite in {precision}: the adapter is damaged, "
+            "or its scale (alpha) is wrong"
         )
 
 
@@ -379,14 +379,14 @@ def _norms_of_blocks(old: ModuleUpdate, new: ModuleUpdate) -> tuple[float, float
 
 def _norms_of_factors(old: ModuleUpdate, new: ModuleUpdate) -> tuple[float, float] | None:
     """Compute :func:`norms_of` of updates of scale 1 from factors; None if these are not small, or of other shapes."""
-    one, other = _kronecker_of(old), _kronecker_of(new)
-    if one is None or other is None:
+    old_parts, new_parts = _kronecker_of(old), _kronecker_of(new)
+    if old_parts is None or new_parts is None:
         return None
     sides, exponent = list[tuple[Float, Float]](), 0
-    for parts in zip(one, other, strict=True):
-        if parts[0].shape != parts[1].shape or (found := _compressed(*parts, math.prod(old.shape))) is None:
+    for parts in zip(old_parts, new_parts, strict=True):
+        if parts[0].shape != parts[1].shape or (compressed := _compressed(*parts, math.prod(old.shape))) is None:
             return None
-        small, scaled = found
+        small, scaled = compressed
         sides.append(small)
         exponent += scaled
     upper, lower = (_triangle(*side) for side in sides)
@@ -412,13 +412,13 @@ def _kronecker_of(update: ModuleUpdate) -> tuple[Pair | Float, Pair | Float] | N
         return first, last
     if update.kind != "loha":
         return np.ones((1, 1)), update.parts[0]
-    one, two = update.parts
-    assert isinstance(one, Pair)
-    assert isinstance(two, Pair)
-    if 4 * one.rank * two.rank > min(update.shape):
+    w1, w2 = update.parts
+    assert isinstance(w1, Pair)
+    assert isinstance(w2, Pair)
+    if 4 * w1.rank * w2.rank > min(update.shape):
         return None
     # A row of the Hadamard product's factors is the Kronecker product of the rows of those of the two matrices.
-    b, a = ((left[:, :, None] * right[:, None, :]).reshape(len(left), -1) for left, right in zip(one, two, strict=True))
+    b, a = ((left[:, :, None] * right[:, None, :]).reshape(len(left), -1) for left, right in zip(w1, w2, strict=True))
     return np.ones((1, 1)), Pair(b, a)
 
 
@@ -504,9 +504,9 @@ def low_rank_slice(plan: SuperLoRA, weight: int, arrays: Mapping[str, Float], dt
     if how is None or how.width is None or how.width * (rows + cols) >= rows * cols:
         return None
     backend = load_backend("numpy")
-    found = how(backend, arrays, dtype)
-    matrix = found.pair(backend)
-    return ModuleUpdate("lora", (rows, cols), (_narrowed(matrix, plan.largest_rank(weight)),), found.scale)
+    factors = how(backend, arrays, dtype)
+    matrix = factors.pair(backend)
+    return ModuleUpdate("lora", (rows, cols), (_narrowed(matrix, plan.largest_rank(weight)),), factors.scale)
 
 
 def _narrowed(matrix: Matrix, rank: int) -> Pair:
@@ -561,13 +561,13 @@ class Unpacked:
         plan = self.file.plan
         linear = all(plan.groups[piece.group].projection.linear for piece in plan.layout.of_weight(weight))
         with np.errstate(over="ignore", invalid="ignore"):  # check_size reports infinite results
-            found: Float = (
+            delta: Float = (
                 plan.arrays_plan.delta(self._made, weight, self.file.dtype)
                 if linear
                 else self._nonlinear[weight].astype(np.float64)
             )
-        self._check_size(ModuleUpdate("dense", self.file.targets[weight].shape, (found,)), weight)
-        return found
+        self._check_size(ModuleUpdate("dense", self.file.targets[weight].shape, (delta,)), weight)
+        return delta
 
     def _check_size(self, update: ModuleUpdate, weight: int) -> None:
         check_size(self.file.targets[weight].label, update, self.file.dtype)
@@ -636,8 +636,8 @@ class Unpacked:
         network = group.network
         if len(network.sizes) != 2 or network.sizes[1] != shape[1]:
             return None
-        own = {name: self._made[full] for name, full in group.names.items()}
-        arrays = group.with_frozen(load_backend("numpy"), own, self.file.dtype)
+        trained = {name: self._made[full] for name, full in group.names.items()}
+        arrays = group.with_frozen(load_backend("numpy"), trained, self.file.dtype)
         terms = [_parts(network, network.of_term(prefixes, arrays)) for prefixes in network.prefixes]
         if len(network.splits) == 1:
             return _low_rank(terms, shape, network.scale)
@@ -651,12 +651,12 @@ Part = Pair | Float
 
 def _parts(network: Network, arrays: Sequence[Mapping[str, Float]]) -> list[Part]:
     """Return the matrix of each split of a term, as two factors where its format has them."""
-    backend, found = load_backend("numpy"), list[Part]()
-    for split, own in zip(network.splits, arrays, strict=True):
-        halves = split.factors(backend, own)
+    backend, parts = load_backend("numpy"), list[Part]()
+    for split, split_arrays in zip(network.splits, arrays, strict=True):
+        halves = split.factors(backend, split_arrays)
         whole = [(0, size) for size in split.sizes]
-        found.append(split.tensor(backend, own, whole) if halves is None else Pair(halves[0], halves[1].T))
-    return found
+        parts.append(split.tensor(backend, split_arrays, whole) if halves is None else Pair(halves[0], halves[1].T))
+    return parts
 
 
 def _low_rank(terms: Sequence[Sequence[Part]], shape: tuple[int, int], scale: float) -> ModuleUpdate | None:
@@ -673,7 +673,7 @@ def _kronecker(parts: Sequence[Part], shape: tuple[int, int], scale: float) -> M
     # Multiply all splits but the last, as other libraries have two factors only.
     for part in between:
         first = np.asarray(np.kron(as_matrix(first), as_matrix(part)), np.float64)
-    if tuple(one * other for one, other in zip(first.shape, last.shape, strict=True)) != shape:
+    if tuple(size * other for size, other in zip(first.shape, last.shape, strict=True)) != shape:
         return None  # the product is larger than the weight and truncated, which no other library supports
     return ModuleUpdate("lokr", shape, (first, last), scale)
 
@@ -735,12 +735,12 @@ class Module(NamedTuple):
         if any(target.index is not None for _, target in self.targets):
             return None  # several matrices instead of one, as of experts
         forms = [unpacked.form(number) for number, _ in self.targets]
-        found = [form for form in forms if form is not None]
+        exact = [form for form in forms if form is not None]
         if len(self.targets) == 1 and self.targets[0][1].rows is None:
             return forms[0]
-        if len(found) < len(forms) or any(form.kind != "lora" for form in found):
+        if len(exact) < len(forms) or any(form.kind != "lora" for form in exact):
             return None
-        return self._stacked(found)
+        return self._stacked(exact)
 
     def update(self, unpacked: Unpacked) -> ModuleUpdate:
         """Return ΔW as its exact factors, or else dense."""
@@ -769,11 +769,11 @@ def modules_of(file: AdapterFile) -> list[Module]:
     places: dict[str, list[tuple[int, Target]]] = {}
     for number, target in enumerate(file.targets):
         places.setdefault(place_of(target), []).append((number, target))
-    found = []
+    modules = []
     for place in sorted(places, key=natural):
         first = places[place][0][1]  # all targets of a weight agree on how it is stored
-        found.append(Module(first.module, first.matrix_sizes, first.transposed, tuple(places[place])))
-    return found
+        modules.append(Module(first.module, first.matrix_sizes, first.transposed, tuple(places[place])))
+    return modules
 
 
 def is_embedding(module: Module) -> bool:

@@ -175,7 +175,7 @@ def digits(spec: Spec, progress: Callable[[str, float], None] = lambda what, don
     mean, std = float(samples["training"].inputs.mean()), float(samples["training"].inputs.std())
     parts = {name: Pixels(part, mean, std) for name, part in samples.items()}
     limited = dataclasses.replace(new, samples=choose(new.samples, spec.limit))
-    own: dict[str, Part] = {
+    new_parts: dict[str, Part] = {
         name: Pixels(part, mean, std) for name, part in divide(limited, validation=spec.holdout).items()
     }
     sizes = ViTSizes()
@@ -207,7 +207,7 @@ def digits(spec: Spec, progress: Callable[[str, float], None] = lambda what, don
         "the digits 5 to 9",
         "image",
         new.classes,
-        own,
+        new_parts,
         build,
         _plain,
         tuple(dict.fromkeys([*spec.keep_trainable, "head"])),
@@ -264,8 +264,8 @@ def _pretrain(
 
 def cache_folder() -> Path:
     """Return the cache folder: ``$XDG_CACHE_HOME/tnadapt``, or the platform's default."""
-    if given := os.environ.get("XDG_CACHE_HOME"):
-        return Path(given) / "tnadapt"
+    if folder := os.environ.get("XDG_CACHE_HOME"):
+        return Path(folder) / "tnadapt"
     if sys.platform == "win32" and (local := os.environ.get("LOCALAPPDATA")):
         return Path(local) / "tnadapt" / "cache"
     if sys.platform == "darwin":
@@ -284,22 +284,22 @@ def _cached(
     path = folder / f"vit-{key}.safetensors"
     wanted = {name: (tensor.shape, tensor.dtype) for name, tensor in like.state_dict().items()}
     try:
-        found: dict[str, Tensor] = load_file(path)
-        if {name: (tensor.shape, tensor.dtype) for name, tensor in found.items()} == wanted and all(
-            bool(tensor.isfinite().all()) for tensor in found.values()
+        stored: dict[str, Tensor] = load_file(path)
+        if {name: (tensor.shape, tensor.dtype) for name, tensor in stored.items()} == wanted and all(
+            bool(tensor.isfinite().all()) for tensor in stored.values()
         ):
-            return found
+            return stored
     except (OSError, SafetensorError):
         pass
     _make_folder(folder)
-    made = {name: tensor.detach().clone().contiguous() for name, tensor in make().items()}
+    weights = {name: tensor.detach().clone().contiguous() for name, tensor in make().items()}
     try:
         with tempfile.TemporaryDirectory(dir=folder) as beside:
-            save_file(made, Path(beside) / path.name)
+            save_file(weights, Path(beside) / path.name)
             os.replace(Path(beside) / path.name, path)
     except (OSError, SafetensorError) as error:
         raise _unkept(folder, error) from None
-    return made
+    return weights
 
 
 def _make_folder(folder: Path) -> None:

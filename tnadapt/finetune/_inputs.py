@@ -212,10 +212,10 @@ class Images:
         return torch.from_numpy(self._read([index]))[0] if self.pixels is None else self.pixels[index]
 
     def _read(self, indices: Sequence[int]) -> NDArray[np.uint8]:
-        found = np.empty((len(indices), self.channels, self.size, self.size), np.uint8)
+        pixels = np.empty((len(indices), self.channels, self.size, self.size), np.uint8)
         for place, index in enumerate(indices):
-            found[place] = _pixels(self.inputs[index], self.size, self.channels)
-        return found
+            pixels[place] = _pixels(self.inputs[index], self.size, self.channels)
+        return pixels
 
 
 def _pixels(image: Any, size: int, channels: int) -> NDArray[np.uint8]:
@@ -350,11 +350,11 @@ def class_expected(name: str, auto: str, task: str) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        found = re.search(r"Unrecognized configuration class <class '[\w.]*?(\w+)'>", str(error))
-        if found is None:
+        match = re.search(r"Unrecognized configuration class <class '[\w.]*?(\w+)'>", str(error))
+        if match is None:
             raise
         raise TnadaptError(
-            f"{safe_repr(name)} has a {found[1]}, for which transformers has no {auto}; the task is {task}: give "
+            f"{safe_repr(name)} has a {match[1]}, for which transformers has no {auto}; the task is {task}: give "
             "another --model, or other data"
         ) from None
 

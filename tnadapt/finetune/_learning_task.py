@@ -271,11 +271,11 @@ class LearningTask(abc.ABC):
     def different(self, rows: Rows, others: Rows) -> int:
         """Return the number of samples for which two predictions differ."""
         pairs = zip(rows, others, strict=True)
-        return sum(not torch.equal(self.predicted(one), self.predicted(other)) for one, other in pairs)
+        return sum(not torch.equal(self.predicted(row), self.predicted(other)) for row, other in pairs)
 
     def largest_gap(self, rows: Rows, others: Rows) -> float:
         """Return the largest difference between two outputs."""
-        gaps = ((one - other).abs() for one, other in zip(rows, others, strict=True))
+        gaps = ((row - other).abs() for row, other in zip(rows, others, strict=True))
         return max((float(gap.max()) for gap in gaps if gap.numel()), default=0.0)
 
     # -- Files -------------------------------------------------------------------------------------
@@ -294,9 +294,9 @@ class LearningTask(abc.ABC):
         TnadaptError
             If a field is missing or of another type.
         """
-        given = {name: tuple(v) if isinstance(v, list) else v for name, v in found.items() if name != "name"}
+        fields = {name: tuple(v) if isinstance(v, list) else v for name, v in found.items() if name != "name"}
         try:
-            return cls(**given)
+            return cls(**fields)
         except TypeError as error:
             raise TnadaptError(f"the description of the task {cls.name!r} is damaged: {error}") from None
 
@@ -306,7 +306,7 @@ class LearningTask(abc.ABC):
             raise ConfigError(f"{field} of the task {self.name!r} must be {expected}; got {safe_repr(value)}")
 
     def _require_classes(self, classes: Any) -> None:
-        words = isinstance(classes, tuple) and all(isinstance(one, str) for one in classes)
+        words = isinstance(classes, tuple) and all(isinstance(name, str) for name in classes)
         possible = words and len(set(classes)) == len(classes) >= 2
         self._require("classes", classes, possible, "two or more different names")
 

@@ -65,8 +65,8 @@ def prediction_rows(
     [{'id': '7', 'review': 'good', 'score': '4', 'prediction_2': 'yes', 'score_2': 0.75}]
     """
     if source is None:
-        shown = [{"image": str(one) if isinstance(one, Path) else place} for place, one in enumerate(inputs)]
-        return [{**one, **_json(answer)} for one, answer in zip(shown, answers, strict=True)]
+        shown = [{"image": str(row) if isinstance(row, Path) else place} for place, row in enumerate(inputs)]
+        return [{**row, **_json(answer)} for row, answer in zip(shown, answers, strict=True)]
     columns = _columns(source, len(answers))
     suffix = _suffix(columns, {name: None for answer in answers for name in answer})
     return [
@@ -78,13 +78,13 @@ def prediction_rows(
 
 def _columns(source: Table, count: int) -> dict[str, list[Any]]:
     """Return the first cells of each column, of those that JSON can hold."""
-    found = {}
+    columns = {}
     for name in source.columns:
         if name not in source.opaque:
             cells = [_json(cell) for cell in source.columns[name][:count]]
             if not any(cell is _LEFT_OUT for cell in cells):
-                found[name] = cells
-    return found
+                columns[name] = cells
+    return columns
 
 
 def _suffix(columns: Mapping[str, Any], names: Mapping[str, Any]) -> str:
@@ -96,11 +96,11 @@ def _suffix(columns: Mapping[str, Any], names: Mapping[str, Any]) -> str:
 def _json(value: Any) -> Any:
     """Return a value of JSON, None for a number that is not finite, or ``_LEFT_OUT`` for what JSON cannot hold."""
     if isinstance(value, Mapping):
-        found = {str(name): _json(one) for name, one in value.items()}
-        return _LEFT_OUT if any(one is _LEFT_OUT for one in found.values()) else found
+        fields = {str(name): _json(item) for name, item in value.items()}
+        return _LEFT_OUT if any(item is _LEFT_OUT for item in fields.values()) else fields
     if isinstance(value, (list, tuple)):
-        some = [_json(one) for one in value]
-        return _LEFT_OUT if any(one is _LEFT_OUT for one in some) else some
+        some = [_json(item) for item in value]
+        return _LEFT_OUT if any(item is _LEFT_OUT for item in some) else some
     if isinstance(value, (datetime.date, datetime.time)):
         return value.isoformat()
     if isinstance(value, float):
@@ -194,7 +194,7 @@ def predict(
     progress("loading the model")
     # A base by another name is the caller's choice; without one the file's name is used.
     model = tnt.load_pretrained(adapter, base=base, device=device, dtype=torch.float32)
-    where, made = torch.device(device), None
+    where, completions = torch.device(device), None
     progress(f"predicting the {which} part of {data}" if which else "predicting")
     part: Part | None
     if pixels is not None:
@@ -202,15 +202,17 @@ def predict(
     else:
         words = tokenizer_of(vocabulary, transformers_library(), split_words=task.split_words, revision=at)
         longest = _longest(inputs, path, str(base or about.name), words, model)
-        made = task.complete(model, words, samples, longest, batch, new_tokens, where)
-        wanted = known or made is None
+        completions = task.complete(model, words, samples, longest, batch, new_tokens, where)
+        wanted = known or completions is None
         part = encoded(task, {"data": samples}, words, longest, model, vocabulary)["data"] if wanted else None
-    answers: list[dict[str, Any]] = [{}] * len(samples) if made is None else [{"prediction": one} for one in made]
+    answers: list[dict[str, Any]] = (
+        [{}] * len(samples) if completions is None else [{"prediction": text} for text in completions]
+    )
     metrics: dict[str, float] = {}
     if part is not None:
         with silent(transformers_library()):
             more, measured = _outputs(task, model, about, part, samples, batch, where, f"the model of {path}", data)
-        answers = [{**one, **other} for one, other in zip(answers, more, strict=True)]
+        answers = [{**answer, **other} for answer, other in zip(answers, more, strict=True)]
         metrics = measured if known else {}
     return Predictions(task.name, prediction_rows(table, samples.inputs, answers), metrics, which)
 
@@ -233,8 +235,8 @@ def _outputs(
             first = part.batch(torch.arange(min(2, len(part.labels))), device)
             task.check(lambda inputs: compute(model, inputs), first, name, data)
     rows = evaluate(model, compute, task, part, device, batch)
-    found = task.measure(rows, part.labels)
-    return task.answers(rows, part, samples), {task.metric.name: found.score, **found.more}
+    measured = task.measure(rows, part.labels)
+    return task.answers(rows, part, samples), {task.metric.name: measured.score, **measured.more}
 
 
 def _longest(inputs: Mapping[str, Any], path: str, base: str, tokenizer: Any, model: Any) -> int:
@@ -245,13 +247,13 @@ def _longest(inputs: Mapping[str, Any], path: str, base: str, tokenizer: Any, mo
     FileError
         If the length in the file is not possible.
     """
-    given, (least, most) = inputs.get("max_length"), lengths(tokenizer, model)
-    if given is not None and not least <= given <= most:
+    length, (least, most) = inputs.get("max_length"), lengths(tokenizer, model)
+    if length is not None and not least <= length <= most:
         raise FileError(
-            f"{path} has the max_length {given}; expected {least} to {most}, for the base {safe_repr(base)} and its "
+            f"{path} has the max_length {length}; expected {least} to {most}, for the base {safe_repr(base)} and its "
             "tokenizer"
         )
-    return longest_text(given, base, tokenizer, model)
+    return longest_text(length, base, tokenizer, model)
 
 
 def _samples(task: LearningTask, data: str, spec: Spec) -> tuple[str, Samples, bool, Table | None]:
@@ -259,7 +261,7 @@ def _samples(task: LearningTask, data: str, spec: Spec) -> tuple[str, Samples, b
     path = Path(data)
     if task.kind == "image":
         inside = path.iterdir() if path.is_dir() else [path]
-        files = sorted(one for one in inside if one.suffix.lower() in IMAGES and one.is_file())
+        files = sorted(path for path in inside if path.suffix.lower() in IMAGES and path.is_file())
         if files:
             return "", Samples(files, np.zeros(len(files), np.int64)), False, None
     source: Table | Data = open_source(data, spec.text_column, spec.label_column)

@@ -84,13 +84,13 @@ def _own_problem(spec: Spec) -> Problem:
     assert spec.model is not None
     assert spec.data is not None
     source = open_source(spec.data, spec.text_column, spec.label_column, spec.label_names)
-    kind = choose_task(source, spec)
-    data = kind.read(source, spec)
-    test = None if data.test is None else choose(data.test, spec.limit, stratified=kind.stratified)
-    some = choose(data.samples, spec.limit, stratified=kind.stratified)
+    task_class = choose_task(source, spec)
+    data = task_class.read(source, spec)
+    test = None if data.test is None else choose(data.test, spec.limit, stratified=task_class.stratified)
+    some = choose(data.samples, spec.limit, stratified=task_class.stratified)
     data = Data(data.name, data.kind, data.classes, some, test)
-    samples = divide(data, validation=spec.holdout, stratified=kind.stratified)
-    task = kind.of(data, samples["training"])
+    samples = divide(data, validation=spec.holdout, stratified=task_class.stratified)
+    task = task_class.of(data, samples["training"])
     if spec.model.startswith("timm:"):
         if spec.head_rows:
             raise TnadaptError(
@@ -118,25 +118,25 @@ def choose_task(source: Table | Data, spec: Spec) -> type[LearningTask]:
         and what to give.
     """
     task = _evident(source, spec) if spec.task is None else _named(source, spec, spec.task)
-    for option in dict.fromkeys(name for one in TASKS.values() for name in one.options):
+    for option in dict.fromkeys(name for task in TASKS.values() for name in task.options):
         if getattr(spec, option) is not None and option not in task.options:
-            takers = [name for name, one in TASKS.items() if option in one.options]
+            takers = [name for name, task in TASKS.items() if option in task.options]
             raise TnadaptError(f"--{option} is for {_given(takers)}; the task of {source.name} is {task.name}")
     return task
 
 
 def _evident(source: Table | Data, spec: Spec) -> type[LearningTask]:
-    found = {name: task.fits(source, spec) for name, task in TASKS.items()}
-    evident = [name for name, evidence in found.items() if evidence.level == "evident"]
+    fits = {name: task.fits(source, spec) for name, task in TASKS.items()}
+    evident = [name for name, evidence in fits.items() if evidence.level == "evident"]
     if len(evident) == 1:
         return TASKS[evident[0]]
-    open_ones = evident or [name for name, evidence in found.items() if evidence.level == "possible"]
+    open_ones = evident or [name for name, evidence in fits.items() if evidence.level == "possible"]
     if isinstance(source, Table) and open_ones in ([], ["causal-lm"]):
         _need_columns(source, spec, bool(open_ones))
     if not open_ones:
-        reasons = "; ".join(f"{name}: {evidence.why}" for name, evidence in found.items())
+        reasons = "; ".join(f"{name}: {evidence.why}" for name, evidence in fits.items())
         raise TnadaptError(f"{source.name} fits no task ({reasons})")
-    reasons = "; ".join(f"{found[name].why} (--task {name})" for name in open_ones)
+    reasons = "; ".join(f"{fits[name].why} (--task {name})" for name in open_ones)
     raise TnadaptError(f"the task is not evident from {source.name}: {reasons}; give {_given(open_ones)}")
 
 
@@ -228,8 +228,8 @@ def _inputs(
     """Return the parts in the model's input format, and what is needed to encode others; complete the settings."""
     name = str(spec.model)
     if task.kind == "image":
-        size, channels, given = image_settings(name, transformers, model.config, spec.image_size)
-        images = dict(divided_images(samples, size, channels, given))
+        size, channels, statistics = image_settings(name, transformers, model.config, spec.image_size)
+        images = dict(divided_images(samples, size, channels, statistics))
         return images, _described(images)
     vocabulary = spec.tokenizer or name
     tokenizer = tokenizer_of(vocabulary, transformers, split_words=task.split_words)
@@ -243,9 +243,9 @@ def _inputs(
 
 def _described(images: Mapping[str, Any]) -> dict[str, Any]:
     """Return size, channels and normalization as JSON values."""
-    one = images["training"]
-    mean, std = (numbers.flatten().tolist() for numbers in one.statistics)
-    return {"image_size": one.size, "channels": one.channels, "pixel_mean": mean, "pixel_std": std}
+    training = images["training"]
+    mean, std = (numbers.flatten().tolist() for numbers in training.statistics)
+    return {"image_size": training.size, "channels": training.channels, "pixel_mean": mean, "pixel_std": std}
 
 
 def _cut_head(model: nn.Module, missing: Sequence[str], rows: Sequence[int], classes: int) -> None:
@@ -270,13 +270,13 @@ def _cut_head(model: nn.Module, missing: Sequence[str], rows: Sequence[int], cla
 
 def _head(model: nn.Module) -> tuple[str, ...]:
     """Return the name of a head from the checkpoint, which must be one of the usual names."""
-    found = tuple(name for name in HEADS if hasattr(model, name))
-    if not found:
+    heads = tuple(name for name in HEADS if hasattr(model, name))
+    if not heads:
         raise TnadaptError(
             f"cannot tell which part of {type(model).__name__} is its head; its parts are "
             f"{', '.join(name for name, _ in model.named_children())}: give --keep-trainable NAME"
         )
-    return found
+    return heads
 
 
 # -- Models of timm ----------------------------------------------------------------------------------------------------
@@ -308,8 +308,8 @@ def _timm(spec: Spec, data: Data, task: LearningTask, samples: dict[str, Samples
     named = config.get("classifier") or "head"
     head = (named,) if isinstance(named, str) else tuple(named)
     channels, *_, side = config["input_size"]
-    given = (config["mean"], config["std"])
-    parts = dict(divided_images(samples, spec.image_size or side, channels, given))
+    statistics = (config["mean"], config["std"])
+    parts = dict(divided_images(samples, spec.image_size or side, channels, statistics))
     return _problem(
         spec, data, task, parts, model, build, logits_of(model, data.kind, "timm"), (), head, _described(parts)
     )

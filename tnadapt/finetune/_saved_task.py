@@ -42,7 +42,7 @@ def _numbers(value: Any, low: float) -> bool:
     return (
         isinstance(value, list)
         and len(value) in (1, 3)
-        and all(type(one) in (int, float) and math.isfinite(one) and low <= one <= 1e6 for one in value)
+        and all(type(number) in (int, float) and math.isfinite(number) and low <= number <= 1e6 for number in value)
     )
 
 
@@ -119,9 +119,9 @@ def tokenizer_in(
             f"{path} names as its tokenizer {safe_repr(named)}, an address or network share, which is not opened "
             "because a file says so: use --tokenizer with it"
         )
-    own = not given and not named and base in (None, about.name)
+    from_base = not given and not named and base in (None, about.name)
     recorded = f"{about.name}/{about.file}" if about.file else about.name
-    return given or named or (recorded if own else str(base)), (about.revision or None) if own else None
+    return given or named or (recorded if from_base else str(base)), (about.revision or None) if from_base else None
 
 
 # -- The task ----------------------------------------------------------------------------------------------------------
@@ -136,8 +136,8 @@ def recorded(about: Pretrained, problem: Problem) -> Pretrained:
     """Return a description of the base with the task, the labels, and the settings of inputs."""
     fields = problem.task.to_dict()
     labels = fields.pop(_CLASSES, about.labels)
-    own = {_PREFIX + name: value for name, value in fields.items() if name != "name"}
-    inputs = {_TASK: problem.task.name, **own, **problem.source}
+    settings = {_PREFIX + name: value for name, value in fields.items() if name != "name"}
+    inputs = {_TASK: problem.task.name, **settings, **problem.source}
     return dataclasses.replace(about, labels=labels, inputs=inputs)
 
 
@@ -173,7 +173,7 @@ def task_in(about: Pretrained | None, path: str) -> tuple[LearningTask, Mapping[
         cls = TASKS.find(name)
     except ConfigError as error:
         raise FileError(f"{path} was trained for a task that is unknown here: {error}") from None
-    fields = {one.removeprefix(_PREFIX): value for one, value in about.inputs.items() if one.startswith(_PREFIX)}
+    fields = {name.removeprefix(_PREFIX): value for name, value in about.inputs.items() if name.startswith(_PREFIX)}
     if _CLASSES in {field.name for field in dataclasses.fields(cls)}:  # type: ignore[arg-type]
         fields[_CLASSES] = about.labels
     try:

@@ -165,8 +165,8 @@ class Spec:
                 raise FileError(f"{self.cache} is a file and should be a folder; give another folder with --cache")
             return
         if self.model is None or self.data is None:
-            given, other = ("--data", "--model") if self.model is None else ("--model", "--data")
-            raise TnadaptError(f"{given} needs {other}, too; with neither, the data are scikit-learn's digits")
+            option, other = ("--data", "--model") if self.model is None else ("--model", "--data")
+            raise TnadaptError(f"{option} needs {other}, too; with neither, the data are scikit-learn's digits")
         require_data(self.data)
         if not self.model.startswith("timm:"):
             _require_model(self.model)

@@ -369,9 +369,9 @@ class Study:
             if fresh:
                 discard(out)
             before = len(results.records)
-            found = sum(task.key in results.records for task in self.tasks)
+            finished = sum(task.key in results.records for task in self.tasks)
             rest = self.seeds[self.tuned_by :] if self.tuned_by else ()
-            self.reporter.begins(len(self.tasks) + len(rest) * len(self.methods), found)
+            self.reporter.begins(len(self.tasks) + len(rest) * len(self.methods), finished)
             self._train_missing(self.tasks, results, adapters, engine)
             metric = self.problem.task.metric
             tuned = {
@@ -414,7 +414,7 @@ class Study:
     def _saved(self, best: Point, results: Results, adapters: Path, engine: Engine) -> tuple[Path, Proof]:
         # The seed with the best validation score.
         quality = best.metric.quality
-        record = max(best.records, key=lambda one: (quality(one["validation"]), -one["seed"]))
+        record = max(best.records, key=lambda line: (quality(line["validation"]), -line["seed"]))
         task = Task(best.method, record["seed"], best.rate)
         tasks = len(self.tasks)
         if not _is_whole(adapters / task.file_name()):
@@ -426,11 +426,11 @@ class Study:
         work = _Proofs(self.spec, self.training)
         # The same number of threads as in training: another one would change the order of sums, and the rounding.
         share = engine.threads(self.problem.threads, tasks)
-        ((_, found),) = run_tasks(
+        ((_, line),) = run_tasks(
             work, [_Saved(record, path)], path.parent, engine=engine, threads=share, study=results.digest,
             do=work.of(self.problem),
         )  # fmt: skip
-        return path, Proof(**found)
+        return path, Proof(**line)
 
     def _draw(self, points: Sequence[Point], path: Path) -> Path | None:
         from tnadapt.plot import Axis, Mark, pareto

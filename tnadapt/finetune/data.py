@@ -127,12 +127,12 @@ class Data:
             If there is no class of one of the numbers.
         """
         known = {str(number): word for number, word in enumerate(words)}
-        if unknown := [one for one in self.classes if one not in known]:
+        if unknown := [name for name in self.classes if name not in known]:
             raise FileError(
                 f"{self.name} has the label {unknown[0]}, which is not the number of a class; expected 0 to "
                 f"{len(words) - 1}: leave such samples out"
             )
-        return dataclasses.replace(self, classes=tuple(known[one] for one in self.classes))
+        return dataclasses.replace(self, classes=tuple(known[name] for name in self.classes))
 
 
 def divide(
@@ -279,12 +279,12 @@ def number(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
         raise ValueError(f"{safe_repr(value)} is not a number")
     try:
-        found = float(value)
+        result = float(value)
     except (ValueError, OverflowError):
         raise ValueError(f"{safe_repr(value)} is not a number") from None
-    if not math.isfinite(found):
+    if not math.isfinite(result):
         raise ValueError(f"{safe_repr(value)} is not a finite number")
-    return found
+    return result
 
 
 def facts_of(labels: Sequence[Any], separator: str | None = None) -> LabelFacts:
@@ -313,8 +313,8 @@ def facts_of(labels: Sequence[Any], separator: str | None = None) -> LabelFacts:
     except ValueError:
         pass
     else:
-        kind = "integers" if all(value.is_integer() for value in numbers) else "fractions"
-        return LabelFacts(kind, len(numbers), len(labels), f"{numbers[0]:g} to {numbers[-1]:g}")
+        form = "integers" if all(value.is_integer() for value in numbers) else "fractions"
+        return LabelFacts(form, len(numbers), len(labels), f"{numbers[0]:g} to {numbers[-1]:g}")
     if not all(isinstance(label, str) for label in labels):
         return LabelFacts("other", len({str(label) for label in labels}), len(labels))
     words = {label.strip() for label in labels}
@@ -342,10 +342,10 @@ def _lonely(joint: Sequence[str], words: set[str], mark: str) -> tuple[str, str]
     """Return a joint label and a piece of it that is in no other label, if there is one."""
     seen: dict[str, int] = {}
     for word in words:
-        for piece in {one.strip() for one in word.split(mark)}:
+        for piece in {label.strip() for label in word.split(mark)}:
             seen[piece] = seen.get(piece, 0) + 1
     for word in joint:
-        for piece in (one.strip() for one in word.split(mark)):
+        for piece in (label.strip() for label in word.split(mark)):
             if seen[piece] == 1:
                 return word, piece
     return joint[0], ""
@@ -410,8 +410,8 @@ class Table:
     def hides(self, column: str) -> bool:
         """Return whether all labels in a column are -1, which is how benchmarks hide those of a test part."""
         cells = self.columns[column]
-        pieces = [one for cell in cells for one in (cell if isinstance(cell, list) else [cell])]
-        return bool(pieces) and all(isinstance(one, (int, float)) and one == -1 for one in pieces)
+        pieces = [piece for cell in cells for piece in (cell if isinstance(cell, list) else [cell])]
+        return bool(pieces) and all(isinstance(piece, (int, float)) and piece == -1 for piece in pieces)
 
     def word(self, column: str, row: int, label: Any) -> Any:
         """Return the name of a class by its number; a label as it is if it is text, or the classes have no names.
@@ -480,9 +480,9 @@ def needed_column(source: str, what: str, given: str | None, usual: Sequence[str
     FileError
         If there is none.
     """
-    found = find_column(source, given, usual, names)
-    if found is not None:
-        return found
+    column = find_column(source, given, usual, names)
+    if column is not None:
+        return column
     raise FileError(
         f"which column of {source} is the {what}? It has {_listed(names)}: give --{what}-column NAME, or call it {what}"
     )
@@ -549,15 +549,15 @@ def _separated(delimiter: str, path: Path, file: Any) -> _Rows:
 
 
 def _json_lines(path: Path, file: Any) -> _Rows:
-    found = ((number, line) for number, line in enumerate(file, 1) if line.strip())
-    return _objects(path, ((f"line {number}", _parsed(path, f"line {number}", line)) for number, line in found))
+    lines = ((number, line) for number, line in enumerate(file, 1) if line.strip())
+    return _objects(path, ((f"line {number}", _parsed(path, f"line {number}", line)) for number, line in lines))
 
 
 def _json_list(path: Path, file: Any) -> _Rows:
-    found = _parsed(path, "the file", file.read())
-    if not isinstance(found, list):
+    entries = _parsed(path, "the file", file.read())
+    if not isinstance(entries, list):
         raise FileError(f"{path} is not a list of objects; expected [{{…}}, …], or one object per line in a .jsonl")
-    return _objects(path, ((f"entry {number}", one) for number, one in enumerate(found, 1)))
+    return _objects(path, ((f"entry {number}", entry) for number, entry in enumerate(entries, 1)))
 
 
 def _parsed(path: Path, where: str, text: str) -> Any:
@@ -569,15 +569,15 @@ def _parsed(path: Path, where: str, text: str) -> Any:
 
 def _objects(path: Path, found: Iterator[tuple[str, Any]]) -> _Rows:
     rows: list[dict[str, Any]] = []
-    for where, one in found:
-        if not isinstance(one, dict) or not one:
-            raise FileError(f"{path}, {where} is {safe_repr(one)}; expected an object with one value for each column")
-        if rows and one.keys() != rows[0].keys():
-            other = sorted(one.keys() ^ rows[0].keys())[0]
+    for where, row in found:
+        if not isinstance(row, dict) or not row:
+            raise FileError(f"{path}, {where} is {safe_repr(row)}; expected an object with one value for each column")
+        if rows and row.keys() != rows[0].keys():
+            other = sorted(row.keys() ^ rows[0].keys())[0]
             raise FileError(
                 f"{path}, {where}: column {safe_repr(other)} is not in every row; give each row the same columns"
             )
-        rows.append(one)
+        rows.append(row)
     return list(rows[0]) if rows else [], rows, []
 
 
@@ -613,8 +613,8 @@ def labelled_texts(
 
     def of(part: Table) -> tuple[Any, list[Any]]:
         labels = list(part.columns[label])
-        for row, one in enumerate(labels):
-            part.word(label, row, one)  # raises if it is not the number of a class
+        for row, cell in enumerate(labels):
+            part.word(label, row, cell)  # raises if it is not the number of a class
         return list(part.columns[text]), labels
 
     test = table.test([text, label], label)
@@ -636,8 +636,8 @@ def _labelled(
         _check(name, kind, *part)
     labels = _stripped(labels)
     test = None if test is None else (test[0], _stripped(test[1]))
-    found = sorted(set(labels) if test is None else set(labels) | set(test[1]))
-    place = {label: index for index, label in enumerate(found)}
+    classes = sorted(set(labels) if test is None else set(labels) | set(test[1]))
+    place = {label: index for index, label in enumerate(classes)}
 
     def samples(inputs: Any, labels: Sequence[Any]) -> Samples:
         return Samples(inputs, np.array([place[label] for label in labels], np.int64))
@@ -645,7 +645,7 @@ def _labelled(
     return Data(
         name,
         kind,
-        tuple(str(label) for label in found),
+        tuple(str(label) for label in classes),
         samples(inputs, labels),
         None if test is None else samples(*test),
         test_name,
@@ -660,7 +660,7 @@ def _check(name: str, kind: str, inputs: Any, labels: Sequence[Any]) -> None:
     """Raise a FileError unless the labels are words or integers and the texts are strings."""
     kinds = {type(label) for label in labels}
     if not kinds or not (kinds == {str} or kinds <= {int, bool}):
-        known = ", ".join(sorted(kind.__name__ for kind in kinds)) or "none"
+        known = ", ".join(sorted(type_.__name__ for type_ in kinds)) or "none"
         raise FileError(f"the labels of {name} are of type {known}; expected words, or integers")
     if kind == "text":
         require_texts(inputs, name)
@@ -767,10 +767,10 @@ def filled(file: io.BufferedIOBase, shape: tuple[int, ...], dtype: DTypeLike, mo
         return array.reshape(shape)
     rest = array.view(np.uint8).data
     while rest:
-        found = file.readinto(rest[:_PIECE])
-        if not found:
+        count = file.readinto(rest[:_PIECE])
+        if not count:
             raise EOFError(f"it ends {len(rest):,} bytes too early")
-        rest = rest[found:]
+        rest = rest[count:]
     return array.reshape(shape)
 
 
@@ -811,7 +811,7 @@ def read_npz(path: Path, names: Set[str]) -> tuple[dict[str, NDArray[np.generic]
     """
     arrays = dict[str, NDArray[np.generic]]()
     with path.open("rb") as raw, zipfile.ZipFile(raw) as archive:
-        there = os.fstat(raw.fileno()).st_size
+        file_size = os.fstat(raw.fileno()).st_size
         known = [entry.filename.removesuffix(".npy") for entry in archive.infolist()]
         for name, entry in zip(known, archive.infolist(), strict=True):
             if name.lower() not in names:
@@ -819,7 +819,7 @@ def read_npz(path: Path, names: Set[str]) -> tuple[dict[str, NDArray[np.generic]
             if name.lower() in arrays:
                 raise ValueError(f"it has more than one array {name.lower()}")
             left = LARGEST - sum(array.nbytes for array in arrays.values())
-            arrays[name.lower()] = _member(archive, entry, there, left)
+            arrays[name.lower()] = _member(archive, entry, file_size, left)
     return arrays, known
 
 
@@ -925,20 +925,20 @@ def _from_datasets(
     try:
         with quiet("datasets", "huggingface_hub"):
             if Path(source).is_dir():
-                found = datasets.load_from_disk(source)
+                splits = datasets.load_from_disk(source)
             else:
-                found = datasets.load_dataset(name, config or None)
+                splits = datasets.load_dataset(name, config or None)
     except Exception as error:  # hubs, proxies and parsers raise many kinds of errors
         raise TnadaptError(
             f"no file or folder {safe_repr(source)}, and datasets cannot load that name: {first_line(error)}; "
             "give --data a file or folder"
         ) from None
-    if not isinstance(found, dict):
-        found = {"train": found}
-    train = found.get("train")
+    if not isinstance(splits, dict):
+        splits = {"train": splits}
+    train = splits.get("train")
     if train is None:
-        raise TnadaptError(f"{source} has the splits {', '.join(found)}; expected one named train")
-    parts = {part: found[part] for part in TEST_FOLDERS if part in found}
+        raise TnadaptError(f"{source} has the splits {', '.join(splits)}; expected one named train")
+    parts = {part: splits[part] for part in TEST_FOLDERS if part in splits}
     pictured = [name for name, feature in train.features.items() if isinstance(feature, datasets.Image)]
     words = {name: names for name, feature in train.features.items() if (names := _class_names(feature))}
     if text_column is not None or not pictured:

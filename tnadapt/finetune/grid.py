@@ -148,16 +148,16 @@ def methods_of(
     >>> [m.name for m in methods_of(["lora"], [1, 8], {"alpha": 16}, [(64, 64)] * 8, 4)]
     ['LoRA r = 1, alpha = 16', 'LoRA r = 8, alpha = 16']
     """
-    found = []
+    methods = []
     for name, parameters in _presets(names, changes):
         stacked = {} if changes.get("groups") == "role" else _stacked(name, parameters, shapes, layers)
-        for rank, given in _given(ranks, changes):
-            config = _config(name, {**stacked, **given})
+        for rank, settings in _given(ranks, changes):
+            config = _config(name, {**stacked, **settings})
             if rank is None and "rank" in parameters:
-                given = {"rank": config.rank, **given}
-            label = ", ".join(f"{'r' if key == 'rank' else key} = {value}" for key, value in given.items())
-            found.append(Method(_family(name, config), label, config))
-    return found
+                settings = {"rank": config.rank, **settings}
+            label = ", ".join(f"{'r' if key == 'rank' else key} = {value}" for key, value in settings.items())
+            methods.append(Method(_family(name, config), label, config))
+    return methods
 
 
 def _check_settings(names: Sequence[str], ranks: Sequence[int], changes: Mapping[str, Any]) -> None:
@@ -165,8 +165,8 @@ def _check_settings(names: Sequence[str], ranks: Sequence[int], changes: Mapping
     for name, parameters in _presets(names, changes):
         # The others compute their fold from the weights.
         if "rows" not in parameters or changes.get("groups") == "role":
-            for _, given in _given(ranks, changes):
-                _config(name, given)
+            for _, settings in _given(ranks, changes):
+                _config(name, settings)
 
 
 def _presets(names: Sequence[str], changes: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -271,13 +271,13 @@ def within(budget: int, shapes: Shapes) -> list[Method]:
     _check_budget(budget)
     search, families = Search(shapes), _families(shapes)
     allowed = min(budget, sum(rows * cols for rows, cols in shapes))
-    found = [largest for family in families if (largest := search.largest(family, allowed))]
-    if not found:
+    settings = [largest for family in families if (largest := search.largest(family, allowed))]
+    if not settings:
         least = min(least.parameters for family in families if (least := search.least(family)))
         raise TnadaptError(
             f"a budget of {budget} is less than any setting needs on these {len(shapes)} weights; the least is {least}"
         )
-    return [method_of(one.config) for one in found]
+    return [method_of(setting.config) for setting in settings]
 
 
 def _families(shapes: Shapes) -> list[Family]:
@@ -355,8 +355,8 @@ class Choice:
         """
         self.check()
         if self.budgets:
-            found = [method for budget in self.budgets for method in within(budget, shapes)]
-            return [head_alone(), *found]
+            methods = [method for budget in self.budgets for method in within(budget, shapes)]
+            return [head_alone(), *methods]
         if self._named:
             return [head_alone(), *methods_of(self.presets, self.ranks, self.changes, shapes, layers)]
         return default_methods(self.short)

@@ -60,10 +60,10 @@ class OwnRates:
         """Return the parameter groups of an optimizer."""
         if self.rate is None or not self.parameters:
             return [{"params": list(parameters)}]
-        own = {id(parameter) for parameter in self.parameters}
-        others = [parameter for parameter in parameters if id(parameter) not in own]
-        found = [{"params": others, "lr": rate}] if others else []
-        return [*found, {"params": list(self.parameters), "lr": self.rate}]
+        ids = {id(parameter) for parameter in self.parameters}
+        others = [parameter for parameter in parameters if id(parameter) not in ids]
+        groups = [{"params": others, "lr": rate}] if others else []
+        return [*groups, {"params": list(self.parameters), "lr": self.rate}]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -263,12 +263,12 @@ def evaluate(
     """
     model.eval()
     order = torch.arange(len(part.labels)) if part.lengths is None else part.lengths.argsort(stable=True)
-    found: list[Tensor] = [order] * len(order)
+    kept: list[Tensor] = [order] * len(order)
     for some in torch.split(order, min(EVALUATION_BATCH, task.evaluation_factor * batch)):
         rows = task.rows(logits(model, part.batch(some, device)), part.labels[some])
         for index, row in zip(some.tolist(), rows, strict=True):
-            found[index] = row
-    return found
+            kept[index] = row
+    return kept
 
 
 def accuracy(model: nn.Module, logits: Logits, task: LearningTask, part: Part, device: torch.device) -> float:

@@ -80,7 +80,7 @@ class Point:
     @property
     def diverged(self) -> bool:
         """Whether the training diverged with some seed; then it did so at every rate."""
-        return any(one["diverged"] for one in self.records)
+        return any(record["diverged"] for record in self.records)
 
     @property
     def spread(self) -> float:
@@ -148,16 +148,16 @@ def better_rate(
     metric: Metric = ACCURACY,
 ) -> float | None:
     """Return the best of the rates with results for all these seeds, or None."""
-    tried = [(rate, found) for rate in rates if (found := _complete(records, method, rate, seeds))]
-    return max(tried, key=lambda one: _quality(one[1], metric))[0] if tried else None
+    tried = [(rate, lines) for rate in rates if (lines := _complete(records, method, rate, seeds))]
+    return max(tried, key=lambda pair: _quality(pair[1], metric))[0] if tried else None
 
 
 def _complete(
     records: Mapping[str, Mapping[str, Any]], method: Method, rate: float, seeds: Sequence[int]
 ) -> list[Mapping[str, Any]]:
     """Return the result lines of these trainings; empty if any is missing."""
-    found = [records.get(Task(method, seed, rate).key) for seed in seeds]
-    return [one for one in found if one is not None] if None not in found else []
+    lines = [records.get(Task(method, seed, rate).key) for seed in seeds]
+    return [line for line in lines if line is not None] if None not in lines else []
 
 
 def points_in(path: str | os.PathLike[str], rates: Sequence[float] = ()) -> list[Point]:
@@ -206,9 +206,10 @@ def _score(record: Mapping[str, Any], part: str, metric: Metric) -> float:
 
 
 def _quality(records: Sequence[Mapping[str, Any]], metric: Metric) -> tuple[bool, float, float]:
-    sound = not any(one["diverged"] for one in records)
-    losses = [math.inf if one["validation_loss"] is None else one["validation_loss"] for one in records]
-    return sound, metric.quality(statistics.fmean(_score(one, "validation", metric) for one in records)), -sum(losses)
+    sound = not any(record["diverged"] for record in records)
+    losses = [math.inf if record["validation_loss"] is None else record["validation_loss"] for record in records]
+    score = statistics.fmean(_score(record, "validation", metric) for record in records)
+    return sound, metric.quality(score), -sum(losses)
 
 
 def _point(method: Method, rate: float, records: Sequence[Mapping[str, Any]], metric: Metric) -> Point:
@@ -217,9 +218,9 @@ def _point(method: Method, rate: float, records: Sequence[Mapping[str, Any]], me
         records[0]["parameters"],
         records[0]["kept"],
         rate,
-        tuple(_score(one, "validation", metric) for one in records),
-        tuple(_score(one, "test", metric) for one in records),
-        statistics.fmean(one["seconds"] for one in records),
+        tuple(_score(record, "validation", metric) for record in records),
+        tuple(_score(record, "test", metric) for record in records),
+        statistics.fmean(record["seconds"] for record in records),
         tuple(records),
         metric=metric,
     )
@@ -251,12 +252,12 @@ def best_point(points: Sequence[Point]) -> Point | None:
 
     The references, head alone and dense, and diverged trainings are not considered.
     """
-    own = [point for point in points if not point.method.reference and not point.diverged]
+    candidates = [point for point in points if not point.method.reference and not point.diverged]
 
     def rank(point: Point) -> tuple[float, int]:
         return -point.metric.quality(statistics.fmean(point.validation)), point.parameters
 
-    return min(own, key=rank, default=None)
+    return min(candidates, key=rank, default=None)
 
 
 def trained_on(samples: Sequence[int], seeds: int, rates: int, at: str = "each at the best of") -> str:
@@ -311,7 +312,7 @@ def rows_of(points: Sequence[Point]) -> list[list[str]]:
     list of list of str
     """
     rows = []
-    for point in sorted(points, key=lambda one: (one.parameters, one.score)):
+    for point in sorted(points, key=lambda point: (point.parameters, point.score)):
         rows.append(
             [
                 "●" if point.front else "",

@@ -95,12 +95,12 @@ def free(model: nn.Module, keep: Sequence[str]) -> list[nn.Parameter]:
     """
     check_kept(model, keep)
     named = dict(model.named_parameters())
-    found = []
+    kept = []
     for name, parameter in named.items():
         parameter.requires_grad_(under(name, keep))
         if parameter.requires_grad:
-            found.append(parameter)
-    return found
+            kept.append(parameter)
+    return kept
 
 
 def samples_digest(parts: Mapping[str, Part], batch: int = 256) -> str:

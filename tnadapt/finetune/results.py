@@ -55,11 +55,11 @@ def undamaged_lines(path: Path) -> Iterator[dict[str, Any]]:
     with contextlib.suppress(FileNotFoundError):
         for line in path.read_bytes().split(b"\n")[:-1]:
             try:
-                found = json.loads(line)
+                record = json.loads(line)
             except (ValueError, RecursionError):
                 continue
-            if isinstance(found, dict):
-                yield found
+            if isinstance(record, dict):
+                yield record
 
 
 # -- The results of a study --------------------------------------------------------------------------------------------
@@ -146,27 +146,27 @@ class Results:
             self._file.truncate(0)
             self._append({"format": FORMAT, "digest": digest, "study": study})
             return
-        found = [self._line(number, line) for number, line in enumerate(lines, 1)]
-        if found[0].get("digest") != digest:
-            what = _difference(found[0].get("study"), study)
+        records = [self._line(number, line) for number, line in enumerate(lines, 1)]
+        if records[0].get("digest") != digest:
+            what = _difference(records[0].get("study"), study)
             raise FileError(
                 f"{self.path} has the results of another study ({what}); "
                 "give another folder with --out, or --fresh to start over"
             )
         self._file.truncate(whole)
-        self.records = {line["key"]: line for line in found[1:] if "key" in line}
-        self.remarks = {next(iter(line)): line for line in found[1:] if len(line) == 1 and "session" not in line}
+        self.records = {line["key"]: line for line in records[1:] if "key" in line}
+        self.remarks = {next(iter(line)): line for line in records[1:] if len(line) == 1 and "session" not in line}
 
     def _line(self, number: int, line: bytes) -> dict[str, Any]:
         try:
-            found = json.loads(line)
+            record = json.loads(line)
         except (ValueError, RecursionError):
-            found = None
-        if not isinstance(found, dict) or ("key" in found and not found.keys() >= self.fields):
+            record = None
+        if not isinstance(record, dict) or ("key" in record and not record.keys() >= self.fields):
             raise FileError(
                 f"{self.path}, line {number} is damaged; remove the line, or give another folder with --out"
             )
-        return found
+        return record
 
     def _append(self, line: Mapping[str, Any]) -> None:
         try:
@@ -211,13 +211,13 @@ def read_lines(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
         If a line is not a JSON object.
     """
     content = Path(path).read_bytes()
-    found = []
+    records = []
     for number, line in enumerate(content[: content.rfind(b"\n") + 1].splitlines(), 1):
-        one = json.loads(line)
-        if not isinstance(one, dict):
+        record = json.loads(line)
+        if not isinstance(record, dict):
             raise ValueError(f"line {number} is not a JSON object")
-        found.append(one)
-    return found
+        records.append(record)
+    return records
 
 
 def _lock(file: Any, path: Path) -> None:
@@ -237,13 +237,13 @@ def _difference(there: Any, here: Mapping[str, Any]) -> str:
     """Describe how two studies differ."""
     there = there if isinstance(there, dict) else {}
     names = sorted({*there, *here})
-    found = [
+    differences = [
         f"{name} was {was}, now {now}"
         for name in names
         if there.get(name) != here.get(name)
         for was, now in [_shortened(there.get(name), here.get(name))]
     ]
-    return "; ".join(found) or "its digest does not fit its settings"
+    return "; ".join(differences) or "its digest does not fit its settings"
 
 
 def _shortened(was: Any, now: Any) -> tuple[str, str]:
@@ -252,7 +252,7 @@ def _shortened(was: Any, now: Any) -> tuple[str, str]:
     if max(map(len, whole)) > 40 and isinstance(was, list) and isinstance(now, list):
         if len(was) != len(now):
             return f"a list of {len(was)}", f"a list of {len(now)}"
-        return _shortened(*next((one, other) for one, other in zip(was, now, strict=True) if one != other))
+        return _shortened(*next((old, new) for old, new in zip(was, now, strict=True) if old != new))
     texts = [text if len(text) <= 40 else text[:24] + "…" for text in whole]
     return texts[0], texts[1]
 

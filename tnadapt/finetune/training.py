@@ -101,10 +101,10 @@ class Training:
 
     def settings(self) -> dict[str, Any]:
         """Return the settings that the outcome depends on; fields in ``_LATER`` only if not at their default."""
-        found = dataclasses.asdict(self)
-        del found["device"], found["keep_references"], found["report_to"]
+        settings = dataclasses.asdict(self)
+        del settings["device"], settings["keep_references"], settings["report_to"]
         usual = {field.name: field.default for field in dataclasses.fields(self)}
-        return {name: value for name, value in found.items() if name not in _LATER or value != usual[name]}
+        return {name: value for name, value in settings.items() if name not in _LATER or value != usual[name]}
 
     @property
     def selection(self) -> str | list[str]:
@@ -188,8 +188,8 @@ def usable_device(name: str | None) -> str:
     try:
         torch.device(name)
     except RuntimeError:  # its message lists all that any build of torch could have
-        kind, _, number = name.lower().partition(":")
-        near = difflib.get_close_matches(kind, _DEVICES, 1, 0.75)
+        device_type, _, number = name.lower().partition(":")
+        near = difflib.get_close_matches(device_type, _DEVICES, 1, 0.75)
         meant = _DEVICES[near[0]] + f":{number}" * number.isdecimal() if near else ""
         hint = f"did you mean {meant!r}? " if meant else ""
         raise TnadaptError(f"no device {safe_repr(name)}; {hint}give cpu, cuda, cuda:0, mps, …") from None
@@ -242,16 +242,16 @@ def train(
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         # With a frozen head and no adapter, there is nothing to train.
         trained = {id(parameter) for parameter in (() if adapter is None else adapter.parameters())}
-        head = OwnRates([one for one in parameters if id(one) not in trained], training.head_rate)
+        head = OwnRates([parameter for parameter in parameters if id(parameter) not in trained], training.head_rate)
         value = _fitted(problem, model, parameters, head, task, training, adapters, progress) if parameters else 0.0
-    own = 0 if adapter is None else adapter.num_parameters
+    num_parameters = 0 if adapter is None else adapter.num_parameters
     measured = _measured(problem, model, device, training.batch)
     diverged = not math.isfinite(value) or None in measured.values()
     record: dict[str, Any] = {
         **task.to_dict(),
         "epochs": training.epochs,
-        "parameters": own,
-        "kept": sum(parameter.numel() for parameter in parameters) - own,
+        "parameters": num_parameters,
+        "kept": sum(parameter.numel() for parameter in parameters) - num_parameters,
         "diverged": diverged,
         "training_loss": _finite(value),
         **measured,
@@ -294,17 +294,17 @@ def _fitted(
 
 def _measured(problem: Problem, model: nn.Module, device: torch.device, batch: int) -> dict[str, Any]:
     """Measure scores, losses and other metrics; numbers that are not finite are None."""
-    found: dict[str, Any] = {}
+    record: dict[str, Any] = {}
     for name in ("validation", "test"):
         part = problem.parts[name]
         rows = evaluate(model, problem.logits, problem.task, part, device, batch)
         measured = problem.task.measure(rows, part.labels)
-        found[name] = _finite(measured.score)
-        found[f"{name}_loss"] = _finite(measured.loss)
+        record[name] = _finite(measured.score)
+        record[f"{name}_loss"] = _finite(measured.loss)
         if measured.more:
-            found[f"{name}_metrics"] = {metric: _finite(value) for metric, value in measured.more.items()}
-    found["predictions"] = problem.task.digest(rows)
-    return found
+            record[f"{name}_metrics"] = {metric: _finite(value) for metric, value in measured.more.items()}
+    record["predictions"] = problem.task.digest(rows)
+    return record
 
 
 def _finite(value: float) -> float | None:

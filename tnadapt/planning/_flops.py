@@ -45,10 +45,10 @@ class Shape:
             return self  # a scalar: the scale, which is not counted
         ndim = max(len(self.shape), len(other.shape))
         a, b = ((1,) * (ndim - len(each.shape)) + each.shape for each in (self, other))
-        made = Shape([max(pair) for pair in zip(a, b, strict=True)], self.counter)
+        shape = Shape([max(pair) for pair in zip(a, b, strict=True)], self.counter)
         if counted:
-            self.counter.products += math.prod(made.shape)
-        return made
+            self.counter.products += math.prod(shape.shape)
+        return shape
 
     def __mul__(self, other: Any) -> Shape:
         return self._with(other, counted=True)
@@ -62,7 +62,7 @@ class Shape:
     def __getitem__(self, key: Any) -> Shape:
         keys = key if isinstance(key, tuple) else (key,)
         keys = keys[: keys.index(...)] if ... in keys else keys
-        cut = [len(range(*one.indices(size))) for one, size in zip(keys, self.shape, strict=False)]
+        cut = [len(range(*key.indices(size))) for key, size in zip(keys, self.shape, strict=False)]
         return Shape([*cut, *self.shape[len(cut) :]], self.counter)
 
 
@@ -206,11 +206,11 @@ def applied_cost(applying: Applying, shape: tuple[int, int]) -> int:
         return 0
     backend = CountingBackend()
     weight, delta, gradient = (backend.array(shape) for _ in range(3))
-    own = [backend.array(size) for size in applying.param_shapes(0, shape).values()]
-    applying.rescaling(backend, weight + applying.change(backend, weight, delta), own)
+    params = [backend.array(size) for size in applying.param_shapes(0, shape).values()]
+    applying.rescaling(backend, weight + applying.change(backend, weight, delta), params)
     again = backend.products
-    applying.merged(backend, weight, delta, own)
-    applying.pulled(backend, weight, delta, own, gradient)
+    applying.merged(backend, weight, delta, params)
+    applying.pulled(backend, weight, delta, params, gradient)
     return backend.products - 2 * again
 
 
@@ -223,9 +223,9 @@ def forward_cost(network: Network) -> int:
 
 def of_map(projection: Projection) -> int:
     """Return the multiply-adds of one call of F: as declared, or by running its operations on shapes."""
-    own = projection.map.cost()
-    if own is not None:
-        return own
+    declared = projection.map.cost()
+    if declared is not None:
+        return declared
     backend = CountingBackend()
     projection.map.forward(backend, backend.array((projection.n_in,)))
     return backend.products

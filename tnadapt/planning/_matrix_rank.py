@@ -120,8 +120,8 @@ def largest_rank(plan: SuperLoRA, weight: int | None = None, limit: int = LIMIT,
     if smaller and _free(plan):  # frozen arrays of another rank are others
         # A larger rank can represent all that a smaller one can, and takes longer to compute.
         fewer = SuperLoRA(plan.config.replace(rank=smaller[-1]), shapes, plan._layers, plan._roles)
-        found = largest_rank(fewer, weight, limit, seed)
-        if found.value >= most:
+        smaller_rank = largest_rank(fewer, weight, limit, seed)
+        if smaller_rank.value >= most:
             return Rank(most, most == min(shapes[weight]))
     rng = np.random.default_rng(seed)
     # Numbers of similar magnitude: with products of many normal numbers, a few elements would dominate ΔW, and the rest
@@ -166,9 +166,9 @@ def sketched(blocks: Callable[[], Blocks], shape: tuple[int, int], limit: int, r
     full = side == min(shape)
     k = min(_FIRST, side)
     while True:
-        found = _count(_sketch(blocks(), shape, k, rng))
-        if found < k or k == side:
-            return Rank(found, full or found < k)
+        rank = _count(_sketch(blocks(), shape, k, rng))
+        if rank < k or k == side:
+            return Rank(rank, full or rank < k)
         if k == _FIRST and _count(_part(blocks(), shape, side, rng)) == side:
             return Rank(side, full)
         k = min(2 * k, side)
@@ -187,12 +187,12 @@ def _sketch(blocks: Blocks, shape: tuple[int, int], k: int, rng: np.random.Gener
 def _part(blocks: Blocks, shape: tuple[int, int], side: int, rng: np.random.Generator) -> np.ndarray:
     """Return ``side`` random rows and columns of the matrix."""
     rows, cols = (np.sort(rng.permutation(size)[:side]) for size in shape)
-    found, first = [], 0
+    parts, first = [], 0
     for block in blocks:
         inside = rows[(first <= rows) & (rows < first + len(block))]
-        found.append(block[np.ix_(inside - first, cols)])
+        parts.append(block[np.ix_(inside - first, cols)])
         first += len(block)
-    return np.concatenate(found)
+    return np.concatenate(parts)
 
 
 def _count(matrix: np.ndarray) -> int:
@@ -215,15 +215,15 @@ def by_formula(plan: SuperLoRA, weight: int) -> int | None:
     alone = len(pieces) == 1 and group.size == math.prod(shape)
     if not group.projection.map.identity or not alone or group.network.sizes != shape:
         return None
-    found = _of_matrix(group.network)
+    rank = _of_matrix(group.network)
     # The update of the start, which is subtracted, has a rank of its own.
-    return min(2 * found, *shape) if found is not None and group.subtracts else found
+    return min(2 * rank, *shape) if rank is not None and group.subtracts else rank
 
 
 def _of_matrix(network: Network) -> int | None:
-    found = [split.matrix_rank() for split in network.splits]
-    ranks = [rank for rank in found if rank is not None]
-    if len(ranks) < len(found):
+    split_ranks = [split.matrix_rank() for split in network.splits]
+    ranks = [rank for rank in split_ranks if rank is not None]
+    if len(ranks) < len(split_ranks):
         return None
     full = min(network.sizes)
     if not network.kronecker or len(ranks) == 1:
@@ -325,12 +325,12 @@ def _kronecker(network: Network, sizes: Sizes) -> int:
         (split,) = splits
         return min(terms * split.freedom(sizes), split.freedom(sizes, times=terms))
     seen = _digits([split.sizes for split in splits], sizes)
-    own = sum(split.freedom(part) for split, part in zip(splits, seen, strict=True)) - (len(splits) - 1)
+    freedom = sum(split.freedom(part) for split, part in zip(splits, seen, strict=True)) - (len(splits) - 1)
     # Rearranged, a Kronecker product is a rank-one tensor of its splits, so T of them are a CP tensor of rank T. And
     # the sum is a Tucker tensor: in each mode, ranks multiply over splits and add up over terms.
     each = zip(*(_mode_ranks(split, part) for split, part in zip(splits, seen, strict=True)), strict=True)
     whole = of_tucker(sizes, [terms * math.prod(ranks) for ranks in each])
-    return min(terms * own, of_cp([math.prod(part) for part in seen], terms), whole)
+    return min(terms * freedom, of_cp([math.prod(part) for part in seen], terms), whole)
 
 
 def _digits(splits: Sequence[Sizes], sizes: Sizes) -> list[Sizes]:
@@ -356,9 +356,9 @@ def _hadamard(network: Network, sizes: Sizes) -> int:
     # A format is closed under multiplication by a rank-one tensor, so that such a factor can be moved from one split to
     # another without changing the product.
     shared = sum(sizes) - len(sizes) + 1
-    own = sum(split.freedom(sizes) for split in splits) - (len(splits) - 1) * shared
+    freedom = sum(split.freedom(sizes) for split in splits) - (len(splits) - 1) * shared
     # The product is itself a tensor of the format, with the product of the ranks.
-    return min(math.prod(sizes), terms * own, splits[0].freedom(sizes, times=terms, power=len(splits)))
+    return min(math.prod(sizes), terms * freedom, splits[0].freedom(sizes, times=terms, power=len(splits)))
 
 
 def _mode_ranks(split: Format, sizes: Sequence[int]) -> list[int]:

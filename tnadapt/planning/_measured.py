@@ -72,7 +72,7 @@ class TaskMeasurements:
 
     def kinds(self, parameters: int) -> set[Hashable]:
         """Return the kinds that were measured with about as many parameters."""
-        kinds = {one.kind for one in self.settings}
+        kinds = {setting.kind for setting in self.settings}
         return {kind for kind in kinds if self.share(kind, parameters) is not None}
 
     def known(self, kind: Hashable, parameters: int) -> float:
@@ -83,8 +83,8 @@ class TaskMeasurements:
 
     def share(self, kind: Hashable, parameters: int) -> float | None:
         """Return the share of the setting of a kind that is nearest in parameters; None if there is none near."""
-        same = [one for one in self.settings if one.kind == kind]
-        nearest = min(same, key=lambda one: _distance(one.parameters, parameters), default=None)
+        same = [setting for setting in self.settings if setting.kind == kind]
+        nearest = min(same, key=lambda setting: _distance(setting.parameters, parameters), default=None)
         return None if nearest is None or not _near(nearest.parameters, parameters) else nearest.share
 
 
@@ -135,17 +135,17 @@ class Measurements:
         others.
         """
         tasks = [task for task in self.tasks if task.kinds(parameters)]
-        kind = kind_of(config)
-        found = {task: share for task in tasks if (share := task.share(kind, parameters)) is not None}
-        if not found:
+        method = kind_of(config)
+        shares = {task: share for task in tasks if (share := task.share(method, parameters)) is not None}
+        if not shares:
             return None
-        measured_on = tuple(task.title for task in found)
-        estimated_on = tuple(task.title for task in tasks if task not in found)
+        measured_on = tuple(task.title for task in shares)
+        estimated_on = tuple(task.title for task in tasks if task not in shares)
         common = set[Hashable].intersection(*(task.kinds(parameters) for task in tasks))
         if not common:
-            return Gain(statistics.fmean(found.values()), measured_on, estimated_on)
-        levels = {task: statistics.fmean(task.known(one, parameters) for one in common) for task in tasks}
-        ahead = statistics.fmean(share - levels[task] for task, share in found.items())
+            return Gain(statistics.fmean(shares.values()), measured_on, estimated_on)
+        levels = {task: statistics.fmean(task.known(other, parameters) for other in common) for task in tasks}
+        ahead = statistics.fmean(share - levels[task] for task, share in shares.items())
         return Gain(ahead + statistics.fmean(levels.values()), measured_on, estimated_on)
 
     def no_gain(self, parameters: Iterable[int]) -> tuple[tuple[str, int], ...]:

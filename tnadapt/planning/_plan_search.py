@@ -91,8 +91,8 @@ def plan(
     Examples
     --------
     >>> import tnadapt as tna
-    >>> found = tna.plan([(768, 768)] * 24, 1000)
-    >>> row = max(found.rows, key=lambda row: row.freedom)
+    >>> plan = tna.plan([(768, 768)] * 24, 1000)
+    >>> row = max(plan.rows, key=lambda row: row.freedom)
     >>> print(row.name, row.parameters, row.freedom, row.rank)
     Uni-LoRA p = 1000, r = 4 1000 1000 4
     """
@@ -109,15 +109,15 @@ def plan(
     size = sum(rows * cols for rows, cols in shapes)
     wanted = parameters_of(budget, dtype)
     search, kinds = Search(shapes, layers, roles), families(shapes, layers, roles)
-    found = _down(search, kinds, min(wanted, size), progress)
-    if not found:
+    configs = _down(search, kinds, min(wanted, size), progress)
+    if not configs:
         least = _least(search, kinds)
         raise ConfigError(
             f"a budget of {wanted:,} parameters is less than any setting needs on these {len(shapes)} weights; the "
             f"least is {least.parameters:,}: {known_as(least.config)}"
         )
     known = measurements(size)
-    rows = sorted((_with_gain(Row.of(search.adapter(config), each), known) for config in found), key=_order)
+    rows = sorted((_with_gain(Row.of(search.adapter(config), each), known) for config in configs), key=_order)
     front = tuple(front_of(rows, names, min(wanted, size)))
     used = {title for row in rows for title in (*row.measured_on, *row.estimated_on)}
     titles = tuple(task.title for task in known.tasks if task.title in used)
@@ -148,26 +148,26 @@ def _freest(rows: Sequence[Row]) -> list[Row]:
 
 
 def _least(search: Search, kinds: Sequence[Family]) -> Found:
-    return min((found for family in kinds if (found := search.least(family))), key=lambda found: found.parameters)
+    return min((least for family in kinds if (least := search.least(family))), key=lambda least: least.parameters)
 
 
 def _down(
     search: Search, kinds: Sequence[Family], allowed: int, progress: Callable[[int, int], None] | None
 ) -> dict[Config, None]:
     """Return for each family the freest of its largest settings within the budget, a tenth of it, …, and the least."""
-    found: dict[Config, None] = {}
+    configs: dict[Config, None] = {}
     for number, family in enumerate(kinds):
         least, rung = search.least(family), allowed
         while least is not None and rung >= least.parameters:
             best = search.largest(family, rung, search.freedom)
             assert best is not None
-            found[best.config] = None
+            configs[best.config] = None
             rung //= RUNG
         if least is not None and least.parameters <= allowed:
-            found[least.config] = None
+            configs[least.config] = None
         if progress is not None:
             progress(number + 1, len(kinds))
-    return found
+    return configs
 
 
 # -- Weights of a model from its headers alone: a folder, a safetensors file or index, a name on the hub ---------------
@@ -224,8 +224,8 @@ def model_targets(model: str | os.PathLike[str], targets: Any = "qv") -> list[Ta
     >>> [(target.name, target.shape) for target in model_targets("m.safetensors")][:2]
     [('h.0.attn.q_proj.weight', (8, 8)), ('h.0.attn.v_proj.weight', (8, 8))]
     """
-    found = read_headers(model)
-    return find_stored(found.shapes, targets, found.config)
+    headers = read_headers(model)
+    return find_stored(headers.shapes, targets, headers.config)
 
 
 def read_headers(model: str | os.PathLike[str]) -> Headers:

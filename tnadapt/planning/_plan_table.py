@@ -151,8 +151,8 @@ def padding_waste(plan: SuperLoRA) -> float:
     0.6666666666666666
     """
     networks = [(group.network, count) for group, count in plan.alike]
-    made = sum(count * _elements(network) for network, count in networks)
-    return (made - sum(count * network.size for network, count in networks)) / made
+    computed = sum(count * _elements(network) for network, count in networks)
+    return (computed - sum(count * network.size for network, count in networks)) / computed
 
 
 def _elements(network: Network) -> int:
@@ -207,8 +207,8 @@ class Plan:
     Examples
     --------
     >>> import tnadapt as tna
-    >>> found = tna.plan([(64, 64)] * 8, 300)
-    >>> found.front[0].parameters <= 300
+    >>> plan = tna.plan([(64, 64)] * 8, 300)
+    >>> plan.front[0].parameters <= 300
     True
     """
 
@@ -320,7 +320,7 @@ class Plan:
         budgets: dict[str, list[str]] = {}
         for title, budget in self.no_gain_on:
             budgets.setdefault(title, []).append(f"{budget:,}")
-        places = [f"{title} with {' and '.join(own)} parameters" for title, own in budgets.items()]
+        places = [f"{title} with {' and '.join(counts)} parameters" for title, counts in budgets.items()]
         return f"no method was clearly better than no adapter on {'; '.join(places)}" if places else ""
 
     def to_dict(self, every: bool = False) -> dict[str, Any]:
@@ -502,8 +502,8 @@ def parameters_of(budget: Any, dtype: str = "float32") -> int:
     number = Decimal(match[1].replace(",", "").replace("_", ""))
     if not unit and number != int(number):
         raise ConfigError(f"a budget of parameters must be a whole number; got {safe_repr(budget)}")
-    found = int(number * UNITS[unit]) // each if unit else int(number)
-    if found < 1:
+    parameters = int(number * UNITS[unit]) // each if unit else int(number)
+    if parameters < 1:
         least = f"; one parameter is {each} bytes in {dtype}" if unit else ""
         raise ConfigError(f"a budget must be at least 1 parameter; got {safe_repr(budget)}{least}")
-    return min(found, MOST)
+    return min(parameters, MOST)

@@ -235,7 +235,7 @@ class PresetCall(NamedTuple):
             return None
         words = ["--preset", self.preset]
         for option, values in (
-            ("--set", [f"{name}={one}" for name, one in self.settings.items()]),
+            ("--set", [f"{name}={value}" for name, value in self.settings.items()]),
             ("--targets", ([targets] if targets else []) if isinstance(targets, str) else targets),
         ):
             words += [word for value in values for word in (option, value)]
@@ -272,21 +272,21 @@ def preset_call(config: Config) -> PresetCall | None:
 
 
 def _call(preset: Preset, config: Config) -> PresetCall | None:
-    own, usual = {}, {}
+    arguments, usual = {}, {}
     for argument in inspect.signature(preset.make).parameters.values():
         if argument.kind is argument.VAR_KEYWORD:
             continue
         value = _value(argument.name, config)
         if value is not argument.empty:
-            own[argument.name], usual[argument.name] = value, argument.default
+            arguments[argument.name], usual[argument.name] = value, argument.default
     try:
-        closest = preset.make(**own)
+        closest = preset.make(**arguments)
         changes = {
             field.name: getattr(config, field.name)
             for field in dataclasses.fields(Config)
             if getattr(config, field.name) != getattr(closest, field.name)
         }
-        told = {argument: value for argument, value in own.items() if argument == "rank" or value != usual[argument]}
+        told = {name: value for name, value in arguments.items() if name == "rank" or value != usual[name]}
         settings = {**told, **changes}
         return PresetCall(preset.name, settings) if preset.make(**settings) == config else None
     except (TnadaptError, TypeError):

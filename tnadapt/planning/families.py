@@ -85,8 +85,8 @@ class Search:
 
     def least(self, family: Family) -> Found | None:
         """Return the smallest setting of a family; None if no setting fits the weights."""
-        firsts = [found for ladder in family if (found := self._counted(ladder, 1))]
-        return min(firsts, key=lambda found: found.parameters, default=None)
+        firsts = [setting for ladder in family if (setting := self._counted(ladder, 1))]
+        return min(firsts, key=lambda setting: setting.parameters, default=None)
 
     def largest(self, family: Family, allowed: int, worth: Callable[[Found], int] = _parameters) -> Found | None:
         """Return the largest setting of a family within a number of parameters; None if there is none.
@@ -94,8 +94,8 @@ class Search:
         If the family has several ladders, return the one of their largest settings with the highest ``worth``, by
         default the number of parameters.
         """
-        found = [one for ladder in family if (one := self._largest(ladder, allowed))]
-        return max(found, key=worth) if len(found) > 1 else next(iter(found), None)
+        settings = [setting for ladder in family if (setting := self._largest(ladder, allowed))]
+        return max(settings, key=worth) if len(settings) > 1 else next(iter(settings), None)
 
     def adapter(self, config: Config) -> SuperLoRA:
         """Return the plan of a setting on these weights, whose groups are laid out when they are used."""
@@ -112,9 +112,9 @@ class Search:
         low, high = 1, self._most(ladder)
         while low < high:
             middle = (low + high + 1) // 2
-            found = self._counted(ladder, middle)
-            if found is not None and found.parameters <= allowed:
-                best, low = found, middle
+            setting = self._counted(ladder, middle)
+            if setting is not None and setting.parameters <= allowed:
+                best, low = setting, middle
             else:
                 high = middle - 1
         return best
@@ -172,24 +172,24 @@ def families(
     35
     """
     weights = AdaptedWeights(shapes, layers, roles)
-    found = [*usual(shapes), PRESETS["loha"].ladders(weights), PRESETS["krona"].ladders(weights)]
+    families = [*usual(shapes), PRESETS["loha"].ladders(weights), PRESETS["krona"].ladders(weights)]
     if weights.uniform and len(shapes) > 1:
         rows, cols = shapes[0]
         lotr = functools.partial(presets.lotr, weights=len(shapes), rows=rows, cols=cols)
-        found.append([Ladder(lotr, by_factors)])
+        families.append([Ladder(lotr, by_factors)])
     if roles is not None and 1 < len(set(roles)) < len(shapes):
         # Left out by the search where the weights of a role differ in shape.
-        found.append([Ladder(functools.partial(presets.lotr, groups="role"), by_factors)])
+        families.append([Ladder(functools.partial(presets.lotr, groups="role"), by_factors)])
     lorta = PRESETS["lorta"].ladders(weights)
-    found += [lorta[1:2], _changed(lorta[2:], projection="linear", ratio=0.01)]
-    found += [[_cp(order, 1)] for order in ORDERS] + [[_train(order, 1)] for order in ORDERS]
+    families += [lorta[1:2], _changed(lorta[2:], projection="linear", ratio=0.01)]
+    families += [[_cp(order, 1)] for order in ORDERS] + [[_train(order, 1)] for order in ORDERS]
     for groups in _groups(shapes, layers, roles):
         # For square weights, one group per weight is LoRA.
         if groups != "weight" or any(rows != cols for rows, cols in shapes):
-            found.append(_changed(PRESETS["superlora"].ladders(weights), groups=groups))
-        found += [[_cp(3, groups)], _changed(lorta[:1], groups=groups)]
-        found.append(_changed(PRESETS["lonkr"].ladders(weights), groups=groups))
-    return [*found, *few(weights), PRESETS["dense"].ladders(weights)]
+            families.append(_changed(PRESETS["superlora"].ladders(weights), groups=groups))
+        families += [[_cp(3, groups)], _changed(lorta[:1], groups=groups)]
+        families.append(_changed(PRESETS["lonkr"].ladders(weights), groups=groups))
+    return [*families, *few(weights), PRESETS["dense"].ladders(weights)]
 
 
 def few(weights: AdaptedWeights) -> list[Family]:
@@ -222,7 +222,7 @@ def _groups(shapes: Shapes, layers: Sequence[Hashable] | None, roles: Sequence[H
     if len(shapes) == 1:
         return []
     keys = {"layer": layers, "role": roles}
-    several = [name for name, given in keys.items() if given is not None and 1 < len(set(given)) < len(shapes)]
+    several = [name for name, values in keys.items() if values is not None and 1 < len(set(values)) < len(shapes)]
     return [*groups_between(len(shapes)), *several, "weight"]
 
 

@@ -177,8 +177,8 @@ def run_call(call: TaskCall) -> Ended:
 
 def as_json(line: dict[str, Any]) -> dict[str, Any]:
     """Return a result line as it is read back from a file: the same whether or not it has been in one."""
-    found: dict[str, Any] = json.loads(json.dumps(line))
-    return found
+    copy: dict[str, Any] = json.loads(json.dumps(line))
+    return copy
 
 
 def worker_files(folder: Path) -> list[Path]:
@@ -279,11 +279,11 @@ class RunFolder:
     def __init__(self, folder: Path, study: str) -> None:
         self.folder = folder.resolve()
         self.study = study
-        found = _current(self.folder)
-        if found is not None and found["study"] != study:
+        current = _current(self.folder)
+        if current is not None and current["study"] != study:
             discard(self.folder)
-            found = None
-        self.path = self.folder / "workers" / (uuid.uuid4().hex if found is None else found["run"])
+            current = None
+        self.path = self.folder / "workers" / (uuid.uuid4().hex if current is None else current["run"])
         self._next_look = 0.0
 
     def create(self) -> None:
@@ -335,8 +335,8 @@ class RunFolder:
         """
         # Jobs that outlive their program may write now, one line to a file of their own. So only files that have a line
         # by now are deleted, and none that is new.
-        read = {path: found for path in worker_files(self.path) if (found := _lines_of(path))}
-        left = {key: line for found in read.values() for key, line in found.items() if key not in keys}
+        read = {path: lines for path in worker_files(self.path) if (lines := _lines_of(path))}
+        left = {key: line for lines in read.values() for key, line in lines.items() if key not in keys}
         if not left and _noted(self.path) <= keys:
             discard(self.folder)
             return
@@ -350,30 +350,30 @@ class RunFolder:
 
 def _noted(folder: Path) -> set[str]:
     """Return the keys of tasks that engines have started as jobs which outlive the program."""
-    notes = (one for path in folder.glob(f"*/{NOTES}") for one in undamaged_lines(path))
-    return {one["key"] for one in notes if isinstance(one.get("key"), str)}
+    notes = (note for path in folder.glob(f"*/{NOTES}") for note in undamaged_lines(path))
+    return {note["key"] for note in notes if isinstance(note.get("key"), str)}
 
 
 def _lines_of(path: Path) -> dict[str, dict[str, Any]]:
     """Return the lines of a worker, by key."""
     return {
-        one["key"]: one["line"]
-        for one in undamaged_lines(path)
-        if isinstance(one.get("key"), str) and isinstance(one.get("line"), dict)
+        record["key"]: record["line"]
+        for record in undamaged_lines(path)
+        if isinstance(record.get("key"), str) and isinstance(record.get("line"), dict)
     }
 
 
 def _current(folder: Path) -> dict[str, str] | None:
     """Return the run that was not finished, if there is one."""
     try:
-        found = json.loads((folder / "workers" / "current.json").read_bytes())
+        current = json.loads((folder / "workers" / "current.json").read_bytes())
     except (OSError, ValueError, RecursionError):
         return None
-    if not isinstance(found, dict) or not all(isinstance(found.get(name), str) for name in ("study", "run")):
+    if not isinstance(current, dict) or not all(isinstance(current.get(name), str) for name in ("study", "run")):
         return None
     # Only a name that this module has given: the folder will be deleted.
-    run = found["run"]
-    return found if len(run) == 32 and set(run) <= set("0123456789abcdef") else None
+    run = current["run"]
+    return current if len(run) == 32 and set(run) <= set("0123456789abcdef") else None
 
 
 def discard(folder: Path) -> None:
@@ -381,9 +381,9 @@ def discard(folder: Path) -> None:
 
     Workers that still run for it add nothing to the results.
     """
-    found = _current(folder)
-    if found is not None:
-        shutil.rmtree(folder / "workers" / found["run"], ignore_errors=True)
+    current = _current(folder)
+    if current is not None:
+        shutil.rmtree(folder / "workers" / current["run"], ignore_errors=True)
         with contextlib.suppress(OSError):
             (folder / "workers" / "current.json").unlink()
         with contextlib.suppress(OSError):

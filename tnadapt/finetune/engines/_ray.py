@@ -83,14 +83,14 @@ class _Cluster(Started):
 
     def _ended(self, call: Any) -> Ended:
         try:
-            found: Ended = self.ray.get(call)
+            ended: Ended = self.ray.get(call)
         except self.ray.exceptions.RayTaskError as error:  # the call could not be unpickled there
             return Failed(str(error), False)
         except self.ray.exceptions.LocalRayletDiedError as error:  # this program's connection to the cluster
             raise TnadaptError(f"the Ray cluster has ended ({error}). {AGAIN}") from None
         except self.ray.exceptions.RayError as error:
             return Died(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
-        return found
+        return ended
 
     def close(self) -> None:
         for call in self.calls:
@@ -102,21 +102,21 @@ class _Cluster(Started):
 def _connect(ray: Any, address: str | None, needs: dict[str, float], jobs: int) -> None:
     """Connect to the cluster at an address; without one, to the cluster of this machine, or a new one."""
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
-    given = address or os.environ.get("RAY_ADDRESS")
-    if given == "local":
+    cluster = address or os.environ.get("RAY_ADDRESS")
+    if cluster == "local":
         quiet["num_cpus"] = jobs * needs["num_cpus"] if jobs else max(os.cpu_count() or 1, needs["num_cpus"])
-    if given in (None, "local"):
+    if cluster in (None, "local"):
         quiet["include_dashboard"] = False
     try:
         with _no_telemetry():
-            ray.init(address=given, **quiet)
+            ray.init(address=cluster, **quiet)
     except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
-        where = f"at {safe_repr(given)}" if given else "where ray start has left its address"
+        where = f"at {safe_repr(cluster)}" if cluster else "where ray start has left its address"
         raise TnadaptError(
             f"no Ray cluster {where}: {str(error).splitlines()[0]}; one that wants a token needs RAY_AUTH_MODE=token, "
             "and the option address=local starts a new one"
         ) from None
-    if given in (None, "local"):  # another one may grow when it is asked to
+    if cluster in (None, "local"):  # another one may grow when it is asked to
         _check(ray, needs)
 
 

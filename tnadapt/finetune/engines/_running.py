@@ -239,11 +239,11 @@ def run_tasks(
     if twice := [key for key, count in keys.items() if count > 1]:
         raise TnadaptError(f"tasks need different keys; {keys[twice[0]]} have the key {safe_repr(twice[0])}")
     place = RunFolder(Path(path_of(folder)), study)
-    found = place.lines()
+    lines = place.lines()
     for task in tasks:
-        if task.key in found:
-            yield task, found[task.key]
-    missing = [task for task in tasks if task.key not in found]
+        if task.key in lines:
+            yield task, lines[task.key]
+    missing = [task for task in tasks if task.key not in lines]
     share = used.threads(threads, len(missing))
     if missing and used.here(len(missing)):
         yield from _one_by_one(do or work.open(), missing, share, progress)

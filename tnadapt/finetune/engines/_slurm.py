@@ -145,9 +145,9 @@ class _Jobs(Started):
     def wait(self, seconds: float) -> Iterator[tuple[str, Ended]]:
         time.sleep(max(seconds, self.pause))
         began = time.monotonic()
-        found = {key: ended for key, job in self.jobs.items() if (ended := self._ended(key, job)) is not None}
+        finished = {key: ended for key, job in self.jobs.items() if (ended := self._ended(key, job)) is not None}
         self.pause = (time.monotonic() - began) / SHARE
-        for key, ended in found.items():
+        for key, ended in finished.items():
             del self.jobs[key]
             yield key, ended
 
@@ -180,10 +180,10 @@ class _Jobs(Started):
 def _result(job: Any) -> Ended:
     """Return how the task of a job ended that has left a result."""
     try:
-        found: Ended = job.result()
+        ended: Ended = job.result()
     except Exception as error:  # the call could not be unpickled there
         return Failed(str(error), False)
-    return Died(f"job {job.job_id}: {found.reason}") if isinstance(found, Died) else found
+    return Died(f"job {job.job_id}: {ended.reason}") if isinstance(ended, Died) else ended
 
 
 def _state(job: Any) -> str:
@@ -224,9 +224,9 @@ class _SlurmJobs(_Jobs):
         self.notes = folder / NOTES
         # All are registered before the first is asked for, so that one command answers for all.
         self.earlier = {
-            one["key"]: submitit.SlurmJob(folder=folder, job_id=one["job"])
-            for one in undamaged_lines(self.notes)
-            if {"key", "job"} <= one.keys()
+            note["key"]: submitit.SlurmJob(folder=folder, job_id=note["job"])
+            for note in undamaged_lines(self.notes)
+            if {"key", "job"} <= note.keys()
         }
 
     def submit(self, calls: Sequence[TaskCall]) -> None:

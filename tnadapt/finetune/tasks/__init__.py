@@ -29,7 +29,7 @@ _BUILT_IN = (Classification, MultiLabel, Regression, TokenClassification, Causal
 TASKS: Registry[LearningTask] = Registry(
     "task",
     LearningTask,  # type: ignore[type-abstract]  # only to check the classes of plug-ins
-    {one.name: one for one in _BUILT_IN},
+    {task.name: task for task in _BUILT_IN},
 )
 
 

@@ -91,8 +91,8 @@ class CausalLM(LearningTask):
     @classmethod
     def of(cls, data: Data, training: Samples) -> Self:
         """Return the task with the form of the data."""
-        one = training.inputs[0]
-        return cls("text" if isinstance(one, str) else "completion" if isinstance(one, tuple) else "messages")
+        first = training.inputs[0]
+        return cls("text" if isinstance(first, str) else "completion" if isinstance(first, tuple) else "messages")
 
     def samples(self, source: Table | Data, spec: Spec) -> tuple[Samples, bool]:
         """Return prompts, with what follows them if it is known."""
@@ -106,10 +106,10 @@ class CausalLM(LearningTask):
         if self.form == "completion" and not known:
             prompts = _samples(source, columns).inputs
             return Samples([(prompt, "") for prompt in prompts], np.zeros(len(prompts), np.int64)), False
-        found = _samples(source, columns[:1] if self.form == "text" else columns)
+        samples = _samples(source, columns[:1] if self.form == "text" else columns)
         if self.form == MESSAGES:
-            known = all(some[-1]["role"] == "assistant" for some in found.inputs)
-        return found, known
+            known = all(some[-1]["role"] == "assistant" for some in samples.inputs)
+        return samples, known
 
     @property
     def outputs(self) -> int | None:
@@ -122,8 +122,8 @@ class CausalLM(LearningTask):
         Of a completion that is too long the end is cut off, and of a prompt the beginning.
         """
         tokens, targets = [], []
-        for one in samples.inputs:
-            before, after = _split(one, tokenizer)
+        for sample in samples.inputs:
+            before, after = _split(sample, tokenizer)
             after = after[:longest] if not before else after[: longest - 1]
             before = before[max(0, len(before) + len(after) - longest) :]
             tokens.append([*before, *after])
@@ -137,8 +137,8 @@ class CausalLM(LearningTask):
             raise TnadaptError(f"the longest of two texts of {data} has one token; there is nothing to continue")
         other = first["input_ids"].clone()
         other[:, -1] = (other[:, -1] + 1) % 2
-        one, two = compute(first), compute({**first, "input_ids": other})
-        if not torch.allclose(one[:, :-1], two[:, :-1], rtol=1e-3, atol=1e-4):
+        logits, changed = compute(first), compute({**first, "input_ids": other})
+        if not torch.allclose(logits[:, :-1], changed[:, :-1], rtol=1e-3, atol=1e-4):
             raise TnadaptError(
                 f"{model} sees the tokens that it is to predict, so it is no causal language model: use --model with "
                 "one, such as GPT-2 or Llama"
@@ -152,14 +152,14 @@ class CausalLM(LearningTask):
 
     def rows(self, logits: Tensor, labels: Tensor) -> Rows:
         """Return the loss of each token that has a target, and the token that the model expected there."""
-        found = []
+        rows = []
         for some, truth in zip(*_next(logits, labels.to(logits.device)), strict=True):
             chosen = truth != IGNORED
             here = some[chosen].float()
             losses = nn.functional.cross_entropy(here, truth[chosen], reduction="none")
             # Doubles hold any token exactly.
-            found.append(torch.stack([losses.double(), here.argmax(1).double()], 1).cpu())
-        return found
+            rows.append(torch.stack([losses.double(), here.argmax(1).double()], 1).cpu())
+        return rows
 
     def measure(self, rows: Rows, labels: Tensor) -> Measured:
         """Return loss, perplexity, and the fraction of exact matches unless the data are whole texts."""
@@ -205,7 +205,7 @@ class CausalLM(LearningTask):
                 f"--max-new-tokens must be below the {positions} positions of the model; got {new_tokens}"
             )
         prompts = _prompts(samples, tokenizer, min(longest, positions - new_tokens))
-        found = [""] * len(prompts)
+        completions = [""] * len(prompts)
         # Prompts of similar length share a batch, to reduce padding.
         order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
         with _greedy(model, tokenizer, new_tokens):
@@ -213,8 +213,8 @@ class CausalLM(LearningTask):
                 some = order[start : start + batch]
                 texts = _continued(model, tokenizer, [prompts[index] for index in some], device)
                 for index, text in zip(some, texts, strict=True):
-                    found[index] = text
-        return found
+                    completions[index] = text
+        return completions
 
     def answer(self, row: Tensor) -> dict[str, Any]:
         """Return the loss and the perplexity; None if nothing follows the prompt."""
@@ -228,28 +228,28 @@ class CausalLM(LearningTask):
 def _greedy(model: Any, tokenizer: Any, new_tokens: int) -> Iterator[None]:
     """Set the model to greedy decoding inside ``with``, whatever its own settings are."""
     # Settings given to generate() are completed by the model's own, such as a penalty of repetitions.
-    own = model.generation_config
-    model.generation_config = type(own)(
+    config = model.generation_config
+    model.generation_config = type(config)(
         max_new_tokens=new_tokens, do_sample=False, use_cache=True,
         pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
     )  # fmt: skip
     try:
         yield
     finally:
-        model.generation_config = own
+        model.generation_config = config
 
 
 def _prompts(samples: Samples, tokenizer: Any, longest: int) -> list[list[int]]:
     """Return the last tokens, at most ``longest``, of each prompt."""
-    found = [_given(one, tokenizer)[-longest:] for one in samples.inputs]
-    for row, (tokens, one) in enumerate(zip(found, samples.inputs, strict=True)):
+    prompts = [_given(sample, tokenizer)[-longest:] for sample in samples.inputs]
+    for row, (tokens, sample) in enumerate(zip(prompts, samples.inputs, strict=True)):
         if not tokens:
             raise TnadaptError(
                 f"the tokenizer finds no token in the prompt of row {row}, "
-                f"{safe_repr(one[0] if isinstance(one, tuple) else one)}, so there is nothing to continue; give each "
-                "row a prompt"
+                f"{safe_repr(sample[0] if isinstance(sample, tuple) else sample)}, so there is nothing to continue; "
+                "give each row a prompt"
             )
-    return found
+    return prompts
 
 
 def _continued(model: Any, tokenizer: Any, prompts: Sequence[list[int]], device: torch.device) -> list[str]:
@@ -260,9 +260,9 @@ def _continued(model: Any, tokenizer: Any, prompts: Sequence[list[int]], device:
         tokens[row, width - len(prompt) :] = torch.tensor(prompt)
     lengths = torch.tensor([len(prompt) for prompt in prompts])
     mask = (torch.arange(width) >= width - lengths[:, None]).long()
-    made = model.generate(tokens.to(device), attention_mask=mask.to(device))
-    found: list[str] = tokenizer.batch_decode(made[:, width:], skip_special_tokens=True)
-    return found
+    sequences = model.generate(tokens.to(device), attention_mask=mask.to(device))
+    texts: list[str] = tokenizer.batch_decode(sequences[:, width:], skip_special_tokens=True)
+    return texts
 
 
 def _given(one: Any, tokenizer: Any) -> list[int]:
@@ -293,33 +293,33 @@ def _columns(table: Table, spec: Spec, alone: bool = False) -> list[str]:
 
 def _to_train_on(table: Table, names: Sequence[str]) -> Samples:
     """Return samples to train on: conversations must end with a turn of the assistant."""
-    found = _samples(table, names)
-    for row, one in enumerate(found.inputs if names[0] == MESSAGES else ()):
-        if one[-1]["role"] != "assistant":
+    samples = _samples(table, names)
+    for row, turns in enumerate(samples.inputs if names[0] == MESSAGES else ()):
+        if turns[-1]["role"] != "assistant":
             raise FileError(
-                f"{table.place(row)}: the last turn is of the role {safe_repr(one[-1]['role'])}; expected 'assistant', "
-                "because the model is trained on the last turn: end each conversation with an answer"
+                f"{table.place(row)}: the last turn is of the role {safe_repr(turns[-1]['role'])}; expected "
+                "'assistant', because the model is trained on the last turn: end each conversation with an answer"
             )
-    return found
+    return samples
 
 
 def _samples(table: Table, names: Sequence[str]) -> Samples:
-    found: list[Any] = list(table.columns[names[0]])
+    inputs: list[Any] = list(table.columns[names[0]])
     if names[0] == MESSAGES:
-        for row, one in enumerate(found):
-            _check_messages(table, row, one)
+        for row, turns in enumerate(inputs):
+            _check_messages(table, row, turns)
     for name in names if names[0] != MESSAGES else ():
         for row, text in enumerate(table.columns[name]):
             if not isinstance(text, str):
                 raise FileError(f"{table.place(row)}: {safe_repr(text)} in {name!r} is not a text")
     if len(names) == 2:
-        found = list(zip(found, table.columns[names[1]], strict=True))
-    return Samples(found, np.zeros(len(found), np.int64))
+        inputs = list(zip(inputs, table.columns[names[1]], strict=True))
+    return Samples(inputs, np.zeros(len(inputs), np.int64))
 
 
 def _check_messages(table: Table, row: int, turns: Any) -> None:
-    whole = isinstance(turns, list) and turns and all(isinstance(one, dict) for one in turns)
-    if not whole or not all(isinstance(one.get(key), str) for one in turns for key in ("role", "content")):
+    whole = isinstance(turns, list) and turns and all(isinstance(turn, dict) for turn in turns)
+    if not whole or not all(isinstance(turn.get(key), str) for turn in turns for key in ("role", "content")):
         raise FileError(
             f'{table.place(row)}: {safe_repr(turns)} is not a conversation; expected [{{"role": …, "content": …}}, …]'
         )
@@ -327,8 +327,8 @@ def _check_messages(table: Table, row: int, turns: Any) -> None:
 
 def _plain(text: Any, tokenizer: Any) -> list[int]:
     """Return the tokens of the beginning of a text, without a token that ends it."""
-    found: list[int] = tokenizer(text)["input_ids"]
-    return found[:-1] if len(found) > 1 and found[-1] in (tokenizer.eos_token_id, tokenizer.sep_token_id) else found
+    tokens: list[int] = tokenizer(text)["input_ids"]
+    return tokens[:-1] if len(tokens) > 1 and tokens[-1] in (tokenizer.eos_token_id, tokenizer.sep_token_id) else tokens
 
 
 def _split(one: Any, tokenizer: Any) -> tuple[list[int], list[int]]:
@@ -348,8 +348,8 @@ def _turns(turns: list[dict[str, str]], tokenizer: Any) -> tuple[list[int], list
             "or data with columns prompt and completion"
         )
     answered = turns[-1]["role"] == "assistant"
-    given = turns[:-1] if answered else turns
-    before = tokenizer.apply_chat_template(given, add_generation_prompt=True, tokenize=False)
+    prompt = turns[:-1] if answered else turns
+    before = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
     whole = tokenizer.apply_chat_template(turns, tokenize=False) if answered else before
     if not whole.startswith(before):
         raise TnadaptError(

@@ -51,7 +51,7 @@ def class_numbers(classes: Sequence[str], labels: Sequence[str], name: str, what
     FileError
         If there is no such class.
     """
-    place = {one: index for index, one in enumerate(classes)}
+    place = {label: index for index, label in enumerate(classes)}
     for label in labels:
         if label not in place:
             known = ", ".join(map(repr, classes[:20]))
@@ -275,13 +275,13 @@ class MultiLabel(LearningTask):
         test = source.test([name], name)
         labels = _lists(source, name, labels_of(source, spec), facts.separator)
         more = [] if test is None else _lists(test, name, list(test.columns[name]), facts.separator)
-        classes = tuple(sorted({one for some in (*labels, *more) for one in some}))
+        classes = tuple(sorted({label for some in (*labels, *more) for label in some}))
         if len(classes) < 2:
             raise FileError(f"{name!r} of {source.name} has {len(classes)} different label; --task multi-label needs 2")
-        made = cls(classes)
-        held = None if test is None else Samples(texts_of(test, spec), made._marks(more, source.name))
+        task = cls(classes)
+        held = None if test is None else Samples(texts_of(test, spec), task._marks(more, source.name))
         return Data(
-            source.name, "text", classes, Samples(texts_of(source, spec), made._marks(labels, source.name)), held
+            source.name, "text", classes, Samples(texts_of(source, spec), task._marks(labels, source.name)), held
         )
 
     @classmethod
@@ -301,10 +301,10 @@ class MultiLabel(LearningTask):
         return Samples(texts, self._marks(labels, source.name)), True
 
     def _marks(self, labels: Sequence[Sequence[str]], name: str) -> NDArray[np.float32]:
-        found = np.zeros((len(labels), len(self.classes)), np.float32)
+        marks = np.zeros((len(labels), len(self.classes)), np.float32)
         for row, some in enumerate(labels):
-            found[row, class_numbers(self.classes, some, name)] = 1
-        return found
+            marks[row, class_numbers(self.classes, some, name)] = 1
+        return marks
 
     @property
     def outputs(self) -> int | None:
@@ -332,24 +332,24 @@ class MultiLabel(LearningTask):
 
     def answer(self, row: Tensor) -> dict[str, Any]:
         """Return the labels of a probability above one half, and the probabilities of all."""
-        found = row.double().sigmoid().tolist()
-        labels = [name for name, one in zip(self.classes, found, strict=True) if one > 0.5]
-        scores = {name: round(one, 6) for name, one in zip(self.classes, found, strict=True)}
+        probabilities = row.double().sigmoid().tolist()
+        labels = [name for name, probability in zip(self.classes, probabilities, strict=True) if probability > 0.5]
+        scores = {name: round(probability, 6) for name, probability in zip(self.classes, probabilities, strict=True)}
         return {"prediction": labels, "scores": scores}
 
 
 def _lists(table: Table, column: str, cells: Sequence[Any], separator: str | None) -> list[list[str]]:
     """Return the labels of each cell as words."""
-    found = []
+    lists = []
     for row, cell in enumerate(cells):
         pieces: Any = cell if not isinstance(cell, str) else cell.split(separator) if separator else [cell]
-        if not isinstance(pieces, list) or not all(isinstance(one, (str, int)) for one in pieces):
+        if not isinstance(pieces, list) or not all(isinstance(piece, (str, int)) for piece in pieces):
             raise FileError(f"{table.place(row)}: {safe_repr(cell)} is not a list of labels")
-        named = [str(table.word(column, row, one)).strip() for one in pieces]
+        named = [str(table.word(column, row, piece)).strip() for piece in pieces]
         if not all(named):
             raise FileError(f"{table.place(row)}: {safe_repr(cell)} has an empty label")
-        found.append(named)
-    return found
+        lists.append(named)
+    return lists
 
 
 # -- Classification of images: one class each --------------------------------------------------------------------------
@@ -485,9 +485,9 @@ class Regression(LearningTask):
 
     def measure(self, rows: Rows, labels: Tensor) -> Measured:
         """Return the root mean square error in the unit of the data, Pearson's and Spearman's correlation."""
-        found, truth = torch.stack(list(rows))[:, 0].double(), labels.double()
-        loss = float((found - truth).square().mean())
-        more = {"Pearson": _pearson(found, truth), "Spearman": _pearson(_ranks(found), _ranks(truth))}
+        predicted, truth = torch.stack(list(rows))[:, 0].double(), labels.double()
+        loss = float((predicted - truth).square().mean())
+        more = {"Pearson": _pearson(predicted, truth), "Spearman": _pearson(_ranks(predicted), _ranks(truth))}
         return Measured(self.deviation * math.sqrt(loss), loss, more)
 
     def predicted(self, row: Tensor) -> Tensor:
@@ -496,7 +496,7 @@ class Regression(LearningTask):
 
     def different(self, rows: Rows, others: Rows) -> int:
         """Return the number of samples with predictions that differ by a thousandth of the deviation."""
-        return sum(not bool((one - other).abs().max() < 1e-3) for one, other in zip(rows, others, strict=True))
+        return sum(not bool((row - other).abs().max() < 1e-3) for row, other in zip(rows, others, strict=True))
 
     def answer(self, row: Tensor) -> dict[str, Any]:
         """Return the number."""
@@ -504,13 +504,13 @@ class Regression(LearningTask):
 
 
 def _numbers(table: Table, cells: Sequence[Any]) -> NDArray[np.float64]:
-    found = np.empty(len(cells))
+    numbers = np.empty(len(cells))
     for row, cell in enumerate(cells):
         try:
-            found[row] = number(cell)
+            numbers[row] = number(cell)
         except ValueError as error:
             raise FileError(f"{table.place(row)}: {error}; --task regression needs numbers") from None
-    return found
+    return numbers
 
 
 def _pearson(x: Tensor, y: Tensor) -> float:

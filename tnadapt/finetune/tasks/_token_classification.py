@@ -94,9 +94,9 @@ class TokenClassification(LearningTask):
         classes = tuple(sorted({tag for some in (*tags, *more[1]) for tag in some}))
         if len(classes) < 2:
             raise FileError(f"{source.name} has the tag {classes[0]!r} alone; --task token-classification needs two")
-        made = cls(classes)
-        held = None if test is None else Samples(more[0], made._numbered(more[1], source.name))
-        return Data(source.name, "text", classes, Samples(words, made._numbered(tags, source.name)), held)
+        task = cls(classes)
+        held = None if test is None else Samples(more[0], task._numbered(more[1], source.name))
+        return Data(source.name, "text", classes, Samples(words, task._numbered(tags, source.name)), held)
 
     @classmethod
     def of(cls, data: Data, training: Samples) -> Self:
@@ -110,16 +110,16 @@ class TokenClassification(LearningTask):
         if words is None:
             raise FileError(f"{source.name} has no column 'tokens', only {source.listed()}: give --text-column NAME")
         if tags is not None and (not source.hides(tags) or "-1" in self.classes):
-            found = _both(source, (words, tags))
-            return Samples(found[0], self._numbered(found[1], source.name)), True
+            inputs, marks = _both(source, (words, tags))
+            return Samples(inputs, self._numbered(marks, source.name)), True
         lists = [_pieces(source, row, cell, "words") for row, cell in enumerate(source.columns[words])]
         return Samples(lists, self._numbered([[self.classes[0]] * len(some) for some in lists], source.name)), False
 
     def _numbered(self, tags: Sequence[Sequence[str]], name: str) -> NDArray[Any]:
-        found = np.empty(len(tags), object)
+        numbers = np.empty(len(tags), object)
         for row, some in enumerate(tags):
-            found[row] = class_numbers(self.classes, some, name, "tag")
-        return found
+            numbers[row] = class_numbers(self.classes, some, name, "tag")
+        return numbers
 
     @property
     def outputs(self) -> int | None:
@@ -133,14 +133,14 @@ class TokenClassification(LearningTask):
                 "--task token-classification needs a fast tokenizer, which knows the word of each token; "
                 f"{type(tokenizer).__name__} is none: give another with --tokenizer"
             )
-        found = tokenizer(list(samples.inputs), is_split_into_words=True, truncation=True, max_length=longest)
+        encoding = tokenizer(list(samples.inputs), is_split_into_words=True, truncation=True, max_length=longest)
         targets, words = [], []
         for row, tags in enumerate(samples.labels):
-            owners = found.word_ids(row)
-            first = [one is not None and one != last for one, last in zip(owners, [None, *owners], strict=False)]
+            owners = encoding.word_ids(row)
+            first = [word is not None and word != last for word, last in zip(owners, [None, *owners], strict=False)]
             targets.append([tags[word] if begins else IGNORED for word, begins in zip(owners, first, strict=True)])
             words.append([word for word, begins in zip(owners, first, strict=True) if begins])
-        return TaggedWords(found["input_ids"], targets, tokenizer.pad_token_id, words)
+        return TaggedWords(encoding["input_ids"], targets, tokenizer.pad_token_id, words)
 
     def check(self, compute: Callable[[Any], Tensor], inputs: Any, model: str, data: str) -> None:
         """Raise an error unless there are logits of each tag for each token."""
@@ -156,7 +156,7 @@ class TokenClassification(LearningTask):
     def rows(self, logits: Tensor, labels: Tensor) -> Rows:
         """Return the logits of the words of each text."""
         some = labels[:, : logits.shape[1]].to(logits.device) != IGNORED
-        return [one[chosen].float().cpu() for one, chosen in zip(logits, some, strict=True)]
+        return [scores[chosen].float().cpu() for scores, chosen in zip(logits, some, strict=True)]
 
     def measure(self, rows: Rows, labels: Tensor) -> Measured:
         """Return F1 of words over all tags but ``O``, accuracy, macro F1 and cross entropy."""
@@ -165,12 +165,15 @@ class TokenClassification(LearningTask):
             return Measured(float("nan"), float("nan"))
         here = logits.argmax(1)
         hits = torch.bincount(truth[here == truth], minlength=len(self.classes)).double()
-        both = sum(torch.bincount(one, minlength=len(self.classes)).double() for one in (here, truth))
+        both = sum(torch.bincount(tags, minlength=len(self.classes)).double() for tags in (here, truth))
         assert isinstance(both, Tensor)
         inside = torch.tensor([name != OUTSIDE for name in self.classes])
         micro = float(2 * hits[inside].sum() / both[inside].sum().clamp_min(1))
-        there = both > 0
-        more = {"accuracy": float(hits.sum() / len(truth)), "macro F1": float((2 * hits[there] / both[there]).mean())}
+        used = both > 0
+        more = {
+            "accuracy": float(hits.sum() / len(truth)),
+            "macro F1": float((2 * hits[used] / both[used]).mean()),
+        }
         return Measured(micro, float(nn.functional.cross_entropy(logits, truth)), more)
 
     def predicted(self, row: Tensor) -> Tensor:
@@ -180,22 +183,22 @@ class TokenClassification(LearningTask):
     def answers(self, rows: Rows, part: Part, samples: Samples) -> list[dict[str, Any]]:
         """Return a tag for each word; None for one that is cut off or has no token."""
         assert isinstance(part, TaggedWords)
-        found = []
+        answers = []
         for row, places, words in zip(rows, part.words, samples.inputs, strict=True):
             here = self.answer(row)
             whole: dict[str, list[Any]] = {name: [None] * len(words) for name in here}
             for name, values in here.items():
                 for place, value in zip(places, values, strict=True):
                     whole[name][place] = value
-            found.append(whole)
-        return found
+            answers.append(whole)
+        return answers
 
     def answer(self, row: Tensor) -> dict[str, Any]:
         """Return the tag of each word that has a token."""
         scores = row.double().softmax(1).amax(1) if len(row) else row.new_zeros(0)
         return {
-            "prediction": [self.classes[int(one)] for one in self.predicted(row)] if len(row) else [],
-            "scores": [round(one, 6) for one in scores.tolist()],
+            "prediction": [self.classes[int(tag)] for tag in self.predicted(row)] if len(row) else [],
+            "scores": [round(score, 6) for score in scores.tolist()],
         }
 
 
@@ -214,7 +217,7 @@ def _both(table: Table, names: tuple[str | None, str | None]) -> tuple[list[list
     for row, (cell, marks) in enumerate(zip(table.columns[words_in], table.columns[tags_in], strict=True)):
         words.append(_pieces(table, row, cell, "words"))
         if isinstance(marks, list):
-            marks = [table.word(tags_in, row, one) for one in marks]
+            marks = [table.word(tags_in, row, mark) for mark in marks]
         tags.append(_pieces(table, row, marks, "tags"))
         if len(words[-1]) != len(tags[-1]):
             raise FileError(f"{table.place(row)}: {len(words[-1])} words and {len(tags[-1])} tags; each word needs one")
@@ -223,6 +226,6 @@ def _both(table: Table, names: tuple[str | None, str | None]) -> tuple[list[list
 
 def _pieces(table: Table, row: int, cell: Any, what: str) -> list[str]:
     pieces = cell.split() if isinstance(cell, str) else cell
-    if not isinstance(pieces, list) or not pieces or not all(isinstance(one, (str, int)) for one in pieces):
+    if not isinstance(pieces, list) or not pieces or not all(isinstance(piece, (str, int)) for piece in pieces):
         raise FileError(f"{table.place(row)}: {safe_repr(cell)} is not a list of {what}")
-    return [str(one) for one in pieces]
+    return [str(piece) for piece in pieces]
