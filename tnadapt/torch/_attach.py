@@ -171,12 +171,12 @@ def kept_names(model: nn.Module, patterns: str | Sequence[str], biases: str, tar
         raise ConfigError(f"biases must be one of {', '.join(BIASES)}; got {safe_repr(biases)}")
     if biases == "none":
         return kept
-    own = {join(target.module, bias) for target in targets for bias in _biases_of(target.parameter)}
-    found = [name for name in _biases(model) if biases == "all" or name in own]
-    if not found:
+    adapted_biases = {join(target.module, bias) for target in targets for bias in _biases_of(target.parameter)}
+    bias_names = [name for name in _biases(model) if biases == "all" or name in adapted_biases]
+    if not bias_names:
         layer = "adapted layer" if biases == "adapted" else "layer"
         raise TargetError(f"biases={biases!r}: no {layer} of this {type(model).__name__} has a bias; leave biases out")
-    return list(dict.fromkeys([*kept, *found]))
+    return list(dict.fromkeys([*kept, *bias_names]))
 
 
 def _biases(model: nn.Module) -> list[str]:
@@ -218,13 +218,13 @@ def matching(model: nn.Module, patterns: str | Sequence[str], targets: Iterable[
     names = {name: first[id(tensor)] for name, tensor in tensors if name not in left_out and not is_array(name)}
     kept: dict[str, None] = {}
     for pattern in patterns:
-        found = [own for name, own in names.items() if is_within(name, pattern)]
-        if not found:
+        matches = [original for name, original in names.items() if is_within(name, pattern)]
+        if not matches:
             modules = ", ".join(name for name, _ in model.named_children())
             raise TargetError(
                 f"keep_trainable: no parameter is at or below {safe_repr(pattern)}; the model's parts are: {modules}"
             )
-        kept.update(dict.fromkeys(found))
+        kept.update(dict.fromkeys(matches))
     both = [name for name in targets if name in kept]
     if both:
         raise TargetError(
@@ -616,10 +616,10 @@ def check_name(model: nn.Module, name: str) -> None:
 def checked_dtype(dtype: Any) -> torch.dtype:
     """Return a dtype of arrays, given by itself or by its name; raise BackendError for any other one."""
     names = {name: known for known, name in _DTYPES.items()}
-    found = names.get(dtype, dtype) if isinstance(dtype, str) else dtype
-    if not isinstance(found, torch.dtype) or found not in _DTYPES:
+    torch_dtype = names.get(dtype, dtype) if isinstance(dtype, str) else dtype
+    if not isinstance(torch_dtype, torch.dtype) or torch_dtype not in _DTYPES:
         raise BackendError(f"dtype must be one of {', '.join(map(str, _DTYPES))}; got {safe_repr(dtype)}")
-    return found
+    return torch_dtype
 
 
 def _arrays(plan: SuperLoRA, like: torch.Tensor | None, dtype: torch.dtype, fresh: bool) -> dict[str, torch.Tensor]:

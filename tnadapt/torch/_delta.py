@@ -182,10 +182,10 @@ def plain_vjp(
     """Recompute a function of arrays and return the gradients of the wanted ones."""
 
     def of(*moved: Tensor) -> Tensor:
-        given = list(arrays)
+        inputs = list(arrays)
         for index, array in zip(wanted, moved, strict=True):
-            given[index] = array
-        return made(*given)
+            inputs[index] = array
+        return made(*inputs)
 
     # torch.func rather than autograd.grad, because a backward pass may itself be batched or differentiated.
     pull: Callable[[Tensor], tuple[Tensor, ...]] = torch.func.vjp(of, *(arrays[index] for index in wanted))[1]
@@ -216,7 +216,7 @@ class Whole:
         if any(not group.projection.linear or group.projection.map.identity for group in groups):
             return plain_vjp(self, arrays, wanted, gradient)
         # The adjoint of a linear F needs no output of F, so only the network in front of it is recomputed.
-        backend, found = load_backend("torch"), dict[str, Tensor]()
+        backend, gradients = load_backend("torch"), dict[str, Tensor]()
         named = dict(zip(self.names, arrays, strict=True))
         trained = {self.names[index] for index in wanted}
         groups = [group for group in groups if not trained.isdisjoint(group.names.values())]
@@ -225,8 +225,8 @@ class Whole:
             for group, before in zip(batch, self._before(batch, gradient), strict=True):
                 for full, part in _of_network(group, named, trained, before):
                     # Arrays that are tied occur in several groups, or more than once in one.
-                    found[full] = found[full] + part if full in found else part
-        return [found[self.names[index]] for index in wanted]
+                    gradients[full] = gradients[full] + part if full in gradients else part
+        return [gradients[self.names[index]] for index in wanted]
 
     def _before(self, groups: Sequence[Group], gradient: Tensor) -> list[Tensor]:
         """Return the gradients of what groups that share a linear F compute before it."""
@@ -236,24 +236,24 @@ class Whole:
         for group in groups:
             spans = [(starts[piece.weight] + piece.weight_start, piece.length) for piece in group.pieces]
             after.append(backend.concat([gradient[start : start + length] for start, length in _joined(spans)]))
-        found = cast("list[Tensor]", adjoints(backend, groups[0].projection, after))
+        gradients = cast("list[Tensor]", adjoints(backend, groups[0].projection, after))
         # Copies: how a product with a matrix rounds depends on its alignment, and pieces of one array have any.
-        return found if len(found) == 1 else [one.clone() for one in found]
+        return gradients if len(gradients) == 1 else [vector.clone() for vector in gradients]
 
 
 def _of_network(
     group: Group, named: Mapping[str, Tensor], trained: Collection[str], gradient: Tensor
 ) -> list[tuple[str, Tensor]]:
     """Return the gradients of a group's trained arrays, by name, given that of the vector of its network."""
-    backend, own = load_backend("torch"), list(group.names.values())
-    places = [place for place, full in enumerate(own) if full in trained]
+    backend, names = load_backend("torch"), list(group.names.values())
+    places = [place for place, full in enumerate(names) if full in trained]
 
-    def made(*given: Tensor) -> Tensor:
-        arrays = group.with_frozen(backend, dict(zip(group.names, given, strict=True)))
+    def network_vector(*group_arrays: Tensor) -> Tensor:
+        arrays = group.with_frozen(backend, dict(zip(group.names, group_arrays, strict=True)))
         return cast(Tensor, group.network.whole(backend, arrays))
 
-    parts = plain_vjp(made, [named[full] for full in own], places, gradient)
-    return [(own[place], part) for place, part in zip(places, parts, strict=True)]
+    parts = plain_vjp(network_vector, [named[full] for full in names], places, gradient)
+    return [(names[place], part) for place, part in zip(places, parts, strict=True)]
 
 
 class OuterRows(NamedTuple):
@@ -303,11 +303,11 @@ class Slice:
     def __call__(self, *arrays: Tensor) -> Tensor:
         # Shapes were checked when the arrays were created; a check per layer would cost as much as the update itself.
         backend, params = load_backend("torch"), dict(zip(self.names, arrays, strict=True))
-        found = [
+        parts = [
             self._groups[piece.group].update(backend, params, piece.group_start, piece.group_start + piece.length)
             for piece in self._pieces
         ]
-        return cast(Tensor, backend.reshape(backend.concat(found), self.shape))
+        return cast(Tensor, backend.reshape(backend.concat(parts), self.shape))
 
     def factors(self, *arrays: Tensor) -> tuple[Tensor, Tensor, int] | None:
         """Return (left, right, start): the update is a run of ``vec(left @ right)`` from start. None if it is not."""
@@ -318,9 +318,9 @@ class Slice:
         if group.subtracts:
             return None  # the difference of two products
         backend = load_backend("torch")
-        own = group.arrays(backend, dict(zip(self.names, arrays, strict=True)))
+        group_arrays = group.arrays(backend, dict(zip(self.names, arrays, strict=True)))
         start, stop = piece.group_start, piece.group_start + piece.length
-        return group.network.slice_factors(backend, own, start, stop)
+        return group.network.slice_factors(backend, group_arrays, start, stop)
 
     @functools.cached_property
     def _kronecker_rows(self) -> KroneckerRows | None:
@@ -337,8 +337,8 @@ class Slice:
             return None
         (group,) = self._groups.values()
         backend = load_backend("torch")
-        own = group.arrays(backend, dict(zip(self.names, arrays, strict=True)))
-        return OuterRows(*rows(backend, own), rows.cols, rows.first, group.network.scale)
+        group_arrays = group.arrays(backend, dict(zip(self.names, arrays, strict=True)))
+        return OuterRows(*rows(backend, group_arrays), rows.cols, rows.first, group.network.scale)
 
     def vjp(self, arrays: Sequence[Tensor], wanted: Sequence[int], gradient: Tensor) -> Sequence[Tensor]:
         """Return the gradients of the wanted arrays, given that of the update."""
@@ -438,13 +438,13 @@ def _scaled(buffer: Tensor, *factors: float) -> Tensor:
 
 def _joined(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
     """Merge adjacent runs of ``(start, length)``."""
-    found: list[tuple[int, int]] = []
+    runs: list[tuple[int, int]] = []
     for start, length in spans:
-        if found and sum(found[-1]) == start:
-            found[-1] = (found[-1][0], found[-1][1] + length)
+        if runs and sum(runs[-1]) == start:
+            runs[-1] = (runs[-1][0], runs[-1][1] + length)
         else:
-            found.append((start, length))
-    return found
+            runs.append((start, length))
+    return runs
 
 
 def version(array: Tensor) -> int:
@@ -497,19 +497,19 @@ class _Table(NamedTuple):
     def of_right(self) -> Tensor:
         """Return the gradient of right, where the buffer holds that of the rows."""
         left, rest = self.outer.left.detach(), self.rest
-        found = torch.bmm(left[:, : self.whole].unsqueeze(1), self.main).squeeze(1)
+        gradient = torch.bmm(left[:, : self.whole].unsqueeze(1), self.main).squeeze(1)
         if rest.shape[1]:
-            found[:, : rest.shape[1]].addcmul_(left[:, self.whole : self.whole + 1], rest)
-        return found
+            gradient[:, : rest.shape[1]].addcmul_(left[:, self.whole : self.whole + 1], rest)
+        return gradient
 
     def of_left(self) -> Tensor:
         """Return the gradient of left, where the buffer holds that of the rows; the buffer is overwritten."""
         left, right, rest = self.outer.left, self.outer.right.detach(), self.rest
-        found = torch.zeros_like(left)
-        torch.sum(self.main.mul_(right.unsqueeze(1)), 2, out=found[:, : self.whole])
+        gradient = torch.zeros_like(left)
+        torch.sum(self.main.mul_(right.unsqueeze(1)), 2, out=gradient[:, : self.whole])
         if rest.shape[1]:
-            torch.sum(rest.mul_(right[:, : rest.shape[1]]), 1, out=found[:, self.whole])
-        return found
+            torch.sum(rest.mul_(right[:, : rest.shape[1]]), 1, out=gradient[:, self.whole])
+        return gradient
 
 
 def outer_vjp_once(
@@ -711,17 +711,17 @@ class Snapshot(NamedTuple):
 
     def is_of(self, array: Tensor) -> bool:
         """Return whether an array is still what it was."""
-        own = self.array
-        if self.version is None and type(array) in _UNSHARDED and type(own) in _UNSHARDED:
+        saved = self.array
+        if self.version is None and type(array) in _UNSHARDED and type(saved) in _UNSHARDED:
             # The same comparisons in less time: a layer may have a dozen arrays.
-            return array.is_cpu and array.dtype == own.dtype and torch.equal(array, own)
-        if array.device != own.device or array.dtype != own.dtype or array.shape != own.shape:
+            return array.is_cpu and array.dtype == saved.dtype and torch.equal(array, saved)
+        if array.device != saved.device or array.dtype != saved.dtype or array.shape != saved.shape:
             return False
-        if is_sharded(array) != is_sharded(own):
+        if is_sharded(array) != is_sharded(saved):
             return False  # sharded meanwhile: sharded and ordinary tensors cannot be compared
         if self.version is None:
-            return torch.equal(array, own)
-        return _versions(array) == self.version and _memory(array) == _memory(own)
+            return torch.equal(array, saved)
+        return _versions(array) == self.version and _memory(array) == _memory(saved)
 
 
 def _local(array: Tensor) -> Tensor:
@@ -777,10 +777,10 @@ class CacheEntry:
             return update
         if self.leaves is not None:
             return update.to(dtype)
-        found = self.rounded.get((index, dtype))
-        if found is None:
-            found = self.rounded[index, dtype] = update.to(dtype)
-        return found
+        rounded = self.rounded.get((index, dtype))
+        if rounded is None:
+            rounded = self.rounded[index, dtype] = update.to(dtype)
+        return rounded
 
     def is_of(self, names: Sequence[str], given: Sequence[Tensor]) -> bool:
         """Return whether the arrays of these names that it was computed from equal the given ones."""
@@ -884,14 +884,14 @@ class ArrayCache:
         Entries of several weights, with and without gradients, refer to the same arrays and would otherwise hold one
         copy each. A copy is never written to; an array that has changed gets a new one.
         """
-        found = {}
+        snapshots = {}
         for name, array in zip(names, arrays, strict=True):
             key = name, torch.is_inference_mode_enabled()
             snapshot = self._snapshots.get(key)
             if snapshot is None or not snapshot.is_of(array):
                 snapshot = self._snapshots[key] = Snapshot.of(array)
-            found[name] = snapshot
-        return found
+            snapshots[name] = snapshot
+        return snapshots
 
     def forget(self) -> None:
         """Empty the cache."""
@@ -960,8 +960,8 @@ class DeltaCache(ArrayCache):
         self._alone = [Slice.of(plan, index) is not None for index in range(len(plan.shapes))]
         #: Whether the arrays of a weight are as large as its update, as dense ones: comparing them costs more than it.
         self._large = [
-            alone and sum(math.prod(plan.param_shapes[name]) for name in own.names) >= own.size
-            for own, alone in zip(self._slices, self._alone, strict=True)
+            alone and sum(math.prod(plan.param_shapes[name]) for name in delta_slice.names) >= delta_slice.size
+            for delta_slice, alone in zip(self._slices, self._alone, strict=True)
         ]
         #: Parts of the plan whose updates are computed at once, and the part of each weight.
         self._parts = _parts(plan)
@@ -1001,26 +1001,27 @@ class DeltaCache(ArrayCache):
         """Return the update of one weight for the current arrays; where it is cached, in ``dtype`` if one is given."""
         if torch.compiler.is_compiling():
             return self._compiled(lookup, index)
-        own, alone = self._slices[index], self._alone[index]
+        delta_slice, alone = self._slices[index], self._alone[index]
         # Look up once: everything below refers to these tensors, even if another thread replaces them meanwhile.
-        given = lookup(own.names)
+        inputs = lookup(delta_slice.names)
         # With gradients, an update that is computed alone gets a separate graph in each call.
-        if self._large[index] or (alone and torch.is_grad_enabled()) or not can_cache(given, alone):
-            if not alone and reuses_in_pass(given):
+        if self._large[index] or (alone and torch.is_grad_enabled()) or not can_cache(inputs, alone):
+            if not alone and reuses_in_pass(inputs):
                 modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-                made = self._once((self._pass, *modes) if self._pass else None, lookup, index)
-            else:
-                made = recomputed(own, *given)
-            return made
+                return self._once((self._pass, *modes) if self._pass else None, lookup, index)
+            return recomputed(delta_slice, *inputs)
         if alone:
-            return self.entry(index, own.names, given, lambda arrays: {index: own(*arrays)}).update(index, dtype)
+            entry = self.entry(index, delta_slice.names, inputs, lambda arrays: {index: delta_slice(*arrays)})
+            return entry.update(index, dtype)
         part = self._part[index]
 
         def updates(arrays: Sequence[Tensor]) -> dict[int, Tensor]:
             # Gradients that reach the updates end the cached ones, whose memory the backward pass through F then uses.
             return dict(enumerate(part.updates(arrays, self.forget), part.first))
 
-        entry = self.entry(part.key, own.names, given, updates, sources=lambda: (part.names, lookup(part.names)))
+        entry = self.entry(
+            part.key, delta_slice.names, inputs, updates, sources=lambda: (part.names, lookup(part.names))
+        )
         return entry.update(index, dtype)
 
     def _compiled(self, lookup: Lookup, index: int) -> Tensor:
@@ -1030,8 +1031,8 @@ class DeltaCache(ArrayCache):
         computation of an update is part of the program, once for all layers of one trace.
         """
         if self._alone[index]:
-            own = self._slices[index]
-            return own(*lookup(own.names))
+            delta_slice = self._slices[index]
+            return delta_slice(*lookup(delta_slice.names))
         return self._once(trace_number() or None, lookup, index)
 
     def _once(self, key: Hashable | None, lookup: Lookup, index: int) -> Tensor:
@@ -1040,10 +1041,10 @@ class DeltaCache(ArrayCache):
         # They must not be reused: a program cannot check whether the arrays have changed since.
         if self._traced is None or self._traced[0] != key or key is None:
             self._traced = key, {}
-        part, made = self._part[index], self._traced[1]
-        if part.key not in made:
-            made[part.key] = part.updates(lookup(part.names))
-        return made[part.key][index - part.first]
+        part, updates = self._part[index], self._traced[1]
+        if part.key not in updates:
+            updates[part.key] = part.updates(lookup(part.names))
+        return updates[part.key][index - part.first]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> DeltaCache:
         return DeltaCache(self.plan)
@@ -1179,7 +1180,7 @@ class ThetaArrays(ArrayCache):
 
     def _made(self, thetas: Sequence[Tensor]) -> dict[str, Tensor]:
         backend = load_backend("torch")
-        found: dict[str, Tensor] = {}  # which torch.compile traces, unlike dict[str, Tensor]()
+        arrays: dict[str, Tensor] = {}  # which torch.compile traces, unlike dict[str, Tensor]()
         for part, theta in zip(self.theta.parts, thetas, strict=True):
             sizes = [torch.Size(shape).numel() for shape in part.arrays.values()]
             if torch.compiler.is_compiling():
@@ -1189,8 +1190,8 @@ class ThetaArrays(ArrayCache):
                 vec = recomputed(_Moved(part, None if on_host(theta) else self.forget), theta)
             for (full, shape), piece in zip(part.arrays.items(), torch.split(vec, sizes), strict=True):
                 change = piece.view(shape)
-                found[full] = self.plan.array_start(backend, full, theta) + change if self.theta.offset else change
-        return found
+                arrays[full] = self.plan.array_start(backend, full, theta) + change if self.theta.offset else change
+        return arrays
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ThetaArrays:
         return ThetaArrays(self.plan)
@@ -1207,8 +1208,8 @@ class ThetaArrays(ArrayCache):
 
 def wide_pair(weight: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
     """Return a weight and its update on the weight's device, in the wider dtype of both."""
-    kind = torch.promote_types(weight.dtype, delta.dtype)
-    return weight.to(kind), delta.to(weight.device, kind)
+    dtype = torch.promote_types(weight.dtype, delta.dtype)
+    return weight.to(dtype), delta.to(weight.device, dtype)
 
 
 class Quotient:
@@ -1258,9 +1259,9 @@ class Quotient:
         return cast(Tensor, weight + self.applying.change(load_backend("torch"), weight, delta))
 
     def _rescaled(self, total: Tensor, magnitude: Tensor) -> Rescaling:
-        found = self.applying.rescaling(load_backend("torch"), total, [magnitude.to(total.device)])
-        assert found is not None  # it rescales
-        return found
+        rescaling = self.applying.rescaling(load_backend("torch"), total, [magnitude.to(total.device)])
+        assert rescaling is not None  # it rescales
+        return rescaling
 
     def vjp(self, arrays: Sequence[Tensor], wanted: Sequence[int], gradient: Tensor) -> Sequence[Tensor | None]:
         """Return the gradients of the wanted arrays, given that of the quotient."""
@@ -1276,8 +1277,10 @@ class Quotient:
             load_backend("torch"), total, rescaling, gradient.view(-1, 1)
         )
         # C is ΔW where outputs are scaled.
-        found = list(pull(through.to(of_delta[0].device, of_delta[0].dtype))) if rest else []
-        return found if len(rest) == len(wanted) else [*found, of_magnitude.to(magnitude.device, magnitude.dtype)]
+        gradients = list(pull(through.to(of_delta[0].device, of_delta[0].dtype))) if rest else []
+        if len(rest) == len(wanted):
+            return gradients
+        return [*gradients, of_magnitude.to(magnitude.device, magnitude.dtype)]
 
 
 # -- The product of an input with a cached update, as one operator for compiled programs -------------------------------
@@ -1305,15 +1308,15 @@ def update_product(cache: DeltaCache, x: Tensor, arrays: Sequence[Tensor], index
 
 def wide_product(x: Tensor, update: Tensor) -> Tensor:
     """Return ``x ΔWᵀ`` in the wider dtype of both."""
-    kind = torch.promote_types(x.dtype, update.dtype)
-    return functional.linear(x.to(kind), update.to(kind))
+    dtype = torch.promote_types(x.dtype, update.dtype)
+    return functional.linear(x.to(dtype), update.to(dtype))
 
 
 @torch.library.custom_op("tnadapt::update_product", mutates_args=())
 def _update_product(x: Tensor, arrays: Sequence[Tensor], cache: int, index: int, rows: int) -> Tensor:
-    found = numbered_cache(cache)
-    named = dict(zip(found.names(index), arrays, strict=True))
-    update = found.get(lambda names: [named[name] for name in names], index, x.dtype)
+    delta_cache = numbered_cache(cache)
+    named = dict(zip(delta_cache.names(index), arrays, strict=True))
+    update = delta_cache.get(lambda names: [named[name] for name in names], index, x.dtype)
     return wide_product(x, update.to(x.device).reshape(rows, x.shape[-1])).to(x.dtype)
 
 

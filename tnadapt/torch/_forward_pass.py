@@ -143,7 +143,7 @@ def dropped_inputs(slots: Sequence[AdapterSlot], x: Tensor) -> list[tuple[Tensor
     several: dict[AdapterState, list[AdapterSlot]] = {}
     for slot in slots:
         several.setdefault(slot.adapter, []).append(slot)
-    return [(functional.dropout(x, state.dropout, training=True), own) for state, own in several.items()]
+    return [(functional.dropout(x, state.dropout, training=True), shared) for state, shared in several.items()]
 
 
 class ColumnDropout:
@@ -194,11 +194,11 @@ def delta(slot: AdapterSlot) -> Tensor:
     """Return the update of one weight, times the adapter's mixing weight."""
     state = slot.adapter
     _refuse_reentrant(state)
-    own = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    made = state.cache.slice(slot.index) if own else None
-    if made is None:
+    recomputing = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    delta_slice = state.cache.slice(slot.index) if recomputing else None
+    if delta_slice is None:
         return scaled(state, state.cache.get(lambda names: current(state, names), slot.index))
-    return scaled(state, recomputed(made, *current(state, made.names)))
+    return scaled(state, recomputed(delta_slice, *current(state, delta_slice.names)))
 
 
 def rounded_delta(slot: AdapterSlot, dtype: torch.dtype) -> Tensor:
@@ -260,8 +260,9 @@ def _remember_settings(state: AdapterState) -> None:
 
 
 def _settings(state: AdapterState) -> tuple[Hashable, ...]:
-    found = assignment_of(state)
-    return state.enabled, mixing_weight(state), state.merged is not None, None if found is None else found.names
+    assignment = assignment_of(state)
+    names = None if assignment is None else assignment.names
+    return state.enabled, mixing_weight(state), state.merged is not None, names
 
 
 # -- Hooks -----------------------------------------------------------------------------------------------------
@@ -388,28 +389,28 @@ class PatchedParameter:
         others = [slot for slot in slots if not slot.adapter.plan.applying.additive]
         alone = len({id(slot.adapter) for slot in slots}) < 2  # as with the many experts of one weight
         self.rivals = [
-            (one, other)
-            for one in ([] if alone else others)
+            (slot, other)
+            for slot in ([] if alone else others)
             for other in slots
-            if other.adapter is not one.adapter and overlap(one.target, other.target)
+            if other.adapter is not slot.adapter and overlap(slot.target, other.target)
         ]
 
     def check_alone(self) -> None:
         """Raise a TargetError if an adapter acts on the rows of one that is not a sum."""
-        for one, other in self.rivals:
-            states = one.adapter, other.adapter
+        for slot, other in self.rivals:
+            states = slot.adapter, other.adapter
             if all(acts(state) or state.merged is not None for state in states):
                 raise TargetError(
-                    f"adapters {states[0].name!r} and {states[1].name!r} both act on {one.target.name}, and "
+                    f"adapters {states[0].name!r} and {states[1].name!r} both act on {slot.target.name}, and "
                     f"{not_a_sum(*states)}: activate() one of them, or detach the other"
                 )
 
     @property
     def tensor(self) -> Tensor:
         """The base weight as the module has it now."""
-        found = self.owner._parameters.get(self.parameter)
+        weight = self.owner._parameters.get(self.parameter)
         # A parametrized weight is computed and not registered as a parameter.
-        return cast(Tensor, getattr(self.owner, self.parameter) if found is None else found)
+        return cast(Tensor, getattr(self.owner, self.parameter) if weight is None else weight)
 
 
 # -- The shortest way through a linear layer: low-rank updates whose factors are stored arrays -------------------------
@@ -449,16 +450,16 @@ class LowRankLayer:
         """Return the way through a host with torch's own forward, or None if some slot needs the general one."""
         if not isinstance(host, nn.Linear) or len(weights) != 1 or weights[0].rivals:
             return None
-        found = [_stored(slot) for slot in weights[0].slots]
-        updates = [one for one in found if one is not None]
-        return cls(host, updates) if len(updates) == len(found) else None
+        candidates = [_stored(slot) for slot in weights[0].slots]
+        updates = [update for update in candidates if update is not None]
+        return cls(host, updates) if len(updates) == len(candidates) else None
 
     def __call__(self, x: Any) -> Tensor | None:
         """Return the output; None, with nothing done, where this call needs the general way."""
         host = self.host
-        own = host._parameters
-        weight, bias = own.get("weight"), own.get("bias")
-        if type(x) not in _PLAIN or type(weight) not in _PLAIN or (bias is None and "bias" not in own):
+        parameters = host._parameters
+        weight, bias = parameters.get("weight"), parameters.get("bias")
+        if type(x) not in _PLAIN or type(weight) not in _PLAIN or (bias is None and "bias" not in parameters):
             return None
         assert weight is not None  # of these types
         dtype, device = x.dtype, x.device
@@ -580,8 +581,8 @@ def is_lookup(module: nn.Module) -> bool:
     >>> is_lookup(nn.Embedding(5, 2)), is_lookup(nn.EmbeddingBag(5, 2))
     (True, False)
     """
-    kind = quantized_type(module)
-    if kind is not None and kind.looks_up(module):
+    layer_type = quantized_type(module)
+    if layer_type is not None and layer_type.looks_up(module):
         return True
     # Gradients of a factor cannot be divided by the frequencies of tokens.
     if not isinstance(module, nn.Embedding) or module.scale_grad_by_freq:
@@ -607,10 +608,10 @@ def _scales(forward: Any) -> bool:
 
 def embedded(module: nn.Embedding, weight: Tensor, ids: Tensor, slots: Sequence[AdapterSlot]) -> Tensor:
     """Return the output of an embedding, its weight and the updates of slots looked up separately."""
-    kind, total = weight.dtype, functional.embedding(ids, weight, module.padding_idx)
+    dtype, total = weight.dtype, functional.embedding(ids, weight, module.padding_idx)
     for slot in slots:
         total = _plus_rows(total, slot, ids.to(weight.device), module.padding_idx)
-    return _times_scale(module, total.to(kind))
+    return _times_scale(module, total.to(dtype))
 
 
 def beside(module: nn.Module, y: Tensor, ids: Tensor, slots: Sequence[AdapterSlot]) -> Tensor:
@@ -626,19 +627,19 @@ def _times_scale(module: Any, rows: Tensor) -> Tensor:
     scale = getattr(module, "embed_scale", None)
     if scale is None or type(module).forward is nn.Embedding.forward:
         return rows
-    found: Tensor = rows * (scale.to(rows.dtype) if isinstance(scale, Tensor) else scale)
-    return found
+    product: Tensor = rows * (scale.to(rows.dtype) if isinstance(scale, Tensor) else scale)
+    return product
 
 
 def _plus_rows(total: Tensor, slot: AdapterSlot, ids: Tensor, padding: int | None) -> Tensor:
-    places, there = updated_places(slot.target, ids)
+    places, is_updated = updated_places(slot.target, ids)
     rows = scaled(slot.adapter, _factored_rows(slot, places)) if slot.strategy == "factored" else _formed(slot, places)
     rows = rows.to(total.device)
     if padding is not None:
         # As in nn.Embedding, the padding's row has no gradient.
         rows = torch.where((ids == padding).unsqueeze(-1), rows.detach(), rows)
     total = total.to(torch.promote_types(total.dtype, rows.dtype))
-    return total + rows if there is None else torch.where(there.unsqueeze(-1), total + rows, total)
+    return total + rows if is_updated is None else torch.where(is_updated.unsqueeze(-1), total + rows, total)
 
 
 def _formed(slot: AdapterSlot, places: Tensor) -> Tensor:
@@ -648,25 +649,25 @@ def _formed(slot: AdapterSlot, places: Tensor) -> Tensor:
 
 def _factored_rows(slot: AdapterSlot, places: Tensor) -> Tensor:
     """Return rows of an update from its factors."""
-    found = factors(slot)
+    factored = factors(slot)
     total: Tensor | None = None
-    for term in found.terms:
-        one = _rows_of_term(term, places.to(term[0].left.device))
-        total = one if total is None else total + one
+    for term in factored.terms:
+        rows = _rows_of_term(term, places.to(term[0].left.device))
+        total = rows if total is None else total + rows
     assert total is not None
-    return total if found.scale == 1.0 else total * found.scale
+    return total if factored.scale == 1.0 else total * factored.scale
 
 
 def _rows_of_term(term: Sequence[Matrix], places: Tensor) -> Tensor:
     """Return rows of a Kronecker product: products of the rows of its matrices, which are digits of the place."""
-    found: Tensor | None = None
+    product: Tensor | None = None
     for matrix in reversed(term):
         rows = functional.embedding(places % matrix.left.shape[0], matrix.left)
         places = torch.div(places, matrix.left.shape[0], rounding_mode="floor")
         rows = rows if matrix.right is None else rows @ matrix.right.T
-        found = rows if found is None else (rows.unsqueeze(-1) * found.unsqueeze(-2)).flatten(-2)
-    assert found is not None
-    return found
+        product = rows if product is None else (rows.unsqueeze(-1) * product.unsqueeze(-2)).flatten(-2)
+    assert product is not None
+    return product
 
 
 # -- W' of the slots of a layer or stack, the quotient of a magnitude and a norm, and what is added to outputs ---------
@@ -745,15 +746,15 @@ def quotient(slot: AdapterSlot, stored: Tensor | None) -> Tensor:
 
 def scaled_output(y: Tensor, bias: Tensor | None, slot: AdapterSlot, stored: Tensor | None) -> Tensor:
     """Return a layer's output with the features of the target's rows times q; the bias is not scaled."""
-    found = quotient(slot, stored)
+    scale = quotient(slot, stored)
     if slot.target.rows is not None:
         # Ones for all other features.
-        place = torch.ones(slot.target.out, dtype=found.dtype, device=found.device)
-        found = place.index_copy(0, index_tensor(slot.target, found.device), found)
-    found = found.to(y.device)
-    kind = torch.promote_types(y.dtype, found.dtype)
-    own = y if bias is None else y - bias.to(y.device, y.dtype)
-    return (y.to(kind) + (found - 1.0).to(kind) * own.to(kind)).to(y.dtype)
+        place = torch.ones(slot.target.out, dtype=scale.dtype, device=scale.device)
+        scale = place.index_copy(0, index_tensor(slot.target, scale.device), scale)
+    scale = scale.to(y.device)
+    dtype = torch.promote_types(y.dtype, scale.dtype)
+    product = y if bias is None else y - bias.to(y.device, y.dtype)
+    return (y.to(dtype) + (scale - 1.0).to(dtype) * product.to(dtype)).to(y.dtype)
 
 
 def added_matrix(slot: AdapterSlot, stored: Tensor | None) -> Tensor:

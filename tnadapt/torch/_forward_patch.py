@@ -159,8 +159,8 @@ class RoutedChanges:
             return self.of_segments(y.flatten(0, 1), x.flatten(0, 1), [count] * matrices).view(y.shape)
         order = torch.argsort(numbers, stable=True)
         counts = [count * number for number in torch.bincount(numbers, minlength=matrices).tolist()]
-        found = self.of_segments(y[order].flatten(0, 1), x[order].flatten(0, 1), counts).view(y.shape)
-        return found[torch.argsort(order)]
+        outputs = self.of_segments(y[order].flatten(0, 1), x[order].flatten(0, 1), counts).view(y.shape)
+        return outputs[torch.argsort(order)]
 
 
 # -- Experts: a stacked parameter to which products add the updates, without forming the sum ---------------------------
@@ -216,11 +216,11 @@ class LazyStack(Tensor):
     ) -> LazyStack:
         """Return a tensor without storage."""
         base = changes.base if base is None else base
-        made: Any = Tensor._make_wrapper_subclass(
+        stack: Any = Tensor._make_wrapper_subclass(
             cls, base.shape, strides=base.stride(), dtype=base.dtype, device=base.device
         )
-        made.changes, made.base, made.picked, made.flipped = changes, base, picked, flipped
-        return cast(LazyStack, made)
+        stack.changes, stack.base, stack.picked, stack.flipped = changes, base, picked, flipped
+        return cast(LazyStack, stack)
 
     @property
     def takes_rows(self) -> bool:
@@ -244,8 +244,8 @@ class LazyStack(Tensor):
                 return func(*args, **kwargs)
         rule = _RULES.get(func) or _RULES.get(str(func))
         known = rule is not None and kwargs.keys() <= _KEYWORDS.get(rule, set())
-        found = rule(func, *args, **kwargs) if rule is not None and known else None
-        return func(*_formed(args), **_formed(kwargs)) if found is None else found
+        result = rule(func, *args, **kwargs) if rule is not None and known else None
+        return func(*_formed(args), **_formed(kwargs)) if result is None else result
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -412,8 +412,8 @@ def changed_parameter(patch: ForwardPatch, patched: PatchedParameter, slots: Seq
 
 def blocks_gradient(module: nn.Module) -> bool:
     """Return whether backward through a layer does not compute the gradient of its input."""
-    kind = quantized_type(module)
-    return kind is not None and not kind.passes_gradient(module)
+    layer_type = quantized_type(module)
+    return layer_type is not None and not layer_type.passes_gradient(module)
 
 
 def straight_through(x: Tensor, host: nn.Module, run: Callable[[Tensor], Tensor]) -> Tensor:
@@ -447,8 +447,8 @@ class _StraightThrough:
         return self.run(x)
 
     def vjp(self, inputs: Sequence[Tensor], wanted: Sequence[int], gradient: Tensor) -> list[Tensor]:
-        kind = quantized_type(self.host)
-        weight = None if kind is None else kind.dequantize(self.host)
+        layer_type = quantized_type(self.host)
+        weight = None if layer_type is None else layer_type.dequantize(self.host)
         if weight is None:
             raise TargetError(
                 f"{type(self.host).__name__} passes no gradient to its input, and its weight cannot be dequantized to "
@@ -510,8 +510,8 @@ class ForwardPatch:
     @classmethod
     def of(cls, host: nn.Module) -> ForwardPatch | None:
         """Return the patch of a module, or None."""
-        found = host.__dict__.get("forward")
-        return found if isinstance(found, ForwardPatch) else None
+        patch = host.__dict__.get("forward")
+        return patch if isinstance(patch, ForwardPatch) else None
 
     def add(self, slot: AdapterSlot) -> None:
         """Add a slot to this module."""
@@ -557,7 +557,7 @@ class ForwardPatch:
 
     def rivals(self, adapter: AdapterState) -> list[AdapterState]:
         """Return the adapters of the same rows with which this one does not add up."""
-        pairs = [(one.adapter, other.adapter) for patched in self.weights for one, other in patched.rivals]
+        pairs = [(slot.adapter, other.adapter) for patched in self.weights for slot, other in patched.rivals]
         return [state for pair in pairs if adapter in pair for state in pair if state is not adapter]
 
     # -- Forward -----------------------------------------------------------------------------
@@ -578,7 +578,7 @@ class ForwardPatch:
 
     def acting(self, alone: bool = True) -> list[Placed]:
         """Return the slots of active adapters; with ``alone``, check that those that have to be alone are."""
-        found: list[Placed] = []
+        acting: list[Placed] = []
         compiling = torch.compiler.is_compiling()
         recomputing = not compiling and in_backward()
         for patched in self.weights:
@@ -591,8 +591,8 @@ class ForwardPatch:
                     continue
                 if not compiling:  # for the warning that no patch was used; a changing set would break the graph
                     slot.adapter.threads.add(threading.get_ident())
-                found.append((patched, slot))
-        return found
+                acting.append((patched, slot))
+        return acting
 
     def run(self, acting: Sequence[Placed], args: Any, kwargs: Any, drop: bool = True) -> Any:
         """Run the module's forward with the updates of these slots; with ``drop=False`` without dropout."""
@@ -640,8 +640,8 @@ class ForwardPatch:
                 y = y + self._product(dropped, slots, less=True)
             else:
                 # Right for any layer that is linear in x, whatever its W' is; the bias cancels.
-                own = [placed for placed in dropping if placed[1] in slots]
-                y = y + (self.run(own, (dropped,), {}, drop=False) - self._original(dropped))
+                placed_slots = [placed for placed in dropping if placed[1] in slots]
+                y = y + (self.run(placed_slots, (dropped,), {}, drop=False) - self._original(dropped))
         return y
 
     def _embedded(
@@ -681,7 +681,7 @@ class ForwardPatch:
         plain = self.is_plain and len(args) == 1 and not kwargs
         if not to_weights:
             # Another thread, with other rows of adapters, may have its sum in the place of a weight at this moment.
-            summing = not plain and any(is_read(slot) for one in self.weights for slot in one.slots)
+            summing = not plain and any(is_read(slot) for patched in self.weights for slot in patched.slots)
             return self._shadowed([], args, kwargs) if summing else self._original(*args, **kwargs)
         # The fast path for nearly all layers: the sum is passed as an argument, without shadowing and lock. Only for
         # torch's own forwards (_PLAIN), because a subclass may do more in its forward.
@@ -712,8 +712,8 @@ class ForwardPatch:
     def _fused(self, x: Tensor, added: list[AdapterSlot], known: Sequence[Factored]) -> Tensor | None:
         """Return the output if all tensors have the same dtype."""
         changes = [
-            (slot.target, found._replace(scale=found.scale * mixing_weight(slot.adapter)))
-            for slot, found in zip(added, known, strict=True)
+            (slot.target, factored._replace(scale=factored.scale * mixing_weight(slot.adapter)))
+            for slot, factored in zip(added, known, strict=True)
         ]
         weight, bias = self.weights[0].tensor, cast(Any, self.host).bias
         return factored_linear(x, weight, bias, changes) if can_fuse(x, weight, changes) else None

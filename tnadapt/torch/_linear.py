@@ -99,8 +99,8 @@ def updated_places(target: Target, numbers: Tensor) -> tuple[Tensor, Tensor | No
 
     Examples
     --------
-    >>> places, there = updated_places(Target("embed", (9, 2), rows=RowIndices([4, 7])), torch.tensor([7, 5, 4]))
-    >>> places[there].tolist(), there.tolist()
+    >>> places, is_updated = updated_places(Target("embed", (9, 2), rows=RowIndices([4, 7])), torch.tensor([7, 5, 4]))
+    >>> places[is_updated].tolist(), is_updated.tolist()
     ([1, 0], [True, False, True])
     """
     if target.rows is None:
@@ -111,9 +111,9 @@ def updated_places(target: Target, numbers: Tensor) -> tuple[Tensor, Tensor | No
         return places, known[places] == numbers
     rows = target.rows
     offset = numbers % rows.stride - rows.start
-    there = (offset >= 0) & (offset < rows.length)
+    is_updated = (offset >= 0) & (offset < rows.length)
     places = torch.div(numbers, rows.stride, rounding_mode="floor") * rows.length + offset
-    return torch.where(there, places, 0), there
+    return torch.where(is_updated, places, 0), is_updated
 
 
 def overlap(one: Target, other: Target) -> bool:
@@ -158,8 +158,8 @@ class LowRank(NamedTuple):
 def is_small(x: Tensor, weight: Tensor) -> bool:
     """Return whether a layer is so small that :func:`low_rank_linear` is the faster way with gradients, too."""
     out, cols = weight.shape
-    given = x.numel()
-    return given <= MOST_ELEMENTS and given * out <= MOST_ELEMENTS * cols
+    elements = x.numel()
+    return elements <= MOST_ELEMENTS and elements * out <= MOST_ELEMENTS * cols
 
 
 def low_rank_linear(x: Tensor, weight: Tensor, bias: Tensor | None, changes: Sequence[LowRank]) -> Tensor:
@@ -217,8 +217,8 @@ def _kronecker(x: Tensor, factored: Factored) -> Tensor:
         functional.linear(_middle(_inner(rows, term), rows.shape[0], term), term[-1].left) for term in factored.terms
     ]
     total = several[0]
-    for one in several[1:]:
-        total = total + one
+    for product in several[1:]:
+        total = total + product
     out = math.prod([matrix.left.shape[0] for matrix in factored.terms[0]])
     return total.reshape(*x.shape[:-1], out)
 
@@ -272,7 +272,7 @@ def factored_linear(
 
 def low_rank_updates(changes: Sequence[tuple[Target, Factored]]) -> list[LowRank] | None:
     """Return updates as low-rank matrices where each is one, of a whole weight, as LoRA's is; else None."""
-    found = []
+    updates = []
     for target, factored in changes:
         terms = factored.terms
         if target.rows is not None or factored.sides is not None or len(terms) != 1 or len(terms[0]) != 1:
@@ -280,8 +280,8 @@ def low_rank_updates(changes: Sequence[tuple[Target, Factored]]) -> list[LowRank
         left, right = terms[0][0]
         if right is None:
             return None
-        found.append(LowRank(left, right, factored.scale))
-    return found
+        updates.append(LowRank(left, right, factored.scale))
+    return updates
 
 
 def is_ordinary(x: Tensor) -> bool:
@@ -356,26 +356,28 @@ class FactoredLinear:
                 return plain_vjp(self.plain, inputs, wanted, gradient)
             x, weight, _, *tensors = inputs
             rows, features = x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1])
-            moved = features @ weight if 0 in wanted else None
-            found = {
-                0: None if moved is None else moved.view(x.shape),
+            x_gradient = features @ weight if 0 in wanted else None
+            gradients = {
+                0: None if x_gradient is None else x_gradient.view(x.shape),
                 1: features.T @ rows if 1 in wanted else None,
                 2: features.sum(0) if 2 in wanted else None,
             }
             for target, factored in self._changes(tensors):
-                part, narrow, own = _part(target, features), _narrowed(rows, factored), moved
+                part, narrow, narrow_gradient = _part(target, features), _narrowed(rows, factored), x_gradient
                 output_map, input_map = _mapped(factored, 0), _mapped(factored, 1)
                 if output_map is not None:
                     part = output_map.adjoint(load_backend("torch"), part.reshape(len(rows), -1))
-                if moved is not None and input_map is not None:
-                    own = torch.zeros_like(narrow)
+                if x_gradient is not None and input_map is not None:
+                    narrow_gradient = torch.zeros_like(narrow)
                 for term in factored.terms:
-                    at, stop = len(found), len(found) + 2 * len(term)
+                    at, stop = len(gradients), len(gradients) + 2 * len(term)
                     needed = [index in wanted for index in range(at, stop)]
-                    found.update(enumerate(_term_vjp(factored.scale, term, narrow, part, own, needed), at))
-                if moved is not None and input_map is not None:
-                    moved.add_(input_map.forward(load_backend("torch"), own))
-            return [found[index] for index in wanted]
+                    gradients.update(
+                        enumerate(_term_vjp(factored.scale, term, narrow, part, narrow_gradient, needed), at)
+                    )
+                if x_gradient is not None and input_map is not None:
+                    x_gradient.add_(input_map.forward(load_backend("torch"), narrow_gradient))
+            return [gradients[index] for index in wanted]
 
 
 def _mapped(factored: Factored, side: int) -> Map | None:

@@ -58,32 +58,32 @@ __all__ = [
 
 def attached(model: nn.Module) -> dict[str, AdapterState]:
     """Return the adapters on a model and its submodules by name; raise a TargetError if two have one name."""
-    found: dict[str, AdapterState] = {}
+    adapters: dict[str, AdapterState] = {}
     if not callable(getattr(model, "modules", None)):
         raise TargetError(f"adapters are on a torch module; got {safe_repr(model)}")
     for module in model.modules():
         for name, adapter in module.__dict__.get(ADAPTERS_ATTR, {}).items():
-            if name in found:
-                one, other = (type(a.model).__name__ for a in (found[name], adapter))
+            if name in adapters:
+                first, second = (type(a.model).__name__ for a in (adapters[name], adapter))
                 raise TargetError(
-                    f"two adapters of this model have the name {name!r}, one attached to a {one} in it and one to a "
-                    f"{other}: query those submodules separately, or attach the adapters under different names"
+                    f"two adapters of this model have the name {name!r}, one attached to a {first} in it and one to a "
+                    f"{second}: query those submodules separately, or attach the adapters under different names"
                 )
-            found[name] = adapter
-    return found
+            adapters[name] = adapter
+    return adapters
 
 
 def overlapping(model: nn.Module) -> list[AdapterState]:
     """Return the adapters on a model, on its submodules, and those on an enclosing model that act inside it."""
-    found: dict[int, AdapterState] = {}
+    states: dict[int, AdapterState] = {}
     for module in model.modules():
         for adapter in module.__dict__.get(ADAPTERS_ATTR, {}).values():
-            found[id(adapter)] = adapter
+            states[id(adapter)] = adapter
         patch = ForwardPatch.of(module)
         for patched in patch.weights if patch is not None else ():
             for slot in patched.slots:
-                found[id(slot.adapter)] = slot.adapter
-    return list(found.values())
+                states[id(slot.adapter)] = slot.adapter
+    return list(states.values())
 
 
 def refuse_merged(model: nn.Module, what: str, but: AdapterState | None = None) -> None:
@@ -119,25 +119,27 @@ def mix(model: nn.Module, weights: Mapping[str, float] | Iterable[tuple[str, flo
     >>> a.weight, b.weight
     (0.25, 0.75)
     """
-    there = attached(model)
+    adapters = attached(model)
     wanted = {name: _finite(weight) for name, weight in _pairs(weights)}
     for name in wanted:
-        if name not in there:
-            raise TargetError(f"no adapter {name!r} on this model; there are: {', '.join(map(repr, there)) or 'none'}")
-    for name, adapter in there.items():
+        if name not in adapters:
+            raise TargetError(
+                f"no adapter {name!r} on this model; there are: {', '.join(map(repr, adapters)) or 'none'}"
+            )
+    for name, adapter in adapters.items():
         if adapter.merged is not None and wanted.get(name, 0.0) != adapter.weight:
             raise TargetError(f"adapter {name!r} is merged, so its weight cannot change: call unmerge() first")
-    new = [(adapter, wanted.get(name, 0.0)) for name, adapter in there.items()]
-    old = [(adapter, adapter.weight) for adapter in there.values()]
+    new = [(adapter, wanted.get(name, 0.0)) for name, adapter in adapters.items()]
+    old = [(adapter, adapter.weight) for adapter in adapters.values()]
     all_or_none(_set_weight, new, old)
-    trim_idle(there.values())
+    trim_idle(adapters.values())
 
 
 def _pairs(weights: Any) -> list[tuple[str, float]]:
     """Return names with their weights, or raise a ConfigError."""
-    given = weights.items() if isinstance(weights, Mapping) else weights
-    pairs = list(given) if is_sequence(given) else []
-    if not is_sequence(given) or not all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in pairs):
+    entries = weights.items() if isinstance(weights, Mapping) else weights
+    pairs = list(entries) if is_sequence(entries) else []
+    if not is_sequence(entries) or not all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in pairs):
         raise ConfigError(f"mix() needs weights by name, such as {{'first': 0.5}}; got {safe_repr(weights)}")
     return [(name, weight) for name, weight in pairs]
 
@@ -185,11 +187,11 @@ def held_by_draws(several: Iterable[FixedArrays]) -> int:
     """Return the bytes of arrays on the host and, where they are others, on devices; each counted once."""
     arrays: dict[int, int] = {}
     spare: dict[int, int] = {}
-    for one in several:
-        spare[id(one)] = one.spare_bytes
-        for host in one.kept.values():
+    for fixed in several:
+        spare[id(fixed)] = fixed.spare_bytes
+        for host in fixed.kept.values():
             arrays[host.__array_interface__["data"][0]] = host.nbytes
-        for placed in one.placed.values():
+        for placed in fixed.placed.values():
             memory = placed.untyped_storage() if hasattr(placed, "untyped_storage") else None
             if memory is not None:
                 arrays[memory.data_ptr()] = memory.nbytes()
@@ -198,9 +200,9 @@ def held_by_draws(several: Iterable[FixedArrays]) -> int:
 
 def forget_draws(plan: SuperLoRA, but: Collection[int]) -> None:
     """Give back what a plan keeps, except for objects with these ids, which others use."""
-    for one in drawn(plan):
-        if id(one) not in but:
-            one.free()
+    for fixed in drawn(plan):
+        if id(fixed) not in but:
+            fixed.free()
 
 
 # -- What idle adapters keep: up to a number of bytes for each model ---------------------------------------------------
@@ -274,19 +276,19 @@ def trim_idle(states: Iterable[AdapterState]) -> None:
     if total <= limit:
         return
     idle = [(state.idle, state) for state in states if state.idle is not None and state.idle.held]
-    used = {id(one) for state in states if state.idle is None for one in drawn(state.plan)}
-    for own, state in sorted(idle, key=lambda pair: pair[0].turn):
+    used = {id(fixed) for state in states if state.idle is None for fixed in drawn(state.plan)}
+    for record, state in sorted(idle, key=lambda pair: pair[0].turn):
         if total <= limit:
             break
-        total -= own.held
+        total -= record.held
         _forget(state, used)
-        state.idle = own._replace(held=0)
+        state.idle = record._replace(held=0)
 
 
 def _bytes_held(state: AdapterState) -> int:
     """Return the bytes that an adapter keeps beyond its own parameters."""
-    made = 0 if state.made is None else state.made.held()
-    return state.cache.held() + state.quotients.held() + made + held_by_draws(drawn(state.plan))
+    theta_bytes = 0 if state.made is None else state.made.held()
+    return state.cache.held() + state.quotients.held() + theta_bytes + held_by_draws(drawn(state.plan))
 
 
 def _forget(state: AdapterState, used: set[int]) -> None:
@@ -328,9 +330,9 @@ def untie(adapter: AdapterState, name: str) -> None:
     owner = model.get_submodule(module)
     old = owner._parameters[parameter]
     assert old is not None
-    own = nn.Parameter(old.detach().clone(), requires_grad=old.requires_grad)
+    new = nn.Parameter(old.detach().clone(), requires_grad=old.requires_grad)
     adapter.untied.append(UntiedWeight(owner, parameter, old))
-    owner._parameters[parameter] = own
+    owner._parameters[parameter] = new
 
 
 def _base(adapter: AdapterState) -> Iterator[tuple[str, nn.Parameter]]:
@@ -364,15 +366,15 @@ def prepare(state: AdapterState) -> None:
     adapted = {id(patch.host) for patch in state.patches}
     blocking = []
     for path, module in state.model.named_modules():
-        kind = quantized_type(module)
-        if kind is None:
+        layer_type = quantized_type(module)
+        if layer_type is None:
             continue
-        for name, value in kind.while_attached(module).items():
+        for name, value in layer_type.while_attached(module).items():
             before = getattr(module, name)
             if before is not value:
                 state.settings.append(_Setting(module, name, before))
                 setattr(module, name, value)
-        if id(module) not in adapted and not kind.passes_gradient(module):
+        if id(module) not in adapted and not layer_type.passes_gradient(module):
             blocking.append(path)
     if blocking:
         warn(
@@ -387,7 +389,7 @@ def put_back(state: AdapterState) -> None:
     others = [other for other in overlapping(state.model) if other is not state]
     if others:
         known = {(id(module), name) for module, name, _ in others[0].settings}
-        others[0].settings += [one for one in state.settings if (id(one.module), one.name) not in known]
+        others[0].settings += [setting for setting in state.settings if (id(setting.module), setting.name) not in known]
     else:
         for module, name, before in state.settings:
             setattr(module, name, before)
@@ -463,19 +465,20 @@ def _enable_adapters(model: nn.Module) -> None:
 
 
 def _delete_adapter(model: nn.Module, adapter_names: str | Sequence[str]) -> None:
-    there = attached(model)
-    lost = [name for name in _names(adapter_names) if name not in there]
+    adapters = attached(model)
+    lost = [name for name in _names(adapter_names) if name not in adapters]
     if lost:
-        raise TargetError(f"no adapter {lost[0]!r} on this model; there are: {', '.join(map(repr, there))}")
+        raise TargetError(f"no adapter {lost[0]!r} on this model; there are: {', '.join(map(repr, adapters))}")
     for name in _names(adapter_names):
-        there[name].handle.detach()
+        adapters[name].handle.detach()
 
 
 def _get_adapter_state_dict(model: nn.Module, adapter_name: str | None = None, state_dict: Any = None) -> None:
     name = next(iter(attached(model))) if adapter_name is None else adapter_name
-    own = f"tnadapt.torch.adapters(model)[{safe_repr(name)}]"
+    expression = f"tnadapt.torch.adapters(model)[{safe_repr(name)}]"
     raise TargetError(
-        f"this model has no adapter of PEFT: {own}.arrays() are the arrays of its own, and {own}.save(path) writes them"
+        f"this model has no adapter of PEFT: {expression}.arrays() are the arrays of its own, and "
+        f"{expression}.save(path) writes them"
     )
 
 
@@ -548,19 +551,19 @@ class TransformersModel:
         """Prepare a model with an adapter, if it is one of transformers'."""
         if not callable(getattr(type(model), _SAVE, None)) or _SAVE in model.__dict__:
             return
-        own = model.__dict__[_SAVE] = TransformersModel(model)
+        saver = model.__dict__[_SAVE] = TransformersModel(model)
         AdapterMethod.install(model)
-        if own.marked:
+        if saver.marked:
             model.__dict__[_HAS_ADAPTERS] = True
 
     @staticmethod
     def remove(model: nn.Module) -> None:
         """Undo :meth:`install` once the last adapter is gone."""
-        own = model.__dict__.get(_SAVE)
-        if not isinstance(own, TransformersModel) or model.__dict__.get(ADAPTERS_ATTR):
+        saver = model.__dict__.get(_SAVE)
+        if not isinstance(saver, TransformersModel) or model.__dict__.get(ADAPTERS_ATTR):
             return
         AdapterMethod.remove(model)
-        if own.marked:
+        if saver.marked:
             model.__dict__.pop(_HAS_ADAPTERS, None)
         del model.__dict__[_SAVE]
 
@@ -582,8 +585,8 @@ class TransformersModel:
                 stacklevel=2,
             )
         elif states and kwargs.get("state_dict") is None and not args:
-            found = self.model.state_dict()
-            kwargs["state_dict"] = {name: value for name, value in found.items() if not is_array(name)}
+            state_dict = self.model.state_dict()
+            kwargs["state_dict"] = {name: value for name, value in state_dict.items() if not is_array(name)}
         cls: Any = type(self.model)
         with self._unmarked():
             return cls.save_pretrained(self.model, save_directory, *args, **kwargs)
@@ -725,7 +728,7 @@ def reference_model(model: nn.Module, *, with_adapters: bool = False) -> nn.Modu
     >>> with torch.no_grad():
     ...     for array in adapter.parameters():
     ...         _ = array.add_(1.0)
-    >>> [torch.allclose(one(x), before, atol=1e-5) for one in (reference, model)]
+    >>> [torch.allclose(network(x), before, atol=1e-5) for network in (reference, model)]
     [True, False]
     >>> reference.linear1.weight is model.linear1.weight
     True
@@ -752,9 +755,9 @@ def reference_model(model: nn.Module, *, with_adapters: bool = False) -> nn.Modu
         state.was_trainable = dict.fromkeys(state.was_trainable, False)
         if not with_adapters:
             take_off(state)
-    own = {id(tensor) for tensor in shared}
+    shared_ids = {id(tensor) for tensor in shared}
     for parameter in reference.parameters():
-        if id(parameter) not in own:
+        if id(parameter) not in shared_ids:
             parameter.requires_grad_(False)
     return reference.eval()
 

@@ -44,10 +44,10 @@ def add_changes(
 ) -> Tensor:
     """Return y plus the changes of all groups; x and y are ``(names, rows of each, features)``."""
     acting = [(rows, slots) for rows, slots in groups if slots]
-    found = grouped(assignment, acting, x)
-    if found is None:
-        found = looped(output, assignment, acting, x)
-    for target, several in found.items():
+    changes = grouped(assignment, acting, x)
+    if changes is None:
+        changes = looped(output, assignment, acting, x)
+    for target, several in changes.items():
         rows = [row for numbers, _ in several for row in numbers]
         change = torch.cat([part for _, part in several]) if len(several) > 1 else several[0][1]
         y = _plus(y, target, assignment.index(rows, y.device), change.to(y.dtype), in_place)
@@ -56,13 +56,13 @@ def add_changes(
 
 def looped(output: Output, assignment: RowAssignment, groups: Sequence[Slots], x: Tensor) -> Changes:
     """Compute each group's changes alone."""
-    found: Changes = {}
+    changes: Changes = {}
     for rows, slots in groups:
         part = x.index_select(0, assignment.index(rows, x.device))
         for slot in slots:
             key = slot.target if slot.target.rows is not None else None
-            found.setdefault(key, []).append((rows, output(slot, part)))
-    return found
+            changes.setdefault(key, []).append((rows, output(slot, part)))
+    return changes
 
 
 def grouped(assignment: RowAssignment, groups: Sequence[Slots], x: Tensor) -> Changes | None:
@@ -74,17 +74,18 @@ def grouped(assignment: RowAssignment, groups: Sequence[Slots], x: Tensor) -> Ch
     counts = {len(rows) for rows, _ in groups}
     if len(counts) > 1:
         numbers = [place for place, (rows, _) in enumerate(groups) for _ in rows]
-    found: Changes = {}
+    changes: Changes = {}
     blocks = x.index_select(0, assignment.index(order, x.device))
     for place, slot in enumerate(first):
         several = [factors(slots[place]) for _, slots in groups]
-        pairs = [one.terms[0][0] for one in several]
+        pairs = [factored.terms[0][0] for factored in several]
         if any(pair.right is None or pair.left.shape != pairs[0].left.shape for pair in pairs):
             return None
         if len({(pair.left.dtype, pair.left.device) for pair in pairs}) > 1 or pairs[0].left.device != x.device:
             return None
         scales = [
-            one.scale * mixing_weight(slots[place].adapter) for one, (_, slots) in zip(several, groups, strict=True)
+            factored.scale * mixing_weight(slots[place].adapter)
+            for factored, (_, slots) in zip(several, groups, strict=True)
         ]
         # Different scales multiply the factors one by one: a tensor of scales would be copied to the device.
         lefts = [pair.left for pair in pairs]
@@ -93,16 +94,16 @@ def grouped(assignment: RowAssignment, groups: Sequence[Slots], x: Tensor) -> Ch
         left, right = torch.stack(lefts), torch.stack([cast(Tensor, pair.right) for pair in pairs])
         if len(set(scales)) == 1 and scales[0] != 1.0:
             left = left * scales[0]
-        given = blocks if torch.is_autocast_enabled(x.device.type) else blocks.to(left.dtype)
+        inputs = blocks if torch.is_autocast_enabled(x.device.type) else blocks.to(left.dtype)
         if len(counts) > 1:
             # A copy of the factors for each row: narrow matrices, and fewer calls than groups.
             index = assignment.index(numbers, x.device)
             left, right = left.index_select(0, index), right.index_select(0, index)
         else:
-            given = given.reshape(len(groups), -1, given.shape[-1])
-        made = torch.bmm(torch.bmm(given, right), left.mT).reshape(*blocks.shape[:-1], left.shape[1])
-        found.setdefault(slot.target if slot.target.rows is not None else None, []).append((order, made))
-    return found
+            inputs = inputs.reshape(len(groups), -1, inputs.shape[-1])
+        product = torch.bmm(torch.bmm(inputs, right), left.mT).reshape(*blocks.shape[:-1], left.shape[1])
+        changes.setdefault(slot.target if slot.target.rows is not None else None, []).append((order, product))
+    return changes
 
 
 def _are_alike(groups: Sequence[Slots]) -> bool:
@@ -170,7 +171,7 @@ def row_runner() -> RowRunner:
 def run_by_rows(patch: ForwardPatch, args: Any, kwargs: Any) -> Any:
     """Run a patched forward; some thread has rows for one of its adapters, not necessarily this one."""
     slots = [slot for patched in patch.weights for slot in patched.slots]
-    assignment = next((found for slot in slots if (found := assignment_of(slot.adapter)) is not None), None)
+    assignment = next((candidate for slot in slots if (candidate := assignment_of(slot.adapter)) is not None), None)
     if assignment is None:
         return patch.run(patch.acting(), args, kwargs)
     for slot in slots:
@@ -194,9 +195,8 @@ def run_by_rows(patch: ForwardPatch, args: Any, kwargs: Any) -> Any:
         groups.append((sorted(rest), always))
     if len(groups) == 1:
         if len(assignment.names) > 1:
-            _checked(
-                patch, assignment, next((one for one in (*args, *kwargs.values()) if isinstance(one, Tensor)), None)
-            )
+            x = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+            _checked(patch, assignment, x)
         return patch.run(groups[0][1], args, kwargs)
     return _run_groups(patch, assignment, groups, args, kwargs)
 
@@ -219,13 +219,13 @@ def shared(patch: ForwardPatch, assignment: RowAssignment, groups: list[Group], 
     """Run one product with the base weight, and add what each group's adapter adds."""
     always = [placed for placed in groups[0][1] if placed[1].adapter not in assignment.governed]
     y = patch.run(always, (x,), {})
-    own = [(rows, [slot for _, slot in slots if slot.adapter in assignment.governed]) for rows, slots in groups]
+    governed = [(rows, [slot for _, slot in slots if slot.adapter in assignment.governed]) for rows, slots in groups]
     number = len(assignment.names)
     # Rows of one name are consecutive.
     blocks, wide = x.reshape(number, -1, x.shape[-1]), y.reshape(number, -1, y.shape[-1])
     fresh = patch.is_plain and not torch.is_grad_enabled()
-    wide = add_changes(patch.output, assignment, own, blocks, wide, fresh)
-    for rows, slots in own:
+    wide = add_changes(patch.output, assignment, governed, blocks, wide, fresh)
+    for rows, slots in governed:
         if any(slot.adapter.plan.applying.rescales for slot in slots):
             index = assignment.index(rows, x.device)
             wide = wide.index_copy(0, index, patch.rescaled(wide.index_select(0, index), slots))
@@ -251,12 +251,12 @@ def divided(
     def joined(*parts: Tensor) -> Tensor:
         several = []
         for part, (rows, _) in zip(parts, groups, strict=True):
-            given = number if whole else len(rows)
-            _check_output(patch, part, given * blocks.shape[1])
-            found = part.reshape(given, -1, *part.shape[1:])
-            several.append(found.index_select(0, assignment.index(rows, part.device)) if whole else found)
-        found = torch.cat(several).index_select(0, assignment.index(back, parts[0].device))
-        return found.reshape(-1, *found.shape[2:])
+            count = number if whole else len(rows)
+            _check_output(patch, part, count * blocks.shape[1])
+            output = part.reshape(count, -1, *part.shape[1:])
+            several.append(output.index_select(0, assignment.index(rows, part.device)) if whole else output)
+        batch = torch.cat(several).index_select(0, assignment.index(back, parts[0].device))
+        return batch.reshape(-1, *batch.shape[2:])
 
     return _zipped(patch, joined, outputs)
 
@@ -321,17 +321,17 @@ _SIMPLE = (type(None), bool, int, float, str, torch.dtype, torch.device)
 
 def _tensors(patch: ForwardPatch, args: Any, kwargs: Any) -> list[Tensor]:
     """Return the distinct tensors among arguments, in order."""
-    found: dict[int, Tensor] = {}
+    tensors: dict[int, Tensor] = {}
 
     def look(value: Any) -> None:
         if isinstance(value, Tensor):
-            found[id(value)] = value
+            tensors[id(value)] = value
         elif isinstance(value, (tuple, list)):
-            for one in value:
-                look(one)
+            for item in value:
+                look(item)
         elif isinstance(value, Mapping):
-            for one in value.values():
-                look(one)
+            for item in value.values():
+                look(item)
         elif not isinstance(value, _SIMPLE):
             raise TargetError(
                 f"{_name(patch)} got a {type(value).__name__}, which may keep state between calls, and rows() would "
@@ -339,7 +339,7 @@ def _tensors(patch: ForwardPatch, args: Any, kwargs: Any) -> list[Tensor]:
             )
 
     look((args, kwargs))
-    return list(found.values())
+    return list(tensors.values())
 
 
 def _exchanged(part: Tensor, value: Any) -> Any:
@@ -347,8 +347,8 @@ def _exchanged(part: Tensor, value: Any) -> Any:
     if isinstance(value, Tensor):
         return part
     if isinstance(value, (tuple, list)):
-        return type(value)([_exchanged(part, one) for one in value])
-    return {key: _exchanged(part, one) for key, one in value.items()} if isinstance(value, Mapping) else value
+        return type(value)([_exchanged(part, item) for item in value])
+    return {key: _exchanged(part, item) for key, item in value.items()} if isinstance(value, Mapping) else value
 
 
 def _zipped(patch: ForwardPatch, joined: Callable[..., Tensor], outputs: Sequence[Any]) -> Any:
@@ -443,17 +443,17 @@ def assigned(
         raise ConfigError(
             "rows() needs a list with an adapter's name, or None, for each row of the batch; got " + safe_repr(names)
         )
-    there = attached(model)
+    adapters = attached(model)
     states: list[AdapterState | None] = []
     for name in names:
         if name is not None and not isinstance(name, str):
             raise ConfigError(f"an entry of rows() is an adapter's name or None; got {safe_repr(name)}")
-        if name is None or (name == BASE and name not in there):
+        if name is None or (name == BASE and name not in adapters):
             states.append(None)
-        elif name in there:
-            states.append(there[name])
+        elif name in adapters:
+            states.append(adapters[name])
         else:
-            listed = ", ".join(map(repr, there)) or "none"
+            listed = ", ".join(map(repr, adapters)) or "none"
             raise TargetError(f"no adapter {name!r} on this model; there are: {listed}, and None for the base")
     governed = overlapping(model)
     named = {state for state in states if state is not None}
@@ -472,7 +472,7 @@ def _check_batch_first(model: nn.Module, named: set[AdapterState]) -> None:
             # torch's Transformer layers have it in their attention alone, and their other layers see the same order.
             around = isinstance(module, nn.MultiheadAttention) and path
             outer = model.get_submodule(path.rpartition(".")[0]) if around else module
-            inside = next((owners[id(one)] for one in outer.modules() if id(one) in owners), None)
+            inside = next((owners[id(owner)] for owner in outer.modules() if id(owner) in owners), None)
             if inside is not None:
                 raise TargetError(
                     f"{path or type(model).__name__} has batch_first=False: the first dimension of its input, which "
@@ -502,13 +502,13 @@ _BY_ROWS = ("embed_positions", "position", "token_type", "wpe", "wte")
 
 
 def _check_embeddings(model: nn.Module, named: set[AdapterState]) -> None:
-    found: list[Any] = [module for module in model.modules() if hasattr(module, "get_input_embeddings")]
-    if not found:
+    holders: list[Any] = [module for module in model.modules() if hasattr(module, "get_input_embeddings")]
+    if not holders:
         return  # not one of transformers' models, whose embeddings are known
     inputs = set()
-    for one in found:
+    for holder in holders:
         with contextlib.suppress(NotImplementedError, AttributeError):
-            inputs.add(id(one.get_input_embeddings()))
+            inputs.add(id(holder.get_input_embeddings()))
     for state in named:
         for slot in state.slots:
             name = slot.target.module.rpartition(".")[2]

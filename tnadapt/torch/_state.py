@@ -400,8 +400,8 @@ def need_unmerged(state: AdapterState, what: str) -> None:
 
 def not_a_sum(*states: AdapterState) -> str:
     """Return why the updates of adapters do not add up."""
-    one = next(state for state in states if not state.plan.applying.additive)
-    return f"apply={one.plan.config.apply!r} of adapter {one.name!r} is not a sum that others could be added to"
+    adapter = next(state for state in states if not state.plan.applying.additive)
+    return f"apply={adapter.plan.config.apply!r} of adapter {adapter.name!r} is not a sum that others could be added to"
 
 
 def need_linear(state: AdapterState, what: str) -> None:
@@ -460,9 +460,9 @@ def checked_pairs(state: AdapterState, arrays: Mapping[str, Any]) -> list[tuple[
     """Pair each parameter with what to copy into it from an array of a file; raise a ShapeError if they do not fit."""
     need_unmerged(state, "new arrays")
     expected = state.plan.param_shapes
-    found = {name: tuple(getattr(array, "shape", ())) for name, array in arrays.items()}
-    if found != expected:
-        wrong = sorted(set(found.items()) ^ set(expected.items()))[:4]
+    shapes = {name: tuple(getattr(array, "shape", ())) for name, array in arrays.items()}
+    if shapes != expected:
+        wrong = sorted(set(shapes.items()) ^ set(expected.items()))[:4]
         raise ShapeError(f"adapter {state.name!r} needs arrays named and shaped as its plan says; differing: {wrong}")
     return pairs(state, state.plan.from_arrays(arrays))
 
@@ -565,13 +565,13 @@ def assignment_of(state: AdapterState) -> RowAssignment | None:
     """Return this thread's assignment that an adapter is subject to."""
     if not state.by_rows:
         return None
-    return next((one for one in reversed(_OPEN.get()) if state in one.governed), None)
+    return next((assignment for assignment in reversed(_OPEN.get()) if state in assignment.governed), None)
 
 
 def mixing_weight(state: AdapterState) -> float:
     """Return the factor of an adapter's update in this thread."""
-    found = assignment_of(state) if state.by_rows else None
-    return state.weight if found is None else found.weight(state)
+    assignment = assignment_of(state) if state.by_rows else None
+    return state.weight if assignment is None else assignment.weight(state)
 
 
 @contextlib.contextmanager

@@ -125,8 +125,8 @@ def costs(
     >>> import tnadapt as tna
     >>> from tnadapt.algebra.factoring import factoring
     >>> plan = tna.SuperLoRA(tna.presets.lora(4), [(768, 768)])
-    >>> found = costs(plan, 0, factoring(plan, 0))
-    >>> found["weight"].large == 2 * 2048 * 768 * 768  # one product for the gradient of W + ΔW
+    >>> work = costs(plan, 0, factoring(plan, 0))
+    >>> work["weight"].large == 2 * 2048 * 768 * 768  # one product for the gradient of W + ΔW
     True
     """
     rows, cols = plan.shapes[index]
@@ -135,18 +135,18 @@ def costs(
     formed = _formed(plan, index)
     pulled = StepWork(0.0, 2 * formed.narrow, 2.0 * size, 2 * formed.calls)
     update = formed + formed + pulled
-    found = {
+    step_work = {
         # The sum is computed twice, and there is the gradient of the sum.
         "weight": update + StepWork(product, 0.0, 5.0 * size, 14),
         # Three products of that size, which read ΔW twice; additions to y and to the gradient of x.
         "additive": update + StepWork(3 * product, 0.0, 5.0 * size + 4.0 * tokens * (rows + cols), 20),
     }
     if how is not None and applying.takes_factors:
-        found["factored"] = _factored(how, tokens)
+        step_work["factored"] = _factored(how, tokens)
     if applying.additive:
-        return found
+        return step_work
     if not applying.scales_outputs:
-        del found["additive"]
+        del step_work["additive"]
     norm = _norm(applying, (rows, cols))
     # W ∘ ΔW, where it is that which is added to W; where outputs are not scaled, ΔW is added but has no strategy.
     multiplied = 3.0 * size if applying.scales_outputs and not applying.takes_factors else 0.0
@@ -159,16 +159,16 @@ def costs(
         quotient += StepWork(0.0, 0.0, 2.0 * size + 8.0 * tokens * rows, 16)
     # W' is made three times: in forward, and in backward for the gradient of x and for that of W', which is another
     # sum. Then its gradient goes to ΔW, and to W, whether or not W is trained.
-    made = norm + StepWork(0.0, 0.0, multiplied + 2.0 * size * applying.rescales, 1 + applying.rescales)
+    changed_weight = norm + StepWork(0.0, 0.0, multiplied + 2.0 * size * applying.rescales, 1 + applying.rescales)
     gradients = 9.0 * size if multiplied else 0.0
     gradients += 9.0 * size if applying.rescales else 0.0
     extra = {
-        "weight": made + made + made + StepWork(0.0, 0.0, 3.0 * size + gradients, 10),
+        "weight": changed_weight + changed_weight + changed_weight + StepWork(0.0, 0.0, 3.0 * size + gradients, 10),
         # The product in forward, and that with the gradient in backward.
         "additive": quotient + StepWork(0.0, 0.0, 2.0 * multiplied, 4 * bool(multiplied)),
         "factored": quotient,
     }
-    return {strategy: work + extra[strategy] for strategy, work in found.items()}
+    return {strategy: work + extra[strategy] for strategy, work in step_work.items()}
 
 
 def _norm(applying: Applying, shape: tuple[int, int]) -> StepWork:
@@ -218,16 +218,16 @@ def choose(
     >>> [choose(plan, 0, factoring(plan, 0), tokens, packed=6.0) for tokens in (64, 8192)]
     ['factored', 'factored']
     """
-    found = costs(plan, index, how, tokens, applying)
-    additive = found.pop("additive", None)
+    step_work = costs(plan, index, how, tokens, applying)
+    additive = step_work.pop("additive", None)
     if packed is not None:
         extra = dequantized(applying, plan.shapes[index], packed)
-        del found["weight"]
-        found |= {} if additive is None else {"additive": additive}
-        found = {strategy: work + extra[strategy] for strategy, work in found.items()}
+        del step_work["weight"]
+        step_work |= {} if additive is None else {"additive": additive}
+        step_work = {strategy: work + extra[strategy] for strategy, work in step_work.items()}
     elif dropout and additive is not None and applying.additive:
-        found["weight"] = additive
-    return min(found, key=lambda strategy: found[strategy].seconds(machine))
+        step_work["weight"] = additive
+    return min(step_work, key=lambda strategy: step_work[strategy].seconds(machine))
 
 
 def dequantized(applying: Applying, shape: tuple[int, int], packed: float) -> dict[str, StepWork]:
@@ -280,11 +280,11 @@ def _of_sides(rows: Map, cols: Map, tokens: int) -> StepWork:
 def _of_last(sizes: tuple[Size, ...], tokens: int) -> StepWork:
     """Return the work of the last mode: x times the right factor, times the left one, added to the output."""
     last, out = sizes[-1], tokens * math.prod(size.rows for size in sizes)
-    given = tokens * math.prod(size.cols for size in sizes)
+    inputs = tokens * math.prod(size.cols for size in sizes)
     # The other matrices are applied in between, so the last left factor already sees their rows.
     if last.width is None:
-        return StepWork(0.0, 6.0 * out * last.cols, 4.0 * out + 4.0 * given, 8)
-    return StepWork(0.0, 6.0 * (given + out) * last.width, 4.0 * out + 4.0 * given, 12)
+        return StepWork(0.0, 6.0 * out * last.cols, 4.0 * out + 4.0 * inputs, 8)
+    return StepWork(0.0, 6.0 * (inputs + out) * last.width, 4.0 * out + 4.0 * inputs, 12)
 
 
 def _formed(plan: SuperLoRA, index: int) -> StepWork:
@@ -299,9 +299,9 @@ def _of_network(network: Network, size: float) -> StepWork:
     total = StepWork()
     for split in network.splits:
         # In a Kronecker product each split computes a small tensor.
-        own = size if not network.kronecker else min(size, float(math.prod(split.sizes)))
+        elements = size if not network.kronecker else min(size, float(math.prod(split.sizes)))
         width = split.products
-        total += StepWork(0.0, 2.0 * own * width, own if width else 0.0, 4 if width else 1)
+        total += StepWork(0.0, 2.0 * elements * width, elements if width else 0.0, 4 if width else 1)
     extra = len(network.splits) - 1
     total += StepWork(0.0, 0.0, 2.0 * size * bool(extra), 3 * extra)
     return StepWork(*(network.terms * value for value in total))
@@ -336,11 +336,11 @@ def strategy_of(
         return _of_lookup(wanted, plan, index, target, config, applying, quantized)
     linear = type(owner).forward is nn.Linear.forward or type(owner).__name__ == "Conv1D"
     linear = linear or (quantized and not embeds and not isinstance(owner, nn.modules.conv._ConvNd))
-    own = host is owner and linear and len(target.stored) == 2 and target.parameter == "weight"
+    is_product = host is owner and linear and len(target.stored) == 2 and target.parameter == "weight"
     if target.index is not None and not quantized and activation is None:
         # Whatever the module does with the matrices of its experts, the update of one acts on products with it.
-        own, tokens = True, tokens_of_one(owner, tokens, target.stored[0])
-    how = factoring(plan, index) if own and applying.takes_factors else None
+        is_product, tokens = True, tokens_of_one(owner, tokens, target.stored[0])
+    how = factoring(plan, index) if is_product and applying.takes_factors else None
     if activation is not None and not applying.additive:
         raise ConfigError(
             f"activation={activation!r} acts on the input of one of two factors, so that there is no ΔW, and "
@@ -378,7 +378,7 @@ def strategy_of(
             f"strategy='additive' adds to the output, and magnitude_axis={config.magnitude_axis!r} scales the input of "
             f"{target.name}: use 'weight'"
         )
-    if wanted == "additive" and not own:
+    if wanted == "additive" and not is_product:
         raise ConfigError(
             f"strategy='additive' needs a linear layer; {target.name} is read by {type(host).__name__} itself: "
             "use 'weight'"
@@ -387,9 +387,9 @@ def strategy_of(
         raise ConfigError(f"strategy='weight' cannot add to {target.name}, which is quantized: use 'additive'")
     if wanted != "auto":
         return wanted, how if wanted == "factored" else None
-    if own and not quantized and isinstance(target.rows, RowIndices) and applying.additive:
+    if is_product and not quantized and isinstance(target.rows, RowIndices) and applying.additive:
         return "additive", None  # a product with a few rows, rather than a copy of the weight of a whole vocabulary
-    if own:
+    if is_product:
         device = weight.device.type if weight is not None else "cpu"
         machine = MACHINES.get(device, MACHINES["cpu"])
         packed = _moved(owner) if quantized else None
@@ -451,8 +451,8 @@ def is_quantized(owner: nn.Module, target: Target) -> bool:
 
 def _moved(owner: nn.Module) -> float:
     """Return the elements that dequantizing moves for each element of a quantized weight."""
-    kind = quantized_type(owner)
-    return QuantizedLayer.moved if kind is None else kind.moved
+    layer_type = quantized_type(owner)
+    return QuantizedLayer.moved if layer_type is None else layer_type.moved
 
 
 def _check_quantized(config: Config, applying: Applying, target: Target, owner: nn.Module) -> None:

@@ -195,18 +195,18 @@ class _ModelTree:
         return is_attention(type(self.modules[path]).__name__, plain(path).rpartition(".")[2])
 
     def called(self, path: str) -> list[Called[Weight]]:
-        module, found = self.modules[path], list[Called[Weight]]()
+        module, projections = self.modules[path], list[Called[Weight]]()
         for weight in weights_of(path, module):
             name = parse_projection_name(weight.parameter, attention=True)
             if name is not None:
-                found.append((weight.parameter, name, [weight]))
+                projections.append((weight.parameter, name, [weight]))
         attention = self.is_attention(path) or is_known(module)
         for child_name, child in _children(module):
             name = parse_projection_name(child_name, attention)
             weights = [] if name is None else projections_in(join(path, child_name), child)
             if name is not None and weights:
-                found.append((child_name, name, weights))
-        return settled_names(found)
+                projections.append((child_name, name, weights))
+        return settled_names(projections)
 
     def unclear(self, path: str, called: list[Called[Weight]]) -> list[tuple[str, str]]:
         children = dict(_children(self.modules[path]))
@@ -292,11 +292,11 @@ class TargetSearch:
         """Return the error of a search that found nothing."""
         linear = list(dict.fromkeys(weight.name for weight in self.weights if weight.kind != "other"))
         some = ", ".join(linear[:10]) + (f" and {len(linear) - 10} more" if len(linear) > 10 else "")
-        there = (
+        available = (
             f"it has {len(linear)} linear or convolution weights: {some}" if linear else "it has no such weight at all"
         )
         return TargetError(
-            f"no target in {type(self.model).__name__} for {safe_repr(targets)}; {there}. Name them in a list, as "
+            f"no target in {type(self.model).__name__} for {safe_repr(targets)}; {available}. Name them in a list, as "
             "targets=['path', …], or give 'all-linear', 'conv', 'embeddings', a regular expression for paths, or a "
             "function"
         )
@@ -305,7 +305,7 @@ class TargetSearch:
 
     def _by_word(self, word: str) -> list[Target]:
         if are_roles(word):
-            return [target for found in self.attentions for target in found.targets(word)]
+            return [target for attention in self.attentions for target in attention.targets(word)]
         if word == "all-linear":
             heads = _heads(self.model)
             return [
@@ -316,10 +316,10 @@ class TargetSearch:
         if word == "conv":
             return [_whole(weight) for weight in self.weights if weight.kind == "conv"]
         matching = self._matching(path_matcher(word, "targets"))
-        found = [target for path, module in matching for target in self._whole_of(path, module)]
-        if not found:
+        targets = [target for path, module in matching for target in self._whole_of(path, module)]
+        if not targets:
             raise self._no_match(word)
-        return found
+        return targets
 
     def _matching(self, is_match: Callable[[str], bool]) -> Iterator[tuple[str, nn.Module]]:
         """Yield the modules whose path matches, with or without PEFT's wrapping."""
@@ -335,21 +335,21 @@ class TargetSearch:
         """
         if pattern in KEYWORDS or are_roles(pattern):
             return self._by_word(pattern)
-        found = []
+        targets = []
         for path, module in self._matching(path_matcher(pattern, ends=True)):
-            own = weights_of(path, module)
+            weights = weights_of(path, module)
             inside = [weight for weight in self.weights if weight.path.startswith(f"{path}." if path else "")]
-            found += [_whole(weight) for weight in own or inside if own or weight.kind == "linear"]
-        if not found:
+            targets += [_whole(weight) for weight in weights or inside if weights or weight.kind == "linear"]
+        if not targets:
             raise self._no_match(pattern)
-        return found
+        return targets
 
     def _whole_of(self, path: str, module: nn.Module) -> list[Target]:
         weights = weights_of(path, module)
         if not weights:
             inside = [weight.path for weight in self.weights if weight.path.startswith(f"{path}." if path else "")]
-            there = f"; name the modules inside it, such as {', '.join(inside[:4])}" if inside else ""
-            raise TargetError(f"{safe_repr(path)} is a {type(module).__name__}, which holds no weight to adapt{there}")
+            hint = f"; name the modules inside it, such as {', '.join(inside[:4])}" if inside else ""
+            raise TargetError(f"{safe_repr(path)} is a {type(module).__name__}, which holds no weight to adapt{hint}")
         return [_whole(weight) for weight in weights]
 
     # -- Lists -------------------------------------------------------------------------------
@@ -359,9 +359,9 @@ class TargetSearch:
             return [self._checked(entry)]
         if not isinstance(entry, str) or not entry:
             raise TargetError(f"a list of targets must hold paths or tnadapt.Target; got {safe_repr(entry)}")
-        found = [_whole(weight) for weight in self.weights if _ends(entry, weight.path) or _is_name(entry, weight)]
-        if found:
-            return found
+        targets = [_whole(weight) for weight in self.weights if _ends(entry, weight.path) or _is_name(entry, weight)]
+        if targets:
+            return targets
         path, colon, letters = entry.rpartition(":")
         if colon and are_roles(letters):
             return self._roles_at(path, letters, _ends)
@@ -372,25 +372,25 @@ class TargetSearch:
 
     def _roles_at(self, path: str, letters: str, same: Callable[[str, str], bool]) -> list[Target]:
         """Return the targets with these roles in the attention or weight at a path."""
-        found = []
+        targets = []
         for attention in self.attentions:
             place, inputs, outputs, _ = attention.weights
             weights = [weight for _, _, weight in inputs] + outputs
             whole = same(path, place)
             if whole or any(same(path, weight.path) for weight in weights):
-                found += [target for target in attention.targets(letters) if whole or same(path, target.module)]
-        if not found:
+                targets += [target for target in attention.targets(letters) if whole or same(path, target.module)]
+        if not targets:
             raise self._no_match(
                 path, f" with the roles {letters!r}", [attention.weights.path for attention in self.attentions]
             )
-        return found
+        return targets
 
     def _no_match(self, name: str, what: str = "", among: list[str] | None = None) -> TargetError:
-        own = (plain(weight.path) for weight in self.weights if weight.kind != "other")
-        names = among or list(dict.fromkeys(own))
+        paths = (plain(weight.path) for weight in self.weights if weight.kind != "other")
+        names = among or list(dict.fromkeys(paths))
         close = similar_paths(name, names)
         some = close or names[:6]
-        there = f"{'close matches' if close else 'it has'}: {', '.join(some)}" if some else "the model has none at all"
+        hint = f"{'close matches' if close else 'it has'}: {', '.join(some)}" if some else "the model has none at all"
         # A word in another spelling is meant, whatever modules have similar names.
         spelled = name.lower().replace("_", "-")
         word = [spelled] if spelled in KEYWORDS and not what else []
@@ -401,7 +401,7 @@ class TargetSearch:
         way = f": [{name!r}] matches {listed} of them" if listed else ""
         return TargetError(
             f"no module of {type(self.model).__name__} matches {safe_repr(name)}{what} ({len(names)} could); "
-            f"{meant}{there}. A "
+            f"{meant}{hint}. A "
             "list takes whole paths or their last whole parts, a plain string is a regular expression for a whole path"
             f"{way}"
         )
@@ -409,25 +409,25 @@ class TargetSearch:
     # -- Functions and targets ---------------------------------------------------------------
 
     def _by_function(self, choose: Callable[[str, nn.Module], Any]) -> list[Target]:
-        found: list[Target] = []
+        targets: list[Target] = []
         for path, module in self.places:
-            given = choose(path, module)
-            if given is None or given is False:
+            choice = choose(path, module)
+            if choice is None or choice is False:
                 continue
-            if given is True:
-                found += self._whole_of(path, module)
-            elif isinstance(given, str) and are_roles(given):
-                found += self._roles_at(path, given, str.__eq__)
-            elif isinstance(given, Target):
-                found.append(self._checked(given))
-            elif isinstance(given, (list, tuple)) and all(isinstance(target, Target) for target in given):
-                found += [self._checked(target) for target in given]
+            if choice is True:
+                targets += self._whole_of(path, module)
+            elif isinstance(choice, str) and are_roles(choice):
+                targets += self._roles_at(path, choice, str.__eq__)
+            elif isinstance(choice, Target):
+                targets.append(self._checked(choice))
+            elif isinstance(choice, (list, tuple)) and all(isinstance(target, Target) for target in choice):
+                targets += [self._checked(target) for target in choice]
             else:
                 raise TargetError(
                     "a function for targets must return True, roles such as 'qv', tnadapt.Target or None; for "
-                    f"{safe_repr(path)} it returned {safe_repr(given)}"
+                    f"{safe_repr(path)} it returned {safe_repr(choice)}"
                 )
-        return found
+        return targets
 
     def _checked(self, target: Target) -> Target:
         """Return a caller's target after checking that the model has that weight in that shape."""
@@ -438,8 +438,8 @@ class TargetSearch:
         if weight is not None and weight.stored is not None:
             stored, transposed = weight.stored, weight.transposed
             if (weight.index is None) != (target.index is None):
-                kind = "one matrix" if weight.index is None else f"{stored[0]} matrices, of which an index selects one"
-                raise TargetError(f"{target.name} is {kind}; the target given for it has index={target.index}")
+                form = "one matrix" if weight.index is None else f"{stored[0]} matrices, of which an index selects one"
+                raise TargetError(f"{target.name} is {form}; the target given for it has index={target.index}")
         else:
             tensor = module._parameters.get(target.parameter)
             if tensor is None:
@@ -482,20 +482,20 @@ def _is_name(entry: str, weight: Weight) -> bool:
 
 def _heads(model: nn.Module) -> set[int]:
     """Return ids of the output head's modules: those the model reports, or the last layer below a child so named."""
-    found: list[Any] = []
+    heads: list[Any] = []
     for method in ("get_output_embeddings", "get_classifier"):
         try:
-            given = getattr(model, method)()
+            reported = getattr(model, method)()
         except (AttributeError, NotImplementedError, TypeError):
             continue
-        found += given if isinstance(given, (tuple, list)) else [given]
+        heads += reported if isinstance(reported, (tuple, list)) else [reported]
     while len(model._modules) == 1 and next(iter(model._modules)) in _WRAPPERS:
         inner = next(iter(model._modules.values()))
         if inner is None:
             break
         model = inner
-    found += [model._modules[name] for name in _HEADS if name in model._modules]
-    return {id(module) for head in found if isinstance(head, nn.Module) for module in _last(head)}
+    heads += [model._modules[name] for name in _HEADS if name in model._modules]
+    return {id(module) for head in heads if isinstance(head, nn.Module) for module in _last(head)}
 
 
 def _last(head: nn.Module) -> Iterator[nn.Module]:
@@ -540,18 +540,18 @@ def in_layers(search: TargetSearch, found: Sequence[Target], layers: Any) -> lis
     sizes = {stack: size for stack, size in sizes.items() if stack in {place[0] for place in places if place}}
     for index in wanted:
         if not any(-size <= index < size for size in sizes.values()):
-            there = ", ".join(
+            existing = ", ".join(
                 f"{safe_repr(stack) if stack else 'the model'} has 0 to {size - 1}" for stack, size in sizes.items()
             )
-            raise TargetError(f"layers={safe_repr(layers)}: there is no layer {index}; {there}")
+            raise TargetError(f"layers={safe_repr(layers)}: there is no layer {index}; {existing}")
     chosen = [
         target
         for target, place in zip(found, places, strict=True)
         if place is not None and not wanted.isdisjoint((place[1], place[1] - sizes[place[0]]))
     ]
     if not chosen:
-        there = _ranges({place[1] for place in places if place is not None})
-        raise TargetError(f"layers={safe_repr(layers)} leaves no target: they are in the layers {there}")
+        existing = _ranges({place[1] for place in places if place is not None})
+        raise TargetError(f"layers={safe_repr(layers)} leaves no target: they are in the layers {existing}")
     return chosen
 
 
@@ -564,7 +564,7 @@ def _numbers(layers: Any) -> set[int]:
     if (
         isinstance(layers, str)
         or not wanted
-        or any(isinstance(one, bool) or not isinstance(one, int) for one in wanted)
+        or any(isinstance(layer, bool) or not isinstance(layer, int) for layer in wanted)
     ):
         raise TargetError(
             "layers must be the number of a layer, a range or a list of such numbers, of which negative ones count "
@@ -580,9 +580,9 @@ def _place(path: str) -> tuple[str, int] | None:
     """
     parts = plain(path).split(".")[:-1]
     for place, part in enumerate(parts):
-        found = number(part)
-        if found is not None:
-            return ".".join(parts[:place]), found
+        layer = number(part)
+        if layer is not None:
+            return ".".join(parts[:place]), layer
     return None
 
 
@@ -687,9 +687,9 @@ def _apart(choose: Callable[[str, nn.Module], Any], below: set[str]) -> Callable
     """Return the function without its answers True, whose paths are put into ``below``."""
 
     def chosen(path: str, module: nn.Module) -> Any:
-        found = choose(path, module)
-        if found is not True:
-            return found
+        choice = choose(path, module)
+        if choice is not True:
+            return choice
         below.add(path)
         return None
 
@@ -798,15 +798,17 @@ def find_targets(
         raise TargetError(f"targets are found in a torch module; got {type(model).__name__}")
     untie, keep_tied = flag("untie", untie), flag("keep_tied", keep_tied)
     search = TargetSearch(model)
-    found = search.find(targets)
-    if not found:
+    selected = search.find(targets)
+    if not selected:
         raise search.nothing(targets)
     if untie and keep_tied:
         raise TargetError("untie=True gives tied weights their own copies, and keep_tied=True keeps them one: give one")
-    found = with_tied(model, filtered(search, found, layers, exclude), keep_tied)
-    own = not isinstance(targets, str) and not callable(targets) and all(isinstance(entry, Target) for entry in targets)
+    selected = with_tied(model, filtered(search, selected, layers, exclude), keep_tied)
+    explicit = (
+        not isinstance(targets, str) and not callable(targets) and all(isinstance(entry, Target) for entry in targets)
+    )
     # Of given Targets nothing is dropped: each has its place in the vector of all updates.
-    chosen = list(found) if own else in_order(search, found)
+    chosen = list(selected) if explicit else in_order(search, selected)
     check_usable(model, chosen, untie)
     return chosen
 
@@ -833,7 +835,7 @@ def in_order(search: TargetSearch, found: Iterable[Target]) -> list[Target]:
 
 def check_usable(model: nn.Module, chosen: Sequence[Target], untie: bool) -> None:
     """Raise a TargetError if a weight is tied, and ``untie`` is false, or is that of an embedding that changes it."""
-    places = dict.fromkeys((one.module, one.name) for target in chosen for one in (target, *target.tied_targets()))
+    places = dict.fromkeys((each.module, each.name) for target in chosen for each in (target, *target.tied_targets()))
     for module, name in places:
         check_embedding(name, model.get_submodule(module))
     shared = [] if untie else tied(model, chosen)
@@ -896,17 +898,17 @@ def of_patterns(
         raise ConfigError("a mapping of patterns to configs must have at least one; got {}")
     configs = {pattern: _config(pattern, value) for pattern, value in patterns.items()}
     search = TargetSearch(model)
-    found = {pattern: _found(search, pattern) for pattern in configs}
-    _check_apart(found)
-    left = set(filtered(search, [target for own in found.values() for target in own], layers, exclude))
-    chosen = {pattern: [target for target in own if target in left] for pattern, own in found.items()}
-    for pattern, own in chosen.items():
-        if not own:
+    by_pattern = {pattern: _found(search, pattern) for pattern in configs}
+    _check_apart(by_pattern)
+    left = set(filtered(search, [target for selected in by_pattern.values() for target in selected], layers, exclude))
+    chosen = {pattern: [target for target in selected if target in left] for pattern, selected in by_pattern.items()}
+    for pattern, selected in chosen.items():
+        if not selected:
             raise TargetError(f"layers and exclude leave no target of {safe_repr(pattern)}: leave this pattern out")
-    targets = [target for own in chosen.values() for target in own]
+    targets = [target for selected in chosen.values() for target in selected]
     targets = with_tied(model, targets, keep_tied)
     check_usable(model, targets, untie)
-    parts = [(configs[pattern], len(own)) for pattern, own in chosen.items()]
+    parts = [(configs[pattern], len(selected)) for pattern, selected in chosen.items()]
     return (parts[0][0] if len(parts) == 1 else CompositeConfig(parts)), targets
 
 
@@ -932,24 +934,24 @@ def _config(pattern: Any, value: Any) -> Config:
 
 def _found(search: TargetSearch, pattern: Any) -> list[Target]:
     if isinstance(pattern, str):
-        found = search.by_pattern(pattern)
+        targets = search.by_pattern(pattern)
     else:
-        found = search.find([pattern] if isinstance(pattern, Target) else pattern)
-    if not found:
+        targets = search.find([pattern] if isinstance(pattern, Target) else pattern)
+    if not targets:
         raise search.nothing(pattern)
-    return in_order(search, found)
+    return in_order(search, targets)
 
 
 def _check_apart(found: Mapping[Any, list[Target]]) -> None:
     """Raise a TargetError if two patterns find the same rows of a weight."""
     before: dict[tuple[str, str, int | None], list[tuple[Any, Target]]] = {}
-    for pattern, own in found.items():
-        for target in own:
+    for pattern, targets in found.items():
+        for target in targets:
             others = before.setdefault((target.module, target.parameter, target.index), [])
-            for other, one in others:
-                if other is not pattern and _overlap(one, target):
+            for earlier, other in others:
+                if earlier is not pattern and _overlap(other, target):
                     raise TargetError(
-                        f"{target.name} is found by {safe_repr(other)} and by {safe_repr(pattern)}, and each weight "
+                        f"{target.name} is found by {safe_repr(earlier)} and by {safe_repr(pattern)}, and each weight "
                         "has one config: make one pattern narrower, such as '(?!.*mlp).*proj' for all but an mlp's"
                     )
             others.append((pattern, target))

@@ -97,8 +97,8 @@ def register_preset(preset: Preset) -> None:
 
     >>> import tnadapt as tna
     >>> def cubelora(rank=4, **changes):
-    ...     own = {"rank": rank, "order": 3, "groups": 1, "fold": "hypercube", "format": "cp", "rate": "adam"}
-    ...     return tna.Config.from_dict({**own, **changes})
+    ...     settings = {"rank": rank, "order": 3, "groups": 1, "fold": "hypercube", "format": "cp", "rate": "adam"}
+    ...     return tna.Config.from_dict({**settings, **changes})
     >>> tna.register_preset(tna.presets.Preset("cubelora", cubelora, "CubeLoRA", "this page", {"rank": 2}))
     >>> tna.parameter_count(tna.presets.cubelora(2), [(12, 8)] * 4)
     48

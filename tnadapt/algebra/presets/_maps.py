@@ -39,7 +39,7 @@ __all__ = ["c3a", "fourierft", "loca", "miss", "shira", "waveft"]
 
 def _few_values(projection: Any, changes: dict[str, Any]) -> Config:
     """Return a config with one vector per weight, as long as the map determines; alpha is the scale."""
-    own = {
+    settings = {
         "groups": "weight",
         "order": 1,
         "fold": "stack",
@@ -48,7 +48,7 @@ def _few_values(projection: Any, changes: dict[str, Any]) -> Config:
         "projection": projection,
         "on": "weight",
     }
-    return preset_config(own, changes)
+    return preset_config(settings, changes)
 
 
 @checks_arguments
@@ -254,27 +254,27 @@ def _waveft(p: Named, config: Config, shape: tuple[int, int]) -> Float:
     taps = _daubechies(1 if wavelet in ("wavelet", Wavelet("haar")) else int(wavelet.family[2:]))  # type: ignore[union-attr]
     mirrored = taps[::-1] * (-1.0) ** np.arange(len(taps))
     longer = [2 * math.ceil((size + len(taps) - 2) / 2) for size in shape]
-    found = _values(p, config, math.prod(longer)).reshape(longer)
+    grid = _values(p, config, math.prod(longer)).reshape(longer)
     for axis, size in enumerate(shape):
-        halves = np.split(np.moveaxis(found, axis, 0), 2)
+        halves = np.split(np.moveaxis(grid, axis, 0), 2)
         sums: Float = np.zeros((longer[axis] + len(taps), halves[0].shape[1]))
         for half, each in zip(halves, (taps, mirrored), strict=True):
             for k, row in enumerate(half):
                 sums[2 * k : 2 * k + len(taps)] += np.outer(each, row)
-        found = np.moveaxis(sums[len(taps) - 2 :][:size], 0, axis)
-    return alpha_over_rank(config) * found
+        grid = np.moveaxis(sums[len(taps) - 2 :][:size], 0, axis)
+    return alpha_over_rank(config) * grid
 
 
 def _daubechies(moments: int) -> Float:
     """Factor ``|H|²`` with so many vanishing moments by the roots inside the unit circle; Daubechies 1988."""
     sine = [math.comb(moments - 1 + k, k) for k in range(moments)]
-    found: Any = np.poly1d([1.0])
+    polynomial: Any = np.poly1d([1.0])
     for root in np.roots(sine[::-1]):
         # y = (2 - z - 1/z) / 4
         pair = np.roots([1.0, 4.0 * root - 2.0, 1.0])
-        found *= np.poly1d([1.0, -pair[np.argmin(np.abs(pair))]])
-    found *= np.poly1d([1.0, 1.0]) ** moments
-    taps = np.real(found.coeffs)
+        polynomial *= np.poly1d([1.0, -pair[np.argmin(np.abs(pair))]])
+    polynomial *= np.poly1d([1.0, 1.0]) ** moments
+    taps = np.real(polynomial.coeffs)
     return np.asarray(taps * math.sqrt(2.0) / taps.sum())
 
 

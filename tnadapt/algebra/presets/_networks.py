@@ -232,7 +232,7 @@ def gralora(rank: int | tuple[int, ...] = 4, blocks: int = 2, **changes: Any) ->
     alpha = Config(alpha=changes.get("alpha")).alpha
     if alpha is not None:
         changes = {**changes, "alpha": alpha / k}
-    own = {
+    settings = {
         "groups": "weight",
         "order": 3,
         "fold": ("weights", k, f"rows/{k}", k, f"cols/{k}"),
@@ -240,7 +240,7 @@ def gralora(rank: int | tuple[int, ...] = 4, blocks: int = 2, **changes: Any) ->
         "format": "cp-batched",
         "rank": rank // k,
     }
-    return preset_config(own, changes)
+    return preset_config(settings, changes)
 
 
 @checks_arguments
@@ -278,7 +278,7 @@ def quanta(digits: Sequence[int] = (16, 8), **changes: Any) -> Config:
     known = math.prod(sizes)
     if known >= 10**18:  # the largest divisor in a fold
         raise ConfigError(f"digits multiply to {known}; expected less than 1e18")
-    own = {
+    settings = {
         "groups": "weight",
         "order": 2 * len(sizes) + 2,
         "fold": ("weights", *sizes, f"rows/{known}", *sizes, f"cols/{known}"),
@@ -287,7 +287,7 @@ def quanta(digits: Sequence[int] = (16, 8), **changes: Any) -> Config:
         "rank": 1,
         "start": "random",
     }
-    return preset_config(own, changes)
+    return preset_config(settings, changes)
 
 
 @checks_arguments
@@ -302,8 +302,8 @@ def fastfood(ratio: float = 0.01, **changes: Any) -> Config:
     >>> tna.parameter_count(fastfood(ratio=0.01), [(768, 768)] * 24)
     141558
     """
-    own = {"groups": 1, "order": 1, "fold": "hypercube", "format": "dense", "projection": "linear", "ratio": ratio}
-    return preset_config(own, changes)
+    settings = {"groups": 1, "order": 1, "fold": "hypercube", "format": "dense", "projection": "linear", "ratio": ratio}
+    return preset_config(settings, changes)
 
 
 def superlora(
@@ -320,7 +320,7 @@ def superlora(
     >>> tna.parameter_count(cfg, [(768, 768)] * 24)
     138372
     """
-    own = {
+    settings = {
         "groups": groups,
         "fold": "hypercube",
         "order": 2,
@@ -329,7 +329,7 @@ def superlora(
         "projection": projection,
         "ratio": ratio,
     }
-    return preset_config(own, changes)
+    return preset_config(settings, changes)
 
 
 @checks_arguments
@@ -345,7 +345,7 @@ def compacter(rank: int | tuple[int, ...] = 1, terms: int = 4, **changes: Any) -
     >>> tna.parameter_count(compacter(rank=1, terms=4), [(768, 768)]) == 4 * (16 + 192 + 192)
     True
     """
-    own = {
+    settings = {
         "groups": "weight",
         "fold": "stack",
         "order": 2,
@@ -356,7 +356,7 @@ def compacter(rank: int | tuple[int, ...] = 1, terms: int = 4, **changes: Any) -
         "format": "cp",
         "rank": rank,
     }
-    return preset_config(own, changes)
+    return preset_config(settings, changes)
 
 
 # -- Methods that say how the update meets the weight: DoRA and HiRA ---------------------------------------------------
@@ -415,9 +415,9 @@ def _krona(p: Named, config: Config) -> Float:
 
 def _loha(p: Named, config: Config) -> Float:
     # ΔW = (alpha / r) (B1 A1) ∘ (B2 A2); Hyeon-Woo et al.
-    one = p("split0.factor0") @ p("split0.factor1").T
-    two = p("split1.factor0") @ p("split1.factor1").T
-    return alpha_over_rank(config) * one * two
+    first = p("split0.factor0") @ p("split0.factor1").T
+    second = p("split1.factor0") @ p("split1.factor1").T
+    return alpha_over_rank(config) * first * second
 
 
 def _compacter(p: Named, config: Config) -> Float:
@@ -502,18 +502,18 @@ def _gates(p: Named, config: Config, shape: tuple[int, int]) -> Float:
 def _quanta(params: Params, config: Config, shapes: Shapes) -> list[Float]:
     # ΔW = T_n … T_1 - S_n … S_1, where S is T at the start; Chen et al.
     begun = {name.removeprefix("begun."): array for name, array in params.items() if name.startswith("begun.")}
-    now, then = (each_shape(_gates)(own, config, shapes) for own in (params, begun))
-    return [one - other for one, other in zip(now, then, strict=True)]
+    now, then = (each_shape(_gates)(arrays, config, shapes) for arrays in (params, begun))
+    return [product - start for product, start in zip(now, then, strict=True)]
 
 
 def _dora(params: Params, config: Config, weights: Sequence[Float]) -> list[Float]:
     # W' = m (W0 + B A) / ||W0 + B A||, one m for each output; Liu et al., equation (5).
-    found: list[Float] = []
+    new_weights: list[Float] = []
     for i, update in enumerate(each(lora_formula)(params, config, [weight.shape for weight in weights])):
         direction = weights[i] + update
         lengths = np.array([math.sqrt(math.fsum(x * x for x in row)) for row in direction.tolist()])
-        found.append(params[f"weight{i}.magnitude"][:, None] * direction / lengths[:, None])
-    return found
+        new_weights.append(params[f"weight{i}.magnitude"][:, None] * direction / lengths[:, None])
+    return new_weights
 
 
 def _hira(params: Params, config: Config, weights: Sequence[Float]) -> list[Float]:

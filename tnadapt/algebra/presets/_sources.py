@@ -167,10 +167,10 @@ def randlora(rank: int | tuple[int, ...] = 32, *, rows: int, cols: int, **change
     return lora_config(rank, changes, sources=sources, terms=terms)
 
 
-def _of_base(rank: int, changes: dict[str, Any], **own: Any) -> Config:
+def _of_base(rank: int, changes: dict[str, Any], **settings: Any) -> Config:
     """``U C Vᵀ`` with U and V from the base weight: Tucker of order 2."""
     sources: dict[str, Source] = {"factor0": FromBase("rows"), "factor1": FromBase("cols")}
-    return lora_config(rank, changes, sources=sources, **{"format": "tucker", **own})
+    return lora_config(rank, changes, sources=sources, **{"format": "tucker", **settings})
 
 
 def lora_xs(rank: int = 16, **changes: Any) -> Config:
@@ -356,16 +356,16 @@ def _share_lora(params: Params, config: Config, shapes: Shapes) -> list[Float]:
 def _tied_lora(params: Params, config: Config, shapes: Shapes) -> list[Float]:
     # ΔW_i = (alpha / r) Λ_v,i B Λ_u,i A; Renduchintala et al.
     b, a = params["group0.split0.factor0"], params["group0.split0.factor1"].T
-    found: list[Float] = []
+    updates: list[Float] = []
     for i in range(len(shapes)):
         v, u = params[f"group{i}.split0.factor0.size"], params[f"group{i}.split0.factor1.rank"]
-        found.append(alpha_over_rank(config) * v[:, None] * (b @ (u[:, None] * a)))
-    return found
+        updates.append(alpha_over_rank(config) * v[:, None] * (b @ (u[:, None] * a)))
+    return updates
 
 
 def _randlora(params: Params, config: Config, shapes: Shapes) -> list[Float]:
     # ΔW = (alpha / r) sum_n B_n Λ_n A Γ_n, where A, Λ and Γ are on the shorter side; Albert et al.
-    found: list[Float] = []
+    updates: list[Float] = []
     for i, (rows, cols) in enumerate(shapes):
         total: Float = np.zeros((rows, cols))
         short, long = ("factor1", "factor0") if cols <= rows else ("factor0", "factor1")
@@ -375,8 +375,8 @@ def _randlora(params: Params, config: Config, shapes: Shapes) -> list[Float]:
             a = np.diag(params[f"{name}{short}.rank"]) @ a @ np.diag(params[f"{name}{short}.size"])
             product = params[name + long] @ a
             total = total + (product if short == "factor1" else product.T)
-        found.append(alpha_over_rank(config) * total)
-    return found
+        updates.append(alpha_over_rank(config) * total)
+    return updates
 
 
 def _combined(params: Params, changes: Params) -> dict[str, Float]:
@@ -426,11 +426,11 @@ def _normal_map(size: int, count: int, seed: int, stream: int) -> Float:
 
 def _craft(params: Params, config: Config, shapes: Shapes) -> list[Float]:
     # ΔW = G ×_0 U_0 J_0 ×_1 U_1 J_1 ×_2 U_2 J_2 - G ×_0 U_0 ×_1 U_1 ×_2 U_2, for one tensor of all; Dewage et al.
-    own = {name.removeprefix("group0.split0."): array for name, array in params.items()}
-    bases = [own[f"factor{mode}"] for mode in range(3)]
-    mixed = [base @ own[f"factor{mode}.mix"] for mode, base in enumerate(bases)]
+    arrays = {name.removeprefix("group0.split0."): array for name, array in params.items()}
+    bases = [arrays[f"factor{mode}"] for mode in range(3)]
+    mixed = [base @ arrays[f"factor{mode}.mix"] for mode, base in enumerate(bases)]
     formula = "ijk,ai,bj,ck->abc"
-    return list(np.einsum(formula, own["core"], *mixed) - np.einsum(formula, own["core"], *bases))
+    return list(np.einsum(formula, arrays["core"], *mixed) - np.einsum(formula, arrays["core"], *bases))
 
 
 # -- Sizes, and how configs are recognized -----------------------------------------------------------------------------

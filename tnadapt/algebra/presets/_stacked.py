@@ -38,7 +38,7 @@ Fold = tuple[int | str, ...]
 
 
 def _stacked(
-    sizes: dict[str, int | None], fold: Callable[..., Fold], own: dict[str, Any], changes: dict[str, Any]
+    sizes: dict[str, int | None], fold: Callable[..., Fold], settings: dict[str, Any], changes: dict[str, Any]
 ) -> Config:
     """Stack all weights of a group into one tensor whose last modes are rows and columns.
 
@@ -54,14 +54,14 @@ def _stacked(
             f"{', '.join(name for name in sizes if name not in absent)} given without {', '.join(absent)}: give all of "
             f"{', '.join(sizes)}, or none to take them from the weights of each group"
         )
-    made = fold(*(sizes if absent else sizes.values()))
+    modes = fold(*(sizes if absent else sizes.values()))
     if "fold" in changes:
-        own = {**own, "order": len(made)}
+        settings = {**settings, "order": len(modes)}
     elif absent:
-        own = {**own, "order": len(made), "fold": made}
+        settings = {**settings, "order": len(modes), "fold": modes}
     else:
-        own = {**own, "order": len(made), "fold": made, "weight_shape": (sizes["rows"], sizes["cols"])}
-    return preset_config({"groups": 1, **own}, changes)
+        settings = {**settings, "order": len(modes), "fold": modes, "weight_shape": (sizes["rows"], sizes["cols"])}
+    return preset_config({"groups": 1, **settings}, changes)
 
 
 def _in_heads(rows: int | str, heads: int | None, head_size: int | None) -> Fold:
@@ -72,9 +72,9 @@ def _in_heads(rows: int | str, heads: int | None, head_size: int | None) -> Fold
             f"head_size={safe_repr(head_size)}"
         )
     name, value = ("heads", heads) if head_size is None else ("head_size", head_size)
-    given = integer(name, value, 1, MAX_SIZE, ConfigError)
-    other = f"{rows}/{given}" if isinstance(rows, str) else _head_size(rows, given, name)
-    return (given, other) if head_size is None else (other, given)
+    divisor = integer(name, value, 1, MAX_SIZE, ConfigError)
+    other = f"{rows}/{divisor}" if isinstance(rows, str) else _head_size(rows, divisor, name)
+    return (divisor, other) if head_size is None else (other, divisor)
 
 
 def _head_size(rows: int, given: int, name: str) -> int:
@@ -125,10 +125,10 @@ def lotr(
     >>> tna.parameter_count(lotr(rank=2, groups="role"), [(64, 32), (16, 32)] * 3, roles="qvqvqv")
     312
     """
-    own: dict[str, Any] = {"format": "tucker", "rank": (None, rank, rank)}
+    settings: dict[str, Any] = {"format": "tucker", "rank": (None, rank, rank)}
     if train:
-        own = {"format": "tt", "rank": rank}
-    return _stacked({"weights": weights, "rows": rows, "cols": cols}, lambda *sizes: sizes, own, changes)
+        settings = {"format": "tt", "rank": rank}
+    return _stacked({"weights": weights, "rows": rows, "cols": cols}, lambda *sizes: sizes, settings, changes)
 
 
 @checks_arguments
@@ -173,8 +173,8 @@ def fact_tk(
     >>> tna.parameter_count(fact_tk(rank=2, weights=3, rows=8, cols=5), [(8, 5)] * 3) == 8 + 6 + 16 + 10
     True
     """
-    own = {"format": "tucker", "rank": rank}
-    return _stacked({"weights": weights, "rows": rows, "cols": cols}, lambda *sizes: sizes, own, changes)
+    settings = {"format": "tucker", "rank": rank}
+    return _stacked({"weights": weights, "rows": rows, "cols": cols}, lambda *sizes: sizes, settings, changes)
 
 
 @checks_arguments
@@ -217,8 +217,8 @@ def cara(
     def fold(weights: int | str, rows: int | str, cols: int | str) -> Fold:
         return (weights, *_in_heads(rows, heads, head_size), cols)
 
-    own = {"format": "cp-weighted", "rank": rank}
-    return _stacked({"weights": weights, "rows": rows, "cols": cols}, fold, own, changes)
+    settings = {"format": "cp-weighted", "rank": rank}
+    return _stacked({"weights": weights, "rows": rows, "cols": cols}, fold, settings, changes)
 
 
 @checks_arguments
@@ -318,8 +318,8 @@ def metatt(
             cols,
         )
 
-    own: dict[str, Any] = {"format": "tt", "rank": rank, "axes": (4, 0, 1, 2, 3) if split else (3, 0, 1, 2)}
-    return _stacked({"layers": layers, "rows": rows, "cols": cols}, fold, own, changes)
+    settings: dict[str, Any] = {"format": "tt", "rank": rank, "axes": (4, 0, 1, 2, 3) if split else (3, 0, 1, 2)}
+    return _stacked({"layers": layers, "rows": rows, "cols": cols}, fold, settings, changes)
 
 
 # -- Formulas, as the papers state them -------------------------------------------------------------------------------
@@ -359,14 +359,14 @@ def _heads_cp(params: Params, config: Config, shapes: Shapes) -> list[Float]:
 def _metatt(params: Params, config: Config, shapes: Shapes) -> list[Float]:
     # ΔW = (G1 G2[l] G3[m] G4)ᵀ with one train for all layers l and matrices m, and with heads G4[h] G5; MetaTT.
     first, by_layer, by_matrix, *last = (params[f"group0.split0.core{k}"] for k in range(config.order))
-    found = []
+    updates = []
     for place, (rows, cols) in enumerate(shapes):
         layer, matrix = divmod(place, by_matrix.shape[1])
         product = first[0] @ by_layer[:, layer] @ by_matrix[:, matrix]
         for core in last:
             product = np.tensordot(product, core, 1)
-        found.append(alpha_over_rank(config) * product.reshape(cols, rows).T)
-    return found
+        updates.append(alpha_over_rank(config) * product.reshape(cols, rows).T)
+    return updates
 
 
 # -- Sizes, and how configs are recognized -----------------------------------------------------------------------------

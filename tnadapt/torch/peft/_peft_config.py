@@ -236,8 +236,8 @@ class TnadaptConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not l
             words = _list("layers_pattern", [patterns] if isinstance(patterns, str) else patterns)
             _check_expressions("layers_pattern", words)
             self.layers_pattern = patterns if isinstance(patterns, str) else words
-        for name, given in (("layers_to_transform", layers), ("layers_pattern", patterns)):
-            if given is not None and isinstance(self.target_modules, str) and not are_roles(self.target_modules):
+        for name, value in (("layers_to_transform", layers), ("layers_pattern", patterns)):
+            if value is not None and isinstance(self.target_modules, str) and not are_roles(self.target_modules):
                 raise ConfigError(
                     f"`{name}` cannot be used when `target_modules` is a str. It is "
                     f"{safe_repr(self.target_modules)}: give "
