@@ -35,7 +35,7 @@ def _lines(folder: Path) -> Iterator[str]:
     studies = studies_of(folder)
     own, every = recommendations(studies, "tnadapt"), {one.budget: one for one in recommendations(studies)}
     yield ""
-    yield from table(own, step_ratios())
+    yield table(own, step_ratios())
     yield ""
     # The same rule over the methods of all libraries.
     others = [

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import statistics
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from tnadapt.algebra.config import Config
@@ -101,8 +101,8 @@ def recommendations(studies: Sequence[Study], library: str | None = None) -> lis
     return [one for one in found if one is not None]
 
 
-def table(answers: Sequence[Recommendation], ratios: Mapping[str, float]) -> Iterator[str]:
-    """Yield the lines of a table with a row for each budget; ``ratios`` are the times of steps by case."""
+def table(answers: Sequence[Recommendation], ratios: Mapping[str, float]) -> str:
+    """Return a table with a row for each budget; ``ratios`` are the times of steps by case."""
     title = ["parameters", "method", "of the gain", "step", "served as LoRA", "of the gain", "step", "methods", "tasks"]
     rows = []
     for one in answers:
@@ -114,7 +114,7 @@ def table(answers: Sequence[Recommendation], ratios: Mapping[str, float]) -> Ite
         last = [str(one.compared), ", ".join(one.tasks) + idle]
         best = [one.best.shown, _percent(one.best.shares), step_ratio(ratios, one.best.method)]
         rows.append([f"{one.budget:,}", *best, *served, *last])
-    yield TextTable(rows, title, (0, 2, 3, 5, 6, 7)).markdown()
+    return TextTable(rows, title, (0, 2, 3, 5, 6, 7)).markdown()
 
 
 def _decides(study: Study, budget: int) -> bool:

@@ -39,7 +39,7 @@ def _page(folder: Path) -> Iterator[str]:
     answers = recommendations(studies_of(folder))
     if answers:
         yield from wrapped(SHORT)
-        yield from table(answers, step_ratios())
+        yield table(answers, step_ratios())
         yield ""
     yield from wrapped(READING)
     missing = []

@@ -256,7 +256,7 @@ def test_copies_and_pickles_keep_the_outcome(form: str) -> None:
         assert again.outcome == one.outcome
     assert (one.error, one.bound, one.certified, one.converged, one.history) == (0.5, 0.25, False, True, (0.7, 0.5))
     assert "error 0.5 (at least 0.25)" in repr(one)
-    assert "<td>&lt;b&gt;</td>" in one._repr_html_()
+    assert ">&lt;b&gt;</td>" in one._repr_html_()
     assert "converged" not in one._repr_html_()
     stopped = tt.FitOutcome(error=0.5, bound=0.25, certified=True, stopped="max_iterations", method="ALS")
     assert "no (max_iterations)" in one.with_outcome(stopped)._repr_html_()

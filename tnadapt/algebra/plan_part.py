@@ -89,7 +89,7 @@ class PlanPart:
         layers: Sequence[Hashable] | None = None,
         roles: Sequence[Hashable] | None = None,
     ) -> None:
-        self.config = config
+        self.config, self._keys = config, (layers, roles)
         self.layout = layout_of(config.groups, shapes, layers, roles)
         if config.weight_shape is not None:
             require_alike(self.layout, config.weight_shape, config.fold)  # type: ignore[arg-type]  # Config refuses others
@@ -110,6 +110,13 @@ class PlanPart:
         if self.tied and is_linear(config.projection):
             _ = self._zeros  # raises a ConfigError if a term cannot start at zero
         self.given: dict[str, np.ndarray] = {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Recompute it from its few integers, instead of pickling the cached draws.
+        return PlanPart, (self.config, self.shapes, *self._keys), {"given": self.given}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PlanPart:
+        return self  # immutable, but for what its plan adds to `given`
 
     # -- Networks ----------------------------------------------------------------------------
 

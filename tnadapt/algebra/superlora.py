@@ -145,8 +145,12 @@ class SuperLoRA:
         _ = self.theta  # raises a ConfigError if it has more elements than what is made from it
         if lay_out:
             load_imported()
-            if self.num_groups <= LAID_OUT:
-                _ = self.param_shapes, self.weight_param_names, self.groups
+            self._lay_out()
+
+    def _lay_out(self) -> None:
+        """Compute what a compiled program reads of a plan, so that its compiler never traces this code."""
+        if self.num_groups <= LAID_OUT:
+            _ = self.param_shapes, self.weight_param_names, self.groups
 
     def _view(self, **fields: Any) -> Self:
         """Return a plan of the same parts with other fields, which computes again what this one has cached."""
@@ -154,6 +158,7 @@ class SuperLoRA:
         cached = {name for name, value in vars(SuperLoRA).items() if isinstance(value, functools.cached_property)}
         view.__dict__.update({name: value for name, value in self.__dict__.items() if name not in cached})
         view.__dict__.update(fields)
+        view._lay_out()
         return view
 
     def __repr__(self) -> str:
@@ -889,7 +894,7 @@ class SuperLoRA:
         if missing := self.param_shapes.keys() - units:
             raise ConfigError(f"units must have each name of param_shapes; missing: {summarize(missing)}")
         plan = self._view(_units=dict(units), _file_plan=self)
-        _ = plan.groups  # raises the error now, and torch.compile never traces it
+        _ = plan.groups  # raises the error of terms now
         return plan
 
     @functools.cached_property

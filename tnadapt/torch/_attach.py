@@ -7,6 +7,7 @@ another's place, and the base's trainable parameters.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import itertools
 import logging
@@ -407,7 +408,7 @@ def attach(
     return adapter
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class AttachRequest:
     """What :func:`attach` is asked for, checked; its arguments are described there.
 
@@ -448,16 +449,17 @@ class AttachRequest:
         if not isinstance(self.model, nn.Module):
             raise TargetError(f"attach needs a torch module; got {type(self.model).__name__}")
         check_name(self.model, self.name)
-        self.tokens = integer("tokens", self.tokens, 1, MAX_SIZE, ConfigError)
+        put = functools.partial(object.__setattr__, self)
+        put("tokens", integer("tokens", self.tokens, 1, MAX_SIZE, ConfigError))
         if not isinstance(self.strategy, str) or self.strategy not in STRATEGIES:
             raise ConfigError(f"strategy must be one of {', '.join(STRATEGIES)}; got {safe_repr(self.strategy)}")
         if self.activation is not None and (not isinstance(self.activation, str) or self.activation not in ACTIVATIONS):
             raise ConfigError(
                 f"activation must be one of {', '.join(ACTIVATIONS)}, or None; got {safe_repr(self.activation)}"
             )
-        self.dtype = checked_dtype(self.dtype)
-        self.detach_norm = flag("detach_norm", self.detach_norm)
-        self.dropout = check_dropout(self.dropout)
+        put("dtype", checked_dtype(self.dtype))
+        put("detach_norm", flag("detach_norm", self.detach_norm))
+        put("dropout", check_dropout(self.dropout))
 
 
 class Form(NamedTuple):
