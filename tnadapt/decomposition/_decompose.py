@@ -46,8 +46,8 @@ class Settings:
     @classmethod
     def taken_from(cls, keywords: Mapping[str, Any]) -> tuple[Settings, dict[str, Any]]:
         """Return the settings among a function's keywords, and the other keywords."""
-        own = {name: value for name, value in keywords.items() if name in cls.NAMES}
-        return cls(**own), {name: value for name, value in keywords.items() if name not in cls.NAMES}
+        settings = {name: value for name, value in keywords.items() if name in cls.NAMES}
+        return cls(**settings), {name: value for name, value in keywords.items() if name not in cls.NAMES}
 
     def fit(
         self,
@@ -193,19 +193,19 @@ def decompose(
         plan = plan.with_base(base)
     settings = Settings(tol, max_iterations, svd, seed)
     # For a library that TensorLy does not support, compute in NumPy on the host.
-    own = backend if backend.name in TENSORLY else load_backend("numpy")
-    kind = backend.dtype_name(listed[0])
-    wide = kind if kind == "float64" else "float32"
+    fit_backend = backend if backend.name in TENSORLY else load_backend("numpy")
+    dtype = backend.dtype_name(listed[0])
+    wide = dtype if dtype == "float64" else "float32"
 
     def read(weight: int) -> Array:
         delta = listed[weight]
-        delta = backend.detached(delta) if own is backend else backend.to_numpy(delta)
-        return own.reshape(own.astype(delta, wide), plan.shapes[weight])
+        delta = backend.detached(delta) if fit_backend is backend else backend.to_numpy(delta)
+        return fit_backend.reshape(fit_backend.astype(delta, wide), plan.shapes[weight])
 
-    params, report = settings.fit(own, read(0), plan, read, progress)
-    if own is not backend:
+    params, report = settings.fit(fit_backend, read(0), plan, read, progress)
+    if fit_backend is not backend:
         device = backend.device(listed[0])
-        params = {name: backend.asarray(own.to_numpy(array), wide, device) for name, array in params.items()}
+        params = {name: backend.asarray(fit_backend.to_numpy(array), wide, device) for name, array in params.items()}
     return params, report
 
 

@@ -136,8 +136,8 @@ def _fitted_together(
             progress(Step(0, len(wide), iteration, error))
 
     watch(0, None)
-    found = fit_parameters(plan, wide, limits, algebra.seed, _ROUNDING * algebra.eps, watch)
-    params = {name: algebra.array(array) for name, array in found.arrays.items()}
+    fit = fit_parameters(plan, wide, limits, algebra.seed, _ROUNDING * algebra.eps, watch)
+    params = {name: algebra.array(array) for name, array in fit.arrays.items()}
     host = {name: np.asarray(algebra.backend.to_numpy(array), np.float64) for name, array in params.items()}
     arrays = plan.arrays(host)
     numpy, reports = load_backend("numpy"), []
@@ -147,8 +147,8 @@ def _fitted_together(
             y = y + np.asarray(group.projection(group.network.whole(numpy, group.begun(numpy, arrays))))
         # Arrays are rounded with a start that is subtracted, however small the update is.
         rounding = _ROUNDING * algebra.eps * float(np.linalg.norm(y))
-        known = _Known(Algebra(numpy, y), group, y, norm, error, rounding, found, len(wide) == 1)
-        reports.append(_report(known, norm, found))
+        known = _Known(Algebra(numpy, y), group, y, norm, error, rounding, fit, len(wide) == 1)
+        reports.append(_report(known, norm, fit))
     return params, FitReport(plan, tuple(reports))
 
 
@@ -168,20 +168,20 @@ def _fitted(
     target = scaled
     if linear and group.subtracts and norm:
         target = scaled + group.projection(group.network.whole(algebra.backend, started(algebra, group)))
-    found = fit_group(algebra, group, target, limits, watch)
-    arrays = at_size(algebra, group.network, found.arrays, exponent) if norm else found.arrays
+    fit = fit_group(algebra, group, target, limits, watch)
+    arrays = at_size(algebra, group.network, fit.arrays, exponent) if norm else fit.arrays
     error = _error(algebra, group, arrays, scaled, exponent)
     if not error <= norm:
         # Never return a fit that is worse than an update of zeros.
-        method = f"{found.method}: no better than zero"
-        found = Fit(started(algebra, group), False, found.iterations, method, found.stopped)
-        arrays = found.arrays
+        method = f"{fit.method}: no better than zero"
+        fit = Fit(started(algebra, group), False, fit.iterations, method, fit.stopped)
+        arrays = fit.arrays
         error = _error(algebra, group, arrays, scaled, exponent)
     # The caller may change the update before the report is read.
     kept = target if exponent else target * 1.0
     rounding = _ROUNDING * algebra.eps * algebra.norm(kept)
-    known = _Known(algebra, group, kept, norm, error, rounding, found._replace(arrays={}, closed=None))
-    return arrays, _report(known, math.ldexp(norm, exponent), found)
+    known = _Known(algebra, group, kept, norm, error, rounding, fit._replace(arrays={}, closed=None))
+    return arrays, _report(known, math.ldexp(norm, exponent), fit)
 
 
 class _Known(NamedTuple):
@@ -227,8 +227,8 @@ def _error(algebra: Algebra, group: Group, arrays: Mapping[str, Array], scaled: 
         wide = at_size(double, group.network, wide, -exponent)
     params = {full: wide[name] for name, full in group.names.items()}
     with np.errstate(over="ignore", invalid="ignore"):  # the error is infinite for arrays that overflow
-        made = group.update(double.backend, params, 0, group.size, algebra.backend.dtype_name(algebra.like))
-        return double.norm(made - algebra.doubled(scaled))
+        update = group.update(double.backend, params, 0, group.size, algebra.backend.dtype_name(algebra.like))
+        return double.norm(update - algebra.doubled(scaled))
 
 
 # -- One group, through its F ------------------------------------------------------------------------------------------
@@ -282,10 +282,10 @@ def fit_group(algebra: Algebra, group: Group, y: Array, limits: Limits, watch: W
         # y is orthogonal to the range of F.
         zeros = {name: algebra.zeros(shape) for name, shape in network.shapes.items()}
         return Fit(zeros, False, 0, before.method, before.stopped)
-    found = fit_network(algebra, network, before.arrays["x"], limits, unwatched)
+    fit = fit_network(algebra, network, before.arrays["x"], limits, unwatched)
     if plain:
-        return before._replace(arrays=found.arrays)
-    return alternate(algebra, network, projection, y, found.arrays, limits, watch)
+        return before._replace(arrays=fit.arrays)
+    return alternate(algebra, network, projection, y, fit.arrays, limits, watch)
 
 
 def _preserves(group: Group) -> bool:
@@ -311,9 +311,9 @@ def _before(algebra: Algebra, projection: Projection, y: Array, limits: Limits, 
         return Fit({"x": algebra.array(x)}, True, 0, "least squares through F")
     start = algebra.zeros((projection.n_in,))
     tol = min(limits.tol, 1e-6)
-    found = least_squares(algebra, projection, projection.adjoint, y, start, tol, steps)
-    stopped = "converged" if found.converged else "max_iterations"
-    return Fit({"x": found.x}, False, found.iterations, "least squares through F by LSQR", stopped)
+    solution = least_squares(algebra, projection, projection.adjoint, y, start, tol, steps)
+    stopped = "converged" if solution.converged else "max_iterations"
+    return Fit({"x": solution.x}, False, solution.iterations, "least squares through F by LSQR", stopped)
 
 
 def _nonlinear(algebra: Algebra, group: Group, y: Array, limits: Limits, watch: Watch) -> Fit:
@@ -527,22 +527,22 @@ def _curvature(network: Network, arrays: Mapping[str, Array], algebra: Algebra, 
 
     None if it is not known. If padding is cut off, it is an approximation.
     """
-    prefix, _, own = name.rpartition(".")
+    prefix, _, array_name = name.rpartition(".")
     split = network.splits[int(prefix.rpartition("split")[2])]
     if network.terms > 1 or not network.kronecker:
         return None
     if isinstance(split, Dense):
         return np.ones((1, 1))
-    if not isinstance(split, CP) or own == "weights":
+    if not isinstance(split, CP) or array_name == "weights":
         return None
-    found = np.ones((split.rank, split.rank))
+    curvature = np.ones((split.rank, split.rank))
     for other in split.shapes:
         array = np.asarray(algebra.backend.to_numpy(arrays[f"{prefix}.{other}"]), np.float64)
         if other == "weights":
-            found *= np.outer(array, array)
-        elif other != own:
-            found *= array.T @ array
-    return found
+            curvature *= np.outer(array, array)
+        elif other != array_name:
+            curvature *= array.T @ array
+    return curvature
 
 
 def _inverse(algebra: Algebra, curvature: np.ndarray | None) -> Array | None:

@@ -47,15 +47,15 @@ def fit_hadamard(algebra: Algebra, network: Network, vec: Array, limits: Limits,
     plain, moved = _one_alone(algebra, network, vec, limits)
     if any(isinstance(split, Dense) for split in network.splits):
         return Fit(plain, True, 0, "exact")
-    found = _by_gradients(algebra, network, vec, moved, limits, watch)
+    fit = _by_gradients(algebra, network, vec, moved, limits, watch)
 
     def error(arrays: Mapping[str, Array]) -> float:
         return algebra.norm(network.whole(backend, arrays) - vec)
 
     # The fit of one split alone, with the others equal to ones, is a valid result, too: return the better one.
-    if not error(found.arrays) < error(plain):
-        return found._replace(arrays=plain, method="one split alone")
-    return found
+    if not error(fit.arrays) < error(plain):
+        return fit._replace(arrays=plain, method="one split alone")
+    return fit
 
 
 def _folded(algebra: Algebra, network: Network, vec: Array) -> Array:
@@ -89,13 +89,13 @@ def _roots(algebra: Algebra, network: Network, vec: Array) -> Arrays:
     host, rng, count = double_on_host(algebra.backend, _folded(algebra, network, vec)), algebra.rng, len(network.splits)
     root = algebra.array(np.abs(host / network.terms) ** (1.0 / count))
     signed = root * algebra.array(np.sign(host))
-    found: Arrays = {}
+    arrays: Arrays = {}
     for prefixes in network.prefixes:
         for k, (prefix, split) in enumerate(zip(prefixes, network.splits, strict=True)):
             for name, array in fit_format(algebra, split, root if k else signed, None, _START).arrays.items():
                 size = algebra.norm(array) / float(np.prod(split.shapes[name])) ** 0.5
-                found[prefix + name] = array + algebra.array(rng.normal(size=split.shapes[name])) * (_NOISE * size)
-    return found
+                arrays[prefix + name] = array + algebra.array(rng.normal(size=split.shapes[name])) * (_NOISE * size)
+    return arrays
 
 
 def _by_gradients(algebra: Algebra, network: Network, vec: Array, moved: Arrays, limits: Limits, watch: Watch) -> Fit:
@@ -111,23 +111,23 @@ def _by_gradients(algebra: Algebra, network: Network, vec: Array, moved: Arrays,
             starts.append({name: algebra.array(array) for name, array in start.items()})
 
     def error(fit: Fit) -> float:
-        found = algebra.norm(network.whole(backend, fit.arrays) - vec)
-        return found if math.isfinite(found) else math.inf
+        distance = algebra.norm(network.whole(backend, fit.arrays) - vec)
+        return distance if math.isfinite(distance) else math.inf
 
     few = limits._replace(iterations=min(limits.iterations, _TRIED))
     tried = sorted(
         (refine(algebra, network, identity, vec, start, few, lambda *_: None) for start in starts), key=error
     )
     steps = sum(fit.iterations for fit in tried)
-    found = refine(
+    lbfgs_fit = refine(
         algebra, network, identity, vec, tried[0].arrays, limits, lambda count, left: watch(steps + count, left)
     )
-    found = found._replace(iterations=steps + found.iterations)
+    lbfgs_fit = lbfgs_fit._replace(iterations=steps + lbfgs_fit.iterations)
     if small and limits.iterations > _TRIED:
         return _by_gauss_newton(
-            algebra, network, elements, vec, [found, *tried[1:]], error(found) / norm, limits, watch
+            algebra, network, elements, vec, [lbfgs_fit, *tried[1:]], error(lbfgs_fit) / norm, limits, watch
         )
-    return found
+    return lbfgs_fit
 
 
 def _by_gauss_newton(
@@ -154,17 +154,17 @@ def _by_gauss_newton(
             if not number or now <= _NEAR:
                 yield {name: double_on_host(algebra.backend, array) for name, array in fit.arrays.items()}
 
-    own = limits._replace(iterations=min(limits.iterations, _LAST))
+    few = limits._replace(iterations=min(limits.iterations, _LAST))
     wanted = double_on_host(algebra.backend, vec)
-    found = fit_observed(elements, wanted, starts(), own, watch=seen)
-    steps += found.iterations
-    another = _from_rows(algebra, network, vec, found.error)
+    best = fit_observed(elements, wanted, starts(), few, watch=seen)
+    steps += best.iterations
+    another = _from_rows(algebra, network, vec, best.error)
     if another is not None:
-        again = fit_observed(elements, wanted, [another], own, watch=seen)
+        again = fit_observed(elements, wanted, [another], few, watch=seen)
         steps += again.iterations
-        found = again if again.error < found.error else found
-    arrays = {name: algebra.array(array) for name, array in found.arrays.items()}
-    return found._replace(arrays=arrays, iterations=steps, method="L-BFGS, Gauss-Newton")
+        best = again if again.error < best.error else best
+    arrays = {name: algebra.array(array) for name, array in best.arrays.items()}
+    return best._replace(arrays=arrays, iterations=steps, method="L-BFGS, Gauss-Newton")
 
 
 def _from_rows(algebra: Algebra, network: Network, vec: Array, error: float) -> Mapping[str, np.ndarray] | None:
@@ -242,8 +242,8 @@ def subspace_start(
     True
     """
     if matrix.shape[0] > matrix.shape[1]:
-        found = subspace_start(matrix.T, ranks, error, rng)
-        return None if found is None else [(left, right) for right, left in found]
+        transposed = subspace_start(matrix.T, ranks, error, rng)
+        return None if transposed is None else [(left, right) for right, left in transposed]
     whole, norm = math.prod(ranks), float(np.linalg.norm(matrix))
     some = matrix[:, np.sort(rng.permutation(matrix.shape[1])[:_COLUMNS])]
     if not _determined(some.shape, ranks):

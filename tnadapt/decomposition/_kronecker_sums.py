@@ -67,7 +67,7 @@ def fit_sum(
     """
     limits = limits or Limits()
     if start is None:
-        vectors, found = _dense_start(algebra, tensor, terms, limits)
+        vectors, fit = _dense_start(algebra, tensor, terms, limits)
         start = [
             [
                 fit_format(algebra, split, algebra.backend.reshape(vector, split.sizes), None, limits).arrays
@@ -76,10 +76,10 @@ def fit_sum(
             for term in vectors
         ]
         if all(isinstance(split, Dense) for split in splits):
-            return list(start), found
+            return list(start), fit
         if limits.iterations > _FEW:
-            arrays, found = _alternated(algebra, tensor, splits, start, limits, watch)
-            return _refined(algebra, tensor, splits, arrays, found, limits, watch)
+            arrays, fit = _alternated(algebra, tensor, splits, start, limits, watch)
+            return _refined(algebra, tensor, splits, arrays, fit, limits, watch)
     return _alternated(algebra, tensor, splits, start, limits, watch)
 
 
@@ -119,8 +119,8 @@ def _refined(
     wanted = double_on_host(algebra.backend, tensor).reshape(-1)
     named = {
         prefix + name: double_on_host(algebra.backend, array)
-        for own, term in zip(prefixes, arrays, strict=True)
-        for prefix, split in zip(own, term, strict=True)
+        for term_prefixes, term in zip(prefixes, arrays, strict=True)
+        for prefix, split in zip(term_prefixes, term, strict=True)
         for name, array in split.items()
     }
 
@@ -134,14 +134,14 @@ def _refined(
             watch(found.iterations + count, error)
 
     best = fit_observed(elements, wanted, starts(), limits, watch=seen)
-    made = [
+    terms = [
         [
             {name: algebra.array(best.arrays[prefix + name]) for name in split.shapes}
-            for prefix, split in zip(own, splits, strict=True)
+            for prefix, split in zip(term_prefixes, splits, strict=True)
         ]
-        for own in prefixes
+        for term_prefixes in prefixes
     ]
-    return made, best._replace(
+    return terms, best._replace(
         arrays={}, iterations=found.iterations + best.iterations, method=f"{found.method}, Gauss-Newton"
     )
 
@@ -156,7 +156,7 @@ def _elements(splits: Sequence[Format], prefixes: Sequence[Sequence[str]], count
 def outer_sum(algebra: Algebra, splits: Sequence[Format], terms: Sequence[Term]) -> Array:
     """Compute the rearranged tensor of arrays."""
     return _outer_sum(
-        algebra, [[_whole(algebra, split, own) for split, own in zip(splits, term, strict=True)] for term in terms]
+        algebra, [[_whole(algebra, split, part) for split, part in zip(splits, term, strict=True)] for term in terms]
     )
 
 
@@ -180,12 +180,12 @@ def _dense_start(algebra: Algebra, tensor: Array, terms: int, limits: Limits) ->
     if len(sizes) == 1:
         # The first term is fitted to all of the tensor, the others later to the residual that its format leaves.
         return [[tensor]] + [[algebra.zeros(sizes)] for _ in range(terms - 1)], Fit({}, True, 0, "exact")
-    found = fit_format(algebra, CP(sizes, terms), tensor, None, limits)
+    fit = fit_format(algebra, CP(sizes, terms), tensor, None, limits)
     vectors = [
-        [backend.flatten(found.arrays[f"factor{k}"][:, term : term + 1]) for k in range(len(sizes))]
+        [backend.flatten(fit.arrays[f"factor{k}"][:, term : term + 1]) for k in range(len(sizes))]
         for term in range(terms)
     ]
-    return vectors, found._replace(arrays={}, method=f"nearest Kronecker product, {found.method}")
+    return vectors, fit._replace(arrays={}, method=f"nearest Kronecker product, {fit.method}")
 
 
 class _Sum:
@@ -193,7 +193,9 @@ class _Sum:
 
     def __init__(self, algebra: Algebra, tensor: Array, splits: Sequence[Format], arrays: list[Term]) -> None:
         self.algebra, self.tensor, self.splits, self.arrays = algebra, tensor, splits, arrays
-        self.made = [[_whole(algebra, split, own) for split, own in zip(splits, term, strict=True)] for term in arrays]
+        self.made = [
+            [_whole(algebra, split, part) for split, part in zip(splits, term, strict=True)] for term in arrays
+        ]
 
     def error(self) -> float:
         return self.algebra.norm(self.tensor - _outer_sum(self.algebra, self.made))
@@ -205,23 +207,23 @@ class _Sum:
 
     def _improve(self, term: int, k: int, limits: Limits) -> None:
         """Optimize one split of one term, with everything else fixed."""
-        algebra, own = self.algebra, self.made[term]
-        others = [None if j == k else split for j, split in enumerate(own)]
+        algebra, factors = self.algebra, self.made[term]
+        others = [None if j == k else split for j, split in enumerate(factors)]
         size = math.prod(algebra.squares(split) for split in others if split is not None)
         if size == 0.0 or not math.isfinite(size):
             return  # the other factors vanish or overflow, so the split cannot be determined
         wanted = contracted(algebra.backend, self.tensor, others, self.splits[k].sizes)
         for other, theirs in enumerate(self.made):
             if other != term:
-                overlap = math.prod(self._product(own[j], theirs[j]) for j in range(len(self.splits)) if j != k)
+                overlap = math.prod(self._product(factors[j], theirs[j]) for j in range(len(self.splits)) if j != k)
                 wanted = wanted - theirs[k] * overlap
         wanted = wanted * (1.0 / size)
         # A few steps of a format's own iteration are enough: later sweeps continue it.
         few = limits._replace(iterations=min(limits.iterations, 5))
-        found = fit_format(algebra, self.splits[k], wanted, self.arrays[term][k], few).arrays
-        made = _whole(algebra, self.splits[k], found)
-        if algebra.squares(wanted - made) <= algebra.squares(wanted - own[k]):
-            self.arrays[term][k], self.made[term][k] = found, made
+        arrays = fit_format(algebra, self.splits[k], wanted, self.arrays[term][k], few).arrays
+        whole = _whole(algebra, self.splits[k], arrays)
+        if algebra.squares(wanted - whole) <= algebra.squares(wanted - factors[k]):
+            self.arrays[term][k], self.made[term][k] = arrays, whole
 
     def _product(self, a: Array, b: Array) -> float:
         total = self.algebra.backend.sum(self.algebra.backend.flatten(a * b), axis=0)

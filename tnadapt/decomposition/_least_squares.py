@@ -91,10 +91,10 @@ def damped_gauss_newton(
 
     Examples
     --------
-    >>> found = damped_gauss_newton(
+    >>> descent = damped_gauss_newton(
     ...     lambda x: np.array([x[0] * x[1] - 6.0]), lambda x: np.array([[x[1], x[0]]]), np.array([1.0, 1.0]), 6.0,
     ...     Limits(1e-12, 50))
-    >>> float(np.prod(found.x).round(12)), found.converged
+    >>> float(np.prod(descent.x).round(12)), descent.converged
     (6.0, True)
     """
     with np.errstate(over="ignore", invalid="ignore"):
@@ -139,8 +139,8 @@ def _descent(
 
 
 def _norm(x: np.ndarray) -> float:
-    found = float(np.linalg.norm(x))
-    return found if math.isfinite(found) else math.inf
+    norm = float(np.linalg.norm(x))
+    return norm if math.isfinite(norm) else math.inf
 
 
 # -- Steps of the damped Gauss-Newton method ---------------------------------------------------------------------------
@@ -268,8 +268,8 @@ def least_squares(
     Examples
     --------
     >>> a, y = np.array([[1.0, 0.0], [0.0, 2.0], [0.0, 0.0]]), np.array([3.0, 8.0, 1.0])
-    >>> found = least_squares(Algebra(*_numpy(y)), lambda x: a @ x, lambda y: a.T @ y, y, np.zeros(2), 1e-12, 10)
-    >>> found.x, found.converged
+    >>> solution = least_squares(Algebra(*_numpy(y)), lambda x: a @ x, lambda y: a.T @ y, y, np.zeros(2), 1e-12, 10)
+    >>> solution.x, solution.converged
     (array([3., 4.]), True)
     """
     return _SOLVERS.get(algebra.backend.name, cgls)(algebra, forward, adjoint, y, start, tol, iterations)
@@ -280,17 +280,17 @@ def lsqr(algebra: Algebra, forward: Map, adjoint: Map, y: Array, start: Array, t
     from scipy.sparse.linalg import LinearOperator
     from scipy.sparse.linalg import lsqr as solve
 
-    kind = y.dtype
+    dtype = y.dtype
 
     def on_vectors(apply: Map) -> Map:
-        return lambda x: apply(np.asarray(x, kind).reshape(-1))
+        return lambda x: apply(np.asarray(x, dtype).reshape(-1))
 
-    operator = LinearOperator((y.size, start.size), on_vectors(forward), on_vectors(adjoint), dtype=kind)
+    operator = LinearOperator((y.size, start.size), on_vectors(forward), on_vectors(adjoint), dtype=dtype)
     residual = y - forward(start)
     if not residual.any():
         return Solution(start, True, 0)
-    found = solve(operator, residual, atol=tol, btol=tol, conlim=0.0, iter_lim=iterations)
-    return Solution((start + found[0]).astype(kind), found[1] in (0, 1, 2), int(found[2]))
+    change, reason, steps, *_ = solve(operator, residual, atol=tol, btol=tol, conlim=0.0, iter_lim=iterations)
+    return Solution((start + change).astype(dtype), reason in (0, 1, 2), int(steps))
 
 
 def cgls(algebra: Algebra, forward: Map, adjoint: Map, y: Array, start: Array, tol: float, iterations: int) -> Solution:
@@ -403,8 +403,10 @@ def refine(
         watch(seen, max(0.0, float(getattr(intermediate_result, "fun", 0.0))) ** 0.5)
 
     with np.errstate(over="ignore", invalid="ignore"):  # the line search backtracks from a step that overflows
-        found = minimize(
+        result = minimize(
             value, flat(start, -1), jac=True, method="L-BFGS-B", callback=step,
             options={"maxiter": limits.iterations, "ftol": limits.tol**2, "gtol": 0.0},
         )  # fmt: skip
-    return Fit(arrays_of(found.x), False, int(found.nit), "L-BFGS", "converged" if found.success else "max_iterations")
+    return Fit(
+        arrays_of(result.x), False, int(result.nit), "L-BFGS", "converged" if result.success else "max_iterations"
+    )

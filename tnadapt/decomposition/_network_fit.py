@@ -64,10 +64,10 @@ def fit_network(algebra: Algebra, network: Network, vec: Array, limits: Limits, 
     # The given elements are fitted in float64 on the host, from starts in float64.
     double = algebra.double
     wide = _way(double, network)
-    found = fit_given(double, network, wide.started, wide.fold, algebra.doubled(vec), limits, watch)
-    if found is None:
+    fit = fit_given(double, network, wide.started, wide.fold, algebra.doubled(vec), limits, watch)
+    if fit is None:
         return _completed(algebra, network, way, vec, limits, watch)
-    return found._replace(arrays={name: algebra.array(array) for name, array in found.arrays.items()})
+    return fit._replace(arrays={name: algebra.array(array) for name, array in fit.arrays.items()})
 
 
 def start_network(algebra: Algebra, network: Network, vec: Array, limits: Limits) -> Arrays:
@@ -120,33 +120,33 @@ def _way(algebra: Algebra, network: Network) -> _Way:
 def _completed(algebra: Algebra, network: Network, way: _Way, vec: Array, limits: Limits, watch: Watch) -> Fit:
     """Fit a large vector with padding: repeat the fit with the padding filled in from the last one."""
     backend, target, scale = algebra.backend, vec * (1.0 / network.scale), network.scale
-    found = way.solve(way.fold(target), None, limits, unwatched)
+    fit = way.solve(way.fold(target), None, limits, unwatched)
     norm = algebra.norm(target)
 
     def residual(arrays: Mapping[str, Array]) -> Array:
         return target - network.whole(backend, arrays) * (1.0 / scale)
 
     rows = from_full_rows(algebra, network, way.started, vec, limits)
-    if rows is not None and algebra.squares(residual(rows)) < algebra.squares(residual(found.arrays)):
-        found = found._replace(arrays=rows)
-    left = residual(found.arrays)
-    steps, rounds = Iteration(limits, watch), found.iterations
+    if rows is not None and algebra.squares(residual(rows)) < algebra.squares(residual(fit.arrays)):
+        fit = fit._replace(arrays=rows)
+    left = residual(fit.arrays)
+    steps, rounds = Iteration(limits, watch), fit.iterations
     steps.begin(algebra.norm(left) / norm)
     if steps.before == 0.0:
-        return found
+        return fit
     # A few steps of the method in each round are enough: the next round continues from the result.
     few = limits._replace(iterations=min(limits.iterations, 5))
     while not steps.stopped:
-        again = way.solve(way.make(found.arrays) + way.fold(left), found.arrays, few, unwatched)
+        again = way.solve(way.make(fit.arrays) + way.fold(left), fit.arrays, few, unwatched)
         rounds += max(1, again.iterations)
         left = residual(again.arrays)
         if (error := algebra.norm(left) / norm) > steps.before:
             steps.stopped = "converged"  # up to rounding
             break
-        found = again
+        fit = again
         steps.step(error)
-    method = f"{found.method}, padding filled in"
-    return Fit(found.arrays, False, rounds, method, steps.stopped, steps.before, tuple(steps.history))
+    method = f"{fit.method}, padding filled in"
+    return Fit(fit.arrays, False, rounds, method, steps.stopped, steps.before, tuple(steps.history))
 
 
 # -- One split ---------------------------------------------------------------------------------------------------------
@@ -171,28 +171,28 @@ def _one_split(algebra: Algebra, network: Network) -> _Way:
         return {name: backend.concat([arrays[p + name] for p in prefixes], axis=axis[name]) for name in whole.shapes}
 
     def parted(arrays: Mapping[str, Array]) -> Arrays:
-        found: Arrays = {}
+        parts: Arrays = {}
         for term, prefix in enumerate(prefixes):
             for name, shape in split.shapes.items():
                 if whole is split:
-                    found[prefix + name] = arrays[name] if term == 0 else algebra.zeros(shape)
+                    parts[prefix + name] = arrays[name] if term == 0 else algebra.zeros(shape)
                 else:
                     columns = slice(term * shape[-1], (term + 1) * shape[-1])
-                    found[prefix + name] = arrays[name][..., columns]
-        return found
+                    parts[prefix + name] = arrays[name][..., columns]
+        return parts
 
     def solve(tensor: Array, start: Mapping[str, Array] | None, limits: Limits, watch: Watch) -> Fit:
-        found = fit_format(algebra, whole, tensor, None if start is None else joined(start), limits)
+        fit = fit_format(algebra, whole, tensor, None if start is None else joined(start), limits)
         if watch is not unwatched:
             # The tensor may have the first rows alone.
-            same = whole.tensor(backend, found.arrays, [(0, int(size)) for size in tensor.shape])
-            watch(max(1, found.iterations), algebra.norm(tensor - same) / algebra.norm(tensor))
-        return found._replace(arrays=parted(found.arrays))
+            same = whole.tensor(backend, fit.arrays, [(0, int(size)) for size in tensor.shape])
+            watch(max(1, fit.iterations), algebra.norm(tensor - same) / algebra.norm(tensor))
+        return fit._replace(arrays=parted(fit.arrays))
 
-    def made(arrays: Mapping[str, Array]) -> Array:
-        return whole.tensor(backend, arrays, [(0, size) for size in sizes])
+    def make(arrays: Mapping[str, Array]) -> Array:
+        return whole.tensor(backend, joined(arrays), [(0, size) for size in sizes])
 
-    return _Way(sizes, fold, solve, lambda arrays: made(joined(arrays)))
+    return _Way(sizes, fold, solve, make)
 
 
 # -- Sums, and Kronecker products --------------------------------------------------------------------------------------
@@ -211,14 +211,14 @@ def _several(algebra: Algebra, network: Network) -> _Way:
 
     def solve(tensor: Array, start: Mapping[str, Array] | None, limits: Limits, watch: Watch) -> Fit:
         begun = None if start is None else by_term(start)
-        terms, found = fit_sum(algebra, tensor, splits, network.terms, begun, limits, watch)
+        terms, fit = fit_sum(algebra, tensor, splits, network.terms, begun, limits, watch)
         arrays = {
             prefix + name: array
             for prefixes, term in zip(network.prefixes, terms, strict=True)
-            for prefix, own in zip(prefixes, term, strict=True)
-            for name, array in own.items()
+            for prefix, part in zip(prefixes, term, strict=True)
+            for name, array in part.items()
         }
-        return found._replace(arrays={name: arrays[name] for name in network.shapes})
+        return fit._replace(arrays={name: arrays[name] for name in network.shapes})
 
     def make(arrays: Mapping[str, Array]) -> Array:
         return outer_sum(algebra, splits, by_term(arrays))
@@ -268,15 +268,15 @@ def from_full_rows(algebra: Algebra, network: Network, solve: Solve, vec: Array,
     if tail.count * sum(tail.positions(name).shape[1] for name in tail.shapes) > _ENTRIES:
         return None
     rows = backend.reshape(vec[: full * rest] * (1.0 / network.scale), (full, *network.sizes[1:]))
-    found = dict(solve(rows, limits))
-    host = {name: np.asarray(backend.to_numpy(array), np.float64) for name, array in found.items()}
+    arrays = dict(solve(rows, limits))
+    host = {name: np.asarray(backend.to_numpy(array), np.float64) for name, array in arrays.items()}
     at = tail.flat(host)
     # The cut row of the arrays is still zero. The others do not change these elements, so their derivatives are zero.
     jacobian = tail.jacobian(at)
-    own = np.unique(jacobian.indices[jacobian.data != 0.0])
+    columns = np.unique(jacobian.indices[jacobian.data != 0.0])
     left = np.asarray(backend.to_numpy(vec[full * rest :]), np.float64) - tail.values(at)
-    if own.size:
-        at[own] += np.linalg.lstsq(jacobian[:, own].toarray(), left, rcond=1e-10)[0]
+    if columns.size:
+        at[columns] += np.linalg.lstsq(jacobian[:, columns].toarray(), left, rcond=1e-10)[0]
         host = tail.arrays(at)
     else:  # several arrays have a cut row, all of them zero: a saddle point
         host = next(moved([host], algebra.rng, _MORE_NOISE))
@@ -334,5 +334,5 @@ def fit_given(
         if rows is not None:
             yield from moved([on_host(rows)], rng, _MORE_NOISE)
 
-    found = fit_observed(elements, wanted, starts(), limits, watch=watch)
-    return found._replace(method="Gauss-Newton on the given elements")
+    fit = fit_observed(elements, wanted, starts(), limits, watch=watch)
+    return fit._replace(method="Gauss-Newton on the given elements")

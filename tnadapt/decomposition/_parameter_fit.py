@@ -90,17 +90,17 @@ def _independent(plan: SuperLoRA) -> list[list[int]]:
     """Return the indices of the groups, in sets that have no parameter in common."""
     if plan.theta is not None:
         return [list(range(len(plan.groups)))]
-    found: list[tuple[set[str], list[int]]] = []
+    sets: list[tuple[set[str], list[int]]] = []
     for index, group in enumerate(plan.groups):
         names, indices = set(group.names.values()), [index]
         rest = []
-        for other in found:
+        for other in sets:
             if names & other[0]:
                 names, indices = names | other[0], other[1] + indices
             else:
                 rest.append(other)
-        found = [*rest, (names, indices)]
-    return [sorted(indices) for _, indices in found]
+        sets = [*rest, (names, indices)]
+    return [sorted(indices) for _, indices in sets]
 
 
 def _start(plan: SuperLoRA) -> Arrays:
@@ -127,8 +127,8 @@ class _Problem:
         """Whether the updates are an affine function of the parameters: one trained array or multiplier per term."""
         for group in self.groups:
             for prefixes in group.network.prefixes:
-                own = [name for name in group.names if name.startswith(tuple(prefixes))]
-                if len(own) > 1:
+                trained = [name for name in group.names if name.startswith(tuple(prefixes))]
+                if len(trained) > 1:
                     return False
         return True
 
@@ -147,8 +147,7 @@ class _Problem:
 
     def residual(self, vec: np.ndarray) -> np.ndarray:
         with np.errstate(over="ignore", invalid="ignore"):
-            made: np.ndarray = self._made(self.arrays(vec))
-            return np.asarray(made - self.wanted)
+            return np.asarray(self._made(self.arrays(vec)) - self.wanted)
 
     def _made(self, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
         return np.concatenate([group.update(self.backend, arrays, 0, group.size) for group in self.groups])
@@ -156,14 +155,14 @@ class _Problem:
     def moved(self, vec: np.ndarray, way: np.ndarray) -> np.ndarray:
         """Compute the derivative of the updates in one direction."""
         arrays, tangents = self.arrays(vec), self._array_tangents(self.params(way))
-        found = []
+        derivatives = []
         for group in self.groups:
             whole, ways = _network_arrays(group, arrays), _network_tangents(group, arrays, tangents)
             total = np.zeros(group.network.size)
             for name, tangent in ways.items():
                 total = total + group.network.whole(self.backend, {**whole, name: tangent})
-            found.append(np.asarray(group.projection(total)))
-        return np.concatenate(found)
+            derivatives.append(np.asarray(group.projection(total)))
+        return np.concatenate(derivatives)
 
     def pulled(self, vec: np.ndarray, residual: np.ndarray) -> np.ndarray:
         """Compute the adjoint of the derivative."""
@@ -171,8 +170,8 @@ class _Problem:
         gradients: Arrays = {name: np.zeros(array.shape) for name, array in arrays.items()}
         for index, group in enumerate(self.groups):
             part = group.projection.adjoint(residual[self.edges[index] : self.edges[index + 1]])
-            found = group.network.adjoint(self.backend, _network_arrays(group, arrays), part)
-            for full, gradient in _parameter_gradients(group, arrays, found):
+            network_gradients = group.network.adjoint(self.backend, _network_arrays(group, arrays), part)
+            for full, gradient in _parameter_gradients(group, arrays, network_gradients):
                 gradients[full] = gradients[full] + gradient
         if self.plan.theta is None:
             return self.flat(gradients)
@@ -211,19 +210,22 @@ def _network_tangents(
     group: Group, arrays: Mapping[str, np.ndarray], tangents: Mapping[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
     """Return the derivative of each array of the network, by the product rule over its multipliers."""
-    backend, found = load_backend("numpy"), {}
+    backend, derivatives = load_backend("numpy"), {}
     for name in group.network.shapes:
-        base, own = _parts(group, name, arrays)
+        base, multipliers = _parts(group, name, arrays)
         if name not in group.multiplied:
             if name in group.names:
-                found[name] = tangents[group.names[name]]
+                derivatives[name] = tangents[group.names[name]]
             continue
         product = group.multiplied[name].product
-        terms = [product(backend, base, {**own, part: tangents[group.names[f"{name}.{part}"]]}) for part in own]
+        terms = [
+            product(backend, base, {**multipliers, part: tangents[group.names[f"{name}.{part}"]]})
+            for part in multipliers
+        ]
         if name in group.names:
-            terms.append(product(backend, tangents[group.names[name]], own))
-        found[name] = np.asarray(sum(terms))
-    return found
+            terms.append(product(backend, tangents[group.names[name]], multipliers))
+        derivatives[name] = np.asarray(sum(terms))
+    return derivatives
 
 
 def _parameter_gradients(
@@ -233,8 +235,8 @@ def _parameter_gradients(
     gradients: list[tuple[str, np.ndarray]] = []
     for name, gradient in found.items():
         if name in group.multiplied:
-            base, own = _parts(group, name, arrays)
-            gradient, parts = group.multiplied[name].gradients(base, own, gradient)
+            base, multipliers = _parts(group, name, arrays)
+            gradient, parts = group.multiplied[name].gradients(base, multipliers, gradient)
             gradients += [(group.names[f"{name}.{part}"], array) for part, array in parts.items()]
         if name in group.names:
             gradients.append((group.names[name], gradient))
@@ -247,8 +249,8 @@ def _linear(problem: _Problem, start: Arrays, limits: Limits) -> Fit:
     size = begun.size
     if size * problem.wanted.size <= _FORMED:
         matrix = np.stack([problem.moved(begun, unit) for unit in np.eye(size)], axis=1)
-        found, *_ = np.linalg.lstsq(matrix, -at_zero, rcond=None)
-        return Fit(problem.params(found), True, 0, "least squares")
+        solution, *_ = np.linalg.lstsq(matrix, -at_zero, rcond=None)
+        return Fit(problem.params(solution), True, 0, "least squares")
     from scipy.sparse.linalg import LinearOperator, lsqr
 
     operator = LinearOperator(
@@ -258,9 +260,11 @@ def _linear(problem: _Problem, start: Arrays, limits: Limits) -> Fit:
         dtype=np.float64,
     )
     tol = min(limits.tol, 1e-10)
-    found, reason, steps, *_ = lsqr(operator, -at_zero, atol=tol, btol=tol, conlim=0.0, iter_lim=10 * limits.iterations)
+    solution, reason, steps, *_ = lsqr(
+        operator, -at_zero, atol=tol, btol=tol, conlim=0.0, iter_lim=10 * limits.iterations
+    )
     stopped = "converged" if reason in (1, 2) else "max_iterations"
-    return Fit(problem.params(found), False, int(steps), "least squares by LSQR", stopped)
+    return Fit(problem.params(solution), False, int(steps), "least squares by LSQR", stopped)
 
 
 def _nonlinear(
@@ -288,10 +292,10 @@ def _nonlinear(
     rng = np.random.RandomState(seed % (1 << 32))
     best, steps = None, 0
     for begun in _starts(problem, problem.flat(start), rng):
-        found = damped_gauss_newton(problem.residual, jacobian, begun, problem.norm, limits, watch)
-        steps += len(found.history)
-        if best is None or found.error < best.error:
-            best = found
+        descent = damped_gauss_newton(problem.residual, jacobian, begun, problem.norm, limits, watch)
+        steps += len(descent.history)
+        if best is None or descent.error < best.error:
+            best = descent
         if best.error <= rounding * problem.norm:
             break
     assert best is not None

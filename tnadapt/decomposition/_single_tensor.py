@@ -58,14 +58,14 @@ def fit_format(
     if algebra.squares(tensor) == 0.0:
         return Fit({name: algebra.zeros(shape) for name, shape in split.shapes.items()}, True, 0, "zero")
     if isinstance(split, Permuted):
-        found = fit_format(algebra, split.own, split.turned(algebra.backend, tensor), start, limits)
+        fit = fit_format(algebra, split.own, split.turned(algebra.backend, tensor), start, limits)
     elif type(split) in _SOLVERS:
-        found = _SOLVERS[type(split)](algebra, split, tensor, start, limits)
+        fit = _SOLVERS[type(split)](algebra, split, tensor, start, limits)
     else:
-        own = split.fit(algebra, tensor, start, limits)
-        found = fit_any(algebra, split, tensor, start, limits) if own is None else own
-    arrays = {name: padded_to(algebra.backend, found.arrays[name], shape) for name, shape in split.shapes.items()}
-    return found._replace(arrays=arrays)
+        format_fit = split.fit(algebra, tensor, start, limits)
+        fit = fit_any(algebra, split, tensor, start, limits) if format_fit is None else format_fit
+    arrays = {name: padded_to(algebra.backend, fit.arrays[name], shape) for name, shape in split.shapes.items()}
+    return fit._replace(arrays=arrays)
 
 
 # -- Dense -------------------------------------------------------------------------------------------------------------
@@ -108,10 +108,10 @@ def _batched_cp(algebra: Algebra, split: Any, tensor: Array, start: Any, limits:
     backend, sizes = algebra.backend, tensor.shape[1:]
     if len(sizes) < 2:
         return Fit({f"factor{len(sizes)}": tensor}, True, 0, "exact")
-    own = CP(sizes, split.rank)
+    cp = CP(sizes, split.rank)
     fits = [
         fit_format(
-            algebra, own, tensor[index],
+            algebra, cp, tensor[index],
             start and {f"factor{mode}": start[f"factor{mode + 1}"][index] for mode in range(len(sizes))}, limits,
         )
         for index in range(tensor.shape[0])

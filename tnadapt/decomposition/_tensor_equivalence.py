@@ -53,8 +53,8 @@ def equivalence(tensor: np.ndarray, wanted: np.ndarray, rng: np.random.RandomSta
     >>> rng = np.random.RandomState(0)
     >>> tensor, turn = rng.normal(size=(3, 4, 4)), [rng.normal(size=(size, size)) for size in (3, 4, 4)]
     >>> wanted = tucker_tensor(_NUMPY, tensor, turn)
-    >>> found = equivalence(tensor, wanted, rng)
-    >>> bool(np.linalg.norm(tucker_tensor(_NUMPY, tensor, found) - wanted) < 1e-3 * np.linalg.norm(wanted))
+    >>> matrices = equivalence(tensor, wanted, rng)
+    >>> bool(np.linalg.norm(tucker_tensor(_NUMPY, tensor, matrices) - wanted) < 1e-3 * np.linalg.norm(wanted))
     True
     """
     (source, before), (target, after) = _balanced(tensor), _balanced(wanted)
@@ -67,16 +67,16 @@ def equivalence(tensor: np.ndarray, wanted: np.ndarray, rng: np.random.RandomSta
         if most >= _EXACT:
             break
     assert best is not None
-    found = [np.linalg.pinv(b) @ q @ a for a, q, b in zip(before, best, after, strict=True)]
-    made = tucker_tensor(_NUMPY, tensor, found)
-    found[0] = found[0] * (np.vdot(made, wanted) / (np.vdot(made, made) or 1.0))
-    return found
+    matrices = [np.linalg.pinv(b) @ q @ a for a, q, b in zip(before, best, after, strict=True)]
+    image = tucker_tensor(_NUMPY, tensor, matrices)
+    matrices[0] = matrices[0] * (np.vdot(image, wanted) / (np.vdot(image, image) or 1.0))
+    return matrices
 
 
 def _balanced(tensor: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
     """Return a tensor of norm 1 with equal singular values in every mode, and the matrices that make it of a tensor."""
     tensor = tensor / np.linalg.norm(tensor)
-    found = [np.eye(size) for size in tensor.shape]
+    matrices = [np.eye(size) for size in tensor.shape]
     for _ in range(_SWEEPS):
         uneven = 0.0
         for mode in range(tensor.ndim):
@@ -87,12 +87,12 @@ def _balanced(tensor: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
             values = np.where(kept, values * kept.sum(), 1.0)
             uneven = max(uneven, float(np.max(np.abs(values - 1.0))))
             matrix = (vectors / np.sqrt(values)) @ vectors.T
-            found[mode] = matrix @ found[mode]
+            matrices[mode] = matrix @ matrices[mode]
             tensor = mode_product(_NUMPY, tensor, matrix, mode)
             tensor = tensor / np.linalg.norm(tensor)
         if uneven < _BALANCED:
             break
-    return tensor, found
+    return tensor, matrices
 
 
 def _orthogonal_starts(
@@ -158,13 +158,13 @@ def _bases_of_two_slices(source: np.ndarray, target: np.ndarray) -> Iterator[tup
 
 def _eigenvectors(tensor: np.ndarray) -> Bases:
     """Return for each mode the eigenvectors of a matrix that turns with the tensor: four copies of it, contracted."""
-    found = []
+    bases = []
     for mode, size in enumerate(tensor.shape):
         rows = unfolded(_NUMPY, tensor, mode)
         x = rows.reshape(size, tensor.shape[0 if mode else 1], -1)
         cubic = np.einsum("cjl,bml,cmk->bjk", x, x, x, optimize=True)
-        found.append(np.linalg.eigh(cubic.reshape(size, -1) @ rows.T)[1])
-    return found
+        bases.append(np.linalg.eigh(cubic.reshape(size, -1) @ rows.T)[1])
+    return bases
 
 
 def _turned(source: np.ndarray, target: np.ndarray, turn: list[np.ndarray]) -> tuple[list[np.ndarray], float]:

@@ -119,53 +119,57 @@ class ArrayPasses(BlockPasses):
             yield place, np.asarray(self.array[place], self.wide)
 
     def sketches(self, tests: Mapping[int, Sequence[np.ndarray]]) -> tuple[dict[int, np.ndarray], float]:
-        found = {mode: np.zeros((self.shape[mode], own[0].shape[1]), self.wide) for mode, own in tests.items()}
+        sketches = {
+            mode: np.zeros((self.shape[mode], matrices[0].shape[1]), self.wide) for mode, matrices in tests.items()
+        }
         square = 0.0
         for place, block in self._blocks():
             square += float(np.vdot(block, block).real)
-            for mode, own in tests.items():
-                found[mode][place[mode]] += sketch_of(
-                    block, mode, [one[at] for one, at in zip(own, place, strict=True)]
+            for mode, matrices in tests.items():
+                sketches[mode][place[mode]] += sketch_of(
+                    block, mode, [matrix[at] for matrix, at in zip(matrices, place, strict=True)]
                 )
-        return found, square
+        return sketches, square
 
     def grams(self, modes: Collection[int]) -> tuple[dict[int, np.ndarray], float]:
-        found, square = dict[int, np.ndarray](), 0.0
+        grams, square = dict[int, np.ndarray](), 0.0
         for number, mode in enumerate(modes):
             gram = np.zeros((self.shape[mode],) * 2, self.wide)
             for _, block in self._blocks(whole=mode):
                 rows = np.moveaxis(block, mode, 0).reshape(self.shape[mode], -1)
                 gram += rows @ rows.conj().T
                 square += float(np.vdot(block, block).real) if number == 0 else 0.0
-            found[mode] = gram
-        return found, square
+            grams[mode] = gram
+        return grams, square
 
     def projected(self, factors: Mapping[int, np.ndarray]) -> np.ndarray:
-        found = np.zeros([factors[m].shape[1] if m in factors else d for m, d in enumerate(self.shape)], self.wide)
+        projection = np.zeros([factors[m].shape[1] if m in factors else d for m, d in enumerate(self.shape)], self.wide)
         for place, block in self._blocks():
-            own = {mode: factor[place[mode]] for mode, factor in factors.items()}
-            found[tuple(slice(None) if m in factors else at for m, at in enumerate(place))] += _projected(block, own)
-        return found
+            rows = {mode: factor[place[mode]] for mode, factor in factors.items()}
+            projection[tuple(slice(None) if m in factors else at for m, at in enumerate(place))] += _projected(
+                block, rows
+            )
+        return projection
 
     def all_but_one(self, factors: Mapping[int, np.ndarray]) -> dict[int, np.ndarray]:
-        found = {}
+        projections = {}
         for mode in factors:
             sizes = [factors[m].shape[1] if m in factors and m != mode else d for m, d in enumerate(self.shape)]
-            found[mode] = np.zeros(sizes, self.wide)
+            projections[mode] = np.zeros(sizes, self.wide)
         for place, block in self._blocks():
             for mode in factors:
                 others = {m: factors[m][place[m]] for m in factors if m != mode}
                 target = tuple(slice(None) if m in others else at for m, at in enumerate(place))
-                found[mode][target] += _projected(block, others)
-        return found
+                projections[mode][target] += _projected(block, others)
+        return projections
 
     def distance(self, core: np.ndarray, factors: Sequence[np.ndarray]) -> float:
         total = 0.0
         for place, block in self._blocks():
-            made = core
+            approximation = core
             for mode, factor in enumerate(factors):
-                made = _times(made, factor[place[mode]], mode)
-            block = block - made
+                approximation = _times(approximation, factor[place[mode]], mode)
+            block = block - approximation
             total += float(np.vdot(block, block).real)
         return math.sqrt(total)
 
@@ -186,31 +190,31 @@ class DaskPasses(BlockPasses):
         import dask
 
         # Together, so that every chunk is read once.
-        found, square = dask.compute(found, (self.double * self.double.conj()).real.sum())
-        return {mode: np.asarray(one) for mode, one in found.items()}, float(square)
+        arrays, square = dask.compute(found, (self.double * self.double.conj()).real.sum())
+        return {mode: np.asarray(array) for mode, array in arrays.items()}, float(square)
 
     def sketches(self, tests: Mapping[int, Sequence[np.ndarray]]) -> tuple[dict[int, np.ndarray], float]:
         import dask.array as da
 
-        found = {}
-        for mode, own in tests.items():
+        sketches = {}
+        for mode, matrices in tests.items():
             axes = [m for m in range(len(self.shape)) if m != mode]
-            x = da.tensordot(self.double, da.from_array(own[axes[-1]], chunks=-1), axes=(axes[-1], 0))
+            x = da.tensordot(self.double, da.from_array(matrices[axes[-1]], chunks=-1), axes=(axes[-1], 0))
             for axis in reversed(axes[:-1]):
                 # The axes behind this one are the sketched mode, if it is one of them, and the components.
                 behind = (slice(None), *[None] * (x.ndim - axis - 2), slice(None))
-                x = (x * own[axis][behind]).sum(axis=axis)
-            found[mode] = x
-        return self._with_square(found)
+                x = (x * matrices[axis][behind]).sum(axis=axis)
+            sketches[mode] = x
+        return self._with_square(sketches)
 
     def grams(self, modes: Collection[int]) -> tuple[dict[int, np.ndarray], float]:
         import dask.array as da
 
-        found = {}
+        grams = {}
         for mode in modes:
             others = [m for m in range(len(self.shape)) if m != mode]
-            found[mode] = da.tensordot(self.double, self.double.conj(), axes=(others, others))
-        return self._with_square(found)
+            grams[mode] = da.tensordot(self.double, self.double.conj(), axes=(others, others))
+        return self._with_square(grams)
 
     def _lazy(self, factors: Mapping[int, np.ndarray]) -> Any:
         x = self.double
@@ -224,17 +228,17 @@ class DaskPasses(BlockPasses):
     def all_but_one(self, factors: Mapping[int, np.ndarray]) -> dict[int, np.ndarray]:
         import dask
 
-        found = {mode: self._lazy({m: one for m, one in factors.items() if m != mode}) for mode in factors}
-        (computed,) = dask.compute(found)
-        return {mode: np.asarray(one) for mode, one in computed.items()}
+        projections = {mode: self._lazy({m: factor for m, factor in factors.items() if m != mode}) for mode in factors}
+        (computed,) = dask.compute(projections)
+        return {mode: np.asarray(array) for mode, array in computed.items()}
 
     def distance(self, core: np.ndarray, factors: Sequence[np.ndarray]) -> float:
         import dask.array as da
 
-        made = da.from_array(core, chunks=-1)
+        approximation = da.from_array(core, chunks=-1)
         for mode, factor in enumerate(factors):
-            made = self._along(made, factor, mode, self.array.chunks[mode])
-        left = self.double - made
+            approximation = self._along(approximation, factor, mode, self.array.chunks[mode])
+        left = self.double - approximation
         return math.sqrt(float((left * left.conj()).real.sum().compute()))
 
     @staticmethod
@@ -253,11 +257,11 @@ def passes_over(array: Any, memory: int) -> BlockPasses:
 def sketch_of(block: np.ndarray, mode: int, tests: Sequence[np.ndarray]) -> np.ndarray:
     """Multiply an unfolding by the Khatri-Rao product of the other modes' matrices, without forming that."""
     axes = [m for m in range(block.ndim) if m != mode]
-    found = np.tensordot(block, tests[axes[-1]], axes=(axes[-1], 0))
+    sketch = np.tensordot(block, tests[axes[-1]], axes=(axes[-1], 0))
     for axis in reversed(axes[:-1]):
-        behind = (slice(None), *[None] * (found.ndim - axis - 2), slice(None))
-        found = (found * tests[axis][behind]).sum(axis=axis)
-    return found
+        behind = (slice(None), *[None] * (sketch.ndim - axis - 2), slice(None))
+        sketch = (sketch * tests[axis][behind]).sum(axis=axis)
+    return sketch
 
 
 def _shrinking(factors: Mapping[int, np.ndarray]) -> list[int]:

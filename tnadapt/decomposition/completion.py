@@ -96,9 +96,9 @@ def complete(
     >>> rng = np.random.default_rng(0)
     >>> full = np.einsum("ar,br,cr->abc", *(rng.normal(size=(size, 2)) for size in (6, 7, 8)))
     >>> mask = rng.random(full.shape) < 0.5
-    >>> found = complete([CP(full.shape, 2)], np.where(mask, full, np.nan), mask, limits=Limits(1e-12, 100))
-    >>> made = np.einsum("ar,br,cr->abc", *found.arrays.values())
-    >>> bool(np.allclose(made, full)), found.converged
+    >>> fit = complete([CP(full.shape, 2)], np.where(mask, full, np.nan), mask, limits=Limits(1e-12, 100))
+    >>> completed = np.einsum("ar,br,cr->abc", *fit.arrays.values())
+    >>> bool(np.allclose(completed, full)), fit.converged
     (True, True)
     """
     limits = limits or Limits()
@@ -111,8 +111,8 @@ def complete(
     places = _places(splits, tensor.shape, known, hadamard)
     elements = ObservedElements(splits, prefixes, places)
     wanted = np.asarray(tensor).reshape(-1)[known]
-    own = np.asarray(weights, np.float64).reshape(-1)[known]
-    norm = float(np.linalg.norm(wanted * np.sqrt(own)))
+    known_weights = np.asarray(weights, np.float64).reshape(-1)[known]
+    norm = float(np.linalg.norm(wanted * np.sqrt(known_weights)))
     if norm == 0.0:
         zeros = {name: np.zeros(shape, wanted.dtype) for name, shape in elements.shapes.items()}
         return Fit(zeros, True, 0, _SWEPT, error=0.0)
@@ -126,9 +126,11 @@ def complete(
             yield random_start(elements, rng, float(np.linalg.norm(wanted)), np.result_type(wanted.dtype, np.float64))
 
     if not small:
-        return sweeps_on_observed(elements, wanted, next(begun()), Iteration(limits, watch), np.sqrt(own))
-    swept = (sweeps_on_observed(elements, wanted, each, Iteration(few), np.sqrt(own)).arrays for each in begun())
-    return fit_observed(elements, wanted, swept, limits, weights=own, watch=watch)
+        return sweeps_on_observed(elements, wanted, next(begun()), Iteration(limits, watch), np.sqrt(known_weights))
+    swept = (
+        sweeps_on_observed(elements, wanted, each, Iteration(few), np.sqrt(known_weights)).arrays for each in begun()
+    )
+    return fit_observed(elements, wanted, swept, limits, weights=known_weights, watch=watch)
 
 
 def _places(
@@ -174,32 +176,32 @@ class SplitElements:
         self._indices = dict(zip(split.shapes, inputs.split(","), strict=True))
         modes = {index: mode for mode, index in enumerate(output)}
         # The axes of an array that are modes come first: they select its row.
-        self._legs = {n: [a for a, i in enumerate(own) if i in modes] for n, own in self._indices.items()}
-        self._bonds = {n: [a for a, i in enumerate(own) if i not in modes] for n, own in self._indices.items()}
+        self._legs = {n: [a for a, i in enumerate(letters) if i in modes] for n, letters in self._indices.items()}
+        self._bonds = {n: [a for a, i in enumerate(letters) if i not in modes] for n, letters in self._indices.items()}
         self._places = {n: [places[modes[self._indices[n][a]]] for a in legs] for n, legs in self._legs.items()}
         self._gathered = {
-            name: (_ELEMENT if self._legs[name] else "") + "".join(own[axis] for axis in self._bonds[name])
-            for name, own in self._indices.items()
+            name: (_ELEMENT if self._legs[name] else "") + "".join(letters[axis] for axis in self._bonds[name])
+            for name, letters in self._indices.items()
         }
         self._whole = _Chain(list(self._gathered.values()), _ELEMENT)
         self._others = {name: self._other_arrays(name) for name in self.shapes}
 
     def _other_arrays(self, name: str) -> tuple[_Chain, list[int]]:
         """Return the einsum of the other arrays' rows, and which bonds of this array it leaves at length 1."""
-        others = [own for other, own in self._gathered.items() if other != name]
+        others = [letters for other, letters in self._gathered.items() if other != name]
         bonds = [self._indices[name][axis] for axis in self._bonds[name]]
-        reached = [index for index in bonds if any(index in own for own in others)]
-        output = (_ELEMENT if any(_ELEMENT in own for own in others) else "") + "".join(reached)
+        reached = [index for index in bonds if any(index in letters for letters in others)]
+        output = (_ELEMENT if any(_ELEMENT in letters for letters in others) else "") + "".join(reached)
         # A bond that no other array has is summed over this array alone.
         return _Chain(others, output), [place for place, index in enumerate(bonds) if index not in reached]
 
     def rows(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Return for each array the row of each element; an array without a mode as it is."""
-        found = {}
+        rows = {}
         for name, places in self._places.items():
             turned = arrays[name].transpose(*self._legs[name], *self._bonds[name])
-            found[name] = turned[tuple(places)] if places else turned
-        return found
+            rows[name] = turned[tuple(places)] if places else turned
+        return rows
 
     def values(self, rows: Mapping[str, np.ndarray]) -> np.ndarray:
         """Compute the elements whose rows are given."""
@@ -212,12 +214,12 @@ class SplitElements:
         """
         chain, lone = self._others[name]
         bonds = [self.shapes[name][axis] for axis in self._bonds[name]]
-        made = chain([rows[other] for other in self.shapes if other != name])
+        derivative = chain([rows[other] for other in self.shapes if other != name])
         if not chain.output.startswith(_ELEMENT):
-            made = made[None]
+            derivative = derivative[None]
         for place in lone:
-            made = np.expand_dims(made, place + 1)
-        return np.ascontiguousarray(np.broadcast_to(made, (count, *bonds))).reshape(count, -1)
+            derivative = np.expand_dims(derivative, place + 1)
+        return np.ascontiguousarray(np.broadcast_to(derivative, (count, *bonds))).reshape(count, -1)
 
     def width(self, name: str) -> int:
         """Return the number of elements of an array that an element of the tensor depends on."""
@@ -256,14 +258,14 @@ class _Chain:
         now = arrays[0]
         for step, right in zip(self.steps, arrays[1:], strict=True):
             now = np.einsum(step, now, right)
-        found: np.ndarray = np.einsum(self.last, now)
-        return found
+        product: np.ndarray = np.einsum(self.last, now)
+        return product
 
 
 def _ascii(inputs: Sequence[str], output: str) -> str:
     """Return an einsum string with the indices named by ASCII letters."""
     named = dict(zip(dict.fromkeys("".join(inputs)), string.ascii_letters, strict=False))
-    return ",".join("".join(named[i] for i in own) for own in inputs) + "->" + "".join(named[i] for i in output)
+    return ",".join("".join(named[i] for i in indices) for indices in inputs) + "->" + "".join(named[i] for i in output)
 
 
 # -- Some elements of a sum of products, as a function of all arrays, with its sparse Jacobian -------------------------
@@ -300,8 +302,8 @@ class ObservedElements:
         places: Sequence[Sequence[np.ndarray]],
         scale: float = 1.0,
     ) -> None:
-        pairs = [_unpermuted(split, own) for split, own in zip(splits, places, strict=True)]
-        self.elements = [SplitElements(split, own) for split, own in pairs]
+        pairs = [_unpermuted(split, indices) for split, indices in zip(splits, places, strict=True)]
+        self.elements = [SplitElements(split, indices) for split, indices in pairs]
         self.prefixes, self.scale = prefixes, scale
         self.shapes = {
             prefix + name: shape
@@ -348,14 +350,14 @@ class ObservedElements:
         self, arrays: Mapping[str, np.ndarray], terms: Sequence[Sequence[str]] | None = None
     ) -> list[tuple[list[dict[str, np.ndarray]], list[np.ndarray]]]:
         """Return for each term (by default all) the gathered rows and the elements of each split."""
-        found = []
+        parts = []
         for prefixes in self.prefixes if terms is None else terms:
             rows = [
                 split.rows({name: arrays[prefix + name] for name in split.shapes})
                 for prefix, split in zip(prefixes, self.elements, strict=True)
             ]
-            found.append((rows, [split.values(own) for split, own in zip(self.elements, rows, strict=True)]))
-        return found
+            parts.append((rows, [split.values(row) for split, row in zip(self.elements, rows, strict=True)]))
+        return parts
 
     def jacobian(self, vec: np.ndarray) -> Any:
         """Compute the derivative of :meth:`values` as a SciPy CSR array, shape (n, size)."""
@@ -384,23 +386,23 @@ class ObservedElements:
 
     def derivative(self, arrays: Mapping[str, np.ndarray], name: str) -> np.ndarray:
         """Compute the derivative of each element by the row of one array that it selects, shape (n, width)."""
-        term, k, own = self._owners[name]
+        term, k, array_name = self._owners[name]
         rows, values = self._terms(arrays, [self.prefixes[term]])[0]
-        found: np.ndarray = self.elements[k].derivative(rows[k], own, self.count) * self._factor(values, k)
-        return found
+        derivative: np.ndarray = self.elements[k].derivative(rows[k], array_name, self.count) * self._factor(values, k)
+        return derivative
 
     def rows_of_arrays(self) -> dict[str, np.ndarray]:
         """Return for each array the number of the row that each element selects, shape (n,)."""
-        return {name: self.elements[k].selected(own) for name, (_, k, own) in self._owners.items()}
+        return {name: self.elements[k].selected(array_name) for name, (_, k, array_name) in self._owners.items()}
 
     def positions(self, name: str) -> np.ndarray:
         """Return where in one flat array each of its rows lies, shape (rows, width)."""
-        _, k, own = self._owners[name]
-        return self.elements[k].positions(own)
+        _, k, array_name = self._owners[name]
+        return self.elements[k].positions(array_name)
 
     def _factor(self, values: Sequence[np.ndarray], k: int) -> Any:
         """Return what one split of a term is multiplied by in each element, shape (n, 1), or a number."""
-        others = [one for j, one in enumerate(values) if j != k]
+        others = [value for j, value in enumerate(values) if j != k]
         return math.prod(others[1:], start=others[0])[:, None] * self.scale if others else self.scale
 
     @functools.cached_property
@@ -413,8 +415,8 @@ class ObservedElements:
                     blocks.append(split.positions(name)[split.selected(name)] + first)
                     first += math.prod(shape)
         columns = np.concatenate(blocks, axis=1)
-        kind = np.int32 if columns.size < 1 << 31 else np.int64
-        return columns.reshape(-1).astype(kind), np.arange(self.count + 1, dtype=kind) * columns.shape[1]
+        dtype = np.int32 if columns.size < 1 << 31 else np.int64
+        return columns.reshape(-1).astype(dtype), np.arange(self.count + 1, dtype=dtype) * columns.shape[1]
 
     @functools.cached_property
     def entries(self) -> int:
@@ -426,11 +428,11 @@ def _unpermuted(split: Format, places: Sequence[np.ndarray]) -> tuple[Format, Se
     """Return the format that makes a permuted one, and the places in its modes."""
     if not isinstance(split, Permuted):
         return split, places
-    own = [
+    indices = [
         np.ravel_multi_index([places[digit] for digit in axis], [split.sizes[digit] for digit in axis])
         for axis in split.axes
     ]
-    return split.own, own
+    return split.own, indices
 
 
 def all_places(sizes: Sequence[int]) -> list[np.ndarray]:
@@ -537,8 +539,8 @@ def _changes(rows: np.ndarray, left: np.ndarray, edges: np.ndarray) -> np.ndarra
     rights = np.stack([rows[a:b].conj().T @ left[a:b] for a, b in parts])
     size = np.trace(grams, axis1=1, axis2=2).real / width
     shift = np.where(size > 0.0, _RIDGE * size, 1.0)
-    found: np.ndarray = np.linalg.solve(grams + shift[:, None, None] * np.eye(width), rights[:, :, None])[:, :, 0]
-    return found
+    changes: np.ndarray = np.linalg.solve(grams + shift[:, None, None] * np.eye(width), rights[:, :, None])[:, :, 0]
+    return changes
 
 
 # -- Damped Gauss-Newton from several starts ---------------------------------------------------------------------------
@@ -615,16 +617,17 @@ def fit_observed(
     left = min(max(affordable(elements), _FEW), _DESCENTS * limits.iterations)
 
     def descent(begun: np.ndarray, most: int) -> Descent:
-        own = limits._replace(iterations=most)
-        return damped_gauss_newton(problem.residual, problem.jacobian, begun, problem.norm, own, seen)
+        return damped_gauss_newton(
+            problem.residual, problem.jacobian, begun, problem.norm, limits._replace(iterations=most), seen
+        )
 
     for start in starts:
         begun = elements.flat(balanced(elements, start)).astype(problem.kind)
-        found = descent(begun, min(limits.iterations, left - seen.steps))
-        same = best is not None and abs(found.error - best.error) <= _SAME * best.error
-        better = best is None or found.error < best.error
+        latest = descent(begun, min(limits.iterations, left - seen.steps))
+        same = best is not None and abs(latest.error - best.error) <= _SAME * best.error
+        better = best is None or latest.error < best.error
         agreeing = agreeing + 1 if same else 1 if better else agreeing
-        best = found if better or best is None else best
+        best = latest if better or best is None else best
         exact = best.error <= _ROUNDING * problem.eps * problem.norm
         if agreeing == _AGREE or seen.steps >= left or exact or seen.stopped:
             break
@@ -661,14 +664,14 @@ class _Weighted:
         self.norm, self.eps = float(np.linalg.norm(self.wanted)), float(np.finfo(self.kind).eps)
 
     def residual(self, vec: np.ndarray) -> np.ndarray:
-        made = self.elements.values(vec)
-        return np.asarray((made if self.roots is None else made * self.roots) - self.wanted)
+        values = self.elements.values(vec)
+        return np.asarray((values if self.roots is None else values * self.roots) - self.wanted)
 
     def jacobian(self, vec: np.ndarray) -> Any:
-        found = self.elements.jacobian(vec)
+        jacobian = self.elements.jacobian(vec)
         if self.roots is not None:
-            found.data *= np.repeat(self.roots, self.elements.entries)
-        return found
+            jacobian.data *= np.repeat(self.roots, self.elements.entries)
+        return jacobian
 
 
 # -- Starts ------------------------------------------------------------------------------------------------------------
@@ -679,29 +682,29 @@ def balanced(elements: ObservedElements, arrays: Mapping[str, Any]) -> Arrays:
 
     Damping treats all parameters alike, so they should be of similar size.
     """
-    found = {name: np.asarray(arrays[name]) for name in elements.shapes}
+    scaled = {name: np.asarray(arrays[name]) for name in elements.shapes}
     for prefixes in elements.prefixes:
         names = [name for name in elements.shapes if name.startswith(tuple(prefixes))]
-        norms = np.array([np.linalg.norm(found[name]) for name in names])
+        norms = np.array([np.linalg.norm(scaled[name]) for name in names])
         if not (np.isfinite(norms).all() and norms.all()):
             continue
         mean = math.exp(float(np.mean(np.log(norms))))
-        found |= {name: found[name] * (mean / norm) for name, norm in zip(names, norms, strict=True)}
-    return found
+        scaled |= {name: scaled[name] * (mean / norm) for name, norm in zip(names, norms, strict=True)}
+    return scaled
 
 
 def random_start(elements: ObservedElements, rng: np.random.RandomState, norm: float, kind: Any = np.float64) -> Arrays:
     """Return normal arrays, scaled so that their elements have a given norm."""
-    found: Arrays = {}
+    arrays: Arrays = {}
     for name, shape in elements.shapes.items():
-        found[name] = rng.normal(size=shape).astype(kind)
+        arrays[name] = rng.normal(size=shape).astype(kind)
         if np.dtype(kind).kind == "c":
-            found[name] += 1j * rng.normal(size=shape)
-    made = float(np.linalg.norm(elements.values(elements.flat(found))))
+            arrays[name] += 1j * rng.normal(size=shape)
+    size = float(np.linalg.norm(elements.values(elements.flat(arrays))))
     # Every array of a term takes an equal part of the factor.
     each = max(len(elements.shapes) // len(elements.prefixes), 1)
-    factor = (norm / made) ** (1.0 / each) if made else 1.0
-    return {name: array * factor for name, array in found.items()}
+    factor = (norm / size) ** (1.0 / each) if size else 1.0
+    return {name: array * factor for name, array in arrays.items()}
 
 
 def moved(starts: Iterable[Mapping[str, np.ndarray]], rng: np.random.RandomState, size: float) -> Iterator[Arrays]:

@@ -273,17 +273,17 @@ class CPSweeps:
         """
         backend, factors = self.backend, list(factors)
         grams = [self._gram(factor) for factor in factors]
-        for own, other in (self.halves, self.halves[::-1]):
-            if all(mode in self.fixed for mode in own):
+        for half, other in (self.halves, self.halves[::-1]):
+            if all(mode in self.fixed for mode in half):
                 continue
             # The tensor times the factors of the other half, conjugated: one column for each component.
             cols = self._conj(khatri_rao(backend, [factors[mode] for mode in other]))
-            matrix = self.matrix if own[0] == 0 else backend.matrix_transpose(self.matrix)
+            matrix = self.matrix if half[0] == 0 else backend.matrix_transpose(self.matrix)
             partial = backend.matmul(matrix, cols)
-            for mode in own:
+            for mode in half:
                 if mode in self.fixed:
                     continue
-                right = self._contracted(partial, factors, own, mode)
+                right = self._contracted(partial, factors, half, mode)
                 system = hadamard_tensor([gram for m, gram in enumerate(grams) if m != mode])
                 factors[mode] = self._solved(system, right, ridge)
                 grams[mode] = self._gram(factors[mode])
@@ -471,11 +471,11 @@ def _starts(algebra: Algebra, tensor: Array, small: bool) -> Iterator[list[Array
 def _split(algebra: Algebra, tensor: Array) -> list[Array]:
     """Return a vector for each mode, each from the leading triplet of what the one before left."""
     backend, sizes = algebra.backend, [int(size) for size in tensor.shape]
-    found, left = list[Array](), tensor
+    vectors, left = list[Array](), tensor
     for mode, size in enumerate(sizes[:-1]):
         u, left = _leading(algebra, backend.reshape(left, (size, math.prod(sizes[mode + 1 :]))))
-        found.append(u)
-    return [*found, left]
+        vectors.append(u)
+    return [*vectors, left]
 
 
 def _leading(algebra: Algebra, matrix: Array) -> tuple[Array, Array]:
@@ -518,10 +518,10 @@ class _Powers:
         rest, size = backend.reshape(rest, sizes), 0.0
         for mode in range(len(vectors)):
             others: list[Array | None] = [None if m == mode else vector for m, vector in enumerate(vectors)]
-            found = contracted(backend, rest, others, (sizes[mode],))
-            size = float(np.linalg.norm(backend.to_numpy(found).astype(np.float64)))
+            product = contracted(backend, rest, others, (sizes[mode],))
+            size = float(np.linalg.norm(backend.to_numpy(product).astype(np.float64)))
             if size > 0.0:
-                vectors[mode] = found * (1.0 / size)
+                vectors[mode] = product * (1.0 / size)
         return vectors, size
 
     def error(self, size: float) -> float:

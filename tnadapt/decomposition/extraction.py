@@ -125,29 +125,29 @@ def extract(
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     save_file(base, folder + "/base.safetensors")
     ...     save_file(tuned, folder + "/tuned.safetensors")
-    ...     found = extract(folder + "/base.safetensors", folder + "/tuned.safetensors", tna.presets.lora(2))
-    >>> found.file, found.report.error < 1e-5, found.others
+    ...     extraction = extract(folder + "/base.safetensors", folder + "/tuned.safetensors", tna.presets.lora(2))
+    >>> extraction.file, extraction.report.error < 1e-5, extraction.others
     (AdapterFile(64 parameters in 4 arrays, 2 targets, 0 kept), True, ())
     """
     chosen, rest = Settings.taken_from(settings)
     cfg = config_of(cfg, rest, "extract", ("targets", "max_error", "max_rank", "keep_trainable", *Settings.NAMES))
     before, after = open_checkpoint(base), open_checkpoint(tuned)
     shapes = {name: entry.shape for name, entry in after.entries.items()}
-    found = find_stored(shapes, targets, after.config or before.config)
-    check_distinct(found)
-    new, old = StoredWeights(after, found, "tuned"), StoredWeights(before, found, "base")
+    resolved = find_stored(shapes, targets, after.config or before.config)
+    check_distinct(resolved)
+    new, old = StoredWeights(after, resolved, "tuned"), StoredWeights(before, resolved, "base")
     kept = _kept(after, keep_trainable, new.names)
     backend, like = load_backend("numpy"), np.zeros(0, np.float32)
 
     def read(weight: int) -> np.ndarray:
-        return _difference(found[weight].label, old.numbers(weight), new.numbers(weight))
+        return _difference(resolved[weight].label, old.numbers(weight), new.numbers(weight))
 
     def fit(config: Config) -> tuple[dict[str, np.ndarray], FitReport]:
         plan = SuperLoRA(
             config,
-            [target.shape for target in found],
-            [target.layer for target in found],
-            [target.role for target in found],
+            [target.shape for target in resolved],
+            [target.layer for target in resolved],
+            [target.role for target in resolved],
         )
         return chosen.fit(backend, like, plan.with_base(old.numbers), read, progress)
 
@@ -158,15 +158,15 @@ def extract(
     dtypes = {KEPT + name: "bfloat16" for name in kept if after.entries[name].dtype == "BF16"}
     base_print = old.fingerprint()
     # A base that has no fingerprint could not be recognized, so that what is computed from it is stored.
-    given = {} if base_print is not None else report.plan.given
+    frozen = {} if base_print is not None else report.plan.given
     file = AdapterFile(
         cfg,
-        found,
+        resolved,
         arrays,
         kept={name: numbers(after, name) for name in kept},
         dtypes=dtypes,
         base=base_print,
-        given=given,
+        given=frozen,
         model=_model(after),
     )
     others = tuple(_others(before, after, new, old.prefix, set(kept))) if compare else ()
@@ -179,8 +179,8 @@ def extract(
 def _difference(label: str, before: np.ndarray, after: np.ndarray) -> np.ndarray:
     with np.errstate(over="ignore", invalid="ignore"):  # checked below
         wide = after.astype(np.float64) - before
-        found: np.ndarray = wide.astype(np.float32)
-    if not np.isfinite(found).all():
+        difference: np.ndarray = wide.astype(np.float32)
+    if not np.isfinite(difference).all():
         raise ShapeError(f"{label} holds NaN or infinity, or differs by more than float32 can represent")
     largest = float(np.max(np.abs(wide), initial=0.0))
     if 0.0 < largest < np.finfo(np.float32).smallest_normal:
@@ -188,7 +188,7 @@ def _difference(label: str, before: np.ndarray, after: np.ndarray) -> np.ndarray
             f"{label} differs by at most {largest:.3g}, which is too small for float32, in which updates are "
             "fitted: scale both checkpoints up, or leave this weight out of the targets"
         )
-    return found
+    return difference
 
 
 def _model(checkpoint: Checkpoint) -> str:
@@ -198,22 +198,22 @@ def _model(checkpoint: Checkpoint) -> str:
 
 def _kept(tuned: Checkpoint, patterns: str | Sequence[str], targets: set[str]) -> list[str]:
     patterns = [patterns] if isinstance(patterns, str) else list(patterns)
-    found: dict[str, None] = {}
+    names: dict[str, None] = {}
     for pattern in patterns:
-        own = [name for name in tuned.entries if is_within(name, pattern)]
-        if not own:
+        matching = [name for name in tuned.entries if is_within(name, pattern)]
+        if not matching:
             some = ", ".join(list(tuned.entries)[:6])
             raise TargetError(
                 f"keep_trainable: no tensor lies at or below {safe_repr(pattern)}; the tuned checkpoint has {some}, …"
             )
-        found.update(dict.fromkeys(own))
-    both = sorted(targets & found.keys())
+        names.update(dict.fromkeys(matching))
+    both = sorted(targets & names.keys())
     if both:
         raise TargetError(f"{both[0]} is both a target and in keep_trainable: remove it from one of them")
-    for name in found:
+    for name in names:
         if tuned.entries[name].dtype not in DTYPES:
             raise TargetError(f"{name} is {tuned.entries[name].dtype}, which adapter files do not support")
-    return list(found)
+    return list(names)
 
 
 # -- What else differs -------------------------------------------------------------------------------------------------
@@ -229,7 +229,7 @@ def _others(
         if name in kept:
             continue
         # Tensors outside of the backbone may have the same name, without the prefix, in both.
-        place = next((one for one in (prefix.of(name), name) if one in base.entries), None)
+        place = next((place for place in (prefix.of(name), name) if place in base.entries), None)
         if any(part.is_whole for part in adapted.get(name, ())):
             differs = False
         elif place is None:
@@ -267,17 +267,17 @@ def _alike(base: Checkpoint, place: str, tuned: Checkpoint, name: str) -> tuple[
         return before, after
     # Neither of bfloat16 and float16 can represent all numbers of the other; either choice is fine.
     narrow = DTYPES[min(kinds, key=[*FLOATS][::-1].index)]
-    return tuple(widened(rounded(one.astype(np.float64), narrow), narrow) for one in (before, after))  # type: ignore[return-value]
+    return tuple(widened(rounded(array.astype(np.float64), narrow), narrow) for array in (before, after))  # type: ignore[return-value]
 
 
 def _same_bytes(base: Checkpoint, place: str, tuned: Checkpoint, name: str) -> bool:
-    with open(base.shard[place], "rb") as one, open(tuned.shard[name], "rb") as other:
-        one.seek(base.data[base.shard[place]] + base.entries[place].start)
-        other.seek(tuned.data[tuned.shard[name]] + tuned.entries[name].start)
+    with open(base.shard[place], "rb") as base_file, open(tuned.shard[name], "rb") as tuned_file:
+        base_file.seek(base.data[base.shard[place]] + base.entries[place].start)
+        tuned_file.seek(tuned.data[tuned.shard[name]] + tuned.entries[name].start)
         left = tuned.entries[name].stop - tuned.entries[name].start
         while left:
             size = min(left, _PIECE)
-            ours, theirs = one.read(size), other.read(size)
+            ours, theirs = base_file.read(size), tuned_file.read(size)
             if len(ours) != size or len(theirs) != size:
                 raise FileError(
                     f"{base.path} or {tuned.path}: a file ended within {safe_repr(name)}, while it was read"

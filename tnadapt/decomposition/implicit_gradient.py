@@ -180,11 +180,11 @@ class _NetworkDerivatives:
     def _pulled(self, vec: np.ndarray, tensors: np.ndarray) -> np.ndarray:
         """Compute Jᵀ times each of a batch of tensors."""
         operands = list(zip(self._all(vec), self.indices, strict=True))
-        found = []
+        gradients = []
         for place in self.free:
             others = [*operands[:place], *operands[place + 1 :], (tensors, [self.batch, *self.out])]
-            found.append(self._contract(others, [self.batch, *self.indices[place]]).reshape(len(tensors), -1))
-        return np.concatenate(found, axis=1)
+            gradients.append(self._contract(others, [self.batch, *self.indices[place]]).reshape(len(tensors), -1))
+        return np.concatenate(gradients, axis=1)
 
     def slope(self, vec: np.ndarray) -> np.ndarray:
         return np.asarray(self._pulled(vec, (self.network(vec) - self.tensor)[None])[0])
@@ -200,13 +200,13 @@ class _NetworkDerivatives:
         rows = [
             self._row(vec, np.eye(self.size)[start : start + count], second) for start in range(0, self.size, count)
         ]
-        found = np.concatenate(rows)
-        return np.asarray(found + found.T) / 2.0
+        hessian = np.concatenate(rows)
+        return np.asarray(hessian + hessian.T) / 2.0
 
     def _row(self, vec: np.ndarray, ways: np.ndarray, second: bool) -> np.ndarray:
-        found = self._pulled(vec, self.moved(vec, ways))
+        row = self._pulled(vec, self.moved(vec, ways))
         if not second:
-            return found
+            return row
         arrays, parts = self._all(vec), self._parts(ways)
         residual = (self.network(vec) - self.tensor, self.out)
         blocks = []
@@ -222,4 +222,4 @@ class _NetworkDerivatives:
                     kept = [self.batch, *self.indices[place]]
                     block += self._contract([*operands, residual], kept).reshape(len(ways), -1)
             blocks.append(block)
-        return found + np.concatenate(blocks, axis=1)
+        return row + np.concatenate(blocks, axis=1)

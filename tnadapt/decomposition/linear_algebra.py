@@ -264,17 +264,17 @@ def tensorly_on(backend: Backend) -> Iterator[Any]:
     """
     import tensorly
 
-    own = getattr(tensorly.backend.BackendManager, "_THREAD_LOCAL_DATA", None)
+    thread_data = getattr(tensorly.backend.BackendManager, "_THREAD_LOCAL_DATA", None)
     # A thread without a backend of its own uses that of the process, and must do so again afterwards.
-    follows = own is not None and "backend" not in own.__dict__
+    follows = thread_data is not None and "backend" not in thread_data.__dict__
     before = tensorly.get_backend()
     tensorly.set_backend(TENSORLY[backend.name], local_threadsafe=True)
     try:
         yield tensorly
     finally:
         # TensorLy's backend_context would restore it for all threads.
-        if own is not None and follows:
-            del own.backend
+        if thread_data is not None and follows:
+            del thread_data.backend
         else:
             tensorly.set_backend(before, local_threadsafe=True)
 
@@ -351,9 +351,9 @@ class Algebra:
 
     def largest(self, x: Array) -> float:
         """Return the largest magnitude; 0 if all elements are zero, NaN or infinity if there is one."""
-        found = self.backend.largest(x)
+        largest = self.backend.largest(x)
         # Some libraries flush subnormal numbers to zero; NumPy on the host does not.
-        return found if found > self._least else float(np.max(np.abs(self.backend.to_numpy(x)), initial=0.0))
+        return largest if largest > self._least else float(np.max(np.abs(self.backend.to_numpy(x)), initial=0.0))
 
     def scaled(self, x: Array, exponent: int) -> Array:
         """Multiply x by ``2 ** exponent``; exact unless a result leaves the dtype's normal range."""
@@ -367,8 +367,8 @@ class Algebra:
     @property
     def _least(self) -> float:
         """Magnitude below which an array may lose digits in a library that flushes subnormal numbers to zero."""
-        found = np.finfo(self.backend.dtype_name(self.like))
-        return float(found.smallest_normal / found.eps)
+        info = np.finfo(self.backend.dtype_name(self.like))
+        return float(info.smallest_normal / info.eps)
 
     def squares(self, x: Array) -> float:
         """Compute the sum of the squares in float64."""
@@ -392,8 +392,8 @@ class Algebra:
             return largest
         exponent = math.frexp(largest)[1]
         wide = self.double.scaled(self.doubled(x), -exponent)
-        found = math.sqrt(self.double.squares(wide))
-        return math.ldexp(found, exponent) if math.frexp(found)[1] + exponent <= 1024 else math.inf
+        scaled_norm = math.sqrt(self.double.squares(wide))
+        return math.ldexp(scaled_norm, exponent) if math.frexp(scaled_norm)[1] + exponent <= 1024 else math.inf
 
     def columns(self, x: Array) -> np.ndarray:
         """Compute the norm of each column of a matrix; returned on the host."""
@@ -561,14 +561,14 @@ class MatrixTruncation:
         """Return at most ``rank`` triplets."""
         rank = min(rank, *(int(size) for size in matrix.shape))
         if self._recorded(matrix):
-            found = self.to_rank(self.backend.detached(matrix), rank)
-            u = self._with_derivative(matrix, found.u, triplets=True)
+            triplets = self.to_rank(self.backend.detached(matrix), rank)
+            u = self._with_derivative(matrix, triplets.u, triplets=True)
             rest = self.backend.matmul(self.backend.conj(self.backend.matrix_transpose(u)), matrix)
             s = with_value(
-                self.backend, found.s, self._real(self.backend.sum(rest * self.backend.conj(found.vh), axis=1))
+                self.backend, triplets.s, self._real(self.backend.sum(rest * self.backend.conj(triplets.vh), axis=1))
             )
             vh = rest / self.backend.reshape(self.backend.where(abs(s) > 0.0, s, s * 0.0 + 1.0), (-1, 1))
-            return Triplets(u, s, with_value(self.backend, found.vh, vh), found.exact)
+            return Triplets(u, s, with_value(self.backend, triplets.vh, vh), triplets.exact)
         if self.algebra is None:
             return self._cut(*self.backend.svd(matrix), rank)
         u, values, v, exact = self.algebra.svd(matrix, rank)
@@ -578,8 +578,8 @@ class MatrixTruncation:
         """Return at most ``rank`` left vectors."""
         rank = min(rank, *(int(size) for size in matrix.shape))
         if self._recorded(matrix):
-            found = self.left_to_rank(self.backend.detached(matrix), rank)
-            return found._replace(u=self._with_derivative(matrix, found.u))
+            leading = self.left_to_rank(self.backend.detached(matrix), rank)
+            return leading._replace(u=self._with_derivative(matrix, leading.u))
         if self.algebra is None:
             return Leading(self.backend.svd(matrix)[0][:, :rank], True)
         return Leading(*self.algebra.left(matrix, rank))
@@ -601,12 +601,12 @@ class MatrixTruncation:
 
         With ``triplets``, the right vectors are computed from them, which takes singular values that are not zero.
         """
-        backend, kind = self.backend, self.backend.dtype_name(matrix)
+        backend, dtype = self.backend, self.backend.dtype_name(matrix)
         host = backend.to_numpy(u)
 
         def pullback(x: Array, cotangents: Sequence[Array]) -> Array:
-            found = _pulled_back(backend.to_numpy(x), host, backend.to_numpy(cotangents[0]), triplets)
-            return backend.asarray(found, kind, backend.device(x))
+            gradient = _pulled_back(backend.to_numpy(x), host, backend.to_numpy(cotangents[0]), triplets)
+            return backend.asarray(gradient, dtype, backend.device(x))
 
         return backend.with_pullback(matrix, [u], pullback)[0]
 
@@ -628,11 +628,11 @@ def _pulled_back(matrix: np.ndarray, leading: np.ndarray, cotangent: np.ndarray,
     """
     eps = float(np.finfo(matrix.dtype).eps)
     wide = np.complex128 if np.iscomplexobj(matrix) else np.float64
-    a, given, cotangent = matrix.astype(wide), leading.astype(wide), cotangent.astype(wide)
-    rank = given.shape[1]
+    a, basis, cotangent = matrix.astype(wide), leading.astype(wide), cotangent.astype(wide)
+    rank = basis.shape[1]
     u, s, _ = np.linalg.svd(a, full_matrices=False)
     squares, first = s**2, u[:, :rank]
-    turned = first.conj().T @ given
+    turned = first.conj().T @ basis
     size = np.linalg.norm(cotangent)
     if size == 0.0:
         return np.zeros_like(a)
@@ -751,18 +751,18 @@ def at_size(algebra: Algebra, network: Network, arrays: Mapping[str, Array], exp
         the others take the rest. If no array can take it (a single array, of an update outside of that range), the
         first one takes it all the same and is rounded to the dtype.
     """
-    found = dict(arrays)
+    scaled = dict(arrays)
     if exponent == 0:
-        return found
+        return scaled
     for prefixes in network.prefixes:
         first = prefixes[-1] + network.splits[-1].zero
         names = [prefix + name for prefix, split in zip(prefixes, network.splits, strict=True) for name in split.shapes]
         left = exponent
         for name in [first, *(name for name in names if name != first)]:
-            share = _within(algebra, found[name], left)
-            found[name], left = algebra.scaled(found[name], share), left - share
-        found[first] = algebra.scaled(found[first], left)
-    return found
+            share = _within(algebra, scaled[name], left)
+            scaled[name], left = algebra.scaled(scaled[name], share), left - share
+        scaled[first] = algebra.scaled(scaled[first], left)
+    return scaled
 
 
 def _within(algebra: Algebra, array: Array, exponent: int) -> int:
@@ -770,8 +770,8 @@ def _within(algebra: Algebra, array: Array, exponent: int) -> int:
     largest = algebra.largest(array)
     if largest == 0.0 or not math.isfinite(largest):
         return exponent
-    kind = np.finfo(algebra.backend.dtype_name(algebra.like))
+    info = np.finfo(algebra.backend.dtype_name(algebra.like))
     now = math.frexp(largest)[1]
     # Keep a margin at the lower end for the digits of smaller numbers.
-    least, most = kind.minexp + 2 * kind.nmant, kind.maxexp - 1
+    least, most = info.minexp + 2 * info.nmant, info.maxexp - 1
     return max(min(exponent, most - now), least - now) if least <= now <= most else 0

@@ -143,7 +143,7 @@ def tt_svd(
         u = truncated(matrix, bond).u
         before, rank = rank, int(u.shape[1])
         cores.append(backend.reshape(u, (before, size, rank)))
-        cut.append(rank < min(int(one) for one in matrix.shape))
+        cut.append(rank < min(map(int, matrix.shape)))
         rest = backend.matmul(backend.conj(backend.matrix_transpose(u)), matrix)
     return [*cores, backend.reshape(rest, (rank, sizes[-1], 1))], cut
 
@@ -225,7 +225,7 @@ class _Train:
 
     def _core(self, first: Array, after: Array | None, mode: int) -> Array:
         """Contract the tensor, already contracted with the cores before, with the cores after."""
-        backend, (left, size, right) = self.backend, (int(one) for one in self.cores[mode].shape)
+        backend, (left, size, right) = self.backend, map(int, self.cores[mode].shape)
         rows = backend.reshape(first, (left * size, math.prod(self.sizes[mode + 1 :])))
         if after is not None:
             rows = backend.matmul(rows, backend.matrix_transpose(backend.conj(after)))
@@ -242,13 +242,13 @@ class _Train:
         """Return the product of one core and those after it, shape (r, prod d)."""
         backend, core = self.backend, self.cores[mode]
         flat = backend.reshape(core, (-1, int(core.shape[2])))
-        found = flat if after is None else backend.matmul(flat, after)
-        return backend.reshape(found, (int(core.shape[0]), -1))
+        product = flat if after is None else backend.matmul(flat, after)
+        return backend.reshape(product, (int(core.shape[0]), -1))
 
     def _to_the_left(self, mode: int) -> None:
         """Make a core orthogonal from the right, and multiply the one before it by the rest."""
         backend, core, before = self.backend, self.cores[mode], self.cores[mode - 1]
-        left, size, right = (int(one) for one in core.shape)
+        left, size, right = map(int, core.shape)
         flat = backend.reshape(core, (left, size * right))
         q, r = backend.qr(backend.matrix_transpose(backend.conj(flat)))
         width = int(q.shape[1])
@@ -293,19 +293,19 @@ class AroundFixed:
                 if mode + 1 < order and mode + 1 not in self.fixed:
                     moved_right(backend, self.cores, mode)
             if mode + 1 < order:
-                left, size, right = (int(one) for one in self.cores[mode].shape)
+                left, size, right = map(int, self.cores[mode].shape)
                 core = backend.reshape(self.cores[mode], (left, size * right))
                 before = backend.reshape(core if before is None else backend.matmul(before, core), (-1, right))
 
     def _after(self) -> list[Array]:
         """Return for each core the product of those after it, shape (r, prod d); None for the last one."""
-        backend, found = self.backend, [None]
+        backend, products = self.backend, [None]
         for core in reversed(self.cores[1:]):
-            left, size, right = (int(one) for one in core.shape)
-            last = found[-1]
+            left, size, right = map(int, core.shape)
+            last = products[-1]
             flat = core if last is None else backend.matmul(backend.reshape(core, (left * size, right)), last)
-            found.append(backend.reshape(flat, (left, -1)))
-        return found[::-1]
+            products.append(backend.reshape(flat, (left, -1)))
+        return products[::-1]
 
     def _core(self, before: Array, after: Array, mode: int) -> Array:
         """Return the best core between the products of those before and after it."""
@@ -332,7 +332,7 @@ class AroundFixed:
 def moved_right(backend: Backend, cores: list[Array], mode: int) -> None:
     """Make a core orthogonal from the left, and multiply the next one by the rest."""
     core, after = cores[mode], cores[mode + 1]
-    left, size, right = (int(one) for one in core.shape)
+    left, size, right = map(int, core.shape)
     q, r = backend.qr(backend.reshape(core, (left * size, right)))
     width = int(q.shape[1])
     cores[mode] = backend.reshape(q, (left, size, width))
@@ -399,14 +399,14 @@ def _signed(backend: Backend, u: Array) -> Array:
 
 def chain_of(backend: Backend, cores: Sequence[Array]) -> Array:
     """Contract neighboring cores: shape (r, prod d, r')."""
-    found = cores[0]
+    product = cores[0]
     for core in cores[1:]:
-        left, right = int(found.shape[0]), int(core.shape[2])
-        rows = backend.reshape(found, (-1, int(core.shape[0])))
-        found = backend.reshape(
+        left, right = int(product.shape[0]), int(core.shape[2])
+        rows = backend.reshape(product, (-1, int(core.shape[0])))
+        product = backend.reshape(
             backend.matmul(rows, backend.reshape(core, (int(core.shape[0]), -1))), (left, -1, right)
         )
-    return found
+    return product
 
 
 def ring_sweep(
@@ -432,7 +432,7 @@ def ring_sweep(
     for mode in range(order):
         if mode in fixed:
             continue
-        left, size, right = (int(one) for one in cores[mode].shape)
+        left, size, right = map(int, cores[mode].shape)
         # All other cores, from the next one around: (r_m, d_{m+1} ⋯ d_{m-1}, r_{m-1}), as rows of the unknown core.
         others = chain_of(backend, [cores[(mode + step) % order] for step in range(1, order)])
         others = backend.reshape(backend.permute_dims(others, (2, 0, 1)), (left * right, -1))

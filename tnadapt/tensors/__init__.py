@@ -135,8 +135,8 @@ _LAZY = {
 
 
 def __getattr__(name: str) -> Any:
-    found = globals()[name] = lazy_name(__name__, _LAZY, name)
-    return found
+    value = globals()[name] = lazy_name(__name__, _LAZY, name)
+    return value
 
 
 def __dir__() -> list[str]:

@@ -205,21 +205,21 @@ class Decomposed(abc.ABC):
         """Return one slice for each mode."""
         if len(index) > self.order:
             raise ShapeError(f"a tensor of shape {self.shape} has {self.order} modes; got {len(index)} slices")
-        found = []
-        for mode, (size, one) in enumerate(zip(self.shape, [*index, *[slice(None)] * self.order], strict=False)):
-            if isinstance(one, slice):
-                start, stop, step = one.indices(size)
+        slices = []
+        for mode, (size, item) in enumerate(zip(self.shape, [*index, *[slice(None)] * self.order], strict=False)):
+            if isinstance(item, slice):
+                start, stop, step = item.indices(size)
                 if step < 1 or not len(range(start, stop, step)):
                     raise ShapeError(
-                        f"the slice {one} of mode {mode} with {size} elements must take some, with a positive step"
+                        f"the slice {item} of mode {mode} with {size} elements must take some, with a positive step"
                     )
-                found.append(slice(start, stop, step))
+                slices.append(slice(start, stop, step))
                 continue
-            whole = isinstance(one, (int, np.integer)) and not isinstance(one, bool)
-            if not whole or not -size <= one < size:
-                raise ShapeError(f"index {safe_repr(one)} is no index of mode {mode} with {size} elements")
-            found.append(slice(int(one) % size, int(one) % size + 1, 1))
-        return found
+            whole = isinstance(item, (int, np.integer)) and not isinstance(item, bool)
+            if not whole or not -size <= item < size:
+                raise ShapeError(f"index {safe_repr(item)} is no index of mode {mode} with {size} elements")
+            slices.append(slice(int(item) % size, int(item) % size + 1, 1))
+        return slices
 
     def same_shape(self, other: Any) -> None:
         """Raise a ShapeError unless another tensor has the same form and shape."""
@@ -236,7 +236,7 @@ class Decomposed(abc.ABC):
             if isinstance(part, Decomposed):
                 return part.with_arrays([next(rest) for _ in part.arrays])
             if isinstance(part, (list, tuple)):
-                return [replaced(one) for one in part]
+                return [replaced(item) for item in part]
             return None if part is None else next(rest)
 
         return self.of(self.backend, [replaced(part) for part in self])  # type: ignore[attr-defined]
@@ -256,8 +256,8 @@ class Decomposed(abc.ABC):
         return self + -other
 
     def __rmul__(self, other: Any) -> Self:
-        found: Self = self.__mul__(other)
-        return found
+        product: Self = self.__mul__(other)
+        return product
 
     def __truediv__(self, other: Any) -> Self:
         number = scalar_of(other)
@@ -512,12 +512,12 @@ class CPTensor(Decomposed, _CPParts):
             backend.take(factor, backend.constant(place, backend.device(factor)), axis=0)
             for factor, place in zip(self.factors, self.places(indices), strict=True)
         ]
-        found = hadamard_tensor(rows)
-        return backend.sum(found if self.weights is None else found * self.weights, axis=1)
+        terms = hadamard_tensor(rows)
+        return backend.sum(terms if self.weights is None else terms * self.weights, axis=1)
 
     def part(self, *index: int | slice) -> Self:
         slices = self.slices(index)
-        return type(self)(self.weights, [factor[one] for factor, one in zip(self.factors, slices, strict=True)])
+        return type(self)(self.weights, [factor[rows] for factor, rows in zip(self.factors, slices, strict=True)])
 
     def inner(self, other: Self) -> Array:
         self.same_shape(other)
@@ -526,12 +526,12 @@ class CPTensor(Decomposed, _CPParts):
             backend.matmul(backend.conj(backend.matrix_transpose(mine)), theirs)
             for mine, theirs in zip(self.factors, other.factors, strict=True)
         ]
-        found = hadamard_tensor(products)
+        overlaps = hadamard_tensor(products)
         if self.weights is not None:
-            found = found * backend.reshape(backend.conj(self.weights), (-1, 1))
+            overlaps = overlaps * backend.reshape(backend.conj(self.weights), (-1, 1))
         if other.weights is not None:
-            found = found * other.weights
-        return backend.sum(backend.flatten(found), axis=0)
+            overlaps = overlaps * other.weights
+        return backend.sum(backend.flatten(overlaps), axis=0)
 
     def __add__(self, other: Any) -> Self:
         if not isinstance(other, CPTensor):
@@ -595,7 +595,7 @@ class CPTensor(Decomposed, _CPParts):
     def mode_dot(self, matrix: Any, mode: int) -> Self:
         """Multiply by a matrix along one mode, without forming the tensor."""
         number = mode_of(mode, self.shape)
-        factors = [mode_dot(one, matrix, 0) if m == number else one for m, one in enumerate(self.factors)]
+        factors = [mode_dot(factor, matrix, 0) if m == number else factor for m, factor in enumerate(self.factors)]
         return type(self)(self.weights, factors)
 
     def cp_copy(self) -> Self:
@@ -690,18 +690,18 @@ class TuckerTensor(Decomposed, _TuckerParts):
     def entries(self, indices: Any) -> Array:
         backend, places = self.backend, self.places(indices)
         count = len(places[0])
-        found = backend.reshape(self.core, (1, *self.core.shape))
+        values = backend.reshape(self.core, (1, *self.core.shape))
         for factor, place in zip(self.factors, places, strict=True):
             rows = backend.take(factor, backend.constant(place, backend.device(factor)), axis=0)
             # Contract the first mode that is left, batched over the elements.
-            rest = tuple(found.shape)[2:]
-            flat = backend.reshape(found, (found.shape[0], factor.shape[1], -1 if rest else 1))
-            found = backend.reshape(backend.matmul(backend.reshape(rows, (count, 1, -1)), flat), (count, *rest))
-        return found
+            rest = tuple(values.shape)[2:]
+            flat = backend.reshape(values, (values.shape[0], factor.shape[1], -1 if rest else 1))
+            values = backend.reshape(backend.matmul(backend.reshape(rows, (count, 1, -1)), flat), (count, *rest))
+        return values
 
     def part(self, *index: int | slice) -> Self:
         slices = self.slices(index)
-        return type(self)(self.core, [factor[one] for factor, one in zip(self.factors, slices, strict=True)])
+        return type(self)(self.core, [factor[rows] for factor, rows in zip(self.factors, slices, strict=True)])
 
     def inner(self, other: Self) -> Array:
         self.same_shape(other)
@@ -715,7 +715,7 @@ class TuckerTensor(Decomposed, _TuckerParts):
         """Multiply by a matrix along one mode, without forming the tensor."""
         number = mode_of(mode, self.shape)
         return type(self)(
-            self.core, [mode_dot(one, matrix, 0) if m == number else one for m, one in enumerate(self.factors)]
+            self.core, [mode_dot(factor, matrix, 0) if m == number else factor for m, factor in enumerate(self.factors)]
         )
 
     def __add__(self, other: Any) -> Self:
@@ -782,8 +782,8 @@ def block_diagonal(backend: Backend, a: Array, b: Array, axes: Collection[int]) 
     for axis in sorted(axes):
         before = [int(size) for size in first.shape]
         after = [int(size) for size in second.shape]
-        extra, own = before.copy(), after.copy()
-        extra[axis], own[axis] = int(b.shape[axis]), int(a.shape[axis])
-        first = backend.concat([first, backend.zeros(extra, like=a)], axis=axis)
-        second = backend.concat([backend.zeros(own, like=a), second], axis=axis)
+        trailing, leading = before.copy(), after.copy()
+        trailing[axis], leading[axis] = int(b.shape[axis]), int(a.shape[axis])
+        first = backend.concat([first, backend.zeros(trailing, like=a)], axis=axis)
+        second = backend.concat([backend.zeros(leading, like=a), second], axis=axis)
     return first + second

@@ -97,9 +97,11 @@ class KroneckerTensor(Decomposed, _KroneckerParts):
         shapes = [tuple(int(size) for size in array.shape) for array in arrays]
         count = len(listed[0])
         for number, term in enumerate(listed):
-            own = shapes[number * len(term) : (number + 1) * len(term)]
-            if len(term) != count or own != shapes[:count]:
-                raise ShapeError(f"term {number} has factors of shapes {own}; expected {shapes[:count]}, like term 0")
+            term_shapes = shapes[number * len(term) : (number + 1) * len(term)]
+            if len(term) != count or term_shapes != shapes[:count]:
+                raise ShapeError(
+                    f"term {number} has factors of shapes {term_shapes}; expected {shapes[:count]}, like term 0"
+                )
         if len({len(shape) for shape in shapes[:count]}) > 1:
             raise ShapeError(
                 f"factors of a Kronecker product need the same number of axes; got shapes {shapes[:count]}"
@@ -143,16 +145,16 @@ class KroneckerTensor(Decomposed, _KroneckerParts):
     def to_tensor(self) -> Array:
         backend = self.backend
         products = [kronecker_tensor(backend, term) for term in self.scaled_terms()]
-        found = products[0]
+        total = products[0]
         for product in products[1:]:
-            found = found + product
-        return found
+            total = total + product
+        return total
 
     def entries(self, indices: Any) -> Array:
         backend, places, shapes = self.backend, self.places(indices), self.factor_shapes
         # The digits of each index: one for each factor, the first factor's slowest.
         digits = [np.unravel_index(place, [shape[mode] for shape in shapes]) for mode, place in enumerate(places)]
-        found: Array = None
+        total: Array = None
         for term in self.scaled_terms():
             values = []
             for k, array in enumerate(term):
@@ -160,22 +162,22 @@ class KroneckerTensor(Decomposed, _KroneckerParts):
                 vector = backend.flatten(array)
                 values.append(backend.take(vector, backend.constant(np.asarray(flat), backend.device(vector))))
             product = hadamard_tensor(values)
-            found = product if found is None else found + product
-        return found
+            total = product if total is None else total + product
+        return total
 
     def part(self, *index: int | slice) -> Self:
         """Take a slice that is a Kronecker product: whole modes, or a range that one index of the first factor has."""
         terms = [list(term) for term in self.scaled_terms()]
-        for mode, (one, size) in enumerate(zip(self.slices(index), self.shape, strict=True)):
+        for mode, (span, size) in enumerate(zip(self.slices(index), self.shape, strict=True)):
             inner = math.prod(shape[mode] for shape in self.factor_shapes[1:])
-            if one == slice(0, size, 1):
+            if span == slice(0, size, 1):
                 continue
-            if one.step != 1 or one.start % inner or one.stop % inner:
+            if span.step != 1 or span.start % inner or span.stop % inner:
                 raise ShapeError(
-                    f"the slice {one} of mode {mode} is no Kronecker product: use multiples of {inner} as bounds, "
+                    f"the slice {span} of mode {mode} is no Kronecker product: use multiples of {inner} as bounds, "
                     "or take entries"
                 )
-            cut = (*[slice(None)] * mode, slice(one.start // inner, one.stop // inner))
+            cut = (*[slice(None)] * mode, slice(span.start // inner, span.stop // inner))
             for term in terms:
                 term[0] = term[0][cut]
         return type(self)(None, terms)
@@ -183,26 +185,26 @@ class KroneckerTensor(Decomposed, _KroneckerParts):
     def inner(self, other: Self) -> Array:
         self._same_factors(other)
         backend = self.backend
-        found: Array = None
+        total: Array = None
         for mine in self.scaled_terms():
             for theirs in other.scaled_terms():
                 parts = [
                     backend.sum(backend.flatten(backend.conj(a) * b), axis=0) for a, b in zip(mine, theirs, strict=True)
                 ]
                 product = hadamard_tensor(parts)
-                found = product if found is None else found + product
-        return found
+                total = product if total is None else total + product
+        return total
 
     def __matmul__(self, x: Any) -> Array:
         """Multiply by a vector or a matrix of columns, without forming the product (two axes only)."""
         if len(self.shape) != 2:
             raise ShapeError(f"only a matrix multiplies a vector; this is a tensor of shape {self.shape}")
         x = numeric(get_backend(x), x, "x")
-        found: Array = None
+        total: Array = None
         for term in self.scaled_terms():
             product = kron_matvec(term, x)
-            found = product if found is None else found + product
-        return found
+            total = product if total is None else total + product
+        return total
 
     def __add__(self, other: Any) -> Self:
         if not isinstance(other, KroneckerTensor):
@@ -288,9 +290,9 @@ def kronecker_decomposition(
     --------
     >>> import numpy as np
     >>> a, b = np.arange(6.0).reshape(2, 3), np.ones((4, 2))
-    >>> found = kronecker_decomposition(np.kron(a, b), [(2, 3), (4, 2)])
-    >>> left, right = found.factors
-    >>> left.shape, right.shape, bool(np.allclose(np.kron(left, right), np.kron(a, b))), found.certified
+    >>> product = kronecker_decomposition(np.kron(a, b), [(2, 3), (4, 2)])
+    >>> left, right = product.factors
+    >>> left.shape, right.shape, bool(np.allclose(np.kron(left, right), np.kron(a, b))), product.certified
     ((2, 3), (4, 2), True, True)
     """
     terms = 1 if terms is None and max_error is None else terms
@@ -314,31 +316,31 @@ def kronecker_decomposition(
     vectors = [math.prod(shape) for shape in sizes]
     most = math.prod(vectors) // max(vectors)
     count = None if terms is None else min(integer_of("terms", terms, 1), most)
-    given = request.tensor if request.source is None else request.source
-    found = cp(
-        rearranged(backend, given, sizes), count, max_error=max_error, starts=starts,
+    source = request.tensor if request.source is None else request.source
+    cp_tensor = cp(
+        rearranged(backend, source, sizes), count, max_error=max_error, starts=starts,
         random_state=request.seed, tol=tol, max_iterations=max_iterations, callback=callback,
     )  # fmt: skip
     terms_ = [
-        [backend.reshape(factor[:, term], shape) for factor, shape in zip(found.factors, sizes, strict=True)]
-        for term in range(found.rank)
+        [backend.reshape(factor[:, term], shape) for factor, shape in zip(cp_tensor.factors, sizes, strict=True)]
+        for term in range(cp_tensor.rank)
     ]
-    return KroneckerTensor(found.weights, terms_).with_outcome(found.outcome)
+    return KroneckerTensor(cp_tensor.weights, terms_).with_outcome(cp_tensor.outcome)
 
 
 def _shapes(shapes: Any, whole: tuple[int, ...]) -> list[tuple[int, ...]]:
     try:
-        found = [tuple(integer_of("a size in shapes", size, 1) for size in shape) for shape in shapes]
+        sizes = [tuple(integer_of("a size in shapes", size, 1) for size in shape) for shape in shapes]
     except TypeError:
         raise ShapeError(f"shapes must be a list of shapes, one for each factor; got {safe_repr(shapes)}") from None
-    if not found:
+    if not sizes:
         raise ShapeError("shapes is empty; expected the shape of each factor")
-    if any(len(shape) != len(whole) for shape in found):
-        raise ShapeError(f"the factors of a tensor of shape {whole} need {len(whole)} axes each; got shapes {found}")
-    product = tuple(math.prod(sizes) for sizes in zip(*found, strict=True))
+    if any(len(shape) != len(whole) for shape in sizes):
+        raise ShapeError(f"the factors of a tensor of shape {whole} need {len(whole)} axes each; got shapes {sizes}")
+    product = tuple(math.prod(mode_sizes) for mode_sizes in zip(*sizes, strict=True))
     if product != whole:
-        raise ShapeError(f"factors of shapes {found} multiply to {product}; expected the tensor's shape {whole}")
-    return found
+        raise ShapeError(f"factors of shapes {sizes} multiply to {product}; expected the tensor's shape {whole}")
+    return sizes
 
 
 # -- Element-by-element products of CP tensors, such as LoHa's updates -------------------------------------------------
@@ -507,8 +509,8 @@ def hadamard_decomposition(
     --------
     >>> import numpy as np
     >>> tensor = np.outer(np.arange(1.0, 5.0), np.arange(1.0, 4.0)) ** 2
-    >>> found = hadamard_decomposition(tensor, 1)
-    >>> len(found.parts), found.shape, found.error < 1e-6
+    >>> product = hadamard_decomposition(tensor, 1)
+    >>> len(product.parts), product.shape, product.error < 1e-6
     (2, (4, 3), True)
     >>> hadamard_decomposition(tensor, max_error=1e-6).rank
     (1, 1)

@@ -182,19 +182,19 @@ def inner(tensor1: Any, tensor2: Any, n_modes: int | None = None) -> Array:
     >>> inner(np.ones((2, 3)), np.ones((3, 4)), n_modes=1).shape
     (2, 4)
     """
-    backend, one = as_tensor(tensor1, "tensor1")
-    _, other = as_tensor(tensor2, "tensor2")
-    get_backend(one, other)
-    count = len(one.shape) if n_modes is None else integer_of("n_modes", n_modes, 1, len(one.shape))
-    kept, shared = tuple(one.shape)[: len(one.shape) - count], tuple(one.shape)[len(one.shape) - count :]
-    rest = tuple(other.shape)[count:]
-    if tuple(other.shape)[:count] != shared or (n_modes is None and rest):
+    backend, first = as_tensor(tensor1, "tensor1")
+    _, second = as_tensor(tensor2, "tensor2")
+    get_backend(first, second)
+    count = len(first.shape) if n_modes is None else integer_of("n_modes", n_modes, 1, len(first.shape))
+    kept, shared = tuple(first.shape)[: len(first.shape) - count], tuple(first.shape)[len(first.shape) - count :]
+    rest = tuple(second.shape)[count:]
+    if tuple(second.shape)[:count] != shared or (n_modes is None and rest):
         raise ShapeError(
-            f"tensors of shapes {tuple(one.shape)} and {tuple(other.shape)} do not contract over {count} modes"
+            f"tensors of shapes {tuple(first.shape)} and {tuple(second.shape)} do not contract over {count} modes"
         )
     product = backend.matmul(
-        backend.reshape(one, (math.prod(kept), math.prod(shared))),
-        backend.reshape(other, (math.prod(shared), math.prod(rest))),
+        backend.reshape(first, (math.prod(kept), math.prod(shared))),
+        backend.reshape(second, (math.prod(shared), math.prod(rest))),
     )
     return backend.reshape(product, (*kept, *rest))
 

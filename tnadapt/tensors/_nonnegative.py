@@ -162,10 +162,10 @@ def _tried(
 ) -> tuple[Array, list[Array], list[float]] | None:
     """Return a core, factors and errors; None if the equations are singular."""
     try:
-        found = nonnegative_tucker(request.backend, tensor, ranks, start, limits.tol, limits.iterations, request.seed)
+        fit = nonnegative_tucker(request.backend, tensor, ranks, start, limits.tol, limits.iterations, request.seed)
     except np.linalg.LinAlgError:
         return None
-    return found if all(np.isfinite(found[2])) else None
+    return fit if all(np.isfinite(fit[2])) else None
 
 
 # -- Hierarchical alternating least squares, by TensorLy ---------------------------------------------------------------
@@ -221,14 +221,14 @@ def nonnegative_cp(
     host = backend.to_numpy(tensor)
     shift = _exponent(host)
     scaled = np.ldexp(np.transpose(host, order), -shift)
-    given: Any = init
+    start: Any = init
     if not isinstance(init, str):
-        given = [backend.to_numpy(init[mode]) for mode in order]
-        given = (None, [*given[:-1], np.ldexp(given[-1], -shift)])
+        start = [backend.to_numpy(init[mode]) for mode in order]
+        start = (None, [*start[:-1], np.ldexp(start[-1], -shift)])
     with tensorly_on(load_backend("numpy")) as tensorly, warnings.catch_warnings(), np.errstate(all="ignore"):
         warnings.simplefilter("ignore")  # of divisions by the norms of columns that became zero
         (weights, factors), errors = tensorly.decomposition.non_negative_parafac_hals(
-            scaled, rank, n_iter_max=iterations, init=given, tol=max(tol, _NO_TOLERANCE), random_state=seed % (1 << 32),
+            scaled, rank, n_iter_max=iterations, init=start, tol=max(tol, _NO_TOLERANCE), random_state=seed % (1 << 32),
             fixed_modes=list(range(len(fixed))), nn_modes={order.index(mode) for mode in modes}, return_errors=True,
         )  # fmt: skip
     factors = [*factors[:-1], np.ldexp(factors[-1] * weights, shift)]
@@ -261,13 +261,13 @@ def nonnegative_tucker(
     """
     host = backend.to_numpy(tensor)
     shift = _exponent(host)
-    given: Any = init
+    start: Any = init
     if not isinstance(init, str):
-        given = np.ldexp(backend.to_numpy(init[0]), -shift), [backend.to_numpy(factor) for factor in init[1]]
+        start = np.ldexp(backend.to_numpy(init[0]), -shift), [backend.to_numpy(factor) for factor in init[1]]
     with tensorly_on(load_backend("numpy")) as tensorly, warnings.catch_warnings(), np.errstate(all="ignore"):
         warnings.simplefilter("ignore")
         (core, factors), errors = tensorly.decomposition.non_negative_tucker_hals(
-            np.ldexp(host, -shift), list(ranks), n_iter_max=iterations, init=given, tol=max(tol, _NO_TOLERANCE),
+            np.ldexp(host, -shift), list(ranks), n_iter_max=iterations, init=start, tol=max(tol, _NO_TOLERANCE),
             random_state=seed % (1 << 32), return_errors=True,
         )  # fmt: skip
     core, *factors = _back(backend, tensor, [np.ldexp(core, shift), *factors])

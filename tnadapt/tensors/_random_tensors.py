@@ -37,7 +37,7 @@ def generator(random_state: Any) -> np.random.Generator:
     try:
         # NumPy itself crashes on lists that are nested too deeply, and prints what it refuses.
         seed = np.ravel(seed).tolist() if isinstance(seed, np.ndarray) else seed
-        if not all(isinstance(one, _SEEDS) for one in (seed if isinstance(seed, (list, tuple)) else [seed])):
+        if not all(isinstance(word, _SEEDS) for word in (seed if isinstance(seed, (list, tuple)) else [seed])):
             raise TypeError
         return np.random.default_rng(seed)
     except (TypeError, ValueError):
@@ -63,10 +63,10 @@ def _normal(random_state: Any, backend: str, dtype: str, device: Any) -> Callabl
 def _shape(shape: Sequence[int]) -> tuple[int, ...]:
     if not isinstance(shape, Iterable):
         raise ShapeError(f"shape must be a sequence of sizes, one for each mode; got {safe_repr(shape)}")
-    found = tuple(integer_of("a size in shape", size, 1) for size in shape)
-    if not found:
+    sizes = tuple(integer_of("a size in shape", size, 1) for size in shape)
+    if not sizes:
         raise ShapeError("the shape is empty; expected at least one mode")
-    return found
+    return sizes
 
 
 @checks_arguments
@@ -122,8 +122,8 @@ def random_cp(
         if rank > min(sizes):
             raise ShapeError(f"{rank} orthonormal columns do not fit sizes {sizes}: use a rank of at most {min(sizes)}")
         factors = [load_backend(backend).qr(factor)[0] for factor in factors]
-    found = CPTensor(load_backend(backend).asarray(np.ones(rank), dtype, device), factors)
-    return CPTensor(found.weights, found.normalized().factors) if normalized else found
+    tensor = CPTensor(load_backend(backend).asarray(np.ones(rank), dtype, device), factors)
+    return CPTensor(tensor.weights, tensor.normalized().factors) if normalized else tensor
 
 
 @checks_arguments

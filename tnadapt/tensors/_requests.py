@@ -127,8 +127,7 @@ def as_tensors(given: Any, what: str) -> tuple[Backend, list[Array]]:
         raise ShapeError(f"{what} must be a list of arrays; got {safe_repr(given)}") from None
     if not arrays:
         raise ShapeError(f"{what} must be a list of at least one array; got an empty one")
-    found = [as_tensor(array, f"array {number} of {what}") for number, array in enumerate(arrays)]
-    tensors = [array for _, array in found]
+    tensors = [as_tensor(array, f"array {number} of {what}")[1] for number, array in enumerate(arrays)]
     return get_backend(*tensors), tensors
 
 
@@ -153,8 +152,8 @@ def finite(backend: Backend, tensor: Array, what: str = "the tensor", way: str =
     if not backend.is_concrete(tensor):
         return
     if not backend.all_finite(tensor):
-        kind = "NaN" if math.isnan(backend.largest(tensor)) else "infinity"
-        raise ShapeError(f"{what} holds {kind}, so it cannot be decomposed{way}")
+        value = "NaN" if math.isnan(backend.largest(tensor)) else "infinity"
+        raise ShapeError(f"{what} holds {value}, so it cannot be decomposed{way}")
 
 
 def integer_of(name: str, value: Any, least: int, most: int | None = None) -> int:
@@ -218,7 +217,7 @@ def ranks_of(rank: Any, count: int, what: str) -> list[int]:
     listed = list(rank) if _are_several(rank) else None
     if listed is None or len(listed) != count:
         raise ShapeError(f"rank must be a number or one for each of the {count} {what}; got {safe_repr(rank)}")
-    return [integer_of(f"rank[{place}]", one, 1) for place, one in enumerate(listed)]
+    return [integer_of(f"rank[{place}]", rank_, 1) for place, rank_ in enumerate(listed)]
 
 
 def inner_ranks(rank: Any, possible: Sequence[int]) -> list[int]:
@@ -238,14 +237,17 @@ def inner_ranks(rank: Any, possible: Sequence[int]) -> list[int]:
     """
     listed = list(rank) if _are_several(rank) else rank
     if not isinstance(listed, list):
-        return [min(one, most) for one, most in zip(ranks_of(listed, len(possible), "bonds"), possible, strict=True)]
+        return [
+            min(bond_rank, most)
+            for bond_rank, most in zip(ranks_of(listed, len(possible), "bonds"), possible, strict=True)
+        ]
     if len(listed) == len(possible) + 2 and (listed[0], listed[-1]) == (1, 1):
         listed = listed[1:-1]
-    found = ranks_of(listed, len(possible), "bonds")
-    for bond, (one, most) in enumerate(zip(found, possible, strict=True)):
-        if one > most:
-            raise ShapeError(f"rank {one} of bond {bond} is above {most}, the largest that is possible there")
-    return found
+    ranks = ranks_of(listed, len(possible), "bonds")
+    for bond, (bond_rank, most) in enumerate(zip(ranks, possible, strict=True)):
+        if bond_rank > most:
+            raise ShapeError(f"rank {bond_rank} of bond {bond} is above {most}, the largest that is possible there")
+    return ranks
 
 
 def useful_rank(shape: Sequence[int]) -> int:
@@ -274,17 +276,17 @@ def ring_ranks(ranks: Sequence[int], shape: Sequence[int]) -> list[int]:
     >>> ring_ranks([99, 99, 99], (5, 6, 7)), ring_ranks([99, 2, 2], (5, 6, 7)), ring_ranks([3, 4, 5], (5, 6, 7))
     ([6, 6, 6], [10, 2, 2], [3, 4, 5])
     """
-    order, found = len(shape), list(ranks)
+    order, useful = len(shape), list(ranks)
     turned = [[*shape[first:], *shape[:first]] for first in range(order)]
     most = min(max(min(math.prod(sizes[:cut]), math.prod(sizes[cut:])) for cut in range(1, order)) for sizes in turned)
-    if min(found) >= most:
-        found = [most] * order
+    if min(useful) >= most:
+        useful = [most] * order
     while True:
         # Bond m lies between the cores m - 1 and m.
-        cut = [min(found[m], found[m - 1] * shape[m - 1], found[(m + 1) % order] * shape[m]) for m in range(order)]
-        if cut == found:
-            return found
-        found = cut
+        cut = [min(useful[m], useful[m - 1] * shape[m - 1], useful[(m + 1) % order] * shape[m]) for m in range(order)]
+        if cut == useful:
+            return useful
+        useful = cut
 
 
 # -- A checked request -------------------------------------------------------------------------------------------------
@@ -449,7 +451,7 @@ def _observed(backend: Backend, tensor: Array, mask: Any, weights: Any) -> tuple
     if weights is not None:
         host = _host(weights, "weights", shape).astype(np.float64)
         if not np.isfinite(host).all() or (host < 0.0).any():
-            place = tuple(int(one) for one in np.argwhere(~(np.isfinite(host) & (host >= 0.0)))[0])
+            place = tuple(int(index) for index in np.argwhere(~(np.isfinite(host) & (host >= 0.0)))[0])
             raise ShapeError(
                 f"weights must be finite and not negative; got {host[place]:g} at {place}. 0 leaves an element out"
             )
@@ -457,7 +459,7 @@ def _observed(backend: Backend, tensor: Array, mask: Any, weights: Any) -> tuple
     if mask is not None:
         host = _host(mask, "mask", shape)
         if host.dtype.kind != "b" and not np.isin(host, (0, 1)).all():
-            place = tuple(int(one) for one in np.argwhere(~np.isin(host, (0, 1)))[0])
+            place = tuple(int(index) for index in np.argwhere(~np.isin(host, (0, 1)))[0])
             raise ShapeError(
                 f"mask must be True (or 1) where an element is known and False (or 0) elsewhere; got "
                 f"{host[place]:g} at {place}. Give weights= to count elements in part"
@@ -475,16 +477,16 @@ def _observed(backend: Backend, tensor: Array, mask: Any, weights: Any) -> tuple
 def _host(given: Any, what: str, shape: tuple[int, ...]) -> np.ndarray:
     if isinstance(given, (list, tuple, np.ndarray)):
         try:
-            found = np.asarray(given)
+            array = np.asarray(given)
         except ValueError:
             raise ShapeError(f"{what} is a list whose parts differ in length; expected equal lengths") from None
     else:
-        found = get_backend(given, what=what).to_numpy(given)
-    if found.shape != shape or found.dtype.kind not in "biuf":
+        array = get_backend(given, what=what).to_numpy(given)
+    if array.shape != shape or array.dtype.kind not in "biuf":
         raise ShapeError(
-            f"{what} must be numbers of the tensor's shape {shape}; got {found.dtype} of shape {found.shape}"
+            f"{what} must be numbers of the tensor's shape {shape}; got {array.dtype} of shape {array.shape}"
         )
-    return found
+    return array
 
 
 def _all_seen(roots: np.ndarray) -> None:
@@ -644,12 +646,12 @@ def hints_keywords(function: Callable[P, R]) -> Callable[P, R]:
     tnadapt.errors.UnexpectedKeywordError: solve() got an unexpected keyword argument 'n_iter_max': TensorLy's
     'n_iter_max' is 'max_iterations' here
     """
-    own = frozenset(inspect.signature(function).parameters)
+    accepted = frozenset(inspect.signature(function).parameters)
 
     @functools.wraps(function)
     def hinting(*args: P.args, **kwargs: P.kwargs) -> R:
         for name in kwargs:
-            if name not in own and name in _TENSORLY:
+            if name not in accepted and name in _TENSORLY:
                 raise UnexpectedKeywordError(
                     f"{function.__name__}() got an unexpected keyword argument {name!r}: TensorLy's {name!r} is "
                     f"{_TENSORLY[name]}"

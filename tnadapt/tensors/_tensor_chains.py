@@ -61,27 +61,27 @@ class CoreChain(Decomposed, tuple[Array, ...]):
 
     def entries(self, indices: Any) -> Array:
         backend, places = self.backend, self.places(indices)
-        found: Array = None
+        products: Array = None
         for core, place in zip(self, places, strict=True):
             # (r, d, r') -> one matrix per element: (n, r, r').
-            own = backend.take(
+            matrices = backend.take(
                 backend.permute_dims(core, (1, 0, 2)), backend.constant(place, backend.device(core)), axis=0
             )
-            found = own if found is None else backend.matmul(found, own)
-        return self._closed(backend, found)
+            products = matrices if products is None else backend.matmul(products, matrices)
+        return self._closed(backend, products)
 
     def part(self, *index: int | slice) -> Self:
         slices = self.slices(index)
-        return type(self)([core[:, one, :] for core, one in zip(self, slices, strict=True)])
+        return type(self)([core[:, rows, :] for core, rows in zip(self, slices, strict=True)])
 
     def inner(self, other: Self) -> Array:
         self.same_shape(other)
         backend = self.backend
-        found: Array = None
+        product: Array = None
         for mine, theirs in zip(self, other, strict=True):
-            own = self._transfer(backend, backend.conj(mine), theirs)
-            found = own if found is None else backend.matmul(found, own)
-        return self._closed(backend, backend.reshape(found, (1, *found.shape)))[0]
+            transfer = self._transfer(backend, backend.conj(mine), theirs)
+            product = transfer if product is None else backend.matmul(product, transfer)
+        return self._closed(backend, backend.reshape(product, (1, *product.shape)))[0]
 
     @staticmethod
     def _transfer(backend: Backend, a: Array, b: Array) -> Array:
@@ -380,7 +380,8 @@ class TTMatrix(Decomposed, tuple[Array, ...]):
     def to_tensor(self) -> Array:
         backend, order = self.backend, len(self)
         merged = backend.reshape(
-            self.train().to_tensor(), [one for pair in zip(self.row_sizes, self.col_sizes, strict=True) for one in pair]
+            self.train().to_tensor(),
+            [size for pair in zip(self.row_sizes, self.col_sizes, strict=True) for size in pair],
         )
         return backend.permute_dims(merged, [*range(0, 2 * order, 2), *range(1, 2 * order, 2)])
 
@@ -397,7 +398,7 @@ class TTMatrix(Decomposed, tuple[Array, ...]):
 
     def part(self, *index: int | slice) -> Self:
         """Take a slice; only whole rows or columns, because others do not divide into modes."""
-        if any(one != slice(0, size, 1) for one, size in zip(self.slices(index), self.shape, strict=True)):
+        if any(span != slice(0, size, 1) for span, size in zip(self.slices(index), self.shape, strict=True)):
             raise ShapeError(
                 "a part of a TT matrix does not divide into its modes: take entries, or multiply by unit vectors"
             )
@@ -445,9 +446,9 @@ class TTMatrix(Decomposed, tuple[Array, ...]):
         backend, cores = self.backend, []
         for a, b in zip(self, other, strict=True):
             (left_a, rows, inner, right_a), (left_b, _, cols, right_b) = a.shape, b.shape
-            one = backend.reshape(backend.permute_dims(a, (0, 1, 3, 2)), (left_a * rows * right_a, inner))
-            two = backend.reshape(backend.permute_dims(b, (1, 0, 2, 3)), (inner, left_b * cols * right_b))
-            both = backend.reshape(backend.matmul(one, two), (left_a, rows, right_a, left_b, cols, right_b))
+            matrix_a = backend.reshape(backend.permute_dims(a, (0, 1, 3, 2)), (left_a * rows * right_a, inner))
+            matrix_b = backend.reshape(backend.permute_dims(b, (1, 0, 2, 3)), (inner, left_b * cols * right_b))
+            both = backend.reshape(backend.matmul(matrix_a, matrix_b), (left_a, rows, right_a, left_b, cols, right_b))
             both = backend.permute_dims(both, (0, 3, 1, 4, 2, 5))
             cores.append(backend.reshape(both, (left_a * left_b, rows, cols, right_a * right_b)))
         return TTMatrix(cores)
@@ -504,7 +505,7 @@ def _rounded(
         norm = float(np.linalg.norm(backend.to_numpy(cores[-1]).reshape(-1)))
         loss = error_limit(max_error) * norm / math.sqrt(max(1, bonds))
     for bond in range(bonds - 1, -1, -1):
-        left, size, right = (int(one) for one in cores[bond + 1].shape)
+        left, size, right = map(int, cores[bond + 1].shape)
         u, s, vh = backend.svd(backend.reshape(cores[bond + 1], (left, size * right)))
         most = int(s.shape[0])
         keep = min(limits[bond], most) if rank is not None else kept(backend.to_numpy(s), most, loss)

@@ -262,8 +262,8 @@ def tt_matrix(
     Examples
     --------
     >>> import numpy as np
-    >>> found = tt_matrix(np.eye(12), 1, rows=(3, 4), cols=(3, 4))
-    >>> [core.shape for core in found], bool(np.allclose(found.to_matrix(), np.eye(12)))
+    >>> matrix = tt_matrix(np.eye(12), 1, rows=(3, 4), cols=(3, 4))
+    >>> [core.shape for core in matrix], bool(np.allclose(matrix.to_matrix(), np.eye(12)))
     ([(1, 3, 3, 1), (1, 4, 4, 1)], True)
     """
     backend, array = as_tensor(matrix, "the matrix")
@@ -287,12 +287,12 @@ def tt_matrix(
 
 
 def _merged_start(init: Sequence[Any], rows: tuple[int, ...], cols: tuple[int, ...]) -> TTTensor:
-    given = _started(TTMatrix, init)
-    if (given.row_sizes, given.col_sizes) != (rows, cols):
+    start = _started(TTMatrix, init)
+    if (start.row_sizes, start.col_sizes) != (rows, cols):
         raise ShapeError(
-            f"init divides rows and columns into {given.row_sizes} and {given.col_sizes}; expected {rows} and {cols}"
+            f"init divides rows and columns into {start.row_sizes} and {start.col_sizes}; expected {rows} and {cols}"
         )
-    return given.train()
+    return start.train()
 
 
 def _sizes(
@@ -515,10 +515,10 @@ def _ranks(rank: Any, shape: tuple[int, ...]) -> list[int]:
         listed = listed[:-1]
     ranks = ranks_of(listed, order, "bonds")
     useful = ring_ranks(ranks, shape)
-    for bond, (one, most) in enumerate(zip(ranks, useful, strict=True)):
-        if one > most and isinstance(listed, list):
+    for bond, (bond_rank, most) in enumerate(zip(ranks, useful, strict=True)):
+        if bond_rank > most and isinstance(listed, list):
             raise ShapeError(
-                f"rank {one} of bond {bond} is above {most}, the largest that is useful there in a ring of shape "
+                f"rank {bond_rank} of bond {bond} is above {most}, the largest that is useful there in a ring of shape "
                 f"{shape} and ranks {tuple(ranks)}: give {tuple(useful)}"
             )
     return useful
@@ -591,8 +591,8 @@ def _improved(request: Request, cores: list[Array], held: set[int], steps: Itera
 def _tried(request: Request, cores: list[Array], held: set[int], ridge: float) -> list[Array] | None:
     with np.errstate(all="ignore"):
         try:
-            found = ring_sweep(request.backend, request.tensor, cores, held, ridge)
+            new_cores = ring_sweep(request.backend, request.tensor, cores, held, ridge)
         except (np.linalg.LinAlgError, RuntimeError):  # torch raises a RuntimeError
             return None
-    finite = all(np.isfinite(request.backend.to_numpy(core)).all() for core in found)
-    return found if finite else None
+    finite = all(np.isfinite(request.backend.to_numpy(core)).all() for core in new_cores)
+    return new_cores if finite else None

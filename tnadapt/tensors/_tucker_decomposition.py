@@ -205,10 +205,10 @@ def _from_blocks(
 def _ranks(rank: Any, shape: tuple[int, ...]) -> list[int]:
     ranks = ranks_of(rank, len(shape), "modes")
     if isinstance(rank, (int, np.integer)):
-        return [min(one, size) for one, size in zip(ranks, shape, strict=True)]
-    for mode, (one, size) in enumerate(zip(ranks, shape, strict=True)):
-        if one > size:
-            raise ShapeError(f"rank {one} of mode {mode} is above its size {size}, the largest that is possible")
+        return [min(mode_rank, size) for mode_rank, size in zip(ranks, shape, strict=True)]
+    for mode, (mode_rank, size) in enumerate(zip(ranks, shape, strict=True)):
+        if mode_rank > size:
+            raise ShapeError(f"rank {mode_rank} of mode {mode} is above its size {size}, the largest that is possible")
     return ranks
 
 
