@@ -20,6 +20,7 @@ from .errors import BackendError, ConfigError, FileError, ShapeError, TargetErro
 __all__ = [
     "checks_arguments",
     "flag",
+    "integer",
     "is_sequence",
     "require_frozen",
     "wrong_argument",
@@ -263,6 +264,30 @@ def _is_number(value: Any) -> bool:
 
 def _is_flag(value: Any) -> bool:
     return type(value).__name__ == "bool" or (isinstance(value, int) and value in (0, 1))
+
+
+def integer(name: str, value: Any, low: int, high: int, error: type[TnadaptError], other: str = "") -> int:
+    """Return ``value`` as an integer from low to high, or raise an error that names it.
+
+    Examples
+    --------
+    >>> integer("rank", 4, 1, 8, ConfigError)
+    4
+    >>> integer("rank", 4.0, 1, 8, ConfigError)
+    Traceback (most recent call last):
+        ...
+    tnadapt.errors.ConfigError: rank must be an integer; got 4.0
+    """
+    other = f" {other}" if other else ""
+    if isinstance(value, bool):
+        raise error(f"{name} must be an integer{other}; got {value}")
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise error(f"{name} must be an integer{other}; got {safe_repr(value)}") from None
+    if not low <= number <= high:
+        raise error(f"{name} must be from {low} to {high}; got {safe_repr(number)}")
+    return number
 
 
 def is_sequence(value: Any) -> bool:

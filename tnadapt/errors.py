@@ -6,7 +6,6 @@ what was given, what was expected, and how to fix it.
 
 from __future__ import annotations
 
-import operator
 import os
 import re
 import sys
@@ -226,30 +225,6 @@ def safe_repr(value: Any) -> str:
         # another library's object may raise anything.
         return f"an integer of {value.bit_length()} bits" if isinstance(value, int) else f"a {type(value).__name__}"
     return escaped(text if len(text) <= 200 else text[:200] + " …")
-
-
-def integer(name: str, value: Any, low: int, high: int, error: type[TnadaptError], other: str = "") -> int:
-    """Return ``value`` as an integer from low to high, or raise an error that names it.
-
-    Examples
-    --------
-    >>> integer("rank", 4, 1, 8, ConfigError)
-    4
-    >>> integer("rank", 4.0, 1, 8, ConfigError)
-    Traceback (most recent call last):
-        ...
-    tnadapt.errors.ConfigError: rank must be an integer; got 4.0
-    """
-    other = f" {other}" if other else ""
-    if isinstance(value, bool):
-        raise error(f"{name} must be an integer{other}; got {value}")
-    try:
-        number = operator.index(value)
-    except TypeError:
-        raise error(f"{name} must be an integer{other}; got {safe_repr(value)}") from None
-    if not low <= number <= high:
-        raise error(f"{name} must be from {low} to {high}; got {safe_repr(number)}")
-    return number
 
 
 def summarize(names: Iterable[str]) -> str:

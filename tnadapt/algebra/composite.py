@@ -12,8 +12,8 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
-from tnadapt.argument_checks import is_sequence, wrong_argument
-from tnadapt.errors import ConfigError, ShapeError, integer, safe_repr
+from tnadapt.argument_checks import integer, is_sequence, wrong_argument
+from tnadapt.errors import ConfigError, ShapeError, safe_repr
 from tnadapt.report import TextTable
 
 from .config import Config

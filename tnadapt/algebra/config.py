@@ -15,7 +15,8 @@ from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Any, TypeVar
 
-from tnadapt.errors import ConfigError, integer, keyword_hint, safe_repr
+from tnadapt.argument_checks import integer
+from tnadapt.errors import ConfigError, keyword_hint, safe_repr
 from tnadapt.report import TextTable
 
 from .applying import APPLYING, AXES

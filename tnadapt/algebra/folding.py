@@ -16,9 +16,9 @@ import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from tnadapt.argument_checks import checks_arguments
+from tnadapt.argument_checks import checks_arguments, integer
 from tnadapt.backends import Array, Backend, get_backend
-from tnadapt.errors import ConfigError, ShapeError, integer
+from tnadapt.errors import ConfigError, ShapeError
 
 __all__ = [
     "FOLDS",

@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tnadapt.argument_checks import checks_arguments
+from tnadapt.argument_checks import checks_arguments, integer
 from tnadapt.backends import Array, get_backend
-from tnadapt.errors import ShapeError, integer
+from tnadapt.errors import ShapeError
 
 from .norms import exponent_of, relative_difference, scaled_by
 

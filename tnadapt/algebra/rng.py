@@ -24,8 +24,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tnadapt.argument_checks import integer
 from tnadapt.backends import kernels
-from tnadapt.errors import ConfigError, ShapeError, integer
+from tnadapt.errors import ConfigError, ShapeError
 
 __all__ = [
     "PURPOSE",

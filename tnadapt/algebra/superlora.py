@@ -13,7 +13,7 @@ from typing import Any, Literal, Self, overload
 
 import numpy as np
 
-from tnadapt.argument_checks import checks_arguments, flag, is_sequence, wrong_argument
+from tnadapt.argument_checks import checks_arguments, flag, integer, is_sequence, wrong_argument
 from tnadapt.backends import (
     Array,
     ArrayT,
@@ -24,7 +24,7 @@ from tnadapt.backends import (
     load_backend,
     load_imported,
 )
-from tnadapt.errors import BackendError, ConfigError, ShapeError, integer, safe_repr, summarize
+from tnadapt.errors import BackendError, ConfigError, ShapeError, safe_repr, summarize
 from tnadapt.report import TextTable
 
 from .applying import Applying, applying_of

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from tnadapt.argument_checks import checks_arguments
-from tnadapt.errors import FileError, ShapeError, TnadaptError, integer, safe_repr, summarize
+from tnadapt.argument_checks import checks_arguments, integer
+from tnadapt.errors import FileError, ShapeError, TnadaptError, safe_repr, summarize
 
 from .container import (
     FOREIGN,

@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from tnadapt.argument_checks import integer
 from tnadapt.checkpoints.checkpoint import open_checkpoint
-from tnadapt.errors import ConfigError, FileError, integer, safe_repr, summarize
+from tnadapt.errors import ConfigError, FileError, safe_repr, summarize
 from tnadapt.targets.roles import natural
 
 from ._base_model import Base, target_of

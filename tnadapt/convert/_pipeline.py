@@ -15,12 +15,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tnadapt.argument_checks import checks_arguments
+from tnadapt.argument_checks import checks_arguments, integer
 from tnadapt.checkpoints.adapter_file import AdapterFile
 from tnadapt.checkpoints.adapter_format import content_of, load
 from tnadapt.checkpoints.atomic_files import replace_file
 from tnadapt.checkpoints.container import file_error_context, path_of
-from tnadapt.errors import ConfigError, FileError, TnadaptError, escaped, integer, safe_repr
+from tnadapt.errors import ConfigError, FileError, TnadaptError, escaped, safe_repr
 from tnadapt.plugins import Registry, load_plugins
 from tnadapt.targets.target import Target
 

@@ -14,9 +14,9 @@ from tnadapt.algebra.config import Config, is_named
 from tnadapt.algebra.folding import MAX_SIZE
 from tnadapt.algebra.group import useful_rank
 from tnadapt.algebra.superlora import SuperLoRA
-from tnadapt.argument_checks import checks_arguments, wrong_argument
+from tnadapt.argument_checks import checks_arguments, integer, wrong_argument
 from tnadapt.backends import Array, Backend, get_backend, load_backend
-from tnadapt.errors import BackendError, ConfigError, ShapeError, integer, safe_repr
+from tnadapt.errors import BackendError, ConfigError, ShapeError, safe_repr
 
 from ._group_fits import fit_plan
 from ._reports import FitReport, Step

@@ -13,10 +13,10 @@ import torch
 
 from tnadapt import torch as tnt
 from tnadapt.algebra.superlora import SuperLoRA
-from tnadapt.argument_checks import checks_arguments, wrong_argument
+from tnadapt.argument_checks import checks_arguments, integer, wrong_argument
 from tnadapt.checkpoints.adapter_format import load
 from tnadapt.checkpoints.atomic_files import replace_file
-from tnadapt.errors import ConfigError, FileError, TnadaptError, integer
+from tnadapt.errors import ConfigError, FileError, TnadaptError
 from tnadapt.report import ProgressBar
 
 from ._pretrained import open_problem

@@ -13,8 +13,8 @@ import numpy as np
 from tnadapt.algebra.formats import Dense, Format, of_cp, of_tucker
 from tnadapt.algebra.network import Network
 from tnadapt.algebra.superlora import SuperLoRA
-from tnadapt.argument_checks import checks_arguments
-from tnadapt.errors import ShapeError, integer
+from tnadapt.argument_checks import checks_arguments, integer
+from tnadapt.errors import ShapeError
 
 __all__ = [
     "Rank",

@@ -14,10 +14,10 @@ from typing import Any
 from tnadapt.algebra.config import Config
 from tnadapt.algebra.network import Network
 from tnadapt.algebra.superlora import SuperLoRA
-from tnadapt.argument_checks import checks_arguments, is_sequence
+from tnadapt.argument_checks import checks_arguments, integer, is_sequence
 from tnadapt.backends import FLOAT_DTYPES
 from tnadapt.checkpoints.lora_export import LoraExport, lora_export
-from tnadapt.errors import ConfigError, integer, safe_repr
+from tnadapt.errors import ConfigError, safe_repr
 from tnadapt.report import TextTable
 
 from ._flops import step_cost

@@ -16,7 +16,8 @@ from tnadapt.algebra.maps import projection_name, takes_ratio
 from tnadapt.algebra.maps.projection import Projection
 from tnadapt.algebra.network import Network
 from tnadapt.algebra.superlora import SuperLoRA
-from tnadapt.errors import ConfigError, ShapeError, integer
+from tnadapt.argument_checks import integer
+from tnadapt.errors import ConfigError, ShapeError
 
 __all__ = [
     "Diagram",

@@ -13,9 +13,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from tnadapt.argument_checks import checks_arguments
+from tnadapt.argument_checks import checks_arguments, integer
 from tnadapt.backends import Array
-from tnadapt.errors import TargetError, escaped, integer, safe_repr
+from tnadapt.errors import TargetError, escaped, safe_repr
 
 __all__ = [
     "MAX_SIZE",

@@ -24,9 +24,9 @@ from tnadapt.algebra.products import cp_to_tensor, kron_matvec, kronecker, tt_to
 from tnadapt.algebra.sources import Tied, inner_source
 from tnadapt.algebra.starting_points import STARTS
 from tnadapt.algebra.superlora import SuperLoRA
-from tnadapt.argument_checks import checks_arguments
+from tnadapt.argument_checks import checks_arguments, integer
 from tnadapt.backends import Array, Backend, available_backends, load_backend
-from tnadapt.errors import BackendError, ConfigError, integer, safe_repr
+from tnadapt.errors import BackendError, ConfigError, safe_repr
 from tnadapt.report import TextTable
 
 from . import _reference as reference

@@ -25,9 +25,9 @@ from tnadapt.algebra.folding import MAX_SIZE
 from tnadapt.algebra.group import useful_rank
 from tnadapt.algebra.named_config import config_of, is_setting
 from tnadapt.algebra.superlora import SuperLoRA, share_maps
-from tnadapt.argument_checks import flag, is_sequence, wrong_argument
+from tnadapt.argument_checks import flag, integer, is_sequence, wrong_argument
 from tnadapt.backends import load_backend
-from tnadapt.errors import BackendError, ConfigError, TargetError, integer, safe_repr, warn
+from tnadapt.errors import BackendError, ConfigError, TargetError, safe_repr, warn
 from tnadapt.targets.roles import is_within
 from tnadapt.targets.target import Target, check_distinct
 

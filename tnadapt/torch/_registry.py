@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from tnadapt.algebra.superlora import SuperLoRA
-from tnadapt.argument_checks import checks_arguments, is_sequence
+from tnadapt.argument_checks import checks_arguments, integer, is_sequence
 from tnadapt.backends import FixedArrays
-from tnadapt.errors import ConfigError, TargetError, integer, safe_repr, warn
+from tnadapt.errors import ConfigError, TargetError, safe_repr, warn
 
 from ._delta import all_or_none
 from ._forward_pass import PassHooks

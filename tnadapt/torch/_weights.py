@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from tnadapt.algebra.superlora import SuperLoRA
+from tnadapt.argument_checks import integer
 from tnadapt.checkpoints.adapter_file import AdapterFile
-from tnadapt.errors import FileError, TargetError, integer, safe_repr
+from tnadapt.errors import FileError, TargetError, safe_repr
 from tnadapt.targets.roles import main_projection
 from tnadapt.targets.target import MAX_SIZE, RowIndices, Rows, Target
 

@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tnadapt.argument_checks import checks_arguments
-from tnadapt.errors import ConfigError, ShapeError, TargetError, integer, safe_repr
+from tnadapt.argument_checks import checks_arguments, integer
+from tnadapt.errors import ConfigError, ShapeError, TargetError, safe_repr
 from tnadapt.targets.target import Target
 
 from ._adapter import Adapter, adapters

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import numpy as np
 
 from tnadapt.algebra.folding import Cut
+from tnadapt.argument_checks import integer
 from tnadapt.backends import Array, Backend, FixedArrays, load_backend
-from tnadapt.errors import ConfigError, integer, safe_repr
+from tnadapt.errors import ConfigError, safe_repr
 
 if TYPE_CHECKING:
     from typing import Self

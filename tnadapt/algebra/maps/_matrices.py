@@ -10,8 +10,9 @@ import numpy as np
 
 from tnadapt.algebra import rng
 from tnadapt.algebra.folding import MAX_SIZE
+from tnadapt.argument_checks import integer
 from tnadapt.backends import Array, Backend
-from tnadapt.errors import ConfigError, integer, safe_repr
+from tnadapt.errors import ConfigError, safe_repr
 
 from ._map import BroughtMap, ByRows, Identity, Map, MapSettings, Space
 

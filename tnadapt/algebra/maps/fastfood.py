@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 
 from tnadapt.algebra import rng
-from tnadapt.argument_checks import flag
+from tnadapt.argument_checks import flag, integer
 from tnadapt.backends import FLOAT_DTYPES, Array, Backend, FixedArrays, get_backend, kernels, known_backend
-from tnadapt.errors import ShapeError, integer
+from tnadapt.errors import ShapeError
 
 from ._map import Map, digest_of
 

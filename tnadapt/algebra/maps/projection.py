@@ -19,9 +19,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tnadapt.algebra.folding import MAX_SIZE
-from tnadapt.argument_checks import checks_arguments
+from tnadapt.argument_checks import checks_arguments, integer
 from tnadapt.backends import Array, Backend, get_backend
-from tnadapt.errors import ConfigError, ShapeError, TnadaptError, integer, safe_repr
+from tnadapt.errors import ConfigError, ShapeError, TnadaptError, safe_repr
 from tnadapt.plugins import Registry
 
 from ._map import BroughtMap, Identity, Map, MapSettings, Space, settings_text

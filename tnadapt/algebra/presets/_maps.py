@@ -13,8 +13,8 @@ from tnadapt.algebra import rng
 from tnadapt.algebra.config import Config
 from tnadapt.algebra.folding import MAX_SIZE
 from tnadapt.algebra.maps import Circulant, Scatter, Tile, Wavelet
-from tnadapt.argument_checks import checks_arguments
-from tnadapt.errors import ConfigError, integer
+from tnadapt.argument_checks import checks_arguments, integer
+from tnadapt.errors import ConfigError
 
 from ._preset import (
     AdaptedWeights,

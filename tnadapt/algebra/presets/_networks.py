@@ -14,8 +14,8 @@ import numpy as np
 from tnadapt.algebra.config import Config
 from tnadapt.algebra.folding import MAX_SIZE
 from tnadapt.algebra.maps.projection import make_map
-from tnadapt.argument_checks import checks_arguments
-from tnadapt.errors import ConfigError, integer, safe_repr
+from tnadapt.argument_checks import checks_arguments, integer
+from tnadapt.errors import ConfigError, safe_repr
 
 from ._preset import (
     AdaptedWeights,

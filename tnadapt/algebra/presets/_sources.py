@@ -12,8 +12,8 @@ from tnadapt.algebra import rng
 from tnadapt.algebra.config import Config, checked_number
 from tnadapt.algebra.folding import MAX_SIZE
 from tnadapt.algebra.sources import BaseCore, FromBase, Mixed, Scaled, Seeded, Source, Tied
-from tnadapt.argument_checks import checks_arguments
-from tnadapt.errors import ConfigError, integer
+from tnadapt.argument_checks import checks_arguments, integer
+from tnadapt.errors import ConfigError
 
 from ._preset import (
     AdaptedWeights,

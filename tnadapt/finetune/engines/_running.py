@@ -10,9 +10,9 @@ from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from tnadapt.argument_checks import checks_arguments, wrong_argument
+from tnadapt.argument_checks import checks_arguments, integer, wrong_argument
 from tnadapt.checkpoints.container import path_of
-from tnadapt.errors import ConfigError, TnadaptError, integer, safe_repr
+from tnadapt.errors import ConfigError, TnadaptError, safe_repr
 from tnadapt.plugins import Registry, failed_plugins
 
 from . import _engine
