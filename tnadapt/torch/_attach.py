@@ -119,7 +119,8 @@ def _is_default(config: Config) -> bool:
     call = preset_call(config)
     if call is None:
         return False
-    return bool(inspect.signature(getattr(presets, call.preset)).parameters["rank"].default == config.rank)
+    rank = inspect.signature(getattr(presets, call.preset)).parameters.get("rank")
+    return rank is not None and bool(rank.default == config.rank)
 
 
 def _are_settings(value: Any) -> bool:
