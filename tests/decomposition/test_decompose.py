@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
+import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -441,3 +442,16 @@ def test_updates_without_padding_are_recovered(data: st.DataObject) -> None:
     made = plan.deltas(data.draw(parameters(plan)))
     _, report = tna.decompose(made, plan.config, layers=plan._layers, max_iterations=1000, tol=1e-10)
     assert report.error < 1e-5
+
+
+def test_a_report_keeps_an_update_at_most_twice() -> None:
+    """For the bound and the certificate, which are computed when they are read."""
+    rng = np.random.default_rng(0)
+    updates = [rng.standard_normal((1024, 1024), np.float32) for _ in range(2)]
+    tna.decompose(updates, tna.presets.lora(4))
+    tracemalloc.start()
+    _, report = tna.decompose(updates, tna.presets.lora(4))
+    kept = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert kept < 2.1 * sum(update.nbytes for update in updates)
+    assert report.bound <= report.error

@@ -135,7 +135,10 @@ def _components(
     backend, shape = algebra.backend, tensor.shape
     rank = min(rank, math.prod(shape) // max(shape))
     init = "svd" if start is None else [start[f"factor{m}"][:size, :rank] for m, size in enumerate(shape)]
-    fit = fit_cp(backend, tensor, rank, _of_sweeps(limits), init=init, svd=algebra.svd_method, seed=algebra.seed)
+    # The tensor is that of a group, which nobody else has: a proof that is computed later keeps it without a copy.
+    fit = fit_cp(
+        backend, tensor, rank, _of_sweeps(limits), init=init, svd=algebra.svd_method, seed=algebra.seed, settled=True
+    )
     factors = [fit.arrays[f"factor{mode}"] for mode in range(len(shape))]
     norms = [algebra.columns(factor) for factor in factors]
     units = [
@@ -172,7 +175,9 @@ def _possible_ranks(ranks: list[int], modes: list[int]) -> tuple[int, ...]:
 
 def _tensor_train(algebra: Algebra, split: Any, tensor: Array, start: Any, limits: Limits) -> Fit:
     ranks = [int(rank) for rank in split.ranks[1:-1]]
-    return fit_train(algebra.backend, tensor, ranks, _of_sweeps(limits), svd=algebra.svd_method, seed=algebra.seed)
+    return fit_train(
+        algebra.backend, tensor, ranks, _of_sweeps(limits), svd=algebra.svd_method, seed=algebra.seed, settled=True
+    )
 
 
 _SOLVERS: dict[type[Format], Callable[[Algebra, Any, Array, Any, Limits], Fit]] = {

@@ -433,7 +433,8 @@ class Algebra:
                 short, left = (matrix, triplets[0]) if rows else (self.backend.matrix_transpose(matrix), triplets[2])
                 # The caller may change the matrix before the proof is asked for.
                 kept, host = short if self.settled else short * 1.0, self.backend.to_numpy
-                proof = functools.cache(lambda: no_matrix_is_closer(host(kept), host(left), self.eps))
+                eps = self.eps  # not self, which has a whole tensor
+                proof = functools.cache(lambda: no_matrix_is_closer(host(kept), host(left), eps))
                 return *triplets, proof
         random = self.randomized(shape, rank)
         u, s, v = self._random_svd(matrix, rank) if random else self.backend.svd(matrix)
