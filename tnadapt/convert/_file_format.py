@@ -472,7 +472,7 @@ class FileFormat:
 
 
 class ConversionRequest(NamedTuple):
-    """What a conversion is asked for, checked.
+    """The arguments of a conversion, checked.
 
     Attributes
     ----------

@@ -411,7 +411,7 @@ def attach(
 
 @dataclasses.dataclass(frozen=True)
 class AttachRequest:
-    """What :func:`attach` is asked for, checked; its arguments are described there.
+    """The arguments of :func:`attach`, which describes them, checked.
 
     Attributes
     ----------
