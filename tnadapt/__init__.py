@@ -5,12 +5,11 @@ The updates of all chosen weights are one long vector, cut into groups; each gro
 Importing this imports no framework.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .convert import convert
 from .errors import BackendError, ConfigError, FileError, ShapeError, TargetError, TnadaptError
-from .lazy_names import lazy_name
+from .lazy_names import lazy_names
 
 if TYPE_CHECKING:
     from .algebra import maps, presets, sources
@@ -181,7 +180,6 @@ _MODULES = frozenset(
 )
 _MODULES_WITH_EXTRAS = frozenset({"finetune", "plot", "serving", "testing", "torch"})
 
-
 # What users of PyTorch and of PEFT look for in this package.
 _ELSEWHERE = {
     "attach": "tnadapt.torch.attach", "find_targets": "tnadapt.torch.find_targets",
@@ -190,15 +188,4 @@ _ELSEWHERE = {
     "LoraConfig": "tnadapt.presets.lora",
 }  # fmt: skip
 
-
-def __getattr__(name: str) -> Any:
-    if name in _MODULES or name in _MODULES_WITH_EXTRAS:
-        return importlib.import_module(f".{name}", __name__)
-    if name in _ELSEWHERE:
-        raise AttributeError(f"module 'tnadapt' has no attribute {name!r}: use {_ELSEWHERE[name]}", name=name)
-    value = globals()[name] = lazy_name(__name__, _LAZY, name)
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__, *_MODULES})
+__getattr__, __dir__ = lazy_names(__name__, _LAZY, _MODULES, _MODULES_WITH_EXTRAS, _ELSEWHERE)

@@ -5,11 +5,56 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from types import ModuleType
 from typing import Any
 
-__all__ = ["lazy_module", "lazy_name"]
+__all__ = ["lazy_module", "lazy_name", "lazy_names"]
+
+
+def lazy_names(
+    package: str,
+    modules: Mapping[str, str],
+    submodules: Collection[str] = (),
+    with_extras: Collection[str] = (),
+    elsewhere: Mapping[str, str] | None = None,
+) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+    """Return the ``__getattr__`` and ``__dir__`` of a package, which keeps a name once it has been imported.
+
+    Parameters
+    ----------
+    package : str
+        ``__name__`` of the package.
+    modules : mapping of str to str
+        The module of each name, relative to the package: ``"_study"``, ``"decomposition.extraction"``.
+    submodules : collection of str
+        Modules of the package that are used as its attributes.
+    with_extras : collection of str
+        Likewise, where importing needs an extra: ``dir()`` leaves them out.
+    elsewhere : mapping of str to str, optional
+        Names that users look for in the package, and what to use instead.
+
+    Examples
+    --------
+    >>> getattr_of, dir_of = lazy_names("tnadapt.serving", {"ServedFolder": "_served_folder"})
+    >>> getattr_of("ServedFolder").__name__
+    'ServedFolder'
+    """
+
+    def get_attribute(name: str) -> Any:
+        if name in submodules or name in with_extras:
+            return importlib.import_module(f".{name}", package)
+        if elsewhere and name in elsewhere:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}: use {elsewhere[name]}", name=name)
+        value = lazy_name(package, modules, name)
+        setattr(sys.modules[package], name, value)
+        return value
+
+    def names() -> list[str]:
+        namespace = vars(sys.modules[package])
+        return sorted({*namespace, *namespace["__all__"], *submodules})
+
+    return get_attribute, names
 
 
 def lazy_name(package: str, modules: Mapping[str, str], name: str) -> Any:

@@ -5,10 +5,10 @@ name. ``layout`` cuts the long vector of all updates into groups, and ``folding`
 ``network`` computes a group before F, or any slice of it, from its splits (``formats``, combined by ``products``);
 ``maps`` holds the fixed map F that follows, and ``theta`` one before the network. ``group`` joins these to the ΔW of a
 group. ``sources`` says which arrays are trained and computes the frozen ones; ``init`` and ``starting_points`` say
-where training starts, and ``units`` how far a step moves. ``plan`` puts all groups together, ``superlora`` adds the
-updates, and ``composite`` joins several configs. ``rng`` draws every fixed or random number, the same on all machines.
-``factoring`` finds updates that are products of two factors, ``applying`` says how an update meets its weight,
-``rounding`` does that in float64, and ``geometry`` and ``norms`` measure updates.
+where training starts, and ``units`` how far a step moves. ``plan_part`` puts the groups of one config together,
+``superlora`` is the plan of all updates, and ``composite`` joins several configs. ``rng`` draws every fixed or random
+number, the same on all machines. ``factoring`` finds updates that are products of two factors, ``applying`` says how an
+update meets its weight, ``rounding`` does that in float64, and ``geometry`` and ``norms`` measure updates.
 """
 
 from types import ModuleType

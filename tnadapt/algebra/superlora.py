@@ -27,7 +27,7 @@ from tnadapt.backends import (
 from tnadapt.errors import BackendError, ConfigError, ShapeError, safe_repr, summarize
 from tnadapt.report import TextTable
 
-from .applying import Applying, applying_of
+from .applying import APPLYING, Applying, applying_of
 from .composite import CompositeConfig, CompositeLayout
 from .config import Config
 from .group import Group, lora_rank, rank_bound, rank_bounds, updates_of_runs
@@ -343,7 +343,7 @@ class SuperLoRA:
 
         ``weight{i}.magnitude`` with ``apply="magnitude"``. They start at numbers of the base weights.
         """
-        if self.applying.additive:
+        if APPLYING.find(self.config.apply).additive:
             return {}
         of_weights = [self.applying.param_shapes(index, shape) for index, shape in enumerate(self.shapes)]
         return {name: shape for shapes in of_weights for name, shape in shapes.items()}
@@ -351,6 +351,8 @@ class SuperLoRA:
     @functools.cached_property
     def weight_param_names(self) -> list[tuple[str, ...]]:
         """The names in ``weight_param_shapes`` of each weight."""
+        if not self.weight_param_shapes:
+            return [()] * len(self.shapes)
         return [tuple(self.applying.param_shapes(index, shape)) for index, shape in enumerate(self.shapes)]
 
     @functools.cached_property

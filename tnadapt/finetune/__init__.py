@@ -13,9 +13,9 @@ It prints nothing; progress goes to a :class:`Reporter`. Needs torch and ``pip i
 """
 
 import importlib.util
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from tnadapt.lazy_names import lazy_name
+from tnadapt.lazy_names import lazy_names
 
 if TYPE_CHECKING:
     from ._prediction import Predictions, predict
@@ -91,10 +91,4 @@ _LAZY = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    value = globals()[name] = lazy_name(__name__, _LAZY, name)
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy_names(__name__, _LAZY)

@@ -4,9 +4,9 @@
 :func:`register_vllm_resolver` by its entry point, and asks the resolver for adapters by name.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from tnadapt.lazy_names import lazy_name
+from tnadapt.lazy_names import lazy_names
 
 if TYPE_CHECKING:
     from ._served_folder import ServedFolder, register_vllm_resolver, vllm_resolver
@@ -21,9 +21,4 @@ _LAZY = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    return lazy_name(__name__, _LAZY, name)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy_names(__name__, _LAZY)

@@ -5,7 +5,7 @@ Conventions are TensorLy's: row-major unfoldings, factors of shape ``(size, rank
 slices, and adds, multiplies and rounds without forming it.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tnadapt.algebra.products import (
     cp_to_tensor,
@@ -15,7 +15,7 @@ from tnadapt.algebra.products import (
     tucker_to_tensor,
 )
 from tnadapt.decomposition.fits import FitOutcome
-from tnadapt.lazy_names import lazy_name
+from tnadapt.lazy_names import lazy_names
 
 if TYPE_CHECKING:
     from ._cp_decomposition import cp
@@ -134,10 +134,4 @@ _LAZY = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    value = globals()[name] = lazy_name(__name__, _LAZY, name)
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy_names(__name__, _LAZY)

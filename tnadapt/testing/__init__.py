@@ -13,9 +13,9 @@ names need ``pip install "tnadapt[testing]"``. ``tnadapt.verify`` (``verificatio
 ``_reference`` is the independent reference implementation in float64.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from tnadapt.lazy_names import lazy_name
+from tnadapt.lazy_names import lazy_names
 
 if TYPE_CHECKING:
     from ._contracts import BackendContract, FormatContract, MapContract, SourceContract
@@ -47,10 +47,4 @@ _LAZY = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    value = globals()[name] = lazy_name(__name__, _LAZY, name)
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy_names(__name__, _LAZY)
