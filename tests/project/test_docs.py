@@ -1,7 +1,8 @@
-"""What the documentation says of files: where symbols and concepts are, the picture of the packages, every path."""
+"""The tree, and what the documentation says of it: where symbols are, the picture of the packages, every path."""
 
 from __future__ import annotations
 
+import ast
 import collections
 import importlib
 import re
@@ -121,3 +122,33 @@ def test_an_empty_folder_is_no_documentation(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 1
     assert "has no index.html" in done.stderr
+
+
+# -- The tree: its order, import cycles and imports of private modules are import-linter's ----------
+
+
+def test_the_root_has_the_public_names_and_what_all_packages_use_alone() -> None:
+    assert {path.name for path in PACKAGE.iterdir() if path.is_file()} == {
+        "__init__.py", "__main__.py", "argument_checks.py", "errors.py", "lazy_names.py", "plugins.py", "py.typed",
+        "report.py",
+        # Short names of modules of tnadapt.algebra, which users import from the root.
+        "maps.py", "presets.py", "sources.py",
+    }  # fmt: skip
+
+
+def test_tests_mirror_the_tree() -> None:
+    packages = {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").is_file()}
+    assert packages <= {path.name for path in (ROOT / "tests").iterdir() if path.is_dir()}
+
+
+def test_private_names_are_imported_in_one_module_of_a_package() -> None:
+    wrong = set()
+    for path in (ROOT / "tests").rglob("*.py"):
+        if path.name == "internals.py" or "support" in path.parts:
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
+            names = [f"{node.module or ''}.{name}" for name in names] if isinstance(node, ast.ImportFrom) else names
+            private = [name for name in names if re.match(r"tnadapt\..*\b_[a-z]", name, flags=re.IGNORECASE)]
+            wrong |= {path.relative_to(ROOT).as_posix()} if private else set()
+    assert wrong == set(), "import private names in internals.py of the package, if no public one shows the behaviour"

@@ -81,14 +81,6 @@ def test_of_many_groups_the_first_are_shown() -> None:
     assert "10 more groups in .groups" in shown
 
 
-def test_names_in_a_model_are_escaped() -> None:
-    torch = pytest.importorskip("torch")
-    model = torch.nn.ModuleDict({"<b>": torch.nn.Linear(8, 12)})
-    shown = tna.torch.attach(model, "lora", "all-linear", rank=2)._repr_html_()
-    assert "<b>" not in shown
-    assert "&lt;b&gt;.weight" in shown
-
-
 def test_a_config_shows_what_was_chosen() -> None:
     config = tna.presets.superlora(3, projection="linear", ratio=0.5)
     assert repr(config) == ("Config(rank=3, groups=1, fold='hypercube', projection='linear', ratio=0.5, rate='adam')")

@@ -44,12 +44,12 @@ import contextlib, importlib, io, pkgutil, runpy, traceback
 import paper, tnadapt
 assert not sys.flags.optimize, "asserts are not to be run"
 
-def command(*words, code=0):
-    sys.argv = ["tnadapt", *words]
+def command(*words, code=0, program="tnadapt"):
+    sys.argv = [program, *words]
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
         try:
-            runpy.run_module("tnadapt", run_name="__main__")
+            runpy.run_module(program, run_name="__main__")
         except SystemExit as end:
             if (end.code or 0) != code:
                 raise RuntimeError(f"{words}: {end.code}")
@@ -70,6 +70,8 @@ command("extract", folder + "/base", folder + "/out", "-o", folder + "/again.saf
 command("plan", folder + "/base", "--budget", "100")
 command("verify", "--preset", "lora", "--shape", "4x6", "--backend", "numpy")
 command("merge", folder + "/base", folder + "/cut.safetensors", "-o", folder + "/no", code=2)
+if "--dry-run" not in command("--help", program="paper"):
+    raise RuntimeError("paper")
 for package in (tnadapt, paper):
     for module in pkgutil.walk_packages(package.__path__, package.__name__ + ".", lambda name: None):
         if not module.name.endswith("__main__"):
@@ -120,14 +122,6 @@ def test_every_command_and_every_module(tmp_path: Path, options: tuple[str, ...]
 def test_the_guard_sees_a_connection() -> None:
     done = run("-c", GUARD + "import socket\nsocket.create_connection(('127.0.0.1', 9))\n")
     assert "AssertionError: socket." in done.stderr
-
-
-@pytest.mark.slow
-def test_the_program_of_the_paper() -> None:
-    pytest.importorskip("typer")
-    done = run("-OO", "-m", "paper", "--help")
-    assert done.returncode == 0, done.stderr
-    assert "--dry-run" in done.stdout
 
 
 def hostile() -> dict[str, bytes]:

@@ -1,7 +1,6 @@
 """FourierFT, WaveFT, C3A, SHiRA, MiSS, DoRA and HiRA against PEFT's own modules, with PEFT's numbers and positions.
 
-PEFT, and LyCORIS for DoRA, compute in float32. Their faults and conventions are pinned as in ``test_peers``. (PEFT has
-no LoCA.)
+PEFT, and LyCORIS for DoRA, compute in float32. (PEFT has no LoCA.)
 """
 
 from __future__ import annotations
@@ -257,71 +256,3 @@ def test_counts_are_peft_s(method: str, options: dict[str, Any], config: tna.Con
     model, _ = peft_layer(method, 768, 768, **options)
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == count
     assert tna.parameter_count(config, [(768, 768)] * 24) == 24 * count
-
-
-# -- Where PEFT errs, or has a convention of its own -----------------------------------------------
-
-
-def test_fault_a_fresh_dora_of_peft_s_changes_the_output_in_half_precision() -> None:
-    """PEFT divides norms that it computes again: in bfloat16 the output moves before anything is trained."""
-    torch.manual_seed(0)
-    base = torch.nn.Sequential(torch.nn.Linear(64, 48)).bfloat16()
-    x = torch.randn(9, 64).bfloat16()
-    expected = base(x)
-    adapter = tt.attach(base, presets.dora(4), "all-linear")
-    assert torch.equal(base(x), expected)
-    adapter.detach()
-    model = peft.get_peft_model(base, peft.LoraConfig(r=4, use_dora=True, target_modules=["0"]))
-    assert not torch.equal(model(x), expected)
-
-
-def test_fault_peft_s_hira_ignores_its_rank_pattern() -> None:
-    _, theirs = peft_layer("Hira", 6, 4, r=3, rank_pattern={"0": 2})
-    assert theirs.hira_A["default"].shape == (3, 4)
-
-
-def test_fault_the_second_of_two_c3a_adapters_gets_the_output_of_the_first() -> None:
-    _, theirs = peft_layer("C3A", 8, 8, block_size=4)
-    theirs.update_layer("second", 4, peft.C3AConfig(block_size=4, target_modules=["0"]))
-    with torch.no_grad():
-        theirs.c3a_kernel["second"].normal_()
-    theirs.set_adapter(["default", "second"])
-    first, second = (theirs.get_delta_weight(name).detach() for name in ("default", "second"))
-    x = torch.randn(3, 8)
-    output = (theirs(x) - theirs.base_layer(x)).detach()
-    torch.testing.assert_close(output, x @ first.T + (x @ first.T) @ second.T)
-    assert not torch.allclose(output, x @ (first + second).T, atol=1e-3)  # which merge() adds
-
-
-def test_fault_merging_a_half_precision_mini_miss_replaces_its_parameter() -> None:
-    _, theirs = peft_layer("Miss", 12, 8, r=4, mini_r=3, init_weights="mini")
-    theirs.to(torch.bfloat16)
-    assert theirs.miss_block["default"].shape == (4, 3)
-    theirs.merge()
-    assert theirs.miss_block["default"].shape == (4, 12)  # as repeated for the merge
-    theirs.miss_block["default"].data = theirs.miss_block["default"].data[:, :3]
-
-
-def test_convention_waveft_interchanges_two_quarters_of_the_coefficients() -> None:
-    """A coefficient in the upper right is high-pass along columns to PyWavelets, and along rows to PEFT."""
-    pywt = pytest.importorskip("pywt")
-    _, theirs = peft_layer("WaveFT", 4, 4, n_frequency=16, scaling=1.0)
-    spectrum = torch.zeros(4, 4)
-    row, col = theirs.waveft_indices["default"]
-    spectrum[row, col] = theirs.waveft_spectrum["default"].detach()
-    quarters = pywt.array_to_coeffs(
-        spectrum.numpy(), pywt.coeffs_to_array(pywt.wavedec2(np.zeros((4, 4)), "db1", level=1))[1], "wavedec2"
-    )
-    change = theirs.get_delta_weight("default").detach().numpy()
-    assert np.max(np.abs(pywt.waverec2(quarters, "db1") - change)) > 0.1
-    low, (rows, cols, both) = quarters
-    np.testing.assert_allclose(pywt.waverec2([low, (cols, rows, both)], "db1"), change, atol=1e-5)
-
-
-def test_convention_fourierft_computes_in_single_precision() -> None:
-    model, theirs = peft_layer("FourierFT", 6, 6, n_frequency=9)
-    model.double()
-    config = presets.fourierft(9, places(theirs.indices["default"], 6))
-    ours = delta(config, theirs.fourierft_spectrum["default"], (6, 6))
-    change = theirs.get_delta_weight("default").detach().numpy()
-    assert 1e-9 < np.max(np.abs(ours - change)) / np.max(np.abs(ours)) < TOLERANCE

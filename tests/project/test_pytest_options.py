@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -57,30 +57,25 @@ def run(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def notes(project: Path, *options: str) -> dict[str, str]:
-    """What the tests that ran have noted."""
+@pytest.mark.parametrize(
+    ("options", "speeds", "parallel"),
+    [
+        pytest.param((), {"fast"}, True, marks=pytest.mark.slow),
+        pytest.param(("-m", "slow"), {"slow"}, True, marks=pytest.mark.slow),
+        (("tests/test_it.py",), {"fast"}, False),
+        (("-n", "0"), {"fast"}, False),
+    ],
+)
+def test_a_run_without_paths_is_parallel(
+    project: Path, options: tuple[str, ...], speeds: set[str], parallel: bool
+) -> None:
+    pytest.importorskip("xdist")
     done = run(project, *options)
     assert done.returncode == 0, done.stdout + done.stderr
-    return {path.name: path.read_text() for path in (project / "tests").iterdir() if path.name in ("fast", "slow")}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("options", "speeds"), [((), {"fast"}), (("-m", "slow"), {"slow"}), (("-m", ""), {"fast", "slow"})]
-)
-def test_a_run_of_everything_is_parallel(project: Path, options: tuple[str, ...], speeds: set[str]) -> None:
-    noted = notes(project, *options)
+    noted = {path.name: path.read_text() for path in (project / "tests").iterdir() if path.name in ("fast", "slow")}
     assert noted.keys() == speeds
-    if importlib.util.find_spec("xdist") is None:
-        assert set(noted.values()) == {"alone None"}
-    else:
-        assert all(note.startswith("gw") and note.endswith(" 1") for note in noted.values()), noted
-
-
-def test_a_run_of_paths_is_not_nor_one_that_says_so(project: Path) -> None:
-    assert notes(project, "tests/test_it.py") == {"fast": "alone None"}
-    if importlib.util.find_spec("xdist") is not None:
-        assert notes(project, "-n", "0") == {"fast": "alone None"}
+    for note in noted.values():
+        assert re.fullmatch(r"gw\d+ 1" if parallel else "alone None", note)
 
 
 def test_a_wrong_message_of_an_example_fails(project: Path) -> None:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -64,35 +63,6 @@ def test_what_the_tables_of_rates_say_together(benchmark_scripts: Scripts) -> No
     assert text.startswith(f"On all tasks, {sum(within)} of {len(rows)} settings have their best rate within a factor")
     assert f"loses more than half a point in {sum(one > 0.5 for one in lost)} settings" in text
     assert text.endswith(f"at most {max(lost):.2f}.\n")
-
-
-def lines_of(rates: Sequence[float], losses: Sequence[float | None], seed: int = 0) -> str:
-    """Return lines of one setting at several rates."""
-    setting = {"task": "reviews", "family": "LoRA", "label": "r = 1", "parameters": 10, "elements": 100, "weights": 8}
-    return "".join(
-        json.dumps({**setting, "key": f"{rate}-{seed}", "seed": seed, "rate": rate, "validation_loss": loss}) + "\n"
-        for rate, loss in zip(rates, losses, strict=True)
-    )
-
-
-def test_a_loss_of_zero_is_the_best_and_a_repeated_training_counts_once(
-    benchmark_scripts: Scripts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    script = benchmark_scripts("rates")
-    monkeypatch.setattr(script, "RESULTS", tmp_path)
-    (tmp_path / "digits.jsonl").touch()
-
-    def tables(text: str) -> tuple[str, str]:
-        for name in ("power", "norm"):
-            (tmp_path / f"{name}.jsonl").write_text(text, encoding="utf-8")
-        return script.power_table(), script.norm_table()
-
-    best_is_zero = tables(lines_of(script.RATES, [0.5, 0.4, 0.3, 0.0, None]))
-    assert best_is_zero == tables(lines_of(script.RATES, [0.5, 0.4, 0.3, 0.1, None]))
-    assert f"     - {script.RATES[3]:g}\n" in best_is_zero[0]
-    last = [0.5, 0.4, 0.3, 0.2, 0.25]
-    once = lines_of(script.RATES, last) + lines_of(script.RATES, last, seed=1)
-    assert tables(lines_of(script.RATES, [0.1, 0.2, 0.3, 5.0, 0.5]) + once) == tables(once)
 
 
 # -- Decompositions -------------------------------------------------------------------------------

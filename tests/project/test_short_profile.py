@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import pytest
 
@@ -56,21 +53,6 @@ def test_the_exit_status_is_1_only_above_a_factor_that_is_given(
     assert short.main(["arrays", *options]) == status
 
 
-@pytest.mark.parametrize(
-    ("given", "text"),
-    [
-        (["array"], "no group 'array'; expected one of arrays, step"),
-        (["--smoke", "--record"], "leave out --record and --fail-above"),
-    ],
-)
-def test_wrong_arguments_are_refused(
-    short: ModuleType, capsys: pytest.CaptureFixture[str], given: list[str], text: str
-) -> None:
-    with pytest.raises(SystemExit, match="2"):
-        short.main(given)
-    assert text in capsys.readouterr().err
-
-
 def taking(clock: list[float], seconds: list[float]) -> Callable[[], None]:
     """Return a contestant, each of whose calls takes the next of its seconds of a clock."""
     left = iter(seconds)
@@ -87,30 +69,12 @@ def test_a_ratio_is_the_median_of_those_within_a_round(short: ModuleType, monkey
     assert ratio == {"ratio": 2.0, "low": 2.0, "high": 2.5, "seconds": 3.0, "other": 1.0, "rounds": 3}
 
 
-def test_a_peer_that_is_not_installed_is_named(short: ModuleType) -> None:
-    def build(smoke: bool, folder: Path) -> Any:
-        return importlib.import_module("no_such_peer")
-
-    found = short.measure(short.Case("mine", "its peer", build), smoke=True)
-    assert found == {"case": "mine", "over": "its peer", "missing": "No module named 'no_such_peer'"}
-
-
 def test_the_committed_results_have_every_case(short: ModuleType) -> None:
     rows = short.read()
     assert [row["case"] for row in rows] == list(short.CASES)
     assert all(row["low"] <= row["ratio"] <= row["high"] for row in rows)
     machine = json.loads(short.RESULTS.read_text(encoding="utf-8").partition("\n")[0])
     assert {"processor", "cores", "date", "numpy", "torch", "peft"} <= set(machine)
-
-
-def test_recorded_groups_replace_their_rows_and_no_others(
-    short: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    one, two = list(short.CASES)[:2]
-    monkeypatch.setattr(short, "RESULTS", tmp_path / "short.jsonl")
-    short.record([{"case": name, "ratio": 1.0} for name in (two, one)])
-    short.record([{"case": two, "ratio": 2.0}])
-    assert short.read() == [{"case": one, "ratio": 1.0}, {"case": two, "ratio": 2.0}]
 
 
 def test_the_first_lines_of_the_page_are_those_of_the_results(benchmark_scripts: Scripts) -> None:
