@@ -11,8 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import tensorly
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import tnadapt as tna
 from tests.decomposition.internals import hadamard_fit, network_fit, parameter_fit
@@ -156,14 +154,6 @@ def test_what_is_such_a_product_is_found(shape: tuple[int, int], ranks: tuple[in
     assert [(a.shape, b.shape) for a, b in found] == [((shape[0], r), (shape[1], r)) for r in ranks]
     assert _of_pairs(found, matrix) < 1e-4
     assert np.linalg.matrix_rank(found[-1][1]) == ranks[-1]
-
-
-@given(st.integers(6, 12), st.integers(10, 12), st.integers(0, 100), st.floats(0.01, 1.0))
-@settings(max_examples=5)
-def test_a_result_is_better_than_what_was_known(rows: int, cols: int, seed: int, error: float) -> None:
-    matrix = hadamard_product((rows, cols), (2, 2), seed)
-    found = subspace_start(matrix, (2, 2), error, np.random.RandomState(seed))
-    assert found is None or _of_pairs(found, matrix) < error
 
 
 def test_a_matrix_far_from_the_rank_is_not_searched(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,6 @@ from tests.decomposition.internals import Algebra, group_fits, lower_bound, tens
 from tnadapt import presets
 from tnadapt.backends import get_backend
 from tnadapt.decomposition import GroupReport
-from tnadapt.decomposition.fits import all_of, holds
 
 
 @pytest.mark.parametrize(
@@ -72,11 +71,8 @@ def _w() -> np.ndarray:
 
 def _matmul() -> np.ndarray:
     """The tensor of the product of two matrices of 2 × 2."""
-    tensor = np.zeros((4, 4, 4))
-    for i in range(2):
-        for j in range(2):
-            for k in range(2):
-                tensor[2 * i + j, 2 * j + k, 2 * k + i] = 1.0
+    tensor, (i, j, k) = np.zeros((4, 4, 4)), np.indices((2, 2, 2))
+    tensor[2 * i + j, 2 * j + k, 2 * k + i] = 1.0
     return tensor
 
 
@@ -239,18 +235,6 @@ def test_a_matrix_of_decaying_values_is_certified(decompose: Any) -> None:
     assert 0.0 < result.error < 1.0
     assert result.certified
     assert result.bound == pytest.approx(result.error)
-
-
-def test_all_claims() -> None:
-    def unasked() -> bool:
-        pytest.fail("asked")
-
-    assert all_of([True, True]) is True
-    assert all_of([unasked, False]) is False
-    several = all_of([True, lambda: True, lambda: False])
-    assert callable(several)
-    assert not holds(several)
-    assert holds(all_of([True, lambda: True]))
 
 
 @pytest.mark.parametrize("error_later", [False, True])

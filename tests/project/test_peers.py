@@ -272,21 +272,6 @@ def test_lokr_of_a_given_size_is_peft_s(
     check_peft("lokr", theirs, [config], (cols, rows), seed)
 
 
-def test_sizes_of_the_factors_are_the_peers(lycoris: Any) -> None:
-    from peft.tuners.lokr.layer import factorization
-
-    for size in range(1, 513):
-        w1, w2 = split_shapes((size, size), "balanced")
-        assert (w1[0], w2[0]) == factorization(size, -1) == lycoris.factorization(size, -1)
-    for factor, size in itertools.product(range(1, 13), range(1, 145)):
-        w1, w2 = split_shapes((size, size), factor)
-        ours, divides = (w1[0], w2[0]), size % factor == 0
-        # Where f does not divide, ours is larger and cut; theirs is another f.
-        assert (ours == factorization(size, factor)) == divides
-        # LyCORIS puts the smaller first: W1 is not f where f is above the square root.
-        assert (ours == lycoris.factorization(size, factor)) == (divides and factor**2 <= size)
-
-
 # -- LyCORIS -----------------------------------------------------------------------------------
 
 

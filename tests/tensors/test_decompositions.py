@@ -242,6 +242,8 @@ def test_no_error_is_above_tensorlys(shape: tuple[int, ...], noise: float) -> No
     tensor = tensor + noise * tensor.std() * rng.normal(size=shape)
     theirs = tensorly.decomposition.parafac(tensor, 3, n_iter_max=200, random_state=0)
     assert tna.cp(tensor, 3).error <= error(tensorly.cp_to_tensor(theirs), tensor) * (1 + 1e-4) + 1e-6
+    theirs = tensorly.decomposition.tucker(tensor, [2] * len(shape))
+    assert tna.tucker(tensor, 2).error <= error(tensorly.tucker_to_tensor(theirs), tensor) + 1e-4
     ring = tensorly.decomposition.tensor_ring_als(tensor, [2] * (len(shape) + 1), random_state=0)
     assert tna.tensor_ring(tensor, 2, starts=3).error <= error(ring.to_tensor(), tensor) * (1 + 1e-3) + 1e-6
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
@@ -170,20 +168,6 @@ def test_the_result_keeps_little_more_than_itself() -> None:
             assert made.flags.owndata or made.base.nbytes <= 1.3 * made.nbytes + 64
 
 
-def test_other_dtypes_and_short_vectors_use_plain_operations(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: Any) -> None:
-        raise AssertionError
-
-    f = projection("linear", 700, 17_000)
-    f(vector(700))
-    monkeypatch.setattr(compiled, "linear", fail)
-    f.adjoint(vector(17_000).astype(np.float64))
-    f.slice(vector(700), 3, 9)
-    projection("linear", 70, 1700)(vector(70))
-    with pytest.raises(AssertionError):
-        f(vector(700).astype(np.float16))  # computed in float32
-
-
 @pytest.mark.skipif(not installed("torch"), reason="torch is not installed")
 class TestTorch:
     """Gradients of tensors."""
@@ -327,23 +311,3 @@ def test_permutations(size: int, stream: tuple[int, int, int], inverse: bool, wh
     start = int(where * max(0, size - length))
     asked = (size, keys, start, min(size, start + length), inverse)
     assert same(draws.permutation(*asked), rng.NumpyStreams.permutation(*asked))
-
-
-def test_long_draws_ask_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[str] = []
-
-    class Spy:
-        def __getattr__(self, name: str) -> Any:
-            asked.append(name)
-            return getattr(draws, name)
-
-    monkeypatch.setattr(rng, "kernels", lambda name: Spy())
-    size = rng.WORTH
-    for wanted in (size - 1, size):
-        rng.words(0, 0, 1, 0, wanted)
-        rng.signs(0, 0, 0, wanted)
-        rng.normals(0, 0, 2, 5, wanted + 5)
-        rng.permutation(size + 7, 0, 0, 0, wanted)
-        rng.words_at(0, 0, 1, np.arange(wanted))
-        rng.normals_at(0, 0, 1, np.arange(wanted))
-    assert asked == ["words", "signs", "normals", "permutation", "words_at", "normals_at"]

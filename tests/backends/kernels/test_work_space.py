@@ -70,18 +70,6 @@ def test_the_work_space_belongs_to_a_projection() -> None:
         assert np.array_equal(other(x), f(x))
 
 
-def test_one_vector_is_kept_and_others_are_freed() -> None:
-    space = work_space.WorkSpace()
-    several = [space.vector(1000) for _ in range(3)]
-    del several
-    assert space.nbytes == 4 * 1000 + CACHE_LINE
-    # A vector of another size takes its place.
-    assert space.vector(2000).size == 2000
-    assert space.nbytes == 4 * 2000 + CACHE_LINE
-    space.clear()
-    assert space.nbytes == 0
-
-
 # -- Parallel work: every piece runs once, errors are raised, and no call waits for a thread that cannot start ---------
 
 
