@@ -18,20 +18,14 @@ from tnadapt.backends import Backend, get_backend, load_backend
 from tnadapt.decomposition import FitReport, GroupReport
 from tnadapt.errors import BackendError, ShapeError
 
+from .test_decompose import EACH
+
 SHAPES = [(12, 8), (6, 8)]
-CONFIGS = {
-    "lora": presets.lora(2),
+CONFIGS = {name: config for name, config in EACH.items() if name != "nonlinear"} | {
     "lora, scaled": presets.lora(2, alpha=3.0),
-    "lokr": presets.lokr(2),
     "krona of two terms": presets.krona(terms=2),
-    "loha": presets.loha(2),
     "superlora": presets.superlora(2),
     "shuffled": presets.superlora(2, projection="shuffle"),
-    "linear": presets.superlora(2, projection="linear", ratio=0.5),
-    "fastfood": presets.fastfood(0.5),
-    "lorta": presets.lorta(2),
-    "train": tna.Config(rank=2, order=3, groups=1, fold="balanced", format="tt"),
-    "weighted": tna.Config(rank=2, order=3, groups=1, fold="hypercube", format="cp-weighted"),
     "dense": presets.dense(),
 }
 # Where one array is the update itself, its numbers leave the dtype's normal range as the update's do.

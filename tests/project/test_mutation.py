@@ -87,25 +87,6 @@ def test_a_key_outlives_changes_elsewhere_in_the_file(tmp_path: Path) -> None:
     assert max(Counter(mutant.key for mutant in after).values()) == 1
 
 
-def test_a_statement_of_many_lines_is_reached_by_any_of_them(tmp_path: Path) -> None:
-    module = module_of(tmp_path, CODE)
-    lines = CODE.splitlines()
-    inside, default = lines.index("        + 3") + 1, next(i for i, line in enumerate(lines, 1) if "def first" in line)
-    assert module.reach(inside) == range(inside - 2, inside + 2)
-    assert module.reach(default) == range(default + 1, len(lines) + 1)
-    assert module.reach(lines.index("Shape = tuple[int, int] | None") + 1) is None
-    condition = lines.index("    if size in b:") + 1
-    reach = Reach({"t.py::a": 2.0, "t.py::b": 1.0, "u.py::c": 0.5}, {"m.py": {inside - 2: {"t.py::a", "u.py::c"}}})
-    mutant = next(mutant for mutant in module.mutants if mutant.line == inside)
-    assert reach.of(module, mutant, ["t.py", "u.py"]) == ["t.py::a", "u.py::c"]
-    # Nothing is seen to run this line: any test of the module may.
-    other = next(mutant for mutant in module.mutants if mutant.line == condition)
-    assert reach.of(module, other, ["t.py", "u.py"]) == ["t.py::a", "u.py::c"]
-    # A function that runs on import: any test of the files may depend on what it made.
-    reach.tests["m.py"][inside - 2] = {"", "u.py::c"}
-    assert reach.of(module, mutant, ["t.py"]) == ["t.py::b", "t.py::a", "u.py::c"]
-
-
 def test_lines_that_run_on_import_in_tests_and_in_their_processes_are_reached(tmp_path: Path) -> None:
     for folder in ("tnadapt", "tests"):
         (tmp_path / folder).mkdir()

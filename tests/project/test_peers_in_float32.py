@@ -238,21 +238,3 @@ def test_dora_is_lycoris_s_by_rows_and_by_columns(rows: int, cols: int, rank: in
     plan = tna.SuperLoRA(config, [(rows, cols)]).with_base([numbers(base.weight)])
     (ours,) = plan.merged(params, [numbers(base.weight)])
     check_equal(ours, layer.get_merged_weight()[0], least=1.0)
-
-
-@pytest.mark.parametrize(
-    ("method", "options", "config", "count"),
-    [
-        ("FourierFT", {"n_frequency": 1000}, presets.fourierft(1000), 1000),
-        ("WaveFT", {"n_frequency": 1000}, presets.waveft(1000), 1000),
-        ("C3A", {"block_size": 768}, presets.c3a(768), 768),
-        ("Shira", {"r": 2}, presets.shira(2 * 2 * 768), 3072),
-        ("Miss", {"r": 64}, presets.miss(64), 64 * 768),
-        ("Lora", {"r": 8, "use_dora": True}, presets.dora(8), 8 * 2 * 768 + 768),
-        ("Hira", {"r": 8}, presets.hira(8), 8 * 2 * 768),
-    ],
-)
-def test_counts_are_peft_s(method: str, options: dict[str, Any], config: tna.Config, count: int) -> None:
-    model, _ = peft_layer(method, 768, 768, **options)
-    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == count
-    assert tna.parameter_count(config, [(768, 768)] * 24) == 24 * count
