@@ -157,28 +157,6 @@ def short(benchmark_scripts: Scripts) -> ModuleType:
     return benchmark_scripts("short")
 
 
-ROWS = [
-    {"case": "slower", "over": "a copy", "ratio": 3.0},
-    {"case": "at the tolerance", "over": "a copy", "ratio": 2.5},
-    {"case": "faster", "over": "PEFT", "ratio": 1.0},
-    {"case": "not known before", "over": "PEFT", "ratio": 1.0},
-    {"case": "without its peer", "over": "FFHT", "missing": "No module named 'fht_cpu'"},
-]
-COMMITTED = [
-    {"case": row["case"], "over": row["over"], "ratio": 2.0} for row in ROWS if "known" not in str(row["case"])
-]
-
-
-def test_the_quotient_is_to_the_committed_ratio_and_only_what_is_worse_is_marked(short: ModuleType) -> None:
-    lines = {line.case: line for line in short.compare(ROWS, COMMITTED, tolerance=1.25)}
-    assert [line.quotient for line in lines.values()] == [1.5, 1.25, 0.5, None, None]
-    assert [line.mark for line in lines.values()] == ["WORSE", "", "better", "new", "not installed"]
-    shown = short.table(list(lines.values())).splitlines()
-    assert shown[0].split() == ["case", "over", "ratio", "committed", "quotient"]
-    assert shown[1].split() == ["slower", "a", "copy", "3", "2", "1.5", "WORSE"]
-    assert shown[5].split() == ["without", "its", "peer", "FFHT", "–", "2", "–", "not", "installed"]
-
-
 def taking(clock: list[float], seconds: list[float]) -> Callable[[], None]:
     """Return a contestant, each of whose calls takes the next of its seconds of a clock."""
     left = iter(seconds)
