@@ -18,7 +18,7 @@ from tnadapt.backends import Backend
 from tnadapt.decomposition import completion
 from tnadapt.errors import BackendError, ConfigError, ShapeError, TnadaptError
 
-from .test_modes import error_of, numbers
+from .test_forms import error_of, numbers
 
 # -- Missing and weighted elements -----------------------------------------------------------------
 
