@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 import pickle
 import threading
@@ -17,7 +18,6 @@ import tnadapt as tna
 from tests.decomposition.internals import (
     Algebra,
     group_fits,
-    hadamard_fit,
     lower_bound,
     network_fit,
     parameter_fit,
@@ -27,8 +27,7 @@ from tests.support.depth import in_depth
 from tests.support.exact_cases import cp_tensor, padded_plans, random_deltas
 from tnadapt import presets
 from tnadapt.algebra.products import cp_tensor as cp_to_tensor
-from tnadapt.backends import Backend, get_backend, load_backend
-from tnadapt.decomposition import GroupReport
+from tnadapt.backends import get_backend, load_backend
 from tnadapt.decomposition.completion import ObservedElements
 from tnadapt.sources import Mixed, Seeded
 from tnadapt.testing.verification import examples
@@ -61,14 +60,6 @@ def test_padded_folds_are_fitted_exactly(fmt: str, fold: str, order: int, count:
         made = random_deltas(plan, np.random.default_rng(number))
         _, report = tna.decompose(made, plan.config)
         assert report.error < 1e-6, (number, plan.shapes, plan.config)
-
-
-def test_padded_folds_are_fitted_in_every_library(backend: Backend) -> None:
-    plan = next(padded_plans("tt", 3, "hypercube", 1))
-    made = random_deltas(plan, np.random.default_rng(0))
-    params, report = tna.decompose([backend.asarray(delta, "float32") for delta in made], plan.config)
-    assert report.error < 1e-5
-    assert all(backend.dtype_name(array) == "float32" for array in params.values())
 
 
 @pytest.mark.parametrize(
@@ -143,39 +134,15 @@ def test_a_cut_row_whose_derivatives_do_not_fit_in_memory_is_filled_in(monkeypat
 
 # -- Hadamard products, from the space of their rows -----------------------------------------------------
 
-subspace_start = hadamard_fit.subspace_start
 
-
-def hadamard_product(shape: tuple[int, int], ranks: tuple[int, ...], seed: int) -> np.ndarray:
-    rng = np.random.default_rng(seed)
-    parts = (rng.normal(size=(shape[0], rank)) @ rng.normal(size=(rank, shape[1])) for rank in ranks)
-    return math.prod(parts, start=np.ones(shape))
-
-
-def _of_pairs(pairs: list[tuple[np.ndarray, np.ndarray]], matrix: np.ndarray) -> float:
-    return _relative_error(math.prod((a @ b.T for a, b in pairs), start=np.ones(matrix.shape)), matrix)
-
-
-@pytest.mark.parametrize(
-    ("shape", "ranks"),
-    [((8, 12), (2, 2)), ((14, 9), (2, 2)), ((12, 24), (2, 3)), ((12, 24), (1, 2, 3)), ((9, 9), (1, 3)),
-     ((9, 300), (2, 2))],
-)  # fmt: skip
-def test_what_is_such_a_product_is_found(shape: tuple[int, int], ranks: tuple[int, ...]) -> None:
-    matrix = hadamard_product(shape, ranks, 1)
-    found = subspace_start(matrix, ranks, 1.0, np.random.RandomState(0))
-    assert found is not None
-    assert [(a.shape, b.shape) for a, b in found] == [((shape[0], r), (shape[1], r)) for r in ranks]
-    assert _of_pairs(found, matrix) < 1e-4
-    assert np.linalg.matrix_rank(found[-1][1]) == ranks[-1]
-
-
-def test_a_matrix_far_from_the_rank_is_not_searched(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hadamard_fit, "_Search", None)
-    noise, rng = np.random.default_rng(0).normal(size=(9, 12)), np.random.RandomState(0)
-    assert subspace_start(noise, (2, 2), 0.5, rng) is None
-    # The space of the rows determines no product of rank 9 or more.
-    assert subspace_start(hadamard_product((9, 12), (3, 3), 1), (3, 3), 0.5, rng) is None
+@pytest.mark.parametrize("shape", [(8, 12), (14, 9), (12, 24), (9, 60)])
+def test_what_is_such_a_product_is_found(shape: tuple[int, int]) -> None:
+    rng = np.random.default_rng(1)
+    factors = [(rng.normal(size=(shape[0], 2)), rng.normal(size=(2, shape[1]))) for _ in range(2)]
+    matrix = math.prod((a @ b for a, b in factors), start=np.ones(shape))
+    found = tna.hadamard_decomposition(matrix, 2)
+    assert found.rank == (2, 2)
+    assert _relative_error(found.to_tensor(), matrix) < 1e-8
 
 
 # -- The nearest tensor of rank one ----------------------------------------------------------------------
@@ -203,12 +170,7 @@ def test_rank_one_is_no_worse_than_tensorlys(shape: tuple[int, ...]) -> None:
         assert _rank_one(tensor)[1].error <= least + 1e-6, seed
 
 
-def test_rank_one_in_every_library_and_of_an_outer_product(backend: Backend) -> None:
-    host = _noisy((4, 5, 6), 0).astype("float32")
-    params, report = _rank_one(backend.asarray(host, "float32"))
-    made = report.plan.vector({name: backend.to_numpy(array) for name, array in params.items()})
-    expected, other = _rank_one(host)
-    np.testing.assert_allclose(made, other.plan.vector(expected), atol=1e-5)
+def test_rank_one_of_an_outer_product() -> None:
     for shape in ((50, 40, 60), (7, 8, 9, 10)):
         rng = np.random.default_rng(0)
         _, report = _rank_one(cp_to_tensor(NUMPY, None, [rng.normal(size=(size, 1)) for size in shape]))
@@ -486,7 +448,22 @@ def test_arrays_without_curvature_are_not_weighted() -> None:
 
 # -- What is computed when it is read ----------------------------------------------------------------------
 
-KNOWN = {"size": 4, "norm": 2.0, "iterations": 0, "method": "SVD"}
+
+@pytest.mark.parametrize("use", [lambda x: x, copy.copy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_what_is_computed_when_it_is_read_is_like_any_other(use: Any) -> None:
+    tensor = np.random.default_rng(0).normal(size=(8, 6, 5))
+    makers: list[Any] = [lambda: tna.decompose(list(tensor), presets.lora(2))[1].groups[0]]
+    makers += [lambda: tna.tensor_train(tensor, 2).outcome]
+    for make in makers:
+        read = make()
+        plain = type(read)(**{field.name: getattr(read, field.name) for field in dataclasses.fields(read)})
+        assert 0.0 < plain.bound <= plain.error
+        assert use(make()) == use(read) == plain
+        unread = use(make())
+        assert (unread.certified, unread.bound, unread.error) == (plain.certified, plain.bound, plain.error)
+        assert repr(make()) == repr(plain)
+        with pytest.raises(AttributeError, match=f"'{type(read).__name__}' object has no attribute 'other'"):
+            plain.other  # noqa: B018
 
 
 @pytest.mark.parametrize("decompose", [tna.cp, tna.tucker])
@@ -496,32 +473,6 @@ def test_a_matrix_of_decaying_values_is_certified(decompose: Any) -> None:
     assert 0.0 < result.error < 1.0
     assert result.certified
     assert result.bound == pytest.approx(result.error)
-
-
-@pytest.mark.parametrize("error_later", [False, True])
-@pytest.mark.parametrize("use", [lambda x: x, copy.copy, lambda x: pickle.loads(pickle.dumps(x))])
-def test_a_report_that_is_computed_later_is_like_any_other(use: Any, error_later: bool) -> None:
-    asked: list[str] = []
-
-    def find_error() -> float:
-        asked.append("error")
-        return 0.5
-
-    def find(error: float) -> tuple[float, bool]:
-        asked.append("bound")
-        return error / 2.0, False
-
-    plain = GroupReport(**KNOWN, error=0.5, bound=0.25, certified=False)
-    error: Any = find_error if error_later else 0.5
-    report = GroupReport.computed_later(find, error=error, **KNOWN)
-    assert asked == []
-    assert (report.error, report.error, asked) == (0.5, 0.5, ["error"] * error_later)
-    assert use(report) == plain
-    assert (report.certified, report.bound, asked[error_later:]) == (False, 0.25, ["bound"])
-    assert repr(report) == repr(plain)
-    assert use(GroupReport.computed_later(find, error=error, **KNOWN)) == plain
-    with pytest.raises(AttributeError, match="'GroupReport' object has no attribute 'other'"):
-        plain.other  # noqa: B018
 
 
 def test_what_the_caller_does_to_the_updates_changes_no_bound(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,8 +6,12 @@ import ast
 import collections
 import importlib
 import json
+import os
 import re
 import runpy
+import shutil
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -15,7 +19,6 @@ from typing import Any
 import pytest
 
 import tnadapt as tna
-from tests.links import broken
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "tnadapt"
@@ -92,29 +95,6 @@ def test_a_name_of_a_recipe_is_in_its_file(name: str, path: str) -> None:
 
 
 # -- The check of links in the built pages ---------------------------------------------------------
-
-BUILT = {
-    "index.html": '<h1 id="start">A</h1><a href="#start"></a><a href="#"></a><a href="https://example.org/x#y"></a>'
-    '<a href="deep/page.html#here"></a><a href="deep/page.html?q=1"></a><img src="gone.png">',
-    "deep/page.html": '<p id="here"></p><a href="../index.html#none"></a><a href="../a%20b.txt"></a>'
-    '<a href="mailto:a@b.org"></a>',
-    "_modules/code.html": '<a href="nowhere.html"></a>',
-    "a b.txt": "",
-}
-
-
-def test_links_that_lead_nowhere_are_found(tmp_path: Path) -> None:
-    for name, text in BUILT.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(text, encoding="utf-8")
-    assert broken(tmp_path) == [
-        "deep/page.html: ../index.html#none: no such anchor",
-        "index.html: gone.png: no such file",
-    ]
-    (tmp_path / "gone.png").touch()
-    (tmp_path / "deep" / "page.html").write_text('<p id="here">', encoding="utf-8")
-    assert broken(tmp_path) == []
-
 
 # -- The tree: its order, import cycles and imports of private modules are import-linter's ----------
 
@@ -278,3 +258,31 @@ def test_extras_are_those_of_the_project() -> None:
     said = re.search(r"^Extras: (.*?)\n\n", TEXT, flags=re.MULTILINE | re.DOTALL)
     assert said
     assert set(re.findall(r"`([a-z]+)`", said[1])) == set(extras)
+
+
+# -- Examples ----------------------------------------------------------------------------------------
+
+EXAMPLE = """
+>>> import tnadapt
+>>> tnadapt.Config(rank=4.0)
+Traceback (most recent call last):
+    ...
+{}: {}
+"""
+
+
+def test_a_wrong_message_of_an_example_fails(tmp_path: Path) -> None:
+    """Under the configuration of this project, without the options of the run that this test is part of."""
+    for name in ("pyproject.toml", "conftest.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", "example.rst"]
+    message = "rank must be an integer or a tuple with one rank per mode; got 4.0"
+    for exception, said, outcome in [
+        ("tnadapt.errors.ConfigError", message, "1 passed"),
+        ("tnadapt.errors.ConfigError", message.replace("integer", "number"), "1 failed"),
+        ("ConfigError", message, "1 failed"),
+    ]:
+        (tmp_path / "example.rst").write_text(EXAMPLE.format(exception, said), encoding="utf-8")
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        assert outcome in done.stdout, done.stdout + done.stderr
