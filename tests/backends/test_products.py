@@ -54,7 +54,6 @@ def test_memory_that_is_not_in_c_order() -> None:
 
 # -- Thin matrix products --------------------------------------------------------------------------------
 
-
 thin_product = numpy_backend.thin_product
 
 

@@ -23,7 +23,6 @@ from tnadapt.backends import get_backend
 
 # -- What torch adds: second derivatives, compile, vmap, inference mode, half precision --------------------------------
 
-
 P = tna.presets
 SHAPES = [(4, 3)] * 4
 FOUR = {"weights": 4, "rows": 4, "cols": 3}
@@ -245,7 +244,6 @@ def test_autocast_does_not_reach_into_an_update(name: str) -> None:
 
 # -- F is computed in full precision where a setting allows less for products of matrices ------------------------------
 
-
 PRODUCTS = {"mm", "bmm", "matmul", "addmm", "baddbmm", "einsum", "mv", "linear"}
 
 
@@ -363,7 +361,6 @@ print("torch._dynamo" in sys.modules)
 
 
 # -- The FFT of torch and JAX ----------------------------------------------------------------------------------------
-
 
 DFT = Dft2(42, 42, shape=(6, 7))
 

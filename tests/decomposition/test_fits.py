@@ -34,7 +34,6 @@ from tnadapt.testing.verification import examples
 
 # -- Exact answers, also from far away, where least squares alone has local minima -----------------
 
-
 NUMPY = load_backend("numpy")
 FORMATS = ("cp", "cp-weighted", "tucker", "tt", "cp-batched")
 PADDED = [
@@ -98,7 +97,6 @@ def test_cp_of_nearly_the_greatest_rank_is_recovered(sizes: tuple[int, ...], ran
 
 
 # -- Products --------------------------------------------------------------------------------
-
 
 LOKR = tna.presets.lokr(2, leading="same")
 LOHA = tna.presets.loha(2)

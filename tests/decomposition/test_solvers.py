@@ -32,7 +32,6 @@ from tnadapt.testing.strategies import plans
 
 # -- Linear least squares --------------------------------------------------------------------------
 
-
 NUMPY = load_backend("numpy")
 
 
@@ -174,7 +173,6 @@ def test_the_jacobian_of_a_long_train() -> None:
 
 
 # -- Leading triplets are those of the full decomposition, in every library and for difficult spectra ----
-
 
 SIZE = 160
 

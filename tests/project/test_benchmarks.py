@@ -181,56 +181,11 @@ def test_the_committed_results_have_every_case(short: ModuleType) -> None:
     assert {"processor", "cores", "date", "numpy", "torch", "peft"} <= set(machine)
 
 
-def test_the_first_lines_of_the_page_are_those_of_the_results(benchmark_scripts: Scripts) -> None:
-    page = benchmark_scripts("page")
-    rows = [
-        {},
-        {"problem": "vit", "case": "lora", "ratio": 0.98765},
-        {"problem": "vit", "case": "dense", "ratio": 1.04},
-    ]
-    said = list(page.headlines({"steps": rows, "decompositions": [{}, {"kind": "CP", "ratios": {"TensorLy": 0.5}}]}))
-    assert len(said) == len(page.HEADLINES) == 11
-    assert said[0].endswith("PEFT's LoRA**: LoRA 0.988, dense 1.04\n")
-    assert said[9].endswith("TensorLy's, the slowest case of each**: CP 0.5\n")
-    sources = list(page.sources())
-    assert len(sources) == len(said)
-    assert sources[0].endswith(": `fast.py steps`, `fast/steps.jsonl`\n")
-    assert sources[9].endswith(": `decompositions.py`, `decompositions.jsonl`\n")
-    assert [line.count("not measured") for line in said] == [0, 1, 1, 1, 1, 1, 1, 1, 1, 0, 1]
-
-
 # -- PEFT's own tests over the plug-in -------------------------------------------------------------
 
 
-@pytest.fixture
-def suite(benchmark_scripts: Scripts) -> ModuleType:
-    return benchmark_scripts("peft_suite")
-
-
-def row(method: str, outcome: str, test: str = "test_a", why: str = "") -> dict[str, Any]:
-    return {"file": "f.py", "test": test, "method": method, "row": "MLP", "outcome": outcome, "why": why}
-
-
-def test_a_difference_needs_one_reason_and_a_reason_a_difference(suite: ModuleType) -> None:
-    rows = [
-        row("LoRA", "passed"),
-        row("lora", "failed", why="no bias"),
-        row("superlora", "passed"),
-        # What LoRA does not pass itself is no difference.
-        row("LoRA", "failed", "test_b"),
-        row("lora", "failed", "test_b"),
-    ]
-    found = suite.differences(rows)
-    assert found == [rows[1]]
-    fits = {"test": "test_a", "why": "bias", "reason": "…"}
-    assert suite.explained(found, [fits]) == ([[rows[1]]], [])
-    assert suite.explained(found, [])[1] == ["no reason for f.py test_a lora MLP: no bias"]
-    assert suite.explained(found, [fits, fits])[1][0].startswith("several reasons for f.py test_a")
-    assert suite.explained([], [fits])[1] == ["no difference for the reason of test_a"]
-    assert suite.explained(found, [{**fits, "why": "dtype"}])[1][0].startswith("no reason")
-
-
-def test_the_page_is_that_of_its_results_and_explains_every_difference(suite: ModuleType) -> None:
+def test_the_page_is_that_of_its_results_and_explains_every_difference(benchmark_scripts: Scripts) -> None:
+    suite = benchmark_scripts("peft_suite")
     found = suite.unpacked([json.loads(line) for line in suite.RESULTS.read_text(encoding="utf-8").splitlines()])
     reasons = tomllib.loads(suite.REASONS.read_text(encoding="utf-8"))["difference"]
     assert suite.page(found, reasons) == suite.PAGE.read_text(encoding="utf-8")
@@ -239,7 +194,6 @@ def test_the_page_is_that_of_its_results_and_explains_every_difference(suite: Mo
 
 
 # -- The scripts themselves ------------------------------------------------------------------------
-
 
 SMOKES: list[tuple[str, ...]] = [
     ("fast.py", part) for part in ("steps", "memory", "decoding", "strategies", "files", "gpu")

@@ -128,7 +128,6 @@ def test_private_names_are_imported_in_one_module_of_a_package() -> None:
 
 # -- README.md -------------------------------------------------------------------------------------
 
-
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 OWN = {"weights": 24, "rows": 768, "cols": 768}
 # What stands for the dots of the methods that must know how the weights stack up.
@@ -233,24 +232,6 @@ def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert names["adapter"].arrays().keys() == before.keys()
     assert len(names["deltas"]) == 4
     assert (tmp_path / "served" / "adapter_config.json").is_file()
-
-
-def test_setup_and_tests_are_what_ci_runs_and_contributing_says() -> None:
-    ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
-    commands = (
-        "-m venv",
-        '-m pip install --quiet --no-compile -e ".[dev]"',
-        "python -m pytest\n",
-        "python -m pytest -m slow\n",
-    )
-    for command in (*commands, "tnadapt", "finetune", "python -m sphinx"):
-        assert command in ci
-        assert command.replace(" --quiet", "") in TEXT
-    contributing = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    for command in re.findall(r"^\.venv/bin/python -m (?:pip|pytest).*$", TEXT, flags=re.MULTILINE):
-        assert f"\n{command}\n" in contributing
-    # The fast tests first: they fail soonest.
-    assert [ci.index(command) for command in commands] == sorted(ci.index(command) for command in commands)
 
 
 def test_extras_are_those_of_the_project() -> None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +15,9 @@ from cosmic_ray.mutating import mutate_code
 
 from mutation import report
 from mutation.__main__ import ROOT, _groups
-from mutation.judging import Judge
 from mutation.mutants import Module
 from mutation.operators import DropKeyword, DropStatement, NegateIn, ReturnNone
 from mutation.reach import Reach
-from mutation.running import Outcome
 
 CODE = '''"""A module."""
 
@@ -114,49 +110,6 @@ def test_lines_that_run_on_import_in_tests_and_in_their_processes_are_reached(tm
     assert lines[8] == {f"{file}_here"}
     assert "" in lines[11]
     assert f"{file}_here" not in lines[11]
-
-
-class Machine:
-    """In a tree's place: says what it is told to say."""
-
-    def __init__(self, answers: dict[str, str]) -> None:
-        self.answers = answers
-        self.mutated = False
-
-    @contextlib.contextmanager
-    def holding(self, path: str, code: str) -> Iterator[None]:
-        self.mutated = True
-        yield
-        self.mutated = False
-
-    def run(self, tests: list[str], profile: str, seconds: float) -> Outcome:
-        for test in tests:
-            answer = self.answers.get(test, "")
-            if answer == "broken" or (self.mutated and answer):
-                return Outcome("timeout" if answer == "slow" else "failed", test)
-        return Outcome("passed")
-
-
-@pytest.mark.parametrize(
-    ("answers", "status", "by"),
-    [
-        ({}, "survived", ""),
-        ({"t.py::b": "notices"}, "killed", "t.py::b"),
-        ({"t.py::b": "slow"}, "timeout", "t.py::b"),
-        # What fails without a mutant, too, is no witness.
-        ({"t.py::a": "broken"}, "survived", ""),
-        ({"t.py::a": "broken", "t.py::b": "notices"}, "killed", "t.py::b"),
-    ],
-)
-def test_a_mutant_is_killed_by_a_test_that_passes_without_it(
-    tmp_path: Path, answers: dict[str, str], status: str, by: str
-) -> None:
-    module = module_of(tmp_path, CODE)
-    mutant = next(mutant for mutant in module.mutants if mutant.operator == "NegateIn")
-    reach = Reach({"t.py::a": 0.1, "t.py::b": 0.2}, {"m.py": {mutant.line: {"t.py::a", "t.py::b"}}})
-    found = Judge(Machine(answers), reach).judged(module, mutant, ["t.py"])  # type: ignore[arg-type]
-    assert found is not None
-    assert (found["status"], found["by"], found["tests"]) == (status, by, 2)
 
 
 def record(key: str, status: str) -> dict[str, Any]:

@@ -339,7 +339,6 @@ def test_lokr_of_a_given_size_is_lycoris_s(
 
 # -- FourierFT, WaveFT, C3A, SHiRA, MiSS, DoRA and HiRA, which the peers compute in float32 (PEFT has no LoCA) ----
 
-
 SINGLE = 1e-6
 SIDES = st.integers(2, 24)
 SHORT_SEEDS = st.integers(0, 2**31 - 1)

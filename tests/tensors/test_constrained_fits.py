@@ -22,7 +22,6 @@ from .test_forms import error_of, numbers
 
 # -- Missing and weighted elements -----------------------------------------------------------------
 
-
 SHAPE = (8, 9, 7)
 #: A tensor of each form, and how to ask for it.
 FORMS: dict[str, tuple[Any, Any]] = {
@@ -186,7 +185,6 @@ def test_a_callback_stops(form: str, swept: bool, monkeypatch: pytest.MonkeyPatc
 
 # -- Without negative elements ---------------------------------------------------------------------
 
-
 RNG = np.random.default_rng(0)
 FACTORS = [RNG.random((size, 2)) for size in (4, 5, 6)]
 TENSOR = tt.CPTensor(None, FACTORS).to_tensor()
@@ -277,7 +275,6 @@ def test_every_library_keeps_its_arrays(backend: Any, fit: Any) -> None:
 
 
 # -- Tensor trains and TT matrices from a given start, some of whose cores are fixed ---------------
-
 
 SHAPES = st.lists(st.integers(1, 5), min_size=1, max_size=4).map(tuple)
 

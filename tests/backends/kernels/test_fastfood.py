@@ -20,7 +20,6 @@ pytestmark = pytest.mark.skipif(kernels("fastfood") is None, reason="numba is no
 
 # -- The compiled F against its reference implementation: values, gradients, batches, any layout of arrays -------------
 
-
 compiled = kernels("fastfood")
 
 NUMPY = load_backend("numpy")
@@ -198,18 +197,6 @@ class TestTorch:
         jacobian = torch.func.jacrev(lambda part: f(torch.cat([part, x[2:, 0]]))[:5])(x[:2, 0])
         assert jacobian.shape == (5, 2)
 
-    @pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")  # torch's batches of gradients
-    @pytest.mark.parametrize("adjoint", [False, True])
-    def test_batched_gradients(self, adjoint: bool) -> None:
-        import torch
-
-        f = projection("linear", 700, 17_000)
-        way, back = (f.adjoint, f) if adjoint else (f, f.adjoint)
-        x = torch.from_numpy(vector(f.n_out if adjoint else 700)).requires_grad_()
-        grads = torch.from_numpy(vector(2 * (700 if adjoint else f.n_out))).reshape(2, -1)
-        found = torch.autograd.grad(way(x), x, grads, is_grads_batched=True)[0]
-        assert relative_error(found, back(grads)) < CLOSE
-
     def test_the_kernel_is_what_runs(self, monkeypatch: pytest.MonkeyPatch) -> None:
         import torch
 
@@ -241,7 +228,6 @@ class TestTorch:
 
 
 # -- The compiled draws equal the reference implementation bit for bit -------------------------------------------------
-
 
 draws = kernels("philox")
 
