@@ -29,6 +29,7 @@ from tnadapt import presets
 from tnadapt.algebra.products import cp_tensor as cp_to_tensor
 from tnadapt.backends import get_backend, load_backend
 from tnadapt.decomposition.completion import ObservedElements
+from tnadapt.decomposition.fits import all_of, holds
 from tnadapt.sources import Mixed, Seeded
 from tnadapt.testing.verification import examples
 
@@ -445,6 +446,16 @@ def test_arrays_without_curvature_are_not_weighted() -> None:
 
 
 # -- What is computed when it is read ----------------------------------------------------------------------
+
+
+def test_claims_hold_together_and_none_is_asked_in_vain() -> None:
+    def unasked() -> bool:
+        pytest.fail("asked")
+
+    assert all_of([True, True]) is True
+    assert all_of([unasked, False]) is False
+    assert not holds(all_of([True, lambda: True, lambda: False]))
+    assert holds(all_of([True, lambda: True]))
 
 
 @pytest.mark.parametrize("use", [lambda x: x, copy.copy, lambda x: pickle.loads(pickle.dumps(x))])

@@ -73,20 +73,6 @@ def test_what_the_tables_of_rates_say_together(benchmark_scripts: Scripts) -> No
     assert text.endswith(f"at most {max(lost):.2f}.\n")
 
 
-# -- Decompositions -------------------------------------------------------------------------------
-
-
-def test_only_results_as_good_as_ours_are_among_the_best(benchmark_scripts: Scripts) -> None:
-    over_the_best = benchmark_scripts("decompositions").over_the_best
-    ratios = {"slow": 0.5, "as good": 1.5, "fast and wrong": 9.0, "fast, of a random matrix": 8.0}
-    errors = {"tnadapt": 0.1, "slow": 0.1, "as good": 0.1005, "fast and wrong": 0.2, "fast, of a random matrix": 0.2}
-    assert over_the_best(ratios, errors) == 1.5
-    # A rank of 4 leaves 99 % of a random matrix, whatever the triplets.
-    random = {**dict.fromkeys(errors, 0.990), "fast, of a random matrix": 0.995, "fast and wrong": 0.999}
-    assert over_the_best(ratios, random) == 1.5
-    assert over_the_best({"wrong": 2.0}, {"tnadapt": 0.1, "wrong": 0.2}) == 0.0
-
-
 # -- Quantized bases ------------------------------------------------------------------------------
 
 

@@ -132,13 +132,6 @@ def test_the_project_has_one_home() -> None:
     assert f"url: {report}\n" in text(".github/ISSUE_TEMPLATE/config.yml")
 
 
-def test_classifiers_are_known() -> None:
-    trove = pytest.importorskip("trove_classifiers", reason="trove-classifiers is not installed")
-    assert set(PROJECT["classifiers"]) <= trove.classifiers
-    # The license is an SPDX expression, beside which PyPI accepts no classifier.
-    assert not any(line.startswith("License ::") for line in PROJECT["classifiers"])
-
-
 def test_the_recipe_for_conda_is_of_this_version_and_project() -> None:
     recipe = load_yaml("conda-recipe/recipe.yaml")
     # conda-forge has the same names for all requirements.
