@@ -501,6 +501,8 @@ def test_what_does_not_fit_is_refused(call: Any, error: type[Exception], text: s
 def test_draws_repeat() -> None:
     for make in MAKERS.values():
         assert np.array_equal(make((3, 4), 5).to_tensor(), make((3, 4), 5).to_tensor())
-    rng = np.random.default_rng(0)
-    one, other = (tt.random_cp((3,), 1, random_state=rng).factors[0] for _ in range(2))
-    assert not np.array_equal(one, other)
+    for generator in (np.random.default_rng, np.random.RandomState):
+        used, again = generator(5), generator(5)
+        first, second, same = (tt.random_cp((3,), 1, random_state=one).factors[0] for one in (used, used, again))
+        assert np.array_equal(first, same)
+        assert not np.array_equal(first, second)

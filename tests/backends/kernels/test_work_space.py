@@ -56,6 +56,15 @@ def test_results_of_a_projection_stay_as_they_are_in_any_thread(n_in: int) -> No
     assert address(f(x[:n_in])) % CACHE_LINE == 0
 
 
+def test_one_vector_is_kept_and_others_are_freed() -> None:
+    space = work_space.WorkSpace()
+    several = [space.vector(1000) for _ in range(3)]
+    del several
+    assert space.nbytes == 4 * 1000 + CACHE_LINE
+    assert space.vector(2000).size == 2000
+    assert space.nbytes == 4 * 2000 + CACHE_LINE
+
+
 # -- Parallel work: every piece runs once, errors are raised, and no call waits for a thread that cannot start ---------
 
 
