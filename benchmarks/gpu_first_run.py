@@ -26,7 +26,7 @@ __all__ = ["CHECKS", "first_run"]
 
 Rows = list[dict[str, Any]]
 HERE = Path(__file__).parent
-KERNEL_TESTS = ("test_triton_compile.py", "test_triton.py", "test_torch_gpu.py")
+KERNEL_TESTS = ("test_triton_compile.py", "test_triton.py")
 #: Seconds after which an item counts as failed.
 LIMIT = 1200
 F = {"projection": "linear", "ratio": 0.01}

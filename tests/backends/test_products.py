@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.conftest import relative_error
-from tnadapt.backends import Backend, get_backend, kron_by_rows, kron_plain, load_backend, short_rows
+from tnadapt.backends import Backend, get_backend, kron_by_rows, kron_plain, load_backend
 
 from .internals import numpy_backend
 from .layouts import LAYOUTS, laid_out
@@ -43,20 +43,6 @@ def test_every_library_agrees_with_the_plain_product(backend: Backend, sizes: An
     np.testing.assert_array_equal(np.signbit(found[0, :1]), [False])
 
 
-def test_short_rows_of_long_results_only() -> None:
-    def ask(a: Any, b: Any, limit: int = 8) -> bool:
-        return short_rows(a, b, limit, 1 << 14)
-
-    assert ask((100, 100), (8, 8))
-    assert not ask((100, 100), (8, 9))
-    assert not ask((8, 8), (8, 8))
-    assert ask((16, 16), (8, 8))
-    assert not ask((16, 15), (8, 8))
-    assert not ask((1, 10000), (8, 8))
-    assert not ask((100, 100), (1, 8))
-    assert not ask((10000,), (8,))
-
-
 def test_memory_that_is_not_in_c_order() -> None:
     torch = pytest.importorskip("torch")
     a = torch.arange(24.0).reshape(4, 6)
@@ -67,7 +53,6 @@ def test_memory_that_is_not_in_c_order() -> None:
 
 
 # -- Thin matrix products --------------------------------------------------------------------------------
-
 
 thin_product = numpy_backend.thin_product
 

@@ -23,7 +23,6 @@ from tnadapt.backends import get_backend
 
 # -- What torch adds: second derivatives, compile, vmap, inference mode, half precision --------------------------------
 
-
 P = tna.presets
 SHAPES = [(4, 3)] * 4
 FOUR = {"weights": 4, "rows": 4, "cols": 3}
@@ -182,22 +181,6 @@ def test_lower_precision(name: str, dtype: str, tolerance: float) -> None:
     assert not any(bool(delta.any()) for delta in plan.deltas(plan.init("torch", dtype)))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("name", PRESETS)
-def test_on_a_cuda_device(name: str) -> None:
-    plan = tna.SuperLoRA(PRESETS[name], SHAPES)
-    params = drawn(plan)
-    there = {key: array.detach().cuda().requires_grad_() for key, array in params.items()}
-    found = plan.vector(there)
-    assert found.device.type == "cuda"
-    torch.testing.assert_close(found.cpu(), plan.vector(params), rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(plan.delta(there, 1).cpu(), plan.delta(params, 1), rtol=1e-12, atol=1e-12)
-    found.sum().backward()
-    assert all(array.grad is not None for array in there.values())
-    fresh = plan.init("torch", device="cuda")
-    assert not any(bool(delta.any()) for delta in plan.deltas(fresh))
-
-
 LARGER = [(48, 32)] * 3
 NONLINEAR = {
     "cp": tna.Config(rank=4, groups=1, fold="hypercube", projection="nonlinear", ratio=0.3),
@@ -260,7 +243,6 @@ def test_autocast_does_not_reach_into_an_update(name: str) -> None:
 
 
 # -- F is computed in full precision where a setting allows less for products of matrices ------------------------------
-
 
 PRODUCTS = {"mm", "bmm", "matmul", "addmm", "baddbmm", "einsum", "mv", "linear"}
 
@@ -379,7 +361,6 @@ print("torch._dynamo" in sys.modules)
 
 
 # -- The FFT of torch and JAX ----------------------------------------------------------------------------------------
-
 
 DFT = Dft2(42, 42, shape=(6, 7))
 

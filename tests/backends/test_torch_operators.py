@@ -21,7 +21,7 @@ passes = launch_plans.passes
 
 # -- The operators of the Triton kernels in programs of torch.compile, without Triton and without a device -------------
 
-# What they compute is tested in kernels/test_torch_gpu.py.
+# What they compute is tested in kernels/test_triton.py.
 
 
 LARGE = 2**64 - 59
@@ -132,14 +132,6 @@ def test_any_number_of_rows() -> None:
     f = torch.compile(tna.Projection("linear", 5, 12), backend=traced, fullgraph=True, dynamic=True)
     assert [tuple(f(torch.ones(rows, 5)).shape) for rows in (2, 3, 7)] == [(2, 12)] * 3  # of the first trace
     assert traced.tnadapt() == ["tnadapt.fastfood.default"]
-
-
-@with_kernels
-def test_half_precision_is_computed_in_single() -> None:
-    traced = Traced()
-    y = torch.compile(tna.fwht, backend=traced, fullgraph=True)(torch.ones(8, dtype=torch.bfloat16))
-    assert y.dtype is torch.bfloat16
-    assert traced.tnadapt() == ["tnadapt.fwht.default"]
 
 
 @with_kernels

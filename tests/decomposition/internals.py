@@ -6,7 +6,6 @@ Modules are here where a test lowers one of their thresholds, so that a small pr
 from __future__ import annotations
 
 from tnadapt.decomposition import _group_fits as group_fits
-from tnadapt.decomposition import _hadamard_fit as hadamard_fit
 from tnadapt.decomposition import _network_fit as network_fit
 from tnadapt.decomposition import _parameter_fit as parameter_fit
 from tnadapt.decomposition import linear_algebra
@@ -25,7 +24,6 @@ __all__ = [
     "cgls",
     "damped_gauss_newton",
     "group_fits",
-    "hadamard_fit",
     "leading_triplets",
     "linear_algebra",
     "lower_bound",

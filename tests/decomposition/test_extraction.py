@@ -101,6 +101,7 @@ def test_what_counts_as_another_tensor(tmp_path: Path) -> None:
         "integers": (("I64", np.arange(3)), ("U8", np.arange(3, dtype=np.uint8)), True),
         "float and integer": (("F32", np.ones(3, "<f4")), ("U8", np.ones(3, np.uint8)), True),
         "wider": (("F16", np.full(3, 0.1, "<f2")), ("F32", np.full(3, 0.1, "<f4")), False),
+        "narrower": (("F32", np.full(3, 0.1, "<f4")), ("BF16", cp.to_bfloat16(np.full(3, 0.1))), False),
         "not a number": (("F32", np.full(2, np.nan, "<f4")), ("F64", np.full(2, np.nan)), False),
         "float32 cannot tell": (("F32", np.ones(3, "<f4")), ("F64", np.full(3, 1 + 1e-12)), False),
         "float32 can tell": (("F32", np.ones(3, "<f4")), ("F64", np.full(3, 1.001)), True),
@@ -187,15 +188,7 @@ def test_a_backbone_without_its_prefix(tmp_path: Path, pair: Any, added: bool) -
 
 def test_shards_and_folders(tmp_path: Path, pair: Any) -> None:
     base, _, _, after = pair
-    folder = tmp_path / "tuned"
-    folder.mkdir()
-    names = sorted(after)
-    places = {}
-    for number, part in enumerate((names[:5], names[5:])):
-        file = f"model-0000{number + 1}-of-00002.safetensors"
-        save_file({name: after[name] for name in part}, folder / file)
-        places |= dict.fromkeys(part, file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    folder = cp.write(tmp_path / "tuned", {name: ("F32", array) for name, array in after.items()}, shards=2)
     (folder / "config.json").write_text(json.dumps({"architectures": ["LlamaForSequenceClassification"]}))
     found = tna.extract(base, folder, presets.lora(2))
     assert found.report.error < 1e-5
@@ -247,23 +240,6 @@ def test_impossible_checkpoints_are_refused(tmp_path: Path, pair: Any) -> None:
     ):
         with pytest.raises(error, match=match):
             tna.extract(*paths, presets.lora(2))
-
-
-@pytest.mark.parametrize("narrow_first", [True, False])
-def test_a_copy_in_another_dtype_is_no_change(tmp_path: Path, narrow_first: bool) -> None:
-    torch = pytest.importorskip("torch")
-    from safetensors.torch import save_file as save_torch
-
-    rng = np.random.default_rng(0)
-    wide = {name: torch.from_numpy(array) for name, array in _base(rng).items()}
-    narrow = {name: tensor.bfloat16() for name, tensor in wide.items()}
-    changed = narrow if narrow_first else wide
-    changed["layers.0.norm.weight"] = changed["layers.0.norm.weight"] + 1
-    save_torch(narrow, tmp_path / "narrow")
-    save_torch(wide, tmp_path / "wide")
-    paths = ("narrow", "wide") if narrow_first else ("wide", "narrow")
-    found = tna.extract(*(tmp_path / path for path in paths), presets.dense())
-    assert found.others == ("layers.0.norm.weight",)
 
 
 # -- The command --------------------------------------------------------------------------------

@@ -18,21 +18,14 @@ from tnadapt.backends import Backend, get_backend, load_backend
 from tnadapt.decomposition import FitReport, GroupReport
 from tnadapt.errors import BackendError, ShapeError
 
+from .test_decompose import EACH
+
 SHAPES = [(12, 8), (6, 8)]
-FOUR = {"weights": 4, "rows": 6, "cols": 8}
-CONFIGS = {
-    "lora": presets.lora(2),
+CONFIGS = {name: config for name, config in EACH.items() if name != "nonlinear"} | {
     "lora, scaled": presets.lora(2, alpha=3.0),
-    "lokr": presets.lokr(2),
     "krona of two terms": presets.krona(terms=2),
-    "loha": presets.loha(2),
     "superlora": presets.superlora(2),
     "shuffled": presets.superlora(2, projection="shuffle"),
-    "linear": presets.superlora(2, projection="linear", ratio=0.5),
-    "fastfood": presets.fastfood(0.5),
-    "lorta": presets.lorta(2),
-    "train": tna.Config(rank=2, order=3, groups=1, fold="balanced", format="tt"),
-    "weighted": tna.Config(rank=2, order=3, groups=1, fold="hypercube", format="cp-weighted"),
     "dense": presets.dense(),
 }
 # Where one array is the update itself, its numbers leave the dtype's normal range as the update's do.
@@ -133,20 +126,6 @@ def test_the_error_is_that_of_the_arrays_that_are_returned(backend: Backend, dty
     assert report.bound == pytest.approx(best, rel=few)
     assert report.bound <= report.error
     assert report.certified
-
-
-@pytest.mark.law("scale-invariance")
-@pytest.mark.parametrize("scale", [1e-310, 1e-300, 1e-200, 1e-163, 1e-155, 1e155, 1e163, 1e200, 1e300])
-def test_named_scales(scale: float) -> None:
-    given = np.random.default_rng(0).normal(size=(12, 8))
-    _, plain = tna.decompose([given], presets.lora(2))
-    _, report = tna.decompose([given * scale], presets.lora(2))
-    # A decimal scale rounds the numbers themselves; subnormal ones to fewer digits.
-    assert report.error == pytest.approx(plain.error, rel=1e-12)
-    assert str(report) == str(plain)
-    assert tna.search_rank([given * scale], presets.lora(), max_error=0.5).rank == (
-        tna.search_rank([given], presets.lora(), max_error=0.5).rank
-    )
 
 
 @pytest.mark.law("scale-invariance")

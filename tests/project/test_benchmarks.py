@@ -1,4 +1,4 @@
-"""The benchmarks and the training scripts run, and the page on speed is made of the results."""
+"""The benchmarks and training scripts run, and what the documentation shows of them is made of their results."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ import importlib
 import importlib.util
 import json
 import os
+import statistics
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -18,11 +21,170 @@ from tests.conftest import BENCHMARKS
 from tests.support.depth import in_depth, long_only
 
 pytest.importorskip("torch")
+if not (BENCHMARKS / "rates.py").is_file():
+    pytest.skip("the benchmarks are not in this copy of the project", allow_module_level=True)
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not BENCHMARKS.is_dir(), reason="the benchmarks are not in this copy of the project"),
+Scripts = Callable[[str], ModuleType]
+
+DOCS = BENCHMARKS.parent / "docs"
+
+
+def results(name: str) -> Any:
+    text = (BENCHMARKS / "results" / name).read_text(encoding="utf-8")
+    return json.loads(text) if name.endswith(".json") else [json.loads(line) for line in text.splitlines()]
+
+
+#: The scripts that make the tables, and how.
+TABLES: dict[str, tuple[str, Callable[[Any], str]]] = {
+    "rates/digits": ("rates", lambda script: script.table("digits")),
+    "rates/reviews": ("rates", lambda script: script.table("reviews")),
+    "rates/cifar10": ("rates", lambda script: script.table("cifar10")),
+    "rates/summary": ("rates", lambda script: script.summary()),
+    "rates/power": ("rates", lambda script: script.power_table()),
+    "rates/norm": ("rates", lambda script: script.norm_table()),
+    "unmerge": ("unmerge", lambda script: script.table(results("unmerge.json")["rows"])),
+    "quantized": ("quantized", lambda script: script.tables(results("quantized.json"))),
+    "extract_large": ("extract_large", lambda script: script.table(results("extract_large.json"))),
+    "mixed_batch": ("mixed_batch", lambda script: script.table(results("mixed_batch.jsonl"))),
+    "decompositions": ("decompositions", lambda script: script.table(results("decompositions.jsonl"))),
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_a_table_is_made_of_its_results(benchmark_scripts: Scripts, name: str) -> None:
+    script, table = TABLES[name]
+    assert (BENCHMARKS / "results" / f"{name}.rst").read_text(encoding="utf-8") == table(benchmark_scripts(script))
+
+
+# -- Learning rates -------------------------------------------------------------------------------
+
+
+def test_what_the_tables_of_rates_say_together(benchmark_scripts: Scripts) -> None:
+    script = benchmark_scripts("rates")
+    rows_of = {task: script.rows_of(script.read_lines(script.RESULTS / f"{task}.jsonl")) for task in script.TASKS}
+    for task, rows in rows_of.items():
+        assert len(rows) == len(script.CONFIGS[task]), f"a setting of {task} lacks a rate"
+    rows = [row for task in script.TASKS for row in rows_of[task]]
+    within = [max(row.best, script.DEFAULT) <= 2 * min(row.best, script.DEFAULT) for row in rows]
+    lost = [100 * (statistics.fmean(row.test_best) - statistics.fmean(row.test_default)) for row in rows]
+    text = script.summary()
+    assert text.startswith(f"On all tasks, {sum(within)} of {len(rows)} settings have their best rate within a factor")
+    assert f"loses more than half a point in {sum(one > 0.5 for one in lost)} settings" in text
+    assert text.endswith(f"at most {max(lost):.2f}.\n")
+
+
+# -- Quantized bases ------------------------------------------------------------------------------
+
+
+def test_every_quantization_was_tried_and_only_calibrated_ones_refuse_a_merge() -> None:
+    from tests.torch.quantized_models import EMBEDDINGS, KINDS
+
+    kinds = results("quantized.json")["kinds"]
+    assert {name for name in kinds if not name.startswith(("GPTQ", "AWQ"))} == {*KINDS, *EMBEDDINGS}
+    for name, row in kinds.items():
+        refused = {step for step, outcome in row["steps"].items() if outcome != "yes"}
+        assert refused == ({"merge"} if name.startswith(("GPTQ", "AWQ")) else set()), name
+
+
+def test_the_numbers_of_quantized_bases_are_measured() -> None:
+    kinds = results("quantized.json")["kinds"]
+    text = " ".join((DOCS / "quantized.rst").read_text(encoding="utf-8").split())
+    nf4 = kinds["bitsandbytes nf4"]
+    small, large = nf4["merges"]["0.01"], nf4["merges"]["0.1"]
+    kept, most, off = (round(100 * number) for number in (small["kept"], large["kept"], large["update_error"]))
+    assert f"of an update of 1 % of the weight, nf4 keeps {kept} %, and of 10 % it keeps {most} %" in text
+    assert f"with an error of {off} %" in text
+    wrong, right = (round(100 * nf4[shape]) for shape in ("64 by 96", "96 by 64"))
+    assert f"an nf4 layer of 64 by 96 is off by {wrong} % instead of {right} %" in text
+    for name, row in kinds.items():
+        for bits, size in (("8", "0.1"), ("int8", "0.03")):
+            if bits in name and "merges" in row:
+                assert row["merges"][size]["kept"] > 0.95, name
+
+
+# -- Language models ------------------------------------------------------------------------------
+
+
+def test_the_table_of_language_models_is_that_of_the_results() -> None:
+    lines = [line.strip().removeprefix("* ") for line in (DOCS / "language_models.rst").read_text("utf-8").splitlines()]
+    cells = [line[1:].strip() for line in lines if line == "-" or line.startswith("- ")]
+    both = [results("smollm2_sft.json"), results("smollm2_grpo.json")]
+    for label, key, form in (
+        ("trained parameters", "trained parameters", "{:,}"),
+        ("bytes of the file", "bytes of the file", "{:,}"),
+        ("right before", "accuracy of the base", "{:.1%}"),
+        ("right after", "accuracy", "{:.1%}"),
+        ("the likelier label is right, before", "accuracy of the base's likelier label", "{:.1%}"),
+        ("the likelier label is right, after", "accuracy of the likelier label", "{:.1%}"),
+        ("held-out examples", "tests", "{}"),
+    ):
+        at = cells.index(label)
+        # Only classification has labels.
+        expected = [form.format(one[key]).replace("%", " %") if key in one else "" for one in both]
+        assert cells[at : at + 3] == [label, *expected]
+    at = cells.index("steps")
+    assert cells[at : at + 3] == ["steps", *(one["settings"]["steps"] for one in both)]
+
+
+@pytest.mark.parametrize("name", ["sft", "grpo"])
+def test_few_parameters_learned_something(name: str) -> None:
+    result = results(f"smollm2_{name}.json")
+    assert result["trained parameters"] <= 1000
+    # More than three standard deviations of the difference of two shares.
+    assert result["accuracy"] - result["accuracy of the base"] > 3 * (2 * 0.25 / result["tests"]) ** 0.5
+
+
+# -- The short profile -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def short(benchmark_scripts: Scripts) -> ModuleType:
+    pytest.importorskip("torch")
+    return benchmark_scripts("short")
+
+
+def taking(clock: list[float], seconds: list[float]) -> Callable[[], None]:
+    """Return a contestant, each of whose calls takes the next of its seconds of a clock."""
+    left = iter(seconds)
+    return lambda: clock.append(clock[-1] + next(left))
+
+
+def test_a_ratio_is_the_median_of_those_within_a_round(short: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(short, "SECONDS", 0.0)
+    monkeypatch.setattr(short, "ROUNDS", 3)
+    # Two calls first. The machine is ten times as slow in the third round, of which the ratio shows nothing.
+    clock = [0.0]
+    ours, theirs = taking(clock, [9.0, 1.0, 2.0, 3.0, 20.0]), taking(clock, [9.0, 1.0, 1.0, 1.0, 10.0])
+    ratio = short.turns(ours, theirs, lambda: clock[-1], smoke=False)
+    assert ratio == {"ratio": 2.0, "low": 2.0, "high": 2.5, "seconds": 3.0, "other": 1.0, "rounds": 3}
+
+
+def test_the_committed_results_have_every_case(short: ModuleType) -> None:
+    rows = short.read()
+    assert [row["case"] for row in rows] == list(short.CASES)
+    assert all(row["low"] <= row["ratio"] <= row["high"] for row in rows)
+    machine = json.loads(short.RESULTS.read_text(encoding="utf-8").partition("\n")[0])
+    assert {"processor", "cores", "date", "numpy", "torch", "peft"} <= set(machine)
+
+
+# -- PEFT's own tests over the plug-in -------------------------------------------------------------
+
+
+def test_the_page_is_that_of_its_results_and_explains_every_difference(benchmark_scripts: Scripts) -> None:
+    suite = benchmark_scripts("peft_suite")
+    found = suite.unpacked([json.loads(line) for line in suite.RESULTS.read_text(encoding="utf-8").splitlines()])
+    reasons = tomllib.loads(suite.REASONS.read_text(encoding="utf-8"))["difference"]
+    assert suite.page(found, reasons) == suite.PAGE.read_text(encoding="utf-8")
+    rows = [one for one in found if "test" in one]
+    assert suite.explained(suite.differences(rows), reasons)[1] == []
+
+
+# -- The scripts themselves ------------------------------------------------------------------------
+
+SMOKES: list[tuple[str, ...]] = [
+    ("fast.py", part) for part in ("steps", "memory", "decoding", "strategies", "files", "gpu")
 ]
+SMOKES += [("mixed_batch.py",), ("decompositions.py",), ("short.py",)]
 
 
 def smoke(script: str, *options: str) -> str:
@@ -33,34 +195,15 @@ def smoke(script: str, *options: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("part", in_depth(("steps", "memory", "decoding", "strategies", "files", "gpu"), ("steps",)))
-def test_a_part_runs(part: str) -> None:
-    smoke("fast.py", part)
+@pytest.mark.slow
+@pytest.mark.parametrize("command", in_depth(SMOKES, SMOKES[:1]), ids=" ".join)
+def test_a_script_runs(command: tuple[str, ...]) -> None:
+    for package in ("peft", "tensorly", "transformers"):
+        pytest.importorskip(package)
+    smoke(*command)
 
 
-@long_only
-def test_mixed_batches_agree_with_one_adapter_at_a_time() -> None:
-    pytest.importorskip("peft")
-    pytest.importorskip("transformers")
-    smoke("mixed_batch.py")
-
-
-def test_a_first_run_on_a_card_goes_on_after_a_failure(
-    benchmark_scripts: Callable[[str], ModuleType], tmp_path: Path
-) -> None:
-    items, out = ["no such item", "same bits"], tmp_path / "found.json"
-    assert not benchmark_scripts("gpu_first_run").first_run(items, out, smoke=True)
-    found = json.loads(out.read_text(encoding="utf-8"))
-    assert list(found["items"]) == items
-    failed, done = found["items"].values()
-    assert failed["status"] == "failed"
-    assert "invalid choice: 'no such item'" in failed["error"]
-    assert done["status"] == "done"
-    assert done["rows"] == [{"what": "a second run", "result": "the same bits"}]
-    assert found["machine"]["date"]
-    assert found["card"]
-
-
+@pytest.mark.slow
 @long_only
 def test_adapters_are_extracted_from_shards(tmp_path: Path) -> None:
     printed = smoke("extract_large.py", "--layers", "1", "--folder", str(tmp_path))
@@ -68,13 +211,8 @@ def test_adapters_are_extracted_from_shards(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-@long_only
-def test_decompositions_run_next_to_their_peers() -> None:
-    pytest.importorskip("tensorly")
-    smoke("decompositions.py")
-
-
-def test_the_page_is_that_of_its_results(benchmark_scripts: Callable[[str], ModuleType], tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_the_page_is_that_of_its_results(benchmark_scripts: Scripts, tmp_path: Path) -> None:
     script = benchmark_scripts("fast")
     importlib.import_module("page").write(script.read(script.RESULTS), tmp_path)
     shown = BENCHMARKS / "results"
@@ -83,6 +221,7 @@ def test_the_page_is_that_of_its_results(benchmark_scripts: Callable[[str], Modu
         assert (shown / picture.name).is_file(), picture.name
 
 
+@pytest.mark.slow
 @long_only
 @pytest.mark.parametrize("script", ["sft", "grpo"])
 def test_a_language_model_is_trained(script: str, tmp_path: Path) -> None:

@@ -320,11 +320,6 @@ def complaints(name: str, parameter: str, labels: Iterable[str], bench: Workbenc
     ]
 
 
-def test_valid_calls_work(bench: Workbench) -> None:
-    for name in CALLS:
-        called(name, bench, {})
-
-
 def test_flags_take_numpys_bools(bench: Workbench) -> None:
     number = 0
     for name in CALLS:

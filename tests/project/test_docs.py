@@ -1,19 +1,24 @@
-"""What the documentation says of files: where symbols and concepts are, the picture of the packages, every path."""
+"""The tree, and what the documentation and README.md say. (Their examples with >>> are run as doctests.)"""
 
 from __future__ import annotations
 
+import ast
 import collections
 import importlib
+import json
+import os
 import re
 import runpy
+import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.links import broken
+import tnadapt as tna
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "tnadapt"
@@ -91,33 +96,174 @@ def test_a_name_of_a_recipe_is_in_its_file(name: str, path: str) -> None:
 
 # -- The check of links in the built pages ---------------------------------------------------------
 
-BUILT = {
-    "index.html": '<h1 id="start">A</h1><a href="#start"></a><a href="#"></a><a href="https://example.org/x#y"></a>'
-    '<a href="deep/page.html#here"></a><a href="deep/page.html?q=1"></a><img src="gone.png">',
-    "deep/page.html": '<p id="here"></p><a href="../index.html#none"></a><a href="../a%20b.txt"></a>'
-    '<a href="mailto:a@b.org"></a>',
-    "_modules/code.html": '<a href="nowhere.html"></a>',
-    "a b.txt": "",
+# -- The tree: its order, import cycles and imports of private modules are import-linter's ----------
+
+
+def test_the_root_has_the_public_names_and_what_all_packages_use_alone() -> None:
+    assert {path.name for path in PACKAGE.iterdir() if path.is_file()} == {
+        "__init__.py", "__main__.py", "argument_checks.py", "errors.py", "lazy_names.py", "plugins.py", "py.typed",
+        "report.py",
+        # Short names of modules of tnadapt.algebra, which users import from the root.
+        "maps.py", "presets.py", "sources.py",
+    }  # fmt: skip
+
+
+def test_tests_mirror_the_tree() -> None:
+    packages = {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").is_file()}
+    assert packages <= {path.name for path in (ROOT / "tests").iterdir() if path.is_dir()}
+
+
+def test_private_names_are_imported_in_one_module_of_a_package() -> None:
+    wrong = set()
+    for path in (ROOT / "tests").rglob("*.py"):
+        if path.name == "internals.py" or "support" in path.parts:
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
+            names = [f"{node.module or ''}.{name}" for name in names] if isinstance(node, ast.ImportFrom) else names
+            private = [name for name in names if re.match(r"tnadapt\..*\b_[a-z]", name, flags=re.IGNORECASE)]
+            wrong |= {path.relative_to(ROOT).as_posix()} if private else set()
+    assert wrong == set(), "import private names in internals.py of the package, if no public one shows the behaviour"
+
+
+# -- README.md -------------------------------------------------------------------------------------
+
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+OWN = {"weights": 24, "rows": 768, "cols": 768}
+# What stands for the dots of the methods that must know how the weights stack up.
+GIVEN = {
+    "lotr": OWN,
+    "fact_tt": OWN,
+    "fact_tk": OWN,
+    "cara": {**OWN, "heads": 12},
+    "randlora": {"rows": 768, "cols": 768},
+    "lorta_cp": {"layers": 12, "rows": 768, "cols": 768, "heads": 12},
 }
+SIZES = (ROOT / "docs" / "presets.rst").read_text(encoding="utf-8")
+ROWS = [
+    (name, arguments, int(count.replace(",", "")))
+    for calls, count in re.findall(r"^   \* - (``.*?)\n     - .*\n     - ([\d,]+)$", SIZES, flags=re.MULTILINE)
+    for name, arguments in re.findall(r"``(\w+)(?:\((.*?)\))?``", calls)
+]
 
 
-def test_links_that_lead_nowhere_are_found(tmp_path: Path) -> None:
-    for name, text in BUILT.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(text, encoding="utf-8")
-    assert broken(tmp_path) == [
-        "deep/page.html: ../index.html#none: no such anchor",
-        "index.html: gone.png: no such file",
+@pytest.mark.parametrize(("name", "arguments", "count"), ROWS)
+def test_the_sizes_of_presets(name: str, arguments: str, count: int) -> None:
+    positional, named = [], dict(GIVEN.get(name, {}))
+    for part in filter(None, (part.strip(" …") for part in arguments.split(","))):
+        key, equals, value = part.rpartition("=")
+        if equals:
+            named[key] = int(value)
+        else:
+            positional.append(float(value) if "." in value else int(value))
+    config = getattr(tna.presets, name)(*positional, **named)
+    assert tna.parameter_count(config, [(768, 768)] * 24, roles="qv" * 12) == count
+
+
+# -- What README says of the library ------------------------------------------------------------------
+
+
+def test_numbers_are_those_of_the_library_and_of_the_results() -> None:
+    assert {name for name, _, _ in ROWS} == set(tna.presets.__all__)
+    assert f"**{len(tna.presets.__all__)} methods, one formula.**" in TEXT
+    counted = json.loads((ROOT / "docs" / "laws.json").read_text(encoding="utf-8"))
+    assert "More than a hundred [laws]" in TEXT
+    assert len(counted["laws"]) > 100
+    assert "hold in over 9,000 test" in TEXT
+    assert counted["cases"] > 9_000
+    results = ROOT / "benchmarks" / "results"
+    # What is left after unmerging.
+    unmerged = json.loads((results / "unmerge.json").read_text(encoding="utf-8"))["rows"]
+    rows = {(row["library"], row["dtype"], row["times"]): row for row in unmerged}
+    theirs = rows["PEFT", "bfloat16", 100]
+    assert f"[{100 * theirs['error']:.0f} % of an adapter's update]" in TEXT
+    assert all(row["changed"] == 0 for (library, _, _), row in rows.items() if library == "tnadapt")
+    # The learning rate.
+    heads = [
+        re.match(r"(\d+) of (\d+) settings", path.read_text(encoding="utf-8"))
+        for path in sorted((results / "rates").glob("*.rst"))
     ]
-    (tmp_path / "gone.png").touch()
-    (tmp_path / "deep" / "page.html").write_text('<p id="here">', encoding="utf-8")
-    assert broken(tmp_path) == []
+    counts = [(int(head[1]), int(head[2])) for head in heads if head]
+    assert len(counts) == 3
+    assert f"[{sum(within for within, _ in counts)} of {sum(every for _, every in counts)} settings]" in TEXT
 
 
-def test_an_empty_folder_is_no_documentation(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.links", str(tmp_path)],
-        capture_output=True, text=True, check=False, cwd=ROOT,
+LINKED_PAGES = re.findall(r"\]\(https://tnadapt\.readthedocs\.io/en/latest/([\w/]+)\.html\)", TEXT)
+LINKED_FILES = re.findall(
+    r"\]\(https://(?:github\.com|raw\.githubusercontent\.com)/tnadapt/tnadapt/(?:blob/)?main/([\w./-]+)\)", TEXT
+)
+
+
+def test_links_are_absolute_as_pypi_needs_them_and_lead_to_pages_and_files() -> None:
+    assert [link for link in re.findall(r"\]\(([^)]+)\)", TEXT) if not link.startswith("https://")] == []
+    assert len(LINKED_PAGES) > 10
+    assert len(LINKED_FILES) > 3
+    assert [page for page in LINKED_PAGES if not list((ROOT / "docs").glob(f"{page}.*"))] == []
+    assert [file for file in LINKED_FILES if not (ROOT / file).is_file()] == []
+
+
+def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The blocks without >>> run one after another, on a small Llama in place of SmolLM2, which is one."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    blocks = re.findall(r"^```python\n((?!>>>).*?)^```", TEXT, flags=re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 2
+    assert len(blocks[0].strip().splitlines()) <= 12
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2,
     )  # fmt: skip
-    assert done.returncode == 1
-    assert "has no index.html" in done.stderr
+    asked = []
+
+    def from_pretrained(name: str) -> Any:
+        asked.append(name)
+        torch.manual_seed(0)
+        return transformers.LlamaForCausalLM(config)
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(blocks[0], names)
+    before = names["adapter"].arrays()
+    assert names["adapter"].num_parameters == 1000
+    exec(blocks[1], names)
+    assert asked == ["HuggingFaceTB/SmolLM2-135M"] * 2
+    assert names["adapter"].num_parameters == 1000
+    assert names["adapter"].arrays().keys() == before.keys()
+    assert len(names["deltas"]) == 4
+    assert (tmp_path / "served" / "adapter_config.json").is_file()
+
+
+def test_extras_are_those_of_the_project() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    said = re.search(r"^Extras: (.*?)\n\n", TEXT, flags=re.MULTILINE | re.DOTALL)
+    assert said
+    assert set(re.findall(r"`([a-z]+)`", said[1])) == set(extras)
+
+
+# -- Examples ----------------------------------------------------------------------------------------
+
+EXAMPLE = """
+>>> import tnadapt
+>>> tnadapt.Config(rank=4.0)
+Traceback (most recent call last):
+    ...
+{}: {}
+"""
+
+
+def test_a_wrong_message_of_an_example_fails(tmp_path: Path) -> None:
+    """Under the configuration of this project, without the options of the run that this test is part of."""
+    for name in ("pyproject.toml", "conftest.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", "example.rst"]
+    message = "rank must be an integer or a tuple with one rank per mode; got 4.0"
+    for exception, said, outcome in [
+        ("tnadapt.errors.ConfigError", message, "1 passed"),
+        ("tnadapt.errors.ConfigError", message.replace("integer", "number"), "1 failed"),
+        ("ConfigError", message, "1 failed"),
+    ]:
+        (tmp_path / "example.rst").write_text(EXAMPLE.format(exception, said), encoding="utf-8")
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        assert outcome in done.stdout, done.stdout + done.stderr

@@ -70,10 +70,3 @@ def test_what_is_gone_new_or_refused_is_named() -> None:
     assert numbers.differences(numbers.cases()["F/cp/stack/linear"], None, {}) == ["not recorded"]
     assert numbers.differences(refuses, None, {}) == []
     assert numbers.differences(refuses, ([], []), {})[0].startswith("refused: ")
-
-
-def test_names_that_move_are_named() -> None:
-    lines = names.current(without=["tnadapt.torch.peft"])
-    first = lines["tnadapt"][0]
-    lines["tnadapt"][0] = "class Other()"
-    assert {f"-{first}", "+class Other()"} < set(names.moved(lines))

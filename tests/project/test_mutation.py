@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +14,10 @@ pytest.importorskip("cosmic_ray", reason="cosmic-ray is not installed (the extra
 from cosmic_ray.mutating import mutate_code
 
 from mutation import report
-from mutation.__main__ import ROOT, _chosen, _groups
-from mutation.judging import Judge
+from mutation.__main__ import ROOT, _groups
 from mutation.mutants import Module
-from mutation.operators import OURS, DropKeyword, DropStatement, NegateIn, ReturnNone, left_out, operators
+from mutation.operators import DropKeyword, DropStatement, NegateIn, ReturnNone
 from mutation.reach import Reach
-from mutation.running import Outcome
 
 CODE = '''"""A module."""
 
@@ -87,26 +83,6 @@ def test_a_key_outlives_changes_elsewhere_in_the_file(tmp_path: Path) -> None:
     assert max(Counter(mutant.key for mutant in after).values()) == 1
 
 
-def test_a_statement_of_many_lines_is_reached_by_any_of_them(tmp_path: Path) -> None:
-    module = module_of(tmp_path, CODE)
-    lines = CODE.splitlines()
-    inside, default = lines.index("        + 3") + 1, next(i for i, line in enumerate(lines, 1) if "def first" in line)
-    assert module.reach(inside) == range(inside - 2, inside + 2)
-    assert module.reach(default) == range(default + 1, len(lines) + 1)
-    assert module.reach(lines.index("Shape = tuple[int, int] | None") + 1) is None
-    condition = lines.index("    if size in b:") + 1
-    assert module.reach(condition) == range(condition, condition + 1)
-    reach = Reach({"t.py::a": 2.0, "t.py::b": 1.0, "u.py::c": 0.5}, {"m.py": {inside - 2: {"t.py::a", "u.py::c"}}})
-    mutant = next(mutant for mutant in module.mutants if mutant.line == inside)
-    assert reach.of(module, mutant, ["t.py", "u.py"]) == ["t.py::a", "u.py::c"]
-    # Nothing is seen to run this line: any test of the module may.
-    other = next(mutant for mutant in module.mutants if mutant.line == condition)
-    assert reach.of(module, other, ["t.py", "u.py"]) == ["t.py::a", "u.py::c"]
-    # A function that runs on import: any test of the files may depend on what it made.
-    reach.tests["m.py"][inside - 2] = {"", "u.py::c"}
-    assert reach.of(module, mutant, ["t.py"]) == ["t.py::b", "t.py::a", "u.py::c"]
-
-
 def test_lines_that_run_on_import_in_tests_and_in_their_processes_are_reached(tmp_path: Path) -> None:
     for folder in ("tnadapt", "tests"):
         (tmp_path / folder).mkdir()
@@ -136,49 +112,6 @@ def test_lines_that_run_on_import_in_tests_and_in_their_processes_are_reached(tm
     assert f"{file}_here" not in lines[11]
 
 
-class Machine:
-    """In a tree's place: says what it is told to say."""
-
-    def __init__(self, answers: dict[str, str]) -> None:
-        self.answers = answers
-        self.mutated = False
-
-    @contextlib.contextmanager
-    def holding(self, path: str, code: str) -> Iterator[None]:
-        self.mutated = True
-        yield
-        self.mutated = False
-
-    def run(self, tests: list[str], profile: str, seconds: float) -> Outcome:
-        for test in tests:
-            answer = self.answers.get(test, "")
-            if answer == "broken" or (self.mutated and answer):
-                return Outcome("timeout" if answer == "slow" else "failed", test)
-        return Outcome("passed")
-
-
-@pytest.mark.parametrize(
-    ("answers", "status", "by"),
-    [
-        ({}, "survived", ""),
-        ({"t.py::b": "notices"}, "killed", "t.py::b"),
-        ({"t.py::b": "slow"}, "timeout", "t.py::b"),
-        # What fails without a mutant, too, is no witness.
-        ({"t.py::a": "broken"}, "survived", ""),
-        ({"t.py::a": "broken", "t.py::b": "notices"}, "killed", "t.py::b"),
-    ],
-)
-def test_a_mutant_is_killed_by_a_test_that_passes_without_it(
-    tmp_path: Path, answers: dict[str, str], status: str, by: str
-) -> None:
-    module = module_of(tmp_path, CODE)
-    mutant = next(mutant for mutant in module.mutants if mutant.operator == "NegateIn")
-    reach = Reach({"t.py::a": 0.1, "t.py::b": 0.2}, {"m.py": {mutant.line: {"t.py::a", "t.py::b"}}})
-    found = Judge(Machine(answers), reach).judged(module, mutant, ["t.py"])  # type: ignore[arg-type]
-    assert found is not None
-    assert (found["status"], found["by"], found["tests"]) == (status, by, 2)
-
-
 def record(key: str, status: str) -> dict[str, Any]:
     where = {"module": "tnadapt/m.py", "function": "f", "line": 1, "operator": "Is_IsNot"}
     return {"key": key, "status": status, "change": "-a\n+b", **where}
@@ -200,27 +133,13 @@ def test_a_run_fails_on_survivors_without_a_reason_and_below_the_goal(tmp_path: 
     page = report.page(records, known, {"tnadapt/m.py": 100}, {"seed": 0})
     assert "Of 100 mutants, 21 were drawn at random and run. 1 of them are equivalent" in page
     assert "the tests notice 19: **95.0%**. 0 of these had survived at first" in page
-    late = [{**record, "first": "survived"} if record["key"] == "k7" else record for record in records]
-    page = report.page(late, known, {"tnadapt/m.py": 100}, {"seed": 0})
-    assert "1 of these had survived at first, and tests were added for them. Without these tests it was 90.0%" in page
     assert "nobody can tell" in page
-
-
-def test_the_two_kinds_of_operators_are_weighted_by_how_many_mutants_they_make() -> None:
-    assert operators().keys().isdisjoint(left_out())
-    assert len(operators().keys() | left_out().keys()) >= 211 + len(OURS)  # all that cosmic-ray 8.7 has
-    ours = [{**record("o", "survived"), "operator": "DropKeyword"}] * 10
-    records = [*[record("k", "killed")] * 9, {**record("l", "killed"), "first": "survived"}, *ours]
-    rest = report.Rest([*[record("k", "killed")] * 99, record("s", "survived")], 300)
-    # Half of 200 are cosmic-ray's, all of them noticed or, without the late one, nine of ten; 99 % of 300 more.
-    page = report.page(records, {}, {"tnadapt/m.py": 200}, {}, rest)
-    for part in (
-        "make 300 more mutants. Of 100 that were drawn at random and are not equivalent, the tests notice 99. ",
-        f"the share is **{(100 + 297) / 400:.1%}**",
-        f"for survivors it is {(90 + 297) / 400:.1%}, which",
-    ):
-        assert part in page
-    assert len(report.failings(rest.records, {})) == 1
+    late = [{**record, "first": "survived"} if record["key"] == "k7" else record for record in records]
+    # Of 300 mutants by operators that the run leaves out, 99 % of those drawn are noticed.
+    rest = report.Rest([*[record("l", "killed")] * 99, record("s", "survived")], 300)
+    page = report.page(late, known, {"tnadapt/m.py": 100}, {"seed": 0}, rest)
+    assert "1 of these had survived at first, and tests were added for them. Without these tests it was 90.0%" in page
+    assert "make 300 more mutants. Of 100 that were drawn at random and are not equivalent, the tests notice 99" in page
     assert report.failings(rest.records, {"s": {"kind": "gap"}}, goal=False) == []
 
 
@@ -239,21 +158,8 @@ def test_the_committed_reasons_and_results_fit_each_other() -> None:
     assert report.failings([record for record in records if record["status"] != "void"], known) == []
 
 
-def test_samples_are_drawn_by_seed_and_larger_ones_hold_smaller_ones() -> None:
-    modules = {path: Module(ROOT, path) for path in ("tnadapt/algebra/folding.py", "tnadapt/algebra/products.py")}
-    small, large, other = _chosen(modules, 0, 10), _chosen(modules, 0, 20), _chosen(modules, 1, 10)
-    assert small == large[:10]
-    assert small != other
-    assert len(_chosen(modules, 0, None)) == sum(len(module.mutants) for module in modules.values())
-
-
 def test_every_listed_module_and_test_file_is_there() -> None:
     groups = _groups([])
-    assert {
-        "tnadapt/algebra/folding.py",
-        "tnadapt/torch/peft/_tuner.py",
-        "tnadapt/convert/_pipeline.py",
-    } <= groups.keys()
     assert all((ROOT / file).is_file() for files in groups.values() for file in files)
     assert groups["tnadapt/algebra/folding.py"][:2] == ["tnadapt/algebra/folding.py", "tests/algebra/test_folding.py"]
     with pytest.raises(SystemExit, match=r"modules\.toml does not list nothing\.py"):

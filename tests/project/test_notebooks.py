@@ -81,14 +81,6 @@ def test_of_many_groups_the_first_are_shown() -> None:
     assert "10 more groups in .groups" in shown
 
 
-def test_names_in_a_model_are_escaped() -> None:
-    torch = pytest.importorskip("torch")
-    model = torch.nn.ModuleDict({"<b>": torch.nn.Linear(8, 12)})
-    shown = tna.torch.attach(model, "lora", "all-linear", rank=2)._repr_html_()
-    assert "<b>" not in shown
-    assert "&lt;b&gt;.weight" in shown
-
-
 def test_a_config_shows_what_was_chosen() -> None:
     config = tna.presets.superlora(3, projection="linear", ratio=0.5)
     assert repr(config) == ("Config(rank=3, groups=1, fold='hypercube', projection='linear', ratio=0.5, rate='adam')")
@@ -206,34 +198,3 @@ def test_trainings_of_a_study(notebook: Output) -> None:
         f'<progress value="0.4375"></progress> 44% 1 of 4 trainings: {second.name}',
         f'<progress value="0.5625"></progress> 56% 2 of 4 trainings: {first.name}',
     ]
-
-
-@pytest.mark.slow
-def test_a_notebook_shows_it() -> None:
-    """Run a notebook with its real kernel, and look at the messages as they come."""
-    nbclient = pytest.importorskip("nbclient")
-    nbformat = pytest.importorskip("nbformat")
-    pytest.importorskip("ipykernel")
-    code = """
-import numpy as np, tnadapt as tna
-from tnadapt import report
-report._PERIOD = 0.0
-with tna.ProgressBar("CP") as bar:
-    tna.cp(np.random.default_rng(0).normal(size=(6, 7, 8)), rank=2, callback=bar.iterations)
-"""
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)])
-    live: list[str] = []
-
-    class Client(nbclient.NotebookClient):  # type: ignore[misc, name-defined]
-        def process_message(self, message: Any, cell: Any, index: int) -> Any:
-            if message["msg_type"] in ("display_data", "update_display_data"):
-                live.append(message["content"]["data"]["text/html"])
-            return super().process_message(message, cell, index)
-
-    Client(notebook, kernel_name="python3", timeout=120).execute()
-    assert len(live) > 3
-    assert live[0].startswith("CP <progress></progress>")
-    # One output in the end, the last.
-    (output,) = notebook.cells[0].outputs
-    assert output.data["text/html"] == live[-1]
-    assert 'value="1.0000"' in live[-1]

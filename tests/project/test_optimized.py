@@ -5,16 +5,15 @@ The program that goes through everything runs without ``-OO``, too, and opens no
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 import tnadapt as tna
 from tests.support import checkpoint_files as cp
-from tests.support import forge
 
 TARGETS = [tna.Target(f"layers.0.attn.{x}_proj", (4, 6), x) for x in "qv"]
 
@@ -44,12 +43,12 @@ import contextlib, importlib, io, pkgutil, runpy, traceback
 import paper, tnadapt
 assert not sys.flags.optimize, "asserts are not to be run"
 
-def command(*words, code=0):
-    sys.argv = ["tnadapt", *words]
+def command(*words, code=0, program="tnadapt"):
+    sys.argv = [program, *words]
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
         try:
-            runpy.run_module("tnadapt", run_name="__main__")
+            runpy.run_module(program, run_name="__main__")
         except SystemExit as end:
             if (end.code or 0) != code:
                 raise RuntimeError(f"{words}: {end.code}")
@@ -70,6 +69,8 @@ command("extract", folder + "/base", folder + "/out", "-o", folder + "/again.saf
 command("plan", folder + "/base", "--budget", "100")
 command("verify", "--preset", "lora", "--shape", "4x6", "--backend", "numpy")
 command("merge", folder + "/base", folder + "/cut.safetensors", "-o", folder + "/no", code=2)
+if "--dry-run" not in command("--help", program="paper"):
+    raise RuntimeError("paper")
 for package in (tnadapt, paper):
     for module in pkgutil.walk_packages(package.__path__, package.__name__ + ".", lambda name: None):
         if not module.name.endswith("__main__"):
@@ -123,53 +124,23 @@ def test_the_guard_sees_a_connection() -> None:
 
 
 @pytest.mark.slow
-def test_the_program_of_the_paper() -> None:
-    pytest.importorskip("typer")
-    done = run("-OO", "-m", "paper", "--help")
-    assert done.returncode == 0, done.stderr
-    assert "--dry-run" in done.stdout
-
-
-def hostile() -> dict[str, bytes]:
-    """Files that must be refused, each by another check."""
-    arrays = tna.SuperLoRA(tna.Config(rank=1), [(4, 6)] * 2).init()
-    tensors = {name: ("F32", array.astype("f4")) for name, array in arrays.items()}
-    recipe = {"version": 1, "config": {"rank": 1}, "targets": [target.to_list() for target in TARGETS]}
-    good = forge.adapter(recipe, tensors)
-    nan = {name: (tag, np.full_like(array, np.nan)) for name, (tag, array) in tensors.items()}
-    return {
-        "cut": good[:-1],
-        "long": good + b"\0",
-        "flipped": good[:-1] + bytes([good[-1] ^ 1]),
-        "pickle": b"\x80\x04K\x01.",
-        "nan": forge.adapter(recipe, nan),
-        "twice": forge.adapter({**recipe, "targets": [recipe["targets"][0]] * 2}, tensors),
-        "unknown": forge.adapter({**recipe, "more": 1}, tensors),
-        "version": forge.adapter({**recipe, "version": 2}, tensors),
-        "rank": forge.adapter({**recipe, "config": {"rank": 0}}, tensors),
-        "shape": forge.adapter({**recipe, "config": {"rank": 2}}, tensors),
-        "key": forge.container('{"__metadata__":{},"__metadata__":{}}'),
-        "deep": forge.container('{"a":' + "[" * 99 + "]" * 99 + "}"),
-        "dtype": forge.container({"a": {"dtype": "F31", "shape": [0], "data_offsets": [0, 0]}}),
-    }
-
-
-@pytest.mark.slow
 @pytest.mark.law("optimized-python")
-def test_hostile_files_are_refused_in_the_same_words(tmp_path: Path) -> None:
-    files = hostile()
+def test_files_that_the_fuzzer_found_are_refused_in_the_same_words() -> None:
+    paths = sorted((Path(__file__).parents[2] / "fuzz" / "corpus" / "adapter").iterdir())
     said = []
-    for name, content in files.items():
-        path = tmp_path / f"{name}.safetensors"
-        path.write_bytes(content)
-        with pytest.raises(tna.FileError) as caught:
+    for path in paths:
+        try:
             tna.load(path)
-        said.append(str(caught.value))
+        except tna.FileError as error:
+            said.append(str(error))
+        else:
+            said.append(f"READ {path}")
+    assert len({re.sub(r"[^ ]*/|\d+", "", message) for message in said}) > 20
     code = (
         "import sys, tnadapt\n"
         "for path in sys.argv[1:]:\n"
         "    try: tnadapt.load(path); print('READ', path)\n"
         "    except tnadapt.FileError as error: print(error)\n"
     )
-    done = run("-OO", "-c", code, *(str(tmp_path / f"{name}.safetensors") for name in files))
+    done = run("-OO", "-c", code, *map(str, paths))
     assert done.stdout.splitlines() == said, done.stderr

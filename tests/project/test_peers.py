@@ -1,28 +1,29 @@
-"""``lora``, ``lokr``, ``krona``, ``loha`` and ``gralora`` against the computation of PEFT and of LyCORIS themselves.
+"""Presets against the computation of PEFT and of LyCORIS themselves.
 
 Their adapter tensors, filled with random numbers, become our parameters; the ΔW, the outputs and the gradients
-must be theirs to 1e-12 in float64. Where a peer errs or has a convention of its own, a test named ``test_fault_…``
-or ``test_convention_…`` asserts what it does, so that a release that changes it is noticed: such a test that
-fails means that the peer was fixed and that whatever here works around it is due.
+must be theirs to 1e-12 in float64, or to 1e-6 where theirs are in float32. Comments say where a peer errs or has a
+convention of its own.
 """
 
 from __future__ import annotations
 
 import itertools
-import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import assume, example, given
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
+import tnadapt as tna
+from tests.support.array_presets import P
 from tnadapt import Config, SuperLoRA, presets
-from tnadapt.errors import ConfigError
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
+
+import tnadapt.torch as tt
 
 TOLERANCE = 1e-12
 
@@ -45,18 +46,14 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def lycoris() -> Any:
+def lycoris() -> dict[str, Any]:
+    """LyCORIS's module of each method."""
     pytest.importorskip("lycoris")
-    from lycoris.functional import factorization, locon, loha, lokr
     from lycoris.modules.locon import LoConModule
     from lycoris.modules.loha import LohaModule
     from lycoris.modules.lokr import LokrModule
 
-    return types.SimpleNamespace(
-        factorization=factorization,
-        functional={"lora": locon, "loha": loha, "lokr": lokr},
-        modules={"lora": LoConModule, "loha": LohaModule, "lokr": LokrModule},
-    )
+    return {"lora": LoConModule, "loha": LohaModule, "lokr": LokrModule}
 
 
 # -- Comparing ---------------------------------------------------------------------------------
@@ -139,12 +136,6 @@ def our_arrays(method: str, get: Callable[[str], Any]) -> dict[str, Any]:
     return arrays
 
 
-def split_shapes(shape: tuple[int, int], split_size: int | str) -> list[tuple[int, ...]]:
-    """Shapes of our W1 and W2."""
-    found = SuperLoRA(presets.krona(split_size=split_size), [shape]).param_shapes
-    return [found["group0.split0.dense"], found["group0.split1.dense"]]
-
-
 def lokr_config(
     shape: tuple[int, int], rank: int, alpha: float | None, both: bool = False, split_size: int | str = "balanced"
 ) -> Config:
@@ -153,7 +144,8 @@ def lokr_config(
     The rule is held to their code by what this config is used for: arrays of another kind or shape than
     they have made are refused with a ShapeError.
     """
-    w1, w2 = split_shapes(shape, split_size)
+    whole = SuperLoRA(presets.krona(split_size=split_size), [shape]).param_shapes
+    w1, w2 = whole["group0.split0.dense"], whole["group0.split1.dense"]
     full = (not (both and rank < max(w1) / 2), rank >= max(w2) / 2)
     # A W1 of two factors beside a whole W2 needs a W1 that is larger than W2; no setting of ours makes it.
     assume(full != (False, True))
@@ -215,7 +207,7 @@ def test_lora_and_loha_are_peft_s(
     if method == "lora":
         theirs = peft.LoraConfig(r=rank, lora_alpha=whole)
     else:
-        # PEFT rounds LoHa's alpha / r to float32 (a test below): here are scales that float32 has.
+        # PEFT rounds LoHa's alpha / r to float32: here are scales that float32 has.
         alpha = whole = rank * float(np.float32(whole / rank))
         theirs = peft.LoHaConfig(r=rank, alpha=whole)
     check_peft(method, theirs, [getattr(presets, method)(rank=rank, alpha=alpha)] * 2, sizes, seed)
@@ -275,43 +267,18 @@ def test_lokr_of_a_given_size_is_peft_s(
     check_peft("lokr", theirs, [config], (cols, rows), seed)
 
 
-def test_sizes_of_the_factors_are_the_peers(lycoris: Any) -> None:
-    from peft.tuners.lokr.layer import factorization
-
-    for size in range(1, 513):
-        w1, w2 = split_shapes((size, size), "balanced")
-        assert (w1[0], w2[0]) == factorization(size, -1) == lycoris.factorization(size, -1)
-    for factor, size in itertools.product(range(1, 13), range(1, 145)):
-        w1, w2 = split_shapes((size, size), factor)
-        ours, divides = (w1[0], w2[0]), size % factor == 0
-        # Where f does not divide, ours is larger and cut; theirs is another f.
-        assert (ours == factorization(size, factor)) == divides
-        # LyCORIS puts the smaller first: W1 is not f where f is above the square root.
-        assert (ours == lycoris.factorization(size, factor)) == (divides and factor**2 <= size)
-
-
-def test_fault_peft_rounds_the_scale_of_loha_to_float32() -> None:
-    _, (layer,) = peft_model(peft.LoHaConfig(r=3, alpha=1.0), (12, 8), drawer(0))
-    arrays = {f"group0.{name}": array for name, array in peft_arrays("loha", layer).items()}
-    theirs = layer.get_delta_weight("default")
-    rounded = 3 * float(np.float32(1 / 3))
-    ours = {alpha: SuperLoRA(presets.loha(rank=3, alpha=alpha), [(8, 12)]).deltas(arrays)[0] for alpha in (1, rounded)}
-    assert error(ours[rounded], theirs) <= TOLERANCE
-    assert error(ours[1], theirs) > 1e-9
-
-
 # -- LyCORIS -----------------------------------------------------------------------------------
 
 
-def lycoris_module(
-    lycoris: Any, method: str, shape: tuple[int, int], rank: int, alpha: float | None, draw: Callable, **settings: Any
-) -> tuple[Any, Any, dict[str, Any]]:
-    """A linear layer, its LyCORIS module, all of it random, and the arrays by our names."""
-    rows, cols = shape
+def check_lycoris(
+    lycoris: Any, method: str, config: Config, shape: tuple[int, int], seed: int, **settings: Any
+) -> None:
+    """ΔW as the forward pass makes it, its gradients, and both forms of the forward pass."""
+    draw, (rows, cols) = drawer(seed), shape
     linear = torch.nn.Linear(cols, rows).double()
     fill(linear, draw)
     linear.requires_grad_(False)
-    module = lycoris.modules[method]("adapter", linear, 1.0, rank, alpha, **settings).double().eval()
+    module = lycoris[method]("adapter", linear, 1.0, config.rank, config.alpha, **settings).double().eval()
     fill(module, draw)
 
     def get(name: str) -> Any:
@@ -319,46 +286,15 @@ def lycoris_module(
             return {"lora_B": module.lora_up, "lora_A": module.lora_down}[name].weight
         return getattr(module, name, None)
 
-    return linear, module, our_arrays(method, get)
-
-
-def lycoris_weights(method: str, arrays: Mapping[str, Any]) -> list[Any]:
-    """What the functions of ``lycoris.functional`` take: for LoKr w1, w1a, w1b, w2, w2a, w2b, t2."""
-    get = {name: array.detach() for name, array in arrays.items()}.get
-    if method == "lora":
-        return [get("split0.factor1").T, get("split0.factor0"), None]
-    if method == "loha":
-        halves = [(get(f"split{k}.factor1").T, get(f"split{k}.factor0")) for k in (0, 1)]
-        return [*halves[0], *halves[1], None, None]
-    weights = []
-    for k in (0, 1):
-        second = get(f"split{k}.factor1")
-        weights += [get(f"split{k}.dense"), get(f"split{k}.factor0"), None if second is None else second.T]
-    return [*weights, None]
-
-
-def check_lycoris(
-    lycoris: Any, method: str, config: Config, shape: tuple[int, int], seed: int, **settings: Any
-) -> None:
-    """ΔW as the forward pass and as the function make it, its gradients, and both forms of the forward pass."""
-    draw = drawer(seed)
-    linear, module, arrays = lycoris_module(lycoris, method, shape, config.rank, config.alpha, draw, **settings)
-    if method == "lora":
-        theirs = module.get_diff_weight()[0]
-        assert theirs.shape == shape
-    else:
-        theirs = module.get_weight(shape)  # get_diff_weight scales once more: a test below
-    ours = check_equal([config], [arrays], [theirs])
+    # For LoHa and LoKr, get_diff_weight and a merge scale once more.
+    theirs = module.get_diff_weight()[0] if method == "lora" else module.get_weight(shape)
+    assert theirs.shape == shape
+    ours = check_equal([config], [our_arrays(method, get)], [theirs])
     check_gradients(ours, [theirs], [module], draw)
-    x = draw(5, shape[1])
+    x = draw(5, cols)
     with torch.no_grad():
         assert error(x @ (linear.weight + ours[0]).T + linear.bias, module(x)) <= TOLERANCE
         assert error(x @ ours[0].T, module.bypass_forward_diff(x)) <= TOLERANCE
-    gamma = config.rank if config.alpha is None else config.alpha
-    # LoKr's function, and only this one, divides gamma by the rank itself: a test below.
-    gamma /= 1 if method == "lokr" else config.rank
-    function = lycoris.functional[method].diff_weight
-    check_equal([config], [arrays], [function(*lycoris_weights(method, arrays), gamma=gamma)])
 
 
 SHAPES = st.tuples(st.integers(1, 30), st.integers(1, 30))
@@ -384,7 +320,7 @@ def test_lokr_and_krona_are_lycoris_s(
 ) -> None:
     config = lokr_config(shape, rank, alpha, both)
     if config.format == "dense":
-        config = config.replace(alpha=None)  # the one alpha that LyCORIS takes there: a test below
+        config = config.replace(alpha=None)  # LyCORIS ignores any other
     check_lycoris(lycoris, "lokr", config, shape, seed, decompose_both=both)
 
 
@@ -401,63 +337,222 @@ def test_lokr_of_a_given_size_is_lycoris_s(
     check_lycoris(lycoris, "lokr", config, (rows, cols), seed, factor=factor)
 
 
-def changed(what: str) -> str:
-    return f"LyCORIS no longer {what}: see what here allows for it"
+# -- FourierFT, WaveFT, C3A, SHiRA, MiSS, DoRA and HiRA, which the peers compute in float32 (PEFT has no LoCA) ----
+
+SINGLE = 1e-6
+SIDES = st.integers(2, 24)
+SHORT_SEEDS = st.integers(0, 2**31 - 1)
+ROUND_ALPHAS = st.sampled_from([1.0, 3.0, 16.0])
+
+few = settings(max_examples=15, deadline=None)
 
 
-# Both factors are whole: rank 2 is half of the 4 × 4 of W2.
-@pytest.mark.parametrize("alpha", [1.0, 8.0])
-def test_fault_lycoris_ignores_alpha_if_both_factors_of_lokr_are_full(lycoris: Any, alpha: float) -> None:
-    draw = drawer(0)
-    _, module, arrays = lycoris_module(lycoris, "lokr", (8, 12), 2, alpha, draw)
-    theirs, weights, x = module.get_weight((8, 12)), lycoris_weights("lokr", arrays), draw(5, 12)
-    unscaled = check_equal([presets.krona(rank=2, alpha=2)], [arrays], [theirs])[0]
-    what = "ignores alpha where both factors of LoKr are full"
-    scaled = SuperLoRA(presets.krona(rank=2, alpha=alpha), [(8, 12)]).deltas(
-        {f"group0.{name}": array for name, array in arrays.items()}
-    )[0]
-    assert error(scaled, theirs) > 0.1, changed(what)
-    # So do its functions, and what it saves as alpha is the rank.
-    function = lycoris.functional["lokr"]
-    assert error(unscaled, function.diff_weight(*weights, gamma=alpha)) <= TOLERANCE, changed(what)
-    output = function.bypass_forward_diff(x, None, *weights, gamma=alpha)
-    assert error(x @ unscaled.T, output) <= TOLERANCE, changed(what)
-    assert module.state_dict()["alpha"].item() == 2.0, changed(what)
+def peft_layer(method: str, rows: int, cols: int, seed: int = 0, **options: Any) -> tuple[Any, Any]:
+    """PEFT's model of one weight with random parameters, and its layer."""
+    torch.manual_seed(seed % 1000)
+    config = getattr(peft, f"{method}Config")(target_modules=["0"], **options)
+    model = peft.get_peft_model(torch.nn.Sequential(torch.nn.Linear(cols, rows)), config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                # A magnitude stays near the norm, where it starts.
+                parameter.add_(torch.randn(parameter.shape) * (0.1 if "magnitude" in name else 1.0))
+    return model, model.base_model.model[0]
 
 
-@pytest.mark.parametrize("precise", [False, True])
-@pytest.mark.parametrize(("method", "times"), [("lora", 1), ("loha", 2), ("lokr", 2)])
-def test_fault_lycoris_scales_lokr_and_loha_twice_on_merge(
-    lycoris: Any, method: str, times: int, precise: bool
+def numbers(array: Any) -> np.ndarray:
+    return np.asarray(array.detach(), np.float64)
+
+
+def check_close(ours: np.ndarray, theirs: Any, least: float = 0.0) -> None:
+    """The largest difference is small relative to the largest of their elements, or to ``least`` if that is larger."""
+    theirs = numbers(theirs)
+    assert ours.shape == theirs.shape
+    assert np.max(np.abs(ours - theirs)) < SINGLE * max(least, np.max(np.abs(theirs)))
+
+
+# -- Updates that PEFT computes from one array ----------------------------------------------------
+
+
+def delta(config: tna.Config, values: Any, shape: tuple[int, int]) -> np.ndarray:
+    """Our ΔW of one array."""
+    plan = tna.SuperLoRA(config, [shape])
+    flat = numbers(values).reshape(-1)
+    assert plan.param_shapes == {"group0.split0.dense": flat.shape}
+    return np.asarray(plan.deltas({"group0.split0.dense": flat})[0])
+
+
+def check_output(ours: np.ndarray, layer: Any, atol: float) -> None:
+    x = torch.randn(5, ours.shape[1])
+    theirs = (layer(x) - layer.base_layer(x)).detach().numpy()
+    np.testing.assert_allclose(x.numpy() @ ours.T, theirs, atol=atol)
+
+
+def places(indices: Any, cols: int) -> tuple[int, ...]:
+    return tuple((indices[0].long() * cols + indices[1].long()).tolist())
+
+
+@pytest.mark.law("presets")
+@few
+@given(SIDES, SIDES, SHORT_SEEDS, st.data())
+def test_fourierft(rows: int, cols: int, seed: int, data: st.DataObject) -> None:
+    n = data.draw(st.integers(1, rows * cols))
+    scale = data.draw(st.sampled_from([150.0, 3.0]))
+    _, theirs = peft_layer("FourierFT", rows, cols, seed, n_frequency=n, scaling=scale, random_loc_seed=seed)
+    config = presets.fourierft(n, places(theirs.indices["default"], cols), alpha=scale)
+    check_close(delta(config, theirs.fourierft_spectrum["default"], (rows, cols)), theirs.get_delta_weight("default"))
+
+
+@pytest.mark.law("presets")
+@few
+@given(SIDES, SIDES, SHORT_SEEDS, st.sampled_from(["db1", "db2", "db3", "db4", "db8", "db10"]), st.data())
+def test_waveft(rows: int, cols: int, seed: int, family: str, data: st.DataObject) -> None:
+    n = data.draw(st.integers(1, min(50, rows * cols)))
+    _, theirs = peft_layer("WaveFT", rows, cols, seed, n_frequency=n, wavelet_family=family, random_loc_seed=seed)
+    wavelet = tna.maps.Wavelet(family)
+    shape = wavelet.coefficients(rows), wavelet.coefficients(cols)
+    # PEFT leaves coefficients at the edges out, and has two quarters the other way round: its upper right one is
+    # high-pass along rows.
+    place = [
+        index.long() + (longer - size) // 2
+        for index, longer, size in zip(theirs.waveft_indices["default"], shape, (rows, cols), strict=True)
+    ]
+    halves = [longer // 2 for longer in shape]
+    high = [index >= half for index, half in zip(place, halves, strict=True)]
+    swapped = [
+        index - own.long() * half + other.long() * half
+        for index, half, own, other in zip(place, halves, high, high[::-1], strict=True)
+    ]
+    config = presets.waveft(n, places(swapped, shape[1]), family)
+    assert config.alpha == 25.0  # as PEFT's scaling
+    check_close(delta(config, theirs.waveft_spectrum["default"], (rows, cols)), theirs.get_delta_weight("default"))
+
+
+@pytest.mark.law("presets")
+@few
+@given(st.integers(1, 8), st.integers(1, 4), st.integers(1, 4), SHORT_SEEDS)
+def test_c3a(block: int, down: int, across: int, seed: int) -> None:
+    shape = down * block, across * block
+    _, theirs = peft_layer("C3A", *shape, seed, block_size=block)
+    ours = delta(presets.c3a(block), theirs.c3a_kernel["default"], shape)
+    check_close(ours, theirs.get_delta_weight("default"))
+    check_output(ours, theirs, atol=1e-5)
+
+
+@pytest.mark.law("presets")
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning")
+@few
+@given(st.integers(4, 24), st.integers(4, 24), SHORT_SEEDS)
+def test_shira(rows: int, cols: int, seed: int) -> None:
+    r = rows * cols // (2 * (rows + cols))
+    if r == 0:
+        return
+    _, theirs = peft_layer("Shira", rows, cols, seed, r=r, random_seed=seed % 1000)
+    config = presets.shira(r * (rows + cols), places(theirs.shira_indices["default"], cols))
+    ours = delta(config, theirs.shira_weight["default"], (rows, cols))
+    check_close(ours, theirs.get_delta_weight("default").to_dense())
+
+
+def check_miss(layer: Any, ours: np.ndarray) -> None:
+    base = layer.base_layer.weight.detach().clone()
+    change = layer.get_delta_weight_miss("default", base.clone()) - base  # it returns the whole weight
+    np.testing.assert_allclose(ours, change.detach().numpy(), atol=1e-5)
+
+
+@pytest.mark.law("presets")
+@few
+@given(SIDES, SIDES, SHORT_SEEDS, st.data())
+def test_miss(rows: int, cols: int, seed: int, data: st.DataObject) -> None:
+    r = data.draw(st.integers(1, cols))
+    _, theirs = peft_layer("Miss", rows, cols, seed, r=r)
+    ours = delta(presets.miss(r), theirs.miss_block["default"].T, (rows, cols))
+    check_miss(theirs, ours)
+    check_output(ours, theirs, atol=1e-4)
+
+
+@pytest.mark.law("presets")
+@pytest.mark.parametrize(("rows", "cols", "r", "mini"), [(12, 8, 4, 3), (12, 9, 4, 6), (6, 5, 5, 1)])
+def test_miss_mini(rows: int, cols: int, r: int, mini: int) -> None:
+    _, theirs = peft_layer("Miss", rows, cols, r=r, mini_r=mini, init_weights="mini")
+    check_miss(theirs, delta(presets.miss(r, mini), theirs.miss_block["default"].T, (rows, cols)))
+
+
+# -- DoRA and HiRA ----------------------------------------------------------------------------------
+
+
+def of_dora(layer: Any) -> dict[str, np.ndarray]:
+    return {
+        "group0.split0.factor0": numbers(layer.lora_B["default"].weight),
+        "group0.split0.factor1": numbers(layer.lora_A["default"].weight.T),
+        "weight0.magnitude": numbers(layer.lora_magnitude_vector["default"].weight),
+    }
+
+
+def of_hira(layer: Any) -> dict[str, np.ndarray]:
+    return {
+        "group0.split0.factor0": numbers(layer.hira_B["default"]),
+        "group0.split0.factor1": numbers(layer.hira_A["default"].T),
+    }
+
+
+@pytest.mark.law("presets", "peft-agrees")
+@pytest.mark.parametrize("method", ["dora", "hira"])
+@few
+@given(SIDES, SIDES, st.integers(1, 6), ROUND_ALPHAS, SHORT_SEEDS)
+def test_a_weight_changed_by_its_norm_or_elements_is_peft_s(
+    method: str, rows: int, cols: int, rank: int, alpha: float, seed: int
 ) -> None:
-    rank, alpha, shape = 1, 3.0, (8, 12)
-    linear, module, arrays = lycoris_module(lycoris, method, shape, rank, alpha, drawer(0))
-    # As if alpha were alpha² / r: the scale squared. LoRA (LoCon) has it once, as it should be.
-    config = getattr(presets, method)(rank=rank, alpha=rank * (alpha / rank) ** times)
-    what = f"scales {method} {times} times on merge"
-    params = {f"group0.{name}": array.detach() for name, array in arrays.items()}
-    ours = SuperLoRA(config, [shape]).deltas(params)[0]
-    assert error(ours, module.get_diff_weight(shape=shape)[0]) <= TOLERANCE, changed(what)
-    expected = linear.weight + ours
-    assert error(expected, module.get_merged_weight(shape=shape)[0]) <= TOLERANCE, changed(what)
-    module.merge_to(precise=precise)
-    assert error(expected, linear.weight) <= TOLERANCE, changed(what)
+    if method == "dora":
+        model, layer = peft_layer("Lora", rows, cols, seed, r=rank, lora_alpha=alpha, use_dora=True)
+        config, params = presets.dora(rank, alpha=alpha), of_dora(layer)
+    else:
+        model, layer = peft_layer("Hira", rows, cols, seed, r=rank)
+        config, params = presets.hira(rank), of_hira(layer)
+    weight, bias = numbers(layer.base_layer.weight), numbers(layer.base_layer.bias)
+    (ours,) = tna.SuperLoRA(config, [(rows, cols)]).merged(params, [weight])
+    x = torch.randn(3, cols)
+    check_close(numbers(x) @ ours.T + bias, model(x), least=1.0)
+    model.merge_adapter()
+    check_close(ours, layer.base_layer.weight, least=1.0)
 
 
-def test_convention_lycoris_s_lokr_function_divides_gamma_by_the_rank(lycoris: Any) -> None:
-    rank, alpha = 2, 6.0
-    _, _, arrays = lycoris_module(lycoris, "lokr", (30, 36), rank, alpha, drawer(0))
-    weights = lycoris_weights("lokr", arrays)
-    # Its docstring says alpha / rank, which is what its siblings for LoRA and LoHa take.
-    theirs = lycoris.functional["lokr"].diff_weight(*weights, gamma=alpha / rank)
-    check_equal([presets.lokr(rank=rank, alpha=alpha / rank)], [arrays], [theirs])
+@pytest.mark.parametrize("strategy", ["weight", "factored", "additive"])
+def test_gradients_are_peft_s_with_a_detached_norm(strategy: str) -> None:
+    model, layer = peft_layer("Lora", 12, 8, r=3, lora_alpha=6, use_dora=True)
+    own = torch.nn.Sequential(torch.nn.Linear(8, 12))
+    own[0].load_state_dict(layer.base_layer.state_dict())
+    adapter = tt.attach(own, P.dora(3, alpha=6), "all-linear", strategy=strategy, detach_norm=True)
+    adapter.load_arrays(of_dora(layer))
+    x = torch.randn(5, 8)
+    torch.testing.assert_close(own(x), model(x), rtol=1e-5, atol=1e-5)
+    own(x).square().sum().backward()
+    model(x).square().sum().backward()
+    theirs = {
+        "group0.split0.factor0": layer.lora_B["default"].weight.grad,
+        "group0.split0.factor1": layer.lora_A["default"].weight.grad.T,
+        "weight0.magnitude": layer.lora_magnitude_vector["default"].weight.grad,
+    }
+    for name, parameter in adapter.named_parameters():
+        torch.testing.assert_close(parameter.grad, theirs[name], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("method", ["lora", "loha", "lokr"])
-def test_convention_lycoris_takes_alpha_0_for_the_rank(lycoris: Any, method: str) -> None:
-    _, module, arrays = lycoris_module(lycoris, method, (30, 36), 2, 0.0, drawer(0))
-    theirs = module.get_diff_weight(shape=(30, 36))[0]  # scale 1, which may be applied twice
-    check_equal([getattr(presets, method)(rank=2, alpha=2)], [arrays], [theirs])
-    # Ours refuses it: "no scaling" is alpha=None, and a scale of 0 would never learn.
-    with pytest.raises(ConfigError, match="alpha must be from"):
-        getattr(presets, method)(rank=2, alpha=0.0)
+@pytest.mark.law("lycoris-agrees")
+@settings(max_examples=10, deadline=None)
+@given(SIDES, SIDES, st.integers(1, 4), st.booleans(), SHORT_SEEDS)
+def test_dora_is_lycoris_s_by_rows_and_by_columns(rows: int, cols: int, rank: int, on_out: bool, seed: int) -> None:
+    lycoris = pytest.importorskip("lycoris.modules.locon")
+    torch.manual_seed(seed % 1000)
+    base = torch.nn.Linear(cols, rows, bias=False)
+    layer = lycoris.LoConModule("x", base, lora_dim=rank, alpha=3.0, weight_decompose=True, wd_on_out=on_out)
+    with torch.no_grad():
+        layer.lora_up.weight.normal_()
+        layer.dora_scale.add_(0.1 * torch.randn(layer.dora_scale.shape))
+    config = presets.dora(rank, alpha=3.0, magnitude_axis="rows" if on_out else "cols")
+    params = {
+        "group0.split0.factor0": numbers(layer.lora_up.weight),
+        "group0.split0.factor1": numbers(layer.lora_down.weight.T),
+        "weight0.magnitude": numbers(layer.dora_scale).reshape(-1),
+    }
+    plan = tna.SuperLoRA(config, [(rows, cols)]).with_base([numbers(base.weight)])
+    (ours,) = plan.merged(params, [numbers(base.weight)])
+    check_close(ours, layer.get_merged_weight()[0], least=1.0)

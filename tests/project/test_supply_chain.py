@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ast
 import re
-import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
@@ -96,26 +95,3 @@ def test_every_import_is_declared() -> None:
 @pytest.mark.parametrize("requirement", sorted(set(REQUIREMENTS)))
 def test_every_dependency_has_a_lower_bound_and_no_upper_one(requirement: str) -> None:
     assert re.fullmatch(r"[\w.-]+>=[\d.]+(; .*)?", requirement), requirement
-
-
-# The oldest with which the tests that need them passed. transformers before 4.56 knows no ``dtype``, and before 5.0 its
-# Trainer is not what the tests hold; accelerate before 1.3 lacks what that Trainer calls.
-TRIED = {"transformers": (5, 0), "huggingface_hub": (1, 3), "accelerate": (1, 3), "peft": (0, 21), "jax": (0, 8)}
-
-
-@pytest.mark.parametrize("package", TRIED)
-def test_no_bound_is_below_what_was_tried(package: str) -> None:
-    bounds = {one.partition(">=")[2] for one in REQUIREMENTS if one.partition(">=")[0] == package}
-    assert bounds
-    assert all(tuple(int(part) for part in bound.split(".")) >= TRIED[package] for bound in bounds)
-
-
-@pytest.mark.skipif(not (ROOT / ".ci").is_dir(), reason="the scripts of CI are not in this copy of the project")
-def test_the_lower_bounds_are_what_the_job_of_the_oldest_installs() -> None:
-    command = [sys.executable, str(ROOT / ".ci" / "lowest.py"), "testing", "plot", "demo"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
-    lines = done.stdout.split()
-    # Of the dependencies, of the extras that were named, and of extras within these.
-    assert {"numpy", "hypothesis", "matplotlib", "torch", "typer"} <= {line.partition("==")[0] for line in lines}
-    known = {requirement.replace(">=", "==").partition(";")[0] for requirement in REQUIREMENTS}
-    assert set(lines) <= known

@@ -9,7 +9,7 @@ from random import Random
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import tnadapt as tna
@@ -23,7 +23,7 @@ from ..internals import kernels, work_space
 from ..layouts import LAYOUTS, laid_out
 
 walsh = kernels("walsh")
-strips, transform, transform_into = walsh.strips, walsh.transform, walsh.transform_into
+transform, transform_into = walsh.transform, walsh.transform_into
 
 DTYPES = ("float32", "float64")
 
@@ -70,6 +70,10 @@ def small_caches(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     how=st.sampled_from(LAYOUTS),
     normalize=st.booleans(),
 )
+# More stages than two sweeps over strips have, of four stages or of three; and fewer.
+@example([3], [40], 10, "float32", "C", True)
+@example([3], [5], 9, "float64", "C", True)
+@example([3], [48], 5, "float32", "C", True)
 def test_it_equals_its_reference_implementation(
     batch: list[int], inner: list[int], bits: int, dtype: str, how: str, normalize: bool
 ) -> None:
@@ -196,18 +200,3 @@ def test_public_calls_from_many_threads_at_once(team: int, rng: np.random.Genera
     for worker in workers:
         worker.join()
     assert all(np.array_equal(found[i], expected[i]) for i in range(8))
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("in_place", [False, True])
-@pytest.mark.parametrize(
-    ("bits", "rows_apart", "width"), [(10, 40, 16), (9, 5, 16), (8, 64, 32), (7, 33, 8), (5, 48, 64)]
-)
-def test_strips_of_any_number_of_sweeps(dtype: str, in_place: bool, bits: int, rows_apart: int, width: int) -> None:
-    # With vectors of any width: ten stages are more than two sweeps, of four stages or of three.
-    x = np.random.default_rng(bits).standard_normal((3, 1 << bits, rows_apart)).astype(dtype)
-    expected = butterflies(x * x.dtype.type(0.5), 1)
-    src = x.reshape(-1).copy()
-    dst = src if in_place else np.full_like(src, np.nan)
-    strips(src, dst, 0, 3 * -(-rows_apart // width), rows_apart, bits, width, 0.5)
-    assert np.array_equal(dst.reshape(x.shape), expected)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import collections
-import copy
 import os
-import pickle
 import subprocess
 import sys
 import threading
@@ -58,28 +56,13 @@ def test_results_of_a_projection_stay_as_they_are_in_any_thread(n_in: int) -> No
     assert address(f(x[:n_in])) % CACHE_LINE == 0
 
 
-@needs_numba
-def test_the_work_space_belongs_to_a_projection() -> None:
-    f = tna.Projection("linear", 100, 1 << 14)
-    x = np.ones(100, np.float32)
-    there = address(f(x))
-    assert address(f(x)) == there
-    assert f.map.draws.space.nbytes == 4 * (1 << 14) + CACHE_LINE
-    for other in (copy.deepcopy(f), pickle.loads(pickle.dumps(f))):
-        assert other.map.draws.space is None
-        assert np.array_equal(other(x), f(x))
-
-
 def test_one_vector_is_kept_and_others_are_freed() -> None:
     space = work_space.WorkSpace()
     several = [space.vector(1000) for _ in range(3)]
     del several
     assert space.nbytes == 4 * 1000 + CACHE_LINE
-    # A vector of another size takes its place.
     assert space.vector(2000).size == 2000
     assert space.nbytes == 4 * 2000 + CACHE_LINE
-    space.clear()
-    assert space.nbytes == 0
 
 
 # -- Parallel work: every piece runs once, errors are raised, and no call waits for a thread that cannot start ---------
@@ -178,7 +161,6 @@ def test_the_setting_of_torch_counts() -> None:
 
 
 # -- The first call compiles and logs it, the next process uses the cache; without a compiler, plain operations run ----
-
 
 CALL = """
 import logging
