@@ -122,6 +122,7 @@ def test_a_table_with_usual_or_named_columns(tmp_path: Path) -> None:
 
 
 LABEL_MISSING, TEXT_MISSING = "line 2: nothing in column 'label'", "line 2: nothing in column 'text'"
+LABELS = '{{"text": "b", "label": {1}}}\n{{"text": {0}, "label": {2}}}\n'
 ENCODED = "text,label\ngood,0\nschön,1\n"
 
 
@@ -152,6 +153,11 @@ ENCODED = "text,label\ngood,0\nschön,1\n"
         ("a.jsonl", "[1]\n", "line 1 is \\[1\\]; expected an object with one value for each column"),
         ("a.jsonl", '{"text": "x"}\n\n{"label": "y"}\n', "line 3: column 'label' is not in every row"),
         ("a.jsonl", "\n", "has no rows"),
+        ("a.jsonl", LABELS.format('"a"', 0, "null"), "are of type NoneType, int; expected words, or integers"),
+        ("a.jsonl", LABELS.format('"a"', "[0]", "[1]"), "are of type list"),
+        ("a.jsonl", LABELS.format('"a"', 0.5, 1.5), "are of type float"),
+        ("a.jsonl", LABELS.format("null", 0, 1), "the text of sample 1 of .* is None"),
+        ("a.jsonl", LABELS.format("1", 0, 1), "the text of sample 1 of .* is 1"),
         ("a.json", '{"text": "x"}', "is not a list of objects"),
         ("a.json", '[{"text": "x"}, 3]', "entry 2 is 3; expected an object"),
         ("a.json", "[" * 100_000, "the file is not JSON"),
@@ -354,21 +360,6 @@ def test_a_folder_of_images_may_be_divided(tmp_path: Path) -> None:
             read(str(tmp_path / name))
 
 
-@pytest.mark.parametrize("divided", [False, True])
-def test_what_datasets_saved(tmp_path: Path, divided: bool) -> None:
-    datasets = pytest.importorskip("datasets")
-    features = datasets.Features(
-        {"sentence": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])}
-    )
-    one = datasets.Dataset.from_dict({"sentence": ["a", "b", "c"], "label": [0, 1, 1]}, features=features)
-    (datasets.DatasetDict({"train": one, "validation": one}) if divided else one).save_to_disk(tmp_path / "saved")
-    data = read(str(tmp_path / "saved"))
-    assert (data.kind, data.classes) == ("text", ("no", "yes"))
-    assert list(data.samples.inputs) == ["a", "b", "c"]
-    assert data.samples.labels.tolist() == [0, 1, 1]
-    assert (data.test is not None) == divided
-
-
 def test_images_that_datasets_saved_are_decoded_when_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     datasets = pytest.importorskip("datasets")
     pytest.importorskip("PIL")
@@ -386,23 +377,6 @@ def test_images_that_datasets_saved_are_decoded_when_asked_for(tmp_path: Path, m
     assert [shade % 2 for shade in shades] == few.labels.tolist()
     assert len(decoded) == 4
     np.testing.assert_array_equal(np.asarray(data.samples.inputs[1]), pixels[1])
-
-
-@pytest.mark.parametrize(
-    ("rows", "message"),
-    [
-        ({"text": ["a", "b"], "label": [0, None]}, "are of type NoneType, int; expected words, or integers"),
-        ({"text": ["a", "b"], "label": [[0], [1]]}, "are of type list"),
-        ({"text": ["a", "b"], "label": [0.5, 1.5]}, "are of type float"),
-        ({"text": ["a", None], "label": [0, 1]}, "the text of sample 1 of .* is None"),
-        ({"text": [1, 2], "label": [0, 1]}, "the text of sample 0 of .* is 1"),
-    ],
-)
-def test_bad_rows_that_datasets_saved(tmp_path: Path, rows: dict[str, Any], message: str) -> None:
-    datasets = pytest.importorskip("datasets")
-    datasets.Dataset.from_dict(rows).save_to_disk(tmp_path / "saved")
-    with pytest.raises(FileError, match=message):
-        read(str(tmp_path / "saved"))
 
 
 def test_a_datasets_name_that_is_none(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -72,12 +72,10 @@ def gone(folder: Path) -> bool:
     return bool(others) and wait_for(lambda: not any(map(lives, others)), 30)
 
 
-def finish(done: list[str], found: Iterable[tuple[Act, Any]], go: Path | None = None) -> None:
-    """Append what is finished; let a task that waits go on when two others are."""
-    for task, _ in found:
+def finish(done: list[str], results: Iterable[tuple[Act, Any]]) -> None:
+    """Append what is finished, also before an error."""
+    for task, _ in results:
         done.append(task.does)
-        if go is not None and len(done) == 2:
-            go.touch()
 
 
 def keys(found: list[dict[str, Any]]) -> list[str]:
@@ -207,8 +205,8 @@ def test_lines_of_a_killed_program_are_used_once(steps: list[tuple[str, str, str
 @pytest.mark.law("killed-sweep")
 def test_who_stops_reading_loses_none_of_them(tmp_path: Path) -> None:
     leave(tmp_path)
-    with contextlib.closing(run_tasks(Play(tmp_path), [Act("a"), Act("b")], tmp_path)) as found:
-        assert next(found) == (Act("a"), {"was": "a"})
+    with contextlib.closing(run_tasks(Play(tmp_path), [Act("a"), Act("b")], tmp_path)) as results:
+        assert next(results) == (Act("a"), {"was": "a"})
     assert words(run_tasks(Play(tmp_path), [Act("b")], tmp_path)) == {"b": "b"}
 
 
@@ -341,23 +339,17 @@ class _Here(Started):
         self.engine.closed = True
 
 
-def test_another_engine(tmp_path: Path) -> None:
-    engine = Crowded(options={"cpus": "2"})
-    results = list(run_tasks(Play(tmp_path), acts(*"abcde"), tmp_path, engine=engine))
-    assert sorted(task.does for task, _ in results) == list("abcde")
-    assert {line["threads"] for _, line in results} == {2}
-    assert (engine.most, engine.closed) == (2, True)
-    assert not (tmp_path / "workers").exists()
-    with pytest.raises(tna.TnadaptError, match="engine crowded has no option 'gpus'; it has cpus"):
-        Crowded(options={"gpus": "1"})
-
-
-def test_a_registered_engine_is_opened_by_its_name(tmp_path: Path) -> None:
+def test_a_registered_engine_is_opened_by_its_name_and_runs_the_tasks(tmp_path: Path) -> None:
     try:
         engines.register_engine(Crowded)
-        opened = open_engine("crowded", 2, {"cpus": "2"})
-        assert (type(opened), opened.capacity) == (Crowded, 2)
-        assert len(list(run_tasks(Play(tmp_path), acts(*"ab"), tmp_path, engine=opened))) == 2
+        engine: Any = open_engine("crowded", 2, {"cpus": "2"})
+        results = list(run_tasks(Play(tmp_path), acts(*"abcde"), tmp_path, engine=engine))
+        assert sorted(task.does for task, _ in results) == list("abcde")
+        assert {line["threads"] for _, line in results} == {2}
+        assert (type(engine), engine.most, engine.closed) == (Crowded, 2, True)
+        assert not (tmp_path / "workers").exists()
+        with pytest.raises(tna.TnadaptError, match="engine crowded has no option 'gpus'; it has cpus"):
+            open_engine("crowded", options={"gpus": "1"})
         assert tna.register_engine is engines.register_engine
         for wrong, message in (
             (type("Mine", (Engine,), {"name": "ray"}), "engine 'ray' is built in and cannot be replaced"),
@@ -383,15 +375,7 @@ def test_a_registered_engine_is_opened_by_its_name(tmp_path: Path) -> None:
             "tasks need different keys; 2 have the key 'a/0'",
         ),
         (
-            acts("a"), {"engine": "rey"}, tna.TnadaptError,
-            f"no engine 'rey'; expected one of {', '.join(engines.ENGINES)}",
-        ),
-        (
-            acts("a"), {"options": {"partition": "gpu"}}, tna.TnadaptError,
-            "engine local has no option 'partition'; it has none",
-        ),
-        (
-            acts("a"), {"engine": Crowded(options={"cpus": "x"})}, tna.TnadaptError,
+            acts("a"), {"engine": Crowded(options={"cpus": "x"}), "threads": None}, tna.TnadaptError,
             "option cpus of engine crowded must be a number of at least 0; got 'x'",
         ),
     ],
@@ -399,8 +383,10 @@ def test_a_registered_engine_is_opened_by_its_name(tmp_path: Path) -> None:
 def test_errors_in_this_process_are_what_they_are(
     tasks: list[Act], settings: dict[str, Any], error: type[Exception], message: str, tmp_path: Path
 ) -> None:
+    before = torch.get_num_threads()
     with pytest.raises(error, match=message):
-        list(run_tasks(Play(tmp_path), tasks, tmp_path, **settings))
+        list(run_tasks(Play(tmp_path), tasks, tmp_path, **{"threads": before + 1, **settings}))
+    assert torch.get_num_threads() == before
 
 
 def test_a_process_that_outlives_a_run_does_the_work_of_the_next(tmp_path: Path) -> None:
@@ -483,21 +469,9 @@ def test_each_of_two_processes_opens_the_work_once_and_does_several(tmp_path: Pa
 
 
 @pytest.mark.slow
-@pytest.mark.law("killed-sweep")
-def test_one_that_dies_disturbs_no_other_and_is_tried_again(tmp_path: Path) -> None:
-    finished: list[str] = []
-    names, ended = ("waits", "killed-once", "killed", "a"), r"a worker died 3 times while it ran killed/2; .*--jobs 1; "
-    with pytest.raises(tna.TnadaptError, match=ended + r".*if __name__ == '__main__'\. .*again"):
-        finish(finished, run_tasks(Play(tmp_path), acts(*names), tmp_path, jobs=2), go=tmp_path / "go")
-    assert sorted(finished) == ["a", "killed-once", "waits"]
-    assert Play(tmp_path).noted("begun") == ["a/3", *["killed-once/1"] * 2, *["killed/2"] * 3, "waits/0"]
-    assert gone(tmp_path)
-
-
-@pytest.mark.slow
 def test_who_stops_listening_ends_those_that_run(tmp_path: Path) -> None:
-    with contextlib.closing(run_tasks(Play(tmp_path), acts("a", "long", "long"), tmp_path, jobs=2)) as found:
-        assert next(found)[0].does == "a"
+    with contextlib.closing(run_tasks(Play(tmp_path), acts("a", "long", "long"), tmp_path, jobs=2)) as results:
+        assert next(results)[0].does == "a"
     assert gone(tmp_path)
 
 
@@ -535,7 +509,7 @@ EACH = [pytest.param(name, marks=needs(name)) for name in OPTIONS]
 
 @pytest.mark.slow
 @pytest.mark.law("killed-sweep")
-@pytest.mark.parametrize("engine", in_depth(EACH, EACH[1:]))
+@pytest.mark.parametrize("engine", EACH)
 def test_nothing_that_is_finished_is_lost_whatever_dies(engine: str, tmp_path: Path) -> None:
     names = ("a", "waits", "killed-once", "killed")
     with start(tmp_path, engine, *names[:-1], options=OPTIONS[engine]) as process:
@@ -552,8 +526,10 @@ def test_nothing_that_is_finished_is_lost_whatever_dies(engine: str, tmp_path: P
     (tmp_path / "go").touch()
     done = run(tmp_path, engine, *names, options=OPTIONS[engine])
     assert done.returncode == 1
-    assert "a worker died 3 times while it ran killed/3" in done.stderr.splitlines()[-1]
-    assert done.stderr.splitlines()[-1].endswith("run the same command again to continue")
+    ended = r"a worker died 3 times while it ran killed/3.*run the same command again to continue$"
+    if engine == "local":
+        ended = ended.replace(".*", r"; .*--jobs 1; .*if __name__ == '__main__'\. .*")
+    assert re.search(ended, done.stderr.splitlines()[-1])
     own = lines((tmp_path / "own.jsonl").read_text())
     assert keys(own) == ["a/0", "killed-once/2", "waits/1"]
     assert {one["threads"] for one in own} == {3}
@@ -789,7 +765,9 @@ def test_a_job_that_may_still_run_or_has_finished_is_not_submitted_again(
         (tmp_path / "logs" / "79_0_result.pkl").write_bytes(pickle.dumps(("success", result)))
     started, submitted = adopting(slurm, tmp_path / "logs", **state)
     assert [call.task for call in submitted] == [Act("a")] * again
-    assert result is None or again or list(started.wait(0)) == [("a/0", result)]
+    with started:
+        assert result is None or again or list(started.wait(0)) == [("a/0", result)]
+    assert not (slurm / "calls-scancel").exists(), "others are of a later phase"
 
 
 @needs("slurm")
@@ -820,14 +798,6 @@ def test_an_interrupt_while_jobs_are_submitted_waits_until_they_are_noted(tmp_pa
         started.submit([call_of(tmp_path)])
     assert lines((tmp_path / "logs" / "jobs.jsonl").read_text()) == [{"key": "a/0", "job": "100"}]
     assert len((slurm / "calls-scancel").read_text().splitlines()) == 1
-
-
-@needs("slurm")
-def test_jobs_of_a_later_phase_go_on_when_one_has_ended(tmp_path: Path, slurm: Path) -> None:
-    started, _ = adopting(slurm, tmp_path / "logs", job="1")
-    with started:
-        pass
-    assert not (slurm / "calls-scancel").exists()
 
 
 SBATCH = "sbatch: error: Batch job submission failed: "
@@ -881,20 +851,11 @@ def test_a_job_that_slurm_does_not_take_is_submitted_later_or_its_answer_shown(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "error", "message"),
-    [
-        ("refuses", tna.TnadaptError, "^not like this$"),
-        ("raises", RuntimeError, r"(?s)a task failed \(raises/3\):\n.*UnpicklableError: no luck"),
-    ],
-)
-def test_one_that_fails_ends_those_that_run_and_loses_none_that_is_done(
-    name: str, error: type[Exception], message: str, tmp_path: Path
-) -> None:
+def test_one_that_fails_ends_those_that_run_and_loses_none_that_is_done(tmp_path: Path) -> None:
     finished: list[str] = []
     began = time.monotonic()
-    with pytest.raises(error, match=message):
-        finish(finished, run_tasks(Play(tmp_path), acts("long", "a", "b", name, "c"), tmp_path, jobs=2))
+    with pytest.raises(RuntimeError, match=r"(?s)a task failed \(raises/3\):\n.*UnpicklableError: no luck"):
+        finish(finished, run_tasks(Play(tmp_path), acts("long", "a", "b", "raises", "c"), tmp_path, jobs=2))
     assert finished == ["a", "b"]
     assert time.monotonic() - began < 120, "it does not wait for the long one"
     assert gone(tmp_path)

@@ -144,21 +144,6 @@ def test_data_without_targets(adapter_of: AdapterOf, tmp_path: Path) -> None:
         predict(file, prompts, new_tokens=48)
 
 
-@pytest.mark.slow
-def test_completions_are_those_of_generate(tmp_path: Path) -> None:
-    problem, _, file = trained(tmp_path, tiny.gpt2(tmp_path / "gpt2"), tiny.completions(tmp_path / "c.jsonl"))
-    predictions = predict(file, str(tmp_path / "c.jsonl"), new_tokens=5, limit=6)
-    model = problem.build(0)
-    tna.torch.load(model, file)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "gpt2")
-    for row in predictions.rows:
-        tokens = tokenizer(row["prompt"], return_tensors="pt")["input_ids"]
-        generated = model.eval().generate(
-            tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=5, do_sample=False, pad_token_id=3
-        )
-        assert row["prediction"] == tokenizer.decode(generated[0, tokens.shape[1] :], skip_special_tokens=True)
-
-
 def test_images_without_classes(tmp_path: Path) -> None:
     image = pytest.importorskip("PIL.Image")
     _, _, file = trained(tmp_path, tiny.vit(tmp_path / "vit"), tiny.shades(tmp_path / "a.npz"))
@@ -271,40 +256,38 @@ def test_another_file_is_replaced_only_if_asked(adapter_of: AdapterOf, tmp_path:
     assert len(out.read_text().splitlines()) == 3
 
 
-def test_interrupted_it_writes_nothing(
-    adapter_of: AdapterOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    def interrupted(*given: Any, **settings: Any) -> None:
-        raise KeyboardInterrupt
-
-    file, data = adapter_of("classification")
-    monkeypatch.setattr(finetune, "predict", interrupted)
-    assert invoke(file, "--data", data, "--out", tmp_path / "p.csv").exit_code == 130
-    assert "stopped; nothing was written" in capfd.readouterr().err
-    assert not list(tmp_path.iterdir())
-
-
 # -- Parts -------------------------------------------------------------------------------------
+
+
+def divided(folder: Path, **parts: dict[str, list[Any]]) -> str:
+    """Save a data set of several parts, whose labels are those of the adapters' classes, as datasets does."""
+    datasets = pytest.importorskip("datasets")
+    pytest.importorskip("PIL")
+    features = {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])}
+    if "img" in parts["test"]:
+        features = {"img": datasets.Image(), "label": datasets.Value("int64")}
+    every = {name: datasets.Dataset.from_dict(rows, datasets.Features(features)) for name, rows in parts.items()}
+    datasets.DatasetDict(every).save_to_disk(folder)
+    return str(folder)
 
 
 @pytest.mark.parametrize("hidden", [False, True])
 def test_the_test_part_is_predicted_and_named(adapter_of: AdapterOf, tmp_path: Path, hidden: bool) -> None:
-    datasets = pytest.importorskip("datasets")
     file, _ = adapter_of("classification")
-    names = datasets.ClassLabel(names=["no", "yes"])
-    features = datasets.Features({"text": datasets.Value("string"), "label": names})
-    parts = {"train": [0, 1, 0], "validation": [1], "test": [-1, -1] if hidden else [0, 1]}
-    rows = {name: {"text": [f"{name} good film"] * len(labels), "label": labels} for name, labels in parts.items()}
-    saved = datasets.DatasetDict({name: datasets.Dataset.from_dict(one, features) for name, one in rows.items()})
-    saved.save_to_disk(tmp_path / "data")
-    out = tmp_path / "p.jsonl"
-    done = invoke(file, "--data", tmp_path / "data", "--out", out)
+    labels = {"train": [0, 1, 0], "validation": [1], "test": [-1, -1] if hidden else [0, 1]}
+    parts = {name: {"text": [f"{name} good film"] * len(y), "label": y} for name, y in labels.items()}
+    data, out = divided(tmp_path / "data", **parts), tmp_path / "p.jsonl"
+    done = invoke(file, "--data", data, "--out", out)
     assert done.exit_code == 0, done.output
-    assert f"predicting the test part of {tmp_path / 'data'}" in done.stderr
+    assert f"predicting the test part of {data}" in done.stderr
     assert f"2 predictions of the test part: {out}" in done.stdout
     assert ("classification of the test part: accuracy 0.5" in done.stdout) == (not hidden)
     assert [json.loads(line)["text"] for line in out.read_text().splitlines()] == ["test good film"] * 2
-    assert predict(file, str(tmp_path / "data")).part == "test"
+    images = {"img": [np.zeros((16, 16, 3), np.uint8)] * 2}
+    data = divided(tmp_path / "images", train={**images, "label": [0, 1]}, test={**images, "label": labels["test"]})
+    predictions = predict(adapter_of("image-classification")[0], data)
+    assert (predictions.part, len(predictions.rows)) == ("test", 2)
+    assert (predictions.metrics == {}) == hidden
 
 
 def test_images_of_a_test_part(adapter_of: AdapterOf, tmp_path: Path) -> None:
@@ -323,20 +306,6 @@ def test_images_of_a_test_part(adapter_of: AdapterOf, tmp_path: Path) -> None:
     predictions = predict(file, str(tmp_path / "photos"))
     assert predictions.part == "val"
     assert [Path(row["image"]).parts[-3:-1] for row in predictions.rows] == [("val", "0"), ("val", "1")]
-
-
-@pytest.mark.parametrize("hidden", [False, True])
-def test_images_whose_labels_are_hidden(adapter_of: AdapterOf, tmp_path: Path, hidden: bool) -> None:
-    datasets = pytest.importorskip("datasets")
-    pytest.importorskip("PIL")
-    features = datasets.Features({"img": datasets.Image(), "label": datasets.Value("int64")})
-    labels = {"train": [0, 1], "validation": [1], "test": [-1, -1, -1] if hidden else [0, 1, 1]}
-    rows = {name: {"img": [np.zeros((16, 16, 3), np.uint8)] * len(y), "label": y} for name, y in labels.items()}
-    saved = datasets.DatasetDict({name: datasets.Dataset.from_dict(one, features) for name, one in rows.items()})
-    saved.save_to_disk(tmp_path / "data")
-    predictions = predict(adapter_of("image-classification")[0], str(tmp_path / "data"))
-    assert (predictions.part, len(predictions.rows)) == ("test", 3)
-    assert (predictions.metrics == {}) == hidden
 
 
 # -- What is written: columns, numbers that are not finite, lists, and no formulas --------------

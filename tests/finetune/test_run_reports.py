@@ -23,7 +23,7 @@ from tnadapt import torch as tnt
 from tnadapt.errors import TnadaptError
 from tnadapt.finetune import Choice, Spec, Task, Training, open_problem
 from tnadapt.finetune.loop import fit
-from tnadapt.finetune.training import clear_logs, train
+from tnadapt.finetune.training import train
 
 from . import tiny_models as tiny
 
@@ -75,13 +75,14 @@ def test_a_loss_that_is_not_finite_ends_the_training_and_its_curve(
 
 
 @pytest.mark.law("no-global-random-state")
-def test_it_leaves_global_random_states_alone(problem: Any) -> None:
-    before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1]
+def test_it_leaves_global_random_states_and_threads_alone(problem: Any) -> None:
+    before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1], torch.get_num_threads()
     fractions: list[float] = []
     train(problem, Task(METHOD, 0, 0.01), Training(1, 8), progress=fractions.append)
     assert torch.equal(torch.get_rng_state(), before[0])
     assert random.getstate() == before[1]
     np.testing.assert_array_equal(np.random.get_state()[1], before[2])
+    assert torch.get_num_threads() == before[3]
     assert fractions == [1 / 3, 2 / 3, 1.0]
 
 
@@ -142,28 +143,20 @@ def test_a_training_that_is_repeated_replaces_its_curve(
 
     report_by("tensorboard", Callback)
     tasks, logs = [Task(METHOD, seed, 0.01) for seed in (0, 1, 0)], tmp_path / "logs"
+    for name in ("runs/day_host/events.out.tfevents.0", "notes.txt"):
+        path = logs / tasks[0].file_name().removesuffix(".safetensors") / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
     for task in tasks:
         train(problem, task, Training(1, 40, report_to="tensorboard"), tmp_path / "adapters")
     assert folders == [logs / task.file_name().removesuffix(".safetensors") for task in tasks]
     events = {folders[place - 1] / f"events.out.tfevents.{place}" for place in (2, 3)}
     assert {path for path in logs.rglob("events*") if path.is_file()} == events
+    assert {path.name for path in folders[0].iterdir()} == {"events.out.tfevents.3", "notes.txt"}
     # The folder that the user's environment names is kept.
     Callback.logging_dir = str(tmp_path / "own")
     train(problem, tasks[0], Training(1, 40, report_to="tensorboard"), tmp_path / "adapters")
     assert folders[-1] == tmp_path / "own"
-
-
-def test_only_what_was_reported_is_deleted(tmp_path: Path) -> None:
-    folder = tmp_path / "logs" / "run"
-    for name in ("events.out.tfevents.1.host", "runs/day_host/events.out.tfevents.2", "notes.txt"):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).touch()
-    clear_logs(folder)
-    assert [path.name for path in folder.rglob("*")] == ["notes.txt"]
-    (folder / "notes.txt").unlink()
-    for _ in range(2):  # the second time there is nothing to do
-        clear_logs(folder)
-        assert not folder.exists()
 
 
 @pytest.mark.slow

@@ -15,10 +15,8 @@ transformers = pytest.importorskip("transformers")
 import tnadapt as tna
 from tnadapt.errors import FileError, TnadaptError
 from tnadapt.finetune import Spec, open_problem, predict
-from tnadapt.finetune.tasks import TASKS
 
 from . import tiny_models as tiny
-from .internals import prediction
 
 AdapterOf = Callable[[str], tuple[Path, str]]
 TEXTS, NUMBERS, IMAGES = "classification", "regression", "image-classification"
@@ -152,26 +150,26 @@ def test_a_given_tokenizer_comes_before_the_files(adapter_of: AdapterOf, tmp_pat
         (False, "mine", "words", ("mine", None)),
     ],
 )
+@pytest.mark.parametrize("task", [TEXTS, "token-classification"])
 def test_the_bases_tokenizer_is_of_its_revision(
     adapter_of: AdapterOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, base: bool, tokenizer: str | None,
-    named: str | None, expected: tuple[str, str | None],
+    named: str | None, expected: tuple[str, str | None], task: str,
 ) -> None:  # fmt: skip
-    seen = []
+    loaded = []
 
-    def tokenizer_of(name: str, library: Any, *, split_words: bool, revision: str | None) -> Any:
-        seen.append((name, revision))
-        return transformers.AutoTokenizer.from_pretrained(model)
+    def from_pretrained(name: str, **settings: Any) -> Any:
+        loaded.append((name, settings))
+        found = load(model)
+        found.add_prefix_space = settings.get("add_prefix_space", False)
+        return found
 
-    monkeypatch.setattr(prediction, "tokenizer_of", tokenizer_of)
-    adapter, data = adapter_of("classification")
+    load = transformers.AutoTokenizer.from_pretrained
+    adapter, data = adapter_of(task)
     model = str(adapter.parent / "model")
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", from_pretrained)
     file = tiny.changed(adapter, tmp_path / "b.safetensors", revision="abc123", inputs={"tokenizer": named})
-    predict(file, data, base=model if base else None, tokenizer=tokenizer)
-    assert seen == [(expected[0].format(model=model), expected[1])]
-
-
-def test_descriptions_of_a_task_come_back() -> None:
-    for task in (
-        TASKS["regression"](1.5, 2.0), TASKS["causal-lm"]("text"), TASKS["multi-label"](("a", "b")),
-    ):  # fmt: skip
-        assert type(task).from_dict(task.to_dict()) == task
+    predict(file, data, base=model if base else None, tokenizer=tokenizer, limit=2)
+    name, revision = expected
+    settings = {"trust_remote_code": False} | ({"revision": revision} if revision else {})
+    spaced = [{**settings, "add_prefix_space": True}] * (task == "token-classification")
+    assert loaded == [(name.format(model=model), one) for one in (settings, *spaced)]

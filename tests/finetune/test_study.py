@@ -17,10 +17,9 @@ pytest.importorskip("sklearn")
 import tnadapt as tna
 from tnadapt.errors import ConfigError, FileError, TargetError, TnadaptError
 from tnadapt.finetune import Choice, Reporter, Spec, Study, Task, Training, open_problem
-from tnadapt.finetune.engines import threads
 from tnadapt.finetune.loop import OwnRates, Schedule, batches, fit
 from tnadapt.finetune.problem import base_digest, free
-from tnadapt.finetune.training import train, usable_device
+from tnadapt.finetune.training import usable_device
 
 from .internals import points_in, study_job
 from .small import CHOICE, TRAINING, spec, study
@@ -86,15 +85,21 @@ def test_the_outcome(finished: tuple[Path, Any]) -> None:
     assert [point.to_dict() for point in points_in(out / "results.jsonl")] == [p.to_dict() for p in outcome.points]
 
 
-def test_what_is_finished_is_not_done_again(finished: tuple[Path, Any], cache: Path) -> None:
+def test_what_is_finished_is_not_done_again_and_a_damaged_best_adapter_copied(
+    finished: tuple[Path, Any], cache: Path
+) -> None:
     out, before = finished
+    whole = (out / "best.safetensors").read_bytes()
+    truncate(out / "best.safetensors")
     reporter = Counting()
     again = Study(spec(cache), CHOICE, TRAINING, (0.01, 0.03), reporter=reporter).run(out)
-    assert reporter.begun == (6, 6)
-    assert reporter.done == []
+    assert (reporter.begun, reporter.done) == ((6, 6), [])
     assert (again.trained, again.reused) == (0, 6)
-    assert again.points == before.points
-    assert again.proof == before.proof
+    assert (again.points, again.proof) == (before.points, before.proof)
+    assert (out / "best.safetensors").read_bytes() == whole
+    other = Study(spec(cache), CHOICE, dataclasses.replace(TRAINING, epochs=2), (0.01,))
+    with pytest.raises(FileError, match="another study \\(epochs was 1, now 2\\)"):
+        other.run(out)
 
 
 def test_a_study_grows_by_rates_seeds_and_methods(finished: tuple[Path, Any], cache: Path, tmp_path: Path) -> None:
@@ -117,13 +122,6 @@ def test_side_by_side_gives_the_same_numbers(finished: tuple[Path, Any], cache: 
     out, _ = finished
     study(cache).run(tmp_path, jobs=2)
     assert numbers(tmp_path) == numbers(out)
-
-
-def test_other_settings_are_another_study(finished: tuple[Path, Any], cache: Path) -> None:
-    out, _ = finished
-    other = Study(spec(cache), CHOICE, dataclasses.replace(TRAINING, epochs=2), (0.01,))
-    with pytest.raises(FileError, match="another study \\(epochs was 1, now 2\\)"):
-        other.run(out)
 
 
 def test_fresh_starts_anew_and_takes_away_its_own_alone(cache: Path, tmp_path: Path) -> None:
@@ -177,15 +175,6 @@ def test_adapters_that_were_removed_or_damaged_are_trained_again(cache: Path, tm
         assert numbers(tmp_path) == records
 
 
-def test_a_damaged_best_adapter_is_copied_again(finished: tuple[Path, Any], cache: Path) -> None:
-    out, before = finished
-    whole = (out / "best.safetensors").read_bytes()
-    truncate(out / "best.safetensors")
-    again = study(cache).run(out)
-    assert (again.trained, again.reused, again.proof) == (0, 6, before.proof)
-    assert (out / "best.safetensors").read_bytes() == whole
-
-
 def test_the_proof_notices_another_adapter(finished: tuple[Path, Any], cache: Path) -> None:
     out, outcome = finished
     problem, record = open_problem(spec(cache)), outcome.best.records[0]
@@ -210,31 +199,12 @@ def test_a_rate_that_explodes_is_a_line_and_no_adapter(cache: Path, tmp_path: Pa
         assert (outcome.best, outcome.adapter) == (None, None)
 
 
-@pytest.mark.law("no-global-random-state")
-def test_training_touches_no_global_random_state_and_no_threads(cache: Path) -> None:
-    problem = open_problem(spec(cache))
-    state, count = torch.get_rng_state(), torch.get_num_threads()
-    (method,) = Choice(presets=("lora",), ranks=(1,)).methods([(64, 64)] * 8, 4)[1:]
-    fractions: list[float] = []
-    train(problem, Task(method, 0, 0.01), TRAINING, progress=fractions.append)
-    assert torch.equal(torch.get_rng_state(), state)
-    assert torch.get_num_threads() == count
-    assert fractions == [step / 7 for step in range(1, 8)]
-
-
 def test_the_base_is_the_same_whatever_the_seed_and_the_head_is_not(cache: Path) -> None:
     problem = open_problem(spec(cache))
     one, other = problem.build(0), problem.build(1)
     assert base_digest(one, problem.drawn) == base_digest(other, problem.drawn)
     assert base_digest(one) != base_digest(other)
     assert base_digest(one) == base_digest(problem.build(0))
-
-
-def test_a_method_that_does_not_fit_is_named(cache: Path) -> None:
-    with pytest.raises(
-        TnadaptError, match=r"LoRA r = 1, projection = linear, ratio = 0\.1 does not fit the targets: fold="
-    ):
-        study(cache, Choice(presets=("lora",), ranks=(1,), changes={"projection": "linear", "ratio": 0.1}))
 
 
 @pytest.mark.parametrize("keep", [("nothing",), ("head", "nothing")])
@@ -320,6 +290,11 @@ def test_what_does_not_fit_is_refused_before_a_base_is_trained(tmp_path: Path) -
 
     with pytest.raises(ConfigError, match="format must be one of"):
         Study(spec(tmp_path), Choice(changes={"format": "none"}), TRAINING, (0.01,), reporter=Told())
+    projected = Choice(presets=("lora",), ranks=(1,), changes={"projection": "linear", "ratio": 0.1})
+    with pytest.raises(
+        TnadaptError, match=r"LoRA r = 1, projection = linear, ratio = 0\.1 does not fit the targets: fold="
+    ):
+        Study(spec(tmp_path), projected, TRAINING, (0.01,), reporter=Told())
     found = Study(spec(tmp_path), CHOICE, TRAINING, (0.01,), reporter=Told())
     assert found.parameters(found.methods[-1]) > 0
     assert not told
@@ -377,17 +352,3 @@ def test_texts_of_like_length_share_a_batch(cache: Path) -> None:
     assert len(some) == -(-len(part.labels) // 10)
     spans = [int(part.lengths[batch].max() - part.lengths[batch].min()) for batch in some]
     assert sum(spans) / len(spans) < 60  # of 448, in random batches it would be above 350
-
-
-def test_threads_are_given_back_after_an_error() -> None:
-    before, inside = torch.get_num_threads(), 0
-    with pytest.raises(ZeroDivisionError), threads(before + 1):  # noqa: PT012
-        inside = torch.get_num_threads()
-        raise ZeroDivisionError
-    assert inside == before + 1
-    assert torch.get_num_threads() == before
-
-
-def test_training_settings() -> None:
-    assert Training(1, 1, targets=("q", "v")).selection == ["q", "v"]
-    assert Training(1, 1).selection == "qv"

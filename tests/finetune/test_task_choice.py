@@ -199,6 +199,7 @@ NAMES = ["no", "maybe", "yes"]
     ("column", "labels", "name", "classes", "expected"),
     [
         ("label", [0, 1, 2] * 2, "classification", ("no", "maybe", "yes"), [0, 1, 2] * 2),
+        ("label", [2, 0, 2, 0], "classification", ("no", "yes"), [1, 0, 1, 0]),
         ("labels", [[0], [0, 2], []], "multi-label", ("no", "yes"), [[1, 0], [1, 1], [0, 0]]),
         ("ner_tags", [[0, 2], [1]], "token-classification", ("maybe", "no", "yes"), [[1, 2], [0]]),
     ],
@@ -217,7 +218,11 @@ def test_classes_that_datasets_names_are_evident(
     datasets.Dataset.from_dict(rows, features=features).save_to_disk(tmp_path / "saved")
     task, data = chosen(str(tmp_path / "saved"))
     assert (task.name, data.classes) == (name, classes)
-    assert [one if isinstance(one, list) else one.tolist() for one in data.samples.labels] == expected
+    # What was trained on is predicted, too.
+    again, known = task.of(data, data.samples).samples(open_source(str(tmp_path / "saved")), Spec())
+    assert known
+    for samples in (data.samples, again):
+        assert [labels if isinstance(labels, list) else labels.tolist() for labels in samples.labels] == expected
 
 
 @given(st.lists(st.sampled_from("abc"), min_size=1, max_size=3), st.sampled_from("|;/"))
@@ -304,15 +309,6 @@ def test_labels_that_are_all_hidden_are_none(name: str) -> None:
     # One text may have the number -1.
     samples, known = task_of("regression").samples(numbered("regression", -1), Spec())
     assert (samples.labels.tolist(), known) == ([-1], True)
-
-
-def test_classes_that_do_not_all_occur_have_names() -> None:
-    table = Table("data", "data", {"text": list("abcd"), "label": [2, 0, 2, 0]}, words={"label": ("a", "b", "c")})
-    data = TASKS["classification"].read(table, Spec())
-    assert data.classes == ("a", "c")
-    assert data.samples.labels.tolist() == [1, 0, 1, 0]
-    # What was trained on is predicted, too.
-    assert TASKS["classification"](data.classes).samples(table, Spec())[0].labels.tolist() == [1, 0, 1, 0]
 
 
 # -- Parts -------------------------------------------------------------------------------------

@@ -184,15 +184,12 @@ def test_a_text_model_that_sees_what_it_is_to_predict_is_refused(tmp_path: Path)
         open_problem(spec)
 
 
-def test_a_model_without_a_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tokenizer_for_a_model_without_one_is_found_from_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     bare, data = tiny.gpt2(tmp_path / "gpt2", tokenizer=False), tiny.completions(tmp_path / "a.jsonl")
-    with pytest.raises(
-        TnadaptError, match=r"has no tokenizer, or one .*; give a folder or hub name with one as --tokenizer"
-    ):
-        open_problem(Spec(model=bare, data=data))
     tiny.words(tmp_path / "words")
     monkeypatch.chdir(tmp_path)
-    # The folder is found from elsewhere.
     problem = open_problem(Spec(model=bare, data=data, tokenizer="words"))
     assert problem.source["tokenizer"] == str(tmp_path / "words")
     assert problem.task.name == "causal-lm"
@@ -205,9 +202,6 @@ CausalLM = TASKS["causal-lm"]
 
 def turns(*roles: str) -> list[dict[str, str]]:
     return [{"role": role, "content": "good film"} for role in roles]
-
-
-# -- Conversations -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("roles", [("user",), ("user", "assistant", "user"), ("system",)])
@@ -236,19 +230,15 @@ def test_conversations_to_predict_may_end_with_a_question(gpt2: Path, tmp_path: 
     assert found.rows[0]["prediction"] == found.rows[1]["prediction"]
 
 
-def test_a_row_without_targets_is_no_exact_match() -> None:
+def test_a_row_without_targets_is_no_exact_match_and_has_no_gap_and_no_loss() -> None:
     empty, wrong, right = torch.zeros(0, 2), torch.tensor([[1.0, 5.0]]), torch.tensor([[1.0, 7.0]])
-    rows = [one.double() for one in (empty, wrong, right)]
+    rows = [row.double() for row in (empty, wrong, right)]
     labels = torch.tensor([[-100, -100], [-100, 7], [-100, 7]])
-    assert CausalLM("completion").measure(rows, labels).more["exact match"] == 0.5
-    assert "exact match" not in CausalLM("completion").measure(rows[:1], labels[:1]).more
-
-
-def test_a_row_without_targets_has_no_gap_and_no_loss() -> None:
-    empty, one, other = torch.zeros(0, 2), torch.tensor([[1.0, 5.0]]), torch.tensor([[1.5, 9.0]])
     task = CausalLM("completion")
+    assert task.measure(rows, labels).more["exact match"] == 0.5
+    assert "exact match" not in task.measure(rows[:1], labels[:1]).more
     assert task.largest_gap([empty], [empty]) == 0
-    assert task.largest_gap([empty, one], [empty, other]) == 0.5
+    assert task.largest_gap([empty, wrong], [empty, torch.tensor([[1.5, 9.0]])]) == 0.5
     assert TASKS["token-classification"](("O", "A")).largest_gap([empty], [empty]) == 0
     assert task.answer(empty) == {"loss": None, "perplexity": None}
 

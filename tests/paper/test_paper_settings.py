@@ -237,4 +237,7 @@ def test_the_diffusion_model_sweeps_what_section_4_2_says(name: str) -> None:
 )
 def test_figures_17_and_27_to_29_have_a_curve_for_each_value(name: str, arms: list[str]) -> None:
     """A.6: "linear", "linear_v2", "nonlinear", "nonlinear_v2"; A.10: groups; A.11: K."""
-    assert [arm.name for arm in open_recipe(name).arms] == arms
+    found = open_recipe(name).arms
+    assert [arm.name for arm in found] == arms
+    if name == "splits":
+        assert [{config.splits for config in arm.configs} for arm in found] == [{2}, {3}, {4}]

@@ -178,9 +178,3 @@ def test_a_sweep_is_every_combination() -> None:
 )  # fmt: skip
 def test_a_recipe_says_what_it_is_of_and_not_what_it_is_like(name: str, scale: str, words: str) -> None:
     assert words in open_recipe(name, scale).title
-
-
-def test_an_arm_is_drawn_by_a_value() -> None:
-    arms = open_recipe("splits").arms
-    assert [arm.name for arm in arms] == ["LoNKr, K = 2", "LoNKr, K = 3", "LoNKr, K = 4"]
-    assert [{config.splits for config in arm.configs} for arm in arms] == [{2}, {3}, {4}]

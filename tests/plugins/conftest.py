@@ -17,6 +17,17 @@ HERE = Path(__file__).parent
 PACKAGES = ("tensor-ring", "count-sketch", "hadamard-rows", "block-term")
 
 
+def command(plugins: Path | None, *words: object) -> subprocess.CompletedProcess[str]:
+    """Run a command in a process that sees the plug-ins of a folder."""
+    code = f"""
+import runpy, sys
+sys.path[:0] = {[str(plugins)] if plugins else []!r}
+sys.argv = {["tnadapt", *map(str, words)]!r}
+runpy.run_module("tnadapt", run_name="__main__")
+"""
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+
+
 @pytest.fixture(scope="session")
 def installed_plugins(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder into which pip has installed all of them."""
