@@ -23,7 +23,7 @@ from tnadapt.finetune import data as archives
 from tnadapt.finetune.data import PARTS, Data, Samples, choose, divide, open_source
 from tnadapt.finetune.problem import samples_digest
 
-from .small import read
+from .tiny_models import read
 
 
 def toy(counts: list[int], test: list[int] | None = None) -> Data:

@@ -82,9 +82,6 @@ def keys(found: list[dict[str, Any]]) -> list[str]:
     return sorted(one["key"] for one in found)
 
 
-# -- In this process -------------------------------------------------------------------------------
-
-
 def test_one_job_runs_here_in_order_and_as_if_its_lines_had_been_in_a_file(tmp_path: Path) -> None:
     progress: list[tuple[str, float]] = []
     before = torch.get_num_threads()
@@ -99,9 +96,6 @@ def test_one_job_runs_here_in_order_and_as_if_its_lines_had_been_in_a_file(tmp_p
     # What was opened already is used.
     (result,) = run_tasks(Play(tmp_path / "none"), acts("a"), tmp_path, do=lambda task, report: {"own": task.does})
     assert result == (Act("a"), {"own": "a"})
-
-
-# -- By name ---------------------------------------------------------------------------------------
 
 
 def test_libraries_of_clusters_are_imported_where_an_engine_starts() -> None:

@@ -1,8 +1,9 @@
-"""User models, built here from configs: a local folder through transformers with its tokenizer, and timm."""
+"""User models, built here from configs: a local folder or GGUF file through transformers, and timm."""
 
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -18,8 +19,9 @@ pytest.importorskip("PIL")
 
 from safetensors import torch as safetensors_torch
 
+import tnadapt as tna
 from tnadapt.errors import FileError, TnadaptError
-from tnadapt.finetune import Choice, Spec, Study, Training, open_problem
+from tnadapt.finetune import Choice, Spec, Study, Training, open_problem, predict
 from tnadapt.finetune.data import Samples, first_line
 
 from . import tiny_models as tiny
@@ -42,12 +44,7 @@ def vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("data") / "films.csv"
-    lines = ["text,label"]
-    for index in range(20):
-        lines += [f"the film was {'very ' * (index % 5)}good,yes", f"it was not {'very ' * (index % 4)}bad film,no"]
-    path.write_text("\n".join(lines))
-    return path
+    return Path(tiny.classes(tmp_path_factory.mktemp("data") / "films.jsonl"))
 
 
 @pytest.fixture(scope="module")
@@ -265,7 +262,7 @@ PATCHES = "is not a multiple of the model's patches of 8 pixels; give"
         ("empty", "table", {}, "the folder has no config.json"),
         ("table", "table", {}, "expected a folder with a config.json, a .gguf file or a hub name"),
         ("odd", "table", {}, "cannot load .* for texts through transformers"),
-        ("timm:vit_tiny_patch16_224", "table", {}, "is an image model, but films.csv has texts"),
+        ("timm:vit_tiny_patch16_224", "table", {}, "is an image model, but films.jsonl has texts"),
         ("bare", "table", {}, "bare' has no tokenizer, or one that knows no word of the texts; give a folder or hub n"),
         ("strange", "table", {}, "has none of the weights of BertForSequenceClassification"),
         ("larger", "table", {}, r"the tokenizer returned token \d+, but the model has only 22"),
@@ -432,3 +429,85 @@ def test_odd_settings_of_a_tokenizer_are_refused(tmp_path: Path, settings: dict[
     path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
     with pytest.raises(TnadaptError, match=message):
         model_inputs.tokenizer_of(str(folder), transformers)
+
+
+# -- Models in GGUF files ------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("accelerate")
+    pytest.importorskip("gguf")
+    return Path(tiny.gguf(tmp_path_factory.mktemp("gguf")))
+
+
+def logits(model: Any) -> Any:
+    with torch.no_grad():
+        return model.eval()(torch.tensor([[5, 9, 20]])).logits
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["file", "folder"])
+def test_a_language_model_in_a_gguf_file(
+    whole: bool, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tiny.completions(tmp_path / "a.jsonl")
+    problem = open_problem(Spec(model=str(model.parent if whole else model), data=data))
+    assert (problem.task.name, type(problem.build(0)).__name__) == ("causal-lm", "LlamaForCausalLM")
+    inputs = problem.parts["training"].batch(torch.arange(1), torch.device("cpu"))["input_ids"]
+    assert problem.logits(problem.build(0), {"input_ids": inputs}).shape[:2] == inputs.shape
+    file = tiny.untrained(tmp_path / "a.safetensors", str(model), data)
+    about = tna.load(file).pretrained
+    assert about is not None
+    assert (about.name, about.file, about.task) == (str(model.parent), model.name, "text-generation")
+    found = predict(file, data, limit=3, new_tokens=2)
+    assert [set(row) for row in found.rows] == [{"prompt", "completion", "prediction", "loss", "perplexity"}] * 3
+    assert torch.equal(logits(tna.torch.load_pretrained(file)), logits(problem.build(0)))
+    tokenizer = tna.torch.load_processor(file)
+    assert tokenizer.decode(tokenizer(" the film")["input_ids"]) == " the film"
+    assert "GGUF" not in capsys.readouterr().err  # a progress bar of transformers'
+
+
+def test_a_gguf_file_beside_others_is_recorded(model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "several"
+    folder.mkdir()
+    for name in ("a.gguf", "b.gguf"):
+        shutil.copy(model, folder / name)
+    (folder / "config.json").write_text("{}")
+    data = tiny.completions(tmp_path / "a.jsonl")
+    file = tiny.untrained(tmp_path / "a.safetensors", str(folder / "b.gguf"), data)
+    about = tna.load(file).pretrained
+    assert about is not None
+    assert about.file == "b.gguf"
+    expected = predict(file, data, limit=2, new_tokens=2)
+    # The same base elsewhere, by its file or its folder.
+    for base in (model, model.parent):
+        assert predict(file, data, base=str(base), limit=2, new_tokens=2) == expected
+    (folder / "b.gguf").unlink()
+    with pytest.raises(TnadaptError, match=r"no tokenizer in '.*b\.gguf'|cannot load its base model"):
+        predict(file, data, limit=2)
+
+
+def test_what_is_no_model_says_so(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = tiny.completions(tmp_path / "a.jsonl")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken.gguf").write_bytes(b"GGUF" + bytes(60))
+    images = tiny.shades(tmp_path / "a.npz")
+    for name, samples, message in (
+        (tmp_path / "none.gguf", data, r"no model at .*/none\.gguf: there is no such file"),
+        (tmp_path / "empty", data, r"has no config\.json and no \.gguf file"),
+        (model, images, "is a GGUF file, of which transformers makes language models"),
+        (tmp_path / "broken.gguf", data, r"cannot load '.*broken\.gguf' for texts through transformers: "),
+    ):
+        with pytest.raises(TnadaptError, match=message):
+            open_problem(Spec(model=str(name), data=samples))
+    file = tiny.untrained(tmp_path / "a.safetensors", str(model), data)
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "gguf" else find(name, *more))
+    for load in (
+        lambda: open_problem(Spec(model=str(model), data=data)), lambda: tna.torch.load_pretrained(file),
+        lambda: tna.torch.load_processor(file), lambda: predict(file, data),
+    ):  # fmt: skip
+        with pytest.raises(
+            TnadaptError, match=r"is a GGUF file, which needs the package gguf: pip install 'tnadapt\[g"
+        ):
+            load()

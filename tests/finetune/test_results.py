@@ -256,9 +256,6 @@ def test_the_table() -> None:
         ]
 
 
-# -- Published results: the documentation shows what is in the files next to it ------------------
-
-
 @pytest.mark.parametrize("name", ["digits", "reviews", "cifar10"])
 def test_a_table_is_that_of_its_results(benchmark_scripts: Callable[[str], ModuleType], name: str) -> None:
     script = benchmark_scripts("finetune")

@@ -23,7 +23,7 @@ from tnadapt.finetune.tasks import TASKS, register_task
 
 from . import tiny_models as tiny
 from .internals import choose_task
-from .small import read
+from .tiny_models import read
 
 
 def chosen(path: str, **options: Any) -> Any:
@@ -254,9 +254,6 @@ def task_of(name: str) -> Any:
     return TASKS[name](*fields.get(name, (WORDS,)))
 
 
-# -- Columns -----------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("options", [{"label_column": "lable"}, {"text_column": "txt"}])
 @pytest.mark.parametrize("name", ["classification", "multi-label", "regression", "token-classification", "causal-lm"])
 def test_a_column_with_a_typo_is_not_left_out(name: str, options: dict[str, str]) -> None:
@@ -311,9 +308,6 @@ def test_labels_that_are_all_hidden_are_none(name: str) -> None:
     assert (samples.labels.tolist(), known) == ([-1], True)
 
 
-# -- Parts -------------------------------------------------------------------------------------
-
-
 def test_a_test_part_needs_the_columns_and_labels() -> None:
     parts = {
         "test": {"text": ["a"], "label": [-1]}, "validation": {"sentence": ["a"], "label": [0]},
@@ -324,9 +318,6 @@ def test_a_test_part_needs_the_columns_and_labels() -> None:
     assert held is not None
     assert (held.path, held.columns["text"], held.tests) == ("the val part of data", ["b"], {})
     assert TASKS["classification"].read(table, Spec()).test.inputs == ["b"]
-
-
-# -- Spaces ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv"])
@@ -342,9 +333,6 @@ def test_spaces_around_labels_are_no_part_of_them(tmp_path: Path, suffix: str) -
     assert data.samples.labels.tolist() == [1, 0, 1, 0]
     task = TASKS["classification"].of(data, data.samples)
     assert task.samples(open_source(str(path)), Spec())[0].labels.tolist() == [1, 0, 1, 0]
-
-
-# -- Hostile tables ----------------------------------------------------------------------------
 
 
 def test_a_hundred_thousand_columns(tmp_path: Path) -> None:

@@ -281,9 +281,6 @@ def test_an_empty_prompt_is_named(gpt2: Path, form: str) -> None:
         )  # fmt: skip
 
 
-# -- Controls ----------------------------------------------------------------------------------
-
-
 ACCURACY, RMSE = (TASKS[name].metric for name in ("classification", "regression"))
 
 

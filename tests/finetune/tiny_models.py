@@ -1,4 +1,4 @@
-"""Small random models with tokenizers, in folders, data for each task, and adapters' files."""
+"""Small random models with tokenizers, in folders, data for each task, adapters' files, and a study of seconds."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 
 import tnadapt as tna
+from tnadapt.finetune import Choice, Spec, Study, Training
+from tnadapt.finetune.data import Data, labelled_texts, open_source
 
 WORDS = [
     "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", "film", "the", "a", "very", "not", "was", "it", "and",
@@ -181,7 +183,7 @@ def gguf(folder: Path, name: str = "tiny.gguf") -> str:
 
 def untrained(path: Path, model: str, data: str, **options: Any) -> Path:
     """Write the file of a fresh LoRA adapter for a model and data."""
-    from tnadapt.finetune import Spec, open_problem
+    from tnadapt.finetune import open_problem
 
     from .internals import recorded
 
@@ -206,3 +208,23 @@ def changed(file: Path, path: Path, **about: Any) -> Path:
         about["inputs"] = {name: value for name, value in inputs.items() if value is not ...}
     tna.save(path, dataclasses.replace(found, pretrained=dataclasses.replace(found.pretrained, **about)))
     return path
+
+
+# -- A study that takes a second or two, on the digits' small ViT, pretrained for one epoch ---------
+
+TRAINING = Training(epochs=1, batch=64)
+CHOICE = Choice(presets=("lora", "superlora"), ranks=(1,))
+
+
+def spec(cache: Path) -> Spec:
+    return Spec(cache=cache, pretrain_epochs=1)
+
+
+def study(cache: Path, choice: Choice = CHOICE, rates: tuple[float, ...] = (0.01, 0.03), seeds: int = 1) -> Study:
+    return Study(spec(cache), choice, TRAINING, rates, seeds)
+
+
+def read(source: str, text_column: str | None = None, label_column: str | None = None) -> Data:
+    """Read texts or images that each have one class."""
+    opened = open_source(source, text_column, label_column)
+    return opened if isinstance(opened, Data) else labelled_texts(opened, text_column, label_column)

