@@ -88,8 +88,7 @@ def test_progress_shows_scores_as_the_table_does(
     )
 
 
-@pytest.mark.slow
-def test_the_whole_job(cache: Path, tmp_path: Path) -> None:
+def test_the_whole_job_and_a_proof_that_fails(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given = (*QUICK, "--cache", cache, "--out", tmp_path, "--preset", "superlora", "--preset", "lora", "--rank", 1)
     done = invoke(*given, "--jobs", 1)
     assert done.exit_code == 0, done.output
@@ -114,6 +113,10 @@ def test_the_whole_job(cache: Path, tmp_path: Path) -> None:
     assert found["best"]["proof"]["loaded_same"] is True
     assert found["best"]["proof"]["merged_different"] == 0
     assert Path(found["picture"]).read_bytes().startswith(b"\x89PNG")
+    monkeypatch.setattr(study_job, "prove", lambda *given: study_job.Proof(269, False, 3, 0.5))
+    failed = invoke(*given, "--fresh")
+    assert failed.exit_code == 1
+    assert "DIFFERENT predictions on 269 test samples; merged: DIFFERENT predictions for 3" in failed.stdout
 
 
 @pytest.mark.parametrize(
@@ -200,13 +203,6 @@ def test_the_engine_and_its_options_arrive_in_the_study(
     assert done.exit_code == 130, done.output
     # The device is that of the cluster's machines; this one may have none.
     assert given == [("cuda", tmp_path, 0, False, "slurm", {"gpus": "1", "partition": "gpu"})]
-
-
-def test_a_proof_that_fails_is_exit_code_1(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(study_job, "prove", lambda *given: study_job.Proof(269, False, 3, 0.5))
-    done = invoke(*QUICK, "--cache", cache, "--out", tmp_path, "--rank", 1, "--jobs", 1)
-    assert done.exit_code == 1
-    assert "DIFFERENT predictions on 269 test samples; merged: DIFFERENT predictions for 3" in done.stdout
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -245,13 +246,13 @@ def test_an_archive_that_is_damaged_inside(tmp_path: Path) -> None:
         read(str(path))
 
 
-def forged(path: Path, shape: tuple[int, ...], content: bytes, said: int | None = None, **settings: Any) -> str:
+def forged(path: Path, shape: tuple[int, ...], content: bytes, said: int | None) -> str:
     """Write an archive whose array x claims a shape, with the given sizes in its directory."""
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": shape})
     labels = io.BytesIO()
     np.save(labels, np.arange(shape[0] if shape[0] < 100 else 2) % 2)
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, **settings) as archive:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("x.npy", header.getvalue() + content)
         archive.writestr("y.npy", labels.getvalue())
         if said is not None:
@@ -259,14 +260,21 @@ def forged(path: Path, shape: tuple[int, ...], content: bytes, said: int | None 
     return str(path)
 
 
-SMALL = 1 << 20
+SHAPES = [(1 << 10, 1 << 10, 1 << 10), (1 << 31, 1 << 31), (1 << 62,), (-1, 5)]
 
 
 @pytest.mark.law("allocation-limit")
-@pytest.mark.parametrize("said", [None, 1 << 30, 1 << 62])
-@pytest.mark.parametrize("shape", [(1 << 10, 1 << 10, 1 << 10), (1 << 31, 1 << 31), (1 << 62,), (-1, 5)])
-def test_what_an_array_claims_costs_nothing(tmp_path: Path, shape: tuple[int, ...], said: int | None) -> None:
-    refused_cheaply(forged(tmp_path / "a.npz", shape, bytes(100), said))
+@pytest.mark.parametrize(
+    ("shape", "size", "said"),
+    [
+        *itertools.product(SHAPES, [100], [None, 1 << 30, 1 << 62]),
+        ((4, 10, 10), 64 << 20, 400),  # of zeros, of which the array is 400 bytes by all that the archive says
+    ],
+)
+def test_what_an_array_claims_costs_nothing(
+    tmp_path: Path, shape: tuple[int, ...], size: int, said: int | None
+) -> None:
+    refused_cheaply(forged(tmp_path / "a.npz", shape, bytes(size), said))
 
 
 def refused_cheaply(path: str) -> None:
@@ -275,13 +283,7 @@ def refused_cheaply(path: str) -> None:
             read(path)
 
     refused()  # it imports what it needs
-    assert peak_of(refused) < SMALL
-
-
-@pytest.mark.law("allocation-limit")
-def test_an_archive_is_read_as_far_as_it_says_and_no_further(tmp_path: Path) -> None:
-    # 64 MiB of zeros, of which the array is 400 bytes by all that the archive says.
-    refused_cheaply(forged(tmp_path / "a.npz", (4, 10, 10), bytes(64 << 20), 400))
+    assert peak_of(refused) < 1 << 20
 
 
 @pytest.mark.law("allocation-limit")

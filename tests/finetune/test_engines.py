@@ -648,10 +648,15 @@ def test_slurm_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             list(run_tasks(Play(tmp_path), acts("a"), tmp_path, engine="slurm", options=options))
 
 
-def slurm_jobs(folder: Path, submit: Callable[[Any, list[Any]], list[Any]]) -> Any:
-    """Return the jobs of Slurm of a program, which are submitted by a function."""
+def slurm_jobs(folder: Path, submitted: Callable[[list[Any]], None] = lambda calls: None) -> Any:
+    """Return the jobs of Slurm of a program, which is told of the calls that are submitted; none ends."""
+
+    def map_array(run_job: object, calls: list[Any]) -> list[Any]:
+        submitted(calls)
+        return [SimpleNamespace(job_id=f"100_{index}", done=lambda: False) for index in range(len(calls))]
+
     folder.mkdir(exist_ok=True)
-    return slurm_engine._SlurmJobs(SimpleNamespace(map_array=submit), folder, "run")
+    return slurm_engine._SlurmJobs(SimpleNamespace(map_array=map_array), folder, "run")
 
 
 def call_of(folder: Path, task: Act = Act("a")) -> engines.TaskCall:  # noqa: B008  # it cannot be changed
@@ -703,13 +708,8 @@ def test_a_job_that_reaches_its_time_limit_has_died(tmp_path: Path) -> None:
 @needs("slurm")
 def test_jobs_of_slurm_are_submitted_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
-
-    def submit(run_job: object, calls: list[Any]) -> list[Any]:
-        sizes.append(len(calls))
-        return [SimpleNamespace(job_id=f"{len(sizes)}_{index}", done=lambda: False) for index in range(len(calls))]
-
     monkeypatch.setattr(slurm_engine, "_PERIOD", 0.3)
-    started = slurm_jobs(tmp_path / "slurm", submit)
+    started = slurm_jobs(tmp_path / "slurm", lambda calls: sizes.append(len(calls)))
     for task in acts("a", "b", "c"):
         started.submit([call_of(tmp_path, task)])
     assert sizes == [1], "one command may take seconds"
@@ -729,12 +729,7 @@ def adopting(slurm: Path, folder: Path, **state: str) -> tuple[Any, list[Any]]:
     for name, content in state.items():
         (slurm / f"{name}-79").write_text(content)
     submitted: list[Any] = []
-
-    def submit(run_job: object, calls: list[Any]) -> list[Any]:
-        submitted.extend(calls)
-        return [SimpleNamespace(job_id="80", done=lambda: False)]
-
-    started = slurm_jobs(folder, submit)
+    started = slurm_jobs(folder, submitted.extend)
     started.submit([call_of(folder)])
     return started, submitted
 
@@ -784,13 +779,10 @@ def test_a_job_that_is_suspended_has_not_died(
 @needs("slurm")
 @pytest.mark.usefixtures("keyboard")
 def test_an_interrupt_while_jobs_are_submitted_waits_until_they_are_noted(tmp_path: Path, slurm: Path) -> None:
-    def submit(run_job: object, calls: list[Any]) -> list[Any]:
-        os.kill(os.getpid(), signal.SIGINT)
-        return [SimpleNamespace(job_id="100", done=lambda: False)]
-
-    with pytest.raises(KeyboardInterrupt), slurm_jobs(tmp_path / "logs", submit) as started:
+    interrupted = slurm_jobs(tmp_path / "logs", lambda calls: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt), interrupted as started:
         started.submit([call_of(tmp_path)])
-    assert lines((tmp_path / "logs" / "jobs.jsonl").read_text()) == [{"key": "a/0", "job": "100"}]
+    assert lines((tmp_path / "logs" / "jobs.jsonl").read_text()) == [{"key": "a/0", "job": "100_0"}]
     assert len((slurm / "calls-scancel").read_text().splitlines()) == 1
 
 
@@ -815,11 +807,10 @@ def test_a_job_that_slurm_does_not_take_is_submitted_later_or_its_answer_shown(
 ) -> None:  # fmt: skip
     import submitit
 
-    def submit(run_job: object, calls: list[Any]) -> list[Any]:
+    def submitted(calls: list[Any]) -> None:
         attempts.append(len(calls))
         if len(attempts) <= times:
             raise getattr(submitit.core.utils, error)(answer)
-        return [SimpleNamespace(job_id="100", done=lambda: False)]
 
     def attempt() -> None:
         with started:
@@ -829,7 +820,7 @@ def test_a_job_that_slurm_does_not_take_is_submitted_later_or_its_answer_shown(
 
     attempts: list[int] = []
     monkeypatch.setattr(slurm_engine, "_PERIOD", 0.0)
-    started = slurm_jobs(tmp_path / "logs", submit)
+    started = slurm_jobs(tmp_path / "logs", submitted)
     if running:
         started.jobs["b/0"] = SimpleNamespace(job_id="99", done=lambda: False)
     if not shown:

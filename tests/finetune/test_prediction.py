@@ -509,27 +509,29 @@ def test_an_adapter_without_a_description(adapter_of: AdapterOf, tmp_path: Path)
         predict(tmp_path / "a.safetensors", adapter_of("classification")[1])
 
 
-def test_texts_for_a_model_of_timm(adapter_of: AdapterOf, tmp_path: Path) -> None:
-    message = "was trained for 'classification', a task of texts, but its model is one of timm, of images"
-    refused(adapter_of("classification"), tmp_path / "b.safetensors", message, library="timm", settings={})
-
-
-def test_classes_of_a_language_model(adapter_of: AdapterOf, tmp_path: Path) -> None:
-    file = tiny.changed(
-        adapter_of("causal-lm")[0], tmp_path / "b.safetensors", labels=("no", "yes"),
-        inputs={"task": "classification", "task_form": ...},
-    )  # fmt: skip
-    start = re.escape(f"the model of {file} returned (2, ")
-    with pytest.raises(TnadaptError, match=start + r".*, 22\) logits for two samples of .*; expected \(2, 2\)"):
-        predict(file, tiny.classes(tmp_path / "c.jsonl"))
-
-
-def test_completions_of_a_classifier(adapter_of: AdapterOf, tmp_path: Path) -> None:
-    adapter, _ = adapter_of("classification")
-    file = tiny.changed(adapter, tmp_path / "b.safetensors", inputs={"task": "causal-lm", "task_form": "completion"})
-    message = "the adapter's task is 'causal-lm', but its model, a BertForSequenceClassification, cannot continue texts"
-    with pytest.raises(TnadaptError, match=message):
-        predict(file, tiny.completions(tmp_path / "c.jsonl"))
+@pytest.mark.parametrize(
+    ("task", "about", "write", "message"),
+    [
+        (
+            TEXTS, {"library": "timm", "settings": {}}, tiny.classes,
+            r"^{file} was trained for 'classification', a task of texts, but its model is one of timm, of images",
+        ),
+        (
+            "causal-lm", {"labels": ("no", "yes"), "inputs": {"task": TEXTS, "task_form": ...}}, tiny.classes,
+            r"^the model of {file} returned \(2, .*, 22\) logits for two samples of .*; expected \(2, 2\)",
+        ),
+        (
+            TEXTS, {"inputs": {"task": "causal-lm", "task_form": "completion"}}, tiny.completions,
+            "the adapter's task is 'causal-lm', but its model, a BertForSequenceClassification, cannot continue texts",
+        ),
+    ],
+)  # fmt: skip
+def test_a_task_that_its_model_does_not_do(
+    adapter_of: AdapterOf, tmp_path: Path, task: str, about: dict[str, Any], write: Callable[[Path], str], message: str
+) -> None:
+    file = tiny.changed(adapter_of(task)[0], tmp_path / "b.safetensors", **about)
+    with pytest.raises(TnadaptError, match=message.replace("{file}", re.escape(str(file)))):
+        predict(file, write(tmp_path / "c.jsonl"))
 
 
 def test_a_given_tokenizer_comes_before_the_files(adapter_of: AdapterOf, tmp_path: Path) -> None:

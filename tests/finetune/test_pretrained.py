@@ -188,10 +188,9 @@ def test_a_timm_model(shades: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert problem.parts["test"].batch(torch.arange(1), CPU).shape == (1, 3, 32, 32)
 
 
-def test_a_new_head_is_kept_whatever_else_is(bert: Path, table: Path, tmp_path: Path) -> None:
+def test_a_new_head_is_kept_whatever_else_is(bert: Path, table: Path) -> None:
     problem = opened(bert, table, keep_trainable=("pooler",))
     assert (problem.keep_trainable, problem.drawn) == (("pooler", "classifier"), ("classifier",))
-    run(tmp_path, bert, table, keep_trainable=("pooler",))
 
 
 def test_the_study_is_told_apart_by_data_and_base(
@@ -374,10 +373,7 @@ def test_no_code_of_a_tokenizer_is_run(
 
 
 def test_a_folder_without_a_tokenizer_says_so_in_whole(tmp_path: Path) -> None:
-    config = transformers.LlamaConfig(
-        vocab_size=40, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
-    )
-    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
+    transformers.LlamaConfig().save_pretrained(tmp_path)
     with pytest.raises(TnadaptError) as caught:
         model_inputs.tokenizer_of(str(tmp_path), transformers)
     text = str(caught.value)

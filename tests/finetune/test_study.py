@@ -25,7 +25,7 @@ from tnadapt import torch as tnt
 from tnadapt.errors import ConfigError, FileError, TargetError, TnadaptError
 from tnadapt.finetune import Choice, Reporter, Spec, Study, Task, Training, open_problem
 from tnadapt.finetune.loop import OwnRates, Schedule, batches, fit
-from tnadapt.finetune.problem import base_digest, free
+from tnadapt.finetune.problem import base_digest
 from tnadapt.finetune.training import train, usable_device
 
 from . import tiny_models as tiny
@@ -217,11 +217,9 @@ def test_the_base_is_the_same_whatever_the_seed_and_the_head_is_not(cache: Path)
 
 @pytest.mark.parametrize("keep", [("nothing",), ("head", "nothing")])
 def test_a_name_to_keep_that_is_not_there(cache: Path, tmp_path: Path, keep: tuple[str, ...]) -> None:
-    one = Study(dataclasses.replace(spec(cache), keep_trainable=keep), CHOICE, TRAINING, (0.01,))
-    with pytest.raises(TargetError, match="nothing"):
-        one.run(tmp_path, jobs=1)
+    other = Study(dataclasses.replace(spec(cache), keep_trainable=keep), CHOICE, TRAINING, (0.01,))
     with pytest.raises(TargetError, match="--keep-trainable nothing: the model has no such"):
-        free(one.problem.build(0), keep)
+        other.run(tmp_path, jobs=1)
 
 
 def test_another_part_to_keep(cache: Path, tmp_path: Path) -> None:
@@ -249,21 +247,21 @@ def test_a_device_that_is_not_here(name: str, meant: str) -> None:
 
 
 def test_the_pretrained_model_is_kept_and_made_anew_where_damaged(tmp_path: Path) -> None:
-    one = Spec(cache=tmp_path / "made" / "here", pretrain_epochs=1)
-    told: list[str] = []
-    first = base_digest(open_problem(one, lambda what, done: told.append(what)).build(0))
-    assert told
+    def opened() -> tuple[str, bool]:
+        """Return the digest of the base, and whether it was trained."""
+        told: list[str] = []
+        problem = open_problem(spec(tmp_path / "made" / "here"), lambda what, done: told.append(what))
+        return base_digest(problem.build(0)), bool(told)
+
+    digest, trained = opened()
+    assert trained
+    assert opened() == (digest, False)
     (file,) = (tmp_path / "made" / "here" / "digits").iterdir()
-    told.clear()
-    assert base_digest(open_problem(one, lambda what, done: told.append(what)).build(0)) == first
-    assert not told
     whole = file.read_bytes()
     for damage in (b"", whole[:1000], whole[:200] + b"\xff" * 4096 + whole[4296:], b"\0" * 64):
         file.write_bytes(damage)
-        assert base_digest(open_problem(one, lambda what, done: told.append(what)).build(0)) == first
-        assert told
+        assert opened() == (digest, True)
         assert file.read_bytes() == whole
-        told.clear()
 
 
 def test_where_the_cache_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

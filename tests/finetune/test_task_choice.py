@@ -33,10 +33,10 @@ def chosen(path: str, **options: Any) -> Any:
     return task, task.read(source, spec)
 
 
-def table(folder: Path, labels: list[Any], **more: list[Any]) -> str:
-    """Write texts with these labels as a .csv of plain cells."""
-    lines = [",".join(["text", "label", *more])]
-    lines += [",".join(map(str, [f"text {i}", *row])) for i, row in enumerate(zip(labels, *more.values(), strict=True))]
+def table(folder: Path, labels: list[Any], options: dict[str, Any]) -> str:
+    """Write texts with these labels as a .csv of plain cells, with the columns that the options name."""
+    lines = [f"{options.get('text_column', 'text')},{options.get('label_column', 'label')}"]
+    lines += [f"text {place},{label}" for place, label in enumerate(labels)]
     (folder / "data.csv").write_text("\n".join(lines))
     return str(folder / "data.csv")
 
@@ -65,6 +65,9 @@ def test_the_task_is_evident(tmp_path: Path, name: str) -> None:
                 chosen(path, task=other)
 
 
+NAMED = {"text_column": "review", "label_column": "stars"}
+
+
 @pytest.mark.parametrize(
     ("labels", "options", "name", "classes"),
     [
@@ -81,33 +84,15 @@ def test_the_task_is_evident(tmp_path: Path, name: str) -> None:
         (["R|B", "soul", "soul", "R|B"] * 2, {"task": "classification"}, "classification", ("R|B", "soul")),
         (["R|B", "soul", "soul", "R|B"] * 2, {"separator": "|"}, "multi-label", ("B", "R", "soul")),
         (["x", "y"] * 4, {"task": "causal-lm"}, "causal-lm", ()),
+        (["good", "bad"] * 4, NAMED, "classification", ("bad", "good")),
+        ([0.5, 1.25, 2.5, 3.75] * 2, NAMED, "regression", ()),
     ],
 )  # fmt: skip
 def test_labels_of_a_csv(
     tmp_path: Path, labels: list[Any], options: dict[str, Any], name: str, classes: tuple[str, ...]
 ) -> None:
-    task, data = chosen(table(tmp_path, labels), **options)
+    task, data = chosen(table(tmp_path, labels, options), **options)
     assert (task.name, data.classes) == (name, classes)
-
-
-@pytest.mark.parametrize(
-    ("column", "labels", "name"),
-    [
-        ("stars", ["good", "bad"], "classification"),
-        ("answer", ["yes", "no"], ""),
-        ("stars", [0.5, 1.25, 2.5, 3.75], "regression"),
-    ],
-)
-def test_named_columns_are_texts_and_labels_unless_they_are_called_completions(
-    tmp_path: Path, column: str, labels: list[Any], name: str
-) -> None:
-    path = tmp_path / "data.csv"
-    path.write_text("\n".join([f"review,{column}", *(f"text {i},{labels[i % len(labels)]}" for i in range(8))]))
-    if not name:  # completions are few words, too
-        with pytest.raises(TnadaptError, match=r"'review' and 'answer' are prompts and completions \(--task causal-lm"):
-            chosen(path, text_column="review", label_column=column)
-        return
-    assert chosen(path, text_column="review", label_column=column)[0].name == name
 
 
 @pytest.mark.parametrize(
@@ -161,12 +146,16 @@ def test_named_columns_are_texts_and_labels_unless_they_are_called_completions(
             ["yes", "no", "yes", "no"], {"separator": "/"},
             "--separator is for --task multi-label; the task of data.csv is classification",
         ),
+        (
+            ["yes", "no"] * 4, {"text_column": "review", "label_column": "answer"},  # completions are few words, too
+            "'review' and 'answer' are prompts and completions (--task causal-lm",
+        ),
         ([f"answer {i}" for i in range(8)], {}, "'label' has 8 different labels in 8 rows (--task classification)"),
     ],
 )  # fmt: skip
 def test_data_that_do_not_fit(tmp_path: Path, labels: list[Any], options: dict[str, Any], message: str) -> None:
     with pytest.raises(TnadaptError) as caught:
-        chosen(table(tmp_path, labels), **options)
+        chosen(table(tmp_path, labels, options), **options)
     assert message in str(caught.value)
 
 

@@ -119,13 +119,16 @@ def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return Path(tiny.gpt2(tmp_path_factory.mktemp("models") / "gpt2", template=TEMPLATE))
 
 
-def test_only_completions_are_learnt_and_ends_of_prompts_are_kept(gpt2: Path) -> None:
-    tokenizer = transformers.AutoTokenizer.from_pretrained(gpt2)
+@pytest.fixture
+def tokenizer(gpt2: Path) -> Any:
+    return transformers.AutoTokenizer.from_pretrained(gpt2, pad_token="[SEP]")
+
+
+def test_only_completions_are_learnt_and_ends_of_prompts_are_kept(tokenizer: Any) -> None:
     task = TASKS["causal-lm"]("completion")
     samples = Samples([("what is it", "good film"), ("the", "bad")], np.zeros(2, np.int64))
 
     def encoded(longest: int) -> tuple[list[str], list[int]]:
-        tokenizer.pad_token = "[SEP]"
         part = task.encode(samples, tokenizer, longest)
         return tokenizer.convert_ids_to_tokens(part.tokens[0].tolist()), part.labels[0].tolist()
 
@@ -135,9 +138,7 @@ def test_only_completions_are_learnt_and_ends_of_prompts_are_kept(gpt2: Path) ->
     assert encoded(3) == (["it", "good", "film"], [-100, good, film])
 
 
-def test_the_last_turn_of_a_conversation_is_learnt(gpt2: Path) -> None:
-    tokenizer = transformers.AutoTokenizer.from_pretrained(gpt2)
-    tokenizer.pad_token = "[SEP]"
+def test_the_last_turn_of_a_conversation_is_learnt(tokenizer: Any) -> None:
     turns = [{"role": "user", "content": "what is it"}, {"role": "assistant", "content": "good"}]
     samples = Samples([turns], np.zeros(1, np.int64))
     part = TASKS["causal-lm"]("messages").encode(samples, tokenizer, 32)
@@ -148,8 +149,7 @@ def test_the_last_turn_of_a_conversation_is_learnt(gpt2: Path) -> None:
         TASKS["causal-lm"]("messages").encode(samples, tokenizer, 32)
 
 
-def test_exact_matches_are_those_of_greedy_decoding(gpt2: Path, tmp_path: Path) -> None:
-    tokenizer = transformers.AutoTokenizer.from_pretrained(gpt2)
+def test_exact_matches_are_those_of_greedy_decoding(gpt2: Path, tokenizer: Any, tmp_path: Path) -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(gpt2).eval()
 
     def greedy(prompt: Any, count: int) -> list[int]:
@@ -250,10 +250,8 @@ def completed(model: Any, tokenizer: Any, *prompts: str) -> list[str]:
     return found
 
 
-def test_completions_are_greedy_whatever_the_model_prefers(gpt2: Path) -> None:
+def test_completions_are_greedy_whatever_the_model_prefers(gpt2: Path, tokenizer: Any) -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(gpt2).eval()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(gpt2)
-    tokenizer.pad_token = "[SEP]"
     prompts = ("what is it", "the film was very very good")
     plain = completed(model, tokenizer, *prompts)
     for text, prompt in zip(plain, prompts, strict=True):
@@ -270,15 +268,12 @@ def test_completions_are_greedy_whatever_the_model_prefers(gpt2: Path) -> None:
 
 
 @pytest.mark.parametrize("form", ["completion", "text"])
-def test_an_empty_prompt_is_named(gpt2: Path, form: str) -> None:
+def test_an_empty_prompt_is_named(gpt2: Path, tokenizer: Any, form: str) -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(gpt2)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(gpt2)
     inputs = [("good", ""), ("", "")] if form == "completion" else ["good", ""]
     message = "finds no token in the prompt of row 1, '', so there is nothing to continue; give each row a prompt"
     with pytest.raises(TnadaptError, match=message):
-        CausalLM(form).complete(
-            model, tokenizer, Samples(inputs, np.zeros(2, np.int64)), 8, 2, 2, CPU
-        )  # fmt: skip
+        CausalLM(form).complete(model, tokenizer, Samples(inputs, np.zeros(2, np.int64)), 8, 2, 2, CPU)
 
 
 ACCURACY, RMSE = (TASKS[name].metric for name in ("classification", "regression"))

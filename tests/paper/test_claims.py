@@ -74,52 +74,6 @@ def verdict(beginning: str, *settings: Any) -> str:
     return str(claims._verdict(claim_of(beginning), study(*settings)).rpartition(" ")[0])
 
 
-def test_pairs_differ_in_one_thing() -> None:
-    square, stacked = (tna.Config(groups=1, fold=fold, rank=4) for fold in ("hypercube", "stack"))
-    two = square.replace(groups=4, rank=2)
-    linear = square.replace(projection="linear", ratio=0.1)
-    found = study(
-        ("SuperLoRA 2D, reshape", square, 100, (90.0, 92.0, 94.0)),
-        ("SuperLoRA 2D", stacked, 160, (89.0, 91.0, 93.0)),
-        ("SuperLoRA 2D, reshape", two, 101, (80.0, 80.0, 80.0)),
-        ("SuperLoRA 2D, reshape", two.replace(rank=3), 150, (80.0, 80.0, 80.0)),
-        ("with projection", linear, 20, (50.0, 50.0, 50.0)),
-        ("with projection", linear.replace(projection="nonlinear"), 20, (40.0, 45.0, 50.0)),
-        ("with projection", linear.replace(projection="linear_v2"), 20, (55.0, 55.0, 55.0)),
-        ("with projection", linear.replace(projection="nonlinear_v2"), 20, (55.0, 55.0, 55.0)),
-        ("with projection", linear.replace(ratio=0.5), 900, (55.0, 55.0, 55.0)),
-        ("with projection", linear.replace(ratio=0.5, projection="linear_v2"), 900, (55.0, 55.0, 55.0)),
-        ("LoRTA 3D", tna.presets.lorta(1), 50, (70.0, 70.0, 70.0)),
-        ("shuffled", stacked.replace(projection="shuffle"), 160, (80.0, 90.0, 99.0)),
-        ("head alone", None, 0, (30.0, 30.0, 31.0)),
-        ("LoRA", tna.presets.lora(4), 400, (60.0, 60.0, 60.0)),
-    )
-    pairs = {claim.title: claim.pairs(found) for claim in claims.CLAIMS}
-
-    def of(beginning: str) -> Any:
-        return pairs[claim_of(beginning).title]
-
-    assert [(one.first.config, one.second.config) for one in of("Reshaping")] == [(square, stacked)]
-    assert [(one.first.config, one.second.config) for one in of("Fewer groups are better with few parameters")] == [
-        (square, two)
-    ]
-    assert [(one.first.config, one.second.config) for one in of("A linear")] == [
-        (linear, linear.replace(projection="nonlinear")),
-        (linear.replace(projection="linear_v2"), linear.replace(projection="nonlinear_v2")),
-    ]
-    assert [one.second.config for one in of("linear is better")] == [linear.replace(projection="linear_v2")]
-    assert [(one.first.config, one.second.config) for one in of("linear_v2 is better")] == [
-        (linear.replace(ratio=0.5, projection="linear_v2"), linear.replace(ratio=0.5))
-    ]
-    assert {one.first.config.projection for one in of("A nonlinear")} == {"nonlinear", "nonlinear_v2"}
-    assert [(one.first.arm, one.second.config) for one in of("Shuffling")] == [("shuffled", stacked)]
-    assert {one.first.parameters for one in of("31")} == {20}
-    assert [one.first.parameters for one in of("LoRTA")] == [50]
-    assert all(one.second.arm == "head alone" for one in (*of("31"), *of("LoRTA")))
-    assert [(one.first.parameters, one.second.arm) for one in of("SuperLoRA needs 3 ")] == [(100, "LoRA")]
-    assert [(one.first.parameters, one.second.arm) for one in of("SuperLoRA needs 10 ")] == [(20, "LoRA")]
-
-
 UP, DOWN, WIDE = (8.0, 8.1, 7.9), (-3.0, -3.1, -2.9), (14.0, -5.0, -4.0)
 
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +13,7 @@ import numpy as np
 import pytest
 
 import tnadapt as tna
-from paper import RecipeOutcome, batch, names, open_recipe, plots, redraw, run
+from paper import RecipeOutcome, batch, names, open_recipe, redraw, run
 from paper.__main__ import main
 from paper.recipe import SCALES, Recipe, parse
 from tests.support.in_process import run_here
@@ -87,33 +85,6 @@ def test_a_mistake_is_one_message_and_exit_code_2(
     assert word in told
     assert "run it first" in told or "--redraw" not in arguments
     assert "Traceback" not in told
-
-
-CURVES = (plots.Curve("LoRA", (plots.Dot(9, (0.5,)), plots.Dot(20, (0.6,)))),)
-PICTURES = {
-    "fronts": lambda path: plots.fronts(CURVES, path),
-    "fronts_grid": lambda path: plots.fronts_grid([plots.Panel(CURVES, "accuracy")], path),
-    "generated": lambda path: plots.generated([("a", np.zeros((2, 4, 4, 1), np.uint8))], path),
-    "similarity": lambda path: plots.similarity(
-        [{"arm": "LoRA", "role": role, "d_left": 0.1, "d_right": 0.2, "d_euclid": 0.3} for role in "qv"], path
-    ),
-}
-
-
-def test_every_kind_of_picture_is_tried() -> None:
-    assert PICTURES.keys() == {name for name in plots.__all__ if inspect.isfunction(getattr(plots, name))}
-
-
-@pytest.mark.parametrize("name", PICTURES)
-def test_a_picture_replaces_the_old_one_at_once(name: str, tmp_path: Path) -> None:
-    """The old file is not written to: open handles and hard links keep its content."""
-    path, kept = tmp_path / "a.png", tmp_path / "kept.png"
-    path.write_bytes(b"an old picture")
-    os.link(path, kept)
-    PICTURES[name](path)
-    assert path.read_bytes().startswith(b"\x89PNG")
-    assert kept.read_bytes() == b"an old picture"
-    assert {found.name for found in tmp_path.iterdir()} == {"a.png", "kept.png"}
 
 
 # -- Training, on the digits -----------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Four plug-ins, each installed from its own package into a folder of its own, and gone again afterwards."""
+"""Three plug-ins, each installed from its own package into a folder of its own, and gone again afterwards."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 from tnadapt.plugins import forget_registered
 
 HERE = Path(__file__).parent
-PACKAGES = ("tensor-ring", "count-sketch", "hadamard-rows", "block-term")
+PACKAGES = ("tensor-ring", "count-sketch", "block-term")
 
 
 def command(plugins: Path | None, *words: object) -> subprocess.CompletedProcess[str]:

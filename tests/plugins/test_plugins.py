@@ -1,4 +1,4 @@
-"""Plug-ins that touch nothing of ours, through everything that takes a config: formats, a map, a source, a preset."""
+"""Plug-ins that touch nothing of ours, through everything that takes a config: formats, maps, sources, presets."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import json
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from tnadapt.backends import Backend
 from tnadapt.planning import known_as, largest_rank, preset_call, step_cost
 from tnadapt.plugins import forget_registered
 from tnadapt.presets import PRESETS, AdaptedWeights, Ladder, Preset
-from tnadapt.testing import FormatContract, MapContract, SourceContract
+from tnadapt.testing import FormatContract, MapContract
 
 from .conftest import command
 
@@ -37,12 +38,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "sketch of a ring": {"rank": 2, "ratio": 0.3, **RING, **SKETCH, "order": 3},
 }
 CONFIGS["blocks"] = {**CONFIGS["ring"], "rank": (2, 2), "format": "block-term"}
-ROWS = {"source": "hadamard-rows", "permuted": True}
-CONFIGS |= {
-    "rows": {"rank": 2, "sources": {"factor1": ROWS}},
-    "rows, scaled": {"rank": 2, "sources": {"factor0": {"source": "scaled", "of": ROWS}}},
-    "rows, through a sketch": {"rank": 2, "ratio": 0.3, **SKETCH, "sources": {"factor0": {**ROWS, "permuted": False}}},
-}
 named = pytest.mark.parametrize("name", CONFIGS)
 
 
@@ -69,22 +64,10 @@ class TestCountSketch(MapContract):
         return importlib.import_module("tnadapt_count_sketch").CountSketch
 
 
-@pytest.mark.usefixtures("plugins")
-class TestHadamardRows(SourceContract):
-    shapes = ((1, 1), (5, 3), (3, 5), (16, 4))
-
-    @property
-    def sources(self) -> Any:  # type: ignore[override]
-        tna.Config(sources={"factor0": ROWS})  # finds the plug-in, which registers the class
-        kind = importlib.import_module("tnadapt_hadamard_rows").HadamardRows
-        return kind(), kind(permuted=False)
-
-
 def test_without_them_the_names_are_refused() -> None:
     for settings, message in (
         ({"format": "tensor-ring"}, r"one of 'dense', .*got 'tensor-ring'.*install the plug-in"),
         ({"projection": "count-sketch"}, r"one of 'identity', .*got 'count-sketch'"),
-        ({"sources": {"factor0": ROWS}}, r"source must be one of 'trained', .*got 'hadamard-rows'"),
     ):
         with pytest.raises(tna.ConfigError, match=message):
             tna.Config.from_dict(settings)
@@ -96,8 +79,6 @@ def test_a_name_is_found_when_it_is_first_asked_for() -> None:
     assert "tnadapt_tensor_ring" not in sys.modules
     assert tna.Config(format="tensor-ring").format == "tensor-ring"
     assert "tnadapt_tensor_ring" in sys.modules
-    with pytest.raises(tna.ConfigError, match=r"HadamardRows is for factors; 'split0.core1' has the shape \(2, 3, 2\)"):
-        tna.SuperLoRA(tna.Config(rank=2, order=3, fold=(2, 3, 4), format="tt", sources={"core1": ROWS}), [(6, 4)])
 
 
 @pytest.mark.parametrize("name", in_depth(CONFIGS, [*CONFIGS][::3]))
@@ -175,7 +156,7 @@ def test_a_file_needs_the_plug_in_and_says_so(name: str, plugins: Path, tmp_path
     assert again.config == plan.config
     for found, expected in zip(again.deltas(), plan.deltas(arrays), strict=True):
         assert np.array_equal(found, expected)
-    of = {"blocks": "block-term", "ring": "tensor-ring", "sketch": "count-sketch", "rows": "hadamard-rows"}
+    of = {"blocks": "block-term", "ring": "tensor-ring", "sketch": "count-sketch"}
     missing = next(plug_in for word, plug_in in of.items() if word in name)
     sys.path.remove(str(plugins))
     forget_registered()
@@ -221,25 +202,59 @@ def test_attach_train_merge_unmerge_save_load(name: str, tmp_path: Path) -> None
 # -- A plug-in that is broken -----------------------------------------------------------------------
 
 
-def test_a_plug_in_that_fails_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    info = tmp_path / "broken-2.5.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 2.5\n")
-    (info / "entry_points.txt").write_text("[tnadapt.plugins]\nring = broken_plugin:register\n")
-    (tmp_path / "broken_plugin.py").write_text("def register():\n    raise RuntimeError('no license')\n")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    importlib.invalidate_caches()
-    forget_registered()
-    try:
-        assert tna.Config(format="cp").format == "cp"
-        failed = r"plug-in 'ring' of broken 2\.5 failed to load: RuntimeError: no license"
-        with pytest.raises(tna.ConfigError, match=rf"got 'tensor-ring'.*{failed}"):
-            tna.Config(format="tensor-ring")
-        with pytest.raises(AttributeError, match=rf"no attribute 'ringlora'.* install the plug-in; {failed}"):
-            print(tna.presets.ringlora)
-    finally:
+@pytest.fixture
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+    """Return a function that installs a plug-in of this code, as far as this process can see."""
+
+    def written(code: str) -> None:
+        info = tmp_path / "mine-2.5.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: mine\nVersion: 2.5\n")
+        (info / "entry_points.txt").write_text("[tnadapt.plugins]\nring = my_plug_in:register\n")
+        (tmp_path / "my_plug_in.py").write_text(code)
+        monkeypatch.syspath_prepend(str(tmp_path))
+        importlib.invalidate_caches()
         forget_registered()
-        sys.modules.pop("broken_plugin", None)
+
+    yield written
+    sys.modules.pop("my_plug_in", None)
+
+
+def test_a_plug_in_that_fails_is_named(install: Callable[[str], None]) -> None:
+    install("def register():\n    raise RuntimeError('no license')\n")
+    assert tna.Config(format="cp").format == "cp"
+    failed = r"plug-in 'ring' of mine 2\.5 failed to load: RuntimeError: no license"
+    with pytest.raises(tna.ConfigError, match=rf"got 'tensor-ring'.*{failed}"):
+        tna.Config(format="tensor-ring")
+    with pytest.raises(AttributeError, match=rf"no attribute 'ringlora'.* install the plug-in; {failed}"):
+        print(tna.presets.ringlora)
+
+
+SOURCE = """
+import dataclasses
+import numpy as np
+import tnadapt as tna
+from tnadapt.sources import Source
+
+@dataclasses.dataclass(frozen=True)
+class Halves(Source):
+    def array(self, shape, stream):
+        return np.full(shape, 0.5, np.float32)
+
+def register():
+    tna.register_source("halves", Halves)
+"""
+
+
+def test_a_source_is_found_when_it_is_first_asked_for(install: Callable[[str], None]) -> None:
+    settings: Any = {"rank": 2, "sources": {"factor1": {"source": "halves"}}}
+    with pytest.raises(tna.ConfigError, match=r"source must be one of 'trained', .*got 'halves'"):
+        tna.Config(**settings)
+    install(SOURCE)
+    plan = tna.SuperLoRA(tna.Config(**settings), SHAPES)
+    (factor,) = (array for name, array in drawn(plan).items() if name.startswith("group0."))
+    rows = 0.5 * plan.config.scale * factor.sum(axis=1)
+    np.testing.assert_allclose(plan.deltas(drawn(plan))[0], np.repeat(rows[:, None], 10, axis=1), rtol=1e-12)
 
 
 @pytest.mark.parametrize(

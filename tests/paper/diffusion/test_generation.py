@@ -230,7 +230,7 @@ def test_a_rate_at_which_all_diverge_is_still_one() -> None:
     assert chosen_rate(records, method, [0.2, 0.1]) == 0.2
 
 
-# The others are like svhn-mnist: see tests/paper/test_paper_settings.py.
+# The others are like svhn-mnist: see tests/paper/test_recipes.py.
 @pytest.mark.parametrize("name", in_depth(["svhn-mnist", "mnist-svhn"], ["mnist-svhn"]))
 def test_the_full_recipes_make_their_first_steps_on_stand_ins(
     name: str, data: Path, cache: Path, tmp_path: Path
