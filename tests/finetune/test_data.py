@@ -271,9 +271,7 @@ SHAPES = [(1 << 10, 1 << 10, 1 << 10), (1 << 31, 1 << 31), (1 << 62,), (-1, 5)]
         ((4, 10, 10), 64 << 20, 400),  # of zeros, of which the array is 400 bytes by all that the archive says
     ],
 )
-def test_what_an_array_claims_costs_nothing(
-    tmp_path: Path, shape: tuple[int, ...], size: int, said: int | None
-) -> None:
+def test_what_arrays_claim_costs_nothing(tmp_path: Path, shape: tuple[int, ...], size: int, said: int | None) -> None:
     refused_cheaply(forged(tmp_path / "a.npz", shape, bytes(size), said))
 
 

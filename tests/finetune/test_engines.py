@@ -109,9 +109,7 @@ def test_libraries_of_clusters_are_imported_where_an_engine_starts() -> None:
 
 
 @pytest.mark.parametrize(("engine", "library"), [("ray", "ray"), ("slurm", "submitit")])
-def test_a_library_that_is_not_installed_is_named_with_its_extra(
-    engine: str, library: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_missing_library_is_named_with_its_extra(engine: str, library: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     message = f"engine {engine} needs {library}, which is not installed: pip install 'tnadapt[{engine}]'"
     with pytest.raises(tna.TnadaptError, match=re.escape(message)):
@@ -218,9 +216,7 @@ def test_files_of_jobs_that_nobody_has_asked_for_yet_are_kept(tmp_path: Path) ->
 
 
 @pytest.mark.law("killed-sweep")
-def test_a_line_that_is_being_written_while_others_are_deleted_is_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_line_being_written_while_others_are_deleted_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = leave(tmp_path)
     late = run / "worker-late.jsonl"
     late.write_text('{"key": "late/0", ')
@@ -266,9 +262,7 @@ def test_a_damaged_note_leads_nowhere(content: str, tmp_path: Path) -> None:
 
 @pytest.mark.law("killed-sweep")
 @given(cut=st.integers(0, 200), junk=st.binary(max_size=20))
-def test_of_a_file_that_was_cut_the_whole_lines_count(
-    cut: int, junk: bytes, tmp_path_factory: pytest.TempPathFactory
-) -> None:
+def test_whole_lines_of_a_cut_file_count(cut: int, junk: bytes, tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = tmp_path_factory.mktemp("cut")
     path = leave(folder) / "worker-0.jsonl"
     whole = path.read_bytes()[:cut]
@@ -471,9 +465,7 @@ def test_who_stops_listening_ends_those_that_run(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("keyboard")
 @pytest.mark.parametrize("threads", [1, 2])
-def test_an_interrupt_while_a_worker_starts_ends_it(
-    threads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupt_as_a_worker_starts_ends_it(threads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = futures.ProcessPoolExecutor.submit
 
     def submit(pool: futures.ProcessPoolExecutor, *call: Any) -> futures.Future[Any]:
@@ -543,9 +535,7 @@ def test_nothing_that_is_finished_is_lost_whatever_dies(engine: str, tmp_path: P
         [("local", signal.SIGKILL)],
     ),
 )
-def test_a_parent_that_is_killed_or_interrupted_leaves_no_worker(
-    engine: str, number: signal.Signals, tmp_path: Path
-) -> None:
+def test_a_killed_or_interrupted_parent_leaves_no_worker(engine: str, number: signal.Signals, tmp_path: Path) -> None:
     with start(tmp_path, engine, "long", "long", options=OPTIONS[engine]) as process:
         assert wait_for(lambda: len(Play(tmp_path).noted("begun")) == 2)
         os.kill(process.pid, number) if number == signal.SIGKILL else os.killpg(process.pid, number)
@@ -761,9 +751,7 @@ def test_a_job_that_may_still_run_or_has_finished_is_not_submitted_again(
 
 @needs("slurm")
 @pytest.mark.parametrize("reason", ["OUT_OF_MEMORY", "time limit"])
-def test_a_job_that_is_suspended_has_not_died(
-    reason: str, tmp_path: Path, slurm: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_suspended_job_is_not_dead(reason: str, tmp_path: Path, slurm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(slurm_engine, "_LOOK", 0.0)
     started, submitted = adopting(slurm, tmp_path / "logs", job="1", suspended="")
     started.lag = 0.0
@@ -833,17 +821,6 @@ def test_a_job_that_slurm_does_not_take_is_submitted_later_or_its_answer_shown(
         attempt()
     assert attempts == [1] * times
     assert (slurm / "calls-scancel").exists() is not running
-
-
-@pytest.mark.slow
-def test_one_that_fails_ends_those_that_run_and_loses_none_that_is_done(tmp_path: Path) -> None:
-    finished: list[str] = []
-    began = time.monotonic()
-    with pytest.raises(RuntimeError, match=r"(?s)a task failed \(raises/3\):\n.*UnpicklableError: no luck"):
-        finish(finished, run_tasks(Play(tmp_path), acts("long", "a", "b", "raises", "c"), tmp_path, jobs=2))
-    assert finished == ["a", "b"]
-    assert time.monotonic() - began < 120, "it does not wait for the long one"
-    assert gone(tmp_path)
 
 
 @pytest.mark.slow

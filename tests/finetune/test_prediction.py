@@ -15,8 +15,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -104,22 +102,28 @@ def test_a_table_and_lines_of_predictions(adapter_of: AdapterOf, tmp_path: Path)
     assert list(read[0]) == ["text", "label", "prediction", "score"]
 
 
-def test_columns_of_the_data_stay_and_new_ones_do_not_replace_them(adapter_of: AdapterOf, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("columns", "once", "twice"),
+    [("id,review,note", "", "_2"), ("id,review,score", "_2", "_3"), ("prediction_2,review,score", "_3", "_4")],
+)
+def test_columns_of_the_data_stay_and_new_ones_do_not_replace_them(
+    adapter_of: AdapterOf, tmp_path: Path, columns: str, once: str, twice: str
+) -> None:
     file, _ = adapter_of("classification")
     data, first, second = tmp_path / "a.csv", tmp_path / "b.csv", tmp_path / "c.jsonl"
-    data.write_text('id,review,note\n007,good film,"a, b"\n8,bad film,\n')
+    data.write_text(columns + '\n007,good film,"a, b"\n8,bad film,\n')
     assert invoke(file, "--data", data, "--out", first, "--text-column", "review").exit_code == 0
     with first.open(newline="") as opened:
         rows = list(csv.DictReader(opened))
     assert [list(row.values())[:3] for row in rows] == [["007", "good film", "a, b"], ["8", "bad film", ""]]
-    assert list(rows[0]) == ["id", "review", "note", "prediction", "score"]
+    assert list(rows[0]) == [*columns.split(","), f"prediction{once}", f"score{once}"]
     # The predictions of one adapter are data for the next.
     assert invoke(file, "--data", first, "--out", second, "--text-column", "review").exit_code == 0
     again = [json.loads(line) for line in second.read_text().splitlines()]
-    assert list(again[0]) == [*rows[0], "prediction_2", "score_2"]
+    assert list(again[0]) == [*rows[0], f"prediction{twice}", f"score{twice}"]
     for row, before in zip(again, rows, strict=True):
         assert {name: row[name] for name in before} == before
-        assert row["prediction_2"] == before["prediction"]
+        assert row[f"prediction{twice}"] == before[f"prediction{once}"]
 
 
 def test_data_without_targets(adapter_of: AdapterOf, tmp_path: Path) -> None:
@@ -169,14 +173,18 @@ def test_images_without_classes(tmp_path: Path) -> None:
         predict(file, tiny.classes(tmp_path / "b.jsonl"))
 
 
-@pytest.mark.slow
 def test_a_model_of_timm(tmp_path: Path) -> None:
     timm = pytest.importorskip("timm")
     sizes = {"embed_dim": 16, "depth": 2, "num_heads": 2, "img_size": 32}
     model = timm.create_model("vit_tiny_patch16_224", pretrained=False, num_classes=10, **sizes)
     timm.models.save_for_hf(model, str(tmp_path / "vit"), model_args=sizes, safe_serialization=True)
-    data = tiny.shades(tmp_path / "a.npz")
-    _, record, file = trained(tmp_path, f"timm:local-dir:{tmp_path / 'vit'}", data)
+    name, data = f"timm:local-dir:{tmp_path / 'vit'}", tiny.shades(tmp_path / "a.npz")
+    with pytest.raises(TnadaptError, match=r"^--image-size 40 is not .* patches of 16 pixels; give 32 or 48$"):
+        open_problem(Spec(model=name, data=data, image_size=40))
+    problem, record, file = trained(tmp_path, name, data)
+    assert problem.keep_trainable == ("head",)
+    assert problem.parts["test"].batch(torch.arange(1), torch.device("cpu")).shape == (1, 3, 32, 32)
+    assert len(tna.load(file).targets) == 4
     assert record["test"] == 1
     predictions = predict(file, data)
     assert predictions.metrics == {"accuracy": 1.0}
@@ -350,9 +358,7 @@ def written(adapter_of: AdapterOf, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     return write
 
 
-def test_lists_in_a_table_are_json_and_its_columns_those_of_all_rows(
-    adapter_of: AdapterOf, written: Callable[..., str]
-) -> None:
+def test_a_table_has_lists_as_json_and_columns_of_all_rows(adapter_of: AdapterOf, written: Callable[..., str]) -> None:
     rows: list[dict[str, Any]] = [
         {"tokens": ["a|b", "c,d"], "prediction": ["X", None], "scores": [0.5, None]},
         {"tokens": ["a", '"'], "prediction": ["X", "Y"], "scores": [0.5, 0.25]},
@@ -382,22 +388,6 @@ def test_a_spreadsheet_finds_no_formula_in_a_table(written: Callable[..., str]) 
     assert [row[0] for row in read[1:]] == [f"'{text}" for text in formulas] + plain
     assert {tuple(row[1:]) for row in read[1:]} == {("-0.5", '["=a"]')}
     assert [json.loads(line)["=text"] for line in written(rows, ".jsonl").splitlines()] == formulas + plain
-
-
-names = st.sampled_from(["prediction", "score", "prediction_2", "score_2", "score_3", "id"])
-
-
-@given(columns=st.lists(names, unique=True))
-def test_no_column_is_lost(columns: list[str]) -> None:
-    table = Table("a", "a", {name: [f"{name} 0", f"{name} 1"] for name in columns})
-    answers = [{"prediction": place, "score": place / 2} for place in range(2)]
-    rows = prediction.prediction_rows(table, ["a", "b"], answers)
-    for place, row in enumerate(rows):
-        assert list(row)[:-2] == columns
-        assert all(row[name] == f"{name} {place}" for name in columns)
-        # Both get the same ending, so that it is clear which score is whose.
-        assert list(row.values())[-2:] == [place, place / 2]
-        assert len({name.removeprefix(key) for name, key in zip(list(row)[-2:], answers[0], strict=True)}) == 1
 
 
 def test_values_are_those_that_json_has_and_others_are_left_out() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import json
 import shutil
@@ -115,9 +114,7 @@ def test_the_checkpoints_own_head_is_cut_and_frozen(classifier: Path, shades: Pa
     assert adapted.parameters > 0
 
 
-def test_images_are_normalized_as_the_model_says_or_by_the_training_images(
-    vit: Path, shades: Path, tmp_path: Path
-) -> None:
+def test_images_are_normalized_as_the_model_or_the_training_images_say(vit: Path, shades: Path, tmp_path: Path) -> None:
     problem = opened(vit, shades, limit=20)
     assert sum(len(part.labels) for part in problem.parts.values()) == 20
     batch = problem.parts["test"].batch(torch.arange(2), CPU)
@@ -169,33 +166,12 @@ def test_sixteen_bits_a_pixel_and_images_that_cannot_be_read(tmp_path: Path) -> 
         Images(Samples([tmp_path / "a.png"], np.zeros(1, np.int64)), 4, 3)
 
 
-def test_a_timm_model(shades: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    timm = pytest.importorskip("timm")
-    create = timm.create_model
-
-    def untrained(name: str, pretrained: bool, **settings: Any) -> Any:
-        assert pretrained
-        return create(name, pretrained=False, **{"embed_dim": 16, "depth": 2, "num_heads": 2, **settings})
-
-    monkeypatch.setattr(timm, "create_model", untrained)
-    # Its weights are drawn from the seed of the head here; a checkpoint's would not be.
-    spec = Spec(model="timm:vit_tiny_patch16_224", data=str(shades), image_size=32)
-    with pytest.raises(TnadaptError, match=r"^--image-size 40 is not .* patches of 16 pixels; give 32 or 48$"):
-        open_problem(dataclasses.replace(spec, image_size=40))
-    problem = open_problem(spec)
-    assert problem.keep_trainable == ("head",)
-    assert len(Study(spec, CHOICE, Training(epochs=1, batch=8), (0.02,)).targets) == 4
-    assert problem.parts["test"].batch(torch.arange(1), CPU).shape == (1, 3, 32, 32)
-
-
 def test_a_new_head_is_kept_whatever_else_is(bert: Path, table: Path) -> None:
     problem = opened(bert, table, keep_trainable=("pooler",))
     assert (problem.keep_trainable, problem.drawn) == (("pooler", "classifier"), ("classifier",))
 
 
-def test_the_study_is_told_apart_by_data_and_base(
-    bert: Path, table: Path, vit: Path, shades: Path, tmp_path: Path
-) -> None:
+def test_studies_differ_by_data_and_base(bert: Path, table: Path, vit: Path, shades: Path, tmp_path: Path) -> None:
     def digests(model: Path, data: Path, **options: Any) -> tuple[str, str]:
         spec = Spec(model=str(model), data=str(data), **options)
         settings = Study(spec, CHOICE, Training(epochs=1, batch=8), (0.02,)).settings()
@@ -443,9 +419,7 @@ def logits(model: Any) -> Any:
 
 
 @pytest.mark.parametrize("whole", [False, True], ids=["file", "folder"])
-def test_a_language_model_in_a_gguf_file(
-    whole: bool, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_language_model_in_gguf(whole: bool, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = tiny.completions(tmp_path / "a.jsonl")
     problem = open_problem(Spec(model=str(model.parent if whole else model), data=data))
     assert (problem.task.name, type(problem.build(0)).__name__) == ("causal-lm", "LlamaForCausalLM")

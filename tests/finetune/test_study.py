@@ -1,4 +1,4 @@
-"""A study from end to end, resumed, and in parallel; its loop; and what a training reports and leaves alone."""
+"""A study: its methods, end to end, resumed and in parallel; its loop; and what a training reports and leaves alone."""
 
 from __future__ import annotations
 
@@ -16,17 +16,23 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import tnadapt as tna
+from tnadapt.errors import TnadaptError
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("sklearn")
 
-import tnadapt as tna
 from tnadapt import torch as tnt
-from tnadapt.errors import ConfigError, FileError, TargetError, TnadaptError
-from tnadapt.finetune import Choice, Reporter, Spec, Study, Task, Training, open_problem
+from tnadapt.errors import ConfigError, FileError, TargetError
+from tnadapt.finetune import Choice, Reporter, Spec, Study, Task, Training, default_methods, grid, open_problem, within
+from tnadapt.finetune.grid import DENSE, HEAD, methods_of
 from tnadapt.finetune.loop import OwnRates, Schedule, batches, fit
 from tnadapt.finetune.problem import base_digest
 from tnadapt.finetune.training import train, usable_device
+from tnadapt.planning.families import usual
 
 from . import tiny_models as tiny
 from .internals import points_in, study_job
@@ -93,9 +99,7 @@ def test_the_outcome(finished: tuple[Path, Any]) -> None:
     assert [point.to_dict() for point in points_in(out / "results.jsonl")] == [p.to_dict() for p in outcome.points]
 
 
-def test_what_is_finished_is_not_done_again_and_a_damaged_best_adapter_copied(
-    finished: tuple[Path, Any], cache: Path
-) -> None:
+def test_the_finished_is_not_done_again_but_a_damaged_best_is_copied(finished: tuple[Path, Any], cache: Path) -> None:
     out, before = finished
     whole = (out / "best.safetensors").read_bytes()
     truncate(out / "best.safetensors")
@@ -392,9 +396,7 @@ def curves(report_by: Callable[[str, type], None]) -> list[Any]:
     return events
 
 
-def test_a_loss_that_is_not_finite_ends_the_training_and_its_curve(
-    problem: Any, tmp_path: Path, curves: list[Any]
-) -> None:
+def test_a_loss_that_is_not_finite_ends_training_and_curve(problem: Any, tmp_path: Path, curves: list[Any]) -> None:
     training = Training(2, 8, report_to="tensorboard")
     record = train(problem, Task(METHOD, 1, 1e30), training, tmp_path / "adapters")
     assert record["diverged"]
@@ -457,9 +459,7 @@ def test_reports_change_no_result_and_are_those_of_the_steps(problem: Any, tmp_p
     np.testing.assert_allclose([log["loss"] for log in logs], losses.mean(1))
 
 
-def test_a_training_that_is_repeated_replaces_its_curve(
-    problem: Any, tmp_path: Path, report_by: Callable[[str, type], None]
-) -> None:
+def test_repeating_replaces_the_curve(problem: Any, tmp_path: Path, report_by: Callable[[str, type], None]) -> None:
     # TensorBoard is not needed: this is what the Trainer's callback for it does.
     transformers = pytest.importorskip("transformers")
     folders: list[Path] = []
@@ -510,3 +510,108 @@ def test_reports_without_accelerate_say_what_to_install(problem: Any, monkeypatc
     message = r"reports to wandb need transformers and accelerate: pip install 'tnadapt\[hub\]'"
     with pytest.raises(TnadaptError, match=message):
         train(problem, Task(METHOD, 0, 0.01), Training(1, 8, report_to="wandb"))
+
+
+# -- The methods to compare: by name, by default, and by budget -------------------------------------
+
+SMALL = [(64, 64)] * 8
+
+
+@pytest.mark.parametrize("shapes", [SMALL, [(768, 768)] * 24, [(64, 64), (16, 64)] * 4, [(384, 384)] * 12])
+@pytest.mark.parametrize("short", [False, True])
+def test_the_default_grid_fits_any_attention(shapes: list[tuple[int, int]], short: bool) -> None:
+    methods = default_methods(short)
+    assert len({method.name for method in methods}) == len(methods)
+    counts = {method.name: tna.parameter_count(method.config, shapes) for method in methods if method.config}
+    assert methods[0].family == HEAD
+    assert counts[DENSE] == max(counts.values()) == sum(rows * cols for rows, cols in shapes)
+    if not short and shapes == SMALL:  # from tens to tens of thousands
+        assert (min(counts.values()) < 50, max(counts.values())) == (True, 32768)
+        families = {HEAD, DENSE, "LoRA", "LoKr", "LoNKr", "LoRTA", "SuperLoRA", "SuperLoRA + F"}
+        assert {method.family for method in methods} >= families
+
+
+shapes_strategy = st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40)), min_size=1, max_size=6)
+
+
+@given(st.integers(1, 5000), shapes_strategy)
+def test_a_budget_is_kept_and_used(budget: int, shapes: list[tuple[int, int]]) -> None:
+    size = sum(rows * cols for rows, cols in shapes)
+    found = {}
+    for method in within(budget, shapes):
+        assert method.config is not None
+        count = tna.parameter_count(method.config, shapes)
+        assert count <= min(budget, size)
+        found[method.family] = max(count, found.get(method.family, 0))
+    # The projections of one parameter or more are always there, and come within one of the budget.
+    assert found["fastfood"] >= min(budget, size) - 1
+    lora = tna.parameter_count(tna.presets.lora(1), shapes) if len({cols for _, cols in shapes}) == 1 else None
+    if lora is not None and lora <= min(budget, size):
+        least = min(min(shape) for shape in shapes)
+        best = max(rank for rank in range(1, least + 1) if rank * lora <= min(budget, size))
+        assert found["LoRA"] == best * lora
+
+
+def test_named_settings() -> None:
+    chosen = methods_of(["lora", "superlora"], [1, 4], {}, SMALL, 4)
+    assert [method.name for method in chosen] == ["LoRA r = 1", "LoRA r = 4", "SuperLoRA r = 1", "SuperLoRA r = 4"]
+    assert chosen[3].config == tna.presets.superlora(4)
+    (projected,) = methods_of([], [2], {"projection": "linear", "ratio": 0.1, "groups": 2}, SMALL, 4)
+    assert projected.family == "SuperLoRA + F"
+    assert projected.config == tna.presets.superlora(2, groups=2, projection="linear", ratio=0.1)
+    (dense,) = methods_of(["dense"], [], {}, SMALL, 4)
+    assert (dense.config, dense.label) == (tna.presets.dense(), "")
+    (c3a,) = methods_of(["c3a"], [], {"block": 64}, SMALL, 4)
+    assert (c3a.family, c3a.label) == ("C3A", "block = 64")
+    (grouped,) = methods_of(["lotr"], [2], {"groups": "role"}, [(64, 32), (16, 32)] * 2, 2)
+    assert grouped.config == tna.presets.lotr(2, groups="role"), "needs no weights of one shape"
+
+
+#: What some presets need besides their names, and how many parameters they have then; 0 for any number.
+NEEDED: dict[str, tuple[list[int], dict[str, Any], int]] = {
+    "c3a": ([], {"block": 64}, 8 * 64),
+    "craft": ([8], {}, 2 * (4**2 + 2 * 8**2)),
+    "quanta": ([], {"digits": (4, 4)}, 8 * 3 * 16**2),
+    "lorta_cp": ([2], {"heads": 4}, 0),
+    "cara": ([2], {"heads": 4}, 0),
+}
+
+
+@pytest.mark.parametrize("name", sorted(set(tna.presets.__all__) - {"nola"}))
+def test_every_preset_by_its_name(name: str) -> None:
+    ranks, changes, expected = NEEDED.get(name, ([], {}, 0))
+    (method,) = methods_of([name], ranks, changes, SMALL, 4)
+    assert method.config is not None
+    count = tna.parameter_count(method.config, SMALL, roles="qv" * 4)
+    assert count == expected if expected else count > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "shapes", "message"),
+    [
+        ("lorta_cp", SMALL, "preset 'lorta_cp' needs the number of 'heads' or .*; give it with --set NAME=VALUE"),
+        (
+            "lotr", [(64, 32), (16, 32)] * 2,
+            "preset 'lotr' needs weights of one shape; .* give --groups role, for one group of",
+        ),
+        ("c3a", SMALL, "block=768, which does not divide the 64 rows"),
+    ],
+)  # fmt: skip
+def test_presets_that_do_not_fit(name: str, shapes: list[tuple[int, int]], message: str) -> None:
+    with pytest.raises(TnadaptError, match=message):
+        tna.parameter_count(methods_of([name], [] if name == "c3a" else [2], {}, shapes, 4)[0].config, shapes)
+
+
+def test_a_budget_below_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grid, "_families", lambda shapes: usual(shapes)[:2])
+    message = r"a budget of 100 is less than any setting needs on these 8 weights; .* is 640"
+    with pytest.raises(TnadaptError, match=message):
+        within(100, SMALL)
+
+
+def test_bad_choices() -> None:
+    # Others are refused on the command line: see tests/cli/test_cli.py.
+    with pytest.raises(TnadaptError, match="no field 'dropout'"):
+        Choice(presets=("dense",), changes={"dropout": 1}).methods(SMALL, 4)
+    with pytest.raises(TnadaptError, match="at least 1 parameter"):
+        Choice(budgets=(10, -3)).methods(SMALL, 4)

@@ -1,9 +1,7 @@
-"""Each task: its metrics against other libraries', and the whole job on the command line."""
+"""Each task: its metrics against other libraries', what is learnt of its samples, and what is said of its adapters."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -15,21 +13,17 @@ from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
-typer_testing = pytest.importorskip("typer.testing")
 
 import tnadapt as tna
-from tests.support.depth import in_depth
-from tnadapt.cli import app
 from tnadapt.errors import FileError, TnadaptError
-from tnadapt.finetune import Point, Spec, Task, Training, open_problem, predict
+from tnadapt.finetune import Point, Spec, open_problem, predict
 from tnadapt.finetune.data import Samples, Table, open_source
 from tnadapt.finetune.grid import Method, head_alone
 from tnadapt.finetune.loop import evaluate
 from tnadapt.finetune.tasks import TASKS
-from tnadapt.finetune.training import train
 
 from . import tiny_models as tiny
-from .internals import control_of, points_in
+from .internals import control_of
 
 CPU = torch.device("cpu")
 TEMPLATE = (
@@ -184,9 +178,7 @@ def test_a_text_model_that_sees_what_it_is_to_predict_is_refused(tmp_path: Path)
         open_problem(spec)
 
 
-def test_a_tokenizer_for_a_model_without_one_is_found_from_elsewhere(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_tokenizer_for_a_model_without_one_is_found_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bare, data = tiny.gpt2(tmp_path / "gpt2", tokenizer=False), tiny.completions(tmp_path / "a.jsonl")
     tiny.words(tmp_path / "words")
     monkeypatch.chdir(tmp_path)
@@ -318,66 +310,3 @@ def test_an_adapter_that_adds_nothing(
     assert control.warning == warning
     assert control_of([adapter], adapter) is None
     assert control_of([adapter], None) is None
-
-
-# -- The whole job -----------------------------------------------------------------------------
-
-
-def invoke(*arguments: Any) -> Any:
-    return typer_testing.CliRunner().invoke(app, list(map(str, arguments)), catch_exceptions=True)
-
-
-#: A task of each sort of model; the metrics of all are tested above.
-SHORT = ("regression", "causal-lm", "image-classification")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", in_depth(tiny.JOBS, SHORT))
-def test_the_whole_job(tmp_path: Path, name: str) -> None:
-    model, write, suffix = tiny.JOBS[name]
-    reference = "untrained base" if name == "causal-lm" else "head alone"
-    given = ["finetune", "--model", model(tmp_path / "model"), "--data", write(tmp_path / f"a{suffix}")]
-    given += ["--out", tmp_path / "out"]
-    given += ["--preset", "lora", "--rank", 1, "--lr", 0.02, "--lr", 0.1, "--epochs", 2, "--batch", 8, "--json"]
-    done = invoke(*given)
-    assert done.exit_code == 0, done.output
-    report = json.loads(done.stdout)
-    assert report["best"]["proof"]["loaded_same"]
-    assert report["control"]["reference"] == reference
-    assert [point["family"] for point in report["points"]] == [reference, "LoRA"]
-    assert report["study"].get("task", {"name": name})["name"] == name
-    assert Path(report["picture"]).is_file()
-    again = invoke(*given)
-    count = 3 if reference == "untrained base" else 4
-    assert f"{count} of {count} trainings were finished before" in again.stderr
-    assert json.loads(again.stdout) == report
-    text = invoke(*given[:-1]).stdout
-    warning = report["control"]["warning"]
-    assert ("warning: " in text) == (warning is not None)
-    assert warning is None or warning in text
-    assert f"a better test {TASKS[name].metric.name}." in text
-    lines = (tmp_path / "out" / "results.jsonl").read_text().splitlines()
-    assert sum('"control"' in line for line in lines) == 1
-    points = points_in(tmp_path / "out" / "results.jsonl")
-    assert [point.to_dict() for point in points] == report["points"]
-    assert points[0].metric == TASKS[name].metric
-    assert len({line for line in lines if '"session"' in line}) == 1
-
-
-@pytest.mark.slow
-def test_what_is_learnt_is_learnt(tmp_path: Path) -> None:
-    problem = open_problem(Spec(model=tiny.bert(tmp_path / "bert"), data=tiny.tags(tmp_path / "a.jsonl")))
-    method = dataclasses.replace(LORA, config=tna.presets.lora(8))
-    record = train(problem, Task(method, 0, 0.005), Training(30, 8))
-    # The frequencies of the tags alone give a loss of 1 and only the tag O.
-    assert record["test_loss"] < 0.7
-    assert record["test"] > 0.5
-    assert record["metric"] == "F1 of words"
-
-
-def test_a_report_whose_library_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    import importlib.util
-
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    done = invoke("finetune", "--model", "x", "--data", "y.csv", "--report-to", "trackio")
-    assert str(done.exception) == ("--report-to trackio needs trackio, which is not installed: pip install trackio")

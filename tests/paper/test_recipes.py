@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 import re
@@ -17,7 +16,7 @@ from hypothesis import strategies as st
 import tnadapt as tna
 from paper import names, open_recipe
 from paper.adapted_weights import WEIGHTS
-from paper.recipe import SCALES, RecipePoint, parse
+from paper.recipe import SCALES, at_scale, parse
 from paper.sweep import configs, numbers
 from tests.support.depth import LONG
 from tests.support.references import reference
@@ -29,38 +28,19 @@ BODY = '[full]\nweights = "digits"\n[[arms]]\nname = "a"\nsettings = {}\nfull = 
 
 
 def scales(name: str) -> list[str]:
-    found = []
-    for scale in SCALES:
-        try:
-            open_recipe(name, scale)
-        except tna.TnadaptError:
-            continue
-        found.append(scale)
-    return found
-
-
-@functools.cache
-def points_of(name: str, scale: str) -> list[RecipePoint]:
-    """Of large weights they take seconds to count."""
-    return open_recipe(name, scale).points()
+    return [scale for scale in SCALES if name in at_scale(scale)]
 
 
 @pytest.mark.parametrize("name", names())
-def test_every_setting_of_every_recipe_can_be_counted(name: str) -> None:
+def test_every_setting_of_every_recipe_is_counted_as_the_reference_does(name: str) -> None:
     assert scales(name)
-    for scale in scales(name):
-        points = points_of(name, scale)
+    for recipe in (open_recipe(name, scale) for scale in scales(name)):
+        weights, points = recipe.weights, recipe.points()
         assert points
         assert all(point.parameters > 0 for point in points)
         assert len({(point.arm, point.config) for point in points}) == len(points)
         # No two of one arm share a label: a table would not tell them apart.
         assert len({(point.arm, point.setting) for point in points}) == len(points)
-
-
-@pytest.mark.parametrize("name", names())
-def test_settings_have_as_many_parameters_as_the_reference_counts(name: str) -> None:
-    for scale in scales(name):
-        weights, points = open_recipe(name, scale).weights, points_of(name, scale)
         # The reference looks at every element: of large weights, a few settings from all over the recipe.
         few = min(len(points), 40 if LONG else 10, 2 + 8_000_000 // sum(rows * cols for rows, cols in weights.shapes))
         for point in points[len(points) // (2 * few) :: len(points) // few]:
@@ -215,9 +195,7 @@ def each(groups: Sequence[int], ranks: Sequence[int]) -> dict[int, list[int]]:
 
 
 @pytest.mark.parametrize("name", VIT)
-def test_classification_is_trained_as_section_4_1_says(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_vits_are_trained_as_section_4_1_says(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """4.1: "trained for 5,000 steps with the stochastic gradient descent (SGD) optimizer, with a batch size of 128 and
     a learning rate of 0.05. The OneCycleLR [38] scheduler is used." A.7: "3000 steps at most", else "same"."""
     torch = pytest.importorskip("torch")

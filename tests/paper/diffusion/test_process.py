@@ -137,9 +137,7 @@ def trained(folder: Path, images: ImageSet, stop: float = 2.0) -> dict[str, obje
 
 
 @pytest.mark.slow
-def test_what_was_stopped_goes_on_to_the_same_bits(
-    images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_it_goes_on_to_the_same_bits(images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pretrain, "KEPT", 2)
     before = torch.get_rng_state()
     whole = trained(tmp_path / "whole", images)
