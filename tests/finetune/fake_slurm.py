@@ -27,13 +27,8 @@ def sbatch(path: str) -> None:
     """Start all jobs of an array at once."""
     folder = Path(os.environ[STATE])
     text = Path(path).read_text()
-    number = 100
-    while True:
-        try:
-            (folder / f"script-{number}").open("x").write(text)
-            break
-        except FileExistsError:
-            number += 1
+    number = next(number for number in itertools.count(100) if not (folder / f"script-{number}").exists())
+    (folder / f"script-{number}").write_text(text)
     array = re.search(r"--array='?0-(\d+)%", text)
     for index in range(int(array[1]) + 1) if array else [None]:
         job = str(number) if index is None else f"{number}_{index}"

@@ -130,8 +130,6 @@ ENCODED = "text,label\ngood,0\nschön,1\n"
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.csv", "a,b\n1,2\n", "which column of .* is the text\\? It has 'a', 'b': give --text-column"),
-        ("a.csv", "text,b\n1,2\n", "which column of .* is the label\\?"),
         ("a.csv", "text,label\n", "has no rows"),
         ("a.csv", "", "is empty; expected a line of column names"),
         ("a.csv", "text,label\nfilm 1, good,1\n", "line 2: more fields than column names; a text that has commas in"),
@@ -343,12 +341,14 @@ def test_a_folder_of_images_may_be_divided(tmp_path: Path) -> None:
     data = read(str(tmp_path / "whole"))
     assert (data.kind, data.classes, data.test) == ("image", ("cat", "dog"), None)
     assert data.samples.labels.tolist() == [0, 0, 0, 1, 1]
-    for part in ("train", "test"):
-        pictures(tmp_path / "divided" / part / "cat", 2, 10)
-        pictures(tmp_path / "divided" / part / "dog", 2, 90)
-    data = read(str(tmp_path / "divided"))
-    assert data.test is not None
-    assert (len(data.samples), len(data.test), data.classes) == (4, 4, ("cat", "dog"))
+    for name, part in (("divided", "test"), ("other", "val")):
+        for folder in (tmp_path / name / "train", tmp_path / name / part):
+            pictures(folder / "cat", 2, 10)
+            pictures(folder / "dog", 2, 90)
+        data = read(str(tmp_path / name))
+        assert data.test is not None
+        assert (len(data.samples), len(data.test), data.classes) == (4, 4, ("cat", "dog"))
+        assert data.test_name == part
     pictures(tmp_path / "divided" / "unlabelled" / "cat", 1, 10)
     (tmp_path / "empty" / "cat").mkdir(parents=True)
     for name, message in {

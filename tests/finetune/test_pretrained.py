@@ -79,11 +79,6 @@ def test_a_text_model_keeps_its_padding_out(bert: Path, table: Path) -> None:
     assert problem.keep_trainable == ("classifier",)
 
 
-def test_a_decoder_without_a_padding_token(tmp_path: Path, table: Path) -> None:
-    outcome = run(tmp_path / "out", tiny.gpt2(tmp_path / "gpt"), table)
-    assert outcome.points[0].kept == 2 * 16
-
-
 @pytest.mark.parametrize("size", [None, 24])
 def test_an_image_model_at_its_own_size_and_another(vit: Path, shades: Path, tmp_path: Path, size: int | None) -> None:
     outcome = run(tmp_path, vit, shades, image_size=size)
@@ -275,13 +270,6 @@ def test_a_hub_that_cannot_be_reached(table: Path, monkeypatch: pytest.MonkeyPat
     message = r"cannot load 'some/name' for texts .*: We couldn't connect to the hub; no such folder is here: check"
     with pytest.raises(TnadaptError, match=message):
         opened("some/name", table)
-
-
-def test_images_that_the_model_does_not_take(vit: Path, shades: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model_inputs, "require_whole_patches", lambda size, patch: None)
-    with pytest.raises(TnadaptError, match=r"does not take the samples of shades.npz: ") as caught:
-        opened(vit, shades, image_size=4)  # the patch is 8
-    assert "\n" not in str(caught.value)
 
 
 # -- Tokenizers: which settings they are loaded with, and that none of their code is run --------

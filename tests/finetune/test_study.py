@@ -148,10 +148,6 @@ def test_fresh_starts_anew_and_takes_away_its_own_alone(cache: Path, tmp_path: P
     assert (tmp_path / "kept.txt").read_text() == "mine"
     (own,) = [line["adapter"] for line in lines(tmp_path) if "adapter" in line]
     assert {path.name for path in (tmp_path / "adapters").iterdir()} == {own, "precious.safetensors"}
-    (tmp_path / "results.jsonl").write_text("a diary\n")
-    for fresh in (False, True):
-        with pytest.raises(FileError, match="is not a results file"):
-            one.run(tmp_path, fresh=fresh)
 
 
 @pytest.mark.parametrize(

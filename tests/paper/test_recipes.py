@@ -154,15 +154,6 @@ def test_a_sweep_is_every_combination() -> None:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("name", "scale", "words"),
-    [("cifar10", "mini", "ViT-S"), ("svhn-mnist", "mini", "Fashion-MNIST to MNIST"),
-     ("mnist-svhn", "mini", "MNIST to Fashion-MNIST"), ("groups", "full", "Groups of LoNKr and LoRTA")],
-)  # fmt: skip
-def test_a_recipe_says_what_it_is_of_and_not_what_it_is_like(name: str, scale: str, words: str) -> None:
-    assert words in open_recipe(name, scale).title
-
-
 # -- The paper on its experiments: its numbers, by section ------------------------------------------
 
 #: "1, 2, 4, 6, 8, ..." as A.7 lists ranks; 4.1 says "every two ranks are evaluated from 1 to 32".
@@ -178,15 +169,15 @@ def configs_of(name: str, arm: str) -> Sequence[tna.Config]:
     return [config for one in open_recipe(name).arms if one.name.split(", G =")[0] == arm for config in one.configs]
 
 
-def values(found: Sequence[tna.Config], field: str) -> list[Any]:
-    """Return the values of a field, in the order of the recipe."""
-    return list(dict.fromkeys(getattr(config, field) for config in found))
+def swept(name: str, arm: str, *fields: str) -> list[list[Any]]:
+    """Return the values of fields, in the order of the recipe."""
+    return [list(dict.fromkeys(getattr(config, field) for config in configs_of(name, arm))) for field in fields]
 
 
 def ranks(name: str, arm: str) -> dict[Any, list[Any]]:
     """Return the ranks for each number of groups."""
-    found = configs_of(name, arm)
-    return {groups: [config.rank for config in found if config.groups == groups] for groups in values(found, "groups")}
+    (groups,) = swept(name, arm, "groups")
+    return {count: [config.rank for config in configs_of(name, arm) if config.groups == count] for count in groups}
 
 
 def each(groups: Sequence[int], ranks: Sequence[int]) -> dict[int, list[int]]:
@@ -197,7 +188,8 @@ def each(groups: Sequence[int], ranks: Sequence[int]) -> dict[int, list[int]]:
 @pytest.mark.parametrize("name", VIT)
 def test_vits_are_trained_as_section_4_1_says(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """4.1: "trained for 5,000 steps with the stochastic gradient descent (SGD) optimizer, with a batch size of 128 and
-    a learning rate of 0.05. The OneCycleLR [38] scheduler is used." A.7: "3000 steps at most", else "same"."""
+    a learning rate of 0.05. The OneCycleLR [38] scheduler is used.", "LoRA α is set to be the same as rank".
+    A.7: "3000 steps at most", else "same"."""
     torch = pytest.importorskip("torch")
     from paper import classification
 
@@ -215,6 +207,7 @@ def test_vits_are_trained_as_section_4_1_says(name: str, tmp_path: Path, monkeyp
     assert type(optimiser) is torch.optim.SGD
     assert type(scheduler) is torch.optim.lr_scheduler.OneCycleLR
     assert (scheduler.total_steps, optimiser.param_groups[0]["max_lr"]) == (steps, 0.05)
+    assert {config.scale for arm in open_recipe(name).arms for config in arm.configs} == {1.0}
 
 
 @pytest.mark.parametrize("name", DIFFUSION)
@@ -233,14 +226,8 @@ def test_the_diffusion_model_is_trained_as_section_4_2_says(name: str) -> None:
     assert all(config.alpha == 2.0 and 1 <= config.rank <= 32 for config in ranked)  # type: ignore[operator]
 
 
-def test_alpha_is_the_rank_in_classification() -> None:
-    """4.1: "LoRA α is set to be the same as rank"."""
-    for name in VIT:
-        assert {config.scale for arm in open_recipe(name).arms for config in arm.configs} == {1.0}
-
-
 #: The classes of CIFAR-10 in their order, rows of A.7's list, and what A.7 calls them. One of each list is missing.
-HEAD = [
+CLASSES = [
     ("airplane", 404, "airliner"), ("automobile", 436, None), ("bird", 94, "humming bird"), ("cat", 284, "siamese cat"),
     ("deer", 345, "ox"), ("dog", None, "golden retriever"), ("frog", 32, "tailed frog"), ("horse", 340, "zebra"),
     ("ship", 510, "container ship"), ("truck", 867, "trailer truck"),
@@ -252,15 +239,15 @@ def test_the_head_of_cifar10_is_the_rows_of_appendix_a_7() -> None:
     golden retriever, tailed frog, zebra, container ship, trailer truck]"."""
     rows = open_recipe("cifar10").settings["head_rows"]
     assert len(rows) == 10
-    assert [row for row, (_, stated, _) in zip(rows, HEAD, strict=True) if stated] == [
+    assert [row for row, (_, stated, _) in zip(rows, CLASSES, strict=True) if stated] == [
         404, 436, 94, 284, 345, 32, 340, 510, 867,
     ]  # fmt: skip
-    assert [name for name, _, _ in HEAD] == sorted(name for name, _, _ in HEAD), "folders have the hub's order"
+    assert [name for name, _, _ in CLASSES] == sorted(name for name, _, _ in CLASSES), "folders have the hub's order"
 
 
 def test_the_rows_of_the_head_are_the_classes_of_imagenet_that_are_meant() -> None:
     info = pytest.importorskip("timm.data").ImageNetInfo()
-    for row, (name, _, stated) in zip(open_recipe("cifar10").settings["head_rows"], HEAD, strict=True):
+    for row, (name, _, stated) in zip(open_recipe("cifar10").settings["head_rows"], CLASSES, strict=True):
         words = info.index_to_description(row).lower().replace("hummingbird", "humming bird")
         assert (stated or {"automobile": "beach wagon"}[name]) in words, name
 
@@ -272,22 +259,19 @@ def test_cifar100_sweeps_what_section_4_1_says() -> None:
     assert ranks("cifar100", "SuperLoRA 2D") == each((1, 4, 8, 12, 24), TO_32)
     assert ranks("cifar100", "SuperLoRA 2D, reshape") == each((1, 4, 8, 12, 24), [*TO_32, 64, 128])
     for order in (3, 4, 5):
-        found = configs_of("cifar100", f"LoRTA {order}D")
-        assert (values(found, "order"), values(found, "fold"), values(found, "format")) == (
-            [order], ["hypercube"], ["tucker"],
-        )  # fmt: skip
-    found = configs_of("cifar100", "SuperLoRA 1D, dense, with projection")
-    assert (values(found, "ratio"), values(found, "order")) == ([1.0, 0.5, 0.25, 0.1, 0.01], [1])
-    found = configs_of("cifar100", "SuperLoRA 2D, reshape, with projection")
-    assert (values(found, "ratio"), values(found, "groups")) == ([0.5, 0.25, 0.1], [1])
+        fields = ("order", "fold", "format")
+        assert swept("cifar100", f"LoRTA {order}D", *fields) == [[order], ["hypercube"], ["tucker"]]
+    dense, square = ("SuperLoRA 1D, dense, with projection", "SuperLoRA 2D, reshape, with projection")
+    assert swept("cifar100", dense, "ratio", "order") == [[1.0, 0.5, 0.25, 0.1, 0.01], [1]]
+    assert swept("cifar100", square, "ratio", "groups") == [[0.5, 0.25, 0.1], [1]]
 
 
 def test_groups_dense_sweeps_what_appendix_a_5_says() -> None:
     """A.5: "dense FT with projection is tested for different splitting, from 1 to 12 groups"; "1", "4 or 8", "12"."""
-    found = configs_of("groups-dense", "SuperLoRA 1D, dense, with projection")
-    assert values(found, "groups") == [1, 4, 8, 12]
-    assert values(found, "ratio") == [1.0, 0.5, 0.25, 0.1, 0.01]
-    assert (values(found, "format"), values(found, "projection")) == (["dense"], ["linear"])
+    fields = ("groups", "ratio", "format", "projection")
+    assert swept("groups-dense", "SuperLoRA 1D, dense, with projection", *fields) == [
+        [1, 4, 8, 12], [1.0, 0.5, 0.25, 0.1, 0.01], ["dense"], ["linear"],
+    ]  # fmt: skip
 
 
 def test_cifar10_sweeps_what_appendix_a_7_lists() -> None:
@@ -330,8 +314,7 @@ def test_the_geometry_is_of_the_four_methods_of_appendix_a_4() -> None:
         assert points[arm].parameters == stated[arm] == cost * (stated[arm] // cost)
     assert points.pop("dense").parameters == everything
     assert list(points) == list(costs)
-    ours = {what: number for what, number, _ in open_recipe("geometry").checked()}
-    assert sorted(ours.values()) == sorted(stated.values())
+    assert sorted(number for _, number, _ in open_recipe("geometry").checked()) == sorted(stated.values())
 
 
 SVHN_MNIST = [
@@ -348,20 +331,17 @@ def test_the_diffusion_model_sweeps_what_section_4_2_says(name: str) -> None:
     recipe = open_recipe(name)
     assert [arm.name for arm in recipe.arms] == SVHN_MNIST
     assert len(recipe.points()) == 1407
-    found = {arm.name: arm.configs for arm in recipe.arms}
     for arm in SVHN_MNIST[4:7]:
-        assert values(found[arm], "splits") == [2, 3, 4]
-        assert values(found[arm], "split_size") == [6, 8, 10]
-    assert values(found["LoNKr, groups"], "groups") == values(found["LoRTA, groups"], "groups") == [1, 4, 8]
-    assert values(found["LoRTA, groups"], "order") == values(found["LoRTA, weight by weight"], "order") == [3, 4, 5]
+        assert swept(name, arm, "splits", "split_size") == [[2, 3, 4], [6, 8, 10]]
+    assert swept(name, "LoNKr, groups", "groups") == [[1, 4, 8]]
+    assert swept(name, "LoRTA, groups", "groups", "order") == [[1, 4, 8], [3, 4, 5]]
+    assert swept(name, "LoRTA, weight by weight", "order") == [[3, 4, 5]]
     for arm in SVHN_MNIST[9:11]:
-        swept = [values(found[arm], field) for field in ("projection", "groups", "ratio", "rank")]
-        assert swept == [
+        assert swept(name, arm, "projection", "groups", "ratio", "rank") == [
             ["linear", "linear_v2", "nonlinear", "nonlinear_v2"], [1, 4], [0.01, 0.1, 0.5], [1, 4, 8],
         ]  # fmt: skip
     for arm in SVHN_MNIST[11:]:
-        swept = [values(found[arm], field) for field in ("projection", "groups", "rank")]
-        assert swept == [["shuffle"], [1, 4, 8, 16], [1, 4, 8]]
+        assert swept(name, arm, "projection", "groups", "rank") == [["shuffle"], [1, 4, 8, 16], [1, 4, 8]]
 
 
 @pytest.mark.parametrize(
