@@ -200,7 +200,6 @@ def test_arrays_that_come_divided(tmp_path: Path) -> None:
     path = arrays(tmp_path / "a.npz", x_train=x, y_train=["a", "b", "a", "b"], x_test=x[:2], y_test=["a", "c"])
     data = read(path)
     assert data.classes == ("a", "b", "c")
-    assert data.test is not None
     assert data.test.labels.tolist() == [0, 2]
     assert data.samples.inputs.dtype == np.float32
 
@@ -346,7 +345,6 @@ def test_a_folder_of_images_may_be_divided(tmp_path: Path) -> None:
             pictures(folder / "cat", 2, 10)
             pictures(folder / "dog", 2, 90)
         data = read(str(tmp_path / name))
-        assert data.test is not None
         assert (len(data.samples), len(data.test), data.classes) == (4, 4, ("cat", "dog"))
         assert data.test_name == part
     pictures(tmp_path / "divided" / "unlabelled" / "cat", 1, 10)

@@ -58,7 +58,6 @@ def opened(model: object, data: object, **options: Any) -> Any:
 def run(out: Path, model: object, data: object, epochs: int = 2, rate: float = 0.02, **options: Any) -> Any:
     spec = Spec(model=str(model), data=str(data), **options)
     outcome = Study(spec, CHOICE, Training(epochs, batch=8), (rate,)).run(out, jobs=1)
-    assert outcome.proof is not None
     assert outcome.proof.holds
     return outcome
 
@@ -415,7 +414,6 @@ def test_a_language_model_in_gguf(whole: bool, model: Path, tmp_path: Path, caps
     assert problem.logits(problem.build(0), {"input_ids": inputs}).shape[:2] == inputs.shape
     file = tiny.untrained(tmp_path / "a.safetensors", str(model), data)
     about = tna.load(file).pretrained
-    assert about is not None
     assert (about.name, about.file, about.task) == (str(model.parent), model.name, "text-generation")
     found = predict(file, data, limit=3, new_tokens=2)
     assert [set(row) for row in found.rows] == [{"prompt", "completion", "prediction", "loss", "perplexity"}] * 3
@@ -434,7 +432,6 @@ def test_a_gguf_file_beside_others_is_recorded(model: Path, tmp_path: Path) -> N
     data = tiny.completions(tmp_path / "a.jsonl")
     file = tiny.untrained(tmp_path / "a.safetensors", str(folder / "b.gguf"), data)
     about = tna.load(file).pretrained
-    assert about is not None
     assert about.file == "b.gguf"
     expected = predict(file, data, limit=2, new_tokens=2)
     # The same base elsewhere, by its file or its folder.

@@ -304,7 +304,6 @@ def test_a_test_part_needs_the_columns_and_labels() -> None:
     }  # fmt: skip
     table = Table("data", "data", {"text": ["c", "d"], "label": [0, 1]}, parts)
     held = table.test(["text", "label"], "label")
-    assert held is not None
     assert (held.path, held.columns["text"], held.tests) == ("the val part of data", ["b"], {})
     assert TASKS["classification"].read(table, Spec()).test.inputs == ["b"]
 

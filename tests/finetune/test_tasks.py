@@ -235,11 +235,9 @@ def test_a_row_without_targets_is_no_exact_match_and_has_no_gap_and_no_loss() ->
     assert task.answer(empty) == {"loss": None, "perplexity": None}
 
 
-def completed(model: Any, tokenizer: Any, *prompts: str) -> list[str]:
+def completed(model: Any, tokenizer: Any, *prompts: str) -> Any:
     samples = Samples([(prompt, "") for prompt in prompts], np.zeros(len(prompts), np.int64))
-    found = CausalLM("completion").complete(model, tokenizer, samples, 32, 8, 6, CPU)
-    assert found is not None
-    return found
+    return CausalLM("completion").complete(model, tokenizer, samples, 32, 8, 6, CPU)
 
 
 def test_completions_are_greedy_whatever_the_model_prefers(gpt2: Path, tokenizer: Any) -> None:
@@ -306,7 +304,6 @@ def test_an_adapter_that_adds_nothing(
 ) -> None:
     adapter = point(LORA, *best, metric=metric)
     control = control_of([point(head_alone(), *head, metric=metric), adapter], adapter)
-    assert control is not None
     assert control.warning == warning
     assert control_of([adapter], adapter) is None
     assert control_of([adapter], None) is None

@@ -69,7 +69,6 @@ def test_the_fine_classes_of_cifar100_are_read_in_either_form(
     spec: Any = classification.study_of(open_recipe(name), tmp_path, data=given)
     data: Any = open_source(spec.data, spec.text_column, spec.label_column, spec.label_names)
     assert (data.kind, list(data.classes)) == ("image", FINE)
-    assert data.test is not None
     assert (len(data.samples), len(data.test)) == (10 * TRAINING, 10 * TEST)
     assert asked == ([] if label else [("cifar100", None)])
 

