@@ -27,13 +27,8 @@ def sbatch(path: str) -> None:
     """Start all jobs of an array at once."""
     folder = Path(os.environ[STATE])
     text = Path(path).read_text()
-    number = 100
-    while True:
-        try:
-            (folder / f"script-{number}").open("x").write(text)
-            break
-        except FileExistsError:
-            number += 1
+    number = next(number for number in itertools.count(100) if not (folder / f"script-{number}").exists())
+    (folder / f"script-{number}").write_text(text)
     array = re.search(r"--array='?0-(\d+)%", text)
     for index in range(int(array[1]) + 1) if array else [None]:
         job = str(number) if index is None else f"{number}_{index}"
@@ -64,36 +59,38 @@ def srun(*given: str) -> None:
     os.execvp(options[0], options)
 
 
+def jobs_of(number: str) -> list[str]:
+    """Return the jobs that an array has had, or one that is none."""
+    folder = Path(os.environ[STATE])
+    found = [path for name in (number, f"{number}_*") for path in folder.glob(f"job-{name}")]
+    return sorted(path.name.removeprefix("job-") for path in found)
+
+
+def has(job: str, what: str) -> bool:
+    return (Path(os.environ[STATE]) / f"{what}-{job}").exists()
+
+
 def sacct(*given: str) -> None:
     """Print the states of jobs."""
     folder = Path(os.environ[STATE])
     if (folder / "sacct-fails").exists():
         sys.exit("sacct: error: Slurm accounting storage is disabled")
-    asked = [number for name, number in itertools.pairwise(given) if name == "-j"]
     print("JobID|State|NodeList")
-    for path in sorted(folder.glob("job-*")):
-        job = path.name.removeprefix("job-")
-        if job.partition("_")[0] in asked:
-            ended = folder / f"ended-{job}"
-            cancelled = (folder / f"cancelled-{job}").exists()
-            state = "CANCELLED by 0" if cancelled else "RUNNING" if not ended.exists() else "COMPLETED"
-            if (folder / f"suspended-{job}").exists():
-                state = "SUSPENDED"
-            if ended.exists() and ended.read_text().strip() != "0" and not cancelled:
-                state = "OUT_OF_MEMORY"
-            print(f"{job}|{state}|node1")
+    for job in itertools.chain(*(jobs_of(number) for name, number in itertools.pairwise(given) if name == "-j")):
+        failed = has(job, "ended") and (folder / f"ended-{job}").read_text().strip() != "0"
+        states = {
+            "CANCELLED by 0": has(job, "cancelled"), "OUT_OF_MEMORY": failed, "SUSPENDED": has(job, "suspended"),
+            "COMPLETED": has(job, "ended"), "RUNNING": True,
+        }  # fmt: skip
+        print(f"{job}|{next(state for state, is_so in states.items() if is_so)}|node1")
 
 
 def squeue(*given: str) -> None:
     """Print the jobs of an array that have not ended."""
-    folder = Path(os.environ[STATE])
-    number = given[given.index("--jobs") + 1]
-    found = [path.name.removeprefix("job-") for name in ("", "_*") for path in folder.glob(f"job-{number}{name}")]
-    if not found:
+    jobs = jobs_of(given[given.index("--jobs") + 1])
+    if not jobs:
         sys.exit("slurm_load_jobs error: Invalid job id specified")
-    for job in found:
-        if not any((folder / f"{how}-{job}").exists() for how in ("ended", "cancelled")):
-            print(job)
+    print(*(job for job in jobs if not has(job, "ended") and not has(job, "cancelled")), sep="\n")
 
 
 def scancel(option: str, name: str) -> None:
@@ -102,12 +99,10 @@ def scancel(option: str, name: str) -> None:
     assert option == "--name"
     for script in folder.glob("script-*"):
         if f"#SBATCH --job-name={name}\n" in script.read_text():
-            number = script.name.removeprefix("script-")
-            for path in [*folder.glob(f"job-{number}"), *folder.glob(f"job-{number}_*")]:
-                job = path.name.removeprefix("job-")
-                if not (folder / f"ended-{job}").exists():
+            for job in jobs_of(script.name.removeprefix("script-")):
+                if not has(job, "ended"):
                     (folder / f"cancelled-{job}").touch()
-                    os.killpg(int(path.read_text()), signal.SIGKILL)
+                    os.killpg(int((folder / f"job-{job}").read_text()), signal.SIGKILL)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -98,16 +98,12 @@ def program(folder: Path, engine: str, *names: str, jobs: int = 2, options: tupl
     return [sys.executable, "-W", "error", "-m", module, str(folder), engine, str(jobs), json.dumps(options), *names]
 
 
-def environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(ROOT)}
-
-
 @contextlib.contextmanager
 def start(*arguments: Any, **more: Any) -> Iterator[subprocess.Popen[str]]:
     """Start the program in a process group of its own, which a test that fails ends."""
     with subprocess.Popen(
         program(*arguments, **more), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
-        env=environment(), start_new_session=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, start_new_session=True,
     ) as process:  # fmt: skip
         try:
             yield process
@@ -118,10 +114,9 @@ def start(*arguments: Any, **more: Any) -> Iterator[subprocess.Popen[str]]:
 
 
 def run(*arguments: Any, **more: Any) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        program(*arguments, **more), capture_output=True, text=True, cwd=ROOT, env=environment(), timeout=240,
-        check=False,
-    )  # fmt: skip
+    with start(*arguments, **more) as process:
+        out, told = process.communicate(timeout=240)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, told)
 
 
 def lines(text: str) -> list[dict[str, Any]]:
@@ -130,29 +125,18 @@ def lines(text: str) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    """Run the tasks that the program's own file lacks, as any program should; "then" begins another phase."""
+    """Run the tasks that the program's own file lacks, as any program should."""
     folder, engine, jobs, options, *names = sys.argv[1:]
-    phases: list[list[Act]] = [[]]
-    for name in names:
-        if name == "then":
-            phases.append([])
-        else:
-            phases[-1].append(Act(name, sum(map(len, phases))))
-    for tasks in phases:
-        run_phase(Path(folder), tasks, engine, int(jobs), json.loads(options))
-
-
-def run_phase(folder: Path, tasks: Sequence[Act], engine: str, jobs: int, options: Sequence[str]) -> None:
-    own = folder / "own.jsonl"
+    own = Path(folder) / "own.jsonl"
     there = [json.loads(line)["key"] for line in own.read_text().splitlines()] if own.exists() else []
     progress: dict[str, float] = {}
-    found = run_tasks(
-        Play(folder), [task for task in tasks if task.key not in there], folder, engine=engine, jobs=jobs, threads=3,
-        known=there, options=dict(option.split("=", 1) for option in options),
+    results = run_tasks(
+        Play(Path(folder)), [task for task in acts(*names) if task.key not in there], folder, engine=engine,
+        jobs=int(jobs), threads=3, known=there, options=dict(option.split("=", 1) for option in json.loads(options)),
         progress=lambda task, done: progress.update({task.key: done}),
     )  # fmt: skip
     with own.open("a") as file:
-        for task, line in found:
+        for task, line in results:
             text = json.dumps({"key": task.key, **line, "progress": progress.get(task.key)})
             print(text, file=file, flush=True)
             print(text, flush=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
@@ -25,8 +26,10 @@ from tnadapt.cli import app, training_reporter
 from tnadapt.errors import FileError, TnadaptError
 from tnadapt.finetune import Task
 from tnadapt.finetune.grid import head_alone
+from tnadapt.finetune.tasks import TASKS
 
-from .internals import study_job
+from . import tiny_models as tiny
+from .internals import points_in, study_job
 
 QUICK = ("--pretrain-epochs", "1", "--epochs", "1", "--batch", "64", "--lr", "0.03")
 
@@ -35,17 +38,34 @@ def invoke(*arguments: Any) -> Any:
     return typer_testing.CliRunner().invoke(app, ["finetune", *map(str, arguments)], catch_exceptions=True)
 
 
-def command(*arguments: Any) -> list[str]:
-    return [sys.executable, "-m", "tnadapt", "finetune", *map(str, arguments)]
+def begin(*arguments: Any) -> subprocess.Popen[str]:
+    """Start the command in a process group of its own."""
+    command = [sys.executable, "-m", "tnadapt", "finetune", *map(str, arguments)]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace", start_new_session=True
+    )
+
+
+def told_until(process: subprocess.Popen[str], text: str) -> None:
+    """Wait until the process has printed a line with a text."""
+    assert any(text in line for line in process.stderr), "it ended by itself"
+
+
+def ends(leader: int, seconds: float) -> bool:
+    """Return whether all processes of a group end in time; workers do by themselves when the parent is gone."""
+    limit = time.monotonic() + seconds
+    while True:
+        listed = subprocess.run(["ps", "-eo", "pgid=,stat="], capture_output=True, text=True, check=True).stdout
+        # Those that ended and were not waited for yet are listed, too.
+        running = [state for group, state in map(str.split, listed.splitlines()) if int(group) == leader]
+        if all(state.startswith("Z") for state in running) or time.monotonic() > limit:
+            return all(state.startswith("Z") for state in running)
+        time.sleep(0.1)
 
 
 def records(out: Path) -> list[dict[str, Any]]:
-    lines = [
-        json.loads(line)
-        for line in (out / "results.jsonl").read_bytes().splitlines(keepends=True)
-        if line[-1:] == b"\n"
-    ]
-    return [line for line in lines if "key" in line]
+    *whole, _ = (out / "results.jsonl").read_bytes().split(b"\n")
+    return [line for line in map(json.loads, whole) if "key" in line]
 
 
 @pytest.mark.parametrize(
@@ -59,9 +79,7 @@ def records(out: Path) -> list[dict[str, Any]]:
         ({"diverged": True}, "diverged"),
     ],
 )
-def test_progress_shows_scores_as_the_table_does(
-    record: dict[str, Any], shown: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_progress_has_the_tables_form(record: dict[str, Any], shown: str, capsys: pytest.CaptureFixture[str]) -> None:
     with training_reporter.reporter() as reporter:
         reporter.begins(3, 1)
         reporter.finished(Task(head_alone(), 0, 0.1), {"diverged": False, "seconds": 2.0, **record})
@@ -70,12 +88,9 @@ def test_progress_shows_scores_as_the_table_does(
     )
 
 
-@pytest.mark.slow
-def test_the_whole_job(cache: Path, tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    done = invoke(
-        *QUICK, "--cache", cache, "--out", out, "--preset", "superlora", "--preset", "lora", "--rank", 1, "--jobs", 1
-    )
+def test_the_whole_job_and_a_proof_that_fails(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = (*QUICK, "--cache", cache, "--out", tmp_path, "--preset", "superlora", "--preset", "lora", "--rank", 1)
+    done = invoke(*given, "--jobs", 1)
     assert done.exit_code == 0, done.output
     for text in (
         "method      setting  parameters  rate  validation   test",
@@ -85,14 +100,12 @@ def test_the_whole_job(cache: Path, tmp_path: Path) -> None:
         "325 parameters of the head",
         "448 training, 179 validation, 269 test samples; 3 settings x 1 rate x 1 seed = 3 trainings",
         "loaded on a fresh base: the same predictions on 269 test samples; merged: the same predictions",
-        f"results: {out / 'results.jsonl'}",
-        f"picture: {out / 'pareto.png'}",
+        f"results: {tmp_path / 'results.jsonl'}",
+        f"picture: {tmp_path / 'pareto.png'}",
     ):
         assert text in done.stdout
     assert "[3/3] LoRA r = 1, rate 0.03, seed 0: validation" in done.stderr
-    again = invoke(
-        *QUICK, "--cache", cache, "--out", out, "--preset", "superlora", "--preset", "lora", "--rank", 1, "--json"
-    )
+    again = invoke(*given, "--json")
     assert again.exit_code == 0
     assert "3 of 3 trainings were finished before" in again.stderr
     found = json.loads(again.stdout)
@@ -100,6 +113,51 @@ def test_the_whole_job(cache: Path, tmp_path: Path) -> None:
     assert found["best"]["proof"]["loaded_same"] is True
     assert found["best"]["proof"]["merged_different"] == 0
     assert Path(found["picture"]).read_bytes().startswith(b"\x89PNG")
+    monkeypatch.setattr(study_job, "prove", lambda *given: study_job.Proof(269, False, 3, 0.5))
+    failed = invoke(*given, "--fresh")
+    assert failed.exit_code == 1
+    assert "DIFFERENT predictions on 269 test samples; merged: DIFFERENT predictions for 3" in failed.stdout
+
+
+#: A task of each sort of model; the metrics of all are tested in test_tasks.py.
+SHORT = ("regression", "causal-lm", "image-classification")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", in_depth(tiny.JOBS, SHORT))
+def test_the_whole_job_of_a_model_of_ones_own(tmp_path: Path, name: str) -> None:
+    model, write, suffix = tiny.JOBS[name]
+    reference = "untrained base" if name == "causal-lm" else "head alone"
+    given = ["--model", model(tmp_path / "model"), "--data", write(tmp_path / f"a{suffix}"), "--out", tmp_path / "out"]
+    given += ["--preset", "lora", "--rank", 1, "--lr", 0.02, "--lr", 0.1, "--epochs", 2, "--batch", 8]
+    done = invoke(*given, "--json")
+    assert done.exit_code == 0, done.output
+    report = json.loads(done.stdout)
+    assert report["best"]["proof"]["loaded_same"]
+    assert report["control"]["reference"] == reference
+    assert [point["family"] for point in report["points"]] == [reference, "LoRA"]
+    assert report["study"].get("task", {"name": name})["name"] == name
+    again = invoke(*given, "--json")
+    count = 3 if reference == "untrained base" else 4
+    assert f"{count} of {count} trainings were finished before" in again.stderr
+    assert json.loads(again.stdout) == report
+    text = invoke(*given).stdout
+    warning = report["control"]["warning"]
+    assert ("warning: " in text) == (warning is not None)
+    assert warning is None or warning in text
+    assert f"a better test {TASKS[name].metric.name}." in text
+    lines = (tmp_path / "out" / "results.jsonl").read_text().splitlines()
+    assert sum('"control"' in line for line in lines) == 1
+    points = points_in(tmp_path / "out" / "results.jsonl")
+    assert [point.to_dict() for point in points] == report["points"]
+    assert points[0].metric == TASKS[name].metric
+    assert len({line for line in lines if '"session"' in line}) == 1
+
+
+def test_a_report_whose_library_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    done = invoke("--model", "x", "--data", "y.csv", "--report-to", "trackio")
+    assert str(done.exception) == ("--report-to trackio needs trackio, which is not installed: pip install trackio")
 
 
 @pytest.mark.parametrize(
@@ -169,9 +227,7 @@ def test_settings_arrive_in_the_config(cache: Path) -> None:
     )
 
 
-def test_the_engine_and_its_options_arrive_in_the_study(
-    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_engine_and_options_arrive_in_the_study(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("submitit")
     from tnadapt.finetune import Study
 
@@ -188,57 +244,33 @@ def test_the_engine_and_its_options_arrive_in_the_study(
     assert given == [("cuda", tmp_path, 0, False, "slurm", {"gpus": "1", "partition": "gpu"})]
 
 
-def test_a_proof_that_fails_is_exit_code_1(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(study_job, "prove", lambda *given: study_job.Proof(269, False, 3, 0.5))
-    done = invoke(*QUICK, "--cache", cache, "--out", tmp_path, "--rank", 1, "--jobs", 1)
-    assert done.exit_code == 1
-    assert "DIFFERENT predictions on 269 test samples; merged: DIFFERENT predictions for 3" in done.stdout
-
-
 @pytest.mark.slow
 @pytest.mark.law("killed-sweep")
 @pytest.mark.parametrize("jobs", in_depth([1, 2], [2]))
-def test_killed_in_the_middle_it_goes_on(cache: Path, tmp_path: Path, jobs: int) -> None:
-    out = tmp_path / "run"
+def test_killed_halfway_it_goes_on(cache: Path, tmp_path: Path, jobs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = (
-        *("--pretrain-epochs", 1, "--cache", cache, "--out", out, "--jobs", jobs, "--batch", 64, "--epochs", 4),
+        *("--pretrain-epochs", 1, "--cache", cache, "--out", tmp_path, "--jobs", jobs, "--batch", 64, "--epochs", 4),
         *("--lr", 0.01, "--lr", 0.02, "--lr", 0.03, "--rank", 1),
     )
-    process = subprocess.Popen(command(*arguments), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    told = ""
-    while "[2/6]" not in told:
-        line = process.stderr.readline()
-        assert line, f"it ended by itself: {told}"
-        told += line
-    process.send_signal(signal.SIGKILL)
-    process.wait(timeout=30)
-    process.stderr.close()
-    before = records(out)
+    with begin(*arguments) as process:
+        told_until(process, "[2/6]")
+        process.kill()
+    before = records(tmp_path)
     assert 2 <= len(before) < 6
     # What SIGKILL in the middle of a write would leave.
-    with (out / "results.jsonl").open("ab") as file:
+    with (tmp_path / "results.jsonl").open("ab") as file:
         file.write(b'{"key": "half a li')
-    limit = time.monotonic() + 60
-    while _busy(out) and time.monotonic() < limit:  # workers end by themselves when the parent is gone
-        time.sleep(0.1)
-    environment = {**os.environ, "PYTHONIOENCODING": "latin-1"}  # a console without ● must do, too
-    done = subprocess.run(
-        command(*arguments), capture_output=True, encoding="latin-1", timeout=300, check=False, env=environment
-    )
-    assert done.returncode == 0, done.stderr
-    assert f"{len(before)} of 6 trainings were finished before" in done.stderr
-    after = records(out)
+    assert ends(process.pid, 60)
+    monkeypatch.setenv("PYTHONIOENCODING", "latin-1")  # a console without ● must do, too
+    with begin(*arguments) as process:
+        out, told = process.communicate(timeout=300)
+    assert process.returncode == 0, told
+    assert f"{len(before)} of 6 trainings were finished before" in told
+    after = records(tmp_path)
     assert after[: len(before)] == before
     assert len(after) == len({one["key"] for one in after}) == 6
-    assert "? Pareto front" in done.stdout
-    assert "the same predictions on 269 test samples; merged: the same predictions" in done.stdout
-
-
-def _busy(out: Path) -> bool:
-    """Return whether a process still has this run's folder in its command line."""
-    listed = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=False).stdout
-    return any(str(out) in line and "tnadapt" in line for line in listed.splitlines())
+    assert "? Pareto front" in out
+    assert "the same predictions on 269 test samples; merged: the same predictions" in out
 
 
 @pytest.mark.law("hostile-commands")
@@ -260,14 +292,11 @@ def test_mistakes_that_the_problem_shows(cache: Path, tmp_path: Path, arguments:
     assert not (tmp_path / "run").exists()
 
 
-def test_without_torch_it_says_what_to_install_and_verify_works() -> None:
+def test_without_torch_it_says_what_to_install() -> None:
     code = "import sys; sys.modules['torch'] = None; import runpy; runpy.run_module('tnadapt', run_name='__main__')"
     done = subprocess.run([sys.executable, "-c", code, "finetune"], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr.startswith("tnadapt: tnadapt finetune needs its extra: pip install 'tnadapt[demo]'")
-    given = ["verify", "--preset", "lora", "--backend", "numpy"]
-    done = subprocess.run([sys.executable, "-c", code, *given], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
 
 
 WHERE = [["--jobs", 1], ["--jobs", 2], ["--jobs", 2, "--engine", "ray", "--engine-option", "address=local"]]
@@ -286,16 +315,11 @@ def test_interrupted_it_says_how_to_go_on(
         *("--pretrain-epochs", 1, "--cache", cache, "--out", tmp_path / "run", *where, "--epochs", 8, "--rank", 1),
         *("--lr", 0.005, "--lr", 0.01, "--lr", 0.02),
     )
-    process = subprocess.Popen(
-        command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
-    assert process.stderr is not None
-    first = process.stderr.readline()
-    while first and "[1/6]" not in first:
-        first = process.stderr.readline()
-    began = time.monotonic()
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all of its processes
-    _, told = process.communicate(timeout=60)
+    with begin(*arguments) as process:
+        told_until(process, "[1/6]")
+        began = time.monotonic()
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all of its processes
+        _, told = process.communicate(timeout=60)
     seconds = time.monotonic() - began
     record_property("seconds_until_exit", round(seconds, 2))
     assert process.returncode == 130, told
@@ -303,15 +327,5 @@ def test_interrupted_it_says_how_to_go_on(
     assert "Traceback" not in told
     assert seconds < 10  # two on a machine that does nothing else
     assert len(records(tmp_path / "run")) >= 1
-    until = time.monotonic() + 10
-    while _group(process.pid) and time.monotonic() < until:
-        time.sleep(0.1)
-    assert not _group(process.pid)
+    assert ends(process.pid, 10)
     assert not [path for path in (tmp_path / "run").glob("adapters/*") if path.suffix != ".safetensors"]
-
-
-def _group(leader: int) -> list[str]:
-    """Return the processes of a group that run; those that ended and were not waited for yet do not."""
-    listed = subprocess.run(["ps", "-eo", "pgid=,stat=,args="], capture_output=True, text=True, check=True).stdout
-    lines = [line.split(maxsplit=2) for line in listed.splitlines()]
-    return [args[0] if args else "" for group, state, *args in lines if int(group) == leader and state[0] != "Z"]

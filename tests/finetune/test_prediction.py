@@ -1,4 +1,4 @@
-"""``tnadapt predict``: what is predicted, what is written, what it never replaces, and which part it predicts."""
+"""``tnadapt predict``: what is predicted, written and never replaced, which part it is, and what files say."""
 
 from __future__ import annotations
 
@@ -8,14 +8,13 @@ import datetime
 import io
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -83,7 +82,7 @@ def test_predictions_and_metrics_are_those_of_the_study(tmp_path: Path, name: st
     assert predictions.metrics == pytest.approx(metrics, rel=1e-4, abs=1e-4)
 
 
-def test_a_table_and_lines_of_predictions(adapter_of: AdapterOf, tmp_path: Path) -> None:
+def test_a_table_and_lines_of_predictions_replace_others_only_if_asked(adapter_of: AdapterOf, tmp_path: Path) -> None:
     file, data = adapter_of("classification")
     table, lines = tmp_path / "p.csv", tmp_path / "p.jsonl"
     done = invoke(file, "--data", data, "--out", table, "--limit", 5)
@@ -101,24 +100,37 @@ def test_a_table_and_lines_of_predictions(adapter_of: AdapterOf, tmp_path: Path)
         read = list(csv.DictReader(opened))
     assert [row["prediction"] for row in read] == [row["prediction"] for row in rows]
     assert list(read[0]) == ["text", "label", "prediction", "score"]
+    before = table.read_bytes()
+    refused = invoke(file, "--data", data, "--out", table, "--limit", 2)
+    assert isinstance(refused.exception, FileError), refused.output
+    assert str(refused.exception) == f"{table} exists; give another --out, or --overwrite to replace it"
+    assert table.read_bytes() == before
+    assert invoke(file, "--data", data, "--out", table, "--limit", 2, "--overwrite").exit_code == 0
+    assert len(table.read_text().splitlines()) == 3
 
 
-def test_columns_of_the_data_stay_and_new_ones_do_not_replace_them(adapter_of: AdapterOf, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("columns", "once", "twice"),
+    [("id,review,note", "", "_2"), ("id,review,score", "_2", "_3"), ("prediction_2,review,score", "_3", "_4")],
+)
+def test_columns_of_the_data_stay_and_new_ones_do_not_replace_them(
+    adapter_of: AdapterOf, tmp_path: Path, columns: str, once: str, twice: str
+) -> None:
     file, _ = adapter_of("classification")
     data, first, second = tmp_path / "a.csv", tmp_path / "b.csv", tmp_path / "c.jsonl"
-    data.write_text('id,review,note\n007,good film,"a, b"\n8,bad film,\n')
+    data.write_text(columns + '\n007,good film,"a, b"\n8,bad film,\n')
     assert invoke(file, "--data", data, "--out", first, "--text-column", "review").exit_code == 0
     with first.open(newline="") as opened:
         rows = list(csv.DictReader(opened))
     assert [list(row.values())[:3] for row in rows] == [["007", "good film", "a, b"], ["8", "bad film", ""]]
-    assert list(rows[0]) == ["id", "review", "note", "prediction", "score"]
+    assert list(rows[0]) == [*columns.split(","), f"prediction{once}", f"score{once}"]
     # The predictions of one adapter are data for the next.
     assert invoke(file, "--data", first, "--out", second, "--text-column", "review").exit_code == 0
     again = [json.loads(line) for line in second.read_text().splitlines()]
-    assert list(again[0]) == [*rows[0], "prediction_2", "score_2"]
+    assert list(again[0]) == [*rows[0], f"prediction{twice}", f"score{twice}"]
     for row, before in zip(again, rows, strict=True):
         assert {name: row[name] for name in before} == before
-        assert row["prediction_2"] == before["prediction"]
+        assert row[f"prediction{twice}"] == before[f"prediction{once}"]
 
 
 def test_data_without_targets(adapter_of: AdapterOf, tmp_path: Path) -> None:
@@ -142,21 +154,6 @@ def test_data_without_targets(adapter_of: AdapterOf, tmp_path: Path) -> None:
     assert [set(row) for row in completed.rows] == [{"prompt", "prediction"}] * 2
     with pytest.raises(TnadaptError, match="--max-new-tokens must be below the 48 positions of the model; got 48"):
         predict(file, prompts, new_tokens=48)
-
-
-@pytest.mark.slow
-def test_completions_are_those_of_generate(tmp_path: Path) -> None:
-    problem, _, file = trained(tmp_path, tiny.gpt2(tmp_path / "gpt2"), tiny.completions(tmp_path / "c.jsonl"))
-    predictions = predict(file, str(tmp_path / "c.jsonl"), new_tokens=5, limit=6)
-    model = problem.build(0)
-    tna.torch.load(model, file)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "gpt2")
-    for row in predictions.rows:
-        tokens = tokenizer(row["prompt"], return_tensors="pt")["input_ids"]
-        generated = model.eval().generate(
-            tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=5, do_sample=False, pad_token_id=3
-        )
-        assert row["prediction"] == tokenizer.decode(generated[0, tokens.shape[1] :], skip_special_tokens=True)
 
 
 def test_images_without_classes(tmp_path: Path) -> None:
@@ -183,14 +180,18 @@ def test_images_without_classes(tmp_path: Path) -> None:
         predict(file, tiny.classes(tmp_path / "b.jsonl"))
 
 
-@pytest.mark.slow
 def test_a_model_of_timm(tmp_path: Path) -> None:
     timm = pytest.importorskip("timm")
     sizes = {"embed_dim": 16, "depth": 2, "num_heads": 2, "img_size": 32}
     model = timm.create_model("vit_tiny_patch16_224", pretrained=False, num_classes=10, **sizes)
     timm.models.save_for_hf(model, str(tmp_path / "vit"), model_args=sizes, safe_serialization=True)
-    data = tiny.shades(tmp_path / "a.npz")
-    _, record, file = trained(tmp_path, f"timm:local-dir:{tmp_path / 'vit'}", data)
+    name, data = f"timm:local-dir:{tmp_path / 'vit'}", tiny.shades(tmp_path / "a.npz")
+    with pytest.raises(TnadaptError, match=r"^--image-size 40 is not .* patches of 16 pixels; give 32 or 48$"):
+        open_problem(Spec(model=name, data=data, image_size=40))
+    problem, record, file = trained(tmp_path, name, data)
+    assert problem.keep_trainable == ("head",)
+    assert problem.parts["test"].batch(torch.arange(1), torch.device("cpu")).shape == (1, 3, 32, 32)
+    assert len(tna.load(file).targets) == 4
     assert record["test"] == 1
     predictions = predict(file, data)
     assert predictions.metrics == {"accuracy": 1.0}
@@ -260,82 +261,37 @@ def test_the_data_and_the_adapter_are_never_replaced(
     assert adapter.read_bytes() == file.read_bytes()
 
 
-def test_another_file_is_replaced_only_if_asked(adapter_of: AdapterOf, tmp_path: Path) -> None:
-    (file, data), out = adapter_of("classification"), tmp_path / "p.csv"
-    out.write_text("mine")
-    done = invoke(file, "--data", data, "--out", out, "--limit", 2)
-    assert isinstance(done.exception, FileError), done.output
-    assert str(done.exception) == f"{out} exists; give another --out, or --overwrite to replace it"
-    assert out.read_text() == "mine"
-    assert invoke(file, "--data", data, "--out", out, "--limit", 2, "--overwrite").exit_code == 0
-    assert len(out.read_text().splitlines()) == 3
-
-
-def test_interrupted_it_writes_nothing(
-    adapter_of: AdapterOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    def interrupted(*given: Any, **settings: Any) -> None:
-        raise KeyboardInterrupt
-
-    file, data = adapter_of("classification")
-    monkeypatch.setattr(finetune, "predict", interrupted)
-    assert invoke(file, "--data", data, "--out", tmp_path / "p.csv").exit_code == 130
-    assert "stopped; nothing was written" in capfd.readouterr().err
-    assert not list(tmp_path.iterdir())
-
-
 # -- Parts -------------------------------------------------------------------------------------
+
+
+def divided(folder: Path, **parts: dict[str, list[Any]]) -> str:
+    """Save a data set of several parts, whose labels are those of the adapters' classes, as datasets does."""
+    datasets = pytest.importorskip("datasets")
+    pytest.importorskip("PIL")
+    features = {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])}
+    if "img" in parts["test"]:
+        features = {"img": datasets.Image(), "label": datasets.Value("int64")}
+    every = {name: datasets.Dataset.from_dict(rows, datasets.Features(features)) for name, rows in parts.items()}
+    datasets.DatasetDict(every).save_to_disk(folder)
+    return str(folder)
 
 
 @pytest.mark.parametrize("hidden", [False, True])
 def test_the_test_part_is_predicted_and_named(adapter_of: AdapterOf, tmp_path: Path, hidden: bool) -> None:
-    datasets = pytest.importorskip("datasets")
     file, _ = adapter_of("classification")
-    names = datasets.ClassLabel(names=["no", "yes"])
-    features = datasets.Features({"text": datasets.Value("string"), "label": names})
-    parts = {"train": [0, 1, 0], "validation": [1], "test": [-1, -1] if hidden else [0, 1]}
-    rows = {name: {"text": [f"{name} good film"] * len(labels), "label": labels} for name, labels in parts.items()}
-    saved = datasets.DatasetDict({name: datasets.Dataset.from_dict(one, features) for name, one in rows.items()})
-    saved.save_to_disk(tmp_path / "data")
-    out = tmp_path / "p.jsonl"
-    done = invoke(file, "--data", tmp_path / "data", "--out", out)
+    labels = {"train": [0, 1, 0], "validation": [1], "test": [-1, -1] if hidden else [0, 1]}
+    parts = {name: {"text": [f"{name} good film"] * len(y), "label": y} for name, y in labels.items()}
+    data, out = divided(tmp_path / "data", **parts), tmp_path / "p.jsonl"
+    done = invoke(file, "--data", data, "--out", out)
     assert done.exit_code == 0, done.output
-    assert f"predicting the test part of {tmp_path / 'data'}" in done.stderr
+    assert f"predicting the test part of {data}" in done.stderr
     assert f"2 predictions of the test part: {out}" in done.stdout
     assert ("classification of the test part: accuracy 0.5" in done.stdout) == (not hidden)
     assert [json.loads(line)["text"] for line in out.read_text().splitlines()] == ["test good film"] * 2
-    assert predict(file, str(tmp_path / "data")).part == "test"
-
-
-def test_images_of_a_test_part(adapter_of: AdapterOf, tmp_path: Path) -> None:
-    image = pytest.importorskip("PIL.Image")
-    file, _ = adapter_of("image-classification")
-    pixels = np.zeros((4, 16, 16, 3), np.uint8)
-    np.savez(tmp_path / "a.npz", x_train=pixels, y_train=[0, 1] * 2, x_test=pixels[:3], y_test=[0, 1, 1])
-    predictions = predict(file, str(tmp_path / "a.npz"))
-    assert (predictions.part, len(predictions.rows)) == ("test", 3)
-    assert set(predictions.metrics) == {"accuracy"}
-    for part, count in (("train", 2), ("val", 1)):
-        for name in "01":
-            (tmp_path / "photos" / part / name).mkdir(parents=True)
-            for place in range(count):
-                image.fromarray(pixels[0]).save(tmp_path / "photos" / part / name / f"{place}.png")
-    predictions = predict(file, str(tmp_path / "photos"))
-    assert predictions.part == "val"
-    assert [Path(row["image"]).parts[-3:-1] for row in predictions.rows] == [("val", "0"), ("val", "1")]
-
-
-@pytest.mark.parametrize("hidden", [False, True])
-def test_images_whose_labels_are_hidden(adapter_of: AdapterOf, tmp_path: Path, hidden: bool) -> None:
-    datasets = pytest.importorskip("datasets")
-    pytest.importorskip("PIL")
-    features = datasets.Features({"img": datasets.Image(), "label": datasets.Value("int64")})
-    labels = {"train": [0, 1], "validation": [1], "test": [-1, -1, -1] if hidden else [0, 1, 1]}
-    rows = {name: {"img": [np.zeros((16, 16, 3), np.uint8)] * len(y), "label": y} for name, y in labels.items()}
-    saved = datasets.DatasetDict({name: datasets.Dataset.from_dict(one, features) for name, one in rows.items()})
-    saved.save_to_disk(tmp_path / "data")
-    predictions = predict(adapter_of("image-classification")[0], str(tmp_path / "data"))
-    assert (predictions.part, len(predictions.rows)) == ("test", 3)
+    images = {"img": [np.zeros((16, 16, 3), np.uint8)] * 2}
+    data = divided(tmp_path / "images", train={**images, "label": [0, 1]}, test={**images, "label": labels["test"]})
+    predictions = predict(adapter_of("image-classification")[0], data)
+    assert (predictions.part, len(predictions.rows)) == ("test", 2)
     assert (predictions.metrics == {}) == hidden
 
 
@@ -380,9 +336,7 @@ def written(adapter_of: AdapterOf, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     return write
 
 
-def test_lists_in_a_table_are_json_and_its_columns_those_of_all_rows(
-    adapter_of: AdapterOf, written: Callable[..., str]
-) -> None:
+def test_a_table_has_lists_as_json_and_columns_of_all_rows(adapter_of: AdapterOf, written: Callable[..., str]) -> None:
     rows: list[dict[str, Any]] = [
         {"tokens": ["a|b", "c,d"], "prediction": ["X", None], "scores": [0.5, None]},
         {"tokens": ["a", '"'], "prediction": ["X", "Y"], "scores": [0.5, 0.25]},
@@ -414,22 +368,6 @@ def test_a_spreadsheet_finds_no_formula_in_a_table(written: Callable[..., str]) 
     assert [json.loads(line)["=text"] for line in written(rows, ".jsonl").splitlines()] == formulas + plain
 
 
-names = st.sampled_from(["prediction", "score", "prediction_2", "score_2", "score_3", "id"])
-
-
-@given(columns=st.lists(names, unique=True))
-def test_no_column_is_lost(columns: list[str]) -> None:
-    table = Table("a", "a", {name: [f"{name} 0", f"{name} 1"] for name in columns})
-    answers = [{"prediction": place, "score": place / 2} for place in range(2)]
-    rows = prediction.prediction_rows(table, ["a", "b"], answers)
-    for place, row in enumerate(rows):
-        assert list(row)[:-2] == columns
-        assert all(row[name] == f"{name} {place}" for name in columns)
-        # Both get the same ending, so that it is clear which score is whose.
-        assert list(row.values())[-2:] == [place, place / 2]
-        assert len({name.removeprefix(key) for name, key in zip(list(row)[-2:], answers[0], strict=True)}) == 1
-
-
 def test_values_are_those_that_json_has_and_others_are_left_out() -> None:
     class Columns(dict[str, Any]):
         def __getitem__(self, name: str) -> Any:
@@ -452,3 +390,146 @@ def test_values_are_those_that_json_has_and_others_are_left_out() -> None:
     # Images have their path or place.
     rows = prediction.prediction_rows(None, [Path("a.png"), object()], [{"prediction": "x"}] * 2)
     assert [row["image"] for row in rows] == ["a.png", 1]
+
+
+TEXTS, NUMBERS, IMAGES = "classification", "regression", "image-classification"
+LENGTH = "max_length of the inputs must be an integer from 1 to 2147483647, or None; got "
+CUT = "; expected 3 to 32, for the base "
+REMOTE = ", an address or network share, which is not opened"
+FORM = "form of the task 'causal-lm' must be one of 'text', 'completion', 'messages'; got "
+SIDE = "image_size of the inputs must be an integer from 1 to 8192; got "
+MEAN = "pixel_mean of the inputs must be a list of one number per channel"
+DEVIATION = "pixel_std of the inputs must be a list of one number per channel, from 1e-6 to 1e6"
+
+
+@pytest.mark.parametrize(
+    ("task", "inputs", "message"),
+    [
+        (TEXTS, {"max_length": "long"}, LENGTH + "'long'"),
+        (TEXTS, {"max_length": True}, LENGTH),
+        (TEXTS, {"max_length": 0}, LENGTH),
+        (TEXTS, {"max_length": 33}, "has the max_length 33" + CUT),
+        (TEXTS, {"max_length": 2}, "has the max_length 2" + CUT),
+        (TEXTS, {"tokenizer": 5}, "tokenizer of the inputs must be text or None; got 5"),
+        (TEXTS, {"tokenizer": "a\nb"}, "tokenizer of the inputs must be text or None; got 'a\\nb'"),
+        (TEXTS, {"tokenizer": "//host/share"}, "names as its tokenizer '//host/share'" + REMOTE),
+        (TEXTS, {"tokenizer": "https://host/a"}, "names as its tokenizer 'https://host/a'" + REMOTE),
+        (TEXTS, {"task": "sorting"}, "was trained for a task that is unknown here: task must be one of 'classificat"),
+        (TEXTS, {"task": NUMBERS, "task_mean": 1.0}, "the description of the task 'regression' is damaged"),
+        (TEXTS, {"task": ...}, "does not say how inputs are prepared and outputs are read, as files of"),
+        (NUMBERS, {"task_mean": "a"}, "mean of the task 'regression' must be a finite number; got 'a'"),
+        (NUMBERS, {"task_mean": True}, "mean of the task 'regression' must be a finite number; got True"),
+        (NUMBERS, {"task_deviation": 0}, "deviation of the task 'regression' must be a positive number; got 0"),
+        (NUMBERS, {"task_deviation": None}, "deviation of the task 'regression' must be a positive number; got None"),
+        ("causal-lm", {"task_form": "xyz"}, FORM),
+        ("causal-lm", {"task_form": ["text"]}, FORM),
+        (IMAGES, {"image_size": "big"}, SIDE + "'big'"),
+        (IMAGES, {"image_size": -2}, SIDE + "-2"),
+        (IMAGES, {"image_size": 1_000_000}, SIDE + "1000000"),
+        (IMAGES, {"image_size": ...}, "does not say how images are scaled: its inputs have no image_size"),
+        (IMAGES, {"channels": 7}, "channels of the inputs must be 1 or 3; got 7"),
+        (
+            IMAGES,
+            {"channels": 1},
+            "pixel_mean of the inputs must be a list of 1 numbers, one per channel; got [0.5,",
+        ),
+        (IMAGES, {"pixel_mean": [0, 0]}, MEAN),
+        (IMAGES, {"pixel_mean": ["a", "b", "c"]}, MEAN),
+        (IMAGES, {"pixel_std": "small"}, DEVIATION),
+        (IMAGES, {"pixel_std": [1, 1, 0]}, DEVIATION),
+    ],
+)
+def test_settings_that_cannot_be_used_are_named(
+    adapter_of: AdapterOf, tmp_path: Path, task: str, inputs: dict[str, Any], message: str
+) -> None:
+    refused(adapter_of(task), tmp_path / "b.safetensors", message, inputs=inputs)
+
+
+def refused(adapter: tuple[Path, str], path: Path, message: str, **about: Any) -> None:
+    """Check that a file with these values is refused with its name and this message."""
+    with pytest.raises(FileError) as caught:
+        predict(tiny.changed(adapter[0], path, **about), adapter[1], new_tokens=2)
+    assert str(caught.value).startswith(str(path)), caught.value
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("labels", [(), ("yes",), ("yes", "yes")])
+@pytest.mark.parametrize("task", ["classification", "multi-label", "token-classification"])
+def test_classes_that_are_none(adapter_of: AdapterOf, tmp_path: Path, task: str, labels: Any) -> None:
+    message = f"classes of the task {task!r} must be two or more different names; got {labels!r}"
+    file = tmp_path / "b.safetensors"
+    refused(adapter_of("classification"), file, message, labels=labels, inputs={"task": task})
+
+
+def test_a_study_is_refused_before_it_trains_what_no_file_may_hold(adapter_of: AdapterOf, tmp_path: Path) -> None:
+    rows = [{"text": "good", "label": label} for label in ["a" * 10_000, "b"] * 4]
+    spec = Spec(model=str(adapter_of("classification")[0].parent / "model"), data=tiny.rows(tmp_path / "a.jsonl", rows))
+    with pytest.raises(TnadaptError, match=r"cannot hold the task of .*: a label must be a string of at most \d+ lett"):
+        open_problem(spec)
+
+
+def test_an_adapter_without_a_description(adapter_of: AdapterOf, tmp_path: Path) -> None:
+    model = torch.nn.TransformerEncoderLayer(16, 2, dim_feedforward=32, batch_first=True)
+    tna.torch.attach(model, tna.presets.lora(1)).save(tmp_path / "a.safetensors")
+    with pytest.raises(FileError, match="does not say how inputs are prepared and outputs are read, as files of"):
+        predict(tmp_path / "a.safetensors", adapter_of("classification")[1])
+
+
+@pytest.mark.parametrize(
+    ("task", "about", "write", "message"),
+    [
+        (
+            TEXTS, {"library": "timm", "settings": {}}, tiny.classes,
+            r"^{file} was trained for 'classification', a task of texts, but its model is one of timm, of images",
+        ),
+        (
+            "causal-lm", {"labels": ("no", "yes"), "inputs": {"task": TEXTS, "task_form": ...}}, tiny.classes,
+            r"^the model of {file} returned \(2, .*, 22\) logits for two samples of .*; expected \(2, 2\)",
+        ),
+        (
+            TEXTS, {"inputs": {"task": "causal-lm", "task_form": "completion"}}, tiny.completions,
+            "the adapter's task is 'causal-lm', but its model, a BertForSequenceClassification, cannot continue texts",
+        ),
+    ],
+)  # fmt: skip
+def test_a_task_that_its_model_does_not_do(
+    adapter_of: AdapterOf, tmp_path: Path, task: str, about: dict[str, Any], write: Callable[[Path], str], message: str
+) -> None:
+    file = tiny.changed(adapter_of(task)[0], tmp_path / "b.safetensors", **about)
+    with pytest.raises(TnadaptError, match=message.replace("{file}", re.escape(str(file)))):
+        predict(file, write(tmp_path / "c.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("base", "tokenizer", "named", "expected"),
+    [
+        (False, None, None, ("{model}", "abc123")),
+        (True, None, None, ("{model}", "abc123")),
+        (False, None, "words", ("words", None)),
+        (False, "mine", None, ("mine", None)),
+        (False, "mine", "//host/share", ("mine", None)),
+    ],
+)
+@pytest.mark.parametrize("task", [TEXTS, "token-classification"])
+def test_the_bases_tokenizer_is_of_its_revision(
+    adapter_of: AdapterOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, base: bool, tokenizer: str | None,
+    named: str | None, expected: tuple[str, str | None], task: str,
+) -> None:  # fmt: skip
+    loaded = []
+
+    def from_pretrained(name: str, **settings: Any) -> Any:
+        loaded.append((name, settings))
+        found = load(model)
+        found.add_prefix_space = settings.get("add_prefix_space", False)
+        return found
+
+    load = transformers.AutoTokenizer.from_pretrained
+    adapter, data = adapter_of(task)
+    model = str(adapter.parent / "model")
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", from_pretrained)
+    file = tiny.changed(adapter, tmp_path / "b.safetensors", revision="abc123", inputs={"tokenizer": named})
+    predict(file, data, base=model if base else None, tokenizer=tokenizer, limit=2)
+    name, revision = expected
+    settings = {"trust_remote_code": False} | ({"revision": revision} if revision else {})
+    spaced = [{**settings, "add_prefix_space": True}] * (task == "token-classification")
+    assert loaded == [(name.format(model=model), one) for one in (settings, *spaced)]

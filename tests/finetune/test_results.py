@@ -108,9 +108,7 @@ OTHER = [[name, 48 if ".2." in str(name) else size] for name, size in TARGETS]
         ({**STUDY, "targets": ("q", "v")}, {"epochs": 4}, r"\(epochs was 3, now 4\)"),
     ],
 )  # fmt: skip
-def test_another_study_is_refused_and_told(
-    study: dict[str, Any], changes: dict[str, Any], message: str, tmp_path: Path
-) -> None:
+def test_another_study_is_refused(study: dict[str, Any], changes: dict[str, Any], message: str, tmp_path: Path) -> None:
     path = tmp_path / "results.jsonl"
     with Results(path, study) as results:
         results.add(training("a"))
@@ -227,9 +225,7 @@ def test_the_rate_is_chosen_by_validation(
         ([record(LORA, 0.1, 0, 0.9, 0.9), record(SUPER, 0.1, 0, 0.9, 0.9)], SUPER),  # of equals, the smaller
     ],
 )
-def test_the_best_is_chosen_by_validation_among_adapters_that_did_not_diverge(
-    records: list[dict[str, Any]], best: Method | None
-) -> None:
+def test_the_best_adapter_is_that_of_the_best_validation(records: list[dict[str, Any]], best: Method | None) -> None:
     found = best_point(points_of(keyed(*records), [LORA, SUPER, DENSE], [0.1], [0]))
     assert (None if found is None else found.method) == best
 
@@ -254,9 +250,6 @@ def test_the_table() -> None:
             ["●", "SuperLoRA", "r = 1", "5", "0.1", "80.0%", "50.0%", "2.0"],
             [front, "LoRA", "r = 1", "10", "0.1", "90.0%", f"{score:.1%}", "2.0"],
         ]
-
-
-# -- Published results: the documentation shows what is in the files next to it ------------------
 
 
 @pytest.mark.parametrize("name", ["digits", "reviews", "cifar10"])

@@ -1,29 +1,42 @@
-"""A study from end to end, resumed, and in parallel."""
+"""A study: its methods, end to end, resumed and in parallel; its loop; and what a training reports and leaves alone."""
 
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import itertools
 import json
-from collections.abc import Mapping
+import math
+import random
+import sys
+import types
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import tnadapt as tna
+from tnadapt.errors import TnadaptError
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("sklearn")
 
-import tnadapt as tna
-from tnadapt.errors import ConfigError, FileError, TargetError, TnadaptError
-from tnadapt.finetune import Choice, Reporter, Spec, Study, Task, Training, open_problem
-from tnadapt.finetune.engines import threads
+from tnadapt import torch as tnt
+from tnadapt.errors import ConfigError, FileError, TargetError
+from tnadapt.finetune import Choice, Reporter, Spec, Study, Task, Training, default_methods, grid, open_problem, within
+from tnadapt.finetune.grid import DENSE, HEAD, methods_of
 from tnadapt.finetune.loop import OwnRates, Schedule, batches, fit
-from tnadapt.finetune.problem import base_digest, free
+from tnadapt.finetune.problem import base_digest
 from tnadapt.finetune.training import train, usable_device
+from tnadapt.planning.families import usual
 
+from . import tiny_models as tiny
 from .internals import points_in, study_job
-from .small import CHOICE, TRAINING, spec, study
+from .tiny_models import CHOICE, TRAINING, spec, study
 
 
 class Counting(Reporter):
@@ -86,15 +99,19 @@ def test_the_outcome(finished: tuple[Path, Any]) -> None:
     assert [point.to_dict() for point in points_in(out / "results.jsonl")] == [p.to_dict() for p in outcome.points]
 
 
-def test_what_is_finished_is_not_done_again(finished: tuple[Path, Any], cache: Path) -> None:
+def test_the_finished_is_not_done_again_but_a_damaged_best_is_copied(finished: tuple[Path, Any], cache: Path) -> None:
     out, before = finished
+    whole = (out / "best.safetensors").read_bytes()
+    truncate(out / "best.safetensors")
     reporter = Counting()
     again = Study(spec(cache), CHOICE, TRAINING, (0.01, 0.03), reporter=reporter).run(out)
-    assert reporter.begun == (6, 6)
-    assert reporter.done == []
+    assert (reporter.begun, reporter.done) == ((6, 6), [])
     assert (again.trained, again.reused) == (0, 6)
-    assert again.points == before.points
-    assert again.proof == before.proof
+    assert (again.points, again.proof) == (before.points, before.proof)
+    assert (out / "best.safetensors").read_bytes() == whole
+    other = Study(spec(cache), CHOICE, dataclasses.replace(TRAINING, epochs=2), (0.01,))
+    with pytest.raises(FileError, match="another study \\(epochs was 1, now 2\\)"):
+        other.run(out)
 
 
 def test_a_study_grows_by_rates_seeds_and_methods(finished: tuple[Path, Any], cache: Path, tmp_path: Path) -> None:
@@ -106,7 +123,6 @@ def test_a_study_grows_by_rates_seeds_and_methods(finished: tuple[Path, Any], ca
     # Of head, r = 1 and r = 2 at one rate, seed 0 of the first two was there. The best one's file was not copied.
     assert reporter.begun == (6, 2)
     assert [len(point.test) for point in outcome.points] == [2, 2, 2]
-    assert outcome.proof is not None
     assert outcome.proof.holds
     first = {one["key"]: one["predictions"] for one in lines(out)}
     assert all(one["predictions"] == first.get(one["key"], one["predictions"]) for one in lines(tmp_path))
@@ -117,13 +133,6 @@ def test_side_by_side_gives_the_same_numbers(finished: tuple[Path, Any], cache: 
     out, _ = finished
     study(cache).run(tmp_path, jobs=2)
     assert numbers(tmp_path) == numbers(out)
-
-
-def test_other_settings_are_another_study(finished: tuple[Path, Any], cache: Path) -> None:
-    out, _ = finished
-    other = Study(spec(cache), CHOICE, dataclasses.replace(TRAINING, epochs=2), (0.01,))
-    with pytest.raises(FileError, match="another study \\(epochs was 1, now 2\\)"):
-        other.run(out)
 
 
 def test_fresh_starts_anew_and_takes_away_its_own_alone(cache: Path, tmp_path: Path) -> None:
@@ -138,10 +147,6 @@ def test_fresh_starts_anew_and_takes_away_its_own_alone(cache: Path, tmp_path: P
     assert (tmp_path / "kept.txt").read_text() == "mine"
     (own,) = [line["adapter"] for line in lines(tmp_path) if "adapter" in line]
     assert {path.name for path in (tmp_path / "adapters").iterdir()} == {own, "precious.safetensors"}
-    (tmp_path / "results.jsonl").write_text("a diary\n")
-    for fresh in (False, True):
-        with pytest.raises(FileError, match="is not a results file"):
-            one.run(tmp_path, fresh=fresh)
 
 
 @pytest.mark.parametrize(
@@ -177,15 +182,6 @@ def test_adapters_that_were_removed_or_damaged_are_trained_again(cache: Path, tm
         assert numbers(tmp_path) == records
 
 
-def test_a_damaged_best_adapter_is_copied_again(finished: tuple[Path, Any], cache: Path) -> None:
-    out, before = finished
-    whole = (out / "best.safetensors").read_bytes()
-    truncate(out / "best.safetensors")
-    again = study(cache).run(out)
-    assert (again.trained, again.reused, again.proof) == (0, 6, before.proof)
-    assert (out / "best.safetensors").read_bytes() == whole
-
-
 def test_the_proof_notices_another_adapter(finished: tuple[Path, Any], cache: Path) -> None:
     out, outcome = finished
     problem, record = open_problem(spec(cache)), outcome.best.records[0]
@@ -203,23 +199,10 @@ def test_a_rate_that_explodes_is_a_line_and_no_adapter(cache: Path, tmp_path: Pa
     assert record["diverged"]
     assert "adapter" not in record
     if len(rates) == 2:
-        assert outcome.best is not None
         assert outcome.best.rate == 0.03
     else:
         assert record["training_loss"] is None
         assert (outcome.best, outcome.adapter) == (None, None)
-
-
-@pytest.mark.law("no-global-random-state")
-def test_training_touches_no_global_random_state_and_no_threads(cache: Path) -> None:
-    problem = open_problem(spec(cache))
-    state, count = torch.get_rng_state(), torch.get_num_threads()
-    (method,) = Choice(presets=("lora",), ranks=(1,)).methods([(64, 64)] * 8, 4)[1:]
-    fractions: list[float] = []
-    train(problem, Task(method, 0, 0.01), TRAINING, progress=fractions.append)
-    assert torch.equal(torch.get_rng_state(), state)
-    assert torch.get_num_threads() == count
-    assert fractions == [step / 7 for step in range(1, 8)]
 
 
 def test_the_base_is_the_same_whatever_the_seed_and_the_head_is_not(cache: Path) -> None:
@@ -230,36 +213,18 @@ def test_the_base_is_the_same_whatever_the_seed_and_the_head_is_not(cache: Path)
     assert base_digest(one) == base_digest(problem.build(0))
 
 
-def test_a_method_that_does_not_fit_is_named(cache: Path) -> None:
-    with pytest.raises(
-        TnadaptError, match=r"LoRA r = 1, projection = linear, ratio = 0\.1 does not fit the targets: fold="
-    ):
-        study(cache, Choice(presets=("lora",), ranks=(1,), changes={"projection": "linear", "ratio": 0.1}))
-
-
 @pytest.mark.parametrize("keep", [("nothing",), ("head", "nothing")])
 def test_a_name_to_keep_that_is_not_there(cache: Path, tmp_path: Path, keep: tuple[str, ...]) -> None:
-    one = Study(dataclasses.replace(spec(cache), keep_trainable=keep), CHOICE, TRAINING, (0.01,))
-    with pytest.raises(TargetError, match="nothing"):
-        one.run(tmp_path, jobs=1)
+    other = Study(dataclasses.replace(spec(cache), keep_trainable=keep), CHOICE, TRAINING, (0.01,))
     with pytest.raises(TargetError, match="--keep-trainable nothing: the model has no such"):
-        free(one.problem.build(0), keep)
+        other.run(tmp_path, jobs=1)
 
 
 def test_another_part_to_keep(cache: Path, tmp_path: Path) -> None:
     one = Study(dataclasses.replace(spec(cache), keep_trainable=("head", "norm")), CHOICE, TRAINING, (0.01,))
     outcome = one.run(tmp_path, jobs=1)
     assert {point.kept for point in outcome.points} == {325 + 128}
-    assert outcome.proof is not None
     assert outcome.proof.holds
-
-
-@pytest.mark.slow
-def test_a_worker_that_cannot_open_the_problem_says_why(cache: Path, tmp_path: Path) -> None:
-    one = study(cache)
-    one.spec = Spec(model="no/such")
-    with pytest.raises(TnadaptError, match="--model needs --data, too"):
-        one.run(tmp_path, jobs=2)
 
 
 @pytest.mark.parametrize(
@@ -279,21 +244,21 @@ def test_a_device_that_is_not_here(name: str, meant: str) -> None:
 
 
 def test_the_pretrained_model_is_kept_and_made_anew_where_damaged(tmp_path: Path) -> None:
-    one = Spec(cache=tmp_path / "made" / "here", pretrain_epochs=1)
-    told: list[str] = []
-    first = base_digest(open_problem(one, lambda what, done: told.append(what)).build(0))
-    assert told
+    def opened() -> tuple[str, bool]:
+        """Return the digest of the base, and whether it was trained."""
+        told: list[str] = []
+        problem = open_problem(spec(tmp_path / "made" / "here"), lambda what, done: told.append(what))
+        return base_digest(problem.build(0)), bool(told)
+
+    digest, trained = opened()
+    assert trained
+    assert opened() == (digest, False)
     (file,) = (tmp_path / "made" / "here" / "digits").iterdir()
-    told.clear()
-    assert base_digest(open_problem(one, lambda what, done: told.append(what)).build(0)) == first
-    assert not told
     whole = file.read_bytes()
     for damage in (b"", whole[:1000], whole[:200] + b"\xff" * 4096 + whole[4296:], b"\0" * 64):
         file.write_bytes(damage)
-        assert base_digest(open_problem(one, lambda what, done: told.append(what)).build(0)) == first
-        assert told
+        assert opened() == (digest, True)
         assert file.read_bytes() == whole
-        told.clear()
 
 
 def test_where_the_cache_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -320,6 +285,11 @@ def test_what_does_not_fit_is_refused_before_a_base_is_trained(tmp_path: Path) -
 
     with pytest.raises(ConfigError, match="format must be one of"):
         Study(spec(tmp_path), Choice(changes={"format": "none"}), TRAINING, (0.01,), reporter=Told())
+    projected = Choice(presets=("lora",), ranks=(1,), changes={"projection": "linear", "ratio": 0.1})
+    with pytest.raises(
+        TnadaptError, match=r"LoRA r = 1, projection = linear, ratio = 0\.1 does not fit the targets: fold="
+    ):
+        Study(spec(tmp_path), projected, TRAINING, (0.01,), reporter=Told())
     found = Study(spec(tmp_path), CHOICE, TRAINING, (0.01,), reporter=Told())
     assert found.parameters(found.methods[-1]) > 0
     assert not told
@@ -379,15 +349,260 @@ def test_texts_of_like_length_share_a_batch(cache: Path) -> None:
     assert sum(spans) / len(spans) < 60  # of 448, in random batches it would be above 350
 
 
-def test_threads_are_given_back_after_an_error() -> None:
-    before, inside = torch.get_num_threads(), 0
-    with pytest.raises(ZeroDivisionError), threads(before + 1):  # noqa: PT012
-        inside = torch.get_num_threads()
-        raise ZeroDivisionError
-    assert inside == before + 1
-    assert torch.get_num_threads() == before
+# -- Reports to TensorBoard, W&B and trackio, which change nothing ---------------------------------
+
+(METHOD,) = Choice(presets=("superlora",), ranks=(1,)).methods([(16, 16)] * 4, 2)[1:]
 
 
-def test_training_settings() -> None:
-    assert Training(1, 1, targets=("q", "v")).selection == ["q", "v"]
-    assert Training(1, 1).selection == "qv"
+@pytest.fixture(scope="module")
+def problem(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    folder = tmp_path_factory.mktemp("trainer")
+    return open_problem(Spec(model=tiny.bert(folder / "bert"), data=tiny.tags(folder / "tags.jsonl")))
+
+
+@pytest.fixture
+def report_by(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, type], None]:
+    """Return a function that makes a class the callback of a library, which need not be installed."""
+    integrations = pytest.importorskip("transformers.integrations.integration_utils")
+    return lambda name, callback: monkeypatch.setitem(integrations.INTEGRATION_TO_CALLBACK, name, callback)
+
+
+@pytest.fixture
+def curves(report_by: Callable[[str, type], None]) -> list[Any]:
+    """What is reported to TensorBoard: an entry for each event."""
+    transformers = pytest.importorskip("transformers")
+    events: list[Any] = []
+
+    class Callback(transformers.TrainerCallback):  # type: ignore[misc]
+        def on_train_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+            events.append(("begin", args.output_dir, args.run_name))
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any, **more: Any) -> None:
+            events.append((state.global_step, logs))
+
+        def on_train_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+            events.append("end")
+
+    report_by("tensorboard", Callback)
+    return events
+
+
+def test_a_loss_that_is_not_finite_ends_training_and_curve(problem: Any, tmp_path: Path, curves: list[Any]) -> None:
+    training = Training(2, 8, report_to="tensorboard")
+    record = train(problem, Task(METHOD, 1, 1e30), training, tmp_path / "adapters")
+    assert record["diverged"]
+    assert record["training_loss"] is None
+    assert not list(tmp_path.rglob("*.safetensors"))
+    assert [step for step, _ in curves[1:-1]] == [1]
+    assert curves[-1] == "end"
+
+
+@pytest.mark.law("no-global-random-state")
+def test_it_leaves_global_random_states_and_threads_alone(problem: Any) -> None:
+    before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1], torch.get_num_threads()
+    fractions: list[float] = []
+    train(problem, Task(METHOD, 0, 0.01), Training(1, 8), progress=fractions.append)
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert random.getstate() == before[1]
+    np.testing.assert_array_equal(np.random.get_state()[1], before[2])
+    assert torch.get_num_threads() == before[3]
+    assert fractions == [1 / 3, 2 / 3, 1.0]
+
+
+def test_reports_change_no_result_and_are_those_of_the_steps(problem: Any, tmp_path: Path, curves: list[Any]) -> None:
+    task = Task(METHOD, 0, 0.01)
+    plain = Training(20, 4, warmup=0.3, clip=0.1)
+    reported = dataclasses.replace(plain, report_to="tensorboard")
+    assert reported.settings() == plain.settings()
+    records, files = [], []
+    for training in (plain, reported):
+        folder = tmp_path / training.report_to / "adapters"
+        record = train(problem, task, training, folder)
+        del record["seconds"]
+        records.append(record)
+        files.append((folder / record["adapter"]).read_bytes())
+    assert records[0] == records[1]
+    assert files[0] == files[1]
+
+    name = task.file_name().removesuffix(".safetensors")
+    assert curves[0] == ("begin", str(tmp_path / "tensorboard" / "logs" / name), name)
+    assert curves[-1] == "end"
+    steps, logs = zip(*curves[1:-1], strict=True)
+    total = 20 * math.ceil(len(problem.parts["training"].labels) / 4)
+    every = total // 50
+    assert every > 1
+    assert steps == tuple(range(every, total + 1, every))
+    schedule = plain.schedule(0.01)
+    for step, log in zip(steps, logs, strict=True):
+        assert log["learning_rate"] == pytest.approx(0.01 * schedule.factor(step - 1, total))
+        assert log["epoch"] == pytest.approx(20 * step / total)
+        assert log["grad_norm"] > 0
+    # A point has the mean of the losses since the last one.
+    with torch.random.fork_rng():
+        model = problem.build(0)
+        torch.manual_seed(0)
+        adapter = tnt.attach(model, METHOD.config.replace(seed=0), "qv", keep_trainable=problem.keep_trainable)
+        parameters = [one for one in model.parameters() if one.requires_grad]
+        part, cpu = problem.parts["training"], torch.device("cpu")
+        found = list(fit(model, problem.logits, problem.task, part, parameters, schedule, 20, 4, cpu))
+    assert adapter.num_parameters == records[0]["parameters"]
+    losses = np.array([step.loss for step in found])[: len(steps) * every].reshape(-1, every)
+    np.testing.assert_allclose([log["loss"] for log in logs], losses.mean(1))
+
+
+def test_repeating_replaces_the_curve(problem: Any, tmp_path: Path, report_by: Callable[[str, type], None]) -> None:
+    # TensorBoard is not needed: this is what the Trainer's callback for it does.
+    transformers = pytest.importorskip("transformers")
+    folders: list[Path] = []
+
+    class Callback(transformers.TrainerCallback):  # type: ignore[misc]
+        logging_dir: str | None = None
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+            folders.append(Path(self.logging_dir or f"{args.output_dir}/runs/time_host"))
+            folders[-1].mkdir(parents=True, exist_ok=True)
+            (folders[-1] / f"events.out.tfevents.{len(folders)}").touch()
+
+    report_by("tensorboard", Callback)
+    tasks, logs = [Task(METHOD, seed, 0.01) for seed in (0, 1, 0)], tmp_path / "logs"
+    for name in ("runs/day_host/events.out.tfevents.0", "notes.txt"):
+        path = logs / tasks[0].file_name().removesuffix(".safetensors") / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    for task in tasks:
+        train(problem, task, Training(1, 40, report_to="tensorboard"), tmp_path / "adapters")
+    assert folders == [logs / task.file_name().removesuffix(".safetensors") for task in tasks]
+    events = {folders[place - 1] / f"events.out.tfevents.{place}" for place in (2, 3)}
+    assert {path for path in logs.rglob("events*") if path.is_file()} == events
+    assert {path.name for path in folders[0].iterdir()} == {"events.out.tfevents.3", "notes.txt"}
+    # The folder that the user's environment names is kept.
+    Callback.logging_dir = str(tmp_path / "own")
+    train(problem, tasks[0], Training(1, 40, report_to="tensorboard"), tmp_path / "adapters")
+    assert folders[-1] == tmp_path / "own"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "run", "ends"), [("wandb", "open", 1), ("wandb", None, 0), ("trackio", "open", 0)])
+def test_a_run_that_is_left_open_is_ended(
+    name: str, run: str | None, ends: int, problem: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    report_by: Callable[[str, type], None],
+) -> None:  # fmt: skip
+    ended: list[str] = []
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.setitem(sys.modules, name, types.SimpleNamespace(run=run, finish=lambda: ended.append(name)))
+    report_by(name, transformers.TrainerCallback)
+    train(problem, Task(METHOD, 0, 0.01), Training(1, 40, report_to=name), tmp_path / "adapters")
+    assert len(ended) == ends
+
+
+def test_reports_without_accelerate_say_what_to_install(problem: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "accelerate" else find(name))
+    message = r"reports to wandb need transformers and accelerate: pip install 'tnadapt\[hub\]'"
+    with pytest.raises(TnadaptError, match=message):
+        train(problem, Task(METHOD, 0, 0.01), Training(1, 8, report_to="wandb"))
+
+
+# -- The methods to compare: by name, by default, and by budget -------------------------------------
+
+SMALL = [(64, 64)] * 8
+
+
+@pytest.mark.parametrize("shapes", [SMALL, [(768, 768)] * 24, [(64, 64), (16, 64)] * 4, [(384, 384)] * 12])
+@pytest.mark.parametrize("short", [False, True])
+def test_the_default_grid_fits_any_attention(shapes: list[tuple[int, int]], short: bool) -> None:
+    methods = default_methods(short)
+    assert len({method.name for method in methods}) == len(methods)
+    counts = {method.name: tna.parameter_count(method.config, shapes) for method in methods if method.config}
+    assert methods[0].family == HEAD
+    assert counts[DENSE] == max(counts.values()) == sum(rows * cols for rows, cols in shapes)
+    if not short and shapes == SMALL:  # from tens to tens of thousands
+        assert (min(counts.values()) < 50, max(counts.values())) == (True, 32768)
+        families = {HEAD, DENSE, "LoRA", "LoKr", "LoNKr", "LoRTA", "SuperLoRA", "SuperLoRA + F"}
+        assert {method.family for method in methods} >= families
+
+
+shapes_strategy = st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40)), min_size=1, max_size=6)
+
+
+@given(st.integers(1, 5000), shapes_strategy)
+def test_a_budget_is_kept_and_used(budget: int, shapes: list[tuple[int, int]]) -> None:
+    size = sum(rows * cols for rows, cols in shapes)
+    found = {}
+    for method in within(budget, shapes):
+        count = tna.parameter_count(method.config, shapes)
+        assert count <= min(budget, size)
+        found[method.family] = max(count, found.get(method.family, 0))
+    # The projections of one parameter or more are always there, and come within one of the budget.
+    assert found["fastfood"] >= min(budget, size) - 1
+    lora = tna.parameter_count(tna.presets.lora(1), shapes) if len({cols for _, cols in shapes}) == 1 else None
+    if lora is not None and lora <= min(budget, size):
+        least = min(min(shape) for shape in shapes)
+        best = max(rank for rank in range(1, least + 1) if rank * lora <= min(budget, size))
+        assert found["LoRA"] == best * lora
+
+
+def test_named_settings() -> None:
+    chosen = methods_of(["lora", "superlora"], [1, 4], {}, SMALL, 4)
+    assert [method.name for method in chosen] == ["LoRA r = 1", "LoRA r = 4", "SuperLoRA r = 1", "SuperLoRA r = 4"]
+    assert chosen[3].config == tna.presets.superlora(4)
+    (projected,) = methods_of([], [2], {"projection": "linear", "ratio": 0.1, "groups": 2}, SMALL, 4)
+    assert projected.family == "SuperLoRA + F"
+    assert projected.config == tna.presets.superlora(2, groups=2, projection="linear", ratio=0.1)
+    (dense,) = methods_of(["dense"], [], {}, SMALL, 4)
+    assert (dense.config, dense.label) == (tna.presets.dense(), "")
+    (c3a,) = methods_of(["c3a"], [], {"block": 64}, SMALL, 4)
+    assert (c3a.family, c3a.label) == ("C3A", "block = 64")
+    (grouped,) = methods_of(["lotr"], [2], {"groups": "role"}, [(64, 32), (16, 32)] * 2, 2)
+    assert grouped.config == tna.presets.lotr(2, groups="role"), "needs no weights of one shape"
+
+
+#: What some presets need besides their names, and how many parameters they have then; 0 for any number.
+NEEDED: dict[str, tuple[list[int], dict[str, Any], int]] = {
+    "c3a": ([], {"block": 64}, 8 * 64),
+    "craft": ([8], {}, 2 * (4**2 + 2 * 8**2)),
+    "quanta": ([], {"digits": (4, 4)}, 8 * 3 * 16**2),
+    "lorta_cp": ([2], {"heads": 4}, 0),
+    "cara": ([2], {"heads": 4}, 0),
+}
+
+
+@pytest.mark.parametrize("name", sorted(set(tna.presets.__all__) - {"nola"}))
+def test_every_preset_by_its_name(name: str) -> None:
+    ranks, changes, expected = NEEDED.get(name, ([], {}, 0))
+    (method,) = methods_of([name], ranks, changes, SMALL, 4)
+    count = tna.parameter_count(method.config, SMALL, roles="qv" * 4)
+    assert count == expected if expected else count > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "shapes", "message"),
+    [
+        ("lorta_cp", SMALL, "preset 'lorta_cp' needs the number of 'heads' or .*; give it with --set NAME=VALUE"),
+        (
+            "lotr", [(64, 32), (16, 32)] * 2,
+            "preset 'lotr' needs weights of one shape; .* give --groups role, for one group of",
+        ),
+        ("c3a", SMALL, "block=768, which does not divide the 64 rows"),
+    ],
+)  # fmt: skip
+def test_presets_that_do_not_fit(name: str, shapes: list[tuple[int, int]], message: str) -> None:
+    with pytest.raises(TnadaptError, match=message):
+        tna.parameter_count(methods_of([name], [] if name == "c3a" else [2], {}, shapes, 4)[0].config, shapes)
+
+
+def test_a_budget_below_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grid, "_families", lambda shapes: usual(shapes)[:2])
+    message = r"a budget of 100 is less than any setting needs on these 8 weights; .* is 640"
+    with pytest.raises(TnadaptError, match=message):
+        within(100, SMALL)
+
+
+def test_bad_choices() -> None:
+    # Others are refused on the command line: see tests/cli/test_cli.py.
+    with pytest.raises(TnadaptError, match="no field 'dropout'"):
+        Choice(presets=("dense",), changes={"dropout": 1}).methods(SMALL, 4)
+    with pytest.raises(TnadaptError, match="at least 1 parameter"):
+        Choice(budgets=(10, -3)).methods(SMALL, 4)

@@ -23,7 +23,7 @@ from tnadapt.finetune.tasks import TASKS, register_task
 
 from . import tiny_models as tiny
 from .internals import choose_task
-from .small import read
+from .tiny_models import read
 
 
 def chosen(path: str, **options: Any) -> Any:
@@ -33,10 +33,10 @@ def chosen(path: str, **options: Any) -> Any:
     return task, task.read(source, spec)
 
 
-def table(folder: Path, labels: list[Any], **more: list[Any]) -> str:
-    """Write texts with these labels as a .csv of plain cells."""
-    lines = [",".join(["text", "label", *more])]
-    lines += [",".join(map(str, [f"text {i}", *row])) for i, row in enumerate(zip(labels, *more.values(), strict=True))]
+def table(folder: Path, labels: list[Any], options: dict[str, Any]) -> str:
+    """Write texts with these labels as a .csv of plain cells, with the columns that the options name."""
+    lines = [f"{options.get('text_column', 'text')},{options.get('label_column', 'label')}"]
+    lines += [f"text {place},{label}" for place, label in enumerate(labels)]
     (folder / "data.csv").write_text("\n".join(lines))
     return str(folder / "data.csv")
 
@@ -65,6 +65,9 @@ def test_the_task_is_evident(tmp_path: Path, name: str) -> None:
                 chosen(path, task=other)
 
 
+NAMED = {"text_column": "review", "label_column": "stars"}
+
+
 @pytest.mark.parametrize(
     ("labels", "options", "name", "classes"),
     [
@@ -81,33 +84,15 @@ def test_the_task_is_evident(tmp_path: Path, name: str) -> None:
         (["R|B", "soul", "soul", "R|B"] * 2, {"task": "classification"}, "classification", ("R|B", "soul")),
         (["R|B", "soul", "soul", "R|B"] * 2, {"separator": "|"}, "multi-label", ("B", "R", "soul")),
         (["x", "y"] * 4, {"task": "causal-lm"}, "causal-lm", ()),
+        (["good", "bad"] * 4, NAMED, "classification", ("bad", "good")),
+        ([0.5, 1.25, 2.5, 3.75] * 2, NAMED, "regression", ()),
     ],
 )  # fmt: skip
 def test_labels_of_a_csv(
     tmp_path: Path, labels: list[Any], options: dict[str, Any], name: str, classes: tuple[str, ...]
 ) -> None:
-    task, data = chosen(table(tmp_path, labels), **options)
+    task, data = chosen(table(tmp_path, labels, options), **options)
     assert (task.name, data.classes) == (name, classes)
-
-
-@pytest.mark.parametrize(
-    ("column", "labels", "name"),
-    [
-        ("stars", ["good", "bad"], "classification"),
-        ("answer", ["yes", "no"], ""),
-        ("stars", [0.5, 1.25, 2.5, 3.75], "regression"),
-    ],
-)
-def test_named_columns_are_texts_and_labels_unless_they_are_called_completions(
-    tmp_path: Path, column: str, labels: list[Any], name: str
-) -> None:
-    path = tmp_path / "data.csv"
-    path.write_text("\n".join([f"review,{column}", *(f"text {i},{labels[i % len(labels)]}" for i in range(8))]))
-    if not name:  # completions are few words, too
-        with pytest.raises(TnadaptError, match=r"'review' and 'answer' are prompts and completions \(--task causal-lm"):
-            chosen(path, text_column="review", label_column=column)
-        return
-    assert chosen(path, text_column="review", label_column=column)[0].name == name
 
 
 @pytest.mark.parametrize(
@@ -161,12 +146,16 @@ def test_named_columns_are_texts_and_labels_unless_they_are_called_completions(
             ["yes", "no", "yes", "no"], {"separator": "/"},
             "--separator is for --task multi-label; the task of data.csv is classification",
         ),
+        (
+            ["yes", "no"] * 4, {"text_column": "review", "label_column": "answer"},  # completions are few words, too
+            "'review' and 'answer' are prompts and completions (--task causal-lm",
+        ),
         ([f"answer {i}" for i in range(8)], {}, "'label' has 8 different labels in 8 rows (--task classification)"),
     ],
 )  # fmt: skip
 def test_data_that_do_not_fit(tmp_path: Path, labels: list[Any], options: dict[str, Any], message: str) -> None:
     with pytest.raises(TnadaptError) as caught:
-        chosen(table(tmp_path, labels), **options)
+        chosen(table(tmp_path, labels, options), **options)
     assert message in str(caught.value)
 
 
@@ -199,6 +188,7 @@ NAMES = ["no", "maybe", "yes"]
     ("column", "labels", "name", "classes", "expected"),
     [
         ("label", [0, 1, 2] * 2, "classification", ("no", "maybe", "yes"), [0, 1, 2] * 2),
+        ("label", [2, 0, 2, 0], "classification", ("no", "yes"), [1, 0, 1, 0]),
         ("labels", [[0], [0, 2], []], "multi-label", ("no", "yes"), [[1, 0], [1, 1], [0, 0]]),
         ("ner_tags", [[0, 2], [1]], "token-classification", ("maybe", "no", "yes"), [[1, 2], [0]]),
     ],
@@ -217,7 +207,11 @@ def test_classes_that_datasets_names_are_evident(
     datasets.Dataset.from_dict(rows, features=features).save_to_disk(tmp_path / "saved")
     task, data = chosen(str(tmp_path / "saved"))
     assert (task.name, data.classes) == (name, classes)
-    assert [one if isinstance(one, list) else one.tolist() for one in data.samples.labels] == expected
+    # What was trained on is predicted, too.
+    again, known = task.of(data, data.samples).samples(open_source(str(tmp_path / "saved")), Spec())
+    assert known
+    for samples in (data.samples, again):
+        assert [labels if isinstance(labels, list) else labels.tolist() for labels in samples.labels] == expected
 
 
 @given(st.lists(st.sampled_from("abc"), min_size=1, max_size=3), st.sampled_from("|;/"))
@@ -247,9 +241,6 @@ WORDS = ("neg", "pos")
 def task_of(name: str) -> Any:
     fields = {"regression": (0.0, 1.0), "causal-lm": ("completion",)}
     return TASKS[name](*fields.get(name, (WORDS,)))
-
-
-# -- Columns -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("options", [{"label_column": "lable"}, {"text_column": "txt"}])
@@ -306,18 +297,6 @@ def test_labels_that_are_all_hidden_are_none(name: str) -> None:
     assert (samples.labels.tolist(), known) == ([-1], True)
 
 
-def test_classes_that_do_not_all_occur_have_names() -> None:
-    table = Table("data", "data", {"text": list("abcd"), "label": [2, 0, 2, 0]}, words={"label": ("a", "b", "c")})
-    data = TASKS["classification"].read(table, Spec())
-    assert data.classes == ("a", "c")
-    assert data.samples.labels.tolist() == [1, 0, 1, 0]
-    # What was trained on is predicted, too.
-    assert TASKS["classification"](data.classes).samples(table, Spec())[0].labels.tolist() == [1, 0, 1, 0]
-
-
-# -- Parts -------------------------------------------------------------------------------------
-
-
 def test_a_test_part_needs_the_columns_and_labels() -> None:
     parts = {
         "test": {"text": ["a"], "label": [-1]}, "validation": {"sentence": ["a"], "label": [0]},
@@ -325,12 +304,8 @@ def test_a_test_part_needs_the_columns_and_labels() -> None:
     }  # fmt: skip
     table = Table("data", "data", {"text": ["c", "d"], "label": [0, 1]}, parts)
     held = table.test(["text", "label"], "label")
-    assert held is not None
     assert (held.path, held.columns["text"], held.tests) == ("the val part of data", ["b"], {})
     assert TASKS["classification"].read(table, Spec()).test.inputs == ["b"]
-
-
-# -- Spaces ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv"])
@@ -346,9 +321,6 @@ def test_spaces_around_labels_are_no_part_of_them(tmp_path: Path, suffix: str) -
     assert data.samples.labels.tolist() == [1, 0, 1, 0]
     task = TASKS["classification"].of(data, data.samples)
     assert task.samples(open_source(str(path)), Spec())[0].labels.tolist() == [1, 0, 1, 0]
-
-
-# -- Hostile tables ----------------------------------------------------------------------------
 
 
 def test_a_hundred_thousand_columns(tmp_path: Path) -> None:

@@ -1,9 +1,7 @@
-"""Each task: its metrics against other libraries', and the whole job on the command line."""
+"""Each task: its metrics against other libraries', what is learnt of its samples, and what is said of its adapters."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -15,21 +13,17 @@ from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
-typer_testing = pytest.importorskip("typer.testing")
 
 import tnadapt as tna
-from tests.support.depth import in_depth
-from tnadapt.cli import app
 from tnadapt.errors import FileError, TnadaptError
-from tnadapt.finetune import Point, Spec, Task, Training, open_problem, predict
+from tnadapt.finetune import Point, Spec, open_problem, predict
 from tnadapt.finetune.data import Samples, Table, open_source
 from tnadapt.finetune.grid import Method, head_alone
 from tnadapt.finetune.loop import evaluate
 from tnadapt.finetune.tasks import TASKS
-from tnadapt.finetune.training import train
 
 from . import tiny_models as tiny
-from .internals import control_of, points_in
+from .internals import control_of
 
 CPU = torch.device("cpu")
 TEMPLATE = (
@@ -119,13 +113,16 @@ def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return Path(tiny.gpt2(tmp_path_factory.mktemp("models") / "gpt2", template=TEMPLATE))
 
 
-def test_only_completions_are_learnt_and_ends_of_prompts_are_kept(gpt2: Path) -> None:
-    tokenizer = transformers.AutoTokenizer.from_pretrained(gpt2)
+@pytest.fixture
+def tokenizer(gpt2: Path) -> Any:
+    return transformers.AutoTokenizer.from_pretrained(gpt2, pad_token="[SEP]")
+
+
+def test_only_completions_are_learnt_and_ends_of_prompts_are_kept(tokenizer: Any) -> None:
     task = TASKS["causal-lm"]("completion")
     samples = Samples([("what is it", "good film"), ("the", "bad")], np.zeros(2, np.int64))
 
     def encoded(longest: int) -> tuple[list[str], list[int]]:
-        tokenizer.pad_token = "[SEP]"
         part = task.encode(samples, tokenizer, longest)
         return tokenizer.convert_ids_to_tokens(part.tokens[0].tolist()), part.labels[0].tolist()
 
@@ -135,9 +132,7 @@ def test_only_completions_are_learnt_and_ends_of_prompts_are_kept(gpt2: Path) ->
     assert encoded(3) == (["it", "good", "film"], [-100, good, film])
 
 
-def test_the_last_turn_of_a_conversation_is_learnt(gpt2: Path) -> None:
-    tokenizer = transformers.AutoTokenizer.from_pretrained(gpt2)
-    tokenizer.pad_token = "[SEP]"
+def test_the_last_turn_of_a_conversation_is_learnt(tokenizer: Any) -> None:
     turns = [{"role": "user", "content": "what is it"}, {"role": "assistant", "content": "good"}]
     samples = Samples([turns], np.zeros(1, np.int64))
     part = TASKS["causal-lm"]("messages").encode(samples, tokenizer, 32)
@@ -148,8 +143,7 @@ def test_the_last_turn_of_a_conversation_is_learnt(gpt2: Path) -> None:
         TASKS["causal-lm"]("messages").encode(samples, tokenizer, 32)
 
 
-def test_exact_matches_are_those_of_greedy_decoding(gpt2: Path, tmp_path: Path) -> None:
-    tokenizer = transformers.AutoTokenizer.from_pretrained(gpt2)
+def test_exact_matches_are_those_of_greedy_decoding(gpt2: Path, tokenizer: Any, tmp_path: Path) -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(gpt2).eval()
 
     def greedy(prompt: Any, count: int) -> list[int]:
@@ -184,15 +178,10 @@ def test_a_text_model_that_sees_what_it_is_to_predict_is_refused(tmp_path: Path)
         open_problem(spec)
 
 
-def test_a_model_without_a_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tokenizer_for_a_model_without_one_is_found_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bare, data = tiny.gpt2(tmp_path / "gpt2", tokenizer=False), tiny.completions(tmp_path / "a.jsonl")
-    with pytest.raises(
-        TnadaptError, match=r"has no tokenizer, or one .*; give a folder or hub name with one as --tokenizer"
-    ):
-        open_problem(Spec(model=bare, data=data))
     tiny.words(tmp_path / "words")
     monkeypatch.chdir(tmp_path)
-    # The folder is found from elsewhere.
     problem = open_problem(Spec(model=bare, data=data, tokenizer="words"))
     assert problem.source["tokenizer"] == str(tmp_path / "words")
     assert problem.task.name == "causal-lm"
@@ -205,9 +194,6 @@ CausalLM = TASKS["causal-lm"]
 
 def turns(*roles: str) -> list[dict[str, str]]:
     return [{"role": role, "content": "good film"} for role in roles]
-
-
-# -- Conversations -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("roles", [("user",), ("user", "assistant", "user"), ("system",)])
@@ -236,34 +222,26 @@ def test_conversations_to_predict_may_end_with_a_question(gpt2: Path, tmp_path: 
     assert found.rows[0]["prediction"] == found.rows[1]["prediction"]
 
 
-def test_a_row_without_targets_is_no_exact_match() -> None:
+def test_a_row_without_targets_is_no_exact_match_and_has_no_gap_and_no_loss() -> None:
     empty, wrong, right = torch.zeros(0, 2), torch.tensor([[1.0, 5.0]]), torch.tensor([[1.0, 7.0]])
-    rows = [one.double() for one in (empty, wrong, right)]
+    rows = [row.double() for row in (empty, wrong, right)]
     labels = torch.tensor([[-100, -100], [-100, 7], [-100, 7]])
-    assert CausalLM("completion").measure(rows, labels).more["exact match"] == 0.5
-    assert "exact match" not in CausalLM("completion").measure(rows[:1], labels[:1]).more
-
-
-def test_a_row_without_targets_has_no_gap_and_no_loss() -> None:
-    empty, one, other = torch.zeros(0, 2), torch.tensor([[1.0, 5.0]]), torch.tensor([[1.5, 9.0]])
     task = CausalLM("completion")
+    assert task.measure(rows, labels).more["exact match"] == 0.5
+    assert "exact match" not in task.measure(rows[:1], labels[:1]).more
     assert task.largest_gap([empty], [empty]) == 0
-    assert task.largest_gap([empty, one], [empty, other]) == 0.5
+    assert task.largest_gap([empty, wrong], [empty, torch.tensor([[1.5, 9.0]])]) == 0.5
     assert TASKS["token-classification"](("O", "A")).largest_gap([empty], [empty]) == 0
     assert task.answer(empty) == {"loss": None, "perplexity": None}
 
 
-def completed(model: Any, tokenizer: Any, *prompts: str) -> list[str]:
+def completed(model: Any, tokenizer: Any, *prompts: str) -> Any:
     samples = Samples([(prompt, "") for prompt in prompts], np.zeros(len(prompts), np.int64))
-    found = CausalLM("completion").complete(model, tokenizer, samples, 32, 8, 6, CPU)
-    assert found is not None
-    return found
+    return CausalLM("completion").complete(model, tokenizer, samples, 32, 8, 6, CPU)
 
 
-def test_completions_are_greedy_whatever_the_model_prefers(gpt2: Path) -> None:
+def test_completions_are_greedy_whatever_the_model_prefers(gpt2: Path, tokenizer: Any) -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(gpt2).eval()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(gpt2)
-    tokenizer.pad_token = "[SEP]"
     prompts = ("what is it", "the film was very very good")
     plain = completed(model, tokenizer, *prompts)
     for text, prompt in zip(plain, prompts, strict=True):
@@ -280,18 +258,12 @@ def test_completions_are_greedy_whatever_the_model_prefers(gpt2: Path) -> None:
 
 
 @pytest.mark.parametrize("form", ["completion", "text"])
-def test_an_empty_prompt_is_named(gpt2: Path, form: str) -> None:
+def test_an_empty_prompt_is_named(gpt2: Path, tokenizer: Any, form: str) -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(gpt2)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(gpt2)
     inputs = [("good", ""), ("", "")] if form == "completion" else ["good", ""]
     message = "finds no token in the prompt of row 1, '', so there is nothing to continue; give each row a prompt"
     with pytest.raises(TnadaptError, match=message):
-        CausalLM(form).complete(
-            model, tokenizer, Samples(inputs, np.zeros(2, np.int64)), 8, 2, 2, CPU
-        )  # fmt: skip
-
-
-# -- Controls ----------------------------------------------------------------------------------
+        CausalLM(form).complete(model, tokenizer, Samples(inputs, np.zeros(2, np.int64)), 8, 2, 2, CPU)
 
 
 ACCURACY, RMSE = (TASKS[name].metric for name in ("classification", "regression"))
@@ -332,70 +304,6 @@ def test_an_adapter_that_adds_nothing(
 ) -> None:
     adapter = point(LORA, *best, metric=metric)
     control = control_of([point(head_alone(), *head, metric=metric), adapter], adapter)
-    assert control is not None
     assert control.warning == warning
     assert control_of([adapter], adapter) is None
     assert control_of([adapter], None) is None
-
-
-# -- The whole job -----------------------------------------------------------------------------
-
-
-def invoke(*arguments: Any) -> Any:
-    return typer_testing.CliRunner().invoke(app, list(map(str, arguments)), catch_exceptions=True)
-
-
-#: A task of each sort of model; the metrics of all are tested above.
-SHORT = ("regression", "causal-lm", "image-classification")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", in_depth(tiny.JOBS, SHORT))
-def test_the_whole_job(tmp_path: Path, name: str) -> None:
-    model, write, suffix = tiny.JOBS[name]
-    reference = "untrained base" if name == "causal-lm" else "head alone"
-    given = ["finetune", "--model", model(tmp_path / "model"), "--data", write(tmp_path / f"a{suffix}")]
-    given += ["--out", tmp_path / "out"]
-    given += ["--preset", "lora", "--rank", 1, "--lr", 0.02, "--lr", 0.1, "--epochs", 2, "--batch", 8, "--json"]
-    done = invoke(*given)
-    assert done.exit_code == 0, done.output
-    report = json.loads(done.stdout)
-    assert report["best"]["proof"]["loaded_same"]
-    assert report["control"]["reference"] == reference
-    assert [point["family"] for point in report["points"]] == [reference, "LoRA"]
-    assert report["study"].get("task", {"name": name})["name"] == name
-    assert Path(report["picture"]).is_file()
-    again = invoke(*given)
-    count = 3 if reference == "untrained base" else 4
-    assert f"{count} of {count} trainings were finished before" in again.stderr
-    assert json.loads(again.stdout) == report
-    text = invoke(*given[:-1]).stdout
-    warning = report["control"]["warning"]
-    assert ("warning: " in text) == (warning is not None)
-    assert warning is None or warning in text
-    assert f"a better test {TASKS[name].metric.name}." in text
-    lines = (tmp_path / "out" / "results.jsonl").read_text().splitlines()
-    assert sum('"control"' in line for line in lines) == 1
-    points = points_in(tmp_path / "out" / "results.jsonl")
-    assert [point.to_dict() for point in points] == report["points"]
-    assert points[0].metric == TASKS[name].metric
-    assert len({line for line in lines if '"session"' in line}) == 1
-
-
-@pytest.mark.slow
-def test_what_is_learnt_is_learnt(tmp_path: Path) -> None:
-    problem = open_problem(Spec(model=tiny.bert(tmp_path / "bert"), data=tiny.tags(tmp_path / "a.jsonl")))
-    method = dataclasses.replace(LORA, config=tna.presets.lora(8))
-    record = train(problem, Task(method, 0, 0.005), Training(30, 8))
-    # The frequencies of the tags alone give a loss of 1 and only the tag O.
-    assert record["test_loss"] < 0.7
-    assert record["test"] > 0.5
-    assert record["metric"] == "F1 of words"
-
-
-def test_a_report_whose_library_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    import importlib.util
-
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    done = invoke("finetune", "--model", "x", "--data", "y.csv", "--report-to", "trackio")
-    assert str(done.exception) == ("--report-to trackio needs trackio, which is not installed: pip install trackio")

@@ -1,4 +1,4 @@
-"""Small random models with tokenizers, in folders, data for each task, and adapters' files."""
+"""Small random models with tokenizers, in folders, data for each task, adapters' files, and a study of seconds."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 
 import tnadapt as tna
+from tnadapt.finetune import Choice, Spec, Study, Training
+from tnadapt.finetune.data import Data, labelled_texts, open_source
 
 WORDS = [
     "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", "film", "the", "a", "very", "not", "was", "it", "and",
@@ -144,43 +146,31 @@ def gguf(folder: Path, name: str = "tiny.gguf") -> str:
     width, inner, heads, shared = 32, 64, 4, 2
     folder.mkdir(exist_ok=True)
     writer = gguf.GGUFWriter(folder / name, "llama")
-    writer.add_context_length(96)
-    writer.add_embedding_length(width)
-    writer.add_block_count(2)
-    writer.add_feed_forward_length(inner)
-    writer.add_head_count(heads)
-    writer.add_head_count_kv(shared)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_rope_dimension_count(width // heads)
-    writer.add_vocab_size(len(tokens))
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(tokens)
-    writer.add_token_types([gguf.TokenType.CONTROL] * 3 + [gguf.TokenType.NORMAL] * (len(tokens) - 3))
-    writer.add_token_merges(["t h"])
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    writer.add_pad_token_id(0)
-    random = np.random.default_rng(0)
-
-    def tensor(name: str, *shape: int, kind: Any = gguf.GGMLQuantizationType.Q8_0) -> None:
-        weight = (0.3 * random.standard_normal(shape)).astype("f4") if len(shape) == 2 else np.ones(shape, "f4")
-        if len(shape) == 2:
-            writer.add_tensor(name, gguf.quants.quantize(weight, kind), raw_dtype=kind)
-        else:
-            writer.add_tensor(name, weight)
-
-    tensor("token_embd.weight", len(tokens), width)
-    tensor("output_norm.weight", width)
+    settings = {
+        "context_length": 96, "embedding_length": width, "block_count": 2, "feed_forward_length": inner,
+        "head_count": heads, "head_count_kv": shared, "layer_norm_rms_eps": 1e-5, "rope_freq_base": 10000.0,
+        "rope_dimension_count": width // heads, "vocab_size": len(tokens), "tokenizer_model": "gpt2",
+        "token_list": tokens, "token_types": [gguf.TokenType.CONTROL] * 3 + [gguf.TokenType.NORMAL] * (len(tokens) - 3),
+        "token_merges": ["t h"], "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+    }  # fmt: skip
+    for setting, value in settings.items():
+        getattr(writer, f"add_{setting}")(value)
+    narrow, eight_bits = width * shared // heads, gguf.GGMLQuantizationType.Q8_0
+    shapes = {"token_embd": (len(tokens), width), "output_norm": (width,)}
     for block in range(2):
-        for norm in ("attn_norm", "ffn_norm"):
-            tensor(f"blk.{block}.{norm}.weight", width)
-        for own, rows, cols in (
-            ("attn_q", width, width), ("attn_k", width * shared // heads, width),
-            ("attn_v", width * shared // heads, width), ("attn_output", width, width),
-            ("ffn_gate", inner, width), ("ffn_up", inner, width), ("ffn_down", width, inner),
-        ):  # fmt: skip
-            tensor(f"blk.{block}.{own}.weight", rows, cols)
+        for part, shape in {
+            "attn_norm": (width,), "ffn_norm": (width,), "attn_q": (width, width), "attn_k": (narrow, width),
+            "attn_v": (narrow, width), "attn_output": (width, width), "ffn_gate": (inner, width),
+            "ffn_up": (inner, width), "ffn_down": (width, inner),
+        }.items():  # fmt: skip
+            shapes[f"blk.{block}.{part}"] = shape
+    random = np.random.default_rng(0)
+    for weight, shape in shapes.items():
+        if len(shape) == 1:
+            writer.add_tensor(f"{weight}.weight", np.ones(shape, "f4"))
+        else:
+            drawn = (0.3 * random.standard_normal(shape)).astype("f4")
+            writer.add_tensor(f"{weight}.weight", gguf.quants.quantize(drawn, eight_bits), raw_dtype=eight_bits)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -193,7 +183,7 @@ def gguf(folder: Path, name: str = "tiny.gguf") -> str:
 
 def untrained(path: Path, model: str, data: str, **options: Any) -> Path:
     """Write the file of a fresh LoRA adapter for a model and data."""
-    from tnadapt.finetune import Spec, open_problem
+    from tnadapt.finetune import open_problem
 
     from .internals import recorded
 
@@ -218,3 +208,23 @@ def changed(file: Path, path: Path, **about: Any) -> Path:
         about["inputs"] = {name: value for name, value in inputs.items() if value is not ...}
     tna.save(path, dataclasses.replace(found, pretrained=dataclasses.replace(found.pretrained, **about)))
     return path
+
+
+# -- A study that takes a second or two, on the digits' small ViT, pretrained for one epoch ---------
+
+TRAINING = Training(epochs=1, batch=64)
+CHOICE = Choice(presets=("lora", "superlora"), ranks=(1,))
+
+
+def spec(cache: Path) -> Spec:
+    return Spec(cache=cache, pretrain_epochs=1)
+
+
+def study(cache: Path, choice: Choice = CHOICE, rates: tuple[float, ...] = (0.01, 0.03), seeds: int = 1) -> Study:
+    return Study(spec(cache), choice, TRAINING, rates, seeds)
+
+
+def read(source: str, text_column: str | None = None, label_column: str | None = None) -> Data:
+    """Read texts or images that each have one class."""
+    opened = open_source(source, text_column, label_column)
+    return opened if isinstance(opened, Data) else labelled_texts(opened, text_column, label_column)

@@ -35,57 +35,42 @@ TRAINING, TEST = 4, 1
 FINE = [f"fine {label}" for label in range(10)]
 
 
-def hub(label: str, *others: str) -> Any:
+def hub(label: str) -> Any:
     """A data set like the hub's CIFAR: a column of images, and its label columns."""
     random = np.random.default_rng(0)
-    features = {"img": datasets.Image(), label: datasets.ClassLabel(names=FINE)}
-    features |= {other: datasets.ClassLabel(names=["coarse 0", "coarse 1"]) for other in others}
+    coarse = datasets.ClassLabel(names=["coarse 0", "coarse 1"])
+    features = {"img": datasets.Image(), label: datasets.ClassLabel(names=FINE), "coarse_label": coarse}
 
     def part(each: int) -> Any:
         labels = list(range(10)) * each
-        columns = {"img": list(random.integers(0, 256, (len(labels), 8, 8, 3), np.uint8)), label: labels}
-        columns |= {other: [number % 2 for number in labels] for other in others}
+        images = list(random.integers(0, 256, (len(labels), 8, 8, 3), np.uint8))
+        columns = {"img": images, label: labels, "coarse_label": [number % 2 for number in labels]}
         return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
 
     return datasets.DatasetDict({"train": part(TRAINING), "test": part(TEST)})
 
 
-# -- Images ----------------------------------------------------------------------------------------
-
-
-def usual(path: Path) -> Path:
-    hub("label", "coarse_label").save_to_disk(path)
-    return path
-
-
-def hubs(path: Path) -> Path:
-    hub("fine_label", "coarse_label").save_to_disk(path)
-    return path
-
-
 @pytest.mark.parametrize("name", ["cifar100", "groups-dense", "geometry"])
-@pytest.mark.parametrize("form", [None, hubs, usual])
+@pytest.mark.parametrize("label", [None, "fine_label", "label"])
 def test_the_fine_classes_of_cifar100_are_read_in_either_form(
-    name: str, form: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, label: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = []
 
     def load_dataset(*name: Any) -> Any:
         asked.append(name)
-        return hub("fine_label", "coarse_label")
+        return hub("fine_label")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     monkeypatch.setattr(classification, "Study", lambda spec, *others: spec)
-    given = None if form is None else str(form(tmp_path / "images"))
+    if label:
+        hub(label).save_to_disk(tmp_path / "images")
+    given = str(tmp_path / "images") if label else None
     spec: Any = classification.study_of(open_recipe(name), tmp_path, data=given)
     data: Any = open_source(spec.data, spec.text_column, spec.label_column, spec.label_names)
     assert (data.kind, list(data.classes)) == ("image", FINE)
-    assert data.test is not None
     assert (len(data.samples), len(data.test)) == (10 * TRAINING, 10 * TEST)
-    assert asked == ([("cifar100", None)] if form is None else [])
-
-
-# -- What is trained on ----------------------------------------------------------------------------
+    assert asked == ([] if label else [("cifar100", None)])
 
 
 @pytest.mark.parametrize(
@@ -114,8 +99,6 @@ def test_what_is_no_fraction_cannot_be_held_out(holdout: Any, tmp_path: Path) ->
     with pytest.raises(tna.ConfigError, match="recipe cifar100: holdout must be a fraction above 0 and below 1; got"):
         classification.study_of(recipe, tmp_path)
 
-
-# -- First steps -----------------------------------------------------------------------------------
 
 SHORT = AdaptedWeights("query and value of one layer of 768", ((768, 768),) * 2, ("0", "0"))
 
@@ -161,8 +144,8 @@ def test_vit_base_has_the_weights_of_its_recipes() -> None:
 
 @pytest.mark.parametrize("name", in_depth(STARTS, ["cifar10", "groups-dense"]))
 def test_a_full_recipe_makes_its_first_steps(name: str, makers: dict[str, Path], tmp_path: Path) -> None:
-    images = (usual if name == "cifar10" else hubs)(tmp_path / "images")
-    outcome = run(short(name), tmp_path / "run", model=str(makers[name]), data=str(images))
+    hub("label" if name == "cifar10" else "fine_label").save_to_disk(tmp_path / "images")
+    outcome = run(short(name), tmp_path / "run", model=str(makers[name]), data=str(tmp_path / "images"))
     first, *records = (json.loads(line) for line in (tmp_path / "run" / "results.jsonl").read_text().splitlines())
     study, trained = first["study"], {line["family"]: line for line in records if "key" in line}
     assert study["classes"] == FINE
@@ -183,8 +166,9 @@ def test_a_full_recipe_makes_its_first_steps(name: str, makers: dict[str, Path],
 
 
 def test_the_frozen_head_is_the_rows_that_the_recipe_names(makers: dict[str, Path], tmp_path: Path) -> None:
-    images = usual(tmp_path / "images")
-    study = classification.study_of(short("cifar10"), tmp_path, model=str(makers["cifar10"]), data=str(images))
+    hub("label").save_to_disk(tmp_path / "images")
+    inputs = {"model": str(makers["cifar10"]), "data": str(tmp_path / "images")}
+    study = classification.study_of(short("cifar10"), tmp_path, **inputs)
     whole = transformers.ViTForImageClassification.from_pretrained(makers["cifar10"]).classifier
     cut: Any = study.problem.build(0).classifier
     rows = open_recipe("cifar10").settings["head_rows"]

