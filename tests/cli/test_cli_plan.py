@@ -126,21 +126,6 @@ def test_a_terminal_of_any_width(
     assert any(line.startswith("\x1b[1m●") for line in table)
 
 
-@pytest.mark.parametrize("name", ["a.nonsense", "no/such/folder/a.png"])
-def test_what_cannot_be_drawn(name: str, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    done = run("--budget", "100", "--shape", "4x4", "--picture", str(tmp_path / name))
-    assert done.returncode == 2
-    assert done.stderr.startswith("tnadapt: ")
-    assert "Traceback" not in done.stderr
-
-
-def test_targets_that_are_not_there(model: Path) -> None:
-    done = run(str(model), "--budget", "100", "--targets", "nothing.*")
-    assert done.returncode == 2
-    assert "no tensor of the checkpoint is a target" in done.stderr
-
-
 @pytest.mark.parametrize(
     ("given", "roles", "chosen"),
     [

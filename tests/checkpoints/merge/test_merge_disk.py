@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
+import itertools
 import json
 import os
 import shutil
@@ -19,28 +21,16 @@ import pytest
 import tnadapt as tna
 from tests.stress_merge import SETTINGS, Setting
 from tests.support import checkpoint_files as cp
+from tests.support.depth import LONG
 from tests.support.file_layer import Call, intercepted, killed_before, recorded
 from tests.support.macos_errors import ENOTSUP, as_on_macos
 from tests.support.power_failure import after_failures, put
 
 from ..internals import atomic_files, journal, merge_job, shards
-from .merge_scene import (
-    TARGETS,
-    Scene,
-    a_file_added,
-    content,
-    half_deleted,
-    one_byte_flipped,
-    other_result,
-    plain_base,
-    precious,
-    scene,
-)
+from . import merge_scene
+from .merge_scene import Scene, content, scene
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the file layer reads /proc")
-
-LONG = os.environ.get("HYPOTHESIS_PROFILE") == "long"
-PARTIAL = ".tnadapt-partial"
 
 
 @pytest.fixture
@@ -56,21 +46,15 @@ def memory(tmp_path: Path) -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
-def prepared(folder: Path, setting: Setting) -> Scene:
-    where = scene(folder, setting.single)
-    where.put(where.results[1] if setting.old else None)
-    return where
-
-
 # -- Order and power failures ------------------------------------------------------------------------
 
 
 @pytest.mark.law("power-failure")
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
 def test_after_a_power_failure_it_is_the_old_one_or_the_new_one(setting: Setting, memory: Path) -> None:
-    where = prepared(memory / "scene", setting)
+    where = scene(memory / "scene", setting.single)
+    old = setting.prepare(where)
     shutil.copytree(where.folder, memory / "start")
-    old = where.results[1] if setting.old else None
     calls = recorded(lambda: where.merge(0, setting.old), setting.exchange)
     states: dict[int, tuple[int, dict[str, Any]]] = {}
     for number, tree in after_failures(calls, where.folder, memory / "start"):
@@ -81,9 +65,7 @@ def test_after_a_power_failure_it_is_the_old_one_or_the_new_one(setting: Setting
     for number, tree in every if LONG else every[::2] + every[-12:]:
         where.clear()
         put(tree, where.folder)
-        found = content(where.out)
-        between = not setting.exchange and not setting.single and setting.old and found is None
-        assert found in (old, where.results[0]) or between, calls[number - 1]
+        found = setting.left(where, old)
         if number == len(calls):
             assert found == where.results[0], "the merge returned, and its result was not there to stay"
         if found == where.results[0] and not setting.old:
@@ -99,18 +81,21 @@ def test_after_a_power_failure_it_is_the_old_one_or_the_new_one(setting: Setting
 @pytest.mark.parametrize("single", [True, False])
 def test_a_failing_disk_is_an_error_and_no_success(single: bool, tmp_path: Path) -> None:
     where = scene(tmp_path, single)
-    count = len([call for call in recorded(lambda: where.merge(0)) if call.name == "fsync"])
-    for failing in range(1, count + 1):
+    calls = recorded(lambda: where.merge(0))
+    published = next(number for number, call in enumerate(calls) if str(where.out) in call.paths)
+    naming = ("create", "rename", "rename_new", "replace", "exchange", "link")
+    synchronized = [number for number, call in enumerate(calls) if call.name == "fsync"]
+    for failing in [*synchronized, None]:  # None: no space from publishing on, and so none for the state, either
         where.clear()
-        left = failing
+        error = OSError(28, "No space left on device") if failing is None else OSError(5, "Input/output error")
+        steps = itertools.count()
 
-        def before(call: Call) -> None:
-            nonlocal left
-            left -= call.name == "fsync"
-            if not left and call.name == "fsync":
-                raise OSError(5, "Input/output error")
+        def before(call: Call, failing: int | None = failing, error: OSError = error, steps: Any = steps) -> None:
+            number = next(steps)
+            if number == failing or (failing is None and number >= published and call.name in naming):
+                raise error
 
-        with pytest.raises(tna.FileError, match="Input/output error"), intercepted(before):
+        with pytest.raises(tna.FileError, match=error.strerror), intercepted(before):
             where.merge(0)
         assert content(where.out) in (None, where.results[0])
         where.finish(overwrite=False)
@@ -132,26 +117,20 @@ def killed_after_publishing(where: Scene, overwrite: bool, step: str) -> None:
 @pytest.mark.law("merge-killed")
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
 def test_killed_before_any_step_the_next_merge_goes_on(setting: Setting, memory: Path) -> None:
-    where = prepared(memory, setting)
-    old = where.results[1] if setting.old else None
+    where = scene(memory, setting.single)
+    old = setting.prepare(where)
     steps = len(recorded(lambda: where.merge(0, setting.old), setting.exchange))
     for number in range(steps):
-        where.clear()
-        where.put(old)
+        setting.prepare(where)
         killed_before(
             lambda call, before, number=number: len(before) == number,
             lambda: where.merge(0, setting.old),
             setting.exchange,
         )
-        found = content(where.out)
-        between = not setting.exchange and not setting.single and setting.old and found is None
-        assert found in (old, where.results[0]) or between
+        setting.left(where, old)
         states = [json.loads(state.read_text()) for state in where.beside.glob("run-*/state.json")]
         done = [name for state in states for name in state["done"]]
-        report = where.merge(0, overwrite=True)
-        assert content(where.out) == where.results[0]
-        assert not where.beside.exists()
-        assert report.resumed == len(done) or not done
+        assert where.finish().resumed == len(done) or not done
 
 
 def replaced_by_a_link(where: Scene) -> None:
@@ -171,8 +150,8 @@ def renamed(where: Scene) -> None:
 @pytest.mark.law("merge-publishing")
 @pytest.mark.parametrize(
     "change",
-    [plain_base, half_deleted, one_byte_flipped, a_file_added, other_result, precious, replaced_by_a_link,
-     replaced_by_a_folder, renamed],
+    [merge_scene.plain_base, merge_scene.half_deleted, merge_scene.one_byte_flipped, merge_scene.a_file_added,
+     merge_scene.other_result, merge_scene.precious, replaced_by_a_link, replaced_by_a_folder, renamed],
 )  # fmt: skip
 def test_killed_while_cleaning_up_what_is_changed_is_not_taken_for_the_result(change: Any, tmp_path: Path) -> None:
     where = scene(tmp_path, single=False)
@@ -182,7 +161,7 @@ def test_killed_while_cleaning_up_what_is_changed_is_not_taken_for_the_result(ch
     with pytest.raises(tna.FileError, match="is not the output of an earlier run, which was killed during publishing"):
         where.merge(0)
     assert content(where.out) == changed
-    if change is plain_base:
+    if change is merge_scene.plain_base:
         where.finish()
     else:
         where.out.rename(where.refused)
@@ -244,7 +223,7 @@ def test_what_was_created_between_two_renames_is_not_replaced_by_the_old_output(
     where = scene(tmp_path, single=False)
     where.put(where.results[1])
     between_two_renames(where)
-    plain_base(where)
+    merge_scene.plain_base(where)
     for _ in range(2):
         with pytest.raises(tna.FileError, match=r"has been created while its previous content, now in .*, was being"):
             where.merge(0)
@@ -259,20 +238,6 @@ def test_what_was_created_between_two_renames_is_not_replaced_by_the_old_output(
     assert content(where.out) == content(where.base)
     assert [content(old) for old in where.beside.glob("run-*/old")] == [where.results[1]]
     where.finish()
-
-
-def test_publishing_that_fails_on_a_disk_without_space_for_the_state(tmp_path: Path) -> None:
-    where, failed = scene(tmp_path, single=False), False
-
-    def before(call: Call) -> None:
-        nonlocal failed
-        failed = failed or str(where.out) in call.paths
-        if failed and call.name in ("create", "rename", "rename_new", "replace", "exchange", "link"):
-            raise OSError(28, "No space left on device")
-
-    with pytest.raises(tna.FileError, match="No space left on device"), intercepted(before):
-        where.merge(0)
-    where.finish(overwrite=False)
 
 
 def between_two_renames(where: Scene) -> Path:
@@ -304,7 +269,7 @@ def test_kills_and_races_in_short(memory: Path) -> None:
 @pytest.mark.law("merge-races")
 def test_a_lock_on_a_file_that_was_deleted_meanwhile_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Found by a race of four processes: the file had tensors of two adapters."""
-    root = str(tmp_path / f"out{PARTIAL}")
+    root = str(tmp_path / "out.tnadapt-partial")
     real, locked = atomic_files.lock, list[int]()
 
     def lock(handle: int, wait: bool = False) -> bool:
@@ -432,9 +397,9 @@ def test_taken_over_as_it_takes_over_itself(tmp_path: Path, monkeypatch: pytest.
 
 def test_the_lock_of_the_next_one_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     where = scene(tmp_path, single=False)
-    other = cp.write(tmp_path / "other", cp.base(TARGETS, seed=9))
-    tensors = cp.base(TARGETS)
-    tna.save(tmp_path / "adapter", cp.adapter(tna.presets.lora(2), TARGETS, tensors))
+    targets = merge_scene.TARGETS
+    other = cp.write(tmp_path / "other", cp.base(targets, seed=9))
+    adapter = cp.adapter(tna.presets.lora(2), targets, cp.base(targets))
     real, stack = journal.MergeJournal.remove, contextlib.ExitStack()
 
     def remove(work: journal.MergeJournal) -> None:
@@ -445,7 +410,7 @@ def test_the_lock_of_the_next_one_is_left_alone(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr(journal.MergeJournal, "remove", remove)
     with pytest.raises(tna.FileError, match="is another base model"):
-        tna.merge(other, tmp_path / "adapter", where.out)
+        tna.merge(other, adapter, where.out)
     with stack:
         assert (where.beside / "lock").exists()
 
@@ -731,22 +696,13 @@ def test_without_a_sendfile_for_files_they_are_copied_by_hand(
 
 
 def test_writing_takes_as_many_goes_as_it_needs(tmp_path: Path) -> None:
-    class Slow:
-        def __init__(self) -> None:
-            self.place, self.content = 0, bytearray(12)
-
-        def seek(self, place: int) -> None:
-            self.place = place
-
-        def write(self, content: memoryview) -> int:
-            some = bytes(content[:3])
-            self.content[self.place : self.place + len(some)] = some
-            self.place += len(some)
-            return len(some)
+    class Slow(io.BytesIO):
+        def write(self, content: Any) -> int:
+            return super().write(bytes(content[:3]))
 
     slow: Any = Slow()
     shards.write_at(slow, 2, b"0123456789")
-    assert bytes(slow.content) == b"\0\x000123456789"
+    assert slow.getvalue() == b"\0\x000123456789"
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
