@@ -280,11 +280,9 @@ def seen_by_a_reader(where: Scene) -> Content:
         return None
     try:
         # What is reached through the open folder stays one publication, until its files are deleted.
-        names = sorted(name for name in where.results[0] or {} if isinstance(name, str))
         files = {}
-        for name in names:
-            part = os.open(name, os.O_RDONLY, dir_fd=handle)
-            with open(part, "rb") as file:
+        for name in where.results[0] or ():
+            with open(os.open(name, os.O_RDONLY, dir_fd=handle), "rb") as file:
                 files[name] = file.read()
     except FileNotFoundError:
         return seen_by_a_reader(where)  # replaced while it was read: look again

@@ -25,7 +25,7 @@ from tnadapt.algebra.composite import CompositeConfig
 from tnadapt.checkpoints import adapter_format
 from tnadapt.checkpoints.fingerprint import Fingerprint, fingerprint
 
-from .test_adapter_file import CONFIGS, LORA, SHAPES, arrays_of, made, round_to_bfloat16
+from .test_adapter_file import CONFIGS, LORA, SHAPES, arrays_of, composite, made, round_to_bfloat16
 
 Recipe = dict[str, Any]
 Stored = dict[str, tuple[str, np.ndarray]]
@@ -225,20 +225,17 @@ def test_what_is_as_usual_is_not_stored(tmp_path: Path) -> None:
     assert recipe == {"version": 1, "config": {}, "targets": [["fc", [2, 2], "linear"]]}
 
 
-# -- Damage -------------------------------------------------------------------------------------
-
-
-def small(tmp_path: Path) -> bytes:
+def small() -> AdapterFile:
     config = tna.presets.superlora(1, projection="shuffle")
     target = Target("fc", (2, 3), rows=Rows(0, 1, 2))
     base = Fingerprint("0" * 64, "float16", (0.5,) * 8)
     arrays = SuperLoRA(config, [(1, 3)]).init()
-    return content_of(AdapterFile(config, [target], arrays, {"head": np.ones(1)}, base=base, model="M"), tmp_path)
+    return AdapterFile(config, [target], arrays, {"head": np.ones(1)}, base=base, model="M")
 
 
 @pytest.mark.law("cut-off")
 def test_cut_off_or_with_a_byte_too_many_or_too_few_it_is_refused(tmp_path: Path) -> None:
-    content = small(tmp_path)
+    content = content_of(small(), tmp_path)
     for position in range(len(content)):
         before, rest = content[:position], content[position:]
         for damaged in (before, before + rest[1:], before + b"0" + rest):
@@ -249,7 +246,7 @@ def test_cut_off_or_with_a_byte_too_many_or_too_few_it_is_refused(tmp_path: Path
 
 @pytest.mark.law("byte-changed")
 def test_whichever_byte_is_changed_it_is_refused(tmp_path: Path) -> None:
-    content = small(tmp_path)
+    content = content_of(small(), tmp_path)
     header = content[: 8 + int.from_bytes(content[:8], "little")]
     # To all 255 others, where one that means the same is likeliest: in the padding, and among the outer punctuation.
     likeliest = {*range(len(header.rstrip(b" ")), len(header)), 7, 8, 9, 24, header.index(b'"F64"')}
@@ -301,38 +298,34 @@ def test_somebody_else_s_file_is_named(tmp_path: Path, name: str, metadata: Any,
 
 
 def test_paths_that_cannot_be_read_or_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    missing, convert = tmp_path / "missing", r"tnadapt convert FOLDER -o adapter\.safetensors, or in Python "
-    (tmp_path / "taken").write_bytes(b"a file, and no folder")
-    with pytest.raises(FileError, match=f"^{tmp_path / 'taken' / 'a'}: the folder .* does not exist; make it first"):
-        tna.save(tmp_path / "taken" / "a", made())
-    assert os.listdir(tmp_path) == ["taken"]
-    (tmp_path / "taken").unlink()
-    for path, files, why in (
-        (missing, [], "No such file"),
-        (tmp_path, [], "is a folder; give the path of a file in it"),
-        (tmp_path, ["b.safetensors"], r"is a folder; give the path of a file in it, such as b\.safetensors$"),
+    missing, taken = tmp_path / "missing", tmp_path / "taken"
+    convert = (
+        r"tnadapt convert FOLDER -o adapter\.safetensors, or in Python tnadapt\.convert\(FOLDER, 'adapter\.safetens"
+    )
+    a_folder = "is a folder; give the path of a file in it"
+    for use, path, why, files in (
+        ("save", taken / "a", f"^{taken / 'a'}: the folder .* does not exist; make it first", ["taken"]),
+        ("save", tmp_path, f"^{tmp_path}: {a_folder}", []),
+        ("save", missing / "a", f"^{missing / 'a'}: the folder {missing} does not exist; make it first", []),
+        ("load", missing, f"^{missing}: No such file", []),
+        ("load", tmp_path, f"^{tmp_path}: {a_folder}", []),
+        ("load", tmp_path, rf"^{tmp_path}: {a_folder}, such as b\.safetensors$", ["b.safetensors"]),
         (
+            "load",
             tmp_path,
+            rf"^{tmp_path}: is an adapter folder of PEFT; convert it: {convert}",
             ["adapter_config.json", "adapter_model.safetensors"],
-            rf"is an adapter folder of PEFT; convert it: {convert}tnadapt\.convert\(FOLDER, 'adapter\.safetensors'\)$",
         ),
     ):
         for name in files:
             (tmp_path / name).touch()
-        with pytest.raises(FileError, match=f"^{path}: {why}"):
-            tna.load(path)
-    for name in os.listdir(tmp_path):
-        (tmp_path / name).unlink()
-    with pytest.raises(FileError, match=f"^{tmp_path}: is a folder; give the path of a file in it"):
-        tna.save(tmp_path, made())
-    with pytest.raises(FileError, match=f"^{missing / 'adapter'}: the folder {missing} does not exist; make it first"):
-        tna.save(missing / "adapter", made())
+        with pytest.raises(FileError, match=why):
+            tna.load(path) if use == "load" else tna.save(path, made())
+        assert sorted(os.listdir(tmp_path)) == files
+        for name in files:
+            (tmp_path / name).unlink()
     with pytest.raises(FileError, match="expected an AdapterFile to save; got dict"):
         tna.save(missing, {})  # type: ignore[arg-type]
-    for path in (3, None, "a\0b", "\ud8ff", ["a"]):
-        for use in (tna.load, lambda path: tna.save(path, full())):
-            with pytest.raises(FileError, match="a path must be a string or PathLike that can name a file"):
-                use(path)
     monkeypatch.setattr(adapter_format, "MAX_HEADER", 100)
     with pytest.raises(FileError, match="6 arrays need a header of more than 100 bytes; use fewer groups"):
         tna.save(missing, made())
@@ -342,10 +335,8 @@ def test_paths_that_cannot_be_read_or_written(tmp_path: Path, monkeypatch: pytes
 # -- A recipe that is none ----------------------------------------------------------------------
 
 
-@pytest.mark.law("bad-tensors")
-@pytest.mark.parametrize(
-    ("changes", "why"),
-    [
+RECIPES: dict[str, list[tuple[Recipe, str]]] = {
+    "small": [
         ({"version": 0}, "the format version 0; expected 1"),
         ({"version": True}, "the format version True; expected 1"),
         ({"version": 1.0}, "the format version 1.0; expected 1"),
@@ -359,16 +350,9 @@ def test_paths_that_cannot_be_read_or_written(tmp_path: Path, monkeypatch: pytes
         ({"config": None}, "config must be an object; got None"),
         ({"config": {"rnak": 3}}, "config has unknown fields: 'rnak'"),
         ({"config": {"rank": -1}}, "config: rank must be from 1 to"),
-        ({"config": {"rank": 1.5}}, "config: rank must be an integer"),
-        ({"config": {"rank": [1, None]}}, "config: format='cp' has one rank"),
         ({"config": {"fold": ["stack"]}}, "config: fold[0] must be an integer"),
-        ({"config": {"fold": ["weights", "rows"]}}, "must give the number of weights, then their rows, and then"),
         ({"config": {"fold": ["weights", "rows/2", 2, "cols"], "order": 4}}, "and group 0 has 1 rows: give a divisor"),
-        ({"config": {"axes": [0, 1]}}, "config: axes=[0, 1] are positions in a fold of explicit sizes"),
-        ({"config": {"axes": [0, [0]], "fold": [3, 1]}}, "config: axes must name each of the positions 0 to 1"),
         ({"config": {"axes": [1, 0], "fold": [1, 4]}}, "reorder all 4 elements of fold=(1, 4), and a group has 3"),
-        ({"config": {"ratio": "1"}}, "config: ratio must be a number"),
-        ({"config": {"groups": [[0], []]}}, "config: groups must be"),
         ({"config": {"groups": [[0], [7]]}}, "explicit groups must name each of the weights"),
         ({"config": {"groups": 100}}, "groups=100 is more than the 3 elements"),
         ({"targets": {}}, "targets must be a list; got {}"),
@@ -376,15 +360,12 @@ def test_paths_that_cannot_be_read_or_written(tmp_path: Path, monkeypatch: pytes
         ({"targets": ["fc"]}, "target 0: a target must be [module, shape, role]"),
         ({"targets": [["fc", [2, 3], "linear"], ["fc", [2], "q"]]}, "target 1: a target's stored shape must be"),
         ({"targets": [["fc", [2, 3], ["q"]]]}, "target 0: a target's role must be one of"),
-        ({"targets": [["fc", [2, 3], "q", None]]}, "target 0: a target's settings must be among"),
         ({"targets": [["fc", [2, 3], "q", {"rows": [0, 9, 2, 1]}]]}, "target 0: rows 0 to 8"),
         ({"targets": [["fc", [2, 1 << 62], "q"]]}, "more than 2**62 elements"),
         ({"targets": [["\ud800", [1, 3], "q"]]}, "half a surrogate pair"),
         ({"model": 1}, "model must be a string; got 1"),
         ({"ties": []}, "ties must be an object; got"),
         ({"ties": {"a.q.weight": [1]}}, "ties of 'a.q.weight' must be a list of dotted paths; got"),
-        ({"ties": {"other": []}}, "ties names 'other', which is neither a kept parameter nor a target"),
-        ({"activation": "sine"}, "activation must be None or one of"),
         ({"activation": None}, "activation must be a string; got None"),
         ({"base": {}}, "base must have dtype, sha256 and sketch; got {}"),
         ({"base": {"dtype": "float32", "sha256": "0", "sketch": [0.0] * 8}}, "a fingerprint's sha256 must be"),
@@ -392,9 +373,47 @@ def test_paths_that_cannot_be_read_or_written(tmp_path: Path, monkeypatch: pytes
         ({"draws": "0" * 63}, "draws must be 64 lower-case hex digits"),
         ({"draws": "0" * 64 + "\n"}, "draws must be 64 lower-case hex digits"),
     ],
-)
-def test_a_recipe_that_is_none_is_refused(tmp_path: Path, changes: Recipe, why: str) -> None:
-    recipe, tensors = forge.parsed(small(tmp_path))
+    "frozen": [
+        ({"trained": ["group0.split0.factor1"] * 2}, "trained must name some of the arrays, each once"),
+        ({"trained": [1]}, "trained must be a list of names of arrays"),
+        ({"trained": ["group0.split0.factor1", "group1.split0.factor0"]}, "missing: 'group1.split0.factor0'"),
+        ({"trained": "group0.split0.factor1"}, "trained must be a list; got"),
+        ({"trained": [f"group{n}.split0.factor{m}" for n in range(2) for m in range(2)]}, "missing"),
+        # There may be a thousand more names than arrays, of which this file has one.
+        ({"trained": [f"x{number}" for number in range(1025)]}, "each once; unknown: 'x0'"),
+        ({"trained": [f"x{number}" for number in range(1026)]}, "trained names more than 1025 arrays"),
+    ],
+    "parts": [
+        ({"version": 1}, "the tnadapt entry has unknown keys: 'parts'; lacks: 'config'"),
+        ({"config": {"rank": 2}}, "the tnadapt entry has unknown keys: 'config'; lacks: none"),
+        ({"parts": ...}, "has unknown keys: none; lacks: 'parts'"),
+        ({"version": 0}, "the tnadapt entry has the format version 0; expected 1 or 2"),
+        ({"parts": {}}, "the tnadapt entry's parts must be a list; got {}"),
+        ({"parts": []}, "parts: parts must be a list of two or more pairs"),
+        ({"parts": [[{"rank": 3}, 4]]}, "parts: parts must be a list of two or more pairs"),
+        ({"parts": [[{"rank": 3}, 4], 3]}, "part 1 must be a list of a config and a number of targets; got 3"),
+        ({"parts": [[{"rank": 3}, 3], [{"rnak": 3}, 1]]}, "part 1: config has unknown fields: 'rnak'"),
+        ({"parts": [[{"rank": 3}, 3], [[], 1]]}, "part 1: the tnadapt entry's config must be an object; got []"),
+        ({"parts": [[{"rank": 3}, 3], [{"rank": 0}, 1]]}, "part 1: config: rank must be from 1"),
+        (
+            {"parts": [[{"rank": 3}, 3], [{"rank": 3}, 2]]},
+            "parts: items must be one for each of the 5 weights of the configs; got",
+        ),
+        ({"parts": [[{"rank": 3}, 3], [{"rank": 3}, 1.0]]}, "parts: the weights of part 1 must be an integer; got 1.0"),
+        ({"parts": [[{"rank": 3}, 3], [{"rank": 3}, -1]]}, "parts: the weights of part 1 must be from 1 to"),
+        ({"parts": [[{"rank": 1}, 1]] * 5}, "has more than 4 parts, and each has a target"),
+        ({"parts": [[{"rank": 3}, 3], [{"rank": 3, "apply": "hadamard"}, 1]]}, "must have the same apply"),
+        ({"parts": [[{"terms": 60000}, 3], [{"rank": 3}, 1]]}, "config and targets require 360002 arrays; there are"),
+        ({"parts": [[{"rank": 3}, 3], [{"rank": 3}, 1]]}, "the arrays must be those of config and targets; missing:"),
+    ],
+}
+
+
+@pytest.mark.law("bad-tensors")
+@pytest.mark.parametrize(("base", "changes", "why"), [(base, *row) for base, rows in RECIPES.items() for row in rows])
+def test_a_recipe_that_is_none_is_refused(tmp_path: Path, base: str, changes: Recipe, why: str) -> None:
+    file = {"small": small, "frozen": lambda: frozen(tna.presets.lora(2)), "parts": composite}[base]()
+    recipe, tensors = forge.parsed(content_of(file, tmp_path))
     changed = {key: value for key, value in {**recipe, **changes}.items() if value is not ...}
     header, data = forge.listed(tensors)
     # Escaped, as JSON can be, so that half a surrogate pair gets in.
@@ -410,10 +429,9 @@ def test_a_recipe_that_is_none_is_refused(tmp_path: Path, changes: Recipe, why: 
         ("[]", "the tnadapt entry must be a JSON object; got '[]'"),
         ('{"version":1,"version":1}', "the tnadapt entry has the key 'version' twice"),
         (
-            '{"version":1,"config":{"order":2,"rank":1,"rank":2},"targets":[],"sha256":"' + "0" * 64 + '"}',
+            '{"version":1,"config":{"rank":1,"rank":2},"targets":[],"sha256":"' + "0" * 64 + '"}',
             "the tnadapt entry has the key 'rank' twice",
         ),
-        ('{"version":1,"config":[],"targets":[],"sha256":"' + "0" * 64 + '"}', "config must be an object; got []"),
         ('{"version":NaN}', "the tnadapt entry has the number 'NaN', which is not finite"),
         ('{"config":' + "[" * 10**5, "the tnadapt entry is nested too deep"),
         ('{"version":1,"config":{},"targets":[],"sha256":"F"}', "sha256 must be 64 lower-case hex digits; got 'F'"),
@@ -426,7 +444,7 @@ def test_an_entry_that_is_none_is_refused(tmp_path: Path, text: str, why: str) -
 
 @pytest.mark.law("bad-tensors")
 def test_a_header_with_other_metadata_or_half_a_surrogate_pair_is_refused(tmp_path: Path) -> None:
-    recipe, tensors = forge.parsed(small(tmp_path))
+    recipe, tensors = forge.parsed(content_of(small(), tmp_path))
     header, data = forge.listed(tensors)
     whole = {"__metadata__": {"tnadapt": forge.seal(recipe, tensors), "format": "pt"}, **header}
     why = refusal(tmp_path, forge.container(whole, data))
@@ -443,22 +461,16 @@ def test_a_header_with_other_metadata_or_half_a_surrogate_pair_is_refused(tmp_pa
     [
         ("group0.split0.factor0", None, "missing: 'group0.split0.factor0'; unknown: none"),
         ("group0.split0.factor9", ("F32", np.ones(2)), "missing: none; unknown: 'group0.split0.factor9'"),
-        ("group0.split0.factor0", ("F32", np.ones((1, 2))), "shape (1, 2); config and targets require (2, 1)"),
         ("group0.split0.factor0", ("F64", np.ones((2, 1))), "one dtype; got float32 and float64"),
-        ("group0.split0.factor0", ("I64", np.ones((2, 1))), "has dtype int64; expected one of"),
         ("group0.split0.factor0", ("F32", np.full((2, 1), np.nan)), "'group0.split0.factor0' holds NaN or infinity"),
         ("kept.head", ("BF16", np.full(1, 0x7F80)), "'kept.head' holds NaN or infinity"),
-        ("kept.", ("F32", np.ones(2)), "kept must be named by strings; got ''"),
         ("head", ("F32", np.ones(2)), "missing: none; unknown: 'head'"),
     ],
 )
 def test_arrays_that_do_not_fit_are_named(tmp_path: Path, name: str, tensor: Any, why: str) -> None:
-    recipe, tensors = forge.parsed(small(tmp_path))
+    recipe, tensors = forge.parsed(content_of(small(), tmp_path))
     changed = {key: value for key, value in {**tensors, name: tensor}.items() if value is not None}
     assert why in refusal(tmp_path, forge.adapter(recipe, changed))
-
-
-# -- Draws --------------------------------------------------------------------------------------
 
 
 @pytest.mark.law("draws-digest")
@@ -547,9 +559,6 @@ def test_what_a_file_claims_costs_nothing(tmp_path: Path, name: str) -> None:
     assert peak < (4 << 20) + 40 * len(content)
 
 
-# -- Saving -------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("kept", [False, True])
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_numbers_that_are_none_are_not_saved(tmp_path: Path, kept: bool, bad: float) -> None:
@@ -633,25 +642,6 @@ def test_arrays_that_are_changed_in_place_after_a_save_are_saved_as_they_are(tmp
     same(read(tmp_path, content), file)
     file.arrays[name][...] = before
     assert content_of(file, tmp_path) == first
-
-
-@pytest.mark.parametrize(
-    ("trained", "message"),
-    [
-        (["group0.split0.factor1"] * 2, "trained must name some of the arrays, each once"),
-        ([1], "trained must be a list of names of arrays"),
-        (["group0.split0.factor1", "group1.split0.factor0"], "missing: 'group1.split0.factor0'"),
-        ("group0.split0.factor1", "trained must be a list; got"),
-        ([f"group{n}.split0.factor{m}" for n in range(2) for m in range(2)], "missing"),
-        # There may be a thousand more names than arrays, of which this file has one.
-        ([f"x{number}" for number in range(1025)], "each once; unknown: 'x0'"),
-        ([f"x{number}" for number in range(1026)], "trained names more than 1025 arrays"),
-    ],
-)
-def test_what_is_wrong_with_a_choice_is_said(trained: Any, message: str, tmp_path: Path) -> None:
-    recipe, tensors = forge.parsed(content_of(frozen(tna.presets.lora(2)), tmp_path))
-    assert list(tensors) == ["group0.split0.factor1"]
-    assert message in refusal(tmp_path, forge.adapter({**recipe, "trained": trained}, tensors))
 
 
 def test_other_draws_of_frozen_arrays_are_refused(tmp_path: Path) -> None:

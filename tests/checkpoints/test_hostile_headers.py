@@ -37,9 +37,6 @@ FEW = [
 ]  # fmt: skip
 
 
-# -- Headers designed to consume memory -----------------------------------------------------------
-
-
 def filled(head: str, parts: Iterator[str], tail: str, size: int) -> str:
     """A text of about so many bytes."""
     found, length = [head], len(head.encode()) + len(tail.encode())
@@ -140,8 +137,6 @@ def test_memory_before_a_header_is_refused(tmp_path: Path, kind: str) -> None:
     assert peak <= FACTOR * length + beside, f"{peak / length:.2f} times the header"
 
 
-# -- What is read is what Python's own reader makes of it ------------------------------------------
-
 ENTRY = '"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}'
 
 
@@ -211,8 +206,6 @@ def test_tensors_targets_and_values_are_counted(tmp_path: Path, monkeypatch: pyt
             tna.load(path)
         monkeypatch.undo()
 
-
-# -- Holes -----------------------------------------------------------------------------------------
 
 TERA = 1 << 40
 

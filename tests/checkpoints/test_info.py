@@ -97,31 +97,24 @@ def test_a_checkpoint_of_which_little_is_known(tmp_path: Path) -> None:
     assert "no tensor of the checkpoint is a target" in found["no_targets"]
 
 
-def test_adapters_of_others(tmp_path: Path) -> None:
-    for name, what in (("base_model.model.q.lora_A.weight", "PEFT"), ("lycoris_q.lora_down.weight", "LyCORIS")):
-        cp.write_file(tmp_path / "adapter_model.safetensors", {name: ("F32", np.ones((2, 2), "<f4"))})
-        found = tna.info(tmp_path)
-        assert found["kind"] == "other adapter"
-        assert what in found["what"]
-        with pytest.raises(tna.FileError, match=r"tnadapt\.convert \(tnadapt convert\) converts it"):
-            tna.load(tmp_path / "adapter_model.safetensors")
-    # In several files it is told as a whole.
+def test_an_adapter_of_others_in_several_files_is_told_as_a_whole(tmp_path: Path) -> None:
     several = {f"base_model.model.{name}.lora_A.weight": ("F32", np.ones((2, 2), "<f4")) for name in "abcde"}
-    found = tna.info(cp.write(tmp_path / "several", several, shards=2))
+    found = tna.info(cp.write(tmp_path, several, shards=2))
     assert found["kind"] == "other adapter"
     assert found["what"].startswith("an adapter of PEFT: 5 tensors such as 'base_model.model.a.lora_A.weight'")
-    assert found["bytes"] == sum(path.stat().st_size for path in (tmp_path / "several").glob("*.safetensors"))
+    assert found["bytes"] == sum(path.stat().st_size for path in tmp_path.glob("*.safetensors"))
+    with pytest.raises(tna.FileError, match=r"tnadapt\.convert \(tnadapt convert\) converts it"):
+        tna.load(tmp_path / "model-00001-of-00002.safetensors")
 
 
 def test_what_cannot_be_read(tmp_path: Path) -> None:
-    tna.save(tmp_path / "a.safetensors", cp.adapter(P.lora(1), [T("a", (4, 4))]))
-    whole = (tmp_path / "a.safetensors").read_bytes()
-    for content, why in (
-        (whole[:-1], "cut off"), (whole[:-1] + b"x", "SHA-256"), (b"\x80\x02", "pickle"), (b"", "0 bytes"),
-    ):  # fmt: skip
-        (tmp_path / "a.safetensors").write_bytes(content)
+    path = tmp_path / "a.safetensors"
+    tna.save(path, cp.adapter(P.lora(1), [T("a", (4, 4))]))
+    whole = path.read_bytes()
+    for content, why in ((whole[:-1], "cut off"), (whole[:-1] + b"x", "SHA-256"), (b"\x80\x02", "pickle")):
+        path.write_bytes(content)
         with pytest.raises(tna.FileError, match=rf"a\.safetensors: .*{why}"):
-            tna.info(tmp_path / "a.safetensors")
+            tna.info(path)
     with pytest.raises(tna.FileError, match="No such file"):
         tna.info(tmp_path / "none")
 
@@ -199,8 +192,6 @@ def test_sizes_of_thousands_of_digits_in_a_config_are_none(tmp_path: Path) -> No
     why = tna.info(tmp_path)["no_targets"]
     assert "in an unknown layout: config.json lacks num_v_heads. " in why
 
-
-# -- Whether an adapter exports as LoRA: the same sentence in info and summary, and true of what convert writes -------
 
 SHAPES = [(24, 20), (16, 20)] * 2
 

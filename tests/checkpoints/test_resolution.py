@@ -94,10 +94,6 @@ def test_a_config_that_cannot_be_read_is_said_only_where_it_is_needed(tmp_path: 
     assert resolve(open_checkpoint(base), cp.adapter(P.lora(1), targets_of("q"))).how == ""
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Names that transformers gives modules on disk: as it saves them, for every architecture, and only if they exist
-
-
 without_warnings = pytest.mark.filterwarnings("ignore")
 
 

@@ -104,8 +104,6 @@ def test_info_says_whose_adapter_it_is(to: str, library: str, tmp_path: Path) ->
     assert done.stdout.endswith("tnadapt convert reads it\n")
 
 
-# -- tnadapt extract: other tests are with tnadapt.extract ------------------------------------------------
-
 NAMES = [f"attn.{name}_proj.weight" for name in "qkv"]
 
 

@@ -152,9 +152,6 @@ def test_targets_are_names_roles_or_a_pattern(model: Path, given: list[str], rol
     assert run(str(model), "--budget", "100", *again).stdout == done.stdout
 
 
-# -- tnadapt presets -------------------------------------------------------------------------------
-
-
 def listed(*arguments: str) -> dict[str, dict[str, object]]:
     done = run_here(main, "presets", "--json", *arguments)
     assert done.returncode == 0, done.stderr
@@ -188,9 +185,6 @@ def test_a_table_of_presets() -> None:
     assert lines[-3] == "from: the fewest parameters on 8 weights of 64 x 64"
     assert "1 weight of 64 x 64" in run_here(main, "presets", "--shape", "64x64").stdout
     assert "on 2 weights\n" in run_here(main, "presets", "--shape", "64x64", "--shape", "8x8").stdout
-
-
-# -- The hub, which is not to be had here: its client's answers are made up ------------------------
 
 
 class MissingError(Exception):
