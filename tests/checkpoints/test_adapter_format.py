@@ -25,6 +25,7 @@ from tnadapt.algebra.composite import CompositeConfig
 from tnadapt.checkpoints import adapter_format
 from tnadapt.checkpoints.fingerprint import Fingerprint, fingerprint
 
+from .internals import MAX_LABELS
 from .test_adapter_file import CONFIGS, LORA, SHAPES, arrays_of, composite, made, round_to_bfloat16
 
 Recipe = dict[str, Any]
@@ -372,6 +373,14 @@ RECIPES: dict[str, list[tuple[Recipe, str]]] = {
         ({"base": {"dtype": "float32", "sha256": "0" * 64, "sketch": [0.0] * 7}}, "a fingerprint's sketch must be"),
         ({"draws": "0" * 63}, "draws must be 64 lower-case hex digits"),
         ({"draws": "0" * 64 + "\n"}, "draws must be 64 lower-case hex digits"),
+        ({"labels": ["a"]}, "the tnadapt entry has labels without pretrained, whose outputs they name"),
+        ({"pretrained": {"auto_map": "x"}}, "pretrained has unknown keys: 'auto_map'"),
+        ({"pretrained": {"task": "exec"}}, "pretrained: task must be one of"),
+        ({"pretrained": []}, "the tnadapt entry's pretrained must be an object; got []"),
+        ({"pretrained": {}, "labels": {}}, "the tnadapt entry's labels must be a list; got {}"),
+        ({"pretrained": {}, "labels": [1]}, "pretrained: a label must be a string"),
+        ({"pretrained": {"name": "x" * (1 << 17)}}, "has a value or name of more than 65536 bytes for 'pretrained'"),
+        ({"pretrained": {}, "labels": ["a"] * (MAX_LABELS + 1)}, f"has more than {MAX_LABELS} labels"),
     ],
     "frozen": [
         ({"trained": ["group0.split0.factor1"] * 2}, "trained must name some of the arrays, each once"),

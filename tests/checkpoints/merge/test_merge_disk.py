@@ -171,17 +171,16 @@ def test_killed_while_cleaning_up_what_is_changed_is_not_taken_for_the_result(ch
 
 
 @pytest.mark.law("merge-publishing")
-@pytest.mark.parametrize("piece", [1 << 24, 3])
-def test_killed_while_cleaning_up_a_result_that_is_whole_is_verified(
-    piece: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_killed_while_cleaning_up_a_whole_result_is_verified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     where = scene(tmp_path, single=False)
-    killed_after_publishing(where, False, "rename run-")
-    monkeypatch.setattr(shards, "_PIECE", piece)
-    inode = where.out.stat().st_ino
-    assert where.merge(0).files == 2
-    assert where.out.stat().st_ino == inode, "it was whole, and not to be overwritten"
-    assert not where.beside.exists()
+    for piece in (shards._PIECE, 3):
+        killed_after_publishing(where, False, "rename run-")
+        monkeypatch.setattr(shards, "_PIECE", piece)
+        inode = where.out.stat().st_ino
+        assert where.merge(0).files == 2
+        assert where.out.stat().st_ino == inode, "it was whole, and not to be overwritten"
+        assert not where.beside.exists()
+        where.clear()
 
 
 @pytest.mark.law("merge-publishing")
@@ -339,18 +338,15 @@ def test_a_system_that_has_no_locks_is_left_as_tidy(
     (tmp_path / "work" / "theirs").touch()
     with pytest.raises(tna.FileError, match="is in the way"), journal.work_lock(str(tmp_path / "work")):
         pass
-    # One that is stopped after it has finished a file leaves that one, and the next goes on.
-    done = journal.MergeJournal.finished
+    # One that is stopped before it publishes leaves what it has finished, and the next goes on.
 
-    def stopped(work: journal.MergeJournal, name: str) -> None:
-        done(work, name)
-        raise KeyboardInterrupt
+    def before(call: Call) -> None:
+        if call.name in ("exchange", "replace") and str(where.out) in call.paths:
+            raise KeyboardInterrupt
 
-    monkeypatch.setattr(journal.MergeJournal, "finished", stopped)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt), intercepted(before):
         where.merge(1, overwrite=True)
     assert where.beside.exists()
-    monkeypatch.setattr(journal.MergeJournal, "finished", done)
     assert where.finish(1).resumed >= 1
 
 
@@ -447,33 +443,21 @@ def test_the_folder_beside_is_not_taken_if_it_is_somebody_else_s(tmp_path: Path)
 # os.replace cannot be undone: only a system that can exchange two names can look at a file that it has replaced.
 @pytest.mark.law("no-overwrite")
 @pytest.mark.parametrize(("single", "exchange"), [(True, True), (False, True), (False, False)])
-def test_what_takes_the_name_at_the_last_moment_is_not_lost(
-    single: bool, exchange: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_takes_the_name_at_the_last_moment_is_not_lost(single: bool, exchange: bool, tmp_path: Path) -> None:
     where = scene(tmp_path, single)
     where.put(where.results[1])
-    real, real_renameat2, swapped = journal._replace, atomic_files._renameat2, False
+    swapped: list[Call] = []
 
-    def replace(*arguments: Any) -> None:
-        nonlocal swapped
-        if not swapped:
-            swapped = True
+    def before(call: Call) -> None:
+        if not swapped and call.name in ("exchange", "rename") and str(where.out) in call.paths:
+            swapped.append(call)
             where.out.rename(where.elsewhere)
-            if single:
-                os.mkfifo(where.out)
-            else:
-                where.out.mkdir()
-                (where.out / "thesis.txt").write_text("the only copy")
-        real(*arguments)
+            (merge_scene.pipe if single else merge_scene.precious)(where)
 
-    monkeypatch.setattr(journal, "_replace", replace)
-    if not exchange:
-        monkeypatch.setattr(atomic_files, "_renameat2", lambda *arguments: False)
-    with pytest.raises(tna.FileError, match="and is not overwritten"):
+    with intercepted(before, exchange=exchange), pytest.raises(tna.FileError, match="and is not overwritten"):
         where.merge(0, overwrite=True)
     assert swapped
     assert content(where.out) == ({"thesis.txt": b"the only copy"} if not single else b"something that is no file")
-    monkeypatch.setattr(atomic_files, "_renameat2", real_renameat2)
     where.out.rename(where.refused)
     assert where.merge(0).resumed == (1 if single else 2), "what was finished was lost"
     assert content(where.out) == where.results[0]
