@@ -57,15 +57,6 @@ def child(act: Callable[[], object]) -> int:
 # -- Kills -----------------------------------------------------------------------------------------
 
 
-class ViolationError(Exception):
-    """What must not be."""
-
-
-def check(holds: bool, what: str) -> None:
-    if not holds:
-        raise ViolationError(what)
-
-
 class Setting(NamedTuple):
     """What is killed: a merge into one file or a folder, onto an old one or not, with renameat2 or without."""
 
@@ -86,7 +77,7 @@ class Setting(NamedTuple):
         """What a kill has left: the old output or the new one, or between two renames none."""
         found = content(where.out)
         between_renames = not self.exchange and not self.single and self.old and found is None
-        check(found in (old, where.results[0]) or between_renames, "the kill left neither the old nor the new output")
+        assert found in (old, where.results[0]) or between_renames, "the kill left neither the old nor the new output"
         return found
 
 
@@ -118,35 +109,34 @@ def killed_merge(where: Scene, setting: Setting, at: int, overwrite: bool) -> Ca
 def one_kill(
     where: Scene, setting: Setting, at: int, action: Callable[[Scene], None], overwrite: bool, twice: int = 0
 ) -> str:
-    """Kill a merge, let the user act, merge again: what came of it, or ViolationError."""
+    """Kill a merge, let the user act, merge again: what came of it, or AssertionError."""
     old = setting.prepare(where)
     before = content(where.base)
     code = child(killed_merge(where, setting, at, setting.old))
-    check(code in (-signal.SIGKILL, 0), f"the first merge ended with {code}")
+    assert code in (-signal.SIGKILL, 0), f"the first merge ended with {code}"
     setting.left(where, old)
     action(where)
-    if twice and child(killed_merge(where, setting, twice, overwrite)) == 3:
-        raise ViolationError("an error that is none of ours")
+    assert not twice or child(killed_merge(where, setting, twice, overwrite)) != 3, "an error that is none of ours"
     start, aside = content(where.out), content(where.elsewhere)
 
     code = child(killed_merge(where, setting, 0, overwrite))
     now = content(where.out)
-    check(code in (0, 1), f"the next merge ended with {code}")
-    check(content(where.base) == before, "the base was changed")
-    check(content(where.elsewhere) == aside, "what the user moved away was changed")
+    assert code in (0, 1), f"the next merge ended with {code}"
+    assert content(where.base) == before, "the base was changed"
+    assert content(where.elsewhere) == aside, "what the user moved away was changed"
     if code == 0:
-        check(now == where.results[0], "success was reported for something else than the result")
-        check(not os.path.lexists(where.beside), "something was left beside the output")
+        assert now == where.results[0], "success was reported for something else than the result"
+        assert not os.path.lexists(where.beside), "something was left beside the output"
         return "verified or made"
     # Refused: as it was, or what the kill had moved away is back.
-    check(now == start or (start is None and now == old and not setting.exchange), "refused, and yet changed")
+    assert now == start or (start is None and now == old and not setting.exchange), "refused, and yet changed"
     # Refused for what stands there alone: it is done when that is gone.
-    check(now is not None, "refused although nothing was there")
+    assert now is not None, "refused although nothing was there"
     where.out.rename(where.refused)
     code = child(killed_merge(where, setting, 0, overwrite=False))
-    check(code == 0, f"the merge after the refusal ended with {code}")
-    check(content(where.out) in (where.results[0], old), "after the refusal")
-    check(content(where.refused) == now, "what was refused was changed")
+    assert code == 0, f"the merge after the refusal ended with {code}"
+    assert content(where.out) in (where.results[0], old), "after the refusal"
+    assert content(where.refused) == now, "what was refused was changed"
     return "refused, nothing changed"
 
 
@@ -169,7 +159,7 @@ def kills(folder: Path, count: int, seed: int) -> tuple[Count, list[str]]:
         twice = rng.randrange(1, counts[setting]) if rng.random() < 0.3 else 0
         try:
             found[f"{setting}: {one_kill(scenes[setting.single], setting, at, action, overwrite, twice)}"] += 1
-        except ViolationError as error:
+        except AssertionError as error:
             found[f"{setting}: WRONG"] += 1
             wrong.append(f"{setting}, step {at}, then {action.__name__}, {overwrite=}, {twice=}: {error}")
     return found, wrong

@@ -393,24 +393,6 @@ def test_arrays_of_a_start_that_do_not_belong() -> None:
         file_of(plan, activation="tanh")
 
 
-@pytest.mark.law("foreign-files", "largest-rank")
-@pytest.mark.parametrize("name", ["lora", "pissa", "olora"])
-def test_it_exports_exactly_as_lora_of_twice_the_rank(name: str) -> None:
-    plan = plan_of(START_CONFIGS[name].replace(rank=2))
-    rng = np.random.default_rng(1)
-    params = {n: (a + 0.1 * rng.normal(size=a.shape)).astype(np.float32) for n, a in plan.init().items()}
-    assert plan.lora_rank == 4
-    found = tna.convert(file_of(plan, arrays=params), to="peft-lora", dtype="float64")
-    assert (found.exact, found.error) == (True, 0.0)
-    assert found.config is not None
-    assert found.config["r"] == 4
-    scale = found.config["lora_alpha"] / found.config["r"]
-    wide = {name: array.astype(np.float64) for name, array in params.items()}
-    for target, delta in zip(START_TARGETS, plan.deltas(wide, "float32"), strict=True):
-        b, a = (found.tensors[f"base_model.model.{target.module}.lora_{x}.weight"] for x in "BA")
-        assert relative_error(scale * b @ a, delta) < 1e-12
-
-
 # -- Files of adapters whose numbers come from elsewhere: small ones cannot ask for much work; what is wrong is named
 
 

@@ -258,9 +258,6 @@ def test_whichever_byte_is_changed_it_is_refused(tmp_path: Path) -> None:
             refusal(tmp_path, content[:position] + bytes([byte ^ flip]) + content[position + 1 :])
 
 
-# -- Files of others ----------------------------------------------------------------------------
-
-
 class Bomb:
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         return Path.touch, (Path("exploded"),)
@@ -331,9 +328,6 @@ def test_paths_that_cannot_be_read_or_written(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(FileError, match="6 arrays need a header of more than 100 bytes; use fewer groups"):
         tna.save(missing, made())
     assert list(tmp_path.iterdir()) == []
-
-
-# -- A recipe that is none ----------------------------------------------------------------------
 
 
 RECIPES: dict[str, list[tuple[Recipe, str]]] = {
@@ -690,9 +684,6 @@ def test_large_and_many_frozen_arrays_are_stored(tmp_path: Path, monkeypatch: py
             limited = AdapterFile(file.config, file.targets, file.arrays, trained=file.trained)
             assert limited.left_out == file.left_out[:kept], (name, value)
             same(read(tmp_path, content_of(limited, tmp_path)), limited)
-
-
-# -- What is saved can be loaded -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("terms", [1, 6])

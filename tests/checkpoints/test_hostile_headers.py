@@ -111,19 +111,14 @@ HEADERS: dict[str, Callable[[int], str]] = {
 }  # fmt: skip
 
 
-def write_header(path: Path, kind: str, size: int) -> int:
-    """The file of a kind; returns the length of its header."""
-    text = HEADERS[kind](size).encode()
-    path.write_bytes(forge.container(text, bytes(text.count(b'"shape":[],'))))
-    return len(text)
-
-
 @pytest.mark.slow
 @pytest.mark.law("allocation-limit")
 @pytest.mark.parametrize("kind", in_depth(HEADERS, FEW))
 def test_memory_before_a_header_is_refused(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "file.safetensors"
-    length = write_header(path, kind, SIZE)
+    text = HEADERS[kind](SIZE).encode()
+    path.write_bytes(forge.container(text, bytes(text.count(b'"shape":[],'))))
+    length = len(text)
 
     def refused() -> None:
         with pytest.raises(tna.FileError, match=f"^{path}: "):

@@ -117,13 +117,8 @@ def test_what_is_refused(settings: dict[str, Any], said: str) -> None:
 
 @pytest.mark.law("allocation-limit")
 def test_many_labels_take_no_memory(tmp_path: Path) -> None:
-    recipe = {
-        "version": 1,
-        "config": {},
-        "targets": [["fc", [2, 2], "q"]],
-        "pretrained": {},
-        "labels": ["a"] * (1 << 16),
-    }
+    labels = ["a"] * (1 << 16)
+    recipe = {"version": 1, "config": {}, "targets": [["fc", [2, 2], "q"]], "pretrained": {}, "labels": labels}
     content = forge.adapter(recipe, {f"group0.split0.factor{k}": ("F32", np.zeros((2, 4))) for k in (0, 1)})
     assert "labels" in refusal(tmp_path, content)  # imports, too
     assert peak_of(lambda: refusal(tmp_path, content)) <= 4 * len(content) + (2 << 20)

@@ -153,13 +153,8 @@ def parameters(command: str) -> Iterator[Parameter]:
             if isinstance(info, typer.models.ArgumentInfo):
                 names = []
             needed = usual[name].default is inspect.Parameter.empty
-            yield Parameter(names, needed, st.none() if kind is bool else _values(name, str(kind)))
-
-
-def _values(name: str, kind: str) -> st.SearchStrategy[str]:
-    if name in VALUES:
-        return VALUES[name]
-    return INTEGER if "int" in kind else NUMBER if "float" in kind else st.sampled_from(WORDS)
+            usually = INTEGER if "int" in str(kind) else NUMBER if "float" in str(kind) else st.sampled_from(WORDS)
+            yield Parameter(names, needed, st.none() if kind is bool else VALUES.get(name, usually))
 
 
 @st.composite
@@ -281,10 +276,8 @@ def typed(line: Line) -> list[str]:
 
 
 def check(command: str, line: Line, commands: CommandLines, yard: Yard) -> Done:
-    if command == "paper":
-        done = commands.run(typed(line), yard.place, program="paper")
-    else:
-        done = commands.run([command, *typed(line)], yard.place)
+    program = ["paper"] if command == "paper" else ["tnadapt", command]
+    done = commands.run([*program, *typed(line)], yard.place)
     wrong = judge(done, line, yard)
     if yard.changed():
         yard.renew()
@@ -338,7 +331,7 @@ def test_the_judge_sees_what_is_wrong(commands: CommandLines, yard: Yard) -> Non
         (FINE._replace(code=2, err="no" * 20_000), "letters of an error"),
     ):
         assert wrong in " ".join(judge(done, [], yard))
-    commands.run(["info", "none"], yard.place)  # it has been started
+    commands.run(["tnadapt", "info", "none"], yard.place)  # it has been started
     environment = Path(f"/proc/{commands.process.pid}/environ").read_bytes().decode().split("\0")
     for beside, names in BESIDE.items():
         assert {f"{name}={yard.folder / beside}" for name in names} <= set(environment)

@@ -49,20 +49,15 @@ def test_it_merges_and_says_what(base: Path, tmp_path: Path) -> None:
     )
     forced = run("merge", base, tmp_path / "adapter.safetensors", "-o", tmp_path / "out", "--overwrite", "--json")
     assert forced.returncode == 0
+    other = cp.write(tmp_path / "other", cp.base(TARGETS, seed=5))
+    refused = run("merge", other, tmp_path / "adapter.safetensors", "-o", tmp_path / "any")
+    assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
+    assert "is another base model" in refused.stderr
+    wished = run("merge", other, tmp_path / "adapter.safetensors", "-o", tmp_path / "any", "--no-check-base")
+    assert wished.returncode == 0
+    assert "not checked whether it was trained on this base (--no-check-base)" in wished.stdout
     report = json.loads(forced.stdout)
     assert (report["out"], report["changed"], report["base_checked"]) == (str(tmp_path / "out"), 3, True)
-
-
-def test_another_base_needs_to_be_wished_for(base: Path, tmp_path: Path) -> None:
-    other = cp.write(tmp_path / "other", cp.base(TARGETS, seed=5))
-    done = run("merge", other, tmp_path / "adapter.safetensors", "-o", tmp_path / "out")
-    assert done.returncode == 2
-    assert "is another base model" in done.stderr
-    assert len(done.stderr.splitlines()) == 1
-    assert not (tmp_path / "out").exists()
-    done = run("merge", other, tmp_path / "adapter.safetensors", "-o", tmp_path / "out", "--no-check-base")
-    assert done.returncode == 0
-    assert "not checked whether it was trained on this base (--no-check-base)" in done.stdout
 
 
 def test_info_prints_what_there_is(base: Path, tmp_path: Path) -> None:

@@ -81,17 +81,6 @@ def test_a_model_as_json(model: Path) -> None:
     assert run(str(model / "model.safetensors.index.json"), "--budget", "2000").returncode == 0
 
 
-def test_only_headers_are_read(model: Path) -> None:
-    # Of each file, nothing is left but the header and a hole of the tensors' length.
-    for file in model.glob("*.safetensors"):
-        content = file.read_bytes()
-        head = 8 + int.from_bytes(content[:8], "little")
-        with file.open("wb") as hollow:
-            hollow.write(content[:head])
-            hollow.truncate(len(content))
-    assert [target.shape for target in model_targets(model)] == [(16, 24)] * 4
-
-
 def test_pictures(model: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     lines, places = tmp_path / "lines.svg", tmp_path / "places.svg"
@@ -226,13 +215,12 @@ def test_a_hub_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         model_targets("gpt2")
 
 
-@pytest.mark.parametrize("config", ["{", "[]", '{"a": NaN}', None])
-def test_a_hub_config_that_is_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, config: str | None) -> None:
+@pytest.mark.parametrize("config", ["{", "[]", '{"a": NaN}'])
+def test_a_hub_config_that_is_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, config: str) -> None:
     shapes = {"attn.q.weight": [4, 4], "attn.v.weight": [4, 4]}
+    monkeypatch.setitem(sys.modules, "huggingface_hub", stub({"a/b": shapes}, None, tmp_path))
+    assert len(model_targets("a/b")) == 2
     monkeypatch.setitem(sys.modules, "huggingface_hub", stub({"a/b": shapes}, config, tmp_path))
-    if config is None:
-        assert len(model_targets("a/b")) == 2
-        return
     with pytest.raises(FileError, match=r"a/b: config\.json"):
         model_targets("a/b")
 

@@ -70,9 +70,6 @@ def small(folder: Path, shards: int = 1, dtype: str = "float32", **settings: Any
     return folder / "base", folder / "adapter.safetensors", file
 
 
-# -- The sum ------------------------------------------------------------------------------------
-
-
 @pytest.mark.law("merge-disk-is-memory")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
 @given(data=st.data())
@@ -147,9 +144,6 @@ def test_every_way_of_copying(ways: str, tmp_path: Path, monkeypatch: pytest.Mon
     steps = np.diff([0, *(done for done, _ in seen)])
     assert set(steps) <= {*range(1, 8), 96}
     assert seen[-1] == (size, size)
-
-
-# -- Files beside -------------------------------------------------------------------------------
 
 
 def hub_cache(base: Path, repository: Path) -> Path:
@@ -276,9 +270,6 @@ def test_a_pipe_or_device_is_never_replaced(single: bool, overwrite: bool, tmp_p
     assert Path(os.devnull).is_char_device()
 
 
-# -- What was trained beside the adapter ----------------------------------------------------------
-
-
 @pytest.mark.parametrize("shards", [1, 2])
 def test_a_trained_head_replaces_the_base_s_or_is_added(shards: int, tmp_path: Path) -> None:
     targets = [T("layer.0.q", (6, 4), "q")]
@@ -340,9 +331,6 @@ def test_a_head_that_does_not_fit_is_refused(tmp_path: Path) -> None:
         with pytest.raises(tna.FileError, match=why):
             tna.merge(base, cp.adapter(P.lora(1), targets, kept=kept), tmp_path / "out")
         assert os.listdir(tmp_path) == ["base"]
-
-
-# -- What is refused ------------------------------------------------------------------------------
 
 
 def refused(tmp_path: Path, base: Any, adapter: Any, out: Any = None, **settings: Any) -> str:
@@ -459,6 +447,12 @@ def test_where_it_may_go(tmp_path: Path) -> None:
         assert why in refused(tmp_path, source, adapter, out), (source, out)
     assert "is not the folder of a checkpoint" in refused(tmp_path, base, adapter, tmp_path / "taken", overwrite=True)
     assert "is a file, and the base is a folder" in refused(tmp_path, base, adapter, __file__, overwrite=True)
+    # What is no safetensors file is overwritten if asked, and a link is followed.
+    tna.merge(file, adapter, tmp_path / "taken.safetensors", overwrite=True)
+    (tmp_path / "away").symlink_to(tmp_path / "elsewhere")
+    tna.merge(base, adapter, tmp_path / "away")
+    merged = (tmp_path / "elsewhere" / "model.safetensors").read_bytes()
+    assert (tmp_path / "taken.safetensors").read_bytes() == merged
 
 
 def test_an_output_that_others_replace_while_it_is_looked_at_is_looked_at_again(
@@ -482,26 +476,6 @@ def test_an_output_that_others_replace_while_it_is_looked_at_is_looked_at_again(
     assert os.listdir(tmp_path / "gone") == []
     tna.merge(base, adapter, tmp_path / "expected")
     assert content(out) == content(tmp_path / "expected")
-
-
-def test_overwriting(tmp_path: Path) -> None:
-    base, adapter, _ = small(tmp_path)
-    tna.merge(base, adapter, tmp_path / "out")
-    first = content(tmp_path / "out")
-    (tmp_path / "out" / "stale.txt").write_text("of the old one")
-    tna.merge(base, adapter, tmp_path / "out", overwrite=True)
-    assert content(tmp_path / "out") == first
-    (tmp_path / "one.safetensors").write_text("old")
-    tna.merge(base / "model.safetensors", adapter, tmp_path / "one.safetensors", overwrite=True)
-    assert (tmp_path / "one.safetensors").read_bytes() == first["model.safetensors"]
-    assert sorted(os.listdir(tmp_path)) == ["adapter.safetensors", "base", "one.safetensors", "out"]
-    # A link is followed.
-    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
-    tna.merge(base, adapter, tmp_path / "link")
-    assert content(tmp_path / "elsewhere") == first
-
-
-# -- Killed, full, interrupted --------------------------------------------------------------------
 
 
 @pytest.mark.law("merge-killed")

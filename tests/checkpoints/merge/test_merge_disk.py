@@ -437,9 +437,6 @@ def test_the_folder_beside_is_not_taken_if_it_is_somebody_else_s(tmp_path: Path)
         where.clear()
 
 
-# -- What is there by the time of publishing -----------------------------------------------------------------
-
-
 # os.replace cannot be undone: only a system that can exchange two names can look at a file that it has replaced.
 @pytest.mark.law("no-overwrite")
 @pytest.mark.parametrize(("single", "exchange"), [(True, True), (False, True), (False, False)])
@@ -481,9 +478,6 @@ def test_with_overwrite_false_what_comes_to_be_meanwhile_stays(single: bool, exc
     assert content(where.out) == other
     where.out.rename(where.elsewhere)
     assert where.merge(0).resumed == (1 if single else 2)
-
-
-# -- Renames -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.law("no-overwrite")
@@ -532,9 +526,6 @@ def test_where_names_cannot_be_exchanged_it_says_so_and_other_failures_are_error
     assert not atomic_files.exchange(str(tmp_path / "a"), str(tmp_path / "b"))
 
 
-# -- Inputs that change -------------------------------------------------------------------------------------
-
-
 @pytest.mark.law("merge-disk-faults", "merge-links")
 @pytest.mark.parametrize("what", ["adapter", "base", "another file"])
 def test_an_input_that_changes_while_it_is_read_is_noticed(
@@ -565,9 +556,6 @@ def test_an_input_that_changes_while_it_is_read_is_noticed(
         where.merge(0)
     assert not where.out.exists()
     assert what == "another file" or not where.beside.exists()
-
-
-# -- Publishing by itself ---------------------------------------------------------------------------------------------
 
 
 def test_a_name_that_is_created_and_removed_forever_is_given_up(
@@ -613,20 +601,15 @@ def opened_pair(folder: Path) -> tuple[Any, Any]:
     return open(folder / "source", "rb", buffering=0), open(folder / "target", "w+b", buffering=0)
 
 
-def test_a_source_that_ends_too_soon(tmp_path: Path) -> None:
+def test_copying_fails_where_no_other_way_would_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, target = opened_pair(tmp_path)
-    with source, target, pytest.raises(tna.FileError, match="ended before its last tensor"):
-        shards.copy_range(source, 5, target, 0, 6, lambda count: None)
-
-
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EFBIG])
-def test_what_is_no_matter_of_the_way_is_not_tried_by_another(
-    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(shards, "_WAYS", [raising(number), shards._by_hand])
-    source, target = opened_pair(tmp_path)
-    with source, target, pytest.raises(OSError, match=re.escape(os.strerror(number))):
-        shards.copy_range(source, 0, target, 0, 10, lambda count: None)
+    with source, target:
+        with pytest.raises(tna.FileError, match="ended before its last tensor"):
+            shards.copy_range(source, 5, target, 0, 6, lambda count: None)
+        for number in (errno.ENOSPC, errno.EIO, errno.EFBIG):
+            monkeypatch.setattr(shards, "_WAYS", [raising(number), shards._by_hand])
+            with pytest.raises(OSError, match=re.escape(os.strerror(number))):
+                shards.copy_range(source, 0, target, 0, 10, lambda count: None)
 
 
 @pytest.mark.parametrize("number", [errno.ENOTSOCK, ENOTSUP])
@@ -651,18 +634,6 @@ def test_writing_takes_as_many_goes_as_it_needs(tmp_path: Path) -> None:
     slow: Any = Slow()
     shards.write_at(slow, 2, b"0123456789")
     assert slow.getvalue() == b"\0\x000123456789"
-
-
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
-def test_only_regular_files_are_opened(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(OSError, match="is not a regular file"):
-        shards.open_regular(str(tmp_path / "pipe"))
-    (tmp_path / "file").touch()
-    (tmp_path / "link").symlink_to(tmp_path / "file")
-    with pytest.raises(OSError, match="link"):
-        shards.open_regular(str(tmp_path / "link"))
-    os.close(shards.open_regular(str(tmp_path / "file")))
 
 
 @pytest.mark.skipif(not atomic_files.HAS_LOCKS, reason="no advisory locks here")
