@@ -338,9 +338,7 @@ def test_what_the_base_gives_is_not_stored(start: str, tmp_path: Path) -> None:
     found = reloaded(file_of(plan, given={}), tmp_path)
     assert not found.complete
     assert found.draws is None
-    with pytest.raises(
-        tna.ConfigError, match=r"the start of 'group0.split0.factor0' is computed from the base weights"
-    ):
+    with pytest.raises(ConfigError, match=r"the start of 'group0.split0.factor0' is computed from the base weights"):
         found.deltas()
     whole = found.with_base(START_BASE)
     assert all(map(np.array_equal, whole.deltas(), file_of(plan).deltas()))
@@ -387,9 +385,7 @@ def test_arrays_of_a_start_that_do_not_belong() -> None:
         file_of(usual, given={f"start.{LEFT}": np.ones((12, 3), np.float32)})
     with pytest.raises(tna.ShapeError, match=r"start.group0.split0.factor0 has shape \(3, 12\)"):
         file_of(plan, given={f"start.{LEFT}": np.ones((3, 12), np.float32)})
-    with pytest.raises(
-        tna.ConfigError, match="activation='tanh' depends on the input, so that the update of a start ca"
-    ):
+    with pytest.raises(ConfigError, match="activation='tanh' depends on the input, so that the update of a start ca"):
         file_of(plan, activation="tanh")
 
 

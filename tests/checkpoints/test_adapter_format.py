@@ -91,9 +91,6 @@ def refusal(folder: Path, content: bytes, **settings: Any) -> str:
     return str(caught.value)[len(path) :]
 
 
-# -- What is saved is what is loaded ------------------------------------------------------------
-
-
 @pytest.mark.law("parameter-count", "file-round-trip")
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])
@@ -163,9 +160,6 @@ def test_the_shape_that_a_preset_asks_of_weights_changes_no_file(tmp_path: Path)
     )
     assert one == other
     assert read(tmp_path, one).config == preset
-
-
-# -- The format is what its specification says --------------------------------------------------
 
 
 @pytest.mark.law("independent-readers")
@@ -492,9 +486,6 @@ def test_other_draws_are_refused_by_both_names(tmp_path: Path, projection: str) 
         assert "digest is None" in refusal(tmp_path, missing)
 
 
-# -- Hostile files ------------------------------------------------------------------------------
-
-
 def lora_tensors(count: int) -> Stored:
     return {f"group{n // 2}.split0.factor{n % 2}": ("F16", np.zeros((1, 1))) for n in range(count)}
 
@@ -576,9 +567,6 @@ def test_numbers_that_are_none_are_not_saved(tmp_path: Path, kept: bool, bad: fl
         tna.save(path, file)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
-
-
-# -- Adapters of which some arrays are frozen ------------------------------------------------------
 
 
 def frozen(config: Config, trained: list[str] | None = None, dtype: str = "float32") -> AdapterFile:

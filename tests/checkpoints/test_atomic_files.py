@@ -53,13 +53,6 @@ def test_a_link_is_followed(tmp_path: Path) -> None:
     assert target.read_bytes() == b"new"
 
 
-@pytest.mark.law("no-overwrite")
-def test_a_device_is_not_replaced() -> None:
-    with pytest.raises(FileError, match="neither a file nor a folder"):
-        replace_file(os.devnull, b"new")
-    assert stat.S_ISCHR(os.stat(os.devnull).st_mode)
-
-
 @pytest.mark.law("killed-saving")
 @pytest.mark.parametrize("step", ["open", "fsync", "replace", "chmod"])
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])

@@ -178,12 +178,13 @@ def test_what_json_does_not_read_is_refused(text: str) -> None:
 
 
 def test_entries_of_metadata_are_counted() -> None:
-    def header(count: int) -> bytes:
-        return json.dumps({"__metadata__": {f"{number}": "" for number in range(count)}}).encode()
-
-    assert len(read_header(header(MAX_METADATA), False)[1]) == MAX_METADATA
+    header, more = (
+        json.dumps({"__metadata__": {f"{number}": "" for number in range(count)}}).encode()
+        for count in (MAX_METADATA, MAX_METADATA + 1)
+    )
+    assert len(read_header(header, False)[1]) == MAX_METADATA
     with pytest.raises(tna.FileError, match="more than 4096 entries of __metadata__"):
-        read_header(header(MAX_METADATA + 1), False)
+        read_header(more, False)
 
 
 def test_tensors_targets_and_values_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -255,12 +256,6 @@ def test_strings_and_brackets_of_a_value_are_counted_before_it_is_read(
             assert document.value(found.start, found.stop) == json.loads(value)
 
 
-def into_torch(at: Path) -> Any:
-    torch = pytest.importorskip("torch")
-    model = torch.nn.ModuleDict({"a": torch.nn.ModuleDict({"q": torch.nn.Linear(6, 4)})})
-    return tna.torch.load(model, at / "adapter.safetensors")
-
-
 SPARSE: dict[str, Callable[[Path], Any]] = {
     "load": lambda at: tna.load(at / "adapter.safetensors"),
     "info": lambda at: tna.info(at / "adapter.safetensors"),
@@ -269,7 +264,7 @@ SPARSE: dict[str, Callable[[Path], Any]] = {
     "convert": lambda at: tna.convert(at / "adapter.safetensors", to="peft-lora"),
     "convert from peft": lambda at: tna.convert(at / "peft"),
     "a tensor of a checkpoint": lambda at: open_checkpoint(at / "base").array("a.q.weight"),
-    "torch": into_torch,
+    "torch": lambda at: tna.torch.load(pytest.importorskip("torch").nn.Linear(6, 4), at / "adapter.safetensors"),
 }  # fmt: skip
 
 

@@ -127,15 +127,11 @@ def test_a_name_of_thousands_of_dots_takes_little_memory(tmp_path: Path) -> None
     assert peak < 1 << 21
 
 
-@pytest.mark.parametrize(("dots", "count"), [(64, 2), (65, 0)])
-def test_modules_nested_64_deep_are_found(dots: int, count: int) -> None:
-    path = "a." * (dots - 1)
-    shapes = {f"{path}{name}_proj.weight": (4, 4) for name in "qkv"}
-    if count:
-        assert len(find_stored(shapes, "qv")) == count
-    else:
-        with pytest.raises(tna.TargetError, match="no weights of layers at all"):
-            find_stored(shapes, "qv")
+def test_modules_nested_64_deep_are_found() -> None:
+    shapes = [{f"{'a.' * depth}{name}_proj.weight": (4, 4) for name in "qkv"} for depth in (63, 64)]
+    assert len(find_stored(shapes[0], "qv")) == 2
+    with pytest.raises(tna.TargetError, match="no weights of layers at all"):
+        find_stored(shapes[1], "qv")
 
 
 def test_numbers_of_thousands_of_digits_in_names_are_words(tmp_path: Path) -> None:

@@ -107,14 +107,14 @@ def names_stored(folder: Path, names: dict[str, tuple[int, ...]]) -> Path:
     return folder
 
 
-def known(**names: list[str]) -> Any:
-    return lambda name: [name, *(f"{other}.weight" for other in names.get(name.removesuffix(".weight"), []))]
-
-
 @without_warnings
 def test_other_names_are_taken_if_exactly_one_choice_fits() -> None:
     targets = [tna.Target("a", (4, 4)), tna.Target("b", (4, 6))]
-    names = known(a=["x", "y"], b=["z"])
+    others = {"a.weight": ["x.weight", "y.weight"], "b.weight": ["z.weight"]}
+
+    def names(name: str) -> list[str]:
+        return [name, *others.get(name, [])]
+
     both = {"x.weight": (4, 4), "z.weight": (4, 6)}
     found = renamed_targets(targets, both, names)
     assert found is not None

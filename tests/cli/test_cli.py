@@ -132,10 +132,7 @@ MISTAKES: list[tuple[str, str]] = [
 #: Of maps, which take a library to make.
 OF_MAPS: list[tuple[str, str]] = [
     ("verify --set projection=scatter --backend numpy", "map 'scatter' needs settings"),
-    (
-        "verify --preset superlora --set projection=linear --shape 300x300 --backend numpy",
-        "give smaller shapes",
-    ),
+    ("verify --preset superlora --set projection=linear --shape 300x300 --backend numpy", "give smaller shapes"),
 ]
 #: Files of settings that are none, and how their messages begin.
 HOSTILE = {

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
 
 import tnadapt as tna
+from tests.support import checkpoint_files as cp
 
 pytest.importorskip("typer")
 
@@ -41,16 +41,10 @@ def test_a_gguf_model_gets_a_way_out(name: str, tmp_path: Path) -> None:
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
     """Two layers in two shards, with an index, a config and tensors of other kinds."""
-    folder = tmp_path / "model"
-    folder.mkdir()
-    places = {}
-    for layer in range(2):
-        tensors = {f"h.{layer}.attn.{x}_proj.weight": np.zeros((16, 24), np.float32) for x in "qkvo"}
-        tensors |= {f"h.{layer}.norm.weight": np.ones(24, np.float32)}
-        name = f"model-{layer + 1:05}-of-00002.safetensors"
-        save_file(tensors, str(folder / name))
-        places |= dict.fromkeys(tensors, name)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    names = [f"h.{layer}.attn.{x}_proj.weight" for layer in range(2) for x in "qkvo"]
+    tensors: cp.Tensors = {name: ("F32", np.zeros((16, 24), np.float32)) for name in names}
+    tensors |= {f"h.{layer}.norm.weight": ("F32", np.ones(24, np.float32)) for layer in range(2)}
+    folder = cp.write(tmp_path / "model", tensors, 2)
     (folder / "config.json").write_text(json.dumps({"model_type": "llama", "num_attention_heads": 4}))
     return folder
 

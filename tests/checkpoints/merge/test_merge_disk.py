@@ -48,9 +48,6 @@ def memory(tmp_path: Path) -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
-# -- Order and power failures ------------------------------------------------------------------------
-
-
 @pytest.mark.law("power-failure")
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
 def test_after_a_power_failure_it_is_the_old_one_or_the_new_one(setting: Setting, memory: Path) -> None:
@@ -101,9 +98,6 @@ def test_a_failing_disk_is_an_error_and_no_success(single: bool, tmp_path: Path)
             where.merge(0)
         assert content(where.out) in (None, where.results[0])
         where.finish(overwrite=False)
-
-
-# -- Killed, and the user acts before the next merge ----------------------------------------------------
 
 
 def killed_after_publishing(where: Scene, overwrite: bool, step: str) -> None:
@@ -254,17 +248,13 @@ def between_two_renames(where: Scene) -> Path:
 
 @pytest.mark.law("merge-killed", "merge-races")
 def test_kills_and_races_in_short(memory: Path) -> None:
+    root = Path(__file__).parents[3]
     command = [sys.executable, "-m", "tests.stress_merge", "--folder", str(memory)]
     command += ["--kills", "3000" if LONG else "32", "--seconds", "1800" if LONG else "5"]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[3]), *sys.path])}
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[3], env=environment
-    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), *sys.path])}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=root, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.endswith("\n0 wrong\n")
-
-
-# -- Locks ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.law("merge-races")
@@ -281,13 +271,11 @@ def test_a_lock_on_a_file_that_was_deleted_meanwhile_is_none(tmp_path: Path, mon
         return real(handle, wait)
 
     monkeypatch.setattr(journal, "lock", lock)
-    refused = pytest.raises(
-        tna.FileError, match=rf"another process is writing {root} \(process {os.getpid()} on .+\): wait"
-    )
+    why = rf"another process is writing {root} \(process {os.getpid()} on .+\): wait"
     with journal.work_lock(root):
         assert len(locked) == 2
         assert os.stat(os.path.join(root, "lock")).st_ino == locked[1]
-        with refused, journal.work_lock(root):
+        with pytest.raises(tna.FileError, match=why), journal.work_lock(root):
             pass
 
 
@@ -429,9 +417,8 @@ def test_the_folder_beside_is_not_taken_if_it_is_somebody_else_s(tmp_path: Path)
         lambda: os.mkfifo(where.beside),
     ):
         make()
-        with pytest.raises(
-            tna.FileError, match="is in the way, and is not an unfinished merge: remove it, or choose another"
-        ):
+        why = "is in the way, and is not an unfinished merge: remove it, or choose another"
+        with pytest.raises(tna.FileError, match=why):
             where.merge(0)
         assert os.path.lexists(where.beside)
         where.clear()
@@ -593,9 +580,6 @@ def test_what_was_replaced_and_may_not_be_goes_back_even_if_the_name_is_free_by_
     assert (tmp_path / "out").read_text() == "somebody's"
 
 
-# -- Copying, and locks, where the system fails ------------------------------------------------------------
-
-
 def opened_pair(folder: Path) -> tuple[Any, Any]:
     (folder / "source").write_bytes(b"0123456789")
     return open(folder / "source", "rb", buffering=0), open(folder / "target", "w+b", buffering=0)
@@ -660,9 +644,7 @@ def test_the_lock_of_a_folder_that_is_always_deleted_is_given_up(
         return plain(path, *rest, **settings)
 
     monkeypatch.setattr(os, "open", deleted)
-    with (
-        pytest.raises(tna.FileError, match=r"other processes are writing \S+ again and again"),
-        journal.work_lock(str(tmp_path / "work")),
-    ):
+    why = r"other processes are writing \S+ again and again"
+    with pytest.raises(tna.FileError, match=why), journal.work_lock(str(tmp_path / "work")):
         pass
     assert not (tmp_path / "work").exists()
