@@ -362,6 +362,7 @@ RECIPES: dict[str, list[tuple[Recipe, str]]] = {
         ({"draws": "0" * 63}, "draws must be 64 lower-case hex digits"),
         ({"draws": "0" * 64 + "\n"}, "draws must be 64 lower-case hex digits"),
         ({"labels": ["a"]}, "the tnadapt entry has labels without pretrained, whose outputs they name"),
+        ({"pretrained": {"labels": ["a"]}}, "pretrained has unknown keys: 'labels'"),
         ({"pretrained": {"auto_map": "x"}}, "pretrained has unknown keys: 'auto_map'"),
         ({"pretrained": {"task": "exec"}}, "pretrained: task must be one of"),
         ({"pretrained": []}, "the tnadapt entry's pretrained must be an object; got []"),

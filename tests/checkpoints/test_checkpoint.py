@@ -170,7 +170,6 @@ MISFITS: list[tuple[dict[str, Any], str]] = [
         (forge.container(f'{{"a": {EMPTY}, "\\u0061": {EMPTY}}}'), "the key 'a' twice"),
         (forge.container({"__metadata__": {"a": 1}}), "an object of strings"),
         (forge.container({"__metadata__": ["a"]}), "an object of strings"),
-        (forge.container({"__metadata__": True}), "an object of strings"),
         (forge.container('{"__metadata__": null, "__metadata__": {}}'), "the key '__metadata__' twice"),
         (forge.container('{"\\ud800": 1}'), "has half a surrogate pair, and is not a valid name"),
         (forge.container({"a": 1}), "must be an object of dtype, shape and data_offsets"),
@@ -315,8 +314,8 @@ def test_dtypes_that_numpy_lacks_are_carried(tmp_path: Path, tag: str) -> None:
 def test_what_is_no_checkpoint(tmp_path: Path) -> None:
     assert refused(tmp_path / "none") == f"{tmp_path / 'none'}: No such file or directory"
     assert "empty folder" in refused(tmp_path)
-    assert "must be a string or PathLike" in refused("")
-    assert "must be a string or PathLike" in refused("a\0b")
+    for path in ("", "a\0b"):
+        assert "a path must be a string or PathLike that can name a file" in refused(path)
     (tmp_path / "readme.txt").write_text("")
     assert "has no safetensors file; it has readme.txt" in refused(tmp_path)
     (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x02")
@@ -340,7 +339,8 @@ def test_what_is_no_checkpoint(tmp_path: Path) -> None:
 def test_several_unrelated_files(tmp_path: Path) -> None:
     for name in ("a", "b"):
         save_file(tensors(), tmp_path / f"{name}.safetensors")
-    assert "has a.safetensors, b.safetensors, and nothing says which is the model" in refused(tmp_path)
+    why = "has a.safetensors, b.safetensors, and nothing says which is the model: give the path of one"
+    assert why in refused(tmp_path)
     sharded(tmp_path)
     assert len(open_checkpoint(tmp_path).files) == 2  # the index says
     save_file(tensors(), tmp_path / "model.safetensors")

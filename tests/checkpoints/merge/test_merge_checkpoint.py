@@ -414,7 +414,7 @@ def test_where_it_may_go(tmp_path: Path) -> None:
     (tmp_path / "taken.safetensors").write_text("")
     (tmp_path / "link").symlink_to(base)
     for source, out, why in (
-        (base, base, "is the folder of the base"),
+        (base, base, "is the folder of the base: give another folder for the output"),
         (base, tmp_path / "link", "is the folder of the base"),
         (base, base / "merged", "is in the folder of the base"),
         (base, tmp_path, "contains an input of the merge"),

@@ -519,11 +519,11 @@ def test_an_input_that_changes_while_it_is_read_is_noticed(
     what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     where = scene(tmp_path, single=what != "another file")
-    path, told, owner, step = {
-        "adapter": (where.adapters[0], f"{where.adapters[0]}: was changed while it was read:", merge_job, "load"),
-        # After its header has been read.
-        "base": (where.base, f"{where.base}: was changed while it was merged:", merge_job, "resolve"),
-        "another file": (where.base / "config.json", r"merged \(config.json\):", merge_job.Job, "_copy_others"),
+    adapter = where.adapters[0]
+    path, when, owner, step = {
+        "adapter": (adapter, "read", merge_job, "load"),
+        "base": (where.base, "merged", merge_job, "resolve"),  # after its header has been read
+        "another file": (where.base / "config.json", r"merged \(config.json\)", merge_job.Job, "_copy_others"),
     }[what]
     real = getattr(owner, step)
 
@@ -532,14 +532,15 @@ def test_an_input_that_changes_while_it_is_read_is_noticed(
             atomic_files.replace_file(str(path), path.read_bytes())
         elif what == "another file":  # which would be copied from outside of the checkpoint
             path.unlink()
-            path.symlink_to(where.adapters[0])
+            path.symlink_to(adapter)
         found = real(*arguments)
         if what == "adapter":
             shutil.copyfile(where.adapters[1], path)
         return found
 
     monkeypatch.setattr(owner, step, replacing)
-    with pytest.raises(tna.FileError, match=f"{told} run it again"):
+    named = adapter if what == "adapter" else where.base
+    with pytest.raises(tna.FileError, match=f"^{named}: was changed while it was {when}: run it again"):
         where.merge(0)
     assert not where.out.exists()
     assert what == "another file" or not where.beside.exists()
@@ -618,6 +619,15 @@ def test_writing_takes_as_many_goes_as_it_needs(tmp_path: Path) -> None:
     slow: Any = Slow()
     shards.write_at(slow, 2, b"0123456789")
     assert slow.getvalue() == b"\0\x000123456789"
+
+
+def test_only_regular_files_are_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(__file__)
+    for name, why in (("pipe", "is not a regular file"), ("link", "link")):
+        with pytest.raises(OSError, match=why):
+            shards.open_regular(str(tmp_path / name))
+    os.close(shards.open_regular(__file__))
 
 
 @pytest.mark.skipif(not atomic_files.HAS_LOCKS, reason="no advisory locks here")
