@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,7 +29,7 @@ import tnadapt as tna
 from tnadapt.checkpoints import atomic_files
 
 from .checkpoints.merge.merge_scene import ACTIONS, Content, Scene, content, scene
-from .support.file_layer import Call, intercepted
+from .support.file_layer import Call, intercepted, recorded
 
 __all__ = ["kills", "main", "race"]
 
@@ -67,6 +67,19 @@ class Setting(NamedTuple):
     def __str__(self) -> str:
         return words_of(self.single, "replaced" if self.old else "new", self.exchange)
 
+    def prepare(self, where: Scene) -> Content:
+        """Make the output as it is before the merge, and return it."""
+        where.clear()
+        where.put(where.results[1] if self.old else None)
+        return content(where.out)
+
+    def left(self, where: Scene, old: Content) -> Content:
+        """What a kill has left: the old output or the new one, or between two renames none."""
+        found = content(where.out)
+        between_renames = not self.exchange and not self.single and self.old and found is None
+        assert found in (old, where.results[0]) or between_renames, "the kill left neither the old nor the new output"
+        return found
+
 
 def words_of(single: bool, word: str, exchange: bool) -> str:
     return f"{'file' if single else 'folder'}, {word}, {'renameat2' if exchange else 'no renameat2'}"
@@ -75,18 +88,8 @@ def words_of(single: bool, word: str, exchange: bool) -> str:
 SETTINGS = [Setting(*flags) for flags in itertools.product((True, False), repeat=3)]
 
 
-def steps(where: Scene, setting: Setting) -> int:
-    """How many steps on the disk the merge has."""
-    where.clear()
-    where.put(where.results[1] if setting.old else None)
-    seen: list[Call] = []
-    with intercepted(seen.append, exchange=setting.exchange):
-        where.merge(0, setting.old)
-    return len(seen)
-
-
 def killed_merge(where: Scene, setting: Setting, at: int, overwrite: bool) -> Callable[[], object]:
-    """A merge that kills itself before its step number ``at``."""
+    """A merge that kills itself before its step number ``at``, counted from 1."""
 
     def act() -> None:
         left = at
@@ -103,86 +106,60 @@ def killed_merge(where: Scene, setting: Setting, at: int, overwrite: bool) -> Ca
     return act
 
 
-class ViolationError(Exception):
-    """What must not be."""
-
-
-def check(holds: bool, what: str) -> None:
-    if not holds:
-        raise ViolationError(what)
-
-
 def one_kill(
     where: Scene, setting: Setting, at: int, action: Callable[[Scene], None], overwrite: bool, twice: int = 0
 ) -> str:
-    """Kill a merge, let the user act, merge again: what came of it, or ViolationError."""
-    where.clear()
-    old = where.results[1] if setting.old else None
-    where.put(old)
+    """Kill a merge, let the user act, merge again: what came of it, or AssertionError."""
+    old = setting.prepare(where)
     before = content(where.base)
     code = child(killed_merge(where, setting, at, setting.old))
-    check(code in (-signal.SIGKILL, 0), f"the first merge ended with {code}")
-    found = content(where.out)
-    between_renames = not setting.exchange and not setting.single and found is None
-    check(found in (old, where.results[0]) or between_renames, "the kill left neither the old nor the new output")
+    assert code in (-signal.SIGKILL, 0), f"the first merge ended with {code}"
+    setting.left(where, old)
     action(where)
-    if twice and child(killed_merge(where, setting, twice, overwrite)) == 3:
-        raise ViolationError("an error that is none of ours")
+    assert not twice or child(killed_merge(where, setting, twice, overwrite)) != 3, "an error that is none of ours"
     start, aside = content(where.out), content(where.elsewhere)
 
-    code = next_merge(where, setting, overwrite)
+    code = child(killed_merge(where, setting, 0, overwrite))
     now = content(where.out)
-    check(code in (0, 1), f"the next merge ended with {code}")
-    check(content(where.base) == before, "the base was changed")
-    check(content(where.elsewhere) == aside, "what the user moved away was changed")
+    assert code in (0, 1), f"the next merge ended with {code}"
+    assert content(where.base) == before, "the base was changed"
+    assert content(where.elsewhere) == aside, "what the user moved away was changed"
     if code == 0:
-        check(now == where.results[0], "success was reported for something else than the result")
-        check(not os.path.lexists(where.beside), "something was left beside the output")
+        assert now == where.results[0], "success was reported for something else than the result"
+        assert not os.path.lexists(where.beside), "something was left beside the output"
         return "verified or made"
     # Refused: as it was, or what the kill had moved away is back.
-    check(now == start or (start is None and now == old and not setting.exchange), "refused, and yet changed")
+    assert now == start or (start is None and now == old and not setting.exchange), "refused, and yet changed"
     # Refused for what stands there alone: it is done when that is gone.
-    check(now is not None, "refused although nothing was there")
+    assert now is not None, "refused although nothing was there"
     where.out.rename(where.refused)
-    code = next_merge(where, setting, overwrite=False)
-    check(code == 0, f"the merge after the refusal ended with {code}")
-    check(content(where.out) in (where.results[0], old), "after the refusal")
-    check(content(where.refused) == now, "what was refused was changed")
+    code = child(killed_merge(where, setting, 0, overwrite=False))
+    assert code == 0, f"the merge after the refusal ended with {code}"
+    assert content(where.out) in (where.results[0], old), "after the refusal"
+    assert content(where.refused) == now, "what was refused was changed"
     return "refused, nothing changed"
-
-
-def next_merge(where: Scene, setting: Setting, overwrite: bool) -> int:
-    """Merge in a child, with or without renameat2."""
-
-    def act() -> None:
-        with intercepted(lambda call: None, exchange=setting.exchange):
-            where.merge(0, overwrite)
-
-    return child(act)
-
-
-def drawn_kills(counts: dict[Setting, int], rng: random.Random) -> Iterator[tuple[Setting, int]]:
-    """Every step of every setting once, in random order, again and again."""
-    every = [(setting, at) for setting, count in counts.items() for at in range(1, count + 2)]
-    while True:
-        rng.shuffle(every)
-        yield from every
 
 
 def kills(folder: Path, count: int, seed: int) -> tuple[Count, list[str]]:
     """So many kills: what came of them, and what was wrong."""
     rng = random.Random(seed)
     scenes = {single: scene(folder / ("file" if single else "folder"), single) for single in (True, False)}
-    counts = {setting: steps(scenes[setting.single], setting) for setting in SETTINGS}
+    counts = {}
+    for setting in SETTINGS:
+        setting.prepare(where := scenes[setting.single])
+        counts[setting] = len(recorded(lambda where=where, old=setting.old: where.merge(0, old), setting.exchange))
     found, wrong = Count(), []
-    for number, (setting, at) in enumerate(itertools.islice(drawn_kills(counts, rng), count)):
+    # Every step of every setting once, in random order, again and again.
+    every = [(setting, at) for setting, count in counts.items() for at in range(1, count + 2)]
+    drawn = itertools.chain.from_iterable(rng.sample(every, len(every)) for _ in itertools.count())
+    for number, (setting, at) in enumerate(itertools.islice(drawn, count)):
         if number and number % 100 == 0:
             print(f"{number} of {count} kills: {len(wrong)} wrong", flush=True)
         action, overwrite = rng.choice(ACTIONS), rng.random() < 0.5
         twice = rng.randrange(1, counts[setting]) if rng.random() < 0.3 else 0
         try:
             found[f"{setting}: {one_kill(scenes[setting.single], setting, at, action, overwrite, twice)}"] += 1
-        except ViolationError as error:
+        except AssertionError as error:
             found[f"{setting}: WRONG"] += 1
             wrong.append(f"{setting}, step {at}, then {action.__name__}, {overwrite=}, {twice=}: {error}")
     return found, wrong
@@ -258,7 +235,7 @@ def race(folder: Path, setting: Race, seconds: float, seed: int) -> tuple[Count,
             kind = "read: one of the four" if seen in where.results else "read: WRONG"
             found[kind] += 1
             if kind.endswith("WRONG"):
-                wrong.append(f"{setting}: a reader saw {described(seen)}")
+                wrong.append(f"{setting}: a reader saw {seen if seen is None else sorted(seen)[:99]}")
         if time.monotonic() > next_kill:
             number = rng.randrange(4)
             os.kill(running[number], signal.SIGKILL)
@@ -293,21 +270,15 @@ def seen_by_a_reader(where: Scene) -> Content:
         return None
     try:
         # What is reached through the open folder stays one publication, until its files are deleted.
-        names = sorted(name for name in where.results[0] or {} if isinstance(name, str))
         files = {}
-        for name in names:
-            part = os.open(name, os.O_RDONLY, dir_fd=handle)
-            with open(part, "rb") as file:
+        for name in where.results[0] or ():
+            with open(os.open(name, os.O_RDONLY, dir_fd=handle), "rb") as file:
                 files[name] = file.read()
     except FileNotFoundError:
         return seen_by_a_reader(where)  # replaced while it was read: look again
     finally:
         os.close(handle)
     return files
-
-
-def described(found: Content) -> str:
-    return "nothing" if found is None else f"{len(found)} bytes" if isinstance(found, bytes) else str(sorted(found))
 
 
 def main(arguments: list[str] | None = None) -> int:

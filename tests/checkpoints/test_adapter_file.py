@@ -9,12 +9,13 @@ import json
 import pickle
 import re
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 import tnadapt as tna
 from tests.conftest import relative_error
@@ -37,10 +38,12 @@ SHAPES = [target.shape for target in TARGETS]
 LORA = Config(rank=2)
 
 
-def arrays_of(config: Config, dtype: str = "float32", seed: int = 0) -> dict[str, np.ndarray]:
+def arrays_of(
+    config: Config, dtype: str = "float32", seed: int = 0, targets: Sequence[Target] = TARGETS
+) -> dict[str, np.ndarray]:
     """Trained arrays: no start, and no zeros."""
     rng = np.random.default_rng(seed)
-    plan = SuperLoRA(config, SHAPES, layers=["a", "a", "b"], roles="qvq")
+    plan = SuperLoRA(config, [t.shape for t in targets], [t.layer for t in targets], [t.role for t in targets])
     return {name: rng.standard_normal(shape).astype(dtype) for name, shape in plan.param_shapes.items()}
 
 
@@ -93,22 +96,6 @@ def reloaded(file: AdapterFile, folder: Path) -> AdapterFile:
     return tna.load(folder / "adapter.safetensors")
 
 
-# -- dtypes -------------------------------------------------------------------------------------
-
-
-@pytest.mark.law("file-round-trip")
-@pytest.mark.parametrize("dtype", ["float64", "float32", "float16"])
-def test_dtypes_are_kept(dtype: str) -> None:
-    arrays = arrays_of(LORA, dtype)
-    swapped = {name: array.astype(array.dtype.newbyteorder("S")) for name, array in arrays.items()}
-    for given in (arrays, swapped):
-        file = made(arrays=given)
-        assert file.dtype == dtype
-        for name, array in file.arrays.items():
-            assert array.dtype == np.dtype(dtype)
-            assert np.array_equal(array, arrays[name])
-
-
 def round_to_bfloat16(array: np.ndarray) -> np.ndarray:
     """Rounded, in a simple way, to what bfloat16 holds."""
     return (array.astype(np.float32).view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32)
@@ -146,19 +133,21 @@ def test_a_nonlinear_update_in_bfloat16_begins_at_nothing() -> None:
         assert relative_error(found, now - then) < 1e-5
 
 
-# -- Draws --------------------------------------------------------------------------------------
-
-
 @pytest.mark.law("draws-digest")
 def test_draws_are_those_of_f_and_its_start() -> None:
     assert made().draws is None
-    projection = "linear"
-    config = Config(rank=1, groups=3, fold="hypercube", projection=projection, ratio=0.5)
+    config = Config(rank=1, groups=3, fold="hypercube", projection="linear", ratio=0.5)
     file = made(config)
     # Two lengths, and so two F.
-    digests = [tna.Projection(projection, -(-size // 2), size).digest for size in (23, 22)]
+    digests = [tna.Projection("linear", -(-size // 2), size).digest for size in (23, 22)]
     assert [group.size for group in file.plan.groups] == [23, 23, 22]
     assert file.draws == hashlib.sha256("".join(digests).encode()).hexdigest()
+    # Of very many F, the first and last eight.
+    for groups, numbers in ((34, [*range(8), *range(26, 34)]), (16, range(14))):
+        file = made(Config(rank=1, groups=groups, fold="hypercube", projection="shuffle", shared=False))
+        sizes = [group.size for group in file.plan.groups]
+        digests = [tna.Projection("shuffle", sizes[n], sizes[n], group=n).digest for n in numbers]
+        assert file.draws == hashlib.sha256("".join(digests).encode()).hexdigest()
 
     config = config.replace(projection="nonlinear")
     file = made(config)
@@ -175,32 +164,14 @@ def test_draws_are_those_of_f_and_its_start() -> None:
     assert made(config.replace(shared=False)).draws != file.draws
 
 
-def test_of_very_many_f_a_few_are_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    drawn = []
-
-    def digest(projection: tna.Projection) -> str:
-        drawn.append(projection.group)
-        return "digest"
-
-    monkeypatch.setattr(tna.Projection, "digest", property(digest))
-    config = Config(rank=1, groups=34, fold="hypercube", projection="shuffle", shared=False)
-    assert made(config).draws is not None
-    assert drawn == [*range(8), *range(26, 34)]
-    drawn.clear()
-    assert made(config.replace(groups=16)).draws is not None
-    assert len(drawn) == 14  # 68 elements in pieces of ceil(68 / 16)
-
-
-# -- Bad input ----------------------------------------------------------------------------------
-
-
 def without(arrays: dict[str, np.ndarray], name: str) -> dict[str, np.ndarray]:
     return {other: array for other, array in arrays.items() if other != name}
 
 
 ARRAYS = arrays_of(LORA)
 FIRST = "group0.split0.factor0"
-
+HEAD = {"head.weight": np.ones((3, 2), np.float32)}
+NOT_TIED = "which is neither a kept parameter nor a target without ties"
 
 REFUSED: dict[type[Exception], list[tuple[dict[str, Any], str]]] = {
     ConfigError: [
@@ -222,6 +193,19 @@ REFUSED: dict[type[Exception], list[tuple[dict[str, Any], str]]] = {
         ({"activation": "sine"}, "activation must be None or one of relu, gelu, tanh, silu; got 'sine'"),
         ({"base": "0" * 64}, "base must be a Fingerprint or None; got str"),
         ({"pretrained": {}}, "pretrained must be a Pretrained or None; got dict"),
+        ({"ties": 3}, "ties must be a mapping of names to lists of names; got int"),
+        *(
+            ({"kept": HEAD, "ties": ties}, why)
+            for ties, why in (
+                ({"head.weight": "embed"}, "ties of 'head.weight' must be a list of dotted paths; got 'embed'"),
+                ({"head.weight": [""]}, "ties of 'head.weight' must be a list of dotted paths; got"),
+                ({"head.weight": ["head.weight"]}, "ties of 'head.weight' must be different names; got"),
+                ({"head.weight": ["a", "a"]}, "ties of 'head.weight' must be different names; got"),
+                ({"other": []}, f"ties names 'other', {NOT_TIED}"),
+                ({"a.q.weight": ["b"]}, f"ties names 'a.q.weight', {NOT_TIED}"),
+                ({"head.weight": ["\ud800"]}, "has half a surrogate pair"),
+            )
+        ),
     ],
     ShapeError: [
         ({"targets": TARGETS[:2]}, r"missing: none; unknown: 'group2\.split0\.factor0', "),
@@ -283,35 +267,14 @@ def test_all_arrays_trained_is_the_default() -> None:
     assert made(trained=names[::-1][1:]).trained == tuple(names[:-1])
 
 
-# -- Ties --------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     "ties",
     [{"head.weight": ["embed.weight", "other.weight"]}, {"head.weight": []}, {"a.q.weight": ()}, {}],
 )
 def test_ties_are_kept_in_a_file(ties: dict[str, Any], tmp_path: Path) -> None:
-    file = made(kept={"head.weight": np.ones((3, 2), np.float32)}, ties=ties)
+    file = made(kept=HEAD, ties=ties)
     assert file.ties == {name: tuple(others) for name, others in ties.items()}
     assert reloaded(file, tmp_path).ties == file.ties
-
-
-@pytest.mark.parametrize(
-    ("ties", "match"),
-    [
-        (3, "ties must be a mapping of names to lists of names; got int"),
-        ({"head.weight": "embed"}, "ties of 'head.weight' must be a list of dotted paths; got 'embed'"),
-        ({"head.weight": [""]}, "ties of 'head.weight' must be a list of dotted paths; got"),
-        ({"head.weight": ["head.weight"]}, "ties of 'head.weight' must be different names; got"),
-        ({"head.weight": ["a", "a"]}, "ties of 'head.weight' must be different names; got"),
-        ({"other": []}, "ties names 'other', which is neither a kept parameter nor a target without ties"),
-        ({"a.q.weight": ["b"]}, "ties names 'a.q.weight', which is neither a kept parameter nor a target without ties"),
-        ({"head.weight": ["\ud800"]}, "has half a surrogate pair"),
-    ],
-)
-def test_ties_that_cannot_be_are_named(ties: Any, match: str) -> None:
-    with pytest.raises(ConfigError, match=match):
-        made(kept={"head.weight": np.ones((3, 2), np.float32)}, ties=ties)
 
 
 # -- Adapter files whose updates are differences to a start: what is stored, and what is computed again ----------------
@@ -322,21 +285,22 @@ START_SHAPES = [target.shape for target in START_TARGETS]
 LEFT, RIGHT = "group0.split0.factor0", "group0.split0.factor1"
 
 
-def start_arrays_of(plan: tna.SuperLoRA, seed: int) -> dict[str, np.ndarray]:
+START_BASE = [np.random.default_rng(i).normal(size=shape) for i, shape in enumerate(START_SHAPES)]
+
+
+def drawn(shapes: Mapping[str, tuple[int, ...]], seed: int) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(seed)
-    return {name: rng.normal(size=shape).astype(np.float32) for name, shape in plan.array_shapes.items()}
+    return {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
 
 
 def plan_of(config: tna.Config) -> tna.SuperLoRA:
-    plan = tna.SuperLoRA(config, START_SHAPES)
-    plan = plan.with_base([np.random.default_rng(i).normal(size=shape) for i, shape in enumerate(START_SHAPES)])
-    return plan.with_start(start_arrays_of(plan, 0)) if plan.point.brought else plan
+    plan = tna.SuperLoRA(config, START_SHAPES).with_base(START_BASE)
+    return plan.with_start(drawn(plan.array_shapes, 0)) if plan.point.brought else plan
 
 
-def file_of(plan: tna.SuperLoRA, given: Any = None, **more: Any) -> AdapterFile:
-    rng = np.random.default_rng(1)
-    params = {name: rng.normal(size=shape).astype(np.float32) for name, shape in plan.param_shapes.items()}
-    return tna.AdapterFile(plan.config, START_TARGETS, params, given=plan.given if given is None else given, **more)
+def file_of(plan: tna.SuperLoRA, **fields: Any) -> AdapterFile:
+    fields = {"arrays": drawn(plan.param_shapes, 1), "given": plan.given, **fields}
+    return AdapterFile(plan.config, START_TARGETS, **fields)
 
 
 START_CONFIGS = {
@@ -374,11 +338,9 @@ def test_what_the_base_gives_is_not_stored(start: str, tmp_path: Path) -> None:
     found = reloaded(file_of(plan, given={}), tmp_path)
     assert not found.complete
     assert found.draws is None
-    with pytest.raises(
-        tna.ConfigError, match=r"the start of 'group0.split0.factor0' is computed from the base weights"
-    ):
+    with pytest.raises(ConfigError, match=r"the start of 'group0.split0.factor0' is computed from the base weights"):
         found.deltas()
-    whole = found.with_base([np.random.default_rng(i).normal(size=shape) for i, shape in enumerate(START_SHAPES)])
+    whole = found.with_base(START_BASE)
     assert all(map(np.array_equal, whole.deltas(), file_of(plan).deltas()))
 
 
@@ -402,8 +364,7 @@ def test_the_start_is_stored_in_float32(kind: str, tmp_path: Path) -> None:
     made = plan.init("torch", kind)
     host = {n: a.float().numpy() if kind == "bfloat16" else a.numpy() for n, a in made.items()}
     dtypes = dict.fromkeys(host, kind) if kind == "bfloat16" else {}
-    file = tna.AdapterFile(plan.config, START_TARGETS, host, dtypes=dtypes, given=plan.given)
-    found = reloaded(file, tmp_path)
+    found = reloaded(file_of(plan, arrays=host, dtypes=dtypes), tmp_path)
     assert {array.dtype.name for array in found.given.values()} == {"float32"}
     assert not any(delta.any() for delta in found.deltas())
     assert isinstance(made[LEFT], torch.Tensor)
@@ -411,7 +372,7 @@ def test_the_start_is_stored_in_float32(kind: str, tmp_path: Path) -> None:
 
 def test_frozen_arrays_are_stored_where_there_is_a_start(tmp_path: Path) -> None:
     plan = plan_of(tna.presets.lora(3, start="pissa"))
-    file = tna.AdapterFile(plan.config, START_TARGETS, plan.init(), given=plan.given, trained=[LEFT])
+    file = file_of(plan, arrays=plan.init(), trained=[LEFT])
     assert file.left_out == ()
     assert reloaded(file, tmp_path).trained == (LEFT,)
 
@@ -424,39 +385,14 @@ def test_arrays_of_a_start_that_do_not_belong() -> None:
         file_of(usual, given={f"start.{LEFT}": np.ones((12, 3), np.float32)})
     with pytest.raises(tna.ShapeError, match=r"start.group0.split0.factor0 has shape \(3, 12\)"):
         file_of(plan, given={f"start.{LEFT}": np.ones((3, 12), np.float32)})
-    with pytest.raises(
-        tna.ConfigError, match="activation='tanh' depends on the input, so that the update of a start ca"
-    ):
+    with pytest.raises(ConfigError, match="activation='tanh' depends on the input, so that the update of a start ca"):
         file_of(plan, activation="tanh")
 
 
-@pytest.mark.law("foreign-files", "largest-rank")
-@pytest.mark.parametrize("name", ["lora", "pissa", "olora"])
-def test_it_exports_exactly_as_lora_of_twice_the_rank(name: str) -> None:
-    plan = plan_of(START_CONFIGS[name].replace(rank=2))
-    rng = np.random.default_rng(1)
-    params = {n: (a + 0.1 * rng.normal(size=a.shape)).astype(np.float32) for n, a in plan.init().items()}
-    assert plan.lora_rank == 4
-    found = tna.convert(
-        tna.AdapterFile(plan.config, START_TARGETS, params, given=plan.given), to="peft-lora", dtype="float64"
-    )
-    assert (found.exact, found.error) == (True, 0.0)
-    assert found.config is not None
-    assert found.config["r"] == 4
-    scale = found.config["lora_alpha"] / found.config["r"]
-    wide = {name: array.astype(np.float64) for name, array in params.items()}
-    for target, delta in zip(START_TARGETS, plan.deltas(wide, "float32"), strict=True):
-        b, a = (found.tensors[f"base_model.model.{target.module}.lora_{x}.weight"] for x in "BA")
-        assert relative_error(scale * b @ a, delta) < 1e-12
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Files of adapters whose numbers come from elsewhere: small ones cannot ask for much work; what is wrong is named
+# -- Files of adapters whose numbers come from elsewhere: small ones cannot ask for much work; what is wrong is named
 
 
 SOURCE_TARGETS = [tna.Target("m", (6, 4))]
-# SHA-256 of a file that was written before sources, θ, axes, roles and maps with settings existed.
-VERSION_ONE = "f30149f7478eb61551e536df2e8aa3d0efdfcd4069668c7b98f6f1018564e52e"
 VERSION_TWO = "2ffc9698515f91e310447dd50640563f6c2db5c4050d7908f05933cd22e67b02"
 THETA = {"theta": np.ones(3, np.float32)}
 
@@ -518,14 +454,6 @@ def test_given_arrays_in_a_file(tmp_path: Path) -> None:
         tna.AdapterFile(config, SOURCE_TARGETS, {**arrays, "group0.split0.factor0.size": np.ones(6)}, given=brought)
 
 
-def test_files_of_version_one_keep_their_bytes(tmp_path: Path) -> None:
-    plan = tna.SuperLoRA(P.lora(2, alpha=4, seed=3), [(6, 4)])
-    shapes = plan.param_shapes.items()
-    arrays = {name: np.arange(np.prod(shape), dtype=np.float32).reshape(shape) for name, shape in shapes}
-    tna.save(tmp_path / "a.safetensors", tna.AdapterFile(plan.config, SOURCE_TARGETS, arrays, model="ViT"))
-    assert hashlib.sha256((tmp_path / "a.safetensors").read_bytes()).hexdigest() == VERSION_ONE
-
-
 # -- Adapter files of several configs: format version 2 ----------------------------------------------------------------
 
 
@@ -536,25 +464,13 @@ COMPOSITE_TARGETS = [
 CONFIG = CompositeConfig([(P.superlora(2, groups="layer", projection="nonlinear"), 3), (P.lora(3, alpha=6, seed=9), 1)])
 
 
-def composite_made(config: tna.Config = CONFIG, targets: Any = COMPOSITE_TARGETS, **fields: Any) -> tna.AdapterFile:
-    plan = tna.SuperLoRA(config, [t.shape for t in targets], [t.layer for t in targets], [t.role for t in targets])
-    rng = np.random.default_rng(0)
-    arrays = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in plan.param_shapes.items()}
-    return tna.AdapterFile(config, targets, arrays, **fields)
-
-
-def forged(file: tna.AdapterFile, path: Path, **changes: Any) -> Path:
-    """Write a file whose recipe is changed, and whose checksum is right."""
-    tna.save(path, file)
-    recipe, tensors = forge.parsed(path.read_bytes())
-    recipe = {key: value for key, value in {**recipe, **changes}.items() if value is not None}
-    path.write_bytes(forge.adapter(recipe, tensors))
-    return path
+def composite(**fields: Any) -> AdapterFile:
+    return made(CONFIG, targets=COMPOSITE_TARGETS, arrays=arrays_of(CONFIG, targets=COMPOSITE_TARGETS), **fields)
 
 
 @pytest.mark.law("file-round-trip", "file-bytes")
 def test_a_file_of_several_configs(tmp_path: Path) -> None:
-    file, path = composite_made(model="Net"), tmp_path / "adapter.safetensors"
+    file, path = composite(model="Net"), tmp_path / "adapter.safetensors"
     tna.save(path, file)
     assert hashlib.sha256(path.read_bytes()).hexdigest() == VERSION_TWO
     found = tna.load(path)
@@ -580,7 +496,7 @@ def test_a_file_of_several_configs(tmp_path: Path) -> None:
 @pytest.mark.law("independent-readers")
 def test_parts_are_adapters_of_their_own(tmp_path: Path) -> None:
     path = tmp_path / "adapter.safetensors"
-    file = composite_made()
+    file = composite()
     tna.save(path, file)
     stored, found, first, group = load_file(path), [], 0, 0
     for settings, count in forge.parsed(path.read_bytes())[0]["parts"]:
@@ -593,63 +509,3 @@ def test_parts_are_adapters_of_their_own(tmp_path: Path) -> None:
         found += plan.deltas(arrays)
         first, group = first + count, group + plan.num_groups
     assert all(map(np.array_equal, found, file.deltas()))
-
-
-def test_frozen_arrays_of_some_parts_are_drawn_again(tmp_path: Path) -> None:
-    config = CompositeConfig([(P.lora(2, seed=1), 2), (P.lora(3, seed=2), 2)])
-    plan = tna.SuperLoRA(config, [target.shape for target in COMPOSITE_TARGETS])
-    trained = [name for name in plan.param_shapes if name.startswith(("group0", "group2")) or name.endswith("factor0")]
-    arrays = plan.init(trained=trained)
-    file, path = tna.AdapterFile(config, COMPOSITE_TARGETS, arrays, trained=trained), tmp_path / "adapter.safetensors"
-    assert file.left_out == ("group1.split0.factor1", "group3.split0.factor1")
-    tna.save(path, file)
-    assert not set(file.left_out) & load_file(path).keys()
-    found = tna.load(path)
-    assert all(np.array_equal(found.arrays[name], arrays[name]) for name in arrays)
-    with pytest.raises(tna.FileError, match="was trained with fixed draws whose digest is"):
-        tna.load(forged(file, path, parts=[[{"rank": 2, "seed": 5}, 2], [{"rank": 3, "seed": 2}, 2]]))
-
-
-@pytest.mark.law("bad-tensors")
-@pytest.mark.parametrize(
-    ("changes", "text"),
-    [
-        ({"version": 1}, "the tnadapt entry has unknown keys: 'parts'; lacks: 'config'"),
-        ({"config": {"rank": 2}}, "the tnadapt entry has unknown keys: 'config'; lacks: none"),
-        ({"parts": None}, "has unknown keys: none; lacks: 'parts'"),
-        ({"version": 0}, "the tnadapt entry has the format version 0; expected 1 or 2"),
-        ({"parts": {}}, "the tnadapt entry's parts must be a list; got {}"),
-        ({"parts": []}, "parts: parts must be a list of two or more pairs"),
-        ({"parts": [[{"rank": 3}, 4]]}, "parts: parts must be a list of two or more pairs"),
-        ({"parts": [[{"rank": 3}, 4], 3]}, "part 1 must be a list of a config and a number of targets; got 3"),
-        ({"parts": [[{"rank": 3}, 3], [{"rnak": 3}, 1]]}, "part 1: config has unknown fields: 'rnak'"),
-        ({"parts": [[{"rank": 3}, 3], [[], 1]]}, "part 1: the tnadapt entry's config must be an object; got []"),
-        ({"parts": [[{"rank": 3}, 3], [{"rank": 0}, 1]]}, "part 1: config: rank must be from 1"),
-        (
-            {"parts": [[{"rank": 3}, 3], [{"rank": 3}, 2]]},
-            "parts: items must be one for each of the 5 weights of the configs; got",
-        ),
-        ({"parts": [[{"rank": 3}, 3], [{"rank": 3}, 1.0]]}, "parts: the weights of part 1 must be an integer; got 1.0"),
-        ({"parts": [[{"rank": 3}, 3], [{"rank": 3}, -1]]}, "parts: the weights of part 1 must be from 1 to"),
-        ({"parts": [[{"rank": 1}, 1]] * 5}, "has more than 4 parts, and each has a target"),
-        ({"parts": [[{"rank": 3}, 3], [{"rank": 3, "apply": "hadamard"}, 1]]}, "must have the same apply"),
-        ({"parts": [[{"terms": 60000}, 3], [{"rank": 3}, 1]]}, "config and targets require 360002 arrays; there are"),
-        ({"parts": [[{"rank": 3}, 3], [{"rank": 3}, 1]]}, "the arrays must be those of config and targets; missing:"),
-    ],
-)
-def test_what_is_refused(changes: dict[str, Any], text: str, tmp_path: Path) -> None:
-    path = forged(composite_made(), tmp_path / "adapter.safetensors", **changes)
-    with pytest.raises(tna.FileError, match=re.escape(text)):
-        tna.load(path)
-
-
-def test_a_merge_on_disk(tmp_path: Path) -> None:
-    rng = np.random.default_rng(1)
-    base = {target.name: rng.standard_normal(target.stored).astype(np.float32) for target in COMPOSITE_TARGETS}
-    save_file(base, tmp_path / "model.safetensors")
-    file = composite_made()
-    tna.save(tmp_path / "adapter.safetensors", file)
-    tna.merge(tmp_path / "model.safetensors", tmp_path / "adapter.safetensors", tmp_path / "out.safetensors")
-    merged = load_file(tmp_path / "out.safetensors")
-    for target, delta in zip(COMPOSITE_TARGETS, file.deltas(), strict=True):
-        np.testing.assert_allclose(merged[target.name], base[target.name] + delta, rtol=1e-5, atol=1e-5)

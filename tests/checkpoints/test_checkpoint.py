@@ -53,9 +53,6 @@ def refusal(folder: Path, content: bytes) -> str:
     return str(caught.value)
 
 
-# -- A file: reading what is right ----------------------------------------------------------------
-
-
 @pytest.mark.law("independent-readers")
 def test_it_reads_what_safetensors_writes_and_the_other_way_round(tmp_path: Path, rng: np.random.Generator) -> None:
     shapes: list[tuple[int, ...]] = [(2, 3), (), (0, 4), (5,)]
@@ -83,8 +80,8 @@ def test_it_reads_tensors_in_any_order_and_padding_of_any_length(tmp_path: Path)
         "a": {"dtype": "I64", "shape": [], "data_offsets": [0, 8]},
     }
     data = np.int64(7).tobytes() + np.float32(1.5).tobytes()
-    for text in (json.dumps(header), json.dumps(header) + 100 * " "):
-        found = read(write(tmp_path, forge.container(text, data, pad=False)))
+    for padding in (0, 100):
+        found = read(write(tmp_path, forge.container(json.dumps(header) + padding * " ", data, pad=False)))
         assert (found["a"].item(), found["b"].tolist(), found["empty"].shape) == (7, [1.5], (0, 7))
 
 
@@ -99,14 +96,43 @@ def test_it_reads_the_padding_that_safetensors_reads(tmp_path: Path, padding: st
 
 def test_it_reads_metadata_that_are_null_as_safetensors_does(tmp_path: Path) -> None:
     path = write(tmp_path, forge.container({"__metadata__": None, **ONE}, b"12345678"))
-    with safetensors.safe_open(path, "numpy") as theirs:
+    with safetensors.safe_open(path, "numpy") as theirs, opened(path) as ours:
         assert theirs.metadata() is None
-        assert read(path)["a"].tobytes() == theirs.get_tensor("a").tobytes()
-    with opened(path) as ours:
         assert dict(ours.metadata) == {}
+        assert ours.array("a").tobytes() == theirs.get_tensor("a").tobytes()
 
 
-# -- A file: refusing what is wrong ---------------------------------------------------------------
+def entry(**changes: Any) -> dict[str, Any]:
+    return {"a": {**ONE["a"], **changes}}
+
+
+#: Tensors that do not fit 8 bytes, or are none.
+MISFITS: list[tuple[dict[str, Any], str]] = [
+    (entry(extra=1), "must be an object of dtype, shape and data_offsets"),
+    ({"a": {"dtype": "F32", "shape": [2]}}, "must be an object of dtype, shape and data_offsets"),
+    (entry(dtype="F31"), "has the dtype 'F31'; expected one of F64"),
+    (entry(dtype=["F32"]), "has the dtype"),
+    (entry(dtype="I64"), "needs 16 bytes"),
+    (entry(shape=2), "has the shape 2"),
+    (entry(shape=[2.0]), "has the shape"),
+    (entry(shape=[True, 2]), "has the shape"),
+    (entry(shape=[-1, -2]), "has the shape"),
+    (entry(shape=[1] * 64 + [2]), "expected up to 64"),
+    (entry(shape=[1 << 80]), "has the shape"),
+    (entry(shape=[1 << 40, 1 << 40]), "more than 2**62 bytes"),
+    (entry(shape=[0, 1 << 40, 1 << 40], data_offsets=[0, 0]), "more than 2**62 bytes"),
+    (entry(shape=[3]), "needs 12 bytes; its data_offsets 0 and 8"),
+    (entry(data_offsets=[8, 0]), "needs 8 bytes"),
+    (entry(data_offsets=[0]), "expected two natural numbers"),
+    (entry(data_offsets=[0, 8, 8]), "expected two natural numbers"),
+    (entry(data_offsets=[-8, 0]), "expected two natural numbers"),
+    (entry(data_offsets=[0.0, 8.0]), "expected two natural numbers"),
+    (entry(data_offsets={"0": 0, "1": 8}), "expected two natural numbers"),
+    (entry(data_offsets=[8, 16]), "leaves a hole before it"),
+    ({**ONE, "b": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}, "overlaps the tensor before it"),
+    ({**ONE, "b": ONE["a"]}, "overlaps the tensor before it"),
+    ({**ONE, "b": {"dtype": "F32", "shape": [0], "data_offsets": [4, 4]}}, "overlaps the tensor before it"),
+]
 
 
 @pytest.mark.law("bad-tensors")
@@ -131,7 +157,6 @@ def test_it_reads_metadata_that_are_null_as_safetensors_does(tmp_path: Path) -> 
         (forge.container("{}\x0b", pad=False), "does not end with '}'"),
         (forge.container("{}\0", pad=False), "does not end with '}'"),
         (forge.container(b'{"\xff": 1}'), "the header is not UTF-8"),
-        (forge.container("{nothing}"), "is not JSON"),
         (forge.container('{"a": NaN}'), "not finite"),
         (forge.container('{"a": -Infinity}'), "not finite"),
         (forge.container('{"a": 1e999}'), "not finite"),
@@ -145,56 +170,16 @@ def test_it_reads_metadata_that_are_null_as_safetensors_does(tmp_path: Path) -> 
         (forge.container(f'{{"a": {EMPTY}, "\\u0061": {EMPTY}}}'), "the key 'a' twice"),
         (forge.container({"__metadata__": {"a": 1}}), "an object of strings"),
         (forge.container({"__metadata__": ["a"]}), "an object of strings"),
-        (forge.container({"__metadata__": True}), "an object of strings"),
-        (forge.container({"__metadata__": {"a": None}}), "an object of strings"),
         (forge.container('{"__metadata__": null, "__metadata__": {}}'), "the key '__metadata__' twice"),
         (forge.container('{"\\ud800": 1}'), "has half a surrogate pair, and is not a valid name"),
         (forge.container({"a": 1}), "must be an object of dtype, shape and data_offsets"),
         (forge.container(ONE, b"1234567"), "cut off or too long: the tensors have 8 bytes, and 7 follow"),
         (forge.container(ONE, b"123456789"), "cut off or too long: the tensors have 8 bytes, and 9 follow"),
+        *((forge.container(header, bytes(8)), why) for header, why in MISFITS),
     ],
 )
 def test_what_is_no_safetensors_file_is_refused(tmp_path: Path, content: bytes, why: str) -> None:
     assert why in refusal(tmp_path, content)
-
-
-def entry(**changes: Any) -> dict[str, Any]:
-    return {"a": {**ONE["a"], **changes}}
-
-
-@pytest.mark.law("bad-tensors")
-@pytest.mark.parametrize(
-    ("header", "why"),
-    [
-        (entry(extra=1), "must be an object of dtype, shape and data_offsets"),
-        ({"a": {"dtype": "F32", "shape": [2]}}, "must be an object of dtype, shape and data_offsets"),
-        (entry(dtype="F31"), "has the dtype 'F31'; expected one of F64"),
-        (entry(dtype=["F32"]), "has the dtype"),
-        (entry(dtype="I64"), "needs 16 bytes"),
-        (entry(shape=2), "has the shape 2"),
-        (entry(shape=[2.0]), "has the shape"),
-        (entry(shape=[True, 2]), "has the shape"),
-        (entry(shape=[-1, -2]), "has the shape"),
-        (entry(shape=["2"]), "has the shape"),
-        (entry(shape=[1] * 64 + [2]), "expected up to 64"),
-        (entry(shape=[1 << 80]), "has the shape"),
-        (entry(shape=[1 << 40, 1 << 40]), "more than 2**62 bytes"),
-        (entry(shape=[0, 1 << 40, 1 << 40], data_offsets=[0, 0]), "more than 2**62 bytes"),
-        (entry(shape=[3]), "needs 12 bytes; its data_offsets 0 and 8"),
-        (entry(data_offsets=[8, 0]), "needs 8 bytes"),
-        (entry(data_offsets=[0]), "expected two natural numbers"),
-        (entry(data_offsets=[0, 8, 8]), "expected two natural numbers"),
-        (entry(data_offsets=[-8, 0]), "expected two natural numbers"),
-        (entry(data_offsets=[0.0, 8.0]), "expected two natural numbers"),
-        (entry(data_offsets={"0": 0, "1": 8}), "expected two natural numbers"),
-        (entry(data_offsets=[8, 16]), "leaves a hole before it"),
-        ({**ONE, "b": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}, "overlaps the tensor before it"),
-        ({**ONE, "b": ONE["a"]}, "overlaps the tensor before it"),
-        ({**ONE, "b": {"dtype": "F32", "shape": [0], "data_offsets": [4, 4]}}, "overlaps the tensor before it"),
-    ],
-)
-def test_a_tensor_that_does_not_fit_is_refused(tmp_path: Path, header: dict[str, Any], why: str) -> None:
-    assert why in refusal(tmp_path, forge.container(header, bytes(8)))
 
 
 def test_a_bool_is_0_or_1(tmp_path: Path) -> None:
@@ -213,11 +198,9 @@ def test_a_header_of_any_length_is_not_read(tmp_path: Path) -> None:
         read(str(path))
 
 
-@pytest.mark.parametrize("length", [0x0280, 0x0480, 0x4B50])
-def test_a_length_that_begins_like_a_pickle_is_a_length(tmp_path: Path, length: int) -> None:
-    content = length.to_bytes(8, "little") + b"{}".ljust(length)
-    assert content[:2] in (b"\x80\x02", b"\x80\x04", b"PK")
-    assert read(write(tmp_path, content)) == {}
+def test_a_length_that_begins_like_a_pickle_is_a_length(tmp_path: Path) -> None:
+    for start in (b"\x80\x02", b"\x80\x04", b"PK"):
+        assert read(write(tmp_path, start.ljust(8, b"\0") + b"{}".ljust(int.from_bytes(start, "little")))) == {}
 
 
 def test_about_names_the_path_whatever_happens() -> None:
@@ -227,11 +210,8 @@ def test_about_names_the_path_whatever_happens() -> None:
         assert caught.value.__cause__ is error
 
 
-# -- A model: a file, or several and an index ------------------------------------------------------
-
-
-def tensors(seed: int = 0) -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(seed)
+def tensors() -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
     return {
         "embed.weight": rng.normal(size=(5, 3)).astype(np.float32),
         "layers.0.q.weight": rng.normal(size=(4, 3)).astype(np.float16),
@@ -241,15 +221,15 @@ def tensors(seed: int = 0) -> dict[str, np.ndarray]:
     }
 
 
-def sharded(folder: Path, parts: int = 2, **changes: Any) -> Path:
-    """A checkpoint in parts, and its index; ``changes`` go into the weight map."""
+def sharded(folder: Path, **changes: Any) -> Path:
+    """A checkpoint in two parts, and its index; ``changes`` go into the weight map."""
     folder.mkdir(exist_ok=True)
     places = {}
-    for part in range(parts):
-        name = f"model-{part + 1:05}-of-{parts:05}.safetensors"
-        own = {key: value for place, (key, value) in enumerate(tensors().items()) if place % parts == part}
-        save_file(own, folder / name, {"format": "pt"})
-        places |= dict.fromkeys(own, name)
+    for part in range(2):
+        name = f"model-{part + 1:05}-of-00002.safetensors"
+        stored = dict(list(tensors().items())[part::2])
+        save_file(stored, folder / name, {"format": "pt"})
+        places |= dict.fromkeys(stored, name)
     index = {"metadata": {"total_size": 1}, "weight_map": {**places, **changes}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     return folder
@@ -330,41 +310,37 @@ def test_dtypes_that_numpy_lacks_are_carried(tmp_path: Path, tag: str) -> None:
     assert len(theirs["a"]["data"]) == nbytes
 
 
-def test_part_of_a_byte_is_no_tensor(tmp_path: Path) -> None:
-    header = {"a": {"dtype": "F4", "shape": [3], "data_offsets": [0, 1]}}
-    (tmp_path / "model.safetensors").write_bytes(forge.container(header, b"1"))
-    assert "not a whole number of bytes" in refused(tmp_path)
-
-
-# -- What is wrong with it ------------------------------------------------------------------------
-
-
-def test_no_such_thing(tmp_path: Path) -> None:
+@pytest.mark.law("pickle-refused", "merge-disk-faults")
+def test_what_is_no_checkpoint(tmp_path: Path) -> None:
     assert refused(tmp_path / "none") == f"{tmp_path / 'none'}: No such file or directory"
     assert "empty folder" in refused(tmp_path)
-    assert "must be a string or PathLike" in refused("")
-    assert "must be a string or PathLike" in refused("a\0b")
+    for path in ("", "a\0b"):
+        assert "a path must be a string or PathLike that can name a file" in refused(path)
     (tmp_path / "readme.txt").write_text("")
     assert "has no safetensors file; it has readme.txt" in refused(tmp_path)
     (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x02")
-    assert (
-        "has no safetensors file: pytorch_model.bin can run arbitrary code when opened, and was not opened"
-        in refused(tmp_path)
-    )
-
-
-@pytest.mark.law("pickle-refused")
-def test_a_pickle_is_not_opened(tmp_path: Path) -> None:
-    (tmp_path / "model.safetensors").write_bytes(b"\x80\x02}q\x00.")
-    assert "is a pickle" in refused(tmp_path)
-    message = refused(tmp_path / "model.safetensors")
-    assert message.count("model.safetensors") == 1
+    why = "has no safetensors file: pytorch_model.bin can run arbitrary code when opened, and was not opened"
+    assert why in refused(tmp_path)
+    file = tmp_path / "model.safetensors"
+    header = {"a": {"dtype": "F4", "shape": [3], "data_offsets": [0, 1]}}
+    for content, why in (
+        (b"\x80\x02}q\x00.", "is a pickle"),
+        (forge.container(header, b"1"), "not a whole number of bytes"),
+    ):
+        file.write_bytes(content)
+        assert why in refused(tmp_path)
+        assert refused(file).count("model.safetensors") == 1
+    file.unlink()
+    shard = sharded(tmp_path) / "model-00002-of-00002.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    assert refused(tmp_path).startswith(f"{shard}: is cut off")
 
 
 def test_several_unrelated_files(tmp_path: Path) -> None:
     for name in ("a", "b"):
         save_file(tensors(), tmp_path / f"{name}.safetensors")
-    assert "has a.safetensors, b.safetensors, and nothing says which is the model" in refused(tmp_path)
+    why = "has a.safetensors, b.safetensors, and nothing says which is the model: give the path of one"
+    assert why in refused(tmp_path)
     sharded(tmp_path)
     assert len(open_checkpoint(tmp_path).files) == 2  # the index says
     save_file(tensors(), tmp_path / "model.safetensors")
@@ -381,13 +357,13 @@ def test_index_and_files_disagree(tmp_path: Path) -> None:
         tmp_path
     )
     sharded(tmp_path, **{"embed.weight": "model-00002-of-00002.safetensors"})
-    message = refused(tmp_path)
-    assert "'embed.weight' is in model-00002-of-00002.safetensors; it is in model-00001-of-00002.safetensors" in message
+    why = "'embed.weight' is in model-00002-of-00002.safetensors; it is in model-00001-of-00002.safetensors"
+    assert why in refused(tmp_path)
     sharded(tmp_path)
     save_file({**tensors(), "new": np.zeros(1)}, tmp_path / "model-00001-of-00002.safetensors")
     assert "is also in model-00001-of-00002.safetensors" in refused(tmp_path)
-    own = {key: value for place, (key, value) in enumerate(tensors().items()) if place % 2 == 0}
-    save_file({**own, "new": np.zeros(1)}, tmp_path / "model-00001-of-00002.safetensors")
+    first = dict(list(tensors().items())[::2])
+    save_file({**first, "new": np.zeros(1)}, tmp_path / "model-00001-of-00002.safetensors")
     assert "does not list 'new', which is in model-00001-of-00002.safetensors" in refused(tmp_path)
     (tmp_path / "model-00002-of-00002.safetensors").unlink()
     assert "lists files that are not there: model-00002-of-00002.safetensors" in refused(tmp_path)
@@ -415,14 +391,6 @@ def test_an_index_that_is_none(tmp_path: Path, content: bytes) -> None:
     path.write_bytes(content)
     assert refused(tmp_path).startswith(f"{path}: ")
     assert refused(path).startswith(f"{path}: ")
-
-
-@pytest.mark.law("merge-disk-faults")
-def test_a_damaged_shard_is_named(tmp_path: Path) -> None:
-    sharded(tmp_path)
-    path = tmp_path / "model-00002-of-00002.safetensors"
-    path.write_bytes(path.read_bytes()[:-1])
-    assert refused(tmp_path).startswith(f"{path}: is cut off")
 
 
 def test_a_file_that_shrinks_while_it_is_read(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,9 +31,6 @@ def defined(weights: list[np.ndarray]) -> np.ndarray:
     w = np.concatenate([weight.reshape(-1) for weight in weights]).astype(np.float64)
     signed = w * signs(0, 2**32 - 1, 0, w.size)
     return np.array([signed[j::8].sum() for j in range(8)]) / math.sqrt(np.sum(w * w) / 8)
-
-
-# -- What it is ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -98,9 +96,6 @@ def test_zeros_have_one(rng: np.random.Generator) -> None:
     few = fingerprint([np.array([[-2.0, 0.0]])], "float64")  # fewer elements than sketches
     assert few.sketch[1:] == (0.0,) * 7
     assert abs(few.sketch[0]) == round(math.sqrt(8), 4)
-
-
-# -- What it tells apart ------------------------------------------------------------------------
 
 
 def test_one_dtype_must_agree_to_the_bit(rng: np.random.Generator) -> None:
@@ -174,29 +169,24 @@ def test_a_small_change_is_noticed_as_often_as_is_said(change: float, least: flo
     assert least <= noticed / tries <= most
 
 
-# -- Bad input ----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e300])
-def test_numbers_that_are_none_are_refused(bad: float) -> None:
-    weights = [np.ones((2, 2)), np.array([[1.0, bad]])]
-    with pytest.raises(ShapeError, match="weight 1 holds NaN, infinity"):
-        fingerprint(weights, "float64")
-
-
-def test_arrays_of_another_kind_are_refused() -> None:
-    with pytest.raises(BackendError, match="weight 0 has dtype float64; expected float32"):
-        fingerprint([np.ones((2, 2))], "float32")
-    with pytest.raises(BackendError, match="expected uint16 or bfloat16"):
-        fingerprint([np.ones((2, 2), np.float32)], "bfloat16")
-    with pytest.raises(BackendError, match="dtype must be one of"):
-        fingerprint([np.ones((2, 2), np.int8)], "int8")
-    with pytest.raises(ShapeError, match=r"weight 0 must be a NumPy array of shape \(rows, cols\); got shape \(2,\)"):
-        fingerprint([np.ones(2)], "float64")
-    with pytest.raises(ShapeError, match="got a list"):
-        fingerprint([[[1.0]]], "float64")  # type: ignore[list-item]
-    with pytest.raises(ShapeError, match="no weight"):
-        fingerprint([], "float64")
+@pytest.mark.parametrize(
+    ("weights", "dtype", "error", "why"),
+    [
+        *(
+            ([np.ones((2, 2)), np.array([[1.0, bad]])], "float64", ShapeError, "weight 1 holds NaN, infinity")
+            for bad in (np.nan, np.inf, -np.inf, 1e300)
+        ),
+        ([np.ones((2, 2))], "float32", BackendError, "weight 0 has dtype float64; expected float32"),
+        ([np.ones((2, 2), np.float32)], "bfloat16", BackendError, "expected uint16 or bfloat16"),
+        ([np.ones((2, 2), np.int8)], "int8", BackendError, "dtype must be one of"),
+        ([np.ones(2)], "float64", ShapeError, r"must be a NumPy array of shape \(rows, cols\); got shape \(2,\)"),
+        ([[[1.0]]], "float64", ShapeError, "got a list"),
+        ([], "float64", ShapeError, "no weight"),
+    ],
+)
+def test_weights_that_have_no_fingerprint(weights: Any, dtype: str, error: type[Exception], why: str) -> None:
+    with pytest.raises(error, match=why):
+        fingerprint(weights, dtype)
 
 
 GOOD = {"sha256": "0" * 64, "dtype": "float32", "sketch": (0.5,) * 8}
@@ -215,9 +205,6 @@ def test_a_field_of_another_kind_is_refused(field: str, values: list[object]) ->
     for value in values:
         with pytest.raises(ConfigError, match=f"a fingerprint's {field} must be"):
             Fingerprint(**{**GOOD, field: value})  # type: ignore[arg-type]
-
-
-# -- What it takes ------------------------------------------------------------------------------
 
 
 def test_memory_is_that_of_a_piece() -> None:

@@ -97,31 +97,24 @@ def test_a_checkpoint_of_which_little_is_known(tmp_path: Path) -> None:
     assert "no tensor of the checkpoint is a target" in found["no_targets"]
 
 
-def test_adapters_of_others(tmp_path: Path) -> None:
-    for name, what in (("base_model.model.q.lora_A.weight", "PEFT"), ("lycoris_q.lora_down.weight", "LyCORIS")):
-        cp.write_file(tmp_path / "adapter_model.safetensors", {name: ("F32", np.ones((2, 2), "<f4"))})
-        found = tna.info(tmp_path)
-        assert found["kind"] == "other adapter"
-        assert what in found["what"]
-        with pytest.raises(tna.FileError, match=r"tnadapt\.convert \(tnadapt convert\) converts it"):
-            tna.load(tmp_path / "adapter_model.safetensors")
-    # In several files it is told as a whole.
+def test_an_adapter_of_others_in_several_files_is_told_as_a_whole(tmp_path: Path) -> None:
     several = {f"base_model.model.{name}.lora_A.weight": ("F32", np.ones((2, 2), "<f4")) for name in "abcde"}
-    found = tna.info(cp.write(tmp_path / "several", several, shards=2))
+    found = tna.info(cp.write(tmp_path, several, shards=2))
     assert found["kind"] == "other adapter"
     assert found["what"].startswith("an adapter of PEFT: 5 tensors such as 'base_model.model.a.lora_A.weight'")
-    assert found["bytes"] == sum(path.stat().st_size for path in (tmp_path / "several").glob("*.safetensors"))
+    assert found["bytes"] == sum(path.stat().st_size for path in tmp_path.glob("*.safetensors"))
+    with pytest.raises(tna.FileError, match=r"tnadapt\.convert \(tnadapt convert\) converts it"):
+        tna.load(tmp_path / "model-00001-of-00002.safetensors")
 
 
 def test_what_cannot_be_read(tmp_path: Path) -> None:
-    tna.save(tmp_path / "a.safetensors", cp.adapter(P.lora(1), [T("a", (4, 4))]))
-    whole = (tmp_path / "a.safetensors").read_bytes()
-    for content, why in (
-        (whole[:-1], "cut off"), (whole[:-1] + b"x", "SHA-256"), (b"\x80\x02", "pickle"), (b"", "0 bytes"),
-    ):  # fmt: skip
-        (tmp_path / "a.safetensors").write_bytes(content)
+    path = tmp_path / "a.safetensors"
+    tna.save(path, cp.adapter(P.lora(1), [T("a", (4, 4))]))
+    whole = path.read_bytes()
+    for content, why in ((whole[:-1], "cut off"), (whole[:-1] + b"x", "SHA-256"), (b"\x80\x02", "pickle")):
+        path.write_bytes(content)
         with pytest.raises(tna.FileError, match=rf"a\.safetensors: .*{why}"):
-            tna.info(tmp_path / "a.safetensors")
+            tna.info(path)
     with pytest.raises(tna.FileError, match="No such file"):
         tna.info(tmp_path / "none")
 
@@ -134,15 +127,11 @@ def test_a_name_of_thousands_of_dots_takes_little_memory(tmp_path: Path) -> None
     assert peak < 1 << 21
 
 
-@pytest.mark.parametrize(("dots", "count"), [(64, 2), (65, 0)])
-def test_modules_nested_64_deep_are_found(dots: int, count: int) -> None:
-    path = "a." * (dots - 1)
-    shapes = {f"{path}{name}_proj.weight": (4, 4) for name in "qkv"}
-    if count:
-        assert len(find_stored(shapes, "qv")) == count
-    else:
-        with pytest.raises(tna.TargetError, match="no weights of layers at all"):
-            find_stored(shapes, "qv")
+def test_modules_nested_64_deep_are_found() -> None:
+    shapes = [{f"{'a.' * depth}{name}_proj.weight": (4, 4) for name in "qkv"} for depth in (63, 64)]
+    assert len(find_stored(shapes[0], "qv")) == 2
+    with pytest.raises(tna.TargetError, match="no weights of layers at all"):
+        find_stored(shapes[1], "qv")
 
 
 def test_numbers_of_thousands_of_digits_in_names_are_words(tmp_path: Path) -> None:
@@ -200,8 +189,6 @@ def test_sizes_of_thousands_of_digits_in_a_config_are_none(tmp_path: Path) -> No
     assert "in an unknown layout: config.json lacks num_v_heads. " in why
 
 
-# -- Whether an adapter exports as LoRA: the same sentence in info and summary, and true of what convert writes -------
-
 SHAPES = [(24, 20), (16, 20)] * 2
 
 
@@ -219,92 +206,79 @@ def adapter(
 def export_of(tmp_path: Path) -> Any:
     """What ``tnadapt.info`` says of the export of an adapter."""
 
-    def ask(file: tna.AdapterFile) -> dict[str, Any]:
+    def ask(file: tna.AdapterFile) -> Any:
         tna.save(tmp_path / "adapter.safetensors", file)
-        export: dict[str, Any] = tna.info(tmp_path / "adapter.safetensors")["export"]
-        return export
+        return tna.info(tmp_path / "adapter.safetensors")["export"]
 
     return ask
 
 
 EXACTLY = "exports exactly as LoRA of rank"
 QKV = [T("layers.0.qkv", (48, 40), role, rows=tna.Rows(start, 16, 48)) for role, start in (("q", 0), ("v", 32))]
+IN_PROJ = T("attn", (48, 16), "q", "in_proj_weight", rows=tna.Rows(0, 16, 48))
+EXPERT = T("experts", (3, 48, 40), parameter="w", index=1)
+CONV = "PEFT, LyCORIS and diffusers only: vLLM and llama.cpp have no LoRA of convolutions, so merge it for them"
+
+#: What info says of an adapter of these weights, and what becomes of its conversion to vLLM.
+MERGE_ONLY: list[tuple[tna.AdapterFile, str]] = [
+    (adapter(P.dense()), "merge only: its updates may have matrix rank 20"),
+    (adapter(P.dora(2)), "merge only: apply='magnitude' does more than add its updates"),
+    (adapter(P.hira(2)), "merge only: apply='hadamard' does more than add its updates"),
+    (adapter(P.lora(2), [IN_PROJ]), "merge only: attn.in_proj_weight is not the weight of a layer"),
+    (adapter(P.lora(2), [EXPERT]), "merge only: experts.w is not the weight of a layer"),
+    (adapter(P.lora(2), activation="relu"), "neither LoRA nor merged: an activation acts between its factors"),
+]
+SERVED: list[tuple[tna.AdapterFile, int, int, str]] = [
+    (adapter(P.lora(1)), 1, 1, ""),
+    (adapter(P.lora(2)), 2, 8, " (padded to 8 for vLLM)"),
+    (adapter(P.lotr(3, groups="role")), 3, 8, " (padded to 8 for vLLM)"),
+    (adapter(P.vera(rank=8)), 8, 8, ""),
+    (adapter(P.tinylora(13)), 2, 8, " (padded to 8 for vLLM)"),
+    (adapter(P.lora(2), QKV), 4, 8, " (padded to 8 for vLLM)"),  # rows of one weight are updated as a whole
+    (
+        adapter(P.lora(2), [T("model.embed_tokens", (48, 40), "embedding")]), 2, 8,
+        " (of rank 8 for vLLM, if it has LoRA of this model's embedding)",
+    ),
+]  # fmt: skip
+NOT_SERVED: list[tuple[tna.Target, str, str]] = [
+    *(
+        (T("conv", stored, "conv"), CONV, "'conv' is a convolution, and vLLM has no LoRA of convolutions: m")
+        for stored in ((48, 4, 3, 3), (48, 40, 1, 1))
+    ),
+    (
+        T("experts", (3, 48, 40), parameter="up_proj", index=1),
+        "PEFT only: that of experts is not written for vLLM and others, so merge it for them",
+        r"experts\.up_proj\[1\] cannot be converted to 'vllm-lora': it is one of",
+    ),
+    (
+        T("wte", (48, 40), "embedding"),
+        "PEFT only: vLLM has no LoRA of the embedding wte, so merge it for vLLM",
+        "'wte' is an embedding, and vLLM has LoRA only of those named embed_tokens",
+    ),
+]
 
 
-@pytest.mark.parametrize(
-    ("config", "targets", "rank", "served"),
-    [
-        (P.lora(1), None, 1, 1),
-        (P.lora(2), None, 2, 8),
-        (P.lotr(3, groups="role"), None, 3, 8),
-        (P.vera(rank=8), None, 8, 8),
-        (P.tinylora(13), None, 2, 8),
-        (P.lora(2), QKV, 4, 8),  # rows of one weight are updated as a whole
-    ],
-)
+@pytest.mark.parametrize(("file", "rank", "served", "note"), SERVED)
 def test_the_rank_is_that_of_what_convert_writes(
-    export_of: Any, config: tna.Config, targets: list[tna.Target] | None, rank: int, served: int
+    export_of: Any, file: tna.AdapterFile, rank: int, served: int, note: str
 ) -> None:
-    file = adapter(config, targets)
-    padded = "" if served == rank else f" (padded to {served} for vLLM)"
-    says = f"{EXACTLY} {rank}{padded}"
-    assert export_of(file) == {"lora_rank": rank, "served_rank": served, "says": says}
+    assert export_of(file) == {"lora_rank": rank, "served_rank": served, "says": f"{EXACTLY} {rank}{note}"}
     if not file.complete:
         rng = np.random.default_rng(1)
         file = file.with_base([rng.normal(size=target.shape).astype("f4") for target in file.targets])
     for to, written_rank in (("peft-lora", rank), ("vllm", served)):
         written = tna.convert(file, to=to)
-        assert written.exact
-        assert written.config is not None
-        assert written.config["r"] == written_rank
+        assert (written.exact, written.config and written.config["r"]) == (True, written_rank)
 
 
-IN_PROJ = T("attn", (48, 16), "q", "in_proj_weight", rows=tna.Rows(0, 16, 48))
-EXPERT = T("experts", (3, 48, 40), parameter="w", index=1)
-
-
-@pytest.mark.parametrize(
-    ("file", "says"),
-    [
-        (adapter(P.dense()), "merge only: its updates may have matrix rank 20"),
-        (adapter(P.dora(2)), "merge only: apply='magnitude' does more than add its updates"),
-        (adapter(P.hira(2)), "merge only: apply='hadamard' does more than add its updates"),
-        (adapter(P.lora(2), [IN_PROJ]), "merge only: attn.in_proj_weight is not the weight of a layer"),
-        (adapter(P.lora(2), [EXPERT]), "merge only: experts.w is not the weight of a layer"),
-        (
-            adapter(P.lora(2), activation="relu"),
-            "neither LoRA nor merged: an activation acts between its factors",
-        ),
-    ],
-)
+@pytest.mark.parametrize(("file", "says"), MERGE_ONLY)
 def test_merge_only_says_why(export_of: Any, file: tna.AdapterFile, says: str) -> None:
     assert export_of(file)["says"] == says
     with pytest.raises(tna.ConfigError):
         tna.convert(file, to="vllm")
 
 
-CONV = "PEFT, LyCORIS and diffusers only: vLLM and llama.cpp have no LoRA of convolutions, so merge it for them"
-
-
-@pytest.mark.parametrize(
-    ("target", "says", "refused"),
-    [
-        *(
-            (T("conv", stored, "conv"), CONV, "'conv' is a convolution, and vLLM has no LoRA of convolutions: m")
-            for stored in ((48, 4, 3, 3), (48, 40, 1, 1))
-        ),
-        (
-            T("experts", (3, 48, 40), parameter="up_proj", index=1),
-            "PEFT only: that of experts is not written for vLLM and others, so merge it for them",
-            r"experts\.up_proj\[1\] cannot be converted to 'vllm-lora': it is one of",
-        ),
-        (
-            T("wte", (48, 40), "embedding"),
-            "PEFT only: vLLM has no LoRA of the embedding wte, so merge it for vLLM",
-            "'wte' is an embedding, and vLLM has LoRA only of those named embed_tokens",
-        ),
-    ],
-)
+@pytest.mark.parametrize(("target", "says", "refused"), NOT_SERVED)
 def test_what_vllm_does_not_serve(export_of: Any, target: tna.Target, says: str, refused: str) -> None:
     file = adapter(P.lora(2), [target, T("mid_block.attn.to_q", (48, 40), "q")])
     assert export_of(file) == {"lora_rank": 2, "served_rank": None, "says": f"{EXACTLY} 2 ({says})"}
@@ -312,18 +286,10 @@ def test_what_vllm_does_not_serve(export_of: Any, target: tna.Target, says: str,
         assert tna.convert(file, to=to).exact
     with pytest.raises(tna.ConfigError, match=refused):
         tna.convert(file, to="vllm")
-
-
-def test_vllm_serves_embeddings_of_one_name(export_of: Any) -> None:
-    file = adapter(P.lora(2), [T("model.embed_tokens", (48, 40), "embedding")])
-    says = f"{EXACTLY} 2 (of rank 8 for vLLM, if it has LoRA of this model's embedding)"
-    assert export_of(file) == {"lora_rank": 2, "served_rank": 8, "says": says}
-    assert tna.convert(file, to="peft-lora").exact
-    found = tna.convert(file, to="vllm")
-    assert (found.exact, found.config and found.config["r"]) == (True, 8)
-    for to in ("diffusers", "kohya-lora"):
-        with pytest.raises(tna.ConfigError, match=r"'wte' is an embedding, and .* has no lora of such a layer"):
-            tna.convert(adapter(P.lora(2), [T("wte", (48, 40), "embedding")]), to=to, part="text_encoder")
+    if target.module == "wte":
+        for to in ("diffusers", "kohya-lora"):
+            with pytest.raises(tna.ConfigError, match=r"'wte' is an embedding, and .* has no lora of such a layer"):
+                tna.convert(adapter(P.lora(2), [target]), to=to, part="text_encoder")
 
 
 def test_vllm_takes_a_short_list_of_ranks(export_of: Any) -> None:

@@ -45,21 +45,6 @@ def test_one_prefix_more_or_less_is_found_and_an_exact_name_goes_before_it(tmp_p
         assert bool(found.how) == renamed
 
 
-def test_of_two_that_fit_the_shapes_decide_or_nothing(tmp_path: Path) -> None:
-    file = cp.adapter(P.lora(1), targets_of("0.attn.q", "1.attn.q"))
-    names: dict[str, tuple[int, ...]] = {f"{side}.{n}.attn.q.weight": (6, 4) for side in ("enc", "dec") for n in (0, 1)}
-    with pytest.raises(tna.FileError, match=r"'dec.0.attn.q.weight', 'enc.0.attn.q.weight'.* it is unclear which"):
-        resolve(open_checkpoint(stored(tmp_path / "same", names)), file)
-    names |= {"enc.1.attn.q.weight": (6, 5)}
-    found = resolve(open_checkpoint(stored(tmp_path / "other", names)), file)
-    assert [target.module for target in found.targets] == ["dec.0.attn.q", "dec.1.attn.q"]
-    # Only one side has both names.
-    del names["dec.1.attn.q.weight"]
-    names |= {"enc.1.attn.q.weight": (6, 4)}
-    found = resolve(open_checkpoint(stored(tmp_path / "one", names)), file)
-    assert [target.module for target in found.targets] == ["enc.0.attn.q", "enc.1.attn.q"]
-
-
 def test_a_parameter_of_the_model_itself(tmp_path: Path) -> None:
     file = cp.adapter(P.lora(1), [T("", (6, 4), "q", parameter="in_proj_weight")])
     base = stored(tmp_path, {"attn.in_proj_weight": (6, 4)})
@@ -87,14 +72,6 @@ def test_renamed_modules_are_taken_in_order_all_or_none(tmp_path: Path) -> None:
             resolve(open_checkpoint(stored(tmp_path / f"not {change}", fewer)), file)
 
 
-def test_renamed_into_one_fused_weight(tmp_path: Path) -> None:
-    file = cp.adapter(P.lora(1), [T("blocks.0.attn.q_proj", (8, 8), "q"), T("blocks.0.attn.v_proj", (8, 8), "v")])
-    found = resolve(open_checkpoint(stored(tmp_path, {"h.0.attn.qkv.weight": (24, 8)})), file)
-    assert [(target.name, target.rows) for target in found.targets] == [
-        ("h.0.attn.qkv.weight", tna.Rows(0, 8, 24)), ("h.0.attn.qkv.weight", tna.Rows(16, 8, 24)),
-    ]  # fmt: skip
-
-
 def test_a_trained_part_goes_where_the_weights_went(tmp_path: Path) -> None:
     kept = {"bert.norm.weight": np.ones(4, np.float32), "head.weight": np.ones((2, 4), np.float32)}
     file = cp.adapter(P.lora(1), targets_of("bert.q"), kept=kept)
@@ -117,10 +94,6 @@ def test_a_config_that_cannot_be_read_is_said_only_where_it_is_needed(tmp_path: 
     assert resolve(open_checkpoint(base), cp.adapter(P.lora(1), targets_of("q"))).how == ""
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Names that transformers gives modules on disk: as it saves them, for every architecture, and only if they exist
-
-
 without_warnings = pytest.mark.filterwarnings("ignore")
 
 
@@ -134,14 +107,14 @@ def names_stored(folder: Path, names: dict[str, tuple[int, ...]]) -> Path:
     return folder
 
 
-def known(**names: list[str]) -> Any:
-    return lambda name: [name, *(f"{other}.weight" for other in names.get(name.removesuffix(".weight"), []))]
-
-
 @without_warnings
 def test_other_names_are_taken_if_exactly_one_choice_fits() -> None:
     targets = [tna.Target("a", (4, 4)), tna.Target("b", (4, 6))]
-    names = known(a=["x", "y"], b=["z"])
+    others = {"a.weight": ["x.weight", "y.weight"], "b.weight": ["z.weight"]}
+
+    def names(name: str) -> list[str]:
+        return [name, *others.get(name, [])]
+
     both = {"x.weight": (4, 4), "z.weight": (4, 6)}
     found = renamed_targets(targets, both, names)
     assert found is not None

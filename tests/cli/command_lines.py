@@ -18,14 +18,13 @@ import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 #: Bytes beyond what the imports take: as much address space, and files as large.
 MEMORY, FILE = 4 << 30, 64 << 20
+SECONDS = 60.0
 #: Exit code of a command that ended with an exception.
 RAISED = 70
-
-Program = Literal["tnadapt", "paper"]
 
 
 class Done(NamedTuple):
@@ -44,12 +43,11 @@ class CommandLines:
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self.process = process
 
-    def run(self, arguments: Sequence[str], folder: Path, seconds: float = 60.0, program: Program = "tnadapt") -> Done:
-        """``tnadapt ARGUMENTS`` or ``python -m paper ARGUMENTS`` in a folder."""
+    def run(self, words: Sequence[str], folder: Path) -> Done:
+        """``tnadapt ARGUMENTS`` or ``paper ARGUMENTS``, which is ``python -m paper``, in a folder."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        asked = {"program": program, "arguments": list(arguments), "folder": str(folder), "seconds": seconds}
-        print(json.dumps(asked), file=self.process.stdin, flush=True)
+        print(json.dumps([str(folder), *words]), file=self.process.stdin, flush=True)
         return Done(**json.loads(self.process.stdout.readline()))
 
 
@@ -81,14 +79,14 @@ def _serve() -> None:
     # A fork has at first what of the imports' memory has been written to; the rest it shares.
     if not (child := os.fork()):
         os._exit(0)
-    least = _wait(child, 60.0)[1].ru_maxrss
+    least = _wait(child, SECONDS)[1].ru_maxrss
     for line in sys.stdin:
-        asked = json.loads(line)
+        folder, *words = json.loads(line)
         with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
             began = time.monotonic()
             if not (child := os.fork()):
-                _child(mains[asked["program"]], asked, out.fileno(), err.fileno())
-            status, used = _wait(child, asked["seconds"])
+                _child(mains[words[0]], folder, words, out.fileno(), err.fileno())
+            status, used = _wait(child, SECONDS)
             done = Done(
                 os.waitstatus_to_exitcode(status), _text(out), _text(err), time.monotonic() - began,
                 (used.ru_maxrss - least) << 10,
@@ -96,7 +94,7 @@ def _serve() -> None:
         print(json.dumps(done._asdict()), flush=True)
 
 
-def _child(main: Any, asked: dict[str, Any], out: int, err: int) -> None:
+def _child(main: Any, folder: str, words: list[str], out: int, err: int) -> None:
     code = RAISED
     try:
         os.setsid()  # what it starts ends with it
@@ -107,8 +105,8 @@ def _child(main: Any, asked: dict[str, Any], out: int, err: int) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY,) * 2)
         resource.setrlimit(resource.RLIMIT_FSIZE, (FILE, FILE))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        os.chdir(asked["folder"])
-        sys.argv = [asked["program"], *asked["arguments"]]
+        os.chdir(folder)
+        sys.argv = words
         main()
         code = 0
     except SystemExit as ended:

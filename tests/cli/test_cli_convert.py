@@ -39,8 +39,15 @@ def test_there_and_back(tmp_path: Path) -> None:
     assert (report["from"], report["to"], report["exact"], report["error"]) == ("peft-lora", "tnadapt", True, 0.0)
     again = tna.load(tmp_path / "again.safetensors")
     assert again.config == file.config
-    for one, other in zip(again.deltas(), file.deltas(), strict=True):
-        assert np.array_equal(one, other)
+    assert all(map(np.array_equal, again.deltas(), file.deltas()))
+    # What is there is replaced if asked.
+    (tmp_path / "again.safetensors").write_bytes(b"old")
+    arguments = ("convert", tmp_path / "theirs", "-o", tmp_path / "again.safetensors")
+    refused = run(*arguments)
+    assert refused.stderr.endswith("again.safetensors: exists; give another path, or overwrite=True (--overwrite)\n")
+    assert (refused.returncode, (tmp_path / "again.safetensors").read_bytes()) == (2, b"old")
+    assert run(*arguments, "--overwrite").returncode == 0
+    assert tna.load(tmp_path / "again.safetensors").config == file.config
 
 
 def test_what_is_lost_is_said(tmp_path: Path) -> None:
@@ -60,34 +67,24 @@ def test_what_is_lost_is_said(tmp_path: Path) -> None:
     assert done.stdout.endswith("nothing was written: give -o OUT to write it\n")
 
 
-def test_what_is_there_is_replaced_if_asked(tmp_path: Path) -> None:
-    tna.save(tmp_path / "ours.safetensors", made(P.lora(1)))
-    out = tmp_path / "out.safetensors"
-    out.write_bytes(b"old")
-    arguments = ("convert", str(tmp_path / "ours.safetensors"), "-o", str(out))
-    refused = run(*arguments)
-    assert (refused.returncode, out.read_bytes()) == (2, b"old")
-    assert refused.stderr == f"tnadapt: {out}: exists; give another path, or overwrite=True (--overwrite)\n"
-    done = run(*arguments, "--overwrite")
-    assert done.returncode == 0, done.stderr
-    assert tna.load(out).config == P.lora(1)
-
-
 def test_messages_name_options(tmp_path: Path) -> None:
     arrays = {}
     for prefix, path in (("lora_unet", "mid"), ("lora_te", "text")):
         arrays[f"{prefix}_{path}.lora_up.weight"] = np.ones((4, 2), "f4")
         arrays[f"{prefix}_{path}.lora_down.weight"] = np.ones((2, 3), "f4")
     save_file(arrays, source := tmp_path / "kohya.safetensors")
-    for given, message in (
-        ((), "has adapters of several models: lora_te, lora_unet. Choose one, for example part='lora_te' (--part l"),
+    tna.save(dora := tmp_path / "dora.safetensors", made(P.dora(rank=2)))
+    lora_te = (source, "--part", "lora_te", "--to")
+    for arguments, message in (
         (
-            ("--part", "lora_te", "--to", "diffusers", "-o", str(source)),
-            "another path, or overwrite=True (--overwrite)",
+            (source,),
+            "has adapters of several models: lora_te, lora_unet. Choose one, for example part='lora_te' (--part",
         ),
-        (("--part", "lora_te", "--to", "gguf-lora"), "give base= (--base), a folder of the base model with its"),
+        ((*lora_te, "diffusers", "-o", source), "another path, or overwrite=True (--overwrite)"),
+        ((*lora_te, "gguf-lora"), "give base= (--base), a folder of the base model with its"),
+        ((dora, "--to", "vllm"), "tnadapt.merge (tnadapt merge), or convert it to 'peft-lora' (--to peft-lora)"),
     ):
-        refused = run("convert", str(source), *given)
+        refused = run("convert", *arguments)
         assert refused.returncode == 2
         assert refused.stderr.startswith("tnadapt: ")
         assert message in refused.stderr
@@ -107,15 +104,6 @@ def test_info_says_whose_adapter_it_is(to: str, library: str, tmp_path: Path) ->
     assert done.stdout.endswith("tnadapt convert reads it\n")
 
 
-def test_ways_out_are_commands(tmp_path: Path) -> None:
-    tna.save(tmp_path / "dora.safetensors", made(P.dora(rank=2)))
-    refused = run("convert", str(tmp_path / "dora.safetensors"), "--to", "vllm")
-    assert refused.returncode == 2
-    assert "with tnadapt.merge (tnadapt merge), or convert it to 'peft-lora' (--to peft-lora)" in refused.stderr
-
-
-# -- tnadapt extract: other tests are with tnadapt.extract ------------------------------------------------
-
 NAMES = [f"attn.{name}_proj.weight" for name in "qkv"]
 
 
@@ -126,32 +114,29 @@ def checkpoint(path: Path, other: str = "") -> Path:
     return path
 
 
-@pytest.mark.parametrize("options", [[], ["--no-compare"], ["--json"]])
-def test_equal_weights_are_warned_of(tmp_path: Path, options: list[str]) -> None:
-    base, out = checkpoint(tmp_path / "base.safetensors"), tmp_path / "adapter.safetensors"
-    done = run("extract", base, base, "-o", out, *options)
-    assert done.returncode == 0
-    assert done.stderr == (
-        f"warning: {base} and {base} have equal weights, so the adapter adds nothing; are they the same model?\n"
-    )
-    assert not any(delta.any() for delta in tna.load(out).deltas())
-    if "--json" in options:
-        assert json.loads(done.stdout)["parameters"] == tna.load(out).num_parameters
+SAME = "are they the same model?"
 
 
 @pytest.mark.parametrize(
-    ("other", "options", "warning"),
+    ("other", "options", "way"),
     [
-        (NAMES[1], [], "so the adapter adds nothing; --targets chooses among others that differ\n"),
+        ("", [], SAME),
+        ("", ["--no-compare"], SAME),
+        ("", ["--json"], SAME),
+        (NAMES[1], [], "--targets chooses among others that differ"),
         (NAMES[1], ["--targets", "k_proj"], ""),
         (NAMES[2], [], ""),
     ],
 )
-def test_equal_weights_among_others_are_warned_of(other: str, options: list[str], warning: str, tmp_path: Path) -> None:
+def test_equal_weights_are_warned_of(other: str, options: list[str], way: str, tmp_path: Path) -> None:
     out = tmp_path / "adapter.safetensors"
     base, tuned = checkpoint(tmp_path / "base.safetensors"), checkpoint(tmp_path / "tuned.safetensors", other)
     done = run("extract", base, tuned, "-o", out, *options)
-    assert done.returncode == 0
-    assert done.stderr.endswith(warning)
-    assert bool(done.stderr) == bool(warning)
-    assert not options or [target.role for target in tna.load(out).targets] == ["linear"]
+    warning = f"warning: {base} and {tuned} have equal weights, so the adapter adds nothing; {way}\n" if way else ""
+    assert (done.returncode, done.stderr) == (0, warning)
+    file = tna.load(out)
+    assert any(delta.any() for delta in file.deltas()) == (not way)
+    if "--json" in options:
+        assert json.loads(done.stdout)["parameters"] == file.num_parameters
+    if "--targets" in options:
+        assert [target.role for target in file.targets] == ["linear"]

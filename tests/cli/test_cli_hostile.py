@@ -153,13 +153,8 @@ def parameters(command: str) -> Iterator[Parameter]:
             if isinstance(info, typer.models.ArgumentInfo):
                 names = []
             needed = usual[name].default is inspect.Parameter.empty
-            yield Parameter(names, needed, st.none() if kind is bool else _values(name, str(kind)))
-
-
-def _values(name: str, kind: str) -> st.SearchStrategy[str]:
-    if name in VALUES:
-        return VALUES[name]
-    return INTEGER if "int" in kind else NUMBER if "float" in kind else st.sampled_from(WORDS)
+            usually = INTEGER if "int" in str(kind) else NUMBER if "float" in str(kind) else st.sampled_from(WORDS)
+            yield Parameter(names, needed, st.none() if kind is bool else VALUES.get(name, usually))
 
 
 @st.composite
@@ -281,10 +276,8 @@ def typed(line: Line) -> list[str]:
 
 
 def check(command: str, line: Line, commands: CommandLines, yard: Yard) -> Done:
-    if command == "paper":
-        done = commands.run(typed(line), yard.place, program="paper")
-    else:
-        done = commands.run([command, *typed(line)], yard.place)
+    program = ["paper"] if command == "paper" else ["tnadapt", command]
+    done = commands.run([*program, *typed(line)], yard.place)
     wrong = judge(done, line, yard)
     if yard.changed():
         yard.renew()
@@ -325,36 +318,31 @@ def test_what_was_found_once(command: str, line: Line, commands: CommandLines, y
     assert check(command, line, commands, yard).code == 2
 
 
-@pytest.mark.law("hostile-commands")
-@pytest.mark.parametrize(
-    ("done", "wrong"),
-    [
-        (Done(-9, "", "", 60.0, 0), "did not end"), (Done(70, "", "Traceback", 1.0, 0), "a traceback"),
-        (Done(2, "", " ", 1.0, 0), "no word"), (Done(2, "", "no", 1.0, MEMORY + 1), "MiB"),
-        (Done(2, "", "no" * 20_000, 1.0, 0), "letters of an error"),
-    ],
-)  # fmt: skip
-def test_the_judge_sees_it(done: Done, wrong: str, yard: Yard) -> None:
-    assert wrong in " ".join(judge(done, [], yard))
+FINE = Done(0, "", "", 1.0, 0)
 
 
 @pytest.mark.law("hostile-commands")
-def test_the_judge_sees_what_was_written(commands: CommandLines, yard: Yard) -> None:
-    commands.run(["info", "none"], yard.place)  # it has been started
+def test_the_judge_sees_what_is_wrong(commands: CommandLines, yard: Yard) -> None:
+    for done, wrong in (
+        (FINE._replace(code=-9), "did not end"),
+        (FINE._replace(err="Traceback"), "a traceback"),
+        (FINE._replace(code=2), "no word"),
+        (FINE._replace(code=2, err="no", memory=MEMORY + 1), "MiB"),
+        (FINE._replace(code=2, err="no" * 20_000), "letters of an error"),
+    ):
+        assert wrong in " ".join(judge(done, [], yard))
+    commands.run(["tnadapt", "info", "none"], yard.place)  # it has been started
     environment = Path(f"/proc/{commands.process.pid}/environ").read_bytes().decode().split("\0")
     for beside, names in BESIDE.items():
         assert {f"{name}={yard.folder / beside}" for name in names} <= set(environment)
         (yard.folder / beside / "stray").write_text("x")
-        try:
-            assert f"/{beside}/stray" in judge(Done(0, "", "", 1.0, 0), [("--out", "out")], yard)[0]
-        finally:
-            yard.renew()
-    kept = yard.folder / CACHES[0] / "fonts"
-    kept.parent.mkdir(exist_ok=True)
-    kept.write_text("x")
-    done = Done(0, "", "", 1.0, 0)
-    assert judge(done, [], yard) == []
+        assert f"/{beside}/stray" in judge(FINE, [("--out", "out")], yard)[0]
+        yard.renew()
+    cached = yard.folder / CACHES[0] / "fonts"
+    cached.parent.mkdir(exist_ok=True)
+    cached.write_text("x")
+    assert judge(FINE, [], yard) == []
     (yard.place / "stray").write_text("x")
-    assert [bool(judge(done, [("--out", out)], yard)) for out in ("out", "stray", "")] == [True, False, True]
-    assert "could not" in judge(done._replace(code=2, err="no"), [("--out", "stray")], yard)[0]
+    assert [bool(judge(FINE, [("--out", out)], yard)) for out in ("out", "stray", "")] == [True, False, True]
+    assert "could not" in judge(FINE._replace(code=2, err="no"), [("--out", "stray")], yard)[0]
     yard.renew()

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import signal
 import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -36,14 +32,6 @@ def base(tmp_path: Path) -> Path:
     return cp.write(tmp_path / "base", tensors, 2)
 
 
-def test_a_folder_of_peft_is_to_be_converted_first(base: Path, tmp_path: Path) -> None:
-    (tmp_path / "peft").mkdir()
-    (tmp_path / "peft" / "adapter_config.json").write_text("{}")
-    done = run("merge", base, tmp_path / "peft", "-o", tmp_path / "out")
-    assert done.returncode == 2
-    assert "convert it: tnadapt convert FOLDER -o adapter.safetensors, or in Python tnadapt.convert(" in done.stderr
-
-
 def test_it_merges_and_says_what(base: Path, tmp_path: Path) -> None:
     (base / "pytorch_model.bin").write_bytes(b"")
     done = run("merge", base, tmp_path / "adapter.safetensors", "-o", tmp_path / "out")
@@ -61,20 +49,15 @@ def test_it_merges_and_says_what(base: Path, tmp_path: Path) -> None:
     )
     forced = run("merge", base, tmp_path / "adapter.safetensors", "-o", tmp_path / "out", "--overwrite", "--json")
     assert forced.returncode == 0
+    other = cp.write(tmp_path / "other", cp.base(TARGETS, seed=5))
+    refused = run("merge", other, tmp_path / "adapter.safetensors", "-o", tmp_path / "any")
+    assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
+    assert "is another base model" in refused.stderr
+    wished = run("merge", other, tmp_path / "adapter.safetensors", "-o", tmp_path / "any", "--no-check-base")
+    assert wished.returncode == 0
+    assert "not checked whether it was trained on this base (--no-check-base)" in wished.stdout
     report = json.loads(forced.stdout)
     assert (report["out"], report["changed"], report["base_checked"]) == (str(tmp_path / "out"), 3, True)
-
-
-def test_another_base_needs_to_be_wished_for(base: Path, tmp_path: Path) -> None:
-    other = cp.write(tmp_path / "other", cp.base(TARGETS, seed=5))
-    done = run("merge", other, tmp_path / "adapter.safetensors", "-o", tmp_path / "out")
-    assert done.returncode == 2
-    assert "is another base model" in done.stderr
-    assert len(done.stderr.splitlines()) == 1
-    assert not (tmp_path / "out").exists()
-    done = run("merge", other, tmp_path / "adapter.safetensors", "-o", tmp_path / "out", "--no-check-base")
-    assert done.returncode == 0
-    assert "not checked whether it was trained on this base (--no-check-base)" in done.stdout
 
 
 def test_info_prints_what_there_is(base: Path, tmp_path: Path) -> None:
@@ -107,29 +90,3 @@ def test_info_prints_what_there_is(base: Path, tmp_path: Path) -> None:
     assert "a checkpoint of" in done.stdout
     assert "model-00001-of-00002.safetensors" in done.stdout
     assert json.loads(run("info", base, "--json", "--all").stdout)["kind"] == "checkpoint"
-
-
-@pytest.mark.usefixtures("keyboard")
-def test_interrupted_it_says_how_to_go_on(tmp_path: Path) -> None:
-    tensors: cp.Tensors = {f"big.{n}": ("F32", np.zeros(1 << 22, "<f4")) for n in range(12)}
-    targets = [T(f"big.{n}.q", (2048, 2048), "q") for n in range(12)]
-    tensors |= {target.name: ("F32", np.ones((2048, 2048), "<f4")) for target in targets}
-    base = cp.write(tmp_path / "base", tensors, 4)
-    tna.save(tmp_path / "a.safetensors", cp.adapter(P.lora(64), targets))
-    command = [sys.executable, "-m", "tnadapt", "merge", str(base), str(tmp_path / "a.safetensors"), "-o"]
-    child = subprocess.Popen([*command, str(tmp_path / "out")], stderr=subprocess.PIPE, text=True)
-    for _ in range(3000):
-        if any(tmp_path.glob("out.tnadapt-partial/run-*/files/*")):
-            break
-        time.sleep(0.01)
-    child.send_signal(signal.SIGINT)
-    message = child.communicate(timeout=60)[1]
-    assert child.returncode == 130, message
-    assert message.strip() == f"stopped; {tmp_path / 'out'} is unchanged or complete; the same command resumes"
-    assert not (tmp_path / "out").exists()
-    assert run("merge", base, tmp_path / "a.safetensors", "-o", tmp_path / "out").returncode == 0
-    assert sorted(os.listdir(tmp_path)) == ["a.safetensors", "base", "out"]
-    again = tmp_path / "again"
-    assert run("merge", base, tmp_path / "a.safetensors", "-o", again).returncode == 0
-    for one in again.iterdir():
-        assert one.read_bytes() == (tmp_path / "out" / one.name).read_bytes()

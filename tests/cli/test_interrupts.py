@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -76,19 +75,6 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def begun(arguments: Sequence[object], cwd: Path) -> subprocess.Popen[str]:
-    """Start a process, and return when it has printed its first line."""
-    root = Path(__file__).parents[2]
-    process = subprocess.Popen(
-        [sys.executable, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd,
-        start_new_session=True, env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert process.stdout is not None
-    assert select.select([process.stdout], [], [], 120)[0]
-    assert process.stdout.readline() == "begun\n", process.communicate(timeout=60)[1]
-    return process
-
-
 @pytest.mark.parametrize(
     ("name", "how"),
     [
@@ -106,7 +92,14 @@ def test_an_interrupt_ends_a_command_and_says_what_is_kept(name: str, how: str, 
         pytest.importorskip("sklearn")
     before = sorted(path.name for path in folder.iterdir())
     place, arguments, kept = COMMANDS[name]
-    process = begun(["-c", CODE, *place, how, name, *arguments.split()], folder)
+    process = subprocess.Popen(
+        [sys.executable, "-c", CODE, *place, how, name, *arguments.split()], stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True, cwd=folder, start_new_session=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert select.select([process.stdout], [], [], 120)[0]
+    assert process.stdout.readline() == "begun\n", process.communicate(timeout=60)[1]
     time.sleep(0.2)
     start = time.monotonic()
     for _ in range(2 if how == "stubborn" else 1):

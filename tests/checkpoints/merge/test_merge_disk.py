@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import errno
+import io
+import itertools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -18,29 +22,17 @@ import pytest
 
 import tnadapt as tna
 from tests.stress_merge import SETTINGS, Setting
-from tests.support import checkpoint_files as cp
+from tests.support.depth import LONG
 from tests.support.file_layer import Call, intercepted, killed_before, recorded
 from tests.support.macos_errors import ENOTSUP, as_on_macos
 from tests.support.power_failure import after_failures, put
 
 from ..internals import atomic_files, journal, merge_job, shards
-from .merge_scene import (
-    TARGETS,
-    Scene,
-    a_file_added,
-    content,
-    half_deleted,
-    one_byte_flipped,
-    other_result,
-    plain_base,
-    precious,
-    scene,
-)
+from ..test_atomic_files import raising
+from . import merge_scene
+from .merge_scene import Scene, content, scene
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the file layer reads /proc")
-
-LONG = os.environ.get("HYPOTHESIS_PROFILE") == "long"
-PARTIAL = ".tnadapt-partial"
 
 
 @pytest.fixture
@@ -56,21 +48,12 @@ def memory(tmp_path: Path) -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
-def prepared(folder: Path, setting: Setting) -> Scene:
-    where = scene(folder, setting.single)
-    where.put(where.results[1] if setting.old else None)
-    return where
-
-
-# -- Order and power failures ------------------------------------------------------------------------
-
-
 @pytest.mark.law("power-failure")
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
 def test_after_a_power_failure_it_is_the_old_one_or_the_new_one(setting: Setting, memory: Path) -> None:
-    where = prepared(memory / "scene", setting)
+    where = scene(memory / "scene", setting.single)
+    old = setting.prepare(where)
     shutil.copytree(where.folder, memory / "start")
-    old = where.results[1] if setting.old else None
     calls = recorded(lambda: where.merge(0, setting.old), setting.exchange)
     states: dict[int, tuple[int, dict[str, Any]]] = {}
     for number, tree in after_failures(calls, where.folder, memory / "start"):
@@ -81,9 +64,7 @@ def test_after_a_power_failure_it_is_the_old_one_or_the_new_one(setting: Setting
     for number, tree in every if LONG else every[::2] + every[-12:]:
         where.clear()
         put(tree, where.folder)
-        found = content(where.out)
-        between = not setting.exchange and not setting.single and setting.old and found is None
-        assert found in (old, where.results[0]) or between, calls[number - 1]
+        found = setting.left(where, old)
         if number == len(calls):
             assert found == where.results[0], "the merge returned, and its result was not there to stay"
         if found == where.results[0] and not setting.old:
@@ -95,28 +76,28 @@ def test_after_a_power_failure_it_is_the_old_one_or_the_new_one(setting: Setting
             where.finish(overwrite=setting.old)
 
 
-@pytest.mark.law("power-failure")
+@pytest.mark.law("power-failure", "merge-disk-faults")
 @pytest.mark.parametrize("single", [True, False])
 def test_a_failing_disk_is_an_error_and_no_success(single: bool, tmp_path: Path) -> None:
     where = scene(tmp_path, single)
-    count = len([call for call in recorded(lambda: where.merge(0)) if call.name == "fsync"])
-    for failing in range(1, count + 1):
+    calls = recorded(lambda: where.merge(0))
+    published = next(number for number, call in enumerate(calls) if str(where.out) in call.paths)
+    naming = ("create", "rename", "rename_new", "replace", "exchange", "link")
+    steps_of_data = [number for number, call in enumerate(calls) if call.name in ("fsync", "write", "copy")]
+    for failing in [*steps_of_data, None]:  # None: no space from publishing on, and so none for the state, either
         where.clear()
-        left = failing
+        error = OSError(28, "No space left on device") if failing is None else OSError(5, "Input/output error")
+        steps = itertools.count()
 
-        def before(call: Call) -> None:
-            nonlocal left
-            left -= call.name == "fsync"
-            if not left and call.name == "fsync":
-                raise OSError(5, "Input/output error")
+        def before(call: Call, failing: int | None = failing, error: OSError = error, steps: Any = steps) -> None:
+            number = next(steps)
+            if number == failing or (failing is None and number >= published and call.name in naming):
+                raise error
 
-        with pytest.raises(tna.FileError, match="Input/output error"), intercepted(before):
+        with pytest.raises(tna.FileError, match=error.strerror), intercepted(before):
             where.merge(0)
         assert content(where.out) in (None, where.results[0])
         where.finish(overwrite=False)
-
-
-# -- Killed, and the user acts before the next merge ----------------------------------------------------
 
 
 def killed_after_publishing(where: Scene, overwrite: bool, step: str) -> None:
@@ -132,47 +113,41 @@ def killed_after_publishing(where: Scene, overwrite: bool, step: str) -> None:
 @pytest.mark.law("merge-killed")
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
 def test_killed_before_any_step_the_next_merge_goes_on(setting: Setting, memory: Path) -> None:
-    where = prepared(memory, setting)
-    old = where.results[1] if setting.old else None
+    where = scene(memory, setting.single)
+    old = setting.prepare(where)
     steps = len(recorded(lambda: where.merge(0, setting.old), setting.exchange))
     for number in range(steps):
-        where.clear()
-        where.put(old)
+        setting.prepare(where)
         killed_before(
             lambda call, before, number=number: len(before) == number,
             lambda: where.merge(0, setting.old),
             setting.exchange,
         )
-        found = content(where.out)
-        between = not setting.exchange and not setting.single and setting.old and found is None
-        assert found in (old, where.results[0]) or between
+        setting.left(where, old)
         states = [json.loads(state.read_text()) for state in where.beside.glob("run-*/state.json")]
         done = [name for state in states for name in state["done"]]
-        report = where.merge(0, overwrite=True)
-        assert content(where.out) == where.results[0]
-        assert not where.beside.exists()
-        assert report.resumed == len(done) or not done
+        assert where.finish().resumed == len(done) or not done
+
+
+def renamed(where: Scene) -> None:
+    (where.out / "config.json").rename(where.elsewhere)
 
 
 def replaced_by_a_link(where: Scene) -> None:
-    (where.out / "config.json").rename(where.elsewhere)
+    renamed(where)
     (where.out / "config.json").symlink_to(where.elsewhere)
 
 
 def replaced_by_a_folder(where: Scene) -> None:
-    (where.out / "config.json").unlink()
+    renamed(where)
     (where.out / "config.json").mkdir()
-
-
-def renamed(where: Scene) -> None:
-    (where.out / "config.json").rename(where.out / "config.jsom")
 
 
 @pytest.mark.law("merge-publishing")
 @pytest.mark.parametrize(
     "change",
-    [plain_base, half_deleted, one_byte_flipped, a_file_added, other_result, precious, replaced_by_a_link,
-     replaced_by_a_folder, renamed],
+    [merge_scene.plain_base, merge_scene.half_deleted, merge_scene.one_byte_flipped, merge_scene.a_file_added,
+     merge_scene.other_result, merge_scene.precious, replaced_by_a_link, replaced_by_a_folder, renamed],
 )  # fmt: skip
 def test_killed_while_cleaning_up_what_is_changed_is_not_taken_for_the_result(change: Any, tmp_path: Path) -> None:
     where = scene(tmp_path, single=False)
@@ -182,7 +157,7 @@ def test_killed_while_cleaning_up_what_is_changed_is_not_taken_for_the_result(ch
     with pytest.raises(tna.FileError, match="is not the output of an earlier run, which was killed during publishing"):
         where.merge(0)
     assert content(where.out) == changed
-    if change is plain_base:
+    if change is merge_scene.plain_base:
         where.finish()
     else:
         where.out.rename(where.refused)
@@ -190,17 +165,16 @@ def test_killed_while_cleaning_up_what_is_changed_is_not_taken_for_the_result(ch
 
 
 @pytest.mark.law("merge-publishing")
-@pytest.mark.parametrize("piece", [1 << 24, 3])
-def test_killed_while_cleaning_up_a_result_that_is_whole_is_verified(
-    piece: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_killed_while_cleaning_up_a_whole_result_is_verified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     where = scene(tmp_path, single=False)
-    killed_after_publishing(where, False, "rename run-")
-    monkeypatch.setattr(shards, "_PIECE", piece)
-    inode = where.out.stat().st_ino
-    assert where.merge(0).files == 2
-    assert where.out.stat().st_ino == inode, "it was whole, and not to be overwritten"
-    assert not where.beside.exists()
+    for piece in (shards._PIECE, 3):
+        killed_after_publishing(where, False, "rename run-")
+        monkeypatch.setattr(shards, "_PIECE", piece)
+        inode = where.out.stat().st_ino
+        assert where.merge(0).files == 2
+        assert where.out.stat().st_ino == inode, "it was whole, and not to be overwritten"
+        assert not where.beside.exists()
+        where.clear()
 
 
 @pytest.mark.law("merge-publishing")
@@ -244,7 +218,7 @@ def test_what_was_created_between_two_renames_is_not_replaced_by_the_old_output(
     where = scene(tmp_path, single=False)
     where.put(where.results[1])
     between_two_renames(where)
-    plain_base(where)
+    merge_scene.plain_base(where)
     for _ in range(2):
         with pytest.raises(tna.FileError, match=r"has been created while its previous content, now in .*, was being"):
             where.merge(0)
@@ -261,20 +235,6 @@ def test_what_was_created_between_two_renames_is_not_replaced_by_the_old_output(
     where.finish()
 
 
-def test_publishing_that_fails_on_a_disk_without_space_for_the_state(tmp_path: Path) -> None:
-    where, failed = scene(tmp_path, single=False), False
-
-    def before(call: Call) -> None:
-        nonlocal failed
-        failed = failed or str(where.out) in call.paths
-        if failed and call.name in ("create", "rename", "rename_new", "replace", "exchange", "link"):
-            raise OSError(28, "No space left on device")
-
-    with pytest.raises(tna.FileError, match="No space left on device"), intercepted(before):
-        where.merge(0)
-    where.finish(overwrite=False)
-
-
 def between_two_renames(where: Scene) -> Path:
     """As a kill between the two renames of a system without renameat2 leaves it; the run folder."""
 
@@ -288,23 +248,19 @@ def between_two_renames(where: Scene) -> Path:
 
 @pytest.mark.law("merge-killed", "merge-races")
 def test_kills_and_races_in_short(memory: Path) -> None:
+    root = Path(__file__).parents[3]
     command = [sys.executable, "-m", "tests.stress_merge", "--folder", str(memory)]
     command += ["--kills", "3000" if LONG else "32", "--seconds", "1800" if LONG else "5"]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[3]), *sys.path])}
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[3], env=environment
-    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), *sys.path])}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=root, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.endswith("\n0 wrong\n")
-
-
-# -- Locks ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.law("merge-races")
 def test_a_lock_on_a_file_that_was_deleted_meanwhile_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Found by a race of four processes: the file had tensors of two adapters."""
-    root = str(tmp_path / f"out{PARTIAL}")
+    root = str(tmp_path / "out.tnadapt-partial")
     real, locked = atomic_files.lock, list[int]()
 
     def lock(handle: int, wait: bool = False) -> bool:
@@ -315,13 +271,11 @@ def test_a_lock_on_a_file_that_was_deleted_meanwhile_is_none(tmp_path: Path, mon
         return real(handle, wait)
 
     monkeypatch.setattr(journal, "lock", lock)
-    refused = pytest.raises(
-        tna.FileError, match=rf"another process is writing {root} \(process {os.getpid()} on .+\): wait"
-    )
+    why = rf"another process is writing {root} \(process {os.getpid()} on .+\): wait"
     with journal.work_lock(root):
         assert len(locked) == 2
         assert os.stat(os.path.join(root, "lock")).st_ino == locked[1]
-        with refused, journal.work_lock(root):
+        with pytest.raises(tna.FileError, match=why), journal.work_lock(root):
             pass
 
 
@@ -372,18 +326,15 @@ def test_a_system_that_has_no_locks_is_left_as_tidy(
     (tmp_path / "work" / "theirs").touch()
     with pytest.raises(tna.FileError, match="is in the way"), journal.work_lock(str(tmp_path / "work")):
         pass
-    # One that is stopped after it has finished a file leaves that one, and the next goes on.
-    done = journal.MergeJournal.finished
+    # One that is stopped before it publishes leaves what it has finished, and the next goes on.
 
-    def stopped(work: journal.MergeJournal, name: str) -> None:
-        done(work, name)
-        raise KeyboardInterrupt
+    def before(call: Call) -> None:
+        if call.name in ("exchange", "replace") and str(where.out) in call.paths:
+            raise KeyboardInterrupt
 
-    monkeypatch.setattr(journal.MergeJournal, "finished", stopped)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt), intercepted(before):
         where.merge(1, overwrite=True)
     assert where.beside.exists()
-    monkeypatch.setattr(journal.MergeJournal, "finished", done)
     assert where.finish(1).resumed >= 1
 
 
@@ -430,51 +381,27 @@ def test_taken_over_as_it_takes_over_itself(tmp_path: Path, monkeypatch: pytest.
     where.finish(overwrite=False)
 
 
-def test_the_lock_of_the_next_one_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    where = scene(tmp_path, single=False)
-    other = cp.write(tmp_path / "other", cp.base(TARGETS, seed=9))
-    tensors = cp.base(TARGETS)
-    tna.save(tmp_path / "adapter", cp.adapter(tna.presets.lora(2), TARGETS, tensors))
-    real, stack = journal.MergeJournal.remove, contextlib.ExitStack()
-
-    def remove(work: journal.MergeJournal) -> None:
-        first = not work.removed
-        real(work)
-        if first:
-            stack.enter_context(journal.work_lock(work.root))  # the next one comes at once
-
-    monkeypatch.setattr(journal.MergeJournal, "remove", remove)
-    with pytest.raises(tna.FileError, match="is another base model"):
-        tna.merge(other, tmp_path / "adapter", where.out)
-    with stack:
-        assert (where.beside / "lock").exists()
-
-
 @pytest.mark.law("merge-races")
 @pytest.mark.parametrize("single", [True, False])
 def test_with_overwrite_false_one_of_many_threads_wins(single: bool, tmp_path: Path) -> None:
     where = scene(tmp_path, single, adapters=4)
+    told = ("another process is writing", "already exists", "other processes are writing")
+    together = threading.Barrier(4)
+
+    def attempt(number: int) -> str:
+        together.wait()
+        try:
+            where.merge(number)
+        except tna.FileError as error:
+            return next((words for words in told if words in str(error)), f"WRONG {error}")
+        return "made"
+
     for _ in range(30 if LONG else 3):
-        said: dict[int, str] = {}
-        together = threading.Barrier(4)
-
-        def merge(number: int, said: dict[int, str] = said, together: threading.Barrier = together) -> None:
-            together.wait()
-            try:
-                where.merge(number)
-                said[number] = "made"
-            except tna.FileError as error:
-                said[number] = str(error)
-
-        threads = [threading.Thread(target=merge, args=(number,)) for number in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        (winner,) = [number for number, words in said.items() if words == "made"]
-        assert content(where.out) == where.results[winner]
-        told = ("another process is writing", "already exists", "other processes are writing")
-        assert all(any(words in one for words in told) for one in said.values() if one != "made"), said
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            said = list(pool.map(attempt, range(4)))
+        assert said.count("made") == 1
+        assert set(said) <= {"made", *told}
+        assert content(where.out) == where.results[said.index("made")]
         assert not where.beside.exists()
         where.clear()
 
@@ -490,47 +417,31 @@ def test_the_folder_beside_is_not_taken_if_it_is_somebody_else_s(tmp_path: Path)
         lambda: os.mkfifo(where.beside),
     ):
         make()
-        with pytest.raises(
-            tna.FileError, match="is in the way, and is not an unfinished merge: remove it, or choose another"
-        ):
+        why = "is in the way, and is not an unfinished merge: remove it, or choose another"
+        with pytest.raises(tna.FileError, match=why):
             where.merge(0)
         assert os.path.lexists(where.beside)
         where.clear()
 
 
-# -- What is there by the time of publishing -----------------------------------------------------------------
-
-
 # os.replace cannot be undone: only a system that can exchange two names can look at a file that it has replaced.
 @pytest.mark.law("no-overwrite")
 @pytest.mark.parametrize(("single", "exchange"), [(True, True), (False, True), (False, False)])
-def test_what_takes_the_name_at_the_last_moment_is_not_lost(
-    single: bool, exchange: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_takes_the_name_at_the_last_moment_is_not_lost(single: bool, exchange: bool, tmp_path: Path) -> None:
     where = scene(tmp_path, single)
     where.put(where.results[1])
-    real, real_renameat2, swapped = journal._replace, atomic_files._renameat2, False
+    swapped: list[Call] = []
 
-    def replace(*arguments: Any) -> None:
-        nonlocal swapped
-        if not swapped:
-            swapped = True
+    def before(call: Call) -> None:
+        if not swapped and call.name in ("exchange", "rename") and str(where.out) in call.paths:
+            swapped.append(call)
             where.out.rename(where.elsewhere)
-            if single:
-                os.mkfifo(where.out)
-            else:
-                where.out.mkdir()
-                (where.out / "thesis.txt").write_text("the only copy")
-        real(*arguments)
+            (merge_scene.pipe if single else merge_scene.precious)(where)
 
-    monkeypatch.setattr(journal, "_replace", replace)
-    if not exchange:
-        monkeypatch.setattr(atomic_files, "_renameat2", lambda *arguments: False)
-    with pytest.raises(tna.FileError, match="and is not overwritten"):
+    with intercepted(before, exchange=exchange), pytest.raises(tna.FileError, match="and is not overwritten"):
         where.merge(0, overwrite=True)
     assert swapped
     assert content(where.out) == ({"thesis.txt": b"the only copy"} if not single else b"something that is no file")
-    monkeypatch.setattr(atomic_files, "_renameat2", real_renameat2)
     where.out.rename(where.refused)
     assert where.merge(0).resumed == (1 if single else 2), "what was finished was lost"
     assert content(where.out) == where.results[0]
@@ -545,9 +456,8 @@ def test_with_overwrite_false_what_comes_to_be_meanwhile_stays(single: bool, exc
 
     def before(call: Call) -> None:
         # Right before the name is taken, after all that looks whether it is free.
-        if call.name in ("rename_new", "link") and call.paths[1] == str(where.out) and not where.out.exists():
-            where.put(other)
-        if call.name == "rename" and call.paths[1] == str(where.out) and not where.out.exists():
+        taking = call.name in ("rename_new", "link", "rename") and call.paths[1] == str(where.out)
+        if taking and not where.out.exists():
             where.put(other)
 
     with intercepted(before, exchange=exchange), pytest.raises(tna.FileError, match="was created during the merge"):
@@ -557,33 +467,27 @@ def test_with_overwrite_false_what_comes_to_be_meanwhile_stays(single: bool, exc
     assert where.merge(0).resumed == (1 if single else 2)
 
 
-# -- Renames -----------------------------------------------------------------------------------------------
-
-
 @pytest.mark.law("no-overwrite")
 @pytest.mark.parametrize("way", ["renameat2", "links", "neither"])
 @pytest.mark.parametrize("there", ["file", "folder", "full folder", "dangling link", "pipe"])
-@pytest.mark.parametrize("what", ["file", "folder"])
+@pytest.mark.parametrize("what", ["file", "full folder"])
 def test_a_new_name_is_never_taken_from_anything(
     what: str, there: str, way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if way != "renameat2":
         monkeypatch.setattr(atomic_files, "_renameat2", lambda *arguments: False)
     if way == "neither":
-        monkeypatch.setattr(os, "link", lambda *arguments, **settings: (_ for _ in ()).throw(OSError(1, "EPERM")))
+        monkeypatch.setattr(os, "link", raising(errno.EPERM))
     source, target = tmp_path / "source", tmp_path / "target"
-    if what == "folder":
-        source.mkdir()
-        (source / "inside").write_text("1")
-    else:
-        source.write_text("1")
-    {
-        "file": lambda: target.write_text("2"),
-        "folder": target.mkdir,
-        "full folder": lambda: (target.mkdir(), (target / "inside").write_text("2")),
-        "dangling link": lambda: target.symlink_to("nowhere"),
-        "pipe": lambda: os.mkfifo(target),
-    }[there]()
+    make = {
+        "file": lambda path: path.write_text("1"),
+        "folder": Path.mkdir,
+        "full folder": lambda path: (path.mkdir(), (path / "inside").write_text("2")),
+        "dangling link": lambda path: path.symlink_to("nowhere"),
+        "pipe": os.mkfifo,
+    }
+    make[what](source)
+    make[there](target)
     before = os.lstat(target).st_ino
     with pytest.raises(FileExistsError):
         atomic_files.rename_new(str(source), str(target))
@@ -609,56 +513,48 @@ def test_where_names_cannot_be_exchanged_it_says_so_and_other_failures_are_error
     assert not atomic_files.exchange(str(tmp_path / "a"), str(tmp_path / "b"))
 
 
-# -- Inputs that change -------------------------------------------------------------------------------------
-
-
-@pytest.mark.law("merge-disk-faults")
-@pytest.mark.parametrize("what", ["adapter", "base"])
-def test_an_input_that_is_replaced_while_it_is_read_is_noticed(
+@pytest.mark.law("merge-disk-faults", "merge-links")
+@pytest.mark.parametrize("what", ["adapter", "base", "another file"])
+def test_an_input_that_changes_while_it_is_read_is_noticed(
     what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    where = scene(tmp_path, single=True)
-    path, step = (where.adapters[0], "load") if what == "adapter" else (where.base, "resolve")  # after its header
-    real = getattr(merge_job, step)
+    where = scene(tmp_path, single=what != "another file")
+    adapter = where.adapters[0]
+    path, when, owner, step = {
+        "adapter": (adapter, "read", merge_job, "load"),
+        "base": (where.base, "merged", merge_job, "resolve"),  # after its header has been read
+        "another file": (where.base / "config.json", r"merged \(config.json\)", merge_job.Job, "_copy_others"),
+    }[what]
+    real = getattr(owner, step)
 
     def replacing(*arguments: Any) -> Any:
         if what == "base":
             atomic_files.replace_file(str(path), path.read_bytes())
+        elif what == "another file":  # which would be copied from outside of the checkpoint
+            path.unlink()
+            path.symlink_to(adapter)
         found = real(*arguments)
         if what == "adapter":
             shutil.copyfile(where.adapters[1], path)
         return found
 
-    monkeypatch.setattr(merge_job, step, replacing)
-    when = "merged" if what == "base" else "read"
-    with pytest.raises(tna.FileError, match=f"^{path}: was changed while it was {when}: run it again"):
+    monkeypatch.setattr(owner, step, replacing)
+    named = adapter if what == "adapter" else where.base
+    with pytest.raises(tna.FileError, match=f"^{named}: was changed while it was {when}: run it again"):
         where.merge(0)
     assert not where.out.exists()
-    assert not where.beside.exists()
-
-
-# -- Publishing by itself ---------------------------------------------------------------------------------------------
+    assert what == "another file" or not where.beside.exists()
 
 
 def test_a_name_that_is_created_and_removed_forever_is_given_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "made").write_text("new")
-    tries = []
-
-    def taken(source: str, target: str) -> None:
-        tries.append(target)
-        raise FileExistsError(target)
-
-    def gone(*names: str) -> None:
-        raise FileNotFoundError(names[0])
-
-    monkeypatch.setattr(journal, "rename_new", taken)
-    monkeypatch.setattr(journal, "exchange", gone)
+    monkeypatch.setattr(journal, "rename_new", raising(errno.EEXIST))
+    monkeypatch.setattr(journal, "exchange", raising(errno.ENOENT))
     out, aside = str(tmp_path / "out"), str(tmp_path / "aside")
     with pytest.raises(tna.FileError, match="is created and removed by something else again and again: choose another"):
         journal.place(str(tmp_path / "made"), out, aside, lambda path: None)
-    assert 10 <= len(tries) <= 1000
     assert (tmp_path / "made").read_text() == "new"
     # Where what was made is gone itself, that is the error.
     (tmp_path / "made").unlink()
@@ -685,31 +581,20 @@ def test_what_was_replaced_and_may_not_be_goes_back_even_if_the_name_is_free_by_
     assert (tmp_path / "out").read_text() == "somebody's"
 
 
-# -- Copying, and locks, where the system fails ------------------------------------------------------------
-
-
 def opened_pair(folder: Path) -> tuple[Any, Any]:
     (folder / "source").write_bytes(b"0123456789")
     return open(folder / "source", "rb", buffering=0), open(folder / "target", "w+b", buffering=0)
 
 
-def test_a_source_that_ends_too_soon(tmp_path: Path) -> None:
+def test_copying_fails_where_no_other_way_would_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, target = opened_pair(tmp_path)
-    with source, target, pytest.raises(tna.FileError, match="ended before its last tensor"):
-        shards.copy_range(source, 5, target, 0, 6, lambda count: None)
-
-
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EFBIG])
-def test_what_is_no_matter_of_the_way_is_not_tried_by_another(
-    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def way(*arguments: Any) -> int:
-        raise OSError(number, "it")
-
-    monkeypatch.setattr(shards, "_WAYS", [way, shards._by_hand])
-    source, target = opened_pair(tmp_path)
-    with source, target, pytest.raises(OSError, match="it"):
-        shards.copy_range(source, 0, target, 0, 10, lambda count: None)
+    with source, target:
+        with pytest.raises(tna.FileError, match="ended before its last tensor"):
+            shards.copy_range(source, 5, target, 0, 6, lambda count: None)
+        for number in (errno.ENOSPC, errno.EIO, errno.EFBIG):
+            monkeypatch.setattr(shards, "_WAYS", [raising(number), shards._by_hand])
+            with pytest.raises(OSError, match=re.escape(os.strerror(number))):
+                shards.copy_range(source, 0, target, 0, 10, lambda count: None)
 
 
 @pytest.mark.parametrize("number", [errno.ENOTSOCK, ENOTSUP])
@@ -718,11 +603,7 @@ def test_without_a_sendfile_for_files_they_are_copied_by_hand(
 ) -> None:
     """As on macOS, whose sendfile takes sockets only."""
     module = as_on_macos(monkeypatch, shards.__name__)
-
-    def sendfile(*arguments: Any) -> int:
-        raise OSError(number, "not for files")
-
-    monkeypatch.setattr(os, "sendfile", sendfile)
+    monkeypatch.setattr(os, "sendfile", raising(number))
     monkeypatch.setattr(module, "_WAYS", [module._by_sendfile, module._by_hand])
     source, target = opened_pair(tmp_path)
     with source, target:
@@ -731,34 +612,22 @@ def test_without_a_sendfile_for_files_they_are_copied_by_hand(
 
 
 def test_writing_takes_as_many_goes_as_it_needs(tmp_path: Path) -> None:
-    class Slow:
-        def __init__(self) -> None:
-            self.place, self.content = 0, bytearray(12)
-
-        def seek(self, place: int) -> None:
-            self.place = place
-
-        def write(self, content: memoryview) -> int:
-            some = bytes(content[:3])
-            self.content[self.place : self.place + len(some)] = some
-            self.place += len(some)
-            return len(some)
+    class Slow(io.BytesIO):
+        def write(self, content: Any) -> int:
+            return super().write(bytes(content[:3]))
 
     slow: Any = Slow()
     shards.write_at(slow, 2, b"0123456789")
-    assert bytes(slow.content) == b"\0\x000123456789"
+    assert slow.getvalue() == b"\0\x000123456789"
 
 
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
 def test_only_regular_files_are_opened(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(OSError, match="is not a regular file"):
-        shards.open_regular(str(tmp_path / "pipe"))
-    (tmp_path / "file").touch()
-    (tmp_path / "link").symlink_to(tmp_path / "file")
-    with pytest.raises(OSError, match="link"):
-        shards.open_regular(str(tmp_path / "link"))
-    os.close(shards.open_regular(str(tmp_path / "file")))
+    (tmp_path / "link").symlink_to(__file__)
+    for name, why in (("pipe", "is not a regular file"), ("link", "link")):
+        with pytest.raises(OSError, match=why):
+            shards.open_regular(str(tmp_path / name))
+    os.close(shards.open_regular(__file__))
 
 
 @pytest.mark.skipif(not atomic_files.HAS_LOCKS, reason="no advisory locks here")
@@ -768,11 +637,7 @@ def test_a_file_system_without_locks_counts_as_locked(tmp_path: Path, monkeypatc
         assert not atomic_files.lock(two.fileno())
         atomic_files.unlock(one.fileno())
         assert atomic_files.lock(two.fileno())
-
-        def without(*_: Any) -> None:
-            raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
-
-        monkeypatch.setattr(atomic_files.fcntl, "flock", without)
+        monkeypatch.setattr(atomic_files.fcntl, "flock", raising(errno.ENOLCK))
         assert atomic_files.lock(one.fileno())
         atomic_files.unlock(one.fileno())
 
@@ -789,9 +654,7 @@ def test_the_lock_of_a_folder_that_is_always_deleted_is_given_up(
         return plain(path, *rest, **settings)
 
     monkeypatch.setattr(os, "open", deleted)
-    with (
-        pytest.raises(tna.FileError, match=r"other processes are writing \S+ again and again"),
-        journal.work_lock(str(tmp_path / "work")),
-    ):
+    why = r"other processes are writing \S+ again and again"
+    with pytest.raises(tna.FileError, match=why), journal.work_lock(str(tmp_path / "work")):
         pass
     assert not (tmp_path / "work").exists()
