@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import pickle
 
 import numpy as np
 import pytest
@@ -14,9 +13,8 @@ import tnadapt as tna
 from tests.planning.internals import sketched
 from tests.support.depth import in_depth
 from tnadapt.algebra.group import rank_bound, rank_bounds
-from tnadapt.algebra.layout import KnownWeights
 from tnadapt.algebra.network import Network
-from tnadapt.errors import ConfigError, ShapeError
+from tnadapt.errors import ShapeError
 from tnadapt.planning import Rank, degrees_of_freedom, largest_rank
 from tnadapt.testing.strategies import plans
 
@@ -77,13 +75,6 @@ def may_be_defective(plan: tna.SuperLoRA) -> bool:
             if len(real) == 3 and 3 in real and any(real.count(n) > 1 and (3 * n - 1) // 2 in powers for n in real):
                 return True
     return False
-
-
-def test_magnitudes_are_no_freedom_of_the_update() -> None:
-    # θ has fewer elements than the formulas of the arrays that are made from it.
-    shapes = [(6, 4), (4, 6)]
-    for apply in ("add", "magnitude"):
-        assert degrees_of_freedom(tna.SuperLoRA(tna.presets.unilora(9, 2, apply=apply), shapes)) == 9
 
 
 HADAMARD = tna.Config(2, 3, 2, groups=1, fold=(4, 4, 4), format="cp", combine="hadamard", leading="same")
@@ -150,9 +141,6 @@ def test_a_nonlinear_f_does_not_reduce_freedom(config: tna.Config, projection: s
     assert rank(found) == degrees_of_freedom(plan)
 
 
-# -- The largest rank ------------------------------------------------------------------------------------
-
-
 def anywhere(plan: tna.SuperLoRA) -> tna.SuperLoRA:
     """The plan that starts at arrays in general position: the rank of a plan is that for any start that is brought."""
     if not plan.point.brought:
@@ -185,10 +173,6 @@ def test_a_nonlinear_f_has_full_rank(plan: tna.SuperLoRA) -> None:
         assert largest_rank(plan, weight).value == rank(delta / rows)
 
 
-def in_blocks(matrix: np.ndarray, limit: int, rng: np.random.Generator) -> Rank:
-    return sketched(lambda: (matrix[lo : lo + 37] for lo in range(0, len(matrix), 37)), matrix.shape, limit, rng)
-
-
 @pytest.mark.parametrize(
     "config", [tna.presets.superlora(1), tna.presets.lonkr(1, splits=2), tna.Config(3, 3, groups=2, fold="balanced")]
 )
@@ -206,20 +190,22 @@ def test_sketches_tell_ranks_apart(size: tuple[int, int], limit: int, rng: np.ra
         matrix = rng.standard_normal((size[0], r)) @ rng.standard_normal((r, size[1]))
         true = min(r, *size)
         expected = Rank(true, True) if true < min(limit, *size) or limit >= min(size) else Rank(limit, False)
-        assert in_blocks(matrix, limit, rng) == expected
+        assert sketched(lambda: (matrix[lo : lo + 37] for lo in range(0, size[0], 37)), size, limit, rng) == expected  # noqa: B023
 
 
 def test_known_ranks_and_which_weight() -> None:
     # 64 of 64 × 64 fold to a square of 512: a row of it is eight rows of a weight, one after another.
-    aligned = tna.SuperLoRA(tna.presets.superlora(1), [(64, 64)] * 64)
-    assert aligned.groups[0].network.sizes == (512, 512)
-    assert largest_rank(aligned) == Rank(8, True)
+    assert largest_rank(tna.SuperLoRA(tna.presets.superlora(1), [(64, 64)] * 64)) == Rank(8, True)
     assert largest_rank(tna.SuperLoRA(tna.presets.superlora(1), [(64, 64)] * 63)) == Rank(64, True)
     plan = tna.SuperLoRA(tna.presets.lora(9), [(4, 50), (8, 6), (6, 8)])
     assert largest_rank(plan) == largest_rank(plan, 1) == Rank(6, True)
     assert largest_rank(plan, 0) == Rank(4, True)
     with pytest.raises(ShapeError, match="weight must be from 0 to 2; got 3"):
         largest_rank(plan, 3)
+    # θ has fewer elements than the formulas of the arrays that are made from it, and magnitudes are no freedom.
+    for apply in ("add", "magnitude"):
+        theta = tna.SuperLoRA(tna.presets.unilora(9, 2, apply=apply), [(6, 4), (4, 6)])
+        assert degrees_of_freedom(theta) == 9
 
 
 @given(plans())
@@ -230,19 +216,3 @@ def test_ranks_of_all_weights_equal_those_of_each(plan: tna.SuperLoRA) -> None:
     full = plan.full_rank_bound()
     assert full is None or (plan.lora_rank, full) == (None, max(each))
     assert plan.applying.additive or plan.lora_rank is None
-
-
-def test_plans_of_known_weights_share_layouts_and_others_do_not() -> None:
-    weights = KnownWeights([(4, 3)] * 4, layers := [0, 0, 1, 1])
-    first, second, other = (
-        tna.SuperLoRA(tna.presets.superlora(rank, groups="layer"), weights, keys)
-        for rank, keys in ((1, layers), (2, layers), (1, [0, 1, 0, 1]))
-    )
-    assert first.layout is second.layout
-    assert other.layout is not first.layout
-    assert [group.pieces[1].weight for group in other.groups] == [2, 3]
-    assert type(pickle.loads(pickle.dumps(weights))) is tuple
-    with pytest.raises(ShapeError, match=r"shapes\[1\] is \(0, 3\); expected \(rows, cols\), both at least 1"):
-        KnownWeights([(1, 2), (0, 3)])
-    with pytest.raises(ConfigError, match="groups=49 is more than the 48 elements there are; use at most 48"):
-        tna.SuperLoRA(tna.presets.superlora(1, groups=49), weights)

@@ -45,9 +45,6 @@ def published(monkeypatch: pytest.MonkeyPatch) -> Any:
     return put
 
 
-# -- Settings of one method ------------------------------------------------------------------------
-
-
 def test_settings_of_a_preset_are_of_one_kind_whatever_their_size_and_no_other_s() -> None:
     names: dict[Any, str] = {}
     for name, preset in PRESETS.items():
@@ -59,9 +56,6 @@ def test_settings_of_a_preset_are_of_one_kind_whatever_their_size_and_no_other_s
         # LoTR is FacT-TT, and on weights of one shape and one group FacT-TK.
         same = {names.setdefault(kind_of(ladders[0].config(1)), name), name}
         assert len(same) == 1 or same <= {"lotr", "fact_tk", "fact_tt"}
-
-
-# -- Which results apply ---------------------------------------------------------------------------
 
 
 @given(elements=st.integers(1, 10**9), size=st.integers(1, 10**9))
@@ -129,9 +123,6 @@ def test_a_file_with_other_fields_is_refused(own: dict[str, Any], setting: dict[
                 del target[name]
     with pytest.raises(FileError, match=r"measured\.json has the fields .* were expected; .*: install tnadapt again"):
         read([content])
-
-
-# -- Plans -----------------------------------------------------------------------------------------
 
 
 ESTIMATED = "  ~ estimated: not measured on all of these tasks"

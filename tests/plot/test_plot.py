@@ -159,8 +159,6 @@ def test_a_label_has_the_color_of_its_method_and_a_line_if_it_moved_up() -> None
     assert [line.get_color() for line in leaders] == [STYLES["SuperLoRA"][0]]
 
 
-# -- Colours -------------------------------------------------------------------------------------
-
 #: Linear RGB as dichromats see it (Viénot, Brettel & Mollon 1999).
 SEEN = {
     "as it is": np.eye(3),

@@ -93,9 +93,6 @@ def test_what_is_wrong_is_refused(call: Callable[[], object], message: str) -> N
         call()
 
 
-# -- What is counted is what is trained --------------------------------------------------------------
-
-
 class Attention(nn.Module):
     def __init__(self) -> None:
         super().__init__()

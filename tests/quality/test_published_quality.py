@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import csv
 import doctest
 import importlib
 import json
 import pkgutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -21,7 +19,6 @@ from benchmarks.quality.command import PUBLISHED, main
 from benchmarks.quality.comparison import outcomes_of
 from benchmarks.quality.page import RUNS
 from benchmarks.quality.recommendation import STEPS, recommendations, step_ratio, step_ratios, studies_of
-from benchmarks.quality.tasks import smollm2_sft
 from tests.support.depth import long_only
 from tnadapt.errors import FileError
 
@@ -65,9 +62,6 @@ def test_results_are_finished(name: str, folder: Path) -> None:
         assert all(len(one.test) >= 3 and len(one.tried) >= 3 for one in outcomes if one.measured and one.budget)
 
 
-# -- Times of steps -------------------------------------------------------------------------------
-
-
 def test_every_recommended_method_is_measured() -> None:
     rows = [json.loads(line) for line in STEPS.read_text(encoding="utf-8").splitlines()]
     assert all(row["problem"] == "minilm" and row["layers"] == 6 for row in rows)
@@ -91,36 +85,8 @@ def test_a_method_without_a_time_has_a_dash_and_a_damaged_file_is_refused(tmp_pa
     assert [step_ratio(ratios, name) for name in ("superlora-projected", "superlora")] == ["1.23", "–"]
 
 
-# -- Examples, which pytest does not collect there ------------------------------------------------
-
-
 def test_examples_hold() -> None:
     names = [one.name for one in pkgutil.walk_packages(quality.__path__, "benchmarks.quality.")]
     found = [doctest.testmod(importlib.import_module(name)) for name in names if "__main__" not in name]
     assert sum(one.failed for one in found) == 0
     assert sum(one.attempted for one in found) >= 7
-
-
-# -- The files that tasks keep in their cache -------------------------------------------------------
-
-
-def test_prompts_are_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    reviews, prompts = tmp_path / "reviews.csv", tmp_path / "prompts.csv"
-    reviews.write_text('text,label\n"Fine, é",positive\nDull,negative\n', encoding="utf-8")
-
-    def interrupted(file: Any) -> None:
-        file.write("prompt,completion")
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(csv, "writer", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            smollm2_sft._prompts(reviews, prompts)
-    assert list(tmp_path.iterdir()) == [reviews]
-    assert smollm2_sft._prompts(reviews, prompts) == prompts
-    with prompts.open(encoding="utf-8", newline="") as file:
-        assert list(csv.reader(file)) == [
-            ["prompt", "completion"],
-            ["Review: Fine, é\nSentiment:", " positive"],
-            ["Review: Dull\nSentiment:", " negative"],
-        ]

@@ -21,14 +21,12 @@ from benchmarks.quality.command import main
 from benchmarks.quality.grid import shard_of
 from benchmarks.quality.running import Listener, Run
 from benchmarks.quality.tuning import Plan
-from tests.finetune.test_engines import Crowded, _Here
 from tests.quality.played_task import BEST, PlayedBench, PlayedTask, setting_of
 from tests.support.depth import in_depth
 from tnadapt import Config
 from tnadapt.errors import FileError, TnadaptError
 from tnadapt.finetune import Method as Family
 from tnadapt.finetune import Task, open_engine
-from tnadapt.finetune.engines import Died, Started, run_call
 from tnadapt.finetune.training import train
 
 ROOT = Path(__file__).parents[2]
@@ -119,40 +117,13 @@ def test_what_failed_in_a_shard_is_tried_again_on_request(tmp_path: Path, monkey
     assert records(tmp_path) == records(tmp_path / "whole")
 
 
-class Short(Crowded):
-    """Machines whose memory lora does not fit in at high rates."""
-
-    def start(self, folder: Path, threads: int) -> Started:
-        return _Short(self)
-
-
-class _Short(_Here):
-    def wait(self, seconds: float) -> list[tuple[str, Any]]:
-        call = self.calls.pop()
-        fits = call.task.setting.method != "lora" or call.task.rate < 1
-        return [(call.task.key, run_call(call) if fits else Died("out of memory"))]
-
-
-def test_a_training_whose_worker_always_dies_ends_no_others(tmp_path: Path) -> None:
-    short = Run(tmp_path, tmp_path, Short())
-    count = short.task(PlayedTask(), "small", SETTINGS, PLAN, Listener())
-    assert count == len(records(tmp_path))
-    failed = {(line["method"], line["rate"], line["failed"]) for line in records(tmp_path).values() if "failed" in line}
-    assert failed == {("lora", 1.0, "a worker died 3 times: out of memory")}
-    assert short.task(PlayedTask(), "small", SETTINGS, PLAN, Listener()) == 0
-    run(tmp_path / "whole")
-    others, expected = (
-        {key: line for key, line in records(out).items() if line["method"] != "lora"}
-        for out in (tmp_path, tmp_path / "whole")
-    )
-    assert others == expected
-    assert not (tmp_path / "running").exists()
-
-
 @pytest.mark.parametrize("of", [2, 3, 9])
 def test_shards_find_what_a_whole_run_finds(tmp_path: Path, of: int) -> None:
     whole, parts = run(tmp_path / "whole"), tmp_path / "parts"
     assert sum(run(parts, (number, of)) for number in range(1, of + 1)) == whole
+    # Files of runs that were killed before their first line.
+    (parts / "played.jsonl").touch()
+    (parts / "played.1-of-99.jsonl").write_bytes(b'{"format": "tn')
     for _ in range(2):
         assert records(parts) == records(tmp_path / "whole")
         assert store.merge(parts, "played", "small") == parts / "played.jsonl"
@@ -173,17 +144,6 @@ def test_files_that_a_run_writes_to_are_not_merged(tmp_path: Path, busy: tuple[i
     assert {path: path.read_bytes() for path in tmp_path.glob("*.jsonl")} == before
 
 
-def test_a_file_that_was_killed_before_its_first_line_is_merged(tmp_path: Path) -> None:
-    run(tmp_path, (2, 2))
-    found = records(tmp_path)
-    (tmp_path / "played.jsonl").touch()
-    (tmp_path / "played.1-of-2.jsonl").write_bytes(b'{"format": "tn')
-    store.merge(tmp_path, "played", "small")
-    assert [one.name for one in tmp_path.glob("*.jsonl")] == ["played.jsonl"]
-    assert records(tmp_path) == found
-    run(tmp_path)
-
-
 def test_results_of_another_study_or_budget_are_refused(tmp_path: Path) -> None:
     run(tmp_path, (1, 2))
     path = tmp_path / "played.1-of-2.jsonl"
@@ -196,9 +156,6 @@ def test_results_of_another_study_or_budget_are_refused(tmp_path: Path) -> None:
     path.write_text(path.read_text().replace('"targets": "qv"', '"targets": "all"', 1))
     with pytest.raises(FileError, match=r"has results of played with other targets; give another one with --out"):
         run(tmp_path, (2, 2))
-
-
-# -- The command ---------------------------------------------------------------------------------
 
 
 def test_a_dry_run_lists_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -297,9 +297,6 @@ def test_many_rows_and_small_weights_form_the_sum(sums: list[int]) -> None:
     assert sums == [SIZE**2, SIZE**2, 64]
 
 
-# -- In compiled programs ----------------------------------------------------------------------
-
-
 def compiled(model: nn.Module, seen: list[str]) -> Any:
     def keep(graph: Any, inputs: object) -> Any:
         seen.extend(str(node.target) for node in graph.graph.nodes)

@@ -24,8 +24,6 @@ pytestmark = pytest.mark.slow
 
 CLASSES = 3
 
-# -- accelerate ------------------------------------------------------------------------------
-
 
 @pytest.fixture
 def accelerate() -> Iterator[Any]:
@@ -95,9 +93,6 @@ def test_accelerate_when_the_model_is_the_layer(accelerate: Any) -> None:
     assert torch.equal(y.detach(), expected)
     y.square().mean().backward()
     assert any(bool(p.grad.any()) for p in adapter.parameters() if p.grad is not None)
-
-
-# -- Lightning -------------------------------------------------------------------------------
 
 
 def module_of(lightning: Any, config: str) -> Any:

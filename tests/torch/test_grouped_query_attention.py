@@ -97,10 +97,7 @@ def test_groups_by_role_are_fitted_to_a_tuned_model(tmp_path: Path) -> None:
         assert np.allclose(ours, theirs, atol=1e-4)
 
 
-def test_a_summary_says_why_there_is_no_lora() -> None:
-    attention = nn.ModuleDict({"attn": nn.MultiheadAttention(16, 2, batch_first=True)})
-    summary = tt.attach(attention, P.lora(2)).summary()
-    assert str(summary).endswith("\nmerge only: attn.in_proj_weight is not the weight of a layer")
+def test_an_activation_between_the_factors_is_no_lora() -> None:
     summary = tt.attach(nn.Sequential(nn.Linear(8, 8)), P.lora(2), "all-linear", activation="relu").summary()
     assert str(summary).endswith("\nneither LoRA nor merged: an activation acts between its factors")
     assert summary.lora_rank is None

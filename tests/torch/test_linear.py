@@ -200,9 +200,6 @@ def test_selective_checkpointing(config: tna.Config, strategy: str, mutable: boo
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-4 * float(gradient.abs().max()))
 
 
-# -- Memory -------------------------------------------------------------------------------------
-
-
 def peak_of(call: Callable[[], Any]) -> int:
     """Return the peak of bytes that torch allocated on the CPU, beyond those allocated before."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
@@ -320,55 +317,51 @@ def test_every_plan_has_a_cost(plan: tna.SuperLoRA, tokens: int, machine: str) -
 
 ROWS, COLS, TOKENS = 24, 12, 100
 SIZE = ROWS * COLS
-# What it takes to form an update once: operations in narrow products, elements moved, calls.
-FORMED: dict[str, tuple[tna.Config, float, float, float]] = {
-    "dense": (P.dense(), 0, 0, 1),
-    "lora": (P.lora(3), 2 * SIZE * 3, SIZE, 4),
-    "lorta": (P.lorta(3, order=4), 2 * SIZE * 3, SIZE, 4),
-    "tt": (tna.Config(rank=3, groups=1, fold="balanced", order=4, format="tt"), 2 * SIZE * 3, SIZE, 4),
-    "core": (tna.Config(rank=(None, None), format="tucker"), 0, 0, 1),  # all of it, and no factors
-    # Two of LoRA's, and their elementwise product.
-    "loha": (P.loha(3), 2 * (2 * SIZE * 3), 2 * SIZE + 2 * SIZE, 2 * 4 + 3),
-    # 4x3 and 6x4 matrices as they are, and their Kronecker product; of LoKr the second is one of LoRA's.
-    "krona": (P.krona(), 0, 2 * SIZE, 1 + 1 + 3),
-    "lokr": (P.lokr(3), 2 * 24 * 3, 24 + 2 * SIZE, 1 + 4 + 3),
-    # Two sums of a 2x2 matrix by a 12x6 one of rank 1.
-    "compacter": (P.compacter(1, terms=2), 2 * (2 * 72), 2 * (72 + 2 * SIZE), 2 * (1 + 4 + 3)),
-}
-# Forward and, twice that, backward: the same of the products with the factors.
-FACTORED: dict[str, tuple[float, float, float]] = {
-    "lora": (
-        6 * TOKENS * (ROWS + COLS) * 3,
-        4 * TOKENS * (ROWS + COLS),
-        4,
-    ),  # small, and its two arrays are the factors
-    "loha": (6 * TOKENS * (ROWS + COLS) * 9, 4 * TOKENS * (ROWS + COLS), 20),  # as one matrix of rank 9
-    # By the 6x4 matrix (3 columns of 4 for each row of x become 3 of 6), and by the 4x3 one.
+IN_AND_OUT = TOKENS * (ROWS + COLS)
+#: What it takes to form an update once: operations in narrow products, elements moved, calls. Then the same of the
+#: products with its factors, forward and, twice that, backward.
+WORK: dict[str, tuple[tna.Config, tuple[float, float, float], tuple[float, float, float] | None]] = {
+    "dense": (P.dense(), (0, 0, 1), None),
+    # Small, and its two arrays are the factors.
+    "lora": (P.lora(3), (2 * SIZE * 3, SIZE, 4), (6 * IN_AND_OUT * 3, 4 * IN_AND_OUT, 4)),
+    "lorta": (P.lorta(3, order=4), (2 * SIZE * 3, SIZE, 4), None),
+    "tt": (tna.Config(rank=3, groups=1, fold="balanced", order=4, format="tt"), (2 * SIZE * 3, SIZE, 4), None),
+    "core": (tna.Config(rank=(None, None), format="tucker"), (0, 0, 1), None),  # all of it, and no factors
+    # Two of LoRA's, and their elementwise product; as one matrix of rank 9.
+    "loha": (
+        P.loha(3), (2 * (2 * SIZE * 3), 2 * SIZE + 2 * SIZE, 2 * 4 + 3), (6 * IN_AND_OUT * 9, 4 * IN_AND_OUT, 20),
+    ),
+    # 4x3 and 6x4 matrices as they are, and their Kronecker product; of LoKr the second is one of LoRA's. By the 6x4
+    # matrix (3 columns of 4 for each row of x become 3 of 6), and by the 4x3 one.
     "krona": (
-        6 * TOKENS * ROWS * 4 + 8 * 2 * TOKENS * COLS * 4,
-        4 * TOKENS * (ROWS + COLS) + 8 * TOKENS * (COLS + 4 * COLS // 3),
-        8 + 8 + 24,
+        P.krona(), (0, 2 * SIZE, 1 + 1 + 3),
+        (
+            6 * TOKENS * ROWS * 4 + 8 * 2 * TOKENS * COLS * 4,
+            4 * IN_AND_OUT + 8 * TOKENS * (COLS + 4 * COLS // 3),
+            8 + 8 + 24,
+        ),
     ),
+    "lokr": (P.lokr(3), (2 * 24 * 3, 24 + 2 * SIZE, 1 + 4 + 3), None),
+    # Two sums of a 2x2 matrix by a 12x6 one of rank 1.
     "compacter": (
-        2 * (6 * TOKENS * (ROWS + COLS) + 8 * 2 * TOKENS * 2 * 2),
-        2 * (4 * TOKENS * (ROWS + COLS) + 8 * TOKENS * (2 + 2)),
-        8 + 2 * (12 + 24),
+        P.compacter(1, terms=2), (2 * (2 * 72), 2 * (72 + 2 * SIZE), 2 * (1 + 4 + 3)),
+        (2 * (6 * IN_AND_OUT + 64 * TOKENS), 2 * (4 * IN_AND_OUT + 32 * TOKENS), 8 + 2 * (12 + 24)),
     ),
-}
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("name", FORMED)
+@pytest.mark.parametrize("name", WORK)
 def test_operations_elements_and_calls_of_each_strategy(name: str) -> None:
-    config, narrow, moved, calls = FORMED[name]
+    config, (narrow, moved, calls), factored = WORK[name]
     plan = tna.SuperLoRA(config, [(ROWS, COLS)])
     found = costs(plan, 0, factoring(plan, 0), TOKENS)
     # Formed in forward and in backward, and a gradient to either factor by as many operations each.
     update = StepWork(0, 4 * narrow, 2 * moved + 2 * SIZE, 4 * calls)
     product = 2 * TOKENS * SIZE
     assert found["weight"] == update + StepWork(product, 0, 5 * SIZE, 14)
-    assert found["additive"] == update + StepWork(3 * product, 0, 5 * SIZE + 4 * TOKENS * (ROWS + COLS), 20)
-    if name in FACTORED:
-        assert found["factored"] == StepWork(0, *FACTORED[name])
+    assert found["additive"] == update + StepWork(3 * product, 0, 5 * SIZE + 4 * IN_AND_OUT, 20)
+    if factored is not None:
+        assert found["factored"] == StepWork(0, *factored)
 
 
 def test_seconds_are_of_operations_bytes_and_calls() -> None:
@@ -393,9 +386,6 @@ def test_attach_chooses_and_the_summary_shows_it() -> None:
         assert strategy(strategy=own, tokens=64) == (own,)
     with pytest.raises(tna.ConfigError, match="tokens"):
         strategy(tokens=0)
-
-
-# -- Time and memory of a training step where W' is not a sum ----------------------------------------------------------
 
 
 def test_the_choice_counts_what_changes_the_weight() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -25,8 +24,6 @@ from .loops import CONFIGS, batch, gradients, loss_of, make, relative
 from .small import batch as small_batch
 from .small import compiles_whole, small, stir
 
-# -- Gradients accumulated over batches ------------------------------------------------------
-
 
 @pytest.mark.law("accumulation")
 @pytest.mark.parametrize("config", CONFIGS)
@@ -39,9 +36,6 @@ def test_two_backward_passes_of_one_forward_pass_add_up(config: str) -> None:
     loss.backward()
     for name, gradient in gradients(adapter).items():
         torch.testing.assert_close(gradient, 2 * expected[name], rtol=1e-6, atol=0)
-
-
-# -- Copies and dtypes -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
@@ -61,39 +55,11 @@ def test_a_model_converted_with_its_adapter(config: str, dtype: Any) -> None:
     assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in adapter.parameters())
 
 
-# -- Compiled --------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch.compiler.set_stance("default")
-    torch._dynamo.reset()
-
-
-def three_losses(config: str, parts: int, compiled_by: Callable[[nn.Module], Any] | None) -> list[float]:
-    model, adapter = make(config, parts)
-    optimizer = torch.optim.SGD(adapter.parameters(), lr=0.02)
-    running = model if compiled_by is None else compiled_by(model)
-    losses = []
-    for _ in range(3):
-        loss = loss_of(running, batch())
-        losses.append(float(loss.detach()))
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        if compiled_by is not None:
-            torch.compiler.set_stance("fail_on_recompile")
-    return losses
-
-
 # Of inductor itself.
 @pytest.mark.slow
 @pytest.mark.law("compile")
 @compiles_whole
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
-@pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize(
     ("config", "backend"),
     [*((config, "aot_eager") for config in in_depth(CONFIGS, [*CONFIGS][::3])), ("default", "inductor")],
@@ -101,15 +67,23 @@ def three_losses(config: str, parts: int, compiled_by: Callable[[nn.Module], Any
 def test_compiled_training(config: str, backend: str) -> None:
     if backend == "inductor" and shutil.which("g++") is None:
         pytest.skip("inductor needs a C++ compiler")
-    # inductor compiles for seconds a layer.
-    parts = 1 if backend == "inductor" else 3
-    eager = three_losses(config, parts, None)
-    compiled = three_losses(config, parts, lambda model: torch.compile(model, fullgraph=True, backend=backend))
+    torch._dynamo.reset()
+    losses: list[list[float]] = []
+    for compiled in (False, True):
+        model, adapter = make(config, 1 if backend == "inductor" else 3)  # it compiles for seconds a layer
+        optimizer = torch.optim.SGD(adapter.parameters(), lr=0.02)
+        program = torch.compile(model, fullgraph=True, backend=backend) if compiled else model
+        losses.append([])
+        for step in range(3):
+            with torch._dynamo.config.patch(error_on_recompile=step > 0):
+                loss = loss_of(program, batch())
+                losses[-1].append(float(loss.detach()))
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+    eager, found = losses
     assert eager[2] < eager[1] < eager[0]
-    assert compiled == pytest.approx(eager, rel=1e-6)
-
-
-# -- torch.func ------------------------------------------------------------------------------
+    assert found == pytest.approx(eager, rel=1e-6)
 
 
 def arrays_of(model: nn.Module) -> dict[str, Tensor]:
@@ -158,9 +132,6 @@ def test_gradients_of_samples_and_several_adapters_at_once(config: str) -> None:
     for index, output in enumerate(outputs):
         alone = {name: values[index] for name, values in stacked.items()}
         torch.testing.assert_close(output, functional_call(model, alone, (x,)), rtol=1e-9, atol=1e-12)
-
-
-# -- Maps that have settings, are chains, or work on each weight ------------------------------------
 
 
 MAPS = {

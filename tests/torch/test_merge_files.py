@@ -179,9 +179,6 @@ def test_what_comes_from_a_base_of_numbers_that_float32_lacks(
     assert contents(memory) == contents(disk)
 
 
-# -- Sums of merging in memory are the same on a device and on the host ------------------------------------------------
-
-
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @given(seed=st.integers(0, 2**32 - 1), exponent=st.sampled_from([0, -20, 12, 60, 1000]), bad=st.sampled_from([0, 1, 2]))
 def test_the_sum_on_a_device_is_that_of_the_host(dtype: torch.dtype, seed: int, exponent: int, bad: int) -> None:

@@ -33,9 +33,6 @@ def run(model: nn.Module, *given: Any) -> Tensor:
         return model(*(given or (batch(),)))
 
 
-# -- Memory layout -----------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("config", [P.lora(2), P.hira(2)], ids=["lora", "hira"])
 @pytest.mark.parametrize("rows", [None, tna.Rows(2, 3, 8)])
 def test_a_convolution_in_channels_last_is_merged(rows: tna.Rows | None, config: tna.Config) -> None:
@@ -53,9 +50,6 @@ def test_a_convolution_in_channels_last_is_merged(rows: tna.Rows | None, config:
     adapter.unmerge()
     assert same(bits(model), before)
     assert (adapter.bake()(x) - attached).abs().max() < 1e-5
-
-
-# -- Reads of a weight -------------------------------------------------------------------------
 
 
 def through(x: Tensor, layer: nn.Linear) -> Tensor:
@@ -82,9 +76,6 @@ def test_a_read_that_is_not_seen_is_said_once() -> None:
     run(model, x)
     adapter.merge()
     run(model, x)
-
-
-# -- One model in another ----------------------------------------------------------------------
 
 
 def test_an_adapter_on_a_part_and_one_on_the_whole(tmp_path: Path) -> None:
@@ -123,9 +114,6 @@ def test_one_name_in_two_parts_or_in_a_part_and_the_whole() -> None:
         with pytest.raises(tna.TargetError, match="two adapters of this model have the name 'default', one attached"):
             call(model)
     assert [adapter.weight for adapter in both] == [1.0, 1.0]
-
-
-# -- Between forward and backward --------------------------------------------------------------
 
 
 def checkpointed(model: nn.Module) -> None:
@@ -172,9 +160,6 @@ def test_a_merge_inside_of_disabled_is_refused() -> None:
     with adapter.disabled(), pytest.raises(tna.TargetError, match="is disabled; merge it outside of disabled"):
         adapter.merge()
     assert same(bits(model), before)
-
-
-# -- Swap, mix, set_trainable ------------------------------------------------------------------
 
 
 def test_a_swap_takes_the_same_kept_parameters_or_nothing(tmp_path: Path) -> None:
@@ -226,9 +211,6 @@ def test_a_group_or_array_that_is_not_there(given: dict[str, Any]) -> None:
     assert [p.requires_grad for _, p in adapter.named_parameters()] == before
 
 
-# -- Threads, replicas, tracing ----------------------------------------------------------------
-
-
 def test_a_replica_of_data_parallel_is_refused() -> None:
     model = small()
     tt.attach(model)
@@ -252,9 +234,6 @@ def test_a_trace_computes_the_update_from_the_arrays() -> None:
             if "tnadapt_" in name:
                 parameter.mul_(3)
         assert (traced(batch()) - before).abs().max() > 1e-3
-
-
-# -- Weights that are not plain parameters -----------------------------------------------------
 
 
 def test_a_parametrized_weight(tmp_path: Path) -> None:
@@ -295,9 +274,6 @@ def test_the_fingerprint_of_a_base_of_two_dtypes(tmp_path: Path) -> None:
         tt.load(made(1), tmp_path / "a.safetensors")
 
 
-# -- Where it is made --------------------------------------------------------------------------
-
-
 def test_a_model_that_accelerate_has_offloaded_is_refused() -> None:
     accelerate = pytest.importorskip("accelerate")
     model = nn.Sequential(*small().blocks[:2])
@@ -331,9 +307,6 @@ def test_a_reference_pass_before_a_checkpointed_region_runs_again_is_no_change(r
 
     for found, expected in zip(gradients(True), gradients(False), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
-
-
-# -- What happens is logged at the level INFO under tnadapt, and not printed -----------------------
 
 
 def test_what_happens_to_an_adapter_is_logged(
