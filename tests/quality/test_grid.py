@@ -84,7 +84,6 @@ def test_shards_partition_the_settings(of: int) -> None:
             lambda: facts_of(nn.Sequential(nn.TransformerEncoderLayer(8, 2)), "qv"),
             "only a part of 0.self_attn.in_proj_weight is a target; PEFT adapts whole layers, so cut it up",
         ),
-        (lambda: shard_of([], (0, 2)), "a shard is I/N with I from 1 to N; got 0/2"),
         (lambda: shard_of([], (3, 2)), "a shard is I/N with I from 1 to N; got 3/2"),
     ],
 )

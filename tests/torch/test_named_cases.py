@@ -211,13 +211,20 @@ def test_a_group_or_array_that_is_not_there(given: dict[str, Any]) -> None:
     assert [p.requires_grad for _, p in adapter.named_parameters()] == before
 
 
-def test_a_replica_of_data_parallel_is_refused() -> None:
+def test_a_replica_and_a_model_that_accelerate_has_offloaded_are_refused() -> None:
     model = small()
     tt.attach(model)
     replica = model._replicate_for_data_parallel()
     with pytest.raises(tna.TargetError, match="use DistributedDataParallel, with one process per device"):
         replica(batch())
     run(model)
+    accelerate = pytest.importorskip("accelerate")
+    model = nn.Sequential(*small().blocks[:2])
+    before = run(model)
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    with pytest.raises(tna.TargetError, match=r"is offloaded by accelerate.*attach to a model that is fully in memory"):
+        tt.attach(model)
+    assert torch.equal(run(model), before)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -236,52 +243,40 @@ def test_a_trace_computes_the_update_from_the_arrays() -> None:
         assert (traced(batch()) - before).abs().max() > 1e-3
 
 
-def test_a_parametrized_weight(tmp_path: Path) -> None:
-    def made(seed: int) -> nn.Module:
-        model = small(seed)
-        nn.utils.parametrizations.weight_norm(model.blocks[1].q_proj)
-        return model
+def parametrized(seed: int) -> nn.Module:
+    model = small(seed)
+    nn.utils.parametrizations.weight_norm(model.blocks[1].q_proj)
+    return model
 
-    model = made(0)
+
+def of_two_dtypes(seed: int) -> nn.Module:
+    model = small(seed)
+    model.blocks[1].to(torch.bfloat16)
+    return model
+
+
+@pytest.mark.parametrize("make", [parametrized, of_two_dtypes])
+def test_a_base_with_a_parametrized_weight_or_two_dtypes(make: Any, tmp_path: Path) -> None:
+    model, path = make(0), tmp_path / "a.safetensors"
     adapter = tt.attach(model)
     stir(adapter)
+    adapter.save(path)
+    base = tna.load(path).base
+    assert base is not None
+    assert base.dtype == "float32"
+    loaded = tt.load(make(0), path).model
+    with pytest.raises(tna.FileError, match="trained on another base model"):
+        tt.load(make(1), path)
+    if make is of_two_dtypes:
+        tt.load(small().to(torch.bfloat16), path)
+        return
     attached = run(model)
+    assert torch.equal(run(loaded), attached)
     with pytest.raises(tna.TargetError, match=r"q_proj.weight is parametrized.*remove_parametrizations\(\) first"):
         adapter.merge()
-    adapter.save(tmp_path / "a.safetensors")
-    assert torch.equal(run(tt.load(made(0), tmp_path / "a.safetensors").model), attached)
-    with pytest.raises(tna.FileError, match="trained on another base model"):
-        tt.load(made(1), tmp_path / "a.safetensors")
     # Another one, after attaching.
     nn.utils.parametrizations.weight_norm(model.blocks[0].qkv)
     assert torch.allclose(run(model), attached, atol=1e-5)
-
-
-def test_the_fingerprint_of_a_base_of_two_dtypes(tmp_path: Path) -> None:
-    def made(seed: int) -> nn.Module:
-        model = small(seed)
-        model.blocks[1].to(torch.bfloat16)
-        return model
-
-    model = made(0)
-    tt.attach(model).save(tmp_path / "a.safetensors")
-    base = tna.load(tmp_path / "a.safetensors").base
-    assert base is not None
-    assert base.dtype == "float32"
-    tt.load(made(0), tmp_path / "a.safetensors")
-    tt.load(small().to(torch.bfloat16), tmp_path / "a.safetensors")
-    with pytest.raises(tna.FileError, match="trained on another base model"):
-        tt.load(made(1), tmp_path / "a.safetensors")
-
-
-def test_a_model_that_accelerate_has_offloaded_is_refused() -> None:
-    accelerate = pytest.importorskip("accelerate")
-    model = nn.Sequential(*small().blocks[:2])
-    before = run(model)
-    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
-    with pytest.raises(tna.TargetError, match=r"is offloaded by accelerate.*attach to a model that is fully in memory"):
-        tt.attach(model)
-    assert torch.equal(run(model), before)
 
 
 @pytest.mark.parametrize("reference_first", [True, False])
