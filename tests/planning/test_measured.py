@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -35,11 +34,6 @@ def task(
     }  # fmt: skip
 
 
-def share(known: Any, config: tna.Config, parameters: int) -> float | None:
-    gain = known.gain(config, parameters)
-    return None if gain is None else gain.share
-
-
 @pytest.fixture
 def published(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Replace the published results."""
@@ -51,28 +45,17 @@ def published(monkeypatch: pytest.MonkeyPatch) -> Any:
     return put
 
 
-# -- Settings of one method ------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", PRESETS)
-def test_settings_of_a_preset_are_of_one_kind_whatever_their_size(name: str) -> None:
-    ladders = PRESETS[name].ladders(WEIGHTS)
-    kinds = {kind_of(ladder.config(size).replace(seed=size)) for ladder in ladders for size in (1, 2)}
-    # The size of these is in their map, fold or terms; plans do not compare them.
-    several = {"quanta", "c3a", "miss", "shira", "fourierft", "loca", "waveft", "randlora"}
-    assert (len(kinds) == 1) == (name not in several)
-
-
-def test_presets_are_of_different_kinds() -> None:
-    kinds: dict[Any, str] = {}
+def test_settings_of_a_preset_are_of_one_kind_whatever_their_size_and_no_other_s() -> None:
+    names: dict[Any, str] = {}
     for name, preset in PRESETS.items():
-        for ladder in preset.ladders(WEIGHTS)[:1]:
-            # LoTR is FacT-TT, and on weights of one shape and one group FacT-TK.
-            same = {kinds.setdefault(kind_of(ladder.config(1)), name), name}
-            assert len(same) == 1 or same <= {"lotr", "fact_tk", "fact_tt"}
-
-
-# -- Which results apply ---------------------------------------------------------------------------
+        ladders = preset.ladders(WEIGHTS)
+        kinds = {kind_of(ladder.config(size).replace(seed=size)) for ladder in ladders for size in (1, 2)}
+        # The size of these is in their map, fold or terms; plans do not compare them.
+        several = {"quanta", "c3a", "miss", "shira", "fourierft", "loca", "waveft", "randlora"}
+        assert (len(kinds) == 1) == (name not in several), name
+        # LoTR is FacT-TT, and on weights of one shape and one group FacT-TK.
+        same = {names.setdefault(kind_of(ladders[0].config(1)), name), name}
+        assert len(same) == 1 or same <= {"lotr", "fact_tk", "fact_tt"}
 
 
 @given(elements=st.integers(1, 10**9), size=st.integers(1, 10**9))
@@ -86,10 +69,9 @@ def test_the_setting_with_about_as_many_parameters_counts(published: Any) -> Non
     lora = tna.presets.lora
     published(task("a", 32768, (lora(1), 1024, 0.5), (lora(8), 8192, 0.9)))
     known = measurements(32768)
-    assert [share(known, lora(2), count) for count in (324, 1024, 2800, 2900, 25_000, 26_000)] == [
-        0.5, 0.5, 0.5, 0.9, 0.9, None,
-    ]  # fmt: skip
-    assert known.gain(lora(2), 323) is None
+    for counts, share in (((324, 1024, 2800), 0.5), ((2900, 25_000), 0.9), ((323, 26_000), None)):
+        gains = [known.gain(lora(2), count) for count in counts]
+        assert [None if gain is None else gain.share for gain in gains] == [share] * len(counts)
     assert known.gain(tna.presets.superlora(2), 1024) is None
 
 
@@ -143,27 +125,47 @@ def test_a_file_with_other_fields_is_refused(own: dict[str, Any], setting: dict[
         read([content])
 
 
-# -- Plans -----------------------------------------------------------------------------------------
+ESTIMATED = "  ~ estimated: not measured on all of these tasks"
+DIFFERENT = "  compare rows with similar numbers of parameters: others were measured on different tasks"
+
+
+def gains(found: Plan) -> dict[tuple[str, str], str]:
+    """Return the gain that the table shows for each method and number of parameters, where there is one."""
+    titles, *rows = found.table()
+    cells = [dict(zip(titles, row, strict=True)) for row in rows]
+    return {(one["method"], one["parameters"]): one["gain"] for one in cells if one["gain"] != "–"}
 
 
 def test_rows_are_in_the_order_of_the_results(published: Any) -> None:
     before = tna.plan(SHAPES, 1024)
     assert all(row.measured is None for row in before.rows)
-    lora, superlora = tna.presets.lora(1), tna.presets.superlora(2)
-    published(task("The task", 32768, (superlora, 700, 0.9), (lora, 1024, 0.75)))
+    assert "order: by parameters, as no published results apply to weights and budgets of this size" in str(before)
+    assert "gain" not in str(before).splitlines()[0]
+    published(task("The task", 32768, (tna.presets.superlora(2), 700, 0.9), (tna.presets.lora(1), 1024, 0.754)))
     found = tna.plan(SHAPES, 1024)
-    assert [dataclasses.replace(row, measured=None, measured_on=()) for row in found.rows] != list(before.rows)
-    assert {row.config for row in found.rows} == {row.config for row in before.rows}
-    assert {row.config for row in found.front} == {row.config for row in before.front}
-    with_gain = [row for row in found.rows if row.measured is not None]
-    assert list(found.rows[: len(with_gain)]) == with_gain
-    assert [row.measured for row in with_gain] == sorted((row.measured for row in with_gain), reverse=True)  # type: ignore[type-var]
-    assert {str(row.name.family) for row in with_gain} == {"SuperLoRA", "LoRA"}
+    assert [row.config for row in found.rows] != [row.config for row in before.rows]
+    for ours, theirs in ((found.rows, before.rows), (found.front, before.front)):
+        assert {row.config for row in ours} == {row.config for row in theirs}
+    order = [(row.measured is None, -(row.measured or 0.0), -row.parameters) for row in found.rows]
+    assert order == sorted(order)
+    assert {str(row.name.family) for row in found.rows if row.measured is not None} == {"SuperLoRA", "LoRA"}
     # The most accurate row of a method is shown, though others have more freedom.
-    assert with_gain[0] in found.shown
-    assert with_gain[0] not in (*found.front, *found.freest)
-    rest = [row.parameters for row in found.rows[len(with_gain) :]]
-    assert rest == sorted(rest, reverse=True)
+    assert found.rows[0] in found.shown
+    assert found.rows[0] not in (*found.front, *found.freest)
+    text = str(found)
+    assert "order: by accuracy on The task ('Which method?' in the documentation)" in text
+    assert "gain: on held-out samples, with about as many parameters; 0% is no adapter, 100% dense updates" in text
+    assert not any(line in text for line in (ESTIMATED, DIFFERENT, "no gain: "))
+    assert set(gains(found).values()) == {"90%", "75%"}
+    content = found.to_dict()
+    assert (content["measured_on"], content["no_gain_on"]) == (["The task"], [])
+    names = ("measured", "measured_on", "estimated_on")
+    assert [content["rows"][0][name] for name in names] == [0.9, ["The task"], []]
+    assert [content["rows"][-1][name] for name in names] == [None, [], []]
+    # Results at other budgets.
+    few = tna.plan(SHAPES, 40)
+    assert "order: by parameters, as no published results apply" in str(few)
+    assert few.measured_on == ()
 
 
 def test_a_list_of_tasks_is_wrapped(published: Any) -> None:
@@ -176,45 +178,10 @@ def test_a_list_of_tasks_is_wrapped(published: Any) -> None:
     assert f"order: by accuracy on {'; '.join(titles)} ('Which method?'" in " ".join(text.split())
 
 
-def test_the_plan_says_what_it_is_ordered_by(published: Any) -> None:
-    text = str(tna.plan(SHAPES, 1024))
-    assert "order: by parameters, as no published results apply to weights and budgets of this size" in text
-    assert "gain" not in text.splitlines()[0]
-    published(task("The task", 32768, (tna.presets.lora(1), 1024, 0.754)))
-    found = tna.plan(SHAPES, 1024)
-    text = str(found)
-    assert "order: by accuracy on The task ('Which method?' in the documentation)" in text
-    assert "gain: on held-out samples, with about as many parameters; 0% is no adapter, 100% dense updates" in text
-    assert not any(line in text for line in (ESTIMATED, DIFFERENT, "no gain: "))
-    titles, first, *_ = found.table()
-    assert dict(zip(titles, first, strict=True))["gain"] == "75%"
-    assert {dict(zip(titles, cells, strict=True))["gain"] for cells in found.table()[2:]} == {"–"}
-    content = found.to_dict()
-    assert content["measured_on"] == ["The task"]
-    assert content["no_gain_on"] == []
-    names = ("measured", "measured_on", "estimated_on")
-    assert [content["rows"][0][name] for name in names] == [0.754, ["The task"], []]
-    assert [content["rows"][-1][name] for name in names] == [None, [], []]
-    # Results at other budgets.
-    few = tna.plan(SHAPES, 40)
-    assert "order: by parameters, as no published results apply" in str(few)
-    assert few.measured_on == ()
-
-
-ESTIMATED = "  ~ estimated: not measured on all of these tasks"
-DIFFERENT = "  compare rows with similar numbers of parameters: others were measured on different tasks"
-
-
-def gains(found: Plan) -> dict[tuple[str, str], str]:
-    """Return the gain that the table shows for each method and number of parameters, where there is one."""
-    titles, *rows = found.table()
-    cells = [dict(zip(titles, row, strict=True)) for row in rows]
-    return {(one["method"], one["parameters"]): one["gain"] for one in cells if one["gain"] != "–"}
-
-
-def test_estimates_are_marked(published: Any) -> None:
-    lora, superlora = (tna.presets.lora(1), 1024), (tna.presets.superlora(2), 700)
-    published(task("One", 32768, (*lora, 0.8), (*superlora, 0.7)), task("Two", 32768, (*lora, 0.6)))
+def test_estimates_and_rows_whose_results_are_of_different_tasks_are_marked(published: Any) -> None:
+    lora, superlora = tna.presets.lora(1), (tna.presets.superlora(2), 700, 0.7)
+    tasks = [(lora, 1024, 0.8), superlora], [(lora, 1024, 0.6)]
+    published(task("One", 32768, *tasks[0]), task("Two", 32768, *tasks[1]))
     found = tna.plan(SHAPES, 1024)
     assert gains(found) == {("LoRA", "1,024"): "70%", ("SuperLoRA", "728"): "~60%"}
     lines = str(found).splitlines()
@@ -224,11 +191,7 @@ def test_estimates_are_marked(published: Any) -> None:
     assert (first["measured_on"], first["estimated_on"]) == (["One", "Two"], [])
     assert (second["measured_on"], second["estimated_on"]) == (["One"], ["Two"])
     assert found.measured_on == ("One", "Two")
-
-
-def test_rows_whose_results_are_of_different_tasks_are_not_to_be_compared(published: Any) -> None:
-    lora = tna.presets.lora(1)
-    published(task("One", 32768, (lora, 1024, 0.8), (lora, 10_240, 0.9)), task("Two", 32768, (lora, 1024, 0.6)))
+    published(task("One", 32768, (lora, 1024, 0.8), (lora, 10_240, 0.9)), task("Two", 32768, *tasks[1]))
     found = tna.plan(SHAPES, 10_240)
     assert gains(found) == {("LoRA", "10,240"): "90%", ("LoRA", "1,024"): "70%"}
     lines = str(found).splitlines()

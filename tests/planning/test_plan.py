@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import types
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -49,20 +50,23 @@ def test_every_row(drawn: tuple[Plan, Any]) -> None:
         assert sum(count * group.network.size for group, count in adapter.alike) == sizes
         assert row.fraction == row.freedom / found.size <= 1
     assert len({row.config for row in found.rows}) == len(found.rows)
+    assert len({str(row.name) for row in found.rows}) == len(found.rows)
     order = [(row.measured is None, -(row.measured or 0.0), -row.parameters) for row in found.rows]
     assert order == sorted(order)
 
 
-def at_least(one: Row, other: Row, found: Plan) -> list[tuple[Any, Any]]:
-    """(one's, the other's), more being better, of all that the front is of."""
-    value = {
+def beats(found: Plan, one: Row, other: Row, ties: bool = False) -> bool:
+    """Return whether one is no worse in all that the front is of, and better or smaller; with ties, or as large."""
+    value: dict[str, Callable[[Row], float]] = {
         "parameters": lambda row: rung(row.parameters, min(found.budget, found.size)),
         "freedom": lambda row: row.freedom,
         "cost": lambda row: -row.cost,
         "rank": lambda row: row.rank.value,
         "waste": lambda row: -row.waste,
     }
-    return [(value[name](one), value[name](other)) for name in found.by]
+    pairs = [(value[name](one), value[name](other)) for name in found.by]
+    better = any(a > b for a, b in pairs)
+    return all(a >= b for a, b in pairs) and (better or one.parameters < other.parameters + ties)
 
 
 @settings(max_examples=25)
@@ -70,20 +74,11 @@ def at_least(one: Row, other: Row, found: Plan) -> list[tuple[Any, Any]]:
 def test_no_row_beats_one_on_the_front_and_each_other_is_beaten_by_one_on_it(drawn: tuple[Plan, Any]) -> None:
     found, _ = drawn
     assert found.front
-
-    def beats(one: Row, other: Row) -> bool:
-        pairs = at_least(one, other, found)
-        better = any(a > b for a, b in pairs)
-        return all(a >= b for a, b in pairs) and (better or one.parameters < other.parameters)
-
-    def equal(one: Row, other: Row) -> bool:
-        return all(a == b for a, b in at_least(one, other, found)) and one.parameters == other.parameters
-
-    for row in found.front:
-        assert not any(beats(other, row) for other in found.rows)
     for row in found.rows:
-        if row not in found.front:
-            assert any(beats(best, row) or equal(best, row) for best in found.front)
+        if row in found.front:
+            assert not any(beats(found, other, row) for other in found.rows)
+        else:
+            assert any(beats(found, best, row, ties=True) for best in found.front)
 
 
 @settings(max_examples=settings.default.max_examples // 4)
@@ -110,12 +105,6 @@ def test_each_method_is_listed_with_its_freest_setting() -> None:
     others = set(found.shown) - set(found.front) - set(found.freest)
     assert set(found.front) | set(found.freest) <= set(found.shown)
     assert all(row.measured is not None for row in others), "the most accurate one of a method"
-
-
-def test_names_are_told_apart() -> None:
-    for budget in (300, 30_000):
-        found = tna.plan(VIT, budget, layers=[i // 2 for i in range(24)])
-        assert len({str(row.name) for row in found.rows}) == len(found.rows)
 
 
 def test_a_full_budget_includes_dense_and_layers_are_groups_where_they_are_known() -> None:
@@ -175,15 +164,10 @@ def test_the_table() -> None:
         (lambda: tna.plan(VIT, "0"), ConfigError, "a budget must be at least 1 parameter; got '0'"),
         (lambda: tna.plan(VIT, "2 B"), ConfigError, "got '2 B'; one parameter is 4 bytes in float32"),
         (lambda: tna.plan(VIT, "4 parsec"), ConfigError, "such as '4 kB' or '64 KiB'; got '4 parsec'"),
-        (lambda: tna.plan(VIT, "4k"), ConfigError, "got '4k'"),
         (lambda: tna.plan(VIT, "1.5"), ConfigError, "must be a whole number"),
         (lambda: tna.plan(VIT, "-5"), ConfigError, "a budget is a number of parameters"),
-        (lambda: tna.plan(VIT, ""), ConfigError, "a budget is a number of parameters"),
-        (lambda: tna.plan(VIT, None), ConfigError, "budget must be an integer"),
-        (lambda: tna.plan(VIT, True), ConfigError, "budget must be an integer"),
         (lambda: tna.plan(VIT, 100, dtype="int8"), ConfigError, "dtype must be one of float64"),
         (lambda: tna.plan(VIT, 100, by=["speed"]), ConfigError, "by must name criteria among parameters"),
-        (lambda: tna.plan(VIT, 100, by=[]), ConfigError, "by must name"),
         (lambda: tna.plan(VIT, 100, layers=[0, 1]), ConfigError, "layers has 2 keys for 24 weights"),
     ],
 )

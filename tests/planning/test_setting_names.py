@@ -107,8 +107,6 @@ def test_a_plan_says_how_to_use_its_first_row() -> None:
     ]
 
 
-# -- Names -------------------------------------------------------------------------------------------
-
 # What a mode of a fold means to a model is not in a config; and FacT-TT is LoTR.
 FAMILIES = {"lorta_cp": "SuperLoRA", "fact_tk": "SuperLoRA", "cara": "SuperLoRA", "metatt": "SuperLoRA"}
 FAMILIES |= {"gralora": "SuperLoRA", "fact_tt": "LoTR", "superlora": "SuperLoRA + F"}

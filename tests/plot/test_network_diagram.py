@@ -19,23 +19,11 @@ from tnadapt.algebra.formats import FORMATS
 from tnadapt.errors import ConfigError, ShapeError
 from tnadapt.plot import network
 from tnadapt.testing.strategies import plans
+from tnadapt.testing.verification import examples
 
 P = tna.presets
 VIT = [(768, 768)] * 24
-ALIKE: dict[str, Any] = {"weights": 24, "rows": 768, "cols": 768}
-PRESETS = {
-    "dense": P.dense(), "lora": P.lora(4, alpha=8), "lokr": P.lokr(4), "krona": P.krona(), "loha": P.loha(4),
-    "lonkr": P.lonkr(4), "lotr": P.lotr(4, **ALIKE), "lorta": P.lorta(4, order=5),
-    "lorta_cp": P.lorta_cp(4, layers=12, rows=768, cols=768, heads=12), "cara": P.cara(4, **ALIKE, heads=12),
-    "fact_tt": P.fact_tt(4, **ALIKE), "fact_tk": P.fact_tk(4, **ALIKE), "fastfood": P.fastfood(),
-    "superlora": P.superlora(22, groups=5, projection="nonlinear", ratio=0.1), "compacter": P.compacter(),
-    "shira": P.shira(), "fourierft": P.fourierft(), "loca": P.loca(), "waveft": P.waveft(family="db4"), "c3a": P.c3a(),
-    "miss": P.miss(), "lora_fa": P.lora_fa(4), "share_lora": P.share_lora(4), "tied_lora": P.tied_lora(4),
-    "vera": P.vera(64), "randlora": P.randlora(384, rows=768, cols=768), "lora_xs": P.lora_xs(8), "svft": P.svft(768),
-    "tinylora": P.tinylora(), "unilora": P.unilora(), "nola": P.nola(100),
-    "dora": P.dora(4), "hira": P.hira(4), "craft": P.craft(16, groups=1), "quanta": P.quanta((16, 8)),
-    "lotr as a train": P.lotr(4, **ALIKE, train=True), "metatt": P.metatt(4), "gralora": P.gralora(4),
-}  # fmt: skip
+CHAIN = P.superlora(22, groups=5, projection="nonlinear", ratio=0.1)
 
 
 def largest_order(form: str) -> int:
@@ -109,16 +97,15 @@ def test_the_groups_make_up_the_parameters(plan: tna.SuperLoRA) -> None:
 @pytest.mark.parametrize(
     ("plan", "words"),
     [
-        (tna.SuperLoRA(PRESETS["unilora"], VIT),
+        (tna.SuperLoRA(P.unilora(), VIT),
          "6,144 elements in this group's arrays, computed from 256 trainable parameters"),
-        (tna.SuperLoRA(PRESETS["share_lora"], VIT),
+        (tna.SuperLoRA(P.share_lora(4), VIT),
          "6,144 trainable parameters in this group, some shared, 76,800 in all 24 groups"),
         (tna.SuperLoRA(P.dora(1, groups=1), [(2, 3)]),
          "5 trainable parameters, all in this group, and 2 magnitudes of weights"),
         (tna.SuperLoRA(P.dora(1, magnitude_axis="cols"), [(2, 1), (2, 3)]),
          "3 trainable parameters in this group, 8 in all 2 groups, and 4 magnitudes of weights"),
-        (tna.SuperLoRA(PRESETS["superlora"], VIT),
-         "23,452 trainable parameters in this group, 117,260 in all 5 groups"),
+        (tna.SuperLoRA(CHAIN, VIT), "23,452 trainable parameters in this group, 117,260 in all 5 groups"),
     ],
 )  # fmt: skip
 def test_shared_parameters_and_magnitudes_are_counted_once(plan: tna.SuperLoRA, words: str) -> None:
@@ -165,22 +152,19 @@ def things(found: Diagram) -> list[Named]:
 
 @given(plans() | large())
 def test_nothing_lies_on_anything(plan: tna.SuperLoRA) -> None:
-    nothing_lies_on_anything(plan)
+    check_apart(plan)
 
 
 @pytest.mark.parametrize("form", list(FORMATS))
 def test_nothing_lies_on_anything_at_ends(form: str) -> None:
     orders = [order for order in in_depth((1, 2, 3, 8, 10, 11, 32), (1, 3, 11, 32)) if order <= largest_order(form)]
-    sides = itertools.product(orders, [1, 2, 5, 6], [1, 1 << 40], ["same", "dense"])
-    for order, splits, rank, leading in sides:
+    for order, splits, rank, leading in itertools.product(orders, [1, 2, 5, 6], [1, 1 << 40], ["same", "dense"]):
+        usual = {"format": form, "leading": leading, "groups": 1, "split_size": 2}
         for fold in ("hypercube", (1 << 62,) * order):
-            config = tna.Config(
-                rank=rank, order=order, splits=splits, format=form, leading=leading, groups=1, fold=fold, split_size=2
-            )
-            nothing_lies_on_anything(tna.SuperLoRA(config, VIT))
+            check_apart(tna.SuperLoRA(tna.Config(rank, order, splits, fold=fold, **usual), VIT))
 
 
-def nothing_lies_on_anything(plan: tna.SuperLoRA) -> None:
+def check_apart(plan: tna.SuperLoRA) -> None:
     found = diagram(plan)
     made = things(found)
     for (one, a), (other, b) in itertools.combinations(made, 2):
@@ -200,9 +184,10 @@ def nothing_lies_on_anything(plan: tna.SuperLoRA) -> None:
 
 
 def test_the_steps_are_the_plan_s() -> None:
-    plan = tna.SuperLoRA(PRESETS["superlora"], VIT)
-    found = diagram(plan, 1)
-    assert [(step.lines, step.note, step.fixed) for step in found.steps] == [
+    def of(config: tna.Config, group: int = 0) -> Diagram:
+        return diagram(tna.SuperLoRA(config, VIT), group)
+
+    assert [(step.lines, step.note, step.fixed) for step in of(CHAIN, 1).steps] == [
         (("tensor 533 × 533",), "", False),
         (
             ("F: nonlinear, fixed, not trained", "ρ = 0.1:  283,116 → 2,831,156"),
@@ -212,19 +197,18 @@ def test_the_steps_are_the_plan_s() -> None:
         (("group 1: 2,831,156 elements",), "minus F at the start", False),
         (("6 weights: 4–9 (4, 9 in part)", "768 × 768"), "row by row", False),
     ]
-    lora, lonkr = (diagram(tna.SuperLoRA(PRESETS[name], VIT)) for name in ("lora", "lonkr"))
-    assert lora.steps[0].note == "times 2, the scale α / r"
+    assert of(P.lora(4, alpha=8)).steps[0].note == "times 2, the scale α / r"
+    lonkr = of(P.lonkr(4))
     assert lonkr.steps[0].note == "cut from 3,776 × 3,776"
     assert [sign.text for sign in lonkr.signs] == ["split0", "⊗", "split1", "⊗", "split2"]
     # Axes in another order are a step.
-    found = diagram(tna.SuperLoRA(PRESETS["metatt"], VIT))
-    assert [(step.lines, step.note) for step in found.steps[:2]] == [
+    assert [(step.lines, step.note) for step in of(P.metatt(4)).steps[:2]] == [
         (("tensor 768 × 12 × 2 × 768",), ""), (("tensor 12 × 2 × 768 × 768",), "reorder axes"),
     ]  # fmt: skip
-    found = diagram(tna.SuperLoRA(PRESETS["compacter"], VIT))
-    assert {"Σ", "4 terms"} <= {sign.text for sign in found.signs}
-    assert found.brackets is not None
-    assert diagram(tna.SuperLoRA(PRESETS["lokr"], VIT)).brackets is None
+    compacter = of(P.compacter())
+    assert {"Σ", "4 terms"} <= {sign.text for sign in compacter.signs}
+    assert compacter.brackets is not None
+    assert of(P.lokr(4)).brackets is None
 
 
 @pytest.mark.parametrize(
@@ -241,27 +225,28 @@ def test_no_such_group_or_plan(tmp_path: Path, config: tna.Config, group: Any, m
     assert not (tmp_path / "a.png").exists()
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", examples())
 def test_every_preset_is_drawn(tmp_path: Path, name: str) -> None:
     pytest.importorskip("matplotlib")
-    network(PRESETS[name], VIT, tmp_path / "a.svg", title="a title with $x_$ in it", note="a note with $ in it")
-    found, written = diagram(tna.SuperLoRA(PRESETS[name], VIT)), texts(tmp_path / "a.svg")
+    config, shapes = examples()[name]
+    layers = [number // 2 for number in range(len(shapes))]
+    words = {"title": "a title with $x_$ in it", "note": "a note with $ in it"}
+    network(config, shapes, tmp_path / "a.svg", layers=layers, **words)
+    found, written = diagram(tna.SuperLoRA(config, shapes, layers)), texts(tmp_path / "a.svg")
     expected = [label.text for part in found.parts for label in part.labels] + [sign.text for sign in found.signs]
     expected += [node.symbol for node in nodes(found)] + [entry.text for entry in found.key]
-    expected += [found.words, "a title with $x_$ in it", "a note with $ in it"]
-    assert not collections.Counter(expected) - collections.Counter(written)
-
-
-def test_every_preset_is_there() -> None:
-    assert set(P.__all__) <= set(PRESETS)
+    assert not collections.Counter([*expected, found.words, *words.values()]) - collections.Counter(written)
 
 
 @pytest.mark.parametrize(
-    ("name", "frozen"),
-    [("lora", []), ("lora_xs", ["factor0", "factor1"]), ("vera", []), ("craft", ["core"]), ("lora_fa", ["factor1"])],
-)
-def test_what_is_frozen_is_drawn_so(name: str, frozen: list[str]) -> None:
-    plan = tna.SuperLoRA(PRESETS[name], VIT)
+    ("config", "frozen"),
+    [
+        (P.lora(4), []), (P.lora_xs(8), ["factor0", "factor1"]), (P.vera(64), []), (P.craft(16, groups=1), ["core"]),
+        (P.lora_fa(4), ["factor1"]),
+    ],
+)  # fmt: skip
+def test_what_is_frozen_is_drawn_so(config: tna.Config, frozen: list[str]) -> None:
+    plan = tna.SuperLoRA(config, VIT)
     found = diagram(plan)
     assert [node.name.rpartition(".")[2] for node in nodes(found) if node.frozen] == frozen
     trained = [math.prod(shape) for array, shape in plan.param_shapes.items() if array.startswith("group0.")]
@@ -279,20 +264,12 @@ def test_every_format_is_drawn(tmp_path: Path, form: str, order: int) -> None:
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize(
-    ("settings", "given", "words"),
-    [
-        ({"groups": "layer"}, {"layers": [weight // 2 for weight in range(24)], "group": 11},
-         ["group 11: 1,179,648 elements", "2 weights: 22, 23"]),
-        ({"groups": "role"}, {"roles": ["q", "v"] * 12, "group": 1}, ["12 weights: 1, 3, 5"]),
-    ],
-)  # fmt: skip
-def test_groups_of_layers_and_roles(
-    tmp_path: Path, settings: dict[str, Any], given: dict[str, Any], words: list[str]
-) -> None:
+def test_groups_of_layers_and_roles(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    network(P.lora(1, **settings), VIT, tmp_path / "a.svg", **given)
-    assert all(one in (tmp_path / "a.svg").read_text() for one in words)
+    network(P.lora(1, groups="layer"), VIT, tmp_path / "a.svg", group=11, layers=[weight // 2 for weight in range(24)])
+    assert {"group 11: 1,179,648 elements", "2 weights: 22, 23"} <= set(texts(tmp_path / "a.svg"))
+    network(P.lora(1, groups="role"), VIT, tmp_path / "a.svg", group=1, roles=["q", "v"] * 12)
+    assert "12 weights: 1, 3, 5" in (tmp_path / "a.svg").read_text()
 
 
 @pytest.mark.parametrize(

@@ -20,16 +20,18 @@ pytest.importorskip("benchmarks.quality", reason="the benchmarks are not in this
 
 import tnadapt as tna
 from benchmarks.quality import replication, report, store
-from benchmarks.quality.comparison import difference, improves, leader_of, outcomes_of, share
+from benchmarks.quality.comparison import difference, improves, outcomes_of, share
 from benchmarks.quality.recommendation import Study, recommendations, table
 from tests.quality.played_task import PlayedTask
 
 TASK = PlayedTask()
 
 
-class Lower(PlayedTask):
-    lower = True
-    percent = False
+class Falling(PlayedTask):
+    """Lower scores are better, in both parts."""
+
+    name = "other"
+    lower = chosen_lower = True
 
 
 def lines(
@@ -75,28 +77,22 @@ def test_only_seeds_of_both_are_compared() -> None:
     # A setting with fewer seeds than others is not finished.
     assert [outcome.method for outcome in outcomes_of(TASK, [*long, *short])] == ["a"]
     # Where lower is better, a gain is a loss.
-    first, second = outcomes_of(Lower(), [*lines("a", [3.0, 4.0]), *lines("b", [1.0, 1.5])])
-    loss = difference(Lower(), second, first)
+    falling = Falling()
+    first, second = outcomes_of(falling, [*lines("a", [3.0, 4.0]), *lines("b", [1.0, 1.5])])
+    loss = difference(falling, second, first)
     assert loss is not None
     assert loss.mean == pytest.approx(2.25)
-
-
-def test_the_leader_has_the_best_held_out_score() -> None:
-    better_test = lines("a", [0.9, 0.9], validation=0.6)
-    better_held_out = lines("b", [0.5, 0.6], validation=0.7)
-    leader = leader_of(TASK, outcomes_of(TASK, [*better_test, *better_held_out]))
-    assert leader is not None
-    assert leader.method == "b"
 
 
 def test_the_table_says_what_was_found() -> None:
     records = [
         *lines("base", [0.30, 0.31, 0.32], "control"),
-        *lines("good", [0.80, 0.82, 0.81], validation=0.9),
+        *lines("good", [0.80, 0.82, 0.81], validation=0.9),  # leads by its held-out score
         *lines("good", [0.10], rate=1.0, validation=0.1),
         *lines("good", [0.10], rate=10.0, failed="LinAlgError: no", diverged=True),
-        *lines("near", [0.79, 0.83, 0.80], "PEFT", validation=0.8),
-        *lines("bad", [0.40, 0.42, 0.41], rate=0.01, validation=0.4),
+        *lines("near", [0.79, 0.84, 0.82], "PEFT", validation=0.8),
+        *lines("equal", [0.31, 0.30, 0.33], rate=0.01, validation=0.4),
+        *lines("bad", [0.10, 0.12, 0.11], rate=0.01, validation=0.4),
         *lines("lost", [0.0], failed="ValueError: no", diverged=True),
     ]
     session = {"cores": 2, "processor": "a processor", "device": "cpu", "versions": {"python": "3.12", "torch": "2"}}
@@ -107,37 +103,23 @@ def test_the_table_says_what_was_found() -> None:
     assert any(line.startswith("| ● | good | r = 1 | 90 | 0.1 ← | 90.0 | 81.0 ± 1.0 |") for line in shown), text
     assert any(line.startswith("| ○ | near (PEFT) |") for line in shown), text
     assert any(line.startswith("|  | bad |") for line in shown), text
-    assert "Best rates: tnadapt from 0.01 to 0.1, 0.01 for 1 of 2 settings; PEFT 0.1 for all settings." in text
+    assert "Best rates: tnadapt from 0.01 to 0.1, 0.01 for 2 of 3 settings; PEFT 0.1 for all settings." in text
     assert "- lost, at most 100: failed: ValueError: no" in text
     assert "2 cores of a processor, device cpu, Python 3.12, torch 2" in text
+    # A gain is an interval above no adapter.
+    outcomes = {one.method: one for one in outcomes_of(TASK, records)}
+    gains = [improves(TASK, outcomes[name], outcomes["base"]) for name in ("good", "near", "equal", "bad")]
+    assert gains == [True, True, False, False]
+    assert improves(TASK, outcomes["equal"], None)
 
 
 LORA, FOURIER = tna.presets.lora(3).to_dict(), tna.presets.fourierft(4).to_dict()
-
-
-def test_a_gain_is_an_interval_above_no_adapter() -> None:
-    records = [
-        *lines("base", [0.30, 0.31, 0.32], "control"),
-        *lines("good", [0.40, 0.42, 0.41]),
-        *lines("near", [0.31, 0.30, 0.33]),
-        *lines("bad", [0.10, 0.12, 0.11]),
-    ]
-    found = {one.method: one for one in outcomes_of(TASK, records)}
-    assert [improves(TASK, found[name], found["base"]) for name in ("good", "near", "bad")] == [True, False, False]
-    assert improves(TASK, found["near"], None)
 
 
 # -- One method for each budget, over several tasks ---------------------------------------------------
 
 #: Times of steps.
 STEP_TIMES = {"fourierft": 1.234, "lora": 1.0}
-
-
-class Other(PlayedTask):
-    """Lower scores are better, in both parts."""
-
-    name = "other"
-    lower = chosen_lower = True
 
 
 def seeds(method: str, held_out: list[float], test: list[float], config: Any = FOURIER) -> list[dict[str, Any]]:
@@ -162,7 +144,7 @@ FALLING = (seeds("base", near(0.9), near(0.9)), seeds("dense", near(0.1), near(0
 
 def test_held_out_samples_choose_and_the_shares_are_of_test_samples() -> None:
     first = study(TASK, *CONTROLS, seeds("a", near(0.7), near(0.5)), seeds("b", near(0.6), near(0.75)))
-    second = study(Other(), *FALLING, seeds("a", near(0.3), near(0.5)), seeds("b", near(0.4), near(0.2)))
+    second = study(Falling(), *FALLING, seeds("a", near(0.3), near(0.5)), seeds("b", near(0.4), near(0.2)))
     (answer,) = recommendations([first, second])
     assert (answer.budget, answer.tasks, answer.best.name) == (100, ("played", "other"), "a")
     assert answer.best.shares == pytest.approx([0.3 / 0.6, 0.4 / 0.8])
@@ -172,25 +154,21 @@ def test_held_out_samples_choose_and_the_shares_are_of_test_samples() -> None:
 
 
 def test_a_method_has_to_be_measured_on_every_task_that_counts() -> None:
-    first = study(TASK, *CONTROLS, seeds("a", near(0.7), near(0.5)), seeds("b", near(0.3), near(0.4)))
-    second = study(Other(), *FALLING, seeds("b", near(0.4), near(0.2)), seeds("c", near(0.2), near(0.2)))
+    a, b = seeds("a", near(0.7), near(0.5)), seeds("b", near(0.3), near(0.4))
+    first = study(TASK, *CONTROLS, a, b)
+    second = study(Falling(), *FALLING, seeds("b", near(0.4), near(0.2)), seeds("c", near(0.2), near(0.2)))
     assert [one.best.name for one in recommendations([first, second])] == ["b"]
     assert [one.best.name for one in recommendations([first])] == ["a"]
     # Without a method that was measured on all of them, there is no answer.
-    assert recommendations([study(TASK, *CONTROLS, seeds("a", near(0.7), near(0.5))), second]) == []
-
-
-@pytest.mark.parametrize("controls", [CONTROLS[:1], CONTROLS[1:], [CONTROLS[0], seeds("dense", near(0.1), near(0.8))]])
-def test_a_task_without_a_share_does_not_count(controls: list[list[dict[str, Any]]]) -> None:
-    assert recommendations([study(TASK, *controls, seeds("a", near(0.7), near(0.5)))]) == []
-
-
-def test_the_methods_of_one_library_are_chosen_from_alike() -> None:
+    assert recommendations([study(TASK, *CONTROLS, a), second]) == []
+    # A task without a share does not count.
+    for controls in (CONTROLS[:1], CONTROLS[1:], [CONTROLS[0], seeds("dense", near(0.1), near(0.8))]):
+        assert recommendations([study(TASK, *controls, a)]) == []
+    # The methods of one library are chosen from alike.
     peft = [{**line, "library": "PEFT"} for line in seeds("b", near(0.75), near(0.7))]
-    own = study(TASK, *CONTROLS, seeds("a", near(0.7), near(0.5)), peft)
-    assert [(one.best.name, one.compared) for one in recommendations([own])] == [("b (PEFT)", 2)]
-    assert [(one.best.name, one.compared) for one in recommendations([own], "tnadapt")] == [("a", 1)]
-    assert recommendations([own], "LyCORIS") == []
+    both = study(TASK, *CONTROLS, a, peft)
+    for library, choice in ((None, [("b (PEFT)", 2)]), ("tnadapt", [("a", 1)]), ("LyCORIS", [])):
+        assert [(one.best.name, one.compared) for one in recommendations([both], library)] == choice
 
 
 scores = st.lists(st.integers(30, 100).map(lambda score: score / 100), min_size=3, max_size=3)
@@ -209,31 +187,26 @@ def test_the_choice_has_the_largest_share_on_held_out_samples(given: list[tuple[
 
 # -- Second runs: what agrees, what is decided again, what is reversed -----------------------------------
 
-FIRST = [
-    *lines("base", [0.30, 0.31, 0.32], "control"),
-    *lines("a", [0.80, 0.82, 0.81]),
-    *lines("b", [0.70, 0.73, 0.71]),
-    *lines("c", [0.60, 0.62, 0.61]),
-    *lines("d", [0.59, 0.63, 0.62]),
-]
 
-
-def second_run(**scores: list[float]) -> list[dict[str, Any]]:
-    return [line for name, tests in scores.items() for line in lines(name, tests)]
+FIRST = {
+    "a": [0.80, 0.82, 0.81], "b": [0.70, 0.73, 0.71], "c": [0.60, 0.62, 0.61], "d": [0.59, 0.63, 0.62],
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("second", "agreement"),
     [
-        (None, (5, 5, 5, 0)),  # the same run: every pair but that of c and d
+        (FIRST, (5, 5, 5, 0)),  # the same run: every pair but that of c and d
         # b is above a for sure, c below a without being decided, and d is missing.
         ({"a": [0.70, 0.72, 0.71], "b": [0.80, 0.83, 0.81], "c": [0.90, 0.10, 0.50]}, (3, 2, 0, 1)),
         ({"a": [0.7, 0.8, 0.9], "b": [0.1, 0.2, 0.3]}, None),  # two settings are too few
     ],
 )
 def test_signs_and_decisions_are_counted(
-    second: dict[str, list[float]] | None, agreement: tuple[int, int, int, int] | None
+    second: dict[str, list[float]], agreement: tuple[int, int, int, int] | None
 ) -> None:
-    first = outcomes_of(TASK, FIRST)
-    again = first if second is None else outcomes_of(TASK, second_run(**second))
+    first, again = (
+        outcomes_of(TASK, [line for name, tests in scores.items() for line in lines(name, tests)])
+        for scores in (FIRST, second)
+    )
     assert replication.agreement(TASK, first, again) == replication.Agreement(*agreement or ())

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import csv
 import doctest
 import importlib
 import json
 import pkgutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -21,7 +19,6 @@ from benchmarks.quality.command import PUBLISHED, main
 from benchmarks.quality.comparison import outcomes_of
 from benchmarks.quality.page import RUNS
 from benchmarks.quality.recommendation import STEPS, recommendations, step_ratio, step_ratios, studies_of
-from benchmarks.quality.tasks import smollm2_sft
 from tests.support.depth import long_only
 from tnadapt.errors import FileError
 
@@ -35,18 +32,15 @@ def test_pages_are_those_of_the_results() -> None:
     assert evidence.PACKAGED.read_text(encoding="utf-8") == evidence.evidence(PUBLISHED)
 
 
+WITH_RESULTS = [name for name in tasks.TASKS if store.files_of(PUBLISHED, name, "small")]
+
+
 @pytest.mark.slow
 @long_only  # the grids take half a minute
-@pytest.mark.parametrize(
-    "arguments", [f"{name} {run}" for name in RUNS if store.files_of(PUBLISHED, name, "small") for run in RUNS[name]]
-)
+@pytest.mark.parametrize("arguments", [f"{name} {run}" for name in WITH_RESULTS for run in RUNS[name]])
 def test_the_commands_on_the_page_leave_nothing_to_train(arguments: str, capsys: pytest.CaptureFixture[str]) -> None:
     main(["run", *arguments.split(), "--profile", "day", "--dry-run", "--out", str(PUBLISHED)])
     assert "; 0 can be run now" in capsys.readouterr().out
-
-
-def test_the_commands_of_every_task_with_results_are_known() -> None:
-    assert {name for name in tasks.TASKS if store.files_of(PUBLISHED, name, "small")} <= set(RUNS)
 
 
 @pytest.mark.parametrize("folder", [PUBLISHED, PUBLISHED / replication.FOLDER], ids=["first", "second"])
@@ -68,10 +62,10 @@ def test_results_are_finished(name: str, folder: Path) -> None:
         assert all(len(one.test) >= 3 and len(one.tried) >= 3 for one in outcomes if one.measured and one.budget)
 
 
-# -- Times of steps -------------------------------------------------------------------------------
-
-
 def test_every_recommended_method_is_measured() -> None:
+    rows = [json.loads(line) for line in STEPS.read_text(encoding="utf-8").splitlines()]
+    assert all(row["problem"] == "minilm" and row["layers"] == 6 for row in rows)
+    assert all(row["rounds"] >= 12 and {"torch", "cores"} <= set(row) for row in rows)
     ratios, studies = step_ratios(), studies_of(PUBLISHED)
     for library in (None, "tnadapt"):
         for one in recommendations(studies, library):
@@ -79,61 +73,20 @@ def test_every_recommended_method_is_measured() -> None:
                 assert step_ratio(ratios, choice.method) != "–", (library, one.budget, choice.method)
 
 
-def test_the_file_says_where_it_was_measured() -> None:
-    rows = [json.loads(line) for line in STEPS.read_text(encoding="utf-8").splitlines()]
-    assert all(row["problem"] == "minilm" and row["layers"] == 6 for row in rows)
-    assert all(row["rounds"] >= 12 and {"torch", "cores"} <= set(row) for row in rows)
-
-
-def test_a_method_without_a_time_has_a_dash(tmp_path: Path) -> None:
+def test_a_method_without_a_time_has_a_dash_and_a_damaged_file_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "steps.jsonl"
+    for content in (None, "{}", "[1]", '{"case": "lora"}', '{"case": "lora", "ratio": null}', "{"):
+        if content is not None:
+            path.write_text(content)
+        with pytest.raises(FileError, match=r"steps\.jsonl has no times of steps: "):
+            step_ratios(path)
     path.write_text('{"case": "superlora F 0.01", "ratio": 1.234}\n')
     ratios = step_ratios(path)
     assert [step_ratio(ratios, name) for name in ("superlora-projected", "superlora")] == ["1.23", "–"]
 
 
-@pytest.mark.parametrize("content", ["", "{}", "[1]", '{"case": "lora"}', '{"case": "lora", "ratio": null}', "{"])
-def test_a_damaged_file_is_refused(content: str, tmp_path: Path) -> None:
-    path = tmp_path / "steps.jsonl"
-    if content:
-        path.write_text(content)
-    with pytest.raises(FileError, match=r"steps\.jsonl has no times of steps: "):
-        step_ratios(path)
-
-
-# -- Examples, which pytest does not collect there ------------------------------------------------
-
-MODULES = [
-    one.name for one in pkgutil.walk_packages(quality.__path__, "benchmarks.quality.") if "__main__" not in one.name
-]
-
-
 def test_examples_hold() -> None:
-    found = [doctest.testmod(importlib.import_module(name)) for name in MODULES]
+    names = [one.name for one in pkgutil.walk_packages(quality.__path__, "benchmarks.quality.")]
+    found = [doctest.testmod(importlib.import_module(name)) for name in names if "__main__" not in name]
     assert sum(one.failed for one in found) == 0
     assert sum(one.attempted for one in found) >= 7
-
-
-# -- The files that tasks keep in their cache -------------------------------------------------------
-
-
-def test_prompts_are_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    reviews, prompts = tmp_path / "reviews.csv", tmp_path / "prompts.csv"
-    reviews.write_text('text,label\n"Fine, é",positive\nDull,negative\n', encoding="utf-8")
-
-    def interrupted(file: Any) -> None:
-        file.write("prompt,completion")
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(csv, "writer", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            smollm2_sft._prompts(reviews, prompts)
-    assert list(tmp_path.iterdir()) == [reviews]
-    assert smollm2_sft._prompts(reviews, prompts) == prompts
-    with prompts.open(encoding="utf-8", newline="") as file:
-        assert list(csv.reader(file)) == [
-            ["prompt", "completion"],
-            ["Review: Fine, é\nSentiment:", " positive"],
-            ["Review: Dull\nSentiment:", " negative"],
-        ]

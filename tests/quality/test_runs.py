@@ -21,14 +21,12 @@ from benchmarks.quality.command import main
 from benchmarks.quality.grid import shard_of
 from benchmarks.quality.running import Listener, Run
 from benchmarks.quality.tuning import Plan
-from tests.finetune.test_engines import Crowded, _Here
 from tests.quality.played_task import BEST, PlayedBench, PlayedTask, setting_of
 from tests.support.depth import in_depth
 from tnadapt import Config
 from tnadapt.errors import FileError, TnadaptError
 from tnadapt.finetune import Method as Family
 from tnadapt.finetune import Task, open_engine
-from tnadapt.finetune.engines import Died, Started, run_call
 from tnadapt.finetune.training import train
 
 ROOT = Path(__file__).parents[2]
@@ -51,34 +49,30 @@ def records(out: Path) -> dict[str, Any]:
     return {} if found is None else {key: {**one, "seconds": 0} for key, one in found.records.items()}
 
 
-def test_a_run_is_finished_once(tmp_path: Path) -> None:
-    count = run(tmp_path)
-    before = (tmp_path / "played.jsonl").read_bytes()
-    assert (count, run(tmp_path)) == (len(records(tmp_path)), 0)
-    assert (tmp_path / "played.jsonl").read_bytes() == before
-    for line in records(tmp_path).values():
-        assert line["device"] == "cpu"
-        assert line["versions"] == {name: importlib.metadata.version(name) for name in ("peft", "torch")}
-    assert not (tmp_path / "running").exists()
-    # More seeds only add trainings.
-    assert run(tmp_path, plan=Plan(PlayedTask.rates, seeds=3)) == len(SETTINGS)
-
-
-def test_a_run_resumes_after_any_line(tmp_path: Path) -> None:
-    run(tmp_path / "whole")
-    lines = (tmp_path / "whole" / "played.jsonl").read_bytes().splitlines(keepends=True)
+def test_a_run_is_finished_once_and_resumes_after_any_line(tmp_path: Path) -> None:
+    whole, path = tmp_path / "whole", tmp_path / "whole" / "played.jsonl"
+    count, expected = run(whole), records(whole)
+    before = path.read_bytes()
+    assert (count, run(whole)) == (len(expected), 0)
+    assert path.read_bytes() == before
+    versions = {name: importlib.metadata.version(name) for name in ("peft", "torch")}
+    assert all((line["device"], line["versions"]) == ("cpu", versions) for line in expected.values())
+    assert not (whole / "running").exists()
+    lines = before.splitlines(keepends=True)
     for cut in range(1, len(lines), 7):
         out = tmp_path / str(cut)
         out.mkdir()
         # The last line is incomplete, as a killed process leaves it.
         (out / "played.jsonl").write_bytes(b"".join(lines[:cut]) + lines[cut][:20])
         kept = [json.loads(line) for line in lines[:cut]]
-        assert run(out) == len(records(tmp_path / "whole")) - sum("key" in line for line in kept)
-        assert records(out) == records(tmp_path / "whole")
+        assert run(out) == len(expected) - sum("key" in line for line in kept)
+        assert records(out) == expected
         after = [json.loads(line) for line in (out / "played.jsonl").read_bytes().splitlines()]
         assert after[:cut] == kept
         keys = [line["key"] for line in after if "key" in line]
         assert len(set(keys)) == len(keys)
+    # More seeds only add trainings.
+    assert run(whole, plan=Plan(PlayedTask.rates, seeds=3)) == len(SETTINGS)
 
 
 def test_a_broken_device_ends_the_run_and_is_no_failure_of_what_follows(
@@ -123,50 +117,19 @@ def test_what_failed_in_a_shard_is_tried_again_on_request(tmp_path: Path, monkey
     assert records(tmp_path) == records(tmp_path / "whole")
 
 
-class Short(Crowded):
-    """Machines whose memory lora does not fit in at high rates."""
-
-    def start(self, folder: Path, threads: int) -> Started:
-        return _Short(self)
-
-
-class _Short(_Here):
-    def wait(self, seconds: float) -> list[tuple[str, Any]]:
-        trial = self.calls[-1].task
-        if trial.setting.method == "lora" and trial.rate >= 1:
-            self.calls.pop()
-            return [(trial.key, Died("out of memory"))]
-        return [(trial.key, run_call(self.calls.pop()))]
-
-
-def test_a_training_whose_worker_always_dies_ends_no_others(tmp_path: Path) -> None:
-    short = Run(tmp_path, tmp_path, Short())
-    count = short.task(PlayedTask(), "small", SETTINGS, PLAN, Listener())
-    assert count == len(records(tmp_path))
-    failed = {(line["method"], line["rate"], line["failed"]) for line in records(tmp_path).values() if "failed" in line}
-    assert failed == {("lora", 1.0, "a worker died 3 times: out of memory")}
-    assert short.task(PlayedTask(), "small", SETTINGS, PLAN, Listener()) == 0
-    run(tmp_path / "whole")
-    others, expected = (
-        {key: line for key, line in records(out).items() if line["method"] != "lora"}
-        for out in (tmp_path, tmp_path / "whole")
-    )
-    assert others == expected
-    assert not (tmp_path / "running").exists()
-
-
 @pytest.mark.parametrize("of", [2, 3, 9])
 def test_shards_find_what_a_whole_run_finds(tmp_path: Path, of: int) -> None:
-    whole = run(tmp_path / "whole")
-    counts = [run(tmp_path / "parts", (number, of)) for number in range(1, of + 1)]
-    assert sum(counts) == whole
-    assert records(tmp_path / "parts") == records(tmp_path / "whole")
-    path = store.merge(tmp_path / "parts", "played", "small")
-    assert path == tmp_path / "parts" / "played.jsonl"
-    assert [one.name for one in (tmp_path / "parts").glob("*.jsonl")] == ["played.jsonl"]
-    assert records(tmp_path / "parts") == records(tmp_path / "whole")
+    whole, parts = run(tmp_path / "whole"), tmp_path / "parts"
+    assert sum(run(parts, (number, of)) for number in range(1, of + 1)) == whole
+    # Files of runs that were killed before their first line.
+    (parts / "played.jsonl").touch()
+    (parts / "played.1-of-99.jsonl").write_bytes(b'{"format": "tn')
+    for _ in range(2):
+        assert records(parts) == records(tmp_path / "whole")
+        assert store.merge(parts, "played", "small") == parts / "played.jsonl"
+        assert [one.name for one in parts.glob("*.jsonl")] == ["played.jsonl"]
     # A merged file is a results file: the run goes on in it.
-    assert run(tmp_path / "parts") == 0
+    assert run(parts) == 0
 
 
 @pytest.mark.parametrize("busy", [(1, 1), (1, 2)])
@@ -175,23 +138,10 @@ def test_files_that_a_run_writes_to_are_not_merged(tmp_path: Path, busy: tuple[i
     for shard in ((1, 2), (2, 2), (1, 1)):
         run(tmp_path, shard)
     before = {path: path.read_bytes() for path in tmp_path.glob("*.jsonl")}
-    with (
-        store.open_results(tmp_path, "played", "small", busy, PlayedBench().settings()),
-        pytest.raises(FileError, match=r"is being written by another process; wait for it"),
-    ):
+    results = store.open_results(tmp_path, "played", "small", busy, PlayedBench().settings())
+    with results, pytest.raises(FileError, match=r"is being written by another process; wait for it"):
         store.merge(tmp_path, "played", "small")
     assert {path: path.read_bytes() for path in tmp_path.glob("*.jsonl")} == before
-
-
-def test_a_file_that_was_killed_before_its_first_line_is_merged(tmp_path: Path) -> None:
-    run(tmp_path, (2, 2))
-    found = records(tmp_path)
-    (tmp_path / "played.jsonl").touch()
-    (tmp_path / "played.1-of-2.jsonl").write_bytes(b'{"format": "tn')
-    store.merge(tmp_path, "played", "small")
-    assert [one.name for one in tmp_path.glob("*.jsonl")] == ["played.jsonl"]
-    assert records(tmp_path) == found
-    run(tmp_path)
 
 
 def test_results_of_another_study_or_budget_are_refused(tmp_path: Path) -> None:
@@ -208,17 +158,15 @@ def test_results_of_another_study_or_budget_are_refused(tmp_path: Path) -> None:
         run(tmp_path, (2, 2))
 
 
-# -- The command ---------------------------------------------------------------------------------
-
-
 def test_a_dry_run_lists_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["run", "digits", "--dry-run", "--methods", "lora,peft-vera", "--budgets", "50,1000,10000"]
-    assert main([*arguments, "--out", str(tmp_path)]) == 0
+    chosen = ["--methods", "lora,peft-vera", "--budgets", "50,1000,10000", "--out", str(tmp_path)]
+    assert main(["run", "digits", "--dry-run", *chosen]) == 0
     shown = capsys.readouterr().out
-    assert "digits (Small ViT, digits 0 to 4 to digits 5 to 9): 4 settings" in shown
-    assert "10,000     9,216  lora" in shown
-    assert "    lora at 50: needs at least 1,024 parameters\n" in shown
-    assert "0 trainings are finished; 16 can be run now" in shown
+    for words in (
+        "digits (Small ViT, digits 0 to 4 to digits 5 to 9): 4 settings", "10,000     9,216  lora",
+        "    lora at 50: needs at least 1,024 parameters\n", "0 trainings are finished; 16 can be run now",
+    ):  # fmt: skip
+        assert words in shown
     assert not list(tmp_path.iterdir())
 
 

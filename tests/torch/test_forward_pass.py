@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -14,7 +14,6 @@ torch = pytest.importorskip("torch")
 from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 import tnadapt as tna
 import tnadapt.torch as tt
@@ -32,15 +31,11 @@ def layers(bias: bool = True) -> nn.Sequential:
     return nn.Sequential(nn.Linear(6, 8, bias=bias), nn.Tanh(), nn.Linear(8, 5))
 
 
-def adapted(model: nn.Module, name: str = "default", config: tna.Config | None = None, **how: Any) -> tt.Adapter:
-    adapter = tt.attach(model, config or P.lora(2, alpha=3), "all-linear", name, strategy="factored", **how)
+def adapted(model: nn.Module, name: str = "default", **how: Any) -> tt.Adapter:
+    settings = {"cfg": P.lora(2, alpha=3), "targets": "all-linear", **how}
+    adapter = tt.attach(model, name=name, strategy="factored", **settings)
     stir(adapter, 0.5)
     return adapter
-
-
-def short_ways(model: nn.Module) -> list[Any]:
-    """Return the shortest way through each adapted module, or None."""
-    return [module.forward.short for module in model.modules() if "forward" in vars(module)]
 
 
 @contextlib.contextmanager
@@ -73,7 +68,7 @@ def taken() -> Iterator[list[bool]]:
 
 
 def passed(model: nn.Module, x: Tensor, gradients: bool) -> list[Tensor | None]:
-    """Return the output and all gradients."""
+    """Return the output and all gradients; None is one that is not computed."""
     model.zero_grad()
     x = x.detach().requires_grad_(gradients)
     with torch.set_grad_enabled(gradients):
@@ -82,13 +77,6 @@ def passed(model: nn.Module, x: Tensor, gradients: bool) -> list[Tensor | None]:
         return [y]
     y.square().sum().backward()
     return [y.detach(), x.grad, *(p.grad for p in model.parameters())]
-
-
-def assert_same_bits(found: Sequence[Tensor | None], expected: Sequence[Tensor | None]) -> None:
-    """Compare outputs and gradients; None is a gradient that is not computed."""
-    for one, other in zip(found, expected, strict=True):
-        assert (one is None) == (other is None)
-        assert one is None or other is None or torch.equal(one, other)
 
 
 @pytest.mark.law("attached-is-update", "half-precision-base")
@@ -132,40 +120,34 @@ def test_it_gives_the_bits_of_the_general_way(
         assert short == [any(weights) and not (large and gradients and is_alike)] * 2
         with general(model):
             expected = passed(model, x, gradients)
-    assert_same_bits(found, expected)
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other) if one is not None and other is not None else one is other
 
 
-class Sees(torch.utils._python_dispatch.TorchDispatchMode):
+class Watching(torch.utils._python_dispatch.TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return func(*args, **(kwargs or {}))
 
 
-def in_rows(model: nn.Module, x: Tensor) -> Tensor:
-    with tt.rows(model, ["default", None, "default", None]):
-        return model(x)
+def within(*contexts: Any) -> Callable[[nn.Module, Tensor], Tensor]:
+    """Return a call of the model within contexts, each made anew from the model."""
 
+    def call(model: nn.Module, x: Tensor) -> Tensor:
+        with contextlib.ExitStack() as stack:
+            for context in contexts:
+                stack.enter_context(context(model))
+            return model(x)
 
-def in_autocast(model: nn.Module, x: Tensor) -> Tensor:
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        return model(x)
-
-
-def watched(model: nn.Module, x: Tensor) -> Tensor:
-    with Sees():
-        return model(x)
-
-
-def pushed(model: nn.Module, x: Tensor) -> Tensor:
-    return torch.func.jvp(model, (x,), (torch.ones_like(x),))[1]
+    return call
 
 
 #: Calls that need the general way.
 CALLS: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
-    "rows": in_rows,
-    "autocast": in_autocast,
-    "dispatch mode": watched,
+    "rows": within(lambda model: tt.rows(model, ["default", None, "default", None])),
+    "autocast": within(lambda model: torch.autocast("cpu", dtype=torch.bfloat16)),
+    "dispatch mode": within(lambda model: Watching()),
     "vmap": lambda model, x: torch.vmap(model)(x),
-    "forward mode": pushed,
+    "forward mode": lambda model, x: torch.func.jvp(model, (x,), (torch.ones_like(x),))[1],
     "strides": lambda model, x: model[0](x.T.contiguous().T),
     "jagged": lambda model, x: model(torch.nested.nested_tensor([x, x[:2]], layout=torch.jagged)).values(),
 }
@@ -208,61 +190,25 @@ def test_factors_of_several_dtypes_and_dropout_in_training_take_the_general_way(
 @pytest.mark.parametrize(
     "how",
     [
-        {"config": P.lokr(2)}, {"config": P.dora(2)}, {"config": P.loha(2)}, {"config": P.lora(2, start="random")},
-        {"activation": "gelu"},
+        {"cfg": P.lokr(2)}, {"cfg": P.dora(2)}, {"cfg": P.loha(2)}, {"cfg": P.lora(2, start="random")},
+        {"activation": "gelu"}, {"targets": [tna.Target("0", (8, 6), rows=tna.Rows(0, 4, 8))]},
     ],
-    ids=["Kronecker", "magnitude", "computed factors", "subtracted start", "activation"],
+    ids=["Kronecker", "magnitude", "computed factors", "subtracted start", "activation", "rows"],
 )  # fmt: skip
 def test_other_updates_have_no_short_way(how: dict[str, Any]) -> None:
-    model = layers()
-    adapted(model, **how)
-    assert short_ways(model) == [None, None]
-    # Neither has an ordinary one next to it, until it is alone.
-    if "activation" not in how and how["config"].apply == "add":
-        adapted(model, "other")
-        assert short_ways(model) == [None, None]
-        tt.adapters(model)["default"].detach()
-        assert None not in short_ways(model)
-
-
-def test_rows_of_a_weight_have_no_short_way() -> None:
-    model = nn.Sequential(nn.Linear(6, 12))
-    tt.attach(model, P.lora(2), [tna.Target("0", (12, 6), rows=tna.Rows(0, 6, 12))], strategy="factored")
-    assert short_ways(model) == [None]
-
-
-@pytest.mark.parametrize("stepped", [False, True])
-def test_a_recomputation_with_other_settings_is_an_error(stepped: bool) -> None:
-    model = nn.Sequential(layers())
-    adapter = tt.attach(model, P.lora(2), "all-linear", strategy="factored")
-    stir(adapter, 0.5)
-    inner = model[0].forward
-    model[0].forward = lambda x: checkpoint(inner, x, use_reentrant=False)
-    x = torch.randn(4, 6, requires_grad=True)
-    if stepped:  # settings are forgotten once the arrays change
-        adapter.set_weight(0.5)
-        model(x).sum().backward()
-        stir(adapter, 0.5)
-        adapter.set_weight(1.0)
-    y = model(x)
-    adapter.set_weight(0.5)
-    with pytest.raises(RuntimeError, match="was activated, mixed, merged or disabled, or rows"):
-        y.sum().backward()
-
-
-def test_copies_have_a_short_way_of_their_own() -> None:
-    model = layers()
-    adapter = adapted(model)
-    other = copy.deepcopy(model)
-    x = torch.randn(4, 6)
-    before = other(x)
-    assert torch.equal(model(x), before)
-    for parameter in adapter.parameters():
-        parameter.data.zero_()
+    model, x = layers(), torch.randn(4, 6)
+    adapter = adapted(model, **how)
     with taken() as short:
-        assert torch.equal(other(x), before)
-        assert not torch.equal(model(x), before)
-    assert short == [True] * 4
+        model(x)
+        if how.keys() == {"cfg"} and adapter.config.apply == "add":
+            adapted(model, "ordinary")
+            model(x)
+            assert not short
+            adapter.detach()
+            model(x)
+            assert short == [True, True]
+            return
+    assert not short
 
 
 # -- Linear layers on few rows without gradients: the update is multiplied by them instead of added to the weight ------
@@ -292,60 +238,6 @@ def attached(model: nn.Module, config: Any, **how: Any) -> tt.Adapter:
     return adapter
 
 
-def in_float64(model: nn.Sequential, adapters: list[tt.Adapter], x: Tensor) -> Tensor:
-    """The formula: each weight plus every update times its weight."""
-    y = x.double()
-    for index, layer in enumerate(model):
-        total = layer.weight.detach().double()
-        for adapter in adapters:
-            total = total + adapter.weight * adapter.deltas()[index].detach().double()
-        y = y @ total.T + (0 if layer.bias is None else layer.bias.detach().double())
-    return y
-
-
-@pytest.fixture
-def no_sums(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*args: object) -> None:
-        raise AssertionError("a sum of the weight's size was formed")
-
-    monkeypatch.setattr(updated_weights, "summed", refuse)
-
-
-@pytest.mark.law("attached-is-update")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", CONFIGS)
-def test_it_is_the_formula(name: str, dtype: torch.dtype, no_sums: None) -> None:
-    model = square_layers(dtype)
-    adapter = attached(model, CONFIGS[name])
-    for shape in ((SIZE,), (1, SIZE), (1, 1, SIZE), (2, 2, SIZE), (0, SIZE)):
-        x = torch.randn(shape, dtype=dtype)
-        expected = in_float64(model, [adapter], x)
-        with torch.no_grad():
-            found = model(x)
-        assert found.dtype == dtype
-        assert found.shape == x.shape
-        scale = float(expected.abs().max()) if expected.numel() else 1.0
-        error = float((found.double() - expected).abs().max()) / scale if expected.numel() else 0.0
-        # A layer rounds W x, ΔW, ΔW x and their sum: four half units each.
-        assert error <= 8 * torch.finfo(dtype).eps
-
-
-def test_many_rows_and_small_weights_form_the_sum(monkeypatch: pytest.MonkeyPatch) -> None:
-    formed = []
-    plain = updated_weights.summed
-    monkeypatch.setattr(updated_weights, "summed", lambda *args: formed.append(1) or plain(*args))
-    model = square_layers()
-    attached(model, CONFIGS["superlora"])
-    with torch.no_grad():
-        model(torch.randn(5, SIZE))
-    assert len(formed) == 2
-    small = nn.Sequential(nn.Linear(8, 8))
-    attached(small, CONFIGS["superlora"])
-    with torch.no_grad():
-        small(torch.randn(1, 8))
-    assert len(formed) == 3
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(2, updated_weights.BLOCK), (4, updated_weights.BLOCK // 3 + 5)])
 def test_a_half_precision_sum_has_the_bits_of_the_plain_one_and_needs_no_wide_copy(
@@ -364,7 +256,45 @@ def test_a_half_precision_sum_has_the_bits_of_the_plain_one_and_needs_no_wide_co
     assert torch.equal(model(x), found)  # with gradients
 
 
-# -- In compiled programs ----------------------------------------------------------------------
+@pytest.fixture
+def sums(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Collect the numbers of elements of sums of the weight's size."""
+    formed: list[int] = []
+    plain = updated_weights.summed
+    monkeypatch.setattr(updated_weights, "summed", lambda w, *rest: formed.append(w.numel()) or plain(w, *rest))
+    return formed
+
+
+@pytest.mark.law("attached-is-update")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_it_is_the_formula(name: str, dtype: torch.dtype, sums: list[int]) -> None:
+    model = square_layers(dtype)
+    adapter = attached(model, CONFIGS[name])
+    for shape in ((SIZE,), (1, SIZE), (1, 1, SIZE), (2, 2, SIZE), (0, SIZE)):
+        x = torch.randn(shape, dtype=dtype)
+        expected = x.double()
+        for layer, delta in zip(model, adapter.deltas(), strict=True):
+            total = layer.weight.detach().double() + delta.detach().double()
+            expected = expected @ total.T + (0 if layer.bias is None else layer.bias.detach().double())
+        with torch.no_grad():
+            found = model(x)
+        assert found.dtype == dtype
+        assert found.shape == x.shape
+        scale = float(expected.abs().max()) if expected.numel() else 1.0
+        error = float((found.double() - expected).abs().max()) / scale if expected.numel() else 0.0
+        # A layer rounds W x, ΔW, ΔW x and their sum: four half units each.
+        assert error <= 8 * torch.finfo(dtype).eps
+    assert not sums
+
+
+def test_many_rows_and_small_weights_form_the_sum(sums: list[int]) -> None:
+    small = nn.Sequential(nn.Linear(8, 8))
+    for model, rows in ((square_layers(), 5), (small, 1)):
+        attached(model, CONFIGS["superlora"])
+        with torch.no_grad():
+            model(torch.randn(rows, model[0].in_features))
+    assert sums == [SIZE**2, SIZE**2, 64]
 
 
 def compiled(model: nn.Module, seen: list[str]) -> Any:

@@ -9,8 +9,7 @@ import contextlib
 import functools
 import random
 import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +18,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -32,15 +32,8 @@ from .architectures import MODELS, TEXT, build
 from .configured import CONFIGURED, configured
 from .internals import TABLE, AttentionModule, LayoutError, attentions, find_stored
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The rows of a fused weight that produce q, k and v, verified by changing them and observing the attention's
-# products
-
 # An attention computes two products: q with k, then the result with v. A mode of torch's dispatcher observes these
 # products in any code. The rows of v are right if changing them changes only v, and the same for q and k.
-
-
-# -- Looking into an attention ------------------------------------------------------------------
 
 
 class Products(TorchDispatchMode):
@@ -80,20 +73,6 @@ def by_products(run: Callable[[], Any], attention: nn.Module, right: bool = Fals
     return {letter: tensor.detach().clone() for letter, tensor in zip("qkv", of_letters, strict=True)}
 
 
-@contextmanager
-def moved(model: nn.Module, target: Target) -> Iterator[None]:
-    """Change the numbers in a target's rows inside ``with``."""
-    parameter = model.get_submodule(target.module).get_parameter(target.parameter)
-    before = parameter.detach().clone()
-    with torch.no_grad():
-        target.block(parameter).add_(target.like_block(torch.randn(target.shape) + 1.0))
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            parameter.copy_(before)
-
-
 def check_letters(
     model: nn.Module, attention: AttentionModule, look: Callable[[], dict[str, Tensor]], letters: str = "qkv"
 ) -> None:
@@ -102,15 +81,17 @@ def check_letters(
     targets = list(attention.targets(letters))
     assert targets
     for target in targets:
-        with moved(model, target):
-            after = look()
+        parameter = model.get_submodule(target.module).get_parameter(target.parameter)
+        weight = parameter.detach().clone()
+        with torch.no_grad():
+            target.block(parameter).add_(target.like_block(torch.randn(target.shape) + 1.0))
+        after = look()  # with gradients, without which torch's layers have another way
+        with torch.no_grad():
+            parameter.copy_(weight)
         changed = {letter for letter in before if not torch.equal(before[letter], after[letter])}
         assert changed == {target.role}, target
     again = look()
     assert all(torch.equal(before[letter], again[letter]) for letter in before)
-
-
-# -- Whole models -------------------------------------------------------------------------------
 
 
 def check_attentions(model: nn.Module, inputs: Mapping[str, Any], most: int | None = None) -> None:
@@ -171,43 +152,20 @@ def hugging_face(call: Call, module: str, name: str, config: str, *args: Any, **
     return attention(call, f"transformers.models.{module}.modeling_{module}.{name}", *args, config=config, **settings)
 
 
-class Written(nn.Module):
-    """An attention as in a model's own repository: one weight, whose product its code splits into heads of q, k, v."""
+class Bare(nn.Module):
+    """An attention with one weight, and an output projection of 12 columns if they are not given."""
 
-    def __init__(self, fused: str, rows: int, out: str, split: Callable[[Tensor], Any], **attributes: Any) -> None:
+    def __init__(self, name: str, rows: int, out: str = "out_proj", cols: int = 12, **attributes: Any) -> None:
         super().__init__()
-        self.fused, self.out, self.split = fused, out, split
-        self.add_module(fused, nn.Linear(32, rows))
-        self.add_module(out, nn.Linear(32, 32))
+        self.add_module(name, nn.Linear(16, rows))
+        self.add_module(out, nn.Linear(cols, 16))
         for attribute, value in attributes.items():
             setattr(self, attribute, value)
 
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (part.transpose(1, 2) for part in self.split(self.get_submodule(self.fused)(x)))
-        k, v = (part.repeat_interleave(q.shape[1] // part.shape[1], 1) for part in (k, v))
-        y = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        return self.get_submodule(self.out)(y)
 
-
-def written(name: str, *args: Any, **attributes: Any) -> Callable[[], Case]:
-    """Build an attention of a class with this name."""
-    return lambda: (type(name, (Written,), {})(*args, **attributes), *tokens(width=32)(None))
-
-
-def after_one_another(kv_heads: int) -> Callable[[Tensor], Any]:
-    return lambda y: [part.unflatten(-1, (-1, 8)) for part in y.split([32, 8 * kv_heads, 8 * kv_heads], -1)]
-
-
-def after_their_queries(y: Tensor) -> Any:
-    """Each head of keys, and of values, after the two heads of queries that use it."""
-    y = y.unflatten(-1, (2, 4, 8))
-    return y[..., :2, :].flatten(2, 3), y[..., 2, :], y[..., 3, :]
-
-
-def in_four_parts(y: Tensor) -> Any:
-    """Each part has the queries, values and keys of two heads."""
-    q, v, k = (part.unflatten(-1, (2, 4)).flatten(2, 3) for part in y.unflatten(-1, (4, 24)).split(8, -1))
-    return q, k, v
+def of_a_repository(name: str, weight: str, rows: int, out: str, **attributes: Any) -> Callable[[], Case]:
+    """Build what a layout is told by of an attention of a model's own repository, whose classes are not installed."""
+    return lambda: (type(name, (Bare,), {})(weight, rows, out, cols=32, **attributes), (), {})
 
 
 class QKVAttention(nn.Module):
@@ -244,24 +202,19 @@ def _angles(length: int, size: int) -> tuple[Tensor, Tensor]:
     return angles.cos(), angles.sin()
 
 
-def _rotated(module: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _rotated(module: Any, **more: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     size = module.rotary_ndims if hasattr(module, "rotary_ndims") else module.head_dim
-    return (torch.randn(2, 16, 32),), {"position_embeddings": _angles(16, size)}
+    return (torch.randn(2, 16, 32),), {"position_embeddings": _angles(16, size), **more}
 
 
 def _masked(module: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    args, kwargs = _rotated(module)
-    return args, {**kwargs, "attention_mask": torch.zeros(2, 1, 16, 16), "position_ids": torch.arange(16)[None]}
+    return _rotated(module, attention_mask=torch.zeros(2, 1, 16, 16), position_ids=torch.arange(16)[None])
 
 
 def _image_of_exaone(module: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     cos, sin = _angles(8, module.head_dim)
     bounds = torch.tensor([0, 8], dtype=torch.int32)
     return (torch.randn(8, 32),), {"cu_seqlens": bounds, "position_embeddings": (cos[0], sin[0])}
-
-
-def _sequence(module: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    return (torch.randn(6, 2, 32), None, None), {}
 
 
 def _openai_gpt() -> Case:
@@ -295,7 +248,7 @@ _KOLORS = "diffusers.pipelines.kolors.text_encoder.SelfAttention"
 _CHATGLM = {
     "config": "ChatGLMConfig", "hidden_size": 32, "num_attention_heads": 4, "kv_channels": 8, "num_layers": 1,
 }  # fmt: skip
-_CHANNELS_LAST = image(4, 4, 16)
+_CHANNELS_LAST, _SEQUENCE = image(4, 4, 16), lambda module: ((torch.randn(6, 2, 32), None, None), {})
 
 ATTENTIONS: dict[str, Callable[[], Case]] = {
     "levit": attention(_TOKENS, "timm.models.levit.Attention", 16, 4, **_LEVIT),
@@ -348,8 +301,8 @@ ATTENTIONS: dict[str, Callable[[], Case]] = {
     ),
     "openai_gpt": _openai_gpt,
     # ChatGLM: all queries, then groups of keys and of values.
-    "kolors_text": attention(_sequence, _KOLORS, 1, multi_query_attention=True, multi_query_group_num=2, **_CHATGLM),
-    "kolors_text_heads": attention(_sequence, _KOLORS, 1, multi_query_attention=False, **_CHATGLM),
+    "kolors_text": attention(_SEQUENCE, _KOLORS, 1, multi_query_attention=True, multi_query_group_num=2, **_CHATGLM),
+    "kolors_text_heads": attention(_SEQUENCE, _KOLORS, 1, multi_query_attention=False, **_CHATGLM),
     # The MLP's input in the same weight, after q, k and v.
     "flux2_parallel": attention(
         _WIDE, "diffusers.models.transformers.transformer_flux2.Flux2ParallelSelfAttention",
@@ -363,22 +316,18 @@ ATTENTIONS: dict[str, Callable[[], Case]] = {
     ),
     "guided_diffusion": lambda: (AttentionBlock("QKVAttention"), (torch.randn(2, 16, 9),), {}),
     "guided_diffusion_legacy": lambda: (AttentionBlock("QKVAttentionLegacy"), (torch.randn(2, 16, 9),), {}),
-    "internlm2": written(
-        "InternLM2Attention", "wqkv", 64, "wo", after_their_queries, num_heads=4, num_key_value_heads=2, head_dim=8
+    "internlm2": of_a_repository(
+        "InternLM2Attention", "wqkv", 64, "wo", num_heads=4, num_key_value_heads=2, head_dim=8
     ),
-    "moss": written("MossAttention", "qkv_proj", 96, "out_proj", in_four_parts),
-    # The first Qwen: a linear layer with the name of GPT-2's Conv1D.
-    "qwen": written("QWenAttention", "c_attn", 96, "c_proj", after_one_another(4), num_heads=4, head_dim=8),
-    # MPT's attention as in its own code: fewer heads of keys and values.
-    "mpt_grouped": written(
-        "GroupedQueryAttention", "Wqkv", 64, "out_proj", after_one_another(2), num_heads=4, kv_n_heads=2, head_dim=8
+    "moss": of_a_repository("MossAttention", "qkv_proj", 96, "out_proj"),
+    "qwen": of_a_repository("QWenAttention", "c_attn", 96, "c_proj", num_heads=4, head_dim=8),
+    "mpt_grouped": of_a_repository(
+        "GroupedQueryAttention", "Wqkv", 64, "out_proj", num_heads=4, kv_n_heads=2, head_dim=8
     ),
-    "baichuan": written("BaichuanAttention", "W_pack", 96, "o_proj", after_one_another(4), num_heads=4, head_dim=8),
-    # The first ChatGLM: head by head.
-    "chatglm": written(
-        "SelfAttention", "query_key_value", 96, "dense", lambda y: y.unflatten(-1, (4, 24)).chunk(3, -1),
-        num_attention_heads=4, num_attention_heads_per_partition=4, hidden_size_per_attention_head=8,
-        position_encoding_2d=True,
+    "baichuan": of_a_repository("BaichuanAttention", "W_pack", 96, "o_proj", num_heads=4, head_dim=8),
+    "chatglm": of_a_repository(
+        "SelfAttention", "query_key_value", 96, "dense", num_attention_heads=4, num_attention_heads_per_partition=4,
+        hidden_size_per_attention_head=8, position_encoding_2d=True,
     ),
     "mobilevit": attention(_IMAGE, "timm.models.mobilevit.LinearSelfAttention", 16),
     "mobilevit_transformers": hugging_face(
@@ -425,12 +374,37 @@ def by_split(run: Callable[[], Any], letters: str) -> dict[str, Tensor]:
     return {letter: part for letter, part in zip(letters, found[0], strict=True) if letter != "-"}
 
 
+def thirds(total: int, kv: int | None = None) -> dict[str, Rows]:
+    """Return the rows of q, k and v one after another, with as many of k as of v."""
+    kv = total // 3 if kv is None else kv
+    return {"q": Rows(0, total - 2 * kv, total), "k": Rows(total - 2 * kv, kv, total), "v": Rows(total - kv, kv, total)}
+
+
+#: The rows of attentions whose own code cannot run here.
+ROWS = {
+    # Each head of keys, and of values, after the two heads of queries that use it.
+    "internlm2": {"q": Rows(0, 16, 32, 2), "k": Rows(16, 8, 32, 2), "v": Rows(24, 8, 32, 2)},
+    # Each of four parts has the queries, values and keys of its heads.
+    "moss": {"q": Rows(0, 8, 24, 4), "v": Rows(8, 8, 24, 4), "k": Rows(16, 8, 24, 4)},
+    "qwen": thirds(96), "mpt_grouped": thirds(64, 16), "baichuan": thirds(96),
+    # The first ChatGLM: head by head.
+    "chatglm": {"q": Rows(0, 8, 24, 4), "k": Rows(8, 8, 24, 4), "v": Rows(16, 8, 24, 4)},
+}  # fmt: skip
+
+
+def rows(module: nn.Module, letters: str = "qkv") -> dict[str, Rows | None]:
+    return {target.role: target.rows for target in find_targets(module, letters)}
+
+
 @pytest.mark.law("fused-layouts")
 @pytest.mark.parametrize("name", ATTENTIONS)
 def test_rows_of_one_attention(name: str) -> None:
     torch.manual_seed(0)
     module, args, kwargs = ATTENTIONS[name]()
     module.eval()
+    if name in ROWS:
+        assert rows(module) == ROWS[name]
+        return
     (found,) = attentions(module)
     run, letters = functools.partial(module, *args, **kwargs), SPLITS.get(name)
     if letters is None:
@@ -439,61 +413,43 @@ def test_rows_of_one_attention(name: str) -> None:
         check_letters(module, found, lambda: by_split(run, letters), letters)
 
 
-# -- One weight for two ------------------------------------------------------------------------
+_REFORMER = hugging_face(
+    _TOKENS, "reformer", "ReformerAttention", "ReformerConfig", 1, hidden_size=16, attention_head_size=4,
+    num_attention_heads=2,
+)  # fmt: skip
+_DEEPSEEK = hugging_face(
+    _TOKENS, "deepseek_v4", "DeepseekV4Attention", "DeepseekV4Config", 0, head_dim=8, q_lora_rank=8, o_groups=2,
+    o_lora_rank=4, qk_rope_head_dim=4, **_SMALL,
+)  # fmt: skip
 
 
-def test_a_weight_of_two_roles_is_taken_once() -> None:
-    reformer = hugging_face(
-        _TOKENS, "reformer", "ReformerAttention", "ReformerConfig", 1, hidden_size=16, attention_head_size=4,
-        num_attention_heads=2,
-    )  # fmt: skip
-    deepseek = hugging_face(
-        _TOKENS, "deepseek_v4", "DeepseekV4Attention", "DeepseekV4Config", 0, head_dim=8, q_lora_rank=8, o_groups=2,
-        o_lora_rank=4, qk_rope_head_dim=4, **_SMALL,
-    )  # fmt: skip
-    for make, letters, expected in (
-        (reformer, "qk", [("q", "self_attention.query_key")]),
-        (reformer, "kv", [("k", "self_attention.query_key"), ("v", "self_attention.value")]),
-        (deepseek, "qv", [("q", "q_b_proj"), ("v", "kv_proj")]),
-        (deepseek, "kvo", [("k", "kv_proj"), ("o", "o_b_proj")]),
-    ):
-        (found,) = attentions(make()[0])
-        assert [(target.role, target.module) for target in found.targets(letters)] == expected
-        assert all(target.rows is None for target in found.targets(letters))
+@pytest.mark.parametrize(
+    ("make", "letters", "expected"),
+    [
+        (_REFORMER, "qk", [("q", "self_attention.query_key")]),
+        (_REFORMER, "kv", [("k", "self_attention.query_key"), ("v", "self_attention.value")]),
+        (_DEEPSEEK, "qv", [("q", "q_b_proj"), ("v", "kv_proj")]),
+        (_DEEPSEEK, "kvo", [("k", "kv_proj"), ("o", "o_b_proj")]),
+    ],
+)
+def test_a_weight_of_two_roles_is_taken_once(make: Any, letters: str, expected: list[tuple[str, str]]) -> None:
+    (found,) = attentions(make()[0])
+    assert [(target.role, target.module) for target in found.targets(letters)] == expected
+    assert all(target.rows is None for target in found.targets(letters))
 
 
-# -- What is not known -------------------------------------------------------------------------
-
-
-class Unknown(nn.Module):
-    """An attention of a class that is not in the table."""
-
-    def __init__(self, name: str, out: int, **attributes: Any) -> None:
-        super().__init__()
-        self.add_module(name, nn.Linear(16, out))
-        self.out_proj = nn.Linear(12, 16)
-        for attribute, value in attributes.items():
-            setattr(self, attribute, value)
-
-
-def rows(module: nn.Module, letters: str = "qkv") -> dict[str, Rows | None]:
-    return {target.role: target.rows for target in find_targets(module, letters)}
-
-
-THIRDS = {"q": Rows(0, 12, 36), "k": Rows(12, 12, 36), "v": Rows(24, 12, 36)}
-#: 24 rows are divisible by three as well.
-BY_HEADS = {"q": Rows(0, 12, 24), "k": Rows(12, 6, 24), "v": Rows(18, 6, 24)}
+BY_HEADS = thirds(24, 6)  # 24 rows are divisible by three as well
 
 
 @pytest.mark.law("fused-rows")
 @pytest.mark.parametrize(
     ("module", "expected"),
     [
-        *((Unknown(name, 36), THIRDS) for name in ("qkv", "Wqkv", "to_qkv", "qkv_proj", "c_attn", "W_pack")),
-        (Unknown("qkv", 24, num_heads=6, num_kv_heads=3), BY_HEADS),
-        (Unknown("qkv", 24, n_heads=6, num_key_value_heads=3, head_dim=2), BY_HEADS),
-        (Unknown("qkv", 24, num_heads=6, num_key_value_groups=2), BY_HEADS),
-        (Unknown("qkv", 24, config=SimpleNamespace(num_attention_heads=6, num_key_value_heads=3)), BY_HEADS),
+        *((Bare(name, 36), thirds(36)) for name in ("qkv", "Wqkv", "to_qkv", "qkv_proj", "c_attn", "W_pack")),
+        (Bare("qkv", 24, num_heads=6, num_kv_heads=3), BY_HEADS),
+        (Bare("qkv", 24, n_heads=6, num_key_value_heads=3, head_dim=2), BY_HEADS),
+        (Bare("qkv", 24, num_heads=6, num_key_value_groups=2), BY_HEADS),
+        (Bare("qkv", 24, config=SimpleNamespace(num_attention_heads=6, num_key_value_heads=3)), BY_HEADS),
     ],
 )
 def test_parts_by_the_numbers_of_heads_or_equal_ones(module: nn.Module, expected: dict[str, Rows]) -> None:
@@ -514,18 +470,18 @@ UNKNOWN = r"layout of the rows in a \w+ is unknown: .*{}.*tnadapt.Rows"
     ("module", "message", "sure"),
     [
         # The output projection is not in doubt.
-        (Unknown("query_key_value", 36), UNKNOWN.format("different ways"), "o"),
-        (Unknown("linear_qkv", 36, num_heads=4), UNKNOWN.format("different ways"), "o"),
-        (Unknown("qkv", 24), UNKNOWN.format("do not follow"), "o"),
-        (Unknown("qkv", 37), UNKNOWN.format("do not follow"), "o"),
-        (Unknown("to_qkv_mlp_proj", 36), UNKNOWN.format("different ways"), "o"),
-        (type("BloomAttention", (Unknown,), {})("query_key_value", 36), UNKNOWN.format("how many heads"), "o"),
+        (Bare("query_key_value", 36), UNKNOWN.format("different ways"), "o"),
+        (Bare("linear_qkv", 36, num_heads=4), UNKNOWN.format("different ways"), "o"),
+        (Bare("qkv", 24), UNKNOWN.format("do not follow"), "o"),
+        (Bare("qkv", 37), UNKNOWN.format("do not follow"), "o"),
+        (Bare("to_qkv_mlp_proj", 36), UNKNOWN.format("different ways"), "o"),
+        (type("BloomAttention", (Bare,), {})("query_key_value", 36), UNKNOWN.format("how many heads"), "o"),
         (
-            type("FalconAttention", (Unknown,), {})("query_key_value", 36),
+            type("FalconAttention", (Bare,), {})("query_key_value", 36),
             UNKNOWN.format("attributes are not those"),
             "o",
         ),
-        (_with(Unknown("kv", 20), q=nn.Linear(16, 12)), "kv computes k, v with one weight of 20 rows", "q"),
+        (_with(Bare("kv", 20), q=nn.Linear(16, 12)), "kv computes k, v with one weight of 20 rows", "q"),
         # A query with a gate in it, as in A.X K2, is not silently skipped.
         (
             _with(
@@ -548,21 +504,13 @@ def test_no_guess_at_rows(module: nn.Module, message: str, sure: str) -> None:
 # transformers may save weights under other names than in memory, so the numbers are compared: no two rows of these
 # models are equal.
 
-Shapes = dict[str, tuple[int, ...]]
 
-
-def shapes_of(tensors: Mapping[str, Tensor]) -> Shapes:
+def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
-# A checkpoint has lists of sizes, one for each stage, and nothing says which stage a weight belongs to.
-REFUSED = {"levit": "queries_keys_values"}
-
-# What a role's targets are, told by their numbers.
-Numbers = dict[tuple[str, bytes], Target]
-
-
-def numbers(targets: list[Target], tensors: Mapping[str, Tensor]) -> Numbers:
+def by_numbers(targets: list[Target], tensors: Mapping[str, Tensor]) -> dict[tuple[str, bytes], Target]:
+    """Return targets by their roles and numbers."""
     found = {}
     for target in targets:
         array = target.select(tensors[target.name].detach()).contiguous().numpy()
@@ -577,7 +525,7 @@ def compare(model: nn.Module, stored: Mapping[str, Tensor], config: Any) -> None
     for roles in ("qkvo", "qv", "q", "k", "v", "o"):
         there = find_targets(model, roles, untie=True)
         here = find_stored(shapes_of(stored), roles, config)
-        theirs, ours = numbers(there, in_memory), numbers(here, stored)
+        theirs, ours = by_numbers(there, in_memory), by_numbers(here, stored)
         assert theirs.keys() == ours.keys(), roles
         assert [theirs[key].shape for key in ours] == [target.shape for target in here]
         layers = {(theirs[key].layer, target.layer) for key, target in ours.items()}
@@ -592,33 +540,26 @@ def compare(model: nn.Module, stored: Mapping[str, Tensor], config: Any) -> None
 
 
 @pytest.mark.law("fused-on-disk")
-@pytest.mark.parametrize("name", CONFIGURED)
-def test_a_saved_model_has_the_targets_of_the_one_in_memory(name: str, tmp_path: Path) -> None:
-    from safetensors.torch import load_file
-
-    model = configured(name)
-    model.save_pretrained(tmp_path)
-    stored, config = load_file(tmp_path / "model.safetensors"), open_checkpoint(tmp_path).config
-    if name in REFUSED:
-        with pytest.raises(LayoutError, match=f"'{REFUSED[name]}' in different ways"):
+@pytest.mark.parametrize("name", [*CONFIGURED, *sorted(MODELS.keys() - CONFIGURED.keys() - {"torchvision_resnet"})])
+def test_a_checkpoint_has_the_targets_of_its_model(name: str, tmp_path: Path) -> None:
+    stored: Mapping[str, Tensor]
+    if name in CONFIGURED:
+        model = configured(name)
+        model.save_pretrained(tmp_path)
+        stored, config = load_file(tmp_path / "model.safetensors"), open_checkpoint(tmp_path).config
+    else:
+        model, _ = build(name)
+        with torch.no_grad():
+            for number, parameter in enumerate(model.parameters()):
+                parameter.normal_(generator=torch.Generator().manual_seed(number))
+        stored, config = model.state_dict(), getattr(model, "config", None)
+        config = config.to_dict() if hasattr(config, "to_dict") else None if config is None else dict(config)
+    if name == "levit":  # lists of sizes, one for each stage, and nothing says which stage a weight belongs to
+        with pytest.raises(LayoutError, match="'queries_keys_values' in different ways"):
             compare(model, stored, config)
     else:
         compare(model, stored, config)
 
-
-@pytest.mark.law("fused-on-disk")
-@pytest.mark.parametrize("name", sorted(MODELS.keys() - CONFIGURED.keys() - {"torchvision_resnet"}))
-def test_a_state_dict_has_the_targets_of_its_model(name: str) -> None:
-    model, _ = build(name)
-    with torch.no_grad():
-        for number, parameter in enumerate(model.parameters()):
-            parameter.normal_(generator=torch.Generator().manual_seed(number))
-    config: Any = getattr(model, "config", None)
-    config = config.to_dict() if hasattr(config, "to_dict") else dict(config) if config is not None else None
-    compare(model, model.state_dict(), config)
-
-
-# -- Every class of the table ------------------------------------------------------------------
 
 # The config.json of a model of the attention of ATTENTIONS; None for what a checkpoint says too little of.
 CONFIGS: dict[str, dict[str, Any] | None] = {
@@ -661,30 +602,6 @@ ELSEWHERE = {
 ALIKE = {"Phi4MultimodalAttention", "timm.models.vision_transformer.DiffParallelScalingBlock"}
 
 
-def _rows(targets: list[Target]) -> set[Any]:
-    return {(t.name.removeprefix("layers.0.attn."), t.stored, t.role, t.rows, t.transposed) for t in targets}
-
-
-@pytest.mark.law("fused-on-disk")
-@pytest.mark.parametrize("name", ATTENTIONS)
-def test_an_attention_in_a_checkpoint_is_read_as_in_memory_or_refused(name: str) -> None:
-    torch.manual_seed(0)
-    module, _, _ = ATTENTIONS[name]()
-    in_memory = _rows([target for found in attentions(module) for target in found.targets("qkv")])
-    shapes = {f"layers.0.attn.{key}": shape for key, shape in shapes_of(module.state_dict()).items()}
-    config_of_model = CONFIGS.get(name)
-    if name.startswith("maxxvit"):
-        # timm's models all have it; bare, this attention cannot be told from a vision transformer's.
-        shapes["layers.0.attn.rel_pos.relative_position_bias_table"] = (2, 7, 7)
-    if config_of_model is not None:
-        assert _rows(find_stored(shapes, "qkv", config_of_model)) == in_memory
-    # With a config that says less, or with none, never other rows.
-    others: list[Any] = [None, {}, {"model_type": "unheard of"}, {"num_attention_heads": 4, "num_key_value_heads": 2}]
-    for config in others:
-        with contextlib.suppress(TargetError):
-            assert _rows(find_stored(shapes, "qkv", config)) == in_memory, config
-
-
 @pytest.mark.law("fused-on-disk")
 def test_every_class_of_the_table_is_built_somewhere() -> None:
     seen = set(ELSEWHERE | ALIKE)
@@ -701,7 +618,27 @@ def test_every_class_of_the_table_is_built_somewhere() -> None:
     assert models >= ELSEWHERE
 
 
-# -- Models of timm ---------------------------------------------------------------------------
+@pytest.mark.law("fused-on-disk")
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_an_attention_in_a_checkpoint_is_read_as_in_memory_or_refused(name: str) -> None:
+    def described(targets: Iterable[Target]) -> set[Any]:
+        return {(t.name.removeprefix("layers.0.attn."), t.stored, t.role, t.rows, t.transposed) for t in targets}
+
+    torch.manual_seed(0)
+    module, _, _ = ATTENTIONS[name]()
+    in_memory = described(target for found in attentions(module) for target in found.targets("qkv"))
+    shapes = {f"layers.0.attn.{key}": shape for key, shape in shapes_of(module.state_dict()).items()}
+    if name.startswith("maxxvit"):
+        # timm's models all have it; bare, this attention cannot be told from a vision transformer's.
+        shapes["layers.0.attn.rel_pos.relative_position_bias_table"] = (2, 7, 7)
+    if CONFIGS.get(name) is not None:
+        assert described(find_stored(shapes, "qkv", CONFIGS[name])) == in_memory
+    # With a config that says less, or with none, never other rows.
+    others: list[Any] = [None, {}, {"model_type": "unheard of"}, {"num_attention_heads": 4, "num_key_value_heads": 2}]
+    for config in others:
+        with contextlib.suppress(TargetError):
+            assert described(find_stored(shapes, "qkv", config)) == in_memory, config
+
 
 _TIMM = {
     # As a state dict has them, with or without timm's config.json.
@@ -734,8 +671,6 @@ def test_a_model_of_timm_is_read_as_in_memory_or_refused(name: str, message: str
                 find_stored(shapes, "qkv", config)
 
 
-# -- Order ------------------------------------------------------------------------------------------------------
-
 # Models whose linear layers have the order of common models.
 ORDERED = [
     "bart", "bert", "bloom", "clip", "deberta", "dinov2", "falcon_new", "gpt2", "gpt_neox", "gptj", "hiera", "llama",
@@ -747,10 +682,11 @@ ORDERED = [
 @pytest.mark.parametrize("name", ORDERED)
 def test_targets_of_a_checkpoint_are_in_the_order_of_the_model(name: str) -> None:
     model = configured(name) if name in CONFIGURED else build(name)[0]
-    config = model.config.to_dict() if hasattr(model, "config") else None
+    # Plain names need no config.
+    config = model.config.to_dict() if hasattr(model, "config") and name not in ("bert", "llama") else None
     shapes = shapes_of(model.state_dict())
     shuffled = dict(random.Random(0).sample(list(shapes.items()), len(shapes)))
-    for roles in ("qv", "kqvo"):
+    for roles in ("qv", "kqvo", "qkvo"):
         assert find_stored(shuffled, roles, config) == find_targets(model, roles, untie=True)
     names = [target.module for target in find_targets(model, "all-linear", untie=True)]
     expected = find_targets(model, names, untie=True)
@@ -761,16 +697,9 @@ def test_targets_of_a_checkpoint_are_in_the_order_of_the_model(name: str) -> Non
         assert find_stored(shuffled, spelling, config) == expected
 
 
-# -- Named cases --------------------------------------------------------------------------------
-
-
-def test_plain_names_need_no_config() -> None:
-    for name in ("llama", "bert"):
-        model, _ = build(name)
-        shapes = shapes_of(model.state_dict())
-        assert find_stored(shapes, "qkvo") == find_targets(model, "qkvo")
-    # Given targets keep their order.
-    targets = find_targets(model)[::-1]
+def test_given_targets_keep_their_order_and_paths_have_the_role_of_any_layer() -> None:
+    model, _ = build("bert")
+    shapes, targets = shapes_of(model.state_dict()), find_targets(model)[::-1]
     assert find_stored(shapes, targets) == find_targets(model, targets) == targets
     by_path = find_stored(shapes, ["attention.self.query", "intermediate.dense"])
     assert {target.role for target in by_path} == {"linear"}
@@ -788,6 +717,6 @@ def test_plain_names_need_no_config() -> None:
     ],
 )
 def test_targets_that_a_checkpoint_does_not_have(targets: Any, message: str) -> None:
-    shapes: Shapes = {"norm.weight": (4,)} if targets == "qv" else shapes_of(build("bert")[0].state_dict())
+    shapes = {"norm.weight": (4,)} if targets == "qv" else shapes_of(build("bert")[0].state_dict())
     with pytest.raises(TargetError, match=message):
         find_stored(shapes, targets)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ import tnadapt as tna
 import tnadapt.torch as tt
 
 from .quantized_models import library, numbers
+from .small import stir
 
 pytestmark = pytest.mark.slow
 ROWS, COLS, GROUP = 64, 128, 32
@@ -59,28 +61,25 @@ def own_numbers(made: Any) -> Any:
     return made._dequantize_weight_for_inference(torch.zeros(1, COLS), dtype=torch.float16)
 
 
-@pytest.mark.parametrize("bits", range(2, 9))
-@pytest.mark.parametrize("ordered", [True, False], ids=["", "act-order"])
-def test_gptq_has_the_same_numbers(bits: int, ordered: bool) -> None:
-    made = packed("torch.TorchLinear", bits, ordered)
+@pytest.mark.parametrize(
+    ("name", "bits", "settings"),
+    [
+        *itertools.product(["torch.TorchLinear"], range(2, 9), [{}, {"ordered": False}]),
+        *itertools.product(["torch.TorchLinear"], [2, 3, 4, 8], [{"format": "GPTQ_P"}]),
+        *itertools.product(["torch_awq.AwqTorchLinear"], range(2, 9), [{}]),
+    ],
+)
+def test_it_has_the_same_numbers(name: str, bits: int, settings: dict[str, Any]) -> None:
+    if "format" in settings:
+        settings = {"format": getattr(importlib.import_module("gptqmodel.quantization").FORMAT, settings["format"])}
+    made = packed(name, bits, **settings)
     assert torch.equal(numbers(made), own_numbers(made).T)
+    if "awq" in name or "format" in settings:
+        return
     # As a model of the first format is converted when it is loaded.
     convert = importlib.import_module("gptqmodel.utils.model").convert_gptq_v1_to_v2_format_module
     convert(made, bits=bits, pack_dtype=torch.int32)
     assert made.qzero_format() == 2
-    assert torch.equal(numbers(made), own_numbers(made).T)
-
-
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_gptq_in_planes_has_the_same_numbers(bits: int) -> None:
-    formats = importlib.import_module("gptqmodel.quantization").FORMAT
-    made = packed("torch.TorchLinear", bits, format=formats.GPTQ_P)
-    assert torch.equal(numbers(made), own_numbers(made).T)
-
-
-@pytest.mark.parametrize("bits", range(2, 9))
-def test_awq_has_the_same_numbers(bits: int) -> None:
-    made = packed("torch_awq.AwqTorchLinear", bits)
     assert torch.equal(numbers(made), own_numbers(made).T)
 
 
@@ -90,9 +89,7 @@ def test_an_embedding_is_adapted() -> None:
     assert torch.equal(numbers(made), table)
     model = nn.Sequential(made)
     adapter = tt.attach(model, tna.presets.lora(2), "embeddings")
-    with torch.no_grad():
-        for parameter in adapter.parameters():
-            parameter += 0.1 * torch.randn(parameter.shape)
+    stir(adapter, 0.1)
     ids = torch.tensor([[0, 5, COLS - 1]])
     torch.testing.assert_close(model(ids).float(), (table + adapter.deltas()[0])[ids].float(), rtol=1e-3, atol=1e-3)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 import warnings
 from typing import Any
 
@@ -39,20 +40,15 @@ def attached(keep: str = "head") -> tuple[Net, tt.Adapter]:
     return model, tt.attach(model, "lora", ["body"], rank=2, keep_trainable=keep or ())
 
 
-def train(model: nn.Module, steps: int) -> None:
-    for _ in range(steps):
-        model(X)["logits"].sum().backward()
-
-
 @pytest.mark.parametrize(("message", "keep"), [(MERGED, "head"), (INACTIVE, "head"), (MERGED, "")])
 def test_it_is_said_once(message: str, keep: str) -> None:
     model, adapter = attached(keep)
     if not keep:  # as with checkpointing, whose inputs have gradients
         model.body.register_forward_pre_hook(lambda module, args: (args[0].clone().requires_grad_(),))
     adapter.merge() if message == MERGED else tt.mix(model, {"default": 0.0})
-    with pytest.warns(UserWarning, match="training does not change it") as caught:
-        train(model, steps=3)
-    assert [str(warning.message) for warning in caught] == [message]
+    with pytest.warns(UserWarning, match=f"^{re.escape(message)}$"):
+        model(X)["logits"].sum().backward()
+    model(X)["logits"].sum().backward()  # a warning would be an error
 
 
 @pytest.mark.filterwarnings("error")
@@ -85,8 +81,6 @@ def test_nothing_is_said_where_nothing_is_trained_or_the_caller_chose_so() -> No
     model(X)
 
 
-# -- References --------------------------------------------------------------------------------
-
 SHARED = (
     "adapter 'default' is merged into weights that a reference_model() of this model shares, so the reference changes, "
     "too. If it is still used, unmerge() first, or merge into a copy that was loaded for it; if not, delete it before "
@@ -97,24 +91,16 @@ SHARED = (
 def test_a_merge_beside_a_reference_is_warned_of() -> None:
     model, adapter = attached()
     reference = tt.reference_model(model)
-    with pytest.warns(UserWarning, match="the reference changes") as caught:
+    with pytest.warns(UserWarning, match=f"^{re.escape(SHARED)}$") as caught:
         adapter.merge()
-    assert [str(one.message) for one in caught] == [SHARED]
     assert caught[0].filename == __file__
     adapter.unmerge()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        for duplicate in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):  # has no reference
+            tt.adapters(duplicate)["default"].merge()
         with pytest.raises(UserWarning, match="the reference changes"):
             adapter.merge()
         assert not adapter.merged
         del reference
         adapter.merge()
-
-
-@pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
-def test_a_copy_has_no_reference(copied: Any) -> None:
-    model, _ = attached()
-    reference = tt.reference_model(model)
-    tt.adapters(copied(model))["default"].merge()
-    assert reference.body.weight is model.body.weight

@@ -35,7 +35,6 @@ CONFIGS = {
     "factored": P.lora(2),
     "dense": P.dense(),
 }
-configs = pytest.mark.parametrize("config", CONFIGS)
 TORCH = PACKAGE + "torch/"
 
 
@@ -93,19 +92,15 @@ def convolution(model: Net) -> list[Tensor]:
         return [model.conv(batch().mT).clone()]
 
 
-def gradients(model: Net) -> list[Tensor]:
-    return _gradients_of(model, model, batch().requires_grad_())
+def gradients(model: Net, part: nn.Module | None = None) -> list[Tensor]:
+    model.zero_grad()
+    y = model(batch().requires_grad_()) if part is None else part(batch())
+    y.square().sum().backward()
+    return [y.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
 
 
 def gradients_of_a_part(model: Net) -> list[Tensor]:
-    return _gradients_of(model, model.lin, batch())
-
-
-def _gradients_of(model: Net, part: nn.Module, x: Tensor) -> list[Tensor]:
-    model.zero_grad()
-    y = part(x)
-    y.square().sum().backward()
-    return [y.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+    return gradients(model, model.lin)
 
 
 CALLS = (whole, attention, linear, convolution, gradients, gradients_of_a_part)
@@ -170,15 +165,22 @@ class Case:
             site = module.__dict__.get("forward")
             if site is not None:
                 with ThreadPoolExecutor(1) as other:
-                    assert other.submit(_is_free, site._lock).result(), "a lock is held"
+                    assert other.submit(site._lock.acquire, blocking=False).result(), "a lock is held"
+                    other.submit(site._lock.release).result()
 
 
-def _is_free(lock: Any) -> bool:
-    with contextlib.ExitStack() as stack:
-        return lock.acquire(blocking=False) and stack.callback(lock.release) is not None
+def interruptions(
+    action: Callable[[], object],
+    prepare: Callable[[], object] = lambda: None,
+    where: str = TORCH,
+    step: int = 1,
+) -> Iterator[None]:
+    """Prepare and interrupt an action at one moment after another; the caller checks what is left each time."""
+    for stop in moments(action, where)[:: 1 if EVERY else step]:
+        prepare()
+        interrupted(action, stop, where)
+        yield
 
-
-# -- Passes ------------------------------------------------------------------------------------
 
 #: Everything else that a pass executes computes numbers and keeps none but the draws of F.
 WHERE = PACKAGE if EVERY else TORCH
@@ -199,21 +201,24 @@ def test_an_interrupted_pass(config: str, action: Callable[[Net], list[Tensor]],
     case = Case(config, reentrant)
     case.adapter._state.cache.forget()
     turns = itertools.cycle(itertools.product(CALLS, (0, 1), (False, True)))
-    # With checkpointing forward again in backward: twice as many lines, mostly the same.
-    for stop in moments(lambda: action(case.model), WHERE)[:: 1 if EVERY or reentrant is None else 4]:
+
+    def prepare() -> None:
         # With an empty cache, as at the first time, and with one of other arrays.
-        call, after, filled = next(turns)
         case.adapter._state.cache.forget()
         if filled:
             case.put(1)
             whole(case.model)
         case.put(0)
-        interrupted(lambda: action(case.model), stop, WHERE)
+
+    call, after, filled = next(turns)
+    # With checkpointing forward again in backward: twice as many lines, mostly the same.
+    for _ in interruptions(lambda: action(case.model), prepare, WHERE, 1 if reentrant is None else 4):
         for which in (after, 1 - after):
             case.put(which)
             case.check(call, which)
         assert case.has_base_bits()
         case.check_nothing_is_left()
+        call, after, filled = next(turns)
 
 
 @pytest.mark.law("interrupted-pass")
@@ -234,11 +239,8 @@ def test_an_interrupted_first_use_of_the_draws_of_f() -> None:
         assert torch.equal(whole(model)[0], reference.expected[0][whole][0])
 
 
-# -- In the middle of a pass -------------------------------------------------------------------
-
-
 @pytest.mark.law("array-changes")
-@configs
+@pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize("call", [whole, gradients], ids=lambda call: call.__name__)
 def test_a_hook_that_edits_the_arrays_acts_on_the_layers_that_follow(config: str, call: Callable[..., Any]) -> None:
     case = Case(config)
@@ -262,9 +264,6 @@ def test_a_hook_that_edits_the_arrays_acts_on_the_layers_that_follow(config: str
     case.check(whole, 1)
 
 
-# -- Changes of an adapter ---------------------------------------------------------------------
-
-
 @pytest.mark.law("interrupted-change")
 @pytest.mark.parametrize("config", ["alone", "at once"])
 def test_an_interrupted_merge_is_whole_or_undone(config: str) -> None:
@@ -274,25 +273,32 @@ def test_an_interrupted_merge_is_whole_or_undone(config: str) -> None:
     merged = {name: t.clone() for name, t in case.model.state_dict().items() if "tnadapt" not in name}
     case.adapter.unmerge()
 
-    def bits() -> bool:
-        """Return whether it is merged, according to the weights and to the adapter."""
+    def is_merged() -> bool:
+        """Return what the weights say; the adapter says the same."""
         now = case.model.state_dict()
-        is_merged = all(torch.equal(now[name], tensor) for name, tensor in merged.items())
-        assert is_merged or case.has_base_bits()
-        assert case.adapter.merged == is_merged
-        return is_merged
+        found = all(torch.equal(now[name], tensor) for name, tensor in merged.items())
+        assert found or case.has_base_bits()
+        assert case.adapter.merged == found
+        return found
 
     for action, back in ((case.adapter.merge, case.adapter.unmerge), (case.adapter.unmerge, case.adapter.merge)):
-        for stop in moments(action, TORCH):
-            if bits() == (action == case.adapter.merge):
-                back()
-            interrupted(action, stop, TORCH)
-            bits()
+        merges = action == case.adapter.merge
+        for _ in interruptions(action, lambda back=back, merges=merges: back() if is_merged() == merges else None):
+            is_merged()
             assert torch.allclose(whole(case.model)[0], attached, atol=1e-5)
-        if not bits():
+        if not is_merged():
             case.adapter.merge()
     case.adapter.unmerge()
     assert case.has_base_bits()
+
+
+class AnyOf(frozenset[int]):
+    """Equal to each of several numbers."""
+
+    def __eq__(self, other: object) -> bool:
+        return other in self
+
+    __hash__ = frozenset.__hash__
 
 
 @pytest.mark.law("interrupted-change")
@@ -303,26 +309,11 @@ def test_an_unmerge_after_two_interrupts_gives_the_bits_back() -> None:
     case.adapter.unmerge()
     loop = [number for number, (code, _) in enumerate(lines) if code.co_name == "_write"]
     for stop, again in itertools.product(loop[:: 1 if EVERY else 2], range(0, 12, 1 if EVERY else 3)):
-        interrupted(case.adapter.merge, Several({stop, stop + again}), TORCH)
+        both: Any = AnyOf({stop, stop + again})
+        interrupted(case.adapter.merge, both, TORCH)
         if case.adapter.merged:
             case.adapter.unmerge()
         assert case.has_base_bits()
-
-
-class Several(int):
-    """Equal to each of several numbers."""
-
-    numbers: set[int]
-
-    def __new__(cls, numbers: set[int]) -> Several:
-        made = super().__new__(cls, min(numbers))
-        made.numbers = numbers
-        return made
-
-    def __eq__(self, other: object) -> bool:
-        return other in self.numbers
-
-    __hash__ = int.__hash__
 
 
 @pytest.mark.law("interrupted-change")
@@ -336,8 +327,7 @@ def test_an_interrupted_disabled_block_ends_enabled(merged: bool) -> None:
 
     if merged:
         case.adapter.merge()
-    for stop in moments(block, TORCH):
-        interrupted(block, stop, TORCH)
+    for _ in interruptions(block):
         assert case.adapter.enabled
         assert case.adapter.merged == merged
         if not merged:
@@ -350,54 +340,47 @@ def test_an_interrupted_disabled_block_ends_enabled(merged: bool) -> None:
 
 @pytest.mark.law("interrupted-change")
 def test_interrupted_loading_of_arrays_is_whole_or_undone(tmp_path: Path) -> None:
-    case = Case("at once")
+    case, path = Case("at once"), tmp_path / "other.safetensors"
     other, adapter = Case.made("at once", None)
     adapter.load_arrays(case.arrays[1])
     with torch.no_grad():
         other.head.weight.add_(1.0)
-    adapter.save(tmp_path / "other.safetensors")
+    adapter.save(path)
     mine, theirs = case.model.head.weight.detach().clone(), other.head.weight.detach().clone()
 
-    def swap() -> None:
-        case.adapter.swap(tmp_path / "other.safetensors")
+    def back() -> None:
+        with torch.no_grad():
+            case.model.head.weight.copy_(mine)
+        case.put(0)
 
-    for action in (swap, lambda: case.adapter.load_arrays(case.arrays[1])):
-        for stop in moments(action, TORCH):
-            with torch.no_grad():
-                case.model.head.weight.copy_(mine)
-            case.put(0)
-            interrupted(action, stop, TORCH)
-            which = case.has()
-            assert torch.equal(case.model.head.weight, theirs if which and action is swap else mine)
-            if action is not swap:
-                case.check(linear, which)
+    for _ in interruptions(lambda: case.adapter.swap(path), back):
+        assert torch.equal(case.model.head.weight, theirs if case.has() else mine)
+    for _ in interruptions(lambda: case.adapter.load_arrays(case.arrays[1]), back):
+        assert torch.equal(case.model.head.weight, mine)
+        case.check(linear, case.has())
 
 
 @pytest.mark.law("interrupted-change")
 def test_an_interrupted_load_leaves_the_model_as_it_was_or_loaded(tmp_path: Path) -> None:
-    case = Case("alone")
-    case.adapter.save(tmp_path / "a.safetensors")
+    case, path = Case("alone"), tmp_path / "a.safetensors"
+    case.adapter.save(path)
     case.adapter.detach()
-    before = dict(case.model.state_dict())
 
-    def load() -> None:
-        tt.load(case.model, tmp_path / "a.safetensors")
-
-    for stop in moments(load, TORCH)[:: 1 if EVERY else 3]:
+    def back() -> None:
         for adapter in tt.adapters(case.model).values():
             adapter.detach()
-        interrupted(load, stop, TORCH)
-        found = tt.adapters(case.model)
-        if found:
-            assert all(torch.equal(p, case.arrays[0][name]) for name, p in found["default"].named_parameters())
-            assert torch.equal(whole(case.model)[0], case.expected[0][whole][0])
-        else:
-            now = case.model.state_dict()
-            assert now.keys() == before.keys()
-            assert all("forward" not in module.__dict__ for module in case.model.modules())
-            assert not case.model._forward_hooks
-            assert not case.model._forward_pre_hooks
-            assert all(p.requires_grad for p in case.model.parameters())
+
+    for _ in interruptions(lambda: tt.load(case.model, path), back, step=3):
+        adapters = tt.adapters(case.model)
+        if adapters:
+            assert all(torch.equal(p, case.arrays[0][name]) for name, p in adapters["default"].named_parameters())
+            case.check(whole, 0)
+            continue
+        assert case.model.state_dict().keys() == case.base.keys()
+        assert all("forward" not in module.__dict__ for module in case.model.modules())
+        assert not case.model._forward_hooks
+        assert not case.model._forward_pre_hooks
+        assert all(p.requires_grad for p in case.model.parameters())
 
 
 @pytest.mark.law("interrupted-change")
@@ -420,18 +403,13 @@ def test_an_interrupted_choice_of_what_acts_or_is_trained_is_whole_or_undone() -
     ):
         back()
         old = state()
-        points = moments(action, TORCH)
+        action()
         new = state()
         assert old != new
-        for stop in points:
-            back()
-            interrupted(action, stop, TORCH)
+        for _ in interruptions(action, back):
             assert state() in (old, new)
         back()
         assert state() == old
-
-
-# -- At any moment -----------------------------------------------------------------------------
 
 
 # Where the exception comes into a destructor, or ends the thread, Python says so and goes on.
@@ -440,47 +418,32 @@ def test_an_interrupted_choice_of_what_acts_or_is_trained_is_whole_or_undone() -
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.parametrize("config", ["alone", "at once"])
 def test_asynchronous_exceptions_at_random_moments(config: str) -> None:
-    case = Case(config)
-    drawn = random.Random(0)
-    wrong: list[str] = []
+    case, drawn = Case(config), random.Random(0)
     turns = itertools.cycle(itertools.product(CALLS, (0, 1)))
-    interrupts, done = 0, threading.Event()
+    done = threading.Event()
 
     def work() -> None:
         while not done.is_set():
-            try:
-                for call, which in turns:
-                    # torch's own guards can be interrupted, too.
-                    torch.set_grad_enabled(True)
-                    if done.is_set():
-                        return
-                    case.put(which)
-                    case.check(call, which)
-            except KeyboardInterrupt:
-                continue
-            except AssertionError as error:
-                wrong.append(str(error))
-                return
+            call, which = next(turns)
+            case.put(which)
+            call(case.model)
 
-    thread = threading.Thread(target=work)
-    thread.start()
-    try:
-        end = time.monotonic() + (60.0 if EVERY else 2.0)
-        while time.monotonic() < end and not wrong:
-            time.sleep(drawn.uniform(0.0, 0.02))
-            if not thread.is_alive():
-                thread = threading.Thread(target=work)
-                thread.start()
-            ctypes.pythonapi.PyThreadState_SetAsyncExc(
-                ctypes.c_ulong(thread.ident), ctypes.py_object(KeyboardInterrupt)
-            )
-            interrupts += 1
-    finally:
-        done.set()
+    interrupts, end = 0, time.monotonic() + (60.0 if EVERY else 2.0)
+    while time.monotonic() < end:
+        interrupts += 1
+        done.clear()
+        thread = threading.Thread(target=work)
+        thread.start()
+        time.sleep(drawn.uniform(0.0, 0.02))
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(KeyboardInterrupt))
+        thread.join(0.01)
+        done.set()  # an exception in a destructor does not end it
         thread.join()
-    assert wrong == []
+        call, which = next(turns)
+        case.put(which)
+        case.check(call, which)
     assert interrupts > 10
-    case.put(0)
     for call in CALLS:
+        case.put(0)
         case.check(call, 0)
     case.check_nothing_is_left()

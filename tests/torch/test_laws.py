@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 
 import pytest
 
@@ -15,6 +14,7 @@ import tnadapt as tna
 import tnadapt.torch as tt
 from tests.support.depth import in_depth
 
+from . import life
 from .architectures import MODELS, Inputs, build, output
 from .loops import bits, same
 from .small import compiles_whole, stir
@@ -72,30 +72,23 @@ def test_a_fresh_adapter_changes_nothing_and_learns_at_once(name: str, config: s
     assert not any(p.requires_grad for n, p in model.named_parameters() if "tnadapt_" not in n)
 
 
-@pytest.mark.law("attached-is-update", "merge-is-attached")
+@pytest.mark.law("attached-is-update", "merge-is-attached", "detach", "fused-keys", "merge-exact-undo")
 @models
-def test_every_target_acts_as_if_it_were_merged(name: str) -> None:
-    model, inputs, adapter = attached(name)
+def test_it_acts_as_if_merged_and_ten_merges_and_detaching_give_the_base_back(name: str) -> None:
+    untouched, inputs = build(name)
+    model, _, adapter = attached(name)
+    paths = [(path, type(module)) for path, module in model.named_modules()]
+    assert paths == [(path, type(module)) for path, module in untouched.named_modules()]
     base = run(model, inputs)
     stir(adapter, size=0.3)
     free, on = output(model, inputs).detach(), run(model, inputs)
     adapter.merge()
     merged = run(model, inputs)
-    moved = float((merged - base).abs().max())
-    for found in (on, free):
-        error = float((found - merged).abs().max())
+    adapter.unmerge()
+    for attached_output in (on, free):
+        error = float((attached_output - merged).abs().max())
         assert error < 1e-5 * max(1.0, float(merged.abs().max()))
-        assert error < 0.05 * moved  # BEiT's layers start with scales of 1e-5
-
-
-@pytest.mark.law("detach", "fused-keys", "merge-exact-undo")
-@models
-def test_merging_ten_times_and_detaching_gives_the_base_back(name: str) -> None:
-    untouched, inputs = build(name)
-    model, _, adapter = attached(name)
-    paths = [(path, type(module)) for path, module in model.named_modules()]
-    assert paths == [(path, type(module)) for path, module in untouched.named_modules()]
-    stir(adapter, size=0.3)
+        assert error < 0.05 * float((merged - base).abs().max())  # BEiT's layers start with scales of 1e-5
     rows = {t.name: set[int]() for t in adapter.targets}
     for target in adapter.targets:
         every = range(target.stored[1] if target.transposed else target.stored[0])
@@ -148,29 +141,29 @@ def test_half_precision(name: str, dtype: torch.dtype) -> None:
     assert same(bits(model), before)
 
 
+class Called(nn.Module):
+    """A model with its inputs, whatever it is called with."""
+
+    def __init__(self, model: nn.Module, inputs: Inputs) -> None:
+        super().__init__()
+        self.model, self.inputs = model, inputs
+
+    def forward(self, x: Tensor) -> Tensor:
+        return output(self.model, self.inputs)
+
+
 @pytest.mark.law("compile")
 @compiles_whole
 @pytest.mark.parametrize(
     "name",
     in_depth(["timm_vit", "timm_swinv2", "bert", "gpt2", "llama", "torchvision_vit"], ["timm_vit", "gpt2", "llama"]),
 )
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@life.asks_for_grad
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # of the compiler's own
 def test_compiled_whole(name: str) -> None:
     model, inputs, adapter = attached(name)
     stir(adapter, size=0.3)
-    want = output(model, inputs)
-    largest = float(want.detach().abs().max())
-    want.square().sum().backward()
-    grads = [p.grad.clone() for p in adapter.parameters()]
-    model.zero_grad()
-    torch._dynamo.reset()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of the compiler's own
-        found = output(torch.compile(model, fullgraph=True, backend="aot_eager"), inputs)
-    assert float((found - want).detach().abs().max()) < 1e-5 * max(1.0, largest)
-    found.square().sum().backward()
-    for p, grad in zip(adapter.parameters(), grads, strict=True):
-        assert float((p.grad - grad).abs().max()) <= 1e-4 * float(grad.abs().max())
+    life.check_compiled(Called(model, inputs), adapter, torch.zeros(0))
 
 
 @pytest.mark.law("meta-device")

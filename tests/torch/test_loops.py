@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -20,34 +19,23 @@ import tnadapt.torch as tt
 from tests.support.array_presets import P
 from tests.support.depth import in_depth
 
+from . import life
 from .loops import CONFIGS, batch, gradients, loss_of, make, relative
 from .small import batch as small_batch
 from .small import compiles_whole, small, stir
 
-# -- Gradients accumulated over batches ------------------------------------------------------
-
 
 @pytest.mark.law("accumulation")
 @pytest.mark.parametrize("config", CONFIGS)
-def test_accumulated_gradients_are_those_of_one_big_batch(config: str) -> None:
+def test_two_backward_passes_of_one_forward_pass_add_up(config: str) -> None:
     model, adapter = make(config)
-    x = batch(8)
-    loss = loss_of(model, x)
+    loss = loss_of(model, batch(8))
     loss.backward(retain_graph=True)
     expected = gradients(adapter)
-    loss.backward()  # one forward pass and two backward
+    assert len(expected) == len(adapter.plan.param_shapes)
+    loss.backward()
     for name, gradient in gradients(adapter).items():
         torch.testing.assert_close(gradient, 2 * expected[name], rtol=1e-6, atol=0)
-    model.zero_grad()
-    for part in x.chunk(4):
-        (loss_of(model, part) / 4).backward()
-    found = gradients(adapter)
-    assert len(expected) == len(adapter.plan.param_shapes)
-    for name, gradient in expected.items():
-        assert relative(found[name], gradient) < 1e-6, name
-
-
-# -- Copies and dtypes -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
@@ -67,39 +55,11 @@ def test_a_model_converted_with_its_adapter(config: str, dtype: Any) -> None:
     assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in adapter.parameters())
 
 
-# -- Compiled --------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch.compiler.set_stance("default")
-    torch._dynamo.reset()
-
-
-def three_losses(config: str, parts: int, compiled_by: Callable[[nn.Module], Any] | None) -> list[float]:
-    model, adapter = make(config, parts)
-    optimizer = torch.optim.SGD(adapter.parameters(), lr=0.02)
-    running = model if compiled_by is None else compiled_by(model)
-    losses = []
-    for _ in range(3):
-        loss = loss_of(running, batch())
-        losses.append(float(loss.detach()))
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        if compiled_by is not None:
-            torch.compiler.set_stance("fail_on_recompile")
-    return losses
-
-
 # Of inductor itself.
 @pytest.mark.slow
 @pytest.mark.law("compile")
 @compiles_whole
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
-@pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize(
     ("config", "backend"),
     [*((config, "aot_eager") for config in in_depth(CONFIGS, [*CONFIGS][::3])), ("default", "inductor")],
@@ -107,15 +67,27 @@ def three_losses(config: str, parts: int, compiled_by: Callable[[nn.Module], Any
 def test_compiled_training(config: str, backend: str) -> None:
     if backend == "inductor" and shutil.which("g++") is None:
         pytest.skip("inductor needs a C++ compiler")
-    # inductor compiles for seconds a layer.
-    parts = 1 if backend == "inductor" else 3
-    eager = three_losses(config, parts, None)
-    compiled = three_losses(config, parts, lambda model: torch.compile(model, fullgraph=True, backend=backend))
+    torch._dynamo.reset()
+    losses: list[list[float]] = []
+    for compiled in (False, True):
+        model, adapter = make(config, 1 if backend == "inductor" else 3)  # it compiles for seconds a layer
+        optimizer = torch.optim.SGD(adapter.parameters(), lr=0.02)
+        program = torch.compile(model, fullgraph=True, backend=backend) if compiled else model
+        losses.append([])
+        for step in range(3):
+            with torch._dynamo.config.patch(error_on_recompile=step > 0):
+                loss = loss_of(program, batch())
+                losses[-1].append(float(loss.detach()))
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+    eager, found = losses
     assert eager[2] < eager[1] < eager[0]
-    assert compiled == pytest.approx(eager, rel=1e-6)
+    assert found == pytest.approx(eager, rel=1e-6)
 
 
-# -- torch.func ------------------------------------------------------------------------------
+def arrays_of(model: nn.Module) -> dict[str, Tensor]:
+    return {name: parameter.detach() for name, parameter in model.named_parameters() if "tnadapt" in name}
 
 
 @pytest.mark.parametrize("config", CONFIGS)
@@ -124,67 +96,42 @@ def test_functional_call_with_other_parameters(config: str) -> None:
     x = batch()
     with torch.no_grad():
         before = model(x)
-    names = [name for name, _ in model.named_parameters() if "tnadapt" in name]
-    swapped = {name: model.get_parameter(name).detach().mul(1.5).requires_grad_() for name in names}
+    swapped = {name: array.mul(1.5).requires_grad_() for name, array in arrays_of(model).items()}
     y = functional_call(model, swapped, (x,))
     y.square().mean().backward()
     assert all(p.grad is None for p in adapter.parameters())
     assert all(bool(p.grad.any()) for p in swapped.values())
     with torch.no_grad():
         assert torch.equal(model(x), before)
-        for name in names:
-            model.get_parameter(name).copy_(swapped[name])
+        for name, array in swapped.items():
+            model.get_parameter(name).copy_(array)
         assert torch.equal(model(x), y)
 
 
-# Of torch, which has no rule yet to take its attention over samples.
+# Of torch, which has no rule yet to take its attention over samples, and none for rows of a fused weight.
 @pytest.mark.law("functional-transforms")
 @pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
 @pytest.mark.parametrize("config", CONFIGS)
-def test_gradients_by_torch_func(config: str) -> None:
-    model, _ = make(config)
-    x = batch()
-    names = [name for name, _ in model.named_parameters() if "tnadapt" in name]
-    parameters = {name: model.get_parameter(name).detach() for name in names}
+def test_gradients_of_samples_and_several_adapters_at_once(config: str) -> None:
+    model = make(config)[0].double()
+    x, parameters = batch().double(), arrays_of(model)
 
     def loss(values: dict[str, Tensor], x: Tensor) -> Tensor:
         return loss_of(lambda x: functional_call(model, values, (x,)), x)
 
     samples = vmap(grad(lambda values, sample: loss(values, sample[None])), in_dims=(None, 0))(parameters, x)
-    whole = grad(loss)(parameters, x)
-    for found, given, tolerance in (
-        (whole, x, {"rtol": 1e-5, "atol": 1e-8}),
-        *(
-            ({name: several[index] for name, several in samples.items()}, x[index : index + 1],
-             {"rtol": 1e-4, "atol": 1e-7}) for index in range(len(x))
-        ),
-    ):  # fmt: skip
+    each = [{name: several[index] for name, several in samples.items()} for index in range(len(x))]
+    for found, inputs in ((grad(loss)(parameters, x), x), *zip(each, x.split(1), strict=True)):
         model.zero_grad()
-        loss_of(model, given).backward()
-        for name in names:
-            torch.testing.assert_close(found[name], model.get_parameter(name).grad, **tolerance)
-
-
-# A fused weight, whose rows get updates, has no batch dimension of its own.
-@pytest.mark.law("functional-transforms")
-@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
-@pytest.mark.parametrize("config", CONFIGS)
-def test_several_adapters_at_once(config: str) -> None:
-    model = make(config)[0].double()
-    x = batch().double()
-    names = [name for name, _ in model.named_parameters() if "tnadapt" in name]
+        loss_of(model, inputs).backward()
+        for name, gradient in found.items():
+            torch.testing.assert_close(gradient, model.get_parameter(name).grad, rtol=1e-9, atol=1e-12)
     torch.manual_seed(1)
-    parameters = {
-        name: model.get_parameter(name).detach() + 1e-3 * torch.randn(3, *model.get_parameter(name).shape).double()
-        for name in names
-    }
-    outputs = vmap(lambda values: functional_call(model, values, (x,)))(parameters)
+    stacked = {name: array + 1e-3 * torch.randn(3, *array.shape).double() for name, array in parameters.items()}
+    outputs = vmap(lambda values: functional_call(model, values, (x,)))(stacked)
     for index, output in enumerate(outputs):
-        one = {name: values[index] for name, values in parameters.items()}
-        torch.testing.assert_close(output, functional_call(model, one, (x,)), rtol=1e-9, atol=1e-12)
-
-
-# -- Maps that have settings, are chains, or work on each weight ------------------------------------
+        alone = {name: values[index] for name, values in stacked.items()}
+        torch.testing.assert_close(output, functional_call(model, alone, (x,)), rtol=1e-9, atol=1e-12)
 
 
 MAPS = {
@@ -202,44 +149,14 @@ MAPS = {
 
 @pytest.mark.law("merge-is-attached")
 @pytest.mark.parametrize("name", MAPS)
-def test_trained_saved_loaded_and_merged(name: str, tmp_path: Path) -> None:
-    model = small()
+def test_the_life_of_an_adapter_whose_gradients_are_those_of_the_plan(name: str, tmp_path: Path) -> None:
+    """The graph of a group's update takes the adjoint of F, the plan's own gradients are autograd's through F."""
+    life.check_life(small, lambda model: tt.attach(model, MAPS[name]), small_batch(), tmp_path)
+    model, x = small(), small_batch().double()
     adapter = tt.attach(model, MAPS[name])
-    optimizer = torch.optim.SGD(adapter.parameters(), lr=0.1)
-    losses = []
-    for _ in range(5):
-        optimizer.zero_grad()
-        loss = nn.functional.cross_entropy(model(small_batch()), torch.tensor([0, 1, 2]))
-        loss.backward()
-        optimizer.step()
-        losses.append(float(loss.detach()))
-    assert losses[-1] < losses[0]
-    with torch.no_grad():
-        trained = model(small_batch())
-        adapter.save(tmp_path / "adapter.safetensors")
-        other = small()
-        tt.load(other, tmp_path / "adapter.safetensors")
-        assert torch.equal(other(small_batch()), trained)
-        adapter.merge()
-        torch.testing.assert_close(model(small_batch()), trained, rtol=1e-4, atol=1e-5)
-        adapter.unmerge()
-        assert torch.equal(model(small_batch()), trained)
-
-
-@pytest.mark.parametrize("name", MAPS)
-def test_gradients_are_those_of_the_plan(name: str) -> None:
-    """The graph of a group's update, which takes the adjoint of F, against autograd through F."""
-    model = small().double()
-    adapter = tt.attach(model, MAPS[name])
+    model.double()
     stir(adapter)
-    weights = [torch.randn(target.shape, dtype=torch.float64) for target in adapter.targets]
-    arrays = {key: value.detach().clone().requires_grad_() for key, value in adapter.named_parameters()}
-    through = sum((d * w).sum() for d, w in zip(adapter.plan.training_plan.deltas(arrays), weights, strict=True))
-    expected = torch.autograd.grad(through, list(arrays.values()))
-    ours = sum((d * w).sum() for d, w in zip(adapter.deltas(), weights, strict=True))
-    found = torch.autograd.grad(ours, [value for _, value in adapter.named_parameters()])
-    for one, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+    life.assert_near(life.passes(model, adapter, x), life.by_formula(adapter, small().double(), x), 1e-9)
 
 
 @pytest.mark.slow

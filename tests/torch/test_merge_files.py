@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
 
 import numpy as np
 from hypothesis import given
@@ -22,35 +22,13 @@ from tnadapt.algebra.rounding import add_in_place
 from tnadapt.checkpoints import stored_weights as module_names
 from tnadapt.checkpoints.checkpoint import open_checkpoint
 
+from .architectures import build
 from .hugging_face import bert, vit
 from .internals import merging
 from .small import stir
 
-
-def gpt2() -> Any:
-    torch.manual_seed(0)
-    config = transformers.GPT2Config(vocab_size=40, n_positions=16, n_embd=32, n_layer=2, n_head=2)
-    return transformers.GPT2LMHeadModel(config)
-
-
-def llama() -> Any:
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=40, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, tie_word_embeddings=True,
-    )  # fmt: skip
-    return transformers.LlamaForCausalLM(config)
-
-
-def neox() -> Any:
-    torch.manual_seed(0)
-    config = transformers.GPTNeoXConfig(
-        vocab_size=40, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
-    )
-    return transformers.GPTNeoXForCausalLM(config)
-
-
-MODELS = {"bert": bert, "vit": vit, "gpt2": gpt2, "llama": llama, "neox": neox}
+FUSED = ("gpt2", "llama", "gpt_neox")
+MODELS = {"bert": bert, "vit": vit, **{name: lambda name=name: build(name)[0] for name in FUSED}}
 SIZES = {
     "rank": 2, "weights": 4, "rows": 32, "cols": 32, "heads": 2, "layers": 2, "n": 20, "block": 8, "r": 3,
     "parameters": 13, "digits": (4,),
@@ -118,7 +96,7 @@ def test_every_config_is_merged_to_the_byte(config: str, dtype: Any, tmp_path: P
 
 @pytest.mark.law("fused-keys")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", ["gpt2", "llama", "neox"])
+@pytest.mark.parametrize("name", FUSED)
 @pytest.mark.parametrize("targets", ["qv", "qkvo"])
 def test_fused_interleaved_and_transposed_weights(name: str, targets: str, dtype: Any, tmp_path: Path) -> None:
     model, adapter = made(name, P.superlora(3, groups=3), dtype, tmp_path, targets=targets)
@@ -161,24 +139,27 @@ def test_modules_that_were_renamed_are_found(table: bool, tmp_path: Path, monkey
     assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), model.state_dict().values(), strict=True))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_head_that_was_trained_beside_it(dtype: Any, tmp_path: Path) -> None:
-    model, adapter = made("bert", P.lora(2), dtype, tmp_path, keep_trainable="classifier")
+@pytest.mark.law("merge-disk-is-memory")
+@pytest.mark.parametrize("projection", ["identity", "nonlinear"])
+@pytest.mark.parametrize(
+    ("trained", "dtype"),
+    [
+        *((trained, torch.float32) for trained in (*DTYPES, torch.float64)),
+        (torch.float32, torch.bfloat16),
+        (torch.float32, torch.float16),
+    ],
+    ids=str,
+)
+def test_adapters_of_every_dtype_and_a_head_beside_them(
+    trained: Any, dtype: Any, projection: str, tmp_path: Path
+) -> None:
+    config = P.superlora(3, groups=2, projection=projection, ratio=1.0 if projection == "identity" else 0.3)
+    model, adapter = made("bert", config, dtype, tmp_path, dtype=trained, keep_trainable="classifier")
     with torch.no_grad():
         model.classifier.weight.add_(1.0)
     memory, disk, report = both_ways(model, adapter, tmp_path)
     assert contents(memory) == contents(disk)
     assert report.replaced == ("classifier.bias", "classifier.weight")
-
-
-@pytest.mark.law("merge-disk-is-memory")
-@pytest.mark.parametrize("trained", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-@pytest.mark.parametrize("projection", ["identity", "nonlinear"])
-def test_adapters_of_every_dtype(trained: Any, projection: str, tmp_path: Path) -> None:
-    config = P.superlora(3, groups=2, projection=projection, ratio=1.0 if projection == "identity" else 0.3)
-    model, adapter = made("bert", config, torch.float32, tmp_path, dtype=trained)
-    memory, disk, _ = both_ways(model, adapter, tmp_path)
-    assert contents(memory) == contents(disk)
 
 
 @pytest.mark.law("merge-disk-is-memory")
@@ -196,9 +177,6 @@ def test_what_comes_from_a_base_of_numbers_that_float32_lacks(
     model, adapter = made("thirds", config, torch.float64, tmp_path)
     memory, disk, _ = both_ways(model, adapter, tmp_path)
     assert contents(memory) == contents(disk)
-
-
-# -- Sums of merging in memory are the same on a device and on the host ------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])

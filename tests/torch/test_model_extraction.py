@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import warnings
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from safetensors.torch import save_file
 from torch import nn
 
 import tnadapt as tna
@@ -48,47 +50,39 @@ def test_the_adapted_base_is_the_tuned_model(name: str) -> None:
         torch.testing.assert_close(output(model, inputs), output(tuned, inputs), rtol=1e-4, atol=1e-4)
     output(model, inputs).sum().backward()
     assert all(parameter.grad is not None and parameter.grad.any() for parameter in adapter.parameters())
+    # The smallest rank within an error of a state dict.
+    model, _ = build(name)
+    searched = tnadapt.torch.extract(model, tuned.state_dict(), presets.lora(), max_error=1e-3)
+    assert searched.config.rank == 2
 
 
 @pytest.mark.parametrize(
     "config",
     [
-        presets.dense(),
-        presets.superlora(4),
-        presets.lokr(4),
-        presets.fastfood(0.5),
-        presets.superlora(4, projection="linear", ratio=0.5),
-        presets.superlora(4, projection="nonlinear"),
+        presets.dense(), presets.superlora(4), presets.lokr(4), presets.fastfood(0.5),
+        presets.superlora(4, projection="linear", ratio=0.5), presets.superlora(4, projection="nonlinear"),
         presets.lorta(3),
     ],
-)
-def test_the_report_is_of_the_updates_that_are_attached(config: tna.Config) -> None:
+)  # fmt: skip
+def test_the_report_is_of_the_updates_that_are_attached_and_those_from_disk(config: tna.Config, tmp_path: Path) -> None:
     model, _ = build("bert")
     tuned = _tuned(model, rank=8)
+    for name, one in (("base", model), ("tuned", tuned)):
+        save_file({key: value.contiguous() for key, value in one.state_dict().items()}, tmp_path / name)
+    stored = tna.extract(tmp_path / "base", tmp_path / "tuned", config, max_iterations=20)
     adapter = tnadapt.torch.extract(model, tuned, config, max_iterations=20)
+    assert [t.name for t in stored.file.targets] == [t.name for t in adapter.targets]
     total = wrong = 0.0
-    for target, delta in zip(adapter.targets, adapter.deltas(), strict=True):
+    for target, delta, from_disk in zip(adapter.targets, adapter.deltas(), stored.file.deltas(), strict=True):
         before, after = (m.get_submodule(target.module).weight.detach().double() for m in (model, tuned))
         total += float(((after - before) ** 2).sum())
         wrong += float(((after - before - delta.detach().double()) ** 2).sum())
-    assert adapter.report.error == pytest.approx((wrong / total) ** 0.5, rel=1e-3, abs=1e-6)
-
-
-def test_the_same_as_from_disk(tmp_path: Path) -> None:
-    from safetensors.torch import save_file
-
-    model, _ = build("bert")
-    tuned = _tuned(model, rank=6)
-    for name, one in (("base", model), ("tuned", tuned)):
-        save_file({key: value.contiguous() for key, value in one.state_dict().items()}, tmp_path / name)
-    found = tna.extract(tmp_path / "base", tmp_path / "tuned", presets.superlora(3))
-    adapter = tnadapt.torch.extract(model, tuned, presets.superlora(3))
-    assert [t.name for t in found.file.targets] == [t.name for t in adapter.targets]
-    assert found.report.error == pytest.approx(adapter.report.error, rel=1e-5)
-    for ours, theirs in zip(found.file.deltas(), adapter.deltas(), strict=True):
-        torch.testing.assert_close(torch.from_numpy(ours), theirs.detach(), rtol=1e-3, atol=1e-5)
+        if config.projection == "identity":  # fits that are done after so few iterations
+            torch.testing.assert_close(torch.from_numpy(from_disk), delta.detach(), rtol=1e-3, atol=1e-5)
+    for report in (adapter.report, stored.report):
+        assert report.error == pytest.approx((wrong / total) ** 0.5, rel=1e-3, abs=1e-6)
     # And the file belongs to the base that the fingerprint was taken of.
-    tna.save(tmp_path / "adapter.safetensors", found.file)
+    tna.save(tmp_path / "adapter.safetensors", stored.file)
     adapter.detach()
     tnadapt.torch.load(model, tmp_path / "adapter.safetensors")
 
@@ -117,12 +111,9 @@ def test_a_head_is_kept_and_what_is_not_is_warned_of() -> None:
     assert ["head.weight" not in str(one.message) for one in heard] == [True]
     assert torch.equal(model.head.weight, tuned.head.weight)
     assert adapter.kept == ("head.weight", "head.bias")
-
-
-def test_the_smallest_rank_within_an_error_of_a_state_dict() -> None:
-    model, _ = build("bert")
-    adapter = tnadapt.torch.extract(model, _tuned(model, rank=3).state_dict(), presets.lora(), max_error=1e-3)
-    assert adapter.config.rank == 3
+    adapter.merge()
+    with pytest.raises(TargetError, match="is merged into the base"):
+        tnadapt.torch.extract(model, tuned, name="other")
 
 
 @pytest.mark.parametrize(
@@ -143,17 +134,6 @@ def test_the_dtype_is_that_of_the_base(kind: Any, other: Any) -> None:
     adapter = tnadapt.torch.extract(model, tuned.to(other), presets.dense())
     assert adapter.report.error < 1e-6
     assert {p.dtype for p in adapter.parameters()} == {kind if kind is torch.float64 else torch.float32}
-
-
-def test_arrays_that_come_from_a_base_of_numbers_that_float32_lacks() -> None:
-    model = nn.Sequential(nn.Linear(6, 5)).double()
-    nn.init.normal_(model[0].weight)
-    tuned = copy.deepcopy(model)
-    adapter = tnadapt.torch.attach(tuned, presets.lora_xs(2), "all-linear", dtype=torch.float64)
-    nn.init.normal_(next(adapter.parameters()))
-    (expected,) = adapter.deltas()
-    (delta,) = tnadapt.torch.extract(model, adapter.bake(), presets.lora_xs(2), "all-linear").deltas()
-    torch.testing.assert_close(delta, expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -234,20 +214,6 @@ def test_what_cannot_be_done_leaves_the_base_as_it_was(
         torch.testing.assert_close(base.state_dict(), before, rtol=0, atol=0)
 
 
-def test_a_base_that_was_merged_into_is_refused() -> None:
-    model = nn.TransformerEncoderLayer(16, 2, dim_feedforward=32, batch_first=True)
-    tuned, adapter = _tuned(model), tnadapt.torch.attach(model)
-    with torch.no_grad():
-        for parameter in adapter.parameters():
-            parameter.normal_()
-    adapter.merge()
-    with pytest.raises(TargetError, match="is merged into the base"):
-        tnadapt.torch.extract(model, tuned, name="other")
-
-
-# -- What a method made itself is recovered -----------------------------------------------------------------
-
-
 class _Attentions(nn.Module):
     """Four weights, in another order than that of the alphabet."""
 
@@ -265,12 +231,14 @@ def _of_base() -> dict[str, tna.Config]:
     return {name: every[name] for name, plan in plans.items() if plan.needs_base and plan.applying.additive}
 
 
-def _tuned_by(config: tna.Config, size: float, seed: int) -> tuple[nn.Module, tnadapt.torch.Adapter, dict[str, Any]]:
+def _tuned_by(
+    config: tna.Config, size: float, seed: int, dtype: Any = torch.float32
+) -> tuple[nn.Module, tnadapt.torch.Adapter, dict[str, Any]]:
     """Return a base, an adapter with random arrays on a copy of it, and the state dict after merging the adapter."""
     torch.manual_seed(seed)
-    base = _Attentions()
+    base = _Attentions().to(dtype)
     tuned = copy.deepcopy(base)
-    adapter = tnadapt.torch.attach(tuned, config, ["query", "key"])
+    adapter = tnadapt.torch.attach(tuned, config, ["query", "key"], dtype=dtype)
     with torch.no_grad():
         for parameter in adapter.parameters():
             parameter.add_(size * torch.randn_like(parameter))
@@ -281,8 +249,6 @@ def _tuned_by(config: tna.Config, size: float, seed: int) -> tuple[nn.Module, tn
 
 @pytest.mark.parametrize("name", _of_base())
 def test_an_update_of_the_same_method_is_recovered(name: str, tmp_path: Path) -> None:
-    from safetensors.torch import save_file
-
     config = _of_base()[name]
     base, adapter, state = _tuned_by(config, 0.1, 3)
     made, targets = [delta.detach() for delta in adapter.deltas()], adapter.targets
@@ -301,11 +267,13 @@ def test_an_update_of_the_same_method_is_recovered(name: str, tmp_path: Path) ->
         for ours, theirs in zip([*again.deltas(), *found.deltas()], [*made, *made], strict=True):
             torch.testing.assert_close(ours.detach(), theirs, rtol=1e-4, atol=1e-4 * float(theirs.abs().max()))
 
-
-@pytest.mark.parametrize("name", _of_base())
-def test_an_update_far_from_the_start_is_recovered(name: str) -> None:
-    config = _of_base()[name]
-    for size in (0.3, 1.0):
-        for seed in in_depth(range(100), range(4)):
-            base, _, state = _tuned_by(config, size, seed)
-            assert tnadapt.torch.extract(base, state, config, ["query", "key"]).report.error < 1e-5, (size, seed)
+    # Far from the start, too.
+    for size, seed in itertools.product((0.3, 1.0), in_depth(range(100), range(4))):
+        base, _, state = _tuned_by(config, size, seed)
+        assert tnadapt.torch.extract(base, state, config, ["query", "key"]).report.error < 1e-5, (size, seed)
+    # In numbers that float32 lacks.
+    base, adapter, state = _tuned_by(config, 0.1, 3, torch.float64)
+    double = tnadapt.torch.extract(base, state, config, ["query", "key"])
+    for ours, theirs in zip(double.deltas(), adapter.deltas(), strict=True):
+        tolerance = 1e-9 * float(theirs.detach().abs().max())
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=tolerance)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 torch = pytest.importorskip("torch")
-
-import re
 
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -33,9 +33,6 @@ def run(model: nn.Module, *given: Any) -> Tensor:
         return model(*(given or (batch(),)))
 
 
-# -- Memory layout -----------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("config", [P.lora(2), P.hira(2)], ids=["lora", "hira"])
 @pytest.mark.parametrize("rows", [None, tna.Rows(2, 3, 8)])
 def test_a_convolution_in_channels_last_is_merged(rows: tna.Rows | None, config: tna.Config) -> None:
@@ -55,9 +52,6 @@ def test_a_convolution_in_channels_last_is_merged(rows: tna.Rows | None, config:
     assert (adapter.bake()(x) - attached).abs().max() < 1e-5
 
 
-# -- Reads of a weight -------------------------------------------------------------------------
-
-
 def through(x: Tensor, layer: nn.Linear) -> Tensor:
     return x @ layer.weight.T
 
@@ -74,18 +68,14 @@ class Elsewhere(nn.Module):
 
 
 def test_a_read_that_is_not_seen_is_said_once() -> None:
-    model = Elsewhere()
+    model, x = Elsewhere(), torch.randn(4, 8)
     adapter = tt.attach(model)
-    with pytest.warns(
-        UserWarning, match="none of the modules that adapter 'default' updates was called in a forward pass"
-    ):
-        run(model, torch.randn(4, 8))
-    run(model, torch.randn(4, 8))
+    message = "none of the modules that adapter 'default' updates was called in a forward pass"
+    with pytest.warns(UserWarning, match=message):
+        run(model, x)
+    run(model, x)
     adapter.merge()
-    run(model, torch.randn(4, 8))
-
-
-# -- One model in another ----------------------------------------------------------------------
+    run(model, x)
 
 
 def test_an_adapter_on_a_part_and_one_on_the_whole(tmp_path: Path) -> None:
@@ -110,25 +100,20 @@ def test_an_adapter_on_a_part_and_one_on_the_whole(tmp_path: Path) -> None:
 
 
 @pytest.mark.law("name-clash")
-@pytest.mark.parametrize("first", ["part", "whole"])
-def test_one_name_in_a_part_and_the_whole_is_refused(first: str) -> None:
+def test_one_name_in_two_parts_or_in_a_part_and_the_whole() -> None:
+    for part_first in (True, False):
+        model = small()
+        places = (model.blocks[1], model) if part_first else (model, model.blocks[1])
+        tt.attach(places[0])
+        with pytest.raises(tna.TargetError, match="this model already has an adapter 'default'"):
+            tt.attach(places[1])
+    # Two parts have nothing in common, but the whole cannot tell their adapters apart.
     model = small()
-    one, other = (model.blocks[1], model) if first == "part" else (model, model.blocks[1])
-    tt.attach(one)
-    with pytest.raises(tna.TargetError, match="this model already has an adapter 'default'"):
-        tt.attach(other)
-
-
-def test_one_name_in_two_parts_is_told_by_who_is_asked() -> None:
-    model = small()
-    one, other = tt.attach(model.blocks[0]), tt.attach(model.blocks[1])
-    for asked in (tt.adapters, lambda model: tt.mix(model, {"default": 0.0})):
+    both = tt.attach(model.blocks[0]), tt.attach(model.blocks[1])
+    for call in (tt.adapters, lambda model: tt.mix(model, {"default": 0.0})):
         with pytest.raises(tna.TargetError, match="two adapters of this model have the name 'default', one attached"):
-            asked(model)
-    assert (one.weight, other.weight) == (1.0, 1.0)
-
-
-# -- Between forward and backward --------------------------------------------------------------
+            call(model)
+    assert [adapter.weight for adapter in both] == [1.0, 1.0]
 
 
 def checkpointed(model: nn.Module) -> None:
@@ -137,14 +122,19 @@ def checkpointed(model: nn.Module) -> None:
 
 
 @pytest.mark.law("activation-checkpointing")
+@pytest.mark.parametrize("config", [None, P.lora(2)], ids=["default", "lora"])
 @pytest.mark.parametrize("change", ["activate", "mix", "merge", "disable"])
-def test_a_change_before_a_checkpointed_region_runs_again_is_noticed(change: str) -> None:
+def test_a_change_before_a_checkpointed_region_runs_again_is_noticed(change: str, config: tna.Config | None) -> None:
     model = small()
-    a, b = (tt.attach(model, name=name) for name in "ab")
+    a, b = (tt.attach(model, config, name=name) for name in "ab")
     for seed, adapter in enumerate((a, b)):
         stir(adapter, seed=seed)
-    a.activate()
     checkpointed(model)
+    # The settings of earlier passes are forgotten once the arrays change.
+    tt.mix(model, {"a": 0.5})
+    model(batch()).sum().backward()
+    stir(a)
+    a.activate()
     model(batch()).sum().backward()
     y = model(batch().requires_grad_())
     with contextlib.ExitStack() as stack:
@@ -161,15 +151,15 @@ def test_a_change_before_a_checkpointed_region_runs_again_is_noticed(change: str
 @pytest.mark.law("merge-twice")
 def test_a_merge_inside_of_disabled_is_refused() -> None:
     model = small()
-    adapter = tt.attach(model)
+    with torch.inference_mode():  # where it is attached does not matter
+        adapter = tt.attach(model)
+    model(batch()).sum().backward()
+    assert any(p.grad.any() for p in adapter.parameters())
     stir(adapter)
     before = bits(model)
     with adapter.disabled(), pytest.raises(tna.TargetError, match="is disabled; merge it outside of disabled"):
         adapter.merge()
     assert same(bits(model), before)
-
-
-# -- Swap, mix, set_trainable ------------------------------------------------------------------
 
 
 def test_a_swap_takes_the_same_kept_parameters_or_nothing(tmp_path: Path) -> None:
@@ -221,16 +211,20 @@ def test_a_group_or_array_that_is_not_there(given: dict[str, Any]) -> None:
     assert [p.requires_grad for _, p in adapter.named_parameters()] == before
 
 
-# -- Threads, replicas, tracing ----------------------------------------------------------------
-
-
-def test_a_replica_of_data_parallel_is_refused() -> None:
+def test_a_replica_and_a_model_that_accelerate_has_offloaded_are_refused() -> None:
     model = small()
     tt.attach(model)
     replica = model._replicate_for_data_parallel()
     with pytest.raises(tna.TargetError, match="use DistributedDataParallel, with one process per device"):
         replica(batch())
     run(model)
+    accelerate = pytest.importorskip("accelerate")
+    model = nn.Sequential(*small().blocks[:2])
+    before = run(model)
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    with pytest.raises(tna.TargetError, match=r"is offloaded by accelerate.*attach to a model that is fully in memory"):
+        tt.attach(model)
+    assert torch.equal(run(model), before)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -249,66 +243,40 @@ def test_a_trace_computes_the_update_from_the_arrays() -> None:
         assert (traced(batch()) - before).abs().max() > 1e-3
 
 
-# -- Weights that are not plain parameters -----------------------------------------------------
+def parametrized(seed: int) -> nn.Module:
+    model = small(seed)
+    nn.utils.parametrizations.weight_norm(model.blocks[1].q_proj)
+    return model
 
 
-def test_a_parametrized_weight(tmp_path: Path) -> None:
-    def made(seed: int) -> nn.Module:
-        model = small(seed)
-        nn.utils.parametrizations.weight_norm(model.blocks[1].q_proj)
-        return model
+def of_two_dtypes(seed: int) -> nn.Module:
+    model = small(seed)
+    model.blocks[1].to(torch.bfloat16)
+    return model
 
-    model = made(0)
+
+@pytest.mark.parametrize("make", [parametrized, of_two_dtypes])
+def test_a_base_with_a_parametrized_weight_or_two_dtypes(make: Any, tmp_path: Path) -> None:
+    model, path = make(0), tmp_path / "a.safetensors"
     adapter = tt.attach(model)
     stir(adapter)
+    adapter.save(path)
+    base = tna.load(path).base
+    assert base is not None
+    assert base.dtype == "float32"
+    loaded = tt.load(make(0), path).model
+    with pytest.raises(tna.FileError, match="trained on another base model"):
+        tt.load(make(1), path)
+    if make is of_two_dtypes:
+        tt.load(small().to(torch.bfloat16), path)
+        return
     attached = run(model)
+    assert torch.equal(run(loaded), attached)
     with pytest.raises(tna.TargetError, match=r"q_proj.weight is parametrized.*remove_parametrizations\(\) first"):
         adapter.merge()
-    adapter.save(tmp_path / "a.safetensors")
-    assert torch.equal(run(tt.load(made(0), tmp_path / "a.safetensors").model), attached)
-    with pytest.raises(tna.FileError, match="trained on another base model"):
-        tt.load(made(1), tmp_path / "a.safetensors")
     # Another one, after attaching.
     nn.utils.parametrizations.weight_norm(model.blocks[0].qkv)
     assert torch.allclose(run(model), attached, atol=1e-5)
-
-
-def test_the_fingerprint_of_a_base_of_two_dtypes(tmp_path: Path) -> None:
-    def made(seed: int) -> nn.Module:
-        model = small(seed)
-        model.blocks[1].to(torch.bfloat16)
-        return model
-
-    model = made(0)
-    tt.attach(model).save(tmp_path / "a.safetensors")
-    base = tna.load(tmp_path / "a.safetensors").base
-    assert base is not None
-    assert base.dtype == "float32"
-    tt.load(made(0), tmp_path / "a.safetensors")
-    tt.load(small().to(torch.bfloat16), tmp_path / "a.safetensors")
-    with pytest.raises(tna.FileError, match="trained on another base model"):
-        tt.load(made(1), tmp_path / "a.safetensors")
-
-
-# -- Where it is made --------------------------------------------------------------------------
-
-
-def test_attached_in_inference_mode_it_can_be_trained() -> None:
-    model = small()
-    with torch.inference_mode():
-        adapter = tt.attach(model)
-    model(batch()).sum().backward()
-    assert any(p.grad.any() for p in adapter.parameters())
-
-
-def test_a_model_that_accelerate_has_offloaded_is_refused() -> None:
-    accelerate = pytest.importorskip("accelerate")
-    model = nn.Sequential(*small().blocks[:2])
-    before = run(model)
-    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
-    with pytest.raises(tna.TargetError, match=r"is offloaded by accelerate.*attach to a model that is fully in memory"):
-        tt.attach(model)
-    assert torch.equal(run(model), before)
 
 
 @pytest.mark.parametrize("reference_first", [True, False])
@@ -334,9 +302,6 @@ def test_a_reference_pass_before_a_checkpointed_region_runs_again_is_no_change(r
 
     for found, expected in zip(gradients(True), gradients(False), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
-
-
-# -- What happens is logged at the level INFO under tnadapt, and not printed -----------------------
 
 
 def test_what_happens_to_an_adapter_is_logged(
@@ -369,31 +334,27 @@ def test_what_happens_to_an_adapter_is_logged(
 
 # -- References that share the base's tensors -------------------------------------------------------
 
+X = torch.randn(5, 6, generator=torch.Generator().manual_seed(1))
+
 
 def perceptron() -> nn.Module:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.GELU(), nn.Linear(8, 6), nn.Linear(6, 3))
+    return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.GELU(), nn.Linear(8, 6), nn.Linear(6, 3)).eval()
 
 
-def move(parameters) -> None:  # type: ignore[no-untyped-def]
+def move(model: nn.Module) -> None:
     with torch.no_grad():
-        for parameter in parameters:
-            parameter.add_(0.5)
-
-
-def trained_pair(**how: bool) -> tuple[nn.Module, nn.Module, tt.Adapter]:
-    model = perceptron().eval()
-    adapter = tt.attach(model, presets.superlora(2), ["0", "3"], keep_trainable="4")
-    move(adapter.parameters())
-    return model, tt.reference_model(model, **how), adapter
-
-
-x = torch.randn(5, 6, generator=torch.Generator().manual_seed(1))
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.5)
 
 
 @pytest.mark.parametrize("with_adapters", [False, True])
 def test_a_reference_stays_as_it_is(with_adapters: bool) -> None:
-    model, reference, adapter = trained_pair(with_adapters=with_adapters)
+    model = perceptron()
+    adapter = tt.attach(model, presets.superlora(2), ["0", "3"], keep_trainable="4")
+    stir(adapter, 0.5)
+    reference = tt.reference_model(model, with_adapters=with_adapters)
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     # Only what is trained is copied, and nothing changes in the model that is trained.
     other = dict(reference.named_parameters())
@@ -404,53 +365,46 @@ def test_a_reference_stays_as_it_is(with_adapters: bool) -> None:
     if not with_adapters:
         assert tt.adapters(reference) == {}
         assert list(reference.state_dict()) == list(perceptron().state_dict())
-    with torch.no_grad(), contextlib.nullcontext() if with_adapters else adapter.disabled():
-        expected = model(x)
-    move(parameter for parameter in model.parameters() if parameter.requires_grad)
-    assert torch.equal(reference(x), expected)
-    assert not torch.equal(model(x), expected)
+    with contextlib.nullcontext() if with_adapters else adapter.disabled():
+        expected = run(model, X)
+    move(model)
+    assert torch.equal(reference(X), expected)
+    assert not torch.equal(model(X), expected)
     # Each has its own mode and buffers.
-    before = reference[1].running_mean.clone()  # type: ignore[index]
-    model.train()(x)
+    before = reference[1].running_mean.clone()
+    model.train()(X)
     assert not any(module.training for module in reference.modules())
-    assert torch.equal(reference[1].running_mean, before)  # type: ignore[index]
+    assert torch.equal(reference[1].running_mean, before)
 
 
-def test_a_reference_of_a_model_without_adapters_or_merged_is_refused() -> None:
-    model = perceptron()
-    text = (
-        "Sequential has no adapter, so that all of its parameters may be trained: for a reference, copy.deepcopy() it"
-    )
-    with pytest.raises(TargetError, match=f"^{re.escape(text)}$"):
-        tt.reference_model(model)
-    adapter = tt.attach(model, targets="all-linear")
-    move(adapter.parameters())
-    adapter.merge()
-    text = "adapter 'default' is merged into the weights that the reference shares: unmerge() it"
-    with pytest.raises(TargetError, match=f"^{re.escape(text)}$"):
-        tt.reference_model(model)
-
-
-def test_a_reference_is_not_merged_and_leaves_no_trace_when_detached() -> None:
-    model, reference, _ = trained_pair(with_adapters=True)
-    (adapter,) = tt.adapters(reference).values()
-    expected, flags = model(x), [parameter.requires_grad for parameter in model.parameters()]
-    for call in (adapter.merge, adapter.bake):
-        with pytest.raises(TargetError) as caught:
+def test_a_reference_is_of_an_adapter_that_is_not_merged_and_leaves_no_trace_when_detached() -> None:
+    def refused(call: Any, message: str) -> None:
+        with pytest.raises(TargetError, match=f"^{re.escape(message)}$"):
             call()
-        assert str(caught.value) == (
-            "adapter 'default' is on a reference model, whose weights are those of the model in training: a merge "
-            "would change both; leave it attached"
-        )
-    adapter.detach()
-    assert torch.equal(model(x), expected)
-    assert [parameter.requires_grad for parameter in model.parameters()] == flags
 
-
-def test_interrupted_it_leaves_the_model_frozen() -> None:
     model, below = perceptron(), str(Path(tt.__file__).parent)
-    tt.attach(model, targets="all-linear")
+    make = functools.partial(tt.reference_model, model, with_adapters=True)
+    refused(
+        make,
+        "Sequential has no adapter, so that all of its parameters may be trained: for a reference, copy.deepcopy() it",
+    )
+    adapter = tt.attach(model, targets="all-linear", keep_trainable="1")
     flags = [parameter.requires_grad for parameter in model.parameters()]
-    for stop in moments(lambda: tt.reference_model(model), below):
-        interrupted(lambda: tt.reference_model(model), stop, below)
+    for stop in moments(make, below):
+        interrupted(make, stop, below)
         assert [parameter.requires_grad for parameter in model.parameters()] == flags, stop
+    move(model)
+    adapter.merge()
+    refused(make, "adapter 'default' is merged into the weights that the reference shares: unmerge() it")
+    adapter.unmerge()
+    (other,) = tt.adapters(make()).values()
+    expected = model(X)
+    for call in (other.merge, other.bake):
+        refused(
+            call,
+            "adapter 'default' is on a reference model, whose weights are those of the model in training: a merge "
+            "would change both; leave it attached",
+        )
+    other.detach()
+    assert torch.equal(model(X), expected)
+    assert [parameter.requires_grad for parameter in model.parameters()] == flags
