@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from safetensors.torch import load_file, save_file
 import tnadapt.torch as tt
 from tests.torch.test_experts import EXPERTS, IDS, MODELS, made
 
-from .conversions import adapter_on, converted, fill
+from .conversions import adapter_on, converted, fill, trained_by_peft
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning"),
@@ -37,10 +36,7 @@ def shapes_of(model: Any) -> dict[str, tuple[int, ...]]:
 
 def saved_by_peft(name: str, folder: Path, **settings: Any) -> Any:
     config = peft.LoraConfig(r=3, lora_alpha=5, **{"target_modules": [], "target_parameters": BOTH, **settings})
-    theirs = peft.get_peft_model(made(name), config)
-    fill(parameter for parameter in theirs.parameters() if parameter.requires_grad)
-    theirs.save_pretrained(folder)
-    return theirs
+    return trained_by_peft(folder, made(name), config)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -84,9 +80,9 @@ def test_some_experts_of_one_parameter_with_ranks_of_their_own(tmp_path: Path) -
     adapter.save(tmp_path / "ours.safetensors")
     found = tna.convert(tmp_path / "ours.safetensors", tmp_path / "theirs", to="peft-lora")
     assert found.exact
-    config = json.loads((tmp_path / "theirs" / "adapter_config.json").read_text())
-    assert config["target_parameters"] == ["model.layers.1.mlp.experts.down_proj"]
-    assert config["r"] == 3
+    assert found.config is not None
+    assert found.config["target_parameters"] == ["model.layers.1.mlp.experts.down_proj"]
+    assert found.config["r"] == 3
     theirs = peft.PeftModel.from_pretrained(made("mixtral"), tmp_path / "theirs")
     torch.testing.assert_close(theirs(IDS).logits, model(IDS).logits, rtol=1e-4, atol=1e-5)
 
@@ -94,16 +90,12 @@ def test_some_experts_of_one_parameter_with_ranks_of_their_own(tmp_path: Path) -
 def test_a_module_that_peft_takes_for_the_other_order(tmp_path: Path) -> None:
     """Llama 4 stores (in, out) and does not say so: PEFT's factors of it are those of the transposes."""
     model = torch.nn.Module()
-    model.feed_forward = torch.nn.Module()
-    model.feed_forward.experts = torch.nn.Module()
-    model.feed_forward.experts.gate_up_proj = torch.nn.Parameter(torch.zeros(2, 4, 6))
-    model.feed_forward.experts.down_proj = torch.nn.Parameter(torch.zeros(2, 3, 4))
+    model.experts = torch.nn.Module()
+    model.experts.gate_up_proj = torch.nn.Parameter(torch.zeros(2, 4, 6))
+    model.experts.down_proj = torch.nn.Parameter(torch.zeros(2, 3, 4))
     base = shapes_of(model)
     config = peft.LoraConfig(r=2, lora_alpha=2, target_modules=[], target_parameters=["experts.gate_up_proj"])
-    theirs = peft.get_peft_model(model, config)
-    fill(parameter for parameter in theirs.parameters() if parameter.requires_grad)
-    theirs.save_pretrained(tmp_path)
-    merged = theirs.merge_and_unload().feed_forward.experts.gate_up_proj
+    merged = trained_by_peft(tmp_path, model, config).merge_and_unload().experts.gate_up_proj
     file = converted(tmp_path, base=base)
     assert [(target.index, target.transposed) for target in file.targets] == [(0, True), (1, True)]
     for delta, stored in zip(file.deltas(), merged, strict=True):
@@ -136,69 +128,49 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
         tna.convert(tmp_path, base=shapes_of(model))
 
 
-@pytest.mark.parametrize("to", ["peft-lokr", "vllm-lora", "lycoris-lora"])
-def test_other_forms_have_no_experts(to: str) -> None:
-    with pytest.raises(tna.ConfigError, match=r"experts\.down_proj\[1\] cannot be converted.*one of the 2 matrices"):
-        tna.convert(own(P.lora(1)), to=to)
+def expert(parameter: str = "down_proj", index: int = 1) -> tna.Target:
+    return tna.Target("experts", (2, 6, 4), parameter=parameter, index=index)
 
 
 def test_a_format_alone_takes_lora() -> None:
-    targets = [tna.Target("experts", (2, 6, 4), parameter="down_proj", index=index) for index in (0, 1)]
-    found = tna.convert(adapter_on(targets, P.lora(1)), to="peft")
+    found = tna.convert(adapter_on([expert(index=0), expert()], P.lora(1)), to="peft")
     assert (found.kind, found.exact) == ("peft-lora", True)
 
 
-def own(cfg: tna.Config, **fields: Any) -> tna.AdapterFile:
-    return adapter_on([tna.Target("experts", (2, 6, 4), index=1, **{"parameter": "down_proj", **fields})], cfg)
+EMBEDDING, TIED = (tna.Target("embed", (12, 6), "embedding", tied=tied) for tied in ((), ("head.table",)))
+NOT_OF_EMBEDDINGS = r"'embed' is an embedding, and apply=.* of it is not written for PEFT"
 
 
-def test_what_cannot_be_written_is_named() -> None:
-    message = r"'experts\.down_proj\[1\]' is one of the matrices .* apply='magnitude' of it is not"
+@pytest.mark.parametrize(
+    ("targets", "config", "to", "message"),
+    [
+        *(
+            ([expert()], P.lora(1), to, r"experts\.down_proj\[1\] cannot be converted.*one of the 2 matrices")
+            for to in ("peft-lokr", "vllm-lora", "lycoris-lora")
+        ),
+        ([expert()], P.dora(1), "peft-lora", r"proj\[1\]' is one of the matrices .* apply='magnitude' of it is not"),
+        ([expert("weight")], P.lora(1), "peft-lora", "'experts' has parameters weight, and it is unknown in which ord"),
+        (
+            [expert("up_proj", 0), tna.Target("fc", (4, 6), transposed=True)], P.lora(1), "peft-lora",
+            r"'fc' is stored as \(in, out\), which PEFT .* refuses for experts",
+        ),
+        *(
+            ([EMBEDDING], P.lora(2), to, "'embed' is an embedding, and .* has no .* of such a layer: convert to")
+            for to in ("peft-lokr", "peft-loha", "lycoris-lora", "lycoris-full")
+        ),
+        ([EMBEDDING], P.dora(2), "peft-lora", NOT_OF_EMBEDDINGS),
+        ([EMBEDDING], P.hira(2), "peft-lora", NOT_OF_EMBEDDINGS),
+        ([TIED], P.lora(2), "peft-lora", r"embed\.weight .* updated together with head\.table, to which it is tied"),
+    ],
+)  # fmt: skip
+def test_experts_and_embeddings_that_cannot_be_written_are_named(
+    targets: list[tna.Target], config: tna.Config, to: str, message: str
+) -> None:
     with pytest.raises(tna.ConfigError, match=message):
-        tna.convert(own(P.dora(1)), to="peft-lora")
-    with pytest.raises(tna.ConfigError, match=r"'experts' has parameters weight, and it is unknown in which order"):
-        tna.convert(own(P.lora(1), parameter="weight"), to="peft-lora")
-    expert = tna.Target("experts", (2, 6, 4), parameter="up_proj", index=0)
-    other = tna.Target("fc", (4, 6), transposed=True)
-    with pytest.raises(tna.ConfigError, match=r"'fc' is stored as \(in, out\), which PEFT .* refuses for experts"):
-        tna.convert(adapter_on([expert, other], P.lora(1)), to="peft-lora")
-
-
-# -- Embeddings ----------------------------------------------------------------------------------
+        tna.convert(adapter_on(targets, config), to=to)
 
 
 TOKENS = torch.tensor([[3, 0, 11, 3], [7, 2, 3, 9]])
-
-
-def embedding(cfg: tna.Config, **settings: Any) -> tna.AdapterFile:
-    return adapter_on([tna.Target("embed", (12, 6), "embedding", **settings)], cfg)
-
-
-@pytest.mark.parametrize("to", ["peft-lokr", "peft-loha", "lycoris-lora", "lycoris-full"])
-def test_other_forms_have_no_embeddings(to: str) -> None:
-    file = embedding(P.lora(2))
-    with pytest.raises(tna.ConfigError, match=r"'embed' is an embedding, and .* has no .* of such a layer: convert to"):
-        tna.convert(file, to=to)
-
-
-def test_embeddings_that_cannot_be_written_are_named() -> None:
-    for cfg in (P.dora(2), P.hira(2)):
-        message = r"'embed' is an embedding, and apply=.* of it is not written for PEFT"
-        with pytest.raises(tna.ConfigError, match=message):
-            tna.convert(embedding(cfg), to="peft-lora")
-    file = embedding(P.lora(2), tied=("head.table",))
-    message = r"embed\.weight .* updated together with head\.table, to which it is tied"
-    with pytest.raises(tna.ConfigError, match=message):
-        tna.convert(file, to="peft-lora")
-
-
-def test_settings_that_peft_would_misread(tmp_path: Path) -> None:
-    """A Conv1D next to an embedding: PEFT's one setting is that of the Conv1D."""
-    targets = [tna.Target("embed", (12, 6), "embedding"), tna.Target("fc", (6, 8), transposed=True)]
-    tna.convert(adapter_on(targets, P.lora(2)), tmp_path / "theirs", to="peft-lora")
-    assert json.loads((tmp_path / "theirs" / "adapter_config.json").read_text())["fan_in_fan_out"] is True
-    again = converted(tmp_path / "theirs")
-    assert [(target.stored, target.transposed) for target in again.targets] == [((12, 6), False), ((6, 8), True)]
 
 
 def test_fan_in_fan_out_is_not_said_of_embeddings_and_convolutions(tmp_path: Path) -> None:
@@ -213,15 +185,17 @@ def test_fan_in_fan_out_is_not_said_of_embeddings_and_convolutions(tmp_path: Pat
             return self.conv(self.fc(self.embed(ids)).mT)
 
     config = peft.LoraConfig(r=3, target_modules=["embed", "fc", "conv"], fan_in_fan_out=True)
-    theirs = peft.get_peft_model(Mixed(), config).eval()
-    fill(p for p in theirs.parameters() if p.requires_grad)
-    theirs.save_pretrained(tmp_path / "theirs", save_embedding_layers=False)
+    theirs = trained_by_peft(tmp_path / "theirs", Mixed(), config)
     base = {"embed": (12, 6), "fc": (6, 8), "conv": (8, 8, 2)}
     for known in (None, base):
         file = converted(tmp_path / "theirs", tmp_path / "ours.safetensors", base=known, overwrite=True)
-        assert {target.module: target.transposed for target in file.targets} == {
-            "embed": False, "fc": True, "conv": False,
-        }  # fmt: skip
+        transposed = {target.module: target.transposed for target in file.targets}
+        assert transposed == {"embed": False, "fc": True, "conv": False}
         model = Mixed()
         tt.load(model, tmp_path / "ours.safetensors")
         torch.testing.assert_close(model(TOKENS), theirs(TOKENS), rtol=1e-5, atol=1e-5)
+    # And back, where PEFT's one setting is that of the Conv1D.
+    back = tna.convert(tmp_path / "ours.safetensors", tmp_path / "back", to="peft-lora")
+    assert back.config is not None
+    assert back.config["fan_in_fan_out"] is True
+    assert {target.module: target.transposed for target in converted(tmp_path / "back").targets} == transposed

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,10 @@ from .conversions import (
     assert_same_updates,
     converted,
     error,
-    fill,
     made,
     model,
     peft_updates,
+    trained_by_peft,
     updates,
 )
 
@@ -44,14 +44,10 @@ BOTH = SHAPES | CONVS
 
 def theirs(folder: Path, config: Any, shapes: dict[str, tuple[int, ...]], seed: int = 1) -> dict[str, Any]:
     """An adapter that PEFT makes, fills and saves; its updates."""
-    wrapped = peft.get_peft_model(model(shapes), config)
-    fill((p for name, p in wrapped.named_parameters() if "lora_" in name or "lokr_" in name or "hada_" in name), seed)
-    wrapped.save_pretrained(folder)
-    return peft_updates(wrapped)
+    return peft_updates(trained_by_peft(folder, model(shapes), config, seed))
 
 
-LINEAR = ["q_proj", "v_proj", "fc_1"]
-ALL = [*LINEAR, "conv", "point", "line"]
+ALL = ["q_proj", "v_proj", "fc_1", "conv", "point", "line"]
 
 
 def test_lokr_of_several_sizes_has_several_configs(tmp_path: Path) -> None:
@@ -66,20 +62,6 @@ def test_lokr_of_several_sizes_has_several_configs(tmp_path: Path) -> None:
     assert_same_updates(found.file, expected)
 
 
-def test_dense_updates_of_lokr_are_found_again(tmp_path: Path) -> None:
-    shapes = {path: shape for path, shape in BOTH.items() if path != "stem.line"}
-    expected = theirs(tmp_path / "theirs", peft.LoKrConfig(r=9, alpha=3, target_modules=ALL[:-1]), shapes)
-    factors = converted(tmp_path / "theirs", base=shapes)
-    arrays = {f"group{number}.split0.dense": delta.reshape(-1) for number, delta in enumerate(factors.deltas())}
-    file = tna.AdapterFile(P.dense(), factors.targets, arrays)
-    with pytest.raises(tna.ConfigError, match=r"not exactly LoKr: give rank="):
-        tna.convert(file, to="peft-lokr")
-    again = tna.convert(file, tmp_path / "again", to="peft-lokr", rank=9)
-    assert again.exact  # found again, by the nearest Kronecker product
-    assert again.error <= TOLERANCE
-    check_loaded(tmp_path / "again", expected)
-
-
 def test_rank_and_alpha_patterns_are_configs_of_their_own(tmp_path: Path) -> None:
     patterns = {"q_proj": 5, "^stem.conv": 3}
     settings = peft.LoraConfig(
@@ -87,16 +69,12 @@ def test_rank_and_alpha_patterns_are_configs_of_their_own(tmp_path: Path) -> Non
     )
     expected = theirs(tmp_path / "theirs", settings, BOTH)
     file = converted(tmp_path / "theirs", base=BOTH)
-    found = {}
-    for config, targets in file.config.split(file.targets):
-        found |= {target.module: (config.rank, config.scale) for target in targets}
-    for path in expected:
-        special = (5, 1.0) if path.endswith("q_proj") else (3, 4 / 3) if path == "stem.conv" else (2, 2.0)
-        assert found[path] == special
+    special = {"blocks.0.attn.q_proj": (5, 1.0), "stem.conv": (3, 4 / 3)}
+    parts = file.config.split(file.targets)
+    found = {target.module: (config.rank, config.scale) for config, targets in parts for target in targets}
+    assert found == dict.fromkeys(BOTH, (2, 2.0)) | special
     # As many numbers as PEFT has, none of them a padding of zeros.
-    assert file.num_parameters == sum(rank * sum(delta.shape) for (rank, _), delta in zip(
-        (found[target.module] for target in file.targets), file.deltas(), strict=True
-    ))  # fmt: skip
+    assert file.num_parameters == sum(found[target.module][0] * sum(target.shape) for target in file.targets)
     back = tna.convert(file, tmp_path / "back", to="peft-lora")
     assert back.config is not None
     assert (back.exact, back.config["r"]) == (True, 2)
@@ -106,10 +84,11 @@ def test_rank_and_alpha_patterns_are_configs_of_their_own(tmp_path: Path) -> Non
     check_loaded(tmp_path / "back", expected)
 
 
-def test_lokr_of_several_sizes_goes_straight_to_the_other_library(tmp_path: Path) -> None:
-    """The factors are those of the file."""
+@pytest.mark.parametrize("rank", [2, 9])
+def test_lokr_of_several_sizes_goes_straight_to_the_other_library(rank: int, tmp_path: Path) -> None:
+    """The factors are those of the file; of its dense updates, those of the nearest Kronecker product."""
     shapes = {path: shape for path, shape in BOTH.items() if path != "stem.line"}
-    expected = theirs(tmp_path / "theirs", peft.LoKrConfig(r=2, alpha=3, target_modules=ALL[:-1]), shapes)
+    expected = theirs(tmp_path / "theirs", peft.LoKrConfig(r=rank, alpha=3, target_modules=ALL[:-1]), shapes)
     for to in ("peft-lokr", "lycoris-lokr", "lycoris-full"):
         found = tna.convert(tmp_path / "theirs", tmp_path / to, to=to, base=shapes)
         assert found.exact
@@ -122,6 +101,13 @@ def test_lokr_of_several_sizes_goes_straight_to_the_other_library(tmp_path: Path
 
     os.rename(tmp_path / "lycoris-lokr", tmp_path / "lycoris.safetensors")  # its loader goes by the ending
     by_lycoris(tmp_path / "lycoris.safetensors", expected, shapes)
+    dense = converted(tmp_path / "lycoris-full", base=shapes)
+    with pytest.raises(tna.ConfigError, match=r"not exactly LoKr: give rank="):
+        tna.convert(dense, to="peft-lokr")
+    again = tna.convert(dense, tmp_path / "again", to="peft-lokr", rank=rank)
+    assert again.exact
+    assert again.error <= TOLERANCE
+    check_loaded(tmp_path / "again", expected)
 
 
 def check_loaded(folder: Path, expected: dict[str, Any], shapes: dict[str, tuple[int, ...]] | None = None) -> None:
@@ -261,15 +247,7 @@ class Model(torch.nn.Module):  # type: ignore[name-defined, misc]
         return y if self.conv is None else self.conv(y[None, None])
 
 
-def names(model: Model) -> list[str]:
-    return ["one", "two"] if model.conv is None else ["one", "two", "conv"]
-
-
-def stir(parameters: Any) -> None:
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in parameters:
-            parameter += 0.2 * torch.randn_like(parameter)
+QUERIES = tna.Target("attn.q", (6, 4), "q")
 
 
 X = torch.linspace(-1.0, 1.0, 30).reshape(5, 6)
@@ -285,13 +263,16 @@ X = torch.linspace(-1.0, 1.0, 30).reshape(5, 6)
 )
 def test_ours_become_peft_s(config: tna.Config, transposed: bool, tmp_path: Path) -> None:
     ours = Model(transposed)
-    adapter = tt.attach(ours, config, [f"{name}" for name in names(ours)])
-    stir(parameter for _, parameter in adapter.named_parameters())
+    adapter = tt.attach(ours, config, ["one", "two"] if transposed else ["one", "two", "conv"])
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter += 0.2 * torch.randn_like(parameter)
     adapter.save(tmp_path / "ours.safetensors")
     found = tna.convert(tmp_path / "ours.safetensors", tmp_path / "theirs", to="peft-lora", dtype="float32", rank=None)
     assert found.error < 1e-6
-    written = json.loads((tmp_path / "theirs" / "adapter_config.json").read_text())
-    assert written["peft_type"] == ("LORA" if config.apply == "magnitude" else "HIRA")
+    assert found.config is not None
+    assert found.config["peft_type"] == ("LORA" if config.apply == "magnitude" else "HIRA")
     theirs = peft.PeftModel.from_pretrained(Model(transposed), str(tmp_path / "theirs")).eval()
     with torch.no_grad():
         torch.testing.assert_close(theirs(X), ours(X), rtol=1e-5, atol=1e-5)
@@ -305,54 +286,25 @@ def test_ours_become_peft_s(config: tna.Config, transposed: bool, tmp_path: Path
             assert np.array_equal(array, adapter.arrays()[f"weight{own}.magnitude"].detach().numpy())
 
 
-def of_queries(config: tna.Config) -> tna.AdapterFile:
-    return adapter_on([tna.Target("attn.q", (6, 4), "q")], config)
-
-
 @pytest.mark.parametrize(
-    ("file", "to", "message"),
+    ("target", "config", "to", "message"),
     [
+        (QUERIES, P.hira(2), "gguf-lora", "apply='hadamard' of this adapter does more than add ΔW to the weight, and"),
+        (QUERIES, P.dora(2), "peft-lokr", "(tnadapt merge), or convert it to 'peft-lora' (--to peft-lora)"),
+        (QUERIES, P.dora(2, magnitude_axis="cols"), "peft-lora", "and peft-lora can only add: merge it into the base"),
         (
-            of_queries(P.dora(2)),
-            "lycoris-lora",
-            "apply='magnitude' of this adapter does more than add ΔW to the weight, and",
-        ),
-        (
-            of_queries(P.dora(2)),
-            "peft-lokr",
-            "and peft-lokr can only add: merge it into the base with tnadapt.merge (tnadapt merge), or convert it to "
-            "'peft-lora' (--to peft-lora)",
-        ),
-        (of_queries(P.hira(2)), "lycoris-full", "apply='hadamard' of this adapter does more than add"),
-        (
-            of_queries(P.dora(2, magnitude_axis="cols")),
-            "peft-lora",
-            "and peft-lora can only add: merge it into the base with tnadapt.merge (tnadapt merge)",
-        ),
-        (
-            adapter_on([tna.Target("attn.qkv", (18, 4), "q", rows=tna.Rows(0, 6, 18))], P.dora(2)),
-            "peft-lora",
+            tna.Target("attn.qkv", (18, 4), "q", rows=tna.Rows(0, 6, 18)), P.dora(2), "peft-lora",
             "'attn.qkv' has magnitudes of some of its rows only",
         ),
     ],
-)
-def test_what_a_form_does_not_hold_is_refused(file: tna.AdapterFile, to: str, message: str) -> None:
-    with pytest.raises(tna.ConfigError) as error:
-        tna.convert(file, to=to)
-    assert message in str(error.value)
-
-
-@pytest.mark.parametrize("to", ["peft-lokr", "lycoris-lokr", "peft-loha"])
-def test_it_is_refused_before_a_rank_is_asked_for(to: str) -> None:
-    # An update that is no Kronecker product: a rank would not help.
-    file, rng = of_queries(P.dora(2, start="pissa")), np.random.default_rng(0)
-    start = {name: rng.normal(size=shape).astype(np.float32) for name, shape in file.plan.start_shapes.items()}
-    with pytest.raises(tna.ConfigError, match="apply='magnitude' of this adapter does more than add"):
-        tna.convert(dataclasses.replace(file, given=start), to=to)
+)  # fmt: skip
+def test_what_a_form_does_not_hold_is_refused(target: tna.Target, config: Config, to: str, message: str) -> None:
+    with pytest.raises(tna.ConfigError, match=re.escape(message)):
+        tna.convert(adapter_on([target], config), to=to)
 
 
 def test_a_magnitude_of_another_length_is_refused(tmp_path: Path) -> None:
-    tna.convert(of_queries(P.dora(2)), tmp_path / "theirs", to="peft-lora")
+    tna.convert(adapter_on([QUERIES], P.dora(2)), tmp_path / "theirs", to="peft-lora")
     place = tmp_path / "theirs" / "adapter_model.safetensors"
     tensors = load_file(place)
     name = "base_model.model.attn.q.lora_magnitude_vector"

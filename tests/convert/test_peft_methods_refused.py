@@ -335,12 +335,3 @@ def test_what_cannot_be_written(config: Callable[[], tna.Config], to: str, messa
 def test_weights_that_peft_does_not_adapt_so(target: tna.Target, message: str) -> None:
     with pytest.raises(ConfigError, match=rf"'a' {message}"):
         tna.convert(adapter_on([target], P.miss(2)), to="peft-miss")
-
-
-def test_a_rank_belongs_to_other_forms() -> None:
-    message = r"rank=2 \(--rank\) applies to LoRA, LoKr and LoHa only; 'peft-miss' has no rank to choose"
-    with pytest.raises(ConfigError, match=message):
-        tna.convert(made(P.miss(2), FLAT), to="peft-miss", rank=2)
-    message = r"to \(--to\) must be one of tnadapt, peft, peft-lora, peft-lokr, peft-loha, peft-vera"
-    with pytest.raises(ConfigError, match=message):
-        tna.convert(made(P.lora(2), FLAT), to="peft-vblora")

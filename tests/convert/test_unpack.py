@@ -23,10 +23,10 @@ from .conversions import (
     assert_same_updates,
     converted,
     error,
-    fill,
     loaded_by_peft,
     made,
     peft_updates,
+    trained_by_peft,
     updates,
 )
 
@@ -72,9 +72,8 @@ def test_transposed_weights_are_peft_s_fan_in_fan_out(tmp_path: Path) -> None:
     assert_same_updates(loaded_by_peft(tmp_path / "out", base()), file)  # as it is stored, (in, out)
     assert [target.transposed for target in converted(tmp_path / "out").targets] == [True, True]
     # What PEFT itself saves: of the last layer it met.
-    mine = peft.get_peft_model(base(), peft.LoraConfig(r=3, fan_in_fan_out=True, target_modules=["c_attn", "c_square"]))
-    fill(p for p in mine.parameters() if p.requires_grad)
-    mine.save_pretrained(tmp_path / "mine")
+    config = peft.LoraConfig(r=3, fan_in_fan_out=True, target_modules=["c_attn", "c_square"])
+    mine = trained_by_peft(tmp_path / "mine", base(), config)
     assert_same_updates(converted(tmp_path / "mine"), peft_updates(mine))
     # The base says how a weight that is not square is stored.
     known = converted(tmp_path / "mine", base=shapes)
@@ -185,7 +184,7 @@ def test_factors_that_cancel_lose_more_than_their_last_digit() -> None:
 def test_ranks_and_scales_that_differ_keep_the_update(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     tensors, deltas = {}, {}
-    for path, rank, alpha in (("a.q", 2, 4.0), ("b.q", 3, 1.0), ("c.q", 1, 0.0)):
+    for path, rank, alpha in (("a.q", 2, 4.0), ("b.q", 3, 1), ("c.q", 1, 0.0)):  # some scripts store integers
         name = f"lora_unet_{path.replace('.', '_')}"
         up, down = rng.standard_normal((6, rank)), rng.standard_normal((rank, 8))
         tensors |= {f"{name}.lora_up.weight": up, f"{name}.lora_down.weight": down}
