@@ -30,15 +30,12 @@ def npz(monkeypatch: pytest.MonkeyPatch) -> None:
     register()
 
 
-def test_it_is_one_of_the_forms() -> None:
+def test_there_and_back(tmp_path: Path) -> None:
+    file, out = made(tna.presets.lora(3, alpha=5)), tmp_path / "out.npz"
     assert sys.modules["tnadapt.convert"].FORMS[-1] == "npz-lora"
     message = r"to \(--to\) must be one of tnadapt, peft, .*, npz-lora; got 'npz-lokr'; did"
     with pytest.raises(tna.ConfigError, match=message):
-        tna.convert(made(tna.presets.lora(1)), to="npz-lokr")
-
-
-def test_there_and_back(tmp_path: Path) -> None:
-    file, out = made(tna.presets.lora(3, alpha=5)), tmp_path / "out.npz"
+        tna.convert(file, to="npz-lokr")
     found = tna.convert(file, out, to="npz-lora")
     assert (found.exact, found.kind, found.origin) == (True, "npz-lora", "tnadapt")
     assert found.error <= TOLERANCE
@@ -50,6 +47,16 @@ def test_there_and_back(tmp_path: Path) -> None:
     back = tna.convert(out, base=SHAPES)
     assert (back.origin, back.exact) == ("npz-lora", True)
     assert_same_updates(back.file, file)
+    with pytest.raises(tna.FileError, match=r"out\.npz: base has no module 'blocks\.0\.attn\.q_proj'"):
+        tna.convert(out, base={"b.q": (3, 4)})
+    # Of a format that is for reading only there is no form; and the format registered last is asked first.
+    before = pipeline_module.forms()
+    register_file_format("reader", type("Reader", (FileFormat,), {"detect": NpzFormat.detect, "read": NpzFormat.read}))
+    assert pipeline_module.forms() == before
+    assert tna.convert(out).origin == "reader-lora"
+    out.unlink()
+    with pytest.raises(tna.FileError, match=r"out\.npz: No such file"):
+        tna.convert(out)
 
 
 @pytest.mark.parametrize("form", [form for form in FORMS if form.startswith(("peft-lo", "lycoris-"))])
@@ -64,44 +71,19 @@ def test_straight_from_and_to_other_libraries(form: str, tmp_path: Path) -> None
     assert_same_updates(converted(tmp_path / "three.npz"), file)
 
 
-class WithStructures(NpzFormat):
-    """It has the magnitudes of DoRA beside factors, and a structure that can only be added."""
-
-    structures = ("blocks",)
-
-    def applied(self, *args: Any) -> Any:
-        raise NotImplementedError
-
-    def encode_file(self, *args: Any) -> Any:
-        raise NotImplementedError
-
-
-def test_what_is_not_added_has_no_structure_of_its_own() -> None:
-    register_file_format("own", WithStructures)
-    with pytest.raises(tna.ConfigError, match=r"apply='magnitude' of this adapter does more than add .*own-blocks"):
-        tna.convert(made(tna.presets.dora(2)), to="own-blocks")
-
-
-def test_the_base_is_checked(tmp_path: Path) -> None:
-    tna.convert(made(tna.presets.lora(1), {"a.q": (3, 4)}), tmp_path / "out.npz", to="npz-lora")
-    with pytest.raises(tna.FileError, match=r"out\.npz: base has no module 'a\.q'"):
-        tna.convert(tmp_path / "out.npz", base={"b.q": (3, 4)})
-    (tmp_path / "out.npz").unlink()
-    with pytest.raises(tna.FileError, match=r"out\.npz: No such file"):
-        tna.convert(tmp_path / "out.npz")
-
-
 def test_what_a_format_does_not_say_it_can_hold_is_refused() -> None:
-    message = r"'stem\.conv' is stored in 4 axes, and the npz library has lora only for m"
-    with pytest.raises(tna.ConfigError, match=message):
-        tna.convert(made(tna.presets.lora(1), {"stem.conv": CONVS["stem.conv"]}), to="npz-lora")
-    turned = adapter_on([tna.Target("a.q", (4, 4), transposed=True)], tna.presets.lora(1))
-    message = r"'a\.q' is stored as \(in, out\), and the npz library has lora only for m"
-    with pytest.raises(tna.ConfigError, match=message):
-        tna.convert(turned, to="npz-lora")
-    kept = dataclasses.replace(made(tna.presets.lora(1)), kept={"head.weight": np.ones((2, 2), "f4")})
-    with pytest.raises(tna.ConfigError, match=r"the npz library has no place for .*head\.weight.*without_kept=True"):
-        tna.convert(kept, to="npz-lora")
+    lora = tna.presets.lora(1)
+    kept = dataclasses.replace(made(lora), kept={"head.weight": np.ones((2, 2), "f4")})
+    for file, message in (
+        (made(lora, CONVS), r"'stem\.conv' is stored in 4 axes, and the npz library has lora only for m"),
+        (
+            adapter_on([tna.Target("a.q", (4, 4), transposed=True)], lora),
+            r"'a\.q' is stored as \(in, out\), and the npz library has lora only for m",
+        ),
+        (kept, r"the npz library has no place for .*head\.weight.*without_kept=True"),
+    ):
+        with pytest.raises(tna.ConfigError, match=message):
+            tna.convert(file, to="npz-lora")
     assert tna.convert(kept, to="npz-lora", without_kept=True).exact
 
 
@@ -137,16 +119,6 @@ def test_a_missing_method_is_named(missing: str, arguments: int) -> None:
         register_file_format("lacking", lacking)
     with pytest.raises(tna.ConfigError, match=rf"lacks a method: define FileFormat\.{missing}"):
         getattr(FileFormat(), missing)(*[None] * arguments)
-
-
-def test_a_format_may_be_for_reading_only(tmp_path: Path) -> None:
-    tna.convert(made(tna.presets.lora(1), {"a.q": (3, 4)}), tmp_path / "out.npz", to="npz-lora")
-    reader = type("Reader", (FileFormat,), {"detect": NpzFormat.detect, "read": NpzFormat.read})
-    before = pipeline_module.forms()
-    register_file_format("reader", reader)
-    assert pipeline_module.forms() == before
-    # The format registered last is asked first.
-    assert tna.convert(tmp_path / "out.npz").origin == "reader-lora"
 
 
 def test_a_cell_can_be_run_again() -> None:
@@ -185,7 +157,6 @@ runpy.run_module("tnadapt", run_name="__main__")
     assert_same_updates(tna.load(back), file)
 
 
-@pytest.mark.usefixtures("npz")
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut off", b"\x00" * 100, b"garbage"])
 def test_what_a_plug_in_s_libraries_raise_is_an_error_of_the_file(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "damaged.npz"

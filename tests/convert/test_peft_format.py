@@ -289,6 +289,7 @@ def test_ours_become_peft_s(config: tna.Config, transposed: bool, tmp_path: Path
 @pytest.mark.parametrize(
     ("target", "config", "to", "message"),
     [
+        (QUERIES, P.dora(2), "peft-miss", "apply='magnitude' of this adapter does more than add ΔW to the weight, and"),
         (QUERIES, P.hira(2), "gguf-lora", "apply='hadamard' of this adapter does more than add ΔW to the weight, and"),
         (QUERIES, P.dora(2), "peft-lokr", "(tnadapt merge), or convert it to 'peft-lora' (--to peft-lora)"),
         (QUERIES, P.dora(2, magnitude_axis="cols"), "peft-lora", "and peft-lora can only add: merge it into the base"),

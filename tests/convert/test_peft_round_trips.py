@@ -472,7 +472,6 @@ def run(case: Case, folder: Path, place: Path) -> None:
     assert found.exact
     assert found.file is not None
     if not found.notes and case.method in ("VERA", "FOURIERFT", "WAVEFT", "C3A", "SHIRA", "MISS"):
-        print("DTYPE", case.method, case.dtype)
         assert found.file.dtype == case.dtype
     ours = fresh(case.model)
     apart = is_apart(case)

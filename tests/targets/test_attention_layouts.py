@@ -251,56 +251,60 @@ def test_a_checkpoint_that_says_too_little_is_refused(shapes: Any, config: Any, 
         find_stored(shapes, "v", config)
 
 
-def test_an_empty_tensor_is_no_weight() -> None:
-    shapes = stored("qkv", 24)
-    shapes |= {f"layers.{n}.attention.qkv.weight": shape for n, shape in ((1, (0, 8)), (2, (24, 0)), (3, (24,)))}
-    assert [target.module for target in find_stored(shapes, "v")] == ["layers.0.attention.qkv"]
+def beside(words: str, *sizes: int, prefix: str = "attn.") -> dict[str, tuple[int, ...]]:
+    """Weights of these sizes beside each other."""
+    return {f"{prefix}{name}.weight": sizes for name in words.split()}
 
 
-def test_a_depthwise_convolution_projects_nothing() -> None:
-    steps = ((0, (8, 1, 3, 3)), (1, (8, 8, 1, 1)))
-    shapes = {f"attn.to_{letter}.{step}.weight": shape for letter in "qkv" for step, shape in steps}
-    assert [target.module for target in find_stored(shapes, "qv")] == ["attn.to_q.1", "attn.to_v.1"]
-    # With one output it does.
-    shapes = {"attn.to_q.weight": (1, 1, 1, 1), "attn.to_k.weight": (1, 1, 1, 1), "attn.to_v.weight": (1, 1, 1, 1)}
-    assert [target.module for target in find_stored(shapes, "qv")] == ["attn.to_q", "attn.to_v"]
+GPT2, VALUES = {"model_type": "gpt2", "n_head": 2}, (16, 8, 24, 1)
+HEAD = {"c_attn.weight": (8, 24), "score.weight": (3, 8)}
+EMPTY = {f"layers.{n}.attention.qkv.weight": sizes for n, sizes in enumerate(((0, 8), (24, 0), (24,)), 1)}
 
 
 @pytest.mark.parametrize(
-    ("shapes", "role", "child", "makes"),
+    ("shapes", "wanted", "config", "expected"),
+    [
+        # Without elements, or of one axis, it is no weight.
+        (stored("qkv", 24) | EMPTY, "v", None, {"layers.0.attention.qkv": VALUES}),
+        # A depthwise convolution projects nothing, but with one output it does.
+        (
+            beside("to_q.0 to_k.0 to_v.0", 8, 1, 3, 3) | beside("to_q.1 to_k.1 to_v.1", 8, 8, 1, 1), "qv", None,
+            {"attn.to_q.1": None, "attn.to_v.1": None},
+        ),
+        (beside("to_q to_k to_v", 1, 1, 1, 1), "qv", None, {"attn.to_q": None, "attn.to_v": None}),
+        # The name of a wrapped weight says the same in the attention and in the wrapper.
+        (beside("qkv.qkv", 24, 8) | beside("proj", 8, 8), "v", None, {"attn.qkv.qkv": VALUES}),
+        # Names that all libraries agree on need no config.
+        *((stored(name, 24), "v", None, {f"layers.0.attention.{name}": VALUES}) for name in ("qkv", "Wqkv")),
+        (stored("qkv_proj", 24, output="o_proj"), "v", None, {"layers.0.attention.qkv_proj": VALUES}),
+        (beside("qkv", 24, 5) | beside("proj", 8, 8), "v", None, {"attn.qkv": VALUES}),
+    ],
+)  # fmt: skip
+def test_what_projects_is_found(shapes: Any, wanted: str, config: Any, expected: dict[str, Any]) -> None:
+    assert {target.module: target.rows for target in find_stored(shapes, wanted, config)} == expected
+
+
+@pytest.mark.parametrize(
+    ("values", "child"),
     [
         # A name with a hint, of which nothing says that it is the value; two weights in one projection.
-        ({"q_proj": (8, 8), "k_proj": (8, 8), "gate_v_proj": (8, 8)}, "v", "gate_v_proj", "v"),
-        ({"q_proj": (8, 8), "v_proj.a": (8, 8), "v_proj.b": (8, 8)}, "v", "v_proj", "v"),
+        (beside("gate_v_proj q_gate_proj", 8, 8), "gate_v_proj"),
+        (beside("v_proj.a v_proj.b", 8, 8), "v_proj"),
     ],
 )
-def test_what_makes_a_letter_must_be_clear(
-    shapes: dict[str, tuple[int, ...]], role: str, child: str, makes: str
-) -> None:
-    named: Any = {f"attn.{name}.weight": shape for name, shape in shapes.items()} | {"attn.o_proj.weight": (8, 8)}
-    why = f"attn.{child} of the checkpoint seems to produce {makes}, but it is unclear with which weight or rows"
+def test_what_makes_a_letter_must_be_clear(values: dict[str, tuple[int, ...]], child: str) -> None:
+    shapes = beside("q_proj k_proj o_proj", 8, 8) | values
+    why = f"attn.{child} of the checkpoint seems to produce v, but it is unclear with which weight or rows"
     with pytest.raises(TargetError, match=re.escape(why)):
-        find_stored(named, role)
-    assert [target.module for target in find_stored(named, "q")] == ["attn.q_proj"]
+        find_stored(shapes, "v")
+    assert [target.module for target in find_stored(shapes, "q")] == ["attn.q_proj"]
 
 
-def test_a_wrapped_weight_is_found_once() -> None:
-    """Its name says the same in the attention and in the wrapper."""
-    targets = find_stored({"attn.qkv.qkv.weight": (24, 8), "attn.proj.weight": (8, 8)}, "qv")
-    assert [(target.name, target.role, target.layer) for target in targets] == [
-        ("attn.qkv.qkv.weight", "q", "attn"), ("attn.qkv.qkv.weight", "v", "attn"),
-    ]  # fmt: skip
-
-
-def test_names_that_all_libraries_agree_on_need_no_config() -> None:
-    for shapes in (
-        stored("qkv", 24), stored("Wqkv", 24), stored("qkv_proj", 24, output="o_proj"), stored("qkv", 24, 5, "proj"),
-    ):  # fmt: skip
-        if (24, 5) in shapes.values():
-            shapes["layers.0.attention.proj.weight"] = (8, 8)
-        (target,) = find_stored(shapes, "v")
-        assert target.rows is not None
-        assert target.rows.indices() == list(range(16, 24))
+def test_heads_of_a_gpt2_are_stored_as_others_store_them() -> None:
+    assert [target.transposed for target in find_stored(HEAD, ["c_attn", "score"], GPT2)] == [True, False]
+    both = {"encoder": {"model_type": "vit"}, "decoder": {"model_type": "gpt2"}}
+    (target,) = find_stored({f"decoder.transformer.{name}": shape for name, shape in HEAD.items()}, "v", both)
+    assert (target.transposed, target.rows) == (True, VALUES)
 
 
 @pytest.mark.law("fused-on-disk")
@@ -337,16 +341,6 @@ def test_each_part_of_a_config_speaks_for_its_own_weights() -> None:
     assert target.rows == (24, 4, 32, 2)
 
 
-def test_heads_of_a_gpt2_are_stored_as_others_store_them() -> None:
-    shapes = {"h.0.attn.c_attn.weight": (8, 24), "score.weight": (3, 8)}
-    config = {"model_type": "gpt2", "n_head": 2}
-    assert [target.transposed for target in find_stored(shapes, ["c_attn", "score"], config)] == [True, False]
-    both = {"encoder": {"model_type": "vit"}, "decoder": {"model_type": "gpt2"}}
-    named = {f"decoder.transformer.{name}": shape for name, shape in shapes.items()}
-    (target,) = find_stored(named, "v", both)
-    assert (target.transposed, target.rows) == (True, (16, 8, 24, 1))
-
-
 # -- Layouts that other packages register ----------------------------------------------------------------
 
 
@@ -367,15 +361,6 @@ def nothing_registered() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("nothing_registered")
-def test_it_is_found_by_class_and_by_model_type() -> None:
-    assert of_class(["ParrotAttention"], lambda name: False) is None
-    register_layout("parrot", PARROT)
-    assert of_class(["MyAttention", "ParrotAttention"], lambda name: False) is PARROT
-    assert of_config({"model_type": "parrot"}, StoredWeight("to_qkv")) is PARROT
-    assert of_config({"model_type": "parrot"}, StoredWeight("in_proj")) is None
-
-
-@pytest.mark.usefixtures("nothing_registered")
 def test_a_model_and_its_checkpoint_have_the_same_rows(tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
     save_file = pytest.importorskip("safetensors.torch").save_file
@@ -392,8 +377,12 @@ def test_a_model_and_its_checkpoint_have_the_same_rows(tmp_path: Path) -> None:
             v, k, q = self.to_qkv(x).split(8, -1)
             return self.out_proj(torch.nn.functional.scaled_dot_product_attention(q, k, v))
 
+    class MyAttention(ParrotAttention):
+        pass
+
+    assert of_class(["ParrotAttention"], lambda name: False) is None
     register_layout("parrot", PARROT)
-    model = torch.nn.ModuleDict({"attention": ParrotAttention()})
+    model = torch.nn.ModuleDict({"attention": MyAttention()})
     found = {target.role: target.rows for target in tt.find_targets(model, "qkv")}
     assert found == {"q": tna.Rows(16, 8, 24), "k": tna.Rows(8, 8, 24), "v": tna.Rows(0, 8, 24)}
     save_file(model.state_dict(), tmp_path / "model.safetensors")
@@ -401,6 +390,7 @@ def test_a_model_and_its_checkpoint_have_the_same_rows(tmp_path: Path) -> None:
     stored = {target["role"]: target for target in tna.info(tmp_path)["targets"]}
     assert {role: stored[role]["rows"] for role in "qv"} == {"q": [16, 8, 24, 1], "v": [0, 8, 24, 1]}
     assert np.all([stored[role]["name"].startswith("attention.to_qkv") for role in "qv"])
+    assert of_config({"model_type": "parrot"}, StoredWeight("in_proj")) is None
 
 
 @pytest.mark.usefixtures("nothing_registered")

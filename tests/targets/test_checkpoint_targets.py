@@ -15,13 +15,10 @@ STORED = {
 
 
 def test_embeddings_are_a_word_and_a_role() -> None:
-    found = find_stored(STORED, "embeddings")
-    assert [(target.module, target.role) for target in found] == [
-        ("model.embed_tokens", "embedding"), ("model.wte", "embedding"),
-    ]  # fmt: skip
-    assert [target.role for target in find_stored(STORED, ["embed_tokens", "fc", "shared"])] == [
-        "embedding", "linear", "conv",
-    ]  # fmt: skip
+    found = [(target.module, target.role) for target in find_stored(STORED, "embeddings")]
+    assert found == [("model.embed_tokens", "embedding"), ("model.wte", "embedding")]
+    roles = [target.role for target in find_stored(STORED, ["embed_tokens", "fc", "shared"])]
+    assert roles == ["embedding", "linear", "conv"]
     with pytest.raises(TargetError, match="no tensor of the checkpoint is a target for 'embeddings'"):
         find_stored({"layers.0.fc.weight": (4, 4)}, "embeddings")
 
@@ -58,21 +55,14 @@ def test_the_axes_of_a_stack_follow_from_both_parameters() -> None:
 
 def test_without_a_gate_the_hidden_size_decides() -> None:
     stacks = {"experts.up_proj": (2, 8, 6), "experts.down_proj": (2, 6, 8)}
+    square = {"experts.up_proj": (2, 6, 6), "experts.down_proj": (2, 6, 6), "attn.q_proj.weight": (6, 6)}
     assert experts_of(stacks, {"hidden_size": 8})[0].target.transposed
     assert not experts_of(stacks, {"hidden_size": 6})[0].target.transposed
-    for config in (None, {"hidden_size": 5}):
+    for shapes, config in ((stacks, None), (stacks, {"hidden_size": 5}), (square, {"hidden_size": 6})):
         with pytest.raises(TargetError, match=r"experts stacks .* do not tell inputs from outputs: build the"):
-            experts_of(stacks, config)
-    square = {"experts.up_proj": (2, 6, 6), "experts.down_proj": (2, 6, 6)}
-    with pytest.raises(TargetError, match="do not tell inputs from outputs"):
-        experts_of(square, {"hidden_size": 6})
-
-
-def test_an_unclear_stack_does_not_matter_if_it_is_not_wanted() -> None:
-    stacks = {"experts.up_proj": (2, 6, 6), "attn.q_proj.weight": (6, 6)}
-    assert [target.name for target in find_stored(stacks, ["q_proj"])] == ["attn.q_proj.weight"]
-    with pytest.raises(TargetError, match="do not tell inputs from outputs"):
-        find_stored(stacks, ["experts"])
+            find_stored(shapes, ["experts"], config)
+    # It does not matter if it is not wanted.
+    assert [target.name for target in find_stored(square, ["q_proj"])] == ["attn.q_proj.weight"]
 
 
 def test_single_tensors_are_rows_of_one_matrix() -> None:
@@ -84,6 +74,12 @@ def test_single_tensors_are_rows_of_one_matrix() -> None:
     (target, *_) = find_stored(renamed, r".*\.mlp\.experts")
     assert (target.module, target.layer) == ("layers.4.mlp.experts", "layers.4")
     assert find_stored(renamed, ".*experts.*")[0] == target  # and none of the single tensors in addition
+    # Up alone is a stack of its own.
+    sizes = {"up": (6, 4), "down": (4, 6)}
+    shapes = {f"experts.{index}.{name}_proj.weight": size for index in (0, 1) for name, size in sizes.items()}
+    assert [one.target.label for one in experts_of(shapes)] == [
+        f"experts.{name}_proj[{index}]" for name in ("up", "down") for index in (0, 1)
+    ]
 
 
 def test_tensors_of_several_shapes_or_with_gaps_are_no_stack() -> None:
@@ -93,11 +89,3 @@ def test_tensors_of_several_shapes_or_with_gaps_are_no_stack() -> None:
     for shapes in (gap, uneven, missing):
         assert experts_of(shapes) == []
         assert len(find_stored(shapes, r".*\.w1")) >= 2
-
-
-def test_up_alone_is_a_stack_of_its_own() -> None:
-    sizes = {"up": (6, 4), "down": (4, 6)}
-    shapes = {f"experts.{index}.{name}_proj.weight": size for index in (0, 1) for name, size in sizes.items()}
-    assert [one.target.label for one in experts_of(shapes)] == [
-        f"experts.{name}_proj[{index}]" for name in ("up", "down") for index in (0, 1)
-    ]

@@ -19,7 +19,6 @@ from tnadapt.targets.roles import (
     parse_projection_name,
     projection_letters,
     settled_names,
-    unclear_children,
 )
 from tnadapt.targets.target import Rows
 
@@ -180,16 +179,6 @@ def test_the_main_projection_of_several_weights(found: list[str], main: list[str
     assert main_projection(found, "q", str) == main
     # The same below the top of a model, which has no name.
     assert main_projection([name[2:] for name in found], "", str) == [name[2:] for name in main]
-
-
-def test_children_that_are_unclear() -> None:
-    names = ["q_proj", "k_proj", "v_gate_proj", "q_gate_proj", "k_norm"]
-    inputs = called("q_proj", "k_proj")
-    assert unclear_children(inputs, names, lambda name: True) == [("v_gate_proj", "v")]
-    assert unclear_children(inputs, names, lambda name: name != "v_gate_proj") == []
-    child, says, _ = inputs[0]
-    several = [(child, says, ["q_proj.a", "q_proj.b"]), *called("v_proj")]
-    assert unclear_children(several, names, lambda name: True) == [("q_proj", "q")]
 
 
 def test_letters_that_share_their_rows_are_given_once() -> None:

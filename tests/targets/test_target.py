@@ -53,6 +53,14 @@ from tnadapt import RowIndices, Rows, Target, TargetError
         ({"stored": (3, 6, 4), "index": 3}, r"the index of m\.weight must be from 0 to 2; got 3"),
         ({"stored": (3, 6, 4), "index": True}, r"the index of m\.weight must be an integer; got True"),
         ({"stored": (3, 6, 4), "index": 0, "rows": (0, 1, 3, 1)}, "do not fit the 6 rows"),
+        *(
+            ({"stored": stored, "groups": groups}, rf"divide them; m\.weight has shape .*, and groups={groups}")
+            for stored, groups in (((6, 2), 2), ((6, 2, 3), 4))
+        ),
+        *(
+            ({"stored": (6, 2, 3), "groups": groups}, r"the groups of m\.weight must be")
+            for groups in (0, 1.5, True, "2")
+        ),
         ({"tied": "head.weight"}, "tied names must be a list of dotted paths; got 'head.weight'"),
         ({"tied": ("",)}, r"tied names must be a list of dotted paths; got \(''"),
         ({"tied": ("m.weight",)}, "tied names must be different ones"),
@@ -115,6 +123,9 @@ def test_what_is_written_is_selected_and_nothing_else_changes(view: tuple[Target
         assert np.array_equal(target.like_block(matrix), block)
         block[...] = -1.0
         assert np.array_equal(target.select(stored), np.full(target.shape, -1.0))
+    else:
+        with pytest.raises(TargetError, match=r"no view of a list of rows, as of .*: use select\(\) and write\(\)"):
+            target.block(stored)
 
 
 @given(targets())
@@ -154,15 +165,9 @@ def test_a_list_that_is_no_target_is_refused(value: Any, message: str) -> None:
 def test_groups_are_those_of_a_convolution() -> None:
     target = Target("a", (6, 2, 3), "conv", groups=3)
     assert target.to_list() == ["a", [6, 2, 3], "conv", {"groups": 3}]
+    assert Target.from_list(target.to_list()) == target
     assert "groups=3" in repr(target)
     assert "groups" not in repr(Target("a", (6, 2, 3), "conv"))
-    for stored, groups in (((6, 2), 2), ((6, 2, 3), 4)):
-        with pytest.raises(TargetError, match=rf"divide them; a.weight has shape .*, and groups={groups}"):
-            Target("a", stored, groups=groups)
-    for groups in (0, 1.5, True, "2"):
-        with pytest.raises(TargetError, match=r"the groups of a\.weight must be"):
-            Target("a", (6, 2, 3), groups=groups)  # type: ignore[arg-type]
-    assert Target.from_list(target.to_list()) == target
 
 
 # -- Rows given as a list, and one matrix of a stack ---------------------------------------------------------------
@@ -186,11 +191,6 @@ def test_wrong_lists_of_rows_are_refused(numbers: Any, why: str) -> None:
         RowIndices(numbers)
 
 
-def test_a_list_of_rows_has_no_view() -> None:
-    with pytest.raises(TargetError, match=r"no view of a list of rows, as of m\.weight: use select\(\) and write\(\)"):
-        Target("m", (6, 4), rows=RowIndices((1, 3))).block(np.zeros((6, 4)))
-
-
 def test_labels_tell_targets_apart() -> None:
     stack = (3, 6, 4)
     found = [
@@ -198,6 +198,5 @@ def test_labels_tell_targets_apart() -> None:
         Target("m", (6, 4), rows=RowIndices((1, 5))), Target("m", stack, index=2),
         Target("m", stack, rows=Rows(0, 1, 2, 3), index=1),
     ]  # fmt: skip
-    assert [target.label.removeprefix("m.weight") for target in found] == [
-        "", "[2:4]", "[4]", "[1, …]", "[2]", "[1][0:1]",
-    ]  # fmt: skip
+    labels = [target.label.removeprefix("m.weight") for target in found]
+    assert labels == ["", "[2:4]", "[4]", "[1, …]", "[2]", "[1][0:1]"]
