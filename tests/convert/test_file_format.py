@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +16,65 @@ import pytest
 
 import tnadapt as tna
 from tests.support.in_process import main, run_here
-from tnadapt.convert import FORMS, FileFormat, register_file_format
+from tnadapt.convert import (
+    FORMS,
+    Base,
+    EncodedAdapter,
+    ExportChoice,
+    FileFormat,
+    ForeignAdapter,
+    Module,
+    ModuleUpdate,
+    Pair,
+    StoredFiles,
+    register_file_format,
+)
 from tnadapt.plugins import Registry
 
 from .conversions import CONVS, SHAPES, TOLERANCE, adapter_on, assert_same_updates, converted, made
 from .internals import pipeline_module
-from .npz_format import NpzFormat, register
+
+
+class NpzFormat(FileFormat):
+    """``PATH:up``, shape (rows, rank), and ``PATH:down``, shape (rank, cols)."""
+
+    library = "the npz library"
+    kinds = ("lora",)
+
+    def detect(self, path: str) -> str | None:
+        return path if path.endswith(".npz") else None
+
+    def read(self, files: StoredFiles, base: Base | None, part: str | None) -> ForeignAdapter:
+        with files.open() as stream, np.load(stream, allow_pickle=False) as arrays:
+            factors = {name: arrays[name] for name in arrays if name != "record"}
+        updates = {}
+        for path in sorted({name.rpartition(":")[0] for name in factors}):
+            up, down = (factors[f"{path}:{half}"].astype(np.float64) for half in ("up", "down"))
+            updates[path] = ModuleUpdate("lora", (up.shape[0], down.shape[1]), (Pair(up, down.T),))
+        return ForeignAdapter.of("lora", updates, base, str(next(iter(factors.values())).dtype))
+
+    def encode(self, kind: str, modules: Sequence[Module], choice: ExportChoice, kept: Sequence[str]) -> EncodedAdapter:
+        tensors = {}
+        for module, update in zip(modules, choice.updates, strict=True):
+            pair = update.absorb_scale().pair
+            tensors |= {f"{module.path}:up": pair.b, f"{module.path}:down": pair.a.T}
+        return EncodedAdapter(tensors)
+
+    def write(
+        self,
+        tensors: Mapping[str, np.ndarray],
+        dtypes: Mapping[str, str],
+        record: Mapping[str, Any],
+        config: Mapping[str, Any] | None,
+    ) -> dict[str, bytes]:
+        stream = io.BytesIO()
+        np.savez(stream, **tensors, record=np.array(json.dumps(record)))  # type: ignore[arg-type]
+        return {"": stream.getvalue()}
+
+
+def register() -> None:
+    """Register it, as a plug-in does."""
+    register_file_format("npz", NpzFormat)
 
 
 @pytest.fixture(autouse=True)
@@ -139,7 +194,7 @@ def test_on_the_command_line(tmp_path: Path) -> None:
     # A process of its own: the help lists the formats that are registered when the command is imported.
     code = """
 import runpy
-from tests.convert.npz_format import register
+from tests.convert.test_file_format import register
 register()
 runpy.run_module("tnadapt", run_name="__main__")
 """

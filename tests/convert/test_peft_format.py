@@ -1,10 +1,12 @@
-"""Round trips with PEFT's own code: each library loads the other's files to the same updates."""
+"""Round trips with PEFT's own code: each loads the other's files to the same updates, of the same base."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 
 import tnadapt as tna
 from tests.support.array_presets import P
-from tnadapt import Config
+from tnadapt import Config, Pretrained
 
 from .conversions import (
     CONVS,
@@ -27,6 +29,7 @@ from .conversions import (
     assert_same_updates,
     converted,
     error,
+    fill,
     made,
     model,
     peft_updates,
@@ -38,6 +41,9 @@ torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
 
 import tnadapt.torch as tt
+
+# What PEFT reads of transformers 5 is deprecated there.
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 
 BOTH = SHAPES | CONVS
 
@@ -227,63 +233,7 @@ def test_any_adapter_of_peft_goes_there_and_back(
     check_loaded(tmp_path / "again", expected, shapes)
 
 
-# -- DoRA and HiRA, on models whose outputs stay the same ----------------------------------------------------
-
-
-class Model(torch.nn.Module):  # type: ignore[name-defined, misc]
-    """Linear layers with and without a bias, and a convolution."""
-
-    def __init__(self, transposed: bool = False) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        conv1d, nn = pytest.importorskip("transformers").pytorch_utils.Conv1D, torch.nn
-        self.one, self.two = (
-            (conv1d(7, 6), conv1d(5, 7)) if transposed else (nn.Linear(6, 7), nn.Linear(7, 5, bias=False))
-        )
-        self.conv = None if transposed else nn.Conv2d(1, 3, 3)
-
-    def forward(self, x: Any) -> Any:
-        y = self.two(torch.tanh(self.one(x)))
-        return y if self.conv is None else self.conv(y[None, None])
-
-
 QUERIES = tna.Target("attn.q", (6, 4), "q")
-
-
-X = torch.linspace(-1.0, 1.0, 30).reshape(5, 6)
-
-
-@pytest.mark.law("foreign-files")
-@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to:UserWarning")
-@pytest.mark.parametrize("transposed", [False, True], ids=["linear", "transposed"])
-@pytest.mark.parametrize(
-    "config",
-    [P.dora(2, alpha=3), P.hira(2, alpha=3), P.lokr(2, split_size=1, apply="hadamard"), P.dora(2).replace(terms=2)],
-    ids=["dora", "hira", "lokr", "terms"],
-)
-def test_ours_become_peft_s(config: tna.Config, transposed: bool, tmp_path: Path) -> None:
-    ours = Model(transposed)
-    adapter = tt.attach(ours, config, ["one", "two"] if transposed else ["one", "two", "conv"])
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in adapter.parameters():
-            parameter += 0.2 * torch.randn_like(parameter)
-    adapter.save(tmp_path / "ours.safetensors")
-    found = tna.convert(tmp_path / "ours.safetensors", tmp_path / "theirs", to="peft-lora", dtype="float32", rank=None)
-    assert found.error < 1e-6
-    assert found.config is not None
-    assert found.config["peft_type"] == ("LORA" if config.apply == "magnitude" else "HIRA")
-    theirs = peft.PeftModel.from_pretrained(Model(transposed), str(tmp_path / "theirs")).eval()
-    with torch.no_grad():
-        torch.testing.assert_close(theirs(X), ours(X), rtol=1e-5, atol=1e-5)
-    # And back.
-    again = converted(tmp_path / "theirs")
-    assert again.config.apply == config.apply
-    for name, array in again.arrays.items():
-        if name.endswith("magnitude"):
-            path = again.targets[int(name[len("weight")])].module
-            own = next(index for index, target in enumerate(adapter.targets) if target.module == path)
-            assert np.array_equal(array, adapter.arrays()[f"weight{own}.magnitude"].detach().numpy())
 
 
 @pytest.mark.parametrize(
@@ -315,3 +265,105 @@ def test_a_magnitude_of_another_length_is_refused(tmp_path: Path) -> None:
         tna.convert(tmp_path / "theirs")
     save_file({**{key: array for key, array in tensors.items() if key != name}, f"{name}.weight": tensors[name]}, place)
     assert tna.convert(tmp_path / "theirs").exact
+
+
+# What PEFT reads of transformers 5 is deprecated there.
+
+NAME = "someone/tiny"
+# Nothing that PEFT has a word for, but the library.
+TRANSFORMERS: dict[str, Any] = {"auto_mapping": {"parent_library": "transformers"}}
+
+
+@pytest.mark.parametrize(
+    ("about", "saved", "expected"),
+    [
+        (None, [], {}),
+        (Pretrained(NAME), [], {"base_model_name_or_path": NAME}),
+        (Pretrained(NAME, "a" * 40), [], {"base_model_name_or_path": NAME, "revision": "a" * 40}),
+        (Pretrained("bert-base-uncased"), [], {"base_model_name_or_path": "bert-base-uncased"}),
+        # No paths and addresses, and no models of other libraries.
+        (Pretrained("/home/someone/model", "a" * 40), [], {}),
+        (Pretrained("C:\\model"), [], {}),
+        (Pretrained("~/model"), [], {}),
+        (Pretrained("https://example.org/model"), [], {}),
+        (Pretrained("vit_tiny_patch16_224", library="timm", task="image-classification"), [], {}),
+        (Pretrained(task="text-generation"), [], {"task_type": "CAUSAL_LM"}),
+        (Pretrained(task="text2text-generation"), [], {"task_type": "SEQ_2_SEQ_LM"}),
+        (Pretrained(task="feature-extraction"), [], {"task_type": "FEATURE_EXTRACTION"}),
+        # A task only with its head.
+        (Pretrained(task="text-classification"), ["score"], {"task_type": "SEQ_CLS"}),
+        (Pretrained(task="token-classification"), ["classifier"], {"task_type": "TOKEN_CLS"}),
+        (Pretrained(task="question-answering"), ["qa_outputs"], {"task_type": "QUESTION_ANS"}),
+        (Pretrained(task="text-classification"), [], TRANSFORMERS),
+        (Pretrained(task="text-classification"), ["classifier.dense", "classifier.out_proj"], TRANSFORMERS),
+        (Pretrained(task="token-classification"), ["qa_outputs"], TRANSFORMERS),
+        (Pretrained(task="question-answering"), [], TRANSFORMERS),
+        (Pretrained(task="image-classification"), ["classifier"], TRANSFORMERS),
+    ],
+)
+def test_what_is_known_of_the_base_is_written(
+    about: Pretrained | None, saved: Sequence[str], expected: dict[str, Any]
+) -> None:
+    kept = {f"{name}.weight": np.ones((3, 4), "f4") for name in saved}
+    file = dataclasses.replace(made(tna.presets.lora(2), SHAPES), pretrained=about, kept=kept)
+    config = tna.convert(file, to="peft-lora").config
+    assert config is not None
+    assert {name: config[name] for name in ("base_model_name_or_path", "revision") if config.get(name)} == {
+        name: text for name, text in expected.items() if name in ("base_model_name_or_path", "revision")
+    }
+    assert config["task_type"] == expected.get("task_type")
+    if about is None or "task_type" in expected:
+        assert "auto_mapping" not in config
+    if expected is TRANSFORMERS:
+        assert config["auto_mapping"]["parent_library"] == "transformers"
+
+
+def test_methods_of_peft_and_vllm_say_it_too(tmp_path: Path) -> None:
+    for form, config in (("peft-c3a", tna.presets.c3a(2)), ("vllm-lora", tna.presets.lora(2))):
+        about = Pretrained(NAME, task="text-generation")
+        file = dataclasses.replace(made(config, {"a.q": (8, 8)}), pretrained=about)
+        tna.convert(file, tmp_path / form, to=form)
+        config = json.loads((tmp_path / form / "adapter_config.json").read_text())
+        assert (config["base_model_name_or_path"], config["task_type"]) == (NAME, "CAUSAL_LM")
+        assert tna.convert(tmp_path / form, base={"a.q": (8, 8)}).exact
+
+
+@pytest.mark.filterwarnings("ignore:Unable to fetch remote file:UserWarning")
+@pytest.mark.parametrize(
+    ("model", "auto", "loaded_as", "keep", "task"),
+    [
+        ("GPT2LMHeadModel", "AutoPeftModelForCausalLM", "PeftModelForCausalLM", [], "text-generation"),
+        (
+            "BertForSequenceClassification", "AutoPeftModelForSequenceClassification",
+            "PeftModelForSequenceClassification", ["classifier"], "text-classification",
+        ),
+        # The head is the base's.
+        ("BertForSequenceClassification", "AutoPeftModel", "PeftModel", [], "text-classification"),
+    ],
+)  # fmt: skip
+def test_peft_loads_the_model_of_its_task(
+    model: str, auto: str, loaded_as: str, keep: list[str], task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The stand-in's name on the hub, where PEFT looks it up if there is a network, is that of a folder here."""
+    transformers = pytest.importorskip("transformers")
+    config = getattr(transformers, f"{model[:4]}Config")(
+        vocab_size=40, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2
+    )
+    torch.manual_seed(0)
+    monkeypatch.chdir(tmp_path)
+    getattr(transformers, model)(config).save_pretrained(NAME)
+    ours = getattr(transformers, model).from_pretrained(NAME).eval()
+    adapter = tt.attach(ours, tna.presets.lora(2), "qv", keep_trainable=keep)
+    fill(adapter.parameters(), scale=0.5)
+    assert adapter.pretrained is not None
+    assert (adapter.pretrained.task, adapter.pretrained.local) == (task, True)
+    adapter.pretrained = Pretrained(NAME, task=task)
+    adapter.save("ours.safetensors")
+    tna.convert("ours.safetensors", "theirs", to="peft-lora", base=NAME)
+    theirs = getattr(peft, auto).from_pretrained("theirs").eval()
+    assert type(theirs).__name__ == loaded_as
+    saved = [name for name, module in theirs.named_modules() if type(module).__name__ == "ModulesToSaveWrapper"]
+    assert saved == [f"base_model.model.{name}" for name in keep]
+    tokens = torch.arange(12).reshape(2, 6)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(input_ids=tokens)[0], theirs(input_ids=tokens)[0], rtol=0, atol=1e-5)

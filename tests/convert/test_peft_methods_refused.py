@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -244,59 +244,51 @@ def on_theta(before: str, **changes: Any) -> tna.Config:
     return P.lora(2, before=before, parameters=5, offset=False, **changes)
 
 
-FLAT: dict[str, tuple[int, ...]] = {"a.q": (6, 8), "a.v": (6, 8)}
-
-
 @pytest.mark.parametrize(
     ("config", "to", "message"),
     [
-        (lambda: P.lora(2), "vera", "it needs order=2, format='cp', and both factors frozen, shared by all"),
+        (P.lora(2), "vera", "it needs order=2, format='cp', and both factors frozen, shared by all"),
         (
-            lambda: P.tied_lora(2),
+            P.tied_lora(2),
             "vera",
-            r"as presets.vera has them; convert to 'peft-lora' \(--to peft-lora\), which is exact",
+            r"as presets.vera has them; convert to 'peft-lora' \(--to peft-lora\), which is exa",
         ),
-        (lambda: P.unilora(9, 2), "vera", "its arrays are made from θ by before='one-hot'"),
-        (lambda: P.superlora(2, groups=1), "vera", "several weights are one group"),
-        (lambda: P.fourierft(5), "fourierft", "which is not what these are: train with maps.TorchScatter"),
-        (lambda: P.loca(5), "fourierft", r"it needs projection=\[maps.Scatter\(…\), 'dft2'\]"),
-        (lambda: P.lora(2), "randlora", "it needs ⌈smaller side / rank⌉ terms for every weight, with frozen factors"),
-        (lambda: P.randlora(4, rows=6, cols=4), "randlora", "it needs ⌈smaller side / rank⌉ terms for every weight"),
-        (lambda: P.krona(), "randlora", "as presets.randlora has them"),
-        (lambda: P.lora(2), "fourierft", "it needs one trained vector for each weight"),
-        (lambda: P.waveft(5), "waveft", r"it needs projection=\[maps.TorchScatter\(size, seed\), maps.CenteredWavelet"),
+        (P.unilora(9, 2), "vera", "its arrays are made from θ by before='one-hot'"),
+        (P.superlora(2, groups=1), "vera", "several weights are one group"),
+        (P.fourierft(5), "fourierft", "which is not what these are: train with maps.TorchScatter"),
+        (P.loca(5), "fourierft", r"it needs projection=\[maps.Scatter\(…\), 'dft2'\]"),
+        (P.lora(2), "randlora", "it needs ⌈smaller side / rank⌉ terms for every weight, with frozen factors"),
+        (P.randlora(4, rows=6, cols=4), "randlora", "it needs ⌈smaller side / rank⌉ terms for every weight"),
+        (P.krona(), "randlora", "as presets.randlora has them"),
+        (P.lora(2), "fourierft", "it needs one trained vector for each weight"),
+        (P.waveft(5), "waveft", r"it needs projection=\[maps.TorchScatter\(size, seed\), maps.CenteredWavelet"),
+        (few([TorchScatter(3), Wavelet("db2")]), "waveft", "and places the coefficients otherwise than presets"),
+        (P.unilora(9, 2), "unilora", "and here they start at other numbers: set offset=False"),
+        (P.lora(2), "unilora", "it needs one θ for all factors of LoRA, and one weight per group"),
+        (P.unilora(9, 2, scope="group"), "unilora", "it needs one θ for all factors of LoRA"),
         (
-            lambda: few([TorchScatter(3), Wavelet("db2")]),
-            "waveft",
-            "and places the coefficients otherwise than presets",
-        ),
-        (lambda: P.unilora(9, 2), "unilora", "and here they start at other numbers: set offset=False"),
-        (lambda: P.lora(2), "unilora", "it needs one θ for all factors of LoRA, and one weight per group"),
-        (lambda: P.unilora(9, 2, scope="group"), "unilora", "it needs one θ for all factors of LoRA"),
-        (
-            lambda: on_theta("one-hot", fold="hypercube"),
+            on_theta("one-hot", fold="hypercube"),
             "unilora",
-            "it needs one θ for all factors of LoRA, and one weight per group",
+            "it needs one θ for all factors of LoRA, and one weight per",
         ),
-        (lambda: on_theta("normal"), "unilora", "before='normal' adds several elements of θ up"),
-        (lambda: P.c3a(2), "miss", r"it needs projection=maps.Tile\(cols=…\) alone"),
-        (lambda: P.miss(2), "c3a", r"it needs projection=maps.Circulant\(…\) alone"),
-        (lambda: few(Tile(2)), "miss", r"it needs projection=maps.Tile\(cols=…\) alone"),
-        (lambda: few(Tile(4, 2)), "miss", "mini_r=4 must divide the 6 rows of a.q there"),
-        (lambda: P.shira(48), "shira", r"PEFT trains r \(rows \+ cols\) elements of each weight, r = 4 here"),
-        (lambda: P.fourierft(5), "shira", r"it needs projection=maps.Scatter\(…\) alone"),
-        (lambda: few(TorchScatter(3), on="vector", groups=1, fold="hypercube"), "shira", ""),
-        (lambda: few([Circulant(2), "dct2"]), "c3a", "it needs projection=maps.Circulant"),
+        (on_theta("normal"), "unilora", "before='normal' adds several elements of θ up"),
+        (P.c3a(2), "miss", r"it needs projection=maps.Tile\(cols=…\) alone"),
+        (P.miss(2), "c3a", r"it needs projection=maps.Circulant\(…\) alone"),
+        (few(Tile(2)), "miss", r"it needs projection=maps.Tile\(cols=…\) alone"),
+        (few(Tile(4, 2)), "miss", "mini_r=4 must divide the 6 rows of a.q there"),
+        (P.shira(48), "shira", r"PEFT trains r \(rows \+ cols\) elements of each weight, r = 4 here"),
+        (P.fourierft(5), "shira", r"it needs projection=maps.Scatter\(…\) alone"),
+        (few(TorchScatter(3), on="vector", groups=1, fold="hypercube"), "shira", ""),
+        (few([Circulant(2), "dct2"]), "c3a", "it needs projection=maps.Circulant"),
     ],
 )
-def test_what_cannot_be_written(config: Callable[[], tna.Config], to: str, message: str) -> None:
-    file = made(config(), FLAT)
+def test_what_cannot_be_written(config: tna.Config, to: str, message: str) -> None:
+    file = made(config, {"a.q": (6, 8), "a.v": (6, 8)})
     if not message:
         assert tna.convert(file, to=f"peft-{to}").exact
         return
-    with pytest.raises(ConfigError, match=message) as caught:
+    with pytest.raises(ConfigError, match=rf"cannot be written as PEFT's .*{message}"):
         tna.convert(file, to=f"peft-{to}")
-    assert "cannot be written as PEFT's" in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -19,9 +19,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import tnadapt as tna
+from tests.support.array_presets import P
 from tests.support.depth import in_depth
 from tnadapt.convert import FORMS
 
@@ -631,6 +633,37 @@ def test_dora_of_groups_is_refused(tmp_path: Path) -> None:
     message = "'grouped' is a convolution in 2 groups: PEFT's DoRA of it takes the norms"
     with pytest.raises(tna.ConfigError, match=message):
         tna.convert(tmp_path / "ours.safetensors", to="peft-lora")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [P.dora(2, alpha=3), P.hira(2, alpha=3), P.lokr(2, split_size=1, apply="hadamard"), P.dora(2).replace(terms=2)],
+    ids=["dora", "hira", "lokr", "terms"],
+)
+@pytest.mark.parametrize("name", ["pixels", "gpt2"])
+def test_ours_that_do_more_than_add_become_peft_s(config: tna.Config, name: str, tmp_path: Path) -> None:
+    ours = fresh(name)
+    adapter = tt.attach(ours, config, ["attn.c_proj", "c_fc"] if name == "gpt2" else ["head", "stem", "point"])
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter += 0.2 * torch.randn_like(parameter)
+    adapter.save(tmp_path / "ours.safetensors")
+    found = tna.convert(tmp_path / "ours.safetensors", tmp_path / "theirs", to="peft-lora", dtype="float32", rank=None)
+    assert found.error < 1e-6
+    assert found.config is not None
+    assert found.config["peft_type"] == ("LORA" if config.apply == "magnitude" else "HIRA")
+    expected = output(name, ours)
+    check(name, peft.PeftModel.from_pretrained(fresh(name), tmp_path / "theirs").eval(), expected)
+    again = fresh(name)
+    file = converted(tmp_path / "theirs", tmp_path / "again.safetensors")
+    assert file.config.apply == config.apply
+    tt.load(again, tmp_path / "again.safetensors")
+    check(name, again, expected)
+    own = {target.module: f"weight{number}.magnitude" for number, target in enumerate(adapter.targets)}
+    for number, target in enumerate(file.targets) if config.apply == "magnitude" else ():
+        magnitude = file.arrays[f"weight{number}.magnitude"]
+        assert np.array_equal(magnitude, adapter.arrays()[own[target.module]].detach().numpy())
 
 
 def test_fault_lora_of_a_dilated_convolution(tmp_path: Path) -> None:
