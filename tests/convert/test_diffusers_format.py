@@ -19,8 +19,6 @@ from tnadapt import ConfigError, FileError
 
 from .conversions import CONVS, SHAPES, assert_same_updates, converted, made, model, tiny_unet
 
-# -- Files of diffusers: names of components, scales, and what its own loader makes of them ----------------------------
-
 
 def rewritten(path: Path, metadata: dict[str, str], extra: dict[str, np.ndarray]) -> Path:
     arrays = {
@@ -126,14 +124,6 @@ def test_the_prefix_is_that_of_the_component(name: str, to: str, tmp_path: Path)
     assert_same_updates(converted(out), file)
 
 
-def test_the_caller_names_the_second_text_encoder() -> None:
-    file = made(P.lora(2), PATHS["text encoder"])
-    found = tna.convert(file, to="kohya-lora", part="lora_te2")
-    assert all(name.startswith("lora_te2_text_model_encoder") for name in found.tensors)
-    again = tna.convert(file, to="kohya-lora", part="text_encoder_2")  # diffusers' name
-    assert again.tensors.keys() == found.tensors.keys()
-
-
 @pytest.mark.slow  # its import takes long
 @pytest.mark.parametrize("form", ["kohya-lora", "kohya-lokr", "kohya-loha"])
 def test_lycoris_loads_it_by_its_loader_of_kohyas_names(form: str, tmp_path: Path) -> None:
@@ -196,13 +186,6 @@ def test_either_name_selects_a_part_of_kohyas_and_names_that_of_diffusers(
     np.testing.assert_array_equal(delta, np.full((8, 6), 2.0 * number))
     prefix = {"unet": "lora_unet", "text_encoder": "lora_te", "text_encoder_2": "lora_te2"}[component]
     assert all(name.startswith(f"{prefix}_") for name in back.tensors)
-
-
-def test_the_file_names_the_part_where_the_modules_do_not(tmp_path: Path) -> None:
-    second = kohya_file(tmp_path / "te2.safetensors", {"lora_te2": TEXT})
-    found = tna.convert(second, to="diffusers", base=BASE)
-    assert all(name.startswith("text_encoder_2.") for name in found.tensors)
-    assert all(name.startswith("lora_te2_") for name in tna.convert(second, to="kohya", base=BASE).tensors)
 
 
 def test_kohyas_unet_may_be_a_transformer(tmp_path: Path) -> None:
@@ -278,12 +261,22 @@ def test_files_name_the_modules_of_clip_as_loaders_expect(to: str, tmp_path: Pat
         np.testing.assert_allclose(back.deltas()[0], file.deltas()[0], rtol=0, atol=1e-6)
 
 
-def test_other_encoders_keep_their_names() -> None:
-    t5 = {"encoder.block.0.layer.0.SelfAttention.q": (8, 6)}
-    (name, *_) = tna.convert(made(tna.presets.lora(2), t5), to="diffusers", part="text_encoder_2").tensors
-    assert name.startswith("text_encoder_2.encoder.block.0")
-    (name, *_) = tna.convert(made(tna.presets.lora(2), {FLAT: (8, 6)}), to="kohya", part="unet").tensors
-    assert name.startswith("lora_unet_encoder_layers_0")
+def test_the_part_is_in_the_names(tmp_path: Path) -> None:
+    second = kohya_file(tmp_path / "te2.safetensors", {"lora_te2": TEXT})
+    t5 = "encoder.block.0.layer.0.SelfAttention.q"
+    for source, to, part, start in (
+        (TEXT, "kohya", "lora_te2", "lora_te2_text_model_encoder"),
+        (TEXT, "kohya", "text_encoder_2", "lora_te2_text_model_encoder"),  # diffusers' name
+        # The file names the part where the modules do not.
+        (second, "diffusers", None, "text_encoder_2."),
+        (second, "kohya", None, "lora_te2_"),
+        # Other encoders keep their names.
+        (t5, "diffusers", "text_encoder_2", "text_encoder_2.encoder.block.0"),
+        (FLAT, "kohya", "unet", "lora_unet_encoder_layers_0"),
+    ):
+        adapter = source if isinstance(source, Path) else made(P.lora(2), {source: (8, 6)})
+        found = tna.convert(adapter, to=to, part=part, base=BASE if source is second else None)
+        assert all(name.startswith(start) for name in found.tensors)
 
 
 @pytest.mark.slow

@@ -189,7 +189,7 @@ def test_a_cell_can_be_run_again() -> None:
 def test_on_the_command_line(tmp_path: Path) -> None:
     pytest.importorskip("typer")
     file = made(tna.presets.lora(2, alpha=4))
-    ours, theirs, back = (tmp_path / name for name in ("ours.safetensors", "out.npz", "back.safetensors"))
+    ours, theirs = tmp_path / "ours.safetensors", tmp_path / "out.npz"
     tna.save(ours, file)
     # A process of its own: the help lists the formats that are registered when the command is imported.
     code = """
@@ -205,11 +205,7 @@ runpy.run_module("tnadapt", run_name="__main__")
     done = run_here(main, "convert", ours, "-o", theirs, "--to", "npz-lora")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("tnadapt -> npz-lora, 3 weights\n")
-    done = run_here(main, "convert", theirs, "-o", back, "--json")
-    assert done.returncode == 0, done.stderr
-    report = json.loads(done.stdout)
-    assert (report["from"], report["to"], report["exact"]) == ("npz-lora", "tnadapt", True)
-    assert_same_updates(tna.load(back), file)
+    assert_same_updates(converted(theirs, base=SHAPES), file)
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut off", b"\x00" * 100, b"garbage"])

@@ -16,15 +16,11 @@ import pytest
 
 import tnadapt as tna
 from tests.checkpoints.merge.merge_scene import content
-from tests.support.depth import LONG
 from tests.support.file_layer import Call, intercepted, recorded
 from tests.support.power_failure import after_failures
 
 from .conversions import made
 from .internals import files_module, replace_folder
-
-# -- Replacing a converted adapter: old and new files never mix, wherever a kill or a disk error stops it --------------
-
 
 NAMES = WEIGHTS, CONFIG = ("adapter_model.safetensors", "adapter_config.json")
 # The same tensors' names and shapes, and other numbers and another scale: only the content tells them apart.
@@ -151,9 +147,6 @@ def test_a_folder_where_a_file_is_to_be_is_kept(name: str, tmp_path: Path) -> No
     assert os.listdir(tmp_path / "out" / name) == ["precious"]
 
 
-# -- Writing a folder of another library on disk: order of steps, power failures, kills, and concurrent writers --------
-
-
 @on_linux
 @pytest.mark.law("power-failure")
 @pytest.mark.parametrize("replaces", [True, False])
@@ -231,37 +224,3 @@ def test_what_another_wrote_meanwhile_is_overwritten_only_if_asked(to: str, over
     (ours if overwrite else theirs).save(tmp_path / "expected")
     assert content(out) == content(tmp_path / "expected")
     assert not list(tmp_path.glob("*.tmp"))
-
-
-SAVING = """
-import itertools, sys
-from tests.convert.internals import replace_folder
-out, text = sys.argv[1:]
-print("at it", flush=True)
-while True:
-    replace_folder(out, {"adapter_model.safetensors": text.encode(), "adapter_config.json": text.encode()})
-"""
-
-
-@on_linux
-@pytest.mark.law("two-writers")
-def test_two_processes_that_write_one_folder_leave_the_whole_of_one(tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    for number in range(100 if LONG else 2):
-        writers = [
-            subprocess.Popen(
-                [sys.executable, "-c", SAVING, str(out), text], stdout=subprocess.PIPE, cwd=Path(__file__).parents[2]
-            )
-            for text in ("one", "two")
-        ]
-        try:
-            for writer in writers:
-                assert writer.stdout is not None
-                assert writer.stdout.readline() == b"at it\n"
-            threading.Event().wait(0.1)
-        finally:
-            for writer in writers[:: 1 if number % 2 else -1]:
-                writer.kill()
-                writer.communicate()
-        found = read(out)
-        assert CONFIG not in found or found[CONFIG] == found.get(WEIGHTS), number

@@ -314,9 +314,6 @@ def _saved(folder: Path, preset: str, **settings: Any) -> Path:
     return folder / "ours.safetensors"
 
 
-# -- Heads ---------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("method", in_depth(SIZES, ["Lora", "LoKr", "Vera"]))
 def test_a_head_next_to_the_base_s_weight(method: str, tmp_path: Path) -> None:
     """By default PEFT stores the weight of an adapted head as well."""

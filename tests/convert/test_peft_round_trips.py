@@ -40,8 +40,6 @@ from .conversions import converted, fill, trained_by_peft
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.law("foreign-files")]
 
-# -- Models --------------------------------------------------------------------------------------
-
 
 class Pixels(torch.nn.Module):  # type: ignore[name-defined, misc]
     """Convolutions of all kinds: plain, strided, of one pixel, grouped, depthwise, and along one axis."""
@@ -549,9 +547,6 @@ def test_few_are_refused() -> None:
     assert ({case.method for case in cases}, {case.model for case in cases}) == ({*OPTIONS}, {*MODELS})
 
 
-# -- Methods that are not read --------------------------------------------------------------------
-
-
 def test_every_method_is_read_or_refused_by_name(tmp_path: Path) -> None:
     kinds = {kind.value for kind in peft.PeftType}
     assert kinds >= OPTIONS.keys()
@@ -664,25 +659,6 @@ def test_ours_that_do_more_than_add_become_peft_s(config: tna.Config, name: str,
     for number, target in enumerate(file.targets) if config.apply == "magnitude" else ():
         magnitude = file.arrays[f"weight{number}.magnitude"]
         assert np.array_equal(magnitude, adapter.arrays()[own[target.module]].detach().numpy())
-
-
-def test_fault_lora_of_a_dilated_convolution(tmp_path: Path) -> None:
-    """PEFT's forward pass ignores the dilation; merged, its update is ours."""
-
-    def dilated() -> Any:
-        torch.manual_seed(0)
-        return torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3, dilation=2, padding="same"))
-
-    wrapped = peft.get_peft_model(dilated(), peft.LoraConfig(r=2, target_modules=["0"], init_lora_weights=False))
-    wrapped.save_pretrained(tmp_path / "theirs")
-    tna.convert(tmp_path / "theirs", tmp_path / "ours.safetensors")
-    ours, pixels = dilated(), torch.linspace(-3, 3, 3 * 64).reshape(1, 3, 8, 8).sin()
-    tt.load(ours, tmp_path / "ours.safetensors")
-    assert not torch.allclose(wrapped(pixels), ours(pixels), atol=1e-2)
-    assert torch.allclose(wrapped.merge_and_unload()(pixels), ours(pixels), atol=1e-5)
-
-
-# -- Weights that are stored as (in, out) ---------------------------------------------------------
 
 
 @pytest.mark.parametrize("config", [peft.LoraConfig, peft.HiraConfig])

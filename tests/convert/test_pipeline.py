@@ -43,9 +43,6 @@ from .conversions import (
 )
 from .internals import norms_of
 
-# -- Any adapter -------------------------------------------------------------------------------------------------------
-
-
 # The forms that hold more than the adapters of one structure. GGUF needs a model of a known architecture.
 FOREIGN = [
     form
@@ -517,29 +514,21 @@ def test_low_rank_methods_are_lora_exactly(name: str, tmp_path: Path) -> None:
 @pytest.mark.law("foreign-files")
 @pytest.mark.parametrize("changes", [{}, {"offset": False, "seed": 3}, {"before": "linear"}])
 def test_tinylora_is_written_for_peft(changes: dict[str, Any], tmp_path: Path) -> None:
-    peft = pytest.importorskip("peft")
     file, base = on_projections(presets.tinylora(13, 2, alpha=3, **changes), SQUARES), weights()
     save_file(base, tmp_path / "model.safetensors")
     found = tna.convert(file, tmp_path / "theirs", to="peft-tinylora", base=tmp_path / "model.safetensors")
     assert found.exact
-    wrapped = peft.PeftModel.from_pretrained(model(SQUARES), tmp_path / "theirs")
+    wrapped = pytest.importorskip("peft").PeftModel.from_pretrained(model(SQUARES), tmp_path / "theirs")
     assert sum(p.numel() for n, p in wrapped.named_parameters() if "tinylora_v" in n) == 13
     assert_same_updates(peft_updates(wrapped), file.with_base(list(base.values())))
-
-
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
+    for config, message in (
         (presets.lora_xs(4), "it needs one θ for all weights, and both factors frozen"),
         (presets.tinylora(3, 2, scope="group"), "it needs one θ for all weights"),
         (presets.unilora(50, 3), "it needs one θ for all weights, and both factors frozen"),
         (presets.tinylora(7, 2).replace(rank=(2, 3)), "PEFT's matrices between the factors are square"),
-    ],
-)
-def test_what_is_no_tinylora_of_peft(config: tna.Config, message: str) -> None:
-    file = on_projections(config, SQUARES)
-    with pytest.raises(tna.ConfigError, match=message):
-        tna.convert(file.with_base(list(weights().values())), to="peft-tinylora")
+    ):
+        with pytest.raises(tna.ConfigError, match=message):
+            tna.convert(on_projections(config, SQUARES).with_base(list(base.values())), to="peft-tinylora")
 
 
 def test_another_base_is_refused(tmp_path: Path) -> None:
@@ -584,9 +573,6 @@ def test_the_base_may_name_its_weights_otherwise(name: str, renamed: str, tmp_pa
         tna.convert(file, to="peft-lora", base=list(other.values()))
 
 
-# -- What a conversion is asked for: names of forms, and a format alone ------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("config", "kind"),
     [(presets.lora(2), "lora"), (presets.lokr(2), "lokr"), (presets.loha(2), "loha"), (presets.vera(3), "lora")],
@@ -596,9 +582,6 @@ def test_a_format_alone_takes_the_adapters_own_method_or_lora(config: Config, ki
         found = tna.convert(made(config), to=name, part=part)
         assert (found.kind, found.exact) == (f"{name}-{kind}", True)
     assert tna.convert(made(config), to="diffusers", part="unet", rank=3, max_error=1).kind == "diffusers-lora"
-
-
-# -- Regression tests --------------------------------------------------------------------------------------------------
 
 
 def test_square_weights_stay_as_they_are_stored_beside_others(tmp_path: Path) -> None:
@@ -668,28 +651,19 @@ def test_fused_rows_become_a_whole_module(to: str, interleaved: bool, tmp_path: 
 
 
 def test_transposed_weights_are_peft_s_fan_in_fan_out(tmp_path: Path) -> None:
-    peft, torch = pytest.importorskip("peft"), pytest.importorskip("torch")
     conv = pytest.importorskip("transformers").pytorch_utils.Conv1D
-
-    def base() -> Any:
-        torch.manual_seed(0)
-        layers = torch.nn.ModuleDict({"c_attn": conv(24, 8), "c_square": conv(8, 8)})
-        return torch.nn.ModuleDict({"h": layers}).requires_grad_(False)
-
-    shapes = {"h.c_attn": (8, 24), "h.c_square": (8, 8)}
-    file = adapter_on([Target(path, shape, transposed=True) for path, shape in shapes.items()], P.lora(3, alpha=5))
-    tna.convert(file, tmp_path / "out", to="peft-lora")
-    assert_same_updates(loaded_by_peft(tmp_path / "out", base()), file)  # as it is stored, (in, out)
-    assert [target.transposed for target in converted(tmp_path / "out").targets] == [True, True]
-    # What PEFT itself saves: of the last layer it met.
+    peft, nn = pytest.importorskip("peft"), pytest.importorskip("torch").nn
+    base = nn.ModuleDict({"h": nn.ModuleDict({"c_attn": conv(24, 8), "c_square": conv(8, 8)})})
     config = peft.LoraConfig(r=3, fan_in_fan_out=True, target_modules=["c_attn", "c_square"])
-    mine = trained_by_peft(tmp_path / "mine", base(), config)
-    assert_same_updates(converted(tmp_path / "mine"), peft_updates(mine))
+    theirs = trained_by_peft(tmp_path / "theirs", base, config)
+    file = converted(tmp_path / "theirs")
+    assert_same_updates(file, peft_updates(theirs))  # as it is stored, (in, out)
     # The base says how a weight that is not square is stored.
-    known = converted(tmp_path / "mine", base=shapes)
+    shapes = {"h.c_attn": (8, 24), "h.c_square": (8, 8)}
+    known = converted(tmp_path / "theirs", base=shapes)
     assert [target.transposed for target in known.targets] == [True, True]
     with pytest.raises(tna.FileError, match=r"unknown how the square 'h\.c_square' is stored"):
-        tna.convert(tmp_path / "mine", base={**shapes, "h.c_attn": (24, 8)})
+        tna.convert(tmp_path / "theirs", base={**shapes, "h.c_attn": (24, 8)})
     for to in ("peft-lokr", "peft-loha", "lycoris-lora", "lycoris-full"):
         with pytest.raises(tna.ConfigError, match=r"stored as \(in, out\).*convert to 'peft-lora'"):
             tna.convert(file, to=to)

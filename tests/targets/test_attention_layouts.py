@@ -23,7 +23,6 @@ from .internals import (
     Fused,
     LayoutError,
     StoredWeight,
-    by_name,
     contested,
     find_stored,
     forget_layouts,
@@ -33,8 +32,6 @@ from .internals import (
     register_layout,
     rules,
 )
-
-# -- The rules --------------------------------------------------------------------------------
 
 
 class Sizes(NamedTuple):
@@ -201,18 +198,6 @@ def test_a_class_or_a_model_type_that_is_not_there_has_no_entry() -> None:
     assert of_config({"model_type": None, "architecture": 3}, StoredWeight("qkv")) is None
 
 
-def test_names_that_libraries_disagree_on_decide_nothing() -> None:
-    for name in ("query_key_value", "linear_qkv", "kv_b_proj", "in_proj_qkvz", "to_qkv_mlp_proj"):
-        assert by_name(name) is None
-    for name in ("wqkv", "in_proj", "c_attn", "linear_kv", "queries_keys_values", "query_key"):
-        assert contested({}, StoredWeight(name)), name
-    for name in ("qkv", "Wqkv", "W_pack", "att_proj", "to_qkv", "in_proj_weight", "kv"):
-        assert not contested({}, StoredWeight(name)), name
-    # CodeGen's weight has Phi-3's name, but another output beside it.
-    assert contested({}, StoredWeight("qkv_proj", beside=["out_proj"]))
-    assert not contested({}, StoredWeight("qkv_proj", beside=["o_proj"]))
-
-
 def test_of_convolutions_other_names_decide_nothing() -> None:
     for ndim, doubtful in ((3, ["qkv"]), (4, ["qkv", "kv", "qkv_proj"]), (5, [])):
         for name in {name for entry in TABLE for name in entry.weights}:
@@ -237,8 +222,11 @@ def stored(name: str, out: int, cols: int = 8, output: str = "", where: str = "l
         (stored("query_key_value", 24), {"model_type": "bloom"}, "config.json lacks num_attention_heads"),
         (stored("query_key_value", 24), {"model_type": "bloom", "n_head": 5}, "5 blocks of 3 rows were expected"),
         (stored("in_proj", 24), {"num_attention_heads": 2}, "libraries lay out 'in_proj' in different ways"),
+        *(
+            (stored(name, 24), None, f"libraries lay out '{name}' in different ways")
+            for name in ("c_attn", "wqkv", "queries_keys_values", "in_proj_qkvz")
+        ),
         (stored("wqkv", 24), {"model_type": "kimi_k25"}, "reorders the rows of q and k"),
-        (stored("c_attn", 24), None, "libraries lay out 'c_attn' in different ways"),
         (stored("qkv_proj", 24, output="out_proj"), None, "libraries lay out 'qkv_proj' in different ways"),
         (stored("qkv", 32), {"model_type": "vit"}, "the sizes do not follow"),
         (stored("qkv", 30), {"model_type": "vit"}, "no output projection and no numbers of heads"),
@@ -257,6 +245,7 @@ def beside(words: str, *sizes: int, prefix: str = "attn.") -> dict[str, tuple[in
 
 
 GPT2, VALUES = {"model_type": "gpt2", "n_head": 2}, (16, 8, 24, 1)
+AGREED = ("qkv", "Wqkv", "W_pack", "att_proj", "to_qkv")
 HEAD = {"c_attn.weight": (8, 24), "score.weight": (3, 8)}
 EMPTY = {f"layers.{n}.attention.qkv.weight": sizes for n, sizes in enumerate(((0, 8), (24, 0), (24,)), 1)}
 
@@ -274,8 +263,15 @@ EMPTY = {f"layers.{n}.attention.qkv.weight": sizes for n, sizes in enumerate(((0
         (beside("to_q to_k to_v", 1, 1, 1, 1), "qv", None, {"attn.to_q": None, "attn.to_v": None}),
         # The name of a wrapped weight says the same in the attention and in the wrapper.
         (beside("qkv.qkv", 24, 8) | beside("proj", 8, 8), "v", None, {"attn.qkv.qkv": VALUES}),
+        # Names are settled by those beside them, and a projection by the main one of its weights.
+        (beside("to_q", 8, 8) | beside("to_kv", 16, 8), "qv", None, {"attn.to_q": None, "attn.to_kv": (8, 8, 16, 1)}),
+        (beside("in_proj q_proj v_proj", 8, 8), "qv", None, {"attn.q_proj": None, "attn.v_proj": None}),
+        (
+            beside("q.down v.down", 4, 8) | beside("q.linear v.linear", 8, 8), "qv", None,
+            {"attn.q.linear": None, "attn.v.linear": None},
+        ),
         # Names that all libraries agree on need no config.
-        *((stored(name, 24), "v", None, {f"layers.0.attention.{name}": VALUES}) for name in ("qkv", "Wqkv")),
+        *((stored(name, 24), "v", None, {f"layers.0.attention.{name}": VALUES}) for name in AGREED),
         (stored("qkv_proj", 24, output="o_proj"), "v", None, {"layers.0.attention.qkv_proj": VALUES}),
         (beside("qkv", 24, 5) | beside("proj", 8, 8), "v", None, {"attn.qkv": VALUES}),
     ],
@@ -290,6 +286,9 @@ def test_what_projects_is_found(shapes: Any, wanted: str, config: Any, expected:
         # A name with a hint, of which nothing says that it is the value; two weights in one projection.
         (beside("gate_v_proj q_gate_proj", 8, 8), "gate_v_proj"),
         (beside("v_proj.a v_proj.b", 8, 8), "v_proj"),
+        # Two are called the main one, or none is: it is too deep.
+        (beside("v.proj v.linear", 8, 8), "v"),
+        (beside("v.deeper.proj v.other", 8, 8), "v"),
     ],
 )
 def test_what_makes_a_letter_must_be_clear(values: dict[str, tuple[int, ...]], child: str) -> None:
@@ -298,6 +297,8 @@ def test_what_makes_a_letter_must_be_clear(values: dict[str, tuple[int, ...]], c
     with pytest.raises(TargetError, match=re.escape(why)):
         find_stored(shapes, "v")
     assert [target.module for target in find_stored(shapes, "q")] == ["attn.q_proj"]
+    with pytest.raises(TargetError, match=r"attn\.c_attn\.weight produces k, v with one weight of 16 rows"):
+        find_stored(beside("q_attn o_proj", 8, 8) | beside("c_attn", 16, 8), "qv")
 
 
 def test_heads_of_a_gpt2_are_stored_as_others_store_them() -> None:

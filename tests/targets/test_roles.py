@@ -7,18 +7,15 @@ import random
 import pytest
 
 from tnadapt.targets.roles import (
-    Called,
     ProjectionName,
     attention_group,
     distinct_rows,
     is_attention,
     layer_of,
-    main_projection,
     natural,
     number,
     parse_projection_name,
     projection_letters,
-    settled_names,
 )
 from tnadapt.targets.target import Rows
 
@@ -135,50 +132,6 @@ def test_numbers_are_ordered_as_numbers_and_words_after_none() -> None:
 def test_names_of_attentions(name: str, expected: bool) -> None:
     assert is_attention(name) == is_attention("layer", name) == is_attention(name, "layer") == expected
     assert not is_attention()
-
-
-# -- Sibling names in an attention, in memory and on disk -------------------------------------------------------------
-
-
-def called(*names: str) -> list[Called[str]]:
-    """Names in an attention, each with a weight of its own."""
-    found = []
-    for name in names:
-        says = parse_projection_name(name, attention=True)
-        assert says is not None
-        found.append((name, says, [name]))
-    return found
-
-
-@pytest.mark.parametrize(
-    ("names", "makes"),
-    [
-        (("c_attn",), {"c_attn": "qkv"}),
-        (("q_attn", "c_attn"), {"q_attn": "q", "c_attn": "kv"}),
-        (("to_q", "to_kv"), {"to_q": "q", "to_kv": "kv"}),
-        (("in_proj",), {"in_proj": "qkv"}),
-        (("in_proj", "q_proj", "v_proj"), {"q_proj": "q", "v_proj": "v"}),
-        (("in_proj_weight", "in_proj"), {"in_proj_weight": "qkv", "in_proj": "qkv"}),
-    ],
-)
-def test_names_are_settled_by_those_beside_them(names: tuple[str, ...], makes: dict[str, str]) -> None:
-    assert {name: says.letters for name, says, _ in settled_names(called(*names))} == makes
-
-
-@pytest.mark.parametrize(
-    ("found", "main"),
-    [
-        (["q.down", "q.linear"], ["q.linear"]),
-        (["q.proj", "q.linear"], ["q.proj", "q.linear"]),  # two are called so
-        (["q.deeper.proj", "q.other"], ["q.deeper.proj", "q.other"]),
-        (["q"], ["q"]),
-        ([], []),
-    ],
-)
-def test_the_main_projection_of_several_weights(found: list[str], main: list[str]) -> None:
-    assert main_projection(found, "q", str) == main
-    # The same below the top of a model, which has no name.
-    assert main_projection([name[2:] for name in found], "", str) == [name[2:] for name in main]
 
 
 def test_letters_that_share_their_rows_are_given_once() -> None:

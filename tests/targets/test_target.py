@@ -179,9 +179,6 @@ def test_groups_are_those_of_a_convolution() -> None:
     assert "groups" not in repr(Target("a", (6, 2, 3), "conv"))
 
 
-# -- Rows given as a list, and one matrix of a stack ---------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("numbers", "why"),
     [
@@ -320,8 +317,6 @@ def test_sizes_that_a_file_claims_take_no_time_and_no_memory() -> None:
     with pytest.raises(tna.TargetError, match="blocks of 17 different lengths; at most 16 are supported"):
         check_distinct(strides)
 
-
-# -- Every way in --------------------------------------------------------------------------------
 
 TWICE = [Target("a.q", (4, 6), "q"), Target("a.q", (4, 6), "q")]
 ALIAS = [Target("a.q", (4, 6), "q"), Target("a", (4, 6), "q", parameter="q.weight")]
