@@ -19,7 +19,6 @@ from safetensors.numpy import load, save_file
 
 import tnadapt as tna
 from tests.checkpoints.merge.merge_scene import content
-from tests.conftest import peak_of
 from tests.support import checkpoint_files as cp
 from tnadapt import FileError
 
@@ -502,12 +501,6 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path, to: str) -> None:
     os.mkfifo(tmp_path / "peft" / to)
     with pytest.raises(FileError, match=r"is not a file|is neither a file nor a folder"):
         tna.convert(tmp_path / "peft")
-
-
-def test_settings_of_peft_take_the_memory_that_they_have(tmp_path: Path) -> None:
-    tna.convert(made(tna.presets.lora(1), {"a.q": (3, 4)}), to="peft-lora").save(tmp_path / "peft")
-    tna.convert(tmp_path / "peft", base=["a.q"])
-    assert peak_of(lambda: tna.convert(tmp_path / "peft", base=["a.q"])) < 1 << 20
 
 
 LARGE = np.float32(1e38)
