@@ -22,6 +22,7 @@ from tnadapt.targets.roles import (
     distinct_rows,
     is_attention,
     layer_of,
+    main_projection,
     natural,
     number,
     parse_projection_name,
@@ -278,7 +279,13 @@ EMPTY = {f"layers.{n}.attention.qkv.weight": sizes for n, sizes in enumerate(((0
         (beside("qkv.qkv", 24, 8) | beside("proj", 8, 8), "v", None, {"attn.qkv.qkv": VALUES}),
         # Names are settled by those beside them, and a projection by the main one of its weights.
         (beside("to_q", 8, 8) | beside("to_kv", 16, 8), "qv", None, {"attn.to_q": None, "attn.to_kv": (8, 8, 16, 1)}),
-        (beside("in_proj q_proj v_proj", 8, 8), "qv", None, {"attn.q_proj": None, "attn.v_proj": None}),
+        *(
+            (
+                beside("q_proj v_proj", 8, 8) | {f"attn.{name}": (24, 8)}, "qv", None,
+                {"attn.q_proj": None, "attn.v_proj": None},
+            )
+            for name in ("in_proj.weight", "in_proj_weight")
+        ),
         (
             beside("q.down v.down", 4, 8) | beside("q.linear v.linear", 8, 8), "qv", None,
             {"attn.q.linear": None, "attn.v.linear": None},
@@ -540,6 +547,13 @@ def test_numbers_are_ordered_as_numbers_and_words_after_none() -> None:
 def test_names_of_attentions(name: str, expected: bool) -> None:
     assert is_attention(name) == is_attention("layer", name) == is_attention(name, "layer") == expected
     assert not is_attention()
+
+
+def test_the_main_projection_is_the_only_one_that_is_called_so() -> None:
+    for path, prefix in (("q", "q."), ("", "")):  # the top of a model has no name
+        down, linear, proj = (f"{prefix}{name}" for name in ("down", "linear", "proj"))
+        assert main_projection([down, linear], path, str) == [linear]
+        assert main_projection([down, linear, proj], path, str) == [down, linear, proj]
 
 
 def test_letters_that_share_their_rows_are_given_once() -> None:
