@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,12 +57,9 @@ def model(shapes: dict[str, tuple[int, ...]] | None = None) -> Any:
             if not hasattr(holder, name):
                 holder.add_module(name, nn.Module())
             holder = getattr(holder, name)
-        kinds = {2: nn.Linear, 3: nn.Conv1d, 4: nn.Conv2d}
-        if len(shape) == 2:
-            layer = nn.Linear(shape[1], shape[0], bias=False)
-        else:
-            layer = kinds[len(shape)](shape[1], shape[0], shape[2:], bias=False)
-        holder.add_module(last, layer)
+        rows, cols, *kernel = shape
+        kinds = (nn.Linear, nn.Conv1d, nn.Conv2d)
+        holder.add_module(last, kinds[len(kernel)](cols, rows, *([kernel] if kernel else ()), bias=False))
     return root.requires_grad_(False)
 
 
@@ -135,14 +132,23 @@ def loaded_by_peft(folder: Path, base: Any) -> dict[str, Any]:
     return peft_updates(peft.PeftModel.from_pretrained(model(base) if isinstance(base, dict) else base, folder))
 
 
-def fill(parameters: Iterator[Any], seed: int = 0, scale: float = 0.5) -> None:
-    """Random numbers in all of them."""
+def trained_by_peft(folder: Path, base: Any, config: Any, seed: int = 0, scale: float = 0.5) -> Any:
+    """PEFT's model of a base with random numbers in all that is trained, which PEFT has saved in a folder."""
+    wrapped = pytest.importorskip("peft").get_peft_model(base, config)
+    fill(wrapped.parameters(), seed, scale)
+    wrapped.save_pretrained(folder)
+    return wrapped.eval()
+
+
+def fill(parameters: Iterable[Any], seed: int = 0, scale: float = 0.5) -> None:
+    """Random numbers in all of them that are trained."""
     import torch
 
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in parameters:
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+            if parameter.requires_grad:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
 
 
 def tiny_unet() -> tuple[Any, dict[str, tuple[int, ...]]]:

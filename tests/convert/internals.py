@@ -6,7 +6,7 @@ from tnadapt.checkpoints.stored_weights import _OTHER_HEADS as OTHER_HEADS
 from tnadapt.checkpoints.stored_weights import _TIED as TIED
 from tnadapt.convert import _files as files_module
 from tnadapt.convert import _pipeline as pipeline_module
-from tnadapt.convert._files import factorization, replace_folder, safetensors_content
+from tnadapt.convert._files import replace_folder
 from tnadapt.convert._gguf_format import GgufBase
 from tnadapt.convert._peft_settings import PathPatterns
 from tnadapt.convert._updates import norms_of
@@ -16,10 +16,8 @@ __all__ = [
     "TIED",
     "GgufBase",
     "PathPatterns",
-    "factorization",
     "files_module",
     "norms_of",
     "pipeline_module",
     "replace_folder",
-    "safetensors_content",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,23 +19,25 @@ from tnadapt import ConfigError, FileError
 
 from .conversions import CONVS, SHAPES, assert_same_updates, converted, made, model, tiny_unet
 
-# -- Files of diffusers: names of components, scales, and what its own loader makes of them ----------------------------
 
-
-def test_all_factors_have_one_rank() -> None:
-    # diffusers before α = r for each module scaled all of them by the first one's rank.
-    shapes = {"down_blocks.0.to_q": (12, 9), "mid_block.to_q": (2, 9)}
-    found = tna.convert(made(tna.presets.lora(3), shapes), to="diffusers", rank=3)
-    assert {array.shape[1] for name, array in found.tensors.items() if "lora_B" in name} == {3}
-    assert found.exact
-
-
-def rewritten(path: Path, metadata: dict[str, str], extra: dict[str, np.ndarray]) -> None:
+def rewritten(path: Path, metadata: dict[str, str], extra: dict[str, np.ndarray]) -> Path:
     arrays = {
         "unet.mid_block.to_q.lora_A.weight": np.ones((2, 6), "f4"),
         "unet.mid_block.to_q.lora_B.weight": np.ones((8, 2), "f4"),
     }
     save_file({**arrays, **extra}, path, metadata)
+    return path
+
+
+@pytest.mark.parametrize("to", ["diffusers", "vllm"])
+def test_all_factors_have_one_rank(to: str) -> None:
+    # diffusers before α = r for each module scaled all of them by the first one's rank.
+    shapes = {"down_blocks.0.to_q": (12, 9), "mid_block.to_q": (2, 9)}
+    found = tna.convert(made(tna.presets.lotr(3, groups="weight"), shapes), to=to, rank=3)
+    served = 3 if to == "diffusers" else 8  # vLLM takes a few ranks alone
+    assert {array.shape[1] for name, array in found.tensors.items() if "lora_B" in name} == {served}
+    assert found.exact
+    assert found.config is None or (found.config["r"], found.config["rank_pattern"]) == (served, {})
 
 
 def test_scales_are_those_of_diffusers(tmp_path: Path) -> None:
@@ -44,39 +47,22 @@ def test_scales_are_those_of_diffusers(tmp_path: Path) -> None:
         ({}, {"unet.mid_block.to_q.alpha": np.array(1.0, "f4")}, 0.5),
         ({"lora_adapter_metadata": json.dumps(settings)}, {}, 3.0),
     ):
-        rewritten(tmp_path / "in.safetensors", metadata, extra)
-        file = converted(tmp_path / "in.safetensors")
+        file = converted(rewritten(tmp_path / "in.safetensors", metadata, extra))
         np.testing.assert_array_equal(file.deltas()[0], np.full((8, 6), 2 * scale))
-
-
-def test_one_component_at_a_time(tmp_path: Path) -> None:
     more = {f"text_encoder.x.to_q.lora_{which}.weight": np.ones((2, 2), "f4") for which in "AB"}
-    rewritten(tmp_path / "in.safetensors", {}, more)
-    with pytest.raises(FileError, match=r"has adapters of several models: text_encoder, unet\. Choose one, for"):
-        tna.convert(tmp_path / "in.safetensors")
-    with pytest.raises(FileError, match="has no part 'transformer'; its parts are text_encoder, unet"):
-        tna.convert(tmp_path / "in.safetensors", part="transformer")
-    file = converted(tmp_path / "in.safetensors", part="unet")
+    file = converted(rewritten(tmp_path / "in.safetensors", {}, more), part="unet")
     assert [target.module for target in file.targets] == ["mid_block.to_q"]
-
-
-@pytest.mark.parametrize(
-    ("metadata", "extra", "message"),
-    [
+    for part, metadata, extra, message in (
+        (None, {}, more, r"has adapters of several models: text_encoder, unet\. Choose one, for"),
+        ("transformer", {}, more, "has no part 'transformer'; its parts are text_encoder, unet"),
         (
-            {}, {"unet.mid_block.to_q.lokr_w1": np.ones((2, 2), "f4")},
+            None, {}, {"unet.mid_block.to_q.lokr_w1": np.ones((2, 2), "f4")},
             "has tensors that do not belong to a LoRA of diffusers: 'unet.mid_block",
         ),
-        (
-            {"lora_adapter_metadata": "["}, {},
-            "the entry lora_adapter_metadata of its metadata is not a JSON object",
-        ),
-    ],
-)  # fmt: skip
-def test_what_it_cannot_hold_is_refused(metadata: Any, extra: Any, message: str, tmp_path: Path) -> None:
-    rewritten(tmp_path / "in.safetensors", metadata, extra)
-    with pytest.raises(FileError, match=message):
-        tna.convert(tmp_path / "in.safetensors")
+        (None, {"lora_adapter_metadata": "["}, {}, "the entry lora_adapter_metadata of its metadata is not a JSON obj"),
+    ):  # fmt: skip
+        with pytest.raises(FileError, match=message):
+            tna.convert(rewritten(tmp_path / "in.safetensors", metadata, extra), part=part)
 
 
 @pytest.mark.slow
@@ -136,22 +122,6 @@ def test_the_prefix_is_that_of_the_component(name: str, to: str, tmp_path: Path)
     if to == "kohya":
         assert converted(out).config == file.config
     assert_same_updates(converted(out), file)
-
-
-def test_the_caller_names_the_second_text_encoder() -> None:
-    file = made(P.lora(2), PATHS["text encoder"])
-    found = tna.convert(file, to="kohya-lora", part="lora_te2")
-    assert all(name.startswith("lora_te2_text_model_encoder") for name in found.tensors)
-    again = tna.convert(file, to="kohya-lora", part="text_encoder_2")  # diffusers' name
-    assert again.tensors.keys() == found.tensors.keys()
-
-
-@pytest.mark.parametrize("to", ["kohya-lora", "diffusers-lora"])
-@pytest.mark.parametrize("preset", [P.dora, P.hira])
-def test_what_is_no_sum_is_refused(preset: Any, to: str) -> None:
-    message = f"does more than add ΔW to the weight, and {to} can only add: merge it into the base with tnadapt.merge"
-    with pytest.raises(ConfigError, match=message):
-        tna.convert(made(preset(rank=2)), to=to, part="unet")
 
 
 @pytest.mark.slow  # its import takes long
@@ -218,22 +188,6 @@ def test_either_name_selects_a_part_of_kohyas_and_names_that_of_diffusers(
     assert all(name.startswith(f"{prefix}_") for name in back.tensors)
 
 
-def test_a_part_must_be_chosen_where_a_file_has_several(tmp_path: Path) -> None:
-    message = r"several models: lora_te1, lora_te2, lora_unet\. Choose one, for example part='lora_te1' \(--part l"
-    for to in ("tnadapt", "diffusers", "kohya", "peft-lora"):
-        with pytest.raises(FileError, match=message):
-            tna.convert(both(tmp_path), to=to, base=BASE)
-    with pytest.raises(FileError, match="has no part 'transformer_2'; its parts are lora_te1, lora_te2, lora_unet"):
-        tna.convert(both(tmp_path), part="transformer_2", base=BASE)
-
-
-def test_the_file_names_the_part_where_the_modules_do_not(tmp_path: Path) -> None:
-    second = kohya_file(tmp_path / "te2.safetensors", {"lora_te2": TEXT})
-    found = tna.convert(second, to="diffusers", base=BASE)
-    assert all(name.startswith("text_encoder_2.") for name in found.tensors)
-    assert all(name.startswith("lora_te2_") for name in tna.convert(second, to="kohya", base=BASE).tensors)
-
-
 def test_kohyas_unet_may_be_a_transformer(tmp_path: Path) -> None:
     flux = kohya_file(tmp_path / "flux.safetensors", {"lora_unet": BLOCK})
     for part in (None, "lora_unet", "transformer"):
@@ -245,48 +199,50 @@ def test_kohyas_unet_may_be_a_transformer(tmp_path: Path) -> None:
         tna.convert(other, to="diffusers", base=BASE)
     found = tna.convert(other, to="diffusers", base=BASE, part="transformer")
     assert all(name.startswith("transformer.double_blocks") for name in found.tensors)
+    for to in ("diffusers", "kohya"):
+        found = tna.convert(made(P.lora(2), {"blocks.0.attn.q": (8, 6)}), to=to, part="transformer")
+        assert found.exact
+        assert all(name.startswith(("transformer.blocks", "lora_transformer_blocks")) for name in found.tensors)
 
 
-@pytest.mark.parametrize("to", ["diffusers", "kohya"])
-def test_modules_of_no_known_part_are_refused_until_it_is_named(to: str) -> None:
-    file = made(tna.presets.lora(2), {"blocks.0.attn.q": (8, 6)})
-    with pytest.raises(ConfigError, match=rf"a file of {to} .* do not show which .*: 'blocks.0.attn.q'.*example part="):
-        tna.convert(file, to=to)
-    mixed = made(tna.presets.lora(2), {UNET: (8, 6), TEXT: (8, 6)})
-    with pytest.raises(ConfigError, match="the module names do not show which"):
-        tna.convert(mixed, to=to)
-    found = tna.convert(file, to=to, part="transformer")
-    assert found.exact
-    assert all(name.startswith(("transformer.blocks", "lora_transformer_blocks")) for name in found.tensors)
+FORMS = ("tnadapt", "peft-lora", "kohya", "diffusers", "lycoris", "gguf-lora", "vllm")
+SEVERAL = r"several models: lora_te1, lora_te2, lora_unet\. Choose one, for example part='lora_te1' \(--part l"
 
 
-def test_a_part_without_a_prefix_of_kohyas_is_refused() -> None:
-    with pytest.raises(ConfigError, match="kohya has no prefix for controlnet; its prefixes are lora_unet, lora"):
-        tna.convert(made(tna.presets.lora(2), {UNET: (8, 6)}), to="kohya", part="controlnet")
-
-
-@pytest.mark.parametrize("to", ["tnadapt", "peft", "kohya", "diffusers", "lycoris"])
-def test_unknown_parts_are_refused_everywhere(to: str, tmp_path: Path) -> None:
-    file = made(tna.presets.lora(2), {UNET: (8, 6)})
-    tna.convert(file, tmp_path / "peft", to="peft-lora")
-    with pytest.raises(ConfigError, match=r"part \(--part\) must be one of .*text_encoder_2.*; got 'nonsense'"):
-        tna.convert(both(tmp_path), to=to, part="nonsense", base=BASE)
-    message = r"part \(--part\) must be one of .*lora_te2.*; got 'unett'; did you mean .*'unet'"
-    for source in (file, tmp_path / "peft"):
-        if to in ("kohya", "diffusers"):
-            with pytest.raises(ConfigError, match=message):
-                tna.convert(source, to=to, part="unett")
-
-
-@pytest.mark.parametrize("to", ["tnadapt", "peft-lora", "lycoris", "gguf-lora", "vllm"])
-def test_a_part_where_there_are_none_is_refused(to: str, tmp_path: Path) -> None:
-    file = made(tna.presets.lora(2), {UNET: (8, 6)})
-    tna.convert(file, tmp_path / "peft", to="peft-lora")
-    for source, name in ((file, "tnadapt"), (tmp_path / "peft", "peft")):
-        library = to.partition("-")[0]
-        message = rf"part='unet' \(--part\) has no effect on a conversion from {name} to {library}: only"
-        with pytest.raises(ConfigError, match=message):
-            tna.convert(source, to=to, part="unet")
+@pytest.mark.parametrize(
+    ("source", "forms", "part", "message"),
+    [
+        ("kohya", ("tnadapt", "diffusers", "kohya", "peft-lora"), None, SEVERAL),
+        ("kohya", FORMS[:1], "transformer_2", "has no part 'transformer_2'; its parts are lora_te1, lora_te2, lor"),
+        ("kohya", FORMS[:5], "nonsense", r"part \(--part\) must be one of .*text_encoder_2.*; got 'nonsense'"),
+        ("blocks.0.attn.q", FORMS[2:4], None, r"a file of .* do not show which .*: 'blocks.0.attn.q'.*example part="),
+        (f"{UNET} {TEXT}", FORMS[2:4], None, "the module names do not show which"),
+        (UNET, ("kohya",), "controlnet", "kohya has no prefix for controlnet; its prefixes are lora_unet, lora"),
+        *(
+            (source, FORMS[2:4], "unett", r"part \(--part\) must be .*lora_te2.*; got 'unett'; did you mean .*'unet'")
+            for source in (UNET, "peft")
+        ),
+        *(
+            (
+                source, ("tnadapt", "peft-lora", "lycoris", "gguf-lora", "vllm"), "unet",
+                rf"part='unet' \(--part\) has no effect on a conversion from {library} to TO: only",
+            )
+            for source, library in ((UNET, "tnadapt"), ("peft", "peft"))
+        ),
+    ],
+)  # fmt: skip
+def test_a_part_that_cannot_be_chosen_is_refused(
+    source: str, forms: Sequence[str], part: str | None, message: str, tmp_path: Path
+) -> None:
+    adapter: Any = made(P.lora(2), dict.fromkeys(source.split() if "." in source else [UNET], (8, 6)))
+    if source == "peft":
+        tna.convert(adapter, tmp_path / "peft", to="peft-lora")
+        adapter = tmp_path / "peft"
+    elif source == "kohya":
+        adapter = both(tmp_path)
+    for to in forms:
+        with pytest.raises((ConfigError, FileError), match=message.replace("TO", to.partition("-")[0])):
+            tna.convert(adapter, to=to, part=part, base=BASE if source == "kohya" else None)
 
 
 FLAT = "encoder.layers.0.self_attn.q_proj"  # of CLIPTextModel since transformers 5.6
@@ -305,12 +261,22 @@ def test_files_name_the_modules_of_clip_as_loaders_expect(to: str, tmp_path: Pat
         np.testing.assert_allclose(back.deltas()[0], file.deltas()[0], rtol=0, atol=1e-6)
 
 
-def test_other_encoders_keep_their_names() -> None:
-    t5 = {"encoder.block.0.layer.0.SelfAttention.q": (8, 6)}
-    (name, *_) = tna.convert(made(tna.presets.lora(2), t5), to="diffusers", part="text_encoder_2").tensors
-    assert name.startswith("text_encoder_2.encoder.block.0")
-    (name, *_) = tna.convert(made(tna.presets.lora(2), {FLAT: (8, 6)}), to="kohya", part="unet").tensors
-    assert name.startswith("lora_unet_encoder_layers_0")
+def test_the_part_is_in_the_names(tmp_path: Path) -> None:
+    second = kohya_file(tmp_path / "te2.safetensors", {"lora_te2": TEXT})
+    t5 = "encoder.block.0.layer.0.SelfAttention.q"
+    for source, to, part, start in (
+        (TEXT, "kohya", "lora_te2", "lora_te2_text_model_encoder"),
+        (TEXT, "kohya", "text_encoder_2", "lora_te2_text_model_encoder"),  # diffusers' name
+        # The file names the part where the modules do not.
+        (second, "diffusers", None, "text_encoder_2."),
+        (second, "kohya", None, "lora_te2_"),
+        # Other encoders keep their names.
+        (t5, "diffusers", "text_encoder_2", "text_encoder_2.encoder.block.0"),
+        (FLAT, "kohya", "unet", "lora_unet_encoder_layers_0"),
+    ):
+        adapter = source if isinstance(source, Path) else made(P.lora(2), {source: (8, 6)})
+        found = tna.convert(adapter, to=to, part=part, base=BASE if source is second else None)
+        assert all(name.startswith(start) for name in found.tensors)
 
 
 @pytest.mark.slow
@@ -362,14 +328,6 @@ def test_the_rank_is_padded_to_one_that_vllm_takes(rank: int, served: int, tmp_p
     assert found.exact
     assert tna.convert(tmp_path / "out").origin == "peft-lora"
     assert_same_updates(converted(tmp_path / "out"), file)
-
-
-def test_ranks_that_differ_become_one() -> None:
-    shapes = {"layers.0.q_proj": (24, 40), "layers.0.v_proj": (3, 40)}
-    found = tna.convert(made(tna.presets.lotr(5, groups="weight"), shapes), to="vllm-lora", rank=5)
-    assert found.config is not None
-    assert found.config["r"] == 8
-    assert found.config["rank_pattern"] == {}
 
 
 def test_what_vllm_does_not_serve_is_refused() -> None:

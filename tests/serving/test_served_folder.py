@@ -17,6 +17,8 @@ from tnadapt.serving import ServedFolder
 
 from .adapters import adapter, complete, saved_model, tiny
 
+P = tna.presets
+
 
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
@@ -27,6 +29,18 @@ def place(tmp_path: Path) -> Path:
 
 def served(place: Path, base: str | None = "base") -> ServedFolder:
     return ServedFolder(place / "adapters", place / "cache", None if base is None else place / base)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The files that are read and converted from now on."""
+    noted = list[str]()
+    for name in ("convert", "load"):
+        real = getattr(served_folder, name)
+        monkeypatch.setattr(
+            served_folder, name, lambda *args, name=name, real=real, **more: noted.append(name) or real(*args, **more)
+        )
+    return noted
 
 
 def test_thirteen_parameters_are_served_as_lora(place: Path) -> None:
@@ -61,37 +75,34 @@ def test_names_that_are_paths_are_not_looked_up(name: str, place: Path, monkeypa
     assert folder.find(name, "m") is None
 
 
-def test_an_unknown_name_is_none(place: Path) -> None:
-    assert served(place).find("nobody", "m") is None
-    with pytest.raises(FileError, match="is not a folder: create it, or give another folder"):
-        ServedFolder(place / "nowhere", place / "cache")
-    # A folder of save_pretrained is an adapter.
-    (place / "adapters" / "math").mkdir()
-    tna.save(place / "adapters" / "math" / "adapter.safetensors", adapter(tna.presets.lora(2)))
-    assert served(place).find("math", "m") is not None
-
-
-def test_it_is_expanded_once_for_each_content_and_base(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_is_expanded_once_for_each_content_and_base(place: Path, calls: list[str]) -> None:
     path = place / "adapters" / "math.safetensors"
     tna.save(path, adapter(tna.presets.lora(2)))
     first = served(place).find("math", "m")
     assert first is not None
     assert first.number > 0
-    calls = []
-    real = served_folder.convert
-    monkeypatch.setattr(served_folder, "convert", lambda *args, **more: calls.append(args) or real(*args, **more))
     assert served(place).find("math", "m") == first
-    assert calls == []
     tna.save(place / "adapters" / "same.safetensors", adapter(tna.presets.lora(2)))
     assert served(place).find("same", "m") == first
+    # A folder of save_pretrained is an adapter.
+    (place / "adapters" / "folder").mkdir()
+    tna.save(place / "adapters" / "folder" / "adapter.safetensors", adapter(tna.presets.lora(2)))
+    assert served(place).find("folder", "m") == first
+    assert calls.count("convert") == 1
+    # An entry that lost a file is written again.
+    Path(first.path, "adapter_config.json").unlink()
+    assert served(place).find("math", "m") == first
+    assert Path(first.path, "adapter_config.json").is_file()
     tna.save(path, adapter(tna.presets.lora(2), seed=1))
     second = served(place).find("math", "m")
     assert second is not None
     assert {first.path, first.number}.isdisjoint({second.path, second.number})
     saved_model(place / "base", seed=5)
-    third = served(place).find("math", "m")
-    assert third not in (first, second)
-    assert len(calls) == 2
+    assert served(place).find("math", "m") not in (first, second)
+    assert calls.count("convert") == 4
+    assert served(place).find("nobody", "m") is None
+    with pytest.raises(FileError, match="is not a folder: create it, or give another folder"):
+        ServedFolder(place / "nowhere", place / "cache")
 
 
 def find(place: Path) -> tuple[str, int] | None:
@@ -140,15 +151,6 @@ def test_a_base_that_cannot_be_compared_is_not(kind: str, place: Path) -> None:
         folder.find("tiny", str(base))
 
 
-def test_an_entry_that_lost_a_file_is_written_again(place: Path) -> None:
-    tna.save(place / "adapters" / "math.safetensors", adapter(tna.presets.lora(2)))
-    found = served(place).find("math", "m")
-    assert found is not None
-    Path(found.path, "adapter_config.json").unlink()
-    assert served(place).find("math", "m") == found
-    assert Path(found.path, "adapter_config.json").is_file()
-
-
 @pytest.mark.parametrize(
     ("config", "why"),
     [
@@ -164,58 +166,45 @@ def test_what_is_merge_only_or_damaged_is_refused(config: tna.Config | None, why
         served(place).find("math", "m")
 
 
-def test_a_refusal_is_remembered_until_the_file_changes(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path, folder, calls = place / "adapters" / "math.safetensors", served(place), []
-    real = served_folder.convert
-    monkeypatch.setattr(served_folder, "convert", lambda *args, **more: calls.append(args) or real(*args, **more))
-
-    def refused() -> str:
+def test_a_refusal_is_remembered_until_the_file_or_the_base_changes(place: Path, calls: list[str]) -> None:
+    path, folder, told = place / "adapters" / "math.safetensors", served(place), set[str]()
+    good, bad, other = (adapter(config, seed) for config, seed in ((P.lora(2), 0), (P.dense(), 0), (P.dense(), 1)))
+    # The other one has the same size, and its refusal is still known after one that is served.
+    for file, reads in ((bad, 1), (bad, 1), (bad, 1), (other, 2), (good, 3), (other, 3)):
+        if file is not bad or not told:
+            tna.save(path, file)
+        if file is good:
+            assert folder.find("math", "m") is not None
+            continue
         with pytest.raises(ConfigError, match="LoRA of that rank is larger than the update itself") as error:
             folder.find("math", "m")
-        return str(error.value)
-
-    tna.save(path, adapter(tna.presets.dense()))
-    assert len({refused() for _ in range(3)}) == 1
-    assert len(calls) == 1
-    tna.save(path, adapter(tna.presets.dense(), seed=1))  # another one, of the same size
-    refused()
-    assert len(calls) == 2
-    tna.save(path, adapter(tna.presets.lora(2)))
-    assert folder.find("math", "m") is not None
-    tna.save(path, adapter(tna.presets.dense(), seed=1))
-    refused()
-    assert len(calls) == 3
-
-
-@pytest.mark.parametrize("file", [tiny(), adapter(tna.presets.lora(2), base=0)], ids=["tinylora", "lora"])
-def test_another_base_is_refused_and_remembered(
-    file: tna.AdapterFile, place: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+        told.add(str(error.value))
+        assert calls.count("load") == reads
+    assert len(told) == 1
     saved_model(place / "base", seed=1)
-    folder, reads = served(place), []
-    real = served_folder.load
-    monkeypatch.setattr(served_folder, "load", lambda path: reads.append(path) or real(path))
-    tna.save(place / "adapters" / "math.safetensors", file)
-    for _ in range(2):
-        with pytest.raises(TargetError, match="base is another model than the one that the adapter was trained on"):
-            folder.find("math", "m")
-    assert len(reads) == 1
-    assert not (place / "cache").exists() or not list((place / "cache").iterdir())
+    for file in (tiny(), adapter(P.lora(2), base=0)):
+        tna.save(path, file)
+        calls.clear()
+        for _ in range(2):
+            with pytest.raises(TargetError, match="base is another model than the one that the adapter was trained on"):
+                folder.find("math", "m")
+        assert calls.count("load") == 1
+        assert len(list((place / "cache").iterdir())) == 1  # of the good one
     saved_model(place / "base", seed=0)
     assert folder.find("math", "m") is not None
 
 
-@pytest.mark.parametrize("full", [False, True])
-def test_errors_that_may_pass_are_not_remembered(full: bool, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [FileError("No space left on device"), ConfigError("there is not enough memory")])
+def test_errors_that_may_pass_are_not_remembered(
+    error: TnadaptError, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*_: object, **more: object) -> None:
-        if full:
-            raise FileError("No space left on device")
-        raise ConfigError("there is not enough memory") from MemoryError()
+        raise error from (MemoryError() if isinstance(error, ConfigError) else None)
 
-    tna.save(place / "adapters" / "math.safetensors", adapter(tna.presets.lora(2)))
+    tna.save(place / "adapters" / "math.safetensors", adapter(P.lora(2)))
     folder = served(place)
     with monkeypatch.context() as patch:
         patch.setattr(served_folder, "convert", fail)
-        with pytest.raises(FileError if full else ConfigError):
+        with pytest.raises(type(error)):
             folder.find("math", "m")
     assert folder.find("math", "m") is not None

@@ -1,8 +1,9 @@
-"""The table of fused attention weights: rules partition the rows like a plain reshape; a miss is an error."""
+"""Fused attention weights: rules partition the rows like a plain reshape, a miss is an error; names of projections."""
 
 from __future__ import annotations
 
 import json
+import random
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -15,6 +16,19 @@ from hypothesis import strategies as st
 
 import tnadapt as tna
 from tnadapt.errors import TargetError
+from tnadapt.targets.roles import (
+    ProjectionName,
+    attention_group,
+    distinct_rows,
+    is_attention,
+    layer_of,
+    main_projection,
+    natural,
+    number,
+    parse_projection_name,
+    projection_letters,
+)
+from tnadapt.targets.target import Rows
 
 from .internals import (
     TABLE,
@@ -23,7 +37,6 @@ from .internals import (
     Fused,
     LayoutError,
     StoredWeight,
-    by_name,
     contested,
     find_stored,
     forget_layouts,
@@ -33,8 +46,6 @@ from .internals import (
     register_layout,
     rules,
 )
-
-# -- The rules --------------------------------------------------------------------------------
 
 
 class Sizes(NamedTuple):
@@ -201,18 +212,6 @@ def test_a_class_or_a_model_type_that_is_not_there_has_no_entry() -> None:
     assert of_config({"model_type": None, "architecture": 3}, StoredWeight("qkv")) is None
 
 
-def test_names_that_libraries_disagree_on_decide_nothing() -> None:
-    for name in ("query_key_value", "linear_qkv", "kv_b_proj", "in_proj_qkvz", "to_qkv_mlp_proj"):
-        assert by_name(name) is None
-    for name in ("wqkv", "in_proj", "c_attn", "linear_kv", "queries_keys_values", "query_key"):
-        assert contested({}, StoredWeight(name)), name
-    for name in ("qkv", "Wqkv", "W_pack", "att_proj", "to_qkv", "in_proj_weight", "kv"):
-        assert not contested({}, StoredWeight(name)), name
-    # CodeGen's weight has Phi-3's name, but another output beside it.
-    assert contested({}, StoredWeight("qkv_proj", beside=["out_proj"]))
-    assert not contested({}, StoredWeight("qkv_proj", beside=["o_proj"]))
-
-
 def test_of_convolutions_other_names_decide_nothing() -> None:
     for ndim, doubtful in ((3, ["qkv"]), (4, ["qkv", "kv", "qkv_proj"]), (5, [])):
         for name in {name for entry in TABLE for name in entry.weights}:
@@ -237,8 +236,11 @@ def stored(name: str, out: int, cols: int = 8, output: str = "", where: str = "l
         (stored("query_key_value", 24), {"model_type": "bloom"}, "config.json lacks num_attention_heads"),
         (stored("query_key_value", 24), {"model_type": "bloom", "n_head": 5}, "5 blocks of 3 rows were expected"),
         (stored("in_proj", 24), {"num_attention_heads": 2}, "libraries lay out 'in_proj' in different ways"),
+        *(
+            (stored(name, 24), None, f"libraries lay out '{name}' in different ways")
+            for name in ("c_attn", "wqkv", "queries_keys_values", "in_proj_qkvz")
+        ),
         (stored("wqkv", 24), {"model_type": "kimi_k25"}, "reorders the rows of q and k"),
-        (stored("c_attn", 24), None, "libraries lay out 'c_attn' in different ways"),
         (stored("qkv_proj", 24, output="out_proj"), None, "libraries lay out 'qkv_proj' in different ways"),
         (stored("qkv", 32), {"model_type": "vit"}, "the sizes do not follow"),
         (stored("qkv", 30), {"model_type": "vit"}, "no output projection and no numbers of heads"),
@@ -251,56 +253,79 @@ def test_a_checkpoint_that_says_too_little_is_refused(shapes: Any, config: Any, 
         find_stored(shapes, "v", config)
 
 
-def test_an_empty_tensor_is_no_weight() -> None:
-    shapes = stored("qkv", 24)
-    shapes |= {f"layers.{n}.attention.qkv.weight": shape for n, shape in ((1, (0, 8)), (2, (24, 0)), (3, (24,)))}
-    assert [target.module for target in find_stored(shapes, "v")] == ["layers.0.attention.qkv"]
+def beside(words: str, *sizes: int, prefix: str = "attn.") -> dict[str, tuple[int, ...]]:
+    """Weights of these sizes beside each other."""
+    return {f"{prefix}{name}.weight": sizes for name in words.split()}
 
 
-def test_a_depthwise_convolution_projects_nothing() -> None:
-    steps = ((0, (8, 1, 3, 3)), (1, (8, 8, 1, 1)))
-    shapes = {f"attn.to_{letter}.{step}.weight": shape for letter in "qkv" for step, shape in steps}
-    assert [target.module for target in find_stored(shapes, "qv")] == ["attn.to_q.1", "attn.to_v.1"]
-    # With one output it does.
-    shapes = {"attn.to_q.weight": (1, 1, 1, 1), "attn.to_k.weight": (1, 1, 1, 1), "attn.to_v.weight": (1, 1, 1, 1)}
-    assert [target.module for target in find_stored(shapes, "qv")] == ["attn.to_q", "attn.to_v"]
+GPT2, VALUES = {"model_type": "gpt2", "n_head": 2}, (16, 8, 24, 1)
+AGREED = ("qkv", "Wqkv", "W_pack", "att_proj", "to_qkv")
+HEAD = {"c_attn.weight": (8, 24), "score.weight": (3, 8)}
+EMPTY = {f"layers.{n}.attention.qkv.weight": sizes for n, sizes in enumerate(((0, 8), (24, 0), (24,)), 1)}
 
 
 @pytest.mark.parametrize(
-    ("shapes", "role", "child", "makes"),
+    ("shapes", "wanted", "config", "expected"),
+    [
+        # Without elements, or of one axis, it is no weight.
+        (stored("qkv", 24) | EMPTY, "v", None, {"layers.0.attention.qkv": VALUES}),
+        # A depthwise convolution projects nothing, but with one output it does.
+        (
+            beside("to_q.0 to_k.0 to_v.0", 8, 1, 3, 3) | beside("to_q.1 to_k.1 to_v.1", 8, 8, 1, 1), "qv", None,
+            {"attn.to_q.1": None, "attn.to_v.1": None},
+        ),
+        (beside("to_q to_k to_v", 1, 1, 1, 1), "qv", None, {"attn.to_q": None, "attn.to_v": None}),
+        # The name of a wrapped weight says the same in the attention and in the wrapper.
+        (beside("qkv.qkv", 24, 8) | beside("proj", 8, 8), "v", None, {"attn.qkv.qkv": VALUES}),
+        # Names are settled by those beside them, and a projection by the main one of its weights.
+        (beside("to_q", 8, 8) | beside("to_kv", 16, 8), "qv", None, {"attn.to_q": None, "attn.to_kv": (8, 8, 16, 1)}),
+        *(
+            (
+                beside("q_proj v_proj", 8, 8) | {f"attn.{name}": (24, 8)}, "qv", None,
+                {"attn.q_proj": None, "attn.v_proj": None},
+            )
+            for name in ("in_proj.weight", "in_proj_weight")
+        ),
+        (
+            beside("q.down v.down", 4, 8) | beside("q.linear v.linear", 8, 8), "qv", None,
+            {"attn.q.linear": None, "attn.v.linear": None},
+        ),
+        # Names that all libraries agree on need no config.
+        *((stored(name, 24), "v", None, {f"layers.0.attention.{name}": VALUES}) for name in AGREED),
+        (stored("qkv_proj", 24, output="o_proj"), "v", None, {"layers.0.attention.qkv_proj": VALUES}),
+        (beside("qkv", 24, 5) | beside("proj", 8, 8), "v", None, {"attn.qkv": VALUES}),
+    ],
+)  # fmt: skip
+def test_what_projects_is_found(shapes: Any, wanted: str, config: Any, expected: dict[str, Any]) -> None:
+    assert {target.module: target.rows for target in find_stored(shapes, wanted, config)} == expected
+
+
+@pytest.mark.parametrize(
+    ("values", "child"),
     [
         # A name with a hint, of which nothing says that it is the value; two weights in one projection.
-        ({"q_proj": (8, 8), "k_proj": (8, 8), "gate_v_proj": (8, 8)}, "v", "gate_v_proj", "v"),
-        ({"q_proj": (8, 8), "v_proj.a": (8, 8), "v_proj.b": (8, 8)}, "v", "v_proj", "v"),
+        (beside("gate_v_proj q_gate_proj", 8, 8), "gate_v_proj"),
+        (beside("v_proj.a v_proj.b", 8, 8), "v_proj"),
+        # Two are called the main one, or none is: it is too deep.
+        (beside("v.proj v.linear", 8, 8), "v"),
+        (beside("v.deeper.proj v.other", 8, 8), "v"),
     ],
 )
-def test_what_makes_a_letter_must_be_clear(
-    shapes: dict[str, tuple[int, ...]], role: str, child: str, makes: str
-) -> None:
-    named: Any = {f"attn.{name}.weight": shape for name, shape in shapes.items()} | {"attn.o_proj.weight": (8, 8)}
-    why = f"attn.{child} of the checkpoint seems to produce {makes}, but it is unclear with which weight or rows"
+def test_what_makes_a_letter_must_be_clear(values: dict[str, tuple[int, ...]], child: str) -> None:
+    shapes = beside("q_proj k_proj o_proj", 8, 8) | values
+    why = f"attn.{child} of the checkpoint seems to produce v, but it is unclear with which weight or rows"
     with pytest.raises(TargetError, match=re.escape(why)):
-        find_stored(named, role)
-    assert [target.module for target in find_stored(named, "q")] == ["attn.q_proj"]
+        find_stored(shapes, "v")
+    assert [target.module for target in find_stored(shapes, "q")] == ["attn.q_proj"]
+    with pytest.raises(TargetError, match=r"attn\.c_attn\.weight produces k, v with one weight of 16 rows"):
+        find_stored(beside("q_attn o_proj", 8, 8) | beside("c_attn", 16, 8), "qv")
 
 
-def test_a_wrapped_weight_is_found_once() -> None:
-    """Its name says the same in the attention and in the wrapper."""
-    targets = find_stored({"attn.qkv.qkv.weight": (24, 8), "attn.proj.weight": (8, 8)}, "qv")
-    assert [(target.name, target.role, target.layer) for target in targets] == [
-        ("attn.qkv.qkv.weight", "q", "attn"), ("attn.qkv.qkv.weight", "v", "attn"),
-    ]  # fmt: skip
-
-
-def test_names_that_all_libraries_agree_on_need_no_config() -> None:
-    for shapes in (
-        stored("qkv", 24), stored("Wqkv", 24), stored("qkv_proj", 24, output="o_proj"), stored("qkv", 24, 5, "proj"),
-    ):  # fmt: skip
-        if (24, 5) in shapes.values():
-            shapes["layers.0.attention.proj.weight"] = (8, 8)
-        (target,) = find_stored(shapes, "v")
-        assert target.rows is not None
-        assert target.rows.indices() == list(range(16, 24))
+def test_heads_of_a_gpt2_are_stored_as_others_store_them() -> None:
+    assert [target.transposed for target in find_stored(HEAD, ["c_attn", "score"], GPT2)] == [True, False]
+    both = {"encoder": {"model_type": "vit"}, "decoder": {"model_type": "gpt2"}}
+    (target,) = find_stored({f"decoder.transformer.{name}": shape for name, shape in HEAD.items()}, "v", both)
+    assert (target.transposed, target.rows) == (True, VALUES)
 
 
 @pytest.mark.law("fused-on-disk")
@@ -337,16 +362,6 @@ def test_each_part_of_a_config_speaks_for_its_own_weights() -> None:
     assert target.rows == (24, 4, 32, 2)
 
 
-def test_heads_of_a_gpt2_are_stored_as_others_store_them() -> None:
-    shapes = {"h.0.attn.c_attn.weight": (8, 24), "score.weight": (3, 8)}
-    config = {"model_type": "gpt2", "n_head": 2}
-    assert [target.transposed for target in find_stored(shapes, ["c_attn", "score"], config)] == [True, False]
-    both = {"encoder": {"model_type": "vit"}, "decoder": {"model_type": "gpt2"}}
-    named = {f"decoder.transformer.{name}": shape for name, shape in shapes.items()}
-    (target,) = find_stored(named, "v", both)
-    assert (target.transposed, target.rows) == (True, (16, 8, 24, 1))
-
-
 # -- Layouts that other packages register ----------------------------------------------------------------
 
 
@@ -367,15 +382,6 @@ def nothing_registered() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("nothing_registered")
-def test_it_is_found_by_class_and_by_model_type() -> None:
-    assert of_class(["ParrotAttention"], lambda name: False) is None
-    register_layout("parrot", PARROT)
-    assert of_class(["MyAttention", "ParrotAttention"], lambda name: False) is PARROT
-    assert of_config({"model_type": "parrot"}, StoredWeight("to_qkv")) is PARROT
-    assert of_config({"model_type": "parrot"}, StoredWeight("in_proj")) is None
-
-
-@pytest.mark.usefixtures("nothing_registered")
 def test_a_model_and_its_checkpoint_have_the_same_rows(tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
     save_file = pytest.importorskip("safetensors.torch").save_file
@@ -392,8 +398,12 @@ def test_a_model_and_its_checkpoint_have_the_same_rows(tmp_path: Path) -> None:
             v, k, q = self.to_qkv(x).split(8, -1)
             return self.out_proj(torch.nn.functional.scaled_dot_product_attention(q, k, v))
 
+    class MyAttention(ParrotAttention):
+        pass
+
+    assert of_class(["ParrotAttention"], lambda name: False) is None
     register_layout("parrot", PARROT)
-    model = torch.nn.ModuleDict({"attention": ParrotAttention()})
+    model = torch.nn.ModuleDict({"attention": MyAttention()})
     found = {target.role: target.rows for target in tt.find_targets(model, "qkv")}
     assert found == {"q": tna.Rows(16, 8, 24), "k": tna.Rows(8, 8, 24), "v": tna.Rows(0, 8, 24)}
     save_file(model.state_dict(), tmp_path / "model.safetensors")
@@ -401,6 +411,7 @@ def test_a_model_and_its_checkpoint_have_the_same_rows(tmp_path: Path) -> None:
     stored = {target["role"]: target for target in tna.info(tmp_path)["targets"]}
     assert {role: stored[role]["rows"] for role in "qv"} == {"q": [16, 8, 24, 1], "v": [0, 8, 24, 1]}
     assert np.all([stored[role]["name"].startswith("attention.to_qkv") for role in "qv"])
+    assert of_config({"model_type": "parrot"}, StoredWeight("in_proj")) is None
 
 
 @pytest.mark.usefixtures("nothing_registered")
@@ -422,3 +433,131 @@ def test_what_cannot_be_registered_is_refused(name: str, layout: Any, message: s
             register_layout("parrot", PARROT)
     with pytest.raises(tna.ConfigError, match=message):
         tna.register_layout(name, layout)
+
+
+@pytest.mark.parametrize(
+    ("name", "letters", "family", "plain"),
+    [
+        ("q", "q", "*", False), ("qs", "q", "*", False), ("query", "q", "*", True), ("queries", "q", "*", True),
+        ("ks", "k", "*", False), ("key", "k", "*", True), ("v", "v", "*", False), ("value", "v", "*", True),
+        ("kv", "kv", "*", False), ("q_k", "qk", "*", False), ("qkv", "qkv", "*", False), ("qkvz", "qkv", "*", False),
+        ("query_key_value", "qkv", "*", True), ("queries_keys_values", "qkv", "*", True),
+        ("q_proj", "q", "*_proj", True), ("v_proj", "v", "*_proj", True), ("add_q_proj", "q", "add_*_proj", True),
+        ("proj_q", "q", "proj_*", True), ("to_q", "q", "to_*", True), ("toQ", "q", "to_*", True),
+        ("Wq", "q", "w_*", True), ("Wqkv", "qkv", "w_*", True), ("wkv", "kv", "w_*", True),
+        ("in_proj_qkvz", "qkv", "in_proj_*", True), ("kv_b_proj", "kv", "*_b_proj", True),
+        ("v_head", "v", "*_head", False), ("query_head", "q", "*_head", False), ("query_net", "q", "*_net", False),
+        ("fc_q", "q", "fc_*", False), ("query_fc", "q", "*_fc", False), ("img_attn_q", "q", "img_attn_*", False),
+        ("cross_attn_value", "v", "cross_attn_*", True), ("q_dense", "q", "*_dense", False),
+        ("c_attn", "qkv", "c_attn", True), ("att_proj", "qkv", "att_proj", True), ("W_pack", "qkv", "W_pack", True),
+    ],
+)  # fmt: skip
+def test_a_name_says_what_it_makes(name: str, letters: str, family: str, plain: bool) -> None:
+    assert (
+        parse_projection_name(name)
+        == parse_projection_name(name, attention=True)
+        == ProjectionName(letters, family, plain)
+    )
+
+
+@pytest.mark.parametrize("name", [
+    "q_a_proj", "pool_q", "q_norm", "q_gate_proj", "value_states", "q1", "q_2", "proj", "out_proj", "in_proj_bias",
+    # Words that are not together, not in order, or the same twice.
+    "q_proj_v", "k_q_v", "vq", "v_k", "qq", "q_query_proj", "q_v_proj",
+])  # fmt: skip
+def test_a_name_says_nothing(name: str) -> None:
+    assert parse_projection_name(name) is None
+    assert parse_projection_name(name, attention=True) is None
+
+
+@pytest.mark.parametrize("name", ["in_proj", "in_proj_weight"])
+def test_some_say_it_in_an_attention_alone(name: str) -> None:
+    assert parse_projection_name(name) is None
+    assert parse_projection_name(name, attention=True) == ProjectionName("qkv", name, True)
+
+
+@pytest.mark.parametrize(
+    ("name", "letters"),
+    [("q_gate_proj", "q"), ("pos_key_value", "kv"), ("value_states", "v"), ("kq", ""), ("Wv2", ""), ("w_v_norm", "v")],
+)
+def test_the_letters_among_the_words_of_other_names(name: str, letters: str) -> None:
+    assert projection_letters(name) == letters
+
+
+@pytest.mark.parametrize(
+    ("names", "named", "has_output", "expected"),
+    [
+        # In an attention q and v will do, or k and v (where q is made elsewhere), or q and an output.
+        ("q v", True, False, [0, 1]),
+        ("k v", True, False, [0, 1]),
+        ("q", True, True, [0]),
+        ("q", True, False, []),
+        ("q k", True, False, []),
+        ("v", True, True, []),
+        ("qkv", True, False, [0]),
+        # Elsewhere all three of one family, or q and v of plain names.
+        ("q k v", False, False, [0, 1, 2]),
+        ("qkv", False, False, [0]),
+        ("q v", False, True, []),
+        ("query value", False, False, [0, 1]),
+        ("q_proj v_proj", False, False, [0, 1]),
+        ("q_proj v_head", False, False, []),
+        ("key_proj v_proj", False, True, []),
+        ("q_head k_head v_head to_q", False, False, [0, 1, 2]),
+        ("to_q q_proj to_v k_proj v_proj", False, False, [0, 2, 1, 3, 4]),
+        ("q_proj value", False, False, []),
+        ("", True, True, []),
+    ],
+)
+def test_names_beside_each_other_make_an_attention(
+    names: str, named: bool, has_output: bool, expected: list[int]
+) -> None:
+    found = [parse_projection_name(name) for name in names.split()]
+    assert None not in found
+    assert attention_group(found, named, has_output) == expected  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("path", "layer"),
+    [
+        ("encoder.layer.3.attention.self", "encoder.layer.3"), ("middle.attention", "middle.attention"),
+        ("blocks.0.attn.1.q", "blocks.0.attn.1"), ("3", "3"), ("3.q", "3"), ("", ""), ("layer3.q", "layer3.q"),
+    ],
+)  # fmt: skip
+def test_a_layer_ends_with_the_last_number(path: str, layer: str) -> None:
+    assert layer_of(path) == layer
+
+
+def test_numbers_are_ordered_as_numbers_and_words_after_none() -> None:
+    expected = ["", "a", "a.b", "b.x", "b.2", "b.2.c", "b.10", "b.999999999999999999", "0.z", "1", "12"]
+    found = expected.copy()
+    random.Random(0).shuffle(found)
+    assert sorted(found, key=natural) == expected
+    assert number("9" * 18) == 10**18 - 1
+    assert [number(part) for part in ("9" * 19, "-1", "1.0", "", "²", "x1")] == [None] * 6
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("BertSelfAttention", True), ("WindowAttn", True), ("mha", True), ("MHSA", True), ("mla", True), ("MLA", True),
+        ("mhax", False), ("mlax", False), ("xmla", False), ("LatentPooling", False), ("", False),
+    ],
+)  # fmt: skip
+def test_names_of_attentions(name: str, expected: bool) -> None:
+    assert is_attention(name) == is_attention("layer", name) == is_attention(name, "layer") == expected
+    assert not is_attention()
+
+
+def test_the_main_projection_is_the_only_one_that_is_called_so() -> None:
+    for path, prefix in (("q", "q."), ("", "")):  # the top of a model has no name
+        down, linear, proj = (f"{prefix}{name}" for name in ("down", "linear", "proj"))
+        assert main_projection([down, linear], path, str) == [linear]
+        assert main_projection([down, linear, proj], path, str) == [down, linear, proj]
+
+
+def test_letters_that_share_their_rows_are_given_once() -> None:
+    q, k = Rows(0, 4, 12), Rows(4, 4, 12)
+    assert list(distinct_rows("qkv", {"q": q, "k": k, "v": k})) == [("q", q), ("k", k)]
+    assert list(distinct_rows("qv", {"q": q})) == [("q", q)]
+    assert list(distinct_rows("kv", {"k": None, "v": None})) == [("k", None)]
