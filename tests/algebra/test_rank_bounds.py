@@ -67,6 +67,8 @@ METHODS: dict[str, tuple[tna.Config, int]] = {
     "two rows in a row": (tna.Config(2, groups=1, fold=(24, 20)), 4),
     "half a row": (tna.Config(2, groups=1, fold=(96, 5)), 4),
     "miss": (P.miss(4), 4),
+    "gralora": (P.gralora(2, 2), 4),
+    "gralora of whole blocks": (P.gralora(12, 2), 10),
 }
 
 
@@ -81,6 +83,8 @@ def test_the_bound_is_the_methods_rank(name: str) -> None:
         assert plan.largest_rank(weight) == expected
         assert rank(plan.delta(params, weight)) == expected
     assert plan.lora_rank == (expected if expected * 22 < 120 else None)
+    with pytest.raises(tna.ShapeError, match="i must be from 0 to 3"):
+        plan.largest_rank(4)
 
 
 def test_a_weight_in_two_groups_has_the_sum_of_their_ranks() -> None:
@@ -94,11 +98,6 @@ def test_large_plans_need_no_arrays() -> None:
     plan = tna.SuperLoRA(P.lotr(16, groups="role"), llama, roles=["q", "v"] * 80)
     assert plan.lora_rank == 16
     assert tna.SuperLoRA(P.superlora(16), llama).lora_rank is None
-
-
-def test_a_weight_that_is_not_there_is_refused() -> None:
-    with pytest.raises(tna.ShapeError, match="i must be from 0 to 0"):
-        tna.SuperLoRA(tna.Config(1), [(2, 2)]).largest_rank(1)
 
 
 def test_a_train_of_many_modes_has_the_rank_of_its_bond() -> None:
