@@ -576,49 +576,50 @@ def scaled() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("scaled")
-def test_a_registered_map_with_settings() -> None:
+def test_a_registered_map_with_settings_that_a_file_can_hold() -> None:
     config = tna.Config(rank=2, groups=1, fold="hypercube", projection=["gather", Power(3.0)], ratio=0.5)
     assert config.to_dict()["projection"] == ["gather", {"map": "scaled", "by": 3.0}]
     assert tna.Config.from_dict(config.to_dict()) == config
     assert tna.verify(config, SHAPES, backends=["numpy"]).holds
     assert tna.Config(projection=Power()).projection == "scaled"
+    for value in (None, True, -((1 << 64) - 1), 0.1, "x", (), ((((1, "x"), 2.5),),)):
+        config = tna.Config(projection=Power(value))
+        assert tna.Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
-@pytest.mark.usefixtures("scaled")
-@pytest.mark.parametrize("value", [None, True, -((1 << 64) - 1), 0.1, "x", (), ((((1, "x"), 2.5),),)])
-def test_settings_that_a_file_can_hold(value: Any) -> None:
-    config = tna.Config(projection=Power(value))
-    assert tna.Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+class Loose(MapSettings):
+    pass
 
 
-@pytest.mark.parametrize("value", [[], math.inf, math.nan, 1 << 64, (((((),),),),), np.float64(0.5), np.ones(2)])
-def test_settings_that_a_file_cannot_hold_are_refused(value: Any) -> None:
-    with pytest.raises(tna.ConfigError, match=r"Power: by must be None, a boolean, an integer, a finite .*; got"):
-        Power(value)
+@dataclasses.dataclass(frozen=True)
+class Reserved(MapSettings):
+    map: int = 3
 
 
-@pytest.mark.parametrize("settings", [*SHORTER, *NOT_SHORTER], ids=str)
-def test_settings_of_a_subclass_are_checked(settings: MapSettings) -> None:
-    subclass = dataclasses.make_dataclass("Own", [("more", Any, None)], bases=(type(settings),), frozen=True)
-    with pytest.raises(tna.ConfigError, match=r"Own: more must be None, a boolean, an integer, a finite .*; got"):
-        subclass(**dataclasses.asdict(settings), more=[])
+def subclass(settings: MapSettings) -> MapSettings:
+    """Settings of a subclass, which are checked like its own."""
+    own = dataclasses.make_dataclass("Own", [("more", Any, None)], bases=(type(settings),), frozen=True)
+    return own(**dataclasses.asdict(settings), more=[])
 
 
-def test_settings_of_another_class_cannot_be_registered() -> None:
-    class Loose(MapSettings):
-        pass
+def registered(settings: type) -> None:
+    tna.register_map("other", type("Other", (Map,), {"settings_class": settings}))
 
-    @dataclasses.dataclass(frozen=True)
-    class Reserved(MapSettings):
-        map: int = 3
 
-    for settings, message in (
-        (int, "settings_class must inherit from tnadapt.maps.MapSettings; got <class 'int'>"),
-        (Loose, "the settings class Loose must be a frozen dataclass"),
-        (Reserved, "the settings class Reserved has the field 'map': the name 'map' is reserved"),
-    ):
-        with pytest.raises(tna.ConfigError, match=message):
-            tna.register_map("other", type("Other", (Map,), {"settings_class": settings}))
+STORABLE = "must be None, a boolean, an integer, a finite .*; got"
+
+
+@pytest.mark.parametrize(("make", "message"), [
+    *((functools.partial(Power, value), f"Power: by {STORABLE}")
+      for value in ([], math.inf, math.nan, 1 << 64, (((((),),),),), np.float64(0.5), np.ones(2))),
+    *((functools.partial(subclass, settings), f"Own: more {STORABLE}") for settings in (*SHORTER, *NOT_SHORTER)),
+    (lambda: registered(int), "settings_class must inherit from tnadapt.maps.MapSettings; got <class 'int'>"),
+    (lambda: registered(Loose), "the settings class Loose must be a frozen dataclass"),
+    (lambda: registered(Reserved), "the settings class Reserved has the field 'map': the name 'map' is reserved"),
+])  # fmt: skip
+def test_settings_that_a_file_cannot_hold_are_refused(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make()
 
 
 def test_weights_of_equal_shape_share_one_map_and_identities_are_one() -> None:
