@@ -45,6 +45,8 @@ NETWORKS: dict[str, tna.Config] = {
     "loha": tna.presets.loha(2),
     "terms": tna.Config(rank=2, terms=2),
     "projected": tna.Config(rank=2, order=3, fold="balanced", projection="linear", ratio=0.5),
+    "balanced": tna.Config(rank=2, splits=2, groups=1, fold="balanced"),
+    "nonlinear": tna.Config(rank=2, groups=1, fold="hypercube", projection="nonlinear"),
 }
 
 
@@ -74,9 +76,6 @@ def plan_of(config: tna.Config) -> tna.SuperLoRA:
             raise
         assume(False)
         raise
-
-
-# -- Laws over all of them --------------------------------------------------------------------------
 
 
 @pytest.mark.law("sources")
@@ -202,7 +201,7 @@ def test_what_cannot_be_is_refused(error: type[Exception], make: Callable[[], ob
         make()
 
 
-# -- Tied -------------------------------------------------------------------------------------------
+# -- Tied, scaled and given -------------------------------------------------------------------------
 
 
 def test_a_tied_array_may_be_frozen() -> None:
@@ -212,9 +211,6 @@ def test_a_tied_array_may_be_frozen() -> None:
     assert [name for name in plan.frozen_shapes if name.startswith("group1")] == [f"group1.{name}" for name in frozen]
     first, second = (plan.groups[1].frozen.host(name) for name in frozen)
     assert first.tobytes() == second.tobytes()
-
-
-# -- Scaled -----------------------------------------------------------------------------------------
 
 
 def test_diagonals_start_as_they_say() -> None:
@@ -229,9 +225,6 @@ def test_diagonals_start_as_they_say() -> None:
     assert not usual["group0.split0.factor0.size"].any()
     assert usual["group0.split0.factor1"].any()
     assert tna.verify(config.replace(projection="nonlinear"), SHAPES, backends=["numpy"]).holds
-
-
-# -- Given ------------------------------------------------------------------------------------------
 
 
 def test_given_arrays_are_used_as_they_are() -> None:
@@ -428,8 +421,6 @@ def test_a_linear_fit_is_the_optimum() -> None:
     assert tna.SuperLoRA(tna.Config(), SHAPES).with_base(BASE).given == {}
 
 
-# -- Combinations -----------------------------------------------------------------------------------
-
 SIX = [(12, 8)] * 6
 COMBINED: dict[str, tna.Config] = {
     "TinyLoRA over SuperLoRA's groups": tna.presets.superlora(4, groups=4, before="normal", parameters=13),
@@ -464,8 +455,6 @@ def test_combinations_that_no_other_library_has(name: str) -> None:
     report = tna.verify(COMBINED[name], SIX, backends=["numpy"])
     assert report.holds, report
 
-
-# -- The table of the specification ----------------------------------------------------------------
 
 VIT = [(768, 768)] * 24
 

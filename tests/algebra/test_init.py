@@ -107,11 +107,21 @@ def test_alpha_acts_as_in_lora(name: str, alpha: float) -> None:
     assert abs(step_of(config) / (config.scale**2 * step_of(CONFIGS[name])) - 1) < 1e-3
 
 
-@pytest.mark.parametrize("rank", [1, 4])
-def test_where_nothing_is_random_the_step_is_dense_fine_tunings(rank: int) -> None:
-    assert abs(step_of(P.dense()) - 1) < 1e-9
-    assert tna.SuperLoRA(P.dense(), SHAPES).groups[0].start.std == 0.0
-    assert abs(step_of(tna.Config(rank=rank, order=1)) - rank) < 1e-9
+@pytest.mark.law("first-step")
+@pytest.mark.parametrize(
+    ("config", "expected", "error"),
+    [
+        *((P.lora(rank), STEP, 0.05) for rank in (1, 2, 8, 32, 96)),
+        # Nothing is random here, and the step is dense fine-tuning's.
+        (P.dense(), 1.0, 1e-9),
+        *((tna.Config(rank=rank, order=1), rank, 1e-9) for rank in (1, 4)),
+    ],
+)
+def test_where_the_size_of_the_first_step_is_known_it_is_exact(
+    config: tna.Config, expected: float, error: float
+) -> None:
+    assert abs(step_of(config) / expected - 1) < error
+    assert (tna.SuperLoRA(config, SHAPES).groups[0].start.std == 0.0) == (expected != STEP)
 
 
 @pytest.mark.law("first-gradients")
@@ -129,12 +139,6 @@ def test_no_group_of_many_small_ones_is_dead() -> None:
         (plan.vector(params) * weights).sum().backward()
         largest = [max(float(params[full].grad.abs().max()) for full in group.names.values()) for group in plan.groups]
         assert min(largest) > 1e-6
-
-
-@pytest.mark.law("first-step")
-@pytest.mark.parametrize("rank", [1, 2, 8, 32, 96])
-def test_for_lora_the_law_is_exact(rank: int) -> None:
-    assert abs(step_of(P.lora(rank)) / STEP - 1) < 0.05
 
 
 def test_lora_of_rank_8_starts_like_pefts() -> None:

@@ -142,9 +142,6 @@ def dense_config(projection: Any, **settings: Any) -> tna.Config:
     return tna.Config(order=1, format="dense", projection=projection, **settings)
 
 
-# -- What a config takes --------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("projection", [*VECTORS, *MATRICES], ids=str)
 def test_dictionaries_copies_and_pickles_give_the_config_back(projection: Any) -> None:
     config = dense_config(projection, on="weight")
@@ -257,9 +254,6 @@ def test_a_map_of_each_weight_needs_whole_weights() -> None:
     config = dense_config("dct2", on="weight", groups=2)
     assert tna.SuperLoRA(config, [(2, 3), (3, 2)]).num_groups == 2  # the cut is between the weights
     assert tna.SuperLoRA(config.replace(groups=1), SHAPES).num_parameters == 64
-
-
-# -- Lengths --------------------------------------------------------------------------------------
 
 
 @pytest.mark.law("projection-lengths")

@@ -171,68 +171,48 @@ def test_what_cannot_be_is_refused(make: Callable[[], object], message: str) -> 
 # -- Table 1: where the settings meet ---------------------------------------------------------------
 
 
-@pytest.mark.law("special-cases")
-@given(st.lists(st.tuples(SIDES, SIDES), min_size=1, max_size=3))
-def test_dense_is_cp_of_order_1_and_rank_1(shapes: list[tuple[int, int]]) -> None:
-    """Table 1's first row to the letter: M = r = 1, C = I, A of d_in d_out × 1."""
-    dense = tna.SuperLoRA(tna.presets.dense(), shapes)
-    letter = tna.SuperLoRA(tna.Config(rank=1, order=1, format="cp"), shapes)
-    params = drawn(dense)
-    renamed = {n.replace("dense", "factor0"): a.reshape(-1, 1) for n, a in params.items()}
-    for one, other in zip(dense.deltas(params), letter.deltas(renamed), strict=True):
-        assert np.array_equal(one, other)
+Params = dict[str, np.ndarray]
+
+
+def of_names(old: str, new: str, change: Callable[[np.ndarray], np.ndarray]) -> Callable[[Params], Params]:
+    """What changes the arrays of one name, and the name."""
+    return lambda params: {n.replace(old, new): change(a) if n.endswith(old) else a for n, a in params.items()}
+
+
+def identity_cores(params: Params) -> Params:
+    cores = {n.replace("factor0", "core"): np.eye(a.shape[1]) for n, a in params.items() if n.endswith("factor0")}
+    return params | cores
+
+
+def diagonal(weights: np.ndarray) -> np.ndarray:
+    core = np.zeros((len(weights),) * 3)
+    core[(range(len(weights)),) * 3] = weights
+    return core
 
 
 @pytest.mark.law("special-cases")
-@given(SIDES, SIDES, RANKS)
-def test_tucker_with_the_identity_core_is_lora(rows: int, cols: int, rank: int) -> None:
-    rank = min(rank, rows, cols)
-    tucker = tna.SuperLoRA(tna.Config(rank=rank, format="tucker"), [(rows, cols)])
-    params = drawn(tucker) | {"group0.split0.core": np.eye(rank)}
-    lora = tna.SuperLoRA(tna.presets.lora(rank), [(rows, cols)])
-    same = {n: a for n, a in params.items() if "core" not in n}
-    assert relative_error(tucker.deltas(params)[0], lora.deltas(same)[0]) < 1e-12
-
-
-@pytest.mark.law("special-cases")
-@given(st.lists(st.integers(1, 4), min_size=3, max_size=3), RANKS)
-def test_tucker_with_a_diagonal_core_is_weighted_cp(sizes: list[int], rank: int) -> None:
-    rank = min(rank, *sizes)
-    fold = {"groups": 1, "fold": tuple(sizes), "order": 3, "rank": rank}
-    shapes = [(sizes[0], sizes[1] * sizes[2])]
-    cp = tna.SuperLoRA(tna.Config(format="cp-weighted", **fold), shapes)
-    params = drawn(cp)
-    core = np.zeros((rank,) * 3)
-    core[(range(rank),) * 3] = params["group0.split0.weights"]
-    tucker = tna.SuperLoRA(tna.Config(format="tucker", **fold), shapes)
-    same = {n: a for n, a in params.items() if "weights" not in n} | {"group0.split0.core": core}
-    assert relative_error(tucker.deltas(same)[0], cp.deltas(params)[0]) < 1e-12
-
-
-@pytest.mark.law("special-cases")
-@given(SIDES, SIDES, RANKS)
-def test_lonkr_of_two_splits_is_lokr(rows: int, cols: int, rank: int) -> None:
-    lokr = tna.SuperLoRA(tna.presets.lokr(rank), [(rows, cols)])
-    lonkr = tna.SuperLoRA(
-        tna.presets.lonkr(rank, splits=2, groups="weight", split_size="balanced", fold="stack"), [(rows, cols)]
-    )
-    params = drawn(lokr)
-    assert np.array_equal(lokr.deltas(params)[0], lonkr.deltas(params)[0])
-
-
-@pytest.mark.law("special-cases")
-@given(st.lists(st.tuples(SIDES, SIDES), min_size=1, max_size=3), st.integers(1, 4), SIDES, RANKS)
-def test_a_group_of_each_weight_is_lora(shapes: list[tuple[int, int]], weights: int, side: int, rank: int) -> None:
-    """Listed, as layers, or as many groups as there are equal squares (the paper, section 3.2): weight-wise LoRA."""
-    squares = [(side, side)] * weights
-    for plan in (
-        tna.SuperLoRA(P.lora(rank, groups=[[i] for i in range(len(shapes))]), shapes),
-        tna.SuperLoRA(P.lora(rank, groups="layer"), shapes, layers=range(len(shapes))),
-        tna.SuperLoRA(P.superlora(rank, groups=weights), squares),
-    ):
-        lora = tna.SuperLoRA(P.lora(rank), plan.shapes)
-        params = drawn(lora)
-        assert all(map(np.array_equal, plan.deltas(params), lora.deltas(params)))
+@given(st.lists(st.tuples(SIDES, SIDES), min_size=1, max_size=3), RANKS)
+def test_settings_of_one_method_give_one_update(shapes: list[tuple[int, int]], rank: int) -> None:
+    small = min(rank, *(min(shape) for shape in shapes))
+    count, side = len(shapes), shapes[0][0]
+    cubes: dict[str, Any] = {"rank": 1 if side == 1 else 2, "order": 3, "groups": "weight", "fold": "hypercube"}
+    kronecker = P.lonkr(rank, splits=2, groups="weight", split_size="balanced", fold="stack")
+    for one, other, change, alike in (
+        # Table 1's first row to the letter: M = r = 1, C = I, A of d_in d_out × 1.
+        (P.dense(), tna.Config(1, 1, format="cp"), of_names("dense", "factor0", lambda a: a.reshape(-1, 1)), shapes),
+        (P.lora(small), tna.Config(small, format="tucker"), identity_cores, shapes),
+        (tna.Config(format="cp-weighted", **cubes), tna.Config(format="tucker", **cubes),
+         of_names("weights", "core", diagonal), [(side, side * side)] * count),
+        (P.lokr(rank), kronecker, dict, shapes),
+        # A group of each weight: listed, as layers, or as many groups as there are equal squares (section 3.2).
+        (P.lora(rank), P.lora(rank, groups=[[i] for i in range(count)]), dict, shapes),
+        (P.lora(rank), P.lora(rank, groups="layer"), dict, shapes),
+        (P.lora(rank), P.superlora(rank, groups=count), dict, [(side, side)] * count),
+    ):  # fmt: skip
+        plan, another = (tna.SuperLoRA(config, alike, layers=range(count)) for config in (one, other))
+        params = drawn(plan)
+        for expected, found in zip(plan.deltas(params), another.deltas(change(params)), strict=True):
+            assert relative_error(found, expected) <= (1e-12 if other.format == "tucker" else 0.0)
 
 
 # -- Presets with a fold of their own are of weights of one shape ------------------------------------

@@ -49,9 +49,6 @@ def bound(config: tna.Config, shapes: list[tuple[int, int]] | None = None) -> tn
     return plan.with_start(brought(plan)) if plan.point.brought else plan
 
 
-# -- The setting -------------------------------------------------------------------------------------------
-
-
 def test_the_usual_start_is_not_written() -> None:
     assert "start" not in P.lora(2).to_dict()
     assert P.lora(2, start="pissa").to_dict()["start"] == "pissa"

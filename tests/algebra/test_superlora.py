@@ -125,9 +125,6 @@ def test_any_plan_is_the_textbook_formula_whole_and_in_parts(sort: str, data: st
         assert plan.num_parameters == tna.parameter_count(plan.config, plan.shapes)
 
 
-# -- The oracles: counts that the paper states -----------------------------------------------------
-
-
 PAPERS = {
     "vit_base_qv": (
         [(768, 768)] * 24,
@@ -150,9 +147,6 @@ def test_the_papers_counts(model: str) -> None:
     oracles = json.loads((Path(__file__).parents[1] / "oracles.json").read_text())
     stated = [row["parameters"] for row in oracles[model]["counts"]]
     assert [tna.parameter_count(config, weights) for config in configs] == stated
-
-
-# -- Size: nothing is allocated to plan, nothing but the slice to slice ------------------------------
 
 
 LONG = [(4096, 4096)] * 4  # 2**26 elements, 256 MiB in float32; a slice of 2**20 is 4 MiB
@@ -516,9 +510,6 @@ def test_processors_put_short_vectors_together_devices_longer_ones_and_jax_none(
     jax = pytest.importorskip("jax")
     # XLA may round rows of a batch differently, and merges the launches of a program itself.
     assert load_backend("jax").at_once(jax.numpy.zeros(1)) == 0
-
-
-# -- Equal maps F of several plans exist once --------------------------------------------------------------------------
 
 
 @given(st.data())

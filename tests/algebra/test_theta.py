@@ -143,9 +143,6 @@ def test_a_sum_over_very_unequal_indices_takes_little_memory() -> None:
     assert sum(array.size for key, array in found.kept.items() if isinstance(key, tuple)) <= 3 * 100_000
 
 
-# -- The start --------------------------------------------------------------------------------------
-
-
 def test_without_an_offset_arrays_begin_at_zero() -> None:
     theta = {"theta": np.arange(1.0, 6.0)}
     assert all(np.abs(array).min() > 0 for array in plan_of("one-hot", offset=False).arrays(theta).values())
@@ -170,9 +167,6 @@ def test_values_and_gradients_in_every_library(name: Any, backend: Backend) -> N
     config, shapes = (SOURCED[name], [(6, 4)] * 3) if name in SOURCED else (plan_of(name).config, SHAPES)
     report = tna.verify(config, shapes, backends=[backend.name])
     assert report.holds, str(report)
-
-
-# -- Casts ------------------------------------------------------------------------------------------
 
 
 def test_arrays_of_a_cast_theta_are_those_of_training() -> None:
