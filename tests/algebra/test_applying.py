@@ -40,19 +40,6 @@ def own_shapes(way: Applying, shape: tuple[int, int]) -> list[tuple[int, ...]]:
 # -- Formulas ------------------------------------------------------------------------------------
 
 
-@pytest.mark.law("presets")
-@settings(max_examples=50)
-@given(st.sampled_from(["dora", "hira"]), st.lists(st.tuples(SIDES, SIDES), min_size=1, max_size=3), SIDES, SEEDS)
-def test_presets_equal_their_methods(name: str, shapes: list[tuple[int, int]], rank: int, seed: int) -> None:
-    config = getattr(tna.presets, name)(rank, alpha=3.0)
-    plan = tna.SuperLoRA(config, shapes)
-    weights = drawn(seed, *shapes)
-    params = dict(zip(plan.param_shapes, drawn(seed + 1, *plan.param_shapes.values()), strict=True))
-    expected = tna.presets.PRESETS[name].changed(params, config, weights)  # type: ignore[misc]
-    for found, own in zip(plan.merged(params, weights), expected, strict=True):
-        assert relative_error(found, own) < 1e-12
-
-
 @pytest.mark.parametrize(("kind", "axis"), [("hadamard", "rows"), ("magnitude", "rows"), ("magnitude", "cols")])
 @pytest.mark.parametrize(
     "settings",

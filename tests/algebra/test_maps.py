@@ -174,6 +174,47 @@ class Unregistered(MapSettings):
     pass
 
 
+@dataclasses.dataclass(frozen=True)
+class Power(MapSettings):
+    by: float = 2.0
+
+
+class Scaled(Map):
+    """``y = by * x``, as a plug-in would write it."""
+
+    settings_class = Power
+    square = True
+    matrices: ClassVar[int] = 0
+
+    def forward(self, backend: Backend, x: Any) -> Any:
+        return x * self.settings.by
+
+    def matrix(self) -> np.ndarray:
+        return self.settings.by * np.eye(self.n_out)
+
+
+class Loose(MapSettings):
+    pass
+
+
+@dataclasses.dataclass(frozen=True)
+class Reserved(MapSettings):
+    map: int = 3
+
+
+def subclass(settings: MapSettings) -> MapSettings:
+    """Settings of a subclass, which are checked like its own."""
+    own = dataclasses.make_dataclass("Own", [("more", Any, None)], bases=(type(settings),), frozen=True)
+    return own(**dataclasses.asdict(settings), more=[])
+
+
+def registered(settings: type) -> None:
+    tna.register_map("other", type("Other", (Map,), {"settings_class": settings}))
+
+
+STORABLE = "must be None, a boolean, an integer, a finite .*; got"
+
+
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"projection": "dct3"}, r"projection must be one of 'identity', .* such as tnadapt.maps.Scatter\(size=1000\), or a"
                              r" list of these; got 'dct3'"),
@@ -244,6 +285,12 @@ def on_square(projection: Any, rows: int = 4) -> tna.SuperLoRA:
     (lambda: tna.Projection("shuffle", 4), "n_out must be an integer"),
     (lambda: make_map(("shuffle", "shuffle"), 16, 16, group=1 << 28),
      "can be drawn for 268435456 groups, and 268435456 is beyond: use shared"),
+    *((functools.partial(Power, value), f"Power: by {STORABLE}")
+      for value in ([], math.inf, math.nan, 1 << 64, (((((),),),),), np.float64(0.5), np.ones(2))),
+    *((functools.partial(subclass, settings), f"Own: more {STORABLE}") for settings in (*SHORTER, *NOT_SHORTER)),
+    (lambda: registered(int), "settings_class must inherit from tnadapt.maps.MapSettings; got <class 'int'>"),
+    (lambda: registered(Loose), "the settings class Loose must be a frozen dataclass"),
+    (lambda: registered(Reserved), "the settings class Reserved has the field 'map': the name 'map' is reserved"),
 ])  # fmt: skip
 def test_settings_configs_and_plans_that_cannot_be(make: Callable[[], object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
@@ -525,25 +572,6 @@ def test_the_cosine_transform_of_lora_is_fitted_exactly() -> None:
 # -- Plug-ins -------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
-class Power(MapSettings):
-    by: float = 2.0
-
-
-class Scaled(Map):
-    """``y = by * x``, as a plug-in would write it."""
-
-    settings_class = Power
-    square = True
-    matrices: ClassVar[int] = 0
-
-    def forward(self, backend: Backend, x: Any) -> Any:
-        return x * self.settings.by
-
-    def matrix(self) -> np.ndarray:
-        return self.settings.by * np.eye(self.n_out)
-
-
 class Sum(Map):
     """Each element of y is the sum of x."""
 
@@ -579,41 +607,6 @@ def test_a_registered_map_with_settings_that_a_file_can_hold() -> None:
     for value in (None, True, -((1 << 64) - 1), 0.1, "x", (), ((((1, "x"), 2.5),),)):
         config = tna.Config(projection=Power(value))
         assert tna.Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
-
-
-class Loose(MapSettings):
-    pass
-
-
-@dataclasses.dataclass(frozen=True)
-class Reserved(MapSettings):
-    map: int = 3
-
-
-def subclass(settings: MapSettings) -> MapSettings:
-    """Settings of a subclass, which are checked like its own."""
-    own = dataclasses.make_dataclass("Own", [("more", Any, None)], bases=(type(settings),), frozen=True)
-    return own(**dataclasses.asdict(settings), more=[])
-
-
-def registered(settings: type) -> None:
-    tna.register_map("other", type("Other", (Map,), {"settings_class": settings}))
-
-
-STORABLE = "must be None, a boolean, an integer, a finite .*; got"
-
-
-@pytest.mark.parametrize(("make", "message"), [
-    *((functools.partial(Power, value), f"Power: by {STORABLE}")
-      for value in ([], math.inf, math.nan, 1 << 64, (((((),),),),), np.float64(0.5), np.ones(2))),
-    *((functools.partial(subclass, settings), f"Own: more {STORABLE}") for settings in (*SHORTER, *NOT_SHORTER)),
-    (lambda: registered(int), "settings_class must inherit from tnadapt.maps.MapSettings; got <class 'int'>"),
-    (lambda: registered(Loose), "the settings class Loose must be a frozen dataclass"),
-    (lambda: registered(Reserved), "the settings class Reserved has the field 'map': the name 'map' is reserved"),
-])  # fmt: skip
-def test_settings_that_a_file_cannot_hold_are_refused(make: Callable[[], object], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        make()
 
 
 def test_weights_of_equal_shape_share_one_map_and_identities_are_one() -> None:

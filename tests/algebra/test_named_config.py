@@ -246,6 +246,10 @@ def test_a_fold_in_names_is_the_fold_in_integers(name: str) -> None:
     one, other = (tna.SuperLoRA(config, [(8, 5)] * 6) for config in (numbers, names))
     assert one.groups[0].network.sizes == other.groups[0].network.sizes == numbers.fold
     assert all(map(np.array_equal, one.init().values(), other.init().values()))
+    stored = names.to_dict()
+    assert stored["fold"] == list(names.fold)
+    assert tna.Config.from_dict(stored) == names
+    assert hash(tna.Config.from_dict(stored)) == hash(names)
 
 
 def test_matrices_of_a_layer_are_two_unless_roles_are_apart() -> None:
@@ -263,10 +267,3 @@ def test_groups_of_one_size_may_have_weights_of_different_shapes() -> None:
     assert plan.num_parameters == sum(array.size for array in plan.init().values())
     pieces = tna.SuperLoRA(config.replace(groups=3), [(4, 6), (6, 4), (2, 12)])
     assert pieces.param_shapes == plan.param_shapes
-
-
-def test_a_fold_in_names_is_part_of_a_config() -> None:
-    config = in_names()
-    assert config.to_dict()["fold"] == ["weights", "rows", "cols"]
-    assert tna.Config.from_dict(config.to_dict()) == config
-    assert hash(config) == hash(tna.Config.from_dict(config.to_dict()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -71,7 +72,7 @@ Cases = dict[str, tuple[tna.Config, list[tuple[int, int]]]]
 
 @st.composite
 def cases(draw: st.DrawFn) -> Cases:
-    """A config of every preset whose updates are added, and weights that it fits."""
+    """A config of every preset, and weights that it fits."""
     r, alpha, weights, seed = draw(RANKS), draw(ALPHAS), draw(WEIGHTS), draw(st.sampled_from([0, 1, 2**40 + 7]))
     rows, cols, heads, block, down, across = draw(SIDES), draw(SIDES), *(draw(st.integers(1, 4)) for _ in range(4))
     mixed = draw(st.lists(st.tuples(SIDES, SIDES), min_size=1, max_size=3))
@@ -87,7 +88,7 @@ def cases(draw: st.DrawFn) -> Cases:
     return {
         "dense": (P.dense(), mixed),
         "krona": (P.krona(alpha=alpha), mixed),
-        **{name: (getattr(P, name)(r, alpha=alpha), mixed) for name in ("lora", "lokr", "loha")},
+        **{name: (getattr(P, name)(r, alpha=alpha), mixed) for name in ("lora", "lokr", "loha", "dora", "hira")},
         **{name: (getattr(P, name)(r, seed=seed), large) for name in ("lora_fa", "lora_xs", "svft", "vera")},
         "nola": (P.nola(1, r, seed=seed), large),
         "unilora": (P.unilora(2, r, seed=seed), large),
@@ -141,14 +142,18 @@ def test_the_update_is_the_methods_own_formula(methods_of: Cases) -> None:
     for name, (config, shapes) in methods_of.items():
         rng = np.random.default_rng(0)
         plan = tna.SuperLoRA(config, shapes)
-        plan = plan.with_base([rng.normal(size=shape) for shape in shapes])
+        weights = [rng.normal(size=shape) for shape in shapes]
+        plan, preset = plan.with_base(weights), P.PRESETS[name.partition(" ")[0]]
         params = {key: rng.normal(size=shape) for key, shape in plan.param_shapes.items()}
         arrays = dict(params)
         for index, group in enumerate(plan.groups):
             arrays |= {full: group.frozen.host(key).astype(np.float64) for key, full in group.frozen_names.items()}
             arrays |= {f"begun.group{index}.{key}": group.start.host(key).astype(np.float64) for key in group.names}
-        expected = P.PRESETS[name.partition(" ")[0]].formula(arrays, config, shapes)  # type: ignore[misc]
-        for found, own in zip(plan.deltas(params), expected, strict=True):
+        pairs = zip(plan.deltas(params), preset.formula(arrays, config, shapes), strict=True)  # type: ignore[misc]
+        if preset.changed is not None:
+            changed = zip(plan.merged(params, weights), preset.changed(params, config, weights), strict=True)
+            pairs = itertools.chain(pairs, changed)
+        for found, own in pairs:
             assert relative_error(found, own) < 1e-12
 
 

@@ -337,10 +337,6 @@ def test_non_finite_values_spread_only_within_their_vector(rng: np.random.Genera
 # -- Into a given array --------------------------------------------------------------------------------------------
 
 
-def writable(backend: Backend) -> bool:
-    return backend.name in ("numpy", "torch", "cupy")
-
-
 @given(
     st.sampled_from(["float32", "float64", "float16"]),
     st.sampled_from(["C", "turned", "every other", "read-only"]),
@@ -373,19 +369,16 @@ def test_out_receives_what_a_call_without_it_returns(
     assert np.array_equal(out, expected)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("length", [1, 8, 4096])
-def test_out_on_every_library(backend: Backend, dtype: str, length: int, rng: np.random.Generator) -> None:
-    if dtype == "float16" and not writable(backend):
-        return  # some libraries do not have it
+def test_out_is_written_to_or_refused(backend: Backend, dtype: str, length: int, rng: np.random.Generator) -> None:
     x = backend.asarray(rng.normal(size=(3, length)), dtype)
     out = backend.zeros((3, length), x)
-    if not writable(backend):
+    if backend.name not in ("numpy", "torch", "cupy"):
         with pytest.raises(tna.BackendError, match="no arrays that can be written to here: leave out"):
             tna.fwht(x, out=out)
         return
     expected = backend.to_numpy(tna.fwht(x))
-    assert tna.fwht(x, out=out) is out
-    assert np.array_equal(backend.to_numpy(out), expected)
-    assert tna.fwht(x, out=x) is x
-    assert np.array_equal(backend.to_numpy(x), expected)
+    for target in (out, x):
+        assert tna.fwht(x, out=target) is target
+        assert np.array_equal(backend.to_numpy(target), expected)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator
-from typing import Any, ClassVar
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -64,25 +64,24 @@ def factors(start: str, weight: np.ndarray, **changes: Any) -> tuple[np.ndarray,
     return params[LEFT].astype(np.float64), params[RIGHT].astype(np.float64), config.scale
 
 
-class Computes(Start):
-    """A start of another package."""
-
-    needs_base = True
-    computed: ClassVar[Any]
-
-    def arrays(self, place: Any, base: Any, stream: Any) -> Any:
-        return self.computed
-
-
 class Empty(Start):
     needs_base = True
 
 
-@pytest.fixture
-def computes() -> Iterator[type[Computes]]:
+def computed(*made: Any) -> np.ndarray:
+    """What LoRA's first factor is with the start of another package."""
+
+    class Computes(Start):
+        needs_base = True
+
+        def arrays(self, place: Any, base: Any, stream: Any) -> Any:
+            return made[0] if len(made) == 1 else dict(zip(("split0.factor0", "split0.factor1"), made, strict=True))
+
     tna.register_start("wrong", Computes)
-    yield Computes
-    forget_registered()
+    try:
+        return bound(config_of("wrong"), [(12, 8)]).init()[LEFT]
+    finally:
+        forget_registered()
 
 
 UNLIKE_LORA: list[dict[str, Any]] = [
@@ -122,6 +121,14 @@ REFUSED: list[tuple[Callable[[], object], str]] = [
        r"the start of 'group0.split0.factor0' is computed from the base weights") for start in FROM_BASE),
     (lambda: Empty().arrays(tna.SuperLoRA(P.lora(1), [(2, 2)]).start_place(0), np.eye(2), None),
      r"start Empty does not define arrays\(place, base, stream\)"),
+    (lambda: computed(7),
+     r"start='wrong' of group 0 must compute an array for each of split0.factor0, split0.factor1; got int"),
+    (lambda: computed({"split0.factor0": np.ones((12, 3))}),
+     r"must compute an array for each .*; got \['split0.factor0'\]"),
+    (lambda: computed(np.ones((12, 2)), np.ones((8, 3))),
+     r"must compute floating-point numbers of shape \(12, 3\) for 'split0.factor0'; got float64 of"),
+    (lambda: computed(np.ones((12, 3)), np.full((8, 3), 1e300)),
+     r"start='wrong' of group 0 has numbers that float32 cannot represent in 'split0.factor1'"),
     (lambda: tna.decompose([base()], config_of("given")),
      "start='given' is where training starts, and a fit gives all arrays: use"),
 ]  # fmt: skip
@@ -133,35 +140,10 @@ def test_what_cannot_be_is_refused(make: Callable[[], object], message: str) -> 
         make()
 
 
-def test_an_array_to_start_from_has_the_shape_of_the_parameter() -> None:
+def test_an_array_to_start_from_has_the_shape_of_the_parameter_and_may_be_zero() -> None:
+    assert not computed(np.zeros((12, 3)), np.ones((8, 3))).any()
     with pytest.raises(tna.ShapeError, match=r"start_from\['.*'\] has shape \(3, 12\); expected \(12, 3\)"):
         tna.SuperLoRA(config_of("given"), SHAPES, start_from={LEFT: np.ones((3, 12))})
-
-
-@pytest.mark.parametrize(
-    ("made", "message"),
-    [
-        (7, r"start='wrong' of group 0 must compute an array for each of split0.factor0, split0.factor1; got int"),
-        ({"split0.factor0": np.ones((12, 3))}, r"must compute an array for each .*; got \['split0.factor0'\]"),
-        (
-            {"split0.factor0": np.ones((12, 2)), "split0.factor1": np.ones((8, 3))},
-            r"must compute floating-point numbers of shape \(12, 3\) for 'split0.factor0'; got float64 of",
-        ),
-        (
-            {"split0.factor0": np.ones((12, 3)), "split0.factor1": np.full((8, 3), 1e300)},
-            r"start='wrong' of group 0 has numbers that float32 cannot represent in 'split0.factor1'",
-        ),
-    ],
-)
-def test_starts_of_other_packages_that_compute_something_else(
-    made: Any, message: str, computes: type[Computes]
-) -> None:
-    computes.computed = made
-    with pytest.raises(tna.ConfigError, match=message):
-        bound(config_of("wrong"))
-    # Zeros are a start like any other.
-    computes.computed = {"split0.factor0": np.zeros((12, 3)), "split0.factor1": np.ones((8, 3))}
-    assert not bound(config_of("wrong"), [(12, 8)]).init()[LEFT].any()
 
 
 # -- The laws ----------------------------------------------------------------------------------------------
