@@ -45,8 +45,7 @@ NETWORKS: dict[str, tna.Config] = {
     "loha": tna.presets.loha(2),
     "terms": tna.Config(rank=2, terms=2),
     "projected": tna.Config(rank=2, order=3, fold="balanced", projection="linear", ratio=0.5),
-    "balanced": tna.Config(rank=2, splits=2, groups=1, fold="balanced"),
-    "nonlinear": tna.Config(rank=2, groups=1, fold="hypercube", projection="nonlinear"),
+    "balanced": tna.Config(rank=2, splits=2, fold="balanced"),
 }
 
 
