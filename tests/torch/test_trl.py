@@ -124,21 +124,9 @@ def test_sft_resumes_to_the_bit(config: str, tmp_path: Path) -> None:
     assert same(again[1], arrays)
 
 
-@pytest.mark.parametrize("config", in_depth(CONFIGS, ["lora"]))
-def test_sft_with_gradient_checkpointing(config: str, tmp_path: Path) -> None:
-    found = []
-    for checkpointing in (False, True):
-        model = llama()
-        adapter = tt.attach(model, CONFIGS[config])
-        sft(model, tmp_path, gradient_checkpointing=checkpointing).train()
-        found.append(snapshot(adapter))
-    for name, array in found[0].items():
-        torch.testing.assert_close(found[1][name], array, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("how", [{"packing": True}, {"bf16": True}])
+@pytest.mark.parametrize("how", [{"packing": True}, {"bf16": True}, {"gradient_checkpointing": True}])
 @pytest.mark.filterwarnings("ignore:.*[Pp]ad.*:UserWarning")
-def test_sft_packed_and_in_bfloat16(how: dict[str, bool], tmp_path: Path) -> None:
+def test_sft_packed_in_bfloat16_and_with_checkpointing(how: dict[str, bool], tmp_path: Path) -> None:
     model = llama()
     adapter = tt.attach(model)
     before = snapshot(adapter)
@@ -153,19 +141,25 @@ def test_sft_packed_and_in_bfloat16(how: dict[str, bool], tmp_path: Path) -> Non
 # -- Against a reference ---------------------------------------------------------------------------
 
 
+def from_a_folder(folder: Path) -> Any:
+    llama().save_pretrained(folder)
+    return transformers.LlamaForCausalLM.from_pretrained(folder)
+
+
 @pytest.mark.parametrize("config", in_depth(CONFIGS, ["default", "unilora"]))
-def test_dpo_against_a_reference_that_shares_the_base(config: str, tmp_path: Path) -> None:
-    model = llama()
+@pytest.mark.parametrize("reference", ["shared", "loaded"])
+def test_dpo_of_a_fresh_adapter(reference: str, config: str, tmp_path: Path) -> None:
+    """Without a reference, TRL loads the base."""
+    model = from_a_folder(tmp_path / "base")
     adapter = tt.attach(model, CONFIGS[config])
-    reference = tt.reference_model(model)
     base = bits(model)
-    trainer = dpo(model, tmp_path, reference)
+    trainer = dpo(model, tmp_path, tt.reference_model(model) if reference == "shared" else None)
     trainer.train()
     losses = logged(trainer, "loss")
     assert losses[0] == pytest.approx(math.log(2), abs=1e-6)
     assert losses[-1] < losses[0]
     assert same(bits(model), base)
-    assert same(bits(reference), base)
+    assert same(bits(trainer.ref_model), base)
     assert any(bool(delta.any()) for delta in adapter.deltas())
 
 
@@ -177,16 +171,6 @@ def test_dpo_from_an_adapter_as_it_is(with_adapters: bool, tmp_path: Path) -> No
     trainer = dpo(model, tmp_path, tt.reference_model(model, with_adapters=with_adapters))
     trainer.train()
     assert (abs(logged(trainer, "loss")[0] - math.log(2)) < 1e-6) == with_adapters
-
-
-def test_dpo_without_a_reference_loads_the_base(tmp_path: Path) -> None:
-    llama().save_pretrained(tmp_path / "base")
-    model = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base")
-    tt.attach(model)
-    trainer = dpo(model, tmp_path)
-    assert same(bits(trainer.ref_model), bits(model))
-    trainer.train()
-    assert logged(trainer, "loss")[0] == pytest.approx(math.log(2), abs=1e-6)
 
 
 @pytest.mark.parametrize("config", in_depth(CONFIGS, ["unilora"]))
@@ -204,8 +188,7 @@ def test_grpo(config: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_grpo_with_a_divergence_from_the_base(shared: bool, tmp_path: Path) -> None:
-    llama().save_pretrained(tmp_path / "base")
-    model = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    model = from_a_folder(tmp_path / "base")
     adapter = tt.attach(model)
     trainer = grpo(model, tmp_path)
     if shared:
