@@ -15,6 +15,7 @@ import tnadapt.torch as tt
 from tests.support.array_presets import P
 
 from .quantized_models import KINDS, OUT, SIZE, equal, model, numbers, plain, values
+from .small import stir
 
 pytestmark = [
     pytest.mark.slow,
@@ -32,10 +33,7 @@ def batch() -> Any:
 
 def moved(adapter: Any, size: float = 0.05) -> Any:
     """Return the adapter as if it had been trained."""
-    noise = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for parameter in adapter.parameters():
-            parameter += size * torch.randn(parameter.shape, generator=noise)
+    stir(adapter, size, 5)
     return adapter
 
 
