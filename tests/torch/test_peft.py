@@ -34,8 +34,6 @@ from transformers import (
     BertForSequenceClassification,
     LlamaConfig,
     LlamaForCausalLM,
-    Trainer,
-    TrainingArguments,
 )
 
 import tnadapt as tna
@@ -352,22 +350,6 @@ with torch.no_grad():
     assert torch.equal(model(input_ids=expected["ids"]).logits, expected["logits"]), "other logits"
 """
     subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True)
-
-
-def test_trainer(tmp_path: Path) -> None:
-    model = adapted("bert")
-    data = [{"input_ids": row, "labels": torch.tensor(index % 3)} for index, row in enumerate(ids())]
-    settings = {"per_device_train_batch_size": 2, "report_to": [], "disable_tqdm": True, "use_cpu": True}
-    arguments = TrainingArguments(str(tmp_path), max_steps=4, save_steps=2, learning_rate=0.02, **settings)
-    Trainer(model, arguments, train_dataset=data).train()
-    model.eval()
-    last = PeftModel.from_pretrained(bert(), tmp_path / "checkpoint-4")
-    assert torch.equal(run(last), run(model))
-    # From the checkpoint in the middle to the same end.
-    again = adapted("bert")
-    Trainer(again, arguments, train_dataset=data).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    assert torch.equal(run(again.eval()), run(model))
-    assert not torch.equal(run(model), run(bert()))
 
 
 # -- Merging -------------------------------------------------------------------------------------

@@ -286,9 +286,10 @@ def test_token_classification_and_question_answering(make: Any, task: str, head:
     assert {name for name in trained if "tnadapt_arrays.default." not in name} == {
         f"base_model.model.{head}.modules_to_save.default.{name}" for name in ("weight", "bias")
     }
-    outputs(model).square().sum().backward()
-    torch.optim.AdamW(trained.values(), lr=2e-3).step()
-    model.add_adapter("second", TnadaptConfig(task_type=task))
+    with torch.no_grad():
+        for parameter in trained.values():
+            parameter.add_(0.1)
+    model.add_adapter("second", ours(task_type=task))
     model.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(seeded(lambda: make(sizes)), tmp_path)
     assert torch.equal(outputs(again), outputs(model.eval()))
@@ -327,34 +328,6 @@ def test_the_base_s_state_is_the_base_s_alone() -> None:
             parameter.add_(1.0)
     assert set_base_model_state_dict(model, expected).missing_keys == []
     assert all(torch.equal(tensor, expected[name]) for name, tensor in get_base_model_state_dict(model).items())
-
-
-def test_an_embedding_is_a_target_where_it_is_named() -> None:
-    model = get_peft_model(llama(), config(target_modules=["embed_tokens", "q_proj"]))
-    handle = tt.adapters(model)["default"]
-    assert [target.shape for target in handle.targets] == [(50, 16), (16, 16), (16, 16)]
-    assert torch.equal(run(model), run(llama()))
-    stir(model)
-    expected, update = run(model), handle.deltas()[0].detach()
-    merged = model.merge_and_unload()
-    torch.testing.assert_close(merged.model.embed_tokens.weight, llama().model.embed_tokens.weight + update)
-    torch.testing.assert_close(run(merged), expected, rtol=0, atol=1e-5)
-
-
-def test_older_files_are_read(tmp_path: Path) -> None:
-    """The names of the arrays in files never change."""
-    model = get_peft_model(llama(), config("superlora"))
-    stir(model)
-    model.save_pretrained(tmp_path)
-    assert set(load_file(tmp_path / "adapter_model.safetensors")) == {
-        "base_model.model.tnadapt.group0.split0.factor0",
-        "base_model.model.tnadapt.group0.split0.factor1",
-    }
-    text = json.loads((tmp_path / "adapter_config.json").read_text())
-    del text["init_weights"]
-    (tmp_path / "adapter_config.json").write_text(json.dumps(text))
-    assert torch.equal(run(PeftModel.from_pretrained(llama(), tmp_path)), run(model))
-    assert PeftConfig.from_pretrained(str(tmp_path)).init_weights is True
 
 
 def test_arrays_that_set_trainable_froze_stay_frozen_when_adapters_are_switched() -> None:
@@ -397,6 +370,7 @@ def selected(model: Any, config: Any) -> list[str]:
     [
         (gpt2, {"target_modules": ["c_attn"], "layers_to_transform": [1], "layers_pattern": "h"}),
         (three_layers, {"target_modules": r".*\.[qv]_proj", "exclude_modules": r".*layers\.[02].*"}),
+        (three_layers, {"target_modules": ["embed_tokens", "q_proj"]}),
         (three_layers, {"target_modules": "all-linear", "exclude_modules": ["up_proj", "down_proj", "gate_proj"]}),
     ],
 )

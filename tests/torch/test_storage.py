@@ -38,20 +38,6 @@ def state(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
-@pytest.mark.law("file-round-trip")
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_adapters_of_other_dtypes(dtype: torch.dtype, tmp_path: Path) -> None:
-    model, adapter = trained(None, dtype=dtype)
-    adapter.save(tmp_path / "a.safetensors")
-    for asked in (dtype, str(dtype).removeprefix("torch.")):
-        fresh = small()
-        loaded = tt.load(fresh, tmp_path / "a.safetensors", dtype=asked)
-        assert {p.dtype for p in loaded.parameters()} == {dtype}
-        assert torch.equal(run(fresh), run(model))
-        loaded.save(tmp_path / "again.safetensors")
-        assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "a.safetensors").read_bytes()
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     "config",
@@ -97,25 +83,30 @@ def test_dtypes_that_no_adapter_has(dtype: Any, tmp_path: Path) -> None:
             call()
 
 
+@pytest.mark.law("file-round-trip")
 @pytest.mark.parametrize(
     ("config", "settings"),
     [
+        *((None, {"dtype": dtype}) for dtype in (torch.bfloat16, torch.float16, torch.float64)),
         # In half precision, updates that depend on it stay in it: normal numbers, relative to a start, a start.
         (P.vera(2), {"dtype": torch.bfloat16}),
         (P.superlora(3, groups=2, projection="nonlinear", ratio=0.3), {"dtype": torch.bfloat16}),
         (P.lora(2, start="random"), {"dtype": torch.bfloat16}),
         (P.lora(2), {"targets": ["blocks.1.q_proj"], "activation": "tanh"}),
     ],
-    ids=["frozen", "nonlinear", "start", "loda"],
 )
-def test_what_an_adapter_is_comes_back(config: tna.Config, settings: dict[str, Any], tmp_path: Path) -> None:
+def test_what_an_adapter_is_comes_back(config: tna.Config | None, settings: dict[str, Any], tmp_path: Path) -> None:
     model, adapter = trained(config, **settings)
     adapter.save(tmp_path / "a.safetensors")
-    fresh = small()
-    loaded = tt.load(fresh, tmp_path / "a.safetensors")
-    assert {p.dtype for p in loaded.parameters()} == {settings.get("dtype", torch.float32)}
-    assert loaded.activation == adapter.activation
-    assert torch.equal(run(fresh), run(model))
+    dtype = settings.get("dtype", torch.float32)
+    for asked in (dtype, str(dtype).removeprefix("torch."), None if config else dtype):
+        fresh = small()
+        loaded = tt.load(fresh, tmp_path / "a.safetensors", dtype=asked)
+        assert {p.dtype for p in loaded.parameters()} == {dtype}
+        assert loaded.activation == adapter.activation
+        assert torch.equal(run(fresh), run(model))
+        loaded.save(tmp_path / "again.safetensors")
+        assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "a.safetensors").read_bytes()
 
 
 def test_the_31_parameters_of_the_papers_unet_are_under_6_kb(tmp_path: Path) -> None:

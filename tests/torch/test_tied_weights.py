@@ -89,30 +89,49 @@ def test_gradients_come_from_both() -> None:
     assert_near(passes(model, adapter, IDS), by_formula(adapter, Tied().double(), IDS), 1e-10)
 
 
-def test_a_mapping_of_configs_keeps_them_tied() -> None:
-    model = Tied()
-    with pytest.raises(tna.TargetError, match="keep_tied=True"):
-        tt.attach(model, {"head": "lora", "inner": P.lokr(1)})
-    adapter = tt.attach(model, {"head": P.lora(1), "inner": P.lokr(1)}, keep_tied=True)
+def test_the_errors_name_the_ways(tmp_path: Path) -> None:
+    tied = tmp_path / "tied.safetensors"
+    tt.attach(Tied(), P.lora(2), ["embed"], keep_tied=True).save(tied)
+    given = tt.attach(Tied(), P.lora(2, start="given"), ["head"], keep_tied=True)
+    ways = r"are one tensor.*: give keep_tied=True, .*, or untie=True, which"
+    both = "untie=True gives tied weights their own copies, and keep_tied=True"
+    calls: list[tuple[Any, type[Exception], str]] = [
+        (lambda: tt.attach(Tied(), P.lora(2), ["embed"]), tna.TargetError, ways),
+        (lambda: tt.attach(Tied(), P.lora(2), ["head"]), tna.TargetError, ways),
+        (lambda: tt.attach(Tied(), P.lora(2), "embeddings"), tna.TargetError, ways),
+        (lambda: tt.attach(Tied(), {"head": "lora", "inner": P.lokr(1)}), tna.TargetError, "keep_tied=True"),
+        (lambda: tt.extract(Tied(), Tied(), P.lora(1), ["embed"]), tna.TargetError, "keep_tied=True"),
+        (lambda: tt.attach(Tied(), P.lora(2), ["embed"], untie=True, keep_tied=True), tna.TargetError, both),
+        (
+            lambda: tt.load(Tied(tie=False), tied), tna.TnadaptError,
+            r"together with head\.weight, as one tensor, and in this Tied it is not",
+        ),
+        (
+            lambda: tt.load(Tied(third=True), tied), tna.TnadaptError,
+            r"in this Tied it is tied to head\.weight, other\.weight: tie the",
+        ),
+        (
+            lambda: tt.starts.eva(given, [IDS]), tna.ConfigError,
+            r"embed\.weight is tied to head\.weight: leave it out of the targets",
+        ),
+    ]  # fmt: skip
+    for call, error, text in calls:
+        with pytest.raises(error, match=text):
+            call()
+
+
+def test_keep_tied_of_a_mapping_of_a_kept_head_and_where_nothing_is_tied() -> None:
+    adapter = tt.attach(Tied(), {"head": P.lora(1), "inner": P.lokr(1)}, keep_tied=True)
     assert [(target.name, target.tied) for target in adapter.targets] == [
         ("embed.weight", ("head.weight",)), ("inner.weight", ()),
     ]  # fmt: skip
-
-
-def test_the_error_names_both_ways() -> None:
-    for targets in (["embed"], ["head"], "embeddings"):
-        with pytest.raises(tna.TargetError, match=r"are one tensor.*: give keep_tied=True, .*, or untie=True, which"):
-            tt.attach(Tied(), P.lora(2), targets)
-    with pytest.raises(tna.TargetError, match="untie=True gives tied weights their own copies, and keep_tied=True"):
-        tt.attach(Tied(), P.lora(2), ["embed"], untie=True, keep_tied=True)
-
-
-def test_keep_tied_changes_nothing_where_nothing_is_tied() -> None:
     model = Tied(tie=False)
     assert tt.find_targets(model, ["embed", "head"], keep_tied=True) == tt.find_targets(model, ["embed", "head"])
     given = [tna.Target("embed", (12, 6))]  # not of the role that it would be found with
     assert tt.find_targets(model, given, keep_tied=True) == given
     assert tt.find_targets(Tied(), ["inner"], keep_tied=True)[0].tied == ()
+    for name in ("embed.weight", "head.weight"):
+        assert tt.attach(Tied(), targets=["inner"], keep_trainable=name).kept == ("embed.weight",)
 
 
 def test_three_modules_share_one_update() -> None:
@@ -128,17 +147,6 @@ def test_three_modules_share_one_update() -> None:
     assert "embed.weight is tied to head.weight, other.weight, and only PEFT has one LoRA of both" in str(
         adapter.summary()
     )
-
-
-def test_a_file_fits_only_models_that_are_tied_alike(tmp_path: Path) -> None:
-    adapter = tt.attach(Tied(), P.lora(2), ["embed"], keep_tied=True)
-    adapter.save(tmp_path / "a.safetensors")
-    with pytest.raises(
-        tna.TnadaptError, match=r"together with head\.weight, as one tensor, and in this Tied it is not"
-    ):
-        tt.load(Tied(tie=False), tmp_path / "a.safetensors")
-    with pytest.raises(tna.TnadaptError, match=r"in this Tied it is tied to head\.weight, other\.weight: tie the"):
-        tt.load(Tied(third=True), tmp_path / "a.safetensors")
 
 
 @pytest.mark.parametrize("kept", ["embed.weight", "head.weight"])
@@ -163,9 +171,9 @@ def test_a_file_that_does_not_say_so_can_be_loaded_into_a_tied_model(tmp_path: P
     adapter = tt.attach(single, P.lora(2), ["embed"])
     stir(adapter, 0.3)
     adapter.save(tmp_path / "a.safetensors")
-    with pytest.raises(tna.TargetError, match=r"keep_tied=True"):
-        tt.load(Tied(), tmp_path / "a.safetensors")
     model = Tied()
+    with pytest.raises(tna.TargetError, match=r"keep_tied=True"):
+        tt.load(model, tmp_path / "a.safetensors")
     loaded = tt.load(model, tmp_path / "a.safetensors", keep_tied=True)
     torch.testing.assert_close(model(IDS).double(), changed(loaded, model), rtol=1e-5, atol=1e-5)
 
@@ -190,18 +198,9 @@ def test_extraction_finds_the_change_of_a_tied_weight() -> None:
     base, tuned = Tied(), Tied()
     with torch.no_grad():
         tuned.embed.weight += 0.1 * torch.outer(torch.arange(12.0), torch.arange(6.0))
-    with pytest.raises(tna.TargetError, match="keep_tied=True"):
-        tt.extract(base, tuned, P.lora(1), ["embed"])
     adapter = tt.extract(base, tuned, P.lora(1), ["embed"], keep_tied=True)  # no warning of other parameters
     assert adapter.report.error < 1e-5
     torch.testing.assert_close(base(IDS), tuned(IDS), rtol=1e-4, atol=1e-4)
-
-
-def test_a_data_driven_start_refuses_tied_weights() -> None:
-    model = Tied()
-    adapter = tt.attach(model, P.lora(2, start="given"), ["head"], keep_tied=True)
-    with pytest.raises(tna.ConfigError, match=r"embed\.weight is tied to head\.weight: leave it out of the targets"):
-        tt.starts.eva(adapter, [IDS])
 
 
 @pytest.mark.law("tied-weights")
@@ -223,12 +222,6 @@ def test_an_untied_adapter_is_loaded_untied_and_tied_again_when_it_goes(tmp_path
     adapter.bake()
     assert model.head.weight is not model.embed.weight
     assert torch.allclose(model(IDS), attached, atol=1e-5)
-
-
-def test_a_tied_head_is_kept_by_either_name() -> None:
-    for name in ("embed.weight", "head.weight"):
-        adapter = tt.attach(Tied(), targets=["inner"], keep_trainable=name)
-        assert adapter.kept == ("embed.weight",)
 
 
 # -- Rows of some tokens, as PEFT trains them -------------------------------------------------------
@@ -317,17 +310,6 @@ def test_the_dense_preset_is_peft_s_trainable_tokens() -> None:
     (ours,) = adapter.parameters()
     (other,) = [p for name, p in theirs.named_parameters() if "trainable_tokens_delta" in name and p.requires_grad]
     torch.testing.assert_close(ours.grad.view(2, 16), other.grad, rtol=1e-4, atol=1e-5)
-
-
-def test_other_targets_and_a_list_of_rows_of_a_layer() -> None:
-    model = llama(tie=False)
-    targets = [*tt.find_targets(model, "qv"), *tt.token_targets(model, [5], "model.embed_tokens")]
-    adapter = tt.attach(model, P.lora(1), targets)
-    assert [target.role for target in adapter.targets] == ["q", "v", "embedding"]
-    head = tt.attach(
-        model, P.lora(1), [tna.Target("lm_head", (50, 16), rows=tna.RowIndices((0, 3, 49)))], "head"
-    )  # fmt: skip
-    assert head.strategy == ("additive",)
 
 
 def test_adapters_of_other_tokens_are_swapped_only_for_each_other(tmp_path: Path) -> None:

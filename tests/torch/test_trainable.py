@@ -27,19 +27,6 @@ from .distributed_jobs import Block
 from .loops import batch, loss_of, make, move
 
 
-def moved(model: nn.Module, adapter: Adapter, groups: list[dict[str, Any]] | None = None) -> dict[str, float]:
-    """Return how far one step of gradient descent moves every array; the base must not change."""
-    own = {id(p) for _, p in adapter.named_parameters()}
-    before = {name: p.detach().clone() for name, p in adapter.named_parameters()}
-    base = {name: p.detach().clone() for name, p in model.named_parameters() if id(p) not in own}
-    optimizer = torch.optim.SGD(groups or adapter.parameters(), lr=0.1)
-    loss_of(model, batch().to(next(model.parameters()).dtype)).backward()
-    optimizer.step()
-    model.zero_grad()
-    assert all(torch.equal(p, base[name]) for name, p in model.named_parameters() if name in base)
-    return {name: float((p.detach() - before[name]).norm()) for name, p in adapter.named_parameters()}
-
-
 def test_groups_one_after_another() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(Block(True), Block(False))
@@ -58,10 +45,10 @@ def test_groups_one_after_another() -> None:
             for name, p in adapter.named_parameters():
                 assert torch.equal(p, before[name]) != name.startswith(f"group{group}."), name
     adapter.set_trainable()
-    assert all(distance > 0 for distance in moved(model, adapter).values())
     # A choice that fails leaves the gradients.
     loss_of(model, batch()).backward()
     gradients = {name: p.grad for name, p in adapter.named_parameters()}
+    assert all(gradient is not None and gradient.any() for gradient in gradients.values())
     last: Any = list(adapter.named_parameters())[-1][1]
 
     def fail(required: bool) -> None:
@@ -76,14 +63,13 @@ def test_groups_one_after_another() -> None:
 
 @pytest.mark.parametrize("config", ["default", "lora"])
 def test_lora_plus(config: str) -> None:
-    # In float64: how far a step goes is a difference of numbers that are almost equal.
-    (model, adapter), (other, alike) = make(config), make(config)
-    plain = moved(other.double(), alike)
-    model.double()
+    _, adapter = make(config)
     slow, fast = adapter.parameter_groups(lr=0.1, ratio=4.0)
     assert (slow["lr"], fast["lr"]) == (0.1, 0.4)
-    for name, distance in moved(model, adapter, [slow, fast]).items():
-        assert distance == pytest.approx((4.0 if name.endswith("factor0") else 1.0) * plain[name], rel=1e-9), name
+    rates = {id(p): group["lr"] for group in (slow, fast) for p in group["params"]}
+    for name, p in adapter.named_parameters():
+        assert rates.pop(id(p)) == (0.4 if name.endswith("factor0") else 0.1), name
+    assert not rates
 
 
 # -- The zero of the start is an array that is trained ------------------------------------------------
@@ -129,9 +115,15 @@ def subsets(adapter: Adapter) -> list[dict[str, Any]]:
 
 
 @pytest.mark.law("frozen-arrays")
-@pytest.mark.parametrize("name", PRESETS)
-def test_whatever_is_chosen_learns_and_changes_nothing_at_first(name: str, tmp_path: Path) -> None:
-    model, adapter, x = attention(PRESETS[name])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        *((name, torch.float32) for name in PRESETS),
+        *itertools.product(["lorta", "nonlinear"], [torch.float64, torch.bfloat16, torch.float16]),
+    ],
+)
+def test_whatever_is_chosen_learns_and_changes_nothing_at_first(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    model, adapter, x = attention(PRESETS[name], dtype=dtype)
     with adapter.disabled():
         base = model(x)
     started = adapter.arrays()
@@ -165,41 +157,25 @@ def test_whatever_is_chosen_learns_and_changes_nothing_at_first(name: str, tmp_p
         adapter.save(tmp_path / "a.safetensors")
         other = Attention()
         other.load_state_dict({key: p for key, p in model.state_dict().items() if "tnadapt" not in key})
-        again = tnadapt.torch.load(other, tmp_path / "a.safetensors")
+        # What is computed from frozen numbers stays in their precision, without being asked for.
+        again = tnadapt.torch.load(other, tmp_path / "a.safetensors", dtype=None if adapter.trained else dtype)
         assert again.trained == adapter.trained
         assert [p.requires_grad for _, p in again.named_parameters()] == [
             p.requires_grad for _, p in adapter.named_parameters()
         ]
         assert all(torch.equal(array, adapter.arrays()[key]) for key, array in again.arrays().items())
-        for mine, read in zip(adapter.deltas(), tna.load(tmp_path / "a.safetensors").deltas(), strict=True):
-            assert torch.allclose(mine, torch.from_numpy(read), rtol=1e-5, atol=1e-6)
+        again.save(tmp_path / "b.safetensors")
+        assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+        deltas = tna.load(tmp_path / "a.safetensors").deltas()
+        assert any(delta.any() for delta in deltas)
+        if dtype is torch.float32:
+            for mine, read in zip(adapter.deltas(), deltas, strict=True):
+                assert torch.allclose(mine, torch.from_numpy(read), rtol=1e-5, atol=1e-6)
         adapter.load_arrays(before)
     adapter.set_trainable()
     assert adapter.trained is None
     # A choice is taken back whole.
     assert all(torch.equal(array, started[key]) for key, array in adapter.arrays().items())
-
-
-@pytest.mark.law("frozen-arrays")
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("config", [presets.lorta(2), presets.superlora(2, projection="nonlinear")], ids=["lorta", "F"])
-def test_frozen_arrays_come_back_in_every_dtype(dtype: torch.dtype, config: Any, tmp_path: Path) -> None:
-    model, adapter, _ = attention(config, dtype=dtype)
-    word = "core" if config.format == "tucker" else "factor1"
-    adapter.set_trainable(arrays=word)
-    with torch.no_grad():
-        for p in adapter.parameters():
-            p.add_(torch.randn_like(p))
-    adapter.save(tmp_path / "a.safetensors")
-    with safe_open(tmp_path / "a.safetensors", "pt") as stored:
-        assert list(stored.keys()) == list(adapter.trained or ())
-    arrays, deltas = adapter.arrays(), tna.load(tmp_path / "a.safetensors").deltas()
-    adapter.detach()
-    again = tnadapt.torch.load(model, tmp_path / "a.safetensors")
-    assert all(torch.equal(array, arrays[key]) for key, array in again.arrays().items())
-    assert any(delta.any() for delta in deltas)
-    again.save(tmp_path / "b.safetensors")
-    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
 
 
 def test_a_loaded_adapter_goes_on_as_it_was_saved(tmp_path: Path) -> None:
