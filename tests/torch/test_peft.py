@@ -615,31 +615,27 @@ def test_saved_while_merged(tmp_path: Path) -> None:
     assert written(tmp_path / "second")["base"]["fingerprint"] == model_base(llama())["fingerprint"]
 
 
-def test_wrapping_twice_and_wrong_targets() -> None:
+def test_wrapping_twice_wrong_targets_and_what_peft_does_with_its_own_methods_only() -> None:
     base = llama()
     with pytest.raises(tna.TargetError, match="nothing_such"):
         adapted("llama", base, target_modules=["nothing_such"])
+    with pytest.raises(ValueError, match="shared state"):
+        inject_adapter_in_model(TnadaptConfig(), base)
+    with pytest.raises(ValueError, match="TNADAPT"):
+        get_peft_model(base, config_of(), mixed=True)
     assert traces(base) == []
     model = adapted("llama", base)
     there = pytest.raises(tna.TargetError, match="this model already has an adapter 'default'")
     with there, pytest.warns(UserWarning, match="Already found a `peft_config`"):
         adapted("llama", base)
     for name in ("tnadapt_arrays", "group0_split0_factor0"):
-        with pytest.raises(
-            tna.TargetError, match=f"cannot be called '{name}': the arrays of all adapters have this word"
-        ):
-            model.add_adapter(name, TnadaptConfig(task_type="CAUSAL_LM"))
-    assert list(model.peft_config) == ["default"]
-
-
-def test_what_peft_does_with_its_own_methods_only() -> None:
-    with pytest.raises(ValueError, match="shared state"):
-        inject_adapter_in_model(TnadaptConfig(), llama())
-    with pytest.raises(ValueError, match="TNADAPT"):
-        get_peft_model(llama(), TnadaptConfig(task_type="CAUSAL_LM"), mixed=True)
+        text = f"cannot be called '{name}': the arrays of all adapters have this word"
+        with pytest.raises(tna.TargetError, match=text):
+            model.add_adapter(name, config_of())
     text = r"without a new adapter, .*: tnadapt\.torch\.mix\(model, \{'first': 0\.5, 'second': 0\.5\}\)"
     with pytest.raises(tna.ConfigError, match=text):
-        adapted("llama").add_weighted_adapter(["default"], [0.5], "other")
+        model.add_weighted_adapter(["default"], [0.5], "other")
+    assert list(model.peft_config) == ["default"]
 
 
 def test_attach_beside_the_plug_in() -> None:
@@ -836,22 +832,16 @@ def test_it_is_peft_s_own_mixed_batch() -> None:
         torch.testing.assert_close(ours(input_ids=ids(), adapter_names=NAMES).logits, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("names", "text"),
-    [
+def test_names_that_peft_refuses() -> None:
+    model = two("llama")
+    for names, text in (
         (["default"] * 3, "Length of `adapter_names` should be the same as the number of inputs, but got 3 and 4"),
         (["default", "x", "y", "x"], r"Trying to infer with non-existing adapter\(s\): x, y"),
         ("default", "adapter_names must be a list with a name for each sample; got 'default'"),
         ([None] * 4, r"non-existing adapter\(s\): None"),
-    ],
-)
-def test_names_that_peft_refuses(names: Any, text: str) -> None:
-    with pytest.raises(ValueError, match=text):
-        two("llama")(input_ids=ids(), adapter_names=names)
-
-
-def test_training_and_merged_adapters_are_refused_as_by_peft() -> None:
-    model = two("llama")
+    ):
+        with pytest.raises(ValueError, match=text):
+            model(input_ids=ids(), adapter_names=names)
     with pytest.raises(ValueError, match="Cannot pass `adapter_names` when the model is in training mode"):
         model.train()(input_ids=ids(), adapter_names=NAMES)
     model.eval().merge_adapter()

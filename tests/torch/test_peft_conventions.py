@@ -154,20 +154,17 @@ def test_a_name_does_not_hide_another_one(tmp_path: Path) -> None:
         model.add_adapter(other, config())
     model.save_pretrained(tmp_path)
     expected = tt.adapters(model)["v1.0"].arrays()
-    found = load_file(tmp_path / "v1.0" / "adapter_model.safetensors")
-    assert {key.partition("tnadapt.")[2]: tensor.tolist() for key, tensor in found.items()} == {
-        array: tensor.tolist() for array, tensor in expected.items()
-    }
-
-
-def test_attach_takes_such_names_too() -> None:
-    model = llama()
-    handle = tt.attach(model, name="v1.0")
-    assert list(tt.adapters(model)) == ["v1.0"]
-    assert "tnadapt_v1%2E0_group0_split0_factor0" in model.state_dict()
+    stored = load_file(tmp_path / "v1.0" / "adapter_model.safetensors")
+    assert stored.keys() == {f"base_model.model.tnadapt.{array}" for array in expected}
+    assert all(torch.equal(stored[f"base_model.model.tnadapt.{name}"], array) for name, array in expected.items())
+    # attach() takes such names, too.
+    base = llama()
+    handle = tt.attach(base, name="v1.0")
+    assert list(tt.adapters(base)) == ["v1.0"]
+    assert "tnadapt_v1%2E0_group0_split0_factor0" in base.state_dict()
     handle.detach()
     with pytest.raises(tna.TargetError, match=r"called 'v1%2E0': 'v1\.0' is encoded like this in the names"):
-        tt.attach(model, name="v1%2E0")
+        tt.attach(base, name="v1%2E0")
 
 
 # -- The config ------------------------------------------------------------------------------------

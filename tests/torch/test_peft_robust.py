@@ -104,39 +104,28 @@ def both() -> PeftModel:
     return model
 
 
-def base_weight(model: PeftModel) -> Any:
-    return model.get_base_model().q_proj.weight.detach().clone()
-
-
 @pytest.mark.parametrize("progressbar", [False, True])
 def test_merging_shows_its_progress_if_asked(progressbar: bool, capsys: pytest.CaptureFixture[str]) -> None:
     made("default").merge_and_unload(progressbar=progressbar)
     assert ("Unloading and merging model" in capsys.readouterr().err) == progressbar
 
 
-def test_a_merge_interrupted_at_any_line_is_whole_or_did_not_happen() -> None:
-    weight, expected = base_weight(both()), run(both())
-    for stop in moments(both().merge_adapter, TUNER):
+@pytest.mark.parametrize("way", ["merge_adapter", "unmerge_adapter"])
+def test_interrupted_at_any_line_a_merge_did_not_happen_and_an_unmerge_can_be_repeated(way: str) -> None:
+    def prepared() -> PeftModel:
         model = both()
-        interrupted(model.merge_adapter, stop, TUNER)
-        torch.testing.assert_close(run(model), expected)
-        assert torch.equal(base_weight(model), weight), stop
-        assert not model.base_model.tnadapt.merged
-
-
-def test_an_unmerge_interrupted_at_any_line_can_be_repeated() -> None:
-    def merged() -> PeftModel:
-        model = both()
-        model.merge_adapter()
+        if way == "unmerge_adapter":
+            model.merge_adapter()
         return model
 
-    weight, expected = base_weight(both()), run(both())
-    for stop in moments(merged().unmerge_adapter, TUNER):
-        model = merged()
-        interrupted(model.unmerge_adapter, stop, TUNER)
+    weight, expected = both().get_base_model().q_proj.weight, run(both())
+    for stop in moments(getattr(prepared(), way), TUNER):
+        model = prepared()
+        interrupted(getattr(model, way), stop, TUNER)
         if model.base_model.tnadapt.merged:
+            assert way == "unmerge_adapter"
             model.unmerge_adapter()
-        assert torch.equal(base_weight(model), weight), stop
+        assert torch.equal(model.get_base_model().q_proj.weight, weight), stop
         assert torch.equal(run(model), expected), stop
 
 

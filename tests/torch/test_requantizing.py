@@ -58,23 +58,22 @@ def model(seed: int = 0) -> Any:
 def test_what_is_missing_is_named() -> None:
     with pytest.raises(tna.TargetError, match="all-linear"):
         tt.attach(model(), tna.presets.lora(2), targets="all-linear")  # registered by nobody
-
-    class Silent(tt.QuantizedLayer):
-        """It defines nothing."""
-
-    class Shapeless(tt.QuantizedLayer):
-        def matches(self, module: Any) -> bool:
-            return isinstance(module, PackedLinear)
-
-    for cls, message in (
-        (Silent, r"Silent does not define matches\(module\)"),
-        (Shapeless, r"PackedLinear has no in_features.*define Shapeless\.shape\(module\)"),
+    for name, methods, message in (
+        ("Silent", {}, r"Silent does not define matches\(module\)"),
+        (
+            "Shapeless",
+            {"matches": Packed.matches},
+            r"PackedLinear has no in_features.*define Shapeless\.shape\(module\)",
+        ),
     ):
-        tt.register_quantized("lacking", cls)
+        tt.register_quantized("lacking", type(name, (tt.QuantizedLayer,), methods))
         with pytest.raises(tna.TargetError, match=message):
             tt.attach(model(), tna.presets.lora(2), targets="all-linear")
     with pytest.raises(tna.ConfigError, match=r"inherits from tnadapt\.torch\.QuantizedLayer; got"):
         tt.register_quantized("dict", dict)
+    for name in ("bitsandbytes-4bit", "bitsandbytes-int8-embedding", "torchao", "hqq", "gptq"):
+        with pytest.raises(tna.ConfigError, match=f"quantized layer '{name}' is built in and cannot be replaced"):
+            tt.register_quantized(name, Grid)
 
 
 @pytest.mark.parametrize(
@@ -415,10 +414,6 @@ def test_an_interruption_leaves_the_base_or_the_sum() -> None:
 
 
 def test_a_registered_type_is_asked_before_the_built_in_ones() -> None:
-    for name in ("bitsandbytes-4bit", "bitsandbytes-int8-embedding", "torchao", "hqq", "gptq"):
-        with pytest.raises(tna.ConfigError, match=f"quantized layer '{name}' is built in and cannot be replaced"):
-            tt.register_quantized(name, Grid)
-
     class Words(GridLinear):
         """It has the tensors of GPTQ, and is none."""
 

@@ -25,37 +25,22 @@ from .modules import Module, linear, names, qv, roles, vq
 # -- By role, in every library -----------------------------------------------------------------
 
 SQUARE = qv((32, 32))
-
+#: Of models with other weights than two layers of 32 × 32.
 SHAPES = {
     "torch_encoder": qv((16, 16)) * 2,
     "torch_decoder": qv((16, 16)) * 2,
     "torch_attention_kdim": qv((16, 16), (16, 20)),
-    "torchvision_vit": SQUARE * 2,
     "torchvision_swin": qv((16, 16)) * 2 + qv((32, 32)),
-    "timm_vit": SQUARE * 2,
     "timm_swin": qv((16, 16)) * 2 + qv((32, 32)),
     "timm_swinv2": qv((16, 16)) * 2 + qv((32, 32)),
-    "timm_beit": SQUARE * 2,
-    "timm_eva": SQUARE * 2,
-    "bert": SQUARE * 2,
     "albert": SQUARE,  # three layers of one weight
-    "modernbert": SQUARE * 2,
-    "vit": SQUARE * 2,
-    "dinov2": SQUARE * 2,
     "clip": vq((32, 32)) * 2 + vq((48, 48)) * 2,
-    "gpt2": SQUARE * 2,
     "gpt2_cross": [*SQUARE, ("v", (32, 32)), ("q", (32, 32))],  # c_attn with k and v, then q_attn
     "llama": qv((32, 32), (16, 32)) * 2,  # 4 heads of 8, and 2
     "phi3": qv((32, 32), (8, 32)) * 2,
-    "gpt_neox": SQUARE * 2,
-    "bloom": SQUARE * 2,
-    "falcon_old": SQUARE * 2,
     "falcon_multi_query": qv((32, 32), (8, 32)) * 2,
     "falcon_new": qv((32, 32), (16, 32)) * 2,
     "gpt_bigcode": qv((32, 32), (8, 32)) * 2,
-    "gpt_bigcode_heads": SQUARE * 2,
-    "codegen": SQUARE * 2,
-    "mpt": SQUARE * 2,
     "deepseek_v3": qv((4 * 10, 8), (4 * 8, 12)) * 2,  # from latents of 8 and 12
     "t5": qv((24, 32)) * 6,  # 3 heads of 8, in 2 layers that attend to themselves, 2 that do both
     "whisper": vq((32, 32)) * 3,
@@ -97,7 +82,7 @@ def test_queries_and_values_of_a_model(name: str) -> None:
     """Also who reads them: with the owner's forward forbidden, the model runs if and only if a parent is the host."""
     model, inputs = build(name)
     found = find_targets(model)
-    assert [(target.role, target.shape) for target in found] == SHAPES[name]
+    assert [(target.role, target.shape) for target in found] == SHAPES.get(name, SQUARE * 2)
     parameters = dict(model.named_parameters())
     for target in found:
         assert tuple(parameters[target.name].shape) == target.stored
@@ -463,29 +448,7 @@ def test_ways_to_read_a_childs_weight(how: str, tmp_path: Path) -> None:
         assert host_of(class_of(body)(), Target("inner", (2, 2))) == "inner"
 
 
-def test_a_wrapper_of_peft_hands_the_weight_out() -> None:
-    peft = pytest.importorskip("peft")
-    model, _ = build("timm_beit")
-    wrapped = peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["qkv"]), model)
-    (target, *_) = find_targets(wrapped)
-    assert target.module == "blocks.0.attn.qkv.base_layer"
-    assert host_of(wrapped, target) == "blocks.0.attn"
-
-
 # -- The recognition of attention modules, and of their query, key, value and output weights ---------------------------
-
-
-def reinforced() -> Module:
-    """Value heads, a query elsewhere, and q next to v without k."""
-    return Module(
-        attn=linear("query", "key", "value"),
-        value=nn.Linear(8, 1),
-        critic=linear("q", "v"),
-        heads=linear("q_head", "v_head", "value_head"),
-        retrieval=linear("query"),
-        pair=linear("query_proj", "key_proj"),
-        feed_forward=linear("key", "value", "receptance"),
-    )
 
 
 def pooled() -> Module:
@@ -493,12 +456,6 @@ def pooled() -> Module:
     query = nn.Sequential(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8))
     key = nn.Sequential(nn.Conv2d(8, 8, 3, groups=8), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1))
     return Module(attn=Module(query=query, key=key, value=Module(linear=nn.Linear(8, 8), gate=nn.Linear(8, 8))))
-
-
-def shared() -> Module:
-    """A module under two paths, and its parts in a third."""
-    attention = linear("query", "key", "value")
-    return Module(first=attention, second=attention, third=Module(query=attention.query, key=None, value=None))
 
 
 def paired() -> Module:
@@ -509,46 +466,51 @@ def paired() -> Module:
     return pair
 
 
-def embedded() -> Module:
-    return Module(embed=nn.Embedding(4, 2), attn=Module(q=nn.Embedding(4, 2), v=nn.Linear(2, 2)), fine=nn.Linear(2, 2))
+def attentions(**places: str) -> Module:
+    """Return a module of modules with linear layers of these names."""
+    return Module(**{place: linear(*words.split()) for place, words in places.items()})
 
 
-def headed() -> Module:
-    return Module(body=nn.Linear(8, 8), classifier=nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)))
+def shared() -> Module:
+    """A module under two paths, and its parts in a third."""
+    attention = linear("query", "key", "value")
+    return Module(first=attention, second=attention, third=Module(query=attention.query, key=None, value=None))
 
 
-class Odd(nn.Module):
-    """A module that nobody knows, with a matrix."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(3, 2))
+def unknown() -> nn.Module:
+    """A module that nobody knows, with a matrix, and one that is known."""
+    model = nn.Sequential(nn.Module(), nn.Linear(2, 2))
+    model[0].weight = nn.Parameter(torch.zeros(3, 2))
+    return model
 
 
 @pytest.mark.parametrize(
     ("make", "targets", "expected"),
     [
-        (reinforced, "qv", "attn.query attn.value"),
+        # Value heads, a query elsewhere, and q next to v without k belong to reinforcement learning or retrieval.
+        (lambda: attentions(attn="query key value", critic="q v", retrieval="query"), "qv", "attn.query attn.value"),
+        (lambda: attentions(heads="q_head v_head value_head", attn="q k v", pair="query_proj key_proj"), "qv",
+         "attn.q attn.v"),
+        (lambda: Module(attn=linear("q", "k", "v"), value=nn.Linear(8, 1)), "qv", "attn.q attn.v"),
+        (lambda: attentions(attn="q k v", feed_forward="key value receptance"), "qv", "attn.q attn.v"),
         # In a module called attention less is enough: keys of other layers, a learned query, names of two styles.
-        (lambda: Module(self_attention=linear("q_proj", "o_proj")), "qv", "self_attention.q_proj"),
-        (lambda: Module(attn_pool=linear("k_proj", "v_proj")), "qv", "attn_pool.v_proj"),
-        (
-            lambda: Module(attention=linear("q_content_proj", "k_content_proj", "v_proj")), "qv",
-            "attention.q_content_proj attention.v_proj",
-        ),
+        (lambda: attentions(self_attention="q_proj o_proj"), "qv", "self_attention.q_proj"),
+        (lambda: attentions(attn_pool="k_proj v_proj"), "qv", "attn_pool.v_proj"),
+        (lambda: attentions(attention="q_content_proj k_content_proj v_proj"), "qv",
+         "attention.q_content_proj attention.v_proj"),
         (pooled, "qkv", "attn.query.0 attn.key.2 attn.value.linear"),
         (shared, "qv", "first.query first.value"),
         (shared, "all-linear", "first.query first.key first.value"),
         (paired, "qo", "alias first.q first.o"),
         # Embeddings and matrices of unknown modules must be named.
-        (embedded, "all-linear", "attn.v fine"),
-        *((embedded, targets, "embed") for targets in ("embed", ["embed"])),
-        (lambda: nn.Sequential(Odd(), nn.Linear(2, 2)), "all-linear", "1"),
-        (lambda: nn.Sequential(Odd(), nn.Linear(2, 2)), ["0"], "0"),
+        *((lambda: Module(embed=nn.Embedding(4, 2), attn=Module(q=nn.Embedding(4, 2), v=nn.Linear(2, 2))), *row)
+          for row in (("all-linear", "attn.v"), ("embed", "embed"), (["embed"], "embed"))),
+        *((unknown, *row) for row in (("all-linear", "1"), (["0"], "0"))),
         # The head is what the model calls so.
-        (headed, "all-linear", "body classifier.0"),
-        (lambda: Module(module=headed()), "all-linear", "module.body module.classifier.0"),
-        (lambda: nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), "all-linear", "0 1"),
+        (lambda: Module(body=nn.Linear(8, 8), classifier=linears(2)), "all-linear", "body classifier.0"),
+        (lambda: Module(module=Module(body=nn.Linear(8, 8), classifier=linears(2))), "all-linear",
+         "module.body module.classifier.0"),
+        (lambda: linears(2), "all-linear", "0 1"),
     ],
 )  # fmt: skip
 def test_what_is_found(make: Any, targets: Any, expected: str) -> None:
@@ -590,6 +552,11 @@ def test_peft_wrapped_layers() -> None:
     assert names(wrapped, ["query"]) == names(wrapped, "q") == names(wrapped, r".*\.self\.query")
     assert not [name for name in names(wrapped, "all-linear") if "lora" in name]
     assert len(names(wrapped, "all-linear")) == 13  # 2 layers of 6, and the pooler
+    # A wrapper hands the weight out.
+    wrapped = peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["qkv"]), build("timm_beit")[0])
+    (target, *_) = find_targets(wrapped)
+    assert target.module == "blocks.0.attn.qkv.base_layer"
+    assert host_of(wrapped, target) == "blocks.0.attn"
 
 
 # -- The weights of modules of many kinds: embeddings, convolutions, quantized layers, and modules without weights -----

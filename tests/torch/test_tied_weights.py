@@ -194,26 +194,29 @@ def test_a_checkpoint_is_merged_under_any_name_that_it_has(names: tuple[str, ...
         assert torch.equal(tensor, model.embed.weight)
 
 
-def test_extraction_finds_the_change_of_a_tied_weight() -> None:
-    base, tuned = Tied(), Tied()
-    with torch.no_grad():
-        tuned.embed.weight += 0.1 * torch.outer(torch.arange(12.0), torch.arange(6.0))
-    adapter = tt.extract(base, tuned, P.lora(1), ["embed"], keep_tied=True)  # no warning of other parameters
-    assert adapter.report.error < 1e-5
-    torch.testing.assert_close(base(IDS), tuned(IDS), rtol=1e-4, atol=1e-4)
-
-
 @pytest.mark.law("tied-weights")
-def test_an_untied_adapter_is_loaded_untied_and_tied_again_when_it_goes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("read", [tt.load, tt.from_pretrained])
+def test_an_untied_adapter_is_loaded_untied_and_tied_again_when_it_goes(read: Any, tmp_path: Path) -> None:
+    """By default tied weights stay tied and another base is rejected, also by a folder."""
     model = Tied()
     base = model(IDS)
     adapter = tt.attach(model, targets=["head", "inner"], untie=True)
     stir(adapter)
-    adapter.save(tmp_path / "a.safetensors")
-    fresh = Tied()
-    with pytest.raises(tna.FileError, match="untie=True"):
-        tt.load(fresh, tmp_path / "a.safetensors")
-    loaded = tt.load(fresh, tmp_path / "a.safetensors", untie=True)
+    adapter.save_pretrained(tmp_path)
+    path = tmp_path / "adapter.safetensors" if read is tt.load else tmp_path
+    fresh, other = Tied(), Tied()
+    with torch.no_grad():
+        other.inner.weight.add_(1.0)
+    with pytest.raises(
+        tna.FileError, match=r"are one tensor .* it has head\.weight of that module alone: .*untie=True"
+    ):
+        read(fresh, path)
+    with pytest.raises(tna.FileError, match="another base model"):
+        read(other, path, untie=True)
+    assert not tt.adapters(fresh)
+    read(other, path, untie=True, check_base=False)
+    loaded = read(fresh, path, untie=True)
+    assert fresh.head.weight is not fresh.embed.weight
     assert torch.equal(fresh(IDS), model(IDS))
     loaded.detach()
     assert fresh.head.weight is fresh.embed.weight
@@ -312,23 +315,17 @@ def test_the_dense_preset_is_peft_s_trainable_tokens() -> None:
     torch.testing.assert_close(ours.grad.view(2, 16), other.grad, rtol=1e-4, atol=1e-5)
 
 
-def test_adapters_of_other_tokens_are_swapped_only_for_each_other(tmp_path: Path) -> None:
-    model = nn.Sequential(nn.Embedding(12, 6))
-    tt.attach(model, P.dense(), tt.token_targets(model, [1, 2])).save(tmp_path / "a.safetensors")
-    other = nn.Sequential(nn.Embedding(12, 6))
-    adapter = tt.attach(other, P.dense(), tt.token_targets(other, [1, 3]))
+def test_other_tokens_and_those_of_a_larger_vocabulary_are_refused(tmp_path: Path) -> None:
+    path, model = tmp_path / "a.safetensors", nn.Sequential(nn.Embedding(14, 6))
+    tt.attach(model, P.dense(), tt.token_targets(model, [12, 13])).save(path)
+    adapter = tt.attach(model, P.dense(), tt.token_targets(model, [1, 3]), "other")
     with pytest.raises(tna.FileError, match="its list of targets differs"):
-        adapter.swap(tmp_path / "a.safetensors")
-
-
-def test_tokens_of_a_larger_vocabulary_are_refused_with_its_size(tmp_path: Path) -> None:
-    model = nn.Sequential(nn.Embedding(14, 6))
-    tt.attach(model, P.dense(), tt.token_targets(model, [12, 13])).save(tmp_path / "a.safetensors")
+        adapter.swap(path)
     with pytest.raises(tna.FileError) as caught:
-        tt.load(nn.Sequential(nn.Embedding(12, 6)), tmp_path / "a.safetensors")
+        tt.load(nn.Sequential(nn.Embedding(12, 6)), path)
     assert str(caught.value) == (
-        f"{tmp_path / 'a.safetensors'}: this Sequential does not have its weights: 0.weight is stored as (12, 6), and "
-        "was stored as (14, 6) when it was trained: call resize_token_embeddings() as before training"
+        f"{path}: this Sequential does not have its weights: 0.weight is stored as (12, 6), and was stored as (14, 6) "
+        "when it was trained: call resize_token_embeddings() as before training"
     )
 
 
@@ -359,15 +356,17 @@ def test_the_model_tells_which_embedding_has_the_tokens() -> None:
     assert target.name == "1.weight"
 
 
-def test_an_embedding_is_extracted_from_checkpoints_for_a_tied_model(tmp_path: Path) -> None:
-    base, tuned = llama(), llama()
+def test_the_change_of_a_tied_weight_is_extracted_from_checkpoints_and_from_models(tmp_path: Path) -> None:
+    base, tuned, model = llama(), llama(), llama()
     with torch.no_grad():
         tuned.model.embed_tokens.weight += torch.outer(torch.arange(50.0), torch.arange(16.0)) / 100
-    for name, model in (("base", base), ("tuned", tuned)):
-        model.save_pretrained(tmp_path / name)
-    found = tna.extract(tmp_path / "base", tmp_path / "tuned", P.lora(1), "embeddings")
-    tna.save(tmp_path / "a.safetensors", found.file)
-    model = llama()
+    for name, saved in (("base", base), ("tuned", tuned)):
+        saved.save_pretrained(tmp_path / name)
+    extracted = tna.extract(tmp_path / "base", tmp_path / "tuned", P.lora(1), "embeddings")
+    tna.save(tmp_path / "a.safetensors", extracted.file)
     adapter = tt.load(model, tmp_path / "a.safetensors", keep_tied=True)
     assert (adapter.targets[0].role, adapter.targets[0].tied) == ("embedding", ("lm_head.weight",))
-    torch.testing.assert_close(model(TOKENS).logits, tuned(TOKENS).logits, rtol=1e-3, atol=1e-3)
+    # No warning of other parameters.
+    assert tt.extract(base, tuned, P.lora(1), ["embed_tokens"], keep_tied=True).report.error < 1e-5
+    for changed_model in (model, base):
+        torch.testing.assert_close(changed_model(TOKENS).logits, tuned(TOKENS).logits, rtol=1e-4, atol=1e-4)

@@ -163,16 +163,6 @@ def test_dpo_of_a_fresh_adapter(reference: str, config: str, tmp_path: Path) -> 
     assert any(bool(delta.any()) for delta in adapter.deltas())
 
 
-@pytest.mark.parametrize("with_adapters", [True, False])
-def test_dpo_from_an_adapter_as_it_is(with_adapters: bool, tmp_path: Path) -> None:
-    """With the base for its reference it would not start at log 2."""
-    model = llama()
-    shifted(tt.attach(model))
-    trainer = dpo(model, tmp_path, tt.reference_model(model, with_adapters=with_adapters))
-    trainer.train()
-    assert (abs(logged(trainer, "loss")[0] - math.log(2)) < 1e-6) == with_adapters
-
-
 @pytest.mark.parametrize("reference", [None, "shared", "loaded"])
 def test_grpo(reference: str | None, tmp_path: Path) -> None:
     """With a divergence from the base that is shared or that TRL loads, or without."""

@@ -147,7 +147,7 @@ def test_merged_weights_are_sent_under_the_base_s_names(preset: str, dtype: Any)
         assert not tt.adapters(model)["default"].merged
 
 
-def test_a_trained_head_is_sent_in_place_of_the_base_s() -> None:
+def test_a_trained_head_is_sent_in_place_of_the_base_s_and_the_adapter_alone_is_refused() -> None:
     model = through_peft("lora", size=0.1, modules_to_save=["lm_head"])
     with torch.no_grad():
         model.base_model.model.lm_head.modules_to_save["default"].weight.add_(1.0)
@@ -156,12 +156,9 @@ def test_a_trained_head_is_sent_in_place_of_the_base_s() -> None:
         sent = sync(model)
         assert list(sent) == names
         assert torch.equal(sent["lm_head.weight"], llama().lm_head.weight + 1.0)
-
-
-def test_the_adapter_alone_is_refused() -> None:
-    """TRL's own sync of adapters takes PEFT's LoRA alone: it falls back to merged weights."""
+    # TRL's own sync of adapters takes PEFT's LoRA alone: it falls back to merged weights.
     with pytest.raises(ValueError, match="Sync merged weights instead"):
-        async_grpo_trainer.validate_lora_for_vllm_sync(through_peft("lora"))
+        async_grpo_trainer.validate_lora_for_vllm_sync(model)
 
 
 # -- attach() without PEFT -----------------------------------------------------------------------
