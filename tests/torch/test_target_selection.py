@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -238,6 +239,10 @@ def others() -> nn.Module:
     return Module(bag=nn.EmbeddingBag(4, 2), norm=nn.LayerNorm(2), both=nn.Bilinear(2, 2, 2), fine=nn.Linear(2, 2))
 
 
+def tables(**how: Any) -> nn.Module:
+    return Module(embed=nn.Embedding(4, 2, **how))
+
+
 C_ATTN = "transformer.h.0.attn.c_attn"
 NO_WEIGHT, NONE_TYPE = "which holds no weight to adapt", r"targets must be roles|list of targets must hold paths"
 REFUSED: list[tuple[Any, Any, str]] = [
@@ -274,6 +279,10 @@ REFUSED: list[tuple[Any, Any, str]] = [
     *((lambda: linears(1), wrong, NONE_TYPE) for wrong in (None, 3, b"qv", {"q": 1}, [3], [""], [None], [2.0, "q"])),
     (list, "qv", "found in a torch module; got list"),
     (convolutions, ["3"], f"ConvTranspose2d, {NO_WEIGHT}"),
+    *((functools.partial(tables, **how), targets, rf"embed\.weight {text}")
+      for how, text in (({"sparse": True}, r"belongs to an embedding with sparse=True.*set sparse=False"),
+                        ({"max_norm": 0.5}, r".* max_norm=0\.5, which rescales .* set max_norm=None"))
+      for targets in (["embed"], "embed", [Target("embed", (4, 2))], lambda path, _: path == "embed")),
     *((others, [name], NO_WEIGHT) for name in ("bag", "norm", "both")),
     *((lazy, kind, r"[02]\.weight of Lazy\w+ has no shape yet; run the model once") for kind in ("all-linear", "conv")),
     (lambda: nn.Sequential(Unpacked(), nn.Linear(2, 2)), ["0"], r"0\.weight of Unpacked is quantized"),
@@ -505,6 +514,7 @@ def unknown() -> nn.Module:
         # Embeddings and matrices of unknown modules must be named.
         *((lambda: Module(embed=nn.Embedding(4, 2), attn=Module(q=nn.Embedding(4, 2), v=nn.Linear(2, 2))), *row)
           for row in (("all-linear", "attn.v"), ("embed", "embed"), (["embed"], "embed"))),
+        *((tables, targets, "embed") for targets in ([Target("embed", (4, 2))], lambda path, _: path == "embed")),
         *((unknown, *row) for row in (("all-linear", "1"), (["0"], "0"))),
         # The head is what the model calls so.
         (lambda: Module(body=nn.Linear(8, 8), classifier=linears(2)), "all-linear", "body classifier.0"),
@@ -571,18 +581,6 @@ def test_convolutions() -> None:
     assert found[1].layer == "layer1.0"
     # Groups as they are stored; no transposed convolutions.
     assert roles(convolutions(), "conv") == [("conv", (6, 12)), ("conv", (6, 18)), ("conv", (2, 8))]
-
-
-@pytest.mark.parametrize("targets", [["embed"], "embed", [Target("embed", (4, 2))], lambda path, _: path == "embed"])
-def test_embeddings_that_cannot_be_adapted(targets: Any) -> None:
-    model = Module(embed=nn.Embedding(4, 2, sparse=True))
-    with pytest.raises(TargetError, match=r"embed\.weight belongs to an embedding with sparse=True.*set sparse=False"):
-        find_targets(model, targets)
-    model = Module(embed=nn.Embedding(4, 2, max_norm=0.5))
-    with pytest.raises(TargetError, match=r"embed\.weight .* max_norm=0\.5, which rescales .* set max_norm=None"):
-        find_targets(model, targets)
-    model.embed.max_norm = None
-    assert names(model, targets) == ["embed.weight"]
 
 
 class Packed(nn.Linear):

@@ -265,6 +265,15 @@ def test_refused(hf: Any, tmp_path: Path) -> None:
     model = peft.get_peft_model(hf.bert(), plugin.TnadaptConfig(preset="superlora", settings={"rank": 2}))
     with pytest.raises(TargetError, match="belongs to a PEFT model, whose checkpoints hold adapters alone already"):
         tt.adapter_checkpoints(hf.trainer_of(model, tmp_path))
+    inner = hf.bert()
+    tt.attach(inner)
+    below = hf.trainer_of(peft.get_peft_model(inner, peft.LoraConfig(target_modules=["query"])), tmp_path)
+    refused(
+        lambda: tt.adapter_checkpoints(below),
+        "this trainer's model is a PEFT model, whose checkpoints hold PEFT's adapters, and an adapter that was "
+        "attached besides is frozen there: leave peft_config out, or give a TnadaptConfig as peft_config and call "
+        "neither attach() nor adapter_checkpoints()",
+    )
 
 
 def test_other_adapters_are_refused_on_resuming(hf: Any, tmp_path: Path) -> None:

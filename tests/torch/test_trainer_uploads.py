@@ -16,7 +16,6 @@ pytest.importorskip("accelerate")
 
 import tnadapt as tna
 import tnadapt.torch as tt
-from tnadapt.errors import TargetError
 
 # The functions of transformers that reach the hub.
 HUB = importlib.import_module("transformers.trainer")
@@ -106,22 +105,6 @@ def test_cards_of_others(hf: Any, tmp_path: Path) -> None:
     tt.adapters(trainer.model)["default"].detach()
     trainer.create_model_card(model_name="mine")
     assert "library_name: transformers" in card.read_text()
-
-
-# PEFT asks transformers' models for a property that they deprecate.
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-def test_an_adapter_below_a_peft_model_is_refused(hf: Any, tmp_path: Path) -> None:
-    peft = pytest.importorskip("peft")
-    model = hf.bert()
-    tt.attach(model)
-    wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["query"]))
-    with pytest.raises(TargetError) as caught:
-        tt.adapter_checkpoints(hf.trainer_of(wrapped, tmp_path))
-    assert str(caught.value) == (
-        "this trainer's model is a PEFT model, whose checkpoints hold PEFT's adapters, and an adapter that was "
-        "attached besides is frozen there: leave peft_config out, or give a TnadaptConfig as peft_config and call "
-        "neither attach() nor adapter_checkpoints()"
-    )
 
 
 @pytest.mark.slow
