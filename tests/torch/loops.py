@@ -59,7 +59,7 @@ def gradients(adapter: Adapter) -> dict[str, Tensor]:
 
 
 def relative(found: Tensor, expected: Tensor) -> float:
-    return float((found - expected).abs().max() / expected.abs().max())
+    return float((found - expected).detach().abs().max() / expected.detach().abs().max())
 
 
 def bits(model: nn.Module, head: str = "") -> dict[str, Tensor]:

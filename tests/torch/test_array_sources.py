@@ -51,7 +51,6 @@ CONFIGS: dict[str, tna.Config] = {
     "hadamard": P.loha(2, sources={"split0.factor1": Seeded("signs")}),
     "kronecker": P.lokr(2, sources={"dense": Tied("group0.split0.dense")}),
 }
-configs = pytest.mark.parametrize("name", CONFIGS)
 
 
 class Block(torch.nn.Module):
@@ -95,34 +94,30 @@ def moved(name: str, **settings: Any) -> tuple[Any, Any]:
 
 
 @pytest.mark.law("theta", "sources")
-@configs
+@pytest.mark.parametrize("name", CONFIGS)
 def test_the_life_of_an_adapter(name: str, tmp_path: Path) -> None:
     life.check_life(model, functools.partial(attached, name), inputs(), tmp_path)
 
 
 @pytest.mark.law("theta", "sources")
-@pytest.mark.parametrize("strategy", ["auto", "weight", "additive"])
-@configs
+@pytest.mark.parametrize(
+    ("name", "strategy"),
+    [*((name, how) for name in CONFIGS for how in ("auto", "weight", "additive")), ("unilora", "factored")],
+)
 def test_gradients_are_those_of_the_updates(name: str, strategy: str) -> None:
     base, x = model(), inputs()
     adapter = attached(name, base, strategy=strategy)
     assert torch.equal(base(x), model()(x))
     stir(adapter, size=0.2)
     assert not torch.allclose(base(x), model()(x))
-    # Accumulated over passes.
-    assert_near(passes(base, adapter, *x.split(2)), by_formula(adapter, model(), x), 1e-4)
-
-
-def test_a_layer_can_use_the_factors_that_theta_makes() -> None:
-    base, adapter = moved("unilora", strategy="factored")
-    assert set(adapter.strategy) == {"factored"}
-    assert_near(passes(base, adapter, inputs()), by_formula(adapter, model(), inputs()), 1e-4)
+    # Accumulated over passes, and recomputed in backward.
+    for run_again in (base, functools.partial(checkpoint, base, use_reentrant=False)):
+        assert_near(passes(run_again, adapter, *x.split(2)), by_formula(adapter, model(), x), 1e-4)
 
 
 def test_arrays_are_made_from_theta_once_for_all_layers_and_passes() -> None:
     base, adapter = moved("unilora")
-    calls = []
-    projection = adapter.plan.theta.parts[0].projection
+    calls, projection = list[int](), adapter.plan.theta.parts[0].projection
     forward = projection.map.forward
     projection.map.forward = lambda backend, x: calls.append(1) or forward(backend, x)
     passes(base, adapter, *inputs().split(1))
@@ -130,17 +125,6 @@ def test_arrays_are_made_from_theta_once_for_all_layers_and_passes() -> None:
     for _ in range(2):
         run(base, inputs())
     assert len(calls) == 2
-    next(adapter.parameters()).data.add_(0.1)  # no version counter tells of this
-    output = run(base, inputs())
-    assert len(calls) == 3
-    torch.testing.assert_close(output, by_formula(adapter, model(), inputs())["output"], rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("name", ["tinylora", "unilora", "tied_lora", "θ and a nonlinear F"])
-def test_activation_checkpointing(name: str) -> None:
-    base, adapter = moved(name)
-    checkpointed = functools.partial(checkpoint, base, use_reentrant=False)
-    assert_near(passes(checkpointed, adapter, inputs()), passes(base, adapter, inputs()), 1e-5)
 
 
 @pytest.mark.slow
@@ -171,13 +155,6 @@ def test_choosing_what_is_trained() -> None:
 
 
 # -- Files and merging --------------------------------------------------------------------------------
-
-
-def test_thirteen_numbers_are_a_file_of_few_bytes(tmp_path: Path) -> None:
-    base = model()
-    adapter = tt.attach(base, P.tinylora(13))
-    adapter.save(tmp_path / "adapter.safetensors")
-    assert (tmp_path / "adapter.safetensors").stat().st_size < 2000
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)

@@ -20,6 +20,7 @@ from tests.support.array_presets import P
 from . import life
 from .interrupts import PACKAGE, interrupted, moments
 from .life import asks_for_grad, assert_near, by_formula, passes
+from .loops import snapshot
 from .small import compiles_whole, stir
 
 LEFT, RIGHT = "group0.split0.factor0", "group0.split0.factor1"
@@ -47,10 +48,6 @@ def attached(config: tna.Config, base: Any = None, **settings: Any) -> tuple[Any
     if adapter.plan.point.brought:
         adapter.start_from(arrays_of(adapter.plan))
     return base, adapter
-
-
-def numbers(adapter: tt.Adapter) -> dict[str, Any]:
-    return {name: array.detach().clone() for name, array in adapter.arrays().items()}
 
 
 def train(base: Any, adapter: tt.Adapter, steps: int = 3) -> None:
@@ -97,23 +94,18 @@ def test_the_life_of_an_adapter(name: str, strategy: str, tmp_path: Path) -> Non
     life.check_life(model, lambda base: attached(CONFIGS[name], base, strategy=strategy)[1], batch(), tmp_path)
 
 
-@pytest.mark.law("fresh-is-zero", "first-gradients")
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.law("fresh-is-zero", "first-gradients", "attached-is-update", "derivatives-of-presets")
 @pytest.mark.parametrize(("name", "strategy"), CASES)
-def test_every_strategy_begins_at_the_base_in_other_dtypes(name: str, strategy: str, dtype: Any) -> None:
-    base, adapter = attached(CONFIGS[name], strategy=strategy, dtype=dtype)
-    plain, x = model()(batch()), batch()
-    for grad in (False, True):
-        with torch.set_grad_enabled(grad):
-            assert torch.equal(base(x), plain)
-    assert not any(bool(delta.any()) for delta in adapter.deltas())
-    train(base, adapter)
-    assert not torch.allclose(base(x), plain, atol=1e-4)
-
-
-@pytest.mark.law("attached-is-update", "derivatives-of-presets")
-@pytest.mark.parametrize(("name", "strategy"), CASES)
-def test_outputs_and_gradients_are_those_of_the_sum(name: str, strategy: str) -> None:
+def test_every_strategy_begins_at_the_base_in_other_dtypes_and_is_the_sum(name: str, strategy: str) -> None:
+    for dtype in (torch.bfloat16, torch.float64):
+        base, adapter = attached(CONFIGS[name], strategy=strategy, dtype=dtype)
+        plain, x = model()(batch()), batch()
+        for grad in (False, True):
+            with torch.set_grad_enabled(grad):
+                assert torch.equal(base(x), plain)
+        assert not any(bool(delta.any()) for delta in adapter.deltas())
+        train(base, adapter)
+        assert not torch.allclose(base(x), plain, atol=1e-4)
     base, adapter = attached(CONFIGS[name], model(torch.float64), strategy=strategy, dtype=torch.float64)
     stir(adapter, 0.1)
     x = batch().double()
@@ -171,7 +163,7 @@ def test_a_fresh_adapter_can_start_elsewhere_and_no_other() -> None:
     assert copied.plan.given.keys() == {f"start.{name}" for name in copied.plan.param_shapes}
     assert torch.equal(other(batch()), model()(batch()))
     train(base, adapter, 1)
-    before, y = numbers(adapter), base(batch())
+    before, y = snapshot(adapter), base(batch())
     with pytest.raises(
         tna.ConfigError, match=r"'default' has been trained or loaded, and another start .* call reset\(\)"
     ):
@@ -202,6 +194,10 @@ def test_what_start_from_refuses() -> None:
     for refusing, given, message in refused:
         with pytest.raises(tna.ConfigError, match=message):
             refusing.start_from(given)
+    for start in ("given", "pissa"):
+        message = rf"activation='tanh' depends on the input, .* instead of '{start}'"
+        with pytest.raises(tna.ConfigError, match=message):
+            tt.attach(model(), P.lora(2, start=start), "all-linear", activation="tanh")
     with pytest.warns(
         UserWarning, match=r"the gradient of every trained array is zero.* in group 0\. Start one of them"
     ):
@@ -223,7 +219,7 @@ def test_an_interrupted_start_changes_nothing_or_all(name: str) -> None:
     start = arrays_of(adapter.plan, 3)
     for stop in moments(lambda: adapter.start_from(start), TORCH):  # noqa: B023
         base, adapter = attached(CONFIGS[name], strategy="factored" if name == "lora" else "auto")
-        before, plan = numbers(adapter), adapter.plan
+        before, plan = snapshot(adapter), adapter.plan
         interrupted(lambda adapter=adapter: adapter.start_from(start), stop, TORCH)
         after = before if adapter.plan is plan else {key: torch.tensor(array).float() for key, array in start.items()}
         assert all(torch.equal(after[key], array) for key, array in adapter.arrays().items())
@@ -241,9 +237,9 @@ def test_training_a_subset() -> None:
     base, adapter = attached(CONFIGS["pissa"])
     adapter.set_trainable(arrays="factor0")
     assert torch.equal(base(batch()), model()(batch()))
-    before = numbers(adapter)
+    before = snapshot(adapter)
     train(base, adapter)
-    after = numbers(adapter)
+    after = snapshot(adapter)
     assert torch.equal(before[RIGHT], after[RIGHT])
     assert not torch.equal(before[LEFT], after[LEFT])
     assert [group["lr"] for group in adapter.parameter_groups(1e-3)] == [1e-3]
@@ -251,12 +247,6 @@ def test_training_a_subset() -> None:
     adapter = tt.attach(model(), CONFIGS["lora"], "all-linear")
     adapter.start_from({RIGHT: torch.ones(12, 3)})
     assert [group["lr"] for group in adapter.parameter_groups(1e-3)] == [1e-3, 16e-3]
-
-
-@pytest.mark.parametrize("start", ["given", "pissa"])
-def test_no_start_behind_an_activation(start: str) -> None:
-    with pytest.raises(tna.ConfigError, match=rf"activation='tanh' depends on the input, .* instead of '{start}'"):
-        tt.attach(model(), P.lora(2, start=start), "all-linear", activation="tanh")
 
 
 # -- Files -------------------------------------------------------------------------------------------------

@@ -50,11 +50,6 @@ def by_state_dict(**settings: bool) -> Callable[..., None]:
     return change
 
 
-def by_foreach(model: nn.Module, adapter: Adapter) -> None:
-    with torch.no_grad():
-        torch._foreach_add_(list(adapter.parameters()), 0.1)
-
-
 def by_new_parameters(model: nn.Module, adapter: Adapter) -> None:
     names = [name for name, _ in model.named_parameters() if "tnadapt" in name]
     for name in names:
@@ -63,11 +58,6 @@ def by_new_parameters(model: nn.Module, adapter: Adapter) -> None:
 
 def by_arrays(model: nn.Module, adapter: Adapter) -> None:
     adapter.load_arrays({name: array.detach() + 0.1 for name, array in adapter.arrays().items()})
-
-
-def by_clipping(model: nn.Module, adapter: Adapter) -> None:
-    vector = torch.nn.utils.parameters_to_vector(adapter.parameters()).detach()
-    torch.nn.utils.vector_to_parameters(vector * 1.5, adapter.parameters())
 
 
 CHANGES: dict[str, Callable[[nn.Module, Adapter], None]] = {
@@ -82,10 +72,8 @@ CHANGES: dict[str, Callable[[nn.Module, Adapter], None]] = {
     "one element": by_one_element,
     "state dict": by_state_dict(),
     "assigned state dict": by_state_dict(assign=True),
-    "foreach": by_foreach,
     "new parameters": by_new_parameters,
     "arrays": by_arrays,
-    "clipping": by_clipping,
 }
 MODES = {"grad": torch.enable_grad, "no_grad": torch.no_grad, "inference": torch.inference_mode}
 CALLS: dict[str, Callable[[nn.Module], Callable[[Tensor], Tensor]]] = {

@@ -140,20 +140,3 @@ def test_they_are_the_plain_ones(
         mine = pull(delta.copy_(moved) if in_place else moved)
         for found, reference in zip(mine, theirs, strict=True):
             torch.testing.assert_close(found, reference, rtol=1e-11, atol=1e-11)
-
-
-@pytest.mark.parametrize(
-    ("config", "dtype"),
-    [
-        *((P.lonkr(1, **changes), torch.float32) for changes in ({"terms": 2}, {"start": "random"})),
-        *((config, torch.float32) for config in (P.superlora(1), P.dense(), P.loha(1, groups=1))),
-        (P.lonkr(1, order=3, split_size=2), torch.float32),
-        (P.lonkr(1), torch.bfloat16),  # half precision takes the plain way
-    ],
-)
-def test_others_have_no_such_rows(config: tna.Config, dtype: torch.dtype) -> None:
-    plan = tna.SuperLoRA(config, [(24, 24)] * 2)
-    made = Slice(plan, 0)
-    arrays = [torch.from_numpy(plan.init()[name]) for name in made.names]
-    assert made.outer(*(array.to(dtype) for array in arrays)) is None
-    assert dtype == torch.float32 or made.outer(*arrays) is not None

@@ -173,10 +173,9 @@ def test_an_update_is_computed_once_for_all_layers(monkeypatch: pytest.MonkeyPat
     adapter = tt.attach(model, CONFIGS["superlora with F"])
     stir(adapter)
     counts: list[int] = []
-    forward = type(adapter.plan.groups[0].projection.map).forward
-    monkeypatch.setattr(
-        type(adapter.plan.groups[0].projection.map), "forward", lambda *args: counts.append(1) or forward(*args)
-    )
+    map_type = type(adapter.plan.groups[0].projection.map)
+    forward = map_type.forward
+    monkeypatch.setattr(map_type, "forward", lambda *args: counts.append(1) or forward(*args))
 
     def computed() -> int:
         counts.clear()

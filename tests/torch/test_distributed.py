@@ -28,6 +28,8 @@ from tests.support.depth import in_depth
 
 from . import distributed_jobs as jobs
 from .distributed_checks import CHECKS
+from .distributed_main import DEATHS
+from .loops import relative
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples" / "distributed"
@@ -89,18 +91,14 @@ def _end(started: Sequence[subprocess.Popen[str]]) -> None:
                 process.wait()
 
 
-DEATHS = {"killed": "Signal 9 (SIGKILL) received by PID", "raises": "the data of this process ended"}
-
-
 @pytest.mark.law("dead-process")
 @pytest.mark.parametrize(
     ("how", "death", "world"),
     in_depth([("ddp", "killed", 2), ("fsdp2", "raises", 2), ("ddp", "raises", 4)], [("ddp", "killed", 2)]),
 )
 def test_a_process_that_dies_ends_the_job_with_a_message(tmp_path: Path, how: str, death: str, world: int) -> None:
-    job = [*TORCHRUN, "--standalone", "--nproc-per-node", world, "-m", f"{__package__}.distributed_dying"]
     with pytest.raises(AssertionError) as ended:
-        run([*job, tmp_path, how, death], timeout=100.0)
+        run([*TORCHRUN, "--standalone", "--nproc-per-node", world, *JOBS, tmp_path, f"{how}-{death}"], timeout=100.0)
     said = str(ended.value)
     assert DEATHS[death] in said
     assert f"rank      : {world - 1} (local_rank: {world - 1})" in said
@@ -137,10 +135,6 @@ def four(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def results(folder: Path, name: str, world: int) -> list[dict[str, Any]]:
     return [torch.load(folder / f"{name}.{rank}.pt") for rank in range(world)]
-
-
-def relative(found: Any, expected: Any) -> float:
-    return float((found - expected).detach().abs().max() / expected.detach().abs().max())
 
 
 @pytest.mark.parametrize(
