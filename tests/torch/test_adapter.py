@@ -19,6 +19,7 @@ import tnadapt.torch as tt
 from tests.support.depth import in_depth
 
 from . import life
+from .distributed_jobs import Model
 from .life import asks_for_grad, assert_near, bits, by_formula, passes
 from .small import Separate, batch, compiles_whole, small, stir
 
@@ -48,6 +49,10 @@ VARIANTS: dict[str, tna.Config | None] = {
     "chain": P.superlora(3, projection=["sign-gather", "nonlinear"], ratio=0.5),
     "tt": tna.Config(rank=3, groups=1, fold="balanced", order=4, format="tt"),
     "cp-weighted": tna.Config(rank=3, groups=1, fold="hypercube", order=3, format="cp-weighted"),
+    "pissa": P.lora(2, start="pissa"),
+    "given start": P.lora(2, start="given"),
+    "svft": P.svft(4),
+    "tinylora": P.tinylora(3),
     "dora": P.dora(2),
     "dora of columns": P.dora(2, magnitude_axis="cols"),
     "dora of θ": P.unilora(9, 2, apply="magnitude"),
@@ -382,22 +387,11 @@ def test_autocast(variant: str) -> None:
 
 
 @pytest.mark.law("meta-device")
-def test_on_the_meta_device_nothing_is_allocated(tmp_path: Path) -> None:
-    config = P.superlora(4, projection="linear", ratio=0.1)
-    life.check_from_meta(small, lambda model: tt.attach(model, config), batch(), tmp_path)
-
-
-class Checkpointed(nn.Module):
-    def __init__(self, reentrant: bool | None) -> None:
-        super().__init__()
-        self.model, self.reentrant = small(), reentrant
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        from torch.utils.checkpoint import checkpoint
-
-        for block in self.model.blocks:
-            x = block(x) if self.reentrant is None else checkpoint(block, x, use_reentrant=self.reentrant)
-        return self.model.head(x.mean(-2))
+@pytest.mark.parametrize(
+    "variant", ["superlora linear", "pissa", "given start", "svft", "tinylora", "dora", "dora from the base"]
+)
+def test_on_the_meta_device_nothing_is_allocated(variant: str, tmp_path: Path) -> None:
+    life.check_from_meta(small, lambda model: tt.attach(model, VARIANTS[variant]), batch(), tmp_path)
 
 
 @pytest.mark.slow
@@ -407,10 +401,11 @@ class Checkpointed(nn.Module):
 def test_checkpointing_gives_the_same_gradients(variant: str, reentrant: bool) -> None:
     found = []
     for mode in (None, reentrant):
-        model = Checkpointed(mode)
+        torch.manual_seed(0)
+        model = Model(mode)
         adapter = tt.attach(model, VARIANTS[variant])
         stir(adapter)
-        found.append(passes(model, adapter, batch().requires_grad_(), batch().requires_grad_()))
+        found.append(passes(model, adapter, torch.ones(2, 5, 6), -torch.ones(1, 4, 6)))
     assert_near(found[1], found[0], 1e-5)
 
 
@@ -428,12 +423,13 @@ def test_reentrant_checkpointing_with_distributed_data_parallel_is_refused() -> 
     """In training and without a static graph: what DDP would give then is wrong."""
 
     def spread(reentrant: bool | None, **settings: bool) -> tuple[nn.Module, tt.Adapter]:
-        model = Checkpointed(reentrant)
+        torch.manual_seed(0)
+        model = Model(reentrant)
         adapter = tt.attach(model, P.superlora(3), strategy="weight")
         stir(adapter)
         return nn.parallel.DistributedDataParallel(model, **settings), adapter
 
-    x = batch().requires_grad_()
+    x = torch.randn(2, 5, 6)
     with pytest.raises(RuntimeError, match=r"adapter 'default' is shared by several.*use_reentrant=False, or Distrib"):
         spread(True)[0](x)
     found = []

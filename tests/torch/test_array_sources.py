@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 from pathlib import Path
 from typing import Any
@@ -157,23 +156,6 @@ def test_choosing_what_is_trained() -> None:
 # -- Files and merging --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
-@pytest.mark.parametrize("name", ["lora_xs", "unilora", "vera", "share_lora"])
-def test_other_dtypes_train_merge_and_load(name: str, dtype: Any, tmp_path: Path) -> None:
-    base, x = model().to(dtype), inputs().to(dtype)
-    adapter = attached(name, base, dtype=dtype)
-    stir(adapter, size=0.1)
-    expected = base(x)
-    adapter.save(tmp_path / "adapter.safetensors")
-    other = model().to(dtype)
-    tt.load(other, tmp_path / "adapter.safetensors", dtype=dtype)
-    assert torch.equal(other(x), expected)
-    base(x).sum().backward()
-    assert all(torch.isfinite(p.grad).all() for p in adapter.parameters())
-    adapter.merge()
-    assert torch.allclose(base(x), expected, atol=0.1 if dtype != torch.float64 else 1e-10)
-
-
 @pytest.mark.parametrize("name", ["lora_xs", "pissa"])
 def test_another_base_is_refused(name: str, tmp_path: Path) -> None:
     base, adapter = moved(name)
@@ -226,42 +208,10 @@ def test_given_arrays_are_stored_and_must_be_there(tmp_path: Path) -> None:
 # -- Other bases --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["lora_xs", "tinylora", "svft"])
-def test_from_the_meta_device(name: str, tmp_path: Path) -> None:
-    life.check_from_meta(model, functools.partial(attached, name), inputs(), tmp_path)
-
-
-def test_a_quantized_base_gives_its_dequantized_weights_and_is_stored(tmp_path: Path) -> None:
-    from tests.torch.test_requantizing import Packed, PackedLinear
-
-    tt.register_quantized("packed", Packed)
-    torch.manual_seed(0)
-    base = torch.nn.Sequential(PackedLinear(12, 8), torch.nn.Tanh(), PackedLinear(4, 12))
-    adapter = tt.attach(base, P.lora_xs(2), targets="all-linear")
-    left = np.linalg.svd(base[0].numbers().numpy())[0][:, :2]
-    basis = adapter.plan.given["group0.split0.factor0"]
-    np.testing.assert_allclose(basis @ basis.T, left @ left.T, atol=1e-3)
-    adapter.save(tmp_path / "adapter.safetensors")
-    assert tna.load(tmp_path / "adapter.safetensors").config == adapter.config
-    tt.load(copy.deepcopy(base), tmp_path / "adapter.safetensors", name="again")
-
-
 def test_progress_of_the_bases() -> None:
     seen: list[tuple[int, int]] = []
     tt.attach(model(), CONFIGS["lora_xs"], progress=lambda done, of: seen.append((done, of)))
     assert seen == [(done, 8) for done in range(1, 9)]
-
-
-def test_extraction_holds_the_bases(tmp_path: Path) -> None:
-    tuned, _ = moved("lora_xs")
-    tt.adapters(tuned)["default"].bake()
-    found = tt.extract(model(), tuned, CONFIGS["lora_xs"])
-    assert found.report.error < 1e-3
-    save_file(model().state_dict(), tmp_path / "base.safetensors")
-    save_file(tuned.state_dict(), tmp_path / "tuned.safetensors")
-    again = tna.extract(tmp_path / "base.safetensors", tmp_path / "tuned.safetensors", CONFIGS["lora_xs"])
-    assert again.report.error < 1e-3
-    assert not again.file.complete
 
 
 def test_an_adapter_without_an_offset_is_only_loaded(tmp_path: Path) -> None:

@@ -151,11 +151,6 @@ def test_the_gradient_can_be_chosen_when_loading(tmp_path: Path) -> None:
     assert not torch.allclose(*gradients)
 
 
-def test_on_the_meta_device_reset_fills_them(tmp_path: Path) -> None:
-    attach = functools.partial(tt.attach, cfg=P.dora(2), targets="all-linear")
-    life.check_from_meta(lambda: layers(torch.float32), attach, torch.randn(2, 6), tmp_path)
-
-
 # -- Several adapters and mixing weights -----------------------------------------------------------
 
 
@@ -206,27 +201,6 @@ def test_other_rows_of_a_fused_weight_are_free() -> None:
 
 
 # -- Layers --------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "config",
-    [P.dora(2), P.hira(2), P.superlora(2, projection="linear", ratio=0.5, apply="magnitude")],
-    ids=["dora", "hira", "behind F"],
-)
-def test_quantized_weights(config: tna.Config) -> None:
-    tt.register_quantized("packed", Packed)
-    model, x = packed(), torch.randn(5, 8)
-    expected = model(x)
-    adapter = tt.attach(model, config, "all-linear")
-    assert "weight" not in adapter.strategy
-    assert torch.equal(model(x), expected)
-    stir(adapter, 0.3)
-    leaves = {key: array.detach().clone().requires_grad_() for key, array in adapter.arrays().items()}
-    one, two = adapter.plan.training_plan.merged(leaves, [model[0].numbers(), model[2].numbers()])
-    reference = torch.tanh(x @ one.T) @ two.T
-    reference.square().sum().backward()
-    formula = {"output": reference.detach(), **{key: array.grad for key, array in leaves.items()}}
-    assert_near(passes(model, adapter, x), formula, 1e-4)
 
 
 class Codes(nn.Module):

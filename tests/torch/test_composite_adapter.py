@@ -150,18 +150,6 @@ def test_training_one_part_and_starting_over() -> None:
     assert all(adapter.arrays()[name].eq(0).all() for name in adapter.trained)
 
 
-def test_export_as_one_peft_adapter(tmp_path: Path) -> None:
-    model = small()
-    adapter = tt.attach(model, {"q_proj|v_proj": P.lora(2), "linear1": P.lora(3, alpha=6), "head": P.lora(1)})
-    stir(adapter)
-    adapter.save(tmp_path / "adapter.safetensors")
-    found = tna.convert(tmp_path / "adapter.safetensors", to="peft-lora")
-    assert found.exact
-    assert found.config["r"] == 2
-    assert found.config["rank_pattern"] == {"blocks.4.linear1": 3, "head": 1}
-    assert found.config["alpha_pattern"] == {"blocks.4.linear1": 6, "head": 1}
-
-
 def test_extraction_with_several_configs_and_by_the_name_of_a_preset() -> None:
     base, tuned = small(), small()
     with torch.no_grad():

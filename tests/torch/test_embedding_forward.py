@@ -16,6 +16,7 @@ import tnadapt as tna
 import tnadapt.torch as tt
 from tests.support.array_presets import P
 
+from .life import by_formula
 from .small import stir
 
 CONFIGS = {
@@ -52,16 +53,6 @@ def embedding(cls: type[nn.Embedding] = nn.Embedding, **settings: Any) -> nn.Seq
     return nn.Sequential(cls(12, 6, **settings))
 
 
-def expected(adapter: tt.Adapter, model: nn.Module, ids: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """The output on W + ΔW in float64, and the gradients of the sum of its squares."""
-    arrays = {name: array.detach().double().requires_grad_() for name, array in adapter.arrays().items()}
-    (delta,) = adapter.plan.training_plan.deltas(arrays)
-    own = copy.deepcopy(model[0]).double()
-    own.__dict__.pop("forward", None)
-    y = torch.func.functional_call(own, {"weight": own.weight.detach() + adapter.weight * delta}, (ids,))
-    return y.detach(), list(torch.autograd.grad(y.square().sum(), list(arrays.values())))
-
-
 @pytest.mark.parametrize("strategy", ["auto", "weight", "additive", "factored"])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_strategy_is_the_formula(name: str, strategy: str) -> None:
@@ -77,12 +68,12 @@ def test_every_strategy_is_the_formula(name: str, strategy: str) -> None:
     assert torch.equal(model(IDS), base)
     stir(adapter, 0.3)
     adapter.set_weight(0.5)
-    y, gradients = expected(adapter, model, IDS)
+    expected = by_formula(adapter, embedding(Scaled, padding_idx=0).double(), IDS)
     found = model(IDS)
-    torch.testing.assert_close(found.double(), y, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.double(), expected["output"], rtol=1e-5, atol=1e-5)
     found.square().sum().backward()
-    for parameter, gradient in zip(adapter.parameters(), gradients, strict=True):
-        torch.testing.assert_close(parameter.grad.double(), gradient, rtol=1e-4, atol=1e-4)
+    for array, parameter in adapter.named_parameters():
+        torch.testing.assert_close(parameter.grad.double(), expected[array], rtol=1e-4, atol=1e-4)
     assert model(IDS[:, :0]).shape == (2, 0, 6)
     adapter.merge()
     torch.testing.assert_close(model(IDS), found.detach(), rtol=1e-5, atol=1e-6)
@@ -133,11 +124,12 @@ def test_lookups_are_recognized_by_their_source() -> None:
     for cls in (nn.Embedding, Scaled):
         assert tt.attach(embedding(cls), P.lora(2), "embeddings").strategy == ("factored",)
     for cls in (nn.Embedding, Normed):
-        model = embedding(cls, **({"scale_grad_by_freq": True} if cls is nn.Embedding else {}))
+        settings = {"scale_grad_by_freq": True} if cls is nn.Embedding else {}
+        model = embedding(cls, **settings)
         adapter = tt.attach(model, P.lora(2), "embeddings")
         assert adapter.strategy == ("weight",)
         stir(adapter, 0.3)
-        y, _ = expected(adapter, model, IDS)
+        y = by_formula(adapter, embedding(cls, **settings).double(), IDS)["output"]
         torch.testing.assert_close(model(IDS).double(), y, rtol=1e-5, atol=1e-5)
     with pytest.raises(tna.ConfigError, match=r"looks up rows of ΔW, and apply='magnitude' of 0\.weight does more"):
         tt.attach(embedding(), P.dora(2), "embeddings", strategy="factored")

@@ -26,6 +26,7 @@ from tests.support.array_presets import P
 from tnadapt.checkpoints.checkpoint import open_checkpoint
 
 from .internals import find_stored, forward_patch
+from .life import by_formula, replaced
 from .small import stir
 
 IDS = torch.randint(0, 40, (2, 7), generator=torch.Generator().manual_seed(1))
@@ -72,25 +73,6 @@ def with_rows(target: tna.Target, rows: tna.Rows) -> tna.Target:
     return tna.Target(**{name: getattr(target, name) for name in fields}, rows=rows)
 
 
-def replaced(stored: Tensor, target: tna.Target, numbers: Tensor) -> Tensor:
-    """Return a parameter with other numbers in a target's rows, differentiable by them."""
-    places = target.select(torch.arange(stored.numel()).view(stored.shape)).reshape(-1)
-    return stored.reshape(-1).index_copy(0, places, numbers.reshape(-1)).view(stored.shape)
-
-
-def by_formula(adapter: tt.Adapter, model: Any) -> tuple[Tensor, list[Tensor]]:
-    """The logits of a model whose parameters are changed in float64, and the gradients of the sum of their squares."""
-    model = model.double()
-    arrays = {name: array.detach().double().requires_grad_() for name, array in adapter.arrays().items()}
-    weights = [target.select(model.get_parameter(target.name).detach()) for target in adapter.targets]
-    changed: dict[str, Tensor] = {}
-    for target, weight in zip(adapter.targets, adapter.plan.training_plan.merged(arrays, weights), strict=True):
-        stored = changed.get(target.name, model.get_parameter(target.name).detach())
-        changed[target.name] = replaced(stored, target, weight)
-    y = torch.func.functional_call(model, changed, (IDS,)).logits
-    return y.detach(), list(torch.autograd.grad(y.square().sum(), list(arrays.values())))
-
-
 @contextlib.contextmanager
 def forming_no_sum() -> Iterator[None]:
     """Fail where a changed weight is formed."""
@@ -128,10 +110,10 @@ def test_a_trained_adapter_is_the_formula(name: str, cfg: str, strategy: str, im
     with contextlib.nullcontext() if strategy == "weight" else forming_no_sum():
         found = model(IDS).logits
         found.square().sum().backward()
-    y, gradients = by_formula(adapter, made(name))
-    torch.testing.assert_close(found.double(), y, rtol=1e-5, atol=1e-5)
-    for parameter, gradient in zip(adapter.parameters(), gradients, strict=True):
-        torch.testing.assert_close(parameter.grad.double(), gradient, rtol=1e-3, atol=1e-5)
+    expected = by_formula(adapter, made(name).double(), IDS)
+    torch.testing.assert_close(found.double(), expected["output"], rtol=1e-5, atol=1e-5)
+    for array, parameter in adapter.named_parameters():
+        torch.testing.assert_close(parameter.grad.double(), expected[array], rtol=1e-3, atol=1e-5)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     adapter.merge()
     torch.testing.assert_close(model(IDS).logits, found, rtol=1e-4, atol=1e-5)
