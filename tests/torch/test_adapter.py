@@ -101,68 +101,7 @@ def test_outputs_and_gradients_are_those_of_the_plain_formula(variant: str) -> N
         model.blocks[1](batch().double()).sum().backward()
 
 
-# -- 8: what is refused, and kept trainable ------------------------------------------------------------------
-
-
-@pytest.mark.law("no-target", "name-clash")
-def test_refusals_list_what_was_there_and_change_nothing() -> None:
-    model = small()
-
-    def state() -> tuple[object, ...]:
-        assert all("forward" not in module.__dict__ for module in model.modules())
-        free = [p.requires_grad for p in model.parameters()]
-        return repr(model), sorted(model.state_dict()), free, dict(model.__dict__)
-
-    before = state()
-    refused: list[tuple[type[Exception], str, dict[str, object]]] = [
-        (tna.TargetError, "no parameter is at or below 'haed'; .*: blocks, head", {"keep_trainable": "haed"}),
-        (tna.TargetError, "non-empty string of printable characters; got 3", {"name": 3}),
-        (tna.TargetError, "non-empty string of printable characters; got ''", {"name": ""}),
-        (tna.TargetError, "printable characters", {"name": "a\nb"}),
-        (tna.TargetError, "is both a target and in keep_trainable", {"keep_trainable": "q_proj"}),
-        (tna.ConfigError, "strategy must be one of", {"strategy": "fast"}),
-        (tna.ConfigError, "activation must be one of", {"activation": "step"}),
-        (tna.ConfigError, "rows and columns are separate", {"strategy": "factored"}),
-        (tna.ConfigError, "use tnadapt.presets.lora", {"activation": "relu"}),
-        (tna.BackendError, "dtype must be one of", {"dtype": torch.int32}),
-        (tna.ConfigError, "more than the", {"cfg": P.superlora(2, groups=10**9)}),
-        (tna.TargetError, "nothing like that at all", {"targets": "nothing like that at all"}),
-        (
-            TypeError,
-            r"^attach\(\) got an unexpected keyword argument 'lora_alpha': PEFT's 'lora_alpha' is 'alpha' here, a "
-            r"setting of tnadapt.Config and its presets$",
-            {"lora_alpha": 8},
-        ),
-        (
-            tna.ConfigError,
-            r"^attach\(\) got an unexpected keyword argument 'modules_to_save': PEFT's 'modules_to_save' is "
-            r"'keep_trainable' here, an argument of tnadapt.torch.attach$",
-            {"modules_to_save": 8},
-        ),
-        (TypeError, "unexpected keyword argument 'ranks'", {"ranks": 8}),
-        (
-            TypeError,
-            r"settings belong to a preset, so name one: attach\(…, 'superlora', rank=…\)",
-            {"rank": 8},
-        ),
-    ]
-    for error, words, settings in refused:
-        with pytest.raises(error, match=words):
-            tt.attach(model, **settings)
-        assert state() == before
-    tt.attach(model)
-    with pytest.raises(tna.TargetError, match="this model already has an adapter 'default'"):
-        tt.attach(model)
-    assert list(tt.adapters(model)) == ["default"]
-    with pytest.raises(tna.TargetError, match="needs a torch module; got dict"):
-        tt.attach({})
-    with pytest.raises(tna.TargetError, match=r"1 linear or convolution weights: 0\.weight"):
-        tt.attach(nn.Sequential(nn.Linear(3, 3)))
-    encoder = nn.TransformerEncoderLayer(16, 2, 24, batch_first=True)
-    message = r"needs a linear layer; self_attn\.in_proj_weight is read by TransformerEncoderLayer itself: use"
-    with pytest.raises(tna.ConfigError, match=message):
-        tt.attach(encoder, strategy="additive")
-    assert set(tt.attach(encoder, P.lora(2), "all-linear").strategy) == {"weight"}
+# -- 8: what is kept trainable; test_attach_words.py has what is refused ---------------------------------------
 
 
 def test_what_is_kept_trainable_is_in_the_state_dict_and_no_adapter_s() -> None:
@@ -586,6 +525,23 @@ class Rounded(nn.Module):
         return x @ (getattr(self, self.name).to(x.dtype) / 64).T
 
 
+def test_a_linear_layer_of_another_forward_is_adapted_in_its_weight() -> None:
+    class Halved(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) / 2
+
+    model = small()
+    model.blocks[1].q_proj.__class__ = Halved
+    adapter = tt.attach(model, P.lora(2), ["blocks.1.q_proj"])
+    assert adapter.strategy == ("weight",)
+    stir(adapter)
+    on = run(model)
+    adapter.merge()
+    assert (run(model) - on).abs().max() < 1e-6
+    with pytest.raises(tna.ConfigError, match="needs a linear layer, and an update"):
+        tt.attach(model, P.lora(2), ["blocks.1.q_proj"], "b", strategy="factored")
+
+
 @pytest.mark.parametrize("name", ["weight", "qweight"])
 def test_a_quantized_weight_is_adapted_beside(name: str, tmp_path: Path) -> None:
     def quantized() -> nn.Module:
@@ -614,23 +570,6 @@ def test_a_quantized_weight_is_adapted_beside(name: str, tmp_path: Path) -> None
     adapter.detach()
     assert set(tt.load(model, tmp_path / "a.safetensors").strategy) == {"additive"}
     assert torch.equal(run(model), on)
-
-
-def test_a_linear_layer_of_another_forward_is_adapted_in_its_weight() -> None:
-    class Halved(nn.Linear):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return super().forward(x) / 2
-
-    model = small()
-    model.blocks[1].q_proj.__class__ = Halved
-    adapter = tt.attach(model, P.lora(2), ["blocks.1.q_proj"])
-    assert adapter.strategy == ("weight",)
-    stir(adapter)
-    on = run(model)
-    adapter.merge()
-    assert (run(model) - on).abs().max() < 1e-6
-    with pytest.raises(tna.ConfigError, match="needs a linear layer, and an update"):
-        tt.attach(model, P.lora(2), ["blocks.1.q_proj"], "b", strategy="factored")
 
 
 def test_what_accelerate_has_hooked_and_not_offloaded_is_adapted() -> None:

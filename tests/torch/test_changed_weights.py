@@ -18,13 +18,10 @@ import tnadapt as tna
 import tnadapt.torch as tt
 from tests.support.array_presets import P
 from tests.support.depth import in_depth
-from tnadapt.errors import ConfigError, TargetError
 
 from . import life
 from .life import assert_near, by_formula, passes, run
 from .small import stir
-from .test_requantizing import Packed
-from .test_requantizing import model as packed
 
 COLUMNS = P.dora(2, magnitude_axis="cols")
 #: Every way to apply W' with every strategy that it has.
@@ -201,48 +198,6 @@ def test_other_rows_of_a_fused_weight_are_free() -> None:
 
 
 # -- Layers --------------------------------------------------------------------------------------
-
-
-class Codes(nn.Module):
-    """A quantized layer of a type that nobody registered."""
-
-    in_features, out_features = 8, 12
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("weight", torch.zeros(12, 8, dtype=torch.int8))
-
-    def forward(self, x: Any) -> Any:
-        return x @ self.weight.float().T
-
-
-@pytest.mark.parametrize(
-    ("make", "settings", "error", "message"),
-    [
-        (packed, {"cfg": COLUMNS}, ConfigError, r"magnitude_axis='cols' changes the weight itself, and 0.weight is"),
-        (
-            lambda: nn.Sequential(Codes()), {"cfg": P.hira(2)}, ConfigError,
-            r"apply='hadamard' needs the values of 0.weight, which is quantized, and they cannot be read: register",
-        ),
-        (
-            lambda: nn.Sequential(Codes()), {"cfg": P.dora(2)}, TargetError,
-            r"\(apply='magnitude'\), and the values of 0.weight cannot be read: register",
-        ),
-        (layers, {"cfg": P.dora(2), "activation": "gelu"}, ConfigError, "activation='gelu' acts on the input of one"),
-        (layers, {"cfg": P.hira(2), "strategy": "factored"}, ConfigError, "strategy='factored' needs a linear layer"),
-        (
-            layers, {"cfg": COLUMNS, "strategy": "additive"}, ConfigError,
-            "magnitude_axis='cols' scales the input of 0.weight",
-        ),
-        (layers, {"cfg": P.dora(2), "detach_norm": 2}, ConfigError, "detach_norm must be True or False; got 2"),
-    ],
-)  # fmt: skip
-def test_refused(make: Any, settings: dict[str, Any], error: type[Exception], message: str) -> None:
-    tt.register_quantized("packed", Packed)
-    model = make()
-    with pytest.raises(error, match=message):
-        tt.attach(model, targets="all-linear", **settings)
-    assert not tt.adapters(model)
 
 
 # -- Costs ---------------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import re
 from pathlib import Path
 from typing import Any
 
@@ -209,43 +208,6 @@ def test_patterns_are_roles_words_and_ends_of_paths() -> None:
     # A module that has the name of a setting is a pattern.
     settings = nn.ModuleDict({"rank": nn.Linear(4, 4), "other": nn.Linear(4, 4)})
     assert [target.module for target in tt.attach(settings, {"rank": "lora"}).targets] == ["rank"]
-
-
-@pytest.mark.parametrize(
-    ("patterns", "words", "text"),
-    [
-        ({}, {}, "a mapping of patterns to configs must have at least one; got {}"),
-        (
-            {"q": "lora", "q_proj": "dense"}, {},
-            "blocks.1.q_proj.weight is found by 'q' and by 'q_proj', and each weight",
-        ),
-        (
-            {"qkv": "lora", ("qkv",): "dense"}, {},
-            "blocks.0.qkv.weight is found by 'qkv' and by ('qkv',), and each weight",
-        ),
-        ({"q": "lora", "nothing": "lora"}, {}, "no module of Small matches 'nothing'"),
-        ({"(": "lora"}, {}, "'(' is not a role, keyword or regular expression: "),
-        ({"q": 3}, {}, "the config of 'q' must be a tnadapt.Config or the name of a preset; got int"),
-        ({"q": None}, {}, "the config of 'q' must be a tnadapt.Config or the name of a preset; got NoneType"),
-        ({"q": "lroa"}, {}, "no preset 'lroa'; did you mean 'lora'?"),
-        (
-            {"q": "lora", "v": "dora"}, {},
-            "all configs of one adapter must have the same apply; part 0 has 'add', part 1",
-        ),
-        ({"q": "lora"}, {"targets": "v"}, "the keys of a mapping of configs are the targets; got targets='v', too"),
-        ({"q": "lora", "head": "lora"}, {"layers": 1}, "and exclude leave no target of 'head': leave this pattern"),
-        ({"q": "lora", "v": "lora"}, {"exclude": "o"}, "exclude='o' excludes none of the 10 targets"),
-        ({"q": "lora"}, {"rank": 3}, "argument 'rank': a config has its settings already: use config.replace(rank=…)"),
-        ({3: "lora"}, {}, "targets must be roles such as 'qv', 'all-linear', 'conv', "),
-    ],
-)  # fmt: skip
-def test_mappings_that_are_refused(patterns: Any, words: dict[str, Any], text: str) -> None:
-    model = small()
-    before = bits(model)
-    with pytest.raises(tna.TnadaptError, match=re.escape(text)):
-        tt.attach(model, patterns, **words)
-    assert not tt.adapters(model)
-    assert bits(model) == before
 
 
 def test_a_composite_config_needs_targets_in_its_order_and_peft_takes_none() -> None:
