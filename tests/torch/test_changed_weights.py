@@ -17,7 +17,6 @@ from torch.utils.checkpoint import checkpoint
 import tnadapt as tna
 import tnadapt.torch as tt
 from tests.support.array_presets import P
-from tests.support.depth import in_depth
 
 from . import life
 from .life import assert_near, by_formula, passes, run
@@ -87,23 +86,6 @@ def test_gradients_by_torch_func(config: tna.Config, strategy: str) -> None:
         if parameter.requires_grad:
             torch.testing.assert_close(gradients[name], parameter.grad)
             torch.testing.assert_close(each[name].sum(0), parameter.grad)
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")  # the compiler's own
-@pytest.mark.parametrize("way", in_depth(IDS, IDS[::2]))
-def test_compiled(way: str) -> None:
-    config, strategy = WAYS[IDS.index(way)]
-    torch._dynamo.reset()
-    model, x = layers(torch.float32), torch.randn(3, 6)
-    adapter = tt.attach(model, config, "all-linear", strategy=strategy)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(x), model(x))
-    stir(adapter, 0.3)
-    for weight in (1.0, 0.5, 0.0):
-        adapter.set_weight(weight)
-        torch.testing.assert_close(compiled(x), model(x), rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(run(compiled, x), model(x), rtol=1e-5, atol=1e-6)
 
 
 # -- Parameters ----------------------------------------------------------------------------------

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import runpy
 import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -209,21 +210,11 @@ def test_several_processes(two: Path, check: str) -> None:
 # -- The scripts of the documentation --------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def task() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("task", EXAMPLES / "task.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def by_one_process(task: ModuleType, shuffled: bool, start: Path | None = None) -> tna.AdapterFile:
+def by_one_process(task: Any, shuffled: bool, start: Path | None, out: Path) -> tna.AdapterFile:
     """Return the adapter that the scripts train, trained by a simple loop."""
     model = task.pretrained_model()
-    fresh = start is None
-    adapter = tnadapt.torch.attach(model, keep_trainable="head") if fresh else tnadapt.torch.load(model, start)
+    attach, load = tnadapt.torch.attach, tnadapt.torch.load
+    adapter = attach(model, keep_trainable="head") if start is None else load(model, start)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-2)
     data = task.Bars()
     order = torch.utils.data.DistributedSampler(data, num_replicas=1, rank=0, seed=0, shuffle=shuffled)
@@ -233,7 +224,8 @@ def by_one_process(task: ModuleType, shuffled: bool, start: Path | None = None) 
             torch.nn.functional.cross_entropy(model(images), labels).backward()
             optimizer.step()
             optimizer.zero_grad()
-    return tnadapt.torch._adapter_saving.to_file(adapter._state)
+    adapter.save(out)
+    return tna.load(out)
 
 
 def is_like(found: tna.AdapterFile, expected: tna.AdapterFile) -> None:
@@ -246,7 +238,8 @@ def is_like(found: tna.AdapterFile, expected: tna.AdapterFile) -> None:
 
 @pytest.mark.law("launchers")
 @pytest.mark.parametrize("launcher", ["torchrun", "torchrun on two machines", "accelerate"])
-def test_a_script_of_the_documentation_trains_as_one_process(launcher: str, task: ModuleType, tmp_path: Path) -> None:
+def test_a_script_of_the_documentation_trains_as_one_process(launcher: str, tmp_path: Path) -> None:
+    task = SimpleNamespace(**runpy.run_path(str(EXAMPLES / "task.py")))
     start, out = None, tmp_path / "adapter.safetensors"
     arguments = ["--epochs", 2, "--out", out]
     if launcher == "torchrun":
@@ -271,4 +264,4 @@ def test_a_script_of_the_documentation_trains_as_one_process(launcher: str, task
         commands = [machine, machine]
     printed = run(*commands)
     assert "".join(printed).count("loss") == 2
-    is_like(tna.load(out), by_one_process(task, shuffled=launcher != "accelerate", start=start))
+    is_like(tna.load(out), by_one_process(task, launcher != "accelerate", start, tmp_path / "alone.safetensors"))
