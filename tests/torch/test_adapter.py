@@ -122,13 +122,13 @@ def test_what_is_kept_trainable_is_in_the_state_dict_and_no_adapter_s() -> None:
 # -- 10: merging ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.law("merge-exact-undo", "merge-disk-is-memory")
+@pytest.mark.law("merge-exact-undo", "merge-disk-is-memory", "fresh-is-zero", "half-precision-base")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     "variant",
     [
-        "default", "lora", "superlora nonlinear", "dense", "dora", "dora of columns", "dora behind F",
-        "dora from the base", "hira",
+        "default", "lora", "superlora nonlinear", "dense", "pissa", "given start", "dora", "dora of columns",
+        "dora behind F", "dora from the base", "hira",
     ],
 )  # fmt: skip
 def test_ten_merges_and_unmerges_give_the_very_bits_back(variant: str, dtype: torch.dtype, tmp_path: Path) -> None:
@@ -139,8 +139,9 @@ def test_ten_merges_and_unmerges_give_the_very_bits_back(variant: str, dtype: to
         return model
 
     model = make()
-    before = bits(model)
+    before, x = bits(model), batch().to(dtype)
     adapter = tt.attach(model, VARIANTS[variant])
+    assert torch.equal(run(model, x), run(make(), x))
     stir(adapter)
     for _ in range(10):
         adapter.merge()
@@ -290,8 +291,11 @@ def test_baking_and_detaching_leave_nothing_of_the_adapter() -> None:
 @pytest.mark.law("autocast")
 @pytest.mark.parametrize(
     "variant",
-    ["default", "lora", "superlora linear", "superlora nonlinear", "dense", "dora", "dora of columns", "hira"],
-)
+    [
+        "default", "lora", "pissa", "given start", "superlora linear", "superlora nonlinear", "dense", "dora",
+        "dora of columns", "hira",
+    ],
+)  # fmt: skip
 def test_autocast(variant: str) -> None:
     autocast = torch.autocast("cpu", torch.bfloat16)
     base = small()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import warnings
 from pathlib import Path
 from typing import Any
@@ -112,21 +111,6 @@ def test_every_strategy_begins_at_the_base_in_other_dtypes_and_is_the_sum(name: 
     assert_near(passes(base, adapter, x), by_formula(adapter, model(torch.float64), x), 1e-10)
 
 
-@pytest.mark.law("half-precision-base", "autocast", "merge-disk-is-memory")
-@pytest.mark.parametrize("name", ["lora", "pissa", "olora", "nonlinear"])
-def test_half_precision(name: str, tmp_path: Path) -> None:
-    x, half = batch().bfloat16(), functools.partial(model, torch.bfloat16)
-    for strategy in ("weight", "factored", "auto"):
-        if strategy != "factored" or name in FACTORED:
-            base, adapter = attached(CONFIGS[name], half(), strategy=strategy)
-            assert torch.equal(base(x), half()(x))
-            other, _ = attached(CONFIGS[name], strategy=strategy)
-            with torch.autocast("cpu", torch.bfloat16):
-                assert torch.equal(other(batch()), model()(batch()))
-    stir(adapter, 0.1)
-    life.check_merged(half, base, adapter, tmp_path)
-
-
 @pytest.mark.slow
 @pytest.mark.law("compile")
 @compiles_whole
@@ -171,8 +155,13 @@ def test_a_fresh_adapter_can_start_elsewhere_and_no_other() -> None:
     assert all(torch.equal(before[name], array) for name, array in adapter.arrays().items())
     assert torch.equal(base(batch()), y)
     adapter.reset()
-    adapter.start_from(arrays_of(adapter.plan, 3))
+    adapter.start_from({RIGHT: torch.ones(12, 3)})
     assert torch.equal(base(batch()), model()(batch()))
+    # LoRA+ finds the array that is zero; where there is none, all are slow.
+    assert [group["lr"] for group in adapter.parameter_groups(1e-3)] == [1e-3, 16e-3]
+    subset = attached(CONFIGS["pissa"])[1]
+    subset.set_trainable(arrays="factor0")
+    assert [group["lr"] for group in subset.parameter_groups(1e-3)] == [1e-3]
 
 
 def test_what_start_from_refuses() -> None:
@@ -220,22 +209,6 @@ def test_an_interrupted_start_changes_nothing_or_all(name: str) -> None:
         after = before if adapter.plan is plan else {key: torch.tensor(array).float() for key, array in start.items()}
         assert all(torch.equal(after[key], array) for key, array in adapter.arrays().items())
         assert torch.equal(base(batch()), model()(batch()))
-
-
-def test_training_a_subset() -> None:
-    base, adapter = attached(CONFIGS["pissa"])
-    adapter.set_trainable(arrays="factor0")
-    assert torch.equal(base(batch()), model()(batch()))
-    before = snapshot(adapter)
-    train(base, adapter)
-    after = snapshot(adapter)
-    assert torch.equal(before[RIGHT], after[RIGHT])
-    assert not torch.equal(before[LEFT], after[LEFT])
-    assert [group["lr"] for group in adapter.parameter_groups(1e-3)] == [1e-3]
-    # LoRA+ finds the array that is zero.
-    adapter = tt.attach(model(), CONFIGS["lora"], "all-linear")
-    adapter.start_from({RIGHT: torch.ones(12, 3)})
-    assert [group["lr"] for group in adapter.parameter_groups(1e-3)] == [1e-3, 16e-3]
 
 
 # -- Files -------------------------------------------------------------------------------------------------
