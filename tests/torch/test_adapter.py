@@ -102,9 +102,6 @@ def test_outputs_and_gradients_are_those_of_the_plain_formula(variant: str) -> N
         model.blocks[1](batch().double()).sum().backward()
 
 
-# -- 8: what is kept trainable; test_attach_words.py has what is refused ---------------------------------------
-
-
 def test_what_is_kept_trainable_is_in_the_state_dict_and_no_adapter_s() -> None:
     model = nn.ModuleDict({"a": nn.BatchNorm1d(4), "b": nn.BatchNorm1d(4), "c": nn.Linear(4, 4)})
     model["b"].running_mean = model["a"].running_mean
@@ -283,9 +280,6 @@ def test_baking_and_detaching_leave_nothing_of_the_adapter() -> None:
     assert torch.equal(run(model), run(small()))
     assert {n for n, p in model.named_parameters() if not p.requires_grad} == {"head.bias"}
     assert all("forward" not in module.__dict__ for module in model.modules())
-
-
-# -- 11: dtypes ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.law("autocast")
@@ -547,32 +541,25 @@ def test_a_linear_layer_of_another_forward_is_adapted_in_its_weight() -> None:
 
 @pytest.mark.parametrize("name", ["weight", "qweight"])
 def test_a_quantized_weight_is_adapted_beside(name: str, tmp_path: Path) -> None:
-    def quantized() -> nn.Module:
-        model = small()
-        for path in ("q_proj", "v_proj"):
-            setattr(model.blocks[1], path, Rounded(getattr(model.blocks[1], path), name))
-        return model
-
-    def find(path: str, _: nn.Module) -> bool:
-        return path in ("blocks.1.q_proj", "blocks.1.v_proj")
-
-    model = quantized()
-    adapter = tt.attach(model, targets=find)
-    assert set(adapter.strategy) == {"additive"}
-    assert torch.equal(run(model), run(quantized()))
-    model(batch()).sum().backward()
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Rounded(nn.Linear(16, 8, bias=False), name)), torch.randn(3, 16)
+    base = run(model, x)
+    adapter = tt.attach(model, targets="all-linear")
+    assert adapter.strategy == ("additive",)
+    assert torch.equal(run(model, x), base)
+    model(x).sum().backward()
     assert any(p.grad.any() for p in adapter.parameters())
     stir(adapter)
     with pytest.raises(tna.TargetError, match="quantized"):
         adapter.merge()
     with pytest.raises(tna.ConfigError, match="quantized: use 'additive'"):
-        tt.attach(quantized(), targets=find, strategy="weight")
-    on = run(model)
+        tt.attach(model, targets="all-linear", strategy="weight", name="second")
+    on = run(model, x)
     adapter.save(tmp_path / "a.safetensors")
     assert tna.load(tmp_path / "a.safetensors").base is None
     adapter.detach()
-    assert set(tt.load(model, tmp_path / "a.safetensors").strategy) == {"additive"}
-    assert torch.equal(run(model), on)
+    assert tt.load(model, tmp_path / "a.safetensors").strategy == ("additive",)
+    assert torch.equal(run(model, x), on)
 
 
 def test_what_accelerate_has_hooked_and_not_offloaded_is_adapted() -> None:

@@ -21,7 +21,9 @@ from tests.support.depth import in_depth
 from tnadapt.sources import FromBase, Given, Scaled, Seeded, Tied
 
 from . import life
+from .distributed_jobs import Block
 from .life import assert_near, by_formula, passes, run
+from .loops import batch
 from .small import stir
 
 GIVEN = {"group0.split0.factor0": np.random.default_rng(0).normal(size=(16, 2))}
@@ -52,26 +54,9 @@ CONFIGS: dict[str, tna.Config] = {
 }
 
 
-class Block(torch.nn.Module):
-    """Attention of its own, with a linear layer for each role, so that factors can be used."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.query, self.key, self.value = (torch.nn.Linear(16, 16) for _ in range(3))
-        self.out = torch.nn.Linear(16, 16)
-
-    def forward(self, x: Any) -> Any:
-        scores = torch.softmax(self.query(x) @ self.key(x).transpose(-1, -2) / 4.0, -1)
-        return x + torch.tanh(self.out(scores @ self.value(x)))
-
-
 def model(seed: int = 0) -> Any:
     torch.manual_seed(seed)
-    return torch.nn.Sequential(Block(), Block())
-
-
-def inputs() -> Any:
-    return torch.randn(4, 5, 16, generator=torch.Generator().manual_seed(5))
+    return torch.nn.Sequential(Block(fused=False), Block(fused=False))
 
 
 def attached(name: str, base: Any, **settings: Any) -> Any:
@@ -95,7 +80,7 @@ def moved(name: str, **settings: Any) -> tuple[Any, Any]:
 @pytest.mark.law("theta", "sources")
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_life_of_an_adapter(name: str, tmp_path: Path) -> None:
-    life.check_life(model, functools.partial(attached, name), inputs(), tmp_path)
+    life.check_life(model, functools.partial(attached, name), batch(), tmp_path)
 
 
 @pytest.mark.law("theta", "sources")
@@ -104,7 +89,7 @@ def test_the_life_of_an_adapter(name: str, tmp_path: Path) -> None:
     [*((name, how) for name in CONFIGS for how in ("auto", "weight", "additive")), ("unilora", "factored")],
 )
 def test_gradients_are_those_of_the_updates(name: str, strategy: str) -> None:
-    base, x = model(), inputs()
+    base, x = model(), batch()
     adapter = attached(name, base, strategy=strategy)
     assert torch.equal(base(x), model()(x))
     stir(adapter, size=0.2)
@@ -119,10 +104,10 @@ def test_arrays_are_made_from_theta_once_for_all_layers_and_passes() -> None:
     calls, projection = list[int](), adapter.plan.theta.parts[0].projection
     forward = projection.map.forward
     projection.map.forward = lambda backend, x: calls.append(1) or forward(backend, x)
-    passes(base, adapter, *inputs().split(1))
+    passes(base, adapter, *batch().split(1))
     assert len(calls) == 1
     for _ in range(2):
-        run(base, inputs())
+        run(base, batch())
     assert len(calls) == 2
 
 
@@ -133,7 +118,7 @@ def test_arrays_are_made_from_theta_once_for_all_layers_and_passes() -> None:
     in_depth(["tinylora", "unilora", "tied_lora", "lora_xs", "θ by index", "θ by matrix"], ["tinylora", "tied_lora"]),
 )
 def test_compiled(name: str) -> None:
-    life.check_compiled(*moved(name), inputs())
+    life.check_compiled(*moved(name), batch())
 
 
 def test_choosing_what_is_trained() -> None:
@@ -223,7 +208,7 @@ def test_an_adapter_without_an_offset_is_only_loaded(tmp_path: Path) -> None:
     tna.save(tmp_path / "adapter.safetensors", file)
     base = model()
     adapter = tt.load(base, tmp_path / "adapter.safetensors")
-    assert_near(passes(base, adapter, inputs()), by_formula(adapter, model(), inputs()), 1e-4)
+    assert_near(passes(base, adapter, batch()), by_formula(adapter, model(), batch()), 1e-4)
 
 
 def test_two_groups_scaled_from_one_base() -> None:

@@ -49,9 +49,6 @@ def modules(**words: Any) -> list[str]:
     return [target.module for target in tt.find_targets(stacks(), **words)]
 
 
-# -- Presets -----------------------------------------------------------------------------------------
-
-
 def test_a_preset_by_its_name() -> None:
     model = small()
     named = tt.attach(model, "lora", "qkvo", rank=3, alpha=6, name="named", biases="adapted")
@@ -60,9 +57,6 @@ def test_a_preset_by_its_name() -> None:
     assert [target.name for target in named.targets] == [target.name for target in plain.targets]
     assert tt.attach(small(), "superlora").config == tna.presets.superlora()
     assert tt.attach(small(), "miss", ["head"], r=1).config == tna.presets.miss(r=1)
-
-
-# -- Layers ------------------------------------------------------------------------------------------
 
 
 def test_the_first_number_of_a_path_is_that_of_a_layer() -> None:
@@ -142,6 +136,7 @@ def test_which_biases_are_trained() -> None:
     assert {name for name in free if "tnadapt" not in name} == set(adapter.kept)
     apart = nn.MultiheadAttention(WIDTH, 2, kdim=4, vdim=4)
     assert tt.attach(apart, "lora", biases="adapted").kept == ("in_proj_bias",)
+    assert tt.attach(one_bias(), "lora", ["a"], biases="all").kept == ("b.bias",)
     # All, with what is kept besides.
     adapter = tt.attach(stacks(), "lora", ["v_proj"], biases="all", keep_trainable="head")
     biases = [name for name, _ in stacks().named_parameters() if name.endswith(".bias")]
@@ -174,10 +169,6 @@ def test_trained_biases_are_saved_and_loaded(biases: str, tmp_path: Path) -> Non
 
 def one_bias() -> nn.ModuleDict:
     return nn.ModuleDict({"a": nn.Linear(4, 4, bias=False), "b": nn.Linear(4, 4)})
-
-
-def test_biases_of_layers_that_are_not_adapted() -> None:
-    assert tt.attach(one_bias(), "lora", ["a"], biases="all").kept == ("b.bias",)
 
 
 # -- What is refused ---------------------------------------------------------------------------------

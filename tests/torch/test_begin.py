@@ -211,9 +211,6 @@ def test_an_interrupted_start_changes_nothing_or_all(name: str) -> None:
         assert torch.equal(base(batch()), model()(batch()))
 
 
-# -- Files -------------------------------------------------------------------------------------------------
-
-
 def test_a_file_of_another_start_is_not_swapped_in(tmp_path: Path) -> None:
     base, adapter = attached(CONFIGS["lora"])
     train(base, adapter)

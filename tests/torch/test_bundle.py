@@ -48,12 +48,16 @@ def named(labels: tuple[str, ...] = LABELS) -> dict[str, Any]:
     return {"id2label": dict(enumerate(labels)), "label2id": {label: n for n, label in enumerate(labels)}}
 
 
-def adapted(bert: Path, keep: tuple[str, ...] = ("classifier",), **settings: Any) -> tuple[Any, tt.Adapter]:
-    """A classifier with an adapter, as if it had been trained."""
+def adapted(
+    bert: Path, name: str = "", keep: tuple[str, ...] = ("classifier",), **settings: Any
+) -> tuple[Any, tt.Adapter]:
+    """A classifier with an adapter, as if it had been trained, whose base has a name on the hub."""
     torch.manual_seed(1)
     model = transformers.BertForSequenceClassification.from_pretrained(bert, **{**named(), **settings}).eval()
     adapter = tt.attach(model, tna.presets.superlora(1, projection="linear"), keep_trainable=list(keep))
     stir(adapter)
+    if name:
+        model.config._name_or_path, model.config._commit_hash = name, "a" * 40
     return model, adapter
 
 
@@ -217,16 +221,6 @@ def test_the_wrong_base_is_refused(bert: Path, tmp_path: Path) -> None:
     assert (about.name, about.labels) == (str(tmp_path / "other"), LABELS)
 
 
-def test_a_head_that_nobody_has_is_refused(bert: Path, tmp_path: Path) -> None:
-    _, adapter = adapted(bert, keep=())
-    adapter.save_pretrained(tmp_path)
-    assert refusal(tmp_path) == (
-        f"{tmp_path / 'adapter.safetensors'}: its base model '{bert}' has no values for 'classifier.bias', "
-        "'classifier.weight', and neither does the file, so that the model's outputs would be random: attach with "
-        "keep_trainable for these parameters, train and save again; or give base= (--base) with a model that has them"
-    )
-
-
 def test_a_head_of_another_size_is_replaced(bert: Path, tmp_path: Path) -> None:
     transformers.BertForSequenceClassification.from_pretrained(bert, num_labels=5).save_pretrained(tmp_path / "five")
     model, adapter = adapted(tmp_path / "five", ignore_mismatched_sizes=True)
@@ -235,8 +229,26 @@ def test_a_head_of_another_size_is_replaced(bert: Path, tmp_path: Path) -> None:
     assert torch.equal(outputs(loaded), outputs(model))
 
 
-def test_what_a_file_does_not_say_or_must_not(bert: Path, tmp_path: Path) -> None:
+def test_what_a_file_does_not_say_or_must_not(bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert refusal(tmp_path) == f"{tmp_path}: this folder has no adapter.safetensors, which save_pretrained writes"
+    for path in ("./missing", "missing", "user/missing.safetensors", tmp_path / "missing"):
+        assert "there is no such file or folder; a name on the hub is like 'user/my-adapter'" in refusal(path)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    assert "it has an adapter of PEFT, which tnadapt.convert (tnadapt convert) turns into one" in refusal(tmp_path)
+    adapted(bert, keep=())[1].save_pretrained(tmp_path)
+    assert refusal(tmp_path) == (
+        f"{tmp_path / 'adapter.safetensors'}: its base model '{bert}' has no values for 'classifier.bias', "
+        "'classifier.weight', and neither does the file, so that the model's outputs would be random: attach with "
+        "keep_trainable for these parameters, train and save again; or give base= (--base) with a model that has them"
+    )
     _, adapter = adapted(bert)
+    adapter.save_pretrained(tmp_path)
+    for module, name in (("transformers", tmp_path), ("huggingface_hub", "user/mine")):
+        with monkeypatch.context() as patched:
+            patched.setitem(sys.modules, module, None)
+            said = refusal(name)
+        assert f"{module} is not installed" in said
+        assert said.endswith("pip install 'tnadapt[hub]'")
     about = adapter.pretrained
     remote = "an address or network share, which is not opened because a file says so"
     for changes, message in (
@@ -251,25 +263,6 @@ def test_what_a_file_does_not_say_or_must_not(bert: Path, tmp_path: Path) -> Non
     with pytest.raises(FileError, match=remote):
         tt.load_processor(tmp_path)
     assert tna.Pretrained("local-dir://host/share", library="timm").remote
-
-
-def test_paths_that_are_not_there(tmp_path: Path) -> None:
-    assert refusal(tmp_path) == f"{tmp_path}: this folder has no adapter.safetensors, which save_pretrained writes"
-    for name in ("./missing", "missing", "user/missing.safetensors", tmp_path / "missing"):
-        assert "there is no such file or folder; a name on the hub is like 'user/my-adapter'" in refusal(name)
-    (tmp_path / "adapter_config.json").write_text("{}")
-    assert "it has an adapter of PEFT, which tnadapt.convert (tnadapt convert) turns into one" in refusal(tmp_path)
-
-
-def test_a_library_that_is_missing(bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _, adapter = adapted(bert)
-    adapter.save_pretrained(tmp_path)
-    for module, name in (("transformers", tmp_path), ("huggingface_hub", "user/mine")):
-        with monkeypatch.context() as patched:
-            patched.setitem(sys.modules, module, None)
-            said = refusal(name)
-        assert f"{module} is not installed" in said
-        assert said.endswith("pip install 'tnadapt[hub]'")
     adapter.pretrained = tna.Pretrained("user/vit", library="timm", task="image-classification")
     adapter.save_pretrained(tmp_path)
     monkeypatch.setitem(sys.modules, "timm", None)
@@ -454,8 +447,7 @@ def test_a_timm_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_card(bert: Path, tmp_path: Path) -> None:
-    model, adapter = adapted(bert)
-    model.config._name_or_path, model.config._commit_hash = "user/base", "a" * 40
+    _, adapter = adapted(bert, "user/base")
     adapter.save_pretrained(tmp_path / "my-adapter", metrics={"accuracy": 0.9375, "f1": 1 / 3})
     card = (tmp_path / "my-adapter" / "README.md").read_text()
     yaml = pytest.importorskip("yaml")

@@ -53,31 +53,11 @@ def test_a_fresh_adapter_changes_no_bit(config: tna.Config, strategy: str, kind:
         adapter.detach()
 
 
-@pytest.mark.law("merge-is-attached")
-@pytest.mark.parametrize("detach", [False, True], ids=["exact", "detached norm"])
-@pytest.mark.parametrize(("config", "strategy"), WAYS, ids=IDS)
-def test_outputs_and_gradients_are_the_formula_s(config: tna.Config, strategy: str, detach: bool) -> None:
-    model, x = layers(), torch.randn(3, 6, dtype=torch.float64)
-    adapter = tt.attach(model, config, "all-linear", strategy=strategy, dtype=torch.float64, detach_norm=detach)
-    stir(adapter, 0.3)
-    formula = by_formula(adapter, layers(), x, detach)
-    assert_near(passes(model, adapter, x), formula, 1e-11)
-    checkpointed = functools.partial(checkpoint, model, use_reentrant=False)
-    assert_near(passes(checkpointed, adapter, x), formula, 1e-11)
-    torch.testing.assert_close(run(model, x), formula["output"], rtol=1e-12, atol=1e-12)
-    adapter.merge()
-    torch.testing.assert_close(run(model, x), formula["output"], rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize(("config", "strategy"), WAYS, ids=IDS)
-def test_gradients_by_torch_func(config: tna.Config, strategy: str) -> None:
-    model, x = layers(), torch.randn(2, 6, dtype=torch.float64)
-    stir(tt.attach(model, config, "all-linear", strategy=strategy, dtype=torch.float64), 0.3)
-    model[0].requires_grad_()
-
+def assert_gradients_by_torch_func(model: Any, x: Any) -> None:
     def loss(parameters: Any, x: Any) -> Any:
         return torch.func.functional_call(model, parameters, (x,)).square().sum()
 
+    model.zero_grad()
     parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
     gradients = torch.func.grad(loss)(parameters, x)
     each = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x.unsqueeze(1))
@@ -86,6 +66,29 @@ def test_gradients_by_torch_func(config: tna.Config, strategy: str) -> None:
         if parameter.requires_grad:
             torch.testing.assert_close(gradients[name], parameter.grad)
             torch.testing.assert_close(each[name].sum(0), parameter.grad)
+
+
+@pytest.mark.law("merge-is-attached")
+@pytest.mark.parametrize("detach", [False, True], ids=["exact", "detached norm"])
+@pytest.mark.parametrize(("config", "strategy"), WAYS, ids=IDS)
+def test_outputs_and_gradients_are_the_formula_s(
+    config: tna.Config, strategy: str, detach: bool, tmp_path: Path
+) -> None:
+    model, x = layers(), torch.randn(3, 6, dtype=torch.float64)
+    adapter = tt.attach(model, config, "all-linear", strategy=strategy, dtype=torch.float64, detach_norm=detach)
+    stir(adapter, 0.3)
+    formula = by_formula(adapter, layers(), x, detach)
+    assert_near(passes(model, adapter, x), formula, 1e-11)
+    checkpointed = functools.partial(checkpoint, model, use_reentrant=False)
+    assert_near(passes(checkpointed, adapter, x), formula, 1e-11)
+    torch.testing.assert_close(run(model, x), formula["output"], rtol=1e-12, atol=1e-12)
+    adapter.save_pretrained(tmp_path)
+    other = layers()
+    again = tt.from_pretrained(other, tmp_path, dtype=torch.float64, detach_norm=detach)
+    assert_near(passes(other, again, x), formula, 1e-11)
+    assert_gradients_by_torch_func(model, x[:2])
+    adapter.merge()
+    torch.testing.assert_close(run(model, x), formula["output"], rtol=1e-12, atol=1e-12)
 
 
 # -- Parameters ----------------------------------------------------------------------------------
@@ -115,19 +118,6 @@ def test_magnitudes_are_trained_by_choice(tmp_path: Path) -> None:
     adapter.set_trainable(groups=1)
     assert adapter.trained is not None
     assert adapter.trained[-2:] == ("weight0.magnitude", "weight1.magnitude")
-
-
-def test_the_gradient_can_be_chosen_when_loading(tmp_path: Path) -> None:
-    x = torch.linspace(-1.0, 1.0, 18).reshape(3, 6)
-    adapter = tt.attach(layers(torch.float32), P.dora(2), "all-linear")
-    stir(adapter, 0.3)
-    adapter.save_pretrained(tmp_path)
-    gradients = []
-    for detach in (False, True):
-        model = layers(torch.float32)
-        adapter = tt.from_pretrained(model, tmp_path, detach_norm=detach)
-        gradients.append(passes(model, adapter, x)["group0.split0.factor0"])
-    assert not torch.allclose(*gradients)
 
 
 # -- Several adapters and mixing weights -----------------------------------------------------------
@@ -177,12 +167,6 @@ def test_other_rows_of_a_fused_weight_are_free() -> None:
     torch.testing.assert_close(model(x), changed, rtol=1e-4, atol=1e-5)
     v.merge()
     torch.testing.assert_close(model(x), changed, rtol=1e-4, atol=1e-5)
-
-
-# -- Layers --------------------------------------------------------------------------------------
-
-
-# -- Costs ---------------------------------------------------------------------------------------
 
 
 def test_the_summary_says_that_it_is_no_lora() -> None:
