@@ -98,6 +98,12 @@ def test_outputs_and_gradients_are_those_of_the_plain_formula(variant: str) -> N
     for batches in ([x], x.split(2)):
         assert_near(passes(model, adapter, *batches), expected, 1e-10)
     assert (expected["output"] - run(small().double(), x)).abs().max() > 1e-3
+    parameters = list(adapter.parameters())
+    for frozen in (parameters[1::2], parameters[::2] if len(parameters) > 1 else []):
+        for parameter in parameters:
+            parameter.requires_grad_(all(parameter is not other for other in frozen))
+        found = passes(model, adapter, x)
+        assert_near(found, {name: expected[name] for name in found}, 1e-10)
     for _ in range(2):  # a part called by itself
         model.blocks[1](batch().double()).sum().backward()
 

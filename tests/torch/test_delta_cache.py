@@ -304,8 +304,18 @@ def test_the_longest_idle_goes_first_and_the_active_one_keeps_all() -> None:
     assert are_kept(adapters) == [False, True, True, True]
     outputs(model, [adapters[1]], x)  # it comes back; 2, 3 and nothing else are idle
     assert are_kept(adapters) == [False, True, True, True]
-    outputs(model, [adapters[0]], x)
+    (found,) = outputs(model, [adapters[0]], x)
     assert are_kept(adapters) == [True, True, False, True]
+    # A copy has the limit, and caches of its own.
+    other = copy.deepcopy(model)
+    theirs = list(tt.adapters(other).values())
+    assert torch.equal(outputs(other, theirs[:1], x)[0], found)
+    outputs(other, theirs, x)
+    assert are_kept(theirs) == [False, True, True, True]
+    assert are_kept(adapters) == [True, True, False, True]
+    for limit in (-1, 1.5, "32MB", None, True):
+        with pytest.raises(tna.ConfigError, match=r"^limit must be (an integer; got|from 0 to)"):
+            tt.set_cache_limit(model, limit)  # type: ignore[arg-type]
 
 
 def test_with_a_limit_of_zero_nothing_is_kept_of_what_is_mixed_out_has_no_weight_or_had_rows() -> None:
@@ -348,26 +358,6 @@ def test_arrays_on_a_device_count_where_they_have_memory_of_their_own() -> None:
     assert held_by_draws([draws, draws]) == 80
     draws.placed["torch", "cuda:0", "a"] = torch.zeros(10, dtype=torch.float64)
     assert held_by_draws([draws, draws]) == 160
-
-
-def test_a_copy_has_the_limit_and_caches_of_its_own() -> None:
-    model, adapters = model_with(IDLE_CONFIGS["superlora"], 2)
-    tt.set_cache_limit(model, 0)
-    x = torch.randn(5, SIZE)
-    (found,) = outputs(model, adapters[:1], x)
-    other = copy.deepcopy(model)
-    theirs = tt.adapters(other)
-    assert torch.equal(outputs(other, [theirs["a0"]], x)[0], found)
-    theirs["a1"].activate()
-    assert are_kept(list(theirs.values())) == [False, False]
-    assert held(adapters)[0] > 0
-
-
-@pytest.mark.parametrize("limit", [-1, 1.5, "32MB", None, True])
-def test_a_limit_is_a_number_of_bytes(limit: object) -> None:
-    model, _ = model_with(IDLE_CONFIGS["superlora"], 1)
-    with pytest.raises(tna.ConfigError, match=r"^limit must be (an integer; got|from 0 to)"):
-        tt.set_cache_limit(model, limit)  # type: ignore[arg-type]
 
 
 def test_the_memory_that_kernels_reuse_is_freed_too() -> None:
