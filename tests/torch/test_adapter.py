@@ -26,7 +26,13 @@ from .small import Separate, batch, compiles_whole, small, stir
 
 P = tna.presets
 # Small.blocks has ten targets: q and v of five blocks, v of the second smaller than q.
-VARIANTS: dict[str, tna.Config | None] = {
+PATTERNS: dict[Any, Any] = {
+    "qv": P.lora(2),
+    "o_proj|proj": P.superlora(3, projection="linear", ratio=0.5, seed=4),
+    "linear[12]": P.lokr(2, seed=5),
+    "head": "dense",
+}
+VARIANTS: dict[str, Any] = {
     "default": None,
     "dense": P.dense(),
     "lora": P.lora(2),
@@ -62,7 +68,17 @@ VARIANTS: dict[str, tna.Config | None] = {
     "hira": P.hira(2),
     "hira behind a nonlinear F": P.superlora(2, projection="nonlinear", ratio=0.5, apply="hadamard"),
 }
-variants = pytest.mark.parametrize("variant", VARIANTS)
+# Several configs in one adapter, and what all of them share.
+SEVERAL: dict[str, dict[Any, Any]] = {
+    "many forms": PATTERNS,
+    **{
+        f"two of {value}": {"q_proj|v_proj": P.lora(2, **{field: value}), "linear1": P.lora(3, **{field: value})}
+        for field, value in (("apply", "magnitude"), ("apply", "hadamard"), ("start", "pissa"), ("start", "given"))
+    },
+}
+variants = pytest.mark.parametrize("variant", list(VARIANTS))
+VARIANTS |= SEVERAL
+of_several_too = pytest.mark.parametrize("variant", VARIANTS)
 
 
 def attached(variant: str = "default", **settings: object) -> tuple[nn.Module, tt.Adapter]:
@@ -81,17 +97,17 @@ def run(model: nn.Module, x: torch.Tensor | None = None) -> torch.Tensor:
     "fresh-is-zero", "first-gradients", "base-is-constant", "merge-is-attached", "merge-exact-undo", "disabled",
     "detach", "copies", "file-round-trip", "merge-disk-is-memory",
 )  # fmt: skip
-@variants
+@of_several_too
 def test_the_life_of_an_adapter(variant: str, tmp_path: Path) -> None:
     life.check_life(small, lambda model: tt.attach(model, VARIANTS[variant]), batch(), tmp_path)
 
 
 @pytest.mark.law("attached-is-update", "accumulation")
-@variants
+@of_several_too
 def test_outputs_and_gradients_are_those_of_the_plain_formula(variant: str) -> None:
     model, adapter = attached(variant)
     model.double()
-    stir(adapter)
+    stir(adapter, 0.1)
     x = batch(size=4).double()
     expected = by_formula(adapter, small().double(), x)
     # One part of a batch after another, too: the gradients add up.
@@ -394,6 +410,7 @@ def test_reentrant_checkpointing_with_distributed_data_parallel_is_refused() -> 
     ("variant", "strategy"),
     [
         *((v, "") for v in in_depth(["default", "lora", "lorta", "superlora linear", "dense"], ["default", "lora"])),
+        ("many forms", ""),
         ("superlora nonlinear", ""), ("dora", "weight"), ("dora", "factored"), ("dora", "additive"),
         ("dora of columns", "weight"), ("hira", "weight"), ("hira", "additive"),
     ],

@@ -227,20 +227,16 @@ def test_a_file_of_another_start_is_not_swapped_in(tmp_path: Path) -> None:
 # -- PEFT --------------------------------------------------------------------------------------------------
 
 
-def peft_model(start: str, rank: int, alpha: float) -> Any:
-    peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=["0", "2"], init_lora_weights=start)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return peft.get_peft_model(model(), config)
-
-
 @pytest.mark.law("peft-agrees")
 @pytest.mark.parametrize("steps", [0, 5])
 @pytest.mark.parametrize("strategy", ["weight", "factored", "additive"])
 @pytest.mark.parametrize(("start", "alpha"), [("pissa", 4), ("pissa", 10), ("olora", 4)])
 def test_pissa_and_olora_are_pefts(start: str, alpha: float, strategy: str, steps: int) -> None:
-    theirs = peft_model(start, 4, alpha)
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, lora_alpha=alpha, target_modules=["0", "2"], init_lora_weights=start)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = peft.get_peft_model(model(), config)
     base, adapter = attached(P.lora(4, alpha=alpha, start=start), strategy=strategy)
     outputs = []
     for whole in (theirs, base):

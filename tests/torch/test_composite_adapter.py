@@ -23,13 +23,7 @@ from tnadapt.algebra.composite import CompositeConfig
 from . import life
 from .life import bits
 from .small import WIDTH, batch, small, stir
-
-PATTERNS: dict[Any, Any] = {
-    "qv": P.lora(2),
-    "o_proj|proj": P.superlora(3, projection="linear", ratio=0.5, seed=4),
-    "linear[12]": P.lokr(2, seed=5),
-    "head": "dense",
-}
+from .test_adapter import PATTERNS
 
 
 def chain() -> nn.Sequential:
@@ -90,27 +84,6 @@ def test_it_acts_as_its_parts_do_alone(of_layer: list[int], configs: list[tna.Co
     assert bits(model) == before
 
 
-SHARED: dict[str, dict[Any, Any]] = {
-    "many forms": PATTERNS,
-    **{
-        value: {"q_proj|v_proj": P.lora(2, **{field: value}), "linear1": P.lora(3, **{field: value})}
-        for field, value in (("apply", "magnitude"), ("apply", "hadamard"), ("start", "pissa"), ("start", "given"))
-    },
-}
-
-
-@pytest.mark.law("copies", "file-round-trip", "merge-disk-is-memory")
-@pytest.mark.parametrize("name", SHARED)
-def test_the_life_of_an_adapter(name: str, tmp_path: Path) -> None:
-    def attach(model: nn.Module) -> tt.Adapter:
-        adapter = tt.attach(model, SHARED[name])
-        if name == "given":
-            adapter.start_from({"group2.split0.factor0": torch.ones(32, 3)})
-        return adapter
-
-    life.check_life(small, attach, batch(), tmp_path)
-
-
 def test_on_a_model_of_many_forms(tmp_path: Path) -> None:
     model = small()
     adapter = tt.attach(model, PATTERNS, keep_trainable="blocks.1.k_proj")
@@ -161,15 +134,6 @@ def test_extraction_with_several_configs_and_by_the_name_of_a_preset() -> None:
     text = "rank differs between the 2 configs of one adapter"
     with pytest.raises(tna.ConfigError, match=text):
         tt.extract(small(), tuned, {"q_proj": P.lora(1), "head": P.lora(2)}, max_error=0.1)
-
-
-@pytest.mark.slow
-def test_compiled_whole() -> None:
-    model = small()
-    patterns = {"q_proj|v_proj": P.lora(2), "linear[12]": P.superlora(2, projection="linear", ratio=0.5)}
-    adapter = tt.attach(model, patterns)
-    stir(adapter)
-    life.check_compiled(model, adapter, batch())
 
 
 # -- Patterns ----------------------------------------------------------------------------------------
