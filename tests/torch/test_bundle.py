@@ -138,15 +138,6 @@ def test_what_is_recorded_comes_back_and_can_be_changed(bert: Path, tmp_path: Pa
     assert (about.name, about.task, about.labels) == (str(bert), "", ())
 
 
-def test_a_merge_that_fails_leaves_the_callers_model_as_it_was(bert: Path, tmp_path: Path) -> None:
-    model = transformers.BertForSequenceClassification.from_pretrained(bert, **named())
-    tt.attach(model, "lora", activation="gelu", rank=2).save(tmp_path / "adapter.safetensors")
-    other = transformers.BertForSequenceClassification.from_pretrained(bert, **named())
-    with pytest.raises(tna.ConfigError, match="cannot be merged"):
-        tt.load_pretrained(tmp_path / "adapter.safetensors", base=other, merge=True)
-    assert tt.adapters(other) == {}
-
-
 def test_a_model_of_no_library_records_nothing(tmp_path: Path) -> None:
     adapter = tt.attach(small())
     assert adapter.pretrained is None
@@ -178,6 +169,16 @@ def test_another_place_of_the_base(bert: Path, tmp_path: Path) -> None:
         loaded = tt.load_pretrained(tmp_path / "mine", base=base)
         assert torch.equal(outputs(loaded), outputs(model))
         assert loaded.config.id2label == dict(enumerate(LABELS))
+    transformers.BertForSequenceClassification.from_pretrained(bert, num_labels=5).save_pretrained(tmp_path / "five")
+    resized, adapter = adapted(tmp_path / "five", ignore_mismatched_sizes=True)
+    adapter.save_pretrained(tmp_path / "three")
+    assert torch.equal(outputs(tt.load_pretrained(tmp_path / "three")), outputs(resized))
+    # A merge that fails leaves the caller's model as it was.
+    tt.attach(base, "lora", "q", "relu", activation="relu", rank=2).save(tmp_path / "relu.safetensors")
+    tt.adapters(base)["relu"].detach()
+    with pytest.raises(tna.ConfigError, match="cannot be merged"):
+        tt.load_pretrained(tmp_path / "relu.safetensors", base=base, name="again", merge=True)
+    assert list(tt.adapters(base)) == ["default"]
     # A pickle is not read because the file names it.
     pickled = tmp_path / "moved" / "away"
     shutil.copytree(bert, pickled, ignore=shutil.ignore_patterns("model.safetensors"))
@@ -219,14 +220,6 @@ def test_the_wrong_base_is_refused(bert: Path, tmp_path: Path) -> None:
     loaded = tt.load_pretrained(tmp_path / "mine", base=tmp_path / "other", check_base=False)
     about = tt.adapters(loaded)["default"].pretrained
     assert (about.name, about.labels) == (str(tmp_path / "other"), LABELS)
-
-
-def test_a_head_of_another_size_is_replaced(bert: Path, tmp_path: Path) -> None:
-    transformers.BertForSequenceClassification.from_pretrained(bert, num_labels=5).save_pretrained(tmp_path / "five")
-    model, adapter = adapted(tmp_path / "five", ignore_mismatched_sizes=True)
-    adapter.save_pretrained(tmp_path / "mine")
-    loaded = tt.load_pretrained(tmp_path / "mine")
-    assert torch.equal(outputs(loaded), outputs(model))
 
 
 def test_what_a_file_does_not_say_or_must_not(bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
