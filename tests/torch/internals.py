@@ -16,7 +16,7 @@ from tnadapt.torch import _linear as linear
 from tnadapt.torch import _merging as merging
 from tnadapt.torch import _rows as batch_rows
 from tnadapt.torch import _updated_weight as updated_weights
-from tnadapt.torch._delta import DeltaCache, Slice, Snapshot, outer_vjp_once, pieces, vector
+from tnadapt.torch._delta import Slice, Snapshot, pieces, vector
 from tnadapt.torch._forward_pass import LowRankLayer
 from tnadapt.torch._quantized import quantized_type
 from tnadapt.torch._registry import _bytes_held as bytes_held
@@ -31,7 +31,6 @@ __all__ = [
     "STARTS",
     "TABLE",
     "AttentionModule",
-    "DeltaCache",
     "LayoutError",
     "LowRankLayer",
     "Machine",
@@ -53,7 +52,6 @@ __all__ = [
     "host_of",
     "linear",
     "merging",
-    "outer_vjp_once",
     "pieces",
     "quantized_type",
     "reads_outside",
