@@ -272,3 +272,22 @@ def test_the_plugin_of_peft_takes_no_given_start() -> None:
         tna.ConfigError, match="start='given' stores its start, and PEFT's files hold the trained arrays"
     ):
         plugin.TnadaptConfig(preset="lora", settings={"rank": 3, "start": "given"}, target_modules=["0", "2"])
+
+
+@pytest.mark.law("peft-agrees", "foreign-files")
+def test_peft_loads_the_export(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    base = torch.nn.Sequential(torch.nn.Linear(24, 20), torch.nn.Tanh(), torch.nn.Linear(20, 16)).eval()
+    plain = copy.deepcopy(base)
+    adapter = tt.attach(base, P.lora(2, alpha=4, start="pissa"), "all-linear")
+    adapter.load_arrays({n: p.detach() + 0.1 * torch.ones_like(p) for n, p in adapter.named_parameters()})
+    adapter.save(tmp_path / "a.safetensors", store_bases=True)
+    conversion = tna.convert(tmp_path / "a.safetensors", tmp_path / "peft", to="peft-lora")
+    assert conversion.exact
+    assert conversion.config is not None
+    assert conversion.config["r"] == 4
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = peft.PeftModel.from_pretrained(plain, tmp_path / "peft")
+    x = torch.randn(3, 24)
+    assert torch.allclose(theirs(x), base(x), atol=1e-5)

@@ -174,3 +174,18 @@ def test_the_summary_says_that_it_is_no_lora() -> None:
     assert summary.lora_rank is None
     assert summary.parameters == 49
     assert str(summary).endswith("merge only: apply='magnitude' does more than add its updates")
+
+
+@pytest.mark.law("attached-is-update")
+def test_two_sums_next_to_one_that_rests() -> None:
+    model, x = nn.Sequential(nn.Linear(6, 5)).double(), torch.randn(3, 6, dtype=torch.float64)
+    one, two, rests = (
+        tt.attach(model, config, "all-linear", name, strategy="weight", dtype=torch.float64)
+        for name, config in (("one", P.lora(2)), ("two", P.lora(2)), ("rests", P.dora(2)))
+    )
+    for adapter in (one, two, rests):
+        stir(adapter)
+    rests.set_weight(0.0)
+    expected = x @ (model[0].weight + one.deltas()[0] + two.deltas()[0]).T + model[0].bias
+    torch.testing.assert_close(model(x), expected)
+    torch.testing.assert_close(run(model, x), expected)
