@@ -17,18 +17,6 @@ from ._peft_content import recorded
 from ._peft_settings import PeftSettings, settings_of
 from ._updates import Float, Module, TargetUpdate, common_dtype, uniform, widen
 
-__all__ = [
-    "COMPONENTS",
-    "PREFIXES",
-    "DiffusersFormat",
-    "one_number",
-    "other_path",
-    "stored_modules",
-    "stored_path",
-    "written_prefix",
-]
-
-
 # -- The component of a pipeline, by the caller, the file or the modules' names ----------------------------------------
 
 # diffusers names parts as its pipelines do, and kohya's scripts by prefixes. Both names are understood everywhere.

@@ -24,25 +24,6 @@ from ._base_model import Base, target_of
 from ._files import StoredFiles
 from ._updates import Float, Module, ModuleUpdate, Pair, TargetUpdate, Unpacked, alpha_of, as_matrix, check_size, narrow
 
-__all__ = [
-    "KINDS",
-    "MERGE",
-    "TO_FULL",
-    "TO_PEFT_LORA",
-    "WITHOUT_KEPT",
-    "Application",
-    "ConversionRequest",
-    "EncodedAdapter",
-    "ExportChoice",
-    "FileFormat",
-    "ForeignAdapter",
-    "Json",
-    "application_of",
-    "file_of",
-    "not_additive",
-]
-
-
 # -- What messages recommend -------------------------------------------------------------------------------------------
 
 

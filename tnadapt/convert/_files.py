@@ -19,48 +19,15 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from tnadapt.checkpoints import atomic_files
+from tnadapt.checkpoints import atomic_files, container
 from tnadapt.checkpoints.adapter_format import ENTRY
-from tnadapt.checkpoints.container import (
-    MAX_CONFIG,
-    TAG_OF,
-    Container,
-    json_file,
-    opened,
-    raw_bytes,
-    raw_dtype,
-    strict_json,
-)
+from tnadapt.checkpoints.container import Container
 from tnadapt.errors import FileError, safe_repr
 
 from ._updates import Float, ModuleUpdate, Pair, as_matrix
 
 Arrays = Mapping[str, np.ndarray]
 Shape = tuple[int, ...]
-
-__all__ = [
-    "DIFF",
-    "LOHA",
-    "LOKR",
-    "RECORD",
-    "StoredFiles",
-    "are_both_low",
-    "decode",
-    "decompose_factor",
-    "encode",
-    "factorization",
-    "foreign_tensor_names",
-    "json_text",
-    "kind_of",
-    "kronecker_sizes_of",
-    "parts_to_store",
-    "pickle_error",
-    "replace_folder",
-    "safetensors_content",
-    "spread_over_groups",
-    "without_groups",
-]
-
 
 # -- The files, on disk or in memory -----------------------------------------------------------------------------------
 
@@ -108,14 +75,14 @@ class StoredFiles:
             content = self._contents[name]
             yield Container(io.BufferedReader(io.BytesIO(content)), len(content))
             return
-        with opened(self._place(name)) as container:
-            yield container
+        with container.opened(self._place(name)) as file:
+            yield file
 
     def json(self, name: str) -> dict[str, Any]:
         """Read a JSON object strictly."""
         if self._contents is not None:
-            return strict_json(self._contents[name].decode(), name)
-        return json_file(self._place(name), MAX_CONFIG, name)
+            return container.strict_json(self._contents[name].decode(), name)
+        return container.json_file(self._place(name), container.MAX_CONFIG, name)
 
     def _place(self, name: str) -> str:
         return os.path.join(self._path, name) if name else self._path
@@ -133,8 +100,8 @@ def foreign_tensor_names(path: str) -> list[str] | None:
         return None
     if path.endswith((".bin", ".pt", ".pth", ".ckpt")) and os.path.exists(path):
         raise pickle_error()
-    with opened(path) as container:
-        return None if ENTRY in container.metadata else list(container.entries)
+    with container.opened(path) as file:
+        return None if ENTRY in file.metadata else list(file.entries)
 
 
 def pickle_error() -> FileError:
@@ -165,9 +132,9 @@ def safetensors_content(tensors: Arrays, dtypes: Mapping[str, str], metadata: Ma
     metadata : mapping of str to str
         Written in the order of its keys, which safetensors' own writer does not guarantee.
     """
-    tags = {name: TAG_OF[dtypes.get(name, array.dtype.name)] for name, array in tensors.items()}
+    tags = {name: container.TAG_OF[dtypes.get(name, array.dtype.name)] for name, array in tensors.items()}
     # Wide elements first, so that every tensor is aligned to the size of its elements.
-    order = sorted(tensors, key=lambda name: (-raw_dtype(tags[name]).itemsize, name))
+    order = sorted(tensors, key=lambda name: (-container.raw_dtype(tags[name]).itemsize, name))
     header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
     position, pieces = 0, list[bytes | memoryview]()
     for name in order:
@@ -178,7 +145,7 @@ def safetensors_content(tensors: Arrays, dtypes: Mapping[str, str], metadata: Ma
             "data_offsets": [position, position + raw.nbytes],
         }
         position += raw.nbytes
-        pieces.append(raw_bytes(raw) if raw.size else b"")
+        pieces.append(container.raw_bytes(raw) if raw.size else b"")
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     return b"".join([len(text).to_bytes(8, "little"), text, *pieces])
@@ -187,7 +154,7 @@ def safetensors_content(tensors: Arrays, dtypes: Mapping[str, str], metadata: Ma
 def _raw(array: np.ndarray, tag: str) -> np.ndarray:
     if tag == "BF16":
         array = (array.view(np.uint32) >> np.uint32(16)).astype(np.uint16)
-    return np.asarray(array, raw_dtype(tag), order="C")
+    return np.asarray(array, container.raw_dtype(tag), order="C")
 
 
 def replace_folder(path: str, files: Mapping[str, bytes], overwrite: bool = True) -> None:

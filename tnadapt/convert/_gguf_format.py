@@ -26,9 +26,6 @@ from ._file_format import MERGE, EncodedAdapter, ExportChoice, FileFormat, Forei
 from ._files import RECORD, Arrays, StoredFiles, decode, json_text
 from ._updates import Float, Module, TargetUpdate, alpha_of, common_dtype, uniform
 
-__all__ = ["GgufBase", "GgufFormat", "base_of_gguf"]
-
-
 # -- The base model: its architecture in llama.cpp, names of tensors, and permuted rows --------------------------------
 
 

@@ -23,16 +23,14 @@ from ._file_format import EncodedAdapter, ExportChoice, FileFormat, ForeignAdapt
 from ._files import DIFF, LOHA, LOKR, RECORD, Arrays, StoredFiles
 from ._updates import Float, Module, ModuleUpdate, Pair, TargetUpdate, alpha_of
 
-__all__ = ["KohyaFormat", "LycorisFormat"]
-
-
 # -- The format of LyCORIS ---------------------------------------------------------------------------------------------
 
 
 # Entry of a conversion's record with the modules' paths and shapes. A file that has it can be read without a base.
 _MODULES = "modules"
 
-_PREFIXES = re.compile(r"(lycoris|lora_unet|lora_te\d?|lora_transformer|lora_prior_unet)_")
+_PARTS = r"lycoris|lora_unet|lora_te\d?|lora_transformer|lora_prior_unet"
+_PREFIXES = re.compile(rf"({_PARTS})_")
 _SUFFIXES = {"lora_down.weight": "lora_down", "lora_up.weight": "lora_up", "lora_mid.weight": "lora_mid"}
 _SUFFIXES |= {name: name for name in (*LOKR, *LOHA, *DIFF, "alpha")}
 _REFUSED = {
@@ -43,7 +41,7 @@ _REFUSED = {
     "scalar": "a scale that is trained",
 }
 _ENDS = "|".join(map(re.escape, _SUFFIXES | _REFUSED))
-_NAME = re.compile(rf"(?P<path>(?P<part>{_PREFIXES.pattern[1:-2]})_[^.]*)\.(?P<suffix>{_ENDS})")
+_NAME = re.compile(rf"(?P<path>(?P<part>{_PARTS})_[^.]*)\.(?P<suffix>{_ENDS})")
 
 
 class LycorisFormat(FileFormat):

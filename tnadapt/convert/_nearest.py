@@ -19,8 +19,6 @@ from ._file_format import TO_FULL, ConversionRequest, ExportChoice
 from ._files import factorization
 from ._updates import Float, Module, ModuleUpdate, Pair, Unpacked, as_matrix
 
-__all__ = ["choose"]
-
 
 def choose(modules: Sequence[Module], unpacked: Unpacked, request: ConversionRequest) -> ExportChoice:
     """Choose the form of every module's update.

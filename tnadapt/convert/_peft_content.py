@@ -6,7 +6,6 @@ read their folders through it.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import itertools
 import json
@@ -32,25 +31,6 @@ from ._file_format import TO_PEFT_LORA, EncodedAdapter, ForeignAdapter
 from ._files import RECORD
 from ._peft_settings import CommonSettings, common_config, common_settings, integer_of
 from ._updates import Float, Module, ModuleUpdate, TargetUpdate, common_dtype, from_bfloat16, narrow, widen
-
-__all__ = [
-    "CONFIG_NAME",
-    "DRAWN",
-    "PREFIX",
-    "SHAPES_OF_MODEL",
-    "TRANSPOSED",
-    "OwnStructure",
-    "PeftContent",
-    "PeftMethod",
-    "check_transposed",
-    "group_of",
-    "is_conv1d",
-    "is_head",
-    "is_saved",
-    "other_tensors",
-    "recorded",
-]
-
 
 # -- The content of a folder -------------------------------------------------------------------------------------------
 
@@ -448,8 +428,7 @@ def _kept_array(container: Container, names: Sequence[str]) -> tuple[np.ndarray,
 DRAWN = "regenerated as torch draws on a CPU, which PEFT does not promise for every system, and stored here"
 
 
-@dataclasses.dataclass(frozen=True)
-class OwnStructure:
+class OwnStructure(NamedTuple):
     """What a method reads: an adapter in its own structure, or the updates alone.
 
     Attributes
@@ -472,8 +451,8 @@ class OwnStructure:
 
     targets: Sequence[Target]
     config: Config | None = None
-    arrays: Mapping[str, Float] = dataclasses.field(default_factory=dict)
-    given: Mapping[str, Float] = dataclasses.field(default_factory=dict)
+    arrays: Mapping[str, Float] = {}
+    given: Mapping[str, Float] = {}
     updates: Sequence[ModuleUpdate] = ()
     trained: Sequence[str] | None = None
     notes: tuple[str, ...] = ()

@@ -31,9 +31,6 @@ from ._peft_content import CONFIG_NAME, PREFIX, TRANSPOSED, PeftMethod, is_saved
 from ._peft_settings import LOW_RANK, config_of, origin_settings, settings_of
 from ._updates import Float, Module, ModuleUpdate, Pair, alpha_of, is_embedding, is_expert, uniform
 
-__all__ = ["METHODS", "PeftFormat", "VllmFormat"]
-
-
 # -- Methods with a structure of their own: a new one is one more line here --------------------------------------------
 
 _WRITTEN = {

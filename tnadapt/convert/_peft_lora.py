@@ -25,20 +25,6 @@ from ._peft_content import CONFIG_NAME, PREFIX, TRANSPOSED, OwnStructure, PeftCo
 from ._peft_settings import PeftSettings
 from ._updates import Float, Module, ModuleUpdate, Pair, TargetUpdate, is_embedding, is_expert
 
-__all__ = [
-    "EXPERTS",
-    "MAGNITUDES",
-    "NO_GROUPS",
-    "PeftTrainableTokens",
-    "encoded_embedding",
-    "encoded_experts",
-    "low_rank_adapter",
-    "record_of",
-    "tied_paths",
-    "without_ties",
-]
-
-
 # -- An embedding: the factors of the transposed update, under names of their own --------------------------------------
 
 # PEFT looks a token up in ``lora_embedding_A``, of shape (rank, tokens), and multiplies by ``lora_embedding_B``, of
@@ -416,7 +402,7 @@ _REFUSED = {
 
 def low_rank_adapter(container: Container, settings: PeftSettings, base: Base | None) -> ForeignAdapter:
     """Read the adapter of an open file of weights, of any of these methods."""
-    kind, apply, common = settings.kind, settings.apply, settings.common
+    method, apply, common = settings.kind, settings.apply, settings.common
     modules, magnitudes, tokens = dict[str, dict[str, Float]](), dict[str, Float](), dict[str, Float]()
     dtypes, unread, linear, embeddings = set[str](), list[str](), set[str](), set[str]()
     suffixes = _HIRA if apply == "hadamard" else _SUFFIXES
@@ -434,7 +420,7 @@ def low_rank_adapter(container: Container, settings: PeftSettings, base: Base | 
                 f"{safe_repr(path)} is an embedding next to layers with {_NAMES[apply]}, which an embedding "
                 "cannot have here: merge the adapter with PEFT, and extract one from the merged weights"
             )
-        if suffix in EMBEDDING and kind == "lora":
+        if suffix in EMBEDDING and method == "lora":
             array = numbers(name)
             if array.ndim != 2:
                 raise FileError(f"{suffix} must be a matrix; its shape is {array.shape}")
@@ -456,7 +442,7 @@ def low_rank_adapter(container: Container, settings: PeftSettings, base: Base | 
     both = sorted((linear & embeddings) | (tokens.keys() & modules.keys()))
     if both:
         raise FileError(f"{safe_repr(both[0])} has tensors of an embedding next to those of another layer")
-    others = _peft_content.other_tensors(container, unread, modules, common, kind, base, settings.ties)
+    others = _peft_content.other_tensors(container, unread, modules, common, method, base, settings.ties)
     if not modules and not tokens:
         raise FileError("has no adapted weight")
     updates, rest = decoded_experts(modules, settings, recorded(container.metadata, EXPERTS, list), base)
@@ -468,24 +454,24 @@ def low_rank_adapter(container: Container, settings: PeftSettings, base: Base | 
         )
     transposed, conv1ds = recorded(container.metadata, TRANSPOSED, bool), set[str]()
     for path in sorted(rest, key=natural):
-        method = kind_of(path, rest[path])
-        if method != kind:
-            raise FileError(f"{safe_repr(path)} has tensors of {method}, and {CONFIG_NAME} says {kind}")
+        stored = kind_of(path, rest[path])
+        if stored != method:
+            raise FileError(f"{safe_repr(path)} has tensors of {stored}, and {CONFIG_NAME} says {method}")
         tensors, groups = without_groups(path, rest[path])
         if groups > 1 and apply != "add":
             raise FileError(f"{safe_repr(path)} is a convolution in {groups} groups: {NO_GROUPS}")
         update, shape, rank = decode(path, tensors, kron_last_axes=True)
         # The scale is that of PEFT's factors, whatever the rank of ours.
         update = update._replace(scale=settings.scale(path, rank if groups == 1 else len(rest[path]["lora_down"])))
-        if kind == "lora" and path not in embeddings and _peft_content.is_conv1d(path, common.model_type, base):
+        if method == "lora" and path not in embeddings and _peft_content.is_conv1d(path, common.model_type, base):
             conv1ds.add(path)
         says = transposed.get(path, common.transposed or path in conv1ds) and path not in embeddings
-        target = target_of(path, shape, base, says and len(shape) == 2, kind == "lora")
+        target = target_of(path, shape, base, says and len(shape) == 2, method == "lora")
         target = dataclasses.replace(target, groups=groups)
         if path in embeddings:
             target = dataclasses.replace(target, role="embedding", transposed=False)
         updates.append(TargetUpdate(target, update))
-    if base is not None and kind == "lora":
+    if base is not None and method == "lora":
         known = {*transposed, *embeddings, *conv1ds}
         _peft_content.check_transposed(
             [entry.target for entry in updates if entry.target.module not in known], common.transposed
@@ -509,7 +495,7 @@ def low_rank_adapter(container: Container, settings: PeftSettings, base: Base | 
         wrong = summarize(magnitudes.keys() ^ modules.keys())
         raise FileError(f"use_dora of {CONFIG_NAME} is true, and these lack a magnitude or factors: {wrong}")
     return ForeignAdapter(
-        kind if apply == "add" else _NAMES[apply].lower(), [*updates, *rows], _updates.common_dtype(dtypes),
+        method if apply == "add" else _NAMES[apply].lower(), [*updates, *rows], _updates.common_dtype(dtypes),
         others.kept, others.dtypes, common.model, notes=notes,
         application=Application(apply, magnitudes=magnitudes), ties=ties,
     )  # fmt: skip

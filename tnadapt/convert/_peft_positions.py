@@ -30,9 +30,6 @@ from ._updates import Float, Module, ModuleUpdate
 
 Ints = NDArray[np.int64]
 
-__all__ = ["PeftC3a", "PeftFourierFT", "PeftMiss", "PeftShira", "PeftWaveFT"]
-
-
 # -- One vector for each weight, to which a map is applied -------------------------------------------------------------
 
 
@@ -200,7 +197,7 @@ def _listed(targets: Sequence[Target], places: Sequence[Ints], values: Sequence[
     return OwnStructure(targets, config, {"group0.split0.dense": np.concatenate(values)})
 
 
-# -- FourierFT and WaveFT: a few frequencies or wavelet coefficients per weight, at positions left to a seed of torch's
+# -- FourierFT and WaveFT: a few entries of a matrix that is transformed, at positions left to a seed of torch's -------
 
 # PEFT's WaveFT has a matrix of coefficients of the weight's own size, which it puts into the middle of the one that the
 # filters need, and it interchanges two quarters

@@ -15,21 +15,6 @@ from typing import Any, NamedTuple
 from tnadapt.checkpoints.pretrained_model import TASKS, Pretrained
 from tnadapt.errors import FileError, pluralize, safe_repr
 
-__all__ = [
-    "LOW_RANK",
-    "CommonSettings",
-    "PathPatterns",
-    "PeftSettings",
-    "common_config",
-    "common_settings",
-    "config_of",
-    "integer_of",
-    "number_of",
-    "origin_settings",
-    "settings_of",
-]
-
-
 # -- Patterns of module paths, such as the keys of rank_pattern --------------------------------------------------------
 
 # PEFT takes them as regular expressions, and matching one that a stranger wrote may never end. Here they are compiled

@@ -29,8 +29,6 @@ from ._updates import Float, Module, ModuleUpdate, Pair
 
 Ints = NDArray[np.int64]
 
-__all__ = ["PeftRandLora", "PeftTinyLora", "PeftUniLora", "PeftVbLora", "PeftVera"]
-
 
 # -- A and B of the whole adapter: stored, or drawn from a seed --------------------------------------------------------
 

@@ -30,9 +30,6 @@ from ._file_format import ConversionRequest, FileFormat
 from ._files import StoredFiles, replace_folder
 from ._updates import Module, ModuleUpdate, Unpacked, is_embedding, is_expert, place_of
 
-__all__ = ["Conversion", "format_of", "forms", "register_file_format", "requested", "run"]
-
-
 # -- The table of file formats, and the names of the forms that they write ---------------------------------------------
 
 

@@ -27,33 +27,6 @@ from tnadapt.errors import ConfigError, FileError, safe_repr
 from tnadapt.targets.roles import natural
 from tnadapt.targets.target import Target
 
-__all__ = [
-    "Float",
-    "Module",
-    "ModuleUpdate",
-    "Pair",
-    "TargetUpdate",
-    "Unpacked",
-    "alpha_of",
-    "as_matrix",
-    "check_range",
-    "check_size",
-    "common_dtype",
-    "errors_of",
-    "from_bfloat16",
-    "is_embedding",
-    "is_expert",
-    "is_rounding",
-    "modules_of",
-    "narrow",
-    "norms_of",
-    "place_of",
-    "round_to",
-    "uniform",
-    "widen",
-]
-
-
 # -- One module's update: low rank, Kronecker, Hadamard, dense ---------------------------------------------------------
 
 

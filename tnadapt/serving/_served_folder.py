@@ -194,17 +194,12 @@ def _folder_of(model: str) -> str | None:
 def _digest(content: bytes, model: str, base: str | None) -> str:
     """Return a digest of all that the expanded adapter depends on."""
     digest = hashlib.sha256()
-    for part in (_VERSION, model.encode("utf-8", "surrogatepass"), str(base).encode(), *_state(base), content):
+    # The sizes and times of the base's files tell whether it was replaced.
+    states = [] if base is None else [os.stat(file) for file in open_checkpoint(base).files]
+    files = [f"{state.st_size} {state.st_mtime_ns}".encode() for state in states]
+    for part in (_VERSION, model.encode("utf-8", "surrogatepass"), str(base).encode(), *files, content):
         digest.update(len(part).to_bytes(8, "little") + part)
     return digest.hexdigest()
-
-
-def _state(base: str | None) -> list[bytes]:
-    """Return the sizes and times of the files of a base, which tell whether it was replaced."""
-    if base is None:
-        return []
-    states = [os.stat(file) for file in open_checkpoint(base).files]
-    return [f"{state.st_size} {state.st_mtime_ns}".encode() for state in states]
 
 
 # -- The resolver of vLLM, which asks it for adapters that it does not know, by name -----------------------------------
