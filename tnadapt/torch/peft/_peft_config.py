@@ -8,6 +8,10 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
+from peft import PeftConfig
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from tnadapt.algebra import presets
@@ -19,24 +23,10 @@ from tnadapt.argument_checks import flag
 from tnadapt.errors import ConfigError, TargetError, UnexpectedKeywordError, safe_repr, warn
 from tnadapt.targets.roles import are_roles, ends_in, path_matcher
 from tnadapt.targets.target import Target
+from tnadapt.torch._attach import check_form
 from tnadapt.torch._forward_pass import check_dropout
-from tnadapt.torch._forward_patch import ACTIVATIONS, STRATEGIES
 from tnadapt.torch._target_selection import find_targets
 from tnadapt.torch._weights import plain
-
-from ._peft_library import (
-    PEFT_TYPE_TO_CONFIG_MAPPING,
-    TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
-    AuxiliaryTrainingWrapper,
-    PeftConfig,
-)
-
-__all__ = [
-    "NAME",
-    "TnadaptConfig",
-    "select_targets",
-]
-
 
 # -- The config --------------------------------------------------------------------------------------------------------
 
@@ -204,12 +194,7 @@ class TnadaptConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not l
         if self.modules_to_save is not None:
             saved = self.modules_to_save
             self.modules_to_save = _list("modules_to_save", [saved] if isinstance(saved, str) else saved)
-        if not isinstance(self.strategy, str) or self.strategy not in STRATEGIES:
-            raise ConfigError(f"strategy must be one of {', '.join(STRATEGIES)}; got {safe_repr(self.strategy)}")
-        if self.activation is not None and (not isinstance(self.activation, str) or self.activation not in ACTIVATIONS):
-            raise ConfigError(
-                f"activation must be one of {', '.join(ACTIVATIONS)}, or None; got {safe_repr(self.activation)}"
-            )
+        check_form(self.strategy, self.activation)
         self.detach_norm = flag("detach_norm", self.detach_norm)
         self.dropout = check_dropout(self.dropout)
         for name in ("base", "computed_from"):
@@ -239,9 +224,8 @@ class TnadaptConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not l
         for name, value in (("layers_to_transform", layers), ("layers_pattern", patterns)):
             if value is not None and isinstance(self.target_modules, str) and not are_roles(self.target_modules):
                 raise ConfigError(
-                    f"`{name}` cannot be used when `target_modules` is a str. It is "
-                    f"{safe_repr(self.target_modules)}: give "
-                    "a list of names or roles such as 'qv', or write the layers into the regular expression"
+                    f"`{name}` cannot be used when `target_modules` is a str. It is {safe_repr(self.target_modules)}: "
+                    "give a list of names or roles such as 'qv', or write the layers into the regular expression"
                 )
         if patterns and layers is None:
             raise ConfigError(

@@ -1,4 +1,4 @@
-"""All that is imported from PEFT, public or not, and an adapter's arrays where PEFT's code looks for them."""
+"""The check that PEFT is there, and an adapter's arrays where PEFT's code looks for them."""
 
 from __future__ import annotations
 
@@ -8,30 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from tnadapt.errors import BackendError, TargetError
+from tnadapt.errors import BackendError, TargetError, safe_repr
 from tnadapt.torch._state import DOT, encoded
-
-__all__ = [
-    "PEFT_TYPE_TO_CONFIG_MAPPING",
-    "PEFT_TYPE_TO_PREFIX_MAPPING",
-    "PEFT_TYPE_TO_TUNER_MAPPING",
-    "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING",
-    "AdapterArrays",
-    "AuxiliaryTrainingWrapper",
-    "BaseTuner",
-    "BaseTunerLayer",
-    "PeftConfig",
-    "PeftMissingError",
-    "check_adapter_name",
-    "check_adapters_to_merge",
-    "delete_adapter",
-    "in_file",
-    "init_empty_weights",
-    "set_adapter",
-    "set_additional_trainable_modules",
-    "set_requires_grad",
-]
-
 
 # -- PEFT, and the error if it is missing or too old -------------------------------------------------------------------
 
@@ -41,15 +19,9 @@ class PeftMissingError(BackendError, ImportError):
 
 
 try:
-    from peft import PeftConfig
-    from peft.functional import delete_adapter, set_adapter, set_requires_grad
-    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
-    from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
-    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-    from peft.utils.integrations import init_empty_weights
-    from peft.utils.other import AuxiliaryTrainingWrapper, set_additional_trainable_modules
+    import peft
 
-    if not hasattr(BaseTuner, "_remap_adapter_state_dict_for_load"):
+    if not hasattr(peft.tuners.tuners_utils.BaseTuner, "_remap_adapter_state_dict_for_load"):
         raise ImportError("the installed PEFT lacks the hooks that an external method needs")
 except ImportError as error:
     raise PeftMissingError(
@@ -123,7 +95,7 @@ def in_file(key: str, adapter_name: str) -> str | None:
     return None if match is None else f"{match[1] or ''}model.tnadapt.{match[2].replace('_', '.')}"
 
 
-def check_adapter_name(name: str) -> None:
+def check_adapter_name(name: str, modules_to_save: Any) -> None:
     """Raise a TargetError if PEFT would confuse the name with a part of every array's name, or torch forbids it."""
     if _RESERVED.fullmatch(name):
         raise TargetError(
@@ -134,4 +106,9 @@ def check_adapter_name(name: str) -> None:
         raise TargetError(
             f"an adapter cannot be called {name!r}: its arrays are kept in an nn.ModuleDict, which has an attribute of "
             "that name; give another name"
+        )
+    if modules_to_save and "." in name:
+        raise TargetError(
+            f"an adapter cannot be called {name!r} with modules_to_save={safe_repr(modules_to_save)}: PEFT keeps the "
+            "trained copies under the adapter's name, in which torch allows no dot; give a name without dots"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -11,6 +12,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
+from peft import PeftConfig
+from peft.functional import delete_adapter, set_adapter, set_requires_grad
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
+from peft.utils.integrations import init_empty_weights
+from peft.utils.other import AuxiliaryTrainingWrapper, set_additional_trainable_modules
 from torch import Tensor, nn
 
 from tnadapt.algebra.config import Config
@@ -27,24 +33,7 @@ from tnadapt.torch._state import PREFIX, AdapterState, RowAssignment, entered, r
 from tnadapt.torch._trainable import keep
 
 from ._peft_config import TnadaptConfig, select_targets
-from ._peft_library import (
-    AdapterArrays,
-    AuxiliaryTrainingWrapper,
-    BaseTuner,
-    BaseTunerLayer,
-    PeftConfig,
-    check_adapter_name,
-    check_adapters_to_merge,
-    delete_adapter,
-    in_file,
-    init_empty_weights,
-    set_adapter,
-    set_additional_trainable_modules,
-    set_requires_grad,
-)
-
-__all__ = ["TnadaptLayer", "TnadaptModel"]
-
+from ._peft_library import AdapterArrays, check_adapter_name, in_file
 
 # -- The adapters on a model as PEFT sees them: a single "tuner layer" -------------------------------------------------
 
@@ -100,12 +89,11 @@ class TnadaptLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # PEFT's t
         handle = self.handles[name]
         # While other adapters remain, requires_grad is decided by them and by PEFT (modules_to_save). Detaching would
         # reset it to its state before the first adapter, so it is saved and restored.
-        required = [(p, p.requires_grad) for p in handle.model.parameters()] if len(self.handles) > 1 else []
+        required = _trainable(handle.model) if len(self.handles) > 1 else {}
         try:
             let_go(handle._state)
         finally:
-            for parameter, was in required:
-                parameter.requires_grad_(was)
+            _restore(required)
         self.drop(name)
 
     def drop(self, name: str) -> None:
@@ -329,21 +317,20 @@ def start_randomly(handle: Adapter) -> None:
     """
     units = handle.plan.units
     named = [(name, array) for name, array in handle.named_parameters() if array.device.type != "meta"]
-    arrays = [array for _, array in named]
-    zero = [array for array in arrays if not array.any()]
+    has_zero = not all(array.any() for _, array in named)
     # A single array is the update itself, so its numbers must be small; otherwise the small initial values of the other
     # arrays scale the product.
     # They are smaller still if the scale or F enlarges them, as WaveFT's scale of 25 does.
     # θ moves all arrays of a product at once.
-    alone = len(arrays) == handle.plan.num_groups or handle.plan.theta is not None
-    if not zero and not handle.plan.point.leaves_zero:
+    alone = len(named) == handle.plan.num_groups or handle.plan.theta is not None
+    if not has_zero and not handle.plan.point.leaves_zero:
         # All arrays move at once, and some are identities.
-        for array in arrays:
+        for _, array in named:
             array.add_(torch.randn_like(array), alpha=0.3 * float(array.square().mean().sqrt()))
         return
     enlarged = max(group.network.scale * math.sqrt(group.projection.map.variance()) for group in handle.plan.groups)
     for name, array in named:
-        if not zero or not array.any():
+        if not has_zero or not array.any():
             array.add_(torch.randn_like(array), alpha=(0.1 / max(1.0, enlarged) if alone else 1.0) / units[name])
 
 
@@ -353,26 +340,18 @@ def start_randomly(handle: Adapter) -> None:
 def _describe_base(handle: Adapter) -> dict[str, Any]:
     """Return the description of the base model and the draws for a file; reads every adapted weight."""
     base = base_fingerprint(handle._state)
-    counts: dict[str, int] = {}
-    for rows, cols in handle.plan.shapes:
-        counts[f"{rows}x{cols}"] = counts.get(f"{rows}x{cols}", 0) + 1
     return {
-        "weights": counts,
+        "weights": dict(collections.Counter(f"{rows}x{cols}" for rows, cols in handle.plan.shapes)),
         "fingerprint": None if base is None else {**dataclasses.asdict(base), "sketch": list(base.sketch)},
         "draws": AdapterFile(handle.config, handle.targets, handle.plan.init(), given=handle.plan.given).draws,
     }
 
 
-def _computed_from(handle: Adapter, base: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Return the fingerprint of a described base if arrays of the adapter are computed from its weights."""
-    return base["fingerprint"] if base is not None and handle.plan.base_shapes else None
-
-
 def _check_base(handle: Adapter, saved: dict[str, Any] | None, source: dict[str, Any] | None) -> None:
     """Raise a FileError unless the adapter was trained on these weights and with the same draws.
 
-    ``saved`` is from :func:`_describe_base`, or None if nothing of it is compared; ``source`` from
-    :func:`_computed_from`: on another base, the arrays that the adapter does not store would differ.
+    ``saved`` is from :func:`_describe_base`, or None if nothing of it is compared; ``source`` is its fingerprint if
+    arrays are computed from the base weights: on another base, those that the adapter does not store would differ.
     """
     computed = handle.plan.base_shapes
     if saved is None and (source is None or not computed):
@@ -384,9 +363,8 @@ def _check_base(handle: Adapter, saved: dict[str, Any] | None, source: dict[str,
     )
     if saved is not None and saved.get("weights") != here["weights"]:
         raise FileError(
-            f"the adapter was trained on weights of the shapes {safe_repr(saved.get('weights'))}, and "
-            "target_modules find "
-            f"{here['weights']} in this {class_name}. {way}"
+            f"the adapter was trained on weights of the shapes {safe_repr(saved.get('weights'))}, and target_modules "
+            f"find {here['weights']} in this {class_name}. {way}"
         )
     if saved is not None and saved.get("draws") != here["draws"]:
         raise FileError(
@@ -468,8 +446,7 @@ class TnadaptModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not loo
             layer = self.tnadapt
             if layer.handles:
                 trainable = _trainable(self)
-            check_adapter_name(adapter_name)
-            _check_saved_modules(config, adapter_name)
+            check_adapter_name(adapter_name, config.modules_to_save)
             if layer.merged:
                 warnings.warn("An adapter cannot be added while others are merged. Unmerging them first.", stacklevel=2)
                 layer.unmerge()
@@ -615,7 +592,7 @@ class TnadaptModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not loo
         handle = layer.handle(adapter_name)
         if config.base is None or (config.computed_from is None and handle.plan.base_shapes):
             base = layer.base_of(adapter_name)
-            config.keep_base(base, _computed_from(handle, base))
+            config.keep_base(base, base["fingerprint"] if base is not None and handle.plan.base_shapes else None)
         config.keep_trained(handle.trained)
         tensors = {key: tensor for key, tensor in state_dict.items() if in_file(key, adapter_name) is not None}
         # PEFT's files have the arrays, as tnadapt's do.
@@ -672,16 +649,6 @@ def _trainable(model: nn.Module) -> dict[nn.Parameter, bool]:
 def _restore(trainable: Mapping[nn.Parameter, bool]) -> None:
     for parameter, required in trainable.items():
         parameter.requires_grad_(required)
-
-
-def _check_saved_modules(config: TnadaptConfig, name: str) -> None:
-    """Raise a TargetError if PEFT could not store copies of saved modules under the adapter's name."""
-    if config.modules_to_save and "." in name:
-        raise TargetError(
-            f"an adapter cannot be called {name!r} with modules_to_save={safe_repr(config.modules_to_save)}: "
-            "PEFT keeps "
-            "the trained copies under the adapter's name, in which torch allows no dot; give a name without dots"
-        )
 
 
 def _choose(handle: Adapter, trained: Sequence[str]) -> None:
