@@ -24,7 +24,7 @@ from ._adapter_saving import AdapterFiles
 from ._merging import RequantizationReport
 from ._quantized import quantized_type
 from ._registry import attached, mix, set_weight
-from ._state import AdapterState, is_array, named_parameters
+from ._state import AdapterState, is_array
 from ._trainable import AdapterParameters
 from ._weights import join
 
@@ -180,12 +180,7 @@ class Summary:
 def _sizes(adapter: AdapterState) -> dict[str, int]:
     """Return the elements of each of the base's parameters; of a quantized weight, those that it stands for."""
     model = adapter.model
-    adapter_ids = {id(parameter) for _, parameter in named_parameters(adapter)}
-    sizes = {
-        name: parameter.numel()
-        for name, parameter in model.named_parameters()
-        if not is_array(name) and id(parameter) not in adapter_ids
-    }
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters() if not is_array(name)}
     for path, module in model.named_modules():
         layer_type = quantized_type(module)
         if layer_type is not None:

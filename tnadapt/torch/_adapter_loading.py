@@ -27,7 +27,7 @@ from tnadapt.targets.target import Target
 
 from . import _adapter_saving as saving
 from ._adapter import Adapter
-from ._attach import AttachRequest, carry_out, check_name, checked_dtype
+from ._attach import AttachRequest, carry_out
 from ._base_models import LIBRARIES, describe
 from ._delta import copy_all
 from ._registry import refuse_merged, take_off
@@ -40,12 +40,6 @@ from ._weights import names_of_shared, numbers, split_by_file
 
 
 _log = logging.getLogger(__name__)
-
-# Of weights whose sketches are not far apart; those of another model are 1.4 apart.
-_CLOSE = (
-    "They are about {:.2g} % apart, as quantized weights are from the originals (a common factor of all weights does "
-    "not count). "
-)
 
 
 @checks_arguments
@@ -121,9 +115,8 @@ def load(
     ...     tnadapt.torch.load(model, folder + "/adapter.safetensors").num_parameters
     368
     """
-    wanted = checked_dtype(dtype) if dtype is not None else None
     return attach_file(
-        model, adapter_format.load(path), path, name, check_base, wanted, untie=untie, keep_tied=keep_tied,
+        model, adapter_format.load(path), path, name, check_base, dtype, untie=untie, keep_tied=keep_tied,
         detach_norm=detach_norm, dropout=dropout,
     )  # fmt: skip
 
@@ -134,12 +127,12 @@ def attach_file(
     path: str | os.PathLike[str],
     name: str,
     check_base: bool,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     **options: Any,
 ) -> Adapter:
     """Attach an adapter that was read from a path, with these options of ``attach``; see :func:`load`."""
     with saving.file_errors(path):
-        dtype = dtype or _dtype_on_load(file)
+        dtype = _dtype_on_load(file) if dtype is None else dtype
         targets = _located(model, file)
         saving.check_kept(model, file)
         copies = split_by_file(model, file, options.get("untie", False), options.get("keep_tied", False))
@@ -148,8 +141,12 @@ def attach_file(
         if check_base and file.base is not None and base is not None:
             difference = file.base.difference(base)
             if difference is not None:
-                apart = file.base.apart(base)
-                close = _CLOSE.format(100 * apart) if apart < 0.5 else ""
+                apart, close = file.base.apart(base), ""
+                if apart < 0.5:  # those of another model are 1.4 apart
+                    close = (
+                        f"They are about {100 * apart:.2g} % apart, as quantized weights are from the originals (a "
+                        "common factor of all weights does not count). "
+                    )
                 raise FileError(
                     f"it was trained on another base model than this {type(model).__name__}: of the adapted weights, "
                     f"{difference}. {close}Give the model it was trained on, or check_base=False"
@@ -159,15 +156,13 @@ def attach_file(
                 "its arrays are computed from the base weights, which have to be those that it was trained on: give "
                 "the model with its weights and leave check_base=False out, or save the adapter with store_bases=True"
             )
-    check_name(model, name)
+    request = AttachRequest(
+        model, file.config, targets, name, kept=kept, activation=file.activation, dtype=dtype, given=file.given,
+        fresh=False, copies=copies, **options,
+    )  # fmt: skip
     before: list[tuple[Tensor, Tensor]] = []
     try:
-        adapter = carry_out(
-            AttachRequest(
-                model, file.config, targets, name, kept=kept, activation=file.activation, dtype=dtype, given=file.given,
-                fresh=False, copies=copies, **options,
-            )
-        )  # fmt: skip
+        adapter = carry_out(request)
         state = adapter._state
         state.alone += tuple(weight for weight, others in file.ties.items() if not others and weight not in state.alone)
         state.pretrained = _recorded(model, file.pretrained, check_base)

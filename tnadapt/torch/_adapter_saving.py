@@ -1,8 +1,8 @@
 """Saving an adapter and kept parameters: to a file, a folder with a model card, the hub; swapping in another's file.
 
-:func:`to_file` makes the content of a file from an adapter on a model, and :func:`save` writes it. A folder
-(:func:`save_folder`) has the file, its card (:func:`model_card`) and the files of a tokenizer or processor; it can be
-uploaded (:func:`push`) and downloaded (:func:`adapter_path`).
+:func:`to_file` makes the content of a file from an adapter on a model. A folder (:func:`save_folder`) has the file, its
+card (:func:`model_card`) and the files of a tokenizer or processor; it can be downloaded (:func:`adapter_path`).
+:class:`AdapterFiles` has the methods of an adapter.
 """
 
 from __future__ import annotations
@@ -109,8 +109,7 @@ def to_file(adapter: AdapterState, about: Pretrained | None = None, store_bases:
             "was attached: call reset() once the model has its weights"
         )
     plan, base = adapter.plan.file_plan, base_fingerprint(adapter)
-    all_stored = store_bases or base is None
-    stored = {name: array for name, array in plan.given.items() if all_stored or name not in plan.base_shapes}
+    left_out = {} if store_bases or base is None else plan.base_shapes
     dtypes: dict[str, str] = {}
 
     def host(name: str, tensor: Tensor) -> np.ndarray:
@@ -135,7 +134,7 @@ def to_file(adapter: AdapterState, about: Pretrained | None = None, store_bases:
         activation=adapter.activation,
         model=adapter.model_name,
         trained=adapter.trained,
-        given=stored,
+        given={name: array for name, array in plan.given.items() if name not in left_out},
         pretrained=about,
         ties=ties,
     )
@@ -473,8 +472,9 @@ def save_folder(
     """Write a folder; see :meth:`Adapter.save_pretrained`. The card loads the adapter from ``where``."""
     need_attached(adapter)
     numbers = {name: float(value) for name, value in (metrics or {}).items()}
+    processors = [processor for processor in processors if processor is not None]
     for processor in processors:
-        if processor is not None and not callable(getattr(processor, "save_pretrained", None)):
+        if not callable(getattr(processor, "save_pretrained", None)):
             raise ConfigError(
                 "tokenizer and processor must have save_pretrained, as those of transformers; got "
                 f"{type(processor).__name__}"
@@ -488,8 +488,7 @@ def save_folder(
     except OSError as error:
         raise FileError(f"{os.fspath(folder)}: cannot create this folder: {error}") from None
     for processor in processors:
-        if processor is not None:
-            processor.save_pretrained(path)
+        processor.save_pretrained(path)
     write_card(path, model_card(file, where or path.absolute().name, numbers), overwrite_card)
     # Last: a folder with this file is complete.
     adapter_format.save(path / FILE_NAME, file)

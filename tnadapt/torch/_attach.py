@@ -374,7 +374,7 @@ def attach(
             raise ConfigError(
                 f"the keys of a mapping of configs are the targets; got targets={safe_repr(targets)}, too"
             )
-        cfg, targets = of_patterns(model, cfg, layers=layers, exclude=exclude, untie=untie, keep_tied=keep_tied)
+        cfg, targets = of_patterns(model, cfg, layers, exclude)
         layers = exclude = None
     elif isinstance(cfg, CompositeConfig):
         check_ordered(targets)

@@ -24,7 +24,7 @@ from tnadapt.errors import ConfigError, FileError, TnadaptError, safe_repr
 
 from ._state import is_array
 
-# -- Each library that builds pretrained models is a class with four methods ------------------------------------------
+# -- Each library that builds pretrained models is a class with four methods -------------------------------------------
 
 # ``describe`` returns what a model says about itself, and None if it is not of this library. ``build`` returns the
 # model, and the names of the parameters that its base has no values for; of a base that only a file names (not
@@ -75,8 +75,6 @@ _GIVE_TIMM_BASE = "give base= (--base) with timm's name of a model, or a model"
 class TimmModels:
     """The pretrained models of timm."""
 
-    name = "timm"
-
     def describe(self, model: nn.Module) -> Pretrained | None:
         """Return timm's name, the number or names of classes, and the size of images if it is not the usual one."""
         config = getattr(model, "pretrained_cfg", None)
@@ -94,7 +92,7 @@ class TimmModels:
         if (taken := getattr(model, "in_chans", channels)) != channels:
             settings["in_chans"] = taken
         dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-        return Pretrained(_name(config), "", "", self.name, "image-classification", labels, dtype, settings)
+        return Pretrained(_name(config), "", "", "timm", "image-classification", labels, dtype, settings)
 
     def build(
         self, about: Pretrained, *, device: Any, dtype: Any, quantization_config: Any, token: Any, trusted: bool
@@ -177,8 +175,6 @@ _GIVE_BASE = "give base= (--base) with a folder, a name or a model"
 class TransformersModels:
     """The pretrained models of transformers."""
 
-    name = "transformers"
-
     def describe(self, model: nn.Module) -> Pretrained | None:
         """Return the base's name and revision, the task, the labels and the dtype."""
         modeling = sys.modules.get("transformers.modeling_utils")
@@ -194,11 +190,11 @@ class TransformersModels:
             settings = {name: value for name, value in values.items() if value is not None and value != -1}
         labels = _labels(config) if task and TASKS[task].labelled else ()
         try:
-            return Pretrained(name, revision, file, self.name, task, labels, _dtype(model), settings)
+            return Pretrained(name, revision, file, "transformers", task, labels, _dtype(model), settings)
         except ConfigError:
             # An unusual config must not keep an adapter from being saved: record the base alone, or nothing.
             with contextlib.suppress(ConfigError):
-                return Pretrained(name, revision, "", self.name)
+                return Pretrained(name, revision, "", "transformers")
             return None
 
     def build(

@@ -102,7 +102,7 @@ def mix(model: nn.Module, weights: Mapping[str, float] | Iterable[tuple[str, flo
             raise TargetError(f"adapter {name!r} is merged, so its weight cannot change: call unmerge() first")
     new = [(adapter, wanted.get(name, 0.0)) for name, adapter in adapters.items()]
     old = [(adapter, adapter.weight) for adapter in adapters.values()]
-    all_or_none(_set_weight, new, old)
+    all_or_none(AdapterState.set_weight, new, old)
     trim_idle(adapters.values())
 
 
@@ -125,15 +125,11 @@ def _pairs(weights: Any) -> list[tuple[str, float]]:
 
 def set_weight(adapter: AdapterState, weight: float) -> None:
     """Set one mixing weight; see :meth:`Adapter.set_weight`."""
-    _set_weight(adapter, weight)
-    trim_idle(adapter.model.__dict__.get(ADAPTERS_ATTR, {}).values())
-
-
-def _set_weight(adapter: AdapterState, weight: float) -> None:
     number = _finite(weight)
     if number != adapter.weight:
         need_unmerged(adapter, "another weight")
     all_or_none(AdapterState.set_weight, [(adapter, number)], [(adapter, adapter.weight)])
+    trim_idle(adapter.model.__dict__.get(ADAPTERS_ATTR, {}).values())
 
 
 def _finite(weight: float) -> float:

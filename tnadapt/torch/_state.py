@@ -116,21 +116,6 @@ class Idle(NamedTuple):
     held: int
 
 
-class Patch(Protocol):
-    """The interface of a patched module's forward that the state needs."""
-
-    host: nn.Module
-
-    def remove(self, adapter: AdapterState) -> None:
-        """Remove an adapter's slots."""
-
-    def rivals(self, adapter: AdapterState) -> list[AdapterState]:
-        """Return the adapters of the same rows with which this one does not add up."""
-
-    def exchange(self, slots: Mapping[AdapterSlot, AdapterSlot]) -> None:
-        """Put other slots in the place of some."""
-
-
 class AdapterState:
     """The complete state of one adapter on one model.
 
@@ -150,7 +135,7 @@ class AdapterState:
         The arrays that are trained, by their names in the plan; None for all.
     slots : list of AdapterSlot
         One for each target, in their order; then one for each other module that holds a tied weight.
-    patches : list of Patch
+    patches : list of ForwardPatch
         The patch that uses each slot, in their order; the same one several times where one forward uses several.
     was_trainable : dict of str to bool
         ``requires_grad`` of the base's parameters before ``attach``.
@@ -233,7 +218,7 @@ class AdapterState:
         self.kept = tuple(kept)
         self.trained: tuple[str, ...] | None = None
         self.slots: list[AdapterSlot] = []
-        self.patches: list[Patch] = []
+        self.patches: list[Any] = []
         self.was_trainable: dict[str, bool] = {}
         self.untied: list[tuple[nn.Module, str, nn.Parameter]] = []
         self.alone: tuple[str, ...] = ()

@@ -26,7 +26,18 @@ from tnadapt.targets.fused_rows import Facts, Fused, LayoutError, place_rows
 from tnadapt.targets.target import ROLES, Rows, Target, check_distinct
 
 from ._quantized import is_embedding
-from ._weights import Weight, check_usable, join, modules_of, plain, projections_in, weights_of, with_tied, wraps
+from ._weights import (
+    Weight,
+    check_usable,
+    join,
+    modules_of,
+    plain,
+    projections_in,
+    reported_by,
+    weights_of,
+    with_tied,
+    wraps,
+)
 
 # -- The layout of a fused weight, and its rows that produce q, k and v ------------------------------------------------
 
@@ -142,13 +153,12 @@ class _ModelTree:
     """The modules of a model by their paths, as :func:`attentions_in` asks for them."""
 
     def __init__(self, model: nn.Module) -> None:
-        places = list(modules_of(model))
-        self._paths = [path for path, _ in places]
-        self.modules = {plain(path): module for path, module in places} | dict(places)
-        self.first = {id(module): path for path, module in places}
+        places = dict(modules_of(model))
+        self.modules = {plain(path): module for path, module in places.items()} | places
+        self.first = {id(module): path for path, module in places.items()}
 
-    def paths(self) -> list[str]:
-        return self._paths
+    def paths(self) -> Iterable[str]:
+        return self.first.values()
 
     def is_attention(self, path: str) -> bool:
         return roles.is_attention(type(self.modules[path]).__name__, plain(path).rpartition(".")[2])
@@ -215,6 +225,8 @@ class TargetSearch:
     """One model, inspected once for several searches."""
 
     def __init__(self, model: nn.Module) -> None:
+        if not isinstance(model, nn.Module):
+            raise TargetError(f"targets are found in a torch module; got {type(model).__name__}")
         self.model = model
         self.modules = dict(modules_of(model))
 
@@ -269,34 +281,34 @@ class TargetSearch:
         elif word == "conv":
             chosen = [weight for weight in self.weights if weight.kind == "conv"]
         else:
-            return self._by_expression(word, roles.path_matcher(word, "targets"), self._whole_of)
+            return self._by_expression(word)
         return list(map(_whole, chosen))
 
-    def _by_expression(
-        self, word: str, is_match: Callable[[str], bool], targets_of: Callable[[str, nn.Module], list[Target]]
-    ) -> list[Target]:
-        """Return the targets of the modules whose path matches, with or without PEFT's wrapping."""
-        # PEFT's wrapper is skipped: the layer in it has the same plain path.
-        layers = [(path, module) for path, module in self.modules.items() if not wraps(module)]
-        matching = [(path, module) for path, module in layers if is_match(path) or is_match(plain(path))]
-        targets = [target for path, module in matching for target in targets_of(path, module)]
+    def _by_expression(self, word: str, ends: bool = False) -> list[Target]:
+        """Return the targets of the modules whose path matches, with or without PEFT's wrapping.
+
+        With ``ends`` the last whole parts of the path suffice, and a module that holds no weight itself stands for all
+        linear weights in it.
+        """
+        is_match = roles.path_matcher(word, "" if ends else "targets", ends)
+        targets = list[Target]()
+        for path, module in self.modules.items():
+            # PEFT's wrapper is skipped: the layer in it has the same plain path.
+            if wraps(module) or not (is_match(path) or is_match(plain(path))):
+                continue
+            if ends and not weights_of(path, module):
+                targets += [_whole(weight) for weight in self._inside(path) if weight.kind == "linear"]
+            else:
+                targets += self._whole_of(path, module)
         if not targets:
             raise self._no_match(word)
         return targets
 
     def by_pattern(self, pattern: str) -> list[Target]:
-        """Return the targets of a word, or of a regular expression for the whole path or its last whole parts.
-
-        Of a module that holds no weight itself, those are all linear weights in it.
-        """
+        """Return the targets of a word, or of a regular expression for the whole path or its last whole parts."""
         if pattern in roles.KEYWORDS or roles.are_roles(pattern):
             return self._by_word(pattern)
-
-        def targets_of(path: str, module: nn.Module) -> list[Target]:
-            inside = (weight for weight in self._inside(path) if weight.kind == "linear")
-            return list(map(_whole, weights_of(path, module) or inside))
-
-        return self._by_expression(pattern, roles.path_matcher(pattern, ends=True), targets_of)
+        return self._by_expression(pattern, ends=True)
 
     def _inside(self, path: str) -> list[Weight]:
         return [weight for weight in self.weights if weight.path.startswith(f"{path}." if path else "")]
@@ -437,10 +449,7 @@ def _heads(model: nn.Module) -> set[int]:
     """Return ids of the output head's modules: those the model reports, or the last layer below a child so named."""
     heads: list[Any] = []
     for method in ("get_output_embeddings", "get_classifier"):
-        try:
-            reported = getattr(model, method)()
-        except (AttributeError, NotImplementedError, TypeError):
-            continue
+        reported = reported_by(model, method)
         heads += reported if isinstance(reported, (tuple, list)) else [reported]
     while len(model._modules) == 1 and next(iter(model._modules)) in _WRAPPERS:
         inner = next(iter(model._modules.values()))
@@ -734,8 +743,6 @@ def find_targets(
     >>> [target.module for target in find_targets(encoder, "all-linear", layers=-1, exclude=["self_attn", "linear2"])]
     ['layers.2.linear1']
     """
-    if not isinstance(model, nn.Module):
-        raise TargetError(f"targets are found in a torch module; got {type(model).__name__}")
     untie, keep_tied = flag("untie", untie), flag("keep_tied", keep_tied)
     search = TargetSearch(model)
     selected = search.find(targets)
@@ -777,13 +784,7 @@ def in_order(search: TargetSearch, found: Iterable[Target]) -> list[Target]:
 
 
 def of_patterns(
-    model: nn.Module,
-    patterns: Mapping[Any, Config | str],
-    *,
-    layers: Any = None,
-    exclude: Any = None,
-    untie: bool = False,
-    keep_tied: bool = False,
+    model: nn.Module, patterns: Mapping[Any, Config | str], layers: Any = None, exclude: Any = None
 ) -> tuple[Config, list[Target]]:
     """Return the config of a mapping from patterns to configs, and its targets: those of the first pattern, and so on.
 
@@ -794,8 +795,8 @@ def of_patterns(
         From what ``targets`` of :func:`tnadapt.torch.find_targets` may be, with a tuple for a list, to a config or the
         name of a preset. Another string than a role or keyword is a regular expression for the path of a module, or
         for its last whole parts; of a module that holds no weight itself, all linear weights in it are meant.
-    layers, exclude, untie, keep_tied
-        As for :func:`tnadapt.torch.find_targets`.
+    layers, exclude
+        As for :func:`tnadapt.torch.find_targets`, which is yet to check the targets.
 
     Returns
     -------
@@ -818,8 +819,6 @@ def of_patterns(
     >>> [part.weights for part in config.parts], [target.module for target in targets]
     ([2, 2], ['linear1', 'linear2', 'self_attn', 'self_attn'])
     """
-    if not isinstance(model, nn.Module):
-        raise TargetError(f"attach needs a torch module; got {type(model).__name__}")
     if not patterns:
         raise ConfigError("a mapping of patterns to configs must have at least one; got {}")
     configs = {pattern: _config(pattern, value) for pattern, value in patterns.items()}
@@ -832,8 +831,6 @@ def of_patterns(
         if not selected:
             raise TargetError(f"layers and exclude leave no target of {safe_repr(pattern)}: leave this pattern out")
     targets = [target for selected in chosen.values() for target in selected]
-    targets = with_tied(model, targets, keep_tied)
-    check_usable(model, targets, untie)
     parts = [(configs[pattern], len(selected)) for pattern, selected in chosen.items()]
     return (parts[0][0] if len(parts) == 1 else CompositeConfig(parts)), targets
 

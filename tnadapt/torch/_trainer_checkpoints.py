@@ -87,14 +87,10 @@ def _tags(front: dict[str, Any]) -> list[str]:
 
 # The Trainer's file of its own arguments in a checkpoint.
 _ARGUMENTS = "training_args.bin"
-_METHODS = {
-    "train": "train",
-    "_save": "save",
-    "_load_from_checkpoint": "load",
-    "_load_best_model": "load_best",
-    "_push_from_checkpoint": "push",
-    "create_model_card": "write_card",
-}
+# Its methods that write and read the model of a checkpoint.
+_METHODS = (
+    "train", "_save", "_load_from_checkpoint", "_load_best_model", "_push_from_checkpoint", "create_model_card",
+)  # fmt: skip
 
 
 def adapter_checkpoints(trainer: Any) -> None:
@@ -174,12 +170,12 @@ def adapter_checkpoints(trainer: Any) -> None:
             "attached besides is frozen there: leave peft_config out, or give a TnadaptConfig as peft_config and call "
             "neither attach() nor adapter_checkpoints()"
         )
-    for theirs, ours in _METHODS.items():
-        setattr(trainer, theirs, getattr(checkpoints, ours))
+    for name in _METHODS:
+        setattr(trainer, name, getattr(checkpoints, name))
 
 
 class _AdapterCheckpoints:
-    """Replaces the methods of one Trainer that write and read the model of a checkpoint."""
+    """Replaces those methods of one Trainer, under their names."""
 
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
@@ -216,7 +212,7 @@ class _AdapterCheckpoints:
             raise TargetError(f"no adapter is active, so none would be trained: call activate() of one of {names}")
         return self.otherwise["train"](*args, **kwargs)
 
-    def save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Write the adapters, and next to them what the Trainer writes next to a model."""
         trainer, states = self.trainer, self.adapters()
         if not states:  # baked or detached since: the model is an ordinary one
@@ -247,7 +243,7 @@ class _AdapterCheckpoints:
         is_root = folder.absolute() == Path(self.trainer.args.output_dir).absolute()
         return self.trainer.hub_model_id if self.uploads and is_root else folder.absolute().name
 
-    def push(self, checkpoint_folder: str) -> None:
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Upload the output folder during training, with the adapters of a checkpoint in it."""
         root, target = Path(checkpoint_folder), Path(self.trainer.args.output_dir)
         if self.adapters() and is_writer():
@@ -258,7 +254,7 @@ class _AdapterCheckpoints:
             self.complete_card(target)
         self.otherwise["_push_from_checkpoint"](checkpoint_folder)
 
-    def write_card(self, *args: Any, **kwargs: Any) -> None:
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write the Trainer's card, and the adapter's before it if the folder has one."""
         self.otherwise["create_model_card"](*args, **kwargs)
         self.complete_card(Path(self.trainer.args.output_dir))
@@ -267,12 +263,12 @@ class _AdapterCheckpoints:
         if self.adapters() and is_writer():
             complete_trainer_card(folder, self.where(folder))
 
-    def load(self, resume_from_checkpoint: str, model: Any = None) -> None:
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Read the adapters of a checkpoint, or a whole model."""
         if not self._read(resume_from_checkpoint):
             self.otherwise["_load_from_checkpoint"](resume_from_checkpoint, model)
 
-    def load_best(self) -> None:
+    def _load_best_model(self) -> None:
         """Read the adapters of the best checkpoint, or its whole model."""
         if not self._read(self.trainer.state.best_model_checkpoint):
             self.otherwise["_load_best_model"]()

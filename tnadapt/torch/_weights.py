@@ -430,7 +430,7 @@ def _embedding(model: nn.Module, path: str | None) -> Target:
     if path is not None:
         names = [name for name in embeddings if name == path]
     else:
-        embedding = _input_embeddings(model)
+        embedding = reported_by(model, "get_input_embeddings")
         names = [name for name, module in embeddings.items() if embedding is None or module is embedding]
     if len(names) != 1:
         hint = f"it has {', '.join(embeddings)}" if embeddings else "it has none"
@@ -443,9 +443,10 @@ def _embedding(model: nn.Module, path: str | None) -> Target:
     return weight.target("embedding", "")
 
 
-def _input_embeddings(model: Any) -> Any:
+def reported_by(model: Any, method: str) -> Any:
+    """Return what a method of a model reports about its parts; None if it has no such method."""
     try:
-        return model.get_input_embeddings()
+        return getattr(model, method)()
     except (AttributeError, NotImplementedError, TypeError):
         return None
 

@@ -40,9 +40,7 @@ from typing import Any
 from tnadapt.errors import ConfigError, safe_repr
 
 from .._state import PREFIX
-
-from ._peft_library import PeftMissingError  # isort: skip  # before what imports PEFT: it says what to install
-from ._peft_config import NAME, TnadaptConfig
+from ._peft_config import NAME, PeftMissingError, TnadaptConfig
 from ._tuner import TnadaptLayer, TnadaptModel
 
 __all__ = ["PeftMissingError", "TnadaptConfig", "TnadaptLayer", "TnadaptModel", "register"]

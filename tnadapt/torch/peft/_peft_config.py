@@ -1,4 +1,4 @@
-"""TnadaptConfig, the settings of an adapter as a PEFT config, and the weights that a config selects."""
+"""TnadaptConfig, the settings of an adapter as a PEFT config; the weights that it selects; PEFT, if it is there."""
 
 from __future__ import annotations
 
@@ -8,10 +8,6 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
-from peft import PeftConfig
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from tnadapt.algebra import presets
@@ -20,13 +16,35 @@ from tnadapt.algebra.config import Config
 from tnadapt.algebra.named_config import require_preset
 from tnadapt.algebra.starting_points import starting_point
 from tnadapt.argument_checks import flag
-from tnadapt.errors import ConfigError, TargetError, UnexpectedKeywordError, safe_repr, warn
+from tnadapt.errors import BackendError, ConfigError, TargetError, UnexpectedKeywordError, safe_repr, warn
 from tnadapt.targets.roles import are_roles, ends_in, path_matcher
 from tnadapt.targets.target import Target
 from tnadapt.torch._attach import check_form
 from tnadapt.torch._forward_pass import check_dropout
 from tnadapt.torch._target_selection import find_targets
 from tnadapt.torch._weights import plain
+
+# -- PEFT, and the error if it is missing or too old -------------------------------------------------------------------
+
+
+class PeftMissingError(BackendError, ImportError):
+    """PEFT is not installed, or too old."""
+
+
+try:
+    from peft import PeftConfig
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+    from peft.tuners.tuners_utils import BaseTuner
+    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    if not hasattr(BaseTuner, "_remap_adapter_state_dict_for_load"):
+        raise ImportError("the installed PEFT lacks the hooks that an external method needs")
+except ImportError as error:
+    raise PeftMissingError(
+        f'tnadapt.torch.peft needs PEFT 0.21 or newer: pip install "tnadapt[peft]" ({error})'
+    ) from error
+
 
 # -- The config --------------------------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""PEFT's tuner and tuner layer, which map PEFT's calls to tnadapt's adapters; the check of a config's base model."""
+"""PEFT's tuner and tuner layer, which map PEFT's calls to tnadapt's adapters; arrays where its code looks for them."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import contextlib
 import dataclasses
 import functools
 import math
+import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, KeysView, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -29,11 +30,95 @@ from tnadapt.torch._adapter_saving import base_fingerprint
 from tnadapt.torch._attach import AttachRequest, carry_out, warn_undropped
 from tnadapt.torch._registry import let_go, let_go_merged, overlapping, take_off
 from tnadapt.torch._rows import BASE, assigned, row_runner
-from tnadapt.torch._state import PREFIX, AdapterState, RowAssignment, entered, register_in
+from tnadapt.torch._state import DOT, PREFIX, AdapterState, RowAssignment, encoded, entered, register_in
 from tnadapt.torch._trainable import keep
 
 from ._peft_config import TnadaptConfig, select_targets
-from ._peft_library import AdapterArrays, check_adapter_name, in_file
+
+# -- The container of arrays, where PEFT's and TRL's code looks for them -----------------------------------------------
+
+
+class AdapterArrays(nn.ModuleDict):
+    """One ``nn.ParameterDict`` per adapter, by the adapter's name.
+
+    PEFT's layers keep their parameters in such containers, and code built on PEFT relies on it: it asks whether a name
+    is in one, and TRL finds an adapter's parameters by ``.default.`` in their names. Unlike in ``nn.ModuleDict``, a
+    name may contain dots; they are encoded in the names of the parameters.
+
+    Examples
+    --------
+    >>> arrays = AdapterArrays()
+    >>> arrays["v1.0"] = nn.ParameterDict({"factor": nn.Parameter()})
+    >>> list(arrays), "v1.0" in arrays, [name for name, _ in arrays.named_parameters()]
+    (['v1.0'], True, ['v1%2E0.factor'])
+    """
+
+    def __getitem__(self, key: str) -> nn.Module:
+        return super().__getitem__(encoded(key))
+
+    def __setitem__(self, key: str, module: nn.Module) -> None:
+        super().__setitem__(encoded(key), module)
+
+    def __delitem__(self, key: str) -> None:
+        super().__delitem__(encoded(key))
+
+    def __contains__(self, key: object) -> bool:
+        return isinstance(key, str) and encoded(key) in self._modules
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keys())
+
+    def keys(self) -> KeysView[str]:
+        """Return the adapters' names."""
+        return {key.replace(DOT, "."): None for key in self._modules}.keys()
+
+    def items(self) -> Any:
+        """Return the adapters' names and arrays."""
+        return {key.replace(DOT, "."): module for key, module in self._modules.items()}.items()
+
+
+# -- The names of arrays on a PEFT model and in PEFT's files -----------------------------------------------------------
+
+# On the model ``base_model.tnadapt.tnadapt_arrays.default.group0_split0_factor0``, in a file
+# ``base_model.model.tnadapt.group0.split0.factor0``.
+
+
+_ARRAY = r"(?:group\d+_(?:term\d+_)?split\d+_[a-z]+\d*(?:_[a-z]+)?|(?:group\d+_)?theta|weight\d+_[a-z]+)"
+_RESERVED = re.compile(rf"tnadapt|tnadapt_arrays|{_ARRAY}")
+
+
+def in_file(key: str, adapter_name: str) -> str | None:
+    """Return an array's name in a file, given its name in a state dict; None if it does not belong to this adapter.
+
+    Examples
+    --------
+    >>> in_file("base_model.tnadapt.tnadapt_arrays.v1%2E0.group0_split0_factor0", "v1.0")
+    'base_model.model.tnadapt.group0.split0.factor0'
+    >>> in_file("base_model.model.lm_head.weight", "v1.0")
+    """
+    # Whatever is in an adapter's container is one of its arrays: formats and sources of other packages name theirs.
+    match = re.fullmatch(rf"(.*\.)?tnadapt\.tnadapt_arrays\.{re.escape(encoded(adapter_name))}\.([^.]+)", key)
+    return None if match is None else f"{match[1] or ''}model.tnadapt.{match[2].replace('_', '.')}"
+
+
+def check_adapter_name(name: str, modules_to_save: Any) -> None:
+    """Raise a TargetError if PEFT would confuse the name with a part of every array's name, or torch forbids it."""
+    if _RESERVED.fullmatch(name):
+        raise TargetError(
+            f"an adapter cannot be called {name!r}: the arrays of all adapters have this word in their names, and PEFT "
+            "could not tell them apart; give another name"
+        )
+    if hasattr(AdapterArrays(), encoded(name)):
+        raise TargetError(
+            f"an adapter cannot be called {name!r}: its arrays are kept in an nn.ModuleDict, which has an attribute of "
+            "that name; give another name"
+        )
+    if modules_to_save and "." in name:
+        raise TargetError(
+            f"an adapter cannot be called {name!r} with modules_to_save={safe_repr(modules_to_save)}: PEFT keeps the "
+            "trained copies under the adapter's name, in which torch allows no dot; give a name without dots"
+        )
+
 
 # -- The adapters on a model as PEFT sees them: a single "tuner layer" -------------------------------------------------
 
@@ -594,9 +679,8 @@ class TnadaptModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not loo
             base = layer.base_of(adapter_name)
             config.keep_base(base, base["fingerprint"] if base is not None and handle.plan.base_shapes else None)
         config.keep_trained(handle.trained)
-        tensors = {key: tensor for key, tensor in state_dict.items() if in_file(key, adapter_name) is not None}
         # PEFT's files have the arrays, as tnadapt's do.
-        return _converted(tensors, handle._state, handle._state.plan.to_arrays)
+        return _converted(state_dict, handle, handle._state.plan.to_arrays)
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
@@ -620,18 +704,19 @@ class TnadaptModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not loo
                 f"these arrays do not fit adapter {adapter_name!r}, and none was loaded; they differ in: {wrong}"
             )
         renamed = {names.get(key, key): tensor for key, tensor in state_dict.items()}
-        state = _layer_of(model).handle(adapter_name)._state
-        tensors = {key: tensor for key, tensor in renamed.items() if in_file(key, adapter_name) is not None}
-        return renamed | _converted(tensors, state, state.plan.from_arrays)
+        handle = _layer_of(model).handle(adapter_name)
+        return renamed | _converted(renamed, handle, handle._state.plan.from_arrays)
 
 
 def _converted(
-    tensors: Mapping[str, Tensor], state: AdapterState, convert: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
+    tensors: Mapping[str, Tensor], handle: Adapter, convert: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
 ) -> dict[str, Tensor]:
     """Convert an adapter's tensors in a state dict between parameters and arrays, which their units are between."""
-    arrays = {name: array for array, name in state.parameter_names.items()}
+    arrays = {name: array for array, name in handle._state.parameter_names.items()}
     converted = {}
     for key, tensor in tensors.items():
+        if in_file(key, handle.name) is None:
+            continue
         array = arrays[key.rpartition(".")[2]]
         converted[key] = convert({array: tensor})[array]
     return converted
