@@ -20,12 +20,6 @@ from .config import Config
 from .folding import MAX_SIZE
 from .layout import Layout, Piece
 
-__all__ = [
-    "CompositeConfig",
-    "CompositeLayout",
-]
-
-
 # -- A config of parts: several configs, each for some of the weights --------------------------------------------------
 
 

@@ -37,15 +37,6 @@ from .maps import (
 from .sources import Source, SourceMap, source_from_dict, source_to_dict
 from .starting_points import starting_point
 
-__all__ = [
-    "RATE_NAMES",
-    "Config",
-    "checked_number",
-    "group_fold",
-    "is_named",
-]
-
-
 # -- Axes: which sizes of the fold each mode of the network indexes, and in which order --------------------------------
 
 

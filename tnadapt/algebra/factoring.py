@@ -43,15 +43,6 @@ from .network import Network, NetworkHalves, width_at
 from .products import LONG, kronecker_tensor, row_wise_khatri_rao
 from .superlora import SuperLoRA
 
-__all__ = [
-    "Factored",
-    "Factoring",
-    "KroneckerRows",
-    "Matrix",
-    "factoring",
-]
-
-
 # -- A sum of Kronecker products of small matrices, and the maps around it ---------------------------------------------
 
 

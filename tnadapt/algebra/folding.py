@@ -20,21 +20,6 @@ from tnadapt.argument_checks import checks_arguments, integer
 from tnadapt.backends import Array, Backend, get_backend
 from tnadapt.errors import ConfigError, ShapeError
 
-__all__ = [
-    "FOLDS",
-    "Cut",
-    "along",
-    "balanced_factors",
-    "balanced_shape",
-    "best_cut",
-    "boxes",
-    "from_hypercube",
-    "hypercube_shape",
-    "kronecker_sizes",
-    "to_hypercube",
-]
-
-
 # -- Sizes of the tensor, and of its splits ----------------------------------------------------------------------------
 
 

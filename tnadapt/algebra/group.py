@@ -20,19 +20,6 @@ from .maps.projection import Projection, slices
 from .network import Network, width_at
 from .sources import FrozenArrays, Multiplied
 
-__all__ = [
-    "Group",
-    "Separation",
-    "batches",
-    "lora_rank",
-    "rank_bound",
-    "rank_bounds",
-    "separation_of",
-    "updates_of_runs",
-    "useful_rank",
-]
-
-
 # -- One group: its network, map F and arrays, and its update ----------------------------------------------------------
 
 

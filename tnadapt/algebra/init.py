@@ -56,9 +56,6 @@ from .norms import rounded_to
 from .sources import FrozenArrays, Multiplied, Origin
 from .starting_points import PREFIX, Start, starting_point
 
-__all__ = ["STEP", "Initializer", "StartingGroup", "ZeroArray", "zero_arrays"]
-
-
 # -- Which array of each term is zero ----------------------------------------------------------------------------------
 
 # An array is zero by itself, or by one of its trained multipliers. Groups whose arrays are tied are decided together,

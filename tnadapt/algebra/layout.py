@@ -23,21 +23,6 @@ from tnadapt.errors import ConfigError, ShapeError, safe_repr
 from .folding import MAX_SIZE, boxes
 from .formats import Legs
 
-__all__ = [
-    "KnownWeights",
-    "Layout",
-    "Piece",
-    "WeightPlace",
-    "enclosing",
-    "layout_of",
-    "make_layout",
-    "place_of",
-    "require_alike",
-    "require_keys",
-    "run_in_box",
-]
-
-
 # -- The long vector and its groups ------------------------------------------------------------------------------------
 
 

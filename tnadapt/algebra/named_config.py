@@ -15,8 +15,6 @@ from . import presets
 from .config import Config
 from .presets import PRESETS
 
-__all__ = ["config_of", "is_setting", "named_config", "require_preset", "require_setting"]
-
 # What a caller means who gives one of these as the config, which comes before the targets.
 _TARGETS = ("all-linear", "conv", "embeddings")
 _ROLES = frozenset("qkvo")

@@ -25,13 +25,6 @@ from .formats import Format, Legs, Permuted, make_format
 from .layout import Box, WeightPlace, enclosing, run_in_box
 from .products import contracted, hadamard_tensor, khatri_rao, kronecker_tensor, rearranged, row_wise_khatri_rao
 
-__all__ = [
-    "Network",
-    "NetworkHalves",
-    "width_at",
-]
-
-
 # -- The network: arrays, slices and adjoint ---------------------------------------------------------------------------
 
 

@@ -44,15 +44,6 @@ from .sources import (
 from .starting_points import PREFIX, STARTS, StartPlace
 from .theta import Theta
 
-__all__ = [
-    "PlanPart",
-    "base_weight",
-    "checked_given",
-    "checked_start",
-    "from_base",
-]
-
-
 # -- The groups of one config ------------------------------------------------------------------------------------------
 
 

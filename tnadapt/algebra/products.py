@@ -20,30 +20,6 @@ from tnadapt.errors import ShapeError, safe_repr
 
 from .folding import MAX_ORDER
 
-__all__ = [
-    "LONG",
-    "contracted",
-    "cp_groups",
-    "cp_in_groups",
-    "cp_to_tensor",
-    "khatri_rao",
-    "khatri_rao_of_rows",
-    "kron_matvec",
-    "kronecker",
-    "mode_product",
-    "padded_to",
-    "rearranged",
-    "row_wise_khatri_rao",
-    "train_cut",
-    "tt_to_tensor",
-    "tucker_in_order",
-    "tucker_last",
-    "tucker_to_tensor",
-    "tucker_with_last",
-    "unfolded",
-]
-
-
 # -- Which modes a product of factors joins last: the cheapest way by a model of its time ------------------------------
 
 # The last matrix product writes the whole result, and the ways to it differ in what it reads: its operands are expanded

@@ -22,16 +22,6 @@ from tnadapt.errors import BackendError, safe_repr
 from .applying import Applying
 from .superlora import SuperLoRA
 
-__all__ = [
-    "Float64Deltas",
-    "add_in_place",
-    "change_in_place",
-    "changed_spans",
-    "rounded",
-    "widened",
-]
-
-
 # -- The sum W + ΔW ----------------------------------------------------------------------------------------------------
 
 

@@ -40,13 +40,6 @@ from .starting_points import PREFIX, Start, StartPlace
 from .theta import Theta
 from .units import RATES, in_units
 
-__all__ = [
-    "SuperLoRA",
-    "parameter_count",
-    "share_maps",
-]
-
-
 # Plans of up to this many groups are laid out when they are made; larger ones when their arrays are asked for.
 LAID_OUT = 4096
 

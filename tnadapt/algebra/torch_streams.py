@@ -15,8 +15,6 @@ from numpy.typing import NDArray
 
 from tnadapt.errors import ConfigError
 
-__all__ = ["DEFAULT_SEED", "TorchStream", "bfloat16_of", "permutation_head"]
-
 #: The seed of ``torch.Generator()`` that nobody has seeded.
 DEFAULT_SEED = 67280421310721
 

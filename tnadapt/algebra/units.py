@@ -41,19 +41,6 @@ from .maps.projection import Projection
 from .network import Network
 from .theta import Theta
 
-__all__ = [
-    "RATE",
-    "RATES",
-    "SPREAD",
-    "STEPS",
-    "STEP_NORM",
-    "WEIGHTS",
-    "in_units",
-    "step_norm",
-    "term_product",
-]
-
-
 # -- How far ΔW of one group moves if the entries of its arrays do -----------------------------------------------------
 
 

@@ -13,17 +13,6 @@ from tnadapt.errors import ConfigError, safe_repr, warn
 
 from ._source import Place, Source, Stream
 
-__all__ = [
-    "OVERSAMPLING",
-    "BaseCore",
-    "FromBase",
-    "dominant_basis",
-    "dominant_svd",
-    "leading_qr",
-    "minor_svd",
-]
-
-
 # -- Dominant singular subspaces of a matrix, by subspace iteration from seeded normal numbers in float64 --------------
 
 # LAPACKs agree on a singular subspace and not on the singular vectors, whose signs and, where singular values are

@@ -23,28 +23,6 @@ from tnadapt.argument_checks import require_frozen
 from tnadapt.backends import Array, Backend, FixedArrays
 from tnadapt.errors import ConfigError, TnadaptError, safe_repr, summarize
 
-__all__ = [
-    "FrozenArray",
-    "FrozenArrays",
-    "Given",
-    "Mixed",
-    "Multiplied",
-    "Origin",
-    "Place",
-    "Scaled",
-    "Seeded",
-    "Source",
-    "SourceMap",
-    "Stream",
-    "Tied",
-    "Trained",
-    "check_class",
-    "check_term",
-    "inner_source",
-    "origins_of",
-]
-
-
 # -- The contract of a source ------------------------------------------------------------------------------------------
 
 
