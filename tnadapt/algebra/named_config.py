@@ -182,9 +182,7 @@ def _instead(name: str, function: str | None) -> str:
         meant = f"{_NO_PRESETS[plain].format(name=plain)}. The presets are "
     elif close:
         meant = f"did you mean {close[0]!r}? The presets are "
-    elif function is None:
-        meant = "the presets are "
-    elif name in _TARGETS or (name and _ROLES.issuperset(name)):
+    elif function is not None and (name in _TARGETS or (name and _ROLES.issuperset(name))):
         meant = f"to adapt these weights write {function}(…, targets={name!r}). The presets are "
     else:
         meant = "the presets are "
