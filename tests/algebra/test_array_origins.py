@@ -128,6 +128,8 @@ REFUSED: list[tuple[Callable[[], object], str]] = [
      r"'group1.split0.factor0', of shape \(5, 2\), to 'group0.split0.factor0', of"),
     (lambda: made({"factor0": Tied("split0.factor1"), "factor1": Tied("split0.factor0")}, [(4, 4)]),
      r"ties 'split0.factor0', 'split0.factor1' in a circle"),
+    (lambda: made({"factor0": Scaled(Tied("split0.factor1")), "factor1": Scaled(Tied("split0.factor0"))}, [(4, 4)]),
+     r"ties 'split0.factor0', 'split0.factor1' in a circle"),
     (lambda: made({"factor0": Tied("split0.factor1")}, [(4, 4)]),
      r"none of split0.factor0, split0.factor1 can be zero .* occurs twice in the product"),
     (lambda: made({"factor9": Tied("split0.factor1")}), r"sources names 'factor9', which fits no array"),

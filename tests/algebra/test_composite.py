@@ -144,6 +144,9 @@ def test_what_all_parts_share(sharing: str) -> None:
         count = len(part.shapes)
         assert all(map(same, part.init(dtype="float64").values(), (started[renamed(n, first, weight)] for n in own)))
         assert all(map(same, part.merged(own, weights[weight : weight + count]), found[weight : weight + count]))
+        in_units = whole.training_plan.part_of(weight)[0]
+        assert in_units.to_arrays(in_units.from_arrays(own)).keys() == own.keys()
+        assert all(map(same, in_units.deltas(in_units.from_arrays(own)), part.deltas(own)))
     assert pickle.loads(pickle.dumps(whole)).needs_base is whole.needs_base is False
 
 

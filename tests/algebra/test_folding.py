@@ -118,8 +118,6 @@ def test_bad_input() -> None:
     for split_size in (0, (2, 0), (2,), (2, 2, 2)):
         with pytest.raises(tna.ConfigError, match="split_size"):
             kronecker_sizes((4, 4), 2, split_size)
-    with pytest.raises(tna.ShapeError, match="no slice"):
-        boxes((4, 4), 3, 3)
     # Bounds are accepted, and values beyond them are refused.
     assert tna.hypercube_shape(2**1024, 32) == (2**32,) * 32
     for size, order, expected in (

@@ -18,13 +18,7 @@ from tnadapt.report import TextTable
 
 from .config import Config
 from .folding import MAX_SIZE
-from .layout import Layout, Piece
-
-__all__ = [
-    "CompositeConfig",
-    "CompositeLayout",
-]
-
+from .layout import Layout, Piece, moved
 
 # -- A config of parts: several configs, each for some of the weights --------------------------------------------------
 
@@ -208,8 +202,7 @@ class CompositeLayout(Layout):
     """
 
     def __init__(self, parts: Sequence[Layout]) -> None:
-        shapes = [shape for part in parts for shape in part.shapes]
-        super().__init__(shapes, ())
+        super().__init__([shape for part in parts for shape in part.shapes], ())
         self.parts = tuple(parts)
         self.num_groups = sum(part.num_groups for part in parts)
         #: For each part, the numbers of its first weight and of its first group.
@@ -219,19 +212,14 @@ class CompositeLayout(Layout):
         ]
         self._of_weight = [place for place, part in enumerate(parts) for _ in part.shapes]
 
-    def part_of(self, group: int) -> int:
-        """Return the part that a group belongs to."""
-        return max(place for place, (_, first) in enumerate(self.firsts) if first <= group)
-
-    def moved(self, place: int, piece: Piece) -> Piece:
-        """Return a piece of a part with the numbers of the whole."""
-        weight, group = self.firsts[place]
-        return piece._replace(weight=piece.weight + weight, group=piece.group + group)
+    def part_of(self, group: int) -> tuple[int, int]:
+        """Return the part that a group belongs to, and its number there."""
+        return max((place, group - first) for place, (_, first) in enumerate(self.firsts) if first <= group)
 
     def group_size(self, group: int) -> int:
         """Return the number of elements of a group."""
-        place = self.part_of(group)
-        return self.parts[place].group_size(group - self.firsts[place][1])
+        place, own = self.part_of(group)
+        return self.parts[place].group_size(own)
 
     def same_size(self) -> list[tuple[int, int, int]]:
         """Return runs of consecutive groups of equal size."""
@@ -243,15 +231,16 @@ class CompositeLayout(Layout):
 
     def columns(self, group: int) -> int:
         """Return the greatest common divisor of the column counts in a group."""
-        place = self.part_of(group)
-        return self.parts[place].columns(group - self.firsts[place][1])
+        place, own = self.part_of(group)
+        return self.parts[place].columns(own)
 
     def of_weight(self, weight: int) -> list[Piece]:
         """Return the pieces of one weight."""
         place = self._of_weight[weight]
-        return [self.moved(place, piece) for piece in self.parts[place].of_weight(weight - self.firsts[place][0])]
+        first = self.firsts[place]
+        return [moved(piece, *first) for piece in self.parts[place].of_weight(weight - first[0])]
 
     def of_group(self, group: int) -> list[Piece]:
         """Return the pieces of one group."""
-        place = self.part_of(group)
-        return [self.moved(place, piece) for piece in self.parts[place].of_group(group - self.firsts[place][1])]
+        place, own = self.part_of(group)
+        return [moved(piece, *self.firsts[place]) for piece in self.parts[place].of_group(own)]

@@ -19,32 +19,14 @@ from tnadapt.argument_checks import integer
 from tnadapt.errors import ConfigError, keyword_hint, safe_repr
 from tnadapt.report import TextTable
 
+from . import maps
 from .applying import APPLYING, AXES
 from .folding import FOLDS, MAX_ORDER
 from .formats import FORMATS, Axes
 from .layout import Layout
-from .maps import (
-    ON,
-    Recipe,
-    checked_projection,
-    is_brought,
-    is_linear,
-    projection_name,
-    projection_to_json,
-    require_ratio_fits,
-    takes_ratio,
-)
-from .sources import Source, SourceMap, source_from_dict, source_to_dict
+from .maps import ON, Recipe
+from .sources import Source, SourceMap, require_flags, source_from_dict, source_to_dict
 from .starting_points import starting_point
-
-__all__ = [
-    "RATE_NAMES",
-    "Config",
-    "checked_number",
-    "group_fold",
-    "is_named",
-]
-
 
 # -- Axes: which sizes of the fold each mode of the network indexes, and in which order --------------------------------
 
@@ -232,8 +214,7 @@ def checked_before(
 ) -> tuple[Recipe | None, int | None]:
     """Return the map from θ and the number of its parameters."""
     checked_word("scope", scope, SCOPES)
-    if not isinstance(offset, bool):
-        raise ConfigError(f"offset must be True or False; got {safe_repr(offset)}")
+    require_flags(offset=offset)
     if parameters is not None:
         parameters = checked_integer("parameters", parameters, 1, MAX_INT)
     if before is None:
@@ -242,33 +223,33 @@ def checked_before(
             ("scope", scope, "plan"),
             ("offset", offset, True),
         ):
-            if value is not default and value != default:
+            if value != default:
                 raise ConfigError(
                     f"{name}={safe_repr(value)} is about the map before the network, and there is none: set "
                     f"before='one-hot', take a preset that has one, such as unilora, or leave {name} out"
                 )
         return None, None
     try:
-        recipe = checked_projection(before)
+        recipe = maps.checked_projection(before)
     except ConfigError as error:
         raise ConfigError(f"before: {error}") from error
-    if not is_linear(recipe) or not takes_ratio(recipe):
+    if not maps.is_linear(recipe) or not maps.takes_ratio(recipe):
         raise ConfigError(
             f"before must be a linear map from vectors of any length, such as 'one-hot', 'normal' or 'linear'; got "
-            f"{projection_name(recipe)}"
+            f"{maps.projection_name(recipe)}"
         )
     if isinstance(recipe, tuple) and len(recipe) > MAX_BEFORE:
         raise ConfigError(f"before composes at most {MAX_BEFORE} maps; got {len(recipe)}")
-    if isinstance(recipe, tuple) and is_brought(recipe):
+    if isinstance(recipe, tuple) and maps.is_brought(recipe):
         raise ConfigError(
-            f"before={projection_name(recipe)} composes a map whose array the caller brings, which must be the only "
-            "map: compose its array with the others"
+            f"before={maps.projection_name(recipe)} composes a map whose array the caller brings, which must be the "
+            "only map: compose its array with the others"
         )
     if parameters is None:
         raise ConfigError(f"before={recipe!r} needs the number of parameters: parameters=p, an integer")
-    if not offset and not is_linear(projection):
+    if not offset and not maps.is_linear(projection):
         raise ConfigError(
-            f"offset=False starts the arrays at zero, where projection={projection_name(projection)!r} has no "
+            f"offset=False starts the arrays at zero, where projection={maps.projection_name(projection)!r} has no "
             "gradient: use offset=True"
         )
     return recipe, parameters
@@ -354,9 +335,8 @@ def checked_number(name: str, value: Any, most: float = math.inf) -> float:
 
 def checked_word(name: str, value: Any, words: tuple[str, ...], other: str = "") -> None:
     if not isinstance(value, str) or value not in words:
-        listed = ", ".join(repr(word) for word in words)
         other = f" {other}" if other else ""
-        raise ConfigError(f"{name} must be one of {listed}{other}; got {safe_repr(value)}")
+        raise ConfigError(f"{name} must be one of {', '.join(map(repr, words))}{other}; got {safe_repr(value)}")
 
 
 def checked_groups(groups: Any) -> str | int | tuple[tuple[int, ...], ...]:
@@ -407,22 +387,6 @@ _Item = TypeVar("_Item")
 
 COMBINES = ("kronecker", "hadamard")
 LEADINGS = ("dense", "same")
-
-# Fields that are newer than file format 1, with their defaults as JSON: files that do not use them keep their bytes.
-_NEWER: dict[str, Any] = {
-    "sources": {},
-    "on": "vector",
-    "before": None,
-    "parameters": None,
-    "scope": "plan",
-    "offset": True,
-    "weight_shape": None,
-    "axes": None,
-    "apply": "add",
-    "magnitude_axis": "rows",
-    "start": "zero",
-    "rate": "sgd",
-}
 
 # Values beyond these are typing errors or hostile.
 MAX_TERMS = 1 << 16
@@ -580,15 +544,10 @@ class Config:
         for name, low, high in (("order", 1, MAX_ORDER), ("splits", 1, MAX_ORDER), ("terms", 1, MAX_TERMS)):
             put(name, checked_integer(name, getattr(self, name), low, high))
         put("seed", checked_integer("seed", self.seed, 0, (1 << 64) - 1))
-        for name, words in (
-            ("combine", COMBINES),
-            ("leading", LEADINGS),
-            ("on", ON),
-            ("rate", RATE_NAMES),
-        ):
+        for name, words in (("combine", COMBINES), ("leading", LEADINGS), ("on", ON), ("rate", RATE_NAMES)):
             checked_word(name, getattr(self, name), words)
         put("rank", FORMATS.find(self.format).checked_rank(self.format, self.rank, self.order))
-        put("projection", checked_projection(self.projection))
+        put("projection", maps.checked_projection(self.projection))
         put("groups", checked_groups(self.groups))
         put("fold", checked_fold(self.fold, self.axes, self.order))
         put("axes", checked_axes(self.axes, self.fold, self.order))
@@ -601,14 +560,13 @@ class Config:
         put("ratio", checked_number("ratio", self.ratio))
         if not 0.0 < self.ratio <= 1.0:
             raise ConfigError(f"ratio must be above 0 and at most 1; got {self.ratio!r}")
-        require_ratio_fits(self.projection, self.on, self.ratio)
+        maps.require_ratio_fits(self.projection, self.on, self.ratio)
         if self.ratio != 1.0 and is_named(self.fold):
             raise ConfigError(
                 f"fold={self.fold} has the sizes of the weights, and ratio={self.ratio} folds a shorter vector: use "
                 "ratio=1, or fold='hypercube'"
             )
-        if not isinstance(self.shared, bool):
-            raise ConfigError(f"shared must be True or False; got {safe_repr(self.shared)}")
+        require_flags(shared=self.shared)
         if self.alpha is not None:
             put("alpha", checked_number("alpha", self.alpha))
             if not MIN_ALPHA <= self.alpha <= MAX_ALPHA:
@@ -684,13 +642,13 @@ class Config:
         True
         """
         fields = {field.name: _listed(getattr(self, field.name)) for field in dataclasses.fields(self)}
-        fields["projection"] = projection_to_json(self.projection)
-        fields["before"] = None if self.before is None else projection_to_json(self.before)
+        fields["projection"] = maps.projection_to_json(self.projection)
+        fields["before"] = None if self.before is None else maps.projection_to_json(self.before)
         fields["sources"] = {name: source_to_dict(self.sources[name]) for name in sorted(self.sources)}
-        for name, default in _NEWER.items():
-            if fields[name] == default:
-                del fields[name]
-        return fields
+        # Sources and those after them are newer than file format 1: files that do not use them keep their bytes.
+        older = itertools.takewhile(lambda name: name != "sources", fields)
+        used = {*older, *(name for name in fields if getattr(self, name) != getattr(_USUAL, name))}
+        return {name: value for name, value in fields.items() if name in used}
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> Config:

@@ -39,18 +39,9 @@ from .formats import Format, Ranges
 from .group import Group, Separation, separation_of
 from .layout import place_of
 from .maps import Map
-from .network import Network, NetworkHalves, width_at
+from .network import Network, NetworkHalves, is_kronecker, width_at
 from .products import LONG, kronecker_tensor, row_wise_khatri_rao
 from .superlora import SuperLoRA
-
-__all__ = [
-    "Factored",
-    "Factoring",
-    "KroneckerRows",
-    "Matrix",
-    "factoring",
-]
-
 
 # -- A sum of Kronecker products of small matrices, and the maps around it ---------------------------------------------
 
@@ -208,35 +199,30 @@ class Factoring:
 
         ``trained`` is the dtype of training, if the parameters have been cast since: frozen arrays are rounded to it.
         """
-        network = self.network
         if self.stored is not None:
             left, right = self.stored
-            return Factored([[Matrix(params[left], params[right])]], network.scale)
+            return Factored([[Matrix(params[left], params[right])]], self.network.scale)
         return self.computed(backend, params, trained)
 
     def computed(self, backend: Backend, params: Mapping[str, Array], trained: str | None = None) -> Factored:
         """Compute the factors by the network, also where they are stored: what a call returns."""
-        network = self.network
-        arrays = self.group.arrays(backend, params, trained)
-        if len(self.sizes) == 1 and not self._is_pair:
-            matrix = self._one(backend, arrays)
-            if self.group.subtracts:
-                matrix = matrix - self._one(backend, self.group.begun(backend, params, trained))
-            return Factored([[Matrix(matrix, None)]], 1.0, self.sides)
-        if self._is_pair:
-            pair = self._two(backend, arrays)
-            if self.group.subtracts:
-                pair = difference(backend, pair, self._two(backend, self.group.begun(backend, params, trained)))
-            return Factored([[self._through(backend, pair)]], network.scale)
-        terms = self._kronecker(backend, arrays)
+        terms = self._terms(backend, self.group.arrays(backend, params, trained))
         if self.group.subtracts:
-            begun = self._kronecker(backend, self.group.begun(backend, params, trained))
+            begun = self._terms(backend, self.group.begun(backend, params, trained))
             terms = [
                 [*now[:k], difference(backend, now[k], then[k]), *then[k + 1 :]]
                 for now, then in zip(terms, begun, strict=True)
                 for k in range(len(now))
             ]
-        return Factored(terms, network.scale, self.sides)
+        if self._is_pair:
+            return Factored([[self._through(backend, terms[0][0])]], self.network.scale)
+        return Factored(terms, 1.0 if len(self.sizes) == 1 else self.network.scale, self.sides)
+
+    def _terms(self, backend: Backend, arrays: Mapping[str, Array]) -> list[list[Matrix]]:
+        """Compute the matrices, before a start is subtracted; a single dense one with the scale."""
+        if self._is_pair:
+            return [[self._two(backend, arrays)]]
+        return [[self._one(backend, arrays)]] if len(self.sizes) == 1 else self._kronecker(backend, arrays)
 
     def _kronecker(self, backend: Backend, arrays: Mapping[str, Array]) -> list[list[Matrix]]:
         terms = []
@@ -279,11 +265,12 @@ class Factoring:
             halves.append(backend.astype(backend.concat(several, axis=1), dtype))
         return Matrix(*halves)
 
-    def _one(self, backend: Backend, arrays: Mapping[str, Array]) -> Array:
+    def _one(self, backend: Backend, arrays: Mapping[str, Array]) -> Matrix:
         """Compute X, times the scale."""
         assert self.separation is not None
         start, shape, _ = self.separation
-        return backend.reshape(self.network.slice(backend, arrays, start, start + math.prod(shape)), shape)
+        x = self.network.slice(backend, arrays, start, start + math.prod(shape))
+        return Matrix(backend.reshape(x, shape), None)
 
     def _two(self, backend: Backend, arrays: Mapping[str, Array]) -> Matrix:
         if self.halves is not None:
@@ -369,7 +356,7 @@ def _of_modes(group: Group, start: int, shape: tuple[int, int], shared: bool) ->
     if cut is None or start % cols:
         return None
     first = start // cols
-    if network.kronecker and len(network.splits) > 1:
+    if is_kronecker(network):
         return _of_kronecker(group, cut, (first, first + rows), shared)
     width = network.inner(cut)
     if width is None:
@@ -490,8 +477,8 @@ class KroneckerRows(FixedArrays):
     @classmethod
     def of(cls, network: Network, start: int, stop: int) -> KroneckerRows | None:
         """Return the rows of a slice; None if the network is not one Kronecker product of matrices."""
-        single = network.terms > 1 or len(network.splits) < 2 or not network.kronecker
-        return None if single or len(network.sizes) != 2 else cls(network, start, stop)
+        several = is_kronecker(network) and network.terms == 1 and len(network.sizes) == 2
+        return cls(network, start, stop) if several else None
 
     def make(self, key: Hashable) -> np.ndarray:
         """Return the digits of the rows in the split with that number."""

@@ -20,21 +20,6 @@ from tnadapt.argument_checks import checks_arguments, integer
 from tnadapt.backends import Array, Backend, get_backend
 from tnadapt.errors import ConfigError, ShapeError
 
-__all__ = [
-    "FOLDS",
-    "Cut",
-    "along",
-    "balanced_factors",
-    "balanced_shape",
-    "best_cut",
-    "boxes",
-    "from_hypercube",
-    "hypercube_shape",
-    "kronecker_sizes",
-    "to_hypercube",
-]
-
-
 # -- Sizes of the tensor, and of its splits ----------------------------------------------------------------------------
 
 
@@ -346,11 +331,6 @@ def boxes(sizes: Sequence[int], start: int, stop: int) -> list[Box]:
         At most 2 M - 1 boxes. The first may begin before ``start`` and the last may end after ``stop``: at most a
         quarter of the slice's length extra, so that a slice of a few rows is one box instead of three.
 
-    Raises
-    ------
-    ShapeError
-        If the slice is empty or extends beyond the tensor.
-
     Notes
     -----
     The leading modes in which the slice stays at one index are fixed, the next mode is cut to the rows that the slice
@@ -363,12 +343,6 @@ def boxes(sizes: Sequence[int], start: int, stop: int) -> list[Box]:
     >>> boxes((4, 10), 19, 21)
     [Box(ranges=((1, 2), (9, 10)), start=19), Box(ranges=((2, 3), (0, 1)), start=20)]
     """
-    if not 0 <= start < stop <= math.prod(sizes):
-        raise ShapeError(f"no slice {start}:{stop} of a tensor of sizes {tuple(sizes)} ({math.prod(sizes)} elements)")
-    return _boxes(tuple(sizes), start, stop)
-
-
-def _boxes(sizes: tuple[int, ...], start: int, stop: int) -> list[Box]:
     if len(sizes) == 1:
         return [Box(((start, stop),), start)]
     row = math.prod(sizes[1:])
@@ -377,7 +351,7 @@ def _boxes(sizes: tuple[int, ...], start: int, stop: int) -> list[Box]:
 
     def inside(index: int, lo: int, hi: int) -> list[Box]:
         """Return the boxes of elements lo to hi - 1 of one row."""
-        return [Box(((index, index + 1), *box.ranges), index * row + box.start) for box in _boxes(sizes[1:], lo, hi)]
+        return [Box(((index, index + 1), *box.ranges), index * row + box.start) for box in boxes(sizes[1:], lo, hi)]
 
     if end - first == 1:
         return inside(first, start - first * row, stop - first * row)

@@ -13,8 +13,6 @@ from tnadapt.errors import ShapeError
 
 from .norms import exponent_of, relative_difference, scaled_by
 
-__all__ = ["Geometry", "geometry"]
-
 
 class Geometry(NamedTuple):
     """The three measures of equations (5) to (7).

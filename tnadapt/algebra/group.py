@@ -7,7 +7,7 @@ exactly; how, is in :mod:`tnadapt.algebra.factoring`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -19,19 +19,6 @@ from .maps import Map, PerWeight
 from .maps.projection import Projection, slices
 from .network import Network, width_at
 from .sources import FrozenArrays, Multiplied
-
-__all__ = [
-    "Group",
-    "Separation",
-    "batches",
-    "lora_rank",
-    "rank_bound",
-    "rank_bounds",
-    "separation_of",
-    "updates_of_runs",
-    "useful_rank",
-]
-
 
 # -- One group: its network, map F and arrays, and its update ----------------------------------------------------------
 
@@ -230,10 +217,23 @@ def updates_of_runs(
     list of array, shape (stop - start,)
         They may share memory with each other.
     """
+    lengths: dict[int, int] = {}
+    for group, start, stop in runs:
+        lengths[id(group.start)] = lengths.get(id(group.start), 0) + stop - start
     # The runs of a group whose weights are not adjacent are cut from the whole, which takes one call of F and not many.
-    wanted = list(map(_whole_if_all(runs), runs))
+    wanted = [
+        (group, 0, group.size)
+        if lengths[id(group.start)] == group.size and not group.projection.map.identity
+        else (group, start, stop)
+        for group, start, stop in runs
+    ]
     distinct = list({_key(run): run for run in wanted}.values())
-    update_of = dict(zip(map(_key, distinct), _updates_of(backend, distinct, params, trained), strict=True))
+    update_of: dict[tuple[int, int, int], Array] = {}
+    for numbers in batches(backend, params[next(iter(distinct[0][0].names.values()))], distinct):
+        batch = [distinct[number] for number in numbers]
+        _, start, stop = batch[0]
+        computed = updates(backend, [group for group, _, _ in batch], params, start, stop, trained)
+        update_of.update(zip(map(_key, batch), computed, strict=True))
     return [
         update_of[_key(whole)] if run[1:] == whole[1:] else update_of[_key(whole)][run[1] : run[2]]
         for run, whole in zip(runs, wanted, strict=True)
@@ -244,29 +244,6 @@ def _key(run: Run) -> tuple[int, int, int]:
     group, start, stop = run
     # Each group has its own start. A compiler can trace the id of an object of a class, and not of a tuple.
     return id(group.start), start, stop
-
-
-def _whole_if_all(runs: Sequence[Run]) -> Callable[[Run], Run]:
-    """Return a function that replaces a run of a group behind an F by the whole group, if these are all of its runs."""
-    length: dict[int, int] = {}
-    for group, start, stop in runs:
-        length[id(group.start)] = length.get(id(group.start), 0) + stop - start
-
-    def replaced(run: Run) -> Run:
-        group = run[0]
-        complete = length[id(group.start)] == group.size and not group.projection.map.identity
-        return (group, 0, group.size) if complete else run
-
-    return replaced
-
-
-def _updates_of(backend: Backend, runs: Sequence[Run], params: Mapping[str, Array], trained: str | None) -> list[Array]:
-    by_number: dict[int, Array] = {}
-    for numbers in batches(backend, params[next(iter(runs[0][0].names.values()))], runs):
-        _, start, stop = runs[numbers[0]]
-        batch = updates(backend, [runs[number][0] for number in numbers], params, start, stop, trained)
-        by_number.update(zip(numbers, batch, strict=True))
-    return [by_number[number] for number in range(len(runs))]
 
 
 def batches(backend: Backend, like: Array, runs: Sequence[Run]) -> list[list[int]]:
@@ -348,10 +325,7 @@ def rank_bound(layout: Layout, groups: Sequence[Group], weight: int) -> int:
     4
     """
     rows, cols = layout.shapes[weight]
-    total = 0
-    for piece in layout.of_weight(weight):
-        total += _of_piece(groups[piece.group], piece, cols)
-    return min(total, rows, cols)
+    return min(sum(_of_piece(groups[piece.group], piece, cols) for piece in layout.of_weight(weight)), rows, cols)
 
 
 def rank_bounds(layout: Layout, groups: Sequence[Group]) -> Iterator[int]:
@@ -366,23 +340,16 @@ def rank_bounds(layout: Layout, groups: Sequence[Group]) -> Iterator[int]:
     """
     known: dict[tuple[object, ...], int] = {}
     for weight, (rows, cols) in enumerate(layout.shapes):
-        pieces = [(groups[piece.group], piece) for piece in layout.of_weight(weight)]
-        key = rows, cols, *(_kind(group, piece) for group, piece in pieces)
+        key = rows, cols, *(_kind(groups[piece.group], piece) for piece in layout.of_weight(weight))
         if key not in known:
-            known[key] = min(sum(_of_piece(group, piece, cols) for group, piece in pieces), rows, cols)
+            known[key] = rank_bound(layout, groups, weight)
         yield known[key]
 
 
 def _kind(group: Group, piece: Piece) -> tuple[object, ...]:
     """Return all that :func:`_of_piece` depends on, besides the shape of the weight."""
-    return (
-        id(group.network),
-        group.projection.kind,
-        group.subtracts,
-        piece.weight_start,
-        piece.group_start,
-        piece.length,
-    )
+    _, weight_start, _, group_start, length = piece
+    return id(group.network), group.projection.kind, group.subtracts, weight_start, group_start, length
 
 
 def lora_rank(shapes: Sequence[tuple[int, int]], ranks: Sequence[int]) -> int | None:

@@ -39,6 +39,7 @@ leave the group without a gradient. CP weights start at one.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -51,13 +52,10 @@ from tnadapt.errors import ConfigError
 
 from . import rng
 from .maps.projection import Projection
-from .network import Network
+from .network import Network, parsed_name
 from .norms import rounded_to
 from .sources import FrozenArrays, Multiplied, Origin
 from .starting_points import PREFIX, Start, starting_point
-
-__all__ = ["STEP", "Initializer", "StartingGroup", "ZeroArray", "zero_arrays"]
-
 
 # -- Which array of each term is zero ----------------------------------------------------------------------------------
 
@@ -67,25 +65,6 @@ __all__ = ["STEP", "Initializer", "StartingGroup", "ZeroArray", "zero_arrays"]
 
 # A group, and the network's name of an array or multiplier in it.
 _Part = tuple[int, str]
-
-
-class StartingGroup(NamedTuple):
-    """What decides which arrays of a group are zero.
-
-    Attributes
-    ----------
-    number : int
-    network : Network
-    origins : mapping of str to Origin
-        Origin of each array; empty if the config has no sources.
-    trained : collection of str or None
-        The group's arrays and multipliers that are trained; None for all that are not frozen.
-    """
-
-    number: int
-    network: Network
-    origins: Mapping[str, Origin]
-    trained: Collection[str] | None
 
 
 class ZeroArray(NamedTuple):
@@ -109,81 +88,57 @@ class ZeroArray(NamedTuple):
     part: _Part
 
 
-def zero_arrays(groups: Sequence[StartingGroup]) -> dict[int, list[ZeroArray]]:
-    """Return the zero of each term of each group, by the groups' indices.
+@dataclasses.dataclass(frozen=True)
+class StartingGroup:
+    """One group whose zeros are chosen, given what is zero already.
 
-    Parameters
+    Attributes
     ----------
-    groups : sequence of StartingGroup
-        All groups that have tied arrays in common, for a linear F.
-
-    Raises
-    ------
-    ConfigError
-        If more than one array of a term is zero, or none can be.
-
-    Examples
-    --------
-    >>> from tnadapt import Config
-    >>> zero_arrays([StartingGroup(0, Network(Config(rank=2), 24, 4), {}, None)])
-    {0: [ZeroArray(split=0, name='factor0', multiplier='', part=(0, 'split0.factor0'))]}
+    number : int
+    network : Network
+    origins : mapping of str to Origin
+        Origin of each array; empty if the config has no sources.
+    trained : collection of str or None
+        The group's arrays and multipliers that are trained; None for all that are not frozen.
     """
-    choices = [_GroupChoice(group) for group in groups]
-    zero = {part for choice in choices for part in choice.by_start()}
-    # What occurs in a term that has its zero must not become another one.
-    settled = set[_Part]()
-    zeros = {choice.group.number: choice.chosen(zero, settled) for choice in choices}
-    for choice in choices:
-        choice.check(zero)
-    return zeros
 
-
-class _GroupChoice:
-    """The choice for one group, given what is zero already."""
-
-    def __init__(self, group: StartingGroup) -> None:
-        self.group = group
-        #: Prefixes of the terms of which something is trained.
-        self._terms = None if group.trained is None else {name.partition("split")[0] for name in group.trained}
+    number: int
+    network: Network
+    origins: Mapping[str, Origin]
+    trained: Collection[str] | None
 
     def by_start(self) -> list[_Part]:
         """Return the multipliers that the ``start`` of their source makes zero, if they are trained."""
         zeros = []
-        for array, origin in self.group.origins.items():
-            if (
-                origin.multiplied is not None
-                and origin.multiplied.zero is not None
-                and origin.owner == (self.group.number, array)
-            ):
-                part = f"{array}.{origin.multiplied.zero}"
-                if self._trains(part):
-                    zeros.append((self.group.number, part))
+        for array, origin in self.origins.items():
+            zero = origin.multiplied and origin.multiplied.zero
+            if zero and origin.owner == (self.number, array) and self._trains(f"{array}.{zero}"):
+                zeros.append((self.number, f"{array}.{zero}"))
         return zeros
 
     def chosen(self, zero: set[_Part], settled: set[_Part]) -> list[ZeroArray]:
         """Return the zero of each term, and add what is chosen here to the two sets."""
         zeros = []
-        for prefixes in self.group.network.prefixes:
-            zero_array = self._of_term(prefixes, zero, settled)
-            zero.add(zero_array.part)
-            if self.group.origins:
+        for prefixes in self.network.prefixes:
+            zeros.append(self._of_term(prefixes, zero, settled))
+            zero.add(zeros[-1].part)
+            if self.origins:
                 settled |= {part for array, _, _ in self._arrays(prefixes) for _, part in self._parts(array)}
-            zeros.append(zero_array)
         return zeros
 
     def check(self, zero: Collection[_Part]) -> None:
         """Raise a ConfigError if a term has more than one array that is zero."""
-        for prefixes in self.group.network.prefixes if self.group.origins else ():
+        for prefixes in self.network.prefixes if self.origins else ():
             arrays = [array for array, _, _ in self._arrays(prefixes) if self._zero_part(array, zero) is not None]
             if len(arrays) > 1:
                 raise ConfigError(
-                    f"sources makes {', '.join(arrays)} of group {self.group.number} all zero at the start, so that "
+                    f"sources makes {', '.join(arrays)} of group {self.number} all zero at the start, so that "
                     "their gradients are zero and nothing would learn; only one of them may be"
                 )
 
     def _arrays(self, prefixes: Sequence[str]) -> list[tuple[str, int, str]]:
         """The arrays of a term in the order of preference: the network's name, the split, the name in the split."""
-        splits = self.group.network.splits
+        splits = self.network.splits
         last = len(splits) - 1
         usual = prefixes[last] + splits[last].zero, last, splits[last].zero
         # CP weights are one number per component: make them zero only if nothing else is trained.
@@ -213,16 +168,16 @@ class _GroupChoice:
         )
 
     def _multiplier(self, array: str, part: _Part) -> str:
-        origin = self.group.origins.get(array)
+        origin = self.origins.get(array)
         if origin is None or origin.multiplied is None or (origin.source.trained and part == origin.key):
             return ""
         return part[1].rpartition(".")[2]
 
     def _parts(self, array: str) -> list[tuple[str, _Part]]:
         """The trained array and multipliers of an array: their names in the group, and where they are."""
-        origin = self.group.origins.get(array)
+        origin = self.origins.get(array)
         if origin is None:
-            return [(array, (self.group.number, array))]
+            return [(array, (self.number, array))]
         parts = [(array, origin.key)] if origin.source.trained else []
         if origin.multiplied is not None:
             group, owner = origin.owner
@@ -235,18 +190,47 @@ class _GroupChoice:
 
     def _candidates(self, prefixes: Sequence[str], array: str, trained_only: bool) -> list[_Part]:
         """Return what of an array can be chosen as zero: itself, and its multipliers."""
-        origin = self.group.origins.get(array)
+        origin = self.origins.get(array)
         if origin is not None and origin.source.trained:
-            term = [self.group.origins[other].key for other, _, _ in self._arrays(prefixes)]
+            term = [self.origins[other].key for other, _, _ in self._arrays(prefixes)]
             if term.count(origin.key) > 1:
                 return []  # a product of an array with itself has no gradient where the array is zero
         return [part for name, part in self._parts(array) if self._trains(name) or not trained_only]
 
     def _trains(self, name: str) -> bool:
         """Return whether an array or multiplier is trained; in a term of which nothing is, all count as trained."""
-        if self._terms is None or self.group.trained is None or name in self.group.trained:
+        if self.trained is None or name in self.trained:
             return True
-        return name.partition("split")[0] not in self._terms
+        term = name.partition("split")[0]
+        return all(trained.partition("split")[0] != term for trained in self.trained)
+
+
+def zero_arrays(groups: Sequence[StartingGroup]) -> dict[int, list[ZeroArray]]:
+    """Return the zero of each term of each group, by the groups' indices.
+
+    Parameters
+    ----------
+    groups : sequence of StartingGroup
+        All groups that have tied arrays in common, for a linear F.
+
+    Raises
+    ------
+    ConfigError
+        If more than one array of a term is zero, or none can be.
+
+    Examples
+    --------
+    >>> from tnadapt import Config
+    >>> zero_arrays([StartingGroup(0, Network(Config(rank=2), 24, 4), {}, None)])
+    {0: [ZeroArray(split=0, name='factor0', multiplier='', part=(0, 'split0.factor0'))]}
+    """
+    zero = {part for group in groups for part in group.by_start()}
+    # What occurs in a term that has its zero must not become another one.
+    settled = set[_Part]()
+    zeros = {group.number: group.chosen(zero, settled) for group in groups}
+    for group in groups:
+        group.check(zero)
+    return zeros
 
 
 # -- The initial arrays of a group -------------------------------------------------------------------------------------
@@ -321,6 +305,8 @@ class Initializer(FixedArrays):
         self.subtracts = self.point.subtracts
         self._given: Mapping[str, np.ndarray] = {} if given is None else given
         self._units: Mapping[str, float] = {}
+        # Terms with the same zero and frozen arrays have the same σ: that of the first of them.
+        self._stds: dict[tuple[int, str, str, tuple[float, int]], float] = {}
 
     def in_units(self, units: Mapping[str, float]) -> Initializer:
         """Return the same start for parameters in units, by the names of arrays: an array is its unit times one."""
@@ -373,9 +359,7 @@ class Initializer(FixedArrays):
             self.network, self.projection, self.seed, self.group, self.frozen, trained, self.origins, starts, table
         )
         initializer._units = self._units
-        if table is not None:
-            return initializer
-        return self if initializer.zeros == self.zeros else initializer
+        return self if table is None and initializer.zeros == self.zeros else initializer
 
     @functools.cached_property
     def std(self) -> float:
@@ -384,23 +368,19 @@ class Initializer(FixedArrays):
 
     def _std(self, term: int) -> float:
         zero, frozen = self._zero[term], self._frozen_in_term(term)
-        # Terms with the same zero and frozen arrays have the same σ: that of the first of them.
         key = zero.split, zero.name, zero.multiplier, frozen
         if key not in self._stds:
-            self._stds[key] = self._computed_std(term)
+            self._stds[key] = self._computed_std(term, frozen)
         return self._stds[key]
 
-    @functools.cached_property
-    def _stds(self) -> dict[tuple[int, str, str, tuple[float, int]], float]:
-        return {}
-
-    def _computed_std(self, term: int) -> float:
+    def _computed_std(self, term: int, frozen: tuple[float, int]) -> float:
         try:
-            frozen = self._frozen_in_term(term)
             if not self.point.leaves_zero and _random_arrays(self.network) - frozen[1] == 1:
                 std = STEP  # of the only random array, which is zero otherwise
             elif self.projection.linear:
-                std = _linear_std(self.network, self.projection, self._zero[term], frozen, self._source_of_zero(term))
+                zero = self._zero[term]
+                origin = self.origins.get(self.network.prefixes[term][zero.split] + zero.name)
+                std = _linear_std(self.network, self.projection, zero, frozen, origin and origin.multiplied)
             else:
                 std = _nonlinear_std(self.network, self.projection, frozen)
         except OverflowError:
@@ -413,15 +393,8 @@ class Initializer(FixedArrays):
 
     def std_of(self, name: str) -> float:
         """Return σ of an array that is random, by its name in the network; 1 for CP weights, which start at one."""
-        split = self.network.splits[int(name.rpartition(".")[0].rpartition("split")[2])]
-        term = int(name.partition(".")[0].removeprefix("term")) if self.network.terms > 1 else 0
-        return 1.0 if name.rpartition(".")[2] in split.ones else self._std(term)
-
-    def _source_of_zero(self, term: int) -> Multiplied | None:
-        """Return the source of the array that is zero in a term, if it has multipliers."""
-        zero = self._zero[term]
-        origin = self.origins.get(self.network.prefixes[term][zero.split] + zero.name)
-        return None if origin is None else origin.multiplied
+        term, split, array = parsed_name(self.network, name)
+        return 1.0 if array in split.ones else self._std(term)
 
     def _frozen_in_term(self, term: int) -> tuple[float, int]:
         """Return the product of the mean squares of a term's frozen arrays, and how many would be random if trained."""
@@ -437,10 +410,6 @@ class Initializer(FixedArrays):
                 if origin is not None and origin.multiplied is not None:
                     squares += [value**2 for value in origin.multiplied.starts.values() if value]
         return math.prod(squares), count
-
-    @functools.cached_property
-    def _numbers(self) -> dict[str, int]:
-        return {name: number for number, name in enumerate(self.network.shapes)}
 
     def make(self, key: Any) -> np.ndarray:
         """Compute an array in float32, by its name, or by (name, dtype) to round its values to that dtype."""
@@ -461,13 +430,11 @@ class Initializer(FixedArrays):
         shape = self.network.shapes[key]
         if key in self.zeros:
             return np.zeros(shape, np.float32)
-        split = self.network.splits[int(key.rpartition(".")[0].rpartition("split")[2])]
-        name = key.rpartition(".")[2]
+        term, split, name = parsed_name(self.network, key)
         if name in split.ones:
             return np.ones(shape, np.float32)
-        purpose = rng.PURPOSE["start"] + self._numbers[key]
+        purpose = rng.PURPOSE["start"] + list(self.network.shapes).index(key)
         drawn = rng.normals(self.seed, self.group, purpose, 0, math.prod(shape))
-        term = int(key.partition(".")[0].removeprefix("term")) if self.network.terms > 1 else 0
         return _scaled(drawn, self._std(term)).reshape(shape)
 
     def draws(self, name: str) -> bool:

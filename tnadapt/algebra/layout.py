@@ -10,7 +10,7 @@ import collections
 import itertools
 import math
 import operator
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Hashable, Iterable, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -22,21 +22,6 @@ from tnadapt.errors import ConfigError, ShapeError, safe_repr
 
 from .folding import MAX_SIZE, boxes
 from .formats import Legs
-
-__all__ = [
-    "KnownWeights",
-    "Layout",
-    "Piece",
-    "WeightPlace",
-    "enclosing",
-    "layout_of",
-    "make_layout",
-    "place_of",
-    "require_alike",
-    "require_keys",
-    "run_in_box",
-]
-
 
 # -- The long vector and its groups ------------------------------------------------------------------------------------
 
@@ -69,6 +54,11 @@ class Piece(NamedTuple):
     group: int
     group_start: int
     length: int
+
+
+def moved(piece: Piece, weights: int, groups: int) -> Piece:
+    """Return a piece behind so many weights and groups."""
+    return piece._replace(weight=piece.weight + weights, group=piece.group + groups)
 
 
 class Layout:
@@ -149,20 +139,13 @@ class Layout:
 
     @cached_property
     def _kinds_by_size(self) -> list[tuple[int, int]]:
-        kinds: dict[int, tuple[int, int]] = {}
-        for first, count, size in self.same_size():
-            group, known = kinds.get(size, (first, 0))
-            kinds[size] = group, known + count
-        return list(kinds.values())
+        return _first_and_count(self.same_size())
 
     @cached_property
     def _kinds_by_columns(self) -> list[tuple[int, int]]:
-        kinds: dict[tuple[int, int], tuple[int, int]] = {}
-        for group in range(self.num_groups):
-            key = self.group_size(group), self.columns(group)
-            first, known = kinds.get(key, (group, 0))
-            kinds[key] = first, known + 1
-        return list(kinds.values())
+        return _first_and_count(
+            (group, 1, (self.group_size(group), self.columns(group))) for group in range(self.num_groups)
+        )
 
     @cached_property
     def shape_counts(self) -> collections.Counter[tuple[int, int]]:
@@ -215,23 +198,18 @@ class Layout:
         """Return the pieces of one group, in order; together they cover it. Do not change the list."""
         if group in self._long:
             return self._long[group]
-        pieces = self._of_group(group)
+        if self._members is not None:
+            pieces = [piece for weight in self._members[group] for piece in self.of_weight(weight)]
+        else:
+            start = group * self._length
+            stop = start + self.group_size(group)
+            pieces = []
+            for weight in range(bisect_right(self._starts, start) - 1, bisect_left(self._starts, stop)):
+                first, end = self._starts[weight], self._starts[weight + 1]
+                lo, hi = max(first, start), min(end, stop)
+                pieces.append(Piece(weight, lo - first, group, lo - start, hi - lo))
         if len(pieces) > _LONG:
             self._long[group] = pieces
-        return pieces
-
-    def _of_group(self, group: int) -> list[Piece]:
-        if self._members is not None:
-            return [piece for weight in self._members[group] for piece in self.of_weight(weight)]
-        start = group * self._length
-        stop = start + self.group_size(group)
-        pieces = []
-        for weight in range(bisect_right(self._starts, start) - 1, len(self.shapes)):
-            first, end = self._starts[weight], self._starts[weight + 1]
-            if first >= stop:
-                break
-            lo, hi = max(first, start), min(end, stop)
-            pieces.append(Piece(weight, lo - first, group, lo - start, hi - lo))
         return pieces
 
     def of_slice(self, start: int, stop: int) -> list[Piece]:
@@ -246,17 +224,26 @@ class Layout:
             if base >= stop or base + self._sizes[weight] <= start:
                 continue
             for piece in self.of_weight(weight):
-                lo = max(start, base + piece.weight_start)
-                hi = min(stop, base + piece.weight_start + piece.length)
-                if lo < hi:
-                    skip = lo - base - piece.weight_start
-                    run = Piece(weight, piece.weight_start + skip, piece.group, piece.group_start + skip, hi - lo)
-                    last = pieces[-1] if pieces else None
-                    if last and (last.group, last.group_start + last.length) == (run.group, run.group_start):
-                        pieces[-1] = last._replace(length=last.length + run.length)
-                    else:
-                        pieces.append(run)
+                first = base + piece.weight_start
+                lo, hi = max(start - first, 0), min(stop - first, piece.length)
+                if lo >= hi:
+                    continue
+                run = Piece(weight, piece.weight_start + lo, piece.group, piece.group_start + lo, hi - lo)
+                last = pieces[-1] if pieces else None
+                if last and (last.group, last.group_start + last.length) == (run.group, run.group_start):
+                    pieces[-1] = last._replace(length=last.length + run.length)
+                else:
+                    pieces.append(run)
         return pieces
+
+
+def _first_and_count(runs: Iterable[tuple[int, int, Hashable]]) -> list[tuple[int, int]]:
+    """Return the first group of each kind and the number of its groups, given (first, number, kind) of each run."""
+    kinds: dict[Hashable, tuple[int, int]] = {}
+    for start, count, kind in runs:
+        first, known = kinds.get(kind, (start, 0))
+        kinds[kind] = first, known + count
+    return list(kinds.values())
 
 
 def make_layout(
@@ -283,7 +270,7 @@ def make_layout(
     -------
     Layout
         With an integer G, groups of ``ceil(N / G)`` elements may cover the vector with fewer than G groups; empty
-        groups are left out, and ``num_groups`` is then smaller than G.
+        groups are left out, and ``num_groups`` is then smaller than G. Of :class:`KnownWeights`, made once.
 
     Raises
     ------
@@ -298,13 +285,15 @@ def make_layout(
     >>> make_layout("layer", [(2, 2)] * 4, layers=[0, 0, 1, 1]).num_groups
     2
     """
+    if isinstance(shapes, KnownWeights) and shapes.layers is layers and shapes.roles is roles:
+        if groups not in shapes.layouts:
+            shapes.layouts[groups] = make_layout(groups, list(shapes), layers, roles)
+        return shapes.layouts[groups]
     shapes = checked_shapes(shapes)
     if groups == "weight":
         return Layout(shapes, [(weight,) for weight in range(len(shapes))])
-    if groups == "layer":
-        return Layout(shapes, _by_key("layer", layers, len(shapes)))
-    if groups == "role":
-        return Layout(shapes, _by_key("role", roles, len(shapes)))
+    if groups in ("layer", "role"):
+        return Layout(shapes, _by_key(groups, layers if groups == "layer" else roles, len(shapes)))
     if isinstance(groups, int):
         size = sum(rows * cols for rows, cols in shapes)
         if groups > size:
@@ -504,10 +493,8 @@ def run_in_box(sizes: Sequence[int], box: Box, run: tuple[int, int]) -> slice | 
     digits = np.unravel_index(np.arange(*run), tuple(sizes))
     inside = [digit - lo for digit, (lo, _) in zip(digits, box, strict=True)]
     places = np.ravel_multi_index(inside, [hi - lo for lo, hi in box])
-    first = int(places[0])
-    return (
-        slice(first, first + len(places)) if np.array_equal(places, np.arange(first, first + len(places))) else places
-    )
+    first, stop = int(places[0]), int(places[0]) + len(places)
+    return slice(first, stop) if np.array_equal(places, np.arange(first, stop)) else places
 
 
 # -- Shapes that are checked once, for the plans of many configs -------------------------------------------------------
@@ -532,7 +519,7 @@ class KnownWeights(tuple[tuple[int, int], ...]):
 
     layers: Sequence[Hashable] | None
     roles: Sequence[Hashable] | None
-    _layouts: dict[Groups, Layout]
+    layouts: dict[Groups, Layout]
 
     def __new__(
         cls,
@@ -541,29 +528,11 @@ class KnownWeights(tuple[tuple[int, int], ...]):
         roles: Sequence[Hashable] | None = None,
     ) -> KnownWeights:
         weights = super().__new__(cls, checked_shapes(shapes))
-        weights.layers, weights.roles, weights._layouts = layers, roles, {}
+        weights.layers, weights.roles, weights.layouts = layers, roles, {}
         return weights
 
     def __reduce__(self) -> tuple[Any, ...]:
         return tuple, (list(self),)
-
-    def layout(self, groups: Groups) -> Layout:
-        """Return :func:`make_layout` of these weights, which is made once."""
-        if groups not in self._layouts:
-            self._layouts[groups] = make_layout(groups, list(self), self.layers, self.roles)
-        return self._layouts[groups]
-
-
-def layout_of(
-    groups: Groups,
-    shapes: Sequence[tuple[int, int]],
-    layers: Sequence[Hashable] | None = None,
-    roles: Sequence[Hashable] | None = None,
-) -> Layout:
-    """Return :func:`make_layout`, of known weights the one that they have already."""
-    if isinstance(shapes, KnownWeights) and shapes.layers is layers and shapes.roles is roles:
-        return shapes.layout(groups)
-    return make_layout(groups, shapes, layers, roles)
 
 
 def require_keys(layers: Sequence[Hashable] | None, roles: Sequence[Hashable] | None) -> None:

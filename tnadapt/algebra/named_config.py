@@ -15,8 +15,6 @@ from . import presets
 from .config import Config
 from .presets import PRESETS
 
-__all__ = ["config_of", "is_setting", "named_config", "require_preset", "require_setting"]
-
 # What a caller means who gives one of these as the config, which comes before the targets.
 _TARGETS = ("all-linear", "conv", "embeddings")
 _ROLES = frozenset("qkvo")
@@ -184,9 +182,7 @@ def _instead(name: str, function: str | None) -> str:
         meant = f"{_NO_PRESETS[plain].format(name=plain)}. The presets are "
     elif close:
         meant = f"did you mean {close[0]!r}? The presets are "
-    elif function is None:
-        meant = "the presets are "
-    elif name in _TARGETS or (name and _ROLES.issuperset(name)):
+    elif function is not None and (name in _TARGETS or (name and _ROLES.issuperset(name))):
         meant = f"to adapt these weights write {function}(…, targets={name!r}). The presets are "
     else:
         meant = "the presets are "

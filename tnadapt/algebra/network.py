@@ -12,7 +12,6 @@ import itertools
 import math
 import operator
 from collections.abc import Hashable, Mapping, Sequence
-from typing import NamedTuple
 
 import numpy as np
 
@@ -24,13 +23,6 @@ from .folding import Cut, along, balanced_shape, best_cut, boxes, hypercube_shap
 from .formats import Format, Legs, Permuted, make_format
 from .layout import Box, WeightPlace, enclosing, run_in_box
 from .products import contracted, hadamard_tensor, khatri_rao, kronecker_tensor, rearranged, row_wise_khatri_rao
-
-__all__ = [
-    "Network",
-    "NetworkHalves",
-    "width_at",
-]
-
 
 # -- The network: arrays, slices and adjoint ---------------------------------------------------------------------------
 
@@ -170,10 +162,10 @@ class Network:
 
     def mode_of(self, name: str) -> int | None:
         """Return the mode whose factor an array is, of shape ``(sizes[mode], rank)``; None if it is none."""
-        if self.kronecker and len(self.splits) > 1:
+        if is_kronecker(self):
             return None
-        prefix, _, array = name.rpartition(".")
-        return self.splits[int(prefix.rpartition("split")[2])].mode_of(array)
+        _, split, array = parsed_name(self, name)
+        return split.mode_of(array)
 
     @property
     def num_parameters(self) -> int:
@@ -213,10 +205,7 @@ class Network:
         cut = best_cut(self.sizes, start, stop, self._thin)
         if cut is None:
             return None
-        left, right = self.unfolded(backend, arrays, cut)
-        if self.scale != 1.0:
-            left, right = (left * self.scale, right) if left.shape[0] < right.shape[1] else (left, right * self.scale)
-        return left, right, start - cut.start
+        return *self._scaled(*self.unfolded(backend, arrays, cut)), start - cut.start
 
     def adjoint(
         self, backend: Backend, arrays: Mapping[str, Array], vec: Array, only: str | None = None
@@ -277,7 +266,7 @@ class Network:
 
     def inner(self, modes: int) -> int | None:
         """Return the inner size of L R if the unfolding with ``modes`` modes as rows is such a product, else None."""
-        if len(self.splits) > 1 and self.kronecker:
+        if is_kronecker(self):
             return None
         inner = self.terms
         for split in self.splits:
@@ -319,21 +308,21 @@ class Network:
     def _product(self, backend: Backend, arrays: Mapping[str, Array], cut: Cut) -> Array:
         """Compute a part of the unfolded sum over terms as one matrix product, with the scale."""
         left, right = self.unfolded(backend, arrays, cut)
-        if self.scale == 1.0:
-            return backend.matmul(left, right)
-        if backend.dtype_name(left) in ("float16", "bfloat16"):
+        if self.scale != 1.0 and backend.dtype_name(left) in ("float16", "bfloat16"):
             # Scale the product and not a factor: scaling rounds, and half precision has few bits.
             return backend.matmul(left, right) * self.scale
-        if left.shape[0] < right.shape[1]:
-            return backend.matmul(left * self.scale, right)
-        return backend.matmul(left, right * self.scale)
+        return backend.matmul(*self._scaled(left, right))
+
+    def _scaled(self, left: Array, right: Array) -> tuple[Array, Array]:
+        """Multiply the smaller factor by the scale."""
+        if self.scale == 1.0:
+            return left, right
+        return (left * self.scale, right) if left.shape[0] < right.shape[1] else (left, right * self.scale)
 
     def _sum(self, backend: Backend, arrays: Mapping[str, Array], ranges: Sequence[tuple[int, int]]) -> Array:
         """Compute a box of the tensor: the sum over terms."""
         compute = self._kronecker if self.kronecker else self._hadamard
-        terms = []
-        for prefixes in self.prefixes:
-            terms.append(compute(backend, self.of_term(prefixes, arrays), ranges))
+        terms = [compute(backend, self.of_term(prefixes, arrays), ranges) for prefixes in self.prefixes]
         if self.terms > 1 and len(self.splits) == 1:
             # A term may be a view of its single array. The gradients of all such arrays are then views of the same
             # memory, into which torch would accumulate a second gradient once per view: copy the terms instead.
@@ -376,14 +365,19 @@ class Network:
         return tensor[cut]
 
 
+def is_kronecker(network: Network) -> bool:
+    """Return whether a network is a Kronecker product of several splits."""
+    return network.kronecker and len(network.splits) > 1
+
+
+def parsed_name(network: Network, name: str) -> tuple[int, Format, str]:
+    """Return the term, the split and the format's own name of an array of a network."""
+    prefix, _, array = name.rpartition(".")
+    term, _, split = prefix.rpartition("split")
+    return int(term[len("term") : -1] or 0), network.splits[int(split)], array
+
+
 # -- A weight's rows as a product of two matrices, and a bound on their rank -------------------------------------------
-
-
-class _SplitBox(NamedTuple):
-    """The box of one split, and its rows and columns."""
-
-    ranges: Box
-    legs: Legs
 
 
 def width_at(network: Network, place: WeightPlace) -> int | None:
@@ -396,7 +390,7 @@ def width_at(network: Network, place: WeightPlace) -> int | None:
         return None
     # The rank of an elementwise product, as that of a Kronecker product, is at most the product of the ranks.
     return network.terms * math.prod(
-        _width(*pair) for pair in zip(network.splits, [p.legs for p in parts], strict=True)
+        _width(split, legs) for split, (_, legs) in zip(network.splits, parts, strict=True)
     )
 
 
@@ -406,20 +400,17 @@ def _width(split: Format, legs: Legs) -> int:
     return split.rank_of_legs(legs)
 
 
-def _is_kronecker(network: Network) -> bool:
-    return network.kronecker and len(network.splits) > 1
-
-
-def _parts(network: Network, place: WeightPlace) -> list[_SplitBox] | None:
-    if not _is_kronecker(network):
-        return [_SplitBox(place.ranges, place.legs())] * len(network.splits)
+def _parts(network: Network, place: WeightPlace) -> list[tuple[Box, Legs]] | None:
+    """Return the box of each split, and its rows and columns."""
+    if not is_kronecker(network):
+        return [(place.ranges, place.legs())] * len(network.splits)
     if place.across > 1:
         return None
     # An index is a number with one digit a split. The update is a part of the Kronecker product of the matrices that
     # the digits' ranges cut out of the splits.
     digits = [enclosing(_digit_sizes(network, mode), *bounds) for mode, bounds in enumerate(place.ranges)]
     boxes = [tuple(digit[k] for digit in digits) for k in range(len(network.splits))]
-    return [_SplitBox(ranges, place._replace(ranges=ranges).legs()) for ranges in boxes]
+    return [(ranges, place._replace(ranges=ranges).legs()) for ranges in boxes]
 
 
 def _digit_sizes(network: Network, mode: int) -> list[int]:
@@ -454,11 +445,11 @@ class NetworkHalves(FixedArrays):
         super().__init__()
         parts = _parts(network, place)
         assert parts is not None
-        self.network, self.place, self._ranges = network, place, [part.ranges for part in parts]
-        self._halves = [split.halves(part.legs) for split, part in zip(network.splits, parts, strict=True)]
+        self.network, self.place, self._ranges = network, place, [ranges for ranges, _ in parts]
+        self._halves = [split.halves(legs) for split, (_, legs) in zip(network.splits, parts, strict=True)]
         self._rows = run_in_box(place.row_sizes, place.row_ranges, place.rows)
         self._within: list[slice | np.ndarray] = []
-        if _is_kronecker(network):
+        if is_kronecker(network):
             for mode, bounds in enumerate(place.ranges):
                 sizes = _digit_sizes(network, mode)
                 self._within.append(run_in_box(sizes, enclosing(sizes, *bounds), bounds))

@@ -7,18 +7,6 @@ from collections.abc import Iterable
 
 import numpy as np
 
-__all__ = [
-    "exponent_of",
-    "norm",
-    "norm_of_difference",
-    "relative",
-    "relative_difference",
-    "rounded_to",
-    "scaled_by",
-    "together",
-]
-
-
 # -- Norms: numbers are scaled by a power of two before they are squared -----------------------------------------------
 
 

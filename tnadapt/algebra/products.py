@@ -20,30 +20,6 @@ from tnadapt.errors import ShapeError, safe_repr
 
 from .folding import MAX_ORDER
 
-__all__ = [
-    "LONG",
-    "contracted",
-    "cp_groups",
-    "cp_in_groups",
-    "cp_to_tensor",
-    "khatri_rao",
-    "khatri_rao_of_rows",
-    "kron_matvec",
-    "kronecker",
-    "mode_product",
-    "padded_to",
-    "rearranged",
-    "row_wise_khatri_rao",
-    "train_cut",
-    "tt_to_tensor",
-    "tucker_in_order",
-    "tucker_last",
-    "tucker_to_tensor",
-    "tucker_with_last",
-    "unfolded",
-]
-
-
 # -- Which modes a product of factors joins last: the cheapest way by a model of its time ------------------------------
 
 # The last matrix product writes the whole result, and the ways to it differ in what it reads: its operands are expanded
@@ -186,7 +162,7 @@ def cp_in_groups(backend: Backend, factors: Sequence[Array], groups: tuple[int, 
     columns = factors[second:]
     if first or len(columns) > 1:
         # In this layout the innermost loops are as long as the last factor, not only as its rank.
-        cols = khatri_rao_of_rows(backend, [_laid_out(backend, factor) for factor in columns])
+        cols = row_wise_khatri_rao(backend, [_laid_out(backend, factor) for factor in columns])
     else:
         cols = backend.matrix_transpose(columns[0])
     if first:
@@ -212,19 +188,10 @@ def khatri_rao(backend: Backend, factors: Sequence[Array]) -> Array:
     return functools.reduce(pair, factors)
 
 
-def khatri_rao_of_rows(backend: Backend, factors: Sequence[Array]) -> Array:
-    """Compute the transpose of :func:`khatri_rao` from transposed factors, (r, d_m): shape (r, prod d_m)."""
-
-    def pair(a: Array, b: Array) -> Array:
-        (rank, m), n = a.shape, b.shape[1]
-        product = backend.reshape(a, (rank, m, 1)) * backend.reshape(b, (rank, 1, n))
-        return backend.reshape(product, (rank, m * n))
-
-    return functools.reduce(pair, factors)
-
-
 def row_wise_khatri_rao(backend: Backend, arrays: Sequence[Array]) -> Array:
     """Compute the row-wise Kronecker product of matrices: L of an elementwise product from the L of its factors.
+
+    Of transposed factors, (r, d_m), it is the transpose of :func:`khatri_rao`.
 
     Examples
     --------
@@ -237,9 +204,9 @@ def row_wise_khatri_rao(backend: Backend, arrays: Sequence[Array]) -> Array:
     """
 
     def pair(a: Array, b: Array) -> Array:
-        rows = a.shape[0]
-        product = backend.reshape(a, (rows, -1, 1)) * backend.reshape(b, (rows, 1, -1))
-        return backend.reshape(product, (rows, a.shape[1] * b.shape[1]))
+        (rows, m), n = a.shape, b.shape[1]
+        product = backend.reshape(a, (rows, m, 1)) * backend.reshape(b, (rows, 1, n))
+        return backend.reshape(product, (rows, m * n))
 
     return functools.reduce(pair, arrays)
 

@@ -22,16 +22,6 @@ from tnadapt.errors import BackendError, safe_repr
 from .applying import Applying
 from .superlora import SuperLoRA
 
-__all__ = [
-    "Float64Deltas",
-    "add_in_place",
-    "change_in_place",
-    "changed_spans",
-    "rounded",
-    "widened",
-]
-
-
 # -- The sum W + ΔW ----------------------------------------------------------------------------------------------------
 
 
@@ -141,7 +131,8 @@ def add_in_place(weight: np.ndarray, dtype: str, pieces: Iterable[tuple[int, np.
     >>> add_in_place(weight, "float16", [(1, np.array([0.5, 2.0]))]), weight.tolist()
     (None, [1.0, 1.5, 3.0])
     """
-    scratch = _Scratch(min(PIECE, weight.size))
+    # Reused, because allocating them would cost more than the sums.
+    scratch = [np.empty(min(PIECE, weight.size), kind) for kind in (np.float64, np.float32, np.uint32)]
     with np.errstate(over="ignore", invalid="ignore"):  # _add checks for numbers that are not finite
         for start, piece in pieces:
             for lo in range(0, piece.size, PIECE):
@@ -152,19 +143,9 @@ def add_in_place(weight: np.ndarray, dtype: str, pieces: Iterable[tuple[int, np.
     return None
 
 
-class _Scratch:
-    """Scratch buffers for a piece, reused because allocating them would cost more than the sums."""
-
-    def __init__(self, size: int) -> None:
-        self.total = np.empty(size, np.float64)
-        self.single = np.empty(size, np.float32)
-        self.bits = np.empty(size, np.uint32)
-
-
-def _add(part: np.ndarray, dtype: str, piece: np.ndarray, scratch: _Scratch) -> str | None:
+def _add(part: np.ndarray, dtype: str, piece: np.ndarray, scratch: Sequence[np.ndarray]) -> str | None:
     """Set ``part`` to :func:`rounded` of :func:`widened` plus a piece, using scratch buffers."""
-    size = piece.size
-    total, single, bits = scratch.total[:size], scratch.single[:size], scratch.bits[:size]
+    total, single, bits = (buffer[: piece.size] for buffer in scratch)
     before = part
     if dtype == "bfloat16":
         np.copyto(bits, part)
@@ -219,17 +200,15 @@ def rounded(numbers: np.ndarray, dtype: str) -> np.ndarray:
     single = numbers.astype(np.float32)
     if dtype == "float32":
         return single
-    return single.astype(np.float16) if dtype == "float16" else _bfloat16(single)
-
-
-def _bfloat16(single: np.ndarray) -> np.ndarray:
-    """Return the bits of float32 numbers rounded to bfloat16."""
+    if dtype == "float16":
+        return single.astype(np.float16)
     bits = np.empty(single.shape, np.uint32)
     _to_bfloat16(single, bits)
     return bits.astype(np.uint16)
 
 
 def _to_bfloat16(single: np.ndarray, out: np.ndarray) -> None:
+    """Write the bits of float32 numbers rounded to bfloat16."""
     # Round to nearest, ties to even: add half a unit, less one if the last bit kept is even, and drop the low half.
     bits = single.view(np.uint32)
     np.right_shift(bits, 16, out=out)

@@ -17,7 +17,8 @@ from tnadapt.errors import ConfigError
 from tnadapt.plugins import Registry
 
 from . import rng
-from .sources import OVERSAMPLING, Stream, dominant_svd, leading_qr, minor_svd
+from .singular_vectors import OVERSAMPLING, dominant_svd, leading_qr, minor_svd
+from .sources import Stream
 
 __all__ = ["PREFIX", "STARTS", "Start", "StartPlace", "register_start", "starting_point"]
 
@@ -223,7 +224,7 @@ class PiSSA(FactorStart):
     """``B = U sqrt(S)``, ``A = sqrt(S) Vᵀ`` of the ``rank`` largest singular values (arXiv 2404.02948).
 
     Computed in float64 by subspace iteration from seeded normal numbers, with the largest entry of each left singular
-    vector positive (:mod:`tnadapt.algebra.sources._from_base`): 16 passes, of ``2 d n (2 r + 8)`` multiply-adds each.
+    vector positive (:mod:`tnadapt.algebra.singular_vectors`): 16 passes, of ``2 d n (2 r + 8)`` multiply-adds each.
     Where the singular values fall slowly, the iteration ends at a part of the weight with nearly the largest ones.
     """
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from typing import Any, Literal, Self, overload
 
 import numpy as np
@@ -27,31 +27,47 @@ from tnadapt.backends import (
 from tnadapt.errors import BackendError, ConfigError, ShapeError, safe_repr, summarize
 from tnadapt.report import TextTable
 
+from . import sources
 from .applying import APPLYING, Applying, applying_of
+from .base_arrays import base_weight, checked_given, checked_start, from_base, start_from_base
 from .composite import CompositeConfig, CompositeLayout
-from .config import Config
+from .config import RATE_NAMES, Config, checked_word, group_fold, is_named
 from .group import Group, lora_rank, rank_bound, rank_bounds, updates_of_runs
-from .init import Initializer
-from .layout import Layout, Piece, require_keys
+from .init import Initializer, StartingGroup, ZeroArray, zero_arrays
+from .layout import Layout, Piece, make_layout, moved, require_alike, require_keys
+from .maps import input_length, is_linear
 from .maps.projection import Projection
 from .network import Network
-from .plan_part import PlanPart, base_weight, checked_given, checked_start, from_base
-from .starting_points import PREFIX, Start, StartPlace
+from .rng import PURPOSE
+from .starting_points import PREFIX, STARTS, Start, StartPlace
 from .theta import Theta
-from .units import RATES, in_units
-
-__all__ = [
-    "SuperLoRA",
-    "parameter_count",
-    "share_maps",
-]
-
+from .units import adam_units, in_units
 
 # Plans of up to this many groups are laid out when they are made; larger ones when their arrays are asked for.
 LAID_OUT = 4096
 
 
 # -- SuperLoRA: from parameters to weight updates ----------------------------------------------------------------------
+
+
+Weights = tuple[tuple[int, int], ...] | None
+Shapes = dict[str, tuple[int, ...]]
+
+
+def _joined(of_config: Callable[[Any], Shapes]) -> functools.cached_property[Shapes]:
+    """Return a property of a plan by the names of arrays, given that of a single config: of parts, joined."""
+
+    @functools.wraps(of_config)
+    def joined(plan: SuperLoRA) -> Shapes:
+        if not plan._parts:
+            return of_config(plan)
+        shapes: Shapes = {}
+        for place, part in enumerate(plan._parts):
+            own = getattr(part, of_config.__name__)
+            shapes |= {full: own[name] for name, full in plan._names(place, own).items()}
+        return shapes
+
+    return functools.cached_property(joined)
 
 
 class SuperLoRA:
@@ -130,14 +146,21 @@ class SuperLoRA:
         require_keys(layers, roles)
         lay_out = flag("lay_out", lay_out)
         self.config = config
-        self._parts = _parts_of(config, shapes, layers, roles)
-        layouts = [part.layout for part in self._parts]
-        self.layout: Layout = layouts[0] if len(layouts) == 1 else CompositeLayout(layouts)
         self._layers = None if layers is None else list(layers)
         self._roles = None if roles is None else list(roles)
         self._units: Mapping[str, float] = {}
         self._file_plan: Self | None = None
+        # Arrays that are not drawn, without those of P; groups refer to the dictionary.
+        self._given: dict[str, np.ndarray] = {}
         self._base_starts: dict[str, np.ndarray] = {}
+        #: The plans of a composite config, whose weights and groups are numbered from 0; empty for a single config.
+        self._parts: tuple[SuperLoRA, ...] = ()
+        if isinstance(config, CompositeConfig):
+            self._parts = _parts_of(config, shapes, layers, roles)
+            self.layout: Layout = CompositeLayout([part.layout for part in self._parts])
+        else:
+            self.layout = make_layout(config.groups, shapes, layers, roles)
+            self._plan_groups()
         if given is not None:
             self._bring(checked_given(given, self.fixed_shapes, self.brought_shapes))
         if start_from is not None:
@@ -147,13 +170,37 @@ class SuperLoRA:
             load_imported()
             self._lay_out()
 
+    def _plan_groups(self) -> None:
+        """Make the networks of a single config, and raise its errors now rather than at the first use."""
+        config = self.config
+        if config.weight_shape is not None:
+            require_alike(self.layout, config.weight_shape, config.fold)  # type: ignore[arg-type]  # Config refuses others
+        self._stacked, self._named = config.fold == "stack" and config.order == 2, is_named(config.fold)
+        assert isinstance(config.sources, sources.SourceMap)  # Config converts any other mapping
+        self._sources = config.sources
+        #: Whether an array may be tied to one of another group, so that groups differ in their origins.
+        self._tied = any(isinstance(sources.inner_source(source), sources.Tied) for source in self._sources.values())
+        self._networks: dict[tuple[int, int, Weights, tuple[int, ...] | None], Network] = {}
+        self._projections: dict[tuple[int, int, Weights], Projection] = {}
+        self._frozen_arrays: dict[tuple[int, int], sources.FrozenArrays] = {}
+        self._trained: dict[tuple[int, int], Shapes] = {}
+        self._zeros: dict[int, list[ZeroArray]] = {}
+        for group, _ in self.kinds:
+            self._network(group)
+        self._check_sources()
+        if self.point.needs_base:
+            for group in range(self.num_groups):
+                self.point.check(self.start_place(group))
+        if self._tied and is_linear(config.projection):
+            self._zero_table()  # raises a ConfigError if a term cannot start at zero
+
     def _lay_out(self) -> None:
         """Compute what a compiled program reads of a plan, so that its compiler never traces this code."""
         if self.num_groups <= LAID_OUT:
             _ = self.param_shapes, self.weight_param_names, self.groups
 
     def _view(self, **fields: Any) -> Self:
-        """Return a plan of the same parts with other fields, which computes again what this one has cached."""
+        """Return a plan of the same networks with other fields, which computes again what else this one has cached."""
         view = type(self).__new__(type(self))
         cached = {name for name, value in vars(SuperLoRA).items() if isinstance(value, functools.cached_property)}
         view.__dict__.update({name: value for name, value in self.__dict__.items() if name not in cached})
@@ -175,7 +222,7 @@ class SuperLoRA:
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self._units:
-            return _with_units, (self.file_plan, dict(self._units))
+            return SuperLoRA.with_units, (self.file_plan, dict(self._units))
         # Recompute it from its few integers, instead of pickling the cached draws.
         arguments = self.config, self.shapes, self._layers, self._roles
         return functools.partial(SuperLoRA, given=self.given), arguments, {"_base_starts": self._base_starts}
@@ -205,10 +252,15 @@ class SuperLoRA:
         """How an update changes its weight, as ``config.apply`` says."""
         return applying_of(self.config.apply, self.config.magnitude_axis)
 
-    @property
+    @functools.cached_property
     def point(self) -> Start:
         """What the arrays start from, as ``config.start`` says."""
-        return self._parts[0].point
+        return STARTS.find(self.config.start)()
+
+    @property
+    def _bases(self) -> tuple[SuperLoRA, ...]:
+        """The plan of each config, whatever the units of this one are."""
+        return self._parts or (self,)
 
     @functools.cached_property
     def _firsts(self) -> list[tuple[int, int]]:
@@ -227,18 +279,18 @@ class SuperLoRA:
         >>> SuperLoRA(tna.presets.fastfood(ratio=0.1), [(10, 10)]).groups[0].projection
         Projection('linear', n_in=10, n_out=100, seed=0, group=0)
         """
-        if self._units and self.theta is None:
+        if self._file_plan is not None:
+            if self.theta is not None:
+                return self._file_plan.groups  # θ has a unit, and the arrays that it makes have none
             networks: dict[tuple[int, float], Network] = {}
-            return [in_units(group, self._units, networks) for group in self.file_plan.groups]
-        if len(self._parts) == 1:
-            return self._parts[0].groups
+            return [in_units(group, self._units, networks) for group in self._file_plan.groups]
+        if not self._parts:
+            return [self._group(index) for index in range(self.num_groups)]
         return [
             group._replace(
                 names={name: _renumbered(full, first) for name, full in group.names.items()},
                 frozen_names={name: _renumbered(full, first) for name, full in group.frozen_names.items()},
-                pieces=[
-                    piece._replace(weight=piece.weight + weight, group=piece.group + first) for piece in group.pieces
-                ],
+                pieces=[moved(piece, weight, first) for piece in group.pieces],
             )
             for part, (weight, first) in zip(self._parts, self._firsts, strict=True)
             for group in part.groups
@@ -250,16 +302,27 @@ class SuperLoRA:
 
         For what is counted in integers, without laying all groups out. Groups with tied arrays stand for themselves.
         """
-        return [kind for part in self._parts for kind in part.alike]
+        if self._parts:
+            return [kind for part in self._parts for kind in part.alike]
+        if self._file_plan is not None:
+            return self._file_plan.alike
+        if self._tied:
+            return [(group, 1) for group in self.groups]
+        return [(self._group(first), count) for first, count in self.kinds]
 
     @functools.cached_property
     def kinds(self) -> list[tuple[int, int]]:
-        """The groups that may differ in their network: the index of the first of each kind, and how many have it."""
-        return [
-            (start + first, count)
-            for part, (_, start) in zip(self._parts, self._firsts, strict=True)
-            for first, count in part.kinds
-        ]
+        """The groups that may differ in their network: the index of the first of each kind, and how many have it.
+
+        Groups of equal size have the same network, but for stacks and folds in names, of different weights, and groups
+        with a map F of each weight.
+        """
+        if self._parts:
+            firsts = zip(self._parts, self._firsts, strict=True)
+            return [(start + first, count) for part, (_, start) in firsts for first, count in part.kinds]
+        if self.config.on == "weight" or (self._named and not self.layout.equal_shapes):
+            return [(group, 1) for group in range(self.num_groups)]
+        return self.layout.kinds(columns=self._stacked)
 
     @checks_arguments
     def part_of(self, i: int) -> tuple[SuperLoRA, int]:
@@ -276,23 +339,14 @@ class SuperLoRA:
         ]
 
     @functools.cached_property
-    def _plans(self) -> list[SuperLoRA]:
-        """The plan of each config, whose weights and groups are numbered from 0."""
-        if len(self._parts) == 1:
-            return [self]
-        keys = self._layers or [None] * len(self.shapes), self._roles or [None] * len(self.shapes)
-        plans = list[SuperLoRA]()
-        for place, (config, of_weights) in enumerate(self.config.split(list(zip(*keys, strict=True)))):
-            part = self._parts[place]
-            plan = self._view(
-                config=config, layout=part.layout, _parts=(part,), _units={}, _file_plan=None, _base_starts={},
-                _layers=None if self._layers is None else [layer for layer, _ in of_weights],
-                _roles=None if self._roles is None else [role for _, role in of_weights],
-            )  # fmt: skip
-            if self._units:
-                names = self._names(place, plan.param_shapes)
-                plan = plan.with_units({name: self._units.get(full, 1.0) for name, full in names.items()})
-            plans.append(plan)
+    def _plans(self) -> Sequence[SuperLoRA]:
+        """The plan of each config, in the units of this one."""
+        if not self._parts or not self._units:
+            return self._bases
+        plans = []
+        for place, part in enumerate(self._parts):
+            own = {name: self._units[full] for name, full in self._names(place, part.array_shapes).items()}
+            plans.append(part.with_units({**dict.fromkeys(part.param_shapes, 1.0), **own}))
         return plans
 
     def _names(self, place: int, names: Iterable[str]) -> dict[str, str]:
@@ -300,14 +354,214 @@ class SuperLoRA:
         _, first = self._firsts[place]
         return {name: _renumbered(name, first) for name in names}
 
-    def _joined(self, of_part: Callable[[PlanPart], dict[str, Any]]) -> dict[str, Any]:
-        """Return what each part has by the names of arrays there, by their names in the plan."""
-        if len(self._parts) == 1:
-            return of_part(self._parts[0])
-        joined: dict[str, Any] = {}
-        for part, (_, first) in zip(self._parts, self._firsts, strict=True):
-            joined |= {_renumbered(name, first): value for name, value in of_part(part).items()}
-        return joined
+    # -- Networks and groups of a single config ----------------------------------------------
+
+    def _network(self, group: int) -> Network:
+        """Return the network of a group; groups that are alike share it."""
+        size = self.layout.group_size(group)
+        columns = self.layout.columns(group) if self._stacked else 1
+        config, weights = self.config, self._weights(group)
+        fold = group_fold(config.fold, self.layout, group) if self._named else None
+        key = size, columns, weights, fold
+        if key not in self._networks:
+            n_in = input_length(config.projection, size, config.ratio, weights)
+            folded = config if fold is None else config.replace(fold=fold)
+            self._networks[key] = Network(folded, n_in, columns)
+        return self._networks[key]
+
+    def _weights(self, group: int) -> Weights:
+        """Return the shapes of a group's weights if F is applied to each of them; None if to the group's vector."""
+        if self.config.on == "vector":
+            return None
+        for piece in self.layout.of_group(group):
+            rows, cols = self.shapes[piece.weight]
+            if piece.length != rows * cols:
+                raise ConfigError(
+                    f"on='weight' needs groups of whole weights, and groups={self.config.groups} cuts through weight "
+                    f"{piece.weight} of {rows}×{cols}: use groups='weight', 'layer', 1 or lists of weights"
+                )
+        return tuple(self.shapes[piece.weight] for piece in self.layout.of_group(group))
+
+    def _group(self, index: int) -> Group:
+        network, size = self._network(index), self.layout.group_size(index)
+        origins, projection = self._origins(index), self._projection(index)
+        names, frozen_names = _names_of(index, network.shapes, origins)
+        # Arrays that do not depend on the group are computed and kept once for all groups with the same network.
+        key = id(network), 0 if self._frozen_alike else index
+        if key not in self._frozen_arrays:
+            self._frozen_arrays[key] = sources.FrozenArrays(self._frozen(origins), self._given)
+        frozen = self._frozen_arrays[key]
+        start = Initializer(
+            network, projection, self.config.seed, index, frozen, origins=origins,
+            starts=self._start_of if self._tied else None, table=self._zero_table if self._tied else None,
+            point=self.point, given=self._given,
+        )  # fmt: skip
+        multiplied = {name: origin.multiplied for name, origin in origins.items() if origin.multiplied is not None}
+        pieces = self.layout.of_group(index)
+        return Group(size, network, projection, start, names, pieces, frozen, frozen_names, multiplied)
+
+    def _projection(self, index: int) -> Projection:
+        config, weights, size = self.config, self._weights(index), self.layout.group_size(index)
+        stream = 0 if config.shared else index
+        key = size, stream, weights
+        if key not in self._projections:
+            self._projections[key] = (
+                Projection(config.projection, self._network(index).size, size, config.seed, stream)
+                if weights is None
+                else Projection.on_weights(config.projection, weights, config.ratio, config.seed, stream)
+            )
+        return self._projections[key]
+
+    # -- Origins of a single config: which arrays are trained, frozen or tied ----------------
+
+    def _origins(self, group: int) -> dict[str, sources.Origin]:
+        """Return the origin of each array of a group, by the network's names; empty if the config has no sources."""
+        if not self._sources:
+            return {}
+        if self._tied:
+            return sources.origins_of(self._sources, group, self._network(0).shapes, self.num_groups)
+        # The same for all groups, except for the index.
+        return {name: origin._replace(group=group, owner=(group, name)) for name, origin in self._first_origins.items()}
+
+    @functools.cached_property
+    def _first_origins(self) -> dict[str, sources.Origin]:
+        return sources.origins_of(self._sources, 0, self._network(0).shapes, self.num_groups)
+
+    def _trained_shapes(self, group: int) -> Shapes:
+        """Return the trained arrays and multipliers that belong to a group itself, by the network's names."""
+        network = self._network(group)
+        if not self._sources:
+            return network.shapes
+        key = id(network), group if self._tied else 0
+        if key in self._trained:
+            return self._trained[key]
+        trained: Shapes = {}
+        for name, origin in self._origins(group).items():
+            if origin.source.trained and origin.key == (group, name):
+                trained[name] = network.shapes[name]
+            if origin.multiplied is not None and origin.owner == (group, name):
+                multipliers = origin.multiplied.multiplier_shapes(network.shapes[name])
+                trained |= {f"{name}.{multiplier}": shape for multiplier, shape in multipliers.items()}
+        self._trained[key] = trained
+        return trained
+
+    def _check_sources(self) -> None:
+        """Raise a ConfigError if a source does not suit its array."""
+        if not self._sources:
+            return
+        network = self._network(0)  # all networks have arrays of the same names
+        self._sources.check_names(network.shapes)
+        for group in range(self.num_groups) if self._tied else [first for first, _ in self.kinds]:
+            origins = self._origins(group)
+            for name, origin in origins.items():
+                self._check_array(group, name, origin)
+            self._check_factors(group, origins)
+            for prefixes in network.prefixes:
+                pairs = zip(prefixes, network.splits, strict=True)
+                sources.check_term(origins, [prefix + name for prefix, split in pairs for name in split.shapes])
+
+    @staticmethod
+    def _check_factors(group: int, origins: Mapping[str, sources.Origin]) -> None:
+        """Raise a ConfigError if a source needs the factors of its split, and one is not computed from the base."""
+        for name, origin in origins.items():
+            if not origin.source.needs_factors or origin.key != (group, name):
+                continue
+            split = name.rpartition(".")[0]
+            for other, theirs in origins.items():
+                of_split = other != name and other.rpartition(".")[0] == split
+                if of_split and not (theirs.source.needs_base and theirs.key == (group, other)):
+                    raise ConfigError(
+                        f"{type(origin.source).__name__} computes {name!r} from the base weights and the factors of "
+                        f"all modes, and {other!r} is not computed from the base: give it FromBase('mode') or Mixed"
+                    )
+
+    def _check_array(self, group: int, name: str, origin: sources.Origin) -> None:
+        if origin.multiplied is None and origin.source.trained and origin.key == (group, name):
+            return
+        network, owner = self._network(group), self._network(origin.group)
+        if owner.shapes[origin.name] != network.shapes[name]:
+            raise ConfigError(
+                f"sources ties 'group{group}.{name}', of shape {network.shapes[name]}, to "
+                f"'group{origin.group}.{origin.name}', of shape {owner.shapes[origin.name]}: only arrays of one shape "
+                "can be tied"
+            )
+        mapped = self.config.projection != "identity"
+        shape, mode = network.shapes[name], owner.mode_of(origin.name)
+        origin.source.check(sources.Place(origin.name, shape, mode, owner.sizes, mapped))
+        if origin.multiplied is None:
+            return
+        origin.multiplied.check(sources.Place(name, shape, network.mode_of(name), network.sizes, mapped))
+        if origin.multiplied.zero is not None and not is_linear(self.config.projection):
+            raise ConfigError(
+                f"start=0 of {name!r} leaves a nonlinear F without a gradient, as tanhshrink'(0) = 0: give start=1"
+            )
+
+    def _shapes_of(self, chosen: Callable[[sources.Source], bool]) -> Shapes:
+        """Return the names and shapes of the frozen arrays whose source is chosen, in order, each once."""
+        if not any(chosen(sources.inner_source(source)) for source in self._sources.values()):
+            return {}
+        shapes: Shapes = {}
+        for group in range(self.num_groups):
+            for entry in self._frozen(self._origins(group)).values():
+                if chosen(entry.source) and entry.full not in shapes:
+                    shared = entry.source.independent_of_group
+                    shapes[entry.full] = self._largest[entry.full.partition(".")[2]] if shared else entry.shape
+        return shapes
+
+    @functools.cached_property
+    def _largest(self) -> Shapes:
+        """The largest size of each array along each axis, over all groups."""
+        shapes = [self._network(group).shapes for group, _ in self.kinds]
+        return {
+            name: tuple(max(sizes) for sizes in zip(*(other[name] for other in shapes), strict=True))
+            for name in shapes[0]
+        }
+
+    @functools.cached_property
+    def _frozen_alike(self) -> bool:
+        """Whether all groups with the same network have the same frozen arrays."""
+        frozen = [origin.source for origin in self._origins(0).values() if not origin.source.trained]
+        return not self._tied and all(source.independent_of_group for source in frozen)
+
+    def _frozen(self, origins: Mapping[str, sources.Origin]) -> dict[str, sources.FrozenArray]:
+        """Return what computes each frozen array of a group, by the network's names."""
+        numbers = {name: number for number, name in enumerate(self._network(0).shapes)}  # the same in all groups
+        frozen = {}
+        for name, (group, inner, source, _, _) in origins.items():
+            if source.trained:
+                continue
+            network, purpose = self._network(group), PURPOSE["source"] + numbers[inner]
+            mode = network.mode_of(inner)
+            stream = sources.Stream(self.config.seed, group, purpose, self._largest[inner], mode=mode)
+            full = f"group{0 if source.brought and source.independent_of_group else group}.{inner}"
+            frozen[name] = sources.FrozenArray(full, source, network.shapes[inner], stream)
+        return frozen
+
+    def _start_of(self, group: int) -> Initializer:
+        return self.groups[group].start
+
+    def _zero_table(self) -> dict[int, list[ZeroArray]]:
+        """Return the array that is zero at the start in each term of each group, if arrays are tied and F is linear."""
+        if not self._zeros:
+            self._zeros |= self._zeros_if([None] * self.num_groups)
+        return self._zeros
+
+    def _zeros_if(self, trained: Sequence[Collection[str] | None]) -> dict[int, list[ZeroArray]]:
+        numbers = range(self.num_groups)
+        return zero_arrays(
+            list(map(StartingGroup, numbers, map(self._network, numbers), map(self._origins, numbers), trained))
+        )
+
+    def _starts_if(self, groups: Sequence[Group], chosen: Collection[str]) -> list[Initializer]:
+        """Return the initial arrays of its groups, whatever their units, if arrays of these names alone are trained."""
+        trained = [{name for name, full in group.names.items() if full in chosen} for group in groups]
+        if not self._tied:
+            return [group.start.for_trained(names) for group, names in zip(groups, trained, strict=True)]
+        starts: list[Initializer] = []
+        table = functools.cache(lambda: self._zeros_if(trained))
+        for group, names in zip(groups, trained, strict=True):
+            starts.append(group.start.for_trained(names, starts.__getitem__, table))
+        return starts
 
     # -- Names, shapes and counts ------------------------------------------------------------
 
@@ -317,15 +571,23 @@ class SuperLoRA:
         of_weights = sum(map(math.prod, self.weight_param_shapes.values()))
         if self.theta is not None:
             return of_weights + sum(map(math.prod, self.theta.shapes.values()))
-        return of_weights + sum(part.num_elements for part in self._parts)
+        return of_weights + sum(part._num_elements for part in self._bases)
+
+    @functools.cached_property
+    def _num_elements(self) -> int:
+        """Number of elements of the arrays in ``array_shapes``, counted without laying all groups out."""
+        if self._tied:
+            return sum(map(math.prod, self.array_shapes.values()))
+        return sum(count * sum(map(math.prod, self._trained_shapes(group).values())) for group, count in self.kinds)
 
     @functools.cached_property
     def theta(self) -> Theta | None:
         """The map before the network; None if there is none, and the arrays themselves are trained."""
         if self.config.before is None:
             return None
-        (part,) = self._parts  # a composite config has none
-        return part.theta.in_units(self._units) if part.theta and self._units else part.theta
+        if self._file_plan is not None and self._file_plan.theta is not None:
+            return self._file_plan.theta.in_units(self._units)
+        return Theta(self.config, self._num_elements, lambda: self.array_shapes)
 
     @functools.cached_property
     def param_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -343,19 +605,20 @@ class SuperLoRA:
 
         ``weight{i}.magnitude`` with ``apply="magnitude"``. They start at numbers of the base weights.
         """
+        return {name: shape for shapes in self._shapes_of_weights for name, shape in shapes.items()}
+
+    @functools.cached_property
+    def _shapes_of_weights(self) -> list[Shapes]:
         if APPLYING.find(self.config.apply).additive:
-            return {}
-        of_weights = [self.applying.param_shapes(index, shape) for index, shape in enumerate(self.shapes)]
-        return {name: shape for shapes in of_weights for name, shape in shapes.items()}
+            return [{}] * len(self.shapes)
+        return [self.applying.param_shapes(index, shape) for index, shape in enumerate(self.shapes)]
 
     @functools.cached_property
     def weight_param_names(self) -> list[tuple[str, ...]]:
         """The names in ``weight_param_shapes`` of each weight."""
-        if not self.weight_param_shapes:
-            return [()] * len(self.shapes)
-        return [tuple(self.applying.param_shapes(index, shape)) for index, shape in enumerate(self.shapes)]
+        return [tuple(shapes) for shapes in self._shapes_of_weights]
 
-    @functools.cached_property
+    @_joined
     def array_shapes(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every array that is trained, or made from θ, in order.
 
@@ -363,42 +626,49 @@ class SuperLoRA:
         terms; ``array`` is dense, factor0 …, weights, core, or core0 … (tensor train). The trained diagonals of a
         frozen array are ``.size`` and ``.rank`` after its name.
         """
-        return self._joined(lambda part: part.array_shapes)
+        return {
+            f"group{group}.{name}": shape
+            for group in range(self.num_groups)
+            for name, shape in self._trained_shapes(group).items()
+        }
 
-    @functools.cached_property
+    @_joined
     def frozen_shapes(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every array that ``config.sources`` freezes, in order; named as in ``array_shapes``."""
-        return self._joined(lambda part: part.frozen_shapes)
+        return {full: group.network.shapes[name] for group in self.groups for name, full in group.frozen_names.items()}
 
-    @functools.cached_property
+    @_joined
     def given_shapes(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every array that the caller brings, in order.
 
         Frozen arrays whose source is :class:`tnadapt.sources.Given`, and those of P for ``before="tied"``
         (``theta.index``) and ``before="given"`` (``theta.matrix``).
         """
-        return {**self._joined(lambda part: part.given_shapes), **self.brought_shapes}
+        return {**self._shapes_of(lambda source: source.brought), **self.brought_shapes}
 
     @property
     def brought_shapes(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every array of the map before the network that the caller brings."""
         return {} if self.theta is None else self.theta.brought_shapes
 
-    @functools.cached_property
+    @_joined
     def base_shapes(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every array that is computed from the base weights, in order: frozen ones, and the start.
 
         The start of an array is named ``start.`` and the array's name.
         """
-        return self._joined(lambda part: part.base_shapes)
+        frozen = self._shapes_of(lambda source: source.needs_base)
+        return {**frozen, **self.start_shapes} if self.point.needs_base else frozen
 
-    @functools.cached_property
+    @_joined
     def start_shapes(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every array of x_0 that is not drawn: ``start.`` and its name in ``array_shapes``.
 
         With ``config.start="given"``, of all those that a caller may bring.
         """
-        return self._joined(lambda part: part.start_shapes)
+        if not (self.point.brought or self.point.needs_base):
+            return {}
+        return {PREFIX + name: shape for name, shape in self.array_shapes.items()}
 
     @property
     def fixed_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -467,9 +737,7 @@ class SuperLoRA:
         >>> tna.SuperLoRA(tna.presets.superlora(2), gqa).lora_rank is None
         True
         """
-        if not self.applying.additive:
-            return None
-        return lora_rank(self.shapes, self.largest_ranks)
+        return lora_rank(self.shapes, self.largest_ranks) if self.applying.additive else None
 
     @functools.cached_property
     def largest_ranks(self) -> list[int]:
@@ -494,8 +762,10 @@ class SuperLoRA:
     @property
     def given(self) -> dict[str, np.ndarray]:
         """The arrays in ``fixed_shapes`` that the plan has, by name, in float32."""
-        arrays = self._joined(lambda part: part.given)
-        return dict(arrays) if self.theta is None else {**arrays, **self.theta.brought}
+        given = dict(self._given)
+        for place, part in enumerate(self._parts):
+            given |= {full: part.given[name] for name, full in self._names(place, part.given).items()}
+        return given if self.theta is None else {**given, **self.theta.brought}
 
     @property
     def base_starts(self) -> dict[str, np.ndarray]:
@@ -514,8 +784,10 @@ class SuperLoRA:
         if self.theta is not None:
             self.theta.bring({name: arrays[name] for name in self.brought_shapes if name in arrays})
         for place, part in enumerate(self._parts):
-            names = self._names(place, {**part.given_shapes, **part.base_shapes, **part.start_shapes})
-            part.given.update({name: arrays[full] for name, full in names.items() if full in arrays})
+            names = self._names(place, part.fixed_shapes)
+            part._bring({name: arrays[full] for name, full in names.items() if full in arrays})
+        if not self._parts:
+            self._given |= {name: array for name, array in arrays.items() if name not in self.brought_shapes}
 
     @checks_arguments
     def with_base(
@@ -568,13 +840,17 @@ class SuperLoRA:
                 progress(next(computed), len(self.base_shapes))
 
         given = self.given
-        for place, (part, (first, _)) in enumerate(zip(self._parts, self._firsts, strict=True)):
+        for place, (part, (first, _)) in enumerate(zip(self._bases, self._firsts, strict=True)):
             if part.base_shapes:
-                arrays = from_base(part, functools.partial(self._base_vector, weights, first), on_array)
+                start = part._start_from_base if part.point.needs_base else None
+                arrays = from_base(part.groups, functools.partial(self._base_vector, weights, first), start, on_array)
                 given |= {full: arrays[name] for name, full in self._names(place, arrays).items()}
         plan = type(self)(self.config, self.shapes, self._layers, self._roles, given=given)
         plan._base_starts = self._starts_of_weights(weights)
         return plan
+
+    def _start_from_base(self, group: int, base: np.ndarray) -> dict[str, np.ndarray]:
+        return start_from_base(self.config, self.point, self.start_place(group), group, base)
 
     def _base_vector(self, weights: Sequence[Any] | Callable[[int], Any], first: int, index: int) -> np.ndarray:
         """Return a base weight as a vector, in float64 or float32, by its number after the first of a part."""
@@ -654,8 +930,15 @@ class SuperLoRA:
 
     def start_place(self, group: int) -> StartPlace:
         """Return what a start needs to know of a group."""
-        place = max(place for place, (_, first) in enumerate(self._firsts) if first <= group)
-        return self._parts[place].start_place(group - self._firsts[place][1])
+        if isinstance(self.layout, CompositeLayout):
+            place, own = self.layout.part_of(group)
+            return self._parts[place].start_place(own)
+        network, config = self._network(group), self.config
+        weights = tuple(self.shapes[piece.weight] for piece in self.layout.of_group(group))
+        plain = config.projection == "identity" and not config.sources and network.terms == 1
+        plain = plain and list(network.shapes) == ["split0.factor0", "split0.factor1"]
+        size = self.layout.group_size(group)
+        return StartPlace(network.shapes, network.sizes, weights, size, network.scale, plain)
 
     @checks_arguments
     def starts(self, trained: Collection[str] | None = None) -> list[Initializer]:
@@ -675,48 +958,36 @@ class SuperLoRA:
         if self.theta is not None:
             return self.starts()
         chosen, starts = set(trained), list[Initializer]()
-        for part, (_, first) in zip(self._parts, self._firsts, strict=True):
-            starts += part.starts_if(self.groups[first : first + part.num_groups], chosen)
+        for part, (_, first) in zip(self._bases, self._firsts, strict=True):
+            starts += part._starts_if(self.groups[first : first + part.num_groups], chosen)
         return starts
 
     @overload
     def init(
         self,
-        backend: Literal["numpy"] = "numpy",
-        dtype: str = "float32",
-        device: Any = None,
-        trained: Collection[str] | None = None,
+        backend: Literal["numpy"] = ...,
+        dtype: str = ...,
+        device: Any = ...,
+        trained: Collection[str] | None = ...,
     ) -> dict[str, np.ndarray]: ...
 
     @overload
     def init(
-        self,
-        backend: Literal["torch"],
-        dtype: str = "float32",
-        device: Any = None,
-        trained: Collection[str] | None = None,
+        self, backend: Literal["torch"], dtype: str = ..., device: Any = ..., trained: Collection[str] | None = ...
     ) -> dict[str, TorchArray]: ...
 
     @overload
     def init(
-        self,
-        backend: Literal["jax"],
-        dtype: str = "float32",
-        device: Any = None,
-        trained: Collection[str] | None = None,
+        self, backend: Literal["jax"], dtype: str = ..., device: Any = ..., trained: Collection[str] | None = ...
     ) -> dict[str, JaxArray]: ...
 
     @overload
     def init(
-        self, backend: str, dtype: str = "float32", device: Any = None, trained: Collection[str] | None = None
+        self, backend: str, dtype: str = ..., device: Any = ..., trained: Collection[str] | None = ...
     ) -> dict[str, Any]: ...
 
     def init(
-        self,
-        backend: str = "numpy",
-        dtype: str = "float32",
-        device: Any = None,
-        trained: Collection[str] | None = None,
+        self, backend: str = "numpy", dtype: str = "float32", device: Any = None, trained: Collection[str] | None = None
     ) -> dict[str, Array]:
         """Return initial parameters, for which ΔW is exactly zero and its gradient is not.
 
@@ -771,27 +1042,28 @@ class SuperLoRA:
             raise BackendError(f"dtype must be a name such as 'float32'; got {safe_repr(dtype)}")
         # Try an empty array first, to refuse an unavailable dtype or device before anything is drawn.
         library.asarray(np.zeros(0), dtype, device)
-        params = self._weight_params(library, dtype, device)
+        hosts = self._weight_starts(dtype)
         if self.theta is not None:
             self.theta.require_brought()
             self._require_gradient()
-            for name, shape in self.theta.shapes.items():
-                params[name] = library.asarray(np.zeros(shape), dtype, device)
-            return {name: params[name] for name in self.param_shapes}
-        for group, start in zip(self.groups, self.starts(trained), strict=True):
-            for name, full in group.names.items():
-                if full in params:
-                    continue  # arrays that are tied
-                host = start.host(name)
-                if dtype == "float16" and np.max(np.abs(host)) > np.finfo(np.float16).max:
-                    raise ConfigError(
-                        f"{full} starts at numbers of up to {np.max(np.abs(host)):.1e}, which float16 cannot hold; "
-                        f"use float32, or a larger alpha than {self.config.alpha}"
-                    )
-                params[full] = library.asarray(host, dtype, device)
-        return {name: params[name] for name in self.param_shapes}
+            hosts |= {name: np.zeros(shape) for name, shape in self.theta.shapes.items()}
+        else:
+            for group, start in zip(self.groups, self.starts(trained), strict=True):
+                # Arrays that are tied have been drawn.
+                hosts |= {full: start.host(name) for name, full in group.names.items() if full not in hosts}
+        params = {}
+        for name in self.param_shapes:
+            host = hosts.pop(name)
+            if dtype == "float16" and (most := np.max(np.abs(host))) > np.finfo(np.float16).max:
+                norms = name in self.weight_param_shapes
+                raise ConfigError(
+                    f"{name} starts at {'norms' if norms else 'numbers'} of up to {most:.1e}, which float16 cannot "
+                    f"hold; use float32{'' if norms else f', or a larger alpha than {self.config.alpha}'}"
+                )
+            params[name] = library.asarray(host, dtype, device)
+        return params
 
-    def _weight_params(self, library: Backend, dtype: str, device: Any) -> dict[str, Array]:
+    def _weight_starts(self, dtype: str) -> dict[str, np.ndarray]:
         """Return the initial values of the parameters in ``weight_param_shapes``."""
         missing = [name for name in self.weight_param_shapes if name not in self._base_starts]
         if missing:
@@ -799,16 +1071,9 @@ class SuperLoRA:
                 f"{missing[0]} starts at the norms of its base weight, which this plan has not seen: call "
                 "plan.with_base(weights) first, or attach the config to a model"
             )
-        params = {}
-        for name in self.weight_param_shapes:
-            # To float32 first, as the norm is rounded where it is divided by.
-            host = self._base_starts[name] if dtype == "float64" else self._base_starts[name].astype(np.float32)
-            if dtype == "float16" and np.max(host) > np.finfo(np.float16).max:
-                raise ConfigError(
-                    f"{name} starts at norms of up to {np.max(host):.1e}, which float16 cannot hold; use float32"
-                )
-            params[name] = library.asarray(host, dtype, device)
-        return params
+        # To float32 first, as the norm is rounded where it is divided by.
+        host_dtype = np.float64 if dtype == "float64" else np.float32
+        return {name: self._base_starts[name].astype(host_dtype) for name in self.weight_param_shapes}
 
     # -- Units of the parameters, and plans of the same updates ------------------------------
 
@@ -827,7 +1092,7 @@ class SuperLoRA:
         """
         if self._units:
             return dict.fromkeys(self.param_shapes, 1.0)
-        return self._units_for([part.config.rate for part in self._parts])
+        return self._units_for([part.config.rate for part in self._bases])
 
     @checks_arguments
     def units_for(self, rate: str) -> dict[str, float]:
@@ -842,15 +1107,15 @@ class SuperLoRA:
         dict of str to float
             Powers of two, by the names in ``param_shapes``.
         """
-        if rate not in RATES:
-            raise ConfigError(f"rate must be one of {', '.join(map(repr, RATES))}; got {safe_repr(rate)}")
-        return self._units_for([rate] * len(self._parts))
+        checked_word("rate", rate, RATE_NAMES)
+        return self._units_for([rate] * len(self._firsts))
 
     def _units_for(self, rates: Sequence[str]) -> dict[str, float]:
         units = dict.fromkeys(self.param_shapes, 1.0)
-        for place, (part, rate) in enumerate(zip(self._parts, rates, strict=True)):
-            of_part = RATES[rate](part.groups, self.theta, self.shapes)
-            units |= {full: of_part[name] for name, full in self._names(place, of_part).items()}
+        for place, (part, rate) in enumerate(zip(self._bases, rates, strict=True)):
+            if rate == "adam":
+                of_part = adam_units(part.file_plan.groups, self.theta, self.shapes)
+                units |= {full: of_part[name] for name, full in self._names(place, of_part).items()}
         return units
 
     @property
@@ -895,7 +1160,7 @@ class SuperLoRA:
         """
         if missing := self.param_shapes.keys() - units:
             raise ConfigError(f"units must have each name of param_shapes; missing: {summarize(missing)}")
-        plan = self._view(_units=dict(units), _file_plan=self)
+        plan = self._view(_units=dict(units), _file_plan=self, array_shapes=self.array_shapes)
         _ = plan.groups  # raises the error of terms now
         return plan
 
@@ -915,7 +1180,10 @@ class SuperLoRA:
         config = self.config.replace(
             before=None, parameters=None, scope="plan", offset=True, apply="add", magnitude_axis="rows"
         )
-        return self._view(config=config, _base_starts={})
+        parts = tuple(part.arrays_plan for part in self._parts)
+        return self._view(
+            config=config, _base_starts={}, _parts=parts, groups=self.groups, array_shapes=self.array_shapes
+        )
 
     @checks_arguments
     def to_arrays(self, params: Mapping[str, ArrayT]) -> dict[str, ArrayT]:
@@ -1254,22 +1522,39 @@ class SuperLoRA:
         return backend
 
 
+def _names_of(
+    index: int, shapes: Iterable[str], origins: Mapping[str, sources.Origin]
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Return the full names of a group's trained arrays and multipliers, and of its frozen arrays."""
+    if not origins:
+        return {name: f"group{index}.{name}" for name in shapes}, {}
+    names, frozen = dict[str, str](), dict[str, str]()
+    for name, origin in origins.items():
+        if origin.source.trained:
+            names[name] = f"group{origin.group}.{origin.name}"
+        else:
+            frozen[name] = f"group{index}.{name}"
+        if origin.multiplied is not None:
+            group, owner = origin.owner
+            names |= {f"{name}.{part}": f"group{group}.{owner}.{part}" for part in origin.multiplied.multipliers}
+    return names, frozen
+
+
 def _parts_of(
-    config: Config,
+    config: CompositeConfig,
     shapes: Sequence[tuple[int, int]],
     layers: Sequence[Hashable] | None,
     roles: Sequence[Hashable] | None,
-) -> tuple[PlanPart, ...]:
-    if not isinstance(config, CompositeConfig):
-        return (PlanPart(config, shapes, layers, roles),)
+) -> tuple[SuperLoRA, ...]:
     shapes = list(shapes)
     keys = [[None] * len(shapes) if keys is None else _as_many(keys, shapes) for keys in (layers, roles)]
     return tuple(
-        PlanPart(
+        SuperLoRA(
             part_config,
             [shape for shape, _, _ in weights],
             None if layers is None else [layer for _, layer, _ in weights],
             None if roles is None else [role for _, _, role in weights],
+            lay_out=False,
         )
         for part_config, weights in config.split(list(zip(shapes, *keys, strict=True)))
     )
@@ -1287,10 +1572,6 @@ def _renumbered(name: str, first: int) -> str:
     prefix = PREFIX if name.startswith(PREFIX) else ""
     group, _, rest = name.removeprefix(prefix).removeprefix("group").partition(".")
     return f"{prefix}group{int(group) + first}.{rest}" if first else name
-
-
-def _with_units(plan: SuperLoRA, units: Mapping[str, float]) -> SuperLoRA:
-    return plan.with_units(units)
 
 
 def _times(array: Array, factor: float) -> Array:
@@ -1350,13 +1631,7 @@ def share_maps(plan: SuperLoRA, others: Iterable[SuperLoRA], digests: bool = Fal
     >>> plan.groups[0].projection.map is other.groups[0].projection.map
     True
     """
-    by_key = {projection.key: projection for other in others for projection in _projections(other)}
-    for projection in _projections(plan):
-        same = by_key.get(projection.key)
-        if same is not None:
-            projection.share(same, digests)
-
-
-def _projections(plan: SuperLoRA) -> Iterator[Projection]:
+    by_key = {group.projection.key: group.projection for other in others for group in other.arrays_plan.groups}
     for group in plan.arrays_plan.groups:
-        yield group.projection
+        if group.projection.key in by_key:
+            group.projection.share(by_key[group.projection.key], digests)

@@ -23,8 +23,6 @@ from .maps import BroughtMap
 from .maps.projection import THETA_STREAMS, Projection
 from .norms import rounded_to
 
-__all__ = ["Theta", "ThetaPart"]
-
 
 class ThetaPart(NamedTuple):
     """One θ, its map, and the arrays made from it.

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from tnadapt.errors import ConfigError
 
-__all__ = ["DEFAULT_SEED", "TorchStream", "bfloat16_of", "permutation_head"]
+from .norms import rounded_to
 
 #: The seed of ``torch.Generator()`` that nobody has seeded.
 DEFAULT_SEED = 67280421310721
@@ -50,8 +50,7 @@ class TorchStream:
         unit = (self.words(math.prod(shape)) & np.uint32((1 << 24) - 1)) * 2.0**-24
         ends = np.array([low, high], np.float32)
         uniforms = (unit * np.float64(ends[1] - ends[0]) + np.float64(ends[0])).astype(np.float32)
-        if dtype == "bfloat16":
-            uniforms, ends = bfloat16_of(uniforms), bfloat16_of(ends)
+        uniforms, ends = rounded_to(uniforms, dtype), rounded_to(ends, dtype)
         return np.where(uniforms == ends[1], ends[0], uniforms).reshape(tuple(shape)).astype(np.float32)
 
     def normals(self, count: int) -> NDArray[np.float64]:
@@ -65,13 +64,6 @@ class TorchStream:
         if count > full:
             normals[-16:] = _box_muller(self.words(16))
         return normals
-
-
-def bfloat16_of(values: np.ndarray) -> NDArray[np.float32]:
-    """Round to the nearest bfloat16 numbers, as float32."""
-    bits = np.asarray(values, np.float32).view(np.uint32)
-    nearest = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) & np.uint32(0xFFFF0000)
-    return nearest.astype(np.uint32).view(np.float32)
 
 
 def _box_muller(words: NDArray[np.uint32]) -> NDArray[np.float64]:

@@ -29,9 +29,10 @@ constants are fits: docs/learning_rate.rst has the measurements.
 
 from __future__ import annotations
 
+import collections
 import copy
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from tnadapt.errors import ConfigError
 
@@ -40,19 +41,6 @@ from .init import Initializer
 from .maps.projection import Projection
 from .network import Network
 from .theta import Theta
-
-__all__ = [
-    "RATE",
-    "RATES",
-    "SPREAD",
-    "STEPS",
-    "STEP_NORM",
-    "WEIGHTS",
-    "in_units",
-    "step_norm",
-    "term_product",
-]
-
 
 # -- How far ΔW of one group moves if the entries of its arrays do -----------------------------------------------------
 
@@ -154,9 +142,12 @@ def adam_units(groups: Sequence[Group], theta: Theta | None, shapes: Sequence[tu
     """
     target = STEPS * step_norm(len(shapes)) / math.sqrt(sum(rows * cols for rows, cols in shapes))
     steps = _steps_of_arrays(groups) if theta is None else _steps_of_theta(groups, theta)
-    # What moves the same groups, as all arrays of a group do, has the same unit.
-    distances = {key: step.distance(target) for key, step in {id(step): step for step in steps.values()}.items()}
-    return {name: _power(distances[id(step)] / (STEPS * RATE * step.gain)) for name, step in steps.items()}
+    # What moves the same groups, as all arrays of a group do, has the same unit: the nearest power of two.
+    units = {
+        step: 2.0 ** round(math.log2(step.distance(target) / (STEPS * RATE * step.gain)))
+        for step in set(steps.values())
+    }
+    return {name: units[step] for name, step in steps.items()}
 
 
 def step_norm(weights: int) -> float:
@@ -175,11 +166,6 @@ def spread(projection: Projection) -> float:
     return float(max(1.0, projection.map.n_out / projection.map.n_in) ** SPREAD)
 
 
-def _power(number: float) -> float:
-    """Return the nearest power of two."""
-    return float(2.0 ** round(math.log2(number)))
-
-
 class _UpdateStep:
     """The root mean square of the step of ΔW, over the elements that something moves, as a function of the distance.
 
@@ -195,30 +181,25 @@ class _UpdateStep:
 
     def __init__(self, gain: float = 1.0, factor: float = 1.0) -> None:
         self.gain, self.factor = gain, factor
-        self._groups: dict[tuple[object, ...], tuple[Initializer, float, Collection[str], int]] = {}
+        #: By all that differs between groups: the start of one of them, the variance of its map, and what moves.
+        self.kinds: dict[tuple[object, ...], tuple[Initializer, float, Collection[str]]] = {}
+        self._elements = collections.Counter[tuple[object, ...]]()
 
     def add(self, group: Group, moved: Collection[str]) -> None:
         """Record that arrays of a group move, by their names in its network."""
         start = group.start
         # Groups with the same networks, maps and frozen arrays take the same steps.
         key = id(group.network), id(group.projection), id(start.frozen), start.zeros, frozenset(moved)
-        if key in self._groups:
-            _, variance, _, elements = self._groups[key]
-        else:
-            variance, elements = start.projection.map.variance(), 0
-        self._groups[key] = start, variance, moved, elements + group.size
-
-    @property
-    def kinds(self) -> Collection[tuple[object, ...]]:
-        """What is different between its groups, apart from the number of elements."""
-        return self._groups.keys()
+        if key not in self.kinds:
+            self.kinds[key] = start, start.projection.map.variance(), moved
+        self._elements[key] += group.size
 
     def __call__(self, distance: float) -> float:
         square = sum(
-            elements * (update_step(start, variance, moved, distance) / spread(start.projection)) ** 2
-            for start, variance, moved, elements in self._groups.values()
+            self._elements[key] * (update_step(start, variance, moved, distance) / spread(start.projection)) ** 2
+            for key, (start, variance, moved) in self.kinds.items()
         )
-        return math.sqrt(square / sum(elements for *_, elements in self._groups.values())) / self.factor
+        return math.sqrt(square / self._elements.total()) / self.factor
 
     def distance(self, target: float) -> float:
         """Return the distance that makes such a step, to 1 %."""
@@ -231,31 +212,19 @@ class _UpdateStep:
 
 def _steps_of_arrays(groups: Sequence[Group]) -> dict[str, _UpdateStep]:
     """Return the step of each array; the same object for those that move the same groups."""
-    indices_of: dict[str, list[int]] = {}
+    indices_of: dict[str, dict[int, None]] = {}
     for index, group in enumerate(groups):
         for full in group.names.values():
-            indices = indices_of.setdefault(full, [])
-            if index not in indices[-1:]:
-                indices.append(index)
+            indices_of.setdefault(full, {})[index] = None
     step_of: dict[tuple[int, ...], _UpdateStep] = {}
     alike: dict[tuple[object, ...], _UpdateStep] = {}
-    steps = {}
-    for full, indices in indices_of.items():
-        key = tuple(indices)
-        if key not in step_of:
-            step_of[key] = _step_of([(groups[index], groups[index].names) for index in indices], alike)
-        steps[full] = step_of[key]
-    return steps
-
-
-def _step_of(
-    moves: Collection[tuple[Group, Collection[str]]], alike: dict[tuple[object, ...], _UpdateStep]
-) -> _UpdateStep:
-    """Return the step of arrays of some groups; for a single group that of a group like it, if there is one."""
-    step = _UpdateStep()
-    for group, moved in moves:
-        step.add(group, moved)
-    return alike.setdefault(tuple(step.kinds), step) if len(moves) == 1 else step
+    for indices in dict.fromkeys(map(tuple, indices_of.values())):
+        step = _UpdateStep()
+        for index in indices:
+            step.add(groups[index], groups[index].names)
+        # The step of a single group is that of a group like it, if there is one.
+        step_of[indices] = alike.setdefault(tuple(step.kinds), step) if len(indices) == 1 else step
+    return {full: step_of[tuple(indices)] for full, indices in indices_of.items()}
 
 
 def _steps_of_theta(groups: Sequence[Group], theta: Theta) -> dict[str, _UpdateStep]:
@@ -289,21 +258,6 @@ def term_product(group: Group, units: Mapping[str, float]) -> float:
     return products.pop()
 
 
-# -- Units by the name of the optimizer --------------------------------------------------------------------------------
-
-
-def sgd_units(groups: Sequence[Group], theta: Theta | None, shapes: Sequence[tuple[int, int]]) -> dict[str, float]:
-    """Return none, for 1 everywhere: :mod:`tnadapt.algebra.init` scales the arrays for equal steps of SGD."""
-    return {}
-
-
-#: By the names in :data:`tnadapt.algebra.config.RATE_NAMES`; a parameter that has no unit has the unit 1.
-RATES: dict[str, Callable[[Sequence[Group], Theta | None, Sequence[tuple[int, int]]], dict[str, float]]] = {
-    "sgd": sgd_units,
-    "adam": adam_units,
-}
-
-
 # -- Groups whose arrays are in units ----------------------------------------------------------------------------------
 
 
@@ -311,9 +265,8 @@ def in_units(group: Group, units: Mapping[str, float], networks: dict[tuple[int,
     """Return a group whose arrays are ``unit * parameter``; the units of a term are a factor of its network's scale."""
     product = term_product(group, units)
     key = id(group.network), product
-    network = networks.get(key)
-    if network is None:
-        network = networks[key] = copy.copy(group.network)
-        network.scale = group.network.scale * product
-    own_units = {name: units[full] for name, full in group.names.items()}
-    return group._replace(network=network, start=group.start.in_units(own_units))
+    if key not in networks:
+        networks[key] = copy.copy(group.network)
+        networks[key].scale = group.network.scale * product
+    start = group.start.in_units({name: units[full] for name, full in group.names.items()})
+    return group._replace(network=networks[key], start=start)

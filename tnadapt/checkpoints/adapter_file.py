@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from tnadapt.algebra.base_arrays import checked_given
 from tnadapt.algebra.config import Config, group_fold, is_named
 from tnadapt.algebra.formats import make_format
 from tnadapt.algebra.init import Initializer
 from tnadapt.algebra.layout import Layout, make_layout
-from tnadapt.algebra.plan_part import checked_given
 from tnadapt.algebra.sources import Multiplied, Source, SourceMap, Tied, Trained, inner_source
 from tnadapt.algebra.superlora import SuperLoRA
 from tnadapt.argument_checks import checks_arguments

@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 from tnadapt.algebra.config import MAX_ALPHA, MIN_ALPHA, Config
 from tnadapt.algebra.group import Group
 from tnadapt.algebra.maps import TiedElements
+from tnadapt.algebra.norms import rounded_to
 from tnadapt.algebra.sources import Given, Scaled, Source, Tied
 from tnadapt.algebra.superlora import SuperLoRA
-from tnadapt.algebra.torch_streams import TorchStream, bfloat16_of
+from tnadapt.algebra.torch_streams import TorchStream
 from tnadapt.backends import load_backend
 from tnadapt.checkpoints.adapter_file import AdapterFile
 from tnadapt.errors import FileError, safe_repr
@@ -389,7 +390,7 @@ def _sparse(stream: TorchStream, shape: tuple[int, int, int], sparsity: float) -
 def _normalized(array: Float, half: bool) -> Float:
     deviation = np.array(array.std(ddof=1), np.float32)
     single = array.astype(np.float32)
-    normalized = bfloat16_of(single / bfloat16_of(deviation)) if half else single / deviation
+    normalized = rounded_to(single / rounded_to(deviation, "bfloat16"), "bfloat16") if half else single / deviation
     return np.asarray(normalized, np.float64)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from tnadapt.algebra.config import Config
-from tnadapt.algebra.layout import KnownWeights, require_keys
+from tnadapt.algebra.layout import KnownWeights, make_layout, require_keys
 from tnadapt.argument_checks import checks_arguments, wrong_argument
 from tnadapt.checkpoints.checkpoint import open_checkpoint
 from tnadapt.checkpoints.container import MAX_CONFIG, json_file, path_of
@@ -105,7 +105,7 @@ def plan(
     shapes = KnownWeights(shapes, layers, roles)
     for name, keys in (("layer", layers), ("role", roles)):
         if keys is not None:
-            shapes.layout(name)  # raise errors early
+            make_layout(name, shapes, layers, roles)  # raise errors early
     size = sum(rows * cols for rows, cols in shapes)
     wanted = parameters_of(budget, dtype)
     search, kinds = Search(shapes, layers, roles), families(shapes, layers, roles)

@@ -1,9 +1,12 @@
-"""Sources: what makes the numbers of an array (trained, tied, given, seeded, multiplied), and a group's frozen arrays.
+"""Where the numbers of an array come from: trained, or frozen (from a seed, the base weights, the caller), or tied.
 
-:class:`Source` is the contract, and the classes after it are the sources that do not depend on the base weights;
-``_from_base`` has those that do. A config names sources in a :class:`SourceMap`. :func:`origins_of` follows its ties
-and multipliers to where each array of a group comes from, and :class:`FrozenArrays` computes the frozen ones when they
-are first used.
+:class:`Source` is the contract, and each source one class. A config names sources in a :class:`SourceMap`.
+:func:`origins_of` follows its ties and multipliers to where each array of a group comes from, and
+:class:`FrozenArrays` computes the frozen ones when they are first used.
+
+A new built-in source is one more class and one more line in :data:`SOURCES`; another package calls
+``tnadapt.register_source``. :class:`tnadapt.testing.SourceContract` checks both kinds. Users find the classes in
+``tnadapt.sources``.
 """
 
 from __future__ import annotations
@@ -17,13 +20,20 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from tnadapt.algebra import rng
-from tnadapt.algebra.norms import rounded_to
 from tnadapt.argument_checks import require_frozen
 from tnadapt.backends import Array, Backend, FixedArrays
 from tnadapt.errors import ConfigError, TnadaptError, safe_repr, summarize
+from tnadapt.plugins import Registry
+
+from . import rng
+from .norms import rounded_to
+from .singular_vectors import OVERSAMPLING, dominant_basis, dominant_svd, leading_qr, minor_svd, orthonormal
 
 __all__ = [
+    "OVERSAMPLING",
+    "SOURCES",
+    "BaseCore",
+    "FromBase",
     "FrozenArray",
     "FrozenArrays",
     "Given",
@@ -38,10 +48,15 @@ __all__ = [
     "Stream",
     "Tied",
     "Trained",
-    "check_class",
     "check_term",
+    "dominant_svd",
     "inner_source",
+    "leading_qr",
+    "minor_svd",
     "origins_of",
+    "register_source",
+    "source_from_dict",
+    "source_to_dict",
 ]
 
 
@@ -192,6 +207,13 @@ class Source:
         return self.mean_square(shape)
 
 
+def require_flags(**settings: Any) -> None:
+    """Raise a ConfigError that names a setting unless all are booleans."""
+    for name, value in settings.items():
+        if not isinstance(value, bool):
+            raise ConfigError(f"{name} must be True or False; got {safe_repr(value)}")
+
+
 # -- Trained arrays: the parameters of an adapter ----------------------------------------------------------------------
 
 
@@ -293,8 +315,7 @@ class Given(Source):
     brought: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not isinstance(self.shared, bool):
-            raise ConfigError(f"shared must be True or False; got {safe_repr(self.shared)}")
+        require_flags(shared=self.shared)
 
     @property
     def independent_of_group(self) -> bool:
@@ -362,8 +383,7 @@ class Seeded(Source):
             raise ConfigError(
                 f"distribution must be one of {', '.join(map(repr, _DRAW))}; got {safe_repr(self.distribution)}"
             )
-        if not isinstance(self.shared, bool):
-            raise ConfigError(f"shared must be True or False; got {safe_repr(self.shared)}")
+        require_flags(shared=self.shared)
         if self.scale is None:
             return
         number = isinstance(self.scale, (int, float)) and not isinstance(self.scale, bool)
@@ -402,16 +422,15 @@ def _uniform(shape: Shape, stream: Stream) -> np.ndarray:
     return ((words.astype(np.float64) + 0.5) * 2.0**-31 - 1.0).reshape(shape) * math.sqrt(3.0)
 
 
-def _signs(shape: Shape, stream: Stream) -> np.ndarray:
+def _random_signs(shape: Shape, stream: Stream) -> np.ndarray:
     words = rng.words(stream.seed, stream.group, stream.purpose, 0, math.prod(shape))
     return np.where(words >> 31, -1.0, 1.0).reshape(shape)
 
 
-def _orthonormal(shape: Shape, stream: Stream) -> np.ndarray:
+def _random_orthonormal(shape: Shape, stream: Stream) -> np.ndarray:
     matrix = _normal(shape, stream).reshape(-1, shape[-1])
     wide = matrix.shape[0] < matrix.shape[1]
-    q, r = np.linalg.qr(matrix.T if wide else matrix)
-    q = q * np.where(np.diagonal(r) < 0.0, -1.0, 1.0)
+    q = orthonormal(matrix.T if wide else matrix)
     return (q.T if wide else q).reshape(shape)
 
 
@@ -433,12 +452,183 @@ def _eye(shape: Shape, stream: Stream) -> np.ndarray:
 _DRAW: dict[str, Callable[[Shape, Stream], np.ndarray]] = {
     "normal": _normal,
     "uniform": _uniform,
-    "signs": _signs,
-    "orthonormal": _orthonormal,
+    "signs": _random_signs,
+    "orthonormal": _random_orthonormal,
     "one-hot": _one_hot,
     "eye": _eye,
 }
 _INDEPENDENT = ("normal", "uniform", "signs")
+
+
+def _require_no_projection(source: Source, place: Place) -> None:
+    if place.projection:
+        raise ConfigError(
+            f"{type(source).__name__} makes {place.name!r} of the base weights, and a projection follows the network, "
+            "so that the two have no rows and columns in common: use projection='identity'"
+        )
+
+
+# -- Factors: bases of the base's dominant singular subspaces ----------------------------------------------------------
+
+
+_SIDES = ("rows", "cols", "mode")
+
+
+@dataclasses.dataclass(frozen=True)
+class FromBase(Source):
+    """A frozen factor: an orthonormal basis of a dominant singular subspace of the group's base weights.
+
+    Parameters
+    ----------
+    side : {"rows", "cols", "mode"}
+        ``"rows"`` for left, ``"cols"`` for right singular vectors of the weight, or of a stack of weights (weights,
+        rows, cols) unfolded along that mode. ``"mode"`` is the array's own mode, of a tensor of any order (HOSVD).
+    vectors : bool
+        Whether the columns are the singular vectors themselves, from the largest singular value down, each with its
+        largest entry positive. By default the columns are another basis of the same subspace, which does not depend on
+        the machine's LAPACK.
+
+    Raises
+    ------
+    ConfigError
+        If the side is unknown or ``vectors`` is not a boolean.
+
+    Notes
+    -----
+    The subspace has as many dimensions as the array has columns. It is computed in float64 by
+    four passes of subspace iteration from seeded normal numbers (``dominant_basis``) and rounded
+    to float32: the same bits on one machine, and equal to about 1e-6 between machines. It costs ``8 d n (r + 8)``
+    multiply-adds for a weight of d × n.
+
+    A plan counts without the base weights; arrays need them: :meth:`tnadapt.SuperLoRA.with_base`.
+    :func:`tnadapt.torch.attach` takes them from the model. A file stores the fingerprint of the base, or, with
+    ``save(…, store_bases=True)``, the arrays.
+
+    Examples
+    --------
+    LoRA-XS, which trains an r × r matrix between them:
+
+    >>> import numpy as np, tnadapt as tna
+    >>> from tnadapt.sources import FromBase
+    >>> bases = {"factor0": FromBase("rows"), "factor1": FromBase("cols")}
+    >>> config = tna.Config(format="tucker", rank=2, sources=bases)
+    >>> plan = tna.SuperLoRA(config, [(6, 4)]).with_base([np.arange(24.0).reshape(6, 4) ** 2])
+    >>> plan.param_shapes, plan.deltas({"group0.split0.core": np.eye(2)})[0].shape
+    ({'group0.split0.core': (2, 2)}, (6, 4))
+    """
+
+    side: str
+    vectors: bool = False
+
+    needs_base: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.side, str) or self.side not in _SIDES:
+            raise ConfigError(f"side must be one of {', '.join(map(repr, _SIDES))}; got {safe_repr(self.side)}")
+        require_flags(vectors=self.vectors)
+
+    def _mode(self, place: Place) -> int:
+        """Return the mode along which the base is unfolded."""
+        order = len(place.sizes)
+        if self.side == "mode":
+            assert place.mode is not None  # checked before
+            return place.mode
+        if order not in (2, 3):
+            raise ConfigError(
+                f"FromBase({self.side!r}) needs matrices, or a stack (weights, rows, cols), and the group is folded to "
+                f"{place.sizes}: use FromBase('mode')"
+            )
+        return order - (2 if self.side == "rows" else 1)
+
+    def check(self, place: Place) -> None:
+        """See :meth:`Source.check`."""
+        _require_no_projection(self, place)
+        if place.mode is None:
+            raise ConfigError(
+                f"FromBase makes factors of shape (size of a mode, rank), and {place.name!r} of shape {place.shape} is "
+                "none: use format='cp', 'cp-weighted' or 'tucker' with splits=1 or combine='hadamard'"
+            )
+        mode = self._mode(place)
+        size, rank = place.shape
+        if size != place.sizes[mode]:
+            raise ConfigError(
+                f"FromBase({self.side!r}) gives vectors of {place.sizes[mode]} elements, and {place.name!r} has "
+                f"{size} rows: use the other side, or 'mode'"
+            )
+        most = min(size, math.prod(place.sizes) // size)
+        if rank > most:
+            raise ConfigError(
+                f"FromBase({self.side!r}) needs {rank} singular vectors for {place.name!r}, and a base weight folded "
+                f"to {place.sizes} has {most} at most along that mode: use rank={most} or less"
+            )
+
+    def array(self, shape: tuple[int, ...], stream: Stream) -> np.ndarray:
+        """See :meth:`Source.array`."""
+        assert stream.base is not None  # the plan gives it to a source that needs it
+        base = stream.base
+        order = base.ndim
+        mode = stream.mode if self.side == "mode" else order - (2 if self.side == "rows" else 1)
+        assert mode is not None  # checked by the plan
+        matrix = np.moveaxis(base, mode, 0).reshape(base.shape[mode], -1)
+        rows, rank = shape
+        width = min(rank + OVERSAMPLING, rows)
+        drawn = rng.normals(stream.seed, stream.group, stream.purpose, 0, rows * width)
+        normals = drawn.astype(np.float64).reshape(rows, width)
+        what = f"FromBase({self.side!r}) of group {stream.group}"
+        return dominant_basis(matrix, normals, rank, self.vectors, what).astype(np.float32)
+
+    def mean_square(self, shape: tuple[int, ...]) -> float:
+        """See :meth:`Source.mean_square`: the columns have norm 1."""
+        return 1.0 / shape[0]
+
+
+# -- The core of the higher-order singular value decomposition of the base ---------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class BaseCore(Source):
+    """The core of a Tucker decomposition of the group's base weights: ``W ×_0 U_0ᵀ ×_1 U_1ᵀ …``.
+
+    The factors U of all modes are computed from the base, too: ``FromBase("mode")``, or :class:`Mixed` of it. With
+    orthonormal factors, ``core ×_0 U_0 ×_1 U_1 …`` is the projection of the base weights to their subspaces: the
+    truncated higher-order SVD, or CRAFT's frozen tensor. Computed in float64 from the factors in float32, and rounded.
+
+    Examples
+    --------
+    >>> import numpy as np, tnadapt as tna
+    >>> from tnadapt.sources import BaseCore, FromBase, Mixed
+    >>> sources = {"core": BaseCore(), "factor0": Mixed(FromBase("rows")), "factor1": FromBase("cols")}
+    >>> plan = tna.SuperLoRA(tna.Config(format="tucker", rank=2, sources=sources), [(6, 4)])
+    >>> plan = plan.with_base([np.diag([3.0, 2.0, 1.0, 0.5, 0.0, 0.0])[:, :4]])
+    >>> plan.param_shapes
+    {'group0.split0.factor0.mix': (2, 2)}
+    >>> plan.deltas({"group0.split0.factor0.mix": np.eye(2)})[0].diagonal().round(4)[:2].tolist()
+    [3.0, 2.0]
+    """
+
+    needs_base: ClassVar[bool] = True
+    needs_factors: ClassVar[bool] = True
+
+    def check(self, place: Place) -> None:
+        """See :meth:`Source.check`."""
+        _require_no_projection(self, place)
+        if place.name.rpartition(".")[2] != "core" or len(place.shape) != len(place.sizes):
+            raise ConfigError(
+                f"BaseCore is for the core of format='tucker'; {place.name!r} has the shape {place.shape}"
+            )
+
+    def expected_square(self, shape: tuple[int, ...]) -> float:
+        """See :meth:`Source.expected_square`: every slice of the first mode has singular values of 1."""
+        return 1.0 / max(shape[1:] or shape)
+
+    def array(self, shape: tuple[int, ...], stream: Stream) -> np.ndarray:
+        """See :meth:`Source.array`."""
+        assert stream.base is not None  # the plan gives both to a source that needs them
+        core = stream.base
+        for mode, factor in stream.factors.items():
+            wide = factor.astype(np.float64)
+            core = np.moveaxis(np.tensordot(wide.T, core, axes=(1, mode)), 0, mode)
+        return np.ascontiguousarray(core, np.float32)
 
 
 # -- Multiplied arrays: another source's array times trained multipliers -----------------------------------------------
@@ -642,9 +832,7 @@ class Scaled(Multiplied):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in _AXES:
-            if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"{name} must be True or False; got {safe_repr(getattr(self, name))}")
+        require_flags(size=self.size, rank=self.rank)
         if not self.size and not self.rank:
             raise ConfigError("Scaled needs a diagonal: size=True, rank=True, or both")
         if self.start is None:
@@ -754,7 +942,7 @@ class SourceMap(Mapping[str, Source]):
                 raise ConfigError(
                     f"sources[{key!r}] must be a source, such as tnadapt.sources.Trained(); got {safe_repr(source)}"
                 )
-            check_class(type(source))
+            require_frozen(type(source), f"source {type(source).__name__}", "source")
             for field in dataclasses.fields(source):
                 if not _is_plain(getattr(source, field.name)):
                     raise ConfigError(
@@ -797,11 +985,6 @@ def _keys_of(name: str) -> list[str]:
     """The keys that fit an array, the longest first."""
     parts = name.split(".")
     return [".".join(parts[skipped:]) for skipped in range(len(parts))]
-
-
-def check_class(cls: type[Source]) -> None:
-    """Raise a ConfigError unless the settings of a class are the fields of a frozen dataclass."""
-    require_frozen(cls, f"source {cls.__name__}", "source")
 
 
 def _is_plain(value: Any, depth: int = 4) -> bool:
@@ -887,20 +1070,14 @@ def origins_of(sources: SourceMap, group: int, names: Collection[str], num_group
 
 
 def _origin(sources: SourceMap, array: tuple[int, str], names: Collection[str], num_groups: int) -> Origin:
-    source = sources.of(array[1]) or Trained()
-    scaled = source if isinstance(source, Multiplied) else None
-    root, root_source, ended, owner = _root(sources, array, source if scaled is None else scaled.of, names, num_groups)
-    if scaled is None and ended is not None:
-        return Origin(*root, root_source, ended, owner)
-    return Origin(*root, root_source, scaled, array)
-
-
-def _root(
-    sources: SourceMap, array: tuple[int, str], source: Source, names: Collection[str], num_groups: int
-) -> tuple[tuple[int, str], Source, Multiplied | None, tuple[int, str]]:
-    """Follow ties: return the array that has the numbers, its source, and the multipliers on the way with owner."""
-    seen = [array]
-    while isinstance(source, Tied):
+    """Follow ties to the array that has the numbers; the first multipliers on the way are those of the array."""
+    source, multiplied, owner, seen = sources.of(array[1]) or Trained(), None, array, [array]
+    while isinstance(source, (Multiplied, Tied)):
+        if isinstance(source, Multiplied):
+            if multiplied is None:
+                multiplied, owner = source, array
+            source = source.of
+            continue
         group, name = source.target(array[0])
         if name not in names or group >= num_groups:
             raise ConfigError(
@@ -908,17 +1085,15 @@ def _root(
                 f"{num_groups - 1} with the arrays {summarize(list(names))}"
             )
         if (group, name) == array:
-            return array, Trained(), None, array  # the array that the others are tied to
+            source = Trained()  # the array that the others are tied to
+            break
         array = group, name
         if array in seen:
             circle = ", ".join(repr(name) for _, name in seen)
             raise ConfigError(f"sources ties {circle} in a circle, so that none of them has numbers: train one of them")
         seen.append(array)
         source = sources.of(name) or Trained()
-        if isinstance(source, Multiplied):
-            inner, root_source, _, _ = _root(sources, array, source.of, names, num_groups)
-            return inner, root_source, source, array
-    return array, source, None, array
+    return Origin(*array, source, multiplied, owner)
 
 
 def inner_source(source: Source) -> Source:
@@ -1057,3 +1232,148 @@ class FrozenArrays(FixedArrays):
 def _mean_square(array: np.ndarray) -> float:
     wide = array.astype(np.float64).reshape(-1)
     return float(wide @ wide) / wide.size
+
+
+# -- The sources by name, and as JSON ----------------------------------------------------------------------------------
+
+
+SOURCES: Registry[Source] = Registry(
+    "source",
+    Source,
+    {
+        "trained": Trained,
+        "seeded": Seeded,
+        "from-base": FromBase,
+        "base-core": BaseCore,
+        "given": Given,
+        "tied": Tied,
+        "scaled": Scaled,
+        "mixed": Mixed,
+    },
+)
+# A source within a source within …, as a hostile file may have it.
+_MAX_DEPTH = 4
+
+
+def register_source(name: str, cls: type[Source]) -> None:
+    """Make a source known by a name, for ``Config(sources={array: cls(…)})`` and adapter files.
+
+    Parameters
+    ----------
+    name : str
+        Lower-case letters, digits, ``.``, ``_`` and ``-``. It is written into adapter files.
+    cls : type
+        A subclass of :class:`tnadapt.sources.Source`: a frozen dataclass.
+
+    Raises
+    ------
+    ConfigError
+        If the name is not of that form, is built in, or registered by another module, or the class is not a Source, or
+        not a frozen dataclass.
+
+    See Also
+    --------
+    tnadapt.testing.SourceContract : The tests that such a class has to pass.
+
+    Examples
+    --------
+    LoRA with a frozen factor, so that half of the numbers are trained:
+
+    >>> import dataclasses
+    >>> import tnadapt as tna
+    >>> from tnadapt.algebra import rng
+    >>> @dataclasses.dataclass(frozen=True)
+    ... class Normal(tna.sources.Source):
+    ...     std: float = 1.0
+    ...     def array(self, shape, stream):
+    ...         drawn = rng.normals(stream.seed, stream.group, stream.purpose, 0, shape[0] * shape[1])
+    ...         return self.std * drawn.reshape(shape)
+    >>> tna.register_source("normal", Normal)
+    >>> plan = tna.SuperLoRA(tna.Config(rank=2, sources={"factor1": Normal(0.1)}), [(6, 4)])
+    >>> plan.param_shapes, plan.frozen_shapes
+    ({'group0.split0.factor0': (6, 2)}, {'group0.split0.factor1': (4, 2)})
+    """
+    SOURCES.check(name, cls)
+    require_frozen(cls, f"source {cls.__name__}", "source")
+    SOURCES.register(name, cls)
+
+
+def source_to_dict(source: Source) -> dict[str, Any]:
+    """Return a source as JSON knows it: its registered name as ``"source"``, and its fields.
+
+    Raises
+    ------
+    ConfigError
+        If its class is not registered.
+
+    Examples
+    --------
+    >>> source_to_dict(Trained())
+    {'source': 'trained'}
+    """
+    name = next((name for name, cls in SOURCES.items() if cls is type(source)), None)
+    if name is None:
+        raise ConfigError(
+            f"{safe_repr(source)} cannot be written: its class is not registered; call tnadapt.register_source(name, "
+            f"{type(source).__name__}). If a class of this name was registered again since, create the source again"
+        )
+    fields = {field.name: _lists(getattr(source, field.name)) for field in dataclasses.fields(source)}
+    return {"source": name, **fields}
+
+
+def source_from_dict(settings: Mapping[str, Any]) -> Source:
+    """Return the source of a dictionary that :func:`source_to_dict` wrote.
+
+    Raises
+    ------
+    ConfigError
+        If it is not a mapping, its name is not registered, or its fields are not those of the source.
+
+    Examples
+    --------
+    >>> source_from_dict({"source": "trained"})
+    Trained()
+    >>> source_from_dict({"source": "trained", "seed": 1})
+    Traceback (most recent call last):
+        ...
+    tnadapt.errors.ConfigError: source 'trained' has no field 'seed'; it has no fields
+    """
+    return _from_dict(settings, _MAX_DEPTH)
+
+
+def _from_dict(settings: Any, depth: int) -> Source:
+    if depth == 0:
+        raise ConfigError(f"sources are nested more than {_MAX_DEPTH} deep")
+    if not isinstance(settings, Mapping) or "source" not in settings:
+        raise ConfigError(f"a source must be a mapping with its name as 'source'; got {safe_repr(settings)}")
+    name = settings["source"]
+    cls = SOURCES.find(name)
+    known = [field.name for field in dataclasses.fields(cls)]
+    for key in settings:
+        if key not in ("source", *known):
+            advice = f"its fields are {', '.join(known)}" if known else "it has no fields"
+            raise ConfigError(f"source {name!r} has no field {safe_repr(key)}; {advice}")
+    try:
+        return cls(**{key: _read(value, depth) for key, value in settings.items() if key != "source"})
+    except TnadaptError:
+        raise
+    except Exception as error:  # a field is missing, or the class refuses a value
+        raise ConfigError(f"source {name!r}: {type(error).__name__}: {error}") from error
+
+
+def _lists(value: Any) -> Any:
+    if isinstance(value, Source):
+        return source_to_dict(value)
+    return [_lists(item) for item in value] if isinstance(value, tuple) else value
+
+
+def _read(value: Any, depth: int) -> Any:
+    """Return the value of a field: a source for a mapping, a tuple for a list."""
+    return _from_dict(value, depth - 1) if isinstance(value, Mapping) else _tuples(value)
+
+
+def _tuples(value: Any, depth: int = 4) -> Any:
+    """Convert lists to tuples; a value that is nested more deeply stays a list, which no field may be."""
+    if isinstance(value, list) and depth > 0:
+        return tuple(_tuples(item, depth - 1) for item in value)
+    return value
