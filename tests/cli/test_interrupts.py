@@ -51,7 +51,7 @@ COMMANDS = {
               "out is unchanged or complete; the same command resumes"),
     "verify": (("tnadapt", "verify"), "--preset lora", "there is no report"),
     "plan": (("tnadapt", "plan"), "--shape 8x8 --budget 100", "there is no plan"),
-    "presets": (("tnadapt.cli._method_commands", "_fewest"), "", "nothing was listed"),
+    "presets": (("tnadapt.cli._method_commands", "_row"), "", "nothing was listed"),
     "predict": (("tnadapt.finetune._prediction", "predict"), "a.safetensors --data a.csv",
                 "nothing was written; the same command starts over"),
     "finetune": (("tnadapt.finetune._study", "open_problem"), "--out out",

@@ -10,10 +10,8 @@ import typer
 from tnadapt.convert import FORMS, convert
 from tnadapt.report import ProgressBar
 
-from ._options import AsJson
+from ._options import AsJson, option
 from .terminal import echo, echo_json, echo_table, stoppable
-
-__all__ = ["convert_command"]
 
 
 def convert_command(
@@ -35,34 +33,30 @@ def convert_command(
             "only the error is measured.",
         ),
     ] = None,
-    to: Annotated[str, typer.Option(metavar="FORM", help=f"Form of the result: {', '.join(FORMS)}.")] = "tnadapt",
-    rank: Annotated[
-        int | None, typer.Option(help="Largest rank of the result.", min=1, show_default="as high as needed")
-    ] = None,
+    to: Annotated[str, option(f"Form of the result: {', '.join(FORMS)}.", metavar="FORM")] = "tnadapt",
+    rank: Annotated[int | None, option("Largest rank of the result.", "as high as needed", min=1)] = None,
     max_error: Annotated[
-        float | None,
-        typer.Option(help="Largest relative error allowed, from 0 to 1. Without it, only rounding errors are."),
+        float | None, option("Largest relative error allowed, from 0 to 1. Without it, only rounding errors are.")
     ] = None,
     base: Annotated[
         Path | None,
-        typer.Option(
-            help="The base model: a safetensors file, an index or a folder. LyCORIS and kohya files need it, as their "
+        option(
+            "The base model: a safetensors file, an index or a folder. LyCORIS and kohya files need it, as their "
             "names lack the dots of module paths, and so do adapters with arrays computed from the base weights. For "
             "gguf-lora, a folder with config.json, or the GGUF file of the model.",
-            show_default="none",
+            "none",
         ),
     ] = None,
     part: Annotated[
         str | None,
-        typer.Option(
-            help="Part of a diffusion pipeline, such as unet, text_encoder_2 or lora_te2: the one to read from a kohya "
+        option(
+            "Part of a diffusion pipeline, such as unet, text_encoder_2 or lora_te2: the one to read from a kohya "
             "or diffusers file with several, and the one to write.",
-            show_default="the only one",
+            "the only one",
         ),
     ] = None,
     dtype: Annotated[
-        str | None,
-        typer.Option(help="dtype of the result: float32, float16, bfloat16 or float64.", show_default="the source's"),
+        str | None, option("dtype of the result: float32, float16, bfloat16 or float64.", "the source's")
     ] = None,
     without_kept: Annotated[
         bool,
@@ -79,7 +73,8 @@ def convert_command(
 
     Exit code: 0, or 2 if the conversion is not possible. Nothing is written then.
     """
-    with stoppable(_kept(out)), ProgressBar("converting"):
+    kept = "nothing was written" if out is None else f"{out} is unchanged or complete; the same command starts over"
+    with stoppable(kept), ProgressBar("converting"):
         conversion = convert(
             source, out, to=to, rank=rank, max_error=max_error, base=base, part=part, dtype=dtype,
             without_kept=without_kept, overwrite=overwrite,
@@ -89,7 +84,3 @@ def convert_command(
         return
     echo_table(str(conversion))
     echo("nothing was written: give -o OUT to write it" if out is None else f"written to {out}")
-
-
-def _kept(out: Path | None) -> str:
-    return "nothing was written" if out is None else f"{out} is unchanged or complete; the same command starts over"

@@ -11,18 +11,11 @@ from typing import Annotated, Any
 import typer
 
 import tnadapt
-from tnadapt.errors import TnadaptError
+from tnadapt.errors import TnadaptError, pluralize
 from tnadapt.report import TextTable
 
-from ._options import AsJson, ConfigFile, OwnSettings, TargetsOfHeaders, chosen_config, preset_option, targets_of
+from ._options import AsJson, ConfigFile, OwnSettings, Targets, chosen_config, option, preset_option, targets_of
 from .terminal import cell, echo, echo_json, echo_table, stoppable
-
-__all__ = [
-    "extract_command",
-    "info_command",
-    "merge_command",
-]
-
 
 # -- Bytes for humans --------------------------------------------------------------------------------------------------
 
@@ -35,14 +28,14 @@ def _size(count: int) -> str:
     >>> _size(999), _size(4_300_000_000)
     ('999 bytes', '4.3 GB')
     """
-    number = float(count)
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if number < 999.5 or unit == "GB":
-            break
-        number /= 1000
-    if unit == "bytes":
+    if count < 1000:
         return f"{count} bytes"
-    return f"{number:.3g} {unit}" if number < 999.5 else f"{number:,.0f} {unit}"
+    number = float(count)
+    for unit in ("kB", "MB", "GB"):
+        number /= 1000
+        if number < 999.5:
+            return f"{number:.3g} {unit}"
+    return f"{number:,.0f} GB"
 
 
 # -- tnadapt merge -----------------------------------------------------------------------------------------------------
@@ -59,8 +52,7 @@ def merge_command(
         Path, typer.Argument(metavar="ADAPTER", help="The adapter's .safetensors file.", show_default=False)
     ],
     out: Annotated[
-        Path,
-        typer.Option("--out", "-o", help="The output: a folder, or a file if BASE is a file.", show_default=False),
+        Path, typer.Option("--out", "-o", help="The output: a folder, or a file if BASE is a file.", show_default=False)
     ],
     overwrite: Annotated[
         bool,
@@ -68,9 +60,7 @@ def merge_command(
             "--overwrite", help="Replace an existing checkpoint OUT, including all other files of a folder OUT."
         ),
     ] = False,
-    check_base: Annotated[
-        bool, typer.Option(help="Reject a base with other weights than the adapter was trained on.")
-    ] = True,
+    check_base: Annotated[bool, option("Reject a base with other weights than the adapter was trained on.")] = True,
     as_json: AsJson = False,
 ) -> None:
     """Add an adapter to a model on disk, and write the sum as a standalone model, which does not need tnadapt.
@@ -94,7 +84,7 @@ def merge_command(
 
 
 def _print_merge(report: tnadapt.MergeReport, check_base: bool) -> None:
-    files = f"{report.files} file" + "s" * (report.files != 1)
+    files = pluralize(report.files, "file")
     echo(f"{report.out}: {_size(report.bytes)} in {files}")
     echo(f"  {report.targets} updates added to {report.changed} of {report.tensors} tensors")
     if report.names:
@@ -114,7 +104,7 @@ def _print_merge(report: tnadapt.MergeReport, check_base: bool) -> None:
         echo(f"  {report.resumed} of {files} finished by an earlier run")
 
 
-def _some(names: tuple[str, ...]) -> str:
+def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
 
 
@@ -128,34 +118,24 @@ def extract_command(
     tuned: Annotated[Path, typer.Argument(help="The same model after full fine-tuning.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="The adapter file.")],
     preset: Annotated[str | None, preset_option("A named method", "superlora")] = None,
-    rank: Annotated[int | None, typer.Option(help="Rank of the config.", show_default="the preset's")] = None,
+    rank: Annotated[int | None, option("Rank of the config.", "the preset's")] = None,
     settings: OwnSettings = None,
     config: ConfigFile = None,
     max_error: Annotated[
-        float | None,
-        typer.Option(
-            help="Use the smallest rank within this relative error, e.g. 0.1.", show_default="none: the rank is given"
-        ),
+        float | None, option("Use the smallest rank within this relative error, e.g. 0.1.", "none: the rank is given")
     ] = None,
-    max_rank: Annotated[
-        int | None, typer.Option(help="Largest rank to try with --max-error.", show_default="no limit")
-    ] = None,
-    targets: TargetsOfHeaders = None,
+    max_rank: Annotated[int | None, option("Largest rank to try with --max-error.", "no limit")] = None,
+    targets: Targets = None,
     keep_trainable: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="A tensor or module to keep as tuned, e.g. classifier; repeat for more.", show_default="none"
-        ),
+        list[str] | None, option("A tensor or module to keep as tuned, e.g. classifier; repeat for more.", "none")
     ] = None,
     compare: Annotated[
-        bool, typer.Option(help="Look for other tensors that differ, which reads both checkpoints completely.")
+        bool, option("Look for other tensors that differ, which reads both checkpoints completely.")
     ] = True,
-    iterations: Annotated[int, typer.Option(min=1, help="Maximum iterations of alternating methods.")] = 100,
-    tol: Annotated[
-        float, typer.Option(help="Stop when an iteration reduces the relative error by no more than this.")
-    ] = 1e-6,
-    svd: Annotated[str, typer.Option(help="auto, full or randomized.")] = "auto",
-    seed: Annotated[int, typer.Option(min=0, help="Seed of random projections and starts.")] = 0,
+    iterations: Annotated[int, option("Maximum iterations of alternating methods.", min=1)] = 100,
+    tol: Annotated[float, option("Stop when an iteration reduces the relative error by no more than this.")] = 1e-6,
+    svd: Annotated[str, option("auto, full or randomized.")] = "auto",
+    seed: Annotated[int, option("Seed of random projections and starts.", min=0)] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing adapter file.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -212,14 +192,9 @@ def _check_place(out: Path, base: Path, tuned: Path) -> None:
 
 
 def _summary(found: tnadapt.decomposition.extraction.Extraction, out: Path) -> dict[str, Any]:
+    names, kept = [target.name for target in found.file.targets], sorted(found.file.kept)
     report = found.report.to_dict()
-    return {
-        "file": str(out),
-        "targets": [target.name for target in found.file.targets],
-        "kept": sorted(found.file.kept),
-        **report,
-        "others": list(found.others),
-    }
+    return {"file": str(out), "targets": names, "kept": kept, **report, "others": list(found.others)}
 
 
 def _print_extraction(found: tnadapt.decomposition.extraction.Extraction, out: Path) -> None:
@@ -230,10 +205,9 @@ def _print_extraction(found: tnadapt.decomposition.extraction.Extraction, out: P
     if len(report.groups) > 1:
         echo("worst: " + ", ".join(f"group {number} {group.error:.3g}" for number, group in worst))
     if found.others:
-        more = f" and {len(found.others) - 6} more" if len(found.others) > 6 else ""
         echo(
             f"{len(found.others)} other tensors differ and are not in the adapter (--keep-trainable includes them): "
-            f"{', '.join(found.others[:6])}{more}"
+            f"{_some(found.others)}"
         )
 
 
@@ -256,38 +230,40 @@ def info_command(
     if as_json:
         echo_json(content)
         return
-    show = {"adapter": _adapter, "checkpoint": _checkpoint, "other adapter": _other}[content["kind"]]
-    for line in show(content):
+    if content["kind"] == "other adapter":
+        echo(f"{content['path']}: {content['what']}, {_size(content['bytes'])}; tnadapt convert reads it")
+        return
+    for line in (_adapter if content["kind"] == "adapter" else _checkpoint)(content):
         echo(line)
 
 
 def _adapter(found: dict[str, Any]) -> Iterable[str]:
     yield f"{found['path']}: a tnadapt adapter, format version {found['version']}, {_size(found['bytes'])}"
-    rows = [
-        ("parameters", f"{found['parameters']:,} {found['dtype']} in {_counted(found['arrays'], 'array')}"
-                       f"{_frozen(found)}"),
-        ("updates", f"{found['updated']:,} elements of {_counted(_count(found), 'weight')} in "
-                    f"{_counted(found['groups'], 'group')}"),
-        *_configs(found["config"]),
-    ]  # fmt: skip
+    yield from _aligned(list(_adapter_rows(found)))
+    yield from _targets(found, "weights")
+
+
+def _adapter_rows(found: dict[str, Any]) -> Iterable[tuple[str, str]]:
+    frozen = f"; {found['frozen']:,} more frozen" if "frozen" in found else ""
+    yield "parameters", f"{found['parameters']:,} {found['dtype']} in {_counted(found['arrays'], 'array')}{frozen}"
     if "given" in found:
         fixed = found["given"]
-        rows.insert(1, ("given", f"{fixed['elements']:,} float32 in {_counted(fixed['arrays'], 'array')}, not trained"))
+        yield "given", f"{fixed['elements']:,} float32 in {_counted(fixed['arrays'], 'array')}, not trained"
+    weights = _counted(sum(target["count"] for target in found["targets"]), "weight")
+    yield "updates", f"{found['updated']:,} elements of {weights} in {_counted(found['groups'], 'group')}"
+    yield from _configs(found["config"])
     if found["activation"]:
-        rows.append(("activation", f"{found['activation']} (LoDA: it cannot be merged)"))
-    rows.append(("serving", found["export"]["says"]))
-    rows.append(("model", found["model"] or "unknown"))
-    rows += _pretrained(found.get("pretrained", {}))
+        yield "activation", f"{found['activation']} (LoDA: it cannot be merged)"
+    yield "serving", found["export"]["says"]
+    yield "model", found["model"] or "unknown"
+    yield from _pretrained(found.get("pretrained", {}))
     base = found["base"]
-    rows.append(("base", f"{base['dtype']}, SHA-256 of the weights {base['sha256'][:16]}…" if base else "unknown"))
+    yield "base", f"{base['dtype']}, SHA-256 of the weights {base['sha256'][:16]}…" if base else "unknown"
     if found["draws"]:
         here = "the same on this machine" if found["draws_here"] else "DIFFERENT on this machine: load rejects the file"
-        rows.append(("draws", f"{found['draws'][:16]}…, {here}"))
+        yield "draws", f"{found['draws'][:16]}…, {here}"
     if found["kept"]:
-        kept = [f"{tensor['name']} {_times(tensor['shape'])}" for tensor in found["kept"]]
-        rows.append(("also trained", ", ".join(kept[:6]) + (f" and {len(kept) - 6} more" if len(kept) > 6 else "")))
-    yield from _aligned(rows)
-    yield from _targets(found, "weights")
+        yield "also trained", _some([f"{tensor['name']} {_times(tensor['shape'])}" for tensor in found["kept"]])
 
 
 def _pretrained(about: dict[str, Any]) -> Iterable[tuple[str, str]]:
@@ -298,22 +274,18 @@ def _pretrained(about: dict[str, Any]) -> Iterable[tuple[str, str]]:
     if "task" in about:
         yield "task", about["task"]
     if labels := about.get("labels"):
-        more = f" and {len(labels) - 6} more" if len(labels) > 6 else ""
-        yield "labels", f"{len(labels)}: {', '.join(labels[:6])}{more}"
+        yield "labels", f"{len(labels)}: {_some(labels)}"
     if settings := {**about.get("settings", {}), **about.get("inputs", {})}:
         yield "settings", ", ".join(f"{name}={json.dumps(value)}" for name, value in settings.items())
 
 
-def _frozen(found: dict[str, Any]) -> str:
-    return f"; {found['frozen']:,} more frozen" if "frozen" in found else ""
-
-
-def _configs(settings: dict[str, Any]) -> list[tuple[str, str]]:
+def _configs(settings: dict[str, Any]) -> Iterable[tuple[str, str]]:
     if "parts" not in settings:
-        return [("config", _config(settings))]
-    parts = settings["parts"]
-    told = [("", f"{_config(part)} for {_counted(weights, 'weight')}") for part, weights in parts]
-    return [("configs", f"{len(parts)}, one after another"), *told]
+        yield "config", _config(settings)
+        return
+    yield "configs", f"{len(settings['parts'])}, one after another"
+    for part, weights in settings["parts"]:
+        yield "", f"{_config(part)} for {_counted(weights, 'weight')}"
 
 
 def _config(settings: dict[str, Any]) -> str:
@@ -340,48 +312,35 @@ def _checkpoint(found: dict[str, Any]) -> Iterable[str]:
     yield from _targets(found, "queries and values")
 
 
-def _other(found: dict[str, Any]) -> Iterable[str]:
-    yield f"{found['path']}: {found['what']}, {_size(found['bytes'])}; tnadapt convert reads it"
-
-
 def _targets(found: dict[str, Any], title: str) -> Iterable[str]:
     if found["targets"]:
         yield f"  {title}"
-        yield from _table([
-            [f"{target['count']} ×", target["role"], target["name"], _times(target["shape"]), _view(target)]
-            for target in found["targets"]
-        ])  # fmt: skip
+        yield from _table([[f"{target['count']} ×", target["role"], *_shown(target)] for target in found["targets"]])
     if "every" in found:
         yield "  all"
-        yield from _table([
-            [target.get("role", target.get("dtype")), target["name"], _times(target["shape"]), _view(target)]
-            for target in found["every"]
-        ])  # fmt: skip
+        yield from _table([[tensor.get("role", tensor.get("dtype")), *_shown(tensor)] for tensor in found["every"]])
 
 
-def _view(one: dict[str, Any]) -> str:
+def _shown(tensor: dict[str, Any]) -> list[str]:
+    """Return the name of a weight, its shape, and how it is a part of what is stored."""
     notes = []
-    if "index" in one:
-        notes.append(f"matrix {one['index']}")
-    if isinstance(one.get("rows"), dict):
-        numbers = one["rows"]["indices"]
+    if "index" in tensor:
+        notes.append(f"matrix {tensor['index']}")
+    if isinstance(tensor.get("rows"), dict):
+        numbers = tensor["rows"]["indices"]
         notes.append(f"rows {', '.join(map(str, numbers[:4]))}" + f" and {len(numbers) - 4} more" * (len(numbers) > 4))
-    elif "rows" in one:
-        start, length, stride, count = one["rows"]
+    elif "rows" in tensor:
+        start, length, stride, count = tensor["rows"]
         notes.append(f"rows {start} to {start + length - 1}" + (f" of each {stride}, {count} times" * (count > 1)))
-    if one.get("transposed"):
+    if tensor.get("transposed"):
         notes.append("stored transposed")
     if notes:
-        notes.append(f"of {_times(one['stored'])}")
-    if "tied" in one:
-        notes.append(f"tied to {', '.join(one['tied'])}")
-    if "groups" in one:
-        notes.append(f"in {one['groups']} groups")
-    return ", ".join(notes)
-
-
-def _count(found: dict[str, Any]) -> int:
-    return sum(target["count"] for target in found["targets"])
+        notes.append(f"of {_times(tensor['stored'])}")
+    if "tied" in tensor:
+        notes.append(f"tied to {', '.join(tensor['tied'])}")
+    if "groups" in tensor:
+        notes.append(f"in {tensor['groups']} groups")
+    return [tensor["name"], _times(tensor["shape"]), ", ".join(notes)]
 
 
 def _counted(number: int, what: str) -> str:

@@ -2,37 +2,25 @@
 
 from __future__ import annotations
 
+import enum
+import functools
+import importlib.util
 import io
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from tnadapt.algebra.formats import FORMATS
 from tnadapt.errors import TnadaptError, pluralize
 
-from ._options import (
-    ENGINE_HELP,
-    ENGINE_OPTION_HELP,
-    TARGETS_HELP,
-    TASK_NAMES,
-    ReportTo,
-    check_options,
-    engine_options,
-    job_package,
-    preset_option,
-    settings_of,
-    targets_of,
-    word_or_number,
-)
-from .terminal import echo, echo_json, print_table, stoppable
+from ._options import TARGETS_HELP, job_package, option, preset_option, settings_of, targets_of, word_or_number
+from .terminal import ENGINE_HELP, ENGINE_OPTION_HELP, echo, echo_json, engine_options, print_table, stoppable
 
 if TYPE_CHECKING:
     from tnadapt.finetune import Outcome, Point, Study
-
-__all__ = ["finetune_command"]
 
 
 # -- What it prints ----------------------------------------------------------------------------------------------------
@@ -90,17 +78,17 @@ def _print_outcome(study: Study, outcome: Outcome, folder: Path, as_json: bool) 
         echo(f"best adapter by validation: {best.method.name} ({best.parameters:,} parameters), {outcome.adapter}")
         if more := _others(best):
             echo(f"  test: {more}")
+        loaded = "the same" if proof.loaded_same else "DIFFERENT"
+        different = proof.merged_different
+        merged = f"DIFFERENT predictions for {different}" if different else "the same predictions"
         echo(
-            f"  loaded on a fresh base: {_same(proof.loaded_same)} on {proof.samples:,} test samples; merged: "
-            f"{_same(not proof.merged_different, proof.merged_different)}, {logits}"
+            f"  loaded on a fresh base: {loaded} predictions on {proof.samples:,} test samples; merged: {merged}, "
+            f"{logits}"
         )
     if outcome.control is not None and outcome.control.warning is not None:
         echo(f"warning: {outcome.control.warning}")
     echo(f"results: {folder / 'results.jsonl'}")
-    if outcome.picture is None:
-        echo("no picture: pip install 'tnadapt[plot]'")
-    else:
-        echo(f"picture: {outcome.picture}")
+    echo("no picture: pip install 'tnadapt[plot]'" if outcome.picture is None else f"picture: {outcome.picture}")
 
 
 def _others(best: Point) -> str:
@@ -110,247 +98,117 @@ def _others(best: Point) -> str:
     return ", ".join(f"{name} {sum(some) / len(some):.4g}" for name, some in means.items() if some)
 
 
-def _same(same: bool, different: int | None = None) -> str:
-    if same:
-        return "the same predictions"
-    return "DIFFERENT predictions" if different is None else f"DIFFERENT predictions for {different}"
-
-
 # -- The command -------------------------------------------------------------------------------------------------------
 
 
-OWN = "Your own model and data"
+#: The built-in tasks; a test compares them with ``tnadapt.finetune.tasks``.
+TASK_NAMES = (
+    "classification", "multi-label", "regression", "token-classification", "causal-lm", "image-classification",
+)  # fmt: skip
+
+
+class ReportTo(enum.StrEnum):
+    """Where trainings are reported, through transformers."""
+
+    NONE = "none"
+    TENSORBOARD = "tensorboard"
+    WANDB = "wandb"
+    TRACKIO = "trackio"
+
+
+# The panels of the help page.
 WHAT = "Compared methods"
-HOW = "Training"
+_own = functools.partial(option, panel="Your own model and data")
+_what = functools.partial(option, panel=WHAT)
+_how = functools.partial(option, panel="Training")
+_where = functools.partial(option, panel="Output")
+
 # Of the files that --model and --data take; they are left out of the default folder's name.
 _SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".npz", ".gguf")
-WHERE = "Output"
-
-
-class Usual(NamedTuple):
-    """Default settings."""
-
-    epochs: int
-    batch: int
-    rates: tuple[float, ...]
-
-
 # Names of F that need no settings of their own.
 PROJECTIONS = ("shuffle", "linear", "linear_v2", "nonlinear", "nonlinear_v2", "gather", "sign-gather")
-
 # Presets are trained in units for which one rate suits all of them.
 RATES = (0.01,)
-DIGITS = Usual(25, 32, RATES)
-OTHERS = Usual(3, 32, RATES)
 
 
 def finetune_command(
     model: Annotated[
-        str | None,
-        typer.Option(
-            help="A local folder, .gguf file or hub name for transformers; or timm:NAME.",
-            rich_help_panel=OWN,
-            show_default="a small ViT",
-        ),
+        str | None, _own("A local folder, .gguf file or hub name for transformers; or timm:NAME.", "a small ViT")
     ] = None,
     data: Annotated[
         str | None,
-        typer.Option(
-            help="A .csv, .tsv, .json or .jsonl of texts; a folder of images, one subfolder per class; an .npz; or a "
+        _own(
+            "A .csv, .tsv, .json or .jsonl of texts; a folder of images, one subfolder per class; an .npz; or a "
             "datasets name.",
-            rich_help_panel=OWN,
-            show_default="the digits 5 to 9",
+            "the digits 5 to 9",
         ),
     ] = None,
-    task: Annotated[
-        str | None,
-        typer.Option(help=f"{', '.join(TASK_NAMES)}.", rich_help_panel=OWN, show_default="inferred from the data"),
-    ] = None,
-    text_column: Annotated[
-        str | None,
-        typer.Option(help="Column of texts, words or prompts.", rich_help_panel=OWN, show_default="found by its name"),
-    ] = None,
+    task: Annotated[str | None, _own(f"{', '.join(TASK_NAMES)}.", "inferred from the data")] = None,
+    text_column: Annotated[str | None, _own("Column of texts, words or prompts.", "found by its name")] = None,
     label_column: Annotated[
-        str | None,
-        typer.Option(
-            help="Column of labels, numbers, tags or completions.",
-            rich_help_panel=OWN,
-            show_default="found by its name",
-        ),
+        str | None, _own("Column of labels, numbers, tags or completions.", "found by its name")
     ] = None,
-    separator: Annotated[
-        str | None,
-        typer.Option(help="Between several labels of a text.", rich_help_panel=OWN, show_default="found in the data"),
-    ] = None,
+    separator: Annotated[str | None, _own("Between several labels of a text.", "found in the data")] = None,
     tokenizer: Annotated[
-        str | None,
-        typer.Option(
-            help="A folder, .gguf file or hub name, for a model without a tokenizer.",
-            rich_help_panel=OWN,
-            show_default="the model's",
-        ),
+        str | None, _own("A folder, .gguf file or hub name, for a model without a tokenizer.", "the model's")
     ] = None,
-    image_size: Annotated[
-        int | None,
-        typer.Option(min=1, max=4096, help="Pixels per side; the model's own by default.", rich_help_panel=OWN),
-    ] = None,
+    image_size: Annotated[int | None, _own("Pixels per side; the model's own by default.", min=1, max=4096)] = None,
     max_length: Annotated[
-        int | None,
-        typer.Option(
-            min=2,
-            help="Maximum tokens per text.",
-            rich_help_panel=OWN,
-            show_default="256, or the model's limit if that is lower",
-        ),
+        int | None, _own("Maximum tokens per text.", "256, or the model's limit if that is lower", min=2)
     ] = None,
-    limit: Annotated[
-        int | None,
-        typer.Option(
-            min=2,
-            help="Maximum number of samples from each split of the data.",
-            rich_help_panel=OWN,
-            show_default="all",
-        ),
-    ] = None,
+    limit: Annotated[int | None, _own("Maximum number of samples from each split of the data.", "all", min=2)] = None,
     preset: Annotated[
-        list[str] | None,
-        preset_option("A named method, repeat for more", "a grid of 19, of 10 with --model", WHAT),
+        list[str] | None, preset_option("A named method, repeat for more", "a grid of 19, of 10 with --model", WHAT)
     ] = None,
-    rank: Annotated[
-        list[int] | None, typer.Option(help="Rank; repeat for more.", rich_help_panel=WHAT, show_default="the preset's")
-    ] = None,
+    rank: Annotated[list[int] | None, _what("Rank; repeat for more.", "the preset's")] = None,
     groups: Annotated[
         str | None,
-        typer.Option(
-            help="What shares a tensor network: weight, layer, role, or a number of equal groups.",
-            rich_help_panel=WHAT,
-            show_default="the preset's",
-        ),
+        _what("What shares a tensor network: weight, layer, role, or a number of equal groups.", "the preset's"),
     ] = None,
-    order: Annotated[
-        int | None, typer.Option(help="Modes of the folded tensor.", rich_help_panel=WHAT, show_default="the preset's")
-    ] = None,
-    splits: Annotated[
-        int | None, typer.Option(help="Kronecker factors.", rich_help_panel=WHAT, show_default="the preset's")
-    ] = None,
-    format: Annotated[
-        str | None,
-        typer.Option(help=f"{', '.join(FORMATS.built_in)}.", rich_help_panel=WHAT, show_default="the preset's"),
-    ] = None,
-    fold: Annotated[
-        str | None,
-        typer.Option(help="stack, hypercube or balanced.", rich_help_panel=WHAT, show_default="the preset's"),
-    ] = None,
+    order: Annotated[int | None, _what("Modes of the folded tensor.", "the preset's")] = None,
+    splits: Annotated[int | None, _what("Kronecker factors.", "the preset's")] = None,
+    format: Annotated[str | None, _what(f"{', '.join(FORMATS.built_in)}.", "the preset's")] = None,
+    fold: Annotated[str | None, _what("stack, hypercube or balanced.", "the preset's")] = None,
     projection: Annotated[
         str | None,
-        typer.Option(
-            help=f"Fixed map after the tensor network: {', '.join(PROJECTIONS)}; others by --set.",
-            rich_help_panel=WHAT,
-            show_default="the preset's",
-        ),
+        _what(f"Fixed map after the tensor network: {', '.join(PROJECTIONS)}; others by --set.", "the preset's"),
     ] = None,
     ratio: Annotated[
-        float | None,
-        typer.Option(
-            help="With a projection, its inputs as a share of its outputs (ρ).",
-            rich_help_panel=WHAT,
-            show_default="the preset's",
-        ),
+        float | None, _what("With a projection, its inputs as a share of its outputs (ρ).", "the preset's")
     ] = None,
     settings: Annotated[
         list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="FIELD=VALUE",
-            help="Any other field of Config, for every preset.",
-            rich_help_panel=WHAT,
-            show_default="the preset's",
-        ),
+        _what("Any other field of Config, for every preset.", "the preset's", names=["--set"], metavar="FIELD=VALUE"),
     ] = None,
     budget: Annotated[
         list[int] | None,
-        typer.Option(
-            help="For each family, use the setting with the most parameters up to this; repeat for more.",
-            rich_help_panel=WHAT,
-            show_default="none",
-        ),
+        _what("For each family, use the setting with the most parameters up to this; repeat for more.", "none"),
     ] = None,
-    targets: Annotated[
-        list[str] | None,
-        typer.Option(
-            help=f"qv, qkvo, all-linear, conv, embeddings, {TARGETS_HELP}", rich_help_panel=HOW, show_default="qv"
-        ),
-    ] = None,
+    targets: Annotated[list[str] | None, _how(f"qv, qkvo, all-linear, conv, embeddings, {TARGETS_HELP}", "qv")] = None,
     keep_trainable: Annotated[
         list[str] | None,
-        typer.Option(
-            help="A module or parameter to train with every adapter, in addition to a new head.",
-            rich_help_panel=HOW,
-            show_default="a new head alone",
-        ),
+        _how("A module or parameter to train with every adapter, in addition to a new head.", "a new head alone"),
     ] = None,
     lr: Annotated[
         list[float] | None,
-        typer.Option(
-            help="A learning rate; repeat for more. Every method is trained at each; validation chooses.",
-            show_default="0.01",
-            rich_help_panel=HOW,
-        ),
+        _how("A learning rate; repeat for more. Every method is trained at each; validation chooses.", "0.01"),
     ] = None,
-    epochs: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="Passes over the training samples.",
-            rich_help_panel=HOW,
-            show_default="25 for the digits, else 3",
-        ),
-    ] = None,
-    batch: Annotated[
-        int | None, typer.Option(min=1, help="Samples per step.", rich_help_panel=HOW, show_default="32")
-    ] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds.", rich_help_panel=HOW)] = 1,
-    device: Annotated[
-        str | None,
-        typer.Option(help="cpu, cuda, …", rich_help_panel=HOW, show_default="cuda if there is one, else cpu"),
-    ] = None,
+    epochs: Annotated[int | None, _how("Passes over the training samples.", "25 for the digits, else 3", min=1)] = None,
+    batch: Annotated[int | None, _how("Samples per step.", "32", min=1)] = None,
+    seeds: Annotated[int, _how("Number of seeds.", min=1)] = 1,
+    device: Annotated[str | None, _how("cpu, cuda, …", "cuda if there is one, else cpu")] = None,
     jobs: Annotated[
-        int,
-        typer.Option(
-            min=0,
-            help="Parallel trainings; 0: one per core for the digits, else 1; on a cluster, as many as fit.",
-            rich_help_panel=HOW,
-        ),
+        int, _how("Parallel trainings; 0: one per core for the digits, else 1; on a cluster, as many as fit.", min=0)
     ] = 0,
-    engine: Annotated[str, typer.Option(help=ENGINE_HELP, rich_help_panel=HOW)] = "local",
-    engine_option: Annotated[
-        list[str] | None,
-        typer.Option(metavar="KEY=VALUE", help=ENGINE_OPTION_HELP, rich_help_panel=HOW, show_default="none"),
-    ] = None,
-    report_to: Annotated[
-        ReportTo,
-        typer.Option(help="Where the trainings of your own model are reported.", rich_help_panel=HOW),
-    ] = ReportTo.NONE,
-    pretrain_epochs: Annotated[
-        int, typer.Option(min=1, help="Pretraining epochs of the small ViT for the digits.", rich_help_panel=HOW)
-    ] = 60,
-    out: Annotated[
-        Path | None,
-        typer.Option(help="A folder.", rich_help_panel=WHERE, show_default="runs/digits, or runs/MODEL-DATA"),
-    ] = None,
-    fresh: Annotated[
-        bool, typer.Option("--fresh", help="Delete the results of an earlier run.", rich_help_panel=WHERE)
-    ] = False,
-    cache: Annotated[
-        Path | None,
-        typer.Option(
-            help="A folder for the pretrained small ViT.", rich_help_panel=WHERE, show_default="the user's cache folder"
-        ),
-    ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print what would be trained, and exit.", rich_help_panel=WHERE)
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.", rich_help_panel=WHERE)] = False,
+    engine: Annotated[str, _how(ENGINE_HELP)] = "local",
+    engine_option: Annotated[list[str] | None, _how(ENGINE_OPTION_HELP, "none", metavar="KEY=VALUE")] = None,
+    report_to: Annotated[ReportTo, _how("Where the trainings of your own model are reported.")] = ReportTo.NONE,
+    pretrain_epochs: Annotated[int, _how("Pretraining epochs of the small ViT for the digits.", min=1)] = 60,
+    out: Annotated[Path | None, _where("A folder.", "runs/digits, or runs/MODEL-DATA")] = None,
+    fresh: Annotated[bool, _where("Delete the results of an earlier run.", names=["--fresh"])] = False,
+    cache: Annotated[Path | None, _where("A folder for the pretrained small ViT.", "the user's cache folder")] = None,
+    dry_run: Annotated[bool, _where("Print what would be trained, and exit.", names=["--dry-run"])] = False,
+    as_json: Annotated[bool, _where("Print JSON.", names=["--json"])] = False,
 ) -> None:
     """Adapt a pretrained model with several methods, and show accuracy, or the task's metric, against parameters.
 
@@ -366,31 +224,29 @@ def finetune_command(
         # A console that cannot print ρ must not raise an error after an hour of training: replace such characters.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
+    options = {
+        "task": task, "text-column": text_column, "label-column": label_column, "separator": separator,
+        "tokenizer": tokenizer, "report-to": None if report_to is ReportTo.NONE else report_to.value,
+    }  # fmt: skip
+    _check_own(options, model is not None or data is not None)
     changes: dict[str, Any] = {
         "groups": groups and word_or_number(groups), "order": order, "splits": splits, "format": format,
         "fold": fold and word_or_number(fold), "projection": projection and word_or_number(projection), "ratio": ratio,
     }  # fmt: skip
-    options = {
-        "task": task, "text-column": text_column, "label-column": label_column, "separator": separator,
-        "tokenizer": tokenizer, "report-to": report_to.given,
-    }  # fmt: skip
-    check_options(options, model is not None or data is not None, report_to)
     changes = {name: value for name, value in changes.items() if value is not None}
     changes |= settings_of(
         settings or (), {*changes, *(["rank"] if rank else [])},
         "it applies to every preset: run the command once for each value",
     )  # fmt: skip
     where = engine_options(engine_option or ())
-    rates = _checked(preset or (), changes, lr or ())
+    _check(preset or (), changes, lr or ())
     chosen = targets_of(targets)
     job = job_package()
     digits = model is None and data is None
-    usual = DIGITS if digits else OTHERS
     spec = job.Spec(
         model=model, data=data, task=task, separator=separator, tokenizer=tokenizer, text_column=text_column,
-        label_column=label_column, image_size=image_size,
-        max_length=max_length, limit=limit, keep_trainable=tuple(keep_trainable or ()), cache=cache,
-        pretrain_epochs=pretrain_epochs,
+        label_column=label_column, image_size=image_size, max_length=max_length, limit=limit,
+        keep_trainable=tuple(keep_trainable or ()), cache=cache, pretrain_epochs=pretrain_epochs,
     )  # fmt: skip
     choice = job.Choice(
         presets=tuple(preset or ()), ranks=tuple(rank or ()), changes=changes, budgets=tuple(budget or ()),
@@ -409,11 +265,11 @@ def finetune_command(
 
         device_of = (None if dry_run else assumed) or job.usable_device(device)
         training = job.Training(
-            epochs=epochs or usual.epochs, batch=batch or usual.batch, device=device_of,
+            epochs=epochs or (25 if digits else 3), batch=batch or 32, device=device_of,
             targets=chosen if isinstance(chosen, str) else tuple(chosen), report_to=report_to.value,
         )  # fmt: skip
         with reporter() as shown:
-            study = job.Study(spec, choice, training, rates or usual.rates, seeds, shown)
+            study = job.Study(spec, choice, training, lr or RATES, seeds, shown)
             if not dry_run:
                 outcome = study.run(folder, jobs, fresh, engine, where)
     if dry_run:
@@ -432,8 +288,20 @@ def _word(source: str | None) -> str:
     return "".join(letter if letter.isalnum() or letter in "._-" else "-" for letter in stem) or "none"
 
 
-def _checked(presets: Sequence[str], changes: Mapping[str, Any], rates: Sequence[float]) -> Sequence[float]:
-    """Refuse what is wrong with the options alone, before torch is imported, which takes seconds; return the rates."""
+def _check_own(options: Mapping[str, str | None], model: bool) -> None:
+    """Refuse options that need a model and data, which are not given, are empty, or need a library that is missing."""
+    for name, value in options.items():
+        if value is not None and not model:
+            raise TnadaptError(f"--{name} needs --model and --data; without them the data are scikit-learn's digits")
+        if value is not None and not value.strip():
+            raise TnadaptError(f"--{name} is empty")
+    library = options["report-to"]
+    if library is not None and importlib.util.find_spec(library) is None:
+        raise TnadaptError(f"--report-to {library} needs {library}, which is not installed: pip install {library}")
+
+
+def _check(presets: Sequence[str], changes: Mapping[str, Any], rates: Sequence[float]) -> None:
+    """Refuse what is wrong with the options alone, before torch is imported, which takes seconds."""
     from tnadapt.algebra.named_config import require_preset, require_setting
 
     for name in presets:
@@ -443,4 +311,3 @@ def _checked(presets: Sequence[str], changes: Mapping[str, Any], rates: Sequence
     for rate in rates:
         if not 0.0 < rate <= 1e6:
             raise TnadaptError(f"--lr must be above 0 and at most 1e6; got {rate}")
-    return rates

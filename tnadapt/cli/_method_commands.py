@@ -2,39 +2,33 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, TypeAlias
 
 import typer
 
 import tnadapt
 from tnadapt.errors import FileError, TnadaptError, pluralize, safe_repr
 
-from ._options import (
-    AsJson,
-    ConfigFile,
-    ModelOfHeaders,
-    OwnSettings,
-    TargetsOfHeaders,
-    chosen_config,
-    preset_option,
-    shapes_of,
-    targets_of,
-)
+from ._options import AsJson, ConfigFile, OwnSettings, Targets, chosen_config, option, preset_option, targets_of
 from .terminal import echo, echo_json, echo_table, print_table, stoppable
 
-__all__ = [
-    "plan_command",
-    "presets_command",
-    "verify_command",
+# -- The weights to plan for -------------------------------------------------------------------------------------------
+
+
+ModelOfHeaders: TypeAlias = Annotated[
+    str | None, typer.Argument(help="A folder, a safetensors file or index, or a hub name. Only headers are read.")
 ]
 
+_shape = functools.partial(option, metavar="ROWSxCOLS")
 
-# -- The weights to plan for -------------------------------------------------------------------------------------------
+# Maximum number of weights: a plan of this size takes half a minute, and no model's attention has as many.
+MOST = 10_000
 
 
 class _Weights(NamedTuple):
@@ -46,6 +40,32 @@ class _Weights(NamedTuple):
     roles: list[str] | None
     targets: list[str]
     drawn_roles: list[str] | None = None  # None where roles do not tell weights apart
+
+
+def shapes_of(given: Sequence[str]) -> list[tuple[int, int]]:
+    """Parse shapes ``ROWSxCOLS``, each with an optional ``*TIMES``.
+
+    Examples
+    --------
+    >>> shapes_of(["12x8*2", "4x6"])
+    [(12, 8), (12, 8), (4, 6)]
+    """
+    shapes: list[tuple[int, int]] = []
+    for text in given:
+        size, _, times = text.partition("*")
+        rows, _, cols = size.partition("x")
+        try:
+            repeat, shape = int(times or 1), (int(rows), int(cols))
+        except ValueError:
+            repeat = 0
+        if repeat < 1:
+            raise TnadaptError(f"--shape takes ROWSxCOLS, e.g. 768x768 or 768x768*24; got {safe_repr(text)}")
+        if len(shapes) + repeat > MOST:
+            raise TnadaptError(
+                f"--shape takes {MOST:,} weights at the most, of all that are given; see {safe_repr(text)}"
+            )
+        shapes += [shape] * repeat
+    return shapes
 
 
 def _planned_weights(model: str | None, targets: list[str] | None, shape: list[str] | None) -> _Weights:
@@ -77,10 +97,7 @@ def _planned_weights(model: str | None, targets: list[str] | None, shape: list[s
     numbers = {layer: number for number, layer in enumerate(dict.fromkeys(layers))}
     roles = [target.role for target in adapted]
     plain = {"linear", "conv"}.isdisjoint(roles)
-    names = [
-        f"{role}{numbers[layer]}" if plain else str(i)
-        for i, (role, layer) in enumerate(zip(roles, layers, strict=True))
-    ]
+    names = [f"{target.role}{numbers[target.layer]}" if plain else str(i) for i, target in enumerate(adapted)]
     shapes, paths = [target.shape for target in adapted], [target.name for target in adapted]
     return _Weights(shapes, layers, names, roles, paths, roles if plain else None)
 
@@ -89,21 +106,14 @@ def _planned_weights(model: str | None, targets: list[str] | None, shape: list[s
 
 
 # The queries and values of ViT-base, as in README.md.
-USUAL = _Weights(
-    [(768, 768)] * 24, [str(weight // 2) for weight in range(24)], None, ["q", "v"] * 12, []
-)  # fmt: skip
+USUAL = _Weights([(768, 768)] * 24, [str(weight // 2) for weight in range(24)], None, ["q", "v"] * 12, [])
 
 
 def presets_command(
     model: ModelOfHeaders = None,
-    targets: TargetsOfHeaders = None,
+    targets: Targets = None,
     shape: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="ROWSxCOLS",
-            help="Shape of a weight, instead of a model; repeat for more.",
-            show_default="768x768*24",
-        ),
+        list[str] | None, _shape("Shape of a weight, instead of a model; repeat for more.", "768x768*24")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -133,24 +143,19 @@ def presets_command(
 
 
 def _row(preset: tnadapt.presets.Preset, weights: _Weights) -> dict[str, Any]:
+    from tnadapt.planning.families import Search
+
     arguments = [
         parameter.name if parameter.default is parameter.empty else f"{parameter.name}={parameter.default!r}"
         for parameter in inspect.signature(preset.make).parameters.values()
         if parameter.kind is not parameter.VAR_KEYWORD and parameter.default is not None
     ]
-    fewest = _fewest(preset, weights)
-    return {
-        "preset": preset.name, "arguments": ", ".join(arguments), "from": fewest,
-        "method": (inspect.getdoc(preset.make) or "").partition("\n")[0].replace("`", "").rstrip("."),
-    }  # fmt: skip
-
-
-def _fewest(preset: tnadapt.presets.Preset, weights: _Weights) -> int | None:
-    from tnadapt.planning.families import Search
-
     adapted = tnadapt.presets.AdaptedWeights(weights.shapes, weights.layers, weights.roles)
     least = Search(weights.shapes, weights.layers, weights.roles).least(preset.ladders(adapted))
-    return None if least is None else least.parameters
+    return {
+        "preset": preset.name, "arguments": ", ".join(arguments), "from": None if least is None else least.parameters,
+        "method": (inspect.getdoc(preset.make) or "").partition("\n")[0].replace("`", "").rstrip("."),
+    }  # fmt: skip
 
 
 # -- tnadapt verify ----------------------------------------------------------------------------------------------------
@@ -161,18 +166,12 @@ def verify_command(
     settings: OwnSettings = None,
     config: ConfigFile = None,
     shape: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="ROWSxCOLS",
-            help="Shape of a weight; repeat for more, 12x8*4 for four.",
-            show_default="12x8, 12x8, 8x12",
-        ),
+        list[str] | None, _shape("Shape of a weight; repeat for more, 12x8*4 for four.", "12x8, 12x8, 8x12")
     ] = None,
     backend: Annotated[
-        list[str] | None,
-        typer.Option(help="An array library to check; repeat for more.", show_default="all that are installed"),
+        list[str] | None, option("An array library to check; repeat for more.", "all that are installed")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the random parameters.", min=0)] = 0,
+    seed: Annotated[int, option("Seed of the random parameters.", min=0)] = 0,
     as_json: AsJson = False,
 ) -> None:
     """Check the laws of the library, or of one config, on every installed array library.
@@ -200,36 +199,29 @@ SPARE = ("share", "bytes", "padding", "step", "LoRA")
 def plan_command(
     model: ModelOfHeaders = None,
     budget: Annotated[
-        str | None,
-        typer.Option(
-            help="A number of parameters, such as 1000; or of bytes, such as 4kB or 64KiB.",
-            show_default="required",
-        ),
+        str | None, option("A number of parameters, such as 1000; or of bytes, such as 4kB or 64KiB.", "required")
     ] = None,
-    targets: TargetsOfHeaders = None,
+    targets: Targets = None,
     shape: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="ROWSxCOLS",
-            help="Shape of a weight, instead of a model; repeat for more, 768x768*24 for 24.",
-            show_default="the weights of the model",
+        _shape(
+            "Shape of a weight, instead of a model; repeat for more, 768x768*24 for 24.", "the weights of the model"
         ),
     ] = None,
-    dtype: Annotated[str, typer.Option(help="dtype of the adapter file.")] = "float32",
+    dtype: Annotated[str, option("dtype of the adapter file.")] = "float32",
     by: Annotated[
         list[str] | None,
-        typer.Option(
-            help="Criteria of the Pareto front: parameters, freedom, cost, rank, waste; repeat for more.",
-            show_default="parameters, freedom and cost",
+        option(
+            "Criteria of the Pareto front: parameters, freedom, cost, rank, waste; repeat for more.",
+            "parameters, freedom and cost",
         ),
     ] = None,
     every: Annotated[bool, typer.Option("--all", help="Show all settings that were compared.")] = False,
     picture: Annotated[
-        Path | None,
-        typer.Option(help="Plot parameters against rank in this file: .png, .pdf, .svg.", show_default="none"),
+        Path | None, option("Plot parameters against rank in this file: .png, .pdf, .svg.", "none")
     ] = None,
     layout_picture: Annotated[
-        Path | None, typer.Option(help="Plot where a setting places each weight in this file.", show_default="none")
+        Path | None, option("Plot where a setting places each weight in this file.", "none")
     ] = None,
     preset: Annotated[
         str | None, preset_option("The setting of --layout-picture, e.g. superlora", "the first row")
@@ -252,14 +244,9 @@ def plan_command(
     with stoppable("there is no plan"), tnadapt.ProgressBar("planning") as bar:
         weights = _planned_weights(model, targets, shape)
         plan = tnadapt.plan(
-            weights.shapes,
-            budget,
-            layers=weights.layers,
-            roles=weights.roles,
-            dtype=dtype,
-            progress=bar.counts,
+            weights.shapes, budget, layers=weights.layers, roles=weights.roles, dtype=dtype, progress=bar.counts,
             **({"by": by} if by else {}),
-        )
+        )  # fmt: skip
         table = plan.table(every)
     chosen = plan.shown[0].config if drawn is None else drawn
     adapter = tnadapt.SuperLoRA(chosen, weights.shapes, weights.layers, weights.roles)

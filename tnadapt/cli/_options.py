@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import enum
-import importlib.util
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any, TypeAlias
@@ -15,57 +13,24 @@ import typer
 import tnadapt
 from tnadapt.errors import FileError, TnadaptError, safe_repr
 
-__all__ = [
-    "ENGINE_HELP",
-    "ENGINE_OPTION_HELP",
-    "TARGETS_HELP",
-    "TASK_NAMES",
-    "AsJson",
-    "ConfigFile",
-    "ModelOfHeaders",
-    "OwnSettings",
-    "ReportTo",
-    "TargetsOfHeaders",
-    "check_options",
-    "chosen_config",
-    "engine_options",
-    "job_package",
-    "preset_option",
-    "settings_of",
-    "shapes_of",
-    "targets_of",
-    "word_or_number",
-]
-
-
 # -- Values ------------------------------------------------------------------------------------------------------------
 
-
-# Maximum number of weights: a plan of this size takes half a minute, and no model's attention has as many.
-MOST = 10_000
 
 # What tells a regular expression from a name. Names have dots, too.
 _PATTERN = frozenset(r"\^$*+?{}[]|()")
 
 
-def _setting(text: str) -> tuple[str, Any]:
-    """Parse ``FIELD=VALUE``, with the value as JSON or a word.
-
-    Examples
-    --------
-    >>> _setting("rank=4"), _setting("fold=hypercube"), _setting("fold=[8,8]")
-    (('rank', 4), ('fold', 'hypercube'), ('fold', [8, 8]))
-    """
+def _pair(text: str, expected: str) -> tuple[str, str]:
     name, equals, value = text.partition("=")
     if not equals or not name:
-        raise TnadaptError(f"--set takes FIELD=VALUE; got {safe_repr(text)}")
-    return name, word_or_number(value)
+        raise TnadaptError(f"{expected}; got {safe_repr(text)}")
+    return name, value
 
 
 def settings_of(
     texts: Sequence[str], options: Collection[str] = (), way: str = "leave one of them out"
 ) -> dict[str, Any]:
-    """Parse every ``FIELD=VALUE``.
+    """Parse every ``FIELD=VALUE``, with the value as JSON or a word.
 
     Parameters
     ----------
@@ -82,20 +47,20 @@ def settings_of(
 
     Examples
     --------
-    >>> settings_of(["rank=2", "alpha=4"])
-    {'rank': 2, 'alpha': 4}
+    >>> settings_of(["rank=2", "fold=hypercube"]), settings_of(["fold=[8,8]"])
+    ({'rank': 2, 'fold': 'hypercube'}, {'fold': [8, 8]})
     >>> settings_of(["rank=2", "rank=4"])
     Traceback (most recent call last):
         ...
     tnadapt.errors.TnadaptError: --set gives rank twice; leave one of them out
     """
     settings: dict[str, Any] = {}
-    for name, value in map(_setting, texts):
+    for name, value in (_pair(text, "--set takes FIELD=VALUE") for text in texts):
         if name in settings:
             raise TnadaptError(f"--set gives {name} twice; {way}")
         if name in options:
             raise TnadaptError(f"--{name} and --set {name}=… both give {name}; leave one of them out")
-        settings[name] = value
+        settings[name] = word_or_number(value)
     return settings
 
 
@@ -156,32 +121,6 @@ def _read(path: Path) -> dict[str, Any]:
         raise TnadaptError(f"cannot read a config from {path}: {error}") from None
 
 
-def shapes_of(given: Sequence[str]) -> list[tuple[int, int]]:
-    """Parse shapes ``ROWSxCOLS``, each with an optional ``*TIMES``.
-
-    Examples
-    --------
-    >>> shapes_of(["12x8*2", "4x6"])
-    [(12, 8), (12, 8), (4, 6)]
-    """
-    shapes: list[tuple[int, int]] = []
-    for text in given:
-        size, _, times = text.partition("*")
-        rows, _, cols = size.partition("x")
-        try:
-            repeat, shape = int(times or 1), (int(rows), int(cols))
-        except ValueError:
-            repeat = 0
-        if repeat < 1:
-            raise TnadaptError(f"--shape takes ROWSxCOLS, e.g. 768x768 or 768x768*24; got {safe_repr(text)}")
-        if len(shapes) + repeat > MOST:
-            raise TnadaptError(
-                f"--shape takes {MOST:,} weights at the most, of all that are given; see {safe_repr(text)}"
-            )
-        shapes += [shape] * repeat
-    return shapes
-
-
 def targets_of(given: Sequence[str] | None) -> str | list[str]:
     """Return ``--targets`` as the library takes it: one value without the marks of a regular expression is a name.
 
@@ -214,7 +153,14 @@ def targets_of(given: Sequence[str] | None) -> str | list[str]:
 # -- Options, as types of arguments ------------------------------------------------------------------------------------
 
 
-def preset_option(help: str, show_default: str, panel: str | None = None) -> typer.models.OptionInfo:
+def option(
+    help: str, show_default: str | bool = True, *, names: Sequence[str] = (), panel: str | None = None, **more: Any
+) -> Any:
+    """Return an option with what help says that it is without it, and the panel of the help page that it is in."""
+    return typer.Option(*names, help=help, show_default=show_default, rich_help_panel=panel, **more)
+
+
+def preset_option(help: str, show_default: str, panel: str | None = None) -> Any:
     """Return an option ``--preset``, which shells complete.
 
     Parameters
@@ -225,28 +171,19 @@ def preset_option(help: str, show_default: str, panel: str | None = None) -> typ
     panel : str, optional
         Of the help page.
     """
-    option: typer.models.OptionInfo = typer.Option(
-        help=f"{help}; tnadapt presets lists them.", show_default=show_default, rich_help_panel=panel,
-        autocompletion=_presets_that_begin_with,
-    )  # fmt: skip
-    return option
+    completion = _presets_that_begin_with
+    return option(f"{help}; tnadapt presets lists them.", show_default, panel=panel, autocompletion=completion)
 
 
 #: Of ``--targets``, after the words that a command takes.
 TARGETS_HELP = "a module's name, the end of its path, or a regex such as '.*proj'; repeat for more names."
 
-ModelOfHeaders: TypeAlias = Annotated[
-    str | None, typer.Argument(help="A folder, a safetensors file or index, or a hub name. Only headers are read.")
-]
-TargetsOfHeaders: TypeAlias = Annotated[
-    list[str] | None,
-    typer.Option("--targets", help=f"qv, qkvo, embeddings, {TARGETS_HELP}", show_default="qv"),
+Targets: TypeAlias = Annotated[
+    list[str] | None, option(f"qv, qkvo, embeddings, {TARGETS_HELP}", "qv", names=["--targets"])
 ]
 OwnSettings: TypeAlias = Annotated[
     list[str] | None,
-    typer.Option(
-        "--set", metavar="FIELD=VALUE", help="A Config field, or a preset's argument.", show_default="the preset's"
-    ),
+    option("A Config field, or a preset's argument.", "the preset's", names=["--set"], metavar="FIELD=VALUE"),
 ]
 ConfigFile: TypeAlias = Annotated[
     Path | None, typer.Option("--config", help="A JSON file of Config fields.", show_default="none")
@@ -275,63 +212,11 @@ def engine_options(given: Sequence[str]) -> dict[str, str]:
     {'partition': 'gpu', 'setup': 'export A=1'}
     """
     options: dict[str, str] = {}
-    for text in given:
-        name, equals, value = text.partition("=")
-        if not equals or not name:
-            raise TnadaptError(f"--engine-option takes KEY=VALUE; got {safe_repr(text)}")
+    for name, value in (_pair(text, "--engine-option takes KEY=VALUE") for text in given):
         if name in options:
             raise TnadaptError(f"--engine-option {name} is given twice")
         options[name] = value
     return options
-
-
-# -- Tasks and reports of tnadapt finetune -----------------------------------------------------------------------------
-
-
-#: The built-in tasks; a test compares them with ``tnadapt.finetune.tasks``.
-TASK_NAMES = (
-    "classification", "multi-label", "regression", "token-classification", "causal-lm", "image-classification",
-)  # fmt: skip
-
-
-class ReportTo(enum.StrEnum):
-    """Where trainings are reported, through transformers."""
-
-    NONE = "none"
-    TENSORBOARD = "tensorboard"
-    WANDB = "wandb"
-    TRACKIO = "trackio"
-
-    @property
-    def given(self) -> str | None:
-        """The name, or None without reports."""
-        return None if self is ReportTo.NONE else self.value
-
-
-def check_options(own: Mapping[str, str | None], model: bool, report_to: ReportTo) -> None:
-    """Raise an error for an option that cannot be used.
-
-    Parameters
-    ----------
-    own : mapping of str to str, optional
-        Options that need a model and data of the user's own.
-    model : bool
-        Whether these are given.
-    report_to : ReportTo
-
-    Raises
-    ------
-    TnadaptError
-        If an option needs a model, is empty, or its library is not installed.
-    """
-    for name, value in own.items():
-        if value is not None and not model:
-            raise TnadaptError(f"--{name} needs --model and --data; without them the data are scikit-learn's digits")
-        if value is not None and not value.strip():
-            raise TnadaptError(f"--{name} is empty")
-    library = report_to.given
-    if library is not None and importlib.util.find_spec(library) is None:
-        raise TnadaptError(f"--report-to {library} needs {library}, which is not installed: pip install {library}")
 
 
 # -- Import of tnadapt.finetune, which needs extras --------------------------------------------------------------------

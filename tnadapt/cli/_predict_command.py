@@ -16,10 +16,8 @@ import tnadapt
 from tnadapt.checkpoints.atomic_files import replace_file
 from tnadapt.errors import FileError, TnadaptError, spreadsheet_text
 
-from ._options import job_package
+from ._options import job_package, option
 from .terminal import echo, stoppable
-
-__all__ = ["predict_command"]
 
 #: Suffixes of files of predictions.
 FORMATS = (".csv", ".jsonl")
@@ -27,40 +25,23 @@ FORMATS = (".csv", ".jsonl")
 
 def predict_command(
     adapter: Annotated[Path, typer.Argument(help="A file of tnadapt finetune, such as best.safetensors.")],
-    data: Annotated[str, typer.Option(help="As for tnadapt finetune, with labels or without; also one image.")],
-    out: Annotated[Path | None, typer.Option(help="A .csv or .jsonl; by default lines of JSON are printed.")] = None,
+    data: Annotated[str, option("As for tnadapt finetune, with labels or without; also one image.")],
+    out: Annotated[Path | None, option("A .csv or .jsonl; by default lines of JSON are printed.")] = None,
     base: Annotated[
         str | None,
-        typer.Option(
-            help="Folder, .gguf file or hub name of the base, if it is not where it was.",
-            show_default="the one that the file names",
-        ),
+        option("Folder, .gguf file or hub name of the base, if it is not where it was.", "the one that the file names"),
     ] = None,
-    tokenizer: Annotated[
-        str | None, typer.Option(help="Folder or hub name, instead of the base's own.", show_default="the base's")
-    ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Samples at once.")] = 32,
+    tokenizer: Annotated[str | None, option("Folder or hub name, instead of the base's own.", "the base's")] = None,
+    batch_size: Annotated[int, option("Samples at once.", min=1)] = 32,
     max_new_tokens: Annotated[
         int | None,
-        typer.Option(
-            min=1,
-            help="Length limit of completions.",
-            show_default="64, or half of the model's positions if these are fewer",
-        ),
+        option("Length limit of completions.", "64, or half of the model's positions if these are fewer", min=1),
     ] = None,
-    text_column: Annotated[
-        str | None, typer.Option(help="Column of texts, words or prompts.", show_default="found by its name")
-    ] = None,
-    label_column: Annotated[
-        str | None, typer.Option(help="Column of labels, tags or completions.", show_default="found by its name")
-    ] = None,
-    separator: Annotated[
-        str | None, typer.Option(help="Between several labels of a text.", show_default="as in training")
-    ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first samples.", show_default="all")] = None,
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, …", show_default="cuda if there is one, else cpu")
-    ] = None,
+    text_column: Annotated[str | None, option("Column of texts, words or prompts.", "found by its name")] = None,
+    label_column: Annotated[str | None, option("Column of labels, tags or completions.", "found by its name")] = None,
+    separator: Annotated[str | None, option("Between several labels of a text.", "as in training")] = None,
+    limit: Annotated[int | None, option("Only the first samples.", "all", min=1)] = None,
+    device: Annotated[str | None, option("cpu, cuda, …", "cuda if there is one, else cpu")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing OUT.")] = False,
 ) -> None:
     """Predict with an adapter that tnadapt finetune saved, on the base that its file names.

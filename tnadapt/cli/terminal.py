@@ -6,6 +6,7 @@ terminal.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import importlib
 import inspect
@@ -14,7 +15,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Collection, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from types import FrameType
 from typing import Any
 
@@ -165,28 +166,22 @@ def _escaping() -> Iterator[None]:
         raise
 
 
-class EscapingCommand(TyperCommand):
+class _Escaping:
+    def make_context(self, *arguments: Any, **settings: Any) -> Any:
+        with _escaping():
+            return super().make_context(*arguments, **settings)  # type: ignore[misc]  # of the other base
+
+    def invoke(self, ctx: Any) -> Any:
+        with _escaping():
+            return super().invoke(ctx)  # type: ignore[misc]
+
+
+class EscapingCommand(_Escaping, TyperCommand):
     """A command whose usage errors are escaped: ``app.command(cls=EscapingCommand)``."""
 
-    def make_context(self, *arguments: Any, **settings: Any) -> Any:
-        with _escaping():
-            return super().make_context(*arguments, **settings)
 
-    def invoke(self, ctx: Any) -> Any:
-        with _escaping():
-            return super().invoke(ctx)
-
-
-class EscapingGroup(TyperGroup):
+class EscapingGroup(_Escaping, TyperGroup):
     """A group of commands whose usage errors are escaped: ``typer.Typer(cls=EscapingGroup)``."""
-
-    def make_context(self, *arguments: Any, **settings: Any) -> Any:
-        with _escaping():
-            return super().make_context(*arguments, **settings)
-
-    def invoke(self, ctx: Any) -> Any:
-        with _escaping():
-            return super().invoke(ctx)
 
 
 def help_text(command: Callable[..., None]) -> str:
@@ -246,28 +241,13 @@ COMMANDS = {
 }
 
 
-class _Commands(MutableMapping[str, Any]):
+class _Commands(collections.UserDict[str, Any]):
     """The commands by name, each imported when it is first looked up."""
 
-    def __init__(self) -> None:
-        self._loaded: dict[str, Any] = dict.fromkeys(COMMANDS)
-
     def __getitem__(self, name: str) -> Any:
-        if self._loaded[name] is None:
-            self._loaded[name] = _command(name)
-        return self._loaded[name]
-
-    def __setitem__(self, name: str, command: Any) -> None:
-        self._loaded[name] = command
-
-    def __delitem__(self, name: str) -> None:
-        del self._loaded[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._loaded)
-
-    def __len__(self) -> int:
-        return len(self._loaded)
+        if self.data[name] is None:
+            self.data[name] = _command(name)
+        return self.data[name]
 
 
 def _command(name: str) -> Any:
@@ -282,7 +262,7 @@ class LazyGroup(EscapingGroup):
 
     def __init__(self, *arguments: Any, **settings: Any) -> None:
         super().__init__(*arguments, **settings)
-        self.commands = _Commands()
+        self.commands = _Commands(dict.fromkeys(COMMANDS))
 
     def list_commands(self, ctx: Any) -> list[str]:
         return list(self.commands)

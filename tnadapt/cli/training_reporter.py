@@ -12,8 +12,6 @@ from tnadapt.report import ProgressBar
 
 from .terminal import echo
 
-__all__ = ["reporter"]
-
 
 class _LineReporter(Reporter):
     """Prints a line when something is finished."""

@@ -64,30 +64,21 @@ __all__ = [
 
 # Imported on first use: what checks a user's options must not wait for torch, whose import takes seconds.
 _LAZY = {
-    "BarReporter": "_study",
-    "Choice": "grid",
-    "Engine": "engines",
-    "Method": "grid",
-    "Outcome": "_study",
-    "Point": "pareto_report",
-    "Predictions": "_prediction",
-    "Problem": "problem",
-    "Reporter": "_study",
-    "Spec": "_specification",
-    "Study": "_study",
-    "Task": "training",
-    "Training": "training",
-    "check_out": "results",
-    "default_methods": "grid",
-    "open_engine": "engines",
-    "open_problem": "_pretrained",
-    "pareto_front": "pareto_report",
-    "predict": "_prediction",
-    "register_engine": "engines",
-    "require_data": "data",
-    "run_tasks": "engines",
-    "usable_device": "training",
-    "within": "grid",
+    name: module
+    for module, names in {
+        "_prediction": ("Predictions", "predict"),
+        "_pretrained": ("open_problem",),
+        "_specification": ("Spec",),
+        "_study": ("BarReporter", "Outcome", "Reporter", "Study"),
+        "data": ("require_data",),
+        "engines": ("Engine", "open_engine", "register_engine", "run_tasks"),
+        "grid": ("Choice", "Method", "default_methods", "within"),
+        "pareto_report": ("Point", "pareto_front"),
+        "problem": ("Problem",),
+        "results": ("check_out",),
+        "training": ("Task", "Training", "usable_device"),
+    }.items()
+    for name in names
 }
 
 

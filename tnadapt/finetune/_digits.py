@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -9,7 +10,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tnadapt.errors import FileError, ShapeError, TnadaptError
+from tnadapt.errors import FileError, TnadaptError
 
 from ._specification import Part, Spec
 from .data import Data, Samples, choose, divide
@@ -26,56 +27,40 @@ from .loop import Schedule, accuracy, fit
 from .problem import Problem, samples_digest
 from .tasks import ImageClassification
 
-__all__ = [
-    "cache_folder",
-    "digits",
-]
-
-
 # -- The vision transformer --------------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
-class ViTSizes:
-    """Sizes of a :class:`SmallViT`: sides of image and patch in pixels, channels, width, layers, heads, MLP ratio."""
-
-    image: int = 8
-    patch: int = 2
-    channels: int = 1
-    width: int = 64
-    depth: int = 4
-    heads: int = 4
-    ratio: int = 2
+# Sides of image and patch in pixels.
+IMAGE, PATCH = 8, 2
+WIDTH, DEPTH, HEADS, RATIO = 64, 4, 4, 2
 
 
 class Attention(nn.Module):
     """Self-attention with query, key and value in one fused ``qkv``, as in timm."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
+        self.heads = HEADS
+        self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
+        self.proj = nn.Linear(WIDTH, WIDTH)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(n, tokens, width)`` to the same shape."""
         n, tokens, width = x.shape
         q, k, v = self.qkv(x).view(n, tokens, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
-        mixed: Tensor = self.proj(
-            nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, tokens, width)
-        )
-        return mixed
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, tokens, width)
+        return self.proj(mixed)  # type: ignore[no-any-return]
 
 
 class Block(nn.Module):
     """Attention and an MLP, each after a norm and with a residual connection."""
 
-    def __init__(self, width: int, heads: int, ratio: int) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(width)
-        self.attn = Attention(width, heads)
-        self.norm2 = nn.LayerNorm(width)
-        self.mlp = nn.Sequential(nn.Linear(width, ratio * width), nn.GELU(), nn.Linear(ratio * width, width))
+        self.norm1 = nn.LayerNorm(WIDTH)
+        self.attn = Attention()
+        self.norm2 = nn.LayerNorm(WIDTH)
+        self.mlp = nn.Sequential(nn.Linear(WIDTH, RATIO * WIDTH), nn.GELU(), nn.Linear(RATIO * WIDTH, WIDTH))
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(n, tokens, width)`` to the same shape."""
@@ -86,16 +71,6 @@ class Block(nn.Module):
 class SmallViT(nn.Module):
     """A vision transformer: patches, learned positions, blocks, the mean over patches, a linear head.
 
-    Parameters
-    ----------
-    classes : int
-    sizes : ViTSizes
-
-    Raises
-    ------
-    ShapeError
-        If the patch does not divide the image, or the heads the width.
-
     Examples
     --------
     >>> model = SmallViT(5)
@@ -103,20 +78,17 @@ class SmallViT(nn.Module):
     (torch.Size([3, 5]), 135685)
     """
 
-    def __init__(self, classes: int, sizes: ViTSizes = ViTSizes()) -> None:
+    def __init__(self, classes: int) -> None:
         super().__init__()
-        if sizes.image % sizes.patch or sizes.width % sizes.heads:
-            raise ShapeError(f"the patch must divide the image and the heads the width; got {sizes}")
-        self.sizes = sizes
-        self.embed = nn.Linear(sizes.channels * sizes.patch**2, sizes.width)
-        self.position = nn.Parameter(0.02 * torch.randn((sizes.image // sizes.patch) ** 2, sizes.width))
-        self.blocks = nn.ModuleList(Block(sizes.width, sizes.heads, sizes.ratio) for _ in range(sizes.depth))
-        self.norm = nn.LayerNorm(sizes.width)
-        self.head = nn.Linear(sizes.width, classes)
+        self.embed = nn.Linear(PATCH**2, WIDTH)
+        self.position = nn.Parameter(0.02 * torch.randn((IMAGE // PATCH) ** 2, WIDTH))
+        self.blocks = nn.ModuleList(Block() for _ in range(DEPTH))
+        self.norm = nn.LayerNorm(WIDTH)
+        self.head = nn.Linear(WIDTH, classes)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Map images ``(n, channels, size, size)`` to logits ``(n, classes)``."""
-        patches = nn.functional.unfold(images, self.sizes.patch, stride=self.sizes.patch).transpose(1, 2)
+        """Map images ``(n, 1, 8, 8)`` to logits ``(n, classes)``."""
+        patches = nn.functional.unfold(images, PATCH, stride=PATCH).transpose(1, 2)
         x = self.embed(patches) + self.position
         for block in self.blocks:
             x = block(x)
@@ -178,11 +150,11 @@ def digits(spec: Spec, progress: Callable[[str, float], None] = lambda what, don
     new_parts: dict[str, Part] = {
         name: Pixels(part, mean, std) for name, part in divide(limited, validation=spec.holdout).items()
     }
-    sizes = ViTSizes()
+    sizes = {"image": IMAGE, "patch": PATCH, "channels": 1, "width": WIDTH}
     recipe = {
         "version": 1,
         "data": samples_digest(parts),
-        "sizes": dataclasses.asdict(sizes),
+        "sizes": {**sizes, "depth": DEPTH, "heads": HEADS, "ratio": RATIO},
         "epochs": spec.pretrain_epochs,
         "schedule": dataclasses.asdict(Schedule(RATE, weight_decay=DECAY)),
         "batch": BATCH,
@@ -191,32 +163,25 @@ def digits(spec: Spec, progress: Callable[[str, float], None] = lambda what, don
     @functools.cache
     def weights() -> dict[str, Tensor]:
         folder = (spec.cache or cache_folder()) / "digits"
-        return _cached(folder, recipe, lambda: _pretrain(parts, sizes, recipe, progress), SmallViT(len(OLD), sizes))
+        return _cached(folder, recipe, lambda: _pretrain(parts, recipe, progress), SmallViT(len(OLD)))
 
     def sketch(seed: int = 0) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return SmallViT(len(NEW), sizes)
+            return SmallViT(len(NEW))
 
     def build(seed: int) -> nn.Module:
         model = sketch(seed)
         model.load_state_dict({**weights(), **{k: v for k, v in model.state_dict().items() if k.startswith("head.")}})
         return model
 
+    keep = tuple(dict.fromkeys([*spec.keep_trainable, "head"]))
+    task = ImageClassification(new.classes)
+    # Matrix products of this size do not gain from a second thread, but a second training in parallel does.
     return Problem(
-        "the digits 5 to 9",
-        "image",
-        new.classes,
-        new_parts,
-        build,
-        _plain,
-        tuple(dict.fromkeys([*spec.keep_trainable, "head"])),
-        ("head",),
-        ImageClassification(new.classes),
-        # Matrix products of this size do not gain from a second thread, but a second training in parallel does.
-        threads=1,
+        "the digits 5 to 9", "image", new.classes, new_parts, build, _plain, keep, ("head",), task, threads=1,
         sketch=sketch,
-    )
+    )  # fmt: skip
 
 
 def _plain(model: nn.Module, images: Tensor) -> Tensor:
@@ -239,13 +204,13 @@ def _read(classes: tuple[int, ...]) -> Data:
 
 
 def _pretrain(
-    parts: dict[str, Pixels], sizes: ViTSizes, recipe: dict[str, Any], progress: Callable[[str, float], None]
+    parts: dict[str, Pixels], recipe: dict[str, Any], progress: Callable[[str, float], None]
 ) -> dict[str, Tensor]:
     cpu = torch.device("cpu")
     # One thread, so that the sums, and hence the weights, do not depend on the number of cores.
     with threads(1), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model, task = SmallViT(len(OLD), sizes), ImageClassification(tuple(map(str, OLD)))
+        model, task = SmallViT(len(OLD)), ImageClassification(tuple(map(str, OLD)))
         schedule = Schedule(**recipe["schedule"])
         parameters = list(model.parameters())
         for step in fit(model, _plain, task, parts["training"], parameters, schedule, recipe["epochs"], BATCH, cpu):
@@ -283,31 +248,27 @@ def _cached(
     key = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
     path = folder / f"vit-{key}.safetensors"
     wanted = {name: (tensor.shape, tensor.dtype) for name, tensor in like.state_dict().items()}
-    try:
+    with contextlib.suppress(OSError, SafetensorError):
         stored: dict[str, Tensor] = load_file(path)
-        if {name: (tensor.shape, tensor.dtype) for name, tensor in stored.items()} == wanted and all(
-            bool(tensor.isfinite().all()) for tensor in stored.values()
-        ):
+        same = {name: (tensor.shape, tensor.dtype) for name, tensor in stored.items()} == wanted
+        if same and all(bool(tensor.isfinite().all()) for tensor in stored.values()):
             return stored
-    except (OSError, SafetensorError):
-        pass
-    _make_folder(folder)
+    with _kept_in(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     weights = {name: tensor.detach().clone().contiguous() for name, tensor in make().items()}
-    try:
-        with tempfile.TemporaryDirectory(dir=folder) as beside:
-            save_file(weights, Path(beside) / path.name)
-            os.replace(Path(beside) / path.name, path)
-    except (OSError, SafetensorError) as error:
-        raise _unkept(folder, error) from None
+    with _kept_in(folder), tempfile.TemporaryDirectory(dir=folder) as beside:
+        save_file(weights, Path(beside) / path.name)
+        os.replace(Path(beside) / path.name, path)
     return weights
 
 
-def _make_folder(folder: Path) -> None:
+@contextlib.contextmanager
+def _kept_in(folder: Path) -> Iterator[None]:
+    from safetensors import SafetensorError
+
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise _unkept(folder, error) from None
-
-
-def _unkept(folder: Path, error: Exception) -> FileError:
-    return FileError(f"cannot keep the pretrained model in {folder}: {error}; give another folder with --cache")
+        yield
+    except (OSError, SafetensorError) as error:
+        raise FileError(
+            f"cannot keep the pretrained model in {folder}: {error}; give another folder with --cache"
+        ) from None

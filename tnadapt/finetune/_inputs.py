@@ -20,24 +20,6 @@ from tnadapt.errors import FileError, TnadaptError, safe_repr
 
 from .data import Samples, first_line, quiet
 
-__all__ = [
-    "IGNORED",
-    "Images",
-    "Texts",
-    "TokenLists",
-    "class_expected",
-    "divided_images",
-    "image_settings",
-    "lengths",
-    "longest_text",
-    "refused",
-    "require_whole_patches",
-    "silent",
-    "tokenizer_of",
-    "transformers_library",
-]
-
-
 # -- Texts as tokens ---------------------------------------------------------------------------------------------------
 
 
@@ -74,9 +56,8 @@ class Texts:
         """Return ``input_ids`` and ``attention_mask``, both of shape (n, longest)."""
         chosen = [self.tokens[int(i)] for i in indices]
         padded = pad_sequence(chosen, batch_first=True, padding_value=self.pad)
-        lengths = torch.tensor([len(tokens) for tokens in chosen])
-        mask = torch.arange(padded.shape[1]) < lengths[:, None]
-        return {"input_ids": padded.to(device), "attention_mask": mask.long().to(device)}
+        mask = pad_sequence([torch.ones_like(tokens) for tokens in chosen], batch_first=True)
+        return {"input_ids": padded.to(device), "attention_mask": mask.to(device)}
 
 
 class TokenLists(Texts):
@@ -88,10 +69,15 @@ class TokenLists(Texts):
         The tokens of each text, and a target for each.
     pad : int
         The token of padding, whose target is :data:`IGNORED`.
+    words : sequence of sequence of int
+        The place of each word that has a target, in its text, where the texts are lists of words.
     """
 
-    def __init__(self, tokens: Sequence[Sequence[int]], targets: Sequence[Sequence[int]], pad: int) -> None:
+    def __init__(
+        self, tokens: Sequence[Sequence[int]], targets: Sequence[Sequence[int]], pad: int, words: Sequence[Any] = ()
+    ) -> None:
         self._take(tokens, pad)
+        self.words = words
         rows = [torch.tensor(row, dtype=torch.int64) for row in targets]
         self.labels = pad_sequence(rows, batch_first=True, padding_value=IGNORED)
 
@@ -189,69 +175,58 @@ class Images:
         self.inputs, self.size, self.channels = samples.inputs, size, channels
         self.labels = torch.from_numpy(samples.labels)
         kept = len(samples) * channels * size**2 <= KEPT_BYTES
-        self.pixels = torch.from_numpy(self._read(range(len(samples)))) if kept else None
+        self.pixels: Tensor | None = None
         if kept:
+            self.pixels = self._pixels_of(torch.arange(len(samples)))
             del self.inputs
         self.statistics = statistics or self._statistics()
 
     def batch(self, indices: Tensor, device: torch.device) -> Tensor:
         """Return images ``(n, channels, size, size)``, float32."""
-        kept = self.pixels
-        pixels = torch.from_numpy(self._read(indices.tolist())) if kept is None else kept[indices]
         mean, std = (numbers.to(device) for numbers in self.statistics)
-        return (pixels.to(device).float() / 255 - mean) / std
+        return (self._pixels_of(indices).to(device).float() / 255 - mean) / std
 
     def _statistics(self) -> tuple[Tensor, Tensor]:
-        some = range(min(2000, len(self.labels)))
-        images = (self._image(index).double() / 255 for index in some)
+        some = torch.arange(min(2000, len(self.labels)))
+        images = (self._pixels_of(index)[0].double() / 255 for index in torch.split(some, 1))
         moments = torch.stack([torch.stack([x.mean((1, 2)), x.square().mean((1, 2))]) for x in images]).mean(0)
         mean, std = moments[0], (moments[1] - moments[0].square()).clamp_min(1e-6).sqrt()
         return mean.float()[:, None, None], std.float()[:, None, None]
 
-    def _image(self, index: int) -> Tensor:
-        return torch.from_numpy(self._read([index]))[0] if self.pixels is None else self.pixels[index]
-
-    def _read(self, indices: Sequence[int]) -> NDArray[np.uint8]:
+    def _pixels_of(self, indices: Tensor) -> Tensor:
+        if self.pixels is not None:
+            return self.pixels[indices]
         pixels = np.empty((len(indices), self.channels, self.size, self.size), np.uint8)
-        for place, index in enumerate(indices):
+        for place, index in enumerate(indices.tolist()):
             pixels[place] = _pixels(self.inputs[index], self.size, self.channels)
-        return pixels
+        return torch.from_numpy(pixels)
 
 
 def _pixels(image: Any, size: int, channels: int) -> NDArray[np.uint8]:
-    """Convert one image of any kind to ``(channels, size, size)``."""
+    """Convert one image of any kind to ``(channels, size, size)``: its center, scaled."""
     if isinstance(image, np.ndarray) and image.dtype != np.uint8:
         image = np.rint(np.clip(image, 0, 1) * 255).astype(np.uint8)
     if isinstance(image, np.ndarray) and image.shape == (size, size, channels):  # nothing to convert or scale
         return np.moveaxis(image, 2, 0)
     try:
-        from PIL import Image
+        from PIL import Image, ImageOps
     except ImportError:
         raise TnadaptError("images are read with Pillow, which is not installed: pip install 'tnadapt[hub]'") from None
+    mode = "RGB" if channels == 3 else "L"
+    bombs = Image.DecompressionBombError, Image.DecompressionBombWarning
     if isinstance(image, Path):
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("error", Image.DecompressionBombWarning)
                 with Image.open(image) as opened:
-                    picture = _eight_bits(opened).convert("RGB" if channels == 3 else "L")
-        except (
-            OSError,
-            ValueError,
-            SyntaxError,
-            Image.DecompressionBombError,
-            Image.DecompressionBombWarning,
-        ) as error:
+                    picture = _eight_bits(opened).convert(mode)
+        except (OSError, ValueError, SyntaxError, *bombs) as error:
             raise FileError(f"cannot read the image {image}: {error}") from None
+    elif isinstance(image, np.ndarray):
+        picture = Image.fromarray(image[:, :, 0] if image.ndim == 3 and image.shape[2] == 1 else image).convert(mode)
     else:
-        if isinstance(image, np.ndarray) and image.ndim == 3 and image.shape[2] == 1:
-            image = image[:, :, 0]
-        picture = Image.fromarray(image) if isinstance(image, np.ndarray) else _eight_bits(image)
-        picture = picture.convert("RGB" if channels == 3 else "L")
-    width, height = picture.size
-    side = min(width, height)
-    left, top = (width - side) / 2, (height - side) / 2
-    picture = picture.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
-    array = np.asarray(picture, np.uint8)
+        picture = _eight_bits(image).convert(mode)
+    array = np.asarray(ImageOps.fit(picture, (size, size), Image.Resampling.BICUBIC), np.uint8)
     return array[None] if array.ndim == 2 else np.moveaxis(array, 2, 0)
 
 
@@ -271,20 +246,15 @@ def _eight_bits(picture: Any) -> Any:
 
 def image_settings(name: str, transformers: Any, config: Any, given: int | None) -> tuple[int, int, Any]:
     """Return size, channels, and mean and deviation of the pixels that a model was trained with; None if unknown."""
-    processor = _processor(name, transformers)
+    processor: dict[str, Any] = {}  # the image settings that come with a model, if there are any
+    with contextlib.suppress(Exception), silent(transformers):
+        processor = dict(transformers.AutoImageProcessor.from_pretrained(name).to_dict())
     size = given or _side(processor.get("crop_size")) or _side(processor.get("size"))
     size = size or _side(getattr(config, "image_size", None)) or 224
     if given is not None:
         require_whole_patches(given, getattr(config, "patch_size", None))
     statistics = processor.get("image_mean"), processor.get("image_std")
     return size, int(getattr(config, "num_channels", 3)), None if None in statistics else statistics
-
-
-def _processor(name: str, transformers: Any) -> dict[str, Any]:
-    """Return the image settings that come with a model; empty if there are none."""
-    with contextlib.suppress(Exception), silent(transformers):
-        return dict(transformers.AutoImageProcessor.from_pretrained(name).to_dict())
-    return {}
 
 
 def divided_images(

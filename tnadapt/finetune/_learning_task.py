@@ -13,22 +13,11 @@ from typing import Any, ClassVar, Literal, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from tnadapt.errors import ConfigError, TnadaptError, safe_repr
+from tnadapt.errors import ConfigError, FileError, TnadaptError, safe_repr
 
 from ._inputs import Texts
 from ._specification import Part, Spec
 from .data import Data, Samples, Table
-
-__all__ = [
-    "ACCURACY",
-    "Evidence",
-    "LearningTask",
-    "Measured",
-    "Metric",
-    "Rows",
-    "encoded",
-]
-
 
 # -- Metrics -----------------------------------------------------------------------------------------------------------
 
@@ -49,8 +38,8 @@ class Metric:
     --------
     >>> ACCURACY.show([0.875]), Metric("loss", lower=True, percent=False).show([1.25, 1.75])
     ('87.5%', '1.5 ± 0.354')
-    >>> ACCURACY.better(0.9, 0.8), Metric("loss", lower=True).better(0.9, 0.8)
-    (True, False)
+    >>> ACCURACY.quality(0.9), Metric("loss", lower=True).quality(0.9)
+    (0.9, -0.9)
     """
 
     name: str
@@ -65,10 +54,6 @@ class Metric:
     def quality(self, value: float) -> float:
         """Return a number that is higher for better values."""
         return -value if self.lower else value
-
-    def better(self, one: float, other: float) -> bool:
-        """Return whether a value is better than another."""
-        return self.quality(one) > self.quality(other)
 
     def show(self, values: Sequence[float]) -> str:
         """Return the mean, and the standard deviation of several values, as text."""
@@ -263,10 +248,8 @@ class LearningTask(abc.ABC):
 
     def digest(self, rows: Rows) -> str:
         """Return the SHA-256 of the predictions, in order."""
-        seen = hashlib.sha256()
-        for row in rows:
-            seen.update(self.predicted(row).to(torch.int64).cpu().numpy().astype("<i8").tobytes())
-        return seen.hexdigest()
+        numbers = (self.predicted(row).to(torch.int64).cpu().numpy().astype("<i8") for row in rows)
+        return hashlib.sha256(b"".join(row.tobytes() for row in numbers)).hexdigest()
 
     def different(self, rows: Rows, others: Rows) -> int:
         """Return the number of samples for which two predictions differ."""
@@ -305,14 +288,51 @@ class LearningTask(abc.ABC):
         if not possible:
             raise ConfigError(f"{field} of the task {self.name!r} must be {expected}; got {safe_repr(value)}")
 
-    def _require_classes(self, classes: Any) -> None:
-        words = isinstance(classes, tuple) and all(isinstance(name, str) for name in classes)
-        possible = words and len(set(classes)) == len(classes) >= 2
-        self._require("classes", classes, possible, "two or more different names")
-
     def settings(self) -> dict[str, Any]:
         """Return what a study's settings say about the task."""
         return {"task": self.to_dict()}
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassTask(LearningTask):
+    """A task whose answers are made of named classes.
+
+    Attributes
+    ----------
+    classes : tuple of str
+    """
+
+    classes: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        words = isinstance(self.classes, tuple) and all(isinstance(name, str) for name in self.classes)
+        possible = words and len(set(self.classes)) == len(self.classes) >= 2
+        self._require("classes", self.classes, possible, "two or more different names")
+
+    @classmethod
+    def of(cls, data: Data, training: Samples) -> Self:
+        """Return the task with the classes of the data."""
+        return cls(data.classes)
+
+    @property
+    def outputs(self) -> int | None:
+        """The number of classes."""
+        return len(self.classes)
+
+    def numbers_of(self, labels: Sequence[str], name: str, what: str = "label") -> list[int]:
+        """Return the numbers of classes by their names, which messages call by ``what``.
+
+        Raises
+        ------
+        FileError
+            If there is no such class.
+        """
+        place = {label: index for index, label in enumerate(self.classes)}
+        for label in labels:
+            if label not in place:
+                known = ", ".join(map(repr, self.classes[:20]))
+                raise FileError(f"{name} has the {what} {safe_repr(label)}; the adapter knows {known}")
+        return [place[label] for label in labels]
 
 
 # -- The samples of a task on texts, as tokens -------------------------------------------------------------------------

@@ -13,12 +13,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from tnadapt import torch as tnt
 from tnadapt.argument_checks import checks_arguments
 from tnadapt.checkpoints import adapter_format
-from tnadapt.checkpoints.pretrained_model import Pretrained
 from tnadapt.errors import FileError, safe_repr
 
 from ._inputs import Images, lengths, longest_text, refused, silent, tokenizer_of, transformers_library
@@ -28,13 +26,6 @@ from ._saved_task import pixel_settings, task_in, tokenizer_in
 from ._specification import Part, Spec
 from .data import IMAGES, Data, Samples, Table, open_source
 from .loop import evaluate
-
-__all__ = [
-    "Predictions",
-    "predict",
-    "prediction_rows",
-]
-
 
 # -- The rows of a file of predictions ---------------------------------------------------------------------------------
 
@@ -67,8 +58,15 @@ def prediction_rows(
     if source is None:
         shown = [{"image": str(row) if isinstance(row, Path) else place} for place, row in enumerate(inputs)]
         return [{**row, **_json(answer)} for row, answer in zip(shown, answers, strict=True)]
-    columns = _columns(source, len(answers))
-    suffix = _suffix(columns, {name: None for answer in answers for name in answer})
+    columns = {
+        name: [_json(cell) for cell in source.columns[name][: len(answers)]]
+        for name in source.columns
+        if name not in source.opaque
+    }
+    columns = {name: cells for name, cells in columns.items() if _LEFT_OUT not in cells}
+    names = {name for answer in answers for name in answer}
+    suffixes = itertools.chain([""], (f"_{number}" for number in itertools.count(2)))
+    suffix = next(suffix for suffix in suffixes if not any(name + suffix in columns for name in names))
     return [
         {name: cells[place] for name, cells in columns.items()}
         | {name + suffix: _json(value) for name, value in answer.items()}
@@ -76,31 +74,14 @@ def prediction_rows(
     ]
 
 
-def _columns(source: Table, count: int) -> dict[str, list[Any]]:
-    """Return the first cells of each column, of those that JSON can hold."""
-    columns = {}
-    for name in source.columns:
-        if name not in source.opaque:
-            cells = [_json(cell) for cell in source.columns[name][:count]]
-            if not any(cell is _LEFT_OUT for cell in cells):
-                columns[name] = cells
-    return columns
-
-
-def _suffix(columns: Mapping[str, Any], names: Mapping[str, Any]) -> str:
-    """Return what is added to the names of new columns so that none of them is there already."""
-    endings = itertools.chain([""], (f"_{number}" for number in itertools.count(2)))
-    return next(ending for ending in endings if not any(name + ending in columns for name in names))
-
-
 def _json(value: Any) -> Any:
     """Return a value of JSON, None for a number that is not finite, or ``_LEFT_OUT`` for what JSON cannot hold."""
     if isinstance(value, Mapping):
         fields = {str(name): _json(item) for name, item in value.items()}
-        return _LEFT_OUT if any(item is _LEFT_OUT for item in fields.values()) else fields
+        return _LEFT_OUT if _LEFT_OUT in fields.values() else fields
     if isinstance(value, (list, tuple)):
-        some = [_json(item) for item in value]
-        return _LEFT_OUT if any(item is _LEFT_OUT for item in some) else some
+        items = [_json(item) for item in value]
+        return _LEFT_OUT if _LEFT_OUT in items else items
     if isinstance(value, (datetime.date, datetime.time)):
         return value.isoformat()
     if isinstance(value, float):
@@ -198,45 +179,30 @@ def predict(
     progress(f"predicting the {which} part of {data}" if which else "predicting")
     part: Part | None
     if pixels is not None:
-        part = _images(pixels, samples)
+        size, channels, *statistics = pixels
+        mean, std = (torch.tensor(numbers, dtype=torch.float32).reshape(channels, 1, 1) for numbers in statistics)
+        part = Images(samples, size, channels, (mean, std))
     else:
         words = tokenizer_of(vocabulary, transformers_library(), split_words=task.split_words, revision=at)
         longest = _longest(inputs, path, str(base or about.name), words, model)
         completions = task.complete(model, words, samples, longest, batch, new_tokens, where)
         wanted = known or completions is None
         part = encoded(task, {"data": samples}, words, longest, model, vocabulary)["data"] if wanted else None
-    answers: list[dict[str, Any]] = (
-        [{}] * len(samples) if completions is None else [{"prediction": text} for text in completions]
-    )
+    answers = [{} if completions is None else {"prediction": completions[row]} for row in range(len(samples))]
     metrics: dict[str, float] = {}
     if part is not None:
+        compute, name = logits_of(model, task.kind, about.library), f"the model of {path}"
         with silent(transformers_library()):
-            more, measured = _outputs(task, model, about, part, samples, batch, where, f"the model of {path}", data)
-        answers = [{**answer, **other} for answer, other in zip(answers, more, strict=True)]
-        metrics = measured if known else {}
+            if task.outputs is not None:
+                with refused(f"{name} does not take the samples of {data}"), torch.no_grad():
+                    first = part.batch(torch.arange(min(2, len(part.labels))), where)
+                    task.check(lambda inputs: compute(model, inputs), first, name, data)
+            rows = evaluate(model, compute, task, part, where, batch)
+        answers = [{**answer, **more} for answer, more in zip(answers, task.answers(rows, part, samples), strict=True)]
+        if known:
+            measured = task.measure(rows, part.labels)
+            metrics = {task.metric.name: measured.score, **measured.more}
     return Predictions(task.name, prediction_rows(table, samples.inputs, answers), metrics, which)
-
-
-def _outputs(
-    task: LearningTask,
-    model: nn.Module,
-    about: Pretrained,
-    part: Part,
-    samples: Samples,
-    batch: int,
-    device: torch.device,
-    name: str,
-    data: str,
-) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    """Return the answer for each sample, and the metrics, after checking the model on the first two samples."""
-    compute = logits_of(model, task.kind, about.library)
-    if task.outputs is not None:
-        with refused(f"{name} does not take the samples of {data}"), torch.no_grad():
-            first = part.batch(torch.arange(min(2, len(part.labels))), device)
-            task.check(lambda inputs: compute(model, inputs), first, name, data)
-    rows = evaluate(model, compute, task, part, device, batch)
-    measured = task.measure(rows, part.labels)
-    return task.answers(rows, part, samples), {task.metric.name: measured.score, **measured.more}
 
 
 def _longest(inputs: Mapping[str, Any], path: str, base: str, tokenizer: Any, model: Any) -> int:
@@ -277,9 +243,3 @@ def _samples(task: LearningTask, data: str, spec: Spec) -> tuple[str, Samples, b
     elif isinstance(source, Data) and source.test is not None:
         part, source = source.test_name, dataclasses.replace(source, samples=source.test, test=None)
     return part, *task.samples(source, spec), source if isinstance(source, Table) else None
-
-
-def _images(settings: tuple[Any, ...], samples: Samples) -> Images:
-    size, channels, *statistics = settings
-    mean, std = (torch.tensor(numbers, dtype=torch.float32).reshape(channels, 1, 1) for numbers in statistics)
-    return Images(samples, size, channels, (mean, std))

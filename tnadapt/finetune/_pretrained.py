@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,43 +16,14 @@ from tnadapt.argument_checks import checks_arguments
 from tnadapt.checkpoints.checkpoint import hidden_bar
 from tnadapt.errors import ConfigError, TnadaptError, safe_repr
 
+from . import _inputs
 from ._digits import digits
-from ._inputs import (
-    class_expected,
-    divided_images,
-    image_settings,
-    longest_text,
-    refused,
-    require_whole_patches,
-    silent,
-    tokenizer_of,
-    transformers_library,
-)
 from ._learning_task import LearningTask, encoded
 from ._saved_task import check_recordable
 from ._specification import Part, Spec, model_place
-from .data import (
-    LABEL_COLUMNS,
-    TEXT_COLUMNS,
-    Data,
-    Samples,
-    Table,
-    choose,
-    divide,
-    find_column,
-    needed_column,
-    open_source,
-    quiet,
-)
+from .data import LABEL_COLUMNS, TEXT_COLUMNS, Data, Samples, Table, choose, divide, open_source, quiet
 from .problem import Problem, check_kept, under
 from .tasks import TASKS
-
-__all__ = [
-    "choose_task",
-    "logits_of",
-    "open_problem",
-]
-
 
 # -- Opening a problem -------------------------------------------------------------------------------------------------
 
@@ -91,13 +63,20 @@ def _own_problem(spec: Spec) -> Problem:
     data = Data(data.name, data.kind, data.classes, some, test)
     samples = divide(data, validation=spec.holdout, stratified=task_class.stratified)
     task = task_class.of(data, samples["training"])
-    if spec.model.startswith("timm:"):
-        if spec.head_rows:
-            raise TnadaptError(
-                "head_rows needs a head that transformers loads: use --model with a folder or a hub name"
-            )
-        return _timm(spec, data, task, samples)
-    return _transformers(spec, data, task, samples)
+    model, problem = (_timm if spec.model.startswith("timm:") else _transformers)(spec, data, task, samples)
+    with _inputs.refused(f"{safe_repr(spec.model)} does not take the samples of {data.name}"), torch.no_grad():
+        part = problem.parts["training"]
+        largest = torch.arange(len(part.labels)) if part.lengths is None else part.lengths.argsort(descending=True)
+        inputs = part.batch(largest[:2], torch.device("cpu"))
+        model.eval()
+        task.check(lambda inputs: problem.logits(model, inputs), inputs, f"{safe_repr(spec.model)}", data.name)
+    check_kept(model, spec.keep_trainable)
+    # Randomly initialized modules must be trained and saved in any case.
+    head = spec.keep_trainable or problem.keep_trainable
+    keep = (*head, *(name for name in problem.drawn if not under(name, head)))
+    problem = dataclasses.replace(problem, keep_trainable=keep)
+    check_recordable(problem)
+    return problem
 
 
 # -- The task that fits the data ---------------------------------------------------------------------------------------
@@ -160,15 +139,14 @@ def _given(names: list[str]) -> str:
 
 def _need_columns(table: Table, spec: Spec, texts: bool) -> None:
     """Raise the error of a missing column of texts or labels."""
-    names = list(table.columns)
-    needed_column(table.path, "text", spec.text_column, TEXT_COLUMNS, names)
+    table.needed_column("text", spec.text_column, TEXT_COLUMNS)
     usual = (*spec.label_names, *LABEL_COLUMNS)
-    if texts and spec.label_column is None and find_column(table.path, None, usual, names) is None:
+    if texts and spec.label_column is None and table.column(None, usual) is None:
         raise TnadaptError(
             f"which column of {table.path} is the label? It has {table.listed()}: give --label-column NAME, or "
             "--task causal-lm to learn the texts themselves"
         )
-    needed_column(table.path, "label", spec.label_column, usual, names)
+    table.needed_column("label", spec.label_column, usual)
 
 
 # -- Models of transformers --------------------------------------------------------------------------------------------
@@ -178,23 +156,22 @@ def _need_columns(table: Table, spec: Spec, texts: bool) -> None:
 HEADS = ("classifier", "score", "head", "classification_head", "fc")
 
 
-def _transformers(spec: Spec, data: Data, task: LearningTask, samples: dict[str, Samples]) -> Problem:
+def _transformers(spec: Spec, data: Data, task: LearningTask, samples: dict[str, Samples]) -> tuple[nn.Module, Problem]:
     name = str(spec.model)
-    place = model_place(name, data.kind)
-    transformers = transformers_library()
+    folder, file = model_place(name, data.kind)
+    transformers = _inputs.transformers_library()
     auto = getattr(transformers, task.auto)
     new: list[str] = []
     settings: dict[str, Any] = {}
     # A head of another size is initialized randomly; a head to take rows from must be the checkpoint's.
     new_head = task.needs_head and not spec.head_rows
-    head = {"num_labels": task.outputs, "ignore_mismatched_sizes": True} if new_head else {}
+    options: dict[str, Any] = {"num_labels": task.outputs, "ignore_mismatched_sizes": True} if new_head else {}
+    options |= {"gguf_file": file} if file else {}
 
     def build(seed: int) -> nn.Module:
-        with silent(transformers), hidden_bar(place.file), torch.random.fork_rng(devices=[]):
+        with _inputs.silent(transformers), hidden_bar(file), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model, loaded = auto.from_pretrained(
-                place.folder, output_loading_info=True, dtype=torch.float32, **place.settings, **head
-            )
+            model, loaded = auto.from_pretrained(folder, output_loading_info=True, dtype=torch.float32, **options)
         if spec.head_rows:
             _cut_head(model, loaded["missing_keys"], spec.head_rows, len(data.classes))
         new[:] = sorted({*loaded["missing_keys"], *(key[0] for key in loaded["mismatched_keys"])})
@@ -204,41 +181,32 @@ def _transformers(spec: Spec, data: Data, task: LearningTask, samples: dict[str,
 
     way = "" if Path(name).exists() else "; no such folder is here: check the name, or use --model with a folder"
     what = f"cannot load {safe_repr(name)} for {data.kind}s through transformers"
-    with refused(what, way), class_expected(name, task.auto, task.name):
+    with _inputs.refused(what, way), _inputs.class_expected(name, task.auto, task.name):
         model = build(0)
     drawn = tuple(dict.fromkeys(key.rpartition(".")[0] or key for key in new))
     if len(new) == len(model.state_dict()):
         raise TnadaptError(
             f"{safe_repr(name)} has none of the weights of {type(model).__name__}; give a checkpoint of that model"
         )
-    parts, source = _inputs(spec, task, samples, transformers, model, settings)
+    if task.kind == "image":
+        size, channels, statistics = _inputs.image_settings(name, transformers, model.config, spec.image_size)
+        images = dict(_inputs.divided_images(samples, size, channels, statistics))
+        parts, source = cast("Mapping[str, Part]", images), _described(images)
+    else:
+        vocabulary = spec.tokenizer or name
+        tokenizer = _inputs.tokenizer_of(vocabulary, transformers, split_words=task.split_words)
+        settings["pad_token_id"] = tokenizer.pad_token_id
+        longest = _inputs.longest_text(spec.max_length, name, tokenizer, model)
+        parts = encoded(task, samples, tokenizer, longest, model, vocabulary)
+        # Predictions may be made in another folder.
+        is_folder = spec.tokenizer and os.path.isdir(spec.tokenizer)
+        source = {"tokenizer": os.path.abspath(vocabulary) if is_folder else spec.tokenizer, "max_length": longest}
     model = build(0)
     brought = () if drawn or not new_head else _head(model)
-    return _problem(spec, data, task, parts, model, build, logits_of(model, data.kind), drawn, brought, source)
-
-
-def _inputs(
-    spec: Spec,
-    task: LearningTask,
-    samples: dict[str, Samples],
-    transformers: Any,
-    model: Any,
-    settings: dict[str, Any],
-) -> tuple[Mapping[str, Part], dict[str, Any]]:
-    """Return the parts in the model's input format, and what is needed to encode others; complete the settings."""
-    name = str(spec.model)
-    if task.kind == "image":
-        size, channels, statistics = image_settings(name, transformers, model.config, spec.image_size)
-        images = dict(divided_images(samples, size, channels, statistics))
-        return images, _described(images)
-    vocabulary = spec.tokenizer or name
-    tokenizer = tokenizer_of(vocabulary, transformers, split_words=task.split_words)
-    settings["pad_token_id"] = tokenizer.pad_token_id
-    longest = longest_text(spec.max_length, name, tokenizer, model)
-    parts = encoded(task, samples, tokenizer, longest, model, vocabulary)
-    # Predictions may be made in another folder.
-    named = os.path.abspath(spec.tokenizer) if spec.tokenizer and os.path.isdir(spec.tokenizer) else spec.tokenizer
-    return parts, {"tokenizer": named, "max_length": longest}
+    return model, Problem(
+        f"{data.name} with {Path(name).name}", data.kind, data.classes, dict(parts), build,
+        logits_of(model, data.kind), brought, drawn, task, source=source,
+    )  # fmt: skip
 
 
 def _described(images: Mapping[str, Any]) -> dict[str, Any]:
@@ -260,10 +228,7 @@ def _cut_head(model: nn.Module, missing: Sequence[str], rows: Sequence[int], cla
             f"class of the data; got {list(rows)}"
         )
     cut = nn.Linear(whole.in_features, len(rows), bias=whole.bias is not None)
-    with torch.no_grad():
-        cut.weight.copy_(whole.weight[list(rows)])
-        if whole.bias is not None:
-            cut.bias.copy_(whole.bias[list(rows)])
+    cut.load_state_dict({key: tensor[list(rows)] for key, tensor in whole.state_dict().items()})
     setattr(model, name, cut)
     model.config.num_labels = len(rows)  # type: ignore[union-attr]
 
@@ -282,7 +247,9 @@ def _head(model: nn.Module) -> tuple[str, ...]:
 # -- Models of timm ----------------------------------------------------------------------------------------------------
 
 
-def _timm(spec: Spec, data: Data, task: LearningTask, samples: dict[str, Samples]) -> Problem:
+def _timm(spec: Spec, data: Data, task: LearningTask, samples: dict[str, Samples]) -> tuple[nn.Module, Problem]:
+    if spec.head_rows:
+        raise TnadaptError("head_rows needs a head that transformers loads: use --model with a folder or a hub name")
     if data.kind != "image":
         raise TnadaptError(f"{spec.model} is an image model, but {data.name} has texts")
     try:
@@ -300,53 +267,20 @@ def _timm(spec: Spec, data: Data, task: LearningTask, samples: dict[str, Samples
             except TypeError:  # models that accept any size have no img_size argument
                 return timm.create_model(name, pretrained=True, num_classes=len(data.classes))  # type: ignore[no-any-return]
 
-    with refused(f"cannot load {safe_repr(name)} through timm"):
+    with _inputs.refused(f"cannot load {safe_repr(name)} through timm"):
         model = build(0)
     config: Any = model.pretrained_cfg
     if spec.image_size:
-        require_whole_patches(spec.image_size, getattr(getattr(model, "patch_embed", None), "patch_size", None))
+        _inputs.require_whole_patches(spec.image_size, getattr(getattr(model, "patch_embed", None), "patch_size", None))
     named = config.get("classifier") or "head"
     head = (named,) if isinstance(named, str) else tuple(named)
     channels, *_, side = config["input_size"]
     statistics = (config["mean"], config["std"])
-    parts = dict(divided_images(samples, spec.image_size or side, channels, statistics))
-    return _problem(
-        spec, data, task, parts, model, build, logits_of(model, data.kind, "timm"), (), head, _described(parts)
-    )
-
-
-# -- Models of both ----------------------------------------------------------------------------------------------------
-
-
-def _problem(
-    spec: Spec,
-    data: Data,
-    task: LearningTask,
-    parts: Mapping[str, Part],
-    model: nn.Module,
-    build: Callable[[int], nn.Module],
-    logits: Callable[[nn.Module, Any], Tensor],
-    drawn: tuple[str, ...],
-    head: tuple[str, ...],
-    source: Mapping[str, Any],
-) -> Problem:
-    """Build the problem, after checking that the model accepts a batch of the samples."""
-    with refused(f"{safe_repr(spec.model)} does not take the samples of {data.name}"), torch.no_grad():
-        part = parts["training"]
-        largest = torch.arange(len(part.labels)) if part.lengths is None else part.lengths.argsort(descending=True)
-        inputs = part.batch(largest[:2], torch.device("cpu"))
-        model.eval()
-        task.check(lambda inputs: logits(model, inputs), inputs, f"{safe_repr(spec.model)}", data.name)
-    check_kept(model, spec.keep_trainable)
-    # Randomly initialized modules must be trained and saved in any case.
-    keep = (*(spec.keep_trainable or head), *(name for name in drawn if not under(name, spec.keep_trainable or head)))
-    name = Path(str(spec.model).removeprefix("timm:")).name
-    problem = Problem(
-        f"{data.name} with {name}", data.kind, data.classes, dict(parts), build, logits, keep, drawn, task,
-        source=source,
+    parts = dict(_inputs.divided_images(samples, spec.image_size or side, channels, statistics))
+    return model, Problem(
+        f"{data.name} with {Path(name).name}", data.kind, data.classes, dict[str, Part](parts), build,
+        logits_of(model, data.kind, "timm"), head, (), task, source=_described(parts),
     )  # fmt: skip
-    check_recordable(problem)
-    return problem
 
 
 def logits_of(model: nn.Module, kind: str, library: str = "transformers") -> Callable[[nn.Module, Any], Tensor]:
@@ -362,7 +296,6 @@ def logits_of(model: nn.Module, kind: str, library: str = "transformers") -> Cal
         return lambda model, images: model(images)
     if kind == "text":
         return lambda model, inputs: model(**inputs).logits
-    more = {"interpolate_pos_encoding": True}
-    if "interpolate_pos_encoding" not in inspect.signature(model.forward).parameters:
-        more = {}
+    name = "interpolate_pos_encoding"
+    more = {name: True} if name in inspect.signature(model.forward).parameters else {}
     return lambda model, inputs: model(pixel_values=inputs, **more).logits

@@ -14,15 +14,6 @@ from ._learning_task import LearningTask
 from .problem import Problem
 from .tasks import TASKS
 
-__all__ = [
-    "check_recordable",
-    "pixel_settings",
-    "recorded",
-    "task_in",
-    "tokenizer_in",
-]
-
-
 # -- The settings of inputs, which come from elsewhere and are checked -------------------------------------------------
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from tnadapt.argument_checks import checks_arguments
 from tnadapt.checkpoints.checkpoint import gguf_place, need_gguf
@@ -17,30 +17,12 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-__all__ = [
-    "Part",
-    "Spec",
-    "model_place",
-]
-
 
 # -- Where the user's model is, checked before transformers looks ------------------------------------------------------
 
 
-class _ModelPlace(NamedTuple):
-    """What transformers is given: a folder or a name on the hub, and the GGUF file in it, if the model is in one."""
-
-    folder: str
-    file: str = ""
-
-    @property
-    def settings(self) -> dict[str, str]:
-        """Return the keywords of ``from_pretrained``."""
-        return {"gguf_file": self.file} if self.file else {}
-
-
-def model_place(name: str, kind: str) -> _ModelPlace:
-    """Return where a model is.
+def model_place(name: str, kind: str) -> tuple[str, str]:
+    """Return where a model is: a folder or a name on the hub, and the GGUF file in it, "" if there is none.
 
     Parameters
     ----------
@@ -56,37 +38,31 @@ def model_place(name: str, kind: str) -> _ModelPlace:
     TnadaptError
         If a GGUF file cannot be read, because the package is missing or the data have images.
     """
-    place = _require_model(name)
-    if place.file:
+    _require_model(name)
+    folder, file = gguf_place(name)
+    if file:
         if kind == "image":
             raise TnadaptError(
                 f"{safe_repr(name)} is a GGUF file, of which transformers makes language models, and the data have "
                 "images"
             )
         need_gguf(name)
-    return place
+    return folder, file
 
 
-def _require_model(name: str) -> _ModelPlace:
-    """Return where a model is, or raise an error if it is a path at which there is none.
-
-    Raises
-    ------
-    FileError
-    """
-    place = _ModelPlace(*gguf_place(name))
+def _require_model(name: str) -> None:
+    """Raise a FileError if a name is a path at which there is no model."""
     path = Path(name)
     if not os.path.exists(name) and name.startswith((".", "/", "~")):
         raise FileError(f"no model at {name}: there is no such {'file' if path.suffix else 'folder'}")
-    if place.file:
-        return place
+    if gguf_place(name)[1]:
+        return
     if os.path.isdir(name) and not (path / "config.json").is_file():
         raise FileError(f"no model at {name}: the folder has no config.json and no .gguf file")
     if os.path.isfile(name):
         raise FileError(
             f"no model at {name}: expected a folder with a config.json, a .gguf file or a hub name, not another file"
         )
-    return place
 
 
 # -- The model and the data that the user names, and samples in the model's input format -------------------------------

@@ -29,16 +29,6 @@ from .problem import Problem, base_digest, samples_digest
 from .results import Results, check_out
 from .training import Task, Training, checked_rates, clear_logs, log_folder, train
 
-__all__ = [
-    "BarReporter",
-    "Outcome",
-    "Proof",
-    "Reporter",
-    "Study",
-    "prove",
-]
-
-
 # -- The check of a saved adapter --------------------------------------------------------------------------------------
 
 
@@ -124,15 +114,8 @@ class _Trainings:
         return lambda task, progress: train(problem, task, self.training, self.adapters, progress)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Proofs:
+class _Proofs(_Trainings):
     """The work of checking a saved adapter, where the training's device is."""
-
-    spec: Spec
-    training: Training
-
-    def open(self) -> Do:
-        return self.of(open_problem(self.spec))
 
     def of(self, problem: Problem) -> Do:
         return lambda task, progress: prove(problem, task.record, task.path, self.training)._asdict()
@@ -386,9 +369,7 @@ class Study:
             control = control_of(points, best)
             if control is not None:
                 results.remark({"control": control.to_dict()})
-            adapter, proof = None, None
-            if best is not None:
-                adapter, proof = self._saved(best, results, adapters, engine)
+            adapter, proof = self._saved(best, results, adapters, engine) if best else (None, None)
         picture = self._draw(points, out / "pareto.png")
         reused = len(self.tasks) + len(others) - trained
         return Outcome(points, best, adapter, proof, picture, trained, reused, control)
@@ -416,14 +397,16 @@ class Study:
         quality = best.metric.quality
         record = max(best.records, key=lambda line: (quality(line["validation"]), -line["seed"]))
         task = Task(best.method, record["seed"], best.rate)
-        tasks = len(self.tasks)
-        if not _is_whole(adapters / task.file_name()):
+        tasks, trained = len(self.tasks), adapters / task.file_name()
+        try:
+            load(trained, check_draws=False)
+        except FileError:  # it is missing or damaged
             self.reporter.begins(1, 0)
             self._train([task], results, adapters, engine)
             record, tasks = results.records[task.key], 1
         path = adapters.parent / "best.safetensors"
-        replace_file(str(path), (adapters / task.file_name()).read_bytes())
-        work = _Proofs(self.spec, self.training)
+        replace_file(str(path), trained.read_bytes())
+        work = _Proofs(self.spec, self.training, adapters)
         # The same number of threads as in training: another one would change the order of sums, and the rounding.
         share = engine.threads(self.problem.threads, tasks)
         ((_, line),) = run_tasks(
@@ -441,26 +424,12 @@ class Study:
             Mark(point.method.family, point.method.label, point.parameters, point.test, point.front) for point in points
         ]
         samples = [len(part.labels) for part in self.problem.parts.values()]
-        try:
-            pareto(
-                marks,
-                path,
-                title=f"Adapting {len(self.targets)} weights to {self.problem.name}",
-                note=trained_on(samples, len(self.seeds), len(self.rates)),
-                axis=axis,
-            )
-        except ImportError:
-            return None
-        return path
-
-
-def _is_whole(path: Path) -> bool:
-    """Return whether an adapter file is there and can be read."""
-    try:
-        load(path, check_draws=False)
-    except FileError:
-        return False
-    return True
+        title = f"Adapting {len(self.targets)} weights to {self.problem.name}"
+        note = trained_on(samples, len(self.seeds), len(self.rates))
+        with contextlib.suppress(ImportError):
+            pareto(marks, path, title=title, note=note, axis=axis)
+            return path
+        return None
 
 
 # -- Its trainings in a progress bar -----------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import math
 import os
 import zipfile
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,34 +23,6 @@ from numpy.typing import DTypeLike, NDArray
 from tnadapt.argument_checks import checks_arguments
 from tnadapt.checkpoints.container import path_of
 from tnadapt.errors import FileError, TnadaptError, pluralize, safe_repr, summarize
-
-__all__ = [
-    "DEFLATED",
-    "HOLDOUT",
-    "IMAGES",
-    "LABEL_COLUMNS",
-    "PARTS",
-    "TABLES",
-    "TEXT_COLUMNS",
-    "Data",
-    "LabelFacts",
-    "Samples",
-    "Table",
-    "choose",
-    "divide",
-    "facts_of",
-    "filled",
-    "find_column",
-    "labelled_texts",
-    "needed_column",
-    "number",
-    "open_source",
-    "read_npz",
-    "read_table",
-    "require_data",
-    "require_texts",
-]
-
 
 # -- Samples and their split into parts --------------------------------------------------------------------------------
 
@@ -326,29 +298,21 @@ def facts_of(labels: Sequence[Any], separator: str | None = None) -> LabelFacts:
 
 def _odd(labels: Sequence[str]) -> str:
     """Return the first label that is not a number, if most are."""
-    odd = [label.strip() for label in labels if not _is_number(label)]
+    odd = []
+    for label in labels:
+        try:
+            number(label)
+        except ValueError:
+            odd.append(label.strip())
     return odd[0] if 0 < 2 * len(odd) < len(labels) else ""
-
-
-def _is_number(label: str) -> bool:
-    try:
-        number(label)
-    except ValueError:
-        return False
-    return True
 
 
 def _lonely(joint: Sequence[str], words: set[str], mark: str) -> tuple[str, str]:
     """Return a joint label and a piece of it that is in no other label, if there is one."""
-    seen: dict[str, int] = {}
-    for word in words:
-        for piece in {label.strip() for label in word.split(mark)}:
-            seen[piece] = seen.get(piece, 0) + 1
-    for word in joint:
-        for piece in (label.strip() for label in word.split(mark)):
-            if seen[piece] == 1:
-                return word, piece
-    return joint[0], ""
+    pieces = {word: dict.fromkeys(piece.strip() for piece in word.split(mark)) for word in words}
+    counts = Counter(itertools.chain.from_iterable(pieces.values()))
+    lonely = ((word, piece) for word in joint for piece in pieces[word] if counts[piece] == 1)
+    return next(lonely, (joint[0], ""))
 
 
 # -- Tables: .csv, .tsv, .jsonl and .json ------------------------------------------------------------------------------
@@ -358,6 +322,7 @@ def _lonely(joint: Sequence[str], words: set[str], mark: str) -> tuple[str, str]
 _SHOWN = 30
 #: Suffixes of the files that are read as tables.
 TABLES = (".csv", ".tsv", ".jsonl", ".json")
+_DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -440,52 +405,58 @@ class Table:
                 if not (self.columns[name][row] or "").strip():
                     raise FileError(f"{self.place(row)}: nothing in column {safe_repr(name)}")
 
+    def cells(self, column: str) -> list[Any]:
+        """Return the cells of a column, after :meth:`filled`."""
+        self.filled([column])
+        return list(self.columns[column])
+
+    def texts(self, column: str) -> list[str]:
+        """Return the cells of a column, which must be texts."""
+        texts = self.cells(column)
+        require_texts(texts, self.name)
+        return texts
+
     def listed(self) -> str:
-        """Return the names of the columns, for messages."""
-        return _listed(self.columns)
+        """Return the first names of the columns, for messages."""
+        first = ", ".join(map(safe_repr, itertools.islice(self.columns, _SHOWN)))
+        return first + (f" and {len(self.columns) - _SHOWN:,} more" if len(self.columns) > _SHOWN else "")
 
+    def column(self, given: str | None, usual: Sequence[str]) -> str | None:
+        """Return the column that was asked for, or one with a usual name; None if there is none.
 
-def _listed(names: Collection[str]) -> str:
-    """Return the first names, for messages."""
-    first = ", ".join(map(safe_repr, itertools.islice(names, _SHOWN)))
-    return first + (f" and {len(names) - _SHOWN:,} more" if len(names) > _SHOWN else "")
+        Raises
+        ------
+        FileError
+            If the column that was asked for is not there.
 
-
-def find_column(source: str, given: str | None, usual: Sequence[str], names: Sequence[str]) -> str | None:
-    """Return the column that was asked for, or one with a usual name; None if there is none.
-
-    Raises
-    ------
-    FileError
-        If the column that was asked for is not there.
-
-    Examples
-    --------
-    >>> find_column("a.csv", None, ["text", "review"], ["Review", "stars"])
-    'Review'
-    """
-    if given is not None:
+        Examples
+        --------
+        >>> Table("a.csv", "a.csv", {"Review": [], "stars": []}).column(None, ["text", "review"])
+        'Review'
+        """
+        names = list(self.columns)
+        if given is None:
+            lower = {name.strip().lower(): name for name in reversed(names) if name}
+            return next((lower[name] for name in usual if name in lower), None)
         if given not in names:
-            raise FileError(f"{source} has no column {safe_repr(given)}; its columns are {_listed(names)}")
+            raise FileError(f"{self.path} has no column {safe_repr(given)}; its columns are {self.listed()}")
         return given
-    lower = {name.strip().lower(): name for name in reversed(list(names)) if name}
-    return next((lower[name] for name in usual if name in lower), None)
 
+    def needed_column(self, what: str, given: str | None, usual: Sequence[str]) -> str:
+        """Return the column of :meth:`column`.
 
-def needed_column(source: str, what: str, given: str | None, usual: Sequence[str], names: Sequence[str]) -> str:
-    """Return the column of :func:`find_column`.
-
-    Raises
-    ------
-    FileError
-        If there is none.
-    """
-    column = find_column(source, given, usual, names)
-    if column is not None:
+        Raises
+        ------
+        FileError
+            If there is none.
+        """
+        column = self.column(given, usual)
+        if column is None:
+            raise FileError(
+                f"which column of {self.path} is the {what}? It has {self.listed()}: give --{what}-column NAME, or "
+                f"call it {what}"
+            )
         return column
-    raise FileError(
-        f"which column of {source} is the {what}? It has {_listed(names)}: give --{what}-column NAME, or call it {what}"
-    )
 
 
 def read_table(path: Path) -> Table:
@@ -497,15 +468,19 @@ def read_table(path: Path) -> Table:
         If it cannot be read, is damaged, or has no rows.
     """
     suffix = path.suffix.lower()
+    delimiter = _DELIMITERS.get(suffix)
     try:
-        with path.open(encoding="utf-8-sig", newline="" if suffix in (".csv", ".tsv") else None) as file:
-            names, rows, lines = _READERS[suffix](path, file)
+        with path.open(encoding="utf-8-sig", newline="" if delimiter else None) as file:
+            if delimiter:
+                names, rows, lines = _separated(delimiter, path, file)
+            else:
+                names, rows, lines = _objects(path, (_json_lines if suffix == ".jsonl" else _json_list)(path, file))
     except UnicodeDecodeError:
         raise _not_utf8(path) from None
     except (OSError, csv.Error) as error:
         raise FileError(f"cannot read {path} as a table: {error}") from None
     if not rows:
-        raise FileError(f"{path} has no rows{' under its line of column names' if suffix in ('.csv', '.tsv') else ''}")
+        raise FileError(f"{path} has no rows{' under its line of column names' if delimiter else ''}")
     return Table(path.name, str(path), {name: [row.get(name) for row in rows] for name in names}, {}, tuple(lines))
 
 
@@ -548,16 +523,17 @@ def _separated(delimiter: str, path: Path, file: Any) -> _Rows:
     return names, rows, lines
 
 
-def _json_lines(path: Path, file: Any) -> _Rows:
-    lines = ((number, line) for number, line in enumerate(file, 1) if line.strip())
-    return _objects(path, ((f"line {number}", _parsed(path, f"line {number}", line)) for number, line in lines))
+def _json_lines(path: Path, file: Any) -> Iterator[tuple[str, Any]]:
+    for number, line in enumerate(file, 1):
+        if line.strip():
+            yield f"line {number}", _parsed(path, f"line {number}", line)
 
 
-def _json_list(path: Path, file: Any) -> _Rows:
+def _json_list(path: Path, file: Any) -> Iterator[tuple[str, Any]]:
     entries = _parsed(path, "the file", file.read())
     if not isinstance(entries, list):
         raise FileError(f"{path} is not a list of objects; expected [{{…}}, …], or one object per line in a .jsonl")
-    return _objects(path, ((f"entry {number}", entry) for number, entry in enumerate(entries, 1)))
+    yield from ((f"entry {number}", entry) for number, entry in enumerate(entries, 1))
 
 
 def _parsed(path: Path, where: str, text: str) -> Any:
@@ -567,9 +543,9 @@ def _parsed(path: Path, where: str, text: str) -> Any:
         raise FileError(f"{path}, {where} is not JSON: {error}") from None
 
 
-def _objects(path: Path, found: Iterator[tuple[str, Any]]) -> _Rows:
+def _objects(path: Path, entries: Iterator[tuple[str, Any]]) -> _Rows:
     rows: list[dict[str, Any]] = []
-    for where, row in found:
+    for where, row in entries:
         if not isinstance(row, dict) or not row:
             raise FileError(f"{path}, {where} is {safe_repr(row)}; expected an object with one value for each column")
         if rows and row.keys() != rows[0].keys():
@@ -579,14 +555,6 @@ def _objects(path: Path, found: Iterator[tuple[str, Any]]) -> _Rows:
             )
         rows.append(row)
     return list(rows[0]) if rows else [], rows, []
-
-
-_READERS = {
-    ".csv": lambda path, file: _separated(",", path, file),
-    ".tsv": lambda path, file: _separated("\t", path, file),
-    ".jsonl": _json_lines,
-    ".json": _json_list,
-}
 
 
 # -- Samples of a table or a folder that each have one class -----------------------------------------------------------
@@ -606,9 +574,8 @@ def labelled_texts(
     FileError
         If there is no column of texts or of labels, or a cell holds something else.
     """
-    names = list(table.columns)
-    text = needed_column(table.path, "text", text_column, TEXT_COLUMNS, names)
-    label = needed_column(table.path, "label", label_column, (*label_names, *LABEL_COLUMNS), names)
+    text = table.needed_column("text", text_column, TEXT_COLUMNS)
+    label = table.needed_column("label", label_column, (*label_names, *LABEL_COLUMNS))
     table.filled([text, label])
 
     def of(part: Table) -> tuple[Any, list[Any]]:
@@ -624,46 +591,22 @@ def labelled_texts(
 
 
 def _labelled(
-    name: str,
-    kind: str,
-    inputs: Any,
-    labels: Sequence[Any],
-    test: tuple[Any, Any] | None = None,
-    test_name: str = "test",
+    name: str, kind: str, inputs: Any, labels: Sequence[Any], test: Any = None, test_name: str = "test"
 ) -> Data:
     """Return data whose classes are the distinct labels, sorted (numbers numerically), without outer spaces."""
-    for part in [(inputs, labels)] if test is None else [(inputs, labels), test]:
-        _check(name, kind, *part)
-    labels = _stripped(labels)
-    test = None if test is None else (test[0], _stripped(test[1]))
-    classes = sorted(set(labels) if test is None else set(labels) | set(test[1]))
-    place = {label: index for index, label in enumerate(classes)}
-
-    def samples(inputs: Any, labels: Sequence[Any]) -> Samples:
-        return Samples(inputs, np.array([place[label] for label in labels], np.int64))
-
-    return Data(
-        name,
-        kind,
-        tuple(str(label) for label in classes),
-        samples(inputs, labels),
-        None if test is None else samples(*test),
-        test_name,
-    )
-
-
-def _stripped(labels: Sequence[Any]) -> list[Any]:
-    return [label.strip() if isinstance(label, str) else label for label in labels]
-
-
-def _check(name: str, kind: str, inputs: Any, labels: Sequence[Any]) -> None:
-    """Raise a FileError unless the labels are words or integers and the texts are strings."""
-    kinds = {type(label) for label in labels}
-    if not kinds or not (kinds == {str} or kinds <= {int, bool}):
-        known = ", ".join(sorted(type_.__name__ for type_ in kinds)) or "none"
-        raise FileError(f"the labels of {name} are of type {known}; expected words, or integers")
-    if kind == "text":
-        require_texts(inputs, name)
+    parts = []
+    for some, words in [(inputs, labels)] if test is None else [(inputs, labels), test]:
+        types = {type(word) for word in words}
+        if not types or not (types == {str} or types <= {int, bool}):
+            known = ", ".join(sorted(type_.__name__ for type_ in types)) or "none"
+            raise FileError(f"the labels of {name} are of type {known}; expected words, or integers")
+        if kind == "text":
+            require_texts(some, name)
+        parts.append((some, [word.strip() if isinstance(word, str) else word for word in words]))
+    classes = sorted({word for _, words in parts for word in words})
+    place = {word: index for index, word in enumerate(classes)}
+    first, *others = (Samples(some, np.array([place[word] for word in words], np.int64)) for some, words in parts)
+    return Data(name, kind, tuple(map(str, classes)), first, others[0] if others else None, test_name)
 
 
 def require_texts(texts: Sequence[Any], name: str) -> None:
@@ -682,23 +625,27 @@ TEST_FOLDERS = ("test", "validation", "valid", "val")
 
 
 def _folder(path: Path) -> Data:
-    names = {entry.name: entry for entry in sorted(path.iterdir()) if entry.is_dir() and entry.name[0] != "."}
-    if "train" in names and not names.keys().isdisjoint(TEST_FOLDERS) and not names.keys() <= {"train", *TEST_FOLDERS}:
-        others = ", ".join(sorted(names.keys() - {"train", *TEST_FOLDERS}))
+    names = {folder.name: folder for folder in _folders(path)}
+    part = next((name for name in TEST_FOLDERS if name in names), None)
+    others = ", ".join(sorted(names.keys() - {"train", *TEST_FOLDERS}))
+    if "train" not in names or (others and part is None):
+        return _labelled(path.name, "image", *_class_folders(path))
+    if others:
         raise FileError(
             f"{path} has folders named train and test and others ({others}): it is unclear whether they are parts or "
             "classes; move the others away, or rename train and test"
         )
-    if "train" in names and names.keys() <= {"train", *TEST_FOLDERS}:
-        part = next((name for name in TEST_FOLDERS if name in names), None)
-        divided = None if part is None else _class_folders(names[part])
-        return _labelled(path.name, "image", *_class_folders(names["train"]), divided, part or "")
-    return _labelled(path.name, "image", *_class_folders(path))
+    divided = None if part is None else _class_folders(names[part])
+    return _labelled(path.name, "image", *_class_folders(names["train"]), divided, part or "")
+
+
+def _folders(path: Path) -> list[Path]:
+    return sorted(entry for entry in path.iterdir() if entry.is_dir() and entry.name[0] != ".")
 
 
 def _class_folders(path: Path) -> tuple[list[Path], list[str]]:
     files, labels = [], []
-    for folder in sorted(entry for entry in path.iterdir() if entry.is_dir() and entry.name[0] != "."):
+    for folder in _folders(path):
         inside = sorted(file for file in folder.rglob("*") if file.suffix.lower() in IMAGES and file.is_file())
         if not inside:
             raise FileError(f"no image in {folder}: expected a folder of images for each class")
@@ -856,13 +803,9 @@ def _npz(path: Path) -> Data:
         raise FileError(f"cannot read {path} as an .npz of plain arrays: {first_line(error)}") from None
     for x, y in (("x_train", "y_train"), ("x", "y"), ("images", "labels")):
         if x in arrays and y in arrays:
-            inputs, labels = _images(path, x, arrays[x]), _labels(path, y, arrays[y], len(arrays[x]))
-            test = None
+            inputs, labels, test = *_arrays(path, arrays, x, y), None
             if x == "x_train" and {"x_test", "y_test"} <= set(arrays):
-                test = (
-                    _images(path, "x_test", arrays["x_test"]),
-                    _labels(path, "y_test", arrays["y_test"], len(arrays["x_test"])),
-                )
+                test = _arrays(path, arrays, "x_test", "y_test")
                 if test[0].dtype != inputs.dtype:
                     raise FileError(f"x_train and x_test of {path} are of different types")
             return _labelled(path.name, "image", inputs, labels, test)
@@ -870,6 +813,18 @@ def _npz(path: Path) -> Data:
         f"{path} holds {summarize(known) if known else 'nothing'}; "
         "expected x_train, y_train, x_test and y_test, or x and y, or images and labels"
     )
+
+
+def _arrays(path: Path, arrays: Mapping[str, NDArray[Any]], x: str, y: str) -> tuple[NDArray[Any], list[Any]]:
+    """Return images and their labels."""
+    images, labels, count = _images(path, x, arrays[x]), arrays[y], len(arrays[x])
+    if labels.size != count or labels.ndim not in (1, 2) or labels.dtype.kind not in "iubUS":
+        raise FileError(
+            f"{y} of {path} is {labels.dtype} of shape {labels.shape}; expected {count} integers or words, "
+            "one per image"
+        )
+    words = labels.reshape(-1).tolist()
+    return images, [word.decode("utf-8", "replace") if isinstance(word, bytes) else word for word in words]
 
 
 def _images(path: Path, name: str, array: NDArray[Any]) -> NDArray[Any]:
@@ -893,16 +848,6 @@ def _images(path: Path, name: str, array: NDArray[Any]) -> NDArray[Any]:
     raise FileError(
         f"the pixels of {name} of {path} go from {low:g} to {high:g}; expected 0 to 255, or fractions from 0 to 1"
     )
-
-
-def _labels(path: Path, name: str, array: NDArray[Any], count: int) -> list[Any]:
-    if array.size != count or array.ndim not in (1, 2) or array.dtype.kind not in "iubUS":
-        raise FileError(
-            f"{name} of {path} is {array.dtype} of shape {array.shape}; expected {count} integers or words, "
-            "one per image"
-        )
-    labels: list[Any] = array.reshape(-1).tolist()
-    return [label.decode("utf-8", "replace") if isinstance(label, bytes) else label for label in labels]
 
 
 # -- The datasets library ----------------------------------------------------------------------------------------------
@@ -939,13 +884,19 @@ def _from_datasets(
     if train is None:
         raise TnadaptError(f"{source} has the splits {', '.join(splits)}; expected one named train")
     parts = {part: splits[part] for part in TEST_FOLDERS if part in splits}
-    pictured = [name for name, feature in train.features.items() if isinstance(feature, datasets.Image)]
-    words = {name: names for name, feature in train.features.items() if (names := _class_names(feature))}
+    features = train.features.items()
+    pictured = [name for name, feature in features if isinstance(feature, datasets.Image)]
+    # Class names of columns of numbers, or of lists of numbers.
+    named = {name: getattr(getattr(feature, "feature", feature), "names", None) for name, feature in features}
+    words = {name: tuple(names) for name, names in named.items() if names}
+    # Columns of files, such as images or sounds, rather than values of JSON.
+    decoded = {name: type(feature).__name__ for name, feature in features if hasattr(feature, "decode_example")}
+    opaque = tuple(name for name, class_name in decoded.items() if class_name != "Json")
+    tests = {part: _Columns(rows) for part, rows in parts.items()}
+    table = Table(source, source, _Columns(train), tests, (), words, opaque)
     if text_column is not None or not pictured:
-        tests = {part: _Columns(rows) for part, rows in parts.items()}
-        opaque = tuple(name for name, feature in train.features.items() if _is_decoded(feature))
-        return Table(source, source, _Columns(train), tests, (), words, opaque)
-    label = needed_column(source, "label", label_column, label_names, train.column_names)
+        return table
+    label = table.needed_column("label", label_column, label_names)
     part = next((name for name, rows in parts.items() if set(rows[label]) != {-1}), None)
     column = next((name for name in IMAGE_COLUMNS if name in pictured), pictured[0])
     divided = None if part is None else (_Pictures(parts[part], column), list(parts[part][label]))
@@ -953,16 +904,6 @@ def _from_datasets(
     if parts and (first := next(iter(parts))) != part:
         data = dataclasses.replace(data, hidden=(first, _Pictures(parts[first], column)))
     return data.with_words(words[label]) if label in words else data
-
-
-def _is_decoded(feature: Any) -> bool:
-    """Return whether a column holds files, such as images or sounds, rather than values of JSON."""
-    return hasattr(feature, "decode_example") and type(feature).__name__ != "Json"
-
-
-def _class_names(feature: Any) -> tuple[str, ...]:
-    """Return the class names of a column of numbers, or of lists of numbers; empty if it has none."""
-    return tuple(getattr(getattr(feature, "feature", feature), "names", None) or ())
 
 
 class _Columns(Mapping[str, Sequence[Any]]):
@@ -1050,9 +991,7 @@ def open_source(
     """
     path = Path(source)
     # These functions of os.path return False for a path that cannot be one, such as one that is too long.
-    if os.path.isdir(source):
-        if any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
-            return _from_datasets(source, text_column, label_column, (*label_names, *LABEL_COLUMNS))
+    if os.path.isdir(source) and not any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
         return _folder(path)
     require_data(source)
     if os.path.isfile(source):

@@ -16,21 +16,6 @@ from tnadapt.errors import TnadaptError
 from tnadapt.planning import known_as
 from tnadapt.planning.families import Family, Search, few, usual
 
-__all__ = [
-    "BASE",
-    "DENSE",
-    "HEAD",
-    "Choice",
-    "Chooser",
-    "Method",
-    "Shapes",
-    "default_methods",
-    "head_alone",
-    "methods_of",
-    "within",
-]
-
-
 # -- Methods, and the default grid -------------------------------------------------------------------------------------
 
 
@@ -149,28 +134,20 @@ def methods_of(
     ['LoRA r = 1, alpha = 16', 'LoRA r = 8, alpha = 16']
     """
     methods = []
-    for name, parameters in _presets(names, changes):
-        stacked = {} if changes.get("groups") == "role" else _stacked(name, parameters, shapes, layers)
-        for rank, settings in _given(ranks, changes):
-            config = _config(name, {**stacked, **settings})
-            if rank is None and "rank" in parameters:
-                settings = {"rank": config.rank, **settings}
-            label = ", ".join(f"{'r' if key == 'rank' else key} = {value}" for key, value in settings.items())
-            methods.append(Method(_family(name, config), label, config))
+    for name, settings, of_weights in _wishes(names, ranks, changes):
+        config = _config(name, {**(_stacked(name, shapes, layers) if of_weights else {}), **settings})
+        if "rank" in inspect.signature(PRESETS[name].make).parameters:
+            settings = {"rank": config.rank, **settings}
+        label = ", ".join(f"{'r' if key == 'rank' else key} = {value}" for key, value in settings.items())
+        projected = name == "superlora" and config.projection != "identity"
+        methods.append(Method("SuperLoRA + F" if projected else PRESETS[name].title, label, config))
     return methods
 
 
-def _check_settings(names: Sequence[str], ranks: Sequence[int], changes: Mapping[str, Any]) -> None:
-    """Raise the errors of :func:`methods_of` that do not depend on the weights."""
-    for name, parameters in _presets(names, changes):
-        # The others compute their fold from the weights.
-        if "rows" not in parameters or changes.get("groups") == "role":
-            for _, settings in _given(ranks, changes):
-                _config(name, settings)
-
-
-def _presets(names: Sequence[str], changes: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Yield each preset once, with its parameters."""
+def _wishes(
+    names: Sequence[str], ranks: Sequence[int], changes: Mapping[str, Any]
+) -> Iterator[tuple[str, dict[str, Any], bool]]:
+    """Yield each preset with all settings, at each rank, and whether it computes its fold from the weights."""
     if "seed" in changes:
         raise TnadaptError(
             "the seed of F and of the initialization is that of the training: give --seeds N for the seeds 0 to N - 1"
@@ -183,13 +160,9 @@ def _presets(names: Sequence[str], changes: Mapping[str, Any]) -> Iterator[tuple
             raise TnadaptError(
                 f"preset {name!r} needs the number of 'heads' or their 'head_size'; give it with --set NAME=VALUE"
             )
-        yield name, parameters
-
-
-def _given(ranks: Sequence[int], changes: Mapping[str, Any]) -> Iterator[tuple[int | None, dict[str, Any]]]:
-    """Yield each rank, or None for the preset's own, with all settings that are given."""
-    for rank in dict.fromkeys(ranks) if ranks else [None]:
-        yield rank, dict(changes) if rank is None else {"rank": rank, **changes}
+        of_weights = "rows" in parameters and changes.get("groups") != "role"
+        for rank in dict.fromkeys(ranks) or [None]:
+            yield name, dict(changes) if rank is None else {"rank": rank, **changes}, of_weights
 
 
 def _config(name: str, settings: Mapping[str, Any]) -> Config:
@@ -199,29 +172,16 @@ def _config(name: str, settings: Mapping[str, Any]) -> Config:
         raise TnadaptError(f"preset {name!r}: {error}; give it with --set NAME=VALUE") from None
 
 
-def _family(name: str, config: Config) -> str:
-    if name == "superlora" and config.projection != "identity":
-        return "SuperLoRA + F"
-    return PRESETS[name].title
-
-
-def _stacked(name: str, parameters: Mapping[str, Any], shapes: Shapes, layers: int) -> dict[str, int]:
+def _stacked(name: str, shapes: Shapes, layers: int) -> dict[str, int]:
     """Return the arguments from which a preset computes its fold of stacked weights."""
-    if "rows" not in parameters:
-        return {}
     if len(set(shapes)) > 1:
         raise TnadaptError(
             f"preset {name!r} needs weights of one shape; the targets have {sorted(set(shapes))}: give --groups role, "
             "for one group of all queries, one of all values and so on"
         )
-    known = {
-        "weights": len(shapes),
-        "rows": shapes[0][0],
-        "cols": shapes[0][1],
-        "layers": layers,
-        "matrices": len(shapes) // layers,
-    }
-    return {key: value for key, value in known.items() if key in parameters}
+    (rows, cols), matrices = shapes[0], len(shapes) // layers
+    known = {"weights": len(shapes), "rows": rows, "cols": cols, "layers": layers, "matrices": matrices}
+    return {key: known[key] for key in inspect.signature(PRESETS[name].make).parameters if key in known}
 
 
 # -- The largest settings within a budget ------------------------------------------------------------------------------
@@ -343,7 +303,9 @@ class Choice:
         for budget in self.budgets:
             _check_budget(budget)
         if self._named:
-            _check_settings(self.presets, self.ranks, self.changes)
+            for name, settings, of_weights in _wishes(self.presets, self.ranks, self.changes):
+                if not of_weights:
+                    _config(name, settings)
 
     def methods(self, shapes: Shapes, layers: int) -> list[Method]:
         """Return the methods to compare on weights of these shapes in ``layers`` layers.

@@ -18,18 +18,6 @@ from tnadapt.errors import TnadaptError, safe_repr
 from ._learning_task import LearningTask
 from ._specification import Part
 
-__all__ = [
-    "OwnRates",
-    "Schedule",
-    "TrainingStep",
-    "accuracy",
-    "batches",
-    "evaluate",
-    "fit",
-    "steps_of",
-    "train_steps",
-]
-
 Logits = Callable[[nn.Module, Any], Tensor]
 
 # Evaluation with larger batches gets no faster.

@@ -13,26 +13,11 @@ from tnadapt.algebra.config import Config
 from tnadapt.argument_checks import checks_arguments
 
 from ._learning_task import ACCURACY, Metric
+from .data import PARTS
 from .grid import BASE, HEAD, Method
 from .results import read_lines
 from .tasks import TASKS
 from .training import Task
-
-__all__ = [
-    "Control",
-    "Point",
-    "best_point",
-    "better_rate",
-    "columns",
-    "control_of",
-    "method_in",
-    "pareto_front",
-    "points_in",
-    "points_of",
-    "rows_of",
-    "trained_on",
-]
-
 
 # -- Points, the Pareto front, and the table ---------------------------------------------------------------------------
 
@@ -135,7 +120,12 @@ def points_of(
     for method in methods:
         rate = better_rate(records, method, rates, seeds[:tuned_by], metric)
         if rate is not None and (chosen := _complete(records, method, rate, seeds)):
-            points.append(_point(method, rate, chosen, metric))
+            validation, test = (tuple(_score(line, part, metric) for line in chosen) for part in ("validation", "test"))
+            seconds, first = statistics.fmean(line["seconds"] for line in chosen), chosen[0]
+            points.append(Point(
+                method, first["parameters"], first["kept"], rate, validation, test, seconds, tuple(chosen),
+                metric=metric,
+            ))  # fmt: skip
     front = set(pareto_front([(p.parameters, -math.inf if p.diverged else metric.quality(p.score)) for p in points]))
     return [dataclasses.replace(point, front=index in front) for index, point in enumerate(points)]
 
@@ -212,20 +202,6 @@ def _quality(records: Sequence[Mapping[str, Any]], metric: Metric) -> tuple[bool
     return sound, metric.quality(score), -sum(losses)
 
 
-def _point(method: Method, rate: float, records: Sequence[Mapping[str, Any]], metric: Metric) -> Point:
-    return Point(
-        method,
-        records[0]["parameters"],
-        records[0]["kept"],
-        rate,
-        tuple(_score(record, "validation", metric) for record in records),
-        tuple(_score(record, "test", metric) for record in records),
-        statistics.fmean(record["seconds"] for record in records),
-        tuple(records),
-        metric=metric,
-    )
-
-
 @checks_arguments
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
     """Return the indices of the non-dominated points (cost, quality), by rising cost.
@@ -283,25 +259,15 @@ def trained_on(samples: Sequence[int], seeds: int, rates: int, at: str = "each a
     >>> trained_on([49900, 100, 10000], 1, 1)
     '49,900 training, 100 validation, 10,000 test samples; 1 seed; one rate for all'
     """
-    sizes = ", ".join(
-        f"{count:,} {part}" for count, part in zip(samples, ("training", "validation", "test"), strict=True)
-    )
+    sizes = ", ".join(f"{count:,} {part}" for count, part in zip(samples, PARTS, strict=True))
     last = "one rate for all" if rates == 1 else f"{at} {rates} rates"
     return f"{sizes} samples; {seeds} seed{'s' * (seeds > 1)}; {last}"
 
 
 def columns(seeds: int) -> list[str]:
     """Return the column titles of :func:`rows_of`."""
-    return [
-        "",
-        "method",
-        "setting",
-        "parameters",
-        "rate",
-        "validation",
-        "test" if seeds == 1 else "test, mean ± sd",
-        "s",
-    ]
+    test = "test" if seeds == 1 else "test, mean ± sd"
+    return ["", "method", "setting", "parameters", "rate", "validation", test, "s"]
 
 
 def rows_of(points: Sequence[Point]) -> list[list[str]]:
@@ -311,21 +277,19 @@ def rows_of(points: Sequence[Point]) -> list[list[str]]:
     -------
     list of list of str
     """
-    rows = []
-    for point in sorted(points, key=lambda point: (point.parameters, point.score)):
-        rows.append(
-            [
-                "●" if point.front else "",
-                point.method.family,
-                point.method.label,
-                f"{point.parameters:,}",
-                f"{point.rate:g}",
-                "diverged" if point.diverged else point.metric.show([statistics.fmean(point.validation)]),
-                point.metric.show(point.test),
-                f"{point.seconds:.1f}",
-            ]
-        )
-    return rows
+    return [
+        [
+            "●" if point.front else "",
+            point.method.family,
+            point.method.label,
+            f"{point.parameters:,}",
+            f"{point.rate:g}",
+            "diverged" if point.diverged else point.metric.show([statistics.fmean(point.validation)]),
+            point.metric.show(point.test),
+            f"{point.seconds:.1f}",
+        ]
+        for point in sorted(points, key=lambda point: (point.parameters, point.score))
+    ]
 
 
 # -- Whether the best adapter is better than the head alone, or than the untrained base --------------------------------
@@ -363,7 +327,7 @@ def control_of(points: Sequence[Point], best: Point | None) -> Control | None:
     if best is None or reference is None or reference.diverged:
         return None
     metric, name = best.metric, reference.method.family
-    gain = metric.quality(statistics.fmean(best.test)) - metric.quality(statistics.fmean(reference.test))
+    gain = metric.quality(best.score) - metric.quality(reference.score)
     spread = max(best.spread, reference.spread)
     if gain > spread:
         return Control(name, gain, spread, None)

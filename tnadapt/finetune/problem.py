@@ -17,8 +17,6 @@ from tnadapt.targets.roles import is_within
 from ._learning_task import LearningTask
 from ._specification import Part
 
-__all__ = ["Problem", "base_digest", "check_kept", "free", "samples_digest", "under"]
-
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
@@ -76,17 +74,17 @@ def under(name: str, keep: Sequence[str]) -> bool:
 
 def check_kept(model: nn.Module, keep: Sequence[str]) -> None:
     """Raise a TargetError if a name to keep matches nothing."""
-    named = [name for name, _ in model.named_parameters()]
+    names = [name for name, _ in model.named_parameters()]
     for kept in keep:
-        if not any(under(name, [kept]) for name in named):
-            tops = ", ".join(sorted({repr(name.split(".")[0]) for name in named}))
+        if not any(is_within(name, kept) for name in names):
+            tops = ", ".join(sorted({repr(name.split(".")[0]) for name in names}))
             raise TargetError(
                 f"--keep-trainable {kept}: the model has no such parameter or module; its top-level parts are {tops}"
             )
 
 
-def free(model: nn.Module, keep: Sequence[str]) -> list[nn.Parameter]:
-    """Freeze all except the kept parameters, and return the kept ones.
+def free(model: nn.Module, keep: Sequence[str]) -> None:
+    """Freeze all except the kept parameters.
 
     Raises
     ------
@@ -94,13 +92,8 @@ def free(model: nn.Module, keep: Sequence[str]) -> list[nn.Parameter]:
         If a name to keep matches nothing.
     """
     check_kept(model, keep)
-    named = dict(model.named_parameters())
-    kept = []
-    for name, parameter in named.items():
+    for name, parameter in model.named_parameters():
         parameter.requires_grad_(under(name, keep))
-        if parameter.requires_grad:
-            kept.append(parameter)
-    return kept
 
 
 def samples_digest(parts: Mapping[str, Part], batch: int = 256) -> str:

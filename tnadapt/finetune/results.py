@@ -14,18 +14,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from tnadapt.argument_checks import checks_arguments
+from tnadapt.checkpoints.atomic_files import lock
 from tnadapt.checkpoints.container import path_of
 from tnadapt.errors import FileError, safe_repr
-
-__all__ = [
-    "FORMAT",
-    "Results",
-    "append_line",
-    "check_out",
-    "read_lines",
-    "undamaged_lines",
-]
-
 
 # -- Files of JSON lines that grow by whole lines, each on disk before the next step -----------------------------------
 
@@ -74,7 +65,7 @@ _FIELDS = {
 }  # fmt: skip
 
 
-class Results:
+class Results(contextlib.AbstractContextManager["Results"]):
     """The results of one study, in a file that grows by whole lines.
 
     The first line has the study's settings and their digest. It is followed by lines with ``session``, one for each run
@@ -125,7 +116,8 @@ class Results:
                 f"cannot write results to {path}: {error.strerror}; give another folder with --out"
             ) from None
         try:
-            _lock(self._file, path)
+            if not lock(self._file.fileno()):
+                raise FileError(f"{path} is being written by another process; wait for it, or give another --out")
             self._read(json.loads(json.dumps(study)), fresh)
         except BaseException:
             self._file.close()
@@ -193,9 +185,6 @@ class Results:
         """Close the file and release its lock."""
         self._file.close()
 
-    def __enter__(self) -> Results:
-        return self
-
     def __exit__(self, *error: object) -> None:
         self.close()
 
@@ -220,29 +209,12 @@ def read_lines(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     return records
 
 
-def _lock(file: Any, path: Path) -> None:
-    try:
-        import fcntl
-    except ImportError:  # not Unix: two writers at once are not detected
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise FileError(f"{path} is being written by another process; wait for it, or give another --out") from None
-    except OSError:  # some network file systems do not support locks
-        return
-
-
 def _difference(there: Any, here: Mapping[str, Any]) -> str:
     """Describe how two studies differ."""
     there = there if isinstance(there, dict) else {}
     names = sorted({*there, *here})
-    differences = [
-        f"{name} was {was}, now {now}"
-        for name in names
-        if there.get(name) != here.get(name)
-        for was, now in [_shortened(there.get(name), here.get(name))]
-    ]
+    changed = [(name, there.get(name), here.get(name)) for name in names if there.get(name) != here.get(name)]
+    differences = ["{} was {}, now {}".format(name, *_shortened(was, now)) for name, was, now in changed]
     return "; ".join(differences) or "its digest does not fit its settings"
 
 
@@ -261,10 +233,8 @@ def _machine() -> dict[str, Any]:
     """Return the machine and versions that results may depend on, without names of hosts or users."""
     versions = {"python": platform.python_version()}
     for name in ("tnadapt", "numpy", "torch", "scikit-learn", "transformers", "accelerate", "timm", "datasets"):
-        try:
+        with contextlib.suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
     return {
         "system": platform.system(),
         "machine": platform.machine(),
@@ -275,13 +245,10 @@ def _machine() -> dict[str, Any]:
 
 
 def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
-            for line in file:
-                if line.startswith("model name"):
-                    return line.partition(":")[2].strip()
-    except OSError:
-        pass
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+        for line in file:
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
     return platform.processor()
 
 
@@ -306,8 +273,8 @@ def check_out(out: Path) -> None:
     >>> check_out(Path("runs/digits"))
     """
     out = Path(path_of(out))
-    files = (out / "pareto.png", out / "best.safetensors")
-    for path, folder in ((out, True), (out / "adapters", True), *((file, False) for file in files)):
+    for name, folder in (("", True), ("adapters", True), ("pareto.png", False), ("best.safetensors", False)):
+        path = out / name
         try:
             wrong = path.exists() and path.is_dir() != folder
         except OSError as error:  # a name that is too long

@@ -30,17 +30,6 @@ from .grid import Method
 from .loop import OwnRates, Schedule, TrainingStep, evaluate, fit, steps_of
 from .problem import Problem, free
 
-__all__ = [
-    "Task",
-    "Training",
-    "checked_rates",
-    "clear_logs",
-    "log_folder",
-    "train",
-    "usable_device",
-]
-
-
 # -- Settings, and one training ----------------------------------------------------------------------------------------
 
 
@@ -240,20 +229,29 @@ def train(
             except MemoryError:
                 raise TnadaptError(f"there is not enough memory for the parameters of {task.method.name}") from None
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        # With a frozen head and no adapter, there is nothing to train.
         trained = {id(parameter) for parameter in (() if adapter is None else adapter.parameters())}
         head = OwnRates([parameter for parameter in parameters if id(parameter) not in trained], training.head_rate)
-        value = _fitted(problem, model, parameters, head, task, training, adapters, progress) if parameters else 0.0
+        loss, part = 0.0, problem.parts["training"]
+        if parameters:  # with a frozen head and no adapter, there is nothing to train
+            loss = math.nan
+            with _reported(model, task, training, part, adapters) as report:
+                for step in fit(
+                    model, problem.logits, problem.task, part, parameters, training.schedule(task.rate),
+                    training.epochs, training.batch, device, training.steps, head,
+                ):  # fmt: skip
+                    loss = step.loss
+                    report(step)
+                    progress(step.done / step.total)
     num_parameters = 0 if adapter is None else adapter.num_parameters
     measured = _measured(problem, model, device, training.batch)
-    diverged = not math.isfinite(value) or None in measured.values()
+    diverged = not math.isfinite(loss) or None in measured.values()
     record: dict[str, Any] = {
         **task.to_dict(),
         "epochs": training.epochs,
         "parameters": num_parameters,
         "kept": sum(parameter.numel() for parameter in parameters) - num_parameters,
         "diverged": diverged,
-        "training_loss": _finite(value),
+        "training_loss": _finite(loss),
         **measured,
     }
     if problem.task.settings():
@@ -267,29 +265,6 @@ def train(
         adapter.save(adapters / task.file_name())
         record["adapter"] = task.file_name()
     return record
-
-
-def _fitted(
-    problem: Problem,
-    model: nn.Module,
-    parameters: Sequence[nn.Parameter],
-    head: OwnRates,
-    task: Task,
-    training: Training,
-    adapters: Path | None,
-    progress: Callable[[float], None],
-) -> float:
-    """Train, and return the last loss."""
-    part, value = problem.parts["training"], math.nan
-    with _reported(model, task, training, part, adapters) as report:
-        for step in fit(
-            model, problem.logits, problem.task, part, parameters, training.schedule(task.rate), training.epochs,
-            training.batch, torch.device(training.device), training.steps, head,
-        ):  # fmt: skip
-            value = step.loss
-            report(step)
-            progress(step.done / step.total)
-    return value
 
 
 def _measured(problem: Problem, model: nn.Module, device: torch.device, batch: int) -> dict[str, Any]:

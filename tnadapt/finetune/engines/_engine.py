@@ -25,30 +25,6 @@ from tnadapt.checkpoints.atomic_files import replace_file, sync_folder
 from tnadapt.errors import FileError, TnadaptError, safe_repr
 from tnadapt.finetune.results import append_line, undamaged_lines
 
-__all__ = [
-    "AGAIN",
-    "NOTES",
-    "SHARE",
-    "Died",
-    "Do",
-    "Ended",
-    "Engine",
-    "Failed",
-    "Finished",
-    "Keyed",
-    "RunFolder",
-    "Started",
-    "TaskCall",
-    "Work",
-    "as_json",
-    "discard",
-    "interrupts_held",
-    "name_of",
-    "run_call",
-    "threads",
-]
-
-
 # -- Work and tasks ----------------------------------------------------------------------------------------------------
 
 
@@ -175,10 +151,9 @@ def run_call(call: TaskCall) -> Ended:
         return Failed(traceback.format_exc(), False)
 
 
-def as_json(line: dict[str, Any]) -> dict[str, Any]:
+def as_json(line: dict[str, Any]) -> Any:
     """Return a result line as it is read back from a file: the same whether or not it has been in one."""
-    copy: dict[str, Any] = json.loads(json.dumps(line))
-    return copy
+    return json.loads(json.dumps(line))
 
 
 def worker_files(folder: Path) -> list[Path]:
@@ -213,8 +188,7 @@ class _Worker:
     """What a process keeps between tasks: mainly the model and data; and its results file."""
 
     def __init__(self, call: TaskCall) -> None:
-        self.folder = call.folder
-        self.path = new_worker_file(call.folder)
+        self.folder, self.path = call.folder, new_worker_file(call.folder)
         if not self.folder.is_dir():
             raise TnadaptError(
                 f"{self.folder} is not there: either this run was discarded, or this machine does not share the "
@@ -223,10 +197,10 @@ class _Worker:
         with contextlib.suppress(OSError):  # absolute paths need no such folder
             os.chdir(call.where)
         with threads(call.threads):
-            self.do: Do = call.work.open()
+            self.do = call.work.open()
 
     def run(self, task: Keyed) -> dict[str, Any]:
-        line = as_json(self.do(task, _ProgressFile(progress_file(self.folder, task))))
+        line: dict[str, Any] = as_json(self.do(task, _progress_writer(progress_file(self.folder, task))))
         new = not self.path.exists()
         with open(self.path, "ab", buffering=0) as file:
             append_line(file, {"key": task.key, "line": line})
@@ -235,20 +209,18 @@ class _Worker:
         return line
 
 
-class _ProgressFile:
-    """Writes the fraction done to a small file, so often that the cost does not matter."""
+def _progress_writer(path: Path) -> Callable[[float], None]:
+    """Return what writes the fraction done to a small file, so seldom that the cost does not matter."""
+    last = float("-inf")
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.last = float("-inf")
+    def write(done: float) -> None:
+        nonlocal last
+        if time.monotonic() - last > PERIOD:
+            last = time.monotonic()
+            with contextlib.suppress(OSError):  # progress is not worth an error
+                path.write_text(f"{done:.4f}\n", encoding="ascii")
 
-    def __call__(self, done: float) -> None:
-        if time.monotonic() - self.last > PERIOD:
-            self.last = time.monotonic()
-            try:
-                self.path.write_text(f"{done:.4f}\n", encoding="ascii")
-            except OSError:
-                return  # progress is not worth an error
+    return write
 
 
 # -- In the driver: lines of workers that no one has read yet, and the progress of all ---------------------------------
@@ -317,11 +289,11 @@ class RunFolder:
 
     def report_one(self, task: T, progress: Callable[[T, float], None]) -> None:
         """Report the progress of one task, if there is any."""
-        try:
+        done = None
+        with contextlib.suppress(OSError, ValueError):  # not begun, or being written
             done = float(progress_file(self.path, task).read_text(encoding="ascii"))
-        except (OSError, ValueError):  # not begun, or being written
-            return
-        progress(task, done)
+        if done is not None:
+            progress(task, done)
 
     def clear(self, task: Keyed) -> None:
         """Delete the progress of a task that has ended."""
@@ -386,7 +358,6 @@ def discard(folder: Path) -> None:
         shutil.rmtree(folder / "workers" / current["run"], ignore_errors=True)
         with contextlib.suppress(OSError):
             (folder / "workers" / "current.json").unlink()
-        with contextlib.suppress(OSError):
             (folder / "workers").rmdir()  # fails unless it is empty
 
 
@@ -397,7 +368,7 @@ def discard(folder: Path) -> None:
 AGAIN = "What is finished is kept: run the same command again to continue"
 
 
-class Started(abc.ABC):
+class Started(contextlib.AbstractContextManager["Started"]):
     """An engine that runs calls, until it is closed."""
 
     @abc.abstractmethod
@@ -417,9 +388,6 @@ class Started(abc.ABC):
     @abc.abstractmethod
     def close(self) -> None:
         """End the calls that still run, and release everything."""
-
-    def __enter__(self) -> Started:
-        return self
 
     def __exit__(self, *error: object) -> None:
         self.close()
@@ -508,7 +476,7 @@ class Engine(abc.ABC):
     @property
     def capacity(self) -> int:
         """The largest number of calls that are submitted at a time."""
-        return self.jobs or 1000
+        return self.jobs or 1000  # jobs of an array: Slurm's default MaxArraySize is 1001
 
     @abc.abstractmethod
     def start(self, folder: Path, threads: int) -> Started:
@@ -541,29 +509,19 @@ def interrupts_held() -> Iterator[None]:
     too, which is only possible in the main thread.
     """
     handler = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(handler):
-        with _blocked():
-            yield
-        return
+    replaced = threading.current_thread() is threading.main_thread() and callable(handler)
     came: list[tuple[int, FrameType | None]] = []
-    signal.signal(signal.SIGINT, lambda number, frame: came.append((number, frame)))
+    if replaced:
+        signal.signal(signal.SIGINT, lambda number, frame: came.append((number, frame)))
+    masks = hasattr(signal, "pthread_sigmask")  # Windows has none
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT}) if masks else None
     try:
-        with _blocked():
-            yield
+        yield
     finally:
-        signal.signal(signal.SIGINT, handler)
-        if came:
+        if before is not None:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if replaced:
+            signal.signal(signal.SIGINT, handler)
+        if came and callable(handler):
             # Not by sending the signal again, which a handler that counts would take for a second Ctrl-C.
             handler(*came[0])
-
-
-@contextlib.contextmanager
-def _blocked() -> Iterator[None]:
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -18,18 +18,7 @@ from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from ._engine import (
-    Died,
-    Ended,
-    Engine,
-    Failed,
-    Started,
-    TaskCall,
-    interrupts_held,
-    run_call,
-)
-
-__all__ = ["LocalEngine"]
+from ._engine import Died, Ended, Engine, Failed, Started, TaskCall, interrupts_held, run_call
 
 
 class LocalEngine(Engine):

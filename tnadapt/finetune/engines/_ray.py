@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,18 +10,9 @@ from typing import Any
 
 from tnadapt.errors import TnadaptError, safe_repr
 
-from ._engine import (
-    AGAIN,
-    Died,
-    Ended,
-    Engine,
-    Failed,
-    Started,
-    TaskCall,
-    run_call,
-)
+from ._engine import AGAIN, Died, Ended, Engine, Failed, Started, TaskCall, run_call
 
-__all__ = ["RayEngine"]
+_USAGE = "RAY_USAGE_STATS_ENABLED"
 
 
 class RayEngine(Engine):
@@ -83,14 +73,13 @@ class _Cluster(Started):
 
     def _ended(self, call: Any) -> Ended:
         try:
-            ended: Ended = self.ray.get(call)
+            return self.ray.get(call)  # type: ignore[no-any-return]
         except self.ray.exceptions.RayTaskError as error:  # the call could not be unpickled there
             return Failed(str(error), False)
         except self.ray.exceptions.LocalRayletDiedError as error:  # this program's connection to the cluster
             raise TnadaptError(f"the Ray cluster has ended ({error}). {AGAIN}") from None
         except self.ray.exceptions.RayError as error:
             return Died(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
-        return ended
 
     def close(self) -> None:
         for call in self.calls:
@@ -107,39 +96,25 @@ def _connect(ray: Any, address: str | None, needs: dict[str, float], jobs: int) 
         quiet["num_cpus"] = jobs * needs["num_cpus"] if jobs else max(os.cpu_count() or 1, needs["num_cpus"])
     if cluster in (None, "local"):
         quiet["include_dashboard"] = False
+    # Without reports of usage, unless the user has decided about them.
+    decided = _USAGE in os.environ
+    os.environ.setdefault(_USAGE, "0")
     try:
-        with _no_telemetry():
-            ray.init(address=cluster, **quiet)
+        ray.init(address=cluster, **quiet)
     except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
         where = f"at {safe_repr(cluster)}" if cluster else "where ray start has left its address"
         raise TnadaptError(
             f"no Ray cluster {where}: {str(error).splitlines()[0]}; one that wants a token needs RAY_AUTH_MODE=token, "
             "and the option address=local starts a new one"
         ) from None
-    if cluster in (None, "local"):  # another one may grow when it is asked to
-        _check(ray, needs)
-
-
-def _check(ray: Any, needs: dict[str, float]) -> None:
-    """Refuse a cluster on which no task would ever start."""
-    have = ray.cluster_resources()
-    for name, word in (("num_cpus", "CPU"), ("num_gpus", "GPU")):
-        if needs[name] > have.get(word, 0):
-            ray.shutdown()
-            raise TnadaptError(
-                f"this machine's Ray cluster has {have.get(word, 0):g} {word}s, and each task needs {needs[name]:g}"
-            )
-
-
-@contextlib.contextmanager
-def _no_telemetry() -> Iterator[None]:
-    """Start Ray without its reports of usage, unless the user has decided about them."""
-    name = "RAY_USAGE_STATS_ENABLED"
-    if name in os.environ:
-        yield
-        return
-    os.environ[name] = "0"
-    try:
-        yield
     finally:
-        del os.environ[name]
+        if not decided:
+            del os.environ[_USAGE]
+    if cluster in (None, "local"):  # another one may grow when it is asked to; on this one no task would ever start
+        have = ray.cluster_resources()
+        for need, word in ((needs["num_cpus"], "CPU"), (needs["num_gpus"], "GPU")):
+            if need > have.get(word, 0):
+                ray.shutdown()
+                raise TnadaptError(
+                    f"this machine's Ray cluster has {have.get(word, 0):g} {word}s, and each task needs {need:g}"
+                )

@@ -21,15 +21,6 @@ from ._local import LocalEngine
 from ._ray import RayEngine
 from ._slurm import SlurmEngine
 
-__all__ = [
-    "ENGINES",
-    "engine_options",
-    "open_engine",
-    "register_engine",
-    "run_tasks",
-]
-
-
 # -- The engines by name -----------------------------------------------------------------------------------------------
 
 
@@ -302,9 +293,10 @@ def _side_by_side(
                     yield task, ended.line
                 elif isinstance(ended, Failed):
                     failed.append((task, ended))
-            # After the lines of all others that have ended, so that none is lost.
-            for task, failure in failed:
-                _raise(task, failure)
+            for task, failure in failed:  # after the lines of all others that have ended, so that none is lost
+                if failure.expected:
+                    raise TnadaptError(failure.message)
+                raise RuntimeError(f"a task failed ({name_of(task)}):\n{failure.message}")
             place.report(running.values(), progress)
     if dead:
         raise TnadaptError(
@@ -323,9 +315,3 @@ def _listed(dead: Mapping[str, str]) -> str:
         told = ", ".join(names[:NAMED]) + (f" and {others} more" if others > 0 else "")
         parts.append(f"{told} ({reason})" if reason else told)
     return "; ".join(parts)
-
-
-def _raise(task: Keyed, failure: Failed) -> None:
-    if failure.expected:
-        raise TnadaptError(failure.message)
-    raise RuntimeError(f"a task failed ({name_of(task)}):\n{failure.message}")

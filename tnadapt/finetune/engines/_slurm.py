@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import signal
 import subprocess
@@ -14,24 +15,8 @@ from typing import Any
 from tnadapt.errors import TnadaptError
 from tnadapt.finetune.results import undamaged_lines
 
-from ._engine import (
-    NOTES,
-    SHARE,
-    Died,
-    Ended,
-    Engine,
-    Failed,
-    Finished,
-    Started,
-    TaskCall,
-    interrupts_held,
-    run_call,
-)
+from ._engine import NOTES, SHARE, Died, Ended, Engine, Failed, Finished, Started, TaskCall, interrupts_held, run_call
 
-__all__ = ["SlurmEngine"]
-
-# Slurm's default MaxArraySize is 1001.
-_ARRAY = 1000
 # File systems of clusters show a new file on other machines after some seconds.
 _LAG = 15.0
 # Seconds in which processes of this machine end after they were told to.
@@ -49,19 +34,9 @@ _ALIVE = frozenset(
 )  # fmt: skip
 # Seconds after which accounting is asked again about jobs that submitit takes for ended.
 _LOOK = 60.0
-#: Options that are submitit's under another name, as whole numbers or as text.
+#: Options that are submitit's under another name, as whole numbers, and as text behind the prefix "slurm_".
 _NUMBERS = MappingProxyType({"time": "timeout_min", "gpus": "gpus_per_node", "cpus": "cpus_per_task"})
-_TEXTS = MappingProxyType(
-    {
-        "partition": "slurm_partition",
-        "account": "slurm_account",
-        "qos": "slurm_qos",
-        "constraint": "slurm_constraint",
-        "gres": "slurm_gres",
-        "mem": "slurm_mem",
-        "exclude": "slurm_exclude",
-    }
-)
+_TEXTS = ("partition", "account", "qos", "constraint", "gres", "mem", "exclude")
 
 
 class SlurmEngine(Engine):
@@ -88,11 +63,6 @@ class SlurmEngine(Engine):
         }
     )
 
-    @property
-    def capacity(self) -> int:
-        """The largest number of jobs that are queued at a time."""
-        return self.jobs or _ARRAY
-
     def start(self, folder: Path, threads: int) -> Started:
         """Prepare to submit jobs.
 
@@ -107,7 +77,7 @@ class SlurmEngine(Engine):
         name = f"tnadapt-{folder.name}"
         parameters: dict[str, Any] = {"timeout_min": _MINUTES, "cpus_per_task": threads, "name": name}
         parameters |= {theirs: int(self.number(ours, 0)) for ours, theirs in _NUMBERS.items() if ours in self.options}
-        parameters |= {theirs: self.options[ours] for ours, theirs in _TEXTS.items() if ours in self.options}
+        parameters |= {f"slurm_{option}": self.options[option] for option in _TEXTS if option in self.options}
         if "setup" in self.options:
             parameters[f"{cluster}_setup"] = [self.options["setup"]]
         parameters["slurm_array_parallelism"] = self.capacity
@@ -154,16 +124,14 @@ class _Jobs(Started):
     def _ended(self, key: str, job: Any) -> Ended | None:
         if not job.done():
             return None
-        if not job.paths.result_pickle.exists():
-            if self._lives(job):
-                return None
-            # It ended without a result, or the result cannot be seen yet.
-            if time.monotonic() - self.ended.setdefault(key, time.monotonic()) < self.lag:
-                return None
-            del self.ended[key]
-            return Died(f"job {job.job_id}: {job.state}")
-        self.ended.pop(key, None)
-        return _result(job)
+        if job.paths.result_pickle.exists():
+            self.ended.pop(key, None)
+            return _result(job)
+        # It may have ended without a result, or the result cannot be seen yet.
+        if self._lives(job) or time.monotonic() - self.ended.setdefault(key, time.monotonic()) < self.lag:
+            return None
+        del self.ended[key]
+        return Died(f"job {job.job_id}: {job.state}")
 
     def _lives(self, job: Any) -> bool:
         """Return whether a job goes on that submitit takes for ended."""
@@ -220,7 +188,7 @@ class _SlurmJobs(_Jobs):
         self.next, self.refusals = time.monotonic(), 0
         self.go_on = False  # whether jobs go on when this program ends
         self.looked = float("-inf")
-        self.queues: dict[str, set[str] | None] = {}
+        self.queued = functools.cache(_queued)
         self.notes = folder / NOTES
         # All are registered before the first is asked for, so that one command answers for all.
         self.earlier = {
@@ -243,7 +211,10 @@ class _SlurmJobs(_Jobs):
             return
         try:
             with interrupts_held():
-                self._submit_noted(self.waiting)
+                super().submit(self.waiting)
+                with open(self.notes, "ab", buffering=0) as file:
+                    for key in (call.task.key for call in self.waiting):
+                        file.write(json.dumps({"key": key, "job": self.jobs[key].job_id}).encode() + b"\n")
         except self.submitit.core.utils.FailedJobError as error:
             message = (str(error).strip().splitlines() or ["sbatch failed"])[-1]
             self._refused(message, "invalid" in message.lower())  # as an account, a partition or a time
@@ -253,12 +224,6 @@ class _SlurmJobs(_Jobs):
             return
         self.waiting, self.refusals = [], 0
         self.next = time.monotonic() + _PERIOD
-
-    def _submit_noted(self, calls: Sequence[TaskCall]) -> None:
-        super().submit(calls)
-        with open(self.notes, "ab", buffering=0) as file:
-            for key in (call.task.key for call in calls):
-                file.write(json.dumps({"key": key, "job": self.jobs[key].job_id}).encode() + b"\n")
 
     def _refused(self, message: str, final: bool) -> None:
         """Try again later, unless it is final or has not helped so far."""
@@ -281,18 +246,13 @@ class _SlurmJobs(_Jobs):
             goes_on = isinstance(_result(job), Finished)  # the cause of a failure may be fixed by now
         else:
             state = _state(job)
-            goes_on = state in _ALIVE and (state != "UNKNOWN" or self._may_be_queued(job.job_id))
+            goes_on = state in _ALIVE
+            if state == "UNKNOWN":  # accounting does not know it, or cannot be asked
+                queued = self.queued(job.job_id.partition("_")[0])
+                goes_on = queued is None or job.job_id in queued
         if goes_on:
             self.jobs[key] = job
         return goes_on
-
-    def _may_be_queued(self, job: str) -> bool:
-        """Return whether the queue has a job, where accounting does not know, or it cannot be asked."""
-        number = job.partition("_")[0]
-        if number not in self.queues:
-            self.queues[number] = _queued(number)
-        queued = self.queues[number]
-        return queued is None or job in queued
 
     def _lives(self, job: Any) -> bool:
         if _state(job) not in _ALIVE:

@@ -11,16 +11,15 @@ from typing import Any, ClassVar, Self
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from tnadapt.errors import FileError, TnadaptError, safe_repr
 
 from .._inputs import IGNORED, TokenLists
 from .._learning_task import Evidence, LearningTask, Measured, Metric, Rows
 from .._specification import Part, Spec
-from ..data import Data, Samples, Table, find_column
+from ..data import Data, Samples, Table
 from ._classification import columns_of
-
-__all__ = ["CausalLM"]
 
 PROMPT_COLUMNS = ("prompt", "instruction", "question")
 COMPLETION_COLUMNS = ("completion", "response", "answer", "output")
@@ -65,8 +64,7 @@ class CausalLM(LearningTask):
             usual = columns == [MESSAGES] or {name.strip().lower() for name in columns} & _USUAL
             what = "are" if usual else "may be"
             return Evidence(
-                "evident" if usual else "possible",
-                f"{' and '.join(map(repr, columns))} {what} prompts and completions",
+                "evident" if usual else "possible", f"{' and '.join(map(repr, columns))} {what} prompts and completions"
             )
         if columns and len(source.columns) == 1:
             return Evidence("evident", f"{columns[0]!r} has texts, and there is no other column")
@@ -98,18 +96,15 @@ class CausalLM(LearningTask):
         """Return prompts, with what follows them if it is known."""
         assert isinstance(source, Table)
         columns = _columns(source, spec, alone=True)
-        known = {"text": True, "completion": len(columns) == 2, "messages": True}[self.form]
-        fits = columns == [MESSAGES] if self.form == MESSAGES else bool(columns) and columns != [MESSAGES]
-        if not fits:
+        if not columns or (columns == [MESSAGES]) != (self.form == MESSAGES):
             needed = {"text": "text", "completion": "prompt", "messages": MESSAGES}[self.form]
             raise FileError(f"{source.name} has {source.listed()}; the adapter was trained on a column {needed!r}")
-        if self.form == "completion" and not known:
-            prompts = _samples(source, columns).inputs
-            return Samples([(prompt, "") for prompt in prompts], np.zeros(len(prompts), np.int64)), False
         samples = _samples(source, columns[:1] if self.form == "text" else columns)
         if self.form == MESSAGES:
-            known = all(some[-1]["role"] == "assistant" for some in samples.inputs)
-        return samples, known
+            return samples, all(turns[-1]["role"] == "assistant" for turns in samples.inputs)
+        if self.form == "completion" and len(columns) == 1:
+            return Samples([(prompt, "") for prompt in samples.inputs], samples.labels), False
+        return samples, True
 
     @property
     def outputs(self) -> int | None:
@@ -254,14 +249,11 @@ def _prompts(samples: Samples, tokenizer: Any, longest: int) -> list[list[int]]:
 
 def _continued(model: Any, tokenizer: Any, prompts: Sequence[list[int]], device: torch.device) -> list[str]:
     """Return what the model writes after each prompt of a batch, which is padded on the left."""
-    width = max(map(len, prompts))
-    tokens = torch.full((len(prompts), width), tokenizer.pad_token_id)
-    for row, prompt in enumerate(prompts):
-        tokens[row, width - len(prompt) :] = torch.tensor(prompt)
-    lengths = torch.tensor([len(prompt) for prompt in prompts])
-    mask = (torch.arange(width) >= width - lengths[:, None]).long()
+    rows = [torch.tensor(prompt) for prompt in prompts]
+    tokens = pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id, padding_side="left")
+    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
     sequences = model.generate(tokens.to(device), attention_mask=mask.to(device))
-    texts: list[str] = tokenizer.batch_decode(sequences[:, width:], skip_special_tokens=True)
+    texts: list[str] = tokenizer.batch_decode(sequences[:, tokens.shape[1] :], skip_special_tokens=True)
     return texts
 
 
@@ -280,12 +272,11 @@ def _columns(table: Table, spec: Spec, alone: bool = False) -> list[str]:
 
     With ``alone``, prompts need no completions.
     """
-    names = list(table.columns)
-    prompt = find_column(table.path, spec.text_column, PROMPT_COLUMNS, names)
-    completion = find_column(table.path, spec.label_column, COMPLETION_COLUMNS, names)
+    prompt = table.column(spec.text_column, PROMPT_COLUMNS)
+    completion = table.column(spec.label_column, COMPLETION_COLUMNS)
     if prompt is not None and completion is not None:
         return [prompt, completion]
-    if MESSAGES in names and spec.text_column is None:
+    if MESSAGES in list(table.columns) and spec.text_column is None:
         return [MESSAGES]
     text = columns_of(table, spec)[0] or (prompt if alone else None)
     return [] if text is None else [text]
@@ -308,7 +299,8 @@ def _samples(table: Table, names: Sequence[str]) -> Samples:
     if names[0] == MESSAGES:
         for row, turns in enumerate(inputs):
             _check_messages(table, row, turns)
-    for name in names if names[0] != MESSAGES else ():
+        return Samples(inputs, np.zeros(len(inputs), np.int64))
+    for name in names:
         for row, text in enumerate(table.columns[name]):
             if not isinstance(text, str):
                 raise FileError(f"{table.place(row)}: {safe_repr(text)} in {name!r} is not a text")

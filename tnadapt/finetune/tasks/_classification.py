@@ -13,58 +13,18 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tnadapt.errors import FileError, safe_repr
-from tnadapt.finetune._learning_task import ACCURACY, Evidence, LearningTask, Measured, Metric, Rows
-from tnadapt.finetune._specification import Spec
-from tnadapt.finetune.data import (
-    LABEL_COLUMNS,
-    TEXT_COLUMNS,
-    Data,
-    LabelFacts,
-    Samples,
-    Table,
-    facts_of,
-    find_column,
-    labelled_texts,
-    needed_column,
-    number,
-    require_texts,
-)
 
-__all__ = [
-    "Classification",
-    "ImageClassification",
-    "MultiLabel",
-    "Regression",
-    "class_numbers",
-    "columns_of",
-]
-
+from .._learning_task import ACCURACY, ClassTask, Evidence, LearningTask, Measured, Metric, Rows
+from .._specification import Spec
+from ..data import LABEL_COLUMNS, TEXT_COLUMNS, Data, LabelFacts, Samples, Table, facts_of, labelled_texts, number
 
 # -- Columns of texts and labels ---------------------------------------------------------------------------------------
 
 
-def class_numbers(classes: Sequence[str], labels: Sequence[str], name: str, what: str = "label") -> list[int]:
-    """Return the numbers of classes by their names, which messages call by ``what``.
-
-    Raises
-    ------
-    FileError
-        If there is no such class.
-    """
-    place = {label: index for index, label in enumerate(classes)}
-    for label in labels:
-        if label not in place:
-            known = ", ".join(map(repr, classes[:20]))
-            raise FileError(f"{name} has the {what} {safe_repr(label)}; the adapter knows {known}")
-    return [place[label] for label in labels]
-
-
 def columns_of(table: Table, spec: Spec) -> tuple[str | None, str | None]:
     """Return the columns of texts and of labels; None for one that is not there."""
-    names = list(table.columns)
     usual = (*spec.label_names, *LABEL_COLUMNS)
-    text = find_column(table.path, spec.text_column, TEXT_COLUMNS, names)
-    return text, find_column(table.path, spec.label_column, usual, names)
+    return table.column(spec.text_column, TEXT_COLUMNS), table.column(spec.label_column, usual)
 
 
 def missing_columns(source: Table | Data, spec: Spec) -> Evidence | None:
@@ -82,8 +42,7 @@ def label_facts(table: Table, spec: Spec) -> tuple[str, LabelFacts]:
     """Return the name of the label column, and what is in it."""
     name = columns_of(table, spec)[1]
     assert name is not None
-    table.filled([name])
-    return name, facts_of(list(table.columns[name]), spec.separator)
+    return name, facts_of(table.cells(name), spec.separator)
 
 
 def texts_of(table: Table, spec: Spec) -> list[str]:
@@ -94,48 +53,26 @@ def texts_of(table: Table, spec: Spec) -> list[str]:
     FileError
         If there is no column of texts, or a cell of it holds something else.
     """
-    name = needed_column(table.path, "text", spec.text_column, TEXT_COLUMNS, list(table.columns))
-    table.filled([name])
-    texts = list(table.columns[name])
-    require_texts(texts, table.name)
-    return texts
+    return table.texts(table.needed_column("text", spec.text_column, TEXT_COLUMNS))
 
 
-def labels_of(table: Table, spec: Spec) -> list[Any]:
-    """Return the labels.
-
-    Raises
-    ------
-    FileError
-        If there is no column of labels.
-    """
-    usual = (*spec.label_names, *LABEL_COLUMNS)
-    name = needed_column(table.path, "label", spec.label_column, usual, list(table.columns))
-    table.filled([name])
-    return list(table.columns[name])
+def to_predict(table: Table, spec: Spec, minus_one: bool) -> tuple[list[str], str | None]:
+    """Return the texts, and the column of labels; None if there is none, or it hides them and -1 is no label."""
+    texts, label = texts_of(table, spec), columns_of(table, spec)[1]
+    return texts, None if label is None or (not minus_one and table.hides(label)) else label
 
 
 # -- Classification of texts: one class each ---------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
-class Classification(LearningTask):
-    """Each text has one class: accuracy, cross entropy.
-
-    Attributes
-    ----------
-    classes : tuple of str
-    """
+class Classification(ClassTask):
+    """Each text has one class: accuracy, cross entropy."""
 
     name: ClassVar[str] = "classification"
     auto: ClassVar[str] = "AutoModelForSequenceClassification"
     metric: ClassVar[Metric] = ACCURACY
     stratified: ClassVar[bool] = True
-
-    classes: tuple[str, ...]
-
-    def __post_init__(self) -> None:
-        self._require_classes(self.classes)
 
     @classmethod
     def fits(cls, source: Table | Data, spec: Spec) -> Evidence:
@@ -171,35 +108,14 @@ class Classification(LearningTask):
         assert isinstance(source, Table)
         return labelled_texts(source, spec.text_column, spec.label_column, spec.label_names)
 
-    @classmethod
-    def of(cls, data: Data, training: Samples) -> Self:
-        """Return the task with the classes of the data."""
-        return cls(data.classes)
-
     def samples(self, source: Table | Data, spec: Spec) -> tuple[Samples, bool]:
         """Return texts, with their classes if there is a column of labels."""
         assert isinstance(source, Table)
-        texts = texts_of(source, spec)
-        label = columns_of(source, spec)[1]
-        if label is None or (source.hides(label) and "-1" not in self.classes):
+        texts, label = to_predict(source, spec, "-1" in self.classes)
+        if label is None:
             return Samples(texts, np.zeros(len(texts), np.int64)), False
-        cells = [source.word(label, row, cell) for row, cell in enumerate(labels_of(source, spec))]
-        return Samples(texts, self.numbered(cells, source.name)), True
-
-    def numbered(self, labels: list[Any], name: str) -> np.ndarray:
-        """Return the numbers of classes.
-
-        Raises
-        ------
-        FileError
-            If the task has no such class.
-        """
-        return np.array(class_numbers(self.classes, [str(label).strip() for label in labels], name), np.int64)
-
-    @property
-    def outputs(self) -> int | None:
-        """The number of classes."""
-        return len(self.classes)
+        words = [str(source.word(label, row, cell)).strip() for row, cell in enumerate(source.cells(label))]
+        return Samples(texts, np.array(self.numbers_of(words, source.name), np.int64)), True
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Return the cross entropy."""
@@ -229,23 +145,13 @@ class Classification(LearningTask):
 
 
 @dataclasses.dataclass(frozen=True)
-class MultiLabel(LearningTask):
-    """Each text has any number of labels: micro and macro F1, binary cross entropy.
-
-    Attributes
-    ----------
-    classes : tuple of str
-    """
+class MultiLabel(ClassTask):
+    """Each text has any number of labels: micro and macro F1, binary cross entropy."""
 
     name: ClassVar[str] = "multi-label"
     auto: ClassVar[str] = "AutoModelForSequenceClassification"
     metric: ClassVar[Metric] = Metric("micro F1")
     options: ClassVar[tuple[str, ...]] = ("separator",)
-
-    classes: tuple[str, ...]
-
-    def __post_init__(self) -> None:
-        self._require_classes(self.classes)
 
     @classmethod
     def fits(cls, source: Table | Data, spec: Spec) -> Evidence:
@@ -273,43 +179,28 @@ class MultiLabel(LearningTask):
         assert isinstance(source, Table)
         name, facts = label_facts(source, spec)
         test = source.test([name], name)
-        labels = _lists(source, name, labels_of(source, spec), facts.separator)
-        more = [] if test is None else _lists(test, name, list(test.columns[name]), facts.separator)
-        classes = tuple(sorted({label for some in (*labels, *more) for label in some}))
+        parts = [(part, _lists(part, name, facts.separator)) for part in (source, test) if part is not None]
+        classes = tuple(sorted({label for _, lists in parts for labels in lists for label in labels}))
         if len(classes) < 2:
             raise FileError(f"{name!r} of {source.name} has {len(classes)} different label; --task multi-label needs 2")
         task = cls(classes)
-        held = None if test is None else Samples(texts_of(test, spec), task._marks(more, source.name))
-        return Data(
-            source.name, "text", classes, Samples(texts_of(source, spec), task._marks(labels, source.name)), held
-        )
-
-    @classmethod
-    def of(cls, data: Data, training: Samples) -> Self:
-        """Return the task with the labels of the data."""
-        return cls(data.classes)
+        samples, *held = (Samples(texts_of(part, spec), task._marks(lists, source.name)) for part, lists in parts)
+        return Data(source.name, "text", classes, samples, held[0] if held else None)
 
     def samples(self, source: Table | Data, spec: Spec) -> tuple[Samples, bool]:
         """Return texts, with their labels if there is a column of them."""
         assert isinstance(source, Table)
-        texts = texts_of(source, spec)
-        label = columns_of(source, spec)[1]
-        if label is None or (source.hides(label) and "-1" not in self.classes):
+        texts, label = to_predict(source, spec, "-1" in self.classes)
+        if label is None:
             return Samples(texts, np.zeros((len(texts), len(self.classes)), np.float32)), False
-        name, facts = label_facts(source, spec)
-        labels = _lists(source, name, labels_of(source, spec), facts.separator)
-        return Samples(texts, self._marks(labels, source.name)), True
+        _, facts = label_facts(source, spec)
+        return Samples(texts, self._marks(_lists(source, label, facts.separator), source.name)), True
 
     def _marks(self, labels: Sequence[Sequence[str]], name: str) -> NDArray[np.float32]:
         marks = np.zeros((len(labels), len(self.classes)), np.float32)
         for row, some in enumerate(labels):
-            marks[row, class_numbers(self.classes, some, name)] = 1
+            marks[row, self.numbers_of(some, name)] = 1
         return marks
-
-    @property
-    def outputs(self) -> int | None:
-        """The number of labels."""
-        return len(self.classes)
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Return the binary cross entropy, the mean over samples and labels."""
@@ -332,16 +223,15 @@ class MultiLabel(LearningTask):
 
     def answer(self, row: Tensor) -> dict[str, Any]:
         """Return the labels of a probability above one half, and the probabilities of all."""
-        probabilities = row.double().sigmoid().tolist()
-        labels = [name for name, probability in zip(self.classes, probabilities, strict=True) if probability > 0.5]
-        scores = {name: round(probability, 6) for name, probability in zip(self.classes, probabilities, strict=True)}
-        return {"prediction": labels, "scores": scores}
+        scores = dict(zip(self.classes, row.double().sigmoid().tolist(), strict=True))
+        labels = [name for name, probability in scores.items() if probability > 0.5]
+        return {"prediction": labels, "scores": {name: round(score, 6) for name, score in scores.items()}}
 
 
-def _lists(table: Table, column: str, cells: Sequence[Any], separator: str | None) -> list[list[str]]:
-    """Return the labels of each cell as words."""
+def _lists(table: Table, column: str, separator: str | None) -> list[list[str]]:
+    """Return the labels of each cell of a column as words."""
     lists = []
-    for row, cell in enumerate(cells):
+    for row, cell in enumerate(table.cells(column)):
         pieces: Any = cell if not isinstance(cell, str) else cell.split(separator) if separator else [cell]
         if not isinstance(pieces, list) or not all(isinstance(piece, (str, int)) for piece in pieces):
             raise FileError(f"{table.place(row)}: {safe_repr(cell)} is not a list of labels")
@@ -381,7 +271,8 @@ class ImageClassification(Classification):
         if not isinstance(source, Data):
             raise FileError(f"{source.name} is a table; the adapter predicts images: give a folder of them")
         names = [source.classes[int(label)] for label in source.samples.labels]
-        return Samples(source.samples.inputs, self.numbered(names, source.name)), True
+        numbers = self.numbers_of([name.strip() for name in names], source.name)
+        return Samples(source.samples.inputs, np.array(numbers, np.int64)), True
 
 
 # -- Regression on texts: one number each ------------------------------------------------------------------------------
@@ -444,11 +335,9 @@ class Regression(LearningTask):
         assert isinstance(source, Table)
         name = columns_of(source, spec)[1]
         assert name is not None
-        test = source.test([name], name)
-        held = None if test is None else Samples(texts_of(test, spec), _numbers(test, list(test.columns[name])))
-        return Data(
-            source.name, "text", (), Samples(texts_of(source, spec), _numbers(source, labels_of(source, spec))), held
-        )
+        parts = [part for part in (source, source.test([name], name)) if part is not None]
+        samples, *held = (Samples(texts_of(part, spec), _numbers(part, name)) for part in parts)
+        return Data(source.name, "text", (), samples, held[0] if held else None)
 
     @classmethod
     def of(cls, data: Data, training: Samples) -> Self:
@@ -463,12 +352,9 @@ class Regression(LearningTask):
     def samples(self, source: Table | Data, spec: Spec) -> tuple[Samples, bool]:
         """Return texts, with their numbers if there is a column of labels."""
         assert isinstance(source, Table)
-        texts = texts_of(source, spec)
-        label = columns_of(source, spec)[1]
         # One text may well have the number -1.
-        if label is None or (len(texts) > 1 and source.hides(label)):
-            return Samples(texts, np.zeros(len(texts))), False
-        return Samples(texts, _numbers(source, labels_of(source, spec))), True
+        texts, label = to_predict(source, spec, len(source) <= 1)
+        return Samples(texts, np.zeros(len(texts)) if label is None else _numbers(source, label)), label is not None
 
     @property
     def outputs(self) -> int | None:
@@ -503,9 +389,9 @@ class Regression(LearningTask):
         return {"prediction": float(f"{self.mean + self.deviation * float(row[0]):.6g}")}
 
 
-def _numbers(table: Table, cells: Sequence[Any]) -> NDArray[np.float64]:
-    numbers = np.empty(len(cells))
-    for row, cell in enumerate(cells):
+def _numbers(table: Table, column: str) -> NDArray[np.float64]:
+    numbers = np.empty(len(table))
+    for row, cell in enumerate(table.cells(column)):
         try:
             numbers[row] = number(cell)
         except ValueError as error:

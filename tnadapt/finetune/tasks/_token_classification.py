@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -14,12 +14,9 @@ from torch import Tensor, nn
 from tnadapt.errors import FileError, TnadaptError, safe_repr
 
 from .._inputs import IGNORED, TokenLists
-from .._learning_task import Evidence, LearningTask, Measured, Metric, Rows
+from .._learning_task import ClassTask, Evidence, Measured, Metric, Rows
 from .._specification import Part, Spec
-from ..data import Data, Samples, Table, find_column
-from ._classification import class_numbers
-
-__all__ = ["TokenClassification"]
+from ..data import Data, Samples, Table
 
 WORD_COLUMNS = ("tokens", "words")
 TAG_COLUMNS = ("tags", "ner_tags", "pos_tags", "labels")
@@ -27,49 +24,18 @@ TAG_COLUMNS = ("tags", "ner_tags", "pos_tags", "labels")
 OUTSIDE = "O"
 
 
-class TaggedWords(TokenLists):
-    """Words as tokens, the first token of each with its tag: a part of a :class:`~tnadapt.finetune.Problem`.
-
-    Parameters
-    ----------
-    tokens, targets : sequence of sequence of int
-    pad : int
-    words : sequence of sequence of int
-        The place of each word that has a target, in its text.
-    """
-
-    def __init__(
-        self,
-        tokens: Sequence[Sequence[int]],
-        targets: Sequence[Sequence[int]],
-        pad: int,
-        words: Sequence[Sequence[int]],
-    ) -> None:
-        super().__init__(tokens, targets, pad)
-        self.words = words
-
-
 @dataclasses.dataclass(frozen=True)
-class TokenClassification(LearningTask):
+class TokenClassification(ClassTask):
     """Each word has a tag: F1 of words over all tags but ``O``, accuracy, macro F1; cross entropy.
 
     The first token of a word carries its tag. F1 counts words, not whole entities; without a tag ``O`` it equals the
     accuracy.
-
-    Attributes
-    ----------
-    classes : tuple of str
     """
 
     name: ClassVar[str] = "token-classification"
     auto: ClassVar[str] = "AutoModelForTokenClassification"
     metric: ClassVar[Metric] = Metric("F1 of words")
     split_words: ClassVar[bool] = True
-
-    classes: tuple[str, ...]
-
-    def __post_init__(self) -> None:
-        self._require_classes(self.classes)
 
     @classmethod
     def fits(cls, source: Table | Data, spec: Spec) -> Evidence:
@@ -89,19 +55,13 @@ class TokenClassification(LearningTask):
         assert isinstance(source, Table)
         names = _columns(source, spec)
         test = source.test([name for name in names if name], names[1])
-        words, tags = _both(source, names)
-        more = ([], []) if test is None else _both(test, names)
-        classes = tuple(sorted({tag for some in (*tags, *more[1]) for tag in some}))
+        parts = [_both(part, names) for part in (source, test) if part is not None]
+        classes = tuple(sorted({tag for _, lists in parts for tags in lists for tag in tags}))
         if len(classes) < 2:
             raise FileError(f"{source.name} has the tag {classes[0]!r} alone; --task token-classification needs two")
         task = cls(classes)
-        held = None if test is None else Samples(more[0], task._numbered(more[1], source.name))
-        return Data(source.name, "text", classes, Samples(words, task._numbered(tags, source.name)), held)
-
-    @classmethod
-    def of(cls, data: Data, training: Samples) -> Self:
-        """Return the task with the tags of the data."""
-        return cls(data.classes)
+        samples, *held = (Samples(words, task._numbered(tags, source.name)) for words, tags in parts)
+        return Data(source.name, "text", classes, samples, held[0] if held else None)
 
     def samples(self, source: Table | Data, spec: Spec) -> tuple[Samples, bool]:
         """Return words, with their tags if there is a column of them."""
@@ -118,13 +78,8 @@ class TokenClassification(LearningTask):
     def _numbered(self, tags: Sequence[Sequence[str]], name: str) -> NDArray[Any]:
         numbers = np.empty(len(tags), object)
         for row, some in enumerate(tags):
-            numbers[row] = class_numbers(self.classes, some, name, "tag")
+            numbers[row] = self.numbers_of(some, name, "tag")
         return numbers
-
-    @property
-    def outputs(self) -> int | None:
-        """The number of tags."""
-        return len(self.classes)
 
     def encode(self, samples: Samples, tokenizer: Any, longest: int) -> Part:
         """Return tokens; the first of each word has its tag, and the others none."""
@@ -140,7 +95,7 @@ class TokenClassification(LearningTask):
             first = [word is not None and word != last for word, last in zip(owners, [None, *owners], strict=False)]
             targets.append([tags[word] if begins else IGNORED for word, begins in zip(owners, first, strict=True)])
             words.append([word for word, begins in zip(owners, first, strict=True) if begins])
-        return TaggedWords(encoding["input_ids"], targets, tokenizer.pad_token_id, words)
+        return TokenLists(encoding["input_ids"], targets, tokenizer.pad_token_id, words)
 
     def check(self, compute: Callable[[Any], Tensor], inputs: Any, model: str, data: str) -> None:
         """Raise an error unless there are logits of each tag for each token."""
@@ -170,10 +125,8 @@ class TokenClassification(LearningTask):
         inside = torch.tensor([name != OUTSIDE for name in self.classes])
         micro = float(2 * hits[inside].sum() / both[inside].sum().clamp_min(1))
         used = both > 0
-        more = {
-            "accuracy": float(hits.sum() / len(truth)),
-            "macro F1": float((2 * hits[used] / both[used]).mean()),
-        }
+        macro = float((2 * hits[used] / both[used]).mean())
+        more = {"accuracy": float(hits.sum() / len(truth)), "macro F1": macro}
         return Measured(micro, float(nn.functional.cross_entropy(logits, truth)), more)
 
     def predicted(self, row: Tensor) -> Tensor:
@@ -182,7 +135,7 @@ class TokenClassification(LearningTask):
 
     def answers(self, rows: Rows, part: Part, samples: Samples) -> list[dict[str, Any]]:
         """Return a tag for each word; None for one that is cut off or has no token."""
-        assert isinstance(part, TaggedWords)
+        assert isinstance(part, TokenLists)
         answers = []
         for row, places, words in zip(rows, part.words, samples.inputs, strict=True):
             here = self.answer(row)
@@ -203,9 +156,7 @@ class TokenClassification(LearningTask):
 
 
 def _columns(table: Table, spec: Spec) -> tuple[str | None, str | None]:
-    names = list(table.columns)
-    words = find_column(table.path, spec.text_column, WORD_COLUMNS, names)
-    return words, find_column(table.path, spec.label_column, TAG_COLUMNS, names)
+    return table.column(spec.text_column, WORD_COLUMNS), table.column(spec.label_column, TAG_COLUMNS)
 
 
 def _both(table: Table, names: tuple[str | None, str | None]) -> tuple[list[list[str]], list[list[str]]]:
