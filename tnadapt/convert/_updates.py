@@ -18,9 +18,8 @@ from numpy.typing import NDArray
 from tnadapt.algebra.config import MAX_ALPHA, MIN_ALPHA, Config
 from tnadapt.algebra.factoring import Matrix, factoring
 from tnadapt.algebra.network import Network
-from tnadapt.algebra.norms import exponent_of, norm, norm_of_difference, relative, scaled_by, together
+from tnadapt.algebra.norms import exponent_of, norm, norm_of_difference, relative, rounded_to, scaled_by, together
 from tnadapt.algebra.superlora import SuperLoRA
-from tnadapt.algebra.torch_streams import bfloat16_of
 from tnadapt.backends import load_backend
 from tnadapt.checkpoints.adapter_file import AdapterFile
 from tnadapt.errors import ConfigError, FileError, safe_repr
@@ -250,7 +249,7 @@ def _round_to_bfloat16(array: Any) -> np.ndarray:
     """Round to the nearest bfloat16 values, ties to even, as float32."""
     with np.errstate(over="ignore"):
         single = np.array(array, dtype=np.float32, order="C")
-    return np.where(np.isfinite(array), bfloat16_of(single), single)
+    return np.where(np.isfinite(array), rounded_to(single, "bfloat16"), single)
 
 
 def check_range(arrays: Mapping[str, np.ndarray], dtype: str) -> None:
