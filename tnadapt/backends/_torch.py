@@ -32,12 +32,6 @@ from . import _torch_gpu as torch_gpu
 from ._kernels import kernels
 from ._torch_maps import KernelPair, KernelWithFallback, dft2, in_memory, linear_map, on_memory, recorded
 
-__all__ = [
-    "fastfood",
-    "hadamard",
-]
-
-
 # -- Kernels on CPU tensors, which share their memory with a NumPy array -----------------------------------------------
 
 

@@ -14,8 +14,6 @@ from . import constant_result
 from ._kernels import kernels
 from ._torch_maps import KernelPair, KernelWithFallback, Map, in_memory, linear_map
 
-__all__ = ["fastfood", "fwht", "lacking", "shuffle", "there_are_kernels"]
-
 #: Compute capabilities with float64 at half the speed of float32, from NVIDIA's tables (not measured): drawing a normal
 #: number there takes about as long as three copies of it (H100), elsewhere at 1/64 of the speed 24 (RTX 4090). So cards
 #: that are not listed keep 4 bytes for each.

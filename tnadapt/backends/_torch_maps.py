@@ -17,20 +17,6 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from . import FFT_DTYPES, dft2_by_fft, dft2_in_chunks
 from ._kernels import kernels
 
-__all__ = [
-    "KernelPair",
-    "KernelWithFallback",
-    "dft2",
-    "fastfood",
-    "fwht",
-    "in_memory",
-    "linear_map",
-    "on_memory",
-    "recorded",
-    "shuffle",
-]
-
-
 # -- A kernel as a differentiable function of tensors ------------------------------------------------------------------
 
 

@@ -37,14 +37,6 @@ from tnadapt.errors import BackendError, ConfigError
 
 from . import _reference as reference
 
-__all__ = [
-    "BackendContract",
-    "FormatContract",
-    "MapContract",
-    "SourceContract",
-]
-
-
 # -- What a contract needs from the class that inherits it -------------------------------------------------------------
 
 

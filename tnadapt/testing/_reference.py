@@ -30,19 +30,6 @@ from tnadapt.algebra.maps import (
 from tnadapt.algebra.sources import Mixed, Multiplied, Scaled, Source, Tied, Trained
 from tnadapt.errors import ConfigError
 
-__all__ = [
-    "count",
-    "count_of_magnitudes",
-    "deltas",
-    "matrix_of",
-    "network_arrays",
-    "positions",
-    "project",
-    "tanhshrink",
-    "trained_shapes",
-]
-
-
 # -- Circuits: gates applied one after another to the unit vectors of the columns --------------------------------------
 
 

@@ -31,16 +31,6 @@ from tnadapt.report import TextTable
 
 from . import _reference as reference
 
-__all__ = [
-    "Law",
-    "Report",
-    "examples",
-    "formula",
-    "relative_error",
-    "verify",
-]
-
-
 # -- The result of checking one law, its error, and the collector of results -------------------------------------------
 
 

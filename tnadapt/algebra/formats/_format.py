@@ -24,26 +24,6 @@ from tnadapt.errors import ConfigError, safe_repr
 if TYPE_CHECKING:
     from typing import Self
 
-__all__ = [
-    "Contraction",
-    "Cover",
-    "Format",
-    "Formula",
-    "Halves",
-    "Legs",
-    "Ranges",
-    "Rank",
-    "covered",
-    "jacobian_rank",
-    "letters",
-    "of_cp",
-    "of_train",
-    "of_tucker",
-    "rank_a_mode",
-    "rows_of",
-]
-
-
 # -- Contraction of a small tensor network given as an einsum string ---------------------------------------------------
 
 

@@ -21,20 +21,6 @@ from tnadapt.argument_checks import require_frozen
 from tnadapt.backends import Array, Backend, FixedArrays, load_backend
 from tnadapt.errors import ConfigError, ShapeError, safe_repr
 
-__all__ = [
-    "ENDS",
-    "BroughtMap",
-    "ByRows",
-    "Identity",
-    "Map",
-    "MapSettings",
-    "Space",
-    "check_settings_class",
-    "digest_of",
-    "settings_text",
-]
-
-
 # -- Settings: a frozen dataclass, which configs hold and adapter files store ------------------------------------------
 
 

@@ -16,17 +16,6 @@ from tnadapt.errors import ConfigError, safe_repr
 
 from ._map import BroughtMap, ByRows, Identity, Map, MapSettings, Space
 
-__all__ = [
-    "Circulant",
-    "CirculantMap",
-    "GivenMatrix",
-    "Normal",
-    "Repeat",
-    "Tile",
-    "TileMap",
-]
-
-
 # -- A dense map of independent normal numbers -------------------------------------------------------------------------
 
 

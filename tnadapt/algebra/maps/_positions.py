@@ -20,23 +20,6 @@ from tnadapt.errors import ConfigError, safe_repr
 
 from ._map import ENDS, BroughtMap, Map, MapSettings, Space, digest_of
 
-__all__ = [
-    "Gather",
-    "GatherMap",
-    "OneHot",
-    "Scatter",
-    "ScatterMap",
-    "Shuffle",
-    "SignGather",
-    "SignGatherMap",
-    "SignedOneHot",
-    "TiedElements",
-    "TiedMap",
-    "TorchScatter",
-    "TorchScatterMap",
-]
-
-
 # -- Scatter: a few values at positions of a vector that is zero elsewhere ---------------------------------------------
 
 

@@ -15,17 +15,6 @@ from tnadapt.errors import ConfigError, safe_repr
 
 from ._map import ByRows, Map, MapSettings, Space
 
-__all__ = [
-    "DAUBECHIES",
-    "CenteredWavelet",
-    "CenteredWaveletMap",
-    "Dct2",
-    "Dft2",
-    "Wavelet",
-    "WaveletMap",
-]
-
-
 # -- One side: a product with a fixed matrix ---------------------------------------------------------------------------
 
 

@@ -22,18 +22,6 @@ from tnadapt.errors import ShapeError
 
 from ._map import Map, digest_of
 
-__all__ = [
-    "FastfoodDraws",
-    "Linear",
-    "LinearV2",
-    "Nonlinear",
-    "NonlinearV2",
-    "fwht",
-    "hadamard_rows",
-    "tanhshrink",
-]
-
-
 # -- Draws: permutation Π, normal diagonals 𝒢 and 𝒢', signs ℬ, whole or in pieces --------------------------------------
 
 

@@ -39,31 +39,6 @@ from ._positions import (
 from ._transforms import CenteredWaveletMap, Dct2, Dft2, WaveletMap
 from .fastfood import Linear, LinearV2, Nonlinear, NonlinearV2
 
-__all__ = [
-    "KINDS",
-    "MAPS",
-    "ON",
-    "SQUARE",
-    "THETA_STREAMS",
-    "Chain",
-    "PerWeight",
-    "Projection",
-    "Recipe",
-    "adjoints",
-    "checked_projection",
-    "input_length",
-    "is_brought",
-    "is_linear",
-    "make_map",
-    "make_map_on_weights",
-    "projection_name",
-    "projection_to_json",
-    "require_ratio_fits",
-    "slices",
-    "takes_ratio",
-]
-
-
 # -- Maps in a row: each is applied to the result of the one before ----------------------------------------------------
 
 

@@ -19,35 +19,6 @@ from tnadapt.errors import ConfigError, safe_repr
 if TYPE_CHECKING:
     from tnadapt.algebra.superlora import SuperLoRA
 
-__all__ = [
-    "AdaptedWeights",
-    "Float",
-    "Formula",
-    "Ladder",
-    "Named",
-    "Params",
-    "Preset",
-    "Recognize",
-    "Shapes",
-    "Sizes",
-    "alpha_over_rank",
-    "by_factors",
-    "each",
-    "each_shape",
-    "groups_label",
-    "is_of",
-    "long_vector_cut",
-    "lora_config",
-    "lora_formula",
-    "of_theta",
-    "one_size",
-    "preset_config",
-    "rank_label",
-    "ranks",
-    "recognized_by",
-    "up_to",
-]
-
 Shapes = Sequence[tuple[int, int]]
 
 

@@ -33,22 +33,6 @@ from .simd import RADIX_BITS, VECTOR_BYTES, fetch, signed, signed_butterfly
 from .walsh import across, block, evenly, low_run, stages, strips, transform, transform_into
 from .work_space import CACHE_LINE, WorkSpace, aligned_empty, cache_sizes, readable, share, thread_count
 
-__all__ = [
-    "begin",
-    "buckets_of",
-    "end",
-    "gather",
-    "linear",
-    "order_of",
-    "permuted",
-    "permutes",
-    "place",
-    "scatter",
-    "starts_of",
-    "takes",
-]
-
-
 # -- Loops: diagonals, gathering and scattering, sorting into buckets --------------------------------------------------
 
 # All loops work on blocks that fit in the level 2 cache, in parts that fit in the level 1 cache. The

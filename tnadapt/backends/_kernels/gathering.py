@@ -20,14 +20,6 @@ from .compiling import compiled
 from .simd import LOW_VECTORS, VECTOR_BYTES, fetch
 from .work_space import CACHE_LINE
 
-__all__ = [
-    "first_images",
-    "gather_part",
-    "round_keys",
-    "scatter_part",
-]
-
-
 # -- Loops -------------------------------------------------------------------------------------------------------------
 
 

@@ -22,18 +22,6 @@ from .compiling import compiled
 from .simd import VECTOR_BYTES
 from .work_space import share, thread_count
 
-__all__ = [
-    "IMAGES",
-    "fill_images",
-    "normals",
-    "normals_at",
-    "permutation",
-    "signs",
-    "words",
-    "words_at",
-]
-
-
 # -- The random words, normals and permutation -------------------------------------------------------------------------
 
 

@@ -16,23 +16,6 @@ from numba import types
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
-__all__ = [
-    "LOW_VECTORS",
-    "RADIX_BITS",
-    "VECTOR_BYTES",
-    "butterfly",
-    "butterfly_of_four",
-    "butterfly_of_one",
-    "butterfly_of_overlapping_eight",
-    "butterfly_of_overlapping_four",
-    "butterfly_of_overlapping_sixteen",
-    "fetch",
-    "low_stages",
-    "signed",
-    "signed_butterfly",
-]
-
-
 # -- Butterflies in SIMD registers -------------------------------------------------------------------------------------
 
 

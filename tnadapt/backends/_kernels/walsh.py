@@ -30,19 +30,6 @@ from .simd import (
 )
 from .work_space import CACHE_LINE, SMALL, aligned_empty, cache_sizes, readable, share, thread_count
 
-__all__ = [
-    "blocks",
-    "low_run",
-    "planned",
-    "short",
-    "strips",
-    "transform",
-    "transform_at_once",
-    "transform_into",
-    "vector",
-]
-
-
 # -- Loops: all stages of a block in the cache, and stages across distant rows -----------------------------------------
 
 # Stage s pairs elements ``unit * 2**s`` apart, where unit is the distance of neighbors along the axis. Every schedule

@@ -18,18 +18,6 @@ from typing import Any
 
 import numpy as np
 
-__all__ = [
-    "CACHE_LINE",
-    "SMALL",
-    "WorkSpace",
-    "aligned_empty",
-    "cache_sizes",
-    "readable",
-    "share",
-    "thread_count",
-]
-
-
 # -- Alignment of arrays, and the sizes of the processor's caches ------------------------------------------------------
 
 
