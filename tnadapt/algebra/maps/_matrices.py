@@ -14,7 +14,7 @@ from tnadapt.argument_checks import integer
 from tnadapt.backends import Array, Backend
 from tnadapt.errors import ConfigError, safe_repr
 
-from ._map import BroughtMap, ByRows, Identity, Map, MapSettings, Space
+from ._map import BroughtMap, ByRows, Copying, Identity, Map, MapSettings, Space
 
 # -- A dense map of independent normal numbers -------------------------------------------------------------------------
 
@@ -73,9 +73,8 @@ class Normal(Map):
         total = None
         for lo, hi in self._blocks(0, self.n_out):
             row = backend.reshape(y[..., lo:hi], (*y.shape[:-1], 1, hi - lo))
-            part = backend.reshape(
-                backend.precise_matmul(row, self._block(backend, y, (lo, hi))), (*y.shape[:-1], self.n_in)
-            )
+            product = backend.precise_matmul(row, self._block(backend, y, (lo, hi)))
+            part = backend.reshape(product, (*y.shape[:-1], self.n_in))
             total = part if total is None else total + part
         return total
 
@@ -86,11 +85,8 @@ class Normal(Map):
         return self.n_in * self.n_out
 
     def matrix(self) -> np.ndarray:
-        rows = [
-            rng.normals(self.seed, self.group, rng.PURPOSE["normal_map"], row * self.n_in, (row + 1) * self.n_in)
-            for row in range(self.n_out)
-        ]
-        return np.asarray(np.float32(np.asarray(rows, np.float64) / math.sqrt(self.n_out)), np.float64)
+        drawn = rng.normals(self.seed, self.group, rng.PURPOSE["normal_map"], 0, self.n_out * self.n_in)
+        return np.float32(drawn.astype(np.float64) / math.sqrt(self.n_out)).astype(np.float64).reshape(self.n_out, -1)
 
 
 # -- A dense map that the caller brings --------------------------------------------------------------------------------
@@ -186,11 +182,7 @@ class CirculantMap(Map):
     settings_class = Circulant
     settings: Circulant
     shape: tuple[int, int]
-    two_sided = True
-
-    @classmethod
-    def fixes_length(cls, settings: Circulant) -> bool:
-        return True
+    two_sided = _sized_by_settings = True
 
     @classmethod
     def domain(cls, codomain: Space, settings: Circulant) -> Space:
@@ -269,7 +261,7 @@ class CirculantMap(Map):
 _CONCATENATED = 64
 
 
-class Repeat(Map):
+class Repeat(Copying):
     """``y[j] = x[j mod n_in]``. The adjoint sums the repeats of each element, and needs no gather.
 
     Examples
@@ -301,12 +293,6 @@ class Repeat(Map):
         whole = self._times * self.n_in
         padded = y if whole == self.n_out else backend.pad_last(y, whole)
         return backend.sum(backend.reshape(padded, (*y.shape[:-1], self._times, self.n_in)), axis=-2)
-
-    def squared_norm(self) -> float:
-        return float(self.n_out)
-
-    def cost(self) -> int:
-        return 0
 
     def matrix(self) -> np.ndarray:
         return np.asarray(np.eye(self.n_in)[self.make("places")])
@@ -350,16 +336,13 @@ class Tile(MapSettings):
         super().__post_init__()
 
 
-class TileMap(ByRows):
+class TileMap(Copying, ByRows):
     """``Y[i, j] = X[i mod rows, j mod cols]``."""
 
     kind = "tile"
     settings_class = Tile
     settings: Tile
-
-    @classmethod
-    def fixes_length(cls, settings: Tile) -> bool:
-        return True
+    _sized_by_settings = True
 
     @classmethod
     def domain(cls, codomain: Space, settings: Tile) -> Space:
@@ -409,17 +392,7 @@ class TileMap(ByRows):
         )
         return [(rows, cols)]
 
-    def squared_norm(self) -> float:
-        return float(self.n_out)
-
-    def cost(self) -> int:
-        return 0
-
     def matrix(self) -> np.ndarray:
         rows, cols = self._tile
-        whole = np.tile(
-            np.arange(rows * cols).reshape(rows, cols),
-            [-(-a // b) for a, b in zip(self.shape, (rows, cols), strict=True)],
-        )
-        cut = whole[: self.shape[0], : self.shape[1]].reshape(-1)
-        return np.asarray(np.eye(self.n_in)[cut])
+        row, col = np.indices(self.shape)
+        return np.asarray(np.eye(self.n_in)[(row % rows * cols + col % cols).reshape(-1)])

@@ -426,7 +426,7 @@ class Linear(Map):
         return np.asarray(b[:, None] * (h @ permuted)[: self.n_out])
 
     def digest(self) -> str:
-        return digest_of(self, {"perm": self.padded, "g": self.padded, "diagonal": self.n_out})
+        return digest_of(self, self.part, {"perm": self.padded, "g": self.padded, "diagonal": self.n_out})
 
 
 class LinearV2(Linear):

@@ -39,16 +39,9 @@ __all__ = ["c3a", "fourierft", "loca", "miss", "shira", "waveft"]
 
 def _few_values(projection: Any, changes: dict[str, Any]) -> Config:
     """Return a config with one vector per weight, as long as the map determines; alpha is the scale."""
-    settings = {
-        "groups": "weight",
-        "order": 1,
-        "fold": "stack",
-        "format": "dense",
-        "rank": 1,
-        "projection": projection,
-        "on": "weight",
-    }
-    return preset_config(settings, changes)
+    return preset_config(
+        changes, groups="weight", order=1, fold="stack", format="dense", rank=1, projection=projection, on="weight"
+    )
 
 
 @checks_arguments
@@ -209,8 +202,7 @@ def miss(r: int = 64, mini: int | None = None, **changes: Any) -> Config:
 
 def _values(p: Named, config: Config, size: int) -> Float:
     """Place the trained numbers of SHiRA, FourierFT, LoCA or WaveFT in a vector of zeros."""
-    projection = config.projection if isinstance(config.projection, tuple) else (config.projection,)
-    scatter, values = projection[0], p("split0.dense")
+    scatter, values = _settings(config)[0], p("split0.dense")
     assert isinstance(scatter, Scatter)
     places = scatter.positions
     vector: Float = np.zeros(size)
@@ -232,26 +224,19 @@ def _fourierft(p: Named, config: Config, shape: tuple[int, int]) -> Float:
 def _loca(p: Named, config: Config, shape: tuple[int, int]) -> Float:
     # ΔW = α Cᵀ S D; Du et al.: C_kl = sqrt(2/n) k_k cos((2 l + 1) k π / (2 n)), with k_0 = 1 / sqrt(2).
     spectrum = _values(p, config, math.prod(shape)).reshape(shape)
-    c, d = (
-        np.array(
-            [
-                [
-                    math.sqrt((1 if k == 0 else 2) / n) * math.cos((2 * place + 1) * k * math.pi / (2 * n))
-                    for place in range(n)
-                ]
-                for k in range(n)
-            ]
-        )
-        for n in shape
-    )
+
+    def cosines(n: int) -> Float:
+        k, place = np.indices((n, n))
+        return np.where(k == 0, math.sqrt(1 / n), math.sqrt(2 / n)) * np.cos((2 * place + 1) * k * math.pi / (2 * n))
+
+    c, d = map(cosines, shape)
     return np.asarray(alpha_over_rank(config) * c.T @ spectrum @ d)
 
 
 def _waveft(p: Named, config: Config, shape: tuple[int, int]) -> Float:
     # ΔW = λ IDWT(C); the filter bank: zeros between coefficients, two convolutions, and the edges cut off.
-    assert isinstance(config.projection, tuple)
-    wavelet = config.projection[1]
-    taps = _daubechies(1 if wavelet in ("wavelet", Wavelet("haar")) else int(wavelet.family[2:]))  # type: ignore[union-attr]
+    wavelet = _settings(config)[1]
+    taps = _daubechies(1 if wavelet in ("wavelet", Wavelet("haar")) else int(wavelet.family[2:]))
     mirrored = taps[::-1] * (-1.0) ** np.arange(len(taps))
     longer = [2 * math.ceil((size + len(taps) - 2) / 2) for size in shape]
     grid = _values(p, config, math.prod(longer)).reshape(longer)
@@ -295,9 +280,7 @@ def _miss(p: Named, config: Config, shape: tuple[int, int]) -> Float:
     r, (rows, cols) = config.projection.cols, shape
     assert r is not None
     short = p("split0.dense").reshape(-1, r)
-    sums: Float = np.zeros((r, cols))
-    for column in range(cols):
-        sums[column % r, column] = 1.0
+    sums = np.eye(r)[:, np.arange(cols) % r]
     whole = np.concatenate([short] * math.ceil(rows / len(short)))[:rows]
     return alpha_over_rank(config) * whole @ sums
 

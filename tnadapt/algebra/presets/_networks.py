@@ -73,7 +73,7 @@ def dense(**changes: Any) -> Config:
     >>> tna.parameter_count(dense(), [(768, 768)] * 24)
     14155776
     """
-    return preset_config({"groups": "weight", "order": 1, "fold": "stack", "format": "dense"}, changes)
+    return preset_config(changes, groups="weight", order=1, fold="stack", format="dense")
 
 
 def lora(rank: int = 4, **changes: Any) -> Config:
@@ -88,7 +88,7 @@ def lora(rank: int = 4, **changes: Any) -> Config:
     >>> tna.parameter_count(lora(rank=4), [(768, 768)] * 24)
     147456
     """
-    return lora_config(rank, changes)
+    return lora_config(changes, rank=rank)
 
 
 def lokr(rank: int = 4, **changes: Any) -> Config:
@@ -103,9 +103,7 @@ def lokr(rank: int = 4, **changes: Any) -> Config:
     >>> tna.SuperLoRA(lokr(rank=1), [(768, 768)]).param_shapes
     {'group0.split0.dense': (24, 24), 'group0.split1.factor0': (32, 1), 'group0.split1.factor1': (32, 1)}
     """
-    return preset_config(
-        {"groups": "weight", "fold": "stack", "order": 2, "splits": 2, "format": "cp", "rank": rank}, changes
-    )
+    return lora_config(changes, rank=rank, splits=2)
 
 
 def krona(**changes: Any) -> Config:
@@ -119,7 +117,7 @@ def krona(**changes: Any) -> Config:
     >>> tna.SuperLoRA(krona(), [(768, 768)]).num_parameters == 24**2 + 32**2
     True
     """
-    return preset_config({"groups": "weight", "fold": "stack", "order": 2, "splits": 2, "format": "dense"}, changes)
+    return lora_config(changes, splits=2, format="dense")
 
 
 def loha(rank: int = 4, **changes: Any) -> Config:
@@ -133,19 +131,7 @@ def loha(rank: int = 4, **changes: Any) -> Config:
     >>> tna.parameter_count(loha(rank=4), [(768, 768)])
     12288
     """
-    return preset_config(
-        {
-            "groups": "weight",
-            "fold": "stack",
-            "order": 2,
-            "splits": 2,
-            "combine": "hadamard",
-            "leading": "same",
-            "format": "cp",
-            "rank": rank,
-        },
-        changes,
-    )
+    return lora_config(changes, rank=rank, splits=2, combine="hadamard", leading="same")
 
 
 @checks_arguments
@@ -163,19 +149,8 @@ def lonkr(
     >>> tna.SuperLoRA(lonkr(rank=1), [(768, 768)] * 24).num_parameters == 8**2 + 8**2 + 59 + 59
     True
     """
-    return preset_config(
-        {
-            "groups": groups,
-            "fold": "hypercube",
-            "order": 2,
-            "splits": splits,
-            "split_size": split_size,
-            "leading": "dense",
-            "format": "cp",
-            "rank": rank,
-        },
-        changes,
-    )
+    splitting = {"splits": splits, "split_size": split_size, "leading": "dense"}
+    return lora_config(changes, rank=rank, groups=groups, fold="hypercube", **splitting)
 
 
 @checks_arguments
@@ -191,9 +166,7 @@ def lorta(rank: int | tuple[int, ...] = 4, order: int = 3, groups: Any = 1, **ch
     >>> tna.parameter_count(lorta(rank=1, order=5), unet)
     76
     """
-    return preset_config(
-        {"groups": groups, "fold": "hypercube", "order": order, "format": "tucker", "rank": rank}, changes
-    )
+    return preset_config(changes, groups=groups, fold="hypercube", order=order, format="tucker", rank=rank)
 
 
 @checks_arguments
@@ -232,15 +205,9 @@ def gralora(rank: int | tuple[int, ...] = 4, blocks: int = 2, **changes: Any) ->
     alpha = Config(alpha=changes.get("alpha")).alpha
     if alpha is not None:
         changes = {**changes, "alpha": alpha / k}
-    settings = {
-        "groups": "weight",
-        "order": 3,
-        "fold": ("weights", k, f"rows/{k}", k, f"cols/{k}"),
-        "axes": ((0, 1, 3), 2, 4),
-        "format": "cp-batched",
-        "rank": rank // k,
-    }
-    return preset_config(settings, changes)
+    fold = ("weights", k, f"rows/{k}", k, f"cols/{k}")
+    axes = ((0, 1, 3), 2, 4)
+    return preset_config(changes, groups="weight", order=3, fold=fold, axes=axes, format="cp-batched", rank=rank // k)
 
 
 @checks_arguments
@@ -278,16 +245,11 @@ def quanta(digits: Sequence[int] = (16, 8), **changes: Any) -> Config:
     known = math.prod(sizes)
     if known >= 10**18:  # the largest divisor in a fold
         raise ConfigError(f"digits multiply to {known}; expected less than 1e18")
-    settings = {
-        "groups": "weight",
-        "order": 2 * len(sizes) + 2,
-        "fold": ("weights", *sizes, f"rows/{known}", *sizes, f"cols/{known}"),
-        "axes": ((0, 1), *range(2, 2 * len(sizes) + 3)),
-        "format": "circuit",
-        "rank": 1,
-        "start": "random",
-    }
-    return preset_config(settings, changes)
+    order, fold = 2 * len(sizes) + 2, ("weights", *sizes, f"rows/{known}", *sizes, f"cols/{known}")
+    axes = ((0, 1), *range(2, order + 1))
+    return preset_config(
+        changes, groups="weight", order=order, fold=fold, axes=axes, format="circuit", rank=1, start="random"
+    )
 
 
 @checks_arguments
@@ -302,8 +264,7 @@ def fastfood(ratio: float = 0.01, **changes: Any) -> Config:
     >>> tna.parameter_count(fastfood(ratio=0.01), [(768, 768)] * 24)
     141558
     """
-    settings = {"groups": 1, "order": 1, "fold": "hypercube", "format": "dense", "projection": "linear", "ratio": ratio}
-    return preset_config(settings, changes)
+    return preset_config(changes, groups=1, order=1, fold="hypercube", format="dense", projection="linear", ratio=ratio)
 
 
 def superlora(
@@ -320,16 +281,7 @@ def superlora(
     >>> tna.parameter_count(cfg, [(768, 768)] * 24)
     138372
     """
-    settings = {
-        "groups": groups,
-        "fold": "hypercube",
-        "order": 2,
-        "format": "cp",
-        "rank": rank,
-        "projection": projection,
-        "ratio": ratio,
-    }
-    return preset_config(settings, changes)
+    return lora_config(changes, rank=rank, groups=groups, fold="hypercube", projection=projection, ratio=ratio)
 
 
 @checks_arguments
@@ -345,18 +297,7 @@ def compacter(rank: int | tuple[int, ...] = 1, terms: int = 4, **changes: Any) -
     >>> tna.parameter_count(compacter(rank=1, terms=4), [(768, 768)]) == 4 * (16 + 192 + 192)
     True
     """
-    settings = {
-        "groups": "weight",
-        "fold": "stack",
-        "order": 2,
-        "splits": 2,
-        "split_size": terms,
-        "terms": terms,
-        "leading": "dense",
-        "format": "cp",
-        "rank": rank,
-    }
-    return preset_config(settings, changes)
+    return lora_config(changes, rank=rank, splits=2, split_size=terms, terms=terms, leading="dense")
 
 
 # -- Methods that say how the update meets the weight: DoRA and HiRA ---------------------------------------------------
@@ -375,7 +316,7 @@ def dora(rank: int = 8, **changes: Any) -> Config:
     >>> tna.parameter_count(dora(rank=8), [(768, 768)] * 24)
     313344
     """
-    return lora_config(rank, changes, apply="magnitude")
+    return lora_config(changes, rank=rank, apply="magnitude")
 
 
 def hira(rank: int = 32, **changes: Any) -> Config:
@@ -389,7 +330,7 @@ def hira(rank: int = 32, **changes: Any) -> Config:
     >>> tna.parameter_count(hira(rank=32), [(768, 768)] * 24) == 2 * 768 * 32 * 24
     True
     """
-    return lora_config(rank, changes, apply="hadamard")
+    return lora_config(changes, rank=rank, apply="hadamard")
 
 
 # -- Formulas, as the papers state them -------------------------------------------------------------------------------

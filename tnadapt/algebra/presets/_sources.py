@@ -64,7 +64,7 @@ def lora_fa(rank: int = 4, **changes: Any) -> Config:
     >>> tna.parameter_count(lora_fa(rank=4), [(768, 768)] * 24) == 18_432 * 4
     True
     """
-    return lora_config(rank, changes, sources={"factor1": Seeded("normal", shared=False)})
+    return lora_config(changes, rank=rank, sources={"factor1": Seeded("normal", shared=False)})
 
 
 def share_lora(rank: int = 4, **changes: Any) -> Config:
@@ -79,7 +79,7 @@ def share_lora(rank: int = 4, **changes: Any) -> Config:
     >>> tna.parameter_count(share_lora(rank=4), [(768, 768)] * 24) == 4 * 768 + 24 * 4 * 768
     True
     """
-    return lora_config(rank, changes, sources={"factor1": Tied("group0.split0.factor1")})
+    return lora_config(changes, rank=rank, sources={"factor1": Tied("group0.split0.factor1")})
 
 
 def tied_lora(rank: int = 4, **changes: Any) -> Config:
@@ -98,7 +98,7 @@ def tied_lora(rank: int = 4, **changes: Any) -> Config:
         "factor0": Scaled(Tied("group0.split0.factor0")),
         "factor1": Scaled(Tied("group0.split0.factor1"), size=False, rank=True),
     }
-    return lora_config(rank, changes, sources=sources)
+    return lora_config(changes, rank=rank, sources=sources)
 
 
 @checks_arguments
@@ -127,7 +127,7 @@ def vera(rank: int = 256, *, d_initial: float = 0.1, **changes: Any) -> Config:
         "factor0": Scaled(Seeded("uniform", scale=wide), start=0.0),
         "factor1": Scaled(Seeded("uniform"), size=False, rank=True, start=checked_number("d_initial", d_initial, 1e30)),
     }
-    return lora_config(rank, changes, sources=sources)
+    return lora_config(changes, rank=rank, sources=sources)
 
 
 @checks_arguments
@@ -150,10 +150,8 @@ def randlora(rank: int | tuple[int, ...] = 32, *, rows: int, cols: int, **change
     >>> tna.parameter_count(randlora(rank=32, rows=768, cols=768), [(768, 768)] * 24)
     460800
     """
-    rank, rows, cols = (
-        integer(name, value, 1, MAX_SIZE, ConfigError)
-        for name, value in (("rank", rank), ("rows", rows), ("cols", cols))
-    )
+    sizes = {"rank": rank, "rows": rows, "cols": cols}
+    rank, rows, cols = (integer(name, size, 1, MAX_SIZE, ConfigError) for name, size in sizes.items())
     terms, last = -(-min(rows, cols) // rank), max(rows, cols)
     short, long = ("factor1", "factor0") if cols <= rows else ("factor0", "factor1")
     first = f"term0.split0.{short}" if terms > 1 else short
@@ -164,13 +162,13 @@ def randlora(rank: int | tuple[int, ...] = 32, *, rows: int, cols: int, **change
     }
     if terms > 1:
         sources[short] = Scaled(Tied(first), size=True, rank=True, start=start)
-    return lora_config(rank, changes, sources=sources, terms=terms)
+    return lora_config(changes, rank=rank, sources=sources, terms=terms)
 
 
 def _of_base(rank: int, changes: dict[str, Any], **settings: Any) -> Config:
     """``U C Vᵀ`` with U and V from the base weight: Tucker of order 2."""
-    sources: dict[str, Source] = {"factor0": FromBase("rows"), "factor1": FromBase("cols")}
-    return lora_config(rank, changes, sources=sources, **{"format": "tucker", **settings})
+    sources = {"factor0": FromBase("rows"), "factor1": FromBase("cols")}
+    return lora_config(changes, rank=rank, sources=sources, format="tucker", **settings)
 
 
 def lora_xs(rank: int = 16, **changes: Any) -> Config:
@@ -215,11 +213,8 @@ def svft(rank: int | None = None, *, rows: int | None = None, cols: int | None =
             )
         sides = (integer(name, value, 1, MAX_SIZE, ConfigError) for name, value in (("rows", rows), ("cols", cols)))
         rank = min(sides)
-    sources: dict[str, Source] = {
-        "factor0": FromBase("rows", vectors=True),
-        "factor1": FromBase("cols", vectors=True),
-    }
-    return lora_config(rank, changes, sources=sources, format="cp-weighted")
+    sources = {"factor0": FromBase("rows", vectors=True), "factor1": FromBase("cols", vectors=True)}
+    return lora_config(changes, rank=rank, sources=sources, format="cp-weighted")
 
 
 @checks_arguments
@@ -248,17 +243,12 @@ def craft(rank: int | tuple[int, ...] = 64, *, weights: int | None = None, **cha
     >>> plan.num_parameters == 2 * (12**2 + 16**2 + 16**2)
     True
     """
-    bases: Source = Mixed(FromBase("mode"))
-    base = {
-        "groups": "role",
-        "fold": ("weights", "rows", "cols"),
-        "order": 3,
-        "format": "tucker",
-        "rank": rank if weights is None else (integer("weights", weights, 1, MAX_SIZE, ConfigError), rank, rank),
-        "sources": {"core": BaseCore(), "factor0": bases, "factor1": bases, "factor2": bases},
-        "start": "random",
-    }
-    return preset_config(base, changes)
+    bases, fold = Mixed(FromBase("mode")), ("weights", "rows", "cols")
+    sources = {"core": BaseCore(), "factor0": bases, "factor1": bases, "factor2": bases}
+    ranks = rank if weights is None else (integer("weights", weights, 1, MAX_SIZE, ConfigError), rank, rank)
+    return preset_config(
+        changes, groups="role", fold=fold, order=3, format="tucker", rank=ranks, sources=sources, start="random"
+    )
 
 
 @checks_arguments
@@ -303,7 +293,7 @@ def unilora(parameters: int = 256, rank: int = 4, **changes: Any) -> Config:
     >>> tna.parameter_count(unilora(256), [(768, 768)] * 24)
     256
     """
-    return lora_config(rank, changes, before="one-hot", parameters=parameters)
+    return lora_config(changes, rank=rank, before="one-hot", parameters=parameters)
 
 
 @checks_arguments
@@ -325,7 +315,7 @@ def nola(parameters: int = 1000, rank: int = 4, **changes: Any) -> Config:
     >>> tna.parameter_count(nola(100), [(768, 768)] * 24)
     4800
     """
-    return lora_config(rank, changes, before="normal", parameters=parameters, scope="array")
+    return lora_config(changes, rank=rank, before="normal", parameters=parameters, scope="array")
 
 
 # -- Formulas, as the papers state them -------------------------------------------------------------------------------

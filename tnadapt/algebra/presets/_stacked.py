@@ -55,13 +55,11 @@ def _stacked(
             f"{', '.join(sizes)}, or none to take them from the weights of each group"
         )
     modes = fold(*(sizes if absent else sizes.values()))
-    if "fold" in changes:
-        settings = {**settings, "order": len(modes)}
-    elif absent:
-        settings = {**settings, "order": len(modes), "fold": modes}
-    else:
-        settings = {**settings, "order": len(modes), "fold": modes, "weight_shape": (sizes["rows"], sizes["cols"])}
-    return preset_config({"groups": 1, **settings}, changes)
+    if "fold" not in changes:
+        settings = {**settings, "fold": modes}
+        if not absent:
+            settings["weight_shape"] = sizes["rows"], sizes["cols"]
+    return preset_config(changes, groups=1, order=len(modes), **settings)
 
 
 def _in_heads(rows: int | str, heads: int | None, head_size: int | None) -> Fold:
@@ -73,15 +71,10 @@ def _in_heads(rows: int | str, heads: int | None, head_size: int | None) -> Fold
         )
     name, value = ("heads", heads) if head_size is None else ("head_size", head_size)
     divisor = integer(name, value, 1, MAX_SIZE, ConfigError)
-    other = f"{rows}/{divisor}" if isinstance(rows, str) else _head_size(rows, divisor, name)
+    if isinstance(rows, int) and rows % divisor:
+        raise ConfigError(f"{name} must divide rows; got {name}={divisor}, rows={rows}")
+    other = rows // divisor if isinstance(rows, int) else f"{rows}/{divisor}"
     return (divisor, other) if head_size is None else (other, divisor)
-
-
-def _head_size(rows: int, given: int, name: str) -> int:
-    rows = integer("rows", rows, 1, MAX_SIZE, ConfigError)
-    if rows % given:
-        raise ConfigError(f"{name} must divide rows; got {name}={given}, rows={rows}")
-    return rows // given
 
 
 def _in_layers(layers: int | str, matrices: int | None, changes: dict[str, Any]) -> Fold:
@@ -125,9 +118,7 @@ def lotr(
     >>> tna.parameter_count(lotr(rank=2, groups="role"), [(64, 32), (16, 32)] * 3, roles="qvqvqv")
     312
     """
-    settings: dict[str, Any] = {"format": "tucker", "rank": (None, rank, rank)}
-    if train:
-        settings = {"format": "tt", "rank": rank}
+    settings = {"format": "tt", "rank": rank} if train else {"format": "tucker", "rank": (None, rank, rank)}
     return _stacked({"weights": weights, "rows": rows, "cols": cols}, lambda *sizes: sizes, settings, changes)
 
 
@@ -312,11 +303,8 @@ def metatt(
     split = heads is not None or head_size is not None
 
     def fold(layers: int | str, rows: int | str, cols: int | str) -> Fold:
-        return (
-            *_in_layers(layers, matrices, changes),
-            *(_in_heads(rows, heads, head_size) if split else (rows,)),
-            cols,
-        )
+        row_digits = _in_heads(rows, heads, head_size) if split else (rows,)
+        return (*_in_layers(layers, matrices, changes), *row_digits, cols)
 
     settings: dict[str, Any] = {"format": "tt", "rank": rank, "axes": (4, 0, 1, 2, 3) if split else (3, 0, 1, 2)}
     return _stacked({"layers": layers, "rows": rows, "cols": cols}, fold, settings, changes)
@@ -393,12 +381,11 @@ def _lotr_label(config: Config) -> str | None:
     rank, fold = config.rank, config.fold
     if not (isinstance(rank, tuple) and len(rank) == 3 and isinstance(fold, tuple) and len(fold) == 3):
         return None
-    if (last := rank[-1]) is None:
-        return None
+    last = rank[-1]
     sizes: dict[str, Any] = (
         {} if is_named(fold) else dict(zip(("weights", "rows", "cols"), map(int, fold), strict=True))
     )
-    if config != lotr(last, groups=config.groups, **sizes):
+    if last is None or config != lotr(last, groups=config.groups, **sizes):
         return None
     return ", ".join([*groups_label(config), f"r = {last}"])
 
