@@ -19,6 +19,8 @@ the draws of a map, on the devices of each library. The sections after it are st
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib
 import itertools
 import math
 import sys
@@ -136,10 +138,9 @@ class Backend:
 
     def asarray(self, array: np.ndarray, dtype: str | None = None, device: Any = None) -> Array:
         """Convert a NumPy array to an array of this library, rounded to ``dtype``; never a view of the input."""
-        library_dtype = self.dtype(dtype) if dtype is not None else None
-        return self.xp.asarray(
-            array.tolist() if array.ndim == 0 else array, dtype=library_dtype, device=device, copy=True
-        )
+        library_dtype = None if dtype is None else self.dtype(dtype)
+        values = array.tolist() if array.ndim == 0 else array
+        return self.xp.asarray(values, dtype=library_dtype, device=device, copy=True)
 
     def constant(self, array: np.ndarray, device: Any) -> Array:
         """Convert a NumPy array without changing its dtype, on a device (None: the default); may share memory."""
@@ -270,18 +271,15 @@ class Backend:
 
     def svd(self, x: Array) -> tuple[Array, Array, Array]:
         """Compute the reduced singular value decomposition of a matrix: u, s in descending order, and vh."""
-        u, s, vh = self.xp.linalg.svd(x, full_matrices=False)
-        return u, s, vh
+        return tuple(self.xp.linalg.svd(x, full_matrices=False))
 
     def qr(self, x: Array) -> tuple[Array, Array]:
         """Compute the reduced QR decomposition of a matrix."""
-        q, r = self.xp.linalg.qr(x)
-        return q, r
+        return tuple(self.xp.linalg.qr(x))
 
     def eigh(self, x: Array) -> tuple[Array, Array]:
         """Compute the eigenvalues of a symmetric or Hermitian matrix in ascending order, and its eigenvectors."""
-        values, vectors = self.xp.linalg.eigh(x)
-        return values, vectors
+        return tuple(self.xp.linalg.eigh(x))
 
     def solve(self, a: Array, b: Array) -> Array:
         """Solve ``a @ x = b`` for a square matrix a and a matrix b."""
@@ -491,8 +489,6 @@ class FixedArrays:
         # The compiler splits attribute names at dots.
         name = f"placed on {device}: {key}".replace(".", "/")
         if name not in self.__dict__:
-            from . import load_backend
-
             self.__dict__[name] = self.put_on(load_backend(backend), key, device)
         return name
 
@@ -534,13 +530,9 @@ def constant_result(function: _F) -> _F:
 
 def kron_plain(backend: Any, a: Any, b: Any) -> Any:
     """Compute the Kronecker product of two arrays with the same number of axes, in one product."""
-    shape: list[int] = []
-    slow: list[int] = []
-    fast: list[int] = []
-    for m, n in zip(a.shape, b.shape, strict=True):
-        shape.append(m * n)
-        slow += (m, 1)
-        fast += (1, n)
+    slow = [size for m in a.shape for size in (m, 1)]
+    fast = [size for n in b.shape for size in (1, n)]
+    shape = [m * n for m, n in zip(a.shape, b.shape, strict=True)]
     return backend.reshape(backend.reshape(a, slow) * backend.reshape(b, fast), shape)
 
 
@@ -668,36 +660,15 @@ else:
     TorchArray = JaxArray = Any
 
 
-def _make_numpy() -> Backend:
-    from ._numpy import NumpyBackend
-
-    return NumpyBackend()
-
-
-def _make_torch() -> Backend:
-    from ._torch import TorchBackend
-
-    return TorchBackend()
-
-
-def _make_jax() -> Backend:
-    from ._jax import JaxBackend
-
-    return JaxBackend()
-
-
-def _make_cupy() -> Backend:
-    from ._cupy import CupyBackend
-
-    return CupyBackend()
+def _built_in(name: str) -> Backend:
+    module = importlib.import_module(f"._{name}", __package__)
+    backend: Backend = getattr(module, f"{name.capitalize()}Backend")()
+    return backend
 
 
 # The name is the library's top-level module, so that `name in sys.modules` tells whether it is loaded.
 _factories: dict[str, Callable[[], Backend]] = {
-    "numpy": _make_numpy,
-    "torch": _make_torch,
-    "jax": _make_jax,
-    "cupy": _make_cupy,
+    name: functools.partial(_built_in, name) for name in ("numpy", "torch", "jax", "cupy")
 }
 BUILT_IN = tuple(_factories)
 _instances: dict[str, Backend] = {}
@@ -825,12 +796,9 @@ def available_backends() -> list[str]:
     """
     names = []
     for name in _factories:
-        try:
-            usable = load_backend(name).usable()
-        except BackendError:
-            continue
-        if usable:
-            names.append(name)
+        with contextlib.suppress(BackendError):
+            if load_backend(name).usable():
+                names.append(name)
     return names
 
 

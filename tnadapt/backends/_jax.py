@@ -87,8 +87,7 @@ class JaxBackend(Backend):
         return _dft2(x) if self.dtype_name(x) in FFT_DTYPES and x.size else None
 
     def double_precision(self) -> AbstractContextManager[Any]:
-        context: AbstractContextManager[Any] = jax.enable_x64(True)
-        return context
+        return jax.enable_x64(True)  # type: ignore[no-any-return]
 
     def gradient(
         self, function: Callable[[dict[str, Array]], Array], arrays: dict[str, Array]

@@ -261,23 +261,14 @@ def _keep_settings(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.settings = inputs[1:]
 
 
-def _fwht_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-    return fwht(grad, *ctx.settings), None
+def _backward(operator: Any, flips: bool) -> Any:
+    """Return the rule of an operator; ``flips`` if its last setting is whether it is the adjoint."""
 
+    def rule(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        *others, last = ctx.settings
+        return operator(grad, *others, not last if flips else last), *[None] * len(ctx.settings)
 
-def _fastfood_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None, None]:
-    *rest, adjoint = ctx.settings
-    return fastfood(grad, *rest, not adjoint), None, None, None, None, None
-
-
-def _shuffle_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-    recipe, inverse = ctx.settings
-    return shuffle(grad, recipe, not inverse), None, None
-
-
-fwht.register_autograd(_fwht_backward, setup_context=_keep_settings)
-fastfood.register_autograd(_fastfood_backward, setup_context=_keep_settings)
-shuffle.register_autograd(_shuffle_backward, setup_context=_keep_settings)
+    return rule
 
 
 # -- vmap: more rows -------------------------------------------------------------------------------------------
@@ -294,5 +285,6 @@ def _more_rows(operator: Any) -> Any:
     return rule
 
 
-for _operator in (fwht, fastfood, shuffle):
+for _operator, _flips in ((fwht, False), (fastfood, True), (shuffle, True)):
+    _operator.register_autograd(_backward(_operator, _flips), setup_context=_keep_settings)
     _operator.register_vmap(_more_rows(_operator))

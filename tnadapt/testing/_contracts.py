@@ -394,12 +394,8 @@ class MapContract:
             x, way = rng.normal(size=(2, f.n_in))
             y = rng.normal(size=f.n_out)
             h = 1e-6
-            if f.linear:
-                tangent = np.asarray(f.forward(_NUMPY, way))
-            else:
-                tangent = (np.asarray(f.forward(_NUMPY, x + h * way)) - np.asarray(f.forward(_NUMPY, x - h * way))) / (
-                    2.0 * h
-                )
+            ahead, behind = (np.asarray(f.forward(_NUMPY, x + step * way)) for step in (h, -h))
+            tangent = np.asarray(f.forward(_NUMPY, way)) if f.linear else (ahead - behind) / (2.0 * h)
             gradient = np.asarray(f.adjoint_at(_NUMPY, y, x))
             assert gradient.shape == (f.n_in,)
             tight = 1e-10 if f.linear else 1e-6

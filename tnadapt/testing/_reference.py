@@ -172,12 +172,7 @@ def positions(config: Config, shapes: Shapes, layers: Keys = None, roles: Keys =
 
 
 def deltas(
-    config: Config,
-    shapes: Shapes,
-    params: Params,
-    layers: Keys = None,
-    start: Params | None = None,
-    roles: Keys = None,
+    config: Config, shapes: Shapes, params: Params, layers: Keys = None, start: Params | None = None, roles: Keys = None
 ) -> list[Float]:
     """Return ΔW of every weight from the textbook formula.
 

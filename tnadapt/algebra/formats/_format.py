@@ -12,7 +12,7 @@ import itertools
 import math
 import string
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 
@@ -20,9 +20,6 @@ from tnadapt.algebra.folding import Cut
 from tnadapt.argument_checks import integer
 from tnadapt.backends import Array, Backend, FixedArrays, load_backend
 from tnadapt.errors import ConfigError, safe_repr
-
-if TYPE_CHECKING:
-    from typing import Self
 
 # -- Contraction of a small tensor network given as an einsum string ---------------------------------------------------
 
@@ -100,9 +97,10 @@ class Formula(NamedTuple):
         """
         sizes: dict[str, int] = {}
         for indices, shape in zip(self.inputs, shapes, strict=True):
-            if len(indices) != len(shape) or any(
-                sizes.setdefault(i, d) != d for i, d in zip(indices, shape, strict=True)
-            ):
+            fits = len(indices) == len(shape) and all(
+                sizes.setdefault(i, d) == d for i, d in zip(indices, shape, strict=True)
+            )
+            if not fits:
                 raise ConfigError(
                     f"an array of shape {tuple(shape)} does not fit its indices {indices!r} in the formula"
                 )
@@ -496,14 +494,7 @@ _FORMED = 1 << 20
 _ROUNDING = 1e-10
 
 
-class _Network(Protocol):
-    sizes: tuple[int, ...]
-    shapes: dict[str, tuple[int, ...]]
-
-    @property
-    def num_parameters(self) -> int: ...
-
-    def tensor(self, backend: Any, arrays: Mapping[str, Any], ranges: Sequence[tuple[int, int]]) -> Any: ...
+_Network = Any  # a format, or what has its sizes, shapes, num_parameters and tensor
 
 
 def jacobian_rank(network: _Network, times: int) -> int | None:
@@ -638,7 +629,7 @@ class Format:
         self.shapes: dict[str, tuple[int, ...]] = self.array_shapes(rank)
         if type(self).tensor is Format.tensor or type(self).adjoint is Format.adjoint:
             # Planned here, so that a compiler that traces a call does not have to trace the planning.
-            self._contractions = self._planned()
+            self._contractions, self._legs = self._planned(), self._planned_legs()
 
     # -- What a format is ----------------------------------------------------------------------
 
@@ -685,9 +676,8 @@ class Format:
     def zero(self) -> str:
         """Name of the array that starts at zero in a linear adapter; by default the first one with the leading mode."""
         formula, _ = self._parsed
-        return next(
-            name for name, indices in zip(self.shapes, formula.inputs, strict=True) if formula.output[0] in indices
-        )
+        pairs = zip(self.shapes, formula.inputs, strict=True)
+        return next(name for name, indices in pairs if formula.output[0] in indices)
 
     def mode_of(self, name: str) -> int | None:
         """Return the mode whose factor an array is: a matrix of its size and a bond. None for any other array."""
@@ -721,24 +711,31 @@ class Format:
         array
             With the sizes of the box.
         """
-        whole, axes, _ = self._contractions
-        parts = []
-        for name, legs in zip(self.shapes, axes, strict=True):
-            part = arrays[name]
-            for axis, mode in legs:
-                part = rows_of(part, ranges[mode], axis)
-            parts.append(part)
-        return whole(backend, parts)
+        whole, _ = self._contractions
+        return whole(backend, list(self._restricted(arrays, ranges).values()))
 
-    def _planned(self) -> tuple[Contraction, list[list[tuple[int, int]]], list[tuple[Contraction, list[int], bool]]]:
-        """Plan the contraction that gives the tensor, the modes of each array's axes, and the adjoint of each array.
+    def _restricted(self, arrays: Mapping[str, Array], ranges: Ranges) -> dict[str, Array]:
+        """Return the rows of the arrays that belong to a box."""
+        restricted = {}
+        for name, axes in zip(self.shapes, self._legs, strict=True):
+            restricted[name] = arrays[name]
+            for axis, mode in axes:
+                restricted[name] = rows_of(restricted[name], ranges[mode], axis)
+        return restricted
 
-        The modes are ``(axis, mode)`` pairs per array. An adjoint is a contraction, the shape of its result, and
-        whether the array has an index that occurs nowhere else.
-        """
+    def _planned_legs(self) -> list[list[tuple[int, int]]]:
+        """Return the axes of each array that are modes, as pairs ``(axis, mode)``."""
         formula, _ = self._parsed
         modes = {index: mode for mode, index in enumerate(formula.output)}
-        axes = [[(axis, modes[i]) for axis, i in enumerate(indices) if i in modes] for indices in formula.inputs]
+        return [[(axis, modes[i]) for axis, i in enumerate(indices) if i in modes] for indices in formula.inputs]
+
+    def _planned(self) -> tuple[Contraction, list[tuple[Contraction, list[int], bool]]]:
+        """Plan the contraction that gives the tensor, and the adjoint of each array.
+
+        An adjoint is a contraction, the shape of its result, and whether the array has an index that occurs nowhere
+        else.
+        """
+        formula, _ = self._parsed
         adjoints = []
         for k, (indices, shape) in enumerate(zip(formula.inputs, self.shapes.values(), strict=True)):
             inputs = [formula.output, *formula.inputs[:k], *formula.inputs[k + 1 :]]
@@ -747,7 +744,7 @@ class Format:
             # broadcast in :meth:`adjoint`.
             kept = [d if i in reached else 1 for i, d in zip(indices, shape, strict=True)]
             adjoints.append((Contraction(inputs, reached), kept, len(reached) < len(indices)))
-        return Contraction(formula.inputs, formula.output), axes, adjoints
+        return Contraction(formula.inputs, formula.output), adjoints
 
     def adjoint(self, backend: Backend, arrays: Mapping[str, Array], tensor: Array) -> dict[str, Array]:
         """Compute the gradient of ``<tensor, T>`` with respect to each array, where T is the tensor of the arrays.
@@ -766,7 +763,7 @@ class Format:
         dict of str to array
             With the shapes in ``shapes``.
         """
-        _, _, adjoints = self._contractions
+        _, adjoints = self._contractions
         names, gradients = list(self.shapes), dict[str, Array]()
         for k, (name, (contraction, kept, shared)) in enumerate(zip(names, adjoints, strict=True)):
             others = [arrays[other] for other in names[:k] + names[k + 1 :]]
@@ -859,9 +856,12 @@ class Format:
 
         Default: the least product of bonds between them and the other modes, a minimal cut of the network.
         """
-        rows = math.prod(self.sizes[mode] for mode in modes)
         formula, size = self._parsed
-        return min(rows, math.prod(self.sizes) // rows, least_cut(formula, size, modes))
+        return min(self._shorter_side(modes), least_cut(formula, size, modes))
+
+    def _shorter_side(self, modes: Sequence[int]) -> int:
+        rows = math.prod(self.sizes[mode] for mode in modes)
+        return min(rows, math.prod(self.sizes) // rows)
 
     def rank_of_legs(self, legs: Sequence[tuple[int, int]]) -> int:
         """Return an upper bound on the rank of a box of the tensor as a matrix.
@@ -889,9 +889,8 @@ class Format:
         order = len(self.sizes)
         for size in range(1, order // 2 + 1):
             for modes in itertools.islice(itertools.combinations(range(order), size), _UNFOLDINGS):
-                rows = math.prod(self.sizes[mode] for mode in modes)
                 rank = self.unfolding_rank(modes)
-                if rank < min(rows, math.prod(self.sizes) // rows):
+                if rank < self._shorter_side(modes):
                     yield list(modes), rank
 
     def matrix_rank(self) -> int | None:

@@ -420,6 +420,13 @@ def _bytes(part: _Part, name: str, length: int) -> Iterator[bytes]:
 # -- Maps that copy elements, and the identity map ---------------------------------------------------------------------
 
 
+def sum_of_runs(backend: Backend, y: Array, length: int) -> Array:
+    """Sum the runs of so many elements that y consists of, the last one padded with zeros: the adjoint of repeating."""
+    runs = -(-y.shape[-1] // length)
+    padded = backend.pad_last(y, runs * length)
+    return backend.sum(backend.reshape(padded, (*y.shape[:-1], runs, length)), axis=-2)
+
+
 class Copying(Map):
     """A map each of whose outputs is one of the inputs."""
 

@@ -17,7 +17,7 @@ from tnadapt.argument_checks import integer
 from tnadapt.backends import Array, Backend
 from tnadapt.errors import ConfigError, safe_repr
 
-from ._map import ENDS, BroughtMap, Copying, Map, MapSettings, Space, digest_of
+from ._map import ENDS, BroughtMap, Copying, Map, MapSettings, Space, digest_of, sum_of_runs
 
 # -- Scatter: a few values at positions of a vector that is zero elsewhere ---------------------------------------------
 
@@ -113,7 +113,7 @@ class ScatterMap(Map):
 
     def make(self, key: object) -> np.ndarray:
         if isinstance(key, tuple):
-            return self._sources(*key)
+            return self._sources(*key[1:])
         if key == "sources":
             return self._sources(0, self.n_out)
         if isinstance(self.settings, TorchScatter):
@@ -144,10 +144,7 @@ class ScatterMap(Map):
         return backend.take(y, self.on(backend, "positions", y))
 
     def slice(self, backend: Backend, x: Array, start: int, stop: int) -> Array:
-        if "sources" in self.kept:
-            sources = self.on(backend, "sources", x)[start:stop]
-        else:
-            sources = self.on(backend, (start, stop), x, keep=False)
+        sources = self._piece(backend, "sources", x, start, stop)
         return backend.take(backend.pad_last(x, self.n_in + 1), sources)
 
     def squared_norm(self) -> float:
@@ -306,10 +303,7 @@ class GatherMap(Copying):
 
     def adjoint(self, backend: Backend, y: Array) -> Array:
         # Sorted by perm, the elements that copy x[i] are at i, i + n_in, i + 2 n_in, …
-        y = backend.take(y, self.on(backend, "back", y))
-        rows = -(-self.n_out // self.n_in)
-        y = backend.reshape(backend.pad_last(y, rows * self.n_in), (*y.shape[:-1], rows, self.n_in))
-        return backend.sum(y, axis=-2)
+        return sum_of_runs(backend, backend.take(y, self.on(backend, "back", y)), self.n_in)
 
     def slice(self, backend: Backend, x: Array, start: int, stop: int) -> Array:
         return backend.take(x, self._piece(backend, "index", x, start, stop))
@@ -396,10 +390,7 @@ class OneHot(Map):
         dtype = backend.dtype_name(y)
         if self.signed:
             y = y * self.on(backend, "signs", y, dtype)
-        rows = -(-self.n_out // self.n_in)
-        sorted_ = backend.take(y, self.on(backend, "order", y))
-        padded = backend.pad_last(sorted_, rows * self.n_in)
-        summed = backend.sum(backend.reshape(padded, (*y.shape[:-1], rows, self.n_in)), axis=-2)
+        summed = sum_of_runs(backend, backend.take(y, self.on(backend, "order", y)), self.n_in)
         return summed * self.on(backend, "coefficients", y, dtype)
 
     def squared_norm(self) -> float:

@@ -26,16 +26,7 @@ from tnadapt.plugins import Registry
 
 from ._map import BroughtMap, Identity, Map, MapSettings, Space, settings_text
 from ._matrices import CirculantMap, GivenMatrix, Normal, TileMap
-from ._positions import (
-    GatherMap,
-    OneHot,
-    ScatterMap,
-    Shuffle,
-    SignedOneHot,
-    SignGatherMap,
-    TiedMap,
-    TorchScatterMap,
-)
+from ._positions import GatherMap, OneHot, ScatterMap, Shuffle, SignedOneHot, SignGatherMap, TiedMap, TorchScatterMap
 from ._transforms import CenteredWaveletMap, Dct2, Dft2, WaveletMap
 from .fastfood import Linear, LinearV2, Nonlinear, NonlinearV2
 
