@@ -19,8 +19,6 @@ the draws of a map, on the devices of each library. The sections after it are st
 from __future__ import annotations
 
 import contextlib
-import functools
-import importlib
 import itertools
 import math
 import sys
@@ -660,15 +658,39 @@ else:
     TorchArray = JaxArray = Any
 
 
-def _built_in(name: str) -> Backend:
-    module = importlib.import_module(f"._{name}", __package__)
-    backend: Backend = getattr(module, f"{name.capitalize()}Backend")()
-    return backend
+# Import statements, not importlib: a compiler that meets the first array of a library traces them.
+
+
+def _make_numpy() -> Backend:
+    from ._numpy import NumpyBackend
+
+    return NumpyBackend()
+
+
+def _make_torch() -> Backend:
+    from ._torch import TorchBackend
+
+    return TorchBackend()
+
+
+def _make_jax() -> Backend:
+    from ._jax import JaxBackend
+
+    return JaxBackend()
+
+
+def _make_cupy() -> Backend:
+    from ._cupy import CupyBackend
+
+    return CupyBackend()
 
 
 # The name is the library's top-level module, so that `name in sys.modules` tells whether it is loaded.
 _factories: dict[str, Callable[[], Backend]] = {
-    name: functools.partial(_built_in, name) for name in ("numpy", "torch", "jax", "cupy")
+    "numpy": _make_numpy,
+    "torch": _make_torch,
+    "jax": _make_jax,
+    "cupy": _make_cupy,
 }
 BUILT_IN = tuple(_factories)
 _instances: dict[str, Backend] = {}

@@ -28,38 +28,30 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 _PRE_DISPATCH = getattr(torch._C.DispatchKey, "PreDispatch", None)
 
 
-@dataclasses.dataclass(frozen=True)
-class KernelWithFallback:
-    """A linear map along axes counted from the last, for any batch before them.
-
-    Attributes
-    ----------
-    kernel : callable
-        Computes on the memory of a tensor.
-    fallback : callable
-        The same map in torch's operations, for tensors without memory.
-    """
-
-    kernel: Map
-    fallback: Map
-
-
 @dataclasses.dataclass(frozen=True, repr=False)
 class KernelPair:
-    """A linear map and its adjoint.
+    """A linear map and its adjoint along axes counted from the last, for any batch before them.
 
     Attributes
     ----------
-    forward, adjoint : KernelWithFallback
+    forward, adjoint : callable
+        Compute on the memory of a tensor.
+    fallbacks : (callable, callable)
+        The same two in torch's operations, for tensors without memory.
     """
 
-    forward: KernelWithFallback
-    adjoint: KernelWithFallback
+    forward: Map
+    adjoint: Map
+    fallbacks: tuple[Map, Map]
+
+    @classmethod
+    def symmetric(cls, kernel: Map, fallback: Map) -> KernelPair:
+        return cls(kernel, kernel, (fallback, fallback))
 
     @property
     def transposed(self) -> KernelPair:
         """The adjoint, whose adjoint is the map itself."""
-        return KernelPair(self.adjoint, self.forward)
+        return KernelPair(self.adjoint, self.forward, self.fallbacks[::-1])
 
     def __repr__(self) -> str:
         # The pair appears in traced graphs, which are compared with each other: its repr must not contain addresses.
@@ -70,7 +62,7 @@ def linear_map(x: Tensor, pair: KernelPair) -> Tensor:
     """Apply ``pair.forward`` to x; differentiable to any order, in forward and backward mode."""
     # A batch of gradients (is_grads_batched) has no memory.
     if torch._C._functorch.is_legacy_batchedtensor(x):
-        return pair.forward.fallback(x)
+        return pair.fallbacks[0](x)
     return cast(Tensor, LinearMap.apply(x, pair))  # type: ignore[no-untyped-call]
 
 
@@ -137,7 +129,7 @@ class LinearMap(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, pair: KernelPair) -> Tensor:
-        return on_memory(pair.forward.kernel, x)
+        return on_memory(pair.forward, x)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, KernelPair], output: Tensor) -> None:
@@ -173,8 +165,7 @@ def dft2(x: Tensor, fallback: Map) -> Tensor | None:
     if str(x.dtype).removeprefix("torch.") not in FFT_DTYPES or not x.numel():
         return None
     if in_memory(x):
-        symmetric = KernelWithFallback(_transformed, fallback)
-        return linear_map(x, KernelPair(symmetric, symmetric))
+        return linear_map(x, KernelPair.symmetric(_transformed, fallback))
     # An exported program consists of matrix products, which run anywhere.
     traced = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
     return dft2_by_fft(namespace, x) if traced else None

@@ -441,9 +441,7 @@ class Halves:
         """Return the halves; the same object for all weights with the same place in a tensor."""
         return cls(formula, dict(size), axes, sizes, legs)
 
-    def __call__(
-        self, backend: Backend, arrays: Sequence[Array], ranges: Sequence[tuple[int, int]]
-    ) -> tuple[Array, Array]:
+    def __call__(self, backend: Backend, arrays: Sequence[Array], ranges: Ranges) -> tuple[Array, Array]:
         """Compute the halves of a box from the network's arrays, in order.
 
         Returns
@@ -452,7 +450,7 @@ class Halves:
             One axis per mode, of its rows in the first and its columns in the second, and the inner one.
         """
         parts = [
-            self._restricted(backend, array, legs, shape, ranges)
+            backend.reshape(self._restricted(backend, array, legs, ranges), tuple(shape))
             for array, legs, shape in zip(arrays, self._legs, self._shapes, strict=True)
         ]
         dtype = backend.dtype_name(arrays[0])
@@ -465,24 +463,17 @@ class Halves:
         return halves[0], halves[1]
 
     def _restricted(
-        self,
-        backend: Backend,
-        array: Array,
-        legs: Sequence[tuple[int, Sequence[int]]],
-        shape: Sequence[int],
-        ranges: Sequence[tuple[int, int]],
+        self, backend: Backend, array: Array, legs: Sequence[tuple[int, Sequence[int]]], ranges: Ranges
     ) -> Array:
-        """Return the part of an array that belongs to a box, with an axis for each digit."""
+        """Return the part of an array that belongs to a box."""
         for axis, modes in reversed(legs):
             cover = covered([self.sizes[mode] for mode in modes], [ranges[mode] for mode in modes])
-            lo, hi = cover.bounds
-            before = (slice(None),) * axis
-            array = array if (lo, hi) == (0, array.shape[axis]) else array[(*before, slice(lo, hi), ...)]
+            array = rows_of(array, cover.bounds, axis)
             if any(part != slice(None) for part in cover.crop):
                 lengths = [*array.shape[:axis], *cover.lengths, *array.shape[axis + 1 :]]
-                array = backend.reshape(array, lengths)[(*before, *cover.crop, ...)]
+                array = backend.reshape(array, lengths)[(*(slice(None),) * axis, *cover.crop, ...)]
                 array = backend.reshape(array, (*lengths[:axis], -1, *lengths[axis + len(modes) :]))
-        return backend.reshape(array, tuple(shape))
+        return array
 
 
 # -- Degrees of freedom: the rank of the Jacobian at random arrays -----------------------------------------------------

@@ -335,7 +335,7 @@ def hira(rank: int = 32, **changes: Any) -> Config:
     return lora_config(changes, rank=rank, apply="hadamard")
 
 
-# Formulas, as the papers state them
+# -- Networks: formulas, as the papers state them ----------------------------------------------------------------------
 
 
 def _dense(p: Named, config: Config) -> Float:
@@ -465,7 +465,7 @@ def _hira(params: Params, config: Config, weights: Sequence[Float]) -> list[Floa
     return [weight + np.multiply(weight, update) for weight, update in zip(weights, updates, strict=True)]
 
 
-# Sizes, and how configs are recognized
+# -- Networks: sizes, and how configs are recognized -------------------------------------------------------------------
 
 
 def _lonkr_sizes(weights: AdaptedWeights) -> list[Ladder]:
@@ -530,7 +530,7 @@ def _quanta_label(config: Config) -> str | None:
     return "·".join(map(str, digits)) if is_of(config, quanta, digits) else None
 
 
-# The records
+# -- Networks: the records ---------------------------------------------------------------------------------------------
 
 
 NETWORK_PRESETS = (
@@ -877,7 +877,7 @@ def metatt(
     return _stacked({"layers": layers, "rows": rows, "cols": cols}, fold, settings, changes)
 
 
-# Formulas, as the papers state them
+# -- Shared factors: formulas, as the papers state them ----------------------------------------------------------------
 
 
 def _lotr(params: Params, config: Config, shapes: Shapes) -> list[Float]:
@@ -924,7 +924,7 @@ def _metatt(params: Params, config: Config, shapes: Shapes) -> list[Float]:
     return updates
 
 
-# Sizes, and how configs are recognized
+# -- Shared factors: sizes, and how configs are recognized -------------------------------------------------------------
 
 
 def _stacked_ranks(make: Callable[..., Config], **settings: Any) -> Sizes:
@@ -957,7 +957,7 @@ def _lotr_label(config: Config) -> str | None:
     return ", ".join([*groups_label(config), f"r = {last}"])
 
 
-# The records
+# -- Shared factors: the records ---------------------------------------------------------------------------------------
 
 
 _FOUR = {"weights": 4, "rows": 12, "cols": 8}
@@ -1259,7 +1259,7 @@ def nola(parameters: int = 1000, rank: int = 4, **changes: Any) -> Config:
     return lora_config(changes, rank=rank, before="normal", parameters=parameters, scope="array")
 
 
-# Formulas, as the papers state them
+# -- Sources of numbers: formulas, as the papers state them ------------------------------------------------------------
 
 
 def _vera(p: Named, config: Config) -> Float:
@@ -1364,7 +1364,7 @@ def _craft(params: Params, config: Config, shapes: Shapes) -> list[Float]:
     return list(np.einsum(formula, arrays["core"], *mixed) - np.einsum(formula, arrays["core"], *bases))
 
 
-# Sizes, and how configs are recognized
+# -- Sources of numbers: sizes, and how configs are recognized ---------------------------------------------------------
 
 
 #: The largest θ before a dense random matrix, which is drawn in each step.
@@ -1426,7 +1426,7 @@ def _without_starts(config: Config) -> Config:
     return config.replace(sources=sources)
 
 
-# The records
+# -- Sources of numbers: the records -----------------------------------------------------------------------------------
 
 
 SOURCE_PRESETS = (
@@ -1645,7 +1645,7 @@ def miss(r: int = 64, mini: int | None = None, **changes: Any) -> Config:
     return _few_values(Tile(rows, integer("r", r, 1, MAX_SIZE, ConfigError)), changes)
 
 
-# Formulas, as the papers state them
+# -- Maps: formulas, as the papers state them --------------------------------------------------------------------------
 
 
 def _values(p: Named, config: Config, size: int) -> Float:
@@ -1733,7 +1733,7 @@ def _miss(p: Named, config: Config, shape: tuple[int, int]) -> Float:
     return alpha_over_rank(config) * whole @ sums
 
 
-# Sizes, and how configs are recognized
+# -- Maps: sizes, and how configs are recognized -----------------------------------------------------------------------
 
 
 def _numbers_of_values(make: Callable[..., Config]) -> Sizes:
@@ -1785,7 +1785,7 @@ def _miss_label(config: Config) -> str | None:
     return f"r = {tile.cols}" + (f", mini = {tile.rows}" if tile.rows else "")
 
 
-# The records
+# -- Maps: the records -------------------------------------------------------------------------------------------------
 
 
 MAP_PRESETS = (
