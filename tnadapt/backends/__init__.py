@@ -136,10 +136,9 @@ class Backend:
 
     def asarray(self, array: np.ndarray, dtype: str | None = None, device: Any = None) -> Array:
         """Convert a NumPy array to an array of this library, rounded to ``dtype``; never a view of the input."""
-        library_dtype = self.dtype(dtype) if dtype is not None else None
-        return self.xp.asarray(
-            array.tolist() if array.ndim == 0 else array, dtype=library_dtype, device=device, copy=True
-        )
+        library_dtype = None if dtype is None else self.dtype(dtype)
+        values = array.tolist() if array.ndim == 0 else array
+        return self.xp.asarray(values, dtype=library_dtype, device=device, copy=True)
 
     def constant(self, array: np.ndarray, device: Any) -> Array:
         """Convert a NumPy array without changing its dtype, on a device (None: the default); may share memory."""
@@ -270,18 +269,15 @@ class Backend:
 
     def svd(self, x: Array) -> tuple[Array, Array, Array]:
         """Compute the reduced singular value decomposition of a matrix: u, s in descending order, and vh."""
-        u, s, vh = self.xp.linalg.svd(x, full_matrices=False)
-        return u, s, vh
+        return tuple(self.xp.linalg.svd(x, full_matrices=False))
 
     def qr(self, x: Array) -> tuple[Array, Array]:
         """Compute the reduced QR decomposition of a matrix."""
-        q, r = self.xp.linalg.qr(x)
-        return q, r
+        return tuple(self.xp.linalg.qr(x))
 
     def eigh(self, x: Array) -> tuple[Array, Array]:
         """Compute the eigenvalues of a symmetric or Hermitian matrix in ascending order, and its eigenvectors."""
-        values, vectors = self.xp.linalg.eigh(x)
-        return values, vectors
+        return tuple(self.xp.linalg.eigh(x))
 
     def solve(self, a: Array, b: Array) -> Array:
         """Solve ``a @ x = b`` for a square matrix a and a matrix b."""
@@ -491,8 +487,6 @@ class FixedArrays:
         # The compiler splits attribute names at dots.
         name = f"placed on {device}: {key}".replace(".", "/")
         if name not in self.__dict__:
-            from . import load_backend
-
             self.__dict__[name] = self.put_on(load_backend(backend), key, device)
         return name
 
@@ -534,13 +528,9 @@ def constant_result(function: _F) -> _F:
 
 def kron_plain(backend: Any, a: Any, b: Any) -> Any:
     """Compute the Kronecker product of two arrays with the same number of axes, in one product."""
-    shape: list[int] = []
-    slow: list[int] = []
-    fast: list[int] = []
-    for m, n in zip(a.shape, b.shape, strict=True):
-        shape.append(m * n)
-        slow += (m, 1)
-        fast += (1, n)
+    slow = [size for m in a.shape for size in (m, 1)]
+    fast = [size for n in b.shape for size in (1, n)]
+    shape = [m * n for m, n in zip(a.shape, b.shape, strict=True)]
     return backend.reshape(backend.reshape(a, slow) * backend.reshape(b, fast), shape)
 
 
@@ -666,6 +656,9 @@ if TYPE_CHECKING:
     JaxArray: TypeAlias = jax.Array
 else:
     TorchArray = JaxArray = Any
+
+
+# Import statements, not importlib: a compiler that meets the first array of a library traces them.
 
 
 def _make_numpy() -> Backend:
@@ -825,12 +818,9 @@ def available_backends() -> list[str]:
     """
     names = []
     for name in _factories:
-        try:
-            usable = load_backend(name).usable()
-        except BackendError:
-            continue
-        if usable:
-            names.append(name)
+        with contextlib.suppress(BackendError):
+            if load_backend(name).usable():
+                names.append(name)
     return names
 
 

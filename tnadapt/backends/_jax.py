@@ -35,15 +35,12 @@ class JaxBackend(Backend):
         return x.device if self.is_concrete(x) else None
 
     def dtype(self, name: str) -> Any:
-        if name == "float64" and jax.dtypes.canonicalize_dtype(np.float64) != np.float64:
+        single = {"float64": "float32", "complex128": "complex64"}.get(name)
+        if single is not None and jax.dtypes.canonicalize_dtype(name) == single:
+            other = ", or ask for dtype='float32'" if name == "float64" else ""
             raise BackendError(
-                "JAX computes in float32, not float64, unless 64-bit numbers are switched on: "
-                "jax.config.update('jax_enable_x64', True), or ask for dtype='float32'"
-            )
-        if name == "complex128" and jax.dtypes.canonicalize_dtype(np.complex128) != np.complex128:
-            raise BackendError(
-                "JAX computes in complex64, not complex128, unless 64-bit numbers are switched on: "
-                "jax.config.update('jax_enable_x64', True)"
+                f"JAX computes in {single}, not {name}, unless 64-bit numbers are switched on: "
+                f"jax.config.update('jax_enable_x64', True){other}"
             )
         return super().dtype(name)
 
@@ -87,8 +84,7 @@ class JaxBackend(Backend):
         return _dft2(x) if self.dtype_name(x) in FFT_DTYPES and x.size else None
 
     def double_precision(self) -> AbstractContextManager[Any]:
-        context: AbstractContextManager[Any] = jax.enable_x64(True)
-        return context
+        return jax.enable_x64(True)  # type: ignore[no-any-return]
 
     def gradient(
         self, function: Callable[[dict[str, Array]], Array], arrays: dict[str, Array]

@@ -12,17 +12,7 @@ import numpy as np
 
 from tnadapt.errors import BackendError, safe_repr
 
-from . import (
-    CALLED_AT_ONCE,
-    FFT_DTYPES,
-    Array,
-    Backend,
-    Map,
-    dft2_in_chunks,
-    kron_by_rows,
-    kron_plain,
-    short_rows,
-)
+from . import CALLED_AT_ONCE, FFT_DTYPES, Array, Backend, Map, dft2_in_chunks, kron_by_rows, kron_plain, short_rows
 from ._kernels import kernels
 
 # Rows of up to this length are slow in products with broadcasting.

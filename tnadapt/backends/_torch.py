@@ -30,13 +30,7 @@ from . import (
 )
 from . import _torch_gpu as torch_gpu
 from ._kernels import kernels
-from ._torch_maps import KernelPair, KernelWithFallback, dft2, in_memory, linear_map, on_memory, recorded
-
-__all__ = [
-    "fastfood",
-    "hadamard",
-]
-
+from ._torch_maps import KernelPair, dft2, in_memory, linear_map, on_memory, recorded
 
 # -- Kernels on CPU tensors, which share their memory with a NumPy array -----------------------------------------------
 
@@ -57,8 +51,7 @@ def hadamard(x: Tensor, scale: float, axis: int, fallback: Map) -> Tensor | None
     def transformed(x: Tensor) -> Tensor:
         return torch.from_numpy(kernels("walsh").transform(_array(x), scale, axis))
 
-    symmetric = KernelWithFallback(transformed, fallback)
-    return linear_map(x, KernelPair(symmetric, symmetric))
+    return linear_map(x, KernelPair.symmetric(transformed, fallback))
 
 
 def hadamard_at_once(x: Tensor, normalize: bool) -> Tensor | None:
@@ -110,7 +103,7 @@ def fastfood(x: Tensor, draws: Any, n_in: int, adjoint: bool, fallback: tuple[Ma
 
     if not record:
         return on_memory(pulled if adjoint else projected, x)
-    pair = KernelPair(KernelWithFallback(projected, fallback[0]), KernelWithFallback(pulled, fallback[1]))
+    pair = KernelPair(projected, pulled, fallback)
     return linear_map(x, pair.transposed if adjoint else pair)
 
 

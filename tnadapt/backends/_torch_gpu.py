@@ -12,9 +12,7 @@ from torch.autograd import forward_ad
 from . import _torch_maps as operators
 from . import constant_result
 from ._kernels import kernels
-from ._torch_maps import KernelPair, KernelWithFallback, Map, in_memory, linear_map
-
-__all__ = ["fastfood", "fwht", "lacking", "shuffle", "there_are_kernels"]
+from ._torch_maps import KernelPair, Map, in_memory, linear_map
 
 #: Compute capabilities with float64 at half the speed of float32, from NVIDIA's tables (not measured): drawing a normal
 #: number there takes about as long as three copies of it (H100), elsewhere at 1/64 of the speed 24 (RTX 4090). So cards
@@ -73,8 +71,7 @@ def fwht(x: Tensor, scale: float, axis: int, fallback: Map) -> Tensor | None:
         rows = functools.partial(launcher.fwht, length=length, scale=scale, n_out=length)
         return _by_rows(rows, x.movedim(axis, -1)).movedim(-1, axis)
 
-    symmetric = KernelWithFallback(transformed, fallback)
-    return linear_map(x, KernelPair(symmetric, symmetric))
+    return linear_map(x, KernelPair.symmetric(transformed, fallback))
 
 
 def fastfood(backend: Any, x: Tensor, draws: Any, n_in: int, adjoint: bool, fallback: tuple[Map, Map]) -> Tensor | None:
@@ -86,10 +83,8 @@ def fastfood(backend: Any, x: Tensor, draws: Any, n_in: int, adjoint: bool, fall
     if launcher is None:
         return None
     f = launcher.Drawn.of(draws, n_in, None if _draws_fast(x.device) else backend.fixed(draws, "gain", x.device))
-    pair = KernelPair(
-        KernelWithFallback(functools.partial(_by_rows, functools.partial(launcher.fastfood, f=f)), fallback[0]),
-        KernelWithFallback(functools.partial(_by_rows, functools.partial(launcher.fastfood_adjoint, f=f)), fallback[1]),
-    )
+    forward, pulled = functools.partial(launcher.fastfood, f=f), functools.partial(launcher.fastfood_adjoint, f=f)
+    pair = KernelPair(functools.partial(_by_rows, forward), functools.partial(_by_rows, pulled), fallback)
     return linear_map(x, pair.transposed if adjoint else pair)
 
 
@@ -105,10 +100,7 @@ def shuffle(x: Tensor, recipe: str, inverse: bool, fallback: tuple[Map, Map]) ->
     def permuted(x: Tensor, back: bool) -> Tensor:
         return _by_rows(functools.partial(launcher.shuffle, seed=seed, group=group, inverse=back), x)
 
-    pair = KernelPair(
-        KernelWithFallback(functools.partial(permuted, back=False), fallback[0]),
-        KernelWithFallback(functools.partial(permuted, back=True), fallback[1]),
-    )
+    pair = KernelPair(functools.partial(permuted, back=False), functools.partial(permuted, back=True), fallback)
     return linear_map(x, pair.transposed if inverse else pair)
 
 

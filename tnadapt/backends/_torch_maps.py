@@ -17,20 +17,6 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from . import FFT_DTYPES, dft2_by_fft, dft2_in_chunks
 from ._kernels import kernels
 
-__all__ = [
-    "KernelPair",
-    "KernelWithFallback",
-    "dft2",
-    "fastfood",
-    "fwht",
-    "in_memory",
-    "linear_map",
-    "on_memory",
-    "recorded",
-    "shuffle",
-]
-
-
 # -- A kernel as a differentiable function of tensors ------------------------------------------------------------------
 
 
@@ -42,38 +28,30 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 _PRE_DISPATCH = getattr(torch._C.DispatchKey, "PreDispatch", None)
 
 
-@dataclasses.dataclass(frozen=True)
-class KernelWithFallback:
-    """A linear map along axes counted from the last, for any batch before them.
-
-    Attributes
-    ----------
-    kernel : callable
-        Computes on the memory of a tensor.
-    fallback : callable
-        The same map in torch's operations, for tensors without memory.
-    """
-
-    kernel: Map
-    fallback: Map
-
-
 @dataclasses.dataclass(frozen=True, repr=False)
 class KernelPair:
-    """A linear map and its adjoint.
+    """A linear map and its adjoint along axes counted from the last, for any batch before them.
 
     Attributes
     ----------
-    forward, adjoint : KernelWithFallback
+    forward, adjoint : callable
+        Compute on the memory of a tensor.
+    fallbacks : (callable, callable)
+        The same two in torch's operations, for tensors without memory.
     """
 
-    forward: KernelWithFallback
-    adjoint: KernelWithFallback
+    forward: Map
+    adjoint: Map
+    fallbacks: tuple[Map, Map]
+
+    @classmethod
+    def symmetric(cls, kernel: Map, fallback: Map) -> KernelPair:
+        return cls(kernel, kernel, (fallback, fallback))
 
     @property
     def transposed(self) -> KernelPair:
         """The adjoint, whose adjoint is the map itself."""
-        return KernelPair(self.adjoint, self.forward)
+        return KernelPair(self.adjoint, self.forward, self.fallbacks[::-1])
 
     def __repr__(self) -> str:
         # The pair appears in traced graphs, which are compared with each other: its repr must not contain addresses.
@@ -84,7 +62,7 @@ def linear_map(x: Tensor, pair: KernelPair) -> Tensor:
     """Apply ``pair.forward`` to x; differentiable to any order, in forward and backward mode."""
     # A batch of gradients (is_grads_batched) has no memory.
     if torch._C._functorch.is_legacy_batchedtensor(x):
-        return pair.forward.fallback(x)
+        return pair.fallbacks[0](x)
     return cast(Tensor, LinearMap.apply(x, pair))  # type: ignore[no-untyped-call]
 
 
@@ -151,7 +129,7 @@ class LinearMap(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, pair: KernelPair) -> Tensor:
-        return on_memory(pair.forward.kernel, x)
+        return on_memory(pair.forward, x)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, KernelPair], output: Tensor) -> None:
@@ -187,8 +165,7 @@ def dft2(x: Tensor, fallback: Map) -> Tensor | None:
     if str(x.dtype).removeprefix("torch.") not in FFT_DTYPES or not x.numel():
         return None
     if in_memory(x):
-        symmetric = KernelWithFallback(_transformed, fallback)
-        return linear_map(x, KernelPair(symmetric, symmetric))
+        return linear_map(x, KernelPair.symmetric(_transformed, fallback))
     # An exported program consists of matrix products, which run anywhere.
     traced = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
     return dft2_by_fft(namespace, x) if traced else None
@@ -275,23 +252,14 @@ def _keep_settings(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.settings = inputs[1:]
 
 
-def _fwht_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-    return fwht(grad, *ctx.settings), None
+def _backward(operator: Any, flips: bool) -> Any:
+    """Return the rule of an operator; ``flips`` if its last setting is whether it is the adjoint."""
 
+    def rule(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        *others, last = ctx.settings
+        return operator(grad, *others, not last if flips else last), *[None] * len(ctx.settings)
 
-def _fastfood_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None, None]:
-    *rest, adjoint = ctx.settings
-    return fastfood(grad, *rest, not adjoint), None, None, None, None, None
-
-
-def _shuffle_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-    recipe, inverse = ctx.settings
-    return shuffle(grad, recipe, not inverse), None, None
-
-
-fwht.register_autograd(_fwht_backward, setup_context=_keep_settings)
-fastfood.register_autograd(_fastfood_backward, setup_context=_keep_settings)
-shuffle.register_autograd(_shuffle_backward, setup_context=_keep_settings)
+    return rule
 
 
 # -- vmap: more rows -------------------------------------------------------------------------------------------
@@ -308,5 +276,6 @@ def _more_rows(operator: Any) -> Any:
     return rule
 
 
-for _operator in (fwht, fastfood, shuffle):
+for _operator, _flips in ((fwht, False), (fastfood, True), (shuffle, True)):
+    _operator.register_autograd(_backward(_operator, _flips), setup_context=_keep_settings)
     _operator.register_vmap(_more_rows(_operator))

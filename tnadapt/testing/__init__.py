@@ -34,17 +34,7 @@ __all__ = [
 ]
 
 # Imported on first use: Hypothesis and pytest are an extra, and ``tnadapt.verify`` does not need them.
-_LAZY = {
-    "BackendContract": "_contracts",
-    "FormatContract": "_contracts",
-    "MapContract": "_contracts",
-    "SourceContract": "_contracts",
-    "base_weights": "strategies",
-    "configs": "strategies",
-    "parameters": "strategies",
-    "plans": "strategies",
-    "shapes": "strategies",
-}
+_LAZY = {name: "_contracts" if name.endswith("Contract") else "strategies" for name in __all__}
 
 
 __getattr__, __dir__ = lazy_names(__name__, _LAZY)

@@ -37,14 +37,6 @@ from tnadapt.errors import BackendError, ConfigError
 
 from . import _reference as reference
 
-__all__ = [
-    "BackendContract",
-    "FormatContract",
-    "MapContract",
-    "SourceContract",
-]
-
-
 # -- What a contract needs from the class that inherits it -------------------------------------------------------------
 
 
@@ -90,6 +82,12 @@ _LLAMA = {"model_type": "llama", "num_hidden_layers": 2, "num_attention_heads": 
 _WEIGHTS = {f"model.layers.{layer}.self_attn.v_proj": (24, 20) for layer in (0, 1)}
 # As float32 rounds two factors, and the sum of a few of their products.
 _ROUNDING = 1e-5
+_NUMPY = load_backend("numpy")
+
+
+def _whole(split: Any, arrays: dict[str, np.ndarray]) -> np.ndarray:
+    """Return the tensor of a format."""
+    return np.asarray(split.tensor(_NUMPY, arrays, [(0, size) for size in split.sizes]))
 
 
 class FormatContract:
@@ -126,18 +124,16 @@ class FormatContract:
 
     def test_a_box_is_the_whole_cut(self) -> None:
         for split, arrays in self._each():
-            backend = get_backend(*arrays.values())
-            whole = split.tensor(backend, arrays, [(0, d) for d in split.sizes])
+            whole = _whole(split, arrays)
             assert whole.shape == split.sizes
             for box in itertools.product(*([(0, d), (0, 1), (d - 1, d), (d // 2, d)] for d in split.sizes)):
-                part = split.tensor(backend, arrays, box)
+                part = split.tensor(_NUMPY, arrays, box)
                 cut = whole[tuple(slice(lo, hi) for lo, hi in box)]
                 np.testing.assert_allclose(part, cut, rtol=1e-12, atol=1e-12)
 
     def test_an_unfolding_is_the_product_of_its_halves(self) -> None:
         for split, arrays in self._each():
-            backend = get_backend(*arrays.values())
-            whole = split.tensor(backend, arrays, [(0, d) for d in split.sizes])
+            whole = _whole(split, arrays)
             for modes in range(1, len(split.sizes)):
                 inner = split.inner(modes)
                 name = type(split).__name__
@@ -149,7 +145,7 @@ class FormatContract:
                 expected = whole.reshape(height, width)
                 for rows, cols in itertools.product(*(([0, n], [n - 1, n], [n // 3, n]) for n in (height, width))):
                     start = rows[0] * width + cols[0]
-                    left, right = split.unfolded(backend, arrays, Cut(modes, tuple(rows), tuple(cols), start))
+                    left, right = split.unfolded(_NUMPY, arrays, Cut(modes, tuple(rows), tuple(cols), start))
                     assert left.shape == (rows[1] - rows[0], inner)
                     assert right.shape == (inner, cols[1] - cols[0])
                     part = expected[slice(*rows), slice(*cols)]
@@ -157,26 +153,23 @@ class FormatContract:
 
     def test_the_tensor_is_the_einsum_of_the_formula(self) -> None:
         for split, arrays in self._each():
-            tensor = split.tensor(get_backend(*arrays.values()), arrays, [(0, d) for d in split.sizes])
             expected = np.einsum(split.formula, *arrays.values(), optimize=True)
-            np.testing.assert_allclose(tensor, expected, rtol=1e-12, atol=1e-12)
+            np.testing.assert_allclose(_whole(split, arrays), expected, rtol=1e-12, atol=1e-12)
 
     def test_the_factors_of_a_matrix_make_it(self) -> None:
         for sizes, rank in itertools.product(((9, 8), (8, 9), (4, 3)), self.ranks):
             split, rng = self.kind(sizes, rank), np.random.default_rng(0)
             arrays = {name: rng.normal(size=shape) for name, shape in split.shapes.items()}
-            backend = get_backend(*arrays.values())
-            factors = split.factors(backend, arrays)
-            whole = split.tensor(backend, arrays, [(0, size) for size in sizes])
+            factors = split.factors(_NUMPY, arrays)
             if factors is None:
                 assert split.rank_of_legs(((sizes[0], 1), (1, sizes[1]))) == min(sizes)
             else:
-                np.testing.assert_allclose(factors[0] @ factors[1], whole, rtol=1e-12, atol=1e-12)
+                np.testing.assert_allclose(factors[0] @ factors[1], _whole(split, arrays), rtol=1e-12, atol=1e-12)
 
     def test_ranks_of_unfoldings_are_limited_as_it_says(self) -> None:
         for split, arrays in self._each():
             order = len(split.sizes)
-            whole = split.tensor(get_backend(*arrays.values()), arrays, [(0, d) for d in split.sizes])
+            whole = _whole(split, arrays)
             for size in range(1, order):
                 for modes in itertools.combinations(range(order), size):
                     turned = np.transpose(whole, [*modes, *(m for m in range(order) if m not in modes)])
@@ -207,35 +200,29 @@ class FormatContract:
 
     def test_it_is_linear_in_each_array(self) -> None:
         for split, arrays in self._each():
-            backend = get_backend(*arrays.values())
-            whole = [(0, d) for d in split.sizes]
-            expected = split.tensor(backend, arrays, whole)
+            expected = 2.0 * _whole(split, arrays)
             for name, array in arrays.items():
-                doubled = split.tensor(backend, {**arrays, name: 2.0 * array}, whole)
-                np.testing.assert_allclose(doubled, 2.0 * expected, rtol=1e-12, atol=1e-12)
+                doubled = _whole(split, {**arrays, name: 2.0 * array})
+                np.testing.assert_allclose(doubled, expected, rtol=1e-12, atol=1e-12)
 
     def test_the_adjoint_is_that_of_each_linear_map(self) -> None:
         rng = np.random.default_rng(1)
         for split, arrays in self._each():
-            backend = get_backend(*arrays.values())
-            whole = [(0, d) for d in split.sizes]
             tensor = rng.normal(size=split.sizes)
-            gradients = split.adjoint(backend, arrays, tensor)
+            gradients = split.adjoint(_NUMPY, arrays, tensor)
             assert {name: tuple(gradient.shape) for name, gradient in gradients.items()} == split.shapes
             for name, array in arrays.items():
                 # At another array than the gradient's, which tests that the map is linear in it.
                 other = rng.normal(size=array.shape)
-                image = split.tensor(backend, {**arrays, name: other}, whole)
-                np.testing.assert_allclose(
-                    (other * gradients[name]).sum(), (image * tensor).sum(), rtol=1e-9, atol=1e-9
-                )
+                expected = (_whole(split, {**arrays, name: other}) * tensor).sum()
+                np.testing.assert_allclose((other * gradients[name]).sum(), expected, rtol=1e-9, atol=1e-9)
 
     def test_paths_count_the_elements_that_an_element_is_made_of(self) -> None:
         """Check that an element depends on ``num_terms_per_array(name)`` elements of an array, by its gradient."""
         for split, arrays in self._each():
             cotangent = np.zeros(split.sizes)
             cotangent[tuple(size // 2 for size in split.sizes)] = 1.0
-            gradients = split.adjoint(get_backend(*arrays.values()), arrays, cotangent)
+            gradients = split.adjoint(_NUMPY, arrays, cotangent)
             for name, gradient in gradients.items():
                 assert np.count_nonzero(gradient) == split.num_terms_per_array(name), (
                     f"{type(split).__name__}.num_terms_per_array({name!r})"
@@ -252,7 +239,7 @@ class FormatContract:
                     name: np.ones(shape) if name in split.ones else rng.choice([-1.0, 1.0], size=shape)
                     for name, shape in split.shapes.items()
                 }
-                total.append(split.tensor(get_backend(*arrays.values()), arrays, [(0, d) for d in sizes]))
+                total.append(_whole(split, arrays))
             assert 0.5 < np.mean(np.square(total)) / split.num_terms < 2.0
 
     def test_other_libraries_files_hold_the_update_or_say_how_far_they_are_off(self) -> None:
@@ -300,9 +287,8 @@ class FormatContract:
         """Yield small adapters with random arrays: a matrix a weight, sums and products of two, and a joint tensor."""
         name = next((name for name, cls in FORMATS.items() if cls is self.kind), None)
         if name is None:
-            name = re.sub("[^a-z0-9]+", "-", f"{self.kind.__module__} {self.kind.__qualname__}".lower())[-64:].strip(
-                "-"
-            )
+            place = f"{self.kind.__module__} {self.kind.__qualname__}".lower()
+            name = re.sub("[^a-z0-9]+", "-", place)[-64:].strip("-")
             tna.register_format(name, self.kind)
         rng = np.random.default_rng(0)
         for settings in (
@@ -372,78 +358,74 @@ class MapContract:
                 yield self.kind(n_in, space.length, seed, 0, **extra)
 
     def test_lengths_and_batches(self) -> None:
-        b = load_backend("numpy")
         for f in self._each():
             x = np.random.default_rng(0).normal(size=(2, 3, f.n_in))
-            outputs = np.asarray(f.forward(b, x))
+            outputs = np.asarray(f.forward(_NUMPY, x))
             assert outputs.shape == (2, 3, f.n_out)
-            np.testing.assert_allclose(outputs[1, 2], f.forward(b, x[1, 2]), rtol=1e-12, atol=1e-12)
+            np.testing.assert_allclose(outputs[1, 2], f.forward(_NUMPY, x[1, 2]), rtol=1e-12, atol=1e-12)
             y = np.random.default_rng(1).normal(size=(2, 3, f.n_out))
-            back = np.asarray(f.linear_part.adjoint(b, y))
+            back = np.asarray(f.linear_part.adjoint(_NUMPY, y))
             assert back.shape == (2, 3, f.n_in)
-            np.testing.assert_allclose(back[1, 2], f.linear_part.adjoint(b, y[1, 2]), rtol=1e-12, atol=1e-12)
+            np.testing.assert_allclose(back[1, 2], f.linear_part.adjoint(_NUMPY, y[1, 2]), rtol=1e-12, atol=1e-12)
             if f.exact_in_batches:
-                assert np.array_equal(outputs[1, 2], f.forward(b, x[1, 2]))
+                assert np.array_equal(outputs[1, 2], f.forward(_NUMPY, x[1, 2]))
                 y = np.random.default_rng(1).normal(size=(4, f.n_out))
-                alone = f.linear_part.adjoint(b, y[3])
-                assert np.array_equal(np.asarray(f.linear_part.adjoint(b, y))[3], alone)
+                alone = f.linear_part.adjoint(_NUMPY, y[3])
+                assert np.array_equal(np.asarray(f.linear_part.adjoint(_NUMPY, y))[3], alone)
 
     def test_it_is_linear_where_it_says_so(self) -> None:
-        b, rng = load_backend("numpy"), np.random.default_rng(0)
+        rng = np.random.default_rng(0)
         for f in self._each():
             part = f.linear_part
             x, y = rng.normal(size=(2, f.n_in))
-            expected = part.forward(b, x) + 2.0 * part.forward(b, y)
-            np.testing.assert_allclose(part.forward(b, x + 2.0 * y), expected, rtol=1e-10, atol=1e-10)
+            expected = part.forward(_NUMPY, x) + 2.0 * part.forward(_NUMPY, y)
+            np.testing.assert_allclose(part.forward(_NUMPY, x + 2.0 * y), expected, rtol=1e-10, atol=1e-10)
             assert f.linear == (part is f)
 
     def test_the_reference_matrix_is_the_map(self) -> None:
-        b = load_backend("numpy")
         for f in self._each():
             part = f.linear_part
-            matrix = np.asarray(part.forward(b, np.eye(f.n_in))).T
+            matrix = np.asarray(part.forward(_NUMPY, np.eye(f.n_in))).T
             np.testing.assert_allclose(matrix, reference.matrix_of(part), rtol=1e-10, atol=1e-10)
 
     def test_the_adjoint_is_that_of_the_derivative(self) -> None:
-        b, rng = load_backend("numpy"), np.random.default_rng(1)
+        rng = np.random.default_rng(1)
         for f in self._each():
             x, way = rng.normal(size=(2, f.n_in))
             y = rng.normal(size=f.n_out)
             h = 1e-6
-            if f.linear:
-                tangent = np.asarray(f.forward(b, way))
-            else:
-                tangent = (np.asarray(f.forward(b, x + h * way)) - np.asarray(f.forward(b, x - h * way))) / (2.0 * h)
-            gradient = np.asarray(f.adjoint_at(b, y, x))
+            ahead, behind = (np.asarray(f.forward(_NUMPY, x + step * way)) for step in (h, -h))
+            tangent = np.asarray(f.forward(_NUMPY, way)) if f.linear else (ahead - behind) / (2.0 * h)
+            gradient = np.asarray(f.adjoint_at(_NUMPY, y, x))
             assert gradient.shape == (f.n_in,)
             tight = 1e-10 if f.linear else 1e-6
             np.testing.assert_allclose(tangent @ y, way @ gradient, rtol=tight, atol=tight)
 
     def test_its_sides_make_the_whole(self) -> None:
-        b, rng = load_backend("numpy"), np.random.default_rng(4)
+        rng = np.random.default_rng(4)
         for f in self._each():
             x, total = rng.normal(size=f.n_in), np.zeros(f.n_out)
             for rows, cols in f.sides():
                 assert (rows.n_in * cols.n_in, rows.n_out * cols.n_out) == (f.n_in, f.n_out)
-                half = np.asarray(cols.forward(b, x.reshape(rows.n_in, cols.n_in)))
-                total += np.asarray(rows.forward(b, half.T)).T.ravel()
+                half = np.asarray(cols.forward(_NUMPY, x.reshape(rows.n_in, cols.n_in)))
+                total += np.asarray(rows.forward(_NUMPY, half.T)).T.ravel()
                 for side in (rows, cols):
                     y = rng.normal(size=side.n_out)
-                    forward = np.asarray(side.forward(b, np.eye(side.n_in)))
-                    np.testing.assert_allclose(side.adjoint(b, y), forward @ y, rtol=1e-10, atol=1e-10)
+                    forward = np.asarray(side.forward(_NUMPY, np.eye(side.n_in)))
+                    np.testing.assert_allclose(side.adjoint(_NUMPY, y), forward @ y, rtol=1e-10, atol=1e-10)
             if f.sides():
-                np.testing.assert_allclose(total, f.forward(b, x), rtol=1e-10, atol=1e-10)
+                np.testing.assert_allclose(total, f.forward(_NUMPY, x), rtol=1e-10, atol=1e-10)
 
     def test_a_slice_is_the_whole_cut(self) -> None:
-        b, rng = load_backend("numpy"), np.random.default_rng(2)
+        rng = np.random.default_rng(2)
         for f in self._each():
             x = rng.normal(size=f.n_in)
-            whole = np.asarray(f.forward(b, x))
+            whole = np.asarray(f.forward(_NUMPY, x))
             for start, stop in {(0, f.n_out), (0, 1), (f.n_out - 1, f.n_out), (f.n_out // 3, f.n_out // 3 + 1)}:
                 fresh = copy.deepcopy(f)
                 assert not fresh.kept
                 for each in (f, fresh):  # with draws in memory, and without
-                    part = np.asarray(each.slice(b, x, start, stop))
+                    part = np.asarray(each.slice(_NUMPY, x, start, stop))
                     np.testing.assert_allclose(part, whole[start:stop], rtol=1e-10, atol=1e-10)
 
     def test_what_is_known_of_it_is_so(self) -> None:
@@ -749,10 +731,11 @@ class BackendContract:
 
     def test_gradient(self) -> None:
         b = self.backend
-        gradients = b.gradient(
-            lambda arrays: b.sum(b.flatten(arrays["x"] * arrays["x"]), axis=0), {"x": self._arange(3)}
-        )
-        gradients = self._found("gradient", gradients)
+
+        def squares(arrays: dict[str, Array]) -> Array:
+            return b.sum(b.flatten(arrays["x"] * arrays["x"]), axis=0)
+
+        gradients = self._found("gradient", b.gradient(squares, {"x": self._arange(3)}))
         if gradients is not None:
             self._same(gradients["x"], [0.0, 2.0, 4.0])
 
@@ -777,12 +760,10 @@ class BackendContract:
             b, f = self.backend, map_class(300, 9000, seed=5)
             forward, adjoint = both = functools.partial(f.forward_plain, b), functools.partial(f.adjoint_plain, b)
             x, y = self._arange(2, f.n_in), self._arange(2, f.n_out)
-            self._equal(
-                self._found("fastfood", b.fastfood(x, f.draws, f.n_in, adjoint=False, fallback=both)), forward(x)
-            )
-            self._equal(
-                self._found("fastfood", b.fastfood(y, f.draws, f.n_in, adjoint=True, fallback=both)), adjoint(y)
-            )
+            projected = b.fastfood(x, f.draws, f.n_in, adjoint=False, fallback=both)
+            self._equal(self._found("fastfood", projected), forward(x))
+            pulled = b.fastfood(y, f.draws, f.n_in, adjoint=True, fallback=both)
+            self._equal(self._found("fastfood", pulled), adjoint(y))
 
     def test_the_kernel_of_shuffle(self) -> None:
         b, f = self.backend, Shuffle(1000, 1000, seed=5)

@@ -19,29 +19,9 @@ from numpy.typing import NDArray
 
 from tnadapt.algebra.config import Config
 from tnadapt.algebra.formats import FORMATS
-from tnadapt.algebra.maps import (
-    KINDS,
-    BroughtMap,
-    Map,
-    input_length,
-    make_map,
-    make_map_on_weights,
-)
+from tnadapt.algebra.maps import KINDS, BroughtMap, Map, input_length, make_map, make_map_on_weights
 from tnadapt.algebra.sources import Mixed, Multiplied, Scaled, Source, Tied, Trained
 from tnadapt.errors import ConfigError
-
-__all__ = [
-    "count",
-    "count_of_magnitudes",
-    "deltas",
-    "matrix_of",
-    "network_arrays",
-    "positions",
-    "project",
-    "tanhshrink",
-    "trained_shapes",
-]
-
 
 # -- Circuits: gates applied one after another to the unit vectors of the columns --------------------------------------
 
@@ -153,14 +133,10 @@ def tanhshrink(t: Float) -> Float:
 
 Params = Mapping[str, Float]
 Shapes = Sequence[tuple[int, int]]
+Keys = Sequence[Hashable] | None
 
 
-def positions(
-    config: Config,
-    shapes: Shapes,
-    layers: Sequence[Hashable] | None = None,
-    roles: Sequence[Hashable] | None = None,
-) -> list[NDArray[np.int64]]:
+def positions(config: Config, shapes: Shapes, layers: Keys = None, roles: Keys = None) -> list[NDArray[np.int64]]:
     """Return the elements of the vector of all updates that each group holds.
 
     Parameters
@@ -196,12 +172,7 @@ def positions(
 
 
 def deltas(
-    config: Config,
-    shapes: Shapes,
-    params: Params,
-    layers: Sequence[Hashable] | None = None,
-    start: Params | None = None,
-    roles: Sequence[Hashable] | None = None,
+    config: Config, shapes: Shapes, params: Params, layers: Keys = None, start: Params | None = None, roles: Keys = None
 ) -> list[Float]:
     """Return ΔW of every weight from the textbook formula.
 
@@ -320,10 +291,8 @@ def _network(config: Config, params: Params, group: int, sizes: tuple[int, ...])
             arrays = {name.removeprefix(prefix): array for name, array in params.items() if name.startswith(prefix)}
             last = k == config.splits - 1
             split = _split(config, config.format if last or config.leading == "same" else "dense", arrays, split_sizes)
-            if tensor is None:
-                tensor = split
-            else:
-                tensor = tensor * split if config.combine == "hadamard" else np.kron(tensor, split)
+            combine = np.multiply if config.combine == "hadamard" else np.kron
+            tensor = split if tensor is None else combine(tensor, split)
         assert tensor is not None
         total = total + (tensor[tuple(slice(d) for d in sizes)] if config.axes is None else tensor)
     if config.axes is not None:
@@ -345,40 +314,29 @@ def _split(config: Config, format_name: str, arrays: Params, sizes: tuple[int, .
     modes, ranks = string.ascii_lowercase[:order], string.ascii_uppercase[: order + 1]
     if format_name == "dense":
         return arrays["dense"]
-    if format_name in ("cp", "cp-weighted"):
-        operands = [arrays[f"factor{m}"] for m in range(order)]
-        inputs = [f"{mode}R" for mode in modes]
-        if format_name == "cp-weighted":
-            operands, inputs = [arrays["weights"], *operands], ["R", *inputs]
-        return np.asarray(np.einsum(",".join(inputs) + "->" + modes, *operands, optimize=True))
-    if format_name == "cp-batched":
-        if order < 3:
-            return arrays[f"factor{order - 1}"]
-        operands = [arrays[f"factor{m}"] for m in range(1, order)]
-        inputs = [f"{modes[0]}{mode}R" for mode in modes[1:]]
-        return np.asarray(np.einsum(",".join(inputs) + "->" + modes, *operands, optimize=True))
-    if format_name == "tucker":
-        present = [m for m in range(order) if f"factor{m}" in arrays]
-        core = "".join(ranks[m] if m in present else modes[m] for m in range(order))
-        inputs = [core, *(modes[m] + ranks[m] for m in present)]
-        operands = [arrays["core"], *(arrays[f"factor{m}"] for m in present)]
-        return np.asarray(np.einsum(",".join(inputs) + "->" + modes, *operands, optimize=True))
     if format_name == "circuit":
         return circuit(arrays, sizes)
-    if format_name != "tt":
+    if format_name == "cp-batched" and order < 3:
+        return arrays[f"factor{order - 1}"]
+    if format_name in ("cp", "cp-weighted"):
+        indices = {f"factor{m}": f"{modes[m]}R" for m in range(order)}
+        if format_name == "cp-weighted":
+            indices["weights"] = "R"
+    elif format_name == "cp-batched":
+        indices = {f"factor{m}": f"{modes[0]}{modes[m]}R" for m in range(1, order)}
+    elif format_name == "tucker":
+        indices = {f"factor{m}": modes[m] + ranks[m] for m in range(order) if f"factor{m}" in arrays}
+        indices["core"] = "".join(ranks[m] if f"factor{m}" in indices else modes[m] for m in range(order))
+    elif format_name == "tt":
+        # The outer bonds have size 1: summing over them changes nothing.
+        indices = {f"core{m}": ranks[m] + modes[m] + ranks[m + 1] for m in range(order)}
+    else:
         raise ConfigError(f"format {format_name!r} has no reference implementation")
-    inputs = [ranks[m] + modes[m] + ranks[m + 1] for m in range(order)]
-    operands = [arrays[f"core{m}"] for m in range(order)]
-    # The outer bonds have size 1: summing over them changes nothing.
-    return np.asarray(np.einsum(",".join(inputs) + "->" + modes, *operands, optimize=True))
+    formula = ",".join(indices.values()) + "->" + modes
+    return np.asarray(np.einsum(formula, *(arrays[name] for name in indices), optimize=True))
 
 
-def count(
-    config: Config,
-    shapes: Shapes,
-    layers: Sequence[Hashable] | None = None,
-    roles: Sequence[Hashable] | None = None,
-) -> int:
+def count(config: Config, shapes: Shapes, layers: Keys = None, roles: Keys = None) -> int:
     """Count the trainable elements with the formula of each format.
 
     Parameters
@@ -438,9 +396,8 @@ def _split_count(format_name: str, rank: Any, sizes: tuple[int, ...]) -> int:
     if format_name == "tucker":
         ranks = [rank] * order if isinstance(rank, int) else list(rank)
         cut = [d if r is None else min(r, d) for r, d in zip(ranks, sizes, strict=True)]
-        return math.prod(cut) + sum(
-            d * r for d, r, mode_rank in zip(sizes, cut, ranks, strict=True) if mode_rank is not None
-        )
+        factors = (d * r for d, r, given in zip(sizes, cut, ranks, strict=True) if given is not None)
+        return math.prod(cut) + sum(factors)
     if format_name == "circuit":
         return circuit_count(sizes)
     if format_name != "tt":

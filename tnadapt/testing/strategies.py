@@ -18,8 +18,6 @@ from tnadapt.algebra.starting_points import STARTS
 from tnadapt.algebra.superlora import SuperLoRA
 from tnadapt.errors import ShapeError
 
-__all__ = ["base_weights", "configs", "parameters", "plans", "shapes"]
-
 ALPHAS = st.none() | st.sampled_from([0.5, 8.0])
 SEEDS = st.sampled_from([0, 1, 2**40 + 7, 2**64 - 1])
 # Groups of whole weights.

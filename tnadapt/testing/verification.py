@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,16 +30,6 @@ from tnadapt.errors import BackendError, ConfigError, safe_repr
 from tnadapt.report import TextTable
 
 from . import _reference as reference
-
-__all__ = [
-    "Law",
-    "Report",
-    "examples",
-    "formula",
-    "relative_error",
-    "verify",
-]
-
 
 # -- The result of checking one law, its error, and the collector of results -------------------------------------------
 
@@ -103,14 +93,9 @@ class LawCollector:
         self.found.append(Law(name, self.subject, self.backend.name, len(errors), worst, allowed))
 
 
-# -- Laws of W' where an update does more than add ---------------------------------------------------------------------
+# -- W' where an update does more than add -----------------------------------------------------------------------------
 
-# The formulas are written out here once more, row by row, and the derivative of W' is compared with a central
-# difference of them.
-
-
-# As for ΔW: a central difference of step 1e-5.
-_STEP, _DIFFERENCE = 1e-5, 1e-6
+# The formulas are written out here once more, row by row.
 
 
 def formula(config: Config, weight: np.ndarray, delta: np.ndarray, magnitude: np.ndarray | None) -> np.ndarray:
@@ -133,93 +118,6 @@ def formula(config: Config, weight: np.ndarray, delta: np.ndarray, magnitude: np
     for row, length in zip(turned, magnitude.tolist(), strict=True):  # views: changed in place
         row *= length / math.hypot(*row.tolist())
     return updated
-
-
-class ChangeLaws:
-    """The checks of W' for one plan on one library.
-
-    Parameters
-    ----------
-    preset : Preset, optional
-        The method whose formula is checked, too.
-    plan : SuperLoRA
-        With what it computes from the base.
-    base : sequence of ndarray
-        The base weights in float64.
-    backend : Backend
-    rng : numpy.random.Generator
-    collector : LawCollector
-    """
-
-    def __init__(
-        self,
-        preset: Preset | None,
-        plan: SuperLoRA,
-        base: Sequence[np.ndarray],
-        backend: Backend,
-        rng: np.random.Generator,
-        collector: LawCollector,
-    ) -> None:
-        self.preset, self.plan, self.base, self.backend = preset, plan, base, backend
-        self.rng, self.collector = rng, collector
-
-    def check(self, host: Mapping[str, np.ndarray], others: Mapping[str, np.ndarray]) -> None:
-        """Check all laws for parameters in float64; ``others`` are frozen arrays."""
-        sent = [self.backend.asarray(weight, "float64") for weight in self.base]
-        params = {name: self.backend.asarray(array, "float64") for name, array in host.items()}
-        updated = _vector([self.backend.to_numpy(weight) for weight in self.plan.merged(params, sent)])
-        self.collector.add("W' = the textbook formula", [relative_error(updated, self._formula(host))])
-        if self.preset is not None and self.preset.changed is not None:
-            expected = self.preset.changed({**host, **others}, self.plan.config, self.base)
-            self.collector.add("W' = the method's own formula", [relative_error(updated, _vector(expected))])
-        self._start()
-        if "gradient" not in self.backend.lacks(sent[0]):
-            self._gradient(host, params, sent)
-
-    def _formula(self, host: Mapping[str, np.ndarray]) -> np.ndarray:
-        names = self.plan.weight_param_names
-        return _vector(
-            [
-                formula(self.plan.config, weight, delta, host[names[index][0]] if names[index] else None)
-                for index, (weight, delta) in enumerate(zip(self.base, self.plan.deltas(host), strict=True))
-            ]
-        )
-
-    def _start(self) -> None:
-        errors = []
-        for dtype in ("float64", "float32"):
-            plan = self.plan.with_base([weight.astype(dtype) for weight in self.base])
-            weights = [self.backend.asarray(weight, dtype) for weight in self.base]
-            fresh = plan.merged(plan.init(self.backend.name, dtype), weights)
-            errors += [
-                float(not np.array_equal(self.backend.to_numpy(new), self.backend.to_numpy(old)))
-                for new, old in zip(fresh, weights, strict=True)
-            ]
-        self.collector.add("at the start W' is W to the bit", errors, 0.0)
-
-    def _gradient(self, host: Mapping[str, np.ndarray], params: dict[str, Array], sent: Sequence[Array]) -> None:
-        targets = [self.rng.normal(size=shape) for shape in self.plan.shapes]
-        ways = [self.backend.asarray(target, "float64") for target in targets]
-
-        def loss(params: dict[str, Array]) -> Array:
-            total = [
-                self.backend.sum(self.backend.flatten(new * way), axis=0)
-                for new, way in zip(self.plan.merged(params, sent), ways, strict=True)
-            ]
-            return sum(total[1:], start=total[0])
-
-        gradients = self.backend.gradient(loss, params)
-        assert gradients is not None  # lacks() says so
-        errors = []
-        for name, array in host.items():
-            way = self.rng.normal(size=array.shape)
-            got = float(np.sum(self.backend.to_numpy(gradients[name]) * way))
-            ahead, behind = (
-                float(_vector(targets) @ self._formula({**host, name: array + sign * _STEP * way})) for sign in (1, -1)
-            )
-            exact = (ahead - behind) / (2 * _STEP)
-            errors.append(abs(got - exact) / max(abs(exact), abs(got), 1.0))
-        self.collector.add("the gradient of W' = a central difference", errors, _DIFFERENCE)
 
 
 def _vector(matrices: Sequence[np.ndarray]) -> np.ndarray:
@@ -264,56 +162,15 @@ def of_projection(label: str, f: Projection, backend: Backend, rng: np.random.Ge
 # formula of the preset, which are written independently of the library.
 
 
-# A central difference of step 1e-5 has an error of about 1e-10 of the value it differentiates.
-DIFFERENCE = 1e-6
+# A central difference of this step has an error of about 1e-10 of the value it differentiates.
+_STEP, DIFFERENCE = 1e-5, 1e-6
 # Elements: a gibibyte in float64, of which several are needed.
 MOST = 1 << 27
 
-
-def of_config(
-    label: str,
-    config: Config,
-    shapes: Sequence[tuple[int, int]],
-    layers: Sequence[Hashable] | None,
-    backend: Backend,
-    rng: np.random.Generator,
-    roles: Sequence[Hashable] | None = None,
-    preset: Preset | None = None,
-) -> list[Law]:
-    """Check the laws of one config on one library.
-
-    Parameters
-    ----------
-    label : str
-        The subject.
-    config, shapes, layers, roles
-        As for :class:`tnadapt.SuperLoRA`.
-    backend : Backend
-    rng : numpy.random.Generator
-        Source of the random parameters.
-    preset : Preset, optional
-        The method whose formula is checked, too.
-
-    Returns
-    -------
-    list of Law
-
-    Examples
-    --------
-    >>> from tnadapt.backends import load_backend
-    >>> laws = of_config("x", Config(rank=1), [(2, 2)], None, load_backend("numpy"), np.random.default_rng(0))
-    >>> all(law.holds for law in laws)
-    True
-    """
-    return _Case(label, config, shapes, layers, backend, rng, roles, preset).laws()
+Keys = Sequence[Hashable] | None
 
 
-def checkable(
-    config: Config,
-    shapes: Sequence[tuple[int, int]],
-    layers: Sequence[Hashable] | None,
-    roles: Sequence[Hashable] | None = None,
-) -> SuperLoRA:
+def checkable(config: Config, shapes: Sequence[tuple[int, int]], layers: Keys, roles: Keys = None) -> SuperLoRA:
     """Return the plan of a config, if it is small enough for its laws to be checked.
 
     Raises
@@ -337,22 +194,42 @@ def checkable(
     return plan
 
 
-class _Case:
-    """The checks of one config on one library."""
+class ConfigLaws(LawCollector):
+    """The checks of one config on one library.
+
+    Parameters
+    ----------
+    label : str
+        The subject.
+    config, shapes, layers, roles
+        As for :class:`tnadapt.SuperLoRA`.
+    backend : Backend
+    rng : numpy.random.Generator
+        Source of the random parameters.
+    preset : Preset, optional
+        The method whose formula is checked, too.
+
+    Examples
+    --------
+    >>> from tnadapt.backends import load_backend
+    >>> laws = ConfigLaws("x", Config(rank=1), [(2, 2)], load_backend("numpy"), np.random.default_rng(0)).checked()
+    >>> all(law.holds for law in laws)
+    True
+    """
 
     def __init__(
         self,
         label: str,
         config: Config,
         shapes: Sequence[tuple[int, int]],
-        layers: Sequence[Hashable] | None,
         backend: Backend,
         rng: np.random.Generator,
-        roles: Sequence[Hashable] | None = None,
+        layers: Keys = None,
+        roles: Keys = None,
         preset: Preset | None = None,
     ) -> None:
-        self.roles, self.preset = roles, preset
-        self.label, self.config, self.layers, self.backend, self.rng = label, config, layers, backend, rng
+        super().__init__(label, backend)
+        self.config, self.layers, self.roles, self.preset, self.rng = config, layers, roles, preset, rng
         self.plan = checkable(config, shapes, layers, roles)
         if self.plan.theta is not None and self.plan.brought_shapes:
             brought = self.plan.theta.stand_ins(rng)
@@ -379,9 +256,8 @@ class _Case:
         }
         self.names = [group.network.shapes for group in self.plan.groups]
         self.params = self._sent(self.host)
-        self.collector = LawCollector(label, backend)
 
-    def laws(self) -> list[Law]:
+    def checked(self) -> list[Law]:
         whole = self._numbers(self.plan.deltas(self.params))
         self._counts()
         self._formulas(whole)
@@ -389,25 +265,25 @@ class _Case:
         self._begin()
         self._gradient()
         if not all(group.projection.map.identity for group in self.plan.groups):
-            self._projections()
+            for group in self.plan.groups:
+                self.found += of_projection(self.subject, group.projection, self.backend, self.rng)
         if not self.plan.applying.additive:
-            laws = ChangeLaws(self.preset, self.plan, self.base, self.backend, self.rng, self.collector)
-            laws.check(self.host, self.frozen)
-        return self.collector.found
+            self._changed()
+            self._changed_begin()
+            self._changed_gradient()
+        return self.found
 
     def _sent(self, arrays: dict[str, np.ndarray]) -> dict[str, Array]:
         return {name: self.backend.asarray(array, "float64") for name, array in arrays.items()}
 
     def _numbers(self, arrays: Sequence[Array]) -> np.ndarray:
-        return np.concatenate([self.backend.to_numpy(array).reshape(-1) for array in arrays])
+        return _vector([self.backend.to_numpy(array) for array in arrays])
 
     def _counts(self) -> None:
         created = sum(math.prod(array.shape) for array in self.plan.init(self.backend.name, "float64").values())
         formula = self._formula_count()
         counted = self.plan.num_parameters
-        self.collector.add(
-            "parameters counted = made = formula", [abs(counted - created) + abs(counted - formula)], 0.0
-        )
+        self.add("parameters counted = made = formula", [abs(counted - created) + abs(counted - formula)], 0.0)
 
     def _formula_count(self) -> int:
         """The number of parameters by the formulas of the formats, and by what each source says is trained."""
@@ -416,20 +292,18 @@ class _Case:
             scopes = {"plan": 1, "group": self.plan.num_groups, "array": len(self.plan.array_shapes)}
             return num_magnitudes + scopes[self.config.scope] * (self.config.parameters or 0)
         if self.config.sources:
-            return num_magnitudes + sum(
-                math.prod(shape) for shape in reference.trained_shapes(self.config, self.names).values()
-            )
+            trained = reference.trained_shapes(self.config, self.names)
+            return num_magnitudes + sum(math.prod(shape) for shape in trained.values())
         return reference.count(self.config, self.plan.shapes, self.layers, self.roles)
 
     def _formulas(self, whole: np.ndarray) -> None:
         shapes = self.plan.shapes
-        self.collector.add("ΔW = the textbook formula", [relative_error(whole, self._textbook(self.host))])
+        self.add("ΔW = the textbook formula", [relative_error(whole, self._textbook(self.host))])
         if self.preset is not None and self.preset.formula is not None:
             begun = {f"begun.{full}": array for full, array in self.begun.items()}
             expected = self.preset.formula({**self.host, **self.frozen, **begun}, self.config, shapes)
-            self.collector.add("ΔW = the method's own formula", [relative_error(whole, _vector(expected))])
-        numpy = self.plan.deltas(self.host)
-        self.collector.add("ΔW = NumPy's", [relative_error(whole, np.concatenate([d.reshape(-1) for d in numpy]))])
+            self.add("ΔW = the method's own formula", [relative_error(whole, _vector(expected))])
+        self.add("ΔW = NumPy's", [relative_error(whole, _vector(self.plan.deltas(self.host)))])
 
     def _slices(self, whole: np.ndarray) -> None:
         errors = []
@@ -443,7 +317,7 @@ class _Case:
             start, stop = sorted(self.rng.choice(self.plan.size + 1, 2, replace=False).tolist())
             values = self._numbers([self.plan.vector(self.params, start, stop)])
             errors.append(float(np.max(np.abs(values - whole[start:stop]))) / scale)
-        self.collector.add("a slice = the whole's", errors)
+        self.add("a slice = the whole's", errors)
 
     def _begin(self) -> None:
         errors = []
@@ -451,7 +325,7 @@ class _Case:
             fresh = self.plan.init(self.backend.name, dtype)
             errors.append(float(np.max(np.abs(self._numbers(self.plan.deltas(fresh))))))
             errors.append(float(np.max(np.abs(self._numbers([self.plan.delta(fresh, 0)])))))
-        self.collector.add("at the start ΔW is exactly 0", errors, 0.0)
+        self.add("at the start ΔW is exactly 0", errors, 0.0)
         # The gradient is not zero if a random direction changes ΔW to first order; the error is 1 if it does not. (From
         # a dead start ΔW grows cubically, by a slope of about 1e-12 for a step of 1e-6.)
         h = 1e-6
@@ -464,7 +338,7 @@ class _Case:
             ahead, behind = ({**self.start, **{n: self.start[n] + s * h * way[n] for n in names}} for s in (1, -1))
             slope = (self._moved(ahead) - self._moved(behind)) / (2 * h)
             alive.append(0.0 if np.max(np.abs(slope)) > 1e-11 else 1.0)
-        self.collector.add("at the start the gradient is not 0", alive, 0.0)
+        self.add("at the start the gradient is not 0", alive, 0.0)
 
     def _moved(self, host: dict[str, np.ndarray]) -> np.ndarray:
         return self._numbers(self.plan.deltas(self._sent(host)))
@@ -479,33 +353,22 @@ class _Case:
         def loss(params: dict[str, Array]) -> Array:
             return self.backend.sum(self.plan.vector({**fixed, **params}) * weights, axis=0)
 
+        def exact(name: str, way: np.ndarray) -> float:
+            # ΔW is affine in each array, so its derivative is ΔW with the direction in place of the array, minus ΔW
+            # with zeros in its place.
+            without = self._textbook({**self.host, name: np.zeros_like(way)})
+            return float(target @ (self._textbook({**self.host, name: way}) - without))
+
+        def difference(name: str, way: np.ndarray) -> float:
+            return self._difference(self._textbook, target, name, way)
+
         if "gradient" in self.backend.lacks(weights):
             return
-        gradients = self.backend.gradient(loss, {name: self.params[name] for name in host})
-        if gradients is None:
-            raise BackendError(
-                f"the backend {self.backend.name!r} returned None for a gradient, and its lacks() does not list "
-                "'gradient'; return the derivatives, or list it"
-            )
-        errors = []
-        linear = self.plan.groups[0].projection.linear and not self._powers
-        for name, array in host.items():
-            way = self.rng.normal(size=array.shape)
-            got = float(np.sum(self.backend.to_numpy(gradients[name]) * way))
-            if linear:
-                # ΔW is affine in each array, so its derivative is ΔW with the direction in place of the array, minus ΔW
-                # with zeros in its place.
-                without = self._textbook({**self.host, name: np.zeros_like(array)})
-                exact = float(target @ (self._textbook({**self.host, name: way}) - without))
-            else:
-                h = 1e-5
-                ahead, behind = (self._textbook({**self.host, name: array + s * h * way}) for s in (1, -1))
-                exact = float(target @ (ahead - behind)) / (2 * h)
-            errors.append(abs(got - exact) / max(abs(exact), abs(got), 1.0))
-        if linear:
-            self.collector.add("the gradient = the exact derivative", errors, TIGHT)
+        if self.plan.groups[0].projection.linear and not self._powers:
+            self.add("the gradient = the exact derivative", self._derivatives(loss, host, exact))
         else:
-            self.collector.add("the gradient = a central difference", errors, DIFFERENCE)
+            errors = self._derivatives(loss, host, difference)
+            self.add("the gradient = a central difference", errors, DIFFERENCE)
 
     @property
     def _powers(self) -> bool:
@@ -517,14 +380,84 @@ class _Case:
         deltas = reference.deltas(
             self.config, self.plan.shapes, self._whole(host), self.layers, self._whole(self.start), self.roles
         )
-        return np.concatenate([delta.reshape(-1) for delta in deltas])
+        return _vector(deltas)
 
     def _whole(self, host: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         return reference.network_arrays(self.config, self.names, host, self.frozen, self.begun)
 
-    def _projections(self) -> None:
-        for group in self.plan.groups:
-            self.collector.found += of_projection(self.label, group.projection, self.backend, self.rng)
+    # W', where an update does more than add
+
+    def _changed(self) -> None:
+        sent = [self.backend.asarray(weight, "float64") for weight in self.base]
+        updated = self._numbers(self.plan.merged(self.params, sent))
+        self.add("W' = the textbook formula", [relative_error(updated, self._changed_textbook(self.host))])
+        if self.preset is not None and self.preset.changed is not None:
+            expected = self.preset.changed({**self.host, **self.frozen}, self.config, self.base)
+            self.add("W' = the method's own formula", [relative_error(updated, _vector(expected))])
+
+    def _changed_textbook(self, host: dict[str, np.ndarray]) -> np.ndarray:
+        updates = zip(self.base, self.plan.deltas(host), self.plan.weight_param_names, strict=True)
+        magnitudes = [
+            formula(self.config, weight, delta, host[names[0]] if names else None) for weight, delta, names in updates
+        ]
+        return _vector(magnitudes)
+
+    def _changed_begin(self) -> None:
+        errors = []
+        for dtype in ("float64", "float32"):
+            plan = self.plan.with_base([weight.astype(dtype) for weight in self.base])
+            weights = [self.backend.asarray(weight, dtype) for weight in self.base]
+            fresh = plan.merged(plan.init(self.backend.name, dtype), weights)
+            for new, old in zip(fresh, weights, strict=True):
+                errors.append(float(not np.array_equal(self.backend.to_numpy(new), self.backend.to_numpy(old))))
+        self.add("at the start W' is W to the bit", errors, 0.0)
+
+    def _changed_gradient(self) -> None:
+        sent = [self.backend.asarray(weight, "float64") for weight in self.base]
+        if "gradient" in self.backend.lacks(sent[0]):
+            return
+        targets = [self.rng.normal(size=shape) for shape in self.plan.shapes]
+        ways = [self.backend.asarray(target, "float64") for target in targets]
+
+        def loss(params: dict[str, Array]) -> Array:
+            pairs = zip(self.plan.merged(params, sent), ways, strict=True)
+            total = [self.backend.sum(self.backend.flatten(new * way), axis=0) for new, way in pairs]
+            return sum(total[1:], start=total[0])
+
+        def difference(name: str, way: np.ndarray) -> float:
+            return self._difference(self._changed_textbook, _vector(targets), name, way)
+
+        errors = self._derivatives(loss, self.host, difference)
+        self.add("the gradient of W' = a central difference", errors, DIFFERENCE)
+
+    # Derivatives
+
+    def _derivatives(
+        self,
+        loss: Callable[[dict[str, Array]], Array],
+        host: dict[str, np.ndarray],
+        expected: Callable[[str, np.ndarray], float],
+    ) -> list[float]:
+        """Compare the gradient of a loss with the derivative in a random direction of each array."""
+        gradients = self.backend.gradient(loss, {name: self.params[name] for name in host})
+        if gradients is None:
+            raise BackendError(
+                f"the backend {self.backend.name!r} returned None for a gradient, and its lacks() does not list "
+                "'gradient'; return the derivatives, or list it"
+            )
+        errors = []
+        for name, array in host.items():
+            way = self.rng.normal(size=array.shape)
+            got, exact = float(np.sum(self.backend.to_numpy(gradients[name]) * way)), expected(name, way)
+            errors.append(abs(got - exact) / max(abs(exact), abs(got), 1.0))
+        return errors
+
+    def _difference(
+        self, textbook: Callable[[dict[str, np.ndarray]], np.ndarray], target: np.ndarray, name: str, way: np.ndarray
+    ) -> float:
+        """Return the derivative of ``<target, textbook>`` in a direction of one array, as a central difference."""
+        ahead, behind = (textbook({**self.host, name: self.host[name] + sign * _STEP * way}) for sign in (1, -1))
+        return float(target @ (ahead - behind)) / (2 * _STEP)
 
 
 # -- Laws of the library's operations: draws, fwht, products and projections -------------------------------------------
@@ -789,12 +722,12 @@ def verify(
             tell(f"{name}: {'the operations' if config is None else 'the config'}")
             if config is not None:
                 for label, part, weights, keys, own_roles in _parts(config, where, layers, roles):
-                    laws += of_config(label, part, weights, keys, backend, rng, own_roles)
+                    laws += ConfigLaws(label, part, weights, backend, rng, keys, own_roles).checked()
                 continue
             laws += of_library(backend, rng)
             for label, (example, weights) in {**examples(), **_starts()}.items():
                 tell(f"{name}: {label}")
-                laws += of_config(label, example, weights, None, backend, rng, preset=PRESETS.get(label))
+                laws += ConfigLaws(label, example, weights, backend, rng, preset=PRESETS.get(label)).checked()
     return Report(tuple(laws), absent)
 
 
@@ -811,9 +744,6 @@ def _starts() -> dict[str, tuple[Config, list[tuple[int, int]]]]:
         for name in STARTS.built_in
         if STARTS[name].subtracts
     }
-
-
-Keys = Sequence[Hashable] | None
 
 
 def _parts(

@@ -108,11 +108,7 @@ class Dense(Format):
         return self
 
     def unfolding_rank(self, modes: Sequence[int]) -> int:
-        rows = math.prod(self.sizes[mode] for mode in modes)
-        return min(rows, math.prod(self.sizes) // rows)
-
-    def bounded_unfoldings(self) -> Iterator[tuple[list[int], int]]:
-        return iter(())
+        return self._shorter_side(modes)
 
     def matrix_rank(self) -> int:
         return min(self.sizes)
@@ -199,14 +195,7 @@ class CP(Format):
         return type(self)(self.sizes, terms * self.rank)
 
     def unfolding_rank(self, modes: Sequence[int]) -> int:
-        rows = math.prod(self.sizes[mode] for mode in modes)
-        return min(self.rank, rows, math.prod(self.sizes) // rows)
-
-    def bounded_unfoldings(self) -> Iterator[tuple[list[int], int]]:
-        order = len(self.sizes)
-        for size in range(1, order // 2 + 1):
-            for modes in itertools.islice(itertools.combinations(range(order), size), 16):
-                yield list(modes), self.rank
+        return min(self.rank, self._shorter_side(modes))
 
     def matrix_rank(self) -> int:
         return min(self.rank, *self.sizes)
@@ -376,9 +365,8 @@ class Tucker(Format):
         return gradients
 
     def unfolding_rank(self, modes: Sequence[int]) -> int:
-        rows = math.prod(self.sizes[mode] for mode in modes)
         core = math.prod(self.core[mode] for mode in modes)
-        return min(core, math.prod(self.core) // core, rows, math.prod(self.sizes) // rows)
+        return min(core, math.prod(self.core) // core, self._shorter_side(modes))
 
     def bounded_unfoldings(self) -> Iterator[tuple[list[int], int]]:
         for mode in self.modes:
@@ -479,11 +467,10 @@ class TensorTrain(Format):
         return gradients
 
     def unfolding_rank(self, modes: Sequence[int]) -> int:
-        rows = math.prod(self.sizes[mode] for mode in modes)
         # A cut crosses every bond whose two modes are on different sides.
         chosen = set(modes)
         bonds = [rank for mode, rank in enumerate(self.ranks[1:-1]) if (mode in chosen) != (mode + 1 in chosen)]
-        return min(math.prod(bonds), rows, math.prod(self.sizes) // rows)
+        return min(math.prod(bonds), self._shorter_side(modes))
 
     def bounded_unfoldings(self) -> Iterator[tuple[list[int], int]]:
         for mode in range(len(self.sizes) - 1):
@@ -610,9 +597,7 @@ class Permuted(Format):
         self._order = [digit for axis in axes for digit in axis]
         self._back = tuple(self._order.index(digit) for digit in range(len(self._order)))
         # Planned here, so that a compiler that traces a call does not have to trace the planning.
-        formula, _ = own._parsed
-        modes = {index: mode for mode, index in enumerate(formula.output)}
-        self._legs = [[(axis, modes[i]) for axis, i in enumerate(held) if i in modes] for held in formula.inputs]
+        self._legs = own._planned_legs()
 
     @property
     def formula(self) -> str:
@@ -709,15 +694,6 @@ class Permuted(Format):
 
         return along(backend, [self.sizes[digit] for digit in digits], *bounds, on_box)
 
-    def _restricted(self, arrays: Mapping[str, Array], ranges: Ranges) -> dict[str, Array]:
-        restricted = {}
-        for name, legs in zip(self.shapes, self._legs, strict=True):
-            array = arrays[name]
-            for axis, mode in legs:
-                array = rows_of(array, ranges[mode], axis)
-            restricted[name] = array
-        return restricted
-
     # -- Used by the start, the planner and the solvers ----------------------------------------
 
     def num_terms_per_array(self, name: str) -> int:
@@ -748,8 +724,7 @@ class Permuted(Format):
 
     def unfolding_rank(self, modes: Sequence[int]) -> int:
         legs = [(size, 1) if mode in modes else (1, size) for mode, size in enumerate(self.sizes)]
-        rows = math.prod(rows for rows, _ in legs)
-        return min(rows, math.prod(self.sizes) // rows, self.rank_of_legs(legs))
+        return min(self._shorter_side(modes), self.rank_of_legs(legs))
 
     def bounded_unfoldings(self) -> Iterator[tuple[list[int], int]]:
         for modes, rank in self.own.bounded_unfoldings():

@@ -12,7 +12,7 @@ import itertools
 import math
 import string
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 
@@ -20,29 +20,6 @@ from tnadapt.algebra.folding import Cut
 from tnadapt.argument_checks import integer
 from tnadapt.backends import Array, Backend, FixedArrays, load_backend
 from tnadapt.errors import ConfigError, safe_repr
-
-if TYPE_CHECKING:
-    from typing import Self
-
-__all__ = [
-    "Contraction",
-    "Cover",
-    "Format",
-    "Formula",
-    "Halves",
-    "Legs",
-    "Ranges",
-    "Rank",
-    "covered",
-    "jacobian_rank",
-    "letters",
-    "of_cp",
-    "of_train",
-    "of_tucker",
-    "rank_a_mode",
-    "rows_of",
-]
-
 
 # -- Contraction of a small tensor network given as an einsum string ---------------------------------------------------
 
@@ -120,9 +97,10 @@ class Formula(NamedTuple):
         """
         sizes: dict[str, int] = {}
         for indices, shape in zip(self.inputs, shapes, strict=True):
-            if len(indices) != len(shape) or any(
-                sizes.setdefault(i, d) != d for i, d in zip(indices, shape, strict=True)
-            ):
+            fits = len(indices) == len(shape) and all(
+                sizes.setdefault(i, d) == d for i, d in zip(indices, shape, strict=True)
+            )
+            if not fits:
                 raise ConfigError(
                     f"an array of shape {tuple(shape)} does not fit its indices {indices!r} in the formula"
                 )
@@ -463,9 +441,7 @@ class Halves:
         """Return the halves; the same object for all weights with the same place in a tensor."""
         return cls(formula, dict(size), axes, sizes, legs)
 
-    def __call__(
-        self, backend: Backend, arrays: Sequence[Array], ranges: Sequence[tuple[int, int]]
-    ) -> tuple[Array, Array]:
+    def __call__(self, backend: Backend, arrays: Sequence[Array], ranges: Ranges) -> tuple[Array, Array]:
         """Compute the halves of a box from the network's arrays, in order.
 
         Returns
@@ -474,7 +450,7 @@ class Halves:
             One axis per mode, of its rows in the first and its columns in the second, and the inner one.
         """
         parts = [
-            self._restricted(backend, array, legs, shape, ranges)
+            backend.reshape(self._restricted(backend, array, legs, ranges), tuple(shape))
             for array, legs, shape in zip(arrays, self._legs, self._shapes, strict=True)
         ]
         dtype = backend.dtype_name(arrays[0])
@@ -487,24 +463,17 @@ class Halves:
         return halves[0], halves[1]
 
     def _restricted(
-        self,
-        backend: Backend,
-        array: Array,
-        legs: Sequence[tuple[int, Sequence[int]]],
-        shape: Sequence[int],
-        ranges: Sequence[tuple[int, int]],
+        self, backend: Backend, array: Array, legs: Sequence[tuple[int, Sequence[int]]], ranges: Ranges
     ) -> Array:
-        """Return the part of an array that belongs to a box, with an axis for each digit."""
+        """Return the part of an array that belongs to a box."""
         for axis, modes in reversed(legs):
             cover = covered([self.sizes[mode] for mode in modes], [ranges[mode] for mode in modes])
-            lo, hi = cover.bounds
-            before = (slice(None),) * axis
-            array = array if (lo, hi) == (0, array.shape[axis]) else array[(*before, slice(lo, hi), ...)]
+            array = rows_of(array, cover.bounds, axis)
             if any(part != slice(None) for part in cover.crop):
                 lengths = [*array.shape[:axis], *cover.lengths, *array.shape[axis + 1 :]]
-                array = backend.reshape(array, lengths)[(*before, *cover.crop, ...)]
+                array = backend.reshape(array, lengths)[(*(slice(None),) * axis, *cover.crop, ...)]
                 array = backend.reshape(array, (*lengths[:axis], -1, *lengths[axis + len(modes) :]))
-        return backend.reshape(array, tuple(shape))
+        return array
 
 
 # -- Degrees of freedom: the rank of the Jacobian at random arrays -----------------------------------------------------
@@ -516,14 +485,7 @@ _FORMED = 1 << 20
 _ROUNDING = 1e-10
 
 
-class _Network(Protocol):
-    sizes: tuple[int, ...]
-    shapes: dict[str, tuple[int, ...]]
-
-    @property
-    def num_parameters(self) -> int: ...
-
-    def tensor(self, backend: Any, arrays: Mapping[str, Any], ranges: Sequence[tuple[int, int]]) -> Any: ...
+_Network = Any  # a format, or what has its sizes, shapes, num_parameters and tensor
 
 
 def jacobian_rank(network: _Network, times: int) -> int | None:
@@ -658,7 +620,7 @@ class Format:
         self.shapes: dict[str, tuple[int, ...]] = self.array_shapes(rank)
         if type(self).tensor is Format.tensor or type(self).adjoint is Format.adjoint:
             # Planned here, so that a compiler that traces a call does not have to trace the planning.
-            self._contractions = self._planned()
+            self._contractions, self._legs = self._planned(), self._planned_legs()
 
     # -- What a format is ----------------------------------------------------------------------
 
@@ -705,9 +667,8 @@ class Format:
     def zero(self) -> str:
         """Name of the array that starts at zero in a linear adapter; by default the first one with the leading mode."""
         formula, _ = self._parsed
-        return next(
-            name for name, indices in zip(self.shapes, formula.inputs, strict=True) if formula.output[0] in indices
-        )
+        pairs = zip(self.shapes, formula.inputs, strict=True)
+        return next(name for name, indices in pairs if formula.output[0] in indices)
 
     def mode_of(self, name: str) -> int | None:
         """Return the mode whose factor an array is: a matrix of its size and a bond. None for any other array."""
@@ -741,24 +702,31 @@ class Format:
         array
             With the sizes of the box.
         """
-        whole, axes, _ = self._contractions
-        parts = []
-        for name, legs in zip(self.shapes, axes, strict=True):
-            part = arrays[name]
-            for axis, mode in legs:
-                part = rows_of(part, ranges[mode], axis)
-            parts.append(part)
-        return whole(backend, parts)
+        whole, _ = self._contractions
+        return whole(backend, list(self._restricted(arrays, ranges).values()))
 
-    def _planned(self) -> tuple[Contraction, list[list[tuple[int, int]]], list[tuple[Contraction, list[int], bool]]]:
-        """Plan the contraction that gives the tensor, the modes of each array's axes, and the adjoint of each array.
+    def _restricted(self, arrays: Mapping[str, Array], ranges: Ranges) -> dict[str, Array]:
+        """Return the rows of the arrays that belong to a box."""
+        restricted = {}
+        for name, axes in zip(self.shapes, self._legs, strict=True):
+            restricted[name] = arrays[name]
+            for axis, mode in axes:
+                restricted[name] = rows_of(restricted[name], ranges[mode], axis)
+        return restricted
 
-        The modes are ``(axis, mode)`` pairs per array. An adjoint is a contraction, the shape of its result, and
-        whether the array has an index that occurs nowhere else.
-        """
+    def _planned_legs(self) -> list[list[tuple[int, int]]]:
+        """Return the axes of each array that are modes, as pairs ``(axis, mode)``."""
         formula, _ = self._parsed
         modes = {index: mode for mode, index in enumerate(formula.output)}
-        axes = [[(axis, modes[i]) for axis, i in enumerate(indices) if i in modes] for indices in formula.inputs]
+        return [[(axis, modes[i]) for axis, i in enumerate(indices) if i in modes] for indices in formula.inputs]
+
+    def _planned(self) -> tuple[Contraction, list[tuple[Contraction, list[int], bool]]]:
+        """Plan the contraction that gives the tensor, and the adjoint of each array.
+
+        An adjoint is a contraction, the shape of its result, and whether the array has an index that occurs nowhere
+        else.
+        """
+        formula, _ = self._parsed
         adjoints = []
         for k, (indices, shape) in enumerate(zip(formula.inputs, self.shapes.values(), strict=True)):
             inputs = [formula.output, *formula.inputs[:k], *formula.inputs[k + 1 :]]
@@ -767,7 +735,7 @@ class Format:
             # broadcast in :meth:`adjoint`.
             kept = [d if i in reached else 1 for i, d in zip(indices, shape, strict=True)]
             adjoints.append((Contraction(inputs, reached), kept, len(reached) < len(indices)))
-        return Contraction(formula.inputs, formula.output), axes, adjoints
+        return Contraction(formula.inputs, formula.output), adjoints
 
     def adjoint(self, backend: Backend, arrays: Mapping[str, Array], tensor: Array) -> dict[str, Array]:
         """Compute the gradient of ``<tensor, T>`` with respect to each array, where T is the tensor of the arrays.
@@ -786,7 +754,7 @@ class Format:
         dict of str to array
             With the shapes in ``shapes``.
         """
-        _, _, adjoints = self._contractions
+        _, adjoints = self._contractions
         names, gradients = list(self.shapes), dict[str, Array]()
         for k, (name, (contraction, kept, shared)) in enumerate(zip(names, adjoints, strict=True)):
             others = [arrays[other] for other in names[:k] + names[k + 1 :]]
@@ -879,9 +847,12 @@ class Format:
 
         Default: the least product of bonds between them and the other modes, a minimal cut of the network.
         """
-        rows = math.prod(self.sizes[mode] for mode in modes)
         formula, size = self._parsed
-        return min(rows, math.prod(self.sizes) // rows, least_cut(formula, size, modes))
+        return min(self._shorter_side(modes), least_cut(formula, size, modes))
+
+    def _shorter_side(self, modes: Sequence[int]) -> int:
+        rows = math.prod(self.sizes[mode] for mode in modes)
+        return min(rows, math.prod(self.sizes) // rows)
 
     def rank_of_legs(self, legs: Sequence[tuple[int, int]]) -> int:
         """Return an upper bound on the rank of a box of the tensor as a matrix.
@@ -909,9 +880,8 @@ class Format:
         order = len(self.sizes)
         for size in range(1, order // 2 + 1):
             for modes in itertools.islice(itertools.combinations(range(order), size), _UNFOLDINGS):
-                rows = math.prod(self.sizes[mode] for mode in modes)
                 rank = self.unfolding_rank(modes)
-                if rank < min(rows, math.prod(self.sizes) // rows):
+                if rank < self._shorter_side(modes):
                     yield list(modes), rank
 
     def matrix_rank(self) -> int | None:

@@ -11,8 +11,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple, Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -20,20 +20,6 @@ from tnadapt.algebra import rng
 from tnadapt.argument_checks import require_frozen
 from tnadapt.backends import Array, Backend, FixedArrays, load_backend
 from tnadapt.errors import ConfigError, ShapeError, safe_repr
-
-__all__ = [
-    "ENDS",
-    "BroughtMap",
-    "ByRows",
-    "Identity",
-    "Map",
-    "MapSettings",
-    "Space",
-    "check_settings_class",
-    "digest_of",
-    "settings_text",
-]
-
 
 # -- Settings: a frozen dataclass, which configs hold and adapter files store ------------------------------------------
 
@@ -202,6 +188,8 @@ class Map(FixedArrays):
     exact_in_batches: bool = False
     even_columns: bool = False
     fixed: tuple[str, ...] = ()
+    # Whether the settings always determine the length of the input.
+    _sized_by_settings: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -231,7 +219,7 @@ class Map(FixedArrays):
     @classmethod
     def fixes_length(cls, settings: Any) -> bool:
         """Return whether the output and the settings determine the length of the input; else ``ratio`` does."""
-        return cls.square
+        return cls.square or cls._sized_by_settings
 
     @classmethod
     def domain(cls, codomain: Space, settings: Any) -> Space:
@@ -284,6 +272,12 @@ class Map(FixedArrays):
     def slice(self, backend: Backend, x: Array, start: int, stop: int) -> Array:
         """Compute ``F(x)[..., start:stop]``. Default: a slice of the whole output."""
         return self.forward(backend, x)[..., start:stop]
+
+    def _piece(self, backend: Backend, name: str, x: Array, start: int, stop: int) -> Array:
+        """Return a part of a fixed array; if it is not kept, ``make`` draws it without the rest."""
+        if name in self.kept:
+            return self.on(backend, name, x)[start:stop]
+        return self.on(backend, (name, start, stop), x, keep=False)
 
     @property
     def linear_part(self) -> Map:
@@ -406,33 +400,44 @@ class ByRows(Map):
 ENDS = 1 << 19
 
 
-class _Drawn(Protocol):
-    kind: str
-    n_in: int
-    n_out: int
-
-    def part(self, name: str, start: int, stop: int) -> np.ndarray: ...
+# Draws elements ``start`` to ``stop - 1`` of the stream with a name.
+_Part = Callable[[str, int, int], np.ndarray]
 
 
-def digest_of(drawn: _Drawn, lengths: Mapping[str, int]) -> str:
+def digest_of(f: Map, part: _Part, lengths: Mapping[str, int]) -> str:
     """Return the hex SHA-256 of kind, lengths and streams; beyond 2**20 elements, of the first and last 2**19."""
-    head = f"tnadapt {drawn.kind} {drawn.n_in} {drawn.n_out}".encode()
-    return rng.digest(iter([head]), *(_bytes(drawn, *stream) for stream in lengths.items()))
+    head = f"tnadapt {f.kind} {f.n_in} {f.n_out}".encode()
+    return rng.digest(iter([head]), *(_bytes(part, *stream) for stream in lengths.items()))
 
 
-def _bytes(drawn: _Drawn, name: str, length: int) -> Iterator[bytes]:
-    ends = [(0, length)]
-    if length > 2 * ENDS:
-        ends = [(0, ENDS), (length - ENDS, length)]
+def _bytes(part: _Part, name: str, length: int) -> Iterator[bytes]:
+    ends = [(0, ENDS), (length - ENDS, length)] if length > 2 * ENDS else [(0, length)]
     for first, last in ends:
         for lo, hi in rng.chunks(first, last):
-            yield drawn.part(name, lo, hi).astype("<i8" if name == "perm" else "<f4").tobytes()
+            yield part(name, lo, hi).astype("<i8" if name == "perm" else "<f4").tobytes()
 
 
-# -- The identity map --------------------------------------------------------------------------------------------------
+# -- Maps that copy elements, and the identity map ---------------------------------------------------------------------
 
 
-class Identity(Map):
+def sum_of_runs(backend: Backend, y: Array, length: int) -> Array:
+    """Sum the runs of so many elements that y consists of, the last one padded with zeros: the adjoint of repeating."""
+    runs = -(-y.shape[-1] // length)
+    padded = backend.pad_last(y, runs * length)
+    return backend.sum(backend.reshape(padded, (*y.shape[:-1], runs, length)), axis=-2)
+
+
+class Copying(Map):
+    """A map each of whose outputs is one of the inputs."""
+
+    def squared_norm(self) -> float:
+        return float(self.n_out)
+
+    def cost(self) -> int:
+        return 0
+
+
+class Identity(Copying):
     """``y = x``; ρ = 1 only."""
 
     kind = "identity"
@@ -444,23 +449,8 @@ class Identity(Map):
     def adjoint(self, backend: Backend, y: Array) -> Array:
         return y
 
-    def gain(self) -> float:
-        return 1.0
-
-    def squared_norm(self) -> float:
-        return float(self.n_out)
-
-    def cost(self) -> int:
-        return 0
-
     def matrix(self) -> np.ndarray:
         return np.eye(self.n_out)
-
-    def part(self, name: str, start: int, stop: int) -> np.ndarray:
-        raise KeyError(name)  # it draws nothing
-
-    def digest(self) -> str:
-        return digest_of(self, {})
 
 
 # -- Maps whose array the caller brings --------------------------------------------------------------------------------

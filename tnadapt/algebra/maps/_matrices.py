@@ -14,18 +14,7 @@ from tnadapt.argument_checks import integer
 from tnadapt.backends import Array, Backend
 from tnadapt.errors import ConfigError, safe_repr
 
-from ._map import BroughtMap, ByRows, Identity, Map, MapSettings, Space
-
-__all__ = [
-    "Circulant",
-    "CirculantMap",
-    "GivenMatrix",
-    "Normal",
-    "Repeat",
-    "Tile",
-    "TileMap",
-]
-
+from ._map import BroughtMap, ByRows, Copying, Identity, Map, MapSettings, Space, sum_of_runs
 
 # -- A dense map of independent normal numbers -------------------------------------------------------------------------
 
@@ -72,21 +61,16 @@ class Normal(Map):
         return self.slice(backend, x, 0, self.n_out)
 
     def slice(self, backend: Backend, x: Array, start: int, stop: int) -> Array:
-        row = backend.reshape(x, (*x.shape[:-1], 1, self.n_in))
         parts = []
         for lo, hi in self._blocks(start, stop):
             block = self._block(backend, x, (lo, hi))[max(start - lo, 0) : stop - lo, :]
-            product = backend.precise_matmul(row, backend.matrix_transpose(block))
-            parts.append(backend.reshape(product, (*x.shape[:-1], block.shape[0])))
+            parts.append(_row_times(backend, x, backend.matrix_transpose(block)))
         return backend.concat(parts, axis=-1)
 
     def adjoint(self, backend: Backend, y: Array) -> Array:
         total = None
         for lo, hi in self._blocks(0, self.n_out):
-            row = backend.reshape(y[..., lo:hi], (*y.shape[:-1], 1, hi - lo))
-            part = backend.reshape(
-                backend.precise_matmul(row, self._block(backend, y, (lo, hi))), (*y.shape[:-1], self.n_in)
-            )
+            part = _row_times(backend, y[..., lo:hi], self._block(backend, y, (lo, hi)))
             total = part if total is None else total + part
         return total
 
@@ -97,11 +81,14 @@ class Normal(Map):
         return self.n_in * self.n_out
 
     def matrix(self) -> np.ndarray:
-        rows = [
-            rng.normals(self.seed, self.group, rng.PURPOSE["normal_map"], row * self.n_in, (row + 1) * self.n_in)
-            for row in range(self.n_out)
-        ]
-        return np.asarray(np.float32(np.asarray(rows, np.float64) / math.sqrt(self.n_out)), np.float64)
+        drawn = rng.normals(self.seed, self.group, rng.PURPOSE["normal_map"], 0, self.n_out * self.n_in)
+        return np.float32(drawn.astype(np.float64) / math.sqrt(self.n_out)).astype(np.float64).reshape(self.n_out, -1)
+
+
+def _row_times(backend: Backend, x: Array, matrix: Array) -> Array:
+    """Multiply each vector of a batch by a matrix, alone: its bits do not depend on the batch."""
+    product = backend.precise_matmul(backend.reshape(x, (*x.shape[:-1], 1, x.shape[-1])), matrix)
+    return backend.reshape(product, (*x.shape[:-1], matrix.shape[-1]))
 
 
 # -- A dense map that the caller brings --------------------------------------------------------------------------------
@@ -135,14 +122,10 @@ class GivenMatrix(BroughtMap):
         return self.slice(backend, x, 0, self.n_out)
 
     def slice(self, backend: Backend, x: Array, start: int, stop: int) -> Array:
-        row = backend.reshape(x, (*x.shape[:-1], 1, self.n_in))
-        product = backend.precise_matmul(row, backend.matrix_transpose(self._rows(backend, x, start, stop)))
-        return backend.reshape(product, (*x.shape[:-1], stop - start))
+        return _row_times(backend, x, backend.matrix_transpose(self._rows(backend, x, start, stop)))
 
     def adjoint(self, backend: Backend, y: Array) -> Array:
-        row = backend.reshape(y, (*y.shape[:-1], 1, self.n_out))
-        product = backend.precise_matmul(row, self._rows(backend, y, 0, self.n_out))
-        return backend.reshape(product, (*y.shape[:-1], self.n_in))
+        return _row_times(backend, y, self._rows(backend, y, 0, self.n_out))
 
     def squared_norm(self) -> float:
         return float(np.sum(self.brought.astype(np.float64) ** 2))
@@ -197,11 +180,7 @@ class CirculantMap(Map):
     settings_class = Circulant
     settings: Circulant
     shape: tuple[int, int]
-    two_sided = True
-
-    @classmethod
-    def fixes_length(cls, settings: Circulant) -> bool:
-        return True
+    two_sided = _sized_by_settings = True
 
     @classmethod
     def domain(cls, codomain: Space, settings: Circulant) -> Space:
@@ -280,7 +259,7 @@ class CirculantMap(Map):
 _CONCATENATED = 64
 
 
-class Repeat(Map):
+class Repeat(Copying):
     """``y[j] = x[j mod n_in]``. The adjoint sums the repeats of each element, and needs no gather.
 
     Examples
@@ -293,31 +272,20 @@ class Repeat(Map):
 
     kind = "repeat"
 
-    @property
-    def _times(self) -> int:
-        return -(-self.n_out // self.n_in)
-
     def make(self, key: object) -> np.ndarray:
         """Return which element of x each element of y is."""
         return (np.arange(self.n_out) % self.n_in).astype(np.int64)
 
     def forward(self, backend: Backend, x: Array) -> Array:
-        if self._times > _CONCATENATED:
+        times = -(-self.n_out // self.n_in)
+        if times > _CONCATENATED:
             return backend.take(x, self.on(backend, "places", x), axis=-1)
         # Copies of whole runs take a third of the time of single elements.
-        whole = backend.concat([x] * self._times, axis=-1)
+        whole = backend.concat([x] * times, axis=-1)
         return whole if whole.shape[-1] == self.n_out else whole[..., : self.n_out]
 
     def adjoint(self, backend: Backend, y: Array) -> Array:
-        whole = self._times * self.n_in
-        padded = y if whole == self.n_out else backend.pad_last(y, whole)
-        return backend.sum(backend.reshape(padded, (*y.shape[:-1], self._times, self.n_in)), axis=-2)
-
-    def squared_norm(self) -> float:
-        return float(self.n_out)
-
-    def cost(self) -> int:
-        return 0
+        return sum_of_runs(backend, y, self.n_in)
 
     def matrix(self) -> np.ndarray:
         return np.asarray(np.eye(self.n_in)[self.make("places")])
@@ -361,16 +329,13 @@ class Tile(MapSettings):
         super().__post_init__()
 
 
-class TileMap(ByRows):
+class TileMap(Copying, ByRows):
     """``Y[i, j] = X[i mod rows, j mod cols]``."""
 
     kind = "tile"
     settings_class = Tile
     settings: Tile
-
-    @classmethod
-    def fixes_length(cls, settings: Tile) -> bool:
-        return True
+    _sized_by_settings = True
 
     @classmethod
     def domain(cls, codomain: Space, settings: Tile) -> Space:
@@ -406,12 +371,8 @@ class TileMap(ByRows):
     def adjoint(self, backend: Backend, y: Array) -> Array:
         batch = tuple(y.shape[:-1])
         rows, cols = self._tile
-        down, across = -(-self.shape[0] // rows), -(-self.shape[1] // cols)
-        summed = backend.pad_last(backend.reshape(y, (*batch, *self.shape)), across * cols)
-        summed = backend.sum(backend.reshape(summed, (*batch, self.shape[0], across, cols)), axis=-2)
-        summed = backend.reshape(summed, (*batch, self.shape[0] * cols))
-        summed = backend.pad_last(summed, down * rows * cols)
-        return backend.sum(backend.reshape(summed, (*batch, down, rows * cols)), axis=-2)
+        along_rows = sum_of_runs(backend, backend.reshape(y, (*batch, *self.shape)), cols)
+        return sum_of_runs(backend, backend.reshape(along_rows, (*batch, self.shape[0] * cols)), rows * cols)
 
     def sides(self) -> Sequence[tuple[Map, Map]]:
         rows, cols = (
@@ -420,17 +381,7 @@ class TileMap(ByRows):
         )
         return [(rows, cols)]
 
-    def squared_norm(self) -> float:
-        return float(self.n_out)
-
-    def cost(self) -> int:
-        return 0
-
     def matrix(self) -> np.ndarray:
         rows, cols = self._tile
-        whole = np.tile(
-            np.arange(rows * cols).reshape(rows, cols),
-            [-(-a // b) for a, b in zip(self.shape, (rows, cols), strict=True)],
-        )
-        cut = whole[: self.shape[0], : self.shape[1]].reshape(-1)
-        return np.asarray(np.eye(self.n_in)[cut])
+        row, col = np.indices(self.shape)
+        return np.asarray(np.eye(self.n_in)[(row % rows * cols + col % cols).reshape(-1)])

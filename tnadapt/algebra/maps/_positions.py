@@ -5,9 +5,8 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
-import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -18,24 +17,7 @@ from tnadapt.argument_checks import integer
 from tnadapt.backends import Array, Backend
 from tnadapt.errors import ConfigError, safe_repr
 
-from ._map import ENDS, BroughtMap, Map, MapSettings, Space, digest_of
-
-__all__ = [
-    "Gather",
-    "GatherMap",
-    "OneHot",
-    "Scatter",
-    "ScatterMap",
-    "Shuffle",
-    "SignGather",
-    "SignGatherMap",
-    "SignedOneHot",
-    "TiedElements",
-    "TiedMap",
-    "TorchScatter",
-    "TorchScatterMap",
-]
-
+from ._map import ENDS, BroughtMap, Copying, Map, MapSettings, Space, digest_of, sum_of_runs
 
 # -- Scatter: a few values at positions of a vector that is zero elsewhere ---------------------------------------------
 
@@ -105,24 +87,20 @@ class ScatterMap(Map):
     """``y[positions[i]] = x[i]``, and 0 elsewhere."""
 
     kind = "scatter"
-    settings_class = Scatter
-    settings: Scatter
+    settings_class: ClassVar[type[MapSettings]] = Scatter
+    settings: Scatter | TorchScatter
     fixed = ("positions",)
-    exact_in_batches = True
+    exact_in_batches = _sized_by_settings = True
 
     @classmethod
-    def fixes_length(cls, settings: Scatter) -> bool:
-        return True
-
-    @classmethod
-    def domain(cls, codomain: Space, settings: Scatter) -> Space:
+    def domain(cls, codomain: Space, settings: Scatter | TorchScatter) -> Space:
         assert settings.size is not None  # or the positions set it
         if settings.size > codomain.length:
             raise ConfigError(
-                f"Scatter has size={settings.size}, more positions than places: its output has {codomain.length} "
-                f"elements; give a size of at most {codomain.length}"
+                f"{type(settings).__name__} has size={settings.size}, more positions than places: its output has "
+                f"{codomain.length} elements; give a size of at most {codomain.length}"
             )
-        if settings.positions is not None and max(settings.positions) >= codomain.length:
+        if isinstance(settings, Scatter) and settings.positions and max(settings.positions) >= codomain.length:
             raise ConfigError(
                 f"Scatter's position {max(settings.positions)} is beyond its output of {codomain.length} elements, "
                 f"whose positions are 0 to {codomain.length - 1}"
@@ -131,27 +109,24 @@ class ScatterMap(Map):
 
     @property
     def samples(self) -> bool:
-        return self.settings.positions is None
-
-    @property
-    def _invertible(self) -> bool:
-        """Whether the value at a position is known without all positions."""
-        return self.settings.positions is None
+        return isinstance(self.settings, TorchScatter) or self.settings.positions is None
 
     def make(self, key: object) -> np.ndarray:
-        if key == "positions":
-            if self.settings.positions is not None:
-                return np.array(self.settings.positions, np.int64)
-            return rng.permutation(self.n_out, self.seed, self.group, 0, self.n_in)
+        if isinstance(key, tuple):
+            return self._sources(*key[1:])
         if key == "sources":
             return self._sources(0, self.n_out)
-        assert isinstance(key, tuple)
-        return self._sources(*key)
+        if isinstance(self.settings, TorchScatter):
+            return permutation_head(self.n_out, self.n_in, self.settings.seed)
+        if self.settings.positions is not None:
+            return np.array(self.settings.positions, np.int64)
+        return rng.permutation(self.n_out, self.seed, self.group, 0, self.n_in)
 
     def _sources(self, start: int, stop: int) -> np.ndarray:
         """Return which element of x each of these elements of y is; ``n_in``, for a zero that is appended, if none."""
         positions = self.kept.get("positions")
-        if positions is None and (not self._invertible or stop - start == self.n_out):
+        seeded = isinstance(self.settings, Scatter) and self.settings.positions is None
+        if positions is None and (not seeded or stop - start == self.n_out):
             positions = self.make("positions")
         if positions is None:  # a slice: drawn without the rest
             inverse = rng.permutation(self.n_out, self.seed, self.group, start, stop, inverse=True)
@@ -169,10 +144,7 @@ class ScatterMap(Map):
         return backend.take(y, self.on(backend, "positions", y))
 
     def slice(self, backend: Backend, x: Array, start: int, stop: int) -> Array:
-        if "sources" in self.kept:
-            sources = self.on(backend, "sources", x)[start:stop]
-        else:
-            sources = self.on(backend, (start, stop), x, keep=False)
+        sources = self._piece(backend, "sources", x, start, stop)
         return backend.take(backend.pad_last(x, self.n_in + 1), sources)
 
     def squared_norm(self) -> float:
@@ -183,8 +155,7 @@ class ScatterMap(Map):
 
     def matrix(self) -> np.ndarray:
         matrix = np.zeros((self.n_out, self.n_in))
-        for column, place in enumerate(self.make("positions")):
-            matrix[place, column] = 1.0
+        matrix[self.make("positions"), np.arange(self.n_in)] = 1.0
         return matrix
 
 
@@ -233,34 +204,7 @@ class TorchScatterMap(ScatterMap):
     """``y[positions[i]] = x[i]``, and 0 elsewhere."""
 
     kind = "torch-scatter"
-    settings_class = TorchScatter  # type: ignore[assignment]
-    settings: TorchScatter  # type: ignore[assignment]
-
-    @classmethod
-    def fixes_length(cls, settings: TorchScatter) -> bool:  # type: ignore[override]
-        return True
-
-    @classmethod
-    def domain(cls, codomain: Space, settings: TorchScatter) -> Space:  # type: ignore[override]
-        if settings.size > codomain.length:
-            raise ConfigError(
-                f"TorchScatter has size={settings.size}, more positions than places: its output has {codomain.length} "
-                f"elements; give a size of at most {codomain.length}"
-            )
-        return Space(settings.size)
-
-    @property
-    def samples(self) -> bool:
-        return True
-
-    @property
-    def _invertible(self) -> bool:
-        return False
-
-    def make(self, key: object) -> np.ndarray:
-        if key == "positions":
-            return permutation_head(self.n_out, self.n_in, self.settings.seed)
-        return super().make(key)
+    settings_class = TorchScatter
 
 
 # -- Gather: every element is an element of a shorter vector, or its negative (hashing) --------------------------------
@@ -313,7 +257,7 @@ class SignGather(Gather):
     """
 
 
-class GatherMap(Map):
+class GatherMap(Copying):
     """``y[j] = x[perm[j] mod n_in]``."""
 
     kind = "gather"
@@ -359,30 +303,14 @@ class GatherMap(Map):
 
     def adjoint(self, backend: Backend, y: Array) -> Array:
         # Sorted by perm, the elements that copy x[i] are at i, i + n_in, i + 2 n_in, …
-        y = backend.take(y, self.on(backend, "back", y))
-        rows = -(-self.n_out // self.n_in)
-        y = backend.reshape(backend.pad_last(y, rows * self.n_in), (*y.shape[:-1], rows, self.n_in))
-        return backend.sum(y, axis=-2)
+        return sum_of_runs(backend, backend.take(y, self.on(backend, "back", y)), self.n_in)
 
     def slice(self, backend: Backend, x: Array, start: int, stop: int) -> Array:
         return backend.take(x, self._piece(backend, "index", x, start, stop))
 
-    def _piece(self, backend: Backend, name: str, x: Array, start: int, stop: int) -> Array:
-        if name in self.kept:
-            return self.on(backend, name, x)[start:stop]
-        return self.on(backend, (name, start, stop), x, keep=False)
-
-    def squared_norm(self) -> float:
-        return float(self.n_out)
-
-    def cost(self) -> int:
-        return 0
-
     def matrix(self) -> np.ndarray:
-        matrix = np.zeros((self.n_out, self.n_in))
-        for row, place in enumerate(rng.permutation(self.n_out, self.seed, self.group, purpose=rng.PURPOSE["gather"])):
-            matrix[row, place % self.n_in] = 1.0
-        return matrix
+        places = rng.permutation(self.n_out, self.seed, self.group, purpose=rng.PURPOSE["gather"])
+        return np.eye(self.n_in)[places % self.n_in]
 
 
 class SignGatherMap(GatherMap):
@@ -425,17 +353,13 @@ class OneHot(Map):
     fixed: tuple[str, ...] = ("index",)
     signed = False
 
-    def _coefficients(self) -> np.ndarray:
-        """1 / sqrt(c_j) of every input; an input that no output takes has 1."""
-        taken, rest = divmod(self.n_out, self.n_in)
-        counts = np.full(self.n_in, taken, np.int64)
-        counts[:rest] += 1
-        return 1.0 / np.sqrt(np.maximum(counts, 1))
-
     def make(self, key: object) -> np.ndarray:
         """Draw the positions, the coefficients of the inputs, or the signs of the outputs."""
         if key == "coefficients":
-            return self._coefficients()
+            taken, rest = divmod(self.n_out, self.n_in)
+            counts = np.full(self.n_in, taken, np.int64)
+            counts[:rest] += 1
+            return 1.0 / np.sqrt(np.maximum(counts, 1))  # an input that no output takes has 1
         if key == "order":
             # perm[order[k]] = k, so that outputs order[j], order[j + n_in], … take x_j.
             return rng.permutation(self.n_out, self.seed, self.group, inverse=True)
@@ -444,42 +368,30 @@ class OneHot(Map):
         whole = rng.permutation(self.n_out, self.seed, self.group) % self.n_in
         return whole.astype(np.int32) if self.n_in <= 1 << 31 else whole
 
-    def part(self, name: str, start: int, stop: int) -> np.ndarray:
-        """Draw elements ``start`` to ``stop - 1`` of the permutation or the signs without the rest."""
+    def _part(self, name: str, start: int, stop: int) -> np.ndarray:
         if name == "signs":
             return rng.signs(self.seed, self.group, start, stop)
         return rng.permutation(self.n_out, self.seed, self.group, start, stop)
 
     def digest(self) -> str:
-        return digest_of(self, {"perm": self.n_out} | ({"signs": self.n_out} if self.signed else {}))
+        return digest_of(self, self._part, dict.fromkeys(("perm", "signs") if self.signed else ("perm",), self.n_out))
 
     def forward(self, backend: Backend, x: Array) -> Array:
         return self.slice(backend, x, 0, self.n_out)
 
     def slice(self, backend: Backend, x: Array, start: int, stop: int) -> Array:
         dtype = backend.dtype_name(x)
-        scaled = x * self._in_dtype(backend, x, dtype)
+        scaled = x * self.on(backend, "coefficients", x, dtype)
         taken = backend.take(scaled, self.on(backend, "index", x)[start:stop])
-        if self.signed:
-            taken = taken * self.on(backend, "signs", x, dtype)[start:stop]
-        return taken
-
-    def _in_dtype(self, backend: Backend, x: Array, dtype: str) -> Array:
-        return self.on(backend, "coefficients", x, dtype)
+        return taken * self.on(backend, "signs", x, dtype)[start:stop] if self.signed else taken
 
     def adjoint(self, backend: Backend, y: Array) -> Array:
         # In the order of the permutation, every run of n_in outputs takes each input once.
         dtype = backend.dtype_name(y)
         if self.signed:
             y = y * self.on(backend, "signs", y, dtype)
-        rows = -(-self.n_out // self.n_in)
-        sorted_ = backend.take(y, self.on(backend, "order", y))
-        padded = backend.pad_last(sorted_, rows * self.n_in)
-        summed = backend.sum(backend.reshape(padded, (*y.shape[:-1], rows, self.n_in)), axis=-2)
-        return summed * self._in_dtype(backend, y, dtype)
-
-    def gain(self) -> float:
-        return min(self.n_in, self.n_out) / math.sqrt(self.n_in * self.n_out)
+        summed = sum_of_runs(backend, backend.take(y, self.on(backend, "order", y)), self.n_in)
+        return summed * self.on(backend, "coefficients", y, dtype)
 
     def squared_norm(self) -> float:
         return float(min(self.n_in, self.n_out))
@@ -488,10 +400,7 @@ class OneHot(Map):
         return 0
 
     def matrix(self) -> np.ndarray:
-        matrix = np.zeros((self.n_out, self.n_in))
-        places = rng.permutation(self.n_out, self.seed, self.group)
-        for row, place in enumerate(places.tolist()):
-            matrix[row, place % self.n_in] = 1.0
+        matrix = np.eye(self.n_in)[rng.permutation(self.n_out, self.seed, self.group) % self.n_in]
         if self.signed:
             matrix *= rng.signs(self.seed, self.group, 0, self.n_out)[:, None]
         return np.asarray(matrix / np.sqrt(np.maximum(1.0, np.abs(matrix).sum(axis=0))))
@@ -646,9 +555,7 @@ class TiedMap(BroughtMap):
         return int(np.unique(self.brought).size)
 
     def matrix(self) -> np.ndarray:
-        matrix = np.zeros((self.n_out, self.n_in))
-        for row, column in enumerate(self.brought.tolist()):
-            matrix[row, int(column)] = 1.0
+        matrix = np.eye(self.n_in)[self.brought.astype(np.int64)]
         if self.settings.normalized:
             matrix /= np.sqrt(np.maximum(matrix.sum(axis=0), 1.0))
         return matrix
@@ -657,7 +564,7 @@ class TiedMap(BroughtMap):
 # -- A permutation of the long vector ----------------------------------------------------------------------------------
 
 
-class Shuffle(Map):
+class Shuffle(Copying):
     """``y[j] = x[perm[j]]``; ρ = 1 only."""
 
     kind = "shuffle"
@@ -697,23 +604,10 @@ class Shuffle(Map):
         return (adjoint if inverse else forward)(x) if shuffled is None else shuffled
 
     def slice(self, backend: Backend, x: Array, start: int, stop: int) -> Array:
-        kept = "perm" in self.kept
-        positions = (
-            self.on(backend, "perm", x)[start:stop] if kept else self.on(backend, ("perm", start, stop), x, keep=False)
-        )
-        return backend.take(x, positions)
-
-    def gain(self) -> float:
-        return 1.0
-
-    def squared_norm(self) -> float:
-        return float(self.n_out)
-
-    def cost(self) -> int:
-        return 0
+        return backend.take(x, self._piece(backend, "perm", x, start, stop))
 
     def matrix(self) -> np.ndarray:
         return np.eye(self.n_out)[rng.permutation(self.n_out, self.seed, self.group)]
 
     def digest(self) -> str:
-        return digest_of(self, {"perm": self.n_out})
+        return digest_of(self, self.part, {"perm": self.n_out})

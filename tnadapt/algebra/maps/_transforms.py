@@ -15,35 +15,16 @@ from tnadapt.errors import ConfigError, safe_repr
 
 from ._map import ByRows, Map, MapSettings, Space
 
-__all__ = [
-    "DAUBECHIES",
-    "CenteredWavelet",
-    "CenteredWaveletMap",
-    "Dct2",
-    "Dft2",
-    "Wavelet",
-    "WaveletMap",
-]
-
-
 # -- One side: a product with a fixed matrix ---------------------------------------------------------------------------
 
 
 class SideMatrix(Map):
-    """``y = M x`` with a matrix M, ``(n_out, n_in)``, that several maps share.
-
-    Parameters
-    ----------
-    matrices : FixedArrays
-    key : hashable
-        Of M in ``matrices``.
-    n_in, n_out : int
-    """
+    """``y = M x`` with a square matrix M that several maps share, by its key in ``matrices``."""
 
     kind = "side matrix"
 
-    def __init__(self, matrices: FixedArrays, key: Hashable, n_in: int, n_out: int) -> None:
-        super().__init__(n_in, n_out)
+    def __init__(self, matrices: FixedArrays, key: Hashable, size: int) -> None:
+        super().__init__(size, size)
         self._matrices, self._key = matrices, key
 
     def forward(self, backend: Backend, x: Array) -> Array:
@@ -63,7 +44,7 @@ class SideMatrix(Map):
 
 
 class TwoSided(ByRows):
-    """``Y = sum_t L_t X R_tᵀ``. A subclass names the matrices in :attr:`side_keys`, as keys of
+    """``Y = sum_t L_t X R_tᵀ`` with square matrices, which a subclass names in :attr:`side_keys`, as keys of
     :attr:`matrices`.
 
     Attributes
@@ -82,29 +63,24 @@ class TwoSided(ByRows):
 
     @property
     def side_keys(self) -> Sequence[tuple[Hashable, Hashable]]:
-        """Keys of ``L_t``, of shape (rows of Y, rows of X), and of ``R_t``, likewise for columns."""
+        """Keys of ``L_t``, as long as the rows of Y, and of ``R_t``, as its columns."""
         raise self._lacks("side_keys")
 
     def sides(self) -> Sequence[tuple[Map, Map]]:
-        into, out = self.shape_in, self.shape
+        rows, cols = self.shape
         return [
-            (
-                SideMatrix(self.matrices, left, into[0], out[0]),
-                SideMatrix(self.matrices, right, into[1], out[1]),
-            )
+            (SideMatrix(self.matrices, left, rows), SideMatrix(self.matrices, right, cols))
             for left, right in self.side_keys
         ]
 
     def _rows(self, backend: Backend, x: Array, first: int, last: int) -> Array:
         """Compute some rows of Y, flattened."""
         batch = tuple(x.shape[:-1])
-        x = backend.reshape(x, (*batch, *self.shape_in))
+        x = backend.reshape(x, (*batch, *self.shape))
         total = None
         for left, right in self.side_keys:
-            some = self._side(backend, left, x)[first:last, :]
-            part = backend.precise_matmul(
-                some, backend.precise_matmul(x, backend.matrix_transpose(self._side(backend, right, x)))
-            )
+            mapped = backend.precise_matmul(x, backend.matrix_transpose(self._side(backend, right, x)))
+            part = backend.precise_matmul(self._side(backend, left, x)[first:last, :], mapped)
             total = part if total is None else total + part
         return backend.reshape(total, (*batch, (last - first) * self.shape[1]))
 
@@ -122,8 +98,7 @@ class TwoSided(ByRows):
         return self.matrices.on(backend, key, like, backend.dtype_name(like))
 
     def cost(self) -> int:
-        (rows, cols), (rows_in, cols_in) = self.shape, self.shape_in
-        return len(self.side_keys) * (rows_in * cols_in * cols + rows * rows_in * cols)
+        return len(self.side_keys) * self.n_out * sum(self.shape)
 
 
 # -- The inverse cosine transform (LoCA) -------------------------------------------------------------------------------
@@ -287,126 +262,50 @@ DAUBECHIES: dict[str, tuple[float, ...]] = {
     "db1": (0.7071067811865476, 0.7071067811865476),
     "db2": (0.48296291314453416, 0.8365163037378079, 0.2241438680420134, -0.12940952255126037),
     "db3": (
-        0.33267055295008263,
-        0.8068915093110925,
-        0.45987750211849154,
-        -0.13501102001025458,
-        -0.08544127388202666,
-        0.03522629188570953,
+        0.33267055295008263, 0.8068915093110925, 0.45987750211849154, -0.13501102001025458,
+        -0.08544127388202666, 0.03522629188570953,
     ),
     "db4": (
-        0.2303778133088965,
-        0.7148465705529157,
-        0.6308807679298589,
-        -0.027983769416859854,
-        -0.18703481171909309,
-        0.030841381835560764,
-        0.0328830116668852,
-        -0.010597401785069032,
+        0.2303778133088965, 0.7148465705529157, 0.6308807679298589, -0.027983769416859854,
+        -0.18703481171909309, 0.030841381835560764, 0.0328830116668852, -0.010597401785069032,
     ),
     "db5": (
-        0.16010239797419293,
-        0.6038292697971896,
-        0.7243085284377729,
-        0.13842814590132074,
-        -0.24229488706638203,
-        -0.032244869584638375,
-        0.07757149384004572,
-        -0.006241490212798274,
-        -0.012580751999081999,
-        0.0033357252854737712,
+        0.16010239797419293, 0.6038292697971896, 0.7243085284377729, 0.13842814590132074,
+        -0.24229488706638203, -0.032244869584638375, 0.07757149384004572, -0.006241490212798274,
+        -0.012580751999081999, 0.0033357252854737712,
     ),
     "db6": (
-        0.11154074335010947,
-        0.49462389039845306,
-        0.7511339080210954,
-        0.31525035170919763,
-        -0.22626469396543983,
-        -0.12976686756726194,
-        0.09750160558732304,
-        0.027522865530305727,
-        -0.03158203931748603,
-        0.0005538422011614961,
-        0.004777257510945511,
-        -0.0010773010853084796,
+        0.11154074335010947, 0.49462389039845306, 0.7511339080210954, 0.31525035170919763,
+        -0.22626469396543983, -0.12976686756726194, 0.09750160558732304, 0.027522865530305727,
+        -0.03158203931748603, 0.0005538422011614961, 0.004777257510945511, -0.0010773010853084796,
     ),
     "db7": (
-        0.07785205408500918,
-        0.3965393194819173,
-        0.7291320908462351,
-        0.4697822874051931,
-        -0.14390600392856498,
-        -0.22403618499387498,
-        0.07130921926683026,
-        0.08061260915108308,
-        -0.03802993693501441,
-        -0.01657454163066688,
-        0.01255099855609984,
-        0.0004295779729213665,
-        -0.0018016407040474908,
+        0.07785205408500918, 0.3965393194819173, 0.7291320908462351, 0.4697822874051931, -0.14390600392856498,
+        -0.22403618499387498, 0.07130921926683026, 0.08061260915108308, -0.03802993693501441,
+        -0.01657454163066688, 0.01255099855609984, 0.0004295779729213665, -0.0018016407040474908,
         0.00035371379997452024,
     ),
     "db8": (
-        0.05441584224310401,
-        0.31287159091429995,
-        0.6756307362972898,
-        0.5853546836542067,
-        -0.015829105256349306,
-        -0.2840155429615469,
-        0.0004724845739132828,
-        0.12874742662047847,
-        -0.017369301001807547,
-        -0.044088253930794755,
-        0.013981027917398282,
-        0.008746094047405777,
-        -0.004870352993451574,
-        -0.00039174037337694705,
-        0.0006754494064505693,
-        -0.00011747678412476953,
+        0.05441584224310401, 0.31287159091429995, 0.6756307362972898, 0.5853546836542067,
+        -0.015829105256349306, -0.2840155429615469, 0.0004724845739132828, 0.12874742662047847,
+        -0.017369301001807547, -0.044088253930794755, 0.013981027917398282, 0.008746094047405777,
+        -0.004870352993451574, -0.00039174037337694705, 0.0006754494064505693, -0.00011747678412476953,
     ),
     "db9": (
-        0.038077947363878345,
-        0.24383467461259034,
-        0.6048231236901112,
-        0.6572880780513005,
-        0.13319738582500756,
-        -0.2932737832791749,
-        -0.09684078322297646,
-        0.14854074933810638,
-        0.03072568147933338,
-        -0.06763282906132997,
-        0.00025094711483145197,
-        0.022361662123679096,
-        -0.004723204757751397,
-        -0.00428150368246343,
-        0.0018476468830562265,
-        0.00023038576352319597,
-        -0.0002519631889427101,
-        3.93473203162716e-05,
+        0.038077947363878345, 0.24383467461259034, 0.6048231236901112, 0.6572880780513005,
+        0.13319738582500756, -0.2932737832791749, -0.09684078322297646, 0.14854074933810638,
+        0.03072568147933338, -0.06763282906132997, 0.00025094711483145197, 0.022361662123679096,
+        -0.004723204757751397, -0.00428150368246343, 0.0018476468830562265, 0.00023038576352319597,
+        -0.0002519631889427101, 3.93473203162716e-05,
     ),
     "db10": (
-        0.026670057900555554,
-        0.1881768000776915,
-        0.5272011889317256,
-        0.6884590394536035,
-        0.2811723436605775,
-        -0.24984642432731538,
-        -0.19594627437737705,
-        0.12736934033579325,
-        0.09305736460357235,
-        -0.07139414716639708,
-        -0.029457536821875813,
-        0.033212674059341,
-        0.0036065535669561697,
-        -0.010733175483330575,
-        0.001395351747052901,
-        0.001992405295185056,
-        -0.0006858566949597116,
-        -0.00011646685512928545,
-        9.358867032006959e-05,
-        -1.3264202894521244e-05,
+        0.026670057900555554, 0.1881768000776915, 0.5272011889317256, 0.6884590394536035, 0.2811723436605775,
+        -0.24984642432731538, -0.19594627437737705, 0.12736934033579325, 0.09305736460357235,
+        -0.07139414716639708, -0.029457536821875813, 0.033212674059341, 0.0036065535669561697,
+        -0.010733175483330575, 0.001395351747052901, 0.001992405295185056, -0.0006858566949597116,
+        -0.00011646685512928545, 9.358867032006959e-05, -1.3264202894521244e-05,
     ),
-}
+}  # fmt: skip
 
 
 # -- The inverse wavelet transform, of one level (WaveFT) --------------------------------------------------------------
@@ -507,16 +406,13 @@ class WaveletMap(ByRows):
     kind = "wavelet"
     settings_class = Wavelet
     settings: Wavelet
+    _sized_by_settings = True
 
     def __init__(self, *lengths: int, settings: Wavelet, shape: tuple[int, int]) -> None:
         super().__init__(*lengths, settings=settings, shape=shape)
         self.square = self.n_in == self.n_out
         # The two filters of Haar do not overlap, so that nothing is cut at the edges.
         self.isometry = settings.periodic or (len(_FILTERS[settings.family]) == 2 and self.square)
-
-    @classmethod
-    def fixes_length(cls, settings: Wavelet) -> bool:
-        return True
 
     @classmethod
     def domain(cls, codomain: Space, settings: Wavelet) -> Space:
@@ -658,7 +554,7 @@ class CenteredWaveletMap(Map):
     settings_class = CenteredWavelet
     settings: CenteredWavelet
     shape: tuple[int, int]
-    two_sided = True
+    two_sided = _sized_by_settings = True
 
     def __init__(self, *lengths: int, settings: CenteredWavelet, shape: tuple[int, int]) -> None:
         super().__init__(*lengths, settings=settings, shape=shape)
@@ -667,14 +563,6 @@ class CenteredWaveletMap(Map):
         _, n_out, *draws = lengths
         self._inner = WaveletMap(self._sizes[0] * self._sizes[1], n_out, *draws, settings=wavelet, shape=shape)
         self.square, self.isometry = True, self._inner.isometry
-
-    @classmethod
-    def fixes_length(cls, settings: CenteredWavelet) -> bool:
-        return True
-
-    @classmethod
-    def domain(cls, codomain: Space, settings: CenteredWavelet) -> Space:
-        return codomain
 
     def make(self, key: object) -> np.ndarray:
         """Return where each element of X is among the coefficients, or which element each coefficient is."""

@@ -20,19 +20,7 @@ from tnadapt.argument_checks import flag, integer
 from tnadapt.backends import FLOAT_DTYPES, Array, Backend, FixedArrays, get_backend, kernels, known_backend
 from tnadapt.errors import ShapeError
 
-from ._map import Map, digest_of
-
-__all__ = [
-    "FastfoodDraws",
-    "Linear",
-    "LinearV2",
-    "Nonlinear",
-    "NonlinearV2",
-    "fwht",
-    "hadamard_rows",
-    "tanhshrink",
-]
-
+from ._map import Map, digest_of, sum_of_runs
 
 # -- Draws: permutation Π, normal diagonals 𝒢 and 𝒢', signs ℬ, whole or in pieces --------------------------------------
 
@@ -282,26 +270,13 @@ def fwht_plain(backend: Backend, x: Array, normalize: bool) -> Array:
     while bits:
         step = min(_RADIX_BITS, bits)
         bits -= step
-        key = (step, length if normalize and not bits else 1)
-        matrix = _small_matrices.on(backend, key, like=x, dtype=dtype)
+        radix = 1 << step
+        key = (0, radix, 0, radix, length if normalize and not bits else 1)
+        matrix = hadamard_rows.on(backend, key, x, dtype)
         rows = min(length >> step, _ROWS)
-        x = backend.reshape(x, (*batch, 1 << step, (length >> step) // rows, rows))
+        x = backend.reshape(x, (*batch, radix, (length >> step) // rows, rows))
         x = backend.precise_matmul(backend.moveaxis(x, -3, -1), matrix)
     return backend.reshape(x, shape)
-
-
-class _SmallMatrices(FixedArrays):
-    """Hadamard matrices of up to 16 rows, divided by the square root of a length: keys are (bits, length)."""
-
-    def make(self, key: Any) -> np.ndarray:
-        bits, length = key
-        matrix = np.ones((1, 1))
-        for _ in range(bits):
-            matrix = np.block([[matrix, matrix], [matrix, -matrix]])
-        return matrix / math.sqrt(length)
-
-
-_small_matrices = _SmallMatrices()
 
 
 # -- The linear maps ---------------------------------------------------------------------------------------------------
@@ -361,9 +336,7 @@ class Linear(Map):
         dtype = backend.dtype_name(y)
         u = fwht_last(backend, backend.pad_last(y * self.draws.on(backend, "diagonal", y, dtype), self.padded))
         v = backend.take(u * self.draws.on(backend, "gain", y, dtype), self.draws.on(backend, "inverse", y))
-        # The adjoint of repeating is summing over the repeats.
-        v = backend.reshape(v, (*v.shape[:-1], self.padded // self._pruned, self._pruned))
-        v = backend.sum(v, axis=-2) * math.sqrt(self._pruned / self.padded)
+        v = sum_of_runs(backend, v, self._pruned) * math.sqrt(self._pruned / self.padded)
         return fwht_last(backend, v)[..., : self.n_in]
 
     def slice(self, backend: Backend, x: Array, start: int, stop: int) -> Array:
@@ -438,7 +411,7 @@ class Linear(Map):
         return np.asarray(b[:, None] * (h @ permuted)[: self.n_out])
 
     def digest(self) -> str:
-        return digest_of(self, {"perm": self.padded, "g": self.padded, "diagonal": self.n_out})
+        return digest_of(self, self.part, {"perm": self.padded, "g": self.padded, "diagonal": self.n_out})
 
 
 class LinearV2(Linear):

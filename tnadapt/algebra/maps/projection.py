@@ -26,48 +26,48 @@ from tnadapt.plugins import Registry
 
 from ._map import BroughtMap, Identity, Map, MapSettings, Space, settings_text
 from ._matrices import CirculantMap, GivenMatrix, Normal, TileMap
-from ._positions import (
-    GatherMap,
-    OneHot,
-    ScatterMap,
-    Shuffle,
-    SignedOneHot,
-    SignGatherMap,
-    TiedMap,
-    TorchScatterMap,
-)
+from ._positions import GatherMap, OneHot, ScatterMap, Shuffle, SignedOneHot, SignGatherMap, TiedMap, TorchScatterMap
 from ._transforms import CenteredWaveletMap, Dct2, Dft2, WaveletMap
 from .fastfood import Linear, LinearV2, Nonlinear, NonlinearV2
 
-__all__ = [
-    "KINDS",
-    "MAPS",
-    "ON",
-    "SQUARE",
-    "THETA_STREAMS",
-    "Chain",
-    "PerWeight",
-    "Projection",
-    "Recipe",
-    "adjoints",
-    "checked_projection",
-    "input_length",
-    "is_brought",
-    "is_linear",
-    "make_map",
-    "make_map_on_weights",
-    "projection_name",
-    "projection_to_json",
-    "require_ratio_fits",
-    "slices",
-    "takes_ratio",
-]
+# -- Maps that are made of maps: one after another, or side by side ----------------------------------------------------
 
 
-# -- Maps in a row: each is applied to the result of the one before ----------------------------------------------------
+class _Composed(Map):
+    """What a chain and the maps of several weights have in common; only the last part may differ in linearity."""
+
+    _title: str
+
+    def __init__(self, parts: tuple[Map, ...], n_in: int, n_out: int) -> None:
+        super().__init__(n_in, n_out, parts[0].seed, parts[0].group)
+        self.parts, self.linear = parts, parts[-1].linear
+        for name in ("identity", "square", "isometry", "exact_in_batches"):
+            setattr(self, name, all(getattr(part, name) for part in parts))
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({list(self.parts)!r})"
+
+    def digest(self) -> str:
+        digests = {part: part.digest() for part in self.parts}
+        return hashlib.sha256(" ".join([self._title, *(digests[part] for part in self.parts)]).encode()).hexdigest()
+
+    def fourth_moment(self) -> float:
+        return self.parts[-1].fourth_moment()
+
+    def cost(self) -> int | None:
+        costs = [part.cost() for part in self.parts]
+        known = [cost for cost in costs if cost is not None]
+        return sum(known) if len(known) == len(costs) else None
 
 
-class Chain(Map):
+def _checked_parts(parts: Sequence[Map]) -> tuple[Map, ...]:
+    parts = tuple(parts)
+    if not parts or not all(isinstance(part, Map) for part in parts):
+        raise ConfigError(f"parts must be one or more maps; got {safe_repr(parts)}")
+    return parts
+
+
+class Chain(_Composed):
     """The composition of maps, the first one applied first. Only the last one may be nonlinear.
 
     Parameters
@@ -76,35 +76,26 @@ class Chain(Map):
         Two or more; the length of each one's output is that of the next one's input.
     """
 
+    _title = "tnadapt chain"
+
     @checks_arguments
     def __init__(self, parts: Sequence[Map]) -> None:
-        parts = tuple(parts)
-        if not parts or not all(isinstance(part, Map) for part in parts):
-            raise ConfigError(f"parts must be one or more maps; got {safe_repr(parts)}")
-        super().__init__(parts[0].n_in, parts[-1].n_out, parts[0].seed, parts[0].group)
+        parts = _checked_parts(parts)
+        super().__init__(parts, parts[0].n_in, parts[-1].n_out)
         for before, after in itertools.pairwise(parts):
             if before.n_out != after.n_in:
                 raise ConfigError(
                     f"parts must fit each other; {before.kind!r} makes {before.n_out} elements, and {after.kind!r} "
                     f"takes {after.n_in}"
                 )
-        self.parts = parts
         self.kind = " → ".join(part.kind for part in parts)
         for part in parts[:-1]:
             if not part.linear:
                 raise ConfigError(
                     f"{part.kind!r} is not linear, and only the last map of a chain may be nonlinear: put it last"
                 )
-        self.linear = parts[-1].linear
-        self.identity = all(part.identity for part in parts)
-        self.square = all(part.square for part in parts)
-        self.isometry = all(part.isometry for part in parts)
-        self.exact_in_batches = all(part.exact_in_batches for part in parts)
         # If the last map gives any vector full rank, it does so for what the others compute.
         self.full_rank = parts[-1].full_rank
-
-    def __repr__(self) -> str:
-        return f"Chain({list(self.parts)!r})"
 
     def forward(self, backend: Backend, x: Array) -> Array:
         return self.parts[-1].forward(backend, self._before_last(backend, x))
@@ -138,9 +129,6 @@ class Chain(Map):
     def linear_part(self) -> Map:
         return self if self.linear else Chain([*self.parts[:-1], self.parts[-1].linear_part])
 
-    def digest(self) -> str:
-        return hashlib.sha256(" ".join(["tnadapt chain", *(part.digest() for part in self.parts)]).encode()).hexdigest()
-
     def squared_norm(self) -> float:
         # A map that preserves distances does not change the sum of squares of another one, before or after it.
         others = [part for part in self.parts if not part.isometry]
@@ -154,14 +142,6 @@ class Chain(Map):
 
     def freedom(self) -> int:
         return min(part.freedom() for part in self.parts)
-
-    def fourth_moment(self) -> float:
-        return self.parts[-1].fourth_moment()
-
-    def cost(self) -> int | None:
-        costs = [part.cost() for part in self.parts]
-        known = [cost for cost in costs if cost is not None]
-        return sum(known) if len(known) == len(costs) else None
 
     def matrix(self) -> np.ndarray:
         matrix = self.parts[0].matrix()
@@ -216,7 +196,7 @@ SQUARE = tuple(name for name in KINDS if MAPS[name].square)
 # -- A map on each weight of a group: blocks along the diagonal --------------------------------------------------------
 
 
-class PerWeight(Map):
+class PerWeight(_Composed):
     """Maps of the weights of a group: the input is the concatenation of their inputs, and so is the output.
 
     Parameters
@@ -225,22 +205,15 @@ class PerWeight(Map):
         One per weight, of one kind. Weights of equal shape share one object, and are computed together if all do.
     """
 
+    _title = "tnadapt per weight"
+
     @checks_arguments
     def __init__(self, parts: Sequence[Map]) -> None:
-        parts = tuple(parts)
-        if not parts or not all(isinstance(part, Map) for part in parts):
-            raise ConfigError(f"parts must be one or more maps; got {safe_repr(parts)}")
-        first = parts[0]
-        super().__init__(sum(p.n_in for p in parts), sum(p.n_out for p in parts), first.seed, first.group)
-        self.parts = parts
-        self.kind = first.kind
-        self.linear = first.linear
-        self.identity = first.identity
-        self.square = all(part.square for part in parts)
-        self.isometry = all(part.isometry for part in parts)
-        self.exact_in_batches = all(part.exact_in_batches for part in parts)
+        parts = _checked_parts(parts)
+        super().__init__(parts, sum(part.n_in for part in parts), sum(part.n_out for part in parts))
+        self.kind = parts[0].kind
         self.full_rank = all(part.full_rank for part in parts)
-        self._alike = all(part is first for part in parts)
+        self._alike = all(part is parts[0] for part in parts)
 
     def part_at(self, start: int) -> tuple[int, Map]:
         """Return where the input of the weight whose output begins at ``start`` begins, and the weight's map."""
@@ -257,18 +230,13 @@ class PerWeight(Map):
             first_in, first_out = first_in + part.n_in, first_out + part.n_out
         return places
 
-    def __repr__(self) -> str:
-        return f"PerWeight({list(self.parts)!r})"
-
-    def _blockwise(
-        self, backend: Backend, apply: Callable[..., Array], length: str, *arrays: tuple[Array, str]
-    ) -> Array:
+    def _blockwise(self, backend: Backend, method: str, length: str, *arrays: tuple[Array, str]) -> Array:
         """Apply a method of each part to its pieces of arrays, and concatenate; ``length`` is that of the results."""
         batch = tuple(arrays[0][0].shape[:-1])
         if self._alike:
             first, count = self.parts[0], len(self.parts)
             split = [backend.reshape(array, (*array.shape[:-1], count, getattr(first, name))) for array, name in arrays]
-            return backend.reshape(apply(first, backend, *split), (*batch, getattr(self, length)))
+            return backend.reshape(getattr(first, method)(backend, *split), (*batch, getattr(self, length)))
         starts = [
             list(itertools.accumulate((getattr(part, name) for part in self.parts), initial=0)) for _, name in arrays
         ]
@@ -277,21 +245,19 @@ class PerWeight(Map):
             blocks = [
                 array[..., edges[number] : edges[number + 1]] for (array, _), edges in zip(arrays, starts, strict=True)
             ]
-            pieces.append(apply(part, backend, *blocks))
+            pieces.append(getattr(part, method)(backend, *blocks))
         return backend.concat(pieces, axis=-1)
 
     def forward(self, backend: Backend, x: Array) -> Array:
-        return self._blockwise(backend, lambda part, *given: part.forward(*given), "n_out", (x, "n_in"))
+        return self._blockwise(backend, "forward", "n_out", (x, "n_in"))
 
     def adjoint(self, backend: Backend, y: Array) -> Array:
-        return self._blockwise(backend, lambda part, *given: part.adjoint(*given), "n_in", (y, "n_out"))
+        return self._blockwise(backend, "adjoint", "n_in", (y, "n_out"))
 
     def adjoint_at(self, backend: Backend, y: Array, at: Array) -> Array:
         if self.linear:
             return self.adjoint(backend, y)
-        return self._blockwise(
-            backend, lambda part, *given: part.adjoint_at(*given), "n_in", (y, "n_out"), (at, "n_in")
-        )
+        return self._blockwise(backend, "adjoint_at", "n_in", (y, "n_out"), (at, "n_in"))
 
     def slice(self, backend: Backend, x: Array, start: int, stop: int) -> Array:
         pieces, first_in, first_out = [], 0, 0
@@ -308,28 +274,15 @@ class PerWeight(Map):
     def linear_part(self) -> Map:
         if self.linear:
             return self
-        distinct = {id(part): part.linear_part for part in self.parts}
-        return PerWeight([distinct[id(part)] for part in self.parts])
-
-    def digest(self) -> str:
-        distinct = {id(part): part.digest() for part in self.parts}
-        told = ["tnadapt per weight", *(distinct[id(part)] for part in self.parts)]
-        return hashlib.sha256(" ".join(told).encode()).hexdigest()
+        distinct = {part: part.linear_part for part in self.parts}
+        return PerWeight([distinct[part] for part in self.parts])
 
     def squared_norm(self) -> float:
-        distinct = {id(part): part.squared_norm() for part in self.parts}
-        return sum(distinct[id(part)] for part in self.parts)
+        distinct = {part: part.squared_norm() for part in self.parts}
+        return sum(distinct[part] for part in self.parts)
 
     def freedom(self) -> int:
         return sum(part.freedom() for part in self.parts)
-
-    def fourth_moment(self) -> float:
-        return self.parts[0].fourth_moment()
-
-    def cost(self) -> int | None:
-        costs = [part.cost() for part in self.parts]
-        known = [cost for cost in costs if cost is not None]
-        return sum(known) if len(known) == len(costs) else None
 
     def matrix(self) -> np.ndarray:
         from scipy.linalg import block_diag
@@ -380,16 +333,13 @@ def _step_of(given: str | MapSettings) -> _Step:
 
 
 def _defaults(name: str, cls: type[MapSettings]) -> MapSettings:
-    required = [field.name for field in dataclasses.fields(cls) if _has_no_default(field)]
+    none = dataclasses.MISSING
+    required = [field.name for field in dataclasses.fields(cls) if field.default is field.default_factory is none]
     try:
         return cls()
     except (TypeError, TnadaptError):
         shown = f"{cls.__name__}({', '.join(f'{field}=…' for field in required or _fields(cls))})"
         raise ConfigError(f"map {name!r} needs settings: projection=tnadapt.maps.{shown}") from None
-
-
-def _has_no_default(field: dataclasses.Field[Any]) -> bool:
-    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
 def _fields(cls: type[MapSettings]) -> list[str]:
@@ -436,9 +386,7 @@ def checked_projection(given: Any) -> Recipe:
                 f"projection {step.name!r} is not linear, and only the last map of a chain may be nonlinear: put it "
                 "last"
             )
-    if len(steps) > 1:
-        return tuple(steps)
-    return steps[0] if steps else "identity"
+    return tuple(steps) if len(steps) > 1 else (steps or ["identity"])[0]
 
 
 def _checked_step(value: Any) -> str | MapSettings:

@@ -22,24 +22,15 @@ from typing import Any
 from tnadapt.errors import ConfigError, safe_repr
 from tnadapt.plugins import NameRegistry, failed_plugins
 
-from ._maps import *  # noqa: F403
-from ._maps import MAP_PRESETS
-from ._networks import *  # noqa: F403
-from ._networks import NETWORK_PRESETS
+from ._methods import *  # noqa: F403
+from ._methods import BUILT_IN
+from ._methods import LARGEST_DENSE as LARGEST_DENSE
 from ._preset import AdaptedWeights as AdaptedWeights
 from ._preset import Ladder as Ladder
 from ._preset import Preset as Preset
 from ._preset import by_factors as by_factors
 from ._preset import groups_label as groups_label
 from ._preset import rank_label as rank_label
-from ._sources import *  # noqa: F403
-from ._sources import LARGEST_DENSE as LARGEST_DENSE
-from ._sources import SOURCE_PRESETS
-from ._stacked import *  # noqa: F403
-from ._stacked import STACKED_PRESETS
-
-_BUILT_IN = sorted((*NETWORK_PRESETS, *STACKED_PRESETS, *SOURCE_PRESETS, *MAP_PRESETS), key=lambda preset: preset.name)
-
 
 # -- The records by name -----------------------------------------------------------------------------------------------
 
@@ -72,9 +63,9 @@ class PresetRegistry(NameRegistry[Preset]):
         self.add(preset.name, preset, preset.make)
 
 
-PRESETS = PresetRegistry("preset", {preset.name: preset for preset in _BUILT_IN})
+PRESETS = PresetRegistry("preset", {preset.name: preset for preset in BUILT_IN})
 # Not __all__: type checkers would export only the names that they read in it.
-_METHODS = [preset.name for preset in _BUILT_IN]
+_METHODS = [preset.name for preset in BUILT_IN]
 
 
 def register_preset(preset: Preset) -> None:

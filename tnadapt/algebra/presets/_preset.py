@@ -19,50 +19,21 @@ from tnadapt.errors import ConfigError, safe_repr
 if TYPE_CHECKING:
     from tnadapt.algebra.superlora import SuperLoRA
 
-__all__ = [
-    "AdaptedWeights",
-    "Float",
-    "Formula",
-    "Ladder",
-    "Named",
-    "Params",
-    "Preset",
-    "Recognize",
-    "Shapes",
-    "Sizes",
-    "alpha_over_rank",
-    "by_factors",
-    "each",
-    "each_shape",
-    "groups_label",
-    "is_of",
-    "long_vector_cut",
-    "lora_config",
-    "lora_formula",
-    "of_theta",
-    "one_size",
-    "preset_config",
-    "rank_label",
-    "ranks",
-    "recognized_by",
-    "up_to",
-]
-
 Shapes = Sequence[tuple[int, int]]
 
 
 # -- Configs -----------------------------------------------------------------------------------------------------------
 
 
-def preset_config(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> Config:
+def preset_config(changes: Mapping[str, Any], **settings: Any) -> Config:
     """Return the config of a preset: its settings, what the caller changes, and the rate that all presets share."""
     return Config.from_dict({"rate": "adam", **settings, **changes})
 
 
-def lora_config(rank: int, changes: dict[str, Any], **settings: Any) -> Config:
+def lora_config(changes: Mapping[str, Any], **settings: Any) -> Config:
     """LoRA's settings, and others of the preset: one group per weight, stack, M = 2, CP."""
-    base = {"groups": "weight", "fold": "stack", "order": 2, "format": "cp", "rank": rank}
-    return preset_config({**base, **settings}, changes)
+    base = {"groups": "weight", "fold": "stack", "order": 2, "format": "cp"}
+    return preset_config(changes, **{**base, **settings})
 
 
 # -- Sizes: settings in order of their number of parameters ------------------------------------------------------------

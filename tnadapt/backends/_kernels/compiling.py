@@ -14,8 +14,6 @@ import numba
 from numba.core import event
 from numba.core.caching import FunctionCache
 
-__all__ = ["compiled"]
-
 if numba.config.DISABLE_JIT:
     raise ImportError("numba's compiler is disabled (NUMBA_DISABLE_JIT)")
 

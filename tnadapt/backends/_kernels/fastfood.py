@@ -31,23 +31,7 @@ from .gathering import first_images, gather_part, round_keys, scatter_part
 from .philox import fill_images
 from .simd import RADIX_BITS, VECTOR_BYTES, fetch, signed, signed_butterfly
 from .walsh import across, block, evenly, low_run, stages, strips, transform, transform_into
-from .work_space import CACHE_LINE, WorkSpace, aligned_empty, cache_sizes, readable, share, thread_count
-
-__all__ = [
-    "begin",
-    "buckets_of",
-    "end",
-    "gather",
-    "linear",
-    "order_of",
-    "permuted",
-    "permutes",
-    "place",
-    "scatter",
-    "starts_of",
-    "takes",
-]
-
+from .work_space import CACHE_LINE, WorkSpace, aligned_empty, cache_sizes, readable, share, share_range, thread_count
 
 # -- Loops: diagonals, gathering and scattering, sorting into buckets --------------------------------------------------
 
@@ -385,8 +369,6 @@ _NO_WORDS, _NO_NUMBERS = np.empty(0, np.uint32), np.empty(0, np.float32)
 # Signs as bits of words, and numbers; at most one of the two arrays is not empty.
 _Diagonal = tuple[np.ndarray, np.ndarray]
 _ONES: _Diagonal = (_NO_WORDS, _NO_NUMBERS)
-# Pieces of work per thread: with several, other threads take over from a slow one.
-_PIECES = 4
 
 
 class Draws(Protocol):
@@ -587,8 +569,7 @@ class _Linear:
 
     def share(self, kernel: Callable[..., None], count: int, *arguments: Any) -> None:
         """Run a kernel over 0 to count - 1, in parallel pieces."""
-        pieces = min(count, self.threads * _PIECES) if self.threads > 1 else 1
-        share(lambda i: kernel(count * i // pieces, count * (i + 1) // pieces, *arguments), pieces, self.threads)
+        share_range(lambda first, last: kernel(first, last, *arguments), count, self.threads)
 
 
 # -- The cached form of the permutation for the sorted algorithm -------------------------------------

@@ -17,16 +17,9 @@ from numba import types, uint32
 from numba.extending import intrinsic
 
 from .compiling import compiled
+from .philox import FeistelNetwork
 from .simd import LOW_VECTORS, VECTOR_BYTES, fetch
 from .work_space import CACHE_LINE
-
-__all__ = [
-    "first_images",
-    "gather_part",
-    "round_keys",
-    "scatter_part",
-]
-
 
 # -- Loops -------------------------------------------------------------------------------------------------------------
 
@@ -41,8 +34,8 @@ _AHEAD = _VECTORS * _LANES
 _PASSES = 4
 # Elements between a prefetch and its use.
 _SOON = 1024
-_INT32, _INT64 = ir.IntType(32), ir.IntType(64)
-_VECTOR = ir.VectorType(_INT32, _LANES)
+_INT64 = ir.IntType(64)
+_VECTOR = ir.VectorType(ir.IntType(32), _LANES)
 
 
 @compiled
@@ -61,42 +54,18 @@ def round_keys(keys):
     return packed
 
 
-class _FeistelRounds:
-    """Emit the Feistel network on vectors of 32-bit numbers."""
+class _FeistelRounds(FeistelNetwork):
+    """Emit the rounds of a loop, two in each pass."""
 
-    def __init__(self, builder: Any, bits: Any, keys: Any) -> None:
-        self.builder, self.keys = builder, keys
-        bits = builder.trunc(bits, _INT32)
-        low_bits = builder.lshr(bits, ir.Constant(_INT32, 1))
-        self.low_mask, self.high_mask = self._mask(low_bits), self._mask(builder.sub(bits, low_bits))
-        self.shift = self.spread(low_bits)
-
-    def spread(self, number: Any) -> Any:
-        lane = self.builder.insert_element(ir.Constant(_VECTOR, ir.Undefined), number, ir.Constant(_INT32, 0))
-        return self.builder.shuffle_vector(lane, ir.Constant(_VECTOR, ir.Undefined), _all(0))
-
-    def _mask(self, size: Any) -> Any:
-        one = ir.Constant(_INT32, 1)
-        return self.spread(self.builder.sub(self.builder.shl(one, size), one))
-
-    def key(self, number: Any) -> Any:
-        return self.spread(self.builder.load(self.builder.gep(self.keys, [number])))
-
-    def halves(self, start: Any) -> list[Any]:
+    def keyed_halves(self, start: Any) -> list[Any]:
         """Return the low halves of consecutive numbers, then the high halves, each with its first key."""
-        b, first = self.builder, self.spread(self.builder.trunc(start, _INT32))
-        lanes = [[vector * _LANES + lane for lane in range(_LANES)] for vector in range(_VECTORS)]
-        numbers = [b.add(first, _all(each)) for each in lanes]
+        low, high = self.halves(start, _VECTORS)
         keys = [self.key(ir.Constant(_INT64, i)) for i in range(2)]
-        low = [b.xor(b.and_(number, self.low_mask), keys[0]) for number in numbers]
-        return low + [b.xor(b.lshr(number, self.shift), keys[1]) for number in numbers]
+        return [self.builder.xor(half, key) for halves, key in zip((low, high), keys, strict=True) for half in halves]
 
     def round(self, of: Any, other: Any, mask: Any, key: Any) -> Any:
         """Return the other half after one round."""
-        b = self.builder
-        x = b.mul(of, _all(0x85EBCA6B))
-        x = b.mul(b.xor(x, b.lshr(x, _all(13))), _all(0xC2B2AE35))
-        return b.xor(b.xor(other, b.and_(b.xor(x, b.lshr(x, _all(16))), mask)), key)
+        return self.builder.xor(self.builder.xor(other, self.mixed(of, mask)), key)
 
     def passed(self, values: Sequence[Any], number: Any) -> list[Any]:
         """Return the halves after an even and an odd round."""
@@ -112,34 +81,18 @@ class _FeistelRounds:
         return [b.or_(b.shl(b.xor(high, key), self.shift), low) for low, high in pairs]
 
 
-def _all(numbers: Sequence[int] | int) -> Any:
-    return ir.Constant(_VECTOR, [numbers] * _LANES if isinstance(numbers, int) else list(numbers))
-
-
 def _meanwhile(use: Callable[..., None], doc: str) -> Any:
-    def drawn(
-        typing: Any,
-        start: Any,
-        bits: Any,
-        keys: Any,
-        mask: Any,
-        images: Any,
-        to: Any,
-        at: Any,
-        table: Any,
-        vector: Any,
-        where: Any,
-    ) -> Any:
+    def drawn(typing, start, bits, keys, mask, images, to, at, table, vector, where):
         intp = types.intp
         signature = types.void(intp, intp, keys, types.uint32, images, intp, intp, table, vector, intp)
 
-        def emit(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        def emit(context, b, signature, args):
             start, bits, _, mask, _, to, at, _, _, where = args
             keys, images, table, vector = (
                 context.make_array(signature.args[i])(context, b, args[i]).data for i in (2, 4, 7, 8)
             )
             network = _FeistelRounds(b, bits, keys)
-            values = network.halves(start)
+            values = network.keyed_halves(start)
             before = b.block
             loop, after = b.append_basic_block("rounds"), b.append_basic_block("drawn")
             b.branch(loop)

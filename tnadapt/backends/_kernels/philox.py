@@ -9,7 +9,7 @@ round of the Feistel network and a branch of AS 241 are one loop each. The refer
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -21,18 +21,6 @@ from numpy.typing import NDArray
 from .compiling import compiled
 from .simd import VECTOR_BYTES
 from .work_space import share, thread_count
-
-__all__ = [
-    "IMAGES",
-    "fill_images",
-    "normals",
-    "normals_at",
-    "permutation",
-    "signs",
-    "words",
-    "words_at",
-]
-
 
 # -- The random words, normals and permutation -------------------------------------------------------------------------
 
@@ -348,56 +336,64 @@ _INT32, _INT64 = ir.IntType(32), ir.IntType(64)
 _VECTOR = ir.VectorType(_INT32, _LANES)
 
 
-def _all(numbers: Sequence[int] | int) -> Any:
-    return ir.Constant(_VECTOR, [numbers] * _LANES if isinstance(numbers, int) else list(numbers))
+def all_lanes(numbers):
+    """Return a constant vector: of these numbers, or of one number in all lanes."""
+    return ir.Constant(_VECTOR, [numbers] * _LANES if isinstance(numbers, int) else numbers)
 
 
-def _network_of_many(inverse: bool) -> Any:
-    def images(typing: Any, start: Any, bits: Any, keys: Any, dst: Any, to: Any) -> Any:
+class FeistelNetwork:
+    """Emit the Feistel network on vectors of 32-bit numbers, each as two halves."""
+
+    def __init__(self, builder: Any, bits: Any, keys: Any) -> None:
+        self.builder, self.keys = builder, keys
+        bits = builder.trunc(bits, _INT32)
+        low_bits = builder.lshr(bits, ir.Constant(_INT32, 1))
+        self.low_mask, self.high_mask = self._mask(low_bits), self._mask(builder.sub(bits, low_bits))
+        self.shift = self.spread(low_bits)
+
+    def spread(self, number: Any) -> Any:
+        lane = self.builder.insert_element(ir.Constant(_VECTOR, ir.Undefined), number, ir.Constant(_INT32, 0))
+        return self.builder.shuffle_vector(lane, ir.Constant(_VECTOR, ir.Undefined), all_lanes(0))
+
+    def _mask(self, size: Any) -> Any:
+        one = ir.Constant(_INT32, 1)
+        return self.spread(self.builder.sub(self.builder.shl(one, size), one))
+
+    def key(self, number: Any) -> Any:
+        return self.spread(self.builder.load(self.builder.gep(self.keys, [number])))
+
+    def halves(self, start: Any, vectors: int) -> tuple[list[Any], list[Any]]:
+        """Return the low and the high halves of consecutive numbers."""
+        b, first = self.builder, self.spread(self.builder.trunc(start, _INT32))
+        lanes = [[vector * _LANES + lane for lane in range(_LANES)] for vector in range(vectors)]
+        numbers = [b.add(first, all_lanes(each)) for each in lanes]
+        return [b.and_(number, self.low_mask) for number in numbers], [b.lshr(n, self.shift) for n in numbers]
+
+    def mixed(self, x: Any, mask: Any) -> Any:
+        b = self.builder
+        x = b.mul(x, all_lanes(0x85EBCA6B))
+        x = b.mul(b.xor(x, b.lshr(x, all_lanes(13))), all_lanes(0xC2B2AE35))
+        return b.and_(b.xor(x, b.lshr(x, all_lanes(16))), mask)
+
+
+def _network_of_many(inverse):
+    def images(typing, start, bits, keys, dst, to):
         """Set ``dst[to:]`` to the images of IMAGES consecutive numbers from ``start`` on, all below ``2**bits``."""
         signature = types.void(types.intp, types.intp, keys, dst, types.intp)
 
-        def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            start, bits, keys, dst, to = args
-            keys, dst = (
-                context.make_array(array_type)(context, builder, array).data
-                for array_type, array in ((signature.args[2], keys), (signature.args[3], dst))
-            )
-
-            def spread(number: Any) -> Any:
-                lane = builder.insert_element(ir.Constant(_VECTOR, ir.Undefined), number, ir.Constant(_INT32, 0))
-                return builder.shuffle_vector(lane, ir.Constant(_VECTOR, ir.Undefined), _all(0))
-
-            def mask(size: Any) -> Any:
-                one = ir.Constant(_INT32, 1)
-                return spread(builder.sub(builder.shl(one, size), one))
-
-            def mixed(x: Any, key: Any) -> Any:
-                x = builder.mul(builder.xor(x, key), _all(0x85EBCA6B))
-                x = builder.mul(builder.xor(x, builder.lshr(x, _all(13))), _all(0xC2B2AE35))
-                return builder.xor(x, builder.lshr(x, _all(16)))
-
-            bits = builder.trunc(bits, _INT32)
-            low_bits = builder.lshr(bits, ir.Constant(_INT32, 1))
-            low_mask, high_mask, shift = mask(low_bits), mask(builder.sub(bits, low_bits)), spread(low_bits)
-            key = [spread(builder.load(builder.gep(keys, [ir.Constant(_INT64, i)]))) for i in range(8)]
-            first = spread(builder.trunc(start, _INT32))
-            numbers = [
-                builder.add(first, _all([vector * _LANES + lane for lane in range(_LANES)]))
-                for vector in range(_VECTORS)
-            ]
-            low = [builder.and_(number, low_mask) for number in numbers]
-            high = [builder.lshr(number, shift) for number in numbers]
+        def emit(context, builder, signature, args):
+            start, bits, _, _, to = args
+            keys, dst = (context.make_array(signature.args[i])(context, builder, args[i]).data for i in (2, 3))
+            network = FeistelNetwork(builder, bits, keys)
+            key = [network.key(ir.Constant(_INT64, i)) for i in range(8)]
+            low, high = network.halves(start, _VECTORS)
             for i in range(7, -1, -1) if inverse else range(8):
+                changed, by, mask = (low, high, network.low_mask) if i % 2 else (high, low, network.high_mask)
                 for vector in range(_VECTORS):
-                    if i % 2 == 0:
-                        change = builder.and_(mixed(low[vector], key[i]), high_mask)
-                        high[vector] = builder.xor(high[vector], change)
-                    else:
-                        change = builder.and_(mixed(high[vector], key[i]), low_mask)
-                        low[vector] = builder.xor(low[vector], change)
+                    change = network.mixed(builder.xor(by[vector], key[i]), mask)
+                    changed[vector] = builder.xor(changed[vector], change)
             for vector in range(_VECTORS):
-                image = builder.or_(builder.shl(high[vector], shift), low[vector])
+                image = builder.or_(builder.shl(high[vector], network.shift), low[vector])
                 at = builder.gep(dst, [builder.add(to, ir.Constant(_INT64, vector * _LANES))])
                 builder.store(image, builder.bitcast(at, _VECTOR.as_pointer()), align=4)
             return context.get_dummy_value()

@@ -16,24 +16,9 @@ from numba import types
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
-__all__ = [
-    "LOW_VECTORS",
-    "RADIX_BITS",
-    "VECTOR_BYTES",
-    "butterfly",
-    "butterfly_of_four",
-    "butterfly_of_one",
-    "butterfly_of_overlapping_eight",
-    "butterfly_of_overlapping_four",
-    "butterfly_of_overlapping_sixteen",
-    "fetch",
-    "low_stages",
-    "signed",
-    "signed_butterfly",
-]
-
-
 # -- Butterflies in SIMD registers -------------------------------------------------------------------------------------
+
+# mypy: disable-error-code="no-untyped-def,no-untyped-call"
 
 
 # The target that numba compiles for, and that its cache is keyed by: triple, processor, features.
@@ -69,9 +54,6 @@ class _Lanes:
 
     def data(self, array_type: Any, array: Any) -> Any:
         return self.context.make_array(array_type)(self.context, self.builder, array).data
-
-    def offset(self, count: int, like: Any) -> Any:
-        return ir.Constant(like.type, count)
 
     def _at(self, data: Any, offset: Any) -> Any:
         return self.builder.bitcast(self.builder.gep(data, [offset]), self.type.as_pointer())
@@ -205,7 +187,7 @@ class _Lanes:
 
 
 @_inlined
-def low_stages(typing: Any, src: Any, at: Any, dst: Any, to: Any, first: Any, last: Any, scale: Any, ahead: Any) -> Any:
+def low_stages(typing, src, at, dst, to, first, last, scale, ahead):
     """Do stages first to last - 1 on ``LOW_VECTORS`` contiguous vectors: ``dst[to:] = stages(scale * src[at:])``.
 
     Stage s pairs elements 2**s apart. Prefetches as many elements of src from ``at + ahead`` on; a prefetch
@@ -215,7 +197,7 @@ def low_stages(typing: Any, src: Any, at: Any, dst: Any, to: Any, first: Any, la
     signature = types.void(src, intp, dst, intp, intp, intp, src.dtype, intp)
     lanes = VECTOR_BYTES * 8 // src.dtype.bitwidth
 
-    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+    def emit(context, builder, signature, args):
         v = _Lanes(context, builder, src.dtype, lanes)
         source, target = v.data(src, args[0]), v.data(dst, args[2])
         steps = [ir.Constant(args[1].type, i * lanes) for i in range(LOW_VECTORS)]
@@ -246,19 +228,7 @@ def low_stages(typing: Any, src: Any, at: Any, dst: Any, to: Any, first: Any, la
 
 
 def _butterfly(lanes: int | None) -> Any:
-    def butterfly(
-        typing: Any,
-        src: Any,
-        at: Any,
-        apart: Any,
-        dst: Any,
-        to: Any,
-        to_apart: Any,
-        bits: Any,
-        scale: Any,
-        coming: Any,
-        ahead: Any,
-    ) -> Any:
+    def butterfly(typing, src, at, apart, dst, to, to_apart, bits, scale, coming, ahead):
         """Scale ``2**bits`` vectors, ``apart`` elements from each other, and transform across them; bits 1 to 4.
 
         Prefetches as many vectors of ``coming`` from ``at + ahead`` on, unless ahead is 0.
@@ -266,7 +236,7 @@ def _butterfly(lanes: int | None) -> Any:
         intp = types.intp
         signature = types.void(src, intp, intp, dst, intp, intp, intp, src.dtype, coming, intp)
 
-        def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        def emit(context, builder, signature, args):
             v = _Lanes(context, builder, src.dtype, lanes or VECTOR_BYTES * 8 // src.dtype.bitwidth)
             source, target, later = v.data(src, args[0]), v.data(dst, args[3]), v.data(coming, args[8])
             asked = builder.icmp_signed("!=", args[9], ir.Constant(args[9].type, 0))
@@ -297,7 +267,7 @@ butterfly_of_one = _butterfly(1)
 
 
 def _overlapping(lanes: int) -> Any:
-    def butterfly(typing: Any, src: Any, at: Any, unit: Any, dst: Any, to: Any, bits: Any, scale: Any) -> Any:
+    def butterfly(typing, src, at, unit, dst, to, bits, scale):
         """Scale ``2**bits`` rows of ``unit`` contiguous elements each, one after another, and transform across them.
 
         A row has fewer elements than the vector, at least half as many. The other lanes hold elements of the next row:
@@ -307,7 +277,7 @@ def _overlapping(lanes: int) -> Any:
         intp = types.intp
         signature = types.void(src, intp, intp, dst, intp, intp, src.dtype)
 
-        def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        def emit(context, builder, signature, args):
             v = _Lanes(context, builder, src.dtype, lanes)
             source, target, unit = v.data(src, args[0]), v.data(dst, args[3]), args[2]
             for count in range(RADIX_BITS, 0, -1):
@@ -334,40 +304,26 @@ butterfly_of_overlapping_sixteen = _overlapping(16)
 # -- Signs packed as bits, and prefetching -----------------------------------------------------------------------------
 
 
-_BIT, _BYTE, _I32 = ir.IntType(1), ir.IntType(8), ir.IntType(32)
+_BIT = ir.IntType(1)
 _SIGNED = 32  # elements at once: one per bit of a word
 
 
-def _place(context: Any, builder: Any, kind: Any, array: Any, at: Any, seen_as: Any) -> Any:
-    data = context.make_array(kind)(context, builder, array).data
-    return builder.bitcast(builder.gep(data, [at]), seen_as.as_pointer())
-
-
-@intrinsic  # type: ignore[untyped-decorator]
-def signed(typing: Any, src: Any, dst: Any, at: Any, word: Any, scale: Any) -> Any:
+@_inlined
+def signed(typing, src, dst, at, word, scale):
     """Set ``dst = scale * src`` for 32 elements from ``at`` on, negated where the word's bit (lowest first) is set."""
 
-    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        element = context.get_data_type(src.dtype)
-        vector = ir.VectorType(element, _SIGNED)
-        align = src.dtype.bitwidth // 8
-        lane = builder.insert_element(ir.Constant(vector, ir.Undefined), args[4], ir.Constant(_I32, 0))
-        zeros = ir.Constant(ir.VectorType(_I32, _SIGNED), [0] * _SIGNED)
-        factor = builder.shuffle_vector(lane, ir.Constant(vector, ir.Undefined), zeros)
-        x = builder.load(_place(context, builder, signature.args[0], args[0], args[2], vector), align=align)
-        positive = builder.fmul(x, factor)
+    def emit(context, builder, signature, args):
+        v = _Lanes(context, builder, src.dtype, _SIGNED)
+        positive = builder.fmul(v.load(v.data(src, args[0]), args[2]), v.spread(args[4]))
         set_bits = builder.bitcast(args[3], ir.VectorType(_BIT, _SIGNED))
-        result = builder.select(set_bits, builder.fneg(positive), positive)
-        builder.store(result, _place(context, builder, signature.args[1], args[1], args[2], vector), align=align)
+        v.store(builder.select(set_bits, builder.fneg(positive), positive), v.data(dst, args[1]), args[2])
         return context.get_dummy_value()
 
     return types.void(src, dst, types.intp, types.uint32, src.dtype), emit
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def signed_butterfly(
-    typing: Any, src: Any, at: Any, apart: Any, dst: Any, to: Any, to_apart: Any, bits: Any, words: Any, scale: Any
-) -> Any:
+@_inlined
+def signed_butterfly(typing, src, at, apart, dst, to, to_apart, bits, words, scale):
     """Transform across ``2**bits`` vectors, ``apart`` elements from each other; bits 1 to RADIX_BITS.
 
     Of each result, multiplies by scale and negates the elements of dst whose bit in words is set.
@@ -376,15 +332,11 @@ def signed_butterfly(
     signature = types.void(src, intp, intp, dst, intp, intp, intp, words, src.dtype)
     lanes = VECTOR_BYTES * 8 // src.dtype.bitwidth
 
-    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+    def emit(context, builder, signature, args):
         source, at, apart, target, to, to_apart, count, words, scale = args
-        element, align = context.get_data_type(src.dtype), src.dtype.bitwidth // 8
-        vector, bytes_of_bits = ir.VectorType(element, lanes), ir.IntType(max(8, lanes))
-        first = builder.insert_element(ir.Constant(vector, ir.Undefined), scale, ir.Constant(_I32, 0))
-        zeros = ir.Constant(ir.VectorType(_I32, lanes), [0] * lanes)
-        factor = builder.shuffle_vector(first, ir.Constant(vector, ir.Undefined), zeros)
-        data = context.make_array(signature.args[7])(context, builder, words).data
-        signs = builder.bitcast(data, bytes_of_bits.as_pointer())
+        v, bytes_of_bits = _Lanes(context, builder, src.dtype, lanes), ir.IntType(max(8, lanes))
+        source, target, factor = v.data(src, source), v.data(dst, target), v.spread(scale)
+        signs = builder.bitcast(v.data(signature.args[7], words), bytes_of_bits.as_pointer())
 
         def number(value: int) -> Any:
             return ir.Constant(to.type, value)
@@ -401,8 +353,7 @@ def signed_butterfly(
             with builder.if_then(builder.icmp_signed("==", count, ir.Constant(count.type, stages))):
                 values, offset = [], at
                 for _ in range(1 << stages):
-                    place = _place(context, builder, signature.args[0], source, offset, vector)
-                    values.append(builder.load(place, align=align))
+                    values.append(v.load(source, offset))
                     offset = builder.add(offset, apart)
                 for half in (1 << stage for stage in range(stages)):
                     for low in (i for i in range(len(values)) if not i & half):
@@ -412,24 +363,20 @@ def signed_butterfly(
                 for value in values:
                     positive = builder.fmul(value, factor)
                     result = builder.select(negative(offset), builder.fneg(positive), positive)
-                    place = _place(context, builder, signature.args[3], target, offset, vector)
-                    builder.store(result, place, align=align)
+                    v.store(result, target, offset)
                     offset = builder.add(offset, to_apart)
         return context.get_dummy_value()
 
     return signature, emit
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def fetch(typing: Any, array: Any, at: Any) -> Any:
+@_inlined
+def fetch(typing, array, at):
     """Prefetch an element into the level 2 cache."""
 
-    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        pointer = _BYTE.as_pointer()
-        hint = ir.FunctionType(ir.VoidType(), [pointer, _I32, _I32, _I32])
-        ask = builder.module.declare_intrinsic("llvm.prefetch", [pointer], hint)
-        read, second_cache, of_data = (ir.Constant(_I32, number) for number in (0, 2, 1))
-        builder.call(ask, [_place(context, builder, array, args[0], args[1], _BYTE), read, second_cache, of_data])
+    def emit(context, builder, signature, args):
+        v = _Lanes(context, builder, array.dtype, 1)
+        v.fetch(v.data(array, args[0]), args[1])
         return context.get_dummy_value()
 
     return types.void(array, types.intp), emit

@@ -28,20 +28,7 @@ from .simd import (
     butterfly_of_overlapping_sixteen,
     low_stages,
 )
-from .work_space import CACHE_LINE, SMALL, aligned_empty, cache_sizes, readable, share, thread_count
-
-__all__ = [
-    "blocks",
-    "low_run",
-    "planned",
-    "short",
-    "strips",
-    "transform",
-    "transform_at_once",
-    "transform_into",
-    "vector",
-]
-
+from .work_space import CACHE_LINE, SMALL, aligned_empty, cache_sizes, readable, share_range, thread_count
 
 # -- Loops: all stages of a block in the cache, and stages across distant rows -----------------------------------------
 
@@ -237,8 +224,6 @@ _SHARED_BYTES, _SHARED_BYTES_OF_PASSES = 1 << 21, 1 << 24
 # Sixteen rows at distances of a power of two evict each other from a level 1 cache of eight ways: a sweep over a block
 # of the level 2 cache has fewer, if need be after larger parts.
 _ALIASED_BITS = 4
-# Pieces of work per thread: with several, other threads take over from a slow one.
-_PIECES = 4
 
 
 def transform(x: np.ndarray, scale: float, axis: int = -1) -> np.ndarray:
@@ -352,13 +337,7 @@ def _run(src: np.ndarray, dst: np.ndarray, scale: float, axis: int) -> None:
 def _share(
     threads: int, count: int, kernel: Callable[..., object], src: np.ndarray, dst: np.ndarray, *how: float
 ) -> None:
-    """Run a kernel over 0 to count - 1 in parallel pieces."""
-    pieces = min(count, threads * _PIECES)
-
-    def piece(i: int) -> None:
-        kernel(src, dst, count * i // pieces, count * (i + 1) // pieces, *how)
-
-    share(piece, pieces, threads)
+    share_range(lambda first, last: kernel(src, dst, first, last, *how), count, threads)
 
 
 class _Pass(NamedTuple):

@@ -18,18 +18,6 @@ from typing import Any
 
 import numpy as np
 
-__all__ = [
-    "CACHE_LINE",
-    "SMALL",
-    "WorkSpace",
-    "aligned_empty",
-    "cache_sizes",
-    "readable",
-    "share",
-    "thread_count",
-]
-
-
 # -- Alignment of arrays, and the sizes of the processor's caches ------------------------------------------------------
 
 
@@ -193,6 +181,16 @@ def share(work: Callable[[int], object], count: int, threads: int) -> None:
             helper.exception()
     for helper in waited:
         helper.result()  # raises a helper's exception
+
+
+# Pieces of work per thread: with several, other threads take over from a slow one.
+_PIECES = 4
+
+
+def share_range(run: Callable[[int, int], object], count: int, threads: int) -> None:
+    """Call ``run(first, last)`` for ranges that together are 0 to ``count - 1``, as :func:`share`."""
+    pieces = min(count, threads * _PIECES) if threads > 1 else 1
+    share(lambda i: run(count * i // pieces, count * (i + 1) // pieces), pieces, threads)
 
 
 def _helpers(pieces: Callable[[], None], count: int) -> list[Future[None]]:
