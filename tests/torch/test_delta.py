@@ -13,7 +13,7 @@ import tnadapt as tna
 from tnadapt.backends import load_backend
 from tnadapt.testing.strategies import plans
 
-from .internals import Slice, outer_vjp_once, pieces, vector
+from .internals import OuterProducts, Slice, pieces, product_vjp_once, vector
 
 P = tna.presets
 
@@ -128,11 +128,11 @@ def test_they_are_the_plain_ones(
         )
         for k, name in enumerate(made.names)
     ]
-    outer = made.outer(*arrays)
-    assert outer is not None
+    outer = made.product(*arrays)
+    assert isinstance(outer, OuterProducts)
     leaves = [array for array in arrays if array.requires_grad]
     expected = made(*arrays) * weight
-    delta, pull = outer_vjp_once(outer, made.shape, weight, leaves)
+    delta, pull = product_vjp_once(outer, made.shape, weight, leaves)
     torch.testing.assert_close(delta, expected.detach(), rtol=1e-12, atol=1e-12)
     moved = torch.randn(made.shape, generator=generator, dtype=torch.float64)
     theirs = torch.autograd.grad(expected, leaves, moved) if leaves else []
@@ -155,5 +155,5 @@ def test_others_have_no_such_rows(config: tna.Config, dtype: torch.dtype) -> Non
     plan = tna.SuperLoRA(config, [(24, 24)] * 2)
     made = Slice(plan, 0)
     arrays = [torch.from_numpy(plan.init()[name]) for name in made.names]
-    assert made.outer(*(array.to(dtype) for array in arrays)) is None
-    assert dtype == torch.float32 or made.outer(*arrays) is not None
+    assert not isinstance(made.product(*(array.to(dtype) for array in arrays)), OuterProducts)
+    assert dtype == torch.float32 or isinstance(made.product(*arrays), OuterProducts)
