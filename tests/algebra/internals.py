@@ -4,7 +4,7 @@ from tnadapt.algebra.maps._matrices import Repeat
 from tnadapt.algebra.maps._transforms import DAUBECHIES
 from tnadapt.algebra.named_config import config_of, named_config
 from tnadapt.algebra.sources._from_base import dominant_basis
-from tnadapt.algebra.starting_points import STARTS, Start, starting_point
+from tnadapt.algebra.starting_points import STARTS, Start
 from tnadapt.algebra.torch_streams import DEFAULT_SEED, TorchStream, permutation_head
 
 __all__ = [
@@ -18,5 +18,4 @@ __all__ = [
     "dominant_basis",
     "named_config",
     "permutation_head",
-    "starting_point",
 ]

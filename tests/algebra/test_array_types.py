@@ -12,7 +12,7 @@ import tnadapt as tna
 PLAN = tna.SuperLoRA(tna.presets.lora(2), [(6, 4)])
 
 
-def test_numpy() -> None:
+def test_arrays_have_the_types_that_type_checkers_know() -> None:
     params = PLAN.init()
     assert_type(params, dict[str, np.ndarray])
     assert_type(PLAN.deltas(params), list[np.ndarray])
@@ -20,14 +20,11 @@ def test_numpy() -> None:
     assert_type(PLAN.vector(params), np.ndarray)
     assert_type(PLAN.to_arrays(params), dict[str, np.ndarray])
     assert all(isinstance(array, np.ndarray) for array in [*params.values(), *PLAN.deltas(params)])
+    pytest.importorskip("torch")
+    import torch
 
-
-def test_torch() -> None:
-    torch = pytest.importorskip("torch")
-    import torch as known
-
-    params = PLAN.init("torch", dtype="float64")
-    assert_type(params, dict[str, known.Tensor])
-    assert_type(PLAN.deltas(params), list[known.Tensor])
-    assert_type(PLAN.merged(params, [known.zeros(6, 4, dtype=known.float64)]), list[known.Tensor])
-    assert all(isinstance(array, torch.Tensor) for array in [*params.values(), *PLAN.deltas(params)])
+    tensors = PLAN.init("torch", dtype="float64")
+    assert_type(tensors, dict[str, torch.Tensor])
+    assert_type(PLAN.deltas(tensors), list[torch.Tensor])
+    assert_type(PLAN.merged(tensors, [torch.zeros(6, 4, dtype=torch.float64)]), list[torch.Tensor])
+    assert all(isinstance(array, torch.Tensor) for array in [*tensors.values(), *PLAN.deltas(tensors)])

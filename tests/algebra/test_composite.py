@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import pickle
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -34,26 +35,27 @@ def renamed(name: str, groups: int, weights: int) -> str:
     )
 
 
-def whole_of(parts: list[tna.SuperLoRA]) -> tna.SuperLoRA:
-    """The plan of several plans' configs and weights, with what they were given."""
-    config = CompositeConfig([(part.config, len(part.shapes)) for part in parts])
-    given, groups, weights = dict[str, np.ndarray](), 0, 0
-    for part in parts:
-        given |= {renamed(name, groups, weights): array for name, array in part.given.items()}
-        groups, weights = groups + part.num_groups, weights + len(part.shapes)
-    keys = [
-        [(place, key) for place, part in enumerate(parts) for key in (part._layers or range(len(part.shapes)))]
-        for _ in "lr"
-    ]
-    return tna.SuperLoRA(config, [shape for part in parts for shape in part.shapes], *keys, given=given)
-
-
 def numbered(parts: list[tna.SuperLoRA]) -> list[tuple[tna.SuperLoRA, int, int]]:
     found, groups, weights = [], 0, 0
     for part in parts:
         found.append((part, groups, weights))
         groups, weights = groups + part.num_groups, weights + len(part.shapes)
     return found
+
+
+def whole_of(parts: list[tna.SuperLoRA]) -> tna.SuperLoRA:
+    """The plan of several plans' configs and weights, with what they were given."""
+    config = CompositeConfig([(part.config, len(part.shapes)) for part in parts])
+    given = {
+        renamed(name, groups, weights): array
+        for part, groups, weights in numbered(parts)
+        for name, array in part.given.items()
+    }
+    keys = [
+        [(place, key) for place, part in enumerate(parts) for key in (part._layers or range(len(part.shapes)))]
+        for _ in "lr"
+    ]
+    return tna.SuperLoRA(config, [shape for part in parts for shape in part.shapes], *keys, given=given)
 
 
 @st.composite
@@ -171,35 +173,9 @@ def test_base_weights_and_given_arrays() -> None:
     np.testing.assert_allclose(bound.deltas(params)[1], 1.0)  # two columns of ones and halves
     with pytest.raises(tna.ShapeError, match="with_base needs the 4 base weights; got 1"):
         plan.with_base(weights[:1])
-    with pytest.raises(
-        tna.ConfigError, match=r"given names 'group0.split0.factor1'; the arrays that a caller can give"
-    ):
-        tna.SuperLoRA(config, shapes, given={"group0.split0.factor1": np.ones((4, 2))})
 
 
-def test_layers_and_roles_are_those_of_each_part() -> None:
-    config = CompositeConfig([(P.superlora(1, groups="layer"), 3), (P.superlora(1, groups="role"), 2)])
-    plan = tna.SuperLoRA(config, [(2, 2)] * 5, layers=["a", "a", "b", "a", "a"], roles="qqqqv")
-    assert [len(group.pieces) for group in plan.groups] == [2, 1, 1, 1]
-    with pytest.raises(tna.ConfigError, match="one key per weight; got 1 for 5 weights"):
-        tna.SuperLoRA(config, [(2, 2)] * 5, layers="a")
-
-
-# -- Configs -----------------------------------------------------------------------------------------
-
-
-def test_a_field_that_differs_is_refused_and_one_that_does_not_is_shared() -> None:
-    config = CompositeConfig([(P.lora(2), 1), (P.lokr(2, seed=3), 2)])
-    assert (config.rank, config.format, config.apply, config.before, config.scale) == (2, "cp", "add", None, 1.0)
-    for name in ("splits", "seed"):
-        with pytest.raises(tna.ConfigError, match=f"{name} differs between the 2 configs of one adapter: "):
-            getattr(config, name)
-    # All fields, those of later releases included, are read like this.
-    for field in dataclasses.fields(tna.Config):
-        assert isinstance(getattr(CompositeConfig, field.name), property)
-
-
-def test_composite_configs_are_values() -> None:
+def test_composite_configs_are_values_of_the_fields_that_are_equal() -> None:
     config = CompositeConfig([(P.lora(2), 1), (P.lokr(2, seed=3), 2)])
     other = CompositeConfig([(P.lora(2), 2), (P.lokr(2, seed=3), 1)])
     assert config == copy.deepcopy(config) == pickle.loads(pickle.dumps(config))
@@ -209,83 +185,76 @@ def test_composite_configs_are_values() -> None:
     assert P.lora(2) != config
     assert config.replace(rank=5).parts == ((P.lora(5), 1), (P.lokr(5, seed=3), 2))
     assert eval(repr(config), {"CompositeConfig": CompositeConfig, "Config": tna.Config}) == config
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        config.rank = 3  # type: ignore[misc]
+    assert (config.rank, config.format, config.apply, config.before, config.scale) == (2, "cp", "add", None, 1.0)
+    # All fields, those of later releases included, are read like this.
+    for field in dataclasses.fields(tna.Config):
+        assert isinstance(getattr(CompositeConfig, field.name), property)
 
 
-@pytest.mark.parametrize(
-    ("parts", "text"),
-    [
-        ([], "parts must be a list of two or more pairs of a config and a number of weights; got []"),
-        ([(P.lora(2), 1)], "parts must be a list of two or more pairs"),
-        ({"a": 1}, "parts must be a list of two or more pairs"),
-        ([(P.lora(2), 1), P.lora(2)], "parts must be a list of two or more pairs"),
-        ([(P.lora(2), 1), ("lora", 1)], "part 1 must be a tnadapt.Config; got str"),
-        ([(P.lora(2), 1), (P.lora(2), 0)], "the weights of part 1 must be from 1 to"),
-        ([(P.lora(2), 1), (P.lora(2), True)], "the weights of part 1 must be an integer; got True"),
-        (
-            [(P.lora(2), 1), (P.unilora(2), 1)],
-            "part 1 makes its arrays from θ by before='one-hot', which one config of several cannot",
-        ),
-        (
-            [(P.lora(2), 1), (P.dora(2), 1)],
-            "all configs of one adapter must have the same apply; part 0 has 'add', part",
-        ),
-        (
-            [(P.lora(2), 1), (P.lora(2, start="given"), 1)],
-            "must have the same start; part 0 has 'zero', part 1 'given'",
-        ),
-        (
-            [(CompositeConfig([(P.lora(2), 1)] * 2), 2), (P.lora(2), 1)],
-            "part 0 must be a tnadapt.Config; got Composite",
-        ),
-    ],
-)
-def test_parts_that_are_refused(parts: Any, text: str) -> None:
-    with pytest.raises(tna.ConfigError, match=re.escape(text)):
-        CompositeConfig(parts)
+LORA = (P.lora(2), 1)
+TWO = CompositeConfig([LORA, (P.lokr(2, seed=3), 2)])
+GIVEN = CompositeConfig([LORA, (P.lora(2, sources={"factor1": tna.sources.Given()}), 2)])
+NO_PAIRS = "parts must be a list of two or more pairs of a config and a number of weights; got"
+REFUSED: list[tuple[Callable[[], object], str]] = [
+    *((functools.partial(CompositeConfig, parts), NO_PAIRS) for parts in ([], [LORA], {"a": 1}, [LORA, P.lora(2)])),
+    (lambda: CompositeConfig([LORA, ("lora", 1)]), "part 1 must be a tnadapt.Config; got str"),
+    (lambda: CompositeConfig([LORA, (P.lora(2), 0)]), "the weights of part 1 must be from 1 to"),
+    (lambda: CompositeConfig([LORA, (P.lora(2), True)]), "the weights of part 1 must be an integer; got True"),
+    (lambda: CompositeConfig([LORA, (P.unilora(2), 1)]),
+     "part 1 makes its arrays from θ by before='one-hot', which one config of several cannot"),
+    (lambda: CompositeConfig([LORA, (P.dora(2), 1)]),
+     "all configs of one adapter must have the same apply; part 0 has 'add', part"),
+    (lambda: CompositeConfig([LORA, (P.lora(2, start="given"), 1)]),
+     "must have the same start; part 0 has 'zero', part 1 'given'"),
+    (lambda: CompositeConfig([(CompositeConfig([LORA] * 2), 2), LORA]),
+     "part 0 must be a tnadapt.Config; got Composite"),
+    *((functools.partial(getattr, TWO, name), f"{name} differs between the 2 configs of one adapter: ")
+      for name in ("splits", "seed")),
+    *((functools.partial(CompositeConfig.from_dict, wrong), "expected a mapping with the key 'parts'")
+      for wrong in ({}, {"rank": 3}, 3)),
+    *((functools.partial(CompositeConfig.from_dict, wrong), "parts must be a list of pairs")
+      for wrong in ({"parts": 3}, {"parts": [3]})),
+    (lambda: tna.SuperLoRA(TWO, [(2, 2)] * 3, layers="a"), "one key per weight; got 1 for 3 weights"),
+    (lambda: tna.SuperLoRA(GIVEN, [(4, 4)] * 3, given={"group0.split0.factor1": np.ones((4, 2))}),
+     "given names 'group0.split0.factor1'; the arrays that a caller can give"),
+]  # fmt: skip
 
 
-def test_other_refusals() -> None:
-    config = CompositeConfig([(P.lora(2), 1), (P.lora(3), 1)])
-    with pytest.raises(tna.ShapeError, match="items must be one for each of the 2 weights of the configs; got 3"):
-        tna.SuperLoRA(config, [(4, 4)] * 3)
-    for wrong in ({}, {"parts": 3}, {"parts": [3]}, {"rank": 3}, 3):
-        with pytest.raises(
-            tna.ConfigError, match=r"expected a mapping with the key 'parts'|parts must be a list of pairs"
-        ):
-            CompositeConfig.from_dict(wrong)  # type: ignore[arg-type]
+@pytest.mark.parametrize(("make", "message"), REFUSED)
+def test_what_cannot_be_is_refused(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(tna.ConfigError, match=re.escape(message)):
+        make()
 
 
-def test_measures_of_a_composite_plan() -> None:
-    config = CompositeConfig([(P.lora(2), 1), (P.superlora(3), 2), (P.dense(), 1)])
+@pytest.mark.parametrize("call", [tna.SuperLoRA, functools.partial(tna.verify, backends=["numpy"])])
+def test_weights_are_as_many_as_the_configs_say(call: Callable[..., object]) -> None:
+    with pytest.raises(tna.ShapeError, match="items must be one for each of the 3 weights of the configs; got 2"):
+        call(TWO, [(4, 4)] * 2)
+
+
+def test_layers_and_roles_are_those_of_each_part() -> None:
+    config = CompositeConfig([(P.superlora(1, groups="layer"), 3), (P.superlora(1, groups="role"), 2)])
+    plan = tna.SuperLoRA(config, [(2, 2)] * 5, layers=["a", "a", "b", "a", "a"], roles="qqqqv")
+    assert [len(group.pieces) for group in plan.groups] == [2, 1, 1, 1]
+
+
+def test_every_part_is_measured_verified_and_drawn(tmp_path: Path) -> None:
+    config = CompositeConfig([(P.lora(2), 1), (P.superlora(3, projection="linear", ratio=0.5), 2), (P.dense(), 1)])
     shapes = [(12, 8), (8, 8), (16, 8), (3, 8)]
-    plan = tna.SuperLoRA(config, shapes)
-    assert [largest_rank(plan, weight).value for weight in range(4)] == [
-        2, *(largest_rank(tna.SuperLoRA(P.superlora(3), shapes[1:3]), weight).value for weight in (0, 1)), 3,
-    ]  # fmt: skip
+    plan, slices = tna.SuperLoRA(config, shapes), tna.SuperLoRA(config.parts[1].config, shapes[1:3])
+    of_slices = [largest_rank(slices, weight).value for weight in (0, 1)]
+    assert [largest_rank(plan, weight).value for weight in range(4)] == [2, *of_slices, 3]
     assert degrees_of_freedom(plan) == sum(degrees_of_freedom(of_config) for of_config, _, _ in plan.config_plans)
+    report = tna.verify(config, shapes, backends=["numpy"])
+    assert report.holds
+    assert {law.subject for law in report.laws} == {"part 0", "part 1", "part 2"}
     rng = np.random.default_rng(0)
-    params, report = tna.decompose([rng.normal(size=shape) for shape in shapes], config)
+    params, fit = tna.decompose([rng.normal(size=shape) for shape in shapes], config)
     assert params.keys() == plan.param_shapes.keys()
-    assert report.groups[-1].error < 1e-6
-
-
-def test_pictures_of_every_group(tmp_path: Path) -> None:
+    assert fit.groups[-1].error < 1e-6
     pytest.importorskip("matplotlib")
     from tnadapt import plot
 
-    config = CompositeConfig([(P.lora(2), 2), (P.superlora(3, projection="linear", ratio=0.5), 2)])
-    shapes = [(12, 8), (8, 8), (16, 8), (8, 4)]
     for group in range(3):
         plot.network(config, shapes, tmp_path / f"{group}.svg", group=group)
-    assert "ρ = 0.5" in (tmp_path / "2.svg").read_text(encoding="utf-8")
-
-
-def test_verification_checks_every_part() -> None:
-    config = CompositeConfig([(P.lora(2), 1), (P.superlora(2, projection="linear", ratio=0.5), 2)])
-    report = tna.verify(config, [(8, 6)] * 3, backends=["numpy"])
-    assert report.holds
-    assert {law.subject for law in report.laws} == {"part 0", "part 1"}
-    with pytest.raises(tna.ShapeError, match="items must be one for each of the 3 weights of the configs; got 2"):
-        tna.verify(config, [(8, 6)] * 2, backends=["numpy"])
+    assert "ρ = 0.5" in (tmp_path / "1.svg").read_text(encoding="utf-8")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import pickle
 import re
@@ -27,28 +26,11 @@ def test_json_and_pickle_round_trip(data: st.DataObject) -> None:
 
 
 def test_defaults_are_the_specs() -> None:
-    assert tna.Config().to_dict() == {
-        "rank": 4,
-        "order": 2,
-        "splits": 1,
-        "groups": "weight",
-        "fold": "stack",
-        "format": "cp",
-        "combine": "kronecker",
-        "split_size": "balanced",
-        "leading": "dense",
-        "terms": 1,
-        "projection": "identity",
-        "ratio": 1.0,
-        "shared": True,
-        "alpha": None,
-        "seed": 0,
-    }
-
-
-def test_it_is_frozen() -> None:
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        tna.Config().rank = 5  # type: ignore[misc]
+    assert json.dumps(tna.Config().to_dict()) == (
+        '{"rank": 4, "order": 2, "splits": 1, "groups": "weight", "fold": "stack", "format": "cp", '
+        '"combine": "kronecker", "split_size": "balanced", "leading": "dense", "terms": 1, "projection": "identity", '
+        '"ratio": 1.0, "shared": true, "alpha": null, "seed": 0}'
+    )
 
 
 def test_numpy_numbers_are_accepted() -> None:
@@ -67,7 +49,6 @@ BAD = [
     ({"rate": "adamw"}, "rate must be one of"),
     ({"rank": 2.0}, "rank must be an integer"),
     ({"rank": True}, "rank must be an integer"),
-    ({"rank": "4"}, "rank must be an integer"),
     ({"rank": None}, "rank must be an integer"),
     ({"rank": (2, 2)}, "format='cp' has one rank"),
     ({"rank": (2, 2, 2), "format": "tucker"}, "needs 2 ranks; got 3"),
@@ -80,20 +61,17 @@ BAD = [
     ({"groups": [[0, -1]]}, r"groups\[0\] must be from 0"),
     ({"groups": [["a"]]}, r"groups\[0\] must be an integer"),
     ({"groups": 1.5}, "groups must be an integer or"),
-    ({"groups": None}, "groups must be an integer or"),
     ({"fold": "cube"}, "fold must be one of 'stack', 'hypercube', 'balanced' or a tuple"),
     ({"fold": (2, 3, 4)}, "set order=3"),
-    ({"format": "svd"}, "format must be one of"),
+    ({"format": "svd"}, r"format must be one of 'dense', 'cp'.*got 'svd'.*install the plug-in"),
     ({"format": "tcuker"}, r"got 'tcuker'; did you mean 'tucker'\? If a plug-in provides it"),
     ({"format": "TT"}, r"got 'TT'; did you mean 'tt'\? If a plug-in provides it"),
     ({"projection": "circulants"}, r"got 'circulants'; did you mean 'circulant'\? If a plug-in"),
-    ({"format": ["cp"]}, "format must be one of"),
     ({"combine": "sum"}, "combine must be one of"),
     ({"leading": "cp"}, "leading must be one of"),
     ({"split_size": "even"}, 'split_size must be an integer or "balanced"'),
     ({"split_size": (8,)}, "has 1 sizes and order is 2: give one per mode"),
     ({"splits": 2, "combine": "hadamard", "split_size": 4}, "leave split_size out"),
-    ({"projection": "fast"}, "projection must be one of"),
     ({"ratio": 0.5}, "use projection='linear', or ratio=1"),
     ({"ratio": 0.5, "projection": "shuffle"}, "use projection='linear'"),
     ({"ratio": float("nan"), "projection": "linear"}, "ratio must be finite"),
@@ -103,12 +81,36 @@ BAD = [
     ({"split_size": np.array([2, 3])}, "split_size must be an integer"),
     ({"alpha": float("inf")}, "alpha must be finite"),
     ({"alpha": True}, "alpha must be a number"),
+    *(
+        ({"alpha": float(alpha)}, r"^alpha must be from 1e-09 to 1e\+09, or None for a scale of 1; ")
+        for alpha in (np.nextafter(1e-9, 0), np.nextafter(1e9, np.inf))
+    ),
+    *(
+        ({"ratio": ratio, "projection": "linear"}, r"^ratio must be above 0 and at most 1; got ")
+        for ratio in (0.0, -0.5, float(np.nextafter(1, 2)))
+    ),
     ({"seed": 1.0}, "seed must be an integer"),
     ({"weight_shape": (2, 3)}, "fold='stack' names none"),
     ({"weight_shape": 6, "fold": (2, 3)}, r"weight_shape must be \(rows, cols\)"),
     ({"weight_shape": (2, 0), "fold": (2, 3)}, r"weight_shape\[1\] must be from 1"),
     ({"weight_shape": (2, 4), "fold": (2, 3)}, "do not multiply to the 2 rows and 4 columns"),
     ({"weight_shape": (4, 3), "fold": (2, 3)}, "do not multiply to the 4 rows and 3 columns"),
+    *(
+        ({"order": 3, "groups": 1, "fold": (4, 6, 5), "format": "tt", **changes}, re.escape(message))
+        for changes, message in [
+            ({"axes": (0, 1)}, "axes must name each of the positions 0 to 2 of fold=(4, 6, 5) once, in the order"),
+            ({"axes": (0, 1, 1)}, "axes must name each of the positions 0 to 2"),
+            ({"axes": ((0, 1, 2), ())}, "axes must name each of the positions 0 to 2"),
+            ({"axes": (0, 1, 3)}, "axes[2] must be from 0 to 2"),
+            ({"axes": "rows"}, "the positions 0 to 2 of fold=(4, 6, 5) once, such as (0, 1, 2); got 'rows'"),
+            ({"axes": ((0, 1), 2)}, "are 2 modes and order is 3; set order=2"),
+            (
+                {"axes": (0, 1, 2), "fold": "hypercube"},
+                "are positions in a fold of explicit sizes, and fold='hypercube'",
+            ),
+            ({"axes": (1, 0, 2), "splits": 2}, "Kronecker splits have several: leave axes out, or use splits=1"),
+        ]
+    ),
 ]
 
 
@@ -179,17 +181,9 @@ def test_bounds_are_accepted_and_values_beyond_are_refused(
             tna.Config.from_dict(settings(value))
 
 
-def test_the_bounds_of_alpha_and_ratio() -> None:
-    for alpha in (1e-9, 1e9):
-        assert tna.Config(alpha=alpha).alpha == alpha
-    for alpha in (np.nextafter(1e-9, 0), np.nextafter(1e9, np.inf)):
-        with pytest.raises(tna.ConfigError, match=r"^alpha must be from 1e-09 to 1e\+09, or None for a scale of 1; "):
-            tna.Config(alpha=float(alpha))
-    for ratio in (5e-324, 1.0):
-        assert tna.Config(ratio=ratio, projection="linear").ratio == ratio
-    for ratio in (0.0, -0.5, float(np.nextafter(1, 2))):
-        with pytest.raises(tna.ConfigError, match=r"^ratio must be above 0 and at most 1; got "):
-            tna.Config(ratio=ratio, projection="linear")
+def test_the_bounds_of_alpha_and_ratio_are_accepted() -> None:
+    assert [tna.Config(alpha=alpha).alpha for alpha in (1e-9, 1e9)] == [1e-9, 1e9]
+    assert [tna.Config(ratio=ratio, projection="linear").ratio for ratio in (5e-324, 1.0)] == [5e-324, 1.0]
 
 
 @pytest.mark.parametrize(

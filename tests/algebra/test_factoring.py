@@ -1,4 +1,4 @@
-"""Row and column factors of a weight: exact, and found wherever they exist."""
+"""Ranks that updates never exceed, and row and column factors of a weight: exact, and found wherever they exist."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from tnadapt.algebra.formats import FORMATS
 from tnadapt.algebra.layout import run_in_box
 from tnadapt.backends import load_backend
 from tnadapt.maps import Scatter, Tile
+from tnadapt.planning import largest_rank
 from tnadapt.testing.strategies import plans
 
 P = tna.presets
@@ -74,17 +75,8 @@ def test_factors_are_the_update(plan: tna.SuperLoRA, seed: int) -> None:
 PLANS = {
     "lora": tna.SuperLoRA(P.lora(2, alpha=8), [(12, 16), (6, 16)]),
     "lora in one group": tna.SuperLoRA(P.lora(2, groups=1), [(12, 16), (6, 16)]),
-    "lora of two terms": tna.SuperLoRA(P.lora(2, terms=2), [(12, 16), (6, 16)]),
     "lokr": tna.SuperLoRA(P.lokr(2), [(12, 16)]),
-    "krona": tna.SuperLoRA(P.krona(), [(12, 16)]),
-    "compacter": tna.SuperLoRA(P.compacter(terms=2), [(12, 16)]),
-    "loha": tna.SuperLoRA(P.loha(2), [(12, 16)]),
     "lonkr in a stack": tna.SuperLoRA(P.lonkr(2, fold="stack", split_size="balanced"), [(16, 24)] * 3),
-    "lotr": tna.SuperLoRA(P.lotr(2, weights=3, rows=12, cols=16), [(12, 16)] * 3),
-    "lotr as a train": tna.SuperLoRA(P.lotr(2, train=True, weights=3, rows=12, cols=16), [(12, 16)] * 3),
-    "fact_tk": tna.SuperLoRA(P.fact_tk(2, weights=3, rows=12, cols=16), [(12, 16)] * 3),
-    "cara": tna.SuperLoRA(P.cara(2, weights=3, rows=12, cols=16, heads=3), [(12, 16)] * 3),
-    "lorta_cp": tna.SuperLoRA(P.lorta_cp(2, layers=2, rows=12, cols=16, heads=3), [(12, 16)] * 4),
     "digit for digit": tna.SuperLoRA(P.lorta(1, order=5, format="cp"), [(16, 16)] * 4),
     "a square by itself": tna.SuperLoRA(P.superlora(2, groups="weight"), [(16, 16)]),
 }
@@ -95,8 +87,6 @@ ACROSS_WEIGHTS = tna.SuperLoRA(
 CUT = {
     "gralora": tna.SuperLoRA(P.gralora(4, 2, alpha=3), [(24, 16)] * 3),
     "gralora of roles": tna.SuperLoRA(P.gralora(4, 2, groups="role"), [(24, 16), (16, 16)] * 2, roles="qvqv"),
-    "two rows in a row": tna.SuperLoRA(tna.Config(2, groups=1, fold=(24, 20)), [(12, 10)] * 4),
-    "half a row": tna.SuperLoRA(tna.Config(2, groups=1, fold=(96, 5)), [(12, 10)] * 4),
     "a mode with rows and columns": tna.SuperLoRA(P.lorta(1, order=3), [(64, 64)] * 8),
     "a mode with rows and columns, CP": tna.SuperLoRA(P.lorta(2, order=3, format="cp"), [(64, 64)] * 8),
     "a cut Kronecker product": tna.SuperLoRA(P.lokr(1, split_size=5), [(13, 13)]),
@@ -115,6 +105,89 @@ def test_the_methods_that_factor(name: str) -> None:
     factorings = factors_of({**PLANS, **CUT}[name])
     assert None not in factorings
     assert any(how is not None and how.halves is not None for how in factorings) == (name in CUT)
+
+
+def rank(matrix: np.ndarray) -> int:
+    return int(np.linalg.matrix_rank(matrix, rtol=1e-9)) if matrix.any() else 0
+
+
+def drawn(plan: tna.SuperLoRA) -> dict[str, np.ndarray]:
+    """Parameters of about the same size, so that ranks are clear."""
+    rng = np.random.default_rng(0)
+    return {
+        name: rng.uniform(0.5, 1.5, shape) * rng.choice([-1, 1], shape) for name, shape in plan.param_shapes.items()
+    }
+
+
+FOUR: dict[str, Any] = {"weights": 4, "rows": 12, "cols": 10}
+# Each with the rank that its formula has.
+METHODS: dict[str, tuple[tna.Config, int]] = {
+    "lora": (P.lora(3), 3),
+    "lora, terms": (P.lora(2, terms=3), 6),
+    "lotr": (P.lotr(3, **FOUR), 3),
+    "lotr, train": (P.lotr(3, train=True, **FOUR), 3),
+    "fact_tt": (P.fact_tt(3), 3),
+    "fact_tk": (P.fact_tk(3), 3),
+    "fact_tk, fewer columns": (P.fact_tk((2, 5, 3)), 3),
+    "fact_tk, fewer rows": (P.fact_tk((2, 3, 5)), 3),
+    "cara": (P.cara(3, heads=2, **FOUR), 3),
+    "lorta_cp": (P.lorta_cp(3, heads=3), 3),
+    "metatt": (P.metatt(3), 3),
+    "metatt, heads": (P.metatt(2, heads=3), 2),
+    "loha": (P.loha(2), 4),
+    "lokr": (P.lokr(1), 2),
+    "krona": (P.krona(), 8),
+    "compacter": (P.compacter(1, terms=2), 4),
+    "lotr, Kronecker": (P.lotr(1, splits=2, leading="same"), 1),
+    "dense": (P.dense(), 10),
+    "superlora": (P.superlora(1), 10),
+    "fastfood": (P.fastfood(0.3), 10),
+    "shuffled": (P.lora(1, projection="shuffle"), 10),
+    "superlora of one weight": (P.superlora(2, groups="weight", fold=(12, 10)), 2),
+    "six columns in an index": (tna.Config(2, groups=1, fold=(8, 60)), 10),
+    "two rows in a row": (tna.Config(2, groups=1, fold=(24, 20)), 4),
+    "half a row": (tna.Config(2, groups=1, fold=(96, 5)), 4),
+    "miss": (P.miss(4), 4),
+    "gralora": (P.gralora(2, 2), 4),
+    "gralora of whole blocks": (P.gralora(12, 2), 10),
+}
+
+
+@pytest.mark.law("largest-rank")
+@pytest.mark.parametrize("name", METHODS)
+def test_the_bound_is_the_methods_rank_and_what_is_limited_has_factors(name: str) -> None:
+    config, expected = METHODS[name]
+    plan = tna.SuperLoRA(config, [(12, 10)] * 4)
+    assert largest_rank(plan).value == expected
+    params = drawn(plan)
+    for weight in range(4):
+        assert plan.largest_rank(weight) == expected
+        assert rank(plan.delta(params, weight)) == expected
+    assert plan.lora_rank == (expected if expected * 22 < 120 else None)
+    assert (None in factors_of(plan)) == (expected == 10)
+    with pytest.raises(tna.ShapeError, match="i must be from 0 to 3"):
+        plan.largest_rank(4)
+
+
+def test_a_weight_in_two_groups_has_the_sum_of_their_ranks() -> None:
+    plan = tna.SuperLoRA(tna.Config(1, groups=2, fold="stack"), [(3, 8), (4, 8), (3, 8)])
+    assert [plan.largest_rank(weight) for weight in range(3)] == [1, 2, 1]
+    assert [rank(delta) for delta in plan.deltas(drawn(plan))] == [1, 2, 1]
+
+
+def test_large_plans_need_no_arrays() -> None:
+    llama = [(8192, 8192), (1024, 8192)] * 80
+    plan = tna.SuperLoRA(P.lotr(16, groups="role"), llama, roles=["q", "v"] * 80)
+    assert plan.lora_rank == 16
+    assert tna.SuperLoRA(P.superlora(16), llama).lora_rank is None
+
+
+def test_a_train_of_many_modes_has_the_rank_of_its_bond() -> None:
+    # Too many arrays to search all cuts: those of the weights' modes belong to either side.
+    config = tna.Config(2, order=14, groups=1, fold=(2,) * 14, format="tt")
+    plan = tna.SuperLoRA(config, [(64, 64)] * 4)
+    assert [plan.largest_rank(weight) for weight in range(4)] == [2] * 4
+    assert rank(plan.delta(drawn(plan), 3)) == 2
 
 
 @pytest.mark.parametrize(
@@ -137,6 +210,7 @@ def test_an_aligned_cp_is_a_matrix_of_the_same_rank() -> None:
     how = factoring(tna.SuperLoRA(P.lorta(3, order=5, format="cp"), [(4096, 4096)] * 64), 17)
     assert how is not None
     assert how.sizes == ((4096, 4096, 3),)
+    assert run_in_box((), (), (0, 1)) == slice(0, 1)  # a side without modes
 
 
 @pytest.mark.parametrize(
@@ -152,10 +226,17 @@ def test_an_aligned_cp_is_a_matrix_of_the_same_rank() -> None:
         # Two factors of an X of full rank, or a product with X and a transform, cost more than ΔW.
         (tna.Config(projection="dct2", format="dense", on="weight"), [(12, 10)]),
         (P.miss(10), [(12, 10)]),
+        # Maps that mix rows with columns.
+        *(
+            (tna.Config(1, fold="hypercube", projection=projection, on="weight"), [(8, 8)])
+            for projection in ("shuffle", "linear", [Scatter(5), "dct2"], "wavelet", "nonlinear")
+        ),
     ],
 )
 def test_what_does_not_factor(config: tna.Config, shapes: list[tuple[int, int]]) -> None:
-    assert factoring(tna.SuperLoRA(config, shapes), 1 if len(shapes) > 1 else 0) is None
+    plan = tna.SuperLoRA(config, shapes)
+    assert factoring(plan, 1 if len(shapes) > 1 else 0) is None
+    assert plan.largest_rank(0) == 8 or shapes != [(8, 8)]
 
 
 # -- Behind a map that keeps rows and columns separate -----------------------------------------------------------------
@@ -217,14 +298,6 @@ def test_a_kronecker_product_stays_one_between_the_maps() -> None:
     assert how.width is None
     assert how.sides is not None
     assert [size[:2] for size in how.sizes] == [(3, 2), (4, 4)]
-
-
-@pytest.mark.parametrize("projection", ["shuffle", "linear", [Scatter(5), "dct2"], "wavelet", "nonlinear"])
-def test_maps_that_mix_rows_with_columns_have_no_factors(projection: object) -> None:
-    fold = "hypercube" if projection != "nonlinear" else "balanced"
-    plan = tna.SuperLoRA(tna.Config(1, fold=fold, projection=projection, on="weight"), [(8, 8)])
-    assert factoring(plan, 0) is None
-    assert plan.largest_rank(0) == 8
 
 
 # -- The two factors at the cheapest cut: exact, and there wherever the bound on the rank is below both sides ----------
@@ -311,7 +384,3 @@ def test_float32_and_other_libraries_have_the_same_factors() -> None:
         found = how(backend, own).dense(backend)
         assert found.dtype == next(iter(own.values())).dtype
         np.testing.assert_allclose(np.asarray(found), expected, rtol=1e-5, atol=1e-6)
-
-
-def test_a_side_without_modes_is_one_run() -> None:
-    assert run_in_box((), (), (0, 1)) == slice(0, 1)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
-
-from tnadapt import ConfigError
 from tnadapt.algebra.formats import FORMATS, make_format
 from tnadapt.testing import FormatContract
 
@@ -34,8 +31,3 @@ def test_the_factor_of_the_leading_mode_starts_at_zero() -> None:
     # Of partial Tucker, that of the first mode that has one.
     assert make_format("tucker", (4, 5, 6), (None, 2, 3)).zero == "factor1"
     assert make_format("tucker", (4, 5, 6), (None, None, None)).zero == "core"
-
-
-def test_an_unknown_format() -> None:
-    with pytest.raises(ConfigError, match=r"format must be one of 'dense', 'cp'.*got 'svd'.*install the plug-in"):
-        make_format("svd", (2, 2), 1)

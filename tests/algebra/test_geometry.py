@@ -23,22 +23,6 @@ def test_an_update_is_near_itself(rows: int, cols: int, seed: int, data: st.Data
     assert np.allclose(turned, (1.0, 1.0, 3.0), atol=1e-12)
 
 
-def test_orthogonal_spaces() -> None:
-    one, two = np.zeros((6, 6)), np.zeros((6, 6))
-    one[:2, :2], two[2:4, 2:4] = np.diag([2.0, 1.0]), np.diag([2.0, 1.0])
-    assert np.allclose(tna.geometry(one, two, 2), (0.0, 0.0, np.sqrt(2.0)), atol=1e-12)
-
-
-@pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
-def test_nan_and_infinity_are_refused(number: float, rng: np.random.Generator) -> None:
-    update = rng.normal(size=(3, 4))
-    broken = update.copy()
-    broken[1, 2] = number
-    for pair in ((update, broken), (broken, update)):
-        with pytest.raises(tna.ShapeError, match="geometry needs finite updates; one of them has a NaN or an infinity"):
-            tna.geometry(*pair, 2)
-
-
 @pytest.mark.parametrize("shape", [(2000, 6), (6, 2000)])
 def test_no_more_singular_vectors_are_computed_than_there_are_values(
     shape: tuple[int, int], rng: np.random.Generator
@@ -64,18 +48,33 @@ def test_every_library(backend: Backend, rng: np.random.Generator) -> None:
     assert np.allclose(found, expected, atol=1e-12)
 
 
-def test_zero_updates_and_bad_input() -> None:
-    zero = np.zeros((3, 3))
+def test_orthogonal_spaces_and_zero_updates() -> None:
+    one, two, zero = np.zeros((6, 6)), np.zeros((6, 6)), np.zeros((3, 3))
+    one[:2, :2], two[2:4, 2:4] = np.diag([2.0, 1.0]), np.diag([2.0, 1.0])
+    assert np.allclose(tna.geometry(one, two, 2), (0.0, 0.0, np.sqrt(2.0)), atol=1e-12)
     assert tna.geometry(zero, zero, 1).d_euclid == 0.0
     assert tna.geometry(zero, np.eye(3), 1).d_euclid == np.inf
-    with pytest.raises(tna.ShapeError, match="the same shape"):
-        tna.geometry(np.eye(3), np.eye(4))
-    with pytest.raises(tna.ShapeError, match="the same shape"):
-        tna.geometry(np.ones(3), np.ones(3))
-    for k in (0, 4):
-        with pytest.raises(tna.ShapeError, match="k must be from 1 to 3"):
-            tna.geometry(np.eye(3), np.eye(3), k)
-    with pytest.raises(tna.BackendError, match="complex128"):
-        tna.geometry(1j * np.eye(3), np.eye(3, dtype=complex), 1)
-    with pytest.raises(tna.BackendError, match="dtypes"):
-        tna.geometry(np.eye(3), np.eye(3, dtype=np.float32))
+
+
+EYE = np.eye(3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((EYE, np.eye(4)), tna.ShapeError, "the same shape"),
+        ((np.ones(3), np.ones(3)), tna.ShapeError, "the same shape"),
+        ((EYE, EYE, 0), tna.ShapeError, "k must be from 1 to 3"),
+        ((EYE, EYE, 4), tna.ShapeError, "k must be from 1 to 3"),
+        ((1j * EYE, EYE.astype(complex), 1), tna.BackendError, "complex128"),
+        ((EYE, EYE.astype(np.float32)), tna.BackendError, "dtypes"),
+        *(
+            (pair, tna.ShapeError, "geometry needs finite updates; one of them has a NaN or an infinity")
+            for number in (np.nan, np.inf, -np.inf)
+            for pair in ((EYE, np.where(EYE, number, 1.0), 2), (np.where(EYE, number, 1.0), EYE, 2))
+        ),
+    ],
+)
+def test_bad_input(arguments: tuple, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        tna.geometry(*arguments)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -106,11 +107,21 @@ def test_alpha_acts_as_in_lora(name: str, alpha: float) -> None:
     assert abs(step_of(config) / (config.scale**2 * step_of(CONFIGS[name])) - 1) < 1e-3
 
 
-@pytest.mark.parametrize("rank", [1, 4])
-def test_where_nothing_is_random_the_step_is_dense_fine_tunings(rank: int) -> None:
-    assert abs(step_of(P.dense()) - 1) < 1e-9
-    assert tna.SuperLoRA(P.dense(), SHAPES).groups[0].start.std == 0.0
-    assert abs(step_of(tna.Config(rank=rank, order=1)) - rank) < 1e-9
+@pytest.mark.law("first-step")
+@pytest.mark.parametrize(
+    ("config", "expected", "error"),
+    [
+        *((P.lora(rank), STEP, 0.05) for rank in (1, 2, 8, 32, 96)),
+        # Nothing is random here, and the step is dense fine-tuning's.
+        (P.dense(), 1.0, 1e-9),
+        *((tna.Config(rank=rank, order=1), rank, 1e-9) for rank in (1, 4)),
+    ],
+)
+def test_where_the_size_of_the_first_step_is_known_it_is_exact(
+    config: tna.Config, expected: float, error: float
+) -> None:
+    assert abs(step_of(config) / expected - 1) < error
+    assert (tna.SuperLoRA(config, SHAPES).groups[0].start.std == 0.0) == (expected != STEP)
 
 
 @pytest.mark.law("first-gradients")
@@ -128,12 +139,6 @@ def test_no_group_of_many_small_ones_is_dead() -> None:
         (plan.vector(params) * weights).sum().backward()
         largest = [max(float(params[full].grad.abs().max()) for full in group.names.values()) for group in plan.groups]
         assert min(largest) > 1e-6
-
-
-@pytest.mark.law("first-step")
-@pytest.mark.parametrize("rank", [1, 2, 8, 32, 96])
-def test_for_lora_the_law_is_exact(rank: int) -> None:
-    assert abs(step_of(P.lora(rank)) / STEP - 1) < 0.05
 
 
 def test_lora_of_rank_8_starts_like_pefts() -> None:
@@ -162,7 +167,7 @@ def test_what_is_drawn_is_the_specs_stream() -> None:
             np.testing.assert_allclose(params[name], scaled, rtol=1e-6)
 
 
-def test_cp_weights_start_at_one_and_every_term_has_its_zero() -> None:
+def test_cp_weights_start_at_one_and_every_term_has_its_zero_of_what_is_trained() -> None:
     plan = tna.SuperLoRA(tna.Config(rank=3, format="cp-weighted", terms=2), [(5, 4)])
     params = plan.init()
     for term in range(2):
@@ -171,6 +176,12 @@ def test_cp_weights_start_at_one_and_every_term_has_its_zero() -> None:
         assert params[f"group0.term{term}.split0.factor1"].all()
     one, two = (params[f"group0.term{term}.split0.factor1"] for term in range(2))
     assert not np.array_equal(one, two)
+    trained = ["group0.term0.split0.weights", "group0.term1.split0.factor1", "group0.term1.split0.weights"]
+    (start,) = plan.starts(trained)
+    assert start.zeros == {"term0.split0.weights", "term1.split0.factor1"}
+    params = plan.init(trained=trained)
+    assert not plan.deltas(params)[0].any()
+    assert (params["group0.term1.split0.weights"] == 1).all()
 
 
 @pytest.mark.law("first-gradients")
@@ -210,14 +221,6 @@ def test_halves_are_rounded_as_libraries_round_them() -> None:
     for dtype in ("bfloat16", "float16", "float32"):
         expected = torch.tensor(numbers).to(getattr(torch, dtype)).float().numpy()
         assert np.array_equal(rounded_to(numbers, dtype), expected)
-
-
-@pytest.mark.law("dtype-overflow")
-def test_what_a_dtype_cannot_hold_is_refused() -> None:
-    plan = tna.SuperLoRA(P.fastfood(0.5, projection="nonlinear", alpha=1e-6), [(8, 8)])
-    assert not plan.deltas(plan.init())[0].any()
-    with pytest.raises(tna.ConfigError, match="float16"):
-        plan.init(dtype="float16")
 
 
 # -- Where some arrays are frozen --------------------------------------------------------------------
@@ -298,48 +301,45 @@ def test_the_first_step_does_not_depend_on_what_is_frozen(name: str) -> None:
         assert STEP / 10 < np.median(sizes) < STEP * 10, words
 
 
-def test_terms_have_each_a_zero_that_is_trained() -> None:
-    plan = tna.SuperLoRA(tna.Config(rank=2, format="cp-weighted", terms=2), [(5, 4)])
-    trained = ["group0.term0.split0.weights", "group0.term1.split0.factor1", "group0.term1.split0.weights"]
-    (start,) = plan.starts(trained)
-    assert start.zeros == {"term0.split0.weights", "term1.split0.factor1"}
-    params = plan.init(trained=trained)
-    assert not plan.deltas(params)[0].any()
-    assert (params["group0.term1.split0.weights"] == 1).all()
-
-
-def test_names_that_are_none_of_the_arrays_are_refused() -> None:
-    plan = tna.SuperLoRA(P.lora(2), [(4, 4)])
-    for trained in (["group0.split0.core"], []):
-        with pytest.raises(tna.ConfigError, match=r"trained must name some of the parameters.*group0\.split0\.factor0"):
-            plan.init(trained=trained)
-
-
 # -- The bits of the start ---------------------------------------------------------------------------
 
 
-def test_the_scale_of_a_start_is_a_number_of_single_precision() -> None:
-    # A power's last bit differs between machines, and what is drawn must not.
-    for config in CONFIGS.values():
-        for group in tna.SuperLoRA(config, SHAPES).groups:
-            assert group.start.std == float(np.float32(group.start.std))
-
-
-def test_the_bits_of_starts_are_known() -> None:
+def test_the_bits_of_starts_are_known_and_their_scales_of_single_precision() -> None:
     """x_start is regenerated wherever an adapter is loaded: a change of one bit changes every update."""
     digests = {}
-    for name in KNOWN:
-        total = hashlib.sha256()
-        for array in tna.SuperLoRA(CONFIGS[name], SHAPES).init().values():
-            assert array.dtype == np.float32
-            total.update(array.astype("<f4").tobytes())
-        digests[name] = total.hexdigest()[:16]
+    for name, config in CONFIGS.items():
+        plan = tna.SuperLoRA(config, SHAPES)
+        # A power's last bit differs between machines, and what is drawn must not.
+        assert all(group.start.std == float(np.float32(group.start.std)) for group in plan.groups)
+        if name in KNOWN:
+            arrays = plan.init().values()
+            assert all(array.dtype == np.float32 for array in arrays)
+            whole = b"".join(array.astype("<f4").tobytes() for array in arrays)
+            digests[name] = hashlib.sha256(whole).hexdigest()[:16]
     assert digests == KNOWN
 
 
+TINY = tna.SuperLoRA(P.fastfood(0.5, projection="nonlinear", alpha=1e-6), [(8, 8)])
+HUGE = tna.SuperLoRA(
+    tna.Config(rank=1 << 20, splits=32, combine="hadamard", leading="same", projection="nonlinear"),
+    [(1 << 20, 1 << 20)],
+)
+
+
 @pytest.mark.law("dtype-overflow")
-def test_a_start_beyond_floats_is_refused_in_words() -> None:
-    config = tna.Config(rank=1 << 20, splits=32, combine="hadamard", leading="same", projection="nonlinear")
-    plan = tna.SuperLoRA(config, [(1 << 20, 1 << 20)])
-    with pytest.raises(tna.ConfigError, match="out of floating-point range"):
-        _ = plan.groups[0].start.std
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: TINY.init(dtype="float16"), "float16"),
+        (lambda: HUGE.groups[0].start.std, "out of floating-point range"),
+        (
+            lambda: TINY.init(trained=["group0.split0.core"]),
+            r"trained must name some of the parameters.*group0\.split0\.dense",
+        ),
+        (lambda: TINY.init(trained=[]), r"trained must name some of the parameters.*group0\.split0\.dense"),
+    ],
+)
+def test_what_cannot_be_is_refused(call: Callable[[], object], message: str) -> None:
+    assert not TINY.deltas(TINY.init())[0].any()
+    with pytest.raises(tna.ConfigError, match=message):
+        call()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+import itertools
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -16,27 +19,18 @@ from tests.conftest import relative_error
 from tnadapt.testing.verification import examples
 
 
-def held_to_its_formula(name: str, config: tna.Config, shapes: list[tuple[int, int]]) -> None:
-    """Compare updates with the method's own formula, which is given what was frozen and where training began."""
-    rng = np.random.default_rng(0)
-    plan = tna.SuperLoRA(config, shapes)
-    plan = plan.with_base([rng.normal(size=shape) for shape in shapes])
-    params = {key: rng.normal(size=shape) for key, shape in plan.param_shapes.items()}
-    arrays = dict(params)
-    for index, group in enumerate(plan.groups):
-        arrays |= {full: group.frozen.host(key).astype(np.float64) for key, full in group.frozen_names.items()}
-        arrays |= {f"begun.group{index}.{key}": group.start.host(key).astype(np.float64) for key in group.names}
-    expected = tna.presets.PRESETS[name].formula(arrays, config, shapes)  # type: ignore[misc]
-    for found, own in zip(plan.deltas(params), expected, strict=True):
-        assert relative_error(found, own) < 1e-12
-
-
 @pytest.mark.law("presets")
-def test_every_preset_has_a_formula_and_an_example() -> None:
+@pytest.mark.parametrize("name", tna.presets.__all__)
+def test_every_preset_has_a_formula_an_example_and_a_reference_and_says_what_it_sets(name: str) -> None:
     assert tna.presets.__all__ == list(tna.presets.PRESETS) == list(examples())
-    for preset in tna.presets.PRESETS.values():
-        assert preset.formula is not None
-        assert (preset.changed is None) == (preset.config(**preset.example).apply == "add")
+    preset = tna.presets.PRESETS[name]
+    assert preset.formula is not None
+    assert (preset.changed is None) == (preset.config(**preset.example).apply == "add")
+    assert preset.make is getattr(tna.presets, name)
+    doc = inspect.getdoc(preset.make) or ""
+    assert "Settings:" in doc
+    of_the_paper = name in ("dense", "superlora", "lonkr", "lorta") and ("paper" in doc or "table 1" in doc)
+    assert of_the_paper or preset.reference.rpartition(", ")[2] in doc
 
 
 @pytest.mark.parametrize("name", tna.presets.__all__)
@@ -60,16 +54,6 @@ def test_the_largest_size_is_that_beyond_which_nothing_is_gained() -> None:
         assert [ladder.most(None) for ladder in tna.presets.PRESETS[name].ladders(weights)] == expected  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("name", tna.presets.__all__)
-def test_every_preset_says_where_it_comes_from_and_what_it_sets(name: str) -> None:
-    preset = tna.presets.PRESETS[name]
-    assert preset.make is getattr(tna.presets, name)
-    doc = inspect.getdoc(preset.make) or ""
-    assert "Settings:" in doc
-    of_the_paper = name in ("dense", "superlora", "lonkr", "lorta") and ("paper" in doc or "table 1" in doc)
-    assert of_the_paper or preset.reference.rpartition(", ")[2] in doc
-
-
 def test_names_in_peft_are_those_of_its_methods() -> None:
     peft = pytest.importorskip("peft")
     names = {preset.peers["PEFT"] for preset in tna.presets.PRESETS.values() if "PEFT" in preset.peers}
@@ -82,62 +66,13 @@ RANKS = st.integers(1, 5)
 ALPHAS = st.none() | st.sampled_from([1.0, 8.0])
 
 
-@pytest.mark.law("presets", "parameter-count", "largest-rank")
-@given(
-    rank=st.integers(1, 3), blocks=st.integers(1, 3), rows=st.integers(1, 5), cols=st.integers(1, 5), weights=WEIGHTS,
-    alpha=ALPHAS,
-)  # fmt: skip
-def test_gralora(rank: int, blocks: int, rows: int, cols: int, weights: int, alpha: float | None) -> None:
-    shapes = [(rows * blocks, cols * blocks)] * weights
-    config = tna.presets.gralora(rank * blocks, blocks, alpha=alpha)
-    held_to_its_formula("gralora", config, shapes)
-    plan = tna.SuperLoRA(config, shapes)
-    assert plan.num_parameters == weights * rank * blocks * (rows + cols) * blocks
-    for weight, delta in enumerate(plan.deltas(drawn(plan))):
-        assert plan.largest_rank(weight) == min(rank * blocks**2, blocks * min(rows, cols))
-        assert np.linalg.matrix_rank(delta, rtol=1e-9) <= plan.largest_rank(weight)
-    assert config.scale == (1.0 if alpha is None else pytest.approx(alpha / (rank * blocks)))
-
-
-@pytest.mark.parametrize("name", ["fourierft", "loca", "shira", "waveft"])
-def test_n_is_the_number_of_positions(name: str) -> None:
-    with pytest.raises(tna.ConfigError, match=r"^n must be the number of positions; got n=7 and 3 positions$"):
-        getattr(tna.presets, name)(7, (1, 2, 3))
-
-
-def test_gralora_of_blocks_that_do_not_divide_is_refused() -> None:
-    with pytest.raises(tna.ConfigError, match=r"blocks must divide the rank, .*; got rank=5, blocks=2"):
-        tna.presets.gralora(5, 2)
-    with pytest.raises(tna.ConfigError, match="divides the rows of each group by 2, and group 0 has 5 rows"):
-        tna.SuperLoRA(tna.presets.gralora(4, 2), [(5, 4)])
-
-
-@pytest.mark.law("presets", "parameter-count")
-@given(
-    rank=RANKS, heads=st.integers(1, 3), head=st.integers(1, 4), cols=SIDES, layers=WEIGHTS, matrices=st.integers(1, 3),
-    alpha=ALPHAS, split=st.booleans(),
-)  # fmt: skip
-def test_metatt(
-    rank: int, heads: int, head: int, cols: int, layers: int, matrices: int, alpha: float | None, split: bool
-) -> None:
-    shapes = [(heads * head, cols)] * (matrices * layers)
-    own: dict[str, Any] = {"matrices": matrices, "alpha": alpha, **({"heads": heads} if split else {})}
-    for sizes in ({}, {"layers": layers, "rows": heads * head, "cols": cols}):
-        config = tna.presets.metatt(rank, **sizes, **own)
-        held_to_its_formula("metatt", config, shapes)
-        plan = tna.SuperLoRA(config, shapes)
-        assert plan.largest_rank(0) <= rank
-        if rank == 1:
-            assert plan.num_parameters == layers + matrices + cols + (heads + head if split else heads * head)
-
-
 P = tna.presets
 Cases = dict[str, tuple[tna.Config, list[tuple[int, int]]]]
 
 
 @st.composite
 def cases(draw: st.DrawFn) -> Cases:
-    """A config of every preset but those with a test of their own, and weights that it fits."""
+    """A config of every preset, and weights that it fits."""
     r, alpha, weights, seed = draw(RANKS), draw(ALPHAS), draw(WEIGHTS), draw(st.sampled_from([0, 1, 2**40 + 7]))
     rows, cols, heads, block, down, across = draw(SIDES), draw(SIDES), *(draw(st.integers(1, 4)) for _ in range(4))
     mixed = draw(st.lists(st.tuples(SIDES, SIDES), min_size=1, max_size=3))
@@ -153,7 +88,7 @@ def cases(draw: st.DrawFn) -> Cases:
     return {
         "dense": (P.dense(), mixed),
         "krona": (P.krona(alpha=alpha), mixed),
-        **{name: (getattr(P, name)(r, alpha=alpha), mixed) for name in ("lora", "lokr", "loha")},
+        **{name: (getattr(P, name)(r, alpha=alpha), mixed) for name in ("lora", "lokr", "loha", "dora", "hira")},
         **{name: (getattr(P, name)(r, seed=seed), large) for name in ("lora_fa", "lora_xs", "svft", "vera")},
         "nola": (P.nola(1, r, seed=seed), large),
         "unilora": (P.unilora(2, r, seed=seed), large),
@@ -177,6 +112,25 @@ def cases(draw: st.DrawFn) -> Cases:
         "waveft": (P.waveft(n, positions, family=family, **few), mixed),
         "compacter": (P.compacter(r, terms=block), [(down * block, across * block)] * weights),
         "c3a": (P.c3a(block), [(block * down, block * across)] * weights),
+        "gralora": (P.gralora(r * block, block, alpha=alpha), [(block * down, block * across)] * weights),
+        **{
+            f"metatt {len(given)}": (
+                P.metatt(r, matrices=2, alpha=alpha, **given),
+                [(heads * block, cols)] * 2 * weights,
+            )
+            for given in ({}, {"layers": weights, "rows": heads * block, "cols": cols}, {"heads": heads})
+        },
+        **{
+            f"{name} of any weights": (getattr(P, name)(r, **own), [(heads * block, cols)] * (2 * weights))
+            for name, own in (
+                ("lotr", {}),
+                ("fact_tt", {}),
+                ("fact_tk", {}),
+                ("cara", {"heads": heads}),
+                ("cara", {"head_size": block}),
+                ("lorta_cp", {"head_size": block}),
+            )
+        },
         "miss": (P.miss(draw(st.integers(1, cols)), mini), [(rows, cols)] * weights),
     }
 
@@ -184,98 +138,86 @@ def cases(draw: st.DrawFn) -> Cases:
 @pytest.mark.law("presets")
 @given(cases())
 def test_the_update_is_the_methods_own_formula(methods_of: Cases) -> None:
+    """The formula is given what is frozen and where training begins."""
     for name, (config, shapes) in methods_of.items():
-        held_to_its_formula(name.partition(" ")[0], config, shapes)
+        rng = np.random.default_rng(0)
+        plan = tna.SuperLoRA(config, shapes)
+        weights = [rng.normal(size=shape) for shape in shapes]
+        plan, preset = plan.with_base(weights), P.PRESETS[name.partition(" ")[0]]
+        params = {key: rng.normal(size=shape) for key, shape in plan.param_shapes.items()}
+        arrays = dict(params)
+        for index, group in enumerate(plan.groups):
+            arrays |= {full: group.frozen.host(key).astype(np.float64) for key, full in group.frozen_names.items()}
+            arrays |= {f"begun.group{index}.{key}": group.start.host(key).astype(np.float64) for key in group.names}
+        pairs = zip(plan.deltas(params), preset.formula(arrays, config, shapes), strict=True)  # type: ignore[misc]
+        if preset.changed is not None:
+            changed = zip(plan.merged(params, weights), preset.changed(params, config, weights), strict=True)
+            pairs = itertools.chain(pairs, changed)
+        for found, own in pairs:
+            assert relative_error(found, own) < 1e-12
+
+
+@pytest.mark.parametrize(("make", "message"), [
+    *((functools.partial(getattr(P, name), 7, (1, 2, 3)),
+       r"^n must be the number of positions; got n=7 and 3 positions$")
+      for name in ("fourierft", "loca", "shira", "waveft")),
+    (lambda: P.gralora(5, 2), r"blocks must divide the rank, .*; got rank=5, blocks=2"),
+    (lambda: tna.SuperLoRA(P.gralora(4, 2), [(5, 4)]),
+     "divides the rows of each group by 2, and group 0 has 5 rows"),
+    *((functools.partial(P.lorta_cp, layers=1, rows=10, cols=4, heads=heads), "heads must") for heads in (3, 0, 2.5)),
+    *((functools.partial(P.cara, weights=2, rows=10, cols=4, heads=heads), "heads must") for heads in (3, 0, 2.5)),
+    (lambda: P.lotr(2, weights=2, rows=96, cols=96).replace(fold="hypercube"), "weight_shape=None"),
+])  # fmt: skip
+def test_what_cannot_be_is_refused(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(tna.ConfigError, match=message):
+        make()
 
 
 # -- Table 1: where the settings meet ---------------------------------------------------------------
 
 
-@pytest.mark.law("special-cases")
-@given(st.lists(st.tuples(SIDES, SIDES), min_size=1, max_size=3))
-def test_dense_is_cp_of_order_1_and_rank_1(shapes: list[tuple[int, int]]) -> None:
-    """Table 1's first row to the letter: M = r = 1, C = I, A of d_in d_out × 1."""
-    dense = tna.SuperLoRA(tna.presets.dense(), shapes)
-    letter = tna.SuperLoRA(tna.Config(rank=1, order=1, format="cp"), shapes)
-    params = drawn(dense)
-    renamed = {n.replace("dense", "factor0"): a.reshape(-1, 1) for n, a in params.items()}
-    for one, other in zip(dense.deltas(params), letter.deltas(renamed), strict=True):
-        assert np.array_equal(one, other)
+Params = dict[str, np.ndarray]
 
 
-@pytest.mark.law("special-cases")
-@given(SIDES, SIDES, RANKS)
-def test_tucker_with_the_identity_core_is_lora(rows: int, cols: int, rank: int) -> None:
-    rank = min(rank, rows, cols)
-    tucker = tna.SuperLoRA(tna.Config(rank=rank, format="tucker"), [(rows, cols)])
-    params = drawn(tucker) | {"group0.split0.core": np.eye(rank)}
-    lora = tna.SuperLoRA(tna.presets.lora(rank), [(rows, cols)])
-    same = {n: a for n, a in params.items() if "core" not in n}
-    assert relative_error(tucker.deltas(params)[0], lora.deltas(same)[0]) < 1e-12
+def of_names(old: str, new: str, change: Callable[[np.ndarray], np.ndarray]) -> Callable[[Params], Params]:
+    """What changes the arrays of one name, and the name."""
+    return lambda params: {n.replace(old, new): change(a) if n.endswith(old) else a for n, a in params.items()}
 
 
-@pytest.mark.law("special-cases")
-@given(st.lists(st.integers(1, 4), min_size=3, max_size=3), RANKS)
-def test_tucker_with_a_diagonal_core_is_weighted_cp(sizes: list[int], rank: int) -> None:
-    rank = min(rank, *sizes)
-    fold = {"groups": 1, "fold": tuple(sizes), "order": 3, "rank": rank}
-    shapes = [(sizes[0], sizes[1] * sizes[2])]
-    cp = tna.SuperLoRA(tna.Config(format="cp-weighted", **fold), shapes)
-    params = drawn(cp)
-    core = np.zeros((rank,) * 3)
-    core[(range(rank),) * 3] = params["group0.split0.weights"]
-    tucker = tna.SuperLoRA(tna.Config(format="tucker", **fold), shapes)
-    same = {n: a for n, a in params.items() if "weights" not in n} | {"group0.split0.core": core}
-    assert relative_error(tucker.deltas(same)[0], cp.deltas(params)[0]) < 1e-12
+def identity_cores(params: Params) -> Params:
+    cores = {n.replace("factor0", "core"): np.eye(a.shape[1]) for n, a in params.items() if n.endswith("factor0")}
+    return params | cores
 
 
-@pytest.mark.law("special-cases")
-@given(SIDES, SIDES, RANKS)
-def test_lonkr_of_two_splits_is_lokr(rows: int, cols: int, rank: int) -> None:
-    lokr = tna.SuperLoRA(tna.presets.lokr(rank), [(rows, cols)])
-    lonkr = tna.SuperLoRA(
-        tna.presets.lonkr(rank, splits=2, groups="weight", split_size="balanced", fold="stack"), [(rows, cols)]
-    )
-    params = drawn(lokr)
-    assert np.array_equal(lokr.deltas(params)[0], lonkr.deltas(params)[0])
+def diagonal(weights: np.ndarray) -> np.ndarray:
+    core = np.zeros((len(weights),) * 3)
+    core[(range(len(weights)),) * 3] = weights
+    return core
 
 
 @pytest.mark.law("special-cases")
 @given(st.lists(st.tuples(SIDES, SIDES), min_size=1, max_size=3), RANKS)
-def test_one_split_and_one_group_a_weight_is_lora(shapes: list[tuple[int, int]], rank: int) -> None:
-    """Listing every weight as a group, or every weight as a layer, is weight-wise LoRA."""
-    lora = tna.SuperLoRA(tna.presets.lora(rank), shapes)
-    params = drawn(lora)
-    expected = lora.deltas(params)
-    listed = tna.SuperLoRA(tna.presets.lora(rank, groups=[[i] for i in range(len(shapes))]), shapes)
-    layered = tna.SuperLoRA(tna.presets.lora(rank, groups="layer"), shapes, layers=range(len(shapes)))
-    for plan in (listed, layered):
-        assert all(np.array_equal(a, b) for a, b in zip(plan.deltas(params), expected, strict=True))
-
-
-@pytest.mark.law("special-cases")
-@given(st.integers(1, 4), SIDES, RANKS)
-def test_equal_square_groups_are_lora(weights: int, side: int, rank: int) -> None:
-    """The paper, section 3.2: where G is the number of weights and the boundaries match, weight-wise LoRA."""
-    shapes = [(side, side)] * weights
-    lora, grouped = (
-        tna.SuperLoRA(config, shapes)
-        for config in (tna.presets.lora(rank), tna.presets.superlora(rank, groups=weights))
-    )
-    params = drawn(lora)
-    for one, other in zip(lora.deltas(params), grouped.deltas(params), strict=True):
-        assert np.array_equal(one, other)
-
-
-def test_heads_must_divide_rows() -> None:
-    for preset in (
-        lambda heads: tna.presets.lorta_cp(layers=1, rows=10, cols=4, heads=heads),
-        lambda heads: tna.presets.cara(weights=2, rows=10, cols=4, heads=heads),
-    ):
-        for heads in (3, 0, 2.5):
-            with pytest.raises(tna.ConfigError, match="heads must"):
-                preset(heads)
-        preset(np.int64(2))
+def test_settings_of_one_method_give_one_update(shapes: list[tuple[int, int]], rank: int) -> None:
+    small = min(rank, *(min(shape) for shape in shapes))
+    count, side = len(shapes), shapes[0][0]
+    cubes: dict[str, Any] = {"rank": 1 if side == 1 else 2, "order": 3, "groups": "weight", "fold": "hypercube"}
+    kronecker = P.lonkr(rank, splits=2, groups="weight", split_size="balanced", fold="stack")
+    for one, other, change, alike in (
+        # Table 1's first row to the letter: M = r = 1, C = I, A of d_in d_out × 1.
+        (P.dense(), tna.Config(1, 1, format="cp"), of_names("dense", "factor0", lambda a: a.reshape(-1, 1)), shapes),
+        (P.lora(small), tna.Config(small, format="tucker"), identity_cores, shapes),
+        (tna.Config(format="cp-weighted", **cubes), tna.Config(format="tucker", **cubes),
+         of_names("weights", "core", diagonal), [(side, side * side)] * count),
+        (P.lokr(rank), kronecker, dict, shapes),
+        # A group of each weight: listed, as layers, or as many groups as there are equal squares (section 3.2).
+        (P.lora(rank), P.lora(rank, groups=[[i] for i in range(count)]), dict, shapes),
+        (P.lora(rank), P.lora(rank, groups="layer"), dict, shapes),
+        (P.lora(rank), P.superlora(rank, groups=count), dict, [(side, side)] * count),
+    ):  # fmt: skip
+        plan, another = (tna.SuperLoRA(config, alike, layers=range(count)) for config in (one, other))
+        params = drawn(plan)
+        for expected, found in zip(plan.deltas(params), another.deltas(change(params)), strict=True):
+            assert relative_error(found, expected) <= (1e-12 if other.format == "tucker" else 0.0)
 
 
 # -- Presets with a fold of their own are of weights of one shape ------------------------------------
@@ -337,8 +279,6 @@ def test_a_fold_of_the_callers_own_is_of_any_weights() -> None:
     assert own.weight_shape is None
     assert tna.SuperLoRA(own, shapes).num_groups == 1
     config = tna.presets.lotr(2, weights=2, rows=96, cols=96)
-    with pytest.raises(tna.ConfigError, match="weight_shape=None"):
-        config.replace(fold="hypercube")
     assert tna.SuperLoRA(config.replace(fold="hypercube", weight_shape=None), shapes).num_groups == 1
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -216,12 +218,9 @@ def test_contracting_is_the_sum_over_all_other_splits(tensors: list[np.ndarray],
     np.testing.assert_allclose(found, expected.reshape(tensors[kept].shape), rtol=1e-10, atol=1e-10)
 
 
-def test_padding_is_at_the_end_of_every_mode() -> None:
-    padded = padded_to(NUMPY, np.ones((2, 1)), (3, 2))
-    np.testing.assert_array_equal(padded, [[1, 0], [1, 0], [0, 0]])
-
-
-def test_32_modes_of_three_splits_have_no_more_axes_than_numpy_allows() -> None:
+def test_many_modes_and_padding_at_the_end_of_each() -> None:
+    np.testing.assert_array_equal(padded_to(NUMPY, np.ones((2, 1)), (3, 2)), [[1, 0], [1, 0], [0, 0]])
+    # 32 modes of three splits have no more axes than NumPy allows.
     sizes = [(1,) * 30 + (2, 1), (1,) * 31 + (2,), (1,) * 30 + (1, 2)]
     assert rearranged(NUMPY, np.arange(8.0).reshape((1,) * 30 + (2, 4)), sizes).shape == (2, 2, 2)
 
@@ -230,68 +229,43 @@ def test_32_modes_of_three_splits_have_no_more_axes_than_numpy_allows() -> None:
 
 
 @pytest.mark.parametrize(
-    ("sizes", "expected"),
+    ("choose", "sizes", "ranks", "expected"),
     [
-        ((5, 7), (0, 1)),
-        ((2000, 40, 10), (0, 1)),
-        ((10, 40, 2000), (0, 2)),
+        (cp_groups, (5, 7), 8, (0, 1)),
+        (cp_groups, (2000, 40, 10), 8, (0, 1)),
+        (cp_groups, (10, 40, 2000), 8, (0, 2)),
         # A long mode in the middle: a batch, and the one long operand is not expanded.
-        ((10, 2000, 40), (1, 2)),
+        (cp_groups, (10, 2000, 40), 8, (1, 2)),
         # Few columns are no batch.
-        ((100, 1000, 10), (0, 1)),
-        ((16, 16, 16, 16, 16), (1, 3)),
-        ((0, 3, 2), (0, 2)),
-    ],
-)
-def test_groups_of_cp(sizes: tuple[int, ...], expected: tuple[int, int]) -> None:
-    assert cp_groups(sizes, 8) == expected
-
-
-@pytest.mark.parametrize(
-    ("sizes", "ranks", "expected"),
-    [
-        ((64, 64, 64), (4, 4, 4), 2),
-        ((10, 2000, 40), (4, 4, 4), 1),
-        ((2000, 10, 40), (4, 4, 4), 0),
-        ((100, 1000, 10), (4, 4, 4), 0),
+        (cp_groups, (100, 1000, 10), 8, (0, 1)),
+        (cp_groups, (16, 16, 16, 16, 16), 8, (1, 3)),
+        (cp_groups, (0, 3, 2), 8, (0, 2)),
+        (tucker_last, (64, 64, 64), (4, 4, 4), 2),
+        (tucker_last, (10, 2000, 40), (4, 4, 4), 1),
+        (tucker_last, (2000, 10, 40), (4, 4, 4), 0),
+        (tucker_last, (100, 1000, 10), (4, 4, 4), 0),
         # The small rank, not only the long mode.
-        ((30, 40), (2, 39), 0),
-        ((0, 3), (2, 3), 1),
-    ],
-)
-def test_last_mode_of_tucker(sizes: tuple[int, ...], ranks: tuple[int, ...], expected: int) -> None:
-    assert tucker_last(sizes, ranks) == expected
-
-
-@pytest.mark.parametrize(
-    ("sizes", "bonds", "expected"),
-    [
-        ((8, 8, 8, 8), (4, 4, 4), 2),
-        ((8, 8, 8), (4, 4), 2),
-        ((2000, 10, 10), (4, 4), 1),
+        (tucker_last, (30, 40), (2, 39), 0),
+        (tucker_last, (0, 3), (2, 3), 1),
+        (train_cut, (8, 8, 8, 8), (4, 4, 4), 2),
+        (train_cut, (8, 8, 8), (4, 4), 2),
+        (train_cut, (2000, 10, 10), (4, 4), 1),
         # A thin bond away from the middle saves more arithmetic than a balanced cut.
-        ((8, 8, 8, 8), (4, 50, 2), 3),
+        (train_cut, (8, 8, 8, 8), (4, 50, 2), 3),
     ],
 )
-def test_cut_of_trains(sizes: tuple[int, ...], bonds: tuple[int, ...], expected: int) -> None:
-    assert train_cut(sizes, bonds) == expected
-
-
-@pytest.mark.law("products")
-@given(st.lists(st.integers(1, 5), min_size=2, max_size=5), st.integers(1, 4))
-def test_every_grouping_is_the_sum_of_outer_products(sizes: list[int], rank: int) -> None:
-    rng = np.random.default_rng(0)
-    factors = [rng.normal(size=(size, rank)) for size in sizes]
-    expected = tensorly.cp_to_tensor((None, factors))
-    for second in range(1, len(sizes)):
-        for first in range(second):
-            assert relative_error(cp_in_groups(NUMPY, factors, (first, second)), expected) < 1e-12
+def test_the_modes_that_are_joined_last(choose: Callable, sizes: tuple[int, ...], ranks: Any, expected: object) -> None:
+    assert choose(sizes, ranks) == expected
 
 
 @pytest.mark.law("products")
 @given(st.lists(st.tuples(st.integers(1, 5), st.integers(1, 4)), min_size=2, max_size=5))
-def test_every_last_mode_gives_the_tensor_in_order(modes: list[tuple[int, int]]) -> None:
+def test_every_order_gives_the_same_tensor(modes: list[tuple[int, int]]) -> None:
     rng = np.random.default_rng(0)
+    factors = [rng.normal(size=(size, modes[0][1])) for size, _ in modes]
+    expected = tensorly.cp_to_tensor((None, factors))
+    for first, second in itertools.combinations(range(len(modes)), 2):
+        assert relative_error(cp_in_groups(NUMPY, factors, (first, second)), expected) < 1e-12
     core = rng.normal(size=[rank for _, rank in modes])
     factors = [rng.normal(size=mode) for mode in modes]
     expected = tucker_in_order(NUMPY, core, factors)

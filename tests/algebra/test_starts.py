@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tnadapt as tna
-from tests.algebra.internals import STARTS, Start, starting_point
+from tests.algebra.internals import STARTS, Start
 from tests.conftest import NUMPY_AND_TORCH, relative_error
 from tests.support.depth import in_depth
 from tnadapt.algebra.factoring import factoring
@@ -47,55 +49,101 @@ def bound(config: tna.Config, shapes: list[tuple[int, int]] | None = None) -> tn
     return plan.with_start(brought(plan)) if plan.point.brought else plan
 
 
-# -- The setting -------------------------------------------------------------------------------------------
-
-
 def test_the_usual_start_is_not_written() -> None:
     assert "start" not in P.lora(2).to_dict()
     assert P.lora(2, start="pissa").to_dict()["start"] == "pissa"
     assert tna.Config.from_dict(P.lora(2, start="given").to_dict()) == P.lora(2, start="given")
 
 
-@pytest.mark.parametrize("wrong", ["svd", "", 3, None, ["pissa"]])
-def test_unknown_starts(wrong: Any) -> None:
-    with pytest.raises(
-        tna.ConfigError, match="start must be one of 'zero', 'given', 'random', 'pissa', 'milora', 'olora'"
-    ):
-        tna.Config(start=wrong)
+# -- What is refused ---------------------------------------------------------------------------------------
 
 
-def test_a_start_needs_the_offset() -> None:
-    with pytest.raises(tna.ConfigError, match=r"start='given' says where the arrays start, and offset=False starts"):
-        P.unilora(5, rank=2, start="given", offset=False)
+def factors(start: str, weight: np.ndarray, **changes: Any) -> tuple[np.ndarray, np.ndarray, float]:
+    config = config_of(start, **changes)
+    params = tna.SuperLoRA(config, [weight.shape]).with_base([weight]).init()
+    return params[LEFT].astype(np.float64), params[RIGHT].astype(np.float64), config.scale
 
 
-@pytest.mark.parametrize(
-    ("changes", "shapes"),
-    [
-        ({"groups": 1}, SHAPES),
-        ({"groups": "weight", "fold": "hypercube"}, SHAPES),
-        ({"format": "tucker"}, SHAPES),
-        ({"splits": 2}, SHAPES),
-        ({"terms": 2}, SHAPES),
-        ({"projection": "shuffle"}, SHAPES),
-        ({"sources": {"factor1": tna.sources.Seeded("normal")}}, SHAPES),
-        ({"format": "cp-weighted"}, SHAPES),
-        ({"groups": 3}, [(12, 8), (12, 8)]),
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize("start", FROM_BASE)
-def test_starts_of_the_base_are_those_of_lora(start: str, changes: dict[str, Any], shapes: Any) -> None:
-    with pytest.raises(
-        tna.ConfigError, match=rf"start='{start}' makes LoRA's two factors of one base weight: it needs"
-    ):
-        tna.SuperLoRA(config_of(start, **changes), shapes)
+class Empty(Start):
+    needs_base = True
 
 
-@pytest.mark.parametrize("start", FROM_BASE)
-def test_a_rank_above_the_weights(start: str) -> None:
-    with pytest.raises(tna.ConfigError, match=rf"start='{start}' needs rank .* \(6, 2\), which has 2; got rank=3: use"):
-        tna.SuperLoRA(config_of(start), [(6, 2)])
+def computed(*made: Any) -> np.ndarray:
+    """What LoRA's first factor is with the start of another package."""
+
+    class Computes(Start):
+        needs_base = True
+
+        def arrays(self, place: Any, base: Any, stream: Any) -> Any:
+            return made[0] if len(made) == 1 else dict(zip(("split0.factor0", "split0.factor1"), made, strict=True))
+
+    tna.register_start("wrong", Computes)
+    try:
+        return bound(config_of("wrong"), [(12, 8)]).init()[LEFT]
+    finally:
+        forget_registered()
+
+
+UNLIKE_LORA: list[dict[str, Any]] = [
+    {"groups": 1}, {"groups": "weight", "fold": "hypercube"}, {"format": "tucker"}, {"splits": 2}, {"terms": 2},
+    {"projection": "shuffle"}, {"sources": {"factor1": tna.sources.Seeded("normal")}}, {"format": "cp-weighted"},
+    {"groups": 3},
+]  # fmt: skip
+HOLED = np.where(np.eye(12, 8), math.nan, 1.0)
+REFUSED: list[tuple[Callable[[], object], str]] = [
+    *((functools.partial(tna.Config, start=wrong),
+       "start must be one of 'zero', 'given', 'random', 'pissa', 'milora', 'olora'")
+      for wrong in ("svd", "", 3, None, ["pissa"])),
+    (lambda: P.unilora(5, rank=2, start="given", offset=False),
+     r"start='given' says where the arrays start, and offset=False starts"),
+    *((functools.partial(tna.SuperLoRA, config_of(start, **changes), SHAPES),
+       rf"start='{start}' makes LoRA's two factors of one base weight: it needs")
+      for start in FROM_BASE for changes in UNLIKE_LORA),
+    *((functools.partial(tna.SuperLoRA, config_of(start), [(6, 2)]),
+       rf"start='{start}' needs rank .* \(6, 2\), which has 2; got rank=3: use") for start in FROM_BASE),
+    *((functools.partial(tna.SuperLoRA, config_of("given"), SHAPES, start_from=arrays), text) for arrays, text in [
+        ({"factor0": np.ones((12, 3))}, "start_from names 'factor0'; the arrays that can start"),
+        ({LEFT: np.full((12, 3), math.nan)}, r"start_from\['.*'\] must hold finite floating-point"),
+        ({LEFT: np.ones((12, 3), int)}, r"start_from\['.*'\] must hold finite floating-point"),
+        ({LEFT: "ones"}, r"start_from\['.*'\] must be an array"),
+        ([1, 2], "start_from must be a mapping of array names to arrays; got list"),
+    ]),
+    *((functools.partial(tna.SuperLoRA, config_of(start), SHAPES, start_from={LEFT: np.ones((12, 3))}),
+       rf"arrays to start from need Config\(start='given'\).* start='{start}'") for start in ("zero", "pissa")),
+    *((functools.partial(factors, start, HOLED),
+       rf"start='{start}' of group 0 is computed from the base weight, which ho") for start in FROM_BASE),
+    *((functools.partial(factors, start, np.ones((12, 8))), rf"start='{start}' of group 0 needs .*{part}")
+      for start, part in zip(FROM_BASE, [*["not zero, and only 1 are above rounding"] * 2,
+                                         "linearly independent, and only 1 are"], strict=True)),
+    *((functools.partial(factors, "pissa", base() * size),
+       "start='pissa' of group 0 has numbers that float32 cannot represent") for size in (1e-150, 1e150)),
+    *((tna.SuperLoRA(config_of(start), SHAPES).init,
+       r"the start of 'group0.split0.factor0' is computed from the base weights") for start in FROM_BASE),
+    (lambda: Empty().arrays(tna.SuperLoRA(P.lora(1), [(2, 2)]).start_place(0), np.eye(2), None),
+     r"start Empty does not define arrays\(place, base, stream\)"),
+    (lambda: computed(7),
+     r"start='wrong' of group 0 must compute an array for each of split0.factor0, split0.factor1; got int"),
+    (lambda: computed({"split0.factor0": np.ones((12, 3))}),
+     r"must compute an array for each .*; got \['split0.factor0'\]"),
+    (lambda: computed(np.ones((12, 2)), np.ones((8, 3))),
+     r"must compute floating-point numbers of shape \(12, 3\) for 'split0.factor0'; got float64 of"),
+    (lambda: computed(np.ones((12, 3)), np.full((8, 3), 1e300)),
+     r"start='wrong' of group 0 has numbers that float32 cannot represent in 'split0.factor1'"),
+    (lambda: tna.decompose([base()], config_of("given")),
+     "start='given' is where training starts, and a fit gives all arrays: use"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("make", "message"), REFUSED)
+def test_what_cannot_be_is_refused(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(tna.ConfigError, match=message):
+        make()
+
+
+def test_an_array_to_start_from_has_the_shape_of_the_parameter_and_may_be_zero() -> None:
+    assert not computed(np.zeros((12, 3)), np.ones((8, 3))).any()
+    with pytest.raises(tna.ShapeError, match=r"start_from\['.*'\] has shape \(3, 12\); expected \(12, 3\)"):
+        tna.SuperLoRA(config_of("given"), SHAPES, start_from={LEFT: np.ones((3, 12))})
 
 
 # -- The laws ----------------------------------------------------------------------------------------------
@@ -119,29 +167,19 @@ def test_the_laws_hold(name: str) -> None:
     config, shapes = cases()[name]
     report = tna.verify(config, shapes, backends=NUMPY_AND_TORCH)
     assert report.holds, report
+    assert set(STARTS.built_in) == {"zero", "given", "random", *FROM_BASE}  # all that are verified
 
 
 @pytest.mark.slow
 @pytest.mark.law("fresh-is-zero", "torch-jax-gradients")
 @pytest.mark.parametrize("name", in_depth(["lora", "lokr", "nonlinear", "linear", "vera", *FROM_BASE], ["vera"]))
 def test_the_laws_hold_on_jax(name: str) -> None:
-    pytest.importorskip("jax")
+    jax = pytest.importorskip("jax")
     config, shapes = cases()[name]
     assert tna.verify(config, shapes, backends=["jax"]).holds
-
-
-@pytest.mark.slow
-@pytest.mark.law("fresh-is-zero")
-@pytest.mark.parametrize("start", ["given", "pissa"])
-def test_jit_finds_the_start_at_zero(start: str) -> None:
-    jax = pytest.importorskip("jax")
-    plan = bound(config_of(start, alpha=5))
-    params = plan.init("jax")
-    assert not any(bool(delta.any()) for delta in jax.jit(plan.deltas)(params))
-
-
-def test_every_start_is_tested() -> None:
-    assert {"zero", "given", "random", *FROM_BASE} == set(STARTS.built_in)
+    for start in ("given", "pissa"):
+        plan = bound(config_of(start, alpha=5))
+        assert not any(bool(delta.any()) for delta in jax.jit(plan.deltas)(plan.init("jax")))
 
 
 @pytest.mark.law("fresh-is-zero")
@@ -207,36 +245,7 @@ def test_a_new_start_replaces_the_old_one_and_no_frozen_array() -> None:
     assert not any(delta.any() for delta in new.deltas(new.init()))
 
 
-@pytest.mark.parametrize(
-    ("arrays", "error", "message"),
-    [
-        ({"factor0": np.ones((12, 3))}, tna.ConfigError, "start_from names 'factor0'; the arrays that can start"),
-        ({LEFT: np.ones((3, 12))}, tna.ShapeError, r"start_from\['.*'\] has shape \(3, 12\); expected \(12, 3\)"),
-        ({LEFT: np.full((12, 3), math.nan)}, tna.ConfigError, r"start_from\['.*'\] must hold finite floating-point"),
-        ({LEFT: np.ones((12, 3), int)}, tna.ConfigError, r"start_from\['.*'\] must hold finite floating-point"),
-        ({LEFT: "ones"}, tna.ConfigError, r"start_from\['.*'\] must be an array"),
-        ([1, 2], tna.ConfigError, "start_from must be a mapping of array names to arrays; got list"),
-    ],
-    ids=["name", "shape", "nan", "integers", "text", "list"],
-)
-def test_arrays_that_do_not_fit(arrays: Any, error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        tna.SuperLoRA(config_of("given"), SHAPES, start_from=arrays)
-
-
-@pytest.mark.parametrize("start", ["zero", "pissa"])
-def test_other_starts_take_no_arrays(start: str) -> None:
-    with pytest.raises(tna.ConfigError, match=rf"arrays to start from need Config\(start='given'\).* start='{start}'"):
-        tna.SuperLoRA(config_of(start), SHAPES, start_from={LEFT: np.ones((12, 3))})
-
-
 # -- Starts of the base ------------------------------------------------------------------------------------
-
-
-def factors(start: str, weight: np.ndarray, **changes: Any) -> tuple[np.ndarray, np.ndarray, float]:
-    config = config_of(start, **changes)
-    params = tna.SuperLoRA(config, [weight.shape]).with_base([weight]).init()
-    return params[LEFT].astype(np.float64), params[RIGHT].astype(np.float64), config.scale
 
 
 @pytest.mark.law("update-formula")
@@ -268,35 +277,13 @@ def test_the_qr_decomposition(shape: tuple[int, int], alpha: float | None) -> No
     assert relative_error(np.tril(a[:3].T, -1), np.zeros((3, 3))) < 1e-6
 
 
-def test_the_iteration_converges() -> None:
+def test_the_iteration_converges_for_weights_of_any_size() -> None:
     rng = np.random.default_rng(0)
     left, right = (np.linalg.qr(rng.normal(size=(size, 60)))[0] for size in (200, 150))
     weight = (left * 0.9 ** np.arange(60)) @ right.T
-    b, a, _ = factors("pissa", weight)
-    assert relative_error(b @ a.T, (left[:, :3] * 0.9 ** np.arange(3)) @ right[:, :3].T) < 1e-6
-
-
-@pytest.mark.parametrize("size", [1e-150, 1e150])
-def test_weights_of_extreme_size(size: float) -> None:
-    with pytest.raises(tna.ConfigError, match="start='pissa' of group 0 has numbers that float32 cannot represent"):
-        factors("pissa", base() * size)
-    b, a, _ = factors("pissa", base() * math.sqrt(math.sqrt(size)))
-    assert b.any()
-    assert np.isfinite(a).all()
-
-
-@pytest.mark.parametrize("start", FROM_BASE)
-def test_weights_that_have_no_such_part(start: str) -> None:
-    wrong = base()
-    wrong[2, 3] = math.nan
-    with pytest.raises(
-        tna.ConfigError, match=rf"start='{start}' of group 0 is computed from the base weight, which ho"
-    ):
-        factors(start, wrong)
-    low = np.outer(np.ones(12), np.ones(8))
-    message = "linearly independent, and only 1 are" if start == "olora" else "not zero, and only 1 are above rounding"
-    with pytest.raises(tna.ConfigError, match=rf"start='{start}' of group 0 needs .*{message}"):
-        factors(start, low)
+    for size in (1.0, 1e-37, 1e37):
+        b, a, _ = factors("pissa", size * weight)
+        assert relative_error(b @ a.T, size * (left[:, :3] * 0.9 ** np.arange(3)) @ right[:, :3].T) < 1e-6
 
 
 @pytest.mark.parametrize(
@@ -310,22 +297,15 @@ def test_a_warning_where_the_part_is_not_determined(start: str, values: list[flo
     factors(start, (left * values) @ right.T)  # warnings are errors
 
 
-@pytest.mark.parametrize("start", FROM_BASE)
-def test_arrays_need_the_base(start: str) -> None:
+@pytest.mark.parametrize("start", [*FROM_BASE, "given"])
+def test_arrays_are_counted_named_and_contiguous_as_parameters_must_be_whichever_are_trained(start: str) -> None:
     plan = tna.SuperLoRA(config_of(start), SHAPES)
     assert plan.num_parameters == tna.SuperLoRA(config_of("zero"), SHAPES).num_parameters
-    assert list(plan.base_shapes) == [f"start.{name}" for name in plan.param_shapes]
-    with pytest.raises(
-        tna.ConfigError, match=r"the start of 'group0.split0.factor0' is computed from the base weights"
-    ):
-        plan.init()
-
-
-@pytest.mark.parametrize("start", [*FROM_BASE, "given"])
-def test_arrays_are_contiguous_as_parameters_must_be_whichever_are_trained(start: str) -> None:
-    plan = bound(config_of(start))
     if start == "given":
         plan = plan.with_start({name: np.asfortranarray(array) for name, array in brought(plan).items()})
+    else:
+        assert list(plan.base_shapes) == [f"start.{name}" for name in plan.param_shapes]
+        plan = bound(plan.config)
     assert all(array.flags.c_contiguous for array in plan.init().values())
     assert all(map(np.array_equal, plan.init(trained=[LEFT]).values(), plan.init().values()))
 
@@ -338,48 +318,6 @@ def test_progress_and_equal_bits() -> None:
     assert told == [(1, 4), (2, 4), (3, 4), (4, 4)]
     again = plan.with_base(lambda index: weights[index])
     assert all(np.array_equal(array, again.given[name]) for name, array in found.given.items())
-
-
-@pytest.mark.parametrize(
-    ("made", "message"),
-    [
-        (7, r"start='wrong' of group 0 must compute an array for each of split0.factor0, split0.factor1; got int"),
-        ({"split0.factor0": np.ones((12, 3))}, r"must compute an array for each .*; got \['split0.factor0'\]"),
-        (
-            {"split0.factor0": np.ones((12, 2)), "split0.factor1": np.ones((8, 3))},
-            r"must compute floating-point numbers of shape \(12, 3\) for 'split0.factor0'; got float64 of",
-        ),
-        (
-            {"split0.factor0": np.ones((12, 3)), "split0.factor1": np.full((8, 3), 1e300)},
-            r"start='wrong' of group 0 has numbers that float32 cannot represent in 'split0.factor1'",
-        ),
-    ],
-)
-def test_starts_of_other_packages_that_compute_something_else(made: Any, message: str) -> None:
-    class Wrong(Start):
-        needs_base = True
-
-        def arrays(self, place: Any, base: Any, stream: Any) -> Any:
-            return made
-
-    tna.register_start("wrong", Wrong)
-    try:
-        with pytest.raises(tna.ConfigError, match=message):
-            bound(config_of("wrong"))
-        # Zeros are a start like any other.
-        Wrong.arrays = lambda *_: {"split0.factor0": np.zeros((12, 3)), "split0.factor1": np.ones((8, 3))}  # type: ignore[method-assign]
-        assert not bound(config_of("wrong"), [(12, 8)]).init()[LEFT].any()
-    finally:
-        forget_registered()
-
-
-def test_a_start_without_a_method() -> None:
-    class Empty(Start):
-        needs_base = True
-
-    with pytest.raises(tna.ConfigError, match=r"start Empty does not define arrays\(place, base, stream\)"):
-        Empty().arrays(tna.SuperLoRA(P.lora(1), [(2, 2)]).start_place(0), np.eye(2), None)  # type: ignore[arg-type]
-    assert starting_point("given").brought
 
 
 # -- Which arrays are trained, ranks and factors ------------------------------------------------------------
@@ -401,13 +339,13 @@ def test_the_rank_is_twice_as_large(config: tna.Config) -> None:
 @pytest.mark.law("special-cases")
 @pytest.mark.parametrize("config", [P.lora(2, alpha=5), P.lotr(2, weights=2, rows=12, cols=8), P.loha(2)], ids=str)
 def test_the_factors_are_exact(config: tna.Config) -> None:
-    plan = bound(config.replace(start="given"), [(12, 8)] * 2)
-    how, usual = (factoring(tna.SuperLoRA(config.replace(start=s), [(12, 8)] * 2), 1) for s in ("given", "zero"))
+    plan, numpy = bound(config.replace(start="given"), [(12, 8)] * 2), load_backend("numpy")
+    factorings = (plan, *(tna.SuperLoRA(config.replace(start=start), [(12, 8)] * 2) for start in ("given", "zero")))
+    how, unbound, usual = (factoring(each, 1) for each in factorings)
     assert how is not None
+    assert unbound is not None
     assert usual is not None
-    assert how.sizes[0].width == 2 * (usual.sizes[0].width or 0)
-    how, numpy = factoring(plan, 1), load_backend("numpy")
-    assert how is not None
+    assert unbound.sizes[0].width == 2 * (usual.sizes[0].width or 0)
     params = {name: array.astype(np.float64) for name, array in brought(plan, 1).items()}
     assert relative_error(how(numpy, params).dense(numpy), plan.delta(params, 1)) < 1e-13
     for dtype in (np.float32, np.float64):
@@ -420,10 +358,3 @@ def test_the_start_costs_a_forward_pass_and_no_freedom() -> None:
     assert 3 * step_cost(given) == 4 * step_cost(usual)
     assert degrees_of_freedom(usual) == degrees_of_freedom(given) == degrees_of_freedom(of_base)
     assert str(known_as(config_of("olora"))) == "LoRA r = 3, olora"
-
-
-def test_a_fit_has_no_start() -> None:
-    with pytest.raises(
-        tna.ConfigError, match="start='given' is where training starts, and a fit gives all arrays: use"
-    ):
-        tna.decompose([base()], config_of("given"))

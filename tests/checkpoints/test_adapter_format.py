@@ -427,7 +427,7 @@ def test_a_recipe_that_is_none_is_refused(tmp_path: Path, base: str, changes: Re
         ("[]", "the tnadapt entry must be a JSON object; got '[]'"),
         ('{"version":1,"version":1}', "the tnadapt entry has the key 'version' twice"),
         (
-            '{"version":1,"config":{"rank":1,"rank":2},"targets":[],"sha256":"' + "0" * 64 + '"}',
+            '{"version":1,"config":{"order":2,"rank":1,"rank":2},"targets":[],"sha256":"' + "0" * 64 + '"}',
             "the tnadapt entry has the key 'rank' twice",
         ),
         ('{"version":NaN}', "the tnadapt entry has the number 'NaN', which is not finite"),

@@ -16,12 +16,10 @@ from torch import Tensor, nn
 
 from paper.diffusion import unet
 
-from .configured import CONFIGURED
+from .configured import CONFIGURED, TEXT, WIDTH
 
 Inputs = dict[str, Any]
 MODELS: dict[str, Callable[[], tuple[nn.Module, Inputs]]] = {}
-
-TEXT = {"vocab_size": 40, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
 
 def build(name: str) -> tuple[nn.Module, Inputs]:
@@ -56,7 +54,7 @@ def _text(length: int = 7) -> Inputs:
     return {"input_ids": torch.randint(3, 40, (2, length))}
 
 
-# -- torch, torchvision ------------------------------------------------------------------------
+# -- torch, torchvision, timm ------------------------------------------------------------------
 
 
 @_model
@@ -85,84 +83,55 @@ def torch_attention_kdim() -> tuple[nn.Module, Inputs]:
 
 
 @_model
-def torchvision_vit() -> tuple[nn.Module, Inputs]:
-    models = pytest.importorskip("torchvision.models")
-    model = models.VisionTransformer(
-        image_size=32, patch_size=8, num_layers=2, num_heads=2, hidden_dim=32, mlp_dim=64, num_classes=5
-    )
-    # Its head starts at zero, which would hide every change.
-    nn.init.normal_(model.heads.head.weight)
-    return model, {"x": _image()}
-
-
-@_model
-def torchvision_swin() -> tuple[nn.Module, Inputs]:
-    """Attention that passes ``self.qkv.weight`` and ``self.proj.weight`` to a function and calls neither module."""
-    models = pytest.importorskip("torchvision.models")
-    model = models.SwinTransformer(
-        [4, 4], embed_dim=16, depths=[2, 1], num_heads=[2, 4], window_size=[4, 4], num_classes=5
-    )
-    return model, {"x": _image()}
-
-
-@_model
 def torchvision_resnet() -> tuple[nn.Module, Inputs]:
     models = pytest.importorskip("torchvision.models")
     return models.ResNet(models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=5), {"x": _image()}
 
 
-# -- timm --------------------------------------------------------------------------------------
+_VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}
+_SWIN = {"embed_dim": 16, "depths": [2, 1], "num_heads": [2, 4], "num_classes": 5}
+_TIMM_SWIN = {**_SWIN, "img_size": 32, "patch_size": 4, "window_size": 4}
+
+#: Vision transformers: the module, the class and the settings.
+VISION: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "torchvision_vit": (
+        "torchvision.models", "VisionTransformer",
+        {
+            "image_size": 32, "patch_size": 8, "num_layers": 2, "num_heads": 2, "hidden_dim": 32, "mlp_dim": 64,
+            "num_classes": 5,
+        },
+    ),
+    # Attention that passes ``self.qkv.weight`` and ``self.proj.weight`` to a function and calls neither module.
+    "torchvision_swin": (
+        "torchvision.models", "SwinTransformer", {**_SWIN, "patch_size": [4, 4], "window_size": [4, 4]}
+    ),
+    "timm_vit": ("timm.models.vision_transformer", "VisionTransformer", _VIT),
+    "timm_swin": ("timm.models.swin_transformer", "SwinTransformer", _TIMM_SWIN),
+    # Attention that reads ``self.qkv.weight`` and does not call ``self.qkv``; the last with rotary embeddings.
+    "timm_swinv2": ("timm.models.swin_transformer_v2", "SwinTransformerV2", _TIMM_SWIN),
+    "timm_beit": ("timm.models.beit", "Beit", _VIT),
+    "timm_eva": ("timm.models.eva", "Eva", {**_VIT, "use_rot_pos_emb": True}),
+}  # fmt: skip
 
 
-@_model
-def timm_vit() -> tuple[nn.Module, Inputs]:
-    timm = pytest.importorskip("timm")
-    settings = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}
-    return timm.create_model("vit_tiny_patch16_224", **settings), {"x": _image()}
-
-
-@_model
-def timm_swin() -> tuple[nn.Module, Inputs]:
-    swin = pytest.importorskip("timm.models.swin_transformer")
-    model = swin.SwinTransformer(
-        img_size=32, patch_size=4, window_size=4, embed_dim=16, depths=(2, 1), num_heads=(2, 4), num_classes=5
-    )
-    return model, {"x": _image()}
-
-
-@_model
-def timm_swinv2() -> tuple[nn.Module, Inputs]:
-    """Attention that reads ``self.qkv.weight`` and does not call ``self.qkv``."""
-    swin = pytest.importorskip("timm.models.swin_transformer_v2")
-    model = swin.SwinTransformerV2(
-        img_size=32, patch_size=4, window_size=4, embed_dim=16, depths=(2, 1), num_heads=(2, 4), num_classes=5
-    )
-    # The residual norms start at zero.
+def _of_vision(name: str) -> tuple[nn.Module, Inputs]:
+    path, class_name, settings = VISION[name]
+    model = getattr(pytest.importorskip(path), class_name)(**settings)
+    # Heads and the norms of residual branches start at zero, which would hide every change.
     for module in model.modules():
         if isinstance(module, nn.LayerNorm):
             nn.init.ones_(module.weight)
+    if name == "torchvision_vit":
+        nn.init.normal_(model.heads.head.weight)
     return model, {"x": _image()}
 
 
-@_model
-def timm_beit() -> tuple[nn.Module, Inputs]:
-    """A model like :func:`timm_swinv2`."""
-    beit = pytest.importorskip("timm.models.beit")
-    return beit.Beit(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=5), {"x": _image()}
-
-
-@_model
-def timm_eva() -> tuple[nn.Module, Inputs]:
-    """A model like :func:`timm_swinv2`, with rotary embeddings."""
-    eva = pytest.importorskip("timm.models.eva")
-    model = eva.Eva(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=5, use_rot_pos_emb=True)
-    return model, {"x": _image()}
+MODELS |= {name: functools.partial(_of_vision, name) for name in VISION}
 
 
 # -- transformers ------------------------------------------------------------------------------
 
-_WIDTH = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
-_WORDS = {**_WIDTH, "vocab_size": 40, "max_position_embeddings": 16}
+_WORDS = {**WIDTH, "vocab_size": 40, "max_position_embeddings": 16}
 
 # The class, its config's, and the settings, as in ``CONFIGURED``.
 TRANSFORMERS: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -174,7 +143,7 @@ TRANSFORMERS: dict[str, tuple[str, str, dict[str, Any]]] = {
         "CLIPModel", "CLIPConfig",
         {
             "text_config": {**_WORDS, **TEXT}, "projection_dim": 16,
-            "vision_config": {**_WIDTH, "hidden_size": 48, "image_size": 32, "patch_size": 8},
+            "vision_config": {**WIDTH, "hidden_size": 48, "image_size": 32, "patch_size": 8},
         },
     ),
     # With cross-attention, where c_attn has k and v alone.

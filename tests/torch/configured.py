@@ -12,12 +12,12 @@ import pytest
 import torch
 from torch import nn
 
-_TEXT = {"vocab_size": 40, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-_WIDTH = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+TEXT = {"vocab_size": 40, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+WIDTH = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 _IMAGE = {"image_size": 32, "patch_size": 8}
-_GROUPED = {**_WIDTH, **_TEXT, "num_key_value_heads": 2}
+_GROUPED = {**WIDTH, **TEXT, "num_key_value_heads": 2}
 _GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 16, "vocab_size": 40}
-_FALCON = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, **_TEXT}
+_FALCON = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, **TEXT}
 _LINEAR = {
     "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 6, "linear_value_head_dim": 8,
     "layer_types": ["linear_attention", "full_attention"], "head_dim": 8,
@@ -36,17 +36,17 @@ _LEVIT = {
 # The model's class, its config's, and the settings.
 CONFIGURED: dict[str, tuple[str, str, dict[str, Any]]] = {
     # -- fused
-    "deberta": ("DebertaModel", "DebertaConfig", {**_WIDTH, "vocab_size": 40}),
-    "bloom": ("BloomModel", "BloomConfig", {"hidden_size": 32, "n_layer": 2, "n_head": 4, **_TEXT}),
-    "gpt_neox": ("GPTNeoXModel", "GPTNeoXConfig", {**_WIDTH, **_TEXT}),
-    "gpt_neox_japanese": ("GPTNeoXJapaneseModel", "GPTNeoXJapaneseConfig", {**_WIDTH, **_TEXT}),
-    "persimmon": ("PersimmonModel", "PersimmonConfig", {**_WIDTH, **_TEXT}),
+    "deberta": ("DebertaModel", "DebertaConfig", {**WIDTH, "vocab_size": 40}),
+    "bloom": ("BloomModel", "BloomConfig", {"hidden_size": 32, "n_layer": 2, "n_head": 4, **TEXT}),
+    "gpt_neox": ("GPTNeoXModel", "GPTNeoXConfig", {**WIDTH, **TEXT}),
+    "gpt_neox_japanese": ("GPTNeoXJapaneseModel", "GPTNeoXJapaneseConfig", {**WIDTH, **TEXT}),
+    "persimmon": ("PersimmonModel", "PersimmonConfig", {**WIDTH, **TEXT}),
     "falcon_old": ("FalconModel", "FalconConfig", {**_FALCON, "multi_query": False}),
     "falcon_multi_query": ("FalconModel", "FalconConfig", {**_FALCON, "multi_query": True}),
     "falcon_new": ("FalconModel", "FalconConfig", {**_FALCON, "new_decoder_architecture": True, "num_kv_heads": 2}),
     "gpt_bigcode": ("GPTBigCodeModel", "GPTBigCodeConfig", {**_GPT2, "multi_query": True}),
     "gpt_bigcode_heads": ("GPTBigCodeModel", "GPTBigCodeConfig", {**_GPT2, "multi_query": False}),
-    "codegen": ("CodeGenModel", "CodeGenConfig", {**_GPT2, **_TEXT, "n_head": 8, "rotary_dim": 4}),
+    "codegen": ("CodeGenModel", "CodeGenConfig", {**_GPT2, **TEXT, "n_head": 8, "rotary_dim": 4}),
     "mpt": ("MptModel", "MptConfig", {"d_model": 32, "n_layers": 2, "n_heads": 4, "vocab_size": 40}),
     "dbrx": (
         "DbrxModel", "DbrxConfig",
@@ -56,8 +56,8 @@ CONFIGURED: dict[str, tuple[str, str, dict[str, Any]]] = {
             "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 2, "moe_top_k": 1},
         },
     ),
-    "phi3": ("Phi3Model", "Phi3Config", {**_WIDTH, **_TEXT, "num_key_value_heads": 1}),
-    "modernbert": ("ModernBertModel", "ModernBertConfig", {**_WIDTH, **_TEXT, "cls_token_id": 1, "sep_token_id": 2}),
+    "phi3": ("Phi3Model", "Phi3Config", {**WIDTH, **TEXT, "num_key_value_heads": 1}),
+    "modernbert": ("ModernBertModel", "ModernBertConfig", {**WIDTH, **TEXT, "cls_token_id": 1, "sep_token_id": 2}),
     "gpt2": ("GPT2LMHeadModel", "GPT2Config", {**_GPT2, "bos_token_id": 1, "eos_token_id": 2}),
     "gpt2_cross": ("GPT2Model", "GPT2Config", {**_GPT2, "add_cross_attention": True}),
     "gpt2_labels": ("GPT2ForSequenceClassification", "GPT2Config", {**_GPT2, "num_labels": 3}),
@@ -88,7 +88,7 @@ CONFIGURED: dict[str, tuple[str, str, dict[str, Any]]] = {
     "qwen3_5": ("Qwen3_5TextModel", "Qwen3_5TextConfig", {**_GROUPED, **_LINEAR}),
     "deepseek_v2": ("DeepseekV2Model", "DeepseekV2Config", {**_GROUPED, **_LATENT, "first_k_dense_replace": 2}),
     "deepseek_v3": ("DeepseekV3Model", "DeepseekV3Config", {**_GROUPED, **_LATENT, "first_k_dense_replace": 2}),
-    "minicpm3": ("MiniCPM3Model", "MiniCPM3Config", {**_WIDTH, **_TEXT, **_LATENT}),
+    "minicpm3": ("MiniCPM3Model", "MiniCPM3Config", {**WIDTH, **TEXT, **_LATENT}),
     "deepseek_v4": (
         "DeepseekV4Model", "DeepseekV4Config",
         {
@@ -124,7 +124,7 @@ CONFIGURED: dict[str, tuple[str, str, dict[str, Any]]] = {
             "masked_unit_size": [4, 4], "query_stride": [2, 2], "embed_dim_multiplier": 2.0,
         },
     ),
-    "timesformer": ("TimesformerModel", "TimesformerConfig", {**_IMAGE, **_WIDTH, "num_frames": 2}),
+    "timesformer": ("TimesformerModel", "TimesformerConfig", {**_IMAGE, **WIDTH, "num_frames": 2}),
     "vitdet": (
         "VitDetModel", "VitDetConfig",
         {**_IMAGE, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4},
@@ -133,7 +133,7 @@ CONFIGURED: dict[str, tuple[str, str, dict[str, Any]]] = {
     "blip": (
         "BlipModel", "BlipConfig",
         {
-            "text_config": {**_WIDTH, **_TEXT}, "vision_config": {**_WIDTH, **_IMAGE, "hidden_size": 48},
+            "text_config": {**WIDTH, **TEXT}, "vision_config": {**WIDTH, **_IMAGE, "hidden_size": 48},
             "projection_dim": 16,
         },
     ),
@@ -148,12 +148,12 @@ CONFIGURED: dict[str, tuple[str, str, dict[str, Any]]] = {
             "image_token_id": 5, "video_token_id": 6,
         },
     ),
-    "siglip": ("SiglipVisionModel", "SiglipVisionConfig", {**_WIDTH, **_IMAGE}),
-    "bart": ("BartModel", "BartConfig", {**_BART, **_TEXT}),
+    "siglip": ("SiglipVisionModel", "SiglipVisionConfig", {**WIDTH, **_IMAGE}),
+    "bart": ("BartModel", "BartConfig", {**_BART, **TEXT}),
     # -- saved under other names, or in other pieces
-    "vit": ("ViTModel", "ViTConfig", {**_WIDTH, **_IMAGE}),
-    "dinov2": ("Dinov2Model", "Dinov2Config", {**_WIDTH, **_IMAGE, "mlp_ratio": 2}),
-    "dinov3": ("DINOv3ViTModel", "DINOv3ViTConfig", {**_WIDTH, **_IMAGE}),
+    "vit": ("ViTModel", "ViTConfig", {**WIDTH, **_IMAGE}),
+    "dinov2": ("Dinov2Model", "Dinov2Config", {**WIDTH, **_IMAGE, "mlp_ratio": 2}),
+    "dinov3": ("DINOv3ViTModel", "DINOv3ViTConfig", {**WIDTH, **_IMAGE}),
     "swin": (
         "SwinModel", "SwinConfig",
         {
@@ -161,14 +161,14 @@ CONFIGURED: dict[str, tuple[str, str, dict[str, Any]]] = {
             "window_size": 4,
         },
     ),
-    "radio": ("RadioModel", "RadioConfig", {**_WIDTH, **_IMAGE}),
+    "radio": ("RadioModel", "RadioConfig", {**WIDTH, **_IMAGE}),
     # -- in another order than their names
     "gptj": ("GPTJModel", "GPTJConfig", {**_GPT2, "rotary_dim": 4}),
     "opt": (
         "OPTModel", "OPTConfig",
         {
             "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "ffn_dim": 32,
-            "word_embed_proj_dim": 32, "max_position_embeddings": 16, **_TEXT,
+            "word_embed_proj_dim": 32, "max_position_embeddings": 16, **TEXT,
         },
     ),
 }  # fmt: skip

@@ -80,29 +80,18 @@ class Model(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """One training run.
+    """One training run."""
 
-    Attributes
-    ----------
-    how : {"ddp", "fsdp2"}
-        How it is spread over processes, where there are several.
-    config : str
-        One of ``CONFIGS``.
-    reentrant : bool, optional
-        Mode of activation checkpointing; none of it if None.
-    accumulate : int
-        Backward passes before a step of the optimiser.
-    keep : tuple of str
-        Parameters of the base that are trained, too.
-    static_graph : bool
-        DDP's promise that every step is the same.
-    """
-
+    #: "ddp" or "fsdp2": how it is spread over processes, where there are several.
     how: str
     config: str = "default"
+    #: Mode of activation checkpointing; none of it if None.
     reentrant: bool | None = None
+    #: Backward passes before a step of the optimiser.
     accumulate: int = 1
+    #: Parameters of the base that are trained, too.
     keep: tuple[str, ...] = ("head",)
+    #: DDP's promise that every step is the same.
     static_graph: bool = False
 
 
@@ -146,8 +135,8 @@ def spread(job: Job, model: Model) -> nn.Module:
 
 def synchronized(model: Any, now: bool) -> contextlib.AbstractContextManager[None]:
     """Set whether this backward pass reduces gradients across processes."""
-    if isinstance(model, DistributedDataParallel):
-        return contextlib.nullcontext() if now else model.no_sync()
+    if isinstance(model, DistributedDataParallel) and not now:
+        return model.no_sync()
     if hasattr(model, "set_requires_gradient_sync"):
         model.set_requires_gradient_sync(now)
     return contextlib.nullcontext()
@@ -188,12 +177,8 @@ def train_by_trainer(folder: Path, world: int = 1) -> tuple[list[float], tnadapt
         if isinstance(module, nn.Dropout):
             module.p = 0.0
     adapter = tnadapt.torch.attach(model, keep_trainable="classifier")
-    settings = {
-        "per_device_train_batch_size": BATCH // world,
-        "optim": "sgd",
-        "learning_rate": 0.1,
-        "max_grad_norm": 0.0,
-    }
-    trainer = hf.trainer_of(model, folder, **settings)
+    trainer = hf.trainer_of(
+        model, folder, per_device_train_batch_size=BATCH // world, optim="sgd", learning_rate=0.1, max_grad_norm=0.0
+    )
     trainer.train()
     return [float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry], adapter

@@ -1,4 +1,7 @@
-"""Each process of ``test_distributed.py`` runs this: ``torchrun -m tests.torch.distributed_main FOLDER NAME …``."""
+"""Each process of ``test_distributed.py`` runs this: ``torchrun -m tests.torch.distributed_main FOLDER NAME …``.
+
+A name is that of a job or check, or ``ddp-killed``, ``ddp-raises`` and so on: jobs in which the last process dies.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +18,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn import functional
 
 from tnadapt.torch import Adapter
 
 from .distributed_checks import CHECKS
-from .distributed_jobs import JOBS, train, train_by_trainer
+from .distributed_jobs import JOBS, Job, batches, build, spread, train, train_by_trainer
+
+DEATHS = {"killed": "Signal 9 (SIGKILL) received by PID", "raises": "the data of this process ended"}
 
 
 def main(folder: Path, names: list[str]) -> None:
@@ -33,6 +39,9 @@ def main(folder: Path, names: list[str]) -> None:
         for name in names:
             if name in CHECKS:
                 found: dict[str, Any] = {"error": checked(CHECKS[name], folder)}
+            elif name.rpartition("-")[2] in DEATHS:
+                train_until_one_dies(folder, *name.split("-"))
+                continue
             elif name == "trainer":
                 losses, adapter = train_by_trainer(folder / name, world)
                 found = {"losses": losses, "arrays": detached(adapter)}
@@ -45,6 +54,25 @@ def main(folder: Path, names: list[str]) -> None:
         dist.barrier()  # none takes its end of the connections down while another still works
     finally:
         dist.destroy_process_group()
+
+
+def train_until_one_dies(folder: Path, how: str, death: str) -> None:
+    """Train and save after every step; the last process dies in the second one."""
+    rank, world, job = dist.get_rank(), dist.get_world_size(), Job(how)
+    model, adapter = build(job)
+    running = spread(job, model)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for number, ((x, y),) in enumerate(batches(job)):
+        if number == 1 and rank == world - 1:
+            (folder / "dying").write_text(str(os.getpid()))
+            if death == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise RuntimeError(DEATHS[death])
+        functional.cross_entropy(running(x[rank::world]), y[rank::world]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        adapter.save(folder / "adapter.safetensors")
+    (folder / f"finished.{rank}").touch()
 
 
 def detached(adapter: Adapter) -> dict[str, Tensor]:

@@ -18,19 +18,9 @@ PACKAGE = str(Path(tnadapt.__file__).parent) + os.sep
 
 
 class Lines:
-    """A trace function: counts the lines that a package executes, and raises KeyboardInterrupt before one of them.
+    """A trace function: records the lines that a package executes, and raises KeyboardInterrupt before number ``stop``.
 
-    Parameters
-    ----------
-    stop : int, optional
-        The number of that line, from 0; none if None.
-    below : str
-        Where the package's files are.
-
-    Attributes
-    ----------
-    seen : list of (code, line)
-        What was executed.
+    The package's files are those below ``below``.
     """
 
     def __init__(self, stop: int | None = None, below: str = PACKAGE) -> None:

@@ -192,18 +192,28 @@ def _loss(output: Tensor) -> Tensor:
 
 
 def by_formula(adapter: tt.Adapter, base: nn.Module, x: Tensor, detach_norm: bool = False) -> dict[str, Tensor]:
-    """Return what ``passes`` does, of the base with W' in the place of each W, without the adapter's layers."""
-    arrays = {name: p.detach().clone().requires_grad_() for name, p in adapter.named_parameters()}
+    """Return what ``passes`` does, of the base with W' in the place of each W, without the adapter's layers.
+
+    In double precision if that is the base's.
+    """
     weights = {name: p.detach() for name, p in base.named_parameters()}
-    rows = [target.rows.indices() if target.rows else list(range(target.shape[0])) for target in adapter.targets]
-    blocks = [weights[target.name].flatten(1)[own] for target, own in zip(adapter.targets, rows, strict=True)]
+    dtype = torch.float64 if all(weight.dtype == torch.float64 for weight in weights.values()) else None
+    arrays = {name: p.detach().clone().to(dtype).requires_grad_() for name, p in adapter.named_parameters()}
+    blocks = [target.select(weights[target.name]) for target in adapter.targets]
     changed = adapter.plan.training_plan.merged(arrays, blocks, detach_norm=detach_norm)
-    for target, own, block in zip(adapter.targets, rows, changed, strict=True):
-        weight = weights[target.name]
-        weights[target.name] = weight.index_copy(0, torch.tensor(own), block.reshape(-1, *weight.shape[1:]))
+    for target, block, new in zip(adapter.targets, blocks, changed, strict=True):
+        mixed = new if adapter.weight == 1.0 else block + adapter.weight * (new - block)
+        weights[target.name] = replaced(weights[target.name], target, mixed)
     output = torch.func.functional_call(base, weights, (x,))
+    output = output if isinstance(output, Tensor) else output.logits
     _loss(output).backward()
     return {"output": output.detach(), **{name: array.grad for name, array in arrays.items()}}
+
+
+def replaced(stored: Tensor, target: tna.Target, numbers: Tensor) -> Tensor:
+    """Return a parameter with other numbers in a target's rows, differentiable by them."""
+    places = target.select(torch.arange(stored.numel()).view(stored.shape)).reshape(-1)
+    return stored.reshape(-1).index_copy(0, places, numbers.reshape(-1)).view(stored.shape)
 
 
 def assert_near(found: dict[str, Tensor], expected: dict[str, Tensor], relative: float) -> None:

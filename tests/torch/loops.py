@@ -12,16 +12,14 @@ from tests.support.array_presets import P
 from tnadapt import Config
 from tnadapt.torch import Adapter, attach
 
+from . import distributed_jobs
 from .distributed_jobs import TOKENS, WIDTH, Block
 
 CONFIGS: dict[str, Config | None] = {
-    "default": None,
-    "linear": P.superlora(4, projection="linear", ratio=0.5),
+    **distributed_jobs.CONFIGS,
     "nonlinear": P.superlora(4, projection="nonlinear", ratio=0.5),
-    "lora": P.lora(2),
     "lokr": P.lokr(2),
     "lorta": P.lorta(2),
-    "dense": P.dense(),
 }
 
 
@@ -59,7 +57,7 @@ def gradients(adapter: Adapter) -> dict[str, Tensor]:
 
 
 def relative(found: Tensor, expected: Tensor) -> float:
-    return float((found - expected).abs().max() / expected.abs().max())
+    return float((found - expected).detach().abs().max() / expected.detach().abs().max())
 
 
 def bits(model: nn.Module, head: str = "") -> dict[str, Tensor]:

@@ -15,11 +15,14 @@ from torch import nn
 
 import tnadapt as tna
 import tnadapt.torch as tt
+from tests.support.array_presets import P
 from tnadapt.errors import ConfigError, TargetError
 from tnadapt.targets.target import Target
 
-from .life import run
+from .life import bits, run
 from .small import WIDTH, batch, small
+from .test_requantizing import Packed
+from .test_requantizing import model as packed
 
 # -- What attach() takes by name: presets, layers, what to exclude, and biases -----------------------------------------
 
@@ -46,9 +49,6 @@ def modules(**words: Any) -> list[str]:
     return [target.module for target in tt.find_targets(stacks(), **words)]
 
 
-# -- Presets -----------------------------------------------------------------------------------------
-
-
 def test_a_preset_by_its_name() -> None:
     model = small()
     named = tt.attach(model, "lora", "qkvo", rank=3, alpha=6, name="named", biases="adapted")
@@ -57,15 +57,6 @@ def test_a_preset_by_its_name() -> None:
     assert [target.name for target in named.targets] == [target.name for target in plain.targets]
     assert tt.attach(small(), "superlora").config == tna.presets.superlora()
     assert tt.attach(small(), "miss", ["head"], r=1).config == tna.presets.miss(r=1)
-    other = small()
-    for settings in ({"rnak": 3}, {"stratgy": "weight"}, {"target_modules": "qv"}):
-        with pytest.raises(TypeError, match="preset 'lora' has no setting"):
-            tt.attach(other, "lora", **settings)
-    assert not tt.adapters(other)
-    assert all(parameter.requires_grad for parameter in other.parameters())
-
-
-# -- Layers ------------------------------------------------------------------------------------------
 
 
 def test_the_first_number_of_a_path_is_that_of_a_layer() -> None:
@@ -82,32 +73,10 @@ def test_the_first_number_of_a_path_is_that_of_a_layer() -> None:
     # A module's own number is not that of a layer, and what is in no layer is left out.
     assert modules(targets=["head", "q_proj"], layers=2) == ["encoder.layers.2.q_proj"]
     assert modules(targets=[Target("decoder.layers.1.q_proj", (WIDTH, WIDTH))], layers=1) == ["decoder.layers.1.q_proj"]
-
-
-def test_layers_of_roles() -> None:
     model = small()
     every, some = tt.find_targets(model), tt.find_targets(model, layers=[1, 3])
     assert some == [target for target in every if target.module.startswith(("blocks.1", "blocks.3"))]
     assert {target.role for target in some} == {"q", "v"}
-
-
-@pytest.mark.parametrize(
-    ("targets", "layers", "text"),
-    [
-        (["q_proj"], 3, "layers=3: there is no layer 3; 'encoder.layers' has 0 to 2, 'decoder.layers' has 0 to 1"),
-        (["q_proj"], [0, -4], "there is no layer -4; 'encoder.layers' has 0 to 2"),
-        (["q_proj"], "1", "layers must be the number of a layer, a range or a list of such numbers"),
-        (["q_proj"], [], "layers must be the number of a layer"),
-        (["q_proj"], True, "layers must be the number of a layer"),
-        (["q_proj"], [0.0], "got [0.0]"),
-        (["q_proj"], None.__class__, "layers must be the number of a layer"),
-        (r"encoder\.layers\.[12]\.q_proj", [0], "layers=[0] leaves no target: they are in the layers 1 to 2"),
-        (["head"], 0, "no number of a layer is in the paths of the targets, such as 'head'"),
-    ],
-)
-def test_layers_that_are_none(targets: Any, layers: Any, text: str) -> None:
-    with pytest.raises(tna.TargetError, match=re.escape(text)):
-        tt.find_targets(stacks(), targets, layers=layers)
 
 
 # -- Exclusion ---------------------------------------------------------------------------------------
@@ -152,34 +121,6 @@ def test_rows_and_tied_weights_are_excluded() -> None:
     assert [target.module for target in tt.find_targets(tied, "all-linear", exclude=["1", "2"])] == ["0"]
 
 
-LIKE = "such as encoder.layers.0.q_proj.weight"
-
-
-@pytest.mark.parametrize(
-    ("exclude", "text"),
-    [
-        ("lm_head", f"exclude='lm_head' excludes none of the 5 targets, {LIKE}"),
-        (["head"], "exclude=['head'] excludes none of the 5 targets"),
-        (
-            "layers",
-            "exclude='layers' is a regular expression for the whole path of a module, and excludes none of the 5 "
-            f"targets, {LIKE}",
-        ),
-        ("layers", "; a list takes the last whole parts of paths: exclude=['layers']"),
-        (["haed"], "matches 'haed'"),
-        (["q_proj"], "exclude=['q_proj'] excludes all of the 5 targets"),
-        (".*", "excludes all of the 5 targets"),
-        ("(", "exclude='(' is not a role, keyword or regular expression"),
-        (3, "exclude must be roles such as 'qv', 'all-linear', 'conv', a regular expression, a list or a function"),
-        ([3], "a list of targets must hold paths or tnadapt.Target; got 3"),
-        (lambda path, module: 3, "must return True, roles such as 'qv', tnadapt.Target or None"),
-    ],
-)
-def test_exclusions_that_are_refused(exclude: Any, text: str) -> None:
-    with pytest.raises(tna.TargetError, match=re.escape(text)):
-        tt.find_targets(stacks(), ["q_proj"], exclude=exclude)
-
-
 # -- Biases ------------------------------------------------------------------------------------------
 
 
@@ -195,6 +136,7 @@ def test_which_biases_are_trained() -> None:
     assert {name for name in free if "tnadapt" not in name} == set(adapter.kept)
     apart = nn.MultiheadAttention(WIDTH, 2, kdim=4, vdim=4)
     assert tt.attach(apart, "lora", biases="adapted").kept == ("in_proj_bias",)
+    assert tt.attach(one_bias(), "lora", ["a"], biases="all").kept == ("b.bias",)
     # All, with what is kept besides.
     adapter = tt.attach(stacks(), "lora", ["v_proj"], biases="all", keep_trainable="head")
     biases = [name for name, _ in stacks().named_parameters() if name.endswith(".bias")]
@@ -225,57 +167,243 @@ def test_trained_biases_are_saved_and_loaded(biases: str, tmp_path: Path) -> Non
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_no_bias_to_train() -> None:
-    model = nn.ModuleDict({"a": nn.Linear(4, 4, bias=False), "b": nn.Linear(4, 4)})
-    with pytest.raises(
-        tna.TargetError, match="biases='adapted': no adapted layer of this ModuleDict has a bias; leave"
-    ):
-        tt.attach(model, "lora", ["a"], biases="adapted")
-    assert tt.attach(model, "lora", ["a"], biases="all").kept == ("b.bias",)
-    with pytest.raises(tna.TargetError, match="biases='all': no layer of this Linear has a bias"):
-        tt.attach(nn.Linear(4, 4, bias=False), "lora", "", biases="all")
-    with pytest.raises(tna.ConfigError, match="biases must be one of none, adapted, all; got 'lora_only'"):
-        tt.attach(small(), "lora", biases="lora_only")
+def one_bias() -> nn.ModuleDict:
+    return nn.ModuleDict({"a": nn.Linear(4, 4, bias=False), "b": nn.Linear(4, 4)})
 
 
-# -- Settings in the place of other arguments of attach(), dropout that drops nothing, and ranks that add nothing ------
+# -- What is refused ---------------------------------------------------------------------------------
 
 
-THIRD = "the third argument is the targets, such as 'qv'; got "
+LIKE = "such as encoder.layers.0.q_proj.weight"
 
 
 @pytest.mark.parametrize(
-    ("given", "error", "message"),
+    ("words", "text"),
     [
-        (("lora", 8), TargetError, f"{THIRD}the number 8: settings are keywords, as in attach(model, 'lora', rank=8)"),
-        ((None, 8), TargetError, f"{THIRD}the number 8: settings are keywords, as in attach(model, 'lora', rank=8)"),
+        ({"layers": 3}, "layers=3: there is no layer 3; 'encoder.layers' has 0 to 2, 'decoder.layers' has 0 to 1"),
+        ({"layers": [0, -4]}, "there is no layer -4; 'encoder.layers' has 0 to 2"),
+        ({"layers": "1"}, "layers must be the number of a layer, a range or a list of such numbers"),
+        ({"layers": []}, "layers must be the number of a layer"),
+        ({"layers": True}, "layers must be the number of a layer"),
+        ({"layers": [0.0]}, "got [0.0]"),
+        ({"layers": None.__class__}, "layers must be the number of a layer"),
         (
-            ("lokr", {"rank": 8, "alpha": 2.0}),
-            TargetError,
-            f"{THIRD}{{'rank': 8, 'alpha': 2.0}}: settings are keywords, and a mapping of patterns to configs is the "
-            "second argument: attach(model, 'lokr', rank=8, alpha=2.0)",
+            {"targets": r"encoder\.layers\.[12]\.q_proj", "layers": [0]},
+            "layers=[0] leaves no target: they are in the layers 1 to 2",
         ),
         (
-            ("lora", {"qv": "lora"}),
-            TargetError,
-            f"{THIRD}{{'qv': 'lora'}}: settings are keywords, and a mapping of patterns to configs is the second "
-            "argument: attach(model, {'qv': 'lora'})",
+            {"targets": ["head"], "layers": 0},
+            "no number of a layer is in the paths of the targets, such as 'head'",
         ),
+        ({"exclude": "lm_head"}, f"exclude='lm_head' excludes none of the 5 targets, {LIKE}"),
+        ({"exclude": ["head"]}, "exclude=['head'] excludes none of the 5 targets"),
         (
-            ({"rank": 8},),
-            ConfigError,
-            "a mapping has a config for each pattern of weights; got settings, {'rank': 8}: give them as keywords, "
-            "with the name of a preset: attach(model, 'lora', rank=8)",
+            {"exclude": "layers"},
+            "exclude='layers' is a regular expression for the whole path of a module, and excludes none of the 5 "
+            f"targets, {LIKE}",
         ),
+        ({"exclude": "layers"}, "; a list takes the last whole parts of paths: exclude=['layers']"),
+        ({"exclude": ["haed"]}, "matches 'haed'"),
+        ({"exclude": ["q_proj"]}, "exclude=['q_proj'] excludes all of the 5 targets"),
+        ({"exclude": ".*"}, "excludes all of the 5 targets"),
+        ({"exclude": "("}, "exclude='(' is not a role, keyword or regular expression"),
+        (
+            {"exclude": 3},
+            "exclude must be roles such as 'qv', 'all-linear', 'conv', a regular expression, a list or a function",
+        ),
+        ({"exclude": [3]}, "a list of targets must hold paths or tnadapt.Target; got 3"),
+        ({"exclude": lambda path, module: 3}, "must return True, roles such as 'qv', tnadapt.Target or None"),
     ],
 )
-def test_settings_in_another_place(given: tuple[Any, ...], error: type[Exception], message: str) -> None:
-    model = nn.TransformerEncoderLayer(16, 2, dim_feedforward=32, batch_first=True)
-    before = list(model.state_dict())
-    with pytest.raises(error) as caught:
-        tt.attach(model, *given)
-    assert str(caught.value) == message
-    assert list(model.state_dict()) == before
+def test_layers_and_exclusions_that_are_refused(words: dict[str, Any], text: str) -> None:
+    with pytest.raises(tna.TargetError, match=re.escape(text)):
+        tt.find_targets(stacks(), **{"targets": ["q_proj"], **words})
+
+
+def encoder() -> nn.Module:
+    return nn.TransformerEncoderLayer(16, 2, dim_feedforward=32, batch_first=True)
+
+
+def linear() -> nn.Module:
+    return nn.Sequential(nn.Linear(3, 3))
+
+
+class Codes(nn.Module):
+    """A quantized layer of a type that nobody registered."""
+
+    in_features, out_features = 8, 12
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.zeros(12, 8, dtype=torch.int8))
+
+    def forward(self, x: Any) -> Any:
+        return x @ self.weight.float().T
+
+
+def codes() -> nn.Module:
+    return nn.Sequential(Codes())
+
+
+ALL = {"targets": "all-linear"}
+COLUMNS = P.dora(2, magnitude_axis="cols")
+THIRD = "^the third argument is the targets, such as 'qv'; got "
+EIGHT = rf"{THIRD}the number 8: settings are keywords, as in attach\(model, 'lora', rank=8\)$"
+TANH = {"activation": "tanh", **ALL}
+BEHIND = "activation='tanh' depends on the input, .* instead of "
+NO_CONFIG = "the config of 'q' must be a tnadapt.Config or the name of a preset; got "
+
+#: For each error a model, the words of attach() and a regular expression for the message.
+REFUSED: dict[type[Exception], list[tuple[Any, dict[str, Any], str]]] = {
+    TargetError: [
+        (small, {"keep_trainable": "haed"}, "no parameter is at or below 'haed'; .*: blocks, head"),
+        (small, {"name": 3}, "non-empty string of printable characters; got 3"),
+        (small, {"name": ""}, "non-empty string of printable characters; got ''"),
+        (small, {"name": "a\nb"}, "printable characters"),
+        (small, {"keep_trainable": "q_proj"}, "is both a target and in keep_trainable"),
+        (small, {"targets": "nothing like that at all"}, "nothing like that at all"),
+        (
+            small, {"cfg": {"q": "lora", "q_proj": "dense"}},
+            "blocks.1.q_proj.weight is found by 'q' and by 'q_proj', and each weight",
+        ),
+        (
+            small, {"cfg": {"qkv": "lora", ("qkv",): "dense"}},
+            r"blocks.0.qkv.weight is found by 'qkv' and by \('qkv',\), and each weight",
+        ),
+        (small, {"cfg": {"q": "lora", "nothing": "lora"}}, "no module of Small matches 'nothing'"),
+        (small, {"cfg": {"(": "lora"}}, r"'\(' is not a role, keyword or regular expression: "),
+        (
+            small, {"cfg": {"q": "lora", "head": "lora"}, "layers": 1},
+            "and exclude leave no target of 'head': leave this pattern",
+        ),
+        (small, {"cfg": {"q": "lora", "v": "lora"}, "exclude": "o"}, "exclude='o' excludes none of the 10 targets"),
+        (small, {"cfg": {3: "lora"}}, "targets must be roles such as 'qv', 'all-linear', 'conv', "),
+        (dict, {}, "needs a torch module; got dict"),
+        (linear, {}, r"1 linear or convolution weights: 0\.weight"),
+        (encoder, {"cfg": "lora", "targets": 8}, EIGHT),
+        (encoder, {"cfg": None, "targets": 8}, EIGHT),
+        (
+            encoder, {"cfg": "lokr", "targets": {"rank": 8, "alpha": 2.0}},
+            rf"{THIRD}{{'rank': 8, 'alpha': 2.0}}: settings are keywords, and a mapping of patterns to configs is the "
+            r"second argument: attach\(model, 'lokr', rank=8, alpha=2.0\)$",
+        ),
+        (
+            encoder, {"cfg": "lora", "targets": {"qv": "lora"}},
+            rf"{THIRD}{{'qv': 'lora'}}: settings are keywords, and a mapping of patterns to configs is the second "
+            r"argument: attach\(model, {'qv': 'lora'}\)$",
+        ),
+        (
+            one_bias, {"cfg": "lora", "targets": ["a"], "biases": "adapted"},
+            "biases='adapted': no adapted layer of this ModuleDict has a bias; leave",
+        ),
+        (
+            lambda: nn.Linear(4, 4, bias=False), {"cfg": "lora", "targets": "", "biases": "all"},
+            "biases='all': no layer of this Linear has a bias",
+        ),
+        (
+            codes, {"cfg": P.dora(2), **ALL},
+            r"\(apply='magnitude'\), and the values of 0.weight cannot be read: register",
+        ),
+    ],
+    ConfigError: [
+        (small, {"strategy": "fast"}, "strategy must be one of"),
+        (small, {"activation": "step"}, "activation must be one of"),
+        (small, {"strategy": "factored"}, "rows and columns are separate"),
+        (small, {"activation": "relu"}, "use tnadapt.presets.lora"),
+        (small, {"cfg": P.superlora(2, groups=10**9)}, "more than the"),
+        (
+            small, {"modules_to_save": 8},
+            r"^attach\(\) got an unexpected keyword argument 'modules_to_save': PEFT's 'modules_to_save' is "
+            "'keep_trainable' here, an argument of tnadapt.torch.attach$",
+        ),
+        (small, {"cfg": {}}, "a mapping of patterns to configs must have at least one; got {}"),
+        (small, {"cfg": {"q": 3}}, f"{NO_CONFIG}int"),
+        (small, {"cfg": {"q": None}}, f"{NO_CONFIG}NoneType"),
+        (small, {"cfg": {"q": "lroa"}}, r"no preset 'lroa'; did you mean 'lora'\?"),
+        (
+            small, {"cfg": {"q": "lora", "v": "dora"}},
+            "all configs of one adapter must have the same apply; part 0 has 'add', part 1",
+        ),
+        (small, {"biases": "lora_only"}, "biases must be one of none, adapted, all; got 'lora_only'"),
+        (
+            encoder, {"strategy": "additive"},
+            r"needs a linear layer; self_attn\.in_proj_weight is read by TransformerEncoderLayer itself: use",
+        ),
+        (
+            encoder, {"cfg": {"rank": 8}},
+            "^a mapping has a config for each pattern of weights; got settings, {'rank': 8}: give them as keywords, "
+            r"with the name of a preset: attach\(model, 'lora', rank=8\)$",
+        ),
+        (packed, {"cfg": COLUMNS, **ALL}, "magnitude_axis='cols' changes the weight itself, and 0.weight is"),
+        (
+            codes, {"cfg": P.hira(2), **ALL},
+            "apply='hadamard' needs the values of 0.weight, which is quantized, and they cannot be read: register",
+        ),
+        (linear, {"cfg": P.lora(2, start="given"), **TANH}, f"{BEHIND}'given'"),
+        (linear, {"cfg": P.lora(2, start="pissa"), **TANH}, f"{BEHIND}'pissa'"),
+        (linear, {"cfg": P.dora(2), "activation": "gelu", **ALL}, "activation='gelu' acts on the input of one"),
+        (linear, {"cfg": P.hira(2), "strategy": "factored", **ALL}, "strategy='factored' needs a linear layer"),
+        (linear, {"cfg": COLUMNS, "strategy": "additive", **ALL}, "magnitude_axis='cols' scales the input of 0.weight"),
+        (linear, {"cfg": P.dora(2), "detach_norm": 2, **ALL}, "detach_norm must be True or False; got 2"),
+        (
+            small, {"cfg": {"q": "lora"}, "targets": "v"},
+            "the keys of a mapping of configs are the targets; got targets='v', too",
+        ),
+    ],
+    tna.BackendError: [
+        (small, {"dtype": torch.int32}, "dtype must be one of"),
+    ],
+    TypeError: [
+        (
+            small, {"lora_alpha": 8},
+            r"^attach\(\) got an unexpected keyword argument 'lora_alpha': PEFT's 'lora_alpha' is 'alpha' here, a "
+            "setting of tnadapt.Config and its presets$",
+        ),
+        (small, {"ranks": 8}, "unexpected keyword argument 'ranks'"),
+        (small, {"rank": 8}, r"settings belong to a preset, so name one: attach\(…, 'superlora', rank=…\)"),
+        (small, {"cfg": "lora", "rnak": 3}, "preset 'lora' has no setting"),
+        (small, {"cfg": "lora", "stratgy": "weight"}, "preset 'lora' has no setting"),
+        (small, {"cfg": "lora", "target_modules": "qv"}, "preset 'lora' has no setting"),
+        (
+            small, {"cfg": {"q": "lora"}, "rank": 3},
+            r"argument 'rank': a config has its settings already: use config.replace\(rank=…\)",
+        ),
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.law("no-target", "name-clash")
+@pytest.mark.parametrize(
+    ("error", "make", "words", "message"), [(error, *row) for error, rows in REFUSED.items() for row in rows]
+)
+def test_what_attach_refuses_changes_nothing(
+    error: type[Exception], make: Any, words: dict[str, Any], message: str
+) -> None:
+    def state() -> tuple[object, ...]:
+        if not isinstance(model, nn.Module):
+            return ()
+        assert all("forward" not in module.__dict__ for module in model.modules())
+        free = [p.requires_grad for p in model.parameters()]
+        return repr(model), bits(model), sorted(model.state_dict()), free, dict(model.__dict__)
+
+    tt.register_quantized("packed", Packed)
+    model = make()
+    before = state()
+    with pytest.raises(error, match=message):
+        tt.attach(model, **words)
+    assert state() == before
+
+
+@pytest.mark.law("name-clash")
+def test_a_second_adapter_of_one_name_is_refused() -> None:
+    model = small()
+    tt.attach(model)
+    with pytest.raises(TargetError, match="this model already has an adapter 'default'"):
+        tt.attach(model)
+    assert list(tt.adapters(model)) == ["default"]
+
+
+# -- What is warned of: dropout that drops nothing, and ranks that add nothing -------------------------
 
 
 def test_dropout_of_embeddings_alone_is_warned_of_once() -> None:

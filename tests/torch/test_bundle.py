@@ -48,12 +48,16 @@ def named(labels: tuple[str, ...] = LABELS) -> dict[str, Any]:
     return {"id2label": dict(enumerate(labels)), "label2id": {label: n for n, label in enumerate(labels)}}
 
 
-def adapted(bert: Path, keep: tuple[str, ...] = ("classifier",), **settings: Any) -> tuple[Any, tt.Adapter]:
-    """A classifier with an adapter, as if it had been trained."""
+def adapted(
+    bert: Path, name: str = "", keep: tuple[str, ...] = ("classifier",), **settings: Any
+) -> tuple[Any, tt.Adapter]:
+    """A classifier with an adapter, as if it had been trained, whose base has a name on the hub."""
     torch.manual_seed(1)
     model = transformers.BertForSequenceClassification.from_pretrained(bert, **{**named(), **settings}).eval()
     adapter = tt.attach(model, tna.presets.superlora(1, projection="linear"), keep_trainable=list(keep))
     stir(adapter)
+    if name:
+        model.config._name_or_path, model.config._commit_hash = name, "a" * 40
     return model, adapter
 
 
@@ -93,16 +97,12 @@ def test_a_folder_serves_itself(bert: Path, tmp_path: Path) -> None:
     # The folder has a tokenizer of its own.
     assert tt.load_processor(tmp_path / "mine")("great")["input_ids"] == own("great")["input_ids"]
     assert len(transformers.AutoTokenizer.from_pretrained(tmp_path / "mine")) == len(WORDS) + 1
-
-
-def test_a_file_serves_itself_and_the_base_has_the_tokenizer(bert: Path, tmp_path: Path) -> None:
-    model, adapter = adapted(bert)
-    adapter.save(tmp_path / "mine.safetensors")
-    loaded = tt.load_pretrained(str(tmp_path / "mine.safetensors"), merge=True, name="mine")
-    assert tt.adapters(loaded)["mine"].merged
-    torch.testing.assert_close(outputs(loaded), outputs(model))
-    processor = tt.load_processor(tmp_path / "mine.safetensors")
-    assert processor("good film")["input_ids"] == tokenizer()("good film")["input_ids"]
+    # A file has the base's.
+    path = tmp_path / "again.safetensors"
+    merged = tt.load_pretrained(str(path), merge=True, name="mine")
+    assert tt.adapters(merged)["mine"].merged
+    torch.testing.assert_close(outputs(merged), outputs(model))
+    assert tt.load_processor(path)("good film")["input_ids"] == tokenizer()("good film")["input_ids"]
 
 
 def test_what_is_recorded_comes_back_and_can_be_changed(bert: Path, tmp_path: Path) -> None:
@@ -138,15 +138,6 @@ def test_what_is_recorded_comes_back_and_can_be_changed(bert: Path, tmp_path: Pa
     assert (about.name, about.task, about.labels) == (str(bert), "", ())
 
 
-def test_a_merge_that_fails_leaves_the_callers_model_as_it_was(bert: Path, tmp_path: Path) -> None:
-    model = transformers.BertForSequenceClassification.from_pretrained(bert, **named())
-    tt.attach(model, "lora", activation="gelu", rank=2).save(tmp_path / "adapter.safetensors")
-    other = transformers.BertForSequenceClassification.from_pretrained(bert, **named())
-    with pytest.raises(tna.ConfigError, match="cannot be merged"):
-        tt.load_pretrained(tmp_path / "adapter.safetensors", base=other, merge=True)
-    assert tt.adapters(other) == {}
-
-
 def test_a_model_of_no_library_records_nothing(tmp_path: Path) -> None:
     adapter = tt.attach(small())
     assert adapter.pretrained is None
@@ -178,6 +169,16 @@ def test_another_place_of_the_base(bert: Path, tmp_path: Path) -> None:
         loaded = tt.load_pretrained(tmp_path / "mine", base=base)
         assert torch.equal(outputs(loaded), outputs(model))
         assert loaded.config.id2label == dict(enumerate(LABELS))
+    transformers.BertForSequenceClassification.from_pretrained(bert, num_labels=5).save_pretrained(tmp_path / "five")
+    resized, adapter = adapted(tmp_path / "five", ignore_mismatched_sizes=True)
+    adapter.save_pretrained(tmp_path / "three")
+    assert torch.equal(outputs(tt.load_pretrained(tmp_path / "three")), outputs(resized))
+    # A merge that fails leaves the caller's model as it was.
+    tt.attach(base, "lora", "q", "relu", activation="relu", rank=2).save(tmp_path / "relu.safetensors")
+    tt.adapters(base)["relu"].detach()
+    with pytest.raises(tna.ConfigError, match="cannot be merged"):
+        tt.load_pretrained(tmp_path / "relu.safetensors", base=base, name="again", merge=True)
+    assert list(tt.adapters(base)) == ["default"]
     # A pickle is not read because the file names it.
     pickled = tmp_path / "moved" / "away"
     shutil.copytree(bert, pickled, ignore=shutil.ignore_patterns("model.safetensors"))
@@ -210,41 +211,37 @@ def test_the_wrong_base_is_refused(bert: Path, tmp_path: Path) -> None:
     tna.save(tmp_path / "moved.safetensors", dataclasses.replace(file, base=moved))
     with pytest.raises(FileError, match=r"They are about 9\.5 % apart"):
         tt.load(model, tmp_path / "moved.safetensors", "moved")
-    loaded = tt.load_pretrained(tmp_path / "mine", base=tmp_path / "other", check_base=False)
-    about = tt.adapters(loaded)["default"].pretrained
-    assert (about.name, about.labels) == (str(tmp_path / "other"), LABELS)
-
-
-def test_a_base_of_another_class_is_named(bert: Path, tmp_path: Path) -> None:
-    adapted(bert)[1].save_pretrained(tmp_path / "mine")
     config = transformers.LlamaConfig(**SMALL, vocab_size=len(WORDS), max_position_embeddings=24)
     transformers.LlamaModel(config).save_pretrained(tmp_path / "llama")
     assert refusal(tmp_path / "mine", base=tmp_path / "llama").endswith(
         f"its base model '{tmp_path / 'llama'}' is a LlamaForSequenceClassification, and the adapter was trained on a "
         "'BertForSequenceClassification': give base= (--base) with the model it was trained on"
     )
+    loaded = tt.load_pretrained(tmp_path / "mine", base=tmp_path / "other", check_base=False)
+    about = tt.adapters(loaded)["default"].pretrained
+    assert (about.name, about.labels) == (str(tmp_path / "other"), LABELS)
 
 
-def test_a_head_that_nobody_has_is_refused(bert: Path, tmp_path: Path) -> None:
-    _, adapter = adapted(bert, keep=())
-    adapter.save_pretrained(tmp_path)
+def test_what_a_file_does_not_say_or_must_not(bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert refusal(tmp_path) == f"{tmp_path}: this folder has no adapter.safetensors, which save_pretrained writes"
+    for path in ("./missing", "missing", "user/missing.safetensors", tmp_path / "missing"):
+        assert "there is no such file or folder; a name on the hub is like 'user/my-adapter'" in refusal(path)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    assert "it has an adapter of PEFT, which tnadapt.convert (tnadapt convert) turns into one" in refusal(tmp_path)
+    adapted(bert, keep=())[1].save_pretrained(tmp_path)
     assert refusal(tmp_path) == (
         f"{tmp_path / 'adapter.safetensors'}: its base model '{bert}' has no values for 'classifier.bias', "
         "'classifier.weight', and neither does the file, so that the model's outputs would be random: attach with "
         "keep_trainable for these parameters, train and save again; or give base= (--base) with a model that has them"
     )
-
-
-def test_a_head_of_another_size_is_replaced(bert: Path, tmp_path: Path) -> None:
-    transformers.BertForSequenceClassification.from_pretrained(bert, num_labels=5).save_pretrained(tmp_path / "five")
-    model, adapter = adapted(tmp_path / "five", ignore_mismatched_sizes=True)
-    adapter.save_pretrained(tmp_path / "mine")
-    loaded = tt.load_pretrained(tmp_path / "mine")
-    assert torch.equal(outputs(loaded), outputs(model))
-
-
-def test_what_a_file_does_not_say_or_must_not(bert: Path, tmp_path: Path) -> None:
     _, adapter = adapted(bert)
+    adapter.save_pretrained(tmp_path)
+    for module, name in (("transformers", tmp_path), ("huggingface_hub", "user/mine")):
+        with monkeypatch.context() as patched:
+            patched.setitem(sys.modules, module, None)
+            said = refusal(name)
+        assert f"{module} is not installed" in said
+        assert said.endswith("pip install 'tnadapt[hub]'")
     about = adapter.pretrained
     remote = "an address or network share, which is not opened because a file says so"
     for changes, message in (
@@ -259,25 +256,6 @@ def test_what_a_file_does_not_say_or_must_not(bert: Path, tmp_path: Path) -> Non
     with pytest.raises(FileError, match=remote):
         tt.load_processor(tmp_path)
     assert tna.Pretrained("local-dir://host/share", library="timm").remote
-
-
-def test_paths_that_are_not_there(tmp_path: Path) -> None:
-    assert refusal(tmp_path) == f"{tmp_path}: this folder has no adapter.safetensors, which save_pretrained writes"
-    for name in ("./missing", "missing", "user/missing.safetensors", tmp_path / "missing"):
-        assert "there is no such file or folder; a name on the hub is like 'user/my-adapter'" in refusal(name)
-    (tmp_path / "adapter_config.json").write_text("{}")
-    assert "it has an adapter of PEFT, which tnadapt.convert (tnadapt convert) turns into one" in refusal(tmp_path)
-
-
-def test_a_library_that_is_missing(bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _, adapter = adapted(bert)
-    adapter.save_pretrained(tmp_path)
-    for module, name in (("transformers", tmp_path), ("huggingface_hub", "user/mine")):
-        with monkeypatch.context() as patched:
-            patched.setitem(sys.modules, module, None)
-            said = refusal(name)
-        assert f"{module} is not installed" in said
-        assert said.endswith("pip install 'tnadapt[hub]'")
     adapter.pretrained = tna.Pretrained("user/vit", library="timm", task="image-classification")
     adapter.save_pretrained(tmp_path)
     monkeypatch.setitem(sys.modules, "timm", None)
@@ -303,9 +281,7 @@ def test_an_image_model_and_its_processor(tmp_path: Path) -> None:
     loaded, own = tt.load_pretrained(tmp_path / "mine"), tt.load_processor(tmp_path / "mine")
     pixels = own(torch.rand(3, 20, 30), return_tensors="pt")["pixel_values"]
     assert pixels.shape == (1, 3, 16, 16)
-    with torch.no_grad():
-        assert torch.equal(loaded(pixels).logits, model(pixels).logits)
-    assert loaded.config.id2label == dict(enumerate(LABELS))
+    assert torch.equal(outputs(loaded, pixel_values=pixels), outputs(model, pixel_values=pixels))
     assert (list(own.image_mean), list(own.image_std)) == ([0.5] * 3, [0.25] * 3)
 
 
@@ -464,8 +440,7 @@ def test_a_timm_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_card(bert: Path, tmp_path: Path) -> None:
-    model, adapter = adapted(bert)
-    model.config._name_or_path, model.config._commit_hash = "user/base", "a" * 40
+    _, adapter = adapted(bert, "user/base")
     adapter.save_pretrained(tmp_path / "my-adapter", metrics={"accuracy": 0.9375, "f1": 1 / 3})
     card = (tmp_path / "my-adapter" / "README.md").read_text()
     yaml = pytest.importorskip("yaml")

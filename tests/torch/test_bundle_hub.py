@@ -19,7 +19,7 @@ import tnadapt.torch as tt
 from tnadapt.errors import FileError, TnadaptError
 
 from . import test_bundle as bundle
-from .test_bundle import bert, outputs, tokenizer
+from .test_bundle import adapted, bert, outputs, tokenizer
 
 __all__ = ["bert"]  # the fixture
 
@@ -73,13 +73,6 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", made.hf_hub_download)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", made.snapshot_download)
     return made
-
-
-def adapted(bert: Path, name: str = "") -> tuple[Any, tt.Adapter]:
-    model, adapter = bundle.adapted(bert)
-    if name:
-        model.config._name_or_path, model.config._commit_hash = name, "a" * 40
-    return model, adapter
 
 
 def test_an_upload(bert: Path, hub: Hub) -> None:

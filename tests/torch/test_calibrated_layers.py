@@ -60,23 +60,19 @@ class Layer(torch.nn.Module):
         return x @ self.known.T
 
 
-def drawn(bits: int) -> tuple[Any, Any, Any]:
-    """Return codes (cols, rows), zeros and scales (groups, rows)."""
+def drawn(bits: int, ordered: bool = True) -> tuple[Any, Any, Any, Any, Any]:
+    """Return codes (cols, rows), zeros and scales (groups, rows), the group of each column, and the weight."""
     torch.manual_seed(bits)
     groups = COLS // GROUP
-    return (
-        torch.randint(0, 1 << bits, (COLS, ROWS)),
-        torch.randint(1, 1 << bits, (groups, ROWS)),
-        torch.rand(groups, ROWS) * 0.02 + 0.001,
-    )
+    codes, zeros = torch.randint(0, 1 << bits, (COLS, ROWS)), torch.randint(1, 1 << bits, (groups, ROWS))
+    scales, group = torch.rand(groups, ROWS) * 0.02 + 0.001, torch.arange(COLS) // GROUP
+    if not ordered:  # act-order: which group a feature is in is arbitrary
+        group = group[torch.randperm(COLS)]
+    return codes, zeros, scales, group, ((codes - zeros[group]) * scales[group]).T
 
 
 def gptq(bits: int, ordered: bool = True, second: bool = False, pack: Any = words, **attributes: Any) -> Any:
-    codes, zeros, scales = drawn(bits)
-    group = torch.arange(COLS) // GROUP
-    if not ordered:  # act-order: which group a feature is in is arbitrary
-        group = group[torch.randperm(COLS)]
-    weight = ((codes - zeros[group]) * scales[group]).T
+    codes, zeros, scales, group, weight = drawn(bits, ordered)
     tensors = {
         "qweight": pack(codes, bits),
         "qzeros": pack((zeros if second else zeros - 1).T, bits).T.contiguous(),
@@ -87,9 +83,7 @@ def gptq(bits: int, ordered: bool = True, second: bool = False, pack: Any = word
 
 
 def awq(bits: int = 4) -> Any:
-    codes, zeros, scales = drawn(bits)
-    group = torch.arange(COLS) // GROUP
-    weight = ((codes - zeros[group]) * scales[group]).T
+    codes, zeros, scales, _, weight = drawn(bits)
 
     def packed(integers: Any) -> Any:
         # The word's places hold these of its eight output features, where there are eight.

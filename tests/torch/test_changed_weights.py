@@ -17,14 +17,10 @@ from torch.utils.checkpoint import checkpoint
 import tnadapt as tna
 import tnadapt.torch as tt
 from tests.support.array_presets import P
-from tests.support.depth import in_depth
-from tnadapt.errors import ConfigError, TargetError
 
 from . import life
 from .life import assert_near, by_formula, passes, run
-from .small import batch, small, stir
-from .test_requantizing import Packed
-from .test_requantizing import model as packed
+from .small import stir
 
 COLUMNS = P.dora(2, magnitude_axis="cols")
 #: Every way to apply W' with every strategy that it has.
@@ -33,25 +29,11 @@ WAYS = [
     (P.hira(2), "weight"), (P.hira(2), "additive"),
 ]  # fmt: skip
 IDS = ["dora, weight", "dora, factored", "dora, additive", "columns, weight", "hira, weight", "hira, additive"]
-CONFIGS = {
-    "dora": P.dora(2), "columns": COLUMNS, "hira": P.hira(2), "theta": P.unilora(9, 2, apply="magnitude"),
-    "behind F": P.superlora(2, projection="linear", ratio=0.5, apply="magnitude"),
-    "nonlinear": P.superlora(2, projection="nonlinear", ratio=0.5, apply="hadamard"),
-    "from the base": P.lora_xs(2, apply="magnitude"),
-}  # fmt: skip
 
 
 def layers(kind: Any = torch.float64) -> Any:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4, bias=False)).to(kind)
-
-
-def stirred(adapter: tt.Adapter, size: float = 0.3) -> tt.Adapter:
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in adapter.named_parameters():
-            parameter += size / adapter.plan.units[name] * torch.randn_like(parameter)
-    return adapter
 
 
 @pytest.mark.law("fresh-is-zero")
@@ -71,32 +53,11 @@ def test_a_fresh_adapter_changes_no_bit(config: tna.Config, strategy: str, kind:
         adapter.detach()
 
 
-@pytest.mark.law("merge-is-attached")
-@pytest.mark.parametrize("detach", [False, True], ids=["exact", "detached norm"])
-@pytest.mark.parametrize(("config", "strategy"), WAYS, ids=IDS)
-def test_outputs_and_gradients_are_the_formula_s(config: tna.Config, strategy: str, detach: bool) -> None:
-    model, x = layers(), torch.randn(3, 6, dtype=torch.float64)
-    adapter = stirred(
-        tt.attach(model, config, "all-linear", strategy=strategy, dtype=torch.float64, detach_norm=detach)
-    )
-    formula = by_formula(adapter, layers(), x, detach)
-    assert_near(passes(model, adapter, x), formula, 1e-11)
-    checkpointed = functools.partial(checkpoint, model, use_reentrant=False)
-    assert_near(passes(checkpointed, adapter, x), formula, 1e-11)
-    torch.testing.assert_close(run(model, x), formula["output"], rtol=1e-12, atol=1e-12)
-    adapter.merge()
-    torch.testing.assert_close(run(model, x), formula["output"], rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize(("config", "strategy"), WAYS, ids=IDS)
-def test_gradients_by_torch_func(config: tna.Config, strategy: str) -> None:
-    model, x = layers(), torch.randn(2, 6, dtype=torch.float64)
-    stirred(tt.attach(model, config, "all-linear", strategy=strategy, dtype=torch.float64))
-    model[0].requires_grad_()
-
+def assert_gradients_by_torch_func(model: Any, x: Any) -> None:
     def loss(parameters: Any, x: Any) -> Any:
         return torch.func.functional_call(model, parameters, (x,)).square().sum()
 
+    model.zero_grad()
     parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
     gradients = torch.func.grad(loss)(parameters, x)
     each = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x.unsqueeze(1))
@@ -107,38 +68,27 @@ def test_gradients_by_torch_func(config: tna.Config, strategy: str) -> None:
             torch.testing.assert_close(each[name].sum(0), parameter.grad)
 
 
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")  # the compiler's own
-@pytest.mark.parametrize("way", in_depth(IDS, IDS[::2]))
-def test_compiled(way: str) -> None:
-    config, strategy = WAYS[IDS.index(way)]
-    torch._dynamo.reset()
-    model, x = layers(torch.float32), torch.randn(3, 6)
-    adapter = tt.attach(model, config, "all-linear", strategy=strategy)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(x), model(x))
-    stirred(adapter)
-    for weight in (1.0, 0.5, 0.0):
-        adapter.set_weight(weight)
-        torch.testing.assert_close(compiled(x), model(x), rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(run(compiled, x), model(x), rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.law("merge-is-attached", "merge-disk-is-memory")
-@pytest.mark.parametrize("name", CONFIGS)
-def test_the_life_of_an_adapter(name: str, tmp_path: Path) -> None:
-    """On weights of every sort: fused, separate, convolutions, those of nn.MultiheadAttention."""
-    life.check_life(small, functools.partial(tt.attach, cfg=CONFIGS[name]), batch(), tmp_path)
-
-
-@pytest.mark.law("merge-disk-is-memory")
-@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("name", ["dora", "columns", "hira", "behind F", "from the base"])
-def test_merged_on_disk_to_the_byte(name: str, kind: Any, tmp_path: Path) -> None:
-    model = small().to(kind)
-    adapter = tt.attach(model, CONFIGS[name])
-    stir(adapter)
-    life.check_merged(lambda: small().to(kind), model, adapter, tmp_path)
+@pytest.mark.law("merge-is-attached")
+@pytest.mark.parametrize("detach", [False, True], ids=["exact", "detached norm"])
+@pytest.mark.parametrize(("config", "strategy"), WAYS, ids=IDS)
+def test_outputs_and_gradients_are_the_formula_s(
+    config: tna.Config, strategy: str, detach: bool, tmp_path: Path
+) -> None:
+    model, x = layers(), torch.randn(3, 6, dtype=torch.float64)
+    adapter = tt.attach(model, config, "all-linear", strategy=strategy, dtype=torch.float64, detach_norm=detach)
+    stir(adapter, 0.3)
+    formula = by_formula(adapter, layers(), x, detach)
+    assert_near(passes(model, adapter, x), formula, 1e-11)
+    checkpointed = functools.partial(checkpoint, model, use_reentrant=False)
+    assert_near(passes(checkpointed, adapter, x), formula, 1e-11)
+    torch.testing.assert_close(run(model, x), formula["output"], rtol=1e-12, atol=1e-12)
+    adapter.save_pretrained(tmp_path)
+    other = layers()
+    again = tt.from_pretrained(other, tmp_path, dtype=torch.float64, detach_norm=detach)
+    assert_near(passes(other, again, x), formula, 1e-11)
+    assert_gradients_by_torch_func(model, x[:2])
+    adapter.merge()
+    torch.testing.assert_close(run(model, x), formula["output"], rtol=1e-12, atol=1e-12)
 
 
 # -- Parameters ----------------------------------------------------------------------------------
@@ -170,34 +120,18 @@ def test_magnitudes_are_trained_by_choice(tmp_path: Path) -> None:
     assert adapter.trained[-2:] == ("weight0.magnitude", "weight1.magnitude")
 
 
-def test_the_gradient_can_be_chosen_when_loading(tmp_path: Path) -> None:
-    x = torch.linspace(-1.0, 1.0, 18).reshape(3, 6)
-    stirred(tt.attach(layers(torch.float32), P.dora(2), "all-linear")).save_pretrained(tmp_path)
-    gradients = []
-    for detach in (False, True):
-        model = layers(torch.float32)
-        adapter = tt.from_pretrained(model, tmp_path, detach_norm=detach)
-        gradients.append(passes(model, adapter, x)["group0.split0.factor0"])
-    assert not torch.allclose(*gradients)
-
-
-def test_on_the_meta_device_reset_fills_them(tmp_path: Path) -> None:
-    attach = functools.partial(tt.attach, cfg=P.dora(2), targets="all-linear")
-    life.check_from_meta(lambda: layers(torch.float32), attach, torch.randn(2, 6), tmp_path)
-
-
 # -- Several adapters and mixing weights -----------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["dora", "hira"])
-def test_it_acts_alone_on_its_rows(name: str) -> None:
+@pytest.mark.parametrize("config", [P.dora(2), P.hira(2)], ids=["dora", "hira"])
+def test_it_acts_alone_on_its_rows(config: tna.Config) -> None:
     model, x = layers(torch.float32), torch.randn(2, 6)
     with torch.no_grad():
         base = model(x)
-    one = tt.attach(model, CONFIGS[name], "all-linear", name="one")
+    one = tt.attach(model, config, "all-linear", name="one")
     other = tt.attach(model, P.lora(2), ["2"], name="other")
     message = (
-        rf"adapters 'one' and 'other' both act on 2.weight, and apply='{CONFIGS[name].apply}' of adapter 'one' is "
+        rf"adapters 'one' and 'other' both act on 2.weight, and apply='{config.apply}' of adapter 'one' is "
         r"not a sum that others could be added to: activate\(\) one of them, or detach the other"
     )
     with pytest.raises(tna.TargetError, match=message):
@@ -227,7 +161,7 @@ def test_other_rows_of_a_fused_weight_are_free() -> None:
     q = tt.attach(model, P.dora(2), "q", name="q")
     v = tt.attach(model, P.lora(2), "v", name="v")
     assert torch.equal(model(x), expected)
-    stirred(q), stirred(v)
+    stir(q, 0.3), stir(v, 0.3)
     changed = model(x)
     q.merge()
     torch.testing.assert_close(model(x), changed, rtol=1e-4, atol=1e-5)
@@ -235,104 +169,23 @@ def test_other_rows_of_a_fused_weight_are_free() -> None:
     torch.testing.assert_close(model(x), changed, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.law("attached-is-update")
-def test_two_sums_next_to_one_that_rests() -> None:
-    model, x = nn.Sequential(nn.Linear(6, 5)).double(), torch.randn(3, 6, dtype=torch.float64)
-    one, two, rests = (
-        stirred(tt.attach(model, config, "all-linear", name, strategy="weight", dtype=torch.float64))
-        for name, config in (("one", P.lora(2)), ("two", P.lora(2)), ("rests", P.dora(2)))
-    )
-    rests.set_weight(0.0)
-    expected = x @ (model[0].weight + one.deltas()[0] + two.deltas()[0]).T + model[0].bias
-    torch.testing.assert_close(model(x), expected)
-    torch.testing.assert_close(run(model, x), expected)
-
-
-# -- Layers --------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["dora", "hira", "behind F"])
-def test_quantized_weights(name: str) -> None:
-    tt.register_quantized("packed", Packed)
-    model, x = packed(), torch.randn(5, 8)
-    expected = model(x)
-    adapter = tt.attach(model, CONFIGS[name], "all-linear")
-    assert "weight" not in adapter.strategy
-    assert torch.equal(model(x), expected)
-    stirred(adapter)
-    leaves = {key: array.detach().clone().requires_grad_() for key, array in adapter.arrays().items()}
-    one, two = adapter.plan.training_plan.merged(leaves, [model[0].numbers(), model[2].numbers()])
-    reference = torch.tanh(x @ one.T) @ two.T
-    reference.square().sum().backward()
-    formula = {"output": reference.detach(), **{key: array.grad for key, array in leaves.items()}}
-    assert_near(passes(model, adapter, x), formula, 1e-4)
-
-
-class Codes(nn.Module):
-    """A quantized layer of a type that nobody registered."""
-
-    in_features, out_features = 8, 12
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("weight", torch.zeros(12, 8, dtype=torch.int8))
-
-    def forward(self, x: Any) -> Any:
-        return x @ self.weight.float().T
-
-
-@pytest.mark.parametrize(
-    ("make", "settings", "error", "message"),
-    [
-        (packed, {"cfg": COLUMNS}, ConfigError, r"magnitude_axis='cols' changes the weight itself, and 0.weight is"),
-        (
-            lambda: nn.Sequential(Codes()), {"cfg": P.hira(2)}, ConfigError,
-            r"apply='hadamard' needs the values of 0.weight, which is quantized, and they cannot be read: register",
-        ),
-        (
-            lambda: nn.Sequential(Codes()), {"cfg": P.dora(2)}, TargetError,
-            r"\(apply='magnitude'\), and the values of 0.weight cannot be read: register",
-        ),
-        (layers, {"cfg": P.dora(2), "activation": "gelu"}, ConfigError, "activation='gelu' acts on the input of one"),
-        (layers, {"cfg": P.hira(2), "strategy": "factored"}, ConfigError, "strategy='factored' needs a linear layer"),
-        (
-            layers, {"cfg": COLUMNS, "strategy": "additive"}, ConfigError,
-            "magnitude_axis='cols' scales the input of 0.weight",
-        ),
-        (layers, {"cfg": P.dora(2), "detach_norm": 2}, ConfigError, "detach_norm must be True or False; got 2"),
-    ],
-)  # fmt: skip
-def test_refused(make: Any, settings: dict[str, Any], error: type[Exception], message: str) -> None:
-    tt.register_quantized("packed", Packed)
-    model = make()
-    with pytest.raises(error, match=message):
-        tt.attach(model, targets="all-linear", **settings)
-    assert not tt.adapters(model)
-
-
-@pytest.mark.parametrize(("config", "strategy"), WAYS, ids=IDS)
-def test_half_precision_and_autocast(config: tna.Config, strategy: str) -> None:
-    autocast = torch.autocast("cpu", torch.bfloat16)
-    model, x = layers(torch.float32), torch.randn(4, 6)
-    adapter = tt.attach(model, config, "all-linear", strategy=strategy)
-    with autocast:
-        with adapter.disabled():
-            expected = model(x)
-        assert torch.equal(model(x), expected)
-    stirred(adapter)
-    with autocast:
-        output = model(x)
-    assert output.dtype is torch.bfloat16
-    torch.testing.assert_close(output.float(), model(x), rtol=0.1, atol=0.1)
-    output.float().sum().backward()
-    assert all(parameter.grad is not None for parameter in adapter.parameters())
-
-
-# -- Costs ---------------------------------------------------------------------------------------
-
-
 def test_the_summary_says_that_it_is_no_lora() -> None:
     summary = tt.attach(layers(), P.dora(2), "all-linear").summary()
     assert summary.lora_rank is None
     assert summary.parameters == 49
     assert str(summary).endswith("merge only: apply='magnitude' does more than add its updates")
+
+
+@pytest.mark.law("attached-is-update")
+def test_two_sums_next_to_one_that_rests() -> None:
+    model, x = nn.Sequential(nn.Linear(6, 5)).double(), torch.randn(3, 6, dtype=torch.float64)
+    one, two, rests = (
+        tt.attach(model, config, "all-linear", name, strategy="weight", dtype=torch.float64)
+        for name, config in (("one", P.lora(2)), ("two", P.lora(2)), ("rests", P.dora(2)))
+    )
+    for adapter in (one, two, rests):
+        stir(adapter)
+    rests.set_weight(0.0)
+    expected = x @ (model[0].weight + one.deltas()[0] + two.deltas()[0]).T + model[0].bias
+    torch.testing.assert_close(model(x), expected)
+    torch.testing.assert_close(run(model, x), expected)

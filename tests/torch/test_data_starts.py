@@ -16,6 +16,8 @@ import tnadapt as tna
 import tnadapt.torch as tt
 from tnadapt.torch import starts
 
+from .life import bits
+
 P = tna.presets
 LEFT, RIGHT = "group0.split0.factor0", "group0.split0.factor1"
 GIVEN = P.lora(4, alpha=8, start="given")
@@ -60,22 +62,14 @@ def gradient(base: Any, layer: int) -> np.ndarray:
     return np.asarray(base[layer].weight.grad.numpy() / 6)
 
 
-def unchanged(base: Any, adapter: tt.Adapter, change: Any) -> Any:
-    """Return what a function returns, after checking that the model and the random state are as they were."""
-    numbers = [p.detach().clone() for p in base.parameters()]
-    modes = [(module.training, len(module._forward_pre_hooks)) for module in base.modules()]
-    free = [p.requires_grad for p in base.parameters()]
-    states = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()  # type: ignore[index]
-    found = change()
-    assert all(map(torch.equal, numbers, base.parameters()))
-    assert modes == [(module.training, len(module._forward_pre_hooks)) for module in base.modules()]
-    assert free == [p.requires_grad for p in base.parameters()]
-    assert all(p.grad is None for p in base.parameters())
-    assert torch.equal(states[0], torch.get_rng_state())
-    assert np.array_equal(states[1], np.random.get_state()[1])  # type: ignore[index]
-    assert states[2] == random.getstate()
-    assert adapter.enabled
-    return found
+def state(base: Any, adapter: tt.Adapter) -> tuple[Any, ...]:
+    """Return what a start must leave alone: the model, and every random state."""
+    modules, parameters = list(base.modules()), list(base.parameters())
+    return (
+        bits(base), [(module.training, len(module._forward_pre_hooks)) for module in modules],
+        [(p.requires_grad, p.grad is None) for p in parameters], adapter.enabled, torch.get_rng_state().tolist(),
+        np.random.get_state()[1].tolist(), random.getstate(),  # type: ignore[index]
+    )  # fmt: skip
 
 
 # -- EVA ---------------------------------------------------------------------------------------------------
@@ -85,10 +79,9 @@ def unchanged(base: Any, adapter: tt.Adapter, change: Any) -> Any:
 def test_eva_is_the_formula() -> None:
     base, adapter = attached(base=model(torch.float64))
     told: list[tuple[int, int | None]] = []
-    data = batches(dtype=torch.float64)
-    found = unchanged(
-        base, adapter, lambda: starts.eva(adapter, data, keep=16, progress=lambda *step: told.append(step))
-    )
+    data, before = batches(dtype=torch.float64), state(base, adapter)
+    found = starts.eva(adapter, data, keep=16, progress=lambda *step: told.append(step))
+    assert state(base, adapter) == before
     assert told == [(done, 6) for done in range(1, 7)]
     for group, layer in enumerate((0, 3)):
         x = inputs(model(), layer)
@@ -115,27 +108,23 @@ def test_eva_keeps_few_components_between_chunks_of_any_size() -> None:
     assert all(torch.equal(again[name], array) for name, array in few.items())
 
 
-class Indexed(torch.utils.data.Dataset):  # type: ignore[misc]
-    """Batches by their index alone, as a data set has them."""
+@pytest.mark.parametrize("what", ["eva", "lora_ga"])
+def test_batches_may_be_a_data_set(what: str) -> None:
+    class Indexed(torch.utils.data.Dataset):  # type: ignore[misc]
+        """Batches by their index alone."""
 
-    def __getitem__(self, index: int) -> Any:
-        return batches()[index]
+        def __getitem__(self, index: int) -> Any:
+            return batches()[index]
 
-    def __len__(self) -> int:
-        return len(batches())
+        def __len__(self) -> int:
+            return len(batches())
 
-
-def test_batches_may_be_a_data_set() -> None:
     _, adapter = attached()
-    for start in (
-        lambda of: starts.eva(adapter, of),
-        lambda of: starts.lora_ga(adapter, of, loss),
-    ):
-        found, expected = start(Indexed()), start(batches())
-        assert all(torch.equal(found[name], array) for name, array in expected.items())
-        for wrong in ("words", {"x": 1}, 3, torch.tensor(1.0)):
-            with pytest.raises(tna.ConfigError, match=r"^batches must be an iterable; got "):
-                start(wrong)
+    found, expected = run(what, adapter, batches=Indexed()), run(what, adapter)
+    assert all(torch.equal(found[name], array) for name, array in expected.items())
+    for wrong in ("words", {"x": 1}, 3, torch.tensor(1.0)):
+        with pytest.raises(tna.ConfigError, match=r"^batches must be an iterable; got "):
+            run(what, adapter, batches=wrong)
 
 
 class Masked(torch.nn.Module):
@@ -224,14 +213,10 @@ PARTS = {
 def test_lora_ga_is_the_formula(scale: str, direction: str) -> None:
     base, adapter = attached(base=model(torch.float64))
     told: list[tuple[int, int | None]] = []
-    data = batches(dtype=torch.float64)
-    found = unchanged(
-        base,
-        adapter,
-        lambda: starts.lora_ga(
-            adapter, data, loss, scale=scale, direction=direction, gamma=9, progress=lambda *step: told.append(step)
-        ),
-    )
+    data, before = batches(dtype=torch.float64), state(base, adapter)
+    settings = {"scale": scale, "direction": direction, "gamma": 9}
+    found = starts.lora_ga(adapter, data, loss, **settings, progress=lambda *step: told.append(step))
+    assert state(base, adapter) == before
     assert told == [(done, 6) for done in range(1, 7)]
     of_a, of_b = PARTS[direction]
     for group, layer in enumerate((0, 3)):
@@ -245,7 +230,7 @@ def test_lora_ga_is_the_formula(scale: str, direction: str) -> None:
     plain = base.eval()(data[0])
     adapter.start_from(found)
     assert torch.equal(base(data[0]), plain)
-    again = starts.lora_ga(base, iter(data), loss, scale=scale, direction=direction, gamma=9)
+    again = starts.lora_ga(base, iter(data), loss, **settings)
     assert all(torch.equal(again[name], array) for name, array in found.items())
 
 

@@ -1,4 +1,4 @@
-"""The update with autograd: a single node that saves only the arrays, and outer products in one buffer."""
+"""The update with autograd: a single node that saves only the arrays."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import tnadapt as tna
 from tnadapt.backends import load_backend
 from tnadapt.testing.strategies import plans
 
-from .internals import OuterProducts, Slice, pieces, product_vjp_once, vector
+from .internals import pieces, vector
 
 P = tna.presets
 
@@ -95,65 +95,3 @@ def test_a_compiler_traces_groups_in_one_call(groups: object) -> None:
     found = torch.compile(lambda given: vector(plan, given), backend="eager", fullgraph=True)(arrays)
     assert torch.allclose(found, vector(plan, arrays), rtol=1e-12, atol=1e-14)
     torch._dynamo.reset()
-
-
-# -- Updates whose rows are outer products, in one buffer: they and their gradients are the plain ones -----------------
-
-
-@given(
-    rows=st.lists(st.integers(1, 9), min_size=1, max_size=3), cols=st.integers(1, 9), splits=st.integers(2, 4),
-    size=st.sampled_from([2, 3, "balanced"]), format=st.sampled_from(["cp", "dense"]),
-    alpha=st.sampled_from([None, 3.0]), weight=st.sampled_from([1.0, -0.5]), in_place=st.booleans(),
-    trained=st.integers(1, 7),
-)  # fmt: skip
-@example(
-    rows=[9, 9], cols=9, splits=3, size=2, format="cp", alpha=3.0, weight=-0.5, in_place=True, trained=7
-)  # rows of the network that are cut, and begin within the weight
-def test_they_are_the_plain_ones(
-    rows: list[int], cols: int, splits: int, size: int | str, format: str, alpha: float | None, weight: float,
-    in_place: bool, trained: int,
-) -> None:  # fmt: skip
-    config = tna.Config(
-        1, groups=1, fold="hypercube", splits=splits, split_size=size, format=format, leading="dense", alpha=alpha
-    )
-    try:
-        plan = tna.SuperLoRA(config, [(each, cols) for each in rows])
-    except tna.TnadaptError:
-        return  # splits that are larger than the fold
-    made = Slice(plan, len(rows) - 1)
-    generator = torch.Generator().manual_seed(0)
-    arrays = [
-        torch.randn(plan.param_shapes[name], generator=generator, dtype=torch.float64).requires_grad_(
-            bool(trained >> k & 1)
-        )
-        for k, name in enumerate(made.names)
-    ]
-    outer = made.product(*arrays)
-    assert isinstance(outer, OuterProducts)
-    leaves = [array for array in arrays if array.requires_grad]
-    expected = made(*arrays) * weight
-    delta, pull = product_vjp_once(outer, made.shape, weight, leaves)
-    torch.testing.assert_close(delta, expected.detach(), rtol=1e-12, atol=1e-12)
-    moved = torch.randn(made.shape, generator=generator, dtype=torch.float64)
-    theirs = torch.autograd.grad(expected, leaves, moved) if leaves else []
-    if leaves:
-        mine = pull(delta.copy_(moved) if in_place else moved)
-        for found, reference in zip(mine, theirs, strict=True):
-            torch.testing.assert_close(found, reference, rtol=1e-11, atol=1e-11)
-
-
-@pytest.mark.parametrize(
-    ("config", "dtype"),
-    [
-        *((P.lonkr(1, **changes), torch.float32) for changes in ({"terms": 2}, {"start": "random"})),
-        *((config, torch.float32) for config in (P.superlora(1), P.dense(), P.loha(1, groups=1))),
-        (P.lonkr(1, order=3, split_size=2), torch.float32),
-        (P.lonkr(1), torch.bfloat16),  # half precision takes the plain way
-    ],
-)
-def test_others_have_no_such_rows(config: tna.Config, dtype: torch.dtype) -> None:
-    plan = tna.SuperLoRA(config, [(24, 24)] * 2)
-    made = Slice(plan, 0)
-    arrays = [torch.from_numpy(plan.init()[name]) for name in made.names]
-    assert not isinstance(made.product(*(array.to(dtype) for array in arrays)), OuterProducts)
-    assert dtype == torch.float32 or isinstance(made.product(*arrays), OuterProducts)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
-import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,89 +20,10 @@ from tests.support.array_presets import P
 from tnadapt.algebra.maps.fastfood import Linear
 from tnadapt.backends import FixedArrays
 
-from .internals import DeltaCache, Snapshot, bytes_held, delta, drawn, held_by_draws
+from .internals import Snapshot, bytes_held, delta, drawn, held_by_draws
 from .pretended_device import PretendedDevice
 from .small import batch, compiles_whole, small, stir
-from .test_changed_weights import layers, stirred
-from .test_delta import moved
-
-
-class Reused:
-    """A cache with a record of whether it returns the same object as before."""
-
-    def __init__(self, config: tna.Config, shapes: list[tuple[int, int]]) -> None:
-        self.plan = tna.SuperLoRA(config, shapes)
-        self.arrays, self.updates = moved(self.plan), DeltaCache(self.plan)
-
-    def get(self, index: int = 0) -> torch.Tensor:
-        found = self.updates.get(lambda names: [self.arrays[name] for name in names], index)
-        arrays = {name: array.detach() for name, array in self.arrays.items()}
-        assert torch.allclose(found, self.plan.delta(arrays, index), rtol=1e-12, atol=1e-14)
-        return found
-
-
-SHARED = tna.presets.superlora(2, projection="linear", ratio=0.5)  # all updates are computed at once
-
-
-@pytest.mark.law("array-changes")
-@pytest.mark.parametrize("config", [tna.presets.superlora(2), SHARED], ids=["alone", "at once"])
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_an_update_is_cached_while_its_arrays_are_equal(config: tna.Config, mode: Callable[[], Any]) -> None:
-    case = Reused(config, [(8, 8), (8, 8)])
-    name = next(iter(case.arrays))
-    with mode():
-        first = case.get()
-        assert case.get() is first
-        assert case.get(1) is case.get(1)
-        case.arrays[name].data.copy_(case.arrays[name].data * 2)  # no version counter sees this
-        second = case.get()
-        assert second is not first
-        assert case.get() is second
-        case.arrays[name].detach().numpy()[0] = 7.0
-        assert case.get() is not second
-        case.arrays[name] = case.arrays[name].detach().clone()
-        kept = weakref.ref(case.get())
-        case.updates.begin()
-        assert kept() is not None
-        case.updates.end()
-        assert case.get() is kept()
-    del first, second
-    case.updates.begin()  # a pass with gradients
-    gc.collect()
-    assert kept() is None
-    alone = Reused(tna.presets.lora(2), [(8, 8), (8, 8)])
-    with mode():  # only the arrays of a weight decide about its update
-        first, second = alone.get(0), alone.get(1)
-        alone.arrays["group1.split0.factor0"].data.mul_(2.0)
-        assert alone.get(0) is first
-        assert alone.get(1) is not second
-
-
-@pytest.mark.law("array-changes")
-def test_an_update_with_a_graph_is_cached_while_its_leaves_are_the_same() -> None:
-    case = Reused(SHARED, [(8, 8), (8, 8)])
-    name = next(iter(case.arrays))
-    first = case.get()
-    assert case.get() is first
-    assert first.requires_grad
-    with torch.no_grad():
-        assert not case.get().requires_grad
-    assert case.get() is first
-    case.arrays[name] = case.arrays[name].detach().clone().requires_grad_()
-    second = case.get()
-    assert second is not first  # equal, but gradients must go to the new leaf
-    second.sum().backward()
-    assert case.arrays[name].grad is not None
-    case.arrays[name].data.add_(1.0)
-    third = case.get()
-    assert third is not second
-    with torch.no_grad():
-        case.arrays[name].add_(1.0)
-    assert case.get() is not third
-    for array in case.arrays.values():
-        array.requires_grad_(False)
-    assert not case.get().requires_grad
-
+from .test_changed_weights import layers
 
 # -- Snapshots see every change on the CPU, and elsewhere every change that torch records, without waiting -------------
 
@@ -254,10 +173,9 @@ def test_an_update_is_computed_once_for_all_layers(monkeypatch: pytest.MonkeyPat
     adapter = tt.attach(model, CONFIGS["superlora with F"])
     stir(adapter)
     counts: list[int] = []
-    forward = type(adapter.plan.groups[0].projection.map).forward
-    monkeypatch.setattr(
-        type(adapter.plan.groups[0].projection.map), "forward", lambda *args: counts.append(1) or forward(*args)
-    )
+    map_type = type(adapter.plan.groups[0].projection.map)
+    forward = map_type.forward
+    monkeypatch.setattr(map_type, "forward", lambda *args: counts.append(1) or forward(*args))
 
     def computed() -> int:
         counts.clear()
@@ -351,6 +269,22 @@ def test_adapters_that_were_active_once_keep_no_more_than_the_limit(name: str) -
         assert torch.equal(before, after)
 
 
+@pytest.mark.law("array-changes")
+@pytest.mark.parametrize("name", ["superlora", "F"])
+def test_a_pass_with_gradients_keeps_no_update_and_reaches_the_parameters_that_are_there(name: str) -> None:
+    model, (adapter,) = model_with(IDLE_CONFIGS[name], 1)
+    x = torch.randn(5, SIZE)
+    expected = model(x)
+    outputs(model, [adapter], x)
+    assert held([adapter])[0] > 0
+    assert torch.equal(model(x), expected)
+    assert name == "F" or held([adapter]) == [0]
+    for key in [key for key, _ in model.named_parameters() if "tnadapt" in key]:  # equal numbers, but other leaves
+        setattr(model, key, nn.Parameter(getattr(model, key).detach().clone()))
+    model(x).sum().backward()
+    assert all(parameter.grad is not None for parameter in adapter.parameters())
+
+
 def are_kept(adapters: list[tt.Adapter]) -> list[bool]:
     return [bool(number) for number in held(adapters)]
 
@@ -370,8 +304,18 @@ def test_the_longest_idle_goes_first_and_the_active_one_keeps_all() -> None:
     assert are_kept(adapters) == [False, True, True, True]
     outputs(model, [adapters[1]], x)  # it comes back; 2, 3 and nothing else are idle
     assert are_kept(adapters) == [False, True, True, True]
-    outputs(model, [adapters[0]], x)
+    (found,) = outputs(model, [adapters[0]], x)
     assert are_kept(adapters) == [True, True, False, True]
+    # A copy has the limit, and caches of its own.
+    other = copy.deepcopy(model)
+    theirs = list(tt.adapters(other).values())
+    assert torch.equal(outputs(other, theirs[:1], x)[0], found)
+    outputs(other, theirs, x)
+    assert are_kept(theirs) == [False, True, True, True]
+    assert are_kept(adapters) == [True, True, False, True]
+    for limit in (-1, 1.5, "32MB", None, True):
+        with pytest.raises(tna.ConfigError, match=r"^limit must be (an integer; got|from 0 to)"):
+            tt.set_cache_limit(model, limit)  # type: ignore[arg-type]
 
 
 def test_with_a_limit_of_zero_nothing_is_kept_of_what_is_mixed_out_has_no_weight_or_had_rows() -> None:
@@ -416,47 +360,6 @@ def test_arrays_on_a_device_count_where_they_have_memory_of_their_own() -> None:
     assert held_by_draws([draws, draws]) == 160
 
 
-def test_a_copy_has_the_limit_and_caches_of_its_own() -> None:
-    model, adapters = model_with(IDLE_CONFIGS["superlora"], 2)
-    tt.set_cache_limit(model, 0)
-    x = torch.randn(5, SIZE)
-    (found,) = outputs(model, adapters[:1], x)
-    other = copy.deepcopy(model)
-    theirs = tt.adapters(other)
-    assert torch.equal(outputs(other, [theirs["a0"]], x)[0], found)
-    theirs["a1"].activate()
-    assert are_kept(list(theirs.values())) == [False, False]
-    assert held(adapters)[0] > 0
-
-
-@pytest.mark.parametrize("limit", [-1, 1.5, "32MB", None, True])
-def test_a_limit_is_a_number_of_bytes(limit: object) -> None:
-    model, _ = model_with(IDLE_CONFIGS["superlora"], 1)
-    with pytest.raises(tna.ConfigError, match=r"^limit must be (an integer; got|from 0 to)"):
-        tt.set_cache_limit(model, limit)  # type: ignore[arg-type]
-
-
-def test_swapped_files_are_checked_without_drawing_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _, (adapter,) = model_with(IDLE_CONFIGS["F"], 1)
-    digested = []
-    plain = Linear.digest
-    monkeypatch.setattr(Linear, "digest", lambda self: digested.append(1) or plain(self))
-    for number in (1.0, 2.0):
-        with torch.no_grad():
-            for parameter in adapter.parameters():
-                parameter.fill_(number)
-        adapter.save(tmp_path / f"{number}.safetensors")
-    digested.clear()
-    for number in (1.0, 2.0, 1.0):
-        adapter.swap(tmp_path / f"{number}.safetensors")
-        assert all(bool((parameter == number).all()) for parameter in adapter.parameters())
-    assert len(digested) <= 1
-    _, (foreign,) = model_with(IDLE_CONFIGS["F"].replace(seed=1), 1)
-    foreign.save(tmp_path / "other.safetensors")
-    with pytest.raises(tna.TnadaptError, match="seed"):
-        adapter.swap(tmp_path / "other.safetensors")
-
-
 def test_the_memory_that_kernels_reuse_is_freed_too() -> None:
     pytest.importorskip("numba")
     torch.manual_seed(0)
@@ -473,7 +376,18 @@ def test_the_memory_that_kernels_reuse_is_freed_too() -> None:
     assert bytes_held(adapter._state) == 0
 
 
-# -- Norms of changed weights -----------------------------------------------------------------------------------------
+def test_swapped_files_are_checked_without_drawing_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, (adapter,) = model_with(IDLE_CONFIGS["F"], 1)
+    digested = []
+    plain = Linear.digest
+    monkeypatch.setattr(Linear, "digest", lambda self: digested.append(1) or plain(self))
+    for name in ("first", "second"):
+        stir(adapter)
+        adapter.save(tmp_path / f"{name}.safetensors")
+    digested.clear()
+    for name in ("first", "second", "first"):
+        adapter.swap(tmp_path / f"{name}.safetensors")
+    assert len(digested) <= 1
 
 
 def test_without_gradients_the_norm_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -482,22 +396,20 @@ def test_without_gradients_the_norm_is_computed_once(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(delta.Quotient, "__call__", lambda self, *a: calls.append(1) or true(self, *a))
     model, x = layers(torch.float32), torch.randn(2, 6)
     for strategy in ("factored", "weight"):
-        adapter = stirred(tt.attach(model, P.dora(2), "all-linear", strategy=strategy))
+        adapter = tt.attach(model, P.dora(2), "all-linear", strategy=strategy)
+        stir(adapter)
+        changes: list[tuple[Callable[[], Any], int]] = [  # and of how many weights the norms are computed then
+            (lambda: None, 2),
+            (lambda: None, 0),
+            (lambda: model[0].weight.mul_(2.0), 1),
+            (lambda adapter=adapter: adapter.set_weight(0.5), 2),
+            # A write that has no version.
+            (lambda adapter=adapter: dict(adapter.named_parameters())["weight0.magnitude"].data.zero_(), 1),
+        ]
         with torch.no_grad():
-            calls.clear()
-            first = model(x)
-            assert torch.equal(model(x), first)
-            assert len(calls) == 2
-            model[0].weight.mul_(2.0)
-            assert not torch.equal(model(x), first)
-            assert len(calls) == 3
-            adapter.load_arrays({name: 2.0 * array for name, array in adapter.arrays().items()})
-            model(x)
-            assert len(calls) == 5
-            adapter.set_weight(0.5)
-            model(x)
-            assert len(calls) == 7
-            dict(adapter.named_parameters())["weight0.magnitude"].data.zero_()  # without a version
-            model(x)
-            assert len(calls) == 8
+            for change, number in changes:
+                change()
+                calls.clear()
+                model(x)
+                assert len(calls) == number
         adapter.detach()

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import runpy
 import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,6 +29,8 @@ from tests.support.depth import in_depth
 
 from . import distributed_jobs as jobs
 from .distributed_checks import CHECKS
+from .distributed_main import DEATHS
+from .loops import relative
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples" / "distributed"
@@ -89,18 +92,14 @@ def _end(started: Sequence[subprocess.Popen[str]]) -> None:
                 process.wait()
 
 
-DEATHS = {"killed": "Signal 9 (SIGKILL) received by PID", "raises": "the data of this process ended"}
-
-
 @pytest.mark.law("dead-process")
 @pytest.mark.parametrize(
     ("how", "death", "world"),
     in_depth([("ddp", "killed", 2), ("fsdp2", "raises", 2), ("ddp", "raises", 4)], [("ddp", "killed", 2)]),
 )
 def test_a_process_that_dies_ends_the_job_with_a_message(tmp_path: Path, how: str, death: str, world: int) -> None:
-    job = [*TORCHRUN, "--standalone", "--nproc-per-node", world, "-m", f"{__package__}.distributed_dying"]
     with pytest.raises(AssertionError) as ended:
-        run([*job, tmp_path, how, death], timeout=100.0)
+        run([*TORCHRUN, "--standalone", "--nproc-per-node", world, *JOBS, tmp_path, f"{how}-{death}"], timeout=100.0)
     said = str(ended.value)
     assert DEATHS[death] in said
     assert f"rank      : {world - 1} (local_rank: {world - 1})" in said
@@ -139,10 +138,6 @@ def results(folder: Path, name: str, world: int) -> list[dict[str, Any]]:
     return [torch.load(folder / f"{name}.{rank}.pt") for rank in range(world)]
 
 
-def relative(found: Any, expected: Any) -> float:
-    return float((found - expected).detach().abs().max() / expected.detach().abs().max())
-
-
 @pytest.mark.parametrize(
     ("folder", "name"),
     [
@@ -171,6 +166,8 @@ def test_several_processes_train_as_one(folder: str, name: str, request: pytest.
 def test_the_file_is_that_of_one_process(two: Path, tmp_path: Path, name: str) -> None:
     once, twice = (two / f"{name}.{time}.safetensors" for time in ("once", "twice"))
     assert once.read_bytes() == twice.read_bytes()
+    if name.removeprefix("fsdp2-") in CONFIGS:  # sharded or replicated
+        assert once.read_bytes() == (two / f"{name.replace('fsdp2', 'ddp')}.once.safetensors").read_bytes()
     _, alone, _ = jobs.train(jobs.JOBS[name])
     alone.save(tmp_path / "alone.safetensors")
     expected, found = tna.load(tmp_path / "alone.safetensors"), tna.load(once)
@@ -185,13 +182,6 @@ def test_the_file_is_that_of_one_process(two: Path, tmp_path: Path, name: str) -
     loaded = tnadapt.torch.load(model, once)
     for array, tensor in results(two, name, 2)[0]["arrays"].items():
         assert torch.equal(loaded.arrays()[array], tensor)
-
-
-@pytest.mark.law("distributed-save")
-@pytest.mark.parametrize("config", CONFIGS)
-def test_sharded_and_replicated_leave_the_same_bytes(two: Path, config: str) -> None:
-    replicated, sharded = (two / f"{how}-{config}.once.safetensors" for how in ("ddp", "fsdp2"))
-    assert replicated.read_bytes() == sharded.read_bytes()
 
 
 @pytest.mark.law("launchers")
@@ -215,21 +205,11 @@ def test_several_processes(two: Path, check: str) -> None:
 # -- The scripts of the documentation --------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def task() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("task", EXAMPLES / "task.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def by_one_process(task: ModuleType, shuffled: bool, start: Path | None = None) -> tna.AdapterFile:
+def by_one_process(task: Any, shuffled: bool, start: Path | None, out: Path) -> tna.AdapterFile:
     """Return the adapter that the scripts train, trained by a simple loop."""
     model = task.pretrained_model()
-    fresh = start is None
-    adapter = tnadapt.torch.attach(model, keep_trainable="head") if fresh else tnadapt.torch.load(model, start)
+    attach, load = tnadapt.torch.attach, tnadapt.torch.load
+    adapter = attach(model, keep_trainable="head") if start is None else load(model, start)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-2)
     data = task.Bars()
     order = torch.utils.data.DistributedSampler(data, num_replicas=1, rank=0, seed=0, shuffle=shuffled)
@@ -239,7 +219,8 @@ def by_one_process(task: ModuleType, shuffled: bool, start: Path | None = None) 
             torch.nn.functional.cross_entropy(model(images), labels).backward()
             optimizer.step()
             optimizer.zero_grad()
-    return tnadapt.torch._adapter_saving.to_file(adapter._state)
+    adapter.save(out)
+    return tna.load(out)
 
 
 def is_like(found: tna.AdapterFile, expected: tna.AdapterFile) -> None:
@@ -252,7 +233,8 @@ def is_like(found: tna.AdapterFile, expected: tna.AdapterFile) -> None:
 
 @pytest.mark.law("launchers")
 @pytest.mark.parametrize("launcher", ["torchrun", "torchrun on two machines", "accelerate"])
-def test_a_script_of_the_documentation_trains_as_one_process(launcher: str, task: ModuleType, tmp_path: Path) -> None:
+def test_a_script_of_the_documentation_trains_as_one_process(launcher: str, tmp_path: Path) -> None:
+    task = SimpleNamespace(**runpy.run_path(str(EXAMPLES / "task.py")))
     start, out = None, tmp_path / "adapter.safetensors"
     arguments = ["--epochs", 2, "--out", out]
     if launcher == "torchrun":
@@ -277,4 +259,4 @@ def test_a_script_of_the_documentation_trains_as_one_process(launcher: str, task
         commands = [machine, machine]
     printed = run(*commands)
     assert "".join(printed).count("loss") == 2
-    is_like(tna.load(out), by_one_process(task, shuffled=launcher != "accelerate", start=start))
+    is_like(tna.load(out), by_one_process(task, launcher != "accelerate", start, tmp_path / "alone.safetensors"))

@@ -16,6 +16,7 @@ import tnadapt as tna
 import tnadapt.torch as tt
 from tests.support.array_presets import P
 
+from .life import by_formula
 from .small import stir
 
 CONFIGS = {
@@ -52,44 +53,33 @@ def embedding(cls: type[nn.Embedding] = nn.Embedding, **settings: Any) -> nn.Seq
     return nn.Sequential(cls(12, 6, **settings))
 
 
-def expected(adapter: tt.Adapter, model: nn.Module, ids: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """The output on W + ΔW in float64, and the gradients of the sum of its squares."""
-    arrays = {name: array.detach().double().requires_grad_() for name, array in adapter.arrays().items()}
-    (delta,) = adapter.plan.training_plan.deltas(arrays)
-    own = copy.deepcopy(model[0]).double()
-    own.__dict__.pop("forward", None)
-    y = torch.func.functional_call(own, {"weight": own.weight.detach() + adapter.weight * delta}, (ids,))
-    return y.detach(), list(torch.autograd.grad(y.square().sum(), list(arrays.values())))
-
-
 @pytest.mark.parametrize("strategy", ["auto", "weight", "additive", "factored"])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_strategy_is_the_formula(name: str, strategy: str) -> None:
-    for cls, settings in ((nn.Embedding, {}), (nn.Embedding, {"padding_idx": 3}), (Scaled, {"padding_idx": 0})):
-        model = embedding(cls, **settings)
-        base = model(IDS)
-        if strategy == "factored" and name in ("dense", "superlora"):
-            with pytest.raises(tna.ConfigError, match=r"looks up rows of a factor.*0\.weight has"):
-                tt.attach(model, CONFIGS[name], "embeddings", strategy=strategy)
-            continue
-        adapter = tt.attach(model, CONFIGS[name], "embeddings", strategy=strategy)
-        if strategy == "auto":
-            assert adapter.strategy == ("additive" if name in ("dense", "superlora") else "factored",)
-        assert torch.equal(model(IDS), base)
-        stir(adapter, 0.3)
-        adapter.set_weight(0.5)
-        y, gradients = expected(adapter, model, IDS)
-        found = model(IDS)
-        torch.testing.assert_close(found.double(), y, rtol=1e-5, atol=1e-5)
-        found.square().sum().backward()
-        for parameter, gradient in zip(adapter.parameters(), gradients, strict=True):
-            torch.testing.assert_close(parameter.grad.double(), gradient, rtol=1e-4, atol=1e-4)
-        assert model(IDS[:, :0]).shape == (2, 0, 6)
-        adapter.merge()
-        torch.testing.assert_close(model(IDS), found.detach(), rtol=1e-5, atol=1e-6)
-        adapter.unmerge()
-        adapter.detach()
-        assert torch.equal(model(IDS), base)
+    """Of a lookup that is scaled, and has padding; ``test_forward_laws.py`` has the plain ones."""
+    model, cfg = embedding(Scaled, padding_idx=0), CONFIGS[name]
+    base, large = model(IDS), name in ("dense", "superlora")
+    if strategy == "factored" and large:
+        with pytest.raises(tna.ConfigError, match=r"looks up rows of a factor.*0\.weight has"):
+            tt.attach(model, cfg, "embeddings", strategy=strategy)
+        return
+    adapter = tt.attach(model, cfg, "embeddings", strategy=strategy)
+    assert adapter.strategy == (strategy if strategy != "auto" else "additive" if large else "factored",)
+    assert torch.equal(model(IDS), base)
+    stir(adapter, 0.3)
+    adapter.set_weight(0.5)
+    expected = by_formula(adapter, embedding(Scaled, padding_idx=0).double(), IDS)
+    found = model(IDS)
+    torch.testing.assert_close(found.double(), expected["output"], rtol=1e-5, atol=1e-5)
+    found.square().sum().backward()
+    for array, parameter in adapter.named_parameters():
+        torch.testing.assert_close(parameter.grad.double(), expected[array], rtol=1e-4, atol=1e-4)
+    assert model(IDS[:, :0]).shape == (2, 0, 6)
+    adapter.merge()
+    torch.testing.assert_close(model(IDS), found.detach(), rtol=1e-5, atol=1e-6)
+    adapter.unmerge()
+    adapter.detach()
+    assert torch.equal(model(IDS), base)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
@@ -134,12 +124,16 @@ def test_lookups_are_recognized_by_their_source() -> None:
     for cls in (nn.Embedding, Scaled):
         assert tt.attach(embedding(cls), P.lora(2), "embeddings").strategy == ("factored",)
     for cls in (nn.Embedding, Normed):
-        model = embedding(cls, **({"scale_grad_by_freq": True} if cls is nn.Embedding else {}))
+        settings = {"scale_grad_by_freq": True} if cls is nn.Embedding else {}
+        model = embedding(cls, **settings)
         adapter = tt.attach(model, P.lora(2), "embeddings")
         assert adapter.strategy == ("weight",)
         stir(adapter, 0.3)
-        y, _ = expected(adapter, model, IDS)
+        y = by_formula(adapter, embedding(cls, **settings).double(), IDS)["output"]
         torch.testing.assert_close(model(IDS).double(), y, rtol=1e-5, atol=1e-5)
+    with pytest.raises(tna.ConfigError, match=r"looks up rows of ΔW, and apply='magnitude' of 0\.weight does more"):
+        tt.attach(embedding(), P.dora(2), "embeddings", strategy="factored")
+    assert tt.attach(embedding(), P.dora(2), "embeddings").strategy == ("weight",)
 
 
 @pytest.mark.parametrize(("library", "name"), [("gemma3", "Gemma3Text"), ("bart", "Bart")])
@@ -147,21 +141,6 @@ def test_models_of_transformers_scale_their_embeddings_in_a_known_way(library: s
     modeling = pytest.importorskip(f"transformers.models.{library}.modeling_{library}")
     model = nn.Sequential(getattr(modeling, f"{name}ScaledWordEmbedding")(12, 6, 0, embed_scale=2.0))
     assert tt.attach(model, P.lora(2), "embeddings").strategy == ("factored",)
-
-
-def test_what_is_more_than_a_sum_changes_the_weight() -> None:
-    model = embedding()
-    with pytest.raises(tna.ConfigError, match=r"looks up rows of ΔW, and apply='magnitude' of 0\.weight does more"):
-        tt.attach(model, P.dora(2), "embeddings", strategy="factored")
-    assert tt.attach(model, P.dora(2), "embeddings").strategy == ("weight",)
-
-
-def test_indices_are_not_dropped() -> None:
-    model = embedding()
-    with pytest.warns(UserWarning, match="drops nothing"):
-        adapter = tt.attach(model, P.lora(2), "embeddings", dropout=0.5)
-    stir(adapter, 0.3)
-    assert torch.equal(model.train()(IDS), model.eval()(IDS))
 
 
 def test_a_copied_and_a_compiled_model_look_up_the_same() -> None:

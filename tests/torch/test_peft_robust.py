@@ -88,9 +88,7 @@ def test_deletion_and_an_unknown_name_freeze_and_unfreeze_nothing(active: str) -
     assert trainable(model) == before
     # It leaves no name in its dictionary.
     assert len(arrays) == len(list(arrays.parameters())) == 0
-
-
-def test_deletion_of_the_last_adapter_gives_back_what_was_trainable() -> None:
+    # The last one gives back what was trainable.
     model = made("b", "c")
     for name in "cb":
         model.delete_adapter(name)
@@ -106,39 +104,28 @@ def both() -> PeftModel:
     return model
 
 
-def base_weight(model: PeftModel) -> Any:
-    return model.get_base_model().q_proj.weight.detach().clone()
-
-
 @pytest.mark.parametrize("progressbar", [False, True])
 def test_merging_shows_its_progress_if_asked(progressbar: bool, capsys: pytest.CaptureFixture[str]) -> None:
     made("default").merge_and_unload(progressbar=progressbar)
     assert ("Unloading and merging model" in capsys.readouterr().err) == progressbar
 
 
-def test_a_merge_interrupted_at_any_line_is_whole_or_did_not_happen() -> None:
-    weight, expected = base_weight(both()), run(both())
-    for stop in moments(both().merge_adapter, TUNER):
+@pytest.mark.parametrize("way", ["merge_adapter", "unmerge_adapter"])
+def test_interrupted_at_any_line_a_merge_did_not_happen_and_an_unmerge_can_be_repeated(way: str) -> None:
+    def prepared() -> PeftModel:
         model = both()
-        interrupted(model.merge_adapter, stop, TUNER)
-        torch.testing.assert_close(run(model), expected)
-        assert torch.equal(base_weight(model), weight), stop
-        assert not model.base_model.tnadapt.merged
-
-
-def test_an_unmerge_interrupted_at_any_line_can_be_repeated() -> None:
-    def merged() -> PeftModel:
-        model = both()
-        model.merge_adapter()
+        if way == "unmerge_adapter":
+            model.merge_adapter()
         return model
 
-    weight, expected = base_weight(both()), run(both())
-    for stop in moments(merged().unmerge_adapter, TUNER):
-        model = merged()
-        interrupted(model.unmerge_adapter, stop, TUNER)
+    weight, expected = both().get_base_model().q_proj.weight, run(both())
+    for stop in moments(getattr(prepared(), way), TUNER):
+        model = prepared()
+        interrupted(getattr(model, way), stop, TUNER)
         if model.base_model.tnadapt.merged:
+            assert way == "unmerge_adapter"
             model.unmerge_adapter()
-        assert torch.equal(base_weight(model), weight), stop
+        assert torch.equal(model.get_base_model().q_proj.weight, weight), stop
         assert torch.equal(run(model), expected), stop
 
 
@@ -149,24 +136,29 @@ def test_an_unmerge_interrupted_at_any_line_can_be_repeated() -> None:
     ("name", "settings", "text"),
     [
         *(
-            (name, {}, ": its arrays are kept in an nn.ModuleDict")
+            (name, {}, f"cannot be called '{name}': its arrays are kept in an nn.ModuleDict")
             for name in ("keys", "items", "values", "type", "training", "forward", "_modules")
         ),
-        ("v1.0", {"modules_to_save": ["head"]}, r" with modules_to_save=\['head'\]: PEFT keeps the trained copies"),
+        (
+            "v1.0",
+            {"modules_to_save": ["head"]},
+            r"cannot be called 'v1.0' with modules_to_save=\['head'\]: PEFT keeps the trained copies",
+        ),
+        ("b", {"trained": ["group9.core"]}, r"'group9.core'\] of the config are not arrays of adapter 'b', which has"),
     ],
 )
-def test_a_name_that_cannot_be_is_refused(name: str, settings: dict[str, Any], text: str) -> None:
+def test_what_cannot_be_added_is_refused(name: str, settings: dict[str, Any], text: str) -> None:
+    error = ConfigError if name == "b" else TargetError
     model = made("default")
     before, expected, state = trainable(model), run(model), list(model.state_dict())
-    text = f"cannot be called '{name}'{text}"
-    with pytest.raises(TargetError, match=text):
+    with pytest.raises(error, match=text):
         model.add_adapter(name, config(**settings))
     assert list(model.peft_config) == list(tt.adapters(model)) == list(model.base_model.tnadapt.handles) == ["default"]
     assert torch.equal(run(model), expected)
     assert (trainable(model), list(model.state_dict())) == (before, state)
     assert type(model.get_base_model().head) is nn.Linear
     net = Net()
-    with pytest.raises(TargetError, match=text):
+    with pytest.raises(error, match=text):
         get_peft_model(net, config(**settings), adapter_name=name)
     assert trainable(net) == list(net.state_dict()) == list(Net().state_dict())
 
@@ -255,10 +247,3 @@ def test_a_fresh_adapter_with_chosen_arrays_can_learn(array: str) -> None:
     (parameter,) = tt.adapters(model)["default"].parameters()
     assert parameter.grad is not None
     assert parameter.grad.any()
-
-
-def test_unknown_arrays_are_refused() -> None:
-    model = made("default")
-    with pytest.raises(ConfigError, match=r"'group9.core'\] of the config are not arrays of adapter 'b', which has"):
-        model.add_adapter("b", config(trained=["group9.core"]))
-    assert list(model.peft_config) == list(tt.adapters(model)) == ["default"]

@@ -15,6 +15,7 @@ import tnadapt.torch as tt
 from tests.support.array_presets import P
 
 from .quantized_models import KINDS, OUT, SIZE, equal, model, numbers, plain, values
+from .small import stir
 
 pytestmark = [
     pytest.mark.slow,
@@ -32,10 +33,7 @@ def batch() -> Any:
 
 def moved(adapter: Any, size: float = 0.05) -> Any:
     """Return the adapter as if it had been trained."""
-    noise = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for parameter in adapter.parameters():
-            parameter += size * torch.randn(parameter.shape, generator=noise)
+    stir(adapter, size, 5)
     return adapter
 
 
@@ -50,15 +48,18 @@ def of_numbers(made: Any) -> Any:
 
 @kinds
 @pytest.mark.parametrize(
-    "config", [P.lora(4), P.superlora(2), P.hira(4), P.dora(4)], ids=["lora", "all", "hira", "dora"]
+    "config",
+    [P.lora(4), P.superlora(2), P.hira(4), P.dora(4), P.lora_xs(4), P.tinylora(4), P.lora(4, start="pissa")],
+    ids=["lora", "all", "hira", "dora", "xs", "tiny", "pissa"],
 )
 def test_outputs_and_gradients_are_those_of_the_numbers(kind: str, config: tna.Config) -> None:
     made = model(kind)
-    adapter = moved(tt.attach(made, config, "all-linear"))
+    adapter, like = tt.attach(made, config, "all-linear"), of_numbers(made)
     assert set(adapter.strategy) <= {"factored", "additive"}
-    like = of_numbers(made)
     reference = tt.attach(like, config, "all-linear")
-    reference.load_arrays(adapter.arrays())
+    # Also what is computed from the base is computed from its numbers.
+    assert all(torch.equal(array, reference.arrays()[name]) for name, array in adapter.arrays().items())
+    reference.load_arrays(moved(adapter).arrays())
     x, grad = batch(), torch.randn(16, OUT, generator=torch.Generator().manual_seed(4))
     tolerance = 1e-5 if KINDS[kind].exact else 0.03
     found, expected = (
@@ -86,11 +87,8 @@ def test_merged_saved_loaded_and_baked(kind: str, tmp_path: Path) -> None:
     assert report is not None
     assert [row.name for row in report] == ["0.weight", "2.weight"]
     for row, place, old, update in zip(report, (0, 2), base, updates, strict=True):
-        now = numbers(made[place])
-        off = torch.linalg.norm(now - (old + update))
-        assert row.error == pytest.approx(float(off / torch.linalg.norm(old + update)), rel=1e-3)
+        off = torch.linalg.norm(numbers(made[place]) - (old + update))
         assert row.update_error == pytest.approx(float(off / torch.linalg.norm(update)), rel=1e-3)
-        assert row.kept == pytest.approx(float(((now - old) * update).sum() / update.square().sum()), rel=1e-3)
         assert 0.5 < row.kept < 1.5
     merged = made(x).detach()
     assert torch.linalg.norm(merged - attached) < torch.linalg.norm(first - attached)
@@ -165,16 +163,6 @@ def test_copies_work_on_their_own(kind: str, merged: bool) -> None:
     assert torch.equal(made(x).detach(), attached)
 
 
-@kinds
-@pytest.mark.parametrize("config", [P.lora_xs(4), P.tinylora(4), P.lora(4, start="pissa")], ids=["xs", "tiny", "pissa"])
-def test_what_is_computed_from_the_base_is_computed_from_its_numbers(kind: str, config: tna.Config) -> None:
-    made = model(kind)
-    found = tt.attach(made, config, "all-linear").arrays()
-    expected = tt.attach(of_numbers(made), config, "all-linear").arrays()
-    for name, array in found.items():
-        assert torch.equal(array, expected[name]), name
-
-
 def test_an_update_that_nf4_cannot_show_vanishes() -> None:
     made = model("bitsandbytes nf4")
     adapter = moved(tt.attach(made, P.lora(4), "all-linear"), 1e-3)
@@ -203,8 +191,8 @@ def test_the_input_of_a_layer_that_rounds_it_has_a_gradient() -> None:
     assert torch.linalg.norm(found - expected) < 0.03 * torch.linalg.norm(expected)
 
 
-def test_evaluation_leaves_nf4_layers_as_they_are() -> None:
-    # On a CPU with AVX-512 BF16 bitsandbytes repacks them for good, for a kernel without a backward.
+def test_nf4_layers_that_an_evaluation_repacks() -> None:
+    """On a CPU with AVX-512 BF16 bitsandbytes repacks them for good, for a kernel without a backward."""
     made, x = model("bitsandbytes nf4, double"), batch()
     flags = [getattr(made[place], "support_avx512bf16_for_cpu", None) for place in (0, 2)]
     adapter = moved(tt.attach(made, P.lora(4), ["2.weight"]))
@@ -216,13 +204,11 @@ def test_evaluation_leaves_nf4_layers_as_they_are() -> None:
     assert x.grad is not None
     adapter.detach()
     assert [getattr(made[place], "support_avx512bf16_for_cpu", None) for place in (0, 2)] == flags
-
-
-def test_nf4_layers_that_were_repacked_are_read() -> None:
-    made, x = model("bitsandbytes nf4"), batch()
+    # Those that were repacked are read.
+    made = model("bitsandbytes nf4")
     base = numbers(made[0]).clone()
     with torch.no_grad():
-        made.eval()(x)
+        made.eval()(batch())
     # The scales are rounded to bfloat16 where the CPU has the kernel, and nothing has happened elsewhere.
     assert torch.allclose(numbers(made[0]), base, rtol=0.01)
     adapter = moved(tt.attach(made, P.lora(4), "all-linear"))

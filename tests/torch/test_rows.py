@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,6 +22,7 @@ from .internals import batch_rows
 from .small import WIDTH, batch, compiles_whole, small, stir
 from .test_requantizing import Packed
 from .test_requantizing import model as packed
+from .test_threads import beside
 
 NAMES: list[str | None] = ["a", None, "b", "a"]
 #: Pairs of adapters, with the settings of ``attach``.
@@ -48,6 +48,10 @@ def adapted(model: Any, pair: str, targets: Any = "qv", **more: Any) -> Any:
     for seed, (name, (config, extra)) in enumerate(zip("ab", PAIRS[pair], strict=True)):
         stir(tt.attach(model, config, targets, name, **{**extra, **more}), 0.3, seed)
     return model
+
+
+def two_layers(pair: str = "lora") -> Any:
+    return adapted(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, 4)), pair, "all-linear")
 
 
 def activate(model: Any, name: str | None) -> None:
@@ -123,13 +127,20 @@ def test_the_ways_of_few_and_many_tokens(
         torch.testing.assert_close(by_rows(other, names, x), alone(other, names, x), rtol=1e-4, atol=1e-5)
 
 
-def test_a_layer_that_only_one_adapter_updates() -> None:
+def test_a_layer_that_only_one_adapter_updates_and_some_of_its_rows() -> None:
     model = small()
     stir(tt.attach(model, P.lora(2), "q", "a"), 0.3)
     stir(tt.attach(model, P.superlora(2), ["head"], "b"), 0.3)
     x = batch(size=4)
     torch.testing.assert_close(by_rows(model, NAMES, x), alone(model, NAMES, x), rtol=1e-4, atol=1e-5)
     assert torch.equal(by_rows(model, [None] * 4, x), alone(model, [None], x))
+    model = nn.Sequential(nn.Linear(WIDTH, 12))
+    for name, strategy in (("a", "factored"), ("b", "additive")):
+        some = [tna.Target("0", (12, WIDTH), rows=tna.RowIndices((1, 5, 11)))]
+        stir(tt.attach(model, P.lora(2), some, name, strategy=strategy), 0.3)
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            torch.testing.assert_close(by_rows(model, NAMES, x), alone(model, NAMES, x))
 
 
 @pytest.mark.parametrize("config", [P.lora(2), P.superlora(2), P.dora(2)], ids=["lora", "superlora", "dora"])
@@ -144,16 +155,11 @@ def test_quantized_layers(config: tna.Config) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_half_precision_and_autocast(dtype: Any) -> None:
-    model = adapted(
-        nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, 4)).to(dtype),
-        "lora and superlora",
-        "all-linear",
-    )
-    x = batch(size=4).to(dtype)
+    model, x = two_layers("lora and superlora").to(dtype), batch(size=4).to(dtype)
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
-        found, expected = by_rows(model, NAMES, x), alone(model, NAMES, x)
-    assert found.dtype == expected.dtype == torch.bfloat16
-    torch.testing.assert_close(found, expected, rtol=0.05, atol=0.05)
+        by_row, expected = by_rows(model, NAMES, x), alone(model, NAMES, x)
+    assert by_row.dtype == expected.dtype == torch.bfloat16
+    torch.testing.assert_close(by_row, expected, rtol=0.05, atol=0.05)
 
 
 def test_a_model_that_masks_attention() -> None:
@@ -177,28 +183,18 @@ def test_a_model_that_masks_attention() -> None:
         torch.testing.assert_close(weights[row : row + 1], own)
 
 
-def test_nested_the_inner_one_counts_and_names_of_base() -> None:
-    model = adapted(nn.Sequential(nn.Linear(WIDTH, 4)), "lora", "all-linear")
-    x = batch(size=2)
-    with tt.rows(model, ["a", "b"]):
-        outer = model(x)
-        with tt.rows(model, ["b", "__base__"]):
-            inner = model(x)
-        assert torch.equal(model(x), outer)
-    torch.testing.assert_close(inner, alone(model, ["b", None], x))
-    torch.testing.assert_close(outer, alone(model, ["a", "b"], x))
-
-
-def test_a_submodule_and_a_copy() -> None:
-    model = adapted(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 4)), "lora", "all-linear")
-    x = batch(size=2)
-    expected = alone(model, ["a", "b"], x)
+def test_nested_in_a_part_and_in_a_copy() -> None:
+    """Nested, the inner one counts."""
+    model, x = two_layers(), batch(size=2)
+    expected, inner = alone(model, ["a", "b"], x), alone(model, ["b", None], x)
     with (
         pytest.raises(tna.TargetError, match="no adapter 'a' on this model; there are: none"),
-        tt.rows(model[0], ["a"]),
+        tt.rows(model[1], ["a"]),
     ):
         pass
     with tt.rows(nn.Sequential(model), ["a", "b"]):
+        torch.testing.assert_close(model(x), expected)
+        torch.testing.assert_close(by_rows(model, ["b", "__base__"], x), inner)
         torch.testing.assert_close(model(x), expected)
         duplicates = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
         outputs = [duplicate(x) for duplicate in duplicates]
@@ -211,55 +207,42 @@ def test_threads_with_different_rows() -> None:
     """Rows hold for the thread that enters them, also where another thread has none."""
     model = adapted(small(), "lora and superlora")
     x = batch(size=4)
-    several: list[list[str | None] | None] = [NAMES, ["b", "b", None, "a"], None]
+    other: list[str | None] = ["b", "b", None, "a"]
     with torch.no_grad():
-        expected = [model(x) if names is None else alone(model, names, x) for names in several]
-    wrong: list[BaseException] = []
+        expected = [model(x), alone(model, NAMES, x), alone(model, other, x)]
 
-    def work(names: list[str | None] | None, right: Any) -> None:
-        try:
-            with torch.no_grad():
-                for _ in range(10):
-                    found = model(x) if names is None else by_rows(model, names, x)
-                    torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-5)
-        except BaseException as error:
-            wrong.append(error)
+    @torch.no_grad()
+    def check(names: list[str | None] | None, right: Any) -> None:
+        torch.testing.assert_close(model(x) if names is None else by_rows(model, names, x), right, rtol=1e-4, atol=1e-5)
 
-    threads = [threading.Thread(target=work, args=one) for one in zip(several, expected, strict=True)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if wrong:
-        raise wrong[0]
+    def several() -> None:
+        for _ in range(10):
+            check(NAMES, expected[1])
+
+    beside(several, [lambda: check(None, expected[0]), lambda: check(other, expected[2])])
 
 
 # -- Training ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpointing_inside(reentrant: bool) -> None:
-    model = adapted(nn.Sequential(nn.Sequential(nn.Linear(WIDTH, 4))), "lora", "all-linear")
-    x = batch(size=4).requires_grad_()
-    found = []
-    for run in (lambda x: model(x), lambda x: checkpoint(model, x, use_reentrant=reentrant)):
+def test_checkpointing(reentrant: bool) -> None:
+    model, x = two_layers(), batch(size=4).requires_grad_()
+    gradients = []
+    for run in (model, lambda x: checkpoint(model, x, use_reentrant=reentrant)):
         model.zero_grad()
         with tt.rows(model, NAMES):
             run(x).square().sum().backward()
-        found.append([parameter.grad.clone() for name in "ab" for parameter in tt.adapters(model)[name].parameters()])
-    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+        gradients.append([p.grad.clone() for name in "ab" for p in tt.adapters(model)[name].parameters()])
+    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
 
 
 def test_backward_outside_recomputes_nothing_else() -> None:
-    class Checkpointed(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = nn.Linear(WIDTH, 4)
-
+    class Checkpointed(nn.Sequential):
         def forward(self, x: Any) -> Any:
-            return checkpoint(self.inner, x, use_reentrant=False)
+            return checkpoint(self[0], x, use_reentrant=False)
 
-    model = adapted(Checkpointed(), "lora", "all-linear")
+    model = adapted(Checkpointed(nn.Linear(WIDTH, 4)), "lora", "all-linear")
     output = by_rows(model, NAMES, batch(size=4).requires_grad_())
     with pytest.raises(RuntimeError, match=r"or rows\(\) left, between a forward pass with activation checkpointing"):
         output.sum().backward()
@@ -273,113 +256,55 @@ def test_backward_outside_recomputes_nothing_else() -> None:
 def test_a_compiled_model_runs_adapted_layers_outside_of_its_program() -> None:
     """Correct, with any rows, and without recompiling for other rows or other active adapters."""
     torch._dynamo.reset()
-    model = adapted(
-        nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, 4)), "lora and superlora", "all-linear"
-    )
+    model, x = two_layers("lora and superlora"), batch(size=4)
     activate(model, "a")
     program = torch.compile(model, backend="aot_eager")
-    x = batch(size=4)
     counts = []
     with torch.no_grad():
         before = program(x)
         for names in (NAMES, ["b", "b", None, None], ["a"] * 4):
             expected = alone(model, names, x)
-            with tt.rows(model, names):
-                torch.testing.assert_close(program(x), expected, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(by_rows(program, names, x), expected, rtol=1e-4, atol=1e-5)
             torch.testing.assert_close(program(x), before)
             counts.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
         activate(model, "b")
         torch.testing.assert_close(program(x), model(x), rtol=1e-4, atol=1e-5)
-    assert counts[0] == counts[-1] == torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        assert counts[0] == counts[-1] == torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        # A compiled function may give the rows: a warning of Dynamo would be an error.
+        divided = torch.compile(lambda x: by_rows(model, NAMES, x), backend="aot_eager")
+        torch.testing.assert_close(divided(x), alone(model, NAMES, x), rtol=1e-4, atol=1e-5)
     whole = torch.compile(model, backend="aot_eager", fullgraph=True)
     with tt.rows(model, NAMES), pytest.raises(torch._dynamo.exc.Unsupported, match=r"tnadapt\.torch\.rows\(\) divides"):
         whole(x)
 
 
-@pytest.mark.slow
-@compiles_whole
-def test_a_compiled_function_may_give_the_rows() -> None:
-    torch._dynamo.reset()
-    model, x = adapted(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()), "lora", "all-linear"), batch(size=4)
-
-    def divided(x: torch.Tensor) -> torch.Tensor:
-        with tt.rows(model, NAMES):
-            return model(x)
-
-    with torch.no_grad():
-        found = torch.compile(divided, backend="aot_eager")(x)  # a warning of Dynamo would be an error
-        torch.testing.assert_close(found, alone(model, NAMES, x), rtol=1e-4, atol=1e-5)
-
-
 # -- Errors --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("names", "error", "text"),
-    [
-        (
-            "a",
-            tna.ConfigError,
-            r"rows\(\) needs a list with an adapter's name, or None, for each row of the batch; got 'a'",
-        ),
-        ([], tna.ConfigError, r"rows\(\) needs a list with an adapter's name"),
-        (["a", 3], tna.ConfigError, r"an entry of rows\(\) is an adapter's name or None; got 3"),
-        (["a", "c"], tna.TargetError, "no adapter 'c' on this model; there are: 'a', 'b', and None for the base"),
-    ],
-)
-def test_no_names(names: Any, error: type[Exception], text: str) -> None:
-    model = adapted(nn.Sequential(nn.Linear(WIDTH, 4)), "lora", "all-linear")
-    with pytest.raises(error, match=text), tt.rows(model, names):
-        pass
-
-
-def test_the_counterpart_of_weighted_adapters_is_named() -> None:
-    model = adapted(nn.Sequential(nn.Linear(WIDTH, 4)), "lora", "all-linear")
-    handle = tt.adapters(model)["a"]
-    text = r"PEFT's add_weighted_adapter is tnadapt\.torch\.mix\(model, \{'first': 0\.5, 'second': 0\.5\}\), which"
-    with pytest.raises(AttributeError, match=text):
-        handle.add_weighted_adapter(["a", "b"], [0.5, 0.5], "c")
-    with pytest.raises(AttributeError, match=r"^'Adapter' object has no attribute 'other'$"):
-        _ = handle.other
-    assert copy.deepcopy(handle).name == "a"
-
-
-def test_merged_and_disabled_adapters() -> None:
-    model = adapted(nn.Sequential(nn.Linear(WIDTH, 4)), "lora", "all-linear")
-    a, b = tt.adapters(model).values()
-    merged = r"adapter 'b' is merged into the base, and so into every row: unmerge\(\) it before rows\(\)"
-    b.merge()
-    with pytest.raises(tna.TargetError, match=merged):
-        by_rows(model, ["a", None], batch(size=2))
-    b.unmerge()
-    with tt.rows(model, ["a", None]):
-        b.merge()
-        with pytest.raises(tna.TargetError, match=merged):
-            model(batch(size=2))
-    b.unmerge()
-    with a.disabled(), pytest.raises(tna.TargetError, match=r"adapter 'a' is disabled, and rows\(\) names it"):
-        by_rows(model, ["a", None], batch(size=2))
-    with a.disabled():
-        torch.testing.assert_close(by_rows(model, ["b", None], batch(size=2)), alone(model, ["b", None], batch(size=2)))
+LIST = r"rows\(\) needs a list with an adapter's name"
+SHAPES: list[tuple[tuple[int, ...], str]] = [
+    ((5, 3, WIDTH), r"has 4 names, and 0 got an input of shape \(5, 3, 16\): its first dimension must be 4, or"),
+    ((8, 4, WIDTH), r"\(8, 4, 16\), whose first or second dimension could be the batch: .* for each of its 8 rows"),
+    ((WIDTH,), r"rows\(\) needs layers whose input has rows, and 0 got an input of shape \(16,\)"),
+]
 
 
 @pytest.mark.parametrize(
-    ("shape", "text"),
+    ("names", "shape", "error", "text"),
     [
-        (
-            (5, 3, WIDTH),
-            r"rows\(\) has 4 names, and 0 got an input of shape \(5, 3, 16\): its first dimension must be 4, or",
-        ),
-        ((8, 4, WIDTH), r"\(8, 4, 16\), whose first or second dimension could be the batch: .* for each of its 8 rows"),
-        ((WIDTH,), r"rows\(\) needs layers whose input has rows, and 0 got an input of shape \(16,\)"),
+        ("a", (), tna.ConfigError, rf"{LIST}, or None, for each row of the batch; got 'a'"),
+        ([], (), tna.ConfigError, LIST),
+        (["a", 3], (), tna.ConfigError, r"an entry of rows\(\) is an adapter's name or None; got 3"),
+        (["a", "c"], (), tna.TargetError, "no adapter 'c' on this model; there are: 'a', 'b', and None for the base"),
+        *((names, shape, tna.TargetError, text) for names in (NAMES, ["a"] * 4) for shape, text in SHAPES),
     ],
 )
-def test_rows_that_do_not_fit(shape: tuple[int, ...], text: str) -> None:
-    model = adapted(nn.Sequential(nn.Linear(WIDTH, 4)), "lora", "all-linear")
-    with pytest.raises(tna.TargetError, match=text):
-        by_rows(model, NAMES, torch.randn(shape))
-    with pytest.raises(tna.TargetError, match=text):
-        by_rows(model, ["a"] * 4, torch.randn(shape))
+def test_no_names_and_rows_that_do_not_fit(
+    names: Any, shape: tuple[int, ...], error: type[Exception], text: str
+) -> None:
+    model = two_layers()
+    with pytest.raises(error, match=text):
+        by_rows(model, names, torch.randn(shape))
     # One name is for all rows, whatever their number.
     assert by_rows(model, ["a"], torch.randn(8, 4, WIDTH)).shape == (8, 4, 4)
 
@@ -394,17 +319,29 @@ def test_a_layer_has_its_path_on_the_model_in_errors(order: tuple[int, int]) -> 
         by_rows(model, ["b", None], torch.randn(3, WIDTH))
 
 
-def test_models_whose_rows_cannot_be_told_apart() -> None:
-    model = adapted(nn.Sequential(nn.MultiheadAttention(8, 2)), "lora")
-    with pytest.raises(tna.TargetError, match=r"0 has batch_first=False: .*0\.in_proj_weight sees, is not that of the"):
-        by_rows(model, ["a", "b"], torch.randn(2, 2, 8))
-    experts = nn.ModuleDict({"experts": nn.ModuleList([nn.Linear(4, 4)])})
-    model = adapted(experts, "lora", "all-linear")
-    with (
-        pytest.raises(tna.TargetError, match=r"experts\.0\.weight belongs to experts, which see selected tokens"),
-        tt.rows(model, ["a", None]),
-    ):
-        pass
+def test_merged_and_disabled_adapters() -> None:
+    model, x = two_layers(), batch(size=2)
+    a, b = tt.adapters(model).values()
+    merged = r"adapter 'b' is merged into the base, and so into every row: unmerge\(\) it before rows\(\)"
+    b.merge()
+    with pytest.raises(tna.TargetError, match=merged):
+        by_rows(model, ["a", None], x)
+    b.unmerge()
+    with tt.rows(model, ["a", None]):
+        b.merge()
+        with pytest.raises(tna.TargetError, match=merged):
+            model(x)
+    b.unmerge()
+    with a.disabled(), pytest.raises(tna.TargetError, match=r"adapter 'a' is disabled, and rows\(\) names it"):
+        by_rows(model, ["a", None], x)
+    with a.disabled():
+        torch.testing.assert_close(by_rows(model, ["b", None], x), alone(model, ["b", None], x))
+    text = r"PEFT's add_weighted_adapter is tnadapt\.torch\.mix\(model, \{'first': 0\.5, 'second': 0\.5\}\), which"
+    with pytest.raises(AttributeError, match=text):
+        a.add_weighted_adapter(["a", "b"], [0.5, 0.5], "c")
+    with pytest.raises(AttributeError, match=r"^'Adapter' object has no attribute 'other'$"):
+        _ = a.other
+    assert copy.deepcopy(a).name == "a"
 
 
 def test_modules_that_keep_state_or_return_something_else() -> None:
@@ -433,23 +370,27 @@ def test_modules_that_keep_state_or_return_something_else() -> None:
         by_rows(model, ["a", "b"], x)
 
 
-@pytest.mark.parametrize("target", ["linear1", "self_attn"])
-def test_layers_around_an_attention_that_has_the_batch_second_are_refused(target: str) -> None:
-    model = nn.Sequential(nn.TransformerEncoderLayer(8, 2, dim_feedforward=16, batch_first=False))
-    for name in "ab":
-        tt.attach(model, "lora", f".*{target}.*", name, rank=1)
-    with pytest.raises(tna.TargetError, match="has batch_first=False"), tt.rows(model, ["a", "b"]):
-        pass
+SECOND = "has batch_first=False"
 
 
-def test_tables_of_relative_positions_are_refused() -> None:
-    transformers = pytest.importorskip("transformers")
-    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2, "vocab_size": 20}
-    model = transformers.T5EncoderModel(transformers.T5Config(**sizes)).eval()
-    for name in "ab":
-        tt.attach(model, "lora", "embeddings", name, rank=1, keep_tied=True)
-    with (
-        pytest.raises(tna.TargetError, match=r"relative_attention_bias\.weight is not an embedding of tokens or posi"),
-        tt.rows(model, ["a", "b"]),
-    ):
+@pytest.mark.parametrize(
+    ("make", "targets", "text"),
+    [
+        (nn.MultiheadAttention, "qv", rf"0 {SECOND}: .*0\.in_proj_weight sees, is not that of the"),
+        *((nn.TransformerEncoderLayer, target, SECOND) for target in (r".*linear1.*", r".*self_attn.*")),
+        (None, "all-linear", r"experts\.0\.weight belongs to experts, which see selected tokens"),
+        ("T5", "embeddings", r"relative_attention_bias\.weight is not an embedding of tokens or posi"),
+    ],
+)
+def test_models_whose_rows_cannot_be_told_apart(make: Any, targets: str, text: str) -> None:
+    if make == "T5":
+        transformers = pytest.importorskip("transformers")
+        sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2, "vocab_size": 20}
+        model = transformers.T5EncoderModel(transformers.T5Config(**sizes)).eval()
+    elif make is None:
+        model = nn.ModuleDict({"experts": nn.ModuleList([nn.Linear(4, 4)])})
+    else:
+        model = nn.Sequential(make(8, 2))
+    adapted(model, "lora", targets, keep_tied=True)
+    with pytest.raises(tna.TargetError, match=text), tt.rows(model, ["a", "b"]):
         pass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -25,37 +26,22 @@ from .modules import Module, linear, names, qv, roles, vq
 # -- By role, in every library -----------------------------------------------------------------
 
 SQUARE = qv((32, 32))
-
+#: Of models with other weights than two layers of 32 × 32.
 SHAPES = {
     "torch_encoder": qv((16, 16)) * 2,
     "torch_decoder": qv((16, 16)) * 2,
     "torch_attention_kdim": qv((16, 16), (16, 20)),
-    "torchvision_vit": SQUARE * 2,
     "torchvision_swin": qv((16, 16)) * 2 + qv((32, 32)),
-    "timm_vit": SQUARE * 2,
     "timm_swin": qv((16, 16)) * 2 + qv((32, 32)),
     "timm_swinv2": qv((16, 16)) * 2 + qv((32, 32)),
-    "timm_beit": SQUARE * 2,
-    "timm_eva": SQUARE * 2,
-    "bert": SQUARE * 2,
     "albert": SQUARE,  # three layers of one weight
-    "modernbert": SQUARE * 2,
-    "vit": SQUARE * 2,
-    "dinov2": SQUARE * 2,
     "clip": vq((32, 32)) * 2 + vq((48, 48)) * 2,
-    "gpt2": SQUARE * 2,
     "gpt2_cross": [*SQUARE, ("v", (32, 32)), ("q", (32, 32))],  # c_attn with k and v, then q_attn
     "llama": qv((32, 32), (16, 32)) * 2,  # 4 heads of 8, and 2
     "phi3": qv((32, 32), (8, 32)) * 2,
-    "gpt_neox": SQUARE * 2,
-    "bloom": SQUARE * 2,
-    "falcon_old": SQUARE * 2,
     "falcon_multi_query": qv((32, 32), (8, 32)) * 2,
     "falcon_new": qv((32, 32), (16, 32)) * 2,
     "gpt_bigcode": qv((32, 32), (8, 32)) * 2,
-    "gpt_bigcode_heads": SQUARE * 2,
-    "codegen": SQUARE * 2,
-    "mpt": SQUARE * 2,
     "deepseek_v3": qv((4 * 10, 8), (4 * 8, 12)) * 2,  # from latents of 8 and 12
     "t5": qv((24, 32)) * 6,  # 3 heads of 8, in 2 layers that attend to themselves, 2 that do both
     "whisper": vq((32, 32)) * 3,
@@ -86,16 +72,25 @@ LAYERS = {
 
 
 # A model without attentions aside, every model is here.
+#: Models with weights that a parent reads.
+READ_BY_PARENT = ("timm_swinv2", "timm_beit", "timm_eva", "torch_encoder", "torchvision_swin")
+
+
+# A model without attentions aside, every model is here.
 @pytest.mark.law("fused-rows")
 @pytest.mark.parametrize("name", sorted(MODELS.keys() - {"torchvision_resnet"}))
 def test_queries_and_values_of_a_model(name: str) -> None:
-    model, _ = build(name)
+    """Also who reads them: with the owner's forward forbidden, the model runs if and only if a parent is the host."""
+    model, inputs = build(name)
     found = find_targets(model)
-    assert [(target.role, target.shape) for target in found] == SHAPES[name]
+    assert [(target.role, target.shape) for target in found] == SHAPES.get(name, SQUARE * 2)
     parameters = dict(model.named_parameters())
     for target in found:
         assert tuple(parameters[target.name].shape) == target.stored
         assert tuple(target.select(parameters[target.name]).shape) == target.shape
+        parent = target.module.rpartition(".")[0]
+        assert host_of(model, target) == (parent if name in READ_BY_PARENT else target.module)
+        assert reads_outside(model, target) == ([parent] if name in READ_BY_PARENT else [])
     # What is asked for alone is what was found together.
     assert find_targets(model, "q") == [target for target in found if target.role == "q"]
     assert find_targets(model, "vq") == found
@@ -107,12 +102,15 @@ def test_queries_and_values_of_a_model(name: str) -> None:
         assert {target.role for target in outputs} == {"o"}
         assert [target.role for target in find_targets(model, "qkvo")].count("o") == len(outputs)
 
+    def forbidden(*_: Any, **__: Any) -> None:
+        raise RuntimeError("called")
 
-@pytest.mark.law("meta-device")
-def test_a_model_without_memory() -> None:
-    with torch.device("meta"):
-        model = nn.TransformerEncoderLayer(4096, 8)
-    assert roles(model) == qv((4096, 4096))
+    model.get_submodule(found[0].module).forward = forbidden
+    with (
+        torch.no_grad(),
+        contextlib.nullcontext() if name in READ_BY_PARENT else pytest.raises(RuntimeError, match="called"),
+    ):
+        output(model, inputs)
 
 
 # -- The paper's U-Net -------------------------------------------------------------------------
@@ -149,13 +147,6 @@ def test_all_linear_but_the_head(name: str, count: int, last: str) -> None:
     assert {(target.role, target.rows) for target in found} == {("linear", None)}
 
 
-def test_the_head_is_what_the_model_calls_so() -> None:
-    plain = Module(body=nn.Linear(8, 8), classifier=nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)))
-    assert names(plain, "all-linear") == ["body.weight", "classifier.0.weight"]
-    assert names(Module(module=plain), "all-linear") == ["module.body.weight", "module.classifier.0.weight"]
-    assert names(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), "all-linear") == ["0.weight", "1.weight"]
-
-
 # -- By name -----------------------------------------------------------------------------------
 
 
@@ -174,10 +165,7 @@ def test_a_regular_expression_is_for_the_whole_path_and_lists_take_whole_segment
     assert names(model, (f"{second}.key",)) == [f"{second}.key.weight"]
     # The model itself.
     assert names(nn.Linear(2, 3), "") == ["weight"]
-
-
-def test_the_order_is_the_models_and_nothing_comes_twice() -> None:
-    model, _ = build("bert")
+    # The order is the model's, and nothing comes twice.
     expected = names(model, {"query", "value"})
     assert names(model, ["value", "query", "self.query", "value"]) == expected
     assert [name.rpartition(".self.")[2] for name in expected] == ["query.weight", "value.weight"] * 2
@@ -190,9 +178,7 @@ def test_parts_of_a_fused_weight_by_name() -> None:
     assert roles(model, ["blocks.1.attn:ok"]) == [("k", (32, 32)), ("o", (32, 32))]
     assert find_targets(model, ["attn:qv"]) == find_targets(model, ["qkv:qv"]) == find_targets(model)
     assert roles(model, ["attn.proj:o"]) == [("o", (32, 32))] * 2
-
-
-def test_weights_of_torchs_attention_by_name() -> None:
+    # Weights of torch's attention.
     model, _ = build("torch_encoder")
     whole = [("linear", (48, 16))]
     assert roles(model, ["layers.0.self_attn"]) == whole
@@ -253,6 +239,10 @@ def others() -> nn.Module:
     return Module(bag=nn.EmbeddingBag(4, 2), norm=nn.LayerNorm(2), both=nn.Bilinear(2, 2, 2), fine=nn.Linear(2, 2))
 
 
+def tables(**how: Any) -> nn.Module:
+    return Module(embed=nn.Embedding(4, 2, **how))
+
+
 C_ATTN = "transformer.h.0.attn.c_attn"
 NO_WEIGHT, NONE_TYPE = "which holds no weight to adapt", r"targets must be roles|list of targets must hold paths"
 REFUSED: list[tuple[Any, Any, str]] = [
@@ -289,6 +279,10 @@ REFUSED: list[tuple[Any, Any, str]] = [
     *((lambda: linears(1), wrong, NONE_TYPE) for wrong in (None, 3, b"qv", {"q": 1}, [3], [""], [None], [2.0, "q"])),
     (list, "qv", "found in a torch module; got list"),
     (convolutions, ["3"], f"ConvTranspose2d, {NO_WEIGHT}"),
+    *((functools.partial(tables, **how), targets, rf"embed\.weight {text}")
+      for how, text in (({"sparse": True}, r"belongs to an embedding with sparse=True.*set sparse=False"),
+                        ({"max_norm": 0.5}, r".* max_norm=0\.5, which rescales .* set max_norm=None"))
+      for targets in (["embed"], "embed", [Target("embed", (4, 2))], lambda path, _: path == "embed")),
     *((others, [name], NO_WEIGHT) for name in ("bag", "norm", "both")),
     *((lazy, kind, r"[02]\.weight of Lazy\w+ has no shape yet; run the model once") for kind in ("all-linear", "conv")),
     (lambda: nn.Sequential(Unpacked(), nn.Linear(2, 2)), ["0"], r"0\.weight of Unpacked is quantized"),
@@ -336,31 +330,6 @@ def test_a_weight_that_another_module_has_as_well() -> None:
 
 
 # -- The module whose forward reads a weight: the owner, or a parent that reads it without calling the owner -----------
-
-
-# Models with weights that a parent reads.
-READ_BY_PARENT = ("timm_swinv2", "timm_beit", "timm_eva", "torch_encoder", "torchvision_swin")
-
-
-@pytest.mark.parametrize("name", SHAPES)
-def test_hosts_of_queries_and_values(name: str) -> None:
-    """With the owner's forward forbidden, the model still runs if and only if a parent is the host."""
-    model, inputs = build(name)
-    found = find_targets(model)
-    for target in found:
-        parent = target.module.rpartition(".")[0]
-        assert host_of(model, target) == (parent if name in READ_BY_PARENT else target.module)
-        assert reads_outside(model, target) == ([parent] if name in READ_BY_PARENT else [])
-
-    def forbidden(*_: Any, **__: Any) -> None:
-        raise RuntimeError("called")
-
-    model.get_submodule(found[0].module).forward = forbidden
-    with (
-        torch.no_grad(),
-        contextlib.nullcontext() if name in READ_BY_PARENT else pytest.raises(RuntimeError, match="called"),
-    ):
-        output(model, inputs)
 
 
 def test_the_fast_path_reads_all_weights_of_a_layer() -> None:
@@ -483,56 +452,79 @@ def test_ways_to_read_a_childs_weight(how: str, tmp_path: Path) -> None:
     alias = nn.ModuleDict({"alias": nn.Linear(2, 2), "below": directly})
     directly.inner = alias["alias"]
     assert host_of(alias, Target("alias", (2, 2))) == "below"
-
-
-def test_a_class_without_source() -> None:
-    assert host_of(class_of("return x @ self.inner.weight")(), Target("inner", (2, 2))) == "inner"
-
-
-def test_a_wrapper_of_peft_hands_the_weight_out() -> None:
-    peft = pytest.importorskip("peft")
-    model, _ = build("timm_beit")
-    wrapped = peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["qkv"]), model)
-    (target, *_) = find_targets(wrapped)
-    assert target.module == "blocks.0.attn.qkv.base_layer"
-    assert host_of(wrapped, target) == "blocks.0.attn"
+    # Of a class without source, nothing is known.
+    if how == "directly":
+        assert host_of(class_of(body)(), Target("inner", (2, 2))) == "inner"
 
 
 # -- The recognition of attention modules, and of their query, key, value and output weights ---------------------------
 
 
-def test_a_lone_value_or_query_is_no_attention() -> None:
-    """A value head, a query elsewhere, and q next to v without k belong to reinforcement learning or retrieval."""
-    model = Module(
-        attn=linear("query", "key", "value"),
-        value=nn.Linear(8, 1),
-        critic=linear("q", "v"),
-        heads=linear("q_head", "v_head", "value_head"),
-        retrieval=linear("query"),
-        pair=linear("query_proj", "key_proj"),
-        feed_forward=linear("key", "value", "receptance"),
-    )
-    assert names(model) == ["attn.query.weight", "attn.value.weight"]
-
-
-def test_in_a_module_called_attention_less_is_enough() -> None:
-    """Keys that other layers made, a query that is learned, names of two styles."""
-    shared = Module(self_attention=linear("q_proj", "o_proj"))
-    learned = Module(attn_pool=linear("k_proj", "v_proj"))
-    mixed = Module(attention=linear("q_content_proj", "k_content_proj", "v_proj"))
-    assert names(shared) == ["self_attention.q_proj.weight"]
-    assert names(learned) == ["attn_pool.v_proj.weight"]
-    assert names(mixed) == ["attention.q_content_proj.weight", "attention.v_proj.weight"]
-
-
-def test_a_projection_with_a_norm_or_a_pooling() -> None:
+def pooled() -> Module:
     """A depthwise convolution projects nothing; of several weights one may be called the projection."""
     query = nn.Sequential(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8))
     key = nn.Sequential(nn.Conv2d(8, 8, 3, groups=8), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1))
-    value = Module(linear=nn.Linear(8, 8), gate=nn.Linear(8, 8))
-    assert names(Module(attn=Module(query=query, key=key, value=value)), "qkv") == [
-        *("attn.query.0.weight", "attn.key.2.weight", "attn.value.linear.weight")
-    ]
+    return Module(attn=Module(query=query, key=key, value=Module(linear=nn.Linear(8, 8), gate=nn.Linear(8, 8))))
+
+
+def paired() -> Module:
+    """One output for two attentions, and an alias that comes before the attention."""
+    pair = Module(alias=nn.Linear(8, 8), first=linear("q", "k", "v"), second=linear("q", "k", "v"))
+    pair.first.o = pair.second.o = nn.Linear(8, 8)
+    pair.second.q = pair.alias
+    return pair
+
+
+def attentions(**places: str) -> Module:
+    """Return a module of modules with linear layers of these names."""
+    return Module(**{place: linear(*words.split()) for place, words in places.items()})
+
+
+def shared() -> Module:
+    """A module under two paths, and its parts in a third."""
+    attention = linear("query", "key", "value")
+    return Module(first=attention, second=attention, third=Module(query=attention.query, key=None, value=None))
+
+
+def unknown() -> nn.Module:
+    """A module that nobody knows, with a matrix, and one that is known."""
+    model = nn.Sequential(nn.Module(), nn.Linear(2, 2))
+    model[0].weight = nn.Parameter(torch.zeros(3, 2))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "targets", "expected"),
+    [
+        # Value heads, a query elsewhere, and q next to v without k belong to reinforcement learning or retrieval.
+        (lambda: attentions(attn="query key value", critic="q v", retrieval="query"), "qv", "attn.query attn.value"),
+        (lambda: attentions(heads="q_head v_head value_head", attn="q k v", pair="query_proj key_proj"), "qv",
+         "attn.q attn.v"),
+        (lambda: Module(attn=linear("q", "k", "v"), value=nn.Linear(8, 1)), "qv", "attn.q attn.v"),
+        (lambda: attentions(attn="q k v", feed_forward="key value receptance"), "qv", "attn.q attn.v"),
+        # In a module called attention less is enough: keys of other layers, a learned query, names of two styles.
+        (lambda: attentions(self_attention="q_proj o_proj"), "qv", "self_attention.q_proj"),
+        (lambda: attentions(attn_pool="k_proj v_proj"), "qv", "attn_pool.v_proj"),
+        (lambda: attentions(attention="q_content_proj k_content_proj v_proj"), "qv",
+         "attention.q_content_proj attention.v_proj"),
+        (pooled, "qkv", "attn.query.0 attn.key.2 attn.value.linear"),
+        (shared, "qv", "first.query first.value"),
+        (shared, "all-linear", "first.query first.key first.value"),
+        (paired, "qo", "alias first.q first.o"),
+        # Embeddings and matrices of unknown modules must be named.
+        *((lambda: Module(embed=nn.Embedding(4, 2), attn=Module(q=nn.Embedding(4, 2), v=nn.Linear(2, 2))), *row)
+          for row in (("all-linear", "attn.v"), ("embed", "embed"), (["embed"], "embed"))),
+        *((tables, targets, "embed") for targets in ([Target("embed", (4, 2))], lambda path, _: path == "embed")),
+        *((unknown, *row) for row in (("all-linear", "1"), (["0"], "0"))),
+        # The head is what the model calls so.
+        (lambda: Module(body=nn.Linear(8, 8), classifier=linears(2)), "all-linear", "body classifier.0"),
+        (lambda: Module(module=Module(body=nn.Linear(8, 8), classifier=linears(2))), "all-linear",
+         "module.body module.classifier.0"),
+        (lambda: linears(2), "all-linear", "0 1"),
+    ],
+)  # fmt: skip
+def test_what_is_found(make: Any, targets: Any, expected: str) -> None:
+    assert names(make(), targets) == [f"{path}.weight" for path in expected.split()]
 
 
 def test_several_weights_for_one_role_are_not_passed_over() -> None:
@@ -570,18 +562,11 @@ def test_peft_wrapped_layers() -> None:
     assert names(wrapped, ["query"]) == names(wrapped, "q") == names(wrapped, r".*\.self\.query")
     assert not [name for name in names(wrapped, "all-linear") if "lora" in name]
     assert len(names(wrapped, "all-linear")) == 13  # 2 layers of 6, and the pooler
-
-
-def test_a_module_under_two_paths_counts_once() -> None:
-    attention = linear("query", "key", "value")
-    model = Module(first=attention, second=attention, third=Module(query=attention.query, key=None, value=None))
-    assert names(model) == ["first.query.weight", "first.value.weight"]
-    assert names(model, "all-linear") == ["first.query.weight", "first.key.weight", "first.value.weight"]
-    # One output for two attentions, and an alias that comes before the attention.
-    pair = Module(alias=nn.Linear(8, 8), first=linear("q", "k", "v"), second=linear("q", "k", "v"))
-    pair.first.o = pair.second.o = nn.Linear(8, 8)
-    pair.second.q = pair.alias
-    assert names(pair, "qo") == ["alias.weight", "first.q.weight", "first.o.weight"]
+    # A wrapper hands the weight out.
+    wrapped = peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["qkv"]), build("timm_beit")[0])
+    (target, *_) = find_targets(wrapped)
+    assert target.module == "blocks.0.attn.qkv.base_layer"
+    assert host_of(wrapped, target) == "blocks.0.attn"
 
 
 # -- The weights of modules of many kinds: embeddings, convolutions, quantized layers, and modules without weights -----
@@ -596,36 +581,6 @@ def test_convolutions() -> None:
     assert found[1].layer == "layer1.0"
     # Groups as they are stored; no transposed convolutions.
     assert roles(convolutions(), "conv") == [("conv", (6, 12)), ("conv", (6, 18)), ("conv", (2, 8))]
-
-
-def test_an_embedding_must_be_named() -> None:
-    model = Module(embed=nn.Embedding(4, 2), attn=Module(q=nn.Embedding(4, 2), v=nn.Linear(2, 2)), fine=nn.Linear(2, 2))
-    assert names(model, "all-linear") == ["attn.v.weight", "fine.weight"]
-    assert names(model, ["embed"]) == names(model, "embed") == ["embed.weight"]
-    assert find_targets(model, ["embed"])[0].shape == (4, 2)
-
-
-@pytest.mark.parametrize("targets", [["embed"], "embed", [Target("embed", (4, 2))], lambda path, _: path == "embed"])
-def test_embeddings_that_cannot_be_adapted(targets: Any) -> None:
-    model = Module(embed=nn.Embedding(4, 2, sparse=True))
-    with pytest.raises(TargetError, match=r"embed\.weight belongs to an embedding with sparse=True.*set sparse=False"):
-        find_targets(model, targets)
-    model = Module(embed=nn.Embedding(4, 2, max_norm=0.5))
-    with pytest.raises(TargetError, match=r"embed\.weight .* max_norm=0\.5, which rescales .* set max_norm=None"):
-        find_targets(model, targets)
-    model.embed.max_norm = None
-    assert names(model, targets) == ["embed.weight"]
-
-
-def test_a_matrix_of_an_unknown_module_must_be_named() -> None:
-    class Odd(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight = nn.Parameter(torch.zeros(3, 2))
-
-    model = nn.Sequential(Odd(), nn.Linear(2, 2))
-    assert names(model, "all-linear") == ["1.weight"]
-    assert names(model, ["0"]) == ["0.weight"]
 
 
 class Packed(nn.Linear):

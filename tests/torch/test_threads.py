@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -25,27 +26,20 @@ def _switching_often() -> Iterator[None]:
 
 def beside(main: Callable[[], object], others: list[Callable[[], object]]) -> None:
     """Run a function, and others repeatedly in separate threads until it returns; raise the first error."""
-    done, errors = threading.Event(), list[BaseException]()
+    done = threading.Event()
 
     def work(other: Callable[[], object]) -> None:
-        try:
-            while not done.is_set():
-                other()
-        except BaseException as error:
-            errors.append(error)
-            done.set()
+        while not done.is_set():
+            other()
 
-    threads = [threading.Thread(target=work, args=[other]) for other in others]
-    for thread in threads:
-        thread.start()
-    try:
-        main()
-    finally:
-        done.set()
-        for thread in threads:
-            thread.join()
-    if errors:
-        raise errors[0]
+    with ThreadPoolExecutor(len(others)) as pool:
+        runs = [pool.submit(work, other) for other in others]
+        try:
+            main()
+        finally:
+            done.set()
+    for run in runs:
+        run.result()
 
 
 @pytest.mark.law("threads")

@@ -18,6 +18,7 @@ import tnadapt as tna
 import tnadapt.torch as tt
 from tests.support.array_presets import P
 
+from .life import assert_near, by_formula, passes
 from .small import stir
 
 IDS = torch.tensor([[3, 0, 11, 3], [7, 2, 3, 9]])
@@ -85,41 +86,52 @@ def test_gradients_come_from_both() -> None:
     model = Tied().double()
     adapter = tt.attach(model, P.lora(2), ["embed"], keep_tied=True, dtype=torch.float64)
     stir(adapter, 0.3)
-    model(IDS).square().sum().backward()
-    arrays = {name: array.detach().clone().requires_grad_() for name, array in adapter.arrays().items()}
-    weight = Tied().double().embed.weight.detach() + adapter.plan.deltas(arrays)[0]
-    plain = Tied().double()
-    y = torch.func.functional_call(plain, {"embed.weight": weight, "head.weight": weight}, (IDS,))
-    for parameter, gradient in zip(
-        adapter.parameters(), torch.autograd.grad(y.square().sum(), list(arrays.values())), strict=True
-    ):
-        torch.testing.assert_close(parameter.grad, gradient)
+    assert_near(passes(model, adapter, IDS), by_formula(adapter, Tied().double(), IDS), 1e-10)
 
 
-def test_a_mapping_of_configs_keeps_them_tied() -> None:
-    model = Tied()
-    with pytest.raises(tna.TargetError, match="keep_tied=True"):
-        tt.attach(model, {"head": "lora", "inner": P.lokr(1)})
-    adapter = tt.attach(model, {"head": P.lora(1), "inner": P.lokr(1)}, keep_tied=True)
+def test_the_errors_name_the_ways(tmp_path: Path) -> None:
+    tied = tmp_path / "tied.safetensors"
+    tt.attach(Tied(), P.lora(2), ["embed"], keep_tied=True).save(tied)
+    given = tt.attach(Tied(), P.lora(2, start="given"), ["head"], keep_tied=True)
+    ways = r"are one tensor.*: give keep_tied=True, .*, or untie=True, which"
+    both = "untie=True gives tied weights their own copies, and keep_tied=True"
+    calls: list[tuple[Any, type[Exception], str]] = [
+        (lambda: tt.attach(Tied(), P.lora(2), ["embed"]), tna.TargetError, ways),
+        (lambda: tt.attach(Tied(), P.lora(2), ["head"]), tna.TargetError, ways),
+        (lambda: tt.attach(Tied(), P.lora(2), "embeddings"), tna.TargetError, ways),
+        (lambda: tt.attach(Tied(), {"head": "lora", "inner": P.lokr(1)}), tna.TargetError, "keep_tied=True"),
+        (lambda: tt.extract(Tied(), Tied(), P.lora(1), ["embed"]), tna.TargetError, "keep_tied=True"),
+        (lambda: tt.attach(Tied(), P.lora(2), ["embed"], untie=True, keep_tied=True), tna.TargetError, both),
+        (
+            lambda: tt.load(Tied(tie=False), tied), tna.TnadaptError,
+            r"together with head\.weight, as one tensor, and in this Tied it is not",
+        ),
+        (
+            lambda: tt.load(Tied(third=True), tied), tna.TnadaptError,
+            r"in this Tied it is tied to head\.weight, other\.weight: tie the",
+        ),
+        (
+            lambda: tt.starts.eva(given, [IDS]), tna.ConfigError,
+            r"embed\.weight is tied to head\.weight: leave it out of the targets",
+        ),
+    ]  # fmt: skip
+    for call, error, text in calls:
+        with pytest.raises(error, match=text):
+            call()
+
+
+def test_keep_tied_of_a_mapping_of_a_kept_head_and_where_nothing_is_tied() -> None:
+    adapter = tt.attach(Tied(), {"head": P.lora(1), "inner": P.lokr(1)}, keep_tied=True)
     assert [(target.name, target.tied) for target in adapter.targets] == [
         ("embed.weight", ("head.weight",)), ("inner.weight", ()),
     ]  # fmt: skip
-
-
-def test_the_error_names_both_ways() -> None:
-    for targets in (["embed"], ["head"], "embeddings"):
-        with pytest.raises(tna.TargetError, match=r"are one tensor.*: give keep_tied=True, .*, or untie=True, which"):
-            tt.attach(Tied(), P.lora(2), targets)
-    with pytest.raises(tna.TargetError, match="untie=True gives tied weights their own copies, and keep_tied=True"):
-        tt.attach(Tied(), P.lora(2), ["embed"], untie=True, keep_tied=True)
-
-
-def test_keep_tied_changes_nothing_where_nothing_is_tied() -> None:
     model = Tied(tie=False)
     assert tt.find_targets(model, ["embed", "head"], keep_tied=True) == tt.find_targets(model, ["embed", "head"])
     given = [tna.Target("embed", (12, 6))]  # not of the role that it would be found with
     assert tt.find_targets(model, given, keep_tied=True) == given
     assert tt.find_targets(Tied(), ["inner"], keep_tied=True)[0].tied == ()
+    for name in ("embed.weight", "head.weight"):
+        assert tt.attach(Tied(), targets=["inner"], keep_trainable=name).kept == ("embed.weight",)
 
 
 def test_three_modules_share_one_update() -> None:
@@ -135,17 +147,6 @@ def test_three_modules_share_one_update() -> None:
     assert "embed.weight is tied to head.weight, other.weight, and only PEFT has one LoRA of both" in str(
         adapter.summary()
     )
-
-
-def test_a_file_fits_only_models_that_are_tied_alike(tmp_path: Path) -> None:
-    adapter = tt.attach(Tied(), P.lora(2), ["embed"], keep_tied=True)
-    adapter.save(tmp_path / "a.safetensors")
-    with pytest.raises(
-        tna.TnadaptError, match=r"together with head\.weight, as one tensor, and in this Tied it is not"
-    ):
-        tt.load(Tied(tie=False), tmp_path / "a.safetensors")
-    with pytest.raises(tna.TnadaptError, match=r"in this Tied it is tied to head\.weight, other\.weight: tie the"):
-        tt.load(Tied(third=True), tmp_path / "a.safetensors")
 
 
 @pytest.mark.parametrize("kept", ["embed.weight", "head.weight"])
@@ -170,9 +171,9 @@ def test_a_file_that_does_not_say_so_can_be_loaded_into_a_tied_model(tmp_path: P
     adapter = tt.attach(single, P.lora(2), ["embed"])
     stir(adapter, 0.3)
     adapter.save(tmp_path / "a.safetensors")
-    with pytest.raises(tna.TargetError, match=r"keep_tied=True"):
-        tt.load(Tied(), tmp_path / "a.safetensors")
     model = Tied()
+    with pytest.raises(tna.TargetError, match=r"keep_tied=True"):
+        tt.load(model, tmp_path / "a.safetensors")
     loaded = tt.load(model, tmp_path / "a.safetensors", keep_tied=True)
     torch.testing.assert_close(model(IDS).double(), changed(loaded, model), rtol=1e-5, atol=1e-5)
 
@@ -193,35 +194,29 @@ def test_a_checkpoint_is_merged_under_any_name_that_it_has(names: tuple[str, ...
         assert torch.equal(tensor, model.embed.weight)
 
 
-def test_extraction_finds_the_change_of_a_tied_weight() -> None:
-    base, tuned = Tied(), Tied()
-    with torch.no_grad():
-        tuned.embed.weight += 0.1 * torch.outer(torch.arange(12.0), torch.arange(6.0))
-    with pytest.raises(tna.TargetError, match="keep_tied=True"):
-        tt.extract(base, tuned, P.lora(1), ["embed"])
-    adapter = tt.extract(base, tuned, P.lora(1), ["embed"], keep_tied=True)  # no warning of other parameters
-    assert adapter.report.error < 1e-5
-    torch.testing.assert_close(base(IDS), tuned(IDS), rtol=1e-4, atol=1e-4)
-
-
-def test_a_data_driven_start_refuses_tied_weights() -> None:
-    model = Tied()
-    adapter = tt.attach(model, P.lora(2, start="given"), ["head"], keep_tied=True)
-    with pytest.raises(tna.ConfigError, match=r"embed\.weight is tied to head\.weight: leave it out of the targets"):
-        tt.starts.eva(adapter, [IDS])
-
-
 @pytest.mark.law("tied-weights")
-def test_an_untied_adapter_is_loaded_untied_and_tied_again_when_it_goes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("read", [tt.load, tt.from_pretrained])
+def test_an_untied_adapter_is_loaded_untied_and_tied_again_when_it_goes(read: Any, tmp_path: Path) -> None:
+    """By default tied weights stay tied and another base is rejected, also by a folder."""
     model = Tied()
     base = model(IDS)
     adapter = tt.attach(model, targets=["head", "inner"], untie=True)
     stir(adapter)
-    adapter.save(tmp_path / "a.safetensors")
-    fresh = Tied()
-    with pytest.raises(tna.FileError, match="untie=True"):
-        tt.load(fresh, tmp_path / "a.safetensors")
-    loaded = tt.load(fresh, tmp_path / "a.safetensors", untie=True)
+    adapter.save_pretrained(tmp_path)
+    path = tmp_path / "adapter.safetensors" if read is tt.load else tmp_path
+    fresh, other = Tied(), Tied()
+    with torch.no_grad():
+        other.inner.weight.add_(1.0)
+    with pytest.raises(
+        tna.FileError, match=r"are one tensor .* it has head\.weight of that module alone: .*untie=True"
+    ):
+        read(fresh, path)
+    with pytest.raises(tna.FileError, match="another base model"):
+        read(other, path, untie=True)
+    assert not tt.adapters(fresh)
+    read(other, path, untie=True, check_base=False)
+    loaded = read(fresh, path, untie=True)
+    assert fresh.head.weight is not fresh.embed.weight
     assert torch.equal(fresh(IDS), model(IDS))
     loaded.detach()
     assert fresh.head.weight is fresh.embed.weight
@@ -230,12 +225,6 @@ def test_an_untied_adapter_is_loaded_untied_and_tied_again_when_it_goes(tmp_path
     adapter.bake()
     assert model.head.weight is not model.embed.weight
     assert torch.allclose(model(IDS), attached, atol=1e-5)
-
-
-def test_a_tied_head_is_kept_by_either_name() -> None:
-    for name in ("embed.weight", "head.weight"):
-        adapter = tt.attach(Tied(), targets=["inner"], keep_trainable=name)
-        assert adapter.kept == ("embed.weight",)
 
 
 # -- Rows of some tokens, as PEFT trains them -------------------------------------------------------
@@ -326,51 +315,17 @@ def test_the_dense_preset_is_peft_s_trainable_tokens() -> None:
     torch.testing.assert_close(ours.grad.view(2, 16), other.grad, rtol=1e-4, atol=1e-5)
 
 
-def test_other_targets_and_a_list_of_rows_of_a_layer() -> None:
-    model = llama(tie=False)
-    targets = [*tt.find_targets(model, "qv"), *tt.token_targets(model, [5], "model.embed_tokens")]
-    adapter = tt.attach(model, P.lora(1), targets)
-    assert [target.role for target in adapter.targets] == ["q", "v", "embedding"]
-    head = tt.attach(
-        model, P.lora(1), [tna.Target("lm_head", (50, 16), rows=tna.RowIndices((0, 3, 49)))], "head"
-    )  # fmt: skip
-    assert head.strategy == ("additive",)
-
-
-def test_rows_of_a_batch_have_their_own_rows_of_a_layer() -> None:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 12))
-    x, expected = torch.randn(3, 4, 6), []
-    targets = [tna.Target("0", (12, 6), rows=tna.RowIndices((1, 5, 11)))]
-    for name in ("a", "b"):
-        stir(tt.attach(model, P.lora(1), targets, name, strategy="factored" if name == "a" else "additive"), 0.3)
-    for row, name in zip(x, ("a", "b", None), strict=True):
-        tt.mix(model, {} if name is None else {name: 1.0})
-        expected.append(model(row))
-    tt.mix(model, {"a": 1.0, "b": 1.0})
-    with tt.rows(model, ["a", "b", None]):
-        torch.testing.assert_close(model(x), torch.stack(expected))
-        with torch.no_grad():
-            torch.testing.assert_close(model(x), torch.stack(expected))
-
-
-def test_adapters_of_other_tokens_are_swapped_only_for_each_other(tmp_path: Path) -> None:
-    model = nn.Sequential(nn.Embedding(12, 6))
-    tt.attach(model, P.dense(), tt.token_targets(model, [1, 2])).save(tmp_path / "a.safetensors")
-    other = nn.Sequential(nn.Embedding(12, 6))
-    adapter = tt.attach(other, P.dense(), tt.token_targets(other, [1, 3]))
+def test_other_tokens_and_those_of_a_larger_vocabulary_are_refused(tmp_path: Path) -> None:
+    path, model = tmp_path / "a.safetensors", nn.Sequential(nn.Embedding(14, 6))
+    tt.attach(model, P.dense(), tt.token_targets(model, [12, 13])).save(path)
+    adapter = tt.attach(model, P.dense(), tt.token_targets(model, [1, 3]), "other")
     with pytest.raises(tna.FileError, match="its list of targets differs"):
-        adapter.swap(tmp_path / "a.safetensors")
-
-
-def test_tokens_of_a_larger_vocabulary_are_refused_with_its_size(tmp_path: Path) -> None:
-    model = nn.Sequential(nn.Embedding(14, 6))
-    tt.attach(model, P.dense(), tt.token_targets(model, [12, 13])).save(tmp_path / "a.safetensors")
+        adapter.swap(path)
     with pytest.raises(tna.FileError) as caught:
-        tt.load(nn.Sequential(nn.Embedding(12, 6)), tmp_path / "a.safetensors")
+        tt.load(nn.Sequential(nn.Embedding(12, 6)), path)
     assert str(caught.value) == (
-        f"{tmp_path / 'a.safetensors'}: this Sequential does not have its weights: 0.weight is stored as (12, 6), and "
-        "was stored as (14, 6) when it was trained: call resize_token_embeddings() as before training"
+        f"{path}: this Sequential does not have its weights: 0.weight is stored as (12, 6), and was stored as (14, 6) "
+        "when it was trained: call resize_token_embeddings() as before training"
     )
 
 
@@ -401,15 +356,17 @@ def test_the_model_tells_which_embedding_has_the_tokens() -> None:
     assert target.name == "1.weight"
 
 
-def test_an_embedding_is_extracted_from_checkpoints_for_a_tied_model(tmp_path: Path) -> None:
-    base, tuned = llama(), llama()
+def test_the_change_of_a_tied_weight_is_extracted_from_checkpoints_and_from_models(tmp_path: Path) -> None:
+    base, tuned, model = llama(), llama(), llama()
     with torch.no_grad():
         tuned.model.embed_tokens.weight += torch.outer(torch.arange(50.0), torch.arange(16.0)) / 100
-    for name, model in (("base", base), ("tuned", tuned)):
-        model.save_pretrained(tmp_path / name)
-    found = tna.extract(tmp_path / "base", tmp_path / "tuned", P.lora(1), "embeddings")
-    tna.save(tmp_path / "a.safetensors", found.file)
-    model = llama()
+    for name, saved in (("base", base), ("tuned", tuned)):
+        saved.save_pretrained(tmp_path / name)
+    extracted = tna.extract(tmp_path / "base", tmp_path / "tuned", P.lora(1), "embeddings")
+    tna.save(tmp_path / "a.safetensors", extracted.file)
     adapter = tt.load(model, tmp_path / "a.safetensors", keep_tied=True)
     assert (adapter.targets[0].role, adapter.targets[0].tied) == ("embedding", ("lm_head.weight",))
-    torch.testing.assert_close(model(TOKENS).logits, tuned(TOKENS).logits, rtol=1e-3, atol=1e-3)
+    # No warning of other parameters.
+    assert tt.extract(base, tuned, P.lora(1), ["embed_tokens"], keep_tied=True).report.error < 1e-5
+    for changed_model in (model, base):
+        torch.testing.assert_close(changed_model(TOKENS).logits, tuned(TOKENS).logits, rtol=1e-4, atol=1e-4)

@@ -16,7 +16,6 @@ pytest.importorskip("accelerate")
 
 import tnadapt as tna
 import tnadapt.torch as tt
-from tnadapt.errors import TargetError
 
 # The functions of transformers that reach the hub.
 HUB = importlib.import_module("transformers.trainer")
@@ -80,53 +79,32 @@ def test_the_end_of_training(hf: Any, hub: Hub, tmp_path: Path) -> None:
     assert "secret" not in card
 
 
-def test_during_training(hf: Any, hub: Hub, tmp_path: Path) -> None:
+def test_several_adapters_during_training(hf: Any, hub: Hub, tmp_path: Path) -> None:
     trainer = trainer_of(hf, tmp_path, hub_model_id="user/mine", push_to_hub=True, hub_strategy="every_save")
-    trainer.train()
-    assert hub.uploads == 2
-    first, last = (tna.load(hub.root / number / "adapter.safetensors") for number in "12")
-    name = next(iter(first.arrays))
-    assert (first.arrays[name] != last.arrays[name]).any()
-    assert not (hub.root / "2" / "model.safetensors").exists()
-
-
-def test_several_adapters(hf: Any, hub: Hub, tmp_path: Path) -> None:
-    trainer = trainer_of(hf, tmp_path, hub_model_id="user/mine", push_to_hub=True)
     tt.attach(trainer.model, "lora", rank=1, name="b")
     trainer.train()
-    assert {path.parent.name for path in (hub.root / "2").rglob("adapter.safetensors")} == {"default", "b"}
+    assert hub.uploads == 2
+    for name in ("default", "b"):
+        first, last = (tna.load(hub.root / number / name / "adapter.safetensors") for number in "12")
+        array = next(iter(first.arrays))
+        assert (first.arrays[array] != last.arrays[array]).any()
+    assert {path.parent.name for path in (hub.root / "2").rglob("*.safetensors")} == {"default", "b"}
 
 
-def test_a_card_of_somebody_else_stays(hf: Any, tmp_path: Path) -> None:
+def test_cards_of_others(hf: Any, tmp_path: Path) -> None:
+    """That of somebody else stays; without an adapter it is the Trainer's."""
     trainer = trainer_of(hf, tmp_path)
-    (tmp_path / "out").mkdir(exist_ok=True)
-    (tmp_path / "out" / "README.md").write_text("# mine\n")
+    card = tmp_path / "out" / "README.md"
+    card.parent.mkdir(exist_ok=True)
+    card.write_text("# mine\n")
     trainer.save_model()
-    assert (tmp_path / "out" / "README.md").read_text() == "# mine\n"
-
-
-def test_without_an_adapter_the_card_is_the_trainer_s(hf: Any, tmp_path: Path) -> None:
-    trainer = trainer_of(hf, tmp_path)
+    assert card.read_text() == "# mine\n"
+    card.unlink()
     trainer.save_model()
+    assert "library_name: tnadapt" in card.read_text()
     tt.adapters(trainer.model)["default"].detach()
     trainer.create_model_card(model_name="mine")
-    assert "library_name: transformers" in (tmp_path / "out" / "README.md").read_text()
-
-
-# PEFT asks transformers' models for a property that they deprecate.
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-def test_an_adapter_below_a_peft_model_is_refused(hf: Any, tmp_path: Path) -> None:
-    peft = pytest.importorskip("peft")
-    model = hf.bert()
-    tt.attach(model)
-    wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["query"]))
-    with pytest.raises(TargetError) as caught:
-        tt.adapter_checkpoints(hf.trainer_of(wrapped, tmp_path))
-    assert str(caught.value) == (
-        "this trainer's model is a PEFT model, whose checkpoints hold PEFT's adapters, and an adapter that was "
-        "attached besides is frozen there: leave peft_config out, or give a TnadaptConfig as peft_config and call "
-        "neither attach() nor adapter_checkpoints()"
-    )
+    assert "library_name: transformers" in card.read_text()
 
 
 @pytest.mark.slow

@@ -124,21 +124,9 @@ def test_sft_resumes_to_the_bit(config: str, tmp_path: Path) -> None:
     assert same(again[1], arrays)
 
 
-@pytest.mark.parametrize("config", in_depth(CONFIGS, ["lora"]))
-def test_sft_with_gradient_checkpointing(config: str, tmp_path: Path) -> None:
-    found = []
-    for checkpointing in (False, True):
-        model = llama()
-        adapter = tt.attach(model, CONFIGS[config])
-        sft(model, tmp_path, gradient_checkpointing=checkpointing).train()
-        found.append(snapshot(adapter))
-    for name, array in found[0].items():
-        torch.testing.assert_close(found[1][name], array, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("how", [{"packing": True}, {"bf16": True}])
+@pytest.mark.parametrize("how", [{"packing": True}, {"bf16": True}, {"gradient_checkpointing": True}])
 @pytest.mark.filterwarnings("ignore:.*[Pp]ad.*:UserWarning")
-def test_sft_packed_and_in_bfloat16(how: dict[str, bool], tmp_path: Path) -> None:
+def test_sft_packed_in_bfloat16_and_with_checkpointing(how: dict[str, bool], tmp_path: Path) -> None:
     model = llama()
     adapter = tt.attach(model)
     before = snapshot(adapter)
@@ -153,68 +141,47 @@ def test_sft_packed_and_in_bfloat16(how: dict[str, bool], tmp_path: Path) -> Non
 # -- Against a reference ---------------------------------------------------------------------------
 
 
+def from_a_folder(folder: Path) -> Any:
+    llama().save_pretrained(folder)
+    return transformers.LlamaForCausalLM.from_pretrained(folder)
+
+
 @pytest.mark.parametrize("config", in_depth(CONFIGS, ["default", "unilora"]))
-def test_dpo_against_a_reference_that_shares_the_base(config: str, tmp_path: Path) -> None:
-    model = llama()
+@pytest.mark.parametrize("reference", ["shared", "loaded"])
+def test_dpo_of_a_fresh_adapter(reference: str, config: str, tmp_path: Path) -> None:
+    """Without a reference, TRL loads the base."""
+    model = from_a_folder(tmp_path / "base")
     adapter = tt.attach(model, CONFIGS[config])
-    reference = tt.reference_model(model)
     base = bits(model)
-    trainer = dpo(model, tmp_path, reference)
+    trainer = dpo(model, tmp_path, tt.reference_model(model) if reference == "shared" else None)
     trainer.train()
     losses = logged(trainer, "loss")
     assert losses[0] == pytest.approx(math.log(2), abs=1e-6)
     assert losses[-1] < losses[0]
     assert same(bits(model), base)
-    assert same(bits(reference), base)
+    assert same(bits(trainer.ref_model), base)
     assert any(bool(delta.any()) for delta in adapter.deltas())
 
 
-@pytest.mark.parametrize("with_adapters", [True, False])
-def test_dpo_from_an_adapter_as_it_is(with_adapters: bool, tmp_path: Path) -> None:
-    """With the base for its reference it would not start at log 2."""
-    model = llama()
-    shifted(tt.attach(model))
-    trainer = dpo(model, tmp_path, tt.reference_model(model, with_adapters=with_adapters))
-    trainer.train()
-    assert (abs(logged(trainer, "loss")[0] - math.log(2)) < 1e-6) == with_adapters
-
-
-def test_dpo_without_a_reference_loads_the_base(tmp_path: Path) -> None:
-    llama().save_pretrained(tmp_path / "base")
-    model = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base")
-    tt.attach(model)
-    trainer = dpo(model, tmp_path)
-    assert same(bits(trainer.ref_model), bits(model))
-    trainer.train()
-    assert logged(trainer, "loss")[0] == pytest.approx(math.log(2), abs=1e-6)
-
-
-@pytest.mark.parametrize("config", in_depth(CONFIGS, ["unilora"]))
-def test_grpo(config: str, tmp_path: Path) -> None:
-    model = llama()
-    adapter = tt.attach(model, CONFIGS[config])
+@pytest.mark.parametrize("reference", [None, "shared", "loaded"])
+def test_grpo(reference: str | None, tmp_path: Path) -> None:
+    """With a divergence from the base that is shared or that TRL loads, or without."""
+    model = from_a_folder(tmp_path / "base")
+    adapter = tt.attach(model, None if reference else CONFIGS["unilora"])
     base = bits(model)
-    trainer = grpo(model, tmp_path, beta=0.0)
-    assert trainer.ref_model is None
+    trainer = grpo(model, tmp_path, beta=0.1 if reference else 0.0)
+    assert (trainer.ref_model is None) == (reference is None)
+    if reference == "shared":
+        trainer.ref_model = tt.reference_model(model)
     trainer.train()
     assert len(logged(trainer, "reward")) == 3
     assert same(bits(model), base)
     assert any(bool(delta.any()) for delta in adapter.deltas())
-
-
-@pytest.mark.parametrize("shared", [False, True])
-def test_grpo_with_a_divergence_from_the_base(shared: bool, tmp_path: Path) -> None:
-    llama().save_pretrained(tmp_path / "base")
-    model = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base")
-    adapter = tt.attach(model)
-    trainer = grpo(model, tmp_path)
-    if shared:
-        trainer.ref_model = tt.reference_model(model)
-    trainer.train()
-    assert logged(trainer, "kl")[0] == 0.0
-    assert logged(trainer, "kl")[-1] > 0.0
-    shifted(adapter)
-    assert same(bits(trainer.ref_model), bits(model))
+    if reference:
+        assert logged(trainer, "kl")[0] == 0.0
+        assert logged(trainer, "kl")[-1] > 0.0
+        shifted(adapter)
+        assert same(bits(trainer.ref_model), base)
 
 
 # -- Through PEFT, a trained adapter is its own reference ---------------------------------------------
@@ -228,18 +195,25 @@ ONE_OF_EACH = ("lora", "superlora", "dora", "tinylora", "vera", "fourierft")
 @pytest.mark.law("trl-reference")
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize(
-    ("how", "preset"),
+    ("how", "preset", "other"),
     [
-        *(("dpo", preset) for preset in in_depth(presets.__all__, ONE_OF_EACH)),
-        *(("grpo", preset) for preset in in_depth(presets.__all__, ONE_OF_EACH[::2])),
+        *(("dpo", preset, False) for preset in in_depth(presets.__all__, ONE_OF_EACH)),
+        *(("grpo", preset, False) for preset in in_depth(presets.__all__, ONE_OF_EACH[::2])),
+        *((how, "superlora", True) for how in REFERENCED),
     ],
 )
-def test_a_trained_adapter_is_its_own_reference(how: str, preset: str, tmp_path: Path) -> None:
+def test_a_trained_adapter_is_its_own_reference(how: str, preset: str, other: bool, tmp_path: Path) -> None:
+    """Another reference would show: one at its start, to which nothing was copied."""
     make, key, start = REFERENCED[how]
     model = through_peft(preset)
     before = {name: p.detach().clone() for name, p in tt.adapters(model)["default"].named_parameters()}
     trainer = make(model, tmp_path, learning_rate=0.0, max_steps=1)
+    if other:
+        tt.adapters(trainer.model)["ref"].reset()
     trainer.train()
+    if other:
+        assert abs(logged(trainer, key)[0] - start) > 1e-3
+        return
     assert logged(trainer, key)[0] == pytest.approx(start, abs=1e-6 if start else 0.0)
     policy, reference = (dict(tt.adapters(trainer.model)[name].named_parameters()) for name in ("default", "ref"))
     assert all(torch.equal(reference[name], before[name]) for name in before)
@@ -247,15 +221,3 @@ def test_a_trained_adapter_is_its_own_reference(how: str, preset: str, tmp_path:
     assert all(policy[name] is not reference[name] for name in before)
     assert all(array.requires_grad for array in policy.values())
     assert not any(array.requires_grad for array in reference.values())
-
-
-@pytest.mark.law("trl-reference")
-@pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("how", REFERENCED)
-def test_another_reference_would_show(how: str, tmp_path: Path) -> None:
-    make, key, start = REFERENCED[how]
-    trainer = make(through_peft("superlora"), tmp_path, learning_rate=0.0, max_steps=1)
-    # At its start, as a reference is to which nothing was copied.
-    tt.adapters(trainer.model)["ref"].reset()
-    trainer.train()
-    assert abs(logged(trainer, key)[0] - start) > 1e-3

@@ -6,7 +6,6 @@ import contextlib
 import copy
 import warnings
 from collections.abc import Iterator
-from pathlib import Path
 from types import MethodType, SimpleNamespace
 from typing import Any
 
@@ -148,7 +147,7 @@ def test_merged_weights_are_sent_under_the_base_s_names(preset: str, dtype: Any)
         assert not tt.adapters(model)["default"].merged
 
 
-def test_a_trained_head_is_sent_in_place_of_the_base_s() -> None:
+def test_a_trained_head_is_sent_in_place_of_the_base_s_and_the_adapter_alone_is_refused() -> None:
     model = through_peft("lora", size=0.1, modules_to_save=["lm_head"])
     with torch.no_grad():
         model.base_model.model.lm_head.modules_to_save["default"].weight.add_(1.0)
@@ -157,37 +156,9 @@ def test_a_trained_head_is_sent_in_place_of_the_base_s() -> None:
         sent = sync(model)
         assert list(sent) == names
         assert torch.equal(sent["lm_head.weight"], llama().lm_head.weight + 1.0)
-
-
-@pytest.mark.parametrize("preset", in_depth(presets.__all__, ONE_OF_EACH))
-def test_the_adapter_alone_is_refused_and_converted_where_it_is_a_lora(preset: str, tmp_path: Path) -> None:
-    model = through_peft(preset, size=0.1)
-    adapter = tt.adapters(model)["default"]
     # TRL's own sync of adapters takes PEFT's LoRA alone: it falls back to merged weights.
     with pytest.raises(ValueError, match="Sync merged weights instead"):
         async_grpo_trainer.validate_lora_for_vllm_sync(model)
-    adapter.save(tmp_path / "adapter.safetensors", store_bases=True)
-    lora = None
-    with contextlib.suppress(tna.ConfigError):
-        lora = tna.convert(tmp_path / "adapter.safetensors", to="vllm")
-    if lora is None:
-        assert adapter.summary().export.served is None
-        with pytest.raises(
-            tna.ConfigError, match=r"does more than add ΔW|has matrix rank .* LoRA of that rank is larger"
-        ):
-            tna.convert(tmp_path / "adapter.safetensors", to="vllm")
-        return
-    assert lora.exact
-    names = {f"base_model.model.{target.module}.lora_{side}.weight" for target in adapter.targets for side in "AB"}
-    assert set(lora.tensors) == names
-    assert lora.config is not None
-    assert lora.config["lora_alpha"] == lora.config["r"]
-    for target, delta in zip(adapter.targets, adapter.deltas(), strict=True):
-        down, up = (lora.tensors[f"base_model.model.{target.module}.lora_{side}.weight"].astype("f8") for side in "AB")
-        assert down.shape[0] == lora.config["r"]
-        wanted = delta.detach().double().numpy()
-        assert np.linalg.norm(wanted) > 0.0
-        np.testing.assert_allclose(up @ down, wanted, rtol=0.0, atol=2e-6 * np.abs(wanted).max())
 
 
 # -- attach() without PEFT -----------------------------------------------------------------------
@@ -198,15 +169,19 @@ REFUSED = (
 )
 
 
+@pytest.mark.parametrize("place", ["model", "copy", "in a module around it", "on a part of it"])
 @pytest.mark.parametrize("sync", SYNCS)
-def test_an_attached_adapter_is_refused_before_anything_is_sent(sync: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_attached_adapter_is_refused_before_anything_is_sent(
+    sync: Any, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     sent: list[Any] = []
     monkeypatch.setattr(_Sender, "_update", lambda self, metadata, parameters: sent.extend(parameters))
     model = llama()
-    tt.attach(model)
-    for one in (model, copy.deepcopy(model)):
-        with pytest.raises(tna.TargetError, match=REFUSED):
-            sync(one)
+    tt.attach(model.model if place == "on a part of it" else model)
+    if place == "copy":
+        model = copy.deepcopy(model)
+    with pytest.raises(tna.TargetError, match=REFUSED):
+        sync(model if place in ("model", "copy") else _Around(model))
     assert not sent
 
 
@@ -222,15 +197,6 @@ def _alone() -> Iterator[None]:
     distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
     yield
     distributed.destroy_process_group()
-
-
-@pytest.mark.parametrize("part", ["whole", "inner"])
-@pytest.mark.parametrize("sync", SYNCS)
-def test_an_adapter_in_a_module_around_the_model_is_refused(sync: Any, part: str) -> None:
-    model = llama()
-    tt.attach(model if part == "whole" else model.model)
-    with pytest.raises(tna.TargetError, match=REFUSED):
-        sync(_Around(model))
 
 
 @pytest.mark.usefixtures("_alone")

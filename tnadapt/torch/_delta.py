@@ -43,7 +43,6 @@ from tnadapt.backends import constant_result, load_backend
 __all__ = [
     "ArrayCache",
     "DeltaCache",
-    "OuterProducts",
     "Quotient",
     "Slice",
     "Snapshot",
