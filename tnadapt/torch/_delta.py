@@ -179,24 +179,26 @@ def reuses_buffers(gradient: Tensor) -> bool:
 
 
 def plain_vjp(
-    made: Callable[..., Tensor], arrays: Sequence[Tensor], wanted: Sequence[int], gradient: Tensor
+    function: Callable[..., Tensor], arrays: Sequence[Tensor], wanted: Sequence[int], gradient: Tensor
 ) -> Sequence[Tensor]:
     """Recompute a function of arrays and return the gradients of the wanted ones."""
-    return _recomputed(made, arrays, wanted)[1](gradient)
+    return _recomputed(function, arrays, wanted)[1](gradient)
 
 
 #: From the gradient of an output to those of the arrays that are wanted.
 Pull = Callable[[Tensor], Sequence[Tensor]]
 
 
-def _recomputed(made: Callable[..., Tensor], arrays: Sequence[Tensor], wanted: Sequence[int]) -> tuple[Tensor, Pull]:
-    """Recompute a function of arrays."""
+def _recomputed(
+    function: Callable[..., Tensor], arrays: Sequence[Tensor], wanted: Sequence[int]
+) -> tuple[Tensor, Pull]:
+    """Return the output of a function of arrays again, and its :data:`Pull`."""
     inputs = list(arrays)
 
     def of(*moved: Tensor) -> Tensor:
         for index, array in zip(wanted, moved, strict=True):
             inputs[index] = array
-        return made(*inputs)
+        return function(*inputs)
 
     # torch.func rather than autograd.grad, because a backward pass may itself be batched or differentiated.
     return torch.func.vjp(of, *(arrays[index] for index in wanted))  # type: ignore[return-value]
@@ -470,7 +472,9 @@ def product_vjp_once(
     """
     left, right = product.left.detach(), product.right.detach()
     product.fill(left, right)
-    buffer, flat, stop = product.buffer, product.buffer.view(-1), product.first + shape[0] * shape[1]
+    buffer, flat = product.buffer, product.buffer.view(-1)
+    first, stop = product.first, product.first + math.prod(shape)
+    update = flat[first:stop].view(shape)
 
     def scale() -> None:
         for factor in (product.scale, weight):
@@ -481,7 +485,7 @@ def product_vjp_once(
         # The gradient may be in the buffer already; that of the elements around the update is zero.
         if gradient.data_ptr() != update.data_ptr():
             update.copy_(gradient)
-        flat[: product.first].zero_()
+        flat[:first].zero_()
         flat[stop:].zero_()
         scale()
         outputs, gradients = [], []
@@ -494,7 +498,6 @@ def product_vjp_once(
         return torch.autograd.grad(outputs, leaves, gradients)
 
     scale()
-    update = flat[product.first : stop].view(shape)
     return update, pull
 
 

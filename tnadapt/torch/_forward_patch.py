@@ -551,8 +551,7 @@ class ForwardPatch:
         for dropped, slots in dropped_inputs(dropping, x):
             if all(slot.strategy != "weight" for slot in slots) and slots[0].adapter.plan.applying.additive:
                 y = self.added(y, dropped, slots)
-                continue
-            if self.is_plain:
+            elif self.is_plain:
                 y = y + self._product(dropped, slots, less=True)
             else:
                 # Right for any layer that is linear in x, whatever its W' is; the bias cancels.
@@ -564,9 +563,8 @@ class ForwardPatch:
         host: Any = self.host
         if self.is_quantized:
             return _forward_pass.beside(host, self._original(*args, **kwargs), _input(args, kwargs), added)
-        weight = self.weights[0].tensor
-        if to_weight:
-            weight = updated_parameter(weight, to_weight, self.host)
+        stored = self.weights[0].tensor
+        weight = updated_parameter(stored, to_weight, self.host) if to_weight else stored
         return _forward_pass.embedded(host, weight, _input(args, kwargs), added)
 
     def rescaled(self, y: Tensor, slots: Sequence[AdapterSlot], biased: bool = True) -> Tensor:
