@@ -91,9 +91,11 @@ _indices = _Indices()
 
 def features_of(target: Target, features: Tensor) -> Tensor:
     """Select from ``(n, out)`` features those of the target's rows, in order."""
+    if target.rows is None:
+        return features
     if isinstance(target.rows, RowIndices):
         return features.index_select(1, index_tensor(target, features.device))
-    return _part(target, features).flatten(1)
+    return _part(target, features).reshape(features.shape[0], target.rows.count * target.rows.length)
 
 
 def add_features(y: Tensor, target: Target, change: Tensor) -> Tensor:
@@ -574,13 +576,19 @@ def updated(stored: Tensor, changes: Iterable[Change], less: bool = False) -> Te
     at_once = torch.is_grad_enabled() or traced()
     total = stored
     matrices: dict[int, Tensor] = {}  # which torch.compile traces, unlike dict[int, Tensor]()
-    for index, several in itertools.groupby(changes, lambda change: change.update.target.index):
-        if index is None:
-            return _updated_matrix(stored, list(several), less)
-        matrices[index] = _updated_matrix(stored[index], [change.of_matrix() for change in several], less)
-        if not at_once:
-            total = stored.detach().clone(memory_format=torch.contiguous_format) if total is stored else total
-            total[index] = matrices.pop(index)
+    several: list[Change] = []
+    for change in itertools.chain(changes, (None,)):  # torch.compile does not trace itertools.groupby
+        if several and (change is None or change.update.target.index != several[0].update.target.index):
+            index = several[0].update.target.index
+            if index is None:
+                return _updated_matrix(stored, several, less)
+            matrices[index] = _updated_matrix(stored[index], [each.of_matrix() for each in several], less)
+            several = []
+            if not at_once:
+                total = stored.detach().clone(memory_format=torch.contiguous_format) if total is stored else total
+                total[index] = matrices.pop(index)
+        if change is not None:
+            several.append(change)
     if not at_once:
         return total
     places = fixed_indices(tuple(matrices), stored.device)

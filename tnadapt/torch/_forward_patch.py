@@ -652,9 +652,9 @@ class ForwardPatch:
         parameters, only if it is missing. So a sum in ``__dict__`` shadows the parameter for ``self.weight``, while the
         parameter stays registered and unchanged: ``parameters()`` and the state dict never show the sum.
         """
-        read = [(patched, here) for patched in self.weights if (here := patched.among(slots))]
-        names = [(patched.owner, patched.parameter) for patched, _ in read]
-        sums = [changed_parameter(self, patched, here) for patched, here in read]
+        read = [patched for patched in self.weights if patched.among(slots)]
+        names = [(patched.owner, patched.parameter) for patched in read]
+        sums = [changed_parameter(self, patched, patched.among(slots)) for patched in read]
         # All threads see the shadow. Without the lock, a second thread could compute with this thread's sum (of another
         # dtype, graph or mixing weight), or read the base weight after this thread has removed the shadow. The lock is
         # reentrant because a forward may call itself. The sums are computed outside of it, so that threads wait only
