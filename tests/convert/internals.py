@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from tnadapt.checkpoints.stored_weights import _OTHER_HEADS as OTHER_HEADS
 from tnadapt.checkpoints.stored_weights import _TIED as TIED
-from tnadapt.convert import _files as files_module
 from tnadapt.convert import _pipeline as pipeline_module
 from tnadapt.convert._files import replace_folder
 from tnadapt.convert._gguf_format import GgufBase
@@ -16,7 +15,6 @@ __all__ = [
     "TIED",
     "GgufBase",
     "PathPatterns",
-    "files_module",
     "norms_of",
     "pipeline_module",
     "replace_folder",

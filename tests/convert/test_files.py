@@ -18,9 +18,10 @@ import tnadapt as tna
 from tests.checkpoints.merge.merge_scene import content
 from tests.support.file_layer import Call, intercepted, recorded
 from tests.support.power_failure import after_failures
+from tnadapt.checkpoints import atomic_files
 
 from .conversions import made
-from .internals import files_module, replace_folder
+from .internals import replace_folder
 
 NAMES = WEIGHTS, CONFIG = ("adapter_model.safetensors", "adapter_config.json")
 # The same tensors' names and shapes, and other numbers and another scale: only the content tells them apart.
@@ -171,7 +172,7 @@ def test_writers_of_one_folder_take_turns(tmp_path: Path, monkeypatch: pytest.Mo
     out = tmp_path / "out"
     replace_folder(str(out), {WEIGHTS: b"old", CONFIG: b"old"})
     halfway, go_on = threading.Event(), threading.Event()
-    real = files_module.sync_folder
+    real = atomic_files.sync_folder
 
     def sync_folder(folder: str) -> None:
         real(folder)
@@ -179,7 +180,7 @@ def test_writers_of_one_folder_take_turns(tmp_path: Path, monkeypatch: pytest.Mo
             halfway.set()
             assert go_on.wait(30)
 
-    monkeypatch.setattr(files_module, "sync_folder", sync_folder)
+    monkeypatch.setattr(atomic_files, "sync_folder", sync_folder)
     first, second = (
         threading.Thread(target=replace_folder, args=(str(out), dict.fromkeys(NAMES, name.encode())), name=name)
         for name in ("first", "second")

@@ -176,7 +176,7 @@ def test_what_start_from_refuses() -> None:
         (
             adapter,
             {name: 0.0 * array for name, array in arrays.items()},
-            r"more than one array .* in group 0 and 1 more: nothing would learn. Start",
+            r"more than one array .* in groups 0, 1: nothing would learn. Start",
         ),
         (empty, arrays, r"is on the meta device: .* call reset\(\) before start_from"),
     ]
@@ -184,7 +184,7 @@ def test_what_start_from_refuses() -> None:
         with pytest.raises(tna.ConfigError, match=message):
             refusing.start_from(given)
     with pytest.warns(
-        UserWarning, match=r"the gradient of every trained array is zero.* in group 0\. Start one of them"
+        UserWarning, match=r"the gradient of every trained array is zero.* in groups 0\. Start one of them"
     ):
         adapter.start_from({LEFT: 0.0 * arrays[LEFT], RIGHT: 0.0 * arrays[RIGHT]})
     adapter.merge()

@@ -368,5 +368,6 @@ def test_the_change_of_a_tied_weight_is_extracted_from_checkpoints_and_from_mode
     assert (adapter.targets[0].role, adapter.targets[0].tied) == ("embedding", ("lm_head.weight",))
     # No warning of other parameters.
     assert tt.extract(base, tuned, P.lora(1), ["embed_tokens"], keep_tied=True).report.error < 1e-5
+    assert tt.extract(llama(), tuned, {"lm_head": P.lora(1)}, keep_tied=True).report.error < 1e-5
     for changed_model in (model, base):
         torch.testing.assert_close(changed_model(TOKENS).logits, tuned(TOKENS).logits, rtol=1e-4, atol=1e-4)

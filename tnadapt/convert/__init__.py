@@ -14,7 +14,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from tnadapt.argument_checks import checks_arguments
-from tnadapt.lazy_names import lazy_name
+from tnadapt.lazy_names import lazy_names
 
 if TYPE_CHECKING:
     from tnadapt.checkpoints.adapter_file import AdapterFile
@@ -46,21 +46,14 @@ __all__ = [
 ]
 
 # Imported on first use: tnadapt itself exports convert, and most programs never call it.
-_LAZY = {
-    "Base": "_base_model",
-    "Conversion": "_pipeline",
-    "EncodedAdapter": "_file_format",
-    "ExportChoice": "_file_format",
-    "FileFormat": "_file_format",
-    "ForeignAdapter": "_file_format",
-    "Module": "_updates",
-    "ModuleUpdate": "_updates",
-    "Pair": "_updates",
-    "StoredFiles": "_files",
-    "TargetUpdate": "_updates",
-    "register_file_format": "_pipeline",
-    "target_of": "_base_model",
+_PLACES = {
+    "_base_model": ("Base", "target_of"),
+    "_file_format": ("EncodedAdapter", "ExportChoice", "FileFormat", "ForeignAdapter"),
+    "_files": ("StoredFiles",),
+    "_pipeline": ("Conversion", "register_file_format"),
+    "_updates": ("Module", "ModuleUpdate", "Pair", "TargetUpdate"),
 }
+_LAZY = {name: module for module, names in _PLACES.items() for name in names}
 
 
 @checks_arguments
@@ -160,15 +153,14 @@ def convert(
     """
     from ._pipeline import requested, run
 
-    request = requested(to, rank, max_error, base=base, part=part, dtype=dtype, without_kept=without_kept)
+    request = requested(to, rank, max_error, base, part, dtype, without_kept)
     return run(source, out, request, overwrite)
+
+
+_lazy, __dir__ = lazy_names(__name__, _LAZY)
 
 
 def __getattr__(name: str) -> Any:
     if name == "FORMS":  # never stored, as it grows with every format that is registered
         return importlib.import_module("._pipeline", __name__).forms()
-    return lazy_name(__name__, _LAZY, name)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return _lazy(name)

@@ -25,15 +25,6 @@ from tnadapt.targets.target import Target
 
 from ._updates import round_to, widen
 
-__all__ = [
-    "Base",
-    "as_base",
-    "check_base",
-    "target_of",
-    "with_base_arrays",
-]
-
-
 # -- The base model ----------------------------------------------------------------------------------------------------
 
 

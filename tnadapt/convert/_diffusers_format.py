@@ -2,36 +2,20 @@
 
 from __future__ import annotations
 
-import functools
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
-
-import numpy as np
 
 from tnadapt.checkpoints.container import DTYPES, Container
 from tnadapt.errors import ConfigError, FileError, safe_repr, summarize
 from tnadapt.targets.roles import natural
 
 from ._base_model import Base, target_of
-from ._file_format import EncodedAdapter, ExportChoice, FileFormat, ForeignAdapter
-from ._files import RECORD, StoredFiles, decode, encode, foreign_tensor_names, json_text, safetensors_content
+from ._file_format import EncodedAdapter, ExportChoice, FileFormat, ForeignAdapter, Json
+from ._files import RECORD, Arrays, StoredFiles, decode, encode, foreign_tensor_names, json_text, safetensors_content
 from ._peft_content import recorded
 from ._peft_settings import PeftSettings, settings_of
 from ._updates import Float, Module, TargetUpdate, common_dtype, uniform, widen
-
-__all__ = [
-    "COMPONENTS",
-    "PREFIXES",
-    "DiffusersFormat",
-    "chosen_part",
-    "other_path",
-    "stored_path",
-    "written_prefix",
-]
-
 
 # -- The component of a pipeline, by the caller, the file or the modules' names ----------------------------------------
 
@@ -127,6 +111,59 @@ def chosen_part(found: Sequence[str], part: str | None) -> str:
     raise FileError(f"has no part {safe_repr(part)}; its parts are {listed}")
 
 
+def stored_modules(
+    container: Container,
+    pattern: re.Pattern[str],
+    part: str | None,
+    what: str,
+    suffixes: Mapping[str, str],
+    refused: Mapping[str, str] = {},
+) -> tuple[str, dict[str, dict[str, Float]], str]:
+    """Read the tensors of one part of a file.
+
+    Parameters
+    ----------
+    container : Container
+    pattern : Pattern
+        Matches the names of all tensors, with the groups "part", "path" and "suffix".
+    part : str, optional
+        The part that the caller names.
+    what : str
+        What the file holds, for messages.
+    suffixes : mapping of str to str
+        Maps those that are read to the names under which the tensors are decoded.
+    refused : mapping of str to str
+        Maps those of tensors that are not converted to the reason. "diff_b" is left out if it is zeros.
+
+    Returns
+    -------
+    str, dict, str
+        The part; the tensors by path and name; and a dtype that represents all of their values but alphas.
+    """
+    matches = {name: pattern.fullmatch(name) for name in container.entries}
+    if unknown := [name for name, match in matches.items() if match is None]:
+        raise FileError(f"has tensors that do not belong to {what}: {summarize(unknown)}")
+    chosen = chosen_part(list(dict.fromkeys(match["part"] for match in matches.values() if match)), part)
+    modules, dtypes = dict[str, dict[str, Float]](), set[str]()
+    for name, match in matches.items():
+        if match and match["part"] == chosen:
+            path, suffix, tag = match["path"], match["suffix"], container.entries[name].dtype
+            array = widen(name, tag, container.array(name))
+            if suffix in suffixes:
+                modules.setdefault(path, {})[suffixes[suffix]] = array
+                dtypes |= {DTYPES[tag]} if suffix != "alpha" else set()
+            elif array.any() or suffix != "diff_b":
+                raise FileError(f"{safe_repr(name)} cannot be converted: {refused[suffix]}")
+    return chosen, modules, common_dtype(dtypes)
+
+
+def one_number(path: str, alpha: Float) -> float:
+    """Return the alpha of a module."""
+    if alpha.size != 1:
+        raise FileError(f"alpha of {safe_repr(path)} must be one number; it has the shape {alpha.shape}")
+    return float(alpha.reshape(()))
+
+
 def written_component(form: str, part: str | None, source: str, paths: Sequence[str]) -> str:
     """Return the component to write, by diffusers' name.
 
@@ -188,8 +225,8 @@ def _choice(part: str) -> str:
 # -- The format --------------------------------------------------------------------------------------------------------
 
 
-_NAME = re.compile(rf"({'|'.join(COMPONENTS)})\.(.+)\.(lora_A\.weight|lora_B\.weight|alpha)")
-_SUFFIXES = {"lora_A.weight": "lora_down", "lora_B.weight": "lora_up"}
+_NAME = re.compile(rf"(?P<part>{'|'.join(COMPONENTS)})\.(?P<path>.+)\.(?P<suffix>lora_A\.weight|lora_B\.weight|alpha)")
+_SUFFIXES = {"lora_A.weight": "lora_down", "lora_B.weight": "lora_up", "alpha": "alpha"}
 
 # Entry of a conversion's record: the paths of modules by those in the file, where they differ.
 _RENAMED = "renamed"
@@ -208,8 +245,7 @@ class DiffusersFormat(FileFormat):
 
     def detect(self, path: str) -> str | None:
         """Return the path if the names of the file's tensors begin with a component of a pipeline."""
-        names = None if os.path.isdir(path) else foreign_tensor_names(path)
-        return path if any(map(_NAME.fullmatch, names or ())) else None
+        return path if any(map(_NAME.fullmatch, foreign_tensor_names(path) or ())) else None
 
     def choose_part(self, modules: Sequence[Module], part: str | None, source: str) -> None:
         """Choose the component, such as "text_encoder_2"."""
@@ -241,39 +277,26 @@ class DiffusersFormat(FileFormat):
             renamed |= {path: module.path} if path != module.path else {}
         return EncodedAdapter(tensors, record={_RENAMED: renamed} if renamed else {})
 
-    def write(
-        self,
-        tensors: Mapping[str, np.ndarray],
-        dtypes: Mapping[str, str],
-        record: Mapping[str, Any],
-        config: Mapping[str, Any] | None,
-    ) -> dict[str, bytes]:
+    def write(self, tensors: Arrays, dtypes: Mapping[str, str], record: Json, config: Json | None) -> dict[str, bytes]:
         """Serialize the file."""
         return {"": safetensors_content(tensors, dtypes, {RECORD: json_text(record), "format": "pt"})}
 
 
 def _read(container: Container, base: Base | None, part: str | None) -> ForeignAdapter:
     """Read the adapter of an open file."""
-    matches = {name: _NAME.fullmatch(name) for name in container.entries}
-    if unknown := [name for name, match in matches.items() if match is None]:
-        raise FileError(f"has tensors that do not belong to a LoRA of diffusers: {summarize(unknown)}")
-    chosen = chosen_part(list(dict.fromkeys(match[1] for match in matches.values() if match)), part)
-    modules: dict[str, dict[str, Float]] = {}
-    dtypes = set[str]()
-    for name, match in matches.items():
-        if match and match[1] == chosen:
-            path, suffix, dtype = match[2], match[3], container.entries[name].dtype
-            modules.setdefault(path, {})[_SUFFIXES.get(suffix, suffix)] = widen(name, dtype, container.array(name))
-            dtypes |= {DTYPES[dtype]} if suffix != "alpha" else set()
+    chosen, modules, dtype = stored_modules(container, _NAME, part, "a LoRA of diffusers", _SUFFIXES)
     settings, renamed = _settings(container.metadata, chosen), recorded(container.metadata, _RENAMED, str)
     updates = []
     for path in sorted(modules, key=natural):
-        tensors = modules[path]
-        alpha = tensors.pop("alpha", None)
-        update, shape = decode(path, tensors, functools.partial(_scale, path, alpha, settings))
-        module_path = _path(path, base, renamed)
-        updates.append(TargetUpdate(target_of(module_path, shape, base), update))
-    return ForeignAdapter("lora", updates, common_dtype(dtypes), part=chosen)
+        alpha = modules[path].pop("alpha", None)
+        update, shape, rank = decode(path, modules[path])
+        if alpha is not None and rank:
+            scale = one_number(path, alpha) / rank
+        else:
+            scale = 1.0 if settings is None else settings.scale(path, rank)
+        target = target_of(_path(path, base, renamed), shape, base)
+        updates.append(TargetUpdate(target, update._replace(scale=scale)))
+    return ForeignAdapter("lora", updates, dtype, part=chosen)
 
 
 def _path(path: str, base: Base | None, renamed: Mapping[str, str]) -> str:
@@ -295,11 +318,3 @@ def _settings(metadata: Mapping[str, str], component: str) -> PeftSettings | Non
     except (ValueError, AttributeError, RecursionError):
         raise FileError(f"the entry {_SETTINGS} of its metadata is not a JSON object") from None
     return settings_of({**settings, "peft_type": "LORA"}) if settings else None
-
-
-def _scale(path: str, alpha: Float | None, settings: PeftSettings | None, rank: int | None) -> float:
-    if alpha is not None and rank:
-        if alpha.size != 1:
-            raise FileError(f"alpha of {safe_repr(path)} must be one number; it has the shape {alpha.shape}")
-        return float(alpha.reshape(())) / rank
-    return 1.0 if settings is None else settings.scale(path, rank)

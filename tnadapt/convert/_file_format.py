@@ -6,7 +6,6 @@ One class implements one format: it recognizes, reads, encodes and writes the fi
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -25,18 +24,13 @@ from ._base_model import Base, target_of
 from ._files import StoredFiles
 from ._updates import Float, Module, ModuleUpdate, Pair, TargetUpdate, Unpacked, alpha_of, as_matrix, check_size, narrow
 
-__all__ = [
-    "KINDS",
-    "Application",
-    "ConversionRequest",
-    "EncodedAdapter",
-    "ExportChoice",
-    "FileFormat",
-    "ForeignAdapter",
-    "application_of",
-    "file_of",
-    "not_additive",
-]
+# -- What messages recommend -------------------------------------------------------------------------------------------
+
+
+MERGE = "merge the adapter into the base with tnadapt.merge (tnadapt merge)"
+TO_PEFT_LORA = "convert to 'peft-lora' (--to peft-lora)"
+TO_FULL = "to='lycoris-full' (--to lycoris-full), which holds every update"
+WITHOUT_KEPT = "by without_kept=True (--without-kept)"
 
 
 # -- How updates meet their weights: magnitudes (DoRA), and HiRA -------------------------------------------------------
@@ -83,8 +77,7 @@ def application_of(file: AdapterFile, modules: Sequence[Module]) -> Application:
                 if target.rows is not None:
                     raise ConfigError(
                         f"{safe_repr(module.path)} has magnitudes of some of its rows only, and other libraries have "
-                        "one for each row of a weight: merge the adapter into the base with tnadapt.merge (tnadapt "
-                        "merge)"
+                        f"one for each row of a weight: {MERGE}"
                     )
                 magnitudes[module.path] = arrays[name]
     return Application(file.config.apply, file.config.magnitude_axis, magnitudes)
@@ -92,6 +85,8 @@ def application_of(file: AdapterFile, modules: Sequence[Module]) -> Application:
 
 # -- The interface of file formats -------------------------------------------------------------------------------------
 
+
+Json = Mapping[str, Any]
 
 # Methods that an adapter can be written as; "full" is one dense update per module.
 KINDS = ("lora", "lokr", "loha", "full")
@@ -317,13 +312,12 @@ class FileFormat:
         if target.index is not None:
             raise ConfigError(
                 f"{target.label} cannot be converted: it is one of the {target.stored[0]} matrices of a parameter, as "
-                "experts are kept; merge the adapter into the base with tnadapt.merge (tnadapt merge)"
+                f"experts are kept; {MERGE}"
             )
         if target.tied:
             raise ConfigError(
                 f"{target.name} cannot be converted: it is updated together with {', '.join(target.tied)}, to which it "
-                f"is tied, and {self.library} updates one layer; merge the adapter into the base with tnadapt.merge "
-                "(tnadapt merge)"
+                f"is tied, and {self.library} updates one layer; {MERGE}"
             )
         if target.parameter == "in_proj_weight":
             raise ConfigError(
@@ -369,8 +363,7 @@ class FileFormat:
         if kept:
             raise ConfigError(
                 f"{self.library} has no place for the parameters that were trained alongside the adapter: "
-                f"{summarize(kept)}. Convert without them by without_kept=True (--without-kept), and add them to the "
-                "model yourself"
+                f"{summarize(kept)}. Convert without them {WITHOUT_KEPT}, and add them to the model yourself"
             )
 
     def fit_kronecker(self, updates: Sequence[ModuleUpdate], stored: Sequence[tuple[int, ...]]) -> ExportChoice | None:
@@ -537,17 +530,34 @@ def file_of(adapter: ForeignAdapter) -> tuple[AdapterFile, tuple[ModuleUpdate, .
             arrays |= {f"group{number}.{name}": array for name, array in update.arrays().items()}
             number += 1
     config = configs[0][0] if len(configs) == 1 else CompositeConfig(configs)
-    ordered = [entry for part in parts for entry in part]
-    stored, dtypes = narrow(arrays, adapter.dtype)
-    for name, array in stored.items():
-        if not np.isfinite(array).all():
+    ordered, application = [entry for part in parts for entry in part], adapter.application
+    stored, dtypes = narrow(arrays | _magnitudes_of(ordered, application), adapter.dtype)
+    for name in arrays:
+        if not np.isfinite(stored[name]).all():
             target = ordered[int(name.partition(".")[0].removeprefix("group"))].target
             raise FileError(f"the scale of {safe_repr(target.label)} makes numbers that are too large for float32")
     file = AdapterFile(
-        config, [entry.target for entry in ordered], stored, kept=adapter.kept,
+        config.replace(apply=application.apply, magnitude_axis=application.magnitude_axis),
+        [entry.target for entry in ordered], stored, kept=adapter.kept,
         dtypes={**adapter.kept_dtypes, **dtypes}, model=adapter.model, ties=adapter.ties,
     )  # fmt: skip
-    return _with_application(file, adapter.application, adapter.dtype), tuple(entry.update for entry in ordered)
+    return file, tuple(entry.update for entry in ordered)
+
+
+def _magnitudes_of(updates: Sequence[TargetUpdate], application: Application) -> dict[str, Float]:
+    """Return the arrays of an adapter file with the magnitudes of its targets."""
+    magnitudes = dict[str, Float]()
+    for number, (target, _) in enumerate(updates if application.magnitudes else ()):
+        magnitude = application.magnitudes.get(target.module)
+        if magnitude is None:
+            raise FileError(f"{safe_repr(target.module)} has no magnitude, and other modules have one")
+        if magnitude.shape != (target.shape[0],):
+            raise FileError(
+                f"the magnitude of {safe_repr(target.module)} has {magnitude.size} elements; expected "
+                f"{target.shape[0]}, one for each output"
+            )
+        magnitudes[f"weight{number}.magnitude"] = magnitude
+    return magnitudes
 
 
 def _alike(found: Iterable[TargetUpdate], key: Callable[[ModuleUpdate], Hashable]) -> Iterable[list[TargetUpdate]]:
@@ -630,25 +640,3 @@ def _conform(update: ModuleUpdate, config: Config) -> ModuleUpdate:
     assert isinstance(config.rank, int)
     rank = config.rank
     return update._replace(parts=tuple(part.padded(rank) if isinstance(part, Pair) else part for part in parts))
-
-
-def _with_application(file: AdapterFile, application: Application, dtype: str) -> AdapterFile:
-    """Return a file of added updates with another application; its arrays are stored in a dtype if they can be."""
-    if application == Application():
-        return file
-    config = file.config.replace(apply=application.apply, magnitude_axis=application.magnitude_axis)
-    arrays = dict(Unpacked(file).arrays)
-    if application.magnitudes:
-        for number, target in enumerate(file.targets):
-            magnitude = application.magnitudes.get(target.module)
-            if magnitude is None:
-                raise FileError(f"{safe_repr(target.module)} has no magnitude, and other modules have one")
-            if magnitude.shape != (target.shape[0],):
-                raise FileError(
-                    f"the magnitude of {safe_repr(target.module)} has {magnitude.size} elements; expected "
-                    f"{target.shape[0]}, one for each output"
-                )
-            arrays[f"weight{number}.magnitude"] = magnitude
-    stored, kinds = narrow(arrays, dtype)
-    kept = {name: dtype_name for name, dtype_name in file.dtypes.items() if name not in file.arrays}
-    return dataclasses.replace(file, config=config, arrays=stored, dtypes={**kept, **kinds})

@@ -14,58 +14,20 @@ import os
 import secrets
 import shutil
 import stat
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, BinaryIO
 
 import numpy as np
 
+from tnadapt.checkpoints import atomic_files, container
 from tnadapt.checkpoints.adapter_format import ENTRY
-from tnadapt.checkpoints.atomic_files import (
-    HAS_LOCKS,
-    lock,
-    names_handle,
-    rename_new,
-    replace_file,
-    sync_folder,
-    unlock,
-)
-from tnadapt.checkpoints.container import (
-    MAX_CONFIG,
-    TAG_OF,
-    Container,
-    json_file,
-    opened,
-    raw_bytes,
-    raw_dtype,
-    strict_json,
-)
+from tnadapt.checkpoints.container import Container
 from tnadapt.errors import FileError, safe_repr
 
 from ._updates import Float, ModuleUpdate, Pair, as_matrix
 
-__all__ = [
-    "DIFF",
-    "LOHA",
-    "LOKR",
-    "RECORD",
-    "StoredFiles",
-    "are_both_low",
-    "decode",
-    "decompose_factor",
-    "encode",
-    "factorization",
-    "foreign_tensor_names",
-    "is_low",
-    "json_text",
-    "kind_of",
-    "kronecker_sizes_of",
-    "pickle_error",
-    "replace_folder",
-    "safetensors_content",
-    "spread_over_groups",
-    "without_groups",
-]
-
+Arrays = Mapping[str, np.ndarray]
+Shape = tuple[int, ...]
 
 # -- The files, on disk or in memory -----------------------------------------------------------------------------------
 
@@ -113,31 +75,33 @@ class StoredFiles:
             content = self._contents[name]
             yield Container(io.BufferedReader(io.BytesIO(content)), len(content))
             return
-        with opened(self._place(name)) as container:
-            yield container
+        with container.opened(self._place(name)) as file:
+            yield file
 
     def json(self, name: str) -> dict[str, Any]:
         """Read a JSON object strictly."""
         if self._contents is not None:
-            return strict_json(self._contents[name].decode(), name)
-        return json_file(self._place(name), MAX_CONFIG, name)
+            return container.strict_json(self._contents[name].decode(), name)
+        return container.json_file(self._place(name), container.MAX_CONFIG, name)
 
     def _place(self, name: str) -> str:
         return os.path.join(self._path, name) if name else self._path
 
 
 def foreign_tensor_names(path: str) -> list[str] | None:
-    """Return the names of the tensors in a safetensors file; None if it is an adapter file of this library.
+    """Return the names of the tensors in a safetensors file; None for a folder, and an adapter file of this library.
 
     Raises
     ------
     FileError
         If it is not a safetensors file.
     """
+    if os.path.isdir(path):
+        return None
     if path.endswith((".bin", ".pt", ".pth", ".ckpt")) and os.path.exists(path):
         raise pickle_error()
-    with opened(path) as container:
-        return None if ENTRY in container.metadata else list(container.entries)
+    with container.opened(path) as file:
+        return None if ENTRY in file.metadata else list(file.entries)
 
 
 def pickle_error() -> FileError:
@@ -157,9 +121,7 @@ def json_text(value: Any, indent: int | None = None) -> str:
     return json.dumps(value, sort_keys=True, indent=indent, separators=separators, ensure_ascii=False, allow_nan=False)
 
 
-def safetensors_content(
-    tensors: Mapping[str, np.ndarray], dtypes: Mapping[str, str], metadata: Mapping[str, str]
-) -> bytes:
+def safetensors_content(tensors: Arrays, dtypes: Mapping[str, str], metadata: Mapping[str, str]) -> bytes:
     """Serialize tensors as a safetensors file.
 
     Parameters
@@ -170,9 +132,9 @@ def safetensors_content(
     metadata : mapping of str to str
         Written in the order of its keys, which safetensors' own writer does not guarantee.
     """
-    tags = {name: TAG_OF[dtypes.get(name, array.dtype.name)] for name, array in tensors.items()}
+    tags = {name: container.TAG_OF[dtypes.get(name, array.dtype.name)] for name, array in tensors.items()}
     # Wide elements first, so that every tensor is aligned to the size of its elements.
-    order = sorted(tensors, key=lambda name: (-raw_dtype(tags[name]).itemsize, name))
+    order = sorted(tensors, key=lambda name: (-container.raw_dtype(tags[name]).itemsize, name))
     header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
     position, pieces = 0, list[bytes | memoryview]()
     for name in order:
@@ -183,7 +145,7 @@ def safetensors_content(
             "data_offsets": [position, position + raw.nbytes],
         }
         position += raw.nbytes
-        pieces.append(raw_bytes(raw) if raw.size else b"")
+        pieces.append(container.raw_bytes(raw) if raw.size else b"")
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     return b"".join([len(text).to_bytes(8, "little"), text, *pieces])
@@ -192,7 +154,7 @@ def safetensors_content(
 def _raw(array: np.ndarray, tag: str) -> np.ndarray:
     if tag == "BF16":
         array = (array.view(np.uint32) >> np.uint32(16)).astype(np.uint16)
-    return np.asarray(array, raw_dtype(tag), order="C")
+    return np.asarray(array, container.raw_dtype(tag), order="C")
 
 
 def replace_folder(path: str, files: Mapping[str, bytes], overwrite: bool = True) -> None:
@@ -216,23 +178,21 @@ def replace_folder(path: str, files: Mapping[str, bytes], overwrite: bool = True
     if os.path.exists(path) and not os.path.isdir(path):
         raise FileError("is a file; an adapter of PEFT is a folder")
     parent = os.path.dirname(path)
-    if not os.path.isdir(parent):
-        raise FileError(f"the folder {parent} does not exist; make it first")
     for name in files:
         if os.path.isdir(os.path.join(path, name)):
             raise FileError(f"has a folder {name}, where a file has to be; move it away")
     if not os.path.isdir(path):
         with _stage(parent) as stage:
             for name, content in files.items():
-                replace_file(os.path.join(stage, name), content)
+                atomic_files.replace_file(os.path.join(stage, name), content)
             with contextlib.suppress(FileExistsError):
-                rename_new(stage, path)
-                sync_folder(parent)
+                atomic_files.rename_new(stage, path)
+                atomic_files.sync_folder(parent)
                 return
         # Another process has created the folder in the meantime.
     with _stage(path) as stage:
         for name, content in files.items():
-            replace_file(os.path.join(stage, name), content)
+            atomic_files.replace_file(os.path.join(stage, name), content)
         with _turn(path):
             if not overwrite and any(os.path.lexists(os.path.join(path, name)) for name in files):
                 raise FileError("exists; give another path, or overwrite=True (--overwrite)")
@@ -242,18 +202,18 @@ def replace_folder(path: str, files: Mapping[str, bytes], overwrite: bool = True
 @contextlib.contextmanager
 def _turn(folder: str) -> Iterator[None]:
     """Wait for other writers of a folder. Files are moved one by one, so those of two writers could mix."""
-    if not HAS_LOCKS:
+    if not atomic_files.HAS_LOCKS:
         yield
         return
     while True:
         handle = os.open(folder, os.O_RDONLY)
         try:
-            lock(handle, wait=True)
-            if names_handle(folder, handle):  # otherwise the folder was renamed or deleted during the wait
+            atomic_files.lock(handle, wait=True)
+            if atomic_files.names_handle(folder, handle):  # otherwise the folder was renamed or deleted during the wait
                 yield
                 return
         finally:
-            unlock(handle)
+            atomic_files.unlock(handle)
             os.close(handle)
 
 
@@ -266,7 +226,7 @@ def _exchange(stage: str, path: str, names: Sequence[str]) -> None:
     def move(start: str, end: str) -> None:
         moved.append((start, end))  # before the rename, as an interrupt may come right after it
         os.rename(start, end)
-        sync_folder(path)  # so that the renames reach the disk in order
+        atomic_files.sync_folder(path)  # so that the renames reach the disk in order
 
     try:
         for name in reversed(names):
@@ -330,10 +290,8 @@ def kind_of(path: str, tensors: Tensors) -> str:
 # -- Decoding ------------------------------------------------------------------------------------
 
 
-def decode(
-    path: str, tensors: Tensors, scale: Callable[[int | None], float], kron_last_axes: bool = False
-) -> tuple[ModuleUpdate, tuple[int, ...]]:
-    """Decode the update of one module.
+def decode(path: str, tensors: Tensors, kron_last_axes: bool = False) -> tuple[ModuleUpdate, Shape, int | None]:
+    """Decode the update of one module, without its scale.
 
     Parameters
     ----------
@@ -341,17 +299,15 @@ def decode(
         Path of the module, for messages.
     tensors : mapping of str to ndarray
         Tensors by the names in ``LORA``, ``LOKR``, ``LOHA`` or ``DIFF``.
-    scale : callable
-        Returns the scale for a rank, or for None if LoKr has two full factors.
     kron_last_axes : bool
         Whether the Kronecker product of a Conv1d with a full W2 multiplies its last two axes, as in PEFT, and not its
         first two, as in LyCORIS.
 
     Returns
     -------
-    ModuleUpdate, tuple of int
-        The update, and the weight's shape ``(out, in, …)`` as far as the tensors determine it: factors of LoKr and
-        LoHa store the sizes of a convolution after ``out`` as one product.
+    ModuleUpdate, tuple of int, int or None
+        The update; the weight's shape ``(out, in, …)`` as far as the tensors determine it: factors of LoKr and LoHa
+        store the sizes of a convolution after ``out`` as one product; and the rank, or None if nothing has low rank.
 
     Raises
     ------
@@ -362,16 +318,16 @@ def decode(
     get = _Getter(path, tensors)
     if method == "dense":
         diff = get("diff", 2)
-        return ModuleUpdate("dense", _matrix(diff.shape), (diff.reshape(diff.shape[0], -1),)), diff.shape
+        return ModuleUpdate("dense", _matrix(diff.shape), (diff.reshape(diff.shape[0], -1),)), diff.shape, None
     if method == "lora":
         pair, shape = _lora(get)
-        return ModuleUpdate("lora", pair.shape, (pair,), scale(pair.rank)), shape
+        return ModuleUpdate("lora", pair.shape, (pair,)), shape, pair.rank
     if method == "loha":
         (w1, shape), (w2, other) = _half(get, "hada_w1", "hada_t1"), _half(get, "hada_w2", "hada_t2")
         if shape != other or w1.rank != w2.rank:
             raise get.misfit("its two halves are of different shapes or ranks")
-        return ModuleUpdate("loha", w1.shape, (w1, w2), scale(w1.rank)), shape
-    return _lokr(get, scale, kron_last_axes)
+        return ModuleUpdate("loha", w1.shape, (w1, w2)), shape, w1.rank
+    return _lokr(get, kron_last_axes)
 
 
 class _Getter:
@@ -396,11 +352,11 @@ class _Getter:
         return FileError(f"the tensors of {safe_repr(self.path)} do not fit together: {why}; they are {shapes}")
 
 
-def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
+def _matrix(shape: Shape) -> tuple[int, int]:
     return shape[0], math.prod(shape[1:])
 
 
-def _lora(get: _Getter) -> tuple[Pair, tuple[int, ...]]:
+def _lora(get: _Getter) -> tuple[Pair, Shape]:
     up, down = get("lora_up", 2), get("lora_down", 2)
     if math.prod(up.shape[2:]) != 1:
         raise get.misfit("lora_up must be a matrix, or a kernel of size 1")
@@ -417,7 +373,7 @@ def _lora(get: _Getter) -> tuple[Pair, tuple[int, ...]]:
     return Pair(up.reshape(out, rank), down.reshape(rank, -1).T), (out, channels, *kernel)
 
 
-def _half(get: _Getter, name: str, core: str) -> tuple[Pair, tuple[int, ...]]:
+def _half(get: _Getter, name: str, core: str) -> tuple[Pair, Shape]:
     """Return a factor ``a @ b``, or ``core x_0 a x_1 b`` in Tucker form, where both are stored as (rank, size)."""
     a, b = get(f"{name}_a", 2, 2), get(f"{name}_b", 2)
     if core not in get:
@@ -431,9 +387,7 @@ def _half(get: _Getter, name: str, core: str) -> tuple[Pair, tuple[int, ...]]:
     return Pair(a.T, wide.reshape(wide.shape[0], -1).T), (a.shape[1], b.shape[1], *t.shape[2:])
 
 
-def _lokr(
-    get: _Getter, scale: Callable[[int | None], float], kron_last_axes: bool
-) -> tuple[ModuleUpdate, tuple[int, ...]]:
+def _lokr(get: _Getter, kron_last_axes: bool) -> tuple[ModuleUpdate, Shape, int | None]:
     for name in ("lokr_w1", "lokr_w2"):
         if name in get and (f"{name}_a" in get or f"{name}_b" in get):
             raise get.misfit(f"{name} is there full and in two factors")
@@ -444,22 +398,20 @@ def _lokr(
         if "lokr_t2" in get:
             raise get.misfit("lokr_t2 belongs to two factors of W2, which is full")
         full = get("lokr_w2", 2)
-        kernel, last = full.shape[2:], full.reshape(full.shape[0], -1)
-        channels = full.shape[1]
+        last, (_, channels, *kernel) = full.reshape(full.shape[0], -1), full.shape
     else:
-        last, (_, channels, *rest) = _half(get, "lokr_w2", "lokr_t2")
-        kernel = tuple(rest)
+        last, (_, channels, *kernel) = _half(get, "lokr_w2", "lokr_t2")
     (p, q), (k, _) = first.shape, last.shape
     shape = (p * k, q * channels, *kernel)
     ranks = {part.rank for part in (first, last) if isinstance(part, Pair)}
     if len(ranks) > 1:
         raise get.misfit("W1 and W2 have different ranks")
-    factor = scale(ranks.pop() if ranks else None)
+    rank = ranks.pop() if ranks else None
     if kron_last_axes and len(kernel) == 1 and not isinstance(last, Pair) and (p, q) != (1, 1):
         # torch.kron of a matrix and a tensor of order 3 multiplies the tensor's last two axes.
         turned = np.asarray(np.kron(as_matrix(first)[None], last.reshape(k, channels, *kernel)), np.float64)
-        return ModuleUpdate("dense", _matrix(shape), (turned.reshape(_matrix(shape)),), factor), shape
-    return ModuleUpdate("lokr", _matrix(shape), (first, last), factor), shape
+        return ModuleUpdate("dense", _matrix(shape), (turned.reshape(_matrix(shape)),)), shape, rank
+    return ModuleUpdate("lokr", _matrix(shape), (first, last)), shape, rank
 
 
 # -- Encoding ------------------------------------------------------------------------------------
@@ -476,42 +428,21 @@ def encode(update: ModuleUpdate, stored: Sequence[int], down: str, up: str) -> d
     down, up : str
         Names of LoRA's two factors.
     """
-    if update.kind == "lora":
-        return _encode_lora(update.pair, stored, down, up)
-    if update.kind == "loha":
-        return _encode_loha(update)
-    if update.kind == "lokr":
-        return _encode_lokr(update, stored)
-    assert update.kind == "dense"
-    return {"diff": as_matrix(update.parts[0]).reshape(stored)}
-
-
-def _encode_lora(pair: Pair, stored: Sequence[int], down_name: str, up_name: str) -> dict[str, Float]:
     kernel = tuple(stored[2:])
-    down, up = pair.a.T, pair.b
-    if kernel:
-        down = down.reshape(pair.rank, stored[1], *kernel)
-        up = up.reshape(*pair.b.shape, *(1 for _ in kernel))
-    return {down_name: down, up_name: up}
-
-
-def _encode_loha(update: ModuleUpdate) -> dict[str, Float]:
-    tensors = dict[str, Float]()
-    for number, part in enumerate(update.parts, start=1):
-        assert isinstance(part, Pair)
-        part = part.padded(update.rank)
-        tensors |= {f"hada_w{number}_a": part.b, f"hada_w{number}_b": part.a.T}
-    return tensors
-
-
-def _encode_lokr(update: ModuleUpdate, stored: Sequence[int]) -> dict[str, Float]:
-    tensors = dict[str, Float]()
+    if update.kind == "dense":
+        return {"diff": as_matrix(update.parts[0]).reshape(stored)}
+    if update.kind == "lora":
+        b, a = update.pair
+        if kernel:
+            return {down: a.T.reshape(-1, stored[1], *kernel), up: b.reshape(*b.shape, *(1 for _ in kernel))}
+        return {down: a.T, up: b}
+    name, tensors = {"loha": "hada_w", "lokr": "lokr_w"}[update.kind], dict[str, Float]()
     for number, part in enumerate(update.parts, start=1):
         if isinstance(part, Pair):
-            tensors |= {f"lokr_w{number}_a": part.b, f"lokr_w{number}_b": part.a.T}
+            part = part.padded(update.rank)
+            tensors |= {f"{name}{number}_a": part.b, f"{name}{number}_b": part.a.T}
         else:
-            kernel = tuple(stored[2:]) if number == 2 else ()
-            tensors[f"lokr_w{number}"] = part.reshape(part.shape[0], -1, *kernel) if kernel else part
+            tensors[f"{name}{number}"] = part.reshape(part.shape[0], -1, *kernel) if number == 2 and kernel else part
     return tensors
 
 
@@ -612,6 +543,15 @@ def is_low(part: Pair | Float, sides: Sequence[int], rank: int) -> bool:
 def are_both_low(update: ModuleUpdate, size: tuple[int, int, int, int]) -> bool:
     """Return whether W1 and W2 are both stored as two factors, and so both have the larger of the two ranks."""
     return all(is_low(part, sides, update.rank) for part, sides in zip(update.parts, (size[:2], size[2:]), strict=True))
+
+
+def parts_to_store(update: ModuleUpdate, size: tuple[int, int, int, int], both: bool) -> tuple[Pair | Float, ...]:
+    """Return W1 and W2 as both libraries store them; ``both`` says whether each is two factors of the same rank."""
+    if both:
+        return tuple(part.padded(update.rank) for part in update.parts if isinstance(part, Pair))
+    first, last = update.parts
+    low = isinstance(last, Pair) and is_low(last, size[2:], last.rank)
+    return as_matrix(first), last if low else as_matrix(last)
 
 
 def decompose_factor(sizes: Sequence[tuple[int, int, int, int]], stored: Sequence[Sequence[int]]) -> int | None:

@@ -22,12 +22,9 @@ from tnadapt.errors import ConfigError, FileError, safe_repr, summarize
 from tnadapt.targets.roles import natural
 
 from ._base_model import Base, target_of
-from ._file_format import EncodedAdapter, ExportChoice, FileFormat, ForeignAdapter
-from ._files import RECORD, StoredFiles, decode, json_text
+from ._file_format import MERGE, EncodedAdapter, ExportChoice, FileFormat, ForeignAdapter, Json
+from ._files import RECORD, Arrays, StoredFiles, decode, json_text
 from ._updates import Float, Module, TargetUpdate, alpha_of, common_dtype, uniform
-
-__all__ = ["GgufBase", "GgufFormat", "base_of_gguf"]
-
 
 # -- The base model: its architecture in llama.cpp, names of tensors, and permuted rows --------------------------------
 
@@ -80,13 +77,12 @@ class GgufBase(NamedTuple):
         if module is None:
             raise ConfigError(
                 f"llama.cpp's architecture {self.architecture!r} of {self.blocks} blocks has no weight for "
-                f"{safe_repr(path)}: merge the adapter into the base with tnadapt.merge (tnadapt merge), and convert "
-                "the model"
+                f"{safe_repr(path)}: {MERGE}, and convert the model"
             )
         if not module.startswith("blk."):
             raise ConfigError(
-                f"{safe_repr(path)} is {module} in llama.cpp, and only weights of its blocks are converted: merge the "
-                "adapter into the base with tnadapt.merge (tnadapt merge), and convert the model"
+                f"{safe_repr(path)} is {module} in llama.cpp, and only weights of its blocks are converted: {MERGE}, "
+                "and convert the model"
             )
         tensor = f"{module}.weight"
         if self.shapes is not None and self.shapes.get(tensor) != stored:
@@ -209,8 +205,7 @@ def _number(config: Mapping[str, Any], names: tuple[str, ...]) -> int:
 def _unknown(what: str, kind: Any, known: list[str]) -> ConfigError:
     return ConfigError(
         f"{what} of the base is {safe_repr(kind)}, and how llama.cpp stores its weights is known for "
-        f"{', '.join(known)} only: merge the adapter into the base with tnadapt.merge (tnadapt merge), and convert the "
-        "model with llama.cpp's own script"
+        f"{', '.join(known)} only: {MERGE}, and convert the model with llama.cpp's own script"
     )
 
 
@@ -264,20 +259,19 @@ class GgufFormat(FileFormat):
             name = base.tensor_of(module.path, module.shape)
             if name in listed:
                 raise ConfigError(f"{safe_repr(module.path)} and {safe_repr(listed[name][0])} are both {name}")
-            heads = _checked_heads(base, name, module)
+            heads = base.heads_of(name)
+            if heads is not None and module.shape[0] % (2 * heads):
+                raise ConfigError(
+                    f"{safe_repr(module.path)} has {module.shape[0]} rows, which are not {heads} heads of two halves: "
+                    "is base the model that the adapter was made for?"
+                )
             listed[name] = [module.path, list(module.stored), module.transposed, heads]
             tensors[f"{name}.lora_a"] = update.pair.a.T
             tensors[f"{name}.lora_b"] = _interleaved(update.pair.b, heads)
         config = {"general.architecture": base.architecture, "adapter.lora.alpha": alpha}
         return EncodedAdapter(tensors, config=config, record={_MODULES: listed})
 
-    def write(
-        self,
-        tensors: Mapping[str, np.ndarray],
-        dtypes: Mapping[str, str],
-        record: Mapping[str, Any],
-        config: Mapping[str, Any] | None,
-    ) -> dict[str, bytes]:
+    def write(self, tensors: Arrays, dtypes: Mapping[str, str], record: Json, config: Json | None) -> dict[str, bytes]:
         """Serialize the file."""
         assert config is not None  # of encode
         gguf = gguf_package()
@@ -302,16 +296,6 @@ class GgufFormat(FileFormat):
             writer.close()
             with open(place, "rb") as file:
                 return {"": file.read()}
-
-
-def _checked_heads(base: GgufBase, name: str, module: Module) -> int | None:
-    heads = base.heads_of(name)
-    if heads is not None and module.shape[0] % (2 * heads):
-        raise ConfigError(
-            f"{safe_repr(module.path)} has {module.shape[0]} rows, which are not {heads} heads of two halves: is base "
-            "the model that the adapter was made for?"
-        )
-    return heads
 
 
 def _interleaved(b: Float, heads: int | None) -> Float:
@@ -343,13 +327,9 @@ def _read(path: str, base: Base | None) -> ForeignAdapter:
             raise FileError(f"the factors of {safe_repr(name)} must be matrices; they are {a.shape} and {b.shape}")
         if heads is not None and (heads < 1 or b.shape[0] % (2 * heads)):
             raise FileError(f"{safe_repr(name)} has {b.shape[0]} rows, which are not those of {heads} heads in halves")
-        factors = {"lora_down": a, "lora_up": _in_halves(b, heads)}
-
-        def scale(rank: int | None) -> float:
-            assert rank is not None  # of LoRA
-            return alpha / rank or 1.0
-
-        update, shape = decode(module, factors, scale)
+        update, shape, rank = decode(module, {"lora_down": a, "lora_up": _in_halves(b, heads)})
+        assert rank is not None  # of LoRA
+        update = update._replace(scale=alpha / rank or 1.0)
         if shape != (tuple(stored)[::-1] if transposed else tuple(stored)):
             raise FileError(f"{safe_repr(name)} has the shape {shape}, and its record says {tuple(stored)}")
         updates.append(TargetUpdate(target_of(module, shape, base, transposed), update))

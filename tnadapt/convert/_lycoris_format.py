@@ -5,47 +5,23 @@ Every tensor of such a file is either read exactly or rejected by name. LyCORIS 
 
 from __future__ import annotations
 
-import functools
 import json
 import math
-import os
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
-from tnadapt.checkpoints.container import DTYPES, Container
-from tnadapt.errors import ConfigError, FileError, safe_repr, summarize
+from tnadapt.checkpoints.container import Container
+from tnadapt.errors import ConfigError, FileError, safe_repr
 from tnadapt.targets.roles import natural
 
+from . import _files
 from ._base_model import Base, missing_base, target_of
-from ._diffusers_format import COMPONENTS, PREFIXES, chosen_part, other_path, stored_path, written_prefix
-from ._file_format import EncodedAdapter, ExportChoice, FileFormat, ForeignAdapter
-from ._files import (
-    DIFF,
-    LOHA,
-    LOKR,
-    RECORD,
-    StoredFiles,
-    are_both_low,
-    decode,
-    encode,
-    factorization,
-    foreign_tensor_names,
-    is_low,
-    json_text,
-    kind_of,
-    kronecker_sizes_of,
-    safetensors_content,
-)
-from ._updates import Float, Module, ModuleUpdate, Pair, TargetUpdate, alpha_of, as_matrix, common_dtype, widen
-
-__all__ = [
-    "KohyaFormat",
-    "LycorisFormat",
-]
-
+from ._diffusers_format import COMPONENTS, PREFIXES, one_number, other_path, stored_modules, stored_path, written_prefix
+from ._file_format import EncodedAdapter, ExportChoice, FileFormat, ForeignAdapter, Json
+from ._files import DIFF, LOHA, LOKR, RECORD, Arrays, StoredFiles
+from ._updates import Float, Module, ModuleUpdate, Pair, TargetUpdate, alpha_of
 
 # -- The format of LyCORIS ---------------------------------------------------------------------------------------------
 
@@ -53,9 +29,10 @@ __all__ = [
 # Entry of a conversion's record with the modules' paths and shapes. A file that has it can be read without a base.
 _MODULES = "modules"
 
-_PREFIXES = re.compile(r"(lycoris|lora_unet|lora_te\d?|lora_transformer|lora_prior_unet)_")
+_PARTS = r"lycoris|lora_unet|lora_te\d?|lora_transformer|lora_prior_unet"
+_PREFIXES = re.compile(rf"({_PARTS})_")
 _SUFFIXES = {"lora_down.weight": "lora_down", "lora_up.weight": "lora_up", "lora_mid.weight": "lora_mid"}
-_SUFFIXES |= {name: name for name in (*LOKR, *LOHA, *DIFF)}
+_SUFFIXES |= {name: name for name in (*LOKR, *LOHA, *DIFF, "alpha")}
 _REFUSED = {
     "dora_scale": "DoRA scales the sum of weight and update",
     "diff_b": "the change of a bias, which an adapter file does not hold",
@@ -63,6 +40,8 @@ _REFUSED = {
     "b_norm": "the change of a normalization",
     "scalar": "a scale that is trained",
 }
+_ENDS = "|".join(map(re.escape, _SUFFIXES | _REFUSED))
+_NAME = re.compile(rf"(?P<path>(?P<part>{_PARTS})_[^.]*)\.(?P<suffix>{_ENDS})")
 
 
 class LycorisFormat(FileFormat):
@@ -78,8 +57,7 @@ class LycorisFormat(FileFormat):
 
     def detect(self, path: str) -> str | None:
         """Return the path if the names of the file's tensors are those of LyCORIS or kohya."""
-        names = None if os.path.isdir(path) else foreign_tensor_names(path)
-        return path if any(map(_PREFIXES.match, names or ())) else None
+        return path if any(map(_PREFIXES.match, _files.foreign_tensor_names(path) or ())) else None
 
     def read(self, files: StoredFiles, base: Base | None, part: str | None) -> ForeignAdapter:
         """Read the adapter of a file; ``part`` is one of its prefixes, such as "lora_unet"."""
@@ -106,9 +84,8 @@ class LycorisFormat(FileFormat):
             name = self.flat_name(module.path)
             if name in names:
                 raise ConfigError(
-                    f"LyCORIS writes dots as underscores, and {safe_repr(names[name])} and "
-                    f"{safe_repr(module.path)} would have "
-                    "one name: it cannot adapt both"
+                    f"LyCORIS writes dots as underscores, and {safe_repr(names[name])} and {safe_repr(module.path)} "
+                    "would have one name: it cannot adapt both"
                 )
             names[name] = module.path
         super().check_adapter(modules, kept)
@@ -132,7 +109,7 @@ class LycorisFormat(FileFormat):
             alpha = alpha_of([update.scale], rank) if update.kind == "lora" else None
             if alpha is None or float(np.float32(alpha)) != alpha:
                 update, alpha = update.absorb_scale(), float(rank)
-            arrays = encode(update, module.stored, "lora_down.weight", "lora_up.weight")
+            arrays = _files.encode(update, module.stored, "lora_down.weight", "lora_up.weight")
             tensors |= {f"{name}.{key}": array for key, array in arrays.items()}
             if update.kind != "dense":
                 # Stored in float32, as bfloat16 rounds integers from 257 on.
@@ -140,15 +117,9 @@ class LycorisFormat(FileFormat):
         listed = {self.flat_name(module.path): [module.path, list(module.stored)] for module in modules}
         return EncodedAdapter(tensors, alphas, record={_MODULES: listed})
 
-    def write(
-        self,
-        tensors: Mapping[str, np.ndarray],
-        dtypes: Mapping[str, str],
-        record: Mapping[str, Any],
-        config: Mapping[str, Any] | None,
-    ) -> dict[str, bytes]:
+    def write(self, tensors: Arrays, dtypes: Mapping[str, str], record: Json, config: Json | None) -> dict[str, bytes]:
         """Serialize the file."""
-        return {"": safetensors_content(tensors, dtypes, {RECORD: json_text(record)})}
+        return {"": _files.safetensors_content(tensors, dtypes, {RECORD: _files.json_text(record)})}
 
 
 # -- LoKr's sizes --------------------------------------------------------------------------------
@@ -156,15 +127,11 @@ class LycorisFormat(FileFormat):
 
 def _fit(update: ModuleUpdate, stored: Sequence[int]) -> ModuleUpdate | None:
     """Return the update in the form that LyCORIS loads, or None if it would infer wrong sizes."""
-    size = kronecker_sizes_of(update, stored)
+    size = _files.kronecker_sizes_of(update, stored)
     if size is None:
         return None
     p, q, k, n = size
-    first, last = update.parts
-    low = isinstance(last, Pair) and is_low(last, size[2:], last.rank)
-    parts: tuple[Pair | Float, ...] = (as_matrix(first), last if low else as_matrix(last))
-    if are_both_low(update, size):
-        parts = tuple(part.padded(update.rank) for part in update.parts if isinstance(part, Pair))
+    parts = _files.parts_to_store(update, size, _files.are_both_low(update, size))
     last_shape = parts[1].shape if isinstance(parts[1], Pair) else (k, n, *stored[2:])
     factor = _inferred_factor((p, q), last_shape, isinstance(parts[1], Pair))
     if _factorization(stored[0], factor) != (p, k) or _factorization(stored[1], factor) != (q, n):
@@ -174,7 +141,7 @@ def _fit(update: ModuleUpdate, stored: Sequence[int]) -> ModuleUpdate | None:
 
 def _factorization(size: int, factor: int = -1) -> tuple[int, int]:
     """Return the sizes of a side in W1 and W2, as LyCORIS computes them."""
-    small, large = sorted(factorization(size, factor))
+    small, large = sorted(_files.factorization(size, factor))
     return small, large
 
 
@@ -194,62 +161,33 @@ def _inferred_factor(first: tuple[int, int], last: tuple[int, ...], low: bool) -
 
 
 def _read(container: Container, base: Base | None, part: str | None) -> ForeignAdapter:
-    chosen, flat, dtypes = _modules(container, part)
+    what = "a LoRA, LoKr, LoHa or full difference"
+    chosen, modules, dtype = stored_modules(container, _NAME, part, what, _SUFFIXES, _REFUSED)
     recorded = _recorded(container.metadata)
-    updates, kinds = [], set[str]()
     paths: dict[str, str] = {}
-    for name in flat:
+    for name in modules:
         path = _path(name, base, recorded)
         if path in paths:
             raise FileError(f"{safe_repr(paths[path])} and {safe_repr(name)} are both of {safe_repr(path)}")
         paths[path] = name
+    updates, kinds = [], set[str]()
     for path in sorted(paths, key=natural):
-        tensors = flat[paths[path]]
-        alpha = tensors.pop("alpha", None)
-        update, shape = decode(path, tensors, functools.partial(_scale, path, alpha))
-        kinds.add({"dense": "full"}.get(method := kind_of(path, tensors), method))
-        if paths[path] in recorded:
-            says = recorded[paths[path]][1]
+        name = paths[path]
+        alpha = modules[name].pop("alpha", None)
+        update, shape, rank = _files.decode(path, modules[name])
+        # LyCORIS' own rules: no alpha, or 0, means the rank, and LoKr with two full factors is not scaled.
+        if alpha is not None and rank is not None:
+            update = update._replace(scale=one_number(path, alpha) / rank or 1.0)
+        kinds.add("full" if update.kind == "dense" else update.kind)
+        if name in recorded:
+            says = recorded[name][1]
             if (update.kind == "dense" and says != shape) or update.shape != (*says[:1], math.prod(says[1:])):
                 raise FileError(
                     f"the tensors of {safe_repr(path)} make an update of {shape}, and the file's own record says {says}"
                 )
             shape = says
         updates.append(TargetUpdate(target_of(path, shape, base), update))
-    return ForeignAdapter(kinds.pop() if len(kinds) == 1 else "", updates, common_dtype(dtypes), part=chosen)
-
-
-def _modules(container: Container, part: str | None) -> tuple[str, dict[str, dict[str, Float]], set[str]]:
-    """Return the part that is read, its tensors by the modules' flat names and their own, and the factors' dtypes."""
-    entries, modules, dtypes = container.entries, dict[str, dict[str, Float]](), set[str]()
-    prefixes = {name: _PREFIXES.match(name) for name in entries}
-    known = (*_SUFFIXES, *_REFUSED, "alpha")
-    if unknown := [name for name in entries if prefixes[name] is None or name.partition(".")[2] not in known]:
-        raise FileError(
-            f"has tensors that do not belong to a LoRA, LoKr, LoHa or full difference: {summarize(unknown)}"
-        )
-    chosen = chosen_part(list(dict.fromkeys(match[1] for match in prefixes.values() if match)), part)
-    for name, match in prefixes.items():
-        if match is None or match[1] != chosen:
-            continue
-        flat, _, suffix = name.partition(".")
-        array = widen(name, entries[name].dtype, container.array(name))
-        if suffix in _REFUSED:
-            if array.any() or suffix != "diff_b":
-                raise FileError(f"{safe_repr(name)} cannot be converted: {_REFUSED[suffix]}")
-            continue
-        dtypes |= {DTYPES[entries[name].dtype]} if suffix != "alpha" else set()
-        modules.setdefault(flat, {})[_SUFFIXES.get(suffix, suffix)] = array
-    return chosen, modules, dtypes
-
-
-def _scale(path: str, alpha: Float | None, rank: int | None) -> float:
-    # LyCORIS' own rules: no alpha, or 0, means the rank, and LoKr with two full factors is not scaled.
-    if alpha is None or rank is None:
-        return 1.0
-    if alpha.size != 1:
-        raise FileError(f"alpha of {safe_repr(path)} must be one number; it has the shape {alpha.shape}")
-    return float(alpha.reshape(())) / rank or 1.0
+    return ForeignAdapter(kinds.pop() if len(kinds) == 1 else "", updates, dtype, part=chosen)
 
 
 def _recorded(metadata: Mapping[str, str]) -> dict[str, tuple[str, tuple[int, ...]]]:

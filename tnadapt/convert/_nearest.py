@@ -6,7 +6,7 @@ LoRA is the truncated SVD, the best approximation of its rank. LoKr and LoHa are
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -15,25 +15,9 @@ from tnadapt.algebra.config import Config
 from tnadapt.algebra.norms import norm, relative, together
 from tnadapt.errors import ConfigError, safe_repr
 
-from ._file_format import ConversionRequest, ExportChoice
+from ._file_format import TO_FULL, ConversionRequest, ExportChoice
 from ._files import factorization
 from ._updates import Float, Module, ModuleUpdate, Pair, Unpacked, as_matrix
-
-__all__ = ["choose"]
-
-
-class Chosen(NamedTuple):
-    """The new form of one module's update.
-
-    Attributes
-    ----------
-    update : ModuleUpdate
-    exact : bool
-        Whether it equals the original up to rounding.
-    """
-
-    update: ModuleUpdate
-    exact: bool
 
 
 def choose(modules: Sequence[Module], unpacked: Unpacked, request: ConversionRequest) -> ExportChoice:
@@ -44,17 +28,13 @@ def choose(modules: Sequence[Module], unpacked: Unpacked, request: ConversionReq
     ConfigError
         If the form needs a rank, and none is given.
     """
-    return _CHOOSERS[request.kind](modules, unpacked, request)
+    if request.kind == "full":
+        return _choice_of([ModuleUpdate("dense", module.shape, (module.delta(unpacked),)) for module in modules], True)
+    return {"lora": _lora, "loha": _loha, "lokr": _lokr}[request.kind](modules, unpacked, request)
 
 
-def _choice_of(chosen: Sequence[Chosen]) -> ExportChoice:
-    updates = [choice.update for choice in chosen]
-    return ExportChoice(updates, [update.rank for update in updates], all(choice.exact for choice in chosen), {})
-
-
-def _full(modules: Sequence[Module], unpacked: Unpacked, request: ConversionRequest) -> ExportChoice:
-    updates = [ModuleUpdate("dense", module.shape, (module.delta(unpacked),)) for module in modules]
-    return _choice_of([Chosen(update, True) for update in updates])
+def _choice_of(updates: list[ModuleUpdate], exact: bool) -> ExportChoice:
+    return ExportChoice(updates, [update.rank for update in updates], exact, {})
 
 
 # -- Low rank ------------------------------------------------------------------------------------
@@ -154,47 +134,47 @@ def _lora(modules: Sequence[Module], unpacked: Unpacked, request: ConversionRequ
     With a maximum error but no rank, all modules that must be truncated get the same rank: the smallest within the
     error.
     """
-    rank = request.rank
-    candidates: list[Chosen | Spectrum] = []
+    rank, candidates = request.rank, list[ModuleUpdate | Spectrum]()
     for module in modules:
         form = module.form(unpacked)
         if form is not None and form.kind == "lora" and (rank is None or form.rank <= rank):
-            candidates.append(Chosen(form, True))  # keep the scale separate, so that the factors keep their bits
+            candidates.append(form)  # keep the scale separate, so that the factors keep their bits
             continue
         pair = _exact_pair(module, unpacked, form, rank)
-        candidates.append(Chosen(ModuleUpdate("lora", module.shape, (pair,)), True) if isinstance(pair, Pair) else pair)
-    cut = rank
-    if rank is None and any(isinstance(candidate, Spectrum) for candidate in candidates):
-        cut = _smallest_rank(modules, unpacked, candidates, request.max_error)
-    chosen = []
+        candidates.append(ModuleUpdate("lora", module.shape, (pair,)) if isinstance(pair, Pair) else pair)
+    spectra = [candidate for candidate in candidates if isinstance(candidate, Spectrum)]
+    cut = rank or (_smallest_rank(modules, unpacked, candidates, request.max_error) if spectra else 0)
+    updates = []
     for module, candidate in zip(modules, candidates, strict=True):
         if isinstance(candidate, Spectrum):
-            assert cut is not None
             if rank is None:
                 candidate = _spectrum(module, unpacked, module.form(unpacked), cut)
-            candidate = Chosen(ModuleUpdate("lora", module.shape, (candidate.pair(cut),)), candidate.rank <= cut)
-        chosen.append(candidate)
-    return _choice_of(chosen)
+            candidate = ModuleUpdate("lora", module.shape, (candidate.pair(cut),))
+        updates.append(candidate)
+    return _choice_of(updates, all(spectrum.rank <= cut for spectrum in spectra))
 
 
 def _smallest_rank(
-    modules: Sequence[Module], unpacked: Unpacked, found: Sequence[Chosen | Spectrum], max_error: float | None
+    modules: Sequence[Module],
+    unpacked: Unpacked,
+    candidates: Sequence[ModuleUpdate | Spectrum],
+    max_error: float | None,
 ) -> int:
     from tnadapt.decomposition.fits import smallest_within
 
-    spectra = [(module, fit) for module, fit in zip(modules, found, strict=True) if isinstance(fit, Spectrum)]
+    spectra = [(module, fit) for module, fit in zip(modules, candidates, strict=True) if isinstance(fit, Spectrum)]
     module, worst = max(spectra, key=lambda pair: pair[1].rank)
     if max_error is None:
         raise ConfigError(
-            f"the update of {safe_repr(module.path)} has matrix rank {worst.rank}, and LoRA of that rank is "
-            "larger than "
-            f"the update itself, {module.shape[0]} × {module.shape[1]}: give rank= (--rank) or max_error= "
-            "(--max-error) for the nearest of lower rank, or to='lycoris-full' (--to lycoris-full), which holds every "
-            "update"
+            f"the update of {safe_repr(module.path)} has matrix rank {worst.rank}, and LoRA of that rank is larger "
+            f"than the update itself, {module.shape[0]} × {module.shape[1]}: give rank= (--rank) or max_error= "
+            f"(--max-error) for the nearest of lower rank, or {TO_FULL}"
         )
     # Exact updates do not contribute to the error, but to the norm that it is relative to.
     exact = [
-        norm(module.delta(unpacked)) for module, fit in zip(modules, found, strict=True) if isinstance(fit, Chosen)
+        norm(module.delta(unpacked))
+        for module, fit in zip(modules, candidates, strict=True)
+        if isinstance(fit, ModuleUpdate)
     ]
     whole = together([*exact, *(norm(fit.s) for _, fit in spectra)])
 
@@ -208,16 +188,18 @@ def _smallest_rank(
 
 
 def _loha(modules: Sequence[Module], unpacked: Unpacked, request: ConversionRequest) -> ExportChoice:
-    return _choice_of([_one_loha(module, unpacked, request.rank) for module in modules])
+    fits = [_one_loha(module, unpacked, request.rank) for module in modules]
+    return _choice_of([update for update, _ in fits], all(exact for _, exact in fits))
 
 
-def _one_loha(module: Module, unpacked: Unpacked, rank: int | None) -> Chosen:
+def _one_loha(module: Module, unpacked: Unpacked, rank: int | None) -> tuple[ModuleUpdate, bool]:
+    """Return LoHa for a module, and whether it is exact."""
     form = module.form(unpacked)
     if form is not None and form.kind == "loha" and (rank is None or form.rank <= rank):
-        return Chosen(form, True)
+        return form, True
     pair = _exact_pair(module, unpacked, form, rank)
     if isinstance(pair, Pair):
-        return Chosen(_times_ones(module, pair), True)
+        return _times_ones(module, pair), True
     if rank is None:
         raise _no_rank(module, "LoHa")
     delta = module.delta(unpacked)
@@ -225,7 +207,7 @@ def _one_loha(module: Module, unpacked: Unpacked, rank: int | None) -> Chosen:
     pairs = (Pair(fitted[f"split{k}.factor0"], fitted[f"split{k}.factor1"]) for k in (0, 1))
     # A LoHa fit of a given rank may be worse than LoRA of that rank.
     candidates = [ModuleUpdate("loha", module.shape, tuple(pairs)), _times_ones(module, pair.pair(rank))]
-    return Chosen(min(candidates, key=lambda update: float(np.linalg.norm(update.delta() - delta))), False)
+    return min(candidates, key=lambda update: float(np.linalg.norm(update.delta() - delta))), False
 
 
 def _times_ones(module: Module, pair: Pair) -> ModuleUpdate:
@@ -302,12 +284,6 @@ def _fit(delta: Float, config: Config) -> dict[str, Float]:
 
 def _no_rank(module: Module, method: str) -> ConfigError:
     return ConfigError(
-        f"the update of {safe_repr(module.path)} is not exactly {method}: give rank= (--rank) for the nearest "
-        "of that rank, and max_error= (--max-error) for the largest error allowed; or to='lycoris-full' "
-        "(--to lycoris-full), which holds every update"
+        f"the update of {safe_repr(module.path)} is not exactly {method}: give rank= (--rank) for the nearest of that "
+        f"rank, and max_error= (--max-error) for the largest error allowed; or {TO_FULL}"
     )
-
-
-_CHOOSERS: dict[str, Callable[[Sequence[Module], Unpacked, ConversionRequest], ExportChoice]] = {
-    "lora": _lora, "lokr": _lokr, "loha": _loha, "full": _full
-}  # fmt: skip

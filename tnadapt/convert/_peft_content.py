@@ -6,7 +6,6 @@ read their folders through it.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import itertools
 import json
@@ -16,8 +15,10 @@ from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
-from tnadapt.algebra.config import MAX_ALPHA, MIN_ALPHA, Config
+from tnadapt.algebra.config import Config
+from tnadapt.algebra.group import Group
 from tnadapt.algebra.presets import PRESETS
+from tnadapt.algebra.superlora import SuperLoRA
 from tnadapt.checkpoints.adapter_file import AdapterFile
 from tnadapt.checkpoints.container import DTYPES, Container, raw_bytes, raw_dtype
 from tnadapt.errors import ConfigError, FileError, safe_repr, summarize
@@ -26,30 +27,10 @@ from tnadapt.targets.roles import natural
 from tnadapt.targets.target import Target
 
 from ._base_model import Base, target_of
-from ._file_format import EncodedAdapter, ForeignAdapter
+from ._file_format import TO_PEFT_LORA, EncodedAdapter, ForeignAdapter
 from ._files import RECORD
-from ._peft_settings import CommonSettings, PeftSettings, common_config, common_settings, integer_of
-from ._updates import Float, Module, ModuleUpdate, TargetUpdate, common_dtype, narrow, widen
-
-__all__ = [
-    "CONFIG_NAME",
-    "DRAWN",
-    "PREFIX",
-    "TRANSPOSED",
-    "OwnStructure",
-    "PeftContent",
-    "PeftMethod",
-    "check_transposed",
-    "is_conv1d",
-    "is_head",
-    "is_saved",
-    "other_tensors",
-    "rank_of",
-    "recorded",
-    "scaled_config",
-    "seed_of",
-]
-
+from ._peft_settings import CommonSettings, common_config, common_settings, integer_of
+from ._updates import Float, Module, ModuleUpdate, TargetUpdate, common_dtype, from_bfloat16, narrow, widen
 
 # -- The content of a folder -------------------------------------------------------------------------------------------
 
@@ -62,6 +43,11 @@ TRANSPOSED, SHAPES = "transposed", "shapes"
 
 _MODEL_LEVEL = "base_model."
 
+#: How a caller gets the shapes of a model's weights, in the order of its modules.
+SHAPES_OF_MODEL = (
+    "{name: tuple(module.weight.shape) for name, module in model.named_modules() if hasattr(module, 'weight')}"
+)
+
 
 class PeftContent:
     """The tensors and settings of an adapter in a folder of PEFT.
@@ -72,16 +58,8 @@ class PeftContent:
         The open file of weights.
     config : mapping
         ``adapter_config.json``.
-    settings : CommonSettings
     base : Base, optional
-    own : sequence of str
-        Names of the method's tensors in a module.
-    shared : sequence of str
-        Names of its tensors of the whole adapter.
-    integers : sequence of str
-        Those of both that hold integers.
-    copies : sequence of str
-        Those of the whole adapter that PEFT stores for each module once more.
+    method : PeftMethod
 
     Attributes
     ----------
@@ -100,18 +78,9 @@ class PeftContent:
         If a tensor belongs to neither the method nor the parameters that were trained alongside.
     """
 
-    def __init__(
-        self,
-        container: Container,
-        config: Mapping[str, Any],
-        settings: CommonSettings,
-        base: Base | None,
-        own: Sequence[str],
-        shared: Sequence[str],
-        integers: Sequence[str],
-        copies: Sequence[str] = (),
-    ) -> None:
-        self.config, self.settings, self.base, self.title = config, settings, base, settings.title
+    def __init__(self, container: Container, config: Mapping[str, Any], base: Base | None, method: PeftMethod) -> None:
+        self.config, self.base, self.method = config, base, method
+        self.settings = common_settings(config, method.fields, method.may_transpose)
         self.shared: dict[str, Any] = {}
         self.dtypes = set[str]()
         self.parameters = 0
@@ -119,15 +88,16 @@ class PeftContent:
         for name, entry in container.entries.items():
             path, _, last = name.removeprefix(PREFIX).rpartition(".")
             whole = name.removeprefix(_MODEL_LEVEL)
-            if name.startswith(PREFIX) and path and last in own:
-                modules.setdefault(path, {})[last] = self._number(name, entry.dtype, container, last in integers)
-            elif name.startswith(PREFIX) and path and last in copies:
+            if name.startswith(PREFIX) and path and last in method.tensors:
+                array = container.array(name)
+                modules.setdefault(path, {})[last] = self._number(name, entry.dtype, array, last in method.integers)
+            elif name.startswith(PREFIX) and path and last in method.copies:
                 self._check_copy(name, last, container)
-            elif name != whole and any(whole == name or whole.startswith(f"{name}.") for name in shared):
-                self.shared[whole] = self._number(name, entry.dtype, container, False)
+            elif name != whole and any(whole == name or whole.startswith(f"{name}.") for name in method.shared):
+                self.shared[whole] = self._number(name, entry.dtype, container.array(name))
             else:
                 others.append(name)
-        self.others = other_tensors(container, others, modules, settings, self.title, base)
+        self.others = other_tensors(container, others, modules, self.settings, method.title, base)
         self.modules = {path: modules[path] for path in sorted(modules, key=natural)}
         self._transposed = recorded(container.metadata, TRANSPOSED, bool)
         self._shapes = recorded(container.metadata, SHAPES, list)
@@ -138,8 +108,7 @@ class PeftContent:
         if original not in container.entries or not np.array_equal(container.array(name), container.array(original)):
             raise FileError(f"{safe_repr(name)} differs from {original}, of which PEFT stores copies")
 
-    def _number(self, name: str, tag: str, container: Container, integer: bool) -> Any:
-        array = container.array(name)
+    def _number(self, name: str, tag: str, array: np.ndarray, integer: bool = False) -> Any:
         self.parameters += array.size
         if not integer:
             self.dtypes.add(DTYPES.get(tag, tag))
@@ -152,11 +121,6 @@ class PeftContent:
             raise FileError(f"{safe_repr(name)} must hold integers; it is {tag}")
         return whole
 
-    @property
-    def dtype(self) -> str:
-        """A dtype that represents all floating-point numbers."""
-        return common_dtype(self.dtypes)
-
     def tensor(self, path: str, name: str, axes: int) -> Any:
         """Return a tensor of a module; raise FileError if it is missing or has another number of axes."""
         array = self.modules[path].get(name)
@@ -167,18 +131,26 @@ class PeftContent:
     def shared_tensor(self, name: str, axes: int, way_out: str = "") -> Float:
         """Return a tensor of the whole adapter; raise FileError if it is missing or has another number of axes."""
         if name not in self.shared:
-            raise FileError(f"lacks {_MODEL_LEVEL}{name}, which a {self.title} adapter needs{way_out}")
+            raise FileError(f"lacks {_MODEL_LEVEL}{name}, which a {self.method.title} adapter needs{way_out}")
         array: Float = _checked(_MODEL_LEVEL + name, self.shared[name], axes)
         return array
 
-    def require_modules(self) -> None:
-        """Raise FileError if no weight is adapted."""
-        if not self.modules:
-            raise FileError("has no adapted weight")
+    def rank(self, default: int) -> int:
+        """Return the setting ``r``."""
+        return integer_of("r", self.config.get("r", default))
+
+    def seed(self, name: str, default: int) -> int:
+        """Return a setting that is a seed of torch's; raise FileError if it is no integer."""
+        value = self.config.get(name)
+        if value is None:
+            return default
+        if isinstance(value, bool) or not isinstance(value, int) or not -(1 << 63) <= value < 1 << 64:
+            raise FileError(f"{name} must be an integer that torch takes as a seed; got {safe_repr(value)}")
+        return value
 
     def check_targets(self, targets: Sequence[Target]) -> None:
         """Raise FileError if ``fan_in_fan_out`` is wrong for some weights in base, and others rely on it."""
-        if self.base is not None and self.settings.may_transpose:
+        if self.base is not None and self.method.may_transpose:
             known = {path for path in self.modules if is_conv1d(path, self.settings.model_type, self.base)}
             unknown = [target for target in targets if target.module not in known.union(self._transposed)]
             check_transposed(unknown, self.settings.transposed)
@@ -190,16 +162,18 @@ class PeftContent:
 
     def target(self, path: str, shape: tuple[int, int]) -> Target:
         """Return the target of a module whose tensors give the shape ``(rows, cols)`` of the update."""
-        return target_of(path, shape, self.base, self._is_transposed(path), self.settings.may_transpose)
+        return target_of(path, shape, self.base, self._is_transposed(path), self.method.may_transpose)
 
-    def target_from_base(self, path: str, fits: Callable[[int, int], bool], why: str) -> Target:
+    def target_from_base(self, path: str, size: int, fits: Callable[[int, int, int], bool], why: str) -> Target:
         """Return the target of a module whose tensors do not give the shape of the update.
 
         Parameters
         ----------
         path : str
+        size : int
+            A size of the tensors.
         fits : callable
-            Returns whether rows and columns agree with the tensors.
+            Returns whether rows and columns agree with the size.
         why : str
             What the tensors require, for the error.
 
@@ -215,8 +189,8 @@ class PeftContent:
         else:
             candidates = self._candidates(path)
         for shape in candidates:
-            if fits(*shape):
-                return target_of(path, shape, self.base, self._is_transposed(path), self.settings.may_transpose)
+            if fits(*shape, size):
+                return self.target(path, shape)
         raise self.misfit(path, f"{why}, and the weight is {candidates[0][0]} × {candidates[0][1]}")
 
     def _candidates(self, path: str) -> list[tuple[int, int]]:
@@ -226,22 +200,21 @@ class PeftContent:
         stored = None if self.base is None else self.base.shapes[path]
         if stored is None:
             raise FileError(
-                f"a {self.title} adapter of PEFT does not store the shapes of the weights, and {safe_repr(path)} needs "
-                "one: give base= (--base), a safetensors file of the base model, or {name: tuple(module.weight.shape) "
-                "for name, module in model.named_modules() if hasattr(module, 'weight')}"
+                f"a {self.method.title} adapter of PEFT does not store the shapes of the weights, and "
+                f"{safe_repr(path)} needs one: give base= (--base), a safetensors file of the base model, or "
+                f"{SHAPES_OF_MODEL}"
             )
         if len(stored) != 2:
             raise FileError(
-                f"{safe_repr(path)} is a weight of {len(stored)} axes in base, and {self.title} adapts matrices"
+                f"{safe_repr(path)} is a weight of {len(stored)} axes in base, and {self.method.title} adapts matrices"
             )
         here = (stored[1], stored[0]) if self._is_transposed(path) else (stored[0], stored[1])
         # PEFT has one setting for all weights. Where it contradicts the tensors, they decide.
-        return [here, here[::-1]] if self.settings.may_transpose else [here]
+        return [here, here[::-1]] if self.method.may_transpose else [here]
 
     def _is_transposed(self, path: str) -> bool:
-        says = self.settings.transposed or (
-            self.settings.may_transpose and is_conv1d(path, self.settings.model_type, self.base)
-        )
+        settings, may_transpose = self.settings, self.method.may_transpose
+        says = settings.transposed or (may_transpose and is_conv1d(path, settings.model_type, self.base))
         return bool(self._transposed.get(path, says))
 
 
@@ -312,9 +285,10 @@ def other_tensors(
     container: Container,
     names: Sequence[str],
     adapted: Collection[str],
-    settings: CommonSettings | PeftSettings,
+    settings: CommonSettings,
     title: str,
     base: Base | None,
+    ties: bool = False,
 ) -> OtherTensors:
     """Read the tensors that are not those of a method.
 
@@ -325,10 +299,12 @@ def other_tensors(
         The tensors to read.
     adapted : collection of str
         Paths of the modules with an update.
-    settings : CommonSettings or PeftSettings
+    settings : CommonSettings
     title : str
         The method's name, for messages.
     base : Base, optional
+    ties : bool
+        Whether PEFT stores a kept matrix for each module it is tied to.
 
     Raises
     ------
@@ -350,12 +326,11 @@ def other_tensors(
             trained.setdefault(kept, []).append(name)
     rest = OtherTensors({}, {}, {}, [])
     for kept, stored in trained.items():
-        _need_equal(container, stored)
-        rest.kept[kept], dtype = _kept_array(stored[0], container.entries[stored[0]].dtype, container.array(stored[0]))
+        rest.kept[kept], dtype = _kept_array(container, stored)
         rest.dtypes.update({f"kept.{kept}": dtype} if dtype else {})
         if rest.kept[kept].ndim == 2 and is_saved(kept, settings.saved):
             rest.ties[kept] = ()
-    if isinstance(settings, PeftSettings) and settings.ties:
+    if ties:
         others = _join_ties(container, rest, trained, others)
     if others:
         raise FileError(f"has tensors that do not belong to a {title} adapter: {summarize(others)}")
@@ -426,28 +401,21 @@ def is_saved(path: str, saved: Sequence[str]) -> bool:
     return any(module.endswith(name) for module in modules for name in saved)
 
 
-def _need_equal(container: Container, names: Sequence[str]) -> None:
-    """Raise FileError if two copies of a trained parameter differ."""
-    first = container.array(names[0])
-    for other in names[1:]:
-        if container.entries[other].dtype != container.entries[names[0]].dtype or not np.array_equal(
-            first, container.array(other)
-        ):
+def _kept_array(container: Container, names: Sequence[str]) -> tuple[np.ndarray, str]:
+    """Return a kept parameter, all copies of which are equal, and "bfloat16" if it is stored as such, else ""."""
+    name, array = names[0], container.array(names[0])
+    tag = container.entries[name].dtype
+    for copy in names[1:]:
+        if container.entries[copy].dtype != tag or not np.array_equal(array, container.array(copy)):
             raise FileError(
-                f"{safe_repr(names[0])} and {safe_repr(other)} are copies of one trained parameter, and differ: save "
-                "the adapter again with PEFT"
+                f"{safe_repr(name)} and {safe_repr(copy)} are copies of one trained parameter, and differ: save the "
+                "adapter again with PEFT"
             )
-
-
-def _kept_array(name: str, tag: str, array: np.ndarray) -> tuple[np.ndarray, str]:
-    """Return a kept parameter, and "bfloat16" if it is stored as such, else ""."""
     if tag == "BF16":
-        array = (array.astype(np.uint32) << np.uint32(16)).view(np.float32)
+        array = from_bfloat16(array)
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         raise FileError(f"{safe_repr(name)} holds NaN or infinity")
-    if tag == "BF16":
-        return array, "bfloat16"
-    return array.astype(raw_dtype(tag).newbyteorder("="), copy=False), ""
+    return (array, "bfloat16") if tag == "BF16" else (array.astype(raw_dtype(tag).newbyteorder("="), copy=False), "")
 
 
 # -- The interface of methods with a structure of their own, such as VeRA ----------------------------------------------
@@ -460,8 +428,7 @@ def _kept_array(name: str, tag: str, array: np.ndarray) -> tuple[np.ndarray, str
 DRAWN = "regenerated as torch draws on a CPU, which PEFT does not promise for every system, and stored here"
 
 
-@dataclasses.dataclass(frozen=True)
-class OwnStructure:
+class OwnStructure(NamedTuple):
     """What a method reads: an adapter in its own structure, or the updates alone.
 
     Attributes
@@ -484,8 +451,8 @@ class OwnStructure:
 
     targets: Sequence[Target]
     config: Config | None = None
-    arrays: Mapping[str, Float] = dataclasses.field(default_factory=dict)
-    given: Mapping[str, Float] = dataclasses.field(default_factory=dict)
+    arrays: Mapping[str, Float] = {}
+    given: Mapping[str, Float] = {}
     updates: Sequence[ModuleUpdate] = ()
     trained: Sequence[str] | None = None
     notes: tuple[str, ...] = ()
@@ -499,6 +466,8 @@ class PeftMethod:
     ----------
     preset : str
         Name of the preset whose record has the title and PEFT's name; a method without one defines these itself.
+    names_modules : bool
+        Whether each module has tensors in every file.
     title : str
         Name in messages.
     peft_type : str
@@ -508,8 +477,6 @@ class PeftMethod:
         those of the whole adapter that PEFT stores for each module once more.
     fields : tuple of str
         Settings that it reads, or that do not affect the update of the stored tensors.
-    refused : mapping of str to str
-        Settings that cannot be converted, with the reason.
     may_transpose : bool
         Whether PEFT applies it to weights that are stored as (in, out).
     """
@@ -520,8 +487,8 @@ class PeftMethod:
     integers: tuple[str, ...] = ()
     copies: tuple[str, ...] = ()
     fields: tuple[str, ...] = ()
-    refused: Mapping[str, str] = {}
     may_transpose = False
+    names_modules = True
 
     @property
     def title(self) -> str:
@@ -540,34 +507,27 @@ class PeftMethod:
 
     def load(self, container: Container, config: Mapping[str, Any], base: Base | None) -> ForeignAdapter:
         """Read the adapter of an open file of weights."""
-        settings = common_settings(config, self.title, self.fields, self.refused, self.may_transpose)
-        content = PeftContent(container, config, settings, base, self.tensors, self.shared, self.integers, self.copies)
+        content = PeftContent(container, config, base, self)
+        if self.names_modules and not content.modules:
+            raise FileError("has no adapted weight")
         structure = self.read(content)
         content.check_targets(structure.targets)
-        dtype = content.dtype
-        updates = [
-            TargetUpdate(target, update) for target, update in zip(structure.targets, structure.updates, strict=False)
-        ]
-        file, others = None, content.others
+        dtype, others, model = common_dtype(content.dtypes), content.others, content.settings.model
+        updates = [TargetUpdate(*pair) for pair in zip(structure.targets, structure.updates, strict=False)]
         modules = {target.module: target.name for target in structure.targets}
         heads = [name for module, name in modules.items() if module in others.bases or is_head(module)]
         tied = {target.name for target in structure.targets if target.tied}
         ties = others.ties | {name: () for name in (*structure.alone, *heads) if name not in tied}
+        file = None
         if structure.config is not None:
             stored, kinds = narrow(structure.arrays, dtype)
+            given = {name: array.astype(np.float32) for name, array in structure.given.items()}
             file = AdapterFile(
-                structure.config,
-                structure.targets,
-                stored,
-                kept=others.kept,
-                dtypes={**others.dtypes, **kinds},
-                ties=ties,
-                given={name: array.astype(np.float32) for name, array in structure.given.items()},
-                trained=structure.trained,
-                model=settings.model,
-            )
+                structure.config, structure.targets, stored, kept=others.kept, dtypes={**others.dtypes, **kinds},
+                ties=ties, given=given, trained=structure.trained, model=model,
+            )  # fmt: skip
         return ForeignAdapter(
-            self.kind, updates, dtype, others.kept, others.dtypes, settings.model, file,
+            self.kind, updates, dtype, others.kept, others.dtypes, model, file,
             (*structure.notes, *others.notes), content.parameters, ties=ties,
         )  # fmt: skip
 
@@ -583,12 +543,12 @@ class PeftMethod:
             what = "as (in, out)" if module.transposed else f"in {len(module.stored)} axes"
             raise ConfigError(
                 f"{safe_repr(module.path)} is stored {what}, and PEFT has {self.title} for matrices (out, in)"
-                f"{' and (in, out)' * self.may_transpose} alone; convert to 'peft-lora' (--to peft-lora)"
+                f"{' and (in, out)' * self.may_transpose} alone; {TO_PEFT_LORA}"
             )
         if len(module.targets) > 1 or module.targets[0][1].rows is not None:
             raise ConfigError(
                 f"{safe_repr(module.path)} is updated in some of its rows, and PEFT has {self.title} for whole modules "
-                "only; convert to 'peft-lora' (--to peft-lora)"
+                f"only; {TO_PEFT_LORA}"
             )
 
     def encoded(self, modules: Sequence[Module], file: AdapterFile) -> EncodedAdapter:
@@ -605,9 +565,12 @@ class PeftMethod:
         """Encode the tensors, and the settings of the method."""
         raise NotImplementedError
 
-    def refuse(self, why: str, way_out: str = "") -> NoReturn:
+    def refuse(self, why: str) -> NoReturn:
         """Raise the ConfigError for a config of another structure."""
-        raise ConfigError(f"the adapter cannot be written as PEFT's {self.title}: {why}; {way_out or _WAY_OUT}")
+        raise ConfigError(
+            f"the adapter cannot be written as PEFT's {self.title}: {why}; {TO_PEFT_LORA}, which is exact for updates "
+            "of low rank, or to 'lycoris-full' (--to lycoris-full), which holds every update"
+        )
 
     def name_of(self, module: Module, tensor: str) -> str:
         """Return the name of a module's tensor in the file."""
@@ -621,28 +584,6 @@ class PeftMethod:
             self.refuse("several weights are one group, or one weight is several, and PEFT adapts weights one by one")
 
 
-_WAY_OUT = (
-    "convert to 'peft-lora' (--to peft-lora), which is exact for updates of low rank, or to 'lycoris-full' "
-    "(--to lycoris-full), which holds every update"
-)
-
-
-def scaled_config(scale: float, make: Callable[[float | None], Config]) -> tuple[Config, float]:
-    """Return a config of rank 1 with ``alpha=scale``, and 1; or with no alpha, and the scale, if it cannot be alpha."""
-    if MIN_ALPHA <= scale <= MAX_ALPHA:
-        return make(scale), 1.0
-    return make(None), scale
-
-
-def seed_of(name: str, value: Any, default: int) -> int:
-    """Return a seed of torch's, or the default for None; raise FileError if it is no integer."""
-    if value is None:
-        return default
-    if isinstance(value, bool) or not isinstance(value, int) or not -(1 << 63) <= value < 1 << 64:
-        raise FileError(f"{name} must be an integer that torch takes as a seed; got {safe_repr(value)}")
-    return value
-
-
-def rank_of(content: PeftContent, default: int) -> int:
-    """Return the setting ``r``."""
-    return integer_of("r", content.config.get("r", default))
+def group_of(plan: SuperLoRA, module: Module) -> Group:
+    """Return the first group of the only target of a module."""
+    return plan.groups[plan.layout.of_weight(module.targets[0][0])[0].group]

@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
@@ -23,55 +23,13 @@ from tnadapt.errors import ConfigError, FileError, safe_repr, summarize
 from tnadapt.plugins import Registry
 from tnadapt.targets.target import Target
 
+from . import _file_format, _files, _peft_lora
 from ._base_model import Base
-from ._file_format import Application, EncodedAdapter, ExportChoice, FileFormat, ForeignAdapter, not_additive
-from ._files import (
-    RECORD,
-    StoredFiles,
-    are_both_low,
-    decompose_factor,
-    encode,
-    foreign_tensor_names,
-    is_low,
-    json_text,
-    kronecker_sizes_of,
-    pickle_error,
-    safetensors_content,
-    spread_over_groups,
-)
-from ._peft_content import (
-    CONFIG_NAME,
-    PREFIX,
-    TRANSPOSED,
-    PeftMethod,
-    is_saved,
-)
-from ._peft_lora import (
-    EXPERTS,
-    MAGNITUDES,
-    NO_GROUPS,
-    encoded_embedding,
-    encoded_experts,
-    low_rank_adapter,
-    record_of,
-    tied_paths,
-    without_ties,
-)
+from ._file_format import Application, EncodedAdapter, ExportChoice, FileFormat, ForeignAdapter, Json
+from ._files import RECORD, Arrays, StoredFiles
+from ._peft_content import CONFIG_NAME, PREFIX, TRANSPOSED, PeftMethod, is_saved
 from ._peft_settings import LOW_RANK, config_of, origin_settings, settings_of
-from ._updates import (
-    Float,
-    Module,
-    ModuleUpdate,
-    Pair,
-    alpha_of,
-    as_matrix,
-    is_embedding,
-    is_expert,
-    uniform,
-)
-
-__all__ = ["METHODS", "PeftFormat", "VllmFormat"]
-
+from ._updates import Float, Module, ModuleUpdate, Pair, alpha_of, is_embedding, is_expert, uniform
 
 # -- Methods with a structure of their own: a new one is one more line here --------------------------------------------
 
@@ -127,7 +85,7 @@ class PeftFormat(FileFormat):
                 return None
             _check_weights(path)
             return path
-        names, folder = foreign_tensor_names(path), os.path.dirname(path)
+        names, folder = _files.foreign_tensor_names(path), os.path.dirname(path)
         if names is None:
             return None
         if os.path.basename(path) == _WEIGHTS and os.path.exists(os.path.join(folder, CONFIG_NAME)):
@@ -151,12 +109,12 @@ class PeftFormat(FileFormat):
             raise FileError(f"peft_type is {safe_repr(config.get('peft_type'))}; only {known} can be converted")
         settings = settings_of(config)
         with files.container(_WEIGHTS) as container:
-            return low_rank_adapter(container, settings, base)
+            return _peft_lora.low_rank_adapter(container, settings, base)
 
     def check_target(self, target: Target) -> None:
         """Allow the matrices of experts, and heads tied to embeddings; raise ConfigError as usual for others."""
         if target.index is None:
-            super().check_target(without_ties(target) if self.ties else target)
+            super().check_target(_peft_lora.without_ties(target) if self.ties else target)
 
     def check_module(self, module: Module, kind: str) -> None:
         """Raise ConfigError for kernels with too many axes and, except for LoRA, for weights stored as (in, out)."""
@@ -183,7 +141,7 @@ class PeftFormat(FileFormat):
                 what = f"the adapted weight of {safe_repr(inside[0])}" if inside else "the model itself"
                 raise ConfigError(
                     f"PEFT saves whole modules, and cannot keep {safe_repr(name)} next to {what}: convert without it "
-                    "by without_kept=True (--without-kept)"
+                    f"{_file_format.WITHOUT_KEPT}"
                 )
 
     def fit_kronecker(self, updates: Sequence[ModuleUpdate], stored: Sequence[tuple[int, ...]]) -> ExportChoice | None:
@@ -191,64 +149,55 @@ class PeftFormat(FileFormat):
 
         ``decompose_both`` says whether W1 may consist of two factors. The rank decides which of W1 and W2 are full.
         """
-        sizes = [kronecker_sizes_of(update, shape) for update, shape in zip(updates, stored, strict=True)]
+        sizes = [_files.kronecker_sizes_of(update, shape) for update, shape in zip(updates, stored, strict=True)]
         known = [size for size in sizes if size is not None]
-        factor = decompose_factor(known, stored)
+        factor = _files.decompose_factor(known, stored)
         if len(known) < len(sizes) or factor is None:
             return None
-        both = all(are_both_low(update, size) for update, size in zip(updates, known, strict=True))
+        both = all(_files.are_both_low(update, size) for update, size in zip(updates, known, strict=True))
         fitted, ranks = list[ModuleUpdate](), list[int]()
         for update, shape, size in zip(updates, stored, known, strict=True):
-            first, last = update.parts
-            parts: tuple[Pair | Float, ...]
-            if both:
-                rank = update.rank
-                parts = tuple(part.padded(rank) for part in update.parts if isinstance(part, Pair))
-            elif isinstance(last, Pair) and is_low(last, size[2:], last.rank):
-                rank, parts = last.rank, (as_matrix(first), last)
-            elif len(shape) == 3 and size[:2] != (1, 1):
-                return None  # for a Conv1d with a full W2, PEFT multiplies different axes
-            else:
+            fit = update._replace(parts=_files.parts_to_store(update, size, both))
+            rank = fit.rank
+            if not isinstance(fit.parts[1], Pair):
+                if len(shape) == 3 and size[:2] != (1, 1):
+                    return None  # for a Conv1d with a full W2, PEFT multiplies different axes
                 rank = -(-max(size[2:]) // 2)  # the smallest rank for which PEFT uses a full W2
-                parts = as_matrix(first), as_matrix(last)
-            fitted.append(update._replace(parts=parts))
+            fitted.append(fit)
             ranks.append(rank)
         return ExportChoice(fitted, ranks, True, {"decompose_factor": factor, "decompose_both": both})
 
     def encode(self, kind: str, modules: Sequence[Module], choice: ExportChoice, kept: Sequence[str]) -> EncodedAdapter:
         """Encode the tensors and ``adapter_config.json``."""
-        places = [place for place, module in enumerate(modules) if not is_expert(module)]
-        plain = [modules[place] for place in places]
-        tensors, ranks, alphas, transposed = dict[str, Float](), list[int](), list[float](), dict[str, bool]()
-        for place in places:
-            module, update, rank = modules[place], choice.updates[place], choice.ranks[place]
+        plain = [module for module in modules if not is_expert(module)]
+        tensors, transposed, sizes = dict[str, Float](), dict[str, bool](), dict[str, tuple[int, float]]()
+        for module, update, rank in zip(modules, choice.updates, choice.ranks, strict=True):
+            if is_expert(module):
+                continue
             alpha = alpha_of([update.scale], rank)
             whole = update if alpha is not None else update.absorb_scale()
-            factors = encode(whole, module.stored, _A, "lora_B.weight")
+            factors = _files.encode(whole, module.stored, _A, "lora_B.weight")
             if (groups := _groups_of(module)) > 1 and kind == "lora":
-                factors[_A] = spread_over_groups(factors[_A], groups)
+                factors[_A] = _files.spread_over_groups(factors[_A], groups)
                 # PEFT divides alpha by the rank.
                 rank, alpha = rank * groups, None if alpha is None else alpha * groups
-            tensors |= {PREFIX + name: array for name, array in encoded_embedding(module, factors).items()}
-            paths = [module.path, *tied_paths(module)]
+            tensors |= {PREFIX + name: array for name, array in _peft_lora.encoded_embedding(module, factors).items()}
+            paths = [module.path, *_peft_lora.tied_paths(module)]
             transposed |= dict.fromkeys(paths, module.transposed)
-            alphas += [float(rank) if alpha is None else alpha] * len(paths)
-            ranks += [rank] * len(paths)
-        experts = encoded_experts(modules, choice.updates)
-        tensors |= {PREFIX + name: array for name, array in experts.tensors.items()}
-        ranks += experts.ranks.values()
-        names = transposed | dict.fromkeys(experts.ranks, False)
-        config = config_of(kind, names, ranks, [*alphas, *experts.alphas.values()], list(experts.ranks))
-        config |= choice.settings | ({"ensure_weight_tying": True} if any(map(tied_paths, plain)) else {})
+            sizes |= dict.fromkeys(paths, (rank, float(rank) if alpha is None else alpha))
+        stacked, experts = _peft_lora.encoded_experts(modules, choice.updates)
+        tensors |= {PREFIX + name: array for name, array in stacked.items()}
+        config = config_of(kind, all(transposed.values()) and not experts, sizes, experts)
+        config |= choice.settings | ({"ensure_weight_tying": True} if any(map(_peft_lora.tied_paths, plain)) else {})
         linear = [module.transposed for module in plain if not is_embedding(module) and len(module.stored) == 2]
         if kind == "lora" and linear:  # PEFT does not ask it of embeddings and convolutions
             config["fan_in_fan_out"] = all(linear)
-        if experts.ranks and config.get("fan_in_fan_out"):
+        if experts and config.get("fan_in_fan_out"):
             raise ConfigError(
                 f"{safe_repr(plain[0].path)} is stored as (in, out), which PEFT takes for a setting of all weights and "
                 "refuses for experts: convert an adapter of either"
             )
-        record = {TRANSPOSED: transposed, EXPERTS: record_of(modules)}
+        record = {TRANSPOSED: transposed, _peft_lora.EXPERTS: _peft_lora.record_of(modules)}
         notes = _unknown_groups(plain) if kind == "lora" else ()
         return EncodedAdapter(tensors, config=config, record=record, notes=notes)
 
@@ -259,7 +208,7 @@ class PeftFormat(FileFormat):
     def check_applied(self, kind: str, apply: str, magnitude_axis: str) -> None:
         """Allow HiRA, and DoRA by rows."""
         if kind != "lora" or not (apply == "hadamard" or (apply == "magnitude" and magnitude_axis == "rows")):
-            raise not_additive(apply, f"{self.name}-{kind}")
+            raise _file_format.not_additive(apply, f"{self.name}-{kind}")
 
     def applied(
         self,
@@ -271,41 +220,39 @@ class PeftFormat(FileFormat):
     ) -> EncodedAdapter:
         """Encode DoRA, by rows, or HiRA; both next to LoRA's factors."""
         assert encoded.config is not None  # of encode
-        grouped = next((module for module in modules if _groups_of(module) > 1), None)
-        if grouped is not None:
-            raise ConfigError(
-                f"{safe_repr(grouped.path)} is a convolution in {_groups_of(grouped)} groups: {NO_GROUPS}; merge the "
-                "adapter into the base with tnadapt.merge (tnadapt merge)"
-            )
-        other = next((module for module in modules if is_embedding(module) or is_expert(module)), None)
-        if other is not None:
-            what = "one of the matrices of a parameter" if is_expert(other) else "an embedding"
-            raise ConfigError(
-                f"{safe_repr(other.place)} is {what}, and apply={application.apply!r} of it is not written for "
-                f"{self.library}: merge the adapter into the base with tnadapt.merge (tnadapt merge)"
-            )
-        if kind == "lora" and application.apply == "magnitude" and application.magnitude_axis == "rows":
+        for module in modules:
+            if _groups_of(module) > 1:
+                raise ConfigError(
+                    f"{safe_repr(module.path)} is a convolution in {_groups_of(module)} groups: "
+                    f"{_peft_lora.NO_GROUPS}; {_file_format.MERGE}"
+                )
+        for module in modules:
+            if is_embedding(module) or is_expert(module):
+                what = "one of the matrices of a parameter" if is_expert(module) else "an embedding"
+                raise ConfigError(
+                    f"{safe_repr(module.place)} is {what}, and apply={application.apply!r} of it is not written for "
+                    f"{self.library}: {_file_format.MERGE}"
+                )
+        if application.apply == "magnitude":
             magnitudes = {
-                f"{PREFIX}{m.path}.{MAGNITUDES[0]}": application.magnitudes[m.path].reshape(
+                f"{PREFIX}{m.path}.{_peft_lora.MAGNITUDES[0]}": application.magnitudes[m.path].reshape(
                     (1, -1, *[1] * (len(m.stored) - 2)) if len(m.stored) > 2 else (-1,)
                 )
                 for m in modules
             }
             return encoded._replace(tensors=encoded.tensors | magnitudes, config={**encoded.config, "use_dora": True})
-        if kind == "lora" and application.apply == "hadamard":
-            tensors, most = dict[str, Float](), max(choice.ranks)
-            for module, update, rank in zip(modules, choice.updates, choice.ranks, strict=True):
-                # HiRA has no alpha: a scale that encode() left to it goes into B. PEFT ignores its rank_pattern: zeros
-                # make all factors of one rank.
-                scale = 1.0 if alpha_of([update.scale], rank) is None else update.scale
-                name = PREFIX + module.path
-                a, b = (encoded.tensors[f"{name}.lora_{which}.weight"] for which in "AB")
-                tensors[f"{name}.hira_A"] = _wider(a, 0, most)
-                tensors[f"{name}.hira_B"] = _wider(b * scale, 1, most)
-            left_out = ("lora_alpha", "alpha_pattern", "bias", "rank_pattern")
-            config = {key: value for key, value in encoded.config.items() if key not in left_out}
-            return encoded._replace(tensors=tensors, config={**config, "r": most, "peft_type": "HIRA"})
-        return super().applied(encoded, kind, modules, choice, application)
+        tensors, most = dict[str, Float](), max(choice.ranks)
+        for module, update, rank in zip(modules, choice.updates, choice.ranks, strict=True):
+            # HiRA has no alpha: a scale that encode() left to it goes into B. PEFT ignores its rank_pattern: zeros make
+            # all factors of one rank.
+            scale = 1.0 if alpha_of([update.scale], rank) is None else update.scale
+            name = PREFIX + module.path
+            a, b = (encoded.tensors[f"{name}.lora_{which}.weight"] for which in "AB")
+            tensors[f"{name}.hira_A"] = _wider(a, 0, most)
+            tensors[f"{name}.hira_B"] = _wider(b * scale, 1, most)
+        left_out = ("lora_alpha", "alpha_pattern", "bias", "rank_pattern")
+        config = {key: value for key, value in encoded.config.items() if key not in left_out}
+        return encoded._replace(tensors=tensors, config={**config, "r": most, "peft_type": "HIRA"})
 
     def of_base(self, encoded: EncodedAdapter, about: Pretrained | None) -> EncodedAdapter:
         """Name the base and its task for ``AutoPeftModel``."""
@@ -328,11 +275,11 @@ class PeftFormat(FileFormat):
         config = dict(encoded.config or {})
         whole = saved_whole(modules, file.kept)
         biases = [name for name in file.kept if name not in whole]
-        adapted = {f"{path}.bias": path for module in modules for path in (module.path, *tied_paths(module))}
+        adapted = {f"{path}.bias": path for module in modules for path in (module.path, *_peft_lora.tied_paths(module))}
         if biases and config["peft_type"] in _WITHOUT_BIASES:
             raise ConfigError(
-                f"PEFT's {config['peft_type']} trains no biases, and the adapter keeps {summarize(biases)}: convert "
-                "to 'peft-lora' (--to peft-lora), or without them by without_kept=True (--without-kept)"
+                f"PEFT's {config['peft_type']} trains no biases, and the adapter keeps {summarize(biases)}: "
+                f"{_file_format.TO_PEFT_LORA}, or without them {_file_format.WITHOUT_KEPT}"
             )
         names = {name: [name, *file.ties.get(name, ())] for name in file.kept}
         saved = sorted({key.rpartition(".")[0] for name in whole for key in names[name]})
@@ -342,7 +289,7 @@ class PeftFormat(FileFormat):
             raise ConfigError(
                 f"PEFT saves whole modules, by the ends of their names: with {summarize(whole)} it needs "
                 f"{summarize(missing)}, which the adapter does not keep. Train all of them by keep_trainable, or "
-                "convert without by without_kept=True (--without-kept)"
+                f"convert without {_file_format.WITHOUT_KEPT}"
             )
         if biases:
             config["bias"] = "all" if config["peft_type"] != "LORA" or set(biases) - adapted.keys() else "lora_only"
@@ -356,22 +303,16 @@ class PeftFormat(FileFormat):
         """Return the name of a tensor of ``modules_to_save``."""
         return PREFIX + name
 
-    def write(
-        self,
-        tensors: Mapping[str, np.ndarray],
-        dtypes: Mapping[str, str],
-        record: Mapping[str, Any],
-        config: Mapping[str, Any] | None,
-    ) -> dict[str, bytes]:
+    def write(self, tensors: Arrays, dtypes: Mapping[str, str], record: Json, config: Json | None) -> dict[str, bytes]:
         """Serialize the weights and the settings."""
         # Some loaders require the entry "pt".
-        content = safetensors_content(tensors, dtypes, {RECORD: json_text(record), "format": "pt"})
-        return {_WEIGHTS: content, CONFIG_NAME: (json_text(config, indent=2) + "\n").encode()}
+        content = _files.safetensors_content(tensors, dtypes, {RECORD: _files.json_text(record), "format": "pt"})
+        return {_WEIGHTS: content, CONFIG_NAME: (_files.json_text(config, indent=2) + "\n").encode()}
 
 
 def saved_whole(modules: Sequence[Module], kept: Collection[str]) -> list[str]:
     """Return the kept parameters other than biases of adapted layers, and of layers of which nothing else is kept."""
-    adapted = {path for module in modules for path in (module.path, *tied_paths(module))}
+    adapted = {path for module in modules for path in (module.path, *_peft_lora.tied_paths(module))}
     holders = Counter(name.rpartition(".")[0] for name in kept)
 
     def is_bias(name: str) -> bool:
@@ -408,7 +349,7 @@ def _check_weights(folder: str) -> None:
     if os.path.exists(os.path.join(folder, _WEIGHTS)):
         return
     if os.path.exists(os.path.join(folder, "adapter_model.bin")):
-        raise pickle_error()
+        raise _files.pickle_error()
     raise FileError(f"has {CONFIG_NAME} and no {_WEIGHTS} next to it")
 
 
@@ -441,18 +382,17 @@ class VllmFormat(PeftFormat):
         """
         if len(module.stored) != 2:
             raise ConfigError(
-                f"{safe_repr(module.path)} is a convolution, and vLLM has no LoRA of convolutions: merge the adapter "
-                "into the base with tnadapt.merge (tnadapt merge)"
+                f"{safe_repr(module.path)} is a convolution, and vLLM has no LoRA of convolutions: {_file_format.MERGE}"
             )
         if is_embedding(module) and module.path.rpartition(".")[2] != SERVED_EMBEDDING:
             raise ConfigError(
                 f"{safe_repr(module.path)} is an embedding, and vLLM has LoRA only of those named {SERVED_EMBEDDING}: "
-                "merge the adapter into the base with tnadapt.merge (tnadapt merge)"
+                f"{_file_format.MERGE}"
             )
 
     def check_applied(self, kind: str, apply: str, magnitude_axis: str) -> None:
         """Refuse DoRA and HiRA, which vLLM does not serve."""
-        raise not_additive(apply, f"{self.name}-{kind}")
+        raise _file_format.not_additive(apply, f"{self.name}-{kind}")
 
     def check_adapter(self, modules: Sequence[Module], kept: Mapping[str, np.ndarray]) -> None:
         """Raise ConfigError for kept parameters other than those of a classification head."""
@@ -462,7 +402,7 @@ class VllmFormat(PeftFormat):
         if other:
             raise ConfigError(
                 f"besides LoRA, vLLM loads only trained modules named {' or '.join(_HEADS)}, and this adapter has "
-                f"{summarize(other)}: convert without them by without_kept=True (--without-kept)"
+                f"{summarize(other)}: convert without them {_file_format.WITHOUT_KEPT}"
             )
 
     def encode(self, kind: str, modules: Sequence[Module], choice: ExportChoice, kept: Sequence[str]) -> EncodedAdapter:
@@ -472,8 +412,7 @@ class VllmFormat(PeftFormat):
         if rank is None:
             raise ConfigError(
                 f"the LoRA of this adapter has rank {most}, and vLLM takes ranks up to {SERVED_RANKS[-1]}: give rank= "
-                "(--rank) and max_error= (--max-error) for an approximation of lower rank, or merge the adapter into "
-                "the base with tnadapt.merge (tnadapt merge)"
+                f"(--rank) and max_error= (--max-error) for an approximation of lower rank, or {_file_format.MERGE}"
             )
         padded = choice._replace(updates=uniform(choice.updates, rank), ranks=[rank] * len(modules))
         return super().encode(kind, modules, padded, kept)

@@ -6,9 +6,8 @@ The parts of LoRA that PEFT stores in its own way, those of embeddings and exper
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -18,50 +17,13 @@ from tnadapt.targets.checkpoint_experts import PARAMETERS
 from tnadapt.targets.roles import natural
 from tnadapt.targets.target import RowIndices, Target
 
+from . import _peft_content, _updates
 from ._base_model import Base, target_of
-from ._file_format import Application, ForeignAdapter
+from ._file_format import MERGE, Application, ForeignAdapter
 from ._files import LOHA, LOKR, decode, kind_of, without_groups
-from ._peft_content import (
-    CONFIG_NAME,
-    PREFIX,
-    TRANSPOSED,
-    OwnStructure,
-    PeftContent,
-    PeftMethod,
-    check_transposed,
-    is_conv1d,
-    is_head,
-    other_tensors,
-    recorded,
-)
+from ._peft_content import CONFIG_NAME, PREFIX, TRANSPOSED, OwnStructure, PeftContent, PeftMethod, is_head, recorded
 from ._peft_settings import PeftSettings
-from ._updates import (
-    Float,
-    Module,
-    ModuleUpdate,
-    Pair,
-    TargetUpdate,
-    alpha_of,
-    common_dtype,
-    is_embedding,
-    is_expert,
-    uniform,
-    widen,
-)
-
-__all__ = [
-    "EXPERTS",
-    "MAGNITUDES",
-    "NO_GROUPS",
-    "PeftTrainableTokens",
-    "encoded_embedding",
-    "encoded_experts",
-    "low_rank_adapter",
-    "record_of",
-    "tied_paths",
-    "without_ties",
-]
-
+from ._updates import Float, Module, ModuleUpdate, Pair, TargetUpdate, is_embedding, is_expert
 
 # -- An embedding: the factors of the transposed update, under names of their own --------------------------------------
 
@@ -70,7 +32,7 @@ __all__ = [
 # with the tokens as rows.
 
 
-#: Maps suffixes of names in the file to the names under which the transposed tensors are decoded_embedding.
+#: Maps suffixes of names in the file to the names under which the transposed tensors are decoded.
 EMBEDDING = {"lora_embedding_A": "lora_up", "lora_embedding_B": "lora_down"}
 
 
@@ -87,24 +49,6 @@ def encoded_embedding(module: Module, factors: Mapping[str, Float]) -> dict[str,
     }
 
 
-def decoded_embedding(suffix: str, array: Float) -> Float:
-    """Return a factor of a linear layer's update, given that of an embedding."""
-    if array.ndim != 2:
-        raise FileError(f"{suffix} must be a matrix; its shape is {array.shape}")
-    return np.ascontiguousarray(array.T)
-
-
-def as_embedding(update: TargetUpdate, embeddings: Mapping[str, object]) -> TargetUpdate:
-    """Return an update whose target has the role of an embedding, if its module is one."""
-    if update.target.module not in embeddings:
-        return update
-    return update._replace(target=_with_role(update.target))
-
-
-def _with_role(target: Target) -> Target:
-    return dataclasses.replace(target, role="embedding", transposed=False)
-
-
 def without_ties(target: Target) -> Target:
     """Return an embedding's target as one that is not tied, if its other names are the weights of modules."""
     ties = target.role == "embedding" and all(name.endswith(".weight") for name in target.tied)
@@ -116,23 +60,20 @@ def tied_paths(module: Module) -> list[str]:
     return [name.removesuffix(".weight") for name in module.targets[0][1].tied]
 
 
-def joined_ties(found: Sequence[TargetUpdate]) -> list[TargetUpdate]:
+def joined_ties(updates: Sequence[TargetUpdate]) -> list[TargetUpdate]:
     """Return updates of which those of a head that equal an embedding's are one with it."""
-    joined = list(found)
-    for entry in found:
-        if (
-            entry.target.role != "embedding"
-            or entry.update.kind != "lora"
-            or not any(other is entry for other in joined)
-        ):
-            continue
-        others = [other for other in joined if other is not entry and _same(entry.update, other.update)]
-        if others:
-            tied = dataclasses.replace(entry.target, tied=tuple(other.target.name for other in others))
-            joined = [
-                entry._replace(target=tied) if other is entry else other for other in joined if other not in others
+    joined, heads = list(updates), set[int]()
+    for place, (target, update) in enumerate(updates):
+        if target.role == "embedding" and update.kind == "lora" and place not in heads:
+            others = [
+                number
+                for number, other in enumerate(updates)
+                if number != place and number not in heads and _same(update, other.update)
             ]
-    return joined
+            tied = tuple(updates[number].target.name for number in others)
+            joined[place] = TargetUpdate(dataclasses.replace(target, tied=tied), update)
+            heads.update(others)
+    return [entry for place, entry in enumerate(joined) if place not in heads]
 
 
 def _same(one: ModuleUpdate, other: ModuleUpdate) -> bool:
@@ -195,12 +136,12 @@ def decoded_tokens(tensors: Mapping[str, Float], indices: Any, base: Base | None
     return updates
 
 
-def separate_rows(found: Sequence[TargetUpdate], base: Base | None) -> list[str]:
+def separate_rows(updates: Sequence[TargetUpdate], base: Base | None) -> list[str]:
     """Return the names of tied weights of which an embedding and a head have different rows, or the head alone has."""
     heads = {} if base is None else base.heads
-    trained = {update.target.module for update in found}
-    apart = {name for pair in heads.items() if pair[0] in trained for name in pair}
-    return [update.target.name for update in found if update.target.module in apart]
+    targets = {entry.target.module: entry.target.name for entry in updates}
+    apart = {module for pair in heads.items() if pair[0] in targets for module in pair}
+    return [name for module, name in targets.items() if module in apart]
 
 
 def _copies(tensors: Mapping[str, Float], base: Base) -> dict[str, str]:
@@ -241,7 +182,6 @@ class PeftTrainableTokens(PeftMethod):
 
     def read(self, content: PeftContent) -> OwnStructure:
         """Read the rows; an update is their difference from the base's."""
-        content.require_modules()
         rows = {path: content.tensor(path, _TENSOR, 2) for path in content.modules}
         updates = decoded_tokens(rows, content.config.get("token_indices"), content.base)
         return OwnStructure(
@@ -330,20 +270,20 @@ def decoded_experts(
     updates, rest = list[TargetUpdate](), dict(modules)
     for path, stacks in _stacks(settings.parameters, recorded, base).items():
         order = [name for name in PARAMETERS if name in stacks]
-        wrappers = [path + _INNER * depth for depth in range(len(order))][::-1]
+        wrappers = {path + _INNER * depth: stacks[name] for depth, name in enumerate(reversed(order))}
         factors = {name: rest.pop(name) for name in modules if name.split(_INNER)[0] == path}
-        if factors.keys() != set(wrappers) or any(tensors.keys() != _FACTORS for tensors in factors.values()):
+        if factors.keys() != wrappers.keys() or any(tensors.keys() != _FACTORS for tensors in factors.values()):
             raise FileError(
                 f"{safe_repr(path)} has factors for {len(factors)} parameters, and target_parameters names "
                 f"{', '.join(order)}"
             )
         whole = [
-            (stacks[name], factors[wrapper]["lora_down"], factors[wrapper]["lora_up"])
-            for name, wrapper in zip(order, wrappers, strict=True)
+            (target, factors[wrapper]["lora_down"], factors[wrapper]["lora_up"])
+            for wrapper, target in reversed(wrappers.items())
         ]
         turned = _is_turned(whole)
         for target, a, b in whole:
-            updates += _experts(target, a, b, turned, settings.scale)
+            updates += _experts(target, a, b, turned, settings)
     return updates, rest
 
 
@@ -364,9 +304,7 @@ def _is_turned(whole: Sequence[tuple[Target, Float, Float]]) -> bool:
     return views.pop() if views else whole[0][0].transposed
 
 
-def _experts(
-    target: Target, a: Float, b: Float, turned: bool, scale: Callable[[str, int | None], float]
-) -> list[TargetUpdate]:
+def _experts(target: Target, a: Float, b: Float, turned: bool, settings: PeftSettings) -> list[TargetUpdate]:
     count = target.stored[0]
     rank, rest = divmod(a.shape[0], count)
     if rest or not rank or b.shape[1] != a.shape[0]:
@@ -375,60 +313,64 @@ def _experts(
             f"{count} experts"
         )
     first, last = a.reshape(count, rank, -1), b.reshape(-1, rank, count)
-    factor, updates = scale(target.name, rank), []
+    scale, updates = settings.scale(target.name, rank), []
     for index in range(count):
         left, right = np.ascontiguousarray(last[:, :, index]), np.ascontiguousarray(first[index].T)
         # PEFT transposes what it does not know to be stored as (in, out).
         pair = Pair(left, right) if turned == target.transposed else Pair(right, left)
         expert = dataclasses.replace(target, index=index)
-        updates.append(TargetUpdate(expert, ModuleUpdate("lora", expert.shape, (pair,), factor)))
+        updates.append(TargetUpdate(expert, ModuleUpdate("lora", expert.shape, (pair,), scale)))
     return updates
 
 
 # -- Writing -----------------------------------------------------------------------------------------------------
 
 
-class EncodedExperts(NamedTuple):
-    """The tensors of all experts, and the rank and alpha of each parameter by its name."""
+def encoded_experts(
+    modules: Sequence[Module], updates: Sequence[ModuleUpdate]
+) -> tuple[dict[str, Float], dict[str, tuple[int, float]]]:
+    """Encode the updates of those modules that are experts.
 
-    tensors: dict[str, Float]
-    ranks: dict[str, int]
-    alphas: dict[str, float]
-
-
-def encoded_experts(modules: Sequence[Module], updates: Sequence[ModuleUpdate]) -> EncodedExperts:
-    """Encode the updates of those modules that are experts as tensors, by their names without PEFT's prefix."""
+    Returns
+    -------
+    dict, dict
+        The tensors, by their names without PEFT's prefix, and the rank and alpha of each parameter.
+    """
     stacks: dict[str, dict[str, list[tuple[Target, ModuleUpdate]]]] = {}
     for module, update in zip(modules, updates, strict=True):
-        if not is_expert(module):
-            continue
-        target = module.targets[0][1]
-        stacks.setdefault(target.module, {}).setdefault(target.parameter, []).append((target, update))
-    experts = EncodedExperts({}, {}, {})
+        if is_expert(module):
+            target = module.targets[0][1]
+            stacks.setdefault(target.module, {}).setdefault(target.parameter, []).append((target, update))
+    tensors, settings = dict[str, Float](), dict[str, tuple[int, float]]()
     for path, parameters in stacks.items():
         order = [name for name in PARAMETERS if name in parameters]
         if len(order) < len(parameters):
             raise ConfigError(
                 f"{safe_repr(path)} has parameters {', '.join(parameters)}, and it is unknown in which order PEFT "
-                "wraps them: merge the adapter into the base with tnadapt.merge (tnadapt merge)"
+                f"wraps them: {MERGE}"
             )
         for depth, parameter in enumerate(reversed(order)):
-            _encode(path + _INNER * depth, f"{path}.{parameter}", parameters[parameter], experts)
-    return experts
+            targets, of_experts = zip(*parameters[parameter], strict=True)
+            a, b, rank, alpha = _stacked(targets, of_experts)
+            settings[f"{path}.{parameter}"] = rank, alpha
+            wrapper = path + _INNER * depth
+            tensors |= {f"{wrapper}.lora_A.weight": a, f"{wrapper}.lora_B.weight": b}
+    return tensors, settings
 
 
-def _encode(path: str, name: str, own: Sequence[tuple[Target, ModuleUpdate]], found: EncodedExperts) -> None:
-    updates = [update for _, update in own]
+def _stacked(targets: Sequence[Target], updates: Sequence[ModuleUpdate]) -> tuple[Float, Float, int, float]:
+    """Return the factors of all experts of a parameter, with zeros for those without a target; the rank and alpha."""
     rank = max(update.rank for update in updates)
-    alpha = alpha_of([update.scale for update in updates], rank) if len({u.rank for u in updates}) == 1 else None
-    whole = uniform(updates, rank) if alpha is None else updates
-    (rows, cols), count = own[0][0].shape, own[0][0].stored[0]
+    alpha = (
+        _updates.alpha_of([update.scale for update in updates], rank) if len({u.rank for u in updates}) == 1 else None
+    )
+    if alpha is None:
+        updates, alpha = _updates.uniform(updates, rank), float(rank)
+    (rows, cols), count = targets[0].shape, targets[0].stored[0]
     first, last = np.zeros((count, rank, cols)), np.zeros((rows, rank, count))
-    for (target, _), update in zip(own, whole, strict=True):
+    for target, update in zip(targets, updates, strict=True):
         first[target.index], last[:, :, target.index] = update.pair.a.T, update.pair.b
-    found.tensors[f"{path}.lora_A.weight"] = first.reshape(count * rank, cols)
-    found.tensors[f"{path}.lora_B.weight"] = last.reshape(rows, rank * count)
-    found.ranks[name], found.alphas[name] = rank, float(rank) if alpha is None else alpha
+    return first.reshape(count * rank, cols), last.reshape(rows, rank * count), rank, alpha
 
 
 def record_of(modules: Sequence[Module]) -> dict[str, Any]:
@@ -460,109 +402,103 @@ _REFUSED = {
 
 def low_rank_adapter(container: Container, settings: PeftSettings, base: Base | None) -> ForeignAdapter:
     """Read the adapter of an open file of weights, of any of these methods."""
-    modules: dict[str, dict[str, Float]] = {}
-    dtypes, unread, linear = set[str](), list[str](), set[str]()
-    magnitudes, hira = dict[str, Float](), settings.apply == "hadamard"
-    embeddings, tokens = dict[str, list[str]](), dict[str, Float]()
-    for name, entry in container.entries.items():
+    method, apply, common = settings.kind, settings.apply, settings.common
+    modules, magnitudes, tokens = dict[str, dict[str, Float]](), dict[str, Float](), dict[str, Float]()
+    dtypes, unread, linear, embeddings = set[str](), list[str](), set[str](), set[str]()
+    suffixes = _HIRA if apply == "hadamard" else _SUFFIXES
+
+    def numbers(name: str) -> Float:
+        tag = container.entries[name].dtype
+        array = _updates.widen(name, tag, container.array(name))
+        dtypes.add(DTYPES[tag])
+        return array
+
+    for name in container.entries:
         path, suffix = _split_name(name)
-        if suffix in (*EMBEDDING, TOKENS) and settings.apply != "add":
+        if suffix in (*EMBEDDING, TOKENS) and apply != "add":
             raise FileError(
-                f"{safe_repr(path)} is an embedding next to layers with {_NAMES[settings.apply]}, which an embedding "
+                f"{safe_repr(path)} is an embedding next to layers with {_NAMES[apply]}, which an embedding "
                 "cannot have here: merge the adapter with PEFT, and extract one from the merged weights"
             )
-        if suffix in EMBEDDING and settings.kind == "lora":
-            array = widen(name, entry.dtype, container.array(name))
-            modules.setdefault(path, {})[EMBEDDING[suffix]] = decoded_embedding(suffix, array)
-            embeddings.setdefault(path, []).append(suffix)
-            dtypes.add(DTYPES[entry.dtype])
-        elif suffix in (_HIRA if hira else _SUFFIXES):
-            own_name = (_HIRA if hira else _SUFFIXES)[suffix]
+        if suffix in EMBEDDING and method == "lora":
+            array = numbers(name)
+            if array.ndim != 2:
+                raise FileError(f"{suffix} must be a matrix; its shape is {array.shape}")
+            modules.setdefault(path, {})[EMBEDDING[suffix]] = np.ascontiguousarray(array.T)
+            embeddings.add(path)
+        elif suffix in suffixes:
+            modules.setdefault(path, {})[suffixes[suffix]] = numbers(name)
             linear.add(path)
-            modules.setdefault(path, {})[own_name] = widen(name, entry.dtype, container.array(name))
-            dtypes.add(DTYPES[entry.dtype])
         elif suffix == TOKENS:
-            tokens[path] = widen(name, entry.dtype, container.array(name))
-            dtypes.add(DTYPES[entry.dtype])
+            tokens[path] = numbers(name)
         elif suffix in MAGNITUDES:
-            if settings.apply != "magnitude":
+            if apply != "magnitude":
                 raise FileError(f"{safe_repr(name)} is a magnitude of DoRA, and use_dora of {CONFIG_NAME} is not true")
-            magnitudes[path] = widen(name, entry.dtype, container.array(name)).reshape(-1)
-            dtypes.add(DTYPES[entry.dtype])
+            magnitudes[path] = numbers(name).reshape(-1)
         elif suffix in _REFUSED:
             raise FileError(f"{safe_repr(name)} cannot be converted: {_REFUSED[suffix]}")
         else:
             unread.append(name)
-    both = sorted(linear.intersection(embeddings) | tokens.keys() & modules.keys())
+    both = sorted((linear & embeddings) | (tokens.keys() & modules.keys()))
     if both:
         raise FileError(f"{safe_repr(both[0])} has tensors of an embedding next to those of another layer")
-    others = other_tensors(container, unread, modules, settings, settings.kind, base)
+    others = _peft_content.other_tensors(container, unread, modules, common, method, base, settings.ties)
     if not modules and not tokens:
         raise FileError("has no adapted weight")
     updates, rest = decoded_experts(modules, settings, recorded(container.metadata, EXPERTS, list), base)
     wrapped = next((path for path in rest if ".base_layer." in f".{path}."), None)
     if wrapped is not None:
         raise FileError(
-            f"{safe_repr(wrapped)} cannot be converted: it is PEFT's LoRA on nn.MultiheadAttention, which adds "
-            "its update "
-            "of the output projection twice, and of q, k and v to a parameter that is no module's weight"
+            f"{safe_repr(wrapped)} cannot be converted: it is PEFT's LoRA on nn.MultiheadAttention, which adds its "
+            "update of the output projection twice, and of q, k and v to a parameter that is no module's weight"
         )
     transposed, conv1ds = recorded(container.metadata, TRANSPOSED, bool), set[str]()
     for path in sorted(rest, key=natural):
-        method = kind_of(path, rest[path])
-        if method != settings.kind:
-            raise FileError(f"{safe_repr(path)} has tensors of {method}, and {CONFIG_NAME} says {settings.kind}")
-        scale: Callable[[int | None], float] = functools.partial(settings.scale, path)
+        stored = kind_of(path, rest[path])
+        if stored != method:
+            raise FileError(f"{safe_repr(path)} has tensors of {stored}, and {CONFIG_NAME} says {method}")
         tensors, groups = without_groups(path, rest[path])
-        if groups > 1:
-            if settings.apply != "add":
-                raise FileError(f"{safe_repr(path)} is a convolution in {groups} groups: {NO_GROUPS}")
-            scale = functools.partial(_constant, scale(len(rest[path]["lora_down"])))
-        update, shape = decode(path, tensors, scale, kron_last_axes=True)
-        conv1d = settings.kind == "lora" and path not in embeddings and is_conv1d(path, settings.model_type, base)
-        conv1ds |= {path} if conv1d else set()
-        says = transposed.get(path, settings.transposed or conv1d) and path not in embeddings
-        target = target_of(path, shape, base, says and len(shape) == 2, settings.kind == "lora")
+        if groups > 1 and apply != "add":
+            raise FileError(f"{safe_repr(path)} is a convolution in {groups} groups: {NO_GROUPS}")
+        update, shape, rank = decode(path, tensors, kron_last_axes=True)
+        # The scale is that of PEFT's factors, whatever the rank of ours.
+        update = update._replace(scale=settings.scale(path, rank if groups == 1 else len(rest[path]["lora_down"])))
+        if method == "lora" and path not in embeddings and _peft_content.is_conv1d(path, common.model_type, base):
+            conv1ds.add(path)
+        says = transposed.get(path, common.transposed or path in conv1ds) and path not in embeddings
+        target = target_of(path, shape, base, says and len(shape) == 2, method == "lora")
         target = dataclasses.replace(target, groups=groups)
-        updates.append(as_embedding(TargetUpdate(target, update), embeddings))
-    if base is not None and settings.kind == "lora":
+        if path in embeddings:
+            target = dataclasses.replace(target, role="embedding", transposed=False)
+        updates.append(TargetUpdate(target, update))
+    if base is not None and method == "lora":
         known = {*transposed, *embeddings, *conv1ds}
-        check_transposed([entry.target for entry in updates if entry.target.module not in known], settings.transposed)
+        _peft_content.check_transposed(
+            [entry.target for entry in updates if entry.target.module not in known], common.transposed
+        )
     if settings.ties:
         updates = joined_ties(updates)
+    # Embeddings and heads that PEFT adapts alone, also where the model ties them.
+    alone = [
+        target.name
+        for target, _ in updates
+        if not target.tied and (target.role == "embedding" or target.module in others.bases or is_head(target.module))
+    ]
     rows = decoded_tokens(tokens, settings.tokens, base)
-    ties = others.ties | dict.fromkeys([*_alone(updates, others.bases), *separate_rows(rows, base)], ())
-    updates += rows
-    notes = others.notes
+    ties, notes = others.ties | dict.fromkeys([*alone, *separate_rows(rows, base)], ()), others.notes
     if any(not entry.target.tied for entry in rows) and base is not None and base.unknown_heads:
         notes += (
             "base ties an embedding to its output head, which PEFT's rows of tokens change as well: load the result "
             "with keep_tied=True, and save it again for PEFT, so that the file says so",
         )
-    if settings.apply == "magnitude" and magnitudes.keys() != modules.keys():
+    if apply == "magnitude" and magnitudes.keys() != modules.keys():
         wrong = summarize(magnitudes.keys() ^ modules.keys())
         raise FileError(f"use_dora of {CONFIG_NAME} is true, and these lack a magnitude or factors: {wrong}")
-    application = Application(settings.apply, magnitudes=magnitudes)
-    method = settings.kind if settings.apply == "add" else _NAMES[settings.apply].lower()
     return ForeignAdapter(
-        method, updates, common_dtype(dtypes), others.kept, others.dtypes, settings.model, notes=notes,
-        application=application, ties=ties,
+        method if apply == "add" else _NAMES[apply].lower(), [*updates, *rows], _updates.common_dtype(dtypes),
+        others.kept, others.dtypes, common.model, notes=notes,
+        application=Application(apply, magnitudes=magnitudes), ties=ties,
     )  # fmt: skip
-
-
-def _alone(found: Sequence[TargetUpdate], bases: Collection[str]) -> list[str]:
-    """Return the names of embeddings and heads that PEFT adapts alone, also where the model ties them."""
-    targets = [update.target for update in found if not update.target.tied]
-    return [
-        target.name
-        for target in targets
-        if target.role == "embedding" or target.module in bases or is_head(target.module)
-    ]
-
-
-def _constant(scale: float, _: int | None) -> float:
-    """Return a scale that was computed for the rank of PEFT's factors, whatever the rank of ours."""
-    return scale
 
 
 def _split_name(name: str) -> tuple[str, str]:

@@ -15,21 +15,6 @@ from typing import Any, NamedTuple
 from tnadapt.checkpoints.pretrained_model import TASKS, Pretrained
 from tnadapt.errors import FileError, pluralize, safe_repr
 
-__all__ = [
-    "LOW_RANK",
-    "CommonSettings",
-    "PathPatterns",
-    "PeftSettings",
-    "common_config",
-    "common_settings",
-    "config_of",
-    "integer_of",
-    "number_of",
-    "origin_settings",
-    "settings_of",
-]
-
-
 # -- Patterns of module paths, such as the keys of rank_pattern --------------------------------------------------------
 
 # PEFT takes them as regular expressions, and matching one that a stranger wrote may never end. Here they are compiled
@@ -347,18 +332,14 @@ _COMMON = frozenset(
         "fan_in_fan_out", "modules_to_save", "bias",
     }
 )  # fmt: skip
-_HARMLESS = frozenset(
+# Those of LoRA, LoKr, LoHa and HiRA.
+_KNOWN = frozenset(
     {
-        "lora_dropout", "rank_dropout",
-        "module_dropout", "rank_dropout_scale", "init_weights", "eva_config", "ensure_weight_tying", "megatron_core",
-        "qalora_group_size", "runtime_config", "velora_config", "use_effective_conv2d", "decompose_both",
-        "decompose_factor", "loftq_config", "corda_config", "lora_ga_config", "hira_dropout",
-    }
-)  # fmt: skip
-_READ = frozenset(
-    {
-        "r", "lora_alpha", "alpha", "rank_pattern", "alpha_pattern", "use_rslora", "init_lora_weights", "use_dora",
-        "target_parameters", "trainable_token_indices",
+        "lora_dropout", "rank_dropout", "module_dropout", "rank_dropout_scale", "hira_dropout", "init_weights",
+        "init_lora_weights", "eva_config", "ensure_weight_tying", "megatron_core", "qalora_group_size",
+        "runtime_config", "velora_config", "use_effective_conv2d", "decompose_both", "decompose_factor",
+        "loftq_config", "corda_config", "lora_ga_config", "r", "lora_alpha", "alpha", "rank_pattern", "alpha_pattern",
+        "use_rslora", "use_dora", "target_parameters", "trainable_token_indices",
     }
 )  # fmt: skip
 _REFUSED = {
@@ -377,49 +358,62 @@ _REFUSED = {
 _CHANGES_BASE = re.compile(r"pissa|olora|corda|loftq|lora_ga")
 
 
-class PeftSettings(NamedTuple):
-    """Settings of ``adapter_config.json`` that determine the update.
+class CommonSettings(NamedTuple):
+    """Settings that all methods have.
 
     Attributes
     ----------
-    kind : {"lora", "lokr", "loha"}
-    rank, alpha : int, float
-        Values for modules that no pattern matches.
-    ranks, alphas : PathPatterns
-        PEFT's ``rank_pattern`` and ``alpha_pattern``.
-    rslora, transposed : bool
     saved : tuple of str
         ``modules_to_save``.
     bias : str
     model : str
         Class name of the base model, or "".
+    model_type : str
+        transformers' type of the base model, or "".
+    transposed : bool
+        ``fan_in_fan_out``.
+    """
+
+    saved: tuple[str, ...]
+    bias: str
+    model: str
+    model_type: str
+    transposed: bool
+
+
+class PeftSettings(NamedTuple):
+    """Settings of ``adapter_config.json`` that determine the update of LoRA, LoKr, LoHa and HiRA.
+
+    Attributes
+    ----------
+    kind : {"lora", "lokr", "loha"}
+    common : CommonSettings
+    rank, alpha : int, float
+        Values for modules that no pattern matches.
+    ranks, alphas : PathPatterns
+        PEFT's ``rank_pattern`` and ``alpha_pattern``.
+    rslora : bool
     apply : str
         How the updates meet the weights: "magnitude" for DoRA, "hadamard" for HiRA.
-    parameters : tuple of str
+    parameters : sequence of str
         ``target_parameters``: parameters that LoRA adapts directly.
     tokens : list, dict or None
         ``trainable_token_indices``.
     ties : bool
         ``ensure_weight_tying``: whether an embedding and a head have one update.
-    model_type : str
-        transformers' type of the base model, or "".
     """
 
     kind: str
+    common: CommonSettings
     rank: int
     alpha: float
     ranks: PathPatterns
     alphas: PathPatterns
     rslora: bool
-    transposed: bool
-    saved: tuple[str, ...]
-    bias: str
-    model: str
-    apply: str = "add"
-    parameters: tuple[str, ...] = ()
-    tokens: Any = None
-    ties: bool = False
-    model_type: str = ""
+    apply: str
+    parameters: Sequence[str]
+    tokens: Any
+    ties: bool
 
     def scale(self, path: str, rank: int | None) -> float:
         """Return the scale, ``alpha / r``, of a module with factors of this rank; None if they have no rank."""
@@ -442,124 +436,71 @@ def settings_of(config: Mapping[str, Any]) -> PeftSettings:
         only added to the weight. The message names the field.
     """
     method = LOW_RANK[str(config["peft_type"]).upper()]
-    _check_fields(config, _HARMLESS | _READ, _REFUSED)
+    lora = method == "lora"
+    common = common_settings(config, _KNOWN, may_transpose=lora)
     start = config.get("init_lora_weights")
     if isinstance(start, str) and _CHANGES_BASE.search(start):
         raise FileError(
-            f"init_lora_weights={safe_repr(start)}: this adapter belongs to a base whose weights it has "
-            "changed; save it "
-            "with path_initial_model_for_weight_conversion, which makes it an ordinary one"
+            f"init_lora_weights={safe_repr(start)}: this adapter belongs to a base whose weights it has changed; save "
+            "it with path_initial_model_for_weight_conversion, which makes it an ordinary one"
         )
-    saved, bias, model = _kept_settings(config)
-    return PeftSettings(
-        method,
-        integer_of("r", config.get("r", 8)),
-        number_of("alpha", config.get("lora_alpha" if method == "lora" else "alpha", 8)),
-        _patterns("rank_pattern", config),
-        _patterns("alpha_pattern", config),
-        bool(config.get("use_rslora")) and method == "lora",
-        bool(config.get("fan_in_fan_out")) and method == "lora",
-        saved,
-        bias,
-        model,
-        _apply(config, method),
-        _parameters(config, method),
-        config.get("trainable_token_indices"),
-        bool(config.get("ensure_weight_tying")),
-        _model_type(config),
-    )
-
-
-def _check_fields(config: Mapping[str, Any], known: Collection[str], refused: Mapping[str, str]) -> None:
-    """Raise FileError if a field is set that is neither known nor common to all methods."""
-    for field, value in config.items():
-        if field in _COMMON or field in known or not value:
-            continue
-        why = refused.get(field, "this field is not known here, and may change what the adapter does")
+    rank, alpha = config.get("r", 8), config.get("lora_alpha" if lora else "alpha", 8)
+    ranks, alphas = _patterns("rank_pattern", config), _patterns("alpha_pattern", config)
+    apply = _apply(config, method)
+    parameters = _names("target_parameters", config)
+    if parameters and (not lora or apply != "add"):
         raise FileError(
-            f"{field}={safe_repr(value)} of adapter_config.json cannot be converted: {why}; merge the adapter "
-            "with PEFT, "
-            "and extract one from the merged weights"
+            f"target_parameters={safe_repr(parameters)} belongs to LoRA; peft_type is {config['peft_type']}"
         )
+    return PeftSettings(
+        method, common, integer_of("r", rank), number_of("alpha", alpha), ranks, alphas,
+        bool(config.get("use_rslora")) and lora, apply, parameters,
+        config.get("trainable_token_indices"), bool(config.get("ensure_weight_tying")),
+    )  # fmt: skip
 
 
-def _kept_settings(config: Mapping[str, Any]) -> tuple[tuple[str, ...], str, str]:
-    """Return ``modules_to_save``, ``bias`` and the class name of the base model."""
+def common_settings(config: Mapping[str, Any], fields: Collection[str], may_transpose: bool) -> CommonSettings:
+    """Read the settings that all methods have; raise FileError if another field is set that is not in ``fields``."""
+    for field, value in config.items():
+        if field in _COMMON or field in fields or not value:
+            continue
+        why = _REFUSED.get(field, "this field is not known here, and may change what the adapter does")
+        raise FileError(
+            f"{field}={safe_repr(value)} of adapter_config.json cannot be converted: {why}; merge the adapter with "
+            "PEFT, and extract one from the merged weights"
+        )
     bias = config.get("bias", "none")
     if not isinstance(bias, str) or (bias not in ("none", "all") and not bias.endswith("_only")):
         raise FileError(f"bias must be 'none', 'all' or 'lora_only'; got {safe_repr(bias)}")
-    saved = config.get("modules_to_save") or []
-    if not isinstance(saved, list) or not all(isinstance(name, str) for name in saved):
-        raise FileError(f"modules_to_save must be a list of names; got {safe_repr(saved)}")
     mapping = config.get("auto_mapping")
-    model = mapping.get("base_model_class") if isinstance(mapping, Mapping) else None
-    return tuple(saved), bias, model if isinstance(model, str) else ""
-
-
-def _model_type(config: Mapping[str, Any]) -> str:
-    """Return transformers' type of the base model, which PEFT stores as a part of the name of its Python module."""
-    mapping = config.get("auto_mapping")
-    library = mapping.get("parent_library") if isinstance(mapping, Mapping) else None
+    model, library = (
+        mapping.get(key) if isinstance(mapping, Mapping) else None for key in ("base_model_class", "parent_library")
+    )
+    # The name of a Python module, of which transformers' type of the model is a part.
     parts = library.split(".") if isinstance(library, str) else []
-    name = parts[2] if parts[:2] == ["transformers", "models"] and len(parts) > 2 else ""
-    return "openai-gpt" if name == "openai" else name
+    model_type = parts[2] if parts[:2] == ["transformers", "models"] and len(parts) > 2 else ""
+    return CommonSettings(
+        tuple(_names("modules_to_save", config)), bias, model if isinstance(model, str) else "",
+        "openai-gpt" if model_type == "openai" else model_type, bool(config.get("fan_in_fan_out")) and may_transpose,
+    )  # fmt: skip
 
 
-class CommonSettings(NamedTuple):
-    """Settings that all methods have.
-
-    Attributes
-    ----------
-    title : str
-        The method's name in messages.
-    saved : tuple of str
-        ``modules_to_save``.
-    bias, model : str
-    transposed : bool
-        ``fan_in_fan_out``.
-    may_transpose : bool
-        Whether the method adapts weights that are stored as (in, out).
-    model_type : str
-        transformers' type of the base model, or "".
-    """
-
-    title: str
-    saved: tuple[str, ...]
-    bias: str
-    model: str
-    transposed: bool
-    may_transpose: bool
-    model_type: str
-
-
-def common_settings(
-    config: Mapping[str, Any], title: str, fields: Collection[str], refused: Mapping[str, str], may_transpose: bool
-) -> CommonSettings:
-    """Read the settings that all methods have; raise FileError if a field is set that is not in ``fields``."""
-    _check_fields(config, fields, refused)
-    saved, bias, model = _kept_settings(config)
-    transposed = bool(config.get("fan_in_fan_out")) and may_transpose
-    return CommonSettings(title, saved, bias, model, transposed, may_transpose, _model_type(config))
-
-
-def _apply(config: Mapping[str, Any], kind: str) -> str:
+def _apply(config: Mapping[str, Any], method: str) -> str:
     """Return how the updates meet the weights."""
     if str(config["peft_type"]).upper() == "HIRA":
         return "hadamard"
     if not config.get("use_dora"):
         return "add"
-    if kind != "lora":
-        raise FileError(f"use_dora={safe_repr(config['use_dora'])} belongs to LoRA; peft_type is {kind.upper()}")
+    if method != "lora":
+        raise FileError(f"use_dora={safe_repr(config['use_dora'])} belongs to LoRA; peft_type is {method.upper()}")
     return "magnitude"
 
 
-def _parameters(config: Mapping[str, Any], kind: str) -> tuple[str, ...]:
-    names = config.get("target_parameters") or []
+def _names(field: str, config: Mapping[str, Any]) -> list[str]:
+    names = config.get(field) or []
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise FileError(f"target_parameters must be a list of names; got {safe_repr(names)}")
-    if names and (kind != "lora" or _apply(config, kind) != "add"):
-        raise FileError(f"target_parameters={safe_repr(names)} belongs to LoRA; peft_type is {config['peft_type']}")
-    return tuple(names)
+        raise FileError(f"{field} must be a list of names; got {safe_repr(names)}")
+    return names
 
 
 def _patterns(field: str, config: Mapping[str, Any]) -> PathPatterns:
@@ -599,35 +540,31 @@ def common_config(kind: str, paths: Sequence[str]) -> dict[str, Any]:
 
 
 def config_of(
-    kind: str,
-    transposed: Mapping[str, bool],
-    ranks: Sequence[int],
-    alphas: Sequence[float],
-    parameters: Sequence[str] = (),
+    kind: str, transposed: bool, modules: Mapping[str, tuple[int, float]], parameters: Mapping[str, tuple[int, float]]
 ) -> dict[str, Any]:
     """Return ``adapter_config.json``, with full paths of all weights, and patterns for differing ranks and alphas.
 
     Parameters
     ----------
     kind : str
-    transposed : mapping of str to bool
-        Maps paths of modules to whether their weights are stored as ``(in, out)``.
-    ranks, alphas : sequence
-        Ranks and alphas of the modules.
-    parameters : sequence of str
-        Those of the paths that are names of parameters, for ``target_parameters``.
+    transposed : bool
+        Whether all weights are stored as ``(in, out)``.
+    modules, parameters : mapping of str to (int, float)
+        The rank and alpha of each module by its path, and of each parameter by its name, for ``target_parameters``.
     """
-    rank, alpha = (Counter(values).most_common(1)[0][0] for values in (ranks, alphas))
-    paths = list(transposed)
+    ranks, alphas = (
+        {name: _json_number(pair[place]) for name, pair in {**modules, **parameters}.items()} for place in (0, 1)
+    )
+    rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
     config = {
-        **common_config(kind, [path for path in paths if path not in parameters]),
+        **common_config(kind, list(modules)),
         "r": rank,
-        ("lora_alpha" if kind == "lora" else "alpha"): _json_number(alpha),
-        "rank_pattern": _pattern_of(paths, ranks, rank),
-        "alpha_pattern": _pattern_of(paths, [_json_number(value) for value in alphas], _json_number(alpha)),
+        ("lora_alpha" if kind == "lora" else "alpha"): alpha,
+        "rank_pattern": _pattern_of(ranks, rank),
+        "alpha_pattern": _pattern_of(alphas, alpha),
     }
     if kind == "lora":
-        config |= {"bias": "none", "fan_in_fan_out": all(transposed.values())}
+        config |= {"bias": "none", "fan_in_fan_out": transposed}
     return config | ({"target_parameters": sorted(parameters)} if parameters else {})
 
 
@@ -635,16 +572,16 @@ def _json_number(value: float) -> int | float:
     return int(value) if value == int(value) else value
 
 
-def _pattern_of(paths: Sequence[str], values: Sequence[float], default: float) -> dict[str, float]:
+def _pattern_of(values: Mapping[str, float], default: float) -> dict[str, float]:
     """Return the values that differ from the default, by expressions: plain paths if these are unambiguous.
 
     PEFT reads a path as a regular expression: it may match the end of another path, and its dots match any character.
     If PEFT would use one weight's value for another weight, the expressions are anchored and escaped.
     """
-    plain = {path: value for path, value in zip(paths, values, strict=True) if value != default}
+    plain = {path: value for path, value in values.items() if value != default}
     try:
         read = PathPatterns("the pattern", plain)
-        clear = all(read.get(path, default) == value for path, value in zip(paths, values, strict=True))
+        clear = all(read.get(path, default) == value for path, value in values.items())
     except FileError:  # a path that is another pattern, or none
         clear = False
     return plain if clear else {f"^{re.escape(path)}": value for path, value in plain.items()}
@@ -664,20 +601,14 @@ def _targeted(paths: Sequence[str]) -> list[str] | str:
 # else the class of transformers that builds the model is.
 
 
-class _PeftTask(NamedTuple):
-    """PEFT's name of a task, and the modules that its class trains whole, by their names at any place in the model."""
-
-    name: str
-    heads: tuple[str, ...] = ()
-
-
-_PEFT_TASKS = {
-    "text-generation": _PeftTask("CAUSAL_LM"),
-    "text2text-generation": _PeftTask("SEQ_2_SEQ_LM"),
-    "feature-extraction": _PeftTask("FEATURE_EXTRACTION"),
-    "text-classification": _PeftTask("SEQ_CLS", ("classifier", "score")),
-    "token-classification": _PeftTask("TOKEN_CLS", ("classifier", "score")),
-    "question-answering": _PeftTask("QUESTION_ANS", ("qa_outputs",)),
+#: PEFT's name of a task, and the modules that its class trains whole, by their names at any place in the model.
+_PEFT_TASKS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "text-generation": ("CAUSAL_LM", ()),
+    "text2text-generation": ("SEQ_2_SEQ_LM", ()),
+    "feature-extraction": ("FEATURE_EXTRACTION", ()),
+    "text-classification": ("SEQ_CLS", ("classifier", "score")),
+    "token-classification": ("TOKEN_CLS", ("classifier", "score")),
+    "question-answering": ("QUESTION_ANS", ("qa_outputs",)),
 }
 
 
@@ -708,15 +639,15 @@ def origin_settings(about: Pretrained | None, saved: Collection[str] | None) -> 
         settings["base_model_name_or_path"] = about.name
         if about.revision:
             settings["revision"] = about.revision
-    task = _PEFT_TASKS.get(about.task)
-    if task is not None and _has_head(task, saved or ()):
-        settings["task_type"] = task.name
+    task, heads = _PEFT_TASKS.get(about.task, ("", ()))
+    if task and _has_heads(heads, saved or ()):
+        settings["task_type"] = task
     elif about.task:
         settings["auto_mapping"] = {"base_model_class": TASKS[about.task].model, "parent_library": "transformers"}
     return settings
 
 
-def _has_head(task: _PeftTask, saved: Collection[str]) -> bool:
+def _has_heads(heads: Sequence[str], saved: Collection[str]) -> bool:
     """Return whether the modules that PEFT trains whole for a task are in the file, and as a whole."""
-    inside = any(f".{head}." in f".{path}" for path in saved for head in task.heads)
-    return not task.heads or (not inside and any(path.rpartition(".")[2] in task.heads for path in saved))
+    inside = any(f".{head}." in f".{path}" for path in saved for head in heads)
+    return not heads or (not inside and any(path.rpartition(".")[2] in heads for path in saved))

@@ -2,40 +2,80 @@
 
 from __future__ import annotations
 
-import functools
-import itertools
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tnadapt.algebra.config import Config
+from tnadapt.algebra.config import MAX_ALPHA, MIN_ALPHA, Config
 from tnadapt.algebra.group import Group
 from tnadapt.algebra.maps import TiedElements
-from tnadapt.algebra.sources import Given, Scaled, Source, Tied, inner_source
+from tnadapt.algebra.sources import Given, Scaled, Source, Tied
 from tnadapt.algebra.superlora import SuperLoRA
 from tnadapt.algebra.torch_streams import TorchStream, bfloat16_of
 from tnadapt.backends import load_backend
 from tnadapt.checkpoints.adapter_file import AdapterFile
-from tnadapt.errors import ConfigError, FileError, safe_repr
+from tnadapt.errors import FileError, safe_repr
 from tnadapt.targets.roles import natural
 from tnadapt.targets.target import Target
 
 from ._file_format import EncodedAdapter
-from ._peft_content import DRAWN, OwnStructure, PeftContent, PeftMethod, rank_of, seed_of
+from ._peft_content import DRAWN, SHAPES_OF_MODEL, OwnStructure, PeftContent, PeftMethod, group_of
 from ._peft_settings import PathPatterns, integer_of, number_of
 from ._updates import Float, Module, ModuleUpdate, Pair
 
-__all__ = [
-    "PeftRandLora",
-    "PeftTinyLora",
-    "PeftUniLora",
-    "PeftVbLora",
-    "PeftVera",
-]
+Ints = NDArray[np.int64]
+
+
+# -- A and B of the whole adapter: stored, or drawn from a seed --------------------------------------------------------
+
+
+class PeftProjections(PeftMethod):
+    """Base class of methods with two frozen factors of the whole adapter, which PEFT stores or draws from a seed."""
+
+    may_transpose = True
+
+    def projections(self, content: PeftContent, axes: int) -> tuple[Float, Float] | None:
+        """Return A and B if they are stored."""
+        if not content.config.get("save_projection", True) and self.shared[0] not in content.shared:
+            return None
+        way_out = ": save it with save_projection=True, or set that to false in the config"
+        a, b = (content.shared_tensor(name, axes, way_out) for name in self.shared)
+        return a, b
+
+    def stream(self, content: PeftContent) -> TorchStream:
+        """Return the stream of random numbers from which PEFT draws A and B, in float32."""
+        content.dtypes.add("float32")
+        return TorchStream(content.seed("projection_prng_key", 0))
+
+
+_DRAWN = (f"PEFT left A and B to a seed of torch's: {DRAWN}",)
+
+
+def _frozen(file: AdapterFile, group: Group, name: str) -> Float:
+    """Return an array of a group that is not trained."""
+    array: Float = group.frozen.on(load_backend("numpy"), (name, file.dtype), np.zeros(1), "float64")
+    return array
+
+
+def _longer(one: Float | None, other: Float) -> Float:
+    """Return the factor with more rows: the other one is its beginning."""
+    return other if one is None or len(other) > len(one) else one
+
+
+def _is_shared(group: Group, multipliers: Mapping[str, tuple[str, ...]], others: Sequence[str] = ()) -> bool:
+    """Return whether factors are frozen and the same in all groups, and have these diagonals alone."""
+    frozen = group.frozen.entries
+    return {name: factor.multipliers for name, factor in group.multiplied.items()} == multipliers and all(
+        name in frozen and frozen[name].source.independent_of_group for name in (*multipliers, *others)
+    )
+
+
+def _trained(file: AdapterFile, group: Group) -> dict[str, Float]:
+    return {name: file.arrays[full].astype(np.float64) for name, full in group.names.items()}
 
 
 # -- VeRA: two frozen matrices, shared by all weights, and two trained diagonals per weight ----------------------------
@@ -44,110 +84,80 @@ __all__ = [
 _B, _D = "split0.factor0", "split0.factor1"
 
 
-class PeftVera(PeftMethod):
+class PeftVera(PeftProjections):
     """``ΔW = diag(b) B diag(d) A``."""
 
     preset = "vera"
     tensors = ("vera_lambda_b", "vera_lambda_d")
     shared = ("vera_A", "vera_B")
     fields = ("r", "projection_prng_key", "save_projection", "vera_dropout", "d_initial", "init_weights")
-    may_transpose = True
 
     def read(self, content: PeftContent) -> OwnStructure:
         """Read the diagonals as trained, A and B as given."""
-        content.require_modules()
-        rank, targets, diagonals = rank_of(content, 256), [], list[tuple[Float, Float]]()
+        rank, targets, diagonals = content.rank(256), [], list[tuple[Float, Float]]()
         for path in content.modules:
             b, d = (content.tensor(path, name, 1) for name in self.tensors)
             if d.size != rank:
                 raise content.misfit(path, f"vera_lambda_d must have r = {rank} elements")
-            fits = functools.partial(_has_rows, b.size)
-            targets.append(content.target_from_base(path, fits, f"it has {b.size} rows"))
+            why = f"it has {b.size} rows"
+            targets.append(content.target_from_base(path, b.size, lambda rows, _, size: rows == size, why))
             diagonals.append((b, d))
         rows, cols = (max(target.shape[side] for target in targets) for side in (0, 1))
-        a, b_matrix, notes = self._projections(content, rank, rows, cols)
+        stored = self.projections(content, 2)
+        a, b_matrix = stored or _drawn_for_vera(self.stream(content), rank, rows, cols)
+        if a.shape[0] != rank or b_matrix.shape[1] != rank or a.shape[1] < cols or b_matrix.shape[0] < rows:
+            raise content.misfit(
+                targets[0].module,
+                f"vera_A must be ({rank}, {cols}) and vera_B ({rows}, {rank}), or larger; they are {a.shape} and "
+                f"{b_matrix.shape}",
+            )
+        a, b_matrix = a[:, :cols], b_matrix[:rows]
         arrays, updates = dict[str, Float](), []
         for number, (target, (b, d)) in enumerate(zip(targets, diagonals, strict=True)):
             arrays |= {f"group{number}.{_B}.size": b, f"group{number}.{_D}.rank": d}
-            own_rows, own_cols = target.shape
-            pair = Pair(b[:, None] * b_matrix[:own_rows], a[:, :own_cols].T * d)
+            pair = Pair(b[:, None] * b_matrix[: target.shape[0]], a[:, : target.shape[1]].T * d)
             updates.append(ModuleUpdate("lora", target.shape, (pair,)))
+        start = content.config.get("d_initial")
+        if not isinstance(start, (int, float)) or isinstance(start, bool) or not 0 < abs(start) <= 1:
+            start = 0.1
         sources: dict[str, Source] = {
             "factor0": Scaled(Given(shared=True), start=0.0),
-            "factor1": Scaled(Given(shared=True), size=False, rank=True, start=_start(content)),
+            "factor1": Scaled(Given(shared=True), size=False, rank=True, start=float(start)),
         }
-        given_arrays = {f"group0.{_B}": b_matrix, f"group0.{_D}": a.T}
-        return OwnStructure(targets, Config(rank=rank, sources=sources), arrays, given_arrays, updates, notes=notes)
-
-    def _projections(
-        self, content: PeftContent, rank: int, rows: int, cols: int
-    ) -> tuple[Float, Float, tuple[str, ...]]:
-        """Return A (rank, cols) and B (rows, rank), stored or drawn as PEFT draws them."""
-        if content.config.get("save_projection", True) or "vera_A" in content.shared:
-            a, b = (
-                content.shared_tensor(
-                    name, 2, ": save it with save_projection=True, or set that to false in the config"
-                )
-                for name in self.shared
-            )
-            if a.shape[0] != rank or b.shape[1] != rank or a.shape[1] < cols or b.shape[0] < rows:
-                raise content.misfit(
-                    next(iter(content.modules)),
-                    f"vera_A must be ({rank}, {cols}) and vera_B ({rows}, {rank}), or larger; they are {a.shape} and "
-                    f"{b.shape}",
-                )
-            return a[:, :cols], b[:rows], ()
-        stream = TorchStream(seed_of("projection_prng_key", content.config.get("projection_prng_key"), 0))
-        drawn = [stream.uniforms(shape, -_bound(shape[1]), _bound(shape[1])) for shape in ((rank, cols), (rows, rank))]
-        content.dtypes.add("float32")
-        a, b = (array.astype(np.float64) for array in drawn)
-        return a, b, (f"PEFT left A and B to a seed of torch's: {DRAWN}",)
+        config, given_arrays = Config(rank=rank, sources=sources), {f"group0.{_B}": b_matrix, f"group0.{_D}": a.T}
+        return OwnStructure(targets, config, arrays, given_arrays, updates, notes=() if stored else _DRAWN)
 
     def write(self, modules: Sequence[Module], file: AdapterFile) -> EncodedAdapter:
         """Encode the diagonals, and the leading matrices of which each weight has a part."""
-        config, plan = file.config, file.plan
+        config = file.config
         self.require_one_weight_per_group(file)
         fit = (config.order, config.splits, config.terms, config.format, config.projection, config.fold)
-        sources = [config.sources.get("factor0"), config.sources.get("factor1")]
-        shaped = [
-            isinstance(source, Scaled) and not inner_source(source).trained
-            and inner_source(source).independent_of_group and (source.size, source.rank) == sides
-            for source, sides in zip(sources, ((True, False), (False, True)), strict=True)
-        ]  # fmt: skip
-        if fit != (2, 1, 1, "cp", "identity", "stack") or not all(shaped) or len(config.sources) != 2:
+        diagonals = {_B: ("size",), _D: ("rank",)}
+        groups = file.plan.groups
+        if fit != (2, 1, 1, "cp", "identity", "stack") or not all(_is_shared(group, diagonals) for group in groups):
             self.refuse(
                 "it needs order=2, format='cp', and both factors frozen, shared by all weights and Scaled: factor0 by "
                 "size, factor1 by rank, as presets.vera has them"
             )
-        backend, like = load_backend("numpy"), np.zeros(1)
         tensors, whole = dict[str, Float](), dict[str, Float]()
         for module in modules:
-            group = plan.groups[plan.layout.of_weight(module.targets[0][0])[0].group]
-            arrays = {name: file.arrays[full].astype(np.float64) for name, full in group.names.items()}
+            group = group_of(file.plan, module)
+            arrays = _trained(file, group)
             tensors[self.name_of(module, "vera_lambda_b")] = arrays[f"{_B}.size"] * group.network.scale
             tensors[self.name_of(module, "vera_lambda_d")] = arrays[f"{_D}.rank"]
-            for name in (_B, _D):
-                array = group.frozen.on(backend, (name, file.dtype), like, "float64")
-                if name not in whole or len(array) > len(whole[name]):
-                    whole[name] = array
+            whole |= {name: _longer(whole.get(name), _frozen(file, group, name)) for name in (_B, _D)}
         tensors |= {"base_model.vera_A": whole[_D].T, "base_model.vera_B": whole[_B]}
-        assert isinstance(config.rank, int)
         return EncodedAdapter(tensors, config={"r": config.rank, "projection_prng_key": 0, "save_projection": True})
 
 
-def _has_rows(own: int, rows: int, _cols: int) -> bool:
-    return rows == own
-
-
-def _start(content: PeftContent) -> float:
-    start = content.config.get("d_initial")
-    usable = isinstance(start, (int, float)) and not isinstance(start, bool) and 0 < abs(start) <= 1
-    return float(start) if usable else 0.1  # type: ignore[arg-type]
-
-
-def _bound(fan_in: int) -> float:
-    """Return the bound of PEFT's uniform numbers, of variance ``2 / fan_in``."""
-    return math.sqrt(3.0) * (math.sqrt(2) / math.sqrt(fan_in))
+def _drawn_for_vera(stream: TorchStream, rank: int, rows: int, cols: int) -> tuple[Float, Float]:
+    """Return uniform numbers of variance ``2 / fan_in``."""
+    bounds = (math.sqrt(3.0) * (math.sqrt(2) / math.sqrt(fan_in)) for fan_in in (cols, rank))
+    a, b = (
+        stream.uniforms(shape, -bound, bound).astype(np.float64)
+        for shape, bound in zip(((rank, cols), (rows, rank)), bounds, strict=True)
+    )
+    return a, b
 
 
 # -- RandLoRA: products of frozen matrices with trained diagonals, whose sum has full rank -----------------------------
@@ -164,15 +174,29 @@ _STRUCTURE = (
 
 
 class _Weight(NamedTuple):
-    """One weight: λ (rank, N), γ (N, smaller side), and whether A is on the side of the columns."""
+    """One weight: λ (rank, N) and γ (N, smaller side), the diagonals of each of its N bases."""
 
     target: Target
     lambdas: Float
     gammas: Float
-    tall: bool
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """The smaller and the larger side."""
+        return min(self.target.shape), max(self.target.shape)
+
+    @property
+    def tall(self) -> bool:
+        """Whether A is on the side of the columns."""
+        return self.target.shape[1] <= self.target.shape[0]
 
 
-class PeftRandLora(PeftMethod):
+def _factor_names(tall: bool) -> tuple[str, str]:
+    """Return the names of the factors on the smaller and on the larger side."""
+    return ("factor1", "factor0") if tall else ("factor0", "factor1")
+
+
+class PeftRandLora(PeftProjections):
     """``ΔW = (alpha / r) sum_n B_n diag(λ_n) A diag(γ_n)``, transposed if there are more columns than rows."""
 
     preset = "randlora"
@@ -183,41 +207,36 @@ class PeftRandLora(PeftMethod):
         "r", "randlora_alpha", "projection_prng_key", "save_projection", "sparse", "very_sparse", "randlora_dropout",
         "init_weights",
     )  # fmt: skip
-    may_transpose = True
 
     def read(self, content: PeftContent) -> OwnStructure:
         """Read the diagonals as trained, A and B as given."""
-        content.require_modules()
-        rank = rank_of(content, 32)
+        rank = content.rank(32)
         weights = [self._weight(content, path, rank) for path in content.modules]
-        a, b, notes = self._bases(content, rank, weights)
+        stored = self.projections(content, 3)
+        if stored:
+            _check_bases(content, rank, weights, *stored)
+        a, b = stored or _drawn_for_randlora(content.config, self.stream(content), rank, weights)
+        plan = _Plan(weights, rank, a[:, 0], b)
         alpha = number_of("randlora_alpha", content.config.get("randlora_alpha", 640))
-        plan = _Plan(weights, rank, a, b)
-        arrays, given_arrays, updates = dict[str, Float](), dict[str, Float](), []
         scale = alpha / rank
-        config, moved = plan.config(), 1.0
-        try:
-            config = config.replace(alpha=alpha)
-        except ConfigError:
-            moved = scale
-        trained = list[str]()
-        for number, weight in enumerate(weights):
-            diagonals, frozen = plan.of(number)
-            for name in diagonals:
-                if name.endswith(f"{plan.short(weight)}.rank"):
-                    diagonals[name] = diagonals[name] * moved
-            trained += [name for name in diagonals if plan.short(weight) in name]
-            arrays |= diagonals
+        # A scale that cannot be alpha is multiplied into λ.
+        is_alpha = MIN_ALPHA <= alpha <= MAX_ALPHA
+        arrays, given_arrays, trained = dict[str, Float](), dict[str, Float](), list[str]()
+        for number in range(len(weights)):
+            names, ones, frozen = plan.arrays_of(number, 1.0 if is_alpha else scale)
+            arrays |= names | ones
             given_arrays |= frozen
-            updates.append(plan.update(weight, scale))
+            trained += names
+        updates = [plan.update(weight, scale) for weight in weights]
+        notes: tuple[str, ...] = () if stored else _DRAWN
         if plan.mixed:
             notes += ("weights with more rows than columns and others: each stores its own bases, with diagonals of "
                       "ones, which are not trained",)  # fmt: skip
         elif not plan.alike:
             notes += ("weights whose smaller sides differ: PEFT pairs the bases differently, and each stores its own",)
         return OwnStructure(
-            [weight.target for weight in weights], config, arrays, given_arrays, updates,
-            trained if plan.mixed else None, notes,
+            [weight.target for weight in weights], plan.config(alpha if is_alpha else None), arrays, given_arrays,
+            updates, trained if plan.mixed else None, notes,
         )  # fmt: skip
 
     def write(self, modules: Sequence[Module], file: AdapterFile) -> EncodedAdapter:
@@ -228,47 +247,30 @@ class PeftRandLora(PeftMethod):
         if fit != (2, 1, "cp", "identity", "stack") or not isinstance(rank, int):
             self.refuse(_STRUCTURE)
         tensors, whole = dict[str, Float](), dict[str, Float]()
-        names: tuple[list[str], list[str]] = [], []
+        tall = modules[0].shape[1] <= modules[0].shape[0]
+        prefixes = [prefix for (prefix,) in file.plan.groups[0].network.prefixes]
+        short, long = ([prefix + name for prefix in prefixes] for name in _factor_names(tall))
         for module in modules:
-            group = file.plan.groups[file.plan.layout.of_weight(module.targets[0][0])[0].group]
-            tall = module.shape[1] <= module.shape[0]
-            factors = ["factor1", "factor0"] if tall else ["factor0", "factor1"]
-            own_names = [[prefix + name for (prefix,) in group.network.prefixes] for name in factors]
-            short, long = own_names
-            if names[0] and names[0] != short:
+            if tall != (module.shape[1] <= module.shape[0]):
                 self.refuse(
                     "some weights have more rows than columns and others have not, and A would be on both sides"
                 )
-            names = short, long
-            self._check(group, short, long, -(-min(module.shape) // rank))
-            arrays = {name: file.arrays[full].astype(np.float64) for name, full in group.names.items()}
-            tensors[self.name_of(module, "randlora_lambda")] = np.stack(
-                [arrays[f"{name}.rank"] for name in short], axis=1
-            )
+            group = group_of(file.plan, module)
+            shared = _is_shared(group, dict.fromkeys(short, ("size", "rank")), long)
+            tied = shared and len({group.frozen.entries[name].full for name in short}) == 1
+            if not tied or len(short) != -(-min(module.shape) // rank):
+                self.refuse(_STRUCTURE)
+            arrays = _trained(file, group)
+            lambdas = np.stack([arrays[f"{name}.rank"] for name in short], axis=1)
+            tensors[self.name_of(module, "randlora_lambda")] = lambdas
             tensors[self.name_of(module, "randlora_gamma")] = np.stack([arrays[f"{name}.size"] for name in short])
-            for name in (short[0], *long):
-                array = group.frozen.on(load_backend("numpy"), (name, file.dtype), np.zeros(1), "float64")
-                if name not in whole or len(array) > len(whole[name]):
-                    whole[name] = array
-        short, long = names
+            whole |= {name: _longer(whole.get(name), _frozen(file, group, name)) for name in (short[0], *long)}
         # Column k = r N + n of PEFT's bases, flattened, is column r of base n.
         bases = np.stack([whole[name] for name in long], axis=2)
         tensors["base_model.randlora_A"] = whole[short[0]].T[:, None]
         tensors["base_model.randlora_B"] = bases.reshape(len(bases), config.terms, rank)
         alpha = rank if config.alpha is None else config.alpha
         return EncodedAdapter(tensors, config={"r": rank, "randlora_alpha": alpha, "save_projection": True})
-
-    def _check(self, group: Group, short: Sequence[str], long: Sequence[str], count: int) -> None:
-        """Raise ConfigError unless a weight is the sum of as many terms as PEFT has, with one A and shared bases."""
-        entries = group.frozen.entries
-        multipliers = {name: factor.multipliers for name, factor in group.multiplied.items()}
-        if (
-            not all(name in entries and entries[name].source.independent_of_group for name in (*short, *long))
-            or multipliers != dict.fromkeys(short, ("size", "rank"))
-            or len({entries[name].full for name in short}) > 1
-            or len(short) != count
-        ):
-            self.refuse(_STRUCTURE)
 
     def _weight(self, content: PeftContent, path: str, rank: int) -> _Weight:
         lambdas, gammas = (content.tensor(path, name, 2) for name in self.tensors)
@@ -277,130 +279,99 @@ class PeftRandLora(PeftMethod):
             raise content.misfit(
                 path, f"with r = {rank}, randlora_lambda must be (r, N) and randlora_gamma (N, side), N = ⌈side / r⌉"
             )
-        fits = functools.partial(_has_smaller_side, least)
-        target = content.target_from_base(path, fits, f"its smaller side is {least}")
-        rows, cols = target.shape
-        return _Weight(target, lambdas, gammas, cols <= rows)
+        why = f"its smaller side is {least}"
+        target = content.target_from_base(path, least, lambda rows, cols, size: min(rows, cols) == size, why)
+        return _Weight(target, lambdas, gammas)
 
-    def _bases(
-        self, content: PeftContent, rank: int, weights: Sequence[_Weight]
-    ) -> tuple[Float, Float, tuple[str, ...]]:
-        """Return A (rank, least) and B (most, N rank), whose columns are flattened as PEFT flattens them."""
-        rows, cols = (max(weight.target.shape[side] for weight in weights) for side in (0, 1))
-        least, most = min(rows, cols), max(rows, cols)
-        count = -(-least // rank)
-        if content.config.get("save_projection", True) or "randlora_A" in content.shared:
-            a, b = (
-                content.shared_tensor(
-                    name, 3, ": save it with save_projection=True, or set that to false in the config"
-                )
-                for name in self.shared
-            )
-            short = max(min(weight.target.shape) for weight in weights)
-            long = max(max(weight.target.shape) for weight in weights)
-            if a.shape[:2] != (rank, 1) or a.shape[2] < short or b.shape[2] != rank or b.shape[0] < long:
-                raise content.misfit(
-                    weights[0].target.module,
-                    f"randlora_A must be ({rank}, 1, {short}) and randlora_B ({long}, {-(-short // rank)}, {rank}), or "
-                    f"larger; they are {a.shape} and {b.shape}",
-                )
-            if b.shape[1] < max(len(weight.gammas) for weight in weights):
-                raise content.misfit(
-                    weights[0].target.module, f"randlora_B has {b.shape[1]} bases, and that is too few"
-                )
-            return a[:, 0], b, ()
-        stream = TorchStream(seed_of("projection_prng_key", content.config.get("projection_prng_key"), 0))
-        if content.config.get("very_sparse") or content.config.get("sparse"):
-            sparsity = math.sqrt(least) if content.config.get("very_sparse") else 3.0
-            a, b = (_sparse(stream, shape, sparsity) for shape in ((rank, 1, least), (most, count, rank)))
-        else:
-            first = _kaiming(stream, (rank, 1, least))
-            bases = np.concatenate([_kaiming(stream, (most, 1, rank)) for _ in range(count)], axis=1)
-            a, b = _normalized(first, half=True), _normalized(bases, half=True)
-        content.dtypes.add("float32")
-        return a[:, 0], b, (f"PEFT left A and B to a seed of torch's: {DRAWN}",)
+
+def _check_bases(content: PeftContent, rank: int, weights: Sequence[_Weight], a: Float, b: Float) -> None:
+    """Raise FileError unless A is (rank, 1, least) or larger, and B (most, N, rank) or larger."""
+    short, long = (max(weight.sides[place] for weight in weights) for place in (0, 1))
+    path = weights[0].target.module
+    if a.shape[:2] != (rank, 1) or a.shape[2] < short or b.shape[2] != rank or b.shape[0] < long:
+        raise content.misfit(
+            path,
+            f"randlora_A must be ({rank}, 1, {short}) and randlora_B ({long}, {-(-short // rank)}, {rank}), or "
+            f"larger; they are {a.shape} and {b.shape}",
+        )
+    if b.shape[1] < max(len(weight.gammas) for weight in weights):
+        raise content.misfit(path, f"randlora_B has {b.shape[1]} bases, and that is too few")
+
+
+def _drawn_for_randlora(
+    config: Mapping[str, object], stream: TorchStream, rank: int, weights: Sequence[_Weight]
+) -> tuple[Float, Float]:
+    """Return A (rank, 1, least) and B (most, N, rank) as PEFT draws them."""
+    least, most = sorted(max(weight.target.shape[side] for weight in weights) for side in (0, 1))
+    count = -(-least // rank)
+    if config.get("very_sparse") or config.get("sparse"):
+        sparsity = math.sqrt(least) if config.get("very_sparse") else 3.0
+        a, b = (_sparse(stream, shape, sparsity) for shape in ((rank, 1, least), (most, count, rank)))
+        return a, b
+    first = _kaiming(stream, (rank, 1, least))
+    bases = np.concatenate([_kaiming(stream, (most, 1, rank)) for _ in range(count)], axis=1)
+    return _normalized(first, half=True), _normalized(bases, half=True)
 
 
 class _Plan:
-    """The config of all weights, and the names of their arrays."""
+    """The config of all weights, and their arrays."""
 
     def __init__(self, weights: Sequence[_Weight], rank: int, a: Float, b: Float) -> None:
         self.weights, self.rank, self.a, self.b = weights, rank, a, b
-        self.terms = max(len(weight.gammas) for weight in weights)
-        self.alike = len({len(weight.gammas) for weight in weights}) == 1
+        counts = {len(weight.gammas) for weight in weights}
+        self.terms, self.alike = max(counts), len(counts) == 1
         self.mixed = len({weight.tall for weight in weights}) > 1
+        self.least, self.most = (max(weight.sides[place] for weight in weights) for place in (0, 1))
 
-    @staticmethod
-    def short(weight: _Weight) -> str:
-        """Name of the factor on the smaller side."""
-        return "split0.factor1" if weight.tall else "split0.factor0"
-
-    @staticmethod
-    def long(weight: _Weight) -> str:
-        """Name of the factor on the larger side."""
-        return "split0.factor0" if weight.tall else "split0.factor1"
-
-    def config(self) -> Config:
-        """Return the settings, without alpha."""
-        both: dict[str, Source]
+    def config(self, alpha: float | None) -> Config:
+        """Return the settings."""
+        sources: dict[str, Source]
         if self.mixed:
-            each = Scaled(Given(), size=True, rank=True)
-            both = {"factor0": each, "factor1": each}
+            sources = dict.fromkeys(("factor0", "factor1"), Scaled(Given(), size=True, rank=True))
         else:
-            short, long = self.short(self.weights[0]), self.long(self.weights[0]).removeprefix("split0.")
-            first = f"term0.{short}" if self.terms > 1 else short
-            both = {
+            short, long = _factor_names(self.weights[0].tall)
+            start = (1.0 / self.most, 0.0)
+            first = f"term0.split0.{short}" if self.terms > 1 else f"split0.{short}"
+            sources = {
                 long: Given(shared=self.alike),
-                first: Scaled(Given(shared=True), size=True, rank=True, start=self._start),
+                first: Scaled(Given(shared=True), size=True, rank=True, start=start),
             }
             if self.terms > 1:
-                both[short.removeprefix("split0.")] = Scaled(Tied(first), size=True, rank=True, start=self._start)
-        return Config(rank=self.rank, terms=self.terms, sources=both)
+                sources[short] = Scaled(Tied(first), size=True, rank=True, start=start)
+        return Config(rank=self.rank, terms=self.terms, sources=sources, alpha=alpha)
 
-    @property
-    def _start(self) -> tuple[float, float]:
-        return 1.0 / max(max(weight.target.shape) for weight in self.weights), 0.0
+    def _bases(self, weight: _Weight, size: int) -> Float:
+        """Return the beginning of a weight's bases, whose columns are flattened as PEFT flattens them."""
+        return self.b[:size, : len(weight.gammas)].reshape(size, -1)
 
-    def _long_factor(self, weight: _Weight, term: int, size: int) -> Float:
-        count = len(weight.gammas)
-        flat = self.b[:size, :count].reshape(size, -1)
-        return flat[:, term % count :: count]
-
-    def of(self, number: int) -> tuple[dict[str, Float], dict[str, Float]]:
-        """Return the trained and the given arrays of a weight."""
-        weight, trained, given_arrays = self.weights[number], dict[str, Float](), dict[str, Float]()
-        least, most = min(weight.target.shape), max(weight.target.shape)
-        short, long = self.short(weight), self.long(weight)
-        largest_least, largest = (max(side(other.target.shape) for other in self.weights) for side in (min, max))
+    def arrays_of(self, number: int, scale: float) -> tuple[dict[str, Float], dict[str, Float], dict[str, Float]]:
+        """Return the diagonals of a weight, λ times a scale; those of ones; and its given arrays."""
+        weight, diagonals, ones, given_arrays = self.weights[number], dict[str, Float](), dict[str, Float](), {}
+        (least, most), (short, long), count = weight.sides, _factor_names(weight.tall), len(weight.gammas)
         for term in range(self.terms):
-            prefix = f"group{number}." + f"term{term}." * (self.terms > 1)
-            real = term < len(weight.gammas)
-            trained[f"{prefix}{short}.size"] = weight.gammas[term] if real else np.zeros(least)
-            trained[f"{prefix}{short}.rank"] = weight.lambdas[:, term] if real else np.zeros(self.rank)
+            prefix = f"group{number}." + f"term{term}." * (self.terms > 1) + "split0."
+            real = term < count
+            diagonals[f"{prefix}{short}.size"] = weight.gammas[term] if real else np.zeros(least)
+            diagonals[f"{prefix}{short}.rank"] = weight.lambdas[:, term] * scale if real else np.zeros(self.rank)
             if self.mixed:
-                trained |= {f"{prefix}{long}.size": np.ones(most), f"{prefix}{long}.rank": np.ones(self.rank)}
+                ones |= {f"{prefix}{long}.size": np.ones(most), f"{prefix}{long}.rank": np.ones(self.rank)}
                 given_arrays[f"{prefix}{short}"] = self.a[:, :least].T
             elif number == 0 and term == 0:
-                given_arrays[f"{prefix}{short}"] = self.a[:, :largest_least].T
-            if self.mixed or not self.alike:
-                given_arrays[f"{prefix}{long}"] = self._long_factor(weight, term, most)
-            elif number == 0:
-                given_arrays[f"{prefix}{long}"] = self._long_factor(weight, term, largest)
-        return trained, given_arrays
+                given_arrays[f"{prefix}{short}"] = self.a[:, : self.least].T
+            # Bases that all weights share are as long as the longest one.
+            shared = self.alike and not self.mixed
+            if number == 0 or not shared:
+                bases = self._bases(weight, self.most if shared else most)
+                given_arrays[f"{prefix}{long}"] = bases[:, term % count :: count]
+        return diagonals, ones, given_arrays
 
     def update(self, weight: _Weight, scale: float) -> ModuleUpdate:
         """Return the update, as PEFT multiplies it out."""
-        least, most = min(weight.target.shape), max(weight.target.shape)
-        count = len(weight.gammas)
+        least, most = weight.sides
         scaled = weight.lambdas[:, :, None] * self.a[:, None, :least] * weight.gammas[None]
-        narrow = scaled.reshape(-1, least).T
-        wide = self.b[:most, :count].reshape(most, -1)
+        narrow, wide = scaled.reshape(-1, least).T, self._bases(weight, most)
         pair = Pair(wide, narrow) if weight.tall else Pair(narrow, wide)
         return ModuleUpdate("lora", weight.target.shape, (pair,), scale)
-
-
-def _has_smaller_side(least: int, rows: int, cols: int) -> bool:
-    return min(rows, cols) == least
 
 
 def _kaiming(stream: TorchStream, shape: tuple[int, int, int]) -> Float:
@@ -432,10 +403,6 @@ _TINYLORA_NOTE = (
     "became {}"
 )
 _WIDE = "stored as LoRA of the same rank, as a config holds PEFT's factors and P in float32, and these are in float64"
-_ORDER = (
-    "give base={name: tuple(module.weight.shape) for name, module in model.named_modules() "
-    "if hasattr(module, 'weight')}"
-)
 
 
 class PeftTinyLora(PeftMethod):
@@ -452,31 +419,27 @@ class PeftTinyLora(PeftMethod):
 
     def read(self, content: PeftContent) -> OwnStructure:
         """Read A, B and P as given, and all v together as θ."""
-        content.require_modules()
-        vectors = self._vectors(content)
-        firsts = np.cumsum([0, *(v.size for v in vectors)])
+        vectors = [content.shared_tensor(f"tinylora_v.{number}", 1) for number in range(max(1, len(content.shared)))]
+        theta, firsts = np.concatenate(vectors), np.cumsum([0, *(v.size for v in vectors)])
         order = self._order(content, len(vectors))
-        targets, parts, notes = [], list[tuple[Float, Float, Float]](), tuple[str, ...]()
+        targets, parts = [], list[tuple[Float, Float, Float]]()
         owners = list[int]()  # which v is that of each weight
         for path in content.modules:
             a, b = content.tensor(path, "tinylora_A", 2), content.tensor(path, "tinylora_B", 2)
             if len(a) != b.shape[1]:
                 raise content.misfit(path, "tinylora_A must be (r, columns), and tinylora_B (rows, r)")
-            place = order.get(path, 0)
             # PEFT's groups of layers: all of one size, and the rest in the last one.
-            number = min(place // max(1, len(order) // len(vectors)), len(vectors) - 1)
-            owners.append(number)
-            p = np.zeros((firsts[-1], len(a), len(a)))
-            p[firsts[number] : firsts[number + 1]] = self._projection(
-                content, path, place, vectors[number].size, len(a)
-            )
+            owner = min(order[path] // max(1, len(order) // len(vectors)), len(vectors) - 1)
+            p = np.zeros((theta.size, len(a), len(a)))
+            block = p[firsts[owner] : firsts[owner + 1]]
+            block[:] = self._projection(content, path, order[path], len(block), len(a))
+            owners.append(owner)
             targets.append(content.target(path, (len(b), a.shape[1])))
             parts.append((b, p, a))
-        theta = np.concatenate(vectors)
         # P and θ are not rounded to the dtype of the stored v: PEFT multiplies them in that of the model.
         content.dtypes.add("float32")
-        if "tinylora_P" not in next(iter(content.modules.values())):
-            notes = (f"PEFT left P to a seed of torch's: {DRAWN}",)
+        drawn = "tinylora_P" not in next(iter(content.modules.values()))
+        notes = (f"PEFT left P to a seed of torch's: {DRAWN}",) if drawn else ()
         rank = max(p.shape[1] for _, p, _ in parts)
         matrices, given_arrays, updates = dict[str, Float](), dict[str, Float](), []
         for number, ((b, p, a), target) in enumerate(zip(parts, targets, strict=True)):
@@ -484,34 +447,29 @@ class PeftTinyLora(PeftMethod):
             left, right = ((0, min(rank, side) - p.shape[1]) for side in target.shape)
             name = f"group{number}.split0"
             matrices[f"{name}.core"] = np.pad(p, ((0, 0), left, right))
-            given_arrays |= {
-                f"{name}.factor0": np.pad(b, ((0, 0), left)),
-                f"{name}.factor1": np.pad(a, (right, (0, 0))).T,
-            }
+            given_arrays[f"{name}.factor0"] = np.pad(b, ((0, 0), left))
+            given_arrays[f"{name}.factor1"] = np.pad(a, (right, (0, 0))).T
             updates.append(ModuleUpdate("lora", target.shape, (Pair(b @ np.einsum("i,ijk->jk", theta, p), a.T),)))
         if "float64" in content.dtypes:
             return OwnStructure(targets, updates=updates, notes=(_WIDE, *notes))
         config = Config(rank=rank, format="tucker", sources={"factor0": Given(), "factor1": Given()})
-        if sorted(owners) == list(range(len(vectors))) and len({v.size for v in vectors}) == 1:
-            # One θ of one size for each weight.
+        size, elements = theta.size, sum(p[0].size for p in matrices.values())
+        one_each = sorted(owners) == list(range(len(vectors))) and len({v.size for v in vectors}) == 1
+        if one_each and all(vectors[0].size <= p[0].size for p in matrices.values()):
             size = vectors[0].size
-            if all(size <= p[0].size for p in matrices.values()):
-                config = config.replace(before="given", parameters=size, scope="group", offset=False)
-                arrays = dict[str, Float]()
-                for group, (owner, p) in enumerate(zip(owners, matrices.values(), strict=True)):
-                    arrays[f"group{group}.theta"] = vectors[owner]
-                    block = p[firsts[owner] : firsts[owner + 1]]
-                    given_arrays[f"group{group}.theta.matrix"] = block.reshape(size, -1).T
-                return OwnStructure(targets, config, arrays, given_arrays, updates, notes=notes)
-        matrix = np.concatenate([p.reshape(theta.size, -1) for p in matrices.values()], axis=1).T
-        if theta.size <= len(matrix):
-            config = config.replace(before="given", parameters=theta.size, offset=False)
-            return OwnStructure(
-                targets, config, {"theta": theta}, {**given_arrays, "theta.matrix": matrix}, updates, notes=notes
-            )
-        cores = {name: np.einsum("i,ijk->jk", theta, p) for name, p in matrices.items()}
-        notes = (_TINYLORA_NOTE.format(theta.size, sum(core.size for core in cores.values())), *notes)
-        return OwnStructure(targets, config, cores, given_arrays, updates, notes=notes)
+            config = config.replace(before="given", parameters=size, scope="group", offset=False)
+            arrays = {f"group{group}.theta": vectors[owner] for group, owner in enumerate(owners)}
+            for group, (owner, p) in enumerate(zip(owners, matrices.values(), strict=True)):
+                block = p[firsts[owner] : firsts[owner + 1]]
+                given_arrays[f"group{group}.theta.matrix"] = block.reshape(size, -1).T
+        elif size <= elements:
+            config = config.replace(before="given", parameters=size, offset=False)
+            arrays = {"theta": theta}
+            given_arrays["theta.matrix"] = np.concatenate([p.reshape(size, -1) for p in matrices.values()], axis=1).T
+        else:
+            arrays = {name: np.einsum("i,ijk->jk", theta, p) for name, p in matrices.items()}
+            notes = (_TINYLORA_NOTE.format(size, elements), *notes)
+        return OwnStructure(targets, config, arrays, given_arrays, updates, notes=notes)
 
     def write(self, modules: Sequence[Module], file: AdapterFile) -> EncodedAdapter:
         """Encode the factors, θ, and P as the map before the network has it."""
@@ -525,28 +483,20 @@ class PeftTinyLora(PeftMethod):
         matrices = [theta.moved(backend, part, unit) for unit in np.eye(vector.size)]
         tensors: dict[str, Float] = {"base_model.tinylora_v.0": vector}
         for module in modules:
-            group = plan.groups[plan.layout.of_weight(module.targets[0][0])[0].group]
-            own_names = list(group.names) == ["split0.core"] and len(group.pieces) == 1
-            if not own_names or group.network.sizes != module.shape:
+            group = group_of(plan, module)
+            alone = list(group.names) == ["split0.core"] and len(group.pieces) == 1
+            if not alone or group.network.sizes != module.shape:
                 self.refuse("it needs format='tucker', order=2 and one weight per group, as presets.tinylora has them")
             full, sides = group.names["split0.core"], group.network.shapes["split0.core"]
             start = plan.array_start(backend, full, like)
             if sides[0] != sides[1] or (file.config.offset and np.any(start)) or not group.projection.map.identity:
                 self.refuse("PEFT's matrices between the factors are square and start at zero, and no map follows")
-            b, a = (group.frozen.on(backend, (f"split0.factor{n}", file.dtype), like, "float64") for n in (0, 1))
-            tensors[self.name_of(module, "tinylora_A")] = a.T
-            tensors[self.name_of(module, "tinylora_B")] = b
-            tensors[self.name_of(module, "tinylora_P")] = group.network.scale * np.stack(
-                [arrays[full] for arrays in matrices]
-            )
+            p = np.stack([arrays[full] for arrays in matrices])
+            tensors[self.name_of(module, "tinylora_A")] = _frozen(file, group, "split0.factor1").T
+            tensors[self.name_of(module, "tinylora_B")] = _frozen(file, group, "split0.factor0")
+            tensors[self.name_of(module, "tinylora_P")] = group.network.scale * p
         settings = {"r": max(sides), "u": vector.size, "weight_tying": 1.0, "save_projection": True}
         return EncodedAdapter(tensors, config=settings)
-
-    def _vectors(self, content: PeftContent) -> list[Float]:
-        names = [f"tinylora_v.{number}" for number in range(len(content.shared))]
-        if not names:
-            raise FileError("lacks base_model.tinylora_v.0, which a TinyLoRA adapter needs")
-        return [content.shared_tensor(name, 1) for name in names]
 
     def _order(self, content: PeftContent, vectors: int) -> dict[str, int]:
         """Return the place of each weight in the model: it says which v is the weight's, and seeds P."""
@@ -556,13 +506,13 @@ class PeftTinyLora(PeftMethod):
         if content.base is None or not content.base.ordered:
             why = "which of its vectors v is a weight's" if stored else "the matrices P"
             raise FileError(
-                f"the order of the modules in the model decides {why}, and the file does not have it: {_ORDER}"
+                f"the order of the modules in the model decides {why}, and the file does not have it: give "
+                f"base={SHAPES_OF_MODEL}"
             )
         for path in content.modules:
             content.base.check_module(path)
-        return {
-            path: place for place, path in enumerate(path for path in content.base.shapes if path in content.modules)
-        }
+        paths = [path for path in content.base.shapes if path in content.modules]
+        return {path: place for place, path in enumerate(paths)}
 
     def _projection(self, content: PeftContent, path: str, place: int, count: int, rank: int) -> Float:
         """Return P, (u, r, r), stored or drawn as PEFT draws it."""
@@ -576,7 +526,7 @@ class PeftTinyLora(PeftMethod):
             raise FileError(
                 f"the {size} elements of P are too few to draw as torch does: save it with save_projection=True"
             )
-        seed = seed_of("projection_seed", content.config.get("projection_seed"), 42) + place
+        seed = content.seed("projection_seed", 42) + place
         drawn = (TorchStream(seed).normals(size) / rank**0.5).astype(np.float32)
         return np.asarray(drawn.reshape(count, rank, rank), np.float64)
 
@@ -596,25 +546,8 @@ _ROUNDING = {True: 1e-12, False: 1e-6}
 _MOST = 1 << 24
 
 
-class _Factors(NamedTuple):
-    """The indices of A (r, columns) and B (rows, r) of a weight, and the scale of each of their elements."""
-
-    a_index: NDArray[np.int64]
-    b_index: NDArray[np.int64]
-    a_scale: Float
-    b_scale: Float
-
-    def pair(self, theta: Float) -> Pair:
-        """Return the factors."""
-        return Pair(theta[self.b_index] * self.b_scale, (theta[self.a_index] * self.a_scale).T)
-
-    @property
-    def flat(self) -> tuple[NDArray[np.int64], Float]:
-        """Indices and scales in the order of this library's arrays: B, then A transposed."""
-        return (
-            np.concatenate([self.b_index.reshape(-1), self.a_index.T.reshape(-1)]),
-            np.concatenate([self.b_scale.reshape(-1), self.a_scale.T.reshape(-1)]),
-        )
+# B (rows, r) and A transposed (columns, r) of a weight: the index of each element, and its scale.
+_Factors = tuple[tuple[Ints, Ints], tuple[Float, Float]]
 
 
 class PeftUniLora(PeftMethod):
@@ -624,6 +557,7 @@ class PeftUniLora(PeftMethod):
     tensors = _TENSORS
     shared = ("unilora_theta_d",)
     integers = _TENSORS[:2]
+    names_modules = False
     fields = (
         "r", "proj_seed", "theta_d_length", "unilora_dropout", "init_theta_d_bound", "init_weights", "save_indices",
     )  # fmt: skip
@@ -631,17 +565,19 @@ class PeftUniLora(PeftMethod):
 
     def read(self, content: PeftContent) -> OwnStructure:
         """Read the indices as given, and the trained numbers as θ."""
-        theta, rank = content.shared_tensor("unilora_theta_d", 1), rank_of(content, 4)
+        theta, rank = content.shared_tensor("unilora_theta_d", 1), content.rank(4)
         factors = self._stored(content, theta) if content.modules else self._drawn(content, theta, rank)
-        targets, updates, flat = [], [], []
+        targets, updates, indices, scales = [], [], list[Ints](), list[Float]()
         for path in sorted(factors, key=natural):
-            pair = factors[path].pair(theta)
+            (b_index, a_index), (b_scale, a_scale) = factors[path]
+            pair = Pair(theta[b_index] * b_scale, theta[a_index] * a_scale)
             if pair.rank != rank:
                 raise content.misfit(path, f"unilora_indices_A must be (r, columns), r = {rank}")
             targets.append(content.target(path, pair.shape))
             updates.append(ModuleUpdate("lora", pair.shape, (pair,)))
-            flat.append(factors[path].flat)
-        index, scale = (np.concatenate(parts) for parts in zip(*flat, strict=True))
+            indices += [b_index.reshape(-1), a_index.reshape(-1)]
+            scales += [b_scale.reshape(-1), a_scale.reshape(-1)]
+        index, scale = np.concatenate(indices), np.concatenate(scales)
         expected = 1.0 / np.sqrt(np.maximum(np.bincount(index, minlength=theta.size), 1))[index]
         if theta.size > min(index.size, _MOST):
             why = f"it has {theta.size} trained numbers for {index.size} elements"
@@ -669,29 +605,23 @@ class PeftUniLora(PeftMethod):
         )
         # Both factors are multiples of θ, so that a scale of their product can be part of it.
         scaled = vector * math.sqrt(plan.groups[0].network.scale)
-        tensors, integers = {"base_model.unilora_theta_d": scaled}, dict[str, NDArray[np.int64]]()
+        tensors, integers = {"base_model.unilora_theta_d": scaled}, dict[str, Ints]()
         for module in modules:
-            group = plan.groups[plan.layout.of_weight(module.targets[0][0])[0].group]
             for letter, name in (("A", "split0.factor1"), ("B", "split0.factor0")):
-                full = group.names[name]
+                full = group_of(plan, module).names[name]
                 scale = np.asarray(scales[full])
-                if np.any(scale == 0.0):
-                    self._refuse_map(file)
-                index = np.clip(np.rint(places[full] / scale).astype(np.int64) - 1, 0, vector.size - 1)
-                if not np.allclose(random[index] * scale, values[full], rtol=1e-9, atol=1e-12):
-                    self._refuse_map(file)
-                if letter == "A":
-                    scale, index = scale.T, index.T
-                tensors[self.name_of(module, f"unilora_scales_{letter}")] = scale
-                integers[self.name_of(module, f"unilora_indices_{letter}")] = index
+                nonzero = np.where(scale == 0.0, 1.0, scale)
+                index = np.clip(np.rint(places[full] / nonzero).astype(np.int64) - 1, 0, vector.size - 1)
+                same = np.allclose(random[index] * scale, values[full], rtol=1e-9, atol=1e-12)
+                if not same or np.any(scale == 0.0):
+                    self.refuse(
+                        f"before={safe_repr(file.config.before)} adds several elements of θ up, and PEFT has one for "
+                        "each element of the factors, as 'one-hot' and 'tied' have"
+                    )
+                tensors[self.name_of(module, f"unilora_scales_{letter}")] = scale.T if letter == "A" else scale
+                integers[self.name_of(module, f"unilora_indices_{letter}")] = index.T if letter == "A" else index
         settings = {"r": file.config.rank, "theta_d_length": vector.size, "save_indices": True}
         return EncodedAdapter(tensors, config=settings, integers=integers)
-
-    def _refuse_map(self, file: AdapterFile) -> NoReturn:
-        self.refuse(
-            f"before={safe_repr(file.config.before)} adds several elements of θ up, and PEFT has one for each element "
-            "of the factors, as 'one-hot' and 'tied' have"
-        )
 
     def _stored(self, content: PeftContent, theta: Float) -> dict[str, _Factors]:
         factors = {}
@@ -702,7 +632,7 @@ class PeftUniLora(PeftMethod):
             for index in (a_index, b_index):
                 if (index < 0).any() or (index >= theta.size).any():
                     raise content.misfit(path, f"an index is outside the {theta.size} elements of unilora_theta_d")
-            factors[path] = _Factors(a_index, b_index, a_scale, b_scale)
+            factors[path] = (b_index, a_index.T), (b_scale, a_scale.T)
         return factors
 
     def _drawn(self, content: PeftContent, theta: Float, rank: int) -> dict[str, _Factors]:
@@ -715,15 +645,13 @@ class PeftUniLora(PeftMethod):
         index = _balanced(sum(sizes), theta.size, seed)
         counts = np.bincount(index, minlength=theta.size)
         scale = (np.float32(1.0) / np.sqrt(np.maximum(counts, 1).astype(np.float32)))[index].astype(np.float64)
-        edges = list(itertools.accumulate(sizes))[:-1]
-        indices, scales = iter(np.split(index, edges)), iter(np.split(scale, edges))
-        return {
-            path: _Factors(
-                next(indices).reshape(rank, cols), next(indices).reshape(rows, rank),
-                next(scales).reshape(rank, cols), next(scales).reshape(rows, rank),
-            )
-            for path, (rows, cols) in shapes.items()
-        }  # fmt: skip
+        edges, factors = np.cumsum(sizes)[:-1], {}
+        halves = zip(np.split(index, edges), np.split(scale, edges), strict=True)
+        for path, (rows, cols) in shapes.items():
+            (a_index, a_scale), (b_index, b_scale) = next(halves), next(halves)
+            indices = b_index.reshape(rows, rank), a_index.reshape(rank, cols).T
+            factors[path] = indices, (b_scale.reshape(rows, rank), a_scale.reshape(rank, cols).T)
+        return factors
 
     def _targeted(self, content: PeftContent) -> Mapping[str, tuple[int, int]]:
         """Return rows and columns of the adapted weights, in the model's order."""
@@ -731,18 +659,19 @@ class PeftUniLora(PeftMethod):
         if base is None or not base.ordered or None in base.shapes.values():
             raise FileError(
                 "it stores neither its indices nor the names of its weights, and PEFT draws the indices in the order "
-                f"of the model's modules: {_SAVE}, or give base={{name: tuple(module.weight.shape) for name, module in "
-                "model.named_modules() if hasattr(module, 'weight')}"
+                f"of the model's modules: {_SAVE}, or give base={SHAPES_OF_MODEL}"
             )
         unclear = [name for name in ("exclude_modules", "layers_to_transform", "layers_pattern") if config.get(name)]
         targets = config.get("target_modules")
         if unclear or not targets or not isinstance(targets, (str, list)) or targets == "all-linear":
             what = f"{unclear[0]} is set" if unclear else f"target_modules is {safe_repr(targets)}"
             raise FileError(f"it stores neither its indices nor the names of its weights, and {what}: {_SAVE}")
-        chosen, meant = {}, _patterns_of(targets)
+        # A string is an expression for whole paths, a list has the ends of paths.
+        names = [targets] if isinstance(targets, str) else [re.escape(end) for end in targets if isinstance(end, str)]
+        chosen, patterns = {}, PathPatterns("target_modules", dict.fromkeys(names, True), isinstance(targets, str))
         for path, stored in base.shapes.items():
             assert stored is not None
-            if len(stored) == 2 and meant.get(path, False):
+            if len(stored) == 2 and patterns.get(path, False):
                 chosen[path] = (stored[1], stored[0]) if content.settings.transposed else (stored[0], stored[1])
         if not chosen:
             raise FileError(f"target_modules={safe_repr(targets)} matches no matrix of base")
@@ -761,14 +690,7 @@ def _is_lora(plan: SuperLoRA) -> bool:
     ) and plan.num_groups == len(plan.shapes)
 
 
-def _patterns_of(targets: str | Sequence[object]) -> PathPatterns:
-    """Return patterns that match the paths that PEFT's ``target_modules`` mean."""
-    if isinstance(targets, str):
-        return PathPatterns("target_modules", {targets: True}, whole=True)
-    return PathPatterns("target_modules", {re.escape(name): True for name in targets if isinstance(name, str)})
-
-
-def _balanced(count: int, length: int, seed: int) -> NDArray[np.int64]:
+def _balanced(count: int, length: int, seed: int) -> Ints:
     """Return PEFT's indices, each of which occurs equally often but for one."""
     rng = np.random.default_rng(seed)
     indices = np.repeat(np.arange(length), count // length)
@@ -800,7 +722,6 @@ class PeftVbLora(PeftMethod):
 
     def read(self, content: PeftContent) -> OwnStructure:
         """Compute A and B."""
-        content.require_modules()
         bank = content.shared_tensor("vblora_vector_bank", 2)
         count = integer_of("topk", content.config.get("topk", 2))
         targets, updates = [], []

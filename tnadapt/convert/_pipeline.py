@@ -24,26 +24,11 @@ from tnadapt.errors import ConfigError, FileError, TnadaptError, escaped, safe_r
 from tnadapt.plugins import Registry, load_plugins
 from tnadapt.targets.target import Target
 
+from . import _file_format, _updates
 from ._base_model import Base, as_base, check_base, with_base_arrays
-from ._file_format import KINDS, ConversionRequest, FileFormat, application_of, file_of, not_additive
+from ._file_format import ConversionRequest, FileFormat
 from ._files import StoredFiles, replace_folder
-from ._updates import (
-    Module,
-    ModuleUpdate,
-    Unpacked,
-    check_range,
-    errors_of,
-    is_embedding,
-    is_expert,
-    is_rounding,
-    modules_of,
-    narrow,
-    place_of,
-    round_to,
-)
-
-__all__ = ["Conversion", "format_of", "forms", "register_file_format", "requested", "run"]
-
+from ._updates import Module, ModuleUpdate, Unpacked, is_embedding, is_expert, place_of
 
 # -- The table of file formats, and the names of the forms that they write ---------------------------------------------
 
@@ -92,8 +77,10 @@ def register_file_format(name: str, cls: type[FileFormat]) -> None:
     if isinstance(name, str) and name == OWN:
         raise ConfigError(f"file format {name!r} is built in and cannot be replaced: choose another name")
     _formats.check(name, cls)
-    if unknown := [method for method in cls.kinds if method not in KINDS]:
-        raise ConfigError(f"kinds of {cls.__name__} may have {', '.join(KINDS)}; got {safe_repr(unknown[0])}")
+    if unknown := [method for method in cls.kinds if method not in _file_format.KINDS]:
+        raise ConfigError(
+            f"kinds of {cls.__name__} may have {', '.join(_file_format.KINDS)}; got {safe_repr(unknown[0])}"
+        )
     asked = ["detect", "read"]
     asked += ["encode", "write"] if cls.kinds else []
     asked += ["fit_kronecker"] if "lokr" in cls.kinds else []
@@ -134,7 +121,13 @@ _DTYPES = ("float32", "float16", "bfloat16", "float64")
 
 
 def requested(
-    to: str, rank: Any, max_error: Any, *, base: Any, part: str | None, dtype: str | None, without_kept: bool
+    to: str,
+    rank: int | None,
+    max_error: float | None,
+    base: Any,
+    part: str | None,
+    dtype: str | None,
+    without_kept: bool,
 ) -> ConversionRequest:
     """Check the arguments of :func:`tnadapt.convert`; the part is checked when the source is known."""
     if not _is_form(to):
@@ -143,9 +136,7 @@ def requested(
             raise _no_choice("to", to, forms())
     if dtype is not None and dtype not in _DTYPES:
         raise ConfigError(f"dtype (--dtype) must be one of {', '.join(_DTYPES)}; got {safe_repr(dtype)}")
-    if max_error is not None and (
-        isinstance(max_error, bool) or not isinstance(max_error, (int, float)) or not 0 <= max_error <= 1
-    ):
+    if max_error is not None and not 0 <= max_error <= 1:
         raise ConfigError(f"max_error (--max-error) must be a number from 0 to 1; got {safe_repr(max_error)}")
     if rank is not None:
         rank = integer("rank", rank, 1, 1 << 40, ConfigError)
@@ -155,8 +146,8 @@ def requested(
     return ConversionRequest(to, format_of(name), method, rank, max_error, base, part, dtype, without_kept)
 
 
-def _no_choice(what: str, given: Any, known: Sequence[str]) -> ConfigError:
-    close = difflib.get_close_matches(given, known, n=2) if isinstance(given, str) else []
+def _no_choice(what: str, given: str, known: Sequence[str]) -> ConfigError:
+    close = difflib.get_close_matches(given, known, n=2)
     meant = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
     return ConfigError(f"{what} (--{what}) must be one of {', '.join(known)}; got {safe_repr(given)}{meant}")
 
@@ -178,7 +169,7 @@ def check_part(part: str | None, source: FileFormat, target: FileFormat) -> None
 def has_rank(form: str) -> bool:
     """Return whether a form is of a rank: not the full differences, nor a structure of its own."""
     _, _, method = form.partition("-")
-    return form != OWN and method in ("", *KINDS) and method != "full"
+    return form != OWN and method in ("", *_file_format.KINDS) and method != "full"
 
 
 def with_method(request: ConversionRequest, modules: Sequence[Module], unpacked: Unpacked) -> ConversionRequest:
@@ -337,8 +328,7 @@ def run(
     """Read an adapter, write it in the requested form, and save that if ``out`` is given."""
     if out is not None:
         check_free(out, request.format.folder, overwrite)
-    adapter = read(source, request)
-    result = write(adapter, request)
+    result = write(read(source, request), request)
     if out is not None:
         result.save(out, overwrite)
     return result
@@ -397,34 +387,36 @@ def read(source: Any, request: ConversionRequest) -> ConvertedFrom:
 
 
 def _read(source: Any, target: FileFormat, part: str | None, base: Any) -> ConvertedFrom:
-    known = None
-    if base is not None:
-        with file_error_context("base"):
-            known = as_base(base)
+    with file_error_context("base"):
+        known = as_base(base)
     if isinstance(source, AdapterFile):
         check_part(part, format_of(OWN), target)
         return _from_own(source, known, base)
     path = path_of(source)
     with file_error_context(path):
-        reader_and_path = _detect(path)
-        if reader_and_path is None and os.path.isdir(path):
-            path = _in_folder(path)
-            reader_and_path = _detect(path)
-    if reader_and_path is None:
+        detected = _detect(path)
+        if detected is None and os.path.isdir(path):
+            path = os.path.join(path, _OWN_FILE)
+            if not os.path.exists(path):
+                raise FileError(
+                    f"is a folder with neither adapter_config.json nor {_OWN_FILE} in it; give the path of an adapter"
+                )
+            detected = _detect(path)
+    if detected is None:
         try:
             file = load(path)
         except FileError:
             # Neither a file of this library nor of a registered format: a plug-in may register one.
             load_plugins()
             with file_error_context(path):
-                reader_and_path = _detect(path)
-            if reader_and_path is None:
+                detected = _detect(path)
+            if detected is None:
                 raise
         else:
             check_part(part, format_of(OWN), target)
             with file_error_context(path):
                 return _from_own(file, known, base)
-    reader, place = reader_and_path
+    reader, place = detected
     check_part(part, reader, target)
     with file_error_context(path):
         # A format without parts to read is not asked for one: the caller means that of the result.
@@ -455,26 +447,15 @@ def _read_foreign(reader: FileFormat, files: StoredFiles, base: Base | None, par
             f"the file format {reader.name!r} ({reader.library}) cannot read it: {type(error).__name__}: {error}"
         ) from error
     form = f"{reader.name}-{adapter.kind}" if adapter.kind else reader.name
-    file, updates = file_of(adapter)
-    count = adapter.parameters
-    if count is None:
-        count = sum(update.num_parameters for update in updates)
-    return ConvertedFrom(form, file, count, adapter.notes, updates, adapter.part, base)
+    file, updates = _file_format.file_of(adapter)
+    stored = sum(update.num_parameters for update in updates) if adapter.parameters is None else adapter.parameters
+    return ConvertedFrom(form, file, stored, adapter.notes, updates, adapter.part, base)
 
 
 def _from_own(file: AdapterFile, known: Base | None, base: Any) -> ConvertedFrom:
     if known is not None:
         check_base(file, known, base)
     return ConvertedFrom(OWN, with_base_arrays(file, base), file.num_parameters, base=known)
-
-
-def _in_folder(folder: str) -> str:
-    path = os.path.join(folder, _OWN_FILE)
-    if not os.path.exists(path):
-        raise FileError(
-            f"is a folder with neither adapter_config.json nor {_OWN_FILE} in it; give the path of an adapter"
-        )
-    return path
 
 
 def _without_kept(file: AdapterFile) -> AdapterFile:
@@ -511,21 +492,17 @@ def _check_error(result: Conversion, max_error: float | None) -> None:
     limit = "nothing but rounding" if max_error is None else f"max_error={max_error:g} (--max-error)"
     whole = not has_rank(result.kind)
     ways = "a wider dtype" if whole else "a larger rank or a wider dtype"
-    full = "" if whole else ", or to='lycoris-full' (--to lycoris-full), which holds every update"
-    least = f"{_rounded_up(result.error):g}"
-    accept = f", max_error={least} (--max-error {least}) to accept it" if math.isfinite(result.error) else ""
+    full = "" if whole else f", or {_file_format.TO_FULL}"
+    accept = ""
+    if math.isfinite(result.error):
+        unit = 10.0 ** (math.floor(math.log10(result.error)) - 1)
+        least = min(1.0, math.ceil(result.error / unit) * unit)  # rounded up to two significant digits
+        accept = f", max_error={least:g} (--max-error {least:g}) to accept it"
     worst = max(result.errors, key=lambda name: result.errors[name])
     raise ConfigError(
         f"the conversion to {result.kind} would change the updates by a relative error of {result.error:.3g}, that of "
-        f"{worst} by {result.errors[worst]:.3g}, and "
-        f"{limit} is allowed: give {ways}{accept}{full}"
+        f"{worst} by {result.errors[worst]:.3g}, and {limit} is allowed: give {ways}{accept}{full}"
     )
-
-
-def _rounded_up(error: float) -> float:
-    """Round up to two significant digits."""
-    unit = 10.0 ** (math.floor(math.log10(error)) - 1)
-    return min(1.0, math.ceil(error / unit) * unit)
 
 
 # -- To a file of this library -------------------------------------------------------------------
@@ -536,8 +513,8 @@ def _own(found: ConvertedFrom, dtype: str | None) -> Conversion:
     if dtype is None and found.kind != OWN and file.dtype in ("float16", "bfloat16") and file.depends_on_dtype:
         dtype = "float32"  # in which other libraries compute, whatever they store
     if dtype is not None:
-        arrays, kinds = round_to(Unpacked(file).arrays, dtype)
-        check_range(arrays, dtype)
+        arrays, kinds = _updates.round_to(Unpacked(file).arrays, dtype)
+        _updates.check_range(arrays, dtype)
         kept = {name: dtype_name for name, dtype_name in file.dtypes.items() if name not in file.arrays}
         file = dataclasses.replace(file, arrays=arrays, dtypes={**kept, **kinds})
     sizes = found.parameters, file.num_parameters
@@ -545,10 +522,10 @@ def _own(found: ConvertedFrom, dtype: str | None) -> Conversion:
         names = [target.name for target in file.targets]
         return Conversion(OWN, found.kind, True, 0.0, dict.fromkeys(names, 0.0), sizes, found.notes, file)
     before, after = Unpacked(found.file, found.updates), Unpacked(file)
-    error, errors = errors_of(
+    error, errors = _updates.errors_of(
         (target.label, before.update(number), after.update(number)) for number, target in enumerate(file.targets)
     )
-    exact = all(is_rounding(value, file.dtype, True) for value in (error, *errors.values()))
+    exact = all(_updates.is_rounding(value, file.dtype, True) for value in (error, *errors.values()))
     return Conversion(OWN, found.kind, exact, error, errors, sizes, found.notes, file)
 
 
@@ -566,13 +543,13 @@ def _export(found: ConvertedFrom, request: ConversionRequest) -> Conversion:
     file, form, dtype = found.file, request.format, request.dtype
     if file.activation is not None:
         file.deltas()  # raises an error, as an activation has no ΔW
-    modules, unpacked = modules_of(file), Unpacked(file, found.updates)
+    modules, unpacked = _updates.modules_of(file), Unpacked(file, found.updates)
     request = with_method(request, modules, unpacked)
     form.choose_part(modules, request.part, found.part)
     _check_modules(file, modules, request)
     if not file.plan.applying.additive:
         if request.kind in form.structures:
-            raise not_additive(file.config.apply, request.form)
+            raise _file_format.not_additive(file.config.apply, request.form)
         form.check_applied(request.kind, file.config.apply, file.config.magnitude_axis)
     if request.kind in form.structures:
         encoded, known = form.encode_file(request.kind, modules, file), True
@@ -582,11 +559,11 @@ def _export(found: ConvertedFrom, request: ConversionRequest) -> Conversion:
         choice = choose(modules, unpacked, request)
         encoded, known = form.encode(request.kind, modules, choice, list(file.kept)), choice.exact
         if not file.plan.applying.additive:
-            encoded = form.applied(encoded, request.kind, modules, choice, application_of(file, modules))
+            encoded = form.applied(encoded, request.kind, modules, choice, _file_format.application_of(file, modules))
     encoded = form.with_kept(encoded, modules, file, found.base)
     encoded = form.of_base(encoded, file.pretrained)
-    stored, kinds = (round_to if dtype is not None else narrow)(encoded.tensors, dtype or file.dtype)
-    check_range(stored, dtype or file.dtype)
+    stored, kinds = (_updates.round_to if dtype is not None else _updates.narrow)(encoded.tensors, dtype or file.dtype)
+    _updates.check_range(stored, dtype or file.dtype)
     scalars = {name: array.astype(np.float32) for name, array in encoded.scalars.items()}
     tensors = stored | scalars | dict(encoded.integers)
     for name, array in file.kept.items():
@@ -596,7 +573,7 @@ def _export(found: ConvertedFrom, request: ConversionRequest) -> Conversion:
     record = {"from": found.kind, "to": request.form, "config": file.config.to_dict(), **encoded.record}
     error, errors = _measured(modules, unpacked, request, form.write(tensors, kinds, record, encoded.config))
     written = next(kinds.get(name, array.dtype.name) for name, array in stored.items())
-    exact = all(is_rounding(value, written, known) for value in (error, *errors.values()))
+    exact = all(_updates.is_rounding(value, written, known) for value in (error, *errors.values()))
     record |= {"exact": exact, "error": float(f"{error:.2e}")}
     files = form.write(tensors, kinds, record, encoded.config)
     sizes = found.parameters, sum(array.size for array in stored.values())
@@ -624,15 +601,14 @@ def _check_modules(file: AdapterFile, modules: Sequence[Module], request: Conver
         if is_embedding(module) and request.kind not in request.format.embeddings:
             raise ConfigError(
                 f"{safe_repr(module.path)} is an embedding, and {request.format.library} has no {request.kind} of such "
-                "a layer: convert to 'peft-lora' (--to peft-lora), or merge the adapter into the base with "
-                "tnadapt.merge (tnadapt merge)"
+                f"a layer: {_file_format.TO_PEFT_LORA}, or {_file_format.MERGE}"
             )
         if is_expert(module) and request.form != "peft-lora":
             target = module.targets[0][1]
             raise ConfigError(
                 f"{target.label} cannot be converted to {request.form!r}: it is one of the {target.stored[0]} matrices "
-                "of a parameter, as experts are kept, which only PEFT's LoRA adapts: convert to 'peft-lora' (--to "
-                "peft-lora), or merge the adapter into the base with tnadapt.merge (tnadapt merge)"
+                f"of a parameter, as experts are kept, which only PEFT's LoRA adapts: {_file_format.TO_PEFT_LORA}, or "
+                f"{_file_format.MERGE}"
             )
         request.format.check_module(module, request.kind)
     request.format.check_adapter(modules, file.kept)
@@ -655,4 +631,6 @@ def _measured(
         others += [target] if target.index is None and wanted.isdisjoint(target_places) else []
     if others or not places.keys() >= wanted:
         raise FileError("what was written does not read back: please report this")
-    return errors_of((module.name, module.update(unpacked), again.update(places[module.place])) for module in modules)
+    return _updates.errors_of(
+        (module.name, module.update(unpacked), again.update(places[module.place])) for module in modules
+    )

@@ -20,37 +20,12 @@ from tnadapt.algebra.factoring import Matrix, factoring
 from tnadapt.algebra.network import Network
 from tnadapt.algebra.norms import exponent_of, norm, norm_of_difference, relative, scaled_by, together
 from tnadapt.algebra.superlora import SuperLoRA
+from tnadapt.algebra.torch_streams import bfloat16_of
 from tnadapt.backends import load_backend
 from tnadapt.checkpoints.adapter_file import AdapterFile
 from tnadapt.errors import ConfigError, FileError, safe_repr
 from tnadapt.targets.roles import natural
 from tnadapt.targets.target import Target
-
-__all__ = [
-    "Float",
-    "Module",
-    "ModuleUpdate",
-    "Pair",
-    "TargetUpdate",
-    "Unpacked",
-    "alpha_of",
-    "as_matrix",
-    "check_range",
-    "check_size",
-    "common_dtype",
-    "errors_of",
-    "is_embedding",
-    "is_expert",
-    "is_rounding",
-    "modules_of",
-    "narrow",
-    "norms_of",
-    "place_of",
-    "round_to",
-    "uniform",
-    "widen",
-]
-
 
 # -- One module's update: low rank, Kronecker, Hadamard, dense ---------------------------------------------------------
 
@@ -171,10 +146,9 @@ class ModuleUpdate(NamedTuple):
             if isinstance(part, Pair) and not leading:
                 part = part.padded(self.rank)
                 arrays |= {f"split{number}.factor0": part.b, f"split{number}.factor1": part.a}
-            elif self.kind == "dense":
-                arrays[f"split{number}.dense"] = as_matrix(part).reshape(-1)
             else:
-                arrays[f"split{number}.dense"] = as_matrix(part)
+                matrix = as_matrix(part)
+                arrays[f"split{number}.dense"] = matrix.reshape(-1) if self.kind == "dense" else matrix
         return arrays
 
     def delta(self) -> Float:
@@ -228,7 +202,7 @@ def alpha_of(scales: Sequence[float], rank: int) -> float | None:
 def widen(name: str, tag: str, array: np.ndarray) -> Float:
     """Return a stored tensor as float64; raise FileError unless it consists of finite floating-point numbers."""
     if tag == "BF16":
-        array = (array.astype(np.uint32) << np.uint32(16)).view(np.float32)
+        array = from_bfloat16(array)
     if name.endswith(".alpha") and array.dtype.kind in "iu":
         return array.astype(np.float64)  # some scripts store alpha as an integer
     if array.dtype.kind != "f":
@@ -236,6 +210,11 @@ def widen(name: str, tag: str, array: np.ndarray) -> Float:
     if not np.isfinite(array).all():
         raise FileError(f"{safe_repr(name)} holds NaN or infinity")
     return array.astype(np.float64)
+
+
+def from_bfloat16(bits: np.ndarray) -> NDArray[np.float32]:
+    """Return stored bfloat16 numbers as float32."""
+    return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
 
 
 def common_dtype(dtypes: set[str]) -> str:
@@ -270,10 +249,8 @@ def round_to(arrays: Mapping[str, Any], dtype: str) -> tuple[dict[str, np.ndarra
 def _round_to_bfloat16(array: Any) -> np.ndarray:
     """Round to the nearest bfloat16 values, ties to even, as float32."""
     with np.errstate(over="ignore"):
-        bits = np.array(array, dtype=np.float32, order="C").view(np.uint32)
-    finite = np.isfinite(array)
-    nearest = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) & np.uint32(0xFFFF0000)
-    return np.where(finite, nearest, bits).astype(np.uint32).view(np.float32)
+        single = np.array(array, dtype=np.float32, order="C")
+    return np.where(np.isfinite(array), bfloat16_of(single), single)
 
 
 def check_range(arrays: Mapping[str, np.ndarray], dtype: str) -> None:
@@ -566,11 +543,9 @@ class Unpacked:
                 if linear
                 else self._nonlinear[weight].astype(np.float64)
             )
-        self._check_size(ModuleUpdate("dense", self.file.targets[weight].shape, (delta,)), weight)
+        target = self.file.targets[weight]
+        check_size(target.label, ModuleUpdate("dense", target.shape, (delta,)), self.file.dtype)
         return delta
-
-    def _check_size(self, update: ModuleUpdate, weight: int) -> None:
-        check_size(self.file.targets[weight].label, update, self.file.dtype)
 
     @functools.cached_property
     def _made(self) -> dict[str, Float]:
@@ -594,7 +569,7 @@ class Unpacked:
             form = self._of_one_group(weight) or low_rank_slice(plan, weight, self._made, self.file.dtype)
             self._forms[weight] = form = form if form is not None and self._is_update(form, weight) else None
             if form is not None:
-                self._check_size(form, weight)
+                check_size(self.file.targets[weight].label, form, self.file.dtype)
         return self._forms[weight]
 
     def update(self, weight: int) -> ModuleUpdate:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tnadapt.argument_checks import checks_arguments
-from tnadapt.checkpoints.adapter_file import AdapterFile
 from tnadapt.checkpoints.adapter_format import load
 from tnadapt.checkpoints.checkpoint import open_checkpoint
 from tnadapt.checkpoints.container import path_of
@@ -19,12 +18,7 @@ from tnadapt.checkpoints.stored_weights import BaseWeights
 from tnadapt.convert import convert
 from tnadapt.errors import ConfigError, FileError, TargetError, TnadaptError
 
-__all__ = [
-    "ServedAdapter",
-    "ServedFolder",
-    "register_vllm_resolver",
-    "vllm_resolver",
-]
+__all__ = ["ServedAdapter", "ServedFolder", "register_vllm_resolver", "vllm_resolver"]
 
 
 # -- A folder of adapter files, and the LoRA that each of them becomes when it is first asked for ----------------------
@@ -87,10 +81,7 @@ class ServedFolder:
 
     @checks_arguments
     def __init__(
-        self,
-        folder: str | os.PathLike[str],
-        cache: str | os.PathLike[str],
-        base: str | os.PathLike[str] | None = None,
+        self, folder: str | os.PathLike[str], cache: str | os.PathLike[str], base: str | os.PathLike[str] | None = None
     ) -> None:
         self.folder, self.cache = Path(path_of(folder)), Path(path_of(cache))
         self.base = None if base is None else path_of(base)
@@ -137,7 +128,9 @@ class ServedFolder:
         digest = _digest(content, model, base)
         place = self.cache / digest
         if not (place / _COMPLETE).is_file():
-            self._check_refused(name, digest)
+            known, error_type, message = self._refused.get(name, ("", TnadaptError, ""))
+            if known == digest:
+                raise error_type(message)
             try:
                 self._expand(path, content, base, place)
             except (ConfigError, TargetError) as error:
@@ -146,12 +139,6 @@ class ServedFolder:
                     self._refused[name] = digest, type(error), str(error)
                 raise
         return ServedAdapter(str(place), int(digest[:8], 16) & 0x7FFFFFFF or 1)
-
-    def _check_refused(self, name: str, digest: str) -> None:
-        """Raise the error of an adapter again if the same content was refused before."""
-        known, error_type, message = self._refused.get(name, ("", TnadaptError, ""))
-        if known == digest:
-            raise error_type(message)
 
     def _expand(self, path: Path, content: bytes, base: str | None, place: Path) -> None:
         """Write an adapter's LoRA; of several writers of one place, any one wins, as all write the same."""
@@ -163,8 +150,8 @@ class ServedFolder:
                 f"{path}: arrays of the adapter are computed from the base weights, and those were not found: set "
                 "TNADAPT_VLLM_BASE to the folder of the model that vLLM serves, unquantized and in safetensors files"
             )
-        if base is not None:
-            _check_base(file, base)
+        if base is not None and file.base is not None:
+            BaseWeights(file, open_checkpoint(base)).check_fingerprint()
         self.cache.mkdir(parents=True, exist_ok=True)
         try:
             # A folder appears whole. One that is there without its last file has lost it since, and is written again.
@@ -172,12 +159,6 @@ class ServedFolder:
         except FileError:
             if not (place / _COMPLETE).is_file():  # otherwise somebody else was faster
                 raise
-
-
-def _check_base(file: AdapterFile, base: str) -> None:
-    """Raise TargetError unless the weights are those that the adapter was trained on, as far as the file knows them."""
-    if file.base is not None:
-        BaseWeights(file, open_checkpoint(base)).check_fingerprint()
 
 
 def _weights_of(model: str) -> str | None:
@@ -213,17 +194,12 @@ def _folder_of(model: str) -> str | None:
 def _digest(content: bytes, model: str, base: str | None) -> str:
     """Return a digest of all that the expanded adapter depends on."""
     digest = hashlib.sha256()
-    for part in (_VERSION, model.encode("utf-8", "surrogatepass"), str(base).encode(), *_state(base), content):
+    # The sizes and times of the base's files tell whether it was replaced.
+    states = [] if base is None else [os.stat(file) for file in open_checkpoint(base).files]
+    files = [f"{state.st_size} {state.st_mtime_ns}".encode() for state in states]
+    for part in (_VERSION, model.encode("utf-8", "surrogatepass"), str(base).encode(), *files, content):
         digest.update(len(part).to_bytes(8, "little") + part)
     return digest.hexdigest()
-
-
-def _state(base: str | None) -> list[bytes]:
-    """Return the sizes and times of the files of a base, which tell whether it was replaced."""
-    if base is None:
-        return []
-    states = [os.stat(file) for file in open_checkpoint(base).files]
-    return [f"{state.st_size} {state.st_mtime_ns}".encode() for state in states]
 
 
 # -- The resolver of vLLM, which asks it for adapters that it does not know, by name -----------------------------------
@@ -282,11 +258,7 @@ def register_vllm_resolver() -> None:
         return
     from vllm.lora.resolver import LoRAResolverRegistry
 
-    cache = os.environ.get(CACHE) or _user_cache()
+    caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    cache = os.environ.get(CACHE) or Path(caches, "tnadapt", "vllm")
     served = ServedFolder(folder, cache, os.environ.get(BASE) or None)
     LoRAResolverRegistry.register_resolver("tnadapt", vllm_resolver(served))
-
-
-def _user_cache() -> Path:
-    root = os.environ.get("XDG_CACHE_HOME")
-    return (Path(root) if root else Path.home() / ".cache") / "tnadapt" / "vllm"

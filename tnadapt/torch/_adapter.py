@@ -1,42 +1,35 @@
 """Adapter, the handle of an adapter on a model: its methods and its summary; ``adapters``, the handles of a model.
 
-:class:`Adapter` is one class in three parts: its parameters, its files, and the rest. The methods are thin: what they
-do is in the modules for loading, saving, merging, training and removal.
+:class:`Adapter` is one class in three parts: what has to do with its parameters and with its files is in the modules
+for training and saving, and the rest is here.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-import os
-from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, cast
 
-from torch import Tensor, nn
+from torch import nn
 
 from tnadapt.algebra.config import Config
-from tnadapt.algebra.superlora import SuperLoRA
 from tnadapt.argument_checks import checks_arguments
 from tnadapt.checkpoints.lora_export import LoraExport, lora_export
-from tnadapt.checkpoints.pretrained_model import Pretrained
-from tnadapt.errors import ConfigError, escaped, pluralize, safe_repr
+from tnadapt.errors import escaped, pluralize, safe_repr
 from tnadapt.report import TextTable
 
-from . import _adapter_saving as saving
-from . import _merging, _registry, _state, _trainable
-from ._base_models import describe
+from . import _merging, _registry
+from ._adapter_saving import AdapterFiles
 from ._merging import RequantizationReport
 from ._quantized import quantized_type
 from ._registry import attached, mix, set_weight
-from ._state import AdapterState, is_array, named_parameters, need_unmerged
-from ._trainable import num_parameters
+from ._state import AdapterState, is_array
+from ._trainable import AdapterParameters
 from ._weights import join
 
 if TYPE_CHECKING:
     from tnadapt.decomposition import FitReport
-
-__all__ = ["Adapter", "adapters"]
 
 
 # -- What a handle has instead of PEFT's methods, for the error of somebody who calls them -----------------------------
@@ -138,7 +131,7 @@ class Summary:
         ]
         self.groups = plan.num_groups
         self.export: LoraExport = lora_export(plan, adapter.targets, adapter.activation)
-        self.parameters = num_parameters(adapter)
+        self.parameters = adapter.handle.num_parameters
         self.frozen = plan.num_parameters - self.parameters
         self.adapted = plan.size
         sizes = _sizes(adapter)
@@ -187,12 +180,7 @@ class Summary:
 def _sizes(adapter: AdapterState) -> dict[str, int]:
     """Return the elements of each of the base's parameters; of a quantized weight, those that it stands for."""
     model = adapter.model
-    adapter_ids = {id(parameter) for _, parameter in named_parameters(adapter)}
-    sizes = {
-        name: parameter.numel()
-        for name, parameter in model.named_parameters()
-        if not is_array(name) and id(parameter) not in adapter_ids
-    }
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters() if not is_array(name)}
     for path, module in model.named_modules():
         layer_type = quantized_type(module)
         if layer_type is not None:
@@ -202,383 +190,7 @@ def _sizes(adapter: AdapterState) -> dict[str, int]:
     return sizes
 
 
-# -- The methods that read, choose and start the parameters ------------------------------------------------------------
-
-
-class AdapterParameters:
-    """The part of an :class:`Adapter` that has to do with what is trained."""
-
-    _state: AdapterState
-    plan: SuperLoRA
-
-    @property
-    def num_parameters(self) -> int:
-        """Number of trained elements: of all arrays, unless :meth:`set_trainable` chose some."""
-        return _trainable.num_parameters(self._state)
-
-    @property
-    def trained(self) -> tuple[str, ...] | None:
-        """The arrays that :meth:`set_trainable` chose, by their names in the plan; None for all."""
-        return self._state.trained
-
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Iterate over all parameters, trainable or not, with the names of their arrays in the plan.
-
-        An array is its unit in ``plan.units`` times the parameter: see :meth:`arrays`.
-
-        Yields
-        ------
-        str, nn.Parameter
-            Such as ``group0.split0.factor0``.
-        """
-        return _state.named_parameters(self._state)
-
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """Iterate over the parameters that are trained, for an optimizer.
-
-        Parameters of the model that ``keep_trainable`` left trainable are not included; the parameters in
-        ``model.parameters()`` that require a gradient are both together.
-        """
-        return (parameter for _, parameter in self.named_parameters() if parameter.requires_grad)
-
-    def arrays(self) -> dict[str, Tensor]:
-        """Return the arrays by name, as files have them; sharded ones are gathered (every process must call).
-
-        They are the parameters times their units in ``plan.units``, which are 1 for ``rate="sgd"``.
-        """
-        return self._state.plan.to_arrays(_state.full_arrays(self._state))
-
-    def deltas(self) -> list[Tensor]:
-        """Return the update of every target, ``(rows, cols)``, differentiable and without the mixing weight.
-
-        Raises
-        ------
-        ConfigError
-            If there is an activation between the factors, in which case no ΔW exists.
-        """
-        return _state.deltas(self._state)
-
-    def set_trainable(self, groups: Any = None, arrays: Any = None) -> None:
-        """Train only the given groups and arrays, and freeze the others.
-
-        Parameters
-        ----------
-        groups : int or sequence of int, optional
-            Groups to train, all if None. Training one group after another is Local LoRA.
-        arrays : str or sequence of str, optional
-            The last parts of array names (``"factor0"``, ``"core"``, ``"dense"`` …), all if None. ``"factor0"``
-            alone leaves the factor of the columns as it was drawn: asymmetric LoRA.
-
-        Raises
-        ------
-        ConfigError
-            If no array matches, or none of the chosen arrays could learn: because the arrays have been trained or
-            loaded and those that would be frozen are zero, or because ``activation="relu"`` passes no gradient to the
-            factor of the columns while that is zero.
-
-        Warns
-        -----
-        UserWarning
-            If that is so in some groups but not in all.
-
-        Notes
-        -----
-        ΔW does not change. In groups that are still at the start (:meth:`reset`), the array of zeros must be one that
-        is trained: if it would be frozen, it is drawn from the seed like the others, and a trained one becomes zero
-        (:mod:`tnadapt.algebra.init`). So a core alone, or the factor of the columns alone, learns from the first step.
-        Groups that have been trained or loaded keep their values.
-
-        Frozen arrays are not counted in ``num_parameters`` and the summary. A file records the choice, and of the
-        frozen arrays only those that differ from what the seed draws.
-
-        Under ``torch.distributed`` every process must call. Create a new optimizer afterwards, or give it all
-        parameters with ``weight_decay=0``: an optimizer skips parameters that have no gradient.
-        """
-        _trainable.choose(self._state, groups, arrays)
-
-    @checks_arguments
-    def parameter_groups(self, lr: float, ratio: float = 16.0) -> list[dict[str, Any]]:
-        """Return the parameter groups of LoRA+ for an optimizer.
-
-        Arrays that start from zero (LoRA's B) have rate ``lr * ratio``, the others ``lr``. Where none starts from zero
-        (a nonlinear F), all have ``lr``.
-
-        Parameters
-        ----------
-        lr : float
-        ratio : float
-            16, as in the paper, by default.
-
-        Returns
-        -------
-        list of dict
-            Each with ``params``, trained parameters, and ``lr``.
-
-        References
-        ----------
-        Hayou, Ghosh, Yu, "LoRA+: efficient low rank adaptation of large models", arXiv 2402.12354.
-        """
-        return _trainable.parameter_groups(self._state, lr, ratio)
-
-    @checks_arguments
-    def adam_groups(self, lr: float) -> list[dict[str, Any]]:
-        """Return parameter groups with which Adam takes the steps of ``rate="adam"``, whatever the config's rate is.
-
-        For adapters that train the arrays themselves (``rate="sgd"``: a config without a preset, an older file): each
-        array has its own rate, ``lr * unit``. With ``rate="adam"`` the rates are all ``lr``, and
-        ``adapter.parameters()`` does the same.
-
-        Parameters
-        ----------
-        lr : float
-            1e-2 suits all configs.
-
-        Returns
-        -------
-        list of dict
-            Each with ``params``, trained parameters of one unit, and ``lr``.
-
-        Examples
-        --------
-        >>> import torch, tnadapt as tna, tnadapt.torch
-        >>> adapter = tnadapt.torch.attach(torch.nn.Sequential(torch.nn.Linear(64, 64)), tna.Config(), "all-linear")
-        >>> [group["lr"] for group in adapter.adam_groups(1e-2)]
-        [0.08]
-        >>> optimizer = torch.optim.Adam(adapter.adam_groups(1e-2))
-        """
-        return _trainable.adam_groups(self._state, lr)
-
-    def reset(self) -> None:
-        """Reinitialize the arrays: ΔW = 0, with the zero in an array that is trained.
-
-        Also use it to fill the arrays after ``model.to_empty()`` of a meta-device model, once its weights are loaded:
-        frozen arrays that are computed from them are computed then."""
-        need_unmerged(self._state, "reset()")
-        _trainable.fill(self._state)
-        self.load_arrays(self.plan.init(trained=self.trained))
-
-    @checks_arguments
-    def start_from(self, arrays: Mapping[str, Any]) -> None:
-        """Start training from these arrays; ΔW, which is the difference to them, stays exactly 0.
-
-        Parameters
-        ----------
-        arrays : mapping of str to array
-            NumPy arrays or tensors for some or all names in ``plan.array_shapes``, such as those that
-            :mod:`tnadapt.torch.starts` computes from data. The others start as usual. Copied, in float32.
-
-        Raises
-        ------
-        ConfigError
-            If the config's ``start`` is not "given", the adapter has been trained or loaded, a name is unknown, an
-            array is not finite, or nothing could learn from these arrays.
-        ShapeError
-            If an array has another shape.
-        TargetError
-            If the adapter is merged or detached.
-
-        In each case nothing is changed.
-
-        Warns
-        -----
-        UserWarning
-            If nothing could learn in some groups.
-
-        Notes
-        -----
-        Files store the arrays: no seed gives them again. :meth:`reset` returns to them. Under ``torch.distributed``
-        every process must call.
-
-        Examples
-        --------
-        >>> import torch, tnadapt as tna, tnadapt.torch
-        >>> model = torch.nn.Sequential(torch.nn.Linear(6, 4))
-        >>> adapter = tnadapt.torch.attach(model, tna.presets.lora(1, start="given"), "all-linear")
-        >>> adapter.start_from({"group0.split0.factor0": torch.ones(4, 1)})
-        >>> adapter.arrays()["group0.split0.factor0"].any(), adapter.deltas()[0].any()
-        (tensor(True), tensor(False))
-        """
-        _trainable.start_from(self._state, arrays)
-
-    @checks_arguments
-    def load_arrays(self, arrays: Mapping[str, Any]) -> None:
-        """Copy arrays into the parameters in place, without recompilation; an optimizer keeps its parameters.
-
-        Parameters
-        ----------
-        arrays : mapping of str to array
-            NumPy arrays or tensors, named and shaped as ``plan.param_shapes``.
-
-        Raises
-        ------
-        ShapeError
-            If a name or a shape does not fit; nothing is changed.
-
-        Notes
-        -----
-        An exception during the call, KeyboardInterrupt included, leaves the old arrays in place.
-
-        It is **not** atomic for forward passes that other threads are running at that moment: such a pass may use the
-        old arrays in some layers, the new ones in others, and a mixture of both within a layer. The same is true of
-        :meth:`swap`, :meth:`activate`, :func:`mix`, :meth:`merge`, :meth:`unmerge` and :meth:`disabled`. Passes that
-        begin after the call has returned are exact. A server that changes adapters while it answers requests needs a
-        lock around both, or a copy of the model for each adapter.
-        """
-        _state.load_arrays(self._state, arrays)
-
-
-# -- The methods that save, upload and exchange the adapter ------------------------------------------------------------
-
-
 _log = logging.getLogger(__name__)
-
-
-class AdapterFiles:
-    """The part of an :class:`Adapter` that has to do with files."""
-
-    _state: AdapterState
-
-    @property
-    def pretrained(self) -> Pretrained | None:
-        """The pretrained model it belongs to, which files record: name, revision, task, labels.
-
-        What the file had if the adapter was loaded, else what a model of transformers or timm says about itself, else
-        None. Assign another one to change what is recorded: ``adapter.pretrained =
-        dataclasses.replace(adapter.pretrained, labels=["no", "yes"])``. None reads it from the model again.
-        """
-        return self._state.pretrained or describe(self._state.model)
-
-    @pretrained.setter
-    def pretrained(self, about: Pretrained | None) -> None:
-        if about is not None and not isinstance(about, Pretrained):
-            raise ConfigError(f"pretrained must be a tnadapt.Pretrained or None; got {type(about).__name__}")
-        self._state.pretrained = about
-
-    @checks_arguments
-    def save(self, path: str | os.PathLike[str], *, store_bases: bool = False) -> None:
-        """Write one safetensors file: arrays, parameters in ``keep_trainable``, config, targets, :attr:`pretrained`.
-
-        Parameters
-        ----------
-        path : path-like
-            Written to a temporary name and renamed, so that an existing file is replaced atomically.
-        store_bases : bool
-            Whether to store the arrays that are computed from the base weights (``FromBase``, starts), so that the file
-            gives the same bits on every machine. By default the file has the base's fingerprint, and they are computed
-            again; a base without a fingerprint has them stored anyway.
-
-        Raises
-        ------
-        FileError
-            If it cannot be written, or an array is not finite.
-
-        Notes
-        -----
-        Under ``torch.distributed`` every process must call (sharded arrays are gathered), and process 0 writes.
-        """
-        saving.save(self._state, path, self.pretrained, store_bases)
-        _log.info("saved %r to %s", self, escaped(str(path)))
-
-    @checks_arguments
-    def save_pretrained(
-        self,
-        folder: str | os.PathLike[str],
-        *,
-        tokenizer: Any = None,
-        processor: Any = None,
-        metrics: Mapping[str, float] | None = None,
-        store_bases: bool = False,
-        overwrite_card: bool = False,
-    ) -> None:
-        """Write a folder for :func:`tnadapt.torch.load_pretrained`: the file, a model card, tokenizer or processor.
-
-        Parameters
-        ----------
-        folder : path-like
-            Created if needed. The file is ``adapter.safetensors``, the card ``README.md``.
-        tokenizer, processor : object, optional
-            What prepares the model's inputs, as transformers loads it; its own ``save_pretrained`` writes its files.
-        metrics : dict of str to float, optional
-            Results for the card, such as ``{"accuracy": 0.93}``.
-        store_bases : bool
-            As in :meth:`save`.
-        overwrite_card : bool
-            Whether to replace a ``README.md`` that was written or edited by hand. A card that is as tnadapt wrote it
-            is always replaced.
-
-        Raises
-        ------
-        FileError
-            If a file cannot be written.
-        ConfigError
-            If a metric is not a number, or the tokenizer or processor cannot be saved.
-
-        Notes
-        -----
-        Under ``torch.distributed`` every process must call, and process 0 writes.
-        """
-        saving.save_folder(
-            self._state, folder, self.pretrained, (tokenizer, processor), metrics, store_bases, overwrite_card
-        )
-
-    @checks_arguments
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        private: bool | None = None,
-        token: str | bool | None = None,
-        commit_message: str | None = None,
-        revision: str | None = None,
-        tokenizer: Any = None,
-        processor: Any = None,
-        metrics: Mapping[str, float] | None = None,
-        store_bases: bool = False,
-        overwrite_card: bool = False,
-    ) -> str:
-        """Upload what :meth:`save_pretrained` writes to the Hugging Face Hub, and return the commit's address.
-
-        Parameters
-        ----------
-        repo_id : str
-            A repository such as "user/my-adapter", created if needed.
-        private : bool, optional
-            Whether a new repository is private; None for the hub's default.
-        token : str or bool, optional
-            As in huggingface_hub; None for the stored one.
-        commit_message : str, optional
-        revision : str, optional
-            The branch, created if needed; None for the main one.
-        tokenizer, processor, metrics, store_bases
-            As in :meth:`save_pretrained`.
-        overwrite_card : bool
-            Whether to replace the ``README.md`` of the repository if it has one.
-
-        Raises
-        ------
-        TnadaptError
-            If huggingface_hub is missing or the upload fails.
-
-        Notes
-        -----
-        A base or tokenizer in a local folder is not named in the upload, as nobody else has it. Call it in one process.
-        """
-        return saving.push(
-            self._state, repo_id, self.pretrained, (tokenizer, processor), metrics, store_bases, overwrite_card,
-            {"private": private, "token": token, "commit_message": commit_message, "revision": revision},
-        )  # fmt: skip
-
-    @checks_arguments
-    def swap(self, path: str | os.PathLike[str]) -> None:
-        """Load the arrays of another adapter's file, of the same config and targets, in place without recompiling.
-
-        Raises
-        ------
-        FileError
-            If the file does not fit; nothing is changed.
-        """
-        saving.swap(self._state, path)
-        _log.info("swapped the arrays of %r for those in %s", self, escaped(str(path)))
 
 
 # -- The handle --------------------------------------------------------------------------------------------------------
@@ -779,7 +391,8 @@ class Adapter(AdapterParameters, AdapterFiles):
             If it is merged (unmerge first, or keep it merged with :meth:`bake`), no longer attached, or its arrays
             belong to a PEFT model.
         """
-        _registry.detach(self._state)
+        _registry.need_own_arrays(self._state, "detach()")
+        _registry.let_go(self._state)
         _log.info("detached %r", self)
 
     @checks_arguments
@@ -797,7 +410,8 @@ class Adapter(AdapterParameters, AdapterFiles):
         >>> [name for name, _ in model.named_parameters()] == names
         True
         """
-        _registry.bake(self._state, max_error)
+        _registry.need_own_arrays(self._state, "bake()")
+        _registry.let_go_merged(self._state, max_error)
         _log.info("baked %r", self)
         return self.model
 

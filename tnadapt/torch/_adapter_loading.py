@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import logging
 import os
@@ -24,41 +25,21 @@ from tnadapt.targets.prefixes import paired, renamed_targets
 from tnadapt.targets.roles import are_roles
 from tnadapt.targets.target import Target
 
+from . import _adapter_saving as saving
 from ._adapter import Adapter
-from ._adapter_saving import (
-    FILE_NAME,
-    PROCESSOR_FILES,
-    FileErrorContext,
-    adapter_path,
-    check_kept,
-    fingerprint_of,
-    is_repository,
-    kept_pairs,
-    need_base,
-    processor_folder,
-)
-from ._attach import AttachRequest, carry_out, check_name, checked_dtype
-from ._base_models import LIBRARIES, BuildOptions, describe
+from ._attach import AttachRequest, carry_out
+from ._base_models import LIBRARIES, describe
 from ._delta import copy_all
-from ._registry import take_off
+from ._registry import refuse_merged, take_off
 from ._state import ADAPTERS_ATTR, checked_pairs
 from ._target_selection import find_targets
 from ._trainable import keep
 from ._weights import names_of_shared, numbers, split_by_file
 
-__all__ = ["from_pretrained", "load", "load_pretrained", "load_processor"]
-
-
 # -- Onto a model ------------------------------------------------------------------------------------------------------
 
 
 _log = logging.getLogger(__name__)
-
-# Of weights whose sketches are not far apart; those of another model are 1.4 apart.
-_CLOSE = (
-    "They are about {:.2g} % apart, as quantized weights are from the originals (a common factor of all weights does "
-    "not count). "
-)
 
 
 @checks_arguments
@@ -134,9 +115,8 @@ def load(
     ...     tnadapt.torch.load(model, folder + "/adapter.safetensors").num_parameters
     368
     """
-    wanted = checked_dtype(dtype) if dtype is not None else None
     return attach_file(
-        model, adapter_format.load(path), path, name, check_base, wanted, untie=untie, keep_tied=keep_tied,
+        model, adapter_format.load(path), path, name, check_base, dtype, untie=untie, keep_tied=keep_tied,
         detach_norm=detach_norm, dropout=dropout,
     )  # fmt: skip
 
@@ -147,45 +127,46 @@ def attach_file(
     path: str | os.PathLike[str],
     name: str,
     check_base: bool,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     **options: Any,
 ) -> Adapter:
     """Attach an adapter that was read from a path, with these options of ``attach``; see :func:`load`."""
-    with FileErrorContext(path):
-        dtype = dtype or _dtype_on_load(file)
+    with saving.file_errors(path):
+        dtype = _dtype_on_load(file) if dtype is None else dtype
         targets = _located(model, file)
-        check_kept(model, file)
+        saving.check_kept(model, file)
         copies = split_by_file(model, file, options.get("untie", False), options.get("keep_tied", False))
         kept = _kept(model, file, copies)
         base = _base(model, targets, file.base)
         if check_base and file.base is not None and base is not None:
             difference = file.base.difference(base)
             if difference is not None:
-                apart = file.base.apart(base)
-                close = _CLOSE.format(100 * apart) if apart < 0.5 else ""
+                apart, close = file.base.apart(base), ""
+                if apart < 0.5:  # those of another model are 1.4 apart
+                    close = (
+                        f"They are about {100 * apart:.2g} % apart, as quantized weights are from the originals (a "
+                        "common factor of all weights does not count). "
+                    )
                 raise FileError(
                     f"it was trained on another base model than this {type(model).__name__}: of the adapted weights, "
-                    f"{difference}. {close}Give the model it was trained on, or "
-                    "check_base=False"
+                    f"{difference}. {close}Give the model it was trained on, or check_base=False"
                 )
         if not file.complete and (not check_base or file.base is None or base is None):
             raise FileError(
                 "its arrays are computed from the base weights, which have to be those that it was trained on: give "
                 "the model with its weights and leave check_base=False out, or save the adapter with store_bases=True"
             )
-    check_name(model, name)
+    request = AttachRequest(
+        model, file.config, targets, name, kept=kept, activation=file.activation, dtype=dtype, given=file.given,
+        fresh=False, copies=copies, **options,
+    )  # fmt: skip
     before: list[tuple[Tensor, Tensor]] = []
     try:
-        adapter = carry_out(
-            AttachRequest(
-                model, file.config, targets, name, kept=kept, activation=file.activation, dtype=dtype, given=file.given,
-                fresh=False, copies=copies, **options,
-            )
-        )  # fmt: skip
+        adapter = carry_out(request)
         state = adapter._state
         state.alone += tuple(weight for weight, others in file.ties.items() if not others and weight not in state.alone)
         state.pretrained = _recorded(model, file.pretrained, check_base)
-        pairs = kept_pairs(model, file)
+        pairs = saving.kept_pairs(model, file)
         before = [(tensor, tensor.detach().clone()) for tensor, _ in pairs]
         copy_all([*checked_pairs(state, file.arrays), *pairs])
         keep(state, file.trained)
@@ -220,9 +201,10 @@ def from_pretrained(
 
     ``revision`` and ``token`` are those of a repository on the hub. :func:`load_pretrained` builds the model, too.
     """
+    path = saving.adapter_path(folder, revision, token)
     return load(
-        model, adapter_path(folder, revision, token), name, check_base=check_base, untie=untie, keep_tied=keep_tied,
-        detach_norm=detach_norm, dropout=dropout, dtype=dtype,
+        model, path, name, check_base=check_base, untie=untie, keep_tied=keep_tied, detach_norm=detach_norm,
+        dropout=dropout, dtype=dtype,
     )  # fmt: skip
 
 
@@ -303,20 +285,18 @@ def _in_the_file(error: str, targets: Sequence[Target]) -> str:
 
 
 def _counted(weights: list[tuple[str, tuple[int, int]]]) -> str:
-    counts: dict[tuple[str, tuple[int, int]], int] = {}
-    for weight in weights:
-        counts[weight] = counts.get(weight, 0) + 1
+    counts = collections.Counter(weights)
     listed = [f"{count} {role} of {rows}×{cols}" for (role, (rows, cols)), count in list(counts.items())[:6]]
     return ", ".join(listed) + (", …" if len(counts) > 6 else "") or "none"
 
 
 def _base(model: nn.Module, targets: list[Target], expected: Fingerprint | None) -> Fingerprint | None:
-    need_base(model)
+    refuse_merged(model, "another adapter is saved or loaded")
     weights: list[Tensor | None] = []
     for target in targets:
         weight = numbers(model.get_submodule(target.module), target.parameter)
         weights.append(None if weight is None else target.select(weight))
-    return fingerprint_of(weights, expected)
+    return saving.fingerprint_of(weights, expected)
 
 
 # -- Ready to predict, from the file alone: the base is built as the file says -----------------------------------------
@@ -399,15 +379,18 @@ def load_pretrained(
     """
     if device is not None:
         _check_usable(device)
-    path = adapter_path(where, revision, token)
+    path = saving.adapter_path(where, revision, token)
     file = adapter_format.load(path)
-    with FileErrorContext(path):
+    with saving.file_errors(path):
         about = _about(file, base)
         if isinstance(base, nn.Module):
             model = base
         else:
-            options = BuildOptions(device, dtype, quantization_config, token, trusted=base is not None)
-            model, random = LIBRARIES[about.library].build(about, options)
+            dtype = dtype or (getattr(torch, about.dtype) if about.dtype else None)
+            model, random = LIBRARIES[about.library].build(
+                about, device=device, dtype=dtype, quantization_config=quantization_config, token=token,
+                trusted=base is not None,
+            )  # fmt: skip
             _check_known(file, about, type(model).__name__, random)
     if device is not None and quantization_config is None:
         model = model.to(device)
@@ -459,9 +442,9 @@ def load_processor(
     ...     load_processor(folder)("good bad")["input_ids"]
     [2, 6, 5, 3]
     """
-    path = adapter_path(where, revision, token)
+    path = saving.adapter_path(where, revision, token)
     about = adapter_format.load(path, check_draws=False).pretrained
-    with FileErrorContext(path):
+    with saving.file_errors(path):
         if about is None:
             raise FileError("it does not say what its base model is: load its tokenizer or processor yourself")
         folder = _own_folder(where, path, revision, token)
@@ -530,10 +513,10 @@ def _own_folder(
     where: str | os.PathLike[str], path: Path, revision: str | None, token: str | bool | None
 ) -> str | None:
     """Return the folder with the files of the adapter's own tokenizer or processor; None if there are none."""
-    if is_repository(where):
-        folder = processor_folder(str(where), revision, token)
-    elif path.name == FILE_NAME:
+    if saving.is_repository(where):
+        folder = saving.processor_folder(str(where), revision, token)
+    elif path.name == saving.FILE_NAME:
         folder = path.parent
     else:
         return None
-    return str(folder) if any((folder / name).is_file() for name in PROCESSOR_FILES) else None
+    return str(folder) if any((folder / name).is_file() for name in saving.PROCESSOR_FILES) else None

@@ -1,16 +1,18 @@
 """Saving an adapter and kept parameters: to a file, a folder with a model card, the hub; swapping in another's file.
 
-:func:`to_file` makes the content of a file from an adapter on a model, and :func:`save` writes it. A folder
-(:func:`save_folder`) has the file, its card (:func:`model_card`) and the files of a tokenizer or processor; it can be
-uploaded (:func:`push`) and downloaded (:func:`adapter_path`).
+:func:`to_file` makes the content of a file from an adapter on a model. A folder (:func:`save_folder`) has the file, its
+card (:func:`model_card`) and the files of a tokenizer or processor; it can be downloaded (:func:`adapter_path`).
+:class:`AdapterFiles` has the methods of an adapter.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import json
+import logging
 import os
 import re
 import tempfile
@@ -23,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from tnadapt.algebra.config import Config
+from tnadapt.argument_checks import checks_arguments
 from tnadapt.checkpoints import adapter_format
 from tnadapt.checkpoints.adapter_file import KEPT, AdapterFile
 from tnadapt.checkpoints.container import path_of
@@ -33,36 +36,13 @@ from tnadapt.report import TextTable
 from tnadapt.targets.target import Target
 
 from . import _merging as merging
-from ._base_models import refusing
+from ._base_models import describe, imported, refusing
 from ._delta import copy_all, gather_full
 from ._registry import refuse_merged
 from ._state import AdapterState, checked_pairs, named_parameters, need_attached
-from ._weights import names_of_shared, split_by_file
+from ._weights import DTYPES, names_of_shared, split_by_file, tensors_of
 
-__all__ = [
-    "FILE_NAME",
-    "PROCESSOR_FILES",
-    "README",
-    "FileErrorContext",
-    "adapter_path",
-    "base_fingerprint",
-    "check_kept",
-    "fingerprint_of",
-    "for_others",
-    "is_repository",
-    "is_writer",
-    "kept_pairs",
-    "marked",
-    "model_card",
-    "need_base",
-    "processor_folder",
-    "push",
-    "save",
-    "save_folder",
-    "swap",
-    "to_file",
-    "unmarked",
-]
+_log = logging.getLogger(__name__)
 
 
 # -- The check that a file's adapter has the form of one on a model ----------------------------------------------------
@@ -103,13 +83,11 @@ def _settings(theirs: Any, ours: Any) -> str:
 
 def _targets(theirs: Sequence[tuple[Any, ...]], ours: Sequence[tuple[Any, ...]]) -> str:
     numbers = f"{pluralize(len(theirs), 'weight')} in the file, {len(ours)} here"
-    for place in theirs:
-        if place not in ours:
-            return f"{numbers}; not here: {safe_repr(place[0])} of {place[1]}"
-    extra = next((place for place in ours if place not in theirs), None)
-    return (
-        f"{numbers}; not in the file: {safe_repr(extra[0])} of {extra[1]}" if extra else f"{numbers}, in another order"
-    )
+    for where, places, others in (("here", theirs, ours), ("in the file", ours, theirs)):
+        for place in places:
+            if place not in others:
+                return f"{numbers}; not {where}: {safe_repr(place[0])} of {place[1]}"
+    return f"{numbers}, in another order"
 
 
 def _places(targets: Sequence[Target]) -> list[tuple[Any, ...]]:
@@ -119,10 +97,7 @@ def _places(targets: Sequence[Target]) -> list[tuple[Any, ...]]:
 # -- The file, and swapping in the arrays of another one ---------------------------------------------------------------
 
 
-_NAMES = {torch.float64: "float64", torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
-
-
-def to_file(adapter: AdapterState, store_bases: bool = False) -> AdapterFile:
+def to_file(adapter: AdapterState, about: Pretrained | None = None, store_bases: bool = False) -> AdapterFile:
     """Return the contents of an adapter's file; if the model is sharded, every process must call.
 
     The arrays that are computed from the base weights are included with ``store_bases``, and where the weights have no
@@ -134,8 +109,7 @@ def to_file(adapter: AdapterState, store_bases: bool = False) -> AdapterFile:
             "was attached: call reset() once the model has its weights"
         )
     plan, base = adapter.plan.file_plan, base_fingerprint(adapter)
-    all_stored = store_bases or base is None
-    stored = {name: array for name, array in plan.given.items() if all_stored or name not in plan.base_shapes}
+    left_out = {} if store_bases or base is None else plan.base_shapes
     dtypes: dict[str, str] = {}
 
     def host(name: str, tensor: Tensor) -> np.ndarray:
@@ -147,7 +121,7 @@ def to_file(adapter: AdapterState, store_bases: bool = False) -> AdapterFile:
             tensor = tensor.float()
         return tensor.numpy().copy()
 
-    tensors, shared = _tensors(adapter.model), names_of_shared(adapter.model)
+    tensors, shared = tensors_of(adapter.model), names_of_shared(adapter.model)
     ties: dict[str, tuple[str, ...]] = dict.fromkeys(adapter.alone, ())
     ties |= {name: tuple(other for other in shared[name] if other != name) for name in adapter.kept if name in shared}
     return AdapterFile(
@@ -160,14 +134,15 @@ def to_file(adapter: AdapterState, store_bases: bool = False) -> AdapterFile:
         activation=adapter.activation,
         model=adapter.model_name,
         trained=adapter.trained,
-        given=stored,
+        given={name: array for name, array in plan.given.items() if name not in left_out},
+        pretrained=about,
         ties=ties,
     )
 
 
 def base_fingerprint(adapter: AdapterState) -> Fingerprint | None:
     """Return the fingerprint of the adapted weights without the update; None if one cannot be dequantized."""
-    need_base(adapter.model, adapter)
+    refuse_merged(adapter.model, "another adapter is saved or loaded", adapter)
     weights = [merging.original(adapter, index) for index in range(len(adapter.targets))]
     adapter.base = fingerprint_of(weights, adapter.base)
     return adapter.base
@@ -180,7 +155,7 @@ def fingerprint_of(weights: list[Tensor | None], expected: Fingerprint | None = 
     """
     known = [weight for weight in weights if weight is not None and weight.device.type != "meta"]
     dtypes = {weight.dtype for weight in known}
-    if len(known) != len(weights) or not known or not dtypes <= _NAMES.keys():
+    if len(known) != len(weights) or not known or not dtypes <= DTYPES.keys():
         return None
     # Several dtypes are promoted to one that represents all their values.
     dtype = functools.reduce(torch.promote_types, dtypes)
@@ -190,24 +165,9 @@ def fingerprint_of(weights: list[Tensor | None], expected: Fingerprint | None = 
             tensor = weight.detach().cpu().to(dtype).contiguous()
             yield tensor.view(torch.int16).numpy().view(np.uint16) if tensor.dtype is torch.bfloat16 else tensor.numpy()
 
-    if expected is not None and expected.dtype == _NAMES[dtype] and compare(expected, host(), _NAMES[dtype]) is None:
+    if expected is not None and expected.dtype == DTYPES[dtype] and compare(expected, host(), DTYPES[dtype]) is None:
         return expected
-    return fingerprint(host(), _NAMES[dtype])
-
-
-def need_base(model: nn.Module, but: AdapterState | None = None) -> None:
-    """Raise a TargetError if another adapter is merged into the weights."""
-    refuse_merged(model, "another adapter is saved or loaded", but)
-
-
-def save(
-    adapter: AdapterState, path: str | os.PathLike[str], about: Pretrained | None, store_bases: bool = False
-) -> None:
-    """Save an adapter; see :meth:`Adapter.save`."""
-    need_attached(adapter)
-    file = dataclasses.replace(to_file(adapter, store_bases), pretrained=about)
-    if is_writer():
-        adapter_format.save(path, file)
+    return fingerprint(host(), DTYPES[dtype])
 
 
 def is_writer() -> bool:
@@ -220,7 +180,7 @@ def swap(adapter: AdapterState, path: str | os.PathLike[str]) -> None:
     """Load another adapter's arrays in place; see :meth:`Adapter.swap`."""
     need_attached(adapter)
     file = adapter_format.load(path, like=adapter.plan.file_plan)
-    with FileErrorContext(path):
+    with file_errors(path):
         check_same(adapter, file)
         check_kept(adapter.model, file)
         split_by_file(adapter.model, file, False)
@@ -238,23 +198,18 @@ def swap(adapter: AdapterState, path: str | os.PathLike[str]) -> None:
     copy_all([*checked_pairs(adapter, file.arrays), *kept_pairs(adapter.model, file)])
 
 
-class FileErrorContext:
-    """A context that turns the package's errors into FileErrors that begin with the path."""
-
-    def __init__(self, path: Any) -> None:
-        self.path = os.fsdecode(path)
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, error_type: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, TnadaptError):
-            raise FileError(f"{self.path}: {error}") from error
+@contextlib.contextmanager
+def file_errors(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Turn the package's errors into FileErrors that begin with the path."""
+    try:
+        yield
+    except TnadaptError as error:
+        raise FileError(f"{os.fsdecode(path)}: {error}") from error
 
 
 def check_kept(model: nn.Module, file: AdapterFile) -> None:
     """Raise a FileError if the model lacks a parameter that the file keeps, or its shape differs."""
-    tensors = _tensors(model)
+    tensors = tensors_of(model)
     for name, array in file.kept.items():
         tensor = tensors.get(name)
         if tensor is None:
@@ -268,14 +223,8 @@ def check_kept(model: nn.Module, file: AdapterFile) -> None:
 
 def kept_pairs(model: nn.Module, file: AdapterFile) -> list[tuple[Tensor, np.ndarray]]:
     """Return the model's tensors that the file keeps, with their values in the file."""
-    tensors = _tensors(model)
+    tensors = tensors_of(model)
     return [(tensors[name], array.copy()) for name, array in file.kept.items()]
-
-
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return the parameters and buffers of a model, of a tied weight by each of its names."""
-    parameters: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
-    return {**parameters, **dict(model.named_buffers(remove_duplicate=False))}
 
 
 # -- The Hugging Face Hub: where an adapter is, downloads of its file, uploads of its folder ---------------------------
@@ -315,82 +264,40 @@ def adapter_path(where: str | os.PathLike[str], revision: str | None = None, tok
         If huggingface_hub is not installed.
     """
     if is_repository(where):
-        return _downloaded(str(where), revision, token)
+        name = str(where)
+        what = f"{FILE_NAME} of {safe_repr(name)}, which is no file or folder here,"
+        return _downloaded(what, "hf_hub_download", name, filename=FILE_NAME, revision=revision, token=token)
     path = Path(path_of(where))
     if path.is_dir():
         if not (path / FILE_NAME).is_file():
-            raise FileError(f"{path}: this folder has no {FILE_NAME}, which save_pretrained writes{_peft_hint(path)}")
+            hint = ""
+            if (path / "adapter_config.json").is_file():
+                hint = "; it has an adapter of PEFT, which tnadapt.convert (tnadapt convert) turns into one"
+            raise FileError(f"{path}: this folder has no {FILE_NAME}, which save_pretrained writes{hint}")
         return path / FILE_NAME
     if not path.exists():
         raise FileError(f"{path}: there is no such file or folder; a name on the hub is like 'user/my-adapter'")
     return path
 
 
-def _peft_hint(folder: Path) -> str:
-    if not (folder / "adapter_config.json").is_file():
-        return ""
-    return "; it has an adapter of PEFT, which tnadapt.convert (tnadapt convert) turns into one"
-
-
-def _downloaded(name: str, revision: str | None, token: str | bool | None) -> Path:
-    hub = _hub()
+def _downloaded(what: str, function: str, name: str, **options: Any) -> Path:
+    """Return where a function of huggingface_hub puts files of a repository."""
     with refusing(
-        f"cannot download {FILE_NAME} of {safe_repr(name)}, which is no file or folder here, from the hub",
-        "check the name, the network and the token, or give a folder",
+        f"cannot download {what} from the hub", "check the name, the network and the token, or give a folder"
     ):
-        return Path(hub.hf_hub_download(name, FILE_NAME, revision=revision, token=token))
+        return Path(getattr(_hub(), function)(name, **options))
 
 
 def processor_folder(name: str, revision: str | None, token: str | bool | None) -> Path:
     """Download the files of a repository's tokenizer or processor; return their folder."""
-    hub = _hub()
-    with refusing(
-        f"cannot download the tokenizer or processor of {safe_repr(name)} from the hub",
-        "check the name, the network and the token, or give a folder",
-    ):
-        return Path(hub.snapshot_download(name, revision=revision, token=token, allow_patterns=_PROCESSOR_PATTERNS))
-
-
-def upload(
-    folder: Path,
-    name: str,
-    *,
-    private: bool | None,
-    token: str | bool | None,
-    commit_message: str | None,
-    revision: str | None,
-    overwrite_card: bool,
-) -> str:
-    """Upload a folder to a repository, which is created if needed; return the commit's address.
-
-    A card that is in the repository stays unless ``overwrite_card``.
-    """
-    if _ADAPTER_REPOSITORY.fullmatch(name) is None:
-        raise TnadaptError(f"repo_id must be like 'user/my-adapter'; got {safe_repr(name)}")
-    api = _hub().HfApi(token=token)
-    with refusing(f"cannot upload to {safe_repr(name)} on the hub", "check the name, the network and the token"):
-        api.create_repo(name, private=private, exist_ok=True)
-        if revision is not None:
-            api.create_branch(name, branch=revision, exist_ok=True)
-        has_card = not overwrite_card and api.file_exists(name, README, revision=revision)
-        commit = api.upload_folder(
-            repo_id=name,
-            folder_path=folder,
-            commit_message=commit_message or "Upload a tnadapt adapter",
-            revision=revision,
-            ignore_patterns=[README] if has_card else None,
-        )
-    return str(commit.commit_url)
+    return _downloaded(
+        f"the tokenizer or processor of {safe_repr(name)}", "snapshot_download", name, revision=revision, token=token,
+        allow_patterns=_PROCESSOR_PATTERNS,
+    )  # fmt: skip
 
 
 def _hub() -> Any:
-    try:
-        import huggingface_hub
-    except ImportError:
-        raise TnadaptError(
-            "huggingface_hub is not installed, which talks to the hub: pip install 'tnadapt[hub]'"
-        ) from None
-    return huggingface_hub
+    return imported("huggingface_hub", "talks to the hub")
 
 
 # -- The model card, README.md, of which hubs read the first lines -----------------------------------------------------
@@ -419,7 +326,15 @@ def model_card(file: AdapterFile, where: str, metrics: Mapping[str, float]) -> s
     """
     about = file.pretrained or Pretrained()
     lines = ["---", *_front_matter(about), "---", "", f"# {_text(Path(where).name)}", ""]
-    lines += [*_what(file, about), "", *_labels(about), *_metrics(metrics), "## Use", "", *_use(about, where)]
+    lines += [*_what(file, about), ""]
+    if about.labels:
+        listed = ", ".join(f"{number} {_text(label)}" for number, label in enumerate(about.labels[:_LISTED]))
+        more = len(about.labels) - _LISTED
+        lines += [f"Labels: {listed}" + (f" and {more} more." if more > 0 else "."), ""]
+    if metrics:
+        rows = [(_text(name), f"{value:.6g}") for name, value in metrics.items()]
+        lines += ["## Results", "", TextTable(rows, ("metric", "value")).markdown(), ""]
+    lines += ["## Use", "", *_use(about, where)]
     return marked("\n".join(lines) + "\n")
 
 
@@ -439,16 +354,12 @@ def write_card(folder: Path, text: str, overwrite: bool) -> bool:
     """Write the card; return False, and leave the one that is there, if somebody else wrote or edited it."""
     path = folder / README
     try:
-        if path.exists() and not overwrite and not _untouched(path):
+        if path.exists() and not overwrite and unmarked(path.read_text(encoding="utf-8", errors="replace")) is None:
             return False
         path.write_text(text, encoding="utf-8", newline="\n")
     except OSError as error:
         raise FileError(f"{path}: cannot write the card: {error}") from None
     return True
-
-
-def _untouched(path: Path) -> bool:
-    return unmarked(path.read_text(encoding="utf-8", errors="replace")) is not None
 
 
 def _digest(text: str) -> str:
@@ -517,22 +428,6 @@ def _base(about: Pretrained) -> str:
     return _code(", ".join(filter(None, (name, *parts))))
 
 
-def _labels(about: Pretrained) -> Iterator[str]:
-    if about.labels:
-        more = len(about.labels) - _LISTED
-        listed = ", ".join(f"{number} {_text(label)}" for number, label in enumerate(about.labels[:_LISTED]))
-        yield f"Labels: {listed}" + (f" and {more} more." if more > 0 else ".")
-        yield ""
-
-
-def _metrics(metrics: Mapping[str, float]) -> Iterator[str]:
-    if metrics:
-        yield from ("## Results", "")
-        rows = [(_text(name), f"{value:.6g}") for name, value in metrics.items()]
-        yield TextTable(rows, ("metric", "value")).markdown()
-        yield ""
-
-
 def _use(about: Pretrained, where: str) -> Iterator[str]:
     base = "" if _repository(about) else ', base="…"'
     yield from ("```python", "import tnadapt.torch", "")
@@ -577,13 +472,14 @@ def save_folder(
     """Write a folder; see :meth:`Adapter.save_pretrained`. The card loads the adapter from ``where``."""
     need_attached(adapter)
     numbers = {name: float(value) for name, value in (metrics or {}).items()}
+    processors = [processor for processor in processors if processor is not None]
     for processor in processors:
-        if processor is not None and not callable(getattr(processor, "save_pretrained", None)):
+        if not callable(getattr(processor, "save_pretrained", None)):
             raise ConfigError(
                 "tokenizer and processor must have save_pretrained, as those of transformers; got "
                 f"{type(processor).__name__}"
             )
-    file = dataclasses.replace(to_file(adapter, store_bases), pretrained=about)
+    file = to_file(adapter, about, store_bases)
     if not is_writer():
         return
     path = Path(path_of(folder))
@@ -592,27 +488,10 @@ def save_folder(
     except OSError as error:
         raise FileError(f"{os.fspath(folder)}: cannot create this folder: {error}") from None
     for processor in processors:
-        if processor is not None:
-            processor.save_pretrained(path)
+        processor.save_pretrained(path)
     write_card(path, model_card(file, where or path.absolute().name, numbers), overwrite_card)
     # Last: a folder with this file is complete.
     adapter_format.save(path / FILE_NAME, file)
-
-
-def push(
-    adapter: AdapterState,
-    name: str,
-    about: Pretrained | None,
-    processors: Sequence[Any],
-    metrics: Mapping[str, float] | None,
-    store_bases: bool,
-    overwrite_card: bool,
-    options: Mapping[str, Any],
-) -> str:
-    """Upload a folder; see :meth:`Adapter.push_to_hub`."""
-    with tempfile.TemporaryDirectory() as folder:
-        save_folder(adapter, folder, for_others(about), processors, metrics, store_bases, True, name)
-        return upload(Path(folder), name, overwrite_card=overwrite_card, **options)
 
 
 def for_others(about: Pretrained | None) -> Pretrained | None:
@@ -625,3 +504,173 @@ def for_others(about: Pretrained | None) -> Pretrained | None:
         # Without any name, predictions would silently use the base's own tokenizer.
         about = dataclasses.replace(about, inputs={**about.inputs, "tokenizer": "./tokenizer"})
     return dataclasses.replace(about, name="", revision="", file="") if about.local else about
+
+
+# -- The methods that save, upload and exchange the adapter ------------------------------------------------------------
+
+
+class AdapterFiles:
+    """The part of an :class:`Adapter` that has to do with files."""
+
+    _state: AdapterState
+
+    @property
+    def pretrained(self) -> Pretrained | None:
+        """The pretrained model it belongs to, which files record: name, revision, task, labels.
+
+        What the file had if the adapter was loaded, else what a model of transformers or timm says about itself, else
+        None. Assign another one to change what is recorded: ``adapter.pretrained =
+        dataclasses.replace(adapter.pretrained, labels=["no", "yes"])``. None reads it from the model again.
+        """
+        return self._state.pretrained or describe(self._state.model)
+
+    @pretrained.setter
+    def pretrained(self, about: Pretrained | None) -> None:
+        if about is not None and not isinstance(about, Pretrained):
+            raise ConfigError(f"pretrained must be a tnadapt.Pretrained or None; got {type(about).__name__}")
+        self._state.pretrained = about
+
+    @checks_arguments
+    def save(self, path: str | os.PathLike[str], *, store_bases: bool = False) -> None:
+        """Write one safetensors file: arrays, parameters in ``keep_trainable``, config, targets, :attr:`pretrained`.
+
+        Parameters
+        ----------
+        path : path-like
+            Written to a temporary name and renamed, so that an existing file is replaced atomically.
+        store_bases : bool
+            Whether to store the arrays that are computed from the base weights (``FromBase``, starts), so that the file
+            gives the same bits on every machine. By default the file has the base's fingerprint, and they are computed
+            again; a base without a fingerprint has them stored anyway.
+
+        Raises
+        ------
+        FileError
+            If it cannot be written, or an array is not finite.
+
+        Notes
+        -----
+        Under ``torch.distributed`` every process must call (sharded arrays are gathered), and process 0 writes.
+        """
+        need_attached(self._state)
+        file = to_file(self._state, self.pretrained, store_bases)
+        if is_writer():
+            adapter_format.save(path, file)
+        _log.info("saved %r to %s", self, escaped(str(path)))
+
+    @checks_arguments
+    def save_pretrained(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        tokenizer: Any = None,
+        processor: Any = None,
+        metrics: Mapping[str, float] | None = None,
+        store_bases: bool = False,
+        overwrite_card: bool = False,
+    ) -> None:
+        """Write a folder for :func:`tnadapt.torch.load_pretrained`: the file, a model card, tokenizer or processor.
+
+        Parameters
+        ----------
+        folder : path-like
+            Created if needed. The file is ``adapter.safetensors``, the card ``README.md``.
+        tokenizer, processor : object, optional
+            What prepares the model's inputs, as transformers loads it; its own ``save_pretrained`` writes its files.
+        metrics : dict of str to float, optional
+            Results for the card, such as ``{"accuracy": 0.93}``.
+        store_bases : bool
+            As in :meth:`save`.
+        overwrite_card : bool
+            Whether to replace a ``README.md`` that was written or edited by hand. A card that is as tnadapt wrote it
+            is always replaced.
+
+        Raises
+        ------
+        FileError
+            If a file cannot be written.
+        ConfigError
+            If a metric is not a number, or the tokenizer or processor cannot be saved.
+
+        Notes
+        -----
+        Under ``torch.distributed`` every process must call, and process 0 writes.
+        """
+        processors = (tokenizer, processor)
+        save_folder(self._state, folder, self.pretrained, processors, metrics, store_bases, overwrite_card)
+
+    @checks_arguments
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        commit_message: str | None = None,
+        revision: str | None = None,
+        tokenizer: Any = None,
+        processor: Any = None,
+        metrics: Mapping[str, float] | None = None,
+        store_bases: bool = False,
+        overwrite_card: bool = False,
+    ) -> str:
+        """Upload what :meth:`save_pretrained` writes to the Hugging Face Hub, and return the commit's address.
+
+        Parameters
+        ----------
+        repo_id : str
+            A repository such as "user/my-adapter", created if needed.
+        private : bool, optional
+            Whether a new repository is private; None for the hub's default.
+        token : str or bool, optional
+            As in huggingface_hub; None for the stored one.
+        commit_message : str, optional
+        revision : str, optional
+            The branch, created if needed; None for the main one.
+        tokenizer, processor, metrics, store_bases
+            As in :meth:`save_pretrained`.
+        overwrite_card : bool
+            Whether to replace the ``README.md`` of the repository if it has one.
+
+        Raises
+        ------
+        TnadaptError
+            If huggingface_hub is missing or the upload fails.
+
+        Notes
+        -----
+        A base or tokenizer in a local folder is not named in the upload, as nobody else has it. Call it in one process.
+        """
+        if _ADAPTER_REPOSITORY.fullmatch(repo_id) is None:
+            raise TnadaptError(f"repo_id must be like 'user/my-adapter'; got {safe_repr(repo_id)}")
+        about, processors = for_others(self.pretrained), (tokenizer, processor)
+        with tempfile.TemporaryDirectory() as folder:
+            save_folder(self._state, folder, about, processors, metrics, store_bases, True, repo_id)
+            api = _hub().HfApi(token=token)
+            with refusing(
+                f"cannot upload to {safe_repr(repo_id)} on the hub", "check the name, the network and the token"
+            ):
+                api.create_repo(repo_id, private=private, exist_ok=True)
+                if revision is not None:
+                    api.create_branch(repo_id, branch=revision, exist_ok=True)
+                has_card = not overwrite_card and api.file_exists(repo_id, README, revision=revision)
+                commit = api.upload_folder(
+                    repo_id=repo_id,
+                    folder_path=Path(folder),
+                    commit_message=commit_message or "Upload a tnadapt adapter",
+                    revision=revision,
+                    ignore_patterns=[README] if has_card else None,
+                )
+        return str(commit.commit_url)
+
+    @checks_arguments
+    def swap(self, path: str | os.PathLike[str]) -> None:
+        """Load the arrays of another adapter's file, of the same config and targets, in place without recompiling.
+
+        Raises
+        ------
+        FileError
+            If the file does not fit; nothing is changed.
+        """
+        swap(self._state, path)
+        _log.info("swapped the arrays of %r for those in %s", self, escaped(str(path)))

@@ -27,6 +27,7 @@ from tnadapt.algebra.named_config import config_of, is_setting
 from tnadapt.algebra.superlora import SuperLoRA, share_maps
 from tnadapt.argument_checks import flag, integer, is_sequence, wrong_argument
 from tnadapt.backends import load_backend
+from tnadapt.checkpoints.adapter_file import plan_of
 from tnadapt.errors import BackendError, ConfigError, TargetError, safe_repr, warn
 from tnadapt.targets.roles import is_within
 from tnadapt.targets.target import Target, check_distinct
@@ -36,14 +37,11 @@ from ._adapter import Adapter
 from ._delta import is_sharded
 from ._forward_pass import PassHooks, check_dropout
 from ._forward_patch import ACTIVATIONS, STRATEGIES, ForwardPatch
-from ._registry import TransformersModel, attached, overlapping, prepare, refuse_merged, take_off
+from ._registry import attached, install_methods, overlapping, prepare, refuse_merged, take_off
 from ._state import ADAPTERS_ATTR, DOT, AdapterSlot, AdapterState, is_array
 from ._strategy_choice import TOKENS, is_quantized, strategy_of
 from ._target_selection import check_ordered, find_targets, of_patterns
-from ._weights import bound, host_of, join, paths_of, tied
-
-__all__ = ["AttachRequest", "attach", "carry_out", "check_name", "checked_dtype", "matching", "warn_undropped"]
-
+from ._weights import DTYPES, bound, host_of, join, paths_of, tensors_of, tied
 
 # -- Arguments in another's place, such as a rank where the targets come -----------------------------------------------
 
@@ -98,12 +96,7 @@ def warn_useless_rank(plan: SuperLoRA, targets: Sequence[Target]) -> None:
     rank, most = config.rank, useful_rank(group for group, _ in plan.alike)
     if not isinstance(rank, int) or most is None or rank <= most or _is_default(config):
         return
-    useful = SuperLoRA(
-        config.replace(rank=most),
-        [target.shape for target in targets],
-        layers=[target.layer for target in targets],
-        roles=[target.role for target in targets],
-    )
+    useful = plan_of(config.replace(rank=most), targets)
     # Some formats cut the rank to what is possible.
     if plan.num_parameters > useful.num_parameters:
         warn(
@@ -174,20 +167,17 @@ def kept_names(model: nn.Module, patterns: str | Sequence[str], biases: str, tar
     if biases == "none":
         return kept
     adapted_biases = {join(target.module, bias) for target in targets for bias in _biases_of(target.parameter)}
-    bias_names = [name for name in _biases(model) if biases == "all" or name in adapted_biases]
+    # A shared bias is kept under the first of its names.
+    bias_names = [
+        name
+        for name, parameter in model.named_parameters()
+        if name.rpartition(".")[2].endswith("bias") and parameter.is_floating_point() and not is_array(name)
+        if biases == "all" or name in adapted_biases
+    ]
     if not bias_names:
         layer = "adapted layer" if biases == "adapted" else "layer"
         raise TargetError(f"biases={biases!r}: no {layer} of this {type(model).__name__} has a bias; leave biases out")
     return list(dict.fromkeys([*kept, *bias_names]))
-
-
-def _biases(model: nn.Module) -> list[str]:
-    """Return the names of all biases: a shared one under the first of its names."""
-    return [
-        name
-        for name, parameter in model.named_parameters()
-        if name.rpartition(".")[2].endswith("bias") and parameter.is_floating_point() and not is_array(name)
-    ]
 
 
 def _biases_of(weight: str) -> tuple[str, ...]:
@@ -198,10 +188,8 @@ def _biases_of(weight: str) -> tuple[str, ...]:
 
 def matching(model: nn.Module, patterns: str | Sequence[str], targets: Iterable[str]) -> list[str]:
     """Return the parameters and buffers whose dotted paths contain a pattern as whole components, in order."""
-    if not isinstance(patterns, str) and not is_sequence(patterns):
-        raise wrong_argument("keep_trainable", "a name or a sequence of names", patterns, TargetError)
-    patterns = [patterns] if isinstance(patterns, str) else list(patterns)
-    for pattern in patterns:
+    several: list[Any] = list(patterns) if is_sequence(patterns) else [patterns]
+    for pattern in several:
         if not isinstance(pattern, str):
             raise wrong_argument("keep_trainable", "a name or a sequence of names", pattern, TargetError)
     # What a state dict leaves out. Making one raises an error for some modules, as bitsandbytes' embeddings.
@@ -211,15 +199,13 @@ def matching(model: nn.Module, patterns: str | Sequence[str], targets: Iterable[
         for name in module._non_persistent_buffers_set
     }
     # A tied weight has several names and is kept under the first.
-    tensors = list(
-        itertools.chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
-    )
+    tensors = tensors_of(model).items()
     first: dict[int, str] = {}
     for name, tensor in tensors:
         first.setdefault(id(tensor), name)
     names = {name: first[id(tensor)] for name, tensor in tensors if name not in left_out and not is_array(name)}
     kept: dict[str, None] = {}
-    for pattern in patterns:
+    for pattern in several:
         matches = [original for name, original in names.items() if is_within(name, pattern)]
         if not matches:
             modules = ", ".join(name for name, _ in model.named_children())
@@ -239,8 +225,6 @@ def matching(model: nn.Module, patterns: str | Sequence[str], targets: Iterable[
 
 
 _log = logging.getLogger(__name__)
-
-_DTYPES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
 def attach(
@@ -390,7 +374,7 @@ def attach(
             raise ConfigError(
                 f"the keys of a mapping of configs are the targets; got targets={safe_repr(targets)}, too"
             )
-        cfg, targets = of_patterns(model, cfg, layers=layers, exclude=exclude, untie=untie, keep_tied=keep_tied)
+        cfg, targets = of_patterns(model, cfg, layers, exclude)
         layers = exclude = None
     elif isinstance(cfg, CompositeConfig):
         check_ordered(targets)
@@ -452,15 +436,18 @@ class AttachRequest:
         check_name(self.model, self.name)
         put = functools.partial(object.__setattr__, self)
         put("tokens", integer("tokens", self.tokens, 1, MAX_SIZE, ConfigError))
-        if not isinstance(self.strategy, str) or self.strategy not in STRATEGIES:
-            raise ConfigError(f"strategy must be one of {', '.join(STRATEGIES)}; got {safe_repr(self.strategy)}")
-        if self.activation is not None and (not isinstance(self.activation, str) or self.activation not in ACTIVATIONS):
-            raise ConfigError(
-                f"activation must be one of {', '.join(ACTIVATIONS)}, or None; got {safe_repr(self.activation)}"
-            )
+        check_form(self.strategy, self.activation)
         put("dtype", checked_dtype(self.dtype))
         put("detach_norm", flag("detach_norm", self.detach_norm))
         put("dropout", check_dropout(self.dropout))
+
+
+def check_form(strategy: Any, activation: Any) -> None:
+    """Raise a ConfigError if there is no such strategy or activation."""
+    if not isinstance(strategy, str) or strategy not in STRATEGIES:
+        raise ConfigError(f"strategy must be one of {', '.join(STRATEGIES)}; got {safe_repr(strategy)}")
+    if activation is not None and (not isinstance(activation, str) or activation not in ACTIVATIONS):
+        raise ConfigError(f"activation must be one of {', '.join(ACTIVATIONS)}, or None; got {safe_repr(activation)}")
 
 
 class Form(NamedTuple):
@@ -505,13 +492,7 @@ def _targets(request: AttachRequest) -> list[Target]:
 def _plan(request: AttachRequest, targets: Sequence[Target]) -> SuperLoRA:
     """Return the plan of the targets, in units, with what is computed from their weights."""
     model = request.model
-    plan = SuperLoRA(
-        request.config,
-        [target.shape for target in targets],
-        layers=[target.layer for target in targets],
-        roles=[target.role for target in targets],
-        given=request.given,
-    )
+    plan = plan_of(request.config, targets, request.given)
     if plan.needs_base:
         refuse_merged(model, f"adapter {request.name!r} is attached, whose arrays are computed from it")
         plan = bound(plan, targets, [model.get_submodule(target.module) for target in targets], request.progress)
@@ -567,7 +548,7 @@ def _install(request: AttachRequest, targets: Sequence[Target], plan: SuperLoRA,
         model.register_forward_pre_hook(hooks.begin)
         model.register_forward_hook(hooks.end, always_call=True)
         model.__dict__.setdefault(ADAPTERS_ATTR, {})[state.name] = state
-        TransformersModel.install(model)
+        install_methods(model)
     except BaseException:
         take_off(state)
         raise
@@ -618,10 +599,10 @@ def check_name(model: nn.Module, name: str) -> None:
 
 def checked_dtype(dtype: Any) -> torch.dtype:
     """Return a dtype of arrays, given by itself or by its name; raise BackendError for any other one."""
-    names = {name: known for known, name in _DTYPES.items()}
+    names = {name: known for known, name in DTYPES.items()}
     torch_dtype = names.get(dtype, dtype) if isinstance(dtype, str) else dtype
-    if not isinstance(torch_dtype, torch.dtype) or torch_dtype not in _DTYPES:
-        raise BackendError(f"dtype must be one of {', '.join(map(str, _DTYPES))}; got {safe_repr(dtype)}")
+    if not isinstance(torch_dtype, torch.dtype) or torch_dtype not in DTYPES:
+        raise BackendError(f"dtype must be one of {', '.join(map(str, DTYPES))}; got {safe_repr(dtype)}")
     return torch_dtype
 
 
@@ -631,12 +612,10 @@ def _arrays(plan: SuperLoRA, like: torch.Tensor | None, dtype: torch.dtype, fres
     device = torch.device("cpu") if like is None else like.device
     if like is not None and is_sharded(like):
         raise TargetError("the model is sharded already; attach first, then fully_shard(model)")
-    if device.type == "meta":
-        # No values exist on this device: reset() draws them later.
-        return {name: torch.empty(shape, dtype=dtype, device=device) for name, shape in plan.param_shapes.items()}
-    if not fresh:
+    # No values exist on the meta device: reset() draws them later.
+    if device.type == "meta" or not fresh:
         return {name: torch.zeros(shape, dtype=dtype, device=device) for name, shape in plan.param_shapes.items()}
-    return plan.init("torch", _DTYPES[dtype], device)
+    return plan.init("torch", DTYPES[dtype], device)
 
 
 def _weight_or_substitute(owner: nn.Module, parameter: str) -> torch.Tensor | None:

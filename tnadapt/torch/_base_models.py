@@ -5,16 +5,15 @@ None of this knows an adapter's handle: it takes a model, an :class:`~tnadapt.Ad
 
 from __future__ import annotations
 
-import abc
 import contextlib
-import dataclasses
+import importlib
 import logging
 import os
 import re
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,65 +24,20 @@ from tnadapt.errors import ConfigError, FileError, TnadaptError, safe_repr
 
 from ._state import is_array
 
-__all__ = ["LIBRARIES", "BuildOptions", "describe", "refusing"]
+# -- Each library that builds pretrained models is a class with four methods -------------------------------------------
+
+# ``describe`` returns what a model says about itself, and None if it is not of this library. ``build`` returns the
+# model, and the names of the parameters that its base has no values for; of a base that only a file names (not
+# ``trusted``), no pickle is read. ``processor`` returns what prepares the model's inputs, from a folder, or else (None)
+# from the base. ``set_labels`` names the model's outputs.
 
 
-# -- The interface of a library that builds pretrained models ----------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class BuildOptions:
-    """What the caller of ``load_pretrained`` chose, rather than the file.
-
-    Attributes
-    ----------
-    device : str or torch.device or None
-    dtype : torch.dtype or None
-        None for the dtype that the file records.
-    quantization_config : object or None
-    token : str or bool or None
-        Token of the hub.
-    trusted : bool
-        Whether the caller named the base. Of a base that only the file names, no pickle is read.
-    """
-
-    device: Any = None
-    dtype: torch.dtype | None = None
-    quantization_config: Any = None
-    token: str | bool | None = None
-    trusted: bool = False
-
-    def dtype_for(self, about: Pretrained) -> torch.dtype | None:
-        """Return the dtype to build with; None if neither the caller nor the file says."""
-        return self.dtype or (getattr(torch, about.dtype) if about.dtype else None)
-
-
-class ModelLibrary(abc.ABC):
-    """A library of pretrained models. One class in one file, registered in ``libraries``."""
-
-    #: Its name in files.
-    name: ClassVar[str]
-
-    @abc.abstractmethod
-    def describe(self, model: nn.Module) -> Pretrained | None:
-        """Return what the model says about itself; None if it is not of this library. Imports nothing."""
-
-    @abc.abstractmethod
-    def build(self, about: Pretrained, options: BuildOptions) -> tuple[nn.Module, frozenset[str]]:
-        """Build the model; return it with the names of the parameters that its base has no values for."""
-
-    @abc.abstractmethod
-    def processor(self, about: Pretrained, folder: str | None, token: str | bool | None) -> Any:
-        """Return what prepares the model's inputs: from a folder, or else (None) from the base."""
-
-    @abc.abstractmethod
-    def set_labels(self, model: nn.Module, about: Pretrained) -> None:
-        """Name the model's outputs."""
-
-
-def missing(library: str) -> TnadaptError:
-    """Return the error for a library that is not installed."""
-    return TnadaptError(f"{library} is not installed, which builds the base model: pip install 'tnadapt[hub]'")
+def imported(library: str, does: str = "builds the base model") -> Any:
+    """Import a library of the extra ``hub``, or raise an error that says what to install."""
+    try:
+        return importlib.import_module(library)
+    except ImportError:
+        raise TnadaptError(f"{library} is not installed, which {does}: pip install 'tnadapt[hub]'") from None
 
 
 @contextlib.contextmanager
@@ -118,10 +72,8 @@ _WEIGHTS = "model.safetensors"
 _GIVE_TIMM_BASE = "give base= (--base) with timm's name of a model, or a model"
 
 
-class TimmModels(ModelLibrary):
+class TimmModels:
     """The pretrained models of timm."""
-
-    name = "timm"
 
     def describe(self, model: nn.Module) -> Pretrained | None:
         """Return timm's name, the number or names of classes, and the size of images if it is not the usual one."""
@@ -140,20 +92,22 @@ class TimmModels(ModelLibrary):
         if (taken := getattr(model, "in_chans", channels)) != channels:
             settings["in_chans"] = taken
         dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-        return Pretrained(_name(config), "", "", self.name, "image-classification", labels, dtype, settings)
+        return Pretrained(_name(config), "", "", "timm", "image-classification", labels, dtype, settings)
 
-    def build(self, about: Pretrained, options: BuildOptions) -> tuple[nn.Module, frozenset[str]]:
+    def build(
+        self, about: Pretrained, *, device: Any, dtype: Any, quantization_config: Any, token: Any, trusted: bool
+    ) -> tuple[nn.Module, frozenset[str]]:
         """Build the model; its head has no numbers in the base unless the number of classes is the usual one."""
         if not about.name:
             raise FileError(f"it does not name its base model: {_GIVE_TIMM_BASE}")
-        if options.quantization_config is not None:
+        if quantization_config is not None:
             raise TnadaptError("quantization_config is for models of transformers, and the base is a model of timm")
-        timm, settings = _timm(), dict(about.settings)
+        timm, settings = imported("timm"), dict(about.settings)
         if about.labels:
             settings["num_classes"] = len(about.labels)
         if "img_size" in settings:
             settings["img_size"] = tuple(settings["img_size"])
-        if not options.trusted:
+        if not trusted:
             settings |= _without_pickles(about.name)
         with (
             refusing(f"cannot load its base model {safe_repr(about.name)} through timm", _GIVE_TIMM_BASE),
@@ -164,13 +118,13 @@ class TimmModels(ModelLibrary):
         config = model.pretrained_cfg
         heads: Any = () if model.num_classes == config.get("num_classes") else config.get("classifier") or "head"
         heads = tuple(f"{head}." for head in ([heads] if isinstance(heads, str) else heads))
-        if (dtype := options.dtype_for(about)) is not None:
+        if dtype is not None:
             model = model.to(dtype)
         return model, frozenset(name for name, _ in model.named_parameters() if heads and name.startswith(heads))
 
     def processor(self, about: Pretrained, folder: str | None, token: str | bool | None) -> Any:
         """Return timm's transform of images for evaluation."""
-        timm = _timm()
+        timm = imported("timm")
         with refusing(f"cannot tell the images of {safe_repr(about.name)}", "use timm.data.create_transform"):
             config = _pretrained_config(about.name)
             if "img_size" in about.settings:
@@ -185,14 +139,6 @@ class TimmModels(ModelLibrary):
             config["label_names"] = list(about.labels)
 
 
-def _timm() -> Any:
-    try:
-        import timm
-    except ImportError:
-        raise missing("timm") from None
-    return timm
-
-
 def _without_pickles(name: str) -> dict[str, Any]:
     """Return settings with which timm reads safetensors alone from a repository or folder; refuse a folder without."""
     source, _, place = name.partition(":")
@@ -203,7 +149,7 @@ def _without_pickles(name: str) -> dict[str, Any]:
 
 def _pretrained_config(name: str) -> dict[str, Any]:
     """Return the ``pretrained_cfg`` of a model by name."""
-    models = _timm().models
+    models = imported("timm").models
     if ":" not in name:
         return dict(models.get_pretrained_cfg(name, allow_unregistered=False).to_dict())
     return dict(models.create_model(name, pretrained=False).pretrained_cfg)  # a folder or repository has it
@@ -226,10 +172,8 @@ _CACHED = re.compile(r".*[/\\]models--(?P<name>[\w.-]+)[/\\]snapshots[/\\](?P<re
 _GIVE_BASE = "give base= (--base) with a folder, a name or a model"
 
 
-class TransformersModels(ModelLibrary):
+class TransformersModels:
     """The pretrained models of transformers."""
-
-    name = "transformers"
 
     def describe(self, model: nn.Module) -> Pretrained | None:
         """Return the base's name and revision, the task, the labels and the dtype."""
@@ -246,30 +190,32 @@ class TransformersModels(ModelLibrary):
             settings = {name: value for name, value in values.items() if value is not None and value != -1}
         labels = _labels(config) if task and TASKS[task].labelled else ()
         try:
-            return Pretrained(name, revision, file, self.name, task, labels, _dtype(model), settings)
+            return Pretrained(name, revision, file, "transformers", task, labels, _dtype(model), settings)
         except ConfigError:
             # An unusual config must not keep an adapter from being saved: record the base alone, or nothing.
             with contextlib.suppress(ConfigError):
-                return Pretrained(name, revision, "", self.name)
+                return Pretrained(name, revision, "", "transformers")
             return None
 
-    def build(self, about: Pretrained, options: BuildOptions) -> tuple[nn.Module, frozenset[str]]:
+    def build(
+        self, about: Pretrained, *, device: Any, dtype: Any, quantization_config: Any, token: Any, trusted: bool
+    ) -> tuple[nn.Module, frozenset[str]]:
         """Build the model with the head of its task and labels."""
         if not about.name:
             raise FileError(f"it does not name its base model: {_GIVE_BASE}")
-        transformers, task = _transformers(), _task(about)
+        transformers, task = imported("transformers"), _task(about)
         settings: dict[str, Any] = dict(about.settings)
         if about.labels:
             settings |= {"id2label": about.id2label, "label2id": about.label2id, "ignore_mismatched_sizes": True}
         if about.file:
             need_gguf(about.file)
             settings["gguf_file"] = about.file
-        elif not options.trusted:
+        elif not trusted:
             settings["use_safetensors"] = True
-        if options.quantization_config is not None:
-            settings["quantization_config"] = options.quantization_config
-            if options.device is not None:
-                settings["device_map"] = {"": options.device}
+        if quantization_config is not None:
+            settings["quantization_config"] = quantization_config
+            if device is not None:
+                settings["device_map"] = {"": device}
         with (
             refusing(f"cannot load its base model {_shown(about)} through transformers", _GIVE_BASE),
             _silent(transformers),
@@ -279,15 +225,15 @@ class TransformersModels(ModelLibrary):
             if os.path.isabs(about.name) and not os.path.exists(about.name):  # not a name on a hub
                 raise FileNotFoundError("there is no such folder here")
             model, loaded = getattr(transformers, task.model).from_pretrained(
-                about.name, revision=about.revision or None, dtype=options.dtype_for(about) or "auto",
-                token=options.token, trust_remote_code=False, output_loading_info=True, **settings,
+                about.name, revision=about.revision or None, dtype=dtype or "auto",
+                token=token, trust_remote_code=False, output_loading_info=True, **settings,
             )  # fmt: skip
         random = {*loaded["missing_keys"], *(key[0] for key in loaded["mismatched_keys"])}
         return model, frozenset(random & dict(model.named_parameters()).keys())
 
     def processor(self, about: Pretrained, folder: str | None, token: str | bool | None) -> Any:
         """Return the tokenizer, image processor, feature extractor or processor of the task."""
-        transformers, task, settings = _transformers(), _task(about), dict[str, Any]()
+        transformers, task, settings = imported("transformers"), _task(about), dict[str, Any]()
         if folder is None:
             if not about.name:
                 raise FileError("it has no tokenizer or processor of its own, and does not name its base model")
@@ -320,14 +266,6 @@ class TransformersModels(ModelLibrary):
         if about.labels and hasattr(model, "config"):
             config: Any = model.config
             config.id2label, config.label2id = about.id2label, about.label2id
-
-
-def _transformers() -> Any:
-    try:
-        import transformers
-    except ImportError:
-        raise missing("transformers") from None
-    return transformers
 
 
 def _task(about: Pretrained) -> PretrainedTask:
@@ -401,7 +339,10 @@ def _silent(transformers: Any) -> Iterator[None]:
 # -- The libraries by name ---------------------------------------------------------------------------------------------
 
 
-LIBRARIES: Mapping[str, ModelLibrary] = {library.name: library for library in (TransformersModels(), TimmModels())}
+LIBRARIES: Mapping[str, TransformersModels | TimmModels] = {
+    "transformers": TransformersModels(),
+    "timm": TimmModels(),
+}
 
 
 def describe(model: nn.Module) -> Pretrained | None:

@@ -40,39 +40,6 @@ from tnadapt.algebra.superlora import SuperLoRA
 from tnadapt.algebra.theta import ThetaPart
 from tnadapt.backends import constant_result, load_backend
 
-__all__ = [
-    "ArrayCache",
-    "DeltaCache",
-    "Quotient",
-    "Slice",
-    "Snapshot",
-    "ThetaArrays",
-    "all_or_none",
-    "can_cache",
-    "computed",
-    "copy_all",
-    "gather_full",
-    "in_dispatch_mode",
-    "in_functorch",
-    "is_sharded",
-    "leaves_of",
-    "on_host",
-    "pieces",
-    "plain_vjp",
-    "product_vjp_once",
-    "recompute",
-    "recomputed",
-    "reshard",
-    "reuses_buffers",
-    "traced",
-    "update_product",
-    "vector",
-    "version",
-    "wide_pair",
-    "wide_product",
-]
-
-
 # -- Whether something intercepts torch's operations: a transform, a trace or a dispatch mode --------------------------
 
 

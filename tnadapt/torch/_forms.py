@@ -34,34 +34,6 @@ from tnadapt.targets.target import RowIndices, Rows, Target
 from . import _delta
 from ._delta import Function, Pull, Slice, in_functorch, recomputed, reuses_buffers, traced, wide_pair
 
-__all__ = [
-    "BLOCK",
-    "ITSELF",
-    "LINEAR",
-    "MOST_ELEMENTS",
-    "Change",
-    "Convolution",
-    "LowRank",
-    "Operation",
-    "Update",
-    "UpdatedWeight",
-    "add_features",
-    "can_fuse",
-    "factored_linear",
-    "index_tensor",
-    "is_ordinary",
-    "is_small",
-    "low_rank_linear",
-    "mixed_low_rank_linear",
-    "on_device",
-    "overlap",
-    "product",
-    "summed",
-    "updated",
-    "updated_places",
-]
-
-
 # -- A target's rows as output features: selected from a layer's output, or added to it --------------------------------
 
 

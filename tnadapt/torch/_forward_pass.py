@@ -33,33 +33,6 @@ from ._quantized import quantized_type
 from ._state import AdapterSlot, AdapterState, current, mixing_weight, weight_params
 from ._weights import numbers
 
-__all__ = [
-    "LEAST_ELEMENTS",
-    "ColumnDropout",
-    "LowRankLayer",
-    "PassHooks",
-    "PatchedParameter",
-    "acts",
-    "added_matrix",
-    "added_products",
-    "beside",
-    "check_dropout",
-    "check_recomputation",
-    "delta",
-    "dropped_inputs",
-    "drops_input",
-    "embedded",
-    "factors",
-    "has_few_rows",
-    "in_backward",
-    "is_lookup",
-    "rounded_delta",
-    "scaled",
-    "scaled_output",
-    "updated_weight",
-]
-
-
 # -- Dropout of what an adapter adds: on its input, in training mode only ----------------------------------------------
 
 # A layer computes ``y = x Wᵀ + b + drop(x) (W' - W)ᵀ``, where W' - W is ΔW if the update is added. Whatever the

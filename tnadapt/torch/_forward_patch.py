@@ -44,9 +44,6 @@ from ._quantized import is_packed, quantized_type
 from ._state import AdapterSlot, AdapterState, mixing_weight
 from ._weights import shows_products
 
-__all__ = ["ACTIVATIONS", "STRATEGIES", "ForwardPatch", "LazyStack", "is_read", "updated_parameter"]
-
-
 # -- Experts: what updates add to the products of the tokens that are routed to them -----------------------------------
 
 # The strategies "factored" and "additive" for one of the matrices that a parameter stacks: as in a linear layer, the

@@ -24,19 +24,8 @@ from tnadapt.targets.target import Target
 
 from ._delta import is_sharded
 from ._quantized import QuantizedLayer, is_packed, quantized_type, twin
-from ._state import AdapterState, Merged, full_arrays, need_attached, need_linear, not_a_sum
-from ._weights import computed, numbers
-
-__all__ = [
-    "RequantizationReport",
-    "RequantizedWeight",
-    "disabled",
-    "merge",
-    "original",
-    "stored",
-    "unmerge",
-]
-
+from ._state import AdapterState, Merged, full_arrays, need_attached, need_linear, not_a_sum, warn_of_references
+from ._weights import numbers
 
 # -- What is kept of the rows of a floating-point weight ---------------------------------------------------------------
 
@@ -297,7 +286,7 @@ def merge(adapter: AdapterState, max_error: float | None = None) -> None:
             f"more than max_error={max_error:g}; no weight was changed: keep the adapter attached, or merge into the "
             "unquantized model"
         )
-    adapter.references.warn_of_merge(adapter.name)
+    warn_of_references(adapter)
     try:
         # Set before any weight is written to: whatever happens from here on, unmerge() has the original bits.
         adapter.merged = merged
@@ -491,7 +480,7 @@ def owner_of(adapter: AdapterState, index: int) -> nn.Module:
 def _writable(adapter: AdapterState, index: int) -> Tensor:
     owner, name = owner_of(adapter, index), adapter.targets[index].name
     weight = stored(adapter, index)
-    if weight is None and computed(owner, adapter.targets[index].parameter) is not None:
+    if weight is None and hasattr(owner, "parametrizations"):
         raise TargetError(
             f"{name} is parametrized (computed from other parameters), so an update cannot be merged into it; keep the "
             "adapter attached, or call torch.nn.utils.parametrize.remove_parametrizations() first"

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from tnadapt.algebra.config import Config
 from tnadapt.algebra.named_config import config_of
-from tnadapt.algebra.superlora import SuperLoRA
 from tnadapt.backends import load_backend
+from tnadapt.checkpoints.adapter_file import plan_of
 from tnadapt.decomposition import FitReport, Settings, Step, smallest_rank
 from tnadapt.errors import ShapeError, TargetError, escaped, safe_repr, warn
 from tnadapt.targets.target import Target, check_distinct
@@ -19,12 +19,10 @@ from tnadapt.targets.target import Target, check_distinct
 from ._adapter import Adapter
 from ._attach import attach, check_name, matching
 from ._delta import gather_full
-from ._registry import overlapping
+from ._registry import refuse_merged
 from ._state import AdapterState
 from ._target_selection import find_targets, of_patterns
-from ._weights import computed
-
-__all__ = ["extract"]
+from ._weights import current_value, tensors_of
 
 
 def extract(
@@ -110,9 +108,7 @@ def extract(
     cfg = config_of(cfg, rest, "extract", ("targets", "max_error", "max_rank", "keep_trainable", *Settings.NAMES))
     if not isinstance(base, nn.Module):
         raise TargetError(f"extract needs a torch module as base; got {type(base).__name__}")
-    for other in overlapping(base):
-        if other.merged is not None:
-            raise TargetError(f"adapter {other.name!r} is merged into the base: unmerge it first")
+    refuse_merged(base, "its change is extracted")
     resolved = find_targets(base, targets, keep_tied=keep_tied)
     # Raise the errors of attach() now rather than after the fit.
     check_distinct(resolved)
@@ -130,13 +126,9 @@ def extract(
         return difference
 
     def fit(config: Config) -> tuple[dict[str, Tensor], FitReport]:
-        plan = SuperLoRA(
-            config,
-            [target.shape for target in resolved],
-            [target.layer for target in resolved],
-            [target.role for target in resolved],
+        plan = plan_of(config, resolved).with_base(
+            lambda weight: resolved[weight].select(weights[weight][0]).to(dtype).cpu()
         )
-        plan = plan.with_base(lambda weight: resolved[weight].select(weights[weight][0]).to(dtype).cpu())
         return chosen.fit(load_backend("torch"), like, plan, read, progress)
 
     with torch.no_grad():
@@ -164,16 +156,14 @@ def extract(
 
 def _state(tuned: Any) -> Mapping[str, Tensor]:
     if isinstance(tuned, nn.Module):
-        return {**dict(tuned.named_parameters(remove_duplicate=False)), **dict(tuned.named_buffers())}
+        return tensors_of(tuned)
     if not isinstance(tuned, Mapping) or not all(isinstance(value, Tensor) for value in tuned.values()):
         raise TargetError(f"tuned must be a torch module or a state dict of tensors; got {type(tuned).__name__}")
     return tuned
 
 
 def _weight(base: nn.Module, target: Target) -> Tensor:
-    owner = base.get_submodule(target.module)
-    weight: Tensor | None = owner._parameters.get(target.parameter)
-    weight = computed(owner, target.parameter) if weight is None else weight
+    weight = current_value(base.get_submodule(target.module), target.parameter)
     if weight is None or not weight.is_floating_point():
         raise TargetError(
             f"{target.name} is quantized in the base, so its change cannot be computed: leave it out of the targets"
@@ -197,7 +187,7 @@ def _theirs(state: Mapping[str, Tensor], target: Target) -> Tensor:
 
 
 def _copy_kept(adapter: AdapterState, theirs: Mapping[str, Tensor]) -> None:
-    tensors = {**dict(adapter.model.named_parameters()), **dict(adapter.model.named_buffers())}
+    tensors = tensors_of(adapter.model)
     for name in adapter.kept:
         if name not in theirs or theirs[name].shape != tensors[name].shape:
             shape = tuple(theirs[name].shape) if name in theirs else "missing"
@@ -216,8 +206,7 @@ def _others(
     kept = set(adapter.kept)
     adapted = {name for target in targets for name in (target.name, *target.tied)}
     adapter_names = set(adapter.parameter_names.values())
-    parameters = dict(base.named_parameters(remove_duplicate=False))  # a tied weight under each of its names
-    ours = {**parameters, **dict(base.named_buffers())}
+    ours = tensors_of(base)
     for name, tuned in theirs.items():
         before = ours.get(name)
         if name in kept or (before is not None and before.device.type == "meta"):
@@ -236,4 +225,8 @@ def _others(
         if not torch.equal(before, after):
             yield name
     # Only parameters: a state dict omits buffers that the model recomputes.
-    yield from (name for name in parameters if name not in theirs and name not in adapter_names)
+    yield from (
+        name
+        for name, tensor in ours.items()
+        if isinstance(tensor, nn.Parameter) and name not in theirs and name not in adapter_names
+    )

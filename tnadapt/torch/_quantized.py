@@ -24,20 +24,6 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from tnadapt.errors import TargetError
 from tnadapt.plugins import Registry, load_plugins
 
-__all__ = [
-    "QUANTIZED",
-    "QuantizedLayer",
-    "crossing",
-    "is_embedding",
-    "is_packed",
-    "planar",
-    "quantized_type",
-    "register_quantized",
-    "twin",
-    "unpacked",
-]
-
-
 # -- The contract of a type of quantized layer -------------------------------------------------------------------------
 
 

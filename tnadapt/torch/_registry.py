@@ -1,22 +1,22 @@
 """The adapters on a model: listed, mixed, trimmed while idle, removed; the base prepared while there are any.
 
 :func:`attached` lists them, and :func:`mix` sets their weights. :func:`freeze`, :func:`prepare` and
-:class:`TransformersModel` change the model for an adapter; :func:`detach` and :func:`bake` undo it with the last one.
+:func:`install_methods` change the model for an adapter; :func:`let_go` and :func:`let_go_merged` undo it.
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import itertools
 import math
 import sys
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tnadapt.algebra.superlora import SuperLoRA
 from tnadapt.argument_checks import checks_arguments, integer, is_sequence
@@ -28,30 +28,7 @@ from ._forward_pass import PassHooks
 from ._forward_patch import ForwardPatch
 from ._merging import merge
 from ._quantized import quantized_type
-from ._state import ADAPTERS_ATTR, AdapterState, Idle, UntiedWeight, is_array, need_attached, need_unmerged
-
-__all__ = [
-    "TransformersModel",
-    "attached",
-    "bake",
-    "detach",
-    "drawn",
-    "freeze",
-    "held_by_draws",
-    "let_go",
-    "let_go_merged",
-    "mix",
-    "overlapping",
-    "prepare",
-    "reference_model",
-    "refuse_merged",
-    "set_cache_limit",
-    "set_weight",
-    "take_off",
-    "trim_idle",
-    "untie",
-]
-
+from ._state import ADAPTERS_ATTR, AdapterState, Idle, is_array, need_attached, need_unmerged
 
 # -- The adapters of a model, and the weights of their mix -------------------------------------------------------------
 
@@ -75,15 +52,13 @@ def attached(model: nn.Module) -> dict[str, AdapterState]:
 
 def overlapping(model: nn.Module) -> list[AdapterState]:
     """Return the adapters on a model, on its submodules, and those on an enclosing model that act inside it."""
-    states: dict[int, AdapterState] = {}
+    states: dict[AdapterState, None] = {}
     for module in model.modules():
-        for adapter in module.__dict__.get(ADAPTERS_ATTR, {}).values():
-            states[id(adapter)] = adapter
+        states.update(dict.fromkeys(module.__dict__.get(ADAPTERS_ATTR, {}).values()))
         patch = ForwardPatch.of(module)
-        for patched in patch.weights if patch is not None else ():
-            for slot in patched.slots:
-                states[id(slot.adapter)] = slot.adapter
-    return list(states.values())
+        if patch is not None:
+            states.update((slot.adapter, None) for patched in patch.weights for slot in patched.slots)
+    return list(states)
 
 
 def refuse_merged(model: nn.Module, what: str, but: AdapterState | None = None) -> None:
@@ -121,40 +96,40 @@ def mix(model: nn.Module, weights: Mapping[str, float] | Iterable[tuple[str, flo
     """
     adapters = attached(model)
     wanted = {name: _finite(weight) for name, weight in _pairs(weights)}
-    for name in wanted:
-        if name not in adapters:
-            raise TargetError(
-                f"no adapter {name!r} on this model; there are: {', '.join(map(repr, adapters)) or 'none'}"
-            )
+    _need_named(adapters, wanted)
     for name, adapter in adapters.items():
         if adapter.merged is not None and wanted.get(name, 0.0) != adapter.weight:
             raise TargetError(f"adapter {name!r} is merged, so its weight cannot change: call unmerge() first")
     new = [(adapter, wanted.get(name, 0.0)) for name, adapter in adapters.items()]
     old = [(adapter, adapter.weight) for adapter in adapters.values()]
-    all_or_none(_set_weight, new, old)
+    all_or_none(AdapterState.set_weight, new, old)
     trim_idle(adapters.values())
+
+
+def _need_named(adapters: Mapping[str, AdapterState], names: Iterable[str]) -> None:
+    for name in names:
+        if name not in adapters:
+            raise TargetError(
+                f"no adapter {name!r} on this model; there are: {', '.join(map(repr, adapters)) or 'none'}"
+            )
 
 
 def _pairs(weights: Any) -> list[tuple[str, float]]:
     """Return names with their weights, or raise a ConfigError."""
     entries = weights.items() if isinstance(weights, Mapping) else weights
-    pairs = list(entries) if is_sequence(entries) else []
-    if not is_sequence(entries) or not all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in pairs):
+    pairs: list[Any] = list(entries) if is_sequence(entries) else [None]
+    if not all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in pairs):
         raise ConfigError(f"mix() needs weights by name, such as {{'first': 0.5}}; got {safe_repr(weights)}")
-    return [(name, weight) for name, weight in pairs]
+    return pairs
 
 
 def set_weight(adapter: AdapterState, weight: float) -> None:
     """Set one mixing weight; see :meth:`Adapter.set_weight`."""
-    _set_weight(adapter, weight)
-    trim_idle(adapter.model.__dict__.get(ADAPTERS_ATTR, {}).values())
-
-
-def _set_weight(adapter: AdapterState, weight: float) -> None:
     number = _finite(weight)
     if number != adapter.weight:
         need_unmerged(adapter, "another weight")
     all_or_none(AdapterState.set_weight, [(adapter, number)], [(adapter, adapter.weight)])
+    trim_idle(adapter.model.__dict__.get(ADAPTERS_ATTR, {}).values())
 
 
 def _finite(weight: float) -> float:
@@ -196,13 +171,6 @@ def held_by_draws(several: Iterable[FixedArrays]) -> int:
             if memory is not None:
                 arrays[memory.data_ptr()] = memory.nbytes()
     return sum(arrays.values()) + sum(spare.values())
-
-
-def forget_draws(plan: SuperLoRA, but: Collection[int]) -> None:
-    """Give back what a plan keeps, except for objects with these ids, which others use."""
-    for fixed in drawn(plan):
-        if id(fixed) not in but:
-            fixed.free()
 
 
 # -- What idle adapters keep: up to a number of bytes for each model ---------------------------------------------------
@@ -260,28 +228,26 @@ def trim_idle(states: Iterable[AdapterState]) -> None:
         All adapters of the model.
     """
     states = list(states)
-    new, total = list[AdapterState](), 0
     for state in states:
         if state.weight != 0.0 or state.by_rows:
             state.idle = None
         elif state.idle is None:
-            new.append(state)
-        else:
-            total += state.idle.held
-    for state in new:
-        state.idle = Idle(next(_turns), _bytes_held(state))
-        total += state.idle.held
+            state.idle = Idle(next(_turns), _bytes_held(state))
+    idle = [(state.idle, state) for state in states if state.idle is not None and state.idle.held]
+    total = sum(record.held for record, _ in idle)
     limits = [state.model.__dict__[_LIMIT_ATTR] for state in states if _LIMIT_ATTR in state.model.__dict__]
     limit = min(limits, default=DEFAULT_LIMIT)
     if total <= limit:
         return
-    idle = [(state.idle, state) for state in states if state.idle is not None and state.idle.held]
     used = {id(fixed) for state in states if state.idle is None for fixed in drawn(state.plan)}
     for record, state in sorted(idle, key=lambda pair: pair[0].turn):
         if total <= limit:
             break
         total -= record.held
-        _forget(state, used)
+        state.clear_cache()
+        for fixed in drawn(state.plan):
+            if id(fixed) not in used:
+                fixed.free()
         state.idle = record._replace(held=0)
 
 
@@ -289,11 +255,6 @@ def _bytes_held(state: AdapterState) -> int:
     """Return the bytes that an adapter keeps beyond its own parameters."""
     theta_bytes = 0 if state.made is None else state.made.held()
     return state.cache.held() + state.quotients.held() + theta_bytes + held_by_draws(drawn(state.plan))
-
-
-def _forget(state: AdapterState, used: set[int]) -> None:
-    state.clear_cache()
-    forget_draws(state.plan, used)
 
 
 # -- The base, frozen while any adapter is attached --------------------------------------------------------------------
@@ -331,7 +292,7 @@ def untie(adapter: AdapterState, name: str) -> None:
     old = owner._parameters[parameter]
     assert old is not None
     new = nn.Parameter(old.detach().clone(), requires_grad=old.requires_grad)
-    adapter.untied.append(UntiedWeight(owner, parameter, old))
+    adapter.untied.append((owner, parameter, old))
     owner._parameters[parameter] = new
 
 
@@ -353,14 +314,6 @@ def _recorded(adapter: AdapterState) -> Iterator[tuple[str, nn.Parameter]]:
 # - Layers that pass no gradient to their input and are not adapted are named in a warning.
 
 
-class _Setting(NamedTuple):
-    """An attribute of a module, and its value before it was set."""
-
-    module: nn.Module
-    name: str
-    before: Any
-
-
 def prepare(state: AdapterState) -> None:
     """Set what a quantized model needs for an adapter; what was there is recorded in ``state.settings``."""
     adapted = {id(patch.host) for patch in state.patches}
@@ -372,7 +325,7 @@ def prepare(state: AdapterState) -> None:
         for name, value in layer_type.while_attached(module).items():
             before = getattr(module, name)
             if before is not value:
-                state.settings.append(_Setting(module, name, before))
+                state.settings.append((module, name, before))
                 setattr(module, name, value)
         if id(module) not in adapted and not layer_type.passes_gradient(module):
             blocking.append(path)
@@ -389,22 +342,29 @@ def put_back(state: AdapterState) -> None:
     others = [other for other in overlapping(state.model) if other is not state]
     if others:
         known = {(id(module), name) for module, name, _ in others[0].settings}
-        others[0].settings += [setting for setting in state.settings if (id(setting.module), setting.name) not in known]
+        others[0].settings += [setting for setting in state.settings if (id(setting[0]), setting[1]) not in known]
     else:
         for module, name, before in state.settings:
             setattr(module, name, before)
     state.settings = []
 
 
-# -- transformers' methods for adapters of PEFT, for those of this library ---------------------------------------------
+# -- What a transformers model has to know about its adapters: its methods for those of PEFT, saving, its Trainer ------
 
-# transformers' own look for layers of PEFT, and raise whatever the lack of them leads to. While adapters are attached,
-# a model has these instead. Where it has adapters of PEFT, too (``model.add_adapter``), the names are PEFT's, and its
-# own methods run.
+# transformers knows PEFT's adapters alone. Its methods that switch and list them look for layers of PEFT, and raise
+# whatever the lack of them leads to; ``save_pretrained`` writes a model that loads without its adapter. While adapters
+# are attached, a model has others instead. Where it has adapters of PEFT, too (``model.add_adapter``), the names are
+# PEFT's, and its own methods run. The Trainer refuses to train a quantized model unless an adapter is on it: it gets
+# the mark of one. (A model from a GGUF file counts as quantized, although its weights are dequantized.)
 #
 # TRL copies a model to vLLM by ``named_parameters``, its own or that of a module around it, which both go through
 # ``named_modules``; under FSDP1, after a walk through ``named_children``. TRL merges the adapters of PEFT models
 # before, and no others: nothing that TRL passes to a model says what for, so its calling function tells.
+
+
+_SAVE = "save_pretrained"
+# The attribute by which transformers tells that a model has adapters.
+_HAS_ADAPTERS = "_hf_peft_config_loaded"
 
 
 class AdapterMethod:
@@ -413,22 +373,11 @@ class AdapterMethod:
     It is an object rather than a closure, so that ``copy.deepcopy`` and ``pickle`` connect a copied model to the copy.
     """
 
+    #: Whether the model's mark is this package's.
+    marked = False
+
     def __init__(self, model: nn.Module, name: str) -> None:
         self.model, self.name = model, name
-
-    @staticmethod
-    def install(model: nn.Module) -> None:
-        """Replace the methods that the model's class has."""
-        for name in _METHODS:
-            if callable(getattr(type(model), name, None)) and name not in model.__dict__:
-                model.__dict__[name] = AdapterMethod(model, name)
-
-    @staticmethod
-    def remove(model: nn.Module) -> None:
-        """Undo :meth:`install`."""
-        for name in _METHODS:
-            if isinstance(model.__dict__.get(name), AdapterMethod):
-                del model.__dict__[name]
 
     @property
     def __func__(self) -> Callable[..., Any]:
@@ -438,9 +387,33 @@ class AdapterMethod:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the method."""
-        if getattr(self.model, "peft_config", None):
+        if self.name != _SAVE and getattr(self.model, "peft_config", None):
             return getattr(type(self.model), self.name)(self.model, *args, **kwargs)
         return _METHODS[self.name](self.model, *args, **kwargs)
+
+
+def install_methods(model: nn.Module) -> None:
+    """Prepare a model with an adapter, if it is one of transformers'."""
+    if not callable(getattr(type(model), _SAVE, None)) or _SAVE in model.__dict__:
+        return
+    for name in _METHODS:
+        if callable(getattr(type(model), name, None)) and name not in model.__dict__:
+            model.__dict__[name] = AdapterMethod(model, name)
+    if getattr(model, "is_quantized", False) and getattr(model, _HAS_ADAPTERS, None) is False:
+        model.__dict__[_SAVE].marked = model.__dict__[_HAS_ADAPTERS] = True
+
+
+def _remove_methods(model: nn.Module) -> None:
+    """Undo :func:`install_methods` once the last adapter is gone."""
+    save = model.__dict__.get(_SAVE)
+    if not isinstance(save, AdapterMethod) or model.__dict__.get(ADAPTERS_ATTR):
+        return
+    if save.marked:
+        model.__dict__.pop(_HAS_ADAPTERS, None)
+    # Save comes last: with it, a removal that was interrupted can be repeated.
+    for name in _METHODS:
+        if isinstance(model.__dict__.get(name), AdapterMethod):
+            del model.__dict__[name]
 
 
 def _active_adapters(model: nn.Module) -> list[str]:
@@ -466,9 +439,7 @@ def _enable_adapters(model: nn.Module) -> None:
 
 def _delete_adapter(model: nn.Module, adapter_names: str | Sequence[str]) -> None:
     adapters = attached(model)
-    lost = [name for name in _names(adapter_names) if name not in adapters]
-    if lost:
-        raise TargetError(f"no adapter {lost[0]!r} on this model; there are: {', '.join(map(repr, adapters))}")
+    _need_named(adapters, _names(adapter_names))
     for name in _names(adapter_names):
         adapters[name].handle.detach()
 
@@ -508,6 +479,36 @@ def _names(names: str | Sequence[str]) -> list[str]:
     return [names] if isinstance(names, str) else list(names)
 
 
+def _save_pretrained(model: nn.Module, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+    """Save the model as its class does, with a warning if the result would load without its adapters.
+
+    With merged adapters the weights are the result: their arrays are left out.
+    """
+    states = attached(model).values()
+    unmerged = [state.name for state in states if state.merged is None]
+    if unmerged:
+        listed = ", ".join(map(repr, unmerged))
+        warnings.warn(
+            f"save_pretrained writes the whole {type(model).__name__}, with the arrays of adapter {listed} beside the "
+            "unchanged base: from_pretrained will load the base without its effect. To save the adapter alone, call "
+            f"tnadapt.torch.adapters(model)[{unmerged[0]!r}].save_pretrained(folder). To save the changed model, call "
+            "merge() of the adapter first. For a Trainer's checkpoints, call "
+            "tnadapt.torch.adapter_checkpoints(trainer) before train()",
+            stacklevel=3,
+        )
+    elif states and kwargs.get("state_dict") is None and not args:
+        kwargs["state_dict"] = {name: value for name, value in model.state_dict().items() if not is_array(name)}
+    cls: Any = type(model)
+    marked = model.__dict__[_SAVE].marked
+    if marked:  # it would be saved in PEFT's format
+        model.__dict__.pop(_HAS_ADAPTERS, None)
+    try:
+        return cls.save_pretrained(model, save_directory, *args, **kwargs)
+    finally:
+        if marked:
+            model.__dict__[_HAS_ADAPTERS] = True
+
+
 #: torch's functions between the caller of ``named_parameters`` and ``named_modules`` of a module inside.
 _PASSED_THROUGH = ("named_parameters", "_named_members", "named_modules")
 _METHODS: dict[str, Callable[..., Any]] = {
@@ -519,104 +520,11 @@ _METHODS: dict[str, Callable[..., Any]] = {
     "get_adapter_state_dict": _get_adapter_state_dict,
     "named_children": _unless_sent("named_children"),
     "named_modules": _unless_sent("named_modules"),
+    _SAVE: _save_pretrained,
 }
 
 
-# -- What a transformers model has to know about its adapters: saving, and its Trainer ---------------------------------
-
-# transformers knows PEFT's adapters alone. Two of its methods would go wrong with others: ``save_pretrained``, which
-# writes a model that loads without its adapter; and the Trainer, which refuses to train a quantized model unless an
-# adapter is on it. (A model from a GGUF file counts as quantized, although its weights are dequantized.) Those that
-# switch and list adapters are above.
-
-
-_SAVE = "save_pretrained"
-# The attribute by which transformers tells that a model has adapters.
-_HAS_ADAPTERS = "_hf_peft_config_loaded"
-
-
-class TransformersModel:
-    """Replaces ``save_pretrained`` of one model while adapters are attached, and marks a quantized one as adapted.
-
-    It is an object rather than a closure, so that ``copy.deepcopy`` and ``pickle`` connect a copied model to the copy.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        #: Whether the mark is this package's.
-        self.marked = bool(getattr(model, "is_quantized", False)) and getattr(model, _HAS_ADAPTERS, None) is False
-
-    @staticmethod
-    def install(model: nn.Module) -> None:
-        """Prepare a model with an adapter, if it is one of transformers'."""
-        if not callable(getattr(type(model), _SAVE, None)) or _SAVE in model.__dict__:
-            return
-        saver = model.__dict__[_SAVE] = TransformersModel(model)
-        AdapterMethod.install(model)
-        if saver.marked:
-            model.__dict__[_HAS_ADAPTERS] = True
-
-    @staticmethod
-    def remove(model: nn.Module) -> None:
-        """Undo :meth:`install` once the last adapter is gone."""
-        saver = model.__dict__.get(_SAVE)
-        if not isinstance(saver, TransformersModel) or model.__dict__.get(ADAPTERS_ATTR):
-            return
-        AdapterMethod.remove(model)
-        if saver.marked:
-            model.__dict__.pop(_HAS_ADAPTERS, None)
-        del model.__dict__[_SAVE]
-
-    def __call__(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
-        """Save the model as its class does, with a warning if the result would load without its adapters.
-
-        With merged adapters the weights are the result: their arrays are left out.
-        """
-        states = attached(self.model).values()
-        unmerged = [state.name for state in states if state.merged is None]
-        if unmerged:
-            listed = ", ".join(map(repr, unmerged))
-            warnings.warn(
-                f"save_pretrained writes the whole {type(self.model).__name__}, with the arrays of adapter {listed} "
-                "beside the unchanged base: from_pretrained will load the base without its effect. To save the adapter "
-                f"alone, call tnadapt.torch.adapters(model)[{unmerged[0]!r}].save_pretrained(folder). To save the "
-                "changed model, call merge() of the adapter first. For a Trainer's checkpoints, call "
-                "tnadapt.torch.adapter_checkpoints(trainer) before train()",
-                stacklevel=2,
-            )
-        elif states and kwargs.get("state_dict") is None and not args:
-            state_dict = self.model.state_dict()
-            kwargs["state_dict"] = {name: value for name, value in state_dict.items() if not is_array(name)}
-        cls: Any = type(self.model)
-        with self._unmarked():
-            return cls.save_pretrained(self.model, save_directory, *args, **kwargs)
-
-    @contextlib.contextmanager
-    def _unmarked(self) -> Iterator[None]:
-        # A marked model would be saved in PEFT's format.
-        if not self.marked:
-            yield
-            return
-        self.model.__dict__.pop(_HAS_ADAPTERS, None)
-        try:
-            yield
-        finally:
-            self.model.__dict__[_HAS_ADAPTERS] = True
-
-
 # -- Removal, with or without the update left in the weights -----------------------------------------------------------
-
-
-def detach(state: AdapterState) -> None:
-    """Detach an adapter; see :meth:`Adapter.detach`."""
-    _need_own_arrays(state, "detach()")
-    let_go(state)
-
-
-def bake(state: AdapterState, max_error: float | None = None) -> None:
-    """Merge an adapter for good; see :meth:`Adapter.bake`."""
-    _need_own_arrays(state, "bake()")
-    let_go_merged(state, max_error)
 
 
 def let_go(state: AdapterState) -> None:
@@ -671,10 +579,11 @@ def take_off(state: AdapterState) -> None:
     registered.pop(state.name, None)
     if not registered:
         state.model.__dict__.pop(ADAPTERS_ATTR, None)
-    TransformersModel.remove(state.model)
+    _remove_methods(state.model)
 
 
-def _need_own_arrays(state: AdapterState, what: str) -> None:
+def need_own_arrays(state: AdapterState, what: str) -> None:
+    """Raise a TargetError if the adapter was detached, or its arrays are managed elsewhere."""
     need_attached(state)
     if state.managed_by is not None:
         raise TargetError(
@@ -744,27 +653,19 @@ def reference_model(model: nn.Module, *, with_adapters: bool = False) -> nn.Modu
     merged = next((state for state in states.values() if state.merged is not None), None)
     if merged is not None:
         raise TargetError(f"adapter {merged.name!r} is merged into the weights that the reference shares: unmerge() it")
-    shared = _shared(model)
+    # The frozen parameters of the base. Buffers are copied: they are small, and a forward pass may write to them.
+    shared = {id(p): p for name, p in model.named_parameters() if not is_array(name) and not p.requires_grad}
     # A tensor that the memo names is not copied.
-    reference = copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
+    reference = copy.deepcopy(model, dict(shared))
     for state in states.values():
-        state.references.add(reference)
+        state.references += (weakref.ref(reference),)
     for state in attached(reference).values():
         state.shares_weights = True
         # Removing an adapter restores what was trainable before attach(), which here would be in the model in training.
         state.was_trainable = dict.fromkeys(state.was_trainable, False)
         if not with_adapters:
             take_off(state)
-    shared_ids = {id(tensor) for tensor in shared}
     for parameter in reference.parameters():
-        if id(parameter) not in shared_ids:
+        if id(parameter) not in shared:
             parameter.requires_grad_(False)
     return reference.eval()
-
-
-def _shared(model: nn.Module) -> list[Tensor]:
-    """Return the parameters of the base that are frozen; buffers are small, and a forward pass may write to them."""
-    frozen: list[Tensor] = [
-        parameter for name, parameter in model.named_parameters() if not is_array(name) and not parameter.requires_grad
-    ]
-    return frozen

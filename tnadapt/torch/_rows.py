@@ -23,9 +23,6 @@ from ._state import AdapterSlot, AdapterState, RowAssignment, RowRunner, assignm
 from ._strategy_choice import MACHINES
 from ._weights import sees_tokens_in_order
 
-__all__ = ["BASE", "assigned", "looped", "row_runner", "rows"]
-
-
 # -- What the adapters of groups of rows add to an output: low-rank updates by grouped products ------------------------
 
 # The plain form is a loop over groups: :func:`looped`. Where each group's adapter has one low-rank matrix for the same

@@ -26,78 +26,7 @@ from tnadapt.checkpoints.pretrained_model import Pretrained
 from tnadapt.errors import ConfigError, ShapeError, TargetError, warn
 from tnadapt.targets.target import Target
 
-from ._delta import (
-    ArrayCache,
-    DeltaCache,
-    ThetaArrays,
-    copy_all,
-    gather_full,
-    reshard,
-)
-
-__all__ = [
-    "ADAPTERS_ATTR",
-    "DOT",
-    "PREFIX",
-    "AdapterSlot",
-    "AdapterState",
-    "Idle",
-    "Merged",
-    "RowAssignment",
-    "RowRunner",
-    "UntiedWeight",
-    "assignment_of",
-    "checked_pairs",
-    "current",
-    "deltas",
-    "encoded",
-    "entered",
-    "full_arrays",
-    "is_array",
-    "load_arrays",
-    "mixing_weight",
-    "named_parameters",
-    "need_attached",
-    "need_linear",
-    "need_unmerged",
-    "not_a_sum",
-    "pairs",
-    "register_in",
-    "weight_on",
-    "weight_params",
-]
-
-
-# -- The models that share the base's tensors: references of preference training ---------------------------------------
-
-
-class SharedReferences:
-    """The references of one adapter's model, as long as something else uses them; a copy of the adapter has none."""
-
-    def __init__(self) -> None:
-        self._models: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-
-    def add(self, model: nn.Module) -> None:
-        """Remember a model without keeping it alive."""
-        self._models.add(model)
-
-    def warn_of_merge(self, adapter: str) -> None:
-        """Warn that a merge changes the references that are still there."""
-        if self._models:
-            gc.collect()  # modules are in cycles, so one that was deleted may be there still
-        if self._models:
-            warn(
-                f"adapter {adapter!r} is merged into weights that a reference_model() of this model shares, so the "
-                "reference changes, too. If it is still used, unmerge() first, or merge into a copy that was loaded "
-                "for it; if not, delete it before the merge",
-            )
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> SharedReferences:
-        return SharedReferences()
-
-    def __reduce__(self) -> tuple[type[SharedReferences], tuple[()]]:
-        return SharedReferences, ()
-
+from ._delta import ArrayCache, DeltaCache, ThetaArrays, gather_full, reshard
 
 # -- The state, and where a model keeps it -----------------------------------------------------------------------------
 
@@ -150,14 +79,6 @@ def encoded(name: str) -> str:
     return name.replace(".", DOT)
 
 
-class UntiedWeight(NamedTuple):
-    """A weight that was untied: the module, the parameter's name there, and the shared parameter it had before."""
-
-    module: nn.Module
-    name: str
-    parameter: nn.Parameter
-
-
 class Merged(Protocol):
     """The interface of what is kept for one target while its update is in the weight."""
 
@@ -195,21 +116,6 @@ class Idle(NamedTuple):
     held: int
 
 
-class Patch(Protocol):
-    """The interface of a patched module's forward that the state needs."""
-
-    host: nn.Module
-
-    def remove(self, adapter: AdapterState) -> None:
-        """Remove an adapter's slots."""
-
-    def rivals(self, adapter: AdapterState) -> list[AdapterState]:
-        """Return the adapters of the same rows with which this one does not add up."""
-
-    def exchange(self, slots: Mapping[AdapterSlot, AdapterSlot]) -> None:
-        """Put other slots in the place of some."""
-
-
 class AdapterState:
     """The complete state of one adapter on one model.
 
@@ -229,11 +135,12 @@ class AdapterState:
         The arrays that are trained, by their names in the plan; None for all.
     slots : list of AdapterSlot
         One for each target, in their order; then one for each other module that holds a tied weight.
-    patches : list of Patch
+    patches : list of ForwardPatch
         The patch that uses each slot, in their order; the same one several times where one forward uses several.
     was_trainable : dict of str to bool
         ``requires_grad`` of the base's parameters before ``attach``.
-    untied : list of UntiedWeight
+    untied : list of (Module, str, Parameter)
+        The weights that were untied: module, name there, and the shared parameter that was there before.
     alone : tuple of str
         Targets and kept parameters that are of one module alone, though the model may tie them to others.
     settings : list of (Module, str, object)
@@ -271,8 +178,8 @@ class AdapterState:
         Whether the warning that a training does not change the adapter has been issued.
     idle : Idle or None
         What it keeps while it does not act; None while it does.
-    references : SharedReferences
-        Other models that share the base's parameters.
+    references : tuple of weak references
+        To other models that share the base's parameters. A copy of the adapter has none.
     passes : (int, set)
         The sum of the arrays' version counters, and the settings with which forward passes with gradients have begun
         at that version: the recomputation of activation checkpointing must match one of them in backward.
@@ -311,9 +218,9 @@ class AdapterState:
         self.kept = tuple(kept)
         self.trained: tuple[str, ...] | None = None
         self.slots: list[AdapterSlot] = []
-        self.patches: list[Patch] = []
+        self.patches: list[Any] = []
         self.was_trainable: dict[str, bool] = {}
-        self.untied: list[UntiedWeight] = []
+        self.untied: list[tuple[nn.Module, str, nn.Parameter]] = []
         self.alone: tuple[str, ...] = ()
         self.settings: list[Any] = []
         self.merged: list[Merged] | None = None
@@ -329,7 +236,7 @@ class AdapterState:
         self.threads: set[int] = set()
         self.warned = self.idle_warned = False
         self.idle: Idle | None = None
-        self.references = SharedReferences()
+        self.references: tuple[weakref.ref[nn.Module], ...] = ()
         self.passes: tuple[int, set[tuple[Hashable, ...]]] = -1, set()
         self.owner = model
         self.parameter_names = {
@@ -349,9 +256,9 @@ class AdapterState:
             self.made.forget()
 
     def __getstate__(self) -> dict[str, Any]:
-        # Passes with rows are those of this object: none is open for a copy. Tensors on devices are recomputed.
+        # Passes with rows and references are those of this object: a copy has none. Tensors on devices are recomputed.
         state = {name: value for name, value in self.__dict__.items() if not name.startswith(_WEIGHT_ON)}
-        return {**state, "row_passes": 0, "by_rows": False, "row_runner": None}
+        return {**state, "row_passes": 0, "by_rows": False, "row_runner": None, "references": ()}
 
     def set_weight(self, weight: float) -> None:
         """Set the mixing weight, which is known to be valid."""
@@ -413,6 +320,22 @@ def need_linear(state: AdapterState, what: str) -> None:
         )
 
 
+def warn_of_references(state: AdapterState) -> None:
+    """Warn that a merge changes the references of preference training that something still uses."""
+
+    def is_used() -> bool:
+        return any(reference() is not None for reference in state.references)
+
+    if is_used():
+        gc.collect()  # modules are in cycles, so one that was deleted may be there still
+    if is_used():
+        warn(
+            f"adapter {state.name!r} is merged into weights that a reference_model() of this model shares, so the "
+            "reference changes, too. If it is still used, unmerge() first, or merge into a copy that was loaded "
+            "for it; if not, delete it before the merge"
+        )
+
+
 # -- Its arrays: the parameters that hold them, new values, and the updates --------------------------------------------
 
 
@@ -445,17 +368,6 @@ def full_arrays(state: AdapterState) -> dict[str, Tensor]:
     return {name: gather_full(parameter) for name, parameter in named_parameters(state)}
 
 
-def deltas(state: AdapterState) -> list[Tensor]:
-    """Return the update of every target; see :meth:`Adapter.deltas`."""
-    need_linear(state, "there is no ΔW")
-    return state.plan.deltas(full_arrays(state))
-
-
-def load_arrays(state: AdapterState, arrays: Mapping[str, Any]) -> None:
-    """Copy arrays into the parameters; see :meth:`Adapter.load_arrays`."""
-    copy_all(checked_pairs(state, arrays))
-
-
 def checked_pairs(state: AdapterState, arrays: Mapping[str, Any]) -> list[tuple[nn.Parameter, Any]]:
     """Pair each parameter with what to copy into it from an array of a file; raise a ShapeError if they do not fit."""
     need_unmerged(state, "new arrays")
@@ -486,19 +398,17 @@ def register_in(state: AdapterState, owner: nn.ParameterDict, instead: str) -> N
     # Added to the new owner before they leave the old one: at every moment, lookups find the parameters.
     for array, parameter in named_parameters(state):
         owner[names[array]] = parameter
+
+    def move() -> None:
+        state.owner, state.parameter_names, state.managed_by = owner, names, instead
+        for name in old:
+            left._parameters.pop(name, None)
+
     try:
-        _move(state, owner, names, instead, left, old)
+        move()
     except BaseException:  # finish the move when interrupted: half of it would leave them in two places
-        _move(state, owner, names, instead, left, old)
+        move()
         raise
-
-
-def _move(
-    state: AdapterState, owner: nn.Module, names: dict[str, str], instead: str, left: nn.Module, old: Sequence[str]
-) -> None:
-    state.owner, state.parameter_names, state.managed_by = owner, names, instead
-    for name in old:
-        left._parameters.pop(name, None)
 
 
 # -- Which adapter acts on which rows of a batch, in this thread -------------------------------------------------------

@@ -23,9 +23,6 @@ from ._forward_patch import ForwardPatch
 from ._quantized import QuantizedLayer, is_embedding, is_packed, quantized_type
 from ._weights import numbers, tokens_of_one
 
-__all__ = ["MACHINES", "TOKENS", "Machine", "StepWork", "choose", "costs", "dequantized", "is_quantized", "strategy_of"]
-
-
 # -- The cost model: operations, bytes and calls of a training step, in seconds ----------------------------------------
 
 # This is a model, not a measurement: a few numbers describe a machine, and the three strategies are compared by their

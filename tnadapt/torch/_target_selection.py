@@ -19,44 +19,25 @@ from tnadapt.algebra.composite import CompositeConfig
 from tnadapt.algebra.config import Config
 from tnadapt.algebra.named_config import named_config
 from tnadapt.argument_checks import flag
-from tnadapt.errors import ConfigError, TargetError, TnadaptError, pluralize, safe_repr
+from tnadapt.errors import ConfigError, TargetError, pluralize, safe_repr
+from tnadapt.targets import roles
 from tnadapt.targets.attention_layouts import AttentionLayout, by_name, of_class
 from tnadapt.targets.fused_rows import Facts, Fused, LayoutError, place_rows
-from tnadapt.targets.roles import (
-    KEYWORDS,
-    AttentionWeights,
-    Called,
-    ProjectionName,
-    are_roles,
-    attentions_in,
-    ends_in,
-    is_attention,
-    layer_of,
-    number,
-    parse_projection_name,
-    path_matcher,
-    settled_names,
-    similar_paths,
-    unclear_children,
-)
 from tnadapt.targets.target import ROLES, Rows, Target, check_distinct
 
 from ._quantized import is_embedding
 from ._weights import (
     Weight,
-    check_embedding,
+    check_usable,
     join,
     modules_of,
     plain,
     projections_in,
-    tied,
+    reported_by,
     weights_of,
     with_tied,
     wraps,
 )
-
-__all__ = ["AttentionModule", "attentions", "check_ordered", "find_targets", "of_patterns"]
-
 
 # -- The layout of a fused weight, and its rows that produce q, k and v ------------------------------------------------
 
@@ -74,18 +55,13 @@ def layout_of(parent: Any, weight: str = "") -> AttentionLayout | None:
     return of_class(names, lambda name: hasattr(parent, name), weight)
 
 
-def is_known(parent: Any) -> bool:
-    """Return whether the class is in the table, which makes it an attention whatever its name."""
-    return layout_of(parent) is not None
-
-
 # Layouts that are known by the class of the attention come from a table shared with checkpoints on disk. The layout of
 # an unknown class is inferred from the weight's name, with one block per letter in order, as in most libraries. Block
 # sizes come from the numbers of heads where keys and values have fewer heads, else the blocks are equal; they are
 # checked against the width of the output projection. Where the name is ambiguous, the caller must give the rows.
 
 
-def fused_rows(parent: Any, name: str, fused: Fused, path: str) -> dict[str, Rows | None]:
+def fused_rows(parent: Any, name: str, weight: Weight, fused: Fused) -> dict[str, Rows | None]:
     """Return the rows of a fused weight that produce q, k and v; None where the whole weight produces one.
 
     Parameters
@@ -94,9 +70,8 @@ def fused_rows(parent: Any, name: str, fused: Fused, path: str) -> dict[str, Row
         The attention module.
     name : str
         The weight's name there.
+    weight : Weight
     fused : Fused
-    path : str
-        Dotted path of the weight, for the error message.
 
     Raises
     ------
@@ -110,13 +85,12 @@ def fused_rows(parent: Any, name: str, fused: Fused, path: str) -> dict[str, Row
             raise LayoutError("libraries lay it out in different ways")
         return place_rows(rule(facts_of(parent), fused), fused)
     except LayoutError as error:
-        why = str(error)
-    raise TargetError(
-        f"{path} computes {', '.join(fused.letters)} with one weight of {fused.out} rows, and the layout of the rows "
-        f"in a {type(parent).__name__} is unknown: {why}; give the rows, targets=[tnadapt.Target({path!r}, stored "
-        "shape, 'q', rows=tnadapt.Rows(start, length, stride, count)), …], or leave it out with a list of paths or a "
-        "function"
-    )
+        raise TargetError(
+            f"{weight.path} computes {', '.join(fused.letters)} with one weight of {fused.out} rows, and the layout of "
+            f"the rows in a {type(parent).__name__} is unknown: {error}; give the rows, "
+            f"targets=[tnadapt.Target({weight.path!r}, stored shape, 'q', rows=tnadapt.Rows(start, length, stride, "
+            "count)), …], or leave it out with a list of paths or a function"
+        ) from None
 
 
 # -- The query, key, value and output projections of every attention ---------------------------------------------------
@@ -132,7 +106,7 @@ class AttentionModule(NamedTuple):
     """
 
     module: nn.Module
-    weights: AttentionWeights[Weight]
+    weights: roles.AttentionWeights[Weight]
 
     def targets(self, letters: str) -> Iterator[Target]:
         """Yield each weight, or part of one, that produces one of the letters.
@@ -150,11 +124,7 @@ class AttentionModule(NamedTuple):
                     "weight or rows is unknown: give tnadapt.Target(path, shape, role, rows=tnadapt.Rows(…)) for it, "
                     "or name other targets in a list of paths or with a function"
                 )
-        layer = layer_of(plain(path))
-
-        def rows_of(name: str, weight: Weight, fused: Fused) -> dict[str, Rows | None]:
-            return fused_rows(self.module, name, fused, weight.path)
-
+        layer, rows_of = roles.layer_of(plain(path)), functools.partial(fused_rows, self.module)
         for weight, role, rows in self.weights.parts(letters, lambda weight: weight.shape, rows_of):
             yield weight.target(role, layer, rows)
 
@@ -172,7 +142,7 @@ def attentions(model: nn.Module) -> Iterator[AttentionModule]:
     def named_first(weight: Weight) -> Weight:
         return weight._replace(path=tree.first[id(weight.module)])
 
-    for weights in attentions_in(tree):
+    for weights in roles.attentions_in(tree):
         module = tree.modules[weights.path]
         inputs = [(name, says, named_first(weight)) for name, says, weight in weights.inputs]
         outputs = list(map(named_first, weights.outputs))
@@ -183,44 +153,43 @@ class _ModelTree:
     """The modules of a model by their paths, as :func:`attentions_in` asks for them."""
 
     def __init__(self, model: nn.Module) -> None:
-        places = list(modules_of(model))
-        self._paths = [path for path, _ in places]
-        self.modules = {plain(path): module for path, module in places} | dict(places)
-        self.first = {id(module): path for path, module in places}
+        places = dict(modules_of(model))
+        self.modules = {plain(path): module for path, module in places.items()} | places
+        self.first = {id(module): path for path, module in places.items()}
 
-    def paths(self) -> list[str]:
-        return self._paths
+    def paths(self) -> Iterable[str]:
+        return self.first.values()
 
     def is_attention(self, path: str) -> bool:
-        return is_attention(type(self.modules[path]).__name__, plain(path).rpartition(".")[2])
+        return roles.is_attention(type(self.modules[path]).__name__, plain(path).rpartition(".")[2])
 
-    def called(self, path: str) -> list[Called[Weight]]:
-        module, projections = self.modules[path], list[Called[Weight]]()
+    def called(self, path: str) -> list[roles.Called[Weight]]:
+        module, projections = self.modules[path], list[roles.Called[Weight]]()
         for weight in weights_of(path, module):
-            name = parse_projection_name(weight.parameter, attention=True)
+            name = roles.parse_projection_name(weight.parameter, attention=True)
             if name is not None:
                 projections.append((weight.parameter, name, [weight]))
-        attention = self.is_attention(path) or is_known(module)
+        # A class of the table is an attention whatever its name.
+        attention = self.is_attention(path) or layout_of(module) is not None
         for child_name, child in _children(module):
-            name = parse_projection_name(child_name, attention)
-            weights = [] if name is None else projections_in(join(path, child_name), child)
-            if name is not None and weights:
+            name = roles.parse_projection_name(child_name, attention)
+            if name is not None and (weights := projections_in(join(path, child_name), child)):
                 projections.append((child_name, name, weights))
-        return settled_names(projections)
+        return roles.settled_names(projections)
 
-    def unclear(self, path: str, called: list[Called[Weight]]) -> list[tuple[str, str]]:
+    def unclear(self, path: str, called: list[roles.Called[Weight]]) -> list[tuple[str, str]]:
         children = dict(_children(self.modules[path]))
-        return unclear_children(called, children, lambda name: bool(projections_in(name, children[name])))
+        return roles.unclear_children(called, children, lambda name: bool(projections_in(name, children[name])))
 
     def outputs(self, path: str, names: frozenset[str]) -> list[Weight]:
-        children = [(name, child) for name, child in _children(self.modules[path]) if name in names]
-        weights = [projections_in(join(path, name), child) for name, child in children]
+        children = _children(self.modules[path])
+        weights = [projections_in(join(path, name), child) for name, child in children if name in names]
         return [projections[0] for projections in weights if len(projections) == 1]
 
     def attention_above(self, path: str) -> str | None:
         above = plain(path).rpartition(".")[0]
         parent = self.modules.get(above)
-        return above if parent is not None and is_attention(type(parent).__name__) else None
+        return above if parent is not None and roles.is_attention(type(parent).__name__) else None
 
     def key(self, weight: Weight) -> tuple[int, str]:
         return id(weight.module), weight.parameter
@@ -231,13 +200,13 @@ def _children(module: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def _in_use(
-    module: nn.Module, inputs: list[tuple[str, ProjectionName, Weight]]
-) -> list[tuple[str, ProjectionName, Weight]]:
+    module: nn.Module, inputs: list[tuple[str, roles.ProjectionName, Weight]]
+) -> list[tuple[str, roles.ProjectionName, Weight]]:
     """Drop the separate weights that diffusers keeps next to a fused copy and no longer reads."""
     if not getattr(module, "fused_projections", False):
         return inputs
 
-    def stream(name: ProjectionName) -> bool:
+    def stream(name: roles.ProjectionName) -> bool:
         return name.family.startswith("add_") or "added" in name.family
 
     fused = {(stream(name), letter) for _, name, _ in inputs if len(name.letters) > 1 for letter in name.letters}
@@ -256,8 +225,10 @@ class TargetSearch:
     """One model, inspected once for several searches."""
 
     def __init__(self, model: nn.Module) -> None:
+        if not isinstance(model, nn.Module):
+            raise TargetError(f"targets are found in a torch module; got {type(model).__name__}")
         self.model = model
-        self.places = list(modules_of(model))
+        self.modules = dict(modules_of(model))
 
     @functools.cached_property
     def attentions(self) -> list[AttentionModule]:
@@ -265,11 +236,7 @@ class TargetSearch:
 
     @functools.cached_property
     def weights(self) -> list[Weight]:
-        return [weight for path, module in self.places for weight in weights_of(path, module)]
-
-    @functools.cached_property
-    def modules(self) -> dict[str, nn.Module]:
-        return dict(self.places)
+        return [weight for path, module in self.modules.items() for weight in weights_of(path, module)]
 
     @functools.cached_property
     def by_name(self) -> dict[tuple[str, str], Weight]:
@@ -304,53 +271,55 @@ class TargetSearch:
     # -- Words -------------------------------------------------------------------------------
 
     def _by_word(self, word: str) -> list[Target]:
-        if are_roles(word):
+        if roles.are_roles(word):
             return [target for attention in self.attentions for target in attention.targets(word)]
         if word == "all-linear":
             heads = _heads(self.model)
-            return [
-                _whole(weight) for weight in self.weights if weight.kind == "linear" and id(weight.module) not in heads
-            ]
-        if word == "embeddings":
-            return [_whole(weight) for weight in self.weights if is_embedding(weight.module)]
-        if word == "conv":
-            return [_whole(weight) for weight in self.weights if weight.kind == "conv"]
-        matching = self._matching(path_matcher(word, "targets"))
-        targets = [target for path, module in matching for target in self._whole_of(path, module)]
+            chosen = [weight for weight in self.weights if weight.kind == "linear" and id(weight.module) not in heads]
+        elif word == "embeddings":
+            chosen = [weight for weight in self.weights if is_embedding(weight.module)]
+        elif word == "conv":
+            chosen = [weight for weight in self.weights if weight.kind == "conv"]
+        else:
+            return self._by_expression(word)
+        return list(map(_whole, chosen))
+
+    def _by_expression(self, word: str, ends: bool = False) -> list[Target]:
+        """Return the targets of the modules whose path matches, with or without PEFT's wrapping.
+
+        With ``ends`` the last whole parts of the path suffice, and a module that holds no weight itself stands for all
+        linear weights in it.
+        """
+        is_match = roles.path_matcher(word, "" if ends else "targets", ends)
+        targets = list[Target]()
+        for path, module in self.modules.items():
+            # PEFT's wrapper is skipped: the layer in it has the same plain path.
+            if wraps(module) or not (is_match(path) or is_match(plain(path))):
+                continue
+            if ends and not weights_of(path, module):
+                targets += [_whole(weight) for weight in self._inside(path) if weight.kind == "linear"]
+            else:
+                targets += self._whole_of(path, module)
         if not targets:
             raise self._no_match(word)
         return targets
 
-    def _matching(self, is_match: Callable[[str], bool]) -> Iterator[tuple[str, nn.Module]]:
-        """Yield the modules whose path matches, with or without PEFT's wrapping."""
-        for path, module in self.places:
-            # PEFT's wrapper is skipped: the layer in it has the same plain path.
-            if not wraps(module) and (is_match(path) or is_match(plain(path))):
-                yield path, module
-
     def by_pattern(self, pattern: str) -> list[Target]:
-        """Return the targets of a word, or of a regular expression for the whole path or its last whole parts.
-
-        Of a module that holds no weight itself, those are all linear weights in it.
-        """
-        if pattern in KEYWORDS or are_roles(pattern):
+        """Return the targets of a word, or of a regular expression for the whole path or its last whole parts."""
+        if pattern in roles.KEYWORDS or roles.are_roles(pattern):
             return self._by_word(pattern)
-        targets = []
-        for path, module in self._matching(path_matcher(pattern, ends=True)):
-            weights = weights_of(path, module)
-            inside = [weight for weight in self.weights if weight.path.startswith(f"{path}." if path else "")]
-            targets += [_whole(weight) for weight in weights or inside if weights or weight.kind == "linear"]
-        if not targets:
-            raise self._no_match(pattern)
-        return targets
+        return self._by_expression(pattern, ends=True)
+
+    def _inside(self, path: str) -> list[Weight]:
+        return [weight for weight in self.weights if weight.path.startswith(f"{path}." if path else "")]
 
     def _whole_of(self, path: str, module: nn.Module) -> list[Target]:
         weights = weights_of(path, module)
         if not weights:
-            inside = [weight.path for weight in self.weights if weight.path.startswith(f"{path}." if path else "")]
-            hint = f"; name the modules inside it, such as {', '.join(inside[:4])}" if inside else ""
+            inside = ", ".join(weight.path for weight in self._inside(path)[:4])
+            hint = f"; name the modules inside it, such as {inside}" if inside else ""
             raise TargetError(f"{safe_repr(path)} is a {type(module).__name__}, which holds no weight to adapt{hint}")
-        return [_whole(weight) for weight in weights]
+        return list(map(_whole, weights))
 
     # -- Lists -------------------------------------------------------------------------------
 
@@ -363,9 +332,9 @@ class TargetSearch:
         if targets:
             return targets
         path, colon, letters = entry.rpartition(":")
-        if colon and are_roles(letters):
+        if colon and roles.are_roles(letters):
             return self._roles_at(path, letters, _ends)
-        for path, module in self.places:
+        for path, module in self.modules.items():
             if _ends(entry, path):
                 return self._whole_of(path, module)
         raise self._no_match(entry)
@@ -388,45 +357,41 @@ class TargetSearch:
     def _no_match(self, name: str, what: str = "", among: list[str] | None = None) -> TargetError:
         paths = (plain(weight.path) for weight in self.weights if weight.kind != "other")
         names = among or list(dict.fromkeys(paths))
-        close = similar_paths(name, names)
+        close = roles.similar_paths(name, names)
         some = close or names[:6]
         hint = f"{'close matches' if close else 'it has'}: {', '.join(some)}" if some else "the model has none at all"
         # A word in another spelling is meant, whatever modules have similar names.
         spelled = name.lower().replace("_", "-")
-        word = [spelled] if spelled in KEYWORDS and not what else []
-        if not (word or close or what):
-            word = difflib.get_close_matches(spelled, KEYWORDS, 1, 0.75)
+        word = [] if what else difflib.get_close_matches(spelled, roles.KEYWORDS, 1, 1.0 if close else 0.75)
         meant = f"did you mean {word[0]!r}? " if word else ""
         listed = len({weight.path for weight in self.weights if _ends(name, weight.path)})
         way = f": [{name!r}] matches {listed} of them" if listed else ""
         return TargetError(
             f"no module of {type(self.model).__name__} matches {safe_repr(name)}{what} ({len(names)} could); "
-            f"{meant}{hint}. A "
-            "list takes whole paths or their last whole parts, a plain string is a regular expression for a whole path"
-            f"{way}"
+            f"{meant}{hint}. A list takes whole paths or their last whole parts, a plain string is a regular "
+            f"expression for a whole path{way}"
         )
 
     # -- Functions and targets ---------------------------------------------------------------
 
     def _by_function(self, choose: Callable[[str, nn.Module], Any]) -> list[Target]:
         targets: list[Target] = []
-        for path, module in self.places:
+        for path, module in self.modules.items():
             choice = choose(path, module)
             if choice is None or choice is False:
                 continue
             if choice is True:
                 targets += self._whole_of(path, module)
-            elif isinstance(choice, str) and are_roles(choice):
+            elif isinstance(choice, str) and roles.are_roles(choice):
                 targets += self._roles_at(path, choice, str.__eq__)
-            elif isinstance(choice, Target):
-                targets.append(self._checked(choice))
-            elif isinstance(choice, (list, tuple)) and all(isinstance(target, Target) for target in choice):
-                targets += [self._checked(target) for target in choice]
             else:
-                raise TargetError(
-                    "a function for targets must return True, roles such as 'qv', tnadapt.Target or None; for "
-                    f"{safe_repr(path)} it returned {safe_repr(choice)}"
-                )
+                several = [choice] if isinstance(choice, Target) else choice
+                if not isinstance(several, (list, tuple)) or not all(isinstance(each, Target) for each in several):
+                    raise TargetError(
+                        "a function for targets must return True, roles such as 'qv', tnadapt.Target or None; for "
+                        f"{safe_repr(path)} it returned {safe_repr(choice)}"
+                    )
+                targets += map(self._checked, several)
         return targets
 
     def _checked(self, target: Target) -> Target:
@@ -463,7 +428,7 @@ class TargetSearch:
 def _whole(weight: Weight) -> Target:
     role = "embedding" if is_embedding(weight.module) else "conv" if weight.kind == "conv" else "linear"
     # The last component is dropped: a module's index in a Sequential is not the number of a layer.
-    return weight.target(role, layer_of(plain(weight.path).rpartition(".")[0]))
+    return weight.target(role, roles.layer_of(plain(weight.path).rpartition(".")[0]))
 
 
 def _order(transposed: bool) -> str:
@@ -472,7 +437,7 @@ def _order(transposed: bool) -> str:
 
 def _ends(entry: str, path: str) -> bool:
     """Return whether a path equals the entry or ends in it, by whole parts, with or without PEFT's wrapping."""
-    return ends_in(path, entry) or ends_in(plain(path), entry)
+    return roles.ends_in(path, entry) or roles.ends_in(plain(path), entry)
 
 
 def _is_name(entry: str, weight: Weight) -> bool:
@@ -484,10 +449,7 @@ def _heads(model: nn.Module) -> set[int]:
     """Return ids of the output head's modules: those the model reports, or the last layer below a child so named."""
     heads: list[Any] = []
     for method in ("get_output_embeddings", "get_classifier"):
-        try:
-            reported = getattr(model, method)()
-        except (AttributeError, NotImplementedError, TypeError):
-            continue
+        reported = reported_by(model, method)
         heads += reported if isinstance(reported, (tuple, list)) else [reported]
     while len(model._modules) == 1 and next(iter(model._modules)) in _WRAPPERS:
         inner = next(iter(model._modules.values()))
@@ -495,12 +457,11 @@ def _heads(model: nn.Module) -> set[int]:
             break
         model = inner
     heads += [model._modules[name] for name in _HEADS if name in model._modules]
-    return {id(module) for head in heads if isinstance(head, nn.Module) for module in _last(head)}
-
-
-def _last(head: nn.Module) -> Iterator[nn.Module]:
-    holders = [module for path, module in modules_of(head) if weights_of(path, module)]
-    yield from holders[-1:]
+    last = set()
+    for head in heads:
+        if isinstance(head, nn.Module):
+            last.update([id(module) for path, module in modules_of(head) if weights_of(path, module)][-1:])
+    return last
 
 
 # -- The targets that ``layers`` leaves, and those that ``exclude`` removes --------------------------------------------
@@ -536,8 +497,8 @@ def in_layers(search: TargetSearch, found: Sequence[Target], layers: Any) -> lis
             f"layers={safe_repr(layers)}: no number of a layer is in the paths of the targets, such as "
             f"{safe_repr(found[0].module)}; leave layers out, or give the targets as a list or a regular expression"
         )
-    sizes = _sizes(path for path, _ in search.places)
-    sizes = {stack: size for stack, size in sizes.items() if stack in {place[0] for place in places if place}}
+    stacks = {place[0] for place in places if place}
+    sizes = {stack: size for stack, size in _sizes(search.modules).items() if stack in stacks}
     for index in wanted:
         if not any(-size <= index < size for size in sizes.values()):
             existing = ", ".join(
@@ -556,16 +517,11 @@ def in_layers(search: TargetSearch, found: Sequence[Target], layers: Any) -> lis
 
 
 def _numbers(layers: Any) -> set[int]:
-    listed = [layers] if isinstance(layers, int) else layers
     try:
-        wanted = list(listed)
+        wanted = [layers] if isinstance(layers, int) else list(layers)
     except TypeError:
         wanted = []
-    if (
-        isinstance(layers, str)
-        or not wanted
-        or any(isinstance(layer, bool) or not isinstance(layer, int) for layer in wanted)
-    ):
+    if not wanted or not all(isinstance(layer, int) and not isinstance(layer, bool) for layer in wanted):
         raise TargetError(
             "layers must be the number of a layer, a range or a list of such numbers, of which negative ones count "
             f"from the end; got {safe_repr(layers)}"
@@ -580,7 +536,7 @@ def _place(path: str) -> tuple[str, int] | None:
     """
     parts = plain(path).split(".")[:-1]
     for place, part in enumerate(parts):
-        layer = number(part)
+        layer = roles.number(part)
         if layer is not None:
             return ".".join(parts[:place]), layer
     return None
@@ -591,7 +547,7 @@ def _sizes(paths: Iterable[str]) -> dict[str, int]:
     sizes: dict[str, int] = {}
     for path in paths:
         stack, _, last = plain(path).rpartition(".")
-        index = number(last)
+        index = roles.number(last)
         if index is not None:
             sizes[stack] = max(sizes.get(stack, 0), index + 1)
     return sizes
@@ -643,15 +599,16 @@ def without(search: TargetSearch, found: Sequence[Target], exclude: Any) -> list
     ]
     if len(kept) == len(found):
         some = ", ".join(dict.fromkeys(target.name for target in found[:4]))
+        about, way = (
+            "",
+            "leave it out, or give the path of a module, roles or a regular expression for the whole path of a module",
+        )
         if isinstance(exclude, str) and any(exclude in target.module.split(".") for target in found):
-            raise TargetError(
-                f"exclude={safe_repr(exclude)} is a regular expression for the whole path of a module, and excludes "
-                f"none of the {pluralize(len(found), 'target')}, such as {some}; a list takes the last whole parts of "
-                f"paths: exclude=[{exclude!r}]"
-            )
+            about = " is a regular expression for the whole path of a module, and"
+            way = f"a list takes the last whole parts of paths: exclude=[{exclude!r}]"
         raise TargetError(
-            f"exclude={safe_repr(exclude)} excludes none of the {pluralize(len(found), 'target')}, such as {some}; "
-            "leave it out, or give the path of a module, roles or a regular expression for the whole path of a module"
+            f"exclude={safe_repr(exclude)}{about} excludes none of the {pluralize(len(found), 'target')}, such as "
+            f"{some}; {way}"
         )
     if not kept:
         raise TargetError(f"exclude={safe_repr(exclude)} excludes all of the {pluralize(len(found), 'target')}")
@@ -660,40 +617,34 @@ def without(search: TargetSearch, found: Sequence[Target], exclude: Any) -> list
 
 def _excluded(search: TargetSearch, exclude: Any) -> tuple[set[str], list[Target]]:
     """Return the paths of modules that are excluded with everything below, and the targets that are."""
-    paths = [path for path, _ in search.places]
-    if isinstance(exclude, str) and (exclude in KEYWORDS or are_roles(exclude)):
+    if isinstance(exclude, str) and (exclude in roles.KEYWORDS or roles.are_roles(exclude)):
         return set(), search.find(exclude)
     if isinstance(exclude, str):
-        is_match = path_matcher(exclude, "exclude")
-        return {path for path in paths if is_match(path) or is_match(plain(path))}, []
+        is_match = roles.path_matcher(exclude, "exclude")
+        return {path for path in search.modules if is_match(path) or is_match(plain(path))}, []
+    modules, targets = set[str](), list[Target]()
     if callable(exclude):
-        below: set[str] = set()
-        return below, search.find(_apart(exclude, below))
+
+        def choose(path: str, module: nn.Module) -> Any:
+            choice = exclude(path, module)
+            if choice is not True:
+                return choice
+            modules.add(path)
+            return None
+
+        targets = search.find(choose)
+        return modules, targets
     if not isinstance(exclude, (list, tuple, set, frozenset)):
         raise TargetError(
             "exclude must be roles such as 'qv', 'all-linear', 'conv', a regular expression, a list or a function, as "
             f"targets; got {safe_repr(exclude)}"
         )
-    modules, targets = set[str](), list[Target]()
     for entry in exclude:
-        ends = {path for path in paths if isinstance(entry, str) and entry and _ends(entry, path)}
+        ends = {path for path in search.modules if isinstance(entry, str) and entry and _ends(entry, path)}
         modules |= ends
         if not ends:
             targets += search.find([entry])  # a parameter, roles of an attention, a Target; or an error
     return modules, targets
-
-
-def _apart(choose: Callable[[str, nn.Module], Any], below: set[str]) -> Callable[[str, nn.Module], Any]:
-    """Return the function without its answers True, whose paths are put into ``below``."""
-
-    def chosen(path: str, module: nn.Module) -> Any:
-        choice = choose(path, module)
-        if choice is not True:
-            return choice
-        below.add(path)
-        return None
-
-    return chosen
 
 
 def _above(path: str) -> Iterator[str]:
@@ -709,13 +660,11 @@ def _covered(target: Target, excluded: Sequence[Target]) -> bool:
     for other in excluded:
         if other.rows is None or other.rows == target.rows:
             return True
-        try:
-            check_distinct([target, other])
-        except TnadaptError:
+        if _overlap(target, other):
             raise TargetError(
                 f"exclude names the role {other.role!r} of {target.name}, of which other rows are a target as well: "
                 "name the roles to adapt in targets, such as 'qv'"
-            ) from None
+            )
     return False
 
 
@@ -794,8 +743,6 @@ def find_targets(
     >>> [target.module for target in find_targets(encoder, "all-linear", layers=-1, exclude=["self_attn", "linear2"])]
     ['layers.2.linear1']
     """
-    if not isinstance(model, nn.Module):
-        raise TargetError(f"targets are found in a torch module; got {type(model).__name__}")
     untie, keep_tied = flag("untie", untie), flag("keep_tied", keep_tied)
     search = TargetSearch(model)
     selected = search.find(targets)
@@ -822,7 +769,7 @@ def filtered(search: TargetSearch, found: Sequence[Target], layers: Any, exclude
 
 def in_order(search: TargetSearch, found: Iterable[Target]) -> list[Target]:
     """Return targets in the order of the model's modules, of roles and of their parameters, each once."""
-    order = {path: place for place, (path, _) in enumerate(search.places)}
+    order = {path: place for place, path in enumerate(search.modules)}
     stored = {(weight.path, weight.parameter, weight.index): place for place, weight in enumerate(search.weights)}
     chosen = {(target.module, target.parameter, target.index, target.rows): target for target in found}.values()
 
@@ -833,31 +780,11 @@ def in_order(search: TargetSearch, found: Iterable[Target]) -> list[Target]:
     return sorted(chosen, key=place)
 
 
-def check_usable(model: nn.Module, chosen: Sequence[Target], untie: bool) -> None:
-    """Raise a TargetError if a weight is tied, and ``untie`` is false, or is that of an embedding that changes it."""
-    places = dict.fromkeys((each.module, each.name) for target in chosen for each in (target, *target.tied_targets()))
-    for module, name in places:
-        check_embedding(name, model.get_submodule(module))
-    shared = [] if untie else tied(model, chosen)
-    if shared:
-        raise TargetError(
-            f"{shared[0][0]} and {shared[0][1]} are one tensor (tied weights), and an update of one would change both: "
-            "give keep_tied=True, so that one update acts in both, or untie=True, which gives the second its own copy, "
-            "or leave it out of the targets"
-        )
-
-
 # -- The targets of several configs in one adapter: each config with the pattern of its weights ------------------------
 
 
 def of_patterns(
-    model: nn.Module,
-    patterns: Mapping[Any, Config | str],
-    *,
-    layers: Any = None,
-    exclude: Any = None,
-    untie: bool = False,
-    keep_tied: bool = False,
+    model: nn.Module, patterns: Mapping[Any, Config | str], layers: Any = None, exclude: Any = None
 ) -> tuple[Config, list[Target]]:
     """Return the config of a mapping from patterns to configs, and its targets: those of the first pattern, and so on.
 
@@ -868,8 +795,8 @@ def of_patterns(
         From what ``targets`` of :func:`tnadapt.torch.find_targets` may be, with a tuple for a list, to a config or the
         name of a preset. Another string than a role or keyword is a regular expression for the path of a module, or
         for its last whole parts; of a module that holds no weight itself, all linear weights in it are meant.
-    layers, exclude, untie, keep_tied
-        As for :func:`tnadapt.torch.find_targets`.
+    layers, exclude
+        As for :func:`tnadapt.torch.find_targets`, which is yet to check the targets.
 
     Returns
     -------
@@ -892,8 +819,6 @@ def of_patterns(
     >>> [part.weights for part in config.parts], [target.module for target in targets]
     ([2, 2], ['linear1', 'linear2', 'self_attn', 'self_attn'])
     """
-    if not isinstance(model, nn.Module):
-        raise TargetError(f"attach needs a torch module; got {type(model).__name__}")
     if not patterns:
         raise ConfigError("a mapping of patterns to configs must have at least one; got {}")
     configs = {pattern: _config(pattern, value) for pattern, value in patterns.items()}
@@ -906,8 +831,6 @@ def of_patterns(
         if not selected:
             raise TargetError(f"layers and exclude leave no target of {safe_repr(pattern)}: leave this pattern out")
     targets = [target for selected in chosen.values() for target in selected]
-    targets = with_tied(model, targets, keep_tied)
-    check_usable(model, targets, untie)
     parts = [(configs[pattern], len(selected)) for pattern, selected in chosen.items()]
     return (parts[0][0] if len(parts) == 1 else CompositeConfig(parts)), targets
 

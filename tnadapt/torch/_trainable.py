@@ -9,57 +9,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tnadapt.algebra.factoring import factoring
 from tnadapt.algebra.group import Group
 from tnadapt.algebra.init import Initializer
 from tnadapt.algebra.superlora import SuperLoRA
-from tnadapt.argument_checks import is_sequence
+from tnadapt.argument_checks import checks_arguments, is_sequence
 from tnadapt.errors import ConfigError, safe_repr, warn
 
-from ._delta import (
-    DeltaCache,
-    ThetaArrays,
-    copy_all,
-    gather_full,
-    reshard,
-)
-from ._state import AdapterSlot, AdapterState, named_parameters, need_attached, need_unmerged, pairs
+from . import _state
+from ._delta import DeltaCache, ThetaArrays, copy_all, gather_full, reshard
+from ._state import AdapterSlot, AdapterState, full_arrays, named_parameters, need_unmerged, pairs
 from ._weights import bound
 
-__all__ = ["choose", "fill", "keep", "num_parameters", "parameter_groups", "start_from"]
-
-
 # -- The arrays to train, and learning rates: Local LoRA, asymmetric LoRA, LoRA+ ---------------------------------------
-
-
-def num_parameters(adapter: AdapterState) -> int:
-    """Count the elements of the arrays that are trained."""
-    if adapter.trained is None:
-        return adapter.plan.num_parameters
-    return sum(math.prod(adapter.plan.param_shapes[name]) for name in adapter.trained)
-
-
-def choose(adapter: AdapterState, groups: Any, arrays: Any) -> None:
-    """Choose the arrays to train; see :meth:`Adapter.set_trainable`."""
-    known = range(adapter.plan.num_groups)
-    places = _places(adapter.plan)
-    last = sorted({word for _, words in places.values() for word in words})
-    numbers, words = _listed(groups, known), _listed(arrays, last)
-    chosen = [
-        name
-        for name, (number, array_words) in places.items()
-        # A θ of the whole plan belongs to all groups, as does the magnitude of a weight in several of them.
-        if (number in numbers or (number is None and numbers)) and not array_words.isdisjoint(words)
-    ]
-    if not chosen:
-        raise ConfigError(
-            f"adapter {adapter.name!r} has no arrays {safe_repr(arrays)} in groups {safe_repr(groups)}; it has "
-            "groups 0 to "
-            f"{len(known) - 1} and arrays {', '.join(last)}"
-        )
-    keep(adapter, chosen, _moved_zero(adapter, chosen))
 
 
 def _places(plan: SuperLoRA) -> dict[str, tuple[int | None, set[str]]]:
@@ -125,7 +89,7 @@ def _moved_zero(adapter: AdapterState, trained: Collection[str]) -> dict[str, np
     if plan.theta is not None or next(iter(everything.values())).device.type == "meta":
         return {}  # each θ moves all of its arrays; on the meta device, reset() fills them in
     new_values: dict[str, np.ndarray] = {}
-    able, unable = list[int](), list[int]()
+    able, unable = 0, list[int]()
     for number, (group, old, new) in enumerate(
         zip(plan.groups, plan.starts(adapter.trained), plan.starts(trained), strict=True)
     ):
@@ -144,8 +108,14 @@ def _moved_zero(adapter: AdapterState, trained: Collection[str]) -> dict[str, np
         elif not can_learn(group, values, names):
             unable.append(number)
             continue
-        able.append(number)
-    _refuse_or_warn(adapter, trained, able, unable)
+        able += 1
+    _refuse_or_warn(
+        f"adapter {adapter.name!r} has arrays of zeros next to {_last_words(trained)} that would be frozen, so that "
+        "the gradient of the trained arrays is zero",
+        "Train the others too, or call reset(), which starts over with the zero in a trained array",
+        unable,
+        able,
+    )
     return new_values
 
 
@@ -184,19 +154,13 @@ def can_learn(group: Group, values: Mapping[str, Tensor], trained: Collection[st
     return False
 
 
-def _refuse_or_warn(
-    adapter: AdapterState, trained: Collection[str], able: Sequence[int], unable: Sequence[int]
-) -> None:
+def _refuse_or_warn(problem: str, way: str, unable: Sequence[int], able: int) -> None:
+    """Raise a ConfigError if no group can learn; warn if some cannot."""
     if not unable:
         return
-    problem = (
-        f"adapter {adapter.name!r} has arrays of zeros next to {_last_words(trained)} that would be frozen, so that "
-        "the gradient of the trained arrays is zero"
-    )
-    way = "Train the others too, or call reset(), which starts over with the zero in a trained array"
-    if not able:
-        raise ConfigError(f"{problem}: nothing would learn. {way}")
     some = ", ".join(map(str, unable[:4])) + (f" and {len(unable) - 4} more" if len(unable) > 4 else "")
+    if not able:
+        raise ConfigError(f"{problem} in groups {some}: nothing would learn. {way}")
     warn(f"{problem} in groups {some}. {way}")
 
 
@@ -212,72 +176,7 @@ def _listed(value: Any, known: Sequence[Any]) -> list[Any]:
     return listed if all(type(item) in (int, str) and item in known for item in listed) else []
 
 
-def parameter_groups(adapter: AdapterState, lr: float, ratio: float) -> list[dict[str, Any]]:
-    """Return optimizer parameter groups; see :meth:`Adapter.parameter_groups`."""
-    zero = set(_start_zero(adapter))
-    fast = [p for name, p in named_parameters(adapter) if p.requires_grad and name in zero]
-    slow = [p for name, p in named_parameters(adapter) if p.requires_grad and name not in zero]
-    if not slow:
-        return [{"params": fast, "lr": lr}]
-    return [{"params": slow, "lr": lr}, *([{"params": fast, "lr": lr * ratio}] if fast else [])]
-
-
-def adam_groups(adapter: AdapterState, lr: float) -> list[dict[str, Any]]:
-    """Return parameter groups of equal rates; see :meth:`Adapter.adam_groups`."""
-    plan = adapter.plan.file_plan
-    wanted, units = plan.units_for("adam"), plan.units
-    groups: dict[float, list[Tensor]] = {}
-    for name, parameter in named_parameters(adapter):
-        if parameter.requires_grad:
-            groups.setdefault(lr * wanted[name] / units[name], []).append(parameter)
-    return [{"params": parameters, "lr": rate} for rate, parameters in groups.items()]
-
-
-def _start_zero(adapter: AdapterState) -> Iterator[str]:
-    for group, start in zip(adapter.plan.groups, adapter.plan.starts(adapter.trained), strict=True):
-        for name, full in group.names.items():
-            if not start.host(name).any():
-                yield full
-
-
 # -- Starts: given arrays, and what is computed once the weights have values -------------------------------------------
-
-
-def start_from(adapter: AdapterState, arrays: Mapping[str, Any]) -> None:
-    """Start from given arrays; see :meth:`Adapter.start_from`."""
-    need_attached(adapter)
-    need_unmerged(adapter, "start_from()")
-    plan = adapter.plan.with_start(_on_host(arrays)).training_plan
-    current = dict(named_parameters(adapter))
-    if next(iter(current.values())).device.type == "meta":
-        raise ConfigError(
-            f"adapter {adapter.name!r} is on the meta device: give the model its weights and call reset() before "
-            "start_from()"
-        )
-    for name, start in adapter.plan.init(trained=adapter.trained).items():
-        value = gather_full(current[name]).detach().cpu()
-        if not torch.equal(value, torch.from_numpy(start).to(value.dtype)):
-            raise ConfigError(
-                f"adapter {adapter.name!r} has been trained or loaded, and another start would change its ΔW: call "
-                "reset(), which discards what was trained, before start_from(), or attach another adapter"
-            )
-    _check_gradient(adapter, plan)
-    new = pairs(adapter, plan.init())
-    numbers = [(parameter, parameter.detach().clone()) for parameter, _ in new]
-    before = adapter.plan
-    slots = {
-        slot: dataclasses.replace(slot, factoring=None if slot.factoring is None else factoring(plan, slot.index))
-        for slot in adapter.slots
-    }
-    try:
-        _exchange(adapter, plan, slots)
-        copy_all(new)
-    except BaseException:  # KeyboardInterrupt, too: at any point of the exchange, which is undone slot by slot
-        _exchange(adapter, before, {new_slot: slot for slot, new_slot in slots.items()})
-        with torch.no_grad():
-            for parameter, number in numbers:
-                parameter.copy_(number)
-        raise
 
 
 def _on_host(arrays: Any) -> Any:
@@ -298,16 +197,15 @@ def _check_gradient(adapter: AdapterState, plan: SuperLoRA) -> None:
         values = {name: torch.from_numpy(group.start.host(name)) for name in group.names}
         if names and not can_learn(group, values, names):
             unable.append(number)
-        able += bool(names)
-    if not unable:
-        return
-    problem = (
+        elif names:
+            able += 1
+    _refuse_or_warn(
         f"adapter {adapter.name!r} would start where the gradient of every trained array is zero, because more than "
-        f"one array of a product is zero or frozen at zero, in group {unable[0]}"
-    ) + (f" and {len(unable) - 1} more" if len(unable) > 1 else "")
-    if len(unable) == able:
-        raise ConfigError(f"{problem}: nothing would learn. Start one of them at other numbers")
-    warn(f"{problem}. Start one of them at other numbers")
+        "one array of a product is zero or frozen at zero,",
+        "Start one of them at other numbers",
+        unable,
+        able,
+    )
 
 
 def _exchange(adapter: AdapterState, plan: SuperLoRA, slots: Mapping[AdapterSlot, AdapterSlot]) -> None:
@@ -321,8 +219,292 @@ def _exchange(adapter: AdapterState, plan: SuperLoRA, slots: Mapping[AdapterSlot
     adapter.handle.plan = plan.file_plan
 
 
-def fill(state: AdapterState) -> None:
-    """Compute the arrays of an adapter that was attached on the meta device, now that the weights have values."""
-    if state.plan.needs_base:
-        owners = [slot.owner for slot in state.slots[: len(state.targets)]]
-        state.plan.fill(bound(state.plan, state.targets, owners))
+# -- The methods that read, choose and start the parameters ------------------------------------------------------------
+
+
+class AdapterParameters:
+    """The part of an :class:`Adapter` that has to do with what is trained."""
+
+    _state: AdapterState
+    plan: SuperLoRA
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of trained elements: of all arrays, unless :meth:`set_trainable` chose some."""
+        if self.trained is None:
+            return self.plan.num_parameters
+        return sum(math.prod(self.plan.param_shapes[name]) for name in self.trained)
+
+    @property
+    def trained(self) -> tuple[str, ...] | None:
+        """The arrays that :meth:`set_trainable` chose, by their names in the plan; None for all."""
+        return self._state.trained
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Iterate over all parameters, trainable or not, with the names of their arrays in the plan.
+
+        An array is its unit in ``plan.units`` times the parameter: see :meth:`arrays`.
+
+        Yields
+        ------
+        str, nn.Parameter
+            Such as ``group0.split0.factor0``.
+        """
+        return named_parameters(self._state)
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Iterate over the parameters that are trained, for an optimizer.
+
+        Parameters of the model that ``keep_trainable`` left trainable are not included; the parameters in
+        ``model.parameters()`` that require a gradient are both together.
+        """
+        return (parameter for _, parameter in self.named_parameters() if parameter.requires_grad)
+
+    def arrays(self) -> dict[str, Tensor]:
+        """Return the arrays by name, as files have them; sharded ones are gathered (every process must call).
+
+        They are the parameters times their units in ``plan.units``, which are 1 for ``rate="sgd"``.
+        """
+        return self._state.plan.to_arrays(full_arrays(self._state))
+
+    def deltas(self) -> list[Tensor]:
+        """Return the update of every target, ``(rows, cols)``, differentiable and without the mixing weight.
+
+        Raises
+        ------
+        ConfigError
+            If there is an activation between the factors, in which case no ΔW exists.
+        """
+        _state.need_linear(self._state, "there is no ΔW")
+        return self._state.plan.deltas(full_arrays(self._state))
+
+    def set_trainable(self, groups: Any = None, arrays: Any = None) -> None:
+        """Train only the given groups and arrays, and freeze the others.
+
+        Parameters
+        ----------
+        groups : int or sequence of int, optional
+            Groups to train, all if None. Training one group after another is Local LoRA.
+        arrays : str or sequence of str, optional
+            The last parts of array names (``"factor0"``, ``"core"``, ``"dense"`` …), all if None. ``"factor0"``
+            alone leaves the factor of the columns as it was drawn: asymmetric LoRA.
+
+        Raises
+        ------
+        ConfigError
+            If no array matches, or none of the chosen arrays could learn: because the arrays have been trained or
+            loaded and those that would be frozen are zero, or because ``activation="relu"`` passes no gradient to the
+            factor of the columns while that is zero.
+
+        Warns
+        -----
+        UserWarning
+            If that is so in some groups but not in all.
+
+        Notes
+        -----
+        ΔW does not change. In groups that are still at the start (:meth:`reset`), the array of zeros must be one that
+        is trained: if it would be frozen, it is drawn from the seed like the others, and a trained one becomes zero
+        (:mod:`tnadapt.algebra.init`). So a core alone, or the factor of the columns alone, learns from the first step.
+        Groups that have been trained or loaded keep their values.
+
+        Frozen arrays are not counted in ``num_parameters`` and the summary. A file records the choice, and of the
+        frozen arrays only those that differ from what the seed draws.
+
+        Under ``torch.distributed`` every process must call. Create a new optimizer afterwards, or give it all
+        parameters with ``weight_decay=0``: an optimizer skips parameters that have no gradient.
+        """
+        state = self._state
+        known = range(state.plan.num_groups)
+        places = _places(state.plan)
+        last = sorted({word for _, words in places.values() for word in words})
+        numbers, words = _listed(groups, known), _listed(arrays, last)
+        chosen = [
+            name
+            for name, (number, array_words) in places.items()
+            # A θ of the whole plan belongs to all groups, as does the magnitude of a weight in several of them.
+            if (number in numbers or (number is None and numbers)) and not array_words.isdisjoint(words)
+        ]
+        if not chosen:
+            raise ConfigError(
+                f"adapter {state.name!r} has no arrays {safe_repr(arrays)} in groups {safe_repr(groups)}; it has "
+                f"groups 0 to {len(known) - 1} and arrays {', '.join(last)}"
+            )
+        keep(state, chosen, _moved_zero(state, chosen))
+
+    @checks_arguments
+    def parameter_groups(self, lr: float, ratio: float = 16.0) -> list[dict[str, Any]]:
+        """Return the parameter groups of LoRA+ for an optimizer.
+
+        Arrays that start from zero (LoRA's B) have rate ``lr * ratio``, the others ``lr``. Where none starts from zero
+        (a nonlinear F), all have ``lr``.
+
+        Parameters
+        ----------
+        lr : float
+        ratio : float
+            16, as in the paper, by default.
+
+        Returns
+        -------
+        list of dict
+            Each with ``params``, trained parameters, and ``lr``.
+
+        References
+        ----------
+        Hayou, Ghosh, Yu, "LoRA+: efficient low rank adaptation of large models", arXiv 2402.12354.
+        """
+        starts = zip(self._state.plan.groups, self._state.plan.starts(self.trained), strict=True)
+        zero = {full for group, start in starts for name, full in group.names.items() if not start.host(name).any()}
+        fast = [p for name, p in self.named_parameters() if p.requires_grad and name in zero]
+        slow = [p for name, p in self.named_parameters() if p.requires_grad and name not in zero]
+        if not slow:
+            return [{"params": fast, "lr": lr}]
+        return [{"params": slow, "lr": lr}, *([{"params": fast, "lr": lr * ratio}] if fast else [])]
+
+    @checks_arguments
+    def adam_groups(self, lr: float) -> list[dict[str, Any]]:
+        """Return parameter groups with which Adam takes the steps of ``rate="adam"``, whatever the config's rate is.
+
+        For adapters that train the arrays themselves (``rate="sgd"``: a config without a preset, an older file): each
+        array has its own rate, ``lr * unit``. With ``rate="adam"`` the rates are all ``lr``, and
+        ``adapter.parameters()`` does the same.
+
+        Parameters
+        ----------
+        lr : float
+            1e-2 suits all configs.
+
+        Returns
+        -------
+        list of dict
+            Each with ``params``, trained parameters of one unit, and ``lr``.
+
+        Examples
+        --------
+        >>> import torch, tnadapt as tna, tnadapt.torch
+        >>> adapter = tnadapt.torch.attach(torch.nn.Sequential(torch.nn.Linear(64, 64)), tna.Config(), "all-linear")
+        >>> [group["lr"] for group in adapter.adam_groups(1e-2)]
+        [0.08]
+        >>> optimizer = torch.optim.Adam(adapter.adam_groups(1e-2))
+        """
+        wanted, units = self.plan.units_for("adam"), self.plan.units
+        groups: dict[float, list[Tensor]] = {}
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad:
+                groups.setdefault(lr * wanted[name] / units[name], []).append(parameter)
+        return [{"params": parameters, "lr": rate} for rate, parameters in groups.items()]
+
+    def reset(self) -> None:
+        """Reinitialize the arrays: ΔW = 0, with the zero in an array that is trained.
+
+        Also use it to fill the arrays after ``model.to_empty()`` of a meta-device model, once its weights are loaded:
+        frozen arrays that are computed from them are computed then."""
+        need_unmerged(self._state, "reset()")
+        state = self._state
+        if state.plan.needs_base:
+            owners = [slot.owner for slot in state.slots[: len(state.targets)]]
+            state.plan.fill(bound(state.plan, state.targets, owners))
+        self.load_arrays(self.plan.init(trained=self.trained))
+
+    @checks_arguments
+    def start_from(self, arrays: Mapping[str, Any]) -> None:
+        """Start training from these arrays; ΔW, which is the difference to them, stays exactly 0.
+
+        Parameters
+        ----------
+        arrays : mapping of str to array
+            NumPy arrays or tensors for some or all names in ``plan.array_shapes``, such as those that
+            :mod:`tnadapt.torch.starts` computes from data. The others start as usual. Copied, in float32.
+
+        Raises
+        ------
+        ConfigError
+            If the config's ``start`` is not "given", the adapter has been trained or loaded, a name is unknown, an
+            array is not finite, or nothing could learn from these arrays.
+        ShapeError
+            If an array has another shape.
+        TargetError
+            If the adapter is merged or detached.
+
+        In each case nothing is changed.
+
+        Warns
+        -----
+        UserWarning
+            If nothing could learn in some groups.
+
+        Notes
+        -----
+        Files store the arrays: no seed gives them again. :meth:`reset` returns to them. Under ``torch.distributed``
+        every process must call.
+
+        Examples
+        --------
+        >>> import torch, tnadapt as tna, tnadapt.torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(6, 4))
+        >>> adapter = tnadapt.torch.attach(model, tna.presets.lora(1, start="given"), "all-linear")
+        >>> adapter.start_from({"group0.split0.factor0": torch.ones(4, 1)})
+        >>> adapter.arrays()["group0.split0.factor0"].any(), adapter.deltas()[0].any()
+        (tensor(True), tensor(False))
+        """
+        state = self._state
+        _state.need_attached(state)
+        need_unmerged(state, "start_from()")
+        plan = state.plan.with_start(_on_host(arrays)).training_plan
+        current = dict(named_parameters(state))
+        if next(iter(current.values())).device.type == "meta":
+            raise ConfigError(
+                f"adapter {state.name!r} is on the meta device: give the model its weights and call reset() before "
+                "start_from()"
+            )
+        for name, start in state.plan.init(trained=state.trained).items():
+            value = gather_full(current[name]).detach().cpu()
+            if not torch.equal(value, torch.from_numpy(start).to(value.dtype)):
+                raise ConfigError(
+                    f"adapter {state.name!r} has been trained or loaded, and another start would change its ΔW: call "
+                    "reset(), which discards what was trained, before start_from(), or attach another adapter"
+                )
+        _check_gradient(state, plan)
+        new = pairs(state, plan.init())
+        numbers = [(parameter, parameter.detach().clone()) for parameter, _ in new]
+        before = state.plan
+        slots = {
+            slot: dataclasses.replace(slot, factoring=None if slot.factoring is None else factoring(plan, slot.index))
+            for slot in state.slots
+        }
+        try:
+            _exchange(state, plan, slots)
+            copy_all(new)
+        except BaseException:  # KeyboardInterrupt, too: at any point of the exchange, which is undone slot by slot
+            _exchange(state, before, {new_slot: slot for slot, new_slot in slots.items()})
+            with torch.no_grad():
+                for parameter, number in numbers:
+                    parameter.copy_(number)
+            raise
+
+    @checks_arguments
+    def load_arrays(self, arrays: Mapping[str, Any]) -> None:
+        """Copy arrays into the parameters in place, without recompilation; an optimizer keeps its parameters.
+
+        Parameters
+        ----------
+        arrays : mapping of str to array
+            NumPy arrays or tensors, named and shaped as ``plan.param_shapes``.
+
+        Raises
+        ------
+        ShapeError
+            If a name or a shape does not fit; nothing is changed.
+
+        Notes
+        -----
+        An exception during the call, KeyboardInterrupt included, leaves the old arrays in place.
+
+        It is **not** atomic for forward passes that other threads are running at that moment: such a pass may use the
+        old arrays in some layers, the new ones in others, and a mixture of both within a layer. The same is true of
+        :meth:`swap`, :meth:`activate`, :func:`mix`, :meth:`merge`, :meth:`unmerge` and :meth:`disabled`. Passes that
+        begin after the call has returned are exact. A server that changes adapters while it answers requests needs a
+        lock around both, or a copy of the model for each adapter.
+        """
+        copy_all(_state.checked_pairs(self._state, arrays))

@@ -9,26 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from tnadapt.checkpoints import adapter_format
 from tnadapt.errors import FileError, TargetError
 
-from . import _adapter_saving as saving
-from ._adapter_saving import (
-    FILE_NAME,
-    README,
-    is_writer,
-    marked,
-    model_card,
-    swap,
-    unmarked,
-)
+from ._adapter_saving import FILE_NAME, README, for_others, is_writer, marked, model_card, save_folder, swap, unmarked
 from ._registry import attached
 from ._state import AdapterState, encoded
-
-__all__ = ["adapter_checkpoints"]
-
 
 # -- The adapter's card, with what the Trainer writes about its training -----------------------------------------------
 
@@ -57,7 +44,7 @@ def complete_trainer_card(folder: Path, where: str) -> None:
     if not card.is_file() or not file.is_file():
         return
     theirs = card.read_text(encoding="utf-8")
-    if unmarked(theirs) is not None or _TAG not in _tags(_front_matter(theirs)):
+    if unmarked(theirs) is not None or _TAG not in _tags(_parts(theirs)[0]):
         return
     ours = unmarked(model_card(adapter_format.load(file), where, {}))
     assert ours is not None
@@ -67,36 +54,27 @@ def complete_trainer_card(folder: Path, where: str) -> None:
 def _combined(ours: str, theirs: str) -> str:
     from huggingface_hub.utils import yaml_dump
 
-    about, more = _front_matter(ours), _front_matter(theirs)
+    (about, ours), (more, theirs) = _parts(ours), _parts(theirs)
     tags = list(dict.fromkeys([*_tags(about), *_tags(more)]))
     front = yaml_dump({**more, **about, "tags": tags}, sort_keys=False)
-    return f"---\n{front}---\n{_body(ours).rstrip()}\n\n{_training(_body(theirs))}"
+    return f"---\n{front}---\n{ours.rstrip()}\n\n{_training(theirs)}"
 
 
 def _training(body: str) -> str:
     """Return a Trainer's text without its title, its claims about the model, and examples of loading it."""
     intro, *sections = re.split(r"^## ", body, flags=re.MULTILINE)
-    intro = _CLAIM.sub("", re.sub(r"^# .*\n?", "", _without_comments(intro), flags=re.MULTILINE)).strip()
+    intro = re.sub(r"<!--.*?-->", "", intro, flags=re.DOTALL)
+    intro = _CLAIM.sub("", re.sub(r"^# .*\n?", "", intro, flags=re.MULTILINE)).strip()
     kept = [f"## {section.strip()}\n" for section in sections if not section.startswith(_NO_SECTION)]
     return "\n".join([f"## Training\n\n{intro}\n"] * bool(intro) + kept)
 
 
-def _without_comments(text: str) -> str:
-    return re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)
-
-
-def _front_matter(card: str) -> dict[str, Any]:
+def _parts(card: str) -> tuple[dict[str, Any], str]:
+    """Return a card's front matter and its text."""
     from huggingface_hub import ModelCard
 
-    metadata: dict[str, Any] = ModelCard(card, ignore_metadata_errors=True).data.to_dict()
-    return metadata
-
-
-def _body(card: str) -> str:
-    from huggingface_hub import ModelCard
-
-    text: str = ModelCard(card, ignore_metadata_errors=True).text
-    return text
+    parsed = ModelCard(card, ignore_metadata_errors=True)
+    return parsed.data.to_dict(), parsed.text
 
 
 def _tags(front: dict[str, Any]) -> list[str]:
@@ -109,14 +87,10 @@ def _tags(front: dict[str, Any]) -> list[str]:
 
 # The Trainer's file of its own arguments in a checkpoint.
 _ARGUMENTS = "training_args.bin"
-_METHODS = {
-    "train": "train",
-    "_save": "save",
-    "_load_from_checkpoint": "load",
-    "_load_best_model": "load_best",
-    "_push_from_checkpoint": "push",
-    "create_model_card": "write_card",
-}
+# Its methods that write and read the model of a checkpoint.
+_METHODS = (
+    "train", "_save", "_load_from_checkpoint", "_load_best_model", "_push_from_checkpoint", "create_model_card",
+)  # fmt: skip
 
 
 def adapter_checkpoints(trainer: Any) -> None:
@@ -196,12 +170,12 @@ def adapter_checkpoints(trainer: Any) -> None:
             "attached besides is frozen there: leave peft_config out, or give a TnadaptConfig as peft_config and call "
             "neither attach() nor adapter_checkpoints()"
         )
-    for theirs, ours in _METHODS.items():
-        setattr(trainer, theirs, getattr(checkpoints, ours))
+    for name in _METHODS:
+        setattr(trainer, name, getattr(checkpoints, name))
 
 
 class _AdapterCheckpoints:
-    """Replaces the methods of one Trainer that write and read the model of a checkpoint."""
+    """Replaces those methods of one Trainer, under their names."""
 
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
@@ -212,20 +186,17 @@ class _AdapterCheckpoints:
             name: before.get(name, method) for name, before, method in zip(_METHODS, originals, methods, strict=True)
         }
 
-    @property
-    def model(self) -> nn.Module:
-        model: nn.Module = self.trainer.model
-        return model
-
     def adapters(self) -> dict[str, AdapterState]:
-        return attached(self.model)
+        return attached(self.trainer.model)
 
     def files(self, folder: str | Path) -> dict[str, Path]:
         """Return the file of each adapter in a checkpoint."""
         names, root = list(self.adapters()), Path(folder)
         if len(names) == 1:
             return {names[0]: root / FILE_NAME}
-        return {name: root / _folder(name) / FILE_NAME for name in names}
+        # What separates folders would be the name of several.
+        folders = {name: encoded(name).replace("/", "%2F").replace("\\", "%5C") for name in names}
+        return {name: root / folder / FILE_NAME for name, folder in folders.items()}
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train, unless the loss would not depend on any adapter.
@@ -241,7 +212,7 @@ class _AdapterCheckpoints:
             raise TargetError(f"no adapter is active, so none would be trained: call activate() of one of {names}")
         return self.otherwise["train"](*args, **kwargs)
 
-    def save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Write the adapters, and next to them what the Trainer writes next to a model."""
         trainer, states = self.trainer, self.adapters()
         if not states:  # baked or detached since: the model is an ordinary one
@@ -251,10 +222,10 @@ class _AdapterCheckpoints:
         if not trainer.args.should_save:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        about_of = saving.for_others if self.uploads else lambda about: about
+        about_of = for_others if self.uploads else lambda about: about
         for name, file in self.files(folder).items():
             about = about_of(states[name].handle.pretrained)
-            saving.save_folder(states[name], file.parent, about, (), None, False, False, self.where(file.parent))
+            save_folder(states[name], file.parent, about, (), None, False, False, self.where(file.parent))
         self.complete_card(folder)
         processing = trainer.processing_class
         processing = getattr(trainer.data_collator, "tokenizer", None) if processing is None else processing
@@ -272,7 +243,7 @@ class _AdapterCheckpoints:
         is_root = folder.absolute() == Path(self.trainer.args.output_dir).absolute()
         return self.trainer.hub_model_id if self.uploads and is_root else folder.absolute().name
 
-    def push(self, checkpoint_folder: str) -> None:
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Upload the output folder during training, with the adapters of a checkpoint in it."""
         root, target = Path(checkpoint_folder), Path(self.trainer.args.output_dir)
         if self.adapters() and is_writer():
@@ -283,7 +254,7 @@ class _AdapterCheckpoints:
             self.complete_card(target)
         self.otherwise["_push_from_checkpoint"](checkpoint_folder)
 
-    def write_card(self, *args: Any, **kwargs: Any) -> None:
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write the Trainer's card, and the adapter's before it if the folder has one."""
         self.otherwise["create_model_card"](*args, **kwargs)
         self.complete_card(Path(self.trainer.args.output_dir))
@@ -292,12 +263,12 @@ class _AdapterCheckpoints:
         if self.adapters() and is_writer():
             complete_trainer_card(folder, self.where(folder))
 
-    def load(self, resume_from_checkpoint: str, model: Any = None) -> None:
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Read the adapters of a checkpoint, or a whole model."""
         if not self._read(resume_from_checkpoint):
             self.otherwise["_load_from_checkpoint"](resume_from_checkpoint, model)
 
-    def load_best(self) -> None:
+    def _load_best_model(self) -> None:
         """Read the adapters of the best checkpoint, or its whole model."""
         if not self._read(self.trainer.state.best_model_checkpoint):
             self.otherwise["_load_best_model"]()
@@ -321,8 +292,3 @@ class _AdapterCheckpoints:
         for name, file in files.items():
             swap(states[name], file)
         return True
-
-
-def _folder(name: str) -> str:
-    """Return the name of an adapter's folder; what separates folders would be the name of several."""
-    return encoded(name).replace("/", "%2F").replace("\\", "%5C")

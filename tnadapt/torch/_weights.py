@@ -24,30 +24,14 @@ from tnadapt.targets.target import MAX_SIZE, RowIndices, Rows, Target
 from ._delta import gather_full
 from ._quantized import is_embedding, is_packed, quantized_type
 
-__all__ = [
-    "Weight",
-    "bound",
-    "check_embedding",
-    "computed",
-    "host_of",
-    "join",
-    "modules_of",
-    "names_of_shared",
-    "numbers",
-    "paths_of",
-    "plain",
-    "projections_in",
-    "reads_outside",
-    "sees_tokens_in_order",
-    "shows_products",
-    "split_by_file",
-    "tied",
-    "token_targets",
-    "tokens_of_one",
-    "weights_of",
-    "with_tied",
-    "wraps",
-]
+#: The dtypes of arrays, and of weights that have a fingerprint, with their names in files.
+DTYPES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """Return the parameters and buffers of a model, of a tied weight by each of its names."""
+    parameters: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    return parameters | dict(model.named_buffers(remove_duplicate=False))
 
 
 # -- A weight's numbers, gathered, computed or dequantized -------------------------------------------------------------
@@ -58,17 +42,19 @@ def numbers(owner: nn.Module, parameter: str) -> Tensor | None:
     quantized = quantized_type(owner)
     if quantized is not None:
         return quantized.dequantize(owner)
-    weight: Tensor | None = owner._parameters.get(parameter)
-    weight = computed(owner, parameter) if weight is None else weight
+    weight = current_value(owner, parameter)
     if weight is None or is_packed(weight) or not weight.is_floating_point():
         return None
     return gather_full(weight.detach())
 
 
-def computed(owner: nn.Module, parameter: str) -> Tensor | None:
-    """Return the current value of a parametrized weight; None if it is not parametrized."""
-    with torch.no_grad():
-        return getattr(owner, parameter) if hasattr(owner, "parametrizations") else None
+def current_value(owner: nn.Module, parameter: str) -> Tensor | None:
+    """Return a weight, computed if it is parametrized; None if the module has none of that name."""
+    weight: Tensor | None = owner._parameters.get(parameter)
+    if weight is None and hasattr(owner, "parametrizations"):
+        with torch.no_grad():
+            weight = getattr(owner, parameter)
+    return weight
 
 
 # -- What a plan computes from the weights of its model: frozen arrays, and where it starts ----------------------------
@@ -93,29 +79,22 @@ def bound(
     if not plan.needs_base or "meta" in devices:
         return plan
 
-    def weight(index: int) -> Tensor:
-        weight = _dequantized_rows(plan, targets[index], owners[index]).cpu()
-        return weight if weight.dtype is torch.float64 else weight.float()
+    def rows_of(index: int) -> Tensor:
+        target, weight = targets[index], numbers(owners[index], targets[index].parameter)
+        if weight is None:
+            what, way = "FromBase", ", or give the arrays as given="
+            if plan.weight_param_shapes:
+                what, way = f"apply={plan.config.apply!r}", ""
+            elif plan.point.needs_base:
+                what = f"start={plan.config.start!r}"
+            raise TargetError(
+                f"the adapter has arrays that are computed from the base weights ({what}), and the values of "
+                f"{target.name} cannot be read: register its layer type with tnadapt.torch.register_quantized{way}"
+            )
+        rows: Tensor = target.select(weight).cpu()
+        return rows if rows.dtype is torch.float64 else rows.float()
 
-    return plan.with_base(weight, progress)
-
-
-def _what(plan: SuperLoRA) -> str:
-    if plan.weight_param_shapes:
-        return f"apply={plan.config.apply!r}"
-    return f"start={plan.config.start!r}" if plan.point.needs_base else "FromBase"
-
-
-def _dequantized_rows(plan: SuperLoRA, target: Target, owner: nn.Module) -> Tensor:
-    weight = numbers(owner, target.parameter)
-    if weight is None:
-        raise TargetError(
-            f"the adapter has arrays that are computed from the base weights ({_what(plan)}), and the values of "
-            f"{target.name} cannot be read: register its layer type with tnadapt.torch.register_quantized"
-            + ("" if plan.weight_param_shapes else ", or give the arrays as given=")
-        )
-    rows: Tensor = target.select(weight)
-    return rows
+    return plan.with_base(rows_of, progress)
 
 
 # -- Stacks: the matrices of experts that a module keeps in parameters of three axes -----------------------------------
@@ -129,25 +108,6 @@ _TRANSPOSED = {
     "LongcatFlashExperts": False,
     "Step3p7Experts": False,
 }
-
-
-def stacks_of(module: nn.Module) -> list[tuple[str, tuple[int, int, int], bool]]:
-    """Return the parameters of a module that stack the matrices of experts along their first axis.
-
-    Returns
-    -------
-    list of (str, tuple of int, bool)
-        Name, shape, and whether each matrix is stored as ``(in, out)``. Empty for a module that does not say this, as
-        transformers' modules of experts do by their attributes, and is not in the table of classes that is kept here.
-    """
-    transposed = _is_transposed(module)
-    if transposed is None:
-        return []
-    return [
-        (name, (tensor.shape[0], tensor.shape[1], tensor.shape[2]), transposed)
-        for name, tensor in module._parameters.items()
-        if tensor is not None and tensor.ndim == 3 and tensor.is_floating_point()
-    ]
 
 
 def sees_tokens_in_order(module: nn.Module) -> bool:
@@ -176,6 +136,10 @@ def tokens_of_one(module: Any, tokens: int, experts: int) -> int:
 
 
 def _is_transposed(module: Any) -> bool | None:
+    """Return whether a module of experts stores each matrix as ``(in, out)``; None if it does not say this.
+
+    transformers' modules of experts do by their attributes, others are in the table above.
+    """
     # Set on every module by transformers.integrations.moe.use_experts_implementation.
     transposed: Any = module.__dict__.get("is_transposed")
     if isinstance(transposed, bool) and isinstance(module.__dict__.get("is_concatenated"), bool):
@@ -287,17 +251,15 @@ def modules_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         The first path of a module that has several.
     """
     seen: set[int] = set()
-
-    def walk(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    waiting = [("", model)]
+    while waiting:
+        path, module = waiting.pop()
         if id(module) in seen:
-            return
+            continue
         seen.add(id(module))
         yield path, module
-        for name, child in module._modules.items():
-            if child is not None and (name == _BASE or not wraps(module)):
-                yield from walk(join(path, name), child)
-
-    yield from walk("", model)
+        names = [_BASE] if wraps(module) else reversed(module._modules)
+        waiting += [(join(path, name), child) for name in names if (child := module._modules[name]) is not None]
 
 
 def wraps(module: nn.Module) -> bool:
@@ -337,11 +299,14 @@ def weights_of(path: str, module: nn.Module) -> list[Weight]:
         if name.endswith("_proj_weight") or name == "in_proj_weight"
         if tensor is not None and tensor.ndim == 2 and tensor.is_floating_point()
     ]
-    weights += [
-        Weight(path, name, module, stored, "linear", transposed, index)
-        for name, stored, transposed in stacks_of(module)
-        for index in range(stored[0])
-    ]
+    transposed = _is_transposed(module)
+    if transposed is not None:
+        weights += [
+            Weight(path, name, module, tuple(tensor.shape), "linear", transposed, index)
+            for name, tensor in module._parameters.items()
+            if tensor is not None and tensor.ndim == 3 and tensor.is_floating_point()
+            for index in range(len(tensor))
+        ]
     weight = _weight(path, module)
     return [*weights, weight] if weight is not None else weights
 
@@ -368,8 +333,7 @@ def projections_in(path: str, module: nn.Module) -> list[Weight]:
     return main_projection(weights, path, lambda weight: weight.path)
 
 
-def _weight(path: str, module: nn.Module) -> Weight | None:
-    anything: Any = module
+def _weight(path: str, module: Any) -> Weight | None:
     layer_type = quantized_type(module)
     if layer_type is not None:
         return Weight(path, "weight", module, layer_type.shape(module), "other" if is_embedding(module) else "linear")
@@ -390,7 +354,7 @@ def _weight(path: str, module: nn.Module) -> Weight | None:
     if not isinstance(weight, torch.Tensor) or weight.ndim < 2:
         return None
     if any(cls.__name__ == "Conv1D" for cls in type(module).__mro__) and getattr(module, "nf", None) is not None:
-        stored = tuple(weight.shape) if plain else (anything.nx, anything.nf)
+        stored = tuple(weight.shape) if plain else (module.nx, module.nf)
         return Weight(path, "weight", module, stored, "linear", transposed=True)
     if not plain:
         return Weight(path, "weight", module, None, "other")
@@ -466,7 +430,7 @@ def _embedding(model: nn.Module, path: str | None) -> Target:
     if path is not None:
         names = [name for name in embeddings if name == path]
     else:
-        embedding = _input_embeddings(model)
+        embedding = reported_by(model, "get_input_embeddings")
         names = [name for name, module in embeddings.items() if embedding is None or module is embedding]
     if len(names) != 1:
         hint = f"it has {', '.join(embeddings)}" if embeddings else "it has none"
@@ -479,9 +443,10 @@ def _embedding(model: nn.Module, path: str | None) -> Target:
     return weight.target("embedding", "")
 
 
-def _input_embeddings(model: Any) -> Any:
+def reported_by(model: Any, method: str) -> Any:
+    """Return what a method of a model reports about its parts; None if it has no such method."""
     try:
-        return model.get_input_embeddings()
+        return getattr(model, method)()
     except (AttributeError, NotImplementedError, TypeError):
         return None
 
@@ -518,6 +483,20 @@ def tied(model: nn.Module, targets: Iterable[Target]) -> list[tuple[str, str]]:
     wanted = {target.name for target in targets if not target.tied}
     groups = names_of_shared(model).items()
     return [(same[0], name) for name, same in groups if name != same[0] and not wanted.isdisjoint(same)]
+
+
+def check_usable(model: nn.Module, chosen: Sequence[Target], untie: bool) -> None:
+    """Raise a TargetError if a weight is tied, and ``untie`` is false, or is that of an embedding that changes it."""
+    places = dict.fromkeys((each.module, each.name) for target in chosen for each in (target, *target.tied_targets()))
+    for module, name in places:
+        check_embedding(name, model.get_submodule(module))
+    shared = [] if untie else tied(model, chosen)
+    if shared:
+        raise TargetError(
+            f"{shared[0][0]} and {shared[0][1]} are one tensor (tied weights), and an update of one would change both: "
+            "give keep_tied=True, so that one update acts in both, or untie=True, which gives the second its own copy, "
+            "or leave it out of the targets"
+        )
 
 
 def with_tied(model: nn.Module, targets: Sequence[Target], keep: bool) -> list[Target]:
@@ -607,10 +586,8 @@ def names_of_shared(model: nn.Module) -> dict[str, list[str]]:
 
 def _place(tensor: torch.Tensor) -> tuple[Any, ...]:
     """Return a key of the tensor's memory: parameters with equal keys are one, even as different objects."""
-    if nn.parameter.is_lazy(tensor):
-        return (id(tensor),)
     try:
-        pointer = tensor.data_ptr()
+        pointer = 0 if nn.parameter.is_lazy(tensor) else tensor.data_ptr()
     except RuntimeError:
         pointer = 0  # a subclass without storage
     if pointer == 0 or tensor.device.type == "meta":
@@ -818,19 +795,17 @@ def _chain(node: ast.AST, known: dict[str, tuple[str, ...]]) -> tuple[str, ...] 
     """Return ``self.a.b[0]`` as ("a", "b", "0"); None if it does not start at ``self``."""
     if isinstance(node, ast.Name):
         return known.get(node.id)
-    if isinstance(node, ast.Attribute):
-        before = _chain(node.value, known)
-        return None if before is None else (*before, node.attr)
-    if isinstance(node, ast.Subscript):
-        before = _chain(node.value, known)
-        index = node.slice
-        step = str(index.value) if isinstance(index, ast.Constant) else _ANY
-        return None if before is None else (*before, step)
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "getattr" and node.args[1:]:
-        before = _chain(node.args[0], known)
-        index = node.args[1]
-        step = str(index.value) if isinstance(index, ast.Constant) else _ANY
-        return None if before is None else (*before, step)
     if isinstance(node, ast.NamedExpr):
         return _chain(node.value, known)
-    return None
+    owner: ast.expr
+    step: ast.expr
+    if isinstance(node, ast.Attribute):
+        owner, step = node.value, ast.Constant(node.attr)
+    elif isinstance(node, ast.Subscript):
+        owner, step = node.value, node.slice
+    elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "getattr" and node.args[1:]:
+        owner, step = node.args[0], node.args[1]
+    else:
+        return None
+    before = _chain(owner, known)
+    return None if before is None else (*before, str(step.value) if isinstance(step, ast.Constant) else _ANY)

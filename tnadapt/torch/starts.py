@@ -115,6 +115,15 @@ def called(model: nn.Module, batch: Any) -> Any:
     return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
 
 
+def _reported(batches: Iterable[Any], progress: Progress | None) -> Iterator[Any]:
+    """Yield batches; report each that is done."""
+    total = len(batches) if isinstance(batches, Sized) else None
+    for done, batch in enumerate(batches, start=1):
+        yield batch
+        if progress is not None:
+            progress(done, total)
+
+
 @contextlib.contextmanager
 def as_base(adapter: Adapter) -> Iterator[None]:
     """Let the model compute without this adapter and in evaluation mode; restore both afterwards."""
@@ -219,14 +228,11 @@ def eva(
         layer.register_forward_pre_hook(functools.partial(see, components), with_kwargs=True)
         for layer, components in observed.items()
     ]
-    total = len(batches) if isinstance(batches, Sized) else None
     try:
         with torch.no_grad(), as_base(adapter):
-            for done, batch in enumerate(batches, start=1):
+            for batch in _reported(batches, progress):
                 rows = None if mask is None else mask(batch)
                 forward(adapter.model, batch)
-                if progress is not None:
-                    progress(done, total)
     finally:
         for hook in hooks:
             hook.remove()
@@ -291,11 +297,10 @@ class PrincipalComponents:
     def add(self, x: Tensor) -> None:
         """Add rows, (n, features)."""
         for chunk in torch.split(x, _CHUNK * self.keep):
-            self._add(chunk.double())
+            if len(chunk):
+                self._add(chunk.double())
 
     def _add(self, x: Tensor) -> None:
-        if not len(x):
-            return
         if not bool(torch.isfinite(x).all()):
             raise ShapeError("an input of a layer holds NaN or infinity, which has no principal components")
         mean, count = x.mean(0), len(x)
@@ -339,30 +344,8 @@ _DIRECTIONS: dict[str, Callable[[int], tuple[slice, slice]]] = {
 }
 
 
-def _stable(target: StartTarget, values: Tensor, gamma: float) -> tuple[float, Tensor | float]:
-    factor = target.target.shape[0] ** 0.25 / gamma**0.5
-    return factor, factor
-
-
-def _gradient_descent(target: StartTarget, values: Tensor, gamma: float) -> tuple[float, Tensor | float]:
-    return 1.0 / target.scale, 1.0 / target.scale
-
-
-def _unit(target: StartTarget, values: Tensor, gamma: float) -> tuple[float, Tensor | float]:
-    return 1.0, 1.0
-
-
-def _of_peft(target: StartTarget, values: Tensor, gamma: float) -> tuple[float, Tensor | float]:
-    return 1.0, values * (target.target.shape[0] ** 0.25 / gamma**0.5)
-
-
-#: For each scale, the factors of A and of the columns of B, given the singular values that belong to B.
-_SCALES: dict[str, Callable[[StartTarget, Tensor, float], tuple[float, Tensor | float]]] = {
-    "stable": _stable,
-    "gd": _gradient_descent,
-    "unit": _unit,
-    "peft": _of_peft,
-}
+#: The words for the factors of A and B.
+_SCALES = ("stable", "gd", "unit", "peft")
 
 
 @checks_arguments
@@ -460,10 +443,20 @@ def lora_ga(
             )
         signs = torch.sign(torch.gather(left, 0, left.abs().argmax(0, keepdim=True)))[0]
         of_a, of_b = _DIRECTIONS[direction](target.rank)
-        by_a, by_b = _SCALES[scale](target, values[of_b], gamma)
+        by_a, by_b = _factors(scale, target, values[of_b], gamma)
         arrays[target.left] = ((left * signs)[:, of_b] * by_b).float()
         arrays[target.right] = ((right.T * signs)[:, of_a] * by_a).float()
     return arrays
+
+
+def _factors(scale: str, target: StartTarget, values: Tensor, gamma: float) -> tuple[float, Tensor | float]:
+    """Return the factors of A and of the columns of B, given the singular values that belong to B."""
+    if scale == "unit":
+        return 1.0, 1.0
+    if scale == "gd":
+        return 1.0 / target.scale, 1.0 / target.scale
+    factor = target.target.shape[0] ** 0.25 / gamma**0.5
+    return (factor, factor) if scale == "stable" else (1.0, values * factor)
 
 
 def _gradients(
@@ -484,21 +477,20 @@ def _gradients(
             )
         weights[target.layer] = weight
     was = {layer: weight.requires_grad for layer, weight in weights.items()}
-    total, done = len(batches) if isinstance(batches, Sized) else None, 0
+    done = 0
     sums: dict[nn.Module, Tensor] = {}
     try:
         for weight in weights.values():
             weight.requires_grad_(True)
         with torch.enable_grad(), as_base(adapter):
-            for done, batch in enumerate(batches, start=1):
+            for batch in _reported(batches, progress):
                 value = loss(adapter.model, batch)
                 if not isinstance(value, Tensor) or value.numel() != 1 or not bool(torch.isfinite(value)):
                     raise ShapeError(f"loss must return one finite number as a tensor; got {safe_repr(value)}")
                 for layer, gradient in zip(weights, _of(value, weights, adapter), strict=True):
                     wide = torch.float64 if gradient.dtype is torch.float64 else torch.float32
                     sums[layer] = sums[layer] + gradient if layer in sums else gradient.to(wide)
-                if progress is not None:
-                    progress(done, total)
+                done += 1
     finally:
         for layer, weight in weights.items():
             weight.requires_grad_(was[layer])

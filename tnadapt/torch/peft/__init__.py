@@ -40,13 +40,7 @@ from typing import Any
 from tnadapt.errors import ConfigError, safe_repr
 
 from .._state import PREFIX
-from ._peft_config import NAME, TnadaptConfig
-from ._peft_library import (
-    PEFT_TYPE_TO_CONFIG_MAPPING,
-    PEFT_TYPE_TO_PREFIX_MAPPING,
-    PEFT_TYPE_TO_TUNER_MAPPING,
-    PeftMissingError,
-)
+from ._peft_config import NAME, PeftMissingError, TnadaptConfig
 from ._tuner import TnadaptLayer, TnadaptModel
 
 __all__ = ["PeftMissingError", "TnadaptConfig", "TnadaptLayer", "TnadaptModel", "register"]
@@ -62,19 +56,18 @@ def register() -> None:
     ConfigError
         If another package has taken the name ``"TNADAPT"`` in PEFT's tables.
     """
-    for table, value in _tables():
+    from peft import mapping
+
+    # PEFT's tables of methods, and this method's entries. Their keys are typed as an enum but may be strings.
+    tables: list[tuple[dict[Any, Any], Any]] = [
+        (mapping.PEFT_TYPE_TO_CONFIG_MAPPING, TnadaptConfig),
+        (mapping.PEFT_TYPE_TO_TUNER_MAPPING, TnadaptModel),
+        (mapping.PEFT_TYPE_TO_PREFIX_MAPPING, PREFIX),
+    ]
+    for table, value in tables:
         if table.get(NAME, value) != value:
             raise ConfigError(
                 f"PEFT already has a method {NAME!r}, registered by another package: {safe_repr(table[NAME])}"
             )
-    for table, value in _tables():
+    for table, value in tables:
         table[NAME] = value
-
-
-def _tables() -> list[tuple[dict[Any, Any], Any]]:
-    """Return PEFT's tables of methods and this method's entries; their keys are typed as an enum but may be strings."""
-    return [
-        (PEFT_TYPE_TO_CONFIG_MAPPING, TnadaptConfig),
-        (PEFT_TYPE_TO_TUNER_MAPPING, TnadaptModel),
-        (PEFT_TYPE_TO_PREFIX_MAPPING, PREFIX),
-    ]

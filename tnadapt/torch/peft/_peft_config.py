@@ -1,4 +1,4 @@
-"""TnadaptConfig, the settings of an adapter as a PEFT config, and the weights that a config selects."""
+"""TnadaptConfig, the settings of an adapter as a PEFT config; the weights that it selects; PEFT, if it is there."""
 
 from __future__ import annotations
 
@@ -16,26 +16,34 @@ from tnadapt.algebra.config import Config
 from tnadapt.algebra.named_config import require_preset
 from tnadapt.algebra.starting_points import starting_point
 from tnadapt.argument_checks import flag
-from tnadapt.errors import ConfigError, TargetError, UnexpectedKeywordError, safe_repr, warn
+from tnadapt.errors import BackendError, ConfigError, TargetError, UnexpectedKeywordError, safe_repr, warn
 from tnadapt.targets.roles import are_roles, ends_in, path_matcher
 from tnadapt.targets.target import Target
+from tnadapt.torch._attach import check_form
 from tnadapt.torch._forward_pass import check_dropout
-from tnadapt.torch._forward_patch import ACTIVATIONS, STRATEGIES
 from tnadapt.torch._target_selection import find_targets
 from tnadapt.torch._weights import plain
 
-from ._peft_library import (
-    PEFT_TYPE_TO_CONFIG_MAPPING,
-    TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
-    AuxiliaryTrainingWrapper,
-    PeftConfig,
-)
+# -- PEFT, and the error if it is missing or too old -------------------------------------------------------------------
 
-__all__ = [
-    "NAME",
-    "TnadaptConfig",
-    "select_targets",
-]
+
+class PeftMissingError(BackendError, ImportError):
+    """PEFT is not installed, or too old."""
+
+
+try:
+    from peft import PeftConfig
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+    from peft.tuners.tuners_utils import BaseTuner
+    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    if not hasattr(BaseTuner, "_remap_adapter_state_dict_for_load"):
+        raise ImportError("the installed PEFT lacks the hooks that an external method needs")
+except ImportError as error:
+    raise PeftMissingError(
+        f'tnadapt.torch.peft needs PEFT 0.21 or newer: pip install "tnadapt[peft]" ({error})'
+    ) from error
 
 
 # -- The config --------------------------------------------------------------------------------------------------------
@@ -204,12 +212,7 @@ class TnadaptConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not l
         if self.modules_to_save is not None:
             saved = self.modules_to_save
             self.modules_to_save = _list("modules_to_save", [saved] if isinstance(saved, str) else saved)
-        if not isinstance(self.strategy, str) or self.strategy not in STRATEGIES:
-            raise ConfigError(f"strategy must be one of {', '.join(STRATEGIES)}; got {safe_repr(self.strategy)}")
-        if self.activation is not None and (not isinstance(self.activation, str) or self.activation not in ACTIVATIONS):
-            raise ConfigError(
-                f"activation must be one of {', '.join(ACTIVATIONS)}, or None; got {safe_repr(self.activation)}"
-            )
+        check_form(self.strategy, self.activation)
         self.detach_norm = flag("detach_norm", self.detach_norm)
         self.dropout = check_dropout(self.dropout)
         for name in ("base", "computed_from"):
@@ -239,9 +242,8 @@ class TnadaptConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not l
         for name, value in (("layers_to_transform", layers), ("layers_pattern", patterns)):
             if value is not None and isinstance(self.target_modules, str) and not are_roles(self.target_modules):
                 raise ConfigError(
-                    f"`{name}` cannot be used when `target_modules` is a str. It is "
-                    f"{safe_repr(self.target_modules)}: give "
-                    "a list of names or roles such as 'qv', or write the layers into the regular expression"
+                    f"`{name}` cannot be used when `target_modules` is a str. It is {safe_repr(self.target_modules)}: "
+                    "give a list of names or roles such as 'qv', or write the layers into the regular expression"
                 )
         if patterns and layers is None:
             raise ConfigError(

@@ -1,16 +1,23 @@
-"""PEFT's tuner and tuner layer, which map PEFT's calls to tnadapt's adapters; the check of a config's base model."""
+"""PEFT's tuner and tuner layer, which map PEFT's calls to tnadapt's adapters; arrays where its code looks for them."""
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import functools
 import math
+import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, KeysView, Mapping, Sequence
 from typing import Any, cast
 
 import torch
+from peft import PeftConfig
+from peft.functional import delete_adapter, set_adapter, set_requires_grad
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
+from peft.utils.integrations import init_empty_weights
+from peft.utils.other import AuxiliaryTrainingWrapper, set_additional_trainable_modules
 from torch import Tensor, nn
 
 from tnadapt.algebra.config import Config
@@ -23,27 +30,94 @@ from tnadapt.torch._adapter_saving import base_fingerprint
 from tnadapt.torch._attach import AttachRequest, carry_out, warn_undropped
 from tnadapt.torch._registry import let_go, let_go_merged, overlapping, take_off
 from tnadapt.torch._rows import BASE, assigned, row_runner
-from tnadapt.torch._state import PREFIX, AdapterState, RowAssignment, entered, register_in
+from tnadapt.torch._state import DOT, PREFIX, AdapterState, RowAssignment, encoded, entered, register_in
 from tnadapt.torch._trainable import keep
 
 from ._peft_config import TnadaptConfig, select_targets
-from ._peft_library import (
-    AdapterArrays,
-    AuxiliaryTrainingWrapper,
-    BaseTuner,
-    BaseTunerLayer,
-    PeftConfig,
-    check_adapter_name,
-    check_adapters_to_merge,
-    delete_adapter,
-    in_file,
-    init_empty_weights,
-    set_adapter,
-    set_additional_trainable_modules,
-    set_requires_grad,
-)
 
-__all__ = ["TnadaptLayer", "TnadaptModel"]
+# -- The container of arrays, where PEFT's and TRL's code looks for them -----------------------------------------------
+
+
+class AdapterArrays(nn.ModuleDict):
+    """One ``nn.ParameterDict`` per adapter, by the adapter's name.
+
+    PEFT's layers keep their parameters in such containers, and code built on PEFT relies on it: it asks whether a name
+    is in one, and TRL finds an adapter's parameters by ``.default.`` in their names. Unlike in ``nn.ModuleDict``, a
+    name may contain dots; they are encoded in the names of the parameters.
+
+    Examples
+    --------
+    >>> arrays = AdapterArrays()
+    >>> arrays["v1.0"] = nn.ParameterDict({"factor": nn.Parameter()})
+    >>> list(arrays), "v1.0" in arrays, [name for name, _ in arrays.named_parameters()]
+    (['v1.0'], True, ['v1%2E0.factor'])
+    """
+
+    def __getitem__(self, key: str) -> nn.Module:
+        return super().__getitem__(encoded(key))
+
+    def __setitem__(self, key: str, module: nn.Module) -> None:
+        super().__setitem__(encoded(key), module)
+
+    def __delitem__(self, key: str) -> None:
+        super().__delitem__(encoded(key))
+
+    def __contains__(self, key: object) -> bool:
+        return isinstance(key, str) and encoded(key) in self._modules
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keys())
+
+    def keys(self) -> KeysView[str]:
+        """Return the adapters' names."""
+        return {key.replace(DOT, "."): None for key in self._modules}.keys()
+
+    def items(self) -> Any:
+        """Return the adapters' names and arrays."""
+        return {key.replace(DOT, "."): module for key, module in self._modules.items()}.items()
+
+
+# -- The names of arrays on a PEFT model and in PEFT's files -----------------------------------------------------------
+
+# On the model ``base_model.tnadapt.tnadapt_arrays.default.group0_split0_factor0``, in a file
+# ``base_model.model.tnadapt.group0.split0.factor0``.
+
+
+_ARRAY = r"(?:group\d+_(?:term\d+_)?split\d+_[a-z]+\d*(?:_[a-z]+)?|(?:group\d+_)?theta|weight\d+_[a-z]+)"
+_RESERVED = re.compile(rf"tnadapt|tnadapt_arrays|{_ARRAY}")
+
+
+def in_file(key: str, adapter_name: str) -> str | None:
+    """Return an array's name in a file, given its name in a state dict; None if it does not belong to this adapter.
+
+    Examples
+    --------
+    >>> in_file("base_model.tnadapt.tnadapt_arrays.v1%2E0.group0_split0_factor0", "v1.0")
+    'base_model.model.tnadapt.group0.split0.factor0'
+    >>> in_file("base_model.model.lm_head.weight", "v1.0")
+    """
+    # Whatever is in an adapter's container is one of its arrays: formats and sources of other packages name theirs.
+    match = re.fullmatch(rf"(.*\.)?tnadapt\.tnadapt_arrays\.{re.escape(encoded(adapter_name))}\.([^.]+)", key)
+    return None if match is None else f"{match[1] or ''}model.tnadapt.{match[2].replace('_', '.')}"
+
+
+def check_adapter_name(name: str, modules_to_save: Any) -> None:
+    """Raise a TargetError if PEFT would confuse the name with a part of every array's name, or torch forbids it."""
+    if _RESERVED.fullmatch(name):
+        raise TargetError(
+            f"an adapter cannot be called {name!r}: the arrays of all adapters have this word in their names, and PEFT "
+            "could not tell them apart; give another name"
+        )
+    if hasattr(AdapterArrays(), encoded(name)):
+        raise TargetError(
+            f"an adapter cannot be called {name!r}: its arrays are kept in an nn.ModuleDict, which has an attribute of "
+            "that name; give another name"
+        )
+    if modules_to_save and "." in name:
+        raise TargetError(
+            f"an adapter cannot be called {name!r} with modules_to_save={safe_repr(modules_to_save)}: PEFT keeps the "
+            "trained copies under the adapter's name, in which torch allows no dot; give a name without dots"
+        )
 
 
 # -- The adapters on a model as PEFT sees them: a single "tuner layer" -------------------------------------------------
@@ -100,12 +174,11 @@ class TnadaptLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # PEFT's t
         handle = self.handles[name]
         # While other adapters remain, requires_grad is decided by them and by PEFT (modules_to_save). Detaching would
         # reset it to its state before the first adapter, so it is saved and restored.
-        required = [(p, p.requires_grad) for p in handle.model.parameters()] if len(self.handles) > 1 else []
+        required = _trainable(handle.model) if len(self.handles) > 1 else {}
         try:
             let_go(handle._state)
         finally:
-            for parameter, was in required:
-                parameter.requires_grad_(was)
+            _restore(required)
         self.drop(name)
 
     def drop(self, name: str) -> None:
@@ -329,21 +402,20 @@ def start_randomly(handle: Adapter) -> None:
     """
     units = handle.plan.units
     named = [(name, array) for name, array in handle.named_parameters() if array.device.type != "meta"]
-    arrays = [array for _, array in named]
-    zero = [array for array in arrays if not array.any()]
+    has_zero = not all(array.any() for _, array in named)
     # A single array is the update itself, so its numbers must be small; otherwise the small initial values of the other
     # arrays scale the product.
     # They are smaller still if the scale or F enlarges them, as WaveFT's scale of 25 does.
     # θ moves all arrays of a product at once.
-    alone = len(arrays) == handle.plan.num_groups or handle.plan.theta is not None
-    if not zero and not handle.plan.point.leaves_zero:
+    alone = len(named) == handle.plan.num_groups or handle.plan.theta is not None
+    if not has_zero and not handle.plan.point.leaves_zero:
         # All arrays move at once, and some are identities.
-        for array in arrays:
+        for _, array in named:
             array.add_(torch.randn_like(array), alpha=0.3 * float(array.square().mean().sqrt()))
         return
     enlarged = max(group.network.scale * math.sqrt(group.projection.map.variance()) for group in handle.plan.groups)
     for name, array in named:
-        if not zero or not array.any():
+        if not has_zero or not array.any():
             array.add_(torch.randn_like(array), alpha=(0.1 / max(1.0, enlarged) if alone else 1.0) / units[name])
 
 
@@ -353,26 +425,18 @@ def start_randomly(handle: Adapter) -> None:
 def _describe_base(handle: Adapter) -> dict[str, Any]:
     """Return the description of the base model and the draws for a file; reads every adapted weight."""
     base = base_fingerprint(handle._state)
-    counts: dict[str, int] = {}
-    for rows, cols in handle.plan.shapes:
-        counts[f"{rows}x{cols}"] = counts.get(f"{rows}x{cols}", 0) + 1
     return {
-        "weights": counts,
+        "weights": dict(collections.Counter(f"{rows}x{cols}" for rows, cols in handle.plan.shapes)),
         "fingerprint": None if base is None else {**dataclasses.asdict(base), "sketch": list(base.sketch)},
         "draws": AdapterFile(handle.config, handle.targets, handle.plan.init(), given=handle.plan.given).draws,
     }
 
 
-def _computed_from(handle: Adapter, base: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Return the fingerprint of a described base if arrays of the adapter are computed from its weights."""
-    return base["fingerprint"] if base is not None and handle.plan.base_shapes else None
-
-
 def _check_base(handle: Adapter, saved: dict[str, Any] | None, source: dict[str, Any] | None) -> None:
     """Raise a FileError unless the adapter was trained on these weights and with the same draws.
 
-    ``saved`` is from :func:`_describe_base`, or None if nothing of it is compared; ``source`` from
-    :func:`_computed_from`: on another base, the arrays that the adapter does not store would differ.
+    ``saved`` is from :func:`_describe_base`, or None if nothing of it is compared; ``source`` is its fingerprint if
+    arrays are computed from the base weights: on another base, those that the adapter does not store would differ.
     """
     computed = handle.plan.base_shapes
     if saved is None and (source is None or not computed):
@@ -384,9 +448,8 @@ def _check_base(handle: Adapter, saved: dict[str, Any] | None, source: dict[str,
     )
     if saved is not None and saved.get("weights") != here["weights"]:
         raise FileError(
-            f"the adapter was trained on weights of the shapes {safe_repr(saved.get('weights'))}, and "
-            "target_modules find "
-            f"{here['weights']} in this {class_name}. {way}"
+            f"the adapter was trained on weights of the shapes {safe_repr(saved.get('weights'))}, and target_modules "
+            f"find {here['weights']} in this {class_name}. {way}"
         )
     if saved is not None and saved.get("draws") != here["draws"]:
         raise FileError(
@@ -468,8 +531,7 @@ class TnadaptModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not loo
             layer = self.tnadapt
             if layer.handles:
                 trainable = _trainable(self)
-            check_adapter_name(adapter_name)
-            _check_saved_modules(config, adapter_name)
+            check_adapter_name(adapter_name, config.modules_to_save)
             if layer.merged:
                 warnings.warn("An adapter cannot be added while others are merged. Unmerging them first.", stacklevel=2)
                 layer.unmerge()
@@ -615,11 +677,10 @@ class TnadaptModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not loo
         handle = layer.handle(adapter_name)
         if config.base is None or (config.computed_from is None and handle.plan.base_shapes):
             base = layer.base_of(adapter_name)
-            config.keep_base(base, _computed_from(handle, base))
+            config.keep_base(base, base["fingerprint"] if base is not None and handle.plan.base_shapes else None)
         config.keep_trained(handle.trained)
-        tensors = {key: tensor for key, tensor in state_dict.items() if in_file(key, adapter_name) is not None}
         # PEFT's files have the arrays, as tnadapt's do.
-        return _converted(tensors, handle._state, handle._state.plan.to_arrays)
+        return _converted(state_dict, handle, handle._state.plan.to_arrays)
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
@@ -643,18 +704,19 @@ class TnadaptModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not loo
                 f"these arrays do not fit adapter {adapter_name!r}, and none was loaded; they differ in: {wrong}"
             )
         renamed = {names.get(key, key): tensor for key, tensor in state_dict.items()}
-        state = _layer_of(model).handle(adapter_name)._state
-        tensors = {key: tensor for key, tensor in renamed.items() if in_file(key, adapter_name) is not None}
-        return renamed | _converted(tensors, state, state.plan.from_arrays)
+        handle = _layer_of(model).handle(adapter_name)
+        return renamed | _converted(renamed, handle, handle._state.plan.from_arrays)
 
 
 def _converted(
-    tensors: Mapping[str, Tensor], state: AdapterState, convert: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
+    tensors: Mapping[str, Tensor], handle: Adapter, convert: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
 ) -> dict[str, Tensor]:
     """Convert an adapter's tensors in a state dict between parameters and arrays, which their units are between."""
-    arrays = {name: array for array, name in state.parameter_names.items()}
+    arrays = {name: array for array, name in handle._state.parameter_names.items()}
     converted = {}
     for key, tensor in tensors.items():
+        if in_file(key, handle.name) is None:
+            continue
         array = arrays[key.rpartition(".")[2]]
         converted[key] = convert({array: tensor})[array]
     return converted
@@ -672,16 +734,6 @@ def _trainable(model: nn.Module) -> dict[nn.Parameter, bool]:
 def _restore(trainable: Mapping[nn.Parameter, bool]) -> None:
     for parameter, required in trainable.items():
         parameter.requires_grad_(required)
-
-
-def _check_saved_modules(config: TnadaptConfig, name: str) -> None:
-    """Raise a TargetError if PEFT could not store copies of saved modules under the adapter's name."""
-    if config.modules_to_save and "." in name:
-        raise TargetError(
-            f"an adapter cannot be called {name!r} with modules_to_save={safe_repr(config.modules_to_save)}: "
-            "PEFT keeps "
-            "the trained copies under the adapter's name, in which torch allows no dot; give a name without dots"
-        )
 
 
 def _choose(handle: Adapter, trained: Sequence[str]) -> None:
