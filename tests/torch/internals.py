@@ -10,13 +10,12 @@ from tnadapt.targets.attention_layouts import TABLE
 from tnadapt.targets.checkpoint_targets import find_stored
 from tnadapt.targets.fused_rows import LayoutError
 from tnadapt.torch import _delta as delta
+from tnadapt.torch import _forms as forms
 from tnadapt.torch import _forward_pass as forward_pass
 from tnadapt.torch import _forward_patch as forward_patch
-from tnadapt.torch import _linear as linear
 from tnadapt.torch import _merging as merging
 from tnadapt.torch import _rows as batch_rows
-from tnadapt.torch import _updated_weight as updated_weights
-from tnadapt.torch._delta import Slice, Snapshot, pieces, vector
+from tnadapt.torch._delta import Slice, Snapshot, pieces, product_vjp_once, vector
 from tnadapt.torch._forward_pass import LowRankLayer
 from tnadapt.torch._quantized import quantized_type
 from tnadapt.torch._registry import _bytes_held as bytes_held
@@ -46,16 +45,16 @@ __all__ = [
     "dequantized",
     "drawn",
     "find_stored",
+    "forms",
     "forward_pass",
     "forward_patch",
     "held_by_draws",
     "host_of",
-    "linear",
     "merging",
     "pieces",
+    "product_vjp_once",
     "quantized_type",
     "reads_outside",
     "register_in",
-    "updated_weights",
     "vector",
 ]

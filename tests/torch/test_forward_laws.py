@@ -26,7 +26,7 @@ from tests.support.array_presets import P
 from tests.support.depth import LONG, in_depth
 from tests.support.references import reference
 
-from .internals import forward_pass, linear
+from .internals import forms, forward_pass
 from .small import stir
 
 CONFIGS = {
@@ -331,7 +331,7 @@ def large_layers(is_large: bool) -> Iterator[None]:
     """Let every layer count as a large one, which has its own ways with and without gradients."""
     with pytest.MonkeyPatch.context() as patch:
         if is_large:
-            patch.setattr(linear, "MOST_ELEMENTS", -1)
+            patch.setattr(forms, "MOST_ELEMENTS", -1)
             patch.setattr(forward_pass, "LEAST_ELEMENTS", 0)
         yield
 

@@ -19,7 +19,7 @@ import tnadapt as tna
 import tnadapt.torch as tt
 from tests.support.array_presets import P
 
-from .internals import LowRankLayer, forward_pass, linear, updated_weights
+from .internals import LowRankLayer, forms, forward_pass
 from .small import stir
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -114,7 +114,7 @@ def test_it_gives_the_bits_of_the_general_way(
     is_alike = of_base or dtype == torch.float32
     with pytest.MonkeyPatch.context() as patch:
         if large:
-            patch.setattr(linear, "MOST_ELEMENTS", -1)
+            patch.setattr(forms, "MOST_ELEMENTS", -1)
         with taken() as short:
             found = passed(model, x, gradients)
         assert short == [any(weights) and not (large and gradients and is_alike)] * 2
@@ -239,7 +239,7 @@ def attached(model: nn.Module, config: Any, **how: Any) -> tt.Adapter:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("shape", [(2, updated_weights.BLOCK), (4, updated_weights.BLOCK // 3 + 5)])
+@pytest.mark.parametrize("shape", [(2, forms.BLOCK), (4, forms.BLOCK // 3 + 5)])
 def test_a_half_precision_sum_has_the_bits_of_the_plain_one_and_needs_no_wide_copy(
     shape: tuple[int, int], dtype: torch.dtype
 ) -> None:
@@ -260,8 +260,8 @@ def test_a_half_precision_sum_has_the_bits_of_the_plain_one_and_needs_no_wide_co
 def sums(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Collect the numbers of elements of sums of the weight's size."""
     formed: list[int] = []
-    plain = updated_weights.summed
-    monkeypatch.setattr(updated_weights, "summed", lambda w, *rest: formed.append(w.numel()) or plain(w, *rest))
+    plain = forms.summed
+    monkeypatch.setattr(forms, "summed", lambda w, *rest: formed.append(w.numel()) or plain(w, *rest))
     return formed
 
 

@@ -24,7 +24,17 @@ from tnadapt.algebra.applying import Applying, Hadamard, Magnitude
 from tnadapt.algebra.factoring import factoring
 from tnadapt.testing.strategies import plans
 
-from .internals import MACHINES, Machine, Slice, StepWork, choose, costs, dequantized, linear, updated_weights
+from .internals import (
+    MACHINES,
+    Machine,
+    Slice,
+    StepWork,
+    choose,
+    costs,
+    dequantized,
+    forms,
+    product_vjp_once,
+)
 from .small import stir
 
 # Outputs and derivatives with every update, layer and strategy are compared with the formula in test_forward_laws.py.
@@ -41,18 +51,18 @@ each_config = pytest.mark.parametrize("name", CONFIGS)
 
 
 def test_both_the_input_and_the_output_count() -> None:
-    widest = linear.MOST_ELEMENTS // 4
-    assert linear.is_small(torch.empty(4, widest), torch.empty(8, widest))
-    assert linear.is_small(torch.empty(2, 2, 8), torch.empty(widest, 8))
-    assert not linear.is_small(torch.empty(4, widest + 1), torch.empty(8, widest + 1))
-    assert not linear.is_small(torch.empty(4, 8), torch.empty(widest + 1, 8))
+    widest = forms.MOST_ELEMENTS // 4
+    assert forms.is_small(torch.empty(4, widest), torch.empty(8, widest))
+    assert forms.is_small(torch.empty(2, 2, 8), torch.empty(widest, 8))
+    assert not forms.is_small(torch.empty(4, widest + 1), torch.empty(8, widest + 1))
+    assert not forms.is_small(torch.empty(4, 8), torch.empty(widest + 1, 8))
 
 
 @pytest.fixture(params=[False, True], ids=["small", "large"])
 def large(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let every layer count as a large one, where low-rank matrices have the autograd function of all others."""
     if request.param:
-        monkeypatch.setattr(linear, "MOST_ELEMENTS", -1)
+        monkeypatch.setattr(forms, "MOST_ELEMENTS", -1)
 
 
 @pytest.mark.parametrize(
@@ -123,10 +133,9 @@ def test_a_slice_is_the_update(data: st.DataObject) -> None:
             given_to = [params[name] for name in made.names]
             expected = plan.delta(params, index)
             torch.testing.assert_close(made(*given_to), expected, rtol=1e-12, atol=1e-12)
-            factors = made.factors(*given_to)
-            if factors is not None:
-                left, right, first = factors
-                found = (left @ right).reshape(-1)[first : first + made.size].view(made.shape)
+            product = made.product(*given_to)
+            if product is not None:
+                found, _ = product_vjp_once(product, made.shape, 1.0, [])
                 torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
@@ -252,7 +261,7 @@ def test_updates_of_several_parts_of_a_weight_share_one_sum(dtype: torch.dtype) 
     targets = [tna.Target("a", (384, 128), role, rows=tna.Rows(128 * at, 128, 384)) for at, role in enumerate("qkv")]
     deltas = [torch.randn(128, 128) for _ in targets]
     found: list[torch.Tensor] = []
-    peak = peak_of(lambda: found.append(updated_weights.summed(stored, list(zip(targets, deltas, strict=True)))))
+    peak = peak_of(lambda: found.append(forms.summed(stored, list(zip(targets, deltas, strict=True)))))
     assert torch.equal(found[0], (stored.float() + torch.cat(deltas)).to(dtype))
     wide, narrow = 4 * stored.numel(), dtype.itemsize * stored.numel()
     assert peak < 1.2 * wide + (narrow if dtype is not torch.float32 else 0)

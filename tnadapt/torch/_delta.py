@@ -1,6 +1,6 @@
 """ΔW and what else is computed from an adapter's arrays: one autograd node each, cached while the arrays are unchanged.
 
-:class:`Recomputed` is the node, here and for W' (:mod:`tnadapt.torch._updated_weight`): its backward recomputes what it
+:class:`Recomputed` is the node, here and for W' (:mod:`tnadapt.torch._forms`): its backward recomputes what it
 does not keep.
 
 Where slices are cheap (:class:`Slice`), each layer computes its own during training. Where they are not, as behind F,
@@ -22,8 +22,8 @@ import math
 import sys
 import time
 import weakref
-from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol, TypeVar, cast
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -39,38 +39,6 @@ from tnadapt.algebra.maps.projection import adjoints
 from tnadapt.algebra.superlora import SuperLoRA
 from tnadapt.algebra.theta import ThetaPart
 from tnadapt.backends import constant_result, load_backend
-
-__all__ = [
-    "ArrayCache",
-    "DeltaCache",
-    "Quotient",
-    "Slice",
-    "Snapshot",
-    "ThetaArrays",
-    "all_or_none",
-    "can_cache",
-    "copy_all",
-    "gather_full",
-    "in_dispatch_mode",
-    "in_functorch",
-    "is_sharded",
-    "on_host",
-    "outer_vjp_once",
-    "pieces",
-    "plain_vjp",
-    "recompute",
-    "recomputed",
-    "refuse_reentrant",
-    "reshard",
-    "reuses_buffers",
-    "traced",
-    "update_product",
-    "vector",
-    "version",
-    "wide_pair",
-    "wide_product",
-]
-
 
 # -- Whether something intercepts torch's operations: a transform, a trace or a dispatch mode --------------------------
 
@@ -101,8 +69,11 @@ def traced() -> bool:
 # -- A function of tensors as one autograd node, recomputed in backward instead of saved -------------------------------
 
 
-class Function(Protocol):
+class Function:
     """A function that computes its own gradients from its inputs.
+
+    A subclass has ``__call__(*inputs)``, which returns the output, and ``vjp(inputs, wanted, gradient)``, which returns
+    the gradients of the inputs with the wanted indices, given that of the output.
 
     Attributes
     ----------
@@ -111,13 +82,11 @@ class Function(Protocol):
         that layers and passes share; nothing for a linear function.
     """
 
-    keeps: str
+    keeps = "inputs"
 
-    def __call__(self, *inputs: Any) -> Tensor:
-        """Return the output."""
-
-    def vjp(self, inputs: Sequence[Any], wanted: Sequence[int], gradient: Tensor) -> Sequence[Tensor | None]:
-        """Return the gradients of the wanted inputs, given that of the output."""
+    def __repr__(self) -> str:
+        # Traces contain this text and are compared with each other, so it must not contain an address.
+        return type(self).__name__
 
 
 class Recomputed(torch.autograd.Function):
@@ -126,8 +95,8 @@ class Recomputed(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(function: Function, *inputs: Any) -> Tensor:
-        return function(*inputs)
+    def forward(function: Any, *inputs: Any) -> Tensor:
+        return cast(Tensor, function(*inputs))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -177,22 +146,32 @@ def reuses_buffers(gradient: Tensor) -> bool:
 
 
 def plain_vjp(
-    made: Callable[..., Tensor], arrays: Sequence[Tensor], wanted: Sequence[int], gradient: Tensor
+    function: Callable[..., Tensor], arrays: Sequence[Tensor], wanted: Sequence[int], gradient: Tensor
 ) -> Sequence[Tensor]:
     """Recompute a function of arrays and return the gradients of the wanted ones."""
+    return _recomputed(function, arrays, wanted)[1](gradient)
+
+
+#: From the gradient of an output to those of the arrays that are wanted.
+Pull = Callable[[Tensor], Sequence[Tensor]]
+
+
+def _recomputed(
+    function: Callable[..., Tensor], arrays: Sequence[Tensor], wanted: Sequence[int]
+) -> tuple[Tensor, Pull]:
+    """Return the output of a function of arrays again, and its :data:`Pull`."""
+    inputs = list(arrays)
 
     def of(*moved: Tensor) -> Tensor:
-        inputs = list(arrays)
         for index, array in zip(wanted, moved, strict=True):
             inputs[index] = array
-        return made(*inputs)
+        return function(*inputs)
 
     # torch.func rather than autograd.grad, because a backward pass may itself be batched or differentiated.
-    pull: Callable[[Tensor], tuple[Tensor, ...]] = torch.func.vjp(of, *(arrays[index] for index in wanted))[1]
-    return pull(gradient)
+    return torch.func.vjp(of, *(arrays[index] for index in wanted))  # type: ignore[return-value]
 
 
-class Whole:
+class Whole(Function):
     """The vector of all updates of a plan as a function of its arrays, in order."""
 
     keeps = "arrays"
@@ -200,10 +179,6 @@ class Whole:
     def __init__(self, plan: SuperLoRA, names: Sequence[str], on_backward: Callable[[], None] | None = None) -> None:
         self.plan, self.names = plan, tuple(names)
         self.on_backward = on_backward
-
-    def __repr__(self) -> str:
-        # Traces contain this text and are compared with each other, so it must not contain an address.
-        return f"Whole({self.plan!r})"
 
     def __call__(self, *arrays: Tensor) -> Tensor:
         return self.plan.vector(dict(zip(self.names, arrays, strict=True)))
@@ -223,8 +198,12 @@ class Whole:
         for numbers in batches(backend, gradient, [(group, 0, group.size) for group in groups]):
             batch = [groups[number] for number in numbers]
             for group, before in zip(batch, self._before(batch, gradient), strict=True):
-                for full, part in _of_network(group, named, trained, before):
+                names = list(group.names.values())
+                places = [place for place, full in enumerate(names) if full in trained]
+                parts = plain_vjp(_network_of(group), [named[full] for full in names], places, before)
+                for place, part in zip(places, parts, strict=True):
                     # Arrays that are tied occur in several groups, or more than once in one.
+                    full = names[place]
                     gradients[full] = gradients[full] + part if full in gradients else part
         return [gradients[self.names[index]] for index in wanted]
 
@@ -241,41 +220,18 @@ class Whole:
         return gradients if len(gradients) == 1 else [vector.clone() for vector in gradients]
 
 
-def _of_network(
-    group: Group, named: Mapping[str, Tensor], trained: Collection[str], gradient: Tensor
-) -> list[tuple[str, Tensor]]:
-    """Return the gradients of a group's trained arrays, by name, given that of the vector of its network."""
-    backend, names = load_backend("torch"), list(group.names.values())
-    places = [place for place, full in enumerate(names) if full in trained]
+def _network_of(group: Group) -> Callable[..., Tensor]:
+    """Return the vector of a group's network as a function of the group's arrays, in order."""
+    backend = load_backend("torch")
 
-    def network_vector(*group_arrays: Tensor) -> Tensor:
-        arrays = group.with_frozen(backend, dict(zip(group.names, group_arrays, strict=True)))
-        return cast(Tensor, group.network.whole(backend, arrays))
+    def vector_of(*arrays: Tensor) -> Tensor:
+        group_arrays = group.with_frozen(backend, dict(zip(group.names, arrays, strict=True)))
+        return cast(Tensor, group.network.whole(backend, group_arrays))
 
-    parts = plain_vjp(network_vector, [named[full] for full in names], places, gradient)
-    return [(names[place], part) for place, part in zip(places, parts, strict=True)]
+    return vector_of
 
 
-class OuterRows(NamedTuple):
-    """An update as a run of the elements of rows that are outer products, cut to ``cols``.
-
-    Attributes
-    ----------
-    left, right : Tensor, shapes (n, p) and (n, q)
-    cols : int
-    first : int
-        Position in the rows of the first element of the update.
-    scale : float
-    """
-
-    left: Tensor
-    right: Tensor
-    cols: int
-    first: int
-    scale: float
-
-
-class Slice:
+class Slice(Function):
     """The update of one weight as a function of the arrays of its groups, in order.
 
     Attributes
@@ -297,9 +253,6 @@ class Slice:
         # Once each: arrays may be tied.
         self.names = tuple(dict.fromkeys(full for group in self._groups.values() for full in group.names.values()))
 
-    def __repr__(self) -> str:
-        return f"Slice(shape={self.shape}, pieces={self._pieces})"
-
     def __call__(self, *arrays: Tensor) -> Tensor:
         # Shapes were checked when the arrays were created; a check per layer would cost as much as the update itself.
         backend, params = load_backend("torch"), dict(zip(self.names, arrays, strict=True))
@@ -309,36 +262,27 @@ class Slice:
         ]
         return cast(Tensor, backend.reshape(backend.concat(parts), self.shape))
 
-    def factors(self, *arrays: Tensor) -> tuple[Tensor, Tensor, int] | None:
-        """Return (left, right, start): the update is a run of ``vec(left @ right)`` from start. None if it is not."""
-        if len(self._pieces) > 1 or arrays[0].dtype not in (torch.float32, torch.float64):
-            return None
-        (piece,) = self._pieces
-        group = self._groups[piece.group]
-        if group.subtracts:
-            return None  # the difference of two products
-        backend = load_backend("torch")
-        group_arrays = group.arrays(backend, dict(zip(self.names, arrays, strict=True)))
-        start, stop = piece.group_start, piece.group_start + piece.length
-        return group.network.slice_factors(backend, group_arrays, start, stop)
-
     @functools.cached_property
     def _kronecker_rows(self) -> KroneckerRows | None:
         piece = self._pieces[0]
-        group = self._groups[piece.group]
-        if len(self._pieces) > 1 or group.subtracts:
-            return None
-        return KroneckerRows.of(group.network, piece.group_start, piece.group_start + piece.length)
+        network = self._groups[piece.group].network
+        return KroneckerRows.of(network, piece.group_start, piece.group_start + piece.length)
 
-    def outer(self, *arrays: Tensor) -> OuterRows | None:
-        """Return two vectors for each row of the network that contains a part of the update; None if there are none."""
-        rows = self._kronecker_rows
-        if rows is None or arrays[0].dtype not in (torch.float32, torch.float64):
+    def product(self, *arrays: Tensor) -> Product | None:
+        """Return the product of which the update is a run of elements; None if it is not one."""
+        piece = self._pieces[0]
+        group = self._groups[piece.group]
+        # With a start that is subtracted it is the difference of two products.
+        if len(self._pieces) > 1 or group.subtracts or arrays[0].dtype not in (torch.float32, torch.float64):
             return None
-        (group,) = self._groups.values()
         backend = load_backend("torch")
         group_arrays = group.arrays(backend, dict(zip(self.names, arrays, strict=True)))
-        return OuterRows(*rows(backend, group_arrays), rows.cols, rows.first, group.network.scale)
+        rows = self._kronecker_rows
+        if rows is not None:
+            return OuterProducts(*rows(backend, group_arrays), rows.first, group.network.scale, rows.cols)
+        start, stop = piece.group_start, piece.group_start + piece.length
+        factors = group.network.slice_factors(backend, group_arrays, start, stop)
+        return None if factors is None else Product(*factors)
 
     def vjp(self, arrays: Sequence[Tensor], wanted: Sequence[int], gradient: Tensor) -> Sequence[Tensor]:
         """Return the gradients of the wanted arrays, given that of the update."""
@@ -358,82 +302,40 @@ class Slice:
         return None if many else cls(plan, index)
 
 
-#: From the gradient of an update to those of the arrays that are wanted.
-Pull = Callable[[Tensor], Sequence[Tensor]]
+def computed(source: Slice | None, arrays: Sequence[Tensor], scale: float) -> Tensor:
+    """Return an update that a slice computes from arrays, or that is the first of them, times a scale."""
+    delta = arrays[0] if source is None else source(*arrays)
+    return delta if scale == 1.0 else delta * scale
 
 
 def recompute(
-    source: Slice, arrays: Sequence[Tensor], wanted: Sequence[int], once: bool, scale: float = 1.0
+    source: Slice | None, arrays: Sequence[Tensor], wanted: Sequence[int], once: bool, scale: float = 1.0
 ) -> tuple[Tensor, Pull]:
-    """Return an update again, times ``scale``, and its :data:`Pull`; with ``once`` this overwrites the update.
+    """Return :func:`computed` again, and its :data:`Pull`; with ``once`` this overwrites the update.
 
     That takes a third of the overhead of torch.func.vjp, and no memory beyond the update's.
     """
-    inputs = list(arrays)
-
-    def update() -> Tensor:
-        delta = source(*inputs)
-        return delta if scale == 1.0 else delta * scale
-
+    if source is None:
+        return arrays[0], lambda gradient: [gradient] if wanted else []
     if not wanted:
-        return update(), lambda gradient: []
+        return computed(source, arrays, scale), lambda gradient: []
     if not once:
+        return _recomputed(lambda *inputs: computed(source, inputs, scale), arrays, wanted)
+    inputs, leaves = leaves_of(arrays, wanted)
+    with torch.enable_grad():
+        product = source.product(*inputs)
+        if product is None:
+            value = computed(source, inputs, scale)
+            return value.detach(), lambda gradient: torch.autograd.grad(value, leaves, gradient)
+    return product_vjp_once(product, source.shape, scale, leaves)
 
-        def of(*wanted_arrays: Tensor) -> Tensor:
-            for index, array in zip(wanted, wanted_arrays, strict=True):
-                inputs[index] = array
-            return update()
 
-        # torch.func rather than autograd.grad, because a backward pass may itself be batched or differentiated.
-        delta, pull_again = cast("tuple[Tensor, Pull]", torch.func.vjp(of, *(arrays[index] for index in wanted)))
-        return delta, pull_again
-    # A separate graph from detached leaves to the update: autograd.grad stops at these leaves.
+def leaves_of(arrays: Sequence[Any], wanted: Sequence[int]) -> tuple[list[Any], list[Tensor]]:
+    """Return arrays with detached leaves in the places of the wanted ones, where autograd.grad stops; and these."""
+    inputs = list(arrays)
     for index in wanted:
         inputs[index] = arrays[index].detach().requires_grad_()
-    leaves = [inputs[index] for index in wanted]
-    with torch.enable_grad():
-        outer = source.outer(*inputs)
-        if outer is not None:
-            return outer_vjp_once(outer, source.shape, scale, leaves)
-        factors = source.factors(*inputs)
-        if factors is None:
-            value = update()
-            return value.detach(), lambda gradient: torch.autograd.grad(value, leaves, gradient)
-    # The update is a contiguous run of elements of left @ right (a slice of a group's matrix, which may begin in the
-    # middle of a row). The product is differentiated by hand below, in the buffer that holds it.
-    left, right, first = factors
-    buffer = _scaled(torch.mm(left.detach(), right.detach()), scale)
-
-    def pull(gradient: Tensor) -> Sequence[Tensor]:
-        _scaled(_put(gradient, buffer, first, source.size), scale)
-        outputs, gradients = [], []
-        if left.requires_grad:
-            outputs.append(left)
-            # In this form the long sides of both operands are contiguous: it takes a quarter of the time.
-            gradients.append((right.detach().contiguous() @ buffer.T).T)
-        if right.requires_grad:
-            outputs.append(right)
-            gradients.append(left.detach().T @ buffer)
-        return torch.autograd.grad(outputs, leaves, gradients)
-
-    return buffer.view(-1)[first : first + source.size].view(source.shape), pull
-
-
-def _put(gradient: Tensor, buffer: Tensor, first: int, size: int) -> Tensor:
-    """Replace the update inside the buffer of a product by its gradient; that of the other elements is zero."""
-    flat = buffer.view(-1)
-    if gradient.data_ptr() != flat[first:].data_ptr():
-        flat[first : first + size].view(gradient.shape).copy_(gradient)
-    flat[:first].zero_()
-    flat[first + size :].zero_()
-    return buffer
-
-
-def _scaled(buffer: Tensor, *factors: float) -> Tensor:
-    for factor in factors:
-        if factor != 1.0:
-            buffer.mul_(factor)
-    return buffer
+    return inputs, [inputs[index] for index in wanted]
 
 
 def _joined(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -466,85 +368,104 @@ def pieces(plan: SuperLoRA, vec: Tensor) -> list[Tensor]:
     return [part.view(shape) for part, shape in zip(torch.split(vec, sizes), plan.shapes, strict=True)]
 
 
-# -- The update whose rows are outer products: its gradients by two sums, in its own buffer ----------------------------
+# -- The update that is a run of elements of a product: its gradients by hand, in the buffer that holds the product ----
 
 
-class _Table(NamedTuple):
-    """Rows of outer products in their buffer, cut to a length: the elements of left that are whole, and the last."""
-
-    outer: OuterRows
-    buffer: Tensor
-
-    @property
-    def whole(self) -> int:
-        return self.outer.cols // self.outer.right.shape[1]
-
-    @property
-    def main(self) -> Tensor:
-        wide = self.outer.right.shape[1]
-        return self.buffer[:, : self.whole * wide].view(len(self.buffer), self.whole, wide)
-
-    @property
-    def rest(self) -> Tensor:
-        return self.buffer[:, self.whole * self.outer.right.shape[1] :]
-
-    def fill(self) -> None:
-        left, right, rest = self.outer.left.detach(), self.outer.right.detach(), self.rest
-        torch.mul(left[:, : self.whole].unsqueeze(2), right.unsqueeze(1), out=self.main)
-        if rest.shape[1]:
-            torch.mul(left[:, self.whole : self.whole + 1], right[:, : rest.shape[1]], out=rest)
-
-    def of_right(self) -> Tensor:
-        """Return the gradient of right, where the buffer holds that of the rows."""
-        left, rest = self.outer.left.detach(), self.rest
-        gradient = torch.bmm(left[:, : self.whole].unsqueeze(1), self.main).squeeze(1)
-        if rest.shape[1]:
-            gradient[:, : rest.shape[1]].addcmul_(left[:, self.whole : self.whole + 1], rest)
-        return gradient
-
-    def of_left(self) -> Tensor:
-        """Return the gradient of left, where the buffer holds that of the rows; the buffer is overwritten."""
-        left, right, rest = self.outer.left, self.outer.right.detach(), self.rest
-        gradient = torch.zeros_like(left)
-        torch.sum(self.main.mul_(right.unsqueeze(1)), 2, out=gradient[:, : self.whole])
-        if rest.shape[1]:
-            torch.sum(rest.mul_(right[:, : rest.shape[1]]), 1, out=gradient[:, self.whole])
-        return gradient
-
-
-def outer_vjp_once(
-    outer: OuterRows, shape: tuple[int, int], weight: float, leaves: Sequence[Tensor]
-) -> tuple[Tensor, Pull]:
-    """Return an update, and a function from its gradient to those of the leaves, for a single use.
+class Product:
+    """``left @ right`` in a buffer, in which its gradient takes its place.
 
     Parameters
     ----------
-    outer : OuterRows
-        Computed from the leaves, with gradients.
-    shape : (int, int)
-        Of the update.
-    weight : float
-        Factor of the update.
-    leaves : sequence of Tensor
+    left, right : Tensor
+    first : int
+        Position in the product of the first element of the update.
+    scale : float
     """
-    buffer = torch.empty((len(outer.left), outer.cols), dtype=outer.left.dtype, device=outer.left.device)
-    table, size = _Table(outer, buffer), shape[0] * shape[1]
-    with torch.no_grad():
-        table.fill()
-        _scaled(buffer, outer.scale, weight)
 
-    def pull(moved: Tensor) -> Sequence[Tensor]:
-        _scaled(_put(moved, buffer, outer.first, size), outer.scale, weight)
+    def __init__(self, left: Tensor, right: Tensor, first: int, scale: float = 1.0) -> None:
+        self.left, self.right, self.first, self.scale = left, right, first, scale
+
+    def fill(self, left: Tensor, right: Tensor) -> None:
+        """Compute the product, without the scale."""
+        self.buffer = torch.mm(left, right)
+
+    def of_right(self, left: Tensor) -> Tensor:
+        """Return the gradient of right, where the buffer holds that of the product."""
+        return left.T @ self.buffer
+
+    def of_left(self, right: Tensor) -> Tensor:
+        """Return the gradient of left, where the buffer holds that of the product, and may be overwritten."""
+        # In this form the long sides of both operands are contiguous: it takes a quarter of the time.
+        return (right.contiguous() @ self.buffer.T).T
+
+
+class OuterProducts(Product):
+    """Outer products of the rows of ``left`` and ``right``, each cut to ``cols``; gradients are two sums."""
+
+    def __init__(self, left: Tensor, right: Tensor, first: int, scale: float, cols: int) -> None:
+        super().__init__(left, right, first, scale)
+        wide = right.shape[1]
+        self.buffer = torch.empty((len(left), cols), dtype=left.dtype, device=left.device)
+        # The elements of left whose products are whole, and the one whose product is cut.
+        self.whole = cols // wide
+        self.main = self.buffer[:, : self.whole * wide].view(len(left), self.whole, wide)
+        self.rest = self.buffer[:, self.whole * wide :]
+
+    def fill(self, left: Tensor, right: Tensor) -> None:
+        torch.mul(left[:, : self.whole].unsqueeze(2), right.unsqueeze(1), out=self.main)
+        if self.rest.shape[1]:
+            torch.mul(left[:, self.whole : self.whole + 1], right[:, : self.rest.shape[1]], out=self.rest)
+
+    def of_right(self, left: Tensor) -> Tensor:
+        gradient = torch.bmm(left[:, : self.whole].unsqueeze(1), self.main).squeeze(1)
+        if self.rest.shape[1]:
+            gradient[:, : self.rest.shape[1]].addcmul_(left[:, self.whole : self.whole + 1], self.rest)
+        return gradient
+
+    def of_left(self, right: Tensor) -> Tensor:
+        gradient = torch.zeros_like(self.left)
+        torch.sum(self.main.mul_(right.unsqueeze(1)), 2, out=gradient[:, : self.whole])
+        if self.rest.shape[1]:
+            torch.sum(self.rest.mul_(right[:, : self.rest.shape[1]]), 1, out=gradient[:, self.whole])
+        return gradient
+
+
+def product_vjp_once(
+    product: Product, shape: tuple[int, int], weight: float, leaves: Sequence[Tensor]
+) -> tuple[Tensor, Pull]:
+    """Return an update times a weight, and a function from its gradient to those of the leaves, for a single use.
+
+    The product was computed from the leaves, with gradients.
+    """
+    left, right = product.left.detach(), product.right.detach()
+    product.fill(left, right)
+    buffer, flat = product.buffer, product.buffer.view(-1)
+    first, stop = product.first, product.first + math.prod(shape)
+    update = flat[first:stop].view(shape)
+
+    def scale() -> None:
+        for factor in (product.scale, weight):
+            if factor != 1.0:
+                buffer.mul_(factor)
+
+    def pull(gradient: Tensor) -> Sequence[Tensor]:
+        # The gradient may be in the buffer already; that of the elements around the update is zero.
+        if gradient.data_ptr() != update.data_ptr():
+            update.copy_(gradient)
+        flat[:first].zero_()
+        flat[stop:].zero_()
+        scale()
         outputs, gradients = [], []
-        if outer.right.requires_grad:
-            outputs.append(outer.right)
-            gradients.append(table.of_right())
-        if outer.left.requires_grad:
-            outputs.append(outer.left)
-            gradients.append(table.of_left())
+        if product.right.requires_grad:
+            outputs.append(product.right)
+            gradients.append(product.of_right(left))
+        if product.left.requires_grad:
+            outputs.append(product.left)
+            gradients.append(product.of_left(right))
         return torch.autograd.grad(outputs, leaves, gradients)
 
-    return buffer.view(-1)[outer.first : outer.first + size].view(shape), pull
+    scale()
+    return update, pull
 
 
 # -- Several assignments that take effect together or not at all -------------------------------------------------------
@@ -624,41 +545,16 @@ def reshard(*models: nn.Module) -> None:
     at the next pass. That module manages all parameters below it, so it may be one that contains the given modules.
     """
     inside = {module: None for model in models for module in model.modules()}
-    for module in [*inside, *_sharded_around(inside)]:
-        again = getattr(module, "reshard", None)
-        if callable(again) and hasattr(module, "unshard"):
-            again()
-
-
-def _sharded_around(inside: Collection[nn.Module]) -> list[nn.Module]:
-    """Return the modules sharded by torch that contain any of these."""
     # A module has no reference to its parents, but torch keeps a private list of sharded modules. If the list is not
     # imported, nothing is sharded; with a version of torch that has no such list, only the given modules are resharded.
     known: Any = getattr(sys.modules.get("torch.distributed._composable_state"), "_module_state_mapping", ())
-    return [
-        outer for outer in list(known) if outer not in inside and any(module in inside for module in outer.modules())
+    around = [
+        module for module in list(known) if module not in inside and not inside.keys().isdisjoint(module.modules())
     ]
-
-
-def refuse_reentrant(name: str) -> None:
-    """Raise a RuntimeError where DistributedDataParallel would silently compute wrong gradients.
-
-    Reentrant checkpointing runs a separate backward pass for each region. DistributedDataParallel takes the first one
-    for the complete gradient of an array that several regions share, unless it was told that the graph is static.
-    """
-    import torch.distributed as distributed
-
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return
-    from torch.nn.parallel import DistributedDataParallel
-
-    active = getattr(DistributedDataParallel, "_get_active_ddp_module", lambda: None)()
-    if active is not None and not getattr(active, "static_graph", False):
-        raise RuntimeError(
-            "a part of the model runs without gradients inside a training pass of DistributedDataParallel, as "
-            f"reentrant checkpointing does, and adapter {name!r} is shared by several parts: its gradients would be "
-            "wrong. Use checkpointing with use_reentrant=False, or DistributedDataParallel(…, static_graph=True)"
-        )
+    for module in [*inside, *around]:
+        again = getattr(module, "reshard", None)
+        if callable(again) and hasattr(module, "unshard"):
+            again()
 
 
 # -- What an array was when something was computed from it -------------------------------------------------------------
@@ -755,10 +651,9 @@ class CacheEntry:
         The tensors: updates by index of the weight, say.
     settings : hashable
         What else they depend on.
-    leaves : dict of str to (Tensor, hashable), optional
-        Where the tensors have a graph, the arrays themselves with their states: gradients go to these objects.
-    written : int
-        Sum of the version counters of the leaves.
+    leaves : dict of str to (Tensor, bool, int), optional
+        Where the tensors have a graph, the arrays themselves, to which gradients go; whether they required gradients,
+        and their version counters.
     rounded : dict of (int, dtype) to Tensor
         Updates in other dtypes, added as they are asked for; only where there is no graph.
     """
@@ -766,8 +661,7 @@ class CacheEntry:
     copies: dict[str, Snapshot]
     tensors: Mapping[Any, Tensor]
     settings: Hashable = ()
-    leaves: dict[str, tuple[Tensor, Hashable]] | None = None
-    written: int = 0
+    leaves: dict[str, tuple[Tensor, bool, int]] | None = None
     rounded: dict[tuple[int, torch.dtype], Tensor] = dataclasses.field(default_factory=dict)
 
     def update(self, index: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -785,24 +679,19 @@ class CacheEntry:
     def is_of(self, names: Sequence[str], given: Sequence[Tensor]) -> bool:
         """Return whether the arrays of these names that it was computed from equal the given ones."""
         if self.leaves is not None:
-            states = array_state(given)
-            for name, array, state in zip(names, given, states, strict=True):
-                leaf, before = self.leaves[name]
-                if leaf is not array or before != state:
+            for name, array in zip(names, given, strict=True):
+                leaf, required, _ = self.leaves[name]
+                if leaf is not array or array.requires_grad != required:
                     return False
             # One graph covers all arrays, and its backward pass refuses if any of them was written to since.
-            if sum([version(leaf) for leaf, _ in self.leaves.values()]) != self.written:
-                return False
+            for leaf, _, written in self.leaves.values():
+                if version(leaf) != written:
+                    return False
         copies = self.copies
         for name, array in zip(names, given, strict=True):  # noqa: SIM110, a generator takes as long as a comparison
             if not copies[name].is_of(array):
                 return False
         return True
-
-
-def array_state(arrays: Sequence[Tensor]) -> list[Hashable]:
-    """Return what tells whether a graph still belongs to arrays: whether they require gradients, and their versions."""
-    return [(array.requires_grad, version(array)) for array in arrays]
 
 
 class ArrayCache:
@@ -825,6 +714,9 @@ class ArrayCache:
         self._entries: dict[tuple[bool, bool, Hashable], CacheEntry] = {}
         #: The latest snapshot of each array, which entries share.
         self._snapshots: dict[tuple[str, bool], Snapshot] = {}
+        #: The current compiler trace or forward pass, and what it has computed for all its layers, where that is not
+        #: cached.
+        self._traced: tuple[Hashable, dict[Any, Any]] | None = None
 
     def entry(
         self,
@@ -861,17 +753,19 @@ class ArrayCache:
         known = None
         self._entries.pop((*modes, key), None)
         all_names, all_arrays = (names, arrays) if sources is None else sources()
-        # State before copies: a write in between makes the copies newer than the state, which invalidates the entry.
-        state = array_state(all_arrays) if modes[0] else None
+        # Versions before copies: a write in between makes the copies newer, which invalidates the entry.
+        leaves = {
+            name: (array, array.requires_grad, version(array))
+            for name, array in zip(all_names, all_arrays, strict=True)
+        }
         copies = self._snapshots_of(all_names, all_arrays)
-        if state is None:
+        if not modes[0]:
             # Computed from the copies, so that the entry is consistent whatever is written to the arrays meanwhile.
             # (Where these are no copies, their version tells of a write, and the entry is not used again.)
-            computed = compute([copy.array for copy in copies.values()])
-            new = self._entries[*modes, key] = CacheEntry(copies, computed, settings)
+            tensors = compute([copy.array for copy in copies.values()])
+            new = self._entries[*modes, key] = CacheEntry(copies, tensors, settings)
             return new
-        leaves = dict(zip(all_names, zip(all_arrays, state, strict=True), strict=True))
-        new = CacheEntry(copies, compute(all_arrays), settings, leaves, sum(map(version, all_arrays)))
+        new = CacheEntry(copies, compute(all_arrays), settings, leaves)
         # A graph belongs to the arrays themselves, which another thread may have changed since they were copied. Such
         # an entry is returned to this caller but not cached.
         if new.is_of(names, arrays):
@@ -893,6 +787,18 @@ class ArrayCache:
             snapshots[name] = snapshot
         return snapshots
 
+    def _of_trace(self, key: Hashable) -> dict[Any, Any]:
+        """Return what has been computed in the trace or pass with this key: nothing yet in another one, or with 0."""
+        # Between two programs of one pass, and after an interrupted pass, _traced may hold tensors of another trace.
+        # They must not be reused: a program cannot check whether the arrays have changed since.
+        if self._traced is None or self._traced[0] != key or not key:
+            self._traced = key, {}
+        return self._traced[1]
+
+    def end(self) -> None:
+        """Record that a pass has returned or failed; not called if it was interrupted."""
+        self._traced = None
+
     def forget(self) -> None:
         """Empty the cache."""
         # New dictionaries instead of clear(): other threads may be reading the old ones.
@@ -906,11 +812,8 @@ class ArrayCache:
         storages = (tensor.untyped_storage() for tensor in tensors)
         return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> ArrayCache:
-        return ArrayCache()
-
     def __reduce__(self) -> tuple[Any, ...]:
-        return ArrayCache, ()
+        return type(self), ()
 
 
 # -- The cache of updates ----------------------------------------------------------------------------------------------
@@ -922,11 +825,6 @@ Lookup = Callable[[Sequence[str]], list[Tensor]]
 
 _numbers = itertools.count()
 _caches: weakref.WeakValueDictionary[int, DeltaCache] = weakref.WeakValueDictionary()
-
-
-def numbered_cache(number: int) -> DeltaCache:
-    """Return the cache with that number."""
-    return _caches[number]
 
 
 class DeltaCache(ArrayCache):
@@ -963,12 +861,11 @@ class DeltaCache(ArrayCache):
             alone and sum(math.prod(plan.param_shapes[name]) for name in delta_slice.names) >= delta_slice.size
             for delta_slice, alone in zip(self._slices, self._alone, strict=True)
         ]
-        #: Parts of the plan whose updates are computed at once, and the part of each weight.
-        self._parts = _parts(plan)
-        self._part = [part for part in self._parts for _ in part.plan.shapes]
-        #: The current compiler trace or forward pass, and the updates of each part that it has computed for all its
-        #: layers, where these are not cached.
-        self._traced: tuple[Hashable, dict[int, list[Tensor]]] | None = None
+        #: The part of the plan whose updates are computed at once with that of each weight.
+        self._part: list[CachedPart] = []
+        for place, (part, names, first) in enumerate(plan.config_plans):
+            cached_part = CachedPart(part, list(names), list(names.values()), first, -1 - place)
+            self._part += [cached_part] * len(part.shapes)
         #: Number of the current forward pass of the whole model; 0 outside of one.
         self._pass = 0
         #: Whether the last forward pass of the whole model began with gradients.
@@ -993,22 +890,24 @@ class DeltaCache(ArrayCache):
             self.forget()
 
     def end(self) -> None:
-        """Record that the pass has returned or failed; not called if it was interrupted."""
-        self._traced, self._pass = None, 0
-        self.began_with_gradients = False
+        super().end()
+        self._pass, self.began_with_gradients = 0, False
 
     def get(self, lookup: Lookup, index: int, dtype: torch.dtype | None = None) -> Tensor:
         """Return the update of one weight for the current arrays; where it is cached, in ``dtype`` if one is given."""
-        if torch.compiler.is_compiling():
-            return self._compiled(lookup, index)
         delta_slice, alone = self._slices[index], self._alone[index]
+        if torch.compiler.is_compiling():
+            # By ordinary operations, for the compiler to fuse. A compiled program must not contain a cached tensor as a
+            # constant, nor guard on the contents of arrays: the computation is part of the program, and that of a part
+            # is so once for all layers of one trace.
+            return delta_slice(*lookup(delta_slice.names)) if alone else self._once(trace_number(), lookup, index)
         # Look up once: everything below refers to these tensors, even if another thread replaces them meanwhile.
         inputs = lookup(delta_slice.names)
         # With gradients, an update that is computed alone gets a separate graph in each call.
         if self._large[index] or (alone and torch.is_grad_enabled()) or not can_cache(inputs, alone):
             if not alone and reuses_in_pass(inputs):
                 modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-                return self._once((self._pass, *modes) if self._pass else None, lookup, index)
+                return self._once((self._pass, *modes) if self._pass else 0, lookup, index)
             return recomputed(delta_slice, *inputs)
         if alone:
             entry = self.entry(index, delta_slice.names, inputs, lambda arrays: {index: delta_slice(*arrays)})
@@ -1024,30 +923,12 @@ class DeltaCache(ArrayCache):
         )
         return entry.update(index, dtype)
 
-    def _compiled(self, lookup: Lookup, index: int) -> Tensor:
-        """Compute the update by ordinary operations, for the compiler to fuse.
-
-        A compiled program must not contain a cached tensor as a constant, nor guard on the contents of arrays. So the
-        computation of an update is part of the program, once for all layers of one trace.
-        """
-        if self._alone[index]:
-            delta_slice = self._slices[index]
-            return delta_slice(*lookup(delta_slice.names))
-        return self._once(trace_number() or None, lookup, index)
-
-    def _once(self, key: Hashable | None, lookup: Lookup, index: int) -> Tensor:
-        """Compute the updates of a part once for all layers of the trace or pass with this key; None: at each call."""
-        # Between two programs of one pass, and after an interrupted pass, _traced may hold tensors of another trace.
-        # They must not be reused: a program cannot check whether the arrays have changed since.
-        if self._traced is None or self._traced[0] != key or key is None:
-            self._traced = key, {}
-        part, updates = self._part[index], self._traced[1]
+    def _once(self, key: Hashable, lookup: Lookup, index: int) -> Tensor:
+        """Compute the updates of a part once for all layers of the trace or pass with this key; 0: at each call."""
+        part, updates = self._part[index], self._of_trace(key)
         if part.key not in updates:
             updates[part.key] = part.updates(lookup(part.names))
-        return updates[part.key][index - part.first]
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> DeltaCache:
-        return DeltaCache(self.plan)
+        return cast(Tensor, updates[part.key][index - part.first])
 
     def __reduce__(self) -> tuple[Any, ...]:
         return DeltaCache, (self.plan,)
@@ -1079,23 +960,18 @@ class CachedPart:
         return pieces(self.plan, vector(self.plan, dict(zip(self.own, arrays, strict=True)), on_backward))
 
 
-def _parts(plan: SuperLoRA) -> list[CachedPart]:
-    return [
-        CachedPart(part, list(names), list(names.values()), first, -1 - place)
-        for place, (part, names, first) in enumerate(plan.config_plans)
-    ]
-
-
 def can_cache(arrays: Sequence[Tensor], alone: bool) -> bool:
     """Return whether an update of these arrays may be cached."""
     if not on_host(arrays[0]):
         if alone or arrays[0].device.type == "meta" or any(array.is_inference() for array in arrays):
             return False
-        if is_captured() or (not torch.is_grad_enabled() and _can_be_stepped(arrays)):
+        # Fused optimizers write to arrays that have gradients without changing their versions.
+        stepped = any(array.is_leaf and array.grad is not None for array in arrays)
+        if is_captured() or (not torch.is_grad_enabled() and stepped):
             return False
     # A trace or a captured graph must contain the computation of the update, tensors wrapped by torch.func are valid
     # only inside the transform, and a dispatch mode must see the same operations each time.
-    return not (in_dispatch_mode() or in_functorch())
+    return not traced()
 
 
 def reuses_in_pass(arrays: Sequence[Tensor]) -> bool:
@@ -1104,18 +980,12 @@ def reuses_in_pass(arrays: Sequence[Tensor]) -> bool:
     So it is in a CUDA graph, which like a compiled program contains the computation, so that a replay uses the current
     arrays; and where an optimizer may take a step before the next pass.
     """
-    traced = in_dispatch_mode() or in_functorch()
-    return not (traced or on_host(arrays[0]) or arrays[0].device.type == "meta")
+    return not (traced() or on_host(arrays[0]) or arrays[0].device.type == "meta")
 
 
 def is_captured() -> bool:
     """Return whether operations are recorded in a CUDA graph at this moment."""
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()  # type: ignore[no-untyped-call]
-
-
-def _can_be_stepped(arrays: Sequence[Tensor]) -> bool:
-    """Return whether arrays have gradients: fused optimizers write to these arrays without changing their versions."""
-    return any(array.is_leaf and array.grad is not None for array in arrays)
 
 
 @constant_result
@@ -1131,7 +1001,7 @@ def trace_number() -> int:
 # of any number of backward passes go through it, each by one call of Pᵀ.
 
 
-class _Moved:
+class _Moved(Function):
     """``P θ`` as a function of θ."""
 
     keeps = "nothing"
@@ -1161,22 +1031,17 @@ class ThetaArrays(ArrayCache):
         assert plan.theta is not None
         super().__init__()
         self.plan, self.theta = plan, plan.theta
-        self._traced: tuple[int, dict[str, Tensor]] | None = None
 
     def get(self, thetas: Sequence[Tensor]) -> Mapping[str, Tensor]:
         """Return the arrays by their names in the plan, for the current θ in the order of ``theta.shapes``."""
         if torch.compiler.is_compiling():
-            number = trace_number()
-            if self._traced is None or self._traced[0] != number or number == 0:
-                self._traced = number, self._made(thetas)
-            return self._traced[1]
+            arrays = self._of_trace(trace_number())
+            if not arrays:
+                arrays.update(self._made(thetas))
+            return arrays
         if not can_cache(thetas, False):
             return self._made(thetas)
         return self.entry((), list(self.theta.shapes), thetas, self._made).tensors
-
-    def end(self) -> None:
-        """Record that a pass has ended, so that the next one does not begin with what a trace left."""
-        self._traced = None
 
     def _made(self, thetas: Sequence[Tensor]) -> dict[str, Tensor]:
         backend = load_backend("torch")
@@ -1192,9 +1057,6 @@ class ThetaArrays(ArrayCache):
                 change = piece.view(shape)
                 arrays[full] = self.plan.array_start(backend, full, theta) + change if self.theta.offset else change
         return arrays
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> ThetaArrays:
-        return ThetaArrays(self.plan)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return ThetaArrays, (self.plan,)
@@ -1212,7 +1074,7 @@ def wide_pair(weight: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
     return weight.to(dtype), delta.to(weight.device, dtype)
 
 
-class Quotient:
+class Quotient(Function):
     """The quotient of one weight as a function of the arrays of its update, and of the weight's own parameters.
 
     Parameters
@@ -1239,20 +1101,14 @@ class Quotient:
         #: What the call has found: vectors.
         self._rescaling: Rescaling
 
-    def __repr__(self) -> str:
-        # Traces contain this text and are compared with each other.
-        return f"Quotient({self.source!r})"
-
     def __call__(self, *arrays: Tensor) -> Tensor:
         """Return it, ``(rows,)``."""
         *of_delta, magnitude = arrays
-        total = self._total(self._delta([array.detach() for array in of_delta] if self.detach else of_delta))
+        if self.detach:
+            of_delta = [array.detach() for array in of_delta]
+        total = self._total(computed(self.source, of_delta, self.scale))
         self._rescaling = self._rescaled(total.detach() if self.detach else total, magnitude)
         return cast(Tensor, self._rescaling.quotient.view(-1))
-
-    def _delta(self, arrays: Sequence[Tensor]) -> Tensor:
-        delta = arrays[0] if self.source is None else self.source(*arrays)
-        return delta if self.scale == 1.0 else delta * self.scale
 
     def _total(self, delta: Tensor) -> Tensor:
         weight, delta = wide_pair(self.weight(), delta)
@@ -1267,9 +1123,7 @@ class Quotient:
         """Return the gradients of the wanted arrays, given that of the quotient."""
         *of_delta, magnitude = arrays
         once, rest = reuses_buffers(gradient), [index for index in wanted if index != len(of_delta)]
-        delta, pull = of_delta[0], cast(Pull, lambda of_update: [of_update])
-        if self.source is not None:
-            delta, pull = recompute(self.source, of_delta, rest, once, self.scale)
+        delta, pull = recompute(self.source, of_delta, rest, once, self.scale)
         total = self._total(delta)
         # What the forward pass has found is constant: for a derivative of this one it is computed again.
         rescaling = self._rescaling if once else self._rescaled(total, magnitude)
@@ -1290,22 +1144,6 @@ class Quotient:
 # that it was computed from. It returns a new tensor, which the compiler may overwrite; ΔW itself it never sees.
 
 
-def update_product(cache: DeltaCache, x: Tensor, arrays: Sequence[Tensor], index: int) -> Tensor:
-    """Return ``x ΔWᵀ`` in the dtype of x, in a program that is being compiled.
-
-    Parameters
-    ----------
-    cache : DeltaCache
-    x : Tensor, shape (..., cols)
-    arrays : sequence of Tensor
-        Those of ``cache.names(index)``.
-    index : int
-        The weight.
-    """
-    # The number is an attribute that the compiler guards on: a program is compiled again for another cache.
-    return cast(Tensor, _update_product(x, list(arrays), cache.number, index, cache.plan.shapes[index][0]))
-
-
 def wide_product(x: Tensor, update: Tensor) -> Tensor:
     """Return ``x ΔWᵀ`` in the wider dtype of both."""
     dtype = torch.promote_types(x.dtype, update.dtype)
@@ -1313,13 +1151,14 @@ def wide_product(x: Tensor, update: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("tnadapt::update_product", mutates_args=())
-def _update_product(x: Tensor, arrays: Sequence[Tensor], cache: int, index: int, rows: int) -> Tensor:
-    delta_cache = numbered_cache(cache)
+def update_product(x: Tensor, arrays: Sequence[Tensor], cache: int, index: int, rows: int) -> Tensor:
+    """Return ``x ΔWᵀ`` in the dtype of x, given the arrays of a weight, the number of its cache, and its rows."""
+    delta_cache = _caches[cache]
     named = dict(zip(delta_cache.names(index), arrays, strict=True))
     update = delta_cache.get(lambda names: [named[name] for name in names], index, x.dtype)
     return wide_product(x, update.to(x.device).reshape(rows, x.shape[-1])).to(x.dtype)
 
 
-@_update_product.register_fake
+@update_product.register_fake
 def _(x: Tensor, arrays: Sequence[Tensor], cache: int, index: int, rows: int) -> Tensor:
     return x.new_empty((*x.shape[:-1], rows))

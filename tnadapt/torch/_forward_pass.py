@@ -26,71 +26,12 @@ from tnadapt.algebra.factoring import Factored, Matrix
 from tnadapt.backends import load_backend
 from tnadapt.errors import ConfigError, TargetError, safe_repr
 
-from ._delta import (
-    Quotient,
-    can_cache,
-    on_host,
-    recomputed,
-    refuse_reentrant,
-    traced,
-    update_product,
-    version,
-    wide_pair,
-    wide_product,
-)
-from ._linear import (
-    LowRank,
-    add_features,
-    index_tensor,
-    is_ordinary,
-    is_small,
-    low_rank_linear,
-    mixed_low_rank_linear,
-    overlap,
-    updated_places,
-)
+from . import _delta, _forms, _state
+from ._delta import recomputed, traced
+from ._forms import Change, LowRank, Operation, Update, UpdatedWeight, add_features, updated
 from ._quantized import quantized_type
-from ._state import (
-    ADAPTERS_ATTR,
-    AdapterSlot,
-    AdapterState,
-    assignment_of,
-    current,
-    mixing_weight,
-    named_parameters,
-    not_a_sum,
-    weight_on,
-    weight_params,
-)
-from ._updated_weight import Change, Operation, Update, UpdatedWeight, updated
+from ._state import AdapterSlot, AdapterState, current, mixing_weight, weight_params
 from ._weights import numbers
-
-__all__ = [
-    "LEAST_ELEMENTS",
-    "ColumnDropout",
-    "LowRankLayer",
-    "PassHooks",
-    "PatchedParameter",
-    "acts",
-    "added_matrix",
-    "added_products",
-    "beside",
-    "check_dropout",
-    "check_recomputation",
-    "delta",
-    "dropped_inputs",
-    "drops_input",
-    "embedded",
-    "factors",
-    "has_few_rows",
-    "in_backward",
-    "is_lookup",
-    "rounded_delta",
-    "scaled",
-    "scaled_output",
-    "updated_weight",
-]
-
 
 # -- Dropout of what an adapter adds: on its input, in training mode only ----------------------------------------------
 
@@ -104,7 +45,8 @@ __all__ = [
 # choice: a module that reads its child's weight, as nn.MultiheadAttention does, does not show the child's input.
 
 
-_CONVOLUTIONS = (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
+#: Torch's own forwards of layers that are linear in their input.
+LINEAR_FORWARDS = (nn.Linear.forward, nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
 
 
 def check_dropout(dropout: Any) -> float:
@@ -130,12 +72,7 @@ def _shows_input(slot: AdapterSlot, host: nn.Module) -> bool:
     """Return whether the host's input is multiplied with the weight and nothing else happens to it."""
     if slot.owner is not host or slot.target.parameter != "weight":
         return False
-    return type(host).forward is nn.Linear.forward or is_transposed(host) or type(host).forward in _CONVOLUTIONS
-
-
-def is_transposed(host: nn.Module) -> bool:
-    """Return whether a module is transformers' Conv1D, whose weight is stored as ``(in, out)``."""
-    return type(host).__name__ == "Conv1D"
+    return type(host).forward in LINEAR_FORWARDS or type(host).__name__ == "Conv1D"  # of transformers
 
 
 def dropped_inputs(slots: Sequence[AdapterSlot], x: Tensor) -> list[tuple[Tensor, list[AdapterSlot]]]:
@@ -192,17 +129,11 @@ def acts(state: AdapterState) -> bool:
 
 def delta(slot: AdapterSlot) -> Tensor:
     """Return the update of one weight, times the adapter's mixing weight."""
-    state = slot.adapter
-    _refuse_reentrant(state)
-    recomputing = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    delta_slice = state.cache.slice(slot.index) if recomputing else None
-    if delta_slice is None:
-        return scaled(state, state.cache.get(lambda names: current(state, names), slot.index))
-    return scaled(state, recomputed(delta_slice, *current(state, delta_slice.names)))
+    return scaled(slot.adapter, rounded_delta(slot))
 
 
-def rounded_delta(slot: AdapterSlot, dtype: torch.dtype) -> Tensor:
-    """Return the update of one weight, in a dtype if it is cached; without the mixing weight, and without gradients."""
+def rounded_delta(slot: AdapterSlot, dtype: torch.dtype | None = None) -> Tensor:
+    """Return the update of one weight without the mixing weight; where it is cached, in a dtype if one is given."""
     state = slot.adapter
     _refuse_reentrant(state)
     return state.cache.get(lambda names: current(state, names), slot.index, dtype)
@@ -221,16 +152,34 @@ def scaled(state: AdapterState, value: Tensor) -> Tensor:
     """Return a tensor times the adapter's mixing weight."""
     if torch.compiler.is_compiling():
         # torch.where rather than a product alone: an inactive adapter adds nothing, even if it contains a NaN.
-        weight = weight_on(state, value.device)
+        weight = _state.weight_on(state, value.device)
         return torch.where(weight == 0, torch.zeros_like(value), value * weight)
     factor = mixing_weight(state)
     return value if factor == 1.0 else value * factor
 
 
 def _refuse_reentrant(state: AdapterState) -> None:
+    """Raise a RuntimeError where DistributedDataParallel would silently compute wrong gradients.
+
+    Reentrant checkpointing runs a separate backward pass for each region. DistributedDataParallel takes the first one
+    for the complete gradient of an array that several regions share, unless it was told that the graph is static.
+    """
     # A pass that began with gradients but runs without them here is inside reentrant checkpointing.
-    if state.cache.began_with_gradients and not torch.is_grad_enabled():
-        refuse_reentrant(state.name)
+    if not state.cache.began_with_gradients or torch.is_grad_enabled():
+        return
+    import torch.distributed as distributed
+
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return
+    from torch.nn.parallel import DistributedDataParallel
+
+    active = getattr(DistributedDataParallel, "_get_active_ddp_module", lambda: None)()
+    if active is not None and not getattr(active, "static_graph", False):
+        raise RuntimeError(
+            "a part of the model runs without gradients inside a training pass of DistributedDataParallel, as "
+            f"reentrant checkpointing does, and adapter {state.name!r} is shared by several parts: its gradients would "
+            "be wrong. Use checkpointing with use_reentrant=False, or DistributedDataParallel(…, static_graph=True)"
+        )
 
 
 # -- Activation checkpointing ----------------------------------------------------------------------------------
@@ -250,17 +199,8 @@ def check_recomputation(state: AdapterState) -> None:
         )
 
 
-def _remember_settings(state: AdapterState) -> None:
-    # Several passes may precede one backward pass (DPO runs the base model and the adapted one), so all settings since
-    # the last optimiser step are allowed, not only the latest. The version counters tell when a step was taken.
-    written = sum(parameter._version for _, parameter in named_parameters(state) if not parameter.is_inference())
-    if written != state.passes[0]:
-        state.passes = written, set()
-    state.passes[1].add(_settings(state))
-
-
 def _settings(state: AdapterState) -> tuple[Hashable, ...]:
-    assignment = assignment_of(state)
+    assignment = _state.assignment_of(state)
     names = None if assignment is None else assignment.names
     return state.enabled, mixing_weight(state), state.merged is not None, names
 
@@ -289,8 +229,16 @@ class PassHooks:
         if not torch.compiler.is_compiling():
             state.threads.discard(threading.get_ident())
             if torch.is_grad_enabled():
-                _remember_settings(state)
-            if hasattr(state.owner, "unshard") and not all(on_host(array) for _, array in named_parameters(state)):
+                # Several passes may precede one backward pass (DPO runs the base model and the adapted one), so all
+                # settings since the last optimiser step are allowed, not only the latest. The version counters tell
+                # when a step was taken.
+                arrays = [array for _, array in _state.named_parameters(state)]
+                written = sum(array._version for array in arrays if not array.is_inference())
+                if written != state.passes[0]:
+                    state.passes = written, set()
+                state.passes[1].add(_settings(state))
+            on_host = (_delta.on_host(array) for _, array in _state.named_parameters(state))
+            if hasattr(state.owner, "unshard") and not all(on_host):
                 # FSDP2 writes gathered shards into the same memory, and keeps the version counters.
                 state.clear_cache()
         elif torch.is_grad_enabled() and state.made is not None:
@@ -310,9 +258,7 @@ class PassHooks:
             if module.training:
                 _warn_idle(state, args, output)
             return
-        if state.warned:
-            return
-        if threading.get_ident() in state.threads:
+        if state.warned or threading.get_ident() in state.threads:
             return
         state.warned = True
         warnings.warn(
@@ -342,10 +288,10 @@ def _warn_idle(state: AdapterState, args: Any, output: Any) -> None:
     if state.idle_warned or not state.enabled or state.shares_weights or not torch.is_grad_enabled():
         return
     # Whoever trains one adapter with another merged or inactive has chosen so.
-    others = state.model.__dict__.get(ADAPTERS_ATTR, {}).values()
+    others = state.model.__dict__.get(_state.ADAPTERS_ATTR, {}).values()
     if any(other.merged is None and mixing_weight(other) != 0.0 for other in others):
         return
-    trained = any(parameter.requires_grad for _, parameter in named_parameters(state))
+    trained = any(parameter.requires_grad for _, parameter in _state.named_parameters(state))
     if not trained or not _has_gradient(output) or _has_gradient(args):
         return
     state.idle_warned = True
@@ -392,7 +338,7 @@ class PatchedParameter:
             (slot, other)
             for slot in ([] if alone else others)
             for other in slots
-            if other.adapter is not slot.adapter and overlap(slot.target, other.target)
+            if other.adapter is not slot.adapter and _forms.overlap(slot.target, other.target)
         ]
 
     def check_alone(self) -> None:
@@ -402,8 +348,12 @@ class PatchedParameter:
             if all(acts(state) or state.merged is not None for state in states):
                 raise TargetError(
                     f"adapters {states[0].name!r} and {states[1].name!r} both act on {slot.target.name}, and "
-                    f"{not_a_sum(*states)}: activate() one of them, or detach the other"
+                    f"{_state.not_a_sum(*states)}: activate() one of them, or detach the other"
                 )
+
+    def among(self, slots: Sequence[AdapterSlot]) -> list[AdapterSlot]:
+        """Return those of some slots that update this parameter."""
+        return [slot for slot in slots if slot.owner is self.owner and slot.target.parameter == self.parameter]
 
     @property
     def tensor(self) -> Tensor:
@@ -463,7 +413,7 @@ class LowRankLayer:
             return None
         assert weight is not None  # of these types
         dtype, device = x.dtype, x.device
-        if weight.dtype is not dtype or weight.device != device or not is_ordinary(x):
+        if weight.dtype is not dtype or weight.device != device or not _forms.is_ordinary(x):
             return None
         changes: list[LowRank] = []
         acting: list[AdapterState] = []
@@ -476,10 +426,8 @@ class LowRankLayer:
             if not acts(state):
                 continue
             # Looked up in each call: FSDP and load_state_dict(assign=True) replace the parameter objects.
-            names, arrays = state.parameter_names, state.owner._parameters
+            names, arrays = state.parameter_names, cast(Any, state.owner._parameters)
             left, right = arrays[names[left_name]], arrays[names[right_name]]
-            assert left is not None  # ensured by attach
-            assert right is not None
             for array in (left, right):
                 if type(array) not in _PLAIN or array.device != device:
                     return None
@@ -490,11 +438,11 @@ class LowRankLayer:
         if not changes:
             return None
         alike = changes[0].left.dtype is dtype
-        if alike and torch.is_grad_enabled() and not is_small(x, weight):
+        if alike and torch.is_grad_enabled() and not _forms.is_small(x, weight):
             return None
         for state in acting:
             state.threads.add(threading.get_ident())
-        return (low_rank_linear if alike else mixed_low_rank_linear)(x, weight, bias, changes)
+        return (_forms.low_rank_linear if alike else _forms.mixed_low_rank_linear)(x, weight, bias, changes)
 
 
 def _stored(slot: AdapterSlot) -> _Stored | None:
@@ -544,7 +492,7 @@ def added_products(x: Tensor, weight: Tensor, bias: Tensor | None, slots: Sequen
         update = rounded_delta(slot, weight.dtype).to(x.device).reshape(-1, weight.shape[-1])
         scale = mixing_weight(state)
         # An update that is not cached keeps its own dtype where that is the wider one: converting it takes longer.
-        change = wide_product(x, update)
+        change = _delta.wide_product(x, update)
         y = add_features(y, slot.target, change if scale == 1.0 else change * scale)
     return y
 
@@ -553,8 +501,10 @@ def _compiled_product(slot: AdapterSlot, x: Tensor) -> Tensor:
     cache, index = slot.adapter.cache, slot.index
     if x.device.type != "cpu" and cache.slice(index) is not None:
         # On a device such an update is not cached, and the compiler can fuse its computation.
-        return wide_product(x, rounded_delta(slot, x.dtype).reshape(-1, x.shape[-1]))
-    return update_product(cache, x, current(slot.adapter, cache.names(index)), index)
+        return _delta.wide_product(x, rounded_delta(slot, x.dtype).reshape(-1, x.shape[-1]))
+    # The number is an attribute that the compiler guards on: a program is compiled again for another cache.
+    arrays = current(slot.adapter, cache.names(index))
+    return cast(Tensor, _delta.update_product(x, arrays, cache.number, index, cache.plan.shapes[index][0]))
 
 
 # -- An embedding: rows of ΔW are looked up next to the rows of W ------------------------------------------------------
@@ -608,17 +558,13 @@ def _scales(forward: Any) -> bool:
 
 def embedded(module: nn.Embedding, weight: Tensor, ids: Tensor, slots: Sequence[AdapterSlot]) -> Tensor:
     """Return the output of an embedding, its weight and the updates of slots looked up separately."""
-    dtype, total = weight.dtype, functional.embedding(ids, weight, module.padding_idx)
-    for slot in slots:
-        total = _plus_rows(total, slot, ids.to(weight.device), module.padding_idx)
-    return _times_scale(module, total.to(dtype))
+    rows = functional.embedding(ids, weight, module.padding_idx)
+    return _times_scale(module, _plus_rows(rows, slots, ids, module.padding_idx).to(weight.dtype))
 
 
 def beside(module: nn.Module, y: Tensor, ids: Tensor, slots: Sequence[AdapterSlot]) -> Tensor:
     """Return a quantized embedding's output ``y`` plus the updates of slots, looked up."""
-    total, padding = torch.zeros_like(y), getattr(module, "padding_idx", None)
-    for slot in slots:
-        total = _plus_rows(total, slot, ids.to(y.device), padding)
+    total = _plus_rows(torch.zeros_like(y), slots, ids, getattr(module, "padding_idx", None))
     return (y + _times_scale(module, total)).to(y.dtype)
 
 
@@ -631,43 +577,40 @@ def _times_scale(module: Any, rows: Tensor) -> Tensor:
     return product
 
 
-def _plus_rows(total: Tensor, slot: AdapterSlot, ids: Tensor, padding: int | None) -> Tensor:
-    places, is_updated = updated_places(slot.target, ids)
-    rows = scaled(slot.adapter, _factored_rows(slot, places)) if slot.strategy == "factored" else _formed(slot, places)
-    rows = rows.to(total.device)
-    if padding is not None:
-        # As in nn.Embedding, the padding's row has no gradient.
-        rows = torch.where((ids == padding).unsqueeze(-1), rows.detach(), rows)
-    total = total.to(torch.promote_types(total.dtype, rows.dtype))
-    return total + rows if is_updated is None else torch.where(is_updated.unsqueeze(-1), total + rows, total)
+def _plus_rows(total: Tensor, slots: Sequence[AdapterSlot], ids: Tensor, padding: int | None) -> Tensor:
+    """Return rows plus those of the updates of slots."""
+    ids = ids.to(total.device)
+    for slot in slots:
+        places, is_updated = _forms.updated_places(slot.target, ids)
+        if slot.strategy == "factored":
+            rows = scaled(slot.adapter, _factored_rows(factors(slot), places))
+        else:
+            update = delta(slot)
+            rows = functional.embedding(places.to(update.device), update)
+        rows = rows.to(total.device)
+        if padding is not None:
+            # As in nn.Embedding, the padding's row has no gradient.
+            rows = torch.where((ids == padding).unsqueeze(-1), rows.detach(), rows)
+        total = total.to(torch.promote_types(total.dtype, rows.dtype))
+        total = total + rows if is_updated is None else torch.where(is_updated.unsqueeze(-1), total + rows, total)
+    return total
 
 
-def _formed(slot: AdapterSlot, places: Tensor) -> Tensor:
-    update = delta(slot)
-    return functional.embedding(places.to(update.device), update)
-
-
-def _factored_rows(slot: AdapterSlot, places: Tensor) -> Tensor:
+def _factored_rows(factored: Factored, places: Tensor) -> Tensor:
     """Return rows of an update from its factors."""
-    factored = factors(slot)
-    total: Tensor | None = None
-    for term in factored.terms:
-        rows = _rows_of_term(term, places.to(term[0].left.device))
-        total = rows if total is None else total + rows
-    assert total is not None
+    total = functools.reduce(torch.add, [_rows_of_term(term, places) for term in factored.terms])
     return total if factored.scale == 1.0 else total * factored.scale
 
 
 def _rows_of_term(term: Sequence[Matrix], places: Tensor) -> Tensor:
     """Return rows of a Kronecker product: products of the rows of its matrices, which are digits of the place."""
-    product: Tensor | None = None
+    places = places.to(term[0].left.device)
+    several: list[Tensor] = []
     for matrix in reversed(term):
         rows = functional.embedding(places % matrix.left.shape[0], matrix.left)
         places = torch.div(places, matrix.left.shape[0], rounding_mode="floor")
-        rows = rows if matrix.right is None else rows @ matrix.right.T
-        product = rows if product is None else (rows.unsqueeze(-1) * product.unsqueeze(-2)).flatten(-2)
-    assert product is not None
-    return product
+        several.append(rows if matrix.right is None else rows @ matrix.right.T)
+    return functools.reduce(lambda last, rows: (rows.unsqueeze(-1) * last.unsqueeze(-2)).flatten(-2), several)
 
 
 # -- W' of the slots of a layer or stack, the quotient of a magnitude and a norm, and what is added to outputs ---------
@@ -690,14 +633,21 @@ def updated_weight(
     updates, arrays = list[Update](), list[Tensor]()
     for slot in slots:
         state, params = slot.adapter, weight_params(slot.adapter, slot.index)
-        source = state.cache.slice(slot.index)
-        of_delta = [delta(slot)] if source is None else current(state, source.names)
-        scale = 1.0 if source is None else mixing_weight(state)
+        source, of_delta, scale = _computation(slot)
         updates.append(
             Update(slot.target, state.plan.applying, source, len(of_delta), len(params), scale, state.detach_norm)
         )
         arrays += [*of_delta, *params]
     return recomputed(UpdatedWeight(operation, updates, less), x, stored, bias, *arrays)
+
+
+def _computation(slot: AdapterSlot) -> tuple[_delta.Slice | None, list[Tensor], float]:
+    """Return the arguments of :func:`tnadapt.torch._delta.computed` for the update of one weight."""
+    state = slot.adapter
+    source = None if torch.compiler.is_compiling() else state.cache.slice(slot.index)
+    return (
+        (source, [delta(slot)], 1.0) if source is None else (source, current(state, source.names), mixing_weight(state))
+    )
 
 
 def _change(slot: AdapterSlot, stored: Tensor, drop: ColumnDropout | None) -> Change:
@@ -710,36 +660,32 @@ def _change(slot: AdapterSlot, stored: Tensor, drop: ColumnDropout | None) -> Ch
     if applying.rescales and applying.scales_outputs and not torch.is_grad_enabled() and not traced():
         change = change._replace(quotient=quotient(slot, stored))
     if not applying.additive and torch.compiler.is_compiling():
-        change = change._replace(inactive=weight_on(state, stored.device) == 0)
+        change = change._replace(inactive=_state.weight_on(state, stored.device) == 0)
     return change
 
 
 def quotient(slot: AdapterSlot, stored: Tensor | None) -> Tensor:
     """Return q of one weight, one number for each row; ``stored`` is None for a quantized weight."""
     state = slot.adapter
-    source = None if torch.compiler.is_compiling() else state.cache.slice(slot.index)
-    params = weight_params(state, slot.index)
-    weight = functools.partial(_base, slot) if stored is None else functools.partial(slot.target.select, stored)
-    if source is None:
-        arrays, scale = [delta(slot), *params], 1.0
-    else:
-        arrays, scale = [*current(state, source.names), *params], mixing_weight(state)
-    function = Quotient(state.plan.applying, weight, source, scale, state.detach_norm)
+    source, of_delta, scale = _computation(slot)
+    arrays = [*of_delta, *weight_params(state, slot.index)]
+    weight = functools.partial(_base, slot, stored)
+    function = _delta.Quotient(state.plan.applying, weight, source, scale, state.detach_norm)
     trained = torch.is_grad_enabled()
     # The node passes no gradient to the weight, and traces have to show single operations.
     if traced() or (trained and (state.detach_norm or (stored is not None and stored.requires_grad))):
         factor = function(*arrays)
         if torch.compiler.is_compiling():  # one program serves all mixing weights
-            factor = torch.where(weight_on(state, factor.device) == 0, torch.ones_like(factor), factor)
+            factor = torch.where(_state.weight_on(state, factor.device) == 0, torch.ones_like(factor), factor)
         return factor
     if trained:
         return recomputed(function, *arrays)
-    if source is None or stored is None or stored.is_inference() or not can_cache(arrays, True):
+    if source is None or stored is None or stored.is_inference() or not _delta.can_cache(arrays, True):
         return function(*arrays)
     # The weight is too large to be compared: it has to be the same memory with the same version counter, which every
     # operation in place on it changes. (A write through ``weight.data`` or NumPy does not.)
     names = (*source.names, *state.plan.weight_param_names[slot.index])
-    settings = stored.data_ptr(), stored.dtype, version(stored), scale
+    settings = stored.data_ptr(), stored.dtype, _delta.version(stored), scale
     entry = state.quotients.entry(slot.index, names, arrays, lambda copies: {0: function(*copies)}, settings)
     return entry.tensors[0]
 
@@ -750,7 +696,7 @@ def scaled_output(y: Tensor, bias: Tensor | None, slot: AdapterSlot, stored: Ten
     if slot.target.rows is not None:
         # Ones for all other features.
         place = torch.ones(slot.target.out, dtype=scale.dtype, device=scale.device)
-        scale = place.index_copy(0, index_tensor(slot.target, scale.device), scale)
+        scale = place.index_copy(0, _forms.index_tensor(slot.target, scale.device), scale)
     scale = scale.to(y.device)
     dtype = torch.promote_types(y.dtype, scale.dtype)
     product = y if bias is None else y - bias.to(y.device, y.dtype)
@@ -758,17 +704,15 @@ def scaled_output(y: Tensor, bias: Tensor | None, slot: AdapterSlot, stored: Ten
 
 
 def added_matrix(slot: AdapterSlot, stored: Tensor | None) -> Tensor:
-    """Return C, which is added to the weight, in the dtype of the update."""
+    """Return C, which is added to the weight and is not ΔW, in the dtype of the update."""
     applying, update = slot.adapter.plan.applying, delta(slot)
-    if applying.takes_factors:
-        return update
-    weight = _base(slot) if stored is None else slot.target.select(stored)
-    base, wide = wide_pair(weight, update)
+    base, wide = _delta.wide_pair(_base(slot, stored), update)
     return cast(Tensor, applying.change(load_backend("torch"), base, wide).to(update.dtype))
 
 
-def _base(slot: AdapterSlot) -> Tensor:
-    weight: Any = numbers(slot.owner, slot.target.parameter)
+def _base(slot: AdapterSlot, stored: Tensor | None) -> Tensor:
+    """Return the rows of the base weight; where ``stored`` is None, as numbers of a quantized one."""
+    weight: Any = numbers(slot.owner, slot.target.parameter) if stored is None else stored
     if weight is None:
         raise TargetError(f"the values of {slot.target.name} can no longer be read")
     return cast(Tensor, slot.target.select(weight))

@@ -23,6 +23,7 @@ module for the duration of a forward, under a lock.
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
@@ -35,36 +36,13 @@ from torch.utils._pytree import tree_map
 from tnadapt.algebra.factoring import Factored
 from tnadapt.errors import TargetError
 
-from ._delta import recomputed, traced
-from ._forward_pass import (
-    ColumnDropout,
-    LowRankLayer,
-    PatchedParameter,
-    acts,
-    added_matrix,
-    added_products,
-    beside,
-    check_recomputation,
-    delta,
-    dropped_inputs,
-    drops_input,
-    embedded,
-    factors,
-    has_few_rows,
-    in_backward,
-    is_lookup,
-    scaled,
-    scaled_output,
-    updated_weight,
-)
-from ._linear import add_features, can_fuse, factored_linear, is_ordinary, on_device, product
+from . import _forms, _forward_pass
+from ._delta import Function, recomputed, traced
+from ._forms import ITSELF, LINEAR, Convolution
+from ._forward_pass import LowRankLayer, PatchedParameter, dropped_inputs, factors, updated_weight
 from ._quantized import is_packed, quantized_type
 from ._state import AdapterSlot, AdapterState, mixing_weight
-from ._updated_weight import ITSELF, LINEAR, Convolution
 from ._weights import shows_products
-
-__all__ = ["ACTIVATIONS", "STRATEGIES", "ForwardPatch", "LazyStack", "Placed", "is_read", "updated_parameter"]
-
 
 # -- Experts: what updates add to the products of the tokens that are routed to them -----------------------------------
 
@@ -80,36 +58,22 @@ class RoutedChanges:
     patch : ForwardPatch
     stored : Tensor, shape (matrices, …, …)
         The base weight.
-    base : Tensor
-        What the module multiplies by: the base weight, or its sum with updates of the strategy "weight".
     slots : sequence of AdapterSlot
-        Those that are added to outputs.
-    total : function
-        Computes the changed weight with all updates, for whatever is no product.
+        Those that are added to outputs, and to the weight.
     """
 
-    def __init__(
-        self,
-        patch: ForwardPatch,
-        stored: Tensor,
-        base: Tensor,
-        slots: Sequence[AdapterSlot],
-        total: Callable[[], Tensor],
-    ) -> None:
-        self.patch, self.stored, self.base = patch, stored, base
+    def __init__(self, patch: ForwardPatch, stored: Tensor, slots: Sequence[AdapterSlot]) -> None:
+        self.patch, self.stored = patch, stored
         self.transposed = slots[0].target.transposed  # the same for all matrices of a parameter
-        self.by_index: dict[int, list[AdapterSlot]] = {}
+        self.by_index: dict[Any, list[AdapterSlot]] = {}
+        to_weight: list[AdapterSlot] = []
         for slot in slots:
-            assert slot.target.index is not None
-            self.by_index.setdefault(slot.target.index, []).append(slot)
-        self._total = total
-        self._sum: Tensor | None = None
-
-    def total(self) -> Tensor:
-        """Return the changed weight, computed once."""
-        if self._sum is None:
-            self._sum = self._total()
-        return self._sum
+            several = to_weight if slot.strategy == "weight" else self.by_index.setdefault(slot.target.index, [])
+            several.append(slot)
+        #: What the module multiplies by: the base weight, or its sum with updates of the strategy "weight".
+        self.base = updated_parameter(stored, to_weight, patch.host) if to_weight else stored
+        #: Returns the changed weight with all updates, computed once, for whatever is no product.
+        self.total = functools.cache(lambda: updated_parameter(stored, slots, patch.host))
 
     def of_one(self, y: Tensor, x: Tensor, index: int) -> Tensor:
         """Return ``x W'ᵀ`` for one of the matrices, given ``y = x Wᵀ``."""
@@ -179,16 +143,6 @@ class RoutedChanges:
 
 #: A tensor of matrix numbers, one number, or None for all matrices.
 Picked = Tensor | int | None
-
-
-def can_be_lazy(stored: Tensor) -> bool:
-    """Return whether products may depend on the numbers of tokens of each expert, which are read from the device.
-
-    Not in a trace, which must hold for all inputs, nor in a captured graph, nor without numbers.
-    """
-    if traced() or stored.is_meta:
-        return False
-    return not (stored.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 class LazyStack(Tensor):
@@ -288,10 +242,6 @@ def _transposed(func: Any, stack: Any, *dims: Any, **named: Any) -> Tensor | Non
     return LazyStack(stack.changes, stack.base.mT, stack.picked, not stack.flipped)
 
 
-def _as_mt(func: Any, stack: Any) -> Tensor | None:
-    return _transposed(func, stack, -2, -1)
-
-
 def _as_t(func: Any, stack: Any) -> Tensor | None:
     return _transposed(func, stack, -2, -1) if stack.ndim == 2 else None
 
@@ -299,7 +249,7 @@ def _as_t(func: Any, stack: Any) -> Tensor | None:
 # -- Products ----------------------------------------------------------------------------------------------------
 
 
-def _linear(func: Any, input: Any, weight: Any, bias: Tensor | None = None) -> Tensor | None:
+def _linear_product(func: Any, input: Any, weight: Any, bias: Tensor | None = None) -> Tensor | None:
     """Return ``x W'ᵀ + b`` for one matrix."""
     if isinstance(input, LazyStack) or isinstance(bias, LazyStack) or not isinstance(weight.picked, int):
         return None
@@ -339,42 +289,36 @@ def _grouped(func: Any, one: Any, other: Any, offs: Any = None) -> Tensor | None
     return cast(Tensor, other.changes.of_segments(y, one, counts))
 
 
-def _existing(*several: tuple[Any, str]) -> list[Any]:
-    """Return the functions of these names that this version of torch has."""
-    return [getattr(owner, name) for owner, name in several if hasattr(owner, name)]
-
-
 _RULES: dict[Any, Callable[..., Tensor | None]] = {
     Tensor.__getitem__: _item,
     Tensor.transpose: _transposed,
     torch.transpose: _transposed,
-    Tensor.mT.__get__: _as_mt,  # type: ignore[attr-defined]
+    Tensor.mT.__get__: lambda func, stack: _transposed(func, stack, -2, -1),  # type: ignore[attr-defined]
     Tensor.T.__get__: _as_t,  # type: ignore[attr-defined]
     Tensor.t: _as_t,
     torch.t: _as_t,
-    functional.linear: _linear,
+    functional.linear: _linear_product,
     **dict.fromkeys((torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__), _matmul),
     **dict.fromkeys((torch.bmm, Tensor.bmm), _bmm),
-    **dict.fromkeys(_existing((functional, "grouped_mm"), (torch, "_grouped_mm")), _grouped),
-    # Of transformers, where torch has no such product.
+    # Each where this version of torch has it; the last of transformers, where torch has none.
+    getattr(functional, "grouped_mm", None): _grouped,
+    getattr(torch, "_grouped_mm", None): _grouped,
     "transformers.grouped_mm_fallback": _grouped,
 }
 
 #: Their keywords; a call with others, such as ``out``, is no product here.
 _KEYWORDS: dict[Any, set[str]] = {
-    _linear: {"input", "weight", "bias"},
+    _linear_product: {"input", "weight", "bias"},
     _grouped: {"offs"},
     _transposed: {"dim0", "dim1"},
 }
 
 #: Functions that depend on a tensor's shape, dtype and place, and not on its numbers.
+_METHODS = "size dim stride numel __len__ is_floating_point element_size get_device is_contiguous is_complex"
+_PROPERTIES = "shape dtype device ndim layout is_cuda is_cpu is_meta is_sparse"
 _ABOUT: set[Any] = {
-    *(getattr(Tensor, name) for name in ("size", "dim", "stride", "numel", "__len__", "is_floating_point")),
-    *(getattr(Tensor, name) for name in ("element_size", "get_device", "is_contiguous", "is_complex")),
-    *(
-        getattr(Tensor, name).__get__
-        for name in ("shape", "dtype", "device", "ndim", "layout", "is_cuda", "is_cpu", "is_meta", "is_sparse")
-    ),
+    *(getattr(Tensor, name) for name in _METHODS.split()),
+    *(getattr(Tensor, name).__get__ for name in _PROPERTIES.split()),
     torch.is_floating_point,
     torch.numel,
 }
@@ -390,18 +334,18 @@ def is_read(slot: AdapterSlot) -> bool:
 
 def updated_parameter(stored: Tensor, slots: Sequence[AdapterSlot], host: nn.Module) -> Tensor:
     """Return W' as a tensor, for a module that reads it."""
-    return updated_weight(ITSELF, None, stored, None, slots, ColumnDropout(host))
+    return updated_weight(ITSELF, None, stored, None, slots, _forward_pass.ColumnDropout(host))
 
 
 def changed_parameter(patch: ForwardPatch, patched: PatchedParameter, slots: Sequence[AdapterSlot]) -> Tensor:
     """Return what stands in the place of a parameter: the sum, or for experts a stack that products add updates to."""
-    added = [slot for slot in slots if slot.strategy != "weight"]
-    stored, host = patched.tensor, patch.host
-    if not added or not can_be_lazy(stored) or not shows_products(patched.owner):
-        return updated_parameter(stored, slots, host)
-    others = [slot for slot in slots if slot.strategy == "weight"]
-    base = updated_parameter(stored, others, host) if others else stored
-    return LazyStack(RoutedChanges(patch, stored, base, added, lambda: updated_parameter(stored, slots, host)))
+    stored = patched.tensor
+    # A stack reads the numbers of tokens of each expert from the device: not in a trace, which must hold for all
+    # inputs, nor in a captured graph, nor without numbers.
+    unread = traced() or stored.is_meta or (stored.is_cuda and torch.cuda.is_current_stream_capturing())
+    if unread or all(slot.strategy == "weight" for slot in slots) or not shows_products(patched.owner):
+        return updated_parameter(stored, slots, patch.host)
+    return LazyStack(RoutedChanges(patch, stored, slots))
 
 
 # -- The gradient of a layer that rounds its input, as if nothing were rounded -----------------------------------------
@@ -410,32 +354,7 @@ def changed_parameter(patch: ForwardPatch, patched: PatchedParameter, slots: Seq
 # arrays of all adapted layers before them would silently get a part of their gradients only.
 
 
-def blocks_gradient(module: nn.Module) -> bool:
-    """Return whether backward through a layer does not compute the gradient of its input."""
-    layer_type = quantized_type(module)
-    return layer_type is not None and not layer_type.passes_gradient(module)
-
-
-def straight_through(x: Tensor, host: nn.Module, run: Callable[[Tensor], Tensor]) -> Tensor:
-    """Return a layer's output, with the gradient of the product with its dequantized weight.
-
-    Parameters
-    ----------
-    x : Tensor
-    host : Module
-        The layer.
-    run : callable
-        Its forward.
-    """
-    if not (torch.is_grad_enabled() and x.requires_grad):
-        return run(x)
-    y = recomputed(_StraightThrough(host, run), x)
-    bias: Any = host._parameters.get("bias")
-    # Nothing is added, except to the gradient.
-    return y if bias is None or not bias.requires_grad else y + (bias - bias.detach()).to(y.dtype)
-
-
-class _StraightThrough:
+class StraightThrough(Function):
     """The forward of a layer as a function of its input, with the gradient of its dequantized weight."""
 
     keeps = "nothing"
@@ -470,10 +389,6 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-#: A slot with the parameter that it updates.
-Placed = tuple[PatchedParameter, AdapterSlot]
-
-
 class ForwardPatch:
     """The replacement for one module's ``forward``.
 
@@ -495,9 +410,10 @@ class ForwardPatch:
         self.looks_up = False
         #: The shortest way through the host, where its updates allow it; None while they change.
         self.short: LowRankLayer | None = None
-        self.is_quantized = quantized_type(host) is not None
+        layer_type = quantized_type(host)
+        self.is_quantized = layer_type is not None
         #: Whether backward through the original does not reach its input, because it rounds it.
-        self.blocks = blocks_gradient(host)
+        self.blocks = layer_type is not None and not layer_type.passes_gradient(host)
         self._lock = threading.RLock()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -516,16 +432,17 @@ class ForwardPatch:
     def add(self, slot: AdapterSlot) -> None:
         """Add a slot to this module."""
         self.short = None
-        for patched in self.weights:
-            if patched.owner is slot.owner and patched.parameter == slot.target.parameter:
-                patched.put([*patched.slots, slot])
-                break
-        else:
-            self.weights.append(PatchedParameter(slot.owner, slot.target.parameter))
-            self.weights[-1].put([slot])
+        patched = self._patched(slot)
+        if patched is None:
+            patched = PatchedParameter(slot.owner, slot.target.parameter)
+            self.weights.append(patched)
             self.is_plain = self._is_plain()
-            self.looks_up = self.before is None and is_lookup(self.host)
+            self.looks_up = self.before is None and _forward_pass.is_lookup(self.host)
+        patched.put([*patched.slots, slot])
         self._look_for_short()
+
+    def _patched(self, slot: AdapterSlot) -> PatchedParameter | None:
+        return next((patched for patched in self.weights if patched.among([slot])), None)
 
     def exchange(self, slots: Mapping[AdapterSlot, AdapterSlot]) -> None:
         """Put other slots in the place of some, each for the same weight."""
@@ -576,39 +493,35 @@ class ForwardPatch:
                     return runner(self, args, kwargs)
         return self.run(self.acting(), args, kwargs)
 
-    def acting(self, alone: bool = True) -> list[Placed]:
+    def acting(self, alone: bool = True) -> list[AdapterSlot]:
         """Return the slots of active adapters; with ``alone``, check that those that have to be alone are."""
-        acting: list[Placed] = []
+        acting: list[AdapterSlot] = []
         compiling = torch.compiler.is_compiling()
-        recomputing = not compiling and in_backward()
+        recomputing = not compiling and _forward_pass.in_backward()
         for patched in self.weights:
             if alone and patched.rivals and not compiling:
                 patched.check_alone()
             for slot in patched.slots:
                 if recomputing:
-                    check_recomputation(slot.adapter)
-                if not acts(slot.adapter):
+                    _forward_pass.check_recomputation(slot.adapter)
+                if not _forward_pass.acts(slot.adapter):
                     continue
                 if not compiling:  # for the warning that no patch was used; a changing set would break the graph
                     slot.adapter.threads.add(threading.get_ident())
-                acting.append((patched, slot))
+                acting.append(slot)
         return acting
 
-    def run(self, acting: Sequence[Placed], args: Any, kwargs: Any, drop: bool = True) -> Any:
+    def run(self, acting: Sequence[AdapterSlot], args: Any, kwargs: Any, drop: bool = True) -> Any:
         """Run the module's forward with the updates of these slots; with ``drop=False`` without dropout."""
         # Updates are sorted by what they are added to: the weight or the output.
-        to_weights: list[tuple[PatchedParameter, list[AdapterSlot]]] = []
+        dropping: list[AdapterSlot] = []
+        to_weights: list[AdapterSlot] = []
         to_output: list[AdapterSlot] = []
-        dropping: list[Placed] = []
-        for patched, slot in acting:
-            if drop and drops_input(slot, self.host):
-                dropping.append((patched, slot))
-            elif not is_read(slot):
-                to_output.append(slot)
-            elif to_weights and to_weights[-1][0] is patched:
-                to_weights[-1][1].append(slot)
+        for slot in acting:
+            if drop and _forward_pass.drops_input(slot, self.host):
+                dropping.append(slot)
             else:
-                to_weights.append((patched, [slot]))
+                (to_weights if is_read(slot) else to_output).append(slot)
         if to_output and self.looks_up:
             return self._embedded(to_weights, to_output, args, kwargs)
         known: list[Factored] = []
@@ -627,55 +540,44 @@ class ForwardPatch:
     ) -> Tensor:
         """Return an output plus what slots add to it, whose factors may be known."""
         for number, slot in enumerate(slots):
-            y = add_features(y, slot.target, self.output(slot, x, known[number] if known else None))
+            y = _forms.add_features(y, slot.target, self.output(slot, x, known[number] if known else None))
         return self.rescaled(y, slots, biased)
 
-    def _with_dropout(self, y: Tensor, dropping: Sequence[Placed], x: Tensor) -> Tensor:
+    def _with_dropout(self, y: Tensor, dropping: Sequence[AdapterSlot], x: Tensor) -> Tensor:
         """Return the output plus what adapters add to it that drop elements of their input."""
-        for dropped, slots in dropped_inputs([slot for _, slot in dropping], x):
+        for dropped, slots in dropped_inputs(dropping, x):
             if all(slot.strategy != "weight" for slot in slots) and slots[0].adapter.plan.applying.additive:
                 y = self.added(y, dropped, slots)
-                continue
-            if self.is_plain:
+            elif self.is_plain:
                 y = y + self._product(dropped, slots, less=True)
             else:
                 # Right for any layer that is linear in x, whatever its W' is; the bias cancels.
-                placed_slots = [placed for placed in dropping if placed[1] in slots]
-                y = y + (self.run(placed_slots, (dropped,), {}, drop=False) - self._original(dropped))
+                y = y + (self.run(slots, (dropped,), {}, drop=False) - self._original(dropped))
         return y
 
-    def _embedded(
-        self,
-        to_weights: list[tuple[PatchedParameter, list[AdapterSlot]]],
-        added: list[AdapterSlot],
-        args: Any,
-        kwargs: Any,
-    ) -> Tensor:
+    def _embedded(self, to_weight: list[AdapterSlot], added: list[AdapterSlot], args: Any, kwargs: Any) -> Tensor:
         """Return the output of an embedding, whose updates are looked up like its weight."""
         host: Any = self.host
         if self.is_quantized:
-            return beside(host, self._original(*args, **kwargs), _input(args, kwargs), added)
-        weight = self.weights[0].tensor
-        if to_weights:
-            weight = updated_parameter(weight, to_weights[0][1], self.host)
-        return embedded(host, weight, _input(args, kwargs), added)
+            return _forward_pass.beside(host, self._original(*args, **kwargs), _input(args, kwargs), added)
+        stored = self.weights[0].tensor
+        weight = updated_parameter(stored, to_weight, self.host) if to_weight else stored
+        return _forward_pass.embedded(host, weight, _input(args, kwargs), added)
 
     def rescaled(self, y: Tensor, slots: Sequence[AdapterSlot], biased: bool = True) -> Tensor:
         """Return an output with the features scaled that a magnitude scales; the bias in it is not."""
         for slot in slots:
             if slot.adapter.plan.applying.rescales:
                 bias = getattr(self.host, "bias", None) if biased else None
-                y = scaled_output(y, bias, slot, self._stored(slot))
+                y = _forward_pass.scaled_output(y, bias, slot, self._stored(slot))
         return y
 
     def _stored(self, slot: AdapterSlot) -> Tensor | None:
         """Return the base weight of a slot as the module has it now; None if it is quantized."""
-        names = slot.owner, slot.target.parameter
-        return next(
-            (each.tensor for each in self.weights if (each.owner, each.parameter) == names and not slot.quantized), None
-        )
+        patched = None if slot.quantized else self._patched(slot)
+        return None if patched is None else patched.tensor
 
-    def _base(self, to_weights: list[tuple[PatchedParameter, list[AdapterSlot]]], args: Any, kwargs: Any) -> Any:
+    def _base(self, to_weights: list[AdapterSlot], args: Any, kwargs: Any) -> Any:
         if self.is_plain and not args and list(kwargs) == ["input"]:
             args, kwargs = (kwargs["input"],), {}
         plain = self.is_plain and len(args) == 1 and not kwargs
@@ -684,16 +586,16 @@ class ForwardPatch:
             summing = not plain and any(is_read(slot) for patched in self.weights for slot in patched.slots)
             return self._shadowed([], args, kwargs) if summing else self._original(*args, **kwargs)
         # The fast path for nearly all layers: the sum is passed as an argument, without shadowing and lock. Only for
-        # torch's own forwards (_PLAIN), because a subclass may do more in its forward.
-        return self._product(args[0], to_weights[0][1]) if plain else self._shadowed(to_weights, args, kwargs)
+        # torch's own forwards, because a subclass may do more in its forward.
+        return self._product(args[0], to_weights) if plain else self._shadowed(to_weights, args, kwargs)
 
     def _product(self, x: Tensor, slots: Sequence[AdapterSlot], less: bool = False) -> Tensor:
         """Return the output of a plain layer on W'; with ``less`` on W' - W, without the bias."""
         host: Any = self.host
         stored, bias = self.weights[0].tensor, None if less else host.bias
         if isinstance(host, nn.Linear):
-            if not less and has_few_rows(x, stored, slots):
-                return added_products(x, stored, bias, slots)
+            if not less and _forward_pass.has_few_rows(x, stored, slots):
+                return _forward_pass.added_products(x, stored, bias, slots)
             return updated_weight(LINEAR, x, stored, bias, slots, less=less)
         operation = Convolution.of(host, x)
         if operation is not None:
@@ -707,7 +609,7 @@ class ForwardPatch:
             return False
         if any(slot.strategy != "factored" or slot.adapter.activation is not None for slot in added):
             return False
-        return isinstance(args[0], Tensor) and is_ordinary(args[0])
+        return isinstance(args[0], Tensor) and _forms.is_ordinary(args[0])
 
     def _fused(self, x: Tensor, added: list[AdapterSlot], known: Sequence[Factored]) -> Tensor | None:
         """Return the output if all tensors have the same dtype."""
@@ -716,35 +618,40 @@ class ForwardPatch:
             for slot, factored in zip(added, known, strict=True)
         ]
         weight, bias = self.weights[0].tensor, cast(Any, self.host).bias
-        return factored_linear(x, weight, bias, changes) if can_fuse(x, weight, changes) else None
+        return _forms.factored_linear(x, weight, bias, changes) if _forms.can_fuse(x, weight, changes) else None
 
     def _is_plain(self) -> bool:
         if self.before is not None or len(self.weights) != 1 or self.weights[0].owner is not self.host:
             return False
-        if self.weights[0].parameter != "weight" or type(self.host).forward not in _PLAIN:
+        if self.weights[0].parameter != "weight" or type(self.host).forward not in _forward_pass.LINEAR_FORWARDS:
             return False
         held = self.host._parameters.get("weight")
         return held is None or not is_packed(held)
 
     def _original(self, *args: Any, **kwargs: Any) -> Any:
-        if self.blocks and len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
-            return straight_through(args[0], self.host, self._run)
-        return self._run(*args, **kwargs)
+        x = args[0] if len(args) == 1 and not kwargs else None
+        if not (self.blocks and isinstance(x, Tensor) and torch.is_grad_enabled() and x.requires_grad):
+            return self._run(*args, **kwargs)
+        y = recomputed(StraightThrough(self.host, self._run), x)
+        bias = self.host._parameters.get("bias")
+        # Nothing is added, except to the gradient.
+        return y if bias is None or not bias.requires_grad else y + (bias - bias.detach()).to(y.dtype)
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
         if self.before is not None:
             return self.before(*args, **kwargs)
         return type(self.host).forward(self.host, *args, **kwargs)
 
-    def _shadowed(self, to_weights: list[tuple[PatchedParameter, list[AdapterSlot]]], args: Any, kwargs: Any) -> Any:
+    def _shadowed(self, slots: list[AdapterSlot], args: Any, kwargs: Any) -> Any:
         """Run the original forward, with the sum in the place where it reads the weight.
 
         Python looks up an attribute in the instance's ``__dict__`` first and calls ``Module.__getattr__``, which finds
         parameters, only if it is missing. So a sum in ``__dict__`` shadows the parameter for ``self.weight``, while the
         parameter stays registered and unchanged: ``parameters()`` and the state dict never show the sum.
         """
-        names = [(patched.owner, patched.parameter) for patched, _ in to_weights]
-        sums = [changed_parameter(self, patched, here) for patched, here in to_weights]
+        read = [patched for patched in self.weights if patched.among(slots)]
+        names = [(patched.owner, patched.parameter) for patched in read]
+        sums = [changed_parameter(self, patched, patched.among(slots)) for patched in read]
         # All threads see the shadow. Without the lock, a second thread could compute with this thread's sum (of another
         # dtype, graph or mixing weight), or read the base weight after this thread has removed the shadow. The lock is
         # reentrant because a forward may call itself. The sums are computed outside of it, so that threads wait only
@@ -770,7 +677,7 @@ class ForwardPatch:
         adapter = slot.adapter
         if slot.strategy != "factored":  # rows() adds small updates of weights, too
             plain = adapter.plan.applying.takes_factors
-            update = delta(slot) if plain else added_matrix(slot, self._stored(slot))
+            update = _forward_pass.delta(slot) if plain else _forward_pass.added_matrix(slot, self._stored(slot))
             autocast = torch.is_autocast_enabled(x.device.type)
             return functional.linear(x, update.to(x.device) if autocast else update.to(x))
         found = factors(slot) if found is None else found
@@ -778,20 +685,16 @@ class ForwardPatch:
         if not torch.is_autocast_enabled(x.device.type):
             x = x.to(first.dtype)
         if x.device != first.device:
-            found = on_device(found, x.device)
+            found = _forms.on_device(found, x.device)
         activation = None if adapter.activation is None else ACTIVATIONS[adapter.activation]
-        return scaled(adapter, product(x, found, activation))
+        return _forward_pass.scaled(adapter, _forms.product(x, found, activation))
 
 
 def _uncover(names: Sequence[tuple[nn.Module, str]]) -> None:
     """Remove the sums that shadow parameters."""
     for owner, name in names:
-        if name in owner.__dict__:
-            del owner.__dict__[name]
+        owner.__dict__.pop(name, None)
 
 
 def _input(args: Any, kwargs: Any) -> Any:
     return args[0] if args else next(iter(kwargs.values()))
-
-
-_PLAIN = (nn.Linear.forward, nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)

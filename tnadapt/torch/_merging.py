@@ -27,17 +27,6 @@ from ._quantized import QuantizedLayer, is_packed, quantized_type, twin
 from ._state import AdapterState, Merged, full_arrays, need_attached, need_linear, not_a_sum, warn_of_references
 from ._weights import numbers
 
-__all__ = [
-    "RequantizationReport",
-    "RequantizedWeight",
-    "disabled",
-    "merge",
-    "original",
-    "stored",
-    "unmerge",
-]
-
-
 # -- What is kept of the rows of a floating-point weight ---------------------------------------------------------------
 
 
@@ -92,9 +81,7 @@ def checksum(tensor: Tensor) -> int:
 
 
 def _weight(target: Target, owner: nn.Module) -> Tensor:
-    held: Any = owner._parameters[target.parameter]
-    weight: Tensor = held.detach()
-    return weight
+    return cast(Tensor, owner._parameters[target.parameter]).detach()
 
 
 # -- Quantized weights: dequantized, added to, quantized again by their library ----------------------------------------
@@ -163,8 +150,7 @@ class MergedCodes(NamedTuple):
     @property
     def before(self) -> Tensor:
         """The original rows as numbers."""
-        rows: Tensor = self.target.select(_dequantized(self.kind, self.owner, self.state))
-        return rows
+        return cast(Tensor, self.target.select(_dequantized(self.kind, self.owner, self.state)))
 
     def check(self, state: AdapterState, target: Target, owner: nn.Module) -> None:
         """Raise a TargetError if the layer stands for other numbers by now, or is elsewhere."""
@@ -184,49 +170,21 @@ class MergedCodes(NamedTuple):
         self.kind.restore(owner, self.state)
 
 
-class Requantized(NamedTuple):
-    """A layer that is ready to be merged into: what is kept for each of its targets, and the new state."""
-
-    indices: Sequence[int]
-    kept: Sequence[MergedCodes]
-    kind: QuantizedLayer
-    owner: nn.Module
-    state: Mapping[str, Any]
-    row: RequantizedWeight
-
-    def write(self) -> None:
-        """Put the new state in place."""
-        self.kind.restore(self.owner, self.state)
-
-
-#: Returns a target's rows plus their update, given its index, the target, and the weight in float32.
-Sum = Callable[[int, Target, Tensor], Tensor]
-
-
-def requantized(adapter: AdapterState, added: Sum) -> Iterator[Requantized]:
-    """Yield the quantized layers of an adapter's targets with their merged states; change nothing.
+def requantized(
+    adapter: AdapterState, indices: Sequence[int], layer_type: QuantizedLayer, updates: _Exact
+) -> tuple[list[MergedCodes], Mapping[str, Any], RequantizedWeight]:
+    """Return what is kept for each of a layer's targets, its merged state, and the report's row; change nothing.
 
     Raises
     ------
     TargetError
-        If a layer cannot be merged into.
+        If the layer cannot be merged into.
     BackendError
         If the library's codes stand for numbers that are not finite.
     """
-    owners: dict[int, list[int]] = {}
-    for index in range(len(adapter.targets)):
-        slot = adapter.slots[index]
-        if quantized_type(slot.owner) is not None:
-            owners.setdefault(id(slot.owner), []).append(index)
-    for indices in owners.values():
-        yield _layer(adapter, indices, added)
-
-
-def _layer(adapter: AdapterState, indices: Sequence[int], added: Sum) -> Requantized:
     owner = adapter.slots[indices[0]].owner
     targets = [adapter.targets[index] for index in indices]
-    layer_type, name = quantized_type(owner), targets[0].name
-    assert layer_type is not None
+    name = targets[0].name
     if any(slot.index in indices and slot.owner is not owner for slot in adapter.slots):
         raise TargetError(
             f"{name} is quantized and tied to another weight, which would keep the codes without the update: keep the "
@@ -242,8 +200,16 @@ def _layer(adapter: AdapterState, indices: Sequence[int], added: Sum) -> Requant
     wanted = before.clone()
     for index, target in zip(indices, targets, strict=True):
         # The sums of rows that do not overlap are independent of each other.
-        target.write(wanted, added(index, target, before))
-    state = _quantize(layer_type, owner, name, wanted)
+        target.write(wanted, updates.sum(index, target, before))
+    try:
+        state = layer_type.requantize(owner, wanted)
+    except TargetError as error:
+        raise TargetError(f"{name} is quantized: {error}") from None
+    if set(state) != set(layer_type.stored):
+        raise TargetError(
+            f"{type(layer_type).__name__}.requantize() returned {', '.join(sorted(state)) or 'nothing'}, and its "
+            f"stored is {', '.join(layer_type.stored) or 'empty'}: it must return these names"
+        )
     changed = (wanted != before).any(1)
     if not bool(changed.any()):
         state = layer_type.state(owner)  # a library may round even its own numbers to others
@@ -256,20 +222,7 @@ def _layer(adapter: AdapterState, indices: Sequence[int], added: Sum) -> Requant
             "was changed"
         )
     kept = [MergedCodes(layer_type, owner, target, layer_type.state(owner), checksum(after)) for target in targets]
-    return Requantized(indices, kept, layer_type, owner, state, _measured(name, owner, before, wanted, after))
-
-
-def _quantize(layer_type: QuantizedLayer, owner: nn.Module, name: str, wanted: Tensor) -> Mapping[str, Any]:
-    try:
-        state = layer_type.requantize(owner, wanted)
-    except TargetError as error:
-        raise TargetError(f"{name} is quantized: {error}") from None
-    if set(state) != set(layer_type.stored):
-        raise TargetError(
-            f"{type(layer_type).__name__}.requantize() returned {', '.join(sorted(state)) or 'nothing'}, and its "
-            f"stored is {', '.join(layer_type.stored) or 'empty'}: it must return these names"
-        )
-    return state
+    return kept, state, _measured(name, owner, before, wanted, after)
 
 
 def _dequantized(layer_type: QuantizedLayer, owner: nn.Module, state: Mapping[str, Any]) -> Tensor:
@@ -351,10 +304,16 @@ def _prepared(adapter: AdapterState) -> tuple[list[Merged], list[Callable[[], No
 
     Everything is computed and checked here, before the first weight is changed.
     """
-    indices = range(len(adapter.targets))
-    plain = {index: _writable(adapter, index) for index in indices if not _requantizes(adapter, index)}
-    updates = _Exact(adapter)
-    merged: dict[int, Merged] = {}
+    plain: dict[int, Tensor] = {}
+    quantized: dict[int, tuple[QuantizedLayer, list[int]]] = {}
+    for index in range(len(adapter.targets)):
+        owner = adapter.slots[index].owner
+        layer_type = quantized_type(owner)
+        if layer_type is None:
+            plain[index] = _writable(adapter, index)
+        else:
+            quantized.setdefault(id(owner), (layer_type, []))[1].append(index)
+    updates, merged = _Exact(adapter), dict[int, Merged]()
     writes: list[Callable[[], None]] = []
     for index, weight in plain.items():
         target = adapter.targets[index]
@@ -362,11 +321,12 @@ def _prepared(adapter: AdapterState) -> tuple[list[Merged], list[Callable[[], No
         merged[index] = MergedRows(target.select(weight).clone(), checksum(after))
         writes.append(functools.partial(write, target, weight, after))
     rows = []
-    for layer in requantized(adapter, updates.sum):
-        merged.update(zip(layer.indices, layer.kept, strict=True))
-        writes.append(layer.write)
-        rows.append(layer.row)
-    return [merged[index] for index in indices], writes, RequantizationReport(rows)
+    for layer_type, indices in quantized.values():
+        kept, state, row = requantized(adapter, indices, layer_type, updates)
+        merged.update(zip(indices, kept, strict=True))
+        writes.append(functools.partial(layer_type.restore, kept[0].owner, state))
+        rows.append(row)
+    return [merged[index] for index in range(len(adapter.targets))], writes, RequantizationReport(rows)
 
 
 # Elements per piece: small enough for the CPU's cache, and large enough on CUDA to launch few kernels.
@@ -400,8 +360,12 @@ class _Exact:
             )  # fmt: skip
         else:
             if not plan.applying.additive:
-                pieces = self._changes(flat, target, pieces, weight_params)
-            problem = _add_in_place(flat, pieces) if plan.applying.additive else _replace(flat, pieces)
+                spans = changed_spans(
+                    plan.applying, load_backend("torch"), target.shape, lambda start, stop: flat[start:stop].double(),
+                    pieces, [array.double() for array in weight_params], self._trained,
+                )  # fmt: skip
+                pieces = ((start, values) for start, values, _ in spans)
+            problem = _write_in_place(flat, pieces, plan.applying.additive)
         if problem == "update":
             raise BackendError(
                 f"the update of {target.name} is not finite (NaN or infinity in adapter {self.adapter.name!r}); "
@@ -413,17 +377,6 @@ class _Exact:
                 "merge in a wider dtype, or into the float32 model"
             )
         return cast(Tensor, after.to(weight.device))
-
-    def _changes(
-        self, flat: Tensor, target: Target, pieces: Iterator[tuple[int, Tensor]], weight_params: Sequence[Tensor]
-    ) -> Iterator[tuple[int, Tensor]]:
-        """Yield the changed weight in float64, where it is not a sum."""
-        wide = [array.double() for array in weight_params]
-        spans = changed_spans(
-            self.adapter.plan.applying, load_backend("torch"), target.shape,
-            lambda start, stop: flat[start:stop].double(), pieces, wide, self._trained,
-        )  # fmt: skip
-        return ((start, values) for start, values, _ in spans)
 
     def _on(self, where: torch.device) -> Float64Deltas:
         if where not in self._updates:
@@ -442,25 +395,14 @@ def _bits(flat: Tensor) -> np.ndarray:
     return flat.view(torch.int16).numpy().view(np.uint16) if flat.dtype is torch.bfloat16 else flat.numpy()
 
 
-def _add_in_place(flat: Tensor, pieces: Iterator[tuple[int, Tensor]]) -> str | None:
-    """Do :func:`tnadapt.algebra.rounding.add_in_place` on the weight's device."""
+def _write_in_place(flat: Tensor, pieces: Iterator[tuple[int, Tensor]], add: bool) -> str | None:
+    """Do :func:`tnadapt.algebra.rounding.change_in_place` on the weight's device: pieces are added, or are W'."""
     for start, piece in pieces:
         part = flat[start : start + piece.numel()]
-        total = part.double() + piece
+        total = part.double() + piece if add else piece
         after = (total if part.dtype is torch.float64 else total.float()).to(part.dtype)
         if bool((~torch.isfinite(after) & torch.isfinite(part)).any()):
             return "range" if bool(torch.isfinite(piece).all()) else "update"
-        part.copy_(after)
-    return None
-
-
-def _replace(flat: Tensor, spans: Iterator[tuple[int, Tensor]]) -> str | None:
-    """Do :func:`tnadapt.algebra.rounding.change_in_place` on the weight's device."""
-    for start, values in spans:
-        part = flat[start : start + values.numel()]
-        after = (values if part.dtype is torch.float64 else values.float()).to(part.dtype)
-        if bool((~torch.isfinite(after) & torch.isfinite(part)).any()):
-            return "range" if bool(torch.isfinite(values).all()) else "update"
         part.copy_(after)
     return None
 
@@ -472,7 +414,7 @@ def unmerge(adapter: AdapterState) -> None:
         raise TargetError(f"adapter {adapter.name!r} is not merged; there is nothing to undo")
     before = adapter.merged
     for index, (target, original) in enumerate(zip(adapter.targets, before, strict=True)):
-        if not _requantizes(adapter, index):
+        if quantized_type(owner_of(adapter, index)) is None:
             _writable(adapter, index)
         original.check(adapter, target, owner_of(adapter, index))
     try:
@@ -513,11 +455,6 @@ def _put_back(adapter: AdapterState, merged: Sequence[Merged]) -> None:
     adapter.merged = None
 
 
-def _requantizes(adapter: AdapterState, index: int) -> bool:
-    """Return whether a weight is of a known quantized type."""
-    return quantized_type(owner_of(adapter, index)) is not None
-
-
 def original(adapter: AdapterState, index: int) -> Tensor | None:
     """Return a target's weight ``(rows, cols)`` without this adapter's update, merged or not; None if unknown.
 
@@ -541,9 +478,9 @@ def owner_of(adapter: AdapterState, index: int) -> nn.Module:
 
 
 def _writable(adapter: AdapterState, index: int) -> Tensor:
+    owner, name = owner_of(adapter, index), adapter.targets[index].name
     weight = stored(adapter, index)
-    name = adapter.targets[index].name
-    if weight is None and hasattr(owner_of(adapter, index), "parametrizations"):
+    if weight is None and hasattr(owner, "parametrizations"):
         raise TargetError(
             f"{name} is parametrized (computed from other parameters), so an update cannot be merged into it; keep the "
             "adapter attached, or call torch.nn.utils.parametrize.remove_parametrizations() first"
@@ -551,7 +488,7 @@ def _writable(adapter: AdapterState, index: int) -> Tensor:
     # torch also counts float8 and narrower types as floating point, hence the check of the element size.
     if weight is None or is_packed(weight) or not weight.is_floating_point() or weight.element_size() < 2:
         raise TargetError(
-            f"{name} is quantized, and {type(owner_of(adapter, index)).__name__} is no type that tnadapt can merge "
+            f"{name} is quantized, and {type(owner).__name__} is no type that tnadapt can merge "
             "into: keep the adapter attached, or register the type with tnadapt.torch.register_quantized"
         )
     if is_sharded(weight):

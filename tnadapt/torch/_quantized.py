@@ -24,20 +24,6 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from tnadapt.errors import TargetError
 from tnadapt.plugins import Registry, load_plugins
 
-__all__ = [
-    "QUANTIZED",
-    "QuantizedLayer",
-    "crossing",
-    "is_embedding",
-    "is_packed",
-    "planar",
-    "quantized_type",
-    "register_quantized",
-    "twin",
-    "unpacked",
-]
-
-
 # -- The contract of a type of quantized layer -------------------------------------------------------------------------
 
 
@@ -166,22 +152,40 @@ class QuantizedLayer:
             held[name] = value
 
 
-def is_instance(value: object, *names: str) -> bool:
-    """Return whether an object is of one of these classes, or of a subclass, without importing them.
+class LibraryLayer(QuantizedLayer):
+    """A layer of a library, recognized without importing it.
 
-    Parameters
+    Attributes
     ----------
-    value : object
-    *names : str
-        Full names: ``"package.module.Class"``.
-
-    Examples
-    --------
-    >>> is_instance(nn.Linear(2, 2), "torch.nn.modules.linear.Linear"), is_instance(nn.ReLU(), "other.ReLU")
-    (True, False)
+    layer_class : str
+        Full name of its class, ``"package.module.Class"``.
+    embeds : bool
+        Whether it is an embedding with a forward of its own.
     """
-    cls: Any = type(value)
-    return not _class_names(cls).isdisjoint(names)
+
+    layer_class = ""
+    embeds = False
+    stored: tuple[str, ...] = ("weight",)
+
+    def matches(self, module: nn.Module) -> bool:
+        """Return whether it is of this class or a subclass."""
+        cls: Any = type(module)
+        return self.layer_class in _class_names(cls)
+
+    def looks_up(self, module: nn.Module) -> bool:
+        """Return whether it is an embedding."""
+        return self.embeds
+
+    def dequantize(self, module: nn.Module) -> Tensor | None:
+        """Return the weight, without gradients; None on the meta device."""
+        if cast(Tensor, getattr(module, self.stored[0])).device.type == "meta":
+            return None
+        with torch.no_grad():
+            return self.numbers(module)
+
+    def numbers(self, module: Any) -> Tensor | None:
+        """Return the weight of a layer that is not on the meta device."""
+        raise NotImplementedError
 
 
 @functools.lru_cache(maxsize=1024)
@@ -212,27 +216,20 @@ def rows_of(changed: Tensor, new: Tensor, old: Tensor) -> Tensor:
 # -- bitsandbytes: 4-bit codes of nf4 and fp4, and int8 rows with a scale each (LLM.int8()) ----------------------------
 
 
-class FourBitLayer(QuantizedLayer):
+class FourBitLayer(LibraryLayer):
     """``bitsandbytes.nn.Linear4bit``: nf4 or fp4, with plain or quantized scales."""
 
+    layer_class = "bitsandbytes.nn.modules.Linear4bit"
     stored = ("weight", "quant_state")
     moved = 1.0
 
-    def matches(self, module: nn.Module) -> bool:
-        """Return whether it is a Linear4bit."""
-        return is_instance(module, "bitsandbytes.nn.modules.Linear4bit")
-
-    def dequantize(self, module: nn.Module) -> Tensor | None:
+    def numbers(self, module: Any) -> Tensor | None:
         """Return the weight; before its first move to a device it is not quantized yet."""
-        weight: Any = module._parameters["weight"]
-        if weight.device.type == "meta":
-            return None
-        state = _quant_state(module)
-        if state is None:
-            return cast(Tensor, weight.detach()) if weight.is_floating_point() else None
+        weight: Tensor = module._parameters["weight"]
+        if _quant_state(module) is None:
+            return weight.detach() if weight.is_floating_point() else None
         _unpack(module)
-        weight = module._parameters["weight"]
-        numbers: Tensor = _functional().dequantize_4bit(weight.data, _quant_state(module))
+        numbers: Tensor = _functional().dequantize_4bit(module._parameters["weight"].data, _quant_state(module))
         return numbers.reshape(self.shape(module))
 
     def while_attached(self, module: nn.Module) -> Mapping[str, Any]:
@@ -267,23 +264,18 @@ class FourBitLayer(QuantizedLayer):
         return {"weight": new, "quant_state": state}
 
 
-class Int8Layer(QuantizedLayer):
+class Int8Layer(LibraryLayer):
     """``bitsandbytes.nn.Linear8bitLt``: int8 codes, with the largest absolute value of each row as its scale."""
 
+    layer_class = "bitsandbytes.nn.modules.Linear8bitLt"
     stored: tuple[str, ...] = ("weight", "state")
     moved = 1.0
 
-    def matches(self, module: nn.Module) -> bool:
-        """Return whether it is a Linear8bitLt."""
-        return is_instance(module, "bitsandbytes.nn.modules.Linear8bitLt")
-
-    def dequantize(self, module: nn.Module) -> Tensor | None:
+    def numbers(self, module: Any) -> Tensor | None:
         """Return the weight; before its first move to a device it is not quantized yet."""
-        weight: Any = module._parameters["weight"]
-        if weight.device.type == "meta":
-            return None
+        weight: Tensor = module._parameters["weight"]
         if weight.dtype is not torch.int8:
-            return cast(Tensor, weight.detach())
+            return weight.detach()
         holders = (weight, getattr(module, "state", None))  # an embedding has no state
         scales = next(scales for holder in holders if (scales := getattr(holder, "SCB", None)) is not None)
         codes: Tensor = weight.detach().as_subclass(Tensor)
@@ -341,66 +333,43 @@ def _same_class(held: Any, data: Tensor) -> Any:
 class FourBitEmbedding(FourBitLayer):
     """``bitsandbytes.nn.Embedding4bit``, and its subclasses for nf4 and fp4."""
 
-    def matches(self, module: nn.Module) -> bool:
-        """Return whether it is an Embedding4bit."""
-        return is_instance(module, "bitsandbytes.nn.modules.Embedding4bit")
-
-    def looks_up(self, module: nn.Module) -> bool:
-        """Return True."""
-        return True
+    layer_class = "bitsandbytes.nn.modules.Embedding4bit"
+    embeds = True
 
 
 class Int8Embedding(Int8Layer):
     """``bitsandbytes.nn.Embedding8bit``."""
 
+    layer_class = "bitsandbytes.nn.modules.Embedding8bit"
+    embeds = True
     stored = ("weight",)
 
-    def matches(self, module: nn.Module) -> bool:
-        """Return whether it is an Embedding8bit."""
-        return is_instance(module, "bitsandbytes.nn.modules.Embedding8bit")
 
-    def looks_up(self, module: nn.Module) -> bool:
-        """Return True."""
-        return True
-
-
-class Int4Embedding(QuantizedLayer):
+class Int4Embedding(LibraryLayer):
     """``Int4WeightOnlyEmbedding``, which torchao's ``Int4WeightOnlyEmbeddingQATQuantizer`` leaves after training."""
 
+    layer_class = "torchao.quantization.qat.embedding.Int4WeightOnlyEmbedding"
+    embeds = True
     stored = ("weight", "scale", "zero_point")
     moved = 2.0
 
-    def matches(self, module: nn.Module) -> bool:
-        """Return whether it is an Int4WeightOnlyEmbedding."""
-        return is_instance(module, "torchao.quantization.qat.embedding.Int4WeightOnlyEmbedding")
-
-    def looks_up(self, module: nn.Module) -> bool:
-        """Return True."""
-        return True
-
-    def dequantize(self, module: nn.Module) -> Tensor | None:
+    def numbers(self, module: Any) -> Tensor | None:
         """Return what the module's own forward returns for all indices."""
-        layer: Any = module
-        if layer.weight.device.type == "meta":
-            return None
-        with torch.no_grad():
-            table: Tensor = type(layer).forward(layer, torch.arange(layer.num_embeddings, device=layer.weight.device))
-        return table
+        return cast(
+            Tensor, type(module).forward(module, torch.arange(module.num_embeddings, device=module.weight.device))
+        )
 
-    def requantize(self, module: nn.Module, weight: Tensor) -> Mapping[str, Any]:
+    def requantize(self, module: Any, weight: Tensor) -> Mapping[str, Any]:
         """Quantize by the functions of torchao that its quantizer calls, with the layer's group size and dtypes."""
-        layer: Any = module
         utils = importlib.import_module("torchao.quantization.utils")
         operations = importlib.import_module("torchao._executorch_ops")
-        low, high = -(1 << (layer.bit_width - 1)), (1 << (layer.bit_width - 1)) - 1
-        weight = weight.to(layer.output_dtype)
-        scale, zero = utils.get_group_qparams_symmetric(
-            weight, layer.bit_width, layer.group_size, precision=layer.scale_precision
-        )
-        zero = zero.to(layer.zero_point_precision)
+        bits, size, precision = module.bit_width, module.group_size, module.scale_precision
+        weight = weight.to(module.output_dtype)
+        scale, zero = utils.get_group_qparams_symmetric(weight, bits, size, precision=precision)
+        zero = zero.to(module.zero_point_precision)
         quantize = operations._quantized_decomposed_quantize_per_channel_group_wrapper
-        codes = quantize(weight, scale, zero, low, high, torch.int8, layer.group_size)
-        return {"weight": codes, "scale": scale.to(layer.scale_precision), "zero_point": zero}
+        codes = quantize(weight, scale, zero, -(1 << (bits - 1)), (1 << (bits - 1)) - 1, torch.int8, size)
+        return {"weight": codes, "scale": scale.to(precision), "zero_point": zero}
 
     def keep_rows(self, module: nn.Module, state: Mapping[str, Any], changed: Tensor) -> Mapping[str, Any]:
         """Keep codes, scales and zero points, which are row by row."""
@@ -499,6 +468,10 @@ def crossing(words: Tensor, bits: int, count: int) -> Tensor:
 _OWN_LAYOUT = ("bitblas", "exllama", "gemv", "machete", "marlin", "mlx", "paro", "qqq", "swordfish")
 
 
+#: Names of the tensors that both formats have.
+CODES = {"qweight", "qzeros", "scales"}
+
+
 class CalibratedLayer(QuantizedLayer):
     """A layer with ``qweight``, ``qzeros`` and ``scales``.
 
@@ -536,13 +509,12 @@ class CalibratedLayer(QuantizedLayer):
         )
 
 
-def is_readable(module: nn.Module) -> bool:
+def is_readable(module: Any) -> bool:
     """Return whether a layer keeps the words of its format, and multiplies its input as it is with their numbers."""
-    layer: Any = module
-    if layer.qweight is None or layer.qweight.device.type == "meta" or layer.qweight.dtype is not torch.int32:
+    if module.qweight is None or module.qweight.device.type == "meta" or module.qweight.dtype is not torch.int32:
         return False
     # SpinQuant's and QuaRot's layers rotate their input.
-    rotates = getattr(layer, "online_full_had", False) or getattr(layer, "online_partial_had", False)
+    rotates = getattr(module, "online_full_had", False) or getattr(module, "online_partial_had", False)
     return not rotates and not any(name in _names(module) for name in _OWN_LAYOUT)
 
 
@@ -573,23 +545,21 @@ class AWQLayer(CalibratedLayer):
     def matches(self, module: nn.Module) -> bool:
         """Return whether it has the tensors of this format, and no groups by index, which GPTQ has."""
         held = module._buffers.keys() | module._parameters.keys()
-        return held >= {"qweight", "qzeros", "scales"} and "g_idx" not in held and _bits(module) is not None
+        return held >= CODES and "g_idx" not in held and _bits(module) is not None
 
-    def dequantize(self, module: nn.Module) -> Tensor | None:
+    def dequantize(self, module: Any) -> Tensor | None:
         """Return the weight in the dtype of the scales; None for another layout."""
-        layer: Any = module
         bits = _bits(module)
         if bits is None or not is_readable(module):
             return None
         rows, cols = self.shape(module)
-        groups, words = layer.scales.shape[0], -(-rows * bits // 32)
+        groups, words = module.scales.shape[0], -(-rows * bits // 32)
         expected = (cols, words), (groups, words), (groups, rows)
-        shapes = tuple(tuple(tensor.shape) for tensor in (layer.qweight, layer.qzeros, layer.scales))
-        if shapes != expected or cols % groups or (bits == 4 and rows % 8):
+        tensors = module.qweight, module.qzeros, module.scales
+        if tuple(tuple(tensor.shape) for tensor in tensors) != expected or cols % groups or (bits == 4 and rows % 8):
             return None
-        codes, zeros = (_in_order(unpacked(held, bits, rows, axis=1), bits) for held in (layer.qweight, layer.qzeros))
-        size = cols // groups
-        scales, zeros = (tensor.repeat_interleave(size, 0) for tensor in (layer.scales, zeros))
+        codes, zeros = (_in_order(unpacked(packed, bits, rows, axis=1), bits) for packed in tensors[:2])
+        scales, zeros = (tensor.repeat_interleave(cols // groups, 0) for tensor in (module.scales, zeros))
         return ((codes - zeros).to(scales.dtype) * scales).T.contiguous()
 
 
@@ -620,38 +590,39 @@ class GPTQLayer(CalibratedLayer):
     method = "GPTQ"
     chosen = "codes"
 
+    embeds = False
+
     def matches(self, module: nn.Module) -> bool:
         """Return whether it has the tensors of this format, whatever its class is called."""
-        return _holds_gptq(module) and not is_instance(module, _EMBEDDING)
+        cls: Any = type(module)
+        held = module._buffers.keys() | module._parameters.keys()
+        has_bits = isinstance(getattr(module, "bits", None), int)
+        return held >= {*CODES, "g_idx"} and has_bits and (_EMBEDDING in _class_names(cls)) == self.embeds
 
-    def shape(self, module: nn.Module) -> tuple[int, int]:
+    def shape(self, module: Any) -> tuple[int, int]:
         """Return output and input features, from the scales and the groups."""
-        anything: Any = module
-        return int(anything.scales.shape[1]), int(anything.g_idx.shape[0])
+        return int(module.scales.shape[1]), int(module.g_idx.shape[0])
 
-    def dequantize(self, module: nn.Module) -> Tensor | None:
+    def dequantize(self, module: Any) -> Tensor | None:
         """Return the weight in the dtype of the scales; None if a kernel has put the codes into its own order."""
-        layer: Any = module
         if not is_readable(module):
             return None
-        rows, cols = int(layer.scales.shape[1]), int(layer.g_idx.shape[0])
-        if tuple(layer.qweight.shape) != (-(-cols * layer.bits // 32), rows):
+        rows, cols = GPTQLayer.shape(self, module)
+        if tuple(module.qweight.shape) != (-(-cols * module.bits // 32), rows):
             return None
-        unpack = planar if getattr(layer, "planar", False) else unpacked
-        codes = unpack(layer.qweight, layer.bits, cols, axis=0)
-        zeros = unpack(layer.qzeros, layer.bits, rows, axis=1)
-        zeros = zeros + 1 if _less_one(layer) else zeros
-        group = layer.g_idx.long()
-        scales: Tensor = layer.scales[group]
+        unpack = planar if getattr(module, "planar", False) else unpacked
+        codes = unpack(module.qweight, module.bits, cols, axis=0)
+        zeros = unpack(module.qzeros, module.bits, rows, axis=1)
+        zeros = zeros + 1 if _less_one(module) else zeros
+        group = module.g_idx.long()
+        scales: Tensor = module.scales[group]
         return ((codes - zeros[group]).to(scales.dtype) * scales).T.contiguous()
 
 
 class GPTQEmbedding(GPTQLayer):
     """GPTQModel's quantized embedding: its vectors are numbered as the input features of a linear layer are."""
 
-    def matches(self, module: nn.Module) -> bool:
-        """Return whether it is a TorchQuantEmbeddings."""
-        return is_instance(module, _EMBEDDING) and _holds_gptq(module)
+    embeds = True
 
     def shape(self, module: nn.Module) -> tuple[int, int]:
         """Return the number of vectors and their size."""
@@ -668,11 +639,6 @@ class GPTQEmbedding(GPTQLayer):
         return True
 
 
-def _holds_gptq(module: nn.Module) -> bool:
-    held = module._buffers.keys() | module._parameters.keys()
-    return held >= {"qweight", "qzeros", "scales", "g_idx"} and isinstance(getattr(module, "bits", None), int)
-
-
 def _less_one(layer: Any) -> bool:
     """Return whether the layer's forward adds one to the zeros that it holds.
 
@@ -687,31 +653,28 @@ def _less_one(layer: Any) -> bool:
 # -- HQQ: packed codes of 1 to 8 bits, with scales and zeros of groups -------------------------------------------------
 
 
-class HQQLayer(QuantizedLayer):
+class HQQLayer(LibraryLayer):
     """``hqq.core.quantize.HQQLinear``."""
 
+    layer_class = "hqq.core.quantize.HQQLinear"
     stored = ("W_q", "meta")
     moved = 4.0
 
     def matches(self, module: nn.Module) -> bool:
         """Return whether it is an HQQLinear that has been quantized or loaded."""
-        return is_instance(module, "hqq.core.quantize.HQQLinear") and bool(getattr(module, "ready", False))
+        return super().matches(module) and bool(getattr(module, "ready", False))
 
-    def shape(self, module: nn.Module) -> tuple[int, int]:
+    def shape(self, module: Any) -> tuple[int, int]:
         """Return the shape that was quantized."""
-        rows, cols = module.meta["shape"]  # type: ignore[index]
+        rows, cols = module.meta["shape"]
         return int(rows), int(cols)
 
-    def dequantize(self, module: nn.Module) -> Tensor | None:
+    def numbers(self, module: Any) -> Tensor | None:
         """Return the weight in the layer's dtype."""
         other = twin(module)
         # The library completes this dictionary for a moment.
         other.meta = dict(other.meta)
-        if other.W_q.device.type == "meta":
-            return None
-        with torch.no_grad():
-            weight: Tensor = other.dequantize()
-        return weight
+        return cast(Tensor, other.dequantize())
 
     def requantize(self, module: nn.Module, weight: Tensor) -> Mapping[str, Any]:
         """Quantize by the layer's own ``quantize`` and settings, which fit scales and zeros."""
@@ -740,10 +703,9 @@ class HQQLayer(QuantizedLayer):
 # tells it from ordinary numbers.
 
 
-class TorchAOLayer(QuantizedLayer):
+class TorchAOLayer(LibraryLayer):
     """A linear layer or an embedding after ``torchao.quantization.quantize_``: int8, float8, int4 and others, nf4."""
 
-    stored = ("weight",)
     moved = 2.0
 
     def matches(self, module: nn.Module) -> bool:
@@ -751,24 +713,21 @@ class TorchAOLayer(QuantizedLayer):
         weight = module._parameters.get("weight")
         return isinstance(module, (nn.Linear, nn.Embedding)) and weight is not None and _is_torchao(weight)
 
-    def shape(self, module: nn.Module) -> tuple[int, int]:
+    def shape(self, module: Any) -> tuple[int, int]:
         """Return the shape that the tensor reports."""
-        rows, cols = module._parameters["weight"].shape  # type: ignore[union-attr]
+        rows, cols = module._parameters["weight"].shape
         return rows, cols
 
-    def dequantize(self, module: nn.Module) -> Tensor | None:
+    def numbers(self, module: Any) -> Tensor | None:
         """Return the weight; None if its class has no dequantize(), as kernels' own layouts."""
-        weight: Any = module._parameters["weight"]
-        if weight.device.type == "meta":
-            return None
+        weight = module._parameters["weight"]
         method = getattr(weight, "get_original_weight", weight.dequantize)  # nf4's own name
-        with torch.no_grad():
-            try:
-                numbers: Tensor = method()
-            except (AttributeError, NotImplementedError):
-                return None
-            # A class that does not define the method inherits torch's, which returns something else.
-            return numbers if type(numbers) is Tensor and numbers.shape == weight.shape else None
+        try:
+            numbers: Tensor = method()
+        except (AttributeError, NotImplementedError):
+            return None
+        # A class that does not define the method inherits torch's, which returns something else.
+        return numbers if type(numbers) is Tensor and numbers.shape == weight.shape else None
 
     def passes_gradient(self, module: nn.Module) -> bool:
         """Return False for weights whose layer quantizes its input, too."""
@@ -831,35 +790,23 @@ def _mapping(held: Any) -> Any:
     return mapping.SYMMETRIC if plain else mapping.ASYMMETRIC
 
 
+def _settings(held: Any, *names: str) -> dict[str, Any]:
+    return {name: getattr(held, name) for name in names}
+
+
 def _int8(held: Any, weight: Tensor) -> Any:
-    return type(held).from_hp(
-        weight,
-        _granularity(held),
-        mapping_type=_mapping(held),
-        act_quant_kwargs=held.act_quant_kwargs,
-        reduce_range=held.reduce_range,
-    )
+    settings = _settings(held, "act_quant_kwargs", "reduce_range")
+    return type(held).from_hp(weight, _granularity(held), mapping_type=_mapping(held), **settings)
 
 
 def _float8(held: Any, weight: Tensor) -> Any:
-    return type(held).from_hp(
-        weight,
-        float8_dtype=held.qdata.dtype,
-        granularity=_granularity(held),
-        mm_config=held.mm_config,
-        kernel_preference=held.kernel_preference,
-        act_quant_kwargs=held.act_quant_kwargs,
-    )
+    settings = _settings(held, "mm_config", "kernel_preference", "act_quant_kwargs")
+    return type(held).from_hp(weight, float8_dtype=held.qdata.dtype, granularity=_granularity(held), **settings)
 
 
 def _intx(held: Any, weight: Tensor) -> Any:
-    return type(held).from_hp(
-        weight,
-        tuple(held.block_size),
-        held.target_dtype,
-        mapping_type=_mapping(held),
-        activation_quantization=held.activation_quantization,
-    )
+    settings = {"mapping_type": _mapping(held), **_settings(held, "activation_quantization")}
+    return type(held).from_hp(weight, tuple(held.block_size), held.target_dtype, **settings)
 
 
 def _int4(held: Any, weight: Tensor) -> Any:
@@ -885,36 +832,26 @@ _AGAIN: Mapping[str, Callable[[Any, Tensor], Any]] = {
 # -- optimum-quanto: int8, int4, int2 and float8, frozen, or requantized in each forward pass --------------------------
 
 
-class QuantoLayer(QuantizedLayer):
+class QuantoLayer(LibraryLayer):
     """``optimum.quanto.QLinear``, before and after ``freeze``."""
 
-    stored = ("weight",)
+    layer_class = "optimum.quanto.nn.qlinear.QLinear"
     moved = 2.0
 
     def matches(self, module: nn.Module) -> bool:
         """Return whether it is a QLinear whose weight is quantized."""
-        return (
-            is_instance(module, "optimum.quanto.nn.qlinear.QLinear")
-            and getattr(module, "weight_qtype", None) is not None
-        )
+        return super().matches(module) and getattr(module, "weight_qtype", None) is not None
 
-    def dequantize(self, module: nn.Module) -> Tensor | None:
+    def numbers(self, module: Any) -> Tensor | None:
         """Return the weight that the layer computes with: before ``freeze``, its float weight after rounding."""
-        weight: Any = module._parameters["weight"]
-        if weight.device.type == "meta":
-            return None
-        anything: Any = module
-        with torch.no_grad():
-            numbers: Tensor = anything.qweight.dequantize()
-        return numbers
+        return cast(Tensor, module.qweight.dequantize())
 
     def requantize(self, module: nn.Module, weight: Tensor) -> Mapping[str, Any]:
         """Quantize by the layer's own optimizer of scales; a layer that is not frozen keeps a float weight."""
         held: Any = module._parameters["weight"]
         other = twin(module)
-        frozen = other.frozen
-        new = nn.Parameter(weight.to(held.dtype), requires_grad=held.requires_grad and not frozen)
-        if not frozen:
+        new = nn.Parameter(weight.to(held.dtype), requires_grad=held.requires_grad and not other.frozen)
+        if not other.frozen:
             return {"weight": new}
         other._parameters["weight"] = new
         with torch.no_grad():
@@ -929,41 +866,30 @@ class QuantoLayer(QuantizedLayer):
 _MODULE = "transformers.integrations.gguf"
 
 
-class GgufLayer(QuantizedLayer):
+class GgufLayer(LibraryLayer):
     """``GgufLinear`` of transformers."""
 
-    stored = ("weight",)
+    layer_class = f"{_MODULE}.utils.GgufLinear"
     moved = 4.0
-    _own = f"{_MODULE}.utils.GgufLinear"
 
-    def matches(self, module: nn.Module) -> bool:
-        """Return whether it is a layer of this type."""
-        return is_instance(module, self._own)
-
-    def dequantize(self, module: nn.Module) -> Tensor | None:
+    def numbers(self, module: Any) -> Tensor | None:
         """Return the weight in float32, for the input as it comes: some layers permute it first."""
-        layer: Any = module
-        if layer.weight.device.type == "meta":
-            return None
-        rows, cols = self.shape(module)
         kernels = importlib.import_module(f"{_MODULE}.kernels")
-        with torch.no_grad():
-            numbers: Tensor = kernels.dequantize_blocks(layer.weight, layer.ggml_type, rows, cols, torch.float32)
-        order = getattr(layer, "input_permutation", None)
+        numbers: Tensor = kernels.dequantize_blocks(module.weight, module.ggml_type, *self.shape(module), torch.float32)
+        order = getattr(module, "input_permutation", None)
         return numbers if order is None else torch.empty_like(numbers).index_copy_(1, order, numbers)
 
     def passes_gradient(self, module: nn.Module) -> bool:
         """Return False: kernels for few tokens have no backward."""
-        return self.looks_up(module)
+        return self.embeds
 
-    def requantize(self, module: nn.Module, weight: Tensor) -> Mapping[str, Any]:
+    def requantize(self, module: Any, weight: Tensor) -> Mapping[str, Any]:
         """Quantize by the package gguf, which knows how for some types of blocks."""
-        layer: Any = module
-        order = getattr(layer, "input_permutation", None)
+        order = getattr(module, "input_permutation", None)
         weight = weight if order is None else weight.index_select(1, order)
         try:
             gguf: Any = importlib.import_module("gguf")
-            block_type = gguf.GGMLQuantizationType(layer.ggml_type)
+            block_type = gguf.GGMLQuantizationType(module.ggml_type)
             blocks = gguf.quants.quantize(weight.float().cpu().numpy(), block_type)
         except ImportError:
             raise TargetError(
@@ -974,7 +900,7 @@ class GgufLayer(QuantizedLayer):
                 f"the package gguf cannot quantize to {block_type.name}: keep the adapter attached, or merge into the "
                 "unquantized model and quantize that"
             ) from None
-        codes = torch.from_numpy(blocks).to(layer.weight.device).reshape(layer.weight.shape)
+        codes = torch.from_numpy(blocks).to(module.weight.device).reshape(module.weight.shape)
         return {"weight": nn.Parameter(codes, requires_grad=False)}
 
     def keep_rows(self, module: nn.Module, state: Mapping[str, Any], changed: Tensor) -> Mapping[str, Any]:
@@ -986,11 +912,8 @@ class GgufLayer(QuantizedLayer):
 class GgufEmbedding(GgufLayer):
     """``GgufEmbedding`` of transformers."""
 
-    _own = f"{_MODULE}.utils.GgufEmbedding"
-
-    def looks_up(self, module: nn.Module) -> bool:
-        """Return True."""
-        return True
+    layer_class = f"{_MODULE}.utils.GgufEmbedding"
+    embeds = True
 
 
 # -- The table of types, and the type of a module ----------------------------------------------------------------------

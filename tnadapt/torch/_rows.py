@@ -14,17 +14,14 @@ from torch import Tensor, nn
 from tnadapt.errors import ConfigError, TargetError, safe_repr
 from tnadapt.targets.target import Target
 
+from ._forms import add_features
 from ._forward_pass import drops_input, factors
-from ._forward_patch import ForwardPatch, Placed, is_read
-from ._linear import add_features
+from ._forward_patch import ForwardPatch, is_read
 from ._quantized import is_embedding
 from ._registry import attached, overlapping, trim_idle
 from ._state import AdapterSlot, AdapterState, RowAssignment, RowRunner, assignment_of, entered, mixing_weight
 from ._strategy_choice import MACHINES
 from ._weights import sees_tokens_in_order
-
-__all__ = ["BASE", "assigned", "looped", "row_runner", "rows"]
-
 
 # -- What the adapters of groups of rows add to an output: low-rank updates by grouped products ------------------------
 
@@ -32,40 +29,40 @@ __all__ = ["BASE", "assigned", "looped", "row_runner", "rows"]
 # target, and all have the same shape, the factors are stacked, and two batched products serve all groups.
 
 
-#: The rows of a group, and its adapter's slots in the layer.
-Slots = tuple[Sequence[int], Sequence[AdapterSlot]]
+#: The rows of a group, and the slots that act on them.
+Group = tuple[Sequence[int], Sequence[AdapterSlot]]
 Output = Callable[[AdapterSlot, Tensor], Tensor]
 #: Rows and what is added to them, by the features that they are added to.
-Changes = dict[Target | None, list[tuple[Sequence[int], Tensor]]]
+Changes = dict[Target, list[tuple[Sequence[int], Tensor]]]
 
 
-def add_changes(
-    output: Output, assignment: RowAssignment, groups: Sequence[Slots], x: Tensor, y: Tensor, in_place: bool
-) -> Tensor:
+def add_changes(output: Output, assignment: RowAssignment, groups: Sequence[Group], x: Tensor, y: Tensor) -> Tensor:
     """Return y plus the changes of all groups; x and y are ``(names, rows of each, features)``."""
     acting = [(rows, slots) for rows, slots in groups if slots]
     changes = grouped(assignment, acting, x)
     if changes is None:
         changes = looped(output, assignment, acting, x)
     for target, several in changes.items():
-        rows = [row for numbers, _ in several for row in numbers]
+        rows = assignment.index([row for numbers, _ in several for row in numbers], y.device)
         change = torch.cat([part for _, part in several]) if len(several) > 1 else several[0][1]
-        y = _plus(y, target, assignment.index(rows, y.device), change.to(y.dtype), in_place)
+        if target.rows is None:
+            y = y.index_add(0, rows, change.to(y.dtype))
+        else:
+            y = y.index_copy(0, rows, add_features(y.index_select(0, rows), target, change))
     return y
 
 
-def looped(output: Output, assignment: RowAssignment, groups: Sequence[Slots], x: Tensor) -> Changes:
+def looped(output: Output, assignment: RowAssignment, groups: Sequence[Group], x: Tensor) -> Changes:
     """Compute each group's changes alone."""
     changes: Changes = {}
     for rows, slots in groups:
         part = x.index_select(0, assignment.index(rows, x.device))
         for slot in slots:
-            key = slot.target if slot.target.rows is not None else None
-            changes.setdefault(key, []).append((rows, output(slot, part)))
+            changes.setdefault(slot.target, []).append((rows, output(slot, part)))
     return changes
 
 
-def grouped(assignment: RowAssignment, groups: Sequence[Slots], x: Tensor) -> Changes | None:
+def grouped(assignment: RowAssignment, groups: Sequence[Group], x: Tensor) -> Changes | None:
     """Compute the changes of all groups by batched products; None where these do not apply."""
     first = groups[0][1]
     if len(groups) == 1 or not _are_alike(groups):
@@ -79,9 +76,8 @@ def grouped(assignment: RowAssignment, groups: Sequence[Slots], x: Tensor) -> Ch
     for place, slot in enumerate(first):
         several = [factors(slots[place]) for _, slots in groups]
         pairs = [factored.terms[0][0] for factored in several]
-        if any(pair.right is None or pair.left.shape != pairs[0].left.shape for pair in pairs):
-            return None
-        if len({(pair.left.dtype, pair.left.device) for pair in pairs}) > 1 or pairs[0].left.device != x.device:
+        layouts = {(pair.right is None, pair.left.shape, pair.left.dtype, pair.left.device) for pair in pairs}
+        if len(layouts) > 1 or pairs[0].right is None or pairs[0].left.device != x.device:
             return None
         scales = [
             factored.scale * mixing_weight(slots[place].adapter)
@@ -91,9 +87,9 @@ def grouped(assignment: RowAssignment, groups: Sequence[Slots], x: Tensor) -> Ch
         lefts = [pair.left for pair in pairs]
         if len(set(scales)) > 1:
             lefts = [left * scale for left, scale in zip(lefts, scales, strict=True)]
+            scales = [1.0]
         left, right = torch.stack(lefts), torch.stack([cast(Tensor, pair.right) for pair in pairs])
-        if len(set(scales)) == 1 and scales[0] != 1.0:
-            left = left * scales[0]
+        left = left if scales[0] == 1.0 else left * scales[0]
         inputs = blocks if torch.is_autocast_enabled(x.device.type) else blocks.to(left.dtype)
         if len(counts) > 1:
             # A copy of the factors for each row: narrow matrices, and fewer calls than groups.
@@ -102,29 +98,19 @@ def grouped(assignment: RowAssignment, groups: Sequence[Slots], x: Tensor) -> Ch
         else:
             inputs = inputs.reshape(len(groups), -1, inputs.shape[-1])
         product = torch.bmm(torch.bmm(inputs, right), left.mT).reshape(*blocks.shape[:-1], left.shape[1])
-        changes.setdefault(slot.target if slot.target.rows is not None else None, []).append((order, product))
+        changes[slot.target] = [(order, product)]
     return changes
 
 
-def _are_alike(groups: Sequence[Slots]) -> bool:
+def _are_alike(groups: Sequence[Group]) -> bool:
     """Return whether all groups update the same features, each by one low-rank matrix."""
     targets = [slot.target for slot in groups[0][1]]
-    for _, slots in groups:
-        if [slot.target for slot in slots] != targets:
-            return False
-        for slot in slots:
-            plain = slot.factoring is not None and slot.factoring.is_plain
-            if slot.strategy != "factored" or not plain or slot.adapter.activation is not None:
-                return False
-    return True
-
-
-def _plus(y: Tensor, target: Target | None, rows: Tensor, change: Tensor, in_place: bool) -> Tensor:
-    """Return y with a change added to some rows, and there to the features of the target's rows."""
-    if target is None:
-        return y.index_add_(0, rows, change) if in_place else y.index_add(0, rows, change)
-    changed = add_features(y.index_select(0, rows), target, change)
-    return y.index_copy_(0, rows, changed) if in_place else y.index_copy(0, rows, changed)
+    if any([slot.target for slot in slots] != targets for _, slots in groups):
+        return False
+    several = [slot for _, slots in groups for slot in slots]
+    if any(slot.strategy != "factored" or slot.adapter.activation is not None for slot in several):
+        return False
+    return all(slot.factoring is not None and slot.factoring.is_plain for slot in several)
 
 
 # -- A layer's forward with one adapter, or none, for each row ---------------------------------------------------------
@@ -138,10 +124,6 @@ def _plus(y: Tensor, target: Target | None, rows: Tensor, change: Tensor, in_pla
 #   tokens that a second product costs less than forming the sum.
 # - *divided*: the layer's forward on the rows of each group. Where a module reads a child's weight and has several
 #   tensors as inputs, such as masks, in which rows cannot be told apart, on the whole batch for each group.
-
-
-#: The rows of a group, and the slots that act on them.
-Group = tuple[Sequence[int], Sequence[Placed]]
 
 
 def check_usable(state: AdapterState, named: bool) -> None:
@@ -179,10 +161,10 @@ def run_by_rows(patch: ForwardPatch, args: Any, kwargs: Any) -> Any:
             slot.adapter.threads.add(threading.get_ident())
             check_usable(slot.adapter, slot.adapter in assignment.groups)
     acting = patch.acting(alone=False)
-    always = [placed for placed in acting if placed[1].adapter not in assignment.governed]
-    of_adapter: dict[AdapterState | None, list[Placed]] = {}
-    for placed in acting:
-        of_adapter.setdefault(placed[1].adapter, []).append(placed)
+    always = [slot for slot in acting if slot.adapter not in assignment.governed]
+    of_adapter: dict[AdapterState | None, list[AdapterSlot]] = {}
+    for slot in acting:
+        of_adapter.setdefault(slot.adapter, []).append(slot)
     groups: list[Group] = []
     # Adapters that do not act in this layer leave the base's rows, which are one group.
     rest: list[int] = []
@@ -198,10 +180,6 @@ def run_by_rows(patch: ForwardPatch, args: Any, kwargs: Any) -> Any:
             x = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
             _checked(patch, assignment, x)
         return patch.run(groups[0][1], args, kwargs)
-    return _run_groups(patch, assignment, groups, args, kwargs)
-
-
-def _run_groups(patch: ForwardPatch, assignment: RowAssignment, groups: list[Group], args: Any, kwargs: Any) -> Any:
     tensors = _tensors(patch, args, kwargs)
     x = _checked(patch, assignment, next(iter(tensors), None))
     whole = len(tensors) > 1
@@ -217,14 +195,13 @@ def _run_groups(patch: ForwardPatch, assignment: RowAssignment, groups: list[Gro
 
 def shared(patch: ForwardPatch, assignment: RowAssignment, groups: list[Group], x: Tensor) -> Tensor:
     """Run one product with the base weight, and add what each group's adapter adds."""
-    always = [placed for placed in groups[0][1] if placed[1].adapter not in assignment.governed]
+    always = [slot for slot in groups[0][1] if slot.adapter not in assignment.governed]
     y = patch.run(always, (x,), {})
-    governed = [(rows, [slot for _, slot in slots if slot.adapter in assignment.governed]) for rows, slots in groups]
+    governed = [(rows, [slot for slot in slots if slot.adapter in assignment.governed]) for rows, slots in groups]
     number = len(assignment.names)
     # Rows of one name are consecutive.
     blocks, wide = x.reshape(number, -1, x.shape[-1]), y.reshape(number, -1, y.shape[-1])
-    fresh = patch.is_plain and not torch.is_grad_enabled()
-    wide = add_changes(patch.output, assignment, governed, blocks, wide, fresh)
+    wide = add_changes(patch.output, assignment, governed, blocks, wide)
     for rows, slots in governed:
         if any(slot.adapter.plan.applying.rescales for slot in slots):
             index = assignment.index(rows, x.device)
@@ -240,11 +217,11 @@ def divided(
     blocks = x.reshape(number, -1, *x.shape[1:])
     outputs, order = [], list[int]()
     for rows, slots in groups:
-        if whole:
-            outputs.append(patch.run(slots, args, kwargs))
-        else:
+        inputs = args, kwargs
+        if not whole:
             part = blocks.index_select(0, assignment.index(rows, x.device)).reshape(-1, *x.shape[1:])
-            outputs.append(patch.run(slots, _exchanged(part, args), _exchanged(part, kwargs)))
+            inputs = _exchanged(part, inputs)
+        outputs.append(patch.run(slots, *inputs))
         order += rows
     back = sorted(range(number), key=order.__getitem__)
 
@@ -252,7 +229,12 @@ def divided(
         several = []
         for part, (rows, _) in zip(parts, groups, strict=True):
             count = number if whole else len(rows)
-            _check_output(patch, part, count * blocks.shape[1])
+            size = count * blocks.shape[1]
+            if part.ndim == 0 or part.shape[0] != size:
+                raise TargetError(
+                    f"rows() cannot divide the output of {_name(patch)}: of {size} rows it made a tensor of shape "
+                    f"{tuple(part.shape)}"
+                )
             output = part.reshape(count, -1, *part.shape[1:])
             several.append(output.index_select(0, assignment.index(rows, part.device)) if whole else output)
         batch = torch.cat(several).index_select(0, assignment.index(back, parts[0].device))
@@ -273,7 +255,7 @@ def _is_light(patch: ForwardPatch, group: Group, tokens: int, x: Tensor) -> bool
     """Return whether a group's update is better added to the output."""
     rows, slots = group
     machine = MACHINES.get(x.device.type, MACHINES["cpu"])
-    for _, slot in slots:
+    for slot in slots:
         if drops_input(slot, patch.host):
             return False
         if slot.strategy != "weight":
@@ -361,14 +343,6 @@ def _zipped(patch: ForwardPatch, joined: Callable[..., Tensor], outputs: Sequenc
     if first is None:
         return None
     raise TargetError(f"rows() cannot divide the output of {_name(patch)}, a {type(first).__name__}")
-
-
-def _check_output(patch: ForwardPatch, part: Tensor, size: int) -> None:
-    if part.ndim == 0 or part.shape[0] != size:
-        raise TargetError(
-            f"rows() cannot divide the output of {_name(patch)}: of {size} rows it made a tensor of shape "
-            f"{tuple(part.shape)}"
-        )
 
 
 # -- The context manager, and its checks -------------------------------------------------------------------------------

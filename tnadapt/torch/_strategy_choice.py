@@ -17,14 +17,11 @@ from tnadapt.algebra.superlora import SuperLoRA
 from tnadapt.errors import ConfigError, TargetError, safe_repr
 from tnadapt.targets.target import RowIndices, Target
 
+from ._forms import MOST_ELEMENTS
 from ._forward_pass import is_lookup
 from ._forward_patch import ForwardPatch
-from ._linear import MOST_ELEMENTS
 from ._quantized import QuantizedLayer, is_embedding, is_packed, quantized_type
 from ._weights import numbers, tokens_of_one
-
-__all__ = ["MACHINES", "TOKENS", "Machine", "StepWork", "choose", "costs", "dequantized", "is_quantized", "strategy_of"]
-
 
 # -- The cost model: operations, bytes and calls of a training step, in seconds ----------------------------------------
 
@@ -346,9 +343,16 @@ def strategy_of(
             f"activation={activation!r} acts on the input of one of two factors, so that there is no ΔW, and "
             f"apply={config.apply!r} needs one: leave activation out, or use apply='add'"
         )
-    if quantized and not applying.additive:
-        _check_quantized(config, applying, target, owner)
-    can_factor = how is not None
+    if quantized and not applying.additive and numbers(owner, target.parameter) is None:
+        raise ConfigError(
+            f"apply={config.apply!r} needs the values of {target.name}, which is quantized, and they cannot be read: "
+            "register its layer type with tnadapt.torch.register_quantized"
+        )
+    if quantized and not applying.additive and not applying.scales_outputs:
+        raise ConfigError(
+            f"magnitude_axis={config.magnitude_axis!r} changes the weight itself, and {target.name} is quantized: use "
+            "magnitude_axis='rows', which scales the output"
+        )
     if activation is not None:
         if plan.point.subtracts:
             raise ConfigError(
@@ -368,7 +372,7 @@ def strategy_of(
                 "array that has to start at zero behind it: nothing would learn. Use another activation, or train it"
             )
         return "factored", how
-    if wanted == "factored" and not can_factor:
+    if wanted == "factored" and how is None:
         raise ConfigError(
             "strategy='factored' needs a linear layer, and an update whose rows and columns are separate, as those of "
             f"tnadapt.presets.lora(rank) or lokr(rank) are; {target.name} has {safe_repr(config)}: use strategy='auto'"
@@ -392,7 +396,7 @@ def strategy_of(
     if is_product:
         device = weight.device.type if weight is not None else "cpu"
         machine = MACHINES.get(device, MACHINES["cpu"])
-        packed = _moved(owner) if quantized else None
+        packed = (quantized_type(owner) or QuantizedLayer).moved if quantized else None
         chosen = choose(plan, index, how, tokens, machine, applying, dropout, packed)
         return chosen, how if chosen == "factored" else None
     if quantized:
@@ -447,23 +451,3 @@ def is_quantized(owner: nn.Module, target: Target) -> bool:
     if weight is None or not weight.is_floating_point() or is_packed(weight):
         return True
     return quantized_type(owner) is not None
-
-
-def _moved(owner: nn.Module) -> float:
-    """Return the elements that dequantizing moves for each element of a quantized weight."""
-    layer_type = quantized_type(owner)
-    return QuantizedLayer.moved if layer_type is None else layer_type.moved
-
-
-def _check_quantized(config: Config, applying: Applying, target: Target, owner: nn.Module) -> None:
-    """Raise a ConfigError if W' of a quantized weight cannot be computed."""
-    if numbers(owner, target.parameter) is None:
-        raise ConfigError(
-            f"apply={config.apply!r} needs the values of {target.name}, which is quantized, and they cannot be read: "
-            "register its layer type with tnadapt.torch.register_quantized"
-        )
-    if not applying.scales_outputs:
-        raise ConfigError(
-            f"magnitude_axis={config.magnitude_axis!r} changes the weight itself, and {target.name} is quantized: use "
-            "magnitude_axis='rows', which scales the output"
-        )
