@@ -340,8 +340,6 @@ def smallest_rank(
     """:func:`search_rank` with any function that fits a config."""
     if isinstance(max_error, bool) or not isinstance(max_error, (int, float, np.floating)) or not 0.0 < max_error < 1.0:
         raise ConfigError(f"max_error must be above 0 and below 1, relative to the updates; got {safe_repr(max_error)}")
-    if not isinstance(cfg, Config):
-        raise ConfigError(f"expected a tnadapt.Config; got {type(cfg).__name__}")
     ranks = {cfg.rank} if isinstance(cfg.rank, int) else set(cfg.rank) - {None}
     if len(ranks) != 1:
         raise ConfigError(f"only one rank can be searched, and rank={cfg.rank} has {len(ranks)}: give an integer")

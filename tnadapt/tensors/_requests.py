@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, ParamSpec, Protocol, TypeVar
 
 import numpy as np
@@ -15,7 +15,7 @@ from tnadapt.algebra.formats import Format
 from tnadapt.backends import Array, Backend, get_backend
 from tnadapt.decomposition.completion import complete, unobserved
 from tnadapt.decomposition.fits import Callback, Fit, Limits, smallest_within
-from tnadapt.decomposition.linear_algebra import norm_of, refuse_trace
+from tnadapt.decomposition.linear_algebra import MatrixTruncation, norm_of, refuse_trace
 from tnadapt.errors import BackendError, ConfigError, ShapeError, UnexpectedKeywordError, safe_repr
 
 __all__ = [
@@ -86,7 +86,9 @@ def as_tensor(given: Any, what: str = "the tensor") -> tuple[Backend, Array]:
            [3., 4.]])
     """
     if isinstance(given, (list, tuple, int, float, complex)):
-        given = _from_lists(given, what)
+        listed, given = given, from_lists(given, f"{what} is")
+        if given.dtype.kind not in "biufc":
+            raise BackendError(f"{what} must hold numbers; got {safe_repr(listed)}")
     if isinstance(given, np.ma.MaskedArray):
         raise BackendError(f"{what} is a masked array: give its data, and mask=~array.mask to a decomposition")
     if type(given).__module__.partition(".")[0] == "dask":
@@ -109,14 +111,12 @@ def numeric(backend: Backend, array: Array, what: str) -> Array:
     raise BackendError(f"{what} must hold numbers; got the dtype {name}")
 
 
-def _from_lists(given: Any, what: str) -> np.ndarray:
+def from_lists(given: Any, what: str) -> np.ndarray:
+    """Return nested lists as an array."""
     try:
-        array = np.asarray(given)
+        return np.asarray(given)
     except ValueError:
-        raise ShapeError(f"{what} is a list whose parts differ in length; expected equal lengths") from None
-    if array.dtype.kind not in "biufc":
-        raise BackendError(f"{what} must hold numbers; got {safe_repr(given)}")
-    return array
+        raise ShapeError(f"{what} a list whose parts differ in length; expected equal lengths") from None
 
 
 def as_tensors(given: Any, what: str) -> tuple[Backend, list[Array]]:
@@ -220,6 +220,20 @@ def ranks_of(rank: Any, count: int, what: str) -> list[int]:
     return [integer_of(f"rank[{place}]", rank_, 1) for place, rank_ in enumerate(listed)]
 
 
+def train_bonds(rank: Any, bonds: int) -> list[int]:
+    """Return the rank of each bond of a train; a sequence may have the 1 at both ends, as TensorLy writes it."""
+    if _are_several(rank) and len(rank) == bonds + 2 and (rank[0], rank[-1]) == (1, 1):
+        rank = rank[1:-1]
+    return ranks_of(rank, bonds, "bonds")
+
+
+def ring_bonds(rank: Any, bonds: int) -> list[int]:
+    """Return the rank of each bond of a ring; a sequence may have the first again at the end, as TensorLy writes it."""
+    if _are_several(rank) and len(rank) == bonds + 1 and rank[0] == rank[-1]:
+        rank = rank[:-1]
+    return ranks_of(rank, bonds, "bonds")
+
+
 def inner_ranks(rank: Any, possible: Sequence[int]) -> list[int]:
     """Return the ranks of the bonds of a train.
 
@@ -235,15 +249,9 @@ def inner_ranks(rank: Any, possible: Sequence[int]) -> list[int]:
     ShapeError
         If a rank of a sequence is above the possible.
     """
-    listed = list(rank) if _are_several(rank) else rank
-    if not isinstance(listed, list):
-        return [
-            min(bond_rank, most)
-            for bond_rank, most in zip(ranks_of(listed, len(possible), "bonds"), possible, strict=True)
-        ]
-    if len(listed) == len(possible) + 2 and (listed[0], listed[-1]) == (1, 1):
-        listed = listed[1:-1]
-    ranks = ranks_of(listed, len(possible), "bonds")
+    ranks = train_bonds(rank, len(possible))
+    if not _are_several(rank):
+        return [min(bond_rank, most) for bond_rank, most in zip(ranks, possible, strict=True)]
     for bond, (bond_rank, most) in enumerate(zip(ranks, possible, strict=True)):
         if bond_rank > most:
             raise ShapeError(f"rank {bond_rank} of bond {bond} is above {most}, the largest that is possible there")
@@ -342,6 +350,11 @@ class Request:
         """Frobenius norm of the tensor in float64; of the observed elements."""
         return norm_of(self.backend, self.weighted(self.tensor))
 
+    @property
+    def loss(self) -> float:
+        """The Frobenius norm that may be lost; 0 if a rank is given."""
+        return 0.0 if self.max_error is None else self.max_error * self.norm
+
     def kept(self) -> Request:
         """Return the same request with a tensor of its own, if it is not too large for a copy."""
         if self.settled or not self.concrete or math.prod(self.shape) > _COPIED:
@@ -356,6 +369,10 @@ class Request:
     def refuse_trace(self, what: str, way: str) -> None:
         """Raise a BackendError inside a trace, where the values that a solver needs are unknown."""
         refuse_trace(self.backend, self.tensor, what, way)
+
+    def truncation(self, svd: str = "auto") -> MatrixTruncation:
+        """Return the truncation of matrices like the tensor."""
+        return MatrixTruncation(self.backend, self.tensor, svd, self.seed, settled=self.settled)
 
     def weighted(self, tensor: Array) -> Array:
         """Multiply a tensor by the roots of the weights."""
@@ -411,6 +428,22 @@ def in_memory(tensor: Any) -> bool:
     return not dask and not isinstance(tensor, np.memmap)
 
 
+def kept_modes(request: Request, init: Any, fixed: Collection[int], form: type[Any], call: str) -> set[int]:
+    """Check what an iteration starts from: a name, or a result of a form. Return the modes whose arrays are kept."""
+    held = {mode_of(mode, request.shape, "a mode in fixed") for mode in fixed}
+    if isinstance(init, form):
+        get_backend(init.arrays[-1], request.tensor)
+        if init.shape != request.shape:
+            raise ShapeError(f"init has shape {init.shape}; expected the tensor's, {request.shape}")
+        request.refuse_recorded("init", *init.arrays)
+    elif not isinstance(init, str) or init not in ("svd", "random"):
+        raise ConfigError(f"init must be 'svd', 'random' or a {form.__name__}; got {safe_repr(init)}")
+    elif held:
+        what = "cores" if "cores" in call else "factors"
+        raise ConfigError(f"fixed={sorted(held)} keeps {what} of a start: give them as init={call}")
+    return held
+
+
 def normal(request: Request, rng: np.random.Generator, shape: Sequence[int]) -> Array:
     """Return normal numbers in the tensor's library, dtype and device."""
     backend, dtype = request.backend, request.backend.dtype_name(request.tensor)
@@ -450,22 +483,26 @@ def _observed(backend: Backend, tensor: Array, mask: Any, weights: Any) -> tuple
     shape, roots = tuple(tensor.shape), np.ones(tuple(tensor.shape))
     if weights is not None:
         host = _host(weights, "weights", shape).astype(np.float64)
-        if not np.isfinite(host).all() or (host < 0.0).any():
-            place = tuple(int(index) for index in np.argwhere(~(np.isfinite(host) & (host >= 0.0)))[0])
+        if (place := _first(~(np.isfinite(host) & (host >= 0.0)))) is not None:
             raise ShapeError(
                 f"weights must be finite and not negative; got {host[place]:g} at {place}. 0 leaves an element out"
             )
         roots = np.sqrt(host)
     if mask is not None:
         host = _host(mask, "mask", shape)
-        if host.dtype.kind != "b" and not np.isin(host, (0, 1)).all():
-            place = tuple(int(index) for index in np.argwhere(~np.isin(host, (0, 1)))[0])
+        if host.dtype.kind != "b" and (place := _first(~np.isin(host, (0, 1)))) is not None:
             raise ShapeError(
                 f"mask must be True (or 1) where an element is known and False (or 0) elsewhere; got "
                 f"{host[place]:g} at {place}. Give weights= to count elements in part"
             )
         roots = roots * host.astype(np.float64)
-    _all_seen(roots)
+    if not roots.any():
+        raise ShapeError("mask and weights leave no element: nothing is known of the tensor")
+    if missing := unobserved(roots > 0.0):
+        raise ShapeError(
+            f"index {missing[1]} of mode {missing[0]} has no observed element, so that its row of a factor cannot be "
+            "found: remove it from the tensor"
+        )
     # A missing element may be NaN, which no product with zero removes.
     known = backend.constant(roots > 0.0, backend.device(tensor))
     filled = backend.where(known, tensor, backend.zeros(shape, like=tensor))
@@ -474,12 +511,14 @@ def _observed(backend: Backend, tensor: Array, mask: Any, weights: Any) -> tuple
     return backend.asarray(roots, backend.dtype_name(tensor), backend.device(tensor)), filled
 
 
+def _first(wrong: np.ndarray) -> tuple[int, ...] | None:
+    """Return the place of the first element that is True."""
+    return tuple(map(int, np.argwhere(wrong)[0])) if wrong.any() else None
+
+
 def _host(given: Any, what: str, shape: tuple[int, ...]) -> np.ndarray:
     if isinstance(given, (list, tuple, np.ndarray)):
-        try:
-            array = np.asarray(given)
-        except ValueError:
-            raise ShapeError(f"{what} is a list whose parts differ in length; expected equal lengths") from None
+        array = from_lists(given, f"{what} is")
     else:
         array = get_backend(given, what=what).to_numpy(given)
     if array.shape != shape or array.dtype.kind not in "biuf":
@@ -487,19 +526,6 @@ def _host(given: Any, what: str, shape: tuple[int, ...]) -> np.ndarray:
             f"{what} must be numbers of the tensor's shape {shape}; got {array.dtype} of shape {array.shape}"
         )
     return array
-
-
-def _all_seen(roots: np.ndarray) -> None:
-    """Raise a ShapeError if a slice has no observed element: nothing says what its row of a factor is."""
-    if not roots.any():
-        raise ShapeError("mask and weights leave no element: nothing is known of the tensor")
-    missing = unobserved(roots > 0.0)
-    if missing is not None:
-        mode, index = missing
-        raise ShapeError(
-            f"index {index} of mode {mode} has no observed element, so that its row of a factor cannot be found: "
-            "remove it from the tensor"
-        )
 
 
 # -- The smallest rank for an error ------------------------------------------------------------------------------------
@@ -604,7 +630,7 @@ def completed(
     roots = np.real(backend.to_numpy(request.observed)).astype(np.float64)
     host = None if start is None else {name: backend.to_numpy(array) for name, array in start.items()}
     fit = complete(
-        splits, backend.to_numpy(request.tensor), roots**2, terms=terms, hadamard=hadamard, start=host, starts=starts,
+        splits, backend.to_numpy(request.tensor), roots, terms=terms, hadamard=hadamard, start=host, starts=starts,
         seed=request.seed, limits=limits, watch=callback or (lambda *_: None),
     )  # fmt: skip
     dtype, device = backend.dtype_name(request.tensor), backend.device(request.tensor)
