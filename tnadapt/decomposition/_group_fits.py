@@ -41,11 +41,7 @@ _HELD = 1 << 24
 
 
 def fit_plan(
-    algebra: Algebra,
-    plan: SuperLoRA,
-    read: Callable[[int], Array],
-    limits: Limits,
-    progress: Progress | None = None,
+    algebra: Algebra, plan: SuperLoRA, read: Callable[[int], Array], limits: Limits, progress: Progress | None = None
 ) -> tuple[dict[str, Array], FitReport]:
     """Fit the parameters of a plan to given updates.
 
@@ -398,7 +394,9 @@ class _Descent:
         has up to 20 steps. It ends with a sweep of the latter kind. With ``preserved``, F nearly preserves the lengths
         of the vectors that the network can be, up to a factor.
         """
-        known = all(self._curvature(name) is not None for name in self.network.shapes)
+        known = all(
+            _curvature(self.network, self.arrays, self.algebra, name) is not None for name in self.network.shapes
+        )
         few = _ONE if preserved and known else _FEW
         near = _NEAR * self.algebra.eps * self.norm
         self.least = limits.tol * self.norm
@@ -444,7 +442,7 @@ class _Descent:
     def _solve(self, name: str, steps: int) -> None:
         """Do steps of conjugate gradients for one array."""
         algebra, backend = self.algebra, self.algebra.backend
-        inverse = _inverse(algebra, self._curvature(name))
+        inverse = _inverse(algebra, _curvature(self.network, self.arrays, algebra, name))
         # The terms of a sum that do not contain the array are a constant.
         several = self.network.terms > 1
         constant = self.made({**self.arrays, name: algebra.zeros(self.network.shapes[name])}) if several else None
@@ -481,27 +479,28 @@ class _Descent:
             self.arrays, self.residual, self.error = kept
             self.reach = max(0.25 * self.reach, _NEAREST)
 
-    def _curvature(self, name: str) -> np.ndarray | None:
-        """Return the matrix K of an array, up to a factor: the network's adjoint of its value at D is ``D K``.
 
-        None if it is not known. If padding is cut off, it is an approximation.
-        """
-        prefix, _, array_name = name.rpartition(".")
-        split = self.network.splits[int(prefix.rpartition("split")[2])]
-        if self.network.terms > 1 or not self.network.kronecker:
-            return None
-        if isinstance(split, Dense):
-            return np.ones((1, 1))
-        if not isinstance(split, CP) or array_name == "weights":
-            return None
-        curvature = np.ones((split.rank, split.rank))
-        for other in split.shapes:
-            array = double_on_host(self.algebra.backend, self.arrays[f"{prefix}.{other}"])
-            if other == "weights":
-                curvature *= np.outer(array, array)
-            elif other != array_name:
-                curvature *= array.T @ array
-        return curvature
+def _curvature(network: Network, arrays: Mapping[str, Array], algebra: Algebra, name: str) -> np.ndarray | None:
+    """Return the matrix K of an array, up to a factor: the network's adjoint of its value at D is ``D K``.
+
+    None if it is not known. If padding is cut off, it is an approximation.
+    """
+    prefix, _, array_name = name.rpartition(".")
+    split = network.splits[int(prefix.rpartition("split")[2])]
+    if network.terms > 1 or not network.kronecker:
+        return None
+    if isinstance(split, Dense):
+        return np.ones((1, 1))
+    if not isinstance(split, CP) or array_name == "weights":
+        return None
+    curvature = np.ones((split.rank, split.rank))
+    for other in split.shapes:
+        array = double_on_host(algebra.backend, arrays[f"{prefix}.{other}"])
+        if other == "weights":
+            curvature *= np.outer(array, array)
+        elif other != array_name:
+            curvature *= array.T @ array
+    return curvature
 
 
 def _inverse(algebra: Algebra, curvature: np.ndarray | None) -> Array | None:

@@ -15,14 +15,7 @@ from tnadapt.backends import Array
 from .fits import Fit, Limits
 from .linear_algebra import Algebra
 
-__all__ = [
-    "Descent",
-    "cgls",
-    "damped_gauss_newton",
-    "least_squares",
-    "lsqr",
-    "refine",
-]
+__all__ = ["Descent", "cgls", "damped_gauss_newton", "least_squares", "lsqr", "refine"]
 
 
 # -- Damped Gauss-Newton (Levenberg-Marquardt) -------------------------------------------------------------------------

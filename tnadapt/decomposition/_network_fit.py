@@ -25,11 +25,7 @@ from .completion import ObservedElements, affordable, arrays_on_host, fit_observ
 from .fits import Fit, Iteration, Limits, unwatched
 from .linear_algebra import Algebra
 
-__all__ = [
-    "fit_network",
-    "from_full_rows",
-    "start_network",
-]
+__all__ = ["fit_network", "start_network"]
 
 
 Arrays = dict[str, Array]

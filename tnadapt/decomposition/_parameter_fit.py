@@ -266,12 +266,7 @@ def _linear(problem: _Problem, start: Arrays, limits: Limits) -> Fit:
 
 
 def _nonlinear(
-    problem: _Problem,
-    start: Arrays,
-    limits: Limits,
-    seed: int,
-    rounding: float,
-    watch: Callable[[int, float], None],
+    problem: _Problem, start: Arrays, limits: Limits, seed: int, rounding: float, watch: Callable[[int, float], None]
 ) -> Fit:
     def jacobian(vec: np.ndarray) -> Any:
         return problem.derivative(vec, _COLUMNS)

@@ -19,18 +19,6 @@ from tnadapt.errors import BackendError, ShapeError
 from .fits import FitOutcome
 from .linear_algebra import kept
 
-__all__ = [
-    "OVERSAMPLED",
-    "ArrayPasses",
-    "BlockPasses",
-    "Compressed",
-    "DaskPasses",
-    "compressed",
-    "passes_over",
-    "result_dtype",
-]
-
-
 # -- Passes ------------------------------------------------------------------------------------------------------------
 
 

@@ -22,115 +22,12 @@ from tnadapt.backends import Array, Backend
 from ._least_squares import Descent, damped_gauss_newton
 from .fits import Callback, Fit, Iteration, Limits
 
-__all__ = [
-    "ObservedElements",
-    "affordable",
-    "all_places",
-    "arrays_on_host",
-    "complete",
-    "double_on_host",
-    "fit_observed",
-    "moved",
-    "random_start",
-    "refinable",
-    "sweeps_on_observed",
-    "unobserved",
-]
-
-
 Arrays = dict[str, np.ndarray]
 
-# Sweeps from each start before Gauss-Newton.
-_SWEEPS = 5
 _SWEPT = "alternating least squares"
 
 
-def complete(
-    splits: Sequence[Format],
-    tensor: np.ndarray,
-    roots: np.ndarray,
-    *,
-    terms: int = 1,
-    hadamard: bool = False,
-    start: Mapping[str, np.ndarray] | None = None,
-    starts: int = 8,
-    seed: int = 0,
-    limits: Limits | None = None,
-    watch: Callback = lambda *_: None,
-) -> Fit:
-    """Fit a format, or a sum of products of several, to the elements of a tensor whose weight is not zero.
-
-    Parameters
-    ----------
-    splits : sequence of Format
-        One format of the tensor's sizes; or several, whose Kronecker product is the tensor: their sizes multiply to at
-        least the tensor's in each mode.
-    tensor : ndarray, shape (d_1, …, d_M)
-        Real or complex. Elements of weight zero are not read.
-    roots : ndarray of float64, shape (d_1, …, d_M)
-        Square roots of the weights of the squared errors, 0 where an element is not observed. In each mode, every index
-        should have an observed element; see :func:`unobserved`.
-    terms : int
-        Number of products in the sum.
-    hadamard : bool
-        Whether several splits are multiplied element by element.
-    start : mapping of str to ndarray, optional
-        Initial arrays, by the names of the result: ``"factor0"`` for a single split of a single term, otherwise
-        ``"term0.split0.factor0"``.
-    starts : int
-        The most random starts, in addition to ``start``; more than one only for small problems.
-    seed : int
-        Of the random starts.
-    limits : Limits, optional
-        Of each descent.
-    watch : callable
-        Called with the number and the relative error of each step; stops if it returns True.
-
-    Returns
-    -------
-    Fit
-        With the error of the observed elements.
-
-    Examples
-    --------
-    >>> from tnadapt.algebra.formats import CP
-    >>> rng = np.random.default_rng(0)
-    >>> full = np.einsum("ar,br,cr->abc", *(rng.normal(size=(size, 2)) for size in (6, 7, 8)))
-    >>> mask = rng.random(full.shape) < 0.5
-    >>> fit = complete([CP(full.shape, 2)], np.where(mask, full, np.nan), mask * 1.0, limits=Limits(1e-12, 100))
-    >>> completed = np.einsum("ar,br,cr->abc", *fit.arrays.values())
-    >>> bool(np.allclose(completed, full)), fit.converged
-    (True, True)
-    """
-    limits = limits or Limits()
-    known = np.flatnonzero(roots)
-    prefixes = (
-        [[""]]
-        if terms == len(splits) == 1
-        else [[f"term{term}.split{k}." for k in range(len(splits))] for term in range(terms)]
-    )
-    elements = ObservedElements(splits, prefixes, _places(splits, tensor.shape, known, hadamard))
-    wanted = np.asarray(tensor).reshape(-1)[known]
-    roots = roots.reshape(-1)[known]
-    if not np.linalg.norm(wanted * roots):
-        zeros = {name: np.zeros(shape, wanted.dtype) for name, shape in elements.shapes.items()}
-        return Fit(zeros, True, 0, _SWEPT, error=0.0)
-    rng, small = np.random.RandomState(seed % (1 << 32)), affordable(elements) > 0
-    few = limits._replace(iterations=min(limits.iterations, _SWEEPS))
-
-    def begun() -> Iterator[Mapping[str, np.ndarray]]:
-        if start is not None:
-            yield start
-        for _ in range(starts if small else start is None):
-            yield random_start(elements, rng, float(np.linalg.norm(wanted)), np.result_type(wanted.dtype, np.float64))
-
-    if not small:
-        return sweeps_on_observed(elements, wanted, next(begun()), Iteration(limits, watch), roots)
-    swept = (sweeps_on_observed(elements, wanted, each, Iteration(few), roots).arrays for each in begun())
-    return fit_observed(elements, wanted, swept, limits, roots=roots, watch=watch)
-
-
-def _places(
+def places_in_splits(
     splits: Sequence[Format], shape: Sequence[int], known: np.ndarray, hadamard: bool
 ) -> list[Sequence[np.ndarray]]:
     """Return for each split the indices of elements of their product, which are given by their places in it."""
@@ -317,7 +214,7 @@ class ObservedElements:
     def of_network(cls, network: Network, flat: np.ndarray | None = None) -> ObservedElements:
         """Return elements of a network's vector; by default all of it."""
         flat = np.arange(network.size) if flat is None else flat
-        places = _places(network.splits, network.sizes, flat, not network.kronecker)
+        places = places_in_splits(network.splits, network.sizes, flat, not network.kronecker)
         return cls(network.splits, network.prefixes, places, network.scale)
 
     # -- Parameters as one vector ----------------------------------------------------------------
@@ -475,11 +372,7 @@ _RIDGE = 1e-12
 
 
 def sweeps_on_observed(
-    elements: ObservedElements,
-    wanted: np.ndarray,
-    start: Mapping[str, np.ndarray],
-    steps: Iteration,
-    roots: np.ndarray,
+    elements: ObservedElements, wanted: np.ndarray, start: Mapping[str, np.ndarray], steps: Iteration, roots: np.ndarray
 ) -> Fit:
     """Run sweeps until the iteration stops.
 

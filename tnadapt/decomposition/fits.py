@@ -17,24 +17,6 @@ import numpy as np
 from tnadapt.backends import Array
 from tnadapt.errors import ConfigError, safe_repr
 
-__all__ = [
-    "OPEN",
-    "Claim",
-    "Contraction",
-    "Fit",
-    "FitOutcome",
-    "Iteration",
-    "Limits",
-    "Optimality",
-    "all_of",
-    "holds",
-    "limits_of",
-    "no_matrix_is_closer",
-    "smallest_within",
-    "unwatched",
-]
-
-
 # -- When an iteration stops, and why ----------------------------------------------------------------------------------
 
 

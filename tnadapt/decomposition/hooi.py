@@ -102,11 +102,7 @@ def projected(backend: Backend, tensor: Array, factor: Array, mode: int) -> Arra
 
 
 def hosvd(
-    backend: Backend,
-    tensor: Array,
-    modes: Sequence[int],
-    truncated: Callable[[Array, int], Array],
-    sequential: bool,
+    backend: Backend, tensor: Array, modes: Sequence[int], truncated: Callable[[Array, int], Array], sequential: bool
 ) -> tuple[Array, dict[int, Array], int]:
     """Truncate one mode after another, each of what the modes before it left, or each of the whole tensor.
 

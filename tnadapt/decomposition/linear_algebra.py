@@ -22,25 +22,6 @@ from tnadapt.errors import BackendError, ConfigError, safe_repr
 
 from .fits import Claim, no_matrix_is_closer
 
-__all__ = [
-    "SVD_METHODS",
-    "TENSORLY",
-    "Algebra",
-    "MatrixTruncation",
-    "at_size",
-    "epsilon_of",
-    "kept",
-    "leading_triplets",
-    "norm_of",
-    "on_host",
-    "power_of",
-    "refuse_trace",
-    "tensorly_on",
-    "truncated_pays",
-    "with_value",
-]
-
-
 # -- A few singular triplets of a large matrix, by ARPACK --------------------------------------------------------------
 
 # ARPACK (Lehoucq, Sorensen & Yang, 1998) finds eigenvectors of ``Aᵀ A`` from products with single vectors, which are

@@ -10,13 +10,12 @@ from tnadapt.algebra.formats import CP
 from tnadapt.argument_checks import checks_arguments
 from tnadapt.backends import Array
 from tnadapt.decomposition.cp_als import fit_cp
-from tnadapt.decomposition.fits import Iteration, limits_of
+from tnadapt.decomposition.fits import Callback, Iteration, limits_of
 from tnadapt.errors import ConfigError, ShapeError
 
 from . import _requests
-from ._decomposed import CPTensor, finished
+from ._decomposed import CPTensor, finished, smallest_rank
 from ._nonnegative import constrained_modes, fit_nonnegative_cp
-from ._requests import Callback
 
 __all__ = ["cp"]
 
@@ -159,7 +158,7 @@ def cp(
     most = _requests.useful_rank(request.shape)
     if rank is None:
         assert request.max_error is not None
-        return _requests.smallest_rank(fitted, request.max_error, most, request.shape, init)
+        return smallest_rank(fitted, request.max_error, most, request.shape, init)
     if _requests.integer_of("rank", rank, 1) > most:
         raise ShapeError(
             f"rank {rank} is above {most}, with which every tensor of shape {request.shape} is a CP tensor"

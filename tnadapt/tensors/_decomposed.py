@@ -14,25 +14,13 @@ import numpy as np
 from tnadapt.algebra.products import cp_to_tensor, hadamard_tensor, kronecker_tensor, tucker_to_tensor
 from tnadapt.argument_checks import checks_arguments
 from tnadapt.backends import Array, Backend, get_backend
-from tnadapt.decomposition.fits import OPEN, Contraction, Fit, FitOutcome, holds
+from tnadapt.decomposition.fits import OPEN, Contraction, Fit, FitOutcome, holds, smallest_within
 from tnadapt.decomposition.linear_algebra import epsilon_of, norm_of, with_value
-from tnadapt.errors import BackendError, ShapeError, safe_repr
+from tnadapt.errors import BackendError, ConfigError, ShapeError, safe_repr
 from tnadapt.report import TextTable
 
 from ._matrix_products import mode_dot, row_khatri_rao, unfold
 from ._requests import Request, alike, as_tensor, as_tensors, from_lists, integer_of, mode_of, scalar_of
-
-__all__ = [
-    "CPTensor",
-    "Decomposed",
-    "FitOutcome",
-    "TuckerTensor",
-    "block_diagonal",
-    "error_of",
-    "finished",
-    "with_derivative",
-]
-
 
 # -- What all results share --------------------------------------------------------------------------------------------
 
@@ -437,6 +425,42 @@ def with_derivative(
 def _copied(parts: Any) -> list[Any]:
     """Copy arrays in nested sequences."""
     return [_copied(part) if isinstance(part, (list, tuple)) else None if part is None else part * 1 for part in parts]
+
+
+# -- The smallest rank for an error ------------------------------------------------------------------------------------
+
+
+def smallest_rank(fitted: Callable[[int], D], limit: float, most: int, shape: Sequence[int], init: Any = "svd") -> D:
+    """Return the fit of the smallest rank that is found to keep to an error.
+
+    Parameters
+    ----------
+    fitted : callable
+        Returns the fit of a rank.
+    limit : float
+        The relative error that is allowed.
+    most : int
+        The rank that represents any tensor of the shape.
+    shape : sequence of int
+    init : object
+        What the fits start from, which must be named.
+
+    Raises
+    ------
+    ConfigError
+        If a start is given, since it has one rank only.
+    ShapeError
+        If the fit of the largest rank has a larger error.
+    """
+    if not isinstance(init, str):
+        raise ConfigError("max_error= tries several ranks: use init='svd' or 'random', or give rank=")
+    best = smallest_within(fitted, lambda fit: fit.error or 0.0, limit, most)
+    if (best.error or 0.0) > limit:
+        raise ShapeError(
+            f"rank {most}, which represents any tensor of shape {tuple(shape)}, was fitted with an error of "
+            f"{best.error:.2g} only: allow a larger max_error, more max_iterations or more starts"
+        )
+    return best
 
 
 # -- CP tensors: sums of outer products of vectors ---------------------------------------------------------------------

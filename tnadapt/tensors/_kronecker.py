@@ -18,13 +18,12 @@ from tnadapt.algebra.products import hadamard_tensor, kron_matvec, kronecker_ten
 from tnadapt.argument_checks import checks_arguments, is_sequence
 from tnadapt.backends import Array, get_backend
 from tnadapt.decomposition import Step, decompose
-from tnadapt.decomposition.fits import Contraction, limits_of
+from tnadapt.decomposition.fits import Callback, Contraction, limits_of
 from tnadapt.errors import BackendError, ShapeError, safe_repr
 
 from . import _requests
 from ._cp_decomposition import cp
-from ._decomposed import CPTensor, Decomposed, finished, with_derivative
-from ._requests import Callback
+from ._decomposed import CPTensor, Decomposed, finished, smallest_rank, with_derivative
 
 __all__ = ["HadamardTensor", "KroneckerTensor", "hadamard_decomposition", "kronecker_decomposition"]
 
@@ -528,4 +527,4 @@ def hadamard_decomposition(
     if rank is not None:
         return fitted(_requests.integer_of("rank", rank, 1))
     assert request.max_error is not None
-    return _requests.smallest_rank(fitted, request.max_error, _requests.useful_rank(shape), shape)
+    return smallest_rank(fitted, request.max_error, _requests.useful_rank(shape), shape)

@@ -1,4 +1,4 @@
-"""Arguments shared by all decompositions: tensors, ranks, errors, masks, weights, seeds; and the rank for an error."""
+"""Arguments shared by all decompositions: tensors, ranks, errors, masks, weights and seeds."""
 
 from __future__ import annotations
 
@@ -6,47 +6,17 @@ import dataclasses
 import functools
 import inspect
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, ParamSpec, Protocol, TypeVar
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 
 from tnadapt.algebra.formats import Format
 from tnadapt.backends import Array, Backend, get_backend
-from tnadapt.decomposition.completion import complete, unobserved
-from tnadapt.decomposition.fits import Callback, Fit, Limits, smallest_within
+from tnadapt.decomposition import completion
+from tnadapt.decomposition.fits import Callback, Fit, Iteration, Limits
 from tnadapt.decomposition.linear_algebra import MatrixTruncation, norm_of, refuse_trace
 from tnadapt.errors import BackendError, ConfigError, ShapeError, UnexpectedKeywordError, safe_repr
-
-__all__ = [
-    "BLOCK",
-    "STARTS",
-    "Callback",
-    "Request",
-    "alike",
-    "as_tensor",
-    "as_tensors",
-    "completed",
-    "error_limit",
-    "finite",
-    "hints_keywords",
-    "in_memory",
-    "inner_ranks",
-    "integer_of",
-    "mode_of",
-    "normal",
-    "numeric",
-    "one_of",
-    "ranks_of",
-    "refuse_observed",
-    "requested",
-    "ring_ranks",
-    "scalar_of",
-    "seed_of",
-    "smallest_rank",
-    "useful_rank",
-]
-
 
 # -- Tensors, modes and numbers ----------------------------------------------------------------------------------------
 
@@ -498,7 +468,7 @@ def _observed(backend: Backend, tensor: Array, mask: Any, weights: Any) -> tuple
         roots = roots * host.astype(np.float64)
     if not roots.any():
         raise ShapeError("mask and weights leave no element: nothing is known of the tensor")
-    if missing := unobserved(roots > 0.0):
+    if missing := completion.unobserved(roots > 0.0):
         raise ShapeError(
             f"index {missing[1]} of mode {missing[0]} has no observed element, so that its row of a factor cannot be "
             "found: remove it from the tensor"
@@ -528,57 +498,13 @@ def _host(given: Any, what: str, shape: tuple[int, ...]) -> np.ndarray:
     return array
 
 
-# -- The smallest rank for an error ------------------------------------------------------------------------------------
-
-
-class _Fitted(Protocol):
-    @property
-    def error(self) -> float | None: ...
-
-
-FittedT = TypeVar("FittedT", bound=_Fitted)
-
-
-def smallest_rank(
-    fitted: Callable[[int], FittedT], limit: float, most: int, shape: Sequence[int], init: Any = "svd"
-) -> FittedT:
-    """Return the fit of the smallest rank that is found to keep to an error.
-
-    Parameters
-    ----------
-    fitted : callable
-        Returns the fit of a rank.
-    limit : float
-        The relative error that is allowed.
-    most : int
-        The rank that represents any tensor of the shape.
-    shape : sequence of int
-    init : object
-        What the fits start from, which must be named.
-
-    Raises
-    ------
-    ConfigError
-        If a start is given, since it has one rank only.
-    ShapeError
-        If the fit of the largest rank has a larger error.
-    """
-    if not isinstance(init, str):
-        raise ConfigError("max_error= tries several ranks: use init='svd' or 'random', or give rank=")
-    best = smallest_within(fitted, lambda fit: fit.error or 0.0, limit, most)
-    if (best.error or 0.0) > limit:
-        raise ShapeError(
-            f"rank {most}, which represents any tensor of shape {tuple(shape)}, was fitted with an error of "
-            f"{best.error:.2g} only: allow a larger max_error, more max_iterations or more starts"
-        )
-    return best
-
-
 # -- Fits with missing or weighted elements ----------------------------------------------------------------------------
 
 
 #: Random starts of a small problem.
 STARTS = 8
+# Sweeps from each start before Gauss-Newton.
+_SWEEPS = 5
 
 
 def refuse_observed(nonnegative: Any) -> None:
@@ -605,10 +531,21 @@ def completed(
     ----------
     request : Request
         With ``observed``.
-    splits, limits, starts, terms, hadamard
-        As for :func:`tnadapt.decomposition.completion.complete`.
+    splits : sequence of Format
+        One format of the tensor's sizes; or several, whose product is the tensor.
+    limits : Limits
+        Of each descent.
     callback : callable, optional
+        Called with the number and the relative error of each step; stops if it returns True.
+    starts : int
+        The most random starts, in addition to ``start``; more than one only for small problems.
+    terms : int
+        Number of products in the sum.
+    hadamard : bool
+        Whether several splits are multiplied element by element, instead of a Kronecker product.
     start : mapping of str to array, optional
+        Initial arrays, by the names of the result: ``"factor0"`` for a single split of a single term, otherwise
+        ``"term0.split0.factor0"``.
     fixed : collection
         What the caller was asked to keep.
 
@@ -627,12 +564,37 @@ def completed(
         raise ConfigError("mask= and weights= need ranks, as the error of known elements says little about the others")
     if fixed:
         raise ConfigError(f"fixed={sorted(fixed)} cannot be kept with mask= or weights=: leave one of them out")
-    roots = np.real(backend.to_numpy(request.observed)).astype(np.float64)
-    host = None if start is None else {name: backend.to_numpy(array) for name, array in start.items()}
-    fit = complete(
-        splits, backend.to_numpy(request.tensor), roots, terms=terms, hadamard=hadamard, start=host, starts=starts,
-        seed=request.seed, limits=limits, watch=callback or (lambda *_: None),
-    )  # fmt: skip
+    roots = np.real(backend.to_numpy(request.observed)).astype(np.float64).reshape(-1)
+    known = np.flatnonzero(roots)
+    wanted, roots = backend.to_numpy(request.tensor).reshape(-1)[known], roots[known]
+    prefixes = [[f"term{term}.split{k}." for k in range(len(splits))] for term in range(terms)]
+    elements = completion.ObservedElements(
+        splits,
+        [[""]] if terms == len(splits) == 1 else prefixes,
+        completion.places_in_splits(splits, request.shape, known, hadamard),
+    )
+    rng, small = np.random.RandomState(request.seed % (1 << 32)), completion.affordable(elements) > 0
+
+    def begun() -> Iterator[Mapping[str, np.ndarray]]:
+        if start is not None:
+            yield {name: backend.to_numpy(array) for name, array in start.items()}
+        for _ in range(starts if small else start is None):
+            dtype = np.result_type(wanted.dtype, np.float64)
+            yield completion.random_start(elements, rng, float(np.linalg.norm(wanted)), dtype)
+
+    def swept(start: Mapping[str, np.ndarray], steps: Iteration) -> Fit:
+        return completion.sweeps_on_observed(elements, wanted, start, steps, roots)
+
+    if not np.linalg.norm(wanted * roots):
+        zeros = {name: np.zeros(shape, wanted.dtype) for name, shape in elements.shapes.items()}
+        fit = Fit(zeros, True, 0, "zero", error=0.0)
+    elif small:
+        few = limits._replace(iterations=min(limits.iterations, _SWEEPS))
+        all_swept = (swept(each, Iteration(few)).arrays for each in begun())
+        watch = callback or (lambda *_: None)
+        fit = completion.fit_observed(elements, wanted, all_swept, limits, roots=roots, watch=watch)
+    else:
+        fit = swept(next(begun()), Iteration(limits, callback))
     dtype, device = backend.dtype_name(request.tensor), backend.device(request.tensor)
     arrays = {name: backend.asarray(np.ascontiguousarray(array), dtype, device) for name, array in fit.arrays.items()}
     return fit._replace(arrays=arrays, method="least squares on the observed elements")

@@ -12,14 +12,14 @@ from tnadapt.algebra.formats import TensorTrain
 from tnadapt.algebra.products import mode_product
 from tnadapt.argument_checks import checks_arguments
 from tnadapt.backends import Array, get_backend, load_backend
-from tnadapt.decomposition.fits import Fit, Iteration, limits_of
+from tnadapt.decomposition.fits import Callback, Fit, Iteration, limits_of
 from tnadapt.decomposition.linear_algebra import epsilon_of
 from tnadapt.decomposition.tt_svd import fit_train, ring_svd, ring_sweep
 from tnadapt.errors import ConfigError, ShapeError, TnadaptError, safe_repr
 
 from . import _requests
-from ._decomposed import Decomposed, error_of, finished
-from ._requests import Callback, Request
+from ._decomposed import Decomposed, error_of, finished, smallest_rank
+from ._requests import Request
 from ._tensor_chains import TRTensor, TTMatrix, TTTensor
 
 __all__ = ["tensor_ring", "tensor_train", "tt_matrix"]
@@ -451,7 +451,7 @@ def tensor_ring(
         return fitted(rank)
     assert request.max_error is not None
     most = _requests.ring_ranks([math.prod(request.shape)] * len(request.shape), request.shape)[0]
-    return _requests.smallest_rank(fitted, request.max_error, most, request.shape, init)
+    return smallest_rank(fitted, request.max_error, most, request.shape, init)
 
 
 def _ring(arrays: Mapping[str, Array]) -> TRTensor:

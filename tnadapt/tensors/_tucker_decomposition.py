@@ -10,7 +10,7 @@ import numpy as np
 from tnadapt.algebra.formats import Tucker
 from tnadapt.argument_checks import checks_arguments
 from tnadapt.backends import Array
-from tnadapt.decomposition.fits import Fit, Iteration, Limits, limits_of
+from tnadapt.decomposition.fits import Callback, Fit, Iteration, Limits, limits_of
 from tnadapt.decomposition.hooi import fit_tucker
 from tnadapt.decomposition.linear_algebra import norm_of
 from tnadapt.errors import ConfigError, ShapeError, safe_repr
@@ -18,7 +18,7 @@ from tnadapt.errors import ConfigError, ShapeError, safe_repr
 from . import _requests
 from ._decomposed import TuckerTensor, finished
 from ._nonnegative import constrained_modes, fit_nonnegative_tucker
-from ._requests import Callback, Request
+from ._requests import Request
 
 __all__ = ["tucker"]
 
