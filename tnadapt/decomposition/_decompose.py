@@ -150,8 +150,8 @@ def decompose(
                                                  the optimum
     K = 2 dense splits                           nearest Kronecker product, by rearrangement and SVD: the optimum
     other Kronecker splits, sums                 from there, alternating over splits; if small, then Gauss-Newton
-    Hadamard splits                              L-BFGS on all arrays from several starts; if small, then Gauss-Newton,
-                                                 for nearly exact matrices also from the space of their rows
+    Hadamard splits                              L-BFGS on all arrays from several starts, for nearly exact matrices
+                                                 also from the space of their rows; if small, then Gauss-Newton
     padding that cuts a row                      full rows, the cut row, then Gauss-Newton on the given elements
     shuffle                                      as without F, for the unshuffled vector
     dense through linear F                       least squares: small F directly, the optimum; large F by LSQR

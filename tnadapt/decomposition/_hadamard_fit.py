@@ -33,6 +33,8 @@ Watch = Callable[[int, float], None]
 _START = Limits(iterations=10)
 # Standard deviation of the noise on arrays that start near the fit to ones.
 _NOISE = 0.1
+# Elements of a matrix, too large for Gauss-Newton, whose rows are searched for a start.
+_SEARCHED = 1 << 16
 # Random starts of small networks; steps from each start, before the best of them is refined; steps of Gauss-Newton from
 # that; the error up to which the other starts may lead it to an exact answer; and that of an exact answer.
 _RANDOM, _TRIED, _LAST, _NEAR, _ANSWER = 4, 25, 50, 0.2, 1e-6
@@ -121,7 +123,15 @@ def _by_gradients(algebra: Algebra, network: Network, vec: Array, moved: Arrays,
     if small and limits.iterations > _TRIED:
         tried[0] = lbfgs_fit
         return _by_gauss_newton(algebra, network, vec, tried, error(lbfgs_fit) / norm, limits, watch)
-    return lbfgs_fit
+    start = None
+    if limits.iterations > _TRIED and network.size <= _SEARCHED:
+        start = _from_rows(algebra, network, vec, error(lbfgs_fit) / norm)
+    if start is None:
+        return lbfgs_fit
+    steps = lbfgs_fit.iterations
+    again = refined(algebra.arrays(start), limits, lambda count, left: watch(steps + count, left))
+    best = min(lbfgs_fit, again, key=error)
+    return best._replace(iterations=steps + again.iterations)
 
 
 def _by_gauss_newton(
