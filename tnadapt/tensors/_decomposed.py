@@ -494,19 +494,19 @@ class _Factored(Decomposed):
         """Yield the factors of two tensors, mode by mode."""
         return zip(self.factors, other.factors, strict=True)
 
-    def _side_by_side(self, other: Self) -> list[Array]:
-        return [self.backend.concat(pair, axis=1) for pair in self._pairs(other)]
+    def _side_by_side(self, backend: Backend, other: Self) -> list[Array]:
+        return [backend.concat(pair, axis=1) for pair in self._pairs(other)]
 
-    def _overlaps(self, other: Self) -> list[Array]:
+    def _overlaps(self, backend: Backend, other: Self) -> list[Array]:
         """Return ``Uᴴ V`` for the factors of each mode."""
-        backend = self.backend
         return [backend.matmul(backend.conj(backend.matrix_transpose(u)), v) for u, v in self._pairs(other)]
 
-    def _rows(self, indices: Any) -> list[Array]:
+    def _rows(self, backend: Backend, indices: Any) -> list[Array]:
         """Return the rows of each factor that single elements select."""
-        take, constant, device = self.backend.take, self.backend.constant, self.backend.device
         pairs = zip(self.factors, self.places(indices), strict=True)
-        return [take(factor, constant(place, device(factor)), axis=0) for factor, place in pairs]
+        return [
+            backend.take(factor, backend.constant(place, backend.device(factor)), axis=0) for factor, place in pairs
+        ]
 
 
 class _CPParts(NamedTuple):
@@ -587,12 +587,14 @@ class CPTensor(_Factored, _CPParts):
         return cp_to_tensor((self.weights, self.factors))
 
     def entries(self, indices: Any) -> Array:
-        terms = hadamard_tensor(self._rows(indices))
-        return self.backend.sum(terms if self.weights is None else terms * self.weights, axis=1)
+        backend = self.backend
+        terms = hadamard_tensor(self._rows(backend, indices))
+        return backend.sum(terms if self.weights is None else terms * self.weights, axis=1)
 
     def inner(self, other: Self) -> Array:
         self.same_shape(other)
-        backend, overlaps = self.backend, hadamard_tensor(self._overlaps(other))
+        backend = self.backend
+        overlaps = hadamard_tensor(self._overlaps(backend, other))
         if self.weights is not None:
             overlaps = overlaps * backend.reshape(backend.conj(self.weights), (-1, 1))
         if other.weights is not None:
@@ -600,10 +602,10 @@ class CPTensor(_Factored, _CPParts):
         return backend.sum(backend.flatten(overlaps), axis=0)
 
     def _sum(self, other: Self) -> Self:
-        weights = None
+        backend, weights = self.backend, None
         if self.weights is not None or other.weights is not None:
-            weights = self.backend.concat([self._weights(), other._weights()])
-        return type(self)(weights, self._side_by_side(other))
+            weights = backend.concat([self._weights(), other._weights()])
+        return type(self)(weights, self._side_by_side(backend, other))
 
     def _times(self, number: Any) -> Self:
         return type(self)(self._weights() * number, self.factors)
@@ -731,9 +733,9 @@ class TuckerTensor(_Factored, _TuckerParts):
         return tucker_to_tensor((self.core, self.factors))
 
     def entries(self, indices: Any) -> Array:
-        backend, gathered = self.backend, self._rows(indices)
+        backend = self.backend
         values = backend.reshape(self.core, (1, *self.core.shape))
-        for factor, rows in zip(self.factors, gathered, strict=True):
+        for factor, rows in zip(self.factors, self._rows(backend, indices), strict=True):
             # Contract the first mode that is left, batched over the elements.
             rest = tuple(values.shape)[2:]
             flat = backend.reshape(values, (values.shape[0], factor.shape[1], -1 if rest else 1))
@@ -744,13 +746,14 @@ class TuckerTensor(_Factored, _TuckerParts):
     def inner(self, other: Self) -> Array:
         self.same_shape(other)
         backend, moved = self.backend, other.core
-        for mode, overlap in enumerate(self._overlaps(other)):
+        for mode, overlap in enumerate(self._overlaps(backend, other)):
             moved = mode_dot(moved, overlap, mode)
         return backend.sum(backend.flatten(backend.conj(self.core) * moved), axis=0)
 
     def _sum(self, other: Self) -> Self:
-        core = block_diagonal(self.backend, self.core, other.core, range(self.order))
-        return type(self)(core, self._side_by_side(other))
+        backend = self.backend
+        core = block_diagonal(backend, self.core, other.core, range(self.order))
+        return type(self)(core, self._side_by_side(backend, other))
 
     def _times(self, number: Any) -> Self:
         return type(self)(self.core * number, self.factors)
