@@ -134,14 +134,18 @@ def test_a_cut_row_whose_derivatives_do_not_fit_in_memory_is_filled_in(monkeypat
 # -- Hadamard products, from the space of their rows -----------------------------------------------------
 
 
-@pytest.mark.parametrize("shape", [(8, 12), (14, 9), (12, 24), (9, 60)])
-def test_what_is_such_a_product_is_found(shape: tuple[int, int]) -> None:
+# The last two are too large for Gauss-Newton, and end by L-BFGS.
+@pytest.mark.parametrize(
+    ("shape", "most"),
+    [((8, 12), 1e-8), ((14, 9), 1e-8), ((12, 24), 1e-8), ((9, 60), 1e-8), ((9, 300), 1e-6), ((300, 9), 1e-6)],
+)
+def test_what_is_such_a_product_is_found(shape: tuple[int, int], most: float) -> None:
     rng = np.random.default_rng(1)
     factors = [(rng.normal(size=(shape[0], 2)), rng.normal(size=(2, shape[1]))) for _ in range(2)]
     matrix = math.prod((a @ b for a, b in factors), start=np.ones(shape))
     found = tna.hadamard_decomposition(matrix, 2)
     assert found.rank == (2, 2)
-    assert _relative_error(found.to_tensor(), matrix) < 1e-8
+    assert _relative_error(found.to_tensor(), matrix) < most
 
 
 # -- The nearest tensor of rank one ----------------------------------------------------------------------

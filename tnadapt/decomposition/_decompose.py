@@ -150,8 +150,8 @@ def decompose(
                                                  the optimum
     K = 2 dense splits                           nearest Kronecker product, by rearrangement and SVD: the optimum
     other Kronecker splits, sums                 from there, alternating over splits; if small, then Gauss-Newton
-    Hadamard splits                              L-BFGS on all arrays from several starts; if small, then Gauss-Newton,
-                                                 for nearly exact matrices also from the space of their rows
+    Hadamard splits                              L-BFGS on all arrays from several starts, for nearly exact matrices
+                                                 also from the space of their rows; if small, then Gauss-Newton
     padding that cuts a row                      full rows, the cut row, then Gauss-Newton on the given elements
     shuffle                                      as without F, for the unshuffled vector
     dense through linear F                       least squares: small F directly, the optimum; large F by LSQR
@@ -340,8 +340,6 @@ def smallest_rank(
     """:func:`search_rank` with any function that fits a config."""
     if isinstance(max_error, bool) or not isinstance(max_error, (int, float, np.floating)) or not 0.0 < max_error < 1.0:
         raise ConfigError(f"max_error must be above 0 and below 1, relative to the updates; got {safe_repr(max_error)}")
-    if not isinstance(cfg, Config):
-        raise ConfigError(f"expected a tnadapt.Config; got {type(cfg).__name__}")
     ranks = {cfg.rank} if isinstance(cfg.rank, int) else set(cfg.rank) - {None}
     if len(ranks) != 1:
         raise ConfigError(f"only one rank can be searched, and rank={cfg.rank} has {len(ranks)}: give an integer")

@@ -21,6 +21,7 @@ from ._least_squares import least_squares, refine
 from ._network_fit import fit_network, start_network
 from ._parameter_fit import fit_parameters
 from ._reports import FitReport, GroupReport, Step
+from .completion import arrays_on_host, double_on_host
 from .fits import OPEN, Fit, Iteration, Limits, holds, unwatched
 from .linear_algebra import Algebra, at_size, power_of
 from .lower_bounds import lower_bound
@@ -28,22 +29,19 @@ from .lower_bounds import lower_bound
 __all__ = ["fit_plan"]
 
 Progress = Callable[[Step], None]
-Watch = Callable[[int, float], None]
+Watch = Callable[[int, float | None], None]
 
 # An error of up to this many times the dtype's epsilon is rounding.
 _ROUNDING = 64
 # A bound counts as met within this relative tolerance.
 _MET = 1e-6
+_NOT_FINITE = "an update holds NaN, infinity, or numbers whose Frobenius norm exceeds float64: it cannot be fitted"
 # Elements of updates that reports keep for bounds that were not read yet.
 _HELD = 1 << 24
 
 
 def fit_plan(
-    algebra: Algebra,
-    plan: SuperLoRA,
-    read: Callable[[int], Array],
-    limits: Limits,
-    progress: Progress | None = None,
+    algebra: Algebra, plan: SuperLoRA, read: Callable[[int], Array], limits: Limits, progress: Progress | None = None
 ) -> tuple[dict[str, Array], FitReport]:
     """Fit the parameters of a plan to given updates.
 
@@ -87,13 +85,9 @@ def fit_plan(
     reports, held = [], 0
     count = len(plan.groups)
     for number, (group, y) in enumerate(_vectors(algebra, plan, read)):
-
-        def watch(iteration: int, error: float | None, number: int = number) -> None:
-            if progress is not None:
-                progress(Step(number, count, iteration, error))
-
+        watch = _watch(progress, number, count)
         watch(0, None)
-        arrays, report = _fitted(algebra, group, y, limits, watch if progress is not None else unwatched)
+        arrays, report = _fitted(algebra, group, y, limits, watch)
         params.update({full: arrays[name] for name, full in group.names.items()})
         reports.append(report)
         held += group.size
@@ -101,6 +95,13 @@ def fit_plan(
             report.bound  # noqa: B018 - computed now, so that the update is not kept
             held -= group.size
     return params, FitReport(plan, tuple(reports))
+
+
+def _watch(progress: Progress | None, number: int, count: int) -> Callable[[int, float | None], None]:
+    """Return what is called with each iteration of a group and its error."""
+    if progress is None:
+        return unwatched
+    return lambda iteration, error: progress(Step(number, count, iteration, error))
 
 
 def _vectors(algebra: Algebra, plan: SuperLoRA, read: Callable[[int], Array]) -> Iterator[tuple[Group, Array]]:
@@ -124,22 +125,15 @@ def _fitted_together(
             "the solvers fit frozen, tied and scaled arrays and θ through linear maps F only; got "
             f"projection={plan.config.projection!r}: use another one, or leave sources and before out"
         )
-    wide = [np.asarray(algebra.backend.to_numpy(y), np.float64) for _, y in _vectors(algebra, plan, read)]
+    wide = [double_on_host(algebra.backend, y) for _, y in _vectors(algebra, plan, read)]
     norms = [float(np.linalg.norm(y)) for y in wide]
     if not all(map(math.isfinite, norms)):
-        raise ShapeError(
-            "an update holds NaN, infinity, or numbers whose Frobenius norm exceeds float64: it cannot be fitted"
-        )
-
-    def watch(iteration: int, error: float | None) -> None:
-        if progress is not None:
-            progress(Step(0, len(wide), iteration, error))
-
+        raise ShapeError(_NOT_FINITE)
+    watch = _watch(progress, 0, len(wide))
     watch(0, None)
     fit = fit_parameters(plan, wide, limits, algebra.seed, _ROUNDING * algebra.eps, watch)
-    params = {name: algebra.array(array) for name, array in fit.arrays.items()}
-    host = {name: np.asarray(algebra.backend.to_numpy(array), np.float64) for name, array in params.items()}
-    arrays = plan.arrays(host)
+    params = algebra.arrays(fit.arrays)
+    arrays = plan.arrays(arrays_on_host(algebra.backend, params))
     numpy, reports = load_backend("numpy"), []
     for group, y, norm in zip(plan.groups, wide, norms, strict=True):
         error = float(np.linalg.norm(group.update(numpy, arrays, 0, group.size) - y))
@@ -153,7 +147,7 @@ def _fitted_together(
 
 
 def _fitted(
-    algebra: Algebra, group: Group, y: Array, limits: Limits, watch: Callable[[int, float | None], None]
+    algebra: Algebra, group: Group, y: Array, limits: Limits, watch: Watch
 ) -> tuple[dict[str, Array], GroupReport]:
     # If F is linear, F and the network are homogeneous: scale the update to magnitude one by a power of two, which is
     # exact. A start that is subtracted has its own scale.
@@ -162,9 +156,7 @@ def _fitted(
     scaled = algebra.scaled(y, -exponent)
     norm = algebra.norm(scaled)
     if not norm < math.inf or math.frexp(norm)[1] + exponent > 1024:
-        raise ShapeError(
-            "an update holds NaN, infinity, or numbers whose Frobenius norm exceeds float64: it cannot be fitted"
-        )
+        raise ShapeError(_NOT_FINITE)
     target = scaled
     if linear and group.subtracts and norm:
         target = scaled + group.projection(group.network.whole(algebra.backend, started(algebra, group)))
@@ -276,7 +268,7 @@ def fit_group(algebra: Algebra, group: Group, y: Array, limits: Limits, watch: W
     if not plain and _preserves(group):
         pulled = projection.adjoint(y) * (projection.n_in / projection.map.squared_norm())
         start = start_network(algebra, network, pulled, limits)
-        return alternate(algebra, network, projection, y, start, limits, watch, preserved=True)
+        return _Descent(algebra, network, projection, y, start).fit(limits, watch, preserved=True)
     before = _before(algebra, projection, y, limits, limits.iterations if plain else _STEPS)
     if algebra.squares(before.arrays["x"]) == 0.0:
         # y is orthogonal to the range of F.
@@ -285,7 +277,7 @@ def fit_group(algebra: Algebra, group: Group, y: Array, limits: Limits, watch: W
     fit = fit_network(algebra, network, before.arrays["x"], limits, unwatched)
     if plain:
         return before._replace(arrays=fit.arrays)
-    return alternate(algebra, network, projection, y, fit.arrays, limits, watch)
+    return _Descent(algebra, network, projection, y, fit.arrays).fit(limits, watch)
 
 
 def _preserves(group: Group) -> bool:
@@ -332,7 +324,7 @@ def _nonlinear(algebra: Algebra, group: Group, y: Array, limits: Limits, watch: 
     if 0.0 < algebra.largest(before) < np.inf:
         few = limits._replace(iterations=min(limits.iterations, 10))
         fitted = fit_network(algebra, network, before, few, unwatched).arrays
-        fitted = alternate(algebra, network, linear, target, fitted, few, unwatched).arrays
+        fitted = _Descent(algebra, network, linear, target, fitted).fit(few, unwatched).arrays
         near = at_size(algebra, network, fitted, exponent)
         # Add a little of the initial arrays: where two factors of a product are zero, both gradients vanish.
         guesses.append({name: near[name] + begun[name] * 1e-3 for name in network.shapes})
@@ -384,88 +376,54 @@ _NEAR = 1e4
 _NEAREST, _FARTHEST = 0.25, 16.0
 
 
-def alternate(
-    algebra: Algebra,
-    network: Network,
-    projection: Projection,
-    y: Array,
-    start: Mapping[str, Array],
-    limits: Limits,
-    watch: Callable[[int, float], None],
-    preserved: bool = False,
-) -> Fit:
-    """Fit the arrays of a network through a linear F to a vector, from a start.
-
-    Parameters
-    ----------
-    algebra : Algebra
-    network : Network
-    projection : Projection
-        Linear.
-    y : array, shape (n_out,)
-    start : mapping of str to array
-        With the names and shapes of ``network.shapes``.
-    limits : Limits
-    watch : callable
-        Called with each sweep's number and relative error.
-    preserved : bool
-        Whether F nearly preserves the lengths of the vectors that the network can be, up to a factor.
-
-    Returns
-    -------
-    Fit
-
-    Notes
-    -----
-    A sweep solves one problem per array, each in one or two steps; its change is then continued as far as that reduces
-    the error, at the cost of one F. Once a sweep reduces the error by no more than ``tol``, the next one has up to 20
-    steps. It ends with a sweep of the latter kind.
-    """
-    state = _Descent(algebra, network, projection, y, start, limits.tol)
-    known = all(_curvature(network, start, algebra, name) is not None for name in network.shapes)
-    few = _ONE if preserved and known else _FEW
-    steps, conjugate, stopped = Iteration(limits, watch), few, "max_iterations"
-    for _ in range(limits.iterations):
-        arrays, before = dict(state.arrays), state.error
-        state.sweep(conjugate)
-        if state.error <= _NEAR * algebra.eps * state.norm:
-            state.measure()
-        else:
-            state.go_on(arrays)
-        steps.note(state.error / state.norm)
-        improved = state.error < before  # not if converged up to rounding, or NaN
-        if not improved:
-            state.arrays = arrays
-        if not improved or limits.converged(before / state.norm, state.error / state.norm):
-            if conjugate == _MANY:
-                stopped = "converged"
-                break
-            conjugate = _MANY
-        else:
-            conjugate = few if state.error > _NEAR * algebra.eps * state.norm else _FEW * 2
-        if not improved:
-            state.measure()
-    history = tuple(steps.history)
-    return Fit(state.arrays, False, len(history), "alternating least squares", stopped, history=history)
-
-
 class _Descent:
-    """Arrays with the residual of their update; steps change both."""
+    """Arrays with the residual of their update, which are fitted through a linear F to a vector, from a start."""
 
     def __init__(
-        self,
-        algebra: Algebra,
-        network: Network,
-        projection: Projection,
-        y: Array,
-        start: Mapping[str, Array],
-        tol: float,
+        self, algebra: Algebra, network: Network, projection: Projection, y: Array, start: Mapping[str, Array]
     ) -> None:
         self.algebra, self.network, self.projection, self.y = algebra, network, projection, y
-        self.arrays, self.norm = dict(start), algebra.norm(y)
-        self.least = tol * self.norm
-        self.reach = _NEAREST
+        self.arrays, self.norm, self.reach = dict(start), algebra.norm(y), _NEAREST
         self.measure()
+
+    def fit(self, limits: Limits, watch: Watch, preserved: bool = False) -> Fit:
+        """Run sweeps until they gain too little.
+
+        A sweep solves one problem per array, each in one or two steps; its change is then continued as far as that
+        reduces the error, at the cost of one F. Once a sweep reduces the error by no more than ``tol``, the next one
+        has up to 20 steps. It ends with a sweep of the latter kind. With ``preserved``, F nearly preserves the lengths
+        of the vectors that the network can be, up to a factor.
+        """
+        known = all(
+            _curvature(self.network, self.arrays, self.algebra, name) is not None for name in self.network.shapes
+        )
+        few = _ONE if preserved and known else _FEW
+        near = _NEAR * self.algebra.eps * self.norm
+        self.least = limits.tol * self.norm
+        steps, conjugate = Iteration(limits, watch), few
+        for _ in range(limits.iterations):
+            arrays, before = dict(self.arrays), self.error
+            self.sweep(conjugate)
+            if self.error <= near:
+                self.measure()
+            else:
+                self.go_on(arrays)
+            steps.note(self.error / self.norm)
+            improved = self.error < before  # not if converged up to rounding, or NaN
+            if not improved:
+                self.arrays = arrays
+            if not improved or limits.converged(before / self.norm, self.error / self.norm):
+                if conjugate == _MANY:
+                    steps.stopped = "converged"
+                    break
+                conjugate = _MANY
+            else:
+                conjugate = few if self.error > near else _FEW * 2
+            if not improved:
+                self.measure()
+        else:
+            steps.stopped = "max_iterations"
+        return steps.fit(self.arrays, "alternating least squares")
 
     def measure(self) -> None:
         """Compute the residual from the arrays."""
@@ -537,7 +495,7 @@ def _curvature(network: Network, arrays: Mapping[str, Array], algebra: Algebra, 
         return None
     curvature = np.ones((split.rank, split.rank))
     for other in split.shapes:
-        array = np.asarray(algebra.backend.to_numpy(arrays[f"{prefix}.{other}"]), np.float64)
+        array = double_on_host(algebra.backend, arrays[f"{prefix}.{other}"])
         if other == "weights":
             curvature *= np.outer(array, array)
         elif other != array_name:
@@ -556,5 +514,4 @@ def _inverse(algebra: Algebra, curvature: np.ndarray | None) -> Array | None:
 
 
 def _dot(algebra: Algebra, a: Array, b: Array) -> float:
-    host = (np.asarray(algebra.backend.to_numpy(x), np.float64).reshape(-1) for x in (a, b))
-    return float(np.dot(*host))
+    return float(np.dot(*(double_on_host(algebra.backend, x).reshape(-1) for x in (a, b))))

@@ -19,14 +19,11 @@ from tnadapt.backends import Array
 
 from ._least_squares import refine
 from ._single_tensor import fit_format
-from .completion import ObservedElements, affordable, double_on_host, fit_observed, random_start
-from .fits import Fit, Limits
+from .completion import ObservedElements, affordable, arrays_on_host, double_on_host, fit_observed, random_start
+from .fits import Fit, Limits, unwatched
 from .linear_algebra import Algebra
 
-__all__ = [
-    "fit_hadamard",
-    "subspace_start",
-]
+__all__ = ["fit_hadamard"]
 
 
 Arrays = dict[str, Array]
@@ -36,6 +33,8 @@ Watch = Callable[[int, float], None]
 _START = Limits(iterations=10)
 # Standard deviation of the noise on arrays that start near the fit to ones.
 _NOISE = 0.1
+# Elements of a matrix, too large for Gauss-Newton, whose rows are searched for a start.
+_SEARCHED = 1 << 16
 # Random starts of small networks; steps from each start, before the best of them is refined; steps of Gauss-Newton from
 # that; the error up to which the other starts may lead it to an exact answer; and that of an exact answer.
 _RANDOM, _TRIED, _LAST, _NEAR, _ANSWER = 4, 25, 50, 0.2, 1e-6
@@ -107,41 +106,39 @@ def _by_gradients(algebra: Algebra, network: Network, vec: Array, moved: Arrays,
     if small:
         elements = ObservedElements.of_network(network)
         for _ in range(_RANDOM):
-            start = random_start(elements, rng, norm)
-            starts.append({name: algebra.array(array) for name, array in start.items()})
+            starts.append(algebra.arrays(random_start(elements, rng, norm)))
 
     def error(fit: Fit) -> float:
         distance = algebra.norm(network.whole(backend, fit.arrays) - vec)
         return distance if math.isfinite(distance) else math.inf
 
+    def refined(start: Arrays, limits: Limits, watch: Watch) -> Fit:
+        return refine(algebra, network, identity, vec, start, limits, watch)
+
     few = limits._replace(iterations=min(limits.iterations, _TRIED))
-    tried = sorted(
-        (refine(algebra, network, identity, vec, start, few, lambda *_: None) for start in starts), key=error
-    )
+    tried = sorted((refined(start, few, unwatched) for start in starts), key=error)
     steps = sum(fit.iterations for fit in tried)
-    lbfgs_fit = refine(
-        algebra, network, identity, vec, tried[0].arrays, limits, lambda count, left: watch(steps + count, left)
-    )
+    lbfgs_fit = refined(tried[0].arrays, limits, lambda count, left: watch(steps + count, left))
     lbfgs_fit = lbfgs_fit._replace(iterations=steps + lbfgs_fit.iterations)
     if small and limits.iterations > _TRIED:
-        return _by_gauss_newton(
-            algebra, network, elements, vec, [lbfgs_fit, *tried[1:]], error(lbfgs_fit) / norm, limits, watch
-        )
-    return lbfgs_fit
+        tried[0] = lbfgs_fit
+        return _by_gauss_newton(algebra, network, vec, tried, error(lbfgs_fit) / norm, limits, watch)
+    start = None
+    if limits.iterations > _TRIED and network.size <= _SEARCHED:
+        start = _from_rows(algebra, network, vec, error(lbfgs_fit) / norm)
+    if start is None:
+        return lbfgs_fit
+    steps = lbfgs_fit.iterations
+    again = refined(algebra.arrays(start), limits, lambda count, left: watch(steps + count, left))
+    best = min(lbfgs_fit, again, key=error)
+    return best._replace(iterations=steps + again.iterations)
 
 
 def _by_gauss_newton(
-    algebra: Algebra,
-    network: Network,
-    elements: ObservedElements,
-    vec: Array,
-    tried: Sequence[Fit],
-    error: float,
-    limits: Limits,
-    watch: Watch,
+    algebra: Algebra, network: Network, vec: Array, tried: Sequence[Fit], error: float, limits: Limits, watch: Watch
 ) -> Fit:
     """Continue by Gauss-Newton from the best fit, and from the others where the error is small."""
-    now, steps = error, tried[0].iterations
+    elements, now, steps = ObservedElements.of_network(network), error, tried[0].iterations
 
     def seen(count: int, left: float) -> None:
         nonlocal now
@@ -152,7 +149,7 @@ def _by_gauss_newton(
         for number, fit in enumerate(tried):
             # There may be an exact answer, which another start leads to.
             if not number or now <= _NEAR:
-                yield {name: double_on_host(algebra.backend, array) for name, array in fit.arrays.items()}
+                yield arrays_on_host(algebra.backend, fit.arrays)
 
     few = limits._replace(iterations=min(limits.iterations, _LAST))
     wanted = double_on_host(algebra.backend, vec)
@@ -163,8 +160,7 @@ def _by_gauss_newton(
         again = fit_observed(elements, wanted, [another], few, watch=seen)
         steps += again.iterations
         best = again if again.error < best.error else best
-    arrays = {name: algebra.array(array) for name, array in best.arrays.items()}
-    return best._replace(arrays=arrays, iterations=steps, method="L-BFGS, Gauss-Newton")
+    return best._replace(arrays=algebra.arrays(best.arrays), iterations=steps, method="L-BFGS, Gauss-Newton")
 
 
 def _from_rows(algebra: Algebra, network: Network, vec: Array, error: float) -> Mapping[str, np.ndarray] | None:
@@ -173,11 +169,8 @@ def _from_rows(algebra: Algebra, network: Network, vec: Array, error: float) -> 
     plain = len(sizes) == 2 and network.size == math.prod(sizes) and network.terms == 1
     if not plain or any(type(split) is not CP for split in splits) or error < _ANSWER:
         return None
-    matrix, ranks = (
-        double_on_host(algebra.backend, _folded(algebra, network, vec)),
-        [split.shapes["factor0"][1] for split in splits],
-    )
-    pairs = subspace_start(matrix, ranks, error, algebra.rng)
+    matrix = double_on_host(algebra.backend, _folded(algebra, network, vec))
+    pairs = subspace_start(matrix, [split.shapes["factor0"][1] for split in splits], error, algebra.rng)
     if pairs is None:
         return None
     return {

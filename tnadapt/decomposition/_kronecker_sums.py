@@ -9,155 +9,107 @@ split, its optimum is the format's best fit to the contracted tensor, and no ste
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
 from tnadapt.algebra.formats import CP, Dense, Format
+from tnadapt.algebra.network import Network
 from tnadapt.algebra.products import contracted
 from tnadapt.backends import Array
 
 from ._single_tensor import fit_format
-from .completion import ObservedElements, affordable, double_on_host, fit_observed, random_start
+from .completion import ObservedElements, affordable, arrays_on_host, double_on_host, fit_observed, random_start
+from .cp_als import outer_vector
 from .fits import Fit, Iteration, Limits
 from .linear_algebra import Algebra
 
-__all__ = ["Term", "fit_sum", "outer_sum"]
+__all__ = ["fit_sum", "outer_sum"]
 
 # Up to this many iterations are a start for something else, and not refined. Random starts of the refinement.
 _FEW, _RANDOM = 10, 3
 
-# The arrays of each split of one term.
-Term = list[dict[str, Array]]
+Watch = Callable[[int, float], None]
 
 
 def fit_sum(
-    algebra: Algebra,
-    tensor: Array,
-    splits: Sequence[Format],
-    terms: int,
-    start: Sequence[Term] | None = None,
-    limits: Limits | None = None,
-    watch: Callable[[int, float], None] | None = None,
-) -> tuple[list[Term], Fit]:
+    algebra: Algebra, network: Network, tensor: Array, start: Mapping[str, Array] | None, limits: Limits, watch: Watch
+) -> Fit:
     """Fit the arrays of a sum of Kronecker products to a tensor.
 
     Parameters
     ----------
     algebra : Algebra
+    network : Network
     tensor : array, shape (p_1, …, p_K)
-        The rearranged tensor.
-    splits : sequence of Format
-        The K splits.
-    terms : int
-        T.
-    start : sequence of Term, optional
+        The rearranged tensor, divided by the network's scale.
+    start : mapping of str to array, optional
         Initial arrays.
-    limits : Limits, optional
-    watch : callable, optional
+    limits : Limits
+    watch : callable
         Called with each sweep's number and its relative error.
 
     Returns
     -------
-    list of Term
     Fit
-        Without arrays.
     """
-    limits = limits or Limits()
-    if start is None:
-        vectors, fit = _dense_start(algebra, tensor, terms, limits)
-        start = [
-            [
-                fit_format(algebra, split, algebra.backend.reshape(vector, split.sizes), None, limits).arrays
-                for split, vector in zip(splits, term, strict=True)
-            ]
-            for term in vectors
-        ]
-        if all(isinstance(split, Dense) for split in splits):
-            return list(start), fit
-        if limits.iterations > _FEW:
-            arrays, fit = _alternated(algebra, tensor, splits, start, limits, watch)
-            return _refined(algebra, tensor, splits, arrays, fit, limits, watch)
-    return _alternated(algebra, tensor, splits, start, limits, watch)
+    if start is not None:
+        return _Sum(algebra, network, tensor, start).fit(limits, watch)
+    vectors, fit = _dense_start(algebra, tensor, network.terms, limits)
+    arrays: dict[str, Array] = {}
+    for prefixes, term in zip(network.prefixes, vectors, strict=True):
+        for prefix, split, vector in zip(prefixes, network.splits, term, strict=True):
+            fitted = fit_format(algebra, split, algebra.backend.reshape(vector, split.sizes), None, limits)
+            arrays |= {prefix + name: array for name, array in fitted.arrays.items()}
+    if all(isinstance(split, Dense) for split in network.splits):
+        return fit._replace(arrays=arrays)
+    fit = _Sum(algebra, network, tensor, arrays).fit(limits, watch)
+    return _refined(algebra, network, tensor, fit, limits, watch) if limits.iterations > _FEW else fit
 
 
-def _alternated(
-    algebra: Algebra,
-    tensor: Array,
-    splits: Sequence[Format],
-    start: Sequence[Term],
-    limits: Limits,
-    watch: Callable[[int, float], None] | None,
-) -> tuple[list[Term], Fit]:
-    """Optimize the splits of all terms in turn until a sweep gains no more than the tolerance."""
-    norm, steps = algebra.norm(tensor), Iteration(limits, watch)
-    now = _Sum(algebra, tensor, splits, [list(term) for term in start])
-    steps.begin(now.error() / norm)
-    while not steps.stopped:
-        now.sweep(limits)
-        steps.step(now.error() / norm)
-    method = "term by term" if len(splits) == 1 else "alternating over splits"
-    return now.arrays, Fit({}, False, steps.count, method, steps.stopped, steps.before, tuple(steps.history))
-
-
-def _refined(
-    algebra: Algebra,
-    tensor: Array,
-    splits: Sequence[Format],
-    arrays: list[Term],
-    found: Fit,
-    limits: Limits,
-    watch: Callable[[int, float], None] | None,
-) -> tuple[list[Term], Fit]:
+def _refined(algebra: Algebra, network: Network, tensor: Array, fit: Fit, limits: Limits, watch: Watch) -> Fit:
     """Continue on all arrays at once by Gauss-Newton, and from random arrays, if the problem is small."""
-    prefixes = [[f"{term}.{k}." for k in range(len(splits))] for term in range(len(arrays))]
-    if not affordable(_elements(splits, prefixes, 0), math.prod(tensor.shape)):
-        return arrays, found
-    elements, rng = _elements(splits, prefixes, math.prod(tensor.shape)), algebra.rng
+    size = math.prod(tensor.shape)
+    if not affordable(_elements(network, 0), size):
+        return fit
+    elements, rng = _elements(network, size), algebra.rng
     wanted = double_on_host(algebra.backend, tensor).reshape(-1)
-    named = {
-        prefix + name: double_on_host(algebra.backend, array)
-        for term_prefixes, term in zip(prefixes, arrays, strict=True)
-        for prefix, split in zip(term_prefixes, term, strict=True)
-        for name, array in split.items()
-    }
 
     def starts() -> Iterator[dict[str, np.ndarray]]:
-        yield named
+        yield arrays_on_host(algebra.backend, fit.arrays)
         for _ in range(_RANDOM):
             yield random_start(elements, rng, float(np.linalg.norm(wanted)), wanted.dtype)
 
-    def seen(count: int, error: float) -> None:
-        if watch is not None:
-            watch(found.iterations + count, error)
-
-    best = fit_observed(elements, wanted, starts(), limits, watch=seen)
-    terms = [
-        [
-            {name: algebra.array(best.arrays[prefix + name]) for name in split.shapes}
-            for prefix, split in zip(term_prefixes, splits, strict=True)
-        ]
-        for term_prefixes in prefixes
-    ]
-    return terms, best._replace(
-        arrays={}, iterations=found.iterations + best.iterations, method=f"{found.method}, Gauss-Newton"
+    best = fit_observed(
+        elements, wanted, starts(), limits, watch=lambda count, error: watch(fit.iterations + count, error)
+    )
+    return best._replace(
+        arrays=algebra.arrays(best.arrays),
+        iterations=fit.iterations + best.iterations,
+        method=f"{fit.method}, Gauss-Newton",
     )
 
 
-def _elements(splits: Sequence[Format], prefixes: Sequence[Sequence[str]], count: int) -> ObservedElements:
+def _elements(network: Network, count: int) -> ObservedElements:
     """Return the first elements of a rearranged tensor."""
+    splits = network.splits
     rows = np.unravel_index(np.arange(count), [math.prod(split.sizes) for split in splits])
     places = [np.unravel_index(row, split.sizes) for row, split in zip(rows, splits, strict=True)]
-    return ObservedElements(splits, prefixes, places)
+    return ObservedElements(splits, network.prefixes, places)
 
 
-def outer_sum(algebra: Algebra, splits: Sequence[Format], terms: Sequence[Term]) -> Array:
-    """Compute the rearranged tensor of arrays."""
-    return _outer_sum(
-        algebra, [[_whole(algebra, split, part) for split, part in zip(splits, term, strict=True)] for term in terms]
-    )
+def outer_sum(algebra: Algebra, network: Network, arrays: Mapping[str, Array]) -> Array:
+    """Compute the rearranged tensor of arrays, divided by the network's scale."""
+    return _outer_sum(algebra, _split_tensors(algebra, network, arrays))
+
+
+def _split_tensors(algebra: Algebra, network: Network, arrays: Mapping[str, Array]) -> list[list[Array]]:
+    """Return the tensor of each split of each term."""
+    terms = (network.of_term(prefixes, arrays) for prefixes in network.prefixes)
+    return [[_whole(algebra, *pair) for pair in zip(network.splits, term, strict=True)] for term in terms]
 
 
 def _whole(algebra: Algebra, split: Format, arrays: dict[str, Array]) -> Array:
@@ -166,11 +118,7 @@ def _whole(algebra: Algebra, split: Format, arrays: dict[str, Array]) -> Array:
 
 def _outer_sum(algebra: Algebra, terms: Sequence[Sequence[Array]]) -> Array:
     backend = algebra.backend
-
-    def outer(a: Array, b: Array) -> Array:
-        return backend.flatten(backend.reshape(a, (-1, 1)) * backend.reshape(b, (1, -1)))
-
-    vectors = [functools.reduce(outer, [backend.flatten(split) for split in term]) for term in terms]
+    vectors = [outer_vector(backend, [backend.flatten(split) for split in term]) for term in terms]
     return backend.reshape(functools.reduce(operator.add, vectors), [math.prod(split.shape) for split in terms[0]])
 
 
@@ -191,19 +139,30 @@ def _dense_start(algebra: Algebra, tensor: Array, terms: int, limits: Limits) ->
 class _Sum:
     """State of the alternation: the arrays, and the tensor of each split of each term."""
 
-    def __init__(self, algebra: Algebra, tensor: Array, splits: Sequence[Format], arrays: list[Term]) -> None:
-        self.algebra, self.tensor, self.splits, self.arrays = algebra, tensor, splits, arrays
-        self.made = [
-            [_whole(algebra, split, part) for split, part in zip(splits, term, strict=True)] for term in arrays
-        ]
+    def __init__(self, algebra: Algebra, network: Network, tensor: Array, start: Mapping[str, Array]) -> None:
+        self.algebra, self.network, self.tensor, self.splits = algebra, network, tensor, network.splits
+        self.arrays = [network.of_term(prefixes, start) for prefixes in network.prefixes]
+        self.made = _split_tensors(algebra, network, start)
 
-    def error(self) -> float:
-        return self.algebra.norm(self.tensor - _outer_sum(self.algebra, self.made))
-
-    def sweep(self, limits: Limits) -> None:
-        for term in range(len(self.arrays)):
-            for k in range(len(self.splits)):
+    def fit(self, limits: Limits, watch: Watch) -> Fit:
+        """Optimize the splits of all terms in turn until a sweep gains no more than the tolerance."""
+        norm, steps = self.algebra.norm(self.tensor), Iteration(limits, watch)
+        steps.begin(self._error() / norm)
+        while not steps.stopped:
+            for term, k in itertools.product(range(len(self.arrays)), range(len(self.splits))):
                 self._improve(term, k, limits)
+            steps.step(self._error() / norm)
+        arrays = {
+            prefix + name: array
+            for prefixes, term_arrays in zip(self.network.prefixes, self.arrays, strict=True)
+            for prefix, split_arrays in zip(prefixes, term_arrays, strict=True)
+            for name, array in split_arrays.items()
+        }
+        method = "term by term" if len(self.splits) == 1 else "alternating over splits"
+        return steps.fit(arrays, method, steps.before)
+
+    def _error(self) -> float:
+        return self.algebra.norm(self.tensor - _outer_sum(self.algebra, self.made))
 
     def _improve(self, term: int, k: int, limits: Limits) -> None:
         """Optimize one split of one term, with everything else fixed."""

@@ -15,14 +15,7 @@ from tnadapt.backends import Array
 from .fits import Fit, Limits
 from .linear_algebra import Algebra
 
-__all__ = [
-    "Descent",
-    "cgls",
-    "damped_gauss_newton",
-    "least_squares",
-    "lsqr",
-    "refine",
-]
+__all__ = ["Descent", "cgls", "damped_gauss_newton", "least_squares", "lsqr", "refine"]
 
 
 # -- Damped Gauss-Newton (Levenberg-Marquardt) -------------------------------------------------------------------------
@@ -98,44 +91,32 @@ def damped_gauss_newton(
     (6.0, True)
     """
     with np.errstate(over="ignore", invalid="ignore"):
-        return _descent(residual, jacobian, start, norm, limits, watch)
-
-
-def _descent(
-    residual: Callable[[np.ndarray], np.ndarray],
-    jacobian: Callable[[np.ndarray], Any],
-    x: np.ndarray,
-    norm: float,
-    limits: Limits,
-    watch: Callable[[int, float], Any],
-) -> Descent:
-    left = residual(x)
-    error, damping, history = _norm(left), _FIRST, list[float]()
-    floor = 4.0 * float(np.finfo(left.dtype).eps) * norm
-    for _ in range(limits.iterations):
-        if not error > floor:
-            return Descent(x, error, True, tuple(history))
-        solver = _solver(jacobian(x), left)
-        growth = 4.0
-        for _ in range(_ATTEMPTS):
-            step, predicted = solver.step(damping * min(1.0, error / norm))
-            moved = x + step
-            after = residual(moved)
-            now = _norm(after)
-            if now < error:
-                break
-            damping, growth = min(damping * growth, _MOST), 2.0 * growth
-        else:
-            return Descent(x, error, True, tuple(history))
-        agreement = (error**2 - now**2) / predicted if predicted > 0.0 else 0.0
-        damping = max(_LEAST, damping * (0.2 if agreement > 0.75 else 2.0 if agreement < 0.25 else 0.7))
-        before, x, left, error = error, moved, after, now
-        history.append(error / norm)
-        if watch(len(history), error / norm) is True:
-            return Descent(x, error, False, tuple(history))
-        if limits.converged(before / norm, error / norm):
-            return Descent(x, error, True, tuple(history))
-    return Descent(x, error, not error > floor, tuple(history))
+        x, left, damping, history = start, residual(start), _FIRST, list[float]()
+        error, floor = _norm(left), 4.0 * float(np.finfo(left.dtype).eps) * norm
+        for _ in range(limits.iterations):
+            if not error > floor:
+                return Descent(x, error, True, tuple(history))
+            solver = _solver(jacobian(x), left)
+            growth = 4.0
+            for _ in range(_ATTEMPTS):
+                step, predicted = solver.step(damping * min(1.0, error / norm))
+                moved = x + step
+                after = residual(moved)
+                now = _norm(after)
+                if now < error:
+                    break
+                damping, growth = min(damping * growth, _MOST), 2.0 * growth
+            else:
+                return Descent(x, error, True, tuple(history))
+            agreement = (error**2 - now**2) / predicted if predicted > 0.0 else 0.0
+            damping = max(_LEAST, damping * (0.2 if agreement > 0.75 else 2.0 if agreement < 0.25 else 0.7))
+            before, x, left, error = error, moved, after, now
+            history.append(error / norm)
+            if watch(len(history), error / norm) is True:
+                return Descent(x, error, False, tuple(history))
+            if limits.converged(before / norm, error / norm):
+                return Descent(x, error, True, tuple(history))
+        return Descent(x, error, not error > floor, tuple(history))
 
 
 def _norm(x: np.ndarray) -> float:
@@ -149,13 +130,13 @@ def _norm(x: np.ndarray) -> float:
 def _solver(jacobian: Any, left: np.ndarray) -> _Formed | _Products:
     """Return the solver of the damped normal equations for a Jacobian."""
     rows, columns = jacobian.shape
-    if columns <= _FORMED and rows * columns**2 <= _WORK and (hasattr(jacobian, "toarray") or _dense(jacobian)):
+    if columns <= _FORMED and rows * columns**2 <= _WORK and (_sparse(jacobian) or isinstance(jacobian, np.ndarray)):
         return _Formed(jacobian, left)
     return _Products(jacobian, left)
 
 
-def _dense(jacobian: Any) -> bool:
-    return isinstance(jacobian, np.ndarray)
+def _sparse(jacobian: Any) -> bool:
+    return hasattr(jacobian, "toarray")
 
 
 class _Formed:
@@ -185,7 +166,7 @@ _ROWS = 1 << 12
 
 def _gram(jacobian: Any) -> np.ndarray:
     """Compute ``Jᴴ J`` as a dense matrix, from the sparse product or from dense rows, whichever takes less time."""
-    if _dense(jacobian):
+    if not _sparse(jacobian):
         return np.asarray(jacobian.conj().T @ jacobian)
     rows, columns = jacobian.shape
     # An entry of a sparse product costs about as much as 16 multiply-adds of a dense one.
@@ -203,7 +184,7 @@ class _Products:
 
     def __init__(self, jacobian: Any, left: np.ndarray) -> None:
         self.jacobian, self.left = jacobian, left
-        self.gradient = np.asarray(jacobian.conj().T @ left if hasattr(jacobian, "toarray") else jacobian.H @ left)
+        self.gradient = np.asarray(jacobian.conj().T @ left if _sparse(jacobian) else jacobian.H @ left)
         # The mean diagonal is that of the gradient's direction: no other product is needed.
         image = np.linalg.norm(jacobian @ self.gradient) / max(float(np.linalg.norm(self.gradient)), 1e-300)
         self.size = max(float(image) ** 2, 1e-300)
@@ -267,12 +248,15 @@ def least_squares(
 
     Examples
     --------
+    >>> from tnadapt.backends import load_backend
     >>> a, y = np.array([[1.0, 0.0], [0.0, 2.0], [0.0, 0.0]]), np.array([3.0, 8.0, 1.0])
-    >>> solution = least_squares(Algebra(*_numpy(y)), lambda x: a @ x, lambda y: a.T @ y, y, np.zeros(2), 1e-12, 10)
+    >>> algebra = Algebra(load_backend("numpy"), y)
+    >>> solution = least_squares(algebra, lambda x: a @ x, lambda y: a.T @ y, y, np.zeros(2), 1e-12, 10)
     >>> solution.x, solution.converged
     (array([3., 4.]), True)
     """
-    return _SOLVERS.get(algebra.backend.name, cgls)(algebra, forward, adjoint, y, start, tol, iterations)
+    solve = lsqr if algebra.backend.name == "numpy" else cgls
+    return solve(algebra, forward, adjoint, y, start, tol, iterations)
 
 
 def lsqr(algebra: Algebra, forward: Map, adjoint: Map, y: Array, start: Array, tol: float, iterations: int) -> Solution:
@@ -318,15 +302,6 @@ def cgls(algebra: Algebra, forward: Map, adjoint: Map, y: Array, start: Array, t
         before, slope = slope, algebra.squares(gradient)
         direction = gradient + direction * (slope / before)
     return Solution(x, slope == 0.0, count)
-
-
-def _numpy(like: np.ndarray) -> tuple[object, np.ndarray]:
-    from tnadapt.backends import get_backend
-
-    return get_backend(like), like
-
-
-_SOLVERS: dict[str, Callable[..., Solution]] = {"numpy": lsqr}
 
 
 # -- L-BFGS on all arrays of a network, for a nonlinear F and for Hadamard products ------------------------------------

@@ -19,19 +19,16 @@ from tnadapt.algebra.products import rearranged
 from tnadapt.backends import Array
 
 from ._hadamard_fit import fit_hadamard
-from ._kronecker_sums import Term, fit_sum, outer_sum
+from ._kronecker_sums import fit_sum, outer_sum
 from ._single_tensor import fit_format
-from .completion import ObservedElements, affordable, fit_observed, moved, random_start
+from .completion import ObservedElements, affordable, arrays_on_host, fit_observed, moved, random_start
 from .fits import Fit, Iteration, Limits, unwatched
 from .linear_algebra import Algebra
 
-__all__ = [
-    "fit_network",
-    "from_full_rows",
-    "start_network",
-]
+__all__ = ["fit_network", "start_network"]
 
 
+Arrays = dict[str, Array]
 Watch = Callable[[int, float], None]
 
 # Elements with padding for each one without, up to which a start fits the padding to zero.
@@ -63,11 +60,10 @@ def fit_network(algebra: Algebra, network: Network, vec: Array, limits: Limits, 
         return way.solve(way.fold(vec * (1.0 / network.scale)), None, limits, watch)
     # The given elements are fitted in float64 on the host, from starts in float64.
     double = algebra.double
-    wide = _way(double, network)
-    fit = fit_given(double, network, wide.started, wide.fold, algebra.doubled(vec), limits, watch)
+    fit = fit_given(double, network, _way(double, network), algebra.doubled(vec), limits, watch)
     if fit is None:
         return _completed(algebra, network, way, vec, limits, watch)
-    return fit._replace(arrays={name: algebra.array(array) for name, array in fit.arrays.items()})
+    return fit._replace(arrays=algebra.arrays(fit.arrays))
 
 
 def start_network(algebra: Algebra, network: Network, vec: Array, limits: Limits) -> Arrays:
@@ -78,7 +74,7 @@ def start_network(algebra: Algebra, network: Network, vec: Array, limits: Limits
     if len(network.splits) == 1 or network.kronecker:
         way = _way(algebra, network)
         if math.prod(way.sizes) <= _LITTLE * network.size:
-            rows = from_full_rows(algebra, network, way.started, vec, limits)
+            rows = from_full_rows(algebra, network, way, vec, limits)
             if rows is not None:
                 return rows
             return way.solve(way.fold(vec * (1.0 / network.scale)), None, limits, unwatched).arrays
@@ -126,7 +122,7 @@ def _completed(algebra: Algebra, network: Network, way: _Way, vec: Array, limits
     def residual(arrays: Mapping[str, Array]) -> Array:
         return target - network.whole(backend, arrays) * (1.0 / scale)
 
-    rows = from_full_rows(algebra, network, way.started, vec, limits)
+    rows = from_full_rows(algebra, network, way, vec, limits)
     if rows is not None and algebra.squares(residual(rows)) < algebra.squares(residual(fit.arrays)):
         fit = fit._replace(arrays=rows)
     left = residual(fit.arrays)
@@ -145,8 +141,7 @@ def _completed(algebra: Algebra, network: Network, way: _Way, vec: Array, limits
             break
         fit = again
         steps.step(error)
-    method = f"{fit.method}, padding filled in"
-    return Fit(fit.arrays, False, rounds, method, steps.stopped, steps.before, tuple(steps.history))
+    return steps.fit(fit.arrays, f"{fit.method}, padding filled in", steps.before)._replace(iterations=rounds)
 
 
 # -- One split ---------------------------------------------------------------------------------------------------------
@@ -165,10 +160,12 @@ def _one_split(algebra: Algebra, network: Network) -> _Way:
         return backend.reshape(backend.pad_last(vec, math.prod(sizes)), sizes)
 
     def joined(arrays: Mapping[str, Array]) -> Arrays:
-        axis = {name: len(shape) - 1 for name, shape in whole.shapes.items()}
         if whole is split:
             return {name: arrays[prefixes[0] + name] for name in whole.shapes}
-        return {name: backend.concat([arrays[p + name] for p in prefixes], axis=axis[name]) for name in whole.shapes}
+        return {
+            name: backend.concat([arrays[prefix + name] for prefix in prefixes], axis=len(shape) - 1)
+            for name, shape in whole.shapes.items()
+        }
 
     def parted(arrays: Mapping[str, Array]) -> Arrays:
         parts: Arrays = {}
@@ -199,29 +196,18 @@ def _one_split(algebra: Algebra, network: Network) -> _Way:
 
 
 def _several(algebra: Algebra, network: Network) -> _Way:
-    backend, splits = algebra.backend, network.splits
-    inner = [split.sizes for split in splits]
+    backend, inner = algebra.backend, [split.sizes for split in network.splits]
 
     def fold(vec: Array) -> Array:
         tensor = backend.reshape(backend.pad_last(vec, math.prod(network.sizes)), network.sizes)
         return rearranged(backend, tensor, inner)
 
-    def by_term(arrays: Mapping[str, Array]) -> list[Term]:
-        return [network.of_term(prefixes, arrays) for prefixes in network.prefixes]
-
     def solve(tensor: Array, start: Mapping[str, Array] | None, limits: Limits, watch: Watch) -> Fit:
-        begun = None if start is None else by_term(start)
-        terms, fit = fit_sum(algebra, tensor, splits, network.terms, begun, limits, watch)
-        arrays = {
-            prefix + name: array
-            for prefixes, term in zip(network.prefixes, terms, strict=True)
-            for prefix, part in zip(prefixes, term, strict=True)
-            for name, array in part.items()
-        }
-        return fit._replace(arrays={name: arrays[name] for name in network.shapes})
+        fit = fit_sum(algebra, network, tensor, start, limits, watch)
+        return fit._replace(arrays={name: fit.arrays[name] for name in network.shapes})
 
     def make(arrays: Mapping[str, Array]) -> Array:
-        return outer_sum(algebra, splits, by_term(arrays))
+        return outer_sum(algebra, network, arrays)
 
     return _Way(tuple(math.prod(sizes) for sizes in inner), fold, solve, make)
 
@@ -233,9 +219,6 @@ def _several(algebra: Algebra, network: Network) -> _Way:
 # is often it; otherwise it is a start.
 
 
-Arrays = dict[str, Array]
-Solve = Callable[[Array, Limits], Mapping[str, Array]]
-
 # Iterations of the format's method for a start; random starts; size of the noise on starts that may be saddle points.
 _STARTED, _RANDOM = 10, 8
 _NOISE, _MORE_NOISE = 0.02, 0.1
@@ -243,7 +226,7 @@ _NOISE, _MORE_NOISE = 0.02, 0.1
 _ENTRIES = 1 << 24
 
 
-def from_full_rows(algebra: Algebra, network: Network, solve: Solve, vec: Array, limits: Limits) -> Arrays | None:
+def from_full_rows(algebra: Algebra, network: Network, way: _Way, vec: Array, limits: Limits) -> Arrays | None:
     """Fit the full rows of the first mode, then the row that the vector's end cuts; None if no row is full, for
     products of several splits, or if the derivatives of the cut row would not fit in memory.
 
@@ -251,8 +234,8 @@ def from_full_rows(algebra: Algebra, network: Network, solve: Solve, vec: Array,
     ----------
     algebra : Algebra
     network : Network
-    solve : callable
-        Fits the first rows of the tensor, divided by the network's scale, and returns all arrays.
+    way : _Way
+        Fits the first rows of the tensor, too, divided by the network's scale.
     vec : array, shape (size,)
     limits : Limits
 
@@ -268,8 +251,7 @@ def from_full_rows(algebra: Algebra, network: Network, solve: Solve, vec: Array,
     if tail.count * sum(tail.positions(name).shape[1] for name in tail.shapes) > _ENTRIES:
         return None
     rows = backend.reshape(vec[: full * rest] * (1.0 / network.scale), (full, *network.sizes[1:]))
-    arrays = dict(solve(rows, limits))
-    host = {name: np.asarray(backend.to_numpy(array), np.float64) for name, array in arrays.items()}
+    host = arrays_on_host(backend, way.started(rows, limits))
     at = tail.flat(host)
     # The cut row of the arrays is still zero. The others do not change these elements, so their derivatives are zero.
     jacobian = tail.jacobian(at)
@@ -280,18 +262,10 @@ def from_full_rows(algebra: Algebra, network: Network, solve: Solve, vec: Array,
         host = tail.arrays(at)
     else:  # several arrays have a cut row, all of them zero: a saddle point
         host = next(moved([host], algebra.rng, _MORE_NOISE))
-    return {name: algebra.array(array) for name, array in host.items()}
+    return algebra.arrays(host)
 
 
-def fit_given(
-    algebra: Algebra,
-    network: Network,
-    solve: Solve,
-    fold: Callable[[Array], Array],
-    vec: Array,
-    limits: Limits,
-    watch: Callable[[int, float], None],
-) -> Fit | None:
+def fit_given(algebra: Algebra, network: Network, way: _Way, vec: Array, limits: Limits, watch: Watch) -> Fit | None:
     """Fit the given elements alone, from several starts; None if the problem is too large for it.
 
     Parameters
@@ -299,10 +273,7 @@ def fit_given(
     algebra : Algebra
         In float64.
     network : Network
-    solve : callable
-        Fits a tensor without padding, or its first rows, and returns all arrays.
-    fold : callable
-        Maps a vector to a tensor that is padded with zeros.
+    way : _Way
     vec : array, shape (size,)
     limits : Limits
     watch : callable
@@ -320,19 +291,16 @@ def fit_given(
     wanted = np.asarray(backend.to_numpy(vec), np.float64)
     few = limits._replace(iterations=min(limits.iterations, _STARTED))
 
-    def on_host(arrays: Mapping[str, Array]) -> dict[str, np.ndarray]:
-        return {name: np.asarray(backend.to_numpy(array), np.float64) for name, array in arrays.items()}
-
     def starts() -> Iterator[Mapping[str, np.ndarray]]:
-        rows = from_full_rows(algebra, network, solve, vec, few)
+        rows = from_full_rows(algebra, network, way, vec, few)
         if rows is not None:
-            yield on_host(rows)
-        filled = on_host(solve(fold(vec * (1.0 / network.scale)), few))
+            yield arrays_on_host(backend, rows)
+        filled = arrays_on_host(backend, way.started(way.fold(vec * (1.0 / network.scale)), few))
         yield from moved([filled], rng, _NOISE)
         for _ in range(_RANDOM):
             yield random_start(elements, rng, float(np.linalg.norm(wanted)))
         if rows is not None:
-            yield from moved([on_host(rows)], rng, _MORE_NOISE)
+            yield from moved([arrays_on_host(backend, rows)], rng, _MORE_NOISE)
 
     fit = fit_observed(elements, wanted, starts(), limits, watch=watch)
     return fit._replace(method="Gauss-Newton on the given elements")

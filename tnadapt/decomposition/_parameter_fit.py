@@ -120,6 +120,7 @@ class _Problem:
         self.shapes = shapes if plan.theta is not None else {name: shapes[name] for name in shapes if name in names}
         self.wanted = np.concatenate(wanted)
         self.norm = float(np.linalg.norm(self.wanted))
+        self.size = sum(math.prod(shape) for shape in self.shapes.values())
         self.edges = np.cumsum([0, *(len(vec) for vec in wanted)]).tolist()
 
     @property
@@ -147,22 +148,35 @@ class _Problem:
 
     def residual(self, vec: np.ndarray) -> np.ndarray:
         with np.errstate(over="ignore", invalid="ignore"):
-            return np.asarray(self._made(self.arrays(vec)) - self.wanted)
-
-    def _made(self, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
-        return np.concatenate([group.update(self.backend, arrays, 0, group.size) for group in self.groups])
+            arrays = self.arrays(vec)
+            made = [group.update(self.backend, arrays, 0, group.size) for group in self.groups]
+            return np.asarray(np.concatenate(made) - self.wanted)
 
     def moved(self, vec: np.ndarray, way: np.ndarray) -> np.ndarray:
         """Compute the derivative of the updates in one direction."""
         arrays, tangents = self.arrays(vec), self._array_tangents(self.params(way))
         derivatives = []
         for group in self.groups:
-            whole, ways = _network_arrays(group, arrays), _network_tangents(group, arrays, tangents)
+            whole, ways = group.arrays(self.backend, arrays), _network_tangents(group, arrays, tangents)
             total = np.zeros(group.network.size)
             for name, tangent in ways.items():
                 total = total + group.network.whole(self.backend, {**whole, name: tangent})
             derivatives.append(np.asarray(group.projection(total)))
         return np.concatenate(derivatives)
+
+    def derivative(self, vec: np.ndarray, columns: float = math.inf) -> Any:
+        """Return the derivative: a matrix of up to a number of columns, if it is not too large, or an operator."""
+        from scipy.sparse.linalg import LinearOperator
+
+        shape = self.wanted.size, self.size
+        if self.size <= columns and math.prod(shape) <= _FORMED:
+            return np.stack([self.moved(vec, unit) for unit in np.eye(self.size)], axis=1)
+        return LinearOperator(
+            shape,
+            lambda way: self.moved(vec, way.reshape(-1)),
+            lambda residual: self.pulled(vec, residual.reshape(-1)),
+            dtype=np.float64,
+        )
 
     def pulled(self, vec: np.ndarray, residual: np.ndarray) -> np.ndarray:
         """Compute the adjoint of the derivative."""
@@ -170,32 +184,25 @@ class _Problem:
         gradients: Arrays = {name: np.zeros(array.shape) for name, array in arrays.items()}
         for index, group in enumerate(self.groups):
             part = group.projection.adjoint(residual[self.edges[index] : self.edges[index + 1]])
-            network_gradients = group.network.adjoint(self.backend, _network_arrays(group, arrays), part)
+            network_gradients = group.network.adjoint(self.backend, group.arrays(self.backend, arrays), part)
             for full, gradient in _parameter_gradients(group, arrays, network_gradients):
                 gradients[full] = gradients[full] + gradient
-        if self.plan.theta is None:
-            return self.flat(gradients)
         theta = self.plan.theta
-        return self.flat(
-            {
+        if theta is not None:
+            gradients = {
                 part.name: theta.pulled(self.backend, part, [gradients[full] for full in part.arrays])
                 for part in theta.parts
             }
-        )
+        return self.flat(gradients)
 
     def _array_tangents(self, ways: Arrays) -> Arrays:
-        theta = self.plan.theta
-        if theta is None:
+        if (theta := self.plan.theta) is None:
             return ways
         return {
             full: np.asarray(moved)
             for part in theta.parts
             for full, moved in theta.moved(self.backend, part, ways[part.name]).items()
         }
-
-
-def _network_arrays(group: Group, arrays: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
-    return group.arrays(load_backend("numpy"), arrays)
 
 
 def _parts(group: Group, name: str, arrays: Mapping[str, np.ndarray]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
@@ -245,49 +252,24 @@ def _parameter_gradients(
 
 def _linear(problem: _Problem, start: Arrays, limits: Limits) -> Fit:
     begun = np.zeros_like(problem.flat(start))
-    at_zero = problem.residual(begun)
-    size = begun.size
-    if size * problem.wanted.size <= _FORMED:
-        matrix = np.stack([problem.moved(begun, unit) for unit in np.eye(size)], axis=1)
-        solution, *_ = np.linalg.lstsq(matrix, -at_zero, rcond=None)
+    at_zero, derivative = problem.residual(begun), problem.derivative(begun)
+    if isinstance(derivative, np.ndarray):
+        solution, *_ = np.linalg.lstsq(derivative, -at_zero, rcond=None)
         return Fit(problem.params(solution), True, 0, "least squares")
-    from scipy.sparse.linalg import LinearOperator, lsqr
+    from scipy.sparse.linalg import lsqr
 
-    operator = LinearOperator(
-        (problem.wanted.size, size),
-        lambda way: problem.moved(begun, way.reshape(-1)),
-        lambda residual: problem.pulled(begun, residual.reshape(-1)),
-        dtype=np.float64,
-    )
     tol = min(limits.tol, 1e-10)
-    solution, reason, steps, *_ = lsqr(
-        operator, -at_zero, atol=tol, btol=tol, conlim=0.0, iter_lim=10 * limits.iterations
-    )
+    most = 10 * limits.iterations
+    solution, reason, steps, *_ = lsqr(derivative, -at_zero, atol=tol, btol=tol, conlim=0.0, iter_lim=most)
     stopped = "converged" if reason in (1, 2) else "max_iterations"
     return Fit(problem.params(solution), False, int(steps), "least squares by LSQR", stopped)
 
 
 def _nonlinear(
-    problem: _Problem,
-    start: Arrays,
-    limits: Limits,
-    seed: int,
-    rounding: float,
-    watch: Callable[[int, float], None],
+    problem: _Problem, start: Arrays, limits: Limits, seed: int, rounding: float, watch: Callable[[int, float], None]
 ) -> Fit:
-    from scipy.sparse.linalg import LinearOperator
-
-    size = problem.flat(start).size
-
     def jacobian(vec: np.ndarray) -> Any:
-        if size <= _COLUMNS and size * problem.wanted.size <= _FORMED:
-            return np.stack([problem.moved(vec, unit) for unit in np.eye(size)], axis=1)
-        return LinearOperator(
-            (problem.wanted.size, size),
-            lambda way: problem.moved(vec, way.reshape(-1)),
-            lambda residual: problem.pulled(vec, residual.reshape(-1)),
-            dtype=np.float64,
-        )
+        return problem.derivative(vec, _COLUMNS)
 
     rng = np.random.RandomState(seed % (1 << 32))
     best, steps = None, 0

@@ -20,7 +20,7 @@ from ._least_squares import least_squares
 from .cp_als import fit_cp
 from .fits import Fit, Iteration, Limits, all_of
 from .hooi import fit_tucker
-from .linear_algebra import Algebra
+from .linear_algebra import Algebra, MatrixTruncation
 from .tt_svd import fit_train
 
 __all__ = ["fit_format"]
@@ -84,8 +84,15 @@ def _dense(algebra: Algebra, split: Format, tensor: Array, start: Any, limits: L
 _PART, _TIMES, _FEW = 100.0, 2, 10
 
 
-def _of_sweeps(limits: Limits) -> Limits:
-    return Limits(limits.tol / _PART, _TIMES * limits.iterations) if limits.iterations > _FEW else limits
+def _sweeps(limits: Limits) -> Iteration:
+    if limits.iterations > _FEW:
+        limits = Limits(limits.tol / _PART, _TIMES * limits.iterations)
+    return Iteration(limits)
+
+
+def _truncation(algebra: Algebra, tensor: Array) -> MatrixTruncation:
+    # The tensor is that of a group, which nobody else has: a proof that is computed later keeps it without a copy.
+    return MatrixTruncation(algebra.backend, tensor, algebra.svd_method, algebra.seed, settled=True)
 
 
 def _cp(algebra: Algebra, split: Any, tensor: Array, start: Any, limits: Limits) -> Fit:
@@ -135,10 +142,7 @@ def _components(
     backend, shape = algebra.backend, tensor.shape
     rank = min(rank, math.prod(shape) // max(shape))
     init = "svd" if start is None else [start[f"factor{m}"][:size, :rank] for m, size in enumerate(shape)]
-    # The tensor is that of a group, which nobody else has: a proof that is computed later keeps it without a copy.
-    fit = fit_cp(
-        backend, tensor, rank, _of_sweeps(limits), init=init, svd=algebra.svd_method, seed=algebra.seed, settled=True
-    )
+    fit = fit_cp(_truncation(algebra, tensor), tensor, rank, _sweeps(limits), init=init)
     factors = [fit.arrays[f"factor{mode}"] for mode in range(len(shape))]
     norms = [algebra.columns(factor) for factor in factors]
     units = [
@@ -160,7 +164,7 @@ def _tucker(algebra: Algebra, split: Any, tensor: Array, start: Any, limits: Lim
     possible = _possible_ranks([min(r, d) for r, d in zip(split.core, sizes, strict=True)], split.modes)
     ranks = {mode: possible[mode] for mode in split.modes}
     init = None if start is None else {m: start[f"factor{m}"][: sizes[m], : ranks[m]] for m in ranks}
-    return fit_tucker(algebra.backend, tensor, ranks, limits, init=init, svd=algebra.svd_method, seed=algebra.seed)
+    return fit_tucker(_truncation(algebra, tensor), tensor, ranks, Iteration(limits), init=init)
 
 
 def _possible_ranks(ranks: list[int], modes: list[int]) -> tuple[int, ...]:
@@ -175,9 +179,7 @@ def _possible_ranks(ranks: list[int], modes: list[int]) -> tuple[int, ...]:
 
 def _tensor_train(algebra: Algebra, split: Any, tensor: Array, start: Any, limits: Limits) -> Fit:
     ranks = [int(rank) for rank in split.ranks[1:-1]]
-    return fit_train(
-        algebra.backend, tensor, ranks, _of_sweeps(limits), svd=algebra.svd_method, seed=algebra.seed, settled=True
-    )
+    return fit_train(_truncation(algebra, tensor), tensor, ranks, _sweeps(limits))
 
 
 _SOLVERS: dict[type[Format], Callable[[Algebra, Any, Array, Any, Limits], Fit]] = {
@@ -263,8 +265,7 @@ class _Alternation:
                 break
             best = dict(arrays)
             steps.step(error)
-        history = tuple(steps.history)
-        return Fit(best, False, len(history), "alternating least squares", steps.stopped, steps.before, history)
+        return steps.fit(best, "alternating least squares", steps.before)
 
     def _solved(self, arrays: Mapping[str, Array], name: str, tol: float) -> Array:
         """Return the optimal value of one array with the others fixed."""

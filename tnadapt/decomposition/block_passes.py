@@ -19,18 +19,6 @@ from tnadapt.errors import BackendError, ShapeError
 from .fits import FitOutcome
 from .linear_algebra import kept
 
-__all__ = [
-    "OVERSAMPLED",
-    "ArrayPasses",
-    "BlockPasses",
-    "Compressed",
-    "DaskPasses",
-    "compressed",
-    "passes_over",
-    "result_dtype",
-]
-
-
 # -- Passes ------------------------------------------------------------------------------------------------------------
 
 
@@ -76,12 +64,19 @@ class BlockPasses(abc.ABC):
         """Compute the Gram matrices of unfoldings, ``x @ x.conj().T``, and the squared Frobenius norm of the tensor."""
 
     @abc.abstractmethod
-    def projected(self, factors: Mapping[int, np.ndarray]) -> np.ndarray:
-        """Multiply by the conjugate transposes of matrices of shape (d_m, r_m) along some modes, in one pass."""
+    def projections(self, sets: Sequence[Mapping[int, np.ndarray]]) -> list[np.ndarray]:
+        """Multiply by the conjugate transposes of matrices of shape (d_m, r_m) along some modes, for each set of them,
+        in one pass.
+        """
 
-    @abc.abstractmethod
+    def projected(self, factors: Mapping[int, np.ndarray]) -> np.ndarray:
+        """Compute :meth:`projections` with one set."""
+        return self.projections([factors])[0]
+
     def all_but_one(self, factors: Mapping[int, np.ndarray]) -> dict[int, np.ndarray]:
-        """Compute :meth:`projected` with all factors but one, for each of them in turn, in one pass."""
+        """Compute :meth:`projections` with all factors but one, for each of them in turn."""
+        sets = [{m: factor for m, factor in factors.items() if m != mode} for mode in factors]
+        return dict(zip(factors, self.projections(sets), strict=True))
 
     @abc.abstractmethod
     def distance(self, core: np.ndarray, factors: Sequence[np.ndarray]) -> float:
@@ -142,25 +137,17 @@ class ArrayPasses(BlockPasses):
             grams[mode] = gram
         return grams, square
 
-    def projected(self, factors: Mapping[int, np.ndarray]) -> np.ndarray:
-        projection = np.zeros([factors[m].shape[1] if m in factors else d for m, d in enumerate(self.shape)], self.wide)
+    def projections(self, sets: Sequence[Mapping[int, np.ndarray]]) -> list[np.ndarray]:
+        shape = self.shape
+        projections = [
+            np.zeros([factors[m].shape[1] if m in factors else d for m, d in enumerate(shape)], self.wide)
+            for factors in sets
+        ]
         for place, block in self._blocks():
-            rows = {mode: factor[place[mode]] for mode, factor in factors.items()}
-            projection[tuple(slice(None) if m in factors else at for m, at in enumerate(place))] += _projected(
-                block, rows
-            )
-        return projection
-
-    def all_but_one(self, factors: Mapping[int, np.ndarray]) -> dict[int, np.ndarray]:
-        projections = {}
-        for mode in factors:
-            sizes = [factors[m].shape[1] if m in factors and m != mode else d for m, d in enumerate(self.shape)]
-            projections[mode] = np.zeros(sizes, self.wide)
-        for place, block in self._blocks():
-            for mode in factors:
-                others = {m: factors[m][place[m]] for m in factors if m != mode}
-                target = tuple(slice(None) if m in others else at for m, at in enumerate(place))
-                projections[mode][target] += _projected(block, others)
+            for factors, projection in zip(sets, projections, strict=True):
+                rows = {mode: factor[place[mode]] for mode, factor in factors.items()}
+                target = tuple(slice(None) if m in factors else at for m, at in enumerate(place))
+                projection[target] += _projected(block, rows)
         return projections
 
     def distance(self, core: np.ndarray, factors: Sequence[np.ndarray]) -> float:
@@ -186,26 +173,23 @@ class DaskPasses(BlockPasses):
         self.array, self.shape, self.dtype = array, tuple(int(size) for size in array.shape), np.dtype(array.dtype)
         self.double = array.astype(self.wide)
 
-    def _with_square(self, found: dict[int, Any]) -> tuple[dict[int, np.ndarray], float]:
+    def _with_square(self, passes: dict[int, Any]) -> tuple[dict[int, np.ndarray], float]:
         import dask
 
         # Together, so that every chunk is read once.
-        arrays, square = dask.compute(found, (self.double * self.double.conj()).real.sum())
+        arrays, square = dask.compute(passes, (self.double * self.double.conj()).real.sum())
         return {mode: np.asarray(array) for mode, array in arrays.items()}, float(square)
 
     def sketches(self, tests: Mapping[int, Sequence[np.ndarray]]) -> tuple[dict[int, np.ndarray], float]:
         import dask.array as da
 
-        sketches = {}
-        for mode, matrices in tests.items():
-            axes = [m for m in range(len(self.shape)) if m != mode]
-            x = da.tensordot(self.double, da.from_array(matrices[axes[-1]], chunks=-1), axes=(axes[-1], 0))
-            for axis in reversed(axes[:-1]):
-                # The axes behind this one are the sketched mode, if it is one of them, and the components.
-                behind = (slice(None), *[None] * (x.ndim - axis - 2), slice(None))
-                x = (x * matrices[axis][behind]).sum(axis=axis)
-            sketches[mode] = x
-        return self._with_square(sketches)
+        # NumPy's functions call those of dask, which compute nothing yet.
+        return self._with_square(
+            {
+                mode: sketch_of(self.double, mode, [da.from_array(matrix, chunks=-1) for matrix in matrices])
+                for mode, matrices in tests.items()
+            }
+        )
 
     def grams(self, modes: Collection[int]) -> tuple[dict[int, np.ndarray], float]:
         import dask.array as da
@@ -216,21 +200,16 @@ class DaskPasses(BlockPasses):
             grams[mode] = da.tensordot(self.double, self.double.conj(), axes=(others, others))
         return self._with_square(grams)
 
-    def _lazy(self, factors: Mapping[int, np.ndarray]) -> Any:
-        x = self.double
-        for mode in _shrinking(factors):
-            x = self._along(x, factors[mode].conj().T, mode, factors[mode].shape[1:])
-        return x
-
-    def projected(self, factors: Mapping[int, np.ndarray]) -> np.ndarray:
-        return np.asarray(self._lazy(factors).compute())
-
-    def all_but_one(self, factors: Mapping[int, np.ndarray]) -> dict[int, np.ndarray]:
+    def projections(self, sets: Sequence[Mapping[int, np.ndarray]]) -> list[np.ndarray]:
         import dask
 
-        projections = {mode: self._lazy({m: factor for m, factor in factors.items() if m != mode}) for mode in factors}
-        (computed,) = dask.compute(projections)
-        return {mode: np.asarray(array) for mode, array in computed.items()}
+        projections = []
+        for factors in sets:
+            x = self.double
+            for mode in _shrinking(factors):
+                x = self._along(x, factors[mode].conj().T, mode, factors[mode].shape[1:])
+            projections.append(x)
+        return [np.asarray(array) for array in dask.compute(*projections)]
 
     def distance(self, core: np.ndarray, factors: Sequence[np.ndarray]) -> float:
         import dask.array as da
@@ -254,7 +233,7 @@ def passes_over(array: Any, memory: int) -> BlockPasses:
     return ArrayPasses(array, memory) if isinstance(array, np.memmap) else DaskPasses(array)
 
 
-def sketch_of(block: np.ndarray, mode: int, tests: Sequence[np.ndarray]) -> np.ndarray:
+def sketch_of(block: Any, mode: int, tests: Sequence[Any]) -> Any:
     """Multiply an unfolding by the Khatri-Rao product of the other modes' matrices, without forming that."""
     axes = [m for m in range(block.ndim) if m != mode]
     sketch = np.tensordot(block, tests[axes[-1]], axes=(axes[-1], 0))

@@ -22,123 +22,19 @@ from tnadapt.backends import Array, Backend
 from ._least_squares import Descent, damped_gauss_newton
 from .fits import Callback, Fit, Iteration, Limits
 
-__all__ = [
-    "ObservedElements",
-    "affordable",
-    "all_places",
-    "complete",
-    "double_on_host",
-    "fit_observed",
-    "moved",
-    "random_start",
-    "refinable",
-    "sweeps_on_observed",
-    "unobserved",
-]
-
-
 Arrays = dict[str, np.ndarray]
 
-# Sweeps from each start before Gauss-Newton.
-_SWEEPS = 5
 _SWEPT = "alternating least squares"
 
 
-def complete(
-    splits: Sequence[Format],
-    tensor: np.ndarray,
-    weights: np.ndarray,
-    *,
-    terms: int = 1,
-    hadamard: bool = False,
-    start: Mapping[str, np.ndarray] | None = None,
-    starts: int = 8,
-    seed: int = 0,
-    limits: Limits | None = None,
-    watch: Callback = lambda *_: None,
-) -> Fit:
-    """Fit a format, or a sum of products of several, to the elements of a tensor whose weight is not zero.
-
-    Parameters
-    ----------
-    splits : sequence of Format
-        One format of the tensor's sizes; or several, whose Kronecker product is the tensor: their sizes multiply to at
-        least the tensor's in each mode.
-    tensor : ndarray, shape (d_1, …, d_M)
-        Real or complex. Elements of weight zero are not read.
-    weights : ndarray, shape (d_1, …, d_M)
-        Nonnegative weights of the squared errors, or a mask: True where an element is observed. In each mode, every
-        index should have an observed element; see :func:`unobserved`.
-    terms : int
-        Number of products in the sum.
-    hadamard : bool
-        Whether several splits are multiplied element by element.
-    start : mapping of str to ndarray, optional
-        Initial arrays, by the names of the result: ``"factor0"`` for a single split of a single term, otherwise
-        ``"term0.split0.factor0"``.
-    starts : int
-        The most random starts, in addition to ``start``; more than one only for small problems.
-    seed : int
-        Of the random starts.
-    limits : Limits, optional
-        Of each descent.
-    watch : callable
-        Called with the number and the relative error of each step; stops if it returns True.
-
-    Returns
-    -------
-    Fit
-        With the error of the observed elements.
-
-    Examples
-    --------
-    >>> from tnadapt.algebra.formats import CP
-    >>> rng = np.random.default_rng(0)
-    >>> full = np.einsum("ar,br,cr->abc", *(rng.normal(size=(size, 2)) for size in (6, 7, 8)))
-    >>> mask = rng.random(full.shape) < 0.5
-    >>> fit = complete([CP(full.shape, 2)], np.where(mask, full, np.nan), mask, limits=Limits(1e-12, 100))
-    >>> completed = np.einsum("ar,br,cr->abc", *fit.arrays.values())
-    >>> bool(np.allclose(completed, full)), fit.converged
-    (True, True)
-    """
-    limits = limits or Limits()
-    known = np.flatnonzero(weights)
-    prefixes = (
-        [[""]]
-        if terms == len(splits) == 1
-        else [[f"term{term}.split{k}." for k in range(len(splits))] for term in range(terms)]
-    )
-    places = _places(splits, tensor.shape, known, hadamard)
-    elements = ObservedElements(splits, prefixes, places)
-    wanted = np.asarray(tensor).reshape(-1)[known]
-    known_weights = np.asarray(weights, np.float64).reshape(-1)[known]
-    norm = float(np.linalg.norm(wanted * np.sqrt(known_weights)))
-    if norm == 0.0:
-        zeros = {name: np.zeros(shape, wanted.dtype) for name, shape in elements.shapes.items()}
-        return Fit(zeros, True, 0, _SWEPT, error=0.0)
-    rng, small = np.random.RandomState(seed % (1 << 32)), affordable(elements) > 0
-    few = limits._replace(iterations=min(limits.iterations, _SWEEPS))
-
-    def begun() -> Iterator[Mapping[str, np.ndarray]]:
-        if start is not None:
-            yield start
-        for _ in range(starts if small else start is None):
-            yield random_start(elements, rng, float(np.linalg.norm(wanted)), np.result_type(wanted.dtype, np.float64))
-
-    if not small:
-        return sweeps_on_observed(elements, wanted, next(begun()), Iteration(limits, watch), np.sqrt(known_weights))
-    swept = (
-        sweeps_on_observed(elements, wanted, each, Iteration(few), np.sqrt(known_weights)).arrays for each in begun()
-    )
-    return fit_observed(elements, wanted, swept, limits, weights=known_weights, watch=watch)
-
-
-def _places(
+def places_in_splits(
     splits: Sequence[Format], shape: Sequence[int], known: np.ndarray, hadamard: bool
 ) -> list[Sequence[np.ndarray]]:
+    """Return for each split the indices of elements of their product, which are given by their places in it."""
     modes = np.unravel_index(known, tuple(shape))
     if hadamard or len(splits) == 1:
         return [modes] * len(splits)
+    # In each mode the index is a K-digit number with one digit per split, most significant first.
     digits = [np.unravel_index(place, [split.sizes[mode] for split in splits]) for mode, place in enumerate(modes)]
     return [[each[k] for each in digits] for k in range(len(splits))]
 
@@ -318,14 +214,7 @@ class ObservedElements:
     def of_network(cls, network: Network, flat: np.ndarray | None = None) -> ObservedElements:
         """Return elements of a network's vector; by default all of it."""
         flat = np.arange(network.size) if flat is None else flat
-        modes = np.unravel_index(flat, network.sizes)
-        if not network.kronecker or len(network.splits) == 1:
-            return cls(network.splits, network.prefixes, [modes] * len(network.splits), network.scale)
-        # In each mode the index is a K-digit number with one digit per split, most significant first.
-        digits = [
-            np.unravel_index(place, [split.sizes[mode] for split in network.splits]) for mode, place in enumerate(modes)
-        ]
-        places = [[each[k] for each in digits] for k in range(len(network.splits))]
+        places = places_in_splits(network.splits, network.sizes, flat, not network.kronecker)
         return cls(network.splits, network.prefixes, places, network.scale)
 
     # -- Parameters as one vector ----------------------------------------------------------------
@@ -446,6 +335,11 @@ def double_on_host(backend: Backend, x: Array) -> np.ndarray:
     return host.astype(np.result_type(host.dtype, np.float64))
 
 
+def arrays_on_host(backend: Backend, arrays: Mapping[str, Array]) -> Arrays:
+    """Return arrays in NumPy, in double precision, real or complex."""
+    return {name: double_on_host(backend, array) for name, array in arrays.items()}
+
+
 def unobserved(mask: np.ndarray) -> tuple[int, int] | None:
     """Return a mode and an index in it of which no element is observed; None if there is none.
 
@@ -478,11 +372,7 @@ _RIDGE = 1e-12
 
 
 def sweeps_on_observed(
-    elements: ObservedElements,
-    wanted: np.ndarray,
-    start: Mapping[str, np.ndarray],
-    steps: Iteration,
-    roots: np.ndarray | None = None,
+    elements: ObservedElements, wanted: np.ndarray, start: Mapping[str, np.ndarray], steps: Iteration, roots: np.ndarray
 ) -> Fit:
     """Run sweeps until the iteration stops.
 
@@ -493,7 +383,7 @@ def sweeps_on_observed(
         Not all zero.
     start : mapping of str to ndarray
     steps : Iteration
-    roots : ndarray, shape (n,), optional
+    roots : ndarray, shape (n,)
         Square roots of the weights.
 
     Returns
@@ -501,7 +391,6 @@ def sweeps_on_observed(
     Fit
         With the error of the weighted elements.
     """
-    roots = np.ones(elements.count) if roots is None else roots
     dtype = np.result_type(wanted.dtype, np.float64)
     arrays = {name: np.array(start[name], dtype) for name in elements.shapes}
     groups = {name: _by_row(rows) for name, rows in elements.rows_of_arrays().items()}
@@ -522,7 +411,7 @@ def sweeps_on_observed(
         left = residual()
         steps.step(float(np.linalg.norm(left)) / norm)
     error = steps.before if math.isfinite(steps.before) else math.inf
-    return Fit(arrays, False, len(steps.history), _SWEPT, steps.stopped, error, tuple(steps.history))
+    return steps.fit(arrays, _SWEPT, error)
 
 
 def _by_row(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -587,7 +476,7 @@ def fit_observed(
     starts: Iterable[Mapping[str, np.ndarray]],
     limits: Limits,
     *,
-    weights: np.ndarray | None = None,
+    roots: np.ndarray | None = None,
     watch: Callback = lambda *_: None,
 ) -> Fit:
     """Fit arrays to observed elements from each of several starts, until one reaches zero or three reach one optimum.
@@ -601,8 +490,8 @@ def fit_observed(
         Each is made when it is needed; at least one.
     limits : Limits
         Of each descent. All descents together take a bounded number of steps, fewer for larger problems.
-    weights : ndarray, shape (n,), optional
-        Nonnegative weights of the squared errors.
+    roots : ndarray, shape (n,), optional
+        Square roots of the weights of the squared errors.
     watch : callable
         Called with the number of each step and the least relative error so far; stops all descents if it returns True.
 
@@ -611,7 +500,7 @@ def fit_observed(
     Fit
         The best descent's.
     """
-    problem = _Weighted(elements, wanted, weights)
+    problem = _Weighted(elements, wanted, roots)
     best: Descent | None = None
     agreeing, seen = 0, _BestSoFar(watch)
     left = min(max(affordable(elements), _FEW), _DESCENTS * limits.iterations)
@@ -657,10 +546,9 @@ class _BestSoFar:
 class _Weighted:
     """The residual of weighted elements, and its Jacobian."""
 
-    def __init__(self, elements: ObservedElements, wanted: np.ndarray, weights: np.ndarray | None) -> None:
+    def __init__(self, elements: ObservedElements, wanted: np.ndarray, roots: np.ndarray | None) -> None:
         self.elements, self.kind = elements, np.result_type(wanted.dtype, np.float64)
-        self.roots = None if weights is None else np.sqrt(np.asarray(weights, np.float64))
-        self.wanted = wanted if self.roots is None else wanted * self.roots
+        self.roots, self.wanted = roots, wanted if roots is None else wanted * roots
         self.norm, self.eps = float(np.linalg.norm(self.wanted)), float(np.finfo(self.kind).eps)
 
     def residual(self, vec: np.ndarray) -> np.ndarray:

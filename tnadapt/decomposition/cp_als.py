@@ -19,8 +19,8 @@ from tnadapt.algebra.products import contracted, hadamard_tensor, khatri_rao, un
 from tnadapt.backends import Array, Backend, load_backend
 
 from .completion import ObservedElements, all_places, double_on_host, fit_observed, refinable
-from .fits import Callback, Fit, Iteration, Limits
-from .linear_algebra import Algebra, MatrixTruncation, norm_of, on_host
+from .fits import Fit, Iteration, Limits
+from .linear_algebra import Algebra, MatrixTruncation, Triplets, norm_of, on_host
 
 __all__ = ["CPSweeps", "fit_cp"]
 
@@ -44,29 +44,25 @@ _ROUNDING, _SAME = 64.0, 1e-7
 
 
 def fit_cp(
-    backend: Backend,
+    truncation: MatrixTruncation,
     tensor: Array,
     rank: int,
-    limits: Limits,
+    steps: Iteration,
     *,
     init: str | Sequence[Array] = "svd",
     fixed: Collection[int] = (),
     starts: int | None = None,
-    svd: str = "auto",
-    seed: int = 0,
-    settled: bool = False,
-    callback: Callback | None = None,
 ) -> Fit:
     """Fit a sum of outer products to a tensor.
 
     Parameters
     ----------
-    backend : Backend
+    truncation : MatrixTruncation
+        For matrices like the tensor.
     tensor : array, shape (d_1, …, d_M)
         Real or complex.
     rank : int
-    limits : Limits
-        Of each start.
+    steps : Iteration
     init : {"svd", "random"} or sequence of array
         Singular vectors with a little noise, and Gauss-Newton where sweeps from them crawl; random factors; or given
         ones.
@@ -75,20 +71,15 @@ def fit_cp(
     starts : int, optional
         Number of starts, the first by ``init`` and the others random, each followed to its end. By default 1, but for a
         small tensor and ``"svd"`` 3, of which the others are given up where they would not become the best.
-    svd, seed
-        As for :func:`tnadapt.decompose`.
-    settled : bool
-        Whether nobody else can change the tensor later.
-    callback : callable, optional
 
     Returns
     -------
     Fit
         Arrays ``factor0``, …; of a matrix also ``weights``.
     """
-    shape = tuple(int(size) for size in tensor.shape)
+    backend, shape = truncation.backend, tuple(int(size) for size in tensor.shape)
     if len(shape) == 2 and not fixed:
-        return _of_matrix(backend, tensor, rank, MatrixTruncation(backend, tensor, svd, seed, settled=settled))
+        return _of_matrix(truncation, tensor, rank)
     if (norm := norm_of(backend, tensor)) == 0.0:
         zeros = {f"factor{mode}": backend.zeros((size, rank), like=tensor) for mode, size in enumerate(shape)}
         return Fit(zeros, True, 0, "zero", error=0.0)
@@ -98,18 +89,19 @@ def fit_cp(
             return {"factor0": backend.reshape(vector, (-1, 1))}
 
         return Fit(column(tensor), True, 0, "exact", closed=column)
-    search = _CPSearch(backend, tensor, rank, norm, limits, init, fixed, MatrixTruncation(backend, tensor, svd, seed))
-    return search.fit(starts, Iteration(limits, callback))
+    return _CPSearch(truncation, tensor, rank, norm, steps, init, fixed).fit(starts)
 
 
-def _of_matrix(backend: Backend, matrix: Array, rank: int, truncation: MatrixTruncation) -> Fit:
-    def closed(matrix: Array) -> dict[str, Array]:
-        triplets = truncation.to_rank(matrix, rank)
-        return {"weights": triplets.s, "factor0": triplets.u, "factor1": backend.matrix_transpose(triplets.vh)}
+def _of_matrix(truncation: MatrixTruncation, matrix: Array, rank: int) -> Fit:
+    def named(triplets: Triplets) -> dict[str, Array]:
+        factor1 = truncation.backend.matrix_transpose(triplets.vh)
+        return {"weights": triplets.s, "factor0": triplets.u, "factor1": factor1}
 
-    u, s, vh, exact = truncation.to_rank(matrix, rank)
-    arrays = {"weights": s, "factor0": u, "factor1": backend.matrix_transpose(vh)}
-    return Fit(arrays, exact, 0, "SVD" if exact is not False else "randomized SVD", closed=closed)
+    triplets = truncation.to_rank(matrix, rank)
+    method = "SVD" if triplets.exact is not False else "randomized SVD"
+    return Fit(
+        named(triplets), triplets.exact, 0, method, closed=lambda matrix: named(truncation.to_rank(matrix, rank))
+    )
 
 
 class _CPSearch:
@@ -117,28 +109,28 @@ class _CPSearch:
 
     def __init__(
         self,
-        backend: Backend,
+        truncation: MatrixTruncation,
         tensor: Array,
         rank: int,
         norm: float,
-        limits: Limits,
+        steps: Iteration,
         init: str | Sequence[Array],
         fixed: Collection[int],
-        truncation: MatrixTruncation,
     ) -> None:
-        self.backend, self.tensor, self.norm, self.limits = backend, tensor, norm, limits
-        self.init, self.truncation = init, truncation
-        self.sweeps = CPSweeps(backend, tensor, fixed)
+        self.backend, self.tensor, self.norm = truncation.backend, tensor, norm
+        self.steps, self.limits, self.init, self.truncation = steps, steps.limits, init, truncation
+        self.sweeps = CPSweeps(self.backend, tensor, fixed)
         # With this rank every tensor can be represented exactly; more components would only slow convergence.
         self.rank = min(rank, math.prod(self.sweeps.sizes) // max(self.sweeps.sizes))
         self.rng = np.random.RandomState(truncation.seed % (1 << 32))
 
-    def fit(self, starts: int | None, steps: Iteration) -> Fit:
+    def fit(self, starts: int | None) -> Fit:
         """Run sweeps from each start, and Gauss-Newton from the first whose sweeps crawl near an exact answer."""
+        steps = self.steps
         automatic = isinstance(self.init, str) and self.init == "svd"
         if automatic and self.rank == 1 and self.truncation.algebra is not None:
             factors, error = nearest_rank_one(self.truncation.algebra, self.tensor, steps)
-            return self._fit(factors, error, "power iteration", steps.stopped, steps)
+            return self._fit(factors, error, "power iteration", steps.stopped)
         small = math.prod(self.sweeps.sizes) <= _SMALL and self.limits.iterations > _FEW_SWEEPS
         tries = starts or (_STARTS if automatic and small else 1)
         best, best_stopped = None, ""
@@ -147,7 +139,7 @@ class _CPSearch:
             for most, least in _CRAWLS:
                 run.advance(most)
                 if automatic and not number and not steps.stopped and self._crawls(steps.history, least):
-                    return self._refined(run, steps)
+                    return self._refined(run)
             if starts or best is None:
                 run.advance(self.limits.iterations)
             while best is not None and not steps.stopped and run.reaches(best.error, self.limits.iterations):
@@ -158,11 +150,11 @@ class _CPSearch:
                 best_stopped = steps.stopped
                 break
         assert best is not None
-        return self._fit(best.factors, best.error / self.norm, "ALS", best_stopped, steps)
+        return self._fit(best.factors, best.error / self.norm, "ALS", best_stopped)
 
-    def _fit(self, factors: Sequence[Array], error: float, method: str, stopped: str, steps: Iteration) -> Fit:
+    def _fit(self, factors: Sequence[Array], error: float, method: str, stopped: str) -> Fit:
         arrays = {f"factor{mode}": factor for mode, factor in enumerate(factors)}
-        return Fit(arrays, False, len(steps.history), method, stopped, error, tuple(steps.history))
+        return self.steps.fit(arrays, method, error)._replace(stopped=stopped)
 
     def _crawls(self, history: Sequence[float], least: float) -> bool:
         """Return whether sweeps crawl where there may be an exact answer that Gauss-Newton can reach."""
@@ -171,12 +163,13 @@ class _CPSearch:
         near = _ROUNDING * self.sweeps.epsilon < error <= _NEAR
         return crawls and near and refinable(CP(self.sweeps.sizes, self.rank))
 
-    def _refined(self, run: _Run, steps: Iteration) -> Fit:
+    def _refined(self, run: _Run) -> Fit:
         """Run Gauss-Newton from the factors that sweeps have reached, and from those of other starts after a few.
 
         Sweeps make fast progress at first, and then crawl where components are nearly collinear; Gauss-Newton does not.
         """
-        backend, few = self.backend, Limits(self.limits.tol, min(self.limits.iterations, _SWEEPS))
+        backend, steps = self.backend, self.steps
+        few = Limits(self.limits.tol, min(self.limits.iterations, _SWEEPS))
 
         def begun() -> Iterator[Mapping[str, np.ndarray]]:
             for number in range(1 + _OTHER_STARTS):
@@ -192,31 +185,28 @@ class _CPSearch:
         refined = fit_observed(elements, wanted, begun(), self.limits, watch=lambda _, error: steps.note(error))
         stopped = steps.stopped or refined.stopped
         if not refined.error < run.error / self.norm:
-            return self._fit(run.factors, run.error / self.norm, "ALS", stopped, steps)
+            return self._fit(run.factors, run.error / self.norm, "ALS", stopped)
         dtype, device = backend.dtype_name(self.tensor), backend.device(self.tensor)
         factors = [backend.asarray(np.ascontiguousarray(x), dtype, device) for x in refined.arrays.values()]
-        return self._fit(factors, refined.error, "ALS, Gauss-Newton", stopped, steps)
+        return self._fit(factors, refined.error, "ALS, Gauss-Newton", stopped)
 
     def _start(self, number: int) -> list[Array]:
         """Return the factors of a start: the first one by ``init``, the others random."""
         backend, sizes, rank = self.backend, self.sweeps.sizes, self.rank
         if not isinstance(self.init, str):
             return [
-                factor if not number or mode in self.sweeps.fixed else self._normal(sizes[mode], rank)
+                factor if not number or mode in self.sweeps.fixed else self._random("normal", sizes[mode], rank)
                 for mode, factor in enumerate(self.init)
             ]
         if number or self.init == "random":
-            return [self._normal(size, rank) for size in sizes]
+            return [self._random("normal", size, rank) for size in sizes]
         factors = []
         for mode, size in enumerate(sizes):
-            columns = self.truncation.left_to_rank(unfolded(backend, self.tensor, mode), rank).u
+            columns = self.truncation.left(unfolded(backend, self.tensor, mode), rank)
             if (missing := rank - int(columns.shape[1])) > 0:
                 columns = backend.concat([columns, self._random("uniform", size, missing)], axis=1)
-            factors.append(columns + self._normal(size, rank) * (_MOVED / math.sqrt(size)))
+            factors.append(columns + self._random("normal", size, rank) * (_MOVED / math.sqrt(size)))
         return factors
-
-    def _normal(self, size: int, columns: int) -> Array:
-        return self._random("normal", size, columns)
 
     def _random(self, kind: str, size: int, columns: int) -> Array:
         dtype, device = self.backend.dtype_name(self.tensor), self.backend.device(self.tensor)
@@ -250,8 +240,7 @@ class CPSweeps:
     def __init__(self, backend: Backend, tensor: Array, fixed: Collection[int] = ()) -> None:
         self.backend, self.fixed = backend, frozenset(fixed)
         self.sizes = [int(size) for size in tensor.shape]
-        halves = [math.prod(self.sizes[:m]) + math.prod(self.sizes[m:]) for m in range(1, len(self.sizes))]
-        cut = 1 + halves.index(min(halves))
+        cut = _cut(self.sizes)
         self.halves = [list(range(cut)), list(range(cut, len(self.sizes)))]
         self.epsilon = float(np.finfo(backend.dtype_name(tensor)).eps)
         self.complex = backend.is_complex(tensor)
@@ -356,6 +345,11 @@ class CPSweeps:
             system = system + ridge * eye
         transposed = backend.matrix_transpose
         return transposed(backend.solve(transposed(system), transposed(right)))
+
+
+def _cut(sizes: Sequence[int]) -> int:
+    """Return the mode that begins the second half, where the halves together have the fewest elements."""
+    return min(range(1, len(sizes)), key=lambda m: math.prod(sizes[:m]) + math.prod(sizes[m:]))
 
 
 class _Run:
@@ -496,8 +490,7 @@ class _Powers:
 
     def __init__(self, algebra: Algebra, tensor: Array, steps: Iteration) -> None:
         self.steps, self.algebra, self.sizes = steps, algebra, [int(size) for size in tensor.shape]
-        halves = [math.prod(self.sizes[:m]) + math.prod(self.sizes[m:]) for m in range(1, len(self.sizes))]
-        self.cut = 1 + halves.index(min(halves))
+        self.cut = _cut(self.sizes)
         rows = math.prod(self.sizes[: self.cut])
         self.matrix = algebra.backend.reshape(tensor, (rows, math.prod(self.sizes) // rows))
         self.norm = algebra.norm(tensor)
@@ -506,9 +499,9 @@ class _Powers:
         """Return improved vectors of norm one, and the size of their outer product that is nearest to the tensor."""
         backend, cut = self.algebra.backend, self.cut
         left, right = list(vectors[:cut]), list(vectors[cut:])
-        rest = backend.matmul(self.matrix, backend.reshape(_outer(backend, right), (-1, 1)))
+        rest = backend.matmul(self.matrix, backend.reshape(outer_vector(backend, right), (-1, 1)))
         left, _ = self._half(rest, left)
-        rest = backend.matmul(backend.reshape(_outer(backend, left), (1, -1)), self.matrix)
+        rest = backend.matmul(backend.reshape(outer_vector(backend, left), (1, -1)), self.matrix)
         right, size = self._half(rest, right)
         return left + right, size
 
@@ -548,7 +541,7 @@ class _Powers:
         return vectors, size
 
 
-def _outer(backend: Array, vectors: Sequence[Array]) -> Array:
+def outer_vector(backend: Backend, vectors: Sequence[Array]) -> Array:
     """Return the outer product of vectors, flattened."""
 
     def pair(a: Array, b: Array) -> Array:

@@ -17,25 +17,10 @@ import numpy as np
 from tnadapt.backends import Array
 from tnadapt.errors import ConfigError, safe_repr
 
-__all__ = [
-    "OPEN",
-    "Claim",
-    "Contraction",
-    "Fit",
-    "FitOutcome",
-    "Iteration",
-    "Limits",
-    "Optimality",
-    "all_of",
-    "holds",
-    "limits_of",
-    "no_matrix_is_closer",
-    "smallest_within",
-    "unwatched",
-]
-
-
 # -- When an iteration stops, and why ----------------------------------------------------------------------------------
+
+
+Arrays = dict[str, Array]
 
 
 class Limits(NamedTuple):
@@ -129,6 +114,11 @@ class Iteration:
             self.stopped = "callback"
         return self.stopped == "callback"
 
+    def fit(self, arrays: Arrays, method: str, error: float = math.nan, **fields: Any) -> Fit:
+        """Return fitted arrays with the steps of all starts, and why the last start ended."""
+        history = tuple(self.history)
+        return Fit(arrays, fields.pop("optimal", False), len(history), method, self.stopped, error, history, **fields)
+
 
 def unwatched(iteration: int, error: float | None) -> None:
     """Ignore progress. A solver that is given this one computes no error that only progress would show."""
@@ -137,7 +127,6 @@ def unwatched(iteration: int, error: float | None) -> None:
 # -- What a solver returns ---------------------------------------------------------------------------------------------
 
 
-Arrays = dict[str, Array]
 #: For each array the indices of its axes, and those of the result: as ``numpy.einsum`` takes them.
 Contraction = tuple[list[list[int]], list[int]]
 #: Whether something holds: known, or proved by a function that takes longer than the fit.

@@ -13,8 +13,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from tnadapt.algebra.products import mode_product, unfolded
 from tnadapt.backends import Array, Backend
 
-from .fits import Callback, Claim, Fit, Iteration, Limits, all_of
-from .linear_algebra import Leading, MatrixTruncation, norm_of, refuse_trace
+from .fits import Fit, Iteration, all_of
+from .linear_algebra import MatrixTruncation, norm_of, refuse_trace
 
 __all__ = ["fit_tucker"]
 
@@ -24,38 +24,33 @@ _SMALL = 1 << 14
 
 
 def fit_tucker(
-    backend: Backend,
+    truncation: MatrixTruncation,
     tensor: Array,
     ranks: Mapping[int, int] | None,
-    limits: Limits,
+    steps: Iteration,
     *,
     loss: float = 0.0,
     init: Mapping[int, Array] | None = None,
     fixed: Collection[int] = (),
-    svd: str = "auto",
-    seed: int = 0,
-    callback: Callback | None = None,
 ) -> Fit:
     """Fit a core, and a matrix with orthonormal columns for each mode that has a rank.
 
     Parameters
     ----------
-    backend : Backend
+    truncation : MatrixTruncation
+        For matrices like the tensor.
     tensor : array, shape (d_1, …, d_M)
         Real or complex.
     ranks : mapping of int to int, or None
         By the modes; None for all modes, and as large as ``loss`` asks.
-    limits : Limits
-        Without iterations, the HOSVD alone.
+    steps : Iteration
+        If its limit is no iteration, the HOSVD alone.
     loss : float
         Frobenius norm that may be lost.
     init : mapping of int to array, optional
         The matrices that the iteration starts from, instead of those of the HOSVD.
     fixed : collection of int
         Modes whose matrices in ``init`` have orthonormal columns and are kept.
-    svd, seed
-        As for :func:`tnadapt.decompose`.
-    callback : callable, optional
 
     Returns
     -------
@@ -67,21 +62,15 @@ def fit_tucker(
     BackendError
         For an iteration inside a trace.
     """
-    shape = [int(size) for size in tensor.shape]
+    backend, shape = truncation.backend, [int(size) for size in tensor.shape]
     modes = list(range(len(shape)) if ranks is None else ranks)
-    truncation, exact = MatrixTruncation(backend, tensor, svd, seed), list[Claim]()
     # Modes that shrink most come first: what follows is then smaller.
     order = sorted(modes, key=lambda mode: (ranks[mode] if ranks else 1) / shape[mode])
     # With ranks of the whole tensor, an error that is allowed would be spent once for each mode and not used up.
     in_turn = ranks is None or len(shape) < 3 or math.prod(shape) > _SMALL
 
-    def truncated(matrix: Array, mode: int) -> Leading:
-        if ranks is None:
-            leading = truncation.left_to_loss(matrix, loss / math.sqrt(len(shape)))
-        else:
-            leading = truncation.left_to_rank(matrix, ranks[mode])
-        exact.append(leading.exact)
-        return leading
+    def truncated(matrix: Array, mode: int) -> Array:
+        return truncation.left(matrix, None if ranks is None else ranks[mode], loss / math.sqrt(len(shape)))
 
     def start(tensor: Array) -> tuple[Array, dict[int, Array], int]:
         if init is None:
@@ -93,22 +82,18 @@ def fit_tucker(
         return {"core": core} | {f"factor{mode}": factors[mode] for mode in modes}
 
     core, factors, lossy = start(tensor)
-    optimal = all_of(exact) if init is None else False
+    optimal = all_of(truncation.exact) if init is None else False
     factor = math.sqrt(max(1, lossy))
     moving = [mode for mode in modes if mode not in fixed and int(core.shape[mode]) < shape[mode]]
-    if not moving or not limits.iterations or (init is None and lossy <= 1):
+    if not moving or not steps.limits.iterations or (init is None and lossy <= 1):
         method = "HOSVD" if init is None else "given start"
         return Fit(
             named(core, factors), optimal, 0, method, factor=factor, closed=lambda tensor: named(*start(tensor)[:2])
         )
     refuse_trace(backend, tensor, "tucker()", "use max_iterations=0")
     ranks = {mode: int(core.shape[mode]) for mode in modes}
-    steps = Iteration(limits, callback)
     core, factors = hooi(backend, tensor, factors, moving, truncated, steps)
-    history = tuple(steps.history)
-    return Fit(
-        named(core, factors), optimal, len(history), "HOSVD, HOOI", steps.stopped, history=history, factor=factor
-    )
+    return steps.fit(named(core, factors), "HOSVD, HOOI", optimal=optimal, factor=factor)
 
 
 def projected(backend: Backend, tensor: Array, factor: Array, mode: int) -> Array:
@@ -117,11 +102,7 @@ def projected(backend: Backend, tensor: Array, factor: Array, mode: int) -> Arra
 
 
 def hosvd(
-    backend: Backend,
-    tensor: Array,
-    modes: Sequence[int],
-    truncated: Callable[[Array, int], Leading],
-    sequential: bool,
+    backend: Backend, tensor: Array, modes: Sequence[int], truncated: Callable[[Array, int], Array], sequential: bool
 ) -> tuple[Array, dict[int, Array], int]:
     """Truncate one mode after another, each of what the modes before it left, or each of the whole tensor.
 
@@ -151,7 +132,7 @@ def hosvd(
     factors, core, lossy = dict[int, Array](), tensor, 0
     for mode in modes:
         matrix = unfolded(backend, core if sequential else tensor, mode)
-        factors[mode] = truncated(matrix, mode).u
+        factors[mode] = truncated(matrix, mode)
         lossy += int(factors[mode].shape[1]) < min(int(size) for size in matrix.shape)
         core = projected(backend, core, factors[mode], mode)
     return core, factors, lossy
@@ -162,7 +143,7 @@ def hooi(
     tensor: Array,
     factors: Mapping[int, Array],
     moving: Collection[int],
-    truncated: Callable[[Array, int], Leading],
+    truncated: Callable[[Array, int], Array],
     steps: Iteration,
 ) -> tuple[Array, dict[int, Array]]:
     """Improve factors in turn, each the best with the others fixed; no sweep increases the error.
@@ -189,7 +170,7 @@ def hooi(
     while not steps.stopped:
         for mode in moving:
             others = _core(backend, tensor, factors, mode)
-            factors[mode] = truncated(unfolded(backend, others, mode), mode).u
+            factors[mode] = truncated(unfolded(backend, others, mode), mode)
             core = projected(backend, others, factors[mode], mode)
         # The factors are orthonormal, so what the core lacks is the error.
         steps.step(math.sqrt(max(0.0, 1.0 - (norm_of(backend, core) / norm) ** 2)) if norm else 0.0)

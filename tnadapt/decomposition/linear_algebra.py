@@ -12,7 +12,7 @@ import functools
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
@@ -21,26 +21,6 @@ from tnadapt.backends import Array, Backend, load_backend
 from tnadapt.errors import BackendError, ConfigError, safe_repr
 
 from .fits import Claim, no_matrix_is_closer
-
-__all__ = [
-    "SVD_METHODS",
-    "TENSORLY",
-    "Algebra",
-    "Leading",
-    "MatrixTruncation",
-    "at_size",
-    "epsilon_of",
-    "kept",
-    "leading_triplets",
-    "norm_of",
-    "on_host",
-    "power_of",
-    "refuse_trace",
-    "tensorly_on",
-    "truncated_pays",
-    "with_value",
-]
-
 
 # -- A few singular triplets of a large matrix, by ARPACK --------------------------------------------------------------
 
@@ -326,6 +306,10 @@ class Algebra:
         """Convert a NumPy array to this library, dtype and device."""
         return self.backend.asarray(np.ascontiguousarray(host), self.backend.dtype_name(self.like), self.device)
 
+    def arrays(self, host: Mapping[str, np.ndarray]) -> dict[str, Array]:
+        """Convert several NumPy arrays."""
+        return {name: self.array(array) for name, array in host.items()}
+
     @property
     def device(self) -> Any:
         """Device of the arrays."""
@@ -480,20 +464,6 @@ class Algebra:
 # SVD. Where derivatives are recorded, the triplets are the same, and their derivative is that of singular vectors.
 
 
-class Leading(NamedTuple):
-    """The leading left singular vectors of a matrix.
-
-    Attributes
-    ----------
-    u : array, shape (m, r)
-    exact : bool or function that returns one
-        Whether these are known to be the leading ones.
-    """
-
-    u: Array
-    exact: Claim
-
-
 class Triplets(NamedTuple):
     """The leading singular triplets of a matrix.
 
@@ -546,12 +516,17 @@ class MatrixTruncation:
     seed : int
     settled : bool
         Whether nobody else can change the matrices later; otherwise what a proof needs is copied.
+
+    Attributes
+    ----------
+    exact : list of (bool or function that returns one)
+        Whether the left vectors of each call are known to be the leading ones.
     """
 
     def __init__(
         self, backend: Backend, like: Array, svd: str = "auto", seed: int = 0, *, settled: bool = False
     ) -> None:
-        self.backend, self.seed = backend, seed
+        self.backend, self.seed, self.exact = backend, seed, list[Claim]()
         if svd not in SVD_METHODS:
             raise ConfigError(f"svd must be one of {', '.join(SVD_METHODS)}; got {safe_repr(svd)}")
         traced = not backend.is_concrete(like)
@@ -571,24 +546,32 @@ class MatrixTruncation:
             vh = rest / self.backend.reshape(self.backend.where(abs(s) > 0.0, s, s * 0.0 + 1.0), (-1, 1))
             return Triplets(u, s, with_value(self.backend, triplets.vh, vh), triplets.exact)
         if self.algebra is None:
-            return self._cut(*self.backend.svd(matrix), rank)
+            u, s, vh = self.backend.svd(matrix)
+            # The singular values of a complex matrix are real, but multiply complex vectors.
+            s = self.backend.astype(s[:rank], self.backend.dtype_name(u))
+            return Triplets(u[:, :rank], s, vh[:rank, :], True)
         u, values, v, exact = self.algebra.svd(matrix, rank)
         return Triplets(u, self.algebra.array(values), self.backend.matrix_transpose(v), exact)
 
-    def left_to_rank(self, matrix: Array, rank: int) -> Leading:
-        """Return at most ``rank`` left vectors."""
-        rank = min(rank, *(int(size) for size in matrix.shape))
-        if self._recorded(matrix):
-            leading = self.left_to_rank(self.backend.detached(matrix), rank)
-            return leading._replace(u=self._with_derivative(matrix, leading.u))
-        if self.algebra is None:
-            return Leading(self.backend.svd(matrix)[0][:, :rank], True)
-        return Leading(*self.algebra.left(matrix, rank))
+    def left(self, matrix: Array, rank: int | None, loss: float = 0.0) -> Array:
+        """Return at most ``rank`` left vectors; if it is None, as many as an error of at most ``loss`` takes.
 
-    def left_to_loss(self, matrix: Array, loss: float) -> Leading:
-        """Return as many left vectors as are needed for an error of at most ``loss``; not inside a trace."""
-        u, s = self.backend.svd(matrix)[:2] if self.algebra is None else self.algebra.all_left(matrix)
-        return Leading(u[:, : kept(self.backend.to_numpy(s), int(s.shape[0]), loss)], True)
+        Without a rank not inside a trace.
+        """
+        backend, exact = self.backend, cast("Claim", True)
+        if rank is None:
+            u, s = backend.svd(matrix)[:2] if self.algebra is None else self.algebra.all_left(matrix)
+            u = u[:, : kept(backend.to_numpy(s), int(s.shape[0]), loss)]
+        elif self._recorded(matrix):
+            return self._with_derivative(matrix, self.left(backend.detached(matrix), rank))
+        else:
+            rank = min(rank, *(int(size) for size in matrix.shape))
+            if self.algebra is None:
+                u = backend.svd(matrix)[0][:, :rank]
+            else:
+                u, exact = self.algebra.left(matrix, rank)
+        self.exact.append(exact)
+        return u
 
     def _recorded(self, matrix: Array) -> bool:
         return self.backend.is_concrete(matrix) and self.backend.differentiates(matrix)
@@ -610,10 +593,6 @@ class MatrixTruncation:
             return backend.asarray(gradient, dtype, backend.device(x))
 
         return backend.with_pullback(matrix, [u], pullback)[0]
-
-    def _cut(self, u: Array, s: Array, vh: Array, rank: int) -> Triplets:
-        # The singular values of a complex matrix are real, but multiply complex vectors.
-        return Triplets(u[:, :rank], self.backend.astype(s[:rank], self.backend.dtype_name(u)), vh[:rank, :], True)
 
 
 def with_value(backend: Backend, value: Array, array: Array) -> Array:

@@ -56,7 +56,8 @@ def _unfoldings(algebra: Algebra, network: Network, vec: Array) -> Iterator[tupl
         return
     tensor = backend.reshape(vec[: rows * rest], (rows, *sizes[1:]))
     if len(network.splits) == 1:
-        yield from _of_format(algebra, network, tensor)
+        for modes, rank in network.splits[0].bounded_unfoldings():
+            yield _matrix(algebra, tensor, modes), network.terms * rank
     elif network.kronecker:
         inner = [split.sizes for split in network.splits]
         if rows != sizes[0] or any(math.prod(s[m] for s in inner) != d for m, d in enumerate(sizes)):
@@ -68,11 +69,6 @@ def _unfoldings(algebra: Algebra, network: Network, vec: Array) -> Iterator[tupl
     elif len(sizes) == 2:
         # The rank of a Hadamard product is at most the product of the factors' ranks.
         yield tensor, network.terms * math.prod(split.unfolding_rank([0]) for split in network.splits)
-
-
-def _of_format(algebra: Algebra, network: Network, tensor: Array) -> Iterator[tuple[Array, int]]:
-    for modes, rank in network.splits[0].bounded_unfoldings():
-        yield _matrix(algebra, tensor, modes), network.terms * rank
 
 
 def _matrix(algebra: Algebra, tensor: Array, modes: list[int]) -> Array:

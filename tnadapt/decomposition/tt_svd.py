@@ -13,8 +13,8 @@ import numpy as np
 from tnadapt.algebra.products import tt_tensor
 from tnadapt.backends import Array, Backend
 
-from .fits import Callback, Claim, Fit, Iteration, Limits, all_of
-from .linear_algebra import Leading, MatrixTruncation, norm_of, refuse_trace
+from .fits import Fit, Iteration, all_of
+from .linear_algebra import MatrixTruncation, norm_of, refuse_trace
 
 __all__ = ["fit_train", "ring_svd", "ring_sweep"]
 
@@ -23,41 +23,33 @@ __all__ = ["fit_train", "ring_svd", "ring_sweep"]
 
 
 def fit_train(
-    backend: Backend,
+    truncation: MatrixTruncation,
     tensor: Array,
     ranks: Sequence[int] | None,
-    limits: Limits,
+    steps: Iteration,
     *,
     loss: float = 0.0,
     init: Sequence[Array] | None = None,
     fixed: Collection[int] = (),
-    svd: str = "auto",
-    seed: int = 0,
-    settled: bool = False,
-    callback: Callback | None = None,
 ) -> Fit:
     """Fit the cores of a tensor train.
 
     Parameters
     ----------
-    backend : Backend
+    truncation : MatrixTruncation
+        For matrices like the tensor.
     tensor : array, shape (d_1, …, d_M)
         Real or complex.
     ranks : sequence of int or None
         The largest rank of each bond; None for as large as ``loss`` asks.
-    limits : Limits
-        Of the sweeps; without iterations, TT-SVD alone.
+    steps : Iteration
+        The sweeps; if its limit is no iteration, TT-SVD alone.
     loss : float
         Frobenius norm that may be lost.
     init : sequence of array, optional
         The cores that the sweeps start from, instead of those of TT-SVD.
     fixed : collection of int
         Positions of the cores in ``init`` that are kept.
-    svd, seed
-        As for :func:`tnadapt.decompose`.
-    settled : bool
-        Whether nobody else can change the tensor later.
-    callback : callable, optional
 
     Returns
     -------
@@ -69,7 +61,7 @@ def fit_train(
     BackendError
         For sweeps inside a trace.
     """
-    bonds, steps = len(tensor.shape) - 1, Iteration(limits, callback)
+    backend, limits, bonds = truncation.backend, steps.limits, len(tensor.shape) - 1
     if init is not None:
         cores, method = list(init), "given start, ALS" if limits.iterations else "given start"
         if norm_of(backend, tensor) == 0.0:
@@ -78,21 +70,13 @@ def fit_train(
             cores = improved_train(backend, tensor, cores, steps, fixed)
         kept = _named(cores)
         closed = None if limits.iterations else lambda tensor: kept
-        return Fit(
-            kept, False, steps.count, method, steps.stopped or "direct", history=tuple(steps.history), closed=closed
-        )
-    truncation, exact = MatrixTruncation(backend, tensor, svd, seed, settled=settled), list[Claim]()
+        return steps.fit(kept, method, closed=closed)._replace(stopped=steps.stopped or "direct")
 
-    def truncated(matrix: Array, bond: int) -> Leading:
-        if ranks is None:
-            leading = truncation.left_to_loss(matrix, loss / math.sqrt(max(1, bonds)))
-        else:
-            leading = truncation.left_to_rank(matrix, ranks[bond])
-        exact.append(leading.exact)
-        return leading
+    def truncated(matrix: Array, bond: int) -> Array:
+        return truncation.left(matrix, None if ranks is None else ranks[bond], loss / math.sqrt(max(1, bonds)))
 
     cores, cut = tt_svd(backend, tensor, truncated)
-    known = all_of(exact)
+    known = all_of(truncation.exact)
     method, factor = "TT-SVD" if known is not False else "TT-SVD, randomized", math.sqrt(max(1, sum(cut)))
     if not limits.iterations or (sum(cut) <= 1 and known is not False):
         return Fit(
@@ -101,8 +85,7 @@ def fit_train(
         )  # fmt: skip
     refuse_trace(backend, tensor, "tensor_train(sweeps=…)", "leave sweeps out")
     cores = improved_train(backend, tensor, cores, steps)
-    history = tuple(steps.history)
-    return Fit(_named(cores), known, len(history), f"{method}, ALS", steps.stopped, history=history, factor=factor)
+    return steps.fit(_named(cores), f"{method}, ALS", optimal=known, factor=factor)
 
 
 def _named(cores: Sequence[Array]) -> dict[str, Array]:
@@ -112,9 +95,7 @@ def _named(cores: Sequence[Array]) -> dict[str, Array]:
 # -- TT-SVD ------------------------------------------------------------------------------------------------------------
 
 
-def tt_svd(
-    backend: Backend, tensor: Array, truncated: Callable[[Array, int], Leading]
-) -> tuple[list[Array], list[bool]]:
+def tt_svd(backend: Backend, tensor: Array, truncated: Callable[[Array, int], Array]) -> tuple[list[Array], list[bool]]:
     """Compute the cores of a tensor train.
 
     Parameters
@@ -140,7 +121,7 @@ def tt_svd(
     rest, rank, cores, cut = tensor, 1, list[Array](), list[bool]()
     for bond, size in enumerate(sizes[:-1]):
         matrix = backend.reshape(rest, (rank * size, math.prod(sizes[bond + 1 :])))
-        u = truncated(matrix, bond).u
+        u = truncated(matrix, bond)
         before, rank = rank, int(u.shape[1])
         cores.append(backend.reshape(u, (before, size, rank)))
         cut.append(rank < min(map(int, matrix.shape)))
@@ -349,7 +330,7 @@ def moved_right(backend: Backend, cores: list[Array], mode: int) -> None:
 _EQUAL = 1.0 - 1e-3
 
 
-def ring_svd(backend: Backend, tensor: Array, closing: int, truncated: Callable[[Array, int], Leading]) -> list[Array]:
+def ring_svd(backend: Backend, tensor: Array, closing: int, truncated: Callable[[Array, int], Array]) -> list[Array]:
     """Compute the cores of a tensor ring.
 
     Parameters
@@ -368,7 +349,7 @@ def ring_svd(backend: Backend, tensor: Array, closing: int, truncated: Callable[
     """
     sizes = [int(size) for size in tensor.shape]
     matrix = backend.reshape(tensor, (sizes[0], math.prod(sizes[1:])))
-    u = _signed(backend, truncated(matrix, 0).u)
+    u = _signed(backend, truncated(matrix, 0))
     rank = int(u.shape[1]) // closing
     core = backend.reshape(u, (sizes[0], closing, rank))
     cores = [backend.permute_dims(core, (1, 0, 2))]
@@ -377,7 +358,7 @@ def ring_svd(backend: Backend, tensor: Array, closing: int, truncated: Callable[
     rest = backend.permute_dims(rest, (1, 2, 0))
     for bond, size in enumerate(sizes[1:-1], 1):
         matrix = backend.reshape(rest, (rank * size, -1))
-        u = truncated(matrix, bond).u
+        u = truncated(matrix, bond)
         before, rank = rank, int(u.shape[1])
         cores.append(backend.reshape(u, (before, size, rank)))
         rest = backend.matmul(backend.conj(backend.matrix_transpose(u)), matrix)

@@ -7,13 +7,7 @@ slices, and adds, multiplies and rounds without forming it.
 
 from typing import TYPE_CHECKING
 
-from tnadapt.algebra.products import (
-    cp_to_tensor,
-    kron_matvec,
-    kronecker,
-    tt_to_tensor,
-    tucker_to_tensor,
-)
+from tnadapt.algebra.products import cp_to_tensor, kron_matvec, kronecker, tt_to_tensor, tucker_to_tensor
 from tnadapt.decomposition.fits import FitOutcome
 from tnadapt.lazy_names import lazy_names
 
@@ -86,17 +80,8 @@ _LAZY = {
     name: module
     for module, names in {
         "_cp_decomposition": ("cp",),
-        "_decomposed": (
-            "CPTensor",
-            "Decomposed",
-            "TuckerTensor",
-        ),
-        "_kronecker": (
-            "HadamardTensor",
-            "KroneckerTensor",
-            "hadamard_decomposition",
-            "kronecker_decomposition",
-        ),
+        "_decomposed": ("CPTensor", "Decomposed", "TuckerTensor"),
+        "_kronecker": ("HadamardTensor", "KroneckerTensor", "hadamard_decomposition", "kronecker_decomposition"),
         "_matrix_products": (
             "contract",
             "fold",
@@ -111,23 +96,9 @@ _LAZY = {
             "vec",
             "vec_to_tensor",
         ),
-        "_random_tensors": (
-            "random_cp",
-            "random_tr",
-            "random_tt",
-            "random_tt_matrix",
-            "random_tucker",
-        ),
-        "_tensor_chains": (
-            "TRTensor",
-            "TTMatrix",
-            "TTTensor",
-        ),
-        "_train_decomposition": (
-            "tensor_ring",
-            "tensor_train",
-            "tt_matrix",
-        ),
+        "_random_tensors": ("random_cp", "random_tr", "random_tt", "random_tt_matrix", "random_tucker"),
+        "_tensor_chains": ("TRTensor", "TTMatrix", "TTTensor"),
+        "_train_decomposition": ("tensor_ring", "tensor_train", "tt_matrix"),
         "_tucker_decomposition": ("tucker",),
     }.items()
     for name in names

@@ -8,31 +8,19 @@ from typing import Any
 
 from tnadapt.algebra.formats import CP
 from tnadapt.argument_checks import checks_arguments
-from tnadapt.backends import Array, get_backend
+from tnadapt.backends import Array
 from tnadapt.decomposition.cp_als import fit_cp
-from tnadapt.decomposition.fits import limits_of
-from tnadapt.errors import ConfigError, ShapeError, safe_repr
+from tnadapt.decomposition.fits import Callback, Iteration, limits_of
+from tnadapt.errors import ConfigError, ShapeError
 
-from ._decomposed import CPTensor, finished
-from ._nonnegative import constrained_modes, fit_nonnegative_cp, refuse_callback
-from ._requests import (
-    STARTS,
-    Callback,
-    Request,
-    completed,
-    hints_keywords,
-    integer_of,
-    mode_of,
-    refuse_observed,
-    requested,
-    smallest_rank,
-    useful_rank,
-)
+from . import _requests
+from ._decomposed import CPTensor, finished, smallest_rank
+from ._nonnegative import constrained_modes, fit_nonnegative_cp
 
 __all__ = ["cp"]
 
 
-@hints_keywords
+@_requests.hints_keywords
 @checks_arguments
 def cp(
     tensor: Any,
@@ -131,16 +119,15 @@ def cp(
     >>> all((factor >= 0.0).all() for factor in counts.factors), counts.outcome.method
     (True, 'non-negative HALS')
     """
-    request = requested(tensor, rank, max_error, mask=mask, weights=weights, random_state=random_state)
+    request = _requests.requested(tensor, rank, max_error, mask=mask, weights=weights, random_state=random_state)
     request.refuse_trace("cp()", "use tensor_train(), or tucker(max_iterations=0)")
-    held = {mode_of(mode, request.shape, "a mode in fixed") for mode in fixed}
+    held = _requests.kept_modes(request, init, fixed, CPTensor, "CPTensor(None, factors)")
+    if len(held) == len(request.shape):
+        raise ConfigError("fixed= keeps all modes, so that nothing is left to fit: leave out one of them")
     limits = limits_of(tol, max_iterations)
     if starts is not None:
-        starts = integer_of("starts", starts, 1, 1 << 20)
-    modes = constrained_modes(nonnegative, request) if nonnegative is not False else frozenset[int]()
-    if modes:
-        refuse_callback(callback)
-    _check_start(request, init, held)
+        starts = _requests.integer_of("starts", starts, 1, 1 << 20)
+    modes = constrained_modes(nonnegative, request, callback)
     if len(request.shape) == 2 and request.observed is None and not modes and not held:
         request = request.kept()
 
@@ -152,19 +139,15 @@ def cp(
     def fitted(rank: int) -> CPTensor:
         start = init if isinstance(init, str) else _factors(init, rank, held)
         if request.observed is not None:
-            refuse_observed(nonnegative)
+            _requests.refuse_observed(nonnegative)
             named = None if isinstance(start, str) else {f"factor{mode}": factor for mode, factor in enumerate(start)}
-            fit = completed(
-                request, [CP(request.shape, rank)], limits, callback, starts=max(starts or 1, STARTS), start=named,
-                fixed=held,
-            )  # fmt: skip
+            split, most_starts = CP(request.shape, rank), max(starts or 1, _requests.STARTS)
+            fit = _requests.completed(request, [split], limits, callback, starts=most_starts, start=named, fixed=held)
         elif modes:
             fit = fit_nonnegative_cp(request, rank, modes, start, held, starts or 1, limits)
         else:
-            fit = fit_cp(
-                request.backend, request.tensor, rank, limits, init=start, fixed=held, starts=starts,
-                seed=request.seed, settled=request.settled, callback=callback,
-            )  # fmt: skip
+            steps = Iteration(limits, callback)
+            fit = fit_cp(request.truncation(), request.tensor, rank, steps, init=start, fixed=held, starts=starts)
         if fit.error == math.inf:
             raise ShapeError(
                 f"no sweep of rank {rank} succeeded, as the equations are singular: use another init or random_state, "
@@ -172,32 +155,15 @@ def cp(
             )
         return finished(request, fit, result_of, fixed=held)
 
-    most = useful_rank(request.shape)
+    most = _requests.useful_rank(request.shape)
     if rank is None:
         assert request.max_error is not None
         return smallest_rank(fitted, request.max_error, most, request.shape, init)
-    if integer_of("rank", rank, 1) > most:
+    if _requests.integer_of("rank", rank, 1) > most:
         raise ShapeError(
             f"rank {rank} is above {most}, with which every tensor of shape {request.shape} is a CP tensor"
         )
     return fitted(int(rank))
-
-
-def _check_start(request: Request, init: Any, held: Collection[int]) -> None:
-    if not isinstance(init, CPTensor):
-        if not isinstance(init, str) or init not in ("svd", "random"):
-            raise ConfigError(f"init must be 'svd', 'random' or a CPTensor; got {safe_repr(init)}")
-        if held:
-            raise ConfigError(
-                f"fixed={sorted(held)} keeps factors of a start: give them as init=CPTensor(None, factors)"
-            )
-        return
-    if len(held) == len(request.shape):
-        raise ConfigError("fixed= keeps all modes, so that nothing is left to fit: leave out one of them")
-    get_backend(init.factors[0], request.tensor)
-    if init.shape != request.shape:
-        raise ShapeError(f"init has shape {init.shape}; expected the tensor's, {request.shape}")
-    request.refuse_recorded("init", *init.arrays)
 
 
 def _factors(init: CPTensor, rank: int, held: Collection[int]) -> list[Array]:

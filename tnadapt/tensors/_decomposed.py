@@ -6,7 +6,7 @@ import abc
 import copy
 import functools
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Self, TypeVar
 
 import numpy as np
@@ -14,25 +14,13 @@ import numpy as np
 from tnadapt.algebra.products import cp_to_tensor, hadamard_tensor, kronecker_tensor, tucker_to_tensor
 from tnadapt.argument_checks import checks_arguments
 from tnadapt.backends import Array, Backend, get_backend
-from tnadapt.decomposition.fits import OPEN, Contraction, Fit, FitOutcome, holds
+from tnadapt.decomposition.fits import OPEN, Contraction, Fit, FitOutcome, holds, smallest_within
 from tnadapt.decomposition.linear_algebra import epsilon_of, norm_of, with_value
-from tnadapt.errors import BackendError, ShapeError, safe_repr
+from tnadapt.errors import BackendError, ConfigError, ShapeError, safe_repr
 from tnadapt.report import TextTable
 
 from ._matrix_products import mode_dot, row_khatri_rao, unfold
-from ._requests import Request, alike, as_tensor, as_tensors, integer_of, mode_of, scalar_of
-
-__all__ = [
-    "CPTensor",
-    "Decomposed",
-    "FitOutcome",
-    "TuckerTensor",
-    "block_diagonal",
-    "error_of",
-    "finished",
-    "with_derivative",
-]
-
+from ._requests import Request, alike, as_tensor, as_tensors, from_lists, integer_of, mode_of, scalar_of
 
 # -- What all results share --------------------------------------------------------------------------------------------
 
@@ -112,12 +100,16 @@ class Decomposed(abc.ABC):
         """
 
     @abc.abstractmethod
-    def __add__(self, other: Any) -> Self:
-        """Add another tensor of the same form and shape, without forming either."""
+    def _sum(self, other: Self) -> Self:
+        """Add another tensor of the same shape."""
 
     @abc.abstractmethod
-    def __mul__(self, other: Any) -> Self:
-        """Multiply by a number or, element by element, by another tensor of the same form, without forming either."""
+    def _times(self, number: Any) -> Self:
+        """Multiply by a number."""
+
+    @abc.abstractmethod
+    def _product(self, other: Self) -> Self:
+        """Multiply by another tensor of the same shape, element by element."""
 
     @abc.abstractmethod
     def inner(self, other: Self) -> Array:
@@ -183,10 +175,7 @@ class Decomposed(abc.ABC):
 
     def places(self, indices: Any) -> list[np.ndarray]:
         """Return one vector of indices for each mode, from an array with one row per element."""
-        try:
-            rows = np.asarray(indices)
-        except ValueError:
-            raise ShapeError("indices are a list whose parts differ in length; expected equal lengths") from None
+        rows = from_lists(indices, "indices are")
         if rows.ndim != 2 or rows.shape[1] != self.order or rows.dtype.kind not in "iu":
             raise ShapeError(
                 f"indices must be integers of shape (n, {self.order}) for a tensor of shape {self.shape}; got "
@@ -249,6 +238,27 @@ class Decomposed(abc.ABC):
         """Attach how a decomposition found it; return the object itself."""
         self.outcome = outcome
         return self
+
+    def _is_alike(self, other: Any) -> bool:
+        """Return whether another object may be added, if it has the same shape."""
+        return isinstance(other, type(self))
+
+    def __add__(self, other: Any) -> Self:
+        """Add another tensor of the same form and shape, without forming either."""
+        if not self._is_alike(other):
+            return NotImplemented
+        self.same_shape(other)
+        return self._sum(other)
+
+    def __mul__(self, other: Any) -> Self:
+        """Multiply by a number or, element by element, by another tensor of the same form, without forming either."""
+        number = scalar_of(other)
+        if number is not None:
+            return self._times(number)
+        if not self._is_alike(other):
+            return NotImplemented
+        self.same_shape(other)
+        return self._product(other)
 
     def __sub__(self, other: Any) -> Self:
         if not isinstance(other, type(self)):
@@ -362,12 +372,9 @@ def finished(
     outcome = FitOutcome.computed_later(
         optimum, error=error, stopped=fit.stopped, history=fit.history, method=fit.method
     )
-    closed = None if fit.closed is None else functools.partial(_composed, result_of, fit.closed)
+    compute = fit.closed
+    closed = None if compute is None else lambda tensor: result_of(compute(tensor))
     return with_derivative(request, result, fit.converged, closed, fixed).with_outcome(outcome)
-
-
-def _composed(result_of: Callable[[Any], D], closed: Callable[[Array], Any], tensor: Array) -> D:
-    return result_of(closed(tensor))
 
 
 def error_of(request: Request, result: Decomposed) -> float:
@@ -420,7 +427,86 @@ def _copied(parts: Any) -> list[Any]:
     return [_copied(part) if isinstance(part, (list, tuple)) else None if part is None else part * 1 for part in parts]
 
 
+# -- The smallest rank for an error ------------------------------------------------------------------------------------
+
+
+def smallest_rank(fitted: Callable[[int], D], limit: float, most: int, shape: Sequence[int], init: Any = "svd") -> D:
+    """Return the fit of the smallest rank that is found to keep to an error.
+
+    Parameters
+    ----------
+    fitted : callable
+        Returns the fit of a rank.
+    limit : float
+        The relative error that is allowed.
+    most : int
+        The rank that represents any tensor of the shape.
+    shape : sequence of int
+    init : object
+        What the fits start from, which must be named.
+
+    Raises
+    ------
+    ConfigError
+        If a start is given, since it has one rank only.
+    ShapeError
+        If the fit of the largest rank has a larger error.
+    """
+    if not isinstance(init, str):
+        raise ConfigError("max_error= tries several ranks: use init='svd' or 'random', or give rank=")
+    best = smallest_within(fitted, lambda fit: fit.error or 0.0, limit, most)
+    if (best.error or 0.0) > limit:
+        raise ShapeError(
+            f"rank {most}, which represents any tensor of shape {tuple(shape)}, was fitted with an error of "
+            f"{best.error:.2g} only: allow a larger max_error, more max_iterations or more starts"
+        )
+    return best
+
+
 # -- CP tensors: sums of outer products of vectors ---------------------------------------------------------------------
+
+
+class _Factored(Decomposed):
+    """What CP and Tucker tensors share: weights or a core, and a matrix for each mode."""
+
+    factors: list[Array]
+    __repr__ = Decomposed.__repr__
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(int(factor.shape[0]) for factor in self.factors)
+
+    def part(self, *index: int | slice) -> Self:
+        return self._with([factor[rows] for factor, rows in zip(self.factors, self.slices(index), strict=True)])
+
+    def mode_dot(self, matrix: Any, mode: int) -> Self:
+        """Multiply by a matrix along one mode, without forming the tensor."""
+        number = mode_of(mode, self.shape)
+        return self._with(
+            [mode_dot(factor, matrix, 0) if m == number else factor for m, factor in enumerate(self.factors)]
+        )
+
+    def _with(self, factors: Sequence[Array]) -> Self:
+        """Return one with other factors."""
+        return type(self)(self[0], factors)  # type: ignore[call-arg, index]
+
+    def _pairs(self, other: Self) -> Iterator[tuple[Array, Array]]:
+        """Yield the factors of two tensors, mode by mode."""
+        return zip(self.factors, other.factors, strict=True)
+
+    def _side_by_side(self, backend: Backend, other: Self) -> list[Array]:
+        return [backend.concat(pair, axis=1) for pair in self._pairs(other)]
+
+    def _overlaps(self, backend: Backend, other: Self) -> list[Array]:
+        """Return ``Uᴴ V`` for the factors of each mode."""
+        return [backend.matmul(backend.conj(backend.matrix_transpose(u)), v) for u, v in self._pairs(other)]
+
+    def _rows(self, backend: Backend, indices: Any) -> list[Array]:
+        """Return the rows of each factor that single elements select."""
+        pairs = zip(self.factors, self.places(indices), strict=True)
+        return [
+            backend.take(factor, backend.constant(place, backend.device(factor)), axis=0) for factor, place in pairs
+        ]
 
 
 class _CPParts(NamedTuple):
@@ -428,7 +514,7 @@ class _CPParts(NamedTuple):
     factors: list[Array]
 
 
-class CPTensor(Decomposed, _CPParts):
+class CPTensor(_Factored, _CPParts):
     """A tensor ``sum_r weights[r] * outer(factors[0][:, r], …)``.
 
     Parameters
@@ -476,12 +562,6 @@ class CPTensor(Decomposed, _CPParts):
             raise ShapeError(f"CP weights have shape {tuple(weights.shape)}; expected ({arrays[0].shape[1]},)")
         return cls.of(backend, (weights, arrays))
 
-    __repr__ = Decomposed.__repr__
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(int(factor.shape[0]) for factor in self.factors)
-
     @property
     def rank(self) -> int:
         return int(self.factors[0].shape[1])
@@ -508,55 +588,32 @@ class CPTensor(Decomposed, _CPParts):
 
     def entries(self, indices: Any) -> Array:
         backend = self.backend
-        rows = [
-            backend.take(factor, backend.constant(place, backend.device(factor)), axis=0)
-            for factor, place in zip(self.factors, self.places(indices), strict=True)
-        ]
-        terms = hadamard_tensor(rows)
+        terms = hadamard_tensor(self._rows(backend, indices))
         return backend.sum(terms if self.weights is None else terms * self.weights, axis=1)
-
-    def part(self, *index: int | slice) -> Self:
-        slices = self.slices(index)
-        return type(self)(self.weights, [factor[rows] for factor, rows in zip(self.factors, slices, strict=True)])
 
     def inner(self, other: Self) -> Array:
         self.same_shape(other)
         backend = self.backend
-        products = [
-            backend.matmul(backend.conj(backend.matrix_transpose(mine)), theirs)
-            for mine, theirs in zip(self.factors, other.factors, strict=True)
-        ]
-        overlaps = hadamard_tensor(products)
+        overlaps = hadamard_tensor(self._overlaps(backend, other))
         if self.weights is not None:
             overlaps = overlaps * backend.reshape(backend.conj(self.weights), (-1, 1))
         if other.weights is not None:
             overlaps = overlaps * other.weights
         return backend.sum(backend.flatten(overlaps), axis=0)
 
-    def __add__(self, other: Any) -> Self:
-        if not isinstance(other, CPTensor):
-            return NotImplemented
-        self.same_shape(other)
-        backend = self.backend
-        factors = [
-            backend.concat([mine, theirs], axis=1) for mine, theirs in zip(self.factors, other.factors, strict=True)
-        ]
-        weights = None
+    def _sum(self, other: Self) -> Self:
+        backend, weights = self.backend, None
         if self.weights is not None or other.weights is not None:
-            weights = backend.concat([self._weights(backend), other._weights(backend)])
-        return type(self)(weights, factors)
+            weights = backend.concat([self._weights(), other._weights()])
+        return type(self)(weights, self._side_by_side(backend, other))
 
-    def __mul__(self, other: Any) -> Self:
-        number = scalar_of(other)
-        if number is not None:
-            return type(self)(self._weights(self.backend) * number, self.factors)
-        if not isinstance(other, CPTensor):
-            return NotImplemented
-        self.same_shape(other)
-        factors = [row_khatri_rao(pair) for pair in zip(self.factors, other.factors, strict=True)]
+    def _times(self, number: Any) -> Self:
+        return type(self)(self._weights() * number, self.factors)
+
+    def _product(self, other: Self) -> Self:
         backend = self.backend
-        mine, theirs = self._weights(backend), other._weights(backend)
-        return type(self)(backend.flatten(backend.reshape(mine, (-1, 1)) * theirs), factors)
+        weights = backend.flatten(backend.reshape(self._weights(), (-1, 1)) * other._weights())
+        return type(self)(weights, [row_khatri_rao(pair) for pair in self._pairs(other)])
 
     def normalized(self) -> Self:
         """Return the same tensor with factors whose columns have norm 1; the weights hold the norms.
@@ -564,7 +621,7 @@ class CPTensor(Decomposed, _CPParts):
         Columns of zeros stay, and so does the sign of a weight.
         """
         backend = self.backend
-        weights, factors = self._weights(backend), []
+        weights, factors = self._weights(), []
         for factor in self.factors:
             squares = factor * backend.conj(factor)
             real = backend.xp.real(squares) if backend.is_complex(factor) else squares
@@ -592,20 +649,14 @@ class CPTensor(Decomposed, _CPParts):
             backend.take(unit.weights, places), [backend.take(factor, places, axis=1) for factor in unit.factors]
         )
 
-    def mode_dot(self, matrix: Any, mode: int) -> Self:
-        """Multiply by a matrix along one mode, without forming the tensor."""
-        number = mode_of(mode, self.shape)
-        factors = [mode_dot(factor, matrix, 0) if m == number else factor for m, factor in enumerate(self.factors)]
-        return type(self)(self.weights, factors)
-
     def cp_copy(self) -> Self:
         """Return a copy of the object and its arrays, as the method of this name in TensorLy does."""
         return copy.deepcopy(self)
 
-    def _weights(self, backend: Backend) -> Array:
+    def _weights(self) -> Array:
         if self.weights is not None:
             return self.weights
-        return backend.zeros((self.rank,), like=self.factors[0]) + 1.0
+        return self.backend.zeros((self.rank,), like=self.factors[0]) + 1.0
 
 
 # -- Tucker tensors: a small core, multiplied by a matrix along each mode ----------------------------------------------
@@ -616,7 +667,7 @@ class _TuckerParts(NamedTuple):
     factors: list[Array]
 
 
-class TuckerTensor(Decomposed, _TuckerParts):
+class TuckerTensor(_Factored, _TuckerParts):
     """A tensor ``core x_1 factors[0] x_2 factors[1] …``.
 
     Parameters
@@ -665,12 +716,6 @@ class TuckerTensor(Decomposed, _TuckerParts):
                 )
         return cls.of(backend, (core, arrays))
 
-    __repr__ = Decomposed.__repr__
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(int(factor.shape[0]) for factor in self.factors)
-
     @property
     def rank(self) -> tuple[int, ...]:
         return tuple(int(size) for size in self.core.shape)
@@ -688,55 +733,34 @@ class TuckerTensor(Decomposed, _TuckerParts):
         return tucker_to_tensor((self.core, self.factors))
 
     def entries(self, indices: Any) -> Array:
-        backend, places = self.backend, self.places(indices)
-        count = len(places[0])
+        backend = self.backend
         values = backend.reshape(self.core, (1, *self.core.shape))
-        for factor, place in zip(self.factors, places, strict=True):
-            rows = backend.take(factor, backend.constant(place, backend.device(factor)), axis=0)
+        for factor, rows in zip(self.factors, self._rows(backend, indices), strict=True):
             # Contract the first mode that is left, batched over the elements.
             rest = tuple(values.shape)[2:]
             flat = backend.reshape(values, (values.shape[0], factor.shape[1], -1 if rest else 1))
+            count = int(rows.shape[0])
             values = backend.reshape(backend.matmul(backend.reshape(rows, (count, 1, -1)), flat), (count, *rest))
         return values
 
-    def part(self, *index: int | slice) -> Self:
-        slices = self.slices(index)
-        return type(self)(self.core, [factor[rows] for factor, rows in zip(self.factors, slices, strict=True)])
-
     def inner(self, other: Self) -> Array:
         self.same_shape(other)
-        backend = self.backend
-        moved = other.core
-        for mode, (mine, theirs) in enumerate(zip(self.factors, other.factors, strict=True)):
-            moved = mode_dot(moved, backend.matmul(backend.conj(backend.matrix_transpose(mine)), theirs), mode)
+        backend, moved = self.backend, other.core
+        for mode, overlap in enumerate(self._overlaps(backend, other)):
+            moved = mode_dot(moved, overlap, mode)
         return backend.sum(backend.flatten(backend.conj(self.core) * moved), axis=0)
 
-    def mode_dot(self, matrix: Any, mode: int) -> Self:
-        """Multiply by a matrix along one mode, without forming the tensor."""
-        number = mode_of(mode, self.shape)
-        return type(self)(
-            self.core, [mode_dot(factor, matrix, 0) if m == number else factor for m, factor in enumerate(self.factors)]
-        )
-
-    def __add__(self, other: Any) -> Self:
-        if not isinstance(other, TuckerTensor):
-            return NotImplemented
-        self.same_shape(other)
+    def _sum(self, other: Self) -> Self:
         backend = self.backend
-        factors = [
-            backend.concat([mine, theirs], axis=1) for mine, theirs in zip(self.factors, other.factors, strict=True)
-        ]
-        return type(self)(block_diagonal(backend, self.core, other.core, range(self.order)), factors)
+        core = block_diagonal(backend, self.core, other.core, range(self.order))
+        return type(self)(core, self._side_by_side(backend, other))
 
-    def __mul__(self, other: Any) -> Self:
-        number = scalar_of(other)
-        if number is not None:
-            return type(self)(self.core * number, self.factors)
-        if not isinstance(other, TuckerTensor):
-            return NotImplemented
-        self.same_shape(other)
-        factors = [row_khatri_rao(pair) for pair in zip(self.factors, other.factors, strict=True)]
-        return type(self)(kronecker_tensor(self.backend, [self.core, other.core]), factors)
+    def _times(self, number: Any) -> Self:
+        return type(self)(self.core * number, self.factors)
+
+    def _product(self, other: Self) -> Self:
+        core = kronecker_tensor(self.backend, [self.core, other.core])
+        return type(self)(core, [row_khatri_rao(pair) for pair in self._pairs(other)])
 
     def tucker_copy(self) -> Self:
         """Return a copy of the object and its arrays, as the method of this name in TensorLy does."""

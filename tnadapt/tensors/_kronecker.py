@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
-from collections.abc import Mapping, Sequence
+import operator
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -16,25 +18,12 @@ from tnadapt.algebra.products import hadamard_tensor, kron_matvec, kronecker_ten
 from tnadapt.argument_checks import checks_arguments, is_sequence
 from tnadapt.backends import Array, get_backend
 from tnadapt.decomposition import Step, decompose
-from tnadapt.decomposition.fits import Contraction, limits_of
+from tnadapt.decomposition.fits import Callback, Contraction, limits_of
 from tnadapt.errors import BackendError, ShapeError, safe_repr
 
+from . import _requests
 from ._cp_decomposition import cp
-from ._decomposed import CPTensor, Decomposed, finished, with_derivative
-from ._requests import (
-    STARTS,
-    Callback,
-    Request,
-    as_tensor,
-    as_tensors,
-    completed,
-    integer_of,
-    numeric,
-    requested,
-    scalar_of,
-    smallest_rank,
-    useful_rank,
-)
+from ._decomposed import CPTensor, Decomposed, finished, smallest_rank, with_derivative
 
 __all__ = ["HadamardTensor", "KroneckerTensor", "hadamard_decomposition", "kronecker_decomposition"]
 
@@ -87,26 +76,23 @@ class KroneckerTensor(Decomposed, _KroneckerParts):
     @checks_arguments
     def __new__(cls, weights: Any, terms: Sequence[Sequence[Any]]) -> Self:
         listed = [list(term) for term in terms]
-        flat = [array for term in listed for array in term]
-        backend, arrays = as_tensors(flat, "terms")
+        backend, arrays = _requests.as_tensors([array for term in listed for array in term], "terms")
         if weights is not None:
-            weights = as_tensor(weights, "weights")[1]
+            weights = _requests.as_tensor(weights, "weights")[1]
             get_backend(*arrays, weights)
             if tuple(weights.shape) != (len(listed),):
                 raise ShapeError(f"weights have shape {tuple(weights.shape)}; expected ({len(listed)},), one per term")
-        shapes = [tuple(int(size) for size in array.shape) for array in arrays]
-        count = len(listed[0])
-        for number, term in enumerate(listed):
-            term_shapes = shapes[number * len(term) : (number + 1) * len(term)]
-            if len(term) != count or term_shapes != shapes[:count]:
+        rest = iter(arrays)
+        listed = [[next(rest) for _ in term] for term in listed]
+        shapes = [[tuple(map(int, array.shape)) for array in term] for term in listed]
+        for number, term_shapes in enumerate(shapes):
+            if term_shapes != shapes[0]:
                 raise ShapeError(
-                    f"term {number} has factors of shapes {term_shapes}; expected {shapes[:count]}, like term 0"
+                    f"term {number} has factors of shapes {term_shapes}; expected {shapes[0]}, like term 0"
                 )
-        if len({len(shape) for shape in shapes[:count]}) > 1:
-            raise ShapeError(
-                f"factors of a Kronecker product need the same number of axes; got shapes {shapes[:count]}"
-            )
-        return cls.of(backend, (weights, [arrays[k * count : (k + 1) * count] for k in range(len(listed))]))
+        if len({len(shape) for shape in shapes[0]}) > 1:
+            raise ShapeError(f"factors of a Kronecker product need the same number of axes; got shapes {shapes[0]}")
+        return cls.of(backend, (weights, listed))
 
     __repr__ = Decomposed.__repr__
 
@@ -144,26 +130,23 @@ class KroneckerTensor(Decomposed, _KroneckerParts):
 
     def to_tensor(self) -> Array:
         backend = self.backend
-        products = [kronecker_tensor(backend, term) for term in self.scaled_terms()]
-        total = products[0]
-        for product in products[1:]:
-            total = total + product
-        return total
+        return _added(kronecker_tensor(backend, term) for term in self.scaled_terms())
 
     def entries(self, indices: Any) -> Array:
         backend, places, shapes = self.backend, self.places(indices), self.factor_shapes
+        device = backend.device(self.terms[0][0])
         # The digits of each index: one for each factor, the first factor's slowest.
         digits = [np.unravel_index(place, [shape[mode] for shape in shapes]) for mode, place in enumerate(places)]
-        total: Array = None
-        for term in self.scaled_terms():
-            values = []
-            for k, array in enumerate(term):
-                flat = np.ravel_multi_index([digit[k] for digit in digits], shapes[k])
-                vector = backend.flatten(array)
-                values.append(backend.take(vector, backend.constant(np.asarray(flat), backend.device(vector))))
-            product = hadamard_tensor(values)
-            total = product if total is None else total + product
-        return total
+        flat = [
+            backend.constant(np.asarray(np.ravel_multi_index([digit[k] for digit in digits], shape)), device)
+            for k, shape in enumerate(shapes)
+        ]
+        return _added(
+            hadamard_tensor(
+                [backend.take(backend.flatten(array), place) for array, place in zip(term, flat, strict=True)]
+            )
+            for term in self.scaled_terms()
+        )
 
     def part(self, *index: int | slice) -> Self:
         """Take a slice that is a Kronecker product: whole modes, or a range that one index of the first factor has."""
@@ -183,51 +166,41 @@ class KroneckerTensor(Decomposed, _KroneckerParts):
         return type(self)(None, terms)
 
     def inner(self, other: Self) -> Array:
-        self._same_factors(other)
-        backend = self.backend
-        total: Array = None
-        for mine in self.scaled_terms():
-            for theirs in other.scaled_terms():
-                parts = [
-                    backend.sum(backend.flatten(backend.conj(a) * b), axis=0) for a, b in zip(mine, theirs, strict=True)
-                ]
-                product = hadamard_tensor(parts)
-                total = product if total is None else total + product
-        return total
+        self.same_shape(other)
+        sum_, flatten, conj = self.backend.sum, self.backend.flatten, self.backend.conj
+        return _added(
+            hadamard_tensor([sum_(flatten(conj(a) * b), axis=0) for a, b in zip(mine, theirs, strict=True)])
+            for mine in self.scaled_terms()
+            for theirs in other.scaled_terms()
+        )
 
     def __matmul__(self, x: Any) -> Array:
         """Multiply by a vector or a matrix of columns, without forming the product (two axes only)."""
         if len(self.shape) != 2:
             raise ShapeError(f"only a matrix multiplies a vector; this is a tensor of shape {self.shape}")
-        x = numeric(get_backend(x), x, "x")
-        total: Array = None
-        for term in self.scaled_terms():
-            product = kron_matvec(term, x)
-            total = product if total is None else total + product
-        return total
+        x = _requests.numeric(get_backend(x), x, "x")
+        return _added(kron_matvec(term, x) for term in self.scaled_terms())
 
-    def __add__(self, other: Any) -> Self:
-        if not isinstance(other, KroneckerTensor):
-            return NotImplemented
-        self._same_factors(other)
+    def _sum(self, other: Self) -> Self:
         return type(self)(None, [*self.scaled_terms(), *other.scaled_terms()])
 
-    def __mul__(self, other: Any) -> Self:
-        number = scalar_of(other)
-        if number is not None:
-            return type(self)(None, [[term[0] * number, *term[1:]] for term in self.scaled_terms()])
-        if not isinstance(other, KroneckerTensor):
-            return NotImplemented
-        self._same_factors(other)
-        pairs = [(mine, theirs) for mine in self.scaled_terms() for theirs in other.scaled_terms()]
+    def _times(self, number: Any) -> Self:
+        return type(self)(None, [[term[0] * number, *term[1:]] for term in self.scaled_terms()])
+
+    def _product(self, other: Self) -> Self:
+        pairs = itertools.product(self.scaled_terms(), other.scaled_terms())
         return type(self)(None, [[a * b for a, b in zip(mine, theirs, strict=True)] for mine, theirs in pairs])
 
-    def _same_factors(self, other: KroneckerTensor) -> None:
-        self.same_shape(other)
+    def same_shape(self, other: Any) -> None:
+        super().same_shape(other)
         if other.factor_shapes != self.factor_shapes:
             raise ShapeError(
                 f"the factors have shapes {self.factor_shapes} and {other.factor_shapes}; expected the same ones"
             )
+
+
+def _added(terms: Iterable[Array]) -> Array:
+    return functools.reduce(operator.add, terms)
 
 
 # -- The nearest Kronecker product, and sums of them -------------------------------------------------------------------
@@ -296,15 +269,17 @@ def kronecker_decomposition(
     ((2, 3), (4, 2), True, True)
     """
     terms = 1 if terms is None and max_error is None else terms
-    request = requested(tensor, terms, max_error, mask=mask, weights=weights, random_state=random_state, what="terms")
+    request = _requests.requested(
+        tensor, terms, max_error, mask=mask, weights=weights, random_state=random_state, what="terms"
+    )
     request.refuse_trace("kronecker_decomposition()", "detach the tensor")
     sizes = _shapes(shapes, request.shape)
     backend = request.backend
     if request.observed is not None:
-        many = integer_of("terms", terms or 1, 1)
-        fit = completed(
+        many = _requests.integer_of("terms", terms or 1, 1)
+        fit = _requests.completed(
             request, [Dense(shape, 1) for shape in sizes], limits_of(tol, max_iterations), callback, terms=many,
-            starts=max(starts or 1, STARTS),
+            starts=max(starts or 1, _requests.STARTS),
         )  # fmt: skip
         # The arrays are in order: those of the first term, those of the second, ….
         return finished(
@@ -313,9 +288,8 @@ def kronecker_decomposition(
                 None, [list(arrays.values())[at : at + len(sizes)] for at in range(0, len(arrays), len(sizes))]
             ),
         )  # fmt: skip
-    vectors = [math.prod(shape) for shape in sizes]
-    most = math.prod(vectors) // max(vectors)
-    count = None if terms is None else min(integer_of("terms", terms, 1), most)
+    most = _requests.useful_rank([math.prod(shape) for shape in sizes])
+    count = None if terms is None else min(_requests.integer_of("terms", terms, 1), most)
     source = request.tensor if request.source is None else request.source
     cp_tensor = cp(
         rearranged(backend, source, sizes), count, max_error=max_error, starts=starts,
@@ -330,7 +304,7 @@ def kronecker_decomposition(
 
 def _shapes(shapes: Any, whole: tuple[int, ...]) -> list[tuple[int, ...]]:
     try:
-        sizes = [tuple(integer_of("a size in shapes", size, 1) for size in shape) for shape in shapes]
+        sizes = [tuple(_requests.integer_of("a size in shapes", size, 1) for size in shape) for shape in shapes]
     except TypeError:
         raise ShapeError(f"shapes must be a list of shapes, one for each factor; got {safe_repr(shapes)}") from None
     if not sizes:
@@ -433,15 +407,13 @@ class HadamardTensor(Decomposed, _HadamardParts):
         self.same_shape(other)
         return self.to_cp().inner(other.to_cp())
 
-    def __add__(self, other: Any) -> Self:
+    def _sum(self, other: Self) -> Any:
         return NotImplemented
 
-    def __mul__(self, other: Any) -> Self:
-        number = scalar_of(other)
-        if number is not None:
-            return type(self)([self.parts[0] * number, *self.parts[1:]])
-        if not isinstance(other, HadamardTensor):
-            return NotImplemented
+    def _times(self, number: Any) -> Self:
+        return type(self)([self.parts[0] * number, *self.parts[1:]])
+
+    def _product(self, other: Self) -> Self:
         return type(self)([*self.parts, *other.parts])
 
 
@@ -515,52 +487,44 @@ def hadamard_decomposition(
     >>> hadamard_decomposition(tensor, max_error=1e-6).rank
     (1, 1)
     """
-    request = requested(tensor, rank, max_error, mask=mask, weights=weights, random_state=random_state)
+    request = _requests.requested(tensor, rank, max_error, mask=mask, weights=weights, random_state=random_state)
     request.refuse_trace("hadamard_decomposition()", "detach the tensor")
     if request.backend.is_complex(request.tensor):
         raise BackendError(
             f"hadamard_decomposition() needs a real tensor; got {request.backend.dtype_name(request.tensor)}: "
             "decompose its real and imaginary parts, or use cp()"
         )
-    parts, shape = integer_of("parts", parts, 1), request.shape
+    parts, shape = _requests.integer_of("parts", parts, 1), request.shape
     if len(shape) > MAX_ORDER:
         raise ShapeError(f"the tensor has {len(shape)} modes; hadamard_decomposition() takes at most {MAX_ORDER}")
 
-    def fitted(one: int) -> HadamardTensor:
-        return _fitted(request, one, parts, tol, max_iterations, callback)
-
-    if rank is not None:
-        return fitted(integer_of("rank", rank, 1))
-    assert request.max_error is not None
-    return smallest_rank(fitted, request.max_error, useful_rank(shape), shape)
-
-
-def _fitted(
-    request: Request, rank: int, parts: int, tol: float, max_iterations: int, callback: Callback | None
-) -> HadamardTensor:
-    """Return the fit of one rank."""
-    shape, limits = request.shape, limits_of(tol, max_iterations)
-    if parts > 64 or rank > math.prod(shape):
-        raise ShapeError(f"{parts} parts of rank {rank} are more than a tensor of shape {shape} can use")
+    limits = limits_of(tol, max_iterations)
 
     def result_of(arrays: Mapping[str, Array]) -> HadamardTensor:
         factors, each = list(arrays.values()), len(shape)
         return HadamardTensor([CPTensor(None, factors[at : at + each]) for at in range(0, len(factors), each)])
 
-    if request.observed is not None:
-        splits = [CP(shape, rank) for _ in range(parts)]
-        return finished(request, completed(request, splits, limits, callback, hadamard=True), result_of)
-
     def on_step(step: Step) -> None:
         if callback is not None and step.error is not None:
             callback(step.iteration, step.error)
 
-    matrix = request.backend.reshape(request.tensor, (shape[0], math.prod(shape[1:])))
-    config = Config(rank=rank, order=len(shape), fold=shape, groups=1, format="cp")
-    if parts > 1:
-        config = config.replace(splits=parts, combine="hadamard", leading="same")
-    params, report = decompose(
-        [matrix], config, tol=tol, max_iterations=max_iterations, seed=request.seed, progress=on_step
-    )
-    (group,) = report.groups
-    return with_derivative(request, result_of(params), group.converged).with_outcome(group)
+    def fitted(rank: int) -> HadamardTensor:
+        if parts > 64 or rank > math.prod(shape):
+            raise ShapeError(f"{parts} parts of rank {rank} are more than a tensor of shape {shape} can use")
+        if request.observed is not None:
+            splits = [CP(shape, rank) for _ in range(parts)]
+            return finished(request, _requests.completed(request, splits, limits, callback, hadamard=True), result_of)
+        matrix = request.backend.reshape(request.tensor, (shape[0], math.prod(shape[1:])))
+        config = Config(rank=rank, order=len(shape), fold=shape, groups=1, format="cp")
+        if parts > 1:
+            config = config.replace(splits=parts, combine="hadamard", leading="same")
+        params, report = decompose(
+            [matrix], config, tol=tol, max_iterations=max_iterations, seed=request.seed, progress=on_step
+        )
+        (group,) = report.groups
+        return with_derivative(request, result_of(params), group.converged).with_outcome(group)
+
+    if rank is not None:
+        return fitted(_requests.integer_of("rank", rank, 1))
+    assert request.max_error is not None
+    return smallest_rank(fitted, request.max_error, _requests.useful_rank(shape), shape)

@@ -15,22 +15,6 @@ from tnadapt.errors import ShapeError, safe_repr
 
 from ._requests import alike, as_tensor, as_tensors, integer_of, mode_of, numeric
 
-__all__ = [
-    "contract",
-    "fold",
-    "inner",
-    "khatri_rao",
-    "mode_dot",
-    "multi_mode_dot",
-    "outer",
-    "row_khatri_rao",
-    "tensor_to_vec",
-    "unfold",
-    "vec",
-    "vec_to_tensor",
-]
-
-
 # -- Khatri-Rao, outer and inner products, and contractions of networks ------------------------------------------------
 
 
@@ -516,10 +500,7 @@ def multi_mode_dot(
         )
     what = "one of matrices_or_vectors"
     pairs = [
-        (
-            mode_of(mode, tensor.shape),
-            numeric(get_backend(factor, what=what), factor, what),
-        )
+        (mode_of(mode, tensor.shape), numeric(get_backend(factor, what=what), factor, what))
         for place, (mode, factor) in enumerate(zip(numbers, factors, strict=True))
         if place != skip
     ]

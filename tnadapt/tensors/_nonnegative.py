@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,14 +17,14 @@ from tnadapt.errors import BackendError, ConfigError, ShapeError, safe_repr
 from ._decomposed import TuckerTensor
 from ._requests import Request, mode_of
 
-__all__ = ["constrained_modes", "fit_nonnegative_cp", "fit_nonnegative_tucker", "refuse_callback"]
+__all__ = ["constrained_modes", "fit_nonnegative_cp", "fit_nonnegative_tucker"]
 
 _WAY = "non-negative HALS"
 # A tensor has no positive element if its negative part has its norm, up to this.
 _ROUNDING = 1e-14
 
 
-def constrained_modes(nonnegative: Any, request: Request) -> frozenset[int]:
+def constrained_modes(nonnegative: Any, request: Request, callback: Any) -> frozenset[int]:
     """Return the modes whose factors must not be negative.
 
     Parameters
@@ -32,11 +32,12 @@ def constrained_modes(nonnegative: Any, request: Request) -> frozenset[int]:
     nonnegative : bool or collection of int
         True for all modes.
     request : Request
+    callback : callable or None
 
     Raises
     ------
     ConfigError
-        If it is something else.
+        If it is something else; or there is a callback, which TensorLy's iteration cannot call.
     ShapeError
         If there is no such mode.
     BackendError
@@ -57,13 +58,9 @@ def constrained_modes(nonnegative: Any, request: Request) -> frozenset[int]:
         raise BackendError("nonnegative= needs a real tensor: complex numbers are neither negative nor positive")
     request.refuse_trace("nonnegative=", "detach the tensor")
     request.refuse_recorded("with nonnegative=, the tensor", request.source)
-    return modes
-
-
-def refuse_callback(callback: Any) -> None:
-    """Raise a ConfigError if there is a callback, which TensorLy's iteration cannot call."""
     if callback is not None:
         raise ConfigError("callback= is not called with nonnegative=: read the result's history, or set max_iterations")
+    return modes
 
 
 def _not_negative(backend: Backend, array: Array, what: str) -> None:
@@ -99,73 +96,84 @@ def fit_nonnegative_cp(
     if not isinstance(start, str):
         for mode in sorted(modes):
             _not_negative(backend, start[mode], f"factor {mode} of init")
+    # TensorLy computes the error from the last mode, which must therefore be a free one.
+    order = [*sorted(fixed), *(mode for mode in range(len(shape)) if mode not in fixed)]
+    host = backend.to_numpy(request.tensor)
+    shift = _exponent(host)
+    scaled = np.ldexp(np.transpose(host, order), -shift)
+    given = None if isinstance(start, str) else [backend.to_numpy(factor) for factor in start]
     rng, best, count = np.random.default_rng(request.seed), Fit({}, False, 0, _WAY, error=math.inf), 0
     for number in range(starts):
-        begun: str | list[Array] = start if number == 0 or not isinstance(start, str) else "random"
-        if number and not isinstance(start, str):
-            begun = [factor if mode in fixed else _uniform(request, rng, factor) for mode, factor in enumerate(start)]
-        factors, errors = nonnegative_cp(
-            backend, request.tensor, rank, modes, begun, fixed, limits.tol, limits.iterations, request.seed + number
-        )
+        begun: Any = "random" if number else start
+        if given is not None:
+            if number:
+                given = [x if m in fixed else rng.random(x.shape).astype(x.dtype) for m, x in enumerate(given)]
+            begun = None, [given[mode] for mode in order[:-1]] + [np.ldexp(given[order[-1]], -shift)]
+        (weights, factors), errors = _by_tensorly(
+            "non_negative_parafac_hals", scaled, rank, begun, limits, request.seed + number,
+            fixed_modes=list(range(len(fixed))), nn_modes={order.index(mode) for mode in modes},
+        )  # fmt: skip
         count += len(errors)
         if all(np.isfinite(errors)) and errors[-1] < best.error:
-            best = _hals({f"factor{mode}": factor for mode, factor in enumerate(factors)}, errors, limits, bound)
+            factors = [*factors[:-1], np.ldexp(factors[-1] * weights, shift)]
+            arrays = {f"factor{mode}": factors[order.index(mode)] for mode in range(len(order))}
+            best = _fit(request, arrays, errors, limits, bound)
     return best._replace(iterations=count)
-
-
-def _hals(arrays: dict[str, Array], errors: Sequence[float], limits: Limits, bound: float) -> Fit:
-    stopped = "converged" if len(errors) < limits.iterations else "max_iterations"
-    return Fit(arrays, False, len(errors), _WAY, stopped, errors[-1], tuple(errors), bound=bound)
-
-
-def _uniform(request: Request, rng: np.random.Generator, like: Array) -> Array:
-    backend = request.backend
-    return backend.asarray(rng.random(tuple(like.shape)), backend.dtype_name(like), backend.device(like))
 
 
 def fit_nonnegative_tucker(request: Request, ranks: Sequence[int], init: str | TuckerTensor, limits: Limits) -> Fit:
     """Return a core and factors that are not negative."""
     backend = request.backend
-    start: str | tuple[Array, list[Array]]
-    if isinstance(init, str):
-        start = init
-    else:
+    start: Any = init
+    if not isinstance(init, str):
         if init.rank != tuple(ranks):
             raise ShapeError(f"init has ranks {init.rank}; expected {tuple(ranks)}")
         for place, array in enumerate(init.arrays):
             _not_negative(backend, array, f"factor {place - 1} of init" if place else "the core of init")
-        start = (init.core, list(init.factors))
+        start = backend.to_numpy(init.core), [backend.to_numpy(factor) for factor in init.factors]
     bound = _bound(request)
     if request.norm == 0.0 or bound >= 1.0 - _ROUNDING:
         shapes = zip(request.shape, ranks, strict=True)
         zeros = {f"factor{mode}": backend.zeros(shape, like=request.tensor) for mode, shape in enumerate(shapes)}
         return Fit({"core": backend.zeros(ranks, like=request.tensor), **zeros}, True, 0, "zero")
-    fitted = _tried(request, request.tensor, ranks, start, limits)
+    fitted = _tucker(request, request.tensor, ranks, start, limits)
     if fitted is None:
         # A core or a factor that becomes zero stays so; one that fits the positive part of the tensor does not.
         positive = backend.where(request.tensor > 0.0, request.tensor, request.tensor * 0.0)
-        begun = _tried(request, positive, ranks, start, limits)
-        fitted = None if begun is None else _tried(request, request.tensor, ranks, begun[:2], limits)
+        begun = _tucker(request, positive, ranks, start, limits)
+        fitted = None if begun is None else _tucker(request, request.tensor, ranks, begun[0], limits)
     if fitted is None:
         raise ShapeError("the iteration failed, as its equations are singular: use another init or smaller ranks")
-    core, factors, errors = fitted
+    (core, factors), errors = fitted
     arrays = {"core": core} | {f"factor{mode}": factor for mode, factor in enumerate(factors)}
-    return _hals(arrays, errors, limits, bound)
+    return _fit(request, arrays, errors, limits, bound)
 
 
-def _tried(
-    request: Request,
-    tensor: Array,
-    ranks: Sequence[int],
-    start: str | tuple[Array, list[Array]],
-    limits: Limits,
-) -> tuple[Array, list[Array], list[float]] | None:
-    """Return a core, factors and errors; None if the equations are singular."""
+def _tucker(
+    request: Request, tensor: Array, ranks: Sequence[int], start: Any, limits: Limits
+) -> tuple[tuple[np.ndarray, list[np.ndarray]], list[float]] | None:
+    """Return a core and factors, and the errors; None if the equations are singular."""
+    host = request.backend.to_numpy(tensor)
+    shift = _exponent(host)
+    if not isinstance(start, str):
+        start = np.ldexp(start[0], -shift), start[1]
     try:
-        fit = nonnegative_tucker(request.backend, tensor, ranks, start, limits.tol, limits.iterations, request.seed)
+        (core, factors), errors = _by_tensorly(
+            "non_negative_tucker_hals", np.ldexp(host, -shift), list(ranks), start, limits, request.seed
+        )
     except np.linalg.LinAlgError:
         return None
-    return fit if all(np.isfinite(fit[2])) else None
+    return ((np.ldexp(core, shift), factors), errors) if all(np.isfinite(errors)) else None
+
+
+def _fit(
+    request: Request, arrays: Mapping[str, np.ndarray], errors: Sequence[float], limits: Limits, bound: float
+) -> Fit:
+    """Return arrays of the host as a fit in the tensor's library."""
+    backend, stopped = request.backend, "converged" if len(errors) < limits.iterations else "max_iterations"
+    dtype, device = backend.dtype_name(request.tensor), backend.device(request.tensor)
+    fitted = {name: backend.asarray(array, dtype, device) for name, array in arrays.items()}
+    return Fit(fitted, False, len(errors), _WAY, stopped, errors[-1], tuple(errors), bound=bound)
 
 
 # -- Hierarchical alternating least squares, by TensorLy ---------------------------------------------------------------
@@ -180,109 +188,19 @@ def _tried(
 _NO_TOLERANCE = 1e-300
 
 
-def nonnegative_cp(
-    backend: Backend,
-    tensor: Array,
-    rank: int,
-    modes: Collection[int],
-    init: str | Sequence[Array],
-    fixed: Collection[int],
-    tol: float,
-    iterations: int,
-    seed: int,
-) -> tuple[list[Array], list[float]]:
-    """Fit factors of which those of some modes are not negative.
-
-    Parameters
-    ----------
-    backend : Backend
-    tensor : array, shape (d_1, …, d_M), M ≥ 2
-        Real.
-    rank : int
-    modes : collection of int
-        Those whose factors are not negative.
-    init : {"svd", "random"} or sequence of array
-        Singular vectors with their negative parts removed, uniform numbers, or given factors.
-    fixed : collection of int
-        Modes whose factors of ``init`` are kept.
-    tol : float
-        Stop when the relative error changes by less.
-    iterations : int
-    seed : int
-
-    Returns
-    -------
-    factors : list of array, shape (d_m, r)
-    errors : list of float
-        The relative error after each iteration.
-    """
-    # TensorLy computes the error from the last mode, which must therefore be a free one.
-    order = [*sorted(fixed), *(mode for mode in range(len(tensor.shape)) if mode not in fixed)]
-    host = backend.to_numpy(tensor)
-    shift = _exponent(host)
-    scaled = np.ldexp(np.transpose(host, order), -shift)
-    start: Any = init
-    if not isinstance(init, str):
-        start = [backend.to_numpy(init[mode]) for mode in order]
-        start = (None, [*start[:-1], np.ldexp(start[-1], -shift)])
+def _by_tensorly(
+    solver: str, tensor: np.ndarray, rank: Any, start: Any, limits: Limits, seed: int, **settings: Any
+) -> tuple[Any, list[float]]:
+    """Return what a solver finds, and the relative error after each iteration."""
     with tensorly_on(load_backend("numpy")) as tensorly, warnings.catch_warnings(), np.errstate(all="ignore"):
         warnings.simplefilter("ignore")  # of divisions by the norms of columns that became zero
-        (weights, factors), errors = tensorly.decomposition.non_negative_parafac_hals(
-            scaled, rank, n_iter_max=iterations, init=start, tol=max(tol, _NO_TOLERANCE), random_state=seed % (1 << 32),
-            fixed_modes=list(range(len(fixed))), nn_modes={order.index(mode) for mode in modes}, return_errors=True,
+        arrays, errors = getattr(tensorly.decomposition, solver)(
+            tensor, rank, n_iter_max=limits.iterations, init=start, tol=max(limits.tol, _NO_TOLERANCE),
+            random_state=seed % (1 << 32), return_errors=True, **settings,
         )  # fmt: skip
-    factors = [*factors[:-1], np.ldexp(factors[-1] * weights, shift)]
-    return _back(backend, tensor, [factors[order.index(mode)] for mode in range(len(order))]), _floats(errors)
-
-
-def nonnegative_tucker(
-    backend: Backend,
-    tensor: Array,
-    ranks: Sequence[int],
-    init: str | tuple[Array, Sequence[Array]],
-    tol: float,
-    iterations: int,
-    seed: int,
-) -> tuple[Array, list[Array], list[float]]:
-    """Fit a core and factors that are not negative.
-
-    Parameters
-    ----------
-    backend, tensor, tol, iterations, seed
-        As for :func:`nonnegative_cp`.
-    ranks : sequence of int
-    init : {"svd", "random"} or (core, factors)
-
-    Returns
-    -------
-    core : array, shape (r_1, …, r_M)
-    factors : list of array, shape (d_m, r_m)
-    errors : list of float
-    """
-    host = backend.to_numpy(tensor)
-    shift = _exponent(host)
-    start: Any = init
-    if not isinstance(init, str):
-        start = np.ldexp(backend.to_numpy(init[0]), -shift), [backend.to_numpy(factor) for factor in init[1]]
-    with tensorly_on(load_backend("numpy")) as tensorly, warnings.catch_warnings(), np.errstate(all="ignore"):
-        warnings.simplefilter("ignore")
-        (core, factors), errors = tensorly.decomposition.non_negative_tucker_hals(
-            np.ldexp(host, -shift), list(ranks), n_iter_max=iterations, init=start, tol=max(tol, _NO_TOLERANCE),
-            random_state=seed % (1 << 32), return_errors=True,
-        )  # fmt: skip
-    core, *factors = _back(backend, tensor, [np.ldexp(core, shift), *factors])
-    return core, factors, _floats(errors)
+    return arrays, [float(error) for error in errors]
 
 
 def _exponent(tensor: np.ndarray) -> int:
     """The power of two that a tensor is divided by, as TensorLy's thresholds are absolute."""
     return math.frexp(float(np.max(np.abs(tensor))))[1]
-
-
-def _back(backend: Backend, like: Array, arrays: Sequence[np.ndarray]) -> list[Array]:
-    dtype, device = backend.dtype_name(like), backend.device(like)
-    return [backend.asarray(array, dtype, device) for array in arrays]
-
-
-def _floats(errors: Sequence[Any]) -> list[float]:
-    return [float(error) for error in errors]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from tnadapt.backends import Array, load_backend
 from tnadapt.errors import ConfigError, ShapeError, safe_repr
 
 from ._decomposed import CPTensor, TuckerTensor
-from ._requests import integer_of, ranks_of
+from ._requests import integer_of, ranks_of, ring_bonds, train_bonds
 from ._tensor_chains import TRTensor, TTMatrix, TTTensor
 
 __all__ = ["random_cp", "random_tr", "random_tt", "random_tt_matrix", "random_tucker"]
@@ -61,8 +61,6 @@ def _normal(random_state: Any, backend: str, dtype: str, device: Any) -> Callabl
 
 
 def _shape(shape: Sequence[int]) -> tuple[int, ...]:
-    if not isinstance(shape, Iterable):
-        raise ShapeError(f"shape must be a sequence of sizes, one for each mode; got {safe_repr(shape)}")
     sizes = tuple(integer_of("a size in shape", size, 1) for size in shape)
     if not sizes:
         raise ShapeError("the shape is empty; expected at least one mode")
@@ -210,7 +208,7 @@ def random_tt(
     (1, 2, 2, 1)
     """
     sizes = _shape(shape)
-    ranks = [1, *_inner(rank, len(sizes)), 1]
+    ranks = [1, *train_bonds(rank, len(sizes) - 1), 1]
     draw = _normal(random_state, backend, dtype, device)
     return TTTensor([draw(ranks[m], size, ranks[m + 1]) for m, size in enumerate(sizes)])
 
@@ -250,10 +248,7 @@ def random_tr(
     (2, 3, 2)
     """
     sizes = _shape(shape)
-    listed = list(rank) if isinstance(rank, (list, tuple)) else rank
-    if isinstance(listed, list) and len(listed) == len(sizes) + 1 and listed[0] == listed[-1]:
-        listed = listed[:-1]
-    ranks = ranks_of(listed, len(sizes), "bonds")
+    ranks = ring_bonds(rank, len(sizes))
     draw = _normal(random_state, backend, dtype, device)
     return TRTensor([draw(ranks[m], size, ranks[(m + 1) % len(sizes)]) for m, size in enumerate(sizes)])
 
@@ -297,14 +292,6 @@ def random_tt_matrix(
     tall, wide = _shape(rows), _shape(cols)
     if len(tall) != len(wide):
         raise ShapeError(f"rows {tall} and columns {wide} must have the same number of modes")
-    ranks = [1, *_inner(rank, len(tall)), 1]
+    ranks = [1, *train_bonds(rank, len(tall) - 1), 1]
     draw = _normal(random_state, backend, dtype, device)
     return TTMatrix([draw(ranks[m], r, c, ranks[m + 1]) for m, (r, c) in enumerate(zip(tall, wide, strict=True))])
-
-
-def _inner(rank: Any, order: int) -> list[int]:
-    """Return the ranks of the inner bonds of a train."""
-    listed = list(rank) if isinstance(rank, (list, tuple)) else rank
-    if isinstance(listed, list) and len(listed) == order + 1 and (listed[0], listed[-1]) == (1, 1):
-        listed = listed[1:-1]
-    return ranks_of(listed, order - 1, "bonds")

@@ -1,4 +1,4 @@
-"""Arguments shared by all decompositions: tensors, ranks, errors, masks, weights, seeds; and the rank for an error."""
+"""Arguments shared by all decompositions: tensors, ranks, errors, masks, weights and seeds."""
 
 from __future__ import annotations
 
@@ -6,47 +6,17 @@ import dataclasses
 import functools
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ParamSpec, Protocol, TypeVar
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 
 from tnadapt.algebra.formats import Format
 from tnadapt.backends import Array, Backend, get_backend
-from tnadapt.decomposition.completion import complete, unobserved
-from tnadapt.decomposition.fits import Callback, Fit, Limits, smallest_within
-from tnadapt.decomposition.linear_algebra import norm_of, refuse_trace
+from tnadapt.decomposition import completion
+from tnadapt.decomposition.fits import Callback, Fit, Iteration, Limits
+from tnadapt.decomposition.linear_algebra import MatrixTruncation, norm_of, refuse_trace
 from tnadapt.errors import BackendError, ConfigError, ShapeError, UnexpectedKeywordError, safe_repr
-
-__all__ = [
-    "BLOCK",
-    "STARTS",
-    "Callback",
-    "Request",
-    "alike",
-    "as_tensor",
-    "as_tensors",
-    "completed",
-    "error_limit",
-    "finite",
-    "hints_keywords",
-    "in_memory",
-    "inner_ranks",
-    "integer_of",
-    "mode_of",
-    "normal",
-    "numeric",
-    "one_of",
-    "ranks_of",
-    "refuse_observed",
-    "requested",
-    "ring_ranks",
-    "scalar_of",
-    "seed_of",
-    "smallest_rank",
-    "useful_rank",
-]
-
 
 # -- Tensors, modes and numbers ----------------------------------------------------------------------------------------
 
@@ -86,7 +56,9 @@ def as_tensor(given: Any, what: str = "the tensor") -> tuple[Backend, Array]:
            [3., 4.]])
     """
     if isinstance(given, (list, tuple, int, float, complex)):
-        given = _from_lists(given, what)
+        listed, given = given, from_lists(given, f"{what} is")
+        if given.dtype.kind not in "biufc":
+            raise BackendError(f"{what} must hold numbers; got {safe_repr(listed)}")
     if isinstance(given, np.ma.MaskedArray):
         raise BackendError(f"{what} is a masked array: give its data, and mask=~array.mask to a decomposition")
     if type(given).__module__.partition(".")[0] == "dask":
@@ -109,14 +81,12 @@ def numeric(backend: Backend, array: Array, what: str) -> Array:
     raise BackendError(f"{what} must hold numbers; got the dtype {name}")
 
 
-def _from_lists(given: Any, what: str) -> np.ndarray:
+def from_lists(given: Any, what: str) -> np.ndarray:
+    """Return nested lists as an array."""
     try:
-        array = np.asarray(given)
+        return np.asarray(given)
     except ValueError:
-        raise ShapeError(f"{what} is a list whose parts differ in length; expected equal lengths") from None
-    if array.dtype.kind not in "biufc":
-        raise BackendError(f"{what} must hold numbers; got {safe_repr(given)}")
-    return array
+        raise ShapeError(f"{what} a list whose parts differ in length; expected equal lengths") from None
 
 
 def as_tensors(given: Any, what: str) -> tuple[Backend, list[Array]]:
@@ -220,6 +190,20 @@ def ranks_of(rank: Any, count: int, what: str) -> list[int]:
     return [integer_of(f"rank[{place}]", rank_, 1) for place, rank_ in enumerate(listed)]
 
 
+def train_bonds(rank: Any, bonds: int) -> list[int]:
+    """Return the rank of each bond of a train; a sequence may have the 1 at both ends, as TensorLy writes it."""
+    if _are_several(rank) and len(rank) == bonds + 2 and (rank[0], rank[-1]) == (1, 1):
+        rank = rank[1:-1]
+    return ranks_of(rank, bonds, "bonds")
+
+
+def ring_bonds(rank: Any, bonds: int) -> list[int]:
+    """Return the rank of each bond of a ring; a sequence may have the first again at the end, as TensorLy writes it."""
+    if _are_several(rank) and len(rank) == bonds + 1 and rank[0] == rank[-1]:
+        rank = rank[:-1]
+    return ranks_of(rank, bonds, "bonds")
+
+
 def inner_ranks(rank: Any, possible: Sequence[int]) -> list[int]:
     """Return the ranks of the bonds of a train.
 
@@ -235,15 +219,9 @@ def inner_ranks(rank: Any, possible: Sequence[int]) -> list[int]:
     ShapeError
         If a rank of a sequence is above the possible.
     """
-    listed = list(rank) if _are_several(rank) else rank
-    if not isinstance(listed, list):
-        return [
-            min(bond_rank, most)
-            for bond_rank, most in zip(ranks_of(listed, len(possible), "bonds"), possible, strict=True)
-        ]
-    if len(listed) == len(possible) + 2 and (listed[0], listed[-1]) == (1, 1):
-        listed = listed[1:-1]
-    ranks = ranks_of(listed, len(possible), "bonds")
+    ranks = train_bonds(rank, len(possible))
+    if not _are_several(rank):
+        return [min(bond_rank, most) for bond_rank, most in zip(ranks, possible, strict=True)]
     for bond, (bond_rank, most) in enumerate(zip(ranks, possible, strict=True)):
         if bond_rank > most:
             raise ShapeError(f"rank {bond_rank} of bond {bond} is above {most}, the largest that is possible there")
@@ -342,6 +320,11 @@ class Request:
         """Frobenius norm of the tensor in float64; of the observed elements."""
         return norm_of(self.backend, self.weighted(self.tensor))
 
+    @property
+    def loss(self) -> float:
+        """The Frobenius norm that may be lost; 0 if a rank is given."""
+        return 0.0 if self.max_error is None else self.max_error * self.norm
+
     def kept(self) -> Request:
         """Return the same request with a tensor of its own, if it is not too large for a copy."""
         if self.settled or not self.concrete or math.prod(self.shape) > _COPIED:
@@ -356,6 +339,10 @@ class Request:
     def refuse_trace(self, what: str, way: str) -> None:
         """Raise a BackendError inside a trace, where the values that a solver needs are unknown."""
         refuse_trace(self.backend, self.tensor, what, way)
+
+    def truncation(self, svd: str = "auto") -> MatrixTruncation:
+        """Return the truncation of matrices like the tensor."""
+        return MatrixTruncation(self.backend, self.tensor, svd, self.seed, settled=self.settled)
 
     def weighted(self, tensor: Array) -> Array:
         """Multiply a tensor by the roots of the weights."""
@@ -411,6 +398,22 @@ def in_memory(tensor: Any) -> bool:
     return not dask and not isinstance(tensor, np.memmap)
 
 
+def kept_modes(request: Request, init: Any, fixed: Collection[int], form: type[Any], call: str) -> set[int]:
+    """Check what an iteration starts from: a name, or a result of a form. Return the modes whose arrays are kept."""
+    held = {mode_of(mode, request.shape, "a mode in fixed") for mode in fixed}
+    if isinstance(init, form):
+        get_backend(init.arrays[-1], request.tensor)
+        if init.shape != request.shape:
+            raise ShapeError(f"init has shape {init.shape}; expected the tensor's, {request.shape}")
+        request.refuse_recorded("init", *init.arrays)
+    elif not isinstance(init, str) or init not in ("svd", "random"):
+        raise ConfigError(f"init must be 'svd', 'random' or a {form.__name__}; got {safe_repr(init)}")
+    elif held:
+        what = "cores" if "cores" in call else "factors"
+        raise ConfigError(f"fixed={sorted(held)} keeps {what} of a start: give them as init={call}")
+    return held
+
+
 def normal(request: Request, rng: np.random.Generator, shape: Sequence[int]) -> Array:
     """Return normal numbers in the tensor's library, dtype and device."""
     backend, dtype = request.backend, request.backend.dtype_name(request.tensor)
@@ -450,22 +453,26 @@ def _observed(backend: Backend, tensor: Array, mask: Any, weights: Any) -> tuple
     shape, roots = tuple(tensor.shape), np.ones(tuple(tensor.shape))
     if weights is not None:
         host = _host(weights, "weights", shape).astype(np.float64)
-        if not np.isfinite(host).all() or (host < 0.0).any():
-            place = tuple(int(index) for index in np.argwhere(~(np.isfinite(host) & (host >= 0.0)))[0])
+        if (place := _first(~(np.isfinite(host) & (host >= 0.0)))) is not None:
             raise ShapeError(
                 f"weights must be finite and not negative; got {host[place]:g} at {place}. 0 leaves an element out"
             )
         roots = np.sqrt(host)
     if mask is not None:
         host = _host(mask, "mask", shape)
-        if host.dtype.kind != "b" and not np.isin(host, (0, 1)).all():
-            place = tuple(int(index) for index in np.argwhere(~np.isin(host, (0, 1)))[0])
+        if host.dtype.kind != "b" and (place := _first(~np.isin(host, (0, 1)))) is not None:
             raise ShapeError(
                 f"mask must be True (or 1) where an element is known and False (or 0) elsewhere; got "
                 f"{host[place]:g} at {place}. Give weights= to count elements in part"
             )
         roots = roots * host.astype(np.float64)
-    _all_seen(roots)
+    if not roots.any():
+        raise ShapeError("mask and weights leave no element: nothing is known of the tensor")
+    if missing := completion.unobserved(roots > 0.0):
+        raise ShapeError(
+            f"index {missing[1]} of mode {missing[0]} has no observed element, so that its row of a factor cannot be "
+            "found: remove it from the tensor"
+        )
     # A missing element may be NaN, which no product with zero removes.
     known = backend.constant(roots > 0.0, backend.device(tensor))
     filled = backend.where(known, tensor, backend.zeros(shape, like=tensor))
@@ -474,12 +481,14 @@ def _observed(backend: Backend, tensor: Array, mask: Any, weights: Any) -> tuple
     return backend.asarray(roots, backend.dtype_name(tensor), backend.device(tensor)), filled
 
 
+def _first(wrong: np.ndarray) -> tuple[int, ...] | None:
+    """Return the place of the first element that is True."""
+    return tuple(map(int, np.argwhere(wrong)[0])) if wrong.any() else None
+
+
 def _host(given: Any, what: str, shape: tuple[int, ...]) -> np.ndarray:
     if isinstance(given, (list, tuple, np.ndarray)):
-        try:
-            array = np.asarray(given)
-        except ValueError:
-            raise ShapeError(f"{what} is a list whose parts differ in length; expected equal lengths") from None
+        array = from_lists(given, f"{what} is")
     else:
         array = get_backend(given, what=what).to_numpy(given)
     if array.shape != shape or array.dtype.kind not in "biuf":
@@ -489,70 +498,13 @@ def _host(given: Any, what: str, shape: tuple[int, ...]) -> np.ndarray:
     return array
 
 
-def _all_seen(roots: np.ndarray) -> None:
-    """Raise a ShapeError if a slice has no observed element: nothing says what its row of a factor is."""
-    if not roots.any():
-        raise ShapeError("mask and weights leave no element: nothing is known of the tensor")
-    missing = unobserved(roots > 0.0)
-    if missing is not None:
-        mode, index = missing
-        raise ShapeError(
-            f"index {index} of mode {mode} has no observed element, so that its row of a factor cannot be found: "
-            "remove it from the tensor"
-        )
-
-
-# -- The smallest rank for an error ------------------------------------------------------------------------------------
-
-
-class _Fitted(Protocol):
-    @property
-    def error(self) -> float | None: ...
-
-
-FittedT = TypeVar("FittedT", bound=_Fitted)
-
-
-def smallest_rank(
-    fitted: Callable[[int], FittedT], limit: float, most: int, shape: Sequence[int], init: Any = "svd"
-) -> FittedT:
-    """Return the fit of the smallest rank that is found to keep to an error.
-
-    Parameters
-    ----------
-    fitted : callable
-        Returns the fit of a rank.
-    limit : float
-        The relative error that is allowed.
-    most : int
-        The rank that represents any tensor of the shape.
-    shape : sequence of int
-    init : object
-        What the fits start from, which must be named.
-
-    Raises
-    ------
-    ConfigError
-        If a start is given, since it has one rank only.
-    ShapeError
-        If the fit of the largest rank has a larger error.
-    """
-    if not isinstance(init, str):
-        raise ConfigError("max_error= tries several ranks: use init='svd' or 'random', or give rank=")
-    best = smallest_within(fitted, lambda fit: fit.error or 0.0, limit, most)
-    if (best.error or 0.0) > limit:
-        raise ShapeError(
-            f"rank {most}, which represents any tensor of shape {tuple(shape)}, was fitted with an error of "
-            f"{best.error:.2g} only: allow a larger max_error, more max_iterations or more starts"
-        )
-    return best
-
-
 # -- Fits with missing or weighted elements ----------------------------------------------------------------------------
 
 
 #: Random starts of a small problem.
 STARTS = 8
+# Sweeps from each start before Gauss-Newton.
+_SWEEPS = 5
 
 
 def refuse_observed(nonnegative: Any) -> None:
@@ -579,10 +531,21 @@ def completed(
     ----------
     request : Request
         With ``observed``.
-    splits, limits, starts, terms, hadamard
-        As for :func:`tnadapt.decomposition.completion.complete`.
+    splits : sequence of Format
+        One format of the tensor's sizes; or several, whose product is the tensor.
+    limits : Limits
+        Of each descent.
     callback : callable, optional
+        Called with the number and the relative error of each step; stops if it returns True.
+    starts : int
+        The most random starts, in addition to ``start``; more than one only for small problems.
+    terms : int
+        Number of products in the sum.
+    hadamard : bool
+        Whether several splits are multiplied element by element, instead of a Kronecker product.
     start : mapping of str to array, optional
+        Initial arrays, by the names of the result: ``"factor0"`` for a single split of a single term, otherwise
+        ``"term0.split0.factor0"``.
     fixed : collection
         What the caller was asked to keep.
 
@@ -601,12 +564,37 @@ def completed(
         raise ConfigError("mask= and weights= need ranks, as the error of known elements says little about the others")
     if fixed:
         raise ConfigError(f"fixed={sorted(fixed)} cannot be kept with mask= or weights=: leave one of them out")
-    roots = np.real(backend.to_numpy(request.observed)).astype(np.float64)
-    host = None if start is None else {name: backend.to_numpy(array) for name, array in start.items()}
-    fit = complete(
-        splits, backend.to_numpy(request.tensor), roots**2, terms=terms, hadamard=hadamard, start=host, starts=starts,
-        seed=request.seed, limits=limits, watch=callback or (lambda *_: None),
-    )  # fmt: skip
+    roots = np.real(backend.to_numpy(request.observed)).astype(np.float64).reshape(-1)
+    known = np.flatnonzero(roots)
+    wanted, roots = backend.to_numpy(request.tensor).reshape(-1)[known], roots[known]
+    prefixes = [[f"term{term}.split{k}." for k in range(len(splits))] for term in range(terms)]
+    elements = completion.ObservedElements(
+        splits,
+        [[""]] if terms == len(splits) == 1 else prefixes,
+        completion.places_in_splits(splits, request.shape, known, hadamard),
+    )
+    rng, small = np.random.RandomState(request.seed % (1 << 32)), completion.affordable(elements) > 0
+
+    def begun() -> Iterator[Mapping[str, np.ndarray]]:
+        if start is not None:
+            yield {name: backend.to_numpy(array) for name, array in start.items()}
+        for _ in range(starts if small else start is None):
+            dtype = np.result_type(wanted.dtype, np.float64)
+            yield completion.random_start(elements, rng, float(np.linalg.norm(wanted)), dtype)
+
+    def swept(start: Mapping[str, np.ndarray], steps: Iteration) -> Fit:
+        return completion.sweeps_on_observed(elements, wanted, start, steps, roots)
+
+    if not np.linalg.norm(wanted * roots):
+        zeros = {name: np.zeros(shape, wanted.dtype) for name, shape in elements.shapes.items()}
+        fit = Fit(zeros, True, 0, "zero", error=0.0)
+    elif small:
+        few = limits._replace(iterations=min(limits.iterations, _SWEEPS))
+        all_swept = (swept(each, Iteration(few)).arrays for each in begun())
+        watch = callback or (lambda *_: None)
+        fit = completion.fit_observed(elements, wanted, all_swept, limits, roots=roots, watch=watch)
+    else:
+        fit = swept(next(begun()), Iteration(limits, callback))
     dtype, device = backend.dtype_name(request.tensor), backend.device(request.tensor)
     arrays = {name: backend.asarray(np.ascontiguousarray(array), dtype, device) for name, array in fit.arrays.items()}
     return fit._replace(arrays=arrays, method="least squares on the observed elements")

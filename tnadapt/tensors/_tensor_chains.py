@@ -16,23 +16,20 @@ from tnadapt.algebra.products import tt_left, tt_to_tensor
 from tnadapt.backends import Array, Backend, get_backend
 from tnadapt.decomposition.fits import Contraction
 from tnadapt.decomposition.linear_algebra import kept
+from tnadapt.decomposition.tt_svd import moved_right
 from tnadapt.errors import ShapeError
 
 from ._decomposed import Decomposed, block_diagonal
-from ._requests import as_tensors, error_limit, numeric, ranks_of, scalar_of
+from ._requests import as_tensors, error_limit, numeric, ranks_of
 
-__all__ = [
-    "TRTensor",
-    "TTMatrix",
-    "TTTensor",
-]
+__all__ = ["TRTensor", "TTMatrix", "TTTensor"]
 
 
 # -- Tensor trains and tensor rings: cores of three axes ---------------------------------------------------------------
 
 
-class CoreChain(Decomposed, tuple[Array, ...]):
-    """What tensor trains and tensor rings share. Unpacks as a list of its cores."""
+class _Cores(Decomposed, tuple[Array, ...]):
+    """What all chains share. Unpacks as a list of its cores."""
 
     __repr__ = Decomposed.__repr__
 
@@ -42,16 +39,36 @@ class CoreChain(Decomposed, tuple[Array, ...]):
         return list(self)
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(int(core.shape[1]) for core in self)
+    def arrays(self) -> list[Array]:
+        return list(self)
 
     @property
     def rank(self) -> tuple[int, ...]:
-        return (*(int(core.shape[0]) for core in self), int(self[-1].shape[2]))
+        return (*(int(core.shape[0]) for core in self), int(self[-1].shape[-1]))
+
+    def _times(self, number: Any) -> Self:
+        return type(self)([self[0] * number, *self[1:]])
+
+
+def _cores_of_train(cores: Sequence[Any], what: str, *sizes: str) -> tuple[Backend, list[Array]]:
+    """Return cores of which neighbors have the same rank, and both ends rank 1."""
+    backend, arrays = as_tensors(cores, "cores")
+    left = 1
+    for number, core in enumerate(arrays):
+        right = 1 if number == len(arrays) - 1 else "r"
+        if len(core.shape) != 2 + len(sizes) or core.shape[0] != left or (right == 1 and core.shape[-1] != 1):
+            expected = f"({left}, {', '.join(sizes)}, {right})"
+            raise ShapeError(f"core {number} of a {what} has shape {tuple(core.shape)}; expected {expected}")
+        left = int(core.shape[-1])
+    return backend, arrays
+
+
+class CoreChain(_Cores):
+    """What tensor trains and tensor rings share."""
 
     @property
-    def arrays(self) -> list[Array]:
-        return list(self)
+    def shape(self) -> tuple[int, ...]:
+        return tuple(int(core.shape[1]) for core in self)
 
     @property
     def contraction(self) -> Contraction:
@@ -102,34 +119,26 @@ class CoreChain(Decomposed, tuple[Array, ...]):
         places = np.arange(size) * (size + 1)
         return backend.sum(backend.take(flat, backend.constant(places, backend.device(flat)), axis=1), axis=1)
 
-    def __add__(self, other: Any) -> Self:
-        if not isinstance(other, CoreChain):
-            return NotImplemented
-        self.same_shape(other)
-        backend, last = self.backend, self.order - 1
-        if last == 0 and isinstance(self, TTTensor):
+    def _is_alike(self, other: Any) -> bool:
+        return isinstance(other, CoreChain)
+
+    def _sum(self, other: Self) -> Self:
+        backend, last, ends = self.backend, self.order - 1, isinstance(self, TTTensor)
+        if last == 0 and ends:
             return type(self)([self[0] + other[0]])
         cores = []
-        for number, (mine, theirs) in enumerate(zip(self, other, strict=True)):
-            ends = isinstance(self, TTTensor)
+        for number, pair in enumerate(zip(self, other, strict=True)):
             axes = [axis for axis, end in ((0, number == 0), (2, number == last)) if not (ends and end)]
-            cores.append(block_diagonal(backend, mine, theirs, axes))
+            cores.append(block_diagonal(backend, *pair, axes))
         return type(self)(cores)
 
-    def __mul__(self, other: Any) -> Self:
-        number = scalar_of(other)
-        if number is not None:
-            return type(self)([self[0] * number, *self[1:]])
-        if not isinstance(other, CoreChain):
-            return NotImplemented
-        self.same_shape(other)
+    def _product(self, other: Self) -> Self:
         backend, cores = self.backend, []
         for a, b in zip(self, other, strict=True):
             (left_a, size, right_a), (left_b, _, right_b) = a.shape, b.shape
-            product = backend.reshape(a, (left_a, 1, size, right_a, 1)) * backend.reshape(
-                b, (1, left_b, size, 1, right_b)
-            )
-            cores.append(backend.reshape(product, (left_a * left_b, size, right_a * right_b)))
+            a = backend.reshape(a, (left_a, 1, size, right_a, 1))
+            b = backend.reshape(b, (1, left_b, size, 1, right_b))
+            cores.append(backend.reshape(a * b, (left_a * left_b, size, right_a * right_b)))
         return type(self)(cores)
 
 
@@ -170,30 +179,16 @@ class TTTensor(CoreChain):
     """
 
     def __new__(cls, cores: Sequence[Any]) -> Self:
-        backend, arrays = as_tensors(cores, "cores")
-        left = 1
-        for number, core in enumerate(arrays):
-            right = 1 if number == len(arrays) - 1 else "r"
-            if len(core.shape) != 3 or core.shape[0] != left or (right == 1 and core.shape[2] != 1):
-                raise ShapeError(
-                    f"core {number} of a tensor train has shape {tuple(core.shape)}; expected ({left}, size, {right})"
-                )
-            left = int(core.shape[2])
-        return cls.of(backend, arrays)
+        return cls.of(*_cores_of_train(cores, "tensor train", "size"))
 
     def to_tensor(self) -> Array:
         return tt_to_tensor(list(self))
 
     def left_orthogonal(self) -> Self:
         """Return the same tensor with cores whose left unfoldings have orthonormal columns, but for the last one."""
-        backend, cores = self.backend, list(self)
-        for number in range(len(cores) - 1):
-            left, size, right = cores[number].shape
-            q, r = backend.qr(backend.reshape(cores[number], (left * size, right)))
-            cores[number] = backend.reshape(q, (left, size, q.shape[1]))
-            follower = cores[number + 1]
-            moved = backend.matmul(r, backend.reshape(follower, (follower.shape[0], -1)))
-            cores[number + 1] = backend.reshape(moved, (q.shape[1], *follower.shape[1:]))
+        cores = list(self)
+        for mode in range(len(cores) - 1):
+            moved_right(self.backend, cores, mode)
         return type(self)(cores)
 
     def norm(self) -> Array:
@@ -221,8 +216,24 @@ class TTTensor(CoreChain):
         -----
         Oseledets (2011), algorithm 2: ``M d r^3`` multiply-adds.
         """
-        orthogonal = self.left_orthogonal()
-        return type(self)(_rounded(self.backend, list(orthogonal), rank, max_error))
+        if (rank is None) == (max_error is None):
+            raise ShapeError("give either rank= or max_error=, to say what to round to")
+        backend, cores, bonds = self.backend, list(self.left_orthogonal()), self.order - 1
+        limits = [0] * bonds if rank is None else ranks_of(rank, bonds, "bonds")
+        loss = 0.0
+        if max_error is not None:
+            norm = float(np.linalg.norm(backend.to_numpy(cores[-1]).reshape(-1)))
+            loss = error_limit(max_error) * norm / math.sqrt(max(1, bonds))
+        for bond in range(bonds - 1, -1, -1):
+            left, size, right = map(int, cores[bond + 1].shape)
+            u, s, vh = backend.svd(backend.reshape(cores[bond + 1], (left, size * right)))
+            most = int(s.shape[0])
+            keep = min(limits[bond], most) if rank is not None else kept(backend.to_numpy(s), most, loss)
+            cores[bond + 1] = backend.reshape(vh[:keep, :], (keep, size, right))
+            flat = backend.reshape(cores[bond], (-1, left))
+            rest = backend.matmul(flat, u[:, :keep] * s[:keep])
+            cores[bond] = backend.reshape(rest, (*cores[bond].shape[:2], keep))
+        return type(self)(cores)
 
 
 class TRTensor(CoreChain):
@@ -286,7 +297,7 @@ class TRTensor(CoreChain):
 # -- TT matrices: cores of four axes -----------------------------------------------------------------------------------
 
 
-class TTMatrix(Decomposed, tuple[Array, ...]):
+class TTMatrix(_Cores):
     """A matrix whose rows and columns are both divided into modes.
 
     ``matrix[i_1 … i_M, j_1 … j_M] = cores[0][0, i_1, j_1, :] @ … @ cores[-1][:, i_M, j_M, 0]``.
@@ -323,23 +334,7 @@ class TTMatrix(Decomposed, tuple[Array, ...]):
     """
 
     def __new__(cls, cores: Sequence[Any]) -> Self:
-        backend, arrays = as_tensors(cores, "cores")
-        left = 1
-        for number, core in enumerate(arrays):
-            right = 1 if number == len(arrays) - 1 else "r"
-            if len(core.shape) != 4 or core.shape[0] != left or (right == 1 and core.shape[3] != 1):
-                raise ShapeError(
-                    f"core {number} of a TT matrix has shape {tuple(core.shape)}, not ({left}, rows, cols, {right})"
-                )
-            left = int(core.shape[3])
-        return cls.of(backend, arrays)
-
-    __repr__ = Decomposed.__repr__
-
-    @property
-    def factors(self) -> list[Array]:
-        """The cores, as TensorLy calls them."""
-        return list(self)
+        return cls.of(*_cores_of_train(cores, "TT matrix", "rows", "cols"))
 
     @property
     def row_sizes(self) -> tuple[int, ...]:
@@ -355,34 +350,18 @@ class TTMatrix(Decomposed, tuple[Array, ...]):
     def shape(self) -> tuple[int, ...]:
         return math.prod(self.row_sizes), math.prod(self.col_sizes)
 
-    @property
-    def rank(self) -> tuple[int, ...]:
-        return (*(int(core.shape[0]) for core in self), int(self[-1].shape[3]))
-
-    @property
-    def arrays(self) -> list[Array]:
-        return list(self)
-
     def train(self) -> TTTensor:
         """Return the tensor train whose mode m is the rows and columns m, merged."""
         backend = self.backend
         return TTTensor([backend.reshape(core, (core.shape[0], -1, core.shape[3])) for core in self])
 
     def _from(self, train: TTTensor) -> Self:
-        backend, sizes = self.backend, list(zip(self.row_sizes, self.col_sizes, strict=True))
-        return type(self)(
-            [
-                backend.reshape(core, (core.shape[0], *size, core.shape[2]))
-                for core, size in zip(train, sizes, strict=True)
-            ]
-        )
+        shapes = [(core.shape[0], *own.shape[1:3], core.shape[2]) for core, own in zip(train, self, strict=True)]
+        return type(self)([self.backend.reshape(core, shape) for core, shape in zip(train, shapes, strict=True)])
 
     def to_tensor(self) -> Array:
         backend, order = self.backend, len(self)
-        merged = backend.reshape(
-            self.train().to_tensor(),
-            [size for pair in zip(self.row_sizes, self.col_sizes, strict=True) for size in pair],
-        )
+        merged = backend.reshape(self.train().to_tensor(), [int(size) for core in self for size in core.shape[1:3]])
         return backend.permute_dims(merged, [*range(0, 2 * order, 2), *range(1, 2 * order, 2)])
 
     def to_matrix(self) -> Array:
@@ -420,7 +399,7 @@ class TTMatrix(Decomposed, tuple[Array, ...]):
         """Multiply by a vector, a matrix of columns, or another TT matrix, without forming this one."""
         backend = self.backend
         if isinstance(other, TTMatrix):
-            return self._times(other)
+            return self._composed(other)
         x = numeric(get_backend(other), other, "the vector or matrix")
         get_backend(self[0], x)
         if len(x.shape) not in (1, 2) or x.shape[0] != self.shape[1]:
@@ -440,7 +419,7 @@ class TTMatrix(Decomposed, tuple[Array, ...]):
             state = backend.reshape(backend.permute_dims(state, (0, 2, 3, 1, 4)), (right, rest, done * rows * batch))
         return backend.reshape(state, (self.shape[0], *x.shape[1:]))
 
-    def _times(self, other: TTMatrix) -> TTMatrix:
+    def _composed(self, other: TTMatrix) -> TTMatrix:
         if other.row_sizes != self.col_sizes:
             raise ShapeError(f"columns in modes {self.col_sizes} do not multiply rows in modes {other.row_sizes}")
         backend, cores = self.backend, []
@@ -453,64 +432,20 @@ class TTMatrix(Decomposed, tuple[Array, ...]):
             cores.append(backend.reshape(both, (left_a * left_b, rows, cols, right_a * right_b)))
         return TTMatrix(cores)
 
-    def __add__(self, other: Any) -> Self:
-        if not isinstance(other, TTMatrix):
-            return NotImplemented
-        self._same_modes(other)
+    def _sum(self, other: Self) -> Self:
         return self._from(self.train() + other.train())
 
-    def __mul__(self, other: Any) -> Self:
-        number = scalar_of(other)
-        if number is not None:
-            return type(self)([self[0] * number, *self[1:]])
-        if not isinstance(other, TTMatrix):
-            return NotImplemented
-        self._same_modes(other)
+    def _product(self, other: Self) -> Self:
         return self._from(self.train() * other.train())
 
     def round(self, rank: int | Sequence[int] | None = None, *, max_error: float | None = None) -> Self:
         """Reduce the ranks, as :meth:`TTTensor.round` does."""
         return self._from(self.train().round(rank, max_error=max_error))
 
-    def _same_modes(self, other: TTMatrix) -> None:
-        if (self.row_sizes, self.col_sizes) != (other.row_sizes, other.col_sizes):
+    def same_shape(self, other: Any) -> None:
+        if isinstance(other, TTMatrix) and (self.row_sizes, self.col_sizes) != (other.row_sizes, other.col_sizes):
             raise ShapeError(
                 f"the matrices divide into {self.row_sizes} × {self.col_sizes} and {other.row_sizes} × "
                 f"{other.col_sizes}; expected the same modes"
             )
-
-
-def _rounded(
-    backend: Backend, cores: Sequence[Array], rank: int | Sequence[int] | None, max_error: float | None
-) -> list[Array]:
-    """Reduce the ranks of a train whose cores are orthogonal from the left.
-
-    Parameters
-    ----------
-    backend : Backend
-    cores : sequence of array, shape (r_{m-1}, d_m, r_m)
-    rank, max_error
-        As for :meth:`tnadapt.tensors.TTTensor.round`.
-
-    Returns
-    -------
-    list of array
-    """
-    if (rank is None) == (max_error is None):
-        raise ShapeError("give either rank= or max_error=, to say what to round to")
-    cores, bonds = list(cores), len(cores) - 1
-    limits = [0] * bonds if rank is None else ranks_of(rank, bonds, "bonds")
-    loss = 0.0
-    if max_error is not None:
-        norm = float(np.linalg.norm(backend.to_numpy(cores[-1]).reshape(-1)))
-        loss = error_limit(max_error) * norm / math.sqrt(max(1, bonds))
-    for bond in range(bonds - 1, -1, -1):
-        left, size, right = map(int, cores[bond + 1].shape)
-        u, s, vh = backend.svd(backend.reshape(cores[bond + 1], (left, size * right)))
-        most = int(s.shape[0])
-        keep = min(limits[bond], most) if rank is not None else kept(backend.to_numpy(s), most, loss)
-        cores[bond + 1] = backend.reshape(vh[:keep, :], (keep, size, right))
-        before = cores[bond]
-        flat = backend.reshape(before, (-1, left))
-        cores[bond] = backend.reshape(backend.matmul(flat, u[:, :keep] * s[:keep]), (*before.shape[:2], keep))
-    return cores
+        super().same_shape(other)

@@ -12,33 +12,14 @@ from tnadapt.algebra.formats import TensorTrain
 from tnadapt.algebra.products import mode_product
 from tnadapt.argument_checks import checks_arguments
 from tnadapt.backends import Array, get_backend, load_backend
-from tnadapt.decomposition.fits import Fit, Iteration, limits_of
-from tnadapt.decomposition.linear_algebra import Leading, MatrixTruncation, epsilon_of
+from tnadapt.decomposition.fits import Callback, Fit, Iteration, limits_of
+from tnadapt.decomposition.linear_algebra import epsilon_of
 from tnadapt.decomposition.tt_svd import fit_train, ring_svd, ring_sweep
 from tnadapt.errors import ConfigError, ShapeError, TnadaptError, safe_repr
 
-from ._decomposed import Decomposed, error_of, finished
-from ._requests import (
-    BLOCK,
-    Callback,
-    Request,
-    as_tensor,
-    completed,
-    error_limit,
-    finite,
-    hints_keywords,
-    in_memory,
-    inner_ranks,
-    integer_of,
-    mode_of,
-    normal,
-    one_of,
-    ranks_of,
-    requested,
-    ring_ranks,
-    seed_of,
-    smallest_rank,
-)
+from . import _requests
+from ._decomposed import Decomposed, error_of, finished, smallest_rank
+from ._requests import Request
 from ._tensor_chains import TRTensor, TTMatrix, TTTensor
 
 __all__ = ["tensor_ring", "tensor_train", "tt_matrix"]
@@ -50,7 +31,7 @@ __all__ = ["tensor_ring", "tensor_train", "tt_matrix"]
 ChainT = TypeVar("ChainT", TTTensor, TTMatrix)
 
 
-@hints_keywords
+@_requests.hints_keywords
 @checks_arguments
 def tensor_train(
     tensor: Any,
@@ -67,7 +48,7 @@ def tensor_train(
     tol: float = 1e-8,
     max_iterations: int = 200,
     callback: Callback | None = None,
-    memory: int = BLOCK,
+    memory: int = _requests.BLOCK,
 ) -> TTTensor:
     """Decompose a tensor into a tensor train by TT-SVD.
 
@@ -146,32 +127,29 @@ def tensor_train(
     >>> bool((again[0] == tensor_train(noise, 3)[0]).all()), again.outcome.method
     (True, 'given start, ALS')
     """
-    block = integer_of("memory", memory, 1)
-    if not in_memory(tensor):
+    block = _requests.integer_of("memory", memory, 1)
+    if not _requests.in_memory(tensor):
         if mask is not None or weights is not None:
             raise ConfigError("a tensor that is read in blocks takes neither mask nor weights: load it into memory")
         if not isinstance(init, str) or fixed:
             raise ConfigError("a tensor that is read in blocks takes neither init nor fixed: load it into memory")
-        return _from_blocks(tensor, block, rank, max_error, svd, seed_of(random_state))
-    request = requested(tensor, rank, max_error, mask=mask, weights=weights, random_state=random_state)
+        return _from_blocks(tensor, block, rank, max_error, svd, _requests.seed_of(random_state))
+    request = _requests.requested(tensor, rank, max_error, mask=mask, weights=weights, random_state=random_state)
     limits = limits_of(tol, max_iterations)
-    ranks = None if rank is None else inner_ranks(rank, _possible(request.shape))
+    ranks = None if rank is None else _requests.inner_ranks(rank, _possible(request.shape))
     start, held = _start_of(request, init, fixed, ranks)
-    most = None if sweeps is None else integer_of("sweeps", sweeps, 0)
+    most = None if sweeps is None else _requests.integer_of("sweeps", sweeps, 0)
     if request.observed is not None:
         split = TensorTrain(request.shape, 1 if ranks is None else tuple(ranks))
         named = None if start is None else {f"core{mode}": core for mode, core in enumerate(start)}
-        fit = completed(request, [split], limits, callback, start=named, fixed=held)
+        fit = _requests.completed(request, [split], limits, callback, start=named, fixed=held)
         return finished(request, fit, _train)
     if most is not None or start is None:
         limits = limits._replace(iterations=most or 0)
     # The core of a vector is the vector itself.
     request = request.kept() if start is None and not limits.iterations and len(request.shape) > 1 else request
-    fit = fit_train(
-        request.backend, request.tensor, ranks, limits,
-        loss=0.0 if request.max_error is None else request.max_error * request.norm, init=start, fixed=held, svd=svd,
-        seed=request.seed, settled=request.settled, callback=callback,
-    )  # fmt: skip
+    steps = Iteration(limits, callback)
+    fit = fit_train(request.truncation(svd), request.tensor, ranks, steps, loss=request.loss, init=start, fixed=held)
     return finished(request, fit, _train, fixed=held)
 
 
@@ -185,15 +163,15 @@ def _from_blocks(tensor: Any, block: int, rank: Any, max_error: float | None, sv
     from tnadapt.decomposition.block_passes import OVERSAMPLED, compressed, passes_over, result_dtype
 
     passes = passes_over(tensor, block)
-    one_of("rank", rank, max_error)
+    _requests.one_of("rank", rank, max_error)
     sizes = None
     if rank is not None:
         shape = passes.shape
-        ranks = [1, *inner_ranks(rank, _possible(shape)), 1]
+        ranks = [1, *_requests.inner_ranks(rank, _possible(shape)), 1]
         wanted = [ranks[mode] * ranks[mode + 1] + OVERSAMPLED for mode in range(len(shape))]
         sizes = [min(size, most) for size, most in zip(shape, wanted, strict=True)]
     # Both steps together lose the root of the sum of the squares.
-    half = None if max_error is None else error_limit(max_error) / math.sqrt(2.0)
+    half = None if max_error is None else _requests.error_limit(max_error) / math.sqrt(2.0)
     small, left = compressed(passes, sizes, half, seed), None
     if max_error is not None:
         core = float(np.linalg.norm(small.core))
@@ -211,7 +189,7 @@ def _possible(shape: tuple[int, ...]) -> list[int]:
     return [min(math.prod(shape[: bond + 1]), math.prod(shape[bond + 1 :])) for bond in range(len(shape) - 1)]
 
 
-@hints_keywords
+@_requests.hints_keywords
 @checks_arguments
 def tt_matrix(
     matrix: Any,
@@ -266,7 +244,7 @@ def tt_matrix(
     >>> [core.shape for core in matrix], bool(np.allclose(matrix.to_matrix(), np.eye(12)))
     ([(1, 3, 3, 1), (1, 4, 4, 1)], True)
     """
-    backend, array = as_tensor(matrix, "the matrix")
+    backend, array = _requests.as_tensor(matrix, "the matrix")
     shape = tuple(int(size) for size in array.shape)
     tall, wide = _sizes(shape, rows, cols)
     count = len(tall)
@@ -307,8 +285,8 @@ def _sizes(
         return shape[: len(shape) // 2], shape[len(shape) // 2 :]
     if rows is None or cols is None or len(shape) != 2:
         raise ShapeError(f"give rows= and cols= together, with a matrix; got a tensor of shape {shape}")
-    tall = tuple(integer_of("a size in rows", size, 1) for size in rows)
-    wide = tuple(integer_of("a size in cols", size, 1) for size in cols)
+    tall = tuple(_requests.integer_of("a size in rows", size, 1) for size in rows)
+    wide = tuple(_requests.integer_of("a size in cols", size, 1) for size in cols)
     if len(tall) != len(wide) or (math.prod(tall), math.prod(wide)) != shape:
         raise ShapeError(
             f"rows {tall} and columns {wide} do not divide a matrix of shape {shape}: expected equally many, whose "
@@ -349,7 +327,7 @@ def _start_of(
     BackendError
         If it is of another library, dtype or device, its derivatives are recorded, or the tensor is traced.
     """
-    held = frozenset(mode_of(mode, request.shape, "a mode in fixed") for mode in fixed)
+    held = frozenset(_requests.mode_of(mode, request.shape, "a mode in fixed") for mode in fixed)
     other = isinstance(init, Decomposed) and not isinstance(init, TTTensor)
     if isinstance(init, str) or other or not isinstance(init, Sequence):
         if not isinstance(init, str) or init != "svd":
@@ -369,7 +347,7 @@ def _start_of(
     request.refuse_trace("tensor_train(init=…)", "omit init=")
     request.refuse_recorded("init", *start)
     for mode, core in enumerate(start):
-        finite(request.backend, core, f"core {mode} of init")
+        _requests.finite(request.backend, core, f"core {mode} of init")
     return start, held
 
 
@@ -386,7 +364,7 @@ def _started(cls: type[ChainT], init: Any) -> ChainT:
 # -- Tensor rings ------------------------------------------------------------------------------------------------------
 
 
-@hints_keywords
+@_requests.hints_keywords
 @checks_arguments
 def tensor_ring(
     tensor: Any,
@@ -460,9 +438,9 @@ def tensor_ring(
     >>> tensor_ring(ring.to_tensor(), max_error=1e-3).rank
     (2, 2, 2, 2)
     """
-    request = requested(tensor, rank, max_error, random_state=random_state, least_order=2)
-    limits, count = limits_of(tol, max_iterations, 0), integer_of("starts", starts, 1, 1 << 20)
-    held = {mode_of(mode, request.shape, "a mode in fixed") for mode in fixed}
+    request = _requests.requested(tensor, rank, max_error, random_state=random_state, least_order=2)
+    limits, count = limits_of(tol, max_iterations, 0), _requests.integer_of("starts", starts, 1, 1 << 20)
+    held = _requests.kept_modes(request, init, fixed, TRTensor, "TRTensor(cores)")
 
     def fitted(rank: int | Sequence[int]) -> TRTensor:
         ranks = _ranks(rank, request.shape)
@@ -472,7 +450,7 @@ def tensor_ring(
     if rank is not None:
         return fitted(rank)
     assert request.max_error is not None
-    most = ring_ranks([math.prod(request.shape)] * len(request.shape), request.shape)[0]
+    most = _requests.ring_ranks([math.prod(request.shape)] * len(request.shape), request.shape)[0]
     return smallest_rank(fitted, request.max_error, most, request.shape, init)
 
 
@@ -487,11 +465,11 @@ def _named(cores: Sequence[Array]) -> dict[str, Array]:
 def _fitted(request: Request, ranks: list[int], init: Any, held: set[int], starts: int, steps: Iteration) -> Fit:
     """Return the best fit of given ranks."""
     rng = np.random.default_rng(request.seed)
-    cores, method = _start(request, request.tensor, ranks, init, held, rng)
+    cores, method = _start(request, request.tensor, ranks, init, rng)
     if not steps.limits.iterations:
         return Fit(
             _named(cores), False, 0, method,
-            closed=lambda tensor: _named(_start(request, tensor, ranks, init, held, rng)[0]),
+            closed=lambda tensor: _named(_start(request, tensor, ranks, init, rng)[0]),
         )  # fmt: skip
     request.refuse_trace("tensor_ring()", "use max_iterations=0")
     best: Fit | None = None
@@ -507,16 +485,13 @@ def _fitted(request: Request, ranks: list[int], init: Any, held: set[int], start
 
 
 def _ranks(rank: Any, shape: tuple[int, ...]) -> list[int]:
-    order = len(shape)
-    listed = list(rank) if isinstance(rank, (list, tuple, np.ndarray)) else rank
-    if isinstance(listed, list) and len(listed) == order + 1:
-        if listed[0] != listed[-1]:
-            raise ShapeError(f"the first and the last rank of a ring must be the same; got {safe_repr(rank)}")
-        listed = listed[:-1]
-    ranks = ranks_of(listed, order, "bonds")
-    useful = ring_ranks(ranks, shape)
+    several = isinstance(rank, (list, tuple, np.ndarray))
+    if several and len(rank) == len(shape) + 1 and rank[0] != rank[-1]:
+        raise ShapeError(f"the first and the last rank of a ring must be the same; got {safe_repr(rank)}")
+    ranks = _requests.ring_bonds(rank, len(shape))
+    useful = _requests.ring_ranks(ranks, shape)
     for bond, (bond_rank, most) in enumerate(zip(ranks, useful, strict=True)):
-        if bond_rank > most and isinstance(listed, list):
+        if bond_rank > most and several:
             raise ShapeError(
                 f"rank {bond_rank} of bond {bond} is above {most}, the largest that is useful there in a ring of shape "
                 f"{shape} and ranks {tuple(ranks)}: give {tuple(useful)}"
@@ -525,27 +500,19 @@ def _ranks(rank: Any, shape: tuple[int, ...]) -> list[int]:
 
 
 def _start(
-    request: Request, tensor: Array, ranks: list[int], init: Any, held: set[int], rng: np.random.Generator
+    request: Request, tensor: Array, ranks: list[int], init: Any, rng: np.random.Generator
 ) -> tuple[list[Array], str]:
     backend, shape = request.backend, request.shape
     if isinstance(init, TRTensor):
-        get_backend(init[0], request.tensor)
-        expected = (shape, (*ranks, ranks[0]))
-        if (init.shape, init.rank) != expected:
-            raise ShapeError(
-                f"init has shape {init.shape} and ranks {init.rank}; expected {expected[0]} and {expected[1]}"
-            )
-        request.refuse_recorded("init", *init)
+        expected = (*ranks, ranks[0])
+        if init.rank != expected:
+            raise ShapeError(f"init has shape {shape} and ranks {init.rank}; expected {shape} and {expected}")
         return list(init), "given start"
-    if not isinstance(init, str) or init not in ("svd", "random"):
-        raise ConfigError(f"init must be 'svd', 'random' or a TRTensor; got {safe_repr(init)}")
-    if held:
-        raise ConfigError(f"fixed={sorted(held)} keeps cores of a start: give them as init=TRTensor(cores)")
     if init == "svd" and ranks[0] * ranks[1] <= min(shape[0], math.prod(shape[1:])):
-        truncation = MatrixTruncation(backend, request.tensor, "auto", request.seed)
+        truncation = request.truncation()
 
-        def truncated(matrix: Array, bond: int) -> Leading:
-            return truncation.left_to_rank(matrix, ranks[0] * ranks[1] if bond == 0 else ranks[bond + 1])
+        def truncated(matrix: Array, bond: int) -> Array:
+            return truncation.left(matrix, ranks[0] * ranks[1] if bond == 0 else ranks[bond + 1])
 
         cores = ring_svd(backend, tensor, ranks[0], truncated)
         if [int(core.shape[0]) for core in cores] == ranks:
@@ -563,7 +530,7 @@ def _random(
 ) -> list[Array]:
     """Return normal cores, and the given ones where they are held."""
     shapes = [(ranks[mode], size, ranks[(mode + 1) % len(ranks)]) for mode, size in enumerate(request.shape)]
-    return [given[mode] if mode in held else normal(request, rng, shape) for mode, shape in enumerate(shapes)]
+    return [given[mode] if mode in held else _requests.normal(request, rng, shape) for mode, shape in enumerate(shapes)]
 
 
 def _improved(request: Request, cores: list[Array], held: set[int], steps: Iteration) -> Fit:
@@ -594,5 +561,4 @@ def _tried(request: Request, cores: list[Array], held: set[int], ridge: float) -
             new_cores = ring_sweep(request.backend, request.tensor, cores, held, ridge)
         except (np.linalg.LinAlgError, RuntimeError):  # torch raises a RuntimeError
             return None
-    finite = all(np.isfinite(request.backend.to_numpy(core)).all() for core in new_cores)
-    return new_cores if finite else None
+    return new_cores if all(np.isfinite(request.backend.to_numpy(core)).all() for core in new_cores) else None

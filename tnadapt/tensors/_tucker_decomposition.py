@@ -9,36 +9,21 @@ import numpy as np
 
 from tnadapt.algebra.formats import Tucker
 from tnadapt.argument_checks import checks_arguments
-from tnadapt.backends import Array, get_backend
-from tnadapt.decomposition.fits import Fit, Limits, limits_of
+from tnadapt.backends import Array
+from tnadapt.decomposition.fits import Callback, Fit, Iteration, Limits, limits_of
 from tnadapt.decomposition.hooi import fit_tucker
 from tnadapt.decomposition.linear_algebra import norm_of
 from tnadapt.errors import ConfigError, ShapeError, safe_repr
 
+from . import _requests
 from ._decomposed import TuckerTensor, finished
-from ._nonnegative import constrained_modes, fit_nonnegative_tucker, refuse_callback
-from ._requests import (
-    BLOCK,
-    Callback,
-    Request,
-    completed,
-    error_limit,
-    hints_keywords,
-    in_memory,
-    integer_of,
-    mode_of,
-    normal,
-    one_of,
-    ranks_of,
-    refuse_observed,
-    requested,
-    seed_of,
-)
+from ._nonnegative import constrained_modes, fit_nonnegative_tucker
+from ._requests import Request
 
 __all__ = ["tucker"]
 
 
-@hints_keywords
+@_requests.hints_keywords
 @checks_arguments
 def tucker(
     tensor: Any,
@@ -55,7 +40,7 @@ def tucker(
     tol: float = 1e-6,
     max_iterations: int = 100,
     callback: Callback | None = None,
-    memory: int = BLOCK,
+    memory: int = _requests.BLOCK,
 ) -> TuckerTensor:
     """Decompose a tensor into a core and a matrix for each mode.
 
@@ -131,8 +116,8 @@ def tucker(
     >>> tucker(tensor, max_error=1e-10).rank
     (2, 3, 2)
     """
-    block = integer_of("memory", memory, 1)
-    if not in_memory(tensor):
+    block = _requests.integer_of("memory", memory, 1)
+    if not _requests.in_memory(tensor):
         if init != "svd" or fixed or mask is not None or weights is not None:
             raise ConfigError(
                 "a tensor that is read in blocks starts from its HOSVD: leave init, fixed, mask and weights out, or "
@@ -141,23 +126,27 @@ def tucker(
         if nonnegative is not False:
             raise ConfigError("nonnegative= needs the tensor in memory: pass np.asarray(tensor)")
         settings = {"svd": svd, "tol": tol, "max_iterations": max_iterations, "callback": callback}
-        return _from_blocks(tensor, block, rank, max_error, seed_of(random_state), settings)
-    request = requested(tensor, rank, max_error, mask=mask, weights=weights, random_state=random_state)
-    limits, held = limits_of(tol, max_iterations, 0), _held(request, init, fixed)
+        return _from_blocks(tensor, block, rank, max_error, _requests.seed_of(random_state), settings)
+    request = _requests.requested(tensor, rank, max_error, mask=mask, weights=weights, random_state=random_state)
+    held = _requests.kept_modes(request, init, fixed, TuckerTensor, "TuckerTensor(core, factors)")
+    limits = limits_of(tol, max_iterations, 0)
     ranks = None if rank is None else _ranks(rank, request.shape)
     if request.observed is not None:
-        refuse_observed(nonnegative)
+        _requests.refuse_observed(nonnegative)
         return finished(request, _completed(request, ranks, init, held, limits, callback), _orthogonal)
     if nonnegative is not False:
         _refuse(nonnegative, request, ranks, held, callback)
         fit = fit_nonnegative_tucker(request, ranks or [], init, limits_of(tol, max_iterations))
         return finished(request, fit, _tucker_tensor)
     fit = fit_tucker(
-        request.backend, request.tensor, None if ranks is None else dict(enumerate(ranks)), limits,
-        loss=0.0 if request.max_error is None else request.max_error * request.norm,
-        init=None if isinstance(init, str) and init == "svd" else _start(request, ranks, init, held), fixed=held,
-        svd=svd, seed=request.seed, callback=callback,
-    )  # fmt: skip
+        request.truncation(svd),
+        request.tensor,
+        None if ranks is None else dict(enumerate(ranks)),
+        Iteration(limits, callback),
+        loss=request.loss,
+        init=None if isinstance(init, str) and init == "svd" else _start(request, ranks, init, held),
+        fixed=held,
+    )
     return finished(request, fit, _tucker_tensor, fixed={1 + mode for mode in held})
 
 
@@ -180,7 +169,7 @@ def _completed(
         if {name: tuple(array.shape) for name, array in start.items()} != split.shapes:
             raise ShapeError(f"init has ranks {init.rank}; expected {tuple(ranks or ())}")
     limits = limits._replace(iterations=max(1, limits.iterations))
-    return completed(request, [split], limits, callback, start=start, fixed=held)
+    return _requests.completed(request, [split], limits, callback, start=start, fixed=held)
 
 
 def _from_blocks(
@@ -190,10 +179,10 @@ def _from_blocks(
     from tnadapt.decomposition.block_passes import OVERSAMPLED, compressed, passes_over, result_dtype
 
     passes = passes_over(tensor, block)
-    one_of("rank", rank, max_error)
+    _requests.one_of("rank", rank, max_error)
     ranks = None if rank is None else _ranks(rank, passes.shape)
     sizes = None if ranks is None else [min(d, 2 * r + OVERSAMPLED) for r, d in zip(ranks, passes.shape, strict=True)]
-    small = compressed(passes, sizes, None if max_error is None else error_limit(max_error), seed)
+    small = compressed(passes, sizes, None if max_error is None else _requests.error_limit(max_error), seed)
     kept = [int(size) for size in small.core.shape] if ranks is None else ranks
     inner = tucker(small.core, kept, random_state=seed, **settings)
     dtype = result_dtype(passes)
@@ -203,7 +192,7 @@ def _from_blocks(
 
 
 def _ranks(rank: Any, shape: tuple[int, ...]) -> list[int]:
-    ranks = ranks_of(rank, len(shape), "modes")
+    ranks = _requests.ranks_of(rank, len(shape), "modes")
     if isinstance(rank, (int, np.integer)):
         return [min(mode_rank, size) for mode_rank, size in zip(ranks, shape, strict=True)]
     for mode, (mode_rank, size) in enumerate(zip(ranks, shape, strict=True)):
@@ -221,30 +210,9 @@ def _refuse(
             "nonnegative must be True or False, as the core is constrained with all factors; got "
             f"{safe_repr(nonnegative)}. cp() takes single modes"
         )
-    constrained_modes(nonnegative, request)
-    refuse_callback(callback)
+    constrained_modes(nonnegative, request, callback)
     if ranks is None or held:
         raise ConfigError("nonnegative= takes neither max_error= nor fixed=: give rank=, and let all factors change")
-
-
-def _held(request: Request, init: Any, fixed: Collection[int]) -> set[int]:
-    """Check the start; return the modes whose factors are kept."""
-    held = {mode_of(mode, request.shape, "a mode in fixed") for mode in fixed}
-    if isinstance(init, str):
-        if init not in ("svd", "random"):
-            raise ConfigError(f"init must be 'svd', 'random' or a TuckerTensor; got {safe_repr(init)}")
-        if held:
-            raise ConfigError(
-                f"fixed={sorted(held)} keeps factors of a start: give them as init=TuckerTensor(core, factors)"
-            )
-        return held
-    if not isinstance(init, TuckerTensor):
-        raise ConfigError(f"init must be 'svd', 'random' or a TuckerTensor; got {safe_repr(init)}")
-    if init.shape != request.shape:
-        raise ShapeError(f"init has shape {init.shape}; expected the tensor's, {request.shape}")
-    get_backend(init.core, request.tensor)
-    request.refuse_recorded("init", *init.arrays)
-    return held
 
 
 def _start(request: Request, ranks: list[int] | None, init: Any, held: set[int]) -> dict[int, Array]:
@@ -254,7 +222,7 @@ def _start(request: Request, ranks: list[int] | None, init: Any, held: set[int])
     rng, backend = np.random.default_rng(request.seed), request.backend
     factors = dict[int, Array]()
     for mode, shape in enumerate(zip(request.shape, ranks, strict=True)):
-        factors[mode] = normal(request, rng, shape) if isinstance(init, str) else init.factors[mode]
+        factors[mode] = _requests.normal(request, rng, shape) if isinstance(init, str) else init.factors[mode]
         if tuple(factors[mode].shape) != shape:
             raise ShapeError(f"factor {mode} of init has shape {tuple(factors[mode].shape)}; expected {shape}")
         if mode in held:
