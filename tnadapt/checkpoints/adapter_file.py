@@ -26,9 +26,6 @@ from .container import DTYPES
 from .fingerprint import Fingerprint
 from .pretrained_model import Pretrained
 
-__all__ = ["KEPT", "AdapterFile"]
-
-
 # -- The arrays that a config and its targets imply, and the frozen ones a file may omit -------------------------------
 
 

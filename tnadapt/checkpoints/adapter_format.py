@@ -130,6 +130,7 @@ from .container import (
     Later,
     file_error_context,
     lazy_object,
+    native,
     opened,
     path_of,
     raw_bytes,
@@ -139,9 +140,6 @@ from .container import (
 )
 from .fingerprint import Fingerprint
 from .pretrained_model import Pretrained
-
-__all__ = ["ENTRY", "content_of", "likeness", "load", "read", "save"]
-
 
 # -- The metadata entry ``tnadapt``, written and parsed ----------------------------------------------------------------
 
@@ -486,7 +484,7 @@ def read(container: Container) -> tuple[AdapterFile, dict[str, Any], tuple[str, 
     before, _, after = text.partition(digest.encode())
     if text.count(digest.encode()) != 1 or _digest(before + b"0" * 64 + after, stored) != digest:
         raise FileError("is damaged: its bytes do not match its SHA-256")
-    arrays = {name: _loaded(*tensor) for name, tensor in stored.items()}
+    arrays = {name: native(*tensor) for name, tensor in stored.items()}
     dtypes = {name: "bfloat16" for name, (tag, _) in stored.items() if tag == "BF16"}
     left_out = _draw_missing(plan, trained, plan_entries, arrays, dtypes)
     params = plan.param_shapes
@@ -562,10 +560,3 @@ def likeness(names: Collection[str], metadata: Mapping[str, str]) -> str:
     else:
         what = "weights that torch saved" if metadata.get("format") == "pt" else "a file of another library"
     return f"{what}: {pluralize(len(names), 'tensor')}" + (f" such as {safe_repr(min(names))}" if names else "")
-
-
-def _loaded(tag: str, array: np.ndarray) -> np.ndarray:
-    """Convert an array of the file to one that NumPy can compute with."""
-    if tag == "BF16":
-        return (array.astype(np.uint32) << np.uint32(16)).view(np.float32)
-    return array.astype(array.dtype.newbyteorder("="), copy=False)

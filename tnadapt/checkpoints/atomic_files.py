@@ -17,21 +17,6 @@ from collections.abc import Callable, Iterator
 
 from tnadapt.errors import FileError
 
-__all__ = [
-    "HAS_LOCKS",
-    "atomic_write",
-    "exchange",
-    "lock",
-    "names_handle",
-    "rename_new",
-    "replace_file",
-    "sync_file",
-    "sync_folder",
-    "sync_tree",
-    "unlock",
-]
-
-
 # -- Renames that never replace anything, and exchanges of two names ---------------------------------------------------
 
 # Linux provides both in one system call, ``renameat2``, which Python does not expose. On other systems, and on file

@@ -32,18 +32,6 @@ from .container import (
     raw_dtype,
 )
 
-__all__ = [
-    "SUFFIX",
-    "Checkpoint",
-    "file_state",
-    "gguf_files",
-    "gguf_place",
-    "hidden_bar",
-    "need_gguf",
-    "open_checkpoint",
-]
-
-
 # -- The model: headers are read, and tensors on demand ----------------------------------------------------------------
 
 

@@ -30,36 +30,6 @@ import numpy as np
 
 from tnadapt.errors import FileError, TnadaptError, escaped, safe_repr
 
-__all__ = [
-    "DTYPES",
-    "FOREIGN",
-    "MAX_CONFIG",
-    "MAX_METADATA",
-    "MAX_TENSORS",
-    "MAX_VALUE",
-    "TAG_OF",
-    "Container",
-    "Document",
-    "Elements",
-    "Entries",
-    "Entry",
-    "Later",
-    "Metadata",
-    "check_held",
-    "file_error_context",
-    "held_bytes",
-    "json_file",
-    "lazy_object",
-    "opened",
-    "path_of",
-    "raw_bytes",
-    "raw_dtype",
-    "read_header",
-    "serialized",
-    "strict_json",
-]
-
-
 # -- The tensors that headers list, in less memory than their text -----------------------------------------------------
 
 
@@ -862,6 +832,13 @@ _HOLES, _PACKED = 1 << 26, 8
 def raw_bytes(array: np.ndarray) -> memoryview:
     """Return the bytes of a C-contiguous array, without a copy."""
     return array.reshape(-1).view(np.uint8).data
+
+
+def native(tag: str, array: np.ndarray) -> np.ndarray:
+    """Return an array of a file in a dtype that NumPy can compute with: bfloat16 as float32."""
+    if tag == "BF16":
+        return (array.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return array.astype(array.dtype.newbyteorder("="), copy=False)
 
 
 class Container:

@@ -44,8 +44,6 @@ from tnadapt.argument_checks import checks_arguments
 from tnadapt.backends import FLOAT_DTYPES
 from tnadapt.errors import BackendError, ConfigError, ShapeError, safe_repr
 
-__all__ = ["TOLERANCE", "Fingerprint", "compare", "fingerprint"]
-
 TOLERANCE = 0.005
 
 _SKETCHES = 8

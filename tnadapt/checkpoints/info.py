@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import itertools
 import os
 import re
 from collections.abc import Iterable
@@ -19,8 +20,6 @@ from .adapter_format import ENTRY, VERSION, likeness, read
 from .checkpoint import Checkpoint, open_checkpoint
 from .container import file_error_context, opened
 from .lora_export import lora_export
-
-__all__ = ["info"]
 
 
 @checks_arguments
@@ -164,19 +163,10 @@ def _strings(value: Any) -> list[str] | None:
 
 
 def _target(target: Target) -> dict[str, Any]:
-    fields: dict[str, Any] = {"role": target.role, "name": target.name, "stored": list(target.stored)}
-    fields["shape"] = list(target.shape)
-    if target.rows is not None:
-        fields["rows"] = target.rows.to_json()
-    if target.transposed:
-        fields["transposed"] = True
-    if target.index is not None:
-        fields["index"] = target.index
-    if target.tied:
-        fields["tied"] = list(target.tied)
-    if target.groups > 1:
-        fields["groups"] = target.groups
-    return fields
+    _, stored, role, *settings = target.to_list()
+    fields = {"role": role, "name": target.name, "stored": stored, "shape": list(target.shape)}
+    rest = dict(*settings).items()
+    return fields | {name: value for name, value in rest if name not in ("parameter", "layer")}
 
 
 def _grouped(targets: Iterable[Target]) -> list[dict[str, Any]]:
@@ -209,13 +199,16 @@ def _pattern(names: list[str]) -> str:
     return ".".join(parts[0] if len(set(parts)) == 1 else f"{{{_ranges(parts)}}}" for parts in columns)
 
 
+def consecutive(numbers: Iterable[int]) -> list[tuple[int, int]]:
+    """Return the first and the last of each run of consecutive numbers."""
+    # Within a run, numbers are as far apart as their places.
+    runs = itertools.groupby(enumerate(sorted(numbers)), lambda placed: placed[1] - placed[0])
+    members = ([number for _, number in run] for _, run in runs)
+    return [(run[0], run[-1]) for run in members]
+
+
 def _ranges(parts: Iterable[str]) -> str:
-    runs: list[list[int]] = []
     values = {part: number(part) for part in parts}
-    for value in sorted({value for value in values.values() if value is not None}):
-        if runs and value == runs[-1][1] + 1:
-            runs[-1][1] = value
-        else:
-            runs.append([value, value])
+    runs = consecutive({value for value in values.values() if value is not None})
     words = sorted(part for part, value in values.items() if value is None)
     return ",".join([*(f"{a}" if a == b else f"{a}-{b}" for a, b in runs), *words])

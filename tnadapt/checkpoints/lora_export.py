@@ -13,8 +13,6 @@ from tnadapt.errors import escaped
 from tnadapt.targets.checkpoint_experts import PARAMETERS
 from tnadapt.targets.target import Target
 
-__all__ = ["SERVED_EMBEDDING", "SERVED_RANKS", "LoraExport", "lora_export", "served_rank"]
-
 #: What vLLM takes as ``--max-lora-rank``.
 SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 

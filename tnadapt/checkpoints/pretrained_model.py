@@ -12,8 +12,6 @@ from typing import Any, NamedTuple
 from tnadapt.argument_checks import checks_arguments, is_sequence
 from tnadapt.errors import ConfigError, FileError, TnadaptError, pluralize, safe_repr, summarize
 
-__all__ = ["MAX_LABELS", "TASKS", "Pretrained", "PretrainedTask", "is_local"]
-
 #: Maximum number of labels; ImageNet-21k has 21,843.
 MAX_LABELS = 1 << 15
 _MAX_TEXT = 1024

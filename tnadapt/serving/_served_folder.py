@@ -15,7 +15,7 @@ from tnadapt.checkpoints.adapter_file import AdapterFile
 from tnadapt.checkpoints.adapter_format import load
 from tnadapt.checkpoints.checkpoint import open_checkpoint
 from tnadapt.checkpoints.container import path_of
-from tnadapt.checkpoints.stored_weights import BaseWeights
+from tnadapt.checkpoints.stored_weights import base_weights
 from tnadapt.convert import convert
 from tnadapt.errors import ConfigError, FileError, TargetError, TnadaptError
 
@@ -177,7 +177,7 @@ class ServedFolder:
 def _check_base(file: AdapterFile, base: str) -> None:
     """Raise TargetError unless the weights are those that the adapter was trained on, as far as the file knows them."""
     if file.base is not None:
-        BaseWeights(file, open_checkpoint(base)).check_fingerprint()
+        base_weights(file, open_checkpoint(base))
 
 
 def _weights_of(model: str) -> str | None:

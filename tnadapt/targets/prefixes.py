@@ -16,16 +16,6 @@ from tnadapt.errors import TargetError, safe_repr
 from .roles import natural, number
 from .target import Target
 
-__all__ = [
-    "Prefix",
-    "found_prefix",
-    "near_names",
-    "paired",
-    "renamed_targets",
-    "stored_names",
-]
-
-
 # -- Names that differ by a common prefix, or by known renames ---------------------------------------------------------
 
 

@@ -22,30 +22,6 @@ from tnadapt.errors import TargetError, safe_repr
 from .fused_rows import Fused
 from .target import Rows
 
-__all__ = [
-    "KEYWORDS",
-    "AttentionWeights",
-    "Called",
-    "ProjectionName",
-    "are_roles",
-    "attention_group",
-    "attentions_in",
-    "ends_in",
-    "is_attention",
-    "is_within",
-    "layer_of",
-    "main_projection",
-    "natural",
-    "number",
-    "parse_projection_name",
-    "path_matcher",
-    "projection_letters",
-    "settled_names",
-    "similar_paths",
-    "unclear_children",
-]
-
-
 # -- The name of one projection ----------------------------------------------------------------------------------------
 
 

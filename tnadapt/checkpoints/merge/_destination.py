@@ -10,13 +10,6 @@ from tnadapt.checkpoints.checkpoint import SUFFIX, Checkpoint, open_checkpoint
 from tnadapt.checkpoints.container import path_of
 from tnadapt.errors import FileError
 
-__all__ = [
-    "Belonging",
-    "Destination",
-    "destination",
-]
-
-
 # -- Which files belong to a checkpoint: those in its folder, and the targets of links inside --------------------------
 
 # In a Hugging Face cache, files are links: ``REPOSITORY/snapshots/REVISION/config.json`` points to

@@ -66,9 +66,6 @@ from tnadapt.errors import FileError
 
 from ._shards import same_content
 
-__all__ = ["SUFFIX", "MergeJournal", "partial", "place", "work_lock"]
-
-
 # -- Publishing: a finished file or folder moves to its final path, always reversibly ----------------------------------
 
 # If the system can exchange names (:mod:`tnadapt.checkpoints.atomic_files`), readers find either the previous or the

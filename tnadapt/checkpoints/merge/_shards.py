@@ -19,9 +19,6 @@ from tnadapt.checkpoints.checkpoint import Checkpoint
 from tnadapt.checkpoints.container import Entry, raw_bytes
 from tnadapt.errors import FileError
 
-__all__ = ["Change", "Shard", "Stopped", "Writer", "copy_range", "open_regular", "same_content", "write_at"]
-
-
 # -- Bytes copied between files: in the kernel, in large pieces, or through memory -------------------------------------
 
 
