@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import itertools
 import os
 import re
@@ -15,7 +14,7 @@ from tnadapt.targets.checkpoint_targets import find_stored
 from tnadapt.targets.roles import number
 from tnadapt.targets.target import Target
 
-from .adapter_file import AdapterFile
+from .adapter_file import KEPT
 from .adapter_format import ENTRY, VERSION, likeness, read
 from .checkpoint import Checkpoint, open_checkpoint
 from .container import file_error_context, opened
@@ -90,7 +89,10 @@ def _of_adapter(path: str, every: bool) -> dict[str, Any]:
         "groups": file.plan.num_groups,
         "updated": file.plan.size,
         "targets": _grouped(file.targets),
-        "kept": _kept(file),
+        "kept": [
+            {"name": name, "shape": list(array.shape), "dtype": file.dtypes.get(KEPT + name, array.dtype.name)}
+            for name, array in file.kept.items()
+        ],
         "base": recipe.get("base"),
         "draws": draws,
         "draws_here": draws_here,
@@ -111,13 +113,6 @@ def _of_adapter(path: str, every: bool) -> dict[str, Any]:
     return summary
 
 
-def _kept(file: AdapterFile) -> list[dict[str, Any]]:
-    return [
-        {"name": name, "shape": list(array.shape), "dtype": file.dtypes.get(f"kept.{name}", array.dtype.name)}
-        for name, array in file.kept.items()
-    ]
-
-
 def _of_checkpoint(checkpoint: Checkpoint, every: bool) -> dict[str, Any]:
     entries = checkpoint.entries
     dtypes: dict[str, dict[str, int]] = {}
@@ -125,7 +120,6 @@ def _of_checkpoint(checkpoint: Checkpoint, every: bool) -> dict[str, Any]:
         totals = dtypes.setdefault(entry.dtype, {"tensors": 0, "bytes": 0})
         totals["tensors"] += 1
         totals["bytes"] += entry.stop - entry.start
-    in_file = collections.Counter(checkpoint.shard.values())
     try:
         config, no_config = checkpoint.config or {}, None
     except FileError as error:
@@ -137,7 +131,7 @@ def _of_checkpoint(checkpoint: Checkpoint, every: bool) -> dict[str, Any]:
         "architectures": _strings(config.get("architectures")),
         "no_config": no_config,
         "files": [
-            {"name": os.path.basename(file), "bytes": os.path.getsize(file), "tensors": in_file[file]}
+            {"name": os.path.basename(file), "bytes": os.path.getsize(file), "tensors": len(checkpoint.of_file(file))}
             for file in checkpoint.files
         ],
         "tensors": len(entries),
@@ -182,15 +176,10 @@ def _grouped(targets: Iterable[Target]) -> list[dict[str, Any]]:
 
 def _summary(targets: list[Target]) -> dict[str, Any]:
     """Describe targets of one kind: all matrices of the stacks of several layers, say."""
-    summary = {
-        "count": len(targets),
-        **_target(targets[0]),
-        "name": _pattern(list(dict.fromkeys(target.name for target in targets))),
-    }
-    several = {target.index for target in targets}
-    if len(several) > 1:
-        summary["index"] = _ranges(str(index) for index in several)
-    return summary
+    name = _pattern(list(dict.fromkeys(target.name for target in targets)))
+    summary = {"count": len(targets), **_target(targets[0]), "name": name}
+    several = {str(target.index) for target in targets}
+    return summary | {"index": _ranges(several)} if len(several) > 1 else summary
 
 
 def _pattern(names: list[str]) -> str:

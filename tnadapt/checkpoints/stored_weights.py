@@ -324,53 +324,55 @@ def resolve(checkpoint: Checkpoint, file: AdapterFile) -> ResolvedTargets:
     _check_alone(checkpoint, file)
     entries = checkpoint.entries
     shapes = {name: entry.shape for name, entry in entries.items()}
-    also: tuple[tuple[int, Target], ...] = ()
-    parts: dict[int, tuple[Target, ...]] = {}
     names = ModuleNames(lambda: checkpoint.config)
     try:
-        named, shift = stored_names(file.targets, shapes)
-        if shift is None:
-            named, shift, parts = _experts(file.targets, shapes)
+        named, shift, renamed = _named(file.targets, shapes, names)
     except TargetError as error:
         raise FileError(str(error)) from error
-    how = str(shift or "")
-    renamed = renamed_targets(file.targets, shapes, names.of) if shift is None else None
-    if renamed is not None:
-        (named, shift), how = renamed, "weights under the names that transformers gives them on disk"
-    if shift is not None:
-        targets = tuple(shift.target(target) for target in named)
-        also = tuple(
-            (index, shift.target(other))
-            for index, target in enumerate(named)
-            for other in target.tied_targets()
-            if shift.of(other.name) in entries
-        )
-    else:
+    also: list[tuple[int, Target]] = []
+    parts: dict[int, tuple[Target, ...]] = {}
+    if shift is None:
         targets, how = _by_role(checkpoint, file, names), "weights of the same roles and shapes under other names"
-    resolved = ResolvedTargets(targets, {}, {}, how, also, parts)
+    else:
+        how = "weights under the names that transformers gives them on disk" if renamed else str(shift)
+        targets = tuple(shift.target(tensors[0]) for tensors in named)
+        parts = {i: tuple(map(shift.target, tensors)) for i, tensors in enumerate(named) if len(tensors) > 1}
+        tied = [(index, other) for index, tensors in enumerate(named) for other in tensors[0].tied_targets()]
+        also = [(index, shift.target(other)) for index, other in tied if shift.of(other.name) in entries]
+    resolved = ResolvedTargets(targets, {}, {}, how, tuple(also), parts)
     check_distinct([target for _, target in resolved.places])
     for _, target in resolved.places:
         _check_target(target, entries[target.name])
         _check_order(target, checkpoint)
-    kept, added = _kept(entries, file, shift or Prefix(), names, renamed is not None)
-    both = {target.name for _, target in resolved.places}.intersection(kept.values())
-    if both:
+    kept, added = _kept(entries, file, shift or Prefix(), names, renamed)
+    if both := {target.name for _, target in resolved.places}.intersection(kept.values()):
         raise FileError(f"the adapter both updates and replaces {summarize(both)}")
     return resolved._replace(kept=kept, added=added)
 
 
-def _experts(
-    targets: Sequence[Target], shapes: Mapping[str, tuple[int, ...]]
-) -> tuple[Sequence[Target], Prefix | None, dict[int, tuple[Target, ...]]]:
-    """Find experts in tensors of their own; return the first tensor of each target, the prefix, and several tensors."""
+def _named(
+    targets: Sequence[Target], shapes: Mapping[str, tuple[int, ...]], names: ModuleNames, inverse: bool = False
+) -> tuple[Sequence[tuple[Target, ...]], Prefix | None, bool]:
+    """Find weights by their names: those of the model, of single experts, or on disk.
+
+    Returns, for each target, the tensor that has it, or those whose rows are its rows; the prefix under which these are
+    stored, None if they are not; and whether they have other names than the targets. With ``inverse``, the targets may
+    have the names on disk, and the tensors those in memory.
+    """
+    named, prefix = stored_names(targets, shapes)
+    if prefix is not None:
+        return [(target,) for target in named], prefix, False
     for several in expert_tensors(targets):
-        shift = found_prefix([part for parts in several for part in parts], shapes)
-        if shift is not None:
-            shifted_parts = {
-                index: tuple(map(shift.target, parts)) for index, parts in enumerate(several) if len(parts) > 1
-            }
-            return [parts[0] for parts in several], shift, shifted_parts
-    return targets, None, {}
+        prefix = found_prefix([part for parts in several for part in parts], shapes)
+        if prefix is not None:
+            return several, prefix, False
+    renamed = renamed_targets(targets, shapes, names.of)
+    if renamed is None and inverse:
+        of_stored = names.inverse(shapes)
+        renamed = renamed_targets(targets, shapes, lambda name: of_stored.get(name, []))
+    if renamed is not None:
+        return [(target,) for target in renamed[0]], renamed[1], True
+    return [(target,) for target in targets], None, False
 
 
 def _by_role(checkpoint: Checkpoint, file: AdapterFile, names: ModuleNames) -> tuple[Target, ...]:
@@ -584,19 +586,10 @@ def _selected(part: Target, stored: np.ndarray) -> np.ndarray:
 
 def _placed(checkpoint: Checkpoint, targets: Sequence[Target], which: str) -> tuple[list[tuple[Target, ...]], Prefix]:
     stored = {name: entry.shape for name, entry in checkpoint.entries.items()}
-    plain: list[tuple[Target, ...]] = [(target,) for target in targets]
-    for several in (plain, *expert_tensors(targets)):
-        prefix = found_prefix([part for parts in several for part in parts], stored)
-        if prefix is not None:
-            return [tuple(map(prefix.target, parts)) for parts in several], prefix
     # One of two checkpoints of a model of transformers may have the names of its modules, the other those on disk.
-    names = ModuleNames(lambda: checkpoint.config)
-    renamed = renamed_targets(targets, stored, names.of)
-    if renamed is None:
-        of_stored = names.inverse(stored)
-        renamed = renamed_targets(targets, stored, lambda name: of_stored.get(name, []))
-    if renamed is not None:
-        return [(renamed[1].target(target),) for target in renamed[0]], renamed[1]
+    named, prefix, _ = _named(targets, stored, ModuleNames(lambda: checkpoint.config), inverse=True)
+    if prefix is not None:
+        return [tuple(map(prefix.target, tensors)) for tensors in named], prefix
     missing = [target.name for target in targets if target.name not in stored]
     near = near_names(missing[0], stored)
     raise TargetError(

@@ -309,7 +309,8 @@ def parameters(
     axes.set_yscale("log")
     quiet(axes)
     axes.grid(axis="y", which="major", color=tone(0.902), linewidth=0.7)
-    ranks = _useful(shapes, orders, ranks, size)
+    # Up to where at least one order has fewer parameters than there are elements.
+    ranks = max(2, min(ranks, size // min(next(counted(shapes, order, 1))[1] for order in orders)))
     lora = _below(_line(Config(), shapes, ranks), size)
     lines = [("LoRA, one group per weight", tone(0.4), lora)]
     for order, colour in zip(orders, itertools.cycle(_COLOURS), strict=False):
@@ -349,12 +350,6 @@ def counted(shapes: Shapes, order: int, ranks: int) -> Iterator[tuple[int, int]]
 def _line(config: Config, shapes: Shapes, ranks: int) -> Iterator[tuple[int, int]]:
     for rank in range(1, ranks + 1):
         yield rank, parameter_count(config.replace(rank=rank), shapes)
-
-
-def _useful(shapes: Shapes, orders: Sequence[int], ranks: int, size: int) -> int:
-    """Return the rank up to which at least one order has fewer parameters than there are elements."""
-    firsts = [next(counted(shapes, order, 1))[1] for order in orders]
-    return max(2, min(ranks, size // min(firsts)))
 
 
 def _below(line: Iterator[tuple[int, int]], size: int) -> list[tuple[int, int]]:

@@ -78,11 +78,6 @@ class Node:
     height: float = 2 * RADIUS
     frozen: bool = False
 
-    @property
-    def is_array(self) -> bool:
-        """Whether the node is an array rather than a dot."""
-        return self.kind != "dot"
-
 
 @dataclasses.dataclass(frozen=True)
 class Bond:

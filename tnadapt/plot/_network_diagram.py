@@ -189,10 +189,8 @@ def _frames(axes: Any, drawing: Diagram) -> None:
     if drawing.brackets:
         left, bottom, right, top = drawing.brackets
         for x, inward in ((left, 0.09), (right, -0.09)):
-            axes.plot(
-                [x + inward, x, x, x + inward], [top, top, bottom, bottom], color=ink(), linewidth=1.2,
-                solid_joinstyle="miter",
-            )  # fmt: skip
+            corners = [x + inward, x, x, x + inward], [top, top, bottom, bottom]
+            axes.plot(*corners, color=ink(), linewidth=1.2, solid_joinstyle="miter")
 
 
 def _steps(axes: Any, drawing: Diagram) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 from tnadapt.argument_checks import checks_arguments
 from tnadapt.checkpoints.atomic_files import replace_file
-from tnadapt.checkpoints.container import file_error_context, path_of
+from tnadapt.checkpoints.container import encodes, file_error_context, path_of
 from tnadapt.errors import ConfigError, safe_repr
 
 _MAX_TEXT = 1000
@@ -156,7 +156,7 @@ def checked_text(**texts: str) -> None:
     for name, text in texts.items():
         if len(text) > _MAX_TEXT:
             raise ConfigError(f"{name} must have at most {_MAX_TEXT:,} characters; got {len(text):,}")
-        if any("\ud800" <= letter <= "\udfff" for letter in text):
+        if not encodes(text):
             raise ConfigError(f"{name} has half a surrogate pair, which no font can draw; got {safe_repr(text)}")
 
 

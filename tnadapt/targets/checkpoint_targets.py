@@ -425,9 +425,7 @@ def _named(model: StoredModel, shapes: Mapping[str, tuple[int, ...]], targets: A
     chosen = _chosen(targets)
     several = isinstance(targets, (list, tuple))
     experts = experts_of(
-        shapes,
-        model.config,
-        lambda module, parameter: chosen(module) or (several and chosen(f"{module}.{parameter}")),
+        shapes, model.config, lambda module, parameter: chosen(module) or (several and chosen(f"{module}.{parameter}"))
     )
     # A pattern that also fits the single tensors of experts selects them once, as the model has them in memory.
     theirs = {name for expert in experts for name in expert.tensors}

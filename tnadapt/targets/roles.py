@@ -325,7 +325,7 @@ def unclear_children(
     [('v_gate_proj', 'v')]
     """
     unclear = [(child, says.letters) for child, says, weights in inputs if len(weights) > 1]
-    produced = {letter for _, says, _ in inputs for letter in says.letters}
+    produced = _letters(says for _, says, _ in inputs)
     for child in children:
         missing = "".join(letter for letter in projection_letters(child) if letter in "qv" and letter not in produced)
         if missing and holds_weights(child):

@@ -55,11 +55,8 @@ class Rows(NamedTuple):
 
     def indices(self) -> list[int]:
         """Return the indices of all rows, in order."""
-        return [
-            block * self.stride + row
-            for block in range(self.count)
-            for row in range(self.start, self.start + self.length)
-        ]
+        firsts = range(self.start, self.stride * self.count, self.stride)
+        return [row for first in firsts for row in range(first, first + self.length)]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -169,7 +169,8 @@ class Job:
         dtype = FLOATS[self.checkpoint.entries[name].dtype]
         for index, target in self.of[name]:
             assert self.updates is not None  # computed before anything is written
-            whole = self._with_others(index, name, stored) if index in self.placed.parts else target.select(stored)
+            parts = self.placed.parts.get(index, ())
+            whole = self._with_others(parts, name, stored) if parts else target.select(stored)
             flat = np.ascontiguousarray(whole).reshape(-1)
             plan, arrays = self.file.plan, self.file.arrays
             weight_params = [arrays[name] for name in plan.weight_param_names[index]]
@@ -183,27 +184,21 @@ class Job:
                     f"{safe_repr(name)} with its update leaves the range of {dtype}; nothing was merged: merge into "
                     "the checkpoint in a wider dtype"
                 )
-            if index in self.placed.parts:
-                flat = flat.reshape(whole.shape)[self._rows_of(index, name)]
+            if parts:
+                place = [part.name for part in parts].index(name)
+                start = sum(part.out for part in parts[:place])
+                flat = flat.reshape(whole.shape)[start : start + len(stored)]
             if not np.may_share_memory(flat, stored):
                 target.write(stored, flat.reshape(target.shape))
         return stored
 
-    def _with_others(self, index: int, name: str, stored: np.ndarray) -> np.ndarray:
+    def _with_others(self, parts: Sequence[Target], name: str, stored: np.ndarray) -> np.ndarray:
         """Return a weight of which a tensor is a part, with the other parts from the checkpoint."""
-        entries, parts = self.checkpoint.entries, self.placed.parts[index]
+        entries = self.checkpoint.entries
         other = next((part.name for part in parts if entries[part.name].dtype != entries[name].dtype), None)
         if other is not None:
             raise Unfit(f"has {safe_repr(name)} and {safe_repr(other)}, parts of one weight, in different dtypes")
         return np.concatenate([stored if part.name == name else self.checkpoint.array(part.name) for part in parts])
-
-    def _rows_of(self, index: int, name: str) -> slice:
-        start = 0
-        for part in self.placed.parts[index]:
-            if part.name == name:
-                return slice(start, start + part.out)
-            start += part.out
-        raise AssertionError(name)
 
     def _replaced(self, name: str, tag: str, stored: np.ndarray) -> np.ndarray:
         return self._cast(name, tag)
