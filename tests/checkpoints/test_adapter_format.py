@@ -318,7 +318,7 @@ def test_paths_that_cannot_be_read_or_written(tmp_path: Path, monkeypatch: pytes
             (tmp_path / name).unlink()
     with pytest.raises(FileError, match="expected an AdapterFile to save; got dict"):
         tna.save(missing, {})  # type: ignore[arg-type]
-    monkeypatch.setattr(adapter_format, "MAX_HEADER", 100)
+    monkeypatch.setattr(adapter_format.container, "MAX_HEADER", 100)
     with pytest.raises(FileError, match="6 arrays need a header of more than 100 bytes; use fewer groups"):
         tna.save(missing, made())
     assert list(tmp_path.iterdir()) == []
@@ -709,7 +709,7 @@ def test_a_config_may_be_longer_by_what_its_targets_need(tmp_path: Path, monkeyp
     targets = [Target(f"l.{number}", (2, 2)) for number in range(200)]
     config = Config(rank=1, groups=tuple((number,) for number in range(200)))
     file = AdapterFile(config, targets, arrays_of(config, targets=targets))
-    monkeypatch.setattr(adapter_format, "MAX_VALUE", 0)
+    monkeypatch.setattr(adapter_format, "_CONFIG", 0)
     same(read(tmp_path, content_of(file, tmp_path)), file)
     monkeypatch.setattr(adapter_format, "_CONFIG_OF_TARGET", 1)
     with pytest.raises(FileError, match=r"load would refuse it: .* more than 200 bytes for 'config'"):

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 import tnadapt as tna
 from tests.planning.internals import measured
-from tnadapt.errors import FileError
 from tnadapt.planning import Plan
 from tnadapt.presets import PRESETS, AdaptedWeights
 
@@ -101,28 +100,6 @@ def test_budgets_without_a_gain_apply_as_settings_do(published: Any) -> None:
         (), (("a", 100),), (("a", 100),), (("a", 1000), ("b", 1000)), (("a", 1000), ("b", 1000)), (),
     ]  # fmt: skip
     assert known.no_gain([5, 100, 3000]) == (("a", 100), ("a", 1000), ("b", 1000))
-
-
-@pytest.mark.parametrize(
-    ("own", "setting"),
-    [
-        ({"share": 0.5}, {"held_out_share": None, "share": 0.5}),  # of test samples, in files of earlier versions
-        ({}, {"held_out_share": None, "share": 0.5}),
-        ({"no_gain": None}, {}),
-        ({"gain": []}, {}),
-        ({}, {"seeds": None}),
-    ],
-)
-def test_a_file_with_other_fields_is_refused(own: dict[str, Any], setting: dict[str, Any]) -> None:
-    content = task("a", 32768, (tna.presets.lora(1), 1024, 0.5))
-    assert len(read([content])) == 1
-    for target, changes in ((content, own), (content["settings"][0], setting)):
-        for name, value in changes.items():
-            target[name] = value
-            if value is None:
-                del target[name]
-    with pytest.raises(FileError, match=r"measured\.json has the fields .* were expected; .*: install tnadapt again"):
-        read([content])
 
 
 ESTIMATED = "  ~ estimated: not measured on all of these tasks"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -22,12 +23,9 @@ from tnadapt.argument_checks import checks_arguments
 from tnadapt.errors import BackendError, ConfigError, ShapeError, pluralize, safe_repr, summarize
 from tnadapt.targets.target import Target, check_distinct
 
-from .container import DTYPES
+from .container import DTYPES, encodes
 from .fingerprint import Fingerprint
 from .pretrained_model import Pretrained
-
-__all__ = ["KEPT", "AdapterFile"]
-
 
 # -- The arrays that a config and its targets imply, and the frozen ones a file may omit -------------------------------
 
@@ -184,18 +182,17 @@ def drawn(plan: SuperLoRA, trained: Sequence[str] | None, dtype: str) -> dict[st
     """
     if trained is None or plan.theta is not None or plan.point.subtracts:
         return {}  # θ is stored, as it is short; so is what starts at arrays that may not be drawn
-    chosen, draws = set(trained), dict[str, Callable[[], np.ndarray]]()
-    numpy_dtype = "float32" if dtype == "bfloat16" else dtype
-    for group, start in zip(plan.groups, plan.starts(trained), strict=True):
-        for name, full in group.names.items():
-            if full not in chosen:
-                draws[full] = functools.partial(_drawn, start, name, dtype, numpy_dtype)
-    return draws
+    chosen, numpy_dtype = set(trained), "float32" if dtype == "bfloat16" else dtype
+    return {
+        full: functools.partial(_drawn, start, name, dtype, numpy_dtype)
+        for group, start in zip(plan.groups, plan.starts(trained), strict=True)
+        for name, full in group.names.items()
+        if full not in chosen
+    }
 
 
 def _drawn(start: Initializer, name: str, dtype: str, numpy_dtype: str) -> np.ndarray:
-    array: np.ndarray = start.make((name, dtype)).astype(numpy_dtype)
-    return array
+    return np.asarray(start.make((name, dtype)).astype(numpy_dtype))
 
 
 # -- AdapterFile -------------------------------------------------------------------------------------------------------
@@ -309,10 +306,7 @@ class AdapterFile:
         _check_text(self)
         shapes = {name: tuple(array.shape) for name, array in [*self.arrays.items(), *self.given.items()]}
         plan = check_fit(self.config, self.targets, shapes)
-        put(
-            "given",
-            checked_given(self.given, plan.fixed_shapes, plan.brought_shapes),
-        )
+        put("given", checked_given(self.given, plan.fixed_shapes, plan.brought_shapes))
         if self.activation is not None and plan.point.subtracts:
             raise ConfigError(
                 f"activation={self.activation!r} depends on the input, so that the update of a start cannot be "
@@ -416,21 +410,20 @@ class AdapterFile:
         plain = all(group.projection.map.identity for group in groups)
         # What is subtracted is drawn, except for what is stored or computed from the base.
         subtracting = any(group.subtracts for group in groups)
-        begun = [full for full in plan.array_shapes if _draws(plan, full, True)] if subtracting else []
+        begun = list(_drawn_starts(plan, subtracted=True)) if subtracting else []
         if plain and not left_out and not plan.frozen_shapes and plan.theta is None and not begun:
             return None
         total = hashlib.sha256()
         distinct = [] if plain else list({id(group.projection): group.projection for group in groups}.values())
-        if len(distinct) > 2 * _DIGESTED:
-            distinct = distinct[:_DIGESTED] + distinct[-_DIGESTED:]
         before = [] if plan.theta is None else [part.projection for part in plan.theta.parts]
-        for projection in [*distinct, *before[:_DIGESTED], *before[_DIGESTED:][-_DIGESTED:]]:
-            total.update(projection.digest.encode())
+        for projections in (distinct, before):
+            for projection in [*projections[:_DIGESTED], *projections[_DIGESTED:][-_DIGESTED:]]:
+                total.update(projection.digest.encode())
         if plan.theta is not None and self.config.offset:
             total.update(_starts(plan))
         else:
-            for array in _started(plan, begun):
-                total.update(array)
+            for start, name, _ in begun:
+                total.update(_bytes(start.make(name)))
         drawn_so_far = 0
         for group in groups:
             for name, entry in group.frozen.entries.items():
@@ -438,19 +431,17 @@ class AdapterFile:
                     continue  # stored, or known by the fingerprint of the base
                 drawn_so_far += math.prod(group.network.shapes[name])
                 if drawn_so_far <= MAX_DRAWN:
-                    total.update(group.frozen.make(name).astype("<f4").tobytes())
+                    total.update(_bytes(group.frozen.make(name)))
         if left_out:
             draws = drawn(self.plan, self.trained, "float32")
             for name in left_out:
-                total.update(draws[name]().astype("<f4").tobytes())
+                total.update(_bytes(draws[name]()))
         return total.hexdigest()
 
     def tensors(self) -> Iterator[tuple[str, np.ndarray]]:
         """Yield all arrays with their names in a file, where those of kept parameters begin with ``kept.``."""
-        yield from self.arrays.items()
-        yield from self.given.items()
-        for name, array in self.kept.items():
-            yield KEPT + name, array
+        kept = ((KEPT + name, array) for name, array in self.kept.items())
+        yield from itertools.chain(self.arrays.items(), self.given.items(), kept)
 
     def check_finite(self) -> None:
         """Raise ShapeError, naming the array, if one contains NaN or infinity."""
@@ -482,35 +473,31 @@ class AdapterFile:
         return self.plan.deltas(self.arrays, self.dtype)
 
 
-def _started(plan: SuperLoRA, names: Iterable[str]) -> Iterator[bytes]:
-    """Yield the initial values of arrays."""
-    for full in names:
-        group, _, name = full.removeprefix("group").partition(".")
-        yield plan.groups[int(group)].start.make(name).astype("<f4").tobytes()
+def _drawn_starts(plan: SuperLoRA, subtracted: bool = False) -> Iterator[tuple[Initializer, str, int]]:
+    """Yield what draws the start of each array that the seed draws, with the array's name and size.
 
-
-def _draws(plan: SuperLoRA, full: str, subtracted: bool = False) -> bool:
-    """Return whether an array starts at what the seed draws: not at what is stored, or computed from the base.
-
-    With ``subtracted``, only those whose start the update subtracts.
+    These are not the arrays that start at what is stored, or computed from the base. With ``subtracted``, only those
+    whose start the update subtracts.
     """
-    number, _, name = full.removeprefix("group").partition(".")
-    group = plan.groups[int(number)]
-    return (group.subtracts or not subtracted) and group.start.draws(name)
+    for full, shape in plan.array_shapes.items():
+        number, _, name = full.removeprefix("group").partition(".")
+        group = plan.groups[int(number)]
+        if (group.subtracts or not subtracted) and group.start.draws(name):
+            yield group.start, name, math.prod(shape)
 
 
 def _starts(plan: SuperLoRA) -> bytes:
     """Return a digest of the initial arrays from which θ moves, up to a limit on their elements."""
-    total, left, names = hashlib.sha256(), MAX_DRAWN, list[str]()
-    for full, shape in plan.array_shapes.items():
-        if not _draws(plan, full):
-            continue
-        left -= math.prod(shape)
+    total, left = hashlib.sha256(), MAX_DRAWN
+    for start, name, size in _drawn_starts(plan):
+        left -= size
         if left >= 0:
-            names.append(full)
-    for array in _started(plan, names):
-        total.update(array)
+            total.update(_bytes(start.make(name)))
     return total.digest()
+
+
+def _bytes(array: np.ndarray) -> bytes:
+    return array.astype("<f4").tobytes()
 
 
 def _own_targets(targets: Any, config: Config) -> tuple[Target, ...]:
@@ -574,8 +561,7 @@ def _check_dtypes(file: AdapterFile) -> None:
         if dtype != "bfloat16" or tensors[name].dtype != np.float32:
             raise BackendError(
                 f"dtypes says which float32 arrays are stored as 'bfloat16'; got {safe_repr(dtype)} for "
-                f"{safe_repr(name)}, "
-                f"which is {tensors[name].dtype.name}"
+                f"{safe_repr(name)}, which is {tensors[name].dtype.name}"
             )
         if (tensors[name].view(np.uint32) & np.uint32(0xFFFF)).any():
             raise BackendError(
@@ -592,7 +578,5 @@ def _check_text(file: AdapterFile) -> None:
     for target in file.targets:
         texts += [("targets", text) for text in (target.module, target.parameter, target.layer)]
     for field, text in texts:
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise ConfigError(f"{field}: {safe_repr(text)} has half a surrogate pair, which no file can hold") from None
+        if not encodes(text):
+            raise ConfigError(f"{field}: {safe_repr(text)} has half a surrogate pair, which no file can hold")

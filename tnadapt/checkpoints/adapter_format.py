@@ -117,31 +117,11 @@ from tnadapt.argument_checks import checks_arguments
 from tnadapt.errors import FileError, TnadaptError, pluralize, safe_repr, summarize
 from tnadapt.targets.target import Target, check_distinct
 
+from . import container
 from .adapter_file import KEPT, MAX_LEFT_OUT, AdapterFile, check_fit, drawn
 from .atomic_files import replace_file
-from .container import (
-    DTYPES,
-    MAX_HEADER,
-    MAX_VALUE,
-    TAG_OF,
-    Container,
-    Elements,
-    Entry,
-    Later,
-    file_error_context,
-    lazy_object,
-    opened,
-    path_of,
-    raw_bytes,
-    raw_dtype,
-    read_header,
-    serialized,
-)
 from .fingerprint import Fingerprint
 from .pretrained_model import Pretrained
-
-__all__ = ["ENTRY", "content_of", "likeness", "load", "read", "save"]
-
 
 # -- The metadata entry ``tnadapt``, written and parsed ----------------------------------------------------------------
 
@@ -157,16 +137,16 @@ _DEFAULTS: dict[str, Any] = {
     "alpha": None, "seed": 0,
 }  # fmt: skip
 
-_REQUIRED = {"version": int, "targets": Elements, "sha256": str}
+_REQUIRED = {"version": int, "targets": container.Elements, "sha256": str}
 # The key with the config, or the configs, in each version.
-_CONFIGS: dict[int, tuple[str, type]] = {VERSION: ("config", dict), COMPOSITE: ("parts", Elements)}
+_CONFIGS: dict[int, tuple[str, type]] = {VERSION: ("config", dict), COMPOSITE: ("parts", container.Elements)}
 _OPTIONAL = {
-    "activation": str, "base": dict, "draws": str, "labels": Elements, "model": str, "pretrained": dict,
-    "ties": dict, "trained": Elements,
+    "activation": str, "base": dict, "draws": str, "labels": container.Elements, "model": str, "pretrained": dict,
+    "ties": dict, "trained": container.Elements,
 }  # fmt: skip
-_JSON = {dict: "an object", Elements: "a list", str: "a string", int: "an integer"}
-# Bytes that a config may have for each target on top of MAX_VALUE: explicit groups list the targets' numbers.
-_CONFIG_OF_TARGET = 16
+_JSON = {dict: "an object", container.Elements: "a list", str: "a string", int: "an integer"}
+# Bytes that a config may have, and on top of that for each target: explicit groups list the targets' numbers.
+_CONFIG, _CONFIG_OF_TARGET = container.MAX_VALUE, 16
 # Maximum number of targets: a plan of this size takes minutes, and no model has as many weights to adapt.
 _MAX_TARGETS = 1 << 17
 
@@ -183,11 +163,11 @@ def recipe_of(file: AdapterFile, draws: str | None) -> dict[str, Any]:
     trained = None if file.trained is None else list(file.trained)
     ties = {name: list(others) for name, others in file.ties.items()}
     optional = {"model": file.model, "activation": file.activation, "base": base, "draws": draws, "ties": ties}
-    recipe.update({key: value for key, value in {**optional, "trained": trained}.items() if value})
+    recipe |= {key: value for key, value in {**optional, "trained": trained}.items() if value}
     if file.pretrained is not None:
-        about = file.pretrained.to_dict()
-        # Labels are many, and are scanned one by one.
-        recipe.update({"labels": labels} if (labels := about.pop("labels", None)) else {}, pretrained=about)
+        recipe["pretrained"] = about = file.pretrained.to_dict()
+        if "labels" in about:
+            recipe["labels"] = about.pop("labels")  # which are many, and are scanned one by one
     return recipe
 
 
@@ -205,7 +185,8 @@ def parse_recipe(
     text: bytes, stored: int
 ) -> tuple[dict[str, Any], Config, list[Target], Fingerprint | None, list[str] | None]:
     """Parse the entry of a file with ``stored`` tensors; return its object, config, targets, base and trained names."""
-    recipe = _checked_recipe(lazy_object(text, f"the {ENTRY} entry", ["labels", "targets", "trained", "parts"]))
+    lists = ["labels", "targets", "trained", "parts"]
+    recipe = _checked_recipe(container.lazy_object(text, f"the {ENTRY} entry", lists))
     recipe["pretrained"] = _pretrained(recipe)
     base = _base(recipe["base"]) if "base" in recipe else None
     trained = _trained(recipe["trained"], stored + MAX_LEFT_OUT) if "trained" in recipe else None
@@ -213,11 +194,11 @@ def parse_recipe(
     if "parts" in recipe:
         return recipe, _composite(recipe["parts"], len(targets)), targets, base, trained
     # The targets bound the length of the config, whose objects take many times its bytes.
-    config = _config(recipe["config"].value(MAX_VALUE + _CONFIG_OF_TARGET * len(targets)))
+    config = _config(recipe["config"].value(_CONFIG + _CONFIG_OF_TARGET * len(targets)))
     return recipe, config, targets, base, trained
 
 
-def _checked_recipe(lazy: dict[str, Elements | Later]) -> dict[str, Any]:
+def _checked_recipe(lazy: dict[str, container.Elements | container.Later]) -> dict[str, Any]:
     """Return the entry's values after checking their types; the config is parsed later."""
     recipe: dict[str, Any] = dict(lazy)
     version = _value(recipe.get("version"))
@@ -241,7 +222,7 @@ def _checked_recipe(lazy: dict[str, Elements | Later]) -> dict[str, Any]:
 
 
 def _value(value: Any) -> Any:
-    return value.value() if isinstance(value, Later) else value
+    return value.value() if isinstance(value, container.Later) else value
 
 
 def _of_kind(key: str, value: Any) -> Any:
@@ -254,8 +235,7 @@ def _of_kind(key: str, value: Any) -> Any:
 
 def _config(value: Any) -> Config:
     settings = _of_kind("config", value)
-    unknown = settings.keys() - {field.name for field in dataclasses.fields(Config)}
-    if unknown:
+    if unknown := settings.keys() - {field.name for field in dataclasses.fields(Config)}:
         raise FileError(f"config has unknown fields: {summarize(unknown)}")
     try:
         return Config.from_dict({**_DEFAULTS, **settings})
@@ -362,8 +342,8 @@ def save(path: str | os.PathLike[str], adapter_file: AdapterFile) -> None:
     >>> loaded.config == config, loaded.targets == tuple(targets), loaded.deltas()[0].shape
     (True, True, (4, 6))
     """
-    where = path_of(path)
-    with file_error_context(where):
+    where = container.path_of(path)
+    with container.file_error_context(where):
         if not isinstance(adapter_file, AdapterFile):
             raise FileError(f"expected an AdapterFile to save; got {type(adapter_file).__name__}")
         replace_file(where, content_of(adapter_file))
@@ -380,17 +360,18 @@ def content_of(file: AdapterFile) -> bytes:
     }
     recipe = recipe_of(file, file.draws_without(left_out))
     digest = _digest(recipe_text({**recipe, "sha256": "0" * 64}).encode(), stored)
-    content = serialized(stored, {ENTRY: recipe_text({**recipe, "sha256": digest})})
-    if int.from_bytes(content[:8], "little") > MAX_HEADER:
-        raise FileError(f"{len(stored)} arrays need a header of more than {MAX_HEADER} bytes; use fewer groups")
-    _check_readable(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    content = container.serialized(stored, {ENTRY: recipe_text({**recipe, "sha256": digest})})
+    length, most = int.from_bytes(content[:8], "little"), container.MAX_HEADER
+    if length > most:
+        raise FileError(f"{len(stored)} arrays need a header of more than {most} bytes; use fewer groups")
+    _check_readable(content[8 : 8 + length])
     return content
 
 
 def _check_readable(header: bytes) -> None:
     """Raise FileError if :func:`load` would reject this header, mainly because it exceeds a limit."""
     try:
-        entries, metadata = read_header(header, False)
+        entries, metadata = container.read_header(header, False)
         parse_recipe(metadata.raw[ENTRY], len(entries))
     except FileError as error:
         raise FileError(f"was not written, as load would refuse it: {error}") from error
@@ -398,11 +379,11 @@ def _check_readable(header: bytes) -> None:
 
 def _stored(array: np.ndarray, dtype: str) -> tuple[str, np.ndarray]:
     """Return an array's dtype in the file, and the array to store."""
-    tag = TAG_OF[dtype]
+    tag = container.TAG_OF[dtype]
     if tag == "BF16":
         array = (array.view(np.uint32) >> np.uint32(16)).astype(np.uint16)
     # Not ascontiguousarray, which turns a scalar into a vector.
-    return tag, np.asarray(array, raw_dtype(tag), order="C")
+    return tag, np.asarray(array, container.raw_dtype(tag), order="C")
 
 
 def _digest(text: bytes, stored: Mapping[str, tuple[str, np.ndarray]]) -> str:
@@ -411,7 +392,7 @@ def _digest(text: bytes, stored: Mapping[str, tuple[str, np.ndarray]]) -> str:
     for name in sorted(stored):
         tag, array = stored[name]
         total.update(f"{name}\0{tag}\0{','.join(map(str, array.shape))}\0".encode())
-        total.update(raw_bytes(array))
+        total.update(container.raw_bytes(array))
     return total.hexdigest()
 
 
@@ -457,10 +438,10 @@ def load(path: str | os.PathLike[str], check_draws: bool = True, like: SuperLoRA
         ...
     tnadapt.errors.FileError: missing.safetensors: No such file or directory
     """
-    where = path_of(path)
-    with file_error_context(where):
-        with opened(where) as container:
-            adapter, recipe, left_out = read(container)
+    where = container.path_of(path)
+    with container.file_error_context(where):
+        with container.opened(where) as file:
+            adapter, recipe, left_out = read(file)
         if like is not None:
             share_maps(adapter.plan, [like], digests=True)
         draws = recipe.get("draws")
@@ -473,23 +454,24 @@ def load(path: str | os.PathLike[str], check_draws: bool = True, like: SuperLoRA
         return adapter
 
 
-def read(container: Container) -> tuple[AdapterFile, dict[str, Any], tuple[str, ...]]:
+def read(file: container.Container) -> tuple[AdapterFile, dict[str, Any], tuple[str, ...]]:
     """Return the adapter of an open file, its parsed entry, and the names of the arrays that were drawn, not read."""
-    text = _entry_text(container)
-    entries = container.entries
+    text = _entry_text(file)
+    entries = file.entries
     recipe, config, targets, base, trained = parse_recipe(text, len(entries))
     plan_entries = {name: entry for name, entry in entries.items() if not name.startswith(KEPT)}
     plan = check_fit(config, targets, {name: entry.shape for name, entry in plan_entries.items()}, trained)
     # Entries are in the order of their bytes, so the file is read sequentially.
-    stored = {name: (entry.dtype, container.array(name)) for name, entry in entries.items()}
+    stored = {name: (entry.dtype, file.array(name)) for name, entry in entries.items()}
     digest = recipe["sha256"]
     before, _, after = text.partition(digest.encode())
     if text.count(digest.encode()) != 1 or _digest(before + b"0" * 64 + after, stored) != digest:
         raise FileError("is damaged: its bytes do not match its SHA-256")
-    arrays = {name: _loaded(*tensor) for name, tensor in stored.items()}
+    arrays = {name: container.native(*tensor) for name, tensor in stored.items()}
     dtypes = {name: "bfloat16" for name, (tag, _) in stored.items() if tag == "BF16"}
-    left_out = _draw_missing(plan, trained, plan_entries, arrays, dtypes)
     params = plan.param_shapes
+    dtype = container.DTYPES[next(entry.dtype for name, entry in plan_entries.items() if name in params)]
+    left_out = _draw_missing(plan, trained, dtype, arrays, dtypes)
     frozen = {name: array for name, array in arrays.items() if name not in params and not name.startswith(KEPT)}
     if any(stored[name][0] != "F32" for name in frozen):
         raise FileError("has frozen arrays of another dtype than float32")
@@ -512,19 +494,14 @@ def read(container: Container) -> tuple[AdapterFile, dict[str, Any], tuple[str, 
 
 
 def _draw_missing(
-    plan: SuperLoRA,
-    trained: list[str] | None,
-    entries: Mapping[str, Entry],
-    arrays: dict[str, np.ndarray],
-    dtypes: dict[str, str],
+    plan: SuperLoRA, trained: list[str] | None, dtype: str, arrays: dict[str, np.ndarray], dtypes: dict[str, str]
 ) -> tuple[str, ...]:
     """Draw the frozen arrays that the file omits, and return their names."""
     if trained is None:
         return ()
-    dtype = DTYPES[next(entry for name, entry in entries.items() if name in plan.param_shapes).dtype]
     if dtype not in ("float64", "float32", "float16", "bfloat16"):
         return ()  # AdapterFile rejects the dtype later, with a better message
-    missing = {name: make for name, make in drawn(plan, trained, dtype).items() if name not in entries}
+    missing = {name: make for name, make in drawn(plan, trained, dtype).items() if name not in arrays}
     for name, make in missing.items():
         arrays[name] = make()
         if dtype == "bfloat16":
@@ -532,10 +509,10 @@ def _draw_missing(
     return tuple(missing)
 
 
-def _entry_text(container: Container) -> bytes:
-    metadata = container.metadata
+def _entry_text(file: container.Container) -> bytes:
+    metadata = file.metadata
     if ENTRY not in metadata:
-        what = likeness(container.entries, metadata)
+        what = likeness(file.entries, metadata)
         raise FileError(
             f"is not a tnadapt adapter: its metadata has no entry '{ENTRY}'. It looks like {what}"
             + ("; tnadapt.convert (tnadapt convert) converts it" if "adapter of" in what else "")
@@ -551,21 +528,13 @@ def _entry_text(container: Container) -> bytes:
 
 def likeness(names: Collection[str], metadata: Mapping[str, str]) -> str:
     """Describe a foreign safetensors file, judging by the names of its tensors and its metadata."""
+    prefixes = ("lycoris_", "lora_unet_", "lora_te", "lora_transformer_", "lora_prior_")
     if any(name.startswith("base_model.model.") for name in names):
         what = "an adapter of PEFT"
-    elif any(
-        name.startswith(("lycoris_", "lora_unet_", "lora_te", "lora_transformer_", "lora_prior_")) for name in names
-    ):
+    elif any(name.startswith(prefixes) for name in names):
         what = "an adapter of LyCORIS or kohya"
     elif any(name.endswith(".lora_A.weight") for name in names):
         what = "an adapter of diffusers"
     else:
         what = "weights that torch saved" if metadata.get("format") == "pt" else "a file of another library"
     return f"{what}: {pluralize(len(names), 'tensor')}" + (f" such as {safe_repr(min(names))}" if names else "")
-
-
-def _loaded(tag: str, array: np.ndarray) -> np.ndarray:
-    """Convert an array of the file to one that NumPy can compute with."""
-    if tag == "BF16":
-        return (array.astype(np.uint32) << np.uint32(16)).view(np.float32)
-    return array.astype(array.dtype.newbyteorder("="), copy=False)

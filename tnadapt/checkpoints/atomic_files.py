@@ -14,23 +14,9 @@ import os
 import secrets
 import stat
 from collections.abc import Callable, Iterator
+from typing import BinaryIO
 
 from tnadapt.errors import FileError
-
-__all__ = [
-    "HAS_LOCKS",
-    "atomic_write",
-    "exchange",
-    "lock",
-    "names_handle",
-    "rename_new",
-    "replace_file",
-    "sync_file",
-    "sync_folder",
-    "sync_tree",
-    "unlock",
-]
-
 
 # -- Renames that never replace anything, and exchanges of two names ---------------------------------------------------
 
@@ -202,7 +188,8 @@ def atomic_write(path: str, overwrite: bool = True) -> Iterator[io.FileIO]:
             os.fsync(file.fileno())
         _place(beside, path, overwrite)
     except BaseException:
-        _unlink(beside)
+        with contextlib.suppress(OSError):
+            os.unlink(beside)
         raise
     sync_folder(folder)
 
@@ -232,26 +219,23 @@ def _set_mode(path: str, mode: int) -> None:
             raise
 
 
-def _unlink(path: str) -> None:
-    with contextlib.suppress(OSError):
-        os.unlink(path)
-
-
 def replace_file(path: str, content: bytes, overwrite: bool = True) -> None:
     """Write a file such that the path always names the old or the new one, complete; see :func:`atomic_write`."""
     with atomic_write(path, overwrite) as file:
-        rest = memoryview(content)
-        while rest:
-            rest = rest[file.write(rest) :]
+        write_all(file, content)
+
+
+def write_all(file: BinaryIO, content: bytes | memoryview) -> None:
+    """Write all bytes to an unbuffered file, in several calls if needed."""
+    rest = memoryview(content)
+    while rest:
+        rest = rest[file.write(rest) :]
 
 
 def sync_file(path: str) -> None:
     """Flush the content of a file to disk."""
-    handle = os.open(path, os.O_RDWR)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    with open(path, "r+b", buffering=0) as file:
+        os.fsync(file.fileno())
 
 
 def sync_folder(folder: str) -> None:
@@ -323,10 +307,8 @@ def lock(handle: int, wait: bool = False) -> bool:
         return True
     try:
         fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:  # a file system without locks
-        return True
+    except OSError as error:
+        return not isinstance(error, BlockingIOError)  # others are those of file systems without locks
     return True
 
 

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import importlib
 import importlib.util
+import itertools
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,35 +15,10 @@ from typing import Any
 import numpy as np
 
 from tnadapt.argument_checks import checks_arguments, integer
-from tnadapt.errors import FileError, ShapeError, TnadaptError, safe_repr, summarize
+from tnadapt.errors import FileError, ShapeError, TnadaptError, pluralize, safe_repr, summarize
 
-from .container import (
-    FOREIGN,
-    MAX_CONFIG,
-    MAX_HEADER,
-    Entries,
-    Entry,
-    Metadata,
-    check_held,
-    file_error_context,
-    held_bytes,
-    json_file,
-    opened,
-    path_of,
-    raw_dtype,
-)
-
-__all__ = [
-    "SUFFIX",
-    "Checkpoint",
-    "file_state",
-    "gguf_files",
-    "gguf_place",
-    "hidden_bar",
-    "need_gguf",
-    "open_checkpoint",
-]
-
+from . import container
+from .container import Entry
 
 # -- The model: headers are read, and tensors on demand ----------------------------------------------------------------
 
@@ -89,28 +65,26 @@ class Checkpoint:
     def __init__(self, path: str, files: tuple[str, ...], index: str | None = None) -> None:
         self.path, self.files, self.index = path, files, index
         self.folder = os.path.dirname(files[0])
-        self.entries = Entries()
+        self.entries = container.Entries()
         self.shard = _Shards(self.entries, files)
         self.data: dict[str, int] = {}
-        self.metadata: dict[str, Metadata] = {}
+        self.metadata: dict[str, container.Metadata] = {}
         self.states: dict[str, list[int]] = {}
         for file in files:
-            with file_error_context(file):
+            with container.file_error_context(file):
                 self.states[file] = file_state(file)
-            with file_error_context(file), opened(file, foreign=True) as container:
-                self.entries.extend(container.entries)
-                self.data[file], self.metadata[file] = container.data, container.metadata
+            with container.file_error_context(file), container.opened(file, foreign=True) as header:
+                self.entries.extend(header.entries)
+                self.data[file], self.metadata[file] = header.data, header.metadata
         if (name := self.entries.index()) is not None:
-            both = [os.path.basename(files[number]) for other, number in self.entries.files() if other == name]
-            with file_error_context(os.path.join(self.folder, both[1])):
-                raise FileError(f"{safe_repr(name)} is also in {both[0]}")
+            listed = (any(name == other for other, _ in self.entries.of_file(number)) for number in range(len(files)))
+            first, second = list(itertools.compress(files, listed))[:2]
+            with container.file_error_context(second):
+                raise FileError(f"{safe_repr(name)} is also in {os.path.basename(first)}")
 
     def __repr__(self) -> str:
-        tensors, files = len(self.entries), len(self.files)
-        return (
-            f"Checkpoint({tensors} tensor{'s' * (tensors != 1)} of {self.nbytes} bytes in "
-            f"{files} file{'s' * (files != 1)})"
-        )
+        tensors, files = pluralize(len(self.entries), "tensor"), pluralize(len(self.files), "file")
+        return f"Checkpoint({tensors} of {self.nbytes} bytes in {files})"
 
     @property
     def nbytes(self) -> int:
@@ -132,7 +106,7 @@ class Checkpoint:
             If it is not a JSON object, or is longer than 2**24 bytes.
         """
         path = os.path.join(self.folder, "config.json")
-        return _json(path, MAX_CONFIG) if os.path.lexists(path) else None
+        return _json(path, container.MAX_CONFIG) if os.path.lexists(path) else None
 
     @checks_arguments
     def array(self, name: str, index: int | None = None) -> np.ndarray:
@@ -160,22 +134,10 @@ class Checkpoint:
         file, entry = self.shard[name], self.entries[name]
         if index is not None:
             index = integer("index", index, 0, (entry.shape or (0,))[0] - 1, ShapeError)
-        with file_error_context(file):
-            if entry.dtype in FOREIGN:
-                raise FileError(
-                    f"{safe_repr(name)} is {entry.dtype}, which NumPy does not have: only its bytes can be copied"
-                )
-            with open(file, "rb", buffering=0) as raw:
-                check_held(entry.stop - entry.start, held_bytes(os.fstat(raw.fileno())), safe_repr(name), raw)
-                array = np.empty(entry.shape if index is None else entry.shape[1:], raw_dtype(entry.dtype))
-                raw.seek(self.data[file] + entry.start + (0 if index is None else index * array.nbytes))
-                rest = array.reshape(-1).view(np.uint8).data
-                while rest:
-                    got = raw.readinto(rest)  # Linux reads at most 2 GiB at a time
-                    if not got:
-                        raise FileError(f"the file ended within {safe_repr(name)}, while it was read")
-                    rest = rest[got:]
-        return array
+        with container.file_error_context(file), open(file, "rb") as raw:
+            held = container.held_bytes(os.fstat(raw.fileno()))
+            container.check_held(entry.stop - entry.start, held, safe_repr(name), raw)
+            return container.read_array(raw, name, entry, self.data[file], index)
 
 
 def file_state(path: str) -> list[int]:
@@ -187,14 +149,11 @@ def file_state(path: str) -> list[int]:
 class _Shards(Mapping[str, str]):
     """The file of each tensor."""
 
-    def __init__(self, entries: Entries, files: tuple[str, ...]) -> None:
+    def __init__(self, entries: container.Entries, files: tuple[str, ...]) -> None:
         self._entries, self._files = entries, files
 
     def __getitem__(self, name: str) -> str:
         return self._files[self._entries.file_of(name)]
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._entries
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)
@@ -234,8 +193,8 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         ...
     tnadapt.errors.FileError: missing: No such file or directory
     """
-    path = path_of(path)
-    with file_error_context(path):
+    path = container.path_of(path)
+    with container.file_error_context(path):
         where = os.path.abspath(path)
         if os.path.isdir(where):
             where = os.path.join(where, _main(where))
@@ -278,13 +237,13 @@ def _some(names: list[str]) -> str:
 
 
 def _json(path: str, limit: int) -> dict[str, Any]:
-    with file_error_context(path):
-        return json_file(path, limit)
+    with container.file_error_context(path):
+        return container.json_file(path, limit)
 
 
 def _indexed(path: str, where: str) -> Checkpoint:
-    content = _json(where, MAX_HEADER)
-    with file_error_context(where):
+    content = _json(where, container.MAX_HEADER)
+    with container.file_error_context(where):
         places = _places(content)
         folder = os.path.dirname(where)
         files = tuple(os.path.join(folder, name) for name in sorted(set(places.values())))
@@ -292,7 +251,7 @@ def _indexed(path: str, where: str) -> Checkpoint:
         if missing:
             raise FileError(f"lists files that are not there: {_some(missing)}. Was the download complete?")
     checkpoint = Checkpoint(path, files, where)
-    with file_error_context(where):
+    with container.file_error_context(where):
         for name, place in places.items():
             shard = checkpoint.shard.get(name)
             if shard is None or os.path.basename(shard) != place:
@@ -388,16 +347,10 @@ def need_gguf(file: str) -> None:
 @contextlib.contextmanager
 def hidden_bar(file: str) -> Iterator[None]:
     """Hide the progress bar with which transformers reads a GGUF file; do nothing if the name is empty."""
-    module: Any = None
-    if file:
-        with contextlib.suppress(ImportError):
-            module = importlib.import_module("transformers.modeling_gguf_pytorch_utils")
-    bar = getattr(module, "tqdm", None)
-    if bar is None:
+    with contextlib.ExitStack() as stack:
+        if file:
+            with contextlib.suppress(ImportError, AttributeError):
+                module: Any = importlib.import_module("transformers.modeling_gguf_pytorch_utils")
+                stack.callback(setattr, module, "tqdm", module.tqdm)
+                module.tqdm = lambda iterable, *args, **kwargs: iterable
         yield
-        return
-    module.tqdm = lambda iterable, *args, **kwargs: iterable
-    try:
-        yield
-    finally:
-        module.tqdm = bar

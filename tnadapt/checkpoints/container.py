@@ -30,36 +30,6 @@ import numpy as np
 
 from tnadapt.errors import FileError, TnadaptError, escaped, safe_repr
 
-__all__ = [
-    "DTYPES",
-    "FOREIGN",
-    "MAX_CONFIG",
-    "MAX_METADATA",
-    "MAX_TENSORS",
-    "MAX_VALUE",
-    "TAG_OF",
-    "Container",
-    "Document",
-    "Elements",
-    "Entries",
-    "Entry",
-    "Later",
-    "Metadata",
-    "check_held",
-    "file_error_context",
-    "held_bytes",
-    "json_file",
-    "lazy_object",
-    "opened",
-    "path_of",
-    "raw_bytes",
-    "raw_dtype",
-    "read_header",
-    "serialized",
-    "strict_json",
-]
-
-
 # -- The tensors that headers list, in less memory than their text -----------------------------------------------------
 
 
@@ -154,7 +124,7 @@ class Entries(Mapping[str, Entry]):
         """Prepare for lookups by name, and return a name that occurs twice, or None."""
         count = len(self._codes)
         if len(self._firsts) == 1:
-            order = np.lexsort((_column(self._stops), _column(self._starts))).astype(np.uint32)
+            order = np.lexsort((np.asarray(self._stops), np.asarray(self._starts))).astype(np.uint32)
             self._order = array("I", order.tobytes())
         hashes = np.fromiter((hash(self._name(row)) for row in range(count)), np.int64, count)
         rows = np.argsort(hashes, kind="stable").astype(np.uint32)
@@ -169,7 +139,7 @@ class Entries(Mapping[str, Entry]):
     def spans(self) -> tuple[np.ndarray, np.ndarray]:
         """Return the start and stop positions of all tensors, in the order of their bytes."""
         order = np.asarray(self._order)
-        return _column(self._starts)[order], _column(self._stops)[order]
+        return np.asarray(self._starts)[order], np.asarray(self._stops)[order]
 
     def name_at(self, place: int) -> str:
         """Return the name of the entry at a place in the order of the bytes."""
@@ -177,19 +147,12 @@ class Entries(Mapping[str, Entry]):
 
     def of_file(self, number: int) -> Iterator[tuple[str, Entry]]:
         """Yield the names and entries of one of the added files, in the order of their bytes."""
-        for place in range(self._firsts[number], self._firsts[number + 1]):
-            row = self._order[place]
+        for row in self._order[self._firsts[number] : self._firsts[number + 1]]:
             yield self._name(row).decode(), self._entry(row)
 
     def file_of(self, name: str) -> int:
         """Return the number of the file that holds a tensor; raise KeyError if none does."""
         return bisect.bisect_right(self._firsts, self._row(name)) - 1
-
-    def files(self) -> Iterator[tuple[str, int]]:
-        """Yield every name with the number of its file, in order."""
-        for number, (first, end) in enumerate(zip(self._firsts, self._firsts[1:], strict=False)):
-            for place in range(first, end):
-                yield self.name_at(place), number
 
     def _name(self, row: int) -> bytes:
         return bytes(self._names[self._name_ends[row] : self._name_ends[row + 1]])
@@ -237,20 +200,14 @@ class _Items(ItemsView[str, Entry]):
     _mapping: Entries
 
     def __iter__(self) -> Iterator[tuple[str, Entry]]:
-        entries = self._mapping
-        return ((entries._name(row).decode(), entries._entry(row)) for row in entries._order)
+        return zip(self._mapping, self._mapping.values(), strict=True)
 
 
 class _Values(ValuesView[Entry]):
     _mapping: Entries
 
     def __iter__(self) -> Iterator[Entry]:
-        entries = self._mapping
-        return (entries._entry(row) for row in entries._order)
-
-
-def _column(numbers: array[Any]) -> np.ndarray:
-    return np.asarray(numbers)
+        return map(self._mapping._entry, self._mapping._order)
 
 
 # -- Strict reading of untrusted JSON: no duplicate keys, finite numbers, limited size ---------------------------------
@@ -383,6 +340,8 @@ MAX_VALUE = 1 << 16
 _MAX_DEPTH = 32
 # Maximum strings and brackets of one value: a list of 100,000 targets has a million.
 _MAX_TOKENS = 1 << 22
+# Maximum keys of an object with lazy values.
+_MAX_KEYS = 64
 _PIECE = 1 << 16
 
 _SPACE = re.compile(rb"[ \t\n\r]*+")
@@ -396,22 +355,8 @@ _LETTERS = re.compile(
 )
 
 
-class Member(NamedTuple):
-    """A member of an object: its key and the span of its value.
-
-    Attributes
-    ----------
-    key : str
-    start, stop : int
-        Its span in the document.
-    match : re.Match or None
-        The match of the pattern for usual values, if it matched.
-    """
-
-    key: str
-    start: int
-    stop: int
-    match: re.Match[bytes] | None
+# A member of an object: its key, the span of its value, and the match of the value if it is in the usual form.
+Member = tuple[str, int, int, re.Match[bytes] | None]
 
 
 class Document:
@@ -429,7 +374,7 @@ class Document:
     Examples
     --------
     >>> document = Document(b'{"a": [1, 2], "b": 3}', "the text")
-    >>> [(member.key, document.value(member.start, member.stop)) for member in document.members(document.start())]
+    >>> [(key, document.value(start, stop)) for key, start, stop, _ in document.members(document.start())]
     [('a', [1, 2]), ('b', 3)]
     """
 
@@ -445,11 +390,6 @@ class Document:
         if self.content[at : at + 1] != b"{":
             raise FileError(f"{self.what} must be a JSON object; got {safe_repr(self.peek(at))}")
         return at
-
-    def finish(self, at: int) -> None:
-        """Raise FileError if anything follows the object."""
-        if self._space(at) != self.stop:
-            raise self._broken(at, "nothing more")
 
     def members(
         self,
@@ -487,10 +427,10 @@ class Document:
             match = usual.match(self.content, at, self.stop) if usual is not None else None
             most = self.stop if key in unlimited else limit
             stop = match.end() if match is not None else self.end_of(at, most, key)
-            yield Member(key, at, stop, match)
+            yield key, at, stop, match
             at, more = self._next(stop, b"}")
-        if whole:
-            self.finish(at)
+        if whole and self._space(at) != self.stop:
+            raise self._broken(at, "nothing more")
 
     def elements(self, at: int, limit: int = MAX_VALUE) -> Iterator[tuple[int, int]]:
         """Yield the spans of the values in the array that begins at a position."""
@@ -555,25 +495,15 @@ class Document:
         """Convert a value that was found."""
         return strict_value(self.content[start:stop].decode(), self.what)
 
-    def limited(self, start: int, stop: int, limit: int, key: str) -> Any:
-        """Convert a value that was found; raise FileError if it has more than ``limit`` bytes."""
-        if stop - start > limit:
-            raise self._long(limit, key)
-        return self.value(start, stop)
-
     def text(self, start: int, stop: int) -> str:
         """Convert a string that was found; raise FileError if it is too long for a name."""
         if stop - start > MAX_VALUE:
             raise self._long(MAX_VALUE, None)
-        text: str = json.loads(self.content[start:stop].decode())
-        return text
+        return str(json.loads(self.content[start:stop].decode()))
 
     def long_text(self, start: int, stop: int) -> bytes:
         """Convert a string of any length that was found to UTF-8, encoding lone surrogates as well."""
-        start, stop = start + 1, stop - 1
-        if self.content.find(b"\\", start, stop) < 0:
-            return self.content[start:stop]
-        buffer = io.BytesIO()
+        start, stop, buffer = start + 1, stop - 1, io.BytesIO()
         while start < stop:
             match = _LETTERS.match(self.content, start, stop)
             if match is None:
@@ -617,10 +547,12 @@ class Later:
 
     def value(self, limit: int = MAX_VALUE) -> Any:
         """Return the value; raise FileError if it has more than ``limit`` bytes."""
-        return self._document.limited(self._start, self._stop, limit, self._key)
+        if self._stop - self._start > limit:
+            raise self._document._long(limit, self._key)
+        return self._document.value(self._start, self._stop)
 
 
-def lazy_object(content: bytes, what: str, lazy: Collection[str], most: int = 64) -> dict[str, Elements | Later]:
+def lazy_object(content: bytes, what: str, lazy: Collection[str]) -> dict[str, Elements | Later]:
     """Scan a document's object: arrays under some keys become :class:`Elements`, other values :class:`Later`.
 
     Parameters
@@ -630,8 +562,6 @@ def lazy_object(content: bytes, what: str, lazy: Collection[str], most: int = 64
         Name of the document in messages.
     lazy : collection of str
         The keys whose arrays may have any length.
-    most : int
-        Maximum number of keys.
 
     Raises
     ------
@@ -649,14 +579,23 @@ def lazy_object(content: bytes, what: str, lazy: Collection[str], most: int = 64
     for key, start, stop, _ in document.members(document.start(), limit=len(content)):
         if key in spans:
             raise FileError(f"{what} has the key {safe_repr(key)} twice")
-        if len(spans) == most:
-            raise FileError(f"{what} has more than {most} keys")
+        if len(spans) == _MAX_KEYS:
+            raise FileError(f"{what} has more than {_MAX_KEYS} keys")
         spans[key] = start, stop
     arrays = {key for key in spans if key in lazy and content[spans[key][0] : spans[key][0] + 1] == b"["}
     return {
         key: Elements(document, start) if key in arrays else Later(document, start, stop, key)
         for key, (start, stop) in spans.items()
     }
+
+
+def encodes(text: str) -> bool:
+    """Return whether a text has a UTF-8 form, as one with half a surrogate pair has not, which no file can hold."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def check_utf8(content: bytes, what: str) -> None:
@@ -680,7 +619,6 @@ MAX_METADATA = 1 << 12
 
 _MAX_AXES = 64  # NumPy's own limit
 _MAX_BYTES = 1 << 62
-_PADDING_PIECE = 1 << 12
 
 # JSON white space, which safetensors accepts as padding. Adapter files are padded with spaces only: anything else means
 # that the file is damaged.
@@ -743,7 +681,7 @@ def read_header(content: bytes, foreign: bool) -> tuple[Entries, Metadata]:
     >>> dict(entries), dict(metadata)
     ({'a': Entry(dtype='U8', shape=(2,), start=0, stop=2)}, {})
     """
-    stop = _end(content, _PADDING if foreign else b" ")
+    stop = len(content.rstrip(_PADDING if foreign else b" "))
     if content[stop - 1 : stop] != b"}":
         raise FileError("the header does not end with '}'")
     check_utf8(content, "the header")
@@ -758,7 +696,8 @@ def read_header(content: bytes, foreign: bool) -> tuple[Entries, Metadata]:
             continue
         if len(entries) == MAX_TENSORS:
             raise FileError(f"the header has more than {MAX_TENSORS} tensors, and no model has as many")
-        raw = _raw(key)
+        if not encodes(key):
+            raise FileError(f"the header's {safe_repr(key)} has half a surrogate pair, and is not a valid name")
         if usual is None:
             dtype, shape, offsets = _unusual(document, key, start, end)
         else:
@@ -766,21 +705,10 @@ def read_header(content: bytes, foreign: bool) -> tuple[Entries, Metadata]:
             dtype, offsets = tag.decode(), [int(first), int(last)]
             shape = [int(size) for size in sizes.split(b",")] if sizes else []
         _check(key, dtype, shape, offsets, foreign)
-        entries.add(raw, dtype, ",".join(map(str, shape)).encode(), *offsets)
+        entries.add(key.encode(), dtype, ",".join(map(str, shape)).encode(), *offsets)
     if (twice := entries.index()) is not None:
         raise FileError(f"the header has the key {safe_repr(twice)} twice")
     return entries, metadata or Metadata({})
-
-
-def _end(content: bytes, padding: bytes) -> int:
-    """Return the position where the padding begins."""
-    stop = len(content)
-    while stop:
-        kept = len(content[max(0, stop - _PADDING_PIECE) : stop].rstrip(padding))
-        stop = max(0, stop - _PADDING_PIECE) + kept
-        if kept:
-            break
-    return stop
 
 
 def _metadata(document: Document, start: int) -> Metadata:
@@ -810,13 +738,6 @@ def _unusual(document: Document, name: str, start: int, end: int) -> tuple[Any, 
             f"the header's {safe_repr(name)} must be an object of dtype, shape and data_offsets; got {safe_repr(value)}"
         )
     return value["dtype"], value["shape"], value["data_offsets"]
-
-
-def _raw(name: str) -> bytes:
-    try:
-        return name.encode()
-    except UnicodeEncodeError:
-        raise FileError(f"the header's {safe_repr(name)} has half a surrogate pair, and is not a valid name") from None
 
 
 def _check(name: str, dtype: Any, shape: Any, offsets: Any, foreign: bool) -> None:
@@ -864,6 +785,13 @@ def raw_bytes(array: np.ndarray) -> memoryview:
     return array.reshape(-1).view(np.uint8).data
 
 
+def native(tag: str, array: np.ndarray) -> np.ndarray:
+    """Return an array of a file in a dtype that NumPy can compute with: bfloat16 as float32."""
+    if tag == "BF16":
+        return (array.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return array.astype(array.dtype.newbyteorder("="), copy=False)
+
+
 class Container:
     """An open safetensors file with a valid header.
 
@@ -890,20 +818,24 @@ class Container:
     def array(self, name: str) -> np.ndarray:
         """Read a tensor as a little-endian array; bfloat16 as uint16 bit patterns."""
         entry = self.entries[name]
-        if entry.dtype in FOREIGN:
-            raise FileError(
-                f"{safe_repr(name)} is {entry.dtype}, which NumPy does not have: its bytes can be copied, no more"
-            )
         # Check the whole file, as a caller that reads one tensor reads the others as well.
         check_held(self._size, self.held, "the file", self._file)
-        array = np.empty(entry.shape, raw_dtype(entry.dtype))
-        self._file.seek(self.data + entry.start)
-        # A tensor without elements has no bytes to read.
-        if array.size and self._file.readinto(raw_bytes(array)) != array.nbytes:
-            raise FileError(f"the file ended within {safe_repr(name)}, while it was read")
+        array = read_array(self._file, name, entry, self.data)
         if entry.dtype == "BOOL" and array.size and array.view(np.uint8).max() > 1:
             raise FileError(f"{safe_repr(name)} is BOOL and has bytes other than 0 and 1")
         return array
+
+
+def read_array(file: io.BufferedReader, name: str, entry: Entry, data: int, index: int | None = None) -> np.ndarray:
+    """Read a tensor, or one of the matrices that it stacks, of a file whose tensors begin at ``data``."""
+    if entry.dtype in FOREIGN:
+        raise FileError(f"{safe_repr(name)} is {entry.dtype}, which NumPy does not have: only its bytes can be copied")
+    array = np.empty(entry.shape if index is None else entry.shape[1:], raw_dtype(entry.dtype))
+    file.seek(data + entry.start + (index or 0) * array.nbytes)
+    # A tensor without elements has no bytes to read.
+    if array.size and file.readinto(raw_bytes(array)) != array.nbytes:
+        raise FileError(f"the file ended within {safe_repr(name)}, while it was read")
+    return array
 
 
 def held_bytes(state: os.stat_result) -> int:

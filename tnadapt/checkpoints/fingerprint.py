@@ -44,8 +44,6 @@ from tnadapt.argument_checks import checks_arguments
 from tnadapt.backends import FLOAT_DTYPES
 from tnadapt.errors import BackendError, ConfigError, ShapeError, safe_repr
 
-__all__ = ["TOLERANCE", "Fingerprint", "compare", "fingerprint"]
-
 TOLERANCE = 0.005
 
 _SKETCHES = 8
@@ -236,16 +234,13 @@ def compare(known: Fingerprint, weights: Iterable[np.ndarray], dtype: str) -> st
 def _raw(weight: np.ndarray, dtype: str, what: str) -> np.ndarray:
     """Return the matrix in a little-endian NumPy dtype: bfloat16 as its bit patterns."""
     if not isinstance(weight, np.ndarray) or weight.ndim != 2:
-        raise ShapeError(f"{what} must be a NumPy array of shape (rows, cols); got {_described(weight)}")
+        got = f"shape {weight.shape}" if isinstance(weight, np.ndarray) else f"a {type(weight).__name__}"
+        raise ShapeError(f"{what} must be a NumPy array of shape (rows, cols); got {got}")
     accepted = ("uint16", "bfloat16") if dtype == "bfloat16" else (dtype,)
     if weight.dtype.name not in accepted:
         raise BackendError(f"{what} has dtype {weight.dtype.name}; expected {' or '.join(accepted)}")
     bits = weight.view(np.uint16) if weight.dtype.name == "bfloat16" else weight
     return bits.astype(bits.dtype.newbyteorder("<"), copy=False)
-
-
-def _described(weight: Any) -> str:
-    return f"shape {weight.shape}" if isinstance(weight, np.ndarray) else f"a {type(weight).__name__}"
 
 
 def _pieces(raw: np.ndarray) -> Iterator[np.ndarray]:

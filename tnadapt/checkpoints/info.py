@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import collections
+import itertools
 import os
 import re
 from collections.abc import Iterable
@@ -14,13 +14,11 @@ from tnadapt.targets.checkpoint_targets import find_stored
 from tnadapt.targets.roles import number
 from tnadapt.targets.target import Target
 
-from .adapter_file import AdapterFile
+from .adapter_file import KEPT
 from .adapter_format import ENTRY, VERSION, likeness, read
 from .checkpoint import Checkpoint, open_checkpoint
 from .container import file_error_context, opened
 from .lora_export import lora_export
-
-__all__ = ["info"]
 
 
 @checks_arguments
@@ -91,7 +89,10 @@ def _of_adapter(path: str, every: bool) -> dict[str, Any]:
         "groups": file.plan.num_groups,
         "updated": file.plan.size,
         "targets": _grouped(file.targets),
-        "kept": _kept(file),
+        "kept": [
+            {"name": name, "shape": list(array.shape), "dtype": file.dtypes.get(KEPT + name, array.dtype.name)}
+            for name, array in file.kept.items()
+        ],
         "base": recipe.get("base"),
         "draws": draws,
         "draws_here": draws_here,
@@ -112,13 +113,6 @@ def _of_adapter(path: str, every: bool) -> dict[str, Any]:
     return summary
 
 
-def _kept(file: AdapterFile) -> list[dict[str, Any]]:
-    return [
-        {"name": name, "shape": list(array.shape), "dtype": file.dtypes.get(f"kept.{name}", array.dtype.name)}
-        for name, array in file.kept.items()
-    ]
-
-
 def _of_checkpoint(checkpoint: Checkpoint, every: bool) -> dict[str, Any]:
     entries = checkpoint.entries
     dtypes: dict[str, dict[str, int]] = {}
@@ -126,7 +120,6 @@ def _of_checkpoint(checkpoint: Checkpoint, every: bool) -> dict[str, Any]:
         totals = dtypes.setdefault(entry.dtype, {"tensors": 0, "bytes": 0})
         totals["tensors"] += 1
         totals["bytes"] += entry.stop - entry.start
-    in_file = collections.Counter(checkpoint.shard.values())
     try:
         config, no_config = checkpoint.config or {}, None
     except FileError as error:
@@ -138,7 +131,7 @@ def _of_checkpoint(checkpoint: Checkpoint, every: bool) -> dict[str, Any]:
         "architectures": _strings(config.get("architectures")),
         "no_config": no_config,
         "files": [
-            {"name": os.path.basename(file), "bytes": os.path.getsize(file), "tensors": in_file[file]}
+            {"name": os.path.basename(file), "bytes": os.path.getsize(file), "tensors": len(checkpoint.of_file(file))}
             for file in checkpoint.files
         ],
         "tensors": len(entries),
@@ -164,19 +157,10 @@ def _strings(value: Any) -> list[str] | None:
 
 
 def _target(target: Target) -> dict[str, Any]:
-    fields: dict[str, Any] = {"role": target.role, "name": target.name, "stored": list(target.stored)}
-    fields["shape"] = list(target.shape)
-    if target.rows is not None:
-        fields["rows"] = target.rows.to_json()
-    if target.transposed:
-        fields["transposed"] = True
-    if target.index is not None:
-        fields["index"] = target.index
-    if target.tied:
-        fields["tied"] = list(target.tied)
-    if target.groups > 1:
-        fields["groups"] = target.groups
-    return fields
+    _, stored, role, *settings = target.to_list()
+    fields = {"role": role, "name": target.name, "stored": stored, "shape": list(target.shape)}
+    rest = dict(*settings).items()
+    return fields | {name: value for name, value in rest if name not in ("parameter", "layer")}
 
 
 def _grouped(targets: Iterable[Target]) -> list[dict[str, Any]]:
@@ -192,15 +176,10 @@ def _grouped(targets: Iterable[Target]) -> list[dict[str, Any]]:
 
 def _summary(targets: list[Target]) -> dict[str, Any]:
     """Describe targets of one kind: all matrices of the stacks of several layers, say."""
-    summary = {
-        "count": len(targets),
-        **_target(targets[0]),
-        "name": _pattern(list(dict.fromkeys(target.name for target in targets))),
-    }
-    several = {target.index for target in targets}
-    if len(several) > 1:
-        summary["index"] = _ranges(str(index) for index in several)
-    return summary
+    name = _pattern(list(dict.fromkeys(target.name for target in targets)))
+    summary = {"count": len(targets), **_target(targets[0]), "name": name}
+    several = {str(target.index) for target in targets}
+    return summary | {"index": _ranges(several)} if len(several) > 1 else summary
 
 
 def _pattern(names: list[str]) -> str:
@@ -209,13 +188,16 @@ def _pattern(names: list[str]) -> str:
     return ".".join(parts[0] if len(set(parts)) == 1 else f"{{{_ranges(parts)}}}" for parts in columns)
 
 
+def consecutive(numbers: Iterable[int]) -> list[tuple[int, int]]:
+    """Return the first and the last of each run of consecutive numbers."""
+    # Within a run, numbers are as far apart as their places.
+    runs = itertools.groupby(enumerate(sorted(numbers)), lambda placed: placed[1] - placed[0])
+    members = ([number for _, number in run] for _, run in runs)
+    return [(run[0], run[-1]) for run in members]
+
+
 def _ranges(parts: Iterable[str]) -> str:
-    runs: list[list[int]] = []
     values = {part: number(part) for part in parts}
-    for value in sorted({value for value in values.values() if value is not None}):
-        if runs and value == runs[-1][1] + 1:
-            runs[-1][1] = value
-        else:
-            runs.append([value, value])
+    runs = consecutive({value for value in values.values() if value is not None})
     words = sorted(part for part, value in values.items() if value is None)
     return ",".join([*(f"{a}" if a == b else f"{a}-{b}" for a, b in runs), *words])

@@ -13,8 +13,6 @@ from tnadapt.errors import escaped
 from tnadapt.targets.checkpoint_experts import PARAMETERS
 from tnadapt.targets.target import Target
 
-__all__ = ["SERVED_EMBEDDING", "SERVED_RANKS", "LoraExport", "lora_export", "served_rank"]
-
 #: What vLLM takes as ``--max-lora-rank``.
 SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
@@ -120,7 +118,8 @@ def lora_export(plan: SuperLoRA, targets: Sequence[Target] | None = None, activa
     if not plan.applying.additive:
         return LoraExport(None, f"apply={plan.config.apply!r} does more than add its updates")
     tied = next((target for target in targets or () if target.tied), None)
-    if tied is not None and not _is_tied_embedding(tied):
+    # PEFT has LoRA of an embedding that is tied to weights of modules.
+    if tied is not None and not (tied.role == "embedding" and all(name.endswith(".weight") for name in tied.tied)):
         return LoraExport(None, f"{escaped(tied.name)} is tied to {escaped(', '.join(tied.tied))}")
     weights = targets or ()
     other = next((target for target in weights if not _is_layer(target)), None)
@@ -163,11 +162,6 @@ def _limits(targets: Sequence[Target]) -> str:
 
 def _is_expert(target: Target) -> bool:
     return target.index is not None and target.parameter in PARAMETERS
-
-
-def _is_tied_embedding(target: Target) -> bool:
-    """Return whether a target is an embedding that is tied to weights of modules, as PEFT has it."""
-    return target.role == "embedding" and all(name.endswith(".weight") for name in target.tied)
 
 
 def _is_layer(target: Target) -> bool:

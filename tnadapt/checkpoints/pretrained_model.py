@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import re
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple
 from tnadapt.argument_checks import checks_arguments, is_sequence
 from tnadapt.errors import ConfigError, FileError, TnadaptError, pluralize, safe_repr, summarize
 
-__all__ = ["MAX_LABELS", "TASKS", "Pretrained", "PretrainedTask", "is_local"]
+from .container import encodes
 
 #: Maximum number of labels; ImageNet-21k has 21,843.
 MAX_LABELS = 1 << 15
@@ -176,8 +177,7 @@ class Pretrained:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the values that differ from the defaults, as JSON-compatible values."""
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        values["labels"] = list(self.labels)
+        values = {**vars(self), "labels": list(self.labels)}
         usual = {"library": "transformers"}
         return {name: value for name, value in values.items() if value and value != usual.get(name)}
 
@@ -188,11 +188,9 @@ class Pretrained:
         unknown = values.keys() - {field.name for field in dataclasses.fields(cls)}
         if unknown:
             raise FileError(f"pretrained has unknown keys: {summarize(unknown)}")
-        label_list = list[Any]()
-        for label in labels:
-            label_list.append(label)
-            if len(label_list) > MAX_LABELS:
-                raise FileError(f"has more than {MAX_LABELS} labels")
+        label_list = list(itertools.islice(labels, MAX_LABELS + 1))
+        if len(label_list) > MAX_LABELS:
+            raise FileError(f"has more than {MAX_LABELS} labels")
         try:
             return cls(**{**values, "labels": label_list or values.get("labels", ())})
         except TnadaptError as error:
@@ -221,17 +219,9 @@ def _own_labels(labels: Any) -> tuple[str, ...]:
     if len(texts) > MAX_LABELS:
         raise ConfigError(f"labels must be at most {MAX_LABELS}; got {pluralize(len(texts), 'label')}")
     for label in texts:
-        if not isinstance(label, str) or len(label) > _MAX_TEXT or not _encodes(label):
+        if not isinstance(label, str) or len(label) > _MAX_TEXT or not encodes(label):
             raise ConfigError(f"a label must be a string of at most {_MAX_TEXT} letters; got {safe_repr(label)}")
     return texts
-
-
-def _encodes(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # half a surrogate pair, which no file can hold
-        return False
-    return True
 
 
 def _own_settings(settings: Any, library: str) -> dict[str, Any]:
@@ -257,8 +247,8 @@ def _own_inputs(inputs: Any) -> dict[str, Any]:
     for name, value in inputs.items():
         _check_line("the name of a setting in inputs", name)
         value = list(value) if isinstance(value, tuple) else value
-        plain = all(_plain(item) for item in value) and len(value) <= _MAX_TEXT if isinstance(value, list) else None
-        if not (_plain(value) if plain is None else plain):
+        items = value if isinstance(value, list) else [value]
+        if len(items) > _MAX_TEXT or not all(map(_plain, items)):
             raise ConfigError(
                 f"inputs[{safe_repr(name)}] must be text, a number, a boolean, None or a list of these; got "
                 f"{safe_repr(value)}"
@@ -271,7 +261,7 @@ def _own_inputs(inputs: Any) -> dict[str, Any]:
 
 def _plain(value: Any) -> bool:
     if isinstance(value, str):
-        return len(value) <= _MAX_TEXT and _encodes(value)
+        return len(value) <= _MAX_TEXT and encodes(value)
     if isinstance(value, int):  # and booleans
         return abs(value) < 1 << 63
     return value is None or (isinstance(value, float) and math.isfinite(value))

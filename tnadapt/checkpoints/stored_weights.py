@@ -2,14 +2,13 @@
 
 :func:`resolve` finds the tensors of an adapter's targets for a merge, with the names that transformers changes on
 loading (:class:`ModuleNames`) and the heads that are not stored (:func:`ties_head`). :class:`StoredWeights` reads
-targets of two checkpoints of one model, and :class:`BaseWeights` those of an adapter's base, which it compares with the
+targets of two checkpoints of one model, and :class:`BaseWeights` those of an adapter's base, to compare them with its
 fingerprint.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import importlib
 import importlib.util
@@ -31,22 +30,8 @@ from tnadapt.targets.target import Target, check_distinct
 
 from .adapter_file import AdapterFile
 from .checkpoint import Checkpoint
-from .container import DTYPES, FOREIGN, Entry
+from .container import DTYPES, FOREIGN, Entry, native
 from .fingerprint import Fingerprint, compare, fingerprint
-
-__all__ = [
-    "FLOATS",
-    "BaseWeights",
-    "ModuleNames",
-    "ResolvedTargets",
-    "StoredWeights",
-    "located",
-    "numbers",
-    "resolve",
-    "tied_heads",
-    "ties_head",
-]
-
 
 # -- Names that differ: a model's parameters and its checkpoint's, as transformers renames them ------------------------
 
@@ -79,8 +64,7 @@ class ModuleNames:
 
     def of(self, name: str) -> list[str]:
         """Return the names that a parameter may have in the checkpoint; first its own."""
-        parts = name.split(".")
-        names = {name: None}
+        parts, names = name.split("."), {name: None}
         if len(parts) > _MAX_DEPTH or not self._tables:
             return [name]
         # transformers renames a parameter within the innermost model that has it, and then within those around that.
@@ -169,13 +153,12 @@ def _saving(type_name: str) -> Iterator[Sequence[Any]]:
 
 def _renamed(saving: Sequence[Any], name: str) -> str:
     """Return the name under which a parameter is saved; its own if the numbers are changed as well."""
-    renaming = [transform for transform in saving if not hasattr(transform, "operations")]
-    computed = [transform for transform in saving if hasattr(transform, "operations")]
-    if any(transform.rename_source_key(name)[1] is not None for transform in computed):
-        return name
     renamed = name
-    for transform in renaming:
-        renamed = transform.rename_source_key(renamed)[0]
+    for transform in saving:
+        if not hasattr(transform, "operations"):
+            renamed = transform.rename_source_key(renamed)[0]
+        elif transform.rename_source_key(name)[1] is not None:
+            return name
     return renamed
 
 
@@ -221,7 +204,7 @@ def ties_head(checkpoint: Checkpoint) -> bool:
         return False
     names = _architectures(checkpoint)
     if names is None:
-        return bool(_heads(checkpoint)) or (says is True and bool(_embeddings(checkpoint)))
+        return bool(_heads(checkpoint)) or (says is True and bool(_ending(checkpoint.entries, _EMBEDDINGS)))
     return any(name.endswith(_WITH_HEAD) for name in names) and (says is True or not _has_own_head(checkpoint))
 
 
@@ -257,13 +240,9 @@ def _ending(stored: Iterable[str], ends: Iterable[str]) -> list[str]:
     return [name for name in stored if f".{name}".endswith(suffixes)]
 
 
-def _embeddings(checkpoint: Checkpoint) -> list[str]:
-    return _ending(checkpoint.entries, _EMBEDDINGS)
-
-
 def _has_own_head(checkpoint: Checkpoint) -> bool:
     """Return whether a head is stored that differs from every embedding."""
-    heads, embeddings = _ending(checkpoint.entries, _HEADS), _embeddings(checkpoint)
+    heads, embeddings = (_ending(checkpoint.entries, ends) for ends in (_HEADS, _EMBEDDINGS))
     return bool(heads) and not any(_equal(checkpoint, head, embedding) for head in heads for embedding in embeddings)
 
 
@@ -345,53 +324,55 @@ def resolve(checkpoint: Checkpoint, file: AdapterFile) -> ResolvedTargets:
     _check_alone(checkpoint, file)
     entries = checkpoint.entries
     shapes = {name: entry.shape for name, entry in entries.items()}
-    also: tuple[tuple[int, Target], ...] = ()
-    parts: dict[int, tuple[Target, ...]] = {}
     names = ModuleNames(lambda: checkpoint.config)
     try:
-        named, shift = stored_names(file.targets, shapes)
-        if shift is None:
-            named, shift, parts = _experts(file.targets, shapes)
+        named, shift, renamed = _named(file.targets, shapes, names)
     except TargetError as error:
         raise FileError(str(error)) from error
-    how = str(shift or "")
-    renamed = renamed_targets(file.targets, shapes, names.of) if shift is None else None
-    if renamed is not None:
-        (named, shift), how = renamed, "weights under the names that transformers gives them on disk"
-    if shift is not None:
-        targets = tuple(shift.target(target) for target in named)
-        also = tuple(
-            (index, shift.target(other))
-            for index, target in enumerate(named)
-            for other in target.tied_targets()
-            if shift.of(other.name) in entries
-        )
-    else:
+    also: list[tuple[int, Target]] = []
+    parts: dict[int, tuple[Target, ...]] = {}
+    if shift is None:
         targets, how = _by_role(checkpoint, file, names), "weights of the same roles and shapes under other names"
-    resolved = ResolvedTargets(targets, {}, {}, how, also, parts)
+    else:
+        how = "weights under the names that transformers gives them on disk" if renamed else str(shift)
+        targets = tuple(shift.target(tensors[0]) for tensors in named)
+        parts = {i: tuple(map(shift.target, tensors)) for i, tensors in enumerate(named) if len(tensors) > 1}
+        tied = [(index, other) for index, tensors in enumerate(named) for other in tensors[0].tied_targets()]
+        also = [(index, shift.target(other)) for index, other in tied if shift.of(other.name) in entries]
+    resolved = ResolvedTargets(targets, {}, {}, how, tuple(also), parts)
     check_distinct([target for _, target in resolved.places])
     for _, target in resolved.places:
         _check_target(target, entries[target.name])
         _check_order(target, checkpoint)
-    kept, added = _kept(entries, file, shift or Prefix(), names, renamed is not None)
-    both = {target.name for _, target in resolved.places}.intersection(kept.values())
-    if both:
+    kept, added = _kept(entries, file, shift or Prefix(), names, renamed)
+    if both := {target.name for _, target in resolved.places}.intersection(kept.values()):
         raise FileError(f"the adapter both updates and replaces {summarize(both)}")
     return resolved._replace(kept=kept, added=added)
 
 
-def _experts(
-    targets: Sequence[Target], shapes: Mapping[str, tuple[int, ...]]
-) -> tuple[Sequence[Target], Prefix | None, dict[int, tuple[Target, ...]]]:
-    """Find experts in tensors of their own; return the first tensor of each target, the prefix, and several tensors."""
+def _named(
+    targets: Sequence[Target], shapes: Mapping[str, tuple[int, ...]], names: ModuleNames, inverse: bool = False
+) -> tuple[Sequence[tuple[Target, ...]], Prefix | None, bool]:
+    """Find weights by their names: those of the model, of single experts, or on disk.
+
+    Returns, for each target, the tensor that has it, or those whose rows are its rows; the prefix under which these are
+    stored, None if they are not; and whether they have other names than the targets. With ``inverse``, the targets may
+    have the names on disk, and the tensors those in memory.
+    """
+    named, prefix = stored_names(targets, shapes)
+    if prefix is not None:
+        return [(target,) for target in named], prefix, False
     for several in expert_tensors(targets):
-        shift = found_prefix([part for parts in several for part in parts], shapes)
-        if shift is not None:
-            shifted_parts = {
-                index: tuple(map(shift.target, parts)) for index, parts in enumerate(several) if len(parts) > 1
-            }
-            return [parts[0] for parts in several], shift, shifted_parts
-    return targets, None, {}
+        prefix = found_prefix([part for parts in several for part in parts], shapes)
+        if prefix is not None:
+            return several, prefix, False
+    renamed = renamed_targets(targets, shapes, names.of)
+    if renamed is None and inverse:
+        of_stored = names.inverse(shapes)
+        renamed = renamed_targets(targets, shapes, lambda name: of_stored.get(name, []))
+    if renamed is not None:
+        return [(target,) for target in renamed[0]], renamed[1], True
+    return [(target,) for target in targets], None, False
 
 
 def _by_role(checkpoint: Checkpoint, file: AdapterFile, names: ModuleNames) -> tuple[Target, ...]:
@@ -404,9 +385,8 @@ def _by_role(checkpoint: Checkpoint, file: AdapterFile, names: ModuleNames) -> t
             candidates = find_stored(shapes, roles, checkpoint.config)
         except LayoutError as error:
             raise FileError(
-                f"the checkpoint lacks {_how_many(missing, len(file.targets))}, such as "
-                f"{safe_repr(missing[0])}, under any "
-                f"prefix, and weights of the same roles cannot be identified: {error}"
+                f"the checkpoint lacks {_how_many(missing, len(file.targets))}, such as {safe_repr(missing[0])}, under "
+                f"any prefix, and weights of the same roles cannot be identified: {error}"
             ) from error
         except TargetError:
             candidates = []
@@ -429,19 +409,15 @@ def _missing(checkpoint: Checkpoint, missing: list[str], targets: int, alike: bo
     if packed:
         near = f"its module has {summarize(packed)}: is the checkpoint quantized?"
     else:
-        close = difflib.get_close_matches(name, entries, 3, 0.5)
-        near = f"nearest: {', '.join(map(safe_repr, close))}" if close else f"it has {summarize(entries)}"
+        near = near_names(name, entries) or f"it has {summarize(entries)}"
     way = ""
     if checkpoint.index is None and "-of-" in os.path.basename(checkpoint.files[0]):
         way = ". This file looks like one of several: give the folder, or the index"
+    others = "weights of the same roles and shapes"
+    why = f"its {others} cannot be told apart" if alike else f"has no {others}"
     return FileError(
-        f"the checkpoint lacks {what}, such as {safe_repr(name)}, under any prefix, and "
-        + (
-            "its weights of the same roles and shapes cannot be told apart"
-            if alike
-            else "has no weights of the same roles and shapes"
-        )
-        + f"; {near}{way}{names.way_out}"
+        f"the checkpoint lacks {what}, such as {safe_repr(name)}, under any prefix, and {why}; "
+        f"{near}{way}{names.way_out}"
     )
 
 
@@ -450,14 +426,12 @@ def _check_target(target: Target, entry: Entry) -> None:
         form = "no weight" if entry.dtype in ("BOOL", "C64") else "quantized or packed"
         raise FileError(
             f"{safe_repr(target.name)} is {entry.dtype}, {form}: an update cannot be added to it. Merge into a "
-            "checkpoint "
-            "of the model in bfloat16, float16 or float32, and quantize the result"
+            "checkpoint of the model in bfloat16, float16 or float32, and quantize the result"
         )
     if entry.shape != target.stored:
         raise FileError(
-            f"{safe_repr(target.name)} has shape {entry.shape} in the checkpoint, and the adapter was trained "
-            "on one of "
-            f"{target.stored}"
+            f"{safe_repr(target.name)} has shape {entry.shape} in the checkpoint, and the adapter was trained on one "
+            f"of {target.stored}"
         )
 
 
@@ -484,11 +458,10 @@ def _check_order(target: Target, checkpoint: Checkpoint) -> None:
     if target.transposed or len(target.stored) != 2 or len({*target.stored}) > 1:
         return
     # config.json is read for the names of such layers only.
-    if is_transposed(target.name, target.stored, {"model_type": "gpt2"}) and is_transposed(
-        target.name, target.stored, checkpoint.config
-    ):
+    name, shape = target.name, target.stored
+    if is_transposed(name, shape, {"model_type": "gpt2"}) and is_transposed(name, shape, checkpoint.config):
         raise FileError(
-            f"{safe_repr(target.name)} is stored as (in, out), and the adapter's update is one of (out, in): it was "
+            f"{safe_repr(name)} is stored as (in, out), and the adapter's update is one of (out, in): it was "
             "made for another model, or converted from a file that does not say it. Convert that with base= (--base)"
         )
 
@@ -499,9 +472,7 @@ def _kept(
     kept: dict[str, str] = {}
     added: dict[str, str] = {}
     # Top-level modules of the checkpoint, below the added prefix if there is one.
-    tops = {
-        name.removeprefix(shift.given).partition(".")[0] for name in entries if name.startswith(shift.given)
-    }  # fmt: skip
+    tops = {name.removeprefix(shift.given).partition(".")[0] for name in entries if name.startswith(shift.given)}
     for name, array in file.kept.items():
         shifted = shift.of(name) or name
         places = [place for alias in (name, *file.ties.get(name, ())) for place in (shift.of(alias) or alias, alias)]
@@ -519,10 +490,9 @@ def _kept(
             )
         if stored_name is None:
             if of_model:
-                close = difflib.get_close_matches(shifted, entries, 3, 0.5)
                 raise FileError(
                     f"the adapter keeps {safe_repr(name)}, which the checkpoint does not have, though it has others of "
-                    f"that module; nearest: {', '.join(map(safe_repr, close)) or 'none'}"
+                    f"that module; {near_names(shifted, entries) or 'nearest: none'}"
                 )
             _need_free(added, name, shifted)
             added[name] = shifted
@@ -530,9 +500,8 @@ def _kept(
         entry, theirs = entries[stored_name], file.dtypes.get(f"kept.{name}", array.dtype.name)
         if entry.shape != array.shape:
             raise FileError(
-                f"the adapter keeps {safe_repr(name)} of shape {array.shape}, and the checkpoint's is "
-                f"{entry.shape}: give "
-                "a checkpoint with the head that it was trained with, or without any"
+                f"the adapter keeps {safe_repr(name)} of shape {array.shape}, and the checkpoint's is {entry.shape}: "
+                "give a checkpoint with the head that it was trained with, or without any"
             )
         if DTYPES.get(entry.dtype) != theirs and not (entry.dtype in FLOATS and theirs in FLOATS.values()):
             raise FileError(f"the adapter keeps {safe_repr(name)} as {theirs}, and the checkpoint's is {entry.dtype}")
@@ -546,9 +515,8 @@ def _need_free(taken: Mapping[str, str], name: str, place: str) -> None:
     for other, other_place in taken.items():
         if other_place == place:
             raise FileError(
-                f"the adapter keeps both {safe_repr(other)} and {safe_repr(name)}, which are both "
-                f"{safe_repr(place)} in the "
-                "checkpoint: it can hold one of them"
+                f"the adapter keeps both {safe_repr(other)} and {safe_repr(name)}, which are both {safe_repr(place)} "
+                "in the checkpoint: it can hold one of them"
             )
 
 
@@ -557,10 +525,7 @@ def _need_free(taken: Mapping[str, str], name: str, place: str) -> None:
 
 def numbers(checkpoint: Checkpoint, name: str, index: int | None = None) -> np.ndarray:
     """Read a tensor, or one of the matrices that it stacks, in a dtype that NumPy supports: bfloat16 as float32."""
-    array = checkpoint.array(name, index)
-    if checkpoint.entries[name].dtype == "BF16":
-        return (array.astype(np.uint32) << np.uint32(16)).view(np.float32)
-    return array.astype(array.dtype.newbyteorder("="), copy=False)
+    return native(checkpoint.entries[name].dtype, checkpoint.array(name, index))
 
 
 class StoredWeights:
@@ -604,11 +569,10 @@ class StoredWeights:
     def fingerprint(self) -> Fingerprint | None:
         """Return the fingerprint of the weights; None if they have several dtypes."""
         kinds = {self.checkpoint.entries[name].dtype for name in self.names}
-        return None if len(kinds) > 1 else fingerprint(self._raw(), DTYPES[kinds.pop()])
-
-    def _raw(self) -> Iterator[np.ndarray]:
-        for parts in self.parts:
-            yield _joined([_selected(part, self.checkpoint.array(part.name, part.index)) for part in parts])
+        if len(kinds) > 1:
+            return None
+        dtype = DTYPES[kinds.pop()]
+        return fingerprint(BaseWeights(self.checkpoint, self.parts).stored(dtype), dtype)
 
 
 def _joined(rows: Sequence[np.ndarray]) -> np.ndarray:
@@ -622,19 +586,10 @@ def _selected(part: Target, stored: np.ndarray) -> np.ndarray:
 
 def _placed(checkpoint: Checkpoint, targets: Sequence[Target], which: str) -> tuple[list[tuple[Target, ...]], Prefix]:
     stored = {name: entry.shape for name, entry in checkpoint.entries.items()}
-    plain: list[tuple[Target, ...]] = [(target,) for target in targets]
-    for several in (plain, *expert_tensors(targets)):
-        prefix = found_prefix([part for parts in several for part in parts], stored)
-        if prefix is not None:
-            return [tuple(map(prefix.target, parts)) for parts in several], prefix
     # One of two checkpoints of a model of transformers may have the names of its modules, the other those on disk.
-    names = ModuleNames(lambda: checkpoint.config)
-    renamed = renamed_targets(targets, stored, names.of)
-    if renamed is None:
-        of_stored = names.inverse(stored)
-        renamed = renamed_targets(targets, stored, lambda name: of_stored.get(name, []))
-    if renamed is not None:
-        return [(renamed[1].target(target),) for target in renamed[0]], renamed[1]
+    named, prefix, _ = _named(targets, stored, ModuleNames(lambda: checkpoint.config), inverse=True)
+    if prefix is not None:
+        return [tuple(map(prefix.target, tensors)) for tensors in named], prefix
     missing = [target.name for target in targets if target.name not in stored]
     near = near_names(missing[0], stored)
     raise TargetError(
@@ -680,49 +635,81 @@ class BaseWeights:
 
     Parameters
     ----------
+    checkpoint : Checkpoint
+    parts : sequence of sequence of Target
+        For each target the tensor that has it, or those whose rows are its rows, one after the other.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, parts: Sequence[Sequence[Target]]) -> None:
+        self._checkpoint, self._parts = checkpoint, parts
+
+    def of(self, index: int) -> np.ndarray:
+        """Return a weight as a matrix, widened to float32 at least; to float64 if it is stored as several tensors."""
+        rows = [
+            widened(_selected(part, self._checkpoint.array(part.name, part.index)), self._dtype(part.name))
+            for part in self._parts[index]
+        ]
+        return rows[0] if len(rows) == 1 else np.concatenate(rows, dtype=np.float64)
+
+    def difference(self, known: Fingerprint | None, names: Iterable[str]) -> str | None:
+        """Describe how the weights differ from those with a fingerprint, by the dtypes of some tensors.
+
+        The result is None if they match, or no fingerprint is known.
+        """
+        if known is None:
+            return None
+        dtypes = set(map(self._dtype, names))
+        # For several dtypes, use one that represents all their values, as when the fingerprint was taken.
+        dtype = dtypes.pop() if len(dtypes) == 1 else "float64" if "float64" in dtypes else "float32"
+        return compare(known, self.stored(dtype), dtype)
+
+    def _dtype(self, name: str) -> str:
+        return FLOATS[self._checkpoint.entries[name].dtype]
+
+    def stored(self, dtype: str) -> Iterator[np.ndarray]:
+        """Yield the weights in a dtype that represents their values; a tensor with several of them is read once."""
+        place, stored = None, np.empty(0)
+        for parts in self._parts:
+            rows = list[np.ndarray]()
+            for part in parts:
+                if place != (part.name, part.index):
+                    stored = np.empty(0)  # releases the last one before the next is read
+                    place, stored = (part.name, part.index), self._checkpoint.array(part.name, part.index)
+                rows.append(_converted(_selected(part, stored), self._dtype(part.name), dtype))
+            yield _joined(rows)
+
+
+def _converted(weight: np.ndarray, stored_dtype: str, dtype: str) -> np.ndarray:
+    return weight if stored_dtype == dtype else widened(weight, stored_dtype).astype(dtype)
+
+
+def base_weights(file: AdapterFile, checkpoint: Checkpoint) -> BaseWeights:
+    """Return the weights of a model on disk at an adapter's targets.
+
+    Parameters
+    ----------
     file : AdapterFile
     checkpoint : Checkpoint
 
     Raises
     ------
     TargetError
-        If the model lacks a weight, or it has another shape.
+        If the model lacks a weight, or it has another shape; or if the file knows its base, and this is another one.
     """
-
-    def __init__(self, file: AdapterFile, checkpoint: Checkpoint) -> None:
-        self._file, self._checkpoint = file, checkpoint
-        self._targets = located(file, checkpoint)
-        for target in self._targets:
-            entry = checkpoint.entries.get(target.name)
-            if entry is None or entry.dtype not in FLOATS or tuple(entry.shape) != target.stored:
-                what = "is missing" if entry is None else f"is {entry.dtype} of the shape {tuple(entry.shape)}"
-                raise TargetError(
-                    f"the adapter needs {safe_repr(target.name)} of the shape {target.stored}, and in base it {what}: "
-                    "is it the model that the adapter was made for?"
-                )
-
-    def of(self, index: int) -> np.ndarray:
-        """Return a weight as a matrix, widened to float32 at least."""
-        target = self._targets[index]
-        array = self._checkpoint.array(target.name)
-        dtype = FLOATS[self._checkpoint.entries[target.name].dtype]
-        return np.asarray(widened(target.select(array), dtype).reshape(target.shape))
-
-    def check_fingerprint(self) -> None:
-        """Raise TargetError if the file knows its base, and this is another one."""
-        if self._file.base is None:
-            return
-        dtypes = {FLOATS[self._checkpoint.entries[target.name].dtype] for target in self._targets}
-        dtype = dtypes.pop() if len(dtypes) == 1 else "float64" if "float64" in dtypes else "float32"
-        difference = compare(self._file.base, self._stored(dtype), dtype)
-        if difference is not None:
+    targets = located(file, checkpoint)
+    for target in targets:
+        entry = checkpoint.entries.get(target.name)
+        if entry is None or entry.dtype not in FLOATS or entry.shape != target.stored:
+            what = "is missing" if entry is None else f"is {entry.dtype} of the shape {entry.shape}"
             raise TargetError(
-                f"base is another model than the one that the adapter was trained on: for the adapted weights, "
-                f"{difference}. Give that one"
+                f"the adapter needs {safe_repr(target.name)} of the shape {target.stored}, and in base it {what}: "
+                "is it the model that the adapter was made for?"
             )
-
-    def _stored(self, dtype: str) -> Iterator[np.ndarray]:
-        for target in self._targets:
-            stored_dtype = FLOATS[self._checkpoint.entries[target.name].dtype]
-            weight = target.select(self._checkpoint.array(target.name))
-            yield weight if stored_dtype == dtype else widened(weight, stored_dtype).astype(dtype)
+    weights = BaseWeights(checkpoint, [(target,) for target in targets])
+    difference = weights.difference(file.base, [target.name for target in targets])
+    if difference is not None:
+        raise TargetError(
+            f"base is another model than the one that the adapter was trained on: for the adapted weights, "
+            f"{difference}. Give that one"
+        )
+    return weights

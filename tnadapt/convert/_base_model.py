@@ -14,7 +14,7 @@ import numpy as np
 from tnadapt.checkpoints.adapter_file import AdapterFile
 from tnadapt.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from tnadapt.checkpoints.container import DTYPES, Entry
-from tnadapt.checkpoints.stored_weights import FLOATS, BaseWeights, ModuleNames, located, tied_heads, ties_head
+from tnadapt.checkpoints.stored_weights import FLOATS, ModuleNames, base_weights, located, tied_heads, ties_head
 from tnadapt.checkpoints.stored_weights import numbers as tensor_of
 from tnadapt.errors import ConfigError, FileError, TargetError, safe_repr, summarize
 from tnadapt.targets.checkpoint_experts import experts_of
@@ -343,6 +343,4 @@ def with_base_arrays(file: AdapterFile, base: Any) -> AdapterFile:
             "(--base), a safetensors file, an index or a folder of the base model; or, in Python, convert "
             "file.with_base(weights)"
         )
-    weights = BaseWeights(file, open_checkpoint(base))
-    weights.check_fingerprint()
-    return file.with_base(weights.of)
+    return file.with_base(base_weights(file, open_checkpoint(base)).of)

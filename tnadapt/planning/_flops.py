@@ -14,12 +14,6 @@ from tnadapt.algebra.superlora import SuperLoRA
 from tnadapt.argument_checks import checks_arguments
 from tnadapt.backends import OPTIONAL, Backend
 
-__all__ = [
-    "applied_cost",
-    "step_cost",
-]
-
-
 # -- A backend of shapes without data, which counts multiplications ----------------------------------------------------
 
 

@@ -16,13 +16,6 @@ from tnadapt.algebra.superlora import SuperLoRA
 from tnadapt.argument_checks import checks_arguments, integer
 from tnadapt.errors import ShapeError
 
-__all__ = [
-    "Rank",
-    "degrees_of_freedom",
-    "largest_rank",
-]
-
-
 # -- The largest matrix rank, which random parameters attain with probability one --------------------------------------
 
 

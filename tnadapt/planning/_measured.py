@@ -13,13 +13,6 @@ from typing import Any
 
 from tnadapt.algebra.config import Config
 from tnadapt.algebra.sources import Source
-from tnadapt.errors import FileError
-
-__all__ = [
-    "Gain",
-    "Measurements",
-    "measurements",
-]
 
 #: Written by ``python -m benchmarks.quality page`` from the published results.
 DATA = "measured.json"
@@ -27,9 +20,6 @@ DATA = "measured.json"
 _SIZES = 10.0
 #: and to settings with at most this many times more, or fewer, parameters.
 _PARAMETERS = math.sqrt(10.0)
-#: The fields of a task in the file, and of a setting.
-_TASK = {"name", "title", "scale", "elements", "settings", "no_gain"}
-_SETTING = {"config", "parameters", "held_out_share", "seeds"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,22 +60,13 @@ class TaskMeasurements:
     settings: tuple[Setting, ...]
     no_gain: tuple[int, ...]
 
-    def kinds(self, parameters: int) -> set[Hashable]:
-        """Return the kinds that were measured with about as many parameters."""
-        kinds = {setting.kind for setting in self.settings}
-        return {kind for kind in kinds if self.share(kind, parameters) is not None}
-
-    def known(self, kind: Hashable, parameters: int) -> float:
-        """Return the share of one of :meth:`kinds`."""
-        share = self.share(kind, parameters)
-        assert share is not None
-        return share
-
-    def share(self, kind: Hashable, parameters: int) -> float | None:
-        """Return the share of the setting of a kind that is nearest in parameters; None if there is none near."""
-        same = [setting for setting in self.settings if setting.kind == kind]
-        nearest = min(same, key=lambda setting: _distance(setting.parameters, parameters), default=None)
-        return None if nearest is None or not _near(nearest.parameters, parameters) else nearest.share
+    def shares(self, parameters: int) -> dict[Hashable, float]:
+        """Return the share of each kind that was measured with about as many parameters, of the nearest setting."""
+        near = [setting for setting in self.settings if _near(setting.parameters, parameters)]
+        shares: dict[Hashable, float] = {}
+        for setting in sorted(near, key=lambda setting: _distance(setting.parameters, parameters)):
+            shares.setdefault(setting.kind, setting.share)
+        return shares
 
 
 def _distance(one: int, other: int) -> float:
@@ -134,17 +115,17 @@ class Measurements:
         not measured on a task is assumed to differ from the methods that were measured on all tasks as it does on the
         others.
         """
-        tasks = [task for task in self.tasks if task.kinds(parameters)]
+        of_kinds = {task: known for task in self.tasks if (known := task.shares(parameters))}
         method = kind_of(config)
-        shares = {task: share for task in tasks if (share := task.share(method, parameters)) is not None}
+        shares = {task: known[method] for task, known in of_kinds.items() if method in known}
         if not shares:
             return None
         measured_on = tuple(task.title for task in shares)
-        estimated_on = tuple(task.title for task in tasks if task not in shares)
-        common = set[Hashable].intersection(*(task.kinds(parameters) for task in tasks))
+        estimated_on = tuple(task.title for task in of_kinds if task not in shares)
+        common = set[Hashable].intersection(*map(set, of_kinds.values()))
         if not common:
             return Gain(statistics.fmean(shares.values()), measured_on, estimated_on)
-        levels = {task: statistics.fmean(task.known(other, parameters) for other in common) for task in tasks}
+        levels = {task: statistics.fmean(known[other] for other in common) for task, known in of_kinds.items()}
         ahead = statistics.fmean(share - levels[task] for task, share in shares.items())
         return Gain(ahead + statistics.fmean(levels.values()), measured_on, estimated_on)
 
@@ -182,34 +163,18 @@ def _measured() -> tuple[TaskMeasurements, ...]:
 
 
 def read(tasks: Iterable[Mapping[str, Any]]) -> tuple[TaskMeasurements, ...]:
-    """Return the tasks of a file's content.
-
-    Raises
-    ------
-    FileError
-        If a field is missing or unknown, as in a file of another version.
-    """
-    return tuple(_task(task) for task in tasks)
-
-
-def _task(task: Mapping[str, Any]) -> TaskMeasurements:
-    _check_fields(task, _TASK)
-    return TaskMeasurements(
-        task["title"], task["elements"], tuple(map(_setting, task["settings"])), tuple(task["no_gain"])
+    """Return the tasks of a file's content."""
+    return tuple(
+        TaskMeasurements(
+            task["title"], task["elements"], tuple(map(_setting, task["settings"])), tuple(task["no_gain"])
+        )
+        for task in tasks
     )
 
 
-def _setting(one: Mapping[str, Any]) -> Setting:
-    _check_fields(one, _SETTING)
-    return Setting(kind_of(Config.from_dict(one["config"])), one["parameters"], one["held_out_share"])
-
-
-def _check_fields(content: Mapping[str, Any], expected: set[str]) -> None:
-    if content.keys() != expected:
-        raise FileError(
-            f"{DATA} has the fields {', '.join(sorted(content))} where {', '.join(sorted(expected))} were expected; it "
-            "is damaged or from another version: install tnadapt again"
-        )
+def _setting(content: Mapping[str, Any]) -> Setting:
+    kind = kind_of(Config.from_dict(content["config"]))
+    return Setting(kind, content["parameters"], content["held_out_share"])
 
 
 def kind_of(config: Config) -> Hashable:

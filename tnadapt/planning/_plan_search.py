@@ -6,7 +6,7 @@ import dataclasses
 import os
 import re
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from tnadapt.algebra.config import Config
 from tnadapt.algebra.layout import KnownWeights, make_layout, require_keys
@@ -21,12 +21,6 @@ from ._measured import Measurements, measurements
 from ._plan_table import RUNG, Plan, Row, bytes_each, checked_criteria, front_of, parameters_of
 from ._setting_names import known_as
 from .families import Family, Found, Search, families
-
-__all__ = [
-    "model_targets",
-    "plan",
-]
-
 
 # -- The search --------------------------------------------------------------------------------------------------------
 
@@ -139,12 +133,10 @@ def _order(row: Row) -> tuple[float, ...]:
 
 
 def _freest(rows: Sequence[Row]) -> list[Row]:
-    best: dict[str, Row] = {}
+    families: dict[str, list[Row]] = {}
     for row in rows:
-        known = best.get(row.name.family)
-        if known is None or (row.freedom, -row.cost) > (known.freedom, -known.cost):
-            best[row.name.family] = row
-    return list(best.values())
+        families.setdefault(row.name.family, []).append(row)
+    return [max(of_family, key=lambda row: (row.freedom, -row.cost)) for of_family in families.values()]
 
 
 def _least(search: Search, kinds: Sequence[Family]) -> Found:
@@ -176,19 +168,8 @@ def _down(
 _HUB = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 
 
-class Headers(NamedTuple):
-    """The headers of a model.
-
-    Attributes
-    ----------
-    shapes : dict of str to tuple of int
-        Shape of every stored tensor.
-    config : mapping or None
-        The model's ``config.json``.
-    """
-
-    shapes: dict[str, tuple[int, ...]]
-    config: Mapping[str, Any] | None
+#: The shapes of a model's tensors, and its config.
+Headers = tuple[dict[str, tuple[int, ...]], Mapping[str, Any] | None]
 
 
 @checks_arguments
@@ -224,23 +205,11 @@ def model_targets(model: str | os.PathLike[str], targets: Any = "qv") -> list[Ta
     >>> [(target.name, target.shape) for target in model_targets("m.safetensors")][:2]
     [('h.0.attn.q_proj.weight', (8, 8)), ('h.0.attn.v_proj.weight', (8, 8))]
     """
-    headers = read_headers(model)
-    return find_stored(headers.shapes, targets, headers.config)
+    shapes, config = _headers(model)
+    return find_stored(shapes, targets, config)
 
 
-def read_headers(model: str | os.PathLike[str]) -> Headers:
-    """Read the shapes of a model's tensors, and its config.
-
-    Parameters
-    ----------
-    model : str or PathLike
-        As for :func:`model_targets`. A path that exists is not looked up on the hub.
-
-    Raises
-    ------
-    FileError
-        If there is no such model, or it is damaged.
-    """
+def _headers(model: str | os.PathLike[str]) -> Headers:
     name = path_of(model)
     if name.startswith("timm:"):
         plain = name.removeprefix("timm:")
@@ -251,7 +220,7 @@ def read_headers(model: str | os.PathLike[str]) -> Headers:
         )
     if os.path.lexists(name) or not _HUB.fullmatch(name) or name.endswith((".safetensors", ".json")):
         stored = open_checkpoint(model)
-        return Headers({tensor: entry.shape for tensor, entry in stored.entries.items()}, stored.config)
+        return {tensor: entry.shape for tensor, entry in stored.entries.items()}, stored.config
     return _from_hub(name)
 
 
@@ -264,7 +233,10 @@ def _from_hub(name: str) -> Headers:
         ) from None
     try:
         metadata = huggingface_hub.get_safetensors_metadata(name)
-        config = _hub_config(huggingface_hub, name)
+        config = None
+        if huggingface_hub.file_exists(name, "config.json"):
+            path = huggingface_hub.hf_hub_download(name, "config.json")
+            config = json_file(path, MAX_CONFIG, f"{name}: config.json")
     except TnadaptError:
         raise
     except Exception as error:  # the hub's client raises its own errors, those of its HTTP library, and system errors
@@ -275,10 +247,4 @@ def _from_hub(name: str) -> Headers:
         for file in metadata.files_metadata.values()
         for tensor, entry in file.tensors.items()
     }
-    return Headers(shapes, config)
-
-
-def _hub_config(hub: Any, name: str) -> Mapping[str, Any] | None:
-    if not hub.file_exists(name, "config.json"):
-        return None
-    return json_file(hub.hf_hub_download(name, "config.json"), MAX_CONFIG, f"{name}: config.json")
+    return shapes, config

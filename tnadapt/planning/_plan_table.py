@@ -24,9 +24,6 @@ from ._flops import step_cost
 from ._matrix_rank import Rank, degrees_of_freedom, largest_rank
 from ._setting_names import SYMBOLS, Name, PresetCall, known_as, preset_call
 
-__all__ = ["CRITERIA", "RUNG", "Plan", "Row", "bytes_each", "front_of", "padding_waste", "parameters_of", "rung"]
-
-
 # -- One setting, with its measures on given weights -------------------------------------------------------------------
 
 
@@ -150,15 +147,13 @@ def padding_waste(plan: SuperLoRA) -> float:
     >>> padding_waste(tna.SuperLoRA(tna.Config(groups=1, fold="hypercube", order=3), [(3, 3)]))  # 27 for 9
     0.6666666666666666
     """
-    networks = [(group.network, count) for group, count in plan.alike]
-    computed = sum(count * _elements(network) for network, count in networks)
-    return (computed - sum(count * network.size for network, count in networks)) / computed
+    computed = sum(count * _elements(group.network) for group, count in plan.alike)
+    return (computed - sum(count * group.network.size for group, count in plan.alike)) / computed
 
 
 def _elements(network: Network) -> int:
-    if not network.kronecker:
-        return math.prod(network.sizes)
-    return math.prod(math.prod(split.sizes) for split in network.splits)
+    tensors = [split.sizes for split in network.splits] if network.kronecker else [network.sizes]
+    return math.prod(map(math.prod, tensors))
 
 
 # -- The plan: rows, Pareto front, and printed table -------------------------------------------------------------------
@@ -335,19 +330,8 @@ class Plan:
 
 
 TITLES = (
-    "",
-    "method",
-    "setting",
-    "parameters",
-    "gain",
-    "bytes",
-    "rank",
-    "LoRA",
-    "freedom",
-    "share",
-    "padding",
-    "step",
-)
+    "", "method", "setting", "parameters", "gain", "bytes", "rank", "LoRA", "freedom", "share", "padding", "step",
+)  # fmt: skip
 
 
 def _cells(row: Row, front: bool) -> tuple[str, ...]:

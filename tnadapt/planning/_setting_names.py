@@ -16,26 +16,14 @@ from tnadapt.algebra.sources import Source, Trained
 from tnadapt.argument_checks import checks_arguments
 from tnadapt.errors import TnadaptError
 
-__all__ = ["SYMBOLS", "Name", "PresetCall", "known_as", "preset_call"]
-
-
 # -- The method, and its setting ---------------------------------------------------------------------------------------
 
 
 #: What the symbols of labels stand for, which are those of the papers.
 SYMBOLS = {
-    "r": "rank",
-    "M": "order",
-    "K": "Kronecker factors",
-    "f": "their size",
-    "G": "groups",
-    "T": "terms",
-    "ρ": "trained share",
-    "p": "parameters",
-    "k": "parameters",
-    "n": "coefficients per weight",
-    "b": "block size",
-}
+    "r": "rank", "M": "order", "K": "Kronecker factors", "f": "their size", "G": "groups", "T": "terms",
+    "ρ": "trained share", "p": "parameters", "k": "parameters", "n": "coefficients per weight", "b": "block size",
+}  # fmt: skip
 
 
 class Name(NamedTuple):
@@ -121,10 +109,8 @@ def _all_settings(config: Config) -> list[str]:
     if config.fold != "hypercube":
         parts.append(config.fold if isinstance(config.fold, str) else " × ".join(map(str, config.fold)))
     if config.axes is not None:
-        parts.append(
-            "axes "
-            + ", ".join("·".join(map(str, axis)) if isinstance(axis, tuple) else str(axis) for axis in config.axes)
-        )
+        axes = [axis if isinstance(axis, tuple) else (axis,) for axis in config.axes]
+        parts.append("axes " + ", ".join("·".join(map(str, axis)) for axis in axes))
     if config.format != "dense":
         parts.append(f"r = {rank_label(config.rank)}")
     parts += [f"{name}: {_short(source)}" for name, source in config.sources.items() if source != Trained()]
@@ -154,9 +140,8 @@ def _network_settings(config: Config) -> list[str]:
         parts.append(f"M = {config.order}")
     if config.splits > 1:
         parts += ["Hadamard"] * (config.combine == "hadamard") + [f"K = {config.splits}"]
-        parts += [f"f = {config.split_size}"] * (config.split_size != "balanced") + ["same"] * (
-            config.leading == "same"
-        )
+        parts += [f"f = {config.split_size}"] * (config.split_size != "balanced")
+        parts += ["same"] * (config.leading == "same")
     if config.terms > 1:
         parts.append(f"T = {config.terms}")
     return parts

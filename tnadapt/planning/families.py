@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Hashable, Sequence
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 from tnadapt.algebra import presets
@@ -15,17 +16,6 @@ from tnadapt.algebra.superlora import SuperLoRA
 from tnadapt.errors import TnadaptError
 
 from ._matrix_rank import degrees_of_freedom
-
-__all__ = [
-    "Family",
-    "Found",
-    "Search",
-    "families",
-    "few",
-    "projected",
-    "usual",
-]
-
 
 # -- The search for the largest setting within a budget ----------------------------------------------------------------
 
@@ -44,10 +34,6 @@ class Found(NamedTuple):
 
     config: Config
     parameters: int
-
-
-def _parameters(found: Found) -> int:
-    return found.parameters
 
 
 class Search:
@@ -81,14 +67,16 @@ class Search:
         self.shapes = shapes if isinstance(shapes, KnownWeights) else KnownWeights(shapes, layers, roles)
         self.layers, self.roles = layers, roles
         self._counted = functools.cache(self._count)
-        self._most = functools.cache(self._at_most)
+        self._most = functools.cache(lambda ladder: max(1, ladder.most(self.adapter(ladder.config(1)))))
 
     def least(self, family: Family) -> Found | None:
         """Return the smallest setting of a family; None if no setting fits the weights."""
         firsts = [setting for ladder in family if (setting := self._counted(ladder, 1))]
         return min(firsts, key=lambda setting: setting.parameters, default=None)
 
-    def largest(self, family: Family, allowed: int, worth: Callable[[Found], int] = _parameters) -> Found | None:
+    def largest(
+        self, family: Family, allowed: int, worth: Callable[[Found], int] = attrgetter("parameters")
+    ) -> Found | None:
         """Return the largest setting of a family within a number of parameters; None if there is none.
 
         If the family has several ladders, return the one of their largest settings with the highest ``worth``, by
@@ -126,9 +114,6 @@ class Search:
         except TnadaptError:  # the setting does not fit these weights
             return None
 
-    def _at_most(self, ladder: Ladder) -> int:
-        return max(1, ladder.most(self.adapter(ladder.config(1))))
-
 
 # -- The families that plan compares: table 1 of the paper, between them, and others -----------------------------------
 
@@ -149,16 +134,10 @@ def usual(shapes: Shapes) -> list[Family]:
     """
     weights = AdaptedWeights(shapes)
     lorta = PRESETS["lorta"].ladders(weights)  # of orders 3, 4 and 5
-    return [
-        PRESETS["lora"].ladders(weights),
-        PRESETS["lokr"].ladders(weights),
-        PRESETS["lonkr"].ladders(weights),
-        lorta[:1],
-        lorta[2:],
-        PRESETS["superlora"].ladders(weights),
-        projected(weights),
-        PRESETS["fastfood"].ladders(weights),
-    ]
+    lora, lokr, lonkr, superlora, fastfood = (
+        PRESETS[name].ladders(weights) for name in ("lora", "lokr", "lonkr", "superlora", "fastfood")
+    )
+    return [lora, lokr, lonkr, lorta[:1], lorta[2:], superlora, projected(weights), fastfood]
 
 
 def families(
@@ -182,12 +161,12 @@ def families(
         families.append([Ladder(functools.partial(presets.lotr, groups="role"), by_factors)])
     lorta = PRESETS["lorta"].ladders(weights)
     families += [lorta[1:2], _changed(lorta[2:], projection="linear", ratio=0.01)]
-    families += [[_cp(order, 1)] for order in ORDERS] + [[_train(order, 1)] for order in ORDERS]
+    families += [[_hypercube(form, order, 1)] for form in ("cp", "tt") for order in ORDERS]
     for groups in _groups(shapes, layers, roles):
         # For square weights, one group per weight is LoRA.
         if groups != "weight" or any(rows != cols for rows, cols in shapes):
             families.append(_changed(PRESETS["superlora"].ladders(weights), groups=groups))
-        families += [[_cp(3, groups)], _changed(lorta[:1], groups=groups)]
+        families += [[_hypercube("cp", 3, groups)], _changed(lorta[:1], groups=groups)]
         families.append(_changed(PRESETS["lonkr"].ladders(weights), groups=groups))
     return [*families, *few(weights), PRESETS["dense"].ladders(weights)]
 
@@ -236,16 +215,10 @@ def _changed(family: Family, **changes: Any) -> Family:
     return [Ladder(functools.partial(ladder.config, **changes), ladder.most) for ladder in family]
 
 
-def _cp(order: int, groups: Any) -> Ladder:
-    return Ladder(
-        lambda rank: Config(rank, order, groups=groups, fold="hypercube", format="cp", rate="adam"), _by_count
-    )
-
-
-def _train(order: int, groups: Any) -> Ladder:
-    return Ladder(
-        lambda rank: Config(rank, order, groups=groups, fold="hypercube", format="tt", rate="adam"), _by_bonds
-    )
+def _hypercube(form: str, order: int, groups: Any) -> Ladder:
+    """Return CP or tensor trains of some order."""
+    most = _by_count if form == "cp" else _by_bonds
+    return Ladder(lambda rank: Config(rank, order, groups=groups, fold="hypercube", format=form, rate="adam"), most)
 
 
 def _by_count(plan: SuperLoRA) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import os
 import statistics
@@ -15,16 +16,7 @@ from tnadapt.argument_checks import checks_arguments
 from tnadapt.errors import ConfigError, safe_repr
 
 from ._diagram import wide
-from .canvas import checked_text, count_ticks, figure, ground, ink, legible, pale, quiet, saved, styles, tone
-
-__all__ = [
-    "Axis",
-    "Mark",
-    "counted",
-    "parameters",
-    "pareto",
-]
-
+from .canvas import checked_text, count_ticks, figure, ground, ink, labelled, legible, pale, quiet, saved, styles, tone
 
 # -- Accuracy, or another score, with the Pareto front -----------------------------------------------------------------
 
@@ -158,11 +150,14 @@ def pareto(
         _reference_line(axes, mark, axis)
     _front(axes, [mark for mark in points if mark.front])
     families = styles(mark.family for mark in points)
-    for family, style in families.items():
-        _family(axes, family, [mark for mark in points if mark.family == family], style, axis)
-    colours = {family: _colour(family, style) for family, style in families.items()}
+    colours = {
+        family: ink() if family.startswith("dense") else legible(colour) for family, (colour, _) in families.items()
+    }
+    for family, (_, shape) in families.items():
+        of_family = [mark for mark in points if mark.family == family]
+        _family(axes, family, of_family, colours[family], shape, axis)
     _labels(axes, points, [mark.mean for mark in lines], -1.0 if axis.lower else 1.0, colours)
-    axes.set_title(title, loc="left", fontsize=11, color=ink(), pad=10, parse_math=False)
+    labelled(axes, title, 10, "trainable parameters of the adapter", f"{axis.label}, %" if axis.percent else axis.label)
     if points:
         axes.legend(loc="lower right", fontsize=8, frameon=True, facecolor=ground(), edgecolor="none", framealpha=1.0)
     if note:
@@ -185,8 +180,6 @@ def _axes(axes: Any, points: Sequence[Mark], marks: Sequence[Mark], axis: Axis) 
     else:
         margin = 0.08 * (high - low) or 0.1 * abs(high) or 1.0
         axes.set_ylim(*((high + margin, low - 1.6 * margin) if axis.lower else (low - margin, high + 1.6 * margin)))
-    axes.set_xlabel("trainable parameters of the adapter", fontsize=9, color=ink())
-    axes.set_ylabel(f"{axis.label}, %" if axis.percent else axis.label, fontsize=9, color=ink())
     count_ticks(axes.xaxis)
     axes.grid(axis="both", which="major", color=tone(0.902), linewidth=0.7)
     quiet(axes)
@@ -205,21 +198,15 @@ def _reference_line(axes: Any, mark: Mark, axis: Axis) -> None:
 def _front(axes: Any, front: Sequence[Mark]) -> None:
     if not front:
         return
-    front = sorted(front, key=lambda mark: mark.parameters)
-    counts = [mark.parameters for mark in front]
-    right = axes.get_xlim()[1]
+    points = [(mark.parameters, mark.mean) for mark in sorted(front, key=lambda mark: mark.parameters)]
+    counts, means = zip(*points, (axes.get_xlim()[1], points[-1][1]), strict=True)
     axes.step(
-        [*counts, right], [*(mark.mean for mark in front), front[-1].mean], where="post",
+        counts, means, where="post",
         color=ink(), linewidth=1.3, alpha=0.75, zorder=2, label="Pareto front",
     )  # fmt: skip
 
 
-def _colour(family: str, style: tuple[str, str]) -> str:
-    return ink() if family.startswith("dense") else legible(style[0])
-
-
-def _family(axes: Any, family: str, marks: Sequence[Mark], style: tuple[str, str], axis: Axis) -> None:
-    colour, shape = _colour(family, style), style[1]
+def _family(axes: Any, family: str, marks: Sequence[Mark], colour: str, shape: str, axis: Axis) -> None:
     if family.startswith("dense"):
         shape = "*"
         _reference_line(axes, marks[0], axis)
@@ -322,20 +309,19 @@ def parameters(
     axes.set_yscale("log")
     quiet(axes)
     axes.grid(axis="y", which="major", color=tone(0.902), linewidth=0.7)
-    ranks = _useful(shapes, orders, ranks, size)
+    # Up to where at least one order has fewer parameters than there are elements.
+    ranks = max(2, min(ranks, size // min(next(counted(shapes, order, 1))[1] for order in orders)))
     lora = _below(_line(Config(), shapes, ranks), size)
     lines = [("LoRA, one group per weight", tone(0.4), lora)]
-    for place, order in enumerate(orders):
-        lines.append(
-            (f"M = {order}", legible(_COLOURS[place % len(_COLOURS)]), _below(counted(shapes, order, ranks), size))
-        )
+    for order, colour in zip(orders, itertools.cycle(_COLOURS), strict=False):
+        lines.append((f"M = {order}", legible(colour), _below(counted(shapes, order, ranks), size)))
     for place, (_, colour, line) in enumerate(lines):
         style: dict[str, Any] = {"linewidth": 2.0} if place else {"linewidth": 1.4, "linestyle": (0, (5, 2))}
         axes.plot(*zip(*line, strict=True), color=colour, zorder=3, **style)
-    _level(axes, size, pale(), (0, (1, 2)))
+    axes.axhline(size, color=pale(), linewidth=1.0, linestyle=(0, (1, 2)), zorder=2)
     ends = [((ranks, size), f"all {size:,} elements", tone(0.4))]
     if budget is not None and budget < size:
-        _level(axes, budget, ink(), "-")
+        axes.axhline(budget, color=ink(), linewidth=1.0, linestyle="-", zorder=2)
         ends.append(((ranks, budget), f"budget, {budget:,}", ink()))
         for _, colour, line in lines:
             _fits(axes, [point for point in line if point[1] <= budget], ranks, colour)
@@ -346,9 +332,7 @@ def parameters(
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axes.yaxis.set_minor_formatter(lambda value, _: "")
-    axes.set_xlabel("rank r", fontsize=9, color=ink())
-    axes.set_ylabel("parameters", fontsize=9, color=ink())
-    axes.set_title(title, loc="left", fontsize=11, color=ink(), pad=10, parse_math=False)
+    labelled(axes, title, 10, "rank r", "parameters")
     saved(drawn, path)
 
 
@@ -368,20 +352,10 @@ def _line(config: Config, shapes: Shapes, ranks: int) -> Iterator[tuple[int, int
         yield rank, parameter_count(config.replace(rank=rank), shapes)
 
 
-def _useful(shapes: Shapes, orders: Sequence[int], ranks: int, size: int) -> int:
-    """Return the rank up to which at least one order has fewer parameters than there are elements."""
-    firsts = [next(counted(shapes, order, 1))[1] for order in orders]
-    return max(2, min(ranks, size // min(firsts)))
-
-
 def _below(line: Iterator[tuple[int, int]], size: int) -> list[tuple[int, int]]:
     """Return the points of a line with at most as many parameters as elements, at least one."""
     points = list(line)
     return [point for point in points if point[1] <= size] or points[:1]
-
-
-def _level(axes: Any, height: float, colour: str, style: Any) -> None:
-    axes.axhline(height, color=colour, linewidth=1.0, linestyle=style, zorder=2)
 
 
 def _fits(axes: Any, within: Sequence[tuple[int, int]], ranks: int, colour: str) -> None:

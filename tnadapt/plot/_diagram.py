@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from tnadapt.algebra.formats import Format, Formula, Permuted
+from tnadapt.algebra.formats import Formula, Permuted
 from tnadapt.algebra.group import Group
 from tnadapt.algebra.layout import Piece
 from tnadapt.algebra.maps import projection_name, takes_ratio
@@ -17,17 +17,8 @@ from tnadapt.algebra.maps.projection import Projection
 from tnadapt.algebra.network import Network
 from tnadapt.algebra.superlora import SuperLoRA
 from tnadapt.argument_checks import integer
+from tnadapt.checkpoints.info import consecutive
 from tnadapt.errors import ConfigError, ShapeError
-
-__all__ = [
-    "Diagram",
-    "Label",
-    "Node",
-    "SplitDrawing",
-    "diagram",
-    "wide",
-]
-
 
 # -- The parts of a diagram, and estimates of text widths --------------------------------------------------------------
 
@@ -87,11 +78,6 @@ class Node:
     height: float = 2 * RADIUS
     frozen: bool = False
 
-    @property
-    def is_array(self) -> bool:
-        """Whether the node is an array rather than a dot."""
-        return self.kind != "dot"
-
 
 @dataclasses.dataclass(frozen=True)
 class Bond:
@@ -146,37 +132,6 @@ class Label:
         return left, self.y - height / 2, left + width, self.y + height / 2
 
 
-@dataclasses.dataclass(frozen=True)
-class SplitDrawing:
-    """The drawing of one split.
-
-    Attributes
-    ----------
-    x, y : float
-        Position of its origin in the diagram.
-    width, above, below : float
-        Extent to the right of, above and below the origin.
-    nodes, bonds, legs, labels
-        Positions are relative to the origin.
-    sizes : tuple of int
-        Sizes of all its modes.
-    left_out : int
-        Number of modes that are not drawn.
-    """
-
-    x: float
-    y: float
-    width: float
-    above: float
-    below: float
-    nodes: tuple[Node, ...]
-    bonds: tuple[Bond, ...]
-    legs: tuple[Leg, ...]
-    labels: tuple[Label, ...]
-    sizes: tuple[int, ...]
-    left_out: int
-
-
 def wide(text: str, points: float) -> float:
     """Return the approximate width of a text in inches.
 
@@ -218,31 +173,60 @@ _BELOW_BAR = -0.36
 _LEG_POINTS = 8.0
 
 
-def _drawn(split: Format) -> Format:
-    """Return the format with the arrays of a split, in the order of its own modes."""
-    return split.own if isinstance(split, Permuted) else split
+class SplitDrawing:
+    """The drawing of one split: its arrays, and the columns of its modes.
 
+    Parameters
+    ----------
+    plan : SuperLoRA
+    group : Group
+        A group of ``plan``.
+    k : int
+        Index of the split. It is that of the first term; all terms look alike.
 
-class _Split:
-    """One split while it is laid out: its arrays, by the names its format gives them, and the columns of its modes."""
+    Attributes
+    ----------
+    x, y : float
+        Position of its origin in the diagram.
+    width, above, below : float
+        Extent to the right of, above and below the origin.
+    nodes, bonds, legs, labels
+        Positions are relative to the origin.
+    sizes : tuple of int
+        Sizes of all its modes.
+    left_out : int
+        Number of modes that are not drawn.
 
-    def __init__(self, group: Group, k: int) -> None:
-        network = group.network
-        prefix, split = network.prefixes[0][k], _drawn(network.splits[k])
+    Raises
+    ------
+    ConfigError
+        If the format's ``diagram`` is not a known style.
+    """
+
+    def __init__(self, plan: SuperLoRA, group: Group, k: int) -> None:
+        prefix, split = group.network.prefixes[0][k], group.network.splits[k]
+        style = split.diagram
+        if style not in _STYLES:
+            config = plan.part_of(group.pieces[0].weight)[0].config
+            raise ConfigError(
+                f"format {config.format!r} has diagram={style!r}; expected one of {', '.join(_STYLES)}: 'network' "
+                "draws any format from its formula"
+            )
+        # The arrays of a split, in the order of its own modes.
+        self.format = split.own if isinstance(split, Permuted) else split
+        self.sizes, self.shapes = self.format.sizes, self.format.shapes
         full_names = {**group.names, **group.frozen_names}
-        self.names = {name: full_names[prefix + name] for name in split.shapes}
+        self.names = {name: full_names[prefix + name] for name in self.shapes}
         self.frozen = {full for name, full in group.frozen_names.items() if name not in group.multiplied}
-        self.shapes = split.shapes
         self.dot = next(iter(self.names.values())).rpartition(".")[0] + ".dot"
-        self.sizes = split.sizes
-        self.format = split
-        self.shown, self.left_out = some(len(split.sizes), MODES, _FIRST_NODE)
+        self.shown, self.left_out = some(len(self.sizes), MODES, _FIRST_NODE)
         self.middles: dict[int, float] = {}
-        self.gap, self.width = 0.0, 0.0
-        self.nodes: list[Node] = []
-        self.bonds: list[Bond] = []
-        self.legs: list[Leg] = []
-        self.labels: list[Label] = []
+        self.x = self.y = self.gap = self.width = 0.0
+        self.nodes, self.bonds, self.legs, self.labels = list[Node](), list[Bond](), list[Leg](), list[Label]()
+        _STYLES[style](self)
+        boxes = [label.box for label in self.labels]
+        self.above = max(*(node.y + node.height / 2 for node in self.nodes), *(box[3] for box in boxes))
+        self.below = -min(box[1] for box in boxes)
 
     def columns(self, least: Callable[[int], float], between: float = 0.0, lower: float = 0.0) -> None:
         """Place the drawn modes in columns as wide as their labels, ``between`` apart.
@@ -258,11 +242,7 @@ class _Split:
                 gap = wide(max(words, "modes", key=len), BOND_POINTS) + 0.2
                 gap = max(gap, least(self.shown[-2] + 1), least(mode - 1))
                 self.gap = x + gap / 2
-                self.labels += [
-                    Label("⋯", self.gap, lower, 14.0, role="sign"),
-                    Label(words, self.gap, lower - 0.2, role="word"),
-                    Label("modes", self.gap, lower - 0.33, role="word"),
-                ]
+                self.labels += _ellipsis(self.gap, lower, words, "modes")
                 x += gap
             column = max(_PITCH, wide(f"{self.sizes[mode]:,}", _LEG_POINTS) + 0.16, least(mode))
             self.middles[mode] = x + column / 2
@@ -276,9 +256,8 @@ class _Split:
 
     def node(self, name: str, kind: str, x: float, y: float, width: float = 2 * RADIUS) -> None:
         letter = KINDS[kind][0]
-        index = (
-            str(list(self.names).index(name)) if kind == "array" else name.removeprefix("factor").removeprefix("core")
-        )
+        number = list(self.names).index(name) if kind == "array" else name
+        index = str(number).removeprefix("factor").removeprefix("core")
         symbol = f"${letter}_{{{index}}}$" if index.isdigit() else f"${letter}$"
         full, size = self.names[name], math.prod(self.shapes[name])
         self.nodes.append(Node(full, kind, symbol, size, x, y, width, frozen=full in self.frozen))
@@ -290,57 +269,30 @@ class _Split:
 
     def bar(self, name: str, kind: str, y: float) -> None:
         """Add one node that spans all modes."""
-        ends = self.middles[self.shown[0]], self.middles[self.shown[-1]]
-        self.node(name, kind, self.middle, y, ends[1] - ends[0] + 2 * RADIUS)
+        length = self.middles[self.shown[-1]] - self.middles[self.shown[0]]
+        self.node(name, kind, self.middle, y, length + 2 * RADIUS)
+
+    def join(self, dot: str, names: Iterable[str], size: int, x: float, y: float, ends: Iterable[float]) -> None:
+        """Add a dot, and its lines to the upper ends of nodes."""
+        self.nodes.append(Node(dot, "dot", "", 0, x, y, 2 * _DOT, 2 * _DOT))
+        lines = [((x, y), (end, RADIUS)) for end in ends]
+        self.bonds += [Bond((dot, name), size, line) for name, line in zip(names, lines, strict=True)]
 
 
-def laid_out(plan: SuperLoRA, group: Group, k: int) -> SplitDrawing:
-    """Lay out one split of a group, with its origin at 0.
-
-    Parameters
-    ----------
-    plan : SuperLoRA
-    group : Group
-        A group of ``plan``.
-    k : int
-        Index of the split.
-
-    Returns
-    -------
-    SplitDrawing
-        The split of the first term; all terms look alike.
-
-    Raises
-    ------
-    ConfigError
-        If the format's ``diagram`` is not a known style.
-    """
-    split = _Split(group, k)
-    style = group.network.splits[k].diagram
-    if style not in _STYLES:
-        config = plan.part_of(group.pieces[0].weight)[0].config
-        raise ConfigError(
-            f"format {config.format!r} has diagram={style!r}; expected one of {', '.join(_STYLES)}: 'network' "
-            "draws any format from its formula"
-        )
-    _STYLES[style](split)
-    boxes = [label.box for label in split.labels]
-    above = max(*(node.y + node.height / 2 for node in split.nodes), *(box[3] for box in boxes))
-    return SplitDrawing(
-        x=0.0, y=0.0, width=split.width, above=above, below=-min(box[1] for box in boxes), nodes=tuple(split.nodes),
-        bonds=tuple(split.bonds), legs=tuple(split.legs), labels=tuple(split.labels), sizes=split.sizes,
-        left_out=split.left_out,
-    )  # fmt: skip
+def _ellipsis(x: float, y: float, count: str, what: str) -> list[Label]:
+    """Return the sign for what is omitted, and how much that is."""
+    words = [Label(text, x, y - drop, role="word") for text, drop in ((count, 0.2), (what, 0.33))]
+    return [Label("⋯", x, y, 14.0, role="sign"), *words]
 
 
-def _dense(split: _Split) -> None:
+def _dense(split: SplitDrawing) -> None:
     split.columns(lambda mode: 0.0, lower=_BELOW_BAR)
     split.bar("dense", "dense", 0.0)
     for mode in split.shown:
         split.leg("dense", mode, split.shapes["dense"][mode], -RADIUS)
 
 
-def _train(split: _Split) -> None:
+def _train(split: SplitDrawing) -> None:
     ranks = [split.shapes[f"core{mode}"][2] for mode in range(len(split.sizes) - 1)]
 
     def least(mode: int) -> float:
@@ -362,7 +314,7 @@ def _train(split: _Split) -> None:
         split.labels.append(Label(f"{rank:,}", (start + stop) / 2, 0.11))
 
 
-def _tucker(split: _Split) -> None:
+def _tucker(split: SplitDrawing) -> None:
     core = split.shapes["core"]
     # Without factors the core is a dense array, and is placed like one.
     height = _UP if len(split.shapes) > 1 else 0.0
@@ -381,7 +333,7 @@ def _tucker(split: _Split) -> None:
         split.labels.append(Label(f"{rank:,}", x + 0.06, height / 2, align="left"))
 
 
-def _cp(split: _Split) -> None:
+def _cp(split: SplitDrawing) -> None:
     rank = split.shapes["factor0"][1]
     label = f"r = {rank:,}"
     two = len(split.sizes) == 2
@@ -418,7 +370,7 @@ def _cp(split: _Split) -> None:
 _OVER, _FIRST_OVER = 0.2, 0.36
 
 
-def _network(split: _Split) -> None:
+def _network(split: SplitDrawing) -> None:
     """Lay out any network from its formula: arrays in a row, each above its modes, joined by bonds.
 
     Neighbors are joined by straight lines. Bonds that pass over other arrays run above them, each at a different
@@ -427,35 +379,32 @@ def _network(split: _Split) -> None:
     """
     formula = Formula.parsed(split.format.formula, len(split.shapes), len(split.sizes))
     size = formula.sizes(list(split.shapes.values()))
-    names = list(split.shapes)
+    arrays = dict(zip(split.shapes, formula.inputs, strict=True))
     mode_of = {index: mode for mode, index in enumerate(formula.output)}
-    shared = {index for index in mode_of if sum(index in indices for indices in formula.inputs) > 1}
+    shared = {index for index in mode_of if sum(index in indices for indices in arrays.values()) > 1}
     # The first array with a mode takes that mode's column; arrays without a mode take further columns on the right.
     column: dict[str, float] = {}
     bonds = [index for index in size if index not in mode_of]
     labels = [wide(f"{size[index]:,}", BOND_POINTS) for index in bonds]
     pitch = max(_PITCH, 2 * RADIUS + 0.2 + max([0.0, *labels]))
     split.columns(lambda mode: pitch)
-    for name, indices in zip(names, formula.inputs, strict=True):
-        for index in indices:
-            mode = None if index in shared else mode_of.get(index)
-            if mode is not None and mode in split.middles and split.middles[mode] not in column.values():
-                column[name] = split.middles[mode]
-                break
-        else:
-            if any(index in mode_of for index in indices):
-                continue  # all its modes are omitted
+    for name, indices in arrays.items():
+        own = [split.middles.get(mode_of[index]) for index in indices if index in mode_of and index not in shared]
+        free = [middle for middle in own if middle is not None and middle not in column.values()]
+        if free:
+            column[name] = free[0]
+        elif mode_of.keys().isdisjoint(indices):  # otherwise all its modes are omitted
             column[name] = split.width + pitch / 2
             split.width += pitch
     for name, x in column.items():
         split.node(name, "array", x, 0.0)
     drawn = set[int]()
-    for name, indices in zip(names, formula.inputs, strict=True):
-        for index in indices:
+    for name, x in column.items():
+        for index in arrays[name]:
             mode = mode_of.get(index)
-            if name not in column or mode is None or mode not in split.middles or mode in drawn or index in shared:
+            if mode not in split.middles or mode in drawn or index in shared:
                 continue
-            if split.middles[mode] != column[name]:
+            if split.middles[mode] != x:
                 shared.add(index)
                 continue
             drawn.add(mode)
@@ -463,50 +412,34 @@ def _network(split: _Split) -> None:
     level = 0
     crossing = sorted(split.middles[mode_of[index]] for index in shared if mode_of[index] in split.middles)
     for index in bonds:
-        on = [name for name, indices in zip(names, formula.inputs, strict=True) if index in indices and name in column]
-        level += _bond(split, [split.names[name] for name in on], sorted(column[name] for name in on), size[index],
-                       sorted(column.values()), level, crossing)  # fmt: skip
+        on = {split.names[name]: x for name, x in column.items() if index in arrays[name]}
+        level += _bond(split, list(on), sorted(on.values()), size[index], sorted(column.values()), level, crossing)
     for index in sorted(shared, key=mode_of.__getitem__):
-        if mode_of[index] in split.middles:
-            on = [
-                name for name, indices in zip(names, formula.inputs, strict=True) if index in indices and name in column
-            ]
+        mode = mode_of[index]
+        if mode in split.middles:
+            # A mode of several arrays: a dot above its column, with the mode's leg.
             level += 1
-            _shared_mode(split, on, [column[name] for name in on], mode_of[index], size[index], level)
-
-
-def _shared_mode(split: _Split, names: list[str], ends: list[float], mode: int, size: int, level: int) -> None:
-    """Draw a mode of several arrays: a dot above its column, with the mode's leg."""
-    x, height, bottom = split.middles[mode], RADIUS + _FIRST_OVER + _OVER * level, -RADIUS - _LEG
-    dot = f"{split.dot}.mode{mode}"
-    split.nodes.append(Node(dot, "dot", "", 0, x, height, 2 * _DOT, 2 * _DOT))
-    split.bonds += [
-        Bond((dot, split.names[name]), size, ((x, height), (end, RADIUS)))
-        for name, end in zip(names, ends, strict=True)
-    ]
-    split.legs.append(Leg(dot, mode, size, x, height - _DOT, bottom))
-    split.labels.append(Label(f"{size:,}", x, bottom - 0.1, _LEG_POINTS))
+            on = {split.names[name]: x for name, x in column.items() if index in arrays[name]}
+            x, height, bottom = split.middles[mode], RADIUS + _FIRST_OVER + _OVER * level, -RADIUS - _LEG
+            dot = f"{split.dot}.mode{mode}"
+            split.join(dot, on, size[index], x, height, on.values())
+            split.legs.append(Leg(dot, mode, size[index], x, height - _DOT, bottom))
+            split.labels.append(Label(f"{size[index]:,}", x, bottom - 0.1, _LEG_POINTS))
 
 
 def _bond(
-    split: _Split,
-    names: list[str],
-    ends: list[float],
-    size: int,
-    columns: list[float],
-    level: int,
+    split: SplitDrawing, names: list[str], ends: list[float], size: int, columns: list[float], level: int,
     crossing: list[float],
-) -> int:
+) -> int:  # fmt: skip
     """Draw one summed index; return 1 if it runs above the nodes, else 0. ``crossing`` is where legs cross it."""
     text = f"{size:,}"
     if len(ends) < 2:
         return 0  # the other end is omitted, or only one array has the index
     between = [x for x in columns if ends[0] < x < ends[-1]]
     crossed = [x for x in crossing if ends[0] < x < ends[-1]]
-    straight = any(
-        {*bond.ends} == {names[0], names[-1]} for bond in split.bonds
-    )  # a second bond between the same two arrays runs above the first
-    if len(ends) == 2 and not between and not straight:
+    # A second bond between the same two arrays runs above the first.
+    first = not any({*bond.ends} == {names[0], names[-1]} for bond in split.bonds)
+    if len(ends) == 2 and not between and first:
         line = ((ends[0] + RADIUS, 0.0), (ends[1] - RADIUS, 0.0))
         split.bonds.append(Bond((names[0], names[1]), size, line))
         middle = (ends[0] + RADIUS + crossed[0]) / 2 if crossed else (ends[0] + ends[1]) / 2
@@ -517,19 +450,14 @@ def _bond(
         points = ((ends[0], RADIUS), (ends[0], height), (ends[1], height), (ends[1], RADIUS))
         split.bonds.append(Bond((names[0], names[1]), size, points))
     else:
-        x = sum(ends) / len(ends)
-        dot = f"{split.dot}{level}"
-        split.nodes.append(Node(dot, "dot", "", 0, x, height, 2 * _DOT, 2 * _DOT))
-        split.bonds += [
-            Bond((dot, name), size, ((x, height), (end, RADIUS))) for name, end in zip(names, ends, strict=True)
-        ]
+        split.join(f"{split.dot}{level}", names, size, sum(ends) / len(ends), height, ends)
     # The label is offset from a dot, so that the lines that meet there do not cross it.
     middle = (ends[0] + min([*crossed, *between])) / 2 if crossed else sum(ends) / len(ends)
     split.labels.append(Label(text, middle, height + (0.09 if len(ends) == 2 else 0.15)))
     return 1
 
 
-_STYLES: dict[str, Callable[[_Split], None]] = {
+_STYLES: dict[str, Callable[[SplitDrawing], None]] = {
     "dense": _dense,
     "chain": _train,
     "core": _tucker,
@@ -551,7 +479,7 @@ _LINE, _ARROW, _NAME, _GAP = 0.165, 0.36, 0.36, 0.6
 _STEP_POINTS, _KEY_POINTS = 8.5, 7.5
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class FlowStep:
     """A step from the network to the weights: a box, and the arrow to it from above with a note."""
 
@@ -581,23 +509,28 @@ class KeyEntry:
     y: float
 
 
-@dataclasses.dataclass(frozen=True)
 class Diagram:
     """The complete diagram of one group with positions; y is 0 at the top and negative below.
 
+    Parameters
+    ----------
+    plan : SuperLoRA
+    index : int
+        The number of a group.
+
     Attributes
     ----------
-    parts : tuple of SplitDrawing
+    parts : list of SplitDrawing
         The splits of one term.
-    signs : tuple of Label
+    signs : list of Label
         Signs and text between and next to the splits.
-    frames : tuple of (float, float, float, float)
+    frames : list of (float, float, float, float)
         Left, bottom, right and top of each split, if there are several.
     brackets : tuple of (float, float, float, float) or None
         Left, bottom, right and top of the part that is summed over terms.
     brace : (float, float, float)
         Left, right and height of the line below the network, from which the arrows start.
-    steps : tuple of FlowStep
+    steps : list of FlowStep
         The steps from the tensor to the weights.
     key : tuple of KeyEntry
     words : str
@@ -609,18 +542,96 @@ class Diagram:
     width, height : float
     """
 
-    parts: tuple[SplitDrawing, ...]
-    signs: tuple[Label, ...]
-    frames: tuple[Box, ...]
-    brackets: Box | None
-    brace: tuple[float, float, float]
-    steps: tuple[FlowStep, ...]
-    key: tuple[KeyEntry, ...]
-    words: str
-    parameters: int
-    splits_left_out: int
-    width: float
-    height: float
+    def __init__(self, plan: SuperLoRA, index: int) -> None:
+        group = plan.groups[index]
+        network = group.network
+        shown, self.splits_left_out = some(len(network.splits), _SPLITS, _FIRST)
+        self._splits = {k: SplitDrawing(plan, group, k) for k in shown}
+        self.parts = list(self._splits.values())
+        self.parameters, self.words = group.num_parameters, _words(plan, group)
+        self.steps = _steps(plan, group, index)
+        self.signs, self.frames = list[Label](), list[Box]()
+        self.brackets: Box | None = None
+        self._sign = "⊗" if network.kronecker else "⊙"
+        self._several = len(network.splits) > 1
+        rows = self._rows()
+        # Every row after the first begins with the sign that joins it to the row above; all rows reserve space for it.
+        self._lead = _BETWEEN if len(rows) > 1 else 0.0
+        block = self._lead + max(map(self._width, rows))
+        terms = "" if network.terms == 1 else f"{network.terms:,} terms"
+        inner = block + (0.2 if terms else 0.0)
+        outer = inner + (2 * (wide(terms, BOND_POINTS) + 0.2) if terms else 0.0)
+        self.width = max(
+            _NARROWEST,
+            outer + 2 * _MARGIN,
+            *(step.width + 2 * _MARGIN for step in self.steps),
+            *(2 * (wide(step.note, BOND_POINTS) + 0.2 + _MARGIN) for step in self.steps),
+            wide(self.words, _STEP_POINTS) + 2 * _MARGIN,
+        )
+        self.key, top = _key(self.parts, self.width)
+        middle, top = self.width / 2, top - 0.26
+        bottom = top
+        for number, row in enumerate(rows):
+            bottom = self._place(row, middle - block / 2, bottom - (0.1 if number else 0.0))
+        if terms:
+            left, right = middle - inner / 2, middle + inner / 2
+            self.brackets = left, bottom - 0.04, right, top + 0.04
+            x, y = left - 0.1 - wide(terms, BOND_POINTS) / 2, (top + bottom) / 2
+            self.signs += [Label("Σ", x, y + 0.1, 22.0, role="sign"), Label(terms, x, y - 0.18, role="word")]
+            bottom -= 0.04
+        half, y = max(inner / 2, 0.4), bottom - 0.15
+        self.brace = middle - half, middle + half, y
+        for step in self.steps:
+            step.y = y - _ARROW - step.height / 2
+            y -= _ARROW + step.height
+        self.height = -y
+
+    def _rows(self) -> list[list[int | None]]:
+        """Return the splits in rows, where None stands for the omitted ones."""
+        shown: list[int | None] = [*self._splits]
+        if self.splits_left_out:
+            shown.insert(len(shown) - 1, None)
+        if self._width(shown) <= _WIDEST:
+            return [shown]
+        rows: list[list[int | None]] = []
+        for k in shown:
+            row = rows[-1] if rows else [None]
+            if None in (k, row[-1]) or self._width([*row, k]) > _WIDEST - _BETWEEN:
+                rows.append([])
+            rows[-1].append(k)
+        return rows
+
+    def _outer_width(self, k: int | None) -> float:
+        return self._splits[k].width + 2 * _INSIDE if k is not None else _GAP
+
+    def _width(self, row: Sequence[int | None]) -> float:
+        return sum(map(self._outer_width, row)) + _BETWEEN * (len(row) - 1)
+
+    def _place(self, row: Sequence[int | None], x: float, top: float) -> float:
+        """Place a row of splits below a height; return the height of its lower end."""
+        parts = [self._splits[k] for k in row if k is not None]
+        y = top - max([part.above for part in parts] or [0.16]) - (_NAME if self._several and parts else 0.0)
+        bottom = y - max([part.below for part in parts] or [0.16]) - (0.12 if self._several and parts else 0.0)
+        x += self._lead
+        for place, k in enumerate(row):
+            if place:
+                x += _BETWEEN
+            if k != 0:
+                self.signs.append(Label(self._sign, x - _BETWEEN / 2, y, 17.0, role="sign"))
+            if k is not None:
+                part = self._splits[k]
+                part.x, part.y = x + _INSIDE, y
+                if self._several:
+                    self.frames.append((x, bottom, x + self._outer_width(k), top))
+                    self.signs.append(Label(f"split{k}", x + self._outer_width(k) / 2, top - 0.18, role="word"))
+            elif parts:
+                self.signs += _ellipsis(x + _GAP / 2, y, f"{self.splits_left_out} more", "splits")
+            else:
+                self.signs.append(Label("⋯", x + 0.15, y, 14.0, role="sign"))
+                text = f"{self.splits_left_out} more splits"
+                self.signs.append(Label(text, x + 0.4, y, align="left", role="word"))
+            x += self._outer_width(k)
+        return bottom
 
 
 def diagram(plan: SuperLoRA, group: int = 0) -> Diagram:
@@ -654,129 +665,20 @@ def diagram(plan: SuperLoRA, group: int = 0) -> Diagram:
     >>> drawing.words
     '5,120 trainable parameters, all in this group'
     """
-    group = integer("group", group, 0, plan.num_groups - 1, ShapeError)
-    drawn_group = plan.groups[group]
-    shown, hidden = some(len(drawn_group.network.splits), _SPLITS, _FIRST)
-    splits = _Splits(drawn_group.network, {k: laid_out(plan, drawn_group, k) for k in shown}, hidden)
-    steps = _steps(plan, drawn_group, group)
-    words = _words(plan, drawn_group)
-    width = max(
-        _NARROWEST,
-        splits.outer + 2 * _MARGIN,
-        *(step.width + 2 * _MARGIN for step in steps),
-        *(2 * (wide(step.note, BOND_POINTS) + 0.2 + _MARGIN) for step in steps),
-        wide(words, _STEP_POINTS) + 2 * _MARGIN,
-    )
-    drawn = [node for part in splits.parts.values() for node in part.nodes]
-    kinds = {node.kind for node in drawn} | ({"frozen"} if any(node.frozen for node in drawn) else set())
-    key, top = _key([kind for kind in KINDS if kind in kinds], width)
-    bottom = splits.place(width / 2, top - 0.26)
-    half = max(splits.inner / 2, 0.4)
-    placed, low = [], bottom - 0.15
-    y = low
-    for step in steps:
-        placed.append(dataclasses.replace(step, y=y - _ARROW - step.height / 2))
-        y -= _ARROW + step.height
-    return Diagram(
-        parts=tuple(splits.placed), signs=tuple(splits.signs), frames=tuple(splits.frames), brackets=splits.brackets,
-        brace=(width / 2 - half, width / 2 + half, low), steps=tuple(placed), key=key, words=words,
-        parameters=drawn_group.num_parameters, splits_left_out=hidden, width=width, height=-y,
-    )  # fmt: skip
-
-
-# -- The splits of a term ------------------------------------------------------------------------
-
-
-class _Splits:
-    """The splits of one term in rows, with the signs between and around them."""
-
-    def __init__(self, network: Network, parts: Mapping[int, SplitDrawing], hidden: int) -> None:
-        self.parts, self.hidden = parts, hidden
-        self.sign = "⊗" if network.kronecker else "⊙"
-        self.several = len(network.splits) > 1
-        self.terms = "" if network.terms == 1 else f"{network.terms:,} terms"
-        shown: list[int | None] = [*parts]
-        if hidden:
-            shown.insert(len(shown) - 1, None)  # stands for the omitted splits
-        self.rows = [shown]
-        if self._width(shown) > _WIDEST:
-            self.rows = []
-            for k in shown:
-                row = self.rows[-1] if self.rows else [None]
-                if None in (k, row[-1]) or self._width([*row, k]) > _WIDEST - _BETWEEN:
-                    self.rows.append([])
-                self.rows[-1].append(k)
-        # Every row after the first begins with the sign that joins it to the row above; all rows reserve space for it.
-        self.lead = _BETWEEN if len(self.rows) > 1 else 0.0
-        self.block = self.lead + max(self._width(row) for row in self.rows)
-        self.inner = self.block + (0.2 if self.terms else 0.0)
-        self.outer = self.inner + (2 * (wide(self.terms, BOND_POINTS) + 0.2) if self.terms else 0.0)
-        self.placed: list[SplitDrawing] = []
-        self.signs: list[Label] = []
-        self.frames: list[Box] = []
-        self.brackets: Box | None = None
-
-    def _outer_width(self, k: int | None) -> float:
-        return self.parts[k].width + 2 * _INSIDE if k is not None else _GAP
-
-    def _width(self, row: Sequence[int | None]) -> float:
-        return sum(map(self._outer_width, row)) + _BETWEEN * (len(row) - 1)
-
-    def place(self, middle: float, top: float) -> float:
-        """Place all splits below a height; return the height of their lower end."""
-        bottom = top
-        for number, row in enumerate(self.rows):
-            bottom = self._row(row, middle - self.block / 2, bottom - (0.1 if number else 0.0))
-        if self.terms:
-            left, right = middle - self.inner / 2, middle + self.inner / 2
-            self.brackets = left, bottom - 0.04, right, top + 0.04
-            x, y = left - 0.1 - wide(self.terms, BOND_POINTS) / 2, (top + bottom) / 2
-            self.signs += [Label("Σ", x, y + 0.1, 22.0, role="sign"), Label(self.terms, x, y - 0.18, role="word")]
-        return bottom - (0.04 if self.terms else 0.0)
-
-    def _row(self, row: Sequence[int | None], x: float, top: float) -> float:
-        parts = [self.parts[k] for k in row if k is not None]
-        y = top - max([part.above for part in parts] or [0.16]) - (_NAME if self.several and parts else 0.0)
-        bottom = y - max([part.below for part in parts] or [0.16]) - (0.12 if self.several and parts else 0.0)
-        x += self.lead
-        for place, k in enumerate(row):
-            if place:
-                x += _BETWEEN
-            if k != 0:
-                self.signs.append(Label(self.sign, x - _BETWEEN / 2, y, 17.0, role="sign"))
-            if k is None:
-                self._left_out(x, y, bool(parts))
-            else:
-                self.placed.append(dataclasses.replace(self.parts[k], x=x + _INSIDE, y=y))
-                if self.several:
-                    self.frames.append((x, bottom, x + self._outer_width(k), top))
-                    self.signs.append(Label(f"split{k}", x + self._outer_width(k) / 2, top - 0.18, role="word"))
-            x += self._outer_width(k)
-        return bottom
-
-    def _left_out(self, x: float, y: float, beside: bool) -> None:
-        """Add the note on omitted splits, next to other splits or in a separate row."""
-        count = f"{self.hidden} more"
-        if not beside:
-            self.signs.append(Label("⋯", x + 0.15, y, 14.0, role="sign"))
-            self.signs.append(Label(f"{count} splits", x + 0.4, y, align="left", role="word"))
-            return
-        middle = x + _GAP / 2
-        self.signs += [
-            Label("⋯", middle, y, 14.0, role="sign"),
-            Label(count, middle, y - 0.2, role="word"),
-            Label("splits", middle, y - 0.33, role="word"),
-        ]
+    return Diagram(plan, integer("group", group, 0, plan.num_groups - 1, ShapeError))
 
 
 # -- Words ---------------------------------------------------------------------------------------
 
 
-def _key(kinds: Sequence[str], width: float) -> tuple[tuple[KeyEntry, ...], float]:
+def _key(parts: Sequence[SplitDrawing], width: float) -> tuple[tuple[KeyEntry, ...], float]:
     """Lay out the key in lines of a width; return its entries and the height of their lower end."""
+    drawn = [node for part in parts for node in part.nodes]
+    kinds = {node.kind for node in drawn} | {"frozen" for node in drawn if node.frozen}
     x, y, entries = _MARGIN, -0.1, []
-    for kind in kinds:
-        text = KINDS[kind][1]
+    for kind, (_, text) in KINDS.items():
+        if kind not in kinds:
+            continue
         needed = 0.27 + wide(text, _KEY_POINTS) + 0.2
         if x > _MARGIN and x + needed > width:
             x, y = _MARGIN, y - 0.2
@@ -896,11 +798,6 @@ def _runs(numbers: Iterable[int]) -> str:
     >>> _runs([5, 0, 1, 2]), _runs(range(0, 40, 2))
     ('0–2, 5', '0, 2, 4, 6, 8 and others')
     """
-    runs: list[list[int]] = []
-    for number in sorted(numbers):
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
+    runs = consecutive(numbers)
     told = [f"{a:,}" if a == b else f"{a:,}–{b:,}" if b > a + 1 else f"{a:,}, {b:,}" for a, b in runs[:5]]
     return ", ".join(told) + (" and others" if len(runs) > 5 else "")

@@ -14,9 +14,7 @@ from tnadapt.algebra.superlora import SuperLoRA
 from tnadapt.argument_checks import checks_arguments
 from tnadapt.errors import ShapeError
 
-from .canvas import checked_text, figure, ground, ink, pale, quiet, saved, tone
-
-__all__ = ["layout"]
+from .canvas import between, checked_text, figure, ground, ink, labelled, pale, quiet, rgb, saved, tone
 
 # Colours of Okabe and Ito for q, v and others; neighbors of the same role alternate between lighter and darker.
 _HUES = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
@@ -101,33 +99,29 @@ def layout(
         axes.annotate(f"⋮  {hidden:,} more groups", (0, -(_MOST - _LAST)), fontsize=8, color=tone(0.4), va="center")
     _frame(axes, bars)
     told = _legend(axes, plan, bars, roles)
-    axes.set_title(title, loc="left", fontsize=11, color=ink(), pad=26 if told else 8, parse_math=False)
+    labelled(axes, title, 26 if told else 8, "position in the group's vector")
     saved(drawn, path)
 
 
 def _bars(plan: SuperLoRA) -> tuple[list[_Bar], int]:
     """Return the bars that are drawn, and the number of those that are not."""
-    groups = list(enumerate(plan.groups))
-    if len(groups) <= _MOST + 1:
-        return [_Bar(index, group, -index) for index, group in groups], 0
-    first, last = groups[: _MOST - _LAST], groups[-_LAST:]
-    bars = [_Bar(index, group, -index) for index, group in first]
-    bars += [_Bar(index, group, -(len(first) + 1 + place)) for place, (index, group) in enumerate(last)]
-    return bars, len(groups) - _MOST
+    bars = [_Bar(index, group, -index) for index, group in enumerate(plan.groups)]
+    hidden = len(bars) - _MOST
+    if hidden <= 1:
+        return bars, 0
+    # One line tells of those that are hidden.
+    last = [bar._replace(y=bar.y + hidden - 1) for bar in bars[-_LAST:]]
+    return [*bars[: _MOST - _LAST], *last], hidden
 
 
 def _length(group: Group) -> int:
     """Return the length of a bar: the group, plus the padding of the folded tensor if there is no F."""
-    return group.size if _projected(group) else math.prod(group.network.sizes)
-
-
-def _projected(group: Group) -> bool:
-    return not group.projection.map.identity
+    return math.prod(group.network.sizes) if group.projection.map.identity else group.size
 
 
 def _told(group: Group) -> str:
     sizes = " × ".join(f"{size:,}" for size in group.network.sizes)
-    return f"{sizes}, F to {group.size:,}" if _projected(group) else sizes
+    return sizes if group.projection.map.identity else f"{sizes}, F to {group.size:,}"
 
 
 # -- Colours -------------------------------------------------------------------------------------
@@ -138,26 +132,13 @@ def _colours(roles: Sequence[str]) -> list[str]:
     hues, seen = _hues(roles), dict.fromkeys(roles, 0)
     colours = []
     for role in roles:
-        colours.append(_lighter(hues[role], 0.1 if seen[role] % 2 == 0 else 0.42))
+        colours.append(between(hues[role], "white", 0.1 if seen[role] % 2 == 0 else 0.42))
         seen[role] += 1
     return colours
 
 
 def _hues(roles: Sequence[str]) -> dict[str, str]:
     return {role: _HUES[place % len(_HUES)] for place, role in enumerate(dict.fromkeys(roles))}
-
-
-def _parts(colour: str) -> tuple[float, float, float]:
-    red, green, blue = (int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5))
-    return red, green, blue
-
-
-def _lighter(colour: str, share: float) -> str:
-    return "#" + "".join(f"{round(255 * (part + (1 - part) * share)):02X}" for part in _parts(colour))
-
-
-def _dark(colour: str) -> bool:
-    return colorsys.rgb_to_yiq(*_parts(colour))[0] < 0.58
 
 
 # -- Bars ----------------------------------------------------------------------------------------
@@ -170,7 +151,7 @@ class _Pieces:
         self, axes: Any, shapes: Sequence[tuple[int, int]], names: Sequence[str], colours: Sequence[str], inch: float
     ) -> None:
         self.axes, self.names, self.colours = axes, names, colours
-        self.sizes = [math.prod(shape) for shape in shapes]
+        self.sizes = list(map(math.prod, shapes))
         self.inch = inch  # in elements
         self.narrow: list[tuple[float, str]] = []
 
@@ -184,7 +165,7 @@ class _Pieces:
         if piece.length >= self.inch * _wide(name):
             self.axes.annotate(
                 name, (middle, bar.y), ha="center", va="center", fontsize=7.5, zorder=4, parse_math=False,
-                color="white" if _dark(colour) else "#222222",
+                color="white" if colorsys.rgb_to_yiq(*rgb(colour))[0] < 0.58 else "#222222",
             )  # fmt: skip
         else:
             self.narrow.append((middle, name))
@@ -208,15 +189,14 @@ class _Pieces:
             return
         needed = self.inch * (max(_wide(name) for _, name in narrow) + 0.06)
         last = -math.inf
+        low = bar.y - 0.5 * _HEIGHT
         for middle, name in narrow:
             if middle - last < needed:
                 continue
             last = middle
-            self.axes.plot(
-                [middle] * 2, [bar.y - 0.5 * _HEIGHT, bar.y - 0.5 * _HEIGHT - 0.06], color=pale(), linewidth=0.7
-            )
+            self.axes.plot([middle] * 2, [low, low - 0.06], color=pale(), linewidth=0.7)
             self.axes.annotate(
-                name, (middle, bar.y - 0.5 * _HEIGHT - 0.07), ha="center", va="top", fontsize=6, color=tone(1 / 3),
+                name, (middle, low - 0.07), ha="center", va="top", fontsize=6, color=tone(1 / 3),
                 parse_math=False,
             )  # fmt: skip
 
@@ -229,10 +209,11 @@ def _wide(name: str) -> float:
 def _padding(axes: Any, bar: _Bar) -> None:
     rest = _length(bar.group) - bar.group.size
     if rest:
-        axes.barh(
-            bar.y, rest, left=bar.group.size, height=_HEIGHT, facecolor=tone(0.937), edgecolor=tone(0.604),
-            hatch="//////", linewidth=0.0, zorder=2,
-        )  # fmt: skip
+        axes.barh(bar.y, rest, left=bar.group.size, height=_HEIGHT, zorder=2, **_hatched())
+
+
+def _hatched() -> dict[str, Any]:
+    return {"facecolor": tone(0.937), "edgecolor": tone(0.604), "hatch": "//////", "linewidth": 0.0}
 
 
 def _frame(axes: Any, bars: Sequence[_Bar]) -> None:
@@ -242,7 +223,6 @@ def _frame(axes: Any, bars: Sequence[_Bar]) -> None:
     axes.tick_params(axis="y", length=0)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axes.locator_params(axis="x", nbins=6)
-    axes.set_xlabel("position in the group's vector", fontsize=9, color=ink())
 
 
 def _legend(axes: Any, plan: SuperLoRA, bars: Sequence[_Bar], roles: Sequence[str]) -> bool:
@@ -252,14 +232,13 @@ def _legend(axes: Any, plan: SuperLoRA, bars: Sequence[_Bar], roles: Sequence[st
 
     signs: list[Any] = []
     if any(roles):
-        signs += [Patch(facecolor=_lighter(hue, 0.1), label=role or "others") for role, hue in _hues(roles).items()]
+        hues = _hues(roles).items()
+        signs += [Patch(facecolor=between(hue, "white", 0.1), label=role or "others") for role, hue in hues]
     if any(len(plan.layout.of_weight(piece.weight)) > 1 for bar in bars for piece in bar.group.pieces):
         style: dict[str, Any] = {"linestyle": "none", "marker": ">", "markersize": 5.5, "color": ink()}
         signs.append(Line2D([], [], label="continues in another group", **style))
     if any(_length(bar.group) > bar.group.size for bar in bars):
-        signs.append(
-            Patch(facecolor=tone(0.937), edgecolor=tone(0.604), hatch="//////", linewidth=0.0, label="padding")
-        )
+        signs.append(Patch(label="padding", **_hatched()))
     if signs:
         axes.legend(
             handles=signs, loc="lower left", bbox_to_anchor=(-0.006, 1.0), ncols=len(signs), fontsize=8, frameon=False,

@@ -13,9 +13,7 @@ from tnadapt.algebra.superlora import SuperLoRA
 from tnadapt.argument_checks import checks_arguments
 
 from ._diagram import Diagram, Label, Node, SplitDrawing, diagram
-from .canvas import OTHERS, STYLES, checked_text, figure, ground, ink, pale, saved, tone
-
-__all__ = ["network"]
+from .canvas import OTHERS, STYLES, between, checked_text, figure, ground, ink, pale, saved, tone
 
 # Each kind also has a different shape, for print in grey.
 _COLOURS = {
@@ -83,8 +81,8 @@ def network(
     """
     checked_text(title=title, note=note)
     drawing = diagram(SuperLoRA(config, shapes, layers, roles), group)
-    head = textwrap.wrap(title, int((drawing.width - 2 * _MARGIN) / 0.092))
-    foot = textwrap.wrap(note, int((drawing.width - 2 * _MARGIN) / 0.059))
+    inner = drawing.width - 2 * _MARGIN
+    head, foot = textwrap.wrap(title, int(inner / 0.092)), textwrap.wrap(note, int(inner / 0.059))
     above = 0.15 + 0.2 * len(head)
     below = 0.62 + 0.13 * len(foot)
     drawn, axes = figure(drawing.width, above + drawing.height + below)
@@ -106,12 +104,6 @@ def network(
     axes.text(drawing.width / 2, -drawing.height - 0.2, drawing.words, ha="center", fontsize=8.5, color=ink(), **style)
     axes.text(_MARGIN, -drawing.height - 0.5, "\n".join(foot), fontsize=7, color=pale(), **style)
     saved(drawn, path)
-
-
-def _lighter(colour: str, share: float = 0.35) -> tuple[float, ...]:
-    """Return a color nearer to the ground, on which texts are legible."""
-    parts = zip((1, 3, 5), (int(ground()[at : at + 2], 16) / 255 for at in (1, 3, 5)), strict=True)
-    return tuple((1 - share) * int(colour[at : at + 2], 16) / 255 + share * back for at, back in parts)
 
 
 def _part(axes: Any, part: SplitDrawing) -> None:
@@ -149,7 +141,7 @@ def _shape(kind: str, x: float, y: float, width: float, height: float, frozen: b
         kind, frozen = "array", True
         style["facecolor"] = ground()
     else:
-        style["facecolor"] = _lighter(_COLOURS[kind], 0.85 if frozen else 0.35)
+        style["facecolor"] = between(_COLOURS[kind], ground(), 0.85 if frozen else 0.35)  # texts are legible on it
     if frozen:
         style["linestyle"] = (0, (3, 2))
     if kind == "factor":
@@ -197,10 +189,8 @@ def _frames(axes: Any, drawing: Diagram) -> None:
     if drawing.brackets:
         left, bottom, right, top = drawing.brackets
         for x, inward in ((left, 0.09), (right, -0.09)):
-            axes.plot(
-                [x + inward, x, x, x + inward], [top, top, bottom, bottom], color=ink(), linewidth=1.2,
-                solid_joinstyle="miter",
-            )  # fmt: skip
+            corners = [x + inward, x, x, x + inward], [top, top, bottom, bottom]
+            axes.plot(*corners, color=ink(), linewidth=1.2, solid_joinstyle="miter")
 
 
 def _steps(axes: Any, drawing: Diagram) -> None:
@@ -211,14 +201,8 @@ def _steps(axes: Any, drawing: Diagram) -> None:
     axes.plot([left, left, right, right], [above + 0.06, above, above, above + 0.06], color=pale(), linewidth=0.9)
     for step in drawing.steps:
         top = step.y + step.height / 2
-        arrow = {
-            "arrowstyle": "-|>,head_length=0.35,head_width=0.18",
-            "color": ink(),
-            "linewidth": 0.9,
-            "shrinkA": 0,
-            "shrinkB": 0,
-        }
-        axes.annotate("", (middle, top), (middle, above), arrowprops=arrow)
+        arrow = {"arrowstyle": "-|>,head_length=0.35,head_width=0.18", "color": ink(), "linewidth": 0.9}
+        axes.annotate("", (middle, top), (middle, above), arrowprops={**arrow, "shrinkA": 0, "shrinkB": 0})
         axes.text(
             middle + 0.14, (above + top) / 2, step.note, va="center_baseline", fontsize=7.5, color=tone(1 / 3),
             parse_math=False,

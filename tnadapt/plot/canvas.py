@@ -15,13 +15,8 @@ from typing import Any
 
 from tnadapt.argument_checks import checks_arguments
 from tnadapt.checkpoints.atomic_files import replace_file
-from tnadapt.checkpoints.container import file_error_context, path_of
+from tnadapt.checkpoints.container import encodes, file_error_context, path_of
 from tnadapt.errors import ConfigError, safe_repr
-
-__all__ = [
-    "OTHERS", "STYLES", "checked_text", "count_ticks", "figure", "ground", "ink", "legible", "pale", "quiet", "saved",
-    "styles", "tone",
-]  # fmt: skip
 
 _MAX_TEXT = 1000
 
@@ -56,7 +51,7 @@ def tone(share: float) -> str:
     """
     import matplotlib
 
-    return _between(_rgb(matplotlib.rcParams["text.color"]), _rgb(matplotlib.rcParams["figure.facecolor"]), share)
+    return between(matplotlib.rcParams["text.color"], matplotlib.rcParams["figure.facecolor"], share)
 
 
 def ground() -> str:
@@ -99,19 +94,21 @@ def legible(colour: str, text: bool = False) -> str:
     for step in range(1, 11):
         if _contrast(shade, back) >= (_TEXT_CONTRAST if text else _CONTRAST):
             break
-        shade = _between(_rgb(colour), _rgb(front), step / 10)
+        shade = between(colour, front, step / 10)
     return shade
 
 
-def _rgb(colour: Any) -> tuple[float, ...]:
+def rgb(colour: Any) -> tuple[float, ...]:
+    """Return red, green and blue, each from 0 to 1."""
     from matplotlib.colors import to_rgba
 
     *parts, opacity = to_rgba(colour)
     return tuple(parts) if opacity else (1.0, 1.0, 1.0)  # what is transparent lies on a page, most often a white one
 
 
-def _between(one: Iterable[float], other: Iterable[float], share: float) -> str:
-    mixed = [(1 - share) * left + share * right for left, right in zip(one, other, strict=True)]
+def between(one: Any, other: Any, share: float) -> str:
+    """Return a mixture of two colors, with a share of the second one."""
+    mixed = [(1 - share) * left + share * right for left, right in zip(rgb(one), rgb(other), strict=True)]
     return "#" + "".join(f"{round(255 * part):02X}" for part in mixed)
 
 
@@ -122,7 +119,7 @@ def _contrast(one: str, other: str) -> float:
 
 
 def _luminance(colour: str) -> float:
-    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in _rgb(colour)]
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in rgb(colour)]
     return float(sum(weight * part for weight, part in zip((0.2126, 0.7152, 0.0722), linear, strict=True)))
 
 
@@ -159,8 +156,15 @@ def checked_text(**texts: str) -> None:
     for name, text in texts.items():
         if len(text) > _MAX_TEXT:
             raise ConfigError(f"{name} must have at most {_MAX_TEXT:,} characters; got {len(text):,}")
-        if any("\ud800" <= letter <= "\udfff" for letter in text):
+        if not encodes(text):
             raise ConfigError(f"{name} has half a surrogate pair, which no font can draw; got {safe_repr(text)}")
+
+
+def labelled(axes: Any, title: str, pad: int, x: str, y: str = "") -> None:
+    """Write the title of a plot, and what its axes are."""
+    axes.set_title(title, loc="left", fontsize=11, color=ink(), pad=pad, parse_math=False)
+    axes.set_xlabel(x, fontsize=9, color=ink())
+    axes.set_ylabel(y, fontsize=9, color=ink())
 
 
 def figure(width: float, height: float) -> tuple[Any, Any]:

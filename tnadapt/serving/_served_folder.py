@@ -14,7 +14,7 @@ from tnadapt.argument_checks import checks_arguments
 from tnadapt.checkpoints.adapter_format import load
 from tnadapt.checkpoints.checkpoint import open_checkpoint
 from tnadapt.checkpoints.container import path_of
-from tnadapt.checkpoints.stored_weights import BaseWeights
+from tnadapt.checkpoints.stored_weights import base_weights
 from tnadapt.convert import convert
 from tnadapt.errors import ConfigError, FileError, TargetError, TnadaptError
 
@@ -151,7 +151,7 @@ class ServedFolder:
                 "TNADAPT_VLLM_BASE to the folder of the model that vLLM serves, unquantized and in safetensors files"
             )
         if base is not None and file.base is not None:
-            BaseWeights(file, open_checkpoint(base)).check_fingerprint()
+            base_weights(file, open_checkpoint(base))  # raises a TargetError for another base
         self.cache.mkdir(parents=True, exist_ok=True)
         try:
             # A folder appears whole. One that is there without its last file has lost it since, and is written again.

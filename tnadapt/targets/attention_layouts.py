@@ -20,21 +20,6 @@ from . import fused_rows as rules
 from .fused_rows import Rule
 from .roles import parse_projection_name
 
-__all__ = [
-    "TABLE",
-    "TRANSPOSED",
-    "AttentionLayout",
-    "StoredWeight",
-    "by_name",
-    "contested",
-    "forget_layouts",
-    "of_class",
-    "of_config",
-    "register_layout",
-    "rules",
-]
-
-
 # -- The built-in table: how each layout is recognized, and which rule places q, k and v -------------------------------
 
 # Each entry was taken from its library's source. For each, the tests check that permuting the rows of one of q, k and v
@@ -113,163 +98,112 @@ class AttentionLayout:
         )
 
 
-_GPT2 = (
-    "GPT2Attention", "ImageGPTAttention", "DecisionTransformerGPT2Attention", "BarkSelfAttention", "QWenAttention",
-)  # fmt: skip
-_QKV = ("query_key_value",)
+def _entry(
+    rule: Rule, weights: str, classes: str = "", model_types: str = "", ndim: tuple[int, ...] = (2,), **words: str
+) -> AttentionLayout:
+    """Return an entry of the table from its names, separated by spaces."""
+    names, owners, types = (tuple(text.split()) for text in (weights, classes, model_types))
+    return AttentionLayout(
+        rule, names, owners, types, ndim=ndim, **{field: tuple(text.split()) for field, text in words.items()}
+    )
+
 
 TABLE: tuple[AttentionLayout, ...] = (
     # -- transformers, and models that ship their own code: one after another, whatever their names suggest
-    AttentionLayout(rules.concatenated, ("c_attn",), _GPT2, (*sorted(TRANSPOSED), "qwen")),
-    AttentionLayout(
-        rules.concatenated,
-        ("qkv_proj",),
-        ("Phi3Attention", "Phi4MultimodalAttention"),
-        ("phi3", "phi3_v", "phi3small", "phi4_multimodal", "phi4mm"),
+    _entry(
+        rules.concatenated, "c_attn",
+        "GPT2Attention ImageGPTAttention DecisionTransformerGPT2Attention BarkSelfAttention QWenAttention",
+        " ".join([*sorted(TRANSPOSED), "qwen"]),
     ),
-    AttentionLayout(rules.concatenated, ("Wqkv",), ("DbrxAttention", "MptAttention"), ("dbrx", "mpt")),
-    AttentionLayout(rules.thirds, ("Wqkv",), ("ModernBertAttention",), ("modernbert", "modernbert-decoder")),
-    AttentionLayout(rules.concatenated, ("W_pack",), ("BaichuanAttention",), ("baichuan",)),
-    AttentionLayout(rules.concatenated, ("qkv",), ("Exaone4_5_VisionAttention",), ("exaone4_5_vision",)),
+    _entry(
+        rules.concatenated, "qkv_proj", "Phi3Attention Phi4MultimodalAttention",
+        "phi3 phi3_v phi3small phi4_multimodal phi4mm",
+    ),
+    _entry(rules.concatenated, "Wqkv", "DbrxAttention MptAttention", "dbrx mpt"),
+    _entry(rules.thirds, "Wqkv", "ModernBertAttention", "modernbert modernbert-decoder"),
+    _entry(rules.concatenated, "W_pack", "BaichuanAttention", "baichuan"),
+    _entry(rules.concatenated, "qkv", "Exaone4_5_VisionAttention", "exaone4_5_vision"),
     # -- head by head
-    AttentionLayout(
-        rules.by_head,
-        _QKV,
-        ("BloomAttention", "GPTNeoXAttention", "GPTNeoXJapaneseAttention", "PersimmonAttention"),
-        ("bloom", "gpt_neox", "gpt_neox_japanese", "persimmon"),
+    _entry(
+        rules.by_head, "query_key_value",
+        "BloomAttention GPTNeoXAttention GPTNeoXJapaneseAttention PersimmonAttention",
+        "bloom gpt_neox gpt_neox_japanese persimmon",
     ),
-    AttentionLayout(rules.by_head, ("in_proj",), ("DisentangledSelfAttention",), ("deberta",)),
-    AttentionLayout(
-        rules.by_head,
-        ("qkv_proj",),
-        ("MiniMaxLightningAttention",),
-        ("minimax", "minimax_text_01", "MiniMaxText01"),
-        beside=("output_gate",),
+    _entry(rules.by_head, "in_proj", "DisentangledSelfAttention", "deberta"),
+    _entry(
+        rules.by_head, "qkv_proj", "MiniMaxLightningAttention", "minimax minimax_text_01 MiniMaxText01",
+        beside="output_gate",
     ),
-    AttentionLayout(rules.by_head, ("linear_kv",), ("EsmFoldInvariantPointAttention",)),
+    _entry(rules.by_head, "linear_kv", "EsmFoldInvariantPointAttention"),
     # -- depending on numbers of heads and flags
-    AttentionLayout(rules.falcon, _QKV, ("FalconAttention",), ("falcon",)),
-    AttentionLayout(rules.by_group, _QKV, model_types=("RefinedWeb",)),
-    AttentionLayout(rules.multi_query, _QKV, model_types=("RefinedWebModel",)),
-    AttentionLayout(rules.multi_query, ("c_attn",), ("GPTBigCodeAttention",), ("gpt_bigcode",)),
-    AttentionLayout(rules.by_group, ("wqkv",), ("InternLM2Attention",), ("internlm2",)),
-    AttentionLayout(
-        rules.glm,
-        _QKV,
-        ("SelfAttention",),
-        ("chatglm",),
-        attributes=("hidden_size_per_attention_head", "num_attention_heads_per_partition"),
+    _entry(rules.falcon, "query_key_value", "FalconAttention", "falcon"),
+    _entry(rules.by_group, "query_key_value", model_types="RefinedWeb"),
+    _entry(rules.multi_query, "query_key_value", model_types="RefinedWebModel"),
+    _entry(rules.multi_query, "c_attn", "GPTBigCodeAttention", "gpt_bigcode"),
+    _entry(rules.by_group, "wqkv", "InternLM2Attention", "internlm2"),
+    _entry(
+        rules.glm, "query_key_value", "SelfAttention", "chatglm",
+        attributes="hidden_size_per_attention_head num_attention_heads_per_partition",
     ),
-    AttentionLayout(
-        rules.code_gen, ("qkv_proj",), ("CodeGenAttention", "MossAttention"), ("codegen", "moss"), beside=("out_proj",)
+    _entry(rules.code_gen, "qkv_proj", "CodeGenAttention MossAttention", "codegen moss", beside="out_proj"),
+    _entry(
+        rules.latent, "kv_b_proj", attributes="qk_nope_head_dim v_head_dim", settings="qk_nope_head_dim v_head_dim"
     ),
-    AttentionLayout(
-        rules.latent,
-        ("kv_b_proj",),
-        attributes=("qk_nope_head_dim", "v_head_dim"),
-        settings=("qk_nope_head_dim", "v_head_dim"),
+    _entry(
+        rules.delta_rule, "in_proj_qkv in_proj_qkvz", attributes="num_k_heads head_k_dim",
+        settings="linear_num_key_heads linear_key_head_dim",
     ),
-    AttentionLayout(
-        rules.delta_rule,
-        ("in_proj_qkv", "in_proj_qkvz"),
-        attributes=("num_k_heads", "head_k_dim"),
-        settings=("linear_num_key_heads", "linear_key_head_dim"),
-    ),
-    AttentionLayout(
-        rules.levit,
-        ("queries_keys_values", "keys_values"),
-        ("LevitAttention", "LevitAttentionSubsample"),
-    ),
-    AttentionLayout(
-        rules.linear_attention, ("qkv_proj",), ("MobileViTV2LinearSelfAttention",), ("mobilevitv2",), ndim=(4,)
-    ),
+    _entry(rules.levit, "queries_keys_values keys_values", "LevitAttention LevitAttentionSubsample"),
+    _entry(rules.linear_attention, "qkv_proj", "MobileViTV2LinearSelfAttention", "mobilevitv2", (4,)),
     # -- one weight for two letters: the same rows
-    AttentionLayout(rules.shared, ("query_key",), ("LSHSelfAttention",), ("reformer",)),
-    AttentionLayout(rules.shared, ("kv_proj", "wkv"), ("DeepseekV4Attention",), ("deepseek_v4",)),
+    _entry(rules.shared, "query_key", "LSHSelfAttention", "reformer"),
+    _entry(rules.shared, "kv_proj wkv", "DeepseekV4Attention", "deepseek_v4"),
     # -- reordered when the model is loaded
-    AttentionLayout(rules.reordered, ("wqkv",), model_types=("kimi_k25",)),
-    AttentionLayout(rules.reordered, ("in_proj_weight",), model_types=("step3p5_vision", "step3p7", "step3p7_vision")),
+    _entry(rules.reordered, "wqkv", model_types="kimi_k25"),
+    _entry(rules.reordered, "in_proj_weight", model_types="step3p5_vision step3p7 step3p7_vision"),
     # -- timm
-    AttentionLayout(
-        rules.levit,
-        ("qkv", "kv"),
-        (
-            "timm.models.levit.Attention",
-            "timm.models.levit.AttentionDownsample",
-            "timm.models.efficientformer.Attention",
-            "timm.models.tiny_vit.Attention",
-        ),
-        architectures=("levit", "efficientformer_l", "tiny_vit"),
-        beside=("attention_biases",),
-        ndim=(2, 4),
+    _entry(
+        rules.levit, "qkv kv",
+        "timm.models.levit.Attention timm.models.levit.AttentionDownsample timm.models.efficientformer.Attention "
+        "timm.models.tiny_vit.Attention",
+        ndim=(2, 4), architectures="levit efficientformer_l tiny_vit", beside="attention_biases",
     ),
-    AttentionLayout(
-        rules.head_first,
-        ("qkv",),
-        (
-            "timm.models.maxxvit.Attention2d",
-            "timm.models.maxxvit.AttentionCl",
-            "timm.layers.attention2d.Attention2d",
-        ),
-        architectures=("coat", "max"),
-        beside=("rel_pos",),
-        ndim=(2, 4),
+    _entry(
+        rules.head_first, "qkv",
+        "timm.models.maxxvit.Attention2d timm.models.maxxvit.AttentionCl timm.layers.attention2d.Attention2d",
+        ndim=(2, 4), architectures="coat max", beside="rel_pos",
     ),
-    AttentionLayout(rules.head_first, ("qkv",), architectures=("coat", "max"), ndim=(4,)),
-    AttentionLayout(
-        rules.global_window,
-        ("qkv",),
-        ("timm.models.gcvit.WindowAttentionGlobal",),
-        architectures=("gcvit",),
-        beside=("rel_pos",),
+    _entry(rules.head_first, "qkv", ndim=(4,), architectures="coat max"),
+    _entry(
+        rules.global_window, "qkv", "timm.models.gcvit.WindowAttentionGlobal", architectures="gcvit", beside="rel_pos"
     ),
-    AttentionLayout(
-        rules.linear_attention,
-        ("qkv_proj",),
-        ("timm.models.mobilevit.LinearSelfAttention",),
-        architectures=("mobilevitv2",),
+    _entry(
+        rules.linear_attention, "qkv_proj", "timm.models.mobilevit.LinearSelfAttention", ndim=(4,),
+        architectures="mobilevitv2",
+    ),
+    _entry(
+        rules.sized("q=qk_dim k=qk_dim v=pdim"), "qkv", "timm.models.shvit.SHSA", ndim=(4,), architectures="shvit"
+    ),
+    _entry(
+        rules.sized("q=dim k=dim v=dim", count=None), "qkv", "timm.models.efficientvit_mit.LiteMLA", ndim=(4,),
+        architectures="efficientvit_b efficientvit_l",
+    ),
+    _entry(
+        rules.sized("q=dim_out_qk k=dim_out_qk v=dim_out_v"), "qkv", "timm.layers.bottleneck_attn.BottleneckAttn",
         ndim=(4,),
     ),
-    AttentionLayout(
-        rules.sized("q=qk_dim k=qk_dim v=pdim"),
-        ("qkv",),
-        ("timm.models.shvit.SHSA",),
-        architectures=("shvit",),
-        ndim=(4,),
+    _entry(
+        rules.sized("k=dim_head_qk v=dim_head_v", count=None), "kv", "timm.layers.halo_attn.HaloAttn", ndim=(4,)
     ),
-    AttentionLayout(
-        rules.sized("q=dim k=dim v=dim", count=None),
-        ("qkv",),
-        ("timm.models.efficientvit_mit.LiteMLA",),
-        architectures=("efficientvit_b", "efficientvit_l"),
-        ndim=(4,),
-    ),
-    AttentionLayout(
-        rules.sized("q=dim_out_qk k=dim_out_qk v=dim_out_v"),
-        ("qkv",),
-        ("timm.layers.bottleneck_attn.BottleneckAttn",),
-        ndim=(4,),
-    ),
-    AttentionLayout(
-        rules.sized("k=dim_head_qk v=dim_head_v", count=None), ("kv",), ("timm.layers.halo_attn.HaloAttn",), ndim=(4,)
-    ),
-    AttentionLayout(rules.lambda_layer, ("qkv",), ("timm.layers.lambda_layer.LambdaLayer",), ndim=(4,)),
-    AttentionLayout(
-        rules.in_split,
-        ("in_proj",),
-        (
-            "timm.models.vision_transformer.ParallelScalingBlock",
-            "timm.models.vision_transformer.DiffParallelScalingBlock",
-        ),
+    _entry(rules.lambda_layer, "qkv", "timm.layers.lambda_layer.LambdaLayer", ndim=(4,)),
+    _entry(
+        rules.in_split, "in_proj",
+        "timm.models.vision_transformer.ParallelScalingBlock timm.models.vision_transformer.DiffParallelScalingBlock",
     ),
     # -- diffusers, and other diffusion models
-    AttentionLayout(rules.guided, ("qkv",), ("AttentionBlock",), ndim=(3,)),
-    AttentionLayout(
-        rules.sized("q=inner_dim k=inner_dim v=inner_dim -=*"),
-        ("to_qkv_mlp_proj",),
-        ("Flux2ParallelSelfAttention",),
-    ),
-)
+    _entry(rules.guided, "qkv", "AttentionBlock", ndim=(3,)),
+    _entry(rules.sized("q=inner_dim k=inner_dim v=inner_dim -=*"), "to_qkv_mlp_proj", "Flux2ParallelSelfAttention"),
+)  # fmt: skip
 
 
 # -- Look-up and registration ------------------------------------------------------------------------------------------

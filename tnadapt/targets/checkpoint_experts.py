@@ -17,13 +17,6 @@ from tnadapt.errors import TargetError
 from .roles import layer_of, natural
 from .target import Target
 
-__all__ = [
-    "PARAMETERS",
-    "expert_tensors",
-    "experts_of",
-]
-
-
 # -- Names of experts' matrices in checkpoints that store each as a tensor of its own ----------------------------------
 
 # In memory, transformers stacks the matrices of a layer's experts in parameters such as ``mlp.experts.gate_up_proj``.

@@ -14,32 +14,11 @@ from typing import Any
 from tnadapt.argument_checks import checks_arguments
 from tnadapt.errors import TargetError, safe_repr
 
+from . import roles
 from .attention_layouts import TRANSPOSED, StoredWeight, by_name, contested, of_config
 from .checkpoint_experts import PARAMETERS, experts_of
 from .fused_rows import Facts, Fused, LayoutError, place_rows
-from .roles import (
-    AttentionWeights,
-    Called,
-    are_roles,
-    attentions_in,
-    ends_in,
-    is_attention,
-    layer_of,
-    main_projection,
-    natural,
-    parse_projection_name,
-    path_matcher,
-    settled_names,
-    similar_paths,
-    unclear_children,
-)
 from .target import ROLES, Rows, Target
-
-__all__ = [
-    "find_stored",
-    "is_transposed",
-]
-
 
 # -- Rows of q, k and v in a fused weight, by its name, config.json and neighboring tensors ----------------------------
 
@@ -56,14 +35,10 @@ _CONV1D = [["c_attn"], ["q_attn"], ["c_proj"], ["c_fc"]]
 _WHICH_PART = "config.json has several parts, and the name does not say to which it belongs"
 
 # Maps the name of a model's part in its config to the words for it in the names of weights.
+_TEXT, _VISION = {"text", "language", "llm"}, {"vision", "visual", "image", "img", "vit"}
 _WORDS = {
-    "text": {"text", "language", "llm"},
-    "llm": {"text", "language", "llm"},
-    "language": {"text", "language", "llm"},
-    "vision": {"vision", "visual", "image", "img", "vit"},
-    "vit": {"vision", "visual", "image", "img", "vit"},
-    "audio": {"audio", "speech"},
-}
+    "text": _TEXT, "llm": _TEXT, "language": _TEXT, "vision": _VISION, "vit": _VISION, "audio": {"audio", "speech"},
+}  # fmt: skip
 
 
 def stored_rows(
@@ -145,16 +120,12 @@ def _rows(stored: StoredWeight, fused: Fused, cols: int, config: Config, has_con
     if entry is None and fused.letters == "qkv" and fused.o_in is None:
         # There is no output projection to check the sizes against.
         equal = len({span.length for span in rows.values() if span is not None}) == 1
-        if equal and fused.out != 3 * cols and _has_no_heads(config):
+        facts = Facts([config.get], "")
+        if equal and fused.out != 3 * cols and None in (facts.heads, facts.kv_heads):
             raise LayoutError("no output projection and no numbers of heads determine its sizes")
         if not equal and fused.out == 3 * cols:
             raise LayoutError("config.json has fewer key heads, but the shape suggests as many as query heads")
     return rows
-
-
-def _has_no_heads(config: Config) -> bool:
-    facts = Facts([config.get], "")
-    return facts.heads is None or facts.kv_heads is None
 
 
 def _parts_for(name: str, config: Config) -> list[Config]:
@@ -224,35 +195,36 @@ class StoredModel:
     def projections(self, path: str, child: str) -> list[str]:
         """Return the weights of a projection, which may be wrapped: just one if it is the only one or is named so."""
         weights = [name for name in self.children[path][child] if _projects(self.weights.get(name))]
-        return main_projection(weights, _join(path, child), lambda name: name.removesuffix(".weight"))
+        return roles.main_projection(weights, _join(path, child), lambda name: name.removesuffix(".weight"))
 
     def paths(self) -> list[str]:
         """Return the paths of all modules, numbers in them in the order of numbers."""
-        return sorted(self.children, key=natural)
+        return sorted(self.children, key=roles.natural)
 
     def is_attention(self, path: str) -> bool:
         """Return whether a module is named as an attention, or lies in one: BERT's attention.self, attentions.3."""
         above, _, last = path.rpartition(".")
-        return is_attention(last) or ((last == "self" or last.isdecimal()) and is_attention(above.rpartition(".")[2]))
+        inner = last == "self" or last.isdecimal()
+        return roles.is_attention(last) or (inner and roles.is_attention(above.rpartition(".")[2]))
 
-    def called(self, path: str) -> list[Called[str]]:
+    def called(self, path: str) -> list[roles.Called[str]]:
         """Return the parameters and children of a module that are named as projections to q, k or v."""
-        named, found = self.is_attention(path), list[Called[str]]()
+        named, found = self.is_attention(path), list[roles.Called[str]]()
         for child in self.children[path]:
-            says = parse_projection_name(child, named)
+            says = roles.parse_projection_name(child, named)
             weights = [] if says is None else self.projections(path, child)
             if says is not None and weights:
                 found.append((child, says, weights))
-        return settled_names(found)
+        return roles.settled_names(found)
 
-    def unclear(self, path: str, called: list[Called[str]]) -> list[tuple[str, str]]:
+    def unclear(self, path: str, called: list[roles.Called[str]]) -> list[tuple[str, str]]:
         """Return the children with several weights, or a name that is understood in part."""
-        return unclear_children(called, self.children[path], lambda child: bool(self.projections(path, child)))
+        return roles.unclear_children(called, self.children[path], lambda child: bool(self.projections(path, child)))
 
     def attention_above(self, path: str) -> str | None:
         """Return the path of the module that holds a module, if that is named as an attention."""
         above = path.rpartition(".")[0]
-        return above if is_attention(above.rpartition(".")[2]) else None
+        return above if roles.is_attention(above.rpartition(".")[2]) else None
 
     def key(self, weight: str) -> str:
         """Return the name of a weight."""
@@ -268,7 +240,7 @@ def _is_weight(name: str, shape: Sequence[int]) -> bool:
     parameter = name.rpartition(".")[2]
     # A parameter of the attention itself, such as in_proj_weight, counts too.
     layer = parameter == "weight" or (
-        parameter.endswith("_weight") and parse_projection_name(parameter, attention=True) is not None
+        parameter.endswith("_weight") and roles.parse_projection_name(parameter, attention=True) is not None
     )
     return layer and 2 <= len(shape) <= 8 and min(shape) > 0
 
@@ -278,14 +250,14 @@ def _projects(shape: tuple[int, ...] | None) -> bool:
     return shape is not None and (len(shape) == 2 or shape[1] > 1 or shape[0] == 1)
 
 
-def targets_of(model: StoredModel, roles: str) -> list[Target]:
+def targets_of(model: StoredModel, letters: str) -> list[Target]:
     """Return every weight, or part of one, that produces one of the roles.
 
     Parameters
     ----------
     model : StoredModel
-    roles : str
-        Letters among q, k, v and o.
+    letters : str
+        Those of the roles, among q, k, v and o.
 
     Returns
     -------
@@ -304,22 +276,21 @@ def targets_of(model: StoredModel, roles: str) -> list[Target]:
     [('q', Rows(start=0, length=2, stride=6, count=2))]
     """
     found: list[Target] = []
-    for attention in attentions_in(model):
+    for attention in roles.attentions_in(model):
         for child, makes in attention.unclear:
-            if not set(makes).isdisjoint(roles):
+            if not set(makes).isdisjoint(letters):
                 raise LayoutError(
                     f"{_join(attention.path, child)} of the checkpoint seems to produce {makes}, but it is unclear "
                     "with which weight or rows: build the model and use tnadapt.torch, or name whole weights by a list "
                     "of paths"
                 )
-        found += sorted(
-            _targets(model, attention, roles), key=lambda target: (ROLES.index(target.role), natural(target.module))
-        )
+        targets = _targets(model, attention, letters)
+        found += sorted(targets, key=lambda target: (ROLES.index(target.role), roles.natural(target.module)))
     return found
 
 
-def _targets(model: StoredModel, attention: AttentionWeights[str], roles: str) -> Iterator[Target]:
-    layer = layer_of(attention.path)
+def _targets(model: StoredModel, attention: roles.AttentionWeights[str], letters: str) -> Iterator[Target]:
+    layer = roles.layer_of(attention.path)
 
     def rows_of(child: str, name: str, fused: Fused) -> dict[str, Rows | None]:
         whole = model.whole(name, "linear", layer)
@@ -329,7 +300,7 @@ def _targets(model: StoredModel, attention: AttentionWeights[str], roles: str) -
             name, StoredWeight(child, below, beside, len(whole.stored)), fused, whole.shape[1], model.config
         )
 
-    for name, role, rows in attention.parts(roles, lambda name: model.whole(name, "linear", "").shape, rows_of):
+    for name, role, rows in attention.parts(letters, lambda name: model.whole(name, "linear", "").shape, rows_of):
         yield dataclasses.replace(model.whole(name, role, layer), rows=rows)
 
 
@@ -416,7 +387,7 @@ def find_stored(
     if isinstance(targets, (list, tuple)) and targets and all(isinstance(target, Target) for target in targets):
         return [_stored_as_given(target, shapes) for target in targets]
     model = StoredModel(shapes, config)
-    if isinstance(targets, str) and are_roles(targets):
+    if isinstance(targets, str) and roles.are_roles(targets):
         selected = targets_of(model, targets)
     elif isinstance(targets, str) and targets == "embeddings":
         selected = [_whole(model, name) for name in model.weights if _is_embedding(model, name)]
@@ -445,7 +416,7 @@ def _order(model: StoredModel, target: Target) -> tuple[Any, ...]:
         rank = _RANKS.get(part, 0.0)
         if part == "q_proj" and model.children.get(".".join(parts[:depth]), {}).keys() >= _REVERSED:
             rank = _RANKS["v_proj"] + 0.5
-        place.append((rank, natural(part)))
+        place.append((rank, roles.natural(part)))
     stacked = PARAMETERS.index(target.parameter) if target.parameter in PARAMETERS else -1
     return place, ROLES.index(target.role), stacked, -1 if target.index is None else target.index
 
@@ -454,9 +425,7 @@ def _named(model: StoredModel, shapes: Mapping[str, tuple[int, ...]], targets: A
     chosen = _chosen(targets)
     several = isinstance(targets, (list, tuple))
     experts = experts_of(
-        shapes,
-        model.config,
-        lambda module, parameter: chosen(module) or (several and chosen(f"{module}.{parameter}")),
+        shapes, model.config, lambda module, parameter: chosen(module) or (several and chosen(f"{module}.{parameter}"))
     )
     # A pattern that also fits the single tensors of experts selects them once, as the model has them in memory.
     theirs = {name for expert in experts for name in expert.tensors}
@@ -474,19 +443,19 @@ def _is_embedding(model: StoredModel, name: str) -> bool:
 
 def _chosen(targets: Any) -> Callable[[str], bool]:
     if isinstance(targets, str):
-        return path_matcher(targets, "targets")
+        return roles.path_matcher(targets, "targets")
     if not isinstance(targets, (list, tuple)) or not all(isinstance(entry, str) and entry for entry in targets):
         raise TargetError(
             "targets must be roles such as 'qv', a regular expression, or a list of paths or of tnadapt.Target; got "
             f"{safe_repr(targets)}"
         )
-    return lambda path: any(ends_in(path, entry) for entry in targets)
+    return lambda path: any(roles.ends_in(path, entry) for entry in targets)
 
 
 def _nothing(targets: Any, weights: Mapping[str, Any]) -> TargetError:
     paths = [_module(name) for name in weights]
     wanted = targets if isinstance(targets, str) else str(next(iter(targets), ""))
-    close = similar_paths(wanted, paths) or paths[:6]
+    close = roles.similar_paths(wanted, paths) or paths[:6]
     reason = (
         f"it has {len(paths)} weights, such as {', '.join(close)}" if paths else "it has no weights of layers at all"
     )
@@ -502,4 +471,4 @@ def _whole(model: StoredModel, name: str) -> Target:
     path = _module(name)
     role = "embedding" if _is_embedding(model, name) else "conv" if len(model.weights[name]) > 2 else "linear"
     # A number at the end is the module's own place in a Sequential, not the layer's.
-    return model.whole(name, role, layer_of(_module(path)))
+    return model.whole(name, role, roles.layer_of(_module(path)))

@@ -13,35 +13,6 @@ from tnadapt.errors import TargetError
 
 from .target import Rows
 
-__all__ = [
-    "Facts",
-    "Fused",
-    "LayoutError",
-    "Rule",
-    "by_group",
-    "by_head",
-    "code_gen",
-    "concatenated",
-    "delta_rule",
-    "falcon",
-    "glm",
-    "global_window",
-    "guided",
-    "head_first",
-    "in_split",
-    "lambda_layer",
-    "latent",
-    "levit",
-    "linear_attention",
-    "multi_query",
-    "place_rows",
-    "reordered",
-    "shared",
-    "sized",
-    "thirds",
-]
-
-
 # -- Fused weights, the known sizes of their attention, and rows from blocks -------------------------------------------
 
 
@@ -114,9 +85,11 @@ class Facts:
 
     def need(self, *names: str) -> int:
         """Return :meth:`number`, or raise :class:`LayoutError` if there is none."""
-        number = self.number(*names)
+        return self._known(self.number(*names), names[0])
+
+    def _known(self, number: int | None, what: str) -> int:
         if number is None:
-            raise LayoutError(f"{self._lacks} {names[0]}")
+            raise LayoutError(f"{self._lacks} {what}")
         return number
 
     def flag(self, name: str) -> bool:
@@ -144,16 +117,10 @@ class Facts:
         return self.number(*_HEAD_SIZE)
 
     def need_heads(self) -> int:
-        heads = self.heads
-        if heads is None:
-            raise LayoutError(f"{self._lacks} num_attention_heads: it does not say how many heads it has")
-        return heads
+        return self._known(self.heads, "num_attention_heads: it does not say how many heads it has")
 
     def need_kv_heads(self) -> int:
-        heads = self.kv_heads
-        if heads is None:
-            raise LayoutError(f"{self._lacks} num_key_value_heads: it does not say how many heads of keys it has")
-        return heads
+        return self._known(self.kv_heads, "num_key_value_heads: it does not say how many heads of keys it has")
 
 
 def place_rows(blocks: Blocks, fused: Fused) -> dict[str, Rows | None]:

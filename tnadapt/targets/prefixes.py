@@ -16,16 +16,6 @@ from tnadapt.errors import TargetError, safe_repr
 from .roles import natural, number
 from .target import Target
 
-__all__ = [
-    "Prefix",
-    "found_prefix",
-    "near_names",
-    "paired",
-    "renamed_targets",
-    "stored_names",
-]
-
-
 # -- Names that differ by a common prefix, or by known renames ---------------------------------------------------------
 
 
@@ -100,9 +90,8 @@ def found_prefix(targets: Sequence[Target], stored: Mapping[str, tuple[int, ...]
         if len(shaped) != 1:
             several = ", ".join(safe_repr(prefix.of(names[0])) for prefix in fitting[:4])
             raise TargetError(
-                f"{safe_repr(names[0])} may be any of {several}, and it is unclear which: give a checkpoint of "
-                "the model "
-                "that it belongs to"
+                f"{safe_repr(names[0])} may be any of {several}, and it is unclear which: give a checkpoint of the "
+                "model that it belongs to"
             )
         fitting = shaped
     return fitting[0] if fitting else None
@@ -189,11 +178,10 @@ def _under(target: Target, name: str) -> Target:
 
 def _turned(target: Target, turn: int) -> Target:
     """Return a target under another of its names."""
-    names = [target.name, *target.tied]
-    if turn == 0 or turn >= len(names):
+    if not 0 < turn <= len(target.tied):
         return target
     other = target.tied_targets()[turn - 1]
-    return dataclasses.replace(other, tied=tuple(name for name in names if name != names[turn]))
+    return dataclasses.replace(other, tied=tuple(name for name in (target.name, *target.tied) if name != other.name))
 
 
 def _prefixes(stored: Iterable[str], name: str) -> Iterator[Prefix]:

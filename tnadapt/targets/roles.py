@@ -22,30 +22,6 @@ from tnadapt.errors import TargetError, safe_repr
 from .fused_rows import Fused
 from .target import Rows
 
-__all__ = [
-    "KEYWORDS",
-    "AttentionWeights",
-    "Called",
-    "ProjectionName",
-    "are_roles",
-    "attention_group",
-    "attentions_in",
-    "ends_in",
-    "is_attention",
-    "is_within",
-    "layer_of",
-    "main_projection",
-    "natural",
-    "number",
-    "parse_projection_name",
-    "path_matcher",
-    "projection_letters",
-    "settled_names",
-    "similar_paths",
-    "unclear_children",
-]
-
-
 # -- The name of one projection ----------------------------------------------------------------------------------------
 
 
@@ -349,7 +325,7 @@ def unclear_children(
     [('v_gate_proj', 'v')]
     """
     unclear = [(child, says.letters) for child, says, weights in inputs if len(weights) > 1]
-    produced = {letter for _, says, _ in inputs for letter in says.letters}
+    produced = _letters(says for _, says, _ in inputs)
     for child in children:
         missing = "".join(letter for letter in projection_letters(child) if letter in "qv" and letter not in produced)
         if missing and holds_weights(child):

@@ -17,16 +17,6 @@ from tnadapt.argument_checks import checks_arguments, integer
 from tnadapt.backends import Array
 from tnadapt.errors import TargetError, escaped, safe_repr
 
-__all__ = [
-    "MAX_SIZE",
-    "ROLES",
-    "RowIndices",
-    "Rows",
-    "Target",
-    "check_distinct",
-]
-
-
 # -- Rows of a weight: a repeated pattern of them, or a list -----------------------------------------------------------
 
 
@@ -65,11 +55,8 @@ class Rows(NamedTuple):
 
     def indices(self) -> list[int]:
         """Return the indices of all rows, in order."""
-        return [
-            block * self.stride + row
-            for block in range(self.count)
-            for row in range(self.start, self.start + self.length)
-        ]
+        firsts = range(self.start, self.stride * self.count, self.stride)
+        return [row for first in firsts for row in range(first, first + self.length)]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -298,9 +285,7 @@ class Target:
     def shape(self) -> tuple[int, int]:
         """``(rows, cols)`` of the update, in torch's order (out_features, in_features)."""
         cols = self.matrix_sizes[0] if self.transposed else math.prod(self.matrix_sizes[1:])
-        if self.rows is None:
-            return self.out, cols
-        return self.rows.number, cols
+        return self.out if self.rows is None else self.rows.number, cols
 
     @checks_arguments
     def renamed(self, module: str) -> Target:
@@ -386,21 +371,12 @@ class Target:
         True
         """
         fields: list[Any] = [self.module, list(self.stored), self.role]
-        rest: dict[str, Any] = {}
-        if self.parameter != "weight":
-            rest["parameter"] = self.parameter
+        settings = {name: getattr(self, name) for name in _SETTINGS}
+        rest = {name: value for name, value in settings.items() if value != _SETTINGS[name]}
         if self.rows is not None:
             rest["rows"] = self.rows.to_json()
-        if self.transposed:
-            rest["transposed"] = True
-        if self.layer:
-            rest["layer"] = self.layer
-        if self.index is not None:
-            rest["index"] = self.index
         if self.tied:
             rest["tied"] = list(self.tied)
-        if self.groups > 1:
-            rest["groups"] = self.groups
         return [*fields, rest] if rest else fields
 
     @classmethod
@@ -417,15 +393,19 @@ class Target:
                 f"a target must be [module, shape, role] and at most its settings; got {safe_repr(value)}"
             )
         rest = value[3] if len(value) == 4 else {}
-        known = {"parameter", "rows", "transposed", "layer", "index", "tied", "groups"}
-        if not isinstance(rest, Mapping) or not known.issuperset(rest):
-            raise TargetError(f"a target's settings must be among {', '.join(sorted(known))}; got {safe_repr(rest)}")
+        if not isinstance(rest, Mapping) or not set(rest) <= _SETTINGS.keys():
+            names = ", ".join(sorted(_SETTINGS))
+            raise TargetError(f"a target's settings must be among {names}; got {safe_repr(rest)}")
         rows = rest.get("rows")
         if isinstance(rows, Mapping):
             if rows.keys() != {"indices"} or not isinstance(rows["indices"], (list, tuple)):
                 raise TargetError(f"a target's rows must be four integers, or indices; got {safe_repr(rows)}")
             rest = {**rest, "rows": RowIndices(tuple(rows["indices"]))}
         return cls(value[0], value[1], value[2], **rest)
+
+
+# The fields that a list has only where they differ from their defaults.
+_SETTINGS = {field.name: field.default for field in dataclasses.fields(Target)[3:]}
 
 
 # -- No two targets may update the same element of a stored parameter --------------------------------------------------
@@ -475,15 +455,11 @@ def check_distinct(targets: Sequence[Target]) -> None:
     tnadapt.errors.TargetError: targets 1 and 2 overlap: both update row 4 of 'attn.qkv.weight' (1: role v, rows 4 to \
 5 of 6; 2: role k, rows 2 to 4 of 6). Give each row of a weight to one target
     """
-    by_name: dict[str, int | list[int]] = {}
+    by_name: dict[str, list[int]] = {}
     for number, target in enumerate(targets):
-        before = by_name.setdefault(target.name, number)
-        if isinstance(before, list):
-            before.append(number)
-        elif before != number:
-            by_name[target.name] = [before, number]
+        by_name.setdefault(target.name, []).append(number)
     for numbers in by_name.values():
-        if isinstance(numbers, list):
+        if len(numbers) > 1:
             _check_one(targets, numbers)
 
 

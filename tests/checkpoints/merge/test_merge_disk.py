@@ -270,7 +270,7 @@ def test_a_lock_on_a_file_that_was_deleted_meanwhile_is_none(tmp_path: Path, mon
         locked.append(os.fstat(handle).st_ino)
         return real(handle, wait)
 
-    monkeypatch.setattr(journal, "lock", lock)
+    monkeypatch.setattr(atomic_files, "lock", lock)
     why = rf"another process is writing {root} \(process {os.getpid()} on .+\): wait"
     with journal.work_lock(root):
         assert len(locked) == 2
@@ -318,7 +318,6 @@ def test_a_system_that_has_no_locks_is_left_as_tidy(
     single: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(atomic_files, "HAS_LOCKS", False)
-    monkeypatch.setattr(journal, "HAS_LOCKS", False)
     where = scene(tmp_path, single)
     where.finish(overwrite=False)
     with journal.work_lock(str(tmp_path / "work")):
@@ -550,8 +549,8 @@ def test_a_name_that_is_created_and_removed_forever_is_given_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "made").write_text("new")
-    monkeypatch.setattr(journal, "rename_new", raising(errno.EEXIST))
-    monkeypatch.setattr(journal, "exchange", raising(errno.ENOENT))
+    monkeypatch.setattr(atomic_files, "rename_new", raising(errno.EEXIST))
+    monkeypatch.setattr(atomic_files, "exchange", raising(errno.ENOENT))
     out, aside = str(tmp_path / "out"), str(tmp_path / "aside")
     with pytest.raises(tna.FileError, match="is created and removed by something else again and again: choose another"):
         journal.place(str(tmp_path / "made"), out, aside, lambda path: None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 from typing import Any, NamedTuple
@@ -9,13 +10,6 @@ from typing import Any, NamedTuple
 from tnadapt.checkpoints.checkpoint import SUFFIX, Checkpoint, open_checkpoint
 from tnadapt.checkpoints.container import path_of
 from tnadapt.errors import FileError
-
-__all__ = [
-    "Belonging",
-    "Destination",
-    "destination",
-]
-
 
 # -- Which files belong to a checkpoint: those in its folder, and the targets of links inside --------------------------
 
@@ -48,15 +42,13 @@ class Belonging:
     def leaves(self, name: str) -> str | None:
         """Return the target of a name in the folder if it is outside of the checkpoint; None if it is inside."""
         path = os.path.realpath(os.path.join(self.folder, name))
-        return None if any(path.startswith(os.path.join(root, "")) for root in self._roots) else path
+        return None if any(_inside(path, root) for root in self._roots) else path
 
     def file(self, name: str) -> str | None:
         """Return the real path of a regular file of the checkpoint; None if it is not one, or lies outside."""
         path = os.path.realpath(os.path.join(self.folder, name))
-        try:
-            regular = stat.S_ISREG(os.lstat(path).st_mode)
-        except OSError:  # a dangling or circular link
-            return None
+        # Also of a dangling or circular link: there is no file.
+        regular = os.path.isfile(path) and not os.path.islink(path)
         return path if regular and self.leaves(name) is None else None
 
 
@@ -121,8 +113,10 @@ class Destination(NamedTuple):
                 return None
             if self.name is not None:
                 return None if stat.S_ISREG(before.st_mode) else "is not a regular file, and is not overwritten"
-            if stat.S_ISDIR(before.st_mode) and _is_checkpoint(path):
-                return None
+            if stat.S_ISDIR(before.st_mode):
+                with contextlib.suppress(FileError):
+                    open_checkpoint(path)
+                    return None
             after = _state(path)
             if after is not None and (before.st_dev, before.st_ino) == (after.st_dev, after.st_ino):
                 break  # otherwise another process replaced it while it was examined: look again
@@ -158,8 +152,8 @@ def destination(out: Any, checkpoint: Checkpoint, adapter: str | None) -> Destin
         return FileError(f"{out}: {why}")
 
     _check_links(checkpoint)
-    base_files = [os.path.realpath(file) for file in checkpoint.files]
-    if path in base_files or (adapter is not None and path == os.path.realpath(adapter)):
+    inputs = [os.path.realpath(file) for file in (*checkpoint.files, adapter) if file is not None]
+    if path in inputs:
         raise refuse("is an input of the merge: give another name for the output")
     state = _state(path)
     file_type = 0 if state is None else stat.S_IFMT(state.st_mode)
@@ -176,8 +170,7 @@ def destination(out: Any, checkpoint: Checkpoint, adapter: str | None) -> Destin
             raise refuse("is the folder of the base: give another folder for the output")
         if _inside(path, folder):
             raise refuse("is in the folder of the base: give a place outside of it")
-        inside = [*base_files, folder, *([os.path.realpath(adapter)] if adapter is not None else [])]
-        if any(_inside(source, path) for source in inside):
+        if any(_inside(source, path) for source in (*inputs, folder)):
             raise refuse("contains an input of the merge: give another place")
         if path.endswith((SUFFIX, ".json")):
             raise refuse("would be a folder, as the base is one: give the name of a folder")
@@ -194,20 +187,10 @@ def _inside(path: str, folder: str) -> bool:
     return path.startswith(os.path.join(folder, ""))
 
 
-def _is_checkpoint(folder: str) -> bool:
-    try:
-        open_checkpoint(folder)
-    except FileError:
-        return False
-    return True
-
-
 def _others(checkpoint: Checkpoint) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Return the other files of the base's folder: those to copy, and those to leave out."""
     belonging = Belonging(checkpoint.folder)
-    model_files = {os.path.basename(file) for file in checkpoint.files}
-    if checkpoint.index is not None:
-        model_files.add(os.path.basename(checkpoint.index))
+    model_files = {os.path.basename(file) for file in (*checkpoint.files, checkpoint.index) if file is not None}
     copied: list[str] = []
     left: list[str] = []
     for root, folders, files in os.walk(checkpoint.folder):
@@ -232,7 +215,7 @@ def _check_links(checkpoint: Checkpoint) -> None:
     belonging = Belonging(checkpoint.folder)
     model_path = os.path.abspath(checkpoint.path)
     hint = ", or give the path of that one file" if checkpoint.index is None else ""
-    for path in (*checkpoint.files, *([checkpoint.index] if checkpoint.index is not None else [])):
+    for path in filter(None, (*checkpoint.files, checkpoint.index)):
         name = os.path.basename(path)
         if path != model_path and (outside := belonging.leaves(name)) is not None:
             raise FileError(

@@ -50,24 +50,11 @@ import stat
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from tnadapt.checkpoints.atomic_files import (
-    HAS_LOCKS,
-    exchange,
-    lock,
-    names_handle,
-    rename_new,
-    replace_file,
-    sync_folder,
-    sync_tree,
-    unlock,
-)
+from tnadapt.checkpoints import atomic_files
 from tnadapt.checkpoints.container import json_file
 from tnadapt.errors import FileError
 
 from ._shards import same_content
-
-__all__ = ["SUFFIX", "MergeJournal", "partial", "place", "work_lock"]
-
 
 # -- Publishing: a finished file or folder moves to its final path, always reversibly ----------------------------------
 
@@ -111,7 +98,7 @@ def place(source: str, out: str, aside: str, refusal: Refusal | None, compare: b
     """
     for _ in range(_ATTEMPTS):
         try:
-            return rename_new(source, out)
+            return atomic_files.rename_new(source, out)
         except FileExistsError:
             pass
         if refusal is None:
@@ -139,12 +126,12 @@ def _check(refusal: Refusal, path: str) -> None:
 
 
 def _replace(source: str, out: str, aside: str, refusal: Refusal) -> None:
-    if exchange(source, out):
+    if atomic_files.exchange(source, out):
         if (why := refusal(source)) is not None:
             try:
-                exchange(source, out)
+                atomic_files.exchange(source, out)
             except FileNotFoundError:
-                rename_new(source, out)
+                atomic_files.rename_new(source, out)
             raise FileError(why)
         return
     if not os.path.isdir(source):
@@ -154,7 +141,7 @@ def _replace(source: str, out: str, aside: str, refusal: Refusal) -> None:
     try:
         os.rename(out, aside)
         _check(refusal, aside)
-        rename_new(source, out)
+        atomic_files.rename_new(source, out)
     except BaseException:
         if os.path.lexists(aside) and os.path.lexists(source):
             put_back(aside, out)
@@ -170,13 +157,13 @@ def put_back(aside: str, out: str) -> None:
         If something else has taken the path ``out``.
     """
     try:
-        rename_new(aside, out)
+        atomic_files.rename_new(aside, out)
     except FileExistsError:
         raise LeftoverError(
             f"has been created while its previous content, now in {aside}, was being replaced: move one of them away, "
             "and run again"
         ) from None
-    sync_folder(os.path.dirname(out))
+    atomic_files.sync_folder(os.path.dirname(out))
 
 
 # -- The lock on a folder of unfinished work, which its holders create and delete --------------------------------------
@@ -208,7 +195,7 @@ def work_lock(root: str) -> Iterator[None]:
         ...
     tnadapt.errors.FileError: another process is writing work (process ... on ...): wait for it, or choose another name
     """
-    if not HAS_LOCKS:
+    if not atomic_files.HAS_LOCKS:
         _check_own(root)
         os.makedirs(root, exist_ok=True)
         yield
@@ -217,7 +204,7 @@ def work_lock(root: str) -> Iterator[None]:
     try:
         yield
     finally:
-        unlock(handle)
+        atomic_files.unlock(handle)
         os.close(handle)
         # On NFS, a folder cannot be removed while a deleted file in it is still open, so remove it only now. If another
         # process has started in the meantime, its lock file keeps the folder, or it creates the folder again.
@@ -237,11 +224,11 @@ def _locked(root: str) -> int:
         except FileNotFoundError:  # the last holder of the lock has just deleted the folder
             continue
         try:
-            if not lock(handle):
+            if not atomic_files.lock(handle):
                 raise FileError(
                     f"another process is writing {root}{_holder(handle)}: wait for it, or choose another name"
                 )
-            if names_handle(path, handle):
+            if atomic_files.names_handle(path, handle):
                 _sign(handle)
                 return handle
         except BaseException:
@@ -362,7 +349,7 @@ class MergeJournal:
         # The state is on disk before the rename: a kill from here on leaves `publishing`, and the next run trusts
         # neither `files` nor `out`. After an error, the inode of `source` tells whether the rename has happened.
         source = self.folder if name is None else self.path(name)
-        sync_tree(self.folder)
+        atomic_files.sync_tree(self.folder)
         before = _identity(source)
         finished, self.done, self._publishing = self.done, {}, True
         old, refusal = os.path.join(self.run, _OLD), self._refusal if self._overwrite else None
@@ -374,7 +361,7 @@ class MergeJournal:
                 self.done, self._publishing = finished, False
             raise
         for folder in (os.path.dirname(self.out), os.path.dirname(source)):
-            sync_folder(folder)
+            atomic_files.sync_folder(folder)
         self._publishing, self._published = False, True
 
     # -- Leftovers of earlier runs -------------------------------------------------------------
@@ -494,7 +481,7 @@ class MergeJournal:
     def _write(self, name: str | None = None) -> None:
         publishing = {"publishing": self._publishing, "name": name, "maybe_published": self.maybe_published}
         state = {**self.identity, **publishing, "done": self.done}
-        replace_file(os.path.join(self.run, _STATE), json.dumps(state, sort_keys=True).encode())
+        atomic_files.replace_file(os.path.join(self.run, _STATE), json.dumps(state, sort_keys=True).encode())
         self._said_publishing = self._publishing
 
 
@@ -567,7 +554,7 @@ def partial(
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     with partial(folder + "/out", {"made from": 1}) as work:
-    ...         replace_file(work.path("a"), b"content")
+    ...         atomic_files.replace_file(work.path("a"), b"content")
     ...         work.finished("a")
     ...         work.publish(None)
     ...     os.listdir(folder), os.listdir(folder + "/out")

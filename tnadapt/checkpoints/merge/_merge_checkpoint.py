@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,17 +21,13 @@ from tnadapt.checkpoints.adapter_format import content_of, load
 from tnadapt.checkpoints.atomic_files import sync_file
 from tnadapt.checkpoints.checkpoint import Checkpoint, file_state, open_checkpoint
 from tnadapt.checkpoints.container import TAG_OF, file_error_context, path_of
-from tnadapt.checkpoints.fingerprint import compare
-from tnadapt.checkpoints.stored_weights import FLOATS, ResolvedTargets, resolve
+from tnadapt.checkpoints.stored_weights import FLOATS, BaseWeights, ResolvedTargets, resolve
 from tnadapt.errors import ConfigError, FileError, TnadaptError, escaped, pluralize, safe_repr
 from tnadapt.targets.target import Target
 
 from ._destination import Belonging, Destination, destination
 from ._journal import MergeJournal, partial
 from ._shards import Change, Shard, Writer, open_regular
-
-__all__ = ["Job", "MergeReport", "merge"]
-
 
 # -- One merge: each tensor is computed, and the list of files to write ------------------------------------------------
 
@@ -58,6 +54,8 @@ class Job:
         self.of: dict[str, list[tuple[int, Target]]] = {}
         for index, target in placed.places:
             self.of.setdefault(target.name, []).append((index, target))
+        parts = [placed.parts.get(index, (target,)) for index, target in enumerate(placed.targets)]
+        self.base = BaseWeights(checkpoint, parts)
         self.resumed = self.bytes = 0
 
     @functools.cached_property
@@ -73,38 +71,12 @@ class Job:
 
     def _check_base(self) -> None:
         """Raise Unfit if the base is not the one that the adapter was trained on."""
-        known, entries = self.file.base, self.checkpoint.entries
-        if known is None:
-            return
-        dtypes = {FLOATS[entries[name].dtype] for name in self.of}
-        # For several dtypes, use one that represents all their values, as when the fingerprint was taken.
-        dtype = dtypes.pop() if len(dtypes) == 1 else "float64" if "float64" in dtypes else "float32"
-        difference = compare(known, self._weights(dtype), dtype)
+        difference = self.base.difference(self.file.base, self.of)
         if difference is not None:
             raise Unfit(
                 f"is another base model than the one that the adapter was trained on: for the adapted weights, "
                 f"{difference}. Give that one, or check_base=False (--no-check-base)"
             )
-
-    def _weights(self, dtype: str) -> Iterator[np.ndarray]:
-        last: tuple[str, np.ndarray] | None = None
-        for index, target in enumerate(self.placed.targets):
-            if index in self.placed.parts:
-                yield self._joined(index, dtype)
-                continue
-            if last is None or last[0] != target.name:
-                last = None
-                last = target.name, self.checkpoint.array(target.name)
-            weight, stored_dtype = target.select(last[1]), FLOATS[self.checkpoint.entries[target.name].dtype]
-            yield weight if stored_dtype == dtype else widened(weight, stored_dtype).astype(dtype)
-
-    def _joined(self, index: int, dtype: str) -> np.ndarray:
-        """Return a weight that is stored as several tensors, in a dtype that represents its values."""
-        arrays = []
-        for part in self.placed.parts[index]:
-            array, stored_dtype = self.checkpoint.array(part.name), FLOATS[self.checkpoint.entries[part.name].dtype]
-            arrays.append(array if stored_dtype == dtype else widened(array, stored_dtype).astype(dtype))
-        return np.concatenate(arrays)
 
     def _compute_from_base(self, check_base: bool) -> None:
         """Compute the arrays that come from the base weights, of the base that the adapter was trained on."""
@@ -117,17 +89,10 @@ class Job:
             )
         self._check_base()
         try:
-            plan = self.file.plan.with_base(self._base_weight)
+            plan = self.file.plan.with_base(self.base.of)
         except TnadaptError as error:
             raise Unfit(f"does not give the arrays of the adapter that come from its weights: {error}") from error
         self.updates = Float64Deltas(plan, self.file.arrays, self.file.dtype)
-
-    def _base_weight(self, index: int) -> np.ndarray:
-        if index in self.placed.parts:
-            return self._joined(index, "float64")
-        target = self.placed.targets[index]
-        dtype = FLOATS[self.checkpoint.entries[target.name].dtype]
-        return np.asarray(widened(target.select(self.checkpoint.array(target.name)), dtype).reshape(target.shape))
 
     # -- Writing -----------------------------------------------------------------------------
 
@@ -197,14 +162,15 @@ class Job:
         }
         for name, stored in self.placed.kept.items():
             if shard[stored] == file:
-                changes[stored] = functools.partial(self._replaced, name, stored)
+                changes[stored] = functools.partial(self._replaced, name, self.checkpoint.entries[stored].dtype)
         return changes
 
     def _updated(self, name: str, stored: np.ndarray) -> np.ndarray:
         dtype = FLOATS[self.checkpoint.entries[name].dtype]
         for index, target in self.of[name]:
             assert self.updates is not None  # computed before anything is written
-            whole = self._with_others(index, name, stored) if index in self.placed.parts else target.select(stored)
+            parts = self.placed.parts.get(index, ())
+            whole = self._with_others(parts, name, stored) if parts else target.select(stored)
             flat = np.ascontiguousarray(whole).reshape(-1)
             plan, arrays = self.file.plan, self.file.arrays
             weight_params = [arrays[name] for name in plan.weight_param_names[index]]
@@ -215,34 +181,26 @@ class Job:
                 raise Unfit(f"the update of {safe_repr(name)} is not finite; nothing was merged")
             if problem is not None:
                 raise Unfit(
-                    f"{safe_repr(name)} with its update leaves the range of {dtype}; nothing was merged: merge "
-                    "into the "
-                    "checkpoint in a wider dtype"
+                    f"{safe_repr(name)} with its update leaves the range of {dtype}; nothing was merged: merge into "
+                    "the checkpoint in a wider dtype"
                 )
-            if index in self.placed.parts:
-                flat = flat.reshape(whole.shape)[self._rows_of(index, name)]
+            if parts:
+                place = [part.name for part in parts].index(name)
+                start = sum(part.out for part in parts[:place])
+                flat = flat.reshape(whole.shape)[start : start + len(stored)]
             if not np.may_share_memory(flat, stored):
                 target.write(stored, flat.reshape(target.shape))
         return stored
 
-    def _with_others(self, index: int, name: str, stored: np.ndarray) -> np.ndarray:
+    def _with_others(self, parts: Sequence[Target], name: str, stored: np.ndarray) -> np.ndarray:
         """Return a weight of which a tensor is a part, with the other parts from the checkpoint."""
-        entries, parts = self.checkpoint.entries, self.placed.parts[index]
+        entries = self.checkpoint.entries
         other = next((part.name for part in parts if entries[part.name].dtype != entries[name].dtype), None)
         if other is not None:
             raise Unfit(f"has {safe_repr(name)} and {safe_repr(other)}, parts of one weight, in different dtypes")
         return np.concatenate([stored if part.name == name else self.checkpoint.array(part.name) for part in parts])
 
-    def _rows_of(self, index: int, name: str) -> slice:
-        start = 0
-        for part in self.placed.parts[index]:
-            if part.name == name:
-                return slice(start, start + part.out)
-            start += part.out
-        raise AssertionError(name)
-
-    def _replaced(self, name: str, stored_name: str, stored: np.ndarray) -> np.ndarray:
-        tag = self.checkpoint.entries[stored_name].dtype
+    def _replaced(self, name: str, tag: str, stored: np.ndarray) -> np.ndarray:
         return self._cast(name, tag)
 
     def _cast(self, name: str, tag: str) -> np.ndarray:

@@ -14,13 +14,10 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from tnadapt.checkpoints.atomic_files import sync_file
+from tnadapt.checkpoints.atomic_files import sync_file, write_all
 from tnadapt.checkpoints.checkpoint import Checkpoint
 from tnadapt.checkpoints.container import Entry, raw_bytes
 from tnadapt.errors import FileError
-
-__all__ = ["Change", "Shard", "Stopped", "Writer", "copy_range", "open_regular", "same_content", "write_at"]
-
 
 # -- Bytes copied between files: in the kernel, in large pieces, or through memory -------------------------------------
 
@@ -123,9 +120,7 @@ _WAYS: list[Callable[[BinaryIO, int, BinaryIO, int, int], int]] = [
 def write_at(target: BinaryIO, at: int, content: bytes | memoryview) -> None:
     """Write all bytes at a position of an unbuffered file, in several calls if needed."""
     target.seek(at)
-    rest = memoryview(content)
-    while rest:
-        rest = rest[target.write(rest) :]
+    write_all(target, content)
 
 
 # -- Copies in which some tensors are changed --------------------------------------------------------------------------
@@ -372,16 +367,8 @@ def same_content(first: str, second: str) -> bool:
 
 
 def _same_bytes(first: str, second: str) -> bool:
-    with open(open_regular(first), "rb", buffering=0) as a, open(open_regular(second), "rb", buffering=0) as b:
-        if os.fstat(a.fileno()).st_size != os.fstat(b.fileno()).st_size:
-            return False
-        while True:
-            piece = a.read(_PIECE)
-            rest = memoryview(piece)
-            while rest:
-                other = b.read(len(rest))
-                if not other or rest[: len(other)] != other:
-                    return False
-                rest = rest[len(other) :]
+    with open(open_regular(first), "rb") as a, open(open_regular(second), "rb") as b:
+        while (piece := a.read(_PIECE)) == b.read(_PIECE):
             if not piece:
-                return not b.read(1)
+                return True
+    return False
