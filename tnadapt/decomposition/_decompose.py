@@ -23,8 +23,6 @@ from ._reports import FitReport, Step
 from .fits import limits_of, smallest_within
 from .linear_algebra import SVD_METHODS, TENSORLY, Algebra
 
-__all__ = ["FoundRank", "Settings", "decompose", "search_rank", "smallest_rank"]
-
 
 class Settings:
     """Validated settings of a decomposition.

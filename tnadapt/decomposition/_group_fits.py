@@ -26,8 +26,6 @@ from .fits import OPEN, Fit, Iteration, Limits, holds, unwatched
 from .linear_algebra import Algebra, at_size, power_of
 from .lower_bounds import lower_bound
 
-__all__ = ["fit_plan"]
-
 Progress = Callable[[Step], None]
 Watch = Callable[[int, float | None], None]
 

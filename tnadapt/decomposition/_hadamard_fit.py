@@ -23,9 +23,6 @@ from .completion import ObservedElements, affordable, arrays_on_host, double_on_
 from .fits import Fit, Limits, unwatched
 from .linear_algebra import Algebra
 
-__all__ = ["fit_hadamard"]
-
-
 Arrays = dict[str, Array]
 Watch = Callable[[int, float], None]
 

@@ -27,8 +27,6 @@ from .cp_als import outer_vector
 from .fits import Fit, Iteration, Limits
 from .linear_algebra import Algebra
 
-__all__ = ["fit_sum", "outer_sum"]
-
 # Up to this many iterations are a start for something else, and not refined. Random starts of the refinement.
 _FEW, _RANDOM = 10, 3
 

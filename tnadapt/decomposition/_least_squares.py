@@ -15,9 +15,6 @@ from tnadapt.backends import Array
 from .fits import Fit, Limits
 from .linear_algebra import Algebra
 
-__all__ = ["Descent", "cgls", "damped_gauss_newton", "least_squares", "lsqr", "refine"]
-
-
 # -- Damped Gauss-Newton (Levenberg-Marquardt) -------------------------------------------------------------------------
 
 # The arrays of a network are determined only up to changes that leave its tensor as it is, so the Jacobian never has

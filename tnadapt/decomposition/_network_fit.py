@@ -25,9 +25,6 @@ from .completion import ObservedElements, affordable, arrays_on_host, fit_observ
 from .fits import Fit, Iteration, Limits, unwatched
 from .linear_algebra import Algebra
 
-__all__ = ["fit_network", "start_network"]
-
-
 Arrays = dict[str, Array]
 Watch = Callable[[int, float], None]
 

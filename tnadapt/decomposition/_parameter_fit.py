@@ -26,9 +26,6 @@ from ._least_squares import damped_gauss_newton
 from ._tensor_equivalence import equivalence
 from .fits import Fit, Limits, all_of
 
-__all__ = ["fit_parameters"]
-
-
 Arrays = dict[str, np.ndarray]
 
 # The derivative is formed as a matrix up to this number of elements, which gives a certified optimum.

@@ -13,9 +13,6 @@ from tnadapt.report import TextTable
 
 from .fits import FitOutcome
 
-__all__ = ["FitReport", "GroupReport", "Step"]
-
-
 # -- Reports, overall and per group ------------------------------------------------------------------------------------
 
 

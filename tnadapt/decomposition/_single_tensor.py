@@ -23,9 +23,6 @@ from .hooi import fit_tucker
 from .linear_algebra import Algebra, MatrixTruncation
 from .tt_svd import fit_train
 
-__all__ = ["fit_format"]
-
-
 Arrays = dict[str, Array]
 
 

@@ -17,8 +17,6 @@ import numpy as np
 from tnadapt.algebra.products import mode_product, tucker_tensor, unfolded
 from tnadapt.backends import load_backend
 
-__all__ = ["equivalence"]
-
 Bases = list[np.ndarray]
 
 _NUMPY = load_backend("numpy")

@@ -22,9 +22,6 @@ from .completion import ObservedElements, all_places, double_on_host, fit_observ
 from .fits import Fit, Iteration, Limits
 from .linear_algebra import Algebra, MatrixTruncation, Triplets, norm_of, on_host
 
-__all__ = ["CPSweeps", "fit_cp"]
-
-
 # -- The driver: SVD of a matrix; else sweeps from several starts, then Gauss-Newton -----------------------------------
 
 

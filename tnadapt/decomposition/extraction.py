@@ -30,8 +30,6 @@ from tnadapt.targets.target import Target, check_distinct
 
 from . import FitReport, Settings, Step, smallest_rank
 
-__all__ = ["Extraction", "extract"]
-
 _PIECE = 1 << 20
 
 

@@ -16,9 +16,6 @@ from tnadapt.backends import Array, Backend
 from .fits import Fit, Iteration, all_of
 from .linear_algebra import MatrixTruncation, norm_of, refuse_trace
 
-__all__ = ["fit_tucker"]
-
-
 # Up to this size, each mode is truncated of the whole tensor: the better start on average.
 _SMALL = 1 << 14
 

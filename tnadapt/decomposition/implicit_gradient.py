@@ -20,9 +20,6 @@ from tnadapt.errors import BackendError
 
 from .fits import Contraction
 
-__all__ = ["implicit_gradient"]
-
-
 # The Hessian is formed: with more parameters it would take minutes.
 _PARAMETERS = 2048
 # Elements of the tensors of a batch of directions.

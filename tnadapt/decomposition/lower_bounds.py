@@ -19,8 +19,6 @@ from tnadapt.backends import Array
 
 from .linear_algebra import Algebra
 
-__all__ = ["lower_bound"]
-
 # Unfoldings with a longer smaller side are skipped, and tensors with more elements.
 _SIDE, _ELEMENTS = 512, 1 << 25
 # Columns per matrix product when a Gram matrix is summed.

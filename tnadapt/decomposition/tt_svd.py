@@ -16,9 +16,6 @@ from tnadapt.backends import Array, Backend
 from .fits import Fit, Iteration, all_of
 from .linear_algebra import MatrixTruncation, norm_of, refuse_trace
 
-__all__ = ["fit_train", "ring_svd", "ring_sweep"]
-
-
 # -- The driver: TT-SVD, then sweeps -----------------------------------------------------------------------------------
 
 

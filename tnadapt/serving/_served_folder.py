@@ -18,9 +18,6 @@ from tnadapt.checkpoints.stored_weights import base_weights
 from tnadapt.convert import convert
 from tnadapt.errors import ConfigError, FileError, TargetError, TnadaptError
 
-__all__ = ["ServedAdapter", "ServedFolder", "register_vllm_resolver", "vllm_resolver"]
-
-
 # -- A folder of adapter files, and the LoRA that each of them becomes when it is first asked for ----------------------
 
 

@@ -17,8 +17,6 @@ from . import _requests
 from ._decomposed import CPTensor, finished, smallest_rank
 from ._nonnegative import constrained_modes, fit_nonnegative_cp
 
-__all__ = ["cp"]
-
 
 @_requests.hints_keywords
 @checks_arguments

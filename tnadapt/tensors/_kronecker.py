@@ -25,9 +25,6 @@ from . import _requests
 from ._cp_decomposition import cp
 from ._decomposed import CPTensor, Decomposed, finished, smallest_rank, with_derivative
 
-__all__ = ["HadamardTensor", "KroneckerTensor", "hadamard_decomposition", "kronecker_decomposition"]
-
-
 # -- Sums of Kronecker products ----------------------------------------------------------------------------------------
 
 

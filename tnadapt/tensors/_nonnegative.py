@@ -17,8 +17,6 @@ from tnadapt.errors import BackendError, ConfigError, ShapeError, safe_repr
 from ._decomposed import TuckerTensor
 from ._requests import Request, mode_of
 
-__all__ = ["constrained_modes", "fit_nonnegative_cp", "fit_nonnegative_tucker"]
-
 _WAY = "non-negative HALS"
 # A tensor has no positive element if its negative part has its norm, up to this.
 _ROUNDING = 1e-14

@@ -16,8 +16,6 @@ from ._decomposed import CPTensor, TuckerTensor
 from ._requests import integer_of, ranks_of, ring_bonds, train_bonds
 from ._tensor_chains import TRTensor, TTMatrix, TTTensor
 
-__all__ = ["random_cp", "random_tr", "random_tt", "random_tt_matrix", "random_tucker"]
-
 _SEEDS = (int, np.integer, np.random.BitGenerator, np.random.bit_generator.ISeedSequence)
 
 

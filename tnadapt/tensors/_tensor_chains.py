@@ -22,9 +22,6 @@ from tnadapt.errors import ShapeError
 from ._decomposed import Decomposed, block_diagonal
 from ._requests import as_tensors, error_limit, numeric, ranks_of
 
-__all__ = ["TRTensor", "TTMatrix", "TTTensor"]
-
-
 # -- Tensor trains and tensor rings: cores of three axes ---------------------------------------------------------------
 
 

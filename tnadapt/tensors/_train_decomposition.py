@@ -22,9 +22,6 @@ from ._decomposed import Decomposed, error_of, finished, smallest_rank
 from ._requests import Request
 from ._tensor_chains import TRTensor, TTMatrix, TTTensor
 
-__all__ = ["tensor_ring", "tensor_train", "tt_matrix"]
-
-
 # -- Tensor trains and TT matrices -------------------------------------------------------------------------------------
 
 

@@ -20,8 +20,6 @@ from ._decomposed import TuckerTensor, finished
 from ._nonnegative import constrained_modes, fit_nonnegative_tucker
 from ._requests import Request
 
-__all__ = ["tucker"]
-
 
 @_requests.hints_keywords
 @checks_arguments

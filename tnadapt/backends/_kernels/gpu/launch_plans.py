@@ -10,17 +10,6 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple, Protocol
 
-__all__ = [
-    "Drawn",
-    "Launcher",
-    "Pass",
-    "fastfood",
-    "fastfood_adjoint",
-    "fwht",
-    "passes",
-]
-
-
 # -- Division of a long Hadamard transform into passes -----------------------------------------------------------------
 
 # ``H`` of ``2**bits`` points is a Kronecker product of smaller matrices, one pass for each. The first pass transforms

@@ -10,25 +10,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = [
-    "drawn_pass",
-    "feistel",
-    "feistel_keys",
-    "gathered_sum",
-    "hadamard_pass",
-    "normal",
-    "normal_of",
-    "normal_row",
-    "permuted",
-    "philox",
-    "scaled",
-    "shuffle",
-    "sign_row",
-    "transform",
-    "word",
-]
-
-
 # -- Random draws, with the bits of tnadapt.algebra.rng ----------------------------------------------------------------
 
 # Integers are exact, and every float64 operation is rounded separately. A kernel that calls :func:`normal_of` must be

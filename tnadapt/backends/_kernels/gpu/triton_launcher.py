@@ -10,8 +10,6 @@ from .launch_plans import Drawn, Pass
 from .triton_kernels import drawn_pass, gathered_sum, hadamard_pass
 from .triton_kernels import shuffle as shuffle_kernel
 
-__all__ = ["Drawn", "TritonLauncher", "fastfood", "fastfood_adjoint", "fwht", "shuffle", "warps"]
-
 #: Elements of one program of the gathering sum, and how many of them are adjacent positions of the period.
 _SUM_TILE, _SUM_COLUMNS = 1024, 128
 #: Elements of one program of the shuffle: few, as all of them wait for the last one to finish cycle walking.
