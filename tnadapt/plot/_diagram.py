@@ -479,7 +479,7 @@ _LINE, _ARROW, _NAME, _GAP = 0.165, 0.36, 0.36, 0.6
 _STEP_POINTS, _KEY_POINTS = 8.5, 7.5
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class FlowStep:
     """A step from the network to the weights: a box, and the arrow to it from above with a note."""
 
@@ -581,8 +581,8 @@ class Diagram:
             bottom -= 0.04
         half, y = max(inner / 2, 0.4), bottom - 0.15
         self.brace = middle - half, middle + half, y
-        for step in self.steps:
-            step.y = y - _ARROW - step.height / 2
+        for number, step in enumerate(self.steps):
+            self.steps[number] = dataclasses.replace(step, y=y - _ARROW - step.height / 2)
             y -= _ARROW + step.height
         self.height = -y
 
