@@ -33,7 +33,7 @@ BESIDE = 2 << 20
 #: In a default run.
 FEW = [
     "deep lists", "tiny keys", "one key in an entry", "a long name", "a long string of escapes",
-    "many entries in another order", "recipe of a string", "recipe of keys",
+    "many entries in another order", "recipe of a string", "recipe of keys", "recipe of labels that are lists",
 ]  # fmt: skip
 
 
@@ -106,6 +106,9 @@ HEADERS: dict[str, Callable[[int], str]] = {
         RECIPE % (filled('{},"trained":[', repeated('"",'), '""]', size * 3 // 5), ONE_TARGET)
     ),
     "recipe of labels": lambda size: in_entry(filled(LABELS, repeated('"a",'), '"a"]}', size)),
+    "recipe of labels that are lists": lambda size: in_entry(
+        filled(LABELS, itertools.repeat(f"[{'[],' * 20_000}[]],"), '"a"]}', size)
+    ),
     "recipe of targets": lambda size: in_entry(RECIPE % ("{}", many_targets(size * 3 // 4))),
     "recipe of escapes": lambda size: in_entry(filled("", repeated("\\u007b"), "", size), escape=False),
 }  # fmt: skip

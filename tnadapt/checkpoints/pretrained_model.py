@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import math
 import re
@@ -188,11 +187,13 @@ class Pretrained:
         unknown = values.keys() - {field.name for field in dataclasses.fields(cls)}
         if unknown:
             raise FileError(f"pretrained has unknown keys: {summarize(unknown)}")
-        label_list = list(itertools.islice(labels, MAX_LABELS + 1))
-        if len(label_list) > MAX_LABELS:
-            raise FileError(f"has more than {MAX_LABELS} labels")
+        checked_labels = list[str]()
         try:
-            return cls(**{**values, "labels": label_list or values.get("labels", ())})
+            for label in labels:  # one by one: in a hostile file each is a value of many objects
+                if len(checked_labels) == MAX_LABELS:
+                    raise FileError(f"has more than {MAX_LABELS} labels")
+                checked_labels.append(_label(label))
+            return cls(**{**values, "labels": checked_labels or values.get("labels", ())})
         except TnadaptError as error:
             raise FileError(f"pretrained: {error}") from error
 
@@ -218,10 +219,13 @@ def _own_labels(labels: Any) -> tuple[str, ...]:
     texts = tuple(labels)
     if len(texts) > MAX_LABELS:
         raise ConfigError(f"labels must be at most {MAX_LABELS}; got {pluralize(len(texts), 'label')}")
-    for label in texts:
-        if not isinstance(label, str) or len(label) > _MAX_TEXT or not encodes(label):
-            raise ConfigError(f"a label must be a string of at most {_MAX_TEXT} letters; got {safe_repr(label)}")
-    return texts
+    return tuple(map(_label, texts))
+
+
+def _label(label: Any) -> str:
+    if not isinstance(label, str) or len(label) > _MAX_TEXT or not encodes(label):
+        raise ConfigError(f"a label must be a string of at most {_MAX_TEXT} letters; got {safe_repr(label)}")
+    return label
 
 
 def _own_settings(settings: Any, library: str) -> dict[str, Any]:
