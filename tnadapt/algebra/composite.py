@@ -218,8 +218,8 @@ class CompositeLayout(Layout):
 
     def group_size(self, group: int) -> int:
         """Return the number of elements of a group."""
-        place, own = self.part_of(group)
-        return self.parts[place].group_size(own)
+        place, group = self.part_of(group)
+        return self.parts[place].group_size(group)
 
     def same_size(self) -> list[tuple[int, int, int]]:
         """Return runs of consecutive groups of equal size."""
@@ -231,8 +231,8 @@ class CompositeLayout(Layout):
 
     def columns(self, group: int) -> int:
         """Return the greatest common divisor of the column counts in a group."""
-        place, own = self.part_of(group)
-        return self.parts[place].columns(own)
+        place, group = self.part_of(group)
+        return self.parts[place].columns(group)
 
     def of_weight(self, weight: int) -> list[Piece]:
         """Return the pieces of one weight."""
@@ -242,5 +242,5 @@ class CompositeLayout(Layout):
 
     def of_group(self, group: int) -> list[Piece]:
         """Return the pieces of one group."""
-        place, own = self.part_of(group)
-        return [moved(piece, *self.firsts[place]) for piece in self.parts[place].of_group(own)]
+        place, group = self.part_of(group)
+        return [moved(piece, *self.firsts[place]) for piece in self.parts[place].of_group(group)]

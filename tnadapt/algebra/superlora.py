@@ -63,8 +63,8 @@ def _joined(of_config: Callable[[Any], Shapes]) -> functools.cached_property[Sha
             return of_config(plan)
         shapes: Shapes = {}
         for place, part in enumerate(plan._parts):
-            own = getattr(part, of_config.__name__)
-            shapes |= {full: own[name] for name, full in plan._names(place, own).items()}
+            of_part = getattr(part, of_config.__name__)
+            shapes |= {full: of_part[name] for name, full in plan._names(place, of_part).items()}
         return shapes
 
     return functools.cached_property(joined)
@@ -345,8 +345,8 @@ class SuperLoRA:
             return self._bases
         plans = []
         for place, part in enumerate(self._parts):
-            own = {name: self._units[full] for name, full in self._names(place, part.array_shapes).items()}
-            plans.append(part.with_units({**dict.fromkeys(part.param_shapes, 1.0), **own}))
+            units = {name: self._units[full] for name, full in self._names(place, part.array_shapes).items()}
+            plans.append(part.with_units({**dict.fromkeys(part.param_shapes, 1.0), **units}))
         return plans
 
     def _names(self, place: int, names: Iterable[str]) -> dict[str, str]:
@@ -762,10 +762,10 @@ class SuperLoRA:
     @property
     def given(self) -> dict[str, np.ndarray]:
         """The arrays in ``fixed_shapes`` that the plan has, by name, in float32."""
-        given = dict(self._given)
+        arrays = dict(self._given)
         for place, part in enumerate(self._parts):
-            given |= {full: part.given[name] for name, full in self._names(place, part.given).items()}
-        return given if self.theta is None else {**given, **self.theta.brought}
+            arrays |= {full: part.given[name] for name, full in self._names(place, part.given).items()}
+        return arrays if self.theta is None else {**arrays, **self.theta.brought}
 
     @property
     def base_starts(self) -> dict[str, np.ndarray]:
@@ -931,8 +931,8 @@ class SuperLoRA:
     def start_place(self, group: int) -> StartPlace:
         """Return what a start needs to know of a group."""
         if isinstance(self.layout, CompositeLayout):
-            place, own = self.layout.part_of(group)
-            return self._parts[place].start_place(own)
+            place, group = self.layout.part_of(group)
+            return self._parts[place].start_place(group)
         network, config = self._network(group), self.config
         weights = tuple(self.shapes[piece.weight] for piece in self.layout.of_group(group))
         plain = config.projection == "identity" and not config.sources and network.terms == 1

@@ -146,8 +146,8 @@ class _Problem:
     def residual(self, vec: np.ndarray) -> np.ndarray:
         with np.errstate(over="ignore", invalid="ignore"):
             arrays = self.arrays(vec)
-            made = [group.update(self.backend, arrays, 0, group.size) for group in self.groups]
-            return np.asarray(np.concatenate(made) - self.wanted)
+            updates = [group.update(self.backend, arrays, 0, group.size) for group in self.groups]
+            return np.asarray(np.concatenate(updates) - self.wanted)
 
     def moved(self, vec: np.ndarray, way: np.ndarray) -> np.ndarray:
         """Compute the derivative of the updates in one direction."""

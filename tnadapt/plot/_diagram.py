@@ -389,8 +389,8 @@ def _network(split: SplitDrawing) -> None:
     pitch = max(_PITCH, 2 * RADIUS + 0.2 + max([0.0, *labels]))
     split.columns(lambda mode: pitch)
     for name, indices in arrays.items():
-        own = [split.middles.get(mode_of[index]) for index in indices if index in mode_of and index not in shared]
-        free = [middle for middle in own if middle is not None and middle not in column.values()]
+        middles = [split.middles.get(mode_of[index]) for index in indices if index in mode_of and index not in shared]
+        free = [middle for middle in middles if middle is not None and middle not in column.values()]
         if free:
             column[name] = free[0]
         elif mode_of.keys().isdisjoint(indices):  # otherwise all its modes are omitted

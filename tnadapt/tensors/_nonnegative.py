@@ -99,14 +99,14 @@ def fit_nonnegative_cp(
     host = backend.to_numpy(request.tensor)
     shift = _exponent(host)
     scaled = np.ldexp(np.transpose(host, order), -shift)
-    given = None if isinstance(start, str) else [backend.to_numpy(factor) for factor in start]
+    initial = None if isinstance(start, str) else [backend.to_numpy(factor) for factor in start]
     rng, best, count = np.random.default_rng(request.seed), Fit({}, False, 0, _WAY, error=math.inf), 0
     for number in range(starts):
         begun: Any = "random" if number else start
-        if given is not None:
+        if initial is not None:
             if number:
-                given = [x if m in fixed else rng.random(x.shape).astype(x.dtype) for m, x in enumerate(given)]
-            begun = None, [given[mode] for mode in order[:-1]] + [np.ldexp(given[order[-1]], -shift)]
+                initial = [x if m in fixed else rng.random(x.shape).astype(x.dtype) for m, x in enumerate(initial)]
+            begun = None, [initial[mode] for mode in order[:-1]] + [np.ldexp(initial[order[-1]], -shift)]
         (weights, factors), errors = _by_tensorly(
             "non_negative_parafac_hals", scaled, rank, begun, limits, request.seed + number,
             fixed_modes=list(range(len(fixed))), nn_modes={order.index(mode) for mode in modes},

@@ -672,22 +672,22 @@ class ForwardPatch:
             # for the weight from then on.
             _uncover(names)
 
-    def output(self, slot: AdapterSlot, x: Tensor, found: Factored | None = None) -> Tensor:
-        """Return what the update adds to the output; ``found`` are its factors, if they have been computed."""
+    def output(self, slot: AdapterSlot, x: Tensor, factored: Factored | None = None) -> Tensor:
+        """Return what the update adds to the output; ``factored`` are its factors, if they have been computed."""
         adapter = slot.adapter
         if slot.strategy != "factored":  # rows() adds small updates of weights, too
             plain = adapter.plan.applying.takes_factors
             update = _forward_pass.delta(slot) if plain else _forward_pass.added_matrix(slot, self._stored(slot))
             autocast = torch.is_autocast_enabled(x.device.type)
             return functional.linear(x, update.to(x.device) if autocast else update.to(x))
-        found = factors(slot) if found is None else found
-        first = found.terms[0][0].left
+        factored = factors(slot) if factored is None else factored
+        first = factored.terms[0][0].left
         if not torch.is_autocast_enabled(x.device.type):
             x = x.to(first.dtype)
         if x.device != first.device:
-            found = _forms.on_device(found, x.device)
+            factored = _forms.on_device(factored, x.device)
         activation = None if adapter.activation is None else ACTIVATIONS[adapter.activation]
-        return _forward_pass.scaled(adapter, _forms.product(x, found, activation))
+        return _forward_pass.scaled(adapter, _forms.product(x, factored, activation))
 
 
 def _uncover(names: Sequence[tuple[nn.Module, str]]) -> None:

@@ -356,8 +356,8 @@ class FeistelNetwork:
         return self.builder.shuffle_vector(lane, ir.Constant(_VECTOR, ir.Undefined), all_lanes(0))
 
     def _mask(self, size: Any) -> Any:
-        one = ir.Constant(_INT32, 1)
-        return self.spread(self.builder.sub(self.builder.shl(one, size), one))
+        lowest_bit = ir.Constant(_INT32, 1)
+        return self.spread(self.builder.sub(self.builder.shl(lowest_bit, size), lowest_bit))
 
     def key(self, number: Any) -> Any:
         return self.spread(self.builder.load(self.builder.gep(self.keys, [number])))
