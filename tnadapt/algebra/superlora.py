@@ -605,12 +605,12 @@ class SuperLoRA:
 
         ``weight{i}.magnitude`` with ``apply="magnitude"``. They start at numbers of the base weights.
         """
+        if APPLYING.find(self.config.apply).additive:  # planning makes thousands of plans of a thousand weights each
+            return {}
         return {name: shape for shapes in self._shapes_of_weights for name, shape in shapes.items()}
 
     @functools.cached_property
     def _shapes_of_weights(self) -> list[Shapes]:
-        if APPLYING.find(self.config.apply).additive:
-            return [{}] * len(self.shapes)
         return [self.applying.param_shapes(index, shape) for index, shape in enumerate(self.shapes)]
 
     @functools.cached_property
