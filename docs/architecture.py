@@ -1,8 +1,9 @@
-"""Draw ``docs/_static/architecture.svg``: the packages, their imports, and the concepts of ``docs/architecture.rst``.
+"""Draw the pictures of ``docs/architecture.rst``: ``docs/_static/architecture.svg`` and ``attach.svg``.
 
     python docs/architecture.py
 
-An arrow points from a package to one that it imports; an import that other arrows imply has none.
+The first shows the packages, their imports, and the concepts of the page. An arrow points from a package to one that it
+imports; an import that other arrows imply has none. The second shows the steps of the page's table, and their results.
 """
 
 from __future__ import annotations
@@ -15,10 +16,15 @@ import grimp
 
 DOCS = Path(__file__).parent
 PICTURE = DOCS / "_static" / "architecture.svg"
+ATTACH = DOCS / "_static" / "attach.svg"
 #: What several packages use: the files next to them. ``maps``, ``presets`` and ``sources`` are names of other files.
 FILES = ("argument_checks", "errors", "lazy_names", "plugins", "report")
 
 WIDTH, GAP, LINE, SPACE = 116, 32, 17, 16
+HEAD = (
+    '<defs><marker id="head" markerWidth="9" markerHeight="7" refX="8" refY="3.5" orient="auto">'
+    '<path d="M0,0 L9,3.5 L0,7 z" fill="#555"/></marker></defs>'
+)
 
 
 def concepts() -> dict[str, list[str]]:
@@ -129,8 +135,7 @@ def drawing() -> str:
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{size}" role="img" aria-labelledby="title" '
             'font-family="sans-serif" font-size="13">',
             '<title id="title">The packages of tnadapt, what they import, and the concepts in them</title>',
-            '<defs><marker id="head" markerWidth="9" markerHeight="7" refX="8" refY="3.5" orient="auto">'
-            '<path d="M0,0 L9,3.5 L0,7 z" fill="#555"/></marker></defs>',
+            HEAD,
             '<g stroke="#555" stroke-width="1.2" fill="none" marker-end="url(#head)">', *arrows, "</g>",
             '<g fill="#eef3fb" stroke="#3b6ea8" stroke-width="1.4">', *rectangles, "</g>",
             '<g text-anchor="middle" fill="#1d1d1d">', *texts, "</g>",
@@ -139,5 +144,51 @@ def drawing() -> str:
     )  # fmt: skip
 
 
+def steps() -> list[tuple[str, str, str]]:
+    """Return the name, the result and the first file of each step of ``attach``, from the page's table of them."""
+    page = (DOCS / "architecture.rst").read_text(encoding="utf-8")
+    names, results = re.findall(r"=+", page[page.index("============  ====") :])[:2]
+    second, third = len(names) + 2, len(names) + len(results) + 4
+    found = []
+    for line in page.splitlines():
+        row = line.removeprefix("   ")
+        if re.match(r"``_\w+``", row):
+            result = re.findall(r"``(\w+)``", row[second:third])[0]
+            found.append((row[:second].strip(" `"), result, re.findall(r"``(\S+\.py)``", row[third:])[0]))
+    return found
+
+
+def attach_drawing() -> str:
+    """Return the picture of ``attach``: a row of steps, with what passes from each to the next above the arrows."""
+    width, gap, top = 196, 96, 44
+    rows = steps()
+    labels = ["request", *(result for _, result, _ in rows)]
+    parts = []
+    for number, (name, _, place) in enumerate(rows):
+        x = gap + number * (width + gap)
+        parts += [
+            f'<rect x="{x}" y="{top - 24}" width="{width}" height="48" rx="5" fill="#f6f0e2" stroke="#a07a1f"/>',
+            f'<text x="{x + width / 2:g}" y="{top - 4}" font-weight="bold">{name.strip("_")}</text>',
+            f'<text x="{x + width / 2:g}" y="{top + 13}" font-family="monospace" font-size="11">{place}</text>',
+        ]
+    for number, label in enumerate(labels):
+        x = number * (width + gap)
+        parts += [
+            f'<path d="M{x + 2},{top} H{x + gap - 2}" stroke="#555" stroke-width="1.2" marker-end="url(#head)"/>',
+            f'<text x="{x + gap / 2:g}" y="{top - 8}" font-size="12">{label}</text>',
+        ]
+    return "\n".join(
+        [
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {len(rows) * (width + gap) + gap} {2 * top}" '
+            'role="img" aria-labelledby="title" font-family="sans-serif" font-size="13">',
+            '<title id="title">The steps of attach, and what passes from each to the next</title>',
+            HEAD,
+            '<g text-anchor="middle" fill="#1d1d1d">', *parts, "</g>",
+            "</svg>", "",
+        ]
+    )  # fmt: skip
+
+
 if __name__ == "__main__":
     PICTURE.write_text(drawing(), encoding="utf-8")
+    ATTACH.write_text(attach_drawing(), encoding="utf-8")

@@ -55,10 +55,11 @@ def test_where_a_symbol_is(page: str, file: str, name: str) -> None:
         place = getattr(place, part)
 
 
-def test_the_picture_of_the_packages_is_that_of_the_imports() -> None:
+def test_the_pictures_are_those_of_the_imports_and_of_the_steps() -> None:
     pytest.importorskip("grimp")  # comes with import-linter
     script = runpy.run_path(str(ROOT / "docs" / "architecture.py"))
-    assert script["PICTURE"].read_text(encoding="utf-8") == script["drawing"](), "run python docs/architecture.py"
+    for picture, drawing in (("PICTURE", "drawing"), ("ATTACH", "attach_drawing")):
+        assert script[picture].read_text(encoding="utf-8") == script[drawing](), "run python docs/architecture.py"
 
 
 @pytest.mark.parametrize(("page", "path"), PATHS)
