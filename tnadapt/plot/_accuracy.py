@@ -15,8 +15,8 @@ from tnadapt.algebra.superlora import SuperLoRA, parameter_count
 from tnadapt.argument_checks import checks_arguments
 from tnadapt.errors import ConfigError, safe_repr
 
-from ._diagram import wide
-from .canvas import checked_text, count_ticks, figure, ground, ink, labelled, legible, pale, quiet, saved, styles, tone
+from . import canvas
+from .canvas import checked_text, figure, ground, ink, labelled, legible, pale, quiet, saved, styles, tone
 
 # -- Accuracy, or another score, with the Pareto front -----------------------------------------------------------------
 
@@ -180,7 +180,7 @@ def _axes(axes: Any, points: Sequence[Mark], marks: Sequence[Mark], axis: Axis) 
     else:
         margin = 0.08 * (high - low) or 0.1 * abs(high) or 1.0
         axes.set_ylim(*((high + margin, low - 1.6 * margin) if axis.lower else (low - margin, high + 1.6 * margin)))
-    count_ticks(axes.xaxis)
+    canvas.count_ticks(axes.xaxis)
     axes.grid(axis="both", which="major", color=tone(0.902), linewidth=0.7)
     quiet(axes)
 
@@ -240,7 +240,7 @@ def _labels(axes: Any, points: Sequence[Mark], levels: Sequence[float], up: floa
             if share < _NAMES and -0.028 * (high - low) < height - level < 0.04 * (high - low):
                 height = level + 0.04 * (high - low)
         last = height
-        inside = _WIDTH * share > wide(mark.label, 7.5)
+        inside = _WIDTH * share > canvas.text_width(mark.label, 7.5)
         colour = colours[mark.family]
         if height > top:
             ends = (mark.parameters, mark.parameters), (up * mark.mean, up * height)
