@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -312,21 +311,6 @@ def refused(what: str, way: str = "") -> Iterator[None]:
         raise
     except Exception as error:
         raise TnadaptError(f"{what}: {first_line(error).rstrip('.') if way else first_line(error)}{way}") from None
-
-
-@contextlib.contextmanager
-def class_expected(name: str, auto: str, task: str) -> Iterator[None]:
-    """Say it plainly if transformers has no class of a task for a model, such as a BERT for images."""
-    try:
-        yield
-    except ValueError as error:
-        match = re.search(r"Unrecognized configuration class <class '[\w.]*?(\w+)'>", str(error))
-        if match is None:
-            raise
-        raise TnadaptError(
-            f"{safe_repr(name)} has a {match[1]}, for which transformers has no {auto}; the task is {task}: give "
-            "another --model, or other data"
-        ) from None
 
 
 @contextlib.contextmanager
