@@ -184,7 +184,8 @@ class LearningTask(abc.ABC):
 
     def encode(self, samples: Samples, tokenizer: Any, longest: int) -> Part:
         """Return texts as tokens, at most ``longest`` of each."""
-        return Texts(samples.inputs, self.targets(samples), tokenizer, longest)
+        tokens = tokenizer(list(samples.inputs), truncation=True, max_length=longest)["input_ids"]
+        return Texts(tokens, self.targets(samples), tokenizer.pad_token_id)
 
     def check(self, compute: Callable[[Any], Tensor], inputs: Any, model: str, data: str) -> None:
         """Raise an error if the model's logits for a batch are not those of the task.

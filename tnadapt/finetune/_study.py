@@ -366,8 +366,6 @@ class Study:
             points = points_of(results.records, self.methods, self.rates, self.seeds, self.tuned_by, metric)
             best = best_point(points)
             control = control_of(points, best)
-            if control is not None:
-                results.remark({"control": control.to_dict()})
             adapter, proof = self._saved(best, results, adapters, engine) if best else (None, None)
         picture = self._draw(points, out / "pareto.png")
         reused = len(self.tasks) + len(others) - trained

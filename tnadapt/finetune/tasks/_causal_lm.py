@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from tnadapt.errors import FileError, TnadaptError, safe_repr
 
-from .._inputs import IGNORED, TokenLists
+from .._inputs import IGNORED, Texts, token_targets
 from .._learning_task import Evidence, LearningTask, Measured, Metric, Rows
 from .._specification import Part, Spec
 from ..data import Data, Samples, Table
@@ -117,7 +117,7 @@ class CausalLM(LearningTask):
             before = before[max(0, len(before) + len(after) - longest) :]
             tokens.append([*before, *after])
             targets.append([IGNORED] * len(before) + after)
-        return TokenLists(tokens, targets, tokenizer.pad_token_id)
+        return Texts(tokens, token_targets(targets), tokenizer.pad_token_id)
 
     def check(self, compute: Callable[[Any], Tensor], inputs: Any, model: str, data: str) -> None:
         """Raise an error if logits depend on later tokens, as those of a BERT do."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tnadapt.errors import FileError, TnadaptError, safe_repr
 
-from .._inputs import IGNORED, TokenLists
+from .._inputs import IGNORED, Texts, token_targets
 from .._learning_task import ClassTask, Evidence, Measured, Metric, Rows
 from .._specification import Part, Spec
 from ..data import Data, Samples, Table
@@ -91,7 +91,7 @@ class TokenClassification(ClassTask):
             first = [word is not None and word != last for word, last in zip(owners, [None, *owners], strict=False)]
             targets.append([tags[word] if begins else IGNORED for word, begins in zip(owners, first, strict=True)])
             words.append([word for word, begins in zip(owners, first, strict=True) if begins])
-        return TokenLists(encoding["input_ids"], targets, tokenizer.pad_token_id, words)
+        return Texts(encoding["input_ids"], token_targets(targets), tokenizer.pad_token_id, words)
 
     def check(self, compute: Callable[[Any], Tensor], inputs: Any, model: str, data: str) -> None:
         """Raise an error unless there are logits of each tag for each token."""
@@ -131,7 +131,7 @@ class TokenClassification(ClassTask):
 
     def answers(self, rows: Rows, part: Part, samples: Samples) -> list[dict[str, Any]]:
         """Return a tag for each word; None for one that is cut off or has no token."""
-        assert isinstance(part, TokenLists)
+        assert isinstance(part, Texts)
         answers = []
         for row, places, words in zip(rows, part.words, samples.inputs, strict=True):
             here = self.answer(row)
