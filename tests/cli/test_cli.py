@@ -78,7 +78,7 @@ MISTAKES: list[tuple[str, str]] = [
         "finetune --task regression",
         "--task needs --model and --data; without them the data are scikit-learn's digits",
     ),
-    ("finetune --image-size 8", "--image-size and --max-length need --model and --data"),
+    ("finetune --image-size 8", "--image-size needs --model and --data"),
     ("finetune --model x --data y.csv --task ' '", "--task is empty"),
     ("finetune --model here", "--model needs --data, too; with neither, the data are scikit-learn's digits"),
     ("finetune --data here.csv", "--data needs --model, too"),

@@ -222,16 +222,12 @@ def test_another_part_to_keep(cache: Path, tmp_path: Path) -> None:
     assert outcome.proof.holds
 
 
-@pytest.mark.parametrize(
-    ("name", "meant"),
-    [("gpu", "cuda"), ("GPU:0", "cuda:0"), ("cuad:1", "cuda:1"), ("cuda:x", "cuda"), ("metal", "mps"), ("abacus", "")],
-)
-def test_a_device_that_is_not_here(name: str, meant: str) -> None:
+@pytest.mark.parametrize("name", ["gpu", "cuda:x", "abacus"])
+def test_a_device_that_is_not_here(name: str) -> None:
     assert usable_device("cpu") == "cpu"
     with pytest.raises(TnadaptError, match="no device 'cuda:99' here: "):
         usable_device("cuda:99")
-    hint = rf"did you mean '{meant}'\? " if meant else ""
-    with pytest.raises(TnadaptError, match=f"^no device '{name}'; {hint}give cpu, cuda, cuda:0, mps, …$"):
+    with pytest.raises(TnadaptError, match=f"^no device '{name}'; give cpu, cuda, cuda:0, mps, …$"):
         usable_device(name)
 
 

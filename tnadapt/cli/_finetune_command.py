@@ -212,11 +212,6 @@ def finetune_command(
         # A console that cannot print ρ must not raise an error after an hour of training: replace such characters.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
-    options = {
-        "task": task, "text-column": text_column, "label-column": label_column, "separator": separator,
-        "tokenizer": tokenizer,
-    }  # fmt: skip
-    _check_own(options, model is not None or data is not None)
     changes: dict[str, Any] = {
         "groups": groups and word_or_number(groups), "order": order, "splits": splits, "format": format,
         "fold": fold and word_or_number(fold), "projection": projection and word_or_number(projection), "ratio": ratio,
@@ -276,21 +271,10 @@ def _word(source: str | None) -> str:
     return "".join(letter if letter.isalnum() or letter in "._-" else "-" for letter in stem) or "none"
 
 
-def _check_own(options: Mapping[str, str | None], model: bool) -> None:
-    """Refuse options that need a model and data, which are not given, or are empty."""
-    for name, value in options.items():
-        if value is not None and not model:
-            raise TnadaptError(f"--{name} needs --model and --data; without them the data are scikit-learn's digits")
-        if value is not None and not value.strip():
-            raise TnadaptError(f"--{name} is empty")
-
-
 def _check(presets: Sequence[str], changes: Mapping[str, Any], rates: Sequence[float]) -> None:
     """Refuse what is wrong with the options alone, before torch is imported, which takes seconds."""
-    from tnadapt.algebra.named_config import require_preset, require_setting
+    from tnadapt.algebra.named_config import require_setting
 
-    for name in presets:
-        require_preset(name)
     for name in changes:
         require_setting(name, presets)
     for rate in rates:

@@ -476,23 +476,14 @@ def read_table(path: Path) -> Table:
             else:
                 names, rows, lines = _objects(path, (_json_lines if suffix == ".jsonl" else _json_list)(path, file))
     except UnicodeDecodeError:
-        raise _not_utf8(path) from None
+        raise FileError(
+            f"{path} is not UTF-8; save the file in that encoding (in Excel, the type 'CSV UTF-8')"
+        ) from None
     except (OSError, csv.Error) as error:
         raise FileError(f"cannot read {path} as a table: {error}") from None
     if not rows:
         raise FileError(f"{path} has no rows{' under its line of column names' if delimiter else ''}")
     return Table(path.name, str(path), {name: [row.get(name) for row in rows] for name in names}, {}, tuple(lines))
-
-
-def _not_utf8(path: Path) -> FileError:
-    """Return the error for a file in another encoding, with the line of the first byte that shows it."""
-    content = path.read_bytes()
-    where = str(path)
-    try:
-        content.decode("utf-8")
-    except UnicodeDecodeError as error:  # the error of reading has a position within a block of the file
-        where += f", line {content.count(10, 0, error.start) + 1}"
-    return FileError(f"{where} is not UTF-8; save the file in that encoding (in Excel, the type 'CSV UTF-8')")
 
 
 _Rows = tuple[Sequence[str], list[dict[str, Any]], list[int]]

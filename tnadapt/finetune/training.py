@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import hashlib
 import math
 import re
@@ -30,9 +29,6 @@ from .problem import Problem, free
 # Fields added later. They are left out of a study's settings while they have their defaults, so that the digest of
 # results written before these fields existed still matches.
 _LATER = ("optimiser", "shape", "steps", "head_rate")
-
-# Words for devices, and what torch calls them.
-_DEVICES = {name: name for name in ("cpu", "cuda", "mps", "xpu")} | {"gpu": "cuda", "nvidia": "cuda", "metal": "mps"}
 
 
 @checks_arguments
@@ -167,11 +163,7 @@ def usable_device(name: str | None) -> str:
     try:
         torch.device(name)
     except RuntimeError:  # its message lists all that any build of torch could have
-        device_type, _, number = name.lower().partition(":")
-        near = difflib.get_close_matches(device_type, _DEVICES, 1, 0.75)
-        meant = _DEVICES[near[0]] + f":{number}" * number.isdecimal() if near else ""
-        hint = f"did you mean {meant!r}? " if meant else ""
-        raise TnadaptError(f"no device {safe_repr(name)}; {hint}give cpu, cuda, cuda:0, mps, …") from None
+        raise TnadaptError(f"no device {safe_repr(name)}; give cpu, cuda, cuda:0, mps, …") from None
     try:
         torch.zeros(1, device=name).item()
     except Exception as error:  # torch raises several kinds of errors
