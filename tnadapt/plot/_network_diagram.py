@@ -248,13 +248,13 @@ def network(
     checked_text(title=title, note=note)
     plan = SuperLoRA(config, shapes, layers, roles)
     index = integer("group", group, 0, plan.num_groups - 1, ShapeError)
-    drawn_group = plan.groups[index]
-    splits = drawn_group.network.splits
-    shown, omitted = _some(range(len(splits)), _SPLITS, _FIRST_SPLITS)
-    parts = [(k, _SplitDrawing(drawn_group, k)) for k in shown]
-    breadth = sum(part.width + _BETWEEN for _, part in parts)
-    wide = breadth > _WIDEST
-    width = max(_NARROWEST, 2 * _MARGIN + (max(part.width + 2 * _BETWEEN for _, part in parts) if wide else breadth))
+    network_group = plan.groups[index]
+    shown, omitted = _some(range(len(network_group.network.splits)), _SPLITS, _FIRST_SPLITS)
+    parts = {k: _SplitDrawing(network_group, k) for k in shown}
+    breadth = sum(part.width + _BETWEEN for part in parts.values())
+    stacked = breadth > _WIDEST
+    widest = max(part.width + 2 * _BETWEEN for part in parts.values()) if stacked else breadth
+    width = max(_NARROWEST, widest + 2 * _MARGIN)
     drawn, axes = figure(width, 1.0)
     drawn.set_layout_engine("none")
     axes.set_position((0, 0, 1, 1))
@@ -263,27 +263,11 @@ def network(
     style: dict[str, Any] = {"va": "top", "parse_math": False}
     head = textwrap.wrap(title, int((width - 2 * _MARGIN) / 0.092))
     axes.text(_MARGIN, 0.0, "\n".join(head), fontsize=11, color=ink(), **style)
-    top = -0.2 * len(head) - _key(axes, [node for _, part in parts for node in part.nodes.values()], -0.2 * len(head))
-    sign = "⊗" if drawn_group.network.kronecker else "⊙"
-    x = (width - breadth) / 2 + _BETWEEN / 2
-    for place, (k, part) in enumerate(parts):
-        x = (width - part.width) / 2 if wide else x
-        named = 0.3 if len(splits) > 1 else 0.0
-        y = top - named - (part.above if wide else max(each.above for _, each in parts))
-        _draw(axes, part, x, y)
-        if named:
-            axes.text(
-                x + part.width / 2, y + part.above + 0.18, f"split{k}", ha="center", fontsize=_POINTS, color=ink()
-            )
-        if place:
-            left_out = f"⋯ {omitted} more splits {sign}" if omitted and place == len(parts) - 1 else ""
-            axes.text(x - _BETWEEN / 2, y, sign, ha="center", va="center", fontsize=17, color=ink())
-            axes.text(x - _BETWEEN / 2, y - 0.3, left_out, ha="right", fontsize=_POINTS, color=ink())
-        x += part.width + _BETWEEN
-        if wide or place == len(parts) - 1:
-            top = y - _BELOW
-    bottom = _draw_steps(axes, _steps(plan, drawn_group, index), width / 2, top)
-    axes.text(width / 2, bottom - 0.2, _words(plan, drawn_group), ha="center", fontsize=8.5, color=ink(), **style)
+    top = _draw_key(axes, [node for part in parts.values() for node in part.nodes.values()], -0.2 * len(head))
+    sign = "⊗" if network_group.network.kronecker else "⊙"
+    top = _draw_splits(axes, parts, width, top, sign, omitted, stacked)
+    bottom = _draw_steps(axes, _steps(plan, network_group, index), width / 2, top)
+    axes.text(width / 2, bottom - 0.2, _words(plan, network_group), ha="center", fontsize=8.5, color=ink(), **style)
     foot = textwrap.wrap(note, int((width - 2 * _MARGIN) / 0.059))
     axes.text(_MARGIN, bottom - 0.5, "\n".join(foot), fontsize=7, color=pale(), **style)
     # One unit is an inch.
@@ -293,11 +277,10 @@ def network(
     saved(drawn, path, tight=True)
 
 
-def _key(axes: Any, nodes: Iterable[_Node], top: float) -> float:
-    """Draw the key of the nodes below a height; return its own height."""
+def _draw_key(axes: Any, nodes: Sequence[_Node], top: float) -> float:
+    """Draw the key of the nodes below a height; return the height of its lower end."""
     from matplotlib.patches import Patch
 
-    nodes = list(nodes)
     kinds = {node.kind for node in nodes}
     entries = [
         Patch(facecolor=between(look.color, ground(), 0.35), edgecolor=ink(), label=look.text)
@@ -310,7 +293,31 @@ def _key(axes: Any, nodes: Iterable[_Node], top: float) -> float:
         handles=entries, loc="upper left", bbox_to_anchor=(_MARGIN, top), bbox_transform=axes.transData, frameon=False,
         ncols=2, fontsize=_POINTS, borderpad=0.2, borderaxespad=0.2, labelcolor=ink(), handlelength=1.0,
     )  # fmt: skip
-    return 0.2 * math.ceil(len(entries) / 2) + 0.2
+    return top - 0.2 * math.ceil(len(entries) / 2) - 0.2
+
+
+def _draw_splits(
+    axes: Any, parts: dict[int, _SplitDrawing], width: float, top: float, sign: str, omitted: int, stacked: bool
+) -> float:
+    """Draw the splits below a height, with signs between them, side by side or stacked; return their lower end."""
+    breadth, highest = sum(part.width + _BETWEEN for part in parts.values()), max(p.above for p in parts.values())
+    x, last = (width - breadth + _BETWEEN) / 2, max(parts)
+    style = {"ha": "center", "color": ink()}
+    for k, part in parts.items():
+        x = (width - part.width) / 2 if stacked else x
+        y = top - (part.above if stacked else highest) - (0.3 if len(parts) > 1 else 0.0)
+        _draw(axes, part, x, y)
+        if len(parts) > 1:
+            axes.text(x + part.width / 2, y + part.above + 0.18, f"split{k}", fontsize=_POINTS, **style)
+        if k:
+            axes.text(x - _BETWEEN / 2, y, sign, va="center", fontsize=17, **style)
+        if k == last and omitted:
+            words = f"⋯ {omitted} more splits"
+            axes.text(x - _BETWEEN / 2, y - 0.3, words, ha="right", fontsize=_POINTS, color=ink())
+        x += part.width + _BETWEEN
+        if stacked or k == last:
+            top = y - _BELOW
+    return top
 
 
 def _draw(axes: Any, part: _SplitDrawing, x: float, y: float) -> None:
