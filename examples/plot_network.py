@@ -11,7 +11,7 @@ line is a mode of the tensor.
 # LoRA
 # ----
 #
-# Two factors per weight. The dot is the index of :math:`\sum_{s=1}^{r}`, shared by all of its lines.
+# Two factors per weight. The line between them is the index of :math:`\sum_{s=1}^{r}`.
 
 import tempfile
 from pathlib import Path

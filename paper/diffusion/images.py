@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import gzip
+import math
 import struct
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,13 +17,14 @@ from scipy.io.matlab import MatReadError
 from torch import Tensor
 
 from tnadapt.errors import FileError, TnadaptError
-from tnadapt.finetune.data import DEFLATED, filled
 
 __all__ = ["CLASSES", "DATASETS", "ImageSet", "balanced", "missing_files", "read_images"]
 
 CLASSES = 10
 
 _IDX = ("mnist", "fashion-mnist")
+# Bytes of an array, and the largest expansion of Deflate: two bits become at most 258 bytes.
+_LARGEST, _DEFLATED = 1 << 34, 1032
 DATASETS = (*_IDX, "svhn")
 #: The files of each set's folder; the IDX files may be gzipped.
 FILES = {
@@ -167,6 +170,23 @@ def _idx_pair(place: Path, test: bool) -> tuple[NDArray[np.uint8], NDArray[np.ui
     return images[..., None], labels
 
 
+def _filled(file: Any, shape: tuple[int, ...], most: int) -> NDArray[np.uint8]:
+    """Read an array of bytes from a file that can have ``most`` bytes, decompressed; it is read in pieces."""
+    size = math.prod(shape)
+    if size > _LARGEST:
+        raise ValueError(f"it claims an array of shape {shape}; 16 GiB are read at the most")
+    if size > most:
+        raise ValueError(f"it claims an array of {size:,} bytes, and can have {most:,} at the most")
+    array = np.empty(size, np.uint8)
+    rest = array.data
+    while rest:
+        count = file.readinto(rest[: 1 << 20])
+        if not count:
+            raise EOFError(f"it ends {len(rest):,} bytes too early")
+        rest = rest[count:]
+    return array.reshape(shape)
+
+
 def _idx(path: Path) -> NDArray[np.uint8]:
     """Read an IDX file: two zero bytes, the type 8, the number of axes, their sizes (big-endian), then the elements."""
     plain = path.is_file()
@@ -176,10 +196,10 @@ def _idx(path: Path) -> NDArray[np.uint8]:
         if zeros or kind != 8:
             raise ValueError(f"{path.name} is not an IDX file of bytes")
         shape = struct.unpack(f">{axes}I", file.read(4 * axes))
-        array = filled(file, shape, np.uint8, path.stat().st_size * (1 if plain else DEFLATED))
+        array = _filled(file, shape, path.stat().st_size * (1 if plain else _DEFLATED))
         if file.read(1):
             raise ValueError(f"{path.name} is longer than an array of shape {shape}")
-    return array.astype(np.uint8, copy=False)
+    return array
 
 
 def _svhn(place: Path, test: bool) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:

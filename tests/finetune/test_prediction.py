@@ -176,7 +176,7 @@ def test_images_without_classes(tmp_path: Path) -> None:
     (tmp_path / "sound.mp3").touch()
     refused = invoke(file, "--data", tmp_path / "sound.mp3")
     assert str(refused.exception).endswith(".json or .npz file, or an image or a folder of images")
-    with pytest.raises(FileError, match=r"is a table; the adapter predicts images: give a folder of them"):
+    with pytest.raises(FileError, match=r"is a table, .* and the adapter was trained for image-classification"):
         predict(file, tiny.classes(tmp_path / "b.jsonl"))
 
 
@@ -226,7 +226,7 @@ def test_a_base_that_moved_and_another_base(adapter_of: AdapterOf, tmp_path: Pat
         ({"words": "good"}, {}, "which column of .* is the text\\? It has 'words'"),
         ({"text": 3}, {}, "the text of sample 0 of b.jsonl is 3"),
         ({"text": "good"}, {"text_column": "txt"}, "has no column 'txt'"),
-        (None, {}, r"a\.npz has images, and the adapter was trained on texts \(classification\)"),
+        (None, {}, r"a\.npz has images, and the adapter was trained for classification"),
     ],
 )
 def test_data_that_the_adapter_does_not_take(

@@ -303,7 +303,7 @@ def test_a_test_part_needs_the_columns_and_labels() -> None:
         "val": {"text": ["b"], "label": [1]},
     }  # fmt: skip
     table = Table("data", "data", {"text": ["c", "d"], "label": [0, 1]}, parts)
-    held = table.test(["text", "label"], "label")
+    _, held = table.parts(["text", "label"], "label")
     assert (held.path, held.columns["text"], held.tests) == ("the val part of data", ["b"], {})
     assert TASKS["classification"].read(table, Spec()).test.inputs == ["b"]
 

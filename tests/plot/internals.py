@@ -1,4 +1,4 @@
-"""What is tested here and has no public name: where everything in a diagram is, and the counts of parameters.
+"""What is tested here and has no public name: the arrays and words of a diagram, and the counts of parameters.
 
 And how a picture's words are read.
 """
@@ -8,9 +8,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from tnadapt.plot._accuracy import counted
-from tnadapt.plot._diagram import Diagram, Node, SplitDrawing, diagram, wide
+from tnadapt.plot._network_diagram import _SplitDrawing as SplitDrawing
+from tnadapt.plot._network_diagram import _steps as steps
+from tnadapt.plot._network_diagram import _words as words
 
-__all__ = ["Diagram", "Node", "SplitDrawing", "counted", "diagram", "texts", "wide"]
+__all__ = ["SplitDrawing", "counted", "steps", "texts", "words"]
 
 
 def texts(path: Path) -> list[str]:

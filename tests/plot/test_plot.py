@@ -253,7 +253,7 @@ def test_a_layout_is_drawn(tmp_path: Path, config: tna.Config) -> None:
 def test_hundreds_of_weights_and_of_groups(tmp_path: Path) -> None:
     many, path = [(64, 64), (16, 64)] * 200, tmp_path / "a.svg"
     layout(tna.SuperLoRA(tna.presets.superlora(1), many), path)
-    assert 10 < sum(text.isdigit() for text in texts(path)) < 60
+    assert sum(text.isdigit() for text in texts(path)) < 60
     layout(tna.SuperLoRA(tna.presets.lora(1), many), path)
     assert any(text.endswith("376 more groups") for text in texts(path))
 

@@ -13,7 +13,7 @@ import tnadapt as tna
 from tests.backends.internals import numpy_backend
 from tnadapt.algebra.formats import CP, FORMATS, Dense, Format
 from tnadapt.backends import OPTIONAL, Backend, load_backend, register_backend
-from tnadapt.testing import BackendContract, FormatContract, MapContract, SourceContract
+from tnadapt.testing import BackendContract, FormatContract
 
 TESTS = {
     "gradient": BackendContract.test_gradient,
@@ -165,20 +165,6 @@ def test_a_format_without_a_name_has_one_during_the_test_alone() -> None:
     with pytest.raises(RuntimeError, match="found by its name"):
         contract.test_other_libraries_files_hold_the_update_or_say_how_far_they_are_off()
     assert dict(FORMATS) == before
-
-
-@pytest.mark.parametrize(
-    ("contract", "test", "example"),
-    [
-        (FormatContract, "test_counts", "kind = MyFormat"),
-        (MapContract, "test_the_adjoint_is_that_of_the_derivative", "kind = MyMap"),
-        (SourceContract, "test_a_dictionary_gives_the_source_back", r"sources = \(MySource\(\),\)"),
-    ],
-)
-def test_a_contract_without_its_subject_says_what_is_missing(contract: type, test: str, example: str) -> None:
-    empty = type("TestMine", (contract,), {})
-    with pytest.raises(tna.ConfigError, match=f"^TestMine does not say what it tests: set {example} in the class$"):
-        getattr(empty(), test)()
 
 
 def test_a_formula_that_is_a_method_is_told() -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import enum
 import functools
-import importlib.util
 import io
 import sys
 from collections.abc import Mapping, Sequence
@@ -107,15 +105,6 @@ TASK_NAMES = (
 )  # fmt: skip
 
 
-class ReportTo(enum.StrEnum):
-    """Where trainings are reported, through transformers."""
-
-    NONE = "none"
-    TENSORBOARD = "tensorboard"
-    WANDB = "wandb"
-    TRACKIO = "trackio"
-
-
 # The panels of the help page.
 WHAT = "Compared methods"
 _own = functools.partial(option, panel="Your own model and data")
@@ -202,7 +191,6 @@ def finetune_command(
     ] = 0,
     engine: Annotated[str, _how(ENGINE_HELP)] = "local",
     engine_option: Annotated[list[str] | None, _how(ENGINE_OPTION_HELP, "none", metavar="KEY=VALUE")] = None,
-    report_to: Annotated[ReportTo, _how("Where the trainings of your own model are reported.")] = ReportTo.NONE,
     pretrain_epochs: Annotated[int, _how("Pretraining epochs of the small ViT for the digits.", min=1)] = 60,
     out: Annotated[Path | None, _where("A folder.", "runs/digits, or runs/MODEL-DATA")] = None,
     fresh: Annotated[bool, _where("Delete the results of an earlier run.", names=["--fresh"])] = False,
@@ -224,11 +212,6 @@ def finetune_command(
         # A console that cannot print ρ must not raise an error after an hour of training: replace such characters.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
-    options = {
-        "task": task, "text-column": text_column, "label-column": label_column, "separator": separator,
-        "tokenizer": tokenizer, "report-to": None if report_to is ReportTo.NONE else report_to.value,
-    }  # fmt: skip
-    _check_own(options, model is not None or data is not None)
     changes: dict[str, Any] = {
         "groups": groups and word_or_number(groups), "order": order, "splits": splits, "format": format,
         "fold": fold and word_or_number(fold), "projection": projection and word_or_number(projection), "ratio": ratio,
@@ -266,7 +249,7 @@ def finetune_command(
         device_of = (None if dry_run else assumed) or job.usable_device(device)
         training = job.Training(
             epochs=epochs or (25 if digits else 3), batch=batch or 32, device=device_of,
-            targets=chosen if isinstance(chosen, str) else tuple(chosen), report_to=report_to.value,
+            targets=chosen if isinstance(chosen, str) else tuple(chosen),
         )  # fmt: skip
         with reporter() as shown:
             study = job.Study(spec, choice, training, lr or RATES, seeds, shown)
@@ -288,24 +271,10 @@ def _word(source: str | None) -> str:
     return "".join(letter if letter.isalnum() or letter in "._-" else "-" for letter in stem) or "none"
 
 
-def _check_own(options: Mapping[str, str | None], model: bool) -> None:
-    """Refuse options that need a model and data, which are not given, are empty, or need a library that is missing."""
-    for name, value in options.items():
-        if value is not None and not model:
-            raise TnadaptError(f"--{name} needs --model and --data; without them the data are scikit-learn's digits")
-        if value is not None and not value.strip():
-            raise TnadaptError(f"--{name} is empty")
-    library = options["report-to"]
-    if library is not None and importlib.util.find_spec(library) is None:
-        raise TnadaptError(f"--report-to {library} needs {library}, which is not installed: pip install {library}")
-
-
 def _check(presets: Sequence[str], changes: Mapping[str, Any], rates: Sequence[float]) -> None:
     """Refuse what is wrong with the options alone, before torch is imported, which takes seconds."""
-    from tnadapt.algebra.named_config import require_preset, require_setting
+    from tnadapt.algebra.named_config import require_setting
 
-    for name in presets:
-        require_preset(name)
     for name in changes:
         require_setting(name, presets)
     for rate in rates:

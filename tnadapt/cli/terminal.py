@@ -12,11 +12,8 @@ import importlib
 import inspect
 import json
 import os
-import signal
 import sys
-import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
-from types import FrameType
 from typing import Any
 
 import typer
@@ -73,41 +70,16 @@ def stoppable(kept: str) -> Iterator[None]:
     ...     print("done")
     done
     """
-    interrupted = False
-
-    def on_interrupt(number: int, frame: FrameType | None) -> None:
-        nonlocal interrupted
-        if interrupted:
-            _say_stopped(kept)
-            os._exit(INTERRUPTED)
-        interrupted = True
-        raise KeyboardInterrupt
-
-    before = signal.getsignal(signal.SIGINT)
-    # Only the main thread may set handlers. A program in the background ignores the signal.
-    if handled := threading.current_thread() is threading.main_thread() and callable(before):
-        signal.signal(signal.SIGINT, on_interrupt)
-    after = before
     try:
         yield
     except BaseException as error:
         # An import that is interrupted may end with an error of its own.
-        if not interrupted and not isinstance(error, KeyboardInterrupt):
+        if not isinstance(error, KeyboardInterrupt) and not isinstance(error.__context__, KeyboardInterrupt):
             raise
-        if interrupted:
-            after = signal.SIG_DFL  # a second one ends the process at once, also while Python shuts down
-        _say_stopped(kept)
+        # Without the buffer of stderr, which the interrupted code may be using.
+        with contextlib.suppress(OSError):
+            os.write(2, f"\n{escaped(f'stopped; {kept}')}\n".encode(sys.stderr.encoding or "utf-8", "replace"))
         raise typer.Exit(INTERRUPTED) from None
-    finally:
-        if handled:
-            signal.signal(signal.SIGINT, after)
-
-
-def _say_stopped(kept: str) -> None:
-    """Print the line without the buffer of stderr, which the interrupted code may be using."""
-    line = escaped(f"stopped; {kept}")
-    with contextlib.suppress(OSError):
-        os.write(2, f"\n{line}\n".encode(sys.stderr.encoding or "utf-8", "replace"))
 
 
 # -- Printing: everything is escaped, so that no file can control the terminal -----------------------------------------

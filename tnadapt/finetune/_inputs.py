@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -31,26 +30,25 @@ LONGEST = 256
 
 
 class Texts:
-    """Tokenized texts, padded batch by batch: a part of a :class:`~tnadapt.finetune.Problem`.
+    """Texts as tokens, padded batch by batch: a part of a :class:`~tnadapt.finetune.Problem`.
 
     Parameters
     ----------
-    texts : sequence of str
+    tokens : sequence of sequence of int
     labels : Tensor
-        Their targets.
-    tokenizer : transformers tokenizer
-    longest : int
-        Longer texts are truncated.
+        The targets, one row for each text; see :func:`token_targets` for a target for each token.
+    pad : int
+        The token of padding.
+    words : sequence of sequence of int
+        The place of each word that has a target, in its text, where the texts are lists of words.
     """
 
-    def __init__(self, texts: Sequence[str], labels: Tensor, tokenizer: Any, longest: int) -> None:
-        self._take(tokenizer(list(texts), truncation=True, max_length=longest)["input_ids"], tokenizer.pad_token_id)
-        self.labels = labels
-
-    def _take(self, encoded: Sequence[Sequence[int]], pad: int) -> None:
-        self.tokens = [torch.tensor(tokens, dtype=torch.int64) for tokens in encoded]
-        self.lengths: Tensor | None = torch.tensor([len(tokens) for tokens in encoded])
-        self.pad = pad
+    def __init__(
+        self, tokens: Sequence[Sequence[int]], labels: Tensor, pad: int, words: Sequence[Sequence[int]] = ()
+    ) -> None:
+        self.tokens = [torch.tensor(row, dtype=torch.int64) for row in tokens]
+        self.lengths: Tensor | None = torch.tensor([len(row) for row in tokens])
+        self.labels, self.pad, self.words = labels, pad, words
 
     def batch(self, indices: Tensor, device: torch.device) -> dict[str, Tensor]:
         """Return ``input_ids`` and ``attention_mask``, both of shape (n, longest)."""
@@ -60,26 +58,10 @@ class Texts:
         return {"input_ids": padded.to(device), "attention_mask": mask.to(device)}
 
 
-class TokenLists(Texts):
-    """Texts with a target for each token: a part of a :class:`~tnadapt.finetune.Problem`.
-
-    Parameters
-    ----------
-    tokens, targets : sequence of sequence of int
-        The tokens of each text, and a target for each.
-    pad : int
-        The token of padding, whose target is :data:`IGNORED`.
-    words : sequence of sequence of int
-        The place of each word that has a target, in its text, where the texts are lists of words.
-    """
-
-    def __init__(
-        self, tokens: Sequence[Sequence[int]], targets: Sequence[Sequence[int]], pad: int, words: Sequence[Any] = ()
-    ) -> None:
-        self._take(tokens, pad)
-        self.words = words
-        rows = [torch.tensor(row, dtype=torch.int64) for row in targets]
-        self.labels = pad_sequence(rows, batch_first=True, padding_value=IGNORED)
+def token_targets(targets: Sequence[Sequence[int]]) -> Tensor:
+    """Return a target for each token; :data:`IGNORED` for that of padding."""
+    rows = [torch.tensor(row, dtype=torch.int64) for row in targets]
+    return pad_sequence(rows, batch_first=True, padding_value=IGNORED)
 
 
 def tokenizer_of(name: str, transformers: Any, *, split_words: bool = False, revision: str | None = None) -> Any:
@@ -312,21 +294,6 @@ def refused(what: str, way: str = "") -> Iterator[None]:
         raise
     except Exception as error:
         raise TnadaptError(f"{what}: {first_line(error).rstrip('.') if way else first_line(error)}{way}") from None
-
-
-@contextlib.contextmanager
-def class_expected(name: str, auto: str, task: str) -> Iterator[None]:
-    """Say it plainly if transformers has no class of a task for a model, such as a BERT for images."""
-    try:
-        yield
-    except ValueError as error:
-        match = re.search(r"Unrecognized configuration class <class '[\w.]*?(\w+)'>", str(error))
-        if match is None:
-            raise
-        raise TnadaptError(
-            f"{safe_repr(name)} has a {match[1]}, for which transformers has no {auto}; the task is {task}: give "
-            "another --model, or other data"
-        ) from None
 
 
 @contextlib.contextmanager

@@ -116,7 +116,8 @@ class LearningTask(abc.ABC):
     """One kind of task, such as classification.
 
     A subclass is a frozen dataclass whose fields are JSON values: all that is needed to predict with a trained model.
-    They are written to the adapter's file.
+    They are written to the adapter's file. A task of texts reads a :class:`~tnadapt.finetune.data.Table`, and a task of
+    images a :class:`~tnadapt.finetune.data.Data`; :func:`evidence_of` refuses the other.
     """
 
     name: ClassVar[str]
@@ -141,12 +142,12 @@ class LearningTask(abc.ABC):
 
     @classmethod
     @abc.abstractmethod
-    def fits(cls, source: Table | Data, spec: Spec) -> Evidence:
+    def fits(cls, source: Any, spec: Spec) -> Evidence:
         """Return whether the data are of this task."""
 
     @classmethod
     @abc.abstractmethod
-    def read(cls, source: Table | Data, spec: Spec) -> Data:
+    def read(cls, source: Any, spec: Spec) -> Data:
         """Return samples with targets.
 
         Raises
@@ -161,7 +162,7 @@ class LearningTask(abc.ABC):
         """Return the task for these data; only the training samples may be measured."""
 
     @abc.abstractmethod
-    def samples(self, source: Table | Data, spec: Spec) -> tuple[Samples, bool]:
+    def samples(self, source: Any, spec: Spec) -> tuple[Samples, bool]:
         """Return samples to predict, and whether they have targets.
 
         Raises
@@ -183,7 +184,8 @@ class LearningTask(abc.ABC):
 
     def encode(self, samples: Samples, tokenizer: Any, longest: int) -> Part:
         """Return texts as tokens, at most ``longest`` of each."""
-        return Texts(samples.inputs, self.targets(samples), tokenizer, longest)
+        tokens = tokenizer(list(samples.inputs), truncation=True, max_length=longest)["input_ids"]
+        return Texts(tokens, self.targets(samples), tokenizer.pad_token_id)
 
     def check(self, compute: Callable[[Any], Tensor], inputs: Any, model: str, data: str) -> None:
         """Raise an error if the model's logits for a batch are not those of the task.
@@ -291,6 +293,14 @@ class LearningTask(abc.ABC):
     def settings(self) -> dict[str, Any]:
         """Return what a study's settings say about the task."""
         return {"task": self.to_dict()}
+
+
+def evidence_of(task: type[LearningTask] | LearningTask, source: Table | Data, spec: Spec) -> Evidence:
+    """Return whether data are of a task: they must have texts or images, as the task has."""
+    if (task.kind == "image") == isinstance(source, Data):
+        return task.fits(source, spec)
+    what = "has images" if isinstance(source, Data) else "is a table, not a folder of images or an .npz"
+    return Evidence("no", f"{source.name} {what}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,7 +20,7 @@ from tnadapt.checkpoints import adapter_format
 from tnadapt.errors import FileError, safe_repr
 
 from ._inputs import Images, lengths, longest_text, refused, silent, tokenizer_of, transformers_library
-from ._learning_task import LearningTask, encoded
+from ._learning_task import LearningTask, encoded, evidence_of
 from ._pretrained import logits_of
 from ._saved_task import pixel_settings, task_in, tokenizer_in
 from ._specification import Part, Spec
@@ -231,8 +231,8 @@ def _samples(task: LearningTask, data: str, spec: Spec) -> tuple[str, Samples, b
         if files:
             return "", Samples(files, np.zeros(len(files), np.int64)), False, None
     source: Table | Data = open_source(data, spec.text_column, spec.label_column)
-    if task.kind == "text" and isinstance(source, Data):
-        raise FileError(f"{source.name} has images, and the adapter was trained on texts ({task.name})")
+    if (task.kind == "image") != isinstance(source, Data):
+        raise FileError(f"{evidence_of(task, source, spec).why}, and the adapter was trained for {task.name}")
     part = ""
     if isinstance(source, Table) and source.tests:
         part = next(iter(source.tests))

@@ -18,7 +18,7 @@ from tnadapt.errors import ConfigError, TnadaptError, safe_repr
 
 from . import _inputs
 from ._digits import digits
-from ._learning_task import LearningTask, encoded
+from ._learning_task import LearningTask, encoded, evidence_of
 from ._saved_task import check_recordable
 from ._specification import Part, Spec, model_place
 from .data import LABEL_COLUMNS, TEXT_COLUMNS, Data, Samples, Table, choose, divide, open_source, quiet
@@ -105,7 +105,7 @@ def choose_task(source: Table | Data, spec: Spec) -> type[LearningTask]:
 
 
 def _evident(source: Table | Data, spec: Spec) -> type[LearningTask]:
-    fits = {name: task.fits(source, spec) for name, task in TASKS.items()}
+    fits = {name: evidence_of(task, source, spec) for name, task in TASKS.items()}
     evident = [name for name, evidence in fits.items() if evidence.level == "evident"]
     if len(evident) == 1:
         return TASKS[evident[0]]
@@ -124,10 +124,10 @@ def _named(source: Table | Data, spec: Spec, name: str) -> type[LearningTask]:
         chosen = TASKS.find(name)
     except ConfigError as error:
         raise TnadaptError(f"--{error}") from None
-    evidence = chosen.fits(source, spec)
+    evidence = evidence_of(chosen, source, spec)
     if evidence.level == "no":
-        levels = {other: task.fits(source, spec).level for other, task in TASKS.items()}
-        others = [other for other, level in levels.items() if level in ("evident", "possible")]
+        fits = {other: evidence_of(task, source, spec) for other, task in TASKS.items()}
+        others = [other for other, evidence in fits.items() if evidence.level in ("evident", "possible")]
         way = f"; these data fit {_given(others)}" if others else ""
         raise TnadaptError(f"--task {name} does not fit: {evidence.why}{way}")
     return chosen
@@ -181,7 +181,7 @@ def _transformers(spec: Spec, data: Data, task: LearningTask, samples: dict[str,
 
     way = "" if Path(name).exists() else "; no such folder is here: check the name, or use --model with a folder"
     what = f"cannot load {safe_repr(name)} for {data.kind}s through transformers"
-    with _inputs.refused(what, way), _inputs.class_expected(name, task.auto, task.name):
+    with _inputs.refused(what, way):
         model = build(0)
     drawn = tuple(dict.fromkeys(key.rpartition(".")[0] or key for key in new))
     if len(new) == len(model.state_dict()):

@@ -68,6 +68,10 @@ def _require_model(name: str) -> None:
 # -- The model and the data that the user names, and samples in the model's input format -------------------------------
 
 
+# Fields that the digits do not take.
+_OF_DATA = ("task", "text_column", "label_column", "separator", "tokenizer", "image_size", "max_length")
+
+
 @checks_arguments
 @dataclasses.dataclass(frozen=True)
 class Spec:
@@ -124,7 +128,8 @@ class Spec:
         Raises
         ------
         TnadaptError
-            If only one of model and data is given, one of them is a path at which nothing is, or an option needs both.
+            If only one of model and data is given, one of them is a path at which nothing is, or an option is empty or
+            needs both.
 
         Examples
         --------
@@ -133,16 +138,21 @@ class Spec:
         tnadapt.errors.TnadaptError: --model needs --data, too; with neither, the data are scikit-learn's digits
         """
         if self.model is None and self.data is None:
-            if self.task is not None:
-                raise TnadaptError("--task needs --model and --data; the digits are images of classes")
-            if self.image_size is not None or self.max_length is not None:
-                raise TnadaptError("--image-size and --max-length need --model and --data; the digits are 8 x 8")
+            for name in _OF_DATA:
+                if getattr(self, name) is not None:
+                    raise TnadaptError(
+                        f"--{name.replace('_', '-')} needs --model and --data; without them the data are "
+                        "scikit-learn's digits"
+                    )
             if self.cache is not None and self.cache.is_file():
                 raise FileError(f"{self.cache} is a file and should be a folder; give another folder with --cache")
             return
         if self.model is None or self.data is None:
             option, other = ("--data", "--model") if self.model is None else ("--model", "--data")
             raise TnadaptError(f"{option} needs {other}, too; with neither, the data are scikit-learn's digits")
+        for name in _OF_DATA:
+            if not str(getattr(self, name) or "-").strip():
+                raise TnadaptError(f"--{name.replace('_', '-')} is empty")
         require_data(self.data)
         if not self.model.startswith("timm:"):
             _require_model(self.model)

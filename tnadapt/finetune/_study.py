@@ -27,7 +27,7 @@ from .loop import evaluate
 from .pareto_report import Control, Point, best_point, better_rate, control_of, points_of, trained_on
 from .problem import Problem, base_digest, samples_digest
 from .results import Results, check_out
-from .training import Task, Training, checked_rates, clear_logs, log_folder, train
+from .training import Task, Training, checked_rates, train
 
 # -- The check of a saved adapter --------------------------------------------------------------------------------------
 
@@ -348,7 +348,6 @@ class Study:
             for name in results.dropped:
                 with contextlib.suppress(OSError):
                     (adapters / name).unlink()
-                clear_logs(log_folder(adapters, name))
             if fresh:
                 discard(out)
             before = len(results.records)
@@ -367,8 +366,6 @@ class Study:
             points = points_of(results.records, self.methods, self.rates, self.seeds, self.tuned_by, metric)
             best = best_point(points)
             control = control_of(points, best)
-            if control is not None:
-                results.remark({"control": control.to_dict()})
             adapter, proof = self._saved(best, results, adapters, engine) if best else (None, None)
         picture = self._draw(points, out / "pareto.png")
         reused = len(self.tasks) + len(others) - trained

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import csv
 import dataclasses
-import io
 import itertools
 import json
 import logging
@@ -13,12 +12,12 @@ import math
 import os
 import zipfile
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import NDArray
 
 from tnadapt.argument_checks import checks_arguments
 from tnadapt.checkpoints.container import path_of
@@ -87,6 +86,7 @@ class Data:
     classes: tuple[str, ...]
     samples: Samples
     test: Samples | None = None
+    _: dataclasses.KW_ONLY
     test_name: str = "test"
     hidden: tuple[str, Any] | None = None
 
@@ -367,10 +367,10 @@ class Table:
         path = f"the {name} part of {self.path}"
         return dataclasses.replace(self, path=path, columns=self.tests[name], tests={})
 
-    def test(self, columns: Sequence[str], label: str | None = None) -> Table | None:
-        """Return the first test part that has these columns, and in the column ``label`` labels that are not hidden."""
-        parts = [self.part(name) for name, part in self.tests.items() if all(column in part for column in columns)]
-        return next((part for part in parts if label is None or not part.hides(label)), None)
+    def parts(self, columns: Sequence[str], label: str | None = None) -> list[Table]:
+        """Return this table, and the first test part with these columns whose labels in ``label`` are not hidden."""
+        tests = [self.part(name) for name, part in self.tests.items() if all(column in part for column in columns)]
+        return [self, *(part for part in tests if label is None or not part.hides(label))][:2]
 
     def hides(self, column: str) -> bool:
         """Return whether all labels in a column are -1, which is how benchmarks hide those of a test part."""
@@ -476,23 +476,14 @@ def read_table(path: Path) -> Table:
             else:
                 names, rows, lines = _objects(path, (_json_lines if suffix == ".jsonl" else _json_list)(path, file))
     except UnicodeDecodeError:
-        raise _not_utf8(path) from None
+        raise FileError(
+            f"{path} is not UTF-8; save the file in that encoding (in Excel, the type 'CSV UTF-8')"
+        ) from None
     except (OSError, csv.Error) as error:
         raise FileError(f"cannot read {path} as a table: {error}") from None
     if not rows:
         raise FileError(f"{path} has no rows{' under its line of column names' if delimiter else ''}")
     return Table(path.name, str(path), {name: [row.get(name) for row in rows] for name in names}, {}, tuple(lines))
-
-
-def _not_utf8(path: Path) -> FileError:
-    """Return the error for a file in another encoding, with the line of the first byte that shows it."""
-    content = path.read_bytes()
-    where = str(path)
-    try:
-        content.decode("utf-8")
-    except UnicodeDecodeError as error:  # the error of reading has a position within a block of the file
-        where += f", line {content.count(10, 0, error.start) + 1}"
-    return FileError(f"{where} is not UTF-8; save the file in that encoding (in Excel, the type 'CSV UTF-8')")
 
 
 _Rows = tuple[Sequence[str], list[dict[str, Any]], list[int]]
@@ -584,18 +575,15 @@ def labelled_texts(
             part.word(label, row, cell)  # raises if it is not the number of a class
         return list(part.columns[text]), labels
 
-    test = table.test([text, label], label)
-    data = _labelled(table.name, "text", *of(table), None if test is None else of(test))
+    data = _labelled(table.name, "text", *map(of, table.parts([text, label], label)))
     words = table.words.get(label)
     return data if not words else data.with_words(words)
 
 
-def _labelled(
-    name: str, kind: str, inputs: Any, labels: Sequence[Any], test: Any = None, test_name: str = "test"
-) -> Data:
+def _labelled(name: str, kind: str, *parts_given: tuple[Any, Sequence[Any]], test_name: str = "test") -> Data:
     """Return data whose classes are the distinct labels, sorted (numbers numerically), without outer spaces."""
     parts = []
-    for some, words in [(inputs, labels)] if test is None else [(inputs, labels), test]:
+    for some, words in parts_given:
         types = {type(word) for word in words}
         if not types or not (types == {str} or types <= {int, bool}):
             known = ", ".join(sorted(type_.__name__ for type_ in types)) or "none"
@@ -605,8 +593,8 @@ def _labelled(
         parts.append((some, [word.strip() if isinstance(word, str) else word for word in words]))
     classes = sorted({word for _, words in parts for word in words})
     place = {word: index for index, word in enumerate(classes)}
-    first, *others = (Samples(some, np.array([place[word] for word in words], np.int64)) for some, words in parts)
-    return Data(name, kind, tuple(map(str, classes)), first, others[0] if others else None, test_name)
+    samples = [Samples(some, np.array([place[word] for word in words], np.int64)) for some, words in parts]
+    return Data(name, kind, tuple(map(str, classes)), *samples, test_name=test_name)
 
 
 def require_texts(texts: Sequence[Any], name: str) -> None:
@@ -629,14 +617,14 @@ def _folder(path: Path) -> Data:
     part = next((name for name in TEST_FOLDERS if name in names), None)
     others = ", ".join(sorted(names.keys() - {"train", *TEST_FOLDERS}))
     if "train" not in names or (others and part is None):
-        return _labelled(path.name, "image", *_class_folders(path))
+        return _labelled(path.name, "image", _class_folders(path))
     if others:
         raise FileError(
             f"{path} has folders named train and test and others ({others}): it is unclear whether they are parts or "
             "classes; move the others away, or rename train and test"
         )
-    divided = None if part is None else _class_folders(names[part])
-    return _labelled(path.name, "image", *_class_folders(names["train"]), divided, part or "")
+    parts = ["train"] if part is None else ["train", part]
+    return _labelled(path.name, "image", *(_class_folders(names[name]) for name in parts), test_name=part or "")
 
 
 def _folders(path: Path) -> list[Path]:
@@ -656,163 +644,65 @@ def _class_folders(path: Path) -> tuple[list[Path], list[str]]:
     return files, labels
 
 
-# -- Arrays in .npz archives: claimed sizes are checked against the bytes present before memory is allocated -----------
+# -- Images in .npz archives -------------------------------------------------------------------------------------------
 
 
 #: The suffix of arrays.
 NPZ = ".npz"
 ARRAYS = frozenset({"x_train", "y_train", "x_test", "y_test", "x", "y", "images", "labels"})
 
-
 #: Limit on the total bytes of an archive's arrays: 16 GiB.
 LARGEST = 1 << 34
-#: The largest expansion of Deflate: two bits become at most 258 bytes.
-DEFLATED = 1032
-_PIECE = 1 << 20
-
-
-def filled(file: io.BufferedIOBase, shape: tuple[int, ...], dtype: DTypeLike, most: int) -> NDArray[np.generic]:
-    """Read an array from the next bytes of a file.
-
-    Parameters
-    ----------
-    file : io.BufferedIOBase
-    shape : tuple of int
-    dtype : DTypeLike
-        A dtype of numbers or words.
-    most : int
-        The largest number of bytes that the file can have, decompressed.
-
-    Returns
-    -------
-    numpy.ndarray
-        A new array of that shape, read in pieces of one mebibyte.
-
-    Raises
-    ------
-    ValueError
-        If the array would be larger than :data:`LARGEST` or ``most``.
-    EOFError
-        If the file ends too early.
-
-    Examples
-    --------
-    >>> filled(io.BytesIO(bytes([1, 2, 3, 4])), (2, 2), np.uint8, most=4).tolist()
-    [[1, 2], [3, 4]]
-    >>> filled(io.BytesIO(bytes([1, 2, 3, 4])), (2, 3), np.uint8, most=4)
-    Traceback (most recent call last):
-        ...
-    ValueError: it claims an array of 6 bytes, and can have 4 at the most
-    """
-    size = math.prod(shape) * np.dtype(dtype).itemsize
-    if min(shape, default=0) < 0 or size > LARGEST:
-        raise ValueError(f"it claims an array of shape {safe_repr(shape)}; 16 GiB are read at the most")
-    if size > most:
-        raise ValueError(f"it claims an array of {size:,} bytes, and can have {most:,} at the most")
-    array = np.empty(math.prod(shape), dtype)
-    if not size:
-        return array.reshape(shape)
-    rest = array.view(np.uint8).data
-    while rest:
-        count = file.readinto(rest[:_PIECE])
-        if not count:
-            raise EOFError(f"it ends {len(rest):,} bytes too early")
-        rest = rest[count:]
-    return array.reshape(shape)
-
-
-def read_npz(path: Path, names: Set[str]) -> tuple[dict[str, NDArray[np.generic]], list[str]]:
-    """Read arrays from an ``.npz``; also return the names of everything in it.
-
-    Parameters
-    ----------
-    path : Path
-    names : set of str
-        The arrays to read, in lower case.
-
-    Returns
-    -------
-    arrays : dict of numpy.ndarray
-        By their names in lower case.
-    known : list of str
-        The names of all entries.
-
-    Raises
-    ------
-    ValueError
-        If an array does not hold numbers or words, is larger or smaller than it claims, or the total exceeds
-        :data:`LARGEST`.
-    Exception
-        Any error of zipfile or NumPy for a damaged file.
-
-    Notes
-    -----
-    An array may be up to a thousand times larger than its file, as Deflate compresses images of a single color so.
-
-    Examples
-    --------
-    >>> np.savez("two.npz", x=np.arange(3), z=np.arange(2))
-    >>> arrays, known = read_npz(Path("two.npz"), {"x", "y"})
-    >>> arrays["x"].tolist(), list(arrays), known
-    ([0, 1, 2], ['x'], ['x', 'z'])
-    """
-    arrays = dict[str, NDArray[np.generic]]()
-    with path.open("rb") as raw, zipfile.ZipFile(raw) as archive:
-        file_size = os.fstat(raw.fileno()).st_size
-        known = [entry.filename.removesuffix(".npy") for entry in archive.infolist()]
-        for name, entry in zip(known, archive.infolist(), strict=True):
-            if name.lower() not in names:
-                continue
-            if name.lower() in arrays:
-                raise ValueError(f"it has more than one array {name.lower()}")
-            left = LARGEST - sum(array.nbytes for array in arrays.values())
-            arrays[name.lower()] = _member(archive, entry, file_size, left)
-    return arrays, known
-
-
-def _member(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, there: int, left: int) -> NDArray[np.generic]:
-    if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        # Other decompressors return everything that a piece expands to at once, without a limit.
-        raise ValueError(
-            f"{entry.filename} is compressed with method {entry.compress_type}; expected one that NumPy writes"
-        )
-    with archive.open(entry) as opened:
-        file = cast(io.BufferedIOBase, opened)
-        if np.lib.format.read_magic(file) != (1, 0):  # later versions allow headers of any length
-            raise ValueError(f"{entry.filename} is not a plain NumPy array (.npy version 1.0)")
-        shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
-        if dtype.kind not in "biufcSU" or not dtype.itemsize:
-            raise ValueError(f"{entry.filename} is of type {dtype}; expected numbers or words")
-        size = math.prod(shape) * dtype.itemsize
-        if size != entry.file_size - file.tell() or size > left:
-            raise ValueError(
-                f"{entry.filename} claims {size:,} bytes, and has {entry.file_size - file.tell():,}; "
-                "all arrays together may have at most 16 GiB"
-            )
-        # The archive's own record of sizes may be wrong, too, so the size of the file is the limit.
-        most = min(entry.compress_size, there) * (DEFLATED if entry.compress_type else 1)
-        array = filled(file, shape[::-1] if fortran else shape, dtype, most)
-        file.read(1)  # reading to the end makes zipfile check the CRC
-    return array.T if fortran else array
+# The largest expansion of Deflate: two bits become at most 258 bytes.
+_DEFLATED = 1032
 
 
 def _npz(path: Path) -> Data:
     try:
-        arrays, known = read_npz(path, ARRAYS)
+        arrays, known = _read_npz(path)
     except Exception as error:  # zipfile, zlib and NumPy raise many kinds of errors for a damaged file
         raise FileError(f"cannot read {path} as an .npz of plain arrays: {first_line(error)}") from None
     for x, y in (("x_train", "y_train"), ("x", "y"), ("images", "labels")):
         if x in arrays and y in arrays:
-            inputs, labels, test = *_arrays(path, arrays, x, y), None
+            pairs = [(x, y)]
             if x == "x_train" and {"x_test", "y_test"} <= set(arrays):
-                test = _arrays(path, arrays, "x_test", "y_test")
-                if test[0].dtype != inputs.dtype:
-                    raise FileError(f"x_train and x_test of {path} are of different types")
-            return _labelled(path.name, "image", inputs, labels, test)
+                pairs.append(("x_test", "y_test"))
+            parts = [_arrays(path, arrays, *pair) for pair in pairs]
+            if len({images.dtype for images, _ in parts}) > 1:
+                raise FileError(f"x_train and x_test of {path} are of different types")
+            return _labelled(path.name, "image", *parts)
     raise FileError(
         f"{path} holds {summarize(known) if known else 'nothing'}; "
         "expected x_train, y_train, x_test and y_test, or x and y, or images and labels"
     )
+
+
+def _read_npz(path: Path) -> tuple[dict[str, NDArray[Any]], list[str]]:
+    """Read the arrays with usual names; also return the names of all.
+
+    No array is created of more bytes than its part of the file can have. Deflate makes images of one color a thousand
+    times smaller; other methods of compression have no limit, and neither have headers of later versions.
+    """
+    arrays, left = dict[str, NDArray[Any]](), LARGEST
+    with path.open("rb") as raw, zipfile.ZipFile(raw) as archive, np.load(raw, allow_pickle=False) as content:
+        for entry in archive.infolist():
+            name = entry.filename.removesuffix(".npy")
+            if name.lower() not in ARRAYS:
+                continue
+            if name.lower() in arrays:
+                raise ValueError(f"it has more than one array {name.lower()}")
+            if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                raise ValueError(f"{name} is compressed in a way that NumPy does not write")
+            with archive.open(entry) as file:
+                if np.lib.format.read_magic(file) != (1, 0):
+                    raise ValueError(f"{name} is not a plain NumPy array (.npy version 1.0)")
+                shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+            size = math.prod(shape) * dtype.itemsize
+            if min(shape, default=0) < 0 or size > min(left, _DEFLATED * entry.compress_size):
+                raise ValueError(f"{name} claims {size:,} bytes; all arrays together may have at most 16 GiB")
+            left -= size
+            arrays[name.lower()] = content[name]
+        return arrays, content.files
 
 
 def _arrays(path: Path, arrays: Mapping[str, NDArray[Any]], x: str, y: str) -> tuple[NDArray[Any], list[Any]]:
@@ -899,8 +789,8 @@ def _from_datasets(
     label = table.needed_column("label", label_column, label_names)
     part = next((name for name, rows in parts.items() if set(rows[label]) != {-1}), None)
     column = next((name for name in IMAGE_COLUMNS if name in pictured), pictured[0])
-    divided = None if part is None else (_Pictures(parts[part], column), list(parts[part][label]))
-    data = _labelled(source, "image", _Pictures(train, column), list(train[label]), divided, part or "")
+    divided = [(_Pictures(rows, column), list(rows[label])) for rows in (train, part and parts[part]) if rows]
+    data = _labelled(source, "image", *divided, test_name=part or "")
     if parts and (first := next(iter(parts))) != part:
         data = dataclasses.replace(data, hidden=(first, _Pictures(parts[first], column)))
     return data.with_words(words[label]) if label in words else data

@@ -69,8 +69,8 @@ class Results(contextlib.AbstractContextManager["Results"]):
     """The results of one study, in a file that grows by whole lines.
 
     The first line has the study's settings and their digest. It is followed by lines with ``session``, one for each run
-    (machine, versions), lines with ``key``, one for each finished training, and remarks about the study. An incomplete
-    last line, left by a killed process, is dropped.
+    (machine, versions), and lines with ``key``, one for each finished training. An incomplete last line, left by a
+    killed process, is dropped.
 
     Parameters
     ----------
@@ -92,8 +92,6 @@ class Results(contextlib.AbstractContextManager["Results"]):
         Adapter files named in the lines that a fresh start discarded.
     digest : str
         The digest of the study's settings.
-    remarks : dict of str to dict
-        The last line of each kind of :meth:`remark`, by the name of its only field.
 
     Raises
     ------
@@ -106,7 +104,6 @@ class Results(contextlib.AbstractContextManager["Results"]):
         self.path, self.fields = path, fields
         self.records: dict[str, dict[str, Any]] = {}
         self.dropped: list[str] = []
-        self.remarks: dict[str, dict[str, Any]] = {}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             # Unbuffered: bytes that a full disk rejected must not be written again by the next line or by close.
@@ -147,7 +144,6 @@ class Results(contextlib.AbstractContextManager["Results"]):
             )
         self._file.truncate(whole)
         self.records = {line["key"]: line for line in records[1:] if "key" in line}
-        self.remarks = {next(iter(line)): line for line in records[1:] if len(line) == 1 and "session" not in line}
 
     def _line(self, number: int, line: bytes) -> dict[str, Any]:
         try:
@@ -174,12 +170,6 @@ class Results(contextlib.AbstractContextManager["Results"]):
         """Write a finished training; it is on disk when this returns."""
         self._append(record)
         self.records[record["key"]] = record
-
-    def remark(self, line: Mapping[str, Any]) -> None:
-        """Write a line about the study as a whole, unless it is the last of its kind already."""
-        if self.remarks.get(next(iter(line))) != line:
-            self._append(line)
-            self.remarks[next(iter(line))] = dict(line)
 
     def close(self) -> None:
         """Close the file and release its lock."""

@@ -97,63 +97,47 @@ class Gain:
     estimated_on: tuple[str, ...]
 
 
-@dataclasses.dataclass(frozen=True)
-class Measurements:
-    """The results that apply to given weights.
+def gain_of(tasks: Iterable[TaskMeasurements], config: Config, parameters: int) -> Gain | None:
+    """Return what part of the gain of dense updates a setting reached, and on which tasks; None if unknown.
 
-    Attributes
-    ----------
-    tasks : tuple of TaskMeasurements
+    Tasks differ in how much any method gains, and not all methods are measured on all tasks. So a setting that was not
+    measured on a task is assumed to differ from the methods that were measured on all tasks as it does on the others.
     """
-
-    tasks: tuple[TaskMeasurements, ...]
-
-    def gain(self, config: Config, parameters: int) -> Gain | None:
-        """Return what part of the gain of dense updates a setting reached, and on which tasks; None if unknown.
-
-        Tasks differ in how much any method gains, and not all methods are measured on all tasks. So a setting that was
-        not measured on a task is assumed to differ from the methods that were measured on all tasks as it does on the
-        others.
-        """
-        of_kinds = {task: known for task in self.tasks if (known := task.shares(parameters))}
-        method = kind_of(config)
-        shares = {task: known[method] for task, known in of_kinds.items() if method in known}
-        if not shares:
-            return None
-        measured_on = tuple(task.title for task in shares)
-        estimated_on = tuple(task.title for task in of_kinds if task not in shares)
-        common = set[Hashable].intersection(*map(set, of_kinds.values()))
-        if not common:
-            return Gain(statistics.fmean(shares.values()), measured_on, estimated_on)
-        levels = {task: statistics.fmean(known[other] for other in common) for task, known in of_kinds.items()}
-        ahead = statistics.fmean(share - levels[task] for task, share in shares.items())
-        return Gain(ahead + statistics.fmean(levels.values()), measured_on, estimated_on)
-
-    def no_gain(self, parameters: Iterable[int]) -> tuple[tuple[str, int], ...]:
-        """Return the tasks and budgets with no gain of any method, for budgets of about one of these numbers."""
-        numbers = set(parameters)
-        return tuple(
-            (task.title, budget)
-            for task in self.tasks
-            for budget in task.no_gain
-            if any(_near(budget, number) for number in numbers)
-        )
+    of_kinds = {task: known for task in tasks if (known := task.shares(parameters))}
+    method = kind_of(config)
+    shares = {task: known[method] for task, known in of_kinds.items() if method in known}
+    if not shares:
+        return None
+    measured_on = tuple(task.title for task in shares)
+    estimated_on = tuple(task.title for task in of_kinds if task not in shares)
+    common = set[Hashable].intersection(*map(set, of_kinds.values()))
+    if not common:
+        return Gain(statistics.fmean(shares.values()), measured_on, estimated_on)
+    levels = {task: statistics.fmean(known[other] for other in common) for task, known in of_kinds.items()}
+    ahead = statistics.fmean(share - levels[task] for task, share in shares.items())
+    return Gain(ahead + statistics.fmean(levels.values()), measured_on, estimated_on)
 
 
-def measurements(elements: int) -> Measurements:
-    """Return the results that apply to weights with this many elements in sum.
+def without_gain(tasks: Iterable[TaskMeasurements], parameters: Iterable[int]) -> tuple[tuple[str, int], ...]:
+    """Return the tasks and budgets with no gain of any method, for budgets of about one of these numbers."""
+    numbers = set(parameters)
+    return tuple(
+        (task.title, budget)
+        for task in tasks
+        for budget in task.no_gain
+        if any(_near(budget, number) for number in numbers)
+    )
 
-    Parameters
-    ----------
-    elements : int
-        Above 0.
+
+def measurements(elements: int) -> tuple[TaskMeasurements, ...]:
+    """Return the tasks whose results apply to weights with this many elements in sum.
 
     Examples
     --------
     >>> measurements(10**15)
-    Measurements(tasks=())
+    ()
     """
-    return Measurements(tuple(task for task in _measured() if 1 / _SIZES <= task.elements / elements <= _SIZES))
+    return tuple(task for task in _measured() if 1 / _SIZES <= task.elements / elements <= _SIZES)
 
 
 @functools.cache

@@ -17,7 +17,7 @@ from tnadapt.errors import ConfigError, FileError, TnadaptError
 from tnadapt.targets.checkpoint_targets import find_stored
 from tnadapt.targets.target import Target
 
-from ._measured import Measurements, measurements
+from ._measured import TaskMeasurements, gain_of, measurements, without_gain
 from ._plan_table import RUNG, Plan, Row, bytes_each, checked_criteria, front_of, parameters_of
 from ._setting_names import known_as
 from .families import Family, Found, Search, families
@@ -114,13 +114,13 @@ def plan(
     rows = sorted((_with_gain(Row.of(search.adapter(config), each), known) for config in configs), key=_order)
     front = tuple(front_of(rows, names, min(wanted, size)))
     used = {title for row in rows for title in (*row.measured_on, *row.estimated_on)}
-    titles = tuple(task.title for task in known.tasks if task.title in used)
-    no_gain = known.no_gain([min(wanted, size), *(row.parameters for row in rows if row.measured is not None)])
+    titles = tuple(task.title for task in known if task.title in used)
+    no_gain = without_gain(known, [min(wanted, size), *(row.parameters for row in rows if row.measured is not None)])
     return Plan(wanted, dtype, tuple(shapes), names, tuple(rows), front, tuple(_freest(rows)), titles, no_gain)
 
 
-def _with_gain(row: Row, known: Measurements) -> Row:
-    gain = known.gain(row.config, row.parameters)
+def _with_gain(row: Row, known: Sequence[TaskMeasurements]) -> Row:
+    gain = gain_of(known, row.config, row.parameters)
     if gain is None:
         return row
     return dataclasses.replace(row, measured=gain.share, measured_on=gain.measured_on, estimated_on=gain.estimated_on)

@@ -15,14 +15,14 @@ from tnadapt.algebra.superlora import SuperLoRA, parameter_count
 from tnadapt.argument_checks import checks_arguments
 from tnadapt.errors import ConfigError, safe_repr
 
-from ._diagram import wide
-from .canvas import checked_text, count_ticks, figure, ground, ink, labelled, legible, pale, quiet, saved, styles, tone
+from . import canvas
+from .canvas import checked_text, figure, ground, ink, labelled, legible, pale, quiet, saved, styles, tone
 
 # -- Accuracy, or another score, with the Pareto front -----------------------------------------------------------------
 
 
-# About the width of the axes in inches, and the fraction of it that names of reference lines may take.
-_WIDTH, _NAMES = 7.4, 0.3
+# About the width of the axes in inches.
+_WIDTH = 7.4
 
 
 @checks_arguments
@@ -156,10 +156,12 @@ def pareto(
     for family, (_, shape) in families.items():
         of_family = [mark for mark in points if mark.family == family]
         _family(axes, family, of_family, colours[family], shape, axis)
-    _labels(axes, points, [mark.mean for mark in lines], -1.0 if axis.lower else 1.0, colours)
+    _labels(axes, points, -1.0 if axis.lower else 1.0, colours)
     labelled(axes, title, 10, "trainable parameters of the adapter", f"{axis.label}, %" if axis.percent else axis.label)
-    if points:
-        axes.legend(loc="lower right", fontsize=8, frameon=True, facecolor=ground(), edgecolor="none", framealpha=1.0)
+    if marks:
+        axes.legend(
+            loc="lower right", fontsize=8, facecolor=ground(), edgecolor="none", framealpha=1.0, labelcolor=ink()
+        )
     if note:
         drawn.supxlabel(note, x=0.01, ha="left", fontsize=7, color=pale(), parse_math=False)
     saved(drawn, path)
@@ -180,19 +182,16 @@ def _axes(axes: Any, points: Sequence[Mark], marks: Sequence[Mark], axis: Axis) 
     else:
         margin = 0.08 * (high - low) or 0.1 * abs(high) or 1.0
         axes.set_ylim(*((high + margin, low - 1.6 * margin) if axis.lower else (low - margin, high + 1.6 * margin)))
-    count_ticks(axes.xaxis)
+    canvas.count_ticks(axes.xaxis)
     axes.grid(axis="both", which="major", color=tone(0.902), linewidth=0.7)
     quiet(axes)
 
 
 def _reference_line(axes: Any, mark: Mark, axis: Axis) -> None:
-    axes.axhline(mark.mean, color=pale(), linewidth=1.0, linestyle=(0, (4, 3)), zorder=1)
+    label = f"{mark.family}, {axis.shown(mark.mean)}"
+    axes.axhline(mark.mean, color=pale(), linewidth=1.0, linestyle=(0, (4, 3)), zorder=1, label=label)
     if mark.spread:
         axes.axhspan(mark.mean - mark.spread, mark.mean + mark.spread, color=pale(), alpha=0.12, linewidth=0, zorder=0)
-    axes.annotate(
-        f"{mark.family}, {axis.shown(mark.mean)}", (0.005, mark.mean), xycoords=("axes fraction", "data"),
-        xytext=(0, 3), textcoords="offset points", fontsize=8, color=tone(0.4),
-    )  # fmt: skip
 
 
 def _front(axes: Any, front: Sequence[Mark]) -> None:
@@ -222,7 +221,7 @@ def _family(axes: Any, family: str, marks: Sequence[Mark], colour: str, shape: s
     axes.plot([], [], markersize=size, markeredgecolor=ground(), markeredgewidth=0.7, label=family, **drawn)
 
 
-def _labels(axes: Any, points: Sequence[Mark], levels: Sequence[float], up: float, colours: Mapping[str, str]) -> None:
+def _labels(axes: Any, points: Sequence[Mark], up: float, colours: Mapping[str, str]) -> None:
     """Label the marks on the front at their upper left, where by definition of the front there are no other marks.
 
     A label has its method's color. A line leads from its mark to it if it had to move up.
@@ -234,13 +233,9 @@ def _labels(axes: Any, points: Sequence[Mark], levels: Sequence[float], up: floa
         # If two are at almost the same height, the second label moves up.
         top = up * mark.mean + mark.spread
         height = max(top, last + 0.028 * (high - low))
-        # The names of reference lines are at the left end, just above them.
-        share = (math.log(mark.parameters) - left) / (right - left)
-        for level in sorted(up * level for level in levels):
-            if share < _NAMES and -0.028 * (high - low) < height - level < 0.04 * (high - low):
-                height = level + 0.04 * (high - low)
         last = height
-        inside = _WIDTH * share > wide(mark.label, 7.5)
+        share = (math.log(mark.parameters) - left) / (right - left)
+        inside = _WIDTH * share > canvas.text_width(mark.label, 7.5)
         colour = colours[mark.family]
         if height > top:
             ends = (mark.parameters, mark.parameters), (up * mark.mean, up * height)
@@ -315,23 +310,22 @@ def parameters(
     lines = [("LoRA, one group per weight", tone(0.4), lora)]
     for order, colour in zip(orders, itertools.cycle(_COLOURS), strict=False):
         lines.append((f"M = {order}", legible(colour), _below(counted(shapes, order, ranks), size)))
-    for place, (_, colour, line) in enumerate(lines):
+    for place, (name, colour, line) in enumerate(lines):
         style: dict[str, Any] = {"linewidth": 2.0} if place else {"linewidth": 1.4, "linestyle": (0, (5, 2))}
-        axes.plot(*zip(*line, strict=True), color=colour, zorder=3, **style)
-    axes.axhline(size, color=pale(), linewidth=1.0, linestyle=(0, (1, 2)), zorder=2)
-    ends = [((ranks, size), f"all {size:,} elements", tone(0.4))]
+        axes.plot(*zip(*line, strict=True), color=colour, zorder=3, label=name, **style)
+    dotted = {"color": pale(), "linewidth": 1.0, "linestyle": (0, (1, 2)), "zorder": 2}
+    axes.axhline(size, label=f"all {size:,} elements", **dotted)
     if budget is not None and budget < size:
-        axes.axhline(budget, color=ink(), linewidth=1.0, linestyle="-", zorder=2)
-        ends.append(((ranks, budget), f"budget, {budget:,}", ink()))
+        axes.axhline(budget, color=ink(), linewidth=1.0, zorder=2, label=f"budget, {budget:,}")
         for _, colour, line in lines:
             _fits(axes, [point for point in line if point[1] <= budget], ranks, colour)
-    _name(axes, [*ends, *((line[-1], text, colour) for text, colour, line in lines)])
     axes.set_xlim(1, ranks * 1.02)
     lowest = min([line[0][1] for _, _, line in lines] + ([budget] if budget and budget < size else []))
     axes.set_ylim(lowest / 1.8, 1.6 * max(size, *(line[-1][1] for _, _, line in lines)))
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axes.yaxis.set_minor_formatter(lambda value, _: "")
+    axes.legend(loc="lower right", fontsize=8, facecolor=ground(), edgecolor="none", framealpha=1.0, labelcolor=ink())
     labelled(axes, title, 10, "rank r", "parameters")
     saved(drawn, path)
 
@@ -371,20 +365,3 @@ def _fits(axes: Any, within: Sequence[tuple[int, int]], ranks: int, colour: str)
         ha="left", fontsize=8, color=colour, zorder=6,
         bbox={"boxstyle": "square,pad=0.1", "facecolor": ground(), "edgecolor": "none", "alpha": 0.8},
     )  # fmt: skip
-
-
-def _name(axes: Any, ends: Sequence[tuple[tuple[int, int], str, str]]) -> None:
-    """Write each line's name to the right of its end; if two would overlap, one moves up."""
-    counts = [count for (_, count), _, _ in ends]
-    apart = max(1.05, (max(counts) / min(counts)) ** 0.04)
-    taken: list[tuple[int, float]] = []
-    for (rank, count), text, colour in sorted(ends, key=lambda end: end[0][1]):
-        height = float(count)
-        for other, low in sorted(taken, key=lambda one: one[1]):
-            if max(rank, other) < 1.5 * min(rank, other) and low / apart < height < low * apart:
-                height = low * apart
-        taken.append((rank, height))
-        axes.annotate(
-            text, (rank, height), xytext=(6, 0), textcoords="offset points", fontsize=8.5, color=colour, va="center",
-            annotation_clip=False, zorder=6,
-        )  # fmt: skip

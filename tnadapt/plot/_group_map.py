@@ -14,7 +14,7 @@ from tnadapt.algebra.superlora import SuperLoRA
 from tnadapt.argument_checks import checks_arguments
 from tnadapt.errors import ShapeError
 
-from .canvas import between, checked_text, figure, ground, ink, labelled, pale, quiet, rgb, saved, tone
+from .canvas import between, checked_text, figure, ground, ink, labelled, quiet, rgb, saved, text_width, tone
 
 # Colours of Okabe and Ito for q, v and others; neighbors of the same role alternate between lighter and darker.
 _HUES = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
@@ -61,9 +61,9 @@ def layout(
 
     Notes
     -----
-    A bar is a group, in the order of its vector. A piece that continues in another group has an arrow at the edge where
-    it is cut. The hatched part is the padding of the folded tensor beyond the group; where F computes the group from a
-    shorter vector, the text next to the bar says so.
+    A bar is a group, in the order of its vector. A name that is wider than its piece is left out. A piece that goes on
+    in another group has an arrow at the edge where it is cut. The hatched part is the padding of the folded tensor
+    beyond the group; where F computes the group from a shorter vector, the text next to the bar says so.
 
     Examples
     --------
@@ -85,21 +85,29 @@ def layout(
     longest = max(_length(bar.group) for bar in bars)
     axes.set_xlim(0, longest)
     axes.set_ylim(-lines + 0.35, 0.55)
-    pieces = _Pieces(axes, plan.shapes, names, _colours(roles), longest / _INCHES)
+    colours, sizes = _colours(roles), list(map(math.prod, plan.shapes))
     for bar in bars:
         for piece in bar.group.pieces:
-            pieces.draw(bar, piece)
-        pieces.below(bar)
-        _padding(axes, bar)
+            weight = piece.weight
+            _draw_piece(axes, bar, piece, sizes[weight], names[weight], colours[weight], longest / _INCHES)
+        if rest := _length(bar.group) - bar.group.size:
+            axes.barh(bar.y, rest, left=bar.group.size, height=_HEIGHT, zorder=2, **_hatched())
+        sizes_told = " × ".join(f"{size:,}" for size in bar.group.network.sizes)
+        told = sizes_told if bar.group.projection.map.identity else f"{sizes_told}, F to {bar.group.size:,}"
         axes.annotate(
-            _told(bar.group), (longest, bar.y), xytext=(8, 0), textcoords="offset points", fontsize=7.5,
+            told, (longest, bar.y), xytext=(8, 0), textcoords="offset points", fontsize=7.5,
             color=tone(1 / 3), va="center", annotation_clip=False,
         )  # fmt: skip
     if hidden:
         axes.annotate(f"⋮  {hidden:,} more groups", (0, -(_MOST - _LAST)), fontsize=8, color=tone(0.4), va="center")
-    _frame(axes, bars)
-    told = _legend(axes, plan, bars, roles)
-    labelled(axes, title, 26 if told else 8, "position in the group's vector")
+    quiet(axes)
+    axes.spines["left"].set_visible(False)
+    axes.set_yticks([bar.y for bar in bars], [f"group {bar.number}" for bar in bars])
+    axes.tick_params(axis="y", length=0)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    axes.locator_params(axis="x", nbins=6)
+    has_legend = _legend(axes, plan, bars, roles)
+    labelled(axes, title, 26 if has_legend else 8, "position in the group's vector")
     saved(drawn, path)
 
 
@@ -117,11 +125,6 @@ def _bars(plan: SuperLoRA) -> tuple[list[_Bar], int]:
 def _length(group: Group) -> int:
     """Return the length of a bar: the group, plus the padding of the folded tensor if there is no F."""
     return math.prod(group.network.sizes) if group.projection.map.identity else group.size
-
-
-def _told(group: Group) -> str:
-    sizes = " × ".join(f"{size:,}" for size in group.network.sizes)
-    return sizes if group.projection.map.identity else f"{sizes}, F to {group.size:,}"
 
 
 # -- Colours -------------------------------------------------------------------------------------
@@ -144,85 +147,28 @@ def _hues(roles: Sequence[str]) -> dict[str, str]:
 # -- Bars ----------------------------------------------------------------------------------------
 
 
-class _Pieces:
-    """Draws pieces; collects the names that do not fit into narrow pieces, for the line below the bar."""
-
-    def __init__(
-        self, axes: Any, shapes: Sequence[tuple[int, int]], names: Sequence[str], colours: Sequence[str], inch: float
-    ) -> None:
-        self.axes, self.names, self.colours = axes, names, colours
-        self.sizes = list(map(math.prod, shapes))
-        self.inch = inch  # in elements
-        self.narrow: list[tuple[float, str]] = []
-
-    def draw(self, bar: _Bar, piece: Piece) -> None:
-        colour, name = self.colours[piece.weight], self.names[piece.weight]
-        self.axes.barh(
-            bar.y, piece.length, left=piece.group_start, height=_HEIGHT, color=colour, edgecolor=ground(),
-            linewidth=0.8 if piece.length > 0.1 * self.inch else 0.0, zorder=2,
+def _draw_piece(axes: Any, bar: _Bar, piece: Piece, size: int, name: str, colour: str, inch: float) -> None:
+    """Draw a piece of a weight of some size, with arrows where it is cut; ``inch`` is in elements."""
+    axes.barh(
+        bar.y, piece.length, left=piece.group_start, height=_HEIGHT, color=colour, edgecolor=ground(),
+        linewidth=0.8 if piece.length > 0.1 * inch else 0.0, zorder=2,
+    )  # fmt: skip
+    if piece.length >= inch * (text_width(name, 7.5) + 0.08):
+        axes.annotate(
+            name, (piece.group_start + piece.length / 2, bar.y), ha="center", va="center", fontsize=7.5, zorder=4,
+            parse_math=False, color="white" if colorsys.rgb_to_yiq(*rgb(colour))[0] < 0.58 else "#222222",
         )  # fmt: skip
-        middle = piece.group_start + piece.length / 2
-        if piece.length >= self.inch * _wide(name):
-            self.axes.annotate(
-                name, (middle, bar.y), ha="center", va="center", fontsize=7.5, zorder=4, parse_math=False,
-                color="white" if colorsys.rgb_to_yiq(*rgb(colour))[0] < 0.58 else "#222222",
-            )  # fmt: skip
-        else:
-            self.narrow.append((middle, name))
-        if piece.weight_start > 0:
-            self._arrow(bar.y, piece.group_start, 1, piece.length)
-        if piece.weight_start + piece.length < self.sizes[piece.weight]:
-            self._arrow(bar.y, piece.group_start + piece.length, -1, piece.length)
-
-    def _arrow(self, y: float, edge: float, inward: int, length: int) -> None:
-        """Draw an arrow at an edge where a weight is cut, pointing to where it continues."""
-        at = edge + inward * min(0.07 * self.inch, length / 2)
-        self.axes.plot(
-            [at], [y - 0.19], marker="<" if inward > 0 else ">", markersize=5.5, color=ink(), markeredgecolor=ground(),
-            markeredgewidth=0.7, zorder=5, clip_on=False,
-        )  # fmt: skip
-
-    def below(self, bar: _Bar) -> None:
-        """Write below the bar as many names of narrow pieces as fit."""
-        narrow, self.narrow = self.narrow, []
-        if not narrow:
-            return
-        needed = self.inch * (max(_wide(name) for _, name in narrow) + 0.06)
-        last = -math.inf
-        low = bar.y - 0.5 * _HEIGHT
-        for middle, name in narrow:
-            if middle - last < needed:
-                continue
-            last = middle
-            self.axes.plot([middle] * 2, [low, low - 0.06], color=pale(), linewidth=0.7)
-            self.axes.annotate(
-                name, (middle, low - 0.07), ha="center", va="top", fontsize=6, color=tone(1 / 3),
-                parse_math=False,
-            )  # fmt: skip
-
-
-def _wide(name: str) -> float:
-    """Return the approximate width of a name in inches."""
-    return 0.062 * len(name) + 0.08
-
-
-def _padding(axes: Any, bar: _Bar) -> None:
-    rest = _length(bar.group) - bar.group.size
-    if rest:
-        axes.barh(bar.y, rest, left=bar.group.size, height=_HEIGHT, zorder=2, **_hatched())
+    inward = min(0.07 * inch, piece.length / 2)
+    style = {"markersize": 5.5, "color": ink(), "markeredgecolor": ground(), "markeredgewidth": 0.7, "zorder": 5}
+    if piece.weight_start > 0:
+        axes.plot([piece.group_start + inward], [bar.y - 0.19], marker="<", clip_on=False, **style)
+    if piece.weight_start + piece.length < size:
+        end = piece.group_start + piece.length
+        axes.plot([end - inward], [bar.y - 0.19], marker=">", clip_on=False, **style)
 
 
 def _hatched() -> dict[str, Any]:
     return {"facecolor": tone(0.937), "edgecolor": tone(0.604), "hatch": "//////", "linewidth": 0.0}
-
-
-def _frame(axes: Any, bars: Sequence[_Bar]) -> None:
-    quiet(axes)
-    axes.spines["left"].set_visible(False)
-    axes.set_yticks([bar.y for bar in bars], [f"group {bar.number}" for bar in bars])
-    axes.tick_params(axis="y", length=0)
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    axes.locator_params(axis="x", nbins=6)
 
 
 def _legend(axes: Any, plan: SuperLoRA, bars: Sequence[_Bar], roles: Sequence[str]) -> bool:

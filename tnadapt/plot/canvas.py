@@ -160,6 +160,11 @@ def checked_text(**texts: str) -> None:
             raise ConfigError(f"{name} has half a surrogate pair, which no font can draw; got {safe_repr(text)}")
 
 
+def text_width(text: str, points: float) -> float:
+    """Return the approximate width of a text in inches."""
+    return 0.0088 * points * len(text)
+
+
 def labelled(axes: Any, title: str, pad: int, x: str, y: str = "") -> None:
     """Write the title of a plot, and what its axes are."""
     axes.set_title(title, loc="left", fontsize=11, color=ink(), pad=pad, parse_math=False)
@@ -204,7 +209,7 @@ def count_ticks(axis: Any) -> None:
     axis.set_tick_params(which="minor", labelsize=8, labelcolor=ink())
 
 
-def saved(drawn: Any, path: str | os.PathLike[str]) -> None:
+def saved(drawn: Any, path: str | os.PathLike[str], tight: bool = False) -> None:
     """Draw a figure into a file, which is replaced atomically.
 
     Parameters
@@ -212,6 +217,8 @@ def saved(drawn: Any, path: str | os.PathLike[str]) -> None:
     drawn : matplotlib.figure.Figure
     path : path-like
         Its suffix determines the format; without one, ``.png`` is appended.
+    tight : bool
+        Whether the picture is as large as what is drawn, and not as the figure.
 
     Raises
     ------
@@ -225,6 +232,6 @@ def saved(drawn: Any, path: str | os.PathLike[str]) -> None:
     if not suffix:  # as matplotlib does
         suffix, place = "png", place.rstrip(".") + ".png"
     content = io.BytesIO()
-    drawn.savefig(content, format=suffix)
+    drawn.savefig(content, format=suffix, bbox_inches="tight" if tight else None)
     with file_error_context(place):
         replace_file(place, content.getvalue())

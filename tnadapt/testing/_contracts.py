@@ -37,41 +37,6 @@ from tnadapt.errors import BackendError, ConfigError
 
 from . import _reference as reference
 
-# -- What a contract needs from the class that inherits it -------------------------------------------------------------
-
-
-class Required:
-    """A class attribute that a subclass must set: reading it before that says so.
-
-    Parameters
-    ----------
-    example : str
-        A value, as it would be written.
-
-    Examples
-    --------
-    >>> class Contract:
-    ...     kind = Required("MyFormat")
-    >>> class TestMine(Contract):
-    ...     pass
-    >>> TestMine().kind
-    Traceback (most recent call last):
-        ...
-    tnadapt.errors.ConfigError: TestMine does not say what it tests: set kind = MyFormat in the class
-    """
-
-    def __init__(self, example: str) -> None:
-        self.example, self.name = example, ""
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self.name = name
-
-    def __get__(self, instance: Any, owner: type) -> Any:
-        if instance is None:
-            return self
-        raise ConfigError(f"{owner.__name__} does not say what it tests: set {self.name} = {self.example} in the class")
-
-
 # -- Formats -----------------------------------------------------------------------------------------------------------
 
 # What the file formats of other libraries need to know, other than the adapter; for llama.cpp also a base.
@@ -106,7 +71,7 @@ class FormatContract:
     >>> TestCP().test_counts()
     """
 
-    kind: Any = Required("MyFormat")
+    kind: Any
     sizes = ((5,), (4, 3), (2, 3, 4), (3, 1, 2, 3))
     ranks = (1, 2, 5)
 
@@ -338,7 +303,7 @@ class MapContract:
     >>> TestLinear().test_the_adjoint_is_that_of_the_derivative()
     """
 
-    kind: Any = Required("MyMap")
+    kind: Any
     lengths: Sequence[tuple[int, int]] = ((1, 1), (3, 7), (7, 3), (16, 16), (5, 64), (37, 509))
     shapes: Sequence[tuple[int, int]] = ((1, 1), (1, 6), (4, 6), (9, 5), (16, 16), (12, 35))
     settings: Sequence[MapSettings] = ()
@@ -487,7 +452,7 @@ class SourceContract:
     >>> TestTrained().test_a_dictionary_gives_the_source_back()
     """
 
-    sources: Any = Required("(MySource(),)")
+    sources: Any
     shapes: Sequence[tuple[int, ...]] = ((1,), (7,), (1, 1), (5, 3), (3, 5), (2, 3, 4))
 
     def test_a_dictionary_gives_the_source_back(self) -> None:

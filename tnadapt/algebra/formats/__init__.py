@@ -85,7 +85,6 @@ class Dense(Format):
 
     title = "dense"
     zero = "dense"
-    diagram = "dense"
 
     def array_shapes(self, rank: Rank) -> dict[str, tuple[int, ...]]:
         return {"dense": self.sizes}
@@ -133,7 +132,6 @@ class CP(Format):
     title = "CP"
     zero = "factor0"
     unfolds = True
-    diagram = "star"
 
     def array_shapes(self, rank: Rank) -> dict[str, tuple[int, ...]]:
         assert isinstance(rank, int)  # Config accepts no other rank
@@ -265,7 +263,6 @@ class Tucker(Format):
 
     title = "Tucker"
     unfolds = True
-    diagram = "core"
 
     @classmethod
     def checked_rank(cls, name: str, rank: Any, order: int) -> Rank:
@@ -395,7 +392,6 @@ class TensorTrain(Format):
     title = "TT"
     zero = "core0"
     unfolds = True
-    diagram = "chain"
 
     @classmethod
     def checked_rank(cls, name: str, rank: Any, order: int) -> Rank:
@@ -593,7 +589,7 @@ class Permuted(Format):
     def __init__(self, own: Format, sizes: Sequence[int], axes: Axes) -> None:
         self.own, self.axes = own, axes
         self.sizes, self.rank_given, self.shapes = tuple(sizes), own.rank_given, own.shapes
-        self.title, self.ones, self.unfolds, self.diagram = own.title, own.ones, own.unfolds, own.diagram
+        self.title, self.ones, self.unfolds = own.title, own.ones, own.unfolds
         self._order = [digit for axis in axes for digit in axis]
         self._back = tuple(self._order.index(digit) for digit in range(len(self._order)))
         # Planned here, so that a compiler that traces a call does not have to trace the planning.

@@ -587,8 +587,6 @@ class Format:
     unfolds : bool
         Whether :meth:`inner` returns a number for every cut of a tensor of integer rank. False for a format that does
         not define ``inner``.
-    diagram : str
-        How :func:`tnadapt.plot.network` places the arrays: ``"network"`` works for any format, by its formula.
 
     Notes
     -----
@@ -612,7 +610,6 @@ class Format:
     title: str = ""
     ones: frozenset[str] = frozenset()
     unfolds: bool = False
-    diagram: str = "network"
 
     def __init__(self, sizes: Sequence[int], rank: Rank) -> None:
         self.sizes = tuple(sizes)

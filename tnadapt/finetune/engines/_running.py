@@ -121,7 +121,7 @@ def engine_options(name: str) -> Mapping[str, str]:
 #: How often a task is started whose worker dies.
 ATTEMPTS = 3
 
-#: How many tasks a message names for each reason.
+#: How many tasks a message names.
 NAMED = 3
 
 T = TypeVar("T", bound=Keyed)
@@ -305,13 +305,6 @@ def _side_by_side(
 
 
 def _listed(dead: Mapping[str, str]) -> str:
-    """Return the names of tasks by the reasons of their ends, at most :data:`NAMED` of each reason."""
-    by_reason: dict[str, list[str]] = {}
-    for name, reason in dead.items():
-        by_reason.setdefault(reason, []).append(name)
-    parts = []
-    for reason, names in by_reason.items():
-        others = len(names) - NAMED
-        told = ", ".join(names[:NAMED]) + (f" and {others} more" if others > 0 else "")
-        parts.append(f"{told} ({reason})" if reason else told)
-    return "; ".join(parts)
+    """Return the names of the first tasks, each with the reason of its end."""
+    told = [f"{name} ({reason})" if reason else name for name, reason in list(dead.items())[:NAMED]]
+    return ", ".join(told) + (f" and {len(dead) - NAMED} more" if len(dead) > NAMED else "")

@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from tnadapt.errors import FileError, TnadaptError, safe_repr
 
-from .._inputs import IGNORED, TokenLists
+from .._inputs import IGNORED, Texts, token_targets
 from .._learning_task import Evidence, LearningTask, Measured, Metric, Rows
 from .._specification import Part, Spec
 from ..data import Data, Samples, Table
@@ -54,10 +54,8 @@ class CausalLM(LearningTask):
         self._require("form", self.form, self.form in _FORMS, f"one of {', '.join(map(repr, _FORMS))}")
 
     @classmethod
-    def fits(cls, source: Table | Data, spec: Spec) -> Evidence:
+    def fits(cls, source: Table, spec: Spec) -> Evidence:
         """Conversations and completions are for this task alone, and so are texts with nothing else."""
-        if isinstance(source, Data):
-            return Evidence("no", f"{source.name} has images")
         columns = _columns(source, spec)
         if len(columns) == 2 or columns == [MESSAGES]:
             # Columns with other names, which the user gave, may as well be texts and labels.
@@ -77,14 +75,11 @@ class CausalLM(LearningTask):
         return Evidence("no", f"{source.name} has {source.listed()}; it needs {needed}")
 
     @classmethod
-    def read(cls, source: Table | Data, spec: Spec) -> Data:
+    def read(cls, source: Table, spec: Spec) -> Data:
         """Return texts, pairs of prompt and completion, or conversations."""
-        assert isinstance(source, Table)
         columns = _columns(source, spec)
-        test = source.test(columns)
         source.filled(columns)
-        held = None if test is None else _to_train_on(test, columns)
-        return Data(source.name, "text", (), _to_train_on(source, columns), held)
+        return Data(source.name, "text", (), *(_to_train_on(part, columns) for part in source.parts(columns)))
 
     @classmethod
     def of(cls, data: Data, training: Samples) -> Self:
@@ -92,9 +87,8 @@ class CausalLM(LearningTask):
         first = training.inputs[0]
         return cls("text" if isinstance(first, str) else "completion" if isinstance(first, tuple) else "messages")
 
-    def samples(self, source: Table | Data, spec: Spec) -> tuple[Samples, bool]:
+    def samples(self, source: Table, spec: Spec) -> tuple[Samples, bool]:
         """Return prompts, with what follows them if it is known."""
-        assert isinstance(source, Table)
         columns = _columns(source, spec, alone=True)
         if not columns or (columns == [MESSAGES]) != (self.form == MESSAGES):
             needed = {"text": "text", "completion": "prompt", "messages": MESSAGES}[self.form]
@@ -123,7 +117,7 @@ class CausalLM(LearningTask):
             before = before[max(0, len(before) + len(after) - longest) :]
             tokens.append([*before, *after])
             targets.append([IGNORED] * len(before) + after)
-        return TokenLists(tokens, targets, tokenizer.pad_token_id)
+        return Texts(tokens, token_targets(targets), tokenizer.pad_token_id)
 
     def check(self, compute: Callable[[Any], Tensor], inputs: Any, model: str, data: str) -> None:
         """Raise an error if logits depend on later tokens, as those of a BERT do."""

@@ -27,10 +27,8 @@ def columns_of(table: Table, spec: Spec) -> tuple[str | None, str | None]:
     return table.column(spec.text_column, TEXT_COLUMNS), table.column(spec.label_column, usual)
 
 
-def missing_columns(source: Table | Data, spec: Spec) -> Evidence | None:
+def missing_columns(source: Table, spec: Spec) -> Evidence | None:
     """Return the evidence against a task on labeled texts, or None if there are both columns."""
-    if isinstance(source, Data):
-        return Evidence("no", f"{source.name} has images")
     text, label = columns_of(source, spec)
     if text is not None and label is not None:
         return None
@@ -75,11 +73,10 @@ class Classification(ClassTask):
     stratified: ClassVar[bool] = True
 
     @classmethod
-    def fits(cls, source: Table | Data, spec: Spec) -> Evidence:
+    def fits(cls, source: Table, spec: Spec) -> Evidence:
         """Words are classes, and so are two numbers; more numbers may be."""
         if lacking := missing_columns(source, spec):
             return lacking
-        assert isinstance(source, Table)
         name, facts = label_facts(source, spec)
         if (name in source.words and facts.kind != "lists") or (facts.kind == "integers" and facts.count <= 2):
             return Evidence("evident", f"{name!r} has classes")
@@ -103,14 +100,12 @@ class Classification(ClassTask):
         return Evidence("evident", f"{name!r} has {facts.count} different words")
 
     @classmethod
-    def read(cls, source: Table | Data, spec: Spec) -> Data:
+    def read(cls, source: Table, spec: Spec) -> Data:
         """Return the texts with their classes, which are the distinct labels, sorted."""
-        assert isinstance(source, Table)
         return labelled_texts(source, spec.text_column, spec.label_column, spec.label_names)
 
-    def samples(self, source: Table | Data, spec: Spec) -> tuple[Samples, bool]:
+    def samples(self, source: Table, spec: Spec) -> tuple[Samples, bool]:
         """Return texts, with their classes if there is a column of labels."""
-        assert isinstance(source, Table)
         texts, label = to_predict(source, spec, "-1" in self.classes)
         if label is None:
             return Samples(texts, np.zeros(len(texts), np.int64)), False
@@ -154,11 +149,10 @@ class MultiLabel(ClassTask):
     options: ClassVar[tuple[str, ...]] = ("separator",)
 
     @classmethod
-    def fits(cls, source: Table | Data, spec: Spec) -> Evidence:
+    def fits(cls, source: Table, spec: Spec) -> Evidence:
         """Lists are several labels, and so are words with a separator whose pieces are also in other labels."""
         if lacking := missing_columns(source, spec):
             return lacking
-        assert isinstance(source, Table)
         name, facts = label_facts(source, spec)
         if facts.kind == "lists":
             return Evidence("evident", f"{name!r} has lists")
@@ -174,22 +168,19 @@ class MultiLabel(ClassTask):
         return Evidence("evident", f"labels in {name!r} are separated by {facts.separator!r}")
 
     @classmethod
-    def read(cls, source: Table | Data, spec: Spec) -> Data:
+    def read(cls, source: Table, spec: Spec) -> Data:
         """Return the texts; targets are 1 for the labels of a text and 0 for others."""
-        assert isinstance(source, Table)
         name, facts = label_facts(source, spec)
-        test = source.test([name], name)
-        parts = [(part, _lists(part, name, facts.separator)) for part in (source, test) if part is not None]
+        parts = [(part, _lists(part, name, facts.separator)) for part in source.parts([name], name)]
         classes = tuple(sorted({label for _, lists in parts for labels in lists for label in labels}))
         if len(classes) < 2:
             raise FileError(f"{name!r} of {source.name} has {len(classes)} different label; --task multi-label needs 2")
         task = cls(classes)
-        samples, *held = (Samples(texts_of(part, spec), task._marks(lists, source.name)) for part, lists in parts)
-        return Data(source.name, "text", classes, samples, held[0] if held else None)
+        samples = (Samples(texts_of(part, spec), task._marks(lists, source.name)) for part, lists in parts)
+        return Data(source.name, "text", classes, *samples)
 
-    def samples(self, source: Table | Data, spec: Spec) -> tuple[Samples, bool]:
+    def samples(self, source: Table, spec: Spec) -> tuple[Samples, bool]:
         """Return texts, with their labels if there is a column of them."""
-        assert isinstance(source, Table)
         texts, label = to_predict(source, spec, "-1" in self.classes)
         if label is None:
             return Samples(texts, np.zeros((len(texts), len(self.classes)), np.float32)), False
@@ -254,22 +245,18 @@ class ImageClassification(Classification):
     kind: ClassVar[Literal["text", "image"]] = "image"
 
     @classmethod
-    def fits(cls, source: Table | Data, spec: Spec) -> Evidence:
+    def fits(cls, source: Any, spec: Spec) -> Evidence:
         """Images are for this task alone."""
-        if isinstance(source, Data):
-            return Evidence("evident", f"{source.name} has images")
-        return Evidence("no", f"{source.name} is a table, not a folder of images or an .npz")
+        return Evidence("evident", f"{source.name} has images")
 
     @classmethod
-    def read(cls, source: Table | Data, spec: Spec) -> Data:
+    def read(cls, source: Any, spec: Spec) -> Data:
         """Return the images."""
-        assert isinstance(source, Data)
-        return source
+        data: Data = source
+        return data
 
-    def samples(self, source: Table | Data, spec: Spec) -> tuple[Samples, bool]:
+    def samples(self, source: Any, spec: Spec) -> tuple[Samples, bool]:
         """Return images with their classes."""
-        if not isinstance(source, Data):
-            raise FileError(f"{source.name} is a table; the adapter predicts images: give a folder of them")
         names = [source.classes[int(label)] for label in source.samples.labels]
         numbers = self.numbers_of([name.strip() for name in names], source.name)
         return Samples(source.samples.inputs, np.array(numbers, np.int64)), True
@@ -308,11 +295,10 @@ class Regression(LearningTask):
             self._require(name, value, possible, "a positive number" if low == 0 else "a finite number")
 
     @classmethod
-    def fits(cls, source: Table | Data, spec: Spec) -> Evidence:
+    def fits(cls, source: Table, spec: Spec) -> Evidence:
         """Fractions of at least three values are quantities, and so are many integers with gaps."""
         if lacking := missing_columns(source, spec):
             return lacking
-        assert isinstance(source, Table)
         name, facts = label_facts(source, spec)
         if facts.kind not in ("integers", "fractions"):
             what = "lists" if facts.kind == "lists" else "labels that are not numbers"
@@ -330,14 +316,12 @@ class Regression(LearningTask):
         )
 
     @classmethod
-    def read(cls, source: Table | Data, spec: Spec) -> Data:
+    def read(cls, source: Table, spec: Spec) -> Data:
         """Return the texts with their numbers."""
-        assert isinstance(source, Table)
         name = columns_of(source, spec)[1]
         assert name is not None
-        parts = [part for part in (source, source.test([name], name)) if part is not None]
-        samples, *held = (Samples(texts_of(part, spec), _numbers(part, name)) for part in parts)
-        return Data(source.name, "text", (), samples, held[0] if held else None)
+        parts = source.parts([name], name)
+        return Data(source.name, "text", (), *(Samples(texts_of(part, spec), _numbers(part, name)) for part in parts))
 
     @classmethod
     def of(cls, data: Data, training: Samples) -> Self:
@@ -349,9 +333,8 @@ class Regression(LearningTask):
             )
         return cls(float(training.labels.mean()), deviation)
 
-    def samples(self, source: Table | Data, spec: Spec) -> tuple[Samples, bool]:
+    def samples(self, source: Table, spec: Spec) -> tuple[Samples, bool]:
         """Return texts, with their numbers if there is a column of labels."""
-        assert isinstance(source, Table)
         # One text may well have the number -1.
         texts, label = to_predict(source, spec, len(source) <= 1)
         return Samples(texts, np.zeros(len(texts)) if label is None else _numbers(source, label)), label is not None

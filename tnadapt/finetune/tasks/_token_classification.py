@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tnadapt.errors import FileError, TnadaptError, safe_repr
 
-from .._inputs import IGNORED, TokenLists
+from .._inputs import IGNORED, Texts, token_targets
 from .._learning_task import ClassTask, Evidence, Measured, Metric, Rows
 from .._specification import Part, Spec
 from ..data import Data, Samples, Table
@@ -38,10 +38,8 @@ class TokenClassification(ClassTask):
     split_words: ClassVar[bool] = True
 
     @classmethod
-    def fits(cls, source: Table | Data, spec: Spec) -> Evidence:
+    def fits(cls, source: Table, spec: Spec) -> Evidence:
         """Columns of words and tags are for this task alone."""
-        if isinstance(source, Data):
-            return Evidence("no", f"{source.name} has images")
         words, tags = _columns(source, spec)
         if words is None or tags is None:
             needed = "columns tokens and tags, lists or words with spaces between them"
@@ -50,22 +48,20 @@ class TokenClassification(ClassTask):
         return Evidence("evident" if usual else "possible", f"{words!r} has words, and {tags!r} may have their tags")
 
     @classmethod
-    def read(cls, source: Table | Data, spec: Spec) -> Data:
+    def read(cls, source: Table, spec: Spec) -> Data:
         """Return the words with the numbers of their tags."""
-        assert isinstance(source, Table)
         names = _columns(source, spec)
-        test = source.test([name for name in names if name], names[1])
-        parts = [_both(part, names) for part in (source, test) if part is not None]
+        parts = [_both(part, names) for part in source.parts([name for name in names if name], names[1])]
         classes = tuple(sorted({tag for _, lists in parts for tags in lists for tag in tags}))
         if len(classes) < 2:
             raise FileError(f"{source.name} has the tag {classes[0]!r} alone; --task token-classification needs two")
         task = cls(classes)
-        samples, *held = (Samples(words, task._numbered(tags, source.name)) for words, tags in parts)
-        return Data(source.name, "text", classes, samples, held[0] if held else None)
+        return Data(
+            source.name, "text", classes, *(Samples(words, task._numbered(tags, source.name)) for words, tags in parts)
+        )
 
-    def samples(self, source: Table | Data, spec: Spec) -> tuple[Samples, bool]:
+    def samples(self, source: Table, spec: Spec) -> tuple[Samples, bool]:
         """Return words, with their tags if there is a column of them."""
-        assert isinstance(source, Table)
         words, tags = _columns(source, spec)
         if words is None:
             raise FileError(f"{source.name} has no column 'tokens', only {source.listed()}: give --text-column NAME")
@@ -95,7 +91,7 @@ class TokenClassification(ClassTask):
             first = [word is not None and word != last for word, last in zip(owners, [None, *owners], strict=False)]
             targets.append([tags[word] if begins else IGNORED for word, begins in zip(owners, first, strict=True)])
             words.append([word for word, begins in zip(owners, first, strict=True) if begins])
-        return TokenLists(encoding["input_ids"], targets, tokenizer.pad_token_id, words)
+        return Texts(encoding["input_ids"], token_targets(targets), tokenizer.pad_token_id, words)
 
     def check(self, compute: Callable[[Any], Tensor], inputs: Any, model: str, data: str) -> None:
         """Raise an error unless there are logits of each tag for each token."""
@@ -135,7 +131,7 @@ class TokenClassification(ClassTask):
 
     def answers(self, rows: Rows, part: Part, samples: Samples) -> list[dict[str, Any]]:
         """Return a tag for each word; None for one that is cut off or has no token."""
-        assert isinstance(part, TokenLists)
+        assert isinstance(part, Texts)
         answers = []
         for row, places, words in zip(rows, part.words, samples.inputs, strict=True):
             here = self.answer(row)
