@@ -74,10 +74,12 @@ MISTAKES: list[tuple[str, str]] = [
     ("finetune --engine-option gpus", "--engine-option takes KEY=VALUE; got 'gpus'"),
     ("finetune --engine-option gpus=1", "engine local has no option 'gpus'; it has none"),
     ("finetune --engine-option a=1 --engine-option a=2", "--engine-option a is given twice"),
+    ("finetune --report-to nowhere", "Invalid value for '--report-to'"),
     (
         "finetune --task regression",
         "--task needs --model and --data; without them the data are scikit-learn's digits",
     ),
+    ("finetune --report-to wandb", "--report-to needs --model and --data"),
     ("finetune --image-size 8", "--image-size needs --model and --data"),
     ("finetune --model x --data y.csv --task ' '", "--task is empty"),
     ("finetune --model here", "--model needs --data, too; with neither, the data are scikit-learn's digits"),

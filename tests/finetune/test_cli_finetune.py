@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
@@ -150,6 +151,12 @@ def test_the_whole_job_of_a_model_of_ones_own(tmp_path: Path, name: str) -> None
     assert [point.to_dict() for point in points] == report["points"]
     assert points[0].metric == TASKS[name].metric
     assert len({line for line in lines if '"session"' in line}) == 1
+
+
+def test_a_report_whose_library_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    done = invoke("--model", "x", "--data", "y.csv", "--report-to", "trackio")
+    assert str(done.exception) == ("--report-to trackio needs trackio, which is not installed: pip install trackio")
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import enum
 import functools
+import importlib.util
 import io
 import sys
 from collections.abc import Mapping, Sequence
@@ -105,6 +107,15 @@ TASK_NAMES = (
 )  # fmt: skip
 
 
+class ReportTo(enum.StrEnum):
+    """Where trainings are reported, through transformers."""
+
+    NONE = "none"
+    TENSORBOARD = "tensorboard"
+    WANDB = "wandb"
+    TRACKIO = "trackio"
+
+
 # The panels of the help page.
 WHAT = "Compared methods"
 _own = functools.partial(option, panel="Your own model and data")
@@ -191,6 +202,7 @@ def finetune_command(
     ] = 0,
     engine: Annotated[str, _how(ENGINE_HELP)] = "local",
     engine_option: Annotated[list[str] | None, _how(ENGINE_OPTION_HELP, "none", metavar="KEY=VALUE")] = None,
+    report_to: Annotated[ReportTo, _how("Where the trainings of your own model are reported.")] = ReportTo.NONE,
     pretrain_epochs: Annotated[int, _how("Pretraining epochs of the small ViT for the digits.", min=1)] = 60,
     out: Annotated[Path | None, _where("A folder.", "runs/digits, or runs/MODEL-DATA")] = None,
     fresh: Annotated[bool, _where("Delete the results of an earlier run.", names=["--fresh"])] = False,
@@ -212,6 +224,14 @@ def finetune_command(
         # A console that cannot print ρ must not raise an error after an hour of training: replace such characters.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
+    if report_to is not ReportTo.NONE:
+        if model is None and data is None:
+            raise TnadaptError("--report-to needs --model and --data; without them the data are scikit-learn's digits")
+        if importlib.util.find_spec(report_to.value) is None:
+            raise TnadaptError(
+                f"--report-to {report_to.value} needs {report_to.value}, which is not installed: "
+                f"pip install {report_to.value}"
+            )
     changes: dict[str, Any] = {
         "groups": groups and word_or_number(groups), "order": order, "splits": splits, "format": format,
         "fold": fold and word_or_number(fold), "projection": projection and word_or_number(projection), "ratio": ratio,
@@ -249,7 +269,7 @@ def finetune_command(
         device_of = (None if dry_run else assumed) or job.usable_device(device)
         training = job.Training(
             epochs=epochs or (25 if digits else 3), batch=batch or 32, device=device_of,
-            targets=chosen if isinstance(chosen, str) else tuple(chosen),
+            targets=chosen if isinstance(chosen, str) else tuple(chosen), report_to=report_to.value,
         )  # fmt: skip
         with reporter() as shown:
             study = job.Study(spec, choice, training, lr or RATES, seeds, shown)

@@ -27,7 +27,7 @@ from .loop import evaluate
 from .pareto_report import Control, Point, best_point, better_rate, control_of, points_of, trained_on
 from .problem import Problem, base_digest, samples_digest
 from .results import Results, check_out
-from .training import Task, Training, checked_rates, train
+from .training import Task, Training, checked_rates, clear_logs, log_folder, train
 
 # -- The check of a saved adapter --------------------------------------------------------------------------------------
 
@@ -348,6 +348,7 @@ class Study:
             for name in results.dropped:
                 with contextlib.suppress(OSError):
                     (adapters / name).unlink()
+                clear_logs(log_folder(adapters, name))
             if fresh:
                 discard(out)
             before = len(results.records)

@@ -146,6 +146,11 @@ class TrainingStep(NamedTuple):
     gradient_norm: Tensor | None = None
 
 
+def steps_of(part: Part, epochs: int, batch: int, steps: int | None = None) -> int:
+    """Return the number of steps: ``steps``, or that of ``epochs`` epochs."""
+    return epochs * math.ceil(len(part.labels) / batch) if steps is None else steps
+
+
 def train_steps(
     loss_of: Callable[[int], Tensor],
     parameters: Sequence[nn.Parameter],
@@ -210,7 +215,7 @@ def fit(
 
     The order of the samples and dropout use torch's global generator, which the caller seeds.
     """
-    steps = epochs * math.ceil(len(part.labels) / batch) if steps is None else steps
+    steps = steps_of(part, epochs, batch, steps)
     order = (indices for _ in itertools.count() for indices in batches(part, batch))
 
     def loss_of(step: int) -> Tensor:

@@ -1,13 +1,17 @@
-"""One training with a method, a seed and a rate: its settings, and its result line."""
+"""One training with a method, a seed and a rate: its settings, its result line, and its reports."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
+import importlib.util
 import math
 import re
+import sys
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +23,10 @@ from tnadapt.argument_checks import checks_arguments
 from tnadapt.errors import TnadaptError, safe_repr
 
 from ._saved_task import recorded
+from ._specification import Part
+from .data import quiet
 from .grid import Method
-from .loop import OwnRates, Schedule, evaluate, fit
+from .loop import OwnRates, Schedule, TrainingStep, evaluate, fit, steps_of
 from .problem import Problem, free
 
 # -- Settings, and one training ----------------------------------------------------------------------------------------
@@ -50,6 +56,9 @@ class Training:
         The rate of what is trained along with every adapter, such as a new head; by default that of the adapter.
     keep_references : bool
         Whether adapters of references, such as the dense update, are saved, too.
+    report_to : str
+        The integration of transformers that trainings are reported to, such as ``tensorboard``; ``none`` for no
+        reports.
     """
 
     epochs: int
@@ -64,6 +73,7 @@ class Training:
     steps: int | None = None
     head_rate: float | None = None
     keep_references: bool = False
+    report_to: str = "none"
 
     def __post_init__(self) -> None:
         if self.head_rate is not None:
@@ -77,7 +87,7 @@ class Training:
     def settings(self) -> dict[str, Any]:
         """Return the settings that the outcome depends on; fields in ``_LATER`` only if not at their default."""
         settings = dataclasses.asdict(self)
-        del settings["device"], settings["keep_references"]
+        del settings["device"], settings["keep_references"], settings["report_to"]
         usual = {field.name: field.default for field in dataclasses.fields(self)}
         return {name: value for name, value in settings.items() if name not in _LATER or value != usual[name]}
 
@@ -213,15 +223,17 @@ def train(
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         trained = {id(parameter) for parameter in (() if adapter is None else adapter.parameters())}
         head = OwnRates([parameter for parameter in parameters if id(parameter) not in trained], training.head_rate)
-        loss = 0.0
+        loss, part = 0.0, problem.parts["training"]
         if parameters:  # with a frozen head and no adapter, there is nothing to train
             loss = math.nan
-            for step in fit(
-                model, problem.logits, problem.task, problem.parts["training"], parameters,
-                training.schedule(task.rate), training.epochs, training.batch, device, training.steps, head,
-            ):  # fmt: skip
-                loss = step.loss
-                progress(step.done / step.total)
+            with _reported(model, task, training, part, adapters) as report:
+                for step in fit(
+                    model, problem.logits, problem.task, part, parameters, training.schedule(task.rate),
+                    training.epochs, training.batch, device, training.steps, head,
+                ):  # fmt: skip
+                    loss = step.loss
+                    report(step)
+                    progress(step.done / step.total)
     num_parameters = 0 if adapter is None else adapter.num_parameters
     measured = _measured(problem, model, device, training.batch)
     diverged = not math.isfinite(loss) or None in measured.values()
@@ -265,3 +277,98 @@ def _measured(problem: Problem, model: nn.Module, device: torch.device, batch: i
 def _finite(value: float) -> float | None:
     # JSON has no NaN.
     return round(value, 6) if math.isfinite(value) else None
+
+
+# -- Reports to TensorBoard, W&B or trackio, through transformers' callbacks -------------------------------------------
+
+
+# Points in the curve of a training.
+_POINTS = 50
+
+# How TensorBoard's writers name their files; a reader joins all of those in one folder.
+_EVENTS = "events.out.tfevents.*"
+
+# Libraries whose runs the callback leaves open; that of trackio ends them itself.
+_LEFT_OPEN = ("wandb",)
+
+
+def log_folder(adapters: Path, file_name: str) -> Path:
+    """Return the folder of a training's reports, next to that of the adapters.
+
+    Examples
+    --------
+    >>> log_folder(Path("runs/reviews/adapters"), "lora-1.safetensors").as_posix()
+    'runs/reviews/logs/lora-1'
+    """
+    return adapters.parent / "logs" / file_name.removesuffix(".safetensors")
+
+
+def clear_logs(folder: Path) -> None:
+    """Delete what an earlier training reported to a folder; files of others stay, and so do those that are in use."""
+    for path in folder.rglob(_EVENTS):
+        with contextlib.suppress(OSError):
+            path.unlink()
+    below = sorted((path for path in folder.rglob("*") if path.is_dir()), reverse=True)
+    for path in (*below, folder):
+        with contextlib.suppress(OSError):
+            path.rmdir()  # fails unless it is empty
+
+
+@contextlib.contextmanager
+def _reported(
+    model: nn.Module, task: Task, training: Training, part: Part, adapters: Path | None
+) -> Iterator[Callable[[TrainingStep], None]]:
+    """Give a function that reports a step; the mean loss since the last report is that of a point of the curve."""
+    if training.report_to == "none":
+        yield lambda step: None
+        return
+    if importlib.util.find_spec("accelerate") is None or importlib.util.find_spec("transformers") is None:
+        raise TnadaptError(
+            f"reports to {training.report_to} need transformers and accelerate: pip install 'tnadapt[hub]'"
+        )
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(quiet("transformers", "accelerate"))
+        import transformers
+        from transformers.integrations import get_reporting_integration_callbacks
+
+        steps = steps_of(part, training.epochs, training.batch, training.steps)
+        every = max(1, steps // _POINTS)
+        if adapters is None:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        else:
+            folder = log_folder(adapters, task.file_name())
+            clear_logs(folder)
+        arguments = transformers.TrainingArguments(
+            output_dir=str(folder), max_steps=steps, per_device_train_batch_size=training.batch,
+            max_grad_norm=training.clip, learning_rate=task.rate, report_to=training.report_to,
+            run_name=task.file_name().removesuffix(".safetensors"), save_strategy="no", logging_steps=every,
+            disable_tqdm=True, use_cpu=torch.device(training.device).type == "cpu",
+        )  # fmt: skip
+        state, control = transformers.TrainerState(max_steps=steps, logging_steps=every), transformers.TrainerControl()
+        callbacks = [callback() for callback in get_reporting_integration_callbacks(training.report_to)]
+        losses: list[float] = []
+
+        def call(event: str, **values: Any) -> None:
+            for callback in callbacks:
+                getattr(callback, event)(arguments, state, control, model=model, **values)
+
+        def report(step: TrainingStep) -> None:
+            state.global_step, state.epoch = step.done, step.done / steps_of(part, 1, training.batch)
+            losses.append(step.loss)
+            if step.gradient_norm is not None and step.done % every == 0:
+                logs = {"loss": sum(losses) / len(losses), "grad_norm": float(step.gradient_norm)}
+                call("on_log", logs={**logs, "learning_rate": step.rate, "epoch": state.epoch})
+                losses.clear()
+
+        for callback in callbacks:
+            # TensorBoard's would write to a folder below that has the time and this machine's name.
+            if getattr(callback, "logging_dir", "") is None:
+                callback.logging_dir = str(folder)
+        try:
+            call("on_train_begin")
+            yield report
+            call("on_train_end")
+        finally:
+            library: Any = sys.modules.get(training.report_to) if training.report_to in _LEFT_OPEN else None
+            if library is not None and library.run is not None:
+                library.finish()
