@@ -21,7 +21,7 @@ import tnadapt as tna
 from tests.conftest import relative_error
 from tests.support import forge
 from tests.support.array_presets import P
-from tnadapt import AdapterFile, BackendError, Config, ConfigError, ShapeError, SuperLoRA, Target
+from tnadapt import AdapterFile, BackendError, Config, ConfigError, ShapeError, SuperLoRA, Target, TargetError
 from tnadapt.algebra.composite import CompositeConfig
 from tnadapt.checkpoints.fingerprint import fingerprint
 from tnadapt.sources import Given, Scaled, Seeded, Tied
@@ -175,29 +175,26 @@ NOT_TIED = "which is neither a kept parameter nor a target without ties"
 
 REFUSED: dict[type[Exception], list[tuple[dict[str, Any], str]]] = {
     ConfigError: [
-        ({"config": {"rank": 2}, "arrays": ARRAYS}, r"config must be a tnadapt\.Config; got dict"),
-        ({"targets": "blocks"}, "targets must be a list of Target; got 'blocks'"),
-        ({"targets": 3}, "targets must be a list of Target; got 3"),
-        ({"targets": [TARGETS[0], (6, 4)]}, r"must be a list of Target; got \(6, 4\) among them"),
+        ({"config": {"rank": 2}, "arrays": ARRAYS}, r"config must be a Config; got \{'rank': 2\}"),
         ({"targets": ()}, "targets is empty: an adapter updates at least one weight"),
         ({"kept": {"\ud800": np.ones(2)}}, r"'\\ud800' has half a surrogate pair"),
         ({"model": "\ud800"}, "has half a surrogate pair"),
         ({"targets": [*TARGETS[:2], Target("\ud800", (6, 4))]}, "has half a surrogate pair"),
-        ({"model": None}, "model must be the name of a class; got None"),
-        ({"trained": FIRST}, "trained must be a list of names of arrays, or None for all; got 'group0"),
-        ({"trained": [FIRST, 3]}, "trained must be a list of names of arrays, or None for all; got \\['group0"),
-        ({"trained": {FIRST}}, "trained must be a list of names of arrays, or None for all; got {"),
+        ({"dtypes": ["bfloat16"]}, "dtypes must be a mapping of strings to strings; got"),
+        ({"model": None}, "model must be a string; got None"),
+        ({"trained": FIRST}, "trained must be a sequence of strings or None; got 'group0"),
+        ({"trained": [FIRST, 3]}, "trained must be a sequence of strings or None; got \\['group0"),
         ({"trained": []}, "each once; unknown: none; there are 'group0"),
         ({"trained": [FIRST, FIRST]}, "each once; unknown: none; there are 'group0"),
         ({"trained": [FIRST, "x"]}, "each once; unknown: 'x'; there are 'group0"),
         ({"activation": "sine"}, "activation must be None or one of relu, gelu, tanh, silu; got 'sine'"),
-        ({"base": "0" * 64}, "base must be a Fingerprint or None; got str"),
-        ({"pretrained": {}}, "pretrained must be a Pretrained or None; got dict"),
-        ({"ties": 3}, "ties must be a mapping of names to lists of names; got int"),
+        ({"base": "0" * 64}, "base must be a Fingerprint or None; got '0000"),
+        ({"pretrained": {}}, r"pretrained must be a Pretrained or None; got \{\}"),
+        ({"ties": 3}, "ties must be a mapping of strings to sequences of strings; got 3"),
         *(
             ({"kept": HEAD, "ties": ties}, why)
             for ties, why in (
-                ({"head.weight": "embed"}, "ties of 'head.weight' must be a list of dotted paths; got 'embed'"),
+                ({"head.weight": "embed"}, "ties must be a mapping of strings to sequences of strings; got"),
                 ({"head.weight": [""]}, "ties of 'head.weight' must be a list of dotted paths; got"),
                 ({"head.weight": ["head.weight"]}, "ties of 'head.weight' must be different names; got"),
                 ({"head.weight": ["a", "a"]}, "ties of 'head.weight' must be different names; got"),
@@ -208,8 +205,9 @@ REFUSED: dict[type[Exception], list[tuple[dict[str, Any], str]]] = {
         ),
     ],
     ShapeError: [
+        ({"kept": {"head": np.array([None])}}, "kept must be a mapping of strings to arrays of numbers; got"),
         ({"targets": TARGETS[:2]}, r"missing: none; unknown: 'group2\.split0\.factor0', "),
-        ({"arrays": None}, "arrays must be a mapping of names to arrays; got NoneType"),
+        ({"arrays": None}, "arrays must be a mapping of strings to arrays of numbers; got None"),
         (
             {"arrays": dict(list(ARRAYS.items())[4:])},
             r"missing: 'group0\.split0\.factor0', \S+, \S+, \S+; unknown: none",
@@ -223,15 +221,14 @@ REFUSED: dict[type[Exception], list[tuple[dict[str, Any], str]]] = {
             {"arrays": {**ARRAYS, FIRST: ARRAYS[FIRST].T}},
             rf"{FIRST} has shape \(2, 6\); config and targets require \(6, 2\)",
         ),
-        ({"arrays": {**ARRAYS, FIRST: [[1.0]]}}, "must be a NumPy array; got list"),
+        ({"arrays": {**ARRAYS, FIRST: [[1.0]]}}, "arrays must be a mapping of strings to arrays of numbers; got"),
         ({"arrays": {**ARRAYS, FIRST: np.ma.masked_array(ARRAYS[FIRST])}}, "got MaskedArray"),
-        ({"arrays": {**ARRAYS, 3: np.ones(2)}}, "arrays must be named by strings; got 3"),
-        ({"kept": {"": np.ones(2)}}, "kept must be named by strings; got ''"),
+        ({"arrays": {**ARRAYS, 3: np.ones(2)}}, "arrays must be a mapping of strings to arrays of numbers; got"),
+        ({"kept": {"": np.ones(2)}}, "kept must be named by strings that are not empty"),
     ],
     BackendError: [
         ({"arrays": {**ARRAYS, FIRST: ARRAYS[FIRST].astype(int)}}, "has dtype int64; expected one of"),
         ({"arrays": {**ARRAYS, FIRST: ARRAYS[FIRST].astype("f8")}}, "one dtype; got float32 and float64"),
-        ({"dtypes": ["bfloat16"]}, "dtypes must be a mapping of names to dtypes; got list"),
         ({"dtypes": {FIRST: "bfloat16"}}, "has values that bfloat16 cannot represent; round them"),
         ({"dtypes": {FIRST: "float16"}}, "which float32 arrays are stored as 'bfloat16'; got 'float16'"),
         ({"dtypes": {"head": "bfloat16"}}, "dtypes names 'head', which is not an array of the file"),
@@ -244,7 +241,11 @@ REFUSED: dict[type[Exception], list[tuple[dict[str, Any], str]]] = {
             "one dtype; got bfloat16 and float32",
         ),
         ({"kept": {"head": np.ones(2, complex)}}, "has dtype complex128; expected one of"),
-        ({"kept": {"head": np.array([None])}}, "has dtype object; expected one of"),
+    ],
+    TargetError: [
+        ({"targets": "blocks"}, "targets must be a sequence of Targets; got 'blocks'"),
+        ({"targets": 3}, "targets must be a sequence of Targets; got 3"),
+        ({"targets": [TARGETS[0], (6, 4)]}, "targets must be a sequence of Targets; got"),
     ],
 }
 

@@ -23,7 +23,6 @@ from tnadapt.checkpoints.container import (
     DTYPES,
     FOREIGN,
     MAX_HEADER,
-    Entries,
     file_error_context,
     opened,
     raw_dtype,
@@ -431,16 +430,3 @@ def test_a_pickle_finds_its_tensors_in_another_process(tmp_path: Path) -> None:
             env=os.environ | {"PYTHONHASHSEED": seed}, capture_output=True, text=True, check=False,
         )  # fmt: skip
         assert (done.stderr, done.stdout.splitlines()) == ("", lines)
-
-
-def test_names_of_the_same_hash_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tnadapt.checkpoints.container.hash", lambda name: len(name), raising=False)
-    entries = Entries()
-    for i in range(5):
-        entries.add(f"{i}".encode(), "F32", b"1", 4 * i, 4 * i + 4)
-    entries.index()
-    assert [entries[f"{i}"].start for i in range(5)] == [0, 4, 8, 12, 16]
-    for missing in ("9", "10", 3):
-        assert missing not in entries
-        with pytest.raises(KeyError):
-            entries[missing]  # type: ignore[index]

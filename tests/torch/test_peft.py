@@ -204,17 +204,16 @@ WRONG: list[tuple[dict[str, Any], str]] = [
 
 
 UNKNOWN = {
-    "r": r"use settings=\{'rank': …\}",
+    "r": "PEFT's 'r' is 'rank' here, .*settings",
     "rank": r"use settings=\{'rank': …\}",
-    "lora_alpha": r"use settings=\{'alpha': …\}",
+    "lora_alpha": "PEFT's 'lora_alpha' is 'alpha' here, .*settings",
     "ratio": r"use settings=\{'ratio': …\}",
-    "targets": "use target_modules",
-    "keep_trainable": "use modules_to_save",
+    "targets": "There are: .*, target_modules,",
     "target_parameters": "use target_modules, which also accepts names of parameters",
     "bias": "biases are not trained",
     "target_module": "did you mean 'target_modules'",
     "xyz": "There are: .*, settings, target_modules, exclude_modules, .*, modules_to_save,",
-    "use_dora": r"use preset='dora' or settings=\{'apply': 'magnitude'\}; .*detach_norm=True",
+    "use_dora": "PEFT's 'use_dora' is 'dora' here, a preset",
 }
 
 

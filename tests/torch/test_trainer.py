@@ -263,16 +263,16 @@ def test_refused(hf: Any, tmp_path: Path) -> None:
     peft, plugin = pytest.importorskip("peft"), importlib.import_module("tnadapt.torch.peft")
     plugin.register()
     model = peft.get_peft_model(hf.bert(), plugin.TnadaptConfig(preset="superlora", settings={"rank": 2}))
-    with pytest.raises(TargetError, match="belongs to a PEFT model, whose checkpoints hold adapters alone already"):
+    with pytest.raises(TargetError, match="is a PEFT model, whose checkpoints hold PEFT's adapters alone"):
         tt.adapter_checkpoints(hf.trainer_of(model, tmp_path))
     inner = hf.bert()
     tt.attach(inner)
     below = hf.trainer_of(peft.get_peft_model(inner, peft.LoraConfig(target_modules=["query"])), tmp_path)
     refused(
         lambda: tt.adapter_checkpoints(below),
-        "this trainer's model is a PEFT model, whose checkpoints hold PEFT's adapters, and an adapter that was "
-        "attached besides is frozen there: leave peft_config out, or give a TnadaptConfig as peft_config and call "
-        "neither attach() nor adapter_checkpoints()",
+        "this trainer's model is a PEFT model, whose checkpoints hold PEFT's adapters alone, and one that was attached "
+        "besides is frozen there: leave adapter_checkpoints out, and give a TnadaptConfig as peft_config in place of "
+        "attach()",
     )
 
 
@@ -293,7 +293,6 @@ def test_other_adapters_are_refused_on_resuming(hf: Any, tmp_path: Path) -> None
     tt.attach(other, presets.lora(2), name="second")
     refused(
         lambda: resumed._load_from_checkpoint(str(tmp_path)),
-        f"{tmp_path}: it has adapter.safetensors, and the model has the adapters 'default', 'second': attach those "
-        "that were trained, under the same names",
+        f"{tmp_path}: it has no file of adapter 'default': attach the adapters that were trained, under the same names",
         FileError,
     )

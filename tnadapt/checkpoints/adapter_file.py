@@ -17,7 +17,6 @@ from tnadapt.algebra.config import Config, group_fold, is_named
 from tnadapt.algebra.formats import make_format
 from tnadapt.algebra.init import Initializer
 from tnadapt.algebra.layout import Layout, make_layout
-from tnadapt.algebra.sources import Multiplied, Source, SourceMap, Tied, Trained, inner_source
 from tnadapt.algebra.superlora import SuperLoRA
 from tnadapt.argument_checks import checks_arguments
 from tnadapt.errors import BackendError, ConfigError, ShapeError, pluralize, safe_repr, summarize
@@ -70,13 +69,15 @@ def check_fit(
         If arrays are missing, unknown or of another shape; the message names them.
     """
     # Count before planning: a hostile config of a few bytes can ask for millions of arrays.
-    counts = [_checked_counts(part, weights) for part, weights in config.split(targets)]
-    every, expected = (sum(numbers) for numbers in zip(*counts, strict=True))
-    if expected > len(shapes) + 1024:
+    counts = [(_checked_count(part, weights), part) for part, weights in config.split(targets)]
+    # Of arrays with sources, some are not stored; how many is known only from the plan.
+    expected = sum(count for count, part in counts if part.before is None and not part.sources)
+    if expected > len(shapes) + MAX_LEFT_OUT:
         raise ShapeError(f"config and targets require {expected} arrays; there are {len(shapes)}")
+    count = sum(count for count, _ in counts)
     most = len(shapes) + _PER_TARGET * len(targets) + _MAX_UNSTORED
-    if every > most:
-        raise ShapeError(f"config and targets make {every} arrays; at most {most} can come from so few that are stored")
+    if count > most:
+        raise ShapeError(f"config and targets make {count} arrays; at most {most} can come from so few that are stored")
     plan = plan_of(config, targets)
     params = plan.param_shapes
     required = {**params, **plan.fixed_shapes}
@@ -102,8 +103,8 @@ def check_fit(
     return plan
 
 
-def _checked_counts(config: Config, targets: Sequence[Target]) -> tuple[int, int]:
-    """Return the numbers of all arrays of a config and of those that are stored; refuse sizes that take too long."""
+def _checked_count(config: Config, targets: Sequence[Target]) -> int:
+    """Return the number of all arrays of a config, without listing them; refuse sizes that take too long."""
     layout = make_layout(
         config.groups,
         [target.shape for target in targets],
@@ -116,8 +117,9 @@ def _checked_counts(config: Config, targets: Sequence[Target]) -> tuple[int, int
             raise ConfigError(
                 "the sizes that split_size='balanced' has to factor are too large; give split_size as an integer"
             )
-    every, stored = _arrays_of_group(config)
-    return layout.num_groups * every, layout.num_groups * stored
+    leading = "dense" if config.leading == "dense" else config.format
+    last, other = (len(make_format(name, (1,) * config.order, config.rank).shapes) for name in (config.format, leading))
+    return layout.num_groups * config.terms * (last + (config.splits - 1) * other)
 
 
 def _folds(config: Config, layout: Layout) -> Iterable[Sequence[int]]:
@@ -128,44 +130,10 @@ def _folds(config: Config, layout: Layout) -> Iterable[Sequence[int]]:
     return [[int(each) for each in config.fold] if isinstance(config.fold, tuple) else [size] for size in lengths]
 
 
-def _arrays_of_group(config: Config) -> tuple[int, int]:
-    """Count the arrays of a group, without listing them, as there may be many terms: all, and those that are stored."""
-    leading = "dense" if config.leading == "dense" else config.format
-    names = [
-        f"split{split}.{name}"
-        for split in range(config.splits)
-        for name in make_format(
-            config.format if split == config.splits - 1 else leading, (1,) * config.order, config.rank
-        ).shapes
-    ]
-    every = config.terms * len(names)
-    sources = SourceMap(config.sources)
-    if config.before is not None or any(isinstance(inner_source(source), Tied) for source in sources.values()):
-        return every, 0  # how many are stored is known only from the plan
-
-    def stored(prefix: str) -> int:
-        return sum(_stored(sources.of(prefix + name) or Trained()) for name in names)
-
-    usual = stored("")
-    # Terms with keys of their own, such as term3.split0.factor0.
-    terms = {key.partition(".")[0] for key in sources if key.startswith("term")}
-    named = {term for term in terms if config.terms > 1 and int(term.removeprefix("term")) < config.terms}
-    return every, config.terms * usual + sum(stored(f"{term}.") - usual for term in named)
-
-
-def _stored(source: Source) -> int:
-    """Return how many arrays of a file an array with this source has in every group."""
-    multipliers = len(source.multipliers) if isinstance(source, Multiplied) else 0
-    inner = inner_source(source)
-    return multipliers + (inner.trained or (inner.brought and not inner.independent_of_group))
-
-
-def checked_trained(trained: Any, shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, ...] | None:
+def checked_trained(trained: Sequence[str] | None, shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, ...] | None:
     """Return the names of the trained arrays in the order of the plan; None if all are trained."""
     if trained is None:
         return None
-    if isinstance(trained, str) or not isinstance(trained, Sequence) or not all(isinstance(n, str) for n in trained):
-        raise ConfigError(f"trained must be a list of names of arrays, or None for all; got {safe_repr(trained)}")
     chosen = set(trained)
     if not chosen or len(chosen) < len(trained) or not chosen <= shapes.keys():
         raise ConfigError(
@@ -206,6 +174,7 @@ _FLOATS = ("float64", "float32", "float16")
 _DIGESTED = 8
 
 
+@checks_arguments
 @dataclasses.dataclass(frozen=True, eq=False)
 class AdapterFile:
     """The content of an adapter file.
@@ -277,31 +246,16 @@ class AdapterFile:
         def put(name: str, value: Any) -> None:
             object.__setattr__(self, name, value)  # the class is frozen
 
-        if not isinstance(self.config, Config):
-            raise ConfigError(f"config must be a tnadapt.Config; got {type(self.config).__name__}")
         put("targets", _own_targets(self.targets, self.config))
         check_distinct(self.targets)
-        if self.base is not None and not isinstance(self.base, Fingerprint):
-            raise ConfigError(f"base must be a Fingerprint or None; got {type(self.base).__name__}")
-        if self.pretrained is not None and not isinstance(self.pretrained, Pretrained):
-            raise ConfigError(f"pretrained must be a Pretrained or None; got {type(self.pretrained).__name__}")
-        if self.activation is not None and (not isinstance(self.activation, str) or self.activation not in ACTIVATIONS):
+        if self.activation is not None and self.activation not in ACTIVATIONS:
             known = ", ".join(ACTIVATIONS)
             raise ConfigError(f"activation must be None or one of {known}; got {safe_repr(self.activation)}")
-        if not isinstance(self.model, str):
-            raise ConfigError(f"model must be the name of a class; got {safe_repr(self.model)}")
-        if not isinstance(self.dtypes, Mapping):
-            raise BackendError(f"dtypes must be a mapping of names to dtypes; got {type(self.dtypes).__name__}")
         dtypes = dict(self.dtypes)
         put("arrays", _own_arrays("arrays", self.arrays, dtypes))
         put("kept", _own_arrays("kept", self.kept, dtypes))
         put("dtypes", dtypes)
         put("ties", _own_ties(self))
-        if not isinstance(self.given, Mapping):
-            raise ShapeError(f"given must be a mapping of names to arrays; got {type(self.given).__name__}")
-        for name, array in self.given.items():
-            if not hasattr(array, "shape"):
-                raise ShapeError(f"given[{safe_repr(name)}] must be an array; got {type(array).__name__}")
         _check_dtypes(self)
         _check_text(self)
         shapes = {name: tuple(array.shape) for name, array in [*self.arrays.items(), *self.given.items()]}
@@ -420,22 +374,20 @@ class AdapterFile:
             for projection in [*projections[:_DIGESTED], *projections[_DIGESTED:][-_DIGESTED:]]:
                 total.update(projection.digest.encode())
         if plan.theta is not None and self.config.offset:
-            total.update(_starts(plan))
+            starts = hashlib.sha256()
+            _add(starts, _limited(_drawn_starts(plan)))
+            total.update(starts.digest())
         else:
-            for start, name, _ in begun:
-                total.update(_bytes(start.make(name)))
-        drawn_so_far = 0
-        for group in groups:
-            for name, entry in group.frozen.entries.items():
-                if entry.source.brought or entry.source.needs_base:
-                    continue  # stored, or known by the fingerprint of the base
-                drawn_so_far += math.prod(group.network.shapes[name])
-                if drawn_so_far <= MAX_DRAWN:
-                    total.update(_bytes(group.frozen.make(name)))
-        if left_out:
-            draws = drawn(self.plan, self.trained, "float32")
-            for name in left_out:
-                total.update(_bytes(draws[name]()))
+            _add(total, (draw() for draw, _ in begun))
+        frozen = (
+            (functools.partial(group.frozen.make, name), math.prod(group.network.shapes[name]))
+            for group in groups
+            for name, entry in group.frozen.entries.items()
+            if not (entry.source.brought or entry.source.needs_base)  # stored, or known by the fingerprint of the base
+        )
+        _add(total, _limited(frozen))
+        draws = drawn(plan, self.trained, "float32") if left_out else {}
+        _add(total, (draws[name]() for name in left_out))
         return total.hexdigest()
 
     def tensors(self) -> Iterator[tuple[str, np.ndarray]]:
@@ -473,41 +425,38 @@ class AdapterFile:
         return self.plan.deltas(self.arrays, self.dtype)
 
 
-def _drawn_starts(plan: SuperLoRA, subtracted: bool = False) -> Iterator[tuple[Initializer, str, int]]:
-    """Yield what draws the start of each array that the seed draws, with the array's name and size.
+_Draw = tuple[Callable[[], np.ndarray], int]  # what draws an array, and its size
 
-    These are not the arrays that start at what is stored, or computed from the base. With ``subtracted``, only those
-    whose start the update subtracts.
+
+def _drawn_starts(plan: SuperLoRA, subtracted: bool = False) -> Iterator[_Draw]:
+    """Yield the starts that the seed draws; with ``subtracted``, only those that the update subtracts.
+
+    The others start at what is stored, or computed from the base.
     """
     for full, shape in plan.array_shapes.items():
         number, _, name = full.removeprefix("group").partition(".")
         group = plan.groups[int(number)]
         if (group.subtracts or not subtracted) and group.start.draws(name):
-            yield group.start, name, math.prod(shape)
+            yield functools.partial(group.start.make, name), math.prod(shape)
 
 
-def _starts(plan: SuperLoRA) -> bytes:
-    """Return a digest of the initial arrays from which θ moves, up to a limit on their elements."""
-    total, left = hashlib.sha256(), MAX_DRAWN
-    for start, name, size in _drawn_starts(plan):
-        left -= size
-        if left >= 0:
-            total.update(_bytes(start.make(name)))
-    return total.digest()
+def _limited(draws: Iterable[_Draw]) -> Iterator[np.ndarray]:
+    """Draw arrays up to a limit on their elements."""
+    total = 0
+    for draw, size in draws:
+        total += size
+        if total <= MAX_DRAWN:
+            yield draw()
 
 
-def _bytes(array: np.ndarray) -> bytes:
-    return array.astype("<f4").tobytes()
+def _add(digest: Any, arrays: Iterable[np.ndarray]) -> None:
+    for array in arrays:
+        digest.update(array.astype("<f4").tobytes())
 
 
-def _own_targets(targets: Any, config: Config) -> tuple[Target, ...]:
-    if isinstance(targets, str) or not isinstance(targets, Sequence):
-        raise ConfigError(f"targets must be a list of Target; got {safe_repr(targets)}")
+def _own_targets(targets: Sequence[Target], config: Config) -> tuple[Target, ...]:
     if not targets:
         raise ConfigError("targets is empty: an adapter updates at least one weight")
-    for target in targets:
-        if not isinstance(target, Target):
-            raise ConfigError(f"targets must be a list of Target; got {safe_repr(target)} among them")
     return tuple(
         target if part.groups == "layer" else dataclasses.replace(target, layer="")
         for part, weights in config.split(targets)
@@ -515,14 +464,12 @@ def _own_targets(targets: Any, config: Config) -> tuple[Target, ...]:
     )
 
 
-def _own_arrays(what: str, arrays: Any, dtypes: dict[str, str]) -> dict[str, np.ndarray]:
+def _own_arrays(what: str, arrays: Mapping[str, np.ndarray], dtypes: dict[str, str]) -> dict[str, np.ndarray]:
     """Return the arrays as a dictionary, in native byte order, with bfloat16 converted to float32."""
-    if not isinstance(arrays, Mapping):
-        raise ShapeError(f"{what} must be a mapping of names to arrays; got {type(arrays).__name__}")
     native = {}
     for name, array in arrays.items():
-        if not isinstance(name, str) or not name:
-            raise ShapeError(f"{what} must be named by strings; got {safe_repr(name)}")
+        if not name:
+            raise ShapeError(f"{what} must be named by strings that are not empty")
         if not isinstance(array, np.ndarray) or isinstance(array, (np.matrix, np.ma.MaskedArray)):
             raise ShapeError(f"{what}[{name!r}] must be a NumPy array; got {type(array).__name__}")
         if array.dtype.name == "bfloat16":
@@ -537,11 +484,9 @@ def _own_arrays(what: str, arrays: Any, dtypes: dict[str, str]) -> dict[str, np.
 
 def _own_ties(file: AdapterFile) -> dict[str, tuple[str, ...]]:
     """Return the ties as a dictionary of tuples."""
-    if not isinstance(file.ties, Mapping):
-        raise ConfigError(f"ties must be a mapping of names to lists of names; got {type(file.ties).__name__}")
     alone = {target.name for target in file.targets if not target.tied}
     for name, others in file.ties.items():
-        if not isinstance(others, (tuple, list)) or not all(isinstance(other, str) and other for other in others):
+        if not all(others):
             raise ConfigError(f"ties of {safe_repr(name)} must be a list of dotted paths; got {safe_repr(others)}")
         if len({name, *others}) <= len(others):
             raise ConfigError(f"ties of {safe_repr(name)} must be different names; got {safe_repr(others)}")

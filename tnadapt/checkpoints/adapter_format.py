@@ -114,6 +114,7 @@ from tnadapt.algebra.composite import CompositeConfig
 from tnadapt.algebra.config import Config
 from tnadapt.algebra.superlora import SuperLoRA, share_maps
 from tnadapt.argument_checks import checks_arguments
+from tnadapt.backends import FLOAT_DTYPES
 from tnadapt.errors import FileError, TnadaptError, pluralize, safe_repr, summarize
 from tnadapt.targets.target import Target, check_distinct
 
@@ -137,14 +138,14 @@ _DEFAULTS: dict[str, Any] = {
     "alpha": None, "seed": 0,
 }  # fmt: skip
 
-_REQUIRED = {"version": int, "targets": container.Elements, "sha256": str}
-# The key with the config, or the configs, in each version.
-_CONFIGS: dict[int, tuple[str, type]] = {VERSION: ("config", dict), COMPOSITE: ("parts", container.Elements)}
-_OPTIONAL = {
-    "activation": str, "base": dict, "draws": str, "labels": container.Elements, "model": str, "pretrained": dict,
-    "ties": dict, "trained": container.Elements,
+# The types of the entry's values; the lists are converted one value at a time.
+_KINDS: dict[str, type] = {
+    "version": int, "config": dict, "parts": list, "targets": list, "sha256": str, "activation": str, "base": dict,
+    "draws": str, "labels": list, "model": str, "pretrained": dict, "ties": dict, "trained": list,
 }  # fmt: skip
-_JSON = {dict: "an object", container.Elements: "a list", str: "a string", int: "an integer"}
+_JSON = {dict: "an object", list: "a list", str: "a string", int: "an integer"}
+# The key with the config, or the configs, in each version.
+_CONFIGS = {VERSION: "config", COMPOSITE: "parts"}
 # Bytes that a config may have, and on top of that for each target: explicit groups list the targets' numbers.
 _CONFIG, _CONFIG_OF_TARGET = container.MAX_VALUE, 16
 # Maximum number of targets: a plan of this size takes minutes, and no model has as many weights to adapt.
@@ -185,8 +186,12 @@ def parse_recipe(
     text: bytes, stored: int
 ) -> tuple[dict[str, Any], Config, list[Target], Fingerprint | None, list[str] | None]:
     """Parse the entry of a file with ``stored`` tensors; return its object, config, targets, base and trained names."""
-    lists = ["labels", "targets", "trained", "parts"]
-    recipe = _checked_recipe(container.lazy_object(text, f"the {ENTRY} entry", lists))
+    lazy = container.lazy_object(text, f"the {ENTRY} entry")
+    _check_keys(lazy)
+    recipe = {key: _of_kind(key, value) for key, value in lazy.items() if key != "config"}
+    for key in recipe.keys() & {"sha256", "draws"}:
+        if not re.fullmatch("[0-9a-f]{64}", recipe[key]):
+            raise FileError(f"the {ENTRY} entry's {key} must be 64 lower-case hex digits; got {safe_repr(recipe[key])}")
     recipe["pretrained"] = _pretrained(recipe)
     base = _base(recipe["base"]) if "base" in recipe else None
     trained = _trained(recipe["trained"], stored + MAX_LEFT_OUT) if "trained" in recipe else None
@@ -194,41 +199,34 @@ def parse_recipe(
     if "parts" in recipe:
         return recipe, _composite(recipe["parts"], len(targets)), targets, base, trained
     # The targets bound the length of the config, whose objects take many times its bytes.
-    config = _config(recipe["config"].value(_CONFIG + _CONFIG_OF_TARGET * len(targets)))
+    config = _config(lazy["config"].value(_CONFIG + _CONFIG_OF_TARGET * len(targets)))
     return recipe, config, targets, base, trained
 
 
-def _checked_recipe(lazy: dict[str, container.Elements | container.Later]) -> dict[str, Any]:
-    """Return the entry's values after checking their types; the config is parsed later."""
-    recipe: dict[str, Any] = dict(lazy)
-    version = _value(recipe.get("version"))
+def _check_keys(lazy: Mapping[str, container.Later]) -> None:
+    """Raise FileError for another version, and for unknown or missing keys."""
+    version = lazy["version"].value() if "version" in lazy else None
     if type(version) is int and version > COMPOSITE:
         raise FileError(f"has format version {version}, and this tnadapt reads up to {COMPOSITE}: update tnadapt")
     if type(version) is not int or version not in _CONFIGS:
         raise FileError(
             f"the {ENTRY} entry has the format version {safe_repr(version)}; expected {VERSION} or {COMPOSITE}"
         )
-    required = {*_REQUIRED, _CONFIGS[version][0]}
-    unknown = recipe.keys() - required - _OPTIONAL.keys()
-    missing = required - recipe.keys()
+    configs = _CONFIGS[version]
+    unknown = lazy.keys() - (_KINDS.keys() - set(_CONFIGS.values()) | {configs})
+    missing = {"targets", "sha256", configs} - lazy.keys()
     if unknown or missing:
         raise FileError(f"the {ENTRY} entry has unknown keys: {summarize(unknown)}; lacks: {summarize(missing)}")
-    for key in [key for key in recipe if key != "config"]:
-        recipe[key] = _of_kind(key, _value(recipe[key]))
-    for key in ("sha256", "draws"):
-        if key in recipe and not re.fullmatch("[0-9a-f]{64}", recipe[key]):
-            raise FileError(f"the {ENTRY} entry's {key} must be 64 lower-case hex digits; got {safe_repr(recipe[key])}")
-    return recipe
-
-
-def _value(value: Any) -> Any:
-    return value.value() if isinstance(value, container.Later) else value
 
 
 def _of_kind(key: str, value: Any) -> Any:
-    """Return a value after checking that it has the type of its key."""
-    expected = (_REQUIRED | _OPTIONAL | dict(_CONFIGS.values()))[key]
-    if not isinstance(value, expected):  # also catches Elements where no list is expected
+    """Return a value after checking that it has the type of its key: a list as it is, another one converted."""
+    expected = _KINDS[key]
+    if isinstance(value, container.Later):
+        if expected is list and value.is_list:
+            return value
+        value = value.value()
+    if not isinstance(value, expected):
         raise FileError(f"the {ENTRY} entry's {key} must be {_JSON[expected]}; got {safe_repr(value)}")
     return value
 
@@ -310,6 +308,10 @@ def _base(value: dict[str, Any]) -> Fingerprint:
 _SURROGATE = re.compile(b"\xed[\xa0-\xbf]")
 
 
+# Tensors are in the order of safetensors' own writer: by dtype, and then by name.
+_ORDER = ("U64", "I64", "F64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16", "I8", "U8", "BOOL")
+
+
 def save(path: str | os.PathLike[str], adapter_file: AdapterFile) -> None:
     """Write an adapter file; an existing file stays intact until the new one is complete.
 
@@ -354,13 +356,14 @@ def content_of(file: AdapterFile) -> bytes:
     file.check_finite()
     left_out = file.left_out
     stored = {
-        name: _stored(array, file.dtypes.get(name, array.dtype.name))
+        name: container.to_stored(array, file.dtypes.get(name, array.dtype.name))
         for name, array in file.tensors()
         if name not in left_out
     }
     recipe = recipe_of(file, file.draws_without(left_out))
     digest = _digest(recipe_text({**recipe, "sha256": "0" * 64}).encode(), stored)
-    content = container.serialized(stored, {ENTRY: recipe_text({**recipe, "sha256": digest})})
+    ordered = {name: stored[name] for name in sorted(stored, key=lambda name: (_ORDER.index(stored[name][0]), name))}
+    content = container.serialized(ordered, {ENTRY: recipe_text({**recipe, "sha256": digest})})
     length, most = int.from_bytes(content[:8], "little"), container.MAX_HEADER
     if length > most:
         raise FileError(f"{len(stored)} arrays need a header of more than {most} bytes; use fewer groups")
@@ -372,18 +375,9 @@ def _check_readable(header: bytes) -> None:
     """Raise FileError if :func:`load` would reject this header, mainly because it exceeds a limit."""
     try:
         entries, metadata = container.read_header(header, False)
-        parse_recipe(metadata.raw[ENTRY], len(entries))
+        parse_recipe(metadata.data[ENTRY], len(entries))
     except FileError as error:
         raise FileError(f"was not written, as load would refuse it: {error}") from error
-
-
-def _stored(array: np.ndarray, dtype: str) -> tuple[str, np.ndarray]:
-    """Return an array's dtype in the file, and the array to store."""
-    tag = container.TAG_OF[dtype]
-    if tag == "BF16":
-        array = (array.view(np.uint32) >> np.uint32(16)).astype(np.uint16)
-    # Not ascontiguousarray, which turns a scalar into a vector.
-    return tag, np.asarray(array, container.raw_dtype(tag), order="C")
 
 
 def _digest(text: bytes, stored: Mapping[str, tuple[str, np.ndarray]]) -> str:
@@ -499,7 +493,7 @@ def _draw_missing(
     """Draw the frozen arrays that the file omits, and return their names."""
     if trained is None:
         return ()
-    if dtype not in ("float64", "float32", "float16", "bfloat16"):
+    if dtype not in FLOAT_DTYPES:
         return ()  # AdapterFile rejects the dtype later, with a better message
     missing = {name: make for name, make in drawn(plan, trained, dtype).items() if name not in arrays}
     for name, make in missing.items():
@@ -520,7 +514,7 @@ def _entry_text(file: container.Container) -> bytes:
     if len(metadata) > 1:
         others = summarize(metadata.keys() - {ENTRY})
         raise FileError(f"must have '{ENTRY}' as its only entry of metadata; it also has {others}")
-    text = metadata.raw[ENTRY]
+    text: bytes = metadata.data[ENTRY]
     if _SURROGATE.search(text):
         raise FileError(f"the {ENTRY} entry has half a surrogate pair")
     return text

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import importlib
 import importlib.util
-import itertools
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +37,9 @@ class Checkpoint:
         The safetensors files, absolute.
     index : str or None
         The path of the index, if there is one.
-    entries : mapping of str to Entry
+    entries : dict of str to Entry
         The dtype, shape and position of every tensor of every file.
-    shard : mapping of str to str
+    shard : dict of str to str
         The file of each tensor.
     data : dict of str to int
         The position in each file where the tensors begin.
@@ -65,8 +62,9 @@ class Checkpoint:
     def __init__(self, path: str, files: tuple[str, ...], index: str | None = None) -> None:
         self.path, self.files, self.index = path, files, index
         self.folder = os.path.dirname(files[0])
-        self.entries = container.Entries()
-        self.shard = _Shards(self.entries, files)
+        self.entries: dict[str, Entry] = {}
+        self.shard: dict[str, str] = {}
+        self._of_file: dict[str, dict[str, Entry]] = {}
         self.data: dict[str, int] = {}
         self.metadata: dict[str, container.Metadata] = {}
         self.states: dict[str, list[int]] = {}
@@ -74,13 +72,13 @@ class Checkpoint:
             with container.file_error_context(file):
                 self.states[file] = file_state(file)
             with container.file_error_context(file), container.opened(file, foreign=True) as header:
-                self.entries.extend(header.entries)
+                self._of_file[file] = header.entries
                 self.data[file], self.metadata[file] = header.data, header.metadata
-        if (name := self.entries.index()) is not None:
-            listed = (any(name == other for other, _ in self.entries.of_file(number)) for number in range(len(files)))
-            first, second = list(itertools.compress(files, listed))[:2]
-            with container.file_error_context(second):
-                raise FileError(f"{safe_repr(name)} is also in {os.path.basename(first)}")
+                for name in header.entries:
+                    if name in self.shard:
+                        raise FileError(f"{safe_repr(name)} is also in {os.path.basename(self.shard[name])}")
+                    self.shard[name] = file
+            self.entries |= header.entries
 
     def __repr__(self) -> str:
         tensors, files = pluralize(len(self.entries), "tensor"), pluralize(len(self.files), "file")
@@ -89,12 +87,11 @@ class Checkpoint:
     @property
     def nbytes(self) -> int:
         """Total bytes of all tensors."""
-        starts, stops = self.entries.spans()
-        return int((stops - starts).sum())
+        return sum(entry.stop - entry.start for entry in self.entries.values())
 
     def of_file(self, file: str) -> dict[str, Entry]:
         """Return the tensors of one of the files, in the order of their bytes."""
-        return dict(self.entries.of_file(self.files.index(file)))
+        return self._of_file[file]
 
     @functools.cached_property
     def config(self) -> dict[str, Any] | None:
@@ -144,22 +141,6 @@ def file_state(path: str) -> list[int]:
     """Return a file's size, modification time and inode, which change when it is written to or replaced."""
     status = os.stat(path)
     return [status.st_size, status.st_mtime_ns, status.st_ino]
-
-
-class _Shards(Mapping[str, str]):
-    """The file of each tensor."""
-
-    def __init__(self, entries: container.Entries, files: tuple[str, ...]) -> None:
-        self._entries, self._files = entries, files
-
-    def __getitem__(self, name: str) -> str:
-        return self._files[self._entries.file_of(name)]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._entries)
-
-    def __len__(self) -> int:
-        return len(self._entries)
 
 
 @checks_arguments
@@ -342,15 +323,3 @@ def need_gguf(file: str) -> None:
         raise TnadaptError(
             f"{safe_repr(file)} is a GGUF file, which needs the package gguf: pip install 'tnadapt[gguf]'"
         )
-
-
-@contextlib.contextmanager
-def hidden_bar(file: str) -> Iterator[None]:
-    """Hide the progress bar with which transformers reads a GGUF file; do nothing if the name is empty."""
-    with contextlib.ExitStack() as stack:
-        if file:
-            with contextlib.suppress(ImportError, AttributeError):
-                module: Any = importlib.import_module("transformers.modeling_gguf_pytorch_utils")
-                stack.callback(setattr, module, "tqdm", module.tqdm)
-                module.tqdm = lambda iterable, *args, **kwargs: iterable
-        yield

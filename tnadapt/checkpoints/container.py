@@ -7,30 +7,31 @@ space; and the tensors' bytes, little-endian, in C order, one after another. The
 memory for a tensor is allocated only once its bytes are known to be present.
 
 The JSON of headers and of other files from strangers is parsed here, too: strictly (:func:`json_file`), and value by
-value (:class:`Document`).
+value (:class:`JsonText`).
 """
 
 from __future__ import annotations
 
-import bisect
 import codecs
+import collections
 import contextlib
 import errno
 import io
+import itertools
 import json
 import math
 import os
 import re
 import stat
-from array import array
-from collections.abc import Collection, ItemsView, Iterator, Mapping, ValuesView
+import sys
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from tnadapt.errors import FileError, TnadaptError, escaped, safe_repr
 
-# -- The tensors that headers list, in less memory than their text -----------------------------------------------------
+# -- The tensors that headers list -------------------------------------------------------------------------------------
 
 
 # Names of dtypes in a file, and everywhere else.
@@ -45,9 +46,6 @@ FOREIGN = {
     "C64": 64, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F6_E2M3": 6, "F6_E3M2": 6,
     "F4": 4,
 }  # fmt: skip
-
-_TAGS = (*DTYPES, *FOREIGN)
-_CODES = {tag: code for code, tag in enumerate(_TAGS)}
 
 
 class Entry(NamedTuple):
@@ -66,148 +64,6 @@ class Entry(NamedTuple):
     shape: tuple[int, ...]
     start: int
     stop: int
-
-
-class Entries(Mapping[str, Entry]):
-    """The tensors of one or several files by name, in the order of their bytes.
-
-    Entries are stored as columns of numbers and two byte strings, and are found by binary search in the sorted hashes
-    of their names. A dictionary of a million entries would take five times the memory of their text.
-
-    Examples
-    --------
-    >>> entries = Entries()
-    >>> entries.add(b"b", "F32", b"2", 4, 12), entries.add(b"a", "U8", b"2,2", 0, 4)
-    (None, None)
-    >>> entries.index() is None, list(entries), entries["b"]
-    (True, ['a', 'b'], Entry(dtype='F32', shape=(2,), start=4, stop=12))
-    """
-
-    def __init__(self) -> None:
-        self._names, self._shapes = bytearray(), bytearray()
-        self._name_ends, self._shape_ends = array("Q", [0]), array("Q", [0])
-        self._codes, self._starts, self._stops = array("B"), array("Q"), array("Q")
-        # Rows of the columns in the order of their bytes; the sorted hashes of all names, and the row of each hash.
-        self._order, self._hashes, self._rows = array("I"), array("q"), array("I")
-        self._firsts = [0]  # first place of each file in the order, and of the next file to be added
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        if self._hashes:
-            self.index()  # another process salts hashes differently
-
-    def add(self, name: bytes, dtype: str, shape: bytes, start: int, stop: int) -> None:
-        """Add an entry, its shape as comma-separated decimals. Lookups need a call to :meth:`index` first."""
-        self._names += name
-        self._shapes += shape
-        self._name_ends.append(len(self._names))
-        self._shape_ends.append(len(self._shapes))
-        self._codes.append(_CODES[dtype])
-        self._starts.append(start)
-        self._stops.append(stop)
-
-    def extend(self, other: Entries) -> None:
-        """Append the entries of another file."""
-        for ends, theirs, base in (
-            (self._name_ends, other._name_ends, len(self._names)),
-            (self._shape_ends, other._shape_ends, len(self._shapes)),
-        ):
-            ends.frombytes((np.asarray(theirs)[1:] + np.uint64(base)).tobytes())
-        self._order.frombytes((np.asarray(other._order) + np.uint32(len(self._codes))).tobytes())
-        self._names += other._names
-        self._shapes += other._shapes
-        for mine, its in ((self._codes, other._codes), (self._starts, other._starts), (self._stops, other._stops)):
-            mine.extend(its)
-        self._firsts.append(len(self._codes))
-
-    def index(self) -> str | None:
-        """Prepare for lookups by name, and return a name that occurs twice, or None."""
-        count = len(self._codes)
-        if len(self._firsts) == 1:
-            order = np.lexsort((np.asarray(self._stops), np.asarray(self._starts))).astype(np.uint32)
-            self._order = array("I", order.tobytes())
-        hashes = np.fromiter((hash(self._name(row)) for row in range(count)), np.int64, count)
-        rows = np.argsort(hashes, kind="stable").astype(np.uint32)
-        hashes = hashes[rows]
-        self._hashes, self._rows = array("q", hashes.tobytes()), array("I", rows.tobytes())
-        for place in np.flatnonzero(hashes[1:] == hashes[:-1]):
-            row, later = (self._name(self._rows[int(at)]) for at in (place, place + 1))
-            if row == later:
-                return row.decode()
-        return None
-
-    def spans(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return the start and stop positions of all tensors, in the order of their bytes."""
-        order = np.asarray(self._order)
-        return np.asarray(self._starts)[order], np.asarray(self._stops)[order]
-
-    def name_at(self, place: int) -> str:
-        """Return the name of the entry at a place in the order of the bytes."""
-        return self._name(self._order[place]).decode()
-
-    def of_file(self, number: int) -> Iterator[tuple[str, Entry]]:
-        """Yield the names and entries of one of the added files, in the order of their bytes."""
-        for row in self._order[self._firsts[number] : self._firsts[number + 1]]:
-            yield self._name(row).decode(), self._entry(row)
-
-    def file_of(self, name: str) -> int:
-        """Return the number of the file that holds a tensor; raise KeyError if none does."""
-        return bisect.bisect_right(self._firsts, self._row(name)) - 1
-
-    def _name(self, row: int) -> bytes:
-        return bytes(self._names[self._name_ends[row] : self._name_ends[row + 1]])
-
-    def _entry(self, row: int) -> Entry:
-        text = self._shapes[self._shape_ends[row] : self._shape_ends[row + 1]]
-        shape = tuple(map(int, text.split(b","))) if text else ()
-        return Entry(_TAGS[self._codes[row]], shape, self._starts[row], self._stops[row])
-
-    def _row(self, name: str) -> int:
-        if isinstance(name, str):
-            raw = name.encode("utf-8", "surrogatepass")
-            known = hash(raw)
-            place = bisect.bisect_left(self._hashes, known)
-            while place < len(self._hashes) and self._hashes[place] == known:
-                if self._name(self._rows[place]) == raw:
-                    return self._rows[place]
-                place += 1
-        raise KeyError(name)
-
-    def __getitem__(self, name: str) -> Entry:
-        return self._entry(self._row(name))
-
-    def __contains__(self, name: object) -> bool:
-        try:
-            self._row(name)  # type: ignore[arg-type]  # another type is a KeyError
-        except KeyError:
-            return False
-        return True
-
-    def __iter__(self) -> Iterator[str]:
-        return (self._name(row).decode() for row in self._order)
-
-    def __len__(self) -> int:
-        return len(self._codes)
-
-    def items(self) -> ItemsView[str, Entry]:
-        return _Items(self)
-
-    def values(self) -> ValuesView[Entry]:
-        return _Values(self)
-
-
-class _Items(ItemsView[str, Entry]):
-    _mapping: Entries
-
-    def __iter__(self) -> Iterator[tuple[str, Entry]]:
-        return zip(self._mapping, self._mapping.values(), strict=True)
-
-
-class _Values(ValuesView[Entry]):
-    _mapping: Entries
-
-    def __iter__(self) -> Iterator[Entry]:
-        return map(self._mapping._entry, self._mapping._order)
 
 
 # -- Strict reading of untrusted JSON: no duplicate keys, finite numbers, limited size ---------------------------------
@@ -329,9 +185,8 @@ def strict_value(text: str, what: str) -> Any:
 
 # -- The incremental JSON parser, which rejects invalid values before it builds objects --------------------------------
 
-# Python's own parser builds objects of up to 25 times the size of the text. Here a document is scanned for the spans of
-# its values, and each value is converted alone, so that a hostile document needs memory only for its text and one
-# value.
+# Python's own parser builds objects of up to 25 times the size of the text. Here a text is read from its beginning to
+# its end, and each value is converted alone, so that a hostile text needs memory only for itself and one value.
 
 
 #: Maximum bytes of a value that is converted in one piece, such as a tensor's entry, a target or a name.
@@ -340,14 +195,18 @@ MAX_VALUE = 1 << 16
 _MAX_DEPTH = 32
 # Maximum strings and brackets of one value: a list of 100,000 targets has a million.
 _MAX_TOKENS = 1 << 22
-# Maximum keys of an object with lazy values.
+# Maximum keys of an object with values that are converted on demand.
 _MAX_KEYS = 64
 _PIECE = 1 << 16
 
 _SPACE = re.compile(rb"[ \t\n\r]*+")
-_STRING = re.compile(rb'"[^"\\\x00-\x1f]*+(?:\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})[^"\\\x00-\x1f]*+)*+"')
+_TEXT = rb'"[^"\\\x00-\x1f]*+(?:\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})[^"\\\x00-\x1f]*+)*+"'
+_STRING = re.compile(_TEXT)
+_KEY = re.compile(rb"(" + _TEXT + rb")[ \t\n\r]*+:[ \t\n\r]*+")
+_COMMA = re.compile(rb"[ \t\n\r]*+,[ \t\n\r]*+")
 _SCALAR = re.compile(rb'[^ \t\n\r"\[\]{},:]++')
-_TO_BRACKET = re.compile(rb'[^"\[\]{}]*+')
+# The next string or bracket of a value.
+_TOKEN = re.compile(rb'[^"\[\]{}]*+(' + _TEXT + rb"|[\[\]{}])")
 # A piece of a string that does not split any escape, surrogate pair or multi-byte character.
 _LETTERS = re.compile(
     rb"(?:[^\\\x80-\xff]{1,4096}+|[\xc0-\xff][\x80-\xbf]*+|\\u[dD][89abAB]..\\u[dD][c-fC-F]..|\\u....|\\.){1,256}+",
@@ -355,238 +214,181 @@ _LETTERS = re.compile(
 )
 
 
-# A member of an object: its key, the span of its value, and the match of the value if it is in the usual form.
-Member = tuple[str, int, int, re.Match[bytes] | None]
-
-
-class Document:
-    """A JSON document whose parts are parsed on demand.
+class JsonText:
+    """A JSON text that is read from a position on, one value at a time.
 
     Parameters
     ----------
     content : bytes
         Valid UTF-8, as checked by :func:`check_utf8`.
     what : str
-        Name of the document in messages.
+        Name of the text in messages.
+    at : int
+        The position.
     stop : int, optional
         End of the text; the end of ``content`` if not given.
 
     Examples
     --------
-    >>> document = Document(b'{"a": [1, 2], "b": 3}', "the text")
-    >>> [(key, document.value(start, stop)) for key, start, stop, _ in document.members(document.start())]
+    >>> text = JsonText(b'{"a": [1, 2], "b": 3}', "the text")
+    >>> [(key, text.value()) for key in text.members()]
     [('a', [1, 2]), ('b', 3)]
     """
 
-    def __init__(self, content: bytes, what: str, stop: int | None = None) -> None:
-        self.content, self.what = content, what
+    def __init__(self, content: bytes, what: str, at: int = 0, stop: int | None = None) -> None:
+        self.content, self.what, self.at = content, what, at
         self.stop = len(content) if stop is None else stop
 
-    def start(self) -> int:
-        """Return the position where the document's object begins; raise FileError if it is another value."""
-        at = self._space(0)
-        if at == self.stop:
-            raise self._broken(at, "an object")
-        if self.content[at : at + 1] != b"{":
-            raise FileError(f"{self.what} must be a JSON object; got {safe_repr(self.peek(at))}")
-        return at
+    def next(self) -> bytes:
+        """Go to the next byte that is no white space, and return it; nothing at the end of the text."""
+        self.at = _SPACE.match(self.content, self.at, self.stop).end()  # type: ignore[union-attr]  # matches anything
+        return self.content[self.at : min(self.at + 1, self.stop)]
 
-    def members(
-        self,
-        at: int,
-        usual: re.Pattern[bytes] | None = None,
-        limit: int = MAX_VALUE,
-        unlimited: Collection[str] = (),
-        whole: bool = True,
-    ) -> Iterator[Member]:
-        """Yield the members of the object that begins at a position.
+    def take(self, pattern: re.Pattern[bytes]) -> re.Match[bytes] | None:
+        """Go behind what matches here, if it does."""
+        match = pattern.match(self.content, self.at, self.stop)
+        self.at = self.at if match is None else match.end()
+        return match
 
-        Parameters
-        ----------
-        at : int
-        usual : pattern, optional
-            Pattern that most values match. Values that do not are scanned bracket by bracket, which is slower.
-        limit : int
-            Maximum bytes of a value.
-        unlimited : collection of str
-            Keys whose values may have any number of bytes.
-        whole : bool
-            Whether this is the document's own object, which nothing may follow.
-        """
-        at = self._space(at + 1)
-        more = self.content[at : at + 1] != b"}"
-        at += not more
+    def members(self) -> Iterator[str]:
+        """Yield each key of the object that begins here; the caller reads its value."""
+        for _ in self._items(b"{", b"}"):
+            match = self.take(_KEY)
+            if match is None:
+                raise self._broken("a key in quotes and ':'")
+            if match.end() - match.start() > MAX_VALUE:
+                raise self._long(MAX_VALUE)
+            yield str(json.loads(match[1].decode()))
+
+    def elements(self) -> Iterator[Any]:
+        """Yield each value of the array that begins here."""
+        for _ in self._items(b"[", b"]"):
+            yield self.value()
+
+    def _items(self, first: bytes, last: bytes) -> Iterator[None]:
+        self._need(first)
+        more = self.next() != last
         while more:
-            if (key_match := _STRING.match(self.content, at, self.stop)) is None:
-                raise self._broken(at, "a key in quotes")
-            key = self.text(at, key_match.end())
-            at = self._space(key_match.end())
-            if self.content[at : at + 1] != b":":
-                raise self._broken(at, "':'")
-            at = self._space(at + 1)
-            match = usual.match(self.content, at, self.stop) if usual is not None else None
-            most = self.stop if key in unlimited else limit
-            stop = match.end() if match is not None else self.end_of(at, most, key)
-            yield key, at, stop, match
-            at, more = self._next(stop, b"}")
-        if whole and self._space(at) != self.stop:
-            raise self._broken(at, "nothing more")
+            yield
+            more = self.take(_COMMA) is not None
+        self._need(last)
 
-    def elements(self, at: int, limit: int = MAX_VALUE) -> Iterator[tuple[int, int]]:
-        """Yield the spans of the values in the array that begins at a position."""
-        at = self._space(at + 1)
-        more = self.content[at : at + 1] != b"]"
-        while more:
-            stop = self.end_of(at, limit)
-            yield at, stop
-            at, more = self._next(stop, b"]")
+    def end(self) -> None:
+        """Raise FileError if more than white space follows."""
+        if self.next():
+            raise self._broken("nothing more")
 
-    def _next(self, at: int, close: bytes) -> tuple[int, bool]:
-        """Return the position of the next value or after the closing bracket, and whether there is a next value."""
-        at = self._space(at)
-        letter = self.content[at : min(at + 1, self.stop)]
-        if letter == b",":
-            return self._space(at + 1), True
-        if letter != close:
-            raise self._broken(at, f"',' or '{close.decode()}'")
-        return at + 1, False
+    def _need(self, letter: bytes) -> None:
+        if self.next() != letter:
+            raise self._broken(f"'{letter.decode()}'")
+        self.at += 1
 
-    def end_of(self, at: int, limit: int = MAX_VALUE, key: str | None = None) -> int:
-        """Return where the value that begins at a position ends, examining only its strings and brackets."""
-        first, bound = self.content[at : min(at + 1, self.stop)], min(self.stop, at + limit)
-        if first == b'"':
-            match = _STRING.match(self.content, at, self.stop)
-        elif first not in (b"{", b"["):
-            match = _SCALAR.match(self.content, at, self.stop)
-        else:
-            return self._bracketed(at, bound, limit, key)
-        if match is None:
-            raise self._broken(at, "a value")
-        if match.end() > bound:
-            raise self._long(limit, key)
-        return match.end()
+    def pass_value(self, limit: int = MAX_VALUE) -> tuple[int, int]:
+        """Go behind the value that begins here, looking only at its strings and brackets; return its span."""
+        start, bound, depth = self.at, min(self.stop, self.at + limit), 0
+        match = self.take(_SCALAR)
+        if match is not None:
+            if self.at > bound:
+                raise self._long(limit)
+            return start, self.at
+        for _ in range(_MAX_TOKENS):
+            match = _TOKEN.match(self.content, self.at, bound)
+            if match is None or (depth == 0 and match.start(1) > start):
+                if bound < self.stop:
+                    raise self._long(limit)
+                raise self._broken("a whole value")
+            self.at, letter = match.end(), self.content[match.start(1)]
+            depth += (letter in b"[{") - (letter in b"]}")
+            if depth > _MAX_DEPTH:
+                raise FileError(f"{self.what} is nested too deep")
+            if depth <= 0:
+                return start, self.at
+        raise FileError(f"{self.what} has a value with more than {_MAX_TOKENS} strings and brackets")
 
-    def _bracketed(self, start: int, bound: int, limit: int, key: str | None) -> int:
-        at, depth, tokens = start, 0, 0
-        while at < bound:
-            tokens += 1
-            if tokens > _MAX_TOKENS:
-                raise FileError(f"{self.what} has a value with more than {_MAX_TOKENS} strings and brackets")
-            letter = self.content[at]
-            if letter == 0x22:
-                match = _STRING.match(self.content, at, bound)
-                if match is None:
-                    break
-                at = match.end()
-            elif letter in b"[{":
-                depth, at = depth + 1, at + 1
-                if depth > _MAX_DEPTH:
-                    raise FileError(f"{self.what} is nested too deep")
-            else:
-                depth, at = depth - 1, at + 1
-                if not depth:
-                    return at
-            at = _TO_BRACKET.match(self.content, at, bound).end()  # type: ignore[union-attr]  # matches anything
-        if bound < self.stop:
-            raise self._long(limit, key)
-        raise self._broken(start, "a whole value")
-
-    def value(self, start: int, stop: int) -> Any:
-        """Convert a value that was found."""
+    def value(self, limit: int = MAX_VALUE) -> Any:
+        """Convert the value that begins here; raise FileError if it has more than ``limit`` bytes."""
+        start, stop = self.pass_value(limit)
         return strict_value(self.content[start:stop].decode(), self.what)
 
-    def text(self, start: int, stop: int) -> str:
-        """Convert a string that was found; raise FileError if it is too long for a name."""
-        if stop - start > MAX_VALUE:
-            raise self._long(MAX_VALUE, None)
-        return str(json.loads(self.content[start:stop].decode()))
-
-    def long_text(self, start: int, stop: int) -> bytes:
-        """Convert a string of any length that was found to UTF-8, encoding lone surrogates as well."""
-        start, stop, buffer = start + 1, stop - 1, io.BytesIO()
-        while start < stop:
-            match = _LETTERS.match(self.content, start, stop)
-            if match is None:
-                raise self._broken(start, "a string")
+    def long_text(self) -> bytes | None:
+        """Convert the string that begins here, of any length, to UTF-8 with lone surrogates; None if it is none."""
+        if self.next() != b'"':
+            return None
+        string, buffer = self.take(_STRING), io.BytesIO()
+        if string is None:
+            raise self._broken("a string")
+        start, stop = string.start() + 1, string.end() - 1
+        while (match := _LETTERS.match(self.content, start, stop)) is not None:
             buffer.write(json.loads(f'"{match[0].decode()}"').encode("utf-8", "surrogatepass"))
             start = match.end()
         return buffer.getvalue()
 
-    def peek(self, at: int, count: int = 200) -> str:
-        """Return the text at a position, for a message."""
-        return self.content[at : min(at + count, self.stop)].decode(errors="replace")
+    def peek(self, count: int) -> str:
+        """Return the text that follows, for a message."""
+        return safe_repr(self.content[self.at : min(self.at + count, self.stop)].decode(errors="replace"))
 
-    def _space(self, at: int) -> int:
-        return _SPACE.match(self.content, at, self.stop).end()  # type: ignore[union-attr]  # matches anything
+    def _broken(self, expected: str) -> FileError:
+        got = self.peek(20) if self.at < self.stop else "its end"
+        return FileError(f"{self.what} is not JSON: expected {expected} at byte {self.at}; got {got}")
 
-    def _broken(self, at: int, expected: str) -> FileError:
-        got = safe_repr(self.peek(at, 20)) if at < self.stop else "its end"
-        return FileError(f"{self.what} is not JSON: expected {expected} at byte {at}; got {got}")
-
-    def _long(self, limit: int, key: str | None) -> FileError:
-        under = "" if key is None else f" for {safe_repr(key)}"
-        return FileError(f"{self.what} has a value or name of more than {limit} bytes{under}")
-
-
-class Elements:
-    """The values of an array, each converted on demand."""
-
-    def __init__(self, document: Document, start: int) -> None:
-        self._document, self._start = document, start
-
-    def __iter__(self) -> Iterator[Any]:
-        for start, stop in self._document.elements(self._start):
-            yield self._document.value(start, stop)
+    def _long(self, limit: int) -> FileError:
+        return FileError(f"{self.what} has a value or name of more than {limit} bytes")
 
 
 class Later:
-    """A value of an object, converted on demand."""
+    """A value of an object, converted on demand, and the values of an array one by one."""
 
-    def __init__(self, document: Document, start: int, stop: int, key: str) -> None:
-        self._document, self._start, self._stop, self._key = document, start, stop, key
+    def __init__(self, content: bytes, what: str, span: tuple[int, int]) -> None:
+        self._content, self._what, self._span = content, what, span
+
+    @property
+    def is_list(self) -> bool:
+        """Whether it is an array."""
+        return self._content.startswith(b"[", self._span[0])
 
     def value(self, limit: int = MAX_VALUE) -> Any:
         """Return the value; raise FileError if it has more than ``limit`` bytes."""
-        if self._stop - self._start > limit:
-            raise self._document._long(limit, self._key)
-        return self._document.value(self._start, self._stop)
+        return self._again().value(limit)
+
+    def __iter__(self) -> Iterator[Any]:
+        return self._again().elements()
+
+    def _again(self) -> JsonText:
+        return JsonText(self._content, self._what, *self._span)
 
 
-def lazy_object(content: bytes, what: str, lazy: Collection[str]) -> dict[str, Elements | Later]:
-    """Scan a document's object: arrays under some keys become :class:`Elements`, other values :class:`Later`.
+def lazy_object(content: bytes, what: str) -> dict[str, Later]:
+    """Read an object whose values are converted on demand, and may have any length until then.
 
     Parameters
     ----------
     content : bytes
     what : str
-        Name of the document in messages.
-    lazy : collection of str
-        The keys whose arrays may have any length.
+        Name of the text in messages.
 
     Raises
     ------
     FileError
-        If the document is not such a JSON object. Errors within its values are found when they are converted.
+        If it is not a JSON object. Errors within its values are found when they are converted.
 
     Examples
     --------
-    >>> entry = lazy_object(b'{"version": 1, "targets": [[2], [3]]}', "the entry", ["targets"])
+    >>> entry = lazy_object(b'{"version": 1, "targets": [[2], [3]]}', "the entry")
     >>> entry["version"].value(), list(entry["targets"])
     (1, [[2], [3]])
     """
     check_utf8(content, what)
-    document, spans = Document(content, what), dict[str, tuple[int, int]]()
-    for key, start, stop, _ in document.members(document.start(), limit=len(content)):
-        if key in spans:
+    text, values = JsonText(content, what), dict[str, Later]()
+    if text.next() not in (b"{", b""):
+        raise FileError(f"{what} must be a JSON object; got {text.peek(200)}")
+    for key in text.members():
+        if key in values:
             raise FileError(f"{what} has the key {safe_repr(key)} twice")
-        if len(spans) == _MAX_KEYS:
+        if len(values) == _MAX_KEYS:
             raise FileError(f"{what} has more than {_MAX_KEYS} keys")
-        spans[key] = start, stop
-    arrays = {key for key in spans if key in lazy and content[spans[key][0] : spans[key][0] + 1] == b"["}
-    return {
-        key: Elements(document, start) if key in arrays else Later(document, start, stop, key)
-        for key, (start, stop) in spans.items()
-    }
+        values[key] = Later(content, f"{what}'s {safe_repr(key)}", text.pass_value(len(content)))
+    text.end()
+    return values
 
 
 def encodes(text: str) -> bool:
@@ -609,7 +411,7 @@ def check_utf8(content: bytes, what: str) -> None:
         raise FileError(f"{what} is not UTF-8: {error}") from error
 
 
-# -- The header, parsed entry by entry in less than four times the memory of its text ----------------------------------
+# -- The header, parsed entry by entry ---------------------------------------------------------------------------------
 
 
 #: The largest published models have 150,000 tensors over all of their files.
@@ -624,6 +426,7 @@ _MAX_BYTES = 1 << 62
 # that the file is damaged.
 _PADDING = b" \t\n\r"
 
+_NULL = re.compile(rb"null")
 _NATURAL = rb"(?:0|[1-9][0-9]{0,18}+)"
 # An entry with its keys in the usual order, matched by one regular expression. Other orders are read, too, but slower.
 _USUAL = re.compile(
@@ -632,23 +435,11 @@ _USUAL = re.compile(
 )
 
 
-class Metadata(Mapping[str, str]):
+class Metadata(collections.UserDict[str, Any]):
     """The metadata strings of a file, kept as UTF-8, so that they take no more memory than the file."""
 
-    def __init__(self, raw: Mapping[str, bytes]) -> None:
-        self.raw = raw
-
     def __getitem__(self, key: str) -> str:
-        return self.raw[key].decode("utf-8", "surrogatepass")
-
-    def __contains__(self, key: object) -> bool:
-        return key in self.raw  # Mapping's own implementation would decode the value
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.raw)
-
-    def __len__(self) -> int:
-        return len(self.raw)
+        return str(self.data[key].decode("utf-8", "surrogatepass"))
 
 
 def raw_dtype(name: str) -> np.dtype[Any]:
@@ -656,7 +447,7 @@ def raw_dtype(name: str) -> np.dtype[Any]:
     return np.dtype("uint16" if name == "BF16" else DTYPES[name]).newbyteorder("<")
 
 
-def read_header(content: bytes, foreign: bool) -> tuple[Entries, Metadata]:
+def read_header(content: bytes, foreign: bool) -> tuple[dict[str, Entry], Metadata]:
     """Parse a header and check everything that can be checked without the size of the file.
 
     Parameters
@@ -666,6 +457,12 @@ def read_header(content: bytes, foreign: bool) -> tuple[Entries, Metadata]:
     foreign : bool
         Whether tensors may have the dtypes of ``FOREIGN``.
 
+    Returns
+    -------
+    entries : dict of str to Entry
+        In the order of their bytes.
+    metadata : Metadata
+
     Raises
     ------
     FileError
@@ -673,74 +470,75 @@ def read_header(content: bytes, foreign: bool) -> tuple[Entries, Metadata]:
 
     Notes
     -----
-    The result takes at most as much memory as the text. :mod:`json` would need up to 25 times as much.
+    Beside the entries, of a few hundred bytes each, it takes a small multiple of the memory of the text. :mod:`json`
+    would need up to 25 times as much.
 
     Examples
     --------
-    >>> entries, metadata = read_header(b'{"a": {"dtype": "U8", "shape": [2], "data_offsets": [0, 2]}}', False)
-    >>> dict(entries), dict(metadata)
-    ({'a': Entry(dtype='U8', shape=(2,), start=0, stop=2)}, {})
+    >>> read_header(b'{"a": {"dtype": "U8", "shape": [2], "data_offsets": [0, 2]}}', False)[0]
+    {'a': Entry(dtype='U8', shape=(2,), start=0, stop=2)}
     """
     stop = len(content.rstrip(_PADDING if foreign else b" "))
     if content[stop - 1 : stop] != b"}":
         raise FileError("the header does not end with '}'")
     check_utf8(content, "the header")
-    document = Document(content, "the header", stop)
-    entries, metadata = Entries(), None
-    for key, start, end, usual in document.members(0, _USUAL, unlimited=["__metadata__"]):
+    text, entries, metadata = JsonText(content, "the header", stop=stop), dict[str, Entry](), None
+    for key in text.members():
+        if key in entries or (key == "__metadata__" and metadata is not None):
+            raise FileError(f"the header has the key {safe_repr(key)} twice")
         if key == "__metadata__":
-            if metadata is not None:
-                raise FileError("the header has the key '__metadata__' twice")
-            # Like safetensors, accept null for no metadata.
-            metadata = Metadata({}) if content[start:end] == b"null" else _metadata(document, start)
+            metadata = _metadata(text)
             continue
         if len(entries) == MAX_TENSORS:
             raise FileError(f"the header has more than {MAX_TENSORS} tensors, and no model has as many")
         if not encodes(key):
             raise FileError(f"the header's {safe_repr(key)} has half a surrogate pair, and is not a valid name")
-        if usual is None:
-            dtype, shape, offsets = _unusual(document, key, start, end)
-        else:
-            tag, sizes, first, last = usual.groups()
-            dtype, offsets = tag.decode(), [int(first), int(last)]
-            shape = [int(size) for size in sizes.split(b",")] if sizes else []
-        _check(key, dtype, shape, offsets, foreign)
-        entries.add(key.encode(), dtype, ",".join(map(str, shape)).encode(), *offsets)
-    if (twice := entries.index()) is not None:
-        raise FileError(f"the header has the key {safe_repr(twice)} twice")
+        entries[key] = _entry(text, key, foreign)
+    text.end()
+    # Most writers list the tensors in the order of their bytes.
+    if any(later[2:] < entry[2:] for entry, later in itertools.pairwise(entries.values())):
+        entries = dict(sorted(entries.items(), key=lambda item: item[1][2:]))
     return entries, metadata or Metadata({})
 
 
-def _metadata(document: Document, start: int) -> Metadata:
-    def wrong(at: int) -> FileError:
-        return FileError(
-            f"the header's __metadata__ must be an object of strings; got {safe_repr(document.peek(at, 40))}"
-        )
+def _metadata(text: JsonText) -> Metadata:
+    # Like safetensors, accept null for no metadata.
+    if text.take(_NULL):
+        return Metadata({})
 
-    if document.content[start : start + 1] != b"{":
-        raise wrong(start)
-    entries = dict[str, bytes]()
-    for key, begin, end, _ in document.members(start, limit=document.stop, whole=False):
-        if document.content[begin : begin + 1] != b'"':
-            raise wrong(begin)
-        if key in entries:
+    def wrong() -> FileError:
+        return FileError(f"the header's __metadata__ must be an object of strings; got {text.peek(40)}")
+
+    if text.next() != b"{":
+        raise wrong()
+    values = dict[str, bytes]()
+    for key in text.members():
+        if key in values:
             raise FileError(f"the header has the key {safe_repr(key)} twice in __metadata__")
-        if len(entries) == MAX_METADATA:
+        if len(values) == MAX_METADATA:
             raise FileError(f"the header has more than {MAX_METADATA} entries of __metadata__")
-        entries[key] = document.long_text(begin, end)
-    return Metadata(entries)
+        value = text.long_text()
+        if value is None:
+            raise wrong()
+        values[key] = value
+    return Metadata(values)
 
 
-def _unusual(document: Document, name: str, start: int, end: int) -> tuple[Any, Any, Any]:
-    value = document.value(start, end)
+def _entry(text: JsonText, name: str, foreign: bool) -> Entry:
+    usual = text.take(_USUAL)
+    if usual is not None:
+        dtype, sizes, start, stop = usual.groups()
+        shape = [int(size) for size in sizes.split(b",")] if sizes else []
+        return _checked(name, dtype.decode(), shape, [int(start), int(stop)], foreign)
+    value = text.value()
     if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
         raise FileError(
             f"the header's {safe_repr(name)} must be an object of dtype, shape and data_offsets; got {safe_repr(value)}"
         )
-    return value["dtype"], value["shape"], value["data_offsets"]
+    return _checked(name, value["dtype"], value["shape"], value["data_offsets"], foreign)
 
 
-def _check(name: str, dtype: Any, shape: Any, offsets: Any, foreign: bool) -> None:
+def _checked(name: str, dtype: Any, shape: Any, offsets: Any, foreign: bool) -> Entry:
     if not isinstance(dtype, str) or (dtype not in DTYPES and not (foreign and dtype in FOREIGN)):
         known = [*DTYPES, *FOREIGN] if foreign else list(DTYPES)
         raise FileError(f"{safe_repr(name)} has the dtype {safe_repr(dtype)}; expected one of {', '.join(known)}")
@@ -761,6 +559,7 @@ def _check(name: str, dtype: Any, shape: Any, offsets: Any, foreign: bool) -> No
     needed, (start, stop) = math.prod(shape) * bits // 8, offsets
     if stop - start != needed:
         raise FileError(f"{safe_repr(name)} needs {needed} bytes; its data_offsets {start} and {stop} do not hold that")
+    return Entry(sys.intern(dtype), tuple(shape), start, stop)
 
 
 _BITS = FOREIGN | {name: 8 * raw_dtype(name).itemsize for name in DTYPES}
@@ -797,7 +596,7 @@ class Container:
 
     Attributes
     ----------
-    entries : mapping of str to Entry
+    entries : dict of str to Entry
         By the tensors' names, in the order of their bytes.
     metadata : mapping of str to str
     data : int
@@ -999,41 +798,64 @@ def _header_length(head: bytes, size: int) -> int:
     return length
 
 
-def _check_cover(entries: Entries, size: int) -> None:
+def _check_cover(entries: Mapping[str, Entry], size: int) -> None:
     """Raise FileError unless the tensors follow each other without holes or overlaps and fill the file."""
-    starts, stops = entries.spans()
-    expected = np.concatenate([np.zeros(1, stops.dtype), stops[:-1]])
-    wrong = np.flatnonzero(starts != expected[: len(starts)])
-    if len(wrong):
-        start, position = int(starts[wrong[0]]), int(expected[wrong[0]])
-        problem = "overlaps the tensor before it" if start < position else "leaves a hole before it"
-        name = safe_repr(entries.name_at(int(wrong[0])))
-        raise FileError(f"{name} begins at byte {start} and {problem}, which ends at {position}")
-    position = int(stops[-1]) if len(stops) else 0
+    position = 0
+    for name, entry in entries.items():
+        if entry.start != position:
+            problem = "overlaps the tensor before it" if entry.start < position else "leaves a hole before it"
+            raise FileError(f"{safe_repr(name)} begins at byte {entry.start} and {problem}, which ends at {position}")
+        position = entry.stop
     if position != size:
         raise FileError(f"is cut off or too long: the tensors have {position} bytes, and {size} follow the header")
 
 
+def to_stored(array: np.ndarray, dtype: str) -> tuple[str, np.ndarray]:
+    """Return an array's dtype in a file, and the array in the form that :meth:`Container.array` returns."""
+    tag = TAG_OF[dtype]
+    if tag == "BF16":
+        array = (array.view(np.uint32) >> np.uint32(16)).astype(np.uint16)
+    # Not ascontiguousarray, which turns a scalar into a vector.
+    return tag, np.asarray(array, raw_dtype(tag), order="C")
+
+
+def appended(entries: Mapping[str, Entry], tensors: Mapping[str, tuple[str, np.ndarray]]) -> dict[str, Entry]:
+    """Return the entries of a file to which tensors are appended."""
+    result, at = dict(entries), max((entry.stop for entry in entries.values()), default=0)
+    for name, (dtype, array) in tensors.items():
+        result[name] = Entry(dtype, array.shape, at, at + array.nbytes)
+        at += array.nbytes
+    return result
+
+
+def file_head(entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> bytes:
+    """Return the first bytes of a file: the length of the header, and the header.
+
+    Examples
+    --------
+    >>> head = file_head({"a": Entry("U8", (2,), 0, 2)}, {})
+    >>> len(head) % 8, head[8:].rstrip()
+    (0, b'{"a":{"dtype":"U8","shape":[2],"data_offsets":[0,2]}}')
+    """
+    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    for name, entry in entries.items():
+        header[name] = {
+            "dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [entry.start, entry.stop]
+        }  # fmt: skip
+    # Metadata may contain a lone surrogate, which has no UTF-8 form: backslashreplace writes it as a JSON escape.
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8", "backslashreplace")
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
 def serialized(tensors: Mapping[str, tuple[str, np.ndarray]], metadata: Mapping[str, str]) -> bytes:
-    """Return the bytes of a safetensors file.
+    """Return the bytes of a file, with the tensors in the order given, which should begin with the widest dtypes.
 
     Parameters
     ----------
     tensors : mapping of str to (str, ndarray)
-        The dtype, one of ``DTYPES``, and the array in the form that :meth:`Container.array` returns.
+        The dtype, one of ``DTYPES``, and the array, as from :func:`to_stored`.
     metadata : mapping of str to str
-        Use a single key for reproducible bytes: the order of several keys is not fixed.
     """
-    import safetensors
-
-    # safetensors takes bytes up to release 0.7 and addresses from 0.8 on. ``tensors`` keeps the arrays alive meanwhile.
-    spec = getattr(safetensors, "TensorSpec", None)
-    specs: dict[str, Any] = {}
-    for name, (dtype, elements) in tensors.items():
-        common = {"dtype": DTYPES[dtype], "shape": list(elements.shape)}
-        if spec is None:
-            specs[name] = {**common, "data": elements.tobytes()}
-        else:
-            assert elements.flags.c_contiguous
-            specs[name] = spec(**common, data_ptr=elements.ctypes.data, data_len=elements.nbytes)
-    return bytes(safetensors.serialize(specs, dict(metadata)))
+    head = file_head(appended({}, tensors), metadata)
+    return b"".join([head, *(raw_bytes(array) for _, array in tensors.values() if array.size)])

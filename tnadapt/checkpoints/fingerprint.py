@@ -40,6 +40,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tnadapt.algebra import rng
+from tnadapt.algebra.rounding import widened
 from tnadapt.argument_checks import checks_arguments
 from tnadapt.backends import FLOAT_DTYPES
 from tnadapt.errors import BackendError, ConfigError, ShapeError, safe_repr
@@ -175,13 +176,9 @@ def fingerprint(weights: Iterable[np.ndarray], dtype: str) -> Fingerprint:
     if dtype not in FLOAT_DTYPES:
         raise BackendError(f"dtype must be one of {', '.join(FLOAT_DTYPES)}; got {safe_repr(dtype)}")
     digest, sums, squares, position = hashlib.sha256(), np.zeros(_SKETCHES), np.zeros(_SKETCHES), 0
-    for number, weight in enumerate(weights):
-        raw = _raw(weight, dtype, f"weight {number}")
-        digest.update(f"{raw.shape[0]},{raw.shape[1]};".encode())
-        for piece in _pieces(raw):
-            digest.update(piece.view(np.uint8).data)
-            piece_sums, piece_squares = _sums(_wide(piece, dtype), position)
-            sums, squares, position = sums + piece_sums, squares + piece_squares, position + piece.size
+    for number, piece in _hashed_pieces(digest, weights, dtype):
+        piece_sums, piece_squares = _sums(widened(piece, dtype).astype(np.float64), position)
+        sums, squares, position = sums + piece_sums, squares + piece_squares, position + piece.size
         if not np.isfinite(squares).all():
             raise ShapeError(f"weight {number} holds NaN, infinity, or numbers whose squares are infinite")
     if not position:
@@ -222,13 +219,20 @@ def compare(known: Fingerprint, weights: Iterable[np.ndarray], dtype: str) -> st
     if known.dtype != dtype:
         return known.difference(fingerprint(weights, dtype))
     digest = hashlib.sha256()
+    for _ in _hashed_pieces(digest, weights, dtype):
+        pass
+    return known.difference(dataclasses.replace(known, sha256=digest.hexdigest()))
+
+
+def _hashed_pieces(digest: Any, weights: Iterable[np.ndarray], dtype: str) -> Iterator[tuple[int, np.ndarray]]:
+    """Add the weights to the digest, piece by piece, and yield each piece with the number of its weight."""
     for number, weight in enumerate(weights):
         raw = _raw(weight, dtype, f"weight {number}")
         digest.update(f"{raw.shape[0]},{raw.shape[1]};".encode())
         for piece in _pieces(raw):
             digest.update(piece.view(np.uint8).data)
+            yield number, piece
         del raw, weight  # before the next one is read
-    return known.difference(dataclasses.replace(known, sha256=digest.hexdigest()))
 
 
 def _raw(weight: np.ndarray, dtype: str, what: str) -> np.ndarray:
@@ -250,13 +254,6 @@ def _pieces(raw: np.ndarray) -> Iterator[np.ndarray]:
         block = np.ascontiguousarray(raw[row : row + rows]).reshape(-1)
         for lo, hi in rng.chunks(0, block.size, _PIECE):
             yield block[lo:hi]
-
-
-def _wide(piece: np.ndarray, dtype: str) -> NDArray[np.float64]:
-    if dtype == "bfloat16":
-        # The bits of a bfloat16 are the upper half of a float32.
-        return (piece.astype(np.uint32) << np.uint32(16)).view(np.float32).astype(np.float64)
-    return piece.astype(np.float64)
 
 
 def _sums(values: NDArray[np.float64], position: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from tnadapt.argument_checks import checks_arguments, is_sequence
+from tnadapt.argument_checks import checks_arguments
 from tnadapt.errors import ConfigError, FileError, TnadaptError, pluralize, safe_repr, summarize
 
 from .container import encodes
@@ -88,6 +89,7 @@ def is_local(name: str) -> bool:
     return bool(re.match(r"local-dir:|[/.~]|[A-Za-z]:|.*\\", name)) or name.count("/") > 1
 
 
+@checks_arguments
 @dataclasses.dataclass(frozen=True)
 class Pretrained:
     """The pretrained model that an adapter was trained on, and how to build it again.
@@ -187,39 +189,31 @@ class Pretrained:
         unknown = values.keys() - {field.name for field in dataclasses.fields(cls)}
         if unknown:
             raise FileError(f"pretrained has unknown keys: {summarize(unknown)}")
-        checked_labels = list[str]()
         try:
-            for label in labels:  # one by one: in a hostile file each is a value of many objects
-                if len(checked_labels) == MAX_LABELS:
-                    raise FileError(f"has more than {MAX_LABELS} labels")
-                checked_labels.append(_label(label))
-            return cls(**{**values, "labels": checked_labels or values.get("labels", ())})
+            # One by one: in a hostile file each is a value of many objects.
+            checked = [_label(label) for label in itertools.islice(labels, MAX_LABELS + 1)]
+            return cls(**{**values, "labels": checked or values.get("labels", ())})
         except TnadaptError as error:
             raise FileError(f"pretrained: {error}") from error
 
 
-def _check_line(field: str, value: Any) -> None:
-    if not isinstance(value, str):
-        raise ConfigError(f"{field} must be a string; got {safe_repr(value)}")
+def _check_line(field: str, value: str) -> None:
     if len(value) > _MAX_TEXT or not value.isprintable():
         raise ConfigError(
             f"{field} must be at most {_MAX_TEXT} letters without control characters; got {safe_repr(value)}"
         )
 
 
-def _check_choice(field: str, value: Any, known: Sequence[str]) -> None:
-    if not isinstance(value, str) or value not in known:
+def _check_choice(field: str, value: str, known: Sequence[str]) -> None:
+    if value not in known:
         listed = ", ".join(filter(None, known))
         raise ConfigError(f"{field} must be one of {listed}; got {safe_repr(value)}")
 
 
-def _own_labels(labels: Any) -> tuple[str, ...]:
-    if not is_sequence(labels):
-        raise ConfigError(f"labels must be a list of strings; got {safe_repr(labels)}")
-    texts = tuple(labels)
-    if len(texts) > MAX_LABELS:
-        raise ConfigError(f"labels must be at most {MAX_LABELS}; got {pluralize(len(texts), 'label')}")
-    return tuple(map(_label, texts))
+def _own_labels(labels: Sequence[str]) -> tuple[str, ...]:
+    if len(labels) > MAX_LABELS:
+        raise ConfigError(f"labels must be at most {MAX_LABELS}; got {pluralize(len(labels), 'label')}")
+    return tuple(map(_label, labels))
 
 
 def _label(label: Any) -> str:
@@ -228,9 +222,7 @@ def _label(label: Any) -> str:
     return label
 
 
-def _own_settings(settings: Any, library: str) -> dict[str, Any]:
-    if not isinstance(settings, Mapping):
-        raise ConfigError(f"settings must be a dictionary; got {safe_repr(settings)}")
+def _own_settings(settings: Mapping[str, Any], library: str) -> dict[str, Any]:
     known, values = _SETTINGS[library], {}
     for name, value in settings.items():
         if name not in known:
@@ -242,9 +234,7 @@ def _own_settings(settings: Any, library: str) -> dict[str, Any]:
     return values
 
 
-def _own_inputs(inputs: Any) -> dict[str, Any]:
-    if not isinstance(inputs, Mapping):
-        raise ConfigError(f"inputs must be a dictionary; got {safe_repr(inputs)}")
+def _own_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
     if len(inputs) > _MAX_INPUTS:
         raise ConfigError(f"inputs must be at most {_MAX_INPUTS} settings; got {len(inputs)}")
     values = {}

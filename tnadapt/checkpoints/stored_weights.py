@@ -1,9 +1,9 @@
 """The weights of an adapter's targets in a checkpoint: found under their names there, tied or stacked, and read.
 
 :func:`resolve` finds the tensors of an adapter's targets for a merge, with the names that transformers changes on
-loading (:class:`ModuleNames`) and the heads that are not stored (:func:`ties_head`). :class:`StoredWeights` reads
-targets of two checkpoints of one model, and :class:`BaseWeights` those of an adapter's base, to compare them with its
-fingerprint.
+loading (:class:`ModuleNames`) and the heads that are not stored (:func:`ties_head`). :func:`find_weights`
+finds targets in two checkpoints of one model, and :func:`base_weights` those of an adapter in its base, which is
+compared with its fingerprint; :class:`StoredWeights` reads either.
 """
 
 from __future__ import annotations
@@ -267,8 +267,8 @@ class ResolvedTargets(NamedTuple):
 
     Attributes
     ----------
-    targets : tuple of Target
-        In the order of the adapter's targets.
+    tensors : tuple of tuple of Target
+        For each of the adapter's targets the tensor that has it, or those whose rows are its rows, one after the other.
     kept : dict of str to str
         Maps each kept parameter that the checkpoint has to its name there.
     added : dict of str to str
@@ -277,22 +277,23 @@ class ResolvedTargets(NamedTuple):
         How the names were matched, for human readers; empty if they are the adapter's own.
     also : tuple of (int, Target)
         Copies of tied weights that the checkpoint has under other names, with the indices of their targets.
-    parts : dict of int to tuple of Target
-        For targets that the checkpoint stores as several tensors, one after the other by rows: all of them.
     """
 
-    targets: tuple[Target, ...]
+    tensors: tuple[tuple[Target, ...], ...]
     kept: dict[str, str]
     added: dict[str, str]
     how: str
     also: tuple[tuple[int, Target], ...] = ()
-    parts: Mapping[int, tuple[Target, ...]] = {}
+
+    @property
+    def targets(self) -> tuple[Target, ...]:
+        """The adapter's targets, as far as each is one tensor."""
+        return tuple(tensors[0] for tensors in self.tensors)
 
     @property
     def places(self) -> list[tuple[int, Target]]:
         """Every tensor to change, with the index of its target."""
-        first = [place for place in enumerate(self.targets) if place[0] not in self.parts]
-        return [*first, *((index, part) for index, parts in self.parts.items() for part in parts), *self.also]
+        return [*((index, part) for index, parts in enumerate(self.tensors) for part in parts), *self.also]
 
 
 def resolve(checkpoint: Checkpoint, file: AdapterFile) -> ResolvedTargets:
@@ -330,16 +331,14 @@ def resolve(checkpoint: Checkpoint, file: AdapterFile) -> ResolvedTargets:
     except TargetError as error:
         raise FileError(str(error)) from error
     also: list[tuple[int, Target]] = []
-    parts: dict[int, tuple[Target, ...]] = {}
     if shift is None:
-        targets, how = _by_role(checkpoint, file, names), "weights of the same roles and shapes under other names"
+        tensors, how = _by_role(checkpoint, file, names), "weights of the same roles and shapes under other names"
     else:
         how = "weights under the names that transformers gives them on disk" if renamed else str(shift)
-        targets = tuple(shift.target(tensors[0]) for tensors in named)
-        parts = {i: tuple(map(shift.target, tensors)) for i, tensors in enumerate(named) if len(tensors) > 1}
-        tied = [(index, other) for index, tensors in enumerate(named) for other in tensors[0].tied_targets()]
+        tensors = [tuple(map(shift.target, parts)) for parts in named]
+        tied = [(index, other) for index, parts in enumerate(named) for other in parts[0].tied_targets()]
         also = [(index, shift.target(other)) for index, other in tied if shift.of(other.name) in entries]
-    resolved = ResolvedTargets(targets, {}, {}, how, tuple(also), parts)
+    resolved = ResolvedTargets(tuple(tensors), {}, {}, how, tuple(also))
     check_distinct([target for _, target in resolved.places])
     for _, target in resolved.places:
         _check_target(target, entries[target.name])
@@ -375,7 +374,7 @@ def _named(
     return [(target,) for target in targets], None, False
 
 
-def _by_role(checkpoint: Checkpoint, file: AdapterFile, names: ModuleNames) -> tuple[Target, ...]:
+def _by_role(checkpoint: Checkpoint, file: AdapterFile, names: ModuleNames) -> list[tuple[Target, ...]]:
     missing = [target.name for target in file.targets if target.name not in checkpoint.entries]
     roles = "".join(dict.fromkeys(target.role for target in file.targets))
     candidates: list[Target] = []
@@ -394,7 +393,7 @@ def _by_role(checkpoint: Checkpoint, file: AdapterFile, names: ModuleNames) -> t
     if partners is None:
         alike = sorted((t.role, t.shape) for t in candidates) == sorted((t.role, t.shape) for t in file.targets)
         raise _missing(checkpoint, missing, len(file.targets), alike, names)
-    return tuple(dataclasses.replace(new, layer=old.layer) for new, old in zip(partners, file.targets, strict=True))
+    return [(dataclasses.replace(new, layer=old.layer),) for new, old in zip(partners, file.targets, strict=True)]
 
 
 def _how_many(missing: list[str], targets: int) -> str:
@@ -520,7 +519,7 @@ def _need_free(taken: Mapping[str, str], name: str, place: str) -> None:
             )
 
 
-# -- Weights of two checkpoints, each a tensor, a part of one, or several ----------------------------------------------
+# -- Weights in a checkpoint, each a tensor, a part of one, or several -------------------------------------------------
 
 
 def numbers(checkpoint: Checkpoint, name: str, index: int | None = None) -> np.ndarray:
@@ -529,7 +528,69 @@ def numbers(checkpoint: Checkpoint, name: str, index: int | None = None) -> np.n
 
 
 class StoredWeights:
-    """The weights of targets in one of two checkpoints of a model.
+    """The weights of targets in a checkpoint.
+
+    Parameters
+    ----------
+    checkpoint : Checkpoint
+    parts : sequence of sequence of Target
+        For each target the tensor that has it, or those whose rows are its rows, one after the other.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, parts: Sequence[Sequence[Target]]) -> None:
+        self.checkpoint, self.parts = checkpoint, parts
+
+    @property
+    def names(self) -> set[str]:
+        """The names of all tensors that have a target's rows."""
+        return {part.name for parts in self.parts for part in parts}
+
+    def of(self, index: int) -> np.ndarray:
+        """Return a weight as a matrix, widened to float32 at least; to float64 if it is stored as several tensors."""
+        rows = [
+            widened(_selected(part, self.checkpoint.array(part.name, part.index)), self._dtype(part.name))
+            for part in self.parts[index]
+        ]
+        return rows[0] if len(rows) == 1 else np.concatenate(rows, dtype=np.float64)
+
+    def fingerprint(self) -> Fingerprint | None:
+        """Return the fingerprint of the weights; None if they have several dtypes."""
+        dtypes = list(set(map(self._dtype, self.names)))
+        return fingerprint(self._stored(dtypes[0]), dtypes[0]) if len(dtypes) == 1 else None
+
+    def difference(self, known: Fingerprint | None) -> str | None:
+        """Describe how the weights differ from those with a fingerprint; None if they match, or none is known."""
+        if known is None:
+            return None
+        dtypes = set(map(self._dtype, self.names))
+        # For several dtypes, use one that represents all their values, as when the fingerprint was taken.
+        dtype = dtypes.pop() if len(dtypes) == 1 else "float64" if "float64" in dtypes else "float32"
+        return compare(known, self._stored(dtype), dtype)
+
+    def _dtype(self, name: str) -> str:
+        return FLOATS[self.checkpoint.entries[name].dtype]
+
+    def _stored(self, dtype: str) -> Iterator[np.ndarray]:
+        """Yield the weights in a dtype that represents their values; a tensor with several of them is read once."""
+        place, stored = None, np.empty(0)
+        for parts in self.parts:
+            rows = list[np.ndarray]()
+            for part in parts:
+                if place != (part.name, part.index):
+                    stored = np.empty(0)  # releases the last one before the next is read
+                    place, stored = (part.name, part.index), self.checkpoint.array(part.name, part.index)
+                selected, stored_dtype = _selected(part, stored), self._dtype(part.name)
+                rows.append(selected if stored_dtype == dtype else widened(selected, stored_dtype).astype(dtype))
+            yield rows[0] if len(rows) == 1 else np.concatenate(rows)
+
+
+def _selected(part: Target, stored: np.ndarray) -> np.ndarray:
+    array: np.ndarray = (part if part.index is None else part.of_matrix()).select(stored)
+    return array
+
+
+def find_weights(checkpoint: Checkpoint, targets: Sequence[Target], which: str) -> tuple[StoredWeights, Prefix]:
+    """Find the weights of targets in one of two checkpoints of a model.
 
     Parameters
     ----------
@@ -538,10 +599,9 @@ class StoredWeights:
     which : str
         What to call the checkpoint in messages.
 
-    Attributes
-    ----------
-    parts : list of tuple of Target
-        For each target the tensor that has it, or those whose rows are its rows, one after the other.
+    Returns
+    -------
+    weights : StoredWeights
     prefix : Prefix
         By which names differ from the targets' own.
 
@@ -550,66 +610,30 @@ class StoredWeights:
     TargetError
         If a target is missing, has another shape, or is not floating.
     """
-
-    def __init__(self, checkpoint: Checkpoint, targets: Sequence[Target], which: str) -> None:
-        self.checkpoint = checkpoint
-        self.parts, self.prefix = _placed(checkpoint, targets, which)
-        for part in (part for parts in self.parts for part in parts):
-            _check(part, checkpoint, which)
-
-    @property
-    def names(self) -> set[str]:
-        """The names of all tensors that have a target's rows."""
-        return {part.name for parts in self.parts for part in parts}
-
-    def numbers(self, index: int) -> np.ndarray:
-        """Read the weight of a target, of shape ``(rows, cols)``, in a dtype that NumPy supports."""
-        return _joined([_selected(part, numbers(self.checkpoint, part.name, part.index)) for part in self.parts[index]])
-
-    def fingerprint(self) -> Fingerprint | None:
-        """Return the fingerprint of the weights; None if they have several dtypes."""
-        kinds = {self.checkpoint.entries[name].dtype for name in self.names}
-        if len(kinds) > 1:
-            return None
-        dtype = DTYPES[kinds.pop()]
-        return fingerprint(BaseWeights(self.checkpoint, self.parts).stored(dtype), dtype)
-
-
-def _joined(rows: Sequence[np.ndarray]) -> np.ndarray:
-    return rows[0] if len(rows) == 1 else np.concatenate(rows)
-
-
-def _selected(part: Target, stored: np.ndarray) -> np.ndarray:
-    array: np.ndarray = (part if part.index is None else part.of_matrix()).select(stored)
-    return array
-
-
-def _placed(checkpoint: Checkpoint, targets: Sequence[Target], which: str) -> tuple[list[tuple[Target, ...]], Prefix]:
     stored = {name: entry.shape for name, entry in checkpoint.entries.items()}
     # One of two checkpoints of a model of transformers may have the names of its modules, the other those on disk.
     named, prefix, _ = _named(targets, stored, ModuleNames(lambda: checkpoint.config), inverse=True)
-    if prefix is not None:
-        return [tuple(map(prefix.target, tensors)) for tensors in named], prefix
-    missing = [target.name for target in targets if target.name not in stored]
-    near = near_names(missing[0], stored)
-    raise TargetError(
-        f"the {which} checkpoint lacks {len(missing)} of {len(targets)} targets, such as {safe_repr(missing[0])}, "
-        f"under any prefix{'; ' + near if near else ''}: give two checkpoints of the same model"
-    )
-
-
-def _check(part: Target, checkpoint: Checkpoint, which: str) -> None:
-    entry = checkpoint.entries[part.name]
-    if entry.dtype not in FLOATS:
+    if prefix is None:
+        missing = [target.name for target in targets if target.name not in stored]
+        near = near_names(missing[0], stored)
         raise TargetError(
-            f"{part.name} of the {which} checkpoint is {entry.dtype}; expected one of {', '.join(FLOATS)}: give an "
-            "unquantized checkpoint"
+            f"the {which} checkpoint lacks {len(missing)} of {len(targets)} targets, such as {safe_repr(missing[0])}, "
+            f"under any prefix{'; ' + near if near else ''}: give two checkpoints of the same model"
         )
-    if entry.shape != part.stored:
-        raise TargetError(
-            f"{part.name} has shape {entry.shape} in the {which} checkpoint and {part.stored} in the other: give two "
-            "checkpoints of the same model"
-        )
+    weights = StoredWeights(checkpoint, [tuple(map(prefix.target, tensors)) for tensors in named])
+    for part in (part for parts in weights.parts for part in parts):
+        entry = checkpoint.entries[part.name]
+        if entry.dtype not in FLOATS:
+            raise TargetError(
+                f"{part.name} of the {which} checkpoint is {entry.dtype}; expected one of {', '.join(FLOATS)}: give an "
+                "unquantized checkpoint"
+            )
+        if entry.shape != part.stored:
+            raise TargetError(
+                f"{part.name} has shape {entry.shape} in the {which} checkpoint and {part.stored} in the other: give "
+                "two checkpoints of the same model"
+            )
+    return weights, prefix
 
 
 # -- The base's weights at an adapter's targets, compared with its fingerprint -----------------------------------------
@@ -627,63 +651,10 @@ def located(file: AdapterFile, checkpoint: Checkpoint) -> Sequence[Target]:
         resolved = resolve(checkpoint, file)
     except TnadaptError:
         return file.targets
-    return file.targets if resolved.parts else resolved.targets
+    return file.targets if any(len(tensors) > 1 for tensors in resolved.tensors) else resolved.targets
 
 
-class BaseWeights:
-    """The weights of a model on disk at an adapter's targets.
-
-    Parameters
-    ----------
-    checkpoint : Checkpoint
-    parts : sequence of sequence of Target
-        For each target the tensor that has it, or those whose rows are its rows, one after the other.
-    """
-
-    def __init__(self, checkpoint: Checkpoint, parts: Sequence[Sequence[Target]]) -> None:
-        self._checkpoint, self._parts = checkpoint, parts
-
-    def of(self, index: int) -> np.ndarray:
-        """Return a weight as a matrix, widened to float32 at least; to float64 if it is stored as several tensors."""
-        rows = [
-            widened(_selected(part, self._checkpoint.array(part.name, part.index)), self._dtype(part.name))
-            for part in self._parts[index]
-        ]
-        return rows[0] if len(rows) == 1 else np.concatenate(rows, dtype=np.float64)
-
-    def difference(self, known: Fingerprint | None, names: Iterable[str]) -> str | None:
-        """Describe how the weights differ from those with a fingerprint, by the dtypes of some tensors.
-
-        The result is None if they match, or no fingerprint is known.
-        """
-        if known is None:
-            return None
-        dtypes = set(map(self._dtype, names))
-        # For several dtypes, use one that represents all their values, as when the fingerprint was taken.
-        dtype = dtypes.pop() if len(dtypes) == 1 else "float64" if "float64" in dtypes else "float32"
-        return compare(known, self.stored(dtype), dtype)
-
-    def _dtype(self, name: str) -> str:
-        return FLOATS[self._checkpoint.entries[name].dtype]
-
-    def stored(self, dtype: str) -> Iterator[np.ndarray]:
-        """Yield the weights in a dtype that represents their values; a tensor with several of them is read once."""
-        place, stored = None, np.empty(0)
-        for parts in self._parts:
-            rows = list[np.ndarray]()
-            for part in parts:
-                if place != (part.name, part.index):
-                    stored = np.empty(0)  # releases the last one before the next is read
-                    place, stored = (part.name, part.index), self._checkpoint.array(part.name, part.index)
-                rows.append(_converted(_selected(part, stored), self._dtype(part.name), dtype))
-            yield _joined(rows)
-
-
-def _converted(weight: np.ndarray, stored_dtype: str, dtype: str) -> np.ndarray:
-    return weight if stored_dtype == dtype else widened(weight, stored_dtype).astype(dtype)
-
-
-def base_weights(file: AdapterFile, checkpoint: Checkpoint) -> BaseWeights:
+def base_weights(file: AdapterFile, checkpoint: Checkpoint) -> StoredWeights:
     """Return the weights of a model on disk at an adapter's targets.
 
     Parameters
@@ -705,8 +676,8 @@ def base_weights(file: AdapterFile, checkpoint: Checkpoint) -> BaseWeights:
                 f"the adapter needs {safe_repr(target.name)} of the shape {target.stored}, and in base it {what}: "
                 "is it the model that the adapter was made for?"
             )
-    weights = BaseWeights(checkpoint, [(target,) for target in targets])
-    difference = weights.difference(file.base, [target.name for target in targets])
+    weights = StoredWeights(checkpoint, [(target,) for target in targets])
+    difference = weights.difference(file.base)
     if difference is not None:
         raise TargetError(
             f"base is another model than the one that the adapter was trained on: for the adapted weights, "

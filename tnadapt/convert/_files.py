@@ -135,26 +135,8 @@ def safetensors_content(tensors: Arrays, dtypes: Mapping[str, str], metadata: Ma
     tags = {name: container.TAG_OF[dtypes.get(name, array.dtype.name)] for name, array in tensors.items()}
     # Wide elements first, so that every tensor is aligned to the size of its elements.
     order = sorted(tensors, key=lambda name: (-container.raw_dtype(tags[name]).itemsize, name))
-    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
-    position, pieces = 0, list[bytes | memoryview]()
-    for name in order:
-        raw = _raw(tensors[name], tags[name])
-        header[name] = {
-            "dtype": tags[name],
-            "shape": list(raw.shape),
-            "data_offsets": [position, position + raw.nbytes],
-        }
-        position += raw.nbytes
-        pieces.append(container.raw_bytes(raw) if raw.size else b"")
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    return b"".join([len(text).to_bytes(8, "little"), text, *pieces])
-
-
-def _raw(array: np.ndarray, tag: str) -> np.ndarray:
-    if tag == "BF16":
-        array = (array.view(np.uint32) >> np.uint32(16)).astype(np.uint16)
-    return np.asarray(array, container.raw_dtype(tag), order="C")
+    stored = {name: container.to_stored(tensors[name], container.DTYPES[tags[name]]) for name in order}
+    return container.serialized(stored, dict(sorted(metadata.items())))
 
 
 def replace_folder(path: str, files: Mapping[str, bytes], overwrite: bool = True) -> None:

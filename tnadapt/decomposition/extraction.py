@@ -21,7 +21,7 @@ from tnadapt.backends import load_backend
 from tnadapt.checkpoints.adapter_file import KEPT, AdapterFile
 from tnadapt.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from tnadapt.checkpoints.container import DTYPES
-from tnadapt.checkpoints.stored_weights import FLOATS, StoredWeights, numbers
+from tnadapt.checkpoints.stored_weights import FLOATS, StoredWeights, find_weights, numbers
 from tnadapt.errors import FileError, ShapeError, TargetError, safe_repr
 from tnadapt.targets.checkpoint_targets import find_stored
 from tnadapt.targets.prefixes import Prefix
@@ -133,12 +133,12 @@ def extract(
     shapes = {name: entry.shape for name, entry in after.entries.items()}
     resolved = find_stored(shapes, targets, after.config or before.config)
     check_distinct(resolved)
-    new, old = StoredWeights(after, resolved, "tuned"), StoredWeights(before, resolved, "base")
+    (new, _), (old, prefix) = find_weights(after, resolved, "tuned"), find_weights(before, resolved, "base")
     kept = _kept(after, keep_trainable, new.names)
     backend, like = load_backend("numpy"), np.zeros(0, np.float32)
 
     def read(weight: int) -> np.ndarray:
-        return _difference(resolved[weight].label, old.numbers(weight), new.numbers(weight))
+        return _difference(resolved[weight].label, old.of(weight), new.of(weight))
 
     def fit(config: Config) -> tuple[dict[str, np.ndarray], FitReport]:
         plan = SuperLoRA(
@@ -147,7 +147,7 @@ def extract(
             [target.layer for target in resolved],
             [target.role for target in resolved],
         )
-        return chosen.fit(backend, like, plan.with_base(old.numbers), read, progress)
+        return chosen.fit(backend, like, plan.with_base(old.of), read, progress)
 
     if max_error is None:
         arrays, report = fit(cfg)
@@ -167,7 +167,7 @@ def extract(
         given=frozen,
         model=_model(after),
     )
-    others = tuple(_others(before, after, new, old.prefix, set(kept))) if compare else ()
+    others = tuple(_others(before, after, new, prefix, set(kept))) if compare else ()
     return Extraction(file, report, others)
 
 

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from tnadapt.argument_checks import checks_arguments
-from tnadapt.checkpoints.checkpoint import hidden_bar
 from tnadapt.errors import ConfigError, TnadaptError, safe_repr
 
 from . import _inputs
@@ -169,7 +168,7 @@ def _transformers(spec: Spec, data: Data, task: LearningTask, samples: dict[str,
     options |= {"gguf_file": file} if file else {}
 
     def build(seed: int) -> nn.Module:
-        with _inputs.silent(transformers), hidden_bar(file), torch.random.fork_rng(devices=[]):
+        with _inputs.silent(transformers), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model, loaded = auto.from_pretrained(folder, output_loading_info=True, dtype=torch.float32, **options)
         if spec.head_rows:

@@ -17,6 +17,7 @@ from tnadapt.argument_checks import checks_arguments
 from tnadapt.checkpoints import adapter_format
 from tnadapt.checkpoints.adapter_file import AdapterFile
 from tnadapt.checkpoints.checkpoint import gguf_place
+from tnadapt.checkpoints.container import file_error_context
 from tnadapt.checkpoints.fingerprint import Fingerprint
 from tnadapt.checkpoints.pretrained_model import Pretrained
 from tnadapt.checkpoints.stored_weights import ModuleNames
@@ -131,7 +132,7 @@ def attach_file(
     **options: Any,
 ) -> Adapter:
     """Attach an adapter that was read from a path, with these options of ``attach``; see :func:`load`."""
-    with saving.file_errors(path):
+    with file_error_context(os.fsdecode(path)):
         dtype = _dtype_on_load(file) if dtype is None else dtype
         targets = _located(model, file)
         saving.check_kept(model, file)
@@ -227,7 +228,10 @@ def _located(model: nn.Module, file: AdapterFile) -> list[Target]:
     try:
         return find_targets(model, list(file.targets), untie=True)
     except TargetError as error:
-        wrong = str(error).partition(";")[0] + _in_the_file(str(error), file.targets)
+        wrong = str(error).partition(";")[0]
+        for target in file.targets:
+            if wrong.startswith(f"{target.name} is stored as "):
+                wrong += f", and was stored as {target.stored} when it was trained"
     renamed = _renamed(model, file.targets)
     if renamed is not None:
         return find_targets(model, renamed, untie=True)
@@ -268,20 +272,6 @@ def _renamed(model: nn.Module, targets: Sequence[Target]) -> list[Target] | None
     names = ModuleNames({**config.to_dict(), "architectures": [type(model).__name__]}).inverse(shapes)
     renamed = renamed_targets(targets, shapes, lambda name: names.get(name, []))
     return None if renamed is None else [renamed[1].target(target) for target in renamed[0]]
-
-
-def _in_the_file(error: str, targets: Sequence[Target]) -> str:
-    """Return how the file's target is stored, if that is what an error is about."""
-    target = next((target for target in targets if error.startswith(f"{target.name} is stored as ")), None)
-    if target is None:
-        return ""
-    if "which is (in, out)" in error and not target.transposed:
-        return (
-            ": if the file was converted, convert it again with base= (--base), the folder of the model with its "
-            "config.json"
-        )
-    resized = ": call resize_token_embeddings() as before training" if target.role == "embedding" else ""
-    return f", and was stored as {target.stored} when it was trained{resized}"
 
 
 def _counted(weights: list[tuple[str, tuple[int, int]]]) -> str:
@@ -381,7 +371,7 @@ def load_pretrained(
         _check_usable(device)
     path = saving.adapter_path(where, revision, token)
     file = adapter_format.load(path)
-    with saving.file_errors(path):
+    with file_error_context(os.fsdecode(path)):
         about = _about(file, base)
         if isinstance(base, nn.Module):
             model = base
@@ -444,7 +434,7 @@ def load_processor(
     """
     path = saving.adapter_path(where, revision, token)
     about = adapter_format.load(path, check_draws=False).pretrained
-    with saving.file_errors(path):
+    with file_error_context(os.fsdecode(path)):
         if about is None:
             raise FileError("it does not say what its base model is: load its tokenizer or processor yourself")
         folder = _own_folder(where, path, revision, token)

@@ -7,7 +7,6 @@ card (:func:`model_card`) and the files of a tokenizer or processor; it can be d
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -28,7 +27,7 @@ from tnadapt.algebra.config import Config
 from tnadapt.argument_checks import checks_arguments
 from tnadapt.checkpoints import adapter_format
 from tnadapt.checkpoints.adapter_file import KEPT, AdapterFile
-from tnadapt.checkpoints.container import path_of
+from tnadapt.checkpoints.container import file_error_context, path_of
 from tnadapt.checkpoints.fingerprint import Fingerprint, compare, fingerprint
 from tnadapt.checkpoints.pretrained_model import Pretrained, is_local
 from tnadapt.errors import ConfigError, FileError, TargetError, TnadaptError, escaped, pluralize, safe_repr
@@ -180,7 +179,7 @@ def swap(adapter: AdapterState, path: str | os.PathLike[str]) -> None:
     """Load another adapter's arrays in place; see :meth:`Adapter.swap`."""
     need_attached(adapter)
     file = adapter_format.load(path, like=adapter.plan.file_plan)
-    with file_errors(path):
+    with file_error_context(os.fsdecode(path)):
         check_same(adapter, file)
         check_kept(adapter.model, file)
         split_by_file(adapter.model, file, False)
@@ -196,15 +195,6 @@ def swap(adapter: AdapterState, path: str | os.PathLike[str]) -> None:
                     "name"
                 )
     copy_all([*checked_pairs(adapter, file.arrays), *kept_pairs(adapter.model, file)])
-
-
-@contextlib.contextmanager
-def file_errors(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Turn the package's errors into FileErrors that begin with the path."""
-    try:
-        yield
-    except TnadaptError as error:
-        raise FileError(f"{os.fsdecode(path)}: {error}") from error
 
 
 def check_kept(model: nn.Module, file: AdapterFile) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tnadapt.checkpoints.checkpoint import gguf_files, hidden_bar, need_gguf
+from tnadapt.checkpoints.checkpoint import gguf_files, need_gguf
 from tnadapt.checkpoints.pretrained_model import TASKS, Pretrained, PretrainedTask
 from tnadapt.errors import ConfigError, FileError, TnadaptError, safe_repr
 
@@ -219,7 +219,6 @@ class TransformersModels:
         with (
             refusing(f"cannot load its base model {_shown(about)} through transformers", _GIVE_BASE),
             _silent(transformers),
-            hidden_bar(about.file),
             torch.random.fork_rng(devices=[]),
         ):
             if os.path.isabs(about.name) and not os.path.exists(about.name):  # not a name on a hub

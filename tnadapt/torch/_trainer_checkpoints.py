@@ -158,17 +158,12 @@ def adapter_checkpoints(trainer: Any) -> None:
     checkpoints = _AdapterCheckpoints(trainer)
     if not checkpoints.adapters():
         raise TargetError(f"{type(trainer.model).__name__} has no adapter: call attach() before adapter_checkpoints()")
-    managed = next((state for state in checkpoints.adapters().values() if state.managed_by is not None), None)
-    if managed is not None:
+    managed = any(state.managed_by is not None for state in checkpoints.adapters().values())
+    if managed or hasattr(trainer.model, "peft_config"):
         raise TargetError(
-            f"adapter {managed.name!r} belongs to a PEFT model, whose checkpoints hold adapters alone already: leave "
-            "adapter_checkpoints out"
-        )
-    if hasattr(trainer.model, "peft_config"):
-        raise TargetError(
-            "this trainer's model is a PEFT model, whose checkpoints hold PEFT's adapters, and an adapter that was "
-            "attached besides is frozen there: leave peft_config out, or give a TnadaptConfig as peft_config and call "
-            "neither attach() nor adapter_checkpoints()"
+            "this trainer's model is a PEFT model, whose checkpoints hold PEFT's adapters alone, and one that was "
+            "attached besides is frozen there: leave adapter_checkpoints out, and give a TnadaptConfig as peft_config "
+            "in place of attach()"
         )
     for name in _METHODS:
         setattr(trainer, name, getattr(checkpoints, name))
@@ -277,17 +272,12 @@ class _AdapterCheckpoints:
         """Load the adapters from a checkpoint; return False if it has none."""
         files, states = self.files(folder), self.adapters()
         missing = [name for name, file in files.items() if not file.is_file()]
-        if len(missing) == len(files):
-            other = next(Path(folder).glob(f"**/{FILE_NAME}"), None)
-            if other is not None:
-                raise FileError(
-                    f"{folder}: it has {other.relative_to(folder)}, and the model has the adapters "
-                    f"{', '.join(map(repr, states))}: attach those that were trained, under the same names"
-                )
+        if len(missing) == len(files) and next(Path(folder).glob(f"**/{FILE_NAME}"), None) is None:
             return False
         if missing:
             raise FileError(
-                f"{folder}: it has no file of adapter {missing[0]!r}: attach the adapters that were trained"
+                f"{folder}: it has no file of adapter {missing[0]!r}: attach the adapters that were trained, under the "
+                "same names"
             )
         for name, file in files.items():
             swap(states[name], file)

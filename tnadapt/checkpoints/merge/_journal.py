@@ -42,7 +42,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import platform
 import re
 import secrets
 import shutil
@@ -193,7 +192,7 @@ def work_lock(root: str) -> Iterator[None]:
     ...     pass
     Traceback (most recent call last):
         ...
-    tnadapt.errors.FileError: another process is writing work (process ... on ...): wait for it, or choose another name
+    tnadapt.errors.FileError: another process is writing work: wait for it, or choose another name
     """
     if not atomic_files.HAS_LOCKS:
         _check_own(root)
@@ -225,11 +224,8 @@ def _locked(root: str) -> int:
             continue
         try:
             if not atomic_files.lock(handle):
-                raise FileError(
-                    f"another process is writing {root}{_holder(handle)}: wait for it, or choose another name"
-                )
+                raise FileError(f"another process is writing {root}: wait for it, or choose another name")
             if atomic_files.names_handle(path, handle):
-                _sign(handle)
                 return handle
         except BaseException:
             os.close(handle)
@@ -260,21 +256,6 @@ def _mode(path: str) -> int:
         return os.lstat(path).st_mode
     except FileNotFoundError:
         return stat.S_IFREG
-
-
-def _sign(handle: int) -> None:
-    """Write the holder's name to the lock file, for messages only."""
-    with contextlib.suppress(OSError):  # a full disk
-        os.ftruncate(handle, 0)
-        os.pwrite(handle, f"process {os.getpid()} on {platform.node()}".encode(), 0)
-
-
-def _holder(handle: int) -> str:
-    with contextlib.suppress(OSError):
-        text = os.pread(handle, 200, 0).decode(errors="replace")
-        if text and text.isprintable():
-            return f" ({text})"
-    return ""
 
 
 # -- The journal -------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from tnadapt.checkpoints.adapter_format import content_of, load
 from tnadapt.checkpoints.atomic_files import sync_file
 from tnadapt.checkpoints.checkpoint import Checkpoint, file_state, open_checkpoint
 from tnadapt.checkpoints.container import TAG_OF, file_error_context, path_of
-from tnadapt.checkpoints.stored_weights import FLOATS, BaseWeights, ResolvedTargets, resolve
+from tnadapt.checkpoints.stored_weights import FLOATS, ResolvedTargets, StoredWeights, resolve
 from tnadapt.errors import ConfigError, FileError, TnadaptError, escaped, pluralize, safe_repr
 from tnadapt.targets.target import Target
 
@@ -54,8 +54,7 @@ class Job:
         self.of: dict[str, list[tuple[int, Target]]] = {}
         for index, target in placed.places:
             self.of.setdefault(target.name, []).append((index, target))
-        parts = [placed.parts.get(index, (target,)) for index, target in enumerate(placed.targets)]
-        self.base = BaseWeights(checkpoint, parts)
+        self.base = StoredWeights(checkpoint, placed.tensors)
         self.resumed = self.bytes = 0
 
     @functools.cached_property
@@ -71,7 +70,7 @@ class Job:
 
     def _check_base(self) -> None:
         """Raise Unfit if the base is not the one that the adapter was trained on."""
-        difference = self.base.difference(self.file.base, self.of)
+        difference = self.base.difference(self.file.base)
         if difference is not None:
             raise Unfit(
                 f"is another base model than the one that the adapter was trained on: for the adapted weights, "
@@ -162,15 +161,15 @@ class Job:
         }
         for name, stored in self.placed.kept.items():
             if shard[stored] == file:
-                changes[stored] = functools.partial(self._replaced, name, self.checkpoint.entries[stored].dtype)
+                changes[stored] = functools.partial(self._kept, name, self.checkpoint.entries[stored].dtype)
         return changes
 
     def _updated(self, name: str, stored: np.ndarray) -> np.ndarray:
         dtype = FLOATS[self.checkpoint.entries[name].dtype]
         for index, target in self.of[name]:
             assert self.updates is not None  # computed before anything is written
-            parts = self.placed.parts.get(index, ())
-            whole = self._with_others(parts, name, stored) if parts else target.select(stored)
+            parts = self.placed.tensors[index]
+            whole = self._with_others(parts, name, stored) if len(parts) > 1 else target.select(stored)
             flat = np.ascontiguousarray(whole).reshape(-1)
             plan, arrays = self.file.plan, self.file.arrays
             weight_params = [arrays[name] for name in plan.weight_param_names[index]]
@@ -184,7 +183,7 @@ class Job:
                     f"{safe_repr(name)} with its update leaves the range of {dtype}; nothing was merged: merge into "
                     "the checkpoint in a wider dtype"
                 )
-            if parts:
+            if len(parts) > 1:
                 place = [part.name for part in parts].index(name)
                 start = sum(part.out for part in parts[:place])
                 flat = flat.reshape(whole.shape)[start : start + len(stored)]
@@ -200,11 +199,8 @@ class Job:
             raise Unfit(f"has {safe_repr(name)} and {safe_repr(other)}, parts of one weight, in different dtypes")
         return np.concatenate([stored if part.name == name else self.checkpoint.array(part.name) for part in parts])
 
-    def _replaced(self, name: str, tag: str, stored: np.ndarray) -> np.ndarray:
-        return self._cast(name, tag)
-
-    def _cast(self, name: str, tag: str) -> np.ndarray:
-        """Convert a kept parameter to the dtype of the checkpoint."""
+    def _kept(self, name: str, tag: str, stored: np.ndarray | None = None) -> np.ndarray:
+        """Return a kept parameter in the dtype of the checkpoint, whatever is stored."""
         array = self.file.kept[name]
         if tag not in FLOATS:
             return array.astype(array.dtype.newbyteorder("<"), copy=False)
@@ -219,7 +215,7 @@ class Job:
         tensors = {}
         for name, new in self.placed.added.items():
             tag = TAG_OF[self.file.dtypes.get(KEPT + name, self.file.kept[name].dtype.name)]
-            tensors[new] = tag, self._cast(name, tag)
+            tensors[new] = tag, self._kept(name, tag)
         return tensors
 
     def _write_index(self, path: str) -> None:
@@ -419,7 +415,7 @@ def _report(job: Job, check_base: bool) -> MergeReport:
     where, placed, checkpoint = job.where, job.placed, job.checkpoint
     return MergeReport(
         out=where.path, files=len(checkpoint.files), tensors=len(checkpoint.entries) + len(placed.added),
-        bytes=job.bytes, targets=len(placed.targets), changed=len(job.of),
+        bytes=job.bytes, targets=len(placed.tensors), changed=len(job.of),
         names=placed.how, base_checked=check_base and job.file.base is not None,
         replaced=tuple(sorted(placed.kept.values())), added=tuple(sorted(placed.added.values())),
         copied=where.others, left_out=where.left_out, resumed=job.resumed,

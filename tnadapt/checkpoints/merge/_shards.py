@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import os
 import stat
 import threading
@@ -16,7 +15,7 @@ import numpy as np
 
 from tnadapt.checkpoints.atomic_files import sync_file, write_all
 from tnadapt.checkpoints.checkpoint import Checkpoint
-from tnadapt.checkpoints.container import Entry, raw_bytes
+from tnadapt.checkpoints.container import Entry, appended, file_head, raw_bytes
 from tnadapt.errors import FileError
 
 # -- Bytes copied between files: in the kernel, in large pieces, or through memory -------------------------------------
@@ -27,11 +26,10 @@ from tnadapt.errors import FileError
 _KERNEL_PIECE = 1 << 26
 _PIECE = 1 << 22
 
-# Errors that mean that the kernel cannot copy between these files, as on two file systems. On macOS, sendfile only
-# accepts sockets, and ENOTSUP and EOPNOTSUPP are different numbers.
+# Errors that mean that the kernel cannot copy between these files, as on two file systems. On macOS, ENOTSUP and
+# EOPNOTSUPP are different numbers.
 _CANNOT = {
     errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EPERM, errno.EBADF, errno.EISDIR,
-    errno.ENOTSOCK,
 }  # fmt: skip
 
 
@@ -63,8 +61,7 @@ def copy_range(
 
     Notes
     -----
-    Uses ``copy_file_range`` (Linux; file systems that share blocks copy no data), else ``sendfile``, else a buffer of
-    4 MiB.
+    Uses ``copy_file_range`` (Linux; file systems that share blocks copy no data), else a buffer of 4 MiB.
 
     Examples
     --------
@@ -98,11 +95,6 @@ def _by_copy_file_range(source: BinaryIO, start: int, target: BinaryIO, at: int,
     return os.copy_file_range(source.fileno(), target.fileno(), min(count, _KERNEL_PIECE), start, at)
 
 
-def _by_sendfile(source: BinaryIO, start: int, target: BinaryIO, at: int, count: int) -> int:
-    target.seek(at)
-    return os.sendfile(target.fileno(), source.fileno(), start, min(count, _KERNEL_PIECE))
-
-
 def _by_hand(source: BinaryIO, start: int, target: BinaryIO, at: int, count: int) -> int:
     source.seek(start)
     content = source.read(min(count, _PIECE))
@@ -112,7 +104,6 @@ def _by_hand(source: BinaryIO, start: int, target: BinaryIO, at: int, count: int
 
 _WAYS: list[Callable[[BinaryIO, int, BinaryIO, int, int], int]] = [
     *([_by_copy_file_range] if hasattr(os, "copy_file_range") else []),
-    *([_by_sendfile] if hasattr(os, "sendfile") else []),
     _by_hand,
 ]
 
@@ -171,7 +162,9 @@ class Writer:
     on_bytes : callable
         Called with the number of bytes of each piece that is written, by one thread at a time.
 
-    Notes ----- Memory is needed for one changed tensor and for its computation. If all are at most 64 MiB, another
+    Notes
+    -----
+    Memory is needed for one changed tensor and for its computation. If all are at most 64 MiB, another
     tensor may be waiting to be written, and one more may be used by ``meanwhile``. In addition to the calling thread
     there is one that copies, one that writes computed tensors, one that flushes to disk, and one for ``meanwhile``.
     """
@@ -198,14 +191,14 @@ class Writer:
             copier, writer, syncer, other = (stack.enter_context(ThreadPoolExecutor(1)) for _ in range(4))
             try:
                 # Files are laid out first, so that copies and computed tensors can be written in any order.
-                plans = [self._laid_out(shard) for shard in shards]
-                copies = [copier.submit(self._copy, *plan, syncer) for plan in plans]
+                starts = [self._laid_out(shard) for shard in shards]
+                copies = [copier.submit(self._copy, *laid_out, syncer) for laid_out in zip(shards, starts, strict=True)]
                 beside = other.submit(meanwhile or (lambda: None))
                 if self._largest(shards) > _LARGE:
                     beside.result()  # so that only one large tensor is in memory
                 synced = []
-                for shard, copied in zip(shards, copies, strict=True):
-                    self._compute(shard, (copied, beside), writer)
+                for shard, start, copied in zip(shards, starts, copies, strict=True):
+                    self._compute(shard, start, (copied, beside), writer)
                     copied.result()
                     synced.append(syncer.submit(_synchronize, shard.out, shard.finished))
                 for future in (beside, *synced):
@@ -219,32 +212,22 @@ class Writer:
         entries = [self.checkpoint.entries[name] for shard in shards for name in shard.changes]
         return max((entry.stop - entry.start for entry in entries), default=0)
 
-    def _laid_out(self, shard: Shard) -> tuple[str, str, list[tuple[int, int, int]]]:
-        """Create the file at its full length, write its head if that is new, and return the ranges to copy."""
-        entries, old = self.checkpoint.of_file(shard.file), self.checkpoint.data[shard.file]
-        size = max((entry.stop for entry in entries.values()), default=0)
-        # If the head does not change, it is part of the first range to copy.
-        first, new = -old, old
+    def _laid_out(self, shard: Shard) -> int:
+        """Create the file at its full length, write its head if that is new, and return where its tensors begin."""
+        entries, start = self.checkpoint.of_file(shard.file), self.checkpoint.data[shard.file]
         with open(shard.out, "xb", buffering=0) as target:
-            if shard.added:
-                head = extended(entries, self.checkpoint.metadata[shard.file], shard.added)
-                first, new = 0, len(head)
-                self._put(target, 0, head)
-                at = new + size
-                for _, array in shard.added.values():
-                    self._put(target, at, raw_bytes(array))
-                    at += array.nbytes
-            else:
-                target.truncate(new + size)
-        spots = sorted(entries[name][2:] for name in shard.changes)
-        edges = [first, *(edge for spot in spots for edge in spot), size]
-        runs = zip(edges[::2], edges[1::2], strict=True)
-        return shard.file, shard.out, [(old + a, new + a, b - a) for a, b in runs if a < b]
+            if not shard.added:
+                target.truncate(start + _size(entries))
+                return start
+            entries = appended(entries, shard.added)
+            head = file_head(entries, self.checkpoint.metadata[shard.file])
+            self._put(target, 0, head)
+            for name, (_, array) in shard.added.items():
+                self._put(target, len(head) + entries[name].start, raw_bytes(array))
+            return len(head)
 
-    def _compute(self, shard: Shard, others: Sequence[Future[None]], writer: ThreadPoolExecutor) -> None:
-        size = os.path.getsize(shard.out) - sum(array.nbytes for _, array in shard.added.values())
+    def _compute(self, shard: Shard, start: int, others: Sequence[Future[None]], writer: ThreadPoolExecutor) -> None:
         entries = self.checkpoint.of_file(shard.file)
-        new = size - max((entry.stop for entry in entries.values()), default=0)
         written: Future[None] | None = None
         with open(shard.out, "r+b", buffering=0) as target:
             try:
@@ -255,7 +238,7 @@ class Writer:
                     tensor = change(self.checkpoint.array(name))
                     if written is not None:
                         written.result()
-                    written = writer.submit(self._put, target, new + entries[name].start, raw_bytes(tensor))
+                    written = writer.submit(self._put, target, start + entries[name].start, raw_bytes(tensor))
                     if tensor.nbytes > _LARGE:
                         written.result()
                     del tensor
@@ -263,7 +246,11 @@ class Writer:
                 if written is not None:
                     written.result()
 
-    def _copy(self, file: str, out: str, runs: Sequence[tuple[int, int, int]], syncer: ThreadPoolExecutor) -> None:
+    def _copy(self, shard: Shard, start: int, syncer: ThreadPoolExecutor) -> None:
+        """Copy what lies between the changed tensors, and the head if it does not change."""
+        entries, old = self.checkpoint.of_file(shard.file), self.checkpoint.data[shard.file]
+        spots = sorted(entries[name][2:] for name in shard.changes)
+        edges = [0 if shard.added else -old, *(edge for spot in spots for edge in spot), _size(entries)]
         dirty = 0
         flushed: Future[None] | None = None
 
@@ -276,11 +263,11 @@ class Writer:
             dirty += count
             if dirty >= _FLUSHED and (flushed is None or flushed.done()):
                 # Flush early, so that the disk is busy from the start and little is left at the end.
-                dirty, flushed = 0, syncer.submit(_synchronize, out)
+                dirty, flushed = 0, syncer.submit(_synchronize, shard.out)
 
-        with open(file, "rb", buffering=0) as source, open(out, "r+b", buffering=0) as target:
-            for start, at, count in runs:
-                copy_range(source, start, target, at, count, on_copied)
+        with open(shard.file, "rb", buffering=0) as source, open(shard.out, "r+b", buffering=0) as target:
+            for first, last in zip(edges[::2], edges[1::2], strict=True):
+                copy_range(source, old + first, target, start + first, last - first, on_copied)
 
     def _put(self, target: BinaryIO, at: int, content: bytes | memoryview) -> None:
         write_at(target, at, content)
@@ -288,39 +275,14 @@ class Writer:
             self._on_bytes(len(content))
 
 
+def _size(entries: Mapping[str, Entry]) -> int:
+    return max((entry.stop for entry in entries.values()), default=0)
+
+
 def _synchronize(path: str, finished: Callable[[], None] | None = None) -> None:
     sync_file(path)
     if finished is not None:
         finished()
-
-
-def extended(
-    entries: Mapping[str, Entry], metadata: Mapping[str, str], added: Mapping[str, tuple[str, np.ndarray]]
-) -> bytes:
-    """Return a file's head (the length and the header) with tensors appended to the existing ones.
-
-    Examples
-    --------
-    >>> head = extended({"a": Entry("U8", (2,), 0, 2)}, {}, {"b": ("U8", np.zeros(3, np.uint8))})
-    >>> len(head) % 8
-    0
-    >>> head[8:].rstrip()
-    b'{"a":{"dtype":"U8","shape":[2],"data_offsets":[0,2]},"b":{"dtype":"U8","shape":[3],"data_offsets":[2,5]}}'
-    """
-    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
-    listed = list(entries.items())
-    at = max((entry.stop for entry in entries.values()), default=0)
-    for name, (dtype, array) in added.items():
-        listed.append((name, Entry(dtype, array.shape, at, at + array.nbytes)))
-        at += array.nbytes
-    for name, entry in listed:
-        header[name] = {
-            "dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [entry.start, entry.stop]
-        }  # fmt: skip
-    # Metadata may contain a lone surrogate, which has no UTF-8 form: backslashreplace writes it as a JSON escape.
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8", "backslashreplace")
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
 
 
 # -- The bytes of two files, or of two folders, compared ---------------------------------------------------------------

@@ -13,9 +13,9 @@ fingerprint of the base model and a digest of the draws of F, so that another ba
 
 The arrays are next to the base model, as ``base_model.tnadapt.tnadapt_arrays.{adapter}.{array}``. The base's state dict
 therefore has no additional entries, and code that finds an adapter's parameters by its name works, such as TRL's
-trainers, which copy a trained adapter for their reference. An adapter may have any printable name (``"my-adapter"``,
-``"v1.0"``), except those of attributes of ``nn.ModuleDict`` (``"keys"``, ``"type"``), which PEFT's other methods do not
-accept either, and, with ``modules_to_save``, names with a dot.
+trainers, which copy a trained adapter for their reference. An adapter may have any printable name
+without dots (``"my-adapter"``) except those of attributes of ``nn.ModuleDict`` (``"keys"``, ``"type"``); PEFT's other
+methods have the same limits.
 
 ``adapter_names=`` in a forward pass and in ``generate`` gives each sample of a batch its adapter, also with DoRA.
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any, Self
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, Self, cast
 
 from torch import nn
 
@@ -16,7 +17,7 @@ from tnadapt.algebra.config import Config
 from tnadapt.algebra.named_config import require_preset
 from tnadapt.algebra.starting_points import starting_point
 from tnadapt.argument_checks import flag
-from tnadapt.errors import BackendError, ConfigError, TargetError, UnexpectedKeywordError, safe_repr, warn
+from tnadapt.errors import BackendError, ConfigError, TargetError, UnexpectedKeywordError, keyword_hint, safe_repr, warn
 from tnadapt.targets.roles import are_roles, ends_in, path_matcher
 from tnadapt.targets.target import Target
 from tnadapt.torch._attach import check_form
@@ -62,23 +63,10 @@ class _PeftTypeName(str):
         return f"PeftType.{self.value}"
 
 
-#: The equivalents of keywords of other methods' configs and of :func:`tnadapt.torch.attach`.
+#: Keywords of PEFT's other configs that are named differently here than in :func:`tnadapt.torch.attach`.
 _ELSEWHERE = {
-    "r": "use settings={'rank': …}",
-    "rank": "use settings={'rank': …}",
-    "lora_alpha": "use settings={'alpha': …}",
-    "init_lora_weights": "use init_weights",
-    "targets": "use target_modules",
-    "keep_trainable": "use modules_to_save",
-    "cfg": "use settings",
-    "config": "use settings",
     "target_parameters": "use target_modules, which also accepts names of parameters",
-    "dtype": "the arrays are float32, or of the base's dtype after get_peft_model(…, autocast_adapter_dtype=False)",
     "bias": "biases are not trained; use modules_to_save for modules that are trained whole",
-    "lora_dropout": "use dropout",
-    "use_rslora": "α/√r is not supported; use settings={'alpha': …}, which is divided by the rank",
-    "use_dora": "use preset='dora' or settings={'apply': 'magnitude'}; PEFT's gradient needs detach_norm=True",
-    "fan_in_fan_out": "leave it out: how a weight is stored is read from its module",
 }
 
 
@@ -171,11 +159,8 @@ class TnadaptConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not l
     trained: Any = None
     preset: dataclasses.InitVar[str | None] = None
 
-    # The value of base for the next file. It belongs to one model, while this object may serve several.
-    _next_base = None
-    # The same for computed_from, and for trained, in a tuple because None is a valid choice there.
-    _next_computed_from = None
-    _next_trained = None
+    # Values for the next file only: they belong to one model, while this object may serve several.
+    _next = cast(Mapping[str, Any], MappingProxyType({}))
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         known = [field.name for field in dataclasses.fields(cls)] + ["preset"]
@@ -251,13 +236,9 @@ class TnadaptConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not l
                 f"layers_pattern={safe_repr(patterns)} alone selects nothing: add the numbers, or leave it out"
             )
 
-    def keep_base(self, base: dict[str, Any] | None, computed_from: dict[str, Any] | None) -> None:
-        """Set the descriptions of the base model for the next file only, without changing this config."""
-        self._next_base, self._next_computed_from = base, computed_from
-
-    def keep_trained(self, trained: Sequence[str] | None) -> None:
-        """Set the list of trained arrays for the next file only, without changing this config."""
-        self._next_trained = (None if trained is None else list(trained),)
+    def keep_for_file(self, **values: Any) -> None:
+        """Set values for the next file only, without changing this config."""
+        self._next = values
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as they are written to ``adapter_config.json``."""
@@ -266,12 +247,7 @@ class TnadaptConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not l
             if isinstance(settings[name], set):
                 # Sorted, so that equal settings give equal files.
                 settings[name] = sorted(settings[name])
-        if self.base is None and self._next_base is not None:
-            settings["base"] = dict(self._next_base)
-        if self.computed_from is None and self._next_computed_from is not None:
-            settings["computed_from"] = dict(self._next_computed_from)
-        if self._next_trained is not None:
-            settings["trained"] = self._next_trained[0]
+        settings |= self._next
         # Files that do not need these keep their bytes.
         for name, default in (("trained", None), ("computed_from", None), ("detach_norm", False), ("dropout", 0.0)):
             if settings[name] == default:
@@ -283,13 +259,14 @@ class TnadaptConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not l
         try:
             super().save_pretrained(save_directory, **kwargs)
         finally:
-            self._next_base = self._next_computed_from = self._next_trained = None
+            self._next = {}
 
 
 def _instead(name: str, known: list[str]) -> str:
     """Return what to write instead of an unknown keyword."""
-    if name in _ELSEWHERE:
-        return _ELSEWHERE[name]
+    hint = _ELSEWHERE.get(name) or keyword_hint(name)
+    if hint is not None:
+        return f"{hint}; settings={{…}} takes the fields of a Config"
     if name in Config.__dataclass_fields__:
         return f"use settings={{{name!r}: …}}"
     close = difflib.get_close_matches(name, known, n=1)

@@ -9,7 +9,7 @@ import functools
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterator, KeysView, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -30,52 +30,10 @@ from tnadapt.torch._adapter_saving import base_fingerprint
 from tnadapt.torch._attach import AttachRequest, carry_out, warn_undropped
 from tnadapt.torch._registry import let_go, let_go_merged, overlapping, take_off
 from tnadapt.torch._rows import BASE, assigned, row_runner
-from tnadapt.torch._state import DOT, PREFIX, AdapterState, RowAssignment, encoded, entered, register_in
+from tnadapt.torch._state import PREFIX, AdapterState, RowAssignment, entered, register_in
 from tnadapt.torch._trainable import keep
 
 from ._peft_config import TnadaptConfig, select_targets
-
-# -- The container of arrays, where PEFT's and TRL's code looks for them -----------------------------------------------
-
-
-class AdapterArrays(nn.ModuleDict):
-    """One ``nn.ParameterDict`` per adapter, by the adapter's name.
-
-    PEFT's layers keep their parameters in such containers, and code built on PEFT relies on it: it asks whether a name
-    is in one, and TRL finds an adapter's parameters by ``.default.`` in their names. Unlike in ``nn.ModuleDict``, a
-    name may contain dots; they are encoded in the names of the parameters.
-
-    Examples
-    --------
-    >>> arrays = AdapterArrays()
-    >>> arrays["v1.0"] = nn.ParameterDict({"factor": nn.Parameter()})
-    >>> list(arrays), "v1.0" in arrays, [name for name, _ in arrays.named_parameters()]
-    (['v1.0'], True, ['v1%2E0.factor'])
-    """
-
-    def __getitem__(self, key: str) -> nn.Module:
-        return super().__getitem__(encoded(key))
-
-    def __setitem__(self, key: str, module: nn.Module) -> None:
-        super().__setitem__(encoded(key), module)
-
-    def __delitem__(self, key: str) -> None:
-        super().__delitem__(encoded(key))
-
-    def __contains__(self, key: object) -> bool:
-        return isinstance(key, str) and encoded(key) in self._modules
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.keys())
-
-    def keys(self) -> KeysView[str]:
-        """Return the adapters' names."""
-        return {key.replace(DOT, "."): None for key in self._modules}.keys()
-
-    def items(self) -> Any:
-        """Return the adapters' names and arrays."""
-        return {key.replace(DOT, "."): module for key, module in self._modules.items()}.items()
-
 
 # -- The names of arrays on a PEFT model and in PEFT's files -----------------------------------------------------------
 
@@ -92,31 +50,26 @@ def in_file(key: str, adapter_name: str) -> str | None:
 
     Examples
     --------
-    >>> in_file("base_model.tnadapt.tnadapt_arrays.v1%2E0.group0_split0_factor0", "v1.0")
+    >>> in_file("base_model.tnadapt.tnadapt_arrays.mine.group0_split0_factor0", "mine")
     'base_model.model.tnadapt.group0.split0.factor0'
-    >>> in_file("base_model.model.lm_head.weight", "v1.0")
+    >>> in_file("base_model.model.lm_head.weight", "mine")
     """
     # Whatever is in an adapter's container is one of its arrays: formats and sources of other packages name theirs.
-    match = re.fullmatch(rf"(.*\.)?tnadapt\.tnadapt_arrays\.{re.escape(encoded(adapter_name))}\.([^.]+)", key)
+    match = re.fullmatch(rf"(.*\.)?tnadapt\.tnadapt_arrays\.{re.escape(adapter_name)}\.([^.]+)", key)
     return None if match is None else f"{match[1] or ''}model.tnadapt.{match[2].replace('_', '.')}"
 
 
-def check_adapter_name(name: str, modules_to_save: Any) -> None:
+def check_adapter_name(name: str) -> None:
     """Raise a TargetError if PEFT would confuse the name with a part of every array's name, or torch forbids it."""
     if _RESERVED.fullmatch(name):
         raise TargetError(
             f"an adapter cannot be called {name!r}: the arrays of all adapters have this word in their names, and PEFT "
             "could not tell them apart; give another name"
         )
-    if hasattr(AdapterArrays(), encoded(name)):
+    if "." in name or hasattr(nn.ModuleDict(), name):
         raise TargetError(
-            f"an adapter cannot be called {name!r}: its arrays are kept in an nn.ModuleDict, which has an attribute of "
-            "that name; give another name"
-        )
-    if modules_to_save and "." in name:
-        raise TargetError(
-            f"an adapter cannot be called {name!r} with modules_to_save={safe_repr(modules_to_save)}: PEFT keeps the "
-            "trained copies under the adapter's name, in which torch allows no dot; give a name without dots"
+            f"an adapter cannot be called {name!r}: its arrays are kept in an nn.ModuleDict, which takes no names with "
+            "dots or of its attributes; give another name"
         )
 
 
@@ -135,7 +88,7 @@ class TnadaptLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # PEFT's t
 
     def __init__(self) -> None:
         super().__init__()
-        self.tnadapt_arrays = AdapterArrays()
+        self.tnadapt_arrays = nn.ModuleDict()
         self.handles: dict[str, Adapter] = {}
         self.merged_adapters: list[str] = []
         self._active_adapter: list[str] = []
@@ -531,7 +484,7 @@ class TnadaptModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not loo
             layer = self.tnadapt
             if layer.handles:
                 trainable = _trainable(self)
-            check_adapter_name(adapter_name, config.modules_to_save)
+            check_adapter_name(adapter_name)
             if layer.merged:
                 warnings.warn("An adapter cannot be added while others are merged. Unmerging them first.", stacklevel=2)
                 layer.unmerge()
@@ -675,10 +628,14 @@ class TnadaptModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not loo
     ) -> dict[str, Tensor]:
         layer = _layer_of(model)
         handle = layer.handle(adapter_name)
-        if config.base is None or (config.computed_from is None and handle.plan.base_shapes):
-            base = layer.base_of(adapter_name)
-            config.keep_base(base, base["fingerprint"] if base is not None and handle.plan.base_shapes else None)
-        config.keep_trained(handle.trained)
+        values: dict[str, Any] = {"trained": None if handle.trained is None else list(handle.trained)}
+        computed = config.computed_from is None and handle.plan.base_shapes
+        base = layer.base_of(adapter_name) if config.base is None or computed else None
+        if base is not None and config.base is None:
+            values["base"] = dict(base)
+        if base is not None and computed and base["fingerprint"] is not None:
+            values["computed_from"] = dict(base["fingerprint"])
+        config.keep_for_file(**values)
         # PEFT's files have the arrays, as tnadapt's do.
         return _converted(state_dict, handle, handle._state.plan.to_arrays)
 
