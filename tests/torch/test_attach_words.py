@@ -247,8 +247,7 @@ def codes() -> nn.Module:
 
 ALL = {"targets": "all-linear"}
 COLUMNS = P.dora(2, magnitude_axis="cols")
-THIRD = "^the third argument is the targets, such as 'qv'; got "
-EIGHT = rf"{THIRD}the number 8: settings are keywords, as in attach\(model, 'lora', rank=8\)$"
+EIGHT = "^targets must be roles such as .* or a function; got 8. Settings are keywords, such as rank=8$"
 TANH = {"activation": "tanh", **ALL}
 BEHIND = "activation='tanh' depends on the input, .* instead of "
 NO_CONFIG = "the config of 'q' must be a tnadapt.Config or the name of a preset; got "
@@ -282,16 +281,7 @@ REFUSED: dict[type[Exception], list[tuple[Any, dict[str, Any], str]]] = {
         (linear, {}, r"1 linear or convolution weights: 0\.weight"),
         (encoder, {"cfg": "lora", "targets": 8}, EIGHT),
         (encoder, {"cfg": None, "targets": 8}, EIGHT),
-        (
-            encoder, {"cfg": "lokr", "targets": {"rank": 8, "alpha": 2.0}},
-            rf"{THIRD}{{'rank': 8, 'alpha': 2.0}}: settings are keywords, and a mapping of patterns to configs is the "
-            r"second argument: attach\(model, 'lokr', rank=8, alpha=2.0\)$",
-        ),
-        (
-            encoder, {"cfg": "lora", "targets": {"qv": "lora"}},
-            rf"{THIRD}{{'qv': 'lora'}}: settings are keywords, and a mapping of patterns to configs is the second "
-            r"argument: attach\(model, {'qv': 'lora'}\)$",
-        ),
+        (encoder, {"cfg": "lora", "targets": {"qv": "lora"}}, "^targets must be roles .*; got {'qv': 'lora'}"),
         (
             one_bias, {"cfg": "lora", "targets": ["a"], "biases": "adapted"},
             "biases='adapted': no adapted layer of this ModuleDict has a bias; leave",
@@ -329,11 +319,7 @@ REFUSED: dict[type[Exception], list[tuple[Any, dict[str, Any], str]]] = {
             encoder, {"strategy": "additive"},
             r"needs a linear layer; self_attn\.in_proj_weight is read by TransformerEncoderLayer itself: use",
         ),
-        (
-            encoder, {"cfg": {"rank": 8}},
-            "^a mapping has a config for each pattern of weights; got settings, {'rank': 8}: give them as keywords, "
-            r"with the name of a preset: attach\(model, 'lora', rank=8\)$",
-        ),
+        (encoder, {"cfg": {"rank": 8}}, "^the config of 'rank' must be a tnadapt.Config or the name of a preset; got"),
         (packed, {"cfg": COLUMNS, **ALL}, "magnitude_axis='cols' changes the weight itself, and 0.weight is"),
         (
             codes, {"cfg": P.hira(2), **ALL},

@@ -530,7 +530,7 @@ def test_what_is_found(make: Any, targets: Any, expected: str) -> None:
 def test_several_weights_for_one_role_are_not_passed_over() -> None:
     mlp = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
     model = Module(attn=Module(query=mlp, key=nn.Linear(8, 8), value=nn.Linear(8, 8)), other=linear("q", "k", "v"))
-    with pytest.raises(TargetError, match=r"attn\.query of Module seems to compute q, but with which weight or rows"):
+    with pytest.raises(TargetError, match=r"attn\.query seems to produce q, but with which weight or rows"):
         find_targets(model)
     assert names(model, "v") == ["attn.value.weight", "other.v.weight"]
     assert names(model, ["attn:k", "attn.query.2"]) == ["attn.query.2.weight", "attn.key.weight"]

@@ -1,17 +1,16 @@
 """Which weights of a model an adapter updates: attention projections, targets by role or name, layers and exclusion.
 
-:func:`attentions` finds the projections of every attention by structure and names, and :class:`TargetSearch` what the
-argument ``targets`` asks for. :func:`find_targets` and :func:`filtered` are the whole way, with ``layers`` and
-``exclude``; :func:`of_patterns` does it for several configs in one adapter.
+:class:`TargetSearch` finds the projections of every attention by structure and names, and what the argument
+``targets`` asks for. :func:`find_targets` is the whole way, with ``layers`` and ``exclude``, and :func:`of_patterns`
+that for several configs in one adapter.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import nn
 
@@ -25,28 +24,9 @@ from tnadapt.targets.attention_layouts import AttentionLayout, by_name, of_class
 from tnadapt.targets.fused_rows import Facts, Fused, LayoutError, place_rows
 from tnadapt.targets.target import ROLES, Rows, Target, check_distinct
 
-from ._quantized import is_embedding
-from ._weights import (
-    Weight,
-    check_usable,
-    join,
-    modules_of,
-    plain,
-    projections_in,
-    reported_by,
-    weights_of,
-    with_tied,
-    wraps,
-)
+from ._weights import Weight, join, modules_of, plain, reported_by, usable, weights_of, wraps
 
 # -- The layout of a fused weight, and its rows that produce q, k and v ------------------------------------------------
-
-
-def facts_of(parent: Any) -> Facts:
-    """Return the sizes that an attention module has as attributes, or else in its config."""
-    config = getattr(parent, "config", None)
-    lookups = [lambda name: getattr(parent, name, None), lambda name: getattr(config, name, None)]
-    return Facts(lookups, "its attributes are not those that were expected: there is no")
 
 
 def layout_of(parent: Any, weight: str = "") -> AttentionLayout | None:
@@ -62,28 +42,15 @@ def layout_of(parent: Any, weight: str = "") -> AttentionLayout | None:
 
 
 def fused_rows(parent: Any, name: str, weight: Weight, fused: Fused) -> dict[str, Rows | None]:
-    """Return the rows of a fused weight that produce q, k and v; None where the whole weight produces one.
-
-    Parameters
-    ----------
-    parent : Module
-        The attention module.
-    name : str
-        The weight's name there.
-    weight : Weight
-    fused : Fused
-
-    Raises
-    ------
-    TargetError
-        If the layout is unknown or does not fit.
-    """
-    entry = layout_of(parent, name)
+    """Return the rows of an attention's fused weight that produce q, k and v; None where the whole weight does."""
+    entry, config = layout_of(parent, name), getattr(parent, "config", None)
     rule = by_name(name) if entry is None else entry.rule
+    lookups = [lambda size: getattr(parent, size, None), lambda size: getattr(config, size, None)]
     try:
         if rule is None:
             raise LayoutError("libraries lay it out in different ways")
-        return place_rows(rule(facts_of(parent), fused), fused)
+        facts = Facts(lookups, "its attributes are not those that were expected: there is no")
+        return place_rows(rule(facts, fused), fused)
     except LayoutError as error:
         raise TargetError(
             f"{weight.path} computes {', '.join(fused.letters)} with one weight of {fused.out} rows, and the layout of "
@@ -93,124 +60,17 @@ def fused_rows(parent: Any, name: str, weight: Weight, fused: Fused) -> dict[str
         ) from None
 
 
-# -- The query, key, value and output projections of every attention ---------------------------------------------------
+def _in_use(names: Sequence[str]) -> list[str]:
+    """Drop the separate projections that diffusers keeps next to a fused copy and no longer reads."""
+    parsed = {name: roles.parse_projection_name(name, attention=True) for name in names}
 
+    def stream(projection: roles.ProjectionName) -> bool:
+        return projection.family.startswith("add_") or "added" in projection.family
 
-class AttentionModule(NamedTuple):
-    """One attention and its projections.
-
-    Attributes
-    ----------
-    module : Module
-    weights : AttentionWeights
-    """
-
-    module: nn.Module
-    weights: roles.AttentionWeights[Weight]
-
-    def targets(self, letters: str) -> Iterator[Target]:
-        """Yield each weight, or part of one, that produces one of the letters.
-
-        Raises
-        ------
-        TargetError
-            If a fused weight's layout is unknown, or it is unclear what produces a letter.
-        """
-        path = self.weights.path
-        for name, makes in self.weights.unclear:
-            if not set(makes).isdisjoint(letters):
-                raise TargetError(
-                    f"{join(path, name)} of {type(self.module).__name__} seems to compute {makes}, but with which "
-                    "weight or rows is unknown: give tnadapt.Target(path, shape, role, rows=tnadapt.Rows(…)) for it, "
-                    "or name other targets in a list of paths or with a function"
-                )
-        layer, rows_of = roles.layer_of(plain(path)), functools.partial(fused_rows, self.module)
-        for weight, role, rows in self.weights.parts(letters, lambda weight: weight.shape, rows_of):
-            yield weight.target(role, layer, rows)
-
-
-def attentions(model: nn.Module) -> Iterator[AttentionModule]:
-    """Yield every attention of a model, in the model's order.
-
-    Examples
-    --------
-    >>> [attention.weights.path for attention in attentions(nn.TransformerEncoderLayer(8, 2, 8))]
-    ['self_attn']
-    """
-    tree = _ModelTree(model)
-
-    def named_first(weight: Weight) -> Weight:
-        return weight._replace(path=tree.first[id(weight.module)])
-
-    for weights in roles.attentions_in(tree):
-        module = tree.modules[weights.path]
-        inputs = [(name, says, named_first(weight)) for name, says, weight in weights.inputs]
-        outputs = list(map(named_first, weights.outputs))
-        yield AttentionModule(module, weights._replace(inputs=_in_use(module, inputs), outputs=outputs))
-
-
-class _ModelTree:
-    """The modules of a model by their paths, as :func:`attentions_in` asks for them."""
-
-    def __init__(self, model: nn.Module) -> None:
-        places = dict(modules_of(model))
-        self.modules = {plain(path): module for path, module in places.items()} | places
-        self.first = {id(module): path for path, module in places.items()}
-
-    def paths(self) -> Iterable[str]:
-        return self.first.values()
-
-    def is_attention(self, path: str) -> bool:
-        return roles.is_attention(type(self.modules[path]).__name__, plain(path).rpartition(".")[2])
-
-    def called(self, path: str) -> list[roles.Called[Weight]]:
-        module, projections = self.modules[path], list[roles.Called[Weight]]()
-        for weight in weights_of(path, module):
-            name = roles.parse_projection_name(weight.parameter, attention=True)
-            if name is not None:
-                projections.append((weight.parameter, name, [weight]))
-        # A class of the table is an attention whatever its name.
-        attention = self.is_attention(path) or layout_of(module) is not None
-        for child_name, child in _children(module):
-            name = roles.parse_projection_name(child_name, attention)
-            if name is not None and (weights := projections_in(join(path, child_name), child)):
-                projections.append((child_name, name, weights))
-        return roles.settled_names(projections)
-
-    def unclear(self, path: str, called: list[roles.Called[Weight]]) -> list[tuple[str, str]]:
-        children = dict(_children(self.modules[path]))
-        return roles.unclear_children(called, children, lambda name: bool(projections_in(name, children[name])))
-
-    def outputs(self, path: str, names: frozenset[str]) -> list[Weight]:
-        children = _children(self.modules[path])
-        weights = [projections_in(join(path, name), child) for name, child in children if name in names]
-        return [projections[0] for projections in weights if len(projections) == 1]
-
-    def attention_above(self, path: str) -> str | None:
-        above = plain(path).rpartition(".")[0]
-        parent = self.modules.get(above)
-        return above if parent is not None and roles.is_attention(type(parent).__name__) else None
-
-    def key(self, weight: Weight) -> tuple[int, str]:
-        return id(weight.module), weight.parameter
-
-
-def _children(module: nn.Module) -> list[tuple[str, nn.Module]]:
-    return [(name, child) for name, child in module._modules.items() if child is not None]
-
-
-def _in_use(
-    module: nn.Module, inputs: list[tuple[str, roles.ProjectionName, Weight]]
-) -> list[tuple[str, roles.ProjectionName, Weight]]:
-    """Drop the separate weights that diffusers keeps next to a fused copy and no longer reads."""
-    if not getattr(module, "fused_projections", False):
-        return inputs
-
-    def stream(name: roles.ProjectionName) -> bool:
-        return name.family.startswith("add_") or "added" in name.family
-
-    fused = {(stream(name), letter) for _, name, _ in inputs if len(name.letters) > 1 for letter in name.letters}
-    return [entry for entry in inputs if len(entry[1].letters) > 1 or (stream(entry[1]), entry[1].letters) not in fused]
+    fused = {
+        (stream(says), letter) for says in parsed.values() if says and len(says.letters) > 1 for letter in says.letters
+    }
+    return [name for name, says in parsed.items() if says is None or (stream(says), says.letters) not in fused]
 
 
 # -- The search of one model for what ``targets`` asks for -------------------------------------------------------------
@@ -221,7 +81,7 @@ _HEADS = ("lm_head", "embed_out", "classifier", "score", "qa_outputs", "head", "
 _WRAPPERS = ("module", "_orig_mod", "base_model", "model")
 
 
-class TargetSearch:
+class TargetSearch(roles.ModuleTree[Weight]):
     """One model, inspected once for several searches."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -229,18 +89,55 @@ class TargetSearch:
             raise TargetError(f"targets are found in a torch module; got {type(model).__name__}")
         self.model = model
         self.modules = dict(modules_of(model))
+        #: The weights that each module itself holds, by its id.
+        self.held = {id(module): weights_of(path, module) for path, module in self.modules.items()}
+        self.weights = [weight for weights in self.held.values() for weight in weights]
 
-    @functools.cached_property
-    def attentions(self) -> list[AttentionModule]:
-        return list(attentions(self.model))
+    # -- The model as a tree in which attentions are found ------------------------------------
 
-    @functools.cached_property
-    def weights(self) -> list[Weight]:
-        return [weight for path, module in self.modules.items() for weight in weights_of(path, module)]
+    def paths(self) -> Iterable[str]:
+        return self.modules
 
-    @functools.cached_property
-    def by_name(self) -> dict[tuple[str, str], Weight]:
-        return {(weight.path, weight.parameter): weight for weight in self.weights}
+    def is_attention(self, path: str) -> bool:
+        module = self.modules[path]
+        names = type(module).__name__, plain(path).rpartition(".")[2]
+        return roles.is_attention(*names) or layout_of(module) is not None
+
+    def children(self, path: str) -> list[str]:
+        module = self.modules[path]
+        names = [*module._parameters, *(name for name, child in module._modules.items() if child is not None)]
+        return _in_use(names) if getattr(module, "fused_projections", False) else names
+
+    def projections(self, path: str, child: str) -> list[Weight]:
+        """Return the weights of a projection, which PEFT may wrap, or which a norm, pooling or convolution is next to.
+
+        Depthwise convolutions and embeddings are not projections.
+        """
+        module = self.modules[path]
+        inner = module._modules.get(child)
+        if inner is None:
+            return [weight for weight in self.held[id(module)] if weight.parameter == child]
+        weights = [
+            weight
+            for below, part in modules_of(inner)
+            for weight in self.held.get(id(part), ())
+            if weight.kind in ("linear", "conv") or (weight.kind == "other" and not plain(below))
+            if not weight.is_depthwise
+        ]
+        return roles.main_projection(weights, join(path, child), lambda weight: weight.path)
+
+    def sizes(self, weight: Weight) -> tuple[int, int]:
+        return weight.target("linear", "").shape
+
+    def fused_rows(self, path: str, child: str, weight: Weight, fused: Fused) -> dict[str, Rows | None]:
+        return fused_rows(self.modules[path], child, weight, fused)
+
+    def targets_of(self, attention: roles.AttentionWeights[Weight], letters: str) -> list[Target]:
+        """Return each weight of an attention, or part of one, that produces one of the letters."""
+        layer = roles.layer_of(plain(attention.path))
+        return [weight.target(role, layer, rows) for weight, role, rows in self.parts(attention, letters)]
+
+    # -- What targets asks for ---------------------------------------------------------------
 
     def find(self, targets: Any) -> list[Target]:
         if isinstance(targets, str):
@@ -250,14 +147,14 @@ class TargetSearch:
         if not isinstance(targets, (list, tuple, set, frozenset)):
             raise TargetError(
                 "targets must be roles such as 'qv', 'all-linear', 'conv', 'embeddings', a regular expression, a list "
-                f"or a function; got {safe_repr(targets)}"
+                f"or a function; got {safe_repr(targets)}. Settings are keywords, such as rank=8"
             )
         entries = sorted(targets, key=str) if isinstance(targets, (set, frozenset)) else targets
         return [target for entry in entries for target in self._by_entry(entry)]
 
     def nothing(self, targets: Any) -> TargetError:
         """Return the error of a search that found nothing."""
-        linear = list(dict.fromkeys(weight.name for weight in self.weights if weight.kind != "other"))
+        linear = list(dict.fromkeys(weight.name for weight in self.weights if weight.kind in ("linear", "conv")))
         some = ", ".join(linear[:10]) + (f" and {len(linear) - 10} more" if len(linear) > 10 else "")
         available = (
             f"it has {len(linear)} linear or convolution weights: {some}" if linear else "it has no such weight at all"
@@ -272,17 +169,12 @@ class TargetSearch:
 
     def _by_word(self, word: str) -> list[Target]:
         if roles.are_roles(word):
-            return [target for attention in self.attentions for target in attention.targets(word)]
-        if word == "all-linear":
-            heads = _heads(self.model)
-            chosen = [weight for weight in self.weights if weight.kind == "linear" and id(weight.module) not in heads]
-        elif word == "embeddings":
-            chosen = [weight for weight in self.weights if is_embedding(weight.module)]
-        elif word == "conv":
-            chosen = [weight for weight in self.weights if weight.kind == "conv"]
-        else:
+            return [target for attention in self.attentions for target in self.targets_of(attention, word)]
+        if word not in roles.KEYWORDS:
             return self._by_expression(word)
-        return list(map(_whole, chosen))
+        kind = {"all-linear": "linear", "embeddings": "embedding", "conv": "conv"}[word]
+        heads = _heads(self.model) if word == "all-linear" else ()
+        return [_whole(weight) for weight in self.weights if weight.kind == kind and id(weight.module) not in heads]
 
     def _by_expression(self, word: str, ends: bool = False) -> list[Target]:
         """Return the targets of the modules whose path matches, with or without PEFT's wrapping.
@@ -296,7 +188,7 @@ class TargetSearch:
             # PEFT's wrapper is skipped: the layer in it has the same plain path.
             if wraps(module) or not (is_match(path) or is_match(plain(path))):
                 continue
-            if ends and not weights_of(path, module):
+            if ends and not self.held[id(module)]:
                 targets += [_whole(weight) for weight in self._inside(path) if weight.kind == "linear"]
             else:
                 targets += self._whole_of(path, module)
@@ -314,7 +206,7 @@ class TargetSearch:
         return [weight for weight in self.weights if weight.path.startswith(f"{path}." if path else "")]
 
     def _whole_of(self, path: str, module: nn.Module) -> list[Target]:
-        weights = weights_of(path, module)
+        weights = self.held[id(module)]
         if not weights:
             inside = ", ".join(weight.path for weight in self._inside(path)[:4])
             hint = f"; name the modules inside it, such as {inside}" if inside else ""
@@ -341,21 +233,22 @@ class TargetSearch:
 
     def _roles_at(self, path: str, letters: str, same: Callable[[str, str], bool]) -> list[Target]:
         """Return the targets with these roles in the attention or weight at a path."""
-        targets = []
+        targets = list[Target]()
         for attention in self.attentions:
-            place, inputs, outputs, _ = attention.weights
-            weights = [weight for _, _, weight in inputs] + outputs
-            whole = same(path, place)
+            weights = [*(weight for _, _, weight in attention.inputs), *attention.outputs]
+            whole = same(path, attention.path)
             if whole or any(same(path, weight.path) for weight in weights):
-                targets += [target for target in attention.targets(letters) if whole or same(path, target.module)]
+                targets += [
+                    target for target in self.targets_of(attention, letters) if whole or same(path, target.module)
+                ]
         if not targets:
             raise self._no_match(
-                path, f" with the roles {letters!r}", [attention.weights.path for attention in self.attentions]
+                path, f" with the roles {letters!r}", [attention.path for attention in self.attentions]
             )
         return targets
 
     def _no_match(self, name: str, what: str = "", among: list[str] | None = None) -> TargetError:
-        paths = (plain(weight.path) for weight in self.weights if weight.kind != "other")
+        paths = (plain(weight.path) for weight in self.weights if weight.kind in ("linear", "conv"))
         names = among or list(dict.fromkeys(paths))
         close = roles.similar_paths(name, names)
         some = close or names[:6]
@@ -399,7 +292,7 @@ class TargetSearch:
         module = self.modules.get(target.module)
         if module is None:
             raise self._no_match(target.module)
-        weight = self.by_name.get((target.module, target.parameter))
+        weight = next((weight for weight in self.held[id(module)] if weight.parameter == target.parameter), None)
         if weight is not None and weight.stored is not None:
             stored, transposed = weight.stored, weight.transposed
             if (weight.index is None) != (target.index is None):
@@ -426,7 +319,7 @@ class TargetSearch:
 
 
 def _whole(weight: Weight) -> Target:
-    role = "embedding" if is_embedding(weight.module) else "conv" if weight.kind == "conv" else "linear"
+    role = weight.kind if weight.kind in ("conv", "embedding") else "linear"
     # The last component is dropped: a module's index in a Sequential is not the number of a layer.
     return weight.target(role, roles.layer_of(plain(weight.path).rpartition(".")[0]))
 
@@ -750,14 +643,10 @@ def find_targets(
         raise search.nothing(targets)
     if untie and keep_tied:
         raise TargetError("untie=True gives tied weights their own copies, and keep_tied=True keeps them one: give one")
-    selected = with_tied(model, filtered(search, selected, layers, exclude), keep_tied)
-    explicit = (
-        not isinstance(targets, str) and not callable(targets) and all(isinstance(entry, Target) for entry in targets)
-    )
+    chosen = usable(model, filtered(search, selected, layers, exclude), untie, keep_tied)
     # Of given Targets nothing is dropped: each has its place in the vector of all updates.
-    chosen = list(selected) if explicit else in_order(search, selected)
-    check_usable(model, chosen, untie)
-    return chosen
+    explicit = isinstance(targets, (list, tuple)) and all(isinstance(entry, Target) for entry in targets)
+    return chosen if explicit else in_order(search, chosen)
 
 
 def filtered(search: TargetSearch, found: Sequence[Target], layers: Any, exclude: Any) -> list[Target]:
@@ -767,17 +656,20 @@ def filtered(search: TargetSearch, found: Sequence[Target], layers: Any, exclude
     return list(found) if exclude is None else without(search, found, exclude)
 
 
-def in_order(search: TargetSearch, found: Iterable[Target]) -> list[Target]:
+def in_order(search: TargetSearch, targets: Iterable[Target]) -> list[Target]:
     """Return targets in the order of the model's modules, of roles and of their parameters, each once."""
     order = {path: place for place, path in enumerate(search.modules)}
     stored = {(weight.path, weight.parameter, weight.index): place for place, weight in enumerate(search.weights)}
-    chosen = {(target.module, target.parameter, target.index, target.rows): target for target in found}.values()
-
-    def place(target: Target) -> tuple[int, ...]:
-        among = stored.get((target.module, target.parameter, target.index), len(stored))
-        return order[target.module], ROLES.index(target.role), among
-
-    return sorted(chosen, key=place)
+    distinct = {(target.module, target.parameter, target.index, target.rows): target for target in targets}.values()
+    places = {
+        target: (
+            order[target.module],
+            ROLES.index(target.role),
+            stored.get((target.module, target.parameter, target.index), len(stored)),
+        )
+        for target in distinct
+    }
+    return sorted(places, key=places.__getitem__)
 
 
 # -- The targets of several configs in one adapter: each config with the pattern of its weights ------------------------
