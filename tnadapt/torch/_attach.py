@@ -191,7 +191,7 @@ def attach(
         Name of the adapter: any printable characters, unique on the model.
     layers : int, range or list of int, optional
         Only the targets in these layers; negative numbers count from the end. See :func:`tnadapt.torch.find_targets`.
-    exclude : str, list or function, optional
+    exclude : str or list, optional
         Targets to leave out, in the words of ``targets``.
     keep_trainable : str or sequence of str
         Parameters of the base that stay trainable, by whole components of their paths: ``"classifier"`` is every

@@ -122,7 +122,7 @@ class TargetSearch(roles.ModuleTree[Weight]):
             for below, part in modules_of(inner)
             for weight in self.held.get(id(part), ())
             if weight.kind in ("linear", "conv") or (weight.kind == "other" and not plain(below))
-            if not weight.is_depthwise
+            if not 1 < weight.groups == part.in_channels
         ]
         return roles.main_projection(weights, join(path, child), lambda weight: weight.path)
 
@@ -173,8 +173,24 @@ class TargetSearch(roles.ModuleTree[Weight]):
         if word not in roles.KEYWORDS:
             return self._by_expression(word)
         kind = {"all-linear": "linear", "embeddings": "embedding", "conv": "conv"}[word]
-        heads = _heads(self.model) if word == "all-linear" else ()
+        heads = self._heads() if word == "all-linear" else ()
         return [_whole(weight) for weight in self.weights if weight.kind == kind and id(weight.module) not in heads]
+
+    def _heads(self) -> set[int]:
+        """Return ids of the output head's modules: what the model reports, or the last layer of a child so named."""
+        heads: list[Any] = []
+        for method in ("get_output_embeddings", "get_classifier"):
+            reported = reported_by(self.model, method)
+            heads += reported if isinstance(reported, (tuple, list)) else [reported]
+        model: nn.Module | None = self.model
+        while model is not None and len(model._modules) == 1 and next(iter(model._modules)) in _WRAPPERS:
+            model = next(iter(model._modules.values()))
+        heads += [] if model is None else [model._modules.get(name) for name in _HEADS]
+        last = set()
+        for head in heads:
+            if isinstance(head, nn.Module):
+                last.update([id(module) for _, module in modules_of(head) if self.held.get(id(module))][-1:])
+        return last
 
     def _by_expression(self, word: str, ends: bool = False) -> list[Target]:
         """Return the targets of the modules whose path matches, with or without PEFT's wrapping.
@@ -257,12 +273,10 @@ class TargetSearch(roles.ModuleTree[Weight]):
         spelled = name.lower().replace("_", "-")
         word = [] if what else difflib.get_close_matches(spelled, roles.KEYWORDS, 1, 1.0 if close else 0.75)
         meant = f"did you mean {word[0]!r}? " if word else ""
-        listed = len({weight.path for weight in self.weights if _ends(name, weight.path)})
-        way = f": [{name!r}] matches {listed} of them" if listed else ""
         return TargetError(
             f"no module of {type(self.model).__name__} matches {safe_repr(name)}{what} ({len(names)} could); "
             f"{meant}{hint}. A list takes whole paths or their last whole parts, a plain string is a regular "
-            f"expression for a whole path{way}"
+            "expression for a whole path"
         )
 
     # -- Functions and targets ---------------------------------------------------------------
@@ -338,25 +352,6 @@ def _is_name(entry: str, weight: Weight) -> bool:
     return _ends(entry, weight.name) if entry != "weight" else weight.name == entry
 
 
-def _heads(model: nn.Module) -> set[int]:
-    """Return ids of the output head's modules: those the model reports, or the last layer below a child so named."""
-    heads: list[Any] = []
-    for method in ("get_output_embeddings", "get_classifier"):
-        reported = reported_by(model, method)
-        heads += reported if isinstance(reported, (tuple, list)) else [reported]
-    while len(model._modules) == 1 and next(iter(model._modules)) in _WRAPPERS:
-        inner = next(iter(model._modules.values()))
-        if inner is None:
-            break
-        model = inner
-    heads += [model._modules[name] for name in _HEADS if name in model._modules]
-    last = set()
-    for head in heads:
-        if isinstance(head, nn.Module):
-            last.update([id(module) for path, module in modules_of(head) if weights_of(path, module)][-1:])
-    return last
-
-
 # -- The targets that ``layers`` leaves, and those that ``exclude`` removes --------------------------------------------
 
 
@@ -404,8 +399,10 @@ def in_layers(search: TargetSearch, found: Sequence[Target], layers: Any) -> lis
         if place is not None and not wanted.isdisjoint((place[1], place[1] - sizes[place[0]]))
     ]
     if not chosen:
-        existing = _ranges({place[1] for place in places if place is not None})
-        raise TargetError(f"layers={safe_repr(layers)} leaves no target: they are in the layers {existing}")
+        numbers = [place[1] for place in places if place is not None]
+        raise TargetError(
+            f"layers={safe_repr(layers)} leaves no target: they are in layers {min(numbers)} to {max(numbers)}"
+        )
     return chosen
 
 
@@ -446,16 +443,6 @@ def _sizes(paths: Iterable[str]) -> dict[str, int]:
     return sizes
 
 
-def _ranges(numbers: Iterable[int]) -> str:
-    runs: list[list[int]] = []
-    for each in sorted(numbers):
-        if runs and each == runs[-1][1] + 1:
-            runs[-1][1] = each
-        else:
-            runs.append([each, each])
-    return ", ".join(f"{first}" if first == last else f"{first} to {last}" for first, last in runs)
-
-
 # -- Exclusion ---------------------------------------------------------------------------------------
 
 
@@ -467,7 +454,7 @@ def without(search: TargetSearch, found: Sequence[Target], exclude: Any) -> list
     search : TargetSearch
         Of the model.
     found : sequence of Target
-    exclude : str, list or callable
+    exclude : str or list
         As ``targets``; a path stands for everything at or below it.
 
     Returns
@@ -492,16 +479,10 @@ def without(search: TargetSearch, found: Sequence[Target], exclude: Any) -> list
     ]
     if len(kept) == len(found):
         some = ", ".join(dict.fromkeys(target.name for target in found[:4]))
-        about, way = (
-            "",
-            "leave it out, or give the path of a module, roles or a regular expression for the whole path of a module",
-        )
-        if isinstance(exclude, str) and any(exclude in target.module.split(".") for target in found):
-            about = " is a regular expression for the whole path of a module, and"
-            way = f"a list takes the last whole parts of paths: exclude=[{exclude!r}]"
         raise TargetError(
-            f"exclude={safe_repr(exclude)}{about} excludes none of the {pluralize(len(found), 'target')}, such as "
-            f"{some}; {way}"
+            f"exclude={safe_repr(exclude)} excludes none of the {pluralize(len(found), 'target')}, such as {some}; "
+            "leave it out, or give roles, a regular expression for the whole path of a module, or a list of paths or "
+            "their last whole parts"
         )
     if not kept:
         raise TargetError(f"exclude={safe_repr(exclude)} excludes all of the {pluralize(len(found), 'target')}")
@@ -515,23 +496,12 @@ def _excluded(search: TargetSearch, exclude: Any) -> tuple[set[str], list[Target
     if isinstance(exclude, str):
         is_match = roles.path_matcher(exclude, "exclude")
         return {path for path in search.modules if is_match(path) or is_match(plain(path))}, []
-    modules, targets = set[str](), list[Target]()
-    if callable(exclude):
-
-        def choose(path: str, module: nn.Module) -> Any:
-            choice = exclude(path, module)
-            if choice is not True:
-                return choice
-            modules.add(path)
-            return None
-
-        targets = search.find(choose)
-        return modules, targets
     if not isinstance(exclude, (list, tuple, set, frozenset)):
         raise TargetError(
-            "exclude must be roles such as 'qv', 'all-linear', 'conv', a regular expression, a list or a function, as "
-            f"targets; got {safe_repr(exclude)}"
+            "exclude must be roles such as 'qv', 'all-linear', 'conv', a regular expression or a list, as targets; got "
+            f"{safe_repr(exclude)}"
         )
+    modules, targets = set[str](), list[Target]()
     for entry in exclude:
         ends = {path for path in search.modules if isinstance(entry, str) and entry and _ends(entry, path)}
         modules |= ends
@@ -598,7 +568,7 @@ def find_targets(
         Only targets in layers of these numbers; negative ones count from the end. A layer's number is the first number
         above the module in its path: 3 in ``model.layers.3.mlp.experts.7.up``. Where a model has several stacks of
         layers, such as an encoder and a decoder, they are counted separately. Targets outside of layers are left out.
-    exclude : str, list or callable, optional
+    exclude : str or list, optional
         Targets to leave out, in the words of ``targets``. The path of a module, as an entry of a list or matched by a
         regular expression, stands for everything in it: ``["vision_tower"]``.
     untie : bool

@@ -171,6 +171,8 @@ class Weight(NamedTuple):
         Whether it is stored as ``(in, out)``.
     index : int, optional
         Which of the matrices that the parameter stacks, as experts are kept.
+    groups : int
+        In how many groups the channels of a convolution are.
     """
 
     path: str
@@ -180,21 +182,12 @@ class Weight(NamedTuple):
     kind: str
     transposed: bool = False
     index: int | None = None  # type: ignore[assignment]  # hides tuple.index
+    groups: int = 1
 
     @property
     def name(self) -> str:
         """Dotted path, as in a state dict."""
         return join(self.path, self.parameter)
-
-    @property
-    def groups(self) -> int:
-        """In how many groups the channels of a convolution are."""
-        return self.module.groups if isinstance(self.module, nn.modules.conv._ConvNd) else 1
-
-    @property
-    def is_depthwise(self) -> bool:
-        """Whether it is that of a convolution in which each channel is a group."""
-        return isinstance(self.module, nn.modules.conv._ConvNd) and self.groups == self.module.in_channels > 1
 
     def target(self, role: str, layer: str, rows: Rows | None = None) -> Target:
         """Return the weight, or some of its rows, as a target.
@@ -323,7 +316,7 @@ def _weight(path: str, module: Any) -> Weight | None:
         stored = tuple(weight.shape) if has_numbers and weight.ndim == 2 else sizes
         return Weight(path, "weight", module, stored, "linear")
     if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        return Weight(path, "weight", module, tuple(module.weight.shape), "conv")
+        return Weight(path, "weight", module, tuple(module.weight.shape), "conv", groups=module.groups)
     if not isinstance(weight, torch.Tensor) or weight.ndim < 2:
         return None
     if any(cls.__name__ == "Conv1D" for cls in type(module).__mro__) and getattr(module, "nf", None) is not None:
@@ -401,17 +394,12 @@ def token_targets(model: nn.Module, tokens: Iterable[int], module: str | None = 
 def _embedding(model: nn.Module, path: str | None) -> Target:
     """Return the whole weight of a model's token embedding."""
     embeddings = {name: module for name, module in modules_of(model) if is_embedding(module)}
-    if path is not None:
-        names = [name for name in embeddings if name == path]
-    else:
-        embedding = reported_by(model, "get_input_embeddings")
-        names = [name for name, module in embeddings.items() if embedding is None or module is embedding]
+    reported = reported_by(model, "get_input_embeddings") if path is None else embeddings.get(path, model)
+    names = [name for name, module in embeddings.items() if reported is None or module is reported]
     if len(names) != 1:
-        hint = f"it has {', '.join(embeddings)}" if embeddings else "it has none"
+        which = "which embedding has the tokens is unclear" if path is None else f"{safe_repr(path)} is no embedding"
         raise TargetError(
-            f"{safe_repr(path)} is not an embedding of {type(model).__name__}; {hint}"
-            if path is not None
-            else f"which embedding of {type(model).__name__} has the tokens is unclear; {hint}: give module='path'"
+            f"{which}: this {type(model).__name__} has {', '.join(embeddings) or 'none'}; give one as module='path'"
         )
     (weight,) = weights_of(names[0], embeddings[names[0]])
     return weight.target("embedding", "")
@@ -469,10 +457,15 @@ def usable(model: nn.Module, targets: Sequence[Target], untie: bool, keep_tied: 
         nor ``keep_tied`` is true; or it is that of an embedding that changes it.
     """
     names = names_of_shared(model)
-    resolved = [_with_tied(model, target, names.get(target.name, [target.name]), keep_tied) for target in targets]
+    resolved = [
+        _with_tied(model, target, names.get(target.name, [target.name]), keep_tied)
+        if target.tied or target.name in names
+        else target
+        for target in targets
+    ]
     for target in resolved:
-        for each in (target, *target.tied_targets()):
-            check_embedding(each.name, model.get_submodule(each.module))
+        for name in (target.name, *target.tied):
+            check_embedding(name, model.get_submodule(name.rpartition(".")[0]))
     shared = [] if untie else tied(names, resolved)
     if shared:
         raise TargetError(
@@ -665,13 +658,12 @@ def reads_outside(model: nn.Module, target: Target, paths: Paths | None = None) 
             below = (*(part for part in parts[length:] if part != _BASE), target.parameter)
             cls: Any = type(model.get_submodule(above))
             reads = _reads(cls) if len(below) > 1 else frozenset()
-            if any(len(read) == len(below) and all(map(_covers, read, below)) for read in reads):
+            if any(
+                len(read) == len(below) and all(step in (name, _ANY) for step, name in zip(read, below, strict=True))
+                for read in reads
+            ):
                 outside[above] = None
     return sorted(outside, key=lambda path: path.count(".") + bool(path))
-
-
-def _covers(step: str, name: str) -> bool:
-    return step in (name, _ANY)
 
 
 @functools.lru_cache(maxsize=1024)
