@@ -142,7 +142,6 @@ def test_a_target_survives_json(view: tuple[Target, list[int]]) -> None:
     target, _ = view
     assert Target.from_list(json.loads(json.dumps(target.to_list()))) == target
     assert [one.name for one in target.tied_targets()] == list(target.tied)
-    assert target.renamed("other.n").name == f"other.n.{target.parameter}"
     assert Target("", target.stored).name == "weight"
 
 

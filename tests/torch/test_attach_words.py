@@ -284,7 +284,7 @@ REFUSED: dict[type[Exception], list[tuple[Any, dict[str, Any], str]]] = {
         ),
         (
             codes, {"cfg": P.dora(2), **ALL},
-            r"\(apply='magnitude'\), and the values of 0.weight cannot be read: register",
+            r"apply='magnitude'\), and the values of 0.weight cannot be read: register",
         ),
     ],
     ConfigError: [

@@ -38,8 +38,6 @@ class StoredWeight:
     ----------
     name : str
         Its name in the attention, without ``weight``: ``"qkv_proj"``.
-    below : str
-        The path from there to the tensor if the projection is wrapped: ``"convolution"``.
     beside : collection of str
         The other children and parameters of the attention.
     ndim : int
@@ -47,7 +45,6 @@ class StoredWeight:
     """
 
     name: str
-    below: str = ""
     beside: Collection[str] = ()
     ndim: int = 2
 

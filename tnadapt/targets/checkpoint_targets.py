@@ -218,9 +218,8 @@ class StoredModel(roles.ModuleTree[str]):
     def fused_rows(self, path: str, child: str, weight: str, fused: Fused) -> dict[str, Rows | None]:
         """Return the rows that produce each letter, by :func:`stored_rows`."""
         whole = self.whole(weight, "linear", "")
-        below = whole.module.removeprefix(_join(path, child)).lstrip(".")
         beside = [other for other in self.tensors[path] if other != child]
-        stored = StoredWeight(child, below, beside, len(whole.stored))
+        stored = StoredWeight(child, beside, len(whole.stored))
         return stored_rows(weight, stored, fused, whole.shape[1], self.config)
 
 

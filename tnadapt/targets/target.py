@@ -288,11 +288,6 @@ class Target:
         return self.out if self.rows is None else self.rows.number, cols
 
     @checks_arguments
-    def renamed(self, module: str) -> Target:
-        """Return the same view of a parameter of another module."""
-        return dataclasses.replace(self, module=module)
-
-    @checks_arguments
     def block(self, stored: Array) -> Array:
         """Return the weight as a view of the stored array, of shape ``(blocks, rows per block, cols)``.
 

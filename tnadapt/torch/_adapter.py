@@ -124,11 +124,6 @@ class Summary:
         self.kept = sum(sizes.get(name, 0) for name in adapter.kept)
         self.base = sum(sizes.values())
 
-    @property
-    def lora_rank(self) -> int | None:
-        """The rank of LoRA that holds the update of every module exactly, or None: that of ``export``."""
-        return self.export.rank
-
     def trainable_line(self) -> str:
         """Return the numbers of trainable and of all parameters, in the words of PEFT."""
         trained, every = self.parameters + self.kept, self.base + self.parameters + self.frozen

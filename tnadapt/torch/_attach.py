@@ -32,12 +32,11 @@ from tnadapt.errors import BackendError, ConfigError, TargetError, safe_repr, wa
 from tnadapt.targets.roles import is_within
 from tnadapt.targets.target import Target, check_distinct
 
-from . import _registry
 from ._adapter import Adapter
 from ._delta import is_sharded
 from ._forward_pass import PassHooks, check_dropout
 from ._forward_patch import ACTIVATIONS, STRATEGIES, ForwardPatch
-from ._registry import attached, install_methods, overlapping, prepare, refuse_merged, take_off
+from ._registry import attached, freeze, install_methods, overlapping, prepare, refuse_merged, take_off, untie
 from ._state import ADAPTERS_ATTR, DOT, AdapterSlot, AdapterState, is_array
 from ._strategy_choice import TOKENS, is_quantized, strategy_of
 from ._target_selection import check_ordered, find_targets, of_patterns
@@ -489,8 +488,8 @@ def _install(request: AttachRequest, targets: Sequence[Target], plan: SuperLoRA,
     adapter = Adapter(state)
     try:
         for second in dict.fromkeys([*(second for _, second in pairs), *request.copies]):
-            _registry.untie(state, second)
-        _registry.freeze(state)
+            untie(state, second)
+        freeze(state)
         for array, tensor in arrays.items():
             model.register_parameter(state.parameter_names[array], nn.Parameter(tensor))
         for form in forms:

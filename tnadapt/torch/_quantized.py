@@ -986,8 +986,8 @@ def register_quantized(name: str, cls: type[QuantizedLayer]) -> None:
 def quantized_type(module: nn.Module) -> QuantizedLayer | None:
     """Return the type that matches a module, or None."""
     load_plugins()
-    for name in sorted(QUANTIZED, key=_BUILT_IN.__contains__):
-        cls = QUANTIZED[name]
+    registered = [QUANTIZED[name] for name in QUANTIZED if name not in _BUILT_IN]
+    for cls in (*registered, *_BUILT_IN.values()):
         if (not cls.library or cls.library in sys.modules) and (layer_type := cls()).matches(module):
             return layer_type
     return None

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from tnadapt.algebra.superlora import SuperLoRA
-from tnadapt.argument_checks import checks_arguments, integer, is_sequence
+from tnadapt.argument_checks import checks_arguments, integer
 from tnadapt.backends import FixedArrays
 from tnadapt.errors import ConfigError, TargetError, safe_repr, warn
 
@@ -68,7 +68,7 @@ def refuse_merged(model: nn.Module, what: str, but: AdapterState | None = None) 
             raise TargetError(f"adapter {other.name!r} is merged into the base: unmerge it before {what}")
 
 
-def mix(model: nn.Module, weights: Mapping[str, float] | Iterable[tuple[str, float]]) -> None:
+def mix(model: nn.Module, weights: Mapping[str, float]) -> None:
     """Set the mixing weights of a model's adapters; adapters that are not named get weight 0.
 
     Parameters
@@ -95,7 +95,9 @@ def mix(model: nn.Module, weights: Mapping[str, float] | Iterable[tuple[str, flo
     (0.25, 0.75)
     """
     adapters = attached(model)
-    wanted = {name: _finite(weight) for name, weight in _pairs(weights)}
+    if not isinstance(weights, Mapping):
+        raise ConfigError(f"mix() needs weights by name, such as {{'first': 0.5}}; got {safe_repr(weights)}")
+    wanted = {name: _finite(weight) for name, weight in weights.items()}
     for name in wanted:
         if name not in adapters:
             raise TargetError(
@@ -108,15 +110,6 @@ def mix(model: nn.Module, weights: Mapping[str, float] | Iterable[tuple[str, flo
     old = [(adapter, adapter.weight) for adapter in adapters.values()]
     all_or_none(AdapterState.set_weight, new, old)
     trim_idle(adapters.values())
-
-
-def _pairs(weights: Any) -> list[tuple[str, float]]:
-    """Return names with their weights, or raise a ConfigError."""
-    entries = weights.items() if isinstance(weights, Mapping) else weights
-    pairs: list[Any] = list(entries) if is_sequence(entries) else [None]
-    if not all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in pairs):
-        raise ConfigError(f"mix() needs weights by name, such as {{'first': 0.5}}; got {safe_repr(weights)}")
-    return pairs
 
 
 def set_weight(adapter: AdapterState, weight: float) -> None:

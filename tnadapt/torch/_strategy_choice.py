@@ -323,6 +323,8 @@ def strategy_of(
             f"{target.name} belongs to a quantized embedding, {type(owner).__name__}, whose forward tnadapt does not "
             "know as a lookup: leave it out of the targets, or register its type with tnadapt.torch.register_quantized"
         )
+    if quantized and wanted == "weight":
+        raise ConfigError(f"strategy='weight' cannot add to {target.name}, which is quantized: use 'additive'")
     if looks_up and activation is None:
         return _of_lookup(wanted, plan, index, target, config, applying, quantized)
     # Adding to the output must be equivalent to changing the weight, which is known only for linear forwards.
@@ -382,8 +384,6 @@ def strategy_of(
             f"strategy='additive' needs a linear layer; {target.name} is read by {type(host).__name__} itself: "
             "use 'weight'"
         )
-    if wanted == "weight" and quantized:
-        raise ConfigError(f"strategy='weight' cannot add to {target.name}, which is quantized: use 'additive'")
     if wanted != "auto":
         return wanted, how if wanted == "factored" else None
     if is_product and not quantized and isinstance(target.rows, RowIndices) and applying.additive:
@@ -410,8 +410,6 @@ def _of_lookup(
             f"apply={config.apply!r} of {target.label} does more than add rows of ΔW, and the embedding is quantized: "
             "use apply='add', or leave it out of the targets"
         )
-    if quantized and wanted == "weight":
-        raise ConfigError(f"strategy='weight' cannot add to {target.name}, which is quantized: use 'additive'")
     if not applying.additive:
         if wanted in ("auto", "weight"):
             return "weight", None

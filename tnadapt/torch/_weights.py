@@ -81,14 +81,11 @@ def bound(
     def rows_of(index: int) -> Tensor:
         target, weight = targets[index], numbers(owners[index], targets[index].parameter)
         if weight is None:
-            what, way = "FromBase", ", or give the arrays as given="
-            if plan.weight_param_shapes:
-                what, way = f"apply={plan.config.apply!r}", ""
-            elif plan.point.needs_base:
-                what = f"start={plan.config.start!r}"
+            settings = f"sources, start={plan.config.start!r} or apply={plan.config.apply!r}"
             raise TargetError(
-                f"the adapter has arrays that are computed from the base weights ({what}), and the values of "
-                f"{target.name} cannot be read: register its layer type with tnadapt.torch.register_quantized{way}"
+                f"the adapter has arrays that are computed from the base weights ({settings}), and the values of "
+                f"{target.name} cannot be read: register its layer type with tnadapt.torch.register_quantized, or give "
+                "the arrays of sources as given="
             )
         rows: Tensor = target.select(weight).cpu()
         return rows if rows.dtype is torch.float64 else rows.float()
