@@ -41,25 +41,6 @@ def layout_of(parent: Any, weight: str = "") -> AttentionLayout | None:
 # checked against the width of the output projection. Where the name is ambiguous, the caller must give the rows.
 
 
-def fused_rows(parent: Any, name: str, weight: Weight, fused: Fused) -> dict[str, Rows | None]:
-    """Return the rows of an attention's fused weight that produce q, k and v; None where the whole weight does."""
-    entry, config = layout_of(parent, name), getattr(parent, "config", None)
-    rule = by_name(name) if entry is None else entry.rule
-    lookups = [lambda size: getattr(parent, size, None), lambda size: getattr(config, size, None)]
-    try:
-        if rule is None:
-            raise LayoutError("libraries lay it out in different ways")
-        facts = Facts(lookups, "its attributes are not those that were expected: there is no")
-        return place_rows(rule(facts, fused), fused)
-    except LayoutError as error:
-        raise TargetError(
-            f"{weight.path} computes {', '.join(fused.letters)} with one weight of {fused.out} rows, and the layout of "
-            f"the rows in a {type(parent).__name__} is unknown: {error}; give the rows, "
-            f"targets=[tnadapt.Target({weight.path!r}, stored shape, 'q', rows=tnadapt.Rows(start, length, stride, "
-            "count)), …], or leave it out with a list of paths or a function"
-        ) from None
-
-
 def _in_use(names: Sequence[str]) -> list[str]:
     """Drop the separate projections that diffusers keeps next to a fused copy and no longer reads."""
     parsed = {name: roles.parse_projection_name(name, attention=True) for name in names}
@@ -130,7 +111,22 @@ class TargetSearch(roles.ModuleTree[Weight]):
         return weight.target("linear", "").shape
 
     def fused_rows(self, path: str, child: str, weight: Weight, fused: Fused) -> dict[str, Rows | None]:
-        return fused_rows(self.modules[path], child, weight, fused)
+        parent: Any = self.modules[path]
+        entry, config = layout_of(parent, child), getattr(parent, "config", None)
+        rule = by_name(child) if entry is None else entry.rule
+        lookups = [lambda name: getattr(parent, name, None), lambda name: getattr(config, name, None)]
+        try:
+            if rule is None:
+                raise LayoutError("libraries lay it out in different ways")
+            facts = Facts(lookups, "its attributes are not those that were expected: there is no")
+            return place_rows(rule(facts, fused), fused)
+        except LayoutError as error:
+            raise TargetError(
+                f"{weight.path} computes {', '.join(fused.letters)} with one weight of {fused.out} rows, and the "
+                f"layout of the rows in a {type(parent).__name__} is unknown: {error}; give the rows, "
+                f"targets=[tnadapt.Target({weight.path!r}, stored shape, 'q', rows=tnadapt.Rows(start, length, stride, "
+                "count)), …], or leave it out with a list of paths or a function"
+            ) from None
 
     def targets_of(self, attention: roles.AttentionWeights[Weight], letters: str) -> list[Target]:
         """Return each weight of an attention, or part of one, that produces one of the letters."""
@@ -615,7 +611,8 @@ def find_targets(
         raise TargetError("untie=True gives tied weights their own copies, and keep_tied=True keeps them one: give one")
     chosen = usable(model, filtered(search, selected, layers, exclude), untie, keep_tied)
     # Of given Targets nothing is dropped: each has its place in the vector of all updates.
-    explicit = isinstance(targets, (list, tuple)) and all(isinstance(entry, Target) for entry in targets)
+    named = isinstance(targets, str) or callable(targets)
+    explicit = not named and all(isinstance(entry, Target) for entry in targets)
     return chosen if explicit else in_order(search, chosen)
 
 
