@@ -183,8 +183,7 @@ class Target:
         object.__setattr__(self, "stored", stored)
         if self.index is not None:
             self._check_index()
-        if self.tied != ():
-            self._check_tied()
+        self._check_tied()
         groups = integer(f"the groups of {self.name}", self.groups, 1, MAX_SIZE, TargetError)
         object.__setattr__(self, "groups", groups)
         if groups > 1 and (len(stored) < 3 or self.index is not None or stored[0] % groups):
