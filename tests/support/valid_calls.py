@@ -263,7 +263,6 @@ CALLS: dict[str, Arguments] = {
     "SuperLoRA.with_units": lambda b: {"units": dict.fromkeys(b.plan.param_shapes, 1.0)},
     "Target": lambda b: {"module": "attn.q", "stored": (4, 6), "role": "q"},
     "Target.from_list": lambda b: {"value": b.targets[0].to_list()},
-    "Target.renamed": lambda b: {"module": "attn.k"},
     "Target.block": lambda b: {"stored": b.matrix(4, 6)},
     "Target.select": lambda b: {"stored": b.matrix(4, 6)},
     "Target.like_block": lambda b: {"matrix": b.matrix(4, 6)},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from pathlib import Path
 
@@ -110,7 +111,7 @@ def queries(*modules: str) -> list[Target]:
 
 def renamed(target: Target) -> Target:
     path = target.module.removesuffix(NEW[target.role])
-    return target.renamed(f"old.{path.replace('layers', 'block')}{OLD[target.role]}")
+    return dataclasses.replace(target, module=f"old.{path.replace('layers', 'block')}{OLD[target.role]}")
 
 
 towers = st.lists(st.sampled_from(["encoder", "decoder", "vision", "text"]), min_size=1, max_size=3, unique=True)
@@ -150,7 +151,7 @@ def test_layers_of_several_kinds_are_told_apart_by_their_numbers() -> None:
 def test_towers_without_a_common_word_are_told_apart_by_shapes_or_not_at_all() -> None:
     wide = Target("vision.layers.0.q", (8, 8), "q")
     wanted = [*queries("text.layers.0.q"), wide]
-    found = [wide.renamed("visual.block.0.query"), *queries("language.block.0.query")]
+    found = [dataclasses.replace(wide, module="visual.block.0.query"), *queries("language.block.0.query")]
     assert paired(wanted, found) == [found[1], found[0]]
     narrow = queries("visual.block.0.query", "language.block.0.query")
     assert paired(queries("text.layers.0.q", "vision.layers.0.q"), narrow) is None
@@ -186,7 +187,7 @@ def test_a_format_that_orders_rotary_rows_in_another_way_is_not_paired(name: str
     ours, theirs = (Target(f"layers.0.attention.{one}", (8, 8), role) for one in (f"{role}_proj", name))
     assert paired([ours], [theirs]) is None
     assert paired([theirs], [ours]) is None
-    assert paired([theirs], [theirs.renamed(f"model.layers.0.attn.{name}")]) is not None
+    assert paired([theirs], [dataclasses.replace(theirs, module=f"model.layers.0.attn.{name}")]) is not None
     values = [Target(f"layers.0.attention.{one}", (8, 8), "v") for one in ("v_proj", "wv")]
     assert paired(values[:1], values[1:]) == values[1:]
 

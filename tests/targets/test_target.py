@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import example, given
+from hypothesis import given
 from hypothesis import strategies as st
 
 import tnadapt as tna
@@ -142,7 +142,6 @@ def test_a_target_survives_json(view: tuple[Target, list[int]]) -> None:
     target, _ = view
     assert Target.from_list(json.loads(json.dumps(target.to_list()))) == target
     assert [one.name for one in target.tied_targets()] == list(target.tied)
-    assert target.renamed("other.n").name == f"other.n.{target.parameter}"
     assert Target("", target.stored).name == "weight"
 
 
@@ -229,10 +228,6 @@ def listed(*numbers: int, index: int | None = None) -> Target:
     return Target("a", stored, rows=tna.RowIndices(numbers), index=index)
 
 
-def runs(*rows: tuple[int, ...]) -> list[Target]:
-    return [Target("a", (12, 2), rows=Rows(*one)) for one in rows]
-
-
 LISTS = st.sets(st.integers(0, 11), min_size=1, max_size=5).map(lambda numbers: listed(*sorted(numbers)))
 
 
@@ -241,37 +236,36 @@ LISTS = st.sets(st.integers(0, 11), min_size=1, max_size=5).map(lambda numbers: 
     st.sampled_from([1, 2, 6, 12, 24, 60]).flatmap(lambda out: st.lists(views(out), min_size=1, max_size=4))
     | st.lists(views(12) | LISTS, min_size=2, max_size=4)
 )
-# Rows 2, 3, 6, 7, … of blocks of four, and one run that wraps around the end of a block.
-@example(runs((2, 2, 4, 3), (3, 2, 12)))
-@example(runs((2, 2, 4, 3), (5, 2, 12)))
-@example(runs((2, 2, 4, 3), (4, 3, 12)))
-@example(runs((2, 2, 4, 3), (4, 2, 12), (8, 2, 12)))
-# In blocks of six, rows 0 to 4 and row 1; only the first of them reaches row 3.
-@example(runs((0, 5, 12), (7, 1, 12), (3, 1, 6, 2)))
-@example(runs((3, 1, 6, 2), (7, 1, 12), (0, 5, 12)))
-@example(runs((7, 1, 12), (3, 1, 6, 2), (0, 5, 12)))
-@example(runs((0, 5, 12), (7, 1, 12), (5, 1, 6, 2)))
 def test_targets_overlap_exactly_where_their_rows_do(targets: list[Target]) -> None:
     rows = [set(target.rows.indices()) if target.rows else set(range(target.shape[0])) for target in targets]
-    if sum(map(len, rows)) == len(set.union(*rows)):
+    patterns = {target.rows.stride for target in targets if isinstance(target.rows, Rows)}
+    if sum(map(len, rows)) == len(set.union(*rows)) and len(patterns) < 2:
         check_distinct(targets)
         return
     with pytest.raises(tna.TargetError) as caught:
         check_distinct(targets)
     said = OVERLAP.match(str(caught.value))
-    assert said is not None
+    if said is None:
+        assert len(patterns) > 1
+        assert "in blocks of different lengths" in str(caught.value)
+        return
     one, two, row = map(int, said.groups())
     assert row in rows[one] & rows[two]
 
 
 def test_the_message_names_both_targets_and_their_rows() -> None:
-    interleaved = Target("a", (12, 4), "q", rows=Rows(0, 2, 6, 2)), Target("a", (12, 4), "v", rows=Rows(7, 2, 12))
+    interleaved = Target("a", (12, 4), "q", rows=Rows(0, 2, 6, 2)), Target("a", (12, 4), "v", rows=Rows(1, 2, 6, 2))
     with pytest.raises(tna.TargetError) as caught:
         check_distinct(interleaved)
     assert str(caught.value) == (
-        "targets 0 and 1 overlap: both update row 7 of 'a.weight' (0: role q, rows 0 to 1 of each of 2 blocks of 6; "
-        "1: role v, rows 7 to 8 of 12). Give each row of a weight to one target"
+        "targets 0 and 1 overlap: both update row 1 of 'a.weight' (0: role q, rows 0 to 1 of each of 2 blocks of 6; "
+        "1: role v, rows 1 to 2 of each of 2 blocks of 6). Give each row of a weight to one target"
     )
+    of_other_blocks = [interleaved[0], Target("a", (12, 4), "v", rows=Rows(7, 2, 12))]
+    with pytest.raises(
+        tna.TargetError, match=r"targets 0 and 1 have rows of 'a\.weight' in blocks of different lengths"
+    ):
+        check_distinct(of_other_blocks)
 
 
 STACK = (3, 12, 2)
@@ -300,22 +294,16 @@ def test_matrices_of_one_stack_are_separate() -> None:
 def test_sizes_that_a_file_claims_take_no_time_and_no_memory() -> None:
     many, size = 100_000, 200_000
     heads = [Target("a", (1 << 60, 2), rows=Rows(2 * n, 1, 1 << 30, 1 << 30)) for n in range(many)]
-    mixed = [
-        Target("a", (1 << 60, 2), rows=Rows(2 * n + 1, 1, 1 << (20 + n % 4), 1 << (40 - n % 4))) for n in range(99)
-    ]
     apart = [Target(f"a{n}", (1 << 60, 2)) for n in range(many)]
     lists = [Target("a", (4 * size, 2), rows=tna.RowIndices(tuple(range(n, 2 * size, 2)))) for n in range(2)]
     start = time.process_time()
     check_distinct([*lists, Target("a", (4 * size, 2), rows=Rows(2 * size, 2 * size, 4 * size))])
     assert time.process_time() - start < 3.0
-    for targets in (heads, heads[:99] + mixed, apart):
+    for targets in (heads, apart):
         check_distinct(targets)
     with pytest.raises(tna.TargetError, match="targets 99999 and 100000 overlap"):
         check_distinct([*heads, heads[-1]])
     assert time.process_time() - start < 20.0
-    strides = [Target("a", (1 << 60, 2), rows=Rows(0, 1, 1 << (8 + n), 1 << (52 - n))) for n in range(17)]
-    with pytest.raises(tna.TargetError, match="blocks of 17 different lengths; at most 16 are supported"):
-        check_distinct(strides)
 
 
 TWICE = [Target("a.q", (4, 6), "q"), Target("a.q", (4, 6), "q")]

@@ -22,21 +22,20 @@ from tnadapt.torch._registry import _bytes_held as bytes_held
 from tnadapt.torch._registry import drawn, held_by_draws
 from tnadapt.torch._state import register_in
 from tnadapt.torch._strategy_choice import MACHINES, Machine, StepWork, choose, costs, dequantized
-from tnadapt.torch._target_selection import AttentionModule, attentions
+from tnadapt.torch._target_selection import TargetSearch
 from tnadapt.torch._weights import host_of, reads_outside
 
 __all__ = [
     "MACHINES",
     "STARTS",
     "TABLE",
-    "AttentionModule",
     "LayoutError",
     "LowRankLayer",
     "Machine",
     "Slice",
     "Snapshot",
     "StepWork",
-    "attentions",
+    "TargetSearch",
     "batch_rows",
     "bytes_held",
     "choose",

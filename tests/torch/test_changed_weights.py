@@ -171,7 +171,7 @@ def test_other_rows_of_a_fused_weight_are_free() -> None:
 
 def test_the_summary_says_that_it_is_no_lora() -> None:
     summary = tt.attach(layers(), P.dora(2), "all-linear").summary()
-    assert summary.lora_rank is None
+    assert summary.export.rank is None
     assert summary.parameters == 49
     assert str(summary).endswith("merge only: apply='magnitude' does more than add its updates")
 

@@ -9,7 +9,7 @@ import contextlib
 import functools
 import random
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,7 +30,7 @@ from tnadapt.torch import find_targets
 
 from .architectures import MODELS, TEXT, build
 from .configured import CONFIGURED, configured
-from .internals import TABLE, AttentionModule, LayoutError, attentions, find_stored
+from .internals import TABLE, LayoutError, TargetSearch, find_stored
 
 # An attention computes two products: q with k, then the result with v. A mode of torch's dispatcher observes these
 # products in any code. The rows of v are right if changing them changes only v, and the same for q and k.
@@ -73,12 +73,9 @@ def by_products(run: Callable[[], Any], attention: nn.Module, right: bool = Fals
     return {letter: tensor.detach().clone() for letter, tensor in zip("qkv", of_letters, strict=True)}
 
 
-def check_letters(
-    model: nn.Module, attention: AttentionModule, look: Callable[[], dict[str, Tensor]], letters: str = "qkv"
-) -> None:
+def check_letters(model: nn.Module, targets: Sequence[Target], look: Callable[[], dict[str, Tensor]]) -> None:
     """Check that changing the rows of each letter changes only that operand."""
     before = look()
-    targets = list(attention.targets(letters))
     assert targets
     for target in targets:
         parameter = model.get_submodule(target.module).get_parameter(target.parameter)
@@ -94,11 +91,20 @@ def check_letters(
     assert all(torch.equal(before[letter], again[letter]) for letter in before)
 
 
+def targets_of(module: nn.Module, letters: str) -> list[Target]:
+    """The targets of a module with one attention."""
+    search = TargetSearch(module)
+    (attention,) = search.attentions
+    return search.targets_of(attention, letters)
+
+
 def check_attentions(model: nn.Module, inputs: Mapping[str, Any], most: int | None = None) -> None:
-    several = list(attentions(model))[:most]
+    search = TargetSearch(model)
+    several = search.attentions[:most]
     assert several
     for attention in several:
-        check_letters(model, attention, lambda here=attention: by_products(lambda: model(**inputs), here.module))
+        module, targets = search.modules[attention.path], search.targets_of(attention, "qkv")
+        check_letters(model, targets, lambda here=module: by_products(lambda: model(**inputs), here))
 
 
 @pytest.mark.slow
@@ -405,12 +411,12 @@ def test_rows_of_one_attention(name: str) -> None:
     if name in ROWS:
         assert rows(module) == ROWS[name]
         return
-    (found,) = attentions(module)
     run, letters = functools.partial(module, *args, **kwargs), SPLITS.get(name)
+    targets = targets_of(module, letters or "qkv")
     if letters is None:
-        check_letters(module, found, lambda: by_products(run, module, name in RIGHT))
+        check_letters(module, targets, lambda: by_products(run, module, name in RIGHT))
     else:
-        check_letters(module, found, lambda: by_split(run, letters), letters)
+        check_letters(module, targets, lambda: by_split(run, letters))
 
 
 _REFORMER = hugging_face(
@@ -433,9 +439,9 @@ _DEEPSEEK = hugging_face(
     ],
 )
 def test_a_weight_of_two_roles_is_taken_once(make: Any, letters: str, expected: list[tuple[str, str]]) -> None:
-    (found,) = attentions(make()[0])
-    assert [(target.role, target.module) for target in found.targets(letters)] == expected
-    assert all(target.rows is None for target in found.targets(letters))
+    targets = targets_of(make()[0], letters)
+    assert [(target.role, target.module) for target in targets] == expected
+    assert all(target.rows is None for target in targets)
 
 
 BY_HEADS = thirds(24, 6)  # 24 rows are divisible by three as well
@@ -488,7 +494,7 @@ UNKNOWN = r"layout of the rows in a \w+ is unknown: .*{}.*tnadapt.Rows"
                 type("LatentAttention", (nn.Module,), {})(),
                 q_gate_proj=nn.Linear(8, 16), k_proj=nn.Linear(8, 8), v_proj=nn.Linear(8, 8),
             ),
-            "q_gate_proj of LatentAttention seems to compute q, but with which",
+            "q_gate_proj seems to produce q, but with which",
             "v",
         ),
     ],
@@ -626,7 +632,7 @@ def test_an_attention_in_a_checkpoint_is_read_as_in_memory_or_refused(name: str)
 
     torch.manual_seed(0)
     module, _, _ = ATTENTIONS[name]()
-    in_memory = described(target for found in attentions(module) for target in found.targets("qkv"))
+    in_memory = described(targets_of(module, "qkv"))
     shapes = {f"layers.0.attn.{key}": shape for key, shape in shapes_of(module.state_dict()).items()}
     if name.startswith("maxxvit"):
         # timm's models all have it; bare, this attention cannot be told from a vision transformer's.

@@ -69,10 +69,10 @@ def test_from_the_first_step_to_a_merged_model(name: str, tmp_path: Path) -> Non
     summary = adapter.summary()
     assert [row.slices[0][0] for row in summary.rows] == [0, 1] * 3
     if name == "superlora":
-        assert summary.lora_rank is None
+        assert summary.export.rank is None
         assert str(summary).endswith("merge only: its updates may have matrix rank 32")
         return
-    assert summary.lora_rank == 2
+    assert summary.export.rank == 2
     assert [row.rank for row in summary.rows] == [2] * 6
     assert str(summary).endswith("exports exactly as LoRA of rank 2 (padded to 8 for vLLM)")
     exported = tna.convert(tmp_path / "adapter.safetensors", to="peft-lora")
@@ -100,14 +100,14 @@ def test_groups_by_role_are_fitted_to_a_tuned_model(tmp_path: Path) -> None:
 def test_an_activation_between_the_factors_is_no_lora() -> None:
     summary = tt.attach(nn.Sequential(nn.Linear(8, 8)), P.lora(2), "all-linear", activation="relu").summary()
     assert str(summary).endswith("\nneither LoRA nor merged: an activation acts between its factors")
-    assert summary.lora_rank is None
+    assert summary.export.rank is None
 
 
 def test_rows_of_one_fused_weight_export_with_the_sum_of_their_ranks(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     config = transformers.GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=16, vocab_size=100)
     adapter = tt.attach(transformers.GPT2LMHeadModel(config), P.lora(3))
-    assert adapter.summary().lora_rank == 6
+    assert adapter.summary().export.rank == 6
     adapter.save(tmp_path / "a.safetensors")
     exported = tna.convert(tmp_path / "a.safetensors", to="peft-lora")
     assert exported.config is not None

@@ -337,8 +337,8 @@ def test_other_tokens_and_those_of_a_larger_vocabulary_are_refused(tmp_path: Pat
         (["a"], {}, "a token must be an integer; got 'a'"),
         ([-1], {}, "a token must be from 0"),
         ([3, 12], {"module": "0"}, r"token 12 is not among the 12 of 0\.weight: resize the embedding first"),
-        ([3], {"module": "1"}, "'1' is not an embedding of Sequential; it has 0, 2"),
-        ([3], {}, r"which embedding of Sequential has the tokens is unclear; it has 0, 2: give module='path'"),
+        ([3], {"module": "1"}, "'1' is no embedding: this Sequential has 0, 2; give one as"),
+        ([3], {}, "which embedding has the tokens is unclear: this Sequential has 0, 2; give one as module='path'"),
     ],
 )
 def test_wrong_tokens_are_refused(tokens: Any, settings: Any, why: str) -> None:

@@ -13,7 +13,6 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-import tnadapt as tna
 from tnadapt.torch import adapters, attach
 
 from .small import stir
@@ -57,10 +56,7 @@ def test_a_merged_model_or_its_copy_is_saved_as_an_ordinary_one(hf: Any, tmp_pat
     with torch.no_grad():
         assert torch.equal(loaded(words).logits, other(words).logits)
     adapter.unmerge()
-    other.disable_adapters()
-    assert other.active_adapters() == []
     if other is not model:
-        assert model.active_adapters() == ["default"]
         assert torch.equal(model(words).logits, base)
 
 
@@ -98,46 +94,3 @@ def test_without_adapters_nothing_is_left_and_with_them_a_quantized_model_is_tra
     own = model.save_pretrained = lambda folder: None
     attach(model).detach()
     assert model.save_pretrained is own
-
-
-@pytest.mark.parametrize("quantized", [False, True])
-def test_methods_for_adapters_of_peft_are_those_for_ours(
-    hf: Any, quantized: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, words = hf.bert().eval(), torch.arange(4, 12).view(1, 8)
-    model.is_quantized = quantized
-    base = model(words).logits
-    one, other = attach(model, name="a"), attach(model, name="b")
-    stir(one, 0.1)
-    stir(other, 0.1)
-    assert model.active_adapters() == ["a", "b"]
-    model.set_adapter("b")
-    assert (model.active_adapters(), one.weight, other.weight) == (["b"], 0.0, 1.0)
-    changed = model(words).logits
-    model.disable_adapters()
-    assert model.active_adapters() == []
-    assert torch.equal(model(words).logits, base)
-    assert not torch.equal(changed, base)
-    model.enable_adapters()
-    assert torch.equal(model(words).logits, changed)
-    model.set_adapter(["a", "b"])
-    assert (one.weight, other.weight) == (1.0, 1.0)
-    with pytest.raises(tna.TargetError, match=r"adapters\(model\)\['b'\]\.arrays\(\) are the arrays of its own, and"):
-        model.get_adapter_state_dict("b")
-    with pytest.raises(tna.TargetError, match="no adapter 'c' on this model; there are: 'a', 'b'"):
-        model.delete_adapter("c")
-    with pytest.raises(tna.TargetError, match="no adapter 'c' on this model; there are: 'a', 'b'"):
-        model.set_adapter("c")
-    other.merge()
-    with pytest.raises(tna.TargetError, match=r"'b' is merged, and disable_adapters\(\) needs it unmerged"):
-        model.disable_adapters()
-    other.unmerge()
-    model.delete_adapter(["a", "b"])
-    assert "active_adapters" not in model.__dict__
-    # As transformers' add_adapter() leaves a model: adapters of PEFT keep their methods.
-    attach(model)
-    model.peft_config = {"theirs": None}
-    monkeypatch.setattr(type(model), "active_adapters", lambda self: list(self.peft_config))
-    assert model.active_adapters() == ["theirs"]
-    model.peft_config = {}
-    assert model.active_adapters() == ["default"]

@@ -10,7 +10,7 @@ assumed.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from tnadapt.errors import ConfigError, safe_repr
@@ -38,8 +38,6 @@ class StoredWeight:
     ----------
     name : str
         Its name in the attention, without ``weight``: ``"qkv_proj"``.
-    below : str
-        The path from there to the tensor if the projection is wrapped: ``"convolution"``.
     beside : collection of str
         The other children and parameters of the attention.
     ndim : int
@@ -47,7 +45,6 @@ class StoredWeight:
     """
 
     name: str
-    below: str = ""
     beside: Collection[str] = ()
     ndim: int = 2
 
@@ -269,13 +266,9 @@ def forget_layouts() -> None:
     _added.clear()
 
 
-def _entries() -> Iterator[AttentionLayout]:
-    """Yield the built-in entries, the registered ones, and those of plug-ins, which are loaded only once reached."""
-    yield from TABLE
-    before = dict(_added)
-    yield from before.values()
+def _entries() -> list[AttentionLayout]:
     load_plugins()
-    yield from (entry for name, entry in _added.items() if before.get(name) is not entry)
+    return [*TABLE, *_added.values()]
 
 
 def of_class(names: Sequence[str], has: Callable[[str], bool], weight: str = "") -> AttentionLayout | None:
@@ -297,14 +290,11 @@ def of_class(names: Sequence[str], has: Callable[[str], bool], weight: str = "")
     >>> of_class(["MyAttention"], lambda name: False) is None
     True
     """
-    for name in names:
-        for entry in _entries():
-            if name in entry.classes and all(map(has, entry.attributes)):
-                return entry
-    for entry in _entries():
-        if not entry.classes and entry.attributes and weight in entry.weights and all(map(has, entry.attributes)):
-            return entry
-    return None
+    entries, places = _entries(), {name: place for place, name in enumerate(names)}
+    named = [(places[name], entry) for entry in entries for name in entry.classes if name in places]
+    nearest = [entry for _, entry in sorted(named, key=lambda pair: pair[0])]
+    unnamed = [entry for entry in entries if not entry.classes and entry.attributes and weight in entry.weights]
+    return next((entry for entry in [*nearest, *unnamed] if all(map(has, entry.attributes))), None)
 
 
 def of_config(config: Mapping[str, Any], stored: StoredWeight) -> AttentionLayout | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from tnadapt.argument_checks import checks_arguments
@@ -154,7 +154,7 @@ def _nested(config: Config) -> Iterator[tuple[str, Config]]:
 _MAX_DEPTH = 64
 
 
-class StoredModel:
+class StoredModel(roles.ModuleTree[str]):
     """The tensors and module tree that a checkpoint's headers describe.
 
     Parameters
@@ -168,7 +168,7 @@ class StoredModel:
     ----------
     weights : dict of str to tuple of int
         The tensors that are weights of layers; others are biases, norms and tables.
-    children : dict of str to dict of str to list of str
+    tensors : dict of str to dict of str to list of str
         Maps each module's path to the names of its children and parameters, and each of these to the tensors at or
         below it.
     """
@@ -177,14 +177,14 @@ class StoredModel:
         shapes = {name: shape for name, shape in shapes.items() if name.count(".") <= _MAX_DEPTH}
         self.weights = {name: tuple(shape) for name, shape in shapes.items() if _is_weight(name, shape)}
         self.config = config
-        self.children: dict[str, dict[str, list[str]]] = {}
+        self.tensors: dict[str, dict[str, list[str]]] = {}
         for name in shapes:
             module, _, parameter = name.rpartition(".")
             if parameter != "weight":
-                self.children.setdefault(module, {}).setdefault(parameter, []).append(name)
+                self.tensors.setdefault(module, {}).setdefault(parameter, []).append(name)
             parts = module.split(".") if module else []
             for place, child in enumerate(parts):
-                self.children.setdefault(".".join(parts[:place]), {}).setdefault(child, []).append(name)
+                self.tensors.setdefault(".".join(parts[:place]), {}).setdefault(child, []).append(name)
 
     def whole(self, name: str, role: str, layer: str) -> Target:
         """Return a whole tensor as a target."""
@@ -192,14 +192,9 @@ class StoredModel:
         shape = self.weights[name]
         return Target(module, shape, role, parameter, None, is_transposed(name, shape, self.config), layer)
 
-    def projections(self, path: str, child: str) -> list[str]:
-        """Return the weights of a projection, which may be wrapped: just one if it is the only one or is named so."""
-        weights = [name for name in self.children[path][child] if _projects(self.weights.get(name))]
-        return roles.main_projection(weights, _join(path, child), lambda name: name.removesuffix(".weight"))
-
     def paths(self) -> list[str]:
         """Return the paths of all modules, numbers in them in the order of numbers."""
-        return sorted(self.children, key=roles.natural)
+        return sorted(self.tensors, key=roles.natural)
 
     def is_attention(self, path: str) -> bool:
         """Return whether a module is named as an attention, or lies in one: BERT's attention.self, attentions.3."""
@@ -207,33 +202,25 @@ class StoredModel:
         inner = last == "self" or last.isdecimal()
         return roles.is_attention(last) or (inner and roles.is_attention(above.rpartition(".")[2]))
 
-    def called(self, path: str) -> list[roles.Called[str]]:
-        """Return the parameters and children of a module that are named as projections to q, k or v."""
-        named, found = self.is_attention(path), list[roles.Called[str]]()
-        for child in self.children[path]:
-            says = roles.parse_projection_name(child, named)
-            weights = [] if says is None else self.projections(path, child)
-            if says is not None and weights:
-                found.append((child, says, weights))
-        return roles.settled_names(found)
+    def children(self, path: str) -> Iterable[str]:
+        """Return the names of a module's parameters, except for its weight, and children."""
+        return self.tensors.get(path, {})
 
-    def unclear(self, path: str, called: list[roles.Called[str]]) -> list[tuple[str, str]]:
-        """Return the children with several weights, or a name that is understood in part."""
-        return roles.unclear_children(called, self.children[path], lambda child: bool(self.projections(path, child)))
+    def projections(self, path: str, child: str) -> list[str]:
+        """Return the weights of a projection, which may be wrapped: just one if it is the only one or is named so."""
+        weights = [name for name in self.tensors[path][child] if _projects(self.weights.get(name))]
+        return roles.main_projection(weights, _join(path, child), lambda name: name.removesuffix(".weight"))
 
-    def attention_above(self, path: str) -> str | None:
-        """Return the path of the module that holds a module, if that is named as an attention."""
-        above = path.rpartition(".")[0]
-        return above if roles.is_attention(above.rpartition(".")[2]) else None
+    def sizes(self, weight: str) -> tuple[int, int]:
+        """Return the rows and columns of a tensor."""
+        return self.whole(weight, "linear", "").shape
 
-    def key(self, weight: str) -> str:
-        """Return the name of a weight."""
-        return weight
-
-    def outputs(self, path: str, names: frozenset[str]) -> list[str]:
-        """Return the weights of the children with these names that hold exactly one weight."""
-        candidates = [self.projections(path, child) for child in self.children.get(path, {}) if child in names]
-        return [weights[0] for weights in candidates if len(weights) == 1]
+    def fused_rows(self, path: str, child: str, weight: str, fused: Fused) -> dict[str, Rows | None]:
+        """Return the rows that produce each letter, by :func:`stored_rows`."""
+        whole = self.whole(weight, "linear", "")
+        beside = [other for other in self.tensors[path] if other != child]
+        stored = StoredWeight(child, beside, len(whole.stored))
+        return stored_rows(weight, stored, fused, whole.shape[1], self.config)
 
 
 def _is_weight(name: str, shape: Sequence[int]) -> bool:
@@ -275,33 +262,15 @@ def targets_of(model: StoredModel, letters: str) -> list[Target]:
     >>> [(target.role, target.rows) for target in targets_of(model, "q")]
     [('q', Rows(start=0, length=2, stride=6, count=2))]
     """
-    found: list[Target] = []
-    for attention in roles.attentions_in(model):
-        for child, makes in attention.unclear:
-            if not set(makes).isdisjoint(letters):
-                raise LayoutError(
-                    f"{_join(attention.path, child)} of the checkpoint seems to produce {makes}, but it is unclear "
-                    "with which weight or rows: build the model and use tnadapt.torch, or name whole weights by a list "
-                    "of paths"
-                )
-        targets = _targets(model, attention, letters)
-        found += sorted(targets, key=lambda target: (ROLES.index(target.role), roles.natural(target.module)))
-    return found
-
-
-def _targets(model: StoredModel, attention: roles.AttentionWeights[str], letters: str) -> Iterator[Target]:
-    layer = roles.layer_of(attention.path)
-
-    def rows_of(child: str, name: str, fused: Fused) -> dict[str, Rows | None]:
-        whole = model.whole(name, "linear", layer)
-        below = whole.module.removeprefix(_join(attention.path, child)).lstrip(".")
-        beside = [other for other in model.children[attention.path] if other != child]
-        return stored_rows(
-            name, StoredWeight(child, below, beside, len(whole.stored)), fused, whole.shape[1], model.config
-        )
-
-    for name, role, rows in attention.parts(letters, lambda name: model.whole(name, "linear", "").shape, rows_of):
-        yield dataclasses.replace(model.whole(name, role, layer), rows=rows)
+    targets = list[Target]()
+    for attention in model.attentions:
+        layer = roles.layer_of(attention.path)
+        of_attention = [
+            dataclasses.replace(model.whole(name, role, layer), rows=rows)
+            for name, role, rows in model.parts(attention, letters)
+        ]
+        targets += sorted(of_attention, key=lambda target: (ROLES.index(target.role), roles.natural(target.module)))
+    return targets
 
 
 def _join(path: str, name: str) -> str:
@@ -414,7 +383,7 @@ def _order(model: StoredModel, target: Target) -> tuple[Any, ...]:
     parts, place = target.module.split("."), []
     for depth, part in enumerate(parts):
         rank = _RANKS.get(part, 0.0)
-        if part == "q_proj" and model.children.get(".".join(parts[:depth]), {}).keys() >= _REVERSED:
+        if part == "q_proj" and model.tensors.get(".".join(parts[:depth]), {}).keys() >= _REVERSED:
             rank = _RANKS["v_proj"] + 0.5
         place.append((rank, roles.natural(part)))
     stacked = PARAMETERS.index(target.parameter) if target.parameter in PARAMETERS else -1

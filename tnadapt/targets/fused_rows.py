@@ -85,11 +85,9 @@ class Facts:
 
     def need(self, *names: str) -> int:
         """Return :meth:`number`, or raise :class:`LayoutError` if there is none."""
-        return self._known(self.number(*names), names[0])
-
-    def _known(self, number: int | None, what: str) -> int:
+        number = self.number(*names)
         if number is None:
-            raise LayoutError(f"{self._lacks} {what}")
+            raise LayoutError(f"{self._lacks} {names[0]}")
         return number
 
     def flag(self, name: str) -> bool:
@@ -117,10 +115,14 @@ class Facts:
         return self.number(*_HEAD_SIZE)
 
     def need_heads(self) -> int:
-        return self._known(self.heads, "num_attention_heads: it does not say how many heads it has")
+        if self.heads is None:
+            raise LayoutError(f"{self._lacks} num_attention_heads: it does not say how many heads it has")
+        return self.heads
 
     def need_kv_heads(self) -> int:
-        return self._known(self.kv_heads, "num_key_value_heads: it does not say how many heads of keys it has")
+        if self.kv_heads is None:
+            raise LayoutError(f"{self._lacks} num_key_value_heads: it does not say how many heads of keys it has")
+        return self.kv_heads
 
 
 def place_rows(blocks: Blocks, fused: Fused) -> dict[str, Rows | None]:

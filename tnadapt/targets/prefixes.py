@@ -178,10 +178,10 @@ def _under(target: Target, name: str) -> Target:
 
 def _turned(target: Target, turn: int) -> Target:
     """Return a target under another of its names."""
-    if not 0 < turn <= len(target.tied):
+    names = (target.name, *target.tied)
+    if not 0 < turn < len(names):
         return target
-    other = target.tied_targets()[turn - 1]
-    return dataclasses.replace(other, tied=tuple(name for name in (target.name, *target.tied) if name != other.name))
+    return dataclasses.replace(_under(target, names[turn]), tied=(*names[:turn], *names[turn + 1 :]))
 
 
 def _prefixes(stored: Iterable[str], name: str) -> Iterator[Prefix]:

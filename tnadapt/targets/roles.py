@@ -15,11 +15,11 @@ import difflib
 import functools
 import re
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from typing import Generic, NamedTuple, Protocol, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 from tnadapt.errors import TargetError, safe_repr
 
-from .fused_rows import Fused
+from .fused_rows import Fused, LayoutError
 from .target import Rows
 
 # -- The name of one projection ----------------------------------------------------------------------------------------
@@ -48,9 +48,9 @@ _STREAM = {
 # With one of these words, a value is as likely the value of a state in reinforcement learning.
 _HEAD = {"head", "net", "fc"}
 
-# Names that do not spell out what they produce. Those in the second table count in attention modules only.
-_WHOLE = {"c_attn": "qkv", "att_proj": "qkv", "W_pack": "qkv"}
-_WHOLE_IN_ATTENTION = {"in_proj": "qkv", "in_proj_weight": "qkv"}
+# Names that do not spell out what they produce. The last counts in attention modules only.
+_WHOLE = {"c_attn": "qkv", "att_proj": "qkv", "W_pack": "qkv", "in_proj_weight": "qkv"}
+_WHOLE_IN_ATTENTION = {"in_proj": "qkv"}
 
 OUTPUTS = frozenset(
     {
@@ -241,7 +241,7 @@ def _words(name: str) -> list[str]:
 # checkpoint.
 
 
-Weight = TypeVar("Weight")
+Weight = TypeVar("Weight", bound=Hashable)
 
 # The name of a child or parameter, the parsed name, and the weights in it.
 Called = tuple[str, ProjectionName, list[Weight]]
@@ -296,43 +296,6 @@ def settled_names(inputs: Sequence[Called[Weight]]) -> list[Called[Weight]]:
     return separate or settled
 
 
-def unclear_children(
-    inputs: Sequence[Called[Weight]], children: Iterable[str], holds_weights: Callable[[str], bool]
-) -> list[tuple[str, str]]:
-    """Return the children of an attention that seem to produce q, k or v with a weight that cannot be determined.
-
-    They hold several weights, or only part of their name is understood and nothing else produces its letter.
-
-    Parameters
-    ----------
-    inputs : sequence of (str, ProjectionName, list)
-        The projections whose names are understood.
-    children : iterable of str
-        All names in the attention.
-    holds_weights : callable
-        Returns whether a child of a given name is a projection at all.
-
-    Returns
-    -------
-    list of (str, str)
-        Names and the letters that they seem to produce.
-
-    Examples
-    --------
-    >>> from tnadapt.targets.roles import parse_projection_name
-    >>> inputs = [(name, parse_projection_name(name), [name]) for name in ("q_proj", "k_proj")]
-    >>> unclear_children(inputs, ["q_proj", "k_proj", "v_gate_proj", "q_gate_proj"], lambda name: True)
-    [('v_gate_proj', 'v')]
-    """
-    unclear = [(child, says.letters) for child, says, weights in inputs if len(weights) > 1]
-    produced = _letters(says for _, says, _ in inputs)
-    for child in children:
-        missing = "".join(letter for letter in projection_letters(child) if letter in "qv" and letter not in produced)
-        if missing and holds_weights(child):
-            unclear.append((child, missing))
-    return unclear
-
-
 def distinct_rows(letters: Iterable[str], rows: Mapping[str, Rows | None]) -> Iterator[tuple[str, Rows | None]]:
     """Yield the letters of a weight to adapt, with their rows; for letters that share rows, only the first.
 
@@ -373,81 +336,114 @@ class AttentionWeights(NamedTuple, Generic[Weight]):
     outputs: list[Weight]
     unclear: list[tuple[str, str]]
 
-    def parts(
-        self,
-        letters: str,
-        shape_of: Callable[[Weight], tuple[int, int]],
-        rows_of: Callable[[str, Weight, Fused], dict[str, Rows | None]],
-    ) -> Iterator[tuple[Weight, str, Rows | None]]:
-        """Yield each weight that produces one of the letters, with the letter, and the rows if it has several.
 
-        ``rows_of(name, weight, fused)`` places the letters of a fused weight in its rows.
-        """
-        queries = [weight for _, says, weight in self.inputs if says.letters == "q"]
-        q_out = shape_of(queries[0])[0] if queries else None
-        o_in = shape_of(self.outputs[0])[1] if len(self.outputs) == 1 else None
-        for name, says, weight in self.inputs:
-            wanted = [letter for letter in "qkv" if letter in says.letters and letter in letters]
-            rows: dict[str, Rows | None] = dict.fromkeys(says.letters)
-            if wanted and len(says.letters) > 1:
-                rows = rows_of(name, weight, Fused(says.letters, shape_of(weight)[0], q_out, o_in))
-            for letter, place in distinct_rows(wanted, rows):
-                yield weight, letter, place
-        if "o" in letters:
-            for weight in self.outputs:
-                yield weight, "o", None
-
-
-class ModuleTree(Protocol[Weight]):
-    """What :func:`attentions_in` asks of a model, or of a checkpoint's tensors; modules are named by their paths."""
+class ModuleTree(Generic[Weight]):
+    """The modules of a model in memory, or of a checkpoint, by their paths; the attentions among them."""
 
     def paths(self) -> Iterable[str]:
         """Return the paths of all modules, in order."""
+        raise NotImplementedError
 
     def is_attention(self, path: str) -> bool:
-        """Return whether a module is named as an attention."""
+        """Return whether a module is known as an attention by its name or class."""
+        raise NotImplementedError
 
-    def called(self, path: str) -> list[Called[Weight]]:
-        """Return a module's parameters and children whose names say that they project to q, k or v."""
+    def children(self, path: str) -> Iterable[str]:
+        """Return the names of a module's parameters and children."""
+        raise NotImplementedError
 
-    def unclear(self, path: str, called: list[Called[Weight]]) -> list[tuple[str, str]]:
-        """Return a module's :func:`unclear_children`."""
+    def projections(self, path: str, child: str) -> list[Weight]:
+        """Return the weights of a parameter or child of a module; only one where it is clear which is the projection.
 
-    def outputs(self, path: str, names: frozenset[str]) -> list[Weight]:
+        They are hashable, and equal only where they are the same weight.
+        """
+        raise NotImplementedError
+
+    def sizes(self, weight: Weight) -> tuple[int, int]:
+        """Return the rows and columns of a weight."""
+        raise NotImplementedError
+
+    def fused_rows(self, path: str, child: str, weight: Weight, fused: Fused) -> dict[str, Rows | None]:
+        """Return the rows that produce each letter; None where the whole weight does."""
+        raise NotImplementedError
+
+    @functools.cached_property
+    def attentions(self) -> list[AttentionWeights[Weight]]:
+        """Every attention, each weight in the first that has it."""
+        seen: set[Weight] = set()
+        attentions = []
+
+        def is_new(weight: Weight) -> bool:
+            known = weight in seen
+            seen.add(weight)
+            return not known
+
+        for path in self.paths():
+            children, named = list(self.children(path)), self.is_attention(path)
+            parsed = [(child, parse_projection_name(child, named)) for child in children]
+            called = [(child, name, self.projections(path, child)) for child, name in parsed if name is not None]
+            called = settled_names([entry for entry in called if entry[2]])
+            outputs = self._outputs(path, OUTPUTS) if called else []
+            called = [called[place] for place in attention_group([entry[1] for entry in called], named, bool(outputs))]
+            if not called:
+                continue
+            inputs = [
+                (child, name, weights[0]) for child, name, weights in called if len(weights) == 1 and is_new(weights[0])
+            ]
+            unclear = [(child, name.letters) for child, name, weights in called if len(weights) > 1]
+            unclear += self._half_understood(path, children, _letters(name for _, name, _ in called))
+            if not inputs and not unclear:
+                continue
+            outputs = outputs or self._outputs(path, AMBIGUOUS_OUTPUTS)
+            above = path.rpartition(".")[0]
+            if not outputs and self.is_attention(above):
+                outputs = self._outputs(above, PARENT_OUTPUTS)
+            outputs = [weight for weight in outputs if is_new(weight)]
+            attentions.append(AttentionWeights(path, inputs, outputs, unclear))
+        return attentions
+
+    def _outputs(self, path: str, names: frozenset[str]) -> list[Weight]:
         """Return the weights of the children with these names that hold exactly one weight."""
+        weights = [self.projections(path, child) for child in self.children(path) if child in names]
+        return [projections[0] for projections in weights if len(projections) == 1]
 
-    def attention_above(self, path: str) -> str | None:
-        """Return the path of the module that holds a module, if that is named as an attention."""
+    def _half_understood(self, path: str, children: Iterable[str], produced: set[str]) -> Iterator[tuple[str, str]]:
+        """Yield the children whose name has q or v among other words, and that letter if no other produces it."""
+        for child in children:
+            letters = projection_letters(child)
+            missing = "".join(letter for letter in letters if letter in "qv" and letter not in produced)
+            if missing and self.projections(path, child):
+                yield child, missing
 
-    def key(self, weight: Weight) -> Hashable:
-        """Return what tells weights apart."""
+    def parts(self, attention: AttentionWeights[Weight], letters: str) -> Iterator[tuple[Weight, str, Rows | None]]:
+        """Yield each weight that produces one of the letters, with the letter, and the rows if it has several.
 
-
-def attentions_in(tree: ModuleTree[Weight]) -> Iterator[AttentionWeights[Weight]]:
-    """Yield every attention, each weight in the first that has it."""
-    seen: set[Hashable] = set()
-
-    def is_new(weight: Weight) -> bool:
-        key = tree.key(weight)
-        known = key in seen
-        seen.add(key)
-        return not known
-
-    for path in tree.paths():
-        called, outputs = tree.called(path), tree.outputs(path, OUTPUTS)
-        group = attention_group([name for _, name, _ in called], tree.is_attention(path), bool(outputs))
-        called = [called[place] for place in group]
-        inputs = [
-            (child, name, weights[0]) for child, name, weights in called if len(weights) == 1 and is_new(weights[0])
-        ]
-        unclear = tree.unclear(path, called) if called else []
-        if not inputs and not unclear:
-            continue
-        outputs = outputs or tree.outputs(path, AMBIGUOUS_OUTPUTS)
-        above = tree.attention_above(path)
-        if not outputs and above is not None:
-            outputs = tree.outputs(above, PARENT_OUTPUTS)
-        yield AttentionWeights(path, inputs, [weight for weight in outputs if is_new(weight)], unclear)
+        Raises
+        ------
+        LayoutError
+            If a fused weight's layout is unknown, or it is unclear what produces a letter.
+        """
+        for child, makes in attention.unclear:
+            if not set(makes).isdisjoint(letters):
+                full_path = f"{attention.path}.{child}".lstrip(".")
+                raise LayoutError(
+                    f"{full_path} seems to produce {makes}, but with which weight or rows is unknown: name whole "
+                    "weights in a list of paths, or give tnadapt.Target(path, shape, role, rows=tnadapt.Rows(…)) for it"
+                )
+        queries = [weight for _, name, weight in attention.inputs if name.letters == "q"]
+        q_out = self.sizes(queries[0])[0] if queries else None
+        o_in = self.sizes(attention.outputs[0])[1] if len(attention.outputs) == 1 else None
+        for child, name, weight in attention.inputs:
+            wanted = [letter for letter in "qkv" if letter in name.letters and letter in letters]
+            rows: dict[str, Rows | None] = dict.fromkeys(name.letters)
+            if wanted and len(name.letters) > 1:
+                fused = Fused(name.letters, self.sizes(weight)[0], q_out, o_in)
+                rows = self.fused_rows(attention.path, child, weight, fused)
+            for letter, place in distinct_rows(wanted, rows):
+                yield weight, letter, place
+        if "o" in letters:
+            for weight in attention.outputs:
+                yield weight, "o", None
 
 
 # -- The words by which targets and kept parameters are chosen ---------------------------------------------------------

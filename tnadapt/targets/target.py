@@ -181,7 +181,8 @@ class Target:
             raise TargetError(f"a target's stored shape must be two to eight sizes; got {safe_repr(self.stored)}")
         stored = tuple(integer("a size of a stored shape", size, 1, MAX_SIZE, TargetError) for size in self.stored)
         object.__setattr__(self, "stored", stored)
-        self._check_index()
+        if self.index is not None:
+            self._check_index()
         self._check_tied()
         groups = integer(f"the groups of {self.name}", self.groups, 1, MAX_SIZE, TargetError)
         object.__setattr__(self, "groups", groups)
@@ -196,8 +197,6 @@ class Target:
             self._check_rows(self.out)
 
     def _check_index(self) -> None:
-        if self.index is None:
-            return
         if len(self.stored) != 3:
             raise TargetError(f"an index selects one of the matrices of a 3-D weight; {self.name} has {self.stored}")
         index = integer(f"the index of {self.name}", self.index, 0, self.stored[0] - 1, TargetError)
@@ -286,11 +285,6 @@ class Target:
         """``(rows, cols)`` of the update, in torch's order (out_features, in_features)."""
         cols = self.matrix_sizes[0] if self.transposed else math.prod(self.matrix_sizes[1:])
         return self.out if self.rows is None else self.rows.number, cols
-
-    @checks_arguments
-    def renamed(self, module: str) -> Target:
-        """Return the same view of a parameter of another module."""
-        return dataclasses.replace(self, module=module)
 
     @checks_arguments
     def block(self, stored: Array) -> Array:
@@ -410,21 +404,8 @@ _SETTINGS = {field.name: field.default for field in dataclasses.fields(Target)[3
 
 # -- No two targets may update the same element of a stored parameter --------------------------------------------------
 
-# Patterns of rows have sizes that a file may choose freely, so they are compared by arithmetic, never enumerated. Lists
-# of rows are as long in the file as they are here.
-
-
-# Different block lengths allowed for one stored parameter, as they are compared pairwise. Fused attention weights have
-# one.
-_MAX_STRIDES = 16
-
-
-class _Part(NamedTuple):
-    """A target's rows as a span within one period."""
-
-    start: int
-    stop: int
-    number: int
+# Patterns of rows have sizes that a file may choose freely, so they are compared as spans of one block, never
+# enumerated. Lists of rows are as long in the file as they are here.
 
 
 def check_distinct(targets: Sequence[Target]) -> None:
@@ -438,8 +419,8 @@ def check_distinct(targets: Sequence[Target]) -> None:
     Raises
     ------
     TargetError
-        If a target is repeated, two share a row, or two describe one parameter with different shapes or orders. The
-        message names both targets and a shared row.
+        If a target is repeated, two share a row, or two describe one parameter with different shapes or orders, or
+        have rows of one weight in blocks of different lengths. The message names both targets and a shared row.
 
     Notes
     -----
@@ -483,82 +464,52 @@ def _check_one(targets: Sequence[Target], numbers: Sequence[int]) -> None:
 
 
 def _check_matrix(targets: Sequence[Target], numbers: Sequence[int]) -> None:
-    """Check the targets of one matrix."""
-    by_stride: dict[int, list[_Part]] = {}
-    listed: list[int] = []
+    """Check the targets of one matrix: the rows of one block, and the listed rows."""
+    spans: list[tuple[int, int, int]] = []
+    listed: list[tuple[int, RowIndices]] = []
+    strides: dict[int, int] = {}
     for number in numbers:
-        if isinstance(targets[number].rows, RowIndices):
-            listed.append(number)
+        rows = targets[number].rows
+        if rows is None:
+            other = next(other for other in numbers if other != number)
+            raise _overlap(targets, number, other, _first_row(targets[other]))
+        if isinstance(rows, RowIndices):
+            listed.append((number, rows))
             continue
-        rows = _rows(targets[number])
-        by_stride.setdefault(rows.stride, []).append(_Part(rows.start, rows.start + rows.length, number))
-    if len(by_stride) > _MAX_STRIDES:
+        strides.setdefault(rows.stride, number)
+        spans.append((rows.start, rows.start + rows.length, number))
+    if len(strides) > 1:
+        one, two = sorted(strides.values())[:2]
         raise TargetError(
-            f"the targets of {safe_repr(targets[numbers[0]].name)} divide its rows into blocks of {len(by_stride)} "
-            f"different lengths; at most {_MAX_STRIDES} are supported"
+            f"targets {one} and {two} have rows of {safe_repr(targets[one].name)} in blocks of different lengths "
+            f"({_words(targets[one])}; {_words(targets[two])}): give all rows of a weight in blocks of one length"
         )
-    for parts in by_stride.values():
-        parts.sort()
-        for before, after in itertools.pairwise(parts):
-            if after.start < before.stop:
-                raise _overlap(targets, before.number, after.number)
-    for (stride, several), (longer, others) in itertools.combinations(by_stride.items(), 2):
-        # Both patterns repeat over all rows, so every multiple of the strides' greatest common divisor occurs as an
-        # offset between two blocks: two spans share a row if and only if they do so modulo that divisor.
-        _check_folded(targets, several, others, math.gcd(stride, longer))
-    _check_listed(targets, listed, by_stride)
-
-
-def _check_listed(targets: Sequence[Target], listed: Sequence[int], by_stride: Mapping[int, list[_Part]]) -> None:
-    """Check the targets whose rows are a list against each other, and against the sorted parts of the others."""
+    spans.sort()
+    for (_, stop, number), (start, _, other) in itertools.pairwise(spans):
+        if start < stop:
+            raise _overlap(targets, number, other, start)
     owner: dict[int, int] = {}
-    starts = {stride: [part.start for part in parts] for stride, parts in by_stride.items()}
-    for number in listed:
-        for row in targets[number].rows.indices():  # type: ignore[union-attr]  # a list of rows
+    stride = next(iter(strides), 1)
+    starts = [start for start, _, _ in spans]
+    for number, indices in listed:
+        for row in indices.numbers:
             other = owner.setdefault(row, number)
             if other != number:
                 raise _overlap(targets, other, number, row)
-            for stride, parts in by_stride.items():
-                place = bisect.bisect_right(starts[stride], row % stride) - 1
-                if place >= 0 and row % stride < parts[place].stop:
-                    raise _overlap(targets, parts[place].number, number, row)
+            place = bisect.bisect_right(starts, row % stride) - 1
+            if place >= 0 and row % stride < spans[place][1]:
+                raise _overlap(targets, spans[place][2], number, row)
 
 
-def _check_folded(targets: Sequence[Target], ones: Sequence[_Part], twos: Sequence[_Part], period: int) -> None:
-    folded = sorted(piece for part in ones for piece in _folded(part, period))
-    starts = [piece.start for piece in folded]
-    # For each place, the piece up to there that ends last.
-    furthest = list(itertools.accumulate(folded, _further))
-    for part in twos:
-        for piece in _folded(part, period):
-            place = bisect.bisect_left(starts, piece.stop) - 1
-            if place >= 0 and furthest[place].stop > piece.start:
-                raise _overlap(targets, furthest[place].number, part.number)
+def _first_row(target: Target) -> int:
+    if isinstance(target.rows, RowIndices):
+        return target.rows.numbers[0]
+    return 0 if target.rows is None else target.rows.start
 
 
-def _further(first: _Part, second: _Part) -> _Part:
-    return first if first.stop >= second.stop else second
-
-
-def _folded(part: _Part, period: int) -> list[_Part]:
-    """Reduce a span modulo a period: to one piece, or two if it wraps around."""
-    length, start = part.stop - part.start, part.start % period
-    if length >= period:
-        return [_Part(0, period, part.number)]
-    if start + length <= period:
-        return [_Part(start, start + length, part.number)]
-    return [_Part(start, period, part.number), _Part(0, start + length - period, part.number)]
-
-
-def _rows(target: Target) -> Rows:
-    assert not isinstance(target.rows, RowIndices)  # these are compared row by row
-    return Rows(0, target.out, target.out) if target.rows is None else target.rows
-
-
-def _overlap(targets: Sequence[Target], number: int, other: int, row: int | None = None) -> TargetError:
+def _overlap(targets: Sequence[Target], number: int, other: int, row: int) -> TargetError:
     number, other = sorted((number, other))
     first, second = targets[number], targets[other]
-    row = _shared(_rows(first), _rows(second)) if row is None else row
     name = safe_repr(first.name) if first.index is None else f"matrix {first.index} of {safe_repr(first.name)}"
     return TargetError(
         f"targets {number} and {other} overlap: both update row {row} of {name} ({number}: {_words(first)}; "
@@ -566,31 +517,15 @@ def _overlap(targets: Sequence[Target], number: int, other: int, row: int | None
     )
 
 
-def _shared(first: Rows, second: Rows) -> int:
-    """Return a row that two overlapping patterns share, by the Chinese remainder theorem."""
-    period = math.gcd(first.stride, second.stride)
-    ahead = (second.start - first.start) % period
-    # Modulo the period, either the second span begins within the first, or the other way round.
-    within, beyond = (ahead, 0) if ahead < first.length else (0, -ahead % period)
-    offset = second.start + beyond - first.start - within
-    steps, turns = first.stride // period, second.stride // period
-    block = offset // period * pow(steps, -1, turns) % turns if turns > 1 else 0
-    return first.start + within + block * first.stride
-
-
 def _words(target: Target) -> str:
-    if isinstance(target.rows, RowIndices):
-        numbers = target.rows.numbers
-        more = f" and {len(numbers) - 4} more" if len(numbers) > 4 else ""
-        return f"role {target.role}, rows {', '.join(map(str, numbers[:4]))}{more}"
-    rows = _rows(target)
-    if target.rows is None:
-        return f"role {target.role}, all {rows.length} rows"
-    return (
-        f"role {target.role}, rows {rows.start} to {rows.start + rows.length - 1} of "
-        + (f"each of {rows.count} blocks of " if rows.count > 1 else "")
-        + f"{rows.stride}"
-    )
+    rows = target.rows
+    if rows is None:
+        return f"role {target.role}, all {target.out} rows"
+    if isinstance(rows, RowIndices):
+        more = f" and {rows.number - 4} more" if rows.number > 4 else ""
+        return f"role {target.role}, rows {', '.join(map(str, rows.numbers[:4]))}{more}"
+    blocks = f"each of {rows.count} blocks of " if rows.count > 1 else ""
+    return f"role {target.role}, rows {rows.start} to {rows.start + rows.length - 1} of {blocks}{rows.stride}"
 
 
 def _order(target: Target) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from torch import nn
 
@@ -45,20 +45,6 @@ _INSTEAD = {
     "unload": "detach()",
     "unmerge_adapter": "unmerge()",
 }
-
-
-def refuse_attribute(class_name: str, name: str) -> NoReturn:
-    """Raise the AttributeError of an attribute that is missing.
-
-    Examples
-    --------
-    >>> refuse_attribute("Adapter", "merge_and_unload")
-    Traceback (most recent call last):
-        ...
-    AttributeError: 'Adapter' object has no attribute 'merge_and_unload'; PEFT's merge_and_unload is bake() here
-    """
-    hint = f"; PEFT's {name} is {_INSTEAD[name]} here" if name in _INSTEAD else ""
-    raise AttributeError(f"{class_name!r} object has no attribute {safe_repr(name)}{hint}")
 
 
 # -- The summary: the slices of groups that each weight's update consists of -------------------------------------------
@@ -137,11 +123,6 @@ class Summary:
         sizes = _sizes(adapter)
         self.kept = sum(sizes.get(name, 0) for name in adapter.kept)
         self.base = sum(sizes.values())
-
-    @property
-    def lora_rank(self) -> int | None:
-        """The rank of LoRA that holds the update of every module exactly, or None: that of ``export``."""
-        return self.export.rank
 
     def trainable_line(self) -> str:
         """Return the numbers of trainable and of all parameters, in the words of PEFT."""
@@ -238,7 +219,8 @@ class Adapter(AdapterParameters, AdapterFiles):
     if not TYPE_CHECKING:  # where every attribute would pass for existing
 
         def __getattr__(self, name: str) -> Any:
-            refuse_attribute(type(self).__name__, name)
+            hint = f"; PEFT's {name} is {_INSTEAD[name]} here" if name in _INSTEAD else ""
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {safe_repr(name)}{hint}")
 
     # -- Properties --------------------------------------------------------------------------
 

@@ -1,7 +1,7 @@
 """``attach``: a new adapter is put on a model, in four steps: targets, plan, forms, installation.
 
-Each step is a function of the :class:`AttachRequest` and of what the steps before it return. Also here: arguments in
-another's place, and the base's trainable parameters.
+Each step is a function of the :class:`AttachRequest` and of what the steps before it return; :func:`carry_out` takes
+them. Also here: the base's trainable parameters.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import functools
 import inspect
 import itertools
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +23,7 @@ from tnadapt.algebra.config import Config
 from tnadapt.algebra.factoring import Factoring
 from tnadapt.algebra.folding import MAX_SIZE
 from tnadapt.algebra.group import useful_rank
-from tnadapt.algebra.named_config import config_of, is_setting
+from tnadapt.algebra.named_config import config_of
 from tnadapt.algebra.superlora import SuperLoRA, share_maps
 from tnadapt.argument_checks import flag, integer, is_sequence, wrong_argument
 from tnadapt.backends import load_backend
@@ -32,98 +32,15 @@ from tnadapt.errors import BackendError, ConfigError, TargetError, safe_repr, wa
 from tnadapt.targets.roles import is_within
 from tnadapt.targets.target import Target, check_distinct
 
-from . import _registry
 from ._adapter import Adapter
 from ._delta import is_sharded
 from ._forward_pass import PassHooks, check_dropout
 from ._forward_patch import ACTIVATIONS, STRATEGIES, ForwardPatch
-from ._registry import attached, install_methods, overlapping, prepare, refuse_merged, take_off
+from ._registry import attached, freeze, install_methods, overlapping, prepare, refuse_merged, take_off, untie
 from ._state import ADAPTERS_ATTR, DOT, AdapterSlot, AdapterState, is_array
 from ._strategy_choice import TOKENS, is_quantized, strategy_of
 from ._target_selection import check_ordered, find_targets, of_patterns
-from ._weights import DTYPES, bound, host_of, join, paths_of, tensors_of, tied
-
-# -- Arguments in another's place, such as a rank where the targets come -----------------------------------------------
-
-
-def refuse_misplaced(cfg: Any, targets: Any) -> None:
-    """Raise an error for settings in the place of the config or of the targets, with the call that was meant.
-
-    Raises
-    ------
-    ConfigError
-        For a mapping of settings as the config.
-    TargetError
-        For a number or a mapping as the targets.
-    """
-    name = cfg if isinstance(cfg, str) else "lora"
-    if _are_settings(cfg) and not any(isinstance(value, (str, Config)) for value in cfg.values()):
-        raise ConfigError(
-            f"a mapping has a config for each pattern of weights; got settings, {safe_repr(dict(cfg))}: give them as "
-            f"keywords, with the name of a preset: {_call(name, cfg)}"
-        )
-    if isinstance(targets, (int, float)) and not isinstance(targets, bool):
-        raise TargetError(
-            f"the third argument is the targets, such as 'qv'; got the number {safe_repr(targets)}: settings are "
-            f"keywords, as in {_call(name, {'rank': targets})}"
-        )
-    if isinstance(targets, Mapping):
-        meant = _call(name, targets) if _are_settings(targets) else "attach(model, {'qv': 'lora'})"
-        raise TargetError(
-            f"the third argument is the targets, such as 'qv'; got {safe_repr(dict(targets))}: settings are keywords, "
-            f"and a mapping of patterns to configs is the second argument: {meant}"
-        )
-
-
-def warn_undropped(targets: Sequence[Target], dropout: float) -> None:
-    """Warn of dropout that drops nothing, as all targets are embeddings: their inputs are indices."""
-    if dropout > 0.0 and all(target.role == "embedding" for target in targets):
-        warn(
-            f"dropout={dropout:g} drops nothing here: all targets are embeddings, whose inputs are indices. Leave it "
-            "out, or adapt other weights as well",
-        )
-
-
-def warn_useless_rank(plan: SuperLoRA, targets: Sequence[Target]) -> None:
-    """Warn of a rank beyond which the updates gain nothing, as they can be any already.
-
-    Of frozen arrays, and of arrays that θ makes, more can be useful whatever the sizes: nothing is said about those,
-    nor about the default of a preset.
-    """
-    config = plan.config
-    if isinstance(config, CompositeConfig) or config.sources or config.before is not None:
-        return
-    rank, most = config.rank, useful_rank(group for group, _ in plan.alike)
-    if not isinstance(rank, int) or most is None or rank <= most or _is_default(config):
-        return
-    useful = plan_of(config.replace(rank=most), targets)
-    # Some formats cut the rank to what is possible.
-    if plan.num_parameters > useful.num_parameters:
-        warn(
-            f"rank={rank} is beyond {most}, the largest useful rank for these weights: more parameters add nothing to "
-            f"what their updates can be. Give rank={most} or less",
-        )
-
-
-def _is_default(config: Config) -> bool:
-    """Return whether a config has the rank of its preset without arguments."""
-    from tnadapt.planning import preset_call  # rarely needed, and takes a while to import
-
-    call = preset_call(config)
-    if call is None:
-        return False
-    rank = inspect.signature(getattr(presets, call.preset)).parameters.get("rank")
-    return rank is not None and bool(rank.default == config.rank)
-
-
-def _are_settings(value: Any) -> bool:
-    return isinstance(value, Mapping) and bool(value) and all(map(is_setting, value))
-
-
-def _call(name: str, settings: Mapping[str, Any]) -> str:
-    listed = ", ".join(f"{key}={safe_repr(value)}" for key, value in settings.items())
-    return f"attach(model, {name!r}, {listed})"
-
+from ._weights import DTYPES, bound, host_of, join, names_of_shared, paths_of, tensors_of, tied
 
 # -- The model's own parameters that stay trainable: those that a caller names, and biases -----------------------------
 
@@ -139,7 +56,7 @@ def kept_names(model: nn.Module, patterns: str | Sequence[str], biases: str, tar
     ----------
     model : Module
     patterns : str or sequence of str
-        As for :func:`matching`.
+        Whole components of the dotted paths of parameters and buffers.
     biases : {"none", "adapted", "all"}
         Of no layer, of the layers that the targets are weights of, or of all layers.
     targets : sequence of Target
@@ -147,32 +64,38 @@ def kept_names(model: nn.Module, patterns: str | Sequence[str], biases: str, tar
     Returns
     -------
     list of str
+        In the order of the patterns and of the model; a tied parameter under the first of its names.
 
     Raises
     ------
     TargetError
-        As for :func:`matching`; or if there is no such bias.
+        If a pattern matches nothing, or a target; or if there is no such bias.
     ConfigError
         If ``biases`` is another word.
 
     Examples
     --------
     >>> model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
-    >>> kept_names(model, (), "adapted", [Target("1", (2, 2))])
-    ['1.bias']
+    >>> kept_names(model, "0", "adapted", [Target("1", (2, 2))])
+    ['0.weight', '0.bias', '1.bias']
     """
-    kept = matching(model, patterns, {target.name for target in targets})
+    several: list[Any] = list(patterns) if is_sequence(patterns) else [patterns]
+    kept = _matching(model, several) if several else []
+    both = [target.name for target in targets if target.name in kept]
+    if both:
+        raise TargetError(
+            f"{both[0]} is both a target and in keep_trainable; it can be adapted or trained itself, not both"
+        )
     if not isinstance(biases, str) or biases not in BIASES:
         raise ConfigError(f"biases must be one of {', '.join(BIASES)}; got {safe_repr(biases)}")
     if biases == "none":
         return kept
-    adapted_biases = {join(target.module, bias) for target in targets for bias in _biases_of(target.parameter)}
-    # A shared bias is kept under the first of its names.
+    adapted = {join(target.module, bias) for target in targets for bias in _biases_of(target.parameter)}
     bias_names = [
         name
         for name, parameter in model.named_parameters()
         if name.rpartition(".")[2].endswith("bias") and parameter.is_floating_point() and not is_array(name)
-        if biases == "all" or name in adapted_biases
+        if biases == "all" or name in adapted
     ]
     if not bias_names:
         layer = "adapted layer" if biases == "adapted" else "layer"
@@ -186,10 +109,8 @@ def _biases_of(weight: str) -> tuple[str, ...]:
     return weight.replace("weight", "bias"), *(("in_proj_bias",) if weight.endswith("_proj_weight") else ())
 
 
-def matching(model: nn.Module, patterns: str | Sequence[str], targets: Iterable[str]) -> list[str]:
-    """Return the parameters and buffers whose dotted paths contain a pattern as whole components, in order."""
-    several: list[Any] = list(patterns) if is_sequence(patterns) else [patterns]
-    for pattern in several:
+def _matching(model: nn.Module, patterns: Sequence[Any]) -> list[str]:
+    for pattern in patterns:
         if not isinstance(pattern, str):
             raise wrong_argument("keep_trainable", "a name or a sequence of names", pattern, TargetError)
     # What a state dict leaves out. Making one raises an error for some modules, as bitsandbytes' embeddings.
@@ -198,14 +119,13 @@ def matching(model: nn.Module, patterns: str | Sequence[str], targets: Iterable[
         for path, module in model.named_modules(remove_duplicate=False)
         for name in module._non_persistent_buffers_set
     }
-    # A tied weight has several names and is kept under the first.
     tensors = tensors_of(model).items()
     first: dict[int, str] = {}
     for name, tensor in tensors:
         first.setdefault(id(tensor), name)
     names = {name: first[id(tensor)] for name, tensor in tensors if name not in left_out and not is_array(name)}
     kept: dict[str, None] = {}
-    for pattern in several:
+    for pattern in patterns:
         matches = [original for name, original in names.items() if is_within(name, pattern)]
         if not matches:
             modules = ", ".join(name for name, _ in model.named_children())
@@ -213,11 +133,6 @@ def matching(model: nn.Module, patterns: str | Sequence[str], targets: Iterable[
                 f"keep_trainable: no parameter is at or below {safe_repr(pattern)}; the model's parts are: {modules}"
             )
         kept.update(dict.fromkeys(matches))
-    both = [name for name in targets if name in kept]
-    if both:
-        raise TargetError(
-            f"{both[0]} is both a target and in keep_trainable; it can be adapted or trained itself, not both"
-        )
     return list(kept)
 
 
@@ -275,7 +190,7 @@ def attach(
         Name of the adapter: any printable characters, unique on the model.
     layers : int, range or list of int, optional
         Only the targets in these layers; negative numbers count from the end. See :func:`tnadapt.torch.find_targets`.
-    exclude : str, list or function, optional
+    exclude : str or list, optional
         Targets to leave out, in the words of ``targets``.
     keep_trainable : str or sequence of str
         Parameters of the base that stay trainable, by whole components of their paths: ``"classifier"`` is every
@@ -368,7 +283,6 @@ def attach(
     ...
     """
     keywords = list(inspect.signature(attach).parameters)[:-1]
-    refuse_misplaced(cfg, targets)
     if isinstance(cfg, Mapping):
         if targets != "qv":
             raise ConfigError(
@@ -387,10 +301,41 @@ def attach(
             given=given, progress=progress, detach_norm=detach_norm, dropout=dropout,
         )
     )  # fmt: skip
-    warn_undropped(adapter.targets, adapter.dropout)
     if is_given:
-        warn_useless_rank(adapter.plan, adapter.targets)
+        _warn_of_useless_rank(adapter.plan, adapter.targets)
     return adapter
+
+
+def _warn_of_useless_rank(plan: SuperLoRA, targets: Sequence[Target]) -> None:
+    """Warn of a rank beyond which the updates gain nothing, as they can be any already.
+
+    Of frozen arrays, and of arrays that θ makes, more can be useful whatever the sizes: nothing is said about those,
+    nor about the default of a preset.
+    """
+    config = plan.config
+    if isinstance(config, CompositeConfig) or config.sources or config.before is not None:
+        return
+    rank, most = config.rank, useful_rank(group for group, _ in plan.alike)
+    if not isinstance(rank, int) or most is None or rank <= most or _is_default(config):
+        return
+    useful = plan_of(config.replace(rank=most), targets)
+    # Some formats cut the rank to what is possible.
+    if plan.num_parameters > useful.num_parameters:
+        warn(
+            f"rank={rank} is beyond {most}, the largest useful rank for these weights: more parameters add nothing to "
+            f"what their updates can be. Give rank={most} or less",
+        )
+
+
+def _is_default(config: Config) -> bool:
+    """Return whether a config has the rank of its preset without arguments."""
+    from tnadapt.planning import preset_call  # rarely needed, and takes a while to import
+
+    call = preset_call(config)
+    if call is None:
+        return False
+    rank = inspect.signature(getattr(presets, call.preset)).parameters.get("rank")
+    return rank is not None and bool(rank.default == config.rank)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -477,7 +422,8 @@ def carry_out(request: AttachRequest) -> Adapter:
     """Attach what is requested; if anything fails, the model is as it was."""
     targets = _targets(request)
     plan = _plan(request, targets)
-    return _install(request, targets, plan, _forms(request, targets, plan))
+    forms = _forms(request, targets, plan)
+    return _install(request, targets, plan, forms)
 
 
 def _targets(request: AttachRequest) -> list[Target]:
@@ -486,6 +432,11 @@ def _targets(request: AttachRequest) -> list[Target]:
         keep_tied=request.keep_tied,
     )  # fmt: skip
     check_distinct(targets)
+    if request.dropout > 0.0 and all(target.role == "embedding" for target in targets):
+        warn(
+            f"dropout={request.dropout:g} drops nothing here: all targets are embeddings, whose inputs are indices. "
+            "Leave it out, or adapt other weights as well",
+        )
     return targets
 
 
@@ -527,18 +478,18 @@ def _install(request: AttachRequest, targets: Sequence[Target], plan: SuperLoRA,
     model, kept = request.model, request.kept
     if kept is None:
         kept = kept_names(model, request.keep_trainable, request.biases, targets)
-    # Leave inference mode: tensors created in it could never be trained.
-    with torch.inference_mode(False):
-        like = _weight_or_substitute(forms[0].owner, targets[0].parameter)
-        arrays = _arrays(plan, like, checked_dtype(request.dtype), request.fresh)
+    arrays = _arrays(request, plan, forms[0])
+    pairs = tied(names_of_shared(model), targets)
     # Nothing can fail from here on, but it can be interrupted.
     state = AdapterState(
         model, request.name, plan, targets, kept, request.activation, request.detach_norm, request.dropout
     )
+    state.alone = tuple(target.name for target in targets if any(target.name in pair for pair in pairs))
     adapter = Adapter(state)
     try:
-        _separate(state, request.copies)
-        _registry.freeze(state)
+        for second in dict.fromkeys([*(second for _, second in pairs), *request.copies]):
+            untie(state, second)
+        freeze(state)
         for array, tensor in arrays.items():
             model.register_parameter(state.parameter_names[array], nn.Parameter(tensor))
         for form in forms:
@@ -556,13 +507,27 @@ def _install(request: AttachRequest, targets: Sequence[Target], plan: SuperLoRA,
     return adapter
 
 
-def _separate(state: AdapterState, copies: Sequence[str]) -> None:
-    """Give tied weights that are adapted alone, and those that are named, copies of their own."""
-    pairs = tied(state.model, state.targets)
-    names = {name for pair in pairs for name in pair}
-    state.alone = tuple(target.name for target in state.targets if target.name in names)
-    for second in dict.fromkeys([*(second for _, second in pairs), *copies]):
-        _registry.untie(state, second)
+def _arrays(request: AttachRequest, plan: SuperLoRA, form: Form) -> dict[str, torch.Tensor]:
+    """Return the new parameters, on the device of the first weight, or of what a quantized layer has instead."""
+    # Loaded before any program is compiled: loading it later would trigger a recompilation.
+    load_backend("numpy")
+    owner, dtype = form.owner, checked_dtype(request.dtype)
+    like: torch.Tensor | None = owner._parameters.get(form.target.parameter)
+    like = like if like is not None else next(itertools.chain(owner.parameters(), owner.buffers()), None)
+    device = torch.device("cpu") if like is None else like.device
+    if device.type == "meta" and hasattr(owner, "_hf_hook"):
+        raise TargetError(
+            "the model is offloaded by accelerate, which keeps each weight elsewhere until its module is called, and "
+            "would keep the adapter there: attach to a model that is fully in memory"
+        )
+    if like is not None and is_sharded(like):
+        raise TargetError("the model is sharded already; attach first, then fully_shard(model)")
+    # Leave inference mode: tensors created in it could never be trained.
+    with torch.inference_mode(False):
+        # No values exist on the meta device: reset() draws them later.
+        if device.type == "meta" or not request.fresh:
+            return {name: torch.zeros(shape, dtype=dtype, device=device) for name, shape in plan.param_shapes.items()}
+        return plan.init("torch", DTYPES[dtype], device)
 
 
 def _put_on(state: AdapterState, form: Form) -> None:
@@ -604,27 +569,3 @@ def checked_dtype(dtype: Any) -> torch.dtype:
     if not isinstance(torch_dtype, torch.dtype) or torch_dtype not in DTYPES:
         raise BackendError(f"dtype must be one of {', '.join(map(str, DTYPES))}; got {safe_repr(dtype)}")
     return torch_dtype
-
-
-def _arrays(plan: SuperLoRA, like: torch.Tensor | None, dtype: torch.dtype, fresh: bool) -> dict[str, torch.Tensor]:
-    # Loaded before any program is compiled: loading it later would trigger a recompilation.
-    load_backend("numpy")
-    device = torch.device("cpu") if like is None else like.device
-    if like is not None and is_sharded(like):
-        raise TargetError("the model is sharded already; attach first, then fully_shard(model)")
-    # No values exist on the meta device: reset() draws them later.
-    if device.type == "meta" or not fresh:
-        return {name: torch.zeros(shape, dtype=dtype, device=device) for name, shape in plan.param_shapes.items()}
-    return plan.init("torch", DTYPES[dtype], device)
-
-
-def _weight_or_substitute(owner: nn.Module, parameter: str) -> torch.Tensor | None:
-    """Return the weight, or what a quantized layer has instead: it determines the device of the arrays."""
-    weight: torch.Tensor | None = owner._parameters.get(parameter)
-    weight = weight if weight is not None else next(itertools.chain(owner.parameters(), owner.buffers()), None)
-    if weight is not None and weight.device.type == "meta" and hasattr(owner, "_hf_hook"):
-        raise TargetError(
-            "the model is offloaded by accelerate, which keeps each weight elsewhere until its module is called, and "
-            "would keep the adapter there: attach to a model that is fully in memory"
-        )
-    return weight

@@ -17,7 +17,7 @@ from tnadapt.errors import ShapeError, TargetError, escaped, safe_repr, warn
 from tnadapt.targets.target import Target, check_distinct
 
 from ._adapter import Adapter
-from ._attach import attach, check_name, matching
+from ._attach import attach, check_name, kept_names
 from ._delta import gather_full
 from ._registry import refuse_merged
 from ._state import AdapterState
@@ -113,7 +113,7 @@ def extract(
     # Raise the errors of attach() now rather than after the fit.
     check_distinct(resolved)
     check_name(base, name)
-    matching(base, keep_trainable, {target.name for target in resolved})
+    kept_names(base, keep_trainable, "none", resolved)
     theirs = _state(tuned)
     weights = [(_weight(base, target), _theirs(theirs, target)) for target in resolved]
     dtype = torch.float64 if weights[0][0].dtype is torch.float64 else torch.float32

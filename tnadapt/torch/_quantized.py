@@ -11,7 +11,6 @@ has no fingerprint, and nothing is merged into it.
 from __future__ import annotations
 
 import copy
-import functools
 import importlib
 import sys
 from collections.abc import Callable, Mapping
@@ -45,8 +44,12 @@ class QuantizedLayer:
         The time to dequantize one element of the weight, in elements of float32 that are read or written meanwhile:
         what ``"auto"`` counts where a strategy dequantizes (:mod:`tnadapt.torch._strategy_choice`). The built-in types'
         are those of ``benchmarks/quantized.py`` on a CPU.
+    library : str
+        The module without which there is no such layer: the type is asked only once it is imported. By default,
+        always.
     """
 
+    library: str = ""
     stored: tuple[str, ...] = ()
     moved: float = 4.0
 
@@ -158,7 +161,7 @@ class LibraryLayer(QuantizedLayer):
     Attributes
     ----------
     layer_class : str
-        Full name of its class, ``"package.module.Class"``.
+        Name of its class in the module ``library``.
     embeds : bool
         Whether it is an embedding with a forward of its own.
     """
@@ -169,8 +172,7 @@ class LibraryLayer(QuantizedLayer):
 
     def matches(self, module: nn.Module) -> bool:
         """Return whether it is of this class or a subclass."""
-        cls: Any = type(module)
-        return self.layer_class in _class_names(cls)
+        return _is_of(module, self.library, self.layer_class)
 
     def looks_up(self, module: nn.Module) -> bool:
         """Return whether it is an embedding."""
@@ -188,9 +190,9 @@ class LibraryLayer(QuantizedLayer):
         raise NotImplementedError
 
 
-@functools.lru_cache(maxsize=1024)
-def _class_names(cls: Any) -> frozenset[str]:
-    return frozenset(f"{base.__module__}.{base.__qualname__}" for base in cls.__mro__)
+def _is_of(module: nn.Module, library: str, name: str) -> bool:
+    """Return whether a module is of a class of a library, which is not imported for that, or of a subclass."""
+    return any((cls.__module__, cls.__qualname__) == (library, name) for cls in type(module).__mro__)
 
 
 def twin(module: nn.Module) -> Any:
@@ -219,7 +221,7 @@ def rows_of(changed: Tensor, new: Tensor, old: Tensor) -> Tensor:
 class FourBitLayer(LibraryLayer):
     """``bitsandbytes.nn.Linear4bit``: nf4 or fp4, with plain or quantized scales."""
 
-    layer_class = "bitsandbytes.nn.modules.Linear4bit"
+    library, layer_class = "bitsandbytes.nn.modules", "Linear4bit"
     stored = ("weight", "quant_state")
     moved = 1.0
 
@@ -267,7 +269,7 @@ class FourBitLayer(LibraryLayer):
 class Int8Layer(LibraryLayer):
     """``bitsandbytes.nn.Linear8bitLt``: int8 codes, with the largest absolute value of each row as its scale."""
 
-    layer_class = "bitsandbytes.nn.modules.Linear8bitLt"
+    library, layer_class = "bitsandbytes.nn.modules", "Linear8bitLt"
     stored: tuple[str, ...] = ("weight", "state")
     moved = 1.0
 
@@ -333,14 +335,14 @@ def _same_class(held: Any, data: Tensor) -> Any:
 class FourBitEmbedding(FourBitLayer):
     """``bitsandbytes.nn.Embedding4bit``, and its subclasses for nf4 and fp4."""
 
-    layer_class = "bitsandbytes.nn.modules.Embedding4bit"
+    library, layer_class = "bitsandbytes.nn.modules", "Embedding4bit"
     embeds = True
 
 
 class Int8Embedding(Int8Layer):
     """``bitsandbytes.nn.Embedding8bit``."""
 
-    layer_class = "bitsandbytes.nn.modules.Embedding8bit"
+    library, layer_class = "bitsandbytes.nn.modules", "Embedding8bit"
     embeds = True
     stored = ("weight",)
 
@@ -348,7 +350,7 @@ class Int8Embedding(Int8Layer):
 class Int4Embedding(LibraryLayer):
     """``Int4WeightOnlyEmbedding``, which torchao's ``Int4WeightOnlyEmbeddingQATQuantizer`` leaves after training."""
 
-    layer_class = "torchao.quantization.qat.embedding.Int4WeightOnlyEmbedding"
+    library, layer_class = "torchao.quantization.qat.embedding", "Int4WeightOnlyEmbedding"
     embeds = True
     stored = ("weight", "scale", "zero_point")
     moved = 2.0
@@ -575,7 +577,7 @@ def _in_order(codes: Tensor, bits: int) -> Tensor:
 # -- GPTQ: integer codes along the input features, with scales and zeros of groups of them -----------------------------
 
 
-_EMBEDDING = "gptqmodel.nn_modules.qlinear.torch.TorchQuantEmbeddings"
+_EMBEDDING = "gptqmodel.nn_modules.qlinear.torch", "TorchQuantEmbeddings"
 
 
 class GPTQLayer(CalibratedLayer):
@@ -594,10 +596,9 @@ class GPTQLayer(CalibratedLayer):
 
     def matches(self, module: nn.Module) -> bool:
         """Return whether it has the tensors of this format, whatever its class is called."""
-        cls: Any = type(module)
         held = module._buffers.keys() | module._parameters.keys()
         has_bits = isinstance(getattr(module, "bits", None), int)
-        return held >= {*CODES, "g_idx"} and has_bits and (_EMBEDDING in _class_names(cls)) == self.embeds
+        return held >= {*CODES, "g_idx"} and has_bits and _is_of(module, *_EMBEDDING) == self.embeds
 
     def shape(self, module: Any) -> tuple[int, int]:
         """Return output and input features, from the scales and the groups."""
@@ -656,7 +657,7 @@ def _less_one(layer: Any) -> bool:
 class HQQLayer(LibraryLayer):
     """``hqq.core.quantize.HQQLinear``."""
 
-    layer_class = "hqq.core.quantize.HQQLinear"
+    library, layer_class = "hqq.core.quantize", "HQQLinear"
     stored = ("W_q", "meta")
     moved = 4.0
 
@@ -706,6 +707,7 @@ class HQQLayer(LibraryLayer):
 class TorchAOLayer(LibraryLayer):
     """A linear layer or an embedding after ``torchao.quantization.quantize_``: int8, float8, int4 and others, nf4."""
 
+    library = "torchao"
     moved = 2.0
 
     def matches(self, module: nn.Module) -> bool:
@@ -835,7 +837,7 @@ _AGAIN: Mapping[str, Callable[[Any, Tensor], Any]] = {
 class QuantoLayer(LibraryLayer):
     """``optimum.quanto.QLinear``, before and after ``freeze``."""
 
-    layer_class = "optimum.quanto.nn.qlinear.QLinear"
+    library, layer_class = "optimum.quanto.nn.qlinear", "QLinear"
     moved = 2.0
 
     def matches(self, module: nn.Module) -> bool:
@@ -863,18 +865,18 @@ class QuantoLayer(LibraryLayer):
 # transformers 5.24 makes them of some architectures where there is a kernel for the device, and numbers elsewhere.
 
 
-_MODULE = "transformers.integrations.gguf"
+_GGUF = "transformers.integrations.gguf"
 
 
 class GgufLayer(LibraryLayer):
     """``GgufLinear`` of transformers."""
 
-    layer_class = f"{_MODULE}.utils.GgufLinear"
+    library, layer_class = f"{_GGUF}.utils", "GgufLinear"
     moved = 4.0
 
     def numbers(self, module: Any) -> Tensor | None:
         """Return the weight in float32, for the input as it comes: some layers permute it first."""
-        kernels = importlib.import_module(f"{_MODULE}.kernels")
+        kernels = importlib.import_module(f"{_GGUF}.kernels")
         numbers: Tensor = kernels.dequantize_blocks(module.weight, module.ggml_type, *self.shape(module), torch.float32)
         order = getattr(module, "input_permutation", None)
         return numbers if order is None else torch.empty_like(numbers).index_copy_(1, order, numbers)
@@ -912,32 +914,29 @@ class GgufLayer(LibraryLayer):
 class GgufEmbedding(GgufLayer):
     """``GgufEmbedding`` of transformers."""
 
-    layer_class = f"{_MODULE}.utils.GgufEmbedding"
+    library, layer_class = f"{_GGUF}.utils", "GgufEmbedding"
     embeds = True
 
 
 # -- The table of types, and the type of a module ----------------------------------------------------------------------
 
 
-QUANTIZED: Registry[QuantizedLayer] = Registry(
-    "quantized layer",
-    QuantizedLayer,
-    {
-        "bitsandbytes-4bit": FourBitLayer,
-        "bitsandbytes-int8": Int8Layer,
-        "bitsandbytes-4bit-embedding": FourBitEmbedding,
-        "bitsandbytes-int8-embedding": Int8Embedding,
-        "torchao": TorchAOLayer,
-        "torchao-int4-embedding": Int4Embedding,
-        "quanto": QuantoLayer,
-        "hqq": HQQLayer,
-        "gguf": GgufLayer,
-        "gguf-embedding": GgufEmbedding,
-        "gptq": GPTQLayer,
-        "gptq-embedding": GPTQEmbedding,
-        "awq": AWQLayer,
-    },
-)
+_BUILT_IN: Mapping[str, type[QuantizedLayer]] = {
+    "bitsandbytes-4bit": FourBitLayer,
+    "bitsandbytes-int8": Int8Layer,
+    "bitsandbytes-4bit-embedding": FourBitEmbedding,
+    "bitsandbytes-int8-embedding": Int8Embedding,
+    "torchao": TorchAOLayer,
+    "torchao-int4-embedding": Int4Embedding,
+    "quanto": QuantoLayer,
+    "hqq": HQQLayer,
+    "gguf": GgufLayer,
+    "gguf-embedding": GgufEmbedding,
+    "gptq": GPTQLayer,
+    "gptq-embedding": GPTQEmbedding,
+    "awq": AWQLayer,
+}
+QUANTIZED: Registry[QuantizedLayer] = Registry("quantized layer", QuantizedLayer, _BUILT_IN)
 
 
 def register_quantized(name: str, cls: type[QuantizedLayer]) -> None:
@@ -987,9 +986,9 @@ def register_quantized(name: str, cls: type[QuantizedLayer]) -> None:
 def quantized_type(module: nn.Module) -> QuantizedLayer | None:
     """Return the type that matches a module, or None."""
     load_plugins()
-    for name in sorted(QUANTIZED, key=QUANTIZED.built_in.__contains__):
-        layer_type = QUANTIZED[name]()
-        if layer_type.matches(module):
+    registered = [QUANTIZED[name] for name in QUANTIZED if name not in _BUILT_IN]
+    for cls in (*registered, *_BUILT_IN.values()):
+        if (not cls.library or cls.library in sys.modules) and (layer_type := cls()).matches(module):
             return layer_type
     return None
 

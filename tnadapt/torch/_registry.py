@@ -12,14 +12,14 @@ import math
 import sys
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from tnadapt.algebra.superlora import SuperLoRA
-from tnadapt.argument_checks import checks_arguments, integer, is_sequence
+from tnadapt.argument_checks import checks_arguments, integer
 from tnadapt.backends import FixedArrays
 from tnadapt.errors import ConfigError, TargetError, safe_repr, warn
 
@@ -68,7 +68,7 @@ def refuse_merged(model: nn.Module, what: str, but: AdapterState | None = None) 
             raise TargetError(f"adapter {other.name!r} is merged into the base: unmerge it before {what}")
 
 
-def mix(model: nn.Module, weights: Mapping[str, float] | Iterable[tuple[str, float]]) -> None:
+def mix(model: nn.Module, weights: Mapping[str, float]) -> None:
     """Set the mixing weights of a model's adapters; adapters that are not named get weight 0.
 
     Parameters
@@ -95,8 +95,14 @@ def mix(model: nn.Module, weights: Mapping[str, float] | Iterable[tuple[str, flo
     (0.25, 0.75)
     """
     adapters = attached(model)
-    wanted = {name: _finite(weight) for name, weight in _pairs(weights)}
-    _need_named(adapters, wanted)
+    if not isinstance(weights, Mapping):
+        raise ConfigError(f"mix() needs weights by name, such as {{'first': 0.5}}; got {safe_repr(weights)}")
+    wanted = {name: _finite(weight) for name, weight in weights.items()}
+    for name in wanted:
+        if name not in adapters:
+            raise TargetError(
+                f"no adapter {name!r} on this model; there are: {', '.join(map(repr, adapters)) or 'none'}"
+            )
     for name, adapter in adapters.items():
         if adapter.merged is not None and wanted.get(name, 0.0) != adapter.weight:
             raise TargetError(f"adapter {name!r} is merged, so its weight cannot change: call unmerge() first")
@@ -104,23 +110,6 @@ def mix(model: nn.Module, weights: Mapping[str, float] | Iterable[tuple[str, flo
     old = [(adapter, adapter.weight) for adapter in adapters.values()]
     all_or_none(AdapterState.set_weight, new, old)
     trim_idle(adapters.values())
-
-
-def _need_named(adapters: Mapping[str, AdapterState], names: Iterable[str]) -> None:
-    for name in names:
-        if name not in adapters:
-            raise TargetError(
-                f"no adapter {name!r} on this model; there are: {', '.join(map(repr, adapters)) or 'none'}"
-            )
-
-
-def _pairs(weights: Any) -> list[tuple[str, float]]:
-    """Return names with their weights, or raise a ConfigError."""
-    entries = weights.items() if isinstance(weights, Mapping) else weights
-    pairs: list[Any] = list(entries) if is_sequence(entries) else [None]
-    if not all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in pairs):
-        raise ConfigError(f"mix() needs weights by name, such as {{'first': 0.5}}; got {safe_repr(weights)}")
-    return pairs
 
 
 def set_weight(adapter: AdapterState, weight: float) -> None:
@@ -265,8 +254,11 @@ def freeze(adapter: AdapterState) -> None:
     free: set[int] = set()
     before: dict[int, bool] = {}
     for other in [*overlapping(adapter.model), adapter]:
-        free.update(id(parameter) for name, parameter in _base(other) if name in other.kept)
-        before.update((id(parameter), other.was_trainable[name]) for name, parameter in _recorded(other))
+        for name, parameter in _base(other):
+            if name in other.kept:
+                free.add(id(parameter))
+            if name in other.was_trainable:
+                before[id(parameter)] = other.was_trainable[name]
     for name, parameter in _base(adapter):
         # The state before the first adapter, which the last one to be detached restores.
         adapter.was_trainable[name] = before.get(id(parameter), parameter.requires_grad)
@@ -278,9 +270,9 @@ def restore(adapter: AdapterState) -> None:
     for module, name, parameter in adapter.untied:
         module._parameters[name] = parameter
     others = [other for other in overlapping(adapter.model) if other is not adapter]
-    needed = {id(parameter) for other in others for _, parameter in _recorded(other)}
-    for name, parameter in _recorded(adapter):
-        if id(parameter) not in needed:
+    needed = {id(parameter) for other in others for name, parameter in _base(other) if name in other.was_trainable}
+    for name, parameter in _base(adapter):
+        if name in adapter.was_trainable and id(parameter) not in needed:
             parameter.requires_grad_(adapter.was_trainable[name])
 
 
@@ -301,11 +293,6 @@ def _base(adapter: AdapterState) -> Iterator[tuple[str, nn.Parameter]]:
     for name, parameter in adapter.model.named_parameters():
         if not is_array(name):
             yield name, parameter
-
-
-def _recorded(adapter: AdapterState) -> Iterator[tuple[str, nn.Parameter]]:
-    """Return the base parameters whose original ``requires_grad`` the adapter has recorded."""
-    return ((name, parameter) for name, parameter in _base(adapter) if name in adapter.was_trainable)
 
 
 # -- What a quantized model needs while an adapter is attached to it ---------------------------------------------------
@@ -349,13 +336,12 @@ def put_back(state: AdapterState) -> None:
     state.settings = []
 
 
-# -- What a transformers model has to know about its adapters: its methods for those of PEFT, saving, its Trainer ------
+# -- What a transformers model has to know about its adapters: saving, its Trainer, TRL's copies -----------------------
 
-# transformers knows PEFT's adapters alone. Its methods that switch and list them look for layers of PEFT, and raise
-# whatever the lack of them leads to; ``save_pretrained`` writes a model that loads without its adapter. While adapters
-# are attached, a model has others instead. Where it has adapters of PEFT, too (``model.add_adapter``), the names are
-# PEFT's, and its own methods run. The Trainer refuses to train a quantized model unless an adapter is on it: it gets
-# the mark of one. (A model from a GGUF file counts as quantized, although its weights are dequantized.)
+# transformers knows PEFT's adapters alone: ``save_pretrained`` writes a model that loads without its adapter. While
+# adapters are attached, a model has another method instead. The Trainer refuses to train a quantized model unless an
+# adapter is on it: it gets the mark of one. (A model from a GGUF file counts as quantized, although its weights are
+# dequantized.)
 #
 # TRL copies a model to vLLM by ``named_parameters``, its own or that of a module around it, which both go through
 # ``named_modules``; under FSDP1, after a walk through ``named_children``. TRL merges the adapters of PEFT models
@@ -373,7 +359,7 @@ class AdapterMethod:
     It is an object rather than a closure, so that ``copy.deepcopy`` and ``pickle`` connect a copied model to the copy.
     """
 
-    #: Whether the model's mark is this package's.
+    #: Whether the model's mark as one with adapters is this package's.
     marked = False
 
     def __init__(self, model: nn.Module, name: str) -> None:
@@ -387,9 +373,10 @@ class AdapterMethod:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the method."""
-        if self.name != _SAVE and getattr(self.model, "peft_config", None):
-            return getattr(type(self.model), self.name)(self.model, *args, **kwargs)
-        return _METHODS[self.name](self.model, *args, **kwargs)
+        if self.name == _SAVE:
+            return _save_pretrained(self.model, *args, **kwargs)
+        _refuse_vllm(self.model)
+        return getattr(type(self.model), self.name)(self.model, *args, **kwargs)
 
 
 def install_methods(model: nn.Module) -> None:
@@ -416,67 +403,21 @@ def _remove_methods(model: nn.Module) -> None:
             del model.__dict__[name]
 
 
-def _active_adapters(model: nn.Module) -> list[str]:
-    return [name for name, state in attached(model).items() if state.enabled and state.weight != 0.0]
-
-
-def _set_adapter(model: nn.Module, adapter_name: str | Sequence[str]) -> None:
-    mix(model, dict.fromkeys(_names(adapter_name), 1.0))
-
-
-def _disable_adapters(model: nn.Module) -> None:
-    states = list(attached(model).values())
-    for state in states:
-        need_unmerged(state, "disable_adapters()")
-    for state in states:
-        state.enabled = False
-
-
-def _enable_adapters(model: nn.Module) -> None:
+def _refuse_vllm(model: nn.Module) -> None:
+    """Raise an error if TRL asks for the weights to send them to vLLM, which would not get the adapters."""
+    caller = sys._getframe(2)
+    while caller.f_code.co_name in _PASSED_THROUGH and caller.f_back is not None:
+        caller = caller.f_back
+    place = f"{caller.f_globals.get('__name__')}.{caller.f_code.co_qualname}"
+    if not place.startswith("trl.") or "vllm" not in place:
+        return
     for state in attached(model).values():
-        state.enabled = True
-
-
-def _delete_adapter(model: nn.Module, adapter_names: str | Sequence[str]) -> None:
-    adapters = attached(model)
-    _need_named(adapters, _names(adapter_names))
-    for name in _names(adapter_names):
-        adapters[name].handle.detach()
-
-
-def _get_adapter_state_dict(model: nn.Module, adapter_name: str | None = None, state_dict: Any = None) -> None:
-    name = next(iter(attached(model))) if adapter_name is None else adapter_name
-    expression = f"tnadapt.torch.adapters(model)[{safe_repr(name)}]"
-    raise TargetError(
-        f"this model has no adapter of PEFT: {expression}.arrays() are the arrays of its own, and "
-        f"{expression}.save(path) writes them"
-    )
-
-
-def _unless_sent(name: str) -> Callable[..., Any]:
-    """Return a method of the class that raises an error if TRL calls it to send vLLM the weights without adapters."""
-
-    def method(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        caller = sys._getframe(2)
-        while caller.f_code.co_name in _PASSED_THROUGH and caller.f_back is not None:
-            caller = caller.f_back
-        place = f"{caller.f_globals.get('__name__')}.{caller.f_code.co_qualname}"
-        if place.startswith("trl.") and "vllm" in place:
-            for state in attached(model).values():
-                if state.managed_by is None and state.merged is None:
-                    raise TargetError(
-                        f"TRL would send vLLM the base weights without adapter {state.name!r}, and its arrays, which "
-                        "vLLM does not have: detach() it and train through tnadapt.torch.peft, by "
-                        "peft_config=TnadaptConfig(…), whose weights TRL merges before it sends them; or train without "
-                        "vLLM"
-                    )
-        return getattr(type(model), name)(model, *args, **kwargs)
-
-    return method
-
-
-def _names(names: str | Sequence[str]) -> list[str]:
-    return [names] if isinstance(names, str) else list(names)
+        if state.managed_by is None and state.merged is None:
+            raise TargetError(
+                f"TRL would send vLLM the base weights without adapter {state.name!r}, and its arrays, which vLLM does "
+                "not have: detach() it and train through tnadapt.torch.peft, by peft_config=TnadaptConfig(…), whose "
+                "weights TRL merges before it sends them; or train without vLLM"
+            )
 
 
 def _save_pretrained(model: nn.Module, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
@@ -511,17 +452,7 @@ def _save_pretrained(model: nn.Module, save_directory: Any, *args: Any, **kwargs
 
 #: torch's functions between the caller of ``named_parameters`` and ``named_modules`` of a module inside.
 _PASSED_THROUGH = ("named_parameters", "_named_members", "named_modules")
-_METHODS: dict[str, Callable[..., Any]] = {
-    "active_adapters": _active_adapters,
-    "set_adapter": _set_adapter,
-    "disable_adapters": _disable_adapters,
-    "enable_adapters": _enable_adapters,
-    "delete_adapter": _delete_adapter,
-    "get_adapter_state_dict": _get_adapter_state_dict,
-    "named_children": _unless_sent("named_children"),
-    "named_modules": _unless_sent("named_modules"),
-    _SAVE: _save_pretrained,
-}
+_METHODS = ("named_children", "named_modules", _SAVE)
 
 
 # -- Removal, with or without the update left in the weights -----------------------------------------------------------

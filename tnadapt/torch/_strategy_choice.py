@@ -12,7 +12,6 @@ from tnadapt.algebra.applying import AXES, Add, Applying
 from tnadapt.algebra.config import Config
 from tnadapt.algebra.factoring import Factoring, Size, factoring
 from tnadapt.algebra.maps import Map
-from tnadapt.algebra.network import Network
 from tnadapt.algebra.superlora import SuperLoRA
 from tnadapt.errors import ConfigError, TargetError, safe_repr
 from tnadapt.targets.target import RowIndices, Target
@@ -20,7 +19,7 @@ from tnadapt.targets.target import RowIndices, Target
 from ._forms import MOST_ELEMENTS
 from ._forward_pass import is_lookup
 from ._forward_patch import ForwardPatch
-from ._quantized import QuantizedLayer, is_embedding, is_packed, quantized_type
+from ._quantized import QuantizedLayer, is_packed, quantized_type
 from ._weights import numbers, tokens_of_one
 
 # -- The cost model: operations, bytes and calls of a training step, in seconds ----------------------------------------
@@ -288,20 +287,16 @@ def _formed(plan: SuperLoRA, index: int) -> StepWork:
     """Return the work of computing one weight's update once, without F, which all strategies share."""
     total = StepWork()
     for piece in plan.layout.of_weight(index):
-        total += _of_network(plan.groups[piece.group].network, float(piece.length))
+        network, size = plan.groups[piece.group].network, float(piece.length)
+        extra = len(network.splits) - 1
+        work = StepWork(0.0, 0.0, 2.0 * size * bool(extra), 3 * extra)
+        for split in network.splits:
+            # In a Kronecker product each split computes a small tensor.
+            elements = size if not network.kronecker else min(size, float(math.prod(split.sizes)))
+            width = split.products
+            work += StepWork(0.0, 2.0 * elements * width, elements if width else 0.0, 4 if width else 1)
+        total += StepWork(*(network.terms * value for value in work))
     return total
-
-
-def _of_network(network: Network, size: float) -> StepWork:
-    total = StepWork()
-    for split in network.splits:
-        # In a Kronecker product each split computes a small tensor.
-        elements = size if not network.kronecker else min(size, float(math.prod(split.sizes)))
-        width = split.products
-        total += StepWork(0.0, 2.0 * elements * width, elements if width else 0.0, 4 if width else 1)
-    extra = len(network.splits) - 1
-    total += StepWork(0.0, 0.0, 2.0 * size * bool(extra), 3 * extra)
-    return StepWork(*(network.terms * value for value in total))
 
 
 # -- The choice --------------------------------------------------------------------------------------------------------
@@ -320,17 +315,19 @@ def strategy_of(
 ) -> tuple[str, Factoring | None]:
     """Return the strategy for a weight, and the factors of its update where the strategy uses them."""
     config, applying, plan = plan.config, plan.applying, plan.arrays_plan
-    weight = owner._parameters.get(target.parameter)
-    quantized = is_quantized(owner, target)
-    # Adding to the output must be equivalent to changing the weight, which is known only for linear forwards.
-    embeds, looks_up = is_embedding(owner), host is owner and _looks_up(owner) and target.parameter == "weight"
-    if embeds and quantized and (quantized_type(owner) is None or not looks_up):
+    layer_type, quantized = quantized_type(owner), is_quantized(owner, target)
+    embeds = isinstance(owner, nn.Embedding) or (layer_type is not None and layer_type.looks_up(owner))
+    looks_up = host is owner and target.parameter == "weight" and _looks_up(owner)
+    if embeds and quantized and (layer_type is None or not looks_up):
         raise TargetError(
             f"{target.name} belongs to a quantized embedding, {type(owner).__name__}, whose forward tnadapt does not "
             "know as a lookup: leave it out of the targets, or register its type with tnadapt.torch.register_quantized"
         )
+    if quantized and wanted == "weight":
+        raise ConfigError(f"strategy='weight' cannot add to {target.name}, which is quantized: use 'additive'")
     if looks_up and activation is None:
         return _of_lookup(wanted, plan, index, target, config, applying, quantized)
+    # Adding to the output must be equivalent to changing the weight, which is known only for linear forwards.
     linear = type(owner).forward is nn.Linear.forward or type(owner).__name__ == "Conv1D"
     linear = linear or (quantized and not embeds and not isinstance(owner, nn.modules.conv._ConvNd))
     is_product = host is owner and linear and len(target.stored) == 2 and target.parameter == "weight"
@@ -387,16 +384,14 @@ def strategy_of(
             f"strategy='additive' needs a linear layer; {target.name} is read by {type(host).__name__} itself: "
             "use 'weight'"
         )
-    if wanted == "weight" and quantized:
-        raise ConfigError(f"strategy='weight' cannot add to {target.name}, which is quantized: use 'additive'")
     if wanted != "auto":
         return wanted, how if wanted == "factored" else None
     if is_product and not quantized and isinstance(target.rows, RowIndices) and applying.additive:
         return "additive", None  # a product with a few rows, rather than a copy of the weight of a whole vocabulary
     if is_product:
-        device = weight.device.type if weight is not None else "cpu"
-        machine = MACHINES.get(device, MACHINES["cpu"])
-        packed = (quantized_type(owner) or QuantizedLayer).moved if quantized else None
+        weight = owner._parameters.get(target.parameter)
+        machine = MACHINES.get("cpu" if weight is None else weight.device.type, MACHINES["cpu"])
+        packed = (layer_type or QuantizedLayer).moved if quantized else None
         chosen = choose(plan, index, how, tokens, machine, applying, dropout, packed)
         return chosen, how if chosen == "factored" else None
     if quantized:
@@ -415,8 +410,6 @@ def _of_lookup(
             f"apply={config.apply!r} of {target.label} does more than add rows of ΔW, and the embedding is quantized: "
             "use apply='add', or leave it out of the targets"
         )
-    if quantized and wanted == "weight":
-        raise ConfigError(f"strategy='weight' cannot add to {target.name}, which is quantized: use 'additive'")
     if not applying.additive:
         if wanted in ("auto", "weight"):
             return "weight", None

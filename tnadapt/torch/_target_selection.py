@@ -1,17 +1,16 @@
 """Which weights of a model an adapter updates: attention projections, targets by role or name, layers and exclusion.
 
-:func:`attentions` finds the projections of every attention by structure and names, and :class:`TargetSearch` what the
-argument ``targets`` asks for. :func:`find_targets` and :func:`filtered` are the whole way, with ``layers`` and
-``exclude``; :func:`of_patterns` does it for several configs in one adapter.
+:class:`TargetSearch` finds the projections of every attention by structure and names, and what the argument
+``targets`` asks for. :func:`find_targets` is the whole way, with ``layers`` and ``exclude``, and :func:`of_patterns`
+that for several configs in one adapter.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import nn
 
@@ -25,28 +24,9 @@ from tnadapt.targets.attention_layouts import AttentionLayout, by_name, of_class
 from tnadapt.targets.fused_rows import Facts, Fused, LayoutError, place_rows
 from tnadapt.targets.target import ROLES, Rows, Target, check_distinct
 
-from ._quantized import is_embedding
-from ._weights import (
-    Weight,
-    check_usable,
-    join,
-    modules_of,
-    plain,
-    projections_in,
-    reported_by,
-    weights_of,
-    with_tied,
-    wraps,
-)
+from ._weights import Weight, join, modules_of, plain, reported_by, usable, weights_of, wraps
 
 # -- The layout of a fused weight, and its rows that produce q, k and v ------------------------------------------------
-
-
-def facts_of(parent: Any) -> Facts:
-    """Return the sizes that an attention module has as attributes, or else in its config."""
-    config = getattr(parent, "config", None)
-    lookups = [lambda name: getattr(parent, name, None), lambda name: getattr(config, name, None)]
-    return Facts(lookups, "its attributes are not those that were expected: there is no")
 
 
 def layout_of(parent: Any, weight: str = "") -> AttentionLayout | None:
@@ -61,156 +41,17 @@ def layout_of(parent: Any, weight: str = "") -> AttentionLayout | None:
 # checked against the width of the output projection. Where the name is ambiguous, the caller must give the rows.
 
 
-def fused_rows(parent: Any, name: str, weight: Weight, fused: Fused) -> dict[str, Rows | None]:
-    """Return the rows of a fused weight that produce q, k and v; None where the whole weight produces one.
+def _in_use(names: Sequence[str]) -> list[str]:
+    """Drop the separate projections that diffusers keeps next to a fused copy and no longer reads."""
+    parsed = {name: roles.parse_projection_name(name, attention=True) for name in names}
 
-    Parameters
-    ----------
-    parent : Module
-        The attention module.
-    name : str
-        The weight's name there.
-    weight : Weight
-    fused : Fused
+    def stream(projection: roles.ProjectionName) -> bool:
+        return projection.family.startswith("add_") or "added" in projection.family
 
-    Raises
-    ------
-    TargetError
-        If the layout is unknown or does not fit.
-    """
-    entry = layout_of(parent, name)
-    rule = by_name(name) if entry is None else entry.rule
-    try:
-        if rule is None:
-            raise LayoutError("libraries lay it out in different ways")
-        return place_rows(rule(facts_of(parent), fused), fused)
-    except LayoutError as error:
-        raise TargetError(
-            f"{weight.path} computes {', '.join(fused.letters)} with one weight of {fused.out} rows, and the layout of "
-            f"the rows in a {type(parent).__name__} is unknown: {error}; give the rows, "
-            f"targets=[tnadapt.Target({weight.path!r}, stored shape, 'q', rows=tnadapt.Rows(start, length, stride, "
-            "count)), …], or leave it out with a list of paths or a function"
-        ) from None
-
-
-# -- The query, key, value and output projections of every attention ---------------------------------------------------
-
-
-class AttentionModule(NamedTuple):
-    """One attention and its projections.
-
-    Attributes
-    ----------
-    module : Module
-    weights : AttentionWeights
-    """
-
-    module: nn.Module
-    weights: roles.AttentionWeights[Weight]
-
-    def targets(self, letters: str) -> Iterator[Target]:
-        """Yield each weight, or part of one, that produces one of the letters.
-
-        Raises
-        ------
-        TargetError
-            If a fused weight's layout is unknown, or it is unclear what produces a letter.
-        """
-        path = self.weights.path
-        for name, makes in self.weights.unclear:
-            if not set(makes).isdisjoint(letters):
-                raise TargetError(
-                    f"{join(path, name)} of {type(self.module).__name__} seems to compute {makes}, but with which "
-                    "weight or rows is unknown: give tnadapt.Target(path, shape, role, rows=tnadapt.Rows(…)) for it, "
-                    "or name other targets in a list of paths or with a function"
-                )
-        layer, rows_of = roles.layer_of(plain(path)), functools.partial(fused_rows, self.module)
-        for weight, role, rows in self.weights.parts(letters, lambda weight: weight.shape, rows_of):
-            yield weight.target(role, layer, rows)
-
-
-def attentions(model: nn.Module) -> Iterator[AttentionModule]:
-    """Yield every attention of a model, in the model's order.
-
-    Examples
-    --------
-    >>> [attention.weights.path for attention in attentions(nn.TransformerEncoderLayer(8, 2, 8))]
-    ['self_attn']
-    """
-    tree = _ModelTree(model)
-
-    def named_first(weight: Weight) -> Weight:
-        return weight._replace(path=tree.first[id(weight.module)])
-
-    for weights in roles.attentions_in(tree):
-        module = tree.modules[weights.path]
-        inputs = [(name, says, named_first(weight)) for name, says, weight in weights.inputs]
-        outputs = list(map(named_first, weights.outputs))
-        yield AttentionModule(module, weights._replace(inputs=_in_use(module, inputs), outputs=outputs))
-
-
-class _ModelTree:
-    """The modules of a model by their paths, as :func:`attentions_in` asks for them."""
-
-    def __init__(self, model: nn.Module) -> None:
-        places = dict(modules_of(model))
-        self.modules = {plain(path): module for path, module in places.items()} | places
-        self.first = {id(module): path for path, module in places.items()}
-
-    def paths(self) -> Iterable[str]:
-        return self.first.values()
-
-    def is_attention(self, path: str) -> bool:
-        return roles.is_attention(type(self.modules[path]).__name__, plain(path).rpartition(".")[2])
-
-    def called(self, path: str) -> list[roles.Called[Weight]]:
-        module, projections = self.modules[path], list[roles.Called[Weight]]()
-        for weight in weights_of(path, module):
-            name = roles.parse_projection_name(weight.parameter, attention=True)
-            if name is not None:
-                projections.append((weight.parameter, name, [weight]))
-        # A class of the table is an attention whatever its name.
-        attention = self.is_attention(path) or layout_of(module) is not None
-        for child_name, child in _children(module):
-            name = roles.parse_projection_name(child_name, attention)
-            if name is not None and (weights := projections_in(join(path, child_name), child)):
-                projections.append((child_name, name, weights))
-        return roles.settled_names(projections)
-
-    def unclear(self, path: str, called: list[roles.Called[Weight]]) -> list[tuple[str, str]]:
-        children = dict(_children(self.modules[path]))
-        return roles.unclear_children(called, children, lambda name: bool(projections_in(name, children[name])))
-
-    def outputs(self, path: str, names: frozenset[str]) -> list[Weight]:
-        children = _children(self.modules[path])
-        weights = [projections_in(join(path, name), child) for name, child in children if name in names]
-        return [projections[0] for projections in weights if len(projections) == 1]
-
-    def attention_above(self, path: str) -> str | None:
-        above = plain(path).rpartition(".")[0]
-        parent = self.modules.get(above)
-        return above if parent is not None and roles.is_attention(type(parent).__name__) else None
-
-    def key(self, weight: Weight) -> tuple[int, str]:
-        return id(weight.module), weight.parameter
-
-
-def _children(module: nn.Module) -> list[tuple[str, nn.Module]]:
-    return [(name, child) for name, child in module._modules.items() if child is not None]
-
-
-def _in_use(
-    module: nn.Module, inputs: list[tuple[str, roles.ProjectionName, Weight]]
-) -> list[tuple[str, roles.ProjectionName, Weight]]:
-    """Drop the separate weights that diffusers keeps next to a fused copy and no longer reads."""
-    if not getattr(module, "fused_projections", False):
-        return inputs
-
-    def stream(name: roles.ProjectionName) -> bool:
-        return name.family.startswith("add_") or "added" in name.family
-
-    fused = {(stream(name), letter) for _, name, _ in inputs if len(name.letters) > 1 for letter in name.letters}
-    return [entry for entry in inputs if len(entry[1].letters) > 1 or (stream(entry[1]), entry[1].letters) not in fused]
+    fused = {
+        (stream(says), letter) for says in parsed.values() if says and len(says.letters) > 1 for letter in says.letters
+    }
+    return [name for name, says in parsed.items() if says is None or (stream(says), says.letters) not in fused]
 
 
 # -- The search of one model for what ``targets`` asks for -------------------------------------------------------------
@@ -221,7 +62,7 @@ _HEADS = ("lm_head", "embed_out", "classifier", "score", "qa_outputs", "head", "
 _WRAPPERS = ("module", "_orig_mod", "base_model", "model")
 
 
-class TargetSearch:
+class TargetSearch(roles.ModuleTree[Weight]):
     """One model, inspected once for several searches."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -229,18 +70,70 @@ class TargetSearch:
             raise TargetError(f"targets are found in a torch module; got {type(model).__name__}")
         self.model = model
         self.modules = dict(modules_of(model))
+        #: The weights that each module itself holds, by its id.
+        self.held = {id(module): weights_of(path, module) for path, module in self.modules.items()}
+        self.weights = [weight for weights in self.held.values() for weight in weights]
 
-    @functools.cached_property
-    def attentions(self) -> list[AttentionModule]:
-        return list(attentions(self.model))
+    # -- The model as a tree in which attentions are found ------------------------------------
 
-    @functools.cached_property
-    def weights(self) -> list[Weight]:
-        return [weight for path, module in self.modules.items() for weight in weights_of(path, module)]
+    def paths(self) -> Iterable[str]:
+        return self.modules
 
-    @functools.cached_property
-    def by_name(self) -> dict[tuple[str, str], Weight]:
-        return {(weight.path, weight.parameter): weight for weight in self.weights}
+    def is_attention(self, path: str) -> bool:
+        module = self.modules[path]
+        names = type(module).__name__, plain(path).rpartition(".")[2]
+        return roles.is_attention(*names) or layout_of(module) is not None
+
+    def children(self, path: str) -> list[str]:
+        module = self.modules[path]
+        names = [*module._parameters, *(name for name, child in module._modules.items() if child is not None)]
+        return _in_use(names) if getattr(module, "fused_projections", False) else names
+
+    def projections(self, path: str, child: str) -> list[Weight]:
+        """Return the weights of a projection, which PEFT may wrap, or which a norm, pooling or convolution is next to.
+
+        Depthwise convolutions and embeddings are not projections.
+        """
+        module = self.modules[path]
+        inner = module._modules.get(child)
+        if inner is None:
+            return [weight for weight in self.held[id(module)] if weight.parameter == child]
+        weights = [
+            weight
+            for below, part in modules_of(inner)
+            for weight in self.held.get(id(part), ())
+            if weight.kind in ("linear", "conv") or (weight.kind == "other" and not plain(below))
+            if not 1 < weight.groups == part.in_channels
+        ]
+        return roles.main_projection(weights, join(path, child), lambda weight: weight.path)
+
+    def sizes(self, weight: Weight) -> tuple[int, int]:
+        return weight.target("linear", "").shape
+
+    def fused_rows(self, path: str, child: str, weight: Weight, fused: Fused) -> dict[str, Rows | None]:
+        parent: Any = self.modules[path]
+        entry, config = layout_of(parent, child), getattr(parent, "config", None)
+        rule = by_name(child) if entry is None else entry.rule
+        lookups = [lambda name: getattr(parent, name, None), lambda name: getattr(config, name, None)]
+        try:
+            if rule is None:
+                raise LayoutError("libraries lay it out in different ways")
+            facts = Facts(lookups, "its attributes are not those that were expected: there is no")
+            return place_rows(rule(facts, fused), fused)
+        except LayoutError as error:
+            raise TargetError(
+                f"{weight.path} computes {', '.join(fused.letters)} with one weight of {fused.out} rows, and the "
+                f"layout of the rows in a {type(parent).__name__} is unknown: {error}; give the rows, "
+                f"targets=[tnadapt.Target({weight.path!r}, stored shape, 'q', rows=tnadapt.Rows(start, length, stride, "
+                "count)), …], or leave it out with a list of paths or a function"
+            ) from None
+
+    def targets_of(self, attention: roles.AttentionWeights[Weight], letters: str) -> list[Target]:
+        """Return each weight of an attention, or part of one, that produces one of the letters."""
+        layer = roles.layer_of(plain(attention.path))
+        return [weight.target(role, layer, rows) for weight, role, rows in self.parts(attention, letters)]
+
+    # -- What targets asks for ---------------------------------------------------------------
 
     def find(self, targets: Any) -> list[Target]:
         if isinstance(targets, str):
@@ -250,14 +143,14 @@ class TargetSearch:
         if not isinstance(targets, (list, tuple, set, frozenset)):
             raise TargetError(
                 "targets must be roles such as 'qv', 'all-linear', 'conv', 'embeddings', a regular expression, a list "
-                f"or a function; got {safe_repr(targets)}"
+                f"or a function; got {safe_repr(targets)}. Settings are keywords, such as rank=8"
             )
         entries = sorted(targets, key=str) if isinstance(targets, (set, frozenset)) else targets
         return [target for entry in entries for target in self._by_entry(entry)]
 
     def nothing(self, targets: Any) -> TargetError:
         """Return the error of a search that found nothing."""
-        linear = list(dict.fromkeys(weight.name for weight in self.weights if weight.kind != "other"))
+        linear = list(dict.fromkeys(weight.name for weight in self.weights if weight.kind in ("linear", "conv")))
         some = ", ".join(linear[:10]) + (f" and {len(linear) - 10} more" if len(linear) > 10 else "")
         available = (
             f"it has {len(linear)} linear or convolution weights: {some}" if linear else "it has no such weight at all"
@@ -272,17 +165,28 @@ class TargetSearch:
 
     def _by_word(self, word: str) -> list[Target]:
         if roles.are_roles(word):
-            return [target for attention in self.attentions for target in attention.targets(word)]
-        if word == "all-linear":
-            heads = _heads(self.model)
-            chosen = [weight for weight in self.weights if weight.kind == "linear" and id(weight.module) not in heads]
-        elif word == "embeddings":
-            chosen = [weight for weight in self.weights if is_embedding(weight.module)]
-        elif word == "conv":
-            chosen = [weight for weight in self.weights if weight.kind == "conv"]
-        else:
+            return [target for attention in self.attentions for target in self.targets_of(attention, word)]
+        if word not in roles.KEYWORDS:
             return self._by_expression(word)
-        return list(map(_whole, chosen))
+        kind = {"all-linear": "linear", "embeddings": "embedding", "conv": "conv"}[word]
+        heads = self._heads() if word == "all-linear" else ()
+        return [_whole(weight) for weight in self.weights if weight.kind == kind and id(weight.module) not in heads]
+
+    def _heads(self) -> set[int]:
+        """Return ids of the output head's modules: what the model reports, or the last layer of a child so named."""
+        heads: list[Any] = []
+        for method in ("get_output_embeddings", "get_classifier"):
+            reported = reported_by(self.model, method)
+            heads += reported if isinstance(reported, (tuple, list)) else [reported]
+        model: nn.Module | None = self.model
+        while model is not None and len(model._modules) == 1 and next(iter(model._modules)) in _WRAPPERS:
+            model = next(iter(model._modules.values()))
+        heads += [] if model is None else [model._modules.get(name) for name in _HEADS]
+        last = set()
+        for head in heads:
+            if isinstance(head, nn.Module):
+                last.update([id(module) for _, module in modules_of(head) if self.held.get(id(module))][-1:])
+        return last
 
     def _by_expression(self, word: str, ends: bool = False) -> list[Target]:
         """Return the targets of the modules whose path matches, with or without PEFT's wrapping.
@@ -296,7 +200,7 @@ class TargetSearch:
             # PEFT's wrapper is skipped: the layer in it has the same plain path.
             if wraps(module) or not (is_match(path) or is_match(plain(path))):
                 continue
-            if ends and not weights_of(path, module):
+            if ends and not self.held[id(module)]:
                 targets += [_whole(weight) for weight in self._inside(path) if weight.kind == "linear"]
             else:
                 targets += self._whole_of(path, module)
@@ -314,7 +218,7 @@ class TargetSearch:
         return [weight for weight in self.weights if weight.path.startswith(f"{path}." if path else "")]
 
     def _whole_of(self, path: str, module: nn.Module) -> list[Target]:
-        weights = weights_of(path, module)
+        weights = self.held[id(module)]
         if not weights:
             inside = ", ".join(weight.path for weight in self._inside(path)[:4])
             hint = f"; name the modules inside it, such as {inside}" if inside else ""
@@ -341,21 +245,22 @@ class TargetSearch:
 
     def _roles_at(self, path: str, letters: str, same: Callable[[str, str], bool]) -> list[Target]:
         """Return the targets with these roles in the attention or weight at a path."""
-        targets = []
+        targets = list[Target]()
         for attention in self.attentions:
-            place, inputs, outputs, _ = attention.weights
-            weights = [weight for _, _, weight in inputs] + outputs
-            whole = same(path, place)
+            weights = [*(weight for _, _, weight in attention.inputs), *attention.outputs]
+            whole = same(path, attention.path)
             if whole or any(same(path, weight.path) for weight in weights):
-                targets += [target for target in attention.targets(letters) if whole or same(path, target.module)]
+                targets += [
+                    target for target in self.targets_of(attention, letters) if whole or same(path, target.module)
+                ]
         if not targets:
             raise self._no_match(
-                path, f" with the roles {letters!r}", [attention.weights.path for attention in self.attentions]
+                path, f" with the roles {letters!r}", [attention.path for attention in self.attentions]
             )
         return targets
 
     def _no_match(self, name: str, what: str = "", among: list[str] | None = None) -> TargetError:
-        paths = (plain(weight.path) for weight in self.weights if weight.kind != "other")
+        paths = (plain(weight.path) for weight in self.weights if weight.kind in ("linear", "conv"))
         names = among or list(dict.fromkeys(paths))
         close = roles.similar_paths(name, names)
         some = close or names[:6]
@@ -364,12 +269,10 @@ class TargetSearch:
         spelled = name.lower().replace("_", "-")
         word = [] if what else difflib.get_close_matches(spelled, roles.KEYWORDS, 1, 1.0 if close else 0.75)
         meant = f"did you mean {word[0]!r}? " if word else ""
-        listed = len({weight.path for weight in self.weights if _ends(name, weight.path)})
-        way = f": [{name!r}] matches {listed} of them" if listed else ""
         return TargetError(
             f"no module of {type(self.model).__name__} matches {safe_repr(name)}{what} ({len(names)} could); "
             f"{meant}{hint}. A list takes whole paths or their last whole parts, a plain string is a regular "
-            f"expression for a whole path{way}"
+            "expression for a whole path"
         )
 
     # -- Functions and targets ---------------------------------------------------------------
@@ -399,7 +302,7 @@ class TargetSearch:
         module = self.modules.get(target.module)
         if module is None:
             raise self._no_match(target.module)
-        weight = self.by_name.get((target.module, target.parameter))
+        weight = next((weight for weight in self.held[id(module)] if weight.parameter == target.parameter), None)
         if weight is not None and weight.stored is not None:
             stored, transposed = weight.stored, weight.transposed
             if (weight.index is None) != (target.index is None):
@@ -426,7 +329,7 @@ class TargetSearch:
 
 
 def _whole(weight: Weight) -> Target:
-    role = "embedding" if is_embedding(weight.module) else "conv" if weight.kind == "conv" else "linear"
+    role = weight.kind if weight.kind in ("conv", "embedding") else "linear"
     # The last component is dropped: a module's index in a Sequential is not the number of a layer.
     return weight.target(role, roles.layer_of(plain(weight.path).rpartition(".")[0]))
 
@@ -443,25 +346,6 @@ def _ends(entry: str, path: str) -> bool:
 def _is_name(entry: str, weight: Weight) -> bool:
     """Return whether the entry is the end of a parameter's name; "weight" alone would match nearly all."""
     return _ends(entry, weight.name) if entry != "weight" else weight.name == entry
-
-
-def _heads(model: nn.Module) -> set[int]:
-    """Return ids of the output head's modules: those the model reports, or the last layer below a child so named."""
-    heads: list[Any] = []
-    for method in ("get_output_embeddings", "get_classifier"):
-        reported = reported_by(model, method)
-        heads += reported if isinstance(reported, (tuple, list)) else [reported]
-    while len(model._modules) == 1 and next(iter(model._modules)) in _WRAPPERS:
-        inner = next(iter(model._modules.values()))
-        if inner is None:
-            break
-        model = inner
-    heads += [model._modules[name] for name in _HEADS if name in model._modules]
-    last = set()
-    for head in heads:
-        if isinstance(head, nn.Module):
-            last.update([id(module) for path, module in modules_of(head) if weights_of(path, module)][-1:])
-    return last
 
 
 # -- The targets that ``layers`` leaves, and those that ``exclude`` removes --------------------------------------------
@@ -511,8 +395,10 @@ def in_layers(search: TargetSearch, found: Sequence[Target], layers: Any) -> lis
         if place is not None and not wanted.isdisjoint((place[1], place[1] - sizes[place[0]]))
     ]
     if not chosen:
-        existing = _ranges({place[1] for place in places if place is not None})
-        raise TargetError(f"layers={safe_repr(layers)} leaves no target: they are in the layers {existing}")
+        numbers = [place[1] for place in places if place is not None]
+        raise TargetError(
+            f"layers={safe_repr(layers)} leaves no target: they are in layers {min(numbers)} to {max(numbers)}"
+        )
     return chosen
 
 
@@ -553,16 +439,6 @@ def _sizes(paths: Iterable[str]) -> dict[str, int]:
     return sizes
 
 
-def _ranges(numbers: Iterable[int]) -> str:
-    runs: list[list[int]] = []
-    for each in sorted(numbers):
-        if runs and each == runs[-1][1] + 1:
-            runs[-1][1] = each
-        else:
-            runs.append([each, each])
-    return ", ".join(f"{first}" if first == last else f"{first} to {last}" for first, last in runs)
-
-
 # -- Exclusion ---------------------------------------------------------------------------------------
 
 
@@ -574,7 +450,7 @@ def without(search: TargetSearch, found: Sequence[Target], exclude: Any) -> list
     search : TargetSearch
         Of the model.
     found : sequence of Target
-    exclude : str, list or callable
+    exclude : str or list
         As ``targets``; a path stands for everything at or below it.
 
     Returns
@@ -599,16 +475,10 @@ def without(search: TargetSearch, found: Sequence[Target], exclude: Any) -> list
     ]
     if len(kept) == len(found):
         some = ", ".join(dict.fromkeys(target.name for target in found[:4]))
-        about, way = (
-            "",
-            "leave it out, or give the path of a module, roles or a regular expression for the whole path of a module",
-        )
-        if isinstance(exclude, str) and any(exclude in target.module.split(".") for target in found):
-            about = " is a regular expression for the whole path of a module, and"
-            way = f"a list takes the last whole parts of paths: exclude=[{exclude!r}]"
         raise TargetError(
-            f"exclude={safe_repr(exclude)}{about} excludes none of the {pluralize(len(found), 'target')}, such as "
-            f"{some}; {way}"
+            f"exclude={safe_repr(exclude)} excludes none of the {pluralize(len(found), 'target')}, such as {some}; "
+            "leave it out, or give roles, a regular expression for the whole path of a module, or a list of paths or "
+            "their last whole parts"
         )
     if not kept:
         raise TargetError(f"exclude={safe_repr(exclude)} excludes all of the {pluralize(len(found), 'target')}")
@@ -622,23 +492,12 @@ def _excluded(search: TargetSearch, exclude: Any) -> tuple[set[str], list[Target
     if isinstance(exclude, str):
         is_match = roles.path_matcher(exclude, "exclude")
         return {path for path in search.modules if is_match(path) or is_match(plain(path))}, []
-    modules, targets = set[str](), list[Target]()
-    if callable(exclude):
-
-        def choose(path: str, module: nn.Module) -> Any:
-            choice = exclude(path, module)
-            if choice is not True:
-                return choice
-            modules.add(path)
-            return None
-
-        targets = search.find(choose)
-        return modules, targets
     if not isinstance(exclude, (list, tuple, set, frozenset)):
         raise TargetError(
-            "exclude must be roles such as 'qv', 'all-linear', 'conv', a regular expression, a list or a function, as "
-            f"targets; got {safe_repr(exclude)}"
+            "exclude must be roles such as 'qv', 'all-linear', 'conv', a regular expression or a list, as targets; got "
+            f"{safe_repr(exclude)}"
         )
+    modules, targets = set[str](), list[Target]()
     for entry in exclude:
         ends = {path for path in search.modules if isinstance(entry, str) and entry and _ends(entry, path)}
         modules |= ends
@@ -705,7 +564,7 @@ def find_targets(
         Only targets in layers of these numbers; negative ones count from the end. A layer's number is the first number
         above the module in its path: 3 in ``model.layers.3.mlp.experts.7.up``. Where a model has several stacks of
         layers, such as an encoder and a decoder, they are counted separately. Targets outside of layers are left out.
-    exclude : str, list or callable, optional
+    exclude : str or list, optional
         Targets to leave out, in the words of ``targets``. The path of a module, as an entry of a list or matched by a
         regular expression, stands for everything in it: ``["vision_tower"]``.
     untie : bool
@@ -750,14 +609,11 @@ def find_targets(
         raise search.nothing(targets)
     if untie and keep_tied:
         raise TargetError("untie=True gives tied weights their own copies, and keep_tied=True keeps them one: give one")
-    selected = with_tied(model, filtered(search, selected, layers, exclude), keep_tied)
-    explicit = (
-        not isinstance(targets, str) and not callable(targets) and all(isinstance(entry, Target) for entry in targets)
-    )
+    chosen = usable(model, filtered(search, selected, layers, exclude), untie, keep_tied)
     # Of given Targets nothing is dropped: each has its place in the vector of all updates.
-    chosen = list(selected) if explicit else in_order(search, selected)
-    check_usable(model, chosen, untie)
-    return chosen
+    named = isinstance(targets, str) or callable(targets)
+    explicit = not named and all(isinstance(entry, Target) for entry in targets)
+    return chosen if explicit else in_order(search, chosen)
 
 
 def filtered(search: TargetSearch, found: Sequence[Target], layers: Any, exclude: Any) -> list[Target]:
@@ -767,17 +623,20 @@ def filtered(search: TargetSearch, found: Sequence[Target], layers: Any, exclude
     return list(found) if exclude is None else without(search, found, exclude)
 
 
-def in_order(search: TargetSearch, found: Iterable[Target]) -> list[Target]:
+def in_order(search: TargetSearch, targets: Iterable[Target]) -> list[Target]:
     """Return targets in the order of the model's modules, of roles and of their parameters, each once."""
     order = {path: place for place, path in enumerate(search.modules)}
     stored = {(weight.path, weight.parameter, weight.index): place for place, weight in enumerate(search.weights)}
-    chosen = {(target.module, target.parameter, target.index, target.rows): target for target in found}.values()
-
-    def place(target: Target) -> tuple[int, ...]:
-        among = stored.get((target.module, target.parameter, target.index), len(stored))
-        return order[target.module], ROLES.index(target.role), among
-
-    return sorted(chosen, key=place)
+    distinct = {(target.module, target.parameter, target.index, target.rows): target for target in targets}.values()
+    places = {
+        target: (
+            order[target.module],
+            ROLES.index(target.role),
+            stored.get((target.module, target.parameter, target.index), len(stored)),
+        )
+        for target in distinct
+    }
+    return sorted(places, key=places.__getitem__)
 
 
 # -- The targets of several configs in one adapter: each config with the pattern of its weights ------------------------

@@ -18,7 +18,6 @@ from tnadapt.algebra.superlora import SuperLoRA
 from tnadapt.argument_checks import integer
 from tnadapt.checkpoints.adapter_file import AdapterFile
 from tnadapt.errors import FileError, TargetError, safe_repr
-from tnadapt.targets.roles import main_projection
 from tnadapt.targets.target import MAX_SIZE, RowIndices, Rows, Target
 
 from ._delta import gather_full
@@ -82,14 +81,11 @@ def bound(
     def rows_of(index: int) -> Tensor:
         target, weight = targets[index], numbers(owners[index], targets[index].parameter)
         if weight is None:
-            what, way = "FromBase", ", or give the arrays as given="
-            if plan.weight_param_shapes:
-                what, way = f"apply={plan.config.apply!r}", ""
-            elif plan.point.needs_base:
-                what = f"start={plan.config.start!r}"
+            settings = f"sources, start={plan.config.start!r} or apply={plan.config.apply!r}"
             raise TargetError(
-                f"the adapter has arrays that are computed from the base weights ({what}), and the values of "
-                f"{target.name} cannot be read: register its layer type with tnadapt.torch.register_quantized{way}"
+                f"the adapter has arrays that are computed from the base weights ({settings}), and the values of "
+                f"{target.name} cannot be read: register its layer type with tnadapt.torch.register_quantized, or give "
+                "the arrays of sources as given="
             )
         rows: Tensor = target.select(weight).cpu()
         return rows if rows.dtype is torch.float64 else rows.float()
@@ -166,12 +162,14 @@ class Weight(NamedTuple):
     module : Module
     stored : tuple of int, optional
         Shape in which the model stores it, before quantization; None if the module does not reveal it.
-    kind : {"linear", "conv", "other"}
-        "other" is an embedding or a matrix of an unknown module: it becomes a target only where it is named.
+    kind : {"linear", "conv", "embedding", "other"}
+        "other" is a matrix of an unknown module: like an embedding, it becomes a target only where it is named.
     transposed : bool
         Whether it is stored as ``(in, out)``.
     index : int, optional
         Which of the matrices that the parameter stacks, as experts are kept.
+    groups : int
+        In how many groups the channels of a convolution are.
     """
 
     path: str
@@ -181,16 +179,12 @@ class Weight(NamedTuple):
     kind: str
     transposed: bool = False
     index: int | None = None  # type: ignore[assignment]  # hides tuple.index
+    groups: int = 1
 
     @property
     def name(self) -> str:
         """Dotted path, as in a state dict."""
         return join(self.path, self.parameter)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """``(rows, cols)`` of the whole weight, in torch's order."""
-        return self.target("linear", "").shape
 
     def target(self, role: str, layer: str, rows: Rows | None = None) -> Target:
         """Return the weight, or some of its rows, as a target.
@@ -211,11 +205,6 @@ class Weight(NamedTuple):
         return Target(
             self.path, self.stored, role, self.parameter, rows, self.transposed, layer, self.index, groups=self.groups
         )
-
-    @property
-    def groups(self) -> int:
-        """In how many groups the channels of a convolution are."""
-        return self.module.groups if isinstance(self.module, nn.modules.conv._ConvNd) else 1
 
 
 def check_embedding(name: str, module: nn.Module) -> None:
@@ -293,72 +282,47 @@ def weights_of(path: str, module: nn.Module) -> list[Weight]:
     """
     if isinstance(module, _NOT_LINEAR) or wraps(module):
         return []
-    weights = [
-        Weight(path, name, module, tuple(tensor.shape), "linear")
-        for name, tensor in module._parameters.items()
-        if name.endswith("_proj_weight") or name == "in_proj_weight"
-        if tensor is not None and tensor.ndim == 2 and tensor.is_floating_point()
-    ]
-    transposed = _is_transposed(module)
-    if transposed is not None:
-        weights += [
-            Weight(path, name, module, tuple(tensor.shape), "linear", transposed, index)
-            for name, tensor in module._parameters.items()
-            if tensor is not None and tensor.ndim == 3 and tensor.is_floating_point()
-            for index in range(len(tensor))
-        ]
+    weights = []
+    for name, tensor in module._parameters.items():
+        if tensor is None or not tensor.is_floating_point():
+            continue
+        if tensor.ndim == 2 and (name.endswith("_proj_weight") or name == "in_proj_weight"):
+            weights.append(Weight(path, name, module, tuple(tensor.shape), "linear"))
+        elif tensor.ndim == 3 and (transposed := _is_transposed(module)) is not None:
+            stored = tuple(tensor.shape)
+            weights += [Weight(path, name, module, stored, "linear", transposed, index) for index in range(len(tensor))]
     weight = _weight(path, module)
     return [*weights, weight] if weight is not None else weights
 
 
-def projections_in(path: str, module: nn.Module) -> list[Weight]:
-    """Return the weights of a projection that may be wrapped by PEFT or combined with a norm, pooling or convolution.
-
-    A single weight where that is unambiguous: it is the only one, or its name says that it is the projection.
-    Depthwise convolutions and embeddings are not projections.
-
-    Examples
-    --------
-    >>> [weight.path for weight in projections_in("q", nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)))]
-    ['q.0']
-    """
-    weights = [
-        weight
-        for below, inner in modules_of(module)
-        for weight in weights_of(join(path, below), inner)
-        if weight.kind != "other" or not plain(below)
-        if not is_embedding(inner)
-        if not (isinstance(inner, nn.modules.conv._ConvNd) and inner.groups == inner.in_channels > 1)
-    ]
-    return main_projection(weights, path, lambda weight: weight.path)
-
-
 def _weight(path: str, module: Any) -> Weight | None:
     layer_type = quantized_type(module)
+    embeds = isinstance(module, nn.Embedding) or (layer_type is not None and layer_type.looks_up(module))
     if layer_type is not None:
-        return Weight(path, "weight", module, layer_type.shape(module), "other" if is_embedding(module) else "linear")
+        return Weight(path, "weight", module, layer_type.shape(module), "embedding" if embeds else "linear")
     # It need not be a parameter: it may be parametrized, quantized, or a method of this name.
     weight: Any = module._parameters.get("weight")
     weight = getattr(module, "weight", None) if weight is None else weight
     sizes = getattr(module, "out_features", None), getattr(module, "in_features", None)
     if nn.parameter.is_lazy(weight):
         return Weight(path, "weight", module, None, "linear" if isinstance(module, nn.Linear) else "conv")
-    plain = isinstance(weight, torch.Tensor) and weight.is_floating_point()
+    has_numbers = isinstance(weight, torch.Tensor) and weight.is_floating_point()
     if all(isinstance(size, int) and size > 0 for size in sizes) and (weight is not None or hasattr(module, "qweight")):
         # FSDP and others store the parameter in another shape, so the module's sizes decide. A 2-D parameter takes
         # precedence, because in_features and out_features may be out of date.
-        stored = tuple(weight.shape) if plain and weight.ndim == 2 else sizes
+        stored = tuple(weight.shape) if has_numbers and weight.ndim == 2 else sizes
         return Weight(path, "weight", module, stored, "linear")
     if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        return Weight(path, "weight", module, tuple(module.weight.shape), "conv")
+        return Weight(path, "weight", module, tuple(module.weight.shape), "conv", groups=module.groups)
     if not isinstance(weight, torch.Tensor) or weight.ndim < 2:
         return None
     if any(cls.__name__ == "Conv1D" for cls in type(module).__mro__) and getattr(module, "nf", None) is not None:
-        stored = tuple(weight.shape) if plain else (module.nx, module.nf)
+        stored = tuple(weight.shape) if has_numbers else (module.nx, module.nf)
         return Weight(path, "weight", module, stored, "linear", transposed=True)
-    if not plain:
-        return Weight(path, "weight", module, None, "other")
-    return Weight(path, "weight", module, tuple(weight.shape), "other") if weight.ndim == 2 else None
+    kind = "embedding" if embeds else "other"
+    if not has_numbers:
+        return Weight(path, "weight", module, None, kind)
+    return Weight(path, "weight", module, tuple(weight.shape), kind) if weight.ndim == 2 else None
 
 
 def join(path: str, name: str) -> str:
@@ -427,17 +391,12 @@ def token_targets(model: nn.Module, tokens: Iterable[int], module: str | None = 
 def _embedding(model: nn.Module, path: str | None) -> Target:
     """Return the whole weight of a model's token embedding."""
     embeddings = {name: module for name, module in modules_of(model) if is_embedding(module)}
-    if path is not None:
-        names = [name for name in embeddings if name == path]
-    else:
-        embedding = reported_by(model, "get_input_embeddings")
-        names = [name for name, module in embeddings.items() if embedding is None or module is embedding]
+    reported = reported_by(model, "get_input_embeddings") if path is None else embeddings.get(path, model)
+    names = [name for name, module in embeddings.items() if reported is None or module is reported]
     if len(names) != 1:
-        hint = f"it has {', '.join(embeddings)}" if embeddings else "it has none"
+        which = "which embedding has the tokens is unclear" if path is None else f"{safe_repr(path)} is no embedding"
         raise TargetError(
-            f"{safe_repr(path)} is not an embedding of {type(model).__name__}; {hint}"
-            if path is not None
-            else f"which embedding of {type(model).__name__} has the tokens is unclear; {hint}: give module='path'"
+            f"{which}: this {type(model).__name__} has {', '.join(embeddings) or 'none'}; give one as module='path'"
         )
     (weight,) = weights_of(names[0], embeddings[names[0]])
     return weight.target("embedding", "")
@@ -454,12 +413,13 @@ def reported_by(model: Any, method: str) -> Any:
 # -- Tied weights: one tensor that several modules hold ----------------------------------------------------------------
 
 
-def tied(model: nn.Module, targets: Iterable[Target]) -> list[tuple[str, str]]:
+def tied(names: Mapping[str, Sequence[str]], targets: Iterable[Target]) -> list[tuple[str, str]]:
     """Return pairs of names that refer to one tensor, where the tensor belongs to a target that does not list them.
 
     Parameters
     ----------
-    model : Module
+    names : mapping
+        Of the model, by :func:`names_of_shared`.
     targets : iterable of Target
 
     Returns
@@ -475,60 +435,59 @@ def tied(model: nn.Module, targets: Iterable[Target]) -> list[tuple[str, str]]:
     --------
     >>> model = nn.ModuleDict({"embed": nn.Embedding(5, 4), "head": nn.Linear(4, 5)})
     >>> model["head"].weight = model["embed"].weight
-    >>> tied(model, [Target("head", (5, 4))])
+    >>> tied(names_of_shared(model), [Target("head", (5, 4))])
     [('embed.weight', 'head.weight')]
-    >>> tied(model, with_tied(model, [Target("head", (5, 4))], True))
+    >>> tied(names_of_shared(model), usable(model, [Target("head", (5, 4))], False, keep_tied=True))
     []
     """
     wanted = {target.name for target in targets if not target.tied}
-    groups = names_of_shared(model).items()
-    return [(same[0], name) for name, same in groups if name != same[0] and not wanted.isdisjoint(same)]
+    return [(same[0], name) for name, same in names.items() if name != same[0] and not wanted.isdisjoint(same)]
 
 
-def check_usable(model: nn.Module, chosen: Sequence[Target], untie: bool) -> None:
-    """Raise a TargetError if a weight is tied, and ``untie`` is false, or is that of an embedding that changes it."""
-    places = dict.fromkeys((each.module, each.name) for target in chosen for each in (target, *target.tied_targets()))
-    for module, name in places:
-        check_embedding(name, model.get_submodule(module))
-    shared = [] if untie else tied(model, chosen)
+def usable(model: nn.Module, targets: Sequence[Target], untie: bool, keep_tied: bool) -> list[Target]:
+    """Return targets with all names of their weights, for those that list them already, or for all with ``keep_tied``.
+
+    Raises
+    ------
+    TargetError
+        If a target lists other names than those of its weight in this model; a weight is tied, and neither ``untie``
+        nor ``keep_tied`` is true; or it is that of an embedding that changes it.
+    """
+    names = names_of_shared(model)
+    resolved = [
+        _with_tied(model, target, names.get(target.name, [target.name]), keep_tied)
+        if target.tied or target.name in names
+        else target
+        for target in targets
+    ]
+    for target in resolved:
+        for name in (target.name, *target.tied):
+            check_embedding(name, model.get_submodule(name.rpartition(".")[0]))
+    shared = [] if untie else tied(names, resolved)
     if shared:
         raise TargetError(
             f"{shared[0][0]} and {shared[0][1]} are one tensor (tied weights), and an update of one would change both: "
             "give keep_tied=True, so that one update acts in both, or untie=True, which gives the second its own copy, "
             "or leave it out of the targets"
         )
-
-
-def with_tied(model: nn.Module, targets: Sequence[Target], keep: bool) -> list[Target]:
-    """Return targets with all names of their weights, for those that list them already, or for all with ``keep``.
-
-    Raises
-    ------
-    TargetError
-        If a target lists other names than those of its weight in this model.
-    """
-    if not keep and not any(target.tied for target in targets):
-        return list(targets)
-    names = names_of_shared(model)
-    resolved = []
-    for target in targets:
-        same = names.get(target.name, [target.name])
-        if target.tied and {target.name, *target.tied} != set(same):
-            ties = f"it is tied to {', '.join(same[1:])}" if len(same) > 1 else "it is not tied"
-            raise TargetError(
-                f"{target.name} is updated together with {', '.join(target.tied)}, as one tensor, and in this "
-                f"{type(model).__name__} {ties}: tie the weights of the model as they were"
-            )
-        if len(same) > 1 and (keep or target.tied):
-            module, _, parameter = same[0].rpartition(".")
-            # With its first name it has the role of its first module; a file keeps the role that it was saved with.
-            embeds = is_embedding(model.get_submodule(module)) and not target.tied
-            target = dataclasses.replace(
-                target, module=module, parameter=parameter, tied=tuple(same[1:]),
-                role="embedding" if embeds else target.role,
-            )  # fmt: skip
-        resolved.append(target)
     return resolved
+
+
+def _with_tied(model: nn.Module, target: Target, same: Sequence[str], keep: bool) -> Target:
+    """Return a target with all names of its weight, if it lists them already or they are wanted."""
+    if target.tied and {target.name, *target.tied} != set(same):
+        ties = f"it is tied to {', '.join(same[1:])}" if len(same) > 1 else "it is not tied"
+        raise TargetError(
+            f"{target.name} is updated together with {', '.join(target.tied)}, as one tensor, and in this "
+            f"{type(model).__name__} {ties}: tie the weights of the model as they were"
+        )
+    if len(same) == 1 or not (keep or target.tied):
+        return target
+    module, _, parameter = same[0].rpartition(".")
+    # With its first name it has the role of its first module; a file keeps the role that it was saved with.
+    embeds = is_embedding(model.get_submodule(module)) and not target.tied
+    role = "embedding" if embeds else target.role
+    return dataclasses.replace(target, module=module, parameter=parameter, tied=tuple(same[1:]), role=role)
 
 
 def split_by_file(model: nn.Module, file: AdapterFile, untie: bool, keep_tied: bool = False) -> list[str]:
@@ -687,28 +646,21 @@ def reads_outside(model: nn.Module, target: Target, paths: Paths | None = None) 
     >>> reads_outside(attention, Target("out_proj", (8, 8))) == [""]
     True
     """
-    owner = model.get_submodule(target.module)
-    readers: dict[str, None] = {}
-    for path in (paths_of(model) if paths is None else paths)[id(owner)]:
-        readers.update(dict.fromkeys(_readers(model, path, target.parameter)))
-    return sorted(readers, key=lambda path: path.count(".") + bool(path))
-
-
-def _readers(model: nn.Module, path: str, parameter: str) -> Iterator[str]:
-    parts = path.split(".") if path else []
-    for length in range(len(parts)):
-        above = ".".join(parts[:length])
-        cls: Any = type(model.get_submodule(above))
-        # PEFT's wrapper exposes its base layer's weight as its own.
-        below = (*(part for part in parts[length:] if part != "base_layer"), parameter)
-        if len(below) > 1 and any(_same(read, below) for read in _reads(cls)):
-            yield above
-
-
-def _same(read: tuple[str, ...], path: tuple[str, ...]) -> bool:
-    return len(read) == len(path) and all(
-        read_name in (other, _ANY) for read_name, other in zip(read, path, strict=True)
-    )
+    outside: dict[str, None] = {}
+    for path in (paths_of(model) if paths is None else paths)[id(model.get_submodule(target.module))]:
+        parts = path.split(".") if path else []
+        for length in range(len(parts)):
+            above = ".".join(parts[:length])
+            # PEFT's wrapper exposes its base layer's weight as its own.
+            below = (*(part for part in parts[length:] if part != _BASE), target.parameter)
+            cls: Any = type(model.get_submodule(above))
+            reads = _reads(cls) if len(below) > 1 else frozenset()
+            if any(
+                len(read) == len(below) and all(step in (name, _ANY) for step, name in zip(read, below, strict=True))
+                for read in reads
+            ):
+                outside[above] = None
+    return sorted(outside, key=lambda path: path.count(".") + bool(path))
 
 
 @functools.lru_cache(maxsize=1024)

@@ -45,8 +45,6 @@ class StartTarget(NamedTuple):
     left, right : str
         The plan's names of B, (rows, rank), and of A transposed, (cols, rank).
     rank : int
-    scale : float
-        ``alpha / rank``.
     """
 
     layer: nn.Module
@@ -54,7 +52,6 @@ class StartTarget(NamedTuple):
     left: str
     right: str
     rank: int
-    scale: float
 
 
 def adapter_of(handle: Adapter | nn.Module) -> Adapter:
@@ -104,7 +101,7 @@ def start_targets(adapter: Adapter, what: str) -> list[StartTarget]:
                 f"{', '.join(group.names.values())}: attach with tnadapt.presets.lora(rank, start='given')"
             )
         left, right = group.names.values()
-        targets.append(StartTarget(layer, target, left, right, place.shapes["split0.factor0"][1], place.scale))
+        targets.append(StartTarget(layer, target, left, right, place.shapes["split0.factor0"][1]))
     return targets
 
 
@@ -336,16 +333,8 @@ class PrincipalComponents:
 # -- LoRA-GA: singular vectors of each weight's gradient ---------------------------------------------------------------
 
 
-#: For each direction, the singular vectors of which A and B are made, given the rank.
-_DIRECTIONS: dict[str, Callable[[int], tuple[slice, slice]]] = {
-    "ArB2r": lambda r: (slice(0, r), slice(r, 2 * r)),
-    "A2rBr": lambda r: (slice(r, 2 * r), slice(0, r)),
-    "ArBr": lambda r: (slice(1, 2 * r, 2), slice(0, 2 * r, 2)),
-}
-
-
 #: The words for the factors of A and B.
-_SCALES = ("stable", "gd", "unit", "peft")
+_SCALES = ("stable", "peft")
 
 
 @checks_arguments
@@ -354,7 +343,6 @@ def lora_ga(
     batches: Iterable[Any],
     loss: Callable[[nn.Module, Any], Tensor],
     *,
-    direction: str = "ArB2r",
     scale: str = "stable",
     gamma: float = 16.0,
     progress: Progress | None = None,
@@ -369,11 +357,9 @@ def lora_ga(
         A few batches of the task's data; their gradients are averaged.
     loss : callable
         Returns the loss of a batch, ``loss(model, batch)``, as training would.
-    direction : {"ArB2r", "A2rBr", "ArBr"}
-        Which singular vectors A and B are made of: A of the first r and B of the next, the reverse, or alternating.
-    scale : {"stable", "gd", "unit", "peft"}
-        The factor of both: ``rows**(1/4) / sqrt(gamma)``, ``1 / s`` with s = alpha / rank, or 1. "peft" is what PEFT
-        calls "stable": A has norm 1, and B is also multiplied by the singular values.
+    scale : {"stable", "peft"}
+        The factor of both: ``rows**(1/4) / sqrt(gamma)``. "peft" is what PEFT calls "stable": A has norm 1, and B is
+        also multiplied by the singular values.
     gamma : float
         The γ of "stable"; larger is smaller.
     progress : callable, optional
@@ -382,8 +368,8 @@ def lora_ga(
     Returns
     -------
     dict of str to Tensor
-        For :meth:`tnadapt.torch.Adapter.start_from`: ``factor0`` is B, ``factor1`` A transposed. The largest entry of
-        each left singular vector is positive.
+        For :meth:`tnadapt.torch.Adapter.start_from`: ``factor1``, A transposed, has the first r singular vectors, and
+        ``factor0``, B, the next r. The largest entry of each left singular vector is positive.
 
     Raises
     ------
@@ -417,9 +403,8 @@ def lora_ga(
     >>> all(p.grad.any() for p in adapter.parameters())
     True
     """
-    for what, value, known in (("direction", direction, _DIRECTIONS), ("scale", scale, _SCALES)):
-        if value not in known:
-            raise ConfigError(f"{what} must be one of {', '.join(map(repr, known))}; got {safe_repr(value)}")
+    if scale not in _SCALES:
+        raise ConfigError(f"scale must be one of {', '.join(map(repr, _SCALES))}; got {safe_repr(scale)}")
     if not 0.0 < gamma <= sys.float_info.max:
         raise ConfigError(f"gamma must be a positive number; got {safe_repr(gamma)}")
     adapter = adapter_of(adapter)
@@ -442,21 +427,12 @@ def lora_ga(
                 "errors: give more batches, or a smaller rank"
             )
         signs = torch.sign(torch.gather(left, 0, left.abs().argmax(0, keepdim=True)))[0]
-        of_a, of_b = _DIRECTIONS[direction](target.rank)
-        by_a, by_b = _factors(scale, target, values[of_b], gamma)
+        of_a, of_b = slice(0, target.rank), slice(target.rank, 2 * target.rank)
+        factor = target.target.shape[0] ** 0.25 / gamma**0.5
+        by_a, by_b = (factor, factor) if scale == "stable" else (1.0, values[of_b] * factor)
         arrays[target.left] = ((left * signs)[:, of_b] * by_b).float()
         arrays[target.right] = ((right.T * signs)[:, of_a] * by_a).float()
     return arrays
-
-
-def _factors(scale: str, target: StartTarget, values: Tensor, gamma: float) -> tuple[float, Tensor | float]:
-    """Return the factors of A and of the columns of B, given the singular values that belong to B."""
-    if scale == "unit":
-        return 1.0, 1.0
-    if scale == "gd":
-        return 1.0 / target.scale, 1.0 / target.scale
-    factor = target.target.shape[0] ** 0.25 / gamma**0.5
-    return (factor, factor) if scale == "stable" else (1.0, values * factor)
 
 
 def _gradients(

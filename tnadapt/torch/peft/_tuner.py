@@ -27,7 +27,7 @@ from tnadapt.errors import BackendError, ConfigError, FileError, TargetError, Tn
 from tnadapt.torch import _merging as merging
 from tnadapt.torch._adapter import Adapter
 from tnadapt.torch._adapter_saving import base_fingerprint
-from tnadapt.torch._attach import AttachRequest, carry_out, warn_undropped
+from tnadapt.torch._attach import AttachRequest, carry_out
 from tnadapt.torch._registry import let_go, let_go_merged, overlapping, take_off
 from tnadapt.torch._rows import BASE, assigned, row_runner
 from tnadapt.torch._state import PREFIX, AdapterState, RowAssignment, entered, register_in
@@ -712,11 +712,9 @@ def _attach(model: nn.Module, config: TnadaptConfig, name: str) -> Adapter:
     targets = select_targets(model, config, model_type)
     settings = Config.from_dict(config.settings)
     # Not attach(), which warns of a rank that its caller chose: here it may be a preset's, or that of a file.
-    adapter = carry_out(
+    return carry_out(
         AttachRequest(
             model, settings, targets, name, strategy=config.strategy, activation=config.activation,
             detach_norm=config.detach_norm, dropout=config.dropout,
         )
     )  # fmt: skip
-    warn_undropped(adapter.targets, adapter.dropout)
-    return adapter
