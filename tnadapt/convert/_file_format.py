@@ -176,6 +176,8 @@ class FileFormat:
         Those of both that can be of an embedding, and of ``kinds`` that can be of a weight stored as (in, out).
     kernels : mapping of str to int
         The largest number of dimensions of a convolution's kernel, by those of ``kinds`` that can be of one.
+    applies : tuple of str
+        Values of ``apply`` of :class:`tnadapt.Config` besides "add" that LoRA can have, by :meth:`applied`.
     folder : tuple of str
         Names of the files if an adapter is a folder with several; the last one is moved into place last.
     parts_read : tuple of str
@@ -193,6 +195,7 @@ class FileFormat:
     embeddings: tuple[str, ...] = ()
     transposed: tuple[str, ...] = ()
     kernels: Mapping[str, int] = {}
+    applies: tuple[str, ...] = ()
     folder: tuple[str, ...] = ()
     parts_read: tuple[str, ...] = ()
     parts_written: tuple[str, ...] = ()
@@ -291,10 +294,6 @@ class FileFormat:
                 f"{safe_repr(module.path)} has a kernel of {kernel} dimensions, and {self.library} has {kind} only for "
                 f"{f'up to {most}' if most else 'matrices'}"
             )
-
-    def check_applied(self, kind: str, apply: str, magnitude_axis: str) -> None:
-        """Raise ConfigError, before anything is fitted, unless :meth:`applied` takes updates of this application."""
-        raise not_additive(apply, f"{self.name}-{kind}")
 
     def applied(
         self, encoded: EncodedAdapter, modules: Sequence[Module], choice: ExportChoice, file: AdapterFile
@@ -409,8 +408,6 @@ class ConversionRequest(NamedTuple):
 
     Attributes
     ----------
-    form : str
-        Name of the form, such as "peft-lora".
     format : FileFormat
         Its format; :class:`FileFormat` itself for a file of this library.
     kind : str
@@ -419,7 +416,6 @@ class ConversionRequest(NamedTuple):
         Arguments of :func:`tnadapt.convert`.
     """
 
-    form: str
     format: FileFormat
     kind: str
     rank: int | None
@@ -428,6 +424,11 @@ class ConversionRequest(NamedTuple):
     part: str | None
     dtype: str | None
     without_kept: bool
+
+    @property
+    def form(self) -> str:
+        """Name of the form, such as "peft-lora"."""
+        return f"{self.format.name}-{self.kind}" if self.kind else self.format.name
 
 
 # -- An adapter of another library as a file of this one ---------------------------------------------------------------

@@ -423,10 +423,6 @@ def _kept_array(container: Container, names: Sequence[str]) -> tuple[np.ndarray,
 # such a file. What no config can describe is read as LoRA or dense, exactly, and a note says so.
 
 
-#: The end of a note.
-DRAWN = "regenerated as torch draws on a CPU, which PEFT does not promise for every system, and stored here"
-
-
 class OwnStructure(NamedTuple):
     """What a method reads: an adapter in its own structure, or the updates alone.
 

@@ -70,6 +70,7 @@ class PeftFormat(FileFormat):
     kinds: tuple[str, ...] = ("lora", "lokr", "loha")
     structures = tuple(map(str.lower, _WRITTEN))
     embeddings = transposed = ("lora",)
+    applies: tuple[str, ...] = ("magnitude", "hadamard")
     kernels: Mapping[str, int] = {"lora": 3, "lokr": 2, "loha": 2}
     ties: ClassVar[bool] = True
     folder = (_WEIGHTS, CONFIG_NAME)
@@ -190,11 +191,6 @@ class PeftFormat(FileFormat):
     def encode_file(self, kind: str, modules: Sequence[Module], file: AdapterFile) -> EncodedAdapter:
         """Encode the tensors and settings of a method with a structure of its own."""
         return METHODS[kind.upper()]().encoded(modules, file)
-
-    def check_applied(self, kind: str, apply: str, magnitude_axis: str) -> None:
-        """Allow HiRA, and DoRA by rows."""
-        if kind != "lora" or not (apply == "hadamard" or (apply == "magnitude" and magnitude_axis == "rows")):
-            raise _file_format.not_additive(apply, f"{self.name}-{kind}")
 
     def applied(
         self, encoded: EncodedAdapter, modules: Sequence[Module], choice: ExportChoice, file: AdapterFile
@@ -333,7 +329,7 @@ class VllmFormat(PeftFormat):
 
     library = "vLLM"
     kinds = ("lora",)
-    structures = ()
+    structures = applies = ()
     kernels: Mapping[str, int] = {}
     ties = False
 
@@ -348,10 +344,6 @@ class VllmFormat(PeftFormat):
                 f"{safe_repr(module.path)} is an embedding, and vLLM has LoRA only of those named {SERVED_EMBEDDING}: "
                 f"{_file_format.MERGE}"
             )
-
-    def check_applied(self, kind: str, apply: str, magnitude_axis: str) -> None:
-        """Refuse DoRA and HiRA, which vLLM does not serve."""
-        raise _file_format.not_additive(apply, f"{self.name}-{kind}")
 
     def check_adapter(self, modules: Sequence[Module], kept: Mapping[str, np.ndarray]) -> None:
         """Raise ConfigError for kept parameters other than those of a classification head."""

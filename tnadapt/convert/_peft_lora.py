@@ -386,6 +386,8 @@ class PeftLora(PeftMethod):
     ----------
     factors : mapping of str to str
         Maps names of tensors to those under which they are decoded.
+    apply : str
+        How the updates meet the weights, without DoRA.
     alpha : str
         Name of the setting.
     """
@@ -395,7 +397,7 @@ class PeftLora(PeftMethod):
     tensors: tuple[str, ...] = (*factors, *EMBEDDING, TOKENS, *MAGNITUDES)
     fields = LOW_RANK
     may_transpose = True
-    alpha = "lora_alpha"
+    apply, alpha = "add", "lora_alpha"
 
     def read(self, content: PeftContent) -> OwnStructure:
         """Read the updates of all that may be in such a folder."""
@@ -404,7 +406,7 @@ class PeftLora(PeftMethod):
             if config.get(field) and self.peft_type != "LORA":
                 raise FileError(f"{field}={safe_repr(config[field])} belongs to LoRA; peft_type is {self.peft_type}")
         modules, embeddings, tokens, magnitudes = self._sorted(content)
-        apply = "hadamard" if self.peft_type == "HIRA" else "magnitude" if config.get("use_dora") else "add"
+        apply = "magnitude" if config.get("use_dora") else self.apply
         if apply == "magnitude" and (embeddings or tokens or magnitudes.keys() != modules.keys()):
             wrong = [*embeddings, *tokens] or magnitudes.keys() ^ modules.keys()
             raise FileError(
@@ -419,25 +421,10 @@ class PeftLora(PeftMethod):
         scales = Scales(config, self.alpha)
         updates, rest = decoded_experts(modules, content, scales)
         for path, tensors in rest.items():
-            if ".base_layer." in f".{path}.":
-                raise FileError(
-                    f"{safe_repr(path)} cannot be converted: it is PEFT's LoRA on nn.MultiheadAttention, which adds "
-                    "its update of the output projection twice, and of q, k and v to a parameter that is no module's "
-                    "weight"
-                )
-            factors, groups = without_groups(path, tensors)
-            if groups > 1 and apply != "add":
-                raise FileError(f"{safe_repr(path)} is a convolution in {groups} groups: {NO_GROUPS}")
-            update, shape, rank = decode(path, factors, kron_last_axes=True)
-            if apply != "hadamard":  # HiRA has no alpha, and PEFT makes all of its factors of rank r
-                # The scale is that of PEFT's factors, whatever the rank of ours.
-                scale = scales.of(path, rank if groups == 1 else len(tensors["lora_down"]))
-                update = update._replace(scale=scale)
+            update, target = self._layer(content, path, tensors, scales, apply)
             if path in embeddings:
-                target = target_of(path, shape, base, may_transpose=True)
+                target = target_of(path, update.shape, base, may_transpose=True)
                 target = dataclasses.replace(target, role="embedding", transposed=False)
-            else:
-                target = dataclasses.replace(content.target(path, shape), groups=groups)
             updates.append(TargetUpdate(target, update))
         if content.settings.ties:
             updates = joined_ties(updates)
@@ -453,6 +440,25 @@ class PeftLora(PeftMethod):
             [entry.target for entry in (*updates, *rows)], updates=[entry.update for entry in (*updates, *rows)],
             notes=notes, alone=(*alone, *separate_rows(rows, base)), apply=apply, magnitudes=magnitudes,
         )  # fmt: skip
+
+    def _layer(
+        self, content: PeftContent, path: str, tensors: Mapping[str, Float], scales: Scales, apply: str
+    ) -> tuple[ModuleUpdate, Target]:
+        """Return the update of a layer's weight, and its target."""
+        if ".base_layer." in f".{path}.":
+            raise FileError(
+                f"{safe_repr(path)} cannot be converted: it is PEFT's LoRA on nn.MultiheadAttention, which adds its "
+                "update of the output projection twice, and of q, k and v to a parameter that is no module's weight"
+            )
+        factors, groups = without_groups(path, tensors)
+        if groups > 1 and apply != "add":
+            raise FileError(f"{safe_repr(path)} is a convolution in {groups} groups: {NO_GROUPS}")
+        update, shape, rank = decode(path, factors, kron_last_axes=True)
+        if apply != "hadamard":  # HiRA has no alpha, and PEFT makes all of its factors of rank r
+            # The scale is that of PEFT's factors, whatever the rank of ours.
+            scale = scales.of(path, rank if groups == 1 else len(tensors["lora_down"]))
+            update = update._replace(scale=scale)
+        return update, dataclasses.replace(content.target(path, shape), groups=groups)
 
     def _sorted(
         self, content: PeftContent
@@ -484,7 +490,7 @@ class PeftLora(PeftMethod):
 class PeftHira(PeftLora):
     """HiRA: factors of which the product is multiplied by the weight."""
 
-    title, peft_type = "HiRA", "HIRA"
+    title, peft_type, apply = "HiRA", "HIRA", "hadamard"
     factors: Mapping[str, str] = {"hira_A": "lora_down", "hira_B": "lora_up"}
     tensors = tuple(factors)
 

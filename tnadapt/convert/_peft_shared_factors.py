@@ -22,7 +22,7 @@ from tnadapt.targets.roles import natural
 from tnadapt.targets.target import Target
 
 from ._file_format import EncodedAdapter
-from ._peft_content import DRAWN, SHAPES_OF_MODEL, OwnStructure, PeftContent, PeftMethod, dense_updates, group_of
+from ._peft_content import SHAPES_OF_MODEL, OwnStructure, PeftContent, PeftMethod, dense_updates, group_of
 from ._peft_settings import integer_of, number_of
 from ._updates import Float, Module, ModuleUpdate, Pair
 
@@ -39,7 +39,10 @@ def _projections(content: PeftContent, axes: int) -> tuple[Float, Float]:
     return a, b
 
 
-_DRAWN = (f"PEFT left A and B to a seed of torch's: {DRAWN}",)
+_DRAWN = (
+    "PEFT left A and B to a seed of torch's: regenerated as torch draws on a CPU, which PEFT does not promise for "
+    "every system, and stored here",
+)
 
 
 def _frozen(file: AdapterFile, group: Group, name: str) -> Float:

@@ -139,7 +139,7 @@ def requested(
         if not has_rank(to):
             raise ConfigError(f"rank={rank} (--rank) applies to LoRA, LoKr and LoHa only; {to!r} has no rank to choose")
     name, _, method = to.partition("-")
-    return ConversionRequest(to, format_of(name), method, rank, max_error, base, part, dtype, without_kept)
+    return ConversionRequest(format_of(name), method, rank, max_error, base, part, dtype, without_kept)
 
 
 def _no_choice(what: str, given: str, known: Sequence[str]) -> ConfigError:
@@ -176,7 +176,7 @@ def with_method(request: ConversionRequest, modules: Sequence[Module], unpacked:
     methods = {form.kind if (form := module.form(unpacked)) is not None else "" for module in modules}
     common = methods.pop() if len(methods) == 1 else ""
     method = common if common in kinds else kinds[0]
-    return request._replace(form=f"{request.format.name}-{method}", kind=method)
+    return request._replace(kind=method)
 
 
 # -- The result: the adapter in its new form, its error, and how to save it --------------------------------------------
@@ -543,10 +543,10 @@ def _export(found: ConvertedFrom, request: ConversionRequest) -> Conversion:
     request = with_method(request, modules, unpacked)
     form.choose_part(modules, request.part, found.part)
     _check_modules(file, modules, request)
-    if not file.plan.applying.additive:
-        if request.kind in form.structures:
-            raise _file_format.not_additive(file.config.apply, request.form)
-        form.check_applied(request.kind, file.config.apply, file.config.magnitude_axis)
+    additive, apply = file.plan.applying.additive, file.config.apply
+    applies = form.applies if request.kind == "lora" and file.config.magnitude_axis == "rows" else ()
+    if not additive and apply not in applies:
+        raise _file_format.not_additive(apply, request.form)
     if request.kind in form.structures:
         encoded, known = form.encode_file(request.kind, modules, file), True
     else:
@@ -554,7 +554,7 @@ def _export(found: ConvertedFrom, request: ConversionRequest) -> Conversion:
 
         choice = choose(modules, unpacked, request)
         encoded, known = form.encode(request.kind, modules, choice, list(file.kept)), choice.exact
-        if not file.plan.applying.additive:
+        if not additive:
             encoded = form.applied(encoded, modules, choice, file)
     encoded = form.completed(encoded, modules, file, found.base)
     stored, kinds = (_updates.round_to if dtype is not None else _updates.narrow)(encoded.tensors, dtype or file.dtype)
