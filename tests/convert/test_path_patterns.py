@@ -54,8 +54,6 @@ PATHS = st.lists(st.text("aab1_", max_size=3), min_size=1, max_size=4).map(".".j
 def test_the_first_that_matches_is_the_one_that_peft_takes(keys: list[str], path: str) -> None:
     found = PathPatterns("rank_pattern", {key: key for key in keys}).get(path, None)
     assert found == next((key for key in keys if re.match(rf"(.*\.)?({key})$", path)), None)
-    whole = PathPatterns("target_modules", {key: key for key in keys}, whole=True).get(path, None)
-    assert whole == next((key for key in keys if re.fullmatch(key, path)), None)
 
 
 @pytest.mark.parametrize("key", SHAPES)
@@ -77,7 +75,6 @@ def test_what_is_written_for_peft_is_read_as_peft_does(key: str) -> None:
     [
         "(?=a)b", "(?!a)b", "(?<=a)b", r"(a)\1", "(?i)a", "(?P<x>a)", r"\bq", r"\Aq", "a++", "a**", "(", "a)", "*",
         "a|*", "^*", "a^b", "(^a)", "a$b", "[b-a]", "[a", "a{3,1}", "a{1", "\\", r"\x41", "(" * 20 + "a" + ")" * 20,
-        "((a{99}){99}){99}",
     ],
 )  # fmt: skip
 def test_another_expression_is_refused(key: str) -> None:
@@ -88,7 +85,7 @@ def test_another_expression_is_refused(key: str) -> None:
 
 HOSTILE = {
     "(a|a)+b": "a" * 40, "(a+b?)+c": "a" * 40, "(a*b?)*c": "a" * 60, "(?:a|aa)+!": "a" * 60, "((a+))+!": "a" * 40,
-    "(.*.*.*.*.*.*.*.*)!": "a" * 200, "(a+|b)+!": "a" * 40,
+    "(.*.*.*.*.*.*.*.*)!": "a" * 200, "(a+|b)+!": "a" * 40, "((a{0,99}){0,99}){0,99}!": "a" * 40,
 }  # fmt: skip
 
 

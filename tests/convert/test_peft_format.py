@@ -63,7 +63,7 @@ def test_lokr_of_several_sizes_has_several_configs(tmp_path: Path) -> None:
     assert isinstance(found.file.config, tna.CompositeConfig)
     assert {part.config.splits for part in found.file.config.parts} == {1, 2}
     assert found.notes == ()
-    assert found.parameters[0] == found.parameters[1]
+    assert found.parameters[0] < found.parameters[1]
     # That of the one-dimensional convolution is PEFT's own, which multiplies other axes than LyCORIS.
     assert_same_updates(found.file, expected)
 
@@ -92,7 +92,7 @@ def test_rank_and_alpha_patterns_are_configs_of_their_own(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("rank", [2, 9])
 def test_lokr_of_several_sizes_goes_straight_to_the_other_library(rank: int, tmp_path: Path) -> None:
-    """The factors are those of the file; of its dense updates, those of the nearest Kronecker product."""
+    """The factors are those of the file; dense updates are not factored."""
     shapes = {path: shape for path, shape in BOTH.items() if path != "stem.line"}
     expected = theirs(tmp_path / "theirs", peft.LoKrConfig(r=rank, alpha=3, target_modules=ALL[:-1]), shapes)
     for to in ("peft-lokr", "lycoris-lokr", "lycoris-full"):
@@ -108,12 +108,8 @@ def test_lokr_of_several_sizes_goes_straight_to_the_other_library(rank: int, tmp
     os.rename(tmp_path / "lycoris-lokr", tmp_path / "lycoris.safetensors")  # its loader goes by the ending
     by_lycoris(tmp_path / "lycoris.safetensors", expected, shapes)
     dense = converted(tmp_path / "lycoris-full", base=shapes)
-    with pytest.raises(tna.ConfigError, match=r"not exactly LoKr: give rank="):
+    with pytest.raises(tna.ConfigError, match=r"larger than the update itself, .*: give rank="):
         tna.convert(dense, to="peft-lokr")
-    again = tna.convert(dense, tmp_path / "again", to="peft-lokr", rank=rank)
-    assert again.exact
-    assert again.error <= TOLERANCE
-    check_loaded(tmp_path / "again", expected)
 
 
 def check_loaded(folder: Path, expected: dict[str, Any], shapes: dict[str, tuple[int, ...]] | None = None) -> None:

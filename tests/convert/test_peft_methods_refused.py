@@ -147,11 +147,11 @@ SEED = "must be an integer that torch takes as a seed; got"
         ("RANDLORA", {}, {"base_model.randlora_B": floats(8, 1, 4)}, "randlora_B has 1 bases, and that is too few"),
         ("RANDLORA", {}, {f"{Q}randlora_B": floats(8, 2, 4)}, "differs from base_model.randlora_B, of which PEFT st"),
         ("RANDLORA", {"randlora_alpha": "a"}, {}, "randlora_alpha must be a finite number"),
-        ("FOURIERFT", {}, {f"{Q}fourierft_spectrum": floats(49)}, "it has 49 values, and the weight is 6 × 8"),
+        ("FOURIERFT", {}, {f"{Q}fourierft_spectrum": floats(49)}, "it has 49 values, as a config has"),
         ("FOURIERFT", {"scaling": None}, {}, "scaling must be a finite number; got None"),
         ("FOURIERFT", {"random_loc_seed": 1.5}, {}, f"random_loc_seed {SEED} 1.5"),
         ("WAVEFT", {"wavelet_family": "sym4"}, {}, "wavelet_family='sym4' cannot be converted: only db1 to db10"),
-        ("WAVEFT", {}, {f"{Q}waveft_spectrum": floats(49)}, "it has 49 values, and the weight is 6 × 8"),
+        ("WAVEFT", {}, {f"{Q}waveft_spectrum": floats(49)}, "it has 49 values, as a config has"),
         ("SHIRA", {}, {f"{Q}shira_weight": floats(13)}, "shira_indices a row and a column for each"),
         ("SHIRA", {"r": 2}, {}, "rows and columns must sum to 7, and the weight is 6 × 8"),
         ("SHIRA", {}, {f"{Q}shira_indices": integers(*np.divmod(PLACES, 8)) + 6}, "a position outside"),
@@ -172,7 +172,7 @@ SEED = "must be an integer that torch takes as a seed; got"
         ("TINYLORA", {}, {f"{Q}tinylora_B": floats(6, 3)}, r"tinylora_A must be \(r, columns\)"),
         ("TINYLORA", {}, {f"{Q}tinylora_P": floats(3, 2, 3)}, r"tinylora_P must be \(3, 2, 2\)"),
         ("TINYLORA", {}, {f"{Q}tinylora_P": None}, "and lacks tinylora_P"),
-        ("TINYLORA", {"save_projection": False}, {f"{Q}tinylora_P": None}, "12 elements of P are too few to draw"),
+        ("TINYLORA", {"save_projection": False}, {f"{Q}tinylora_P": None}, "and lacks tinylora_P"),
         ("VBLORA", {}, {f"{Q}vblora_logits_A": floats(3, 4, 5)}, r"A must have \(r, parts\) mixtures"),
         ("VBLORA", {}, {f"{Q}vblora_logits_A": floats(2, 4, 4)}, "must have a logit for each of the 5 vectors"),
         ("VBLORA", {}, {f"{Q}vblora_logits_A": np.ones((2, 4, 5), "f4")}, "has equal logits, of which topk=2 takes"),
@@ -215,7 +215,7 @@ def test_the_order_of_modules_that_is_not_stored(tmp_path: Path) -> None:
         ({"target_modules": "all-linear"}, names),
         ({"target_modules": None}, names),
         ({"target_modules": ["nothing"]}, r"target_modules=\['nothing'\] matches no matrix of base"),
-        ({"target_modules": "("}, r"target_modules has the pattern '\('"),
+        ({"target_modules": "a.*q"}, names),
     ):
         folder(tmp_path / "a", "UNILORA", field, bare)
         with pytest.raises(FileError, match=message):

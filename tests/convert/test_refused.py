@@ -72,9 +72,8 @@ def tensors(**fields: Any) -> dict[str, np.ndarray]:
         ('{"r": 2, "r": 3}', "has the key 'r' twice"),
         ("\udcff", "is not UTF-8"),
         ("[" * 100_000, "nested too deep"),
-        (changed(use_dora=True), "is true, and these lack a magnitude or factors: 'a.q'"),
-        (changed(peft_type="HIRA"), "has tensors that do not belong to a lora adapter"),
-        (changed(peft_type="LOKR", use_dora=True), "use_dora=True belongs to LoRA; peft_type is LOKR"),
+        (changed(use_dora=True), "is true, and these lack a magnitude or factors, or are embeddings"),
+        (changed(peft_type="HIRA"), "has tensors that do not belong to a HiRA adapter"),
         (changed(layer_replication=[[0, 2]]), "layer_replication="),
         (changed(use_qalora=True), "use_qalora=True"),
         (changed(alora_invocation_tokens=[1]), "aLoRA"),
@@ -100,7 +99,7 @@ def tensors(**fields: Any) -> dict[str, np.ndarray]:
         (changed(alpha_pattern={"(": 2}), "alpha_pattern has the pattern '('"),
         (changed(rank_pattern={"(a+)+": "a", "(q+)+": True}), "the rank of a.q must be an integer"),
         (changed(modules_to_save="q"), "modules_to_save must be a list"),
-        (changed(peft_type="LOKR"), "'a.q' has tensors of lora, and adapter_config.json says lokr"),
+        (changed(peft_type="LOKR"), "has tensors that do not belong to a LoKr adapter"),
     ],
     ids=lambda value: str(value)[:40] if isinstance(value, str) else None,
 )  # fmt: skip
@@ -167,21 +166,21 @@ def refused(source: Path, message: str, **more: Any) -> None:
         (tensors(a__q__lora_A__weight=np.zeros((2, 8), "i4")), "is I32; the tensors of an adapter are floating-point"),
         (tensors(a__q__lora_A__weight=np.full((2, 8), np.nan, "f4")), "holds NaN or infinity"),
         (tensors(a__q__lora_B__weight=np.zeros((6, 2, 2, 1), "f4")), "lora_up must be a matrix"),
-        (tensors(a__q__lora_magnitude_vector=np.ones(6, "f4")), "is a magnitude of DoRA, and use_dora of"),
-        (tensors(a__q__lora_B__bias=np.ones(6, "f4")), "it adds to the layer's bias"),
+        (tensors(a__q__lora_magnitude_vector=np.ones(6, "f4")), "has a magnitude of DoRA, and use_dora of"),
+        (tensors(a__q__lora_B__bias=np.ones(6, "f4")), "do not belong to a LoRA adapter"),
         (
             tensors(a__q__lora_embedding_A=np.ones((2, 6), "f4")),
             "'a.q' has tensors of an embedding next to those of another layer",
         ),
         (
             tensors(head__weight=np.ones((2, 6), "f4")),
-            "do not belong to a lora adapter: 'base_model.model.head.weight'",
+            "do not belong to a LoRA adapter: 'base_model.model.head.weight'",
         ),
-        (tensors(a__q__lokr_w1=np.ones((2, 2), "f4")), "has tensors of lora and lokr"),
-        (tensors(a__q__lora_A__default__weight=np.ones((2, 8), "f4")), "do not belong to a lora adapter"),
-        ({"a.q.lora_A.weight": np.zeros((2, 8), "f4")}, "do not belong to a lora adapter"),
+        (tensors(a__q__lokr_w1=np.ones((2, 2), "f4")), "do not belong to a LoRA adapter"),
+        (tensors(a__q__lora_A__default__weight=np.ones((2, 8), "f4")), "do not belong to a LoRA adapter"),
+        ({"a.q.lora_A.weight": np.zeros((2, 8), "f4")}, "do not belong to a LoRA adapter"),
         *(
-            ({**lora(), f"{PREFIX}{name}": np.zeros(2, "f4")}, f"do not belong to a lora adapter: '{PREFIX}{name}'")
+            ({**lora(), f"{PREFIX}{name}": np.zeros(2, "f4")}, f"do not belong to a LoRA adapter: '{PREFIX}{name}'")
             for name in (
                 "b.q.base_layer.weight",
                 "a.q",

@@ -87,8 +87,7 @@ def convert(
         its updates have one, and otherwise LoRA. The other methods of PEFT, such as "peft-vera", are written from a
         config of that structure only.
     rank : int, optional
-        Largest rank allowed. Without it, an update keeps its rank; LoRA also finds the smallest rank within
-        ``max_error``.
+        Largest rank allowed. Without it, an update keeps its rank, or gets the smallest within ``max_error``.
     max_error : float, optional
         Largest relative error allowed, in the Frobenius norm of all updates together. None allows only rounding: a
         lossy conversion must be requested.
@@ -130,8 +129,8 @@ def convert(
     -----
     These conversions are exact: LoRA of order 2 with one weight per group to LoRA; Kronecker products whose sizes
     divide the weight's to LoKr, where more than two factors are multiplied into two; LoHa to LoHa; any update of low
-    matrix rank to all three; everything to "lycoris-full". Otherwise LoRA is the truncated SVD, and LoKr and LoHa are
-    fitted by :func:`tnadapt.decompose`. All computations are in float64, one weight at a time. The error is also
+    matrix rank to all three; everything to "lycoris-full". Otherwise it is the truncated SVD, which LoKr and LoHa hold
+    with a factor of 1 × 1 or of ones. All computations are in float64, one weight at a time. The error is also
     recorded in the metadata of the file, under "tnadapt.convert".
 
     Examples

@@ -50,11 +50,16 @@ class Base:
     ) -> None:
         self.shapes, self.ordered = dict(shapes), ordered
         self.tensors, self._checkpoint = tensors or {}, checkpoint
-        self._names = ModuleNames(None if checkpoint is None else lambda: checkpoint.config)
         self._places: dict[str, str] = {}
         self._flat: dict[str, list[str]] = {}
         for path in self.shapes:
             self._flat.setdefault(path.replace(".", "_"), []).append(path)
+
+    @functools.cached_property
+    def _names(self) -> ModuleNames:
+        """Other names of the modules, by the model's ``config.json``."""
+        checkpoint = self._checkpoint
+        return ModuleNames(None if checkpoint is None else lambda: checkpoint.config)
 
     @functools.cached_property
     def heads(self) -> dict[str, str]:
@@ -116,11 +121,12 @@ class Base:
         theirs = self._checkpoint.entries[key]
         if theirs.dtype not in FLOATS:
             return
-        ours = self._checkpoint.array(key)
-        if theirs.dtype != entry.dtype:  # it was cast when it was loaded
-            ours = round_to({name: widen(key, theirs.dtype, ours)}, DTYPES[entry.dtype])[0][name]
-            stored = round_to({name: widen(name, entry.dtype, stored)}, DTYPES[entry.dtype])[0][name]
-        if not np.array_equal(ours, stored):
+        both = {
+            "here": widen(key, theirs.dtype, self._checkpoint.array(key)),
+            "there": widen(name, entry.dtype, stored),
+        }
+        rounded, _ = round_to(both, DTYPES[entry.dtype])  # it was cast when it was loaded
+        if not np.array_equal(rounded["here"], rounded["there"]):
             raise TargetError(
                 f"the adapter was saved next to a {safe_repr(name)} that differs from that of base: PEFT would load it "
                 "into the model. Give the model that the adapter was made for; or, if the weight was changed before "

@@ -12,9 +12,18 @@ from tnadapt.targets.roles import natural
 
 from ._base_model import Base, target_of
 from ._file_format import EncodedAdapter, ExportChoice, FileFormat, ForeignAdapter, Json
-from ._files import RECORD, Arrays, StoredFiles, decode, encode, foreign_tensor_names, json_text, safetensors_content
-from ._peft_content import recorded
-from ._peft_settings import PeftSettings, settings_of
+from ._files import (
+    RECORD,
+    Arrays,
+    StoredFiles,
+    decode,
+    encode,
+    foreign_tensor_names,
+    json_text,
+    recorded,
+    safetensors_content,
+)
+from ._peft_settings import LOW_RANK, Scales, common_settings
 from ._updates import Float, Module, TargetUpdate, common_dtype, uniform, widen
 
 # -- The component of a pipeline, by the caller, the file or the modules' names ----------------------------------------
@@ -193,7 +202,11 @@ def written_component(form: str, part: str | None, source: str, paths: Sequence[
                 f"Choose one, for example {_choice(known[0])}"
             )
     if here is None:
-        raise _unknown(form, COMPONENTS, paths)
+        raise ConfigError(
+            f"a file of {form} names the part of the pipeline that its adapter belongs to, and the module names do not "
+            f"show which one this is: {summarize(paths)}. Give it, for example {_choice(COMPONENTS[0])}; the parts are "
+            f"{', '.join(COMPONENTS)}"
+        )
     return here
 
 
@@ -201,21 +214,11 @@ def written_prefix(form: str, part: str | None, source: str, paths: Sequence[str
     """Return the component to write, by kohya's prefix; the parameters are those of :func:`written_component`."""
     if part in PREFIXES or (part is None and source in PREFIXES):
         return part or source
-    component = part or (source if source in COMPONENTS else component_of(paths))
-    if component is None:
-        raise _unknown(form, PREFIXES, paths)
+    component = written_component(form, part, source, paths)
     known = _PREFIXES_OF[component]
     if not known:
         raise ConfigError(f"{form} has no prefix for {component}; its prefixes are {', '.join(PREFIXES)}")
     return source if source in known else known[0]
-
-
-def _unknown(form: str, known: Sequence[str], paths: Sequence[str]) -> ConfigError:
-    return ConfigError(
-        f"a file of {form} names the part of the pipeline that its adapter belongs to, and the module names do not "
-        f"show which one this is: {summarize(paths)}. Give it, for example {_choice(known[0])}; the parts are "
-        f"{', '.join(known)}"
-    )
 
 
 def _choice(part: str) -> str:
@@ -240,6 +243,7 @@ class DiffusersFormat(FileFormat):
 
     library = "diffusers"
     kinds = ("lora",)
+    kernels: Mapping[str, int] = {"lora": 3}
     parts_read = parts_written = (*COMPONENTS, *PREFIXES)
     _component = "unet"
 
@@ -255,13 +259,6 @@ class DiffusersFormat(FileFormat):
         """Read the adapter of a file; ``part`` is one of its components, such as "unet"."""
         with files.container() as container:
             return _read(container, base, part)
-
-    def check_module(self, module: Module, kind: str) -> None:
-        """Raise ConfigError for weights stored as (in, out), and for kernels with more than three axes."""
-        axes = len(module.stored) - 2
-        if module.transposed or axes > 3:
-            what = f"has a kernel of {axes} dimensions" if axes > 3 else "is stored as (in, out)"
-            raise ConfigError(f"{safe_repr(module.path)} {what}, and diffusers supports no such layer")
 
     def encode(self, kind: str, modules: Sequence[Module], choice: ExportChoice, kept: Sequence[str]) -> EncodedAdapter:
         """Encode the tensors.
@@ -285,7 +282,7 @@ class DiffusersFormat(FileFormat):
 def _read(container: Container, base: Base | None, part: str | None) -> ForeignAdapter:
     """Read the adapter of an open file."""
     chosen, modules, dtype = stored_modules(container, _NAME, part, "a LoRA of diffusers", _SUFFIXES)
-    settings, renamed = _settings(container.metadata, chosen), recorded(container.metadata, _RENAMED, str)
+    scales, renamed = _scales(container.metadata, chosen), recorded(container.metadata, _RENAMED, str)
     updates = []
     for path in sorted(modules, key=natural):
         alpha = modules[path].pop("alpha", None)
@@ -293,7 +290,7 @@ def _read(container: Container, base: Base | None, part: str | None) -> ForeignA
         if alpha is not None and rank:
             scale = one_number(path, alpha) / rank
         else:
-            scale = 1.0 if settings is None else settings.scale(path, rank)
+            scale = 1.0 if scales is None else scales.of(path, rank)
         target = target_of(_path(path, base, renamed), shape, base)
         updates.append(TargetUpdate(target, update._replace(scale=scale)))
     return ForeignAdapter("lora", updates, dtype, part=chosen)
@@ -307,8 +304,8 @@ def _path(path: str, base: Base | None, renamed: Mapping[str, str]) -> str:
     return other if other in base.shapes and path not in base.shapes else path
 
 
-def _settings(metadata: Mapping[str, str], component: str) -> PeftSettings | None:
-    """Return the settings that diffusers saved for a component, or None if it saved none."""
+def _scales(metadata: Mapping[str, str], component: str) -> Scales | None:
+    """Return the scales by PEFT's settings that diffusers saved for a component, or None if it saved none."""
     if _SETTINGS not in metadata:
         return None
     try:
@@ -317,4 +314,5 @@ def _settings(metadata: Mapping[str, str], component: str) -> PeftSettings | Non
                if name.startswith(f"{component}.")}  # fmt: skip
     except (ValueError, AttributeError, RecursionError):
         raise FileError(f"the entry {_SETTINGS} of its metadata is not a JSON object") from None
-    return settings_of({**settings, "peft_type": "LORA"}) if settings else None
+    common_settings(settings, LOW_RANK, may_transpose=True)
+    return Scales(settings) if settings else None

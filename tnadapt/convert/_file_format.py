@@ -1,4 +1,4 @@
-"""The interface of file formats, how updates meet weights (DoRA, HiRA), and adapter files made of what a format reads.
+"""The interface of file formats, and adapter files made of what a format reads.
 
 One class implements one format: it recognizes, reads, encodes and writes the files. The defaults of
 :class:`FileFormat` reject everything that a format does not explicitly support.
@@ -16,13 +16,12 @@ from tnadapt.algebra.composite import CompositeConfig
 from tnadapt.algebra.config import Config
 from tnadapt.algebra.folding import kronecker_sizes
 from tnadapt.checkpoints.adapter_file import AdapterFile
-from tnadapt.checkpoints.pretrained_model import Pretrained
 from tnadapt.errors import ConfigError, FileError, safe_repr, summarize
 from tnadapt.targets.target import Target
 
 from ._base_model import Base, target_of
 from ._files import StoredFiles
-from ._updates import Float, Module, ModuleUpdate, Pair, TargetUpdate, Unpacked, alpha_of, as_matrix, check_size, narrow
+from ._updates import Float, Module, ModuleUpdate, Pair, TargetUpdate, alpha_of, check_size, narrow
 
 # -- What messages recommend -------------------------------------------------------------------------------------------
 
@@ -33,25 +32,6 @@ TO_FULL = "to='lycoris-full' (--to lycoris-full), which holds every update"
 WITHOUT_KEPT = "by without_kept=True (--without-kept)"
 
 
-# -- How updates meet their weights: magnitudes (DoRA), and HiRA -------------------------------------------------------
-
-
-class Application(NamedTuple):
-    """How all updates of an adapter meet their weights.
-
-    Attributes
-    ----------
-    apply, magnitude_axis : str
-        As in :class:`tnadapt.Config`.
-    magnitudes : mapping of str to ndarray
-        The magnitudes by the paths of modules, as vectors, for "magnitude".
-    """
-
-    apply: str = "add"
-    magnitude_axis: str = "rows"
-    magnitudes: Mapping[str, Float] = {}
-
-
 def not_additive(apply: str, form: str) -> ConfigError:
     """Return the error of a form that holds nothing but added updates."""
     other = "" if form == "peft-lora" else ", or convert it to 'peft-lora' (--to peft-lora), which has DoRA and HiRA"
@@ -59,28 +39,6 @@ def not_additive(apply: str, form: str) -> ConfigError:
         f"apply={apply!r} of this adapter does more than add ΔW to the weight, and {form} can only add: merge it into "
         f"the base with tnadapt.merge (tnadapt merge){other}"
     )
-
-
-def application_of(file: AdapterFile, modules: Sequence[Module]) -> Application:
-    """Return the application of a file's updates.
-
-    Raises
-    ------
-    ConfigError
-        If a magnitude is that of some rows of a weight.
-    """
-    magnitudes: dict[str, Float] = {}
-    arrays = Unpacked(file).arrays
-    for module in modules:
-        for number, target in module.targets:
-            for name in file.plan.weight_param_names[number]:
-                if target.rows is not None:
-                    raise ConfigError(
-                        f"{safe_repr(module.path)} has magnitudes of some of its rows only, and other libraries have "
-                        f"one for each row of a weight: {MERGE}"
-                    )
-                magnitudes[module.path] = arrays[name]
-    return Application(file.config.apply, file.config.magnitude_axis, magnitudes)
 
 
 # -- The interface of file formats -------------------------------------------------------------------------------------
@@ -116,8 +74,10 @@ class ForeignAdapter(NamedTuple):
         Remarks for the user.
     parameters : int, optional
         Number of elements of the stored tensors; by default those of the updates.
-    application : Application
-        How the updates meet the weights; by default they are added.
+    apply : str
+        How the updates meet the weights, as in :class:`tnadapt.Config`.
+    magnitudes : mapping of str to ndarray
+        The magnitudes of rows by the paths of modules, as vectors, if ``apply`` is "magnitude".
     part : str
         The part that was read, if files of the format have parts.
     ties : mapping of str to sequence of str
@@ -133,7 +93,8 @@ class ForeignAdapter(NamedTuple):
     file: AdapterFile | None = None
     notes: tuple[str, ...] = ()
     parameters: int | None = None
-    application: Application = Application()
+    apply: str = "add"
+    magnitudes: Mapping[str, Float] = {}
     part: str = ""
     ties: Mapping[str, Sequence[str]] = {}
 
@@ -183,10 +144,7 @@ class EncodedAdapter(NamedTuple):
     record : mapping
         Entries that the format adds to the record of the conversion in the file's metadata.
     kept_names : mapping of str to sequence of str
-        For parameters trained alongside the adapter the names of the tensors that store them, unless each has one,
-        :meth:`FileFormat.kept_name`.
-    notes : tuple of str
-        Remarks for the :class:`Conversion`.
+        For parameters trained alongside the adapter the names of the tensors that store them.
     """
 
     tensors: dict[str, Float]
@@ -195,7 +153,6 @@ class EncodedAdapter(NamedTuple):
     record: Mapping[str, Any] = {}
     integers: Mapping[str, np.ndarray] = {}
     kept_names: Mapping[str, Sequence[str]] = {}
-    notes: tuple[str, ...] = ()
 
 
 class FileFormat:
@@ -215,16 +172,18 @@ class FileFormat:
     structures : tuple of str
         Methods that can be written only from a config of that structure, by :meth:`encode_file`: "vera" defines the
         form ``NAME-vera``.
-    embeddings : tuple of str
-        Those of both that can be of an embedding.
+    embeddings, transposed : tuple of str
+        Those of both that can be of an embedding, and of ``kinds`` that can be of a weight stored as (in, out).
+    kernels : mapping of str to int
+        The largest number of dimensions of a convolution's kernel, by those of ``kinds`` that can be of one.
+    applies : tuple of str
+        Values of ``apply`` of :class:`tnadapt.Config` besides "add" that LoRA can have, by :meth:`applied`.
     folder : tuple of str
         Names of the files if an adapter is a folder with several; the last one is moved into place last.
     parts_read : tuple of str
         What a caller's ``part`` may be when a file is read, if a file may hold the adapters of several models.
     parts_written : tuple of str
         What it may be when one is written, if a file says of which part of a model the adapter is.
-    no_attention : str
-        Reason why the parameters of ``nn.MultiheadAttention`` cannot be converted, for messages.
     no_kronecker : str
         Message for the case that :meth:`fit_kronecker` finds nothing for the nearest Kronecker products.
     """
@@ -234,10 +193,12 @@ class FileFormat:
     kinds: tuple[str, ...] = ()
     structures: tuple[str, ...] = ()
     embeddings: tuple[str, ...] = ()
+    transposed: tuple[str, ...] = ()
+    kernels: Mapping[str, int] = {}
+    applies: tuple[str, ...] = ()
     folder: tuple[str, ...] = ()
     parts_read: tuple[str, ...] = ()
     parts_written: tuple[str, ...] = ()
-    no_attention = "it has no module for nn.MultiheadAttention"
     no_kronecker = "no Kronecker product of this rank can be loaded there: give another rank"
 
     # -- Reading -------------------------------------------------------------------------------
@@ -309,54 +270,36 @@ class FileFormat:
 
     def check_target(self, target: Target) -> None:
         """Raise ConfigError unless the library can adapt the target's parameter; by default, the weight of a module."""
-        if target.index is not None:
-            raise ConfigError(
-                f"{target.label} cannot be converted: it is one of the {target.stored[0]} matrices of a parameter, as "
-                f"experts are kept; {MERGE}"
-            )
         if target.tied:
             raise ConfigError(
                 f"{target.name} cannot be converted: it is updated together with {', '.join(target.tied)}, to which it "
                 f"is tied, and {self.library} updates one layer; {MERGE}"
             )
-        if target.parameter == "in_proj_weight":
-            raise ConfigError(
-                f"{target.name} cannot be converted to {self.library}: {self.no_attention}; merge the adapter into the "
-                "model, or keep it a tnadapt file"
-            )
         if target.parameter != "weight" or not target.module:
             raise ConfigError(
                 f"{target.name} cannot be converted: {self.library} adapts the weight of a layer in the model, and "
-                "this is another parameter"
+                "this is another parameter; merge the adapter into the model, or keep it a tnadapt file"
             )
 
     def check_module(self, module: Module, kind: str) -> None:
-        """Raise ConfigError unless the library supports the method for the module; by default, matrices (out, in)."""
-        if module.transposed or len(module.stored) != 2:
-            what = "as (in, out)" if module.transposed else f"in {len(module.stored)} axes"
+        """Raise ConfigError unless the library supports the method for the module, by its attributes."""
+        kernel, most = len(module.stored) - 2, self.kernels.get(kind, 0)
+        if module.transposed and kind not in self.transposed:
             raise ConfigError(
-                f"{safe_repr(module.path)} is stored {what}, and {self.library} has {kind} only for matrices (out, in)"
+                f"{safe_repr(module.path)} is stored as (in, out), and {self.library} has no {kind} for such a layer; "
+                f"{TO_PEFT_LORA}"
+            )
+        if kernel > most:
+            raise ConfigError(
+                f"{safe_repr(module.path)} has a kernel of {kernel} dimensions, and {self.library} has {kind} only for "
+                f"{f'up to {most}' if most else 'matrices'}"
             )
 
-    def check_applied(self, kind: str, apply: str, magnitude_axis: str) -> None:
-        """Raise ConfigError, before anything is fitted, unless :meth:`applied` takes updates of this application."""
-        if type(self).applied is FileFormat.applied:
-            raise not_additive(apply, f"{self.name}-{kind}")
-
     def applied(
-        self,
-        encoded: EncodedAdapter,
-        kind: str,
-        modules: Sequence[Module],
-        choice: ExportChoice,
-        application: Application,
+        self, encoded: EncodedAdapter, modules: Sequence[Module], choice: ExportChoice, file: AdapterFile
     ) -> EncodedAdapter:
-        """Return what :meth:`encode` returned for updates that are not just added; refused unless overridden."""
-        raise not_additive(application.apply, f"{self.name}-{kind}")
-
-    def of_base(self, encoded: EncodedAdapter, about: Pretrained | None) -> EncodedAdapter:
-        """Add what is known of the base model to an encoded adapter; by default nothing."""
-        return encoded
+        """Return what :meth:`encode` returned, for updates of a file that are not just added."""
+        raise self._lacks("applied")
 
     def check_adapter(self, modules: Sequence[Module], kept: Mapping[str, np.ndarray]) -> None:
         """Raise ConfigError unless the whole adapter can be represented; by default, without kept parameters."""
@@ -409,17 +352,17 @@ class FileFormat:
         """
         raise self._lacks("encode_file")
 
-    def with_kept(
+    def completed(
         self, encoded: EncodedAdapter, modules: Sequence[Module], file: AdapterFile, base: Base | None
     ) -> EncodedAdapter:
-        """Add the settings and names of the parameters trained alongside an adapter; by default nothing.
+        """Add what is known of the base model, and of the parameters trained alongside; by default nothing.
 
         Parameters
         ----------
         encoded : EncodedAdapter
         modules : sequence of Module
         file : AdapterFile
-            With the parameters, ``kept``.
+            Its ``kept`` parameters, if :meth:`check_adapter` allows them, need ``kept_names``.
         base : Base, optional
 
         Raises
@@ -428,10 +371,6 @@ class FileFormat:
             If the library could not load them.
         """
         return encoded
-
-    def kept_name(self, name: str) -> str:
-        """Return the name of the tensor that stores a parameter trained alongside the adapter."""
-        raise self._lacks("kept_name")
 
     def write(
         self,
@@ -469,8 +408,6 @@ class ConversionRequest(NamedTuple):
 
     Attributes
     ----------
-    form : str
-        Name of the form, such as "peft-lora".
     format : FileFormat
         Its format; :class:`FileFormat` itself for a file of this library.
     kind : str
@@ -479,7 +416,6 @@ class ConversionRequest(NamedTuple):
         Arguments of :func:`tnadapt.convert`.
     """
 
-    form: str
     format: FileFormat
     kind: str
     rank: int | None
@@ -488,6 +424,11 @@ class ConversionRequest(NamedTuple):
     part: str | None
     dtype: str | None
     without_kept: bool
+
+    @property
+    def form(self) -> str:
+        """Name of the form, such as "peft-lora"."""
+        return f"{self.format.name}-{self.kind}" if self.kind else self.format.name
 
 
 # -- An adapter of another library as a file of this one ---------------------------------------------------------------
@@ -504,9 +445,8 @@ def file_of(adapter: ForeignAdapter) -> tuple[AdapterFile, tuple[ModuleUpdate, .
 
     Notes
     -----
-    The file has a :class:`tnadapt.CompositeConfig` if the weights differ in form, rank or scale. In LoKr, a W1 or W2
-    that is full in one weight and low-rank in another gets a form that fits both. A scale that is not ``alpha / rank``
-    for any alpha is multiplied into a factor.
+    The file has a :class:`tnadapt.CompositeConfig` if the weights differ in form, rank or scale. A scale that is not
+    ``alpha / rank`` for any alpha is multiplied into a factor.
 
     Raises
     ------
@@ -520,35 +460,34 @@ def file_of(adapter: ForeignAdapter) -> tuple[AdapterFile, tuple[ModuleUpdate, .
     parts = [
         group
         for part in _alike(adapter.updates, _key)
-        for group in ([part] if _common([entry.update for entry in part]) is not None else _alike(part, _sizes))
+        for group in ([part] if _split_size(part) is not None else _alike(part, lambda update: update.parts[0].shape))
     ]
-    configs, arrays, number = list[tuple[Config, int]](), dict[str, Float](), 0
+    configs, arrays = list[tuple[Config, int]](), dict[str, Float]()
+    ordered = [entry for part in parts for entry in part]
     for part in parts:
-        config, updates = _conformed([entry.update for entry in part])
+        config, absorbs = _common(part)
+        for number, (_, update) in enumerate(part, start=sum(count for _, count in configs)):
+            stored_update = update.absorb_scale() if absorbs else update
+            arrays |= {f"group{number}.{name}": array for name, array in stored_update.arrays().items()}
         configs.append((config, len(part)))
-        for update in updates:
-            arrays |= {f"group{number}.{name}": array for name, array in update.arrays().items()}
-            number += 1
     config = configs[0][0] if len(configs) == 1 else CompositeConfig(configs)
-    ordered, application = [entry for part in parts for entry in part], adapter.application
-    stored, dtypes = narrow(arrays | _magnitudes_of(ordered, application), adapter.dtype)
+    stored, dtypes = narrow(arrays | _magnitudes_of(ordered, adapter.magnitudes), adapter.dtype)
     for name in arrays:
         if not np.isfinite(stored[name]).all():
             target = ordered[int(name.partition(".")[0].removeprefix("group"))].target
             raise FileError(f"the scale of {safe_repr(target.label)} makes numbers that are too large for float32")
     file = AdapterFile(
-        config.replace(apply=application.apply, magnitude_axis=application.magnitude_axis),
-        [entry.target for entry in ordered], stored, kept=adapter.kept,
+        config.replace(apply=adapter.apply), [entry.target for entry in ordered], stored, kept=adapter.kept,
         dtypes={**adapter.kept_dtypes, **dtypes}, model=adapter.model, ties=adapter.ties,
     )  # fmt: skip
     return file, tuple(entry.update for entry in ordered)
 
 
-def _magnitudes_of(updates: Sequence[TargetUpdate], application: Application) -> dict[str, Float]:
+def _magnitudes_of(updates: Sequence[TargetUpdate], by_module: Mapping[str, Float]) -> dict[str, Float]:
     """Return the arrays of an adapter file with the magnitudes of its targets."""
     magnitudes = dict[str, Float]()
-    for number, (target, _) in enumerate(updates if application.magnitudes else ()):
-        magnitude = application.magnitudes.get(target.module)
+    for number, (target, _) in enumerate(updates if by_module else ()):
+        magnitude = by_module.get(target.module)
         if magnitude is None:
             raise FileError(f"{safe_repr(target.module)} has no magnitude, and other modules have one")
         if magnitude.shape != (target.shape[0],):
@@ -560,56 +499,33 @@ def _magnitudes_of(updates: Sequence[TargetUpdate], application: Application) ->
     return magnitudes
 
 
-def _alike(found: Iterable[TargetUpdate], key: Callable[[ModuleUpdate], Hashable]) -> Iterable[list[TargetUpdate]]:
+def _alike(updates: Iterable[TargetUpdate], key: Callable[[ModuleUpdate], Hashable]) -> Iterable[list[TargetUpdate]]:
     """Return the updates of each key, in the order of its first one."""
     parts: dict[Hashable, list[TargetUpdate]] = {}
-    for entry in found:
+    for entry in updates:
         parts.setdefault(key(entry.update), []).append(entry)
     return parts.values()
 
 
 def _key(update: ModuleUpdate) -> Hashable:
     """Return what updates of one config have in common, apart from the sizes of LoKr."""
-    # The rank of LoKr is that of the factors that it has; those without any are padded.
-    return update.kind, update.scale, None if update.kind == "lokr" else update.rank
+    return update.kind, update.scale, update.rank, tuple(isinstance(part, Pair) for part in update.parts)
 
 
-def _sizes(update: ModuleUpdate) -> Hashable:
-    return update.parts[0].shape if update.kind == "lokr" else None
+def _common(part: Sequence[TargetUpdate]) -> tuple[Config, bool]:
+    """Return the config of updates that have one, and whether a factor of each has to absorb the scale."""
+    update, split_size = part[0].update, _split_size(part)
+    assert split_size is not None  # of updates of one key and size
+    config = update.config().replace(split_size=split_size)
+    alpha = None if update.scale == 1.0 else alpha_of([update.scale], update.rank)
+    return config.replace(alpha=alpha), alpha is None
 
 
-def _conformed(updates: Sequence[ModuleUpdate]) -> tuple[Config, list[ModuleUpdate]]:
-    """Return the config of updates that have one, and the updates in its form."""
-    config = _common(updates)
-    assert config is not None  # of updates of one key and size
-    assert isinstance(config.rank, int)
-    scale = updates[0].scale
-    alpha = None if scale == 1.0 else alpha_of([scale], config.rank)
-    if alpha is None:
-        updates = [update.absorb_scale() for update in updates]
-    return config.replace(alpha=alpha), [_conform(update, config) for update in updates]
-
-
-def _common(updates: Sequence[ModuleUpdate]) -> Config | None:
-    """Return the common config of updates of one key, or None for LoKr of sizes that no one config gives."""
-    config = updates[0].config()
-    if updates[0].kind != "lokr":
-        return config
-    size = _split_size(updates)
-    if size is None:
-        return None
-    firsts, lasts = ([update.parts[place] for update in updates] for place in (0, 1))
-    if not any(isinstance(last, Pair) for last in lasts):
-        return config.replace(rank=1, split_size=size, leading="dense", format="dense")
-    same = all(isinstance(first, Pair) for first in firsts)
-    rank = max(_factored(last).rank for last in lasts)
-    if same:
-        rank = max(rank, *(first.rank for first in firsts if isinstance(first, Pair)))
-    return config.replace(rank=rank, split_size=size, leading="same" if same else "dense", format="cp")
-
-
-def _split_size(updates: Sequence[ModuleUpdate]) -> str | int | tuple[int, ...] | None:
+def _split_size(part: Sequence[TargetUpdate]) -> str | int | tuple[int, ...] | None:
     """Return the shortest ``split_size`` that gives every update its sizes, or None."""
+    updates = [entry.update for entry in part]
+    if updates[0].kind != "lokr":
+        return updates[0].config().split_size
     first = updates[0].parts[0].shape
     small = sum(math.isqrt(size) for size in {math.prod(update.shape) for update in updates}) <= _MAX_BALANCED
     candidates: list[str | int | tuple[int, ...]] = ["balanced"] if small else []
@@ -619,24 +535,3 @@ def _split_size(updates: Sequence[ModuleUpdate]) -> str | int | tuple[int, ...] 
         if all(kronecker_sizes(update.shape, 2, size) == [part.shape for part in update.parts] for update in updates):
             return size
     return None
-
-
-def _factored(part: Pair | Float) -> Pair:
-    """Return a full matrix as an exact Pair: the matrix and an identity."""
-    if isinstance(part, Pair):
-        return part
-    rows, cols = part.shape
-    return Pair(part, np.eye(cols)) if cols <= rows else Pair(np.eye(rows), part.T)
-
-
-def _conform(update: ModuleUpdate, config: Config) -> ModuleUpdate:
-    """Return an update with its parts in the form that a common config requires."""
-    if update.kind == "dense":
-        return update
-    parts = list(update.parts)
-    if update.kind == "lokr":
-        parts[0] = as_matrix(parts[0]) if config.leading == "dense" else parts[0]
-        parts[1] = _factored(parts[1]) if config.format == "cp" else as_matrix(parts[1])
-    assert isinstance(config.rank, int)
-    rank = config.rank
-    return update._replace(parts=tuple(part.padded(rank) if isinstance(part, Pair) else part for part in parts))

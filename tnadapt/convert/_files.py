@@ -243,6 +243,15 @@ def _stage(folder: str) -> Iterator[str]:
             shutil.rmtree(stage, ignore_errors=True)
 
 
+def recorded(metadata: Mapping[str, str], entry: str, kind: type) -> dict[str, Any]:
+    """Return an entry of the record of a conversion: a value of a type for each module; empty if there is none."""
+    try:
+        listed = json.loads(metadata.get(RECORD, "{}")).get(entry, {})
+        return {path: value for path, value in listed.items() if isinstance(value, kind)}
+    except (ValueError, RecursionError, AttributeError):
+        return {}
+
+
 # -- The tensors of one module, under the names and shapes of PEFT and LyCORIS -----------------------------------------
 
 # Both libraries store LoKr and LoHa identically, and LoRA under different names, which their format modules translate.
@@ -393,6 +402,8 @@ def _lokr(get: _Getter, kron_last_axes: bool) -> tuple[ModuleUpdate, Shape, int 
         # torch.kron of a matrix and a tensor of order 3 multiplies the tensor's last two axes.
         turned = np.asarray(np.kron(as_matrix(first)[None], last.reshape(k, channels, *kernel)), np.float64)
         return ModuleUpdate("dense", _matrix(shape), (turned.reshape(_matrix(shape)),)), shape, rank
+    if not isinstance(last, Pair):
+        first = as_matrix(first)
     return ModuleUpdate("lokr", _matrix(shape), (first, last)), shape, rank
 
 
@@ -463,25 +474,14 @@ def without_groups(path: str, tensors: Tensors) -> tuple[Tensors, int]:
     groups = len(down) // up.shape[1]
     if len(down) % up.shape[1] or down.shape[1] % groups or len(up) % groups:
         return tensors, 1  # refused as factors of different ranks
-    rank, channels = up.shape[1], down.shape[1] // groups
-    parts = down.reshape(groups, rank, groups, channels, *down.shape[2:])
-    diagonal = parts[np.arange(groups), :, np.arange(groups)]
-    if np.count_nonzero(parts) != np.count_nonzero(diagonal):
+    first = down[: up.shape[1], : down.shape[1] // groups]
+    if not np.array_equal(down, spread_over_groups(first, groups)):
         raise FileError(
             f"{safe_repr(path)} is a convolution in {groups} groups, and in PEFT's LoRA each reads the channels "
             "of all groups, which no update of its weight does: leave it out of target_modules, or train LoKr or LoHa, "
             "whose updates are those of the weight"
         )
-    if all(np.array_equal(part, diagonal[0]) for part in diagonal):
-        return {**tensors, "lora_down": diagonal[0]}, groups
-    wide = np.zeros((groups, len(up) // groups, groups, rank))
-    wide[np.arange(groups), :, np.arange(groups)] = up.reshape(groups, -1, rank)
-    ones = (1,) * (up.ndim - 2)
-    return {
-        **tensors,
-        "lora_down": diagonal.reshape(groups * rank, channels, *down.shape[2:]),
-        "lora_up": wide.reshape(len(up), groups * rank, *ones),
-    }, groups
+    return {**tensors, "lora_down": first}, groups
 
 
 # -- The sizes of LoKr's factors -----------------------------------------------------------------
@@ -517,14 +517,15 @@ def kronecker_sizes_of(update: ModuleUpdate, stored: Sequence[int]) -> tuple[int
     return (p, q, k, stored[1] // q) if stored[1] % q == 0 and p * k == stored[0] else None
 
 
-def is_low(part: Pair | Float, sides: Sequence[int], rank: int) -> bool:
+def _is_low(part: Pair | Float, sides: Sequence[int], rank: int) -> bool:
     """Return whether a rank is below half of the larger side, in which case both libraries store two factors."""
     return isinstance(part, Pair) and 2 * rank < max(sides)
 
 
 def are_both_low(update: ModuleUpdate, size: tuple[int, int, int, int]) -> bool:
     """Return whether W1 and W2 are both stored as two factors, and so both have the larger of the two ranks."""
-    return all(is_low(part, sides, update.rank) for part, sides in zip(update.parts, (size[:2], size[2:]), strict=True))
+    sides = size[:2], size[2:]
+    return all(_is_low(part, pair, update.rank) for part, pair in zip(update.parts, sides, strict=True))
 
 
 def parts_to_store(update: ModuleUpdate, size: tuple[int, int, int, int], both: bool) -> tuple[Pair | Float, ...]:
@@ -532,7 +533,7 @@ def parts_to_store(update: ModuleUpdate, size: tuple[int, int, int, int], both: 
     if both:
         return tuple(part.padded(update.rank) for part in update.parts if isinstance(part, Pair))
     first, last = update.parts
-    low = isinstance(last, Pair) and is_low(last, size[2:], last.rank)
+    low = isinstance(last, Pair) and _is_low(last, size[2:], last.rank)
     return as_matrix(first), last if low else as_matrix(last)
 
 

@@ -6,12 +6,12 @@ the rows of its ``lora_b`` are permuted as well.
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import json
 import math
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,7 +23,7 @@ from tnadapt.targets.roles import natural
 
 from ._base_model import Base, target_of
 from ._file_format import MERGE, EncodedAdapter, ExportChoice, FileFormat, ForeignAdapter, Json
-from ._files import RECORD, Arrays, StoredFiles, decode, json_text
+from ._files import RECORD, Arrays, StoredFiles, decode, json_text, recorded
 from ._updates import Float, Module, TargetUpdate, alpha_of, common_dtype, uniform
 
 # -- The base model: its architecture in llama.cpp, names of tensors, and permuted rows --------------------------------
@@ -171,28 +171,31 @@ def base_of_gguf(base: Any) -> GgufBase:
 
 
 def _of_gguf(path: str) -> GgufBase:
-    gguf = gguf_package()
-    try:
-        reader = gguf.GGUFReader(path)
+    with _valid(f"{path} "):
+        reader = gguf_package().GGUFReader(path)
         fields = {name: field.contents() for name, field in reader.fields.items() if name.endswith(_FIELDS)}
         shapes = {tensor.name: tuple(map(int, tensor.shape))[::-1] for tensor in reader.tensors}
-    except Exception as error:  # whatever a damaged file makes the package raise
-        raise FileError(f"{path} is not a valid GGUF file: {type(error).__name__}: {str(error)[:200]}") from None
-
-    def field(name: str) -> Any:
-        if name not in fields:
-            raise FileError(f"{path} has no field {name}: is it a GGUF file of a model?")
-        return fields[name]
-
-    def number(name: str) -> int:
-        return integer(f"{name} of {path}", field(name), 1, _MOST, FileError)
-
-    architecture = field("general.architecture")
+    architecture = str(fields.get("general.architecture"))
     if architecture not in _ARCHITECTURES.values():
         raise _unknown("general.architecture", architecture, sorted(set(_ARCHITECTURES.values())))
-    heads, many = number(f"{architecture}.attention.head_count"), f"{architecture}.attention.head_count_kv"
-    kv_heads = number(many) if many in fields else heads
-    return GgufBase(architecture, number(f"{architecture}.block_count"), heads, kv_heads, shapes)
+
+    def number(name: str, default: int | None = None) -> int:
+        full = f"{architecture}.{name}"
+        return integer(f"{full} of {path}", fields.get(full, default), 1, _MOST, FileError)
+
+    heads = number("attention.head_count")
+    return GgufBase(architecture, number("block_count"), heads, number("attention.head_count_kv", heads), shapes)
+
+
+@contextlib.contextmanager
+def _valid(what: str = "") -> Iterator[None]:
+    """Raise FileError for whatever a damaged file makes the package gguf raise."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise FileError(f"{what}is not a valid GGUF file: {type(error).__name__}: {str(error)[:200]}") from None
 
 
 def _number(config: Mapping[str, Any], names: tuple[str, ...]) -> int:
@@ -222,7 +225,7 @@ class GgufFormat(FileFormat):
     """Adapters of llama.cpp; those that this library wrote can be read."""
 
     library = "llama.cpp"
-    kinds = ("lora",)
+    kinds = transposed = ("lora",)
     _given: Any = None
 
     def detect(self, path: str) -> str | None:
@@ -241,11 +244,6 @@ class GgufFormat(FileFormat):
             with open(place, "wb") as copy:
                 copy.write(stream.read())
             return _read(place, base)
-
-    def check_module(self, module: Module, kind: str) -> None:
-        """Raise ConfigError for convolutions; llama.cpp stores all matrices as (out, in)."""
-        if len(module.stored) != 2:
-            raise ConfigError(f"{safe_repr(module.path)} is a convolution, and llama.cpp has no LoRA of convolutions")
 
     def encode(self, kind: str, modules: Sequence[Module], choice: ExportChoice, kept: Sequence[str]) -> EncodedAdapter:
         """Encode the tensors; the file has one α, and each tensor is scaled by α / rank."""
@@ -339,18 +337,15 @@ def _read(path: str, base: Base | None) -> ForeignAdapter:
 def _stored(path: str) -> tuple[dict[str, Any], dict[str, Float], dict[str, str]]:
     """Return the fields, the tensors and their dtypes of a GGUF file."""
     gguf = gguf_package()
-    try:
+    with _valid(), np.errstate(invalid="ignore"):  # a signaling NaN, which the cast makes quiet
         reader = gguf.GGUFReader(path)
         fields = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}
         kinds = {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}
-        with np.errstate(invalid="ignore"):  # a signaling NaN, which the cast makes quiet
-            wide = {
-                tensor.name: gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float64)
-                for tensor in reader.tensors
-                if kinds[tensor.name] in _DTYPES
-            }
-    except Exception as error:  # whatever a damaged file makes the package raise
-        raise FileError(f"is not a valid GGUF file: {type(error).__name__}: {str(error)[:200]}") from None
+        wide = {
+            tensor.name: gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float64)
+            for tensor in reader.tensors
+            if kinds[tensor.name] in _DTYPES
+        }
     if other := [name for name, ggml_type in kinds.items() if ggml_type not in _DTYPES]:
         raise FileError(f"{safe_repr(other[0])} is {kinds[other[0]]}; only {', '.join(_DTYPES)} can be converted")
     return fields, wide, {name: _DTYPES[ggml_type] for name, ggml_type in kinds.items()}
@@ -358,14 +353,15 @@ def _stored(path: str) -> tuple[dict[str, Any], dict[str, Float], dict[str, str]
 
 def _recorded(text: Any) -> dict[str, tuple[str, list[int], bool, int | None]]:
     """Return the modules by llama.cpp's names, from the record of a conversion."""
+    listed = recorded({RECORD: text if isinstance(text, str) else ""}, _MODULES, list)
+    modules = {name: tuple(entry) for name, entry in listed.items()}
     try:
-        modules = {name: tuple(entry) for name, entry in json.loads(text)[_MODULES].items()}
         well = all(
-            len(entry) == 4 and isinstance(entry[0], str) and len(entry[1]) == 2 and isinstance(entry[2], bool)
-            and (entry[3] is None or (isinstance(entry[3], int) and entry[3] > 0))
-            for entry in modules.values()
+            isinstance(module, str) and len(stored) == 2 and isinstance(transposed, bool)
+            and (heads is None or (isinstance(heads, int) and heads > 0))
+            for module, stored, transposed, heads in modules.values()
         )  # fmt: skip
-    except (ValueError, TypeError, AttributeError, KeyError, RecursionError):
+    except (ValueError, TypeError):
         well = False
     if not well or not modules:
         raise FileError(

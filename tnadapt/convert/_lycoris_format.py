@@ -5,7 +5,6 @@ Every tensor of such a file is either read exactly or rejected by name. LyCORIS 
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -49,6 +48,7 @@ class LycorisFormat(FileFormat):
 
     library = "LyCORIS"
     kinds = ("lora", "lokr", "loha", "full")
+    kernels = dict.fromkeys(kinds, 3)
     parts_read = (*PREFIXES, *COMPONENTS, "lycoris")
 
     def flat_name(self, path: str) -> str:
@@ -63,19 +63,6 @@ class LycorisFormat(FileFormat):
         """Read the adapter of a file; ``part`` is one of its prefixes, such as "lora_unet"."""
         with files.container() as container:
             return _read(container, base, part)
-
-    def check_module(self, module: Module, kind: str) -> None:
-        """Raise ConfigError for weights stored as (in, out), and for kernels with more than three axes."""
-        if module.transposed:
-            raise ConfigError(
-                f"{safe_repr(module.path)} is stored as (in, out), and LyCORIS supports no such layer; convert to "
-                "'peft-lora'"
-            )
-        axes = len(module.stored) - 2
-        if axes > 3:
-            raise ConfigError(
-                f"{safe_repr(module.path)} has a kernel of {axes} dimensions, and LyCORIS has {kind} only for up to 3"
-            )
 
     def check_adapter(self, modules: Sequence[Module], kept: Mapping[str, np.ndarray]) -> None:
         """Raise ConfigError for paths that map to the same name, and for parameters trained alongside the adapter."""
@@ -193,9 +180,9 @@ def _read(container: Container, base: Base | None, part: str | None) -> ForeignA
 def _recorded(metadata: Mapping[str, str]) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Return the path and shape of each flat name from the record of a conversion; empty if there is none."""
     try:
-        listed = json.loads(metadata.get(RECORD, "{}")).get(_MODULES, {})
-        modules = {str(name): (str(path), tuple(map(int, shape))) for name, (path, shape) in listed.items()}
-    except (ValueError, TypeError, AttributeError, RecursionError):
+        listed = _files.recorded(metadata, _MODULES, list)
+        modules = {name: (str(path), tuple(map(int, shape))) for name, (path, shape) in listed.items()}
+    except (ValueError, TypeError):
         return {}
     return {name: module for name, module in modules.items() if _names(_PREFIXES.sub("", name, count=1), module[0])}
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
@@ -28,7 +27,7 @@ from tnadapt.targets.target import Target
 
 from ._base_model import Base, target_of
 from ._file_format import TO_PEFT_LORA, EncodedAdapter, ForeignAdapter
-from ._files import RECORD
+from ._files import recorded
 from ._peft_settings import CommonSettings, common_config, common_settings, integer_of
 from ._updates import Float, Module, ModuleUpdate, TargetUpdate, common_dtype, from_bfloat16, narrow, widen
 
@@ -81,12 +80,12 @@ class PeftContent:
     def __init__(self, container: Container, config: Mapping[str, Any], base: Base | None, method: PeftMethod) -> None:
         self.config, self.base, self.method = config, base, method
         self.settings = common_settings(config, method.fields, method.may_transpose)
-        self.shared: dict[str, Any] = {}
+        self.metadata, self.shared = container.metadata, dict[str, Any]()
         self.dtypes = set[str]()
         self.parameters = 0
         modules, others = dict[str, dict[str, Any]](), list[str]()
         for name, entry in container.entries.items():
-            path, _, last = name.removeprefix(PREFIX).rpartition(".")
+            path, last = _split_name(name, method.tensors)
             whole = name.removeprefix(_MODEL_LEVEL)
             if name.startswith(PREFIX) and path and last in method.tensors:
                 array = container.array(name)
@@ -126,13 +125,19 @@ class PeftContent:
         array = self.modules[path].get(name)
         if array is None:
             raise FileError(f"{safe_repr(path)} has {', '.join(self.modules[path])}, and lacks {name}")
-        return _checked(f"{name} of {safe_repr(path)}", array, axes)
+        if array.ndim != axes or 0 in array.shape:
+            raise self.misfit(path, f"{name} must have {axes} axes, none of them empty")
+        return array
 
     def shared_tensor(self, name: str, axes: int, way_out: str = "") -> Float:
         """Return a tensor of the whole adapter; raise FileError if it is missing or has another number of axes."""
         if name not in self.shared:
             raise FileError(f"lacks {_MODEL_LEVEL}{name}, which a {self.method.title} adapter needs{way_out}")
-        array: Float = _checked(_MODEL_LEVEL + name, self.shared[name], axes)
+        array: Float = self.shared[name]
+        if array.ndim != axes or 0 in array.shape:
+            raise FileError(
+                f"{_MODEL_LEVEL}{name} must have {axes} axes, none of them empty; its shape is {array.shape}"
+            )
         return array
 
     def rank(self, default: int) -> int:
@@ -151,18 +156,23 @@ class PeftContent:
     def check_targets(self, targets: Sequence[Target]) -> None:
         """Raise FileError if ``fan_in_fan_out`` is wrong for some weights in base, and others rely on it."""
         if self.base is not None and self.method.may_transpose:
-            known = {path for path in self.modules if is_conv1d(path, self.settings.model_type, self.base)}
-            unknown = [target for target in targets if target.module not in known.union(self._transposed)]
-            check_transposed(unknown, self.settings.transposed)
+            trusted = [
+                target
+                for target in targets
+                if target.role != "embedding" and target.index is None and target.module not in self._transposed
+                and not is_conv1d(target.module, self.settings.model_type, self.base)
+            ]  # fmt: skip
+            check_transposed(trusted, self.settings.transposed)
 
     def misfit(self, path: str, why: str) -> FileError:
         """Return the error for tensors of a module that do not fit together."""
         shapes = ", ".join(f"{name} {array.shape}" for name, array in self.modules.get(path, {}).items())
         return FileError(f"the tensors of {safe_repr(path)} do not fit: {why}; they are {shapes}")
 
-    def target(self, path: str, shape: tuple[int, int]) -> Target:
-        """Return the target of a module whose tensors give the shape ``(rows, cols)`` of the update."""
-        return target_of(path, shape, self.base, self._is_transposed(path), self.method.may_transpose)
+    def target(self, path: str, shape: tuple[int, ...]) -> Target:
+        """Return the target of a module whose tensors give the shape ``(out, in, …)`` of the update."""
+        transposed = len(shape) == 2 and self._is_transposed(path)
+        return target_of(path, shape, self.base, transposed, self.method.may_transpose)
 
     def target_from_base(self, path: str, size: int, fits: Callable[[int, int, int], bool], why: str) -> Target:
         """Return the target of a module whose tensors do not give the shape of the update.
@@ -218,19 +228,11 @@ class PeftContent:
         return bool(self._transposed.get(path, says))
 
 
-def _checked(what: str, array: np.ndarray, axes: int) -> np.ndarray:
-    if array.ndim != axes or 0 in array.shape:
-        raise FileError(f"{what} must have {axes} axes, none of them empty; its shape is {array.shape}")
-    return array
-
-
-def recorded(metadata: Mapping[str, str], entry: str, kind: type) -> dict[str, Any]:
-    """Return an entry of the record of a folder that this library wrote: a value of a type for each module."""
-    try:
-        listed = json.loads(metadata.get(RECORD, "{}")).get(entry, {})
-        return {path: value for path, value in listed.items() if isinstance(value, kind)}
-    except (ValueError, RecursionError, AttributeError):
-        return {}
+def _split_name(name: str, tensors: Collection[str]) -> tuple[str, str]:
+    """Return the path of a module, and the name of its tensor, which may have a dot."""
+    path, _, last = name.removeprefix(PREFIX).rpartition(".")
+    module, _, middle = path.rpartition(".")
+    return (module, f"{middle}.{last}") if f"{middle}.{last}" in tensors else (path, last)
 
 
 def check_transposed(targets: Sequence[Target], says: bool) -> None:
@@ -288,7 +290,6 @@ def other_tensors(
     settings: CommonSettings,
     title: str,
     base: Base | None,
-    ties: bool = False,
 ) -> OtherTensors:
     """Read the tensors that are not those of a method.
 
@@ -303,8 +304,6 @@ def other_tensors(
     title : str
         The method's name, for messages.
     base : Base, optional
-    ties : bool
-        Whether PEFT stores a kept matrix for each module it is tied to.
 
     Raises
     ------
@@ -330,7 +329,7 @@ def other_tensors(
         rest.dtypes.update({f"kept.{kept}": dtype} if dtype else {})
         if rest.kept[kept].ndim == 2 and is_saved(kept, settings.saved):
             rest.ties[kept] = ()
-    if ties:
+    if settings.ties:
         others = _join_ties(container, rest, trained, others)
     if others:
         raise FileError(f"has tensors that do not belong to a {title} adapter: {summarize(others)}")
@@ -424,10 +423,6 @@ def _kept_array(container: Container, names: Sequence[str]) -> tuple[np.ndarray,
 # such a file. What no config can describe is read as LoRA or dense, exactly, and a note says so.
 
 
-#: The end of a note.
-DRAWN = "regenerated as torch draws on a CPU, which PEFT does not promise for every system, and stored here"
-
-
 class OwnStructure(NamedTuple):
     """What a method reads: an adapter in its own structure, or the updates alone.
 
@@ -447,6 +442,8 @@ class OwnStructure(NamedTuple):
     notes : tuple of str
     alone : sequence of str
         The names of targets that are updated alone, also where the model ties them.
+    apply, magnitudes
+        As in :class:`ForeignAdapter`.
     """
 
     targets: Sequence[Target]
@@ -457,6 +454,16 @@ class OwnStructure(NamedTuple):
     trained: Sequence[str] | None = None
     notes: tuple[str, ...] = ()
     alone: Sequence[str] = ()
+    apply: str = "add"
+    magnitudes: Mapping[str, Float] = {}
+
+
+def dense_updates(
+    targets: Sequence[Target], deltas: Sequence[Float], why: str, notes: tuple[str, ...] = ()
+) -> OwnStructure:
+    """Return the updates themselves, exact but large, with a note."""
+    updates = [ModuleUpdate("dense", target.shape, (delta,)) for target, delta in zip(targets, deltas, strict=True)]
+    return OwnStructure(targets, updates=updates, notes=(f"stored dense: {why}", *notes))
 
 
 class PeftMethod:
@@ -527,8 +534,8 @@ class PeftMethod:
                 ties=ties, given=given, trained=structure.trained, model=model,
             )  # fmt: skip
         return ForeignAdapter(
-            self.kind, updates, dtype, others.kept, others.dtypes, model, file,
-            (*structure.notes, *others.notes), content.parameters, ties=ties,
+            "dora" if structure.magnitudes else self.kind, updates, dtype, others.kept, others.dtypes, model, file,
+            (*structure.notes, *others.notes), content.parameters, structure.apply, structure.magnitudes, ties=ties,
         )  # fmt: skip
 
     def read(self, content: PeftContent) -> OwnStructure:

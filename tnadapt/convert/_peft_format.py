@@ -1,7 +1,7 @@
 """The formats of PEFT and vLLM: a folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
 
-``_peft_lora`` reads LoRA, DoRA, HiRA, LoKr and LoHa; ``METHODS`` lists the classes of methods with a structure of their
-own, which are imported when an adapter has them.
+``METHODS`` lists the classes that read PEFT's methods, which are imported when an adapter has them. Those of methods
+with a structure of their own also write it; LoRA, DoRA, HiRA, LoKr and LoHa of any adapter are written here.
 
 Every tensor and setting of such a folder is either read exactly or rejected by name. PEFT loads written folders to the
 same update.
@@ -18,20 +18,19 @@ import numpy as np
 
 from tnadapt.checkpoints.adapter_file import AdapterFile
 from tnadapt.checkpoints.lora_export import SERVED_EMBEDDING, SERVED_RANKS, served_rank
-from tnadapt.checkpoints.pretrained_model import Pretrained
 from tnadapt.errors import ConfigError, FileError, safe_repr, summarize
 from tnadapt.plugins import Registry
 from tnadapt.targets.target import Target
 
 from . import _file_format, _files, _peft_lora
 from ._base_model import Base
-from ._file_format import Application, EncodedAdapter, ExportChoice, FileFormat, ForeignAdapter, Json
+from ._file_format import EncodedAdapter, ExportChoice, FileFormat, ForeignAdapter, Json
 from ._files import RECORD, Arrays, StoredFiles
 from ._peft_content import CONFIG_NAME, PREFIX, TRANSPOSED, PeftMethod, is_saved
-from ._peft_settings import LOW_RANK, config_of, origin_settings, settings_of
+from ._peft_settings import config_of, origin_settings
 from ._updates import Float, Module, ModuleUpdate, Pair, alpha_of, is_embedding, is_expert, uniform
 
-# -- Methods with a structure of their own: a new one is one more line here --------------------------------------------
+# -- The methods: a new one is one more line here ----------------------------------------------------------------------
 
 _WRITTEN = {
     "VERA": "_peft_shared_factors:PeftVera",
@@ -44,12 +43,13 @@ _WRITTEN = {
     "UNILORA": "_peft_shared_factors:PeftUniLora",
     "TINYLORA": "_peft_shared_factors:PeftTinyLora",
 }
+_LOW_RANK = {name: f"_peft_lora:Peft{name.title()}" for name in ("LORA", "LOKR", "LOHA", "HIRA")}
 _READ_ONLY = {"VBLORA": "_peft_shared_factors:PeftVbLora", "TRAINABLE_TOKENS": "_peft_lora:PeftTrainableTokens"}
 
 METHODS: Registry[PeftMethod] = Registry(
     "method of PEFT",
     PeftMethod,
-    {name: f"tnadapt.convert.{place}" for name, place in {**_WRITTEN, **_READ_ONLY}.items()},
+    {name: f"tnadapt.convert.{place}" for name, place in {**_LOW_RANK, **_WRITTEN, **_READ_ONLY}.items()},
 )
 
 
@@ -69,10 +69,11 @@ class PeftFormat(FileFormat):
     library = "PEFT"
     kinds: tuple[str, ...] = ("lora", "lokr", "loha")
     structures = tuple(map(str.lower, _WRITTEN))
-    embeddings = ("lora",)
+    embeddings = transposed = ("lora",)
+    applies: tuple[str, ...] = ("magnitude", "hadamard")
+    kernels: Mapping[str, int] = {"lora": 3, "lokr": 2, "loha": 2}
     ties: ClassVar[bool] = True
     folder = (_WEIGHTS, CONFIG_NAME)
-    no_attention = "its LoRA layer of nn.MultiheadAttention adds the update of the output projection twice"
     no_kronecker = (
         "PEFT multiplies other axes where W2 of a one-dimensional convolution is full, as it is at this rank: "
         "give a lower rank, or to='lycoris-lokr' (--to lycoris-lokr)"
@@ -101,36 +102,22 @@ class PeftFormat(FileFormat):
         """Read the adapter of a folder; ``part`` does not apply."""
         config = files.json(CONFIG_NAME)
         peft_type = str(config.get("peft_type", "")).upper()
-        if peft_type in METHODS:
-            with files.container(_WEIGHTS) as container:
-                return METHODS[peft_type]().load(container, config, base)
-        if peft_type not in LOW_RANK:
-            known = ", ".join((*LOW_RANK, *METHODS))
-            raise FileError(f"peft_type is {safe_repr(config.get('peft_type'))}; only {known} can be converted")
-        settings = settings_of(config)
+        if peft_type not in METHODS:
+            got = safe_repr(config.get("peft_type"))
+            raise FileError(f"peft_type is {got}; only {', '.join(METHODS)} can be converted")
         with files.container(_WEIGHTS) as container:
-            return _peft_lora.low_rank_adapter(container, settings, base)
+            return METHODS[peft_type]().load(container, config, base)
 
     def check_target(self, target: Target) -> None:
-        """Allow the matrices of experts, and heads tied to embeddings; raise ConfigError as usual for others."""
-        if target.index is None:
-            super().check_target(_peft_lora.without_ties(target) if self.ties else target)
+        """Allow heads tied to embeddings; raise ConfigError as usual for others."""
+        super().check_target(_peft_lora.without_ties(target) if self.ties else target)
 
     def check_module(self, module: Module, kind: str) -> None:
-        """Raise ConfigError for kernels with too many axes and, except for LoRA, for weights stored as (in, out)."""
+        """Raise ConfigError unless PEFT has the method for the module."""
         if kind in self.structures:
             METHODS[kind.upper()]().check_module(module)
-            return
-        if module.transposed and kind != "lora":
-            raise ConfigError(
-                f"{safe_repr(module.path)} is stored as (in, out), and PEFT has no {kind} for such a layer; convert to "
-                "'peft-lora'"
-            )
-        axes, most = len(module.stored) - 2, 3 if kind == "lora" else 2
-        if axes > most:
-            raise ConfigError(
-                f"{safe_repr(module.path)} has a kernel of {axes} dimensions, and PEFT has {kind} only for up to {most}"
-            )
+        else:
+            super().check_module(module, kind)
 
     def check_adapter(self, modules: Sequence[Module], kept: Mapping[str, np.ndarray]) -> None:
         """Raise ConfigError for kept parameters of the model itself, or next to an adapted weight, but for biases."""
@@ -177,7 +164,8 @@ class PeftFormat(FileFormat):
             alpha = alpha_of([update.scale], rank)
             whole = update if alpha is not None else update.absorb_scale()
             factors = _files.encode(whole, module.stored, _A, "lora_B.weight")
-            if (groups := _groups_of(module)) > 1 and kind == "lora":
+            groups = module.targets[0][1].groups
+            if groups > 1 and kind == "lora":
                 factors[_A] = _files.spread_over_groups(factors[_A], groups)
                 # PEFT divides alpha by the rank.
                 rank, alpha = rank * groups, None if alpha is None else alpha * groups
@@ -198,71 +186,56 @@ class PeftFormat(FileFormat):
                 "refuses for experts: convert an adapter of either"
             )
         record = {TRANSPOSED: transposed, _peft_lora.EXPERTS: _peft_lora.record_of(modules)}
-        notes = _unknown_groups(plain) if kind == "lora" else ()
-        return EncodedAdapter(tensors, config=config, record=record, notes=notes)
+        return EncodedAdapter(tensors, config=config, record=record)
 
     def encode_file(self, kind: str, modules: Sequence[Module], file: AdapterFile) -> EncodedAdapter:
         """Encode the tensors and settings of a method with a structure of its own."""
         return METHODS[kind.upper()]().encoded(modules, file)
 
-    def check_applied(self, kind: str, apply: str, magnitude_axis: str) -> None:
-        """Allow HiRA, and DoRA by rows."""
-        if kind != "lora" or not (apply == "hadamard" or (apply == "magnitude" and magnitude_axis == "rows")):
-            raise _file_format.not_additive(apply, f"{self.name}-{kind}")
-
     def applied(
-        self,
-        encoded: EncodedAdapter,
-        kind: str,
-        modules: Sequence[Module],
-        choice: ExportChoice,
-        application: Application,
+        self, encoded: EncodedAdapter, modules: Sequence[Module], choice: ExportChoice, file: AdapterFile
     ) -> EncodedAdapter:
         """Encode DoRA, by rows, or HiRA; both next to LoRA's factors."""
         assert encoded.config is not None  # of encode
+        apply = file.config.apply
         for module in modules:
-            if _groups_of(module) > 1:
-                raise ConfigError(
-                    f"{safe_repr(module.path)} is a convolution in {_groups_of(module)} groups: "
-                    f"{_peft_lora.NO_GROUPS}; {_file_format.MERGE}"
-                )
-        for module in modules:
+            groups = module.targets[0][1].groups
+            what = "an embedding" if is_embedding(module) else "one of the matrices of a parameter"
             if is_embedding(module) or is_expert(module):
-                what = "one of the matrices of a parameter" if is_expert(module) else "an embedding"
                 raise ConfigError(
-                    f"{safe_repr(module.place)} is {what}, and apply={application.apply!r} of it is not written for "
+                    f"{safe_repr(module.place)} is {what}, and apply={apply!r} of it is not written for "
                     f"{self.library}: {_file_format.MERGE}"
                 )
-        if application.apply == "magnitude":
-            magnitudes = {
-                f"{PREFIX}{m.path}.{_peft_lora.MAGNITUDES[0]}": application.magnitudes[m.path].reshape(
-                    (1, -1, *[1] * (len(m.stored) - 2)) if len(m.stored) > 2 else (-1,)
+            if groups > 1:
+                raise ConfigError(
+                    f"{safe_repr(module.path)} is a convolution in {groups} groups: {_peft_lora.NO_GROUPS}; "
+                    f"{_file_format.MERGE}"
                 )
-                for m in modules
-            }
+        if apply == "magnitude":
+            magnitudes = {f"{PREFIX}{m.path}.{_peft_lora.MAGNITUDES[0]}": _magnitude_of(m, file) for m in modules}
             return encoded._replace(tensors=encoded.tensors | magnitudes, config={**encoded.config, "use_dora": True})
-        tensors, most = dict[str, Float](), max(choice.ranks)
-        for module, update, rank in zip(modules, choice.updates, choice.ranks, strict=True):
-            # HiRA has no alpha: a scale that encode() left to it goes into B. PEFT ignores its rank_pattern: zeros make
-            # all factors of one rank.
-            scale = 1.0 if alpha_of([update.scale], rank) is None else update.scale
-            name = PREFIX + module.path
-            a, b = (encoded.tensors[f"{name}.lora_{which}.weight"] for which in "AB")
-            tensors[f"{name}.hira_A"] = _wider(a, 0, most)
-            tensors[f"{name}.hira_B"] = _wider(b * scale, 1, most)
+        # HiRA has no alpha, and PEFT ignores its rank_pattern.
+        updates = uniform(choice.updates)
+        tensors = {
+            f"{PREFIX}{module.path}.{name}": array
+            for module, update in zip(modules, updates, strict=True)
+            for name, array in _files.encode(update, module.stored, "hira_A", "hira_B").items()
+        }
         left_out = ("lora_alpha", "alpha_pattern", "bias", "rank_pattern")
         config = {key: value for key, value in encoded.config.items() if key not in left_out}
-        return encoded._replace(tensors=tensors, config={**config, "r": most, "peft_type": "HIRA"})
+        return encoded._replace(tensors=tensors, config={**config, "r": updates[0].rank, "peft_type": "HIRA"})
 
-    def of_base(self, encoded: EncodedAdapter, about: Pretrained | None) -> EncodedAdapter:
-        """Name the base and its task for ``AutoPeftModel``."""
-        config = encoded.config or {}
-        return encoded._replace(config={**config, **origin_settings(about, config.get("modules_to_save"))})
-
-    def with_kept(
+    def completed(
         self, encoded: EncodedAdapter, modules: Sequence[Module], file: AdapterFile, base: Base | None
     ) -> EncodedAdapter:
-        """Write biases by the setting ``bias``, and all else by ``modules_to_save``."""
+        """Name the base and its task; write biases by the setting ``bias``, and all else by ``modules_to_save``."""
+        encoded = self._with_kept(encoded, modules, file, base)
+        config = encoded.config or {}
+        return encoded._replace(config=config | origin_settings(file.pretrained, config.get("modules_to_save")))
+
+    def _with_kept(
+        self, encoded: EncodedAdapter, modules: Sequence[Module], file: AdapterFile, base: Base | None
+    ) -> EncodedAdapter:
         unclear = [m.path for m in modules if is_embedding(m) and not m.targets[0][1].tied and m.name not in file.ties]
         if unclear and base is not None and base.unknown_heads:
             raise ConfigError(
@@ -299,10 +272,6 @@ class PeftFormat(FileFormat):
         stored = {name: [PREFIX + key for key in keys] for name, keys in (names | layers).items()}
         return encoded._replace(config={**config, "modules_to_save": saved or None}, kept_names=stored)
 
-    def kept_name(self, name: str) -> str:
-        """Return the name of a tensor of ``modules_to_save``."""
-        return PREFIX + name
-
     def write(self, tensors: Arrays, dtypes: Mapping[str, str], record: Json, config: Json | None) -> dict[str, bytes]:
         """Serialize the weights and the settings."""
         # Some loaders require the entry "pt".
@@ -322,27 +291,18 @@ def saved_whole(modules: Sequence[Module], kept: Collection[str]) -> list[str]:
     return [name for name in kept if not is_bias(name)]
 
 
-def _groups_of(module: Module) -> int:
-    """Return in how many groups the channels of a convolution are."""
-    return module.targets[0][1].groups
-
-
-def _unknown_groups(modules: Sequence[Module]) -> tuple[str, ...]:
-    """Return a remark if the channels of a convolution may be in groups, of which nothing says how many."""
-    paths = [conv.path for conv in modules if len(conv.stored) > 2 and _groups_of(conv) == 1 and conv.stored[0] > 1]
-    if not paths:
-        return ()
-    return (
-        f"{summarize(paths)} written as convolutions without groups, as the adapter records none: if the model has "
-        "groups there, PEFT refuses the folder. Then load the adapter onto the model by tnadapt.torch.load, save it "
-        "again, which records them, and convert that file",
-    )
-
-
-def _wider(factor: Float, axis: int, rank: int) -> Float:
-    """Pad a factor with zeros to a rank."""
-    widths = [(0, rank - size if place == axis else 0) for place, size in enumerate(factor.shape)]
-    return np.pad(factor, widths)
+def _magnitude_of(module: Module, file: AdapterFile) -> Float:
+    """Return the magnitudes of the rows of a module's weight in PEFT's shape."""
+    ((number, target), *others) = module.targets
+    if others or target.rows is not None:
+        raise ConfigError(
+            f"{safe_repr(module.path)} has magnitudes of some of its rows only, and other libraries have one for each "
+            f"row of a weight: {_file_format.MERGE}"
+        )
+    (name,) = file.plan.weight_param_names[number]
+    magnitude: Float = file.arrays[name].astype(np.float64)
+    kernel = len(module.stored) - 2
+    return magnitude.reshape(1, -1, *[1] * kernel) if kernel else magnitude.reshape(-1)
 
 
 def _check_weights(folder: str) -> None:
@@ -369,30 +329,21 @@ class VllmFormat(PeftFormat):
 
     library = "vLLM"
     kinds = ("lora",)
-    structures = ()
+    structures = applies = ()
+    kernels: Mapping[str, int] = {}
     ties = False
 
     def detect(self, path: str) -> None:
         """Leave folders to the format of PEFT."""
 
     def check_module(self, module: Module, kind: str) -> None:
-        """Raise ConfigError for convolutions, and for embeddings that vLLM does not look up in an adapter.
-
-        Weights stored as (in, out) are the same for LoRA's factors.
-        """
-        if len(module.stored) != 2:
-            raise ConfigError(
-                f"{safe_repr(module.path)} is a convolution, and vLLM has no LoRA of convolutions: {_file_format.MERGE}"
-            )
+        """Raise ConfigError for convolutions, and for embeddings that vLLM does not look up in an adapter."""
+        super().check_module(module, kind)
         if is_embedding(module) and module.path.rpartition(".")[2] != SERVED_EMBEDDING:
             raise ConfigError(
                 f"{safe_repr(module.path)} is an embedding, and vLLM has LoRA only of those named {SERVED_EMBEDDING}: "
                 f"{_file_format.MERGE}"
             )
-
-    def check_applied(self, kind: str, apply: str, magnitude_axis: str) -> None:
-        """Refuse DoRA and HiRA, which vLLM does not serve."""
-        raise _file_format.not_additive(apply, f"{self.name}-{kind}")
 
     def check_adapter(self, modules: Sequence[Module], kept: Mapping[str, np.ndarray]) -> None:
         """Raise ConfigError for kept parameters other than those of a classification head."""

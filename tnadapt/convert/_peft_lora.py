@@ -11,18 +11,16 @@ from typing import Any
 
 import numpy as np
 
-from tnadapt.checkpoints.container import DTYPES, Container
 from tnadapt.errors import ConfigError, FileError, TargetError, safe_repr, summarize
 from tnadapt.targets.checkpoint_experts import PARAMETERS
-from tnadapt.targets.roles import natural
 from tnadapt.targets.target import RowIndices, Target
 
-from . import _peft_content, _updates
+from . import _updates
 from ._base_model import Base, target_of
-from ._file_format import MERGE, Application, ForeignAdapter
-from ._files import LOHA, LOKR, decode, kind_of, without_groups
-from ._peft_content import CONFIG_NAME, PREFIX, TRANSPOSED, OwnStructure, PeftContent, PeftMethod, is_head, recorded
-from ._peft_settings import PeftSettings
+from ._file_format import MERGE
+from ._files import LOHA, LOKR, decode, recorded, without_groups
+from ._peft_content import CONFIG_NAME, OwnStructure, PeftContent, PeftMethod, is_head
+from ._peft_settings import LOW_RANK, Scales, names_of
 from ._updates import Float, Module, ModuleUpdate, Pair, TargetUpdate, is_embedding, is_expert
 
 # -- An embedding: the factors of the transposed update, under names of their own --------------------------------------
@@ -254,21 +252,12 @@ def _recorded(recorded: Mapping[str, Any]) -> list[Target]:
 
 
 def decoded_experts(
-    modules: Tensors, settings: PeftSettings, recorded: Mapping[str, Any], base: Base | None
+    modules: Tensors, content: PeftContent, scales: Scales
 ) -> tuple[list[TargetUpdate], dict[str, Mapping[str, Float]]]:
-    """Return the updates of experts, and the tensors of all other modules.
-
-    Parameters
-    ----------
-    modules : mapping
-        The tensors of all modules, by path.
-    settings : PeftSettings
-    recorded : mapping
-        The entry :data:`EXPERTS` of the record.
-    base : Base, optional
-    """
+    """Return the updates of experts, and the tensors of all other modules, each by path."""
     updates, rest = list[TargetUpdate](), dict(modules)
-    for path, stacks in _stacks(settings.parameters, recorded, base).items():
+    names = names_of("target_parameters", content.config)
+    for path, stacks in _stacks(names, recorded(content.metadata, EXPERTS, list), content.base).items():
         order = [name for name in PARAMETERS if name in stacks]
         wrappers = {path + _INNER * depth: stacks[name] for depth, name in enumerate(reversed(order))}
         factors = {name: rest.pop(name) for name in modules if name.split(_INNER)[0] == path}
@@ -283,7 +272,7 @@ def decoded_experts(
         ]
         turned = _is_turned(whole)
         for target, a, b in whole:
-            updates += _experts(target, a, b, turned, settings)
+            updates += _experts(target, a, b, turned, scales)
     return updates, rest
 
 
@@ -304,7 +293,7 @@ def _is_turned(whole: Sequence[tuple[Target, Float, Float]]) -> bool:
     return views.pop() if views else whole[0][0].transposed
 
 
-def _experts(target: Target, a: Float, b: Float, turned: bool, settings: PeftSettings) -> list[TargetUpdate]:
+def _experts(target: Target, a: Float, b: Float, turned: bool, scales: Scales) -> list[TargetUpdate]:
     count = target.stored[0]
     rank, rest = divmod(a.shape[0], count)
     if rest or not rank or b.shape[1] != a.shape[0]:
@@ -313,7 +302,7 @@ def _experts(target: Target, a: Float, b: Float, turned: bool, settings: PeftSet
             f"{count} experts"
         )
     first, last = a.reshape(count, rank, -1), b.reshape(-1, rank, count)
-    scale, updates = settings.scale(target.name, rank), []
+    scale, updates = scales.of(target.name, rank), []
     for index in range(count):
         left, right = np.ascontiguousarray(last[:, :, index]), np.ascontiguousarray(first[index].T)
         # PEFT transposes what it does not know to be stored as (in, out).
@@ -382,129 +371,143 @@ def record_of(modules: Sequence[Module]) -> dict[str, Any]:
     return {path: list(rows.values()) for path, rows in stacks.items()}
 
 
-# -- A folder, with all that may be in it ------------------------------------------------------------------------------
+# -- LoRA, DoRA, HiRA, LoKr and LoHa -----------------------------------------------------------------------------------
 
 
 NO_GROUPS = "PEFT's DoRA of it takes the norms of other numbers than the weight's, and it has no HiRA"
 
-# Maps suffixes of names in the file to the names under which the tensors are decoded.
-_SUFFIXES = {"lora_A.weight": "lora_down", "lora_B.weight": "lora_up"} | {name: name for name in (*LOKR, *LOHA)}
-# Those of HiRA are not in "LORA" adapters, nor the others in "HIRA" ones.
-_HIRA = {"hira_A": "lora_down", "hira_B": "lora_up"}
-_NAMES = {"magnitude": "DoRA", "hadamard": "HiRA"}
 MAGNITUDES = ("lora_magnitude_vector", "lora_magnitude_vector.weight")
-_REFUSED = {
-    "lora_A.bias": "a bias",
-    "lora_B.bias": "it adds to the layer's bias, which is not in the file",
-    "trainable_tokens_delta": "rows of an embedding, of a method of their own",
-}
 
 
-def low_rank_adapter(container: Container, settings: PeftSettings, base: Base | None) -> ForeignAdapter:
-    """Read the adapter of an open file of weights, of any of these methods."""
-    method, apply, common = settings.kind, settings.apply, settings.common
-    modules, magnitudes, tokens = dict[str, dict[str, Float]](), dict[str, Float](), dict[str, Float]()
-    dtypes, unread, linear, embeddings = set[str](), list[str](), set[str](), set[str]()
-    suffixes = _HIRA if apply == "hadamard" else _SUFFIXES
+class PeftLora(PeftMethod):
+    """LoRA and DoRA: of layers, embeddings and experts, with new rows of tokens next to them.
 
-    def numbers(name: str) -> Float:
-        tag = container.entries[name].dtype
-        array = _updates.widen(name, tag, container.array(name))
-        dtypes.add(DTYPES[tag])
-        return array
+    Attributes
+    ----------
+    factors : mapping of str to str
+        Maps names of tensors to those under which they are decoded.
+    apply : str
+        How the updates meet the weights, without DoRA.
+    alpha : str
+        Name of the setting.
+    """
 
-    for name in container.entries:
-        path, suffix = _split_name(name)
-        if suffix in (*EMBEDDING, TOKENS) and apply != "add":
+    title, peft_type = "LoRA", "LORA"
+    factors: Mapping[str, str] = {"lora_A.weight": "lora_down", "lora_B.weight": "lora_up"}
+    tensors: tuple[str, ...] = (*factors, *EMBEDDING, TOKENS, *MAGNITUDES)
+    fields = LOW_RANK
+    may_transpose = True
+    apply, alpha = "add", "lora_alpha"
+
+    def read(self, content: PeftContent) -> OwnStructure:
+        """Read the updates of all that may be in such a folder."""
+        config, base = content.config, content.base
+        for field in ("use_dora", "target_parameters"):
+            if config.get(field) and self.peft_type != "LORA":
+                raise FileError(f"{field}={safe_repr(config[field])} belongs to LoRA; peft_type is {self.peft_type}")
+        modules, embeddings, tokens, magnitudes = self._sorted(content)
+        apply = "magnitude" if config.get("use_dora") else self.apply
+        if apply == "magnitude" and (embeddings or tokens or magnitudes.keys() != modules.keys()):
+            wrong = [*embeddings, *tokens] or magnitudes.keys() ^ modules.keys()
             raise FileError(
-                f"{safe_repr(path)} is an embedding next to layers with {_NAMES[apply]}, which an embedding "
-                "cannot have here: merge the adapter with PEFT, and extract one from the merged weights"
+                f"use_dora of {CONFIG_NAME} is true, and these lack a magnitude or factors, or are embeddings, which "
+                f"cannot have DoRA here: {summarize(wrong)}; merge the adapter with PEFT, and extract one from the "
+                "merged weights"
             )
-        if suffix in EMBEDDING and method == "lora":
-            array = numbers(name)
-            if array.ndim != 2:
-                raise FileError(f"{suffix} must be a matrix; its shape is {array.shape}")
-            modules.setdefault(path, {})[EMBEDDING[suffix]] = np.ascontiguousarray(array.T)
-            embeddings.add(path)
-        elif suffix in suffixes:
-            modules.setdefault(path, {})[suffixes[suffix]] = numbers(name)
-            linear.add(path)
-        elif suffix == TOKENS:
-            tokens[path] = numbers(name)
-        elif suffix in MAGNITUDES:
-            if apply != "magnitude":
-                raise FileError(f"{safe_repr(name)} is a magnitude of DoRA, and use_dora of {CONFIG_NAME} is not true")
-            magnitudes[path] = numbers(name).reshape(-1)
-        elif suffix in _REFUSED:
-            raise FileError(f"{safe_repr(name)} cannot be converted: {_REFUSED[suffix]}")
-        else:
-            unread.append(name)
-    both = sorted((linear & embeddings) | (tokens.keys() & modules.keys()))
-    if both:
-        raise FileError(f"{safe_repr(both[0])} has tensors of an embedding next to those of another layer")
-    others = _peft_content.other_tensors(container, unread, modules, common, method, base, settings.ties)
-    if not modules and not tokens:
-        raise FileError("has no adapted weight")
-    updates, rest = decoded_experts(modules, settings, recorded(container.metadata, EXPERTS, list), base)
-    wrapped = next((path for path in rest if ".base_layer." in f".{path}."), None)
-    if wrapped is not None:
-        raise FileError(
-            f"{safe_repr(wrapped)} cannot be converted: it is PEFT's LoRA on nn.MultiheadAttention, which adds its "
-            "update of the output projection twice, and of q, k and v to a parameter that is no module's weight"
-        )
-    transposed, conv1ds = recorded(container.metadata, TRANSPOSED, bool), set[str]()
-    for path in sorted(rest, key=natural):
-        stored = kind_of(path, rest[path])
-        if stored != method:
-            raise FileError(f"{safe_repr(path)} has tensors of {stored}, and {CONFIG_NAME} says {method}")
-        tensors, groups = without_groups(path, rest[path])
+        if magnitudes and apply != "magnitude":
+            raise FileError(
+                f"{summarize(magnitudes)} has a magnitude of DoRA, and use_dora of {CONFIG_NAME} is not true"
+            )
+        scales = Scales(config, self.alpha)
+        updates, rest = decoded_experts(modules, content, scales)
+        for path, tensors in rest.items():
+            update, target = self._layer(content, path, tensors, scales, apply)
+            if path in embeddings:
+                target = target_of(path, update.shape, base, may_transpose=True)
+                target = dataclasses.replace(target, role="embedding", transposed=False)
+            updates.append(TargetUpdate(target, update))
+        if content.settings.ties:
+            updates = joined_ties(updates)
+        rows = decoded_tokens(tokens, config.get("trainable_token_indices"), base)
+        notes: tuple[str, ...] = ()
+        if any(not entry.target.tied for entry in rows) and base is not None and base.unknown_heads:
+            notes = (
+                "base ties an embedding to its output head, which PEFT's rows of tokens change as well: load the "
+                "result with keep_tied=True, and save it again for PEFT, so that the file says so",
+            )
+        alone = [target.name for target, _ in updates if target.role == "embedding"]
+        return OwnStructure(
+            [entry.target for entry in (*updates, *rows)], updates=[entry.update for entry in (*updates, *rows)],
+            notes=notes, alone=(*alone, *separate_rows(rows, base)), apply=apply, magnitudes=magnitudes,
+        )  # fmt: skip
+
+    def _layer(
+        self, content: PeftContent, path: str, tensors: Mapping[str, Float], scales: Scales, apply: str
+    ) -> tuple[ModuleUpdate, Target]:
+        """Return the update of a layer's weight, and its target."""
+        if ".base_layer." in f".{path}.":
+            raise FileError(
+                f"{safe_repr(path)} cannot be converted: it is PEFT's LoRA on nn.MultiheadAttention, which adds its "
+                "update of the output projection twice, and of q, k and v to a parameter that is no module's weight"
+            )
+        factors, groups = without_groups(path, tensors)
         if groups > 1 and apply != "add":
             raise FileError(f"{safe_repr(path)} is a convolution in {groups} groups: {NO_GROUPS}")
-        update, shape, rank = decode(path, tensors, kron_last_axes=True)
-        # The scale is that of PEFT's factors, whatever the rank of ours.
-        update = update._replace(scale=settings.scale(path, rank if groups == 1 else len(rest[path]["lora_down"])))
-        if method == "lora" and path not in embeddings and _peft_content.is_conv1d(path, common.model_type, base):
-            conv1ds.add(path)
-        says = transposed.get(path, common.transposed or path in conv1ds) and path not in embeddings
-        target = target_of(path, shape, base, says and len(shape) == 2, method == "lora")
-        target = dataclasses.replace(target, groups=groups)
-        if path in embeddings:
-            target = dataclasses.replace(target, role="embedding", transposed=False)
-        updates.append(TargetUpdate(target, update))
-    if base is not None and method == "lora":
-        known = {*transposed, *embeddings, *conv1ds}
-        _peft_content.check_transposed(
-            [entry.target for entry in updates if entry.target.module not in known], common.transposed
-        )
-    if settings.ties:
-        updates = joined_ties(updates)
-    # Embeddings and heads that PEFT adapts alone, also where the model ties them.
-    alone = [
-        target.name
-        for target, _ in updates
-        if not target.tied and (target.role == "embedding" or target.module in others.bases or is_head(target.module))
-    ]
-    rows = decoded_tokens(tokens, settings.tokens, base)
-    ties, notes = others.ties | dict.fromkeys([*alone, *separate_rows(rows, base)], ()), others.notes
-    if any(not entry.target.tied for entry in rows) and base is not None and base.unknown_heads:
-        notes += (
-            "base ties an embedding to its output head, which PEFT's rows of tokens change as well: load the result "
-            "with keep_tied=True, and save it again for PEFT, so that the file says so",
-        )
-    if apply == "magnitude" and magnitudes.keys() != modules.keys():
-        wrong = summarize(magnitudes.keys() ^ modules.keys())
-        raise FileError(f"use_dora of {CONFIG_NAME} is true, and these lack a magnitude or factors: {wrong}")
-    return ForeignAdapter(
-        method if apply == "add" else _NAMES[apply].lower(), [*updates, *rows], _updates.common_dtype(dtypes),
-        others.kept, others.dtypes, common.model, notes=notes,
-        application=Application(apply, magnitudes=magnitudes), ties=ties,
-    )  # fmt: skip
+        update, shape, rank = decode(path, factors, kron_last_axes=True)
+        if apply != "hadamard":  # HiRA has no alpha, and PEFT makes all of its factors of rank r
+            # The scale is that of PEFT's factors, whatever the rank of ours.
+            scale = scales.of(path, rank if groups == 1 else len(tensors["lora_down"]))
+            update = update._replace(scale=scale)
+        return update, dataclasses.replace(content.target(path, shape), groups=groups)
+
+    def _sorted(
+        self, content: PeftContent
+    ) -> tuple[dict[str, Mapping[str, Float]], set[str], dict[str, Float], dict[str, Float]]:
+        """Return factors by path, those of embeddings turned; paths of embeddings; rows of tokens; and magnitudes."""
+        modules, embeddings = dict[str, Mapping[str, Float]](), set[str]()
+        tokens, magnitudes = dict[str, Float](), dict[str, Float]()
+        for path, tensors in content.modules.items():
+            factors = {self.factors[name]: array for name, array in tensors.items() if name in self.factors}
+            turned = {
+                decoded: np.ascontiguousarray(content.tensor(path, name, 2).T)
+                for name, decoded in EMBEDDING.items()
+                if name in tensors
+            }
+            if bool(factors) + bool(turned) + (TOKENS in tensors) > 1:
+                raise FileError(f"{safe_repr(path)} has tensors of an embedding next to those of another layer")
+            if TOKENS in tensors:
+                tokens[path] = tensors[TOKENS]
+            elif factors or turned:
+                modules[path] = factors or turned
+            if turned:
+                embeddings.add(path)
+            for name in MAGNITUDES:
+                if name in tensors:
+                    magnitudes[path] = tensors[name].reshape(-1)
+        return modules, embeddings, tokens, magnitudes
 
 
-def _split_name(name: str) -> tuple[str, str]:
-    """Split a name into the module's path and the suffix of an adapter's tensor, "" if it has none."""
-    path = name.removeprefix(PREFIX)
-    for suffix in (TOKENS, *_SUFFIXES, *EMBEDDING, *_HIRA, *MAGNITUDES, *_REFUSED):
-        if path != name and path.endswith(f".{suffix}"):
-            return path.removesuffix(f".{suffix}"), suffix
-    return path, ""
+class PeftHira(PeftLora):
+    """HiRA: factors of which the product is multiplied by the weight."""
+
+    title, peft_type, apply = "HiRA", "HIRA", "hadamard"
+    factors: Mapping[str, str] = {"hira_A": "lora_down", "hira_B": "lora_up"}
+    tensors = tuple(factors)
+
+
+class PeftLokr(PeftLora):
+    """LoKr."""
+
+    title, peft_type = "LoKr", "LOKR"
+    factors: Mapping[str, str] = dict(zip(LOKR, LOKR, strict=True))
+    tensors: tuple[str, ...] = LOKR
+    may_transpose = False
+    alpha = "alpha"
+
+
+class PeftLoha(PeftLokr):
+    """LoHa."""
+
+    title, peft_type = "LoHa", "LOHA"
+    factors: Mapping[str, str] = dict(zip(LOHA, LOHA, strict=True))
+    tensors: tuple[str, ...] = LOHA

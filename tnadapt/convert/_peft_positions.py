@@ -7,7 +7,6 @@ them.
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Sequence
 
@@ -24,9 +23,9 @@ from tnadapt.errors import ConfigError, FileError, safe_repr
 from tnadapt.targets.target import Target
 
 from ._file_format import EncodedAdapter
-from ._peft_content import OwnStructure, PeftContent, PeftMethod, group_of
+from ._peft_content import OwnStructure, PeftContent, PeftMethod, dense_updates, group_of
 from ._peft_settings import integer_of, number_of
-from ._updates import Float, Module, ModuleUpdate
+from ._updates import Float, Module
 
 Ints = NDArray[np.int64]
 
@@ -67,18 +66,6 @@ def few_values(targets: Sequence[Target], values: Sequence[Float], recipe: Recip
     config = Config(order=1, format="dense", rank=1, projection=recipe, on="weight", alpha=alpha)
     arrays = {f"group{number}.split0.dense": array.reshape(-1) * factor for number, array in enumerate(values)}
     return OwnStructure(targets, config, arrays)
-
-
-def dense_updates(targets: Sequence[Target], deltas: Sequence[Float], why: str) -> OwnStructure:
-    """Return the updates themselves, exact but large, with a note."""
-    updates = [ModuleUpdate("dense", target.shape, (delta,)) for target, delta in zip(targets, deltas, strict=True)]
-    return OwnStructure(targets, updates=updates, notes=(f"stored dense: {why}",))
-
-
-def image(projection: Recipe, shape: tuple[int, int], values: Float) -> Float:
-    """Apply a map to the values of one weight."""
-    on_weight = maps.make_map_on_weights(projection, [shape])
-    return np.asarray(on_weight.forward(load_backend("numpy"), values.reshape(-1))).reshape(shape)
 
 
 def padded(values: Float, size: int) -> Float:
@@ -175,13 +162,7 @@ def _seeded(
 
 
 def _listed(targets: Sequence[Target], places: Sequence[Ints], values: Sequence[Float]) -> OwnStructure:
-    """Return the values with a list of their positions; the updates if it is too long.
-
-    The positions are those in each weight if they are the same in all, otherwise those in the long vector.
-    """
-    if all(np.array_equal(flat, places[0]) for flat in places) and len({target.shape for target in targets}) == 1:
-        with contextlib.suppress(ConfigError):
-            return few_values(targets, values, Scatter(positions=tuple(places[0].tolist())))
+    """Return the values with a list of their positions in the long vector; the updates if it is too long."""
     starts = np.cumsum([0, *(math.prod(target.shape) for target in targets)])
     flat = np.concatenate([flat + start for flat, start in zip(places, starts, strict=False)])
     try:
@@ -216,45 +197,28 @@ class PeftSpectrum(PeftVectors):
     ----------
     scaling : float
         PEFT's default of the setting.
-    entries : str
-        What the values are, for a note.
     """
 
     fields: tuple[str, ...] = ("n_frequency", "n_frequency_pattern", "scaling", "random_loc_seed", "init_weights")
     may_transpose = True
     scaling: float
-    entries: str
 
     def read(self, content: PeftContent) -> OwnStructure:
         """Read the entries as a vector, and their positions as the map that draws them."""
         values = [content.tensor(path, self.tensors[0], 1) for path in content.modules]
+        most = max(array.size for array in values)
+        why = f"it has {most} values, as a config has one number of them"
         targets = [
-            content.target_from_base(
-                path, array.size, lambda rows, cols, size: rows * cols >= size, f"it has {array.size} values"
-            )
-            for path, array in zip(content.modules, values, strict=True)
+            content.target_from_base(path, most, lambda rows, cols, size: rows * cols >= size, why)
+            for path in content.modules
         ]
         scale = number_of("scaling", content.config.get("scaling", self.scaling))
-        seed = content.seed("random_loc_seed", _SEED)
-        transform, most = self.transform(content), max(array.size for array in values)
-        if all(math.prod(target.shape) >= most for target in targets):
-            scatter = TorchScatter(most, seed)
-            recipe: Recipe = (scatter, *transform) if transform else scatter
-            return few_values(targets, [padded(array, most) for array in values], recipe, scale)
-        deltas = [
-            self.transformed((TorchScatter(array.size, seed), *transform), target.shape, array) * scale
-            for target, array in zip(targets, values, strict=True)
-        ]
-        why = f"a config has one number of {self.entries}, and {most} are more than a weight has"
-        return dense_updates(targets, deltas, why)
+        recipe = (TorchScatter(most, content.seed("random_loc_seed", _SEED)), *self.transform(content))
+        return few_values(targets, [padded(array, most) for array in values], recipe, scale)
 
     def transform(self, content: PeftContent) -> Steps:
         """Return the steps of the map after the scattering of the entries."""
         raise NotImplementedError
-
-    def transformed(self, steps: Steps, shape: tuple[int, int], entries: Float) -> Float:
-        """Return the update of one weight without its scale."""
-        return image(steps, shape, entries)
 
 
 class PeftFourierFT(PeftSpectrum):
@@ -262,15 +226,11 @@ class PeftFourierFT(PeftSpectrum):
 
     preset = "fourierft"
     tensors = ("fourierft_spectrum",)
-    scaling, entries = 150.0, "entries"
+    scaling = 150.0
 
     def transform(self, content: PeftContent) -> tuple[str]:
         """Return the Fourier transform."""
         return ("dft2",)
-
-    def transformed(self, steps: Steps, shape: tuple[int, int], entries: Float) -> Float:
-        """Return the update of one weight, as PEFT computes it."""
-        return np.asarray(np.fft.ifft2(image(steps[0], shape, entries)).real)
 
     def encode_vector(self, module: Module, vector: Float, scale: float, projection: Recipe) -> Encoded:
         """Return the entries, if a seed gives their positions."""
@@ -294,7 +254,7 @@ class PeftWaveFT(PeftSpectrum):
     preset = "waveft"
     tensors = ("waveft_spectrum",)
     fields = (*PeftSpectrum.fields, "wavelet_family", "use_idwt", "proportional_parameters")
-    scaling, entries = 25.0, "coefficients"
+    scaling = 25.0
 
     def transform(self, content: PeftContent) -> tuple[maps.CenteredWavelet, ...]:
         """Return the wavelet transform, unless PEFT leaves it out."""
@@ -343,10 +303,7 @@ class PeftC3a(PeftVectors):
         blocks = {kernel.shape[2] for kernel in kernels}
         if len(blocks) == 1:
             return few_values(targets, kernels, maps.Circulant(blocks.pop(), average=True))
-        deltas = [
-            image(maps.Circulant(kernel.shape[2]), target.shape, kernel) / target.shape[1]
-            for target, kernel in zip(targets, kernels, strict=True)
-        ]
+        deltas = [_circulant(kernel) / target.shape[1] for target, kernel in zip(targets, kernels, strict=True)]
         return dense_updates(targets, deltas, f"a config has one size of block, and there are {sorted(blocks)}")
 
     def encode_vector(self, module: Module, vector: Float, scale: float, projection: Recipe) -> Encoded:
@@ -356,6 +313,14 @@ class PeftC3a(PeftVectors):
         size, (rows, cols) = projection.block, module.shape
         kernel = scale * vector.reshape(rows // size, cols // size, size)
         return kernel if projection.average else kernel * cols, {"block_size": size}
+
+
+def _circulant(kernel: Float) -> Float:
+    """Return the matrix of the blocks of kernels (m, n, b)."""
+    rows, cols, size = kernel.shape
+    shifts = (np.arange(size) - np.arange(size)[:, None]) % size
+    blocks: Float = kernel[:, :, shifts].swapaxes(1, 2)
+    return blocks.reshape(rows * size, cols * size)
 
 
 # -- MiSS: one narrow matrix, repeated over the columns of a weight (with "mini" over its rows) ------------------------

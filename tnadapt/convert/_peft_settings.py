@@ -6,6 +6,7 @@ Reading keeps the settings that determine the update, ignores those without effe
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import re
 from collections import Counter
@@ -17,9 +18,9 @@ from tnadapt.errors import FileError, pluralize, safe_repr
 
 # -- Patterns of module paths, such as the keys of rank_pattern --------------------------------------------------------
 
-# PEFT takes them as regular expressions, and matching one that a stranger wrote may never end. Here they are compiled
-# without Python's ``re``: a path with or without unescaped dots is looked up in a table, and everything else becomes a
-# nondeterministic automaton, which reads each letter of a path once. What has no such automaton (lookarounds,
+# PEFT takes them as regular expressions, and matching one that a stranger wrote may never end. Here they are matched
+# without Python's ``re``: a path with or without unescaped dots is looked up in a table, and for everything else the
+# places of a path that a pattern has reached are followed together. What needs more than these places (lookarounds,
 # backreferences, flags) is refused.
 
 
@@ -35,7 +36,6 @@ _TOKEN = re.compile(
     """,
     re.VERBOSE | re.DOTALL,
 )
-_MAX_NODES = 20_000
 _MAX_DEPTH = 16
 #: Steps for all paths, which take about two seconds.
 _MAX_STEPS = 2_000_000
@@ -45,16 +45,16 @@ _WHOLE, _PART, _FREE = range(3)
 
 
 class _Piece(NamedTuple):
-    """One item of a pattern and how often it occurs: a letter, a class of letters, or a group of alternatives."""
+    """One item of a pattern and how often it occurs: letters, a class of letters, or a group of alternatives."""
 
     text: str = ""
     literal: bool = False
     group: Sequence[Sequence[_Piece]] | None = None
     low: int = 1
-    high: int | None = 1
+    high: float = 1
 
 
-_START, _END, _DOT, _ANY = _Piece("^"), _Piece("$"), _Piece("."), _Piece(".", low=0, high=None)
+_START, _END, _DOT, _ANY = _Piece("^"), _Piece("$"), _Piece("."), _Piece(".", low=0, high=math.inf)
 
 
 class PathPatterns:
@@ -66,8 +66,6 @@ class PathPatterns:
         What to call the patterns in messages.
     values : mapping of str to Any
         The value of each pattern.
-    whole : bool
-        Whether patterns are for whole paths, as in PEFT's ``target_modules``.
 
     Raises
     ------
@@ -82,15 +80,16 @@ class PathPatterns:
     [2, 3, 8]
     """
 
-    def __init__(self, field: str, values: Mapping[str, Any], whole: bool = False) -> None:
+    def __init__(self, field: str, values: Mapping[str, Any]) -> None:
         self._field, self._values, self._steps = field, list(values.values()), 0
-        # Length, places of unescaped dots and start -> text with these dots -> place of the pattern.
+        # Length, places of unescaped dots and start -> text with these dots -> number of the pattern.
         self._texts: dict[tuple[int, tuple[int, ...], int], dict[str, int]] = {}
-        self._automaton = _Automaton()
-        for place, key in enumerate(values):
+        # The other alternatives, each with the number of its pattern and its start.
+        self._others = list[tuple[int, int, Sequence[_Piece]]]()
+        for number, key in enumerate(values):
             try:
-                for where, pieces in _top_alternatives(key, _WHOLE if whole else _PART):
-                    self._add(place, where, pieces)
+                for start, pieces in _top_alternatives(key):
+                    self._add(number, start, pieces)
             except _UnsupportedError:
                 raise FileError(
                     f"{field} has the pattern {safe_repr(key)}, and of regular expressions only text, '.', classes "
@@ -110,22 +109,28 @@ class PathPatterns:
             return default
         if "\n" in path:
             raise FileError(f"{safe_repr(path)} has a line break, so that no pattern of {self._field} is for it")
-        places = [*self._of_text(path), *self._of_automaton(path)]
-        return self._values[min(places)] if places else default
+        first = min(self._of_texts(path), default=len(self._values))
+        after_dots = {0, *(place + 1 for place, letter in enumerate(path) if letter == ".")}
+        starts = {_WHOLE: {0}, _PART: after_dots, _FREE: set(range(len(path) + 1))}
+        for number, start, pieces in self._others:
+            if number < first and len(path) in self._ends(path, starts[start], pieces):
+                first = number
+        return self._values[first] if first < len(self._values) else default
 
-    def _add(self, place: int, where: int, pieces: Sequence[_Piece]) -> None:
+    def _add(self, number: int, start: int, pieces: Sequence[_Piece]) -> None:
         """Add one alternative of a pattern."""
         if not all(piece == _DOT or (piece.literal and (piece.low, piece.high) == (1, 1)) for piece in pieces):
-            self._automaton.add(place, where, pieces)
+            self._others.append((number, start, pieces))
             return
         text = "".join(piece.text for piece in pieces)
-        dots = tuple(index for index, piece in enumerate(pieces) if not piece.literal)
-        self._texts.setdefault((len(text), dots, where), {}).setdefault(text, place)
+        ends = itertools.accumulate(len(piece.text) for piece in pieces)
+        dots = tuple(end - 1 for end, piece in zip(ends, pieces, strict=True) if not piece.literal)
+        self._texts.setdefault((len(text), dots, start), {}).setdefault(text, number)
 
-    def _of_text(self, path: str) -> Iterator[int]:
-        """Yield the places of the patterns without classes, groups and repetitions that match."""
+    def _of_texts(self, path: str) -> Iterator[int]:
+        """Yield the numbers of the patterns without classes, groups and repetitions that match."""
         self._spend(len(self._texts) // 4)
-        for (length, dots, where), places in self._texts.items():
+        for (length, dots, where), numbers in self._texts.items():
             start = len(path) - length
             if start < 0 or (start and (where == _WHOLE or (where == _PART and path[start - 1] != "."))):
                 continue
@@ -136,25 +141,31 @@ class PathPatterns:
                 for dot in dots:
                     letters[dot] = "."
                 text = "".join(letters)
-            if text in places:
-                yield places[text]
+            if text in numbers:
+                yield numbers[text]
 
-    def _of_automaton(self, path: str) -> Iterator[int]:
-        """Yield the places of the other patterns that match."""
-        automaton, active = self._automaton, set[int]()
-        if not automaton.places:
-            return
-        for index, letter in enumerate((*path, "")):
-            active.add(_FREE)
-            if not index:
-                active.add(_WHOLE)
-            if not index or path[index - 1] == ".":
-                active.add(_PART)
-            active = automaton.closure(active)
-            self._spend(len(active))
-            if letter:
-                active = automaton.after(active, letter)
-        yield from (automaton.places[node] for node in active if node in automaton.places)
+    def _ends(self, path: str, starts: set[int], pieces: Sequence[_Piece]) -> set[int]:
+        """Return where the pieces of a pattern may end in a path if they begin at one of some places."""
+        for piece in pieces:
+            for _ in range(piece.low):
+                starts = self._ends_of_one(path, starts, piece)
+            reached, new, times = set(starts), starts, piece.low
+            while new and times < piece.high:
+                new = self._ends_of_one(path, new, piece) - reached
+                reached |= new
+                times += 1
+            starts = reached
+        return starts
+
+    def _ends_of_one(self, path: str, starts: set[int], piece: _Piece) -> set[int]:
+        self._spend(len(starts))
+        if not starts:
+            return starts
+        if piece.group is not None:
+            return set[int]().union(*(self._ends(path, starts, pieces) for pieces in piece.group))
+        if piece.literal:
+            return {start + len(piece.text) for start in starts if path.startswith(piece.text, start)}
+        return {start + 1 for start in starts if start < len(path) and _reads(piece.text, path[start])}
 
     def _spend(self, steps: int) -> None:
         self._steps += steps
@@ -169,88 +180,10 @@ class _UnsupportedError(Exception):
     """A pattern that is no regular expression, or not one of those that are supported."""
 
 
-class _Automaton:
-    """A nondeterministic automaton: a node is a number, and its edges read a letter, a class of letters or nothing.
-
-    Patterns share the nodes of a common beginning: a node that an edge with a letter leads to has no other edge to it.
-    """
-
-    def __init__(self) -> None:
-        self.places = dict[int, int]()
-        self._letters = list[dict[str, int]]()
-        self._classes = list[dict[str, int]]()
-        self._empty = list[list[int]]()
-        for _ in (_WHOLE, _PART, _FREE):
-            self._new()
-
-    def add(self, place: int, where: int, pieces: Sequence[_Piece]) -> None:
-        """Add a pattern."""
-        self.places.setdefault(self._group(where, [pieces]), place)
-
-    def closure(self, nodes: set[int]) -> set[int]:
-        """Return the nodes and those that edges without a letter lead to."""
-        reached, left = set(nodes), list(nodes)
-        while left:
-            new = [node for node in self._empty[left.pop()] if node not in reached]
-            reached.update(new)
-            left += new
-        return reached
-
-    def after(self, nodes: set[int], letter: str) -> set[int]:
-        """Return the nodes that a letter leads to."""
-        following = {self._letters[node][letter] for node in nodes if letter in self._letters[node]}
-        for node in nodes:
-            following.update(to for text, to in self._classes[node].items() if _reads(text, letter))
-        return following
-
-    def _new(self) -> int:
-        if len(self._empty) == _MAX_NODES:
-            raise _UnsupportedError
-        self._letters.append({})
-        self._classes.append({})
-        self._empty.append([])
-        return len(self._empty) - 1
-
-    def _group(self, start: int, alternatives: Sequence[Sequence[_Piece]]) -> int:
-        """Add alternatives from a node, and return the node after them."""
-        end = self._new()
-        for pieces in alternatives:
-            node = start
-            for piece in pieces:
-                node = self._repeated(node, piece)
-            self._empty[node].append(end)
-        return end
-
-    def _repeated(self, node: int, piece: _Piece) -> int:
-        for _ in range(piece.low):
-            node = self._once(node, piece)
-        if piece.high is None:
-            loop = self._new()
-            self._empty[node].append(loop)
-            self._empty[self._once(loop, piece)].append(loop)
-            return loop
-        if piece.high == piece.low:
-            return node
-        end = self._new()
-        for _ in range(piece.high - piece.low):
-            self._empty[node].append(end)
-            node = self._once(node, piece)
-        self._empty[node].append(end)
-        return end
-
-    def _once(self, node: int, piece: _Piece) -> int:
-        if piece.group is not None:
-            return self._group(node, piece.group)
-        edges = (self._letters if piece.literal else self._classes)[node]
-        if piece.text not in edges:
-            edges[piece.text] = self._new()
-        return edges[piece.text]
-
-
-def _top_alternatives(pattern: str, where: int) -> Iterator[tuple[int, Sequence[_Piece]]]:
+def _top_alternatives(pattern: str) -> Iterator[tuple[int, Sequence[_Piece]]]:
     """Yield where each alternative of a pattern starts, and its pieces; raise _UnsupportedError."""
     for pieces in _parsed(pattern):
-        start = where
+        start = _PART
         if pieces and pieces[0] == _START:
             start, pieces = _WHOLE, pieces[1:]
         elif pieces and pieces[0] == _ANY:
@@ -281,10 +214,8 @@ def _parsed(pattern: str) -> list[list[_Piece]]:
         elif token[0] in "*+?{" and pieces and pieces[-1] != _START and (pieces[-1].low, pieces[-1].high) == (1, 1):
             low, high = _bounds(token)
             pieces[-1] = pieces[-1]._replace(low=low, high=high)
-        elif token[0].isalnum() or token[0] == "_":
-            pieces += [_Piece(letter, True) for letter in token]
         elif token[0] not in "()^$*+?{":
-            pieces.append(_letter(token))
+            pieces.append(_letters(token))
         else:
             raise _UnsupportedError
     if outer:
@@ -298,31 +229,29 @@ def _reads(text: str, letter: str) -> bool:
     return re.match(text, letter) is not None
 
 
-def _letter(token: str) -> _Piece:
-    if token == "." or token[0] == "[" or token[1:].isalpha():
+def _letters(token: str) -> _Piece:
+    """Return the piece of letters, of an escaped one, or of a class."""
+    if token == "." or token[0] == "[" or (token[0] == "\\" and token[1:].isalpha()):
         try:
             re.compile(token)
         except re.error:  # the ends of a range in the wrong order
             raise _UnsupportedError from None
         return _Piece(token)
-    return _Piece(token[-1], literal=True)
+    return _Piece(token.removeprefix("\\"), literal=True)
 
 
-def _bounds(token: str) -> tuple[int, int | None]:
+def _bounds(token: str) -> tuple[int, float]:
     if token[0] != "{":
-        return int(token[0] == "+"), 1 if token[0] == "?" else None
+        return int(token[0] == "+"), 1 if token[0] == "?" else math.inf
     low, comma, high = token.rstrip("?")[1:-1].partition(",")
-    bounds = int(low), int(low) if not comma else int(high) if high else None
-    if bounds[1] is not None and bounds[1] < bounds[0]:
+    bounds = int(low), float(high or math.inf) if comma else int(low)
+    if bounds[1] < bounds[0]:
         raise _UnsupportedError
     return bounds
 
 
 # -- The settings ------------------------------------------------------------------------------------------------------
 
-
-#: The methods whose tensors are those of LoRA, LoKr and LoHa, by PEFT's name.
-LOW_RANK = {"LORA": "lora", "LOKR": "lokr", "LOHA": "loha", "HIRA": "lora"}
 
 # Settings of all methods that do not affect the update of the stored tensors, or are read for all of them.
 _COMMON = frozenset(
@@ -332,15 +261,13 @@ _COMMON = frozenset(
         "fan_in_fan_out", "modules_to_save", "bias",
     }
 )  # fmt: skip
-# Those of LoRA, LoKr, LoHa and HiRA.
-_KNOWN = frozenset(
-    {
-        "lora_dropout", "rank_dropout", "module_dropout", "rank_dropout_scale", "hira_dropout", "init_weights",
-        "init_lora_weights", "eva_config", "ensure_weight_tying", "megatron_core", "qalora_group_size",
-        "runtime_config", "velora_config", "use_effective_conv2d", "decompose_both", "decompose_factor",
-        "loftq_config", "corda_config", "lora_ga_config", "r", "lora_alpha", "alpha", "rank_pattern", "alpha_pattern",
-        "use_rslora", "use_dora", "target_parameters", "trainable_token_indices",
-    }
+#: Those of LoRA, LoKr, LoHa and HiRA.
+LOW_RANK = (
+    "lora_dropout", "rank_dropout", "module_dropout", "rank_dropout_scale", "hira_dropout", "init_weights",
+    "init_lora_weights", "eva_config", "ensure_weight_tying", "megatron_core", "qalora_group_size",
+    "runtime_config", "velora_config", "use_effective_conv2d", "decompose_both", "decompose_factor",
+    "loftq_config", "corda_config", "lora_ga_config", "r", "lora_alpha", "alpha", "rank_pattern", "alpha_pattern",
+    "use_rslora", "use_dora", "target_parameters", "trainable_token_indices",
 )  # fmt: skip
 _REFUSED = {
     "layer_replication": "layers are used several times, each with a different update",
@@ -363,7 +290,7 @@ class CommonSettings(NamedTuple):
 
     Attributes
     ----------
-    saved : tuple of str
+    saved : sequence of str
         ``modules_to_save``.
     bias : str
     model : str
@@ -372,95 +299,27 @@ class CommonSettings(NamedTuple):
         transformers' type of the base model, or "".
     transposed : bool
         ``fan_in_fan_out``.
+    ties : bool
+        ``ensure_weight_tying``: whether an embedding and a head have one update, or one copy of their weight.
     """
 
-    saved: tuple[str, ...]
+    saved: Sequence[str]
     bias: str
     model: str
     model_type: str
     transposed: bool
-
-
-class PeftSettings(NamedTuple):
-    """Settings of ``adapter_config.json`` that determine the update of LoRA, LoKr, LoHa and HiRA.
-
-    Attributes
-    ----------
-    kind : {"lora", "lokr", "loha"}
-    common : CommonSettings
-    rank, alpha : int, float
-        Values for modules that no pattern matches.
-    ranks, alphas : PathPatterns
-        PEFT's ``rank_pattern`` and ``alpha_pattern``.
-    rslora : bool
-    apply : str
-        How the updates meet the weights: "magnitude" for DoRA, "hadamard" for HiRA.
-    parameters : sequence of str
-        ``target_parameters``: parameters that LoRA adapts directly.
-    tokens : list, dict or None
-        ``trainable_token_indices``.
-    ties : bool
-        ``ensure_weight_tying``: whether an embedding and a head have one update.
-    """
-
-    kind: str
-    common: CommonSettings
-    rank: int
-    alpha: float
-    ranks: PathPatterns
-    alphas: PathPatterns
-    rslora: bool
-    apply: str
-    parameters: Sequence[str]
-    tokens: Any
     ties: bool
 
-    def scale(self, path: str, rank: int | None) -> float:
-        """Return the scale, ``alpha / r``, of a module with factors of this rank; None if they have no rank."""
-        if self.apply == "hadamard":
-            return 1.0  # HiRA has no alpha; PEFT makes all factors of rank r, whatever rank_pattern says
-        expected = integer_of(f"the rank of {path}", self.ranks.get(path, self.rank))
-        if rank is not None and rank != expected:
-            raise FileError(f"{safe_repr(path)} has factors of rank {rank}, and adapter_config.json says {expected}")
-        alpha = number_of(f"alpha of {path}", self.alphas.get(path, self.alpha))
-        return alpha / math.sqrt(expected) if self.rslora else alpha / expected
 
-
-def settings_of(config: Mapping[str, Any]) -> PeftSettings:
-    """Read the settings.
+def common_settings(config: Mapping[str, Any], fields: Collection[str], may_transpose: bool) -> CommonSettings:
+    """Read the settings that all methods have.
 
     Raises
     ------
     FileError
-        If a field has the wrong type, is unknown, or means that the update is not
-        only added to the weight. The message names the field.
+        If one of them has the wrong type; if another field is set that is not in ``fields``; or if the adapter belongs
+        to weights that it has changed.
     """
-    method = LOW_RANK[str(config["peft_type"]).upper()]
-    lora = method == "lora"
-    common = common_settings(config, _KNOWN, may_transpose=lora)
-    start = config.get("init_lora_weights")
-    if isinstance(start, str) and _CHANGES_BASE.search(start):
-        raise FileError(
-            f"init_lora_weights={safe_repr(start)}: this adapter belongs to a base whose weights it has changed; save "
-            "it with path_initial_model_for_weight_conversion, which makes it an ordinary one"
-        )
-    rank, alpha = config.get("r", 8), config.get("lora_alpha" if lora else "alpha", 8)
-    ranks, alphas = _patterns("rank_pattern", config), _patterns("alpha_pattern", config)
-    apply = _apply(config, method)
-    parameters = _names("target_parameters", config)
-    if parameters and (not lora or apply != "add"):
-        raise FileError(
-            f"target_parameters={safe_repr(parameters)} belongs to LoRA; peft_type is {config['peft_type']}"
-        )
-    return PeftSettings(
-        method, common, integer_of("r", rank), number_of("alpha", alpha), ranks, alphas,
-        bool(config.get("use_rslora")) and lora, apply, parameters,
-        config.get("trainable_token_indices"), bool(config.get("ensure_weight_tying")),
-    )  # fmt: skip
-
-
-def common_settings(config: Mapping[str, Any], fields: Collection[str], may_transpose: bool) -> CommonSettings:
-    """Read the settings that all methods have; raise FileError if another field is set that is not in ``fields``."""
     for field, value in config.items():
         if field in _COMMON or field in fields or not value:
             continue
@@ -468,6 +327,12 @@ def common_settings(config: Mapping[str, Any], fields: Collection[str], may_tran
         raise FileError(
             f"{field}={safe_repr(value)} of adapter_config.json cannot be converted: {why}; merge the adapter with "
             "PEFT, and extract one from the merged weights"
+        )
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and _CHANGES_BASE.search(start):
+        raise FileError(
+            f"init_lora_weights={safe_repr(start)}: this adapter belongs to a base whose weights it has changed; save "
+            "it with path_initial_model_for_weight_conversion, which makes it an ordinary one"
         )
     bias = config.get("bias", "none")
     if not isinstance(bias, str) or (bias not in ("none", "all") and not bias.endswith("_only")):
@@ -480,23 +345,38 @@ def common_settings(config: Mapping[str, Any], fields: Collection[str], may_tran
     parts = library.split(".") if isinstance(library, str) else []
     model_type = parts[2] if parts[:2] == ["transformers", "models"] and len(parts) > 2 else ""
     return CommonSettings(
-        tuple(_names("modules_to_save", config)), bias, model if isinstance(model, str) else "",
+        names_of("modules_to_save", config), bias, model if isinstance(model, str) else "",
         "openai-gpt" if model_type == "openai" else model_type, bool(config.get("fan_in_fan_out")) and may_transpose,
+        bool(config.get("ensure_weight_tying")),
     )  # fmt: skip
 
 
-def _apply(config: Mapping[str, Any], method: str) -> str:
-    """Return how the updates meet the weights."""
-    if str(config["peft_type"]).upper() == "HIRA":
-        return "hadamard"
-    if not config.get("use_dora"):
-        return "add"
-    if method != "lora":
-        raise FileError(f"use_dora={safe_repr(config['use_dora'])} belongs to LoRA; peft_type is {method.upper()}")
-    return "magnitude"
+class Scales:
+    """The scales of LoRA, LoKr or LoHa, α / r with PEFT's ``rank_pattern`` and ``alpha_pattern``.
+
+    Raises
+    ------
+    FileError
+        If a field has the wrong type. The message names it.
+    """
+
+    def __init__(self, config: Mapping[str, Any], alpha: str = "lora_alpha") -> None:
+        self._rank = integer_of("r", config.get("r", 8))
+        self._alpha = number_of("alpha", config.get(alpha, 8))
+        self._ranks, self._alphas = _patterns("rank_pattern", config), _patterns("alpha_pattern", config)
+        self._rslora = bool(config.get("use_rslora")) and alpha == "lora_alpha"
+
+    def of(self, path: str, rank: int | None) -> float:
+        """Return the scale of a module with factors of this rank; None if they have no rank."""
+        expected = integer_of(f"the rank of {path}", self._ranks.get(path, self._rank))
+        if rank is not None and rank != expected:
+            raise FileError(f"{safe_repr(path)} has factors of rank {rank}, and adapter_config.json says {expected}")
+        alpha = number_of(f"alpha of {path}", self._alphas.get(path, self._alpha))
+        return alpha / math.sqrt(expected) if self._rslora else alpha / expected
 
 
-def _names(field: str, config: Mapping[str, Any]) -> list[str]:
+def names_of(field: str, config: Mapping[str, Any]) -> list[str]:
+    """Return a setting that is a list of names; raise FileError for anything else."""
     names = config.get(field) or []
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise FileError(f"{field} must be a list of names; got {safe_repr(names)}")

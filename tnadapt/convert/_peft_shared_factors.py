@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -13,7 +12,6 @@ from numpy.typing import NDArray
 from tnadapt.algebra.config import MAX_ALPHA, MIN_ALPHA, Config
 from tnadapt.algebra.group import Group
 from tnadapt.algebra.maps import TiedElements
-from tnadapt.algebra.norms import rounded_to
 from tnadapt.algebra.sources import Given, Scaled, Source, Tied
 from tnadapt.algebra.superlora import SuperLoRA
 from tnadapt.algebra.torch_streams import TorchStream
@@ -24,36 +22,27 @@ from tnadapt.targets.roles import natural
 from tnadapt.targets.target import Target
 
 from ._file_format import EncodedAdapter
-from ._peft_content import DRAWN, SHAPES_OF_MODEL, OwnStructure, PeftContent, PeftMethod, group_of
-from ._peft_settings import PathPatterns, integer_of, number_of
+from ._peft_content import SHAPES_OF_MODEL, OwnStructure, PeftContent, PeftMethod, dense_updates, group_of
+from ._peft_settings import integer_of, number_of
 from ._updates import Float, Module, ModuleUpdate, Pair
 
 Ints = NDArray[np.int64]
 
 
-# -- A and B of the whole adapter: stored, or drawn from a seed --------------------------------------------------------
+# -- Factors of the whole adapter, and what is frozen ----------------------------------------------------------------
 
 
-class PeftProjections(PeftMethod):
-    """Base class of methods with two frozen factors of the whole adapter, which PEFT stores or draws from a seed."""
-
-    may_transpose = True
-
-    def projections(self, content: PeftContent, axes: int) -> tuple[Float, Float] | None:
-        """Return A and B if they are stored."""
-        if not content.config.get("save_projection", True) and self.shared[0] not in content.shared:
-            return None
-        way_out = ": save it with save_projection=True, or set that to false in the config"
-        a, b = (content.shared_tensor(name, axes, way_out) for name in self.shared)
-        return a, b
-
-    def stream(self, content: PeftContent) -> TorchStream:
-        """Return the stream of random numbers from which PEFT draws A and B, in float32."""
-        content.dtypes.add("float32")
-        return TorchStream(content.seed("projection_prng_key", 0))
+def _projections(content: PeftContent, axes: int) -> tuple[Float, Float]:
+    """Return the two frozen factors of the whole adapter, A and B."""
+    way_out = ": save it with save_projection=True, or, of VeRA, set that to false in the config"
+    a, b = (content.shared_tensor(name, axes, way_out) for name in content.method.shared)
+    return a, b
 
 
-_DRAWN = (f"PEFT left A and B to a seed of torch's: {DRAWN}",)
+_DRAWN = (
+    "PEFT left A and B to a seed of torch's: regenerated as torch draws on a CPU, which PEFT does not promise for "
+    "every system, and stored here",
+)
 
 
 def _frozen(file: AdapterFile, group: Group, name: str) -> Float:
@@ -85,12 +74,13 @@ def _trained(file: AdapterFile, group: Group) -> dict[str, Float]:
 _B, _D = "split0.factor0", "split0.factor1"
 
 
-class PeftVera(PeftProjections):
+class PeftVera(PeftMethod):
     """``ΔW = diag(b) B diag(d) A``."""
 
     preset = "vera"
     tensors = ("vera_lambda_b", "vera_lambda_d")
     shared = ("vera_A", "vera_B")
+    may_transpose = True
     fields = ("r", "projection_prng_key", "save_projection", "vera_dropout", "d_initial", "init_weights")
 
     def read(self, content: PeftContent) -> OwnStructure:
@@ -104,8 +94,8 @@ class PeftVera(PeftProjections):
             targets.append(content.target_from_base(path, b.size, lambda rows, _, size: rows == size, why))
             diagonals.append((b, d))
         rows, cols = (max(target.shape[side] for target in targets) for side in (0, 1))
-        stored = self.projections(content, 2)
-        a, b_matrix = stored or _drawn_for_vera(self.stream(content), rank, rows, cols)
+        is_stored = content.config.get("save_projection", True) or bool(content.shared)
+        a, b_matrix = _projections(content, 2) if is_stored else _drawn_for_vera(content, rank, rows, cols)
         if a.shape[0] != rank or b_matrix.shape[1] != rank or a.shape[1] < cols or b_matrix.shape[0] < rows:
             raise content.misfit(
                 targets[0].module,
@@ -126,7 +116,7 @@ class PeftVera(PeftProjections):
             "factor1": Scaled(Given(shared=True), size=False, rank=True, start=float(start)),
         }
         config, given_arrays = Config(rank=rank, sources=sources), {f"group0.{_B}": b_matrix, f"group0.{_D}": a.T}
-        return OwnStructure(targets, config, arrays, given_arrays, updates, notes=() if stored else _DRAWN)
+        return OwnStructure(targets, config, arrays, given_arrays, updates, notes=() if is_stored else _DRAWN)
 
     def write(self, modules: Sequence[Module], file: AdapterFile) -> EncodedAdapter:
         """Encode the diagonals, and the leading matrices of which each weight has a part."""
@@ -151,8 +141,10 @@ class PeftVera(PeftProjections):
         return EncodedAdapter(tensors, config={"r": config.rank, "projection_prng_key": 0, "save_projection": True})
 
 
-def _drawn_for_vera(stream: TorchStream, rank: int, rows: int, cols: int) -> tuple[Float, Float]:
-    """Return uniform numbers of variance ``2 / fan_in``."""
+def _drawn_for_vera(content: PeftContent, rank: int, rows: int, cols: int) -> tuple[Float, Float]:
+    """Return A and B as PEFT draws them in float32: uniform numbers of variance ``2 / fan_in``."""
+    content.dtypes.add("float32")
+    stream = TorchStream(content.seed("projection_prng_key", 0))
     bounds = (math.sqrt(3.0) * (math.sqrt(2) / math.sqrt(fan_in)) for fan_in in (cols, rank))
     a, b = (
         stream.uniforms(shape, -bound, bound).astype(np.float64)
@@ -172,6 +164,7 @@ _STRUCTURE = (
     "it needs ⌈smaller side / rank⌉ terms for every weight, with frozen factors that all weights share; those on the "
     "smaller side tied to one, with both diagonals, as presets.randlora has them"
 )
+_UNLIKE = "PEFT pairs the bases differently for weights that differ in the smaller side, or in which side that is"
 
 
 class _Weight(NamedTuple):
@@ -186,59 +179,64 @@ class _Weight(NamedTuple):
         """The smaller and the larger side."""
         return min(self.target.shape), max(self.target.shape)
 
-    @property
-    def tall(self) -> bool:
-        """Whether A is on the side of the columns."""
-        return self.target.shape[1] <= self.target.shape[0]
+
+def _is_tall(shape: tuple[int, int]) -> bool:
+    """Return whether A is on the side of the columns."""
+    return shape[1] <= shape[0]
 
 
-def _factor_names(tall: bool) -> tuple[str, str]:
-    """Return the names of the factors on the smaller and on the larger side."""
-    return ("factor1", "factor0") if tall else ("factor0", "factor1")
+def _factor_names(terms: int, tall: bool) -> tuple[list[str], list[str]]:
+    """Return the names of the factors on the smaller and on the larger side in a group, one for each term."""
+    prefixes = [f"term{term}.split0." for term in range(terms)] if terms > 1 else ["split0."]
+    short, long = ("factor1", "factor0") if tall else ("factor0", "factor1")
+    return [prefix + short for prefix in prefixes], [prefix + long for prefix in prefixes]
 
 
-class PeftRandLora(PeftProjections):
+class PeftRandLora(PeftMethod):
     """``ΔW = (alpha / r) sum_n B_n diag(λ_n) A diag(γ_n)``, transposed if there are more columns than rows."""
 
     preset = "randlora"
     tensors = ("randlora_lambda", "randlora_gamma")
-    shared = ("randlora_A", "randlora_B")
-    copies = shared
+    shared = copies = ("randlora_A", "randlora_B")
+    may_transpose = True
     fields = (
         "r", "randlora_alpha", "projection_prng_key", "save_projection", "sparse", "very_sparse", "randlora_dropout",
         "init_weights",
     )  # fmt: skip
 
     def read(self, content: PeftContent) -> OwnStructure:
-        """Read the diagonals as trained, A and B as given."""
+        """Read the diagonals as trained, A and B as given; the updates alone if the weights pair them differently."""
         rank = content.rank(32)
         weights = [self._weight(content, path, rank) for path in content.modules]
-        stored = self.projections(content, 3)
-        if stored:
-            _check_bases(content, rank, weights, *stored)
-        a, b = stored or _drawn_for_randlora(content.config, self.stream(content), rank, weights)
-        plan = _Plan(weights, rank, a[:, 0], b)
+        a, b = _projections(content, 3)
+        _check_bases(content, rank, weights, a, b)
         alpha = number_of("randlora_alpha", content.config.get("randlora_alpha", 640))
-        scale = alpha / rank
+        targets = [weight.target for weight in weights]
+        updates = [_multiplied_out(weight, a[:, 0], b, alpha / rank) for weight in weights]
+        if len({(len(weight.gammas), _is_tall(weight.target.shape)) for weight in weights}) > 1:
+            return dense_updates(targets, [update.delta() for update in updates], _UNLIKE)
+        terms, tall = len(weights[0].gammas), _is_tall(targets[0].shape)
+        least, most = (max(weight.sides[place] for weight in weights) for place in (0, 1))
+        short, long = _factor_names(terms, tall)
+        bases = b[:most, :terms].reshape(most, -1)
+        given_arrays = {f"group0.{short[0]}": a[:, 0, :least].T}
+        given_arrays |= {f"group0.{name}": bases[:, term::terms] for term, name in enumerate(long)}
         # A scale that cannot be alpha is multiplied into λ.
         is_alpha = MIN_ALPHA <= alpha <= MAX_ALPHA
-        arrays, given_arrays, trained = dict[str, Float](), dict[str, Float](), list[str]()
-        for number in range(len(weights)):
-            names, ones, frozen = plan.arrays_of(number, 1.0 if is_alpha else scale)
-            arrays |= names | ones
-            given_arrays |= frozen
-            trained += names
-        updates = [plan.update(weight, scale) for weight in weights]
-        notes: tuple[str, ...] = () if stored else _DRAWN
-        if plan.mixed:
-            notes += ("weights with more rows than columns and others: each stores its own bases, with diagonals of "
-                      "ones, which are not trained",)  # fmt: skip
-        elif not plan.alike:
-            notes += ("weights whose smaller sides differ: PEFT pairs the bases differently, and each stores its own",)
-        return OwnStructure(
-            [weight.target for weight in weights], plan.config(alpha if is_alpha else None), arrays, given_arrays,
-            updates, trained if plan.mixed else None, notes,
-        )  # fmt: skip
+        factor, arrays = 1.0 if is_alpha else alpha / rank, dict[str, Float]()
+        for number, weight in enumerate(weights):
+            for term, name in enumerate(short):
+                arrays[f"group{number}.{name}.size"] = weight.gammas[term]
+                arrays[f"group{number}.{name}.rank"] = weight.lambdas[:, term] * factor
+        start = (1.0 / most, 0.0)
+        sources: dict[str, Source] = {
+            long[0].rpartition(".")[2]: Given(shared=True),
+            short[0]: Scaled(Given(shared=True), size=True, rank=True, start=start),
+        }
+        if terms > 1:
+            sources[short[0].rpartition(".")[2]] = Scaled(Tied(short[0]), size=True, rank=True, start=start)
+        config = Config(rank=rank, terms=terms, sources=sources, alpha=alpha if is_alpha else None)
+        return OwnStructure(targets, config, arrays, given_arrays, updates)
 
     def write(self, modules: Sequence[Module], file: AdapterFile) -> EncodedAdapter:
         """Encode the diagonals, A, and the bases in the order in which PEFT pairs them."""
@@ -248,11 +246,10 @@ class PeftRandLora(PeftProjections):
         if fit != (2, 1, "cp", "identity", "stack") or not isinstance(rank, int):
             self.refuse(_STRUCTURE)
         tensors, whole = dict[str, Float](), dict[str, Float]()
-        tall = modules[0].shape[1] <= modules[0].shape[0]
-        prefixes = [prefix for (prefix,) in file.plan.groups[0].network.prefixes]
-        short, long = ([prefix + name for prefix in prefixes] for name in _factor_names(tall))
+        tall = _is_tall(modules[0].shape)
+        short, long = _factor_names(config.terms, tall)
         for module in modules:
-            if tall != (module.shape[1] <= module.shape[0]):
+            if tall != _is_tall(module.shape):
                 self.refuse(
                     "some weights have more rows than columns and others have not, and A would be on both sides"
                 )
@@ -285,6 +282,15 @@ class PeftRandLora(PeftProjections):
         return _Weight(target, lambdas, gammas)
 
 
+def _multiplied_out(weight: _Weight, a: Float, b: Float, scale: float) -> ModuleUpdate:
+    """Return the update as PEFT multiplies it out, with the columns of the bases as PEFT flattens them."""
+    least, most = weight.sides
+    scaled = weight.lambdas[:, :, None] * a[:, None, :least] * weight.gammas[None]
+    narrow, wide = scaled.reshape(-1, least).T, b[:most, : len(weight.gammas)].reshape(most, -1)
+    pair = Pair(wide, narrow) if _is_tall(weight.target.shape) else Pair(narrow, wide)
+    return ModuleUpdate("lora", weight.target.shape, (pair,), scale)
+
+
 def _check_bases(content: PeftContent, rank: int, weights: Sequence[_Weight], a: Float, b: Float) -> None:
     """Raise FileError unless A is (rank, 1, least) or larger, and B (most, N, rank) or larger."""
     short, long = (max(weight.sides[place] for weight in weights) for place in (0, 1))
@@ -299,111 +305,15 @@ def _check_bases(content: PeftContent, rank: int, weights: Sequence[_Weight], a:
         raise content.misfit(path, f"randlora_B has {b.shape[1]} bases, and that is too few")
 
 
-def _drawn_for_randlora(
-    config: Mapping[str, object], stream: TorchStream, rank: int, weights: Sequence[_Weight]
-) -> tuple[Float, Float]:
-    """Return A (rank, 1, least) and B (most, N, rank) as PEFT draws them."""
-    least, most = sorted(max(weight.target.shape[side] for weight in weights) for side in (0, 1))
-    count = -(-least // rank)
-    if config.get("very_sparse") or config.get("sparse"):
-        sparsity = math.sqrt(least) if config.get("very_sparse") else 3.0
-        a, b = (_sparse(stream, shape, sparsity) for shape in ((rank, 1, least), (most, count, rank)))
-        return a, b
-    first = _kaiming(stream, (rank, 1, least))
-    bases = np.concatenate([_kaiming(stream, (most, 1, rank)) for _ in range(count)], axis=1)
-    return _normalized(first, half=True), _normalized(bases, half=True)
-
-
-class _Plan:
-    """The config of all weights, and their arrays."""
-
-    def __init__(self, weights: Sequence[_Weight], rank: int, a: Float, b: Float) -> None:
-        self.weights, self.rank, self.a, self.b = weights, rank, a, b
-        counts = {len(weight.gammas) for weight in weights}
-        self.terms, self.alike = max(counts), len(counts) == 1
-        self.mixed = len({weight.tall for weight in weights}) > 1
-        self.least, self.most = (max(weight.sides[place] for weight in weights) for place in (0, 1))
-
-    def config(self, alpha: float | None) -> Config:
-        """Return the settings."""
-        sources: dict[str, Source]
-        if self.mixed:
-            sources = dict.fromkeys(("factor0", "factor1"), Scaled(Given(), size=True, rank=True))
-        else:
-            short, long = _factor_names(self.weights[0].tall)
-            start = (1.0 / self.most, 0.0)
-            first = f"term0.split0.{short}" if self.terms > 1 else f"split0.{short}"
-            sources = {
-                long: Given(shared=self.alike),
-                first: Scaled(Given(shared=True), size=True, rank=True, start=start),
-            }
-            if self.terms > 1:
-                sources[short] = Scaled(Tied(first), size=True, rank=True, start=start)
-        return Config(rank=self.rank, terms=self.terms, sources=sources, alpha=alpha)
-
-    def _bases(self, weight: _Weight, size: int) -> Float:
-        """Return the beginning of a weight's bases, whose columns are flattened as PEFT flattens them."""
-        return self.b[:size, : len(weight.gammas)].reshape(size, -1)
-
-    def arrays_of(self, number: int, scale: float) -> tuple[dict[str, Float], dict[str, Float], dict[str, Float]]:
-        """Return the diagonals of a weight, λ times a scale; those of ones; and its given arrays."""
-        weight, diagonals, ones, given_arrays = self.weights[number], dict[str, Float](), dict[str, Float](), {}
-        (least, most), (short, long), count = weight.sides, _factor_names(weight.tall), len(weight.gammas)
-        for term in range(self.terms):
-            prefix = f"group{number}." + f"term{term}." * (self.terms > 1) + "split0."
-            real = term < count
-            diagonals[f"{prefix}{short}.size"] = weight.gammas[term] if real else np.zeros(least)
-            diagonals[f"{prefix}{short}.rank"] = weight.lambdas[:, term] * scale if real else np.zeros(self.rank)
-            if self.mixed:
-                ones |= {f"{prefix}{long}.size": np.ones(most), f"{prefix}{long}.rank": np.ones(self.rank)}
-                given_arrays[f"{prefix}{short}"] = self.a[:, :least].T
-            elif number == 0 and term == 0:
-                given_arrays[f"{prefix}{short}"] = self.a[:, : self.least].T
-            # Bases that all weights share are as long as the longest one.
-            shared = self.alike and not self.mixed
-            if number == 0 or not shared:
-                bases = self._bases(weight, self.most if shared else most)
-                given_arrays[f"{prefix}{long}"] = bases[:, term % count :: count]
-        return diagonals, ones, given_arrays
-
-    def update(self, weight: _Weight, scale: float) -> ModuleUpdate:
-        """Return the update, as PEFT multiplies it out."""
-        least, most = weight.sides
-        scaled = weight.lambdas[:, :, None] * self.a[:, None, :least] * weight.gammas[None]
-        narrow, wide = scaled.reshape(-1, least).T, self._bases(weight, most)
-        pair = Pair(wide, narrow) if weight.tall else Pair(narrow, wide)
-        return ModuleUpdate("lora", weight.target.shape, (pair,), scale)
-
-
-def _kaiming(stream: TorchStream, shape: tuple[int, int, int]) -> Float:
-    bound = math.sqrt(3.0) * (math.sqrt(2.0 / (1 + math.sqrt(5) ** 2)) / math.sqrt(shape[1] * shape[2]))
-    # PEFT draws in bfloat16 where the machine has it, and in float16 elsewhere.
-    return stream.uniforms(shape, -bound, bound, "bfloat16").astype(np.float64)
-
-
-def _sparse(stream: TorchStream, shape: tuple[int, int, int], sparsity: float) -> Float:
-    unit = stream.uniforms(shape, 0.0, 1.0)
-    edge = 1 / (2 * sparsity)
-    return _normalized((unit > np.float32(1 - edge)) * 1.0 - (unit < np.float32(edge)) * 1.0, half=False)
-
-
-def _normalized(array: Float, half: bool) -> Float:
-    deviation = np.array(array.std(ddof=1), np.float32)
-    single = array.astype(np.float32)
-    normalized = rounded_to(single / rounded_to(deviation, "bfloat16"), "bfloat16") if half else single / deviation
-    return np.asarray(normalized, np.float64)
-
-
 # -- TinyLoRA: the r × r matrices of LoRA-XS combine fixed random ones with few trained numbers ------------------------
 
 # PEFT's random matrices become the matrix of a given map before the network.
 
 
 _TINYLORA_NOTE = (
-    "the r × r matrix of each weight is stored as trained, as it has fewer elements than its v: {} trained numbers "
-    "became {}"
+    "stored as LoRA of the same rank, as a config holds PEFT's factors and P in float32, and no more trained numbers "
+    "than the r × r matrices have elements"
 )
-_WIDE = "stored as LoRA of the same rank, as a config holds PEFT's factors and P in float32, and these are in float64"
 
 
 class PeftTinyLora(PeftMethod):
@@ -432,15 +342,15 @@ class PeftTinyLora(PeftMethod):
             # PEFT's groups of layers: all of one size, and the rest in the last one.
             owner = min(order[path] // max(1, len(order) // len(vectors)), len(vectors) - 1)
             p = np.zeros((theta.size, len(a), len(a)))
-            block = p[firsts[owner] : firsts[owner + 1]]
-            block[:] = self._projection(content, path, order[path], len(block), len(a))
+            stored, block = content.tensor(path, "tinylora_P", 3), p[firsts[owner] : firsts[owner + 1]]
+            if stored.shape != block.shape:
+                raise content.misfit(path, f"tinylora_P must be {block.shape}; save it with save_projection=True")
+            block[:] = stored
             owners.append(owner)
             targets.append(content.target(path, (len(b), a.shape[1])))
             parts.append((b, p, a))
         # P and θ are not rounded to the dtype of the stored v: PEFT multiplies them in that of the model.
         content.dtypes.add("float32")
-        drawn = "tinylora_P" not in next(iter(content.modules.values()))
-        notes = (f"PEFT left P to a seed of torch's: {DRAWN}",) if drawn else ()
         rank = max(p.shape[1] for _, p, _ in parts)
         matrices, given_arrays, updates = dict[str, Float](), dict[str, Float](), []
         for number, ((b, p, a), target) in enumerate(zip(parts, targets, strict=True)):
@@ -451,26 +361,24 @@ class PeftTinyLora(PeftMethod):
             given_arrays[f"{name}.factor0"] = np.pad(b, ((0, 0), left))
             given_arrays[f"{name}.factor1"] = np.pad(a, (right, (0, 0))).T
             updates.append(ModuleUpdate("lora", target.shape, (Pair(b @ np.einsum("i,ijk->jk", theta, p), a.T),)))
-        if "float64" in content.dtypes:
-            return OwnStructure(targets, updates=updates, notes=(_WIDE, *notes))
-        config = Config(rank=rank, format="tucker", sources={"factor0": Given(), "factor1": Given()})
-        size, elements = theta.size, sum(p[0].size for p in matrices.values())
         one_each = sorted(owners) == list(range(len(vectors))) and len({v.size for v in vectors}) == 1
-        if one_each and all(vectors[0].size <= p[0].size for p in matrices.values()):
-            size = vectors[0].size
-            config = config.replace(before="given", parameters=size, scope="group", offset=False)
+        one_each = one_each and all(vectors[0].size <= p[0].size for p in matrices.values())
+        size = vectors[0].size if one_each else theta.size
+        if "float64" in content.dtypes or (not one_each and size > sum(p[0].size for p in matrices.values())):
+            return OwnStructure(targets, updates=updates, notes=(_TINYLORA_NOTE,))
+        config = Config(
+            rank=rank, format="tucker", sources={"factor0": Given(), "factor1": Given()}, before="given",
+            parameters=size, scope="group" if one_each else "plan", offset=False,
+        )  # fmt: skip
+        if one_each:
             arrays = {f"group{group}.theta": vectors[owner] for group, owner in enumerate(owners)}
             for group, (owner, p) in enumerate(zip(owners, matrices.values(), strict=True)):
                 block = p[firsts[owner] : firsts[owner + 1]]
                 given_arrays[f"group{group}.theta.matrix"] = block.reshape(size, -1).T
-        elif size <= elements:
-            config = config.replace(before="given", parameters=size, offset=False)
+        else:
             arrays = {"theta": theta}
             given_arrays["theta.matrix"] = np.concatenate([p.reshape(size, -1) for p in matrices.values()], axis=1).T
-        else:
-            arrays = {name: np.einsum("i,ijk->jk", theta, p) for name, p in matrices.items()}
-            notes = (_TINYLORA_NOTE.format(size, elements), *notes)
-        return OwnStructure(targets, config, arrays, given_arrays, updates, notes=notes)
+        return OwnStructure(targets, config, arrays, given_arrays, updates)
 
     def write(self, modules: Sequence[Module], file: AdapterFile) -> EncodedAdapter:
         """Encode the factors, θ, and P as the map before the network has it."""
@@ -500,36 +408,18 @@ class PeftTinyLora(PeftMethod):
         return EncodedAdapter(tensors, config=settings)
 
     def _order(self, content: PeftContent, vectors: int) -> dict[str, int]:
-        """Return the place of each weight in the model: it says which v is the weight's, and seeds P."""
-        stored = all("tinylora_P" in tensors for tensors in content.modules.values())
-        if len(content.modules) == 1 or (vectors == 1 and stored):
+        """Return the place of each weight in the model, which says which v is the weight's."""
+        if len(content.modules) == 1 or vectors == 1:
             return dict.fromkeys(content.modules, 0)
         if content.base is None or not content.base.ordered:
-            why = "which of its vectors v is a weight's" if stored else "the matrices P"
             raise FileError(
-                f"the order of the modules in the model decides {why}, and the file does not have it: give "
-                f"base={SHAPES_OF_MODEL}"
+                "the order of the modules in the model decides which of its vectors v is a weight's, and the file does "
+                f"not have it: give base={SHAPES_OF_MODEL}"
             )
         for path in content.modules:
             content.base.check_module(path)
         paths = [path for path in content.base.shapes if path in content.modules]
         return {path: place for place, path in enumerate(paths)}
-
-    def _projection(self, content: PeftContent, path: str, place: int, count: int, rank: int) -> Float:
-        """Return P, (u, r, r), stored or drawn as PEFT draws it."""
-        if "tinylora_P" in content.modules[path] or content.config.get("save_projection", True):
-            stored: Float = content.tensor(path, "tinylora_P", 3)
-            if stored.shape != (count, rank, rank):
-                raise content.misfit(path, f"tinylora_P must be ({count}, {rank}, {rank})")
-            return stored
-        size = count * rank * rank
-        if size < 16:
-            raise FileError(
-                f"the {size} elements of P are too few to draw as torch does: save it with save_projection=True"
-            )
-        seed = content.seed("projection_seed", 42) + place
-        drawn = (TorchStream(seed).normals(size) / rank**0.5).astype(np.float32)
-        return np.asarray(drawn.reshape(count, rank, rank), np.float64)
 
 
 # -- Uni-LoRA: each number of all A and B is one of a few trained numbers, scaled --------------------------------------
@@ -663,19 +553,17 @@ class PeftUniLora(PeftMethod):
                 f"of the model's modules: {_SAVE}, or give base={SHAPES_OF_MODEL}"
             )
         unclear = [name for name in ("exclude_modules", "layers_to_transform", "layers_pattern") if config.get(name)]
-        targets = config.get("target_modules")
-        if unclear or not targets or not isinstance(targets, (str, list)) or targets == "all-linear":
-            what = f"{unclear[0]} is set" if unclear else f"target_modules is {safe_repr(targets)}"
+        ends = config.get("target_modules")
+        if unclear or not isinstance(ends, list):
+            what = f"{unclear[0]} is set" if unclear else f"target_modules={safe_repr(ends)} is no list"
             raise FileError(f"it stores neither its indices nor the names of its weights, and {what}: {_SAVE}")
-        # A string is an expression for whole paths, a list has the ends of paths.
-        names = [targets] if isinstance(targets, str) else [re.escape(end) for end in targets if isinstance(end, str)]
-        chosen, patterns = {}, PathPatterns("target_modules", dict.fromkeys(names, True), isinstance(targets, str))
+        chosen = {}
         for path, stored in base.shapes.items():
             assert stored is not None
-            if len(stored) == 2 and patterns.get(path, False):
+            if len(stored) == 2 and any(f".{path}".endswith(f".{end}") for end in ends):
                 chosen[path] = (stored[1], stored[0]) if content.settings.transposed else (stored[0], stored[1])
         if not chosen:
-            raise FileError(f"target_modules={safe_repr(targets)} matches no matrix of base")
+            raise FileError(f"target_modules={safe_repr(ends)} matches no matrix of base")
         return chosen
 
 

@@ -28,7 +28,7 @@ from . import _file_format, _updates
 from ._base_model import Base, as_base, check_base, with_base_arrays
 from ._file_format import ConversionRequest, FileFormat
 from ._files import StoredFiles, replace_folder
-from ._updates import Module, ModuleUpdate, Unpacked, is_embedding, is_expert, place_of
+from ._updates import Module, ModuleUpdate, Unpacked, is_embedding, place_of
 
 # -- The table of file formats, and the names of the forms that they write ---------------------------------------------
 
@@ -100,11 +100,7 @@ def forms() -> tuple[str, ...]:
 
 
 def _is_form(to: str) -> bool:
-    name, dash, method = to.partition("-")
-    if name not in _formats:
-        return to == OWN
-    cls = _formats[name]
-    return method in (*cls.kinds, *cls.structures) if dash else bool(cls.kinds)
+    return to == OWN or to in forms()
 
 
 def format_of(name: str) -> FileFormat:
@@ -143,7 +139,7 @@ def requested(
         if not has_rank(to):
             raise ConfigError(f"rank={rank} (--rank) applies to LoRA, LoKr and LoHa only; {to!r} has no rank to choose")
     name, _, method = to.partition("-")
-    return ConversionRequest(to, format_of(name), method, rank, max_error, base, part, dtype, without_kept)
+    return ConversionRequest(format_of(name), method, rank, max_error, base, part, dtype, without_kept)
 
 
 def _no_choice(what: str, given: str, known: Sequence[str]) -> ConfigError:
@@ -180,7 +176,7 @@ def with_method(request: ConversionRequest, modules: Sequence[Module], unpacked:
     methods = {form.kind if (form := module.form(unpacked)) is not None else "" for module in modules}
     common = methods.pop() if len(methods) == 1 else ""
     method = common if common in kinds else kinds[0]
-    return request._replace(form=f"{request.format.name}-{method}", kind=method)
+    return request._replace(kind=method)
 
 
 # -- The result: the adapter in its new form, its error, and how to save it --------------------------------------------
@@ -547,10 +543,10 @@ def _export(found: ConvertedFrom, request: ConversionRequest) -> Conversion:
     request = with_method(request, modules, unpacked)
     form.choose_part(modules, request.part, found.part)
     _check_modules(file, modules, request)
-    if not file.plan.applying.additive:
-        if request.kind in form.structures:
-            raise _file_format.not_additive(file.config.apply, request.form)
-        form.check_applied(request.kind, file.config.apply, file.config.magnitude_axis)
+    additive, apply = file.plan.applying.additive, file.config.apply
+    applies = form.applies if request.kind == "lora" and file.config.magnitude_axis == "rows" else ()
+    if not additive and apply not in applies:
+        raise _file_format.not_additive(apply, request.form)
     if request.kind in form.structures:
         encoded, known = form.encode_file(request.kind, modules, file), True
     else:
@@ -558,16 +554,15 @@ def _export(found: ConvertedFrom, request: ConversionRequest) -> Conversion:
 
         choice = choose(modules, unpacked, request)
         encoded, known = form.encode(request.kind, modules, choice, list(file.kept)), choice.exact
-        if not file.plan.applying.additive:
-            encoded = form.applied(encoded, request.kind, modules, choice, _file_format.application_of(file, modules))
-    encoded = form.with_kept(encoded, modules, file, found.base)
-    encoded = form.of_base(encoded, file.pretrained)
+        if not additive:
+            encoded = form.applied(encoded, modules, choice, file)
+    encoded = form.completed(encoded, modules, file, found.base)
     stored, kinds = (_updates.round_to if dtype is not None else _updates.narrow)(encoded.tensors, dtype or file.dtype)
     _updates.check_range(stored, dtype or file.dtype)
     scalars = {name: array.astype(np.float32) for name, array in encoded.scalars.items()}
     tensors = stored | scalars | dict(encoded.integers)
     for name, array in file.kept.items():
-        for stored_name in encoded.kept_names.get(name) or [form.kept_name(name)]:
+        for stored_name in encoded.kept_names[name]:
             tensors[stored_name] = array
             kinds |= {stored_name: "bfloat16"} if f"kept.{name}" in file.dtypes else {}
     record = {"from": found.kind, "to": request.form, "config": file.config.to_dict(), **encoded.record}
@@ -584,31 +579,29 @@ def _export(found: ConvertedFrom, request: ConversionRequest) -> Conversion:
         error,
         errors,
         sizes,
-        encoded.notes,
-        None,
-        tensors,
-        kinds,
-        encoded.config,
-        files,
+        tensors=tensors,
+        dtypes=kinds,
+        config=encoded.config,
+        files=files,
     )
 
 
 def _check_modules(file: AdapterFile, modules: Sequence[Module], request: ConversionRequest) -> None:
     """Raise ConfigError unless the form supports all adapted modules."""
     for target in file.targets:
-        request.format.check_target(target)
+        if target.index is None:
+            request.format.check_target(target)
+        elif request.form != "peft-lora":
+            raise ConfigError(
+                f"{target.label} cannot be converted to {request.form!r}: it is one of the {target.stored[0]} matrices "
+                f"of a parameter, as experts are kept, which only PEFT's LoRA adapts: {_file_format.TO_PEFT_LORA}, or "
+                f"{_file_format.MERGE}"
+            )
     for module in modules:
         if is_embedding(module) and request.kind not in request.format.embeddings:
             raise ConfigError(
                 f"{safe_repr(module.path)} is an embedding, and {request.format.library} has no {request.kind} of such "
                 f"a layer: {_file_format.TO_PEFT_LORA}, or {_file_format.MERGE}"
-            )
-        if is_expert(module) and request.form != "peft-lora":
-            target = module.targets[0][1]
-            raise ConfigError(
-                f"{target.label} cannot be converted to {request.form!r}: it is one of the {target.stored[0]} matrices "
-                f"of a parameter, as experts are kept, which only PEFT's LoRA adapts: {_file_format.TO_PEFT_LORA}, or "
-                f"{_file_format.MERGE}"
             )
         request.format.check_module(module, request.kind)
     request.format.check_adapter(modules, file.kept)

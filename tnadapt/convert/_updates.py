@@ -82,8 +82,8 @@ class ModuleUpdate(NamedTuple):
     shape : tuple of int
         ``(rows, cols)`` of the update.
     parts : tuple of Pair or ndarray
-        LoRA: one Pair. LoKr: the factors W1 and W2 of a Kronecker product, each a Pair or a matrix. LoHa: the two Pairs
-        of a Hadamard product. Dense: the matrix itself. All in float64.
+        LoRA: one Pair. LoKr: the factors W1 and W2 of a Kronecker product, each a Pair or a matrix, and W1 a Pair only
+        if W2 is one. LoHa: the two Pairs of a Hadamard product. Dense: the matrix itself. All in float64.
     scale : float
         Scale of the whole update.
 
@@ -128,33 +128,23 @@ class ModuleUpdate(NamedTuple):
         if self.kind != "lokr":
             raise ConfigError(f"the kind of an update is lora, lokr, loha or dense; got {safe_repr(self.kind)}")
         first, last = self.parts
-        same = isinstance(first, Pair) and isinstance(last, Pair)
-        return Config(
-            rank=self.rank,
-            splits=2,
-            split_size=first.shape,
-            leading="same" if same else "dense",
-            format="cp" if isinstance(last, Pair) else "dense",
-        )
+        leading, form = "same" if isinstance(first, Pair) else "dense", "cp" if isinstance(last, Pair) else "dense"
+        return Config(rank=self.rank, splits=2, split_size=first.shape, leading=leading, format=form)
 
     def arrays(self) -> dict[str, Float]:
         """Return the arrays of :meth:`config`, without the group's prefix, and with all Pairs padded to one rank."""
-        config, arrays = self.config(), dict[str, Float]()
+        arrays = dict[str, Float]()
         for number, part in enumerate(self.parts):
-            leading = self.kind == "lokr" and number == 0 and config.leading == "dense"
-            if isinstance(part, Pair) and not leading:
+            if isinstance(part, Pair):
                 part = part.padded(self.rank)
                 arrays |= {f"split{number}.factor0": part.b, f"split{number}.factor1": part.a}
             else:
-                matrix = as_matrix(part)
-                arrays[f"split{number}.dense"] = matrix.reshape(-1) if self.kind == "dense" else matrix
+                arrays[f"split{number}.dense"] = part.reshape(-1) if self.kind == "dense" else part
         return arrays
 
     def delta(self) -> Float:
         """Compute ΔW, shape (rows, cols)."""
-        arrays = {f"group0.{name}": array for name, array in self.absorb_scale().arrays().items()}
-        delta: Float = SuperLoRA(self.config(), [self.shape]).deltas(arrays)[0]
-        return delta
+        return self.absorb_scale().rows(0, self.shape[0])
 
     def rows(self, start: int, stop: int) -> Float:
         """Compute rows ``start`` to ``stop - 1`` of ΔW."""
