@@ -16,11 +16,10 @@ import numpy as np
 from tnadapt.backends import Backend, get_backend, one_blas_thread
 from tnadapt.errors import ConfigError, ShapeError, TnadaptError, safe_repr, summarize
 
-from .config import Config
-from .group import Group
+from .group import Group, PlanPart
 from .rng import PURPOSE
 from .sources import FrozenArray, Stream
-from .starting_points import PREFIX, Start, StartPlace
+from .starting_points import PREFIX
 
 # -- Arrays that a caller gives ----------------------------------------------------------------------------------------
 
@@ -107,15 +106,11 @@ _WORKERS = min(8, os.cpu_count() or 1)
 
 
 def from_base(
-    groups: Sequence[Group],
-    weight: Callable[[int], np.ndarray],
-    start: Callable[[int, np.ndarray], dict[str, np.ndarray]] | None,
-    on_array: Callable[[], None],
+    part: PlanPart, groups: Sequence[Group], weight: Callable[[int], np.ndarray], on_array: Callable[[], None]
 ) -> dict[str, np.ndarray]:
     """Compute what base weights determine of the groups of a config; see :meth:`tnadapt.SuperLoRA.with_base`.
 
-    ``weight`` returns a base weight as a vector, by its number; ``start`` computes x_0 of a group from its folded base
-    weights, if they determine it; ``on_array`` is called after each array.
+    ``weight`` returns a base weight as a vector, by its number; ``on_array`` is called after each array.
     """
     arrays = dict[str, np.ndarray]()
 
@@ -134,12 +129,12 @@ def from_base(
                 for entry in group.frozen.entries.values()
                 if entry.source.needs_base and entry.stream.group == index and entry.full not in arrays
             }
-            if not entries and start is None:
+            if not entries and not part.point.needs_base:
                 continue
             base = _folded(group, weight)
-            if start is not None:
+            if part.point.needs_base:
                 # Starts of several groups in parallel, as many as there are weights in memory.
-                starts.append(pool.submit(start, index, base))
+                starts.append(pool.submit(_start_of, part, index, base))
                 if len(starts) == _WORKERS:
                     put(starts.popleft().result().items())
             # What is computed from the factors comes after them.
@@ -171,12 +166,11 @@ def _computed(base: np.ndarray, entry: FrozenArray, factors: Mapping[int, np.nda
     return entry.compute(dataclasses.replace(entry.stream, base=base, factors=factors))
 
 
-def start_from_base(
-    config: Config, point: Start, place: StartPlace, index: int, base: np.ndarray
-) -> dict[str, np.ndarray]:
+def _start_of(part: PlanPart, index: int, base: np.ndarray) -> dict[str, np.ndarray]:
     """Compute x_0 of a group, by the names in ``SuperLoRA.start_shapes``, in float32."""
-    computed = point.arrays(place, base, Stream(config.seed, index, PURPOSE["source"]))
-    what = f"start={config.start!r} of group {index}"
+    place = part.place(index)
+    computed = part.point.arrays(place, base, Stream(part.config.seed, index, PURPOSE["source"]))
+    what = f"start={part.config.start!r} of group {index}"
     if not isinstance(computed, Mapping) or computed.keys() != place.shapes.keys():
         names = sorted(computed) if isinstance(computed, Mapping) else type(computed).__name__
         raise ConfigError(f"{what} must compute an array for each of {', '.join(place.shapes)}; got {names}")
@@ -192,7 +186,7 @@ def start_from_base(
             single = array.astype(np.float32, order="C")
         if not np.isfinite(single).all() or (array.any() and not single.any()):
             raise ConfigError(f"{what} has numbers that float32 cannot represent in {name!r}")
-        start[f"{PREFIX}group{index}.{name}"] = single
+        start[PREFIX + part.name(index, name)] = single
     return start
 
 

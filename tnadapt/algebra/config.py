@@ -149,15 +149,7 @@ def group_fold(fold: Sequence[int | str], layout: Layout, group: int) -> tuple[i
     >>> [group_fold(("weights", "rows/16", 16, "cols"), layout, group) for group in range(2)]
     [(2, 4, 16, 32), (2, 1, 16, 32)]
     """
-    counts = collections.Counter[tuple[int, int]]()
-    for piece in layout.of_group(group):
-        rows, cols = shape = layout.shapes[piece.weight]
-        if piece.length != rows * cols:
-            raise ConfigError(
-                f"fold={tuple(fold)} needs groups of whole weights, and group {group} has {piece.length} of the "
-                f'{rows * cols} elements of a weight of {rows}×{cols}: use groups=1, groups="role", or lists of weights'
-            )
-        counts[shape] += 1
+    counts = collections.Counter(layout.whole_weights(group, f"fold={tuple(fold)}"))
     if len(counts) > 1:
         listed = ", ".join(f"{count} of {rows}×{cols}" for (rows, cols), count in list(counts.items())[:6])
         raise ConfigError(
