@@ -103,8 +103,15 @@ class Layout:
         self.num_groups = len(cuts)
         self._cuts = cuts
         self._order = range(len(self.shapes)) if order is None else order
+        self._places = {weight: place for place, weight in enumerate(self._order)}
         #: Where each weight starts in the vector that is cut, and the end of the last one.
         self._starts = [0, *itertools.accumulate(self._sizes[weight] for weight in self._order)]
+        #: The first group with elements of each. Here, and not on first access, as a compiler cannot trace a bisection.
+        self._first_groups = (
+            [start // cuts.step for start in self._starts]
+            if isinstance(cuts, range)
+            else [bisect_right(cuts, start) - 1 for start in self._starts]
+        )
         self._long: dict[int, list[Piece]] = {}
 
     @classmethod
@@ -180,10 +187,6 @@ class Layout:
             return self.shapes[0][1]
         return math.gcd(*(self.shapes[piece.weight][1] for piece in self.of_group(group)))
 
-    @cached_property
-    def _places(self) -> dict[int, int]:
-        return {weight: place for place, weight in enumerate(self._order)}
-
     def _overlap(self, place: int, group: int) -> Piece:
         """Return the elements that a group has of the weight at a place in the vector that is cut."""
         first, end = self._starts[place], self._starts[place + 1]
@@ -194,9 +197,12 @@ class Layout:
     def of_weight(self, weight: int) -> list[Piece]:
         """Return the pieces of one weight, in order; together they cover it."""
         place = self._places[weight]
-        first, end = self._starts[place], self._starts[place + 1]
-        groups = range(bisect_right(self._cuts, first) - 1, bisect_left(self._cuts, end))
-        return [self._overlap(place, group) for group in groups]
+        group, end = self._first_groups[place], self._starts[place + 1]
+        pieces = [self._overlap(place, group)]
+        while group + 1 < self.num_groups and self._cuts[group + 1] < end:
+            group += 1
+            pieces.append(self._overlap(place, group))
+        return pieces
 
     def of_group(self, group: int) -> list[Piece]:
         """Return the pieces of one group, in order; together they cover it. Do not change the list."""
