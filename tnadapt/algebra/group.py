@@ -263,19 +263,16 @@ class PlanPart:
 
     def _group(self, index: int) -> Group:
         network, projection, origins = self.network(index), self._projection(index), self._origins(index)
-        names, frozen_names, multiplied = dict[str, str](), dict[str, str](), dict[str, sources.Multiplied]()
-        for name in network.shapes:
-            origin = origins.get(name)
-            if origin is None:
-                names[name] = self.name(index, name)
-                continue
+        prefix = f"group{self.first_group + index}."
+        names = {} if origins else {name: prefix + name for name in network.shapes}
+        frozen_names, multiplied = dict[str, str](), dict[str, sources.Multiplied]()
+        for name, origin in origins.items():
             if origin.source.trained:
                 names[name] = self.name(*origin.key)
             else:
-                frozen_names[name] = self.name(index, name)
+                frozen_names[name] = prefix + name
             if origin.multiplied is not None:
-                multiplied[name] = origin.multiplied
-                full = self.name(*origin.owner)
+                multiplied[name], full = origin.multiplied, self.name(*origin.owner)
                 names |= {f"{name}.{part}": f"{full}.{part}" for part in origin.multiplied.multipliers}
         # Arrays that do not depend on the group are computed and kept once for all groups with the same network.
         key = id(network), 0 if self._frozen_alike else index
@@ -305,7 +302,14 @@ class PlanPart:
         """Return the origin of each array of a group, by the network's names; empty if the config has no sources."""
         if not self._sources:
             return {}
-        return sources.origins_of(self._sources, group, self.network(0).shapes, self.layout.num_groups)
+        if self.tied:
+            return sources.origins_of(self._sources, group, self.network(0).shapes, self.layout.num_groups)
+        # The same for all groups, except for the index.
+        return {name: origin._replace(group=group, owner=(group, name)) for name, origin in self._first_origins.items()}
+
+    @functools.cached_property
+    def _first_origins(self) -> dict[str, sources.Origin]:
+        return sources.origins_of(self._sources, 0, self.network(0).shapes, self.layout.num_groups)
 
     def trained_shapes(self, group: int) -> Shapes:
         """Return the trained arrays and multipliers that belong to a group itself, by the network's names."""
@@ -326,7 +330,7 @@ class PlanPart:
     def array_shapes(self) -> Shapes:
         """Return the trained arrays and multipliers of all groups, by the plan's names."""
         return {
-            self.name(group, array): shape
+            f"group{self.first_group + group}.{array}": shape
             for group in range(self.layout.num_groups)
             for array, shape in self.trained_shapes(group).items()
         }

@@ -40,7 +40,6 @@ leave the group without a gradient. CP weights start at one.
 from __future__ import annotations
 
 import collections
-import copy
 import functools
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -294,8 +293,8 @@ class Initializer(FixedArrays):
 
     def in_units(self, units: Mapping[str, float]) -> Initializer:
         """Return the same start for parameters in units, by the names of arrays: an array is its unit times one."""
-        rescaled = copy.copy(self)  # without the arrays
-        rescaled._units = units
+        rescaled = Initializer.__new__(Initializer)
+        rescaled.__dict__.update(self.__getstate__(), _units=units)  # without the arrays
         return rescaled
 
     @functools.cached_property

@@ -68,7 +68,7 @@ class Layout:
     shapes : sequence of (rows, cols)
         One per weight.
     cuts : sequence of int
-        Where each group starts in the vector that is cut; the last one ends with it.
+        Where each group starts in the vector that is cut, and the last one ends, with the vector or behind it.
     order : sequence of int, optional
         The weights in the order in which they are cut; that of ``shapes`` if omitted.
 
@@ -100,18 +100,15 @@ class Layout:
         self.shapes = tuple(shapes)
         self._sizes = [rows * cols for rows, cols in self.shapes]
         self.size = sum(self._sizes)
-        self.num_groups = len(cuts)
+        self.num_groups = len(cuts) - 1
         self._cuts = cuts
         self._order = range(len(self.shapes)) if order is None else order
-        self._places = {weight: place for place, weight in enumerate(self._order)}
+        self._places = self._order if order is None else {weight: place for place, weight in enumerate(order)}
         #: Where each weight starts in the vector that is cut, and the end of the last one.
         self._starts = [0, *itertools.accumulate(self._sizes[weight] for weight in self._order)]
-        #: The first group with elements of each. Here, and not on first access, as a compiler cannot trace a bisection.
-        self._first_groups = (
-            [start // cuts.step for start in self._starts]
-            if isinstance(cuts, range)
-            else [bisect_right(cuts, start) - 1 for start in self._starts]
-        )
+        # Here, and not on first access: a compiler cannot trace a bisection.
+        listed = () if isinstance(cuts, range) else self._starts[:-1]
+        self._first_groups = [bisect_right(cuts, start) - 1 for start in listed]
         self._long: dict[int, list[Piece]] = {}
 
     @classmethod
@@ -127,22 +124,18 @@ class Layout:
         number = sum(layout.num_groups for layout in layouts)
         if number > _MAX_JOINED:
             raise ConfigError(f"several configs make at most {_MAX_JOINED} groups together; these make {number}")
-        shapes, cuts, order = list[tuple[int, int]](), list[int](), list[int]()
+        shapes, cuts, order = list[tuple[int, int]](), [0], list[int]()
         for layout in layouts:
-            size = sum(rows * cols for rows, cols in shapes)
-            cuts += [size + cut for cut in layout._cuts]
+            size = cuts[-1]
+            cuts += [size + min(cut, layout.size) for cut in layout._cuts[1:]]
             order += [len(shapes) + weight for weight in layout._order]
             shapes += layout.shapes
         return cls(shapes, cuts, order)
 
-    def _bounds(self, group: int) -> tuple[int, int]:
-        """Return where a group starts and ends in the vector that is cut."""
-        return self._cuts[group], self._cuts[group + 1] if group + 1 < self.num_groups else self.size
-
     def group_size(self, group: int) -> int:
         """Return the number of elements of a group."""
-        start, stop = self._bounds(group)
-        return stop - start
+        last = group + 1 == self.num_groups
+        return (self.size if last else self._cuts[group + 1]) - self._cuts[group]
 
     def same_size(self) -> list[tuple[int, int, int]]:
         """Return runs of consecutive groups of equal size: ``(first group, number of groups, size)``."""
@@ -189,17 +182,17 @@ class Layout:
 
     def _overlap(self, place: int, group: int) -> Piece:
         """Return the elements that a group has of the weight at a place in the vector that is cut."""
-        first, end = self._starts[place], self._starts[place + 1]
-        start, stop = self._bounds(group)
-        lo, hi = max(first, start), min(end, stop)
+        first, start = self._starts[place], self._cuts[group]
+        lo, hi = max(first, start), min(self._starts[place + 1], self._cuts[group + 1])
         return Piece(self._order[place], lo - first, group, lo - start, hi - lo)
 
     def of_weight(self, weight: int) -> list[Piece]:
         """Return the pieces of one weight, in order; together they cover it."""
         place = self._places[weight]
-        group, end = self._first_groups[place], self._starts[place + 1]
+        start, end = self._starts[place], self._starts[place + 1]
+        group = self._first_groups[place] if self._first_groups else start // self._cuts[1]
         pieces = [self._overlap(place, group)]
-        while group + 1 < self.num_groups and self._cuts[group + 1] < end:
+        while self._cuts[group + 1] < end:
             group += 1
             pieces.append(self._overlap(place, group))
         return pieces
@@ -208,8 +201,8 @@ class Layout:
         """Return the pieces of one group, in order; together they cover it. Do not change the list."""
         if group in self._long:
             return self._long[group]
-        start, stop = self._bounds(group)
-        places = range(bisect_right(self._starts, start) - 1, bisect_left(self._starts, stop))
+        first = bisect_right(self._starts, self._cuts[group]) - 1
+        places = range(first, bisect_left(self._starts, self._cuts[group + 1], first, len(self._order)))
         pieces = [self._overlap(place, group) for place in places]
         if len(pieces) > _LONG:
             self._long[group] = pieces
@@ -311,12 +304,13 @@ def make_layout(
     shapes = checked_shapes(shapes)
     sizes = [rows * cols for rows, cols in shapes]
     if groups == "weight":
-        return Layout(shapes, list(itertools.accumulate(sizes[:-1], initial=0)))
+        return Layout(shapes, list(itertools.accumulate(sizes, initial=0)))
     if isinstance(groups, int):
         size = sum(sizes)
         if groups > size:
             raise ConfigError(f"groups={groups} is more than the {size} elements there are; use at most {size}")
-        return Layout(shapes, range(0, size, -(-size // groups)))
+        length = -(-size // groups)
+        return Layout(shapes, range(0, size + length, length))
     if isinstance(groups, str):
         members: Sequence[Sequence[int]] = _by_key(groups, layers if groups == "layer" else roles, len(shapes))
     else:
@@ -327,7 +321,7 @@ def make_layout(
             f"explicit groups must name each of the weights 0 to {len(shapes) - 1} exactly once; got {list(members)}"
         )
     lengths = [sum(sizes[weight] for weight in weights) for weights in members]
-    return Layout(shapes, list(itertools.accumulate(lengths[:-1], initial=0)), order)
+    return Layout(shapes, list(itertools.accumulate(lengths, initial=0)), order)
 
 
 def require_alike(layout: Layout, shape: tuple[int, int], fold: Sequence[int]) -> None:
