@@ -25,7 +25,7 @@ from .starting_points import PREFIX
 
 
 def checked_given(
-    given: Any, shapes: Mapping[str, tuple[int, ...]], integers: Collection[str] = ()
+    given: Any, shapes: Mapping[str, tuple[int, ...]], integers: Collection[str] = (), label: str = "given"
 ) -> dict[str, np.ndarray]:
     """Return the arrays that a caller gives in float32, or raise an error that names the one that does not fit.
 
@@ -36,6 +36,8 @@ def checked_given(
         Of those that a caller may give.
     integers : collection of str
         Names of the arrays whose dtype may be an integer one.
+    label : str
+        The parameter that has them, for messages.
 
     Raises
     ------
@@ -44,47 +46,15 @@ def checked_given(
     ShapeError
         If an array has another shape.
     """
-    _require_names("given", "names", given, shapes, "a caller can give are")
-    return {name: _single(f"given[{name!r}]", array, shapes[name], name in integers) for name, array in given.items()}
-
-
-def checked_start(
-    start: str, brought: bool, arrays: Any, shapes: Mapping[str, tuple[int, ...]]
-) -> dict[str, np.ndarray]:
-    """Return the initial arrays that a caller brings, in float32, by their names after ``"start."``.
-
-    Parameters
-    ----------
-    start : str
-        ``Config.start``.
-    brought : bool
-        Whether arrays may be brought to such a start.
-    arrays : mapping of str to array
-    shapes : mapping of str to tuple of int
-        ``plan.array_shapes``.
-
-    Raises
-    ------
-    ConfigError
-        If the start takes none, a name is unknown, or an array is not finite.
-    ShapeError
-        If an array has another shape.
-    """
-    if not brought:
-        raise ConfigError(f"arrays to start from need Config(start='given'); the config has start={start!r}")
-    _require_names("start_from", "array names", arrays, shapes, "can start anywhere are those in array_shapes:")
-    return {PREFIX + name: _single(f"start_from[{name!r}]", array, shapes[name]) for name, array in arrays.items()}
-
-
-def _require_names(label: str, names: str, arrays: Any, shapes: Mapping[str, tuple[int, ...]], known: str) -> None:
-    if not isinstance(arrays, Mapping):
-        raise ConfigError(f"{label} must be a mapping of {names} to arrays; got {type(arrays).__name__}")
-    if unknown := [name for name in arrays if name not in shapes]:
+    if not isinstance(given, Mapping):
+        raise ConfigError(f"{label} must be a mapping of names to arrays; got {type(given).__name__}")
+    if unknown := [name for name in given if name not in shapes]:
         listed = summarize(shapes) if shapes else "none: use tnadapt.sources.Given()"
-        raise ConfigError(f"{label} names {safe_repr(unknown[0])}; the arrays that {known} {listed}")
+        raise ConfigError(f"{label} names {safe_repr(unknown[0])}; the arrays that a caller can give are {listed}")
+    return {name: _single(f"{label}[{name!r}]", array, shapes[name], name in integers) for name, array in given.items()}
 
 
-def _single(label: str, array: Any, shape: tuple[int, ...], integers: bool = False) -> np.ndarray:
+def _single(label: str, array: Any, shape: tuple[int, ...], integers: bool) -> np.ndarray:
     try:
         numbers = np.asarray(get_backend(array).to_numpy(array))
     except TnadaptError as error:

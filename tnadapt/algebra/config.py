@@ -26,7 +26,7 @@ from .formats import FORMATS, Axes
 from .layout import Layout
 from .maps import ON, Recipe
 from .sources import Source, SourceMap, require_flags, source_from_dict, source_to_dict
-from .starting_points import starting_point
+from .starting_points import STARTS
 
 # -- Axes: which sizes of the fold each mode of the network indexes, and in which order --------------------------------
 
@@ -574,7 +574,7 @@ class Config:
         before, parameters = checked_before(self.before, self.parameters, self.scope, self.offset, self.projection)
         put("before", before)
         put("parameters", parameters)
-        if starting_point(self.start).subtracts and not self.offset:
+        if STARTS.find(self.start).subtracts and not self.offset:
             raise ConfigError(
                 f"start={self.start!r} says where the arrays start, and offset=False starts them at P θ = 0: leave "
                 "offset out, or use start='zero'"

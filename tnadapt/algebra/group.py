@@ -24,7 +24,7 @@ from .maps import Map, PerWeight, input_length, is_linear
 from .maps.projection import Projection, slices
 from .network import Network, width_at
 from .rng import PURPOSE
-from .starting_points import StartPlace, starting_point
+from .starting_points import STARTS, StartPlace
 
 # -- One group: its network, map F and arrays, and its update ----------------------------------------------------------
 
@@ -177,7 +177,7 @@ class PlanPart:
         self._sources = config.sources
         #: Whether an array may be tied to one of another group, so that groups differ in their origins.
         self.tied = any(isinstance(sources.inner_source(source), sources.Tied) for source in self._sources.values())
-        self.point = starting_point(config.start)
+        self.point = STARTS.find(config.start)()
         self._networks: dict[tuple[int, int, Weights, tuple[int, ...] | None], Network] = {}
         self._projections: dict[tuple[int, int, Weights], Projection] = {}
         self._frozen_arrays: dict[tuple[int, int], sources.FrozenArrays] = {}

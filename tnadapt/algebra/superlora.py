@@ -28,8 +28,8 @@ from tnadapt.errors import BackendError, ConfigError, ShapeError, safe_repr, sum
 from tnadapt.report import TextTable
 
 from . import sources
-from .applying import Applying, applying_of
-from .base_arrays import base_weight, checked_given, checked_start, from_base
+from .applying import APPLYING, Applying, applying_of
+from .base_arrays import base_weight, checked_given, from_base
 from .composite import CompositeConfig
 from .config import RATE_NAMES, Config, checked_word
 from .group import Group, PlanPart, Shapes, lora_rank, rank_bound, rank_bounds, updates_of_runs
@@ -139,7 +139,7 @@ class SuperLoRA:
         if given is not None:
             self._bring(checked_given(given, self.fixed_shapes, self.brought_shapes))
         if start_from is not None:
-            self._bring(checked_start(config.start, self.point.brought, start_from, self.array_shapes))
+            self._bring_start(start_from)
         _ = self.theta  # raises a ConfigError if it has more elements than what is made from it
         if lay_out:
             load_imported()
@@ -315,7 +315,7 @@ class SuperLoRA:
 
         ``weight{i}.magnitude`` with ``apply="magnitude"``. They start at numbers of the base weights.
         """
-        if self.applying.additive:
+        if APPLYING.find(self.config.apply).additive:
             return {}
         first = self._parts[0].first_weight
         shapes = [self.applying.param_shapes(first + index, shape) for index, shape in enumerate(self.shapes)]
@@ -490,6 +490,15 @@ class SuperLoRA:
             self.theta.bring({name: arrays[name] for name in self.brought_shapes if name in arrays})
         self._given |= {name: array for name, array in arrays.items() if name not in self.brought_shapes}
 
+    def _bring_start(self, arrays: Any) -> None:
+        """Check arrays at which training starts, and put them where the groups look for them."""
+        if not self.point.brought:
+            raise ConfigError(
+                f"arrays to start from need Config(start='given'); the config has start={self.config.start!r}"
+            )
+        starts = checked_given(arrays, self.array_shapes, label="start_from")
+        self._bring({PREFIX + name: array for name, array in starts.items()})
+
     @checks_arguments
     def with_base(
         self, weights: Sequence[Any] | Callable[[int], Any], progress: Callable[[int, int], None] | None = None
@@ -611,7 +620,7 @@ class SuperLoRA:
         """
         given = {name: array for name, array in self.given.items() if name not in self.start_shapes}
         plan = self.with_given(given)
-        plan._bring(checked_start(self.config.start, self.point.brought, arrays, self.array_shapes))
+        plan._bring_start(arrays)
         return plan
 
     def start_place(self, group: int) -> StartPlace:
@@ -631,8 +640,8 @@ class SuperLoRA:
         unknown = [name for name in trained if name not in self.param_shapes]
         if unknown or not trained:
             raise ConfigError(
-                f"trained must name some of the parameters in param_shapes; unknown: {_some_names(unknown)}; there are "
-                f"{_some_names(list(self.param_shapes))}"
+                "trained must name some of the parameters in param_shapes; unknown: "
+                f"{summarize(map(str, unknown))}; there are {summarize(self.param_shapes)}"
             )
         if self.theta is not None:
             return self.starts()
@@ -1186,8 +1195,8 @@ class SuperLoRA:
             missing = [name for name in expected if name not in params]
             unknown = [name for name in params if name not in expected]
             raise ShapeError(
-                f"params must have exactly the names of param_shapes; missing: {_some_names(missing)}; "
-                f"unknown: {_some_names(unknown)}"
+                f"params must have exactly the names of param_shapes; missing: {summarize(missing)}; "
+                f"unknown: {summarize(map(str, unknown))}"
             )
         backend = get_backend(*params.values())
         for name, shape in expected.items():
@@ -1245,11 +1254,6 @@ def _host_weight(weight: Any, index: int, shape: tuple[int, int]) -> np.ndarray:
 
 def _times(array: Array, factor: float) -> Array:
     return array if factor == 1.0 else array * factor
-
-
-def _some_names(names: Sequence[str]) -> str:
-    """Return the first few names, for a message."""
-    return (", ".join(map(repr, names[:4])) or "none") + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 @checks_arguments
