@@ -102,11 +102,11 @@ REFUSED: list[tuple[Callable[[], object], str]] = [
     *((functools.partial(tna.SuperLoRA, config_of(start), [(6, 2)]),
        rf"start='{start}' needs rank .* \(6, 2\), which has 2; got rank=3: use") for start in FROM_BASE),
     *((functools.partial(tna.SuperLoRA, config_of("given"), SHAPES, start_from=arrays), text) for arrays, text in [
-        ({"factor0": np.ones((12, 3))}, "start_from names 'factor0'; the arrays that can start"),
+        ({"factor0": np.ones((12, 3))}, "start_from names 'factor0'; the arrays that a caller can give"),
         ({LEFT: np.full((12, 3), math.nan)}, r"start_from\['.*'\] must hold finite floating-point"),
         ({LEFT: np.ones((12, 3), int)}, r"start_from\['.*'\] must hold finite floating-point"),
         ({LEFT: "ones"}, r"start_from\['.*'\] must be an array"),
-        ([1, 2], "start_from must be a mapping of array names to arrays; got list"),
+        ([1, 2], "start_from must be a mapping of names to arrays; got list"),
     ]),
     *((functools.partial(tna.SuperLoRA, config_of(start), SHAPES, start_from={LEFT: np.ones((12, 3))}),
        rf"arrays to start from need Config\(start='given'\).* start='{start}'") for start in ("zero", "pissa")),

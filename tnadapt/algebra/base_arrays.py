@@ -16,17 +16,16 @@ import numpy as np
 from tnadapt.backends import Backend, get_backend, one_blas_thread
 from tnadapt.errors import ConfigError, ShapeError, TnadaptError, safe_repr, summarize
 
-from .config import Config
-from .group import Group
+from .group import Group, PlanPart
 from .rng import PURPOSE
 from .sources import FrozenArray, Stream
-from .starting_points import PREFIX, Start, StartPlace
+from .starting_points import PREFIX
 
 # -- Arrays that a caller gives ----------------------------------------------------------------------------------------
 
 
 def checked_given(
-    given: Any, shapes: Mapping[str, tuple[int, ...]], integers: Collection[str] = ()
+    given: Any, shapes: Mapping[str, tuple[int, ...]], integers: Collection[str] = (), label: str = "given"
 ) -> dict[str, np.ndarray]:
     """Return the arrays that a caller gives in float32, or raise an error that names the one that does not fit.
 
@@ -37,6 +36,8 @@ def checked_given(
         Of those that a caller may give.
     integers : collection of str
         Names of the arrays whose dtype may be an integer one.
+    label : str
+        The parameter that has them, for messages.
 
     Raises
     ------
@@ -45,47 +46,15 @@ def checked_given(
     ShapeError
         If an array has another shape.
     """
-    _require_names("given", "names", given, shapes, "a caller can give are")
-    return {name: _single(f"given[{name!r}]", array, shapes[name], name in integers) for name, array in given.items()}
-
-
-def checked_start(
-    start: str, brought: bool, arrays: Any, shapes: Mapping[str, tuple[int, ...]]
-) -> dict[str, np.ndarray]:
-    """Return the initial arrays that a caller brings, in float32, by their names after ``"start."``.
-
-    Parameters
-    ----------
-    start : str
-        ``Config.start``.
-    brought : bool
-        Whether arrays may be brought to such a start.
-    arrays : mapping of str to array
-    shapes : mapping of str to tuple of int
-        ``plan.array_shapes``.
-
-    Raises
-    ------
-    ConfigError
-        If the start takes none, a name is unknown, or an array is not finite.
-    ShapeError
-        If an array has another shape.
-    """
-    if not brought:
-        raise ConfigError(f"arrays to start from need Config(start='given'); the config has start={start!r}")
-    _require_names("start_from", "array names", arrays, shapes, "can start anywhere are those in array_shapes:")
-    return {PREFIX + name: _single(f"start_from[{name!r}]", array, shapes[name]) for name, array in arrays.items()}
-
-
-def _require_names(label: str, names: str, arrays: Any, shapes: Mapping[str, tuple[int, ...]], known: str) -> None:
-    if not isinstance(arrays, Mapping):
-        raise ConfigError(f"{label} must be a mapping of {names} to arrays; got {type(arrays).__name__}")
-    if unknown := [name for name in arrays if name not in shapes]:
+    if not isinstance(given, Mapping):
+        raise ConfigError(f"{label} must be a mapping of names to arrays; got {type(given).__name__}")
+    if unknown := [name for name in given if name not in shapes]:
         listed = summarize(shapes) if shapes else "none: use tnadapt.sources.Given()"
-        raise ConfigError(f"{label} names {safe_repr(unknown[0])}; the arrays that {known} {listed}")
+        raise ConfigError(f"{label} names {safe_repr(unknown[0])}; the arrays that a caller can give are {listed}")
+    return {name: _single(f"{label}[{name!r}]", array, shapes[name], name in integers) for name, array in given.items()}
 
 
-def _single(label: str, array: Any, shape: tuple[int, ...], integers: bool = False) -> np.ndarray:
+def _single(label: str, array: Any, shape: tuple[int, ...], integers: bool) -> np.ndarray:
     try:
         numbers = np.asarray(get_backend(array).to_numpy(array))
     except TnadaptError as error:
@@ -107,15 +76,11 @@ _WORKERS = min(8, os.cpu_count() or 1)
 
 
 def from_base(
-    groups: Sequence[Group],
-    weight: Callable[[int], np.ndarray],
-    start: Callable[[int, np.ndarray], dict[str, np.ndarray]] | None,
-    on_array: Callable[[], None],
+    part: PlanPart, groups: Sequence[Group], weight: Callable[[int], np.ndarray], on_array: Callable[[], None]
 ) -> dict[str, np.ndarray]:
     """Compute what base weights determine of the groups of a config; see :meth:`tnadapt.SuperLoRA.with_base`.
 
-    ``weight`` returns a base weight as a vector, by its number; ``start`` computes x_0 of a group from its folded base
-    weights, if they determine it; ``on_array`` is called after each array.
+    ``weight`` returns a base weight as a vector, by its number; ``on_array`` is called after each array.
     """
     arrays = dict[str, np.ndarray]()
 
@@ -134,12 +99,12 @@ def from_base(
                 for entry in group.frozen.entries.values()
                 if entry.source.needs_base and entry.stream.group == index and entry.full not in arrays
             }
-            if not entries and start is None:
+            if not entries and not part.point.needs_base:
                 continue
             base = _folded(group, weight)
-            if start is not None:
+            if part.point.needs_base:
                 # Starts of several groups in parallel, as many as there are weights in memory.
-                starts.append(pool.submit(start, index, base))
+                starts.append(pool.submit(_start_of, part, index, base))
                 if len(starts) == _WORKERS:
                     put(starts.popleft().result().items())
             # What is computed from the factors comes after them.
@@ -171,12 +136,11 @@ def _computed(base: np.ndarray, entry: FrozenArray, factors: Mapping[int, np.nda
     return entry.compute(dataclasses.replace(entry.stream, base=base, factors=factors))
 
 
-def start_from_base(
-    config: Config, point: Start, place: StartPlace, index: int, base: np.ndarray
-) -> dict[str, np.ndarray]:
+def _start_of(part: PlanPart, index: int, base: np.ndarray) -> dict[str, np.ndarray]:
     """Compute x_0 of a group, by the names in ``SuperLoRA.start_shapes``, in float32."""
-    computed = point.arrays(place, base, Stream(config.seed, index, PURPOSE["source"]))
-    what = f"start={config.start!r} of group {index}"
+    place = part.place(index)
+    computed = part.point.arrays(place, base, Stream(part.config.seed, index, PURPOSE["source"]))
+    what = f"start={part.config.start!r} of group {index}"
     if not isinstance(computed, Mapping) or computed.keys() != place.shapes.keys():
         names = sorted(computed) if isinstance(computed, Mapping) else type(computed).__name__
         raise ConfigError(f"{what} must compute an array for each of {', '.join(place.shapes)}; got {names}")
@@ -192,7 +156,7 @@ def start_from_base(
             single = array.astype(np.float32, order="C")
         if not np.isfinite(single).all() or (array.any() and not single.any()):
             raise ConfigError(f"{what} has numbers that float32 cannot represent in {name!r}")
-        start[f"{PREFIX}group{index}.{name}"] = single
+        start[PREFIX + part.name(index, name)] = single
     return start
 
 

@@ -1,4 +1,4 @@
-"""Several configs in one adapter: their config, and their layouts one after another.
+"""Several configs in one adapter, each for some of its weights.
 
 The long vector of such an adapter is that of its first part, then that of its second, and so on. Groups and weights
 are numbered through all parts: if the first part has two groups, ``group2`` is the first group of the second part. Each
@@ -18,10 +18,6 @@ from tnadapt.report import TextTable
 
 from .config import Config
 from .folding import MAX_SIZE
-from .layout import Layout, Piece, moved
-
-# -- A config of parts: several configs, each for some of the weights --------------------------------------------------
-
 
 _Item = TypeVar("_Item")
 
@@ -181,66 +177,3 @@ def _checked_parts(parts: Any) -> tuple[ConfigPart, ...]:
                     f"{value!r}: attach one of them as an adapter of its own, under another name"
                 )
     return tuple(pairs)
-
-
-# -- The layout of several parts ---------------------------------------------------------------------------------------
-
-
-class CompositeLayout(Layout):
-    """The layouts of several parts, one after another.
-
-    Parameters
-    ----------
-    parts : sequence of Layout
-
-    Examples
-    --------
-    >>> from .layout import make_layout
-    >>> layout = CompositeLayout([make_layout("weight", [(2, 2)] * 2), make_layout(1, [(2, 3)])])
-    >>> layout.num_groups, layout.of_weight(2)
-    (3, [Piece(weight=2, weight_start=0, group=2, group_start=0, length=6)])
-    """
-
-    def __init__(self, parts: Sequence[Layout]) -> None:
-        super().__init__([shape for part in parts for shape in part.shapes], ())
-        self.parts = tuple(parts)
-        self.num_groups = sum(part.num_groups for part in parts)
-        #: For each part, the numbers of its first weight and of its first group.
-        self.firsts = [
-            (sum(len(part.shapes) for part in parts[:place]), sum(part.num_groups for part in parts[:place]))
-            for place in range(len(parts))
-        ]
-        self._of_weight = [place for place, part in enumerate(parts) for _ in part.shapes]
-
-    def part_of(self, group: int) -> tuple[int, int]:
-        """Return the part that a group belongs to, and its number there."""
-        return max((place, group - first) for place, (_, first) in enumerate(self.firsts) if first <= group)
-
-    def group_size(self, group: int) -> int:
-        """Return the number of elements of a group."""
-        place, group = self.part_of(group)
-        return self.parts[place].group_size(group)
-
-    def same_size(self) -> list[tuple[int, int, int]]:
-        """Return runs of consecutive groups of equal size."""
-        return [
-            (first + start, count, size)
-            for part, (_, start) in zip(self.parts, self.firsts, strict=True)
-            for first, count, size in part.same_size()
-        ]
-
-    def columns(self, group: int) -> int:
-        """Return the greatest common divisor of the column counts in a group."""
-        place, group = self.part_of(group)
-        return self.parts[place].columns(group)
-
-    def of_weight(self, weight: int) -> list[Piece]:
-        """Return the pieces of one weight."""
-        place = self._of_weight[weight]
-        first = self.firsts[place]
-        return [moved(piece, *first) for piece in self.parts[place].of_weight(weight - first[0])]
-
-    def of_group(self, group: int) -> list[Piece]:
-        """Return the pieces of one group."""
-        place, group = self.part_of(group)
-        return [moved(piece, *self.firsts[place]) for piece in self.parts[place].of_group(group)]

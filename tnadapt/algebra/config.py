@@ -26,7 +26,7 @@ from .formats import FORMATS, Axes
 from .layout import Layout
 from .maps import ON, Recipe
 from .sources import Source, SourceMap, require_flags, source_from_dict, source_to_dict
-from .starting_points import starting_point
+from .starting_points import STARTS
 
 # -- Axes: which sizes of the fold each mode of the network indexes, and in which order --------------------------------
 
@@ -149,15 +149,7 @@ def group_fold(fold: Sequence[int | str], layout: Layout, group: int) -> tuple[i
     >>> [group_fold(("weights", "rows/16", 16, "cols"), layout, group) for group in range(2)]
     [(2, 4, 16, 32), (2, 1, 16, 32)]
     """
-    counts = collections.Counter[tuple[int, int]]()
-    for piece in layout.of_group(group):
-        rows, cols = shape = layout.shapes[piece.weight]
-        if piece.length != rows * cols:
-            raise ConfigError(
-                f"fold={tuple(fold)} needs groups of whole weights, and group {group} has {piece.length} of the "
-                f'{rows * cols} elements of a weight of {rows}×{cols}: use groups=1, groups="role", or lists of weights'
-            )
-        counts[shape] += 1
+    counts = collections.Counter(layout.whole_weights(group, f"fold={tuple(fold)}"))
     if len(counts) > 1:
         listed = ", ".join(f"{count} of {rows}×{cols}" for (rows, cols), count in list(counts.items())[:6])
         raise ConfigError(
@@ -582,7 +574,7 @@ class Config:
         before, parameters = checked_before(self.before, self.parameters, self.scope, self.offset, self.projection)
         put("before", before)
         put("parameters", parameters)
-        if starting_point(self.start).subtracts and not self.offset:
+        if STARTS.find(self.start).subtracts and not self.offset:
             raise ConfigError(
                 f"start={self.start!r} says where the arrays start, and offset=False starts them at P θ = 0: leave "
                 "offset out, or use start='zero'"

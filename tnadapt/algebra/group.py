@@ -1,4 +1,4 @@
-"""One group of a plan: its network, map F and arrays, the ΔW that they compute, and bounds on the rank of that.
+"""The groups of a plan: the network, map F and arrays of each, the ΔW that they compute, and bounds on its rank.
 
 The bounds are computed from the integers of a plan, whatever the arrays are. LoRA of that rank holds the update
 exactly; how, is in :mod:`tnadapt.algebra.factoring`.
@@ -6,19 +6,25 @@ exactly; how, is in :mod:`tnadapt.algebra.factoring`.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
-from types import MappingProxyType
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from tnadapt.backends import Array, Backend
+import numpy as np
 
-from .init import Initializer
-from .layout import Layout, Piece, place_of
-from .maps import Map, PerWeight
+from tnadapt.backends import Array, Backend
+from tnadapt.errors import ConfigError
+
+from . import sources
+from .config import Config, group_fold, is_named
+from .init import Initializer, StartingGroup, ZeroArray, zero_arrays
+from .layout import Layout, Piece, place_of, require_alike
+from .maps import Map, PerWeight, input_length, is_linear
 from .maps.projection import Projection, slices
 from .network import Network, width_at
-from .sources import FrozenArrays, Multiplied
+from .rng import PURPOSE
+from .starting_points import STARTS, StartPlace
 
 # -- One group: its network, map F and arrays, and its update ----------------------------------------------------------
 
@@ -54,9 +60,9 @@ class Group(NamedTuple):
     start: Initializer
     names: dict[str, str]
     pieces: list[Piece]
-    frozen: FrozenArrays
+    frozen: sources.FrozenArrays
     frozen_names: dict[str, str]
-    multiplied: dict[str, Multiplied] = MappingProxyType({})  # type: ignore[assignment]
+    multiplied: dict[str, sources.Multiplied]
 
     def __deepcopy__(self, memo: dict[int, object]) -> Group:
         return self  # immutable
@@ -122,6 +128,332 @@ class Group(NamedTuple):
         ``trained`` is the dtype in which the parameters started, to which x_start is rounded; by default their own.
         """
         return updates(backend, [self], params, start, stop, trained)[0]
+
+
+# -- The groups of one config ------------------------------------------------------------------------------------------
+
+
+Shapes = dict[str, tuple[int, ...]]
+Weights = tuple[tuple[int, int], ...] | None
+
+
+class PlanPart:
+    """The groups of one config of a plan: their networks and maps F, and where the numbers of their arrays come from.
+
+    Groups that are alike share their network, map and frozen arrays.
+
+    Parameters
+    ----------
+    config : Config
+    layout : Layout
+        Of the weights of this config, which it numbers from 0, like the groups.
+    given : mapping of str to ndarray
+        The plan's arrays that are not drawn, by name. Filled in later.
+    first_weight, first_group : int
+        Their numbers in the plan.
+
+    Raises
+    ------
+    ConfigError
+        If the config does not suit these weights.
+    ShapeError
+        If a fold does not fit a group.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        layout: Layout,
+        given: Mapping[str, np.ndarray],
+        first_weight: int = 0,
+        first_group: int = 0,
+    ) -> None:
+        self.config, self.layout, self.given = config, layout, given
+        self.first_weight, self.first_group = first_weight, first_group
+        if config.weight_shape is not None:
+            require_alike(layout, config.weight_shape, config.fold)  # type: ignore[arg-type]  # Config refuses others
+        self._stacked, self._named = config.fold == "stack" and config.order == 2, is_named(config.fold)
+        assert isinstance(config.sources, sources.SourceMap)  # Config converts any other mapping
+        self._sources = config.sources
+        #: Whether an array may be tied to one of another group, so that groups differ in their origins.
+        self.tied = any(isinstance(sources.inner_source(source), sources.Tied) for source in self._sources.values())
+        self.point = STARTS.find(config.start)()
+        self._networks: dict[tuple[int, int, Weights, tuple[int, ...] | None], Network] = {}
+        self._projections: dict[tuple[int, int, Weights], Projection] = {}
+        self._frozen_arrays: dict[tuple[int, int], sources.FrozenArrays] = {}
+        self._trained: dict[tuple[int, int], Shapes] = {}
+        self._zeros: dict[int, list[ZeroArray]] = {}
+        for group, _ in self.kinds:
+            self.network(group)
+        if self._sources:
+            self._check_sources()
+        if self.point.needs_base:
+            for group in range(layout.num_groups):
+                self.point.check(self.place(group))
+        if self.tied and is_linear(config.projection):
+            self._zero_table()  # raises a ConfigError if a term cannot start at zero
+
+    def name(self, group: int, array: str) -> str:
+        """Return the plan's name of an array of a group."""
+        return f"group{self.first_group + group}.{array}"
+
+    def of(self, groups: Sequence[Group]) -> Sequence[Group]:
+        """Return those of the groups of a plan that belong to this config."""
+        return groups[self.first_group : self.first_group + self.layout.num_groups]
+
+    @functools.cached_property
+    def kinds(self) -> list[tuple[int, int]]:
+        """The groups that may differ in their network: the index of the first of each kind, and how many have it.
+
+        Groups of equal size have the same network, but for stacks and folds in names, of different weights, and groups
+        with a map F of each weight.
+        """
+        if self.config.on == "weight" or (self._named and len(self.layout.shape_counts) > 1):
+            return [(group, 1) for group in range(self.layout.num_groups)]
+        return self.layout.kinds_of_stacks if self._stacked else self.layout.kinds
+
+    @functools.cached_property
+    def groups(self) -> list[Group]:
+        """The groups, whose pieces are of the weights of this config."""
+        return [self._group(index) for index in range(self.layout.num_groups)]
+
+    @functools.cached_property
+    def alike(self) -> list[tuple[Group, int]]:
+        """A group of each kind, and their number; groups with tied arrays stand for themselves."""
+        if self.tied:
+            return [(group, 1) for group in self.groups]
+        return [(self._group(first), count) for first, count in self.kinds]
+
+    @functools.cached_property
+    def num_elements(self) -> int:
+        """Number of elements of all trained arrays, counted without laying all groups out."""
+        kinds = [(group, 1) for group in range(self.layout.num_groups)] if self.tied else self.kinds
+        return sum(count * sum(map(math.prod, self.trained_shapes(group).values())) for group, count in kinds)
+
+    # -- One group ---------------------------------------------------------------------------
+
+    def network(self, group: int) -> Network:
+        """Return the network of a group."""
+        size = self.layout.group_size(group)
+        columns = self.layout.columns(group) if self._stacked else 1
+        config, weights = self.config, self._weights(group)
+        fold = group_fold(config.fold, self.layout, group) if self._named else None
+        key = size, columns, weights, fold
+        if key not in self._networks:
+            n_in = input_length(config.projection, size, config.ratio, weights)
+            folded = config if fold is None else config.replace(fold=fold)
+            self._networks[key] = Network(folded, n_in, columns)
+        return self._networks[key]
+
+    def _weights(self, group: int) -> Weights:
+        """Return the shapes of a group's weights if F is applied to each of them; None if to the group's vector."""
+        return tuple(self.layout.whole_weights(group, "on='weight'")) if self.config.on == "weight" else None
+
+    def _projection(self, group: int) -> Projection:
+        config, weights, size = self.config, self._weights(group), self.layout.group_size(group)
+        stream = 0 if config.shared else group
+        key = size, stream, weights
+        if key not in self._projections:
+            self._projections[key] = (
+                Projection(config.projection, self.network(group).size, size, config.seed, stream)
+                if weights is None
+                else Projection.on_weights(config.projection, weights, config.ratio, config.seed, stream)
+            )
+        return self._projections[key]
+
+    def _group(self, index: int) -> Group:
+        network, projection, origins = self.network(index), self._projection(index), self._origins(index)
+        prefix = f"group{self.first_group + index}."
+        names = {} if origins else {name: prefix + name for name in network.shapes}
+        frozen_names, multiplied = dict[str, str](), dict[str, sources.Multiplied]()
+        for name, origin in origins.items():
+            if origin.source.trained:
+                names[name] = self.name(*origin.key)
+            else:
+                frozen_names[name] = prefix + name
+            if origin.multiplied is not None:
+                multiplied[name], full = origin.multiplied, self.name(*origin.owner)
+                names |= {f"{name}.{part}": f"{full}.{part}" for part in origin.multiplied.multipliers}
+        # Arrays that do not depend on the group are computed and kept once for all groups with the same network.
+        key = id(network), 0 if self._frozen_alike else index
+        if key not in self._frozen_arrays:
+            self._frozen_arrays[key] = sources.FrozenArrays(self._frozen(origins), self.given)
+        frozen = self._frozen_arrays[key]
+        start = Initializer(
+            network, projection, self.config.seed, index, names, frozen, origins=origins,
+            starts=self._start_of if self.tied else None, table=self._zero_table if self.tied else None,
+            point=self.point, given=self.given,
+        )  # fmt: skip
+        size, pieces = self.layout.group_size(index), self.layout.of_group(index)
+        return Group(size, network, projection, start, names, pieces, frozen, frozen_names, multiplied)
+
+    def place(self, group: int) -> StartPlace:
+        """Return what a start needs to know of a group."""
+        network, config = self.network(group), self.config
+        weights = tuple(self.layout.shapes[piece.weight] for piece in self.layout.of_group(group))
+        plain = config.projection == "identity" and not config.sources and network.terms == 1
+        plain = plain and list(network.shapes) == ["split0.factor0", "split0.factor1"]
+        size = self.layout.group_size(group)
+        return StartPlace(network.shapes, network.sizes, weights, size, network.scale, plain)
+
+    # -- Origins of its arrays: trained, frozen or tied --------------------------------------
+
+    def _origins(self, group: int) -> dict[str, sources.Origin]:
+        """Return the origin of each array of a group, by the network's names; empty if the config has no sources."""
+        if not self._sources:
+            return {}
+        if self.tied:
+            return sources.origins_of(self._sources, group, self.network(0).shapes, self.layout.num_groups)
+        # The same for all groups, except for the index.
+        return {name: origin._replace(group=group, owner=(group, name)) for name, origin in self._first_origins.items()}
+
+    @functools.cached_property
+    def _first_origins(self) -> dict[str, sources.Origin]:
+        return sources.origins_of(self._sources, 0, self.network(0).shapes, self.layout.num_groups)
+
+    def trained_shapes(self, group: int) -> Shapes:
+        """Return the trained arrays and multipliers that belong to a group itself, by the network's names."""
+        network = self.network(group)
+        if not self._sources:
+            return network.shapes
+        key = id(network), group if self.tied else 0
+        if key not in self._trained:
+            trained = self._trained[key] = dict[str, tuple[int, ...]]()
+            for name, origin in self._origins(group).items():
+                if origin.source.trained and origin.key == (group, name):
+                    trained[name] = network.shapes[name]
+                if origin.multiplied is not None and origin.owner == (group, name):
+                    multipliers = origin.multiplied.multiplier_shapes(network.shapes[name])
+                    trained |= {f"{name}.{multiplier}": shape for multiplier, shape in multipliers.items()}
+        return self._trained[key]
+
+    def array_shapes(self) -> Shapes:
+        """Return the trained arrays and multipliers of all groups, by the plan's names."""
+        return {
+            f"group{self.first_group + group}.{array}": shape
+            for group in range(self.layout.num_groups)
+            for array, shape in self.trained_shapes(group).items()
+        }
+
+    def shapes_of(self, chosen: Callable[[sources.Source], bool]) -> Shapes:
+        """Return the names and shapes of the frozen arrays whose source is chosen, in order, each once."""
+        if not any(chosen(sources.inner_source(source)) for source in self._sources.values()):
+            return {}
+        shapes: Shapes = {}
+        for group in range(self.layout.num_groups):
+            for entry in self._frozen(self._origins(group)).values():
+                if chosen(entry.source) and entry.full not in shapes:
+                    shared = entry.source.independent_of_group
+                    shapes[entry.full] = self._largest[entry.full.partition(".")[2]] if shared else entry.shape
+        return shapes
+
+    @functools.cached_property
+    def _largest(self) -> Shapes:
+        """The largest size of each array along each axis, over all groups."""
+        shapes = [self.network(group).shapes for group, _ in self.kinds]
+        return {
+            name: tuple(max(sizes) for sizes in zip(*(other[name] for other in shapes), strict=True))
+            for name in shapes[0]
+        }
+
+    @functools.cached_property
+    def _frozen_alike(self) -> bool:
+        """Whether all groups with the same network have the same frozen arrays."""
+        frozen = [origin.source for origin in self._origins(0).values() if not origin.source.trained]
+        return not self.tied and all(source.independent_of_group for source in frozen)
+
+    def _frozen(self, origins: Mapping[str, sources.Origin]) -> dict[str, sources.FrozenArray]:
+        """Return what computes each frozen array of a group, by the network's names."""
+        numbers = {name: number for number, name in enumerate(self.network(0).shapes)}  # the same in all groups
+        frozen = {}
+        for name, (group, inner, source, _, _) in origins.items():
+            if source.trained:
+                continue
+            network, purpose = self.network(group), PURPOSE["source"] + numbers[inner]
+            mode = network.mode_of(inner)
+            stream = sources.Stream(self.config.seed, group, purpose, self._largest[inner], mode=mode)
+            full = self.name(0 if source.brought and source.independent_of_group else group, inner)
+            frozen[name] = sources.FrozenArray(full, source, network.shapes[inner], stream)
+        return frozen
+
+    def _check_sources(self) -> None:
+        """Raise a ConfigError if a source does not suit its array."""
+        network = self.network(0)  # all networks have arrays of the same names
+        self._sources.check_names(network.shapes)
+        groups = [first for first, _ in self.kinds]
+        for group in range(self.layout.num_groups) if self.tied else groups:
+            origins = self._origins(group)
+            for name, origin in origins.items():
+                self._check_array(group, name, origin)
+                if origin.source.needs_factors and origin.key == (group, name):
+                    _check_factors(group, name, origins)
+            for prefixes in network.prefixes:
+                pairs = zip(prefixes, network.splits, strict=True)
+                sources.check_term(origins, [prefix + name for prefix, split in pairs for name in split.shapes])
+
+    def _check_array(self, group: int, name: str, origin: sources.Origin) -> None:
+        if origin.multiplied is None and origin.source.trained and origin.key == (group, name):
+            return
+        network, owner = self.network(group), self.network(origin.group)
+        if owner.shapes[origin.name] != network.shapes[name]:
+            raise ConfigError(
+                f"sources ties 'group{group}.{name}', of shape {network.shapes[name]}, to "
+                f"'group{origin.group}.{origin.name}', of shape {owner.shapes[origin.name]}: only arrays of one shape "
+                "can be tied"
+            )
+        mapped = self.config.projection != "identity"
+        shape, mode = network.shapes[name], owner.mode_of(origin.name)
+        origin.source.check(sources.Place(origin.name, shape, mode, owner.sizes, mapped))
+        if origin.multiplied is None:
+            return
+        origin.multiplied.check(sources.Place(name, shape, network.mode_of(name), network.sizes, mapped))
+        if origin.multiplied.zero is not None and not is_linear(self.config.projection):
+            raise ConfigError(
+                f"start=0 of {name!r} leaves a nonlinear F without a gradient, as tanhshrink'(0) = 0: give start=1"
+            )
+
+    # -- The start ---------------------------------------------------------------------------
+
+    def _start_of(self, group: int) -> Initializer:
+        return self.groups[group].start
+
+    def _zero_table(self) -> dict[int, list[ZeroArray]]:
+        """Return the array that is zero at the start in each term of each group, if arrays are tied and F is linear."""
+        if not self._zeros:
+            self._zeros |= self._zeros_if([None] * self.layout.num_groups)
+        return self._zeros
+
+    def _zeros_if(self, trained: Sequence[Collection[str] | None]) -> dict[int, list[ZeroArray]]:
+        numbers = range(self.layout.num_groups)
+        return zero_arrays(
+            list(map(StartingGroup, numbers, map(self.network, numbers), map(self._origins, numbers), trained))
+        )
+
+    def starts_if(self, groups: Sequence[Group], chosen: Collection[str]) -> list[Initializer]:
+        """Return the initial arrays of its groups, whatever their units, if arrays of these names alone are trained."""
+        trained = [{name for name, full in group.names.items() if full in chosen} for group in groups]
+        if not self.tied:
+            return [group.start.for_trained(names) for group, names in zip(groups, trained, strict=True)]
+        starts: list[Initializer] = []
+        table = functools.cache(lambda: self._zeros_if(trained))
+        for group, names in zip(groups, trained, strict=True):
+            starts.append(group.start.for_trained(names, starts.__getitem__, table))
+        return starts
+
+
+def _check_factors(group: int, name: str, origins: Mapping[str, sources.Origin]) -> None:
+    """Raise a ConfigError unless the other arrays of the split of an array are computed from the base."""
+    split = name.rpartition(".")[0]
+    for other, origin in origins.items():
+        of_split = other != name and other.rpartition(".")[0] == split
+        if of_split and not (origin.source.needs_base and origin.key == (group, other)):
+            raise ConfigError(
+                f"{type(origins[name].source).__name__} computes {name!r} from the base weights and the factors of all "
+                f"modes, and {other!r} is not computed from the base: give it FromBase('mode') or Mixed"
+            )
+
+
+# -- Updates of groups -------------------------------------------------------------------------------------------------
 
 
 def updates(

@@ -39,10 +39,11 @@ leave the group without a gradient. CP weights start at one.
 
 from __future__ import annotations
 
-import dataclasses
+import collections
 import functools
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -55,7 +56,7 @@ from .maps.projection import Projection
 from .network import Network, parsed_name
 from .norms import rounded_to
 from .sources import FrozenArrays, Multiplied, Origin
-from .starting_points import PREFIX, Start, starting_point
+from .starting_points import PREFIX, Start, ZeroStart
 
 # -- Which array of each term is zero ----------------------------------------------------------------------------------
 
@@ -68,7 +69,7 @@ _Part = tuple[int, str]
 
 
 class ZeroArray(NamedTuple):
-    """The zero of one term of a group.
+    """An array or multiplier of a group that is the zero of its term, or could be.
 
     Attributes
     ----------
@@ -78,6 +79,8 @@ class ZeroArray(NamedTuple):
         Its name in that split.
     multiplier : str
         The multiplier that is zero, ``"size"`` or ``"rank"``; empty if it is the array itself.
+    array : str
+        The network's name of the array.
     part : (int, str)
         Group and name of the array or multiplier that is zero: in another group if it is tied to one there.
     """
@@ -85,11 +88,16 @@ class ZeroArray(NamedTuple):
     split: int
     name: str
     multiplier: str
+    array: str
     part: _Part
 
+    @property
+    def label(self) -> str:
+        """The group's name of the array or multiplier."""
+        return f"{self.array}.{self.multiplier}" if self.multiplier else self.array
 
-@dataclasses.dataclass(frozen=True)
-class StartingGroup:
+
+class StartingGroup(NamedTuple):
     """One group whose zeros are chosen, given what is zero already.
 
     Attributes
@@ -107,6 +115,32 @@ class StartingGroup:
     origins: Mapping[str, Origin]
     trained: Collection[str] | None
 
+    def terms(self) -> list[list[ZeroArray]]:
+        """Return for each term what could be its zero, in the order of preference."""
+        splits = self.network.splits
+        # CP weights are one number per component: make them zero only if nothing else is trained.
+        arrays = [
+            (k, name)
+            for k in range(len(splits) - 1, -1, -1)
+            for name in sorted(splits[k].shapes, key=lambda name: name in splits[k].ones)
+        ]
+        arrays.sort(key=lambda array: array != (len(splits) - 1, splits[-1].zero))
+        return [
+            [zero for k, name in arrays for zero in self._of_array(k, name, prefixes[k] + name)]
+            for prefixes in self.network.prefixes
+        ]
+
+    def _of_array(self, k: int, name: str, array: str) -> list[ZeroArray]:
+        """Return the array itself if it has a trained one behind it, and its multipliers."""
+        origin = self.origins.get(array)
+        if origin is None:
+            return [ZeroArray(k, name, "", array, (self.number, array))]
+        zeros = [ZeroArray(k, name, "", array, origin.key)] if origin.source.trained else []
+        if origin.multiplied is not None:
+            group, owner = origin.owner
+            zeros += [ZeroArray(k, name, m, array, (group, f"{owner}.{m}")) for m in origin.multiplied.multipliers]
+        return zeros
+
     def by_start(self) -> list[_Part]:
         """Return the multipliers that the ``start`` of their source makes zero, if they are trained."""
         zeros = []
@@ -116,86 +150,23 @@ class StartingGroup:
                 zeros.append((self.number, f"{array}.{zero}"))
         return zeros
 
-    def chosen(self, zero: set[_Part], settled: set[_Part]) -> list[ZeroArray]:
-        """Return the zero of each term, and add what is chosen here to the two sets."""
-        zeros = []
-        for prefixes in self.network.prefixes:
-            zeros.append(self._of_term(prefixes, zero, settled))
-            zero.add(zeros[-1].part)
-            if self.origins:
-                settled |= {part for array, _, _ in self._arrays(prefixes) for _, part in self._parts(array)}
-        return zeros
-
-    def check(self, zero: Collection[_Part]) -> None:
-        """Raise a ConfigError if a term has more than one array that is zero."""
-        for prefixes in self.network.prefixes if self.origins else ():
-            arrays = [array for array, _, _ in self._arrays(prefixes) if self._zero_part(array, zero) is not None]
-            if len(arrays) > 1:
-                raise ConfigError(
-                    f"sources makes {', '.join(arrays)} of group {self.number} all zero at the start, so that "
-                    "their gradients are zero and nothing would learn; only one of them may be"
-                )
-
-    def _arrays(self, prefixes: Sequence[str]) -> list[tuple[str, int, str]]:
-        """The arrays of a term in the order of preference: the network's name, the split, the name in the split."""
-        splits = self.network.splits
-        last = len(splits) - 1
-        usual = prefixes[last] + splits[last].zero, last, splits[last].zero
-        # CP weights are one number per component: make them zero only if nothing else is trained.
-        others = [
-            (prefixes[k] + name, k, name)
-            for k in range(last, -1, -1)
-            for name in sorted(splits[k].shapes, key=lambda name: name in splits[k].ones)
-        ]
-        return [usual, *(other for other in others if other != usual)]
-
-    def _of_term(self, prefixes: Sequence[str], zero: Collection[_Part], settled: Collection[_Part]) -> ZeroArray:
-        arrays = self._arrays(prefixes)
-        for array, k, name in arrays:
-            part = self._zero_part(array, zero)
-            if part is not None:
-                return ZeroArray(k, name, self._multiplier(array, part), part)
+    def chosen(self, candidates: Sequence[ZeroArray], zero: Collection[_Part], settled: Collection[_Part]) -> ZeroArray:
+        """Return the zero of a term."""
+        known = next((candidate for candidate in candidates if candidate.part in zero), None)
+        if known is not None:
+            return known
+        # A product of an array with itself has no gradient where the array is zero.
+        keys = {candidate.array: candidate.part for candidate in candidates if not candidate.multiplier}
+        occurs = collections.Counter(keys.values())
+        able = [each for each in candidates if each.part not in settled and occurs[keys.get(each.array, each.part)] < 2]
+        if not able:
+            arrays = dict.fromkeys(candidate.array for candidate in candidates)
+            raise ConfigError(
+                f"none of {', '.join(arrays)} can be zero at the start: each one that is trained occurs twice in the "
+                "product, or in another one that has its zero. Tie fewer of them"
+            )
         # If none that is trained can be zero, another one must be nevertheless, so that the term contributes nothing.
-        for trained_only in (True, False):
-            for array, k, name in arrays:
-                able = self._candidates(prefixes, array, trained_only)
-                part = next((part for part in able if part not in settled), None)
-                if part is not None:
-                    return ZeroArray(k, name, self._multiplier(array, part), part)
-        raise ConfigError(
-            f"none of {', '.join(array for array, _, _ in arrays)} can be zero at the start: each one that is trained "
-            "occurs twice in the product, or in another one that has its zero. Tie fewer of them"
-        )
-
-    def _multiplier(self, array: str, part: _Part) -> str:
-        origin = self.origins.get(array)
-        if origin is None or origin.multiplied is None or (origin.source.trained and part == origin.key):
-            return ""
-        return part[1].rpartition(".")[2]
-
-    def _parts(self, array: str) -> list[tuple[str, _Part]]:
-        """The trained array and multipliers of an array: their names in the group, and where they are."""
-        origin = self.origins.get(array)
-        if origin is None:
-            return [(array, (self.number, array))]
-        parts = [(array, origin.key)] if origin.source.trained else []
-        if origin.multiplied is not None:
-            group, owner = origin.owner
-            parts += [(f"{array}.{name}", (group, f"{owner}.{name}")) for name in origin.multiplied.multipliers]
-        return parts
-
-    def _zero_part(self, array: str, zero: Collection[_Part]) -> _Part | None:
-        """Return what makes an array zero already; None if nothing does."""
-        return next((part for _, part in self._parts(array) if part in zero), None)
-
-    def _candidates(self, prefixes: Sequence[str], array: str, trained_only: bool) -> list[_Part]:
-        """Return what of an array can be chosen as zero: itself, and its multipliers."""
-        origin = self.origins.get(array)
-        if origin is not None and origin.source.trained:
-            term = [self.origins[other].key for other, _, _ in self._arrays(prefixes)]
-            if term.count(origin.key) > 1:
-                return []  # a product of an array with itself has no gradient where the array is zero
-        return [part for name, part in self._parts(array) if self._trains(name) or not trained_only]
+        return next((candidate for candidate in able if self._trains(candidate.label)), able[0])
 
     def _trains(self, name: str) -> bool:
         """Return whether an array or multiplier is trained; in a term of which nothing is, all count as trained."""
@@ -222,14 +193,25 @@ def zero_arrays(groups: Sequence[StartingGroup]) -> dict[int, list[ZeroArray]]:
     --------
     >>> from tnadapt import Config
     >>> zero_arrays([StartingGroup(0, Network(Config(rank=2), 24, 4), {}, None)])
-    {0: [ZeroArray(split=0, name='factor0', multiplier='', part=(0, 'split0.factor0'))]}
+    {0: [ZeroArray(split=0, name='factor0', multiplier='', array='split0.factor0', part=(0, 'split0.factor0'))]}
     """
     zero = {part for group in groups for part in group.by_start()}
     # What occurs in a term that has its zero must not become another one.
     settled = set[_Part]()
-    zeros = {group.number: group.chosen(zero, settled) for group in groups}
-    for group in groups:
-        group.check(zero)
+    zeros: dict[int, list[ZeroArray]] = {}
+    terms = [(group, candidates) for group in groups for candidates in group.terms()]
+    for group, candidates in terms:
+        chosen = group.chosen(candidates, zero, settled)
+        zeros.setdefault(group.number, []).append(chosen)
+        zero.add(chosen.part)
+        settled |= {candidate.part for candidate in candidates}
+    for group, candidates in terms:
+        arrays = dict.fromkeys(candidate.array for candidate in candidates if candidate.part in zero)
+        if len(arrays) > 1:
+            raise ConfigError(
+                f"sources makes {', '.join(arrays)} of group {group.number} all zero at the start, so that their "
+                "gradients are zero and nothing would learn; only one of them may be"
+            )
     return zeros
 
 
@@ -250,6 +232,8 @@ class Initializer(FixedArrays):
         F of the group.
     seed, group : int
         Select the random words.
+    names : mapping of str to str
+        The names in the plan of its trained arrays and multipliers.
     frozen : FrozenArrays
         The network's arrays that are not trained themselves.
     trained : set of str, optional
@@ -264,7 +248,6 @@ class Initializer(FixedArrays):
         The config's start; the usual one if None.
     given : mapping of str to ndarray, optional
         Arrays of x_0 that are not drawn, by their full names after ``"start."``.
-
     Attributes
     ----------
     subtracts : bool
@@ -288,33 +271,30 @@ class Initializer(FixedArrays):
         projection: Projection,
         seed: int,
         group: int,
+        names: Mapping[str, str] = MappingProxyType({}),
         frozen: FrozenArrays | None = None,
         trained: Collection[str] | None = None,
-        origins: Mapping[str, Origin] | None = None,
+        origins: Mapping[str, Origin] = MappingProxyType({}),
         starts: Callable[[int], Initializer] | None = None,
         table: Callable[[], Mapping[int, list[ZeroArray]]] | None = None,
         point: Start | None = None,
-        given: Mapping[str, np.ndarray] | None = None,
+        given: Mapping[str, np.ndarray] = MappingProxyType({}),
     ) -> None:
         super().__init__()
-        self.network, self.projection, self.seed, self.group = network, projection, seed, group
+        self.network, self.projection, self.seed, self.group, self.names = network, projection, seed, group, names
         self.frozen = FrozenArrays({}) if frozen is None else frozen
-        self.trained, self.origins = trained, origins or {}
-        self._starts, self._table = starts, table
-        self.point = starting_point("zero") if point is None else point
+        self.trained, self.origins, self._starts, self._table = trained, origins, starts, table
+        self.point = ZeroStart() if point is None else point
         self.subtracts = self.point.subtracts
-        self._given: Mapping[str, np.ndarray] = {} if given is None else given
+        self._given = given
         self._units: Mapping[str, float] = {}
         # Terms with the same zero and frozen arrays have the same σ: that of the first of them.
         self._stds: dict[tuple[int, str, str, tuple[float, int]], float] = {}
 
     def in_units(self, units: Mapping[str, float]) -> Initializer:
         """Return the same start for parameters in units, by the names of arrays: an array is its unit times one."""
-        rescaled = Initializer(
-            self.network, self.projection, self.seed, self.group, self.frozen, self.trained, self.origins,
-            self._starts, self._table, self.point, self._given,
-        )  # fmt: skip
-        rescaled._units = units
+        rescaled = Initializer.__new__(Initializer)
+        rescaled.__dict__.update(self.__getstate__(), _units=units)  # without the arrays
         return rescaled
 
     @functools.cached_property
@@ -339,10 +319,6 @@ class Initializer(FixedArrays):
         zeros = {zero.part for terms in self._table().values() for zero in terms}
         return frozenset(name for group, name in zeros if group == self.group)
 
-    def _start_of(self, group: int) -> Initializer:
-        assert self._starts is not None  # the plan passes it wherever arrays are tied
-        return self._starts(group)
-
     def for_trained(
         self,
         trained: Collection[str],
@@ -356,12 +332,12 @@ class Initializer(FixedArrays):
         if self.subtracts:
             return self
         initializer = Initializer(
-            self.network, self.projection, self.seed, self.group, self.frozen, trained, self.origins, starts, table
-        )
-        initializer._units = self._units
+            self.network, self.projection, self.seed, self.group, self.names, self.frozen, trained, self.origins,
+            starts, table,
+        ).in_units(self._units)  # fmt: skip
         return self if table is None and initializer.zeros == self.zeros else initializer
 
-    @functools.cached_property
+    @property
     def std(self) -> float:
         """σ of the random arrays; that of the first term, if terms differ in which array is zero."""
         return self._std(0)
@@ -369,17 +345,13 @@ class Initializer(FixedArrays):
     def _std(self, term: int) -> float:
         zero, frozen = self._zero[term], self._frozen_in_term(term)
         key = zero.split, zero.name, zero.multiplier, frozen
-        if key not in self._stds:
-            self._stds[key] = self._computed_std(term, frozen)
-        return self._stds[key]
-
-    def _computed_std(self, term: int, frozen: tuple[float, int]) -> float:
+        if key in self._stds:
+            return self._stds[key]
         try:
             if not self.point.leaves_zero and _random_arrays(self.network) - frozen[1] == 1:
                 std = STEP  # of the only random array, which is zero otherwise
             elif self.projection.linear:
-                zero = self._zero[term]
-                origin = self.origins.get(self.network.prefixes[term][zero.split] + zero.name)
+                origin = self.origins.get(zero.array)
                 std = _linear_std(self.network, self.projection, zero, frozen, origin and origin.multiplied)
             else:
                 std = _nonlinear_std(self.network, self.projection, frozen)
@@ -389,7 +361,8 @@ class Initializer(FixedArrays):
                 f"({len(self.network.shapes)} arrays per group); use a smaller rank, order or number of splits"
             ) from None
         # Round to single precision: the last bit of a power differs between machines, and x_start must not.
-        return float(np.float32(std))
+        self._stds[key] = float(np.float32(std))
+        return self._stds[key]
 
     def std_of(self, name: str) -> float:
         """Return σ of an array that is random, by its name in the network; 1 for CP weights, which start at one."""
@@ -418,15 +391,19 @@ class Initializer(FixedArrays):
         array, unit = self._array(key), self._units.get(key, 1.0)
         return array if unit == 1.0 else array * np.float32(1.0 / unit)  # exact: units are powers of two
 
+    def draws(self, name: str) -> bool:
+        """Return whether an array or multiplier starts at what the seed draws, rather than at what is given."""
+        return not self.subtracts or not (self.point.needs_base or PREFIX + self.names[name] in self._given)
+
     def _array(self, key: str) -> np.ndarray:
-        """Compute an array itself, whatever its unit is."""
+        """Compute an array or multiplier itself, whatever its unit is."""
         if not self.draws(key):
             return self._brought(key)
         if key not in self.network.shapes:
             return self._multiplier(key)
         origin = self.origins.get(key)
         if origin is not None and origin.key != (self.group, key):
-            return self._start_of(origin.group)._array(origin.name)
+            return self._tied(*origin.key)
         shape = self.network.shapes[key]
         if key in self.zeros:
             return np.zeros(shape, np.float32)
@@ -437,20 +414,17 @@ class Initializer(FixedArrays):
         drawn = rng.normals(self.seed, self.group, purpose, 0, math.prod(shape))
         return _scaled(drawn, self._std(term)).reshape(shape)
 
-    def draws(self, name: str) -> bool:
-        """Return whether an array or multiplier starts at what the seed draws, rather than at what is given."""
-        return not self.subtracts or not (self.point.needs_base or self._full(name) in self._given)
-
-    def _full(self, name: str) -> str:
-        return f"{PREFIX}group{self.group}.{name}"
+    def _tied(self, group: int, name: str) -> np.ndarray:
+        assert self._starts is not None  # the plan passes it wherever arrays are tied
+        return self._starts(group)._array(name)
 
     def _brought(self, name: str) -> np.ndarray:
-        array = self._given.get(self._full(name))
+        array = self._given.get(PREFIX + self.names[name])
         if array is None:
             raise ConfigError(
-                f"the start of 'group{self.group}.{name}' is computed from the base weights: bind the plan to them "
-                "with plan.with_base(weights), or save the adapter with store_bases=True; on a model that was on the "
-                "meta device, call adapter.reset() once it has its weights"
+                f"the start of {self.names[name]!r} is computed from the base weights: bind the plan to them with "
+                "plan.with_base(weights), or save the adapter with store_bases=True; on a model that was on the meta "
+                "device, call adapter.reset() once it has its weights"
             )
         return array
 
@@ -459,7 +433,7 @@ class Initializer(FixedArrays):
         array, _, multiplier = key.rpartition(".")
         origin = self.origins[array]
         if origin.owner != (self.group, array):
-            return self._start_of(origin.owner[0])._array(f"{origin.owner[1]}.{multiplier}")
+            return self._tied(origin.owner[0], f"{origin.owner[1]}.{multiplier}")
         assert origin.multiplied is not None
         # A multiplier that would be zero and is not trained is one: another array is the zero then.
         value = 0.0 if key in self.zeros else origin.multiplied.starts[multiplier] or 1.0
@@ -482,8 +456,7 @@ def _scaled(drawn: np.ndarray, std: float) -> np.ndarray:
 def _linear_std(
     network: Network, projection: Projection, zero: ZeroArray, frozen: tuple[float, int], source: Multiplied | None
 ) -> float:
-    k, name, multiplier = zero.split, zero.name, zero.multiplier
-    split = network.splits[k]
+    split, name, multiplier = network.splits[zero.split], zero.name, zero.multiplier
     # Frozen arrays contribute their own mean squares to V instead of σ².
     arrays = _random_arrays(network) - frozen[1]
     # V = paths * std ** (2 * arrays), where paths is the number of products that multiply an entry of Z.
@@ -494,10 +467,10 @@ def _linear_std(
         columns, shape = split.num_terms_per_array(name), split.shapes[name]
         entries, products = source.touched(multiplier, columns, shape)
         paths *= columns * products / entries
-        spread = _spread_of(network, entries, math.prod(source.multiplier_shapes(shape)[multiplier]))
+        spread = _spread(network, entries, math.prod(source.multiplier_shapes(shape)[multiplier]))
     else:
         arrays -= name not in split.ones
-        spread = _spread(network, k, name)
+        spread = _spread(network, split.num_terms_per_array(name), math.prod(split.shapes[name]))
     if arrays <= 0:
         return 0.0
     step = spread * projection.map.gain() * frozen[0]
@@ -512,12 +485,13 @@ def _nonlinear_std(network: Network, projection: Projection, frozen: tuple[float
     arrays = _random_arrays(network)
     paths = network.terms * math.prod(split.num_terms for split in network.splits)
     tau = network.scale**2 * paths * projection.map.variance()
-    moved = sum(
-        _spread(network, k, name) / (network.terms * split.num_terms_per_array(name))
-        for k, split in enumerate(network.splits)
-        for name in split.shapes
+    moving = [
+        (split.num_terms_per_array(name), math.prod(shape))
+        for split in network.splits
+        for name, shape in split.shapes.items()
         if name not in split.ones
-    )
+    ]
+    moved = sum(_spread(network, entries, size) / (network.terms * entries) for entries, size in moving)
     # Frozen arrays enter tau and the multiplier of every array by their mean squares. (They do not move, which
     # ``moved`` neglects: at most a factor of the number of arrays in the step.)
     step = moment * tau**2 * paths * moved * projection.map.gain() * frozen[0] ** 3
@@ -530,13 +504,7 @@ def _random_arrays(network: Network) -> int:
     return sum(len(split.shapes) - len(split.ones) for split in network.splits)
 
 
-def _spread(network: Network, k: int, name: str) -> float:
-    """Return ``sqrt(q (q + P))`` of one array, over all terms."""
-    split = network.splits[k]
-    return _spread_of(network, split.num_terms_per_array(name), math.prod(split.shapes[name]))
-
-
-def _spread_of(network: Network, entries: int, size: int) -> float:
+def _spread(network: Network, entries: int, size: int) -> float:
     """Return ``sqrt(q (q + P))`` of an array of ``size`` elements; a term sums ``entries`` of them per ΔW element."""
     paths = network.terms * entries
     touched = network.size * entries / size

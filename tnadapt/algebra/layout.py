@@ -28,6 +28,8 @@ from .formats import Legs
 
 # Lists of more pieces are kept: there are few groups of so many weights.
 _LONG = 64
+# What several configs make is listed, and a list of more groups would be that of a hostile file.
+_MAX_JOINED = 1 << 20
 
 Groups = str | int | tuple[tuple[int, ...], ...]
 
@@ -56,23 +58,19 @@ class Piece(NamedTuple):
     length: int
 
 
-def moved(piece: Piece, weights: int, groups: int) -> Piece:
-    """Return a piece behind so many weights and groups."""
-    return piece._replace(weight=piece.weight + weights, group=piece.group + groups)
-
-
 class Layout:
     """The long vector cut into groups.
+
+    The groups cut a vector of the same weights, which may be in another order.
 
     Parameters
     ----------
     shapes : sequence of (rows, cols)
         One per weight.
-    members : sequence of sequence of int, optional
-        The weights of each group, whole and in order. If omitted, the concatenated vector is cut every
-        ``length`` elements.
-    length : int, optional
-        See ``members``.
+    cuts : sequence of int
+        Where each group starts in the vector that is cut, and the last one ends, with the vector or behind it.
+    order : sequence of int, optional
+        The weights in the order in which they are cut; that of ``shapes`` if omitted.
 
     Attributes
     ----------
@@ -83,8 +81,8 @@ class Layout:
 
     Notes
     -----
-    With ``length``, neither time nor memory of the constructor grows with the number of groups, so that a plan for any
-    G is instant.
+    With a range of cuts, neither time nor memory of the constructor grows with the number of groups, so that a plan for
+    any G is instant.
 
     Examples
     --------
@@ -97,52 +95,71 @@ class Layout:
     """
 
     def __init__(
-        self,
-        shapes: Sequence[tuple[int, int]],
-        members: Sequence[Sequence[int]] | None = None,
-        length: int | None = None,
+        self, shapes: Sequence[tuple[int, int]], cuts: Sequence[int], order: Sequence[int] | None = None
     ) -> None:
         self.shapes = tuple(shapes)
         self._sizes = [rows * cols for rows, cols in self.shapes]
-        self._starts = [0, *itertools.accumulate(self._sizes)]
-        self.size = self._starts[-1]
-        self._members = members
+        self.size = sum(self._sizes)
+        self.num_groups = len(cuts) - 1
+        self._cuts = cuts
+        self._order = range(len(self.shapes)) if order is None else order
+        self._places = self._order if order is None else {weight: place for place, weight in enumerate(order)}
+        #: Where each weight starts in the vector that is cut, and the end of the last one.
+        self._starts = [0, *itertools.accumulate(self._sizes[weight] for weight in self._order)]
+        # Here, and not on first access: a compiler cannot trace a bisection.
+        listed = () if isinstance(cuts, range) else self._starts[:-1]
+        self._first_groups = [bisect_right(cuts, start) - 1 for start in listed]
         self._long: dict[int, list[Piece]] = {}
-        self._length = length if length is not None else 0
-        self.num_groups = len(members) if members is not None else -(-self.size // self._length)
 
-    def group_size(self, group: int) -> int:
-        """Return the number of elements of a group."""
-        if self._members is not None:
-            return self._member_sizes[group]
-        return min(self._length, self.size - group * self._length)
-
-    def same_size(self) -> list[tuple[int, int, int]]:
-        """Return runs of consecutive groups of equal size: ``(first group, number of groups, size)``."""
-        if self._members is None:
-            last = self.num_groups - 1
-            runs = [(0, last, self._length)] if last else []
-            return [*runs, (last, 1, self.group_size(last))]
-        return [(group, 1, self.group_size(group)) for group in range(self.num_groups)]
-
-    def kinds(self, columns: bool = False) -> list[tuple[int, int]]:
-        """Return the groups that differ in size: the first of each kind, and the number of groups of that kind.
-
-        With ``columns``, also those that differ in :meth:`columns`.
+    @classmethod
+    def joined(cls, layouts: Sequence[Layout]) -> Layout:
+        """Return several layouts one after another as one; at most 2**20 groups.
 
         Examples
         --------
-        >>> make_layout("weight", [(2, 3), (2, 2), (3, 2)]).kinds(), make_layout(4, [(2, 3), (2, 2)]).kinds()
-        ([(0, 2), (1, 1)], [(0, 3), (3, 1)])
+        >>> layout = Layout.joined([make_layout("weight", [(2, 2)] * 2), make_layout(1, [(2, 3)])])
+        >>> layout.num_groups, layout.of_weight(2)
+        (3, [Piece(weight=2, weight_start=0, group=2, group_start=0, length=6)])
         """
-        return self._kinds_by_columns if columns and not self.equal_columns else self._kinds_by_size
+        number = sum(layout.num_groups for layout in layouts)
+        if number > _MAX_JOINED:
+            raise ConfigError(f"several configs make at most {_MAX_JOINED} groups together; these make {number}")
+        shapes, cuts, order = list[tuple[int, int]](), [0], list[int]()
+        for layout in layouts:
+            size = cuts[-1]
+            cuts += [size + min(cut, layout.size) for cut in layout._cuts[1:]]
+            order += [len(shapes) + weight for weight in layout._order]
+            shapes += layout.shapes
+        return cls(shapes, cuts, order)
+
+    def group_size(self, group: int) -> int:
+        """Return the number of elements of a group."""
+        last = group + 1 == self.num_groups
+        return (self.size if last else self._cuts[group + 1]) - self._cuts[group]
+
+    def same_size(self) -> list[tuple[int, int, int]]:
+        """Return runs of consecutive groups of equal size: ``(first group, number of groups, size)``."""
+        last = self.num_groups - 1
+        if isinstance(self._cuts, range) and last:
+            return [(0, last, self._cuts.step), (last, 1, self.group_size(last))]
+        return [(group, 1, self.group_size(group)) for group in range(self.num_groups)]
 
     @cached_property
-    def _kinds_by_size(self) -> list[tuple[int, int]]:
+    def kinds(self) -> list[tuple[int, int]]:
+        """The groups that differ in size: the first of each kind, and the number of groups of that kind.
+
+        Examples
+        --------
+        >>> make_layout("weight", [(2, 3), (2, 2), (3, 2)]).kinds, make_layout(4, [(2, 3), (2, 2)]).kinds
+        ([(0, 2), (1, 1)], [(0, 3), (3, 1)])
+        """
         return _first_and_count(self.same_size())
 
     @cached_property
-    def _kinds_by_columns(self) -> list[tuple[int, int]]:
+    def kinds_of_stacks(self) -> list[tuple[int, int]]:
+        """The groups that differ in size or in :meth:`columns`, like ``kinds``."""
+        if self.equal_columns:
+            return self.kinds
         return _first_and_count(
             (group, 1, (self.group_size(group), self.columns(group))) for group in range(self.num_groups)
         )
@@ -157,60 +174,53 @@ class Layout:
         """Whether all weights have the same number of columns."""
         return len({cols for _, cols in self.shape_counts}) == 1
 
-    @cached_property
-    def equal_shapes(self) -> bool:
-        """Whether all weights have the same shape."""
-        return len(self.shape_counts) == 1
-
     def columns(self, group: int) -> int:
         """Return c, the greatest common divisor of the column counts of the weights with elements in the group."""
         if self.equal_columns:
             return self.shapes[0][1]
         return math.gcd(*(self.shapes[piece.weight][1] for piece in self.of_group(group)))
 
-    @cached_property
-    def _member_sizes(self) -> list[int]:
-        return [sum(self._sizes[weight] for weight in members) for members in self._members or ()]
-
-    @cached_property
-    def _home(self) -> dict[int, tuple[int, int]]:
-        """Group of each weight, and its position in the group's vector (explicit groups only)."""
-        home = {}
-        for group, weights in enumerate(self._members or ()):
-            starts = itertools.accumulate((self._sizes[weight] for weight in weights), initial=0)
-            home.update({weight: (group, start) for weight, start in zip(weights, starts, strict=False)})
-        return home
+    def _overlap(self, place: int, group: int) -> Piece:
+        """Return the elements that a group has of the weight at a place in the vector that is cut."""
+        first, start = self._starts[place], self._cuts[group]
+        lo, hi = max(first, start), min(self._starts[place + 1], self._cuts[group + 1])
+        return Piece(self._order[place], lo - first, group, lo - start, hi - lo)
 
     def of_weight(self, weight: int) -> list[Piece]:
         """Return the pieces of one weight, in order; together they cover it."""
-        size = self._sizes[weight]
-        if self._members is not None:
-            group, start = self._home[weight]
-            return [Piece(weight, 0, group, start, size)]
-        first, stop = self._starts[weight], self._starts[weight + 1]
-        pieces = []
-        for group in range(first // self._length, -(-stop // self._length)):
-            lo, hi = max(first, group * self._length), min(stop, (group + 1) * self._length)
-            pieces.append(Piece(weight, lo - first, group, lo - group * self._length, hi - lo))
+        place = self._places[weight]
+        start, end = self._starts[place], self._starts[place + 1]
+        group = self._first_groups[place] if self._first_groups else start // self._cuts[1]
+        pieces = [self._overlap(place, group)]
+        while self._cuts[group + 1] < end:
+            group += 1
+            pieces.append(self._overlap(place, group))
         return pieces
 
     def of_group(self, group: int) -> list[Piece]:
         """Return the pieces of one group, in order; together they cover it. Do not change the list."""
         if group in self._long:
             return self._long[group]
-        if self._members is not None:
-            pieces = [piece for weight in self._members[group] for piece in self.of_weight(weight)]
-        else:
-            start = group * self._length
-            stop = start + self.group_size(group)
-            pieces = []
-            for weight in range(bisect_right(self._starts, start) - 1, bisect_left(self._starts, stop)):
-                first, end = self._starts[weight], self._starts[weight + 1]
-                lo, hi = max(first, start), min(end, stop)
-                pieces.append(Piece(weight, lo - first, group, lo - start, hi - lo))
+        first = bisect_right(self._starts, self._cuts[group]) - 1
+        places = range(first, bisect_left(self._starts, self._cuts[group + 1], first, len(self._order)))
+        pieces = [self._overlap(place, group) for place in places]
         if len(pieces) > _LONG:
             self._long[group] = pieces
         return pieces
+
+    def whole_weights(self, group: int, needed_by: str) -> list[tuple[int, int]]:
+        """Return the shapes of the weights of a group, or raise a ConfigError if it has a part of one."""
+        shapes = []
+        for piece in self.of_group(group):
+            rows, cols = self.shapes[piece.weight]
+            if piece.length != rows * cols:
+                raise ConfigError(
+                    f"{needed_by} needs groups of whole weights, and group {group} has {piece.length} of the "
+                    f"{rows * cols} elements of a weight of {rows}×{cols}: use groups='weight', 'layer', 'role', 1, or "
+                    "lists of weights"
+                )
+            shapes.append((rows, cols))
+        return shapes
 
     def of_slice(self, start: int, stop: int) -> list[Piece]:
         """Return runs that cover elements ``start`` to ``stop - 1`` of the long vector, in order, each in one group.
@@ -220,8 +230,10 @@ class Layout:
         if not 0 <= start <= stop <= self.size:
             raise ShapeError(f"no slice {start}:{stop} of a vector of {self.size} elements")
         pieces: list[Piece] = []
-        for weight, base in enumerate(self._starts[:-1]):
-            if base >= stop or base + self._sizes[weight] <= start:
+        ends = itertools.accumulate(self._sizes)
+        for weight, (size, end) in enumerate(zip(self._sizes, ends, strict=True)):
+            base = end - size
+            if base >= stop or end <= start:
                 continue
             for piece in self.of_weight(weight):
                 first = base + piece.weight_start
@@ -290,22 +302,26 @@ def make_layout(
             shapes.layouts[groups] = make_layout(groups, list(shapes), layers, roles)
         return shapes.layouts[groups]
     shapes = checked_shapes(shapes)
+    sizes = [rows * cols for rows, cols in shapes]
     if groups == "weight":
-        return Layout(shapes, [(weight,) for weight in range(len(shapes))])
-    if groups in ("layer", "role"):
-        return Layout(shapes, _by_key(groups, layers if groups == "layer" else roles, len(shapes)))
+        return Layout(shapes, list(itertools.accumulate(sizes, initial=0)))
     if isinstance(groups, int):
-        size = sum(rows * cols for rows, cols in shapes)
+        size = sum(sizes)
         if groups > size:
             raise ConfigError(f"groups={groups} is more than the {size} elements there are; use at most {size}")
-        return Layout(shapes, length=-(-size // groups))
-    assert not isinstance(groups, str)  # Config rejects any other string
-    listed = sorted(itertools.chain.from_iterable(groups))
-    if listed != list(range(len(shapes))):
+        length = -(-size // groups)
+        return Layout(shapes, range(0, size + length, length))
+    if isinstance(groups, str):
+        members: Sequence[Sequence[int]] = _by_key(groups, layers if groups == "layer" else roles, len(shapes))
+    else:
+        members = groups
+    order = list(itertools.chain.from_iterable(members))
+    if sorted(order) != list(range(len(shapes))):
         raise ConfigError(
-            f"explicit groups must name each of the weights 0 to {len(shapes) - 1} exactly once; got {list(groups)}"
+            f"explicit groups must name each of the weights 0 to {len(shapes) - 1} exactly once; got {list(members)}"
         )
-    return Layout(shapes, groups)
+    lengths = [sum(sizes[weight] for weight in weights) for weights in members]
+    return Layout(shapes, list(itertools.accumulate(lengths, initial=0)), order)
 
 
 def require_alike(layout: Layout, shape: tuple[int, int], fold: Sequence[int]) -> None:

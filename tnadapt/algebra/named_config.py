@@ -176,7 +176,7 @@ def require_setting(name: str, of: Sequence[str] = ()) -> None:
 
 
 def _instead(name: str, function: str | None) -> str:
-    close = _close_presets(name)
+    close = difflib.get_close_matches(name.lower().replace("-", "_"), list(PRESETS), n=1)
     plain = name.lower().replace("-", "").replace("_", "").replace("+", "plus")
     if plain in _NO_PRESETS:
         meant = f"{_NO_PRESETS[plain].format(name=plain)}. The presets are "
@@ -187,17 +187,6 @@ def _instead(name: str, function: str | None) -> str:
     else:
         meant = "the presets are "
     return f"{meant}{', '.join(PRESETS)}"
-
-
-def _close_presets(name: str) -> list[str]:
-    """Return the preset that is meant by an unknown name, if there is one.
-
-    Examples
-    --------
-    >>> _close_presets("LoRA"), _close_presets("lora-fa"), _close_presets("all-linear")
-    (['lora'], ['lora_fa'], [])
-    """
-    return difflib.get_close_matches(name.lower().replace("-", "_"), list(PRESETS), n=1)
 
 
 def _meant(name: str, setting: str, keywords: Collection[str]) -> str:

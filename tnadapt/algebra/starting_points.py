@@ -20,7 +20,7 @@ from . import rng
 from .singular_vectors import OVERSAMPLING, dominant_svd, leading_qr, minor_svd
 from .sources import Stream
 
-__all__ = ["PREFIX", "STARTS", "Start", "StartPlace", "register_start", "starting_point"]
+__all__ = ["PREFIX", "STARTS", "Start", "StartPlace", "register_start"]
 
 
 # -- The contract of a start -------------------------------------------------------------------------------------------
@@ -309,19 +309,3 @@ def register_start(name: str, cls: type[Start]) -> None:
     ([[1.0], [2.0], [3.0]], False)
     """
     STARTS.register(name, cls)
-
-
-def starting_point(name: object) -> Start:
-    """Return the start of that name.
-
-    Raises
-    ------
-    ConfigError
-        If there is none; the message lists those there are.
-
-    Examples
-    --------
-    >>> starting_point("pissa").needs_base, starting_point("zero").subtracts
-    (True, False)
-    """
-    return STARTS.find(name)()

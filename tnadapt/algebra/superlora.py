@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, Self, overload
 
 import numpy as np
@@ -29,45 +29,19 @@ from tnadapt.report import TextTable
 
 from . import sources
 from .applying import APPLYING, Applying, applying_of
-from .base_arrays import base_weight, checked_given, checked_start, from_base, start_from_base
-from .composite import CompositeConfig, CompositeLayout
-from .config import RATE_NAMES, Config, checked_word, group_fold, is_named
-from .group import Group, lora_rank, rank_bound, rank_bounds, updates_of_runs
-from .init import Initializer, StartingGroup, ZeroArray, zero_arrays
-from .layout import Layout, Piece, make_layout, moved, require_alike, require_keys
-from .maps import input_length, is_linear
-from .maps.projection import Projection
+from .base_arrays import base_weight, checked_given, from_base
+from .composite import CompositeConfig
+from .config import RATE_NAMES, Config, checked_word
+from .group import Group, PlanPart, Shapes, lora_rank, rank_bound, rank_bounds, updates_of_runs
+from .init import Initializer
+from .layout import Layout, Piece, make_layout, require_keys
 from .network import Network
-from .rng import PURPOSE
-from .starting_points import PREFIX, STARTS, Start, StartPlace
+from .starting_points import PREFIX, Start, StartPlace
 from .theta import Theta
 from .units import adam_units, in_units
 
 # Plans of up to this many groups are laid out when they are made; larger ones when their arrays are asked for.
 LAID_OUT = 4096
-
-
-# -- SuperLoRA: from parameters to weight updates ----------------------------------------------------------------------
-
-
-Weights = tuple[tuple[int, int], ...] | None
-Shapes = dict[str, tuple[int, ...]]
-
-
-def _joined(of_config: Callable[[Any], Shapes]) -> functools.cached_property[Shapes]:
-    """Return a property of a plan by the names of arrays, given that of a single config: of parts, joined."""
-
-    @functools.wraps(of_config)
-    def joined(plan: SuperLoRA) -> Shapes:
-        if not plan._parts:
-            return of_config(plan)
-        shapes: Shapes = {}
-        for place, part in enumerate(plan._parts):
-            of_part = getattr(part, of_config.__name__)
-            shapes |= {full: of_part[name] for name, full in plan._names(place, of_part).items()}
-        return shapes
-
-    return functools.cached_property(joined)
 
 
 class SuperLoRA:
@@ -153,46 +127,23 @@ class SuperLoRA:
         # Arrays that are not drawn, without those of P; groups refer to the dictionary.
         self._given: dict[str, np.ndarray] = {}
         self._base_starts: dict[str, np.ndarray] = {}
-        #: The plans of a composite config, whose weights and groups are numbered from 0; empty for a single config.
-        self._parts: tuple[SuperLoRA, ...] = ()
-        if isinstance(config, CompositeConfig):
-            self._parts = _parts_of(config, shapes, layers, roles)
-            self.layout: Layout = CompositeLayout([part.layout for part in self._parts])
-        else:
-            self.layout = make_layout(config.groups, shapes, layers, roles)
-            self._plan_groups()
+        #: The groups of each config; several of a CompositeConfig.
+        self._parts: list[PlanPart] = []
+        for each, own_shapes, own_layers, own_roles in _by_config(config, shapes, layers, roles):
+            layout = make_layout(each.groups, own_shapes, own_layers, own_roles)
+            first_weight = sum(len(part.layout.shapes) for part in self._parts)
+            first_group = sum(part.layout.num_groups for part in self._parts)
+            self._parts.append(PlanPart(each, layout, self._given, first_weight, first_group))
+        layouts = [part.layout for part in self._parts]
+        self.layout = layouts[0] if len(layouts) == 1 else Layout.joined(layouts)
         if given is not None:
             self._bring(checked_given(given, self.fixed_shapes, self.brought_shapes))
         if start_from is not None:
-            self._bring(checked_start(config.start, self.point.brought, start_from, self.array_shapes))
+            self._bring_start(start_from)
         _ = self.theta  # raises a ConfigError if it has more elements than what is made from it
         if lay_out:
             load_imported()
             self._lay_out()
-
-    def _plan_groups(self) -> None:
-        """Make the networks of a single config, and raise its errors now rather than at the first use."""
-        config = self.config
-        if config.weight_shape is not None:
-            require_alike(self.layout, config.weight_shape, config.fold)  # type: ignore[arg-type]  # Config refuses others
-        self._stacked, self._named = config.fold == "stack" and config.order == 2, is_named(config.fold)
-        assert isinstance(config.sources, sources.SourceMap)  # Config converts any other mapping
-        self._sources = config.sources
-        #: Whether an array may be tied to one of another group, so that groups differ in their origins.
-        self._tied = any(isinstance(sources.inner_source(source), sources.Tied) for source in self._sources.values())
-        self._networks: dict[tuple[int, int, Weights, tuple[int, ...] | None], Network] = {}
-        self._projections: dict[tuple[int, int, Weights], Projection] = {}
-        self._frozen_arrays: dict[tuple[int, int], sources.FrozenArrays] = {}
-        self._trained: dict[tuple[int, int], Shapes] = {}
-        self._zeros: dict[int, list[ZeroArray]] = {}
-        for group, _ in self.kinds:
-            self._network(group)
-        self._check_sources()
-        if self.point.needs_base:
-            for group in range(self.num_groups):
-                self.point.check(self.start_place(group))
-        if self._tied and is_linear(config.projection):
-            self._zero_table()  # raises a ConfigError if a term cannot start at zero
 
     def _lay_out(self) -> None:
         """Compute what a compiled program reads of a plan, so that its compiler never traces this code."""
@@ -200,13 +151,23 @@ class SuperLoRA:
             _ = self.param_shapes, self.weight_param_names, self.groups
 
     def _view(self, **fields: Any) -> Self:
-        """Return a plan of the same networks with other fields, which computes again what else this one has cached."""
+        """Return a plan with other fields, which computes again what else this one has cached."""
         view = type(self).__new__(type(self))
         cached = {name for name, value in vars(SuperLoRA).items() if isinstance(value, functools.cached_property)}
         view.__dict__.update({name: value for name, value in self.__dict__.items() if name not in cached})
         view.__dict__.update(fields)
         view._lay_out()
         return view
+
+    def with_given(self, given: Mapping[str, Any]) -> Self:
+        """Return a plan of the same config and weights that has these arrays, and not those of this one."""
+        arrays = dict[str, np.ndarray]()
+        parts = [
+            PlanPart(part.config, part.layout, arrays, part.first_weight, part.first_group) for part in self._parts
+        ]
+        plan = self._view(_parts=parts, _given=arrays, _units={}, _file_plan=None)
+        plan._bring(checked_given(given, plan.fixed_shapes, plan.brought_shapes))
+        return plan
 
     def __repr__(self) -> str:
         return f"SuperLoRA({self.config!r}, {len(self.shapes)} weights, {self.num_groups} groups, {self.size} elements)"
@@ -224,8 +185,8 @@ class SuperLoRA:
         if self._units:
             return SuperLoRA.with_units, (self.file_plan, dict(self._units))
         # Recompute it from its few integers, instead of pickling the cached draws.
-        arguments = self.config, self.shapes, self._layers, self._roles
-        return functools.partial(SuperLoRA, given=self.given), arguments, {"_base_starts": self._base_starts}
+        first = self._parts[0].first_weight, self._parts[0].first_group
+        return _restored, (self.config, self.shapes, self._layers, self._roles, first, self.given, self._base_starts)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SuperLoRA:
         return self  # immutable
@@ -252,20 +213,10 @@ class SuperLoRA:
         """How an update changes its weight, as ``config.apply`` says."""
         return applying_of(self.config.apply, self.config.magnitude_axis)
 
-    @functools.cached_property
+    @property
     def point(self) -> Start:
         """What the arrays start from, as ``config.start`` says."""
-        return STARTS.find(self.config.start)()
-
-    @property
-    def _bases(self) -> tuple[SuperLoRA, ...]:
-        """The plan of each config, whatever the units of this one are."""
-        return self._parts or (self,)
-
-    @functools.cached_property
-    def _firsts(self) -> list[tuple[int, int]]:
-        """The numbers of the first weight and of the first group of each part."""
-        return self.layout.firsts if isinstance(self.layout, CompositeLayout) else [(0, 0)]
+        return self._parts[0].point
 
     @functools.cached_property
     def groups(self) -> list[Group]:
@@ -284,301 +235,60 @@ class SuperLoRA:
                 return self._file_plan.groups  # θ has a unit, and the arrays that it makes have none
             networks: dict[tuple[int, float], Network] = {}
             return [in_units(group, self._units, networks) for group in self._file_plan.groups]
-        if not self._parts:
-            return [self._group(index) for index in range(self.num_groups)]
-        return [
-            group._replace(
-                names={name: _renumbered(full, first) for name, full in group.names.items()},
-                frozen_names={name: _renumbered(full, first) for name, full in group.frozen_names.items()},
-                pieces=[moved(piece, weight, first) for piece in group.pieces],
-            )
-            for part, (weight, first) in zip(self._parts, self._firsts, strict=True)
-            for group in part.groups
-        ]
+        if len(self._parts) == 1:
+            return self._parts[0].groups
+        groups = itertools.chain.from_iterable(part.groups for part in self._parts)
+        return [group._replace(pieces=self.layout.of_group(index)) for index, group in enumerate(groups)]
 
-    @functools.cached_property
+    @property
     def alike(self) -> list[tuple[Group, int]]:
         """A group of each kind, and the number of groups that have its network, map, and kinds of arrays.
 
         For what is counted in integers, without laying all groups out. Groups with tied arrays stand for themselves.
         """
-        if self._parts:
-            return [kind for part in self._parts for kind in part.alike]
-        if self._file_plan is not None:
-            return self._file_plan.alike
-        if self._tied:
-            return [(group, 1) for group in self.groups]
-        return [(self._group(first), count) for first, count in self.kinds]
+        return [kind for part in self._parts for kind in part.alike]
 
     @functools.cached_property
-    def kinds(self) -> list[tuple[int, int]]:
-        """The groups that may differ in their network: the index of the first of each kind, and how many have it.
+    def config_plans(self) -> list[tuple[SuperLoRA, int]]:
+        """The plan of each config, whose arrays have the names that they have here, and the number of its first weight.
 
-        Groups of equal size have the same network, but for stacks and folds in names, of different weights, and groups
-        with a map F of each weight.
+        Examples
+        --------
+        >>> import tnadapt as tna
+        >>> config = tna.CompositeConfig([(tna.presets.lora(1), 2), (tna.presets.lora(2), 1)])
+        >>> [(list(plan.param_shapes.values()), first) for plan, first in SuperLoRA(config, [(3, 4)] * 3).config_plans]
+        [([(3, 1), (4, 1), (3, 1), (4, 1)], 0), ([(3, 2), (4, 2)], 2)]
         """
-        if self._parts:
-            firsts = zip(self._parts, self._firsts, strict=True)
-            return [(start + first, count) for part, (_, start) in firsts for first, count in part.kinds]
-        if self.config.on == "weight" or (self._named and not self.layout.equal_shapes):
-            return [(group, 1) for group in range(self.num_groups)]
-        return self.layout.kinds(columns=self._stacked)
+        if len(self._parts) == 1:
+            return [(self, 0)]
+        return [(self._of_part(number), part.first_weight) for number, part in enumerate(self._parts)]
+
+    def _of_part(self, number: int) -> SuperLoRA:
+        part = self._parts[number]
+        groups = [
+            group._replace(pieces=part.layout.of_group(index)) for index, group in enumerate(part.of(self.groups))
+        ]
+        weights = slice(part.first_weight, part.first_weight + len(part.layout.shapes))
+        return self._view(
+            config=part.config, layout=part.layout, groups=groups, _parts=[part],
+            _layers=self._layers and self._layers[weights], _roles=self._roles and self._roles[weights],
+            _file_plan=self._file_plan and self._file_plan._of_part(number),
+        )  # fmt: skip
 
     @checks_arguments
     def part_of(self, i: int) -> tuple[SuperLoRA, int]:
-        """Return the plan of the one config that weight ``i`` has, and the weight's number in it."""
-        place = max(place for place, (first, _) in enumerate(self._firsts) if first <= i)
-        return self._plans[place], i - self._firsts[place][0]
-
-    @property
-    def config_plans(self) -> list[tuple[SuperLoRA, dict[str, str], int]]:
-        """The plan of the updates of each config, the names here of its arrays, and the number of its first weight."""
-        return [
-            (plan.arrays_plan, self._names(place, plan.array_shapes), self._firsts[place][0])
-            for place, plan in enumerate(self._plans)
-        ]
-
-    @functools.cached_property
-    def _plans(self) -> Sequence[SuperLoRA]:
-        """The plan of each config, in the units of this one."""
-        if not self._parts or not self._units:
-            return self._bases
-        plans = []
-        for place, part in enumerate(self._parts):
-            units = {name: self._units[full] for name, full in self._names(place, part.array_shapes).items()}
-            plans.append(part.with_units({**dict.fromkeys(part.param_shapes, 1.0), **units}))
-        return plans
-
-    def _names(self, place: int, names: Iterable[str]) -> dict[str, str]:
-        """Map names of arrays of a part to their names in the plan."""
-        _, first = self._firsts[place]
-        return {name: _renumbered(name, first) for name in names}
-
-    # -- Networks and groups of a single config ----------------------------------------------
-
-    def _network(self, group: int) -> Network:
-        """Return the network of a group; groups that are alike share it."""
-        size = self.layout.group_size(group)
-        columns = self.layout.columns(group) if self._stacked else 1
-        config, weights = self.config, self._weights(group)
-        fold = group_fold(config.fold, self.layout, group) if self._named else None
-        key = size, columns, weights, fold
-        if key not in self._networks:
-            n_in = input_length(config.projection, size, config.ratio, weights)
-            folded = config if fold is None else config.replace(fold=fold)
-            self._networks[key] = Network(folded, n_in, columns)
-        return self._networks[key]
-
-    def _weights(self, group: int) -> Weights:
-        """Return the shapes of a group's weights if F is applied to each of them; None if to the group's vector."""
-        if self.config.on == "vector":
-            return None
-        for piece in self.layout.of_group(group):
-            rows, cols = self.shapes[piece.weight]
-            if piece.length != rows * cols:
-                raise ConfigError(
-                    f"on='weight' needs groups of whole weights, and groups={self.config.groups} cuts through weight "
-                    f"{piece.weight} of {rows}×{cols}: use groups='weight', 'layer', 1 or lists of weights"
-                )
-        return tuple(self.shapes[piece.weight] for piece in self.layout.of_group(group))
-
-    def _group(self, index: int) -> Group:
-        network, size = self._network(index), self.layout.group_size(index)
-        origins, projection = self._origins(index), self._projection(index)
-        names, frozen_names = _names_of(index, network.shapes, origins)
-        # Arrays that do not depend on the group are computed and kept once for all groups with the same network.
-        key = id(network), 0 if self._frozen_alike else index
-        if key not in self._frozen_arrays:
-            self._frozen_arrays[key] = sources.FrozenArrays(self._frozen(origins), self._given)
-        frozen = self._frozen_arrays[key]
-        start = Initializer(
-            network, projection, self.config.seed, index, frozen, origins=origins,
-            starts=self._start_of if self._tied else None, table=self._zero_table if self._tied else None,
-            point=self.point, given=self._given,
-        )  # fmt: skip
-        multiplied = {name: origin.multiplied for name, origin in origins.items() if origin.multiplied is not None}
-        pieces = self.layout.of_group(index)
-        return Group(size, network, projection, start, names, pieces, frozen, frozen_names, multiplied)
-
-    def _projection(self, index: int) -> Projection:
-        config, weights, size = self.config, self._weights(index), self.layout.group_size(index)
-        stream = 0 if config.shared else index
-        key = size, stream, weights
-        if key not in self._projections:
-            self._projections[key] = (
-                Projection(config.projection, self._network(index).size, size, config.seed, stream)
-                if weights is None
-                else Projection.on_weights(config.projection, weights, config.ratio, config.seed, stream)
-            )
-        return self._projections[key]
-
-    # -- Origins of a single config: which arrays are trained, frozen or tied ----------------
-
-    def _origins(self, group: int) -> dict[str, sources.Origin]:
-        """Return the origin of each array of a group, by the network's names; empty if the config has no sources."""
-        if not self._sources:
-            return {}
-        if self._tied:
-            return sources.origins_of(self._sources, group, self._network(0).shapes, self.num_groups)
-        # The same for all groups, except for the index.
-        return {name: origin._replace(group=group, owner=(group, name)) for name, origin in self._first_origins.items()}
-
-    @functools.cached_property
-    def _first_origins(self) -> dict[str, sources.Origin]:
-        return sources.origins_of(self._sources, 0, self._network(0).shapes, self.num_groups)
-
-    def _trained_shapes(self, group: int) -> Shapes:
-        """Return the trained arrays and multipliers that belong to a group itself, by the network's names."""
-        network = self._network(group)
-        if not self._sources:
-            return network.shapes
-        key = id(network), group if self._tied else 0
-        if key in self._trained:
-            return self._trained[key]
-        trained: Shapes = {}
-        for name, origin in self._origins(group).items():
-            if origin.source.trained and origin.key == (group, name):
-                trained[name] = network.shapes[name]
-            if origin.multiplied is not None and origin.owner == (group, name):
-                multipliers = origin.multiplied.multiplier_shapes(network.shapes[name])
-                trained |= {f"{name}.{multiplier}": shape for multiplier, shape in multipliers.items()}
-        self._trained[key] = trained
-        return trained
-
-    def _check_sources(self) -> None:
-        """Raise a ConfigError if a source does not suit its array."""
-        if not self._sources:
-            return
-        network = self._network(0)  # all networks have arrays of the same names
-        self._sources.check_names(network.shapes)
-        for group in range(self.num_groups) if self._tied else [first for first, _ in self.kinds]:
-            origins = self._origins(group)
-            for name, origin in origins.items():
-                self._check_array(group, name, origin)
-            self._check_factors(group, origins)
-            for prefixes in network.prefixes:
-                pairs = zip(prefixes, network.splits, strict=True)
-                sources.check_term(origins, [prefix + name for prefix, split in pairs for name in split.shapes])
-
-    @staticmethod
-    def _check_factors(group: int, origins: Mapping[str, sources.Origin]) -> None:
-        """Raise a ConfigError if a source needs the factors of its split, and one is not computed from the base."""
-        for name, origin in origins.items():
-            if not origin.source.needs_factors or origin.key != (group, name):
-                continue
-            split = name.rpartition(".")[0]
-            for other, theirs in origins.items():
-                of_split = other != name and other.rpartition(".")[0] == split
-                if of_split and not (theirs.source.needs_base and theirs.key == (group, other)):
-                    raise ConfigError(
-                        f"{type(origin.source).__name__} computes {name!r} from the base weights and the factors of "
-                        f"all modes, and {other!r} is not computed from the base: give it FromBase('mode') or Mixed"
-                    )
-
-    def _check_array(self, group: int, name: str, origin: sources.Origin) -> None:
-        if origin.multiplied is None and origin.source.trained and origin.key == (group, name):
-            return
-        network, owner = self._network(group), self._network(origin.group)
-        if owner.shapes[origin.name] != network.shapes[name]:
-            raise ConfigError(
-                f"sources ties 'group{group}.{name}', of shape {network.shapes[name]}, to "
-                f"'group{origin.group}.{origin.name}', of shape {owner.shapes[origin.name]}: only arrays of one shape "
-                "can be tied"
-            )
-        mapped = self.config.projection != "identity"
-        shape, mode = network.shapes[name], owner.mode_of(origin.name)
-        origin.source.check(sources.Place(origin.name, shape, mode, owner.sizes, mapped))
-        if origin.multiplied is None:
-            return
-        origin.multiplied.check(sources.Place(name, shape, network.mode_of(name), network.sizes, mapped))
-        if origin.multiplied.zero is not None and not is_linear(self.config.projection):
-            raise ConfigError(
-                f"start=0 of {name!r} leaves a nonlinear F without a gradient, as tanhshrink'(0) = 0: give start=1"
-            )
-
-    def _shapes_of(self, chosen: Callable[[sources.Source], bool]) -> Shapes:
-        """Return the names and shapes of the frozen arrays whose source is chosen, in order, each once."""
-        if not any(chosen(sources.inner_source(source)) for source in self._sources.values()):
-            return {}
-        shapes: Shapes = {}
-        for group in range(self.num_groups):
-            for entry in self._frozen(self._origins(group)).values():
-                if chosen(entry.source) and entry.full not in shapes:
-                    shared = entry.source.independent_of_group
-                    shapes[entry.full] = self._largest[entry.full.partition(".")[2]] if shared else entry.shape
-        return shapes
-
-    @functools.cached_property
-    def _largest(self) -> Shapes:
-        """The largest size of each array along each axis, over all groups."""
-        shapes = [self._network(group).shapes for group, _ in self.kinds]
-        return {
-            name: tuple(max(sizes) for sizes in zip(*(other[name] for other in shapes), strict=True))
-            for name in shapes[0]
-        }
-
-    @functools.cached_property
-    def _frozen_alike(self) -> bool:
-        """Whether all groups with the same network have the same frozen arrays."""
-        frozen = [origin.source for origin in self._origins(0).values() if not origin.source.trained]
-        return not self._tied and all(source.independent_of_group for source in frozen)
-
-    def _frozen(self, origins: Mapping[str, sources.Origin]) -> dict[str, sources.FrozenArray]:
-        """Return what computes each frozen array of a group, by the network's names."""
-        numbers = {name: number for number, name in enumerate(self._network(0).shapes)}  # the same in all groups
-        frozen = {}
-        for name, (group, inner, source, _, _) in origins.items():
-            if source.trained:
-                continue
-            network, purpose = self._network(group), PURPOSE["source"] + numbers[inner]
-            mode = network.mode_of(inner)
-            stream = sources.Stream(self.config.seed, group, purpose, self._largest[inner], mode=mode)
-            full = f"group{0 if source.brought and source.independent_of_group else group}.{inner}"
-            frozen[name] = sources.FrozenArray(full, source, network.shapes[inner], stream)
-        return frozen
-
-    def _start_of(self, group: int) -> Initializer:
-        return self.groups[group].start
-
-    def _zero_table(self) -> dict[int, list[ZeroArray]]:
-        """Return the array that is zero at the start in each term of each group, if arrays are tied and F is linear."""
-        if not self._zeros:
-            self._zeros |= self._zeros_if([None] * self.num_groups)
-        return self._zeros
-
-    def _zeros_if(self, trained: Sequence[Collection[str] | None]) -> dict[int, list[ZeroArray]]:
-        numbers = range(self.num_groups)
-        return zero_arrays(
-            list(map(StartingGroup, numbers, map(self._network, numbers), map(self._origins, numbers), trained))
-        )
-
-    def _starts_if(self, groups: Sequence[Group], chosen: Collection[str]) -> list[Initializer]:
-        """Return the initial arrays of its groups, whatever their units, if arrays of these names alone are trained."""
-        trained = [{name for name, full in group.names.items() if full in chosen} for group in groups]
-        if not self._tied:
-            return [group.start.for_trained(names) for group, names in zip(groups, trained, strict=True)]
-        starts: list[Initializer] = []
-        table = functools.cache(lambda: self._zeros_if(trained))
-        for group, names in zip(groups, trained, strict=True):
-            starts.append(group.start.for_trained(names, starts.__getitem__, table))
-        return starts
+        """Return the plan in ``config_plans`` that has weight ``i``, and the weight's number in it."""
+        return next((plan, i - first) for plan, first in reversed(self.config_plans) if first <= i)
 
     # -- Names, shapes and counts ------------------------------------------------------------
 
     @functools.cached_property
     def num_parameters(self) -> int:
         """Number of trained elements; counted without allocating anything."""
-        of_weights = sum(map(math.prod, self.weight_param_shapes.values()))
+        elements = sum(part.num_elements for part in self._parts)
         if self.theta is not None:
-            return of_weights + sum(map(math.prod, self.theta.shapes.values()))
-        return of_weights + sum(part._num_elements for part in self._bases)
-
-    @functools.cached_property
-    def _num_elements(self) -> int:
-        """Number of elements of the arrays in ``array_shapes``, counted without laying all groups out."""
-        if self._tied:
-            return sum(map(math.prod, self.array_shapes.values()))
-        return sum(count * sum(map(math.prod, self._trained_shapes(group).values())) for group, count in self.kinds)
+            elements = sum(map(math.prod, self.theta.shapes.values()))
+        return elements + sum(map(math.prod, self.weight_param_shapes.values()))
 
     @functools.cached_property
     def theta(self) -> Theta | None:
@@ -587,7 +297,7 @@ class SuperLoRA:
             return None
         if self._file_plan is not None and self._file_plan.theta is not None:
             return self._file_plan.theta.in_units(self._units)
-        return Theta(self.config, self._num_elements, lambda: self.array_shapes)
+        return Theta(self.config, self._parts[0].num_elements, lambda: self.array_shapes)
 
     @functools.cached_property
     def param_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -605,20 +315,21 @@ class SuperLoRA:
 
         ``weight{i}.magnitude`` with ``apply="magnitude"``. They start at numbers of the base weights.
         """
-        if APPLYING.find(self.config.apply).additive:  # planning makes thousands of plans of a thousand weights each
+        if APPLYING.find(self.config.apply).additive:
             return {}
-        return {name: shape for shapes in self._shapes_of_weights for name, shape in shapes.items()}
-
-    @functools.cached_property
-    def _shapes_of_weights(self) -> list[Shapes]:
-        return [self.applying.param_shapes(index, shape) for index, shape in enumerate(self.shapes)]
+        first = self._parts[0].first_weight
+        shapes = [self.applying.param_shapes(first + index, shape) for index, shape in enumerate(self.shapes)]
+        return {name: shape for of_weight in shapes for name, shape in of_weight.items()}
 
     @functools.cached_property
     def weight_param_names(self) -> list[tuple[str, ...]]:
         """The names in ``weight_param_shapes`` of each weight."""
-        return [tuple(shapes) for shapes in self._shapes_of_weights]
+        if not self.weight_param_shapes:
+            return [()] * len(self.shapes)
+        first = self._parts[0].first_weight
+        return [tuple(self.applying.param_shapes(first + index, shape)) for index, shape in enumerate(self.shapes)]
 
-    @_joined
+    @functools.cached_property
     def array_shapes(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every array that is trained, or made from θ, in order.
 
@@ -626,18 +337,14 @@ class SuperLoRA:
         terms; ``array`` is dense, factor0 …, weights, core, or core0 … (tensor train). The trained diagonals of a
         frozen array are ``.size`` and ``.rank`` after its name.
         """
-        return {
-            f"group{group}.{name}": shape
-            for group in range(self.num_groups)
-            for name, shape in self._trained_shapes(group).items()
-        }
+        return {name: shape for part in self._parts for name, shape in part.array_shapes().items()}
 
-    @_joined
+    @functools.cached_property
     def frozen_shapes(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every array that ``config.sources`` freezes, in order; named as in ``array_shapes``."""
         return {full: group.network.shapes[name] for group in self.groups for name, full in group.frozen_names.items()}
 
-    @_joined
+    @functools.cached_property
     def given_shapes(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every array that the caller brings, in order.
 
@@ -651,7 +358,7 @@ class SuperLoRA:
         """Name and shape of every array of the map before the network that the caller brings."""
         return {} if self.theta is None else self.theta.brought_shapes
 
-    @_joined
+    @functools.cached_property
     def base_shapes(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every array that is computed from the base weights, in order: frozen ones, and the start.
 
@@ -660,7 +367,10 @@ class SuperLoRA:
         frozen = self._shapes_of(lambda source: source.needs_base)
         return {**frozen, **self.start_shapes} if self.point.needs_base else frozen
 
-    @_joined
+    def _shapes_of(self, chosen: Callable[[sources.Source], bool]) -> Shapes:
+        return {name: shape for part in self._parts for name, shape in part.shapes_of(chosen).items()}
+
+    @functools.cached_property
     def start_shapes(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every array of x_0 that is not drawn: ``start.`` and its name in ``array_shapes``.
 
@@ -762,15 +472,10 @@ class SuperLoRA:
     @property
     def given(self) -> dict[str, np.ndarray]:
         """The arrays in ``fixed_shapes`` that the plan has, by name, in float32."""
-        arrays = dict(self._given)
-        for place, part in enumerate(self._parts):
-            arrays |= {full: part.given[name] for name, full in self._names(place, part.given).items()}
+        # Without those of other configs, whose plans have the same dictionary.
+        fixed = self.fixed_shapes
+        arrays = {name: array for name, array in self._given.items() if name in fixed}
         return arrays if self.theta is None else {**arrays, **self.theta.brought}
-
-    @property
-    def base_starts(self) -> dict[str, np.ndarray]:
-        """The initial values of the parameters in ``weight_param_shapes`` that the plan has, by name, in float64."""
-        return dict(self._base_starts)
 
     @property
     def needs_base(self) -> bool:
@@ -783,11 +488,16 @@ class SuperLoRA:
         """Put checked arrays where the groups and the map before them look for them."""
         if self.theta is not None:
             self.theta.bring({name: arrays[name] for name in self.brought_shapes if name in arrays})
-        for place, part in enumerate(self._parts):
-            names = self._names(place, part.fixed_shapes)
-            part._bring({name: arrays[full] for name, full in names.items() if full in arrays})
-        if not self._parts:
-            self._given |= {name: array for name, array in arrays.items() if name not in self.brought_shapes}
+        self._given |= {name: array for name, array in arrays.items() if name not in self.brought_shapes}
+
+    def _bring_start(self, arrays: Any) -> None:
+        """Check arrays at which training starts, and put them where the groups look for them."""
+        if not self.point.brought:
+            raise ConfigError(
+                f"arrays to start from need Config(start='given'); the config has start={self.config.start!r}"
+            )
+        starts = checked_given(arrays, self.array_shapes, label="start_from")
+        self._bring({PREFIX + name: array for name, array in starts.items()})
 
     @checks_arguments
     def with_base(
@@ -839,36 +549,21 @@ class SuperLoRA:
             if progress is not None:
                 progress(next(computed), len(self.base_shapes))
 
+        def weight(index: int) -> np.ndarray:
+            return _host_weight(weights(index) if callable(weights) else weights[index], index, self.shapes[index])
+
         given = self.given
-        for place, (part, (first, _)) in enumerate(zip(self._bases, self._firsts, strict=True)):
-            if part.base_shapes:
-                start = part._start_from_base if part.point.needs_base else None
-                arrays = from_base(part.groups, functools.partial(self._base_vector, weights, first), start, on_array)
-                given |= {full: arrays[name] for name, full in self._names(place, arrays).items()}
-        plan = type(self)(self.config, self.shapes, self._layers, self._roles, given=given)
-        plan._base_starts = self._starts_of_weights(weights)
+        for part in self._parts:
+            given |= from_base(part, part.of(self.file_plan.groups), lambda index: weight(index).reshape(-1), on_array)
+        plan = self.with_given(given)
+        plan._base_starts = self._starts_of_weights(weight)
         return plan
 
-    def _start_from_base(self, group: int, base: np.ndarray) -> dict[str, np.ndarray]:
-        return start_from_base(self.config, self.point, self.start_place(group), group, base)
-
-    def _base_vector(self, weights: Sequence[Any] | Callable[[int], Any], first: int, index: int) -> np.ndarray:
-        """Return a base weight as a vector, in float64 or float32, by its number after the first of a part."""
-        index += first
-        weight = weights(index) if callable(weights) else weights[index]
-        backend = get_backend(weight)
-        weight = base_weight(backend, weight, index, self.shapes[index])
-        # bfloat16 has no NumPy dtype; every bfloat16 and float16 number is a float32 number.
-        wide = weight if backend.dtype_name(weight) == "float64" else backend.astype(weight, "float32")
-        return np.asarray(backend.to_numpy(wide)).reshape(-1)
-
-    def _starts_of_weights(self, weights: Sequence[Any] | Callable[[int], Any]) -> dict[str, np.ndarray]:
+    def _starts_of_weights(self, weight: Callable[[int], np.ndarray]) -> dict[str, np.ndarray]:
         """Compute where the parameters in ``weight_param_shapes`` start."""
         starts = dict[str, np.ndarray]()
-        for index, names in enumerate(self.weight_param_names):
-            if names:
-                weight = self._base_vector(weights, 0, index).reshape(self.shapes[index])
-                starts |= self.applying.starts(index, weight.astype(np.float64))
+        for index in range(len(self.shapes)) if self.weight_param_shapes else ():
+            starts |= self.applying.starts(index, weight(index).astype(np.float64))
         for name, start in starts.items():
             if not np.isfinite(start).all():
                 raise ConfigError(f"{name} would start at the norms of a base weight that holds NaN or infinity")
@@ -888,7 +583,7 @@ class SuperLoRA:
         self._bring({name: array for name, array in other.given.items() if name not in present})
         # In place, like the given arrays: the plan in other units has the same ones.
         self._base_starts.update(
-            {name: start for name, start in other.base_starts.items() if name not in self._base_starts}
+            {name: start for name, start in other._base_starts.items() if name not in self._base_starts}
         )
 
     @checks_arguments
@@ -924,21 +619,14 @@ class SuperLoRA:
         ([[1.0], [1.0]], False)
         """
         given = {name: array for name, array in self.given.items() if name not in self.start_shapes}
-        plan = type(self)(self.config, self.shapes, self._layers, self._roles, given=given, start_from=arrays)
-        plan._base_starts = self._base_starts
+        plan = self.with_given(given)
+        plan._bring_start(arrays)
         return plan
 
     def start_place(self, group: int) -> StartPlace:
         """Return what a start needs to know of a group."""
-        if isinstance(self.layout, CompositeLayout):
-            place, group = self.layout.part_of(group)
-            return self._parts[place].start_place(group)
-        network, config = self._network(group), self.config
-        weights = tuple(self.shapes[piece.weight] for piece in self.layout.of_group(group))
-        plain = config.projection == "identity" and not config.sources and network.terms == 1
-        plain = plain and list(network.shapes) == ["split0.factor0", "split0.factor1"]
-        size = self.layout.group_size(group)
-        return StartPlace(network.shapes, network.sizes, weights, size, network.scale, plain)
+        part = max((part for part in self._parts if part.first_group <= group), key=lambda part: part.first_group)
+        return part.place(group - part.first_group)
 
     @checks_arguments
     def starts(self, trained: Collection[str] | None = None) -> list[Initializer]:
@@ -952,14 +640,14 @@ class SuperLoRA:
         unknown = [name for name in trained if name not in self.param_shapes]
         if unknown or not trained:
             raise ConfigError(
-                f"trained must name some of the parameters in param_shapes; unknown: {_some_names(unknown)}; there are "
-                f"{_some_names(list(self.param_shapes))}"
+                "trained must name some of the parameters in param_shapes; unknown: "
+                f"{summarize(map(str, unknown))}; there are {summarize(self.param_shapes)}"
             )
         if self.theta is not None:
             return self.starts()
         chosen, starts = set(trained), list[Initializer]()
-        for part, (_, first) in zip(self._bases, self._firsts, strict=True):
-            starts += part._starts_if(self.groups[first : first + part.num_groups], chosen)
+        for part in self._parts:
+            starts += part.starts_if(part.of(self.groups), chosen)
         return starts
 
     @overload
@@ -1092,7 +780,7 @@ class SuperLoRA:
         """
         if self._units:
             return dict.fromkeys(self.param_shapes, 1.0)
-        return self._units_for([part.config.rate for part in self._bases])
+        return self._units_for([part.config.rate for part in self._parts])
 
     @checks_arguments
     def units_for(self, rate: str) -> dict[str, float]:
@@ -1108,14 +796,13 @@ class SuperLoRA:
             Powers of two, by the names in ``param_shapes``.
         """
         checked_word("rate", rate, RATE_NAMES)
-        return self._units_for([rate] * len(self._firsts))
+        return self._units_for([rate] * len(self._parts))
 
     def _units_for(self, rates: Sequence[str]) -> dict[str, float]:
         units = dict.fromkeys(self.param_shapes, 1.0)
-        for place, (part, rate) in enumerate(zip(self._bases, rates, strict=True)):
+        for part, rate in zip(self._parts, rates, strict=True):
             if rate == "adam":
-                of_part = adam_units(part.file_plan.groups, self.theta, self.shapes)
-                units |= {full: of_part[name] for name, full in self._names(place, of_part).items()}
+                units |= adam_units(part.of(self.file_plan.groups), self.theta, self.shapes)
         return units
 
     @property
@@ -1180,10 +867,7 @@ class SuperLoRA:
         config = self.config.replace(
             before=None, parameters=None, scope="plan", offset=True, apply="add", magnitude_axis="rows"
         )
-        parts = tuple(part.arrays_plan for part in self._parts)
-        return self._view(
-            config=config, _base_starts={}, _parts=parts, groups=self.groups, array_shapes=self.array_shapes
-        )
+        return self._view(config=config, _base_starts={}, groups=self.groups, array_shapes=self.array_shapes)
 
     @checks_arguments
     def to_arrays(self, params: Mapping[str, ArrayT]) -> dict[str, ArrayT]:
@@ -1511,8 +1195,8 @@ class SuperLoRA:
             missing = [name for name in expected if name not in params]
             unknown = [name for name in params if name not in expected]
             raise ShapeError(
-                f"params must have exactly the names of param_shapes; missing: {_some_names(missing)}; "
-                f"unknown: {_some_names(unknown)}"
+                f"params must have exactly the names of param_shapes; missing: {summarize(missing)}; "
+                f"unknown: {summarize(map(str, unknown))}"
             )
         backend = get_backend(*params.values())
         for name, shape in expected.items():
@@ -1522,65 +1206,54 @@ class SuperLoRA:
         return backend
 
 
-def _names_of(
-    index: int, shapes: Iterable[str], origins: Mapping[str, sources.Origin]
-) -> tuple[dict[str, str], dict[str, str]]:
-    """Return the full names of a group's trained arrays and multipliers, and of its frozen arrays."""
-    if not origins:
-        return {name: f"group{index}.{name}" for name in shapes}, {}
-    names, frozen = dict[str, str](), dict[str, str]()
-    for name, origin in origins.items():
-        if origin.source.trained:
-            names[name] = f"group{origin.group}.{origin.name}"
-        else:
-            frozen[name] = f"group{index}.{name}"
-        if origin.multiplied is not None:
-            group, owner = origin.owner
-            names |= {f"{name}.{part}": f"group{group}.{owner}.{part}" for part in origin.multiplied.multipliers}
-    return names, frozen
-
-
-def _parts_of(
-    config: CompositeConfig,
+def _restored(
+    config: Config,
     shapes: Sequence[tuple[int, int]],
     layers: Sequence[Hashable] | None,
     roles: Sequence[Hashable] | None,
-) -> tuple[SuperLoRA, ...]:
-    shapes = list(shapes)
-    keys = [[None] * len(shapes) if keys is None else _as_many(keys, shapes) for keys in (layers, roles)]
-    return tuple(
-        SuperLoRA(
-            part_config,
-            [shape for shape, _, _ in weights],
-            None if layers is None else [layer for _, layer, _ in weights],
-            None if roles is None else [role for _, _, role in weights],
-            lay_out=False,
-        )
-        for part_config, weights in config.split(list(zip(shapes, *keys, strict=True)))
-    )
+    first: tuple[int, int],
+    given: Mapping[str, np.ndarray],
+    base_starts: dict[str, np.ndarray],
+) -> SuperLoRA:
+    """Return a plan that was pickled."""
+    plan = SuperLoRA(config, shapes, layers, roles, lay_out=False)
+    for part in plan._parts:
+        part.first_weight, part.first_group = part.first_weight + first[0], part.first_group + first[1]
+    plan._base_starts = base_starts
+    return plan.with_given(given)
 
 
-def _as_many(keys: Sequence[Hashable], shapes: Sequence[tuple[int, int]]) -> list[Hashable]:
-    listed = list(keys)
-    if len(listed) != len(shapes):
-        raise ConfigError(f"layers and roles have one key per weight; got {len(listed)} for {len(shapes)} weights")
-    return listed
+def _by_config(
+    config: Config,
+    shapes: Sequence[tuple[int, int]],
+    layers: Sequence[Hashable] | None,
+    roles: Sequence[Hashable] | None,
+) -> Iterator[tuple[Config, Sequence[tuple[int, int]], Sequence[Hashable] | None, Sequence[Hashable] | None]]:
+    """Yield each config with the shapes and keys of its weights."""
+    if not isinstance(config, CompositeConfig):
+        yield config, shapes, layers, roles
+        return
+    for keys in (layers, roles):
+        if keys is not None and len(keys) != len(shapes):
+            raise ConfigError(f"layers and roles have one key per weight; got {len(keys)} for {len(shapes)} weights")
+    first = 0
+    for each, own_shapes in config.split(shapes):
+        weights = slice(first, first + len(own_shapes))
+        first = weights.stop
+        yield each, own_shapes, None if layers is None else layers[weights], None if roles is None else roles[weights]
 
 
-def _renumbered(name: str, first: int) -> str:
-    """Return the name in the plan of an array of a part whose first group has the number ``first``."""
-    prefix = PREFIX if name.startswith(PREFIX) else ""
-    group, _, rest = name.removeprefix(prefix).removeprefix("group").partition(".")
-    return f"{prefix}group{int(group) + first}.{rest}" if first else name
+def _host_weight(weight: Any, index: int, shape: tuple[int, int]) -> np.ndarray:
+    """Return a base weight in float64 or float32."""
+    backend = get_backend(weight)
+    weight = base_weight(backend, weight, index, shape)
+    # bfloat16 has no NumPy dtype; every bfloat16 and float16 number is a float32 number.
+    wide = weight if backend.dtype_name(weight) == "float64" else backend.astype(weight, "float32")
+    return np.asarray(backend.to_numpy(wide))
 
 
 def _times(array: Array, factor: float) -> Array:
     return array if factor == 1.0 else array * factor
-
-
-def _some_names(names: Sequence[str]) -> str:
-    """Return the first few names, for a message."""
-    return (", ".join(map(repr, names[:4])) or "none") + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 @checks_arguments

@@ -150,7 +150,7 @@ def _with_stand_ins(plan: SuperLoRA, rng: np.random.Generator) -> SuperLoRA:
         missing |= plan.theta.stand_ins(rng)
     if not missing:
         return plan
-    return SuperLoRA(plan.config, plan.shapes, plan._layers, plan._roles, given={**plan.given, **missing})
+    return plan.with_given({**plan.given, **missing})
 
 
 def sketched(blocks: Callable[[], Blocks], shape: tuple[int, int], limit: int, rng: np.random.Generator) -> Rank:

@@ -863,8 +863,8 @@ class DeltaCache(ArrayCache):
         ]
         #: The part of the plan whose updates are computed at once with that of each weight.
         self._part: list[CachedPart] = []
-        for place, (part, names, first) in enumerate(plan.config_plans):
-            cached_part = CachedPart(part, list(names), list(names.values()), first, -1 - place)
+        for place, (part, first) in enumerate(plan.config_plans):
+            cached_part = CachedPart(part, list(part.array_shapes), first, -1 - place)
             self._part += [cached_part] * len(part.shapes)
         #: Number of the current forward pass of the whole model; 0 outside of one.
         self._pass = 0
@@ -942,22 +942,21 @@ class CachedPart:
     ----------
     plan : SuperLoRA
         Of this part alone.
-    own, names : list of str
-        Names of its arrays there, and in the whole plan.
+    names : list of str
+        Of its arrays.
     first : int
         The number of its first weight in the whole plan.
     key : int
     """
 
     plan: SuperLoRA
-    own: list[str]
     names: list[str]
     first: int
     key: int
 
     def updates(self, arrays: Sequence[Tensor], on_backward: Callable[[], None] | None = None) -> list[Tensor]:
         """Compute the updates of its weights, differentiable; ``on_backward`` is called when gradients are."""
-        return pieces(self.plan, vector(self.plan, dict(zip(self.own, arrays, strict=True)), on_backward))
+        return pieces(self.plan, vector(self.plan, dict(zip(self.names, arrays, strict=True)), on_backward))
 
 
 def can_cache(arrays: Sequence[Tensor], alone: bool) -> bool:

@@ -15,7 +15,7 @@ from tnadapt.algebra import presets
 from tnadapt.algebra.composite import CompositeConfig
 from tnadapt.algebra.config import Config
 from tnadapt.algebra.named_config import require_preset
-from tnadapt.algebra.starting_points import starting_point
+from tnadapt.algebra.starting_points import STARTS
 from tnadapt.argument_checks import flag
 from tnadapt.errors import BackendError, ConfigError, TargetError, UnexpectedKeywordError, keyword_hint, safe_repr, warn
 from tnadapt.targets.roles import are_roles, ends_in, path_matcher
@@ -179,7 +179,7 @@ class TnadaptConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not l
         super().__post_init__()
         self.peft_type = NAME
         self.settings = _settings(preset, self.settings)
-        if starting_point(self.settings.get("start", "zero")).brought:
+        if STARTS.find(self.settings.get("start", "zero")).brought:
             raise ConfigError(
                 "start='given' stores its start, and PEFT's files hold the trained arrays alone: use start='pissa', "
                 "'milora' or 'olora', or attach with tnadapt.torch.attach"
