@@ -303,7 +303,7 @@ def _before(algebra: Algebra, projection: Projection, y: Array, limits: Limits, 
     tol = min(limits.tol, 1e-6)
     solution = least_squares(algebra, projection, projection.adjoint, y, start, tol, steps)
     stopped = "converged" if solution.converged else "max_iterations"
-    return Fit({"x": solution.x}, False, solution.iterations, "least squares through F by LSQR", stopped)
+    return Fit({"x": solution.x}, False, solution.iterations, "least squares through F by CGLS", stopped)
 
 
 def _nonlinear(algebra: Algebra, group: Group, y: Array, limits: Limits, watch: Watch) -> Fit:

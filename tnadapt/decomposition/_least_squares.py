@@ -1,4 +1,4 @@
-"""Solvers of least-squares problems: damped Gauss-Newton, LSQR and CGLS for linear ones, and L-BFGS."""
+"""Solvers of least-squares problems: damped Gauss-Newton, CGLS for linear ones, and L-BFGS."""
 
 from __future__ import annotations
 
@@ -197,10 +197,10 @@ class _Products:
         return step, shift * float(np.vdot(step, step).real) - float(np.vdot(step, self.gradient).real)
 
 
-# -- Linear problems given by a map and its adjoint: SciPy's LSQR, and CGLS for other libraries ------------------------
+# -- Linear problems given by a map and its adjoint, by conjugate gradients on the normal equations --------------------
 
-# Paige & Saunders, "LSQR" (ACM TOMS 8, 1982). Both are conjugate gradients on the normal equations, and equal up to
-# rounding. SciPy needs vectors on the host, so CGLS is used for arrays on a device.
+# Björck, Elfving & Strakoš, "Stability of conjugate gradient and Lanczos methods for linear least squares problems"
+# (SIAM J. Matrix Anal. Appl. 19, 1998): CGLS, for arrays of any library, on their device.
 
 
 Map = Callable[[Array], Array]
@@ -252,30 +252,6 @@ def least_squares(
     >>> solution.x, solution.converged
     (array([3., 4.]), True)
     """
-    solve = lsqr if algebra.backend.name == "numpy" else cgls
-    return solve(algebra, forward, adjoint, y, start, tol, iterations)
-
-
-def lsqr(algebra: Algebra, forward: Map, adjoint: Map, y: Array, start: Array, tol: float, iterations: int) -> Solution:
-    """:func:`least_squares` by SciPy, for NumPy arrays."""
-    from scipy.sparse.linalg import LinearOperator
-    from scipy.sparse.linalg import lsqr as solve
-
-    dtype = y.dtype
-
-    def on_vectors(apply: Map) -> Map:
-        return lambda x: apply(np.asarray(x, dtype).reshape(-1))
-
-    operator = LinearOperator((y.size, start.size), on_vectors(forward), on_vectors(adjoint), dtype=dtype)
-    residual = y - forward(start)
-    if not residual.any():
-        return Solution(start, True, 0)
-    change, reason, steps, *_ = solve(operator, residual, atol=tol, btol=tol, conlim=0.0, iter_lim=iterations)
-    return Solution((start + change).astype(dtype), reason in (0, 1, 2), int(steps))
-
-
-def cgls(algebra: Algebra, forward: Map, adjoint: Map, y: Array, start: Array, tol: float, iterations: int) -> Solution:
-    """:func:`least_squares` by conjugate gradients, for arrays of any library."""
     x, residual = start, y - forward(start)
     gradient = adjoint(residual)
     direction, slope = gradient, algebra.squares(gradient)

@@ -192,7 +192,7 @@ _SOLVERS: dict[type[Format], Callable[[Algebra, Any, Array, Any, Limits], Fit]] 
 # -- Any other format: one array after another, from several starts ----------------------------------------------------
 
 # A tensor is linear in each array, so each array in turn solves a linear least-squares problem with the others fixed;
-# no step increases the error. The problems are solved by LSQR, which needs only the tensor and the adjoint of the
+# no step increases the error. The problems are solved by CGLS, which needs only the tensor and the adjoint of the
 # format.
 
 

@@ -27,18 +27,6 @@ Arrays = dict[str, np.ndarray]
 _SWEPT = "alternating least squares"
 
 
-def places_in_splits(
-    splits: Sequence[Format], shape: Sequence[int], known: np.ndarray, hadamard: bool
-) -> list[Sequence[np.ndarray]]:
-    """Return for each split the indices of elements of their product, which are given by their places in it."""
-    modes = np.unravel_index(known, tuple(shape))
-    if hadamard or len(splits) == 1:
-        return [modes] * len(splits)
-    # In each mode the index is a K-digit number with one digit per split, most significant first.
-    digits = [np.unravel_index(place, [split.sizes[mode] for split in splits]) for mode, place in enumerate(modes)]
-    return [[each[k] for each in digits] for k in range(len(splits))]
-
-
 # -- Some elements of the tensor of one format, and their derivatives --------------------------------------------------
 
 # An element of the tensor is an einsum of the rows of the arrays that its indices select, so any set of elements is one
@@ -214,7 +202,12 @@ class ObservedElements:
     def of_network(cls, network: Network, flat: np.ndarray | None = None) -> ObservedElements:
         """Return elements of a network's vector; by default all of it."""
         flat = np.arange(network.size) if flat is None else flat
-        places = places_in_splits(network.splits, network.sizes, flat, not network.kronecker)
+        modes, splits = np.unravel_index(flat, network.sizes), network.splits
+        places: list[Sequence[np.ndarray]] = [modes] * len(splits)
+        if network.kronecker and len(splits) > 1:
+            # In each mode the index is a K-digit number with one digit per split, most significant first.
+            digits = [np.unravel_index(at, [split.sizes[mode] for split in splits]) for mode, at in enumerate(modes)]
+            places = [[each[k] for each in digits] for k in range(len(splits))]
         return cls(network.splits, network.prefixes, places, network.scale)
 
     # -- Parameters as one vector ----------------------------------------------------------------

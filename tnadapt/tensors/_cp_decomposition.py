@@ -18,7 +18,6 @@ from ._decomposed import CPTensor, finished, smallest_rank
 from ._nonnegative import constrained_modes, fit_nonnegative_cp
 
 
-@_requests.hints_keywords
 @checks_arguments
 def cp(
     tensor: Any,
@@ -140,7 +139,7 @@ def cp(
             _requests.refuse_observed(nonnegative)
             named = None if isinstance(start, str) else {f"factor{mode}": factor for mode, factor in enumerate(start)}
             split, most_starts = CP(request.shape, rank), max(starts or 1, _requests.STARTS)
-            fit = _requests.completed(request, [split], limits, callback, starts=most_starts, start=named, fixed=held)
+            fit = _requests.completed(request, split, limits, callback, starts=most_starts, start=named, fixed=held)
         elif modes:
             fit = fit_nonnegative_cp(request, rank, modes, start, held, starts or 1, limits)
         else:

@@ -210,6 +210,12 @@ class Decomposed(abc.ABC):
             slices.append(slice(int(item) % size, int(item) % size + 1, 1))
         return slices
 
+    def _whole(self, index: Sequence[int | slice]) -> Self:
+        """Return the tensor itself if slices take all of it, as others have not this form."""
+        if any(span != slice(0, size, 1) for span, size in zip(self.slices(index), self.shape, strict=True)):
+            raise ShapeError(f"a part of a {type(self).__name__} is none: take entries, or multiply by unit vectors")
+        return self
+
     def same_shape(self, other: Any) -> None:
         """Raise a ShapeError unless another tensor has the same form and shape."""
         if type(other) is not type(self):

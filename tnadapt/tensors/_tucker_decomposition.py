@@ -21,7 +21,6 @@ from ._nonnegative import constrained_modes, fit_nonnegative_tucker
 from ._requests import Request
 
 
-@_requests.hints_keywords
 @checks_arguments
 def tucker(
     tensor: Any,
@@ -167,16 +166,16 @@ def _completed(
         if {name: tuple(array.shape) for name, array in start.items()} != split.shapes:
             raise ShapeError(f"init has ranks {init.rank}; expected {tuple(ranks or ())}")
     limits = limits._replace(iterations=max(1, limits.iterations))
-    return _requests.completed(request, [split], limits, callback, start=start, fixed=held)
+    return _requests.completed(request, split, limits, callback, start=start, fixed=held)
 
 
 def _from_blocks(
     tensor: Any, block: int, rank: Any, max_error: float | None, seed: int, settings: dict[str, Any]
 ) -> TuckerTensor:
     """Compress the tensor in two passes, and decompose what is left."""
-    from tnadapt.decomposition.block_passes import OVERSAMPLED, compressed, passes_over, result_dtype
+    from tnadapt.decomposition.block_passes import OVERSAMPLED, BlockPasses, compressed, result_dtype
 
-    passes = passes_over(tensor, block)
+    passes = BlockPasses(tensor, block)
     _requests.one_of("rank", rank, max_error)
     ranks = None if rank is None else _ranks(rank, passes.shape)
     sizes = None if ranks is None else [min(d, 2 * r + OVERSAMPLED) for r, d in zip(ranks, passes.shape, strict=True)]
