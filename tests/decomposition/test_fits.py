@@ -363,8 +363,6 @@ def test_a_large_argument_of_tanhshrink_overflows_nothing() -> None:
 
 # -- Alternating least squares through F -----------------------------------------------------------------
 
-ALGEBRA = Algebra(get_backend(np.zeros(1)), np.zeros(1))
-
 
 def updates_of(plan: tna.SuperLoRA, seed: int, noise: float) -> list[np.ndarray]:
     rng = np.random.default_rng(seed)
@@ -389,41 +387,6 @@ def test_a_large_group_is_fitted_at_least_as_well_from_the_adjoint(
     assert 1.0 - found.error**2 >= (0.99 if noise > 1.0 else 1.0) * (1.0 - before.error**2) - 1e-6
     if not noise:
         assert found.error < 1e-6
-
-
-@pytest.mark.parametrize("format", ["cp", "cp-weighted", "tucker"])
-@pytest.mark.parametrize("splits", [1, 2])
-def test_the_curvature_is_that_of_the_network(format: str, splits: int) -> None:
-    config = tna.Config(rank=2, order=2, fold=(12, 24), groups=1, format=format, splits=splits)
-    network = tna.SuperLoRA(config, [(12, 24)]).groups[0].network
-    rng = np.random.default_rng(0)
-    arrays = {name: rng.normal(size=shape) for name, shape in network.shapes.items()}
-    known = 0
-    for name, shape in network.shapes.items():
-        curvature = group_fits._curvature(network, arrays, ALGEBRA, name)
-        if curvature is None:
-            continue
-        known += 1
-        direction = rng.normal(size=shape)
-        image = network.whole(ALGEBRA.backend, {**arrays, name: direction})
-        back = network.adjoint(ALGEBRA.backend, arrays, image, only=name)[name]
-        expected = direction * curvature[0, 0] if len(curvature) == 1 else direction @ curvature
-        factor = np.vdot(expected, back) / np.vdot(expected, expected)
-        assert factor > 0.0
-        assert np.allclose(back, factor * expected)
-    assert known == {"cp": 2, "cp-weighted": 2, "tucker": 0}[format] + splits - 1
-
-
-def test_arrays_without_curvature_are_not_weighted() -> None:
-    single = Algebra(ALGEBRA.backend, np.zeros(1, np.float32))
-    assert group_fits._inverse(single, None) is None
-    assert group_fits._inverse(single, np.zeros((2, 2))) is None
-    # A component without weight has no gradient; its rounding is not blown up.
-    for factor in (0.0, 1e-30):
-        inverse = group_fits._inverse(single, np.diag([1.0, factor]))
-        assert inverse is not None
-        assert np.isfinite(inverse).all()
-        assert inverse.max() < 1e4
 
 
 # -- What is computed when it is read ----------------------------------------------------------------------

@@ -62,7 +62,8 @@ class Settings:
             raise ConfigError(
                 f"start={plan.config.start!r} is where training starts, and a fit gives all arrays: use start='zero'"
             )
-        return fit_plan(Algebra(backend, like, self.svd, self.seed), plan, read, self.limits, progress)
+        # The vectors of groups are nobody else's: a proof that is computed later keeps them without a copy.
+        return fit_plan(Algebra(backend, like, self.svd, self.seed, settled=True), plan, read, self.limits, progress)
 
 
 @checks_arguments
@@ -141,8 +142,7 @@ def decompose(
     dense; anything of order 1                   exact
     CP, M = 2 (LoRA)                             truncated SVD: without padding the optimum (Eckart & Young)
     CP, M > 2                                    as :func:`tnadapt.cp`: ALS, no guarantee; several starts for a small
-                                                 tensor, and Gauss-Newton where the error is small; of rank one, the
-                                                 power iteration
+                                                 tensor, and Gauss-Newton where the error is small
     Tucker                                       as :func:`tnadapt.tucker`: HOSVD, then HOOI
     tensor train                                 as :func:`tnadapt.tensor_train`: TT-SVD, then ALS: within √(M - 1) of
                                                  the optimum

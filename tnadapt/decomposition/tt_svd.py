@@ -13,14 +13,14 @@ import numpy as np
 from tnadapt.algebra.products import tt_tensor
 from tnadapt.backends import Array, Backend
 
-from .fits import Fit, Iteration, all_of
-from .linear_algebra import MatrixTruncation, norm_of, refuse_trace
+from .fits import Claim, Fit, Iteration, all_of
+from .linear_algebra import Algebra, norm_of, refuse_trace
 
 # -- The driver: TT-SVD, then sweeps -----------------------------------------------------------------------------------
 
 
 def fit_train(
-    truncation: MatrixTruncation,
+    algebra: Algebra,
     tensor: Array,
     ranks: Sequence[int] | None,
     steps: Iteration,
@@ -32,7 +32,7 @@ def fit_train(
 
     Parameters
     ----------
-    truncation : MatrixTruncation
+    algebra : Algebra
         For matrices like the tensor.
     tensor : array, shape (d_1, …, d_M)
         Real or complex.
@@ -55,7 +55,7 @@ def fit_train(
     BackendError
         For sweeps inside a trace.
     """
-    backend, limits, bonds = truncation.backend, steps.limits, len(tensor.shape) - 1
+    backend, limits, bonds = algebra.backend, steps.limits, len(tensor.shape) - 1
     if init is not None:
         if not limits.iterations:
             return Fit(_named(init), False, 0, "given start", closed=lambda tensor: _named(init))
@@ -63,11 +63,15 @@ def fit_train(
             return Fit(_named([backend.zeros(core.shape, like=core) for core in init]), True, 0, "zero", error=0.0)
         return steps.fit(_named(improved_train(backend, tensor, init, steps)), "given start, ALS")
 
+    claims = list[Claim]()
+
     def truncated(matrix: Array, bond: int) -> Array:
-        return truncation.left(matrix, None if ranks is None else ranks[bond], loss / math.sqrt(max(1, bonds)))
+        u, exact = algebra.left(matrix, None if ranks is None else ranks[bond], loss / math.sqrt(max(1, bonds)))
+        claims.append(exact)
+        return u
 
     cores, cut = tt_svd(backend, tensor, truncated)
-    known = all_of(truncation.exact)
+    known = all_of(claims)
     method, factor = "TT-SVD" if known is not False else "TT-SVD, randomized", math.sqrt(max(1, sum(cut)))
     if not limits.iterations or (sum(cut) <= 1 and known is not False):
         return Fit(

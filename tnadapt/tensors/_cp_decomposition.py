@@ -144,7 +144,7 @@ def cp(
             fit = fit_nonnegative_cp(request, rank, modes, start, held, starts or 1, limits)
         else:
             steps = Iteration(limits, callback)
-            fit = fit_cp(request.truncation(), request.tensor, rank, steps, init=start, fixed=held, starts=starts)
+            fit = fit_cp(request.algebra(), request.tensor, rank, steps, init=start, fixed=held, starts=starts)
         if fit.error == math.inf:
             raise ShapeError(
                 f"no sweep of rank {rank} succeeded, as the equations are singular: use another init or random_state, "

@@ -14,7 +14,7 @@ from tnadapt.algebra.formats import Format
 from tnadapt.backends import Array, Backend, get_backend
 from tnadapt.decomposition import completion
 from tnadapt.decomposition.fits import Callback, Fit, Iteration, Limits
-from tnadapt.decomposition.linear_algebra import MatrixTruncation, norm_of, refuse_trace
+from tnadapt.decomposition.linear_algebra import SVD_METHODS, Algebra, norm_of, refuse_trace
 from tnadapt.errors import BackendError, ConfigError, ShapeError, safe_repr
 
 # -- Tensors, modes and numbers ----------------------------------------------------------------------------------------
@@ -339,9 +339,11 @@ class Request:
         """Raise a BackendError inside a trace, where the values that a solver needs are unknown."""
         refuse_trace(self.backend, self.tensor, what, way)
 
-    def truncation(self, svd: str = "auto") -> MatrixTruncation:
-        """Return the truncation of matrices like the tensor."""
-        return MatrixTruncation(self.backend, self.tensor, svd, self.seed, settled=self.settled)
+    def algebra(self, svd: str = "auto") -> Algebra:
+        """Return the linear algebra of matrices like the tensor."""
+        if svd not in SVD_METHODS:
+            raise ConfigError(f"svd must be one of {', '.join(SVD_METHODS)}; got {safe_repr(svd)}")
+        return Algebra(self.backend, self.tensor, svd, self.seed, settled=self.settled)
 
     def weighted(self, tensor: Array) -> Array:
         """Multiply a tensor by the roots of the weights."""

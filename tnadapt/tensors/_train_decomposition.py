@@ -139,7 +139,7 @@ def tensor_train(
     # The core of a vector is the vector itself.
     request = request.kept() if start is None and not limits.iterations and len(request.shape) > 1 else request
     steps = Iteration(limits, callback)
-    fit = fit_train(request.truncation(svd), request.tensor, ranks, steps, loss=request.loss, init=start)
+    fit = fit_train(request.algebra(svd), request.tensor, ranks, steps, loss=request.loss, init=start)
     return finished(request, fit, _train)
 
 
@@ -466,10 +466,10 @@ def _start(
             raise ShapeError(f"init has shape {shape} and ranks {init.rank}; expected {shape} and {expected}")
         return list(init), "given start"
     if init == "svd" and ranks[0] * ranks[1] <= min(shape[0], math.prod(shape[1:])):
-        truncation = request.truncation()
+        algebra = request.algebra()
 
         def truncated(matrix: Array, bond: int) -> Array:
-            return truncation.left(matrix, ranks[0] * ranks[1] if bond == 0 else ranks[bond + 1])
+            return algebra.left(matrix, ranks[0] * ranks[1] if bond == 0 else ranks[bond + 1])[0]
 
         cores = ring_svd(backend, tensor, ranks[0], truncated)
         if [int(core.shape[0]) for core in cores] == ranks:

@@ -136,7 +136,7 @@ def tucker(
         fit = fit_nonnegative_tucker(request, ranks or [], init, limits_of(tol, max_iterations))
         return finished(request, fit, _tucker_tensor)
     fit = fit_tucker(
-        request.truncation(svd),
+        request.algebra(svd),
         request.tensor,
         None if ranks is None else dict(enumerate(ranks)),
         Iteration(limits, callback),
