@@ -138,7 +138,7 @@ class _CPSearch:
             if starts or best is None:
                 run.advance(self.limits.iterations)
             while best is not None and not steps.stopped and run.reaches(best.error, self.limits.iterations):
-                run.advance(run.count + _SWEEPS)
+                run.advance(len(run.errors) + _SWEEPS)
             if best is None or run.error < best.error * (1.0 - _SAME):
                 best, best_stopped = run, steps.stopped
             if best.error <= _ROUNDING * self.sweeps.epsilon * self.norm or steps.stopped == "callback":
@@ -181,8 +181,7 @@ class _CPSearch:
         stopped = steps.stopped or refined.stopped
         if not refined.error < run.error / self.norm:
             return self._fit(run.factors, run.error / self.norm, "ALS", stopped)
-        dtype, device = backend.dtype_name(self.tensor), backend.device(self.tensor)
-        factors = [backend.asarray(np.ascontiguousarray(x), dtype, device) for x in refined.arrays.values()]
+        factors = [self.algebra.array(factor) for factor in refined.arrays.values()]
         return self._fit(factors, refined.error, "ALS, Gauss-Newton", stopped)
 
     @functools.cached_property
@@ -210,11 +209,10 @@ class _CPSearch:
         return factors
 
     def _random(self, kind: str, size: int, columns: int) -> Array:
-        dtype, device = self.backend.dtype_name(self.tensor), self.backend.device(self.tensor)
         numbers = getattr(self.rng, kind)(size=(size, columns))
-        if dtype.startswith("complex"):
+        if self.sweeps.complex:
             numbers = numbers + 1j * getattr(self.rng, kind)(size=(size, columns))
-        return self.backend.asarray(numbers, dtype, device)
+        return self.algebra.array(numbers)
 
 
 # -- Alternating least squares -----------------------------------------------------------------------------------------
@@ -368,15 +366,10 @@ class _Run:
         self.ridges = [0.0, 100.0 * sweeps.epsilon, sweeps.epsilon**0.5]
         steps.begin()
 
-    @property
-    def count(self) -> int:
-        """Number of sweeps."""
-        return len(self.errors)
-
     def advance(self, most: int) -> None:
         """Run sweeps, up to a number of all, or until the iteration stops."""
         sweeps, steps, norm = self.sweeps, self.steps, self.norm
-        while self.count < most and not steps.stopped:
+        while len(self.errors) < most and not steps.stopped:
             factors = self._swept()
             error = math.inf if factors is None else sweeps.distance(factors, norm)
             if factors is None or not error < self.error * (1.0 + 1e-12):
@@ -392,9 +385,10 @@ class _Run:
             self.errors.append(self.error)
             if steps.step(self.error / norm):
                 return
-            if not sweeps.fixed and self.count >= _BEFORE and self.count % _BETWEEN == 0:
+            if not sweeps.fixed and len(self.errors) >= _BEFORE and len(self.errors) % _BETWEEN == 0:
                 longer = [
-                    new + (new - old) * math.sqrt(self.count) for new, old in zip(self.factors, previous, strict=True)
+                    new + (new - old) * math.sqrt(len(self.errors))
+                    for new, old in zip(self.factors, previous, strict=True)
                 ]
                 if (error := sweeps.residual(longer)) < self.error:
                     self.factors, self.error = longer, error
@@ -402,7 +396,7 @@ class _Run:
     def reaches(self, least: float, most: int) -> bool:
         """Return whether the error would fall below another one in the sweeps that are left, as fast as in the last."""
         gain = (self.errors[-_SWEEPS - 1] - self.error) / _SWEEPS
-        return self.error - gain * (most - self.count) < least
+        return self.error - gain * (most - len(self.errors)) < least
 
     def _swept(self) -> list[Array] | None:
         """Return the factors after a sweep; None if the equations are singular or the factors diverge."""

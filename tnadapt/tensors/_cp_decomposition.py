@@ -130,7 +130,7 @@ def cp(
 
     def result_of(arrays: Mapping[str, Array]) -> CPTensor:
         factors = [arrays[f"factor{mode}"] for mode in range(len(request.shape))]
-        result = CPTensor(arrays.get("weights"), factors)
+        result = CPTensor.of(request.backend, (arrays.get("weights"), factors))
         return result if held or "weights" in arrays else result.truncated(result.rank)
 
     def fitted(rank: int) -> CPTensor:

@@ -345,6 +345,10 @@ class Request:
             raise ConfigError(f"svd must be one of {', '.join(SVD_METHODS)}; got {safe_repr(svd)}")
         return Algebra(self.backend, self.tensor, svd, self.seed, settled=self.settled)
 
+    def normal(self, rng: np.random.Generator, shape: Sequence[int]) -> Array:
+        """Return normal numbers in the tensor's library, dtype and device."""
+        return normal(self.backend, self.backend.dtype_name(self.tensor), self.backend.device(self.tensor), rng, shape)
+
     def weighted(self, tensor: Array) -> Array:
         """Multiply a tensor by the roots of the weights."""
         return tensor if self.observed is None else tensor * self.observed
@@ -377,7 +381,9 @@ def requested(
     if len(tensor.shape) < least_order:
         raise ShapeError(f"the tensor has shape {tuple(tensor.shape)}; expected at least {least_order} modes")
     one_of(what, rank, max_error)
-    observed, tensor = _observed(backend, tensor, mask, weights)
+    observed = None
+    if mask is not None or weights is not None:
+        observed, tensor = _observed(backend, tensor, mask, weights)
     finite(
         backend, tensor, way="" if mask is not None else "; if these elements are missing, pass mask=, True where known"
     )
@@ -415,13 +421,12 @@ def kept_modes(request: Request, init: Any, fixed: Collection[int], form: type[A
     return held
 
 
-def normal(request: Request, rng: np.random.Generator, shape: Sequence[int]) -> Array:
-    """Return normal numbers in the tensor's library, dtype and device."""
-    backend, dtype = request.backend, request.backend.dtype_name(request.tensor)
+def normal(backend: Backend, dtype: str, device: Any, rng: np.random.Generator, shape: Sequence[int]) -> Array:
+    """Return normal numbers of variance 1, real or complex, in a library, dtype and device."""
     numbers = rng.standard_normal(shape)
     if dtype.startswith("complex"):
-        numbers = numbers + 1j * rng.standard_normal(shape)
-    return backend.asarray(numbers, dtype, backend.device(request.tensor))
+        numbers = (numbers + 1j * rng.standard_normal(shape)) * math.sqrt(0.5)
+    return backend.asarray(numbers, dtype, device)
 
 
 def one_of(what: str, rank: Any, max_error: Any) -> None:
@@ -449,8 +454,6 @@ def seed_of(random_state: Any) -> int:
 
 def _observed(backend: Backend, tensor: Array, mask: Any, weights: Any) -> tuple[Array | None, Array]:
     """Return the roots of the weights, and the tensor with zeros where it is not observed."""
-    if mask is None and weights is None:
-        return None, tensor
     shape, roots = tuple(tensor.shape), np.ones(tuple(tensor.shape))
     if weights is not None:
         host = _host(weights, "weights", shape).astype(np.float64)
@@ -583,6 +586,5 @@ def completed(
         fit = completion.fit_observed(elements, wanted, all_swept, limits, roots=roots, watch=watch)
     else:
         fit = swept(next(begun()), Iteration(limits, callback))
-    dtype, device = backend.dtype_name(request.tensor), backend.device(request.tensor)
-    arrays = {name: backend.asarray(np.ascontiguousarray(array), dtype, device) for name, array in fit.arrays.items()}
+    arrays = request.algebra().arrays(fit.arrays)
     return fit._replace(arrays=arrays, method="least squares on the observed elements")

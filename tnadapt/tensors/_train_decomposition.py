@@ -412,7 +412,7 @@ def tensor_ring(
 
 
 def _ring(arrays: Mapping[str, Array]) -> TRTensor:
-    return TRTensor([arrays[f"core{mode}"] for mode in range(len(arrays))])
+    return TRTensor.of(get_backend(arrays["core0"]), [arrays[f"core{mode}"] for mode in range(len(arrays))])
 
 
 def _named(cores: Sequence[Array]) -> dict[str, Array]:
@@ -487,7 +487,7 @@ def _random(
 ) -> list[Array]:
     """Return normal cores, and the given ones where they are held."""
     shapes = [(ranks[mode], size, ranks[(mode + 1) % len(ranks)]) for mode, size in enumerate(request.shape)]
-    return [given[mode] if mode in held else _requests.normal(request, rng, shape) for mode, shape in enumerate(shapes)]
+    return [given[mode] if mode in held else request.normal(rng, shape) for mode, shape in enumerate(shapes)]
 
 
 def _improved(request: Request, cores: list[Array], held: set[int], steps: Iteration) -> Fit:

@@ -9,7 +9,7 @@ import numpy as np
 
 from tnadapt.algebra.formats import Tucker
 from tnadapt.argument_checks import checks_arguments
-from tnadapt.backends import Array
+from tnadapt.backends import Array, get_backend
 from tnadapt.decomposition.fits import Callback, Fit, Iteration, Limits, limits_of
 from tnadapt.decomposition.hooi import fit_tucker
 from tnadapt.decomposition.linear_algebra import norm_of
@@ -148,7 +148,8 @@ def tucker(
 
 
 def _tucker_tensor(arrays: Mapping[str, Array]) -> TuckerTensor:
-    return TuckerTensor(arrays["core"], [arrays[f"factor{mode}"] for mode in range(len(arrays) - 1)])
+    factors = [arrays[f"factor{mode}"] for mode in range(len(arrays) - 1)]
+    return TuckerTensor.of(get_backend(arrays["core"]), (arrays["core"], factors))
 
 
 def _orthogonal(arrays: Mapping[str, Array]) -> TuckerTensor:
@@ -219,7 +220,7 @@ def _start(request: Request, ranks: list[int] | None, init: Any, held: set[int])
     rng, backend = np.random.default_rng(request.seed), request.backend
     factors = dict[int, Array]()
     for mode, shape in enumerate(zip(request.shape, ranks, strict=True)):
-        factors[mode] = _requests.normal(request, rng, shape) if isinstance(init, str) else init.factors[mode]
+        factors[mode] = request.normal(rng, shape) if isinstance(init, str) else init.factors[mode]
         if tuple(factors[mode].shape) != shape:
             raise ShapeError(f"factor {mode} of init has shape {tuple(factors[mode].shape)}; expected {shape}")
         if mode in held:
