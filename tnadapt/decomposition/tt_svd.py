@@ -58,10 +58,10 @@ def fit_train(
     backend, limits, bonds = algebra.backend, steps.limits, len(tensor.shape) - 1
     if init is not None:
         if not limits.iterations:
-            return Fit(_named(init), False, 0, "given start", closed=lambda tensor: _named(init))
+            return Fit(named_cores(init), False, 0, "given start", closed=lambda tensor: named_cores(init))
         if norm_of(backend, tensor) == 0.0:
-            return Fit(_named([backend.zeros(core.shape, like=core) for core in init]), True, 0, "zero", error=0.0)
-        return steps.fit(_named(improved_train(backend, tensor, init, steps)), "given start, ALS")
+            return Fit(named_cores([backend.zeros(core.shape, like=core) for core in init]), True, 0, "zero", error=0.0)
+        return steps.fit(named_cores(improved_train(backend, tensor, init, steps)), "given start, ALS")
 
     claims = list[Claim]()
 
@@ -75,15 +75,16 @@ def fit_train(
     method, factor = "TT-SVD" if known is not False else "TT-SVD, randomized", math.sqrt(max(1, sum(cut)))
     if not limits.iterations or (sum(cut) <= 1 and known is not False):
         return Fit(
-            _named(cores), known, 0, method, factor=factor,
-            closed=lambda tensor: _named(tt_svd(backend, tensor, truncated)[0]),
+            named_cores(cores), known, 0, method, factor=factor,
+            closed=lambda tensor: named_cores(tt_svd(backend, tensor, truncated)[0]),
         )  # fmt: skip
     refuse_trace(backend, tensor, "tensor_train(sweeps=…)", "leave sweeps out")
     cores = improved_train(backend, tensor, cores, steps)
-    return steps.fit(_named(cores), f"{method}, ALS", optimal=known, factor=factor)
+    return steps.fit(named_cores(cores), f"{method}, ALS", optimal=known, factor=factor)
 
 
-def _named(cores: Sequence[Array]) -> dict[str, Array]:
+def named_cores(cores: Sequence[Array]) -> dict[str, Array]:
+    """Return the cores of a chain by the names of a fit's arrays."""
     return {f"core{mode}": core for mode, core in enumerate(cores)}
 
 

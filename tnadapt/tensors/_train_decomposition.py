@@ -14,7 +14,7 @@ from tnadapt.argument_checks import checks_arguments
 from tnadapt.backends import Array, get_backend, load_backend
 from tnadapt.decomposition.fits import Callback, Fit, Iteration, limits_of
 from tnadapt.decomposition.linear_algebra import epsilon_of
-from tnadapt.decomposition.tt_svd import fit_train, ring_svd, ring_sweep
+from tnadapt.decomposition.tt_svd import fit_train, named_cores, ring_svd, ring_sweep
 from tnadapt.errors import ConfigError, ShapeError, TnadaptError, safe_repr
 
 from . import _requests
@@ -131,7 +131,7 @@ def tensor_train(
     most = None if sweeps is None else _requests.integer_of("sweeps", sweeps, 0)
     if request.observed is not None:
         split = TensorTrain(request.shape, 1 if ranks is None else tuple(ranks))
-        named = None if start is None else {f"core{mode}": core for mode, core in enumerate(start)}
+        named = None if start is None else named_cores(start)
         fit = _requests.completed(request, split, limits, callback, start=named)
         return finished(request, fit, _train)
     if most is not None or start is None:
@@ -415,18 +415,14 @@ def _ring(arrays: Mapping[str, Array]) -> TRTensor:
     return TRTensor.of(get_backend(arrays["core0"]), [arrays[f"core{mode}"] for mode in range(len(arrays))])
 
 
-def _named(cores: Sequence[Array]) -> dict[str, Array]:
-    return {f"core{mode}": core for mode, core in enumerate(cores)}
-
-
 def _fitted(request: Request, ranks: list[int], init: Any, held: set[int], starts: int, steps: Iteration) -> Fit:
     """Return the best fit of given ranks."""
     rng = np.random.default_rng(request.seed)
     cores, method = _start(request, request.tensor, ranks, init, rng)
     if not steps.limits.iterations:
         return Fit(
-            _named(cores), False, 0, method,
-            closed=lambda tensor: _named(_start(request, tensor, ranks, init, rng)[0]),
+            named_cores(cores), False, 0, method,
+            closed=lambda tensor: named_cores(_start(request, tensor, ranks, init, rng)[0]),
         )  # fmt: skip
     request.refuse_trace("tensor_ring()", "use max_iterations=0")
     best: Fit | None = None
@@ -495,7 +491,7 @@ def _improved(request: Request, cores: list[Array], held: set[int], steps: Itera
     backend = request.backend
     steps.begin()
     if request.norm == 0.0:
-        return Fit(_named([backend.zeros(core.shape, like=core) for core in cores]), True, 0, "zero", error=0.0)
+        return Fit(named_cores([backend.zeros(core.shape, like=core) for core in cores]), True, 0, "zero", error=0.0)
     eps, best, error = epsilon_of(backend, request.tensor), cores, error_of(request, TRTensor(cores))
     ridges = [0.0, 100.0 * eps, eps**0.5]
     while not steps.stopped:
@@ -509,7 +505,7 @@ def _improved(request: Request, cores: list[Array], held: set[int], steps: Itera
             continue
         best, error = swept, min(error, now)
         steps.step(error)
-    return Fit(_named(best), False, steps.count, "ALS", steps.stopped, error)
+    return Fit(named_cores(best), False, steps.count, "ALS", steps.stopped, error)
 
 
 def _tried(request: Request, cores: list[Array], held: set[int], ridge: float) -> list[Array] | None:
