@@ -9,25 +9,22 @@ from tnadapt.decomposition import _group_fits as group_fits
 from tnadapt.decomposition import _network_fit as network_fit
 from tnadapt.decomposition import _parameter_fit as parameter_fit
 from tnadapt.decomposition import linear_algebra
-from tnadapt.decomposition._least_squares import cgls, damped_gauss_newton, lsqr
-from tnadapt.decomposition.block_passes import ArrayPasses, BlockPasses, DaskPasses
+from tnadapt.decomposition._least_squares import damped_gauss_newton, least_squares
+from tnadapt.decomposition.block_passes import BlockPasses
 from tnadapt.decomposition.cp_als import CPSweeps
 from tnadapt.decomposition.linear_algebra import Algebra, leading_triplets, tensorly_on, truncated_pays
 from tnadapt.decomposition.lower_bounds import lower_bound
 
 __all__ = [
     "Algebra",
-    "ArrayPasses",
     "BlockPasses",
     "CPSweeps",
-    "DaskPasses",
-    "cgls",
     "damped_gauss_newton",
     "group_fits",
     "leading_triplets",
+    "least_squares",
     "linear_algebra",
     "lower_bound",
-    "lsqr",
     "network_fit",
     "parameter_fit",
     "tensorly_on",

@@ -353,9 +353,6 @@ CALLS: dict[str, Arguments] = {
     "tensors.HadamardTensor": lambda b: {"parts": [tna.cp(_tensor(), 2)] * 2},
     "tensors.unfold": lambda b: {"tensor": _tensor(), "mode": 1},
     "tensors.fold": lambda b: {"unfolded": b.matrix(4, 15), "mode": 1, "shape": (3, 4, 5)},
-    "tensors.vec": lambda b: {"tensor": _tensor()},
-    "tensors.tensor_to_vec": lambda b: {"tensor": _tensor()},
-    "tensors.vec_to_tensor": lambda b: {"vector": b.matrix(60), "shape": (3, 4, 5)},
     "tensors.mode_dot": lambda b: {"tensor": _tensor(), "matrix_or_vector": np.ones((2, 4)), "mode": 1},
     "tensors.multi_mode_dot": lambda b: {
         "tensor": _tensor(), "matrices_or_vectors": [np.ones((2, 3)), np.ones((2, 4))], "modes": [0, 1],
@@ -364,7 +361,6 @@ CALLS: dict[str, Arguments] = {
     "tensors.row_khatri_rao": lambda b: {"matrices": [np.ones((3, 2)), np.ones((3, 4))]},
     "tensors.outer": lambda b: {"tensors": [np.ones(3), np.ones((4, 2))]},
     "tensors.inner": lambda b: {"tensor1": _tensor(), "tensor2": _tensor()},
-    "tensors.contract": lambda b: {"equation": "ij->ji", "*tensors": [np.ones((3, 2))]},
     **{
         f"tensors.random_{name}": lambda b: {"shape": (3, 4), "rank": 2, "random_state": 0}
         for name in ("cp", "tucker", "tt", "tr")
@@ -379,9 +375,10 @@ CALLS: dict[str, Arguments] = {
             "part": lambda b: {"*index": [slice(0, 2)]},
             "to_unfolded": lambda b: {"mode": 0},
         }.items()
-        if (name, method) != ("TTMatrix", "part")
+        if method != "part" or name not in ("TTMatrix", "KroneckerTensor")
     },
     "tensors.TTMatrix.part": lambda b: {"*index": []},
+    "tensors.KroneckerTensor.part": lambda b: {"*index": []},
     "tensors.TTMatrix.entries": lambda b: {"indices": [[0, 0]]},
     "tensors.TTMatrix.entry": lambda b: {"*index": [0, 0]},
     **{

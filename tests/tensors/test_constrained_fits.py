@@ -34,20 +34,6 @@ FORMS: dict[str, tuple[Any, Any]] = {
         lambda seed, **words: tt.random_tt(SHAPE, 2, random_state=seed, **words),
         lambda t, **w: tna.tensor_train(t, 2, **w),
     ),
-    "kronecker": (
-        lambda seed, **words: tt.KroneckerTensor(
-            None, [[tt.random_cp((2, 3, 1), 1, random_state=seed, **words).to_tensor(),
-                    tt.random_cp((4, 3, 7), 2, random_state=seed + 1, **words).to_tensor()]]
-        ),
-        lambda t, **w: tna.kronecker_decomposition(t, [(2, 3, 1), (4, 3, 7)], **w),
-    ),
-    "two kronecker products": (
-        lambda seed, **words: tt.KroneckerTensor(
-            None, [[tt.random_cp((4, 3, 1), 2, random_state=seed + term, **words).to_tensor(),
-                    tt.random_cp((2, 3, 7), 1, random_state=seed + 9 + term, **words).to_tensor()] for term in (1, 5)]
-        ),
-        lambda t, **w: tna.kronecker_decomposition(t, [(4, 3, 1), (2, 3, 7)], 2, **w),
-    ),
 }  # fmt: skip
 forms = pytest.mark.parametrize("form", FORMS)
 
@@ -134,16 +120,6 @@ def test_torch_tensors_stay_torch(form: str) -> None:
     assert relative_error(found.to_tensor().numpy(), tensor) < 1e-8
     with pytest.raises(BackendError, match="detach the tensor"):
         fit(torch.tensor(tensor, requires_grad=True), mask=mask)
-
-
-def test_a_hadamard_product_is_completed_and_stops() -> None:
-    parts = [tt.random_cp((9, 8), 1, random_state=seed) for seed in (1, 2)]
-    tensor = tt.HadamardTensor(parts).to_tensor()
-    mask = np.random.default_rng(0).random((9, 8)) < 0.7
-    found = tna.hadamard_decomposition(np.where(mask, tensor, np.nan), 1, mask=mask)
-    assert relative_error(found.to_tensor(), tensor) < 1e-8
-    stopped = tna.hadamard_decomposition(numbers((9, 8), 1), 1, mask=np.eye(9, 8) < 0.5, callback=lambda *_: True)
-    assert (len(stopped.history), stopped.converged) == (1, False)
 
 
 def test_a_given_start() -> None:
@@ -274,7 +250,7 @@ def test_every_library_keeps_its_arrays(backend: Any, fit: Any) -> None:
     assert relative_error(backend.to_numpy(found.to_tensor()), TENSOR) < 0.2
 
 
-# -- Tensor trains and TT matrices from a given start, some of whose cores are fixed ---------------
+# -- Tensor trains and TT matrices from a given start -----------------------------------------------
 
 SHAPES = st.lists(st.integers(1, 5), min_size=1, max_size=4).map(tuple)
 
@@ -285,77 +261,45 @@ def random_train(shape: tuple[int, ...], rank: int, seed: int, dtype: str = "flo
 
 
 @pytest.mark.law("decompositions")
-@example((4, 3, 4), 2, {1}, 0, "complex128")
-@example((3, 1, 3, 2), 3, {0, 3}, 1, "float64")
-@example((4, 3, 4, 2), 3, set(), 1, "complex128")
-@given(
-    SHAPES, st.integers(1, 4), st.sets(st.integers(0, 3)), st.integers(0, 3), st.sampled_from(["float64", "complex128"])
-)
-def test_the_error_never_rises_and_fixed_cores_stay_to_the_bit(
-    shape: tuple[int, ...], rank: int, fixed: set[int], seed: int, dtype: str
-) -> None:
+@example((4, 3, 4, 2), 3, 1, "complex128")
+@given(SHAPES, st.integers(1, 4), st.integers(0, 3), st.sampled_from(["float64", "complex128"]))
+def test_the_error_never_rises(shape: tuple[int, ...], rank: int, seed: int, dtype: str) -> None:
     tensor, start = numbers(shape, seed).astype(dtype), random_train(shape, rank, seed + 10, dtype)
     if dtype == "complex128":
         tensor = tensor + 1j * numbers(shape, seed + 5)
-    held = {mode for mode in fixed if mode < len(shape)}
-    found = tna.tensor_train(tensor, start.rank, init=start, fixed=held, sweeps=4)
+    found = tna.tensor_train(tensor, start.rank, init=start, sweeps=4)
     before = error_of(start, tensor)
     assert error_of(found, tensor) <= before * (1.0 + 1e-12) + 1e-15
-    assert all(np.array_equal(found[mode], start[mode]) for mode in held)
     assert found.outcome.method == "given start, ALS"
     assert list(found.history) == sorted(found.history, reverse=True)
     assert len(found.history) <= 4
     # The gauge of the last sweep is kept.
-    for core in list(found)[:-1] if found.history and not held else ():
+    for core in list(found)[:-1] if found.history else ():
         flat = core.reshape(-1, core.shape[2])
         np.testing.assert_allclose(flat.conj().T @ flat, np.eye(core.shape[2]), atol=1e-10)
 
 
 @pytest.mark.law("decompositions")
-@given(SHAPES, st.integers(1, 3), st.sets(st.integers(0, 3)), st.integers(0, 3))
-def test_an_exact_start_stays_exact(shape: tuple[int, ...], rank: int, fixed: set[int], seed: int) -> None:
+@given(SHAPES, st.integers(1, 3), st.integers(0, 3))
+def test_an_exact_start_stays_exact(shape: tuple[int, ...], rank: int, seed: int) -> None:
     start = random_train(shape, rank, seed)
-    held = [mode for mode in fixed if mode < len(shape)]
-    found = tna.tensor_train(start.to_tensor(), start.rank, init=start, fixed=held)
+    found = tna.tensor_train(start.to_tensor(), start.rank, init=start)
     assert found.error < 1e-14
     assert found.converged
     assert found.certified
 
 
-@pytest.mark.parametrize("dtype", ["float64", "complex128"])
-@pytest.mark.parametrize("fixed", [(0,), (1,), (-1,), (0, 2), (1, 2)])
-def test_what_a_fixed_core_belongs_to_is_found(fixed: tuple[int, ...], dtype: str) -> None:
-    made = random_train((4, 5, 6, 3), 2, 3, dtype)
-    begun = random_train((4, 5, 6, 3), 2, 7, dtype)
-    held = {mode % 4 for mode in fixed}
-    start = tt.TTTensor([made[mode] if mode in held else begun[mode] for mode in range(4)])
-    found = tna.tensor_train(made.to_tensor(), 2, init=start, fixed=fixed, tol=0.0)
-    assert found.error < 1e-9
-
-
 @given(st.integers(0, 1000))
-def test_the_last_free_core_is_the_least_squares_solution(seed: int) -> None:
+def test_the_last_core_is_the_least_squares_solution(seed: int) -> None:
     tensor, start = numbers((4, 3, 5), seed), random_train((4, 3, 5), 2, seed + 1)
-    found = tna.tensor_train(tensor, 2, init=list(start), fixed=[0, 2], sweeps=1)
-    system = np.einsum("ai,jc->ijac", start[0][0].T, start[2][:, :, 0].T).reshape(20, 4)
-    rows = np.linalg.lstsq(system, tensor.transpose(0, 2, 1).reshape(20, 3), rcond=None)[0]
-    assert relative_error(found[1], rows.reshape(2, 2, 3).transpose(0, 2, 1)) < 1e-10
     found = tna.tensor_train(tensor, 2, init=list(start), sweeps=1, tol=0.0)
     left = np.einsum("xar,rbs->xabs", *list(found)[:2]).reshape(12, 2)
     expected = np.linalg.lstsq(left, tensor.reshape(12, 5), rcond=None)[0]
     np.testing.assert_allclose(found[2][:, :, 0], expected, atol=1e-10)
 
 
-def test_a_fixed_core_without_full_rank_and_a_tensor_of_zeros() -> None:
-    tensor, start = numbers((3, 4, 5), 1), list(random_train((3, 4, 5), 2, 1))
-    for fixed in ((), (0,), (1,), (0, 1, 2)):
-        found = tna.tensor_train(np.zeros((3, 4, 5)), 2, init=start, fixed=fixed)
-        assert (found.error == 0.0) is (len(fixed) < 3)
-        assert all(np.array_equal(found[mode], start[mode]) for mode in fixed)
-    start[1] = start[1] * np.array([1.0, 0.0])
-    assert tna.tensor_train(tensor, 2, init=start, fixed=[1]).error < error_of(tt.TTTensor(start), tensor)
-    start[1] = start[1] * 0.0
-    assert tna.tensor_train(tensor, 2, init=start, fixed=[1]).error == pytest.approx(1.0)
+def test_a_start_for_a_tensor_of_zeros() -> None:
+    assert tna.tensor_train(np.zeros((3, 4, 5)), 2, init=random_train((3, 4, 5), 2, 1)).error == 0.0
 
 
 def test_a_start_is_improved_beyond_tt_svd_and_the_callback_stops() -> None:
@@ -366,7 +310,7 @@ def test_a_start_is_improved_beyond_tt_svd_and_the_callback_stops() -> None:
     assert found.error < plain.error - 1e-4
     assert found.converged
     assert list(found.history) == seen
-    stopped = tna.tensor_train(tensor, 3, init=plain, fixed=[0], callback=lambda *_: True)
+    stopped = tna.tensor_train(tensor, 3, init=plain, callback=lambda *_: True)
     assert (len(stopped.history), stopped.converged) == (1, False)
     kept = tna.tensor_train(tensor, 3, init=plain, sweeps=0)
     assert all(np.array_equal(ours, theirs) for ours, theirs in zip(kept, plain, strict=True))
@@ -375,26 +319,22 @@ def test_a_start_is_improved_beyond_tt_svd_and_the_callback_stops() -> None:
     assert tna.tensor_train(plain.to_tensor(), 3, mask=mask, init=plain, max_iterations=1).error < 1e-12
 
 
-@pytest.mark.parametrize("fixed", [(), (1,)])
-def test_on_every_library(fixed: tuple[int, ...], backend: Backend) -> None:
+def test_on_every_library(backend: Backend) -> None:
     host, cores = numbers((4, 5, 6), 1), list(random_train((4, 5, 6), 2, 4))
-    expected = tna.tensor_train(host, 2, init=cores, fixed=fixed, sweeps=3)
+    expected = tna.tensor_train(host, 2, init=cores, sweeps=3)
     given_cores = [backend.asarray(core, "float32") for core in cores]
-    found = tna.tensor_train(backend.asarray(host, "float32"), 2, init=given_cores, fixed=fixed, sweeps=3)
+    found = tna.tensor_train(backend.asarray(host, "float32"), 2, init=given_cores, sweeps=3)
     assert backend.owns(found[0])
     assert found.error == pytest.approx(expected.error, abs=1e-5)
-    for mode in fixed:
-        assert np.array_equal(backend.to_numpy(found[mode]), cores[mode].astype(np.float32))
 
 
 def test_tt_matrices() -> None:
     rows, cols = (2, 3, 2), (3, 2, 2)
     made = tna.tt_matrix(numbers((12, 12), 1), 3, rows=rows, cols=cols)
     matrix = numbers((12, 12), 2)
-    found = tna.tt_matrix(matrix, 3, rows=rows, cols=cols, init=made, fixed=[1])
-    assert np.array_equal(found[1], made[1])
+    found = tna.tt_matrix(matrix, 3, rows=rows, cols=cols, init=made)
     assert found.error < np.linalg.norm(made.to_matrix() - matrix) / np.linalg.norm(matrix)
-    again = tna.tt_matrix(made.to_matrix(), 3, rows=rows, cols=cols, init=list(made), fixed=[0, -1])
+    again = tna.tt_matrix(made.to_matrix(), 3, rows=rows, cols=cols, init=list(made))
     assert again.error < 1e-14
     plain = tna.tt_matrix(matrix, 2, rows=rows, cols=cols)
     assert tna.tt_matrix(matrix, 2, rows=rows, cols=cols, sweeps=20).error < plain.error
@@ -460,19 +400,15 @@ def test_cp_refuses_what_cannot_be(words: dict[str, Any], error: type[TnadaptErr
           for words, text in (
             ({"init": "random"}, "init must be 'svd', a TTTensor or its cores; got 'random'"),
             ({"init": 3}, "init must be 'svd', a TTTensor or its cores; got 3"),
-            ({"fixed": [0]}, r"fixed=\[0\] keeps cores of a start: .* init=TTTensor"),
-            ({"init": START, "fixed": [3]}, "a mode in fixed must be from 0 to 2"),
             ({"rank": None, "max_error": 0.1, "init": START}, "a start has its own: give rank="),
             ({"rank": None, "init": START}, "either rank= or max_error="),
             ({"rank": 3, "init": START}, r"ranks \(1, 2, 2, 1\); expected .* \(1, 3, 3, 1\)"),
             ({"tensor": T[:2], "init": START}, r"init has shape \(3, 4, 5\) .*; expected \(2, 4, 5\)"),
             ({"init": HOLE}, "core 0 of init holds NaN"),
             ({"init": [T]}, "core 0 of a tensor train has shape"),
-            ({"init": START, "mask": T < 9.0, "weights": T * 0.0 + 2.0, "fixed": [0]}, "cannot be kept"),
             ({"init": START, "max_iterations": 0}, "max_iterations must be"),
         )),
         *((lambda words=words: tna.tt_matrix(**{**EYE, "rank": 1, **words}), TnadaptError, text) for words, text in (
-            ({"fixed": [1]}, "give them as init="),
             ({"rows": (4, 1), "init": PAIR}, r"expected \(4, 1\) and \(2, 2\)"),
             ({"rank": 2, "init": PAIR}, r"and \(1, 2, 1\)"),
             ({"init": "random"}, "init must be 'svd'"),
@@ -492,7 +428,7 @@ def test_what_is_traced_or_not_in_memory_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TnadaptError, match="init is not differentiated: detach the tensor first"):
         tna.tensor_train(torch.tensor(T), 2, init=[cores[0].clone().requires_grad_(), *cores[1:]])
     mapped = np.memmap(tmp_path / "tensor", dtype="float64", mode="w+", shape=T.shape)
-    with pytest.raises(TnadaptError, match="neither init nor fixed"):
+    with pytest.raises(TnadaptError, match="no mask, weights or init"):
         tna.tensor_train(mapped, 2, init=START)
     with pytest.raises(ConfigError, match="nonnegative= needs the tensor in memory"):
         tna.tucker(mapped, 2, nonnegative=True)

@@ -17,14 +17,11 @@ from hypothesis import strategies as st
 import tnadapt as tna
 import tnadapt.tensors as tt
 from tests.conftest import peak_of, relative_error
-from tests.decomposition.internals import ArrayPasses, BlockPasses, CPSweeps, DaskPasses
+from tests.decomposition.internals import BlockPasses, CPSweeps
 from tnadapt.backends import Backend, get_backend
 from tnadapt.errors import BackendError, ConfigError, ShapeError, TnadaptError
 
 from .test_forms import error_of, numbers
-
-#: Decompositions under another name than TensorLy's, or with other keywords.
-HINTING = (tna.cp, tna.tucker, tna.tensor_train, tna.tensor_ring, tna.tt_matrix)
 
 SHAPES = st.lists(st.integers(1, 5), min_size=2, max_size=4).map(tuple)
 
@@ -452,7 +449,6 @@ T = numbers((3, 4, 5), 1)
         (lambda: tna.hadamard_decomposition(T, 0), "rank must be"),
         (lambda: tna.hadamard_decomposition(T, 61), "more than a tensor"),
         (lambda: tna.hadamard_decomposition(T, 2, max_error=0.1), "either rank= or max_error="),
-        (lambda: tna.hadamard_decomposition(T, max_error=0.1, mask=T < 1.0), "need ranks"),
         (lambda: tna.hadamard_decomposition(T + 1j, 2), "needs a real tensor; got complex128: decompose its real"),
         (lambda: tt.random_cp(4, 2), "shape must be a sequence of integers; got 4"),  # type: ignore[arg-type]
     ],
@@ -542,20 +538,6 @@ def test_finite_numbers_whose_squares_are_not(dtype: str) -> None:
                 tt.cp(np.repeat(broken, 2, axis=1)[:, ::2], 1)
 
 
-@pytest.mark.parametrize("decompose", HINTING, ids=lambda function: function.__name__)
-def test_keywords_of_tensorly_get_a_hint(decompose: Any) -> None:
-    name = decompose.__name__
-    said = rf"{name}\(\) got an unexpected keyword .*: TensorLy's 'n_iter_max' is 'max_iterations' here"
-    with pytest.raises(ConfigError, match=said) as caught:
-        decompose(np.ones((2, 2)), 1, n_iter_max=3)
-    assert isinstance(caught.value, TypeError)
-    with pytest.raises(ConfigError, match="TensorLy's 'modes' is not needed here: give every mode a rank, its size to"):
-        decompose(np.ones((2, 2)), 1, modes=[0])
-    with pytest.raises(TypeError, match="'nonsense'") as plain:
-        decompose(np.ones((2, 2)), 1, nonsense=3)
-    assert not isinstance(plain.value, TnadaptError)
-
-
 # -- Memory maps and dask arrays give what NumPy's arrays give, in little memory -------------------
 
 BLOCK_SHAPES = st.lists(st.integers(1, 6), min_size=2, max_size=4).map(tuple)
@@ -582,7 +564,7 @@ def check_passes(passes: BlockPasses, tensor: np.ndarray, width: int) -> None:
     tests = [rng.normal(size=(d, width)) for d in shape]
     modes = range(order)
     sketches, square = passes.sketches(dict.fromkeys(modes, tests))
-    grams, again = passes.grams(modes)
+    grams, again = passes.grams()
     assert square == pytest.approx(float(np.vdot(tensor, tensor).real))
     assert again == pytest.approx(square)
     for mode in modes:
@@ -592,9 +574,9 @@ def check_passes(passes: BlockPasses, tensor: np.ndarray, width: int) -> None:
         assert relative_error(grams[mode], rows @ rows.conj().T) < 1e-10
     factors = {mode: rng.normal(size=(shape[mode], 2)) for mode in modes if mode != 1}
     expected = tensorly.tenalg.multi_mode_dot(tensor, list(factors.values()), modes=list(factors), transpose=True)
-    assert relative_error(passes.projected(factors), expected) < 1e-10
-    for mode, found in passes.all_but_one(factors).items():
-        others = [m for m in factors if m != mode]
+    assert relative_error(passes.projections([factors])[0], expected) < 1e-10
+    sets = [[m for m in factors if m != mode] for mode in factors]
+    for others, found in zip(sets, passes.projections([{m: factors[m] for m in some} for some in sets]), strict=True):
         expected = tensorly.tenalg.multi_mode_dot(tensor, [factors[m] for m in others], modes=others, transpose=True)
         assert relative_error(found, expected) < 1e-10
     core, whole = rng.normal(size=(2,) * order), [rng.normal(size=(d, 2)) for d in shape]
@@ -606,14 +588,14 @@ def check_passes(passes: BlockPasses, tensor: np.ndarray, width: int) -> None:
 @given(BLOCK_SHAPES, st.integers(1, 300), st.sampled_from(["float64", "complex128"]))
 def test_passes_over_blocks_of_any_size(shape: tuple[int, ...], elements: int, kind: str) -> None:
     tensor = numbers(shape, 1, kind)
-    check_passes(ArrayPasses(tensor, elements * tensor.itemsize), tensor, 3)
+    check_passes(BlockPasses(tensor, elements * tensor.itemsize), tensor, 3)
 
 
 @pytest.mark.parametrize("shape", [(5, 6), (4, 5, 6), (2, 3, 4, 3)])
 def test_passes_over_dask(shape: tuple[int, ...], tmp_path: Path) -> None:
     for kind in ("float64", "complex128"):
         tensor = numbers(shape, 2, kind)
-        check_passes(DaskPasses(dasked(tmp_path, tensor)), tensor, 3)
+        check_passes(BlockPasses(dasked(tmp_path, tensor), 1), tensor, 3)
 
 
 def noisy(kind: str = "float64") -> np.ndarray:

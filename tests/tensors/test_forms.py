@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import math
 import pickle
 from typing import Any
@@ -44,8 +43,6 @@ def test_unfold_is_tensorlys_and_fold_undoes_it(shape: tuple[int, ...], data: st
     found = tt.unfold(tensor, mode)
     assert np.array_equal(found, tensorly.base.unfold(tensor, mode))
     assert np.array_equal(tt.fold(found, mode, shape), tensor)
-    assert np.array_equal(tt.vec(tensor), tensorly.tensor_to_vec(tensor))
-    assert np.array_equal(tt.vec_to_tensor(tt.tensor_to_vec(tensor), shape), tensor)
 
 
 @pytest.mark.law("tensorly-conventions")
@@ -69,9 +66,8 @@ def test_several_mode_products_are_tensorlys(shape: tuple[int, ...], data: st.Da
     modes = data.draw(st.lists(st.sampled_from(range(len(shape))), unique=True, min_size=1))
     vectors = len(modes) < len(shape) and data.draw(st.booleans())
     factors = [numbers((shape[m],) if vectors else (m + 2, shape[m]), m) for m in sorted(modes)]
-    skip = data.draw(st.one_of(st.none(), st.integers(0, len(modes) - 1)))
-    found = tt.multi_mode_dot(tensor, factors, sorted(modes), skip=skip)
-    expected = tensorly.tenalg.multi_mode_dot(tensor, factors, modes=sorted(modes), skip=skip)
+    found = tt.multi_mode_dot(tensor, factors, sorted(modes))
+    expected = tensorly.tenalg.multi_mode_dot(tensor, factors, modes=sorted(modes))
     assert relative_error(found, expected) < 1e-12
 
 
@@ -81,22 +77,17 @@ def test_products_on_every_library(backend: Backend) -> None:
     found = backend.to_numpy(tt.mode_dot(tensor, factor, 1))
     assert relative_error(found, np.einsum("ijk,lj->ilk", host, matrix)) < 1e-12
     assert np.array_equal(backend.to_numpy(tt.fold(tt.unfold(tensor, 2), 2, (2, 3, 4))), host)
-    if backend.name == "array_api_strict":
-        pytest.skip("opt_einsum knows no array_api_strict")
-    arrays = [numbers(shape, seed) for seed, shape in enumerate([(2, 3), (3, 4, 5), (5, 2)])]
-    found = tt.contract("ab,bcd,de->ace", *(backend.asarray(array, "float64") for array in arrays))
-    assert relative_error(backend.to_numpy(found), np.einsum("ab,bcd,de->ace", *arrays)) < 1e-12
 
 
 def test_what_counts_as_a_tensor() -> None:
-    assert tt.vec([[1, 2], [3, 4]]).dtype == np.float64
-    assert tt.vec(np.arange(3)).dtype == np.float64
-    assert tt.vec(np.ones(2, np.float16)).dtype == np.float32
-    assert tt.vec(np.ones(2, bool)).dtype == np.float64
+    assert tt.outer([[[1, 2], [3, 4]]]).dtype == np.float64
+    assert tt.outer([np.arange(3)]).dtype == np.float64
+    assert tt.outer([np.ones(2, np.float16)]).dtype == np.float32
+    assert tt.outer([np.ones(2, bool)]).dtype == np.float64
     # Integers of other libraries become float32.
     torch = pytest.importorskip("torch")
-    assert tt.vec(torch.arange(3)).dtype is torch.float32
-    assert tt.vec(torch.ones(2, dtype=torch.bfloat16)).dtype is torch.float32
+    assert tt.outer([torch.arange(3)]).dtype is torch.float32
+    assert tt.outer([torch.ones(2, dtype=torch.bfloat16)]).dtype is torch.float32
 
 
 def test_a_mode_product_makes_no_copy_of_its_input() -> None:
@@ -106,13 +97,10 @@ def test_a_mode_product_makes_no_copy_of_its_input() -> None:
 
 
 @pytest.mark.law("tensorly-conventions")
-@given(SIZES, st.integers(1, 4), st.booleans(), st.data())
-def test_khatri_rao_is_tensorlys(sizes: list[int], rank: int, weighted: bool, data: st.DataObject) -> None:
+@given(SIZES, st.integers(1, 4))
+def test_khatri_rao_is_tensorlys(sizes: list[int], rank: int) -> None:
     matrices = [numbers((size, rank), size) for size in sizes]
-    weights = numbers((rank,), 9) if weighted else None
-    skip = data.draw(st.integers(0, len(sizes) - 1)) if len(sizes) > 2 and data.draw(st.booleans()) else None
-    expected = tensorly.tenalg.khatri_rao(matrices, weights=weights, skip_matrix=skip)
-    assert relative_error(tt.khatri_rao(matrices, weights, skip), expected) < 1e-12
+    assert relative_error(tt.khatri_rao(matrices), tensorly.tenalg.khatri_rao(matrices)) < 1e-12
     rows = tt.row_khatri_rao([matrix.T for matrix in matrices])
     assert relative_error(rows, tensorly.tenalg.khatri_rao(matrices).T) < 1e-12
 
@@ -134,26 +122,6 @@ def test_inner_is_tensorlys(sizes: list[int], extra: int, data: st.DataObject) -
     real = np.real(one)
     expected = tensorly.tenalg.inner(real, wide, n_modes=count)
     assert relative_error(tt.inner(real, wide, n_modes=count), expected) < 1e-12
-
-
-def test_a_long_chain_is_not_contracted_by_hand() -> None:
-    # All 26 indices at once would take 2^26 steps; a path takes a few hundred.
-    matrices = [numbers((2, 2), seed) for seed in range(25)]
-    letters = [chr(ord("a") + k) for k in range(26)]
-    equation = ",".join(a + b for a, b in itertools.pairwise(letters)) + "->az"
-    expected = np.linalg.multi_dot(matrices)
-    assert relative_error(tt.contract(equation, *matrices), expected) < 1e-10
-
-
-def test_a_kept_path_serves_arrays_of_every_dtype() -> None:
-    rng = np.random.default_rng(0)
-    for dtype in (np.float32, np.complex128, np.float64):
-        a, b, c = (rng.normal(size=size).astype(dtype) for size in ((2, 3), (3, 4), (4, 5)))
-        found = tt.contract("ij,jk,kl->il", a, b, c)
-        assert found.dtype == dtype
-        np.testing.assert_allclose(found, a @ b @ c, rtol=1e-5, atol=1e-5)
-    with pytest.raises(ShapeError, match="does not fit tensors"):
-        tt.contract("ij,jk,kl->il", a, b, b)
 
 
 # -- Every form against the tensor that it forms: entries, slices, arithmetic, norms ---------------
@@ -250,11 +218,9 @@ def test_a_part_is_the_slice(form: str, shape: tuple[int, ...], data: st.DataObj
     one = MAKERS[form](shape, 1)
     whole = one.to_tensor()
     index, expected = [], []
-    for mode, size in enumerate(one.shape):
+    for size in one.shape:
         if form == "kronecker":
-            inner = one.factor_shapes[1][mode]
-            start = inner * data.draw(st.integers(0, size // inner - 1))
-            index.append(slice(start, start + inner))
+            index.append(slice(0, size))
         elif data.draw(st.booleans()):
             index.append(data.draw(st.integers(-size, size - 1)))
         else:
@@ -426,7 +392,7 @@ ONE, WIDE = np.ones((2, 2)), np.ones((2, 3))
 @pytest.mark.parametrize(
     ("call", "error", "text"),
     [
-        *((lambda given=given: tt.vec(given), error, text) for given, error, text in (
+        *((lambda given=given: tt.unfold(given, 0), error, text) for given, error, text in (
             (["a"], BackendError, "must hold numbers"),
             (None, BackendError, "got NoneType"),
             (np.array(["a"]), BackendError, "dtype"),
@@ -435,7 +401,6 @@ ONE, WIDE = np.ones((2, 2)), np.ones((2, 3))
         (lambda: tt.unfold(WIDE, 2), ShapeError, "mode must be from 0 to 1 .*got 2"),
         (lambda: tt.unfold(WIDE, True), ShapeError, "mode must be"),
         (lambda: tt.fold(WIDE, 0, (2, 2)), ShapeError, r"has shape \(2, 2\); got \(2, 3\)"),
-        (lambda: tt.vec_to_tensor(np.ones(3), (2, 2)), ShapeError, "is a vector of 4"),
         (lambda: tt.mode_dot(WIDE, np.ones((4, 2)), 1), ShapeError, "expected 3 columns"),
         (lambda: tt.mode_dot(WIDE, np.ones(2), 1), ShapeError, "expected 3 elements"),
         (lambda: tt.mode_dot(WIDE, np.ones((1, 1, 1)), 1), ShapeError, "a matrix or a vector"),
@@ -445,14 +410,9 @@ ONE, WIDE = np.ones((2, 2)), np.ones((2, 3))
         (lambda: tt.khatri_rao([WIDE, np.ones((2, 2))]), ShapeError, "as many columns as matrix 0"),
         (lambda: tt.khatri_rao([]), ShapeError, "at least one array"),
         (lambda: tt.khatri_rao(3), ShapeError, "a list of arrays"),
-        (lambda: tt.khatri_rao([WIDE], np.ones(2)), ShapeError, r"expected \(3,\)"),
-        (lambda: tt.khatri_rao([WIDE] * 2, skip_matrix=2), ShapeError, "skip_matrix"),
-        (lambda: tt.khatri_rao([WIDE], skip_matrix=0), BackendError, "at least one array"),
         (lambda: tt.row_khatri_rao([WIDE, np.ones((3, 3))]), ShapeError, "as many rows as matrix 0"),
         (lambda: tt.inner(np.ones(2), np.ones(3)), ShapeError, "do not contract"),
         (lambda: tt.inner(np.ones(2), WIDE), ShapeError, "do not contract"),
-        (lambda: tt.contract("ij,jk->ik", WIDE, WIDE), ShapeError, "does not fit tensors"),
-        (lambda: tt.contract("ij,jk", WIDE), ShapeError, "does not fit tensors"),
         (lambda: tt.outer([np.ones(2), np.ones(2, np.float32)]), BackendError, "two dtypes"),
         (lambda: tt.CPTensor(None, []), ShapeError, "at least one array"),
         (lambda: tt.CPTensor(None, [ONE, np.ones((2, 3))]), ShapeError, "CP factor 1 .*as many columns as CP factor 0"),
@@ -468,7 +428,7 @@ ONE, WIDE = np.ones((2, 2)), np.ones((2, 3))
         (lambda: tt.KroneckerTensor(None, [[ONE, ONE], [ONE, np.ones((1, 2))]]), ShapeError, "like term 0"),
         (lambda: tt.KroneckerTensor(np.ones(2), [[ONE, ONE]]), ShapeError, "one per term"),
         (lambda: tt.KroneckerTensor(None, [[ONE], [ONE]]).factors, ShapeError, "use terms"),
-        (lambda: tt.KroneckerTensor(None, [[ONE, ONE]]).part(slice(1, 3)), ShapeError, "multiples of 2"),
+        (lambda: tt.KroneckerTensor(None, [[ONE, ONE]]).part(slice(1, 3)), ShapeError, "part of a KroneckerTensor is"),
         (lambda: tt.HadamardTensor([ONE]), ShapeError, "a list of CP tensors"),
         (lambda: tt.random_cp((2, 2), 1) + tt.random_cp((2, 3), 1), ShapeError, "expected the same shape"),
         (lambda: tt.random_cp((2, 2), 1).inner(tt.random_tt((2, 2), 1)), ShapeError, "other must be another CPTensor"),

@@ -62,7 +62,8 @@ class Settings:
             raise ConfigError(
                 f"start={plan.config.start!r} is where training starts, and a fit gives all arrays: use start='zero'"
             )
-        return fit_plan(Algebra(backend, like, self.svd, self.seed), plan, read, self.limits, progress)
+        # The vectors of groups are nobody else's: a proof that is computed later keeps them without a copy.
+        return fit_plan(Algebra(backend, like, self.svd, self.seed, settled=True), plan, read, self.limits, progress)
 
 
 @checks_arguments
@@ -141,8 +142,7 @@ def decompose(
     dense; anything of order 1                   exact
     CP, M = 2 (LoRA)                             truncated SVD: without padding the optimum (Eckart & Young)
     CP, M > 2                                    as :func:`tnadapt.cp`: ALS, no guarantee; several starts for a small
-                                                 tensor, and Gauss-Newton where the error is small; of rank one, the
-                                                 power iteration
+                                                 tensor, and Gauss-Newton where the error is small
     Tucker                                       as :func:`tnadapt.tucker`: HOSVD, then HOOI
     tensor train                                 as :func:`tnadapt.tensor_train`: TT-SVD, then ALS: within √(M - 1) of
                                                  the optimum
@@ -152,18 +152,15 @@ def decompose(
                                                  also from the space of their rows; if small, then Gauss-Newton
     padding that cuts a row                      full rows, the cut row, then Gauss-Newton on the given elements
     shuffle                                      as without F, for the unshuffled vector
-    dense through linear F                       least squares: small F directly, the optimum; large F by LSQR
+    dense through linear F                       least squares: small F directly, the optimum; large F by CGLS
     others through linear F                      from there, or for a large group with few parameters from ``Fᵀ ΔW``,
                                                  alternating least squares over arrays
     nonlinear F                                  from the inverse of tanhshrink, L-BFGS on all arrays
     arrays frozen, tied, scaled, or made from θ  least squares if ΔW is linear in what is trained, else
-                                                 Gauss-Newton, in float64 on the host; square matrices between a
-                                                 frozen Tucker core and factors start from the core's equivalence
+                                                 Gauss-Newton from several starts, in float64 on the host
     ============================================ =========================================================
 
     Elements that padding adds are free: they are not fitted to zero, but take any value that helps to fit the others.
-    The square matrices of a frozen Tucker core (CRAFT) are found however far from their start they are, if ΔW was made
-    by such matrices, except for some cores of two slices or of coinciding eigenvalues, for which the error is reported.
     An update of zeros gives the initial parameters of training. No global state changes; in particular, TensorLy's
     backend stays the same. Memory is a few times the largest group.
 

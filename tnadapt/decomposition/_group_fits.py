@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tnadapt.algebra.formats import CP, Dense
+from tnadapt.algebra.formats import Dense
 from tnadapt.algebra.group import Group
 from tnadapt.algebra.maps import Linear, Nonlinear, tanhshrink
 from tnadapt.algebra.maps.projection import Projection
@@ -17,7 +17,7 @@ from tnadapt.algebra.superlora import SuperLoRA
 from tnadapt.backends import Array, load_backend
 from tnadapt.errors import ConfigError, ShapeError
 
-from ._least_squares import least_squares, refine
+from ._least_squares import Alternation, least_squares, refine
 from ._network_fit import fit_network, start_network
 from ._parameter_fit import fit_parameters
 from ._reports import FitReport, GroupReport, Step
@@ -266,7 +266,7 @@ def fit_group(algebra: Algebra, group: Group, y: Array, limits: Limits, watch: W
     if not plain and _preserves(group):
         pulled = projection.adjoint(y) * (projection.n_in / projection.map.squared_norm())
         start = start_network(algebra, network, pulled, limits)
-        return _Descent(algebra, network, projection, y, start).fit(limits, watch, preserved=True)
+        return _through(algebra, network, projection, y, start, Iteration(limits, watch))
     before = _before(algebra, projection, y, limits, limits.iterations if plain else _STEPS)
     if algebra.squares(before.arrays["x"]) == 0.0:
         # y is orthogonal to the range of F.
@@ -275,7 +275,22 @@ def fit_group(algebra: Algebra, group: Group, y: Array, limits: Limits, watch: W
     fit = fit_network(algebra, network, before.arrays["x"], limits, unwatched)
     if plain:
         return before._replace(arrays=fit.arrays)
-    return _Descent(algebra, network, projection, y, fit.arrays).fit(limits, watch)
+    return _through(algebra, network, projection, y, fit.arrays, Iteration(limits, watch))
+
+
+def _through(
+    algebra: Algebra, network: Network, projection: Projection, y: Array, start: Mapping[str, Array], steps: Iteration
+) -> Fit:
+    """Fit the arrays of a network through a linear F to a vector, from a start, by alternating least squares."""
+    backend = algebra.backend
+    return Alternation(
+        algebra,
+        network.shapes,
+        lambda arrays: projection(network.whole(backend, arrays)),
+        lambda arrays, vec, name: network.adjoint(backend, arrays, projection.adjoint(vec), only=name)[name],
+        y,
+        affine=network.terms > 1,
+    ).fit(start, steps)
 
 
 def _preserves(group: Group) -> bool:
@@ -301,9 +316,9 @@ def _before(algebra: Algebra, projection: Projection, y: Array, limits: Limits, 
         return Fit({"x": algebra.array(x)}, True, 0, "least squares through F")
     start = algebra.zeros((projection.n_in,))
     tol = min(limits.tol, 1e-6)
-    solution = least_squares(algebra, projection, projection.adjoint, y, start, tol, steps)
-    stopped = "converged" if solution.converged else "max_iterations"
-    return Fit({"x": solution.x}, False, solution.iterations, "least squares through F by LSQR", stopped)
+    x, converged, iterations = least_squares(algebra, projection, projection.adjoint, y, start, tol, steps)
+    stopped = "converged" if converged else "max_iterations"
+    return Fit({"x": x}, False, iterations, "least squares through F by CGLS", stopped)
 
 
 def _nonlinear(algebra: Algebra, group: Group, y: Array, limits: Limits, watch: Watch) -> Fit:
@@ -322,7 +337,7 @@ def _nonlinear(algebra: Algebra, group: Group, y: Array, limits: Limits, watch: 
     if 0.0 < algebra.largest(before) < np.inf:
         few = limits._replace(iterations=min(limits.iterations, 10))
         fitted = fit_network(algebra, network, before, few, unwatched).arrays
-        fitted = _Descent(algebra, network, linear, target, fitted).fit(few, unwatched).arrays
+        fitted = _through(algebra, network, linear, target, fitted, Iteration(few)).arrays
         near = at_size(algebra, network, fitted, exponent)
         # Add a little of the initial arrays: where two factors of a product are zero, both gradients vanish.
         guesses.append({name: near[name] + begun[name] * 1e-3 for name in network.shapes})
@@ -350,166 +365,3 @@ def _unshrunk(algebra: Algebra, y: Array) -> Array:
         t = t - (tanhshrink(backend, t) - near) / (slope * slope + 1e-30)
     # If y is negligible, so is t.
     return backend.where(near * near > 1e-36, t, y * 0.0) + (y - near)
-
-
-# -- Through a linear F: alternating least squares over the arrays of a network ----------------------------------------
-
-# ``F(network)`` is linear in each array. With the others fixed, the optimal array solves a linear least-squares
-# problem, which needs only the map (the network followed by F) and its adjoint, no matrix. No step increases the error.
-#
-# F dominates the time, so the residual is updated instead of computed again: a step of conjugate gradients takes one F
-# and one adjoint. F nearly preserves the lengths of vectors that have few parameters. What is left is the curvature of
-# the network itself, which is known for CP and divided out, so that one step nearly solves a problem.
-
-
-# Steps for each least-squares problem; the next sweep continues from the result. A few are enough while the other
-# arrays still change, one where the curvature is known and F preserves lengths. That the error no longer falls is known
-# from sweeps of many.
-_ONE, _FEW, _MANY = 1, 2, 20
-# A step that gains less than this part of the tolerance is the last one for its array.
-_NEGLIGIBLE = 0.1
-# Below this error, in units of epsilon, the rounding of the updated residual is not negligible.
-_NEAR = 1e4
-# A sweep's change is continued by a multiple within these limits: twice the last one, or a quarter if that was too far.
-_NEAREST, _FARTHEST = 0.25, 16.0
-
-
-class _Descent:
-    """Arrays with the residual of their update, which are fitted through a linear F to a vector, from a start."""
-
-    def __init__(
-        self, algebra: Algebra, network: Network, projection: Projection, y: Array, start: Mapping[str, Array]
-    ) -> None:
-        self.algebra, self.network, self.projection, self.y = algebra, network, projection, y
-        self.arrays, self.norm, self.reach = dict(start), algebra.norm(y), _NEAREST
-        self.measure()
-
-    def fit(self, limits: Limits, watch: Watch, preserved: bool = False) -> Fit:
-        """Run sweeps until they gain too little.
-
-        A sweep solves one problem per array, each in one or two steps; its change is then continued as far as that
-        reduces the error, at the cost of one F. Once a sweep reduces the error by no more than ``tol``, the next one
-        has up to 20 steps. It ends with a sweep of the latter kind. With ``preserved``, F nearly preserves the lengths
-        of the vectors that the network can be, up to a factor.
-        """
-        known = all(
-            _curvature(self.network, self.arrays, self.algebra, name) is not None for name in self.network.shapes
-        )
-        few = _ONE if preserved and known else _FEW
-        near = _NEAR * self.algebra.eps * self.norm
-        self.least = limits.tol * self.norm
-        steps, conjugate = Iteration(limits, watch), few
-        for _ in range(limits.iterations):
-            arrays, before = dict(self.arrays), self.error
-            self.sweep(conjugate)
-            if self.error <= near:
-                self.measure()
-            else:
-                self.go_on(arrays)
-            steps.note(self.error / self.norm)
-            improved = self.error < before  # not if converged up to rounding, or NaN
-            if not improved:
-                self.arrays = arrays
-            if not improved or limits.converged(before / self.norm, self.error / self.norm):
-                if conjugate == _MANY:
-                    steps.stopped = "converged"
-                    break
-                conjugate = _MANY
-            else:
-                conjugate = few if self.error > near else _FEW * 2
-            if not improved:
-                self.measure()
-        else:
-            steps.stopped = "max_iterations"
-        return steps.fit(self.arrays, "alternating least squares")
-
-    def measure(self) -> None:
-        """Compute the residual from the arrays."""
-        self.residual = self.y - self.made(self.arrays)
-        self.error = self.algebra.norm(self.residual)
-
-    def made(self, arrays: Mapping[str, Array]) -> Array:
-        return self.projection(self.network.whole(self.algebra.backend, arrays))
-
-    def sweep(self, steps: int) -> None:
-        """Improve the arrays one after another."""
-        for name in self.network.shapes:
-            self._solve(name, steps)
-            self.error = self.algebra.norm(self.residual)
-
-    def _solve(self, name: str, steps: int) -> None:
-        """Do steps of conjugate gradients for one array."""
-        algebra, backend = self.algebra, self.algebra.backend
-        inverse = _inverse(algebra, _curvature(self.network, self.arrays, algebra, name))
-        # The terms of a sum that do not contain the array are a constant.
-        several = self.network.terms > 1
-        constant = self.made({**self.arrays, name: algebra.zeros(self.network.shapes[name])}) if several else None
-        direction: Array | None = None
-        slope = 0.0
-        for _ in range(steps):
-            pulled = self.projection.adjoint(self.residual)
-            gradient = self.network.adjoint(backend, self.arrays, pulled, only=name)[name]
-            ahead = gradient if inverse is None else backend.matmul(gradient, inverse)
-            before, slope = slope, _dot(algebra, gradient, ahead)
-            if not slope > 0.0:
-                break
-            direction = ahead if direction is None else ahead + direction * (slope / before)
-            image = self.made({**self.arrays, name: direction})
-            image = image if constant is None else image - constant
-            curvature = algebra.squares(image)
-            if not curvature > 0.0:
-                break
-            step = slope / curvature
-            self.arrays[name] = self.arrays[name] + direction * step
-            self.residual = self.residual - image * step
-            # The square of the error falls by slope * step.
-            if slope * step <= 2.0 * _NEGLIGIBLE * self.least * self.error:
-                break
-
-    def go_on(self, before: Mapping[str, Array]) -> None:
-        """Continue the change of the arrays since ``before``, if that reduces the error."""
-        kept = self.arrays, self.residual, self.error
-        self.arrays = {name: array + (array - before[name]) * self.reach for name, array in self.arrays.items()}
-        self.measure()
-        if self.error < kept[2]:
-            self.reach = min(2.0 * self.reach, _FARTHEST)
-        else:
-            self.arrays, self.residual, self.error = kept
-            self.reach = max(0.25 * self.reach, _NEAREST)
-
-
-def _curvature(network: Network, arrays: Mapping[str, Array], algebra: Algebra, name: str) -> np.ndarray | None:
-    """Return the matrix K of an array, up to a factor: the network's adjoint of its value at D is ``D K``.
-
-    None if it is not known. If padding is cut off, it is an approximation.
-    """
-    prefix, _, array_name = name.rpartition(".")
-    split = network.splits[int(prefix.rpartition("split")[2])]
-    if network.terms > 1 or not network.kronecker:
-        return None
-    if isinstance(split, Dense):
-        return np.ones((1, 1))
-    if not isinstance(split, CP) or array_name == "weights":
-        return None
-    curvature = np.ones((split.rank, split.rank))
-    for other in split.shapes:
-        array = double_on_host(algebra.backend, arrays[f"{prefix}.{other}"])
-        if other == "weights":
-            curvature *= np.outer(array, array)
-        elif other != array_name:
-            curvature *= array.T @ array
-    return curvature
-
-
-def _inverse(algebra: Algebra, curvature: np.ndarray | None) -> Array | None:
-    """Return the inverse of a curvature, up to a factor; small eigenvalues, which are rounding, are raised."""
-    if curvature is None or len(curvature) == 1:
-        return None
-    mean = float(np.trace(curvature)) / len(curvature)
-    if not 0.0 < mean < np.inf:
-        return None
-    return algebra.array(np.linalg.inv(curvature / mean + algebra.eps**0.5 * np.eye(len(curvature))))
-
-
-def _dot(algebra: Algebra, a: Array, b: Array) -> float:
-    return float(np.dot(*(double_on_host(algebra.backend, x).reshape(-1) for x in (a, b))))

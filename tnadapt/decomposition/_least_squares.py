@@ -1,4 +1,4 @@
-"""Solvers of least-squares problems: damped Gauss-Newton, LSQR and CGLS for linear ones, and L-BFGS."""
+"""Solvers of least-squares problems: damped Gauss-Newton, CGLS for linear ones, alternating ones, and L-BFGS."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tnadapt.algebra.maps.projection import Projection
 from tnadapt.algebra.network import Network
 from tnadapt.backends import Array
 
-from .fits import Fit, Limits
+from .fits import Fit, Iteration, Limits
 from .linear_algebra import Algebra
 
 # -- Damped Gauss-Newton (Levenberg-Marquardt) -------------------------------------------------------------------------
@@ -197,34 +197,18 @@ class _Products:
         return step, shift * float(np.vdot(step, step).real) - float(np.vdot(step, self.gradient).real)
 
 
-# -- Linear problems given by a map and its adjoint: SciPy's LSQR, and CGLS for other libraries ------------------------
+# -- Linear problems given by a map and its adjoint, by conjugate gradients on the normal equations --------------------
 
-# Paige & Saunders, "LSQR" (ACM TOMS 8, 1982). Both are conjugate gradients on the normal equations, and equal up to
-# rounding. SciPy needs vectors on the host, so CGLS is used for arrays on a device.
+# Björck, Elfving & Strakoš, "Stability of conjugate gradient and Lanczos methods for linear least squares problems"
+# (SIAM J. Matrix Anal. Appl. 19, 1998): CGLS, for arrays of any library, on their device.
 
 
 Map = Callable[[Array], Array]
 
 
-class Solution(NamedTuple):
-    """The solution of a least-squares problem.
-
-    Attributes
-    ----------
-    x : array
-    converged : bool
-        Whether the gradient or the residual is zero to the tolerance.
-    iterations : int
-    """
-
-    x: Array
-    converged: bool
-    iterations: int
-
-
 def least_squares(
     algebra: Algebra, forward: Map, adjoint: Map, y: Array, start: Array, tol: float, iterations: int
-) -> Solution:
+) -> tuple[Array, bool, int]:
     """Find the x that minimizes ``|forward(x) - y|``.
 
     Parameters
@@ -241,41 +225,19 @@ def least_squares(
 
     Returns
     -------
-    Solution
+    x : array
+    converged : bool
+        Whether the gradient is small.
+    iterations : int
 
     Examples
     --------
     >>> from tnadapt.backends import load_backend
     >>> a, y = np.array([[1.0, 0.0], [0.0, 2.0], [0.0, 0.0]]), np.array([3.0, 8.0, 1.0])
     >>> algebra = Algebra(load_backend("numpy"), y)
-    >>> solution = least_squares(algebra, lambda x: a @ x, lambda y: a.T @ y, y, np.zeros(2), 1e-12, 10)
-    >>> solution.x, solution.converged
+    >>> least_squares(algebra, lambda x: a @ x, lambda y: a.T @ y, y, np.zeros(2), 1e-12, 10)[:2]
     (array([3., 4.]), True)
     """
-    solve = lsqr if algebra.backend.name == "numpy" else cgls
-    return solve(algebra, forward, adjoint, y, start, tol, iterations)
-
-
-def lsqr(algebra: Algebra, forward: Map, adjoint: Map, y: Array, start: Array, tol: float, iterations: int) -> Solution:
-    """:func:`least_squares` by SciPy, for NumPy arrays."""
-    from scipy.sparse.linalg import LinearOperator
-    from scipy.sparse.linalg import lsqr as solve
-
-    dtype = y.dtype
-
-    def on_vectors(apply: Map) -> Map:
-        return lambda x: apply(np.asarray(x, dtype).reshape(-1))
-
-    operator = LinearOperator((y.size, start.size), on_vectors(forward), on_vectors(adjoint), dtype=dtype)
-    residual = y - forward(start)
-    if not residual.any():
-        return Solution(start, True, 0)
-    change, reason, steps, *_ = solve(operator, residual, atol=tol, btol=tol, conlim=0.0, iter_lim=iterations)
-    return Solution((start + change).astype(dtype), reason in (0, 1, 2), int(steps))
-
-
-def cgls(algebra: Algebra, forward: Map, adjoint: Map, y: Array, start: Array, tol: float, iterations: int) -> Solution:
-    """:func:`least_squares` by conjugate gradients, for arrays of any library."""
     x, residual = start, y - forward(start)
     gradient = adjoint(residual)
     direction, slope = gradient, algebra.squares(gradient)
@@ -285,20 +247,145 @@ def cgls(algebra: Algebra, forward: Map, adjoint: Map, y: Array, start: Array, t
     for count in range(iterations + 1):
         left = algebra.norm(residual)
         if left <= tol * right or slope**0.5 <= tol * size * left:
-            return Solution(x, True, count)
+            return x, True, count
         if count == iterations or slope == 0.0:
             break
         image = forward(direction)
         curvature = algebra.squares(image)
         if curvature == 0.0:
-            return Solution(x, True, count)
+            return x, True, count
         size = max(size, (curvature / algebra.squares(direction)) ** 0.5)
         step = slope / curvature
         x, residual = x + direction * step, residual - image * step
         gradient = adjoint(residual)
         before, slope = slope, algebra.squares(gradient)
         direction = gradient + direction * (slope / before)
-    return Solution(x, slope == 0.0, count)
+    return x, slope == 0.0, count
+
+
+# -- Alternating least squares: one array after another, by conjugate gradients ----------------------------------------
+
+# What a network makes, also through a linear F, is linear in each array. With the others fixed, the best one solves a
+# linear least-squares problem, which needs only the map and its adjoint, no matrix. No step increases the error. The
+# map dominates the time, so the residual is updated instead of computed again: a step of conjugate gradients takes one
+# map and one adjoint.
+
+
+# Steps for each least-squares problem; the next sweep continues from the result. A few are enough while the other
+# arrays still change. That the error no longer falls is known from sweeps of many.
+_FEW, _MANY = 4, 20
+# A step that gains less than this part of the tolerance is the last one for its array.
+_NEGLIGIBLE = 0.1
+# Below this error, in units of epsilon, the rounding of the updated residual is not negligible.
+_ROUNDED = 1e4
+# A sweep's change is continued by a multiple within these limits: twice the last one, or a quarter if that was too far.
+_NEAREST, _FARTHEST = 0.25, 16.0
+
+Arrays = dict[str, Array]
+
+
+class Alternation:
+    """Sweeps over arrays that are fitted to a vector.
+
+    Parameters
+    ----------
+    algebra : Algebra
+    shapes : mapping of str to tuple of int
+        Of the arrays.
+    forward : callable
+        Computes the vector of arrays, which is linear in each of them; or affine, if ``affine``.
+    adjoint : callable
+        Computes the gradient of the inner product of a vector and that of arrays; called with the arrays, the vector
+        and the name of one array.
+    y : array, shape (n,)
+        Not zero.
+    affine : bool
+    """
+
+    def __init__(
+        self,
+        algebra: Algebra,
+        shapes: Mapping[str, tuple[int, ...]],
+        forward: Callable[[Mapping[str, Array]], Array],
+        adjoint: Callable[[Mapping[str, Array], Array, str], Array],
+        y: Array,
+        affine: bool = False,
+    ) -> None:
+        self.algebra, self.shapes, self.forward, self.adjoint, self.y = algebra, shapes, forward, adjoint, y
+        self.affine, self.norm, self.error = affine, algebra.norm(y), math.inf
+
+    def fit(self, start: Mapping[str, Array], steps: Iteration) -> Fit:
+        """Run sweeps from a start until they gain too little."""
+        self.arrays, self.reach, limits = dict(start), _NEAREST, steps.limits
+        self.least, near = limits.tol * self.norm, _ROUNDED * self.algebra.eps * self.norm
+        self._measure()
+        steps.begin()
+        conjugate = _FEW
+        while not steps.stopped:
+            arrays, before = dict(self.arrays), self.error
+            for name in self.shapes:
+                self._solve(name, conjugate)
+                self.error = self.algebra.norm(self.residual)
+            if self.error <= near:
+                self._measure()
+            else:
+                self._go_on(arrays)
+            improved = self.error < before  # not if converged up to rounding, or NaN
+            if not improved:
+                self.arrays = arrays
+                self._measure()
+            steps.count += 1
+            if steps.note(self.error / self.norm):
+                break
+            if not improved or limits.converged(before / self.norm, self.error / self.norm):
+                if conjugate == _MANY:
+                    steps.stopped = "converged"
+                conjugate = _MANY
+            else:
+                conjugate = _FEW if self.error > near else 2 * _FEW
+            if steps.count >= limits.iterations:
+                steps.stopped = steps.stopped or "max_iterations"
+        return steps.fit(self.arrays, "alternating least squares", self.error / self.norm)
+
+    def _measure(self) -> None:
+        """Compute the residual from the arrays."""
+        self.residual = self.y - self.forward(self.arrays)
+        self.error = self.algebra.norm(self.residual)
+
+    def _solve(self, name: str, steps: int) -> None:
+        """Do steps of conjugate gradients for one array."""
+        algebra = self.algebra
+        constant = self.forward({**self.arrays, name: algebra.zeros(self.shapes[name])}) if self.affine else None
+        direction: Array | None = None
+        slope = 0.0
+        for _ in range(steps):
+            gradient = self.adjoint(self.arrays, self.residual, name)
+            before, slope = slope, algebra.squares(gradient)
+            if not slope > 0.0:
+                break
+            direction = gradient if direction is None else gradient + direction * (slope / before)
+            image = self.forward({**self.arrays, name: direction})
+            image = image if constant is None else image - constant
+            curvature = algebra.squares(image)
+            if not curvature > 0.0:
+                break
+            step = slope / curvature
+            self.arrays[name] = self.arrays[name] + direction * step
+            self.residual = self.residual - image * step
+            # The square of the error falls by slope * step.
+            if slope * step <= 2.0 * _NEGLIGIBLE * self.least * self.error:
+                break
+
+    def _go_on(self, before: Mapping[str, Array]) -> None:
+        """Continue the change of the arrays since ``before``, if that reduces the error."""
+        kept = self.arrays, self.residual, self.error
+        self.arrays = {name: array + (array - before[name]) * self.reach for name, array in self.arrays.items()}
+        self._measure()
+        if self.error < kept[2]:
+            self.reach = min(2.0 * self.reach, _FARTHEST)
+        else:
+            self.arrays, self.residual, self.error = kept
+            self.reach = max(0.25 * self.reach, _NEAREST)
 
 
 # -- L-BFGS on all arrays of a network, for a nonlinear F and for Hadamard products ------------------------------------

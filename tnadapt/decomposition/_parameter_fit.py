@@ -15,15 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from tnadapt.algebra.formats import Tucker
 from tnadapt.algebra.group import Group
-from tnadapt.algebra.products import tucker_tensor
-from tnadapt.algebra.sources import Mixed
 from tnadapt.algebra.superlora import SuperLoRA
 from tnadapt.backends import load_backend
 
 from ._least_squares import damped_gauss_newton
-from ._tensor_equivalence import equivalence
 from .fits import Fit, Limits, all_of
 
 Arrays = dict[str, np.ndarray]
@@ -32,7 +28,7 @@ Arrays = dict[str, np.ndarray]
 _FORMED = 1 << 22
 # Up to this many columns of it are computed in each step; products with it are enough otherwise.
 _COLUMNS = 256
-# Number of random starts of a problem that is not linear, after that of training and that of a frozen core.
+# Number of random starts of a problem that is not linear, after that of training.
 _STARTS = 3
 
 
@@ -270,7 +266,7 @@ def _nonlinear(
 
     rng = np.random.RandomState(seed % (1 << 32))
     best, steps = None, 0
-    for begun in _starts(problem, problem.flat(start), rng):
+    for begun in _starts(problem.flat(start), rng):
         descent = damped_gauss_newton(problem.residual, jacobian, begun, problem.norm, limits, watch)
         steps += len(descent.history)
         if best is None or descent.error < best.error:
@@ -282,42 +278,8 @@ def _nonlinear(
     return Fit(problem.params(best.x), False, steps, "Gauss-Newton", stopped, history=best.history)
 
 
-def _starts(problem: _Problem, start: np.ndarray, rng: np.random.RandomState) -> Iterator[np.ndarray]:
-    """Yield the start of training and that of a frozen core, the better one first, then random ones."""
-    known = [start]
-    if problem.norm and (matrices := _from_core(problem, problem.params(start), rng)) is not None:
-        known.append(problem.flat(matrices))
-    yield from sorted(known, key=lambda vec: float(np.linalg.norm(problem.residual(vec))))
+def _starts(start: np.ndarray, rng: np.random.RandomState) -> Iterator[np.ndarray]:
+    """Yield the start of training, then random ones."""
+    yield start
     for _ in range(_STARTS):
         yield start + rng.normal(size=start.size) * (np.sqrt(np.mean(start**2)) or 1.0)
-
-
-def _from_core(problem: _Problem, start: Arrays, rng: np.random.RandomState) -> Arrays | None:
-    """Return the matrices that turn a frozen Tucker core into that of the update, if they are what is trained.
-
-    With frozen factors U and matrices J, the update is ``G ×_0 U_0 J_0 ×_1 U_1 J_1 …``: its product with the
-    pseudoinverses of U is the small tensor ``G ×_0 J_0 ×_1 J_1 …``.
-    """
-    group, backend = problem.groups[0], problem.backend
-    network, projection = group.network, group.projection
-    split = network.splits[0]
-    if len(problem.groups) > 1 or problem.plan.theta is not None or network.terms * len(network.splits) > 1:
-        return None
-    if type(split) is not Tucker or not projection.map.isometry or network.size != math.prod(split.sizes):
-        return None
-    prefix = network.prefixes[0][0]
-    factors = [f"{prefix}factor{mode}" for mode in range(len(split.sizes))]
-    mixed = {f"{name}.mix" for name in factors if isinstance(group.multiplied.get(name), Mixed)}
-    if len(mixed) < len(factors) or set(group.names) != mixed or len(problem.shapes) < len(mixed):
-        return None
-    y = problem.wanted
-    if group.subtracts:
-        y = y + np.asarray(projection(network.whole(backend, group.begun(backend, start))))
-    tensor = np.asarray(projection.adjoint(y)).reshape(split.sizes) / network.scale
-    inverses = [np.linalg.pinv(_parts(group, name, start)[0]) for name in factors]
-    wanted = tucker_tensor(backend, tensor, inverses)
-    core = _parts(group, f"{prefix}core", start)[0]
-    if not wanted.any() or not core.any():
-        return None
-    matrices = equivalence(core, wanted, rng)
-    return {group.names[f"{name}.mix"]: matrix for name, matrix in zip(factors, matrices, strict=True)}

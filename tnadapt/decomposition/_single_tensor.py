@@ -16,11 +16,11 @@ from tnadapt.algebra.formats import CP, BatchedCP, Dense, Format, Permuted, Tens
 from tnadapt.algebra.products import padded_to
 from tnadapt.backends import Array
 
-from ._least_squares import least_squares
+from ._least_squares import Alternation
 from .cp_als import fit_cp
 from .fits import Fit, Iteration, Limits, all_of
 from .hooi import fit_tucker
-from .linear_algebra import Algebra, MatrixTruncation
+from .linear_algebra import Algebra
 from .tt_svd import fit_train
 
 Arrays = dict[str, Array]
@@ -87,11 +87,6 @@ def _sweeps(limits: Limits) -> Iteration:
     return Iteration(limits)
 
 
-def _truncation(algebra: Algebra, tensor: Array) -> MatrixTruncation:
-    # The tensor is that of a group, which nobody else has: a proof that is computed later keeps it without a copy.
-    return MatrixTruncation(algebra.backend, tensor, algebra.svd_method, algebra.seed, settled=True)
-
-
 def _cp(algebra: Algebra, split: Any, tensor: Array, start: Any, limits: Limits) -> Fit:
     factors, sizes, fit = _components(algebra, split.rank, tensor, start, limits)
     # Distribute the magnitude of a component equally over its factors.
@@ -139,7 +134,7 @@ def _components(
     backend, shape = algebra.backend, tensor.shape
     rank = min(rank, math.prod(shape) // max(shape))
     init = "svd" if start is None else [start[f"factor{m}"][:size, :rank] for m, size in enumerate(shape)]
-    fit = fit_cp(_truncation(algebra, tensor), tensor, rank, _sweeps(limits), init=init)
+    fit = fit_cp(algebra, tensor, rank, _sweeps(limits), init=init)
     factors = [fit.arrays[f"factor{mode}"] for mode in range(len(shape))]
     norms = [algebra.columns(factor) for factor in factors]
     units = [
@@ -161,7 +156,7 @@ def _tucker(algebra: Algebra, split: Any, tensor: Array, start: Any, limits: Lim
     possible = _possible_ranks([min(r, d) for r, d in zip(split.core, sizes, strict=True)], split.modes)
     ranks = {mode: possible[mode] for mode in split.modes}
     init = None if start is None else {m: start[f"factor{m}"][: sizes[m], : ranks[m]] for m in ranks}
-    return fit_tucker(_truncation(algebra, tensor), tensor, ranks, Iteration(limits), init=init)
+    return fit_tucker(algebra, tensor, ranks, Iteration(limits), init=init)
 
 
 def _possible_ranks(ranks: list[int], modes: list[int]) -> tuple[int, ...]:
@@ -176,7 +171,7 @@ def _possible_ranks(ranks: list[int], modes: list[int]) -> tuple[int, ...]:
 
 def _tensor_train(algebra: Algebra, split: Any, tensor: Array, start: Any, limits: Limits) -> Fit:
     ranks = [int(rank) for rank in split.ranks[1:-1]]
-    return fit_train(_truncation(algebra, tensor), tensor, ranks, _sweeps(limits))
+    return fit_train(algebra, tensor, ranks, _sweeps(limits))
 
 
 _SOLVERS: dict[type[Format], Callable[[Algebra, Any, Array, Any, Limits], Fit]] = {
@@ -191,15 +186,8 @@ _SOLVERS: dict[type[Format], Callable[[Algebra, Any, Array, Any, Limits], Fit]] 
 
 # -- Any other format: one array after another, from several starts ----------------------------------------------------
 
-# A tensor is linear in each array, so each array in turn solves a linear least-squares problem with the others fixed;
-# no step increases the error. The problems are solved by LSQR, which needs only the tensor and the adjoint of the
-# format.
-
-
 # Number of random starts for a small tensor, and its maximum size; larger ones have a single start.
 _GENERAL_STARTS, _SMALL_GENERAL = 4, 1 << 14
-# Solver steps for each least-squares problem; the next sweep continues from the result.
-_STEPS = 30
 
 
 def fit_any(algebra: Algebra, split: Format, tensor: Array, start: Mapping[str, Array] | None, limits: Limits) -> Fit:
@@ -220,62 +208,28 @@ def fit_any(algebra: Algebra, split: Format, tensor: Array, start: Mapping[str, 
     Fit
         Never marked optimal, as alternating least squares may end in a local minimum.
     """
-    now, steps = _Alternation(algebra, split, tensor), Iteration(limits)
+    backend, missing = algebra.backend, math.prod(split.sizes) - math.prod(tensor.shape)
+    box = [(0, int(size)) for size in tensor.shape]
+
+    def forward(arrays: Mapping[str, Array]) -> Array:
+        return backend.flatten(split.tensor(backend, arrays, box))
+
+    def adjoint(arrays: Mapping[str, Array], vec: Array, name: str) -> Array:
+        # Rows that the tensor does not have are not part of the problem, so they are zero in the adjoint.
+        filled = backend.reshape(backend.pad_last(vec, vec.shape[0] + missing), split.sizes)
+        return split.adjoint(backend, arrays, filled)[name]
+
+    sweeps, steps = Alternation(algebra, split.shapes, forward, adjoint, backend.flatten(tensor)), Iteration(limits)
     if start is not None:
-        return now.descent({name: start[name] for name in split.shapes}, steps)
+        return sweeps.fit({name: start[name] for name in split.shapes}, steps)
     rng = algebra.rng
-    starts = _GENERAL_STARTS if math.prod(tensor.shape) <= _SMALL_GENERAL else 1
     best: Fit | None = None
-    for _ in range(starts):
+    for _ in range(_GENERAL_STARTS if math.prod(tensor.shape) <= _SMALL_GENERAL else 1):
         begun = {name: algebra.array(rng.normal(size=shape)) for name, shape in split.shapes.items()}
-        fit = now.descent(begun, steps)
+        fit = sweeps.fit(begun, steps)
         if best is None or fit.error < best.error:
             best = fit
         if best.error <= 64.0 * algebra.eps:
             break
     assert best is not None
     return best._replace(iterations=len(steps.history), history=tuple(steps.history))
-
-
-class _Alternation:
-    """A format, the tensor that it is fitted to, and the sweeps over its arrays."""
-
-    def __init__(self, algebra: Algebra, split: Format, tensor: Array) -> None:
-        self.algebra, self.split, self.tensor = algebra, split, tensor
-        self.norm = algebra.norm(tensor)
-        self.box = [(0, int(size)) for size in tensor.shape]
-        self.missing = math.prod(split.sizes) - math.prod(tensor.shape)
-
-    def made(self, arrays: Mapping[str, Array]) -> Array:
-        return self.split.tensor(self.algebra.backend, arrays, self.box)
-
-    def descent(self, begun: Arrays, steps: Iteration) -> Fit:
-        """Run sweeps from given arrays until the iteration stops."""
-        arrays, best = dict(begun), dict(begun)
-        steps.begin()
-        while not steps.stopped:
-            for name in self.split.shapes:
-                arrays[name] = self._solved(arrays, name, steps.limits.tol)
-            error = self.algebra.norm(self.tensor - self.made(arrays)) / self.norm
-            if not error < steps.before:  # up to rounding, or NaN
-                steps.stopped = "converged"
-                break
-            best = dict(arrays)
-            steps.step(error)
-        return steps.fit(best, "alternating least squares", steps.before)
-
-    def _solved(self, arrays: Mapping[str, Array], name: str, tol: float) -> Array:
-        """Return the optimal value of one array with the others fixed."""
-        backend, shape = self.algebra.backend, self.split.shapes[name]
-
-        def forward(vec: Array) -> Array:
-            return backend.flatten(self.made({**arrays, name: backend.reshape(vec, shape)}))
-
-        def adjoint(vec: Array) -> Array:
-            # Rows that the tensor does not have are not part of the problem, so they are zero in the adjoint.
-            filled = backend.reshape(backend.pad_last(vec, vec.shape[0] + self.missing), self.split.sizes)
-            return backend.flatten(self.split.adjoint(backend, arrays, filled)[name])
-
-        wanted, begun = backend.flatten(self.tensor), backend.flatten(arrays[name])
-        solution = least_squares(self.algebra, forward, adjoint, wanted, begun, min(tol, 1e-6), _STEPS)
-        return backend.reshape(solution.x, shape)

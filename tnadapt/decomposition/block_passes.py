@@ -6,10 +6,9 @@ computed in double precision, one block at a time.
 
 from __future__ import annotations
 
-import abc
 import itertools
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,98 +21,61 @@ from .linear_algebra import kept
 # -- Passes ------------------------------------------------------------------------------------------------------------
 
 
-Place = tuple[slice, ...]
+class BlockPasses:
+    """Passes over a tensor that is read block by block, each in double precision.
 
-
-class BlockPasses(abc.ABC):
-    """A tensor that is read in blocks, each of which fits in memory several times.
-
-    Attributes
+    Parameters
     ----------
-    shape : tuple of int
-    dtype : numpy.dtype
+    array : numpy.memmap or dask.array.Array
+        dask computes one of its chunks after another, in threads or on a cluster, as its user configured it.
+    memory : int
+        Bytes that a block of a memory map may have in double precision.
     """
 
-    shape: tuple[int, ...]
-    dtype: np.dtype[Any]
+    def __init__(self, array: Any, memory: int) -> None:
+        self.array, self.shape = array, tuple(int(size) for size in array.shape)
+        self.dtype = np.dtype(array.dtype)
+        #: The dtype of the computation.
+        self.wide = np.dtype(np.complex128 if self.dtype.kind == "c" else np.float64)
+        self.elements = max(1, memory // self.wide.itemsize)
 
-    @property
-    def wide(self) -> np.dtype[Any]:
-        """The dtype of the computation."""
-        return np.dtype(np.complex128 if self.dtype.kind == "c" else np.float64)
+    def _blocks(self, whole: int | None = None) -> Iterator[tuple[tuple[slice, ...], np.ndarray]]:
+        """Yield each block with its place; blocks have all of the mode ``whole``."""
+        chunks = getattr(self.array, "chunks", None) or self._sides(whole)
+        spans = []
+        for mode, size in enumerate(self.shape):
+            edges = np.cumsum([0, *chunks[mode]]).tolist() if mode != whole else [0, size]
+            spans.append([slice(*pair) for pair in itertools.pairwise(edges)])
+        for place in itertools.product(*spans):
+            yield place, np.asarray(self.array[place], self.wide)
 
-    @abc.abstractmethod
+    def _sides(self, whole: int | None) -> list[list[int]]:
+        """Return the sides of the blocks of a memory map along each mode."""
+        sides: list[list[int]] = [[size] for size in self.shape]
+        left = self.elements if whole is None else max(1, self.elements // self.shape[whole])
+        # Whole last modes, so that a block is read from few places.
+        for mode in range(len(sides) - 1, -1, -1):
+            if mode != whole:
+                size = self.shape[mode]
+                side = max(1, min(size, left))
+                sides[mode] = [min(side, size - start) for start in range(0, size, side)]
+                left = max(1, left // side)
+        return sides
+
     def sketches(self, tests: Mapping[int, Sequence[np.ndarray]]) -> tuple[dict[int, np.ndarray], float]:
         """Multiply unfoldings by the Khatri-Rao products of test matrices, in one pass.
 
         Parameters
         ----------
-        tests : mapping of int to sequence of ndarray
-            For each mode that is sketched, one matrix of shape (d_m, s) for each mode of the tensor; that of the mode
-            itself is not used.
+        tests : mapping of int to sequence of ndarray, shape (d_m, n)
+            For the unfolding of each mode, a matrix for every mode; its own is not used.
 
         Returns
         -------
-        dict of int to ndarray, shape (d_m, s)
+        dict of int to ndarray, shape (d_mode, n)
         float
-            The squared Frobenius norm of the tensor.
+            Squared Frobenius norm of the tensor.
         """
-
-    @abc.abstractmethod
-    def grams(self, modes: Collection[int]) -> tuple[dict[int, np.ndarray], float]:
-        """Compute the Gram matrices of unfoldings, ``x @ x.conj().T``, and the squared Frobenius norm of the tensor."""
-
-    @abc.abstractmethod
-    def projections(self, sets: Sequence[Mapping[int, np.ndarray]]) -> list[np.ndarray]:
-        """Multiply by the conjugate transposes of matrices of shape (d_m, r_m) along some modes, for each set of them,
-        in one pass.
-        """
-
-    def projected(self, factors: Mapping[int, np.ndarray]) -> np.ndarray:
-        """Compute :meth:`projections` with one set."""
-        return self.projections([factors])[0]
-
-    def all_but_one(self, factors: Mapping[int, np.ndarray]) -> dict[int, np.ndarray]:
-        """Compute :meth:`projections` with all factors but one, for each of them in turn."""
-        sets = [{m: factor for m, factor in factors.items() if m != mode} for mode in factors]
-        return dict(zip(factors, self.projections(sets), strict=True))
-
-    @abc.abstractmethod
-    def distance(self, core: np.ndarray, factors: Sequence[np.ndarray]) -> float:
-        """Compute the Frobenius distance from the Tucker tensor of a core and factors, in one pass."""
-
-
-class ArrayPasses(BlockPasses):
-    """Passes over an array that NumPy slices, such as a memory map.
-
-    Parameters
-    ----------
-    array : array
-    memory : int
-        Bytes that a block may have in double precision.
-    """
-
-    def __init__(self, array: Any, memory: int) -> None:
-        self.array, self.shape, self.dtype = array, tuple(array.shape), np.dtype(array.dtype)
-        self.elements = max(1, memory // self.wide.itemsize)
-
-    def _blocks(self, whole: int | None = None) -> Iterator[tuple[Place, np.ndarray]]:
-        """Yield each block with its place; blocks have all of the mode ``whole``."""
-        sides, left = list(self.shape), self.elements
-        if whole is not None:
-            left = max(1, left // self.shape[whole])
-        # Whole last modes, so that a block is read from few places.
-        for mode in range(len(sides) - 1, -1, -1):
-            if mode != whole:
-                sides[mode] = max(1, min(sides[mode], left))
-                left = max(1, left // sides[mode])
-        starts = [range(0, size, side) for size, side in zip(self.shape, sides, strict=True)]
-        for corner in itertools.product(*starts):
-            spans = zip(corner, sides, self.shape, strict=True)
-            place = tuple(slice(start, min(start + side, size)) for start, side, size in spans)
-            yield place, np.asarray(self.array[place], self.wide)
-
-    def sketches(self, tests: Mapping[int, Sequence[np.ndarray]]) -> tuple[dict[int, np.ndarray], float]:
         sketches = {
             mode: np.zeros((self.shape[mode], matrices[0].shape[1]), self.wide) for mode, matrices in tests.items()
         }
@@ -121,36 +83,43 @@ class ArrayPasses(BlockPasses):
         for place, block in self._blocks():
             square += float(np.vdot(block, block).real)
             for mode, matrices in tests.items():
-                sketches[mode][place[mode]] += sketch_of(
+                sketches[mode][place[mode]] += _sketch_of(
                     block, mode, [matrix[at] for matrix, at in zip(matrices, place, strict=True)]
                 )
         return sketches, square
 
-    def grams(self, modes: Collection[int]) -> tuple[dict[int, np.ndarray], float]:
-        grams, square = dict[int, np.ndarray](), 0.0
-        for number, mode in enumerate(modes):
-            gram = np.zeros((self.shape[mode],) * 2, self.wide)
+    def grams(self) -> tuple[list[np.ndarray], float]:
+        """Compute the Gram matrices of all unfoldings, ``x @ x.conj().T``, and the tensor's squared Frobenius norm."""
+        grams, square = [], 0.0
+        for mode, size in enumerate(self.shape):
+            gram = np.zeros((size, size), self.wide)
             for _, block in self._blocks(whole=mode):
-                rows = np.moveaxis(block, mode, 0).reshape(self.shape[mode], -1)
+                rows = np.moveaxis(block, mode, 0).reshape(size, -1)
                 gram += rows @ rows.conj().T
-                square += float(np.vdot(block, block).real) if number == 0 else 0.0
-            grams[mode] = gram
+            square = float(np.trace(gram).real)
+            grams.append(gram)
         return grams, square
 
     def projections(self, sets: Sequence[Mapping[int, np.ndarray]]) -> list[np.ndarray]:
-        shape = self.shape
+        """Multiply by the conjugate transposes of matrices of shape (d_m, r_m) along some modes, for each set of them,
+        in one pass.
+        """
         projections = [
-            np.zeros([factors[m].shape[1] if m in factors else d for m, d in enumerate(shape)], self.wide)
+            np.zeros([factors[m].shape[1] if m in factors else d for m, d in enumerate(self.shape)], self.wide)
             for factors in sets
         ]
         for place, block in self._blocks():
             for factors, projection in zip(sets, projections, strict=True):
-                rows = {mode: factor[place[mode]] for mode, factor in factors.items()}
                 target = tuple(slice(None) if m in factors else at for m, at in enumerate(place))
-                projection[target] += _projected(block, rows)
+                projected, rows = block, [(mode, factor[place[mode]]) for mode, factor in factors.items()]
+                # The modes in the order in which the block shrinks most.
+                for mode, matrix in sorted(rows, key=lambda pair: pair[1].shape[1] / pair[1].shape[0]):
+                    projected = _times(projected, matrix.conj().T, mode)
+                projection[target] += projected
         return projections
 
     def distance(self, core: np.ndarray, factors: Sequence[np.ndarray]) -> float:
+        """Compute the Frobenius distance from the Tucker tensor of a core and factors, in one pass."""
         total = 0.0
         for place, block in self._blocks():
             approximation = core
@@ -161,79 +130,7 @@ class ArrayPasses(BlockPasses):
         return math.sqrt(total)
 
 
-class DaskPasses(BlockPasses):
-    """Passes over a dask array; dask computes them, in threads or on a cluster, as its user configured it.
-
-    Parameters
-    ----------
-    array : dask.array.Array
-    """
-
-    def __init__(self, array: Any) -> None:
-        self.array, self.shape, self.dtype = array, tuple(int(size) for size in array.shape), np.dtype(array.dtype)
-        self.double = array.astype(self.wide)
-
-    def _with_square(self, passes: dict[int, Any]) -> tuple[dict[int, np.ndarray], float]:
-        import dask
-
-        # Together, so that every chunk is read once.
-        arrays, square = dask.compute(passes, (self.double * self.double.conj()).real.sum())
-        return {mode: np.asarray(array) for mode, array in arrays.items()}, float(square)
-
-    def sketches(self, tests: Mapping[int, Sequence[np.ndarray]]) -> tuple[dict[int, np.ndarray], float]:
-        import dask.array as da
-
-        # NumPy's functions call those of dask, which compute nothing yet.
-        return self._with_square(
-            {
-                mode: sketch_of(self.double, mode, [da.from_array(matrix, chunks=-1) for matrix in matrices])
-                for mode, matrices in tests.items()
-            }
-        )
-
-    def grams(self, modes: Collection[int]) -> tuple[dict[int, np.ndarray], float]:
-        import dask.array as da
-
-        grams = {}
-        for mode in modes:
-            others = [m for m in range(len(self.shape)) if m != mode]
-            grams[mode] = da.tensordot(self.double, self.double.conj(), axes=(others, others))
-        return self._with_square(grams)
-
-    def projections(self, sets: Sequence[Mapping[int, np.ndarray]]) -> list[np.ndarray]:
-        import dask
-
-        projections = []
-        for factors in sets:
-            x = self.double
-            for mode in _shrinking(factors):
-                x = self._along(x, factors[mode].conj().T, mode, factors[mode].shape[1:])
-            projections.append(x)
-        return [np.asarray(array) for array in dask.compute(*projections)]
-
-    def distance(self, core: np.ndarray, factors: Sequence[np.ndarray]) -> float:
-        import dask.array as da
-
-        approximation = da.from_array(core, chunks=-1)
-        for mode, factor in enumerate(factors):
-            approximation = self._along(approximation, factor, mode, self.array.chunks[mode])
-        left = self.double - approximation
-        return math.sqrt(float((left * left.conj()).real.sum().compute()))
-
-    @staticmethod
-    def _along(x: Any, matrix: np.ndarray, mode: int, rows: Any) -> Any:
-        import dask.array as da
-
-        placed = da.from_array(matrix, chunks=(rows, x.chunks[mode]))
-        return da.moveaxis(da.tensordot(placed, x, axes=(1, mode)), 0, mode)
-
-
-def passes_over(array: Any, memory: int) -> BlockPasses:
-    """Return the passes over an array that is read in blocks: a memory map, or an array of dask."""
-    return ArrayPasses(array, memory) if isinstance(array, np.memmap) else DaskPasses(array)
-
-
-def sketch_of(block: Any, mode: int, tests: Sequence[Any]) -> Any:
+def _sketch_of(block: np.ndarray, mode: int, tests: Sequence[np.ndarray]) -> np.ndarray:
     """Multiply an unfolding by the Khatri-Rao product of the other modes' matrices, without forming that."""
     axes = [m for m in range(block.ndim) if m != mode]
     sketch = np.tensordot(block, tests[axes[-1]], axes=(axes[-1], 0))
@@ -241,17 +138,6 @@ def sketch_of(block: Any, mode: int, tests: Sequence[Any]) -> Any:
         behind = (slice(None), *[None] * (sketch.ndim - axis - 2), slice(None))
         sketch = (sketch * tests[axis][behind]).sum(axis=axis)
     return sketch
-
-
-def _shrinking(factors: Mapping[int, np.ndarray]) -> list[int]:
-    """Return the modes in the order in which the tensor shrinks most."""
-    return sorted(factors, key=lambda mode: factors[mode].shape[1] / factors[mode].shape[0])
-
-
-def _projected(block: np.ndarray, factors: Mapping[int, np.ndarray]) -> np.ndarray:
-    for mode in _shrinking(factors):
-        block = _times(block, factors[mode].conj().T, mode)
-    return block
 
 
 def _times(block: np.ndarray, matrix: np.ndarray, mode: int) -> np.ndarray:
@@ -358,7 +244,8 @@ def _by_sizes(passes: BlockPasses, sizes: Sequence[int], seed: int) -> Compresse
     norm = _norm(square)
     bases = {mode: np.linalg.qr(sketch)[0] for mode, sketch in sketches.items()}
     # Sketches catch the leading directions and much of the rest: a sweep of orthogonal iteration sorts these.
-    for mode, part in passes.all_but_one(bases).items():
+    sets = [{m: basis for m, basis in bases.items() if m != mode} for mode in bases]
+    for mode, part in zip(bases, passes.projections(sets), strict=True):
         rows = np.moveaxis(part, mode, 0).reshape(part.shape[mode], -1)
         bases[mode] = np.linalg.svd(rows, full_matrices=False)[0][:, : sizes[mode]]
     return _compressed_core(passes, bases, norm, 0.0)
@@ -377,10 +264,10 @@ def _by_error(passes: BlockPasses, max_error: float) -> Compressed:
     -----
     Costs ``prod(d) * sum(d)`` multiply-adds in the pass of the Gram matrices.
     """
-    grams, square = passes.grams(range(len(passes.shape)))
+    grams, square = passes.grams()
     norm, bases, bound = _norm(square), dict[int, np.ndarray](), 0.0
     loss = max_error * norm / math.sqrt(len(passes.shape))
-    for mode, gram in grams.items():
+    for mode, gram in enumerate(grams):
         values, vectors = np.linalg.eigh(gram)
         singular = np.sqrt(np.maximum(values[::-1], 0.0))
         count = kept(singular, len(singular), loss)
@@ -397,7 +284,7 @@ def _norm(square: float) -> float:
 
 
 def _compressed_core(passes: BlockPasses, bases: dict[int, np.ndarray], norm: float, bound: float) -> Compressed:
-    core = passes.projected(bases)
+    core = passes.projections([bases])[0]
     factors = [
         bases[mode] if mode in bases else np.eye(size, dtype=passes.wide) for mode, size in enumerate(passes.shape)
     ]

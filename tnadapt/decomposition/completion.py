@@ -27,18 +27,6 @@ Arrays = dict[str, np.ndarray]
 _SWEPT = "alternating least squares"
 
 
-def places_in_splits(
-    splits: Sequence[Format], shape: Sequence[int], known: np.ndarray, hadamard: bool
-) -> list[Sequence[np.ndarray]]:
-    """Return for each split the indices of elements of their product, which are given by their places in it."""
-    modes = np.unravel_index(known, tuple(shape))
-    if hadamard or len(splits) == 1:
-        return [modes] * len(splits)
-    # In each mode the index is a K-digit number with one digit per split, most significant first.
-    digits = [np.unravel_index(place, [split.sizes[mode] for split in splits]) for mode, place in enumerate(modes)]
-    return [[each[k] for each in digits] for k in range(len(splits))]
-
-
 # -- Some elements of the tensor of one format, and their derivatives --------------------------------------------------
 
 # An element of the tensor is an einsum of the rows of the arrays that its indices select, so any set of elements is one
@@ -214,7 +202,12 @@ class ObservedElements:
     def of_network(cls, network: Network, flat: np.ndarray | None = None) -> ObservedElements:
         """Return elements of a network's vector; by default all of it."""
         flat = np.arange(network.size) if flat is None else flat
-        places = places_in_splits(network.splits, network.sizes, flat, not network.kronecker)
+        modes, splits = np.unravel_index(flat, network.sizes), network.splits
+        places: list[Sequence[np.ndarray]] = [modes] * len(splits)
+        if network.kronecker and len(splits) > 1:
+            # In each mode the index is a K-digit number with one digit per split, most significant first.
+            digits = [np.unravel_index(at, [split.sizes[mode] for split in splits]) for mode, at in enumerate(modes)]
+            places = [[each[k] for each in digits] for k in range(len(splits))]
         return cls(network.splits, network.prefixes, places, network.scale)
 
     # -- Parameters as one vector ----------------------------------------------------------------
@@ -500,66 +493,46 @@ def fit_observed(
     Fit
         The best descent's.
     """
-    problem = _Weighted(elements, wanted, roots)
+    kind = np.result_type(wanted.dtype, np.float64)
+    target = wanted if roots is None else wanted * roots
+    norm = float(np.linalg.norm(target))
     best: Descent | None = None
-    agreeing, seen = 0, _BestSoFar(watch)
+    agreeing, steps = 0, Iteration(limits, watch)
     left = min(max(affordable(elements), _FEW), _DESCENTS * limits.iterations)
 
+    def residual(vec: np.ndarray) -> np.ndarray:
+        values = elements.values(vec)
+        return np.asarray((values if roots is None else values * roots) - target)
+
+    def jacobian(vec: np.ndarray) -> Any:
+        matrix = elements.jacobian(vec)
+        if roots is not None:
+            matrix.data *= np.repeat(roots, elements.entries)
+        return matrix
+
     def descent(begun: np.ndarray, most: int) -> Descent:
-        return damped_gauss_newton(
-            problem.residual, problem.jacobian, begun, problem.norm, limits._replace(iterations=most), seen
-        )
+        few = limits._replace(iterations=most)
+        return damped_gauss_newton(residual, jacobian, begun, norm, few, lambda _, error: steps.note(error))
 
     for start in starts:
-        begun = elements.flat(balanced(elements, start)).astype(problem.kind)
-        latest = descent(begun, min(limits.iterations, left - seen.steps))
+        begun = elements.flat(balanced(elements, start)).astype(kind)
+        latest = descent(begun, min(limits.iterations, left - len(steps.history)))
         same = best is not None and abs(latest.error - best.error) <= _SAME * best.error
         better = best is None or latest.error < best.error
         agreeing = agreeing + 1 if same else 1 if better else agreeing
         best = latest if better or best is None else best
-        exact = best.error <= _ROUNDING * problem.eps * problem.norm
-        if agreeing == _AGREE or seen.steps >= left or exact or seen.stopped:
+        exact = best.error <= _ROUNDING * float(np.finfo(kind).eps) * norm
+        if agreeing == _AGREE or len(steps.history) >= left or exact or steps.stopped:
             break
     assert best is not None
-    if not best.converged and seen.steps < left and best.error <= _NEAR * problem.norm and not seen.stopped:
+    taken = len(steps.history)
+    if not best.converged and taken < left and best.error <= _NEAR * norm and not steps.stopped:
         # It may be on its way to an exact answer, slowly.
-        further = descent(best.x, left - seen.steps)
+        further = descent(best.x, left - taken)
         best = further._replace(history=best.history + further.history)
-    error = best.error / problem.norm
-    stopped = "callback" if seen.stopped else "converged" if best.converged else "max_iterations"
-    return Fit(elements.arrays(best.x), False, seen.steps, "Gauss-Newton", stopped, error, best.history or (error,))
-
-
-class _BestSoFar:
-    """Counts the steps of all descents, and passes on the least error so far."""
-
-    def __init__(self, watch: Callback) -> None:
-        self.watch = watch
-        self.steps, self.error, self.stopped = 0, math.inf, False
-
-    def __call__(self, _: int, error: float) -> bool:
-        self.steps, self.error = self.steps + 1, min(self.error, error)
-        self.stopped = self.watch(self.steps, self.error) is True
-        return self.stopped
-
-
-class _Weighted:
-    """The residual of weighted elements, and its Jacobian."""
-
-    def __init__(self, elements: ObservedElements, wanted: np.ndarray, roots: np.ndarray | None) -> None:
-        self.elements, self.kind = elements, np.result_type(wanted.dtype, np.float64)
-        self.roots, self.wanted = roots, wanted if roots is None else wanted * roots
-        self.norm, self.eps = float(np.linalg.norm(self.wanted)), float(np.finfo(self.kind).eps)
-
-    def residual(self, vec: np.ndarray) -> np.ndarray:
-        values = self.elements.values(vec)
-        return np.asarray((values if self.roots is None else values * self.roots) - self.wanted)
-
-    def jacobian(self, vec: np.ndarray) -> Any:
-        jacobian = self.elements.jacobian(vec)
-        if self.roots is not None:
-            jacobian.data *= np.repeat(self.roots, self.elements.entries)
-        return jacobian
+    error, stopped = best.error / norm, steps.stopped or ("converged" if best.converged else "max_iterations")
+    history = best.history or (error,)
+    return Fit(elements.arrays(best.x), False, len(steps.history), "Gauss-Newton", stopped, error, history)
 
 
 # -- Starts ------------------------------------------------------------------------------------------------------------

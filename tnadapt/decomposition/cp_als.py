@@ -1,4 +1,4 @@
-"""CP decompositions: the driver of ``cp`` and ``decompose``, alternating least squares, and the nearest of rank one.
+"""CP decompositions: the driver of ``cp`` and ``decompose``, alternating least squares, and starts of rank one.
 
 Carroll & Chang (1970) and Harshman (1970); Kolda & Bader, "Tensor decompositions and applications" (SIAM Review 51,
 2009), section 3.4. The products of the tensor with all factors but one come from two large matrix products a sweep, one
@@ -15,12 +15,12 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 import numpy as np
 
 from tnadapt.algebra.formats import CP
-from tnadapt.algebra.products import contracted, hadamard_tensor, khatri_rao, unfolded
-from tnadapt.backends import Array, Backend, load_backend
+from tnadapt.algebra.products import hadamard_tensor, khatri_rao, unfolded
+from tnadapt.backends import Array, Backend
 
 from .completion import ObservedElements, all_places, double_on_host, fit_observed, refinable
 from .fits import Fit, Iteration, Limits
-from .linear_algebra import Algebra, MatrixTruncation, Triplets, norm_of, on_host
+from .linear_algebra import Algebra, Triplets, norm_of
 
 # -- The driver: SVD of a matrix; else sweeps from several starts, then Gauss-Newton -----------------------------------
 
@@ -36,12 +36,14 @@ _CRAWLS, _SWEEPS, _FAST = ((20, 1e-5), (30, 0.0)), 10, 0.1
 _NEAR, _OTHER_STARTS = 0.3, 15
 # Starts for a tensor of at most so many elements, unless there are fewer sweeps than this.
 _STARTS, _SMALL, _FEW_SWEEPS = 3, 1 << 14, 10
+# The same for rank one, whose sweeps cost little.
+_STARTS_OF_ONE, _SMALL_OF_ONE = 5, 1 << 16
 # An error of this many times epsilon is rounding. Starts whose errors differ by less than this found the same optimum.
 _ROUNDING, _SAME = 64.0, 1e-7
 
 
 def fit_cp(
-    truncation: MatrixTruncation,
+    algebra: Algebra,
     tensor: Array,
     rank: int,
     steps: Iteration,
@@ -54,7 +56,7 @@ def fit_cp(
 
     Parameters
     ----------
-    truncation : MatrixTruncation
+    algebra : Algebra
         For matrices like the tensor.
     tensor : array, shape (d_1, …, d_M)
         Real or complex.
@@ -74,9 +76,9 @@ def fit_cp(
     Fit
         Arrays ``factor0``, …; of a matrix also ``weights``.
     """
-    backend, shape = truncation.backend, tuple(int(size) for size in tensor.shape)
+    backend, shape = algebra.backend, tuple(int(size) for size in tensor.shape)
     if len(shape) == 2 and not fixed:
-        return _of_matrix(truncation, tensor, rank)
+        return _of_matrix(algebra, tensor, rank)
     if (norm := norm_of(backend, tensor)) == 0.0:
         zeros = {f"factor{mode}": backend.zeros((size, rank), like=tensor) for mode, size in enumerate(shape)}
         return Fit(zeros, True, 0, "zero", error=0.0)
@@ -86,19 +88,17 @@ def fit_cp(
             return {"factor0": backend.reshape(vector, (-1, 1))}
 
         return Fit(column(tensor), True, 0, "exact", closed=column)
-    return _CPSearch(truncation, tensor, rank, norm, steps, init, fixed).fit(starts)
+    return _CPSearch(algebra, tensor, rank, norm, steps, init, fixed).fit(starts)
 
 
-def _of_matrix(truncation: MatrixTruncation, matrix: Array, rank: int) -> Fit:
+def _of_matrix(algebra: Algebra, matrix: Array, rank: int) -> Fit:
     def named(triplets: Triplets) -> dict[str, Array]:
-        factor1 = truncation.backend.matrix_transpose(triplets.vh)
+        factor1 = algebra.backend.matrix_transpose(triplets.vh)
         return {"weights": triplets.s, "factor0": triplets.u, "factor1": factor1}
 
-    triplets = truncation.to_rank(matrix, rank)
+    triplets = algebra.truncated(matrix, rank)
     method = "SVD" if triplets.exact is not False else "randomized SVD"
-    return Fit(
-        named(triplets), triplets.exact, 0, method, closed=lambda matrix: named(truncation.to_rank(matrix, rank))
-    )
+    return Fit(named(triplets), triplets.exact, 0, method, closed=lambda matrix: named(algebra.truncated(matrix, rank)))
 
 
 class _CPSearch:
@@ -106,7 +106,7 @@ class _CPSearch:
 
     def __init__(
         self,
-        truncation: MatrixTruncation,
+        algebra: Algebra,
         tensor: Array,
         rank: int,
         norm: float,
@@ -114,22 +114,20 @@ class _CPSearch:
         init: str | Sequence[Array],
         fixed: Collection[int],
     ) -> None:
-        self.backend, self.tensor, self.norm = truncation.backend, tensor, norm
-        self.steps, self.limits, self.init, self.truncation = steps, steps.limits, init, truncation
+        self.backend, self.tensor, self.norm = algebra.backend, tensor, norm
+        self.steps, self.limits, self.init, self.algebra = steps, steps.limits, init, algebra
         self.sweeps = CPSweeps(self.backend, tensor, fixed)
         # With this rank every tensor can be represented exactly; more components would only slow convergence.
         self.rank = min(rank, math.prod(self.sweeps.sizes) // max(self.sweeps.sizes))
-        self.rng = np.random.RandomState(truncation.seed % (1 << 32))
+        self.rng = np.random.RandomState(algebra.seed % (1 << 32))
 
     def fit(self, starts: int | None) -> Fit:
         """Run sweeps from each start, and Gauss-Newton from the first whose sweeps crawl near an exact answer."""
         steps = self.steps
         automatic = isinstance(self.init, str) and self.init == "svd"
-        if automatic and self.rank == 1 and self.truncation.algebra is not None:
-            factors, error = nearest_rank_one(self.truncation.algebra, self.tensor, steps)
-            return self._fit(factors, error, "power iteration", steps.stopped)
-        small = math.prod(self.sweeps.sizes) <= _SMALL and self.limits.iterations > _FEW_SWEEPS
-        tries = starts or (_STARTS if automatic and small else 1)
+        usual, largest = (_STARTS, _SMALL) if self.rank > 1 else (_STARTS_OF_ONE, _SMALL_OF_ONE)
+        small = math.prod(self.sweeps.sizes) <= largest and self.limits.iterations > _FEW_SWEEPS
+        tries = starts or (usual if automatic and small else 1)
         best, best_stopped = None, ""
         for number in range(tries):
             run = _Run(self.sweeps, self._start(number), self.norm, steps)
@@ -140,7 +138,7 @@ class _CPSearch:
             if starts or best is None:
                 run.advance(self.limits.iterations)
             while best is not None and not steps.stopped and run.reaches(best.error, self.limits.iterations):
-                run.advance(run.count + _SWEEPS)
+                run.advance(len(run.errors) + _SWEEPS)
             if best is None or run.error < best.error * (1.0 - _SAME):
                 best, best_stopped = run, steps.stopped
             if best.error <= _ROUNDING * self.sweeps.epsilon * self.norm or steps.stopped == "callback":
@@ -183,9 +181,12 @@ class _CPSearch:
         stopped = steps.stopped or refined.stopped
         if not refined.error < run.error / self.norm:
             return self._fit(run.factors, run.error / self.norm, "ALS", stopped)
-        dtype, device = backend.dtype_name(self.tensor), backend.device(self.tensor)
-        factors = [backend.asarray(np.ascontiguousarray(x), dtype, device) for x in refined.arrays.values()]
+        factors = [self.algebra.array(factor) for factor in refined.arrays.values()]
         return self._fit(factors, refined.error, "ALS, Gauss-Newton", stopped)
+
+    @functools.cached_property
+    def _of_rank_one(self) -> list[list[Array]]:
+        return sorted(rank_one_starts(self.algebra, self.tensor), key=self.sweeps.residual)
 
     def _start(self, number: int) -> list[Array]:
         """Return the factors of a start: the first one by ``init``, the others random."""
@@ -195,22 +196,23 @@ class _CPSearch:
                 factor if not number or mode in self.sweeps.fixed else self._random("normal", sizes[mode], rank)
                 for mode, factor in enumerate(self.init)
             ]
+        if self.init == "svd" and rank == 1 and not self.algebra.plain and number < len(self._of_rank_one):
+            return self._of_rank_one[number]
         if number or self.init == "random":
             return [self._random("normal", size, rank) for size in sizes]
         factors = []
         for mode, size in enumerate(sizes):
-            columns = self.truncation.left(unfolded(backend, self.tensor, mode), rank)
+            columns, _ = self.algebra.left(unfolded(backend, self.tensor, mode), rank)
             if (missing := rank - int(columns.shape[1])) > 0:
                 columns = backend.concat([columns, self._random("uniform", size, missing)], axis=1)
             factors.append(columns + self._random("normal", size, rank) * (_MOVED / math.sqrt(size)))
         return factors
 
     def _random(self, kind: str, size: int, columns: int) -> Array:
-        dtype, device = self.backend.dtype_name(self.tensor), self.backend.device(self.tensor)
         numbers = getattr(self.rng, kind)(size=(size, columns))
-        if dtype.startswith("complex"):
+        if self.sweeps.complex:
             numbers = numbers + 1j * getattr(self.rng, kind)(size=(size, columns))
-        return self.backend.asarray(numbers, dtype, device)
+        return self.algebra.array(numbers)
 
 
 # -- Alternating least squares -----------------------------------------------------------------------------------------
@@ -364,15 +366,10 @@ class _Run:
         self.ridges = [0.0, 100.0 * sweeps.epsilon, sweeps.epsilon**0.5]
         steps.begin()
 
-    @property
-    def count(self) -> int:
-        """Number of sweeps."""
-        return len(self.errors)
-
     def advance(self, most: int) -> None:
         """Run sweeps, up to a number of all, or until the iteration stops."""
         sweeps, steps, norm = self.sweeps, self.steps, self.norm
-        while self.count < most and not steps.stopped:
+        while len(self.errors) < most and not steps.stopped:
             factors = self._swept()
             error = math.inf if factors is None else sweeps.distance(factors, norm)
             if factors is None or not error < self.error * (1.0 + 1e-12):
@@ -388,9 +385,10 @@ class _Run:
             self.errors.append(self.error)
             if steps.step(self.error / norm):
                 return
-            if not sweeps.fixed and self.count >= _BEFORE and self.count % _BETWEEN == 0:
+            if not sweeps.fixed and len(self.errors) >= _BEFORE and len(self.errors) % _BETWEEN == 0:
                 longer = [
-                    new + (new - old) * math.sqrt(self.count) for new, old in zip(self.factors, previous, strict=True)
+                    new + (new - old) * math.sqrt(len(self.errors))
+                    for new, old in zip(self.factors, previous, strict=True)
                 ]
                 if (error := sweeps.residual(longer)) < self.error:
                     self.factors, self.error = longer, error
@@ -398,7 +396,7 @@ class _Run:
     def reaches(self, least: float, most: int) -> bool:
         """Return whether the error would fall below another one in the sweeps that are left, as fast as in the last."""
         gain = (self.errors[-_SWEEPS - 1] - self.error) / _SWEEPS
-        return self.error - gain * (most - self.count) < least
+        return self.error - gain * (most - len(self.errors)) < least
 
     def _swept(self) -> list[Array] | None:
         """Return the factors after a sweep; None if the equations are singular or the factors diverge."""
@@ -411,131 +409,41 @@ class _Run:
             return factors if self.sweeps.largest() <= self.norm * self.sweeps.epsilon**-0.5 else None
 
 
-# -- The nearest tensor of rank one: power iteration on all modes, from several starts ---------------------------------
+# -- Starts of rank one -----------------------------------------------------------------------------------------------
 
 # De Lathauwer, De Moor & Vandewalle, "On the best rank-1 and rank-(R1, …, RN) approximation of higher-order tensors"
-# (SIAM J. Matrix Anal. Appl. 21, 2000). A sweep takes two products with the whole tensor, one for each half of the
-# modes; the vectors of a half come from the small tensor that is left. One start splits modes off one by one, each by a
-# leading singular triplet of what is left, from either end; another takes each mode's own leading vector.
+# (SIAM J. Matrix Anal. Appl. 21, 2000): sweeps of rank one are the power iteration.
 
 
-# Tensors of up to this many elements have random starts, too, and each start is followed to its end. Of larger ones
-# the start that is best after a few sweeps is followed.
-_SMALL_POWERS = 1 << 16
-_RANDOM, _TRIED = 4, 4
-# Power iterations for a start, of small tensors and of others.
-_POWERS = 30, 3
-# An iteration ends when a sweep reduces the error by no more than this part of the tolerance. Sweeps cost little. The
-# error is flat at its minimum: some more sweeps find the vectors to more digits.
-_FINER, _LAST = 1e-2, 4
+# Power iterations for a start, of matrices of up to so many elements and of others.
+_FEW_ELEMENTS, _POWERS = 1 << 16, (30, 3)
 
 
-def nearest_rank_one(algebra: Algebra, tensor: Array, steps: Iteration) -> tuple[list[Array], float]:
-    """Fit an outer product to a real tensor of three modes or more, not zero: factors of one column, and the error."""
-    if algebra.backend.name != "numpy" and on_host(algebra.backend, tensor):
-        numpy = load_backend("numpy")
-        host = Algebra(numpy, algebra.backend.to_numpy(algebra.like), algebra.svd_method, algebra.seed)
-        factors, error = nearest_rank_one(host, algebra.backend.to_numpy(tensor), steps)
-        return [algebra.array(factor) for factor in factors], error
-    powers, small = _Powers(algebra, tensor, steps), math.prod(tensor.shape) <= _SMALL_POWERS
-    runs = [(start, 0.0) for start in _starts(algebra, tensor, small)]
-    if not small:
-        runs = [max((powers.followed(*run, _TRIED) for run in runs), key=lambda run: run[1])]
-    vectors, size = max((powers.followed(*run, steps.limits.iterations) for run in runs), key=lambda run: run[1])
-    for _ in range(_LAST):
-        vectors, size = powers.sweep(vectors)
-    backend = algebra.backend
-    factors = [backend.reshape(v * size if mode == 0 else v, (-1, 1)) for mode, v in enumerate(vectors)]
-    return factors, powers.error(size)
-
-
-def _starts(algebra: Algebra, tensor: Array, small: bool) -> Iterator[list[Array]]:
-    backend, order = algebra.backend, len(tensor.shape)
-    yield _split(algebra, tensor)
-    yield _split(algebra, backend.permute_dims(tensor, range(order)[::-1]))[::-1]
-    yield [_leading(algebra, unfolded(backend, tensor, mode))[0] for mode in range(order)]
-    rng = algebra.rng
-    for _ in range(_RANDOM if small else 0):
-        yield [algebra.array(rng.normal(size=int(size))) for size in tensor.shape]
+def rank_one_starts(algebra: Algebra, tensor: Array) -> list[list[Array]]:
+    """Return vectors of which each is a leading one of what those before it left, from the first mode or the last; of a
+    small tensor also those of its unfoldings.
+    """
+    backend, modes = algebra.backend, range(len(tensor.shape))
+    starts = [_split(algebra, tensor), _split(algebra, backend.permute_dims(tensor, modes[::-1]))[::-1]]
+    if math.prod(tensor.shape) <= _FEW_ELEMENTS:
+        starts.append([algebra.left(unfolded(backend, tensor, mode), 1)[0] for mode in modes])
+    return starts
 
 
 def _split(algebra: Algebra, tensor: Array) -> list[Array]:
-    """Return a vector for each mode, each from the leading triplet of what the one before left."""
     backend, sizes = algebra.backend, [int(size) for size in tensor.shape]
     vectors, left = list[Array](), tensor
     for mode, size in enumerate(sizes[:-1]):
-        u, left = _leading(algebra, backend.reshape(left, (size, math.prod(sizes[mode + 1 :]))))
-        vectors.append(u)
-    return [*vectors, left]
-
-
-def _leading(algebra: Algebra, matrix: Array) -> tuple[Array, Array]:
-    """Return a left vector near the leading one, and the matrix times it, after a few power iterations."""
-    backend = algebra.backend
-    along = algebra.array(algebra.rng.normal(size=(1, int(matrix.shape[0]))))
-    steps = _POWERS[matrix.shape[0] * matrix.shape[1] > _SMALL_POWERS]
-    for step in range(steps + 1):
-        along = along * (1.0 / (algebra.norm(along) or 1.0))
-        rest = backend.matmul(along, matrix)
-        if step < steps:
-            along = backend.matrix_transpose(backend.matmul(matrix, backend.matrix_transpose(rest)))
-    return backend.flatten(along), backend.flatten(rest)
-
-
-class _Powers:
-    """Sweeps of the power iteration on a tensor, seen as a matrix of one half of its modes by the other."""
-
-    def __init__(self, algebra: Algebra, tensor: Array, steps: Iteration) -> None:
-        self.steps, self.algebra, self.sizes = steps, algebra, [int(size) for size in tensor.shape]
-        self.cut = _cut(self.sizes)
-        rows = math.prod(self.sizes[: self.cut])
-        self.matrix = algebra.backend.reshape(tensor, (rows, math.prod(self.sizes) // rows))
-        self.norm = algebra.norm(tensor)
-
-    def sweep(self, vectors: Sequence[Array]) -> tuple[list[Array], float]:
-        """Return improved vectors of norm one, and the size of their outer product that is nearest to the tensor."""
-        backend, cut = self.algebra.backend, self.cut
-        left, right = list(vectors[:cut]), list(vectors[cut:])
-        rest = backend.matmul(self.matrix, backend.reshape(outer_vector(backend, right), (-1, 1)))
-        left, _ = self._half(rest, left)
-        rest = backend.matmul(backend.reshape(outer_vector(backend, left), (1, -1)), self.matrix)
-        right, size = self._half(rest, right)
-        return left + right, size
-
-    def _half(self, rest: Array, vectors: list[Array]) -> tuple[list[Array], float]:
-        """Improve the vectors of one half, for what the other half leaves."""
-        backend, sizes = self.algebra.backend, [int(vector.shape[0]) for vector in vectors]
-        rest, size = backend.reshape(rest, sizes), 0.0
-        for mode in range(len(vectors)):
-            others: list[Array | None] = [None if m == mode else vector for m, vector in enumerate(vectors)]
-            product = contracted(backend, rest, others, (sizes[mode],))
-            size = float(np.linalg.norm(backend.to_numpy(product).astype(np.float64)))
-            if size > 0.0:
-                vectors[mode] = product * (1.0 / size)
-        return vectors, size
-
-    def error(self, size: float) -> float:
-        """Return the relative error of an outer product of vectors of norm one and this size."""
-        return math.sqrt(max(0.0, 1.0 - (size / self.norm) ** 2))
-
-    def followed(self, vectors: list[Array], size: float, most: int) -> tuple[list[Array], float]:
-        """Run sweeps until one gains too little; return the vectors and their size."""
-        eps, steps = self.algebra.eps, self.steps
-        if steps.stopped == "callback":
-            return vectors, size
-        steps.begin()
-        for _ in range(min(most, steps.limits.iterations)):
-            improved, now = self.sweep(vectors)
-            gain = (now - size) * (now + size) / self.norm**2
-            vectors, size = (improved, now) if gain > 0.0 else (vectors, size)
-            if steps.note(self.error(size)):
-                break
-            if gain <= max(4.0 * eps, 2.0 * max(eps**0.5, self.error(size)) * _FINER * steps.limits.tol):
-                steps.stopped = "converged"
-                break
-        else:
-            steps.stopped = "max_iterations"
-        return vectors, size
+        matrix = backend.reshape(left, (size, math.prod(sizes[mode + 1 :])))
+        along = algebra.array(algebra.rng.normal(size=(1, size)))
+        steps = _POWERS[matrix.shape[0] * matrix.shape[1] > _FEW_ELEMENTS]
+        for step in range(steps + 1):
+            along = along * (1.0 / (algebra.norm(along) or 1.0))
+            left = backend.matmul(along, matrix)
+            if step < steps:
+                along = backend.matrix_transpose(backend.matmul(matrix, backend.matrix_transpose(left)))
+        vectors.append(backend.reshape(along, (-1, 1)))
+    return [*vectors, backend.reshape(left, (-1, 1))]
 
 
 def outer_vector(backend: Backend, vectors: Sequence[Array]) -> Array:

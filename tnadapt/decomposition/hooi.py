@@ -13,15 +13,15 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from tnadapt.algebra.products import mode_product, unfolded
 from tnadapt.backends import Array, Backend
 
-from .fits import Fit, Iteration, all_of
-from .linear_algebra import MatrixTruncation, norm_of, refuse_trace
+from .fits import Claim, Fit, Iteration, all_of
+from .linear_algebra import Algebra, norm_of, refuse_trace
 
 # Up to this size, each mode is truncated of the whole tensor: the better start on average.
 _SMALL = 1 << 14
 
 
 def fit_tucker(
-    truncation: MatrixTruncation,
+    algebra: Algebra,
     tensor: Array,
     ranks: Mapping[int, int] | None,
     steps: Iteration,
@@ -34,7 +34,7 @@ def fit_tucker(
 
     Parameters
     ----------
-    truncation : MatrixTruncation
+    algebra : Algebra
         For matrices like the tensor.
     tensor : array, shape (d_1, …, d_M)
         Real or complex.
@@ -59,15 +59,19 @@ def fit_tucker(
     BackendError
         For an iteration inside a trace.
     """
-    backend, shape = truncation.backend, [int(size) for size in tensor.shape]
+    backend, shape = algebra.backend, [int(size) for size in tensor.shape]
     modes = list(range(len(shape)) if ranks is None else ranks)
     # Modes that shrink most come first: what follows is then smaller.
     order = sorted(modes, key=lambda mode: (ranks[mode] if ranks else 1) / shape[mode])
     # With ranks of the whole tensor, an error that is allowed would be spent once for each mode and not used up.
     in_turn = ranks is None or len(shape) < 3 or math.prod(shape) > _SMALL
 
+    claims = list[Claim]()
+
     def truncated(matrix: Array, mode: int) -> Array:
-        return truncation.left(matrix, None if ranks is None else ranks[mode], loss / math.sqrt(len(shape)))
+        u, exact = algebra.left(matrix, None if ranks is None else ranks[mode], loss / math.sqrt(len(shape)))
+        claims.append(exact)
+        return u
 
     def start(tensor: Array) -> tuple[Array, dict[int, Array], int]:
         if init is None:
@@ -79,7 +83,7 @@ def fit_tucker(
         return {"core": core} | {f"factor{mode}": factors[mode] for mode in modes}
 
     core, factors, lossy = start(tensor)
-    optimal = all_of(truncation.exact) if init is None else False
+    optimal = all_of(claims) if init is None else False
     factor = math.sqrt(max(1, lossy))
     moving = [mode for mode in modes if mode not in fixed and int(core.shape[mode]) < shape[mode]]
     if not moving or not steps.limits.iterations or (init is None and lossy <= 1):

@@ -12,13 +12,13 @@ import functools
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from tnadapt.algebra.network import Network
 from tnadapt.backends import Array, Backend, load_backend
-from tnadapt.errors import BackendError, ConfigError, safe_repr
+from tnadapt.errors import BackendError
 
 from .fits import Claim, no_matrix_is_closer
 
@@ -269,6 +269,24 @@ def _squares(flat: np.ndarray) -> float:
     return total
 
 
+class Triplets(NamedTuple):
+    """The leading singular triplets of a matrix.
+
+    Attributes
+    ----------
+    u : array, shape (m, r)
+    s : array, shape (r,)
+    vh : array, shape (r, n)
+    exact : bool or function that returns one
+        Whether these are known to be the leading ones.
+    """
+
+    u: Array
+    s: Array
+    vh: Array
+    exact: Claim
+
+
 @dataclasses.dataclass(frozen=True)
 class Algebra:
     """Linear algebra in one library, dtype and device.
@@ -291,6 +309,12 @@ class Algebra:
     svd_method: str = "auto"
     seed: int = 0
     settled: bool = False
+
+    @functools.cached_property
+    def plain(self) -> bool:
+        """Whether matrices have the library's own SVD: inside traces, complex, or in a library without TensorLy."""
+        traced = not self.backend.is_concrete(self.like)
+        return traced or self.backend.is_complex(self.like) or self.backend.name not in TENSORLY
 
     @property
     def eps(self) -> float:
@@ -425,12 +449,46 @@ class Algebra:
         values = self.backend.to_numpy(s[:rank]).astype(np.float64)
         return u[:, :rank], values, self.backend.matrix_transpose(v[:rank, :]), not random
 
-    def left(self, matrix: Array, rank: int) -> tuple[Array, Claim]:
-        """Compute the leading left singular vectors of a matrix, and whether they are known to be exact."""
+    def truncated(self, matrix: Array, rank: int) -> Triplets:
+        """Return at most ``rank`` triplets of a matrix, with their derivative if it is recorded; also inside traces."""
+        backend, rank = self.backend, min(rank, *(int(size) for size in matrix.shape))
+        if self._recorded(matrix):
+            triplets = self.truncated(backend.detached(matrix), rank)
+            u = self._with_derivative(matrix, triplets.u, triplets=True)
+            rest = backend.matmul(backend.conj(backend.matrix_transpose(u)), matrix)
+            sizes = backend.sum(rest * backend.conj(triplets.vh), axis=1)
+            # Real, in the dtype of the vectors.
+            sizes = (sizes + backend.conj(sizes)) * 0.5 if backend.is_complex(sizes) else sizes
+            s = with_value(backend, triplets.s, sizes)
+            vh = rest / backend.reshape(backend.where(abs(s) > 0.0, s, s * 0.0 + 1.0), (-1, 1))
+            return Triplets(u, s, with_value(backend, triplets.vh, vh), triplets.exact)
+        if self.plain:
+            u, s, vh = backend.svd(matrix)
+            # The singular values of a complex matrix are real, but multiply complex vectors.
+            s = backend.astype(s[:rank], backend.dtype_name(u))
+            return Triplets(u[:, :rank], s, vh[:rank, :], True)
+        u, values, v, exact = self.svd(matrix, rank)
+        return Triplets(u, self.array(values), backend.matrix_transpose(v), exact)
+
+    def left(self, matrix: Array, rank: int | None, loss: float = 0.0) -> tuple[Array, Claim]:
+        """Return leading left vectors of a matrix, and whether they are known to be exact; also inside traces.
+
+        At most ``rank``; if it is None, as many as an error of at most ``loss`` takes.
+        """
+        backend = self.backend
+        if rank is None:
+            u, s = backend.svd(matrix)[:2] if self.plain else self.all_left(matrix)
+            return u[:, : kept(backend.to_numpy(s), int(s.shape[0]), loss)], True
+        if self._recorded(matrix):
+            u, exact = self.left(backend.detached(matrix), rank)
+            return self._with_derivative(matrix, u), exact
         shape = tuple(int(size) for size in matrix.shape)
+        rank = min(rank, *shape)
+        if self.plain:
+            return backend.svd(matrix)[0][:, :rank], True
         narrow = shape[0] <= _NARROW and _WIDE * shape[0] <= shape[1]
-        lanczos = self.svd_method == "auto" and truncated_pays(shape, rank) and not narrow
-        if lanczos or self.randomized(shape, rank):
+        krylov = self.svd_method == "auto" and truncated_pays(shape, rank) and not narrow
+        if krylov or self.randomized(shape, rank):
             u, _, _, exact = self.svd(matrix, rank)
             return u, exact
         return self.all_left(matrix)[0][:, :rank], True
@@ -457,29 +515,22 @@ class Algebra:
                 n_iter=_POWER_ITERATIONS, random_state=self.rng,
             )  # fmt: skip
 
+    def _recorded(self, matrix: Array) -> bool:
+        return self.backend.is_concrete(matrix) and self.backend.differentiates(matrix)
 
-# -- Truncation of a matrix to a rank or to an error, inside traces and with derivatives -------------------------------
+    def _with_derivative(self, matrix: Array, u: Array, triplets: bool = False) -> Array:
+        """Return leading left singular vectors of a matrix with their derivative, as :func:`_pulled_back` has it."""
+        backend, dtype = self.backend, self.backend.dtype_name(matrix)
+        host = backend.to_numpy(u)
 
-# By :meth:`Algebra.svd`, which computes no more triplets than are asked for, and inside a trace by the library's own
-# SVD. Where derivatives are recorded, the triplets are the same, and their derivative is that of singular vectors.
+        def pullback(x: Array, cotangents: Sequence[Array]) -> Array:
+            gradient = _pulled_back(backend.to_numpy(x), host, backend.to_numpy(cotangents[0]), triplets)
+            return backend.asarray(gradient, dtype, backend.device(x))
+
+        return backend.with_pullback(matrix, [u], pullback)[0]
 
 
-class Triplets(NamedTuple):
-    """The leading singular triplets of a matrix.
-
-    Attributes
-    ----------
-    u : array, shape (m, r)
-    s : array, shape (r,)
-    vh : array, shape (r, n)
-    exact : bool or function that returns one
-        Whether these are known to be the leading ones.
-    """
-
-    u: Array
-    s: Array
-    vh: Array
-    exact: Claim
+# -- The derivative of singular vectors ----------------------------------------------------------------------------
 
 
 def kept(values: np.ndarray, most: int, loss: float) -> int:
@@ -501,98 +552,6 @@ def kept(values: np.ndarray, most: int, loss: float) -> int:
     tails = np.sqrt(np.cumsum(np.square(values[::-1], dtype=np.float64)))[::-1]
     needed = int(np.count_nonzero(tails > loss * (1.0 + 1e-12)))
     return max(1, min(needed, most))
-
-
-class MatrixTruncation:
-    """Truncates matrices of one library, dtype and device.
-
-    Parameters
-    ----------
-    backend : Backend
-    like : array
-        What is decomposed.
-    svd : {"auto", "full", "randomized"}
-        As for :func:`tnadapt.decompose`.
-    seed : int
-    settled : bool
-        Whether nobody else can change the matrices later; otherwise what a proof needs is copied.
-
-    Attributes
-    ----------
-    exact : list of (bool or function that returns one)
-        Whether the left vectors of each call are known to be the leading ones.
-    """
-
-    def __init__(
-        self, backend: Backend, like: Array, svd: str = "auto", seed: int = 0, *, settled: bool = False
-    ) -> None:
-        self.backend, self.seed, self.exact = backend, seed, list[Claim]()
-        if svd not in SVD_METHODS:
-            raise ConfigError(f"svd must be one of {', '.join(SVD_METHODS)}; got {safe_repr(svd)}")
-        traced = not backend.is_concrete(like)
-        plain = traced or backend.is_complex(like) or backend.name not in TENSORLY
-        self.algebra = None if plain else Algebra(backend, backend.detached(like), svd, seed, settled)
-
-    def to_rank(self, matrix: Array, rank: int) -> Triplets:
-        """Return at most ``rank`` triplets."""
-        rank = min(rank, *(int(size) for size in matrix.shape))
-        if self._recorded(matrix):
-            triplets = self.to_rank(self.backend.detached(matrix), rank)
-            u = self._with_derivative(matrix, triplets.u, triplets=True)
-            rest = self.backend.matmul(self.backend.conj(self.backend.matrix_transpose(u)), matrix)
-            s = with_value(
-                self.backend, triplets.s, self._real(self.backend.sum(rest * self.backend.conj(triplets.vh), axis=1))
-            )
-            vh = rest / self.backend.reshape(self.backend.where(abs(s) > 0.0, s, s * 0.0 + 1.0), (-1, 1))
-            return Triplets(u, s, with_value(self.backend, triplets.vh, vh), triplets.exact)
-        if self.algebra is None:
-            u, s, vh = self.backend.svd(matrix)
-            # The singular values of a complex matrix are real, but multiply complex vectors.
-            s = self.backend.astype(s[:rank], self.backend.dtype_name(u))
-            return Triplets(u[:, :rank], s, vh[:rank, :], True)
-        u, values, v, exact = self.algebra.svd(matrix, rank)
-        return Triplets(u, self.algebra.array(values), self.backend.matrix_transpose(v), exact)
-
-    def left(self, matrix: Array, rank: int | None, loss: float = 0.0) -> Array:
-        """Return at most ``rank`` left vectors; if it is None, as many as an error of at most ``loss`` takes.
-
-        Without a rank not inside a trace.
-        """
-        backend, exact = self.backend, cast("Claim", True)
-        if rank is None:
-            u, s = backend.svd(matrix)[:2] if self.algebra is None else self.algebra.all_left(matrix)
-            u = u[:, : kept(backend.to_numpy(s), int(s.shape[0]), loss)]
-        elif self._recorded(matrix):
-            return self._with_derivative(matrix, self.left(backend.detached(matrix), rank))
-        else:
-            rank = min(rank, *(int(size) for size in matrix.shape))
-            if self.algebra is None:
-                u = backend.svd(matrix)[0][:, :rank]
-            else:
-                u, exact = self.algebra.left(matrix, rank)
-        self.exact.append(exact)
-        return u
-
-    def _recorded(self, matrix: Array) -> bool:
-        return self.backend.is_concrete(matrix) and self.backend.differentiates(matrix)
-
-    def _real(self, x: Array) -> Array:
-        """Return the real part, in the same dtype."""
-        return (x + self.backend.conj(x)) * 0.5 if self.backend.is_complex(x) else x
-
-    def _with_derivative(self, matrix: Array, u: Array, triplets: bool = False) -> Array:
-        """Return leading left singular vectors of a matrix with their derivative.
-
-        With ``triplets``, the right vectors are computed from them, which takes singular values that are not zero.
-        """
-        backend, dtype = self.backend, self.backend.dtype_name(matrix)
-        host = backend.to_numpy(u)
-
-        def pullback(x: Array, cotangents: Sequence[Array]) -> Array:
-            gradient = _pulled_back(backend.to_numpy(x), host, backend.to_numpy(cotangents[0]), triplets)
-            return backend.asarray(gradient, dtype, backend.device(x))
-
-        return backend.with_pullback(matrix, [u], pullback)[0]
 
 
 def with_value(backend: Backend, value: Array, array: Array) -> Array:

@@ -13,27 +13,26 @@ import numpy as np
 from tnadapt.algebra.products import tt_tensor
 from tnadapt.backends import Array, Backend
 
-from .fits import Fit, Iteration, all_of
-from .linear_algebra import MatrixTruncation, norm_of, refuse_trace
+from .fits import Claim, Fit, Iteration, all_of
+from .linear_algebra import Algebra, norm_of, refuse_trace
 
 # -- The driver: TT-SVD, then sweeps -----------------------------------------------------------------------------------
 
 
 def fit_train(
-    truncation: MatrixTruncation,
+    algebra: Algebra,
     tensor: Array,
     ranks: Sequence[int] | None,
     steps: Iteration,
     *,
     loss: float = 0.0,
     init: Sequence[Array] | None = None,
-    fixed: Collection[int] = (),
 ) -> Fit:
     """Fit the cores of a tensor train.
 
     Parameters
     ----------
-    truncation : MatrixTruncation
+    algebra : Algebra
         For matrices like the tensor.
     tensor : array, shape (d_1, …, d_M)
         Real or complex.
@@ -45,8 +44,6 @@ def fit_train(
         Frobenius norm that may be lost.
     init : sequence of array, optional
         The cores that the sweeps start from, instead of those of TT-SVD.
-    fixed : collection of int
-        Positions of the cores in ``init`` that are kept.
 
     Returns
     -------
@@ -58,34 +55,36 @@ def fit_train(
     BackendError
         For sweeps inside a trace.
     """
-    backend, limits, bonds = truncation.backend, steps.limits, len(tensor.shape) - 1
+    backend, limits, bonds = algebra.backend, steps.limits, len(tensor.shape) - 1
     if init is not None:
-        cores, method = list(init), "given start, ALS" if limits.iterations else "given start"
+        if not limits.iterations:
+            return Fit(named_cores(init), False, 0, "given start", closed=lambda tensor: named_cores(init))
         if norm_of(backend, tensor) == 0.0:
-            cores = [core if m in fixed else backend.zeros(core.shape, like=core) for m, core in enumerate(cores)]
-        elif limits.iterations:
-            cores = improved_train(backend, tensor, cores, steps, fixed)
-        kept = _named(cores)
-        closed = None if limits.iterations else lambda tensor: kept
-        return steps.fit(kept, method, closed=closed)._replace(stopped=steps.stopped or "direct")
+            return Fit(named_cores([backend.zeros(core.shape, like=core) for core in init]), True, 0, "zero", error=0.0)
+        return steps.fit(named_cores(improved_train(backend, tensor, init, steps)), "given start, ALS")
+
+    claims = list[Claim]()
 
     def truncated(matrix: Array, bond: int) -> Array:
-        return truncation.left(matrix, None if ranks is None else ranks[bond], loss / math.sqrt(max(1, bonds)))
+        u, exact = algebra.left(matrix, None if ranks is None else ranks[bond], loss / math.sqrt(max(1, bonds)))
+        claims.append(exact)
+        return u
 
     cores, cut = tt_svd(backend, tensor, truncated)
-    known = all_of(truncation.exact)
+    known = all_of(claims)
     method, factor = "TT-SVD" if known is not False else "TT-SVD, randomized", math.sqrt(max(1, sum(cut)))
     if not limits.iterations or (sum(cut) <= 1 and known is not False):
         return Fit(
-            _named(cores), known, 0, method, factor=factor,
-            closed=lambda tensor: _named(tt_svd(backend, tensor, truncated)[0]),
+            named_cores(cores), known, 0, method, factor=factor,
+            closed=lambda tensor: named_cores(tt_svd(backend, tensor, truncated)[0]),
         )  # fmt: skip
     refuse_trace(backend, tensor, "tensor_train(sweeps=…)", "leave sweeps out")
     cores = improved_train(backend, tensor, cores, steps)
-    return steps.fit(_named(cores), f"{method}, ALS", optimal=known, factor=factor)
+    return steps.fit(named_cores(cores), f"{method}, ALS", optimal=known, factor=factor)
 
 
-def _named(cores: Sequence[Array]) -> dict[str, Array]:
+def named_cores(cores: Sequence[Array]) -> dict[str, Array]:
+    """Return the cores of a chain by the names of a fit's arrays."""
     return {f"core{mode}": core for mode, core in enumerate(cores)}
 
 
@@ -132,9 +131,7 @@ def tt_svd(backend: Backend, tensor: Array, truncated: Callable[[Array, int], Ar
 # contracted with all others, and its norm is that of the whole train (Holtz, Rohwedder & Schneider, 2012).
 
 
-def improved_train(
-    backend: Backend, tensor: Array, cores: Sequence[Array], steps: Iteration, fixed: Collection[int] = ()
-) -> list[Array]:
+def improved_train(backend: Backend, tensor: Array, cores: Sequence[Array], steps: Iteration) -> list[Array]:
     """Improve the cores of a train by sweeps until the iteration stops.
 
     Parameters
@@ -146,16 +143,14 @@ def improved_train(
         A start, such as that of TT-SVD. The ranks stay, unless one is larger than its neighbors can use.
     steps : Iteration
         A step goes to the first core and back to the last.
-    fixed : collection of int
-        Positions of cores that stay as they are, to the bit.
 
     Returns
     -------
     list of array
-        Their error is never above that of the start. If any differs from the start, and none is fixed, all but the
-        last one are orthogonal from the left.
+        Their error is never above that of the start. If any differs from the start, all but the last one are
+        orthogonal from the left.
     """
-    train = AroundFixed(backend, tensor, list(cores), fixed) if fixed else _Train(backend, tensor, list(cores))
+    train = _Train(backend, tensor, list(cores))
     norm, best = norm_of(backend, tensor), list(cores)
     steps.begin(train.error() / norm)
     while not steps.stopped:
@@ -234,77 +229,6 @@ class _Train:
         self.cores[mode] = backend.reshape(turned, (width, size, right))
         rest = backend.matmul(backend.reshape(before, (-1, left)), backend.matrix_transpose(backend.conj(r)))
         self.cores[mode - 1] = backend.reshape(rest, (*before.shape[:2], width))
-
-
-# -- Least squares over some cores, with the others fixed --------------------------------------------------------------
-
-
-class AroundFixed:
-    """A train of which some cores are not changed.
-
-    No core takes a factor of a fixed neighbor, so that the others are not orthogonal in general, and the best core is
-    the tensor times the pseudoinverses of both sides.
-
-    Parameters
-    ----------
-    backend : Backend
-    tensor : array, shape (d_1, …, d_M)
-    cores : list of array
-    fixed : collection of int
-        Positions of the cores that stay as they are.
-    """
-
-    def __init__(self, backend: Backend, tensor: Array, cores: list[Array], fixed: Collection[int]) -> None:
-        self.backend, self.tensor, self.cores, self.fixed = backend, tensor, cores, frozenset(fixed)
-
-    def error(self) -> float:
-        """Return the norm of the residual."""
-        return norm_of(self.backend, self.tensor - tt_tensor(self.backend, self.cores))
-
-    def sweep(self) -> None:
-        """Improve each core that is not fixed, from the first to the last."""
-        backend, order, after = self.backend, len(self.cores), self._after()
-        before: Array = None
-        for mode in range(order):
-            if mode not in self.fixed:
-                self.cores[mode] = self._core(before, after[mode], mode)
-                if mode + 1 < order and mode + 1 not in self.fixed:
-                    moved_right(backend, self.cores, mode)
-            if mode + 1 < order:
-                left, size, right = map(int, self.cores[mode].shape)
-                core = backend.reshape(self.cores[mode], (left, size * right))
-                before = backend.reshape(core if before is None else backend.matmul(before, core), (-1, right))
-
-    def _after(self) -> list[Array]:
-        """Return for each core the product of those after it, shape (r, prod d); None for the last one."""
-        backend, products = self.backend, [None]
-        for core in reversed(self.cores[1:]):
-            left, size, right = map(int, core.shape)
-            last = products[-1]
-            flat = core if last is None else backend.matmul(backend.reshape(core, (left * size, right)), last)
-            products.append(backend.reshape(flat, (left, -1)))
-        return products[::-1]
-
-    def _core(self, before: Array, after: Array, mode: int) -> Array:
-        """Return the best core between the products of those before and after it."""
-        backend, size = self.backend, int(self.tensor.shape[mode])
-        rows = backend.reshape(self.tensor, (math.prod(self.tensor.shape[:mode]), -1))
-        if before is not None:
-            rows = backend.matmul(self._inverse(before), rows)
-        left = int(rows.shape[0])
-        rows = backend.reshape(rows, (left * size, -1))
-        if after is not None:
-            rows = backend.matmul(rows, self._inverse(after))
-        return backend.reshape(rows, (left, size, -1))
-
-    def _inverse(self, matrix: Array) -> Array:
-        """Compute the pseudoinverse."""
-        backend = self.backend
-        u, s, vh = backend.svd(matrix)
-        values = backend.to_numpy(s)
-        keep = int((values > values[0] * max(matrix.shape) * np.finfo(values.dtype).eps).sum())
-        scaled = backend.conj(backend.matrix_transpose(vh[:keep, :])) / s[:keep]
-        return backend.matmul(scaled, backend.conj(backend.matrix_transpose(u[:, :keep])))
 
 
 def moved_right(backend: Backend, cores: list[Array], mode: int) -> None:

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from ._decomposed import CPTensor, Decomposed, TuckerTensor
     from ._kronecker import HadamardTensor, KroneckerTensor, hadamard_decomposition, kronecker_decomposition
     from ._matrix_products import (
-        contract,
         fold,
         inner,
         khatri_rao,
@@ -24,10 +23,7 @@ if TYPE_CHECKING:
         multi_mode_dot,
         outer,
         row_khatri_rao,
-        tensor_to_vec,
         unfold,
-        vec,
-        vec_to_tensor,
     )
     from ._random_tensors import random_cp, random_tr, random_tt, random_tt_matrix, random_tucker
     from ._tensor_chains import TRTensor, TTMatrix, TTTensor
@@ -44,7 +40,6 @@ __all__ = [
     "TTMatrix",
     "TTTensor",
     "TuckerTensor",
-    "contract",
     "cp",
     "cp_to_tensor",
     "fold",
@@ -64,15 +59,12 @@ __all__ = [
     "random_tucker",
     "row_khatri_rao",
     "tensor_ring",
-    "tensor_to_vec",
     "tensor_train",
     "tt_matrix",
     "tt_to_tensor",
     "tucker",
     "tucker_to_tensor",
     "unfold",
-    "vec",
-    "vec_to_tensor",
 ]
 
 # Imported on first use: one decomposition needs few of them.
@@ -83,7 +75,6 @@ _LAZY = {
         "_decomposed": ("CPTensor", "Decomposed", "TuckerTensor"),
         "_kronecker": ("HadamardTensor", "KroneckerTensor", "hadamard_decomposition", "kronecker_decomposition"),
         "_matrix_products": (
-            "contract",
             "fold",
             "inner",
             "khatri_rao",
@@ -91,10 +82,7 @@ _LAZY = {
             "multi_mode_dot",
             "outer",
             "row_khatri_rao",
-            "tensor_to_vec",
             "unfold",
-            "vec",
-            "vec_to_tensor",
         ),
         "_random_tensors": ("random_cp", "random_tr", "random_tt", "random_tt_matrix", "random_tucker"),
         "_tensor_chains": ("TRTensor", "TTMatrix", "TTTensor"),

@@ -18,7 +18,6 @@ from ._decomposed import CPTensor, finished, smallest_rank
 from ._nonnegative import constrained_modes, fit_nonnegative_cp
 
 
-@_requests.hints_keywords
 @checks_arguments
 def cp(
     tensor: Any,
@@ -131,7 +130,7 @@ def cp(
 
     def result_of(arrays: Mapping[str, Array]) -> CPTensor:
         factors = [arrays[f"factor{mode}"] for mode in range(len(request.shape))]
-        result = CPTensor(arrays.get("weights"), factors)
+        result = CPTensor.of(request.backend, (arrays.get("weights"), factors))
         return result if held or "weights" in arrays else result.truncated(result.rank)
 
     def fitted(rank: int) -> CPTensor:
@@ -140,12 +139,12 @@ def cp(
             _requests.refuse_observed(nonnegative)
             named = None if isinstance(start, str) else {f"factor{mode}": factor for mode, factor in enumerate(start)}
             split, most_starts = CP(request.shape, rank), max(starts or 1, _requests.STARTS)
-            fit = _requests.completed(request, [split], limits, callback, starts=most_starts, start=named, fixed=held)
+            fit = _requests.completed(request, split, limits, callback, starts=most_starts, start=named, fixed=held)
         elif modes:
             fit = fit_nonnegative_cp(request, rank, modes, start, held, starts or 1, limits)
         else:
             steps = Iteration(limits, callback)
-            fit = fit_cp(request.truncation(), request.tensor, rank, steps, init=start, fixed=held, starts=starts)
+            fit = fit_cp(request.algebra(), request.tensor, rank, steps, init=start, fixed=held, starts=starts)
         if fit.error == math.inf:
             raise ShapeError(
                 f"no sweep of rank {rank} succeeded, as the equations are singular: use another init or random_state, "

@@ -17,7 +17,6 @@ from tnadapt.backends import Array, Backend, get_backend
 from tnadapt.decomposition.fits import OPEN, Contraction, Fit, FitOutcome, holds, smallest_within
 from tnadapt.decomposition.linear_algebra import epsilon_of, norm_of, with_value
 from tnadapt.errors import BackendError, ConfigError, ShapeError, safe_repr
-from tnadapt.report import TextTable
 
 from ._matrix_products import mode_dot, row_khatri_rao, unfold
 from ._requests import Request, alike, as_tensor, as_tensors, from_lists, integer_of, mode_of, scalar_of
@@ -210,6 +209,12 @@ class Decomposed(abc.ABC):
             slices.append(slice(int(item) % size, int(item) % size + 1, 1))
         return slices
 
+    def _whole(self, index: Sequence[int | slice]) -> Self:
+        """Return the tensor itself if slices take all of it, as others have not this form."""
+        if any(span != slice(0, size, 1) for span, size in zip(self.slices(index), self.shape, strict=True)):
+            raise ShapeError(f"a part of a {type(self).__name__} is none: take entries, or multiply by unit vectors")
+        return self
+
     def same_shape(self, other: Any) -> None:
         """Raise a ShapeError unless another tensor has the same form and shape."""
         if type(other) is not type(self):
@@ -308,6 +313,8 @@ class Decomposed(abc.ABC):
         return f"<{type(self).__name__}: {facts}>"
 
     def _repr_html_(self) -> str:
+        from tnadapt.report import TextTable
+
         return TextTable(self._facts(), caption=type(self).__name__).html()
 
     def _facts(self) -> list[tuple[str, str]]:
@@ -628,7 +635,7 @@ class CPTensor(_Factored, _CPParts):
             norms = backend.sqrt(backend.sum(real, axis=0))
             factors.append(factor / backend.where(norms > 0.0, norms, norms * 0.0 + 1.0))
             weights = weights * norms
-        return type(self)(weights, factors).with_outcome(self.outcome)
+        return self.of(backend, (weights, factors)).with_outcome(self.outcome)
 
     def truncated(self, rank: int) -> Self:
         """Keep the components with the largest norms, in descending order.
@@ -645,9 +652,8 @@ class CPTensor(_Factored, _CPParts):
         sizes = abs(backend.to_numpy(unit.weights))
         order = sizes.argsort(kind="stable")[::-1][:keep]
         places = backend.constant(order.copy(), backend.device(unit.weights))
-        return type(self)(
-            backend.take(unit.weights, places), [backend.take(factor, places, axis=1) for factor in unit.factors]
-        )
+        factors = [backend.take(factor, places, axis=1) for factor in unit.factors]
+        return self.of(backend, (backend.take(unit.weights, places), factors))
 
     def cp_copy(self) -> Self:
         """Return a copy of the object and its arrays, as the method of this name in TensorLy does."""

@@ -13,17 +13,16 @@ import numpy as np
 
 from tnadapt.algebra.config import Config
 from tnadapt.algebra.folding import MAX_ORDER
-from tnadapt.algebra.formats import CP, Dense
 from tnadapt.algebra.products import hadamard_tensor, kron_matvec, kronecker_tensor, rearranged
 from tnadapt.argument_checks import checks_arguments, is_sequence
 from tnadapt.backends import Array, get_backend
 from tnadapt.decomposition import Step, decompose
-from tnadapt.decomposition.fits import Callback, Contraction, limits_of
+from tnadapt.decomposition.fits import Callback, Contraction
 from tnadapt.errors import BackendError, ShapeError, safe_repr
 
 from . import _requests
 from ._cp_decomposition import cp
-from ._decomposed import CPTensor, Decomposed, finished, smallest_rank, with_derivative
+from ._decomposed import CPTensor, Decomposed, smallest_rank, with_derivative
 
 # -- Sums of Kronecker products ----------------------------------------------------------------------------------------
 
@@ -146,21 +145,8 @@ class KroneckerTensor(Decomposed, _KroneckerParts):
         )
 
     def part(self, *index: int | slice) -> Self:
-        """Take a slice that is a Kronecker product: whole modes, or a range that one index of the first factor has."""
-        terms = [list(term) for term in self.scaled_terms()]
-        for mode, (span, size) in enumerate(zip(self.slices(index), self.shape, strict=True)):
-            inner = math.prod(shape[mode] for shape in self.factor_shapes[1:])
-            if span == slice(0, size, 1):
-                continue
-            if span.step != 1 or span.start % inner or span.stop % inner:
-                raise ShapeError(
-                    f"the slice {span} of mode {mode} is no Kronecker product: use multiples of {inner} as bounds, "
-                    "or take entries"
-                )
-            cut = (*[slice(None)] * mode, slice(span.start // inner, span.stop // inner))
-            for term in terms:
-                term[0] = term[0][cut]
-        return type(self)(None, terms)
+        """Take a slice; only whole modes, because others are no Kronecker products."""
+        return self._whole(index)
 
     def inner(self, other: Self) -> Array:
         self.same_shape(other)
@@ -210,8 +196,6 @@ def kronecker_decomposition(
     terms: int | None = None,
     *,
     max_error: float | None = None,
-    mask: Any = None,
-    weights: Any = None,
     starts: int | None = None,
     random_state: Any = None,
     tol: float = 1e-8,
@@ -231,8 +215,6 @@ def kronecker_decomposition(
         Number of products that are added; 1 if neither it nor ``max_error`` is given.
     max_error : float, optional
         Relative Frobenius error that is allowed, instead of a number of terms.
-    mask, weights : array, shape (d_1, …, d_M), optional
-        As for :func:`cp`: what is known, and how much each element counts.
     starts, random_state, tol, max_iterations, callback
         Of the iteration for K ≥ 3, as for :func:`cp`.
 
@@ -266,25 +248,10 @@ def kronecker_decomposition(
     ((2, 3), (4, 2), True, True)
     """
     terms = 1 if terms is None and max_error is None else terms
-    request = _requests.requested(
-        tensor, terms, max_error, mask=mask, weights=weights, random_state=random_state, what="terms"
-    )
+    request = _requests.requested(tensor, terms, max_error, random_state=random_state, what="terms")
     request.refuse_trace("kronecker_decomposition()", "detach the tensor")
     sizes = _shapes(shapes, request.shape)
     backend = request.backend
-    if request.observed is not None:
-        many = _requests.integer_of("terms", terms or 1, 1)
-        fit = _requests.completed(
-            request, [Dense(shape, 1) for shape in sizes], limits_of(tol, max_iterations), callback, terms=many,
-            starts=max(starts or 1, _requests.STARTS),
-        )  # fmt: skip
-        # The arrays are in order: those of the first term, those of the second, ….
-        return finished(
-            request, fit,
-            lambda arrays: KroneckerTensor(
-                None, [list(arrays.values())[at : at + len(sizes)] for at in range(0, len(arrays), len(sizes))]
-            ),
-        )  # fmt: skip
     most = _requests.useful_rank([math.prod(shape) for shape in sizes])
     count = None if terms is None else min(_requests.integer_of("terms", terms, 1), most)
     source = request.tensor if request.source is None else request.source
@@ -424,8 +391,6 @@ def hadamard_decomposition(
     parts: int = 2,
     *,
     max_error: float | None = None,
-    mask: Any = None,
-    weights: Any = None,
     random_state: Any = None,
     tol: float = 1e-6,
     max_iterations: int = 100,
@@ -444,8 +409,6 @@ def hadamard_decomposition(
     max_error : float, optional
         Relative Frobenius error that is allowed, instead of a rank: the smallest rank is searched whose fit has no
         larger error.
-    mask, weights : array, shape (d_1, …, d_M), optional
-        As for :func:`cp`: what is known, and how much each element counts.
     random_state : int or Generator, optional
         Seed of the starts.
     tol : float
@@ -453,8 +416,7 @@ def hadamard_decomposition(
     max_iterations : int
         Maximum number of steps.
     callback : callable, optional
-        Called with the number and the relative error of each step; with ``mask`` or ``weights``, it stops the
-        iteration if it returns True.
+        Called with the number and the relative error of each step.
 
     Returns
     -------
@@ -484,7 +446,7 @@ def hadamard_decomposition(
     >>> hadamard_decomposition(tensor, max_error=1e-6).rank
     (1, 1)
     """
-    request = _requests.requested(tensor, rank, max_error, mask=mask, weights=weights, random_state=random_state)
+    request = _requests.requested(tensor, rank, max_error, random_state=random_state)
     request.refuse_trace("hadamard_decomposition()", "detach the tensor")
     if request.backend.is_complex(request.tensor):
         raise BackendError(
@@ -494,8 +456,6 @@ def hadamard_decomposition(
     parts, shape = _requests.integer_of("parts", parts, 1), request.shape
     if len(shape) > MAX_ORDER:
         raise ShapeError(f"the tensor has {len(shape)} modes; hadamard_decomposition() takes at most {MAX_ORDER}")
-
-    limits = limits_of(tol, max_iterations)
 
     def result_of(arrays: Mapping[str, Array]) -> HadamardTensor:
         factors, each = list(arrays.values()), len(shape)
@@ -508,9 +468,6 @@ def hadamard_decomposition(
     def fitted(rank: int) -> HadamardTensor:
         if parts > 64 or rank > math.prod(shape):
             raise ShapeError(f"{parts} parts of rank {rank} are more than a tensor of shape {shape} can use")
-        if request.observed is not None:
-            splits = [CP(shape, rank) for _ in range(parts)]
-            return finished(request, _requests.completed(request, splits, limits, callback, hadamard=True), result_of)
         matrix = request.backend.reshape(request.tensor, (shape[0], math.prod(shape[1:])))
         config = Config(rank=rank, order=len(shape), fold=shape, groups=1, format="cp")
         if parts > 1:

@@ -1,4 +1,4 @@
-"""Products and reshapings of tensors: Khatri-Rao, outer, inner and mode products, networks, unfolding and folding."""
+"""Products and reshapings of tensors: Khatri-Rao, outer, inner and mode products, unfolding and folding."""
 
 from __future__ import annotations
 
@@ -15,19 +15,15 @@ from tnadapt.errors import ShapeError, safe_repr
 
 from ._requests import alike, as_tensor, as_tensors, integer_of, mode_of, numeric
 
-# -- Khatri-Rao, outer and inner products, and contractions of networks ------------------------------------------------
+# -- Khatri-Rao, outer and inner products ------------------------------------------------------------------------------
 
 
-def khatri_rao(matrices: Sequence[Any], weights: Any = None, skip_matrix: int | None = None) -> Array:
+def khatri_rao(matrices: Sequence[Any]) -> Array:
     """Compute the column-wise Kronecker product of matrices.
 
     Parameters
     ----------
     matrices : sequence of array, shape (d_m, r)
-    weights : array, shape (r,), optional
-        Each column of the result is multiplied by its weight.
-    skip_matrix : int, optional
-        Position of a matrix that is left out.
 
     Returns
     -------
@@ -53,15 +49,7 @@ def khatri_rao(matrices: Sequence[Any], weights: Any = None, skip_matrix: int | 
            [ 3., 40.]])
     """
     backend, factors = as_tensors(matrices, "matrices")
-    if skip_matrix is not None:
-        del factors[integer_of("skip_matrix", skip_matrix, 0, len(factors) - 1)]
-        get_backend(*factors)
     alike(factors, 1, "matrix")
-    if weights is not None:
-        _, scales = as_tensor(weights, "weights")
-        if tuple(scales.shape) != (factors[0].shape[1],):
-            raise ShapeError(f"weights have shape {tuple(scales.shape)}; expected ({factors[0].shape[1]},)")
-        factors[0] = factors[0] * scales
     return columns_of(backend, factors)
 
 
@@ -183,66 +171,6 @@ def inner(tensor1: Any, tensor2: Any, n_modes: int | None = None) -> Array:
     return backend.reshape(product, (*kept, *rest))
 
 
-@checks_arguments
-def contract(equation: str, *tensors: Any, optimize: Any = "auto") -> Array:
-    """Contract a network of tensors, in an order that opt_einsum finds.
-
-    Parameters
-    ----------
-    equation : str
-        As for ``numpy.einsum``, such as ``"ij,jk,kl->il"``.
-    *tensors : array
-        Of one library, dtype and device.
-    optimize : str or path finder
-        How opt_einsum searches the order of the contractions. A ``cotengra.HyperOptimizer()`` works, too.
-
-    Returns
-    -------
-    array
-        Differentiable if its library is.
-
-    Raises
-    ------
-    ShapeError
-        If the equation does not fit the shapes.
-    BackendError
-        If libraries, dtypes or devices are mixed.
-
-    Notes
-    -----
-    Smith & Gray, "opt_einsum" (JOSS 3, 2018). Cost and memory are those of the path: see
-    ``opt_einsum.contract_path``. The paths of the last 256 equations and shapes are kept.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> contract("ij,jk->ik", np.ones((2, 3)), np.ones((3, 2)))
-    array([[3., 3.],
-           [3., 3.]])
-    """
-    import opt_einsum
-
-    _, arrays = as_tensors(tensors, "tensors")
-    try:
-        if isinstance(optimize, str):
-            return _expression(equation, tuple(tuple(array.shape) for array in arrays), optimize)(*arrays)
-        return opt_einsum.contract(equation, *arrays, optimize=optimize)
-    except (ValueError, KeyError, IndexError, TypeError) as error:
-        shapes = ", ".join(str(tuple(array.shape)) for array in arrays)
-        raise ShapeError(
-            f"the equation {safe_repr(equation)} does not fit tensors of shapes {shapes}, or "
-            f"optimize={safe_repr(optimize)} is no path: {str(error)[:200]}"
-        ) from None
-
-
-@functools.lru_cache(maxsize=256)
-def _expression(equation: str, shapes: tuple[tuple[int, ...], ...], optimize: str) -> Any:
-    """Return the contraction of tensors of these shapes. Searching its path may take longer than contracting."""
-    import opt_einsum
-
-    return opt_einsum.contract_expression(equation, *shapes, optimize=optimize)
-
-
 # -- Unfolding, folding and mode products, in TensorLy's conventions ---------------------------------------------------
 
 # Kolda & Bader, "Tensor decompositions and applications" (SIAM Review 51, 2009), with TensorLy's order of the columns
@@ -321,65 +249,6 @@ def fold(unfolded: Any, mode: int, shape: Sequence[int]) -> Array:
     return backend.moveaxis(backend.reshape(matrix, (shape[mode], *shape[:mode], *shape[mode + 1 :])), 0, mode)
 
 
-def vec(tensor: Any) -> Array:
-    """Flatten a tensor in row-major order; ``tensor_to_vec`` is another name of this function.
-
-    Parameters
-    ----------
-    tensor : array, shape (d_1, …, d_M)
-
-    Returns
-    -------
-    array, shape (prod d,)
-        Differentiable; a view where the library allows it.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> vec(np.array([[1.0, 2.0], [3.0, 4.0]]))
-    array([1., 2., 3., 4.])
-    """
-    backend, tensor = as_tensor(tensor)
-    return backend.flatten(tensor)
-
-
-tensor_to_vec = vec
-
-
-@checks_arguments
-def vec_to_tensor(vector: Any, shape: Sequence[int]) -> Array:
-    """Undo :func:`vec`.
-
-    Parameters
-    ----------
-    vector : array, shape (prod d,)
-    shape : sequence of int
-        The shape of the tensor.
-
-    Returns
-    -------
-    array, shape ``shape``
-        Differentiable; a view where the library allows it.
-
-    Raises
-    ------
-    ShapeError
-        If the vector has another number of elements.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> vec_to_tensor(np.arange(4.0), (2, 2))
-    array([[0., 1.],
-           [2., 3.]])
-    """
-    backend, vector = as_tensor(vector, "the vector")
-    shape = tuple(integer_of("a size in shape", size, 0) for size in shape)
-    if tuple(vector.shape) != (math.prod(shape),):
-        raise ShapeError(f"a tensor of shape {shape} is a vector of {math.prod(shape)}; got {tuple(vector.shape)}")
-    return backend.reshape(vector, shape)
-
-
 @checks_arguments
 def mode_dot(tensor: Any, matrix_or_vector: Any, mode: int, transpose: bool = False) -> Array:
     """Multiply a tensor by a matrix or a vector along one mode.
@@ -450,7 +319,6 @@ def multi_mode_dot(
     tensor: Any,
     matrices_or_vectors: Sequence[Any],
     modes: Sequence[int] | None = None,
-    skip: int | None = None,
     transpose: bool = False,
 ) -> Array:
     """Multiply a tensor by several matrices or vectors, one along each mode.
@@ -462,8 +330,6 @@ def multi_mode_dot(
         Each as for :func:`mode_dot`.
     modes : sequence of int, optional
         The mode of each; the first modes in order if None.
-    skip : int, optional
-        Position in the sequence of one that is left out.
     transpose : bool
         Whether to multiply by the conjugate transposes.
 
@@ -491,9 +357,8 @@ def multi_mode_dot(
     """
     backend, tensor = as_tensor(tensor)
     factors = list(matrices_or_vectors)
-    skip = None if skip is None else integer_of("skip", skip, 0)
     numbers = list(range(len(factors))) if modes is None else list(modes)
-    if len(numbers) != len(factors) or len(factors) > len(tensor.shape) + (skip is not None):
+    if len(numbers) != len(factors) or len(factors) > len(tensor.shape):
         raise ShapeError(
             f"{len(factors)} matrices or vectors for the modes {safe_repr(numbers)} of a tensor of shape "
             f"{tuple(tensor.shape)}; expected one for each mode"
@@ -501,8 +366,7 @@ def multi_mode_dot(
     what = "one of matrices_or_vectors"
     pairs = [
         (mode_of(mode, tensor.shape), numeric(get_backend(factor, what=what), factor, what))
-        for place, (mode, factor) in enumerate(zip(numbers, factors, strict=True))
-        if place != skip
+        for mode, factor in zip(numbers, factors, strict=True)
     ]
     if len({mode for mode, _ in pairs}) < len(pairs):
         raise ShapeError(f"a mode occurs twice in {safe_repr(numbers)}; multiply the matrices of one mode first")

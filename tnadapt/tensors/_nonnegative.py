@@ -168,10 +168,10 @@ def _fit(
     request: Request, arrays: Mapping[str, np.ndarray], errors: Sequence[float], limits: Limits, bound: float
 ) -> Fit:
     """Return arrays of the host as a fit in the tensor's library."""
-    backend, stopped = request.backend, "converged" if len(errors) < limits.iterations else "max_iterations"
-    dtype, device = backend.dtype_name(request.tensor), backend.device(request.tensor)
-    fitted = {name: backend.asarray(array, dtype, device) for name, array in arrays.items()}
-    return Fit(fitted, False, len(errors), _WAY, stopped, errors[-1], tuple(errors), bound=bound)
+    stopped = "converged" if len(errors) < limits.iterations else "max_iterations"
+    return Fit(
+        request.algebra().arrays(arrays), False, len(errors), _WAY, stopped, errors[-1], tuple(errors), bound=bound
+    )
 
 
 # -- Hierarchical alternating least squares, by TensorLy ---------------------------------------------------------------

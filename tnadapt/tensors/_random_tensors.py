@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,50 +9,24 @@ import numpy as np
 
 from tnadapt.argument_checks import checks_arguments
 from tnadapt.backends import Array, load_backend
-from tnadapt.errors import ConfigError, ShapeError, safe_repr
+from tnadapt.errors import ShapeError
 
 from ._decomposed import CPTensor, TuckerTensor
-from ._requests import integer_of, ranks_of, ring_bonds, train_bonds
+from ._requests import integer_of, normal, ranks_of, ring_bonds, seed_of, train_bonds
 from ._tensor_chains import TRTensor, TTMatrix, TTTensor
-
-_SEEDS = (int, np.integer, np.random.BitGenerator, np.random.bit_generator.ISeedSequence)
-
-
-def generator(random_state: Any) -> np.random.Generator:
-    """Return a generator of random numbers from a seed or a generator; None is the seed 0.
-
-    Raises
-    ------
-    ConfigError
-        If it is something else.
-    """
-    if isinstance(random_state, np.random.Generator):
-        return random_state
-    if isinstance(random_state, np.random.RandomState):
-        return np.random.default_rng(random_state.randint(0, 1 << 31, size=4))
-    seed = 0 if random_state is None else random_state
-    try:
-        # NumPy itself crashes on lists that are nested too deeply, and prints what it refuses.
-        seed = np.ravel(seed).tolist() if isinstance(seed, np.ndarray) else seed
-        if not all(isinstance(word, _SEEDS) for word in (seed if isinstance(seed, (list, tuple)) else [seed])):
-            raise TypeError
-        return np.random.default_rng(seed)
-    except (TypeError, ValueError):
-        raise ConfigError(f"random_state must be a seed or a NumPy generator; got {safe_repr(random_state)}") from None
 
 
 def _normal(random_state: Any, backend: str, dtype: str, device: Any) -> Callable[..., Array]:
     """Return a function that draws normal arrays of a library and dtype."""
-    rng, library = generator(random_state), load_backend(backend)
+    given = isinstance(random_state, np.random.Generator)
+    rng = random_state if given else np.random.default_rng(seed_of(random_state))
+    library = load_backend(backend)
 
     def draw(*shape: int) -> Array:
         try:
-            numbers = rng.standard_normal(shape)
+            return normal(library, dtype, device, rng, shape)
         except (MemoryError, ValueError):
             raise ShapeError(f"shape and rank make an array of shape {shape}, too large for memory") from None
-        if dtype.startswith("complex"):
-            numbers = (numbers + 1j * rng.standard_normal(shape)) * math.sqrt(0.5)
-        return library.asarray(numbers, dtype, device)
 
     return draw
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import inspect
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import Any, ParamSpec, TypeVar
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -15,8 +14,8 @@ from tnadapt.algebra.formats import Format
 from tnadapt.backends import Array, Backend, get_backend
 from tnadapt.decomposition import completion
 from tnadapt.decomposition.fits import Callback, Fit, Iteration, Limits
-from tnadapt.decomposition.linear_algebra import MatrixTruncation, norm_of, refuse_trace
-from tnadapt.errors import BackendError, ConfigError, ShapeError, UnexpectedKeywordError, safe_repr
+from tnadapt.decomposition.linear_algebra import SVD_METHODS, Algebra, norm_of, refuse_trace
+from tnadapt.errors import BackendError, ConfigError, ShapeError, safe_repr
 
 # -- Tensors, modes and numbers ----------------------------------------------------------------------------------------
 
@@ -340,9 +339,15 @@ class Request:
         """Raise a BackendError inside a trace, where the values that a solver needs are unknown."""
         refuse_trace(self.backend, self.tensor, what, way)
 
-    def truncation(self, svd: str = "auto") -> MatrixTruncation:
-        """Return the truncation of matrices like the tensor."""
-        return MatrixTruncation(self.backend, self.tensor, svd, self.seed, settled=self.settled)
+    def algebra(self, svd: str = "auto") -> Algebra:
+        """Return the linear algebra of matrices like the tensor."""
+        if svd not in SVD_METHODS:
+            raise ConfigError(f"svd must be one of {', '.join(SVD_METHODS)}; got {safe_repr(svd)}")
+        return Algebra(self.backend, self.tensor, svd, self.seed, settled=self.settled)
+
+    def normal(self, rng: np.random.Generator, shape: Sequence[int]) -> Array:
+        """Return normal numbers in the tensor's library, dtype and device."""
+        return normal(self.backend, self.backend.dtype_name(self.tensor), self.backend.device(self.tensor), rng, shape)
 
     def weighted(self, tensor: Array) -> Array:
         """Multiply a tensor by the roots of the weights."""
@@ -376,7 +381,9 @@ def requested(
     if len(tensor.shape) < least_order:
         raise ShapeError(f"the tensor has shape {tuple(tensor.shape)}; expected at least {least_order} modes")
     one_of(what, rank, max_error)
-    observed, tensor = _observed(backend, tensor, mask, weights)
+    observed = None
+    if mask is not None or weights is not None:
+        observed, tensor = _observed(backend, tensor, mask, weights)
     finite(
         backend, tensor, way="" if mask is not None else "; if these elements are missing, pass mask=, True where known"
     )
@@ -414,13 +421,12 @@ def kept_modes(request: Request, init: Any, fixed: Collection[int], form: type[A
     return held
 
 
-def normal(request: Request, rng: np.random.Generator, shape: Sequence[int]) -> Array:
-    """Return normal numbers in the tensor's library, dtype and device."""
-    backend, dtype = request.backend, request.backend.dtype_name(request.tensor)
+def normal(backend: Backend, dtype: str, device: Any, rng: np.random.Generator, shape: Sequence[int]) -> Array:
+    """Return normal numbers of variance 1, real or complex, in a library, dtype and device."""
     numbers = rng.standard_normal(shape)
     if dtype.startswith("complex"):
-        numbers = numbers + 1j * rng.standard_normal(shape)
-    return backend.asarray(numbers, dtype, backend.device(request.tensor))
+        numbers = (numbers + 1j * rng.standard_normal(shape)) * math.sqrt(0.5)
+    return backend.asarray(numbers, dtype, device)
 
 
 def one_of(what: str, rank: Any, max_error: Any) -> None:
@@ -448,8 +454,6 @@ def seed_of(random_state: Any) -> int:
 
 def _observed(backend: Backend, tensor: Array, mask: Any, weights: Any) -> tuple[Array | None, Array]:
     """Return the roots of the weights, and the tensor with zeros where it is not observed."""
-    if mask is None and weights is None:
-        return None, tensor
     shape, roots = tuple(tensor.shape), np.ones(tuple(tensor.shape))
     if weights is not None:
         host = _host(weights, "weights", shape).astype(np.float64)
@@ -515,37 +519,29 @@ def refuse_observed(nonnegative: Any) -> None:
 
 def completed(
     request: Request,
-    splits: Sequence[Format],
+    split: Format,
     limits: Limits,
     callback: Callback | None,
     *,
     starts: int = STARTS,
-    terms: int = 1,
-    hadamard: bool = False,
     start: Mapping[str, Array] | None = None,
     fixed: Any = (),
 ) -> Fit:
-    """Fit formats to the observed elements of a tensor; the arrays are in the tensor's library.
+    """Fit a format to the observed elements of a tensor; the arrays are in the tensor's library.
 
     Parameters
     ----------
     request : Request
         With ``observed``.
-    splits : sequence of Format
-        One format of the tensor's sizes; or several, whose product is the tensor.
+    split : Format
     limits : Limits
         Of each descent.
     callback : callable, optional
         Called with the number and the relative error of each step; stops if it returns True.
     starts : int
         The most random starts, in addition to ``start``; more than one only for small problems.
-    terms : int
-        Number of products in the sum.
-    hadamard : bool
-        Whether several splits are multiplied element by element, instead of a Kronecker product.
     start : mapping of str to array, optional
-        Initial arrays, by the names of the result: ``"factor0"`` for a single split of a single term, otherwise
-        ``"term0.split0.factor0"``.
+        Initial arrays, by the names of the result.
     fixed : collection
         What the caller was asked to keep.
 
@@ -567,12 +563,7 @@ def completed(
     roots = np.real(backend.to_numpy(request.observed)).astype(np.float64).reshape(-1)
     known = np.flatnonzero(roots)
     wanted, roots = backend.to_numpy(request.tensor).reshape(-1)[known], roots[known]
-    prefixes = [[f"term{term}.split{k}." for k in range(len(splits))] for term in range(terms)]
-    elements = completion.ObservedElements(
-        splits,
-        [[""]] if terms == len(splits) == 1 else prefixes,
-        completion.places_in_splits(splits, request.shape, known, hadamard),
-    )
+    elements = completion.ObservedElements([split], [[""]], [np.unravel_index(known, request.shape)])
     rng, small = np.random.RandomState(request.seed % (1 << 32)), completion.affordable(elements) > 0
 
     def begun() -> Iterator[Mapping[str, np.ndarray]]:
@@ -595,55 +586,5 @@ def completed(
         fit = completion.fit_observed(elements, wanted, all_swept, limits, roots=roots, watch=watch)
     else:
         fit = swept(next(begun()), Iteration(limits, callback))
-    dtype, device = backend.dtype_name(request.tensor), backend.device(request.tensor)
-    arrays = {name: backend.asarray(np.ascontiguousarray(array), dtype, device) for name, array in fit.arrays.items()}
+    arrays = request.algebra().arrays(fit.arrays)
     return fit._replace(arrays=arrays, method="least squares on the observed elements")
-
-
-# -- TensorLy's keywords, refused with our names for them --------------------------------------------------------------
-
-
-P = ParamSpec("P")
-R = TypeVar("R")
-
-# TensorLy's keyword -> what to write here. A keyword that the function has itself is never looked up.
-_TENSORLY = {
-    "n_iter_max": "'max_iterations' here",
-    "fixed_modes": "'fixed' here",
-    "fixed_factors": "'fixed' here",
-    "return_errors": "the attribute 'history' of the result here",
-    "normalize_factors": "not needed here, as factors of a CP are always normalized",
-    "linesearch": "not needed here, as cp extrapolates where that helps",
-    "non_negative": "'nonnegative' here",
-    "verbose": "'callback=print' here",
-    "modes": "not needed here: give every mode a rank, its size to those that stay as they are",
-}
-
-
-def hints_keywords(function: Callable[P, R]) -> Callable[P, R]:
-    """Let a decomposition refuse TensorLy's keywords with an error that has our names for them.
-
-    Examples
-    --------
-    >>> @hints_keywords
-    ... def solve(tensor, *, max_iterations=10):
-    ...     return tensor
-    >>> solve(1, n_iter_max=5)
-    Traceback (most recent call last):
-        ...
-    tnadapt.errors.UnexpectedKeywordError: solve() got an unexpected keyword argument 'n_iter_max': TensorLy's
-    'n_iter_max' is 'max_iterations' here
-    """
-    accepted = frozenset(inspect.signature(function).parameters)
-
-    @functools.wraps(function)
-    def hinting(*args: P.args, **kwargs: P.kwargs) -> R:
-        for name in kwargs:
-            if name not in accepted and name in _TENSORLY:
-                raise UnexpectedKeywordError(
-                    f"{function.__name__}() got an unexpected keyword argument {name!r}: TensorLy's {name!r} is "
-                    f"{_TENSORLY[name]}"
-                )
-        return function(*args, **kwargs)
-
-    return hinting

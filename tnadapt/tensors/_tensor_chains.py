@@ -373,12 +373,8 @@ class TTMatrix(_Cores):
         return self.train().entries(np.stack([row * size + col for row, col, size in split], axis=1))
 
     def part(self, *index: int | slice) -> Self:
-        """Take a slice; only whole rows or columns, because others do not divide into modes."""
-        if any(span != slice(0, size, 1) for span, size in zip(self.slices(index), self.shape, strict=True)):
-            raise ShapeError(
-                "a part of a TT matrix does not divide into its modes: take entries, or multiply by unit vectors"
-            )
-        return self
+        """Take a slice; only whole rows and columns, because others do not divide into modes."""
+        return self._whole(index)
 
     def inner(self, other: Self) -> Array:
         self.same_shape(other)

@@ -14,7 +14,7 @@ from tnadapt.argument_checks import checks_arguments
 from tnadapt.backends import Array, get_backend, load_backend
 from tnadapt.decomposition.fits import Callback, Fit, Iteration, limits_of
 from tnadapt.decomposition.linear_algebra import epsilon_of
-from tnadapt.decomposition.tt_svd import fit_train, ring_svd, ring_sweep
+from tnadapt.decomposition.tt_svd import fit_train, named_cores, ring_svd, ring_sweep
 from tnadapt.errors import ConfigError, ShapeError, TnadaptError, safe_repr
 
 from . import _requests
@@ -28,7 +28,6 @@ from ._tensor_chains import TRTensor, TTMatrix, TTTensor
 ChainT = TypeVar("ChainT", TTTensor, TTMatrix)
 
 
-@_requests.hints_keywords
 @checks_arguments
 def tensor_train(
     tensor: Any,
@@ -38,7 +37,6 @@ def tensor_train(
     mask: Any = None,
     weights: Any = None,
     init: Any = "svd",
-    fixed: Collection[int] = (),
     svd: str = "auto",
     random_state: Any = None,
     sweeps: int | None = None,
@@ -65,8 +63,6 @@ def tensor_train(
         Nonnegative weights of the squared errors of the elements.
     init : "svd", TTTensor or sequence of array
         What the sweeps start from: TT-SVD, or a given train of the same ranks.
-    fixed : collection of int
-        Positions of the cores of ``init`` that are kept, to the bit.
     svd : {"auto", "full", "randomized"}
         How to compute leading singular vectors; "auto" computes no more than the rank where that is faster.
     random_state : int or Generator, optional
@@ -120,34 +116,31 @@ def tensor_train(
     >>> noise = np.random.default_rng(0).normal(size=(5, 5, 5, 5))
     >>> tensor_train(noise, 3, sweeps=50).error < tensor_train(noise, 3).error
     True
-    >>> again = tensor_train(noise + 0.01, 3, init=tensor_train(noise, 3), fixed=[0])
-    >>> bool((again[0] == tensor_train(noise, 3)[0]).all()), again.outcome.method
-    (True, 'given start, ALS')
+    >>> tensor_train(noise + 0.01, 3, init=tensor_train(noise, 3)).outcome.method
+    'given start, ALS'
     """
     block = _requests.integer_of("memory", memory, 1)
     if not _requests.in_memory(tensor):
-        if mask is not None or weights is not None:
-            raise ConfigError("a tensor that is read in blocks takes neither mask nor weights: load it into memory")
-        if not isinstance(init, str) or fixed:
-            raise ConfigError("a tensor that is read in blocks takes neither init nor fixed: load it into memory")
+        if mask is not None or weights is not None or not isinstance(init, str):
+            raise ConfigError("a tensor that is read in blocks takes no mask, weights or init: load it into memory")
         return _from_blocks(tensor, block, rank, max_error, svd, _requests.seed_of(random_state))
     request = _requests.requested(tensor, rank, max_error, mask=mask, weights=weights, random_state=random_state)
     limits = limits_of(tol, max_iterations)
     ranks = None if rank is None else _requests.inner_ranks(rank, _possible(request.shape))
-    start, held = _start_of(request, init, fixed, ranks)
+    start = _start_of(request, init, ranks)
     most = None if sweeps is None else _requests.integer_of("sweeps", sweeps, 0)
     if request.observed is not None:
         split = TensorTrain(request.shape, 1 if ranks is None else tuple(ranks))
-        named = None if start is None else {f"core{mode}": core for mode, core in enumerate(start)}
-        fit = _requests.completed(request, [split], limits, callback, start=named, fixed=held)
+        named = None if start is None else named_cores(start)
+        fit = _requests.completed(request, split, limits, callback, start=named)
         return finished(request, fit, _train)
     if most is not None or start is None:
         limits = limits._replace(iterations=most or 0)
     # The core of a vector is the vector itself.
     request = request.kept() if start is None and not limits.iterations and len(request.shape) > 1 else request
     steps = Iteration(limits, callback)
-    fit = fit_train(request.truncation(svd), request.tensor, ranks, steps, loss=request.loss, init=start, fixed=held)
-    return finished(request, fit, _train, fixed=held)
+    fit = fit_train(request.algebra(svd), request.tensor, ranks, steps, loss=request.loss, init=start)
+    return finished(request, fit, _train)
 
 
 def _train(arrays: Mapping[str, Array]) -> TTTensor:
@@ -157,9 +150,9 @@ def _train(arrays: Mapping[str, Array]) -> TTTensor:
 
 def _from_blocks(tensor: Any, block: int, rank: Any, max_error: float | None, svd: str, seed: int) -> TTTensor:
     """Compress the modes to what a train of these ranks can have, and decompose that."""
-    from tnadapt.decomposition.block_passes import OVERSAMPLED, compressed, passes_over, result_dtype
+    from tnadapt.decomposition.block_passes import OVERSAMPLED, BlockPasses, compressed, result_dtype
 
-    passes = passes_over(tensor, block)
+    passes = BlockPasses(tensor, block)
     _requests.one_of("rank", rank, max_error)
     sizes = None
     if rank is not None:
@@ -186,7 +179,6 @@ def _possible(shape: tuple[int, ...]) -> list[int]:
     return [min(math.prod(shape[: bond + 1]), math.prod(shape[bond + 1 :])) for bond in range(len(shape) - 1)]
 
 
-@_requests.hints_keywords
 @checks_arguments
 def tt_matrix(
     matrix: Any,
@@ -196,7 +188,6 @@ def tt_matrix(
     cols: Sequence[int] | None = None,
     max_error: float | None = None,
     init: Any = "svd",
-    fixed: Collection[int] = (),
     svd: str = "auto",
     random_state: Any = None,
     sweeps: int | None = None,
@@ -210,7 +201,7 @@ def tt_matrix(
     ----------
     matrix : array, shape (prod rows, prod cols) or (rows_1, …, rows_M, cols_1, …, cols_M)
         The second form is TensorLy's, and needs neither ``rows`` nor ``cols``.
-    rank, max_error, fixed, svd, random_state, sweeps, tol, max_iterations, callback
+    rank, max_error, svd, random_state, sweeps, tol, max_iterations, callback
         As for :func:`tensor_train`.
     rows, cols : sequence of int, optional
         How the rows and the columns are divided, into the same number of modes.
@@ -251,7 +242,7 @@ def tt_matrix(
     merged = backend.reshape(paired, [r * c for r, c in zip(tall, wide, strict=True)])
     start = init if isinstance(init, str) else _merged_start(init, tall, wide)
     train = tensor_train(
-        merged, rank, max_error=max_error, init=start, fixed=fixed, svd=svd, random_state=random_state, sweeps=sweeps,
+        merged, rank, max_error=max_error, init=start, svd=svd, random_state=random_state, sweeps=sweeps,
         tol=tol, max_iterations=max_iterations, callback=callback,
     )  # fmt: skip
     cores = [
@@ -292,46 +283,16 @@ def _sizes(
     return tall, wide
 
 
-# -- Trains from a given start, some of whose cores may be fixed -------------------------------------------------------
+# -- Trains from a given start -----------------------------------------------------------------------------------------
 
 
-def _start_of(
-    request: Request, init: str | Sequence[Any], fixed: Collection[int], ranks: Sequence[int] | None
-) -> tuple[TTTensor | None, frozenset[int]]:
-    """Check what a train starts from.
-
-    Parameters
-    ----------
-    request : Request
-    init, fixed
-        As for :func:`tnadapt.tensors.tensor_train`.
-    ranks : sequence of int or None
-        Of the bonds; None if an error is given instead.
-
-    Returns
-    -------
-    TTTensor or None
-        None for "svd".
-    frozenset of int
-        Positions of fixed cores, from 0.
-
-    Raises
-    ------
-    ConfigError
-        If it is neither "svd" nor a train, if there is no rank, or if cores are fixed that are not given.
-    ShapeError
-        If it has another shape or other ranks, or NaN or infinity.
-    BackendError
-        If it is of another library, dtype or device, its derivatives are recorded, or the tensor is traced.
-    """
-    held = frozenset(_requests.mode_of(mode, request.shape, "a mode in fixed") for mode in fixed)
+def _start_of(request: Request, init: str | Sequence[Any], ranks: Sequence[int] | None) -> TTTensor | None:
+    """Return the checked train that sweeps start from, None for "svd"."""
     other = isinstance(init, Decomposed) and not isinstance(init, TTTensor)
     if isinstance(init, str) or other or not isinstance(init, Sequence):
         if not isinstance(init, str) or init != "svd":
             raise ConfigError(f"init must be 'svd', a TTTensor or its cores; got {safe_repr(init)}")
-        if held:
-            raise ConfigError(f"fixed={sorted(held)} keeps cores of a start: give them as init=TTTensor(cores)")
-        return None, held
+        return None
     if ranks is None:
         raise ConfigError("max_error= chooses ranks, but a start has its own: give rank= with init=")
     start = _started(TTTensor, init)
@@ -345,7 +306,7 @@ def _start_of(
     request.refuse_recorded("init", *start)
     for mode, core in enumerate(start):
         _requests.finite(request.backend, core, f"core {mode} of init")
-    return start, held
+    return start
 
 
 def _started(cls: type[ChainT], init: Any) -> ChainT:
@@ -361,7 +322,6 @@ def _started(cls: type[ChainT], init: Any) -> ChainT:
 # -- Tensor rings ------------------------------------------------------------------------------------------------------
 
 
-@_requests.hints_keywords
 @checks_arguments
 def tensor_ring(
     tensor: Any,
@@ -452,11 +412,7 @@ def tensor_ring(
 
 
 def _ring(arrays: Mapping[str, Array]) -> TRTensor:
-    return TRTensor([arrays[f"core{mode}"] for mode in range(len(arrays))])
-
-
-def _named(cores: Sequence[Array]) -> dict[str, Array]:
-    return {f"core{mode}": core for mode, core in enumerate(cores)}
+    return TRTensor.of(get_backend(arrays["core0"]), [arrays[f"core{mode}"] for mode in range(len(arrays))])
 
 
 def _fitted(request: Request, ranks: list[int], init: Any, held: set[int], starts: int, steps: Iteration) -> Fit:
@@ -465,8 +421,8 @@ def _fitted(request: Request, ranks: list[int], init: Any, held: set[int], start
     cores, method = _start(request, request.tensor, ranks, init, rng)
     if not steps.limits.iterations:
         return Fit(
-            _named(cores), False, 0, method,
-            closed=lambda tensor: _named(_start(request, tensor, ranks, init, rng)[0]),
+            named_cores(cores), False, 0, method,
+            closed=lambda tensor: named_cores(_start(request, tensor, ranks, init, rng)[0]),
         )  # fmt: skip
     request.refuse_trace("tensor_ring()", "use max_iterations=0")
     best: Fit | None = None
@@ -506,10 +462,10 @@ def _start(
             raise ShapeError(f"init has shape {shape} and ranks {init.rank}; expected {shape} and {expected}")
         return list(init), "given start"
     if init == "svd" and ranks[0] * ranks[1] <= min(shape[0], math.prod(shape[1:])):
-        truncation = request.truncation()
+        algebra = request.algebra()
 
         def truncated(matrix: Array, bond: int) -> Array:
-            return truncation.left(matrix, ranks[0] * ranks[1] if bond == 0 else ranks[bond + 1])
+            return algebra.left(matrix, ranks[0] * ranks[1] if bond == 0 else ranks[bond + 1])[0]
 
         cores = ring_svd(backend, tensor, ranks[0], truncated)
         if [int(core.shape[0]) for core in cores] == ranks:
@@ -527,7 +483,7 @@ def _random(
 ) -> list[Array]:
     """Return normal cores, and the given ones where they are held."""
     shapes = [(ranks[mode], size, ranks[(mode + 1) % len(ranks)]) for mode, size in enumerate(request.shape)]
-    return [given[mode] if mode in held else _requests.normal(request, rng, shape) for mode, shape in enumerate(shapes)]
+    return [given[mode] if mode in held else request.normal(rng, shape) for mode, shape in enumerate(shapes)]
 
 
 def _improved(request: Request, cores: list[Array], held: set[int], steps: Iteration) -> Fit:
@@ -535,7 +491,7 @@ def _improved(request: Request, cores: list[Array], held: set[int], steps: Itera
     backend = request.backend
     steps.begin()
     if request.norm == 0.0:
-        return Fit(_named([backend.zeros(core.shape, like=core) for core in cores]), True, 0, "zero", error=0.0)
+        return Fit(named_cores([backend.zeros(core.shape, like=core) for core in cores]), True, 0, "zero", error=0.0)
     eps, best, error = epsilon_of(backend, request.tensor), cores, error_of(request, TRTensor(cores))
     ridges = [0.0, 100.0 * eps, eps**0.5]
     while not steps.stopped:
@@ -549,7 +505,7 @@ def _improved(request: Request, cores: list[Array], held: set[int], steps: Itera
             continue
         best, error = swept, min(error, now)
         steps.step(error)
-    return Fit(_named(best), False, steps.count, "ALS", steps.stopped, error)
+    return Fit(named_cores(best), False, steps.count, "ALS", steps.stopped, error)
 
 
 def _tried(request: Request, cores: list[Array], held: set[int], ridge: float) -> list[Array] | None:

@@ -9,7 +9,7 @@ import numpy as np
 
 from tnadapt.algebra.formats import Tucker
 from tnadapt.argument_checks import checks_arguments
-from tnadapt.backends import Array
+from tnadapt.backends import Array, get_backend
 from tnadapt.decomposition.fits import Callback, Fit, Iteration, Limits, limits_of
 from tnadapt.decomposition.hooi import fit_tucker
 from tnadapt.decomposition.linear_algebra import norm_of
@@ -21,7 +21,6 @@ from ._nonnegative import constrained_modes, fit_nonnegative_tucker
 from ._requests import Request
 
 
-@_requests.hints_keywords
 @checks_arguments
 def tucker(
     tensor: Any,
@@ -137,7 +136,7 @@ def tucker(
         fit = fit_nonnegative_tucker(request, ranks or [], init, limits_of(tol, max_iterations))
         return finished(request, fit, _tucker_tensor)
     fit = fit_tucker(
-        request.truncation(svd),
+        request.algebra(svd),
         request.tensor,
         None if ranks is None else dict(enumerate(ranks)),
         Iteration(limits, callback),
@@ -149,7 +148,8 @@ def tucker(
 
 
 def _tucker_tensor(arrays: Mapping[str, Array]) -> TuckerTensor:
-    return TuckerTensor(arrays["core"], [arrays[f"factor{mode}"] for mode in range(len(arrays) - 1)])
+    factors = [arrays[f"factor{mode}"] for mode in range(len(arrays) - 1)]
+    return TuckerTensor.of(get_backend(arrays["core"]), (arrays["core"], factors))
 
 
 def _orthogonal(arrays: Mapping[str, Array]) -> TuckerTensor:
@@ -167,16 +167,16 @@ def _completed(
         if {name: tuple(array.shape) for name, array in start.items()} != split.shapes:
             raise ShapeError(f"init has ranks {init.rank}; expected {tuple(ranks or ())}")
     limits = limits._replace(iterations=max(1, limits.iterations))
-    return _requests.completed(request, [split], limits, callback, start=start, fixed=held)
+    return _requests.completed(request, split, limits, callback, start=start, fixed=held)
 
 
 def _from_blocks(
     tensor: Any, block: int, rank: Any, max_error: float | None, seed: int, settings: dict[str, Any]
 ) -> TuckerTensor:
     """Compress the tensor in two passes, and decompose what is left."""
-    from tnadapt.decomposition.block_passes import OVERSAMPLED, compressed, passes_over, result_dtype
+    from tnadapt.decomposition.block_passes import OVERSAMPLED, BlockPasses, compressed, result_dtype
 
-    passes = passes_over(tensor, block)
+    passes = BlockPasses(tensor, block)
     _requests.one_of("rank", rank, max_error)
     ranks = None if rank is None else _ranks(rank, passes.shape)
     sizes = None if ranks is None else [min(d, 2 * r + OVERSAMPLED) for r, d in zip(ranks, passes.shape, strict=True)]
@@ -220,7 +220,7 @@ def _start(request: Request, ranks: list[int] | None, init: Any, held: set[int])
     rng, backend = np.random.default_rng(request.seed), request.backend
     factors = dict[int, Array]()
     for mode, shape in enumerate(zip(request.shape, ranks, strict=True)):
-        factors[mode] = _requests.normal(request, rng, shape) if isinstance(init, str) else init.factors[mode]
+        factors[mode] = request.normal(rng, shape) if isinstance(init, str) else init.factors[mode]
         if tuple(factors[mode].shape) != shape:
             raise ShapeError(f"factor {mode} of init has shape {tuple(factors[mode].shape)}; expected {shape}")
         if mode in held:
