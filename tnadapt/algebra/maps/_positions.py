@@ -56,11 +56,11 @@ class Scatter(MapSettings):
     size: int | None = None
     positions: tuple[int, ...] | None = None
 
+    _sizes = ("size",)
+
     def __post_init__(self) -> None:
         if self.positions is None and self.size is None:
             raise ConfigError("Scatter needs the number of values, Scatter(size=1000), or their positions")
-        if self.size is not None:
-            object.__setattr__(self, "size", integer("Scatter's size", self.size, 1, MAX_SIZE, ConfigError))
         if self.positions is not None:
             object.__setattr__(self, "positions", self._checked_positions(self.positions))
             object.__setattr__(self, "size", len(self.positions))
@@ -193,8 +193,9 @@ class TorchScatter(MapSettings):
     size: int
     seed: int = DEFAULT_SEED
 
+    _sizes = ("size",)
+
     def __post_init__(self) -> None:
-        object.__setattr__(self, "size", integer("TorchScatter's size", self.size, 1, MAX_SIZE, ConfigError))
         seed = integer("TorchScatter's seed", self.seed, -(1 << 63), (1 << 64) - 1, ConfigError)
         object.__setattr__(self, "seed", seed)
         super().__post_init__()
@@ -238,11 +239,7 @@ class Gather(MapSettings):
 
     size: int | None = None
 
-    def __post_init__(self) -> None:
-        if self.size is not None:
-            name = f"{type(self).__name__}'s size"
-            object.__setattr__(self, "size", integer(name, self.size, 1, MAX_SIZE, ConfigError))
-        super().__post_init__()
+    _sizes = ("size",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -327,7 +324,7 @@ class SignGatherMap(GatherMap):
         return super().adjoint(backend, y * self.on(backend, "signs", y, backend.dtype_name(y)))
 
     def slice(self, backend: Backend, x: Array, start: int, stop: int) -> Array:
-        signs = backend.astype(self._piece(backend, "signs", x, start, stop), backend.dtype_name(x))
+        signs = self._piece(backend, "signs", x, start, stop, backend.dtype_name(x))
         return super().slice(backend, x, start, stop) * signs
 
     def cost(self) -> int:
@@ -375,9 +372,6 @@ class OneHot(Map):
 
     def digest(self) -> str:
         return digest_of(self, self._part, dict.fromkeys(("perm", "signs") if self.signed else ("perm",), self.n_out))
-
-    def forward(self, backend: Backend, x: Array) -> Array:
-        return self.slice(backend, x, 0, self.n_out)
 
     def slice(self, backend: Backend, x: Array, start: int, stop: int) -> Array:
         dtype = backend.dtype_name(x)
@@ -453,10 +447,7 @@ class TiedElements(MapSettings):
 
     normalized: bool = False
 
-    def __post_init__(self) -> None:
-        if not isinstance(self.normalized, bool):
-            raise ConfigError(f"TiedElements's normalized must be True or False; got {safe_repr(self.normalized)}")
-        super().__post_init__()
+    _flags = ("normalized",)
 
 
 class TiedMap(BroughtMap):
@@ -529,9 +520,6 @@ class TiedMap(BroughtMap):
 
     def __getstate__(self) -> dict[str, object]:
         return {name: value for name, value in super().__getstate__().items() if name != "_stages"}
-
-    def forward(self, backend: Backend, x: Array) -> Array:
-        return self.slice(backend, x, 0, self.n_out)
 
     def slice(self, backend: Backend, x: Array, start: int, stop: int) -> Array:
         if self.settings.normalized:
