@@ -527,18 +527,12 @@ class FromBase(Source):
             raise ConfigError(f"side must be one of {', '.join(map(repr, _SIDES))}; got {safe_repr(self.side)}")
         require_flags(vectors=self.vectors)
 
-    def _mode(self, place: Place) -> int:
-        """Return the mode along which the base is unfolded."""
-        order = len(place.sizes)
-        if self.side == "mode":
-            assert place.mode is not None  # checked before
-            return place.mode
-        if order not in (2, 3):
-            raise ConfigError(
-                f"FromBase({self.side!r}) needs matrices, or a stack (weights, rows, cols), and the group is folded to "
-                f"{place.sizes}: use FromBase('mode')"
-            )
-        return order - (2 if self.side == "rows" else 1)
+    def _unfolded(self, order: int, mode: int | None) -> int:
+        """Return the mode along which the base of that order is unfolded, for an array of that mode."""
+        if self.side != "mode":
+            return order - (2 if self.side == "rows" else 1)
+        assert mode is not None  # checked by the plan
+        return mode
 
     def check(self, place: Place) -> None:
         """See :meth:`Source.check`."""
@@ -548,7 +542,12 @@ class FromBase(Source):
                 f"FromBase makes factors of shape (size of a mode, rank), and {place.name!r} of shape {place.shape} is "
                 "none: use format='cp', 'cp-weighted' or 'tucker' with splits=1 or combine='hadamard'"
             )
-        mode = self._mode(place)
+        if self.side != "mode" and len(place.sizes) not in (2, 3):
+            raise ConfigError(
+                f"FromBase({self.side!r}) needs matrices, or a stack (weights, rows, cols), and the group is folded to "
+                f"{place.sizes}: use FromBase('mode')"
+            )
+        mode = self._unfolded(len(place.sizes), place.mode)
         size, rank = place.shape
         if size != place.sizes[mode]:
             raise ConfigError(
@@ -564,11 +563,9 @@ class FromBase(Source):
 
     def array(self, shape: tuple[int, ...], stream: Stream) -> np.ndarray:
         """See :meth:`Source.array`."""
-        assert stream.base is not None  # the plan gives it to a source that needs it
         base = stream.base
-        order = base.ndim
-        mode = stream.mode if self.side == "mode" else order - (2 if self.side == "rows" else 1)
-        assert mode is not None  # checked by the plan
+        assert base is not None  # the plan gives it to a source that needs it
+        mode = self._unfolded(base.ndim, stream.mode)
         matrix = np.moveaxis(base, mode, 0).reshape(base.shape[mode], -1)
         rows, rank = shape
         width = min(rank + OVERSAMPLING, rows)

@@ -284,26 +284,27 @@ Recipe = str | MapSettings | tuple[str | MapSettings, ...]
 
 
 class _Step(NamedTuple):
-    """One map of a chain."""
+    """One map of a chain; ``fixes_length`` as :meth:`Map.fixes_length` says of its settings."""
 
     name: str
     cls: type[Map]
     settings: Any
-
-    @property
-    def fixes_length(self) -> bool:
-        return self.cls.fixes_length(self.settings)
+    fixes_length: bool
 
 
-def _step_of(given: str | MapSettings) -> _Step:
-    if isinstance(given, str):
-        cls = MAPS.find(given)
-        return _Step(given, cls, None if cls.settings_class is None else _defaults(given, cls.settings_class))
+def _step_of(given: str | MapSettings, other: str = "") -> _Step:
+    name = _name_of(given) if isinstance(given, MapSettings) else given
+    cls = MAPS.find(name, other)
+    settings = given if isinstance(given, MapSettings) else cls.settings_class and _defaults(name, cls.settings_class)
+    return _Step(name, cls, settings, cls.fixes_length(settings))
+
+
+def _name_of(settings: MapSettings) -> str:
     for name, cls in MAPS.items():
-        if cls.settings_class is type(given):
-            return _Step(name, cls, given)
+        if cls.settings_class is type(settings):
+            return name
     raise ConfigError(
-        f"{safe_repr(given)} are the settings of no registered map; call tnadapt.register_map(name, cls) with their "
+        f"{safe_repr(settings)} are the settings of no registered map; call tnadapt.register_map(name, cls) with their "
         "map. If a class of this name was registered again since, create the settings again"
     )
 
@@ -364,9 +365,10 @@ def _checked_step(value: Any) -> str | MapSettings:
     if isinstance(value, Mapping):
         value = _settings_of(value)
     if not isinstance(value, MapSettings):
-        MAPS.find(value, "or the settings of a map, such as tnadapt.maps.Scatter(size=1000), or a list of these")
-        return _step_of(value).name
-    name = _step_of(value).name
+        return _step_of(
+            value, "or the settings of a map, such as tnadapt.maps.Scatter(size=1000), or a list of these"
+        ).name
+    name = _name_of(value)
     try:
         return name if type(value)() == value else value
     except (TypeError, TnadaptError):  # it has no defaults
@@ -397,7 +399,7 @@ def projection_to_json(projection: Recipe) -> Any:
     if isinstance(projection, tuple):
         return [projection_to_json(step) for step in projection]
     fields = {field.name: getattr(projection, field.name) for field in dataclasses.fields(projection)}
-    return {"map": _step_of(projection).name, **{name: _lists(value) for name, value in fields.items()}}
+    return {"map": _name_of(projection), **{name: _lists(value) for name, value in fields.items()}}
 
 
 def _lists(value: Any) -> Any:
@@ -515,13 +517,13 @@ def _build(steps: Sequence[_Step], codomain: Space, n_in: int | None, ratio: flo
         n_in = max(1, math.ceil(Fraction(str(ratio)) * codomain.length))
     free, parts = _free(steps), list[Map]()
     for number in reversed(range(len(steps))):
-        name, cls, settings = step = steps[number]
+        name, cls, settings, fixes_length = steps[number]
         if cls.two_sided and codomain.shape is None:
             raise ConfigError(
                 f"projection {name!r} works on the rows and columns of a weight, and its output is a vector of "
                 f"{codomain.length} elements: set on='weight', and let only maps that preserve the length follow it"
             )
-        if step.fixes_length:
+        if fixes_length:
             domain = cls.domain(codomain, settings)
         else:
             length = n_in if number == free else codomain.length
