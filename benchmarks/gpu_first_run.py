@@ -80,16 +80,16 @@ def _equal(what: str, one: list[Any], other: list[Any]) -> dict[str, Any]:
 
 def compiled_with_tf32(device: str, smoke: bool) -> Rows:
     """Compare F and its gradient with float64 where TF32 is allowed: eager, compiled, and by the basic operations."""
-    from tnadapt.backends import _torch_gpu as torch_gpu
+    from tnadapt.backends import _torch_kernels as torch_kernels
 
     torch.set_float32_matmul_precision("high")
     f, rows = tna.Projection("linear", 1000, 1 << (10 if smoke else 20)), Rows()
     x = torch.randn(f.n_in, device=device, requires_grad=True)
     exact = f(x.detach().double().cpu()).numpy()
-    supported = torch_gpu.is_supported
+    supported = torch_kernels.is_supported
     for way in ("eager", "compiled", "basic operations", "basic operations, compiled"):
         torch._dynamo.reset()
-        torch_gpu.is_supported = (lambda x: False) if way.startswith("basic") else supported
+        torch_kernels.is_supported = (lambda x: False) if way.startswith("basic") else supported
         run = torch.compile(f, fullgraph=True) if way.endswith("compiled") else f
         found = run(x)
         found.sum().backward()
@@ -199,14 +199,14 @@ def draws(device: str, smoke: bool) -> Rows:
     """Measure F with draws inside the kernels, and with stored ones through the basic operations."""
     from gpu import arrays, medians
 
-    from tnadapt.backends import _torch_gpu as torch_gpu
+    from tnadapt.backends import _torch_kernels as torch_kernels
 
-    size, rows, supported = 100 if smoke else 1 << 24, Rows(), torch_gpu.is_supported
+    size, rows, supported = 100 if smoke else 1 << 24, Rows(), torch_kernels.is_supported
     for ratio in (0.01, 1.0):
         f = tna.Projection("linear", max(1, round(ratio * size)), size)
         x, y = torch.randn(f.n_in, device=device), torch.randn(size, device=device)
         for way in ("in the kernels", "stored"):
-            torch_gpu.is_supported = supported if way == "in the kernels" else lambda x: False
+            torch_kernels.is_supported = supported if way == "in the kernels" else lambda x: False
             ways = {"copy": arrays("torch", device, size, "float32")[2], "forward": lambda f=f, x=x: f(x)}
             found = medians(device, {**ways, "backward": lambda f=f, y=y: f.adjoint(y)}, 2 if smoke else 30)
             copies = {f"{which}, copies": found[which] / found["copy"] for which in ("forward", "backward")}

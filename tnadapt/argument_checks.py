@@ -10,22 +10,13 @@ import ast
 import dataclasses
 import functools
 import inspect
+import math
 import numbers
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar, cast
 
 from .errors import BackendError, ConfigError, FileError, ShapeError, TargetError, TnadaptError, safe_repr
-
-__all__ = [
-    "checks_arguments",
-    "flag",
-    "integer",
-    "is_sequence",
-    "require_frozen",
-    "wrong_argument",
-]
-
 
 # -- The types of arguments of public functions, checked before a function does anything -------------------------------
 
@@ -34,6 +25,7 @@ __all__ = [
 _MOST_BITS = 14_000
 
 T = TypeVar("T", bound=Callable[..., Any])
+S = TypeVar("S")
 
 
 class _Type(NamedTuple):
@@ -358,7 +350,10 @@ _CLASSES = frozenset({
 _ERRORS = {"nn.Module": TargetError, "Target": TargetError, "AdapterFile": FileError}
 
 
-# -- The check of classes whose fields are what a config and a file say of a map or a source ---------------------------
+# -- Settings: frozen dataclasses whose fields are what a config and a file say of a map or a source -------------------
+
+# Values within values within …, as a hostile file may have them.
+_MAX_DEPTH = 4
 
 
 def require_frozen(cls: Any, what: str, reserved: str) -> None:
@@ -385,3 +380,51 @@ def require_frozen(cls: Any, what: str, reserved: str) -> None:
                 f"{what} has the field {field.name!r}: the name {reserved!r} is reserved, and every field must be an "
                 "argument of the class"
             )
+
+
+def require_plain(settings: Any, what: str, others: str = "", other: type | tuple[type, ...] = ()) -> None:
+    """Raise a ConfigError that names a field unless a file can hold the values of all and give them back.
+
+    ``other`` is a class of settings that may be values, too, and ``others`` its name in the message.
+    """
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if not _is_plain(value, _MAX_DEPTH, other):
+            raise ConfigError(
+                f"{what}: {field.name} must be None, a boolean, an integer, a finite float, a string{others} or a "
+                f"tuple of these; got {safe_repr(value)}"
+            )
+
+
+def _is_plain(value: Any, depth: int, other: Any) -> bool:
+    if isinstance(value, other):
+        value = tuple(getattr(value, field.name) for field in dataclasses.fields(value))
+    if isinstance(value, tuple):
+        return depth > 0 and all(_is_plain(item, depth - 1, other) for item in value)
+    if isinstance(value, float):
+        return type(value) is float and math.isfinite(value)
+    if type(value) is int:
+        return abs(value) < 1 << 64
+    return value is None or type(value) in (bool, str)
+
+
+def from_stored(cls: Callable[..., S], fields: Mapping[str, Any], what: str) -> S:
+    """Return the settings of a class with these fields, as JSON has them; raise a ConfigError if they do not fit."""
+    known = [field.name for field in dataclasses.fields(cast("Any", cls))]
+    for key in fields:
+        if key not in known:
+            advice = f"its settings are {', '.join(known)}" if known else "it has none"
+            raise ConfigError(f"{what} has no setting {safe_repr(key)}; {advice}")
+    try:
+        return cls(**{key: _tuples(value, _MAX_DEPTH) for key, value in fields.items()})
+    except TnadaptError:
+        raise
+    except Exception as error:  # a field is missing, or the class refuses a value
+        raise ConfigError(f"{what}: {type(error).__name__}: {error}") from error
+
+
+def _tuples(value: Any, depth: int) -> Any:
+    """Convert lists to tuples; a value that is nested more deeply stays a list, which no field may be."""
+    if isinstance(value, list) and depth > 0:
+        return tuple(_tuples(item, depth - 1) for item in value)
+    return value

@@ -9,8 +9,6 @@ from collections.abc import Callable, Collection, Mapping
 from types import ModuleType
 from typing import Any
 
-__all__ = ["lazy_module", "lazy_name", "lazy_names"]
-
 
 def lazy_names(
     package: str,

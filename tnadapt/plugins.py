@@ -15,16 +15,6 @@ from typing import Any, Generic, TypeVar, cast
 
 from .errors import ConfigError, safe_repr
 
-__all__ = [
-    "NameRegistry",
-    "Registry",
-    "checked_name",
-    "failed_plugins",
-    "forget_registered",
-    "load_plugins",
-]
-
-
 # -- Entry points in the group tnadapt.plugins, loaded when an unknown name is first looked up -------------------------
 
 # An entry point names a function without arguments that calls ``tnadapt.register_format`` or a similar function::

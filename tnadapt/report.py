@@ -9,13 +9,11 @@ import shutil
 import sys
 import time
 from collections.abc import Collection, Sequence
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 from tnadapt.argument_checks import checks_arguments, wrong_argument
 
 from .errors import escaped
-
-__all__ = ["ProgressBar", "TextTable"]
 
 # Seconds between two updates: a notebook stores each of them in turn.
 _PERIOD = 0.1
@@ -108,12 +106,14 @@ def _text(text: str) -> str:
 # -- Progress --------------------------------------------------------------------------------------
 
 
-class _Shown(Protocol):
+class _Nowhere:
     """Where a bar is shown."""
 
-    def show(self, title: str, done: float | None, words: str) -> None: ...
+    def show(self, title: str, done: float | None, words: str) -> None:
+        pass
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        pass
 
 
 class ProgressBar:
@@ -149,7 +149,7 @@ class ProgressBar:
         self.title = title
         self.done: float | None = None
         self.words = ""
-        self._shown: _Shown = _place()
+        self._shown = _place()
         self._next = 0.0
 
     @checks_arguments
@@ -204,7 +204,7 @@ class ProgressBar:
         self._next = time.monotonic() + _PERIOD
 
 
-def _place() -> _Shown:
+def _place() -> _Nowhere:
     # Only a notebook has imported IPython and runs its kernel.
     shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
     if hasattr(shell, "kernel"):
@@ -212,7 +212,7 @@ def _place() -> _Shown:
     return _Terminal() if sys.stderr.isatty() else _Nowhere()
 
 
-class _Notebook:
+class _Notebook(_Nowhere):
     """The output of a cell, which is replaced."""
 
     def __init__(self) -> None:
@@ -231,11 +231,8 @@ class _Notebook:
         else:
             self.handle.update(output, raw=True)
 
-    def close(self) -> None:
-        pass
 
-
-class _Terminal:
+class _Terminal(_Nowhere):
     """A line of stderr, which is overwritten."""
 
     def show(self, title: str, done: float | None, words: str) -> None:
@@ -245,11 +242,3 @@ class _Terminal:
 
     def close(self) -> None:
         print(file=sys.stderr)
-
-
-class _Nowhere:
-    def show(self, title: str, done: float | None, words: str) -> None:
-        pass
-
-    def close(self) -> None:
-        pass

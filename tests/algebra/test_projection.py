@@ -166,12 +166,12 @@ def test_draws_take_nine_bytes_per_element_and_copies_and_pickles_leave_them_beh
     f, x = tna.Projection("nonlinear_v2", 30, 900, seed=1), rng.normal(size=30)
     expected_y = f(x)
     for other in (copy.deepcopy(f), pickle.loads(pickle.dumps(f))):
-        assert not other.map.draws.kept
+        assert not other.map.kept
         assert np.array_equal(other(x), expected_y)
     assert len(pickle.dumps(f)) < 1000
     long = tna.Projection("linear", 100, 1 << 16)
     long.map.forward_plain(load_backend("numpy"), rng.normal(size=100))
-    assert sum(array.nbytes for array in long.map.draws.kept.values()) == 9 << 16
+    assert sum(array.nbytes for array in long.map.kept.values()) == 9 << 16
 
 
 # -- What is refused -------------------------------------------------------------------------------

@@ -171,7 +171,7 @@ SOURCES_REFUSED = [
     ({"factor0": {"source": "vera"}},
      r"sources\['factor0'\]: source must be one of 'trained', 'seeded'.*; got 'vera'.*install the plug-in"),
     ({"factor0": {"std": 1.0}}, r"a source must be a mapping with its name as 'source'; got \{'std': 1.0\}"),
-    ({"factor0": {"source": "trained", "std": 1}}, r"source 'trained' has no field 'std'; it has no fields"),
+    ({"factor0": {"source": "trained", "std": 1}}, r"source 'trained' has no setting 'std'; it has none"),
     ({"factor1": Plain(1.0)}, "Plain must be a frozen dataclass: decorate"),
     *(({"factor1": Normal(value)}, r"sources\['factor1'\]: std must be None, a boolean, an integer, a finite")
       for value in ([], {}, math.inf, math.nan, 1 << 64, ((((((),),),),),), np.float32(0.5), object())),
@@ -228,7 +228,7 @@ def test_missing_and_unknown_fields_are_refused() -> None:
     tna.register_source("needs", Needs)
     with pytest.raises(tna.ConfigError, match=r"source 'needs': .*missing 1 required .*'seed'"):
         source_from_dict({"source": "needs"})
-    with pytest.raises(tna.ConfigError, match="source 'normal' has no field 'scale'; its fields are std, shared"):
+    with pytest.raises(tna.ConfigError, match="source 'normal' has no setting 'scale'; its settings are std, shared"):
         source_from_dict({"source": "normal", "scale": 1})
     assert source_from_dict(source_to_dict(Needs(3))) == Needs(3)
 

@@ -14,8 +14,7 @@ from tnadapt.backends._kernels.gpu import launch_plans
 __all__ = ["kernels", "launch_plans", "numpy_backend", "work_space"]
 
 if find_spec("torch") is not None:
-    from tnadapt.backends import _torch_gpu as torch_gpu
-    from tnadapt.backends import _torch_maps as torch_maps
+    from tnadapt.backends import _torch_kernels as torch_kernels
     from tnadapt.torch._delta import vector
 
-    __all__ += ["torch_gpu", "torch_maps", "vector"]
+    __all__ += ["torch_kernels", "vector"]

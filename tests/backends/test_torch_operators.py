@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import tnadapt as tna
 
-from .internals import launch_plans, torch_gpu, torch_maps
+from .internals import launch_plans, torch_kernels
 
 passes = launch_plans.passes
 
@@ -30,8 +30,8 @@ LARGE = 2**64 - 59
 @pytest.fixture
 def pretended(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Take any device for one with kernels."""
-    monkeypatch.setattr(torch_gpu, "is_supported", lambda x: True)
-    monkeypatch.setattr(torch_gpu, "_has_launcher", lambda: True)
+    monkeypatch.setattr(torch_kernels, "is_supported", lambda x: True)
+    monkeypatch.setattr(torch_kernels, "_has_launcher", lambda: True)
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
@@ -95,11 +95,11 @@ def test_a_compiled_program_calls_them_forward_and_backward(name: str) -> None:
 
 @with_kernels
 def test_kept_normal_numbers_are_an_input(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch_gpu, "_draws_fast", lambda device: False)
+    monkeypatch.setattr(torch_kernels, "_draws_fast", lambda device: False)
     traced, f = Traced(), tna.Projection("linear", 5, 12)
     torch.compile(f, backend=traced, fullgraph=True)(torch.ones(5, requires_grad=True)).sum().backward()
     assert traced.tnadapt() == ["tnadapt.fastfood.default"] * 2
-    assert [name for name in f.map.draws.__dict__ if name.startswith("placed on")] == ["placed on cpu: gain"]
+    assert [name for name in f.map.__dict__ if name.startswith("placed on")] == ["placed on cpu: gain"]
 
 
 @with_kernels
@@ -108,7 +108,7 @@ def test_cards_with_slow_double_precision_keep_normal_numbers(
     capability: tuple[int, int], fast: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert torch_gpu._draws_fast(torch.device("cuda", 0)) is fast
+    assert torch_kernels._draws_fast(torch.device("cuda", 0)) is fast
 
 
 @with_kernels
@@ -149,19 +149,19 @@ def test_exported_programs_contain_none() -> None:
 def test_shapes_without_numbers() -> None:
     with FakeTensorMode():
         x = torch.empty(3, 8)
-        assert torch_maps.fwht(x, 0.5).shape == (3, 8)
-        assert torch_maps.fastfood(x, None, "16 8 1 0 1", 8, 13, False).shape == (3, 13)
-        assert torch_maps.fastfood(torch.empty(3, 13), None, "16 8 1 0 1", 8, 13, True).shape == (3, 8)
-        assert torch_maps.shuffle(x, "1 0", True).shape == (3, 8)
+        assert torch_kernels.fwht_operator(x, 0.5).shape == (3, 8)
+        assert torch_kernels.fastfood_operator(x, None, "16 8 1 0 1", 8, 13, False).shape == (3, 13)
+        assert torch_kernels.fastfood_operator(torch.empty(3, 13), None, "16 8 1 0 1", 8, 13, True).shape == (3, 8)
+        assert torch_kernels.shuffle_operator(x, "1 0", True).shape == (3, 8)
 
 
 @with_kernels
 def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch_maps, "kernels", lambda name: None)
+    monkeypatch.setattr(torch_kernels, "kernels", lambda name: None)
     with pytest.raises(
         RuntimeError, match=r"compiled with Triton kernels for a tensor on cpu, and Triton 3\.5 or newer"
     ):
-        torch_maps.fwht(torch.ones(2, 8), 1.0)
+        torch_kernels.fwht_operator(torch.ones(2, 8), 1.0)
 
 
 # -- A kernel is called directly where nothing records the call, and as an autograd function where something does ------

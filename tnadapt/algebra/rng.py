@@ -137,7 +137,13 @@ def signs(seed: int, group: int, start: int, stop: int, purpose: int = PURPOSE["
     [1, 1, -1, -1, -1, -1, 1, -1]
     """
     _check_stream(seed, group, start, stop)
-    return _way(stop - start).signs(seed, group, purpose, start, stop)  # type: ignore[no-any-return]
+    first = start // 32
+    word = _way(stop - start).words(seed, group, purpose, first, (stop + 31) // 32)
+    # The byte order is explicit, so that the bits do not depend on the machine's.
+    bits = np.unpackbits(word.astype("<u4").view(np.uint8), bitorder="little").view(np.int8)
+    elements = bits[start - 32 * first : stop - 32 * first]
+    np.multiply(elements, -2, out=elements)
+    return np.add(elements, 1, out=elements)
 
 
 def normals(seed: int, group: int, purpose: int, start: int, stop: int) -> NDArray[np.float32]:
@@ -287,17 +293,6 @@ class NumpyStreams:
         """:func:`words_at`."""
         block = _philox((index >> 2).astype(_U64), purpose, group, seed)
         return np.take_along_axis(block, (index & 3)[:, None], axis=1)[:, 0]
-
-    @staticmethod
-    def signs(seed: int, group: int, purpose: int, start: int, stop: int) -> NDArray[np.int8]:
-        """:func:`signs`, from the stream with that purpose."""
-        first = start // 32
-        word = NumpyStreams.words(seed, group, purpose, first, (stop + 31) // 32)
-        # The byte order is explicit, so that the bits do not depend on the machine's.
-        bits = np.unpackbits(word.astype("<u4").view(np.uint8), bitorder="little")[
-            start - 32 * first : stop - 32 * first
-        ]
-        return (1 - 2 * bits.astype(np.int8)).astype(np.int8)
 
     @staticmethod
     def normals(seed: int, group: int, purpose: int, start: int, stop: int) -> NDArray[np.float32]:

@@ -20,7 +20,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from tnadapt.argument_checks import require_frozen
+from tnadapt.argument_checks import from_stored, require_frozen, require_plain
 from tnadapt.backends import Array, Backend, FixedArrays
 from tnadapt.errors import ConfigError, TnadaptError, safe_repr, summarize
 from tnadapt.plugins import Registry
@@ -527,18 +527,12 @@ class FromBase(Source):
             raise ConfigError(f"side must be one of {', '.join(map(repr, _SIDES))}; got {safe_repr(self.side)}")
         require_flags(vectors=self.vectors)
 
-    def _mode(self, place: Place) -> int:
-        """Return the mode along which the base is unfolded."""
-        order = len(place.sizes)
-        if self.side == "mode":
-            assert place.mode is not None  # checked before
-            return place.mode
-        if order not in (2, 3):
-            raise ConfigError(
-                f"FromBase({self.side!r}) needs matrices, or a stack (weights, rows, cols), and the group is folded to "
-                f"{place.sizes}: use FromBase('mode')"
-            )
-        return order - (2 if self.side == "rows" else 1)
+    def _unfolded(self, order: int, mode: int | None) -> int:
+        """Return the mode along which the base of that order is unfolded, for an array of that mode."""
+        if self.side != "mode":
+            return order - (2 if self.side == "rows" else 1)
+        assert mode is not None  # checked by the plan
+        return mode
 
     def check(self, place: Place) -> None:
         """See :meth:`Source.check`."""
@@ -548,7 +542,12 @@ class FromBase(Source):
                 f"FromBase makes factors of shape (size of a mode, rank), and {place.name!r} of shape {place.shape} is "
                 "none: use format='cp', 'cp-weighted' or 'tucker' with splits=1 or combine='hadamard'"
             )
-        mode = self._mode(place)
+        if self.side != "mode" and len(place.sizes) not in (2, 3):
+            raise ConfigError(
+                f"FromBase({self.side!r}) needs matrices, or a stack (weights, rows, cols), and the group is folded to "
+                f"{place.sizes}: use FromBase('mode')"
+            )
+        mode = self._unfolded(len(place.sizes), place.mode)
         size, rank = place.shape
         if size != place.sizes[mode]:
             raise ConfigError(
@@ -564,11 +563,9 @@ class FromBase(Source):
 
     def array(self, shape: tuple[int, ...], stream: Stream) -> np.ndarray:
         """See :meth:`Source.array`."""
-        assert stream.base is not None  # the plan gives it to a source that needs it
         base = stream.base
-        order = base.ndim
-        mode = stream.mode if self.side == "mode" else order - (2 if self.side == "rows" else 1)
-        assert mode is not None  # checked by the plan
+        assert base is not None  # the plan gives it to a source that needs it
+        mode = self._unfolded(base.ndim, stream.mode)
         matrix = np.moveaxis(base, mode, 0).reshape(base.shape[mode], -1)
         rows, rank = shape
         width = min(rank + OVERSAMPLING, rows)
@@ -943,12 +940,7 @@ class SourceMap(Mapping[str, Source]):
                     f"sources[{key!r}] must be a source, such as tnadapt.sources.Trained(); got {safe_repr(source)}"
                 )
             require_frozen(type(source), f"source {type(source).__name__}", "source")
-            for field in dataclasses.fields(source):
-                if not _is_plain(getattr(source, field.name)):
-                    raise ConfigError(
-                        f"sources[{key!r}]: {field.name} must be None, a boolean, an integer, a finite float, a "
-                        f"string, a source or a tuple of these; got {safe_repr(getattr(source, field.name))}"
-                    )
+            require_plain(source, f"sources[{key!r}]", ", a source", Source)
 
     def __getitem__(self, key: str) -> Source:
         return self._sources[key]
@@ -985,20 +977,6 @@ def _keys_of(name: str) -> list[str]:
     """The keys that fit an array, the longest first."""
     parts = name.split(".")
     return [".".join(parts[skipped:]) for skipped in range(len(parts))]
-
-
-def _is_plain(value: Any, depth: int = 4) -> bool:
-    """Return whether a file can hold a value and give it back."""
-    if isinstance(value, tuple):
-        return depth > 0 and all(_is_plain(item, depth - 1) for item in value)
-    if isinstance(value, Source):
-        fields = [getattr(value, field.name) for field in dataclasses.fields(value)]
-        return depth > 0 and all(_is_plain(item, depth - 1) for item in fields)
-    if isinstance(value, float):
-        return type(value) is float and math.isfinite(value)
-    if type(value) is int:
-        return abs(value) < 1 << 64
-    return value is None or type(value) in (bool, str)
 
 
 # -- Where each array of a group comes from, after ties and multipliers ------------------------------------------------
@@ -1317,8 +1295,16 @@ def source_to_dict(source: Source) -> dict[str, Any]:
             f"{safe_repr(source)} cannot be written: its class is not registered; call tnadapt.register_source(name, "
             f"{type(source).__name__}). If a class of this name was registered again since, create the source again"
         )
-    fields = {field.name: _lists(getattr(source, field.name)) for field in dataclasses.fields(source)}
-    return {"source": name, **fields}
+    return {
+        "source": name,
+        **{field.name: _stored(getattr(source, field.name)) for field in dataclasses.fields(source)},
+    }
+
+
+def _stored(value: Any) -> Any:
+    if isinstance(value, Source):
+        return source_to_dict(value)
+    return [_stored(item) for item in value] if isinstance(value, tuple) else value
 
 
 def source_from_dict(settings: Mapping[str, Any]) -> Source:
@@ -1336,7 +1322,7 @@ def source_from_dict(settings: Mapping[str, Any]) -> Source:
     >>> source_from_dict({"source": "trained", "seed": 1})
     Traceback (most recent call last):
         ...
-    tnadapt.errors.ConfigError: source 'trained' has no field 'seed'; it has no fields
+    tnadapt.errors.ConfigError: source 'trained' has no setting 'seed'; it has none
     """
     return _from_dict(settings, _MAX_DEPTH)
 
@@ -1348,32 +1334,9 @@ def _from_dict(settings: Any, depth: int) -> Source:
         raise ConfigError(f"a source must be a mapping with its name as 'source'; got {safe_repr(settings)}")
     name = settings["source"]
     cls = SOURCES.find(name)
-    known = [field.name for field in dataclasses.fields(cls)]
-    for key in settings:
-        if key not in ("source", *known):
-            advice = f"its fields are {', '.join(known)}" if known else "it has no fields"
-            raise ConfigError(f"source {name!r} has no field {safe_repr(key)}; {advice}")
-    try:
-        return cls(**{key: _read(value, depth) for key, value in settings.items() if key != "source"})
-    except TnadaptError:
-        raise
-    except Exception as error:  # a field is missing, or the class refuses a value
-        raise ConfigError(f"source {name!r}: {type(error).__name__}: {error}") from error
-
-
-def _lists(value: Any) -> Any:
-    if isinstance(value, Source):
-        return source_to_dict(value)
-    return [_lists(item) for item in value] if isinstance(value, tuple) else value
-
-
-def _read(value: Any, depth: int) -> Any:
-    """Return the value of a field: a source for a mapping, a tuple for a list."""
-    return _from_dict(value, depth - 1) if isinstance(value, Mapping) else _tuples(value)
-
-
-def _tuples(value: Any, depth: int = 4) -> Any:
-    """Convert lists to tuples; a value that is nested more deeply stays a list, which no field may be."""
-    if isinstance(value, list) and depth > 0:
-        return tuple(_tuples(item, depth - 1) for item in value)
-    return value
+    fields = {
+        key: _from_dict(value, depth - 1) if isinstance(value, Mapping) else value
+        for key, value in settings.items()
+        if key != "source"
+    }
+    return from_stored(cls, fields, f"source {name!r}")

@@ -59,6 +59,8 @@ CALLED_AT_ONCE = 1 << 16
 #: And on a device: one pass over 64 MiB takes an estimated 50 µs there (not measured),
 #: longer than its launch, so that more would gain no time and cost memory.
 LAUNCHED_AT_ONCE = 1 << 24
+#: The least length of an F's transforms that is worth importing the compiled kernels.
+LEAST_FASTFOOD = 1 << 14
 
 
 class Backend:
@@ -338,10 +340,10 @@ class Backend:
         """
         return False
 
-    def fastfood(self, x: Array, draws: Any, n_in: int, adjoint: bool, fallback: tuple[Map, Map]) -> Array | None:
+    def fastfood(self, x: Array, f: Any, adjoint: bool) -> Array | None:
         """Compute the linear part of a projection F along the last axis, or its adjoint.
 
-        ``draws`` are the :class:`tnadapt.algebra.maps.fastfood.FastfoodDraws` of F.
+        ``f`` is the :class:`tnadapt.algebra.maps.fastfood.Linear`, and ``f.plain(self)`` its fallback.
         """
         return None
 

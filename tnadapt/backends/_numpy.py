@@ -12,7 +12,18 @@ import numpy as np
 
 from tnadapt.errors import BackendError, safe_repr
 
-from . import CALLED_AT_ONCE, FFT_DTYPES, Array, Backend, Map, dft2_in_chunks, kron_by_rows, kron_plain, short_rows
+from . import (
+    CALLED_AT_ONCE,
+    FFT_DTYPES,
+    LEAST_FASTFOOD,
+    Array,
+    Backend,
+    Map,
+    dft2_in_chunks,
+    kron_by_rows,
+    kron_plain,
+    short_rows,
+)
 from ._kernels import kernels
 
 # Rows of up to this length are slow in products with broadcasting.
@@ -122,12 +133,11 @@ class NumpyBackend(Backend):
             raise BackendError("the array for the result is read-only: give one that can be written to")
         np.copyto(out, x)
 
-    def fastfood(self, x: Array, draws: Any, n_in: int, adjoint: bool, fallback: tuple[Map, Map]) -> Array | None:
-        ours = type(x) in _PLAIN and x.size > 0
-        compiled = kernels("fastfood") if ours and draws.long else None
-        if compiled is None or not compiled.takes(x.dtype, draws.padded, adjoint):
+    def fastfood(self, x: Array, f: Any, adjoint: bool) -> Array | None:
+        compiled = kernels("fastfood") if type(x) in _PLAIN and x.size and f.padded >= LEAST_FASTFOOD else None
+        if compiled is None or not compiled.takes(x.dtype, f.padded, adjoint):
             return None
-        return compiled.linear(x, draws, n_in, adjoint)
+        return compiled.linear(x, f, adjoint)
 
     def dft2(self, x: Array, fallback: Map) -> Array | None:
         ours = type(x) in _PLAIN and self.dtype_name(x) in FFT_DTYPES and x.size > 0

@@ -1,4 +1,4 @@
-"""The torch backend, and the kernels on its CPU tensors; what torch.compile must not trace is marked for it."""
+"""The torch backend; what torch.compile must not trace is marked for it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 import array_api_compat.torch as namespace
 import numpy as np
 import torch
-from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd import forward_ad
 
@@ -28,87 +27,8 @@ from . import (
     kron_plain,
     short_rows,
 )
-from . import _torch_gpu as torch_gpu
+from . import _torch_kernels as torch_kernels
 from ._kernels import kernels
-from ._torch_maps import KernelPair, dft2, in_memory, linear_map, on_memory, recorded
-
-# -- Kernels on CPU tensors, which share their memory with a NumPy array -----------------------------------------------
-
-
-# The dtypes of kernels, with NumPy's.
-_DTYPES = {torch.float32: np.dtype(np.float32), torch.float64: np.dtype(np.float64)}
-
-
-def hadamard(x: Tensor, scale: float, axis: int, fallback: Map) -> Tensor | None:
-    """Compute ``scale * H x`` along an axis, counted from the last; None if no kernel accepts x."""
-    compiled = kernels("walsh") if x.is_cpu and in_memory(x) else None
-    if compiled is None:
-        return None
-    # An autograd function takes longer than a small transform.
-    if not recorded(x):
-        return torch.from_numpy(compiled.transform(on_memory(_array, x), scale, axis))
-
-    def transformed(x: Tensor) -> Tensor:
-        return torch.from_numpy(kernels("walsh").transform(_array(x), scale, axis))
-
-    return linear_map(x, KernelPair.symmetric(transformed, fallback))
-
-
-def hadamard_at_once(x: Tensor, normalize: bool) -> Tensor | None:
-    """Compute the transform of a small vector without checks before; None for any other tensor."""
-    if x.ndim != 1 or x.dtype not in _DTYPES or not (x.is_cpu and in_memory(x)) or recorded(x):
-        return None
-    compiled = kernels("walsh")
-    transformed = None if compiled is None else compiled.transform_at_once(on_memory(_array, x), normalize)
-    return None if transformed is None else torch.from_numpy(transformed)
-
-
-def hadamard_into(x: Tensor, scale: float, axis: int, out: Tensor) -> bool:
-    """Compute ``scale * H x`` along an axis into a tensor, without derivatives; False if no kernel can."""
-    if not (x.is_cpu and in_memory(x) and in_memory(out)) or recorded(x) or recorded(out):
-        return False
-    # A conjugated or negated view of out would have to be written to in another way.
-    compiled = kernels("walsh") if x.is_contiguous() and out.is_contiguous() and not out.is_neg() else None
-    if compiled is None or out._is_zerotensor():
-        return False
-    source, target = on_memory(_array, x), on_memory(_array, out)
-    if not (source.flags.aligned and target.flags.aligned):
-        return False
-    if x.data_ptr() != out.data_ptr() and np.may_share_memory(source, target):
-        return False
-    compiled.transform_into(source, target, scale, axis)
-    torch.autograd.graph.increment_version(out)
-    return True
-
-
-def _array(x: Tensor) -> np.ndarray:
-    """Return the memory of a tensor as an array."""
-    return (x.detach() if x.requires_grad else x).numpy()
-
-
-def fastfood(x: Tensor, draws: Any, n_in: int, adjoint: bool, fallback: tuple[Map, Map]) -> Tensor | None:
-    """Compute the linear part of a projection, or its adjoint; None if no kernel accepts x."""
-    if not (draws.long and x.is_cpu and x.dtype in _DTYPES and x.numel() and in_memory(x)):
-        return None
-    # A derivative would need the adjoint, which the kernels have in single precision.
-    compiled, record = kernels("fastfood"), recorded(x)
-    if compiled is None or not compiled.takes(_DTYPES[x.dtype], draws.padded, adjoint or record):
-        return None
-
-    def projected(x: Tensor) -> Tensor:
-        return torch.from_numpy(kernels("fastfood").linear(_array(x), draws, n_in, False))
-
-    def pulled(y: Tensor) -> Tensor:
-        return torch.from_numpy(kernels("fastfood").linear(_array(y), draws, n_in, True))
-
-    if not record:
-        return on_memory(pulled if adjoint else projected, x)
-    pair = KernelPair(projected, pulled, fallback)
-    return linear_map(x, pair.transposed if adjoint else pair)
-
-
-# -- The backend -------------------------------------------------------------------------------------------------------
-
 
 # Rows of up to this length are slow in products with broadcasting.
 _SHORT = 8
@@ -255,8 +175,8 @@ class TorchBackend(Backend):
         return torch.index_select(x, axis, indices)
 
     def lacks(self, x: Array) -> frozenset[str]:
-        if torch_gpu.there_are_kernels(x):
-            return torch_gpu.lacking()
+        if torch_kernels.there_are_kernels(x):
+            return torch_kernels.lacking()
         compiled = {"fwht": "walsh", "fastfood": "fastfood"} if x.device.type == "cpu" else {}
         present = {"gradient", "dft2", *(name for name, part in compiled.items() if kernels(part))}
         return frozenset(set(OPTIONAL) - present)
@@ -265,15 +185,14 @@ class TorchBackend(Backend):
         return {"cpu": CALLED_AT_ONCE, "cuda": LAUNCHED_AT_ONCE}.get(x.device.type, 0)
 
     def fwht(self, x: Array, scale: float, axis: int, fallback: Map) -> Array | None:
-        kernel = torch_gpu.fwht if torch_gpu.there_are_kernels(x) else hadamard
-        return kernel(x, scale, axis, fallback)
+        return torch_kernels.fwht(x, scale, axis, fallback)
 
     def fwht_at_once(self, x: Array, normalize: bool) -> Array | None:
-        return hadamard_at_once(x, normalize)
+        return torch_kernels.fwht_at_once(x, normalize)
 
     def fwht_into(self, x: Array, scale: float, axis: int, out: Array) -> bool:
         self._refuse_derivatives(x, out)
-        return hadamard_into(x, scale, axis, out)
+        return torch_kernels.fwht_into(x, scale, axis, out)
 
     def write(self, out: Array, x: Array) -> None:
         self._refuse_derivatives(x, out)
@@ -286,16 +205,14 @@ class TorchBackend(Backend):
                 "tensors requires gradients: leave it out, or compute under torch.no_grad()"
             )
 
-    def fastfood(self, x: Array, draws: Any, n_in: int, adjoint: bool, fallback: tuple[Map, Map]) -> Array | None:
-        if torch_gpu.there_are_kernels(x):
-            return torch_gpu.fastfood(self, x, draws, n_in, adjoint, fallback)
-        return fastfood(x, draws, n_in, adjoint, fallback)
+    def fastfood(self, x: Array, f: Any, adjoint: bool) -> Array | None:
+        return torch_kernels.fastfood(self, x, f, adjoint)
 
     def shuffle(self, x: Array, recipe: str, inverse: bool, fallback: tuple[Map, Map]) -> Array | None:
-        return torch_gpu.shuffle(x, recipe, inverse, fallback) if torch_gpu.there_are_kernels(x) else None
+        return torch_kernels.shuffle(x, recipe, inverse, fallback)
 
     def dft2(self, x: Array, fallback: Map) -> Array | None:
-        return dft2(x, fallback)
+        return torch_kernels.dft2(x, fallback)
 
 
 class _WithPullback(torch.autograd.Function):

@@ -32,7 +32,7 @@ triton = pytest.importorskip("triton", minversion="3.5")
 import triton.language as tl
 
 from ..internals import launch_plans as passes
-from ..internals import torch_gpu, torch_maps, vector
+from ..internals import torch_kernels, vector
 from .internals import triton_kernels as kernel_draws
 from .internals import triton_launcher as launcher
 
@@ -147,7 +147,7 @@ def test_fwht_padded_and_cut(bits: int, vectors: int, data: st.DataObject) -> No
 
 @kernels
 def test_three_passes(monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator) -> None:
-    monkeypatch.setattr(launcher.TritonLauncher, "tile_bytes", 1 << 11)
+    monkeypatch.setattr(launcher, "TILE_BYTES", 1 << 11)
     monkeypatch.setattr(passes, "_SHORT_TILE", 1 << 8)
     monkeypatch.setattr(passes, "_LEAST_STRIDED_BITS", 1)
     monkeypatch.setattr(passes, "_LEAST_WIDTH", 1 << 8)
@@ -233,20 +233,15 @@ def test_shuffle(size: int, seed: int, vectors: int, inverse: bool) -> None:
 def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
     """Record every run of a kernel, so that no test passes without one."""
     made: list[Any] = []
-    by_rows, launcher = torch_gpu._by_rows, torch_maps._launcher
+    by_rows = torch_kernels._by_rows
 
     def counted(kernel: Any, x: Any) -> Any:
         made.append(kernel)
         return by_rows(kernel, x)
 
-    def launched(x: Any) -> Any:
-        made.append(launcher)
-        return launcher(x)
-
-    monkeypatch.setattr(torch_gpu, "_by_rows", counted)
-    monkeypatch.setattr(torch_maps, "_launcher", launched)
+    monkeypatch.setattr(torch_kernels, "_by_rows", counted)
     if INTERPRETED:
-        monkeypatch.setattr(torch_gpu, "is_supported", lambda x: True)
+        monkeypatch.setattr(torch_kernels, "is_supported", lambda x: True)
     yield made
     assert made
 
@@ -285,9 +280,8 @@ def test_f_keeps_nothing(kind: str, rng: np.random.Generator) -> None:
     f = tna.Projection(kind, 9, 9, seed=2**63 + 5, group=1)
     x = rng.normal(size=(2, 9))
     found = f(torch.tensor(x, device=DEVICE)), f.adjoint(torch.tensor(x, device=DEVICE))
-    draws = f.map if kind == "shuffle" else f.map.draws
-    assert not draws.kept
-    assert not draws.placed
+    assert not f.map.kept
+    assert not f.map.placed
     for ours, plain in zip(found, (f(x), f.adjoint(x)), strict=True):
         assert np.allclose(ours.cpu().numpy(), plain, rtol=1e-13, atol=1e-13)
 
@@ -297,12 +291,12 @@ def test_f_keeps_nothing(kind: str, rng: np.random.Generator) -> None:
 def test_kept_normal_numbers_change_no_bit(n_in: int, n_out: int, monkeypatch: pytest.MonkeyPatch) -> None:
     f = tna.Projection("linear", n_in, n_out, seed=2**63 + 5, group=1)
     x, y = torch.randn(2, n_in, device=DEVICE), torch.randn(2, n_out, device=DEVICE)
-    monkeypatch.setattr(torch_gpu, "_draws_fast", lambda device: True)
+    monkeypatch.setattr(torch_kernels, "_draws_fast", lambda device: True)
     drawn = f(x), f.adjoint(y)
-    assert not f.map.draws.placed
-    monkeypatch.setattr(torch_gpu, "_draws_fast", lambda device: False)
+    assert not f.map.placed
+    monkeypatch.setattr(torch_kernels, "_draws_fast", lambda device: False)
     assert all(map(torch.equal, (f(x), f.adjoint(y)), drawn))
-    assert [key for _, _, key in f.map.draws.placed] == ["gain"]
+    assert [key for _, _, key in f.map.placed] == ["gain"]
 
 
 @through_torch
@@ -355,7 +349,7 @@ def test_a_step_of_a_plan(projection: str, monkeypatch: pytest.MonkeyPatch) -> N
     plan = tna.SuperLoRA(tna.presets.superlora(2, projection=projection, ratio=0.3), [(12, 10), (10, 10)])
     arrays = arrays_of(plan)
     found = step(plan, arrays)
-    monkeypatch.setattr(torch_gpu, "there_are_kernels", lambda x: False)
+    monkeypatch.setattr(torch_kernels, "there_are_kernels", lambda x: False)
     for ours, plain in zip(found, step(plan, arrays), strict=True):
         assert torch.allclose(ours, plain, rtol=1e-10, atol=1e-12)
 
@@ -375,11 +369,11 @@ def test_groups_that_share_f_are_launched_together(calls: list[Any], monkeypatch
 
 RECIPE = f"16 8 {2**64 - 59} 3 1"
 CALLS: dict[str, tuple[Any, int, tuple[Any, ...]]] = {
-    "fwht": (torch_maps.fwht, 8, (0.5,)),
-    "fastfood": (torch_maps.fastfood, 7, (None, RECIPE, 7, 13, False)),
-    "its adjoint": (torch_maps.fastfood, 13, (None, RECIPE, 7, 13, True)),
-    "shuffle": (torch_maps.shuffle, 7, (f"{2**64 - 59} 3", False)),
-    "back": (torch_maps.shuffle, 7, (f"{2**64 - 59} 3", True)),
+    "fwht": (torch_kernels.fwht_operator, 8, (0.5,)),
+    "fastfood": (torch_kernels.fastfood_operator, 7, (None, RECIPE, 7, 13, False)),
+    "its adjoint": (torch_kernels.fastfood_operator, 13, (None, RECIPE, 7, 13, True)),
+    "shuffle": (torch_kernels.shuffle_operator, 7, (f"{2**64 - 59} 3", False)),
+    "back": (torch_kernels.shuffle_operator, 7, (f"{2**64 - 59} 3", True)),
 }
 
 CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor")

@@ -718,10 +718,6 @@ class Permuted(Format):
         formula, size = self.own._parsed
         return Halves.of(formula, tuple(size.items()), self.axes, self.sizes, legs)
 
-    def unfolding_rank(self, modes: Sequence[int]) -> int:
-        legs = [(size, 1) if mode in modes else (1, size) for mode, size in enumerate(self.sizes)]
-        return min(self._shorter_side(modes), self.rank_of_legs(legs))
-
     def bounded_unfoldings(self) -> Iterator[tuple[list[int], int]]:
         for modes, rank in self.own.bounded_unfoldings():
             yield [digit for mode in modes for digit in self.axes[mode]], rank

@@ -223,20 +223,6 @@ def _turned(backend: Backend, array: Array, order: tuple[int, ...]) -> Array:
 _ALL = 12
 
 
-def least_cut(formula: Formula, size: Mapping[str, int], rows: Sequence[int]) -> int:
-    """Return the least product of bonds found over the cuts of the network that separate some modes from the others.
-
-    It is an upper bound on the rank of that unfolding; see :func:`minimal_cut`.
-    """
-    legs = [(size[index], 1) if mode in rows else (1, size[index]) for mode, index in enumerate(formula.output)]
-    return least_cut_of_legs(formula, size, legs)
-
-
-def least_cut_of_legs(formula: Formula, size: Mapping[str, int], legs: Sequence[tuple[int, int]]) -> int:
-    """Return the least product of bonds and legs found over the cuts of the network that separate rows from columns."""
-    return minimal_cut(formula, size, legs)[0]
-
-
 def minimal_cut(
     formula: Formula, size: Mapping[str, int], legs: Sequence[tuple[int, int]]
 ) -> tuple[int, tuple[bool, ...]]:
@@ -844,8 +830,8 @@ class Format:
 
         Default: the least product of bonds between them and the other modes, a minimal cut of the network.
         """
-        formula, size = self._parsed
-        return min(self._shorter_side(modes), least_cut(formula, size, modes))
+        legs = [(size, 1) if mode in modes else (1, size) for mode, size in enumerate(self.sizes)]
+        return min(self._shorter_side(modes), self.rank_of_legs(legs))
 
     def _shorter_side(self, modes: Sequence[int]) -> int:
         rows = math.prod(self.sizes[mode] for mode in modes)
@@ -862,7 +848,7 @@ class Format:
             For each mode, the numbers of rows and of columns that its index in the box stands for, rows slow.
         """
         formula, size = self._parsed
-        return least_cut_of_legs(formula, size, legs)
+        return minimal_cut(formula, size, legs)[0]
 
     def halves(self, legs: Legs) -> Halves:
         """Return a way to compute a box as a product of two matrices, whose inner dimension is :meth:`rank_of_legs`."""

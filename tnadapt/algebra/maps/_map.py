@@ -17,7 +17,8 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 
 from tnadapt.algebra import rng
-from tnadapt.argument_checks import require_frozen
+from tnadapt.algebra.folding import MAX_SIZE
+from tnadapt.argument_checks import integer, require_frozen, require_plain, wrong_argument
 from tnadapt.backends import Array, Backend, FixedArrays, load_backend
 from tnadapt.errors import ConfigError, ShapeError, safe_repr
 
@@ -43,14 +44,21 @@ class MapSettings:
     Scatter(size=1000, positions=None)
     """
 
+    #: Fields that are positive integers unless they are None, and fields that are booleans.
+    _sizes: ClassVar[tuple[str, ...]] = ()
+    _flags: ClassVar[tuple[str, ...]] = ()
+
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if not _is_plain(value):
-                raise ConfigError(
-                    f"{type(self).__name__}: {field.name} must be None, a boolean, an integer, a finite float, a "
-                    f"string or a tuple of these; got {safe_repr(value)}"
-                )
+        name = type(self).__name__
+        for field in self._sizes:
+            size = getattr(self, field)
+            if size is not None:
+                object.__setattr__(self, field, integer(f"{name}'s {field}", size, 1, MAX_SIZE, ConfigError))
+        for field in self._flags:
+            value = getattr(self, field)
+            if not isinstance(value, bool):
+                raise wrong_argument(f"{name}'s {field}", "True or False", value)
+        require_plain(self, name)
 
 
 def check_settings_class(kind: str, cls: Any) -> None:
@@ -72,17 +80,6 @@ def settings_text(settings: MapSettings, short: bool = False) -> str:
         long = short and isinstance(value, tuple) and len(value) > _SHOWN
         told.append(f"{field.name}={f'({len(value)} given)' if long else repr(value)}")
     return ", ".join(told)
-
-
-def _is_plain(value: Any, depth: int = 4) -> bool:
-    """Return whether a file can hold a value and give it back."""
-    if isinstance(value, tuple):
-        return depth > 0 and all(_is_plain(item, depth - 1) for item in value)
-    if isinstance(value, float):
-        return type(value) is float and math.isfinite(value)
-    if type(value) is int:
-        return abs(value) < 1 << 64
-    return value is None or type(value) in (bool, str)
 
 
 # -- The base class of maps --------------------------------------------------------------------------------------------
@@ -236,7 +233,7 @@ class Map(FixedArrays):
     # -- What it computes ----------------------------------------------------------------------
 
     def forward(self, backend: Backend, x: Array) -> Array:
-        """Compute F(x).
+        """Compute F(x). Default: the slice that is the whole output, of a map that defines :meth:`slice`.
 
         Parameters
         ----------
@@ -249,7 +246,9 @@ class Map(FixedArrays):
         -------
         array, shape (…, n_out)
         """
-        raise self._lacks("forward(backend, x)")
+        if type(self).slice is Map.slice:
+            raise self._lacks("forward(backend, x)")
+        return self.slice(backend, x, 0, self.n_out)
 
     def adjoint(self, backend: Backend, y: Array) -> Array:
         """Compute ``Fᵀ y`` of a linear map, ``(…, n_out)`` to ``(…, n_in)``.
@@ -273,11 +272,12 @@ class Map(FixedArrays):
         """Compute ``F(x)[..., start:stop]``. Default: a slice of the whole output."""
         return self.forward(backend, x)[..., start:stop]
 
-    def _piece(self, backend: Backend, name: str, x: Array, start: int, stop: int) -> Array:
+    def _piece(self, backend: Backend, name: str, x: Array, start: int, stop: int, dtype: str | None = None) -> Array:
         """Return a part of a fixed array; if it is not kept, ``make`` draws it without the rest."""
-        if name in self.kept:
-            return self.on(backend, name, x)[start:stop]
-        return self.on(backend, (name, start, stop), x, keep=False)
+        if name not in self.kept:
+            return self.on(backend, (name, start, stop), x, dtype, keep=False)
+        whole = self.on(backend, name, x)[start:stop]
+        return whole if dtype is None else backend.astype(whole, dtype)
 
     @property
     def linear_part(self) -> Map:
@@ -378,9 +378,6 @@ class ByRows(Map):
 
     two_sided = True
     shape: tuple[int, int]
-
-    def forward(self, backend: Backend, x: Array) -> Array:
-        return self._rows(backend, x, 0, self.shape[0])
 
     def slice(self, backend: Backend, x: Array, start: int, stop: int) -> Array:
         cols = self.shape[1]

@@ -9,10 +9,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from tnadapt.algebra import rng
-from tnadapt.algebra.folding import MAX_SIZE
-from tnadapt.argument_checks import integer
 from tnadapt.backends import Array, Backend
-from tnadapt.errors import ConfigError, safe_repr
+from tnadapt.errors import ConfigError
 
 from ._map import BroughtMap, ByRows, Copying, Identity, Map, MapSettings, Space, sum_of_runs
 
@@ -56,9 +54,6 @@ class Normal(Map):
     def _block(self, backend: Backend, like: Array, block: tuple[int, int]) -> Array:
         keep = self.n_in * self.n_out <= _KEPT
         return backend.astype(self.on(backend, block, like, keep=keep), backend.dtype_name(like))
-
-    def forward(self, backend: Backend, x: Array) -> Array:
-        return self.slice(backend, x, 0, self.n_out)
 
     def slice(self, backend: Backend, x: Array, start: int, stop: int) -> Array:
         parts = []
@@ -118,9 +113,6 @@ class GivenMatrix(BroughtMap):
         """Return rows of G in the dtype of ``x``."""
         return self.on(backend, "matrix", x, backend.dtype_name(x))[start:stop, :]
 
-    def forward(self, backend: Backend, x: Array) -> Array:
-        return self.slice(backend, x, 0, self.n_out)
-
     def slice(self, backend: Backend, x: Array, start: int, stop: int) -> Array:
         return _row_times(backend, x, backend.matrix_transpose(self._rows(backend, x, start, stop)))
 
@@ -166,21 +158,17 @@ class Circulant(MapSettings):
     block: int
     average: bool = False
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "block", integer("Circulant's block", self.block, 1, MAX_SIZE, ConfigError))
-        if not isinstance(self.average, bool):
-            raise ConfigError(f"Circulant's average must be True or False; got {safe_repr(self.average)}")
-        super().__post_init__()
+    _sizes = ("block",)
+    _flags = ("average",)
 
 
-class CirculantMap(Map):
+class CirculantMap(ByRows):
     """``Y[m b + s, n b + t] = X[m, n, (t - s) mod b]``, divided by the number of columns if ``average``."""
 
     kind = "circulant"
     settings_class = Circulant
     settings: Circulant
-    shape: tuple[int, int]
-    two_sided = _sized_by_settings = True
+    _sized_by_settings = True
 
     @classmethod
     def domain(cls, codomain: Space, settings: Circulant) -> Space:
@@ -207,22 +195,16 @@ class CirculantMap(Map):
             index = places[None, :] * b + (places[:, None] + places[None, :]) % b
         return index.reshape(-1).astype(np.int64)
 
-    def forward(self, backend: Backend, x: Array) -> Array:
-        return self._block_rows(backend, x, 0, self.shape[0] // self.settings.block)
-
-    def _block_rows(self, backend: Backend, x: Array, first: int, last: int) -> Array:
-        b, across = self.settings.block, self.shape[1] // self.settings.block
-        batch = tuple(x.shape[:-1])
-        kernels = backend.reshape(x[..., first * across * b : last * across * b], (*batch, last - first, across, b))
+    def _rows(self, backend: Backend, x: Array, first: int, last: int) -> Array:
+        b, cols = self.settings.block, self.shape[1]
+        top, bottom = first // b, -(-last // b)  # of the blocks that the rows cut
+        batch, across = tuple(x.shape[:-1]), cols // b
+        kernels = backend.reshape(x[..., top * cols : bottom * cols], (*batch, bottom - top, across, b))
         blocks = backend.take(kernels, self.on(backend, "differences", x))
-        blocks = backend.reshape(blocks, (*batch, last - first, across, b, b))
-        rows = backend.reshape(backend.moveaxis(blocks, -3, -2), (*batch, (last - first) * b * self.shape[1]))
+        blocks = backend.reshape(blocks, (*batch, bottom - top, across, b, b))
+        rows = backend.reshape(backend.moveaxis(blocks, -3, -2), (*batch, (bottom - top) * b * cols))
+        rows = rows[..., (first - top * b) * cols : (last - top * b) * cols]
         return rows * self._factor if self.settings.average else rows
-
-    def slice(self, backend: Backend, x: Array, start: int, stop: int) -> Array:
-        length = self.settings.block * self.shape[1]
-        first, last = start // length, -(-stop // length)
-        return self._block_rows(backend, x, first, last)[..., start - first * length : stop - first * length]
 
     def adjoint(self, backend: Backend, y: Array) -> Array:
         b = self.settings.block
@@ -321,12 +303,7 @@ class Tile(MapSettings):
     rows: int | None = None
     cols: int | None = None
 
-    def __post_init__(self) -> None:
-        for name in ("rows", "cols"):
-            size = getattr(self, name)
-            if size is not None:
-                object.__setattr__(self, name, integer(f"Tile's {name}", size, 1, MAX_SIZE, ConfigError))
-        super().__post_init__()
+    _sizes = ("rows", "cols")
 
 
 class TileMap(Copying, ByRows):

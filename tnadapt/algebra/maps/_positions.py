@@ -56,11 +56,11 @@ class Scatter(MapSettings):
     size: int | None = None
     positions: tuple[int, ...] | None = None
 
+    _sizes = ("size",)
+
     def __post_init__(self) -> None:
         if self.positions is None and self.size is None:
             raise ConfigError("Scatter needs the number of values, Scatter(size=1000), or their positions")
-        if self.size is not None:
-            object.__setattr__(self, "size", integer("Scatter's size", self.size, 1, MAX_SIZE, ConfigError))
         if self.positions is not None:
             object.__setattr__(self, "positions", self._checked_positions(self.positions))
             object.__setattr__(self, "size", len(self.positions))
@@ -193,8 +193,9 @@ class TorchScatter(MapSettings):
     size: int
     seed: int = DEFAULT_SEED
 
+    _sizes = ("size",)
+
     def __post_init__(self) -> None:
-        object.__setattr__(self, "size", integer("TorchScatter's size", self.size, 1, MAX_SIZE, ConfigError))
         seed = integer("TorchScatter's seed", self.seed, -(1 << 63), (1 << 64) - 1, ConfigError)
         object.__setattr__(self, "seed", seed)
         super().__post_init__()
@@ -238,11 +239,7 @@ class Gather(MapSettings):
 
     size: int | None = None
 
-    def __post_init__(self) -> None:
-        if self.size is not None:
-            name = f"{type(self).__name__}'s size"
-            object.__setattr__(self, "size", integer(name, self.size, 1, MAX_SIZE, ConfigError))
-        super().__post_init__()
+    _sizes = ("size",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -258,28 +255,34 @@ class SignGather(Gather):
 
 
 class GatherMap(Copying):
-    """``y[j] = x[perm[j] mod n_in]``."""
+    """``y[j] = x[perm[j] mod n_in]``, times ``signs[j]`` if the signs are one of its arrays."""
 
     kind = "gather"
-    settings_class = Gather
-    settings: Gather
+    settings_class: ClassVar[type[MapSettings] | None] = Gather
     fixed: tuple[str, ...] = ("index",)
     exact_in_batches = True
+    #: Purposes of the streams of the permutation and of the signs.
+    purposes = rng.PURPOSE["gather"], rng.PURPOSE["gather_signs"]
 
     @classmethod
-    def fixes_length(cls, settings: Gather) -> bool:
-        return settings.size is not None
+    def fixes_length(cls, settings: Any) -> bool:
+        return settings is not None and settings.size is not None
 
     @classmethod
     def domain(cls, codomain: Space, settings: Gather) -> Space:
         assert settings.size is not None  # else ratio determines the length
         return Space(settings.size)
 
-    def _drawn(self, name: str, start: int, stop: int) -> np.ndarray:
+    @property
+    def signed(self) -> bool:
+        return "signs" in self.fixed
+
+    def part(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Draw elements ``start`` to ``stop - 1`` of one of the arrays, or of the permutation, without the rest."""
         draw = (self.seed, self.group, start, stop)
         if name == "signs":
-            return rng.signs(*draw, purpose=rng.PURPOSE["gather_signs"])
-        positions = rng.permutation(self.n_out, *draw, inverse=name == "back", purpose=rng.PURPOSE["gather"])
+            return rng.signs(*draw, purpose=self.purposes[1])
+        positions = rng.permutation(self.n_out, *draw, inverse=name == "back", purpose=self.purposes[0])
         if name == "index":
             positions %= self.n_in
         return positions.astype(np.int32) if self.n_out < 1 << 31 else positions
@@ -290,27 +293,35 @@ class GatherMap(Copying):
             yield from super().streams()
             return
         for name in self.fixed:
-            ends = self._drawn(name, 0, ENDS), self._drawn(name, self.n_out - ENDS, self.n_out)
+            ends = self.part(name, 0, ENDS), self.part(name, self.n_out - ENDS, self.n_out)
             yield np.concatenate(ends).astype("<i8")
 
     def make(self, key: object) -> np.ndarray:
-        if isinstance(key, tuple):
-            return self._drawn(*key)
-        return self._drawn(str(key), 0, self.n_out)
+        return self.part(*key) if isinstance(key, tuple) else self.part(str(key), 0, self.n_out)
 
     def forward(self, backend: Backend, x: Array) -> Array:
-        return backend.take(x, self.on(backend, "index", x))
+        taken = backend.take(x, self.on(backend, "index", x))
+        return taken * self.on(backend, "signs", x, backend.dtype_name(x)) if self.signed else taken
 
     def adjoint(self, backend: Backend, y: Array) -> Array:
+        if self.signed:
+            y = y * self.on(backend, "signs", y, backend.dtype_name(y))
         # Sorted by perm, the elements that copy x[i] are at i, i + n_in, i + 2 n_in, …
         return sum_of_runs(backend, backend.take(y, self.on(backend, "back", y)), self.n_in)
 
     def slice(self, backend: Backend, x: Array, start: int, stop: int) -> Array:
-        return backend.take(x, self._piece(backend, "index", x, start, stop))
+        taken = backend.take(x, self._piece(backend, "index", x, start, stop))
+        return taken * self._piece(backend, "signs", x, start, stop, backend.dtype_name(x)) if self.signed else taken
+
+    def cost(self) -> int:
+        return self.n_out if self.signed else 0
 
     def matrix(self) -> np.ndarray:
-        places = rng.permutation(self.n_out, self.seed, self.group, purpose=rng.PURPOSE["gather"])
-        return np.eye(self.n_in)[places % self.n_in]
+        draw = (self.seed, self.group)
+        matrix = np.eye(self.n_in)[rng.permutation(self.n_out, *draw, purpose=self.purposes[0]) % self.n_in]
+        if self.signed:
+            matrix *= rng.signs(*draw, 0, self.n_out, purpose=self.purposes[1])[:, None]
+        return matrix
 
 
 class SignGatherMap(GatherMap):
@@ -320,28 +331,11 @@ class SignGatherMap(GatherMap):
     settings_class = SignGather
     fixed = ("index", "signs")
 
-    def forward(self, backend: Backend, x: Array) -> Array:
-        return super().forward(backend, x) * self.on(backend, "signs", x, backend.dtype_name(x))
-
-    def adjoint(self, backend: Backend, y: Array) -> Array:
-        return super().adjoint(backend, y * self.on(backend, "signs", y, backend.dtype_name(y)))
-
-    def slice(self, backend: Backend, x: Array, start: int, stop: int) -> Array:
-        signs = backend.astype(self._piece(backend, "signs", x, start, stop), backend.dtype_name(x))
-        return super().slice(backend, x, start, stop) * signs
-
-    def cost(self) -> int:
-        return self.n_out
-
-    def matrix(self) -> np.ndarray:
-        signs = rng.signs(self.seed, self.group, 0, self.n_out, purpose=rng.PURPOSE["gather_signs"])
-        return super().matrix() * signs.astype(np.float64)[:, None]
-
 
 # -- One-hot: as gather, scaled so that the map is an isometry ---------------------------------------------------------
 
 
-class OneHot(Map):
+class OneHot(GatherMap):
     """``y_i = x_j / sqrt(c_j)`` with ``j = perm[i] mod n_in``, and c_j the number of outputs that take x_j.
 
     The permutation of the outputs is that of :func:`tnadapt.algebra.rng.permutation`, so that every input is taken
@@ -350,59 +344,36 @@ class OneHot(Map):
     """
 
     kind = "one-hot"
-    fixed: tuple[str, ...] = ("index",)
-    signed = False
+    settings_class = None
+    purposes = rng.PURPOSE["permutation"], rng.PURPOSE["signs"]
 
     def make(self, key: object) -> np.ndarray:
-        """Draw the positions, the coefficients of the inputs, or the signs of the outputs."""
-        if key == "coefficients":
-            taken, rest = divmod(self.n_out, self.n_in)
-            counts = np.full(self.n_in, taken, np.int64)
-            counts[:rest] += 1
-            return 1.0 / np.sqrt(np.maximum(counts, 1))  # an input that no output takes has 1
-        if key == "order":
-            # perm[order[k]] = k, so that outputs order[j], order[j + n_in], … take x_j.
-            return rng.permutation(self.n_out, self.seed, self.group, inverse=True)
-        if key == "signs":
-            return rng.signs(self.seed, self.group, 0, self.n_out)
-        whole = rng.permutation(self.n_out, self.seed, self.group) % self.n_in
-        return whole.astype(np.int32) if self.n_in <= 1 << 31 else whole
-
-    def _part(self, name: str, start: int, stop: int) -> np.ndarray:
-        if name == "signs":
-            return rng.signs(self.seed, self.group, start, stop)
-        return rng.permutation(self.n_out, self.seed, self.group, start, stop)
+        if key != "coefficients":
+            return super().make(key)
+        taken, rest = divmod(self.n_out, self.n_in)
+        counts = np.full(self.n_in, taken, np.int64)
+        counts[:rest] += 1
+        return 1.0 / np.sqrt(np.maximum(counts, 1))  # an input that no output takes has 1
 
     def digest(self) -> str:
-        return digest_of(self, self._part, dict.fromkeys(("perm", "signs") if self.signed else ("perm",), self.n_out))
+        return digest_of(self, self.part, dict.fromkeys(("perm", "signs") if self.signed else ("perm",), self.n_out))
 
     def forward(self, backend: Backend, x: Array) -> Array:
-        return self.slice(backend, x, 0, self.n_out)
+        return super().forward(backend, x * self.on(backend, "coefficients", x, backend.dtype_name(x)))
 
     def slice(self, backend: Backend, x: Array, start: int, stop: int) -> Array:
-        dtype = backend.dtype_name(x)
-        scaled = x * self.on(backend, "coefficients", x, dtype)
-        taken = backend.take(scaled, self.on(backend, "index", x)[start:stop])
-        return taken * self.on(backend, "signs", x, dtype)[start:stop] if self.signed else taken
+        for name in self.fixed:
+            self.on(backend, name, x)  # kept: a map before the network is called by slices
+        return super().slice(backend, x * self.on(backend, "coefficients", x, backend.dtype_name(x)), start, stop)
 
     def adjoint(self, backend: Backend, y: Array) -> Array:
-        # In the order of the permutation, every run of n_in outputs takes each input once.
-        dtype = backend.dtype_name(y)
-        if self.signed:
-            y = y * self.on(backend, "signs", y, dtype)
-        summed = sum_of_runs(backend, backend.take(y, self.on(backend, "order", y)), self.n_in)
-        return summed * self.on(backend, "coefficients", y, dtype)
+        return super().adjoint(backend, y) * self.on(backend, "coefficients", y, backend.dtype_name(y))
 
     def squared_norm(self) -> float:
         return float(min(self.n_in, self.n_out))
 
-    def cost(self) -> int:
-        return 0
-
     def matrix(self) -> np.ndarray:
-        matrix = np.eye(self.n_in)[rng.permutation(self.n_out, self.seed, self.group) % self.n_in]
-        if self.signed:
-            matrix *= rng.signs(self.seed, self.group, 0, self.n_out)[:, None]
+        matrix = super().matrix()
         return np.asarray(matrix / np.sqrt(np.maximum(1.0, np.abs(matrix).sum(axis=0))))
 
 
@@ -411,7 +382,6 @@ class SignedOneHot(OneHot):
 
     kind = "signed-one-hot"
     fixed = ("index", "signs")
-    signed = True
 
 
 # -- Tied elements: a given index names the element of the input -------------------------------------------------------
@@ -453,10 +423,7 @@ class TiedElements(MapSettings):
 
     normalized: bool = False
 
-    def __post_init__(self) -> None:
-        if not isinstance(self.normalized, bool):
-            raise ConfigError(f"TiedElements's normalized must be True or False; got {safe_repr(self.normalized)}")
-        super().__post_init__()
+    _flags = ("normalized",)
 
 
 class TiedMap(BroughtMap):
@@ -529,9 +496,6 @@ class TiedMap(BroughtMap):
 
     def __getstate__(self) -> dict[str, object]:
         return {name: value for name, value in super().__getstate__().items() if name != "_stages"}
-
-    def forward(self, backend: Backend, x: Array) -> Array:
-        return self.slice(backend, x, 0, self.n_out)
 
     def slice(self, backend: Backend, x: Array, start: int, stop: int) -> Array:
         if self.settings.normalized:

@@ -57,11 +57,6 @@ class TwoSided(ByRows):
     matrices: FixedArrays
 
     @property
-    def shape_in(self) -> tuple[int, int]:
-        """Rows and columns of X."""
-        return self.shape
-
-    @property
     def side_keys(self) -> Sequence[tuple[Hashable, Hashable]]:
         """Keys of ``L_t``, as long as the rows of Y, and of ``R_t``, as its columns."""
         raise self._lacks("side_keys")
@@ -351,13 +346,13 @@ class Wavelet(MapSettings):
     family: str = "haar"
     periodic: bool = False
 
+    _flags = ("periodic",)
+
     def __post_init__(self) -> None:
         if not isinstance(self.family, str) or self.family not in _FILTERS:
             raise ConfigError(
                 f"Wavelet's family must be one of {', '.join(map(repr, _FILTERS))}; got {safe_repr(self.family)}"
             )
-        if not isinstance(self.periodic, bool):
-            raise ConfigError(f"Wavelet's periodic must be True or False; got {safe_repr(self.periodic)}")
         super().__post_init__()
 
     def coefficients(self, size: int) -> int:

@@ -22,95 +22,7 @@ from tnadapt.errors import ShapeError
 
 from ._map import Map, digest_of, sum_of_runs
 
-# -- Draws: permutation Π, normal diagonals 𝒢 and 𝒢', signs ℬ, whole or in pieces --------------------------------------
-
-
-# From this length on, a gather misses the processor's caches.
-_FAR = 1 << 19
-
-
-class FastfoodDraws(FixedArrays):
-    """The vectors of one F: ``perm``, ``inverse``, ``g`` and ``diagonal`` as drawn; ``index`` and ``gain`` as used.
-
-    ``H pad(x)`` repeats one period h, so ``z[j] = gain[j] * h[index[j]]`` with ``index = perm`` modulo the period and
-    ``gain = g[perm]``.
-
-    Compiled kernels regenerate the permutation in every call from its ``keys``, read signs from the bits of ``words``,
-    and use further arrays of their own (``buckets``, ``starts``, ``order``; see
-    :mod:`tnadapt.backends._kernels.fastfood`).
-    """
-
-    def __init__(self, normal: bool, length: int, padded: int, pruned: int, seed: int, group: int) -> None:
-        super().__init__()
-        self.lengths = {"diagonal": length}
-        self.padded = padded
-        #: Whether the transform is long enough to be worth importing the compiled kernels.
-        self.long = padded >= rng.WORTH
-        self.signs = not normal
-        self.pruned, self.seed, self.group = pruned, seed, group
-        #: The integers that define the draws. A compiler takes text for a constant, not always a number.
-        self.recipe = f"{padded} {pruned} {seed} {group} {int(not normal)}"
-        #: Memory that the compiled kernels reuse; it ends with the draws.
-        self.space: Any = None
-
-    def free(self) -> None:
-        super().free()
-        self.space = None
-
-    @property
-    def spare_bytes(self) -> int:
-        return 0 if self.space is None else int(self.space.nbytes)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "space": None}
-
-    def part(self, name: str, start: int, stop: int) -> np.ndarray:
-        """Draw elements ``start`` to ``stop - 1`` of one of the vectors without the rest."""
-        if name in ("perm", "inverse"):
-            return rng.permutation(self.padded, self.seed, self.group, start, stop, inverse=name == "inverse")
-        if name == "g":
-            return rng.normals(self.seed, self.group, rng.PURPOSE["gaussian"], start, stop)
-        if name == "index":
-            return self.part("perm", start, stop) & (self.pruned - 1)
-        if name == "gain":
-            return rng.normals_at(self.seed, self.group, rng.PURPOSE["gaussian"], self.part("perm", start, stop))
-        if self.signs:
-            return rng.signs(self.seed, self.group, start, stop)
-        return rng.normals(self.seed, self.group, rng.PURPOSE["gaussian_v2"], start, stop)
-
-    def make(self, key: Any) -> np.ndarray:
-        if isinstance(key, tuple):
-            return self.part(*key)
-        if key in _FOR_KERNELS:
-            return _FOR_KERNELS[key](self)
-        length = self.lengths.get(key, self.padded)
-        if key == "gain":
-            # Drawing g in order and then gathering costs a quarter of drawing it at scattered positions.
-            compiled = kernels("fastfood") if length >= _FAR else None
-            if compiled is not None and compiled.permutes(length):
-                return compiled.permuted(self.part("g", 0, length), self.held("keys"))  # type: ignore[no-any-return]
-            return np.take(self.part("g", 0, length), self.part("perm", 0, length))
-        whole = self.part(key, 0, length)
-        # Half the memory if positions fit in 32 bits.
-        return whole.astype(np.int32) if whole.dtype == np.int64 and self.padded <= 1 << 31 else whole
-
-    def piece(self, backend: Backend, name: str, start: int, stop: int, like: Array, dtype: str | None = None) -> Array:
-        """:meth:`part` in like's library; sliced from the whole vector if that has been drawn already."""
-        if name in self.kept:
-            whole = self.on(backend, name, like)[start:stop]
-            return whole if dtype is None else backend.astype(whole, dtype)
-        return self.on(backend, (name, start, stop), like, dtype, keep=False)
-
-
-# Arrays that only the compiled kernels use.
-_FOR_KERNELS: dict[str, Callable[[FastfoodDraws], np.ndarray]] = {
-    "keys": lambda d: rng.words(d.seed, d.group, rng.PURPOSE["permutation"], 0, 8),
-    # Whole vectors of the padded length: the kernels multiply by signs without asking where the output ends.
-    "words": lambda d: rng.words(d.seed, d.group, rng.PURPOSE["signs"], 0, max(1, d.padded // 32)),
-    "buckets": lambda d: kernels("fastfood").buckets_of(d.padded, d.held("keys")),
-    "starts": lambda d: kernels("fastfood").starts_of(d.held("buckets")),
-    "order": lambda d: kernels("fastfood").order_of(d.padded, d.held("keys"), d.held("starts")),
-}
+# -- The fast Walsh–Hadamard transform H -------------------------------------------------------------------------------
 
 
 class _HadamardRows(FixedArrays):
@@ -129,10 +41,6 @@ class _HadamardRows(FixedArrays):
 
 
 hadamard_rows = _HadamardRows()
-
-
-# -- The fast Walsh–Hadamard transform H -------------------------------------------------------------------------------
-
 
 # Radix 16: one pass over memory does four butterfly stages as a product with a small matrix.
 _RADIX_BITS = 4
@@ -291,11 +199,24 @@ _LEAST_BLOCK = 1 << 10
 class Linear(Map):
     """``v = H pad(x);  z[j] = (g v)[perm[j]];  y = (H z)[:n_out] * signs``.
 
+    ``H pad(x)`` repeats one period h, so ``z[j] = gain[j] * h[index[j]]`` with ``index = perm`` modulo the period and
+    ``gain = g[perm]``. Its fixed arrays are ``perm``, ``inverse``, ``g`` and ``diagonal`` as drawn; ``index`` and
+    ``gain`` as used.
+
+    Compiled kernels regenerate the permutation in every call from its ``keys``, read signs from the bits of ``words``,
+    and use further arrays of their own (``buckets``, ``starts``, ``order``; see
+    :mod:`tnadapt.backends._kernels.fastfood`).
+
     Attributes
     ----------
     padded : int
         L, the length of the transforms: the least power of two that is at least ``max(n_in, n_out)``.
-    draws : FastfoodDraws
+    period : int
+        Length of the transform in ``H pad(x)`` after pruning: H of a zero-padded vector repeats a shorter transform.
+    recipe : str
+        The integers that define the draws. A compiler takes text for a constant, not always a number.
+    space : WorkSpace, optional
+        Memory that the compiled kernels reuse; it ends with the map.
     """
 
     kind = "linear"
@@ -306,37 +227,84 @@ class Linear(Map):
     def __init__(self, n_in: int, n_out: int, seed: int = 0, group: int = 0) -> None:
         super().__init__(n_in, n_out, seed, group)
         self.padded = 1 << (max(n_in, n_out) - 1).bit_length()
-        # Length of the transform in H pad(x) after pruning: H of a zero-padded vector repeats a shorter transform.
-        self._pruned = 1 << (n_in - 1).bit_length()
-        self.draws = FastfoodDraws(self.normal, n_out, self.padded, self._pruned, seed, group)
+        self.period = 1 << (n_in - 1).bit_length()
+        self.recipe = f"{self.padded} {self.period} {seed} {group} {int(not self.normal)}"
+        self.space: Any = None
+
+    # -- Draws: permutation Π, normal diagonals 𝒢 and 𝒢', signs ℬ, whole or in pieces ----------
+
+    def part(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Draw elements ``start`` to ``stop - 1`` of one of the vectors without the rest."""
+        stream = self.seed, self.group
+        if name in ("perm", "inverse"):
+            return rng.permutation(self.padded, *stream, start, stop, inverse=name == "inverse")
+        if name == "g":
+            return rng.normals(*stream, rng.PURPOSE["gaussian"], start, stop)
+        if name == "index":
+            return self.part("perm", start, stop) & (self.period - 1)
+        if name == "gain":
+            return rng.normals_at(*stream, rng.PURPOSE["gaussian"], self.part("perm", start, stop))
+        if self.normal:
+            return rng.normals(*stream, rng.PURPOSE["gaussian_v2"], start, stop)
+        return rng.signs(*stream, start, stop)
+
+    def make(self, key: Any) -> np.ndarray:
+        if isinstance(key, tuple):
+            return self.part(*key)
+        if key in _FOR_KERNELS:
+            return _FOR_KERNELS[key](self)
+        length = self.n_out if key == "diagonal" else self.padded
+        if key == "gain":
+            # Drawing g in order and then gathering costs a quarter of drawing it at scattered positions.
+            compiled = kernels("fastfood") if length >= _FAR else None
+            if compiled is not None and compiled.permutes(length):
+                return compiled.permuted(self.part("g", 0, length), self.held("keys"))  # type: ignore[no-any-return]
+            return np.take(self.part("g", 0, length), self.part("perm", 0, length))
+        whole = self.part(key, 0, length)
+        # Half the memory if positions fit in 32 bits.
+        return whole.astype(np.int32) if whole.dtype == np.int64 and self.padded <= 1 << 31 else whole
+
+    def free(self) -> None:
+        super().free()
+        self.space = None
+
+    @property
+    def spare_bytes(self) -> int:
+        return 0 if self.space is None else int(self.space.nbytes)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "space": None}
+
+    # -- What it computes ----------------------------------------------------------------------
 
     def forward(self, backend: Backend, x: Array) -> Array:
-        y = backend.fastfood(x, self.draws, self.n_in, adjoint=False, fallback=self._fallback(backend))
+        y = backend.fastfood(x, self, adjoint=False)
         return self.forward_plain(backend, x) if y is None else y
 
     def adjoint(self, backend: Backend, y: Array) -> Array:
-        x = backend.fastfood(y, self.draws, self.n_in, adjoint=True, fallback=self._fallback(backend))
+        x = backend.fastfood(y, self, adjoint=True)
         return self.adjoint_plain(backend, y) if x is None else x
 
-    def _fallback(self, backend: Backend) -> tuple[Callable[[Array], Array], Callable[[Array], Array]]:
+    def plain(self, backend: Backend) -> tuple[Callable[[Array], Array], Callable[[Array], Array]]:
+        """Return F and its adjoint in the library's own operations, for derivatives that a kernel cannot handle."""
         return functools.partial(self.forward_plain, backend), functools.partial(self.adjoint_plain, backend)
 
     def forward_plain(self, backend: Backend, x: Array) -> Array:
         """Compute F in the library's own operations: the reference implementation for every kernel."""
         dtype = backend.dtype_name(x)
-        z = backend.take(self._small_transform(backend, x), self.draws.on(backend, "index", x))
-        z = z * self.draws.on(backend, "gain", x, dtype)
-        return fwht_last(backend, z)[..., : self.n_out] * self.draws.on(backend, "diagonal", x, dtype)
+        z = backend.take(self._small_transform(backend, x), self.on(backend, "index", x))
+        z = z * self.on(backend, "gain", x, dtype)
+        return fwht_last(backend, z)[..., : self.n_out] * self.on(backend, "diagonal", x, dtype)
 
     def _small_transform(self, backend: Backend, x: Array) -> Array:
         """Compute one period of ``H pad(x)``, which is periodic because the padding is zero."""
-        return fwht_last(backend, backend.pad_last(x, self._pruned)) * math.sqrt(self._pruned / self.padded)
+        return fwht_last(backend, backend.pad_last(x, self.period)) * math.sqrt(self.period / self.padded)
 
     def adjoint_plain(self, backend: Backend, y: Array) -> Array:
         dtype = backend.dtype_name(y)
-        u = fwht_last(backend, backend.pad_last(y * self.draws.on(backend, "diagonal", y, dtype), self.padded))
-        v = backend.take(u * self.draws.on(backend, "gain", y, dtype), self.draws.on(backend, "inverse", y))
-        v = sum_of_runs(backend, v, self._pruned) * math.sqrt(self._pruned / self.padded)
+        u = fwht_last(backend, backend.pad_last(y * self.on(backend, "diagonal", y, dtype), self.padded))
+        v = backend.take(u * self.on(backend, "gain", y, dtype), self.on(backend, "inverse", y))
+        v = sum_of_runs(backend, v, self.period) * math.sqrt(self.period / self.padded)
         return fwht_last(backend, v)[..., : self.n_in]
 
     def slice(self, backend: Backend, x: Array, start: int, stop: int) -> Array:
@@ -349,7 +317,7 @@ class Linear(Map):
         first, end = start // low, (stop - 1) // low + 1
         y = fwht_last(backend, self._mixed(backend, x, low, first, end))
         y = backend.reshape(y, (*x.shape[:-1], (end - first) * low))[..., start - first * low : stop - first * low]
-        return y * self.draws.piece(backend, "diagonal", start, stop, x, dtype)
+        return y * self._piece(backend, "diagonal", x, start, stop, dtype)
 
     def _mixed(self, backend: Backend, x: Array, low: int, first: int, end: int) -> Array:
         """Multiply rows ``first`` to ``end - 1`` of H_high by z in blocks of ``low``: shape (…, end - first, low)."""
@@ -365,18 +333,14 @@ class Linear(Map):
                 lo = block * low + column
                 # Contiguous: either there is one block (step is 1), or its columns are all there (width is low).
                 hi = lo + blocks * width
-                z = backend.take(small, self.draws.piece(backend, "index", lo, hi, x))
-                z = z * self.draws.piece(backend, "gain", lo, hi, x, dtype)
+                z = backend.take(small, self._piece(backend, "index", x, lo, hi))
+                z = z * self._piece(backend, "gain", x, lo, hi, dtype)
                 z = backend.reshape(z, (*x.shape[:-1], blocks, width))
                 rows = hadamard_rows.on(backend, (first, end, block, block + blocks, high), x, dtype, keep=False)
                 part = backend.precise_matmul(rows, z)
                 mixed = part if mixed is None else mixed + part
             parts.append(mixed)
         return backend.concat(parts, axis=-1)
-
-    def part(self, name: str, start: int, stop: int) -> np.ndarray:
-        """Draw elements ``start`` to ``stop - 1`` of a stream without the rest."""
-        return self.draws.part(name, start, stop)
 
     def gain(self) -> float:
         return math.sqrt(self.n_in * self.n_out) / self.padded
@@ -412,6 +376,19 @@ class Linear(Map):
 
     def digest(self) -> str:
         return digest_of(self, self.part, {"perm": self.padded, "g": self.padded, "diagonal": self.n_out})
+
+
+# From this length on, a gather misses the processor's caches.
+_FAR = 1 << 19
+# Arrays that only the compiled kernels use.
+_FOR_KERNELS: dict[str, Callable[[Linear], np.ndarray]] = {
+    "keys": lambda f: rng.words(f.seed, f.group, rng.PURPOSE["permutation"], 0, 8),
+    # Whole vectors of the padded length: the kernels multiply by signs without asking where the output ends.
+    "words": lambda f: rng.words(f.seed, f.group, rng.PURPOSE["signs"], 0, max(1, f.padded // 32)),
+    "buckets": lambda f: kernels("fastfood").buckets_of(f.padded, f.held("keys")),
+    "starts": lambda f: kernels("fastfood").starts_of(f.held("buckets")),
+    "order": lambda f: kernels("fastfood").order_of(f.padded, f.held("keys"), f.held("starts")),
+}
 
 
 class LinearV2(Linear):

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tnadapt.algebra.folding import MAX_SIZE
-from tnadapt.argument_checks import checks_arguments, integer
+from tnadapt.argument_checks import checks_arguments, from_stored, integer
 from tnadapt.backends import Array, Backend, get_backend
 from tnadapt.errors import ConfigError, ShapeError, TnadaptError, safe_repr
 from tnadapt.plugins import Registry
@@ -160,33 +160,12 @@ def _composed(parts: Sequence[Map]) -> Map:
 # -- The maps by name --------------------------------------------------------------------------------------------------
 
 
-MAPS: Registry[Map] = Registry(
-    "projection",
-    Map,
-    {
-        "identity": Identity,
-        "shuffle": Shuffle,
-        "linear": Linear,
-        "linear_v2": LinearV2,
-        "nonlinear": Nonlinear,
-        "nonlinear_v2": NonlinearV2,
-        "scatter": ScatterMap,
-        "torch-scatter": TorchScatterMap,
-        "gather": GatherMap,
-        "sign-gather": SignGatherMap,
-        "tile": TileMap,
-        "circulant": CirculantMap,
-        "dct2": Dct2,
-        "dft2": Dft2,
-        "wavelet": WaveletMap,
-        "centered-wavelet": CenteredWaveletMap,
-        "one-hot": OneHot,
-        "signed-one-hot": SignedOneHot,
-        "normal": Normal,
-        "tied": TiedMap,
-        "given": GivenMatrix,
-    },
-)
+_BUILT_IN: tuple[type[Map], ...] = (
+    Identity, Shuffle, Linear, LinearV2, Nonlinear, NonlinearV2, ScatterMap, TorchScatterMap, GatherMap, SignGatherMap,
+    TileMap, CirculantMap, Dct2, Dft2, WaveletMap, CenteredWaveletMap, OneHot, SignedOneHot, Normal, TiedMap,
+    GivenMatrix,
+)  # fmt: skip
+MAPS: Registry[Map] = Registry("projection", Map, {cls.kind: cls for cls in _BUILT_IN})
 
 #: The paper's six maps, and those of them that preserve the length.
 KINDS = ("identity", "shuffle", "linear", "linear_v2", "nonlinear", "nonlinear_v2")
@@ -305,50 +284,43 @@ Recipe = str | MapSettings | tuple[str | MapSettings, ...]
 
 
 class _Step(NamedTuple):
-    """One map of a chain."""
+    """One map of a chain; ``fixes_length`` as :meth:`Map.fixes_length` says of its settings."""
 
     name: str
+    cls: type[Map]
     settings: Any
-
-    @property
-    def cls(self) -> type[Map]:
-        return MAPS.find(self.name)
-
-    @property
-    def fixes_length(self) -> bool:
-        return self.cls.fixes_length(self.settings)
+    fixes_length: bool
 
 
-def _step_of(given: str | MapSettings) -> _Step:
-    if isinstance(given, str):
-        cls = MAPS.find(given)
-        return _Step(given, None if cls.settings_class is None else _defaults(given, cls.settings_class))
+def _step_of(given: str | MapSettings, other: str = "") -> _Step:
+    name = _name_of(given) if isinstance(given, MapSettings) else given
+    cls = MAPS.find(name, other)
+    settings = given if isinstance(given, MapSettings) else cls.settings_class and _defaults(name, cls.settings_class)
+    return _Step(name, cls, settings, cls.fixes_length(settings))
+
+
+def _name_of(settings: MapSettings) -> str:
     for name, cls in MAPS.items():
-        if cls.settings_class is type(given):
-            return _Step(name, given)
+        if cls.settings_class is type(settings):
+            return name
     raise ConfigError(
-        f"{safe_repr(given)} are the settings of no registered map; call tnadapt.register_map(name, cls) with their "
+        f"{safe_repr(settings)} are the settings of no registered map; call tnadapt.register_map(name, cls) with their "
         "map. If a class of this name was registered again since, create the settings again"
     )
 
 
 def _defaults(name: str, cls: type[MapSettings]) -> MapSettings:
-    none = dataclasses.MISSING
-    required = [field.name for field in dataclasses.fields(cls) if field.default is field.default_factory is none]
     try:
         return cls()
     except (TypeError, TnadaptError):
-        shown = f"{cls.__name__}({', '.join(f'{field}=…' for field in required or _fields(cls))})"
+        fields, none = dataclasses.fields(cls), dataclasses.MISSING
+        required = [field for field in fields if field.default is field.default_factory is none] or fields
+        shown = f"{cls.__name__}({', '.join(f'{field.name}=…' for field in required)})"
         raise ConfigError(f"map {name!r} needs settings: projection=tnadapt.maps.{shown}") from None
 
 
-def _fields(cls: type[MapSettings]) -> list[str]:
-    return [field.name for field in dataclasses.fields(cls)]
-
-
 def _steps(projection: Recipe) -> list[_Step]:
-    listed = projection if isinstance(projection, tuple) else (projection,)
-    return [_step_of(step) for step in listed]
+    return [_step_of(step) for step in (projection if isinstance(projection, tuple) else (projection,))]
 
 
 # -- Configs ---------------------------------------------------------------------------------------
@@ -392,15 +364,15 @@ def checked_projection(given: Any) -> Recipe:
 def _checked_step(value: Any) -> str | MapSettings:
     if isinstance(value, Mapping):
         value = _settings_of(value)
-    if isinstance(value, MapSettings):
-        step = _step_of(value)
-        try:
-            return step.name if type(value)() == value else value
-        except (TypeError, TnadaptError):  # it has no defaults
-            return value
-    MAPS.find(value, "or the settings of a map, such as tnadapt.maps.Scatter(size=1000), or a list of these")
-    _step_of(value)
-    return str(value)
+    if not isinstance(value, MapSettings):
+        return _step_of(
+            value, "or the settings of a map, such as tnadapt.maps.Scatter(size=1000), or a list of these"
+        ).name
+    name = _name_of(value)
+    try:
+        return name if type(value)() == value else value
+    except (TypeError, TnadaptError):  # it has no defaults
+        return value
 
 
 def _settings_of(stored: Mapping[str, Any]) -> MapSettings:
@@ -410,24 +382,7 @@ def _settings_of(stored: Mapping[str, Any]) -> MapSettings:
     cls = MAPS.find(name).settings_class
     if cls is None:
         raise ConfigError(f"map {name!r} has no settings; give its name, projection={name!r}")
-    known = _fields(cls)
-    for key in stored:
-        if key not in ("map", *known):
-            advice = f"its settings are {', '.join(known)}" if known else "it has none"
-            raise ConfigError(f"map {name!r} has no setting {safe_repr(key)}; {advice}")
-    try:
-        return cls(**{key: _tuples(value) for key, value in stored.items() if key != "map"})
-    except TnadaptError:
-        raise
-    except Exception as error:  # a field is missing, or the class refuses a value
-        raise ConfigError(f"map {name!r}: {type(error).__name__}: {error}") from error
-
-
-def _tuples(value: Any, depth: int = 4) -> Any:
-    """Convert lists to tuples; a value that is nested more deeply stays a list, which no field may be."""
-    if isinstance(value, list) and depth > 0:
-        return tuple(_tuples(item, depth - 1) for item in value)
-    return value
+    return from_stored(cls, {key: value for key, value in stored.items() if key != "map"}, f"map {name!r}")
 
 
 def projection_to_json(projection: Recipe) -> Any:
@@ -443,8 +398,8 @@ def projection_to_json(projection: Recipe) -> Any:
         return projection
     if isinstance(projection, tuple):
         return [projection_to_json(step) for step in projection]
-    name = _step_of(projection).name
-    return {"map": name, **{field: _lists(getattr(projection, field)) for field in _fields(type(projection))}}
+    fields = {field.name: getattr(projection, field.name) for field in dataclasses.fields(projection)}
+    return {"map": _name_of(projection), **{name: _lists(value) for name, value in fields.items()}}
 
 
 def _lists(value: Any) -> Any:
@@ -547,36 +502,37 @@ def _free(steps: Sequence[_Step]) -> int | None:
 # -- Maps ------------------------------------------------------------------------------------------
 
 
-def _length(ratio: float, size: int) -> int:
-    # The ratio is the decimal it prints as: 0.07 of 100 is 7, not 8.
-    if not math.isfinite(ratio) or ratio <= 0.0:
-        raise ConfigError(f"ratio must be finite and above 0; got {safe_repr(ratio)}")
-    return max(1, math.ceil(Fraction(str(ratio)) * size))
-
-
-def _build(steps: Sequence[_Step], codomain: Space, free_length: int | None, seed: int, group: int) -> Map:
-    """Return the map of a chain with this output; ``free_length`` is that before the map that :func:`_free` returns."""
-    free, parts = _free(steps), list[Map]()
+def _build(steps: Sequence[_Step], codomain: Space, n_in: int | None, ratio: float, seed: int, group: int) -> Map:
+    """Return the map of a chain with this output; n_in, or else the ratio, sets the length that :func:`_free` finds."""
+    seed, group = (
+        integer("seed", seed, 0, (1 << 64) - 1, ConfigError),
+        integer("group", group, 0, (1 << 32) - 1, ConfigError),
+    )
     if len(steps) > 1 and group % THETA_STREAMS >= _STREAMS:
         raise ConfigError(f"a chain of maps can be drawn for {_STREAMS} groups, and {group} is beyond: use shared=True")
+    if n_in is None:
+        # The ratio is the decimal it prints as: 0.07 of 100 is 7, not 8.
+        if not math.isfinite(ratio) or ratio <= 0.0:
+            raise ConfigError(f"ratio must be finite and above 0; got {safe_repr(ratio)}")
+        n_in = max(1, math.ceil(Fraction(str(ratio)) * codomain.length))
+    free, parts = _free(steps), list[Map]()
     for number in reversed(range(len(steps))):
-        step = steps[number]
-        cls, settings = step.cls, step.settings
+        name, cls, settings, fixes_length = steps[number]
         if cls.two_sided and codomain.shape is None:
             raise ConfigError(
-                f"projection {step.name!r} works on the rows and columns of a weight, and its output is a vector of "
+                f"projection {name!r} works on the rows and columns of a weight, and its output is a vector of "
                 f"{codomain.length} elements: set on='weight', and let only maps that preserve the length follow it"
             )
-        if step.fixes_length:
+        if fixes_length:
             domain = cls.domain(codomain, settings)
         else:
-            length = codomain.length if number != free or free_length is None else free_length
+            length = n_in if number == free else codomain.length
             domain = Space(length, codomain.shape if length == codomain.length else None)
         extra: dict[str, Any] = {} if settings is None else {"settings": settings}
         if cls.two_sided:
             extra["shape"] = codomain.shape
         part = cls(domain.length, codomain.length, seed, group + number * _STREAMS, **extra)
-        part.kind = step.name
+        part.kind = name
         parts.insert(0, part)
         codomain = domain
     return parts[0] if len(parts) == 1 else Chain(parts)
@@ -593,12 +549,12 @@ def input_length(projection: Recipe, size: int, ratio: float, shapes: Sequence[t
     """
     if shapes is not None:
         return make_map_on_weights(projection, shapes, ratio).n_in
-    return make_map(projection, None, integer("size", size, 1, MAX_SIZE, ConfigError), ratio=ratio).n_in
+    return make_map(projection, None, size, ratio=ratio).n_in
 
 
 @checks_arguments
 def make_map(
-    kind: Recipe, n_in: int | None, n_out: int, seed: int = 0, group: int = 0, ratio: float | None = None
+    kind: Recipe, n_in: int | None, n_out: int | None, seed: int = 0, group: int = 0, ratio: float = 1.0
 ) -> Map:
     """Return the map of a projection on vectors of these lengths.
 
@@ -608,7 +564,7 @@ def make_map(
     n_in : int or None
         None if the projection or the ratio determines it.
     n_out, seed, group : int
-    ratio : float, optional
+    ratio : float
         Determines ``n_in`` if it is None and the projection does not.
 
     Raises
@@ -623,10 +579,8 @@ def make_map(
     """
     steps = _steps(kind)
     n_in = None if n_in is None else integer("n_in", n_in, 1, MAX_SIZE, ConfigError)
-    n_out = integer("n_out", n_out, 1, MAX_SIZE, ConfigError)
-    length = _length(1.0 if ratio is None else ratio, n_out) if n_in is None else n_in
-    f = _build(steps, Space(n_out), length, seed, group)
-    if n_in is not None and f.n_in != n_in:
+    f = _build(steps, Space(integer("n_out", n_out, 1, MAX_SIZE, ConfigError)), n_in, ratio, seed, group)
+    if n_in not in (None, f.n_in):
         if all(step.cls.square for step in steps):
             raise ConfigError(f"{kind!r} keeps the length; got n_in={n_in}, n_out={n_out}: use 'linear'")
         raise ConfigError(f"{projection_name(kind)} takes n_in={f.n_in}; got n_in={n_in}: leave n_in out")
@@ -652,13 +606,13 @@ def make_map_on_weights(
     >>> make_map_on_weights("dct2", [(2, 3), (4, 4)]).n_in
     22
     """
-    steps, map_of, shapes = _steps(kind), dict[tuple[int, int], Map](), list(shapes)
+    steps, shapes = _steps(kind), list(shapes)
     if not shapes:
         raise ConfigError("shapes must be those of at least one weight; got none")
-    for rows, cols in shapes:
-        if (rows, cols) not in map_of:
-            size = rows * cols
-            map_of[rows, cols] = _build(steps, Space(size, (rows, cols)), _length(ratio, size), seed, group)
+    map_of = {
+        (rows, cols): _build(steps, Space(rows * cols, (rows, cols)), None, ratio, seed, group)
+        for rows, cols in dict.fromkeys(shapes)
+    }
     parts = [map_of[shape] for shape in shapes]
     return parts[0] if len(parts) == 1 else PerWeight(parts)
 
@@ -736,9 +690,7 @@ class Projection:
         self, kind: Any, n_in: int | None = None, n_out: int | None = None, seed: int = 0, group: int = 0
     ) -> None:
         kind = checked_projection(kind)
-        n_in = None if n_in is None else integer("n_in", n_in, 1, MAX_SIZE, ConfigError)
-        n_out = integer("n_out", n_out, 1, MAX_SIZE, ConfigError)
-        self._hold(kind, make_map(kind, n_in, n_out, *_stream(seed, group)))
+        self._hold(kind, make_map(kind, n_in, n_out, seed, group))
         self.key: tuple[Any, ...] = (kind, self.n_in, self.n_out, seed, group)
 
     @classmethod
@@ -768,7 +720,7 @@ class Projection:
         """
         kind = checked_projection(kind)
         projection = cls.__new__(cls)
-        projection._hold(kind, make_map_on_weights(kind, shapes, ratio, *_stream(seed, group)))
+        projection._hold(kind, make_map_on_weights(kind, shapes, ratio, seed, group))
         projection.key = (kind, tuple(shapes), ratio, seed, group)
         return projection
 
@@ -940,13 +892,6 @@ class Projection:
         if len(x.shape) < 1 or x.shape[-1] != length:
             raise ShapeError(f"{self!r} got {what} of shape {tuple(x.shape)}; expected (…, {length})")
         return x
-
-
-def _stream(seed: int, group: int) -> tuple[int, int]:
-    return (
-        integer("seed", seed, 0, (1 << 64) - 1, ConfigError),
-        integer("group", group, 0, (1 << 32) - 1, ConfigError),
-    )
 
 
 def _in_float32(compute: Callable[..., Array], *arrays: Array) -> Array:

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal
 from typing import Any
 
@@ -26,32 +26,7 @@ from tnadapt.algebra.sources import BaseCore, FromBase, Mixed, Scaled, Seeded, S
 from tnadapt.argument_checks import checks_arguments, integer
 from tnadapt.errors import ConfigError, safe_repr
 
-from ._preset import (
-    AdaptedWeights,
-    Float,
-    Ladder,
-    Named,
-    Params,
-    Preset,
-    Recognize,
-    Shapes,
-    Sizes,
-    alpha_over_rank,
-    by_factors,
-    each,
-    each_shape,
-    groups_label,
-    is_of,
-    long_vector_cut,
-    lora_config,
-    lora_formula,
-    of_theta,
-    one_size,
-    preset_config,
-    rank_label,
-    recognized_by,
-    up_to,
-)
+from ._preset import AdaptedWeights, Float, Ladder, Params, Preset, Shapes, by_factors, groups_label, rank_label
 
 __all__ = [
     "c3a", "cara", "compacter", "craft", "dense", "dora", "fact_tk", "fact_tt", "fastfood", "fourierft", "gralora",
@@ -59,6 +34,146 @@ __all__ = [
     "metatt", "miss", "nola", "quanta", "randlora", "share_lora", "shira", "superlora", "svft", "tied_lora",
     "tinylora", "unilora", "vera", "waveft",
 ]  # fmt: skip
+
+
+# -- Helpers of the records: configs, sizes, and formulas --------------------------------------------------------------
+
+
+Make = Callable[..., Config]
+Sizes = Callable[[AdaptedWeights], Sequence[Ladder]]
+Named = Callable[[str], Float]
+
+
+def preset_config(changes: Mapping[str, Any], **settings: Any) -> Config:
+    """Return the config of a preset: its settings, what the caller changes, and the rate that all presets share."""
+    return Config.from_dict({"rate": "adam", **settings, **changes})
+
+
+def lora_config(changes: Mapping[str, Any], **settings: Any) -> Config:
+    """LoRA's settings, and others of the preset: one group per weight, stack, M = 2, CP."""
+    base = {"groups": "weight", "fold": "stack", "order": 2, "format": "cp"}
+    return preset_config(changes, **{**base, **settings})
+
+
+def up_to(most: int) -> Callable[[Any], int]:
+    return lambda plan: most
+
+
+def one_size(make: Callable[[], Config]) -> Ladder:
+    return Ladder(lambda _: make(), up_to(1))
+
+
+def of_theta(
+    make: Make, dimensions: Callable[[AdaptedWeights, int], int], first_rank: int, most: int = 1 << 40
+) -> Sizes:
+    """Return the sizes of θ, up to the dimensions of what it determines; ranks in powers of two.
+
+    Of equal sizes, a search takes the first: the smallest rank with enough dimensions.
+    """
+
+    def sizes(weights: AdaptedWeights) -> list[Ladder]:
+        powers = [first_rank << step for step in range(16) if first_rank << step <= max(first_rank, weights.side)]
+        return [
+            Ladder(functools.partial(make, rank=rank), up_to(min(most, dimensions(weights, rank))))
+            for rank in powers
+            if dimensions(weights, rank) >= 1
+        ]
+
+    return sizes
+
+
+Formula = Callable[[Params, Config, Shapes], list[Float]]
+
+
+def each(formula: Callable[[Named, Config], Float]) -> Formula:
+    """Apply the formula of one weight to all."""
+    return each_shape(lambda arrays, config, shape: formula(arrays, config))
+
+
+def each_shape(formula: Callable[[Named, Config, tuple[int, int]], Float]) -> Formula:
+    """Apply the formula of one weight, which depends on its shape, to all."""
+
+    def all_weights(params: Params, config: Config, shapes: Shapes) -> list[Float]:
+        deltas = []
+        for group, shape in enumerate(shapes):
+            prefix = f"group{group}."
+            arrays = {name.removeprefix(prefix): array for name, array in params.items() if name.startswith(prefix)}
+            deltas.append(formula(arrays.__getitem__, config, shape).reshape(shape))
+        return deltas
+
+    return all_weights
+
+
+def alpha_over_rank(config: Config) -> float:
+    assert isinstance(config.rank, int)
+    return 1.0 if config.alpha is None else config.alpha / config.rank
+
+
+def lora_formula(p: Named, config: Config) -> Float:
+    # ΔW = (alpha / r) B A; Hu et al.
+    lora_b, lora_a = p("split0.factor0"), p("split0.factor1").T
+    return alpha_over_rank(config) * lora_b @ lora_a
+
+
+def long_vector_cut(vector: Float, shapes: Shapes) -> list[Float]:
+    """Cut the vector of all updates into the weights."""
+    edges = np.cumsum([rows * cols for rows, cols in shapes]).tolist()
+    return [part.reshape(shape) for part, shape in zip(np.split(vector[: edges[-1]], edges[:-1]), shapes, strict=True)]
+
+
+# -- Recognition: which configs a preset makes, and the label of their arguments ---------------------------------------
+
+
+Arguments = Mapping[str, Any]
+Read = Callable[[Config], Arguments | bool | None]
+
+
+def recognized_by(make: Make, read: Read | None = None, /, **symbols: str) -> Callable[[Config], str | None]:
+    """Recognize the configs that a preset makes of some arguments, and label each by these: ``"r = 4"`` by rank="r".
+
+    ``read`` returns the arguments that a config would be made of, None if there are none; or whether its fields of the
+    same names may be these.
+    """
+
+    @functools.cache
+    def smallest() -> tuple[Any, ...]:
+        return _outline(make(**dict.fromkeys(symbols, 1)))
+
+    def like_smallest(config: Config) -> bool:  # most configs are not: making one of the values takes longer
+        return _outline(config) == smallest()
+
+    def recognize(config: Config) -> str | None:
+        arguments = (read or like_smallest)(config)
+        if arguments is True:
+            arguments = {name: getattr(config, name) for name in symbols}
+        try:
+            if not isinstance(arguments, Mapping) or config != make(**{"alpha": None, **arguments}):
+                return None
+        except ConfigError:
+            return None
+        words = [_words(config, symbol, name, arguments[name]) for name, symbol in symbols.items()]
+        return ", ".join(itertools.chain(*words))
+
+    return recognize
+
+
+def _words(config: Config, symbol: str, name: str, value: Any) -> list[str]:
+    """Return the words of a label that say what an argument is; none for what is usual."""
+    if name == "groups":
+        return groups_label(config)
+    if value is None or value == "haar":
+        return []
+    if name == "digits":
+        return ["·".join(map(str, value))]
+    if isinstance(value, float):
+        value = f"{value:.4g}"
+    word = rank_label(value) if isinstance(value, tuple) else str(value)
+    return [f"{symbol} = {word}" if symbol else word]
+
+
+def _outline(config: Config) -> tuple[Any, ...]:
+    """Return what no number in a config changes."""
+    return config.groups, config.fold, config.format, config.before, config.apply, tuple(config.sources)
 
 
 # -- Methods of table 1, and others with one network per group ---------------------------------------------------------
@@ -504,30 +619,10 @@ def _quanta_sizes(weights: AdaptedWeights) -> list[Ladder]:
     return [one_size(functools.partial(quanta, digits)) for digits in fitting]
 
 
-def _superlora_label(config: Config) -> str | None:
-    if config.format != "cp" or not is_of(config, superlora, config.rank, config.groups):
-        return None
-    return ", ".join([*groups_label(config), f"r = {config.rank}"])
-
-
-def _lorta_label(config: Config) -> str | None:
-    if config.order < 3 or not is_of(config, lorta, config.rank, config.order, config.groups):
-        return None
-    return ", ".join([f"M = {config.order}", *groups_label(config), f"r = {rank_label(config.rank)}"])
-
-
-def _lonkr_label(config: Config) -> str | None:
-    if config.splits < 2 or not is_of(config, lonkr, config.rank, config.splits, config.groups, config.split_size):
-        return None
-    sizes = [f"K = {config.splits}", f"f = {config.split_size}"]
-    return ", ".join([*sizes, *groups_label(config), f"r = {rank_label(config.rank)}"])
-
-
-def _quanta_label(config: Config) -> str | None:
+def _quanta_arguments(config: Config) -> Arguments | None:
     if config.format != "circuit" or not isinstance(config.fold, tuple):
         return None
-    digits = config.fold[1 : len(config.fold) // 2]
-    return "·".join(map(str, digits)) if is_of(config, quanta, digits) else None
+    return {"digits": config.fold[1 : len(config.fold) // 2]}
 
 
 # -- Networks: the records ---------------------------------------------------------------------------------------------
@@ -558,12 +653,16 @@ NETWORK_PRESETS = (
     ),
     Preset(
         "lonkr", lonkr, "LoNKr", "Chen et al. (SuperLoRA), arXiv 2403.11887", {"rank": 2, "splits": 3, "split_size": 2},
-        sizes=_lonkr_sizes, recognize=_lonkr_label, formula=_lonkr,
+        sizes=_lonkr_sizes, formula=_lonkr,
+        recognize=recognized_by(
+            lonkr, lambda config: config.splits > 1, splits="K", split_size="f", groups="G", rank="r"
+        ),
     ),
     Preset(
         "lorta", lorta, "LoRTA", "Chen et al. (SuperLoRA), arXiv 2403.11887", {"rank": 2, "order": 4},
         sizes=lambda weights: [Ladder(functools.partial(lorta, order=order), by_factors) for order in (3, 4, 5)],
-        recognize=_lorta_label, formula=_lorta,
+        recognize=recognized_by(lorta, lambda config: config.order > 2, order="M", groups="G", rank="r"),
+        formula=_lorta,
     ),
     Preset(
         "gralora", gralora, "GraLoRA", "Jung et al., arXiv 2505.20355", {"rank": 4, "blocks": 2, "alpha": 3},
@@ -572,7 +671,7 @@ NETWORK_PRESETS = (
     ),
     Preset(
         "quanta", quanta, "QuanTA", "Chen et al., arXiv 2406.00132", {"digits": (2, 2)},
-        sizes=_quanta_sizes, recognize=_quanta_label, formula=_quanta,
+        sizes=_quanta_sizes, recognize=recognized_by(quanta, _quanta_arguments, digits=""), formula=_quanta,
     ),
     Preset(
         "fastfood", fastfood, "fastfood", "Aghajanyan et al., arXiv 2012.13255", {"ratio": 0.1},
@@ -581,7 +680,8 @@ NETWORK_PRESETS = (
     Preset(
         "superlora", superlora, "SuperLoRA", "Chen et al., arXiv 2403.11887",
         {"rank": 2, "projection": "linear", "ratio": 0.3},
-        sizes=lambda weights: [Ladder(superlora, by_factors)], recognize=_superlora_label, formula=_superlora,
+        sizes=lambda weights: [Ladder(superlora, by_factors)], formula=_superlora,
+        recognize=recognized_by(superlora, lambda config: config.format == "cp", groups="G", rank="r"),
     ),
     Preset(
         "compacter", compacter, "Compacter", "Karimi Mahabadi et al., arXiv 2106.04647", {"rank": 1, "terms": 2},
@@ -927,7 +1027,7 @@ def _metatt(params: Params, config: Config, shapes: Shapes) -> list[Float]:
 # -- Shared factors: sizes, and how configs are recognized -------------------------------------------------------------
 
 
-def _stacked_ranks(make: Callable[..., Config], **settings: Any) -> Sizes:
+def _stacked_ranks(make: Make, **settings: Any) -> Sizes:
     """Return the ranks of a preset that stacks the weights of a group, which have one shape."""
 
     def sizes(weights: AdaptedWeights) -> list[Ladder]:
@@ -937,24 +1037,19 @@ def _stacked_ranks(make: Callable[..., Config], **settings: Any) -> Sizes:
     return sizes
 
 
-def _ranks_in_heads(make: Callable[..., Config]) -> Sizes:
+def _ranks_in_heads(make: Make) -> Sizes:
     def sizes(weights: AdaptedWeights) -> Any:
         return [] if weights.head_size is None else _stacked_ranks(make, head_size=weights.head_size)(weights)
 
     return sizes
 
 
-def _lotr_label(config: Config) -> str | None:
+def _lotr_arguments(config: Config) -> Arguments | None:
     rank, fold = config.rank, config.fold
-    if not (isinstance(rank, tuple) and len(rank) == 3 and isinstance(fold, tuple) and len(fold) == 3):
+    if not (isinstance(rank, tuple) and isinstance(fold, tuple) and len(rank) == len(fold) == 3):
         return None
-    last = rank[-1]
-    sizes: dict[str, Any] = (
-        {} if is_named(fold) else dict(zip(("weights", "rows", "cols"), map(int, fold), strict=True))
-    )
-    if last is None or config != lotr(last, groups=config.groups, **sizes):
-        return None
-    return ", ".join([*groups_label(config), f"r = {last}"])
+    sizes = {} if is_named(fold) else dict(zip(("weights", "rows", "cols"), map(int, fold), strict=True))
+    return {"rank": rank[-1], "groups": config.groups, **sizes}
 
 
 # -- Shared factors: the records ---------------------------------------------------------------------------------------
@@ -966,7 +1061,7 @@ _FOUR = {"weights": 4, "rows": 12, "cols": 8}
 STACKED_PRESETS = (
     Preset(
         "lotr", lotr, "LoTR", "Bershatsky et al., arXiv 2402.01376", {"rank": 3, **_FOUR},
-        sizes=_stacked_ranks(lotr), recognize=_lotr_label, formula=_lotr,
+        sizes=_stacked_ranks(lotr), recognize=recognized_by(lotr, _lotr_arguments, groups="G", rank="r"), formula=_lotr,
     ),
     Preset(
         "fact_tt", fact_tt, "FacT-TT", "Jie and Deng, arXiv 2212.03145", {"rank": 3, **_FOUR},
@@ -1397,14 +1492,11 @@ def _randlora_sizes(weights: AdaptedWeights) -> list[Ladder]:
     return [Ladder(config, up_to(min(weights.side, 64)))]
 
 
-def _craft_label(config: Config) -> str | None:
-    rank = config.rank
-    last, weights = (rank, None) if isinstance(rank, int) else (rank[-1], rank[0])
-    if "core" not in config.sources or last is None:
+def _craft_arguments(config: Config) -> Arguments | None:
+    if "core" not in config.sources:
         return None
-    if not is_of(config, craft, last, weights=weights, groups=config.groups):
-        return None
-    return ", ".join([*groups_label(config), f"r = {last}", *([f"{weights} of weights"] if weights else [])])
+    weights, *_, rank = (None, config.rank) if isinstance(config.rank, int) else config.rank
+    return {"rank": rank, "weights": weights, "groups": config.groups}
 
 
 def _randlora_label(config: Config) -> str | None:
@@ -1432,7 +1524,7 @@ def _without_starts(config: Config) -> Config:
 SOURCE_PRESETS = (
     Preset(
         "craft", craft, "CRAFT", "Dewage et al., arXiv 2602.17510", {"rank": 3, "groups": 1},
-        recognize=_craft_label, formula=_craft,
+        recognize=recognized_by(craft, _craft_arguments, groups="G", rank="r", weights="weights"), formula=_craft,
     ),
     Preset(
         "lora_fa", lora_fa, "LoRA-FA", "Zhang et al., arXiv 2308.03303", {"rank": 3, "alpha": 6},
@@ -1736,12 +1828,12 @@ def _miss(p: Named, config: Config, shape: tuple[int, int]) -> Float:
 # -- Maps: sizes, and how configs are recognized -----------------------------------------------------------------------
 
 
-def _numbers_of_values(make: Callable[..., Config]) -> Sizes:
+def _numbers_of_values(make: Make) -> Sizes:
     """Return the numbers of values of each weight, as many as the smallest weight has elements."""
     return lambda weights: [Ladder(make, up_to(min(rows * cols for rows, cols in weights.shapes)))]
 
 
-def _divisors(make: Callable[..., Config]) -> Sizes:
+def _divisors(make: Make) -> Sizes:
     def sizes(weights: AdaptedWeights) -> list[Ladder]:
         return [one_size(functools.partial(make, size)) for size in weights.divisors]
 
@@ -1752,37 +1844,24 @@ def _settings(config: Config) -> tuple[Any, ...]:
     return config.projection if isinstance(config.projection, tuple) else (config.projection,)
 
 
-def _scattered(make: Callable[..., Config]) -> Recognize:
-    def recognize(config: Config) -> str | None:
-        scatter, *transform = _settings(config)
-        if not isinstance(scatter, Scatter):
-            return None
-        assert scatter.size is not None  # or its positions set it
-        seeded = config.replace(projection=(Scatter(scatter.size), *transform))
-        return f"n = {scatter.size}" if seeded == make(scatter.size, alpha=None) else None
-
-    return recognize
+def _scatter_arguments(config: Config) -> dict[str, Any] | None:
+    scatter = _settings(config)[0]
+    return {"n": scatter.size, "positions": scatter.positions} if isinstance(scatter, Scatter) else None
 
 
-def _waveft_label(config: Config) -> str | None:
-    _, *transform = _settings(config)
-    family = transform[0].family if transform and isinstance(transform[0], Wavelet) else "haar"
-    label = _scattered(functools.partial(waveft, family=family))(config)
-    return label if label is None or family == "haar" else f"{label}, {family}"
+def _waveft_arguments(config: Config) -> Arguments | None:
+    scatter, wavelet = _scatter_arguments(config), _settings(config)[-1]
+    return scatter and {**scatter, "family": wavelet.family if isinstance(wavelet, Wavelet) else "haar"}
 
 
-def _c3a_label(config: Config) -> str | None:
-    circulant = _settings(config)[0]
-    if not isinstance(circulant, Circulant) or config != c3a(circulant.block, alpha=None):
-        return None
-    return f"b = {circulant.block}"
+def _c3a_arguments(config: Config) -> Arguments | None:
+    circulant = config.projection
+    return {"block": circulant.block} if isinstance(circulant, Circulant) else None
 
 
-def _miss_label(config: Config) -> str | None:
-    tile = _settings(config)[0]
-    if not isinstance(tile, Tile) or not tile.cols or config != miss(tile.cols, tile.rows, alpha=None):
-        return None
-    return f"r = {tile.cols}" + (f", mini = {tile.rows}" if tile.rows else "")
+def _miss_arguments(config: Config) -> Arguments | None:
+    tile = config.projection
+    return {"r": tile.cols, "mini": tile.rows} if isinstance(tile, Tile) else None
 
 
 # -- Maps: the records -------------------------------------------------------------------------------------------------
@@ -1791,30 +1870,36 @@ def _miss_label(config: Config) -> str | None:
 MAP_PRESETS = (
     Preset(
         "shira", shira, "SHiRA", "Bhardwaj et al., arXiv 2406.13175", {"n": 10},
-        sizes=_numbers_of_values(shira), recognize=_scattered(shira), formula=each_shape(_shira),
+        sizes=_numbers_of_values(shira), formula=each_shape(_shira),
+        recognize=recognized_by(shira, _scatter_arguments, n="n"),
         peers={"PEFT": "SHIRA"},
     ),
     Preset(
         "fourierft", fourierft, "FourierFT", "Gao et al., arXiv 2405.03003", {"n": 10},
-        sizes=_numbers_of_values(fourierft), recognize=_scattered(fourierft), formula=each_shape(_fourierft),
+        sizes=_numbers_of_values(fourierft), formula=each_shape(_fourierft),
+        recognize=recognized_by(fourierft, _scatter_arguments, n="n"),
         peers={"PEFT": "FOURIERFT"},
     ),
     Preset(
         "loca", loca, "LoCA", "Du et al., arXiv 2502.06820", {"n": 10},
-        sizes=_numbers_of_values(loca), recognize=_scattered(loca), formula=each_shape(_loca),
+        sizes=_numbers_of_values(loca), formula=each_shape(_loca),
+        recognize=recognized_by(loca, _scatter_arguments, n="n"),
     ),
     Preset(
         "waveft", waveft, "WaveFT", "Bilican et al., arXiv 2505.12532", {"n": 10, "family": "db2"},
-        sizes=_numbers_of_values(waveft), recognize=_waveft_label, formula=each_shape(_waveft),
+        sizes=_numbers_of_values(waveft), formula=each_shape(_waveft),
+        recognize=recognized_by(waveft, _waveft_arguments, n="n", family=""),
         peers={"PEFT": "WAVEFT"},
     ),
     Preset(
         "c3a", c3a, "C3A", "Chen et al., arXiv 2407.19342", {"block": 4},
-        sizes=_divisors(c3a), recognize=_c3a_label, formula=each_shape(_c3a), peers={"PEFT": "C3A"},
+        sizes=_divisors(c3a), formula=each_shape(_c3a), peers={"PEFT": "C3A"},
+        recognize=recognized_by(c3a, _c3a_arguments, block="b"),
     ),
     Preset(
         "miss", miss, "MiSS", "Kang and Yin, arXiv 2409.15371", {"r": 3},
-        sizes=_divisors(miss), recognize=_miss_label, formula=each_shape(_miss), peers={"PEFT": "MISS"},
+        sizes=_divisors(miss), formula=each_shape(_miss), peers={"PEFT": "MISS"},
+        recognize=recognized_by(miss, _miss_arguments, r="r", mini="mini"),
     ),
 )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Preset, the record of a named method: how it is made, counted, recognized and checked, and helpers to write one."""
+"""Preset, the record of a named method: how it is made, counted, recognized and checked."""
 
 from __future__ import annotations
 
@@ -20,20 +20,8 @@ if TYPE_CHECKING:
     from tnadapt.algebra.superlora import SuperLoRA
 
 Shapes = Sequence[tuple[int, int]]
-
-
-# -- Configs -----------------------------------------------------------------------------------------------------------
-
-
-def preset_config(changes: Mapping[str, Any], **settings: Any) -> Config:
-    """Return the config of a preset: its settings, what the caller changes, and the rate that all presets share."""
-    return Config.from_dict({"rate": "adam", **settings, **changes})
-
-
-def lora_config(changes: Mapping[str, Any], **settings: Any) -> Config:
-    """LoRA's settings, and others of the preset: one group per weight, stack, M = 2, CP."""
-    base = {"groups": "weight", "fold": "stack", "order": 2, "format": "cp"}
-    return preset_config(changes, **{**base, **settings})
+Float = NDArray[np.float64]
+Params = Mapping[str, Float]
 
 
 # -- Sizes: settings in order of their number of parameters ------------------------------------------------------------
@@ -94,87 +82,12 @@ class AdaptedWeights:
         return [size for size in range(1, common + 1) if common % size == 0]
 
 
-Make = Callable[..., Config]
-Sizes = Callable[[AdaptedWeights], Sequence[Ladder]]
-
-
-def up_to(most: int) -> Callable[[SuperLoRA], int]:
-    return lambda plan: most
-
-
 def by_factors(plan: SuperLoRA) -> int:
     """Return the smallest size of a factored mode, beyond which a rank gains nothing."""
     return min(shape[0] for group, _ in plan.alike for name, shape in group.network.shapes.items() if ".factor" in name)
 
 
-def one_size(make: Callable[[], Config]) -> Ladder:
-    return Ladder(lambda _: make(), up_to(1))
-
-
-def ranks(make: Make) -> Sizes:
-    """Return the ranks up to the shorter side of the weights."""
-    return lambda weights: [Ladder(make, up_to(weights.side))]
-
-
-def of_theta(
-    make: Make, dimensions: Callable[[AdaptedWeights, int], int], first_rank: int, most: int = 1 << 40
-) -> Sizes:
-    """Return the sizes of θ, up to the dimensions of what it determines; ranks in powers of two.
-
-    Of equal sizes, a search takes the first: the smallest rank with enough dimensions.
-    """
-
-    def sizes(weights: AdaptedWeights) -> list[Ladder]:
-        powers = [first_rank << step for step in range(16) if first_rank << step <= max(first_rank, weights.side)]
-        return [
-            Ladder(functools.partial(_swapped, make, rank), up_to(min(most, dimensions(weights, rank))))
-            for rank in powers
-            if dimensions(weights, rank) >= 1
-        ]
-
-    return sizes
-
-
-def _swapped(make: Make, rank: int, parameters: int) -> Config:
-    return make(parameters, rank)
-
-
-# -- Recognition: which configs are those of a preset, and the label of their setting ----------------------------------
-
-
-Recognize = Callable[[Config], str | None]
-
-
-def is_of(config: Config, make: Make, *settings: Any, **changes: Any) -> bool:
-    """Return whether a preset returns this config for these settings."""
-    try:
-        return config == make(*settings, **changes)
-    except ConfigError:
-        return False
-
-
-def recognized_by(make: Make, **symbols: str) -> Recognize:
-    """Recognize the configs that a preset makes of these fields, and label each by its symbol."""
-
-    @functools.cache
-    def smallest() -> tuple[Any, ...]:
-        return _outline(make(**dict.fromkeys(symbols, 1)))
-
-    def recognize(config: Config) -> str | None:
-        if _outline(config) != smallest():  # most configs: making one of the values takes longer
-            return None
-        values = {name: getattr(config, name) for name in symbols}
-        if not all(isinstance(value, (int, float)) for value in values.values()) or not is_of(config, make, **values):
-            return None
-        words = (f"{value:.4g}" if isinstance(value, float) else str(value) for value in values.values())
-        return ", ".join(f"{symbol} = {word}" for symbol, word in zip(symbols.values(), words, strict=True))
-
-    return recognize
-
-
-def _outline(config: Config) -> tuple[Any, ...]:
-    """Return what no number in a config changes."""
-    return config.groups, config.fold, config.format, config.before, config.apply, tuple(config.sources)
+# -- Labels of settings -----------------------------------------------------------------------------------------------
 
 
 def groups_label(config: Config) -> list[str]:
@@ -185,51 +98,6 @@ def groups_label(config: Config) -> list[str]:
 
 def rank_label(rank: int | tuple[int | None, ...]) -> str:
     return str(rank) if isinstance(rank, int) else ", ".join("–" if size is None else str(size) for size in rank)
-
-
-# -- Formulas, written from the papers alone and independently of the library but for the draws ------------------------
-
-
-Float = NDArray[np.float64]
-Params = Mapping[str, Float]
-Formula = Callable[[Params, Config, Shapes], list[Float]]
-Named = Callable[[str], Float]
-
-
-def each(formula: Callable[[Named, Config], Float]) -> Formula:
-    """Apply the formula of one weight to all."""
-    return each_shape(lambda arrays, config, shape: formula(arrays, config))
-
-
-def each_shape(formula: Callable[[Named, Config, tuple[int, int]], Float]) -> Formula:
-    """Apply the formula of one weight, which depends on its shape, to all."""
-
-    def all_weights(params: Params, config: Config, shapes: Shapes) -> list[Float]:
-        deltas = []
-        for group, shape in enumerate(shapes):
-            prefix = f"group{group}."
-            arrays = {name.removeprefix(prefix): array for name, array in params.items() if name.startswith(prefix)}
-            deltas.append(formula(arrays.__getitem__, config, shape).reshape(shape))
-        return deltas
-
-    return all_weights
-
-
-def alpha_over_rank(config: Config) -> float:
-    assert isinstance(config.rank, int)
-    return 1.0 if config.alpha is None else config.alpha / config.rank
-
-
-def lora_formula(p: Named, config: Config) -> Float:
-    # ΔW = (alpha / r) B A; Hu et al.
-    lora_b, lora_a = p("split0.factor0"), p("split0.factor1").T
-    return alpha_over_rank(config) * lora_b @ lora_a
-
-
-def long_vector_cut(vector: Float, shapes: Shapes) -> list[Float]:
-    """Cut the vector of all updates into the weights."""
-    edges = np.cumsum([rows * cols for rows, cols in shapes]).tolist()
-    return [part.reshape(shape) for part, shape in zip(np.split(vector[: edges[-1]], edges[:-1]), shapes, strict=True)]
 
 
 # -- The record --------------------------------------------------------------------------------------------------------
@@ -305,8 +173,9 @@ class Preset:
 
     def ladders(self, weights: AdaptedWeights) -> Sequence[Ladder]:
         """Return the settings for these weights in order of size."""
-        sizes: Sizes = ranks(self.make) if self.sizes is None else self.sizes
-        return sizes(weights)
+        if self.sizes is None:
+            return [Ladder(self.make, lambda plan: weights.side)]
+        return self.sizes(weights)
 
     @property
     def served_as_lora(self) -> bool:

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numba import int64, uint32
@@ -371,27 +371,18 @@ _Diagonal = tuple[np.ndarray, np.ndarray]
 _ONES: _Diagonal = (_NO_WORDS, _NO_NUMBERS)
 
 
-class Draws(Protocol):
-    """The draws of an F; ``held`` computes an array on first use and caches it."""
-
-    padded: int
-    pruned: int
-    signs: bool
-    lengths: dict[str, int]
-    space: WorkSpace | None
-    kept: dict[Any, np.ndarray]
-
-    def held(self, key: str) -> np.ndarray: ...
+#: A :class:`tnadapt.algebra.maps.fastfood.Linear`, whose ``held`` computes an array on first use and caches it.
+F = Any
 
 
-def sorts(padded: int, pruned: int) -> bool:
+def sorts(padded: int, period: int) -> bool:
     """Return whether an F of these lengths uses the sorted algorithm in single precision."""
-    return pruned > 1 << _GATHERED_BITS and padded <= 1 << _SORTED_BITS
+    return period > 1 << _GATHERED_BITS and padded <= 1 << _SORTED_BITS
 
 
-def _sorts_double(draws: Draws) -> bool:
+def _sorts_double(f: F) -> bool:
     """Return whether a short h is sorted, too: not if ``gain`` is there already."""
-    return "gain" not in draws.kept and 1 << (CHUNK_BITS + 2) <= draws.padded <= 1 << _SORTED_BITS
+    return "gain" not in f.kept and 1 << (CHUNK_BITS + 2) <= f.padded <= 1 << _SORTED_BITS
 
 
 def takes(dtype: np.dtype[Any], padded: int, adjoint: bool) -> bool:
@@ -405,17 +396,15 @@ def permutes(length: int) -> bool:
     return 1 << (CHUNK_BITS + 1) <= length <= 1 << _SORTED_BITS
 
 
-def linear(x: np.ndarray, draws: Draws, n_in: int, adjoint: bool) -> np.ndarray:
+def linear(x: np.ndarray, f: F, adjoint: bool) -> np.ndarray:
     """Compute F x along the last axis, or the adjoint.
 
     Parameters
     ----------
     x : numpy.ndarray, float32, or float64 without ``adjoint``
         Any strides and flags; leading axes are a batch.
-    draws : Draws
-        Draws of the F, with a length that :func:`takes` accepts.
-    n_in : int
-        Length of the input of F.
+    f : Linear
+        Of a padded length that :func:`takes` accepts.
     adjoint : bool
         Whether to apply the adjoint.
 
@@ -426,19 +415,19 @@ def linear(x: np.ndarray, draws: Draws, n_in: int, adjoint: bool) -> np.ndarray:
 
     Notes
     -----
-    ``draws`` caches 4 bytes per element of the padded length if the period of h is at most 2**18, otherwise 7, and one
+    ``f`` caches 4 bytes per element of the padded length if the period of h is at most 2**18, otherwise 7, and one
     bit per sign. A call needs one vector of the padded length, or two if it sorts, in addition to a result that is not
-    a view of the first one. In float32 that vector comes from the work space of ``draws``, and returns to it with the
+    a view of the first one. In float32 that vector comes from the work space of ``f``, and returns to it with the
     result.
     """
-    f = _Linear(draws, n_in, x.dtype)
-    length = n_in if adjoint else f.n_out
+    steps = _Steps(f, x.dtype)
+    length = f.n_in if adjoint else f.n_out
     rows = x.reshape(-1, x.shape[-1])
-    way = f.backward if adjoint else f.forward
+    way = steps.backward if adjoint else steps.forward
     if len(rows) == 1:
         output = way(_row(rows[0]))[:length]
         # The result is a view that keeps the whole padded vector alive; copy it if more than a fifth would be wasted.
-        output = output if 5 * length >= 4 * draws.padded else output.copy()
+        output = output if 5 * length >= 4 * f.padded else output.copy()
     else:
         output = aligned_empty((len(rows), length), x.dtype)
         for row, result in zip(rows, output, strict=True):
@@ -450,26 +439,26 @@ def _row(x: np.ndarray) -> np.ndarray:
     return readable(np.require(x, requirements=("C", "A")))
 
 
-class _Linear:
-    """One F: its algorithm, and the steps of it."""
+class _Steps:
+    """The algorithm of one F, and its steps."""
 
-    def __init__(self, draws: Draws, n_in: int, dtype: np.dtype[Any]) -> None:
-        bits = (draws.padded - 1).bit_length()
+    def __init__(self, f: F, dtype: np.dtype[Any]) -> None:
+        bits = (f.padded - 1).bit_length()
         # A multiple of a period is a period, too. In a short table, the adjoint would add many elements to one place:
         # these additions depend on each other, and their rounding errors accumulate.
-        self.bits, self.pruned_bits, self.n_in = bits, max(_TABLE_BITS, (draws.pruned - 1).bit_length()), n_in
-        self.n_out = draws.lengths["diagonal"]
-        self.keys = draws.held("keys")
-        self.period, self.dtype, self.double = draws.pruned, dtype, dtype == _DOUBLE
-        self.sorts = sorts(draws.padded, draws.pruned) or (self.double and _sorts_double(draws))
+        self.bits, self.pruned_bits, self.n_in = bits, max(_TABLE_BITS, (f.period - 1).bit_length()), f.n_in
+        self.n_out = f.n_out
+        self.keys = f.held("keys")
+        self.period, self.double = f.period, dtype == _DOUBLE
+        self.sorts = sorts(f.padded, f.period) or (self.double and _sorts_double(f))
         if self.sorts:
-            self.g, self.buckets = draws.held("g"), draws.held("buckets")
-            self.starts, self.order = draws.held("starts"), draws.held("order")
+            self.g, self.buckets = f.held("g"), f.held("buckets")
+            self.starts, self.order = f.held("starts"), f.held("order")
         else:
-            self.gain = draws.held("gain")
-        self.diagonal = (draws.held("words"), _NO_NUMBERS) if draws.signs else (_NO_WORDS, draws.held("diagonal"))
+            self.gain = f.held("gain")
+        self.diagonal = (_NO_WORDS, f.held("diagonal")) if f.normal else (f.held("words"), _NO_NUMBERS)
         # Two threads may both create one; one of the two then ends with its vectors.
-        self.space = draws.space = draws.space or WorkSpace()
+        self.space = f.space = f.space or WorkSpace()
         self.threads = thread_count() if bits >= _SHARED_BITS else 1
         # The factors 1 / sqrt(2**bits) of both transforms, as powers of two at either end, so that nothing overflows in
         # between.

@@ -1,4 +1,4 @@
-"""Compiled random streams of :mod:`tnadapt.algebra.rng`, with the same bits: words, signs, normals, permutations.
+"""Compiled random streams of :mod:`tnadapt.algebra.rng`, with the same bits: words, normals, permutations.
 
 The code consists of branch-free loops over short arrays that stay in the cache, so that the compiler vectorizes them: a
 round of the Feistel network and a branch of AS 241 are one loop each. The reference implementation is
@@ -93,18 +93,12 @@ def _words_at(index, purpose, group, seed, out):
         out[i] = odd if lane & 1 else even
 
 
-@compiled
-def _signs(start, purpose, group, seed, out):
-    word = np.empty(_SHORT, np.uint32)
-    stop = start + out.size
-    for first in range(start - start % (32 * _SHORT), stop, 32 * _SHORT):
-        _words(first // 32, purpose, group, seed, word)
-        for i in range(max(first, start), min(first + 32 * _SHORT, stop)):
-            bit = (word[(i - first) >> 5] >> uint32(i & 31)) & uint32(1)
-            out[i - start] = 1 - 2 * int64(bit)
-
-
 # -- Normals: AS 241, the two of its approximations that 32-bit words can reach -------------------
+
+
+@compiled
+def _horner(x, c0, c1, c2, c3, c4, c5, c6, c7):
+    return ((((((c0 * x + c1) * x + c2) * x + c3) * x + c4) * x + c5) * x + c6) * x + c7
 
 
 @compiled
@@ -114,20 +108,14 @@ def _centre(word, u, out):
         u[i] = (float64(word[i]) + 0.5) * 2.0**-32
         q = u[i] - 0.5
         r = 0.180625 - q * q
-        above = 2.5090809287301226727e3 * r + 3.3430575583588128105e4
-        above = above * r + 6.7265770927008700853e4
-        above = above * r + 4.5921953931549871457e4
-        above = above * r + 1.3731693765509461125e4
-        above = above * r + 1.9715909503065514427e3
-        above = above * r + 1.3314166789178437745e2
-        above = above * r + 3.3871328727963666080e0
-        below = 5.2264952788528545610e3 * r + 2.8729085735721942674e4
-        below = below * r + 3.9307895800092710610e4
-        below = below * r + 2.1213794301586595867e4
-        below = below * r + 5.3941960214247511077e3
-        below = below * r + 6.8718700749205790830e2
-        below = below * r + 4.2313330701600911252e1
-        below = below * r + 1.0
+        above = _horner(
+            r, 2.5090809287301226727e3, 3.3430575583588128105e4, 6.7265770927008700853e4, 4.5921953931549871457e4,
+            1.3731693765509461125e4, 1.9715909503065514427e3, 1.3314166789178437745e2, 3.3871328727963666080e0,
+        )  # fmt: skip
+        below = _horner(
+            r, 5.2264952788528545610e3, 2.8729085735721942674e4, 3.9307895800092710610e4, 2.1213794301586595867e4,
+            5.3941960214247511077e3, 6.8718700749205790830e2, 4.2313330701600911252e1, 1.0,
+        )  # fmt: skip
         out[i] = q * above / below
 
 
@@ -144,33 +132,19 @@ def _tail(nearer, bits, power):
         exponent = power[i] - 1.0 if low else power[i]
         s = (m - 1.0) / (m + 1.0)
         x = s * s
-        series = (1.0 / 25) * x + 1.0 / 23
-        series = series * x + 1.0 / 21
-        series = series * x + 1.0 / 19
-        series = series * x + 1.0 / 17
-        series = series * x + 1.0 / 15
-        series = series * x + 1.0 / 13
-        series = series * x + 1.0 / 11
-        series = series * x + 1.0 / 9
-        series = series * x + 1.0 / 7
-        series = series * x + 1.0 / 5
-        series = series * x + 1.0 / 3
-        series = series * x + 1.0
+        series = _horner(x, 1.0 / 25, 1.0 / 23, 1.0 / 21, 1.0 / 19, 1.0 / 17, 1.0 / 15, 1.0 / 13, 1.0 / 11)
+        series = ((((series * x + 1.0 / 9) * x + 1.0 / 7) * x + 1.0 / 5) * x + 1.0 / 3) * x + 1.0
         r = math.sqrt(-(exponent * _LOG_TWO + 2.0 * s * series)) - 1.6
-        above = 7.74545014278341407640e-4 * r + 2.27238449892691845833e-2
-        above = above * r + 2.41780725177450611770e-1
-        above = above * r + 1.27045825245236838258e0
-        above = above * r + 3.64784832476320460504e0
-        above = above * r + 5.76949722146069140550e0
-        above = above * r + 4.63033784615654529590e0
-        above = above * r + 1.42343711074968357734e0
-        below = 1.05075007164441684324e-9 * r + 5.47593808499534494600e-4
-        below = below * r + 1.51986665636164571966e-2
-        below = below * r + 1.48103976427480074590e-1
-        below = below * r + 6.89767334985100004550e-1
-        below = below * r + 1.67638483018380384940e0
-        below = below * r + 2.05319162663775882187e0
-        below = below * r + 1.0
+        above = _horner(
+            r, 7.74545014278341407640e-4, 2.27238449892691845833e-2, 2.41780725177450611770e-1,
+            1.27045825245236838258e0, 3.64784832476320460504e0, 5.76949722146069140550e0, 4.63033784615654529590e0,
+            1.42343711074968357734e0,
+        )  # fmt: skip
+        below = _horner(
+            r, 1.05075007164441684324e-9, 5.47593808499534494600e-4, 1.51986665636164571966e-2,
+            1.48103976427480074590e-1, 6.89767334985100004550e-1, 1.67638483018380384940e0, 2.05319162663775882187e0,
+            1.0,
+        )  # fmt: skip
         nearer[i] = above / below
 
 
@@ -293,11 +267,6 @@ def words(seed: int, group: int, purpose: int, start: int, stop: int) -> NDArray
 def words_at(seed: int, group: int, purpose: int, index: NDArray[np.integer[Any]]) -> NDArray[np.uint32]:
     """:func:`tnadapt.algebra.rng.words_at`."""
     return _at(_words_at, index, np.empty(index.size, np.uint32), *_stream(seed, group, purpose))
-
-
-def signs(seed: int, group: int, purpose: int, start: int, stop: int) -> NDArray[np.int8]:
-    """:func:`tnadapt.algebra.rng.signs`."""
-    return _in_pieces(_signs, start, np.empty(stop - start, np.int8), *_stream(seed, group, purpose))
 
 
 def normals(seed: int, group: int, purpose: int, start: int, stop: int) -> NDArray[np.float32]:

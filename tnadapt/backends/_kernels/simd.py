@@ -64,33 +64,6 @@ class _Lanes:
     def store(self, value: Any, data: Any, offset: Any) -> None:
         self.builder.store(value, self._at(data, offset), align=self.itemsize)
 
-    def _masked(self, name: str, kinds: Sequence[Any], result: Any, *arguments: Any) -> Any:
-        intrinsic_type = ir.FunctionType(result, list(kinds))
-        name = f"llvm.masked.{name}.v{self.lanes}f{self.itemsize * 8}.p0"
-        called = self.builder.module.globals.get(name) or ir.Function(self.builder.module, intrinsic_type, name)
-        return self.builder.call(called, arguments)
-
-    def _few(self, count: Any) -> Any:
-        """Return a mask of the first lanes, as many as ``count``."""
-        numbers = ir.VectorType(count.type, self.lanes)
-        each = ir.Constant(numbers, list(range(self.lanes)))
-        lane = self.builder.insert_element(ir.Constant(numbers, ir.Undefined), count, ir.Constant(_INT32, 0))
-        zeros = ir.Constant(ir.VectorType(_INT32, self.lanes), [0] * self.lanes)
-        spread = self.builder.shuffle_vector(lane, ir.Constant(numbers, ir.Undefined), zeros)
-        return self.builder.icmp_signed("<", each, spread)
-
-    def load_few(self, data: Any, offset: Any, count: Any) -> Any:
-        """Load the first lanes only; the others are 0."""
-        at, mask, align = self._at(data, offset), self._few(count), ir.Constant(_INT32, self.itemsize)
-        zeros = ir.Constant(self.type, [0.0] * self.lanes)
-        kinds = at.type, _INT32, mask.type, self.type
-        return self._masked("load", kinds, self.type, at, align, mask, zeros)
-
-    def store_few(self, value: Any, data: Any, offset: Any, count: Any) -> None:
-        """Store the first lanes only."""
-        at, mask, align = self._at(data, offset), self._few(count), ir.Constant(_INT32, self.itemsize)
-        self._masked("store", (self.type, at.type, _INT32, mask.type), ir.VoidType(), value, at, align, mask)
-
     def fetch(self, data: Any, offset: Any) -> None:
         """Prefetch an element into the level 2 cache."""
         pointer = ir.IntType(8).as_pointer()
@@ -266,41 +239,6 @@ butterfly_of_four = _butterfly(4)
 butterfly_of_one = _butterfly(1)
 
 
-def _overlapping(lanes: int) -> Any:
-    def butterfly(typing, src, at, unit, dst, to, bits, scale):
-        """Scale ``2**bits`` rows of ``unit`` contiguous elements each, one after another, and transform across them.
-
-        A row has fewer elements than the vector, at least half as many. The other lanes hold elements of the next row:
-        what is computed there is wrong, and is overwritten with the next row. Of the last row only its own lanes are
-        loaded and stored.
-        """
-        intp = types.intp
-        signature = types.void(src, intp, intp, dst, intp, intp, src.dtype)
-
-        def emit(context, builder, signature, args):
-            v = _Lanes(context, builder, src.dtype, lanes)
-            source, target, unit = v.data(src, args[0]), v.data(dst, args[3]), args[2]
-            for count in range(RADIX_BITS, 0, -1):
-                with builder.if_then(builder.icmp_signed("==", args[5], ir.Constant(args[5].type, count))):
-                    steps = [builder.mul(unit, ir.Constant(unit.type, row)) for row in range(1 << count)]
-                    values = [v.load(source, builder.add(args[1], step)) for step in steps[:-1]]
-                    values.append(v.load_few(source, builder.add(args[1], steps[-1]), unit))
-                    values = v.between(v.times(values, args[6]), range(count))
-                    for value, step in zip(values[:-1], steps[:-1], strict=True):
-                        v.store(value, target, builder.add(args[4], step))
-                    v.store_few(values[-1], target, builder.add(args[4], steps[-1]), unit)
-            return context.get_dummy_value()
-
-        return signature, emit
-
-    return _inlined(butterfly)
-
-
-butterfly_of_overlapping_four = _overlapping(4)
-butterfly_of_overlapping_eight = _overlapping(8)
-butterfly_of_overlapping_sixteen = _overlapping(16)
-
-
 # -- Signs packed as bits, and prefetching -----------------------------------------------------------------------------
 
 
@@ -355,12 +293,8 @@ def signed_butterfly(typing, src, at, apart, dst, to, to_apart, bits, words, sca
                 for _ in range(1 << stages):
                     values.append(v.load(source, offset))
                     offset = builder.add(offset, apart)
-                for half in (1 << stage for stage in range(stages)):
-                    for low in (i for i in range(len(values)) if not i & half):
-                        a, b = values[low], values[low + half]
-                        values[low], values[low + half] = builder.fadd(a, b), builder.fsub(a, b)
                 offset = to
-                for value in values:
+                for value in v.between(values, range(stages)):
                     positive = builder.fmul(value, factor)
                     result = builder.select(negative(offset), builder.fneg(positive), positive)
                     v.store(result, target, offset)

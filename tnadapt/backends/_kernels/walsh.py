@@ -23,9 +23,6 @@ from .simd import (
     butterfly,
     butterfly_of_four,
     butterfly_of_one,
-    butterfly_of_overlapping_eight,
-    butterfly_of_overlapping_four,
-    butterfly_of_overlapping_sixteen,
     low_stages,
 )
 from .work_space import CACHE_LINE, SMALL, aligned_empty, cache_sizes, readable, share_range, thread_count
@@ -60,19 +57,6 @@ def across(src, at, apart, dst, to, to_apart, bits, columns, scale, coming, ahea
         butterfly_of_four(src, at + j, apart, dst, to + j, to_apart, bits, scale, coming, ahead)
     for j in range(few, columns):
         butterfly_of_one(src, at + j, apart, dst, to + j, to_apart, bits, scale, coming, ahead)
-
-
-@compiled
-def across_short(src, at, unit, dst, to, bits, scale):
-    """Transform across ``2**bits`` rows of ``unit`` elements each, one after another, fewer than a vector has."""
-    if unit < 3:
-        across(src, at, unit, dst, to, unit, bits, unit, scale, src, 0)
-    elif unit <= 4:
-        butterfly_of_overlapping_four(src, at, unit, dst, to, bits, scale)
-    elif unit <= 8:
-        butterfly_of_overlapping_eight(src, at, unit, dst, to, bits, scale)
-    else:
-        butterfly_of_overlapping_sixteen(src, at, unit, dst, to, bits, scale)
 
 
 @compiled
@@ -119,9 +103,6 @@ def block(src, dst, at, low, unit, bits, near, scale, coming):
         if low > 0:
             for j in range(i, i + part, run):
                 low_stages(src, j, dst, j, first, first + low, scale, part)
-        elif unit < VECTOR_BYTES // src.itemsize:
-            for j in range(i, i + part, unit << done):
-                across_short(src, j, unit, dst, j, done, scale)
         else:
             for j in range(i, i + part, unit << done):
                 across(src, j, unit, dst, j, unit, done, unit, scale, src, part)

@@ -1,14 +1,8 @@
-"""Sequences of kernel launches for the Hadamard transform and for F, and its passes over memory on a GPU.
-
-A launcher runs one pass. Otherwise only ``reshape`` and ``sum`` of arrays are used, so they may be of any library. The
-reference implementations are :func:`tnadapt.algebra.maps.fastfood.fwht` and the linear part of
-:class:`tnadapt.algebra.maps.projection.Projection`.
-"""
+"""The passes over memory of a Hadamard transform on a GPU, and the integers that define one F: plans without Triton."""
 
 from __future__ import annotations
 
-import math
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 # -- Division of a long Hadamard transform into passes -----------------------------------------------------------------
 
@@ -70,11 +64,11 @@ def passes(bits: int, itemsize: int, tile_bytes: int) -> list[Pass]:
     return result
 
 
-# -- Sequences of launches for the transform and for F -----------------------------------------------------------------
+# -- The integers that define one F ------------------------------------------------------------------------------------
 
 
 class Drawn(NamedTuple):
-    """The integers that define one F."""
+    """One F."""
 
     n_in: int
     n_out: int
@@ -88,111 +82,3 @@ class Drawn(NamedTuple):
     """Whether the final diagonal is signs; otherwise it is normal numbers."""
     gain: Any = None
     """The normal numbers ``g[perm]``, float32, if they are not drawn in the kernels."""
-
-    @classmethod
-    def of(cls, draws: Any, n_in: int, gain: Any = None) -> Drawn:
-        """Read the integers from a :class:`tnadapt.algebra.maps.fastfood.FastfoodDraws`."""
-        n_out = draws.lengths["diagonal"]
-        return cls(n_in, n_out, draws.padded, draws.pruned, draws.seed, draws.group, bool(draws.signs), gain)
-
-
-#: Placeholder for a transform without draws.
-_NOTHING = Drawn(1, 1, 1, 1, 0, 0, True)
-
-
-class Launcher(Protocol):
-    """Runs kernels on contiguous arrays (vectors, n), float32 or float64."""
-
-    tile_bytes: int
-    """Bytes of an array that one program (thread block) processes."""
-
-    def empty(self, x: Any, *shape: int) -> Any:
-        """Return a new array with the dtype and device of x."""
-        ...
-
-    def transform(
-        self, x: Any, out: Any, length: int, step: Pass, scale: float, f: Drawn, load: str, store: str
-    ) -> None:
-        """Run one pass of a transform of that length, from the rows of x to the rows of out, which may be shorter.
-
-        ``load`` selects what the pass reads: "plain" numbers, zero beyond the end of x's row; "diagonal", these times
-        the diagonal of f; "permuted", ``x[perm[j] % period] * g[perm[j]]``; or "unpermuted", ``x[inverse[j]] * g[j]``.
-        ``store`` selects what it writes: "plain" numbers, or "diagonal", these times the diagonal. Both are multiplied
-        by scale.
-        """
-        ...
-
-    def gathered_sum(self, x: Any, f: Drawn) -> Any:
-        """Sum ``x[inverse[j]] * g[j]`` over the repeats of the period; partial sums, (vectors, pieces, period)."""
-        ...
-
-
-def _transform(
-    launcher: Launcher, x: Any, length: int, scale: float, n_out: int, f: Drawn = _NOTHING, load: str = "plain",
-    store: str = "plain",
-) -> Any:  # fmt: skip
-    vectors = x.shape[0]
-    steps = passes(length.bit_length() - 1, x.itemsize, launcher.tile_bytes)
-    between = launcher.empty(x, vectors, length) if len(steps) > 1 else x
-    out = between if n_out == length and len(steps) > 1 else launcher.empty(x, vectors, n_out)
-    if not vectors:
-        return out
-    for step in steps:
-        begins, ends = step is steps[0], step is steps[-1]
-        launcher.transform(
-            x if begins else between, out if ends else between, length, step, scale if ends else 1.0, f,
-            load if begins else "plain", store if ends else "plain",
-        )  # fmt: skip
-    return out
-
-
-def fwht(launcher: Launcher, x: Any, length: int, scale: float, n_out: int) -> Any:
-    """Compute ``scale * (H pad(x))[..., :n_out]``; the entries of H are 1 and -1.
-
-    Parameters
-    ----------
-    launcher : Launcher
-        Runs a pass.
-    x : array, shape (vectors, n_in)
-        float32 or float64, contiguous, ``n_in <= length``.
-    length : int
-        A power of two.
-    scale : float
-        Factor of the result.
-    n_out : int
-        Number of elements to return of each vector.
-
-    Returns
-    -------
-    array, shape (vectors, n_out)
-        New; the dtype and device of x.
-    """
-    return _transform(launcher, x, length, scale, n_out)
-
-
-def fastfood(launcher: Launcher, x: Any, f: Drawn) -> Any:
-    """Compute the linear part of F, (vectors, n_in) to (vectors, n_out); otherwise as :func:`fwht`.
-
-    After the small transform of x, the first pass of the long transform gathers its input through the Feistel network
-    and multiplies it by normal numbers, and the last pass applies the diagonal of signs or normal numbers. In addition
-    to the result it needs memory for one long vector per vector of x.
-    """
-    small = fwht(launcher, x, f.period, 1.0 / math.sqrt(f.length), f.period)
-    return _transform(launcher, small, f.length, 1.0 / math.sqrt(f.length), f.n_out, f, "permuted", "diagonal")
-
-
-def fastfood_adjoint(launcher: Launcher, y: Any, f: Drawn) -> Any:
-    """Compute the adjoint of :func:`fastfood`, (vectors, n_out) to (vectors, n_in); with the same bits in every run.
-
-    Each element of the small vector gathers its contributions from all repeats of the period through the inverse
-    network, and sums them in a fixed order (a scatter would need atomics, whose order varies).
-    """
-    scale = 1.0 / math.sqrt(f.length)
-    if not y.shape[0]:
-        return launcher.empty(y, 0, f.n_in)
-    long = _transform(launcher, y, f.length, scale, f.length, f, "diagonal")
-    if f.period == f.length:
-        return _transform(launcher, long, f.length, scale, f.n_in, f, "unpermuted")
-    sums = launcher.gathered_sum(long, f)
-    small = sums.reshape(sums.shape[0], f.period) if sums.shape[1] == 1 else sums.sum(1)
-    return fwht(launcher, small, f.period, scale, f.n_in)
