@@ -42,19 +42,10 @@ def test_the_seed_of_a_generator_that_nobody_has_seeded() -> None:
 
 @given(SEEDS, st.lists(st.integers(1, 40), min_size=1, max_size=3), st.floats(0.001, 8.0))
 def test_uniform_numbers(seed: int, shape: list[int], bound: float) -> None:
-    for dtype in ("float32", "bfloat16"):
-        ours, theirs = TorchStream(seed), generator(seed)
-        for _ in range(2):  # each call goes on where the last one ended
-            drawn = torch.empty(shape, dtype=getattr(torch, dtype)).uniform_(-bound, bound, generator=theirs)
-            assert np.array_equal(ours.uniforms(shape, -bound, bound, dtype), drawn.float().numpy())
-
-
-@given(SEEDS, st.integers(16, 400))
-def test_normal_numbers(seed: int, count: int) -> None:
-    theirs = torch.randn(count, generator=generator(seed)).numpy()
-    np.testing.assert_allclose(TorchStream(seed).normals(count), theirs, rtol=0, atol=4e-6)
-    with pytest.raises(ConfigError, match=r"fewer than 16 normal numbers in another way; got 15"):
-        TorchStream(seed).normals(15)
+    ours, theirs = TorchStream(seed), generator(seed)
+    for _ in range(2):  # each call continues where the last one ended
+        drawn = torch.empty(shape).uniform_(-bound, bound, generator=theirs)
+        assert np.array_equal(ours.uniforms(shape, -bound, bound), drawn.numpy())
 
 
 def test_a_map_has_the_positions_of_a_torch_seed() -> None:

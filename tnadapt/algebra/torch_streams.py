@@ -1,8 +1,7 @@
 """Random numbers of torch's CPU generator, drawn without torch, for adapters whose draws are left to a torch seed.
 
 The generator is MT19937 with its classic seeding, which NumPy's ``RandomState`` has as well and never changes (NEP 19).
-The numbers are those of torch 1.0 to 2.13 to the bit, except :func:`normals`, whose logarithms and cosines torch
-computes in single precision, differently on different processors.
+The numbers are those of torch 1.0 to 2.13 to the bit.
 """
 
 from __future__ import annotations
@@ -14,8 +13,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tnadapt.errors import ConfigError
-
-from .norms import rounded_to
 
 #: The seed of ``torch.Generator()`` that nobody has seeded.
 DEFAULT_SEED = 67280421310721
@@ -45,32 +42,12 @@ class TorchStream:
         """Return the next words."""
         return np.frombuffer(self._state.bytes(4 * count), "<u4").astype(np.uint32)
 
-    def uniforms(self, shape: Sequence[int], low: float, high: float, dtype: str = "float32") -> NDArray[np.float32]:
-        """Return what ``torch.empty(shape, dtype=dtype).uniform_(low, high)`` holds, of "float32" or "bfloat16"."""
+    def uniforms(self, shape: Sequence[int], low: float, high: float) -> NDArray[np.float32]:
+        """Return what ``torch.empty(shape).uniform_(low, high)`` holds."""
         unit = (self.words(math.prod(shape)) & np.uint32((1 << 24) - 1)) * 2.0**-24
         ends = np.array([low, high], np.float32)
         uniforms = (unit * np.float64(ends[1] - ends[0]) + np.float64(ends[0])).astype(np.float32)
-        uniforms, ends = rounded_to(uniforms, dtype), rounded_to(ends, dtype)
-        return np.where(uniforms == ends[1], ends[0], uniforms).reshape(tuple(shape)).astype(np.float32)
-
-    def normals(self, count: int) -> NDArray[np.float64]:
-        """Return what ``torch.randn(count)`` of 16 elements or more holds, but for rounding."""
-        if count < 16:
-            raise ConfigError(f"torch draws fewer than 16 normal numbers in another way; got {count}")
-        full = count // 16 * 16
-        normals = np.zeros(count)
-        words = self.words(count)
-        normals[:full] = _box_muller(words[:full])
-        if count > full:
-            normals[-16:] = _box_muller(self.words(16))
-        return normals
-
-
-def _box_muller(words: NDArray[np.uint32]) -> NDArray[np.float64]:
-    """Return 16 normal numbers for each 16 words: eight radii, then eight angles."""
-    unit = ((words & np.uint32((1 << 24) - 1)) * 2.0**-24).reshape(-1, 2, 8)
-    radius, angle = np.sqrt(-2.0 * np.log1p(-unit[:, 0])), 2.0 * math.pi * unit[:, 1]
-    return np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1).reshape(-1)
+        return np.where(uniforms == ends[1], ends[0], uniforms).reshape(tuple(shape))
 
 
 def permutation_head(length: int, count: int, seed: int) -> NDArray[np.int64]:
