@@ -690,7 +690,7 @@ class DeltaCache(ArrayCache):
                 modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
                 return self._once((self._pass, *modes) if self._pass else 0, lookup, index)
             return recomputed(delta_slice, *inputs)
-        part = self._part[index]
+        part, rounded = self._part[index], None if dtype == inputs[0].dtype else dtype
 
         def updates(arrays: Sequence[Tensor]) -> dict[int, Tensor]:
             if alone:
@@ -699,10 +699,10 @@ class DeltaCache(ArrayCache):
                 # Gradients that reach the updates end the cached ones, whose memory the backward pass through F then
                 # uses.
                 computed = dict(enumerate(part.updates(arrays, self.forget), part.first))
-            return computed if dtype is None else {number: update.to(dtype) for number, update in computed.items()}
+            return computed if rounded is None else {number: update.to(rounded) for number, update in computed.items()}
 
         sources = None if alone else lambda: (part.names, lookup(part.names))
-        key = index if alone else part.key, dtype
+        key = index if alone else part.key, rounded
         return self.entry(key, delta_slice.names, inputs, updates, sources=sources).tensors[index]
 
     def _once(self, key: Hashable, lookup: Lookup, index: int) -> Tensor:

@@ -2,10 +2,11 @@
 
 The first half never forms ΔW: low-rank matrices by torch's own operations, and :class:`FactoredLinear`.
 
-In the second half :func:`updated` forms W', by ordinary operations. :class:`UpdatedWeight` is the same as one autograd
-node, together with the operation that multiplies by W': a linear layer, a convolution, or none, for a stack of experts.
-Written with ordinary operations, a layer would save W' until backward: the memory of a second model. ΔW is cheap to
-compute from its arrays, so only these are saved.
+In the second half an :class:`Update` says what ΔW is computed from and how it meets W. :func:`updated` forms W' by
+ordinary operations. :class:`UpdatedWeight` is the same as one autograd node, together with the operation that
+multiplies by W': a linear layer, a convolution, or none, for a stack of experts. Written with ordinary operations, a
+layer would save W' until backward: the memory of a second model. ΔW is cheap to compute from its arrays, so only these
+are saved.
 
 The node also reuses memory: W + ΔW is computed in the buffer of ΔW, and its gradient in the buffer of the sum. A buffer
 that is written to is never saved, and none is reused where someone may still look at it
@@ -233,6 +234,10 @@ def factored_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, changes: Sequence[tuple[Target, Factored]]
 ) -> Tensor:
     """Return ``x Wᵀ + b`` plus each update on the features of its rows; requires :func:`can_fuse`."""
+    if not torch.is_grad_enabled() or is_small(x, weight):
+        updates = _low_rank_updates(changes)
+        if updates is not None:
+            return low_rank_linear(x, weight, bias, updates)
     layer, tensors = FactoredLinear(changes), _tensors(changes)
     if torch.is_grad_enabled():
         return recomputed(layer, x, weight, bias, *tensors)
@@ -241,6 +246,20 @@ def factored_linear(
 
 def _tensors(changes: Sequence[tuple[Target, Factored]]) -> list[Tensor | None]:
     return [tensor for _, factored in changes for term in factored.terms for matrix in term for tensor in matrix]
+
+
+def _low_rank_updates(changes: Sequence[tuple[Target, Factored]]) -> list[LowRank] | None:
+    """Return updates as low-rank matrices where each is one, of a whole weight, as LoRA's is; else None."""
+    updates = []
+    for target, factored in changes:
+        terms = factored.terms
+        if target.rows is not None or factored.sides is not None or len(terms) != 1 or len(terms[0]) != 1:
+            return None
+        left, right = terms[0][0]
+        if right is None:
+            return None
+        updates.append((left, right, factored.scale, 1.0))
+    return updates
 
 
 def is_ordinary(x: Tensor) -> bool:

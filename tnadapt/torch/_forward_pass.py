@@ -22,6 +22,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils._pytree import tree_leaves
 
 from tnadapt.algebra.factoring import Factored, Matrix
 from tnadapt.backends import load_backend
@@ -277,10 +278,7 @@ def _warn_idle(state: AdapterState, args: Any, output: Any) -> None:
 
 
 def _has_gradient(value: Any) -> bool:
-    if isinstance(value, Tensor):
-        return value.requires_grad
-    values = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
-    return any(map(_has_gradient, values))
+    return any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves(value))
 
 
 # -- A parameter of a module, and the slots of the adapters that update it ---------------------------------------------
