@@ -280,7 +280,7 @@ def on_square(projection: Any, rows: int = 4) -> tna.SuperLoRA:
     (lambda: on_square(["dct2", Circulant(2)]),
      "'dct2' works on .* its output is a vector of 8 elements: set on='weight', and let"),
     (lambda: tna.SuperLoRA(dense_config("dct2", on="weight", groups=2), SHAPES),
-     "groups=2 cuts through weight 1 of 4×4: use groups='weight', 'layer', 1"),
+     "group 0 has 8 of the 16 elements of a weight of 4×4: use groups='weight', 'layer', 'role', 1, or"),
     (lambda: tna.Projection(Scatter(3), 4, 9), r"scatter\(size=3\) takes n_in=3; got n_in=4: leave n_in out"),
     (lambda: tna.Projection("shuffle", 4), "n_out must be an integer"),
     (lambda: make_map(("shuffle", "shuffle"), 16, 16, group=1 << 28),

@@ -242,7 +242,7 @@ SERVED: list[tuple[tna.AdapterFile, int, int, str]] = [
 ]  # fmt: skip
 NOT_SERVED: list[tuple[tna.Target, str, str]] = [
     *(
-        (T("conv", stored, "conv"), CONV, "'conv' is a convolution, and vLLM has no LoRA of convolutions: m")
+        (T("conv", stored, "conv"), CONV, "'conv' is a convolution, and vLLM has no lora of convolutions: m")
         for stored in ((48, 4, 3, 3), (48, 40, 1, 1))
     ),
     (

@@ -289,10 +289,14 @@ class FileFormat:
                 f"{safe_repr(module.path)} is stored as (in, out), and {self.library} has no {kind} for such a layer; "
                 f"{TO_PEFT_LORA}"
             )
+        if kernel > most == 0:
+            raise ConfigError(
+                f"{safe_repr(module.path)} is a convolution, and {self.library} has no {kind} of convolutions: {MERGE}"
+            )
         if kernel > most:
             raise ConfigError(
                 f"{safe_repr(module.path)} has a kernel of {kernel} dimensions, and {self.library} has {kind} only for "
-                f"{f'up to {most}' if most else 'matrices'}"
+                f"up to {most}"
             )
 
     def applied(

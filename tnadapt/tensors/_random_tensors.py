@@ -24,9 +24,10 @@ def _normal(random_state: Any, backend: str, dtype: str, device: Any) -> Callabl
 
     def draw(*shape: int) -> Array:
         try:
-            return normal(library, dtype, device, rng, shape)
+            numbers = normal(rng, shape, dtype)
         except (MemoryError, ValueError):
             raise ShapeError(f"shape and rank make an array of shape {shape}, too large for memory") from None
+        return library.asarray(numbers, dtype, device)
 
     return draw
 

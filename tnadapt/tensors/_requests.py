@@ -347,7 +347,8 @@ class Request:
 
     def normal(self, rng: np.random.Generator, shape: Sequence[int]) -> Array:
         """Return normal numbers in the tensor's library, dtype and device."""
-        return normal(self.backend, self.backend.dtype_name(self.tensor), self.backend.device(self.tensor), rng, shape)
+        dtype, device = self.backend.dtype_name(self.tensor), self.backend.device(self.tensor)
+        return self.backend.asarray(normal(rng, shape, dtype), dtype, device)
 
     def weighted(self, tensor: Array) -> Array:
         """Multiply a tensor by the roots of the weights."""
@@ -421,12 +422,10 @@ def kept_modes(request: Request, init: Any, fixed: Collection[int], form: type[A
     return held
 
 
-def normal(backend: Backend, dtype: str, device: Any, rng: np.random.Generator, shape: Sequence[int]) -> Array:
-    """Return normal numbers of variance 1, real or complex, in a library, dtype and device."""
+def normal(rng: np.random.Generator, shape: Sequence[int], dtype: str) -> np.ndarray:
+    """Return normal numbers of variance 1, complex for a complex dtype, in double precision."""
     numbers = rng.standard_normal(shape)
-    if dtype.startswith("complex"):
-        numbers = (numbers + 1j * rng.standard_normal(shape)) * math.sqrt(0.5)
-    return backend.asarray(numbers, dtype, device)
+    return (numbers + 1j * rng.standard_normal(shape)) * math.sqrt(0.5) if dtype.startswith("complex") else numbers
 
 
 def one_of(what: str, rank: Any, max_error: Any) -> None:

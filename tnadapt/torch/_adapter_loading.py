@@ -232,6 +232,10 @@ def _located(model: nn.Module, file: AdapterFile) -> list[Target]:
         for target in file.targets:
             if wrong.startswith(f"{target.name} is stored as "):
                 wrong += f", and was stored as {target.stored} when it was trained"
+                if not target.transposed:
+                    wrong += (
+                        "; if the file was converted, convert it again with base= (--base), the folder of the model"
+                    )
     renamed = _renamed(model, file.targets)
     if renamed is not None:
         return find_targets(model, renamed, untie=True)

@@ -379,6 +379,9 @@ class ByRows(Map):
     two_sided = True
     shape: tuple[int, int]
 
+    def forward(self, backend: Backend, x: Array) -> Array:
+        return self._rows(backend, x, 0, self.shape[0])
+
     def slice(self, backend: Backend, x: Array, start: int, stop: int) -> Array:
         cols = self.shape[1]
         first, last = start // cols, -(-stop // cols)

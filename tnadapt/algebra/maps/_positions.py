@@ -63,8 +63,11 @@ class Scatter(MapSettings):
             raise ConfigError("Scatter needs the number of values, Scatter(size=1000), or their positions")
         if self.positions is not None:
             object.__setattr__(self, "positions", self._checked_positions(self.positions))
-            object.__setattr__(self, "size", len(self.positions))
         super().__post_init__()
+        if self.positions is not None:
+            if self.size not in (None, len(self.positions)):
+                raise ConfigError(f"Scatter has size={self.size} and {len(self.positions)} positions: leave size out")
+            object.__setattr__(self, "size", len(self.positions))
 
     def _checked_positions(self, value: Any) -> tuple[int, ...]:
         if not isinstance(value, (tuple, list, np.ndarray)) or getattr(value, "shape", value) == () or not len(value):
@@ -73,8 +76,6 @@ class Scatter(MapSettings):
         if len(set(positions)) < len(positions):
             (twice, _), *_ = collections.Counter(positions).most_common(1)
             raise ConfigError(f"Scatter's positions must be distinct; {twice} is given twice or more often")
-        if self.size not in (None, len(positions)):
-            raise ConfigError(f"Scatter has size={self.size} and {len(positions)} positions: leave size out")
         if sum(len(str(place)) + 1 for place in positions) > _MOST_DIGITS:
             raise ConfigError(
                 f"Scatter's {len(positions)} positions have more digits than an adapter file's config may hold "

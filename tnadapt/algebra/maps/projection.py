@@ -549,7 +549,7 @@ def input_length(projection: Recipe, size: int, ratio: float, shapes: Sequence[t
     """
     if shapes is not None:
         return make_map_on_weights(projection, shapes, ratio).n_in
-    return make_map(projection, None, size, ratio=ratio).n_in
+    return make_map(projection, None, integer("size", size, 1, MAX_SIZE, ConfigError), ratio=ratio).n_in
 
 
 @checks_arguments
