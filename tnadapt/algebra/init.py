@@ -19,7 +19,7 @@ another one starts as that does; a term with such a zero needs no other.
 a common σ, and ΔW is ``F(x) - F(x_start)``, with ``x_start`` recomputed from the seed.
 
 **Given starts.** With ``Config.start`` other than "zero", ΔW is ``net(x) - net(x_0)`` in the same way. x_0 consists of
-the arrays that are brought or computed from the base, and of the above for the others. With "random" no array of x_0 is
+the arrays provided or computed from the base, and of the above for the others. With "random" no array of x_0 is
 zero, and the only random array of a product has σ = ``STEP``. Which arrays are trained does not affect x_0.
 
 **σ** makes the first SGD step change ΔW equally, whatever the rank, order, splits, terms and ρ are. For a white

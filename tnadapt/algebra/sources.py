@@ -284,7 +284,7 @@ class Tied(Source):
         return group if match[1] is None else int(match[1]), match[2]
 
 
-# -- Given arrays: frozen, and brought by the caller -------------------------------------------------------------------
+# -- Given arrays: frozen, and provided by the caller ------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)

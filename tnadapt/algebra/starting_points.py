@@ -77,7 +77,7 @@ class Start:
         Whether the caller may bring x_0, of all arrays or of some: ``SuperLoRA(…, start_from=…)``. It is stored in
         files.
     leaves_zero : bool
-        Whether one array of each term is zero in x_0, unless it is brought or F is nonlinear.
+        Whether one array of each term is zero in x_0, unless it is provided or F is nonlinear.
     """
 
     subtracts: ClassVar[bool] = True
@@ -110,13 +110,13 @@ class Start:
         )
 
 
-# -- Given: brought by the caller --------------------------------------------------------------------------------------
+# -- Given: provided by the caller -------------------------------------------------------------------------------------
 
 
 class BroughtStart(Start):
-    """Arrays that the caller brings; those that are not brought start as usual (:mod:`tnadapt.algebra.init`).
+    """Arrays that the caller provides; those that are not provided start as usual (:mod:`tnadapt.algebra.init`).
 
-    They are brought to a plan by ``SuperLoRA(config, shapes, start_from=arrays)``, and to an adapter on a torch model
+    They are passed to a plan by ``SuperLoRA(config, shapes, start_from=arrays)``, and to an adapter on a torch model
     by ``adapter.start_from(arrays)``. Files store them, in float32.
     """
 

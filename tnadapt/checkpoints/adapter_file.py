@@ -59,7 +59,7 @@ def check_fit(
     """Return the plan, or raise an error unless the shapes are those of a file's arrays.
 
     A file has the parameters of the plan, of which some that are not ``trained`` may be missing; the frozen arrays that
-    the caller brought; and possibly those that are computed from the base weights, and those of a start.
+    the caller provided; and possibly those that are computed from the base weights, and those of a start.
 
     Time and memory are proportional to the number of shapes and targets, however large the numbers in the config are.
 

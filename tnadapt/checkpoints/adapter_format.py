@@ -8,11 +8,11 @@
   rounded to that dtype;
 - with ``apply`` "magnitude", the magnitudes, ``weight0.magnitude`` and so on, which ``param_shapes`` lists after the
   arrays; they are never omitted;
-- the frozen arrays that the caller brought (``sources`` with ``given``), in F32, with the names and shapes of
+- the frozen arrays that the caller provided (``sources`` with ``given``), in F32, with the names and shapes of
   ``SuperLoRA(…).given_shapes``; and, if the writer chose so, those computed from the base weights (``from-base``), with
   those of ``base_shapes``;
 - if ``start`` is not "zero", x_0, the initial values of the arrays, in F32, each named ``start.`` + the name in
-  ``SuperLoRA(…).array_shapes``: with "given", of the arrays that the caller brought, while the others start as usual;
+  ``SuperLoRA(…).array_shapes``: with "given", of the arrays that the caller provided, while the others start as usual;
   with "pissa", "milora" and "olora", of all arrays if the writer chose so, and otherwise of none, as they are computed
   from the base weights;
 - ``kept.`` + dotted path: parameters of the model that were trained alongside the adapter, such as a classifier head,
@@ -81,8 +81,8 @@ a default is omitted if it has that value.
     are such maps with an offset, by the SHA-256 of the initial arrays as little-endian float32, in the order of
     ``array_shapes``, leaving out those that would bring their elements to more than 2**24 in total; else, if F is
     nonlinear or ``start`` is not "zero", by the initial arrays in the same form, in the order of ``array_shapes`` (both
-    lists without the arrays whose start the caller brought or the base weights determine); followed by the arrays that
-    ``sources`` freezes in the same form, in the order of ``frozen_shapes``, except those that the caller brought or
+    lists without the arrays whose start the caller provided or the base weights determine); followed by the arrays that
+    ``sources`` freezes in the same form, in the order of ``frozen_shapes``, except those that the caller provided or
     that come from the base weights, and those that would bring their elements to more than 2**24 in total; followed by
     the omitted arrays in the same form, in float32 before rounding. Default none, if F is the identity and there is
     nothing of the above.

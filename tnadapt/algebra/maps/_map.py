@@ -1,4 +1,4 @@
-"""Base class of maps F: adjoint, slices, cached draws, digest; and the simplest maps: identity, brought arrays.
+"""Base class of maps F: adjoint, slices, cached draws, digest; and the simplest maps: identity, provided arrays.
 
 A linear map must define :meth:`Map.forward`, and its fixed arrays, if any, by :attr:`Map.fixed` and :meth:`Map.make`.
 Adjoint, slices, digest, gain and cost are derived from these; a class overrides a method where it has a faster
