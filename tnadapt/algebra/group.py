@@ -197,10 +197,6 @@ class PlanPart:
         """Return the plan's name of an array of a group."""
         return f"group{self.first_group + group}.{array}"
 
-    def of(self, groups: Sequence[Group]) -> Sequence[Group]:
-        """Return those of the groups of a plan that belong to this config."""
-        return groups[self.first_group : self.first_group + self.layout.num_groups]
-
     @functools.cached_property
     def kinds(self) -> list[tuple[int, int]]:
         """The groups that may differ in their network: the index of the first of each kind, and how many have it.

@@ -248,6 +248,7 @@ class Initializer(FixedArrays):
         The config's start; the usual one if None.
     given : mapping of str to ndarray, optional
         Arrays of x_0 that are not drawn, by their full names after ``"start."``.
+
     Attributes
     ----------
     subtracts : bool

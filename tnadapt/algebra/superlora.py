@@ -129,11 +129,11 @@ class SuperLoRA:
         self._base_starts: dict[str, np.ndarray] = {}
         #: The groups of each config; several of a CompositeConfig.
         self._parts: list[PlanPart] = []
-        for each, own_shapes, own_layers, own_roles in _by_config(config, shapes, layers, roles):
+        first_weight = first_group = 0
+        for each, own_shapes, own_layers, own_roles in _by_config(config, shapes, self._layers, self._roles):
             layout = make_layout(each.groups, own_shapes, own_layers, own_roles)
-            first_weight = sum(len(part.layout.shapes) for part in self._parts)
-            first_group = sum(part.layout.num_groups for part in self._parts)
             self._parts.append(PlanPart(each, layout, self._given, first_weight, first_group))
+            first_weight, first_group = first_weight + len(own_shapes), first_group + layout.num_groups
         layouts = [part.layout for part in self._parts]
         self.layout = layouts[0] if len(layouts) == 1 else Layout.joined(layouts)
         if given is not None:
@@ -266,14 +266,20 @@ class SuperLoRA:
     def _of_part(self, number: int) -> SuperLoRA:
         part = self._parts[number]
         groups = [
-            group._replace(pieces=part.layout.of_group(index)) for index, group in enumerate(part.of(self.groups))
+            group._replace(pieces=part.layout.of_group(index))
+            for index, group in enumerate(self._groups_of(part, self.groups))
         ]
         weights = slice(part.first_weight, part.first_weight + len(part.layout.shapes))
         return self._view(
-            config=part.config, layout=part.layout, groups=groups, _parts=[part],
+            config=self.config.parts[number].config, layout=part.layout, groups=groups, _parts=[part],
             _layers=self._layers and self._layers[weights], _roles=self._roles and self._roles[weights],
             _file_plan=self._file_plan and self._file_plan._of_part(number),
         )  # fmt: skip
+
+    def _groups_of(self, part: PlanPart, groups: Sequence[Group]) -> Sequence[Group]:
+        """Return those of the groups of this plan that belong to a config."""
+        first = part.first_group - self._parts[0].first_group
+        return groups[first : first + part.layout.num_groups]
 
     @checks_arguments
     def part_of(self, i: int) -> tuple[SuperLoRA, int]:
@@ -554,7 +560,7 @@ class SuperLoRA:
 
         given = self.given
         for part in self._parts:
-            given |= from_base(part, part.of(self.file_plan.groups), lambda index: weight(index).reshape(-1), on_array)
+            given |= from_base(part, self._groups_of(part, self.file_plan.groups), lambda index: weight(index).reshape(-1), on_array)
         plan = self.with_given(given)
         plan._base_starts = self._starts_of_weights(weight)
         return plan
@@ -625,8 +631,9 @@ class SuperLoRA:
 
     def start_place(self, group: int) -> StartPlace:
         """Return what a start needs to know of a group."""
-        part = max((part for part in self._parts if part.first_group <= group), key=lambda part: part.first_group)
-        return part.place(group - part.first_group)
+        number = group + self._parts[0].first_group
+        part = max((part for part in self._parts if part.first_group <= number), key=lambda part: part.first_group)
+        return part.place(number - part.first_group)
 
     @checks_arguments
     def starts(self, trained: Collection[str] | None = None) -> list[Initializer]:
@@ -647,7 +654,7 @@ class SuperLoRA:
             return self.starts()
         chosen, starts = set(trained), list[Initializer]()
         for part in self._parts:
-            starts += part.starts_if(part.of(self.groups), chosen)
+            starts += part.starts_if(self._groups_of(part, self.groups), chosen)
         return starts
 
     @overload
@@ -802,7 +809,7 @@ class SuperLoRA:
         units = dict.fromkeys(self.param_shapes, 1.0)
         for part, rate in zip(self._parts, rates, strict=True):
             if rate == "adam":
-                units |= adam_units(part.of(self.file_plan.groups), self.theta, self.shapes)
+                units |= adam_units(self._groups_of(part, self.file_plan.groups), self.theta, self.shapes)
         return units
 
     @property
@@ -1233,6 +1240,7 @@ def _by_config(
     if not isinstance(config, CompositeConfig):
         yield config, shapes, layers, roles
         return
+    shapes = checked_shapes(shapes)
     for keys in (layers, roles):
         if keys is not None and len(keys) != len(shapes):
             raise ConfigError(f"layers and roles have one key per weight; got {len(keys)} for {len(shapes)} weights")

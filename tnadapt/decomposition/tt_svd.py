@@ -57,10 +57,10 @@ def fit_train(
     """
     backend, limits, bonds = algebra.backend, steps.limits, len(tensor.shape) - 1
     if init is not None:
-        if not limits.iterations:
-            return Fit(named_cores(init), False, 0, "given start", closed=lambda tensor: named_cores(init))
         if norm_of(backend, tensor) == 0.0:
             return Fit(named_cores([backend.zeros(core.shape, like=core) for core in init]), True, 0, "zero", error=0.0)
+        if not limits.iterations:
+            return Fit(named_cores(init), False, 0, "given start", closed=lambda tensor: named_cores(init))
         return steps.fit(named_cores(improved_train(backend, tensor, init, steps)), "given start, ALS")
 
     claims = list[Claim]()

@@ -44,15 +44,16 @@ class MapSettings:
     Scatter(size=1000, positions=None)
     """
 
-    #: Fields that are positive integers unless they are None, and fields that are booleans.
+    #: Fields that are positive integers, or None if that is their default, and fields that are booleans.
     _sizes: ClassVar[tuple[str, ...]] = ()
     _flags: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         name = type(self).__name__
+        optional = {field.name for field in dataclasses.fields(self) if field.default is None}
         for field in self._sizes:
             size = getattr(self, field)
-            if size is not None:
+            if size is not None or field not in optional:
                 object.__setattr__(self, field, integer(f"{name}'s {field}", size, 1, MAX_SIZE, ConfigError))
         for field in self._flags:
             value = getattr(self, field)
