@@ -15,7 +15,7 @@ from tnadapt.torch import _forward_pass as forward_pass
 from tnadapt.torch import _forward_patch as forward_patch
 from tnadapt.torch import _merging as merging
 from tnadapt.torch import _rows as batch_rows
-from tnadapt.torch._delta import Slice, Snapshot, pieces, vector
+from tnadapt.torch._delta import Slice, Snapshot, pieces, product_vjp_once, vector
 from tnadapt.torch._forward_pass import LowRankLayer
 from tnadapt.torch._quantized import quantized_type
 from tnadapt.torch._registry import _bytes_held as bytes_held
@@ -51,6 +51,7 @@ __all__ = [
     "host_of",
     "merging",
     "pieces",
+    "product_vjp_once",
     "quantized_type",
     "reads_outside",
     "register_in",

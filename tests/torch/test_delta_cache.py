@@ -20,7 +20,7 @@ from tests.support.array_presets import P
 from tnadapt.algebra.maps.fastfood import Linear
 from tnadapt.backends import FixedArrays
 
-from .internals import Snapshot, bytes_held, delta, drawn, forms, held_by_draws
+from .internals import Snapshot, bytes_held, delta, drawn, held_by_draws
 from .pretended_device import PretendedDevice
 from .small import batch, compiles_whole, small, stir
 from .test_changed_weights import layers
@@ -392,8 +392,8 @@ def test_swapped_files_are_checked_without_drawing_again(tmp_path: Path, monkeyp
 
 def test_without_gradients_the_norm_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    true = forms.Quotient.__call__
-    monkeypatch.setattr(forms.Quotient, "__call__", lambda self, *a: calls.append(1) or true(self, *a))
+    true = delta.Quotient.__call__
+    monkeypatch.setattr(delta.Quotient, "__call__", lambda self, *a: calls.append(1) or true(self, *a))
     model, x = layers(torch.float32), torch.randn(2, 6)
     for strategy in ("factored", "weight"):
         adapter = tt.attach(model, P.dora(2), "all-linear", strategy=strategy)

@@ -27,12 +27,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from tnadapt.backends import Array, Backend
+from tnadapt.backends import Array, Backend, FixedArrays
 
 from .folding import Cut, boxes
 from .formats import Format, Ranges
@@ -40,7 +40,7 @@ from .group import Group, Separation, separation_of
 from .layout import place_of
 from .maps import Map
 from .network import Network, NetworkHalves, is_kronecker, width_at
-from .products import kronecker_tensor
+from .products import LONG, kronecker_tensor, row_wise_khatri_rao
 from .superlora import SuperLoRA
 
 # -- A sum of Kronecker products of small matrices, and the maps around it ---------------------------------------------
@@ -429,3 +429,82 @@ def _extent(ranges: Ranges) -> int:
 def _cut(sizes: Sequence[int], cols: int) -> int | None:
     """Return the number of leading modes that are rows if the remaining ones make up ``cols`` columns, or None."""
     return next((m for m in range(len(sizes) - 1, 0, -1) if math.prod(sizes[m:]) == cols), None)
+
+
+# -- Rows of a matrix that is a Kronecker product ----------------------------------------------------------------------
+
+# Row i of ``A ⊗ B ⊗ C`` is the Kronecker product of a row of each, those of the digits of i. So a run of rows needs no
+# cutting into boxes of digits, and its gradient is two sums. The products are those of
+# :func:`tnadapt.algebra.products.kronecker_tensor`, in the same order, to the bit.
+
+
+class KroneckerRows(FixedArrays):
+    """The rows of a network of order 2 that contain a slice; see :meth:`of`.
+
+    Parameters
+    ----------
+    network : Network
+    start, stop : int
+        The slice of its ``vec``.
+
+    Attributes
+    ----------
+    cols : int
+        Length of a row. The outer products may be longer: the rest is cut off.
+    first : int
+        Position of the first element of the slice in the rows.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from tnadapt import Config
+    >>> from tnadapt.backends import load_backend
+    >>> network = Network(Config(format="dense", fold=(4, 6), splits=2, split_size=2), 24)
+    >>> arrays = {"split0.dense": np.ones((2, 2)), "split1.dense": np.arange(6.0).reshape(2, 3)}
+    >>> left, right = KroneckerRows.of(network, 6, 18)(load_backend("numpy"), arrays)
+    >>> (left[:, :, None] * right[:, None, :]).reshape(2, 6)
+    array([[3., 4., 5., 3., 4., 5.],
+           [0., 1., 2., 0., 1., 2.]])
+    """
+
+    def __init__(self, network: Network, start: int, stop: int) -> None:
+        super().__init__()
+        self.network, self.cols = network, network.sizes[1]
+        rows = start // self.cols, -(-stop // self.cols)
+        self.first = start - rows[0] * self.cols
+        self._digits = np.unravel_index(np.arange(*rows), [split.sizes[0] for split in network.splits])
+
+    @classmethod
+    def of(cls, network: Network, start: int, stop: int) -> KroneckerRows | None:
+        """Return the rows of a slice; None if the network is not one Kronecker product of matrices."""
+        several = is_kronecker(network) and network.terms == 1 and len(network.sizes) == 2
+        return cls(network, start, stop) if several else None
+
+    def make(self, key: Hashable) -> np.ndarray:
+        """Return the digits of the rows in the split with that number."""
+        assert isinstance(key, int)
+        return np.asarray(self._digits[key], np.int64)
+
+    def __call__(self, backend: Backend, arrays: Mapping[str, Array]) -> tuple[Array, Array]:
+        """Compute the two vectors of each row, without the scale, shapes (rows, p) and (rows, q); differentiable."""
+        (prefixes,) = self.network.prefixes
+        rows = []
+        for k, (split, factors) in enumerate(
+            zip(self.network.splits, self.network.of_term(prefixes, arrays), strict=True)
+        ):
+            matrix = split.tensor(backend, factors, [(0, size) for size in split.sizes])
+            rows.append(backend.take(matrix, self.on(backend, k, matrix), axis=0))
+        *others, right = rows
+        while len(others) > 1 and right.shape[-1] < LONG:
+            right = row_wise_khatri_rao(backend, [others.pop(), right])
+        return _row_wise(backend, others), right
+
+
+def _row_wise(backend: Backend, rows: Sequence[Array]) -> Array:
+    """Multiply as many vectors a row, in the order of ``kronecker_tensor``."""
+    if len(rows) < 3:
+        return row_wise_khatri_rao(backend, rows)
+    *others, right = rows
+    while others and right.shape[-1] < LONG:
+        right = row_wise_khatri_rao(backend, [others.pop(), right])
+    return row_wise_khatri_rao(backend, [_row_wise(backend, others), right]) if others else right

@@ -16,6 +16,7 @@ and an :class:`ArrayCache` for the quotients m / ‖W + ΔW‖.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 import sys
@@ -31,6 +32,10 @@ from torch.autograd import forward_ad
 from torch.nn import functional
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from tnadapt.algebra.applying import Applying, Rescaling
+from tnadapt.algebra.factoring import KroneckerRows
+from tnadapt.algebra.group import Group, batches
+from tnadapt.algebra.maps.projection import adjoints
 from tnadapt.algebra.superlora import SuperLoRA
 from tnadapt.algebra.theta import ThetaPart
 from tnadapt.backends import constant_result, load_backend
@@ -67,7 +72,8 @@ def traced() -> bool:
 class Function:
     """A function that computes its own gradients from its inputs.
 
-    A subclass has ``__call__(*inputs)``, which returns the output.
+    A subclass has ``__call__(*inputs)``, which returns the output, and ``vjp(inputs, wanted, gradient)``, which returns
+    the gradients of the inputs with the wanted indices, given that of the output.
 
     Attributes
     ----------
@@ -77,13 +83,6 @@ class Function:
     """
 
     keeps = "inputs"
-
-    def __call__(self, *inputs: Any) -> Tensor:
-        raise NotImplementedError
-
-    def vjp(self, inputs: Sequence[Any], wanted: Sequence[int], gradient: Tensor) -> Sequence[Tensor | None]:
-        """Compute the output again, and return the gradients of the wanted inputs, given that of the output."""
-        return recompute(self, inputs, wanted, reuses_buffers(gradient))[1](gradient)
 
     def __repr__(self) -> str:
         # Traces contain this text and are compared with each other, so it must not contain an address.
@@ -146,31 +145,21 @@ def reuses_buffers(gradient: Tensor) -> bool:
     return not (torch.is_grad_enabled() or batched or in_functorch() or in_dispatch_mode())
 
 
-def leaves_of(arrays: Sequence[Any], wanted: Sequence[int]) -> tuple[list[Any], list[Tensor]]:
-    """Return arrays with detached leaves in the places of the wanted ones, where autograd.grad stops; and these."""
-    inputs = list(arrays)
-    for index in wanted:
-        inputs[index] = arrays[index].detach().requires_grad_()
-    return inputs, [inputs[index] for index in wanted]
+def plain_vjp(
+    function: Callable[..., Tensor], arrays: Sequence[Tensor], wanted: Sequence[int], gradient: Tensor
+) -> Sequence[Tensor]:
+    """Recompute a function of arrays and return the gradients of the wanted ones."""
+    return _recomputed(function, arrays, wanted)[1](gradient)
 
 
 #: From the gradient of an output to those of the arrays that are wanted.
 Pull = Callable[[Tensor], Sequence[Tensor]]
 
 
-def recompute(
-    function: Callable[..., Tensor], arrays: Sequence[Tensor], wanted: Sequence[int], once: bool
+def _recomputed(
+    function: Callable[..., Tensor], arrays: Sequence[Tensor], wanted: Sequence[int]
 ) -> tuple[Tensor, Pull]:
-    """Return the output of a function of arrays again, and its :data:`Pull`, which with ``once`` is called once."""
-    if not wanted:
-        return function(*arrays), lambda gradient: []
-    if once:  # a third of the overhead of torch.func.vjp
-        inputs, leaves = leaves_of(arrays, wanted)
-        with torch.enable_grad():
-            output = function(*inputs)
-        # The node before the caller writes to the output: after that, the gradient of a view would be copied.
-        edge = torch.autograd.graph.get_gradient_edge(output)
-        return output.detach(), lambda gradient: torch.autograd.grad(edge, leaves, gradient)
+    """Return the output of a function of arrays again, and its :data:`Pull`."""
     inputs = list(arrays)
 
     def of(*moved: Tensor) -> Tensor:
@@ -194,10 +183,52 @@ class Whole(Function):
     def __call__(self, *arrays: Tensor) -> Tensor:
         return self.plan.vector(dict(zip(self.names, arrays, strict=True)))
 
-    def vjp(self, inputs: Sequence[Any], wanted: Sequence[int], gradient: Tensor) -> Sequence[Tensor | None]:
+    def vjp(self, arrays: Sequence[Tensor], wanted: Sequence[int], gradient: Tensor) -> Sequence[Tensor]:
+        """Return the gradients of the wanted arrays, given that of the vector; call ``on_backward`` before."""
         if self.on_backward is not None:
             self.on_backward()
-        return super().vjp(inputs, wanted, gradient)
+        groups = self.plan.groups
+        if any(not group.projection.linear or group.projection.map.identity for group in groups):
+            return plain_vjp(self, arrays, wanted, gradient)
+        # The adjoint of a linear F needs no output of F, so only the network in front of it is recomputed.
+        backend, gradients = load_backend("torch"), dict[str, Tensor]()
+        named = dict(zip(self.names, arrays, strict=True))
+        trained = {self.names[index] for index in wanted}
+        groups = [group for group in groups if not trained.isdisjoint(group.names.values())]
+        for numbers in batches(backend, gradient, [(group, 0, group.size) for group in groups]):
+            batch = [groups[number] for number in numbers]
+            for group, before in zip(batch, self._before(batch, gradient), strict=True):
+                names = list(group.names.values())
+                places = [place for place, full in enumerate(names) if full in trained]
+                parts = plain_vjp(_network_of(group), [named[full] for full in names], places, before)
+                for place, part in zip(places, parts, strict=True):
+                    # Arrays that are tied occur in several groups, or more than once in one.
+                    full = names[place]
+                    gradients[full] = gradients[full] + part if full in gradients else part
+        return [gradients[self.names[index]] for index in wanted]
+
+    def _before(self, groups: Sequence[Group], gradient: Tensor) -> list[Tensor]:
+        """Return the gradients of what groups that share a linear F compute before it."""
+        backend = load_backend("torch")
+        starts = [0, *itertools.accumulate(rows * cols for rows, cols in self.plan.shapes)]
+        after = []
+        for group in groups:
+            spans = [(starts[piece.weight] + piece.weight_start, piece.length) for piece in group.pieces]
+            after.append(backend.concat([gradient[start : start + length] for start, length in _joined(spans)]))
+        gradients = cast("list[Tensor]", adjoints(backend, groups[0].projection, after))
+        # Copies: how a product with a matrix rounds depends on its alignment, and pieces of one array have any.
+        return gradients if len(gradients) == 1 else [vector.clone() for vector in gradients]
+
+
+def _network_of(group: Group) -> Callable[..., Tensor]:
+    """Return the vector of a group's network as a function of the group's arrays, in order."""
+    backend = load_backend("torch")
+
+    def vector_of(*arrays: Tensor) -> Tensor:
+        group_arrays = group.with_frozen(backend, dict(zip(group.names, arrays, strict=True)))
+        return cast(Tensor, group.network.whole(backend, group_arrays))
+
+    return vector_of
 
 
 class Slice(Function):
@@ -231,6 +262,32 @@ class Slice(Function):
         ]
         return cast(Tensor, backend.reshape(backend.concat(parts), self.shape))
 
+    @functools.cached_property
+    def _kronecker_rows(self) -> KroneckerRows | None:
+        piece = self._pieces[0]
+        network = self._groups[piece.group].network
+        return KroneckerRows.of(network, piece.group_start, piece.group_start + piece.length)
+
+    def product(self, *arrays: Tensor) -> Product | None:
+        """Return the product of which the update is a run of elements; None if it is not one."""
+        piece = self._pieces[0]
+        group = self._groups[piece.group]
+        # With a start that is subtracted it is the difference of two products.
+        if len(self._pieces) > 1 or group.subtracts or arrays[0].dtype not in (torch.float32, torch.float64):
+            return None
+        backend = load_backend("torch")
+        group_arrays = group.arrays(backend, dict(zip(self.names, arrays, strict=True)))
+        rows = self._kronecker_rows
+        if rows is not None:
+            return OuterProducts(*rows(backend, group_arrays), rows.first, group.network.scale, rows.cols)
+        start, stop = piece.group_start, piece.group_start + piece.length
+        factors = group.network.slice_factors(backend, group_arrays, start, stop)
+        return None if factors is None else Product(*factors)
+
+    def vjp(self, arrays: Sequence[Tensor], wanted: Sequence[int], gradient: Tensor) -> Sequence[Tensor]:
+        """Return the gradients of the wanted arrays, given that of the update."""
+        return recompute(self, arrays, wanted, reuses_buffers(gradient))[1](gradient)
+
     @classmethod
     def of(cls, plan: SuperLoRA, index: int) -> Slice | None:
         """Return the slice of one weight, or None where computing it alone costs more than as part of the whole.
@@ -243,6 +300,53 @@ class Slice(Function):
             return None
         many = any(len(group.pieces) * group.num_parameters > group.size for group in groups if len(group.pieces) > 1)
         return None if many else cls(plan, index)
+
+
+def computed(source: Slice | None, arrays: Sequence[Tensor], scale: float) -> Tensor:
+    """Return an update that a slice computes from arrays, or that is the first of them, times a scale."""
+    delta = arrays[0] if source is None else source(*arrays)
+    return delta if scale == 1.0 else delta * scale
+
+
+def recompute(
+    source: Slice | None, arrays: Sequence[Tensor], wanted: Sequence[int], once: bool, scale: float = 1.0
+) -> tuple[Tensor, Pull]:
+    """Return :func:`computed` again, and its :data:`Pull`; with ``once`` this overwrites the update.
+
+    That takes a third of the overhead of torch.func.vjp, and no memory beyond the update's.
+    """
+    if source is None:
+        return arrays[0], lambda gradient: [gradient] if wanted else []
+    if not wanted:
+        return computed(source, arrays, scale), lambda gradient: []
+    if not once:
+        return _recomputed(lambda *inputs: computed(source, inputs, scale), arrays, wanted)
+    inputs, leaves = leaves_of(arrays, wanted)
+    with torch.enable_grad():
+        product = source.product(*inputs)
+        if product is None:
+            value = computed(source, inputs, scale)
+            return value.detach(), lambda gradient: torch.autograd.grad(value, leaves, gradient)
+    return product_vjp_once(product, source.shape, scale, leaves)
+
+
+def leaves_of(arrays: Sequence[Any], wanted: Sequence[int]) -> tuple[list[Any], list[Tensor]]:
+    """Return arrays with detached leaves in the places of the wanted ones, where autograd.grad stops; and these."""
+    inputs = list(arrays)
+    for index in wanted:
+        inputs[index] = arrays[index].detach().requires_grad_()
+    return inputs, [inputs[index] for index in wanted]
+
+
+def _joined(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Merge adjacent runs of ``(start, length)``."""
+    runs: list[tuple[int, int]] = []
+    for start, length in spans:
+        if runs and sum(runs[-1]) == start:
+            runs[-1] = (runs[-1][0], runs[-1][1] + length)
+        else:
+            runs.append((start, length))
+    return runs
 
 
 def version(array: Tensor) -> int:
@@ -262,6 +366,106 @@ def pieces(plan: SuperLoRA, vec: Tensor) -> list[Tensor]:
     sizes = [rows * cols for rows, cols in plan.shapes]
     # One split rather than many slices: its backward writes the whole gradient once.
     return [part.view(shape) for part, shape in zip(torch.split(vec, sizes), plan.shapes, strict=True)]
+
+
+# -- The update that is a run of elements of a product: its gradients by hand, in the buffer that holds the product ----
+
+
+class Product:
+    """``left @ right`` in a buffer, in which its gradient takes its place.
+
+    Parameters
+    ----------
+    left, right : Tensor
+    first : int
+        Position in the product of the first element of the update.
+    scale : float
+    """
+
+    def __init__(self, left: Tensor, right: Tensor, first: int, scale: float = 1.0) -> None:
+        self.left, self.right, self.first, self.scale = left, right, first, scale
+
+    def fill(self, left: Tensor, right: Tensor) -> None:
+        """Compute the product, without the scale."""
+        self.buffer = torch.mm(left, right)
+
+    def of_right(self, left: Tensor) -> Tensor:
+        """Return the gradient of right, where the buffer holds that of the product."""
+        return left.T @ self.buffer
+
+    def of_left(self, right: Tensor) -> Tensor:
+        """Return the gradient of left, where the buffer holds that of the product, and may be overwritten."""
+        # In this form the long sides of both operands are contiguous: it takes a quarter of the time.
+        return (right.contiguous() @ self.buffer.T).T
+
+
+class OuterProducts(Product):
+    """Outer products of the rows of ``left`` and ``right``, each cut to ``cols``; gradients are two sums."""
+
+    def __init__(self, left: Tensor, right: Tensor, first: int, scale: float, cols: int) -> None:
+        super().__init__(left, right, first, scale)
+        wide = right.shape[1]
+        self.buffer = torch.empty((len(left), cols), dtype=left.dtype, device=left.device)
+        # The elements of left whose products are whole, and the one whose product is cut.
+        self.whole = cols // wide
+        self.main = self.buffer[:, : self.whole * wide].view(len(left), self.whole, wide)
+        self.rest = self.buffer[:, self.whole * wide :]
+
+    def fill(self, left: Tensor, right: Tensor) -> None:
+        torch.mul(left[:, : self.whole].unsqueeze(2), right.unsqueeze(1), out=self.main)
+        if self.rest.shape[1]:
+            torch.mul(left[:, self.whole : self.whole + 1], right[:, : self.rest.shape[1]], out=self.rest)
+
+    def of_right(self, left: Tensor) -> Tensor:
+        gradient = torch.bmm(left[:, : self.whole].unsqueeze(1), self.main).squeeze(1)
+        if self.rest.shape[1]:
+            gradient[:, : self.rest.shape[1]].addcmul_(left[:, self.whole : self.whole + 1], self.rest)
+        return gradient
+
+    def of_left(self, right: Tensor) -> Tensor:
+        gradient = torch.zeros_like(self.left)
+        torch.sum(self.main.mul_(right.unsqueeze(1)), 2, out=gradient[:, : self.whole])
+        if self.rest.shape[1]:
+            torch.sum(self.rest.mul_(right[:, : self.rest.shape[1]]), 1, out=gradient[:, self.whole])
+        return gradient
+
+
+def product_vjp_once(
+    product: Product, shape: tuple[int, int], weight: float, leaves: Sequence[Tensor]
+) -> tuple[Tensor, Pull]:
+    """Return an update times a weight, and a function from its gradient to those of the leaves, for a single use.
+
+    The product was computed from the leaves, with gradients.
+    """
+    left, right = product.left.detach(), product.right.detach()
+    product.fill(left, right)
+    buffer, flat = product.buffer, product.buffer.view(-1)
+    first, stop = product.first, product.first + math.prod(shape)
+    update = flat[first:stop].view(shape)
+
+    def scale() -> None:
+        for factor in (product.scale, weight):
+            if factor != 1.0:
+                buffer.mul_(factor)
+
+    def pull(gradient: Tensor) -> Sequence[Tensor]:
+        # The gradient may be in the buffer already; that of the elements around the update is zero.
+        if gradient.data_ptr() != update.data_ptr():
+            update.copy_(gradient)
+        flat[:first].zero_()
+        flat[stop:].zero_()
+        scale()
+        outputs, gradients = [], []
+        if product.right.requires_grad:
+            outputs.append(product.right)
+            gradients.append(product.of_right(left))
+        if product.left.requires_grad:
+            outputs.append(product.left)
+            gradients.append(product.of_left(right))
+        return torch.autograd.grad(outputs, leaves, gradients)
+
+    scale()
+    return update, pull
 
 
 # -- Several assignments that take effect together or not at all -------------------------------------------------------
@@ -450,12 +654,27 @@ class CacheEntry:
     leaves : dict of str to (Tensor, bool, int), optional
         Where the tensors have a graph, the arrays themselves, to which gradients go; whether they required gradients,
         and their version counters.
+    rounded : dict of (int, dtype) to Tensor
+        Updates in other dtypes, added as they are asked for; only where there is no graph.
     """
 
     copies: dict[str, Snapshot]
     tensors: Mapping[Any, Tensor]
     settings: Hashable = ()
     leaves: dict[str, tuple[Tensor, bool, int]] | None = None
+    rounded: dict[tuple[int, torch.dtype], Tensor] = dataclasses.field(default_factory=dict)
+
+    def update(self, index: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Return the update of one weight, in a dtype if one is given."""
+        update = self.tensors[index]
+        if dtype is None or dtype == update.dtype:
+            return update
+        if self.leaves is not None:
+            return update.to(dtype)
+        rounded = self.rounded.get((index, dtype))
+        if rounded is None:
+            rounded = self.rounded[index, dtype] = update.to(dtype)
+        return rounded
 
     def is_of(self, names: Sequence[str], given: Sequence[Tensor]) -> bool:
         """Return whether the arrays of these names that it was computed from equal the given ones."""
@@ -589,7 +808,7 @@ class ArrayCache:
         """Return the bytes that it keeps: the memory behind tensors, counted once where several are views of it."""
         tensors = [snapshot.array for snapshot in self._snapshots.values() if snapshot.version is None]
         for entry in self._entries.values():
-            tensors += entry.tensors.values()
+            tensors += [*entry.tensors.values(), *entry.rounded.values()]
         storages = (tensor.untyped_storage() for tensor in tensors)
         return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
@@ -625,7 +844,7 @@ class DeltaCache(ArrayCache):
     Steps of fused optimizers change no version counter: entries end when gradients are computed, and none is used while
     arrays have gradients.
 
-    Keys are the weight, or -1, -2 … for all of a part, and the dtype.
+    Keys are the weight, or -1, -2 … for all of a part.
     """
 
     def __init__(self, plan: SuperLoRA) -> None:
@@ -690,20 +909,19 @@ class DeltaCache(ArrayCache):
                 modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
                 return self._once((self._pass, *modes) if self._pass else 0, lookup, index)
             return recomputed(delta_slice, *inputs)
-        part, rounded = self._part[index], None if dtype == inputs[0].dtype else dtype
+        if alone:
+            entry = self.entry(index, delta_slice.names, inputs, lambda arrays: {index: delta_slice(*arrays)})
+            return entry.update(index, dtype)
+        part = self._part[index]
 
         def updates(arrays: Sequence[Tensor]) -> dict[int, Tensor]:
-            if alone:
-                computed = {index: delta_slice(*arrays)}
-            else:
-                # Gradients that reach the updates end the cached ones, whose memory the backward pass through F then
-                # uses.
-                computed = dict(enumerate(part.updates(arrays, self.forget), part.first))
-            return computed if rounded is None else {number: update.to(rounded) for number, update in computed.items()}
+            # Gradients that reach the updates end the cached ones, whose memory the backward pass through F then uses.
+            return dict(enumerate(part.updates(arrays, self.forget), part.first))
 
-        sources = None if alone else lambda: (part.names, lookup(part.names))
-        key = index if alone else part.key, rounded
-        return self.entry(key, delta_slice.names, inputs, updates, sources=sources).tensors[index]
+        entry = self.entry(
+            part.key, delta_slice.names, inputs, updates, sources=lambda: (part.names, lookup(part.names))
+        )
+        return entry.update(index, dtype)
 
     def _once(self, key: Hashable, lookup: Lookup, index: int) -> Tensor:
         """Compute the updates of a part once for all layers of the trace or pass with this key; 0: at each call."""
@@ -841,6 +1059,81 @@ class ThetaArrays(ArrayCache):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return ThetaArrays, (self.plan,)
+
+
+# -- The quotient m / ‖W + ΔW‖ of a layer whose output is scaled -------------------------------------------------------
+
+# The quotient is one autograd node (:class:`Recomputed`) that keeps the small arrays alone: backward forms W + ΔW once
+# more instead of saving it. With a detached norm only m has a gradient through it, and ordinary operations give that.
+
+
+def wide_pair(weight: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a weight and its update on the weight's device, in the wider dtype of both."""
+    dtype = torch.promote_types(weight.dtype, delta.dtype)
+    return weight.to(dtype), delta.to(weight.device, dtype)
+
+
+class Quotient(Function):
+    """The quotient of one weight as a function of the arrays of its update, and of the weight's own parameters.
+
+    Parameters
+    ----------
+    applying : Applying
+        One that rescales.
+    weight : callable
+        Returns the base weight, ``(rows, cols)``.
+    source : Slice or None
+        Computes the update from all arrays but the last; None if the first array is the update itself.
+    scale : float
+        Factor of an update that is computed here.
+    detach : bool
+        Whether the norm counts as a constant for the gradient.
+    """
+
+    keeps = "arrays"
+
+    def __init__(
+        self, applying: Applying, weight: Callable[[], Tensor], source: Slice | None, scale: float, detach: bool
+    ) -> None:
+        self.applying, self.weight, self.source = applying, weight, source
+        self.scale, self.detach = scale, detach
+        #: What the call has found: vectors.
+        self._rescaling: Rescaling
+
+    def __call__(self, *arrays: Tensor) -> Tensor:
+        """Return it, ``(rows,)``."""
+        *of_delta, magnitude = arrays
+        if self.detach:
+            of_delta = [array.detach() for array in of_delta]
+        total = self._total(computed(self.source, of_delta, self.scale))
+        self._rescaling = self._rescaled(total.detach() if self.detach else total, magnitude)
+        return cast(Tensor, self._rescaling.quotient.view(-1))
+
+    def _total(self, delta: Tensor) -> Tensor:
+        weight, delta = wide_pair(self.weight(), delta)
+        return cast(Tensor, weight + self.applying.change(load_backend("torch"), weight, delta))
+
+    def _rescaled(self, total: Tensor, magnitude: Tensor) -> Rescaling:
+        rescaling = self.applying.rescaling(load_backend("torch"), total, [magnitude.to(total.device)])
+        assert rescaling is not None  # it rescales
+        return rescaling
+
+    def vjp(self, arrays: Sequence[Tensor], wanted: Sequence[int], gradient: Tensor) -> Sequence[Tensor | None]:
+        """Return the gradients of the wanted arrays, given that of the quotient."""
+        *of_delta, magnitude = arrays
+        once, rest = reuses_buffers(gradient), [index for index in wanted if index != len(of_delta)]
+        delta, pull = recompute(self.source, of_delta, rest, once, self.scale)
+        total = self._total(delta)
+        # What the forward pass has found is constant: for a derivative of this one it is computed again.
+        rescaling = self._rescaling if once else self._rescaled(total, magnitude)
+        through, (of_magnitude,) = self.applying.rescaling_pulled(
+            load_backend("torch"), total, rescaling, gradient.view(-1, 1)
+        )
+        # C is ΔW where outputs are scaled.
+        gradients = list(pull(through.to(of_delta[0].device, of_delta[0].dtype))) if rest else []
+        if len(rest) == len(wanted):
+            return gradients
+        return [*gradients, of_magnitude.to(magnitude.device, magnitude.dtype)]
 
 
 # -- The product of an input with a cached update, as one operator for compiled programs -------------------------------

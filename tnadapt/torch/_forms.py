@@ -2,11 +2,10 @@
 
 The first half never forms ΔW: low-rank matrices by torch's own operations, and :class:`FactoredLinear`.
 
-In the second half an :class:`Update` says what ΔW is computed from and how it meets W. :func:`updated` forms W' by
-ordinary operations. :class:`UpdatedWeight` is the same as one autograd node, together with the operation that
-multiplies by W': a linear layer, a convolution, or none, for a stack of experts. Written with ordinary operations, a
-layer would save W' until backward: the memory of a second model. ΔW is cheap to compute from its arrays, so only these
-are saved.
+In the second half :func:`updated` forms W', by ordinary operations. :class:`UpdatedWeight` is the same as one autograd
+node, together with the operation that multiplies by W': a linear layer, a convolution, or none, for a stack of experts.
+Written with ordinary operations, a layer would save W' until backward: the memory of a second model. ΔW is cheap to
+compute from its arrays, so only these are saved.
 
 The node also reuses memory: W + ΔW is computed in the buffer of ΔW, and its gradient in the buffer of the sum. A buffer
 that is written to is never saved, and none is reused where someone may still look at it
@@ -16,6 +15,7 @@ that is written to is never saved, and none is reused where someone may still lo
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, cast
@@ -25,14 +25,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tnadapt.algebra.applying import Applying, Rescaling
+from tnadapt.algebra.applying import Applying
 from tnadapt.algebra.factoring import Factored, Matrix
 from tnadapt.algebra.maps import Map
 from tnadapt.backends import FixedArrays, load_backend
 from tnadapt.targets.target import RowIndices, Rows, Target
 
 from . import _delta
-from ._delta import Function, Pull, in_functorch, recompute, recomputed, reuses_buffers, traced
+from ._delta import Function, Pull, Slice, in_functorch, recomputed, reuses_buffers, traced, wide_pair
 
 # -- A target's rows as output features: selected from a layer's output, or added to it --------------------------------
 
@@ -129,8 +129,22 @@ def overlap(one: Target, other: Target) -> bool:
 MOST_ELEMENTS = 1 << 16
 
 
-#: The parts of an update ``mixing * scale * left @ right.T``; the factors have the shapes (rows, width), (cols, width).
-LowRank = tuple[Tensor, Tensor, float, float]
+class LowRank(NamedTuple):
+    """An update ``mixing * scale * left @ right.T``.
+
+    Attributes
+    ----------
+    left : Tensor, shape (rows, width)
+    right : Tensor, shape (cols, width)
+    scale : float
+    mixing : float
+        The adapter's mixing weight, where it is not a part of the scale.
+    """
+
+    left: Tensor
+    right: Tensor
+    scale: float
+    mixing: float = 1.0
 
 
 def is_small(x: Tensor, weight: Tensor) -> bool:
@@ -235,7 +249,7 @@ def factored_linear(
 ) -> Tensor:
     """Return ``x Wᵀ + b`` plus each update on the features of its rows; requires :func:`can_fuse`."""
     if not torch.is_grad_enabled() or is_small(x, weight):
-        updates = _low_rank_updates(changes)
+        updates = low_rank_updates(changes)
         if updates is not None:
             return low_rank_linear(x, weight, bias, updates)
     layer, tensors = FactoredLinear(changes), _tensors(changes)
@@ -248,7 +262,7 @@ def _tensors(changes: Sequence[tuple[Target, Factored]]) -> list[Tensor | None]:
     return [tensor for _, factored in changes for term in factored.terms for matrix in term for tensor in matrix]
 
 
-def _low_rank_updates(changes: Sequence[tuple[Target, Factored]]) -> list[LowRank] | None:
+def low_rank_updates(changes: Sequence[tuple[Target, Factored]]) -> list[LowRank] | None:
     """Return updates as low-rank matrices where each is one, of a whole weight, as LoRA's is; else None."""
     updates = []
     for target, factored in changes:
@@ -258,7 +272,7 @@ def _low_rank_updates(changes: Sequence[tuple[Target, Factored]]) -> list[LowRan
         left, right = terms[0][0]
         if right is None:
             return None
-        updates.append((left, right, factored.scale, 1.0))
+        updates.append(LowRank(left, right, factored.scale))
     return updates
 
 
@@ -329,7 +343,7 @@ class FactoredLinear(Function):
         # The forward pass had a single dtype (see can_fuse), so backward must not be autocast either.
         with torch.autocast(gradient.device.type, enabled=False):
             if not reuses_buffers(gradient):
-                return recompute(self.plain, inputs, wanted, once=False)[1](gradient)
+                return _delta.plain_vjp(self.plain, inputs, wanted, gradient)
             x, weight, _, *tensors = inputs
             rows, features = x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1])
             x_gradient = features @ weight if 0 in wanted else None
@@ -424,138 +438,146 @@ def unaliased(y: Tensor) -> Tensor:
     return cast(Tensor, torch.ops.aten._unsafe_view.default(y, y.shape)) if y._is_view() else y
 
 
-# -- An update of a weight ---------------------------------------------------------------------------------------------
+# -- What is known of an update, and its tensors at one moment ---------------------------------------------------------
 
 
 class Update(NamedTuple):
-    """What W' is in a target's rows: how ΔW meets W, and what ΔW is computed from.
+    """What W' is in a target's rows, without the arrays that it is computed from.
 
     Attributes
     ----------
     target : Target
     applying : Applying
-    source : callable
-        Computes ΔW, ``(rows, cols)``, from the arrays, up to the scale.
-    arrays : sequence of Tensor
-    params : sequence of Tensor
-        The weight's own parameters.
+    source : Slice or None
+        Computes ΔW from the first arrays; None where the first array is ΔW itself.
+    num_arrays, num_params : int
+        Number of the arrays of ΔW, and of the weight's own parameters, which follow.
     scale : float
+        Factor of a ΔW that is computed here.
     detach : bool
         Whether a norm counts as a constant for the gradient.
-    known : Tensor, optional
-        ΔW itself, where it has been computed.
-    quotient : Tensor, shape (rows,), optional
-        That of a magnitude and a norm, if it is known.
-    inactive : Tensor of bool, optional
-        Whether the rows stay those of W, in a compiled program.
-    mask : Tensor, shape (1, cols), optional
-        What W' - W is multiplied by: dropout of columns.
     """
 
     target: Target
     applying: Applying
-    source: Callable[..., Tensor]
-    arrays: Sequence[Any]
-    params: Sequence[Any]
+    source: Slice | None
+    num_arrays: int
+    num_params: int
     scale: float = 1.0
     detach: bool = False
-    known: Tensor | None = None
+
+    def change(self, arrays: Sequence[Tensor]) -> Change:
+        """Return the update at this moment."""
+        count = self.num_arrays
+        return Change(self, _delta.computed(self.source, arrays[:count], self.scale), arrays[count:])
+
+    def again(self, arrays: Sequence[Tensor], wanted: Sequence[int], once: bool) -> tuple[Change, Pull]:
+        """Return it again, and the function from the gradient of ΔW to those of its arrays that are wanted."""
+        delta, pull = _delta.recompute(self.source, arrays[: self.num_arrays], wanted, once, self.scale)
+        return Change(self, delta, arrays[self.num_arrays :]), pull
+
+
+class Change(NamedTuple):
+    """An update with its ΔW, and the weight's own parameters.
+
+    Attributes
+    ----------
+    update : Update
+    delta : Tensor, shape (rows, cols)
+    params : sequence of Tensor
+    mask : Tensor, shape (1, cols), optional
+        What W' - W is multiplied by: dropout of columns.
+    quotient : Tensor, shape (rows,), optional
+        That of a magnitude and a norm, if it is known.
+    inactive : Tensor of bool, optional
+        Whether the rows stay those of W, in a compiled program.
+    """
+
+    update: Update
+    delta: Tensor
+    params: Sequence[Tensor] = ()
+    mask: Tensor | None = None
     quotient: Tensor | None = None
     inactive: Tensor | None = None
-    mask: Tensor | None = None
-
-    def with_tensors(self, tensors: Sequence[Tensor]) -> Update:
-        """Return the same for other arrays and parameters, in this order."""
-        count = len(self.arrays)
-        return self._replace(arrays=tensors[:count], params=tensors[count:])
-
-    def computed(self, *arrays: Tensor) -> Tensor:
-        """Compute ΔW from arrays."""
-        delta = self.source(*arrays)
-        return delta if self.scale == 1.0 else delta * self.scale
 
     @property
-    def delta(self) -> Tensor:
-        """ΔW."""
-        return self.computed(*self.arrays) if self.known is None else self.known
+    def additive(self) -> bool:
+        """Whether ΔW is added, so that updates of the same rows add up."""
+        return self.update.applying.additive
 
-    def again(self, wanted: Sequence[int], once: bool) -> tuple[Update, Pull]:
-        """Return the update with ΔW, and the function from its gradient to those of the arrays that are wanted."""
-        delta, pull = recompute(self.computed, self.arrays, wanted, once)
-        return self._replace(known=delta), pull
+    def of_matrix(self) -> Change:
+        """Return the same for the matrix of the stack that it changes."""
+        return self._replace(update=self.update._replace(target=self.update.target.of_matrix()))
+
+    def addend(self) -> Tensor:
+        """Return what is added to W, of an additive one."""
+        return self.delta if self.mask is None else self.delta * self.mask
 
     def rows(self, base: Tensor) -> Tensor:
         """Return the rows of W' for those of W, in the wider dtype of both."""
-        backend = load_backend("torch")
+        applying, backend = self.update.applying, load_backend("torch")
         base, delta = wide_pair(base, self.delta)
         if self.quotient is None:
             params = [param.to(base.device) for param in self.params]
-            rows = cast(Tensor, self.applying.merged(backend, base, delta, params, detach=self.detach))
+            rows = cast(Tensor, applying.merged(backend, base, delta, params, detach=self.update.detach))
         else:
-            rows = cast(Tensor, base + self.applying.change(backend, base, delta))
+            rows = cast(Tensor, base + applying.change(backend, base, delta))
             rows = rows * self.quotient.view(-1, 1).to(rows.dtype)
-        rows = rows if self.inactive is None else torch.where(self.inactive, base, rows)
+        if self.inactive is not None:
+            rows = torch.where(self.inactive, base, rows)
         return rows if self.mask is None else base + (rows - base) * self.mask
 
     def pulled(self, base: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Return the gradients of the rows of W, of ΔW and of the own parameters, given that of the rows of W'."""
         base, delta = wide_pair(base, self.delta)
         params = [param.to(base.device) for param in self.params]
-        gradient = gradient.to(base.dtype)
-        return self.applying.pulled(load_backend("torch"), base, delta, params, gradient, self.detach)
-
-
-def itself(delta: Tensor) -> Tensor:
-    """Return its argument: the source of an update that is an array."""
-    return delta
-
-
-def wide_pair(weight: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
-    """Return a weight and its update on the weight's device, in the wider dtype of both."""
-    dtype = torch.promote_types(weight.dtype, delta.dtype)
-    return weight.to(dtype), delta.to(weight.device, dtype)
+        return self.update.applying.pulled(
+            load_backend("torch"), base, delta, params, gradient.to(base.dtype), self.update.detach
+        )
 
 
 # -- W' by ordinary operations -----------------------------------------------------------------------------------------
 
 
-def updated(stored: Tensor, updates: Sequence[Update], less: bool = False) -> Tensor:
-    """Return W' in the dtype of W, rounded once; with ``less`` W' - W, of a single matrix.
+def updated(stored: Tensor, changes: Iterable[Change], less: bool = False) -> Tensor:
+    """Return W' in the dtype of W, rounded once; with ``less`` W' - W.
 
-    Without gradients the updates of a stack of matrices are computed one after the other, and need memory for one.
+    Changes of a stack of matrices come in the order of their indices. Without gradients one matrix after the other is
+    written into a copy, so that a generator of changes needs memory for one.
     """
-    by_index: dict[int | None, list[Update]] = {}
-    for update in updates:
-        by_index.setdefault(update.target.index, []).append(update)
-    if None in by_index:
-        return _updated_matrix(stored, updates, less)
-    matrices = (
-        _updated_matrix(stored[cast(int, index)], [each._replace(target=each.target.of_matrix()) for each in several])
-        for index, several in by_index.items()
-    )
-    if torch.is_grad_enabled() or traced():
-        places = fixed_indices(tuple(cast("dict[int, Any]", by_index)), stored.device)
-        return stored.index_copy(0, places, torch.stack(list(matrices)))
-    total = stored.detach().clone(memory_format=torch.contiguous_format)
-    for index, matrix in zip(by_index, matrices, strict=True):
-        total[index] = matrix
-    return total
+    at_once = torch.is_grad_enabled() or traced()
+    total = stored
+    matrices: dict[int, Tensor] = {}  # which torch.compile traces, unlike dict[int, Tensor]()
+    several: list[Change] = []
+    for change in itertools.chain(changes, (None,)):  # torch.compile does not trace itertools.groupby
+        if several and (change is None or change.update.target.index != several[0].update.target.index):
+            index = several[0].update.target.index
+            if index is None:
+                return _updated_matrix(stored, several, less)
+            matrices[index] = _updated_matrix(stored[index], [each.of_matrix() for each in several], less)
+            several = []
+            if not at_once:
+                total = stored.detach().clone(memory_format=torch.contiguous_format) if total is stored else total
+                total[index] = matrices.pop(index)
+        if change is not None:
+            several.append(change)
+    if not at_once:
+        return total
+    places = fixed_indices(tuple(matrices), stored.device)
+    return stored.index_copy(0, places, torch.stack(list(matrices.values())))
 
 
-def _updated_matrix(stored: Tensor, updates: Sequence[Update], less: bool = False) -> Tensor:
-    added = [
-        (update.target, update.delta if update.mask is None else update.delta * update.mask)
-        for update in updates
-        if update.applying.additive
-    ]
+def _updated_matrix(stored: Tensor, changes: Sequence[Change], less: bool) -> Tensor:
+    added = [(change.update.target, change.addend()) for change in changes if change.additive]
+    others = [change for change in changes if not change.additive]
     # A weight of zeros that has no memory of its own.
     total = stored.new_zeros(()).expand(stored.shape) if less else stored
     total = summed(total, added) if added else total
-    for update in updates:
-        if not update.applying.additive:  # each acts on its rows alone
-            base = update.target.select(stored)
-            rows = update.rows(base)
-            total = replaced(total, [(update.target, rows - base if less else rows)])
+    for change in others:  # each acts on its rows alone
+        target = change.update.target
+        base = target.select(stored)
+        rows = change.rows(base)
+        total = replaced(total, [(target, rows - base if less else rows)])
     return total
 
 
@@ -728,51 +750,47 @@ ITSELF, LINEAR = Operation(), LinearProduct()
 
 
 class UpdatedWeight(Function):
-    """``operation(x, W', b)`` as a function of x, W, b and all tensors of the updates.
+    """``operation(x, W', b)`` as a function of x, W, b and all arrays of the updates.
 
     Parameters
     ----------
     operation : Operation
     updates : sequence of Update
-        Of which the tensors are not kept.
+        Those of a stack in the order of their indices.
     less : bool
         Whether the operation gets W' - W.
     """
 
     def __init__(self, operation: Operation, updates: Sequence[Update], less: bool = False) -> None:
-        self.operation, self.less = operation, less
-        self._updates = [
-            update._replace(arrays=(None,) * len(update.arrays), params=(None,) * len(update.params))
-            for update in updates
-        ]
+        self.operation, self.updates, self.less = operation, tuple(updates), less
 
-    def __call__(self, x: Tensor | None, weight: Tensor, bias: Tensor | None, *tensors: Tensor) -> Tensor:
+    def __call__(self, x: Tensor | None, weight: Tensor, bias: Tensor | None, *arrays: Tensor) -> Tensor:
         """Return the output."""
-        updates = [update for _, update in self._with(tensors)]
-        return unaliased(self.operation(x, self._total(weight, updates), bias))
+        changes = (update.change(arrays[start:stop]) for update, start, stop in self._spans())
+        return unaliased(self.operation(x, self._total(weight, changes, arrays), bias))
 
     def vjp(self, inputs: Sequence[Any], wanted: Sequence[int], gradient: Tensor) -> list[Tensor | None]:
         """Return the gradients of the wanted inputs, given that of the output."""
-        x, weight, _, *tensors = inputs
+        x, weight, _, *arrays = inputs
         operation, once, gradients = self.operation, reuses_buffers(gradient), dict[int, Tensor]()
-        terms: Iterable[tuple[int, list[int], Update, Pull]] = self._again(tensors, wanted, once)
+        terms: Iterable[tuple[int, list[int], Change, Pull]] = self._again(arrays, wanted, once)
         buffer: Tensor | None = None
         if 0 in wanted:
             terms = list(terms)
-            updates = [update for _, _, update, _ in terms]
-            total = self._total(weight, updates) if once else updated(weight, updates, self.less)
+            changes = [change for _, _, change, _ in terms]
+            total = self._total(weight, changes, arrays) if once else updated(weight, changes, self.less)
             gradients[0] = operation.input_gradient(gradient, x, total)
             # The sum is no longer needed: its buffer is warm in the cache, and reusing it saves an allocation.
             reused = operation.by_rows and once and total.dtype == gradient.dtype and total.is_contiguous()
             buffer = total if reused else None
-            del total, updates
+            del total, changes
         whole: Tensor | None = None
         if 1 in wanted or not operation.by_rows:
             whole = operation.weight_gradient(gradient, x, weight)
         of_rows: list[tuple[Target, Tensor]] = []
-        for start, places, update, pull in terms:
-            additive = update.applying.additive
-            if additive and not places and 1 not in wanted:
+        for start, places, change, pull in terms:
+            update = change.update
+            if change.additive and not places and 1 not in wanted:
                 continue
             if whole is not None:
                 of_delta = update.target.select(whole)
@@ -780,13 +798,13 @@ class UpdatedWeight(Function):
                 of_delta, buffer = LINEAR.weight_gradient(gradient, x, weight, buffer=buffer), None
             else:
                 of_delta = LINEAR.weight_gradient(gradient, x, weight, update.target)
-            if not additive:
+            if not change.additive:
                 of_changed = of_delta
-                of_base, of_delta, of_params = update.pulled(update.target.select(weight), of_changed)
+                of_base, of_delta, of_params = change.pulled(update.target.select(weight), of_changed)
                 of_rows.append((update.target, of_base - of_changed if self.less else of_base))
-                for place, part in enumerate(of_params, start + len(update.arrays)):
-                    gradients[3 + place] = part.to(tensors[place].device, tensors[place].dtype)
-            of_arrays = pull(of_delta.to(tensors[start].device, tensors[start].dtype))
+                for place, part in enumerate(of_params, start + update.num_arrays):
+                    gradients[3 + place] = part.to(arrays[place].device, arrays[place].dtype)
+            of_arrays = pull(of_delta.to(arrays[start].device, arrays[start].dtype))
             gradients.update(zip((3 + place for place in places), of_arrays, strict=True))
         if whole is not None and 1 in wanted:
             gradients[1] = replaced(torch.zeros_like(weight) if self.less else whole.to(weight.dtype), of_rows)
@@ -794,90 +812,32 @@ class UpdatedWeight(Function):
             gradients[2] = operation.bias_gradient(gradient)
         return [gradients[index] for index in wanted]
 
-    def _with(self, tensors: Sequence[Tensor]) -> Iterator[tuple[int, Update]]:
-        """Yield each update with its tensors, and the place of the first."""
+    def _spans(self) -> Iterator[tuple[Update, int, int]]:
+        """Yield each update with the places of its arrays."""
         start = 0
-        for update in self._updates:
-            stop = start + len(update.arrays) + len(update.params)
-            yield start, update.with_tensors(tensors[start:stop])
+        for update in self.updates:
+            stop = start + update.num_arrays + update.num_params
+            yield update, start, stop
             start = stop
 
     def _again(
-        self, tensors: Sequence[Tensor], wanted: Sequence[int], once: bool
-    ) -> Iterator[tuple[int, list[int], Update, Pull]]:
-        """Compute each ΔW again, one after the other, with the places of the update's arrays that have gradients."""
-        for start, update in self._with(tensors):
-            places = [place for place in range(start, start + len(update.arrays)) if 3 + place in wanted]
-            yield start, places, *update.again([place - start for place in places], once)
+        self, arrays: Sequence[Tensor], wanted: Sequence[int], once: bool
+    ) -> Iterator[tuple[int, list[int], Change, Pull]]:
+        """Compute each update again, one after the other, with the places of its arrays that have gradients."""
+        for update, start, stop in self._spans():
+            places = [place for place in range(start, start + update.num_arrays) if 3 + place in wanted]
+            yield start, places, *update.again(arrays[start:stop], [place - start for place in places], once)
 
-    def _total(self, weight: Tensor, updates: Sequence[Update]) -> Tensor:
+    def _total(self, weight: Tensor, changes: Iterable[Change], arrays: Sequence[Tensor]) -> Tensor:
         """Return W', in the buffer of the update where possible, which is then overwritten."""
-        if len(updates) > 1:
-            return updated(weight, updates, self.less)
-        (update,) = updates
-        delta, target = update.delta, update.target
+        if len(self.updates) > 1:
+            return updated(weight, changes, self.less)
+        (change,) = changes
+        delta, target = change.delta, change.update.target
         alike = (delta.dtype, delta.device, delta.shape) == (weight.dtype, weight.device, weight.shape)
-        if alike and update.applying.additive and target.rows is None and not target.transposed:
-            memory = delta.untyped_storage()._cdata  # a dense update is a view of its parameters
-            if delta.is_contiguous() and all(array.untyped_storage()._cdata != memory for array in update.arrays):
-                return delta if self.less else delta.add_(weight)
-        return updated(weight, [update._replace(known=delta)], self.less)
-
-
-# -- The quotient m / ‖W + ΔW‖ of a layer whose output is scaled -------------------------------------------------------
-
-# The quotient is one autograd node that keeps the small arrays alone: backward forms W + ΔW once more instead of saving
-# it. With a detached norm only m has a gradient through it, and ordinary operations give that.
-
-
-class Quotient(Function):
-    """The quotient of one weight, ``(rows,)``, as a function of the tensors of its update, which rescales.
-
-    Parameters
-    ----------
-    update : Update
-    weight : callable
-        Returns the base weight, ``(rows, cols)``.
-    """
-
-    keeps = "arrays"
-
-    def __init__(self, update: Update, weight: Callable[[], Tensor]) -> None:
-        self.update, self.weight = update, weight
-        #: What the call has found: vectors.
-        self._rescaling: Rescaling
-
-    def __call__(self, *tensors: Tensor) -> Tensor:
-        update = self.update.with_tensors(tensors)
-        if update.detach:
-            update = update._replace(arrays=[array.detach() for array in update.arrays])
-        total = self._total(update)
-        self._rescaling = self._rescaled(total.detach() if update.detach else total, update)
-        return cast(Tensor, self._rescaling.quotient.view(-1))
-
-    def _total(self, update: Update) -> Tensor:
-        weight, delta = wide_pair(self.weight(), update.delta)
-        return cast(Tensor, weight + update.applying.change(load_backend("torch"), weight, delta))
-
-    def _rescaled(self, total: Tensor, update: Update) -> Rescaling:
-        params = [param.to(total.device) for param in update.params]
-        rescaling = update.applying.rescaling(load_backend("torch"), total, params)
-        assert rescaling is not None  # it rescales
-        return rescaling
-
-    def vjp(self, tensors: Sequence[Tensor], wanted: Sequence[int], gradient: Tensor) -> Sequence[Tensor | None]:
-        """Return the gradients of the wanted tensors, given that of the quotient."""
-        update, once = self.update.with_tensors(tensors), reuses_buffers(gradient)
-        arrays = [index for index in wanted if index < len(update.arrays)]
-        update, pull = update.again(arrays, once)
-        total = self._total(update)
-        # What the forward pass has found is constant: for a derivative of this one it is computed again.
-        rescaling = self._rescaling if once else self._rescaled(total, update)
-        through, of_params = update.applying.rescaling_pulled(
-            load_backend("torch"), total, rescaling, gradient.view(-1, 1)
-        )
-        # C is ΔW where outputs are scaled.
-        gradients = list(pull(through.to(tensors[0].device, tensors[0].dtype))) if arrays else []
-        if len(arrays) == len(wanted):
-            return gradients
-        return [*gradients, *(part.to(tensors[-1].device, tensors[-1].dtype) for part in of_params)]
+        if not alike or not change.additive or target.rows is not None or target.transposed:
+            return updated(weight, [change], self.less)
+        memory = delta.untyped_storage()._cdata
+        if not delta.is_contiguous() or any(array.untyped_storage()._cdata == memory for array in arrays):
+            return updated(weight, [change], self.less)  # a dense update is a view of its parameters
+        return delta if self.less else delta.add_(weight)

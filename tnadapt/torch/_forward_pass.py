@@ -16,13 +16,11 @@ import textwrap
 import threading
 import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from types import MappingProxyType
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils._pytree import tree_leaves
 
 from tnadapt.algebra.factoring import Factored, Matrix
 from tnadapt.backends import load_backend
@@ -30,7 +28,7 @@ from tnadapt.errors import ConfigError, TargetError, safe_repr
 
 from . import _delta, _forms, _state
 from ._delta import recomputed, traced
-from ._forms import LowRank, Operation, Update, add_features, updated, wide_pair
+from ._forms import Change, LowRank, Operation, Update, UpdatedWeight, add_features, updated
 from ._quantized import quantized_type
 from ._state import AdapterSlot, AdapterState, current, mixing_weight, weight_params
 from ._weights import numbers
@@ -43,7 +41,7 @@ from ._weights import numbers
 #
 # So a layer in the weight strategy computes a second product of its size while it drops. The alternative, zeros in
 # columns of ΔW, would keep the single product but drop the same features for all tokens of a batch, and the noise would
-# depend on a strategy that is chosen by speed. That form (:func:`updated_parameter`) is used only where there is no
+# depend on a strategy that is chosen by speed. That form (:class:`ColumnDropout`) is used only where there is no
 # choice: a module that reads its child's weight, as nn.MultiheadAttention does, does not show the child's input.
 
 
@@ -83,6 +81,35 @@ def dropped_inputs(slots: Sequence[AdapterSlot], x: Tensor) -> list[tuple[Tensor
     for slot in slots:
         several.setdefault(slot.adapter, []).append(slot)
     return [(functional.dropout(x, state.dropout, training=True), shared) for state, shared in several.items()]
+
+
+class ColumnDropout:
+    """Zeros in columns of the changes of one weight: input features that are dropped for the whole batch.
+
+    Parameters
+    ----------
+    host : Module
+        The module whose forward reads the weight. Where it shows the weight's input, nothing is dropped here.
+    """
+
+    def __init__(self, host: nn.Module) -> None:
+        self.host = host
+        # All slots of an adapter in one weight have the same input.
+        self._masks: dict[AdapterState, Tensor] = {}
+
+    def acts(self, slot: AdapterSlot) -> bool:
+        """Return whether columns of this slot's change are dropped."""
+        if slot.adapter.dropout == 0.0 or not self.host.training or isinstance(slot.owner, nn.Embedding):
+            return False
+        return not _shows_input(slot, self.host)
+
+    def mask(self, slot: AdapterSlot, change: Tensor) -> Tensor:
+        """Return what a change ``(rows, cols)`` is multiplied by: zeros in the columns that are dropped."""
+        state = slot.adapter
+        if state not in self._masks:
+            ones = torch.ones(1, change.shape[1], dtype=change.dtype, device=change.device)
+            self._masks[state] = functional.dropout(ones, state.dropout, training=True)
+        return self._masks[state]
 
 
 # -- Whether an adapter acts, and its updates and factors --------------------------------------------------------------
@@ -278,7 +305,10 @@ def _warn_idle(state: AdapterState, args: Any, output: Any) -> None:
 
 
 def _has_gradient(value: Any) -> bool:
-    return any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves(value))
+    if isinstance(value, Tensor):
+        return value.requires_grad
+    values = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
+    return any(map(_has_gradient, values))
 
 
 # -- A parameter of a module, and the slots of the adapters that update it ---------------------------------------------
@@ -401,13 +431,13 @@ class LowRankLayer:
             for array in (left, right):
                 if type(array) not in _PLAIN or array.device != device:
                     return None
-            if left.dtype is not right.dtype or (changes and left.dtype is not changes[0][0].dtype):
+            if left.dtype is not right.dtype or (changes and left.dtype is not changes[0].left.dtype):
                 return None
-            changes.append((left, right, scale, state.weight))
+            changes.append(LowRank(left, right, scale, state.weight))
             acting.append(state)
         if not changes:
             return None
-        alike = changes[0][0].dtype is dtype
+        alike = changes[0].left.dtype is dtype
         if alike and torch.is_grad_enabled() and not _forms.is_small(x, weight):
             return None
         for state in acting:
@@ -592,76 +622,71 @@ def updated_weight(
     stored: Tensor,
     bias: Tensor | None,
     slots: Sequence[AdapterSlot],
-    masks: Mapping[AdapterState, Tensor] = MappingProxyType({}),
+    drop: ColumnDropout | None = None,
     less: bool = False,
 ) -> Tensor:
     """Return the result of an operation with W', with ``less`` with W' - W; recomputed in backward where possible."""
     slots = sorted(slots, key=lambda slot: slot.target.index or 0)
-    if masks or traced() or not torch.is_grad_enabled() or (x is not None and x.is_nested):
-        updates = [_present_update(slot, stored)._replace(mask=masks.get(slot.adapter)) for slot in slots]
-        return operation(x, updated(stored, updates, less), bias)
-    updates = [_update(slot) for slot in slots]
-    tensors = [tensor for update in updates for tensor in (*update.arrays, *update.params)]
-    return recomputed(_forms.UpdatedWeight(operation, updates, less), x, stored, bias, *tensors)
-
-
-def updated_parameter(stored: Tensor, slots: Sequence[AdapterSlot], host: nn.Module) -> Tensor:
-    """Return W' as a tensor, for a module that reads it; with zeros in columns of W' - W if an adapter has dropout."""
-    masks: dict[AdapterState, Tensor] = {}
+    dropping = drop is not None and any(drop.acts(slot) for slot in slots)
+    if dropping or traced() or not torch.is_grad_enabled() or (x is not None and x.is_nested):
+        return operation(x, updated(stored, (_change(slot, stored, drop) for slot in slots), less), bias)
+    updates, arrays = list[Update](), list[Tensor]()
     for slot in slots:
-        # All slots of an adapter in one weight have the same input.
-        state, hidden = slot.adapter, not isinstance(slot.owner, nn.Embedding) and not _shows_input(slot, host)
-        if state.dropout > 0.0 and host.training and hidden and state not in masks:
-            array = next(parameter for _, parameter in _state.named_parameters(state))
-            ones = torch.ones(1, slot.target.shape[1], dtype=array.dtype, device=array.device)
-            masks[state] = functional.dropout(ones, state.dropout, training=True)
-    return updated_weight(_forms.ITSELF, None, stored, None, slots, masks)
+        state, params = slot.adapter, weight_params(slot.adapter, slot.index)
+        source, of_delta, scale = _computation(slot)
+        updates.append(
+            Update(slot.target, state.plan.applying, source, len(of_delta), len(params), scale, state.detach_norm)
+        )
+        arrays += [*of_delta, *params]
+    return recomputed(UpdatedWeight(operation, updates, less), x, stored, bias, *arrays)
 
 
-def _update(slot: AdapterSlot) -> Update:
-    """Return the update of a slot as a function of its arrays, or of ΔW where that is not computed alone."""
-    state, params = slot.adapter, weight_params(slot.adapter, slot.index)
-    applying, detach = state.plan.applying, state.detach_norm
+def _computation(slot: AdapterSlot) -> tuple[_delta.Slice | None, list[Tensor], float]:
+    """Return the arguments of :func:`tnadapt.torch._delta.computed` for the update of one weight."""
+    state = slot.adapter
     source = None if torch.compiler.is_compiling() else state.cache.slice(slot.index)
-    if source is None:
-        return Update(slot.target, applying, _forms.itself, [delta(slot)], params, detach=detach)
-    return Update(slot.target, applying, source, current(state, source.names), params, mixing_weight(state), detach)
+    return (
+        (source, [delta(slot)], 1.0) if source is None else (source, current(state, source.names), mixing_weight(state))
+    )
 
 
-def _present_update(slot: AdapterSlot, stored: Tensor) -> Update:
-    """Return the update of a slot at this moment, differentiable; ΔW is computed, or found in the cache, when used."""
-    state, params = slot.adapter, weight_params(slot.adapter, slot.index)
+def _change(slot: AdapterSlot, stored: Tensor, drop: ColumnDropout | None) -> Change:
+    """Return the change of one slot at this moment, differentiable."""
+    state, update, params = slot.adapter, delta(slot), weight_params(slot.adapter, slot.index)
     applying = state.plan.applying
-    update = Update(slot.target, applying, functools.partial(delta, slot), (), params, detach=state.detach_norm)
+    change = Change(Update(slot.target, applying, None, 1, len(params), detach=state.detach_norm), update, params)
+    if drop is not None and drop.acts(slot):
+        change = change._replace(mask=drop.mask(slot, update))
     if applying.rescales and applying.scales_outputs and not torch.is_grad_enabled() and not traced():
-        update = update._replace(quotient=quotient(slot, stored))
+        change = change._replace(quotient=quotient(slot, stored))
     if not applying.additive and torch.compiler.is_compiling():
-        update = update._replace(inactive=_state.weight_on(state, stored.device) == 0)
-    return update
+        change = change._replace(inactive=_state.weight_on(state, stored.device) == 0)
+    return change
 
 
 def quotient(slot: AdapterSlot, stored: Tensor | None) -> Tensor:
     """Return q of one weight, one number for each row; ``stored`` is None for a quantized weight."""
-    state, update = slot.adapter, _update(slot)
-    tensors = [*update.arrays, *update.params]
-    function = _forms.Quotient(update, functools.partial(_base, slot, stored))
+    state = slot.adapter
+    source, of_delta, scale = _computation(slot)
+    arrays = [*of_delta, *weight_params(state, slot.index)]
+    weight = functools.partial(_base, slot, stored)
+    function = _delta.Quotient(state.plan.applying, weight, source, scale, state.detach_norm)
     trained = torch.is_grad_enabled()
     # The node passes no gradient to the weight, and traces have to show single operations.
     if traced() or (trained and (state.detach_norm or (stored is not None and stored.requires_grad))):
-        factor = function(*tensors)
+        factor = function(*arrays)
         if torch.compiler.is_compiling():  # one program serves all mixing weights
             factor = torch.where(_state.weight_on(state, factor.device) == 0, torch.ones_like(factor), factor)
         return factor
     if trained:
-        return recomputed(function, *tensors)
-    source = state.cache.slice(slot.index)
-    if source is None or stored is None or stored.is_inference() or not _delta.can_cache(tensors, True):
-        return function(*tensors)
+        return recomputed(function, *arrays)
+    if source is None or stored is None or stored.is_inference() or not _delta.can_cache(arrays, True):
+        return function(*arrays)
     # The weight is too large to be compared: it has to be the same memory with the same version counter, which every
     # operation in place on it changes. (A write through ``weight.data`` or NumPy does not.)
     names = (*source.names, *state.plan.weight_param_names[slot.index])
-    settings = stored.data_ptr(), stored.dtype, _delta.version(stored), update.scale
-    entry = state.quotients.entry(slot.index, names, tensors, lambda copies: {0: function(*copies)}, settings)
+    settings = stored.data_ptr(), stored.dtype, _delta.version(stored), scale
+    entry = state.quotients.entry(slot.index, names, arrays, lambda copies: {0: function(*copies)}, settings)
     return entry.tensors[0]
 
 
@@ -681,7 +706,7 @@ def scaled_output(y: Tensor, bias: Tensor | None, slot: AdapterSlot, stored: Ten
 def added_matrix(slot: AdapterSlot, stored: Tensor | None) -> Tensor:
     """Return C, which is added to the weight and is not ΔW, in the dtype of the update."""
     applying, update = slot.adapter.plan.applying, delta(slot)
-    base, wide = wide_pair(_base(slot, stored), update)
+    base, wide = _delta.wide_pair(_base(slot, stored), update)
     return cast(Tensor, applying.change(load_backend("torch"), base, wide).to(update.dtype))
 
 

@@ -33,12 +33,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._pytree import tree_map
 
+from tnadapt.algebra.factoring import Factored
 from tnadapt.errors import TargetError
 
 from . import _forms, _forward_pass
 from ._delta import Function, recomputed, traced
-from ._forms import LINEAR, Convolution
-from ._forward_pass import LowRankLayer, PatchedParameter, factors, updated_parameter, updated_weight
+from ._forms import ITSELF, LINEAR, Convolution
+from ._forward_pass import LowRankLayer, PatchedParameter, dropped_inputs, factors, updated_weight
 from ._quantized import is_packed, quantized_type
 from ._state import AdapterSlot, AdapterState, mixing_weight
 from ._weights import shows_products
@@ -79,7 +80,7 @@ class RoutedChanges:
         slots, added = self.by_index.get(index, []), self.patch.added
         dropping = [slot for slot in slots if slot.adapter.dropout > 0.0 and self.patch.host.training]
         y = added(y, x, [slot for slot in slots if slot not in dropping], biased=False)
-        for dropped, several in _forward_pass.dropped_inputs(dropping, x):
+        for dropped, several in dropped_inputs(dropping, x):
             if several[0].adapter.plan.applying.additive:
                 y = added(y, dropped, several, biased=False)
                 continue
@@ -331,6 +332,11 @@ def is_read(slot: AdapterSlot) -> bool:
     return slot.strategy == "weight" or slot.target.index is not None
 
 
+def updated_parameter(stored: Tensor, slots: Sequence[AdapterSlot], host: nn.Module) -> Tensor:
+    """Return W' as a tensor, for a module that reads it."""
+    return updated_weight(ITSELF, None, stored, None, slots, _forward_pass.ColumnDropout(host))
+
+
 def changed_parameter(patch: ForwardPatch, patched: PatchedParameter, slots: Sequence[AdapterSlot]) -> Tensor:
     """Return what stands in the place of a parameter: the sum, or for experts a stack that products add updates to."""
     stored = patched.tensor
@@ -518,24 +524,28 @@ class ForwardPatch:
                 (to_weights if is_read(slot) else to_output).append(slot)
         if to_output and self.looks_up:
             return self._embedded(to_weights, to_output, args, kwargs)
-        if to_output and not to_weights and not dropping:
-            y = self._factored(to_output, args, kwargs)
+        known: list[Factored] = []
+        if to_output and not to_weights and not dropping and self._can_factor(to_output, args, kwargs):
+            known = [factors(slot) for slot in to_output]
+            y = self._fused(args[0], to_output, known)
             if y is not None:
                 return self.rescaled(y, to_output)
         y = self._base(to_weights, args, kwargs)
         if to_output:
-            y = self.added(y, _input(args, kwargs), to_output)
+            y = self.added(y, _input(args, kwargs), to_output, known)
         return self._with_dropout(y, dropping, _input(args, kwargs)) if dropping else y
 
-    def added(self, y: Tensor, x: Tensor, slots: Sequence[AdapterSlot], biased: bool = True) -> Tensor:
-        """Return an output plus what slots add to it."""
-        for slot in slots:
-            y = _forms.add_features(y, slot.target, self.output(slot, x))
+    def added(
+        self, y: Tensor, x: Tensor, slots: Sequence[AdapterSlot], known: Sequence[Factored] = (), biased: bool = True
+    ) -> Tensor:
+        """Return an output plus what slots add to it, whose factors may be known."""
+        for number, slot in enumerate(slots):
+            y = _forms.add_features(y, slot.target, self.output(slot, x, known[number] if known else None))
         return self.rescaled(y, slots, biased)
 
     def _with_dropout(self, y: Tensor, dropping: Sequence[AdapterSlot], x: Tensor) -> Tensor:
         """Return the output plus what adapters add to it that drop elements of their input."""
-        for dropped, slots in _forward_pass.dropped_inputs(dropping, x):
+        for dropped, slots in dropped_inputs(dropping, x):
             if all(slot.strategy != "weight" for slot in slots) and slots[0].adapter.plan.applying.additive:
                 y = self.added(y, dropped, slots)
             elif self.is_plain:
@@ -590,25 +600,25 @@ class ForwardPatch:
         operation = Convolution.of(host, x)
         if operation is not None:
             return updated_weight(operation, x, stored, bias, slots, less=less)
-        weight = updated_weight(_forms.ITSELF, None, stored, None, slots, less=less)
+        weight = updated_weight(ITSELF, None, stored, None, slots, less=less)
         return cast(Tensor, host._conv_forward(x, weight, bias))
 
-    def _factored(self, added: list[AdapterSlot], args: Any, kwargs: Any) -> Tensor | None:
-        """Return the output of a linear layer that accumulates the factors of all updates in it; None if it cannot."""
+    def _can_factor(self, added: list[AdapterSlot], args: Any, kwargs: Any) -> bool:
+        """Return whether all updates are factors that a linear layer accumulates in its output."""
         if not (self.is_plain and isinstance(self.host, nn.Linear) and len(args) == 1 and not kwargs):
-            return None
+            return False
         if any(slot.strategy != "factored" or slot.adapter.activation is not None for slot in added):
-            return None
-        x, weight = args[0], self.weights[0].tensor
-        if not isinstance(x, Tensor) or x.dtype != weight.dtype or not _forms.is_ordinary(x):
-            return None
-        changes = []
-        for slot in added:
-            factored = factors(slot)
-            changes.append((slot.target, factored._replace(scale=factored.scale * mixing_weight(slot.adapter))))
-        if not _forms.can_fuse(x, weight, changes):
-            return None
-        return _forms.factored_linear(x, weight, self.host.bias, changes)
+            return False
+        return isinstance(args[0], Tensor) and _forms.is_ordinary(args[0])
+
+    def _fused(self, x: Tensor, added: list[AdapterSlot], known: Sequence[Factored]) -> Tensor | None:
+        """Return the output if all tensors have the same dtype."""
+        changes = [
+            (slot.target, factored._replace(scale=factored.scale * mixing_weight(slot.adapter)))
+            for slot, factored in zip(added, known, strict=True)
+        ]
+        weight, bias = self.weights[0].tensor, cast(Any, self.host).bias
+        return _forms.factored_linear(x, weight, bias, changes) if _forms.can_fuse(x, weight, changes) else None
 
     def _is_plain(self) -> bool:
         if self.before is not None or len(self.weights) != 1 or self.weights[0].owner is not self.host:
@@ -662,17 +672,17 @@ class ForwardPatch:
             # for the weight from then on.
             _uncover(names)
 
-    def output(self, slot: AdapterSlot, x: Tensor) -> Tensor:
-        """Return what the update adds to the output."""
+    def output(self, slot: AdapterSlot, x: Tensor, factored: Factored | None = None) -> Tensor:
+        """Return what the update adds to the output; ``factored`` are its factors, if they have been computed."""
         adapter = slot.adapter
-        autocast = torch.is_autocast_enabled(x.device.type)
         if slot.strategy != "factored":  # rows() adds small updates of weights, too
             plain = adapter.plan.applying.takes_factors
             update = _forward_pass.delta(slot) if plain else _forward_pass.added_matrix(slot, self._stored(slot))
+            autocast = torch.is_autocast_enabled(x.device.type)
             return functional.linear(x, update.to(x.device) if autocast else update.to(x))
-        factored = factors(slot)
+        factored = factors(slot) if factored is None else factored
         first = factored.terms[0][0].left
-        if not autocast:
+        if not torch.is_autocast_enabled(x.device.type):
             x = x.to(first.dtype)
         if x.device != first.device:
             factored = _forms.on_device(factored, x.device)

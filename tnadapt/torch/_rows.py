@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,7 +10,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
 
 from tnadapt.errors import ConfigError, TargetError, safe_repr
 from tnadapt.targets.target import Target
@@ -28,8 +26,7 @@ from ._weights import sees_tokens_in_order
 # -- What the adapters of groups of rows add to an output: low-rank updates by grouped products ------------------------
 
 # The plain form is a loop over groups: :func:`looped`. Where each group's adapter has one low-rank matrix for the same
-# target, and all have the same shape, the factors are stacked along a leading axis of adapters. Each row of the batch
-# selects its own, and two batched products serve all rows.
+# target, and all have the same shape, the factors are stacked, and two batched products serve all groups.
 
 
 #: The rows of a group, and the slots that act on them.
@@ -71,7 +68,9 @@ def grouped(assignment: RowAssignment, groups: Sequence[Group], x: Tensor) -> Ch
     if len(groups) == 1 or not _are_alike(groups):
         return None
     order = [row for rows, _ in groups for row in rows]
-    members = [member for member, (rows, _) in enumerate(groups) for _ in rows]
+    counts = {len(rows) for rows, _ in groups}
+    if len(counts) > 1:
+        numbers = [place for place, (rows, _) in enumerate(groups) for _ in rows]
     changes: Changes = {}
     blocks = x.index_select(0, assignment.index(order, x.device))
     for place, slot in enumerate(first):
@@ -91,11 +90,15 @@ def grouped(assignment: RowAssignment, groups: Sequence[Group], x: Tensor) -> Ch
             scales = [1.0]
         left, right = torch.stack(lefts), torch.stack([cast(Tensor, pair.right) for pair in pairs])
         left = left if scales[0] == 1.0 else left * scales[0]
-        if len(members) > len(groups):  # a copy of the factors for each row: they are narrow
-            index = assignment.index(members, x.device)
-            left, right = left.index_select(0, index), right.index_select(0, index)
         inputs = blocks if torch.is_autocast_enabled(x.device.type) else blocks.to(left.dtype)
-        changes[slot.target] = [(order, torch.bmm(torch.bmm(inputs, right), left.mT))]
+        if len(counts) > 1:
+            # A copy of the factors for each row: narrow matrices, and fewer calls than groups.
+            index = assignment.index(numbers, x.device)
+            left, right = left.index_select(0, index), right.index_select(0, index)
+        else:
+            inputs = inputs.reshape(len(groups), -1, inputs.shape[-1])
+        product = torch.bmm(torch.bmm(inputs, right), left.mT).reshape(*blocks.shape[:-1], left.shape[1])
+        changes[slot.target] = [(order, product)]
     return changes
 
 
@@ -217,12 +220,12 @@ def divided(
         inputs = args, kwargs
         if not whole:
             part = blocks.index_select(0, assignment.index(rows, x.device)).reshape(-1, *x.shape[1:])
-            inputs = tree_map(functools.partial(_exchanged, part), inputs)
+            inputs = _exchanged(part, inputs)
         outputs.append(patch.run(slots, *inputs))
         order += rows
     back = sorted(range(number), key=order.__getitem__)
 
-    def join(*parts: Tensor) -> Tensor:
+    def joined(*parts: Tensor) -> Tensor:
         several = []
         for part, (rows, _) in zip(parts, groups, strict=True):
             count = number if whole else len(rows)
@@ -237,7 +240,7 @@ def divided(
         batch = torch.cat(several).index_select(0, assignment.index(back, parts[0].device))
         return batch.reshape(-1, *batch.shape[2:])
 
-    return _joined(patch, join, outputs)
+    return _zipped(patch, joined, outputs)
 
 
 def _is_linear(patch: ForwardPatch) -> bool:
@@ -300,31 +303,46 @@ _SIMPLE = (type(None), bool, int, float, str, torch.dtype, torch.device)
 
 def _tensors(patch: ForwardPatch, args: Any, kwargs: Any) -> list[Tensor]:
     """Return the distinct tensors among arguments, in order."""
-    leaves = tree_leaves((args, kwargs))
-    for leaf in leaves:
-        if not isinstance(leaf, (Tensor, *_SIMPLE)):
+    tensors: dict[int, Tensor] = {}
+
+    def look(value: Any) -> None:
+        if isinstance(value, Tensor):
+            tensors[id(value)] = value
+        elif isinstance(value, (tuple, list)):
+            for item in value:
+                look(item)
+        elif isinstance(value, Mapping):
+            for item in value.values():
+                look(item)
+        elif not isinstance(value, _SIMPLE):
             raise TargetError(
-                f"{_name(patch)} got a {type(leaf).__name__}, which may keep state between calls, and rows() would "
+                f"{_name(patch)} got a {type(value).__name__}, which may keep state between calls, and rows() would "
                 "call it once for each adapter: run the rows of each adapter on their own, after activate()"
             )
-    return list({id(leaf): leaf for leaf in leaves if isinstance(leaf, Tensor)}.values())
+
+    look((args, kwargs))
+    return list(tensors.values())
 
 
-def _exchanged(part: Tensor, leaf: Any) -> Any:
-    return part if isinstance(leaf, Tensor) else leaf
+def _exchanged(part: Tensor, value: Any) -> Any:
+    """Return arguments with another tensor in the place of their only one."""
+    if isinstance(value, Tensor):
+        return part
+    if isinstance(value, (tuple, list)):
+        return type(value)([_exchanged(part, item) for item in value])
+    return {key: _exchanged(part, item) for key, item in value.items()} if isinstance(value, Mapping) else value
 
 
-def _joined(patch: ForwardPatch, join: Callable[..., Tensor], outputs: Sequence[Any]) -> Any:
+def _zipped(patch: ForwardPatch, joined: Callable[..., Tensor], outputs: Sequence[Any]) -> Any:
     """Join the outputs of all groups, tensor by tensor."""
-
-    def joined(*leaves: Any) -> Tensor | None:
-        if isinstance(leaves[0], Tensor):
-            return join(*leaves)
-        if leaves[0] is None:
-            return None
-        raise TargetError(f"rows() cannot divide the output of {_name(patch)}, a {type(leaves[0]).__name__}")
-
-    return tree_map(joined, *outputs)
+    first = outputs[0]
+    if isinstance(first, Tensor):
+        return joined(*outputs)
+    if type(first) in (tuple, list):
+        return type(first)([_zipped(patch, joined, several) for several in zip(*outputs, strict=True)])
+    if first is None:
+        return None
+    raise TargetError(f"rows() cannot divide the output of {_name(patch)}, a {type(first).__name__}")
 
 
 # -- The context manager, and its checks -------------------------------------------------------------------------------
