@@ -146,6 +146,13 @@ def test_what_all_parts_share(sharing: str) -> None:
         assert all(map(same, part.init(dtype="float64").values(), (started[renamed(n, first, weight)] for n in own)))
         assert all(map(same, part.merged(own, weights[weight : weight + count]), found[weight : weight + count]))
         in_units = whole.training_plan.part_of(weight)[0]
+        numbers = range(in_units.num_groups)
+        assert [in_units.start_place(k) for k in numbers] == [part.start_place(k) for k in numbers]
+        assert [len(in_units.starts(names)) for names in (None, list(mine)[:1])] == [len(numbers)] * 2
+        assert list(in_units.file_plan.units_for("adam").values()) == list(part.units_for("adam").values())
+        assert in_units.arrays_plan.param_shapes.keys() <= mine.keys()
+        bound = tna.SuperLoRA(config, shapes).part_of(weight)[0].with_base(weights[weight : weight + count])
+        assert not bound.needs_base or sharing == "given"
         assert in_units.to_arrays(in_units.from_arrays(mine)).keys() == mine.keys() == in_units.param_shapes.keys()
         for copied in (in_units, pickle.loads(pickle.dumps(in_units))):
             assert all(map(same, copied.deltas(copied.from_arrays(mine)), part.deltas(own)))

@@ -273,6 +273,8 @@ def on_square(projection: Any, rows: int = 4) -> tna.SuperLoRA:
      "Scatter has size=17, more positions than places: its output has 16 elements; give a size of at"),
     (lambda: on_square(Scatter(positions=(3, 16))),
      "position 16 is beyond its output of 16 elements, whose positions are 0 to 15"),
+    (lambda: tna.maps.TorchScatter(None), "TorchScatter's size must be an integer; got None"),
+    (lambda: Circulant(None), "Circulant's block must be an integer; got None"),
     (lambda: on_square(Tile(cols=5)), "Tile has cols=5, and a weight of 4×4 has 4: give at most 4"),
     (lambda: on_square(Circulant(3)), "Circulant has block=3, which does not divide the 4 rows and 4 columns"),
     (lambda: on_square(["dct2", Scatter(9)]),

@@ -263,7 +263,11 @@ SHAPES = [(1 << 10, 1 << 10, 1 << 10), (1 << 31, 1 << 31), (1 << 62,), (-1, 5)]
 @pytest.mark.law("allocation-limit")
 @pytest.mark.parametrize(
     ("shape", "size", "said"),
-    [*itertools.product(SHAPES, [100], [None, 1 << 30, 1 << 62])],
+    [
+        *itertools.product(SHAPES, [100], [None, 1 << 30, 1 << 62]),
+        ((4, 10, 10), 64 << 20, 400),  # of zeros, of which the array is 400 bytes by all that the archive says
+        ((4, 10, 10), 500, 500),  # 100 bytes more than the header declares
+    ],
 )
 def test_what_arrays_claim_costs_nothing(tmp_path: Path, shape: tuple[int, ...], size: int, said: int | None) -> None:
     refused_cheaply(forged(tmp_path / "a.npz", shape, bytes(size), said))

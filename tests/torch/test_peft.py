@@ -204,16 +204,17 @@ WRONG: list[tuple[dict[str, Any], str]] = [
 
 
 UNKNOWN = {
-    "r": "PEFT's 'r' is 'rank' here, .*settings",
+    "r": r"use settings=\{'rank': …\}",
     "rank": r"use settings=\{'rank': …\}",
-    "lora_alpha": "PEFT's 'lora_alpha' is 'alpha' here, .*settings",
+    "lora_alpha": r"use settings=\{'alpha': …\}",
     "ratio": r"use settings=\{'ratio': …\}",
-    "targets": "There are: .*, target_modules,",
+    "targets": "use target_modules",
+    "keep_trainable": "use modules_to_save",
     "target_parameters": "use target_modules, which also accepts names of parameters",
     "bias": "biases are not trained",
     "target_module": "did you mean 'target_modules'",
     "xyz": "There are: .*, settings, target_modules, exclude_modules, .*, modules_to_save,",
-    "use_dora": "PEFT's 'use_dora' is 'dora' here, a preset",
+    "use_dora": r"use preset='dora' or settings=\{'apply': 'magnitude'\}; .*detach_norm=True",
 }
 
 

@@ -34,7 +34,7 @@ from .composite import CompositeConfig
 from .config import RATE_NAMES, Config, checked_word
 from .group import Group, PlanPart, Shapes, lora_rank, rank_bound, rank_bounds, updates_of_runs
 from .init import Initializer
-from .layout import Layout, Piece, make_layout, require_keys
+from .layout import Layout, Piece, checked_shapes, make_layout, require_keys
 from .network import Network
 from .starting_points import PREFIX, Start, StartPlace
 from .theta import Theta
@@ -264,6 +264,7 @@ class SuperLoRA:
         return [(self._of_part(number), part.first_weight) for number, part in enumerate(self._parts)]
 
     def _of_part(self, number: int) -> SuperLoRA:
+        assert isinstance(self.config, CompositeConfig)
         part = self._parts[number]
         groups = [
             group._replace(pieces=part.layout.of_group(index))
@@ -560,16 +561,18 @@ class SuperLoRA:
 
         given = self.given
         for part in self._parts:
-            given |= from_base(part, self._groups_of(part, self.file_plan.groups), lambda index: weight(index).reshape(-1), on_array)
+            given |= from_base(
+                part, self._groups_of(part, self.file_plan.groups), lambda index: weight(index).reshape(-1), on_array
+            )
         plan = self.with_given(given)
         plan._base_starts = self._starts_of_weights(weight)
         return plan
 
     def _starts_of_weights(self, weight: Callable[[int], np.ndarray]) -> dict[str, np.ndarray]:
         """Compute where the parameters in ``weight_param_shapes`` start."""
-        starts = dict[str, np.ndarray]()
+        starts, first = dict[str, np.ndarray](), self._parts[0].first_weight
         for index in range(len(self.shapes)) if self.weight_param_shapes else ():
-            starts |= self.applying.starts(index, weight(index).astype(np.float64))
+            starts |= self.applying.starts(first + index, weight(index).astype(np.float64))
         for name, start in starts.items():
             if not np.isfinite(start).all():
                 raise ConfigError(f"{name} would start at the norms of a base weight that holds NaN or infinity")

@@ -437,8 +437,6 @@ class OwnStructure(NamedTuple):
         The frozen ones.
     updates : sequence of ModuleUpdate
         The update of each target, from the stored tensors. Required without a config.
-    trained : sequence of str, optional
-        As in :class:`~tnadapt.AdapterFile`.
     notes : tuple of str
     alone : sequence of str
         The names of targets that are updated alone, also where the model ties them.
@@ -451,7 +449,6 @@ class OwnStructure(NamedTuple):
     arrays: Mapping[str, Float] = {}
     given: Mapping[str, Float] = {}
     updates: Sequence[ModuleUpdate] = ()
-    trained: Sequence[str] | None = None
     notes: tuple[str, ...] = ()
     alone: Sequence[str] = ()
     apply: str = "add"
@@ -531,7 +528,7 @@ class PeftMethod:
             given = {name: array.astype(np.float32) for name, array in structure.given.items()}
             file = AdapterFile(
                 structure.config, structure.targets, stored, kept=others.kept, dtypes={**others.dtypes, **kinds},
-                ties=ties, given=given, trained=structure.trained, model=model,
+                ties=ties, given=given, model=model,
             )  # fmt: skip
         return ForeignAdapter(
             "dora" if structure.magnitudes else self.kind, updates, dtype, others.kept, others.dtypes, model, file,

@@ -84,8 +84,8 @@ class PathPatterns:
         self._field, self._values, self._steps = field, list(values.values()), 0
         # Length, places of unescaped dots and start -> text with these dots -> number of the pattern.
         self._texts: dict[tuple[int, tuple[int, ...], int], dict[str, int]] = {}
-        # The other alternatives, each with the number of its pattern and its start.
-        self._others = list[tuple[int, int, Sequence[_Piece]]]()
+        # The other alternatives: the number of the pattern, its start, the texts that a path must have, and its pieces.
+        self._others = list[tuple[int, int, Sequence[str], Sequence[_Piece]]]()
         for number, key in enumerate(values):
             try:
                 for start, pieces in _top_alternatives(key):
@@ -112,15 +112,19 @@ class PathPatterns:
         first = min(self._of_texts(path), default=len(self._values))
         after_dots = {0, *(place + 1 for place, letter in enumerate(path) if letter == ".")}
         starts = {_WHOLE: {0}, _PART: after_dots, _FREE: set(range(len(path) + 1))}
-        for number, start, pieces in self._others:
-            if number < first and len(path) in self._ends(path, starts[start], pieces):
+        self._spend(len(self._others) // 8)
+        for number, start, texts, pieces in self._others:
+            if number >= first or not all(text in path for text in texts):
+                continue
+            if len(path) in self._ends(path, starts[start], pieces):
                 first = number
         return self._values[first] if first < len(self._values) else default
 
     def _add(self, number: int, start: int, pieces: Sequence[_Piece]) -> None:
         """Add one alternative of a pattern."""
         if not all(piece == _DOT or (piece.literal and (piece.low, piece.high) == (1, 1)) for piece in pieces):
-            self._others.append((number, start, pieces))
+            texts = [piece.text for piece in pieces if piece.literal and piece.low]
+            self._others.append((number, start, texts, pieces))
             return
         text = "".join(piece.text for piece in pieces)
         ends = itertools.accumulate(len(piece.text) for piece in pieces)

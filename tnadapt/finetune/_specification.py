@@ -151,7 +151,8 @@ class Spec:
             option, other = ("--data", "--model") if self.model is None else ("--model", "--data")
             raise TnadaptError(f"{option} needs {other}, too; with neither, the data are scikit-learn's digits")
         for name in _OF_DATA:
-            if not str(getattr(self, name) or "-").strip():
+            value = getattr(self, name)
+            if isinstance(value, str) and not (value if name == "separator" else value.strip()):
                 raise TnadaptError(f"--{name.replace('_', '-')} is empty")
         require_data(self.data)
         if not self.model.startswith("timm:"):

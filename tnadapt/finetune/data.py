@@ -684,7 +684,7 @@ def _read_npz(path: Path) -> tuple[dict[str, NDArray[Any]], list[str]]:
     times smaller; other methods of compression have no limit, and neither have headers of later versions.
     """
     arrays, left = dict[str, NDArray[Any]](), LARGEST
-    with path.open("rb") as raw, zipfile.ZipFile(raw) as archive, np.load(raw, allow_pickle=False) as content:
+    with path.open("rb") as raw, zipfile.ZipFile(raw) as archive:
         for entry in archive.infolist():
             name = entry.filename.removesuffix(".npy")
             if name.lower() not in ARRAYS:
@@ -697,12 +697,18 @@ def _read_npz(path: Path) -> tuple[dict[str, NDArray[Any]], list[str]]:
                 if np.lib.format.read_magic(file) != (1, 0):
                     raise ValueError(f"{name} is not a plain NumPy array (.npy version 1.0)")
                 shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+                stored = entry.file_size - file.tell()
             size = math.prod(shape) * dtype.itemsize
-            if min(shape, default=0) < 0 or size > min(left, _DEFLATED * entry.compress_size):
+            most = entry.compress_size * (_DEFLATED if entry.compress_type == zipfile.ZIP_DEFLATED else 1)
+            if min(shape, default=0) < 0 or size > min(left, most):
                 raise ValueError(f"{name} claims {size:,} bytes; all arrays together may have at most 16 GiB")
+            if size != stored:
+                raise ValueError(f"{name} claims {size:,} bytes, and has {stored:,}")
             left -= size
-            arrays[name.lower()] = content[name]
-        return arrays, content.files
+            with archive.open(entry) as file:  # the member that was checked: a name may occur twice
+                arrays[name.lower()] = np.lib.format.read_array(file, allow_pickle=False)
+                file.read(1)  # compares the checksum
+        return arrays, [entry.filename.removesuffix(".npy") for entry in archive.infolist()]
 
 
 def _arrays(path: Path, arrays: Mapping[str, NDArray[Any]], x: str, y: str) -> tuple[NDArray[Any], list[Any]]:

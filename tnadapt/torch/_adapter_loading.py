@@ -232,7 +232,7 @@ def _located(model: nn.Module, file: AdapterFile) -> list[Target]:
         for target in file.targets:
             if wrong.startswith(f"{target.name} is stored as "):
                 wrong += f", and was stored as {target.stored} when it was trained"
-                if not target.transposed:
+                if "which is (in, out)" in wrong and not target.transposed:
                     wrong += (
                         "; if the file was converted, convert it again with base= (--base), the folder of the model"
                     )

@@ -323,10 +323,15 @@ def strategy_of(
             f"{target.name} belongs to a quantized embedding, {type(owner).__name__}, whose forward tnadapt does not "
             "know as a lookup: leave it out of the targets, or register its type with tnadapt.torch.register_quantized"
         )
+    if quantized and looks_up and not applying.additive:
+        raise ConfigError(
+            f"apply={config.apply!r} of {target.label} does more than add rows of ΔW, and the embedding is quantized: "
+            "use apply='add', or leave it out of the targets"
+        )
     if quantized and wanted == "weight":
         raise ConfigError(f"strategy='weight' cannot add to {target.name}, which is quantized: use 'additive'")
     if looks_up and activation is None:
-        return _of_lookup(wanted, plan, index, target, config, applying, quantized)
+        return _of_lookup(wanted, plan, index, target, config, applying)
     # Adding to the output must be equivalent to changing the weight, which is known only for linear forwards.
     linear = type(owner).forward is nn.Linear.forward or type(owner).__name__ == "Conv1D"
     linear = linear or (quantized and not embeds and not isinstance(owner, nn.modules.conv._ConvNd))
@@ -402,14 +407,9 @@ def strategy_of(
 
 
 def _of_lookup(
-    wanted: str, plan: SuperLoRA, index: int, target: Target, config: Config, applying: Applying, quantized: bool
+    wanted: str, plan: SuperLoRA, index: int, target: Target, config: Config, applying: Applying
 ) -> tuple[str, Factoring | None]:
     """Return the strategy for an embedding, whose updates can be looked up like its weight."""
-    if quantized and not applying.additive:
-        raise ConfigError(
-            f"apply={config.apply!r} of {target.label} does more than add rows of ΔW, and the embedding is quantized: "
-            "use apply='add', or leave it out of the targets"
-        )
     if not applying.additive:
         if wanted in ("auto", "weight"):
             return "weight", None

@@ -41,7 +41,7 @@ def layout_of(parent: Any, weight: str = "") -> AttentionLayout | None:
 # checked against the width of the output projection. Where the name is ambiguous, the caller must give the rows.
 
 
-def _in_use(names: Sequence[str]) -> list[str]:
+def _in_use(names: Sequence[str], has_weight: Callable[[str], bool]) -> list[str]:
     """Drop the separate projections that diffusers keeps next to a fused copy and no longer reads."""
     parsed = {name: roles.parse_projection_name(name, attention=True) for name in names}
 
@@ -49,7 +49,10 @@ def _in_use(names: Sequence[str]) -> list[str]:
         return projection.family.startswith("add_") or "added" in projection.family
 
     fused = {
-        (stream(says), letter) for says in parsed.values() if says and len(says.letters) > 1 for letter in says.letters
+        (stream(says), letter)
+        for name, says in parsed.items()
+        if says and len(says.letters) > 1 and has_weight(name)
+        for letter in says.letters
     }
     return [name for name, says in parsed.items() if says is None or (stream(says), says.letters) not in fused]
 
@@ -87,7 +90,9 @@ class TargetSearch(roles.ModuleTree[Weight]):
     def children(self, path: str) -> list[str]:
         module = self.modules[path]
         names = [*module._parameters, *(name for name, child in module._modules.items() if child is not None)]
-        return _in_use(names) if getattr(module, "fused_projections", False) else names
+        if not getattr(module, "fused_projections", False):
+            return names
+        return _in_use(names, lambda name: bool(self.projections(path, name)))
 
     def projections(self, path: str, child: str) -> list[Weight]:
         """Return the weights of a projection, which PEFT may wrap, or which a norm, pooling or convolution is next to.

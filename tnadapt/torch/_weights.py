@@ -391,8 +391,9 @@ def token_targets(model: nn.Module, tokens: Iterable[int], module: str | None = 
 def _embedding(model: nn.Module, path: str | None) -> Target:
     """Return the whole weight of a model's token embedding."""
     embeddings = {name: module for name, module in modules_of(model) if is_embedding(module)}
-    reported = reported_by(model, "get_input_embeddings") if path is None else embeddings.get(path, model)
+    reported = reported_by(model, "get_input_embeddings")
     names = [name for name, module in embeddings.items() if reported is None or module is reported]
+    names = names if path is None else [name for name in embeddings if name == path]
     if len(names) != 1:
         which = "which embedding has the tokens is unclear" if path is None else f"{safe_repr(path)} is no embedding"
         raise TargetError(

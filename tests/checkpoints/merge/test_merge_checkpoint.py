@@ -118,13 +118,12 @@ def test_dtypes_that_numpy_lacks_pass_through(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "model.safetensors").read_bytes().endswith(b"abc")
 
 
-@pytest.mark.parametrize("ways", ["copy_file_range", "sendfile", "hand"])
+@pytest.mark.parametrize("ways", ["copy_file_range", "hand"])
 def test_every_way_of_copying(ways: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base, adapter, _ = small(tmp_path, 2)
     tna.merge(base, adapter, tmp_path / "expected")
     left = {
         "copy_file_range": copying._WAYS[:1],
-        "sendfile": [raising(errno.EXDEV), *copying._WAYS[1:]],
         "hand": [raising(errno.ENOSYS), lambda *arguments: 0, copying._by_hand],
     }[ways]
     monkeypatch.setattr(copying, "_WAYS", left)

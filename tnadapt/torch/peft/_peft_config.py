@@ -17,7 +17,7 @@ from tnadapt.algebra.config import Config
 from tnadapt.algebra.named_config import require_preset
 from tnadapt.algebra.starting_points import STARTS
 from tnadapt.argument_checks import flag
-from tnadapt.errors import BackendError, ConfigError, TargetError, UnexpectedKeywordError, keyword_hint, safe_repr, warn
+from tnadapt.errors import BackendError, ConfigError, TargetError, UnexpectedKeywordError, safe_repr, warn
 from tnadapt.targets.roles import are_roles, ends_in, path_matcher
 from tnadapt.targets.target import Target
 from tnadapt.torch._attach import check_form
@@ -65,8 +65,21 @@ class _PeftTypeName(str):
 
 #: Keywords of PEFT's other configs that are named differently here than in :func:`tnadapt.torch.attach`.
 _ELSEWHERE = {
+    "r": "use settings={'rank': …}",
+    "rank": "use settings={'rank': …}",
+    "lora_alpha": "use settings={'alpha': …}",
+    "init_lora_weights": "use init_weights",
+    "targets": "use target_modules",
+    "keep_trainable": "use modules_to_save",
+    "cfg": "use settings",
+    "config": "use settings",
     "target_parameters": "use target_modules, which also accepts names of parameters",
+    "dtype": "the arrays are float32, or of the base's dtype after get_peft_model(…, autocast_adapter_dtype=False)",
     "bias": "biases are not trained; use modules_to_save for modules that are trained whole",
+    "lora_dropout": "use dropout",
+    "use_rslora": "α/√r is not supported; use settings={'alpha': …}, which is divided by the rank",
+    "use_dora": "use preset='dora' or settings={'apply': 'magnitude'}; PEFT's gradient needs detach_norm=True",
+    "fan_in_fan_out": "leave it out: how a weight is stored is read from its module",
 }
 
 
@@ -264,9 +277,8 @@ class TnadaptConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not l
 
 def _instead(name: str, known: list[str]) -> str:
     """Return what to write instead of an unknown keyword."""
-    hint = _ELSEWHERE.get(name) or keyword_hint(name)
-    if hint is not None:
-        return f"{hint}; settings={{…}} takes the fields of a Config"
+    if name in _ELSEWHERE:
+        return _ELSEWHERE[name]
     if name in Config.__dataclass_fields__:
         return f"use settings={{{name!r}: …}}"
     close = difflib.get_close_matches(name, known, n=1)
