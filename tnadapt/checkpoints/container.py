@@ -470,7 +470,7 @@ def read_header(content: bytes, foreign: bool) -> tuple[dict[str, Entry], Metada
 
     Notes
     -----
-    In addition to the entries, of a few hundred bytes each, it takes a small multiple of the memory of the text. :mod:`json`
+    The entries take a few hundred bytes each, and the rest a small multiple of the memory of the text. :mod:`json`
     would need up to 25 times as much.
 
     Examples

@@ -1,4 +1,4 @@
-"""Limits and convergence: when an iteration stops, and why; the fit that it returns, its error, bound and certificate.
+"""Convergence: when an iteration stops, and why; the fit that it returns; the search for the smallest rank of an error.
 
 Every solver counts its steps with an :class:`Iteration`, and every decomposition returns a :class:`Fit`, of which
 :class:`FitOutcome` is what users see. :func:`smallest_within` searches the smallest rank whose fit keeps to an error.

@@ -1,4 +1,4 @@
-"""The adapters on a model: listed, mixed, trimmed while idle, removed; the base prepared while there are any.
+"""The adapters on a model: listed, mixed, removed; its methods intercepted while there are any, such as TRL's for vLLM.
 
 :func:`attached` lists them, and :func:`mix` sets their weights. :func:`freeze`, :func:`prepare` and
 :func:`install_methods` change the model for an adapter; :func:`let_go` and :func:`let_go_merged` undo it.
