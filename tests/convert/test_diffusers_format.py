@@ -333,9 +333,7 @@ def test_the_rank_is_padded_to_one_that_vllm_takes(rank: int, served: int, tmp_p
 def test_what_vllm_does_not_serve_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"apply='magnitude' of this adapter does more than add ΔW .*vllm-lora"):
         tna.convert(made(tna.presets.dora(rank=2)), to="vllm")
-    with pytest.raises(
-        ConfigError, match=r"'stem.conv' has a kernel of 2 dimensions, and vLLM has lora only for matrices"
-    ):
+    with pytest.raises(ConfigError, match=r"'stem.conv' is a convolution, and vLLM has no lora of convolutions: merge"):
         tna.convert(made(tna.presets.lora(2), CONVS), to="vllm")
     wide = {"layers.0.q_proj": (1200, 1200)}
     with pytest.raises(ConfigError, match="the LoRA of this adapter has rank 513, and vLLM takes ranks up to 512"):

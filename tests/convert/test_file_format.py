@@ -130,7 +130,7 @@ def test_what_a_format_does_not_say_it_can_hold_is_refused() -> None:
     lora = tna.presets.lora(1)
     kept = dataclasses.replace(made(lora), kept={"head.weight": np.ones((2, 2), "f4")})
     for file, message in (
-        (made(lora, CONVS), r"'stem\.conv' has a kernel of 2 dimensions, and the npz library has lora only for m"),
+        (made(lora, CONVS), r"'stem\.conv' is a convolution, and the npz library has no lora of convolutions: m"),
         (
             adapter_on([tna.Target("a.q", (4, 4), transposed=True)], lora),
             r"'a\.q' is stored as \(in, out\), and the npz library has no lora for such a layer",
