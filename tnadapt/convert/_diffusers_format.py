@@ -173,7 +173,9 @@ def one_number(path: str, alpha: Float) -> float:
     return float(alpha.reshape(()))
 
 
-def written_component(form: str, part: str | None, source: str, paths: Sequence[str]) -> str:
+def written_component(
+    form: str, part: str | None, source: str, paths: Sequence[str], parts: Sequence[str] = COMPONENTS
+) -> str:
     """Return the component to write, by diffusers' name.
 
     Parameters
@@ -186,6 +188,8 @@ def written_component(form: str, part: str | None, source: str, paths: Sequence[
         The part that was read; "" if the source has no parts.
     paths : sequence of str
         Paths of the modules.
+    parts : sequence of str
+        The format's names of parts, for messages.
 
     Raises
     ------
@@ -204,8 +208,8 @@ def written_component(form: str, part: str | None, source: str, paths: Sequence[
     if here is None:
         raise ConfigError(
             f"a file of {form} names the part of the pipeline that its adapter belongs to, and the module names do not "
-            f"show which one this is: {summarize(paths)}. Give it, for example {_choice(COMPONENTS[0])}; the parts are "
-            f"{', '.join(COMPONENTS)}"
+            f"show which one this is: {summarize(paths)}. Give it, for example {_choice(parts[0])}; the parts are "
+            f"{', '.join(parts)}"
         )
     return here
 
@@ -214,7 +218,7 @@ def written_prefix(form: str, part: str | None, source: str, paths: Sequence[str
     """Return the component to write, by kohya's prefix; the parameters are those of :func:`written_component`."""
     if part in PREFIXES or (part is None and source in PREFIXES):
         return part or source
-    component = written_component(form, part, source, paths)
+    component = written_component(form, part, source, paths, PREFIXES)
     known = _PREFIXES_OF[component]
     if not known:
         raise ConfigError(f"{form} has no prefix for {component}; its prefixes are {', '.join(PREFIXES)}")

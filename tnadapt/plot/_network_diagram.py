@@ -313,7 +313,7 @@ def _draw_splits(
             axes.text(x - _BETWEEN / 2, y, sign, va="center", fontsize=17, **style)
         if k == last and omitted:
             words = f"⋯ {omitted} more splits"
-            axes.text(x + part.width / 2, y + part.above + 0.45, words, fontsize=_POINTS, **style)
+            axes.text(x - _BETWEEN / 2, y + part.above + 0.45, words, fontsize=_POINTS, **style)
         x += part.width + _BETWEEN
         if stacked or k == last:
             top = y - _BELOW
