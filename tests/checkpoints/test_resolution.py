@@ -43,6 +43,11 @@ def test_one_prefix_more_or_less_is_found_and_an_exact_name_goes_before_it(tmp_p
         found = resolve(open_checkpoint(base), file)
         assert [(t.name, t.role, t.stored) for t in found.targets] == [(name, "q", (6, 4))]
         assert bool(found.how) == renamed
+    names = {f"{side}.{n}.attn.q.weight": (6, 4) for side in ("enc", "dec") for n in (0, 1)}
+    with pytest.raises(tna.FileError, match=r"'dec.0.attn.q.weight', 'enc.0.attn.q.weight'.* it is unclear which"):
+        resolve(
+            open_checkpoint(stored(tmp_path / "two", names)), cp.adapter(P.lora(1), targets_of("0.attn.q", "1.attn.q"))
+        )
 
 
 def test_a_parameter_of_the_model_itself(tmp_path: Path) -> None:
