@@ -303,6 +303,8 @@ def test_a_map_of_each_weight_needs_whole_weights() -> None:
     config = dense_config("dct2", on="weight", groups=2)
     assert tna.SuperLoRA(config, [(2, 3), (3, 2)]).num_groups == 2  # the cut is between the weights
     assert tna.SuperLoRA(config.replace(groups=1), SHAPES).num_parameters == 64
+    # Weights of one size and other shapes differ in their coefficients: 6 × 6 and 4 × 10.
+    assert tna.SuperLoRA(dense_config("wavelet", on="weight", groups="weight"), [(5, 6), (3, 10)]).num_parameters == 76
 
 
 @pytest.mark.law("projection-lengths")
