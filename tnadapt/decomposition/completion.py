@@ -493,7 +493,7 @@ def fit_observed(
     Fit
         The best descent's.
     """
-    kind = np.result_type(wanted.dtype, np.float64)
+    dtype = np.result_type(wanted.dtype, np.float64)
     target = wanted if roots is None else wanted * roots
     norm = float(np.linalg.norm(target))
     best: Descent | None = None
@@ -515,13 +515,13 @@ def fit_observed(
         return damped_gauss_newton(residual, jacobian, begun, norm, few, lambda _, error: steps.note(error))
 
     for start in starts:
-        begun = elements.flat(balanced(elements, start)).astype(kind)
+        begun = elements.flat(balanced(elements, start)).astype(dtype)
         latest = descent(begun, min(limits.iterations, left - len(steps.history)))
         same = best is not None and abs(latest.error - best.error) <= _SAME * best.error
         better = best is None or latest.error < best.error
         agreeing = agreeing + 1 if same else 1 if better else agreeing
         best = latest if better or best is None else best
-        exact = best.error <= _ROUNDING * float(np.finfo(kind).eps) * norm
+        exact = best.error <= _ROUNDING * float(np.finfo(dtype).eps) * norm
         if agreeing == _AGREE or len(steps.history) >= left or exact or steps.stopped:
             break
     assert best is not None

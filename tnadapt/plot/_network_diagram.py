@@ -89,13 +89,13 @@ class _SplitDrawing:
 
     def __init__(self, group: Group, k: int) -> None:
         prefix, split = group.network.prefixes[0][k], group.network.splits[k]
-        own = split.own if isinstance(split, Permuted) else split
+        tensor_format = split.own if isinstance(split, Permuted) else split
         names = {**group.names, **group.frozen_names}
-        self.names = {name: names[prefix + name] for name in own.shapes}
+        self.names = {name: names[prefix + name] for name in tensor_format.shapes}
         self.frozen = {full for name, full in group.frozen_names.items() if name not in group.multiplied}
-        formula = Formula.parsed(own.formula, len(own.shapes), len(own.sizes))
-        self.sizes, self.modes = formula.sizes(list(own.shapes.values())), formula.output
-        self.arrays = dict(zip(own.shapes, formula.inputs, strict=True))
+        formula = Formula.parsed(tensor_format.formula, len(tensor_format.shapes), len(tensor_format.sizes))
+        self.sizes, self.modes = formula.sizes(list(tensor_format.shapes.values())), formula.output
+        self.arrays = dict(zip(tensor_format.shapes, formula.inputs, strict=True))
         self.holders = {i: [name for name, indices in self.arrays.items() if i in indices] for i in self.sizes}
         self.modeless = [name for name, indices in self.arrays.items() if not set(indices) & set(self.modes)]
         self.nodes, self.lines = dict[str, _Node](), list[_Line]()
@@ -132,11 +132,11 @@ class _SplitDrawing:
 
     def _add(self, name: str, places: Sequence[float], y: float) -> None:
         word = name.rstrip("0123456789")
-        kind = "train" if word == "core" != name else word if word in _LOOKS else "array"
-        number = str(list(self.arrays).index(name)) if kind == "array" else name.removeprefix(word)
-        symbol = f"${_LOOKS[kind].letter}_{{{number}}}$" if number else f"${_LOOKS[kind].letter}$"
+        look = "train" if word == "core" != name else word if word in _LOOKS else "array"
+        number = str(list(self.arrays).index(name)) if look == "array" else name.removeprefix(word)
+        symbol = f"${_LOOKS[look].letter}_{{{number}}}$" if number else f"${_LOOKS[look].letter}$"
         full = self.names[name]
-        self.nodes[name] = _Node(full, kind, symbol, min(places), max(places), y, full in self.frozen)
+        self.nodes[name] = _Node(full, look, symbol, min(places), max(places), y, full in self.frozen)
 
     def _join(self, index: str) -> None:
         """Draw an index of arrays in the row; that of one of them and one above it is drawn with the latter."""

@@ -479,10 +479,10 @@ def _check_matrix(targets: Sequence[Target], numbers: Sequence[int]) -> None:
         strides.setdefault(rows.stride, number)
         spans.append((rows.start, rows.start + rows.length, number))
     if len(strides) > 1:
-        one, two = sorted(strides.values())[:2]
+        first, other = sorted(strides.values())[:2]
         raise TargetError(
-            f"targets {one} and {two} have rows of {safe_repr(targets[one].name)} in blocks of different lengths "
-            f"({_words(targets[one])}; {_words(targets[two])}): give all rows of a weight in blocks of one length"
+            f"targets {first} and {other} have rows of {safe_repr(targets[first].name)} in blocks of different lengths "
+            f"({_words(targets[first])}; {_words(targets[other])}): give all rows of a weight in blocks of one length"
         )
     spans.sort()
     for (_, stop, number), (start, _, other) in itertools.pairwise(spans):

@@ -18,8 +18,8 @@ from ._tensor_chains import TRTensor, TTMatrix, TTTensor
 
 def _normal(random_state: Any, backend: str, dtype: str, device: Any) -> Callable[..., Array]:
     """Return a function that draws normal arrays of a library and dtype."""
-    given = isinstance(random_state, np.random.Generator)
-    rng = random_state if given else np.random.default_rng(seed_of(random_state))
+    is_generator = isinstance(random_state, np.random.Generator)
+    rng = random_state if is_generator else np.random.default_rng(seed_of(random_state))
     library = load_backend(backend)
 
     def draw(*shape: int) -> Array:

@@ -173,9 +173,11 @@ class TargetSearch(roles.ModuleTree[Weight]):
             return [target for attention in self.attentions for target in self.targets_of(attention, word)]
         if word not in roles.KEYWORDS:
             return self._by_expression(word)
-        kind = {"all-linear": "linear", "embeddings": "embedding", "conv": "conv"}[word]
+        layer_type = {"all-linear": "linear", "embeddings": "embedding", "conv": "conv"}[word]
         heads = self._heads() if word == "all-linear" else ()
-        return [_whole(weight) for weight in self.weights if weight.kind == kind and id(weight.module) not in heads]
+        return [
+            _whole(weight) for weight in self.weights if weight.kind == layer_type and id(weight.module) not in heads
+        ]
 
     def _heads(self) -> set[int]:
         """Return ids of the output head's modules: what the model reports, or the last layer of a child so named."""

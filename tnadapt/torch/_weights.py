@@ -319,10 +319,10 @@ def _weight(path: str, module: Any) -> Weight | None:
     if any(cls.__name__ == "Conv1D" for cls in type(module).__mro__) and getattr(module, "nf", None) is not None:
         stored = tuple(weight.shape) if has_numbers else (module.nx, module.nf)
         return Weight(path, "weight", module, stored, "linear", transposed=True)
-    kind = "embedding" if embeds else "other"
+    weight_kind = "embedding" if embeds else "other"
     if not has_numbers:
-        return Weight(path, "weight", module, None, kind)
-    return Weight(path, "weight", module, tuple(weight.shape), kind) if weight.ndim == 2 else None
+        return Weight(path, "weight", module, None, weight_kind)
+    return Weight(path, "weight", module, tuple(weight.shape), weight_kind) if weight.ndim == 2 else None
 
 
 def join(path: str, name: str) -> str:
