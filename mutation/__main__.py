@@ -13,6 +13,7 @@ import tempfile
 import time
 import tomllib
 import traceback
+from collections import Counter
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -20,7 +21,7 @@ from typing import Any
 
 from . import report
 from .judging import Judge
-from .mutants import Module, Mutant
+from .mutants import Module, Mutant, changed_lines
 from .operators import left_out, operators
 from .reach import Reach
 from .running import Tree, preload
@@ -43,7 +44,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     out: Path = asked.out or (LEFT_OUT if asked.left_out else CHOSEN)
     before = _read(out)
     codes = {path: hashlib.sha256(module.code.encode()).hexdigest()[:12] for path, module in modules.items()}
-    chosen = _chosen(modules, asked.seed, asked.sample)
+    eligible = [mutant for module in modules.values() for mutant in module.mutants]
+    if asked.since:
+        lines = {path: changed_lines(ROOT, path, asked.since) for path in modules}
+        eligible = [mutant for mutant in eligible if mutant.line in lines[mutant.module]]
+    chosen = _chosen(eligible, asked.seed, asked.sample)
     if not asked.report:
         mine = chosen[asked.shard[0] :: asked.shard[1]]
         reasoned = {key for key, entry in _known().items() if entry["kind"] != "gap"}
@@ -65,8 +70,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     judged = [records[key] for key in keys if records.get(key, {}).get("status", "void") != "void"]
     known = _known()
     void = {record["key"] for record in records.values() if record["status"] == "void"}
-    there = {path: sum(m.key not in void for m in module.mutants) for path, module in modules.items()}
-    run = {"seed": asked.seed, "cosmic-ray": version("cosmic-ray"), "Python": platform.python_version()}
+    counts = Counter(mutant.module for mutant in eligible if mutant.key not in void)
+    there = {path: counts[path] for path in modules}
+    run = {"lines changed since": asked.since} if asked.since else {}
+    run |= {"seed": asked.seed, "cosmic-ray": version("cosmic-ray"), "Python": platform.python_version()}
     rest = [record for record in _read(LEFT_OUT).values() if record["status"] != "void"]
     more = report.Rest(rest, sum(len(Module(ROOT, path, left_out()).mutants) for path in groups)) if rest else None
     out.with_suffix(".md").write_text(report.page(judged, known, there, run, more), encoding="utf-8")
@@ -85,6 +92,7 @@ def _parser() -> argparse.ArgumentParser:
         "modules", nargs="*", help="files of tnadapt/, such as algebra/folding.py; default: all in modules.toml"
     )
     given.add_argument("--sample", type=int, metavar="N", help="run N mutants, drawn at random")
+    given.add_argument("--since", metavar="COMMIT", help="mutate only the lines that have changed since this commit")
     given.add_argument("--seed", type=int, default=0, help="seed of the sample")
     given.add_argument("--shard", type=_shard, default=(0, 1), metavar="I/N", help="every Nth mutant, from the Ith on")
     given.add_argument("--processes", type=int, default=1, metavar="N")
@@ -141,13 +149,13 @@ def _test_files(patterns: Sequence[str]) -> list[str]:
     return list(files)
 
 
-def _chosen(modules: dict[str, Module], seed: int, sample: int | None) -> list[Mutant]:
+def _chosen(mutants: Sequence[Mutant], seed: int, sample: int | None) -> list[Mutant]:
     """Return the mutants in a random order that does not depend on which others exist."""
 
     def place(mutant: Mutant) -> str:
         return hashlib.sha256(f"{seed} {mutant.key}".encode()).hexdigest()
 
-    return sorted((mutant for module in modules.values() for mutant in module.mutants), key=place)[:sample]
+    return sorted(mutants, key=place)[:sample]
 
 
 def _read(out: Path) -> dict[str, dict[str, Any]]:

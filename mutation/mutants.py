@@ -6,6 +6,8 @@ import ast
 import dataclasses
 import difflib
 import hashlib
+import re
+import subprocess
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from functools import cached_property
@@ -17,7 +19,7 @@ from cosmic_ray.mutating import mutate_code
 
 from .operators import operators
 
-__all__ = ["Module", "Mutant"]
+__all__ = ["Module", "Mutant", "changed_lines"]
 
 _OPERATORS = operators()
 
@@ -156,6 +158,15 @@ class Module:
             if isinstance(node, ast.Assign) and node in self._tree.body and _alias(node.value):
                 found.append(node.value)
         return [((n.lineno, n.col_offset), (n.end_lineno, n.end_col_offset)) for n in found]  # type: ignore[attr-defined]
+
+
+def changed_lines(root: Path, path: str, since: str) -> set[int]:
+    """Return the numbers of a file's lines that git says have changed since a commit."""
+    command = ["git", "blame", "-s", f"{since}..HEAD", "--", path]
+    blame = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout
+    # Each line begins with the commit that last changed it; "^" marks those that are as old as the given commit.
+    numbers = re.findall(r"^[0-9a-f]+ (?:\S+ +)?(\d+)\)", blame, re.MULTILINE)
+    return set(map(int, numbers))
 
 
 def _alias(node: ast.expr) -> bool:

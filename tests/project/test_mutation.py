@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from cosmic_ray.mutating import mutate_code
 
 from mutation import report
 from mutation.__main__ import ROOT, _groups
-from mutation.mutants import Module
+from mutation.mutants import Module, changed_lines
 from mutation.operators import DropKeyword, DropStatement, NegateIn, ReturnNone
 from mutation.reach import Reach
 
@@ -81,6 +82,23 @@ def test_a_key_outlives_changes_elsewhere_in_the_file(tmp_path: Path) -> None:
     after = module_of(tmp_path, moved).mutants
     assert {mutant.key for mutant in before} <= {mutant.key for mutant in after}
     assert max(Counter(mutant.key for mutant in after).values()) == 1
+
+
+def test_changed_lines_are_those_of_later_commits(tmp_path: Path) -> None:
+    def git(*arguments: str) -> None:
+        identity = ["-c", "user.name=Tester", "-c", "user.email=tester@example.org"]
+        subprocess.run(["git", *identity, *arguments], cwd=tmp_path, check=True, capture_output=True)
+
+    git("init")
+    (tmp_path / "old.py").write_text("a = 1\nb = 2\nc = 3\nd = 4\n")
+    git("add", ".")
+    git("commit", "-m", "first")
+    git("tag", "first")
+    assert changed_lines(tmp_path, "old.py", "first") == set()
+    git("mv", "old.py", "new.py")
+    (tmp_path / "new.py").write_text("a = 1\nb = 0\nc = 3\nd = 4\ne = 5\n")
+    git("commit", "-am", "second")
+    assert changed_lines(tmp_path, "new.py", "first") == {2, 5}
 
 
 def test_lines_that_run_on_import_in_tests_and_in_their_processes_are_reached(tmp_path: Path) -> None:
