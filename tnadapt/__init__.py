@@ -2,7 +2,7 @@
 
 The updates of all chosen weights are one long vector, cut into groups; each group is
 ``F(scale * kron_k(core_k x_1 A_k1 … x_M A_kM))``, unfolded and cut to length (SuperLoRA, arXiv 2403.11887).
-Importing this imports no framework.
+Importing tnadapt imports no framework.
 """
 
 from typing import TYPE_CHECKING
