@@ -506,7 +506,7 @@ def _check_known(file: AdapterFile, about: Pretrained, built: str, random: froze
 def _own_folder(
     where: str | os.PathLike[str], path: Path, revision: str | None, token: str | bool | None
 ) -> str | None:
-    """Return the folder with the files of the adapter's own tokenizer or processor; None if there are none."""
+    """Return the folder with the files of the adapter's own tokenizer or processor, or None if there are none."""
     if saving.is_repository(where):
         folder = saving.processor_folder(str(where), revision, token)
     elif path.name == saving.FILE_NAME:

@@ -307,12 +307,10 @@ def attach(
 
 
 def _warn_of_useless_rank(plan: SuperLoRA, targets: Sequence[Target]) -> None:
-    """Warn of a rank beyond which the updates gain nothing, as they can be any already.
-
-    Of frozen arrays, and of arrays that θ makes, more can be useful whatever the sizes: nothing is said about those,
-    nor about the default of a preset.
-    """
+    """Warn of a rank that is larger than needed for the updates to be arbitrary matrices."""
     config = plan.config
+    # More frozen arrays, or arrays made from θ, can be useful whatever the sizes: no warning about those, nor about the
+    # default of a preset.
     if isinstance(config, CompositeConfig) or config.sources or config.before is not None:
         return
     rank, most = config.rank, useful_rank(group for group, _ in plan.alike)
@@ -452,10 +450,8 @@ def _plan(request: AttachRequest, targets: Sequence[Target]) -> SuperLoRA:
 
 
 def _forms(request: AttachRequest, targets: Sequence[Target], plan: SuperLoRA) -> list[Form]:
-    """Choose how each weight uses its update.
-
-    A tied weight has several forms, one for each name. Those of the first names come first, in order of the targets.
-    """
+    """Choose how each weight uses its update, and a tied weight under each of its names."""
+    # The forms of the first names come first, in order of the targets.
     model, paths = request.model, paths_of(request.model)
     places = [*enumerate(targets)]
     places += [(index, other) for index, target in enumerate(targets) for other in target.tied_targets()]

@@ -773,11 +773,9 @@ class ArrayCache:
         return new
 
     def _snapshots_of(self, names: Sequence[str], arrays: Sequence[Tensor]) -> dict[str, Snapshot]:
-        """Return snapshots of arrays, reusing existing ones that are equal.
-
-        Entries of several weights, with and without gradients, refer to the same arrays and would otherwise hold one
-        copy each. A copy is never written to; an array that has changed gets a new one.
-        """
+        """Return snapshots of arrays, reusing existing ones that are equal."""
+        # Entries of several weights, with and without gradients, refer to the same arrays and would otherwise hold one
+        # copy each. A copy is never written to; an array that has changed gets a new one.
         snapshots = {}
         for name, array in zip(names, arrays, strict=True):
             key = name, torch.is_inference_mode_enabled()

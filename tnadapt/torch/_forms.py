@@ -640,10 +640,8 @@ def _can_sum_in_blocks(stored: Tensor, target: Target, delta: Tensor) -> bool:
 
 
 def _sum_in_blocks(stored: Tensor, delta: Tensor) -> Tensor:
-    """Return ``(stored.float() + delta).to(stored.dtype)``, block by block.
-
-    The plain expression writes two arrays of four bytes an element, whose memory is new from the system at each call.
-    """
+    """Return ``(stored.float() + delta).to(stored.dtype)``, computed block by block."""
+    # The plain expression would allocate two float32 arrays, in memory that the system maps anew in each call.
     total = torch.empty_like(stored)
     with torch.no_grad():
         parts = zip(*(torch.split(tensor.reshape(-1), BLOCK) for tensor in (total, stored, delta)), strict=True)

@@ -159,11 +159,9 @@ def scaled(state: AdapterState, value: Tensor) -> Tensor:
 
 
 def _refuse_reentrant(state: AdapterState) -> None:
-    """Raise a RuntimeError where DistributedDataParallel would silently compute wrong gradients.
-
-    Reentrant checkpointing runs a separate backward pass for each region. DistributedDataParallel takes the first one
-    for the complete gradient of an array that several regions share, unless it was told that the graph is static.
-    """
+    """Raise a RuntimeError where DistributedDataParallel would silently compute wrong gradients."""
+    # Reentrant checkpointing runs a separate backward pass for each region. DistributedDataParallel takes the first one
+    # for the complete gradient of an array that several regions share, unless it was told that the graph is static.
     # A pass that began with gradients but runs without them here is inside reentrant checkpointing.
     if not state.cache.began_with_gradients or torch.is_grad_enabled():
         return
@@ -276,15 +274,7 @@ class PassHooks:
 
 
 def _warn_idle(state: AdapterState, args: Any, output: Any) -> None:
-    """Warn once if a forward pass in training mode is part of a training that cannot change an adapter.
-
-    Parameters
-    ----------
-    state : AdapterState
-        An adapter that did not act in the pass.
-    args, output : any
-        Those of the pass. A caller whose inputs require gradients may want these alone.
-    """
+    """Warn once if a training pass, in which an adapter did not act, belongs to a training that cannot change it."""
     if state.idle_warned or not state.enabled or state.shares_weights or not torch.is_grad_enabled():
         return
     # Whoever trains one adapter with another merged or inactive has chosen so.
@@ -292,6 +282,7 @@ def _warn_idle(state: AdapterState, args: Any, output: Any) -> None:
     if any(other.merged is None and mixing_weight(other) != 0.0 for other in others):
         return
     trained = any(parameter.requires_grad for _, parameter in _state.named_parameters(state))
+    # A caller whose inputs require gradients may want only those.
     if not trained or not _has_gradient(output) or _has_gradient(args):
         return
     state.idle_warned = True

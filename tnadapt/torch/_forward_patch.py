@@ -573,7 +573,7 @@ class ForwardPatch:
         return y
 
     def _stored(self, slot: AdapterSlot) -> Tensor | None:
-        """Return the base weight of a slot as the module has it now; None if it is quantized."""
+        """Return the base weight of a slot as the module has it now, or None if it is quantized."""
         patched = None if slot.quantized else self._patched(slot)
         return None if patched is None else patched.tensor
 
@@ -643,12 +643,10 @@ class ForwardPatch:
         return type(self.host).forward(self.host, *args, **kwargs)
 
     def _shadowed(self, slots: list[AdapterSlot], args: Any, kwargs: Any) -> Any:
-        """Run the original forward, with the sum in the place where it reads the weight.
-
-        Python looks up an attribute in the instance's ``__dict__`` first and calls ``Module.__getattr__``, which finds
-        parameters, only if it is missing. So a sum in ``__dict__`` shadows the parameter for ``self.weight``, while the
-        parameter stays registered and unchanged: ``parameters()`` and the state dict never show the sum.
-        """
+        """Run the original forward with the sum shadowing the weight that it reads."""
+        # Python looks up an attribute in the instance's ``__dict__`` first and calls ``Module.__getattr__``, which
+        # finds parameters, only if it is missing. So a sum in ``__dict__`` shadows the parameter for ``self.weight``,
+        # while the parameter stays registered and unchanged: ``parameters()`` and the state dict never show the sum.
         read = [patched for patched in self.weights if patched.among(slots)]
         names = [(patched.owner, patched.parameter) for patched in read]
         sums = [changed_parameter(self, patched, patched.among(slots)) for patched in read]

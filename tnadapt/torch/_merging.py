@@ -300,10 +300,8 @@ def merge(adapter: AdapterState, max_error: float | None = None) -> None:
 
 
 def _prepared(adapter: AdapterState) -> tuple[list[Merged], list[Callable[[], None]], RequantizationReport]:
-    """Return what is kept of each target, the calls that write all sums, and the report; change nothing.
-
-    Everything is computed and checked here, before the first weight is changed.
-    """
+    """Return what is kept of each target, the calls that write all sums, and the report, without any change."""
+    # Everything is computed and checked here, before the first weight is changed.
     plain: dict[int, Tensor] = {}
     quantized: dict[int, tuple[QuantizedLayer, list[int]]] = {}
     for index in range(len(adapter.targets)):

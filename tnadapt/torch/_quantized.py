@@ -641,11 +641,9 @@ class GPTQEmbedding(GPTQLayer):
 
 
 def _less_one(layer: Any) -> bool:
-    """Return whether the layer's forward adds one to the zeros that it holds.
-
-    GPTQModel's kernels with REQUIRES_FORMAT_V2 take them as they are. Their zeros are converted when a "gptq" model is
-    loaded; those of a "gptq_v2" model need no conversion, and ``qzero_format()`` goes on saying 1.
-    """
+    """Return whether the layer's forward adds one to the stored zeros."""
+    # GPTQModel's kernels with REQUIRES_FORMAT_V2 take them as they are. Their zeros are converted when a "gptq" model
+    # is loaded; those of a "gptq_v2" model need no conversion, and ``qzero_format()`` still returns 1.
     needs_v2 = getattr(layer, "REQUIRES_FORMAT_V2", None)
     method = getattr(layer, "qzero_format", None)
     return needs_v2 is not True and (method is None or method() == 1)

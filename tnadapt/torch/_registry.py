@@ -421,10 +421,7 @@ def _refuse_vllm(model: nn.Module) -> None:
 
 
 def _save_pretrained(model: nn.Module, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
-    """Save the model as its class does, with a warning if the result would load without its adapters.
-
-    With merged adapters the weights are the result: their arrays are left out.
-    """
+    """Save the model as its class does, with a warning if the result would load without its adapters."""
     states = attached(model).values()
     unmerged = [state.name for state in states if state.merged is None]
     if unmerged:
@@ -437,6 +434,7 @@ def _save_pretrained(model: nn.Module, save_directory: Any, *args: Any, **kwargs
             "tnadapt.torch.adapter_checkpoints(trainer) before train()",
             stacklevel=3,
         )
+    # The weights contain merged adapters, whose arrays are left out.
     elif states and kwargs.get("state_dict") is None and not args:
         kwargs["state_dict"] = {name: value for name, value in model.state_dict().items() if not is_array(name)}
     cls: Any = type(model)

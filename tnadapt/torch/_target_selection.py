@@ -196,17 +196,14 @@ class TargetSearch(roles.ModuleTree[Weight]):
         return last
 
     def _by_expression(self, word: str, ends: bool = False) -> list[Target]:
-        """Return the targets of the modules whose path matches, with or without PEFT's wrapping.
-
-        With ``ends`` the last whole parts of the path suffice, and a module that holds no weight itself stands for all
-        linear weights in it.
-        """
+        """Return the targets of the modules whose path, or with ``ends`` its last parts, matches an expression."""
         is_match = roles.path_matcher(word, "" if ends else "targets", ends)
         targets = list[Target]()
         for path, module in self.modules.items():
             # PEFT's wrapper is skipped: the layer in it has the same plain path.
             if wraps(module) or not (is_match(path) or is_match(plain(path))):
                 continue
+            # A module that holds no weight itself stands for all linear weights in it.
             if ends and not self.held[id(module)]:
                 targets += [_whole(weight) for weight in self._inside(path) if weight.kind == "linear"]
             else:
@@ -423,10 +420,8 @@ def _numbers(layers: Any) -> set[int]:
 
 
 def _place(path: str) -> tuple[str, int] | None:
-    """Return the stack and the number of the layer that a module is in: the first number above it in its path.
-
-    The first one: with experts or blocks of stages, later numbers are those of parts of a layer.
-    """
+    """Return the stack and the number of the layer that a module is in: the first number above it in its path."""
+    # With experts, or blocks of stages, later numbers are those of parts of a layer.
     parts = plain(path).split(".")[:-1]
     for place, part in enumerate(parts):
         layer = roles.number(part)

@@ -38,10 +38,8 @@ def _places(plan: SuperLoRA) -> dict[str, tuple[int | None, set[str]]]:
 
 
 def _place(name: str) -> tuple[int | None, set[str]]:
-    """Return the group of a parameter, and the words by which its array can be chosen.
-
-    ``group0.split0.factor0`` is ``factor0``; a diagonal ``group0.split0.factor0.size`` is ``factor0`` and ``size``.
-    """
+    """Return the group of a parameter, and the words by which its array can be chosen."""
+    # ``group0.split0.factor0`` is ``factor0``; a diagonal ``group0.split0.factor0.size`` is ``factor0`` and ``size``.
     group, _, rest = name.rpartition("group")[2].partition(".")
     if not rest:
         return None, {name}

@@ -132,11 +132,8 @@ def tokens_of_one(module: Any, tokens: int, experts: int) -> int:
 
 
 def _is_transposed(module: Any) -> bool | None:
-    """Return whether a module of experts stores each matrix as ``(in, out)``; None if it does not say this.
-
-    transformers' modules of experts do by their attributes, others are in the table above.
-    """
-    # Set on every module by transformers.integrations.moe.use_experts_implementation.
+    """Return whether a module of experts stores each matrix as ``(in, out)``, or None if this is unknown."""
+    # Set on every module by transformers.integrations.moe.use_experts_implementation. Others are in the table above.
     transposed: Any = module.__dict__.get("is_transposed")
     if isinstance(transposed, bool) and isinstance(module.__dict__.get("is_concatenated"), bool):
         return transposed
@@ -680,7 +677,7 @@ def _reads(cls: type) -> frozenset[tuple[str, ...]]:
 
 
 def _source(cls: type, name: str) -> ast.FunctionDef | None:
-    """Return the parsed function behind a method or property; None if there is none or its source is unavailable."""
+    """Return the parsed function behind a method or property, or None if there is none or it has no source."""
     attribute = inspect.getattr_static(cls, name, None)
     for holder in ("fget", "func", "__func__"):
         attribute = getattr(attribute, holder, attribute)
@@ -745,7 +742,7 @@ def _common(several: ast.AST, known: dict[str, tuple[str, ...]]) -> tuple[str, .
 
 
 def _chain(node: ast.AST, known: dict[str, tuple[str, ...]]) -> tuple[str, ...] | None:
-    """Return ``self.a.b[0]`` as ("a", "b", "0"); None if it does not start at ``self``."""
+    """Return ``self.a.b[0]`` as ("a", "b", "0"), or None for an expression that does not start at ``self``."""
     if isinstance(node, ast.Name):
         return known.get(node.id)
     if isinstance(node, ast.NamedExpr):

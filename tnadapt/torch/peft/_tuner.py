@@ -386,11 +386,9 @@ def _describe_base(handle: Adapter) -> dict[str, Any]:
 
 
 def _check_base(handle: Adapter, saved: dict[str, Any] | None, source: dict[str, Any] | None) -> None:
-    """Raise a FileError unless the adapter was trained on these weights and with the same draws.
-
-    ``saved`` is from :func:`_describe_base`, or None if nothing of it is compared; ``source`` is its fingerprint if
-    arrays are computed from the base weights: on another base, those that the adapter does not store would differ.
-    """
+    """Raise a FileError unless the adapter was trained on these weights and with the same draws."""
+    # ``saved`` is from :func:`_describe_base`, or None to skip its comparison. ``source`` is the fingerprint of the
+    # base from which arrays are computed: on another base, the arrays that the adapter does not store would differ.
     computed = handle.plan.base_shapes
     if saved is None and (source is None or not computed):
         return
@@ -422,7 +420,7 @@ def _check_base(handle: Adapter, saved: dict[str, Any] | None, source: dict[str,
 
 
 def _difference(saved: Any, here: dict[str, Any] | None) -> str | None:
-    """Describe how two fingerprints differ; None if they match, or one of them could not be taken."""
+    """Describe how two fingerprints differ, or return None if they match or one of them could not be taken."""
     if saved is None or here is None:
         return None
     try:
