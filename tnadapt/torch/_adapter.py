@@ -1,7 +1,7 @@
 """Adapter, the handle of an adapter on a model: its methods and its summary; ``adapters``, the handles of a model.
 
-:class:`Adapter` is one class in three parts: what has to do with its parameters and with its files is in the modules
-for training and saving, and the rest is here.
+:class:`Adapter` is one class in three parts: the methods for parameters are in ``_trainable``, those for files in
+``_adapter_saving``, and the rest is here.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Saving an adapter and kept parameters: to a file, a folder with a model card, the hub; swapping in another's file.
 
-:func:`to_file` makes the content of a file from an adapter on a model. A folder (:func:`save_folder`) has the file, its
+:func:`to_file` builds the content of a file from an adapter on a model. A folder (:func:`save_folder`) has it, its
 card (:func:`model_card`) and the files of a tokenizer or processor; it can be downloaded (:func:`adapter_path`).
 :class:`AdapterFiles` has the methods of an adapter.
 """

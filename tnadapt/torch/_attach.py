@@ -1,7 +1,7 @@
-"""``attach``: a new adapter is put on a model, in four steps: targets, plan, forms, installation.
+"""``attach``: put a new adapter on a model, in four steps: targets, plan, forms, installation.
 
-Each step is a function of the :class:`AttachRequest` and of what the steps before it return; :func:`carry_out` takes
-them. Also here: the base's trainable parameters.
+Each step is a function of the :class:`AttachRequest` and the results of the steps before it; :func:`carry_out` runs
+them. Also here: which of the base's parameters stay trainable.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The pretrained base model of an adapter's file, described and built again: models of transformers and of timm.
+"""Describe the pretrained base model in an adapter's file, and build it again: models of transformers and timm.
 
 None of this knows an adapter's handle: it takes a model, an :class:`~tnadapt.AdapterFile` or a path.
 """

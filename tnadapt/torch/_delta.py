@@ -1,15 +1,15 @@
-"""ΔW and what else is computed from an adapter's arrays: one autograd node each, cached while the arrays are unchanged.
+"""ΔW and other functions of an adapter's arrays: one autograd node each, cached while the arrays are unchanged.
 
 :class:`Recomputed` is the node, here and for W' (:mod:`tnadapt.torch._forms`): its backward recomputes what it
 does not keep.
 
-Where slices are cheap (:class:`Slice`), each layer computes its own during training. Where they are not, as behind F,
-the updates of a whole group are computed at once for all its layers, by a node that keeps only the small arrays.
+If slices are cheap (:class:`Slice`), each layer computes its own during training. If they are not, as after F, the
+updates of a whole group are computed at once for all its layers, by a node that keeps only the small arrays.
 Backward can therefore run through it several times (gradient accumulation without an optimizer step, reentrant
 checkpointing), and a checkpointed region saves no tensor for it.
 
 :class:`DeltaCache` gives layers these updates, and reuses them across layers and forward passes as long as a
-:class:`Snapshot` of the arrays says that they are the same. :class:`ThetaArrays` does so for the arrays that θ makes,
+:class:`Snapshot` shows that the arrays are unchanged. :class:`ThetaArrays` does the same for the arrays that θ makes,
 and an :class:`ArrayCache` for the quotients m / ‖W + ΔW‖.
 """
 

@@ -1,14 +1,14 @@
-"""What a layer computes with an update: with its factors, or with W', which is recomputed in backward instead of saved.
+"""How a layer uses an update: by its factors, or by W', which is recomputed in backward instead of saved.
 
 The first half never forms ΔW: low-rank matrices by torch's own operations, and :class:`FactoredLinear`.
 
-In the second half :func:`updated` forms W', by ordinary operations. :class:`UpdatedWeight` is the same as one autograd
+In the second half :func:`updated` forms W', by ordinary operations. :class:`UpdatedWeight` does so as one autograd
 node, together with the operation that multiplies by W': a linear layer, a convolution, or none, for a stack of experts.
-Written with ordinary operations, a layer would save W' until backward: the memory of a second model. ΔW is cheap to
-compute from its arrays, so only these are saved.
+With ordinary operations, a layer would save W' until backward: the memory of a second model. ΔW is cheap to compute
+from its arrays, so only these are saved.
 
 The node also reuses memory: W + ΔW is computed in the buffer of ΔW, and its gradient in the buffer of the sum. A buffer
-that is written to is never saved, and none is reused where someone may still look at it
+that is written to is never saved, and none is reused while other code may still read it
 (:func:`~tnadapt.torch._delta.reuses_buffers`).
 """
 

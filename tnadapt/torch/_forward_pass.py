@@ -1,7 +1,7 @@
 """What an adapter contributes to a forward pass: whether it acts, ΔW, W' and factors, dropout, lookups, and the hooks.
 
-:class:`PassHooks` runs around a pass of the whole model. Within it, :func:`acts`, :func:`delta` and :func:`factors` are
-what an :class:`~tnadapt.torch._state.AdapterSlot` gives a layer. The later sections are forms of a layer's forward that
+:class:`PassHooks` runs around a pass of the whole model. Within it, an :class:`~tnadapt.torch._state.AdapterSlot` gives
+a layer :func:`acts`, :func:`delta` and :func:`factors`. The later sections are forms of a layer's forward that
 :mod:`tnadapt.torch._forward_patch` chooses from: stored low-rank factors, few rows of input, embeddings, and W' that is
 not a sum.
 """

@@ -14,7 +14,7 @@ forward could not clean up after an interrupted pass, for which torch runs no ho
 
 For experts, whose products are inside a module's forward, :class:`LazyStack` does the last two.
 
-Of an adapter whose W' is not a sum, no other one may act on the same rows (:meth:`ForwardPatch.rivals`).
+If an adapter's W' is not a sum, no other adapter may act on the same rows (:meth:`ForwardPatch.rivals`).
 
 A patch keeps no state of a running pass, so several threads may run the same module. Only ``_shadowed`` changes the
 module for the duration of a forward, under a lock.

@@ -1,8 +1,8 @@
-"""Quantized layers of all libraries: recognized, dequantized and requantized by one class each; the table of them.
+"""Quantized layers (bitsandbytes, GPTQ, AWQ, HQQ, torchao, quanto, GGUF): recognize, dequantize and requantize them.
 
-:class:`QuantizedLayer` is the contract, which one class for each type of layer fulfills. None of them imports the
-library whose layers it knows: layers are recognized by the names of their classes, and a library is loaded already if a
-model has its layers. :data:`QUANTIZED` at the end lists the classes, and :func:`quantized_type` asks them.
+:class:`QuantizedLayer` is the contract, with one subclass for each type of layer. None of them imports the library of
+its layers: layers are recognized by the names of their classes, and if a model has such layers, their library is loaded
+already. :data:`QUANTIZED` at the end lists the classes, and :func:`quantized_type` finds the one of a layer.
 
 A layer with ``in_features``, ``out_features`` and an integer weight needs no entry here to be adapted. Without one it
 has no fingerprint, and nothing is merged into it.

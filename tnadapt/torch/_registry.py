@@ -1,4 +1,4 @@
-"""The adapters on a model: listed, mixed, removed; its methods intercepted while there are any, such as TRL's for vLLM.
+"""The adapters on a model: list, mix and remove them; the model's methods that they intercept, such as TRL's for vLLM.
 
 :func:`attached` lists them, and :func:`mix` sets their weights. :func:`freeze`, :func:`prepare` and
 :func:`install_methods` change the model for an adapter; :func:`let_go` and :func:`let_go_merged` undo it.

@@ -1,4 +1,4 @@
-"""AdapterState: all that one adapter on one model has, its slots, arrays and mixing weight; which rows it acts on.
+"""AdapterState, the state of an adapter on a model: its slots, arrays and mixing weight, and which rows it acts on.
 
 Most other modules of the package are functions on :class:`AdapterState`. :class:`tnadapt.torch.Adapter` is the public
 interface of such a state; no module below imports that class, so there are no import cycles.

@@ -1,4 +1,4 @@
-"""How the strategy "auto" is decided for a weight, by a cost model, and which strategies are refused."""
+"""Choice of the strategy of a weight: the cost model behind "auto", and the strategies that are refused."""
 
 from __future__ import annotations
 

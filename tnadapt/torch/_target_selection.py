@@ -1,8 +1,8 @@
 """Which weights of a model an adapter updates: attention projections, targets by role or name, layers and exclusion.
 
 :class:`TargetSearch` finds the projections of every attention by structure and names, and what the argument
-``targets`` asks for. :func:`find_targets` is the whole way, with ``layers`` and ``exclude``, and :func:`of_patterns`
-that for several configs in one adapter.
+``targets`` selects. :func:`find_targets` is the complete selection, with ``layers`` and ``exclude``, and
+:func:`of_patterns` that for several configs in one adapter.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which arrays of an adapter are trained, their learning rates (LoRA+ and others), and starts that are given."""
+"""Which arrays of an adapter are trained, their learning rates (LoRA+ and others), and given starts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints of transformers' Trainer that hold adapters instead of the whole model, and the cards that it writes."""
+"""Checkpoints of transformers' Trainer that hold adapters instead of the whole model, and the model cards it writes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model's weights that an adapter can update: found, read as numbers, stacked, tied; the modules that read them."""
+"""The weights of a model that an adapter can update: found, read, stacked, tied; and the modules that read them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Starts that are computed from data: functions that return arrays for :meth:`tnadapt.torch.Adapter.start_from`.
+"""Data-driven starts (EVA, LoRA-GA): functions that return arrays for :meth:`tnadapt.torch.Adapter.start_from`.
 
 The adapter's config needs ``start="given"`` and LoRA's form, as ``tnadapt.presets.lora(8, start="given")`` has it. Each
 function leaves the model and the adapter as they were, and its result depends on nothing but the model and the batches:

@@ -1,4 +1,4 @@
-"""TnadaptConfig, the settings of an adapter as a PEFT config; the weights that it selects; PEFT, if it is there."""
+"""TnadaptConfig, the settings of an adapter as a PEFT config; the weights that it selects; the check for PEFT."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""PEFT's tuner and tuner layer, which map PEFT's calls to tnadapt's adapters; arrays where its code looks for them."""
+"""PEFT's tuner and tuner layer, which map PEFT's calls to tnadapt's adapters; arrays under the names PEFT expects."""
 
 from __future__ import annotations
 
