@@ -96,7 +96,7 @@ def bound(
 # -- Stacks: the matrices of experts that a module keeps in parameters of three axes -----------------------------------
 
 
-# Classes that do not say how they store their matrices: whether as (in, out).
+# Classes without attributes for how they store their matrices, and whether that is as (in, out).
 _TRANSPOSED = {
     "InklingSharedExperts": False,
     "JetMoeParallelExperts": False,
@@ -116,7 +116,7 @@ def sees_tokens_in_order(module: nn.Module) -> bool:
     return names[1:2] == ["hidden_states"] and names[2:3] in (["top_k_index"], ["router_indices"])
 
 
-# Of transformers' ways to multiply, those that consist of torch's functions.
+# Those of transformers' expert implementations that consist of torch functions.
 _OF_TORCH = (None, "eager", "grouped_mm", "batched_mm")
 
 
@@ -297,7 +297,7 @@ def _weight(path: str, module: Any) -> Weight | None:
     embeds = isinstance(module, nn.Embedding) or (layer_type is not None and layer_type.looks_up(module))
     if layer_type is not None:
         return Weight(path, "weight", module, layer_type.shape(module), "embedding" if embeds else "linear")
-    # It need not be a parameter: it may be parametrized, quantized, or a method of this name.
+    # It may also be parametrized, quantized, or a method of this name.
     weight: Any = module._parameters.get("weight")
     weight = getattr(module, "weight", None) if weight is None else weight
     sizes = getattr(module, "out_features", None), getattr(module, "in_features", None)
@@ -472,7 +472,7 @@ def usable(model: nn.Module, targets: Sequence[Target], untie: bool, keep_tied: 
 
 
 def _with_tied(model: nn.Module, target: Target, same: Sequence[str], keep: bool) -> Target:
-    """Return a target with all names of its weight, if it lists them already or they are wanted."""
+    """Return a target with all names of its weight, if it lists them already or the caller wants them."""
     if target.tied and {target.name, *target.tied} != set(same):
         ties = f"it is tied to {', '.join(same[1:])}" if len(same) > 1 else "it is not tied"
         raise TargetError(
@@ -482,7 +482,7 @@ def _with_tied(model: nn.Module, target: Target, same: Sequence[str], keep: bool
     if len(same) == 1 or not (keep or target.tied):
         return target
     module, _, parameter = same[0].rpartition(".")
-    # With its first name it has the role of its first module; a file keeps the role that it was saved with.
+    # Under its first name it has the role of that module; a file keeps the role that it was saved with.
     embeds = is_embedding(model.get_submodule(module)) and not target.tied
     role = "embedding" if embeds else target.role
     return dataclasses.replace(target, module=module, parameter=parameter, tied=tuple(same[1:]), role=role)
@@ -542,7 +542,7 @@ def names_of_shared(model: nn.Module) -> dict[str, list[str]]:
 
 
 def _place(tensor: torch.Tensor) -> tuple[Any, ...]:
-    """Return a key of the tensor's memory: parameters with equal keys are one, even as different objects."""
+    """Return a key of the tensor's memory: parameters with equal keys are one tensor, even as different objects."""
     try:
         pointer = 0 if nn.parameter.is_lazy(tensor) else tensor.data_ptr()
     except RuntimeError:
@@ -565,7 +565,7 @@ Paths = Mapping[int, Sequence[str]]
 # A step of a chain that is only known at run time: a loop variable or a computed index.
 _ANY = "*"
 
-# Reads its first layer's weights only to check whether they need gradients.
+# These read their first layer's weights only to check whether they need gradients.
 _ONLY_LOOK = (nn.TransformerEncoder.forward,)
 
 # Attributes of a weight that do not depend on its values.
@@ -710,7 +710,7 @@ def _chains(function: ast.FunctionDef | None) -> Iterator[tuple[str, ...]]:
 
 
 def _named(node: ast.AST, known: dict[str, tuple[str, ...]]) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Yield local names bound to a chain: ``attn = self.attn``, or ``for layer in self.layers``."""
+    """Yield local names that are bound to a chain: ``attn = self.attn``, or ``for layer in self.layers``."""
     if isinstance(node, ast.Assign):
         for target in node.targets:
             yield from _assigned(target, node.value, known)
