@@ -180,7 +180,7 @@ _MODULES = frozenset(
 )
 _MODULES_WITH_EXTRAS = frozenset({"finetune", "plot", "serving", "testing", "torch"})
 
-# What users of PyTorch and of PEFT look for in this package.
+# Names that users of PyTorch and PEFT look for in this package.
 _ELSEWHERE = {
     "attach": "tnadapt.torch.attach", "find_targets": "tnadapt.torch.find_targets",
     "from_pretrained": "tnadapt.torch.from_pretrained", "load_pretrained": "tnadapt.torch.load_pretrained",

@@ -433,7 +433,7 @@ def _cut(sizes: Sequence[int], cols: int) -> int | None:
 
 # Row i of ``A ⊗ B ⊗ C`` is the Kronecker product of a row of each, those of the digits of i. So a run of rows needs no
 # cutting into boxes of digits, and its gradient is two sums. The products are those of
-# :func:`tnadapt.algebra.products.kronecker_tensor`, in the same order, to the bit.
+# :func:`tnadapt.algebra.products.kronecker_tensor`, in the same order, with the same bits.
 
 
 class KroneckerRows(FixedArrays):

@@ -436,7 +436,7 @@ class Initializer(FixedArrays):
         if origin.owner != (self.group, array):
             return self._tied(origin.owner[0], f"{origin.owner[1]}.{multiplier}")
         assert origin.multiplied is not None
-        # An untrained multiplier is one, even if it could be the zero of its term: another array is zero then.
+        # An untrained multiplier starts at one, even if it could make its term zero: another array does so then.
         value = 0.0 if key in self.zeros else origin.multiplied.starts[multiplier] or 1.0
         return origin.multiplied.initial(multiplier, self.network.shapes[array], value)
 

@@ -8,7 +8,7 @@ makes the first ``STEPS`` steps at ``RATE``, in all arrays together, move ΔW by
 
 per element (root mean square), where N is the number of elements of all n_weights adapted weights: the Frobenius norm
 of a step is about ``STEP_NORM * sqrt(WEIGHTS / n_weights)``, whatever is trained and however large the weights are. The
-steps of many weights add up in what the model computes: n of them, each of the norm s, change it by n times as much as
+steps of many weights add up in the output of the model: n of them, each of the norm s, change it by n times as much as
 one does, while the norm of all of them together is only sqrt(n) times s.
 
 A map of n to N numbers, F or P, makes the norm larger by ``(N / n) ** SPREAD``. A step in a random subspace of n of N

@@ -23,7 +23,7 @@ from ._base_model import Base, target_of
 from ._files import StoredFiles
 from ._updates import Float, Module, ModuleUpdate, Pair, TargetUpdate, alpha_of, check_size, narrow
 
-# -- What messages recommend -------------------------------------------------------------------------------------------
+# -- Recommendations in messages ---------------------------------------------------------------------------------------
 
 
 MERGE = "merge the adapter into the base with tnadapt.merge (tnadapt merge)"

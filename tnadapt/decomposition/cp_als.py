@@ -355,7 +355,7 @@ class _Run:
     From time to time, a longer step in the direction of the last sweep is tried, and kept if it reduces the error
     (Harshman's line search, as in Andersson & Bro's N-way toolbox). Components that become collinear make the equations
     singular, or diverge with opposite signs (degeneracy). Then a small ridge is added to the equations, and the
-    iteration goes on from the best factors.
+    iteration continues from the best factors.
     """
 
     def __init__(self, sweeps: CPSweeps, start: Sequence[Array], norm: float, steps: Iteration) -> None:

@@ -33,7 +33,7 @@ from ._quantized import quantized_type
 from ._state import AdapterSlot, AdapterState, current, mixing_weight, weight_params
 from ._weights import numbers
 
-# -- Dropout of what an adapter adds: on its input, in training mode only ----------------------------------------------
+# -- Dropout of an adapter's contribution: on its input, in training mode only -----------------------------------------
 
 # A layer computes ``y = x Wᵀ + b + drop(x) (W' - W)ᵀ``, where W' - W is ΔW if the update is added. Whatever the
 # strategy, ``drop`` zeroes single elements of x and scales the others by 1 / (1 - p). The expectation is the output
@@ -64,7 +64,7 @@ def drops_input(slot: AdapterSlot, host: nn.Module) -> bool:
     if isinstance(host, nn.Embedding) or getattr(host.__dict__.get("forward"), "looks_up", False):
         return False  # its inputs are indices
     if slot.target.index is not None:
-        return False  # it is not what the experts' second matrices multiply
+        return False  # the experts' second matrices multiply something else
     return slot.strategy != "weight" or _shows_input(slot, host)
 
 

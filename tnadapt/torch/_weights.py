@@ -56,7 +56,7 @@ def current_value(owner: nn.Module, parameter: str) -> Tensor | None:
     return weight
 
 
-# -- What a plan computes from the weights of its model: frozen arrays, and where it starts ----------------------------
+# -- Arrays that a plan computes from the weights of its model: frozen arrays, and starts ------------------------------
 
 
 def bound(

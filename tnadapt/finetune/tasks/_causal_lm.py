@@ -242,7 +242,7 @@ def _prompts(samples: Samples, tokenizer: Any, longest: int) -> list[list[int]]:
 
 
 def _continued(model: Any, tokenizer: Any, prompts: Sequence[list[int]], device: torch.device) -> list[str]:
-    """Return what the model writes after each prompt of a batch, which is padded on the left."""
+    """Return the model's continuation of each prompt in a batch, which is padded on the left."""
     rows = [torch.tensor(prompt) for prompt in prompts]
     tokens = pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id, padding_side="left")
     mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
