@@ -29,7 +29,7 @@ from ._updates import Float, Module, ModuleUpdate, Pair
 Ints = NDArray[np.int64]
 
 
-# -- Factors of the whole adapter, and frozen arrays -----------------------------------------------------------------
+# -- Factors of the whole adapter, and frozen arrays -------------------------------------------------------------------
 
 
 def _projections(content: PeftContent, axes: int) -> tuple[Float, Float]:

@@ -281,7 +281,7 @@ class Decomposed(abc.ABC):
     def __neg__(self) -> Self:
         return self * -1.0
 
-    # -- Outcome of a decomposition ---------------------------------------------------------------
+    # -- Outcome of a decomposition --------------------------------------------------------------
 
     @property
     def error(self) -> float | None:

@@ -295,7 +295,7 @@ def _base(adapter: AdapterState) -> Iterator[tuple[str, nn.Parameter]]:
             yield name, parameter
 
 
-# -- Adjustments of a quantized model while an adapter is attached ----------------------------------------------------
+# -- Adjustments of a quantized model while an adapter is attached -----------------------------------------------------
 
 # - Layers whose library would change them in evaluation are told not to (:meth:`QuantizedLayer.while_attached`).
 # - Layers that pass no gradient to their input and are not adapted are named in a warning.

@@ -138,7 +138,7 @@ class TargetSearch(roles.ModuleTree[Weight]):
         layer = roles.layer_of(plain(attention.path))
         return [weight.target(role, layer, rows) for weight, role, rows in self.parts(attention, letters)]
 
-    # -- Kinds of targets -------------------------------------------------------------------
+    # -- Kinds of targets ---------------------------------------------------------------------
 
     def find(self, targets: Any) -> list[Target]:
         if isinstance(targets, str):
