@@ -163,6 +163,17 @@ def test_what_peft_saved_gives_its_updates_here_and_back(name: str, tmp_path: Pa
         assert_same_updates(converted(tmp_path / "again"), expected)
 
 
+@pytest.mark.law("foreign-files")
+@pytest.mark.parametrize("name", CASES)
+def test_what_a_config_does_not_say_is_as_peft_has_it_by_default(name: str, tmp_path: Path) -> None:
+    shapes, expected = saved(name, tmp_path)
+    default = type(config_of(name))().to_dict()
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    said = {key: value for key, value in config.items() if key == "peft_type" or value != default[key]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(said))
+    assert_same_updates(converted(tmp_path, base=shapes), expected)
+
+
 #: What is written again as the same method.
 WRITTEN = {
     "vera", "vera, drawn", "randlora, tall", "randlora, one basis", "fourierft", "fourierft, patterns",
@@ -300,7 +311,7 @@ def test_theta_in_bfloat16(offset: bool, to: str, tmp_path: Path) -> None:
         assert error(delta, expected[path]) <= (TOLERANCE if to == "peft-lora" else 2.0**-7)
 
 
-@pytest.mark.parametrize(("rank", "shapes"), [(2, SHAPES), (50, {"a.q": (120, 120)})])
+@pytest.mark.parametrize(("rank", "shapes"), [(2, SHAPES), (50, {"a.q": (120, 120), "b.q": (120, 120)})])
 def test_positions_of_a_mask_of_one_s_own(rank: int, shapes: Shapes, tmp_path: Path) -> None:
     def mask(layer: Any, r: int, **_: Any) -> Any:
         found = torch.zeros_like(layer.weight)
@@ -313,7 +324,7 @@ def test_positions_of_a_mask_of_one_s_own(rank: int, shapes: Shapes, tmp_path: P
     assert found.file is not None
     projection = found.file.config.projection
     if rank == 50:
-        assert found.notes == ("stored dense: no seed gives its 12000 positions, and a config cannot list them",)
+        assert found.notes == ("stored dense: no seed gives its 24000 positions, and a config cannot list them",)
     else:
         assert isinstance(projection, tna.maps.Scatter)
         assert found.file.num_parameters == projection.size == 2 * sum(sum(shape) for shape in SHAPES.values())

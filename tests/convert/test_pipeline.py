@@ -751,8 +751,9 @@ def test_what_has_to_be_rounded_becomes_float32(tmp_path: Path) -> None:
     assert rounded.error > found.error
     small = made(P.lora(1))
     large = dataclasses.replace(small, arrays={n: array * np.float32(1e6) for n, array in small.arrays.items()})
-    with pytest.raises(tna.ConfigError, match="too large for float16; use float32"):
-        tna.convert(large, dtype="float16")
+    for to in ("tnadapt", "peft-lora"):
+        with pytest.raises(tna.ConfigError, match="too large for float16; use float32"):
+            tna.convert(large, to=to, dtype="float16")
 
 
 def test_factors_that_cancel_lose_more_than_their_last_digit() -> None:
