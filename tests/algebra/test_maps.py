@@ -608,6 +608,7 @@ def test_a_registered_map_with_settings_that_a_file_can_hold() -> None:
     assert tna.Config.from_dict(config.to_dict()) == config
     assert tna.verify(config, SHAPES, backends=["numpy"]).holds
     assert tna.Config(projection=Power()).projection == "scaled"
+    assert tna.Projection("scaled", n_out=4).map.kind == "scaled"
     for value in (None, True, -((1 << 64) - 1), 0.1, "x", (), ((((1, "x"), 2.5),),)):
         config = tna.Config(projection=Power(value))
         assert tna.Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config

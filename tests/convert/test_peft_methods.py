@@ -327,6 +327,7 @@ def test_positions_of_a_mask_of_one_s_own(rank: int, shapes: Shapes, tmp_path: P
         assert found.notes == ("stored dense: no seed gives its 24000 positions, and a config cannot list them",)
     else:
         assert isinstance(projection, tna.maps.Scatter)
+        assert found.file.config.rank == 1  # as in presets.shira
         assert found.file.num_parameters == projection.size == 2 * sum(sum(shape) for shape in SHAPES.values())
         tna.convert(tmp_path / "theirs", tmp_path / "again", to="peft-shira", base=SHAPES)
         assert_same_updates(loaded(tmp_path / "again", SHAPES), found.file)
