@@ -50,7 +50,7 @@ def test_the_largest_size_is_that_beyond_which_nothing_is_gained() -> None:
     weights = tna.presets.AdaptedWeights([(24, 16), (8, 40)])
     largest = {"nola": [4 * 8, 8 * 8], "unilora": [4 * 88, 8 * 88], "tinylora": [2 * 2**2, 2 * 4**2, 2 * 8**2]}
     largest["compacter"] = [8 // 2, 8 // 4, 8 // 8]
-    largest |= dict.fromkeys(("shira", "fourierft", "loca", "waveft"), [8 * 40])
+    largest |= {name: [8 * 40] for name in ("shira", "fourierft", "loca", "waveft")}
     for name, expected in largest.items():
         assert [ladder.most(None) for ladder in tna.presets.PRESETS[name].ladders(weights)] == expected  # type: ignore[arg-type]
 
