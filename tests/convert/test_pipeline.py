@@ -692,6 +692,9 @@ def test_what_was_trained_beside_it_needs_a_place() -> None:
     with pytest.raises(tna.ConfigError, match=r"LyCORIS has no place for.*head.bias.*without_kept=True"):
         tna.convert(file, to="lycoris-lora")
     assert tna.convert(file, to="lycoris-lora", without_kept=True).exact
+    alone: dict[str, tuple[str, ...]] = {file.targets[0].name: ()}
+    tied = dataclasses.replace(file, ties={"head.weight": ("embed.weight",), **alone})
+    assert converted(tied, without_kept=True).ties == alone
     with pytest.raises(tna.ConfigError, match=r"saves whole modules, and cannot keep 'blocks\.0\.attn\.q_proj\.scale'"):
         tna.convert(beside, to="peft-lora")
 
