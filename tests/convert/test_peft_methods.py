@@ -104,6 +104,7 @@ CASES: dict[str, tuple[str, dict[str, Any], Shapes]] = {
     "tinylora, low": ("TinyLora", {"r": 10, "u": 7}, SHAPES),
     "tinylora, tied": ("TinyLora", {"r": 3, "u": 7, "weight_tying": 1.0}, SHAPES),
     "tinylora, pairs": ("TinyLora", {"r": 3, "u": 7, "weight_tying": 0.5}, SHAPES),
+    "tinylora, four": ("TinyLora", {"r": 3, "u": 7, "weight_tying": 0.5}, {**ALIKE, "b.q": (8, 12), "b.v": (9, 12)}),
     "vblora": ("VBLoRA", {"r": 3, "num_vectors": 9, "vector_length": 4}, FOURS),
     "vblora, top 3": (
         "VBLoRA", {"r": 3, "num_vectors": 9, "vector_length": 4, "topk": 3, "save_only_topk_weights": True}, FOURS
@@ -246,7 +247,7 @@ def test_what_we_write_gives_our_updates(name: str, tmp_path: Path) -> None:
     assert_same_updates(loaded(tmp_path / "theirs", shapes), file)
 
 
-@pytest.mark.parametrize("name", ["unilora", "unilora, drawn", "tinylora", "tinylora, tied", "tinylora, pairs"])
+@pytest.mark.parametrize("name", ["unilora", "unilora, drawn", "tinylora", "tinylora, tied", "tinylora, pairs", "tinylora, four"])
 def test_few_numbers_stay_few(name: str, tmp_path: Path) -> None:
     """PEFT's trained numbers are our θ, element by element, and its draws are stored."""
     shapes, _ = saved(name, tmp_path / "theirs")
