@@ -153,6 +153,7 @@ REFUSED: list[tuple[Callable[[], object], str]] = [
     (lambda: brought(np.full((4, 2), 1e300)), r"that float32 can represent"),
     (lambda: brought(np.ones((4, 2), int)), r"floating-point"),
     (lambda: brought([[1.0, 2.0]]), r"'group0.split0.factor1'\] must be an array"),
+    (lambda: Given(shared=1), r"shared must be True or False; got 1"),
     (lambda: made({"factor1": Given()}, given=[1]), r"given must be a mapping of names to arrays; got list"),
     (lambda: of_core({"factor0": Trained()}),
      r"BaseCore computes 'split0.core' from the base .* 'split0.factor0' is not computed"),

@@ -402,6 +402,10 @@ RECIPES: dict[str, list[tuple[Recipe, str]]] = {
         ({"parts": [[{"rank": 1}, 1]] * 5}, "has more than 4 parts, and each has a target"),
         ({"parts": [[{"rank": 3}, 3], [{"rank": 3, "apply": "hadamard"}, 1]]}, "must have the same apply"),
         ({"parts": [[{"terms": 60000}, 3], [{"rank": 3}, 1]]}, "config and targets require 360002 arrays; there are"),
+        (
+            {"parts": [[{"terms": 60000, "splits": 3, "leading": "dense"}, 3], [{"rank": 3}, 1]]},
+            "config and targets require 720002 arrays; there are",  # per term: two factors and two dense tensors
+        ),
         ({"parts": [[{"rank": 3}, 3], [{"rank": 3}, 1]]}, "the arrays must be those of config and targets; missing:"),
     ],
 }

@@ -338,6 +338,15 @@ def test_a_head_next_to_the_base_s_weight(method: str, tmp_path: Path) -> None:
         tna.convert(tmp_path / "theirs", base=base)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_what_is_kept_keeps_its_dtype(dtype: torch.dtype, tmp_path: Path) -> None:
+    saved_by_peft(tmp_path, made(), modules_to_save=["lm_head"])
+    weights = tmp_path / "adapter_model.safetensors"
+    save_file({name: array.to(dtype) for name, array in load_file(weights).items()}, weights)
+    file = converted(tmp_path)
+    assert file.dtypes.get("kept.lm_head.weight", file.kept["lm_head.weight"].dtype.name) == str(dtype)[6:]
+
+
 # -- Other architectures -------------------------------------------------------------------------------------------
 
 

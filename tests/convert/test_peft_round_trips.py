@@ -36,7 +36,7 @@ from safetensors.torch import load_file, save_file
 
 import tnadapt.torch as tt
 
-from .conversions import converted, fill, trained_by_peft
+from .conversions import adapter_on, converted, fill, trained_by_peft
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.law("foreign-files")]
 
@@ -630,6 +630,7 @@ def test_ours_that_do_more_than_add_become_peft_s(config: tna.Config, name: str,
     assert file.config.apply == config.apply
     tt.load(again, tmp_path / "again.safetensors")
     check(name, again, expected)
+    assert tna.convert(adapter_on(adapter.targets[:1], config), to="peft-lora").exact
     own = {target.module: f"weight{number}.magnitude" for number, target in enumerate(adapter.targets)}
     for number, target in enumerate(file.targets) if config.apply == "magnitude" else ():
         magnitude = file.arrays[f"weight{number}.magnitude"]
