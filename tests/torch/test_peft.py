@@ -754,6 +754,13 @@ def test_forward_for_named_adapters(kind: str, other: str) -> None:
     assert not torch.allclose(found[0], alone(model, "other", lambda model: model(input_ids=ids()).logits)[0])
 
 
+def test_only_the_first_argument_has_one_row_for_each_sample() -> None:
+    model, names = stir(get_peft_model(llama(), TnadaptConfig(**LORA)), 1).eval(), ["default", "__base__"] * 2
+    with torch.no_grad():
+        by_place = model(ids(), None, torch.arange(7)[None], adapter_names=names).logits
+        assert torch.equal(by_place, model(input_ids=ids(), adapter_names=names).logits)
+
+
 def bart() -> BartForConditionalGeneration:
     sizes = {"vocab_size": 50, "d_model": 16, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24}
     layers = {f"{part}_{what}": 2 for part in ("encoder", "decoder") for what in ("layers", "attention_heads")}
