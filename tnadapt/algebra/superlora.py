@@ -761,6 +761,26 @@ class SuperLoRA:
             params[name] = library.asarray(host, dtype, device)
         return params
 
+    def drawn_from(self, seed: int) -> dict[str, np.ndarray]:
+        """Return the initial arrays that are random, as another seed draws them; F and frozen arrays stay.
+
+        Raises
+        ------
+        ConfigError
+            If the update of the initial arrays is subtracted: then it is a part of the plan.
+        """
+        if self.theta is not None:
+            return {}
+        arrays = {}
+        for group in self.groups:
+            if group.subtracts:
+                raise ConfigError(
+                    f"the update of the initial arrays is subtracted (start={self.config.start!r}, "
+                    f"projection={self.config.projection!r}), so all members share them: use seeds='one'"
+                )
+            arrays.update({group.names[name]: array for name, array in group.start.drawn_from(seed).items()})
+        return arrays
+
     def _weight_starts(self, dtype: str) -> dict[str, np.ndarray]:
         """Return the initial values of the parameters in ``weight_param_shapes``."""
         missing = [name for name in self.weight_param_shapes if name not in self._base_starts]

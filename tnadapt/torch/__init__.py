@@ -24,6 +24,7 @@ from ._adapter_loading import from_pretrained, load, load_pretrained, load_proce
 from ._attach import attach
 from ._merging import RequantizationReport, RequantizedWeight
 from ._model_extraction import extract
+from ._population import Member, Population
 from ._quantized import QuantizedLayer, register_quantized
 from ._registry import mix, reference_model, set_cache_limit
 from ._rows import rows
@@ -33,6 +34,8 @@ from ._weights import token_targets
 
 __all__ = [
     "Adapter",
+    "Member",
+    "Population",
     "QuantizedLayer",
     "RequantizationReport",
     "RequantizedWeight",

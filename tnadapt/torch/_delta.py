@@ -867,9 +867,16 @@ class DeltaCache(ArrayCache):
             cached_part = CachedPart(part, list(part.array_shapes), first, -1 - place)
             self._part += [cached_part] * len(part.shapes)
         #: Number of the current forward pass of the whole model; 0 outside of one.
-        self._pass = 0
+        self.pass_number = 0
         #: Whether the last forward pass of the whole model began with gradients.
         self.began_with_gradients = False
+
+    def twin(self) -> DeltaCache:
+        """Return an empty cache of the same plan, for other arrays."""
+        twin = DeltaCache.__new__(DeltaCache)
+        twin.__dict__.update(self.__dict__, _entries={}, _snapshots={}, _traced=None, number=next(_numbers))
+        _caches[twin.number] = twin
+        return twin
 
     def names(self, index: int) -> Sequence[str]:
         """Return the names of all arrays that are read for the update of one weight."""
@@ -883,7 +890,7 @@ class DeltaCache(ArrayCache):
         """Record that a forward pass of the whole model starts."""
         self.began_with_gradients = torch.is_grad_enabled()
         if not torch.compiler.is_compiling():
-            self._pass = time.perf_counter_ns()
+            self.pass_number = time.perf_counter_ns()
         if self.began_with_gradients:
             # In training the arrays have changed since: cached updates would only take memory. A compiled program does
             # this, too, each time it runs: nothing else tells of the step of a fused optimizer that follows.
@@ -891,7 +898,7 @@ class DeltaCache(ArrayCache):
 
     def end(self) -> None:
         super().end()
-        self._pass, self.began_with_gradients = 0, False
+        self.pass_number, self.began_with_gradients = 0, False
 
     def get(self, lookup: Lookup, index: int, dtype: torch.dtype | None = None) -> Tensor:
         """Return the update of one weight for the current arrays; where it is cached, in ``dtype`` if one is given."""
@@ -907,7 +914,7 @@ class DeltaCache(ArrayCache):
         if self._large[index] or (alone and torch.is_grad_enabled()) or not can_cache(inputs, alone):
             if not alone and reuses_in_pass(inputs):
                 modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-                return self._once((self._pass, *modes) if self._pass else 0, lookup, index)
+                return self._once((self.pass_number, *modes) if self.pass_number else 0, lookup, index)
             return recomputed(delta_slice, *inputs)
         if alone:
             entry = self.entry(index, delta_slice.names, inputs, lambda arrays: {index: delta_slice(*arrays)})
@@ -1036,13 +1043,14 @@ class ThetaArrays(ArrayCache):
         if torch.compiler.is_compiling():
             arrays = self._of_trace(trace_number())
             if not arrays:
-                arrays.update(self._made(thetas))
+                arrays.update(self.computed(thetas))
             return arrays
         if not can_cache(thetas, False):
-            return self._made(thetas)
-        return self.entry((), list(self.theta.shapes), thetas, self._made).tensors
+            return self.computed(thetas)
+        return self.entry((), list(self.theta.shapes), thetas, self.computed).tensors
 
-    def _made(self, thetas: Sequence[Tensor]) -> dict[str, Tensor]:
+    def computed(self, thetas: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Compute the arrays; leading axes of θ, which all have, are leading axes of them."""
         backend = load_backend("torch")
         arrays: dict[str, Tensor] = {}  # which torch.compile traces, unlike dict[str, Tensor]()
         for part, theta in zip(self.theta.parts, thetas, strict=True):
@@ -1052,8 +1060,8 @@ class ThetaArrays(ArrayCache):
             else:
                 # Steps of fused optimizers, which follow a backward pass, change no version counter.
                 vec = recomputed(_Moved(part, None if on_host(theta) else self.forget), theta)
-            for (full, shape), piece in zip(part.arrays.items(), torch.split(vec, sizes), strict=True):
-                change = piece.view(shape)
+            for (full, shape), piece in zip(part.arrays.items(), torch.split(vec, sizes, -1), strict=True):
+                change = piece.reshape(*theta.shape[:-1], *shape)
                 arrays[full] = self.plan.array_start(backend, full, theta) + change if self.theta.offset else change
         return arrays
 

@@ -116,7 +116,7 @@ class ColumnDropout:
 
 
 #: The number of the backward pass that is running, or -1. Private to torch: a version without it only loses the check.
-_graph_task: Callable[[], int] = getattr(torch._C, "_current_graph_task_id", lambda: -1)
+backward_number: Callable[[], int] = getattr(torch._C, "_current_graph_task_id", lambda: -1)
 
 
 def acts(state: AdapterState) -> bool:
@@ -187,7 +187,7 @@ def _refuse_reentrant(state: AdapterState) -> None:
 
 def in_backward() -> bool:
     """Return whether a backward pass is running, as when a checkpointed region is recomputed."""
-    return _graph_task() != -1
+    return backward_number() != -1
 
 
 def check_recomputation(state: AdapterState) -> None:
@@ -241,17 +241,17 @@ class PassHooks:
             if hasattr(state.owner, "unshard") and not all(on_host):
                 # FSDP2 writes gathered shards into the same memory, and keeps the version counters.
                 state.clear_cache()
-        elif torch.is_grad_enabled() and state.made is not None:
-            state.made.forget()  # as in DeltaCache.begin
+        elif torch.is_grad_enabled() and state.acting.made is not None:
+            state.acting.made.forget()  # as in DeltaCache.begin
         if acts(state) and any(slot.strategy != "factored" for slot in state.slots):
-            state.cache.begin()
+            state.acting.cache.begin()
 
     def end(self, module: nn.Module, args: Any, output: Any) -> None:
         """Clean up after the pass, also if it failed; ``output`` is then None (forward hook)."""
         state = self.state
-        state.cache.end()
-        if state.made is not None:
-            state.made.end()
+        state.acting.cache.end()
+        if state.acting.made is not None:
+            state.acting.made.end()
         if torch.compiler.is_compiling() or output is None:
             return
         if not acts(state):
@@ -452,7 +452,12 @@ def _stored(slot: AdapterSlot) -> _Stored | None:
         return None
     if target.rows is not None or target.index is not None or target.transposed or slot.quantized:
         return None
-    if state.activation is not None or state.made is not None or not state.plan.applying.additive:
+    if (
+        state.activation is not None
+        or state.made is not None
+        or state.members is not None
+        or not state.plan.applying.additive
+    ):
         return None
     return _Stored(state, *how.stored, how.network.scale)
 

@@ -17,9 +17,20 @@ from tnadapt.targets.target import Target
 from ._forms import add_features
 from ._forward_pass import drops_input, factors
 from ._forward_patch import ForwardPatch, is_read
+from ._members import MemberRows, factors_of
+from ._members import changes as member_changes
 from ._quantized import is_embedding
 from ._registry import attached, overlapping, trim_idle
-from ._state import AdapterSlot, AdapterState, RowAssignment, RowRunner, assignment_of, entered, mixing_weight
+from ._state import (
+    AdapterSlot,
+    AdapterState,
+    MemberState,
+    RowAssignment,
+    RowRunner,
+    assignment_of,
+    entered,
+    mixing_weight,
+)
 from ._strategy_choice import MACHINES
 from ._weights import sees_tokens_in_order
 
@@ -36,12 +47,15 @@ Output = Callable[[AdapterSlot, Tensor], Tensor]
 Changes = dict[Target, list[tuple[Sequence[int], Tensor]]]
 
 
-def add_changes(output: Output, assignment: RowAssignment, groups: Sequence[Group], x: Tensor, y: Tensor) -> Tensor:
-    """Return y plus the changes of all groups; x and y are ``(names, rows of each, features)``."""
+def computed_changes(output: Output, assignment: RowAssignment, groups: Sequence[Group], x: Tensor) -> Changes:
+    """Compute the changes of all groups; x is ``(names, rows of each, features)``."""
     acting = [(rows, slots) for rows, slots in groups if slots]
     changes = grouped(assignment, acting, x)
-    if changes is None:
-        changes = looped(output, assignment, acting, x)
+    return looped(output, assignment, acting, x) if changes is None else changes
+
+
+def add_changes(assignment: RowAssignment, changes: Changes, y: Tensor) -> Tensor:
+    """Return y, ``(names, rows of each, features)``, plus changes."""
     for target, several in changes.items():
         rows = assignment.index([row for numbers, _ in several for row in numbers], y.device)
         change = torch.cat([part for _, part in several]) if len(several) > 1 else several[0][1]
@@ -157,24 +171,16 @@ def run_by_rows(patch: ForwardPatch, args: Any, kwargs: Any) -> Any:
     if assignment is None:
         return patch.run(patch.acting(), args, kwargs)
     for slot in slots:
-        if slot.adapter in assignment.governed:
+        if slot.adapter.whole in assignment.governed:
             slot.adapter.threads.add(threading.get_ident())
             check_usable(slot.adapter, slot.adapter in assignment.groups)
     acting = patch.acting(alone=False)
-    always = [slot for slot in acting if slot.adapter not in assignment.governed]
-    of_adapter: dict[AdapterState | None, list[AdapterSlot]] = {}
-    for slot in acting:
-        of_adapter.setdefault(slot.adapter, []).append(slot)
-    groups: list[Group] = []
-    # Adapters that do not act in this layer leave the base's rows, which are one group.
-    rest: list[int] = []
-    for state, numbers in assignment.groups.items():
-        if state in of_adapter:
-            groups.append((numbers, [*of_adapter[state], *always]))
-        else:
-            rest += numbers
-    if rest:
-        groups.append((sorted(rest), always))
+    always = [slot for slot in acting if slot.adapter.whole not in assignment.governed]
+    if isinstance(assignment, MemberRows):
+        y = _of_members(patch, assignment, [slot for slot in acting if slot not in always], always, args, kwargs)
+        if y is not None:
+            return y
+    groups = _groups(assignment, acting, always)
     if len(groups) == 1:
         if len(assignment.names) > 1:
             x = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
@@ -190,18 +196,70 @@ def run_by_rows(patch: ForwardPatch, args: Any, kwargs: Any) -> Any:
     return divided(patch, assignment, groups, x, args, kwargs, whole)
 
 
+def _groups(assignment: RowAssignment, acting: Sequence[AdapterSlot], always: Sequence[AdapterSlot]) -> list[Group]:
+    """Return the rows of each adapter or member with its slots, and those of the base."""
+    of_adapter: dict[AdapterState | None, list[AdapterSlot]] = {}
+    for slot in acting:
+        of_adapter.setdefault(slot.adapter, []).append(slot)
+    groups: list[Group] = []
+    # Adapters that do not act in this layer leave the base's rows, which are one group.
+    rest: list[int] = []
+    for state, numbers in assignment.groups.items():
+        slots = None if state is None else of_adapter.get(state.whole)
+        if slots is None:
+            rest += numbers
+        elif isinstance(state, MemberState):
+            groups.append((numbers, [*map(state.slot, slots), *always]))
+        else:
+            groups.append((numbers, [*slots, *always]))
+    if rest:
+        groups.append((sorted(rest), list(always)))
+    return groups
+
+
 # -- Ways ------------------------------------------------------------------------------------------------------
+
+
+def _of_members(
+    patch: ForwardPatch,
+    assignment: MemberRows,
+    slots: Sequence[AdapterSlot],
+    always: list[AdapterSlot],
+    args: Any,
+    kwargs: Any,
+) -> Tensor | None:
+    """Run one product with the base weight, and add what all members add; None where they are better divided."""
+    assignment.begin_layer()
+    if kwargs or len(args) != 1 or not isinstance(args[0], Tensor) or not slots or not assignment.members:
+        return None
+    if not _is_linear(patch) or any(
+        drops_input(slot, patch.host) or slot.adapter.plan.applying.rescales for slot in slots
+    ):
+        return None
+    x = _checked(patch, assignment, args[0])
+    blocks = x.reshape(len(assignment.names), -1, x.shape[-1])
+    tokens = blocks.shape[1] * (assignment.count or 1)
+    if not all(factors_of(slot, tokens) is not None or _is_light(patch, ([0], [slot]), tokens, x) for slot in slots):
+        return None
+    changes: Changes = {}
+    for slot in slots:
+        change = member_changes(assignment, slot, blocks)
+        if change is None:
+            return None
+        changes.setdefault(slot.target, []).append((assignment.order, change))
+    y = patch.run(always, (x,), {})
+    return add_changes(assignment, changes, y.reshape(len(assignment.names), -1, y.shape[-1])).reshape(y.shape)
 
 
 def shared(patch: ForwardPatch, assignment: RowAssignment, groups: list[Group], x: Tensor) -> Tensor:
     """Run one product with the base weight, and add what each group's adapter adds."""
-    always = [slot for slot in groups[0][1] if slot.adapter not in assignment.governed]
+    always = [slot for slot in groups[0][1] if slot.adapter.whole not in assignment.governed]
     y = patch.run(always, (x,), {})
-    governed = [(rows, [slot for slot in slots if slot.adapter in assignment.governed]) for rows, slots in groups]
+    governed = [(rows, [slot for slot in slots if slot.adapter.whole in assignment.governed]) for rows, slots in groups]
     number = len(assignment.names)
     # Rows of one name are consecutive.
     blocks, wide = x.reshape(number, -1, x.shape[-1]), y.reshape(number, -1, y.shape[-1])
-    wide = add_changes(patch.output, assignment, governed, blocks, wide)
+    wide = add_changes(assignment, computed_changes(patch.output, assignment, governed, blocks), wide)
     for rows, slots in governed:
         if any(slot.adapter.plan.applying.rescales for slot in slots):
             index = assignment.index(rows, x.device)
@@ -433,10 +491,20 @@ def assigned(
     named = {state for state in states if state is not None}
     for state in governed:
         check_usable(state, state in named)
+    _check_apart(model, named)
+    return RowAssignment(states, governed, weights)
+
+
+def check_rows(population: AdapterState) -> None:
+    """Raise a TargetError if a population is merged or disabled, or rows cannot be told apart in its layers."""
+    check_usable(population, True)
+    _check_apart(population.model, {population})
+
+
+def _check_apart(model: nn.Module, named: set[AdapterState]) -> None:
     _check_batch_first(model, named)
     _check_experts(named)
     _check_embeddings(model, named)
-    return RowAssignment(states, governed, weights)
 
 
 def _check_batch_first(model: nn.Module, named: set[AdapterState]) -> None:

@@ -123,6 +123,10 @@ class AdapterState:
     ----------
     model : Module
     name : str
+    whole : AdapterState
+        The population that a :class:`MemberState` belongs to; any other state itself.
+    members : Members or None
+        What a population knows of its members; None for a single adapter.
     plan : SuperLoRA
         Of the parameters, which are in units; ``plan.file_plan`` is that of the arrays in files.
     targets : tuple of Target
@@ -210,6 +214,7 @@ class AdapterState:
         detach_norm: bool = False,
         dropout: float = 0.0,
     ) -> None:
+        self.members: Members | None = None
         self.detach_norm, self.dropout = detach_norm, dropout
         self.model, self.name, self.plan = model, name, plan
         self.model_name = type(model).__name__
@@ -248,6 +253,22 @@ class AdapterState:
         self.pretrained: Pretrained | None = None
         self.handle: Any = None
 
+    @property
+    def whole(self) -> AdapterState:
+        """The population of a member, or the state itself."""
+        return self
+
+    @property
+    def acting(self) -> AdapterState:
+        """The member of a population that acts on all rows, if one does; else the state itself."""
+        return self if self.members is None or self.members.active is None else self.members.active
+
+    def array_of(self, name: str) -> Tensor:
+        """Return an array by its name in the plan, as the model has it at this moment."""
+        if self.members is not None:
+            raise unnamed_member(self)
+        return cast(Tensor, self.owner._parameters[self.parameter_names[name]])
+
     def clear_cache(self) -> None:
         """Discard all cached updates."""
         self.cache.forget()
@@ -282,6 +303,148 @@ class AdapterState:
 constant_result(AdapterState.weight_name)
 
 
+# -- Populations: one state for all members, whose arrays have a leading axis, and one for each member in use ----------
+
+
+class Members:
+    """What a population knows of its members.
+
+    Parameters
+    ----------
+    count : int
+    names : tuple of str or None
+        The names of the members, in order.
+
+    Attributes
+    ----------
+    active : MemberState or None
+        The member that acts on all rows of a forward pass outside of ``with adapter.members(...)``.
+    """
+
+    def __init__(self, count: int, names: tuple[str, ...] | None = None) -> None:
+        self.count = count
+        self.names = names
+        #: The number of the member that is merged, while the population is.
+        self.merged: int | None = None
+        #: By which factors layers multiply in the batched form, where the strategy has none; by index of the weight.
+        self.factorings: dict[int, Factoring | None] = {}
+        self.active: MemberState | None = None
+        self._states: weakref.WeakValueDictionary[int, MemberState] = weakref.WeakValueDictionary()
+
+    @property
+    def names(self) -> tuple[str, ...] | None:
+        """The names of the members, in order, if they have any."""
+        return self._names
+
+    @names.setter
+    def names(self, names: tuple[str, ...] | None) -> None:
+        self._names = names
+        self._numbers = {} if names is None else {name: number for number, name in enumerate(names)}
+
+    def number(self, name: str) -> int | None:
+        """Return the number of the member of a name; None if there is none."""
+        return self._numbers.get(name)
+
+    def state(self, whole: AdapterState, number: int) -> MemberState:
+        """Return the state of a member, which is made when it is first used."""
+        state = self._states.get(number)
+        if state is None:
+            state = self._states[number] = MemberState(whole, number)
+        return state
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_states": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _states=weakref.WeakValueDictionary())
+        if self.active is not None:
+            self._states[self.active.number] = self.active
+
+
+class MemberState(AdapterState):
+    """The state of one member, which it shares with its population except for what is computed from its arrays.
+
+    Parameters
+    ----------
+    whole : AdapterState
+    number : int
+    """
+
+    _ALONE = frozenset({"_whole", "number", "cache", "quotients", "made", "handle", "idle", "_slots", "_views"})
+
+    def __init__(self, whole: AdapterState, number: int) -> None:
+        self._whole, self.number = whole, number
+        self.cache = whole.cache.twin()
+        self.quotients = ArrayCache()
+        self.made = None if whole.plan.theta is None else ThetaArrays(whole.plan)
+        self.handle: Any = None
+        self._slots: dict[AdapterSlot, AdapterSlot] = {}
+        self._views: dict[str, tuple[Tensor, tuple[bool, bool], Tensor]] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        if name in MemberState._ALONE:  # not set yet, as in a copy
+            raise AttributeError(name)
+        return getattr(self._whole, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in MemberState._ALONE:
+            object.__setattr__(self, name, value)
+        else:
+            setattr(self._whole, name, value)
+
+    @property
+    def whole(self) -> AdapterState:
+        return self._whole
+
+    @property
+    def acting(self) -> AdapterState:
+        return self
+
+    @property
+    def slots(self) -> list[AdapterSlot]:  # type: ignore[override]
+        """Those of the population, for this member."""
+        return [self.slot(slot) for slot in self._whole.slots]
+
+    def slot(self, slot: AdapterSlot) -> AdapterSlot:
+        """Return a slot of the population for this member."""
+        if slot not in self._slots:
+            self._slots[slot] = dataclasses.replace(slot, adapter=self)
+        return self._slots[slot]
+
+    def array_of(self, name: str) -> Tensor:
+        assignment = assignment_of(self)
+        return self.view(name) if assignment is None else assignment.array(name, self.number)
+
+    def view(self, name: str) -> Tensor:
+        """Return the member's part of an array as a view, the same object as long as the array is the same."""
+        parameter = cast(Tensor, self._whole.owner._parameters[self._whole.parameter_names[name]])
+        if torch.compiler.is_compiling():
+            return parameter[self.number]
+        # Caches of what has a graph know an array by its identity.
+        modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        cached = self._views.get(name)
+        if cached is None or cached[0] is not parameter or cached[1] != modes:
+            cached = self._views[name] = parameter, modes, parameter[self.number]
+        return cached[2]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_whole": self._whole, "number": self.number, "handle": self.handle}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["_whole"], state["number"])  # type: ignore[misc]
+        self.handle = state["handle"]
+
+
+def unnamed_member(state: AdapterState) -> TargetError:
+    """Return the error for a population of which one member is needed, and none is named."""
+    assert state.members is not None
+    return TargetError(
+        f"adapter {state.name!r} is a population of {state.members.count} members, and nothing says which of them acts "
+        "here: run the model inside `with adapter.members([…])`, with a member for each row, or call "
+        "adapter[0].activate() of one; disabled() gives the base"
+    )
+
+
 def weight_on(state: AdapterState, device: torch.device) -> Tensor:
     """Return an adapter's mixing weight as a tensor that a compiled program reads.
 
@@ -295,7 +458,7 @@ def weight_on(state: AdapterState, device: torch.device) -> Tensor:
 
 def need_attached(state: AdapterState) -> None:
     """Raise a TargetError if the adapter was detached."""
-    if state.model.__dict__.get(ADAPTERS_ATTR, {}).get(state.name) is not state:
+    if state.model.__dict__.get(ADAPTERS_ATTR, {}).get(state.name) is not state.whole:
         raise TargetError(f"adapter {state.name!r} is no longer attached to its model")
 
 
@@ -341,6 +504,9 @@ def warn_of_references(state: AdapterState) -> None:
 
 def named_parameters(state: AdapterState) -> Iterator[tuple[str, nn.Parameter]]:
     """Yield the parameters with the arrays' names in the plan."""
+    if isinstance(state, MemberState):
+        yield from ((array, state.view(array)) for array in state.parameter_names)  # type: ignore[misc]
+        return
     for array, name in state.parameter_names.items():
         yield array, state.owner._parameters[name]  # type: ignore[misc]
 
@@ -359,8 +525,10 @@ def weight_params(state: AdapterState, index: int) -> list[Tensor]:
 
 
 def _parameters(state: AdapterState, names: Sequence[str]) -> list[Tensor]:
-    # Looked up at each use: FSDP and load_state_dict(assign=True) replace the parameter objects.
-    return [state.owner._parameters[state.parameter_names[name]] for name in names]  # type: ignore[misc]
+    if type(state) is AdapterState and state.members is None:
+        # Looked up at each use: FSDP and load_state_dict(assign=True) replace the parameter objects.
+        return [state.owner._parameters[state.parameter_names[name]] for name in names]  # type: ignore[misc]
+    return [state.array_of(name) for name in names]
 
 
 def full_arrays(state: AdapterState) -> dict[str, Tensor]:
@@ -457,6 +625,10 @@ class RowAssignment:
             return 0.0
         return self._weights.get(state, state.weight) or 1.0
 
+    def array(self, name: str, number: int) -> Tensor:
+        """Return an array of a member of a population that has rows here."""
+        raise NotImplementedError
+
     def index(self, rows: Sequence[int], device: torch.device) -> Tensor:
         """Return row numbers as a tensor, which all layers share."""
         key = tuple(rows), device
@@ -471,11 +643,16 @@ _OPEN: ContextVar[tuple[RowAssignment, ...]] = ContextVar("tnadapt_rows", defaul
 _LOCK = threading.Lock()
 
 
+def open_assignments() -> tuple[RowAssignment, ...]:
+    """Return the thread's open assignments, the innermost last."""
+    return _OPEN.get()
+
+
 def assignment_of(state: AdapterState) -> RowAssignment | None:
     """Return this thread's assignment that an adapter is subject to."""
     if not state.by_rows:
         return None
-    return next((assignment for assignment in reversed(_OPEN.get()) if state in assignment.governed), None)
+    return next((assignment for assignment in reversed(_OPEN.get()) if state.whole in assignment.governed), None)
 
 
 def mixing_weight(state: AdapterState) -> float:

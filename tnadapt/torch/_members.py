@@ -1,0 +1,219 @@
+"""One member of a population for each row of a batch: the arrays of the members in it, and their updates, batched.
+
+All members of a population have one plan, so that one computation serves them all: of arrays with a leading axis, by
+``torch.vmap``. What is low-rank becomes two batched products whatever the members are; where ΔW has to be formed, it is
+formed once for each member in the batch, and again in backward instead of being saved. The plain form, which is the
+reference, is one member after the other: :func:`tnadapt.torch._rows.run_by_rows` takes it where layers are not linear,
+or where a member has so many rows that its W' is better formed.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from tnadapt.algebra.factoring import Factoring, factoring
+from tnadapt.backends import load_backend
+
+from . import _delta, _forms, _forward_pass
+from ._delta import Function, recomputed
+from ._forward_patch import ACTIVATIONS
+from ._state import AdapterSlot, AdapterState, RowAssignment
+from ._strategy_choice import MACHINES, costs
+
+_calls = itertools.count(1)
+
+
+class _Selected(Function):
+    """Some members of a parameter, as a function of it."""
+
+    keeps = "nothing"
+
+    def __init__(self, members: Tensor, shape: torch.Size) -> None:
+        self.members, self.shape = members, shape
+
+    def __call__(self, parameter: Tensor) -> Tensor:
+        return parameter.index_select(0, self.members)
+
+    def vjp(self, inputs: Sequence[Tensor], wanted: Sequence[int], gradient: Tensor) -> Sequence[Tensor]:
+        return [gradient.new_zeros(self.shape).index_copy(0, self.members, gradient)]
+
+
+class MemberRows(RowAssignment):
+    """A member of a population, or none, for each row of a batch.
+
+    Parameters
+    ----------
+    whole : AdapterState
+        The population.
+    numbers : sequence of int or None
+        The member of each row.
+
+    Attributes
+    ----------
+    members : list of int
+        The distinct members, in ascending order.
+    rows : dict of (int or None) to list of int
+        The rows of each.
+    """
+
+    def __init__(self, whole: AdapterState, numbers: Sequence[int | None]) -> None:
+        self.whole, self.names, self.governed = whole, tuple(numbers), frozenset([whole])
+        self._indices = {}
+        self.rows: dict[int | None, list[int]] = {}
+        for row, number in enumerate(numbers):
+            self.rows.setdefault(number, []).append(row)
+        self.members = sorted(number for number in self.rows if number is not None)
+        self._places = {number: place for place, number in enumerate(self.members)}
+        self._arrays: dict[Any, tuple[Any, Tensor, tuple[Tensor, ...]]] = {}
+        self._made: tuple[Any, dict[str, Tensor]] | None = None
+        self._call: Any = 0
+
+    @functools.cached_property
+    def groups(self) -> dict[AdapterState | None, list[int]]:  # type: ignore[override]
+        members = cast(Any, self.whole.members)
+        return {
+            None if number is None else members.state(self.whole, number): rows for number, rows in self.rows.items()
+        }
+
+    def weight(self, state: AdapterState) -> float:
+        return self.whole.weight or 1.0
+
+    def begin_layer(self) -> None:
+        """Note that a layer runs; what it selects serves all layers of its pass, or of the backward pass around it."""
+        passing = self.whole.cache.pass_number
+        task = _forward_pass.backward_number()
+        self._call = ("pass", passing) if passing else ("backward", task) if task != -1 else ("call", next(_calls))
+
+    def selected(self, name: str) -> Tensor:
+        """Return the members' part of a parameter, with a leading axis in the order of ``members``."""
+        return self._selected(name)[1]
+
+    def array(self, name: str, number: int) -> Tensor:
+        """Return an array of one of the members."""
+        return self._selected(name)[2][self._places[number]]
+
+    def _selected(self, name: str) -> tuple[Any, Tensor, tuple[Tensor, ...]]:
+        parameter = cast(Tensor, self.whole.owner._parameters[self.whole.parameter_names[name]])
+        modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        key = self._call, id(parameter), _delta.version(parameter), *modes
+        known = self._arrays.get(name)
+        if known is not None and known[0] == key:
+            return known
+        members = self.index(self.members, parameter.device)
+        several = recomputed(_Selected(members, parameter.shape), parameter)
+        self._arrays[name] = known = key, several, several.unbind(0)
+        return known
+
+    def arrays(self, names: Sequence[str]) -> list[Tensor]:
+        """Return arrays of the plan by name, with a leading axis in the order of ``members``."""
+        made = self.whole.made
+        if made is None:
+            return [self.selected(name) for name in names]
+        thetas = [self.selected(name) for name in made.theta.shapes]
+        if self._made is None or self._made[0] is not thetas[0]:
+            self._made = thetas[0], made.computed(thetas)
+        return [self._made[1][name] for name in names]
+
+    @functools.cached_property
+    def order(self) -> list[int]:
+        """The rows that have a member, those of one member after those of the one before."""
+        return [row for number in self.members for row in self.rows[number]]
+
+    @functools.cached_property
+    def count(self) -> int | None:
+        """The number of rows of each member; None if they differ."""
+        counts = {len(self.rows[number]) for number in self.members}
+        return counts.pop() if len(counts) == 1 else None
+
+    def blocks(self, x: Tensor) -> Tensor:
+        """Return the rows that have a member, in their order: ``(rows, …)``."""
+        if self.order == list(range(len(x))):
+            return x
+        return x.index_select(0, self.index(self.order, x.device))
+
+
+# -- The updates of all members in a batch -----------------------------------------------------------------------------
+
+
+class _FormedProduct(Function):
+    """``x ΔWᵀ`` of each member as a function of x and of the arrays, from which backward computes ΔW again."""
+
+    def __init__(self, source: _delta.Slice) -> None:
+        self.source = source
+
+    def __call__(self, x: Tensor, *arrays: Tensor) -> Tensor:
+        return cast(Tensor, torch.vmap(self._one)(x, *arrays))
+
+    def _one(self, x: Tensor, *arrays: Tensor) -> Tensor:
+        return functional.linear(x, self.source(*arrays))
+
+    def vjp(self, inputs: Sequence[Tensor], wanted: Sequence[int], gradient: Tensor) -> Sequence[Tensor]:
+        """Return the gradients of the wanted inputs, given that of the output."""
+        return _delta.plain_vjp(self, inputs, wanted, gradient)
+
+
+def factors_of(slot: AdapterSlot, tokens: int) -> Factoring | None:
+    """Return how the members of a slot multiply by factors; None where ΔW is better formed."""
+    if slot.factoring is not None:
+        return slot.factoring
+    members, plan = cast(Any, slot.adapter.members), slot.adapter.plan.arrays_plan
+    if slot.index not in members.factorings:
+        how = factoring(plan, slot.index) if slot.adapter.plan.applying.takes_factors else None
+        if how is not None:
+            work = costs(plan, slot.index, how, tokens, slot.adapter.plan.applying)
+            machine = MACHINES["cpu"]
+            how = how if work["factored"].seconds(machine) < work["additive"].seconds(machine) else None
+        members.factorings[slot.index] = how
+    return cast("Factoring | None", members.factorings[slot.index])
+
+
+def changes(assignment: MemberRows, slot: AdapterSlot, x: Tensor) -> Tensor | None:
+    """Return what a slot of all members adds to the outputs of their rows; None where members are better one by one.
+
+    Parameters
+    ----------
+    assignment : MemberRows
+    slot : AdapterSlot
+        Of the population.
+    x : Tensor, shape (rows, tokens, in)
+
+    Returns
+    -------
+    Tensor, shape (rows with a member, tokens, out), or None
+        In ``assignment.order``.
+    """
+    state, inputs = slot.adapter, assignment.blocks(x)
+    how = factors_of(slot, inputs.shape[1])
+    source = state.cache.slice(slot.index) if how is None else None
+    if how is None and (source is None or assignment.count is None or not state.plan.applying.takes_factors):
+        return None
+    arrays = assignment.arrays(how.names if how is not None else cast(Any, source).names)
+    if not torch.is_autocast_enabled(x.device.type):
+        inputs = inputs.to(arrays[0].dtype)
+    if assignment.count is None:
+        # A copy of the arrays for each row: those of factors are small.
+        numbers = [place for place, number in enumerate(assignment.members) for _ in assignment.rows[number]]
+        index = assignment.index(numbers, arrays[0].device)
+        arrays = [array.index_select(0, index) for array in arrays]
+    else:
+        inputs = inputs.reshape(len(assignment.members), -1, inputs.shape[-1])
+    if how is not None:
+        activation = None if state.activation is None else ACTIVATIONS[state.activation]
+        change = torch.vmap(functools.partial(_factored, how, activation))(inputs, *arrays)
+    elif torch.is_grad_enabled():
+        change = recomputed(_FormedProduct(cast(_delta.Slice, source)), inputs, *arrays)
+    else:
+        change = _FormedProduct(cast(_delta.Slice, source))(inputs, *arrays)
+    return _forward_pass.scaled(state, change.reshape(-1, x.shape[1], change.shape[-1]))
+
+
+def _factored(how: Factoring, activation: Any, x: Tensor, *arrays: Tensor) -> Tensor:
+    named: Mapping[str, Tensor] = dict(zip(how.names, arrays, strict=True))
+    return _forms.product(x, how(load_backend("torch"), named), activation)
