@@ -2,7 +2,7 @@
 
 The updates of all chosen weights are one long vector, cut into groups; each group is
 ``F(scale * kron_k(core_k x_1 A_k1 … x_M A_kM))``, unfolded and cut to length (SuperLoRA, arXiv 2403.11887).
-Importing this imports no framework.
+Importing tnadapt imports no framework.
 """
 
 from typing import TYPE_CHECKING
@@ -180,7 +180,7 @@ _MODULES = frozenset(
 )
 _MODULES_WITH_EXTRAS = frozenset({"finetune", "plot", "serving", "testing", "torch"})
 
-# What users of PyTorch and of PEFT look for in this package.
+# Names that users of PyTorch and PEFT look for in this package.
 _ELSEWHERE = {
     "attach": "tnadapt.torch.attach", "find_targets": "tnadapt.torch.find_targets",
     "from_pretrained": "tnadapt.torch.from_pretrained", "load_pretrained": "tnadapt.torch.load_pretrained",

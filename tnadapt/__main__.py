@@ -1,10 +1,10 @@
-"""Entry point of ``tnadapt`` and ``python -m tnadapt``. Users' mistakes print one line, not a traceback."""
+"""Entry point of ``tnadapt`` and ``python -m tnadapt``, where user errors print one line, not a traceback."""
 
 from __future__ import annotations
 
 import sys
 
-# What is shown without the command line's libraries.
+# Shown if the libraries of the command line are not installed.
 _HELP = """Usage: tnadapt [OPTIONS] COMMAND [ARGS]...
 
 Fine-tune, plan, convert and merge adapters with few parameters.

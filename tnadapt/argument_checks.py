@@ -1,7 +1,7 @@
-"""The types of arguments of public functions, checked before a function does anything.
+"""Type checks of the arguments of public functions, by their annotations, before a function does anything.
 
-A decorator reads the annotations of a function, as people do, and names the parameter whose value is of another type.
-What else must hold for a value is checked by the function itself.
+A decorator reads the annotations of a function, and its error names the parameter whose value has another type. All
+other conditions on values are checked by the function itself.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 
 from .errors import BackendError, ConfigError, FileError, ShapeError, TargetError, TnadaptError, safe_repr
 
-# -- The types of arguments of public functions, checked before a function does anything -------------------------------
+# -- Type checks of the arguments of public functions ------------------------------------------------------------------
 
 
 # Python does not print longer integers.
@@ -133,7 +133,7 @@ def flag(name: str, value: Any) -> bool:
 
 @functools.cache
 def _type_of(annotation: str) -> _Type | None:
-    """Return the type that an annotation stands for; None if it is any."""
+    """Return the type that an annotation stands for, or None if it allows any."""
     return _of_node(ast.parse(annotation, mode="eval").body)
 
 
@@ -149,7 +149,7 @@ def _of_node(node: ast.expr) -> _Type | None:
     if name in _NAMED:
         return _NAMED[name]
     if name not in _CLASSES:
-        return None  # an alias, or a protocol: the function checks it
+        return None  # an alias or a protocol: checked by the function
     article = "an" if name[0] in "AEIO" else "a"
     error = _ERRORS.get(name, ConfigError)
     return _Type(lambda value: _is_a(value, name), f"{article} {name}", f"{name}s", error)
@@ -249,7 +249,7 @@ def _is_number(value: Any) -> bool:
         return False
     try:
         float(value)
-    except (TypeError, ValueError, OverflowError, RuntimeError):  # an integer of more than 1,024 bits; a longer array
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # an integer of over 1,024 bits; a longer array
         return False
     return True
 
@@ -289,16 +289,16 @@ def is_sequence(value: Any) -> bool:
     if isinstance(value, (str, bytes, bytearray, Mapping, type)):
         return False
     if isinstance(value, Iterable):
-        return getattr(value, "shape", None) != ()  # an array without axes looks iterable
+        return getattr(value, "shape", None) != ()  # a 0-d array looks iterable
     try:
-        iter(value)  # through __getitem__, as torch's data sets
+        iter(value)  # through __getitem__, like torch's data sets
     except TypeError:
         return False
     return True
 
 
 def _is_array(value: Any) -> bool:
-    """Return whether a value is an array of numbers, of any library; a number of NumPy is none."""
+    """Return whether a value is an array of numbers of any library, which NumPy's scalars are not."""
     dtype = getattr(value, "dtype", None)
     if dtype is None or not hasattr(value, "shape") or isinstance(value, type):
         return False
@@ -327,7 +327,7 @@ _STR = _Type(lambda value: isinstance(value, str), "a string", "strings")
 _HASHABLE = _Type(_is_hashable, "hashable", "hashable keys")
 _ARRAY = _Type(_is_array, "an array of numbers", "arrays of numbers", BackendError)
 _NAMED: dict[str, _Type | None] = {
-    # Whatever these stand for, the function checks it; paths are checked by path_of() in checkpoints/container.py.
+    # These are checked by the function; paths by path_of() in checkpoints/container.py.
     **dict.fromkeys(("Any", "Self", "object", "Path")),
     "Hashable": _HASHABLE,
     "str": _STR,
@@ -350,9 +350,9 @@ _CLASSES = frozenset({
 _ERRORS = {"nn.Module": TargetError, "Target": TargetError, "AdapterFile": FileError}
 
 
-# -- Settings: frozen dataclasses whose fields are what a config and a file say of a map or a source -------------------
+# -- Settings of a map or source: frozen dataclasses, stored in configs and files --------------------------------------
 
-# Values within values within …, as a hostile file may have them.
+# The limit for nested values, which a hostile file may have.
 _MAX_DEPTH = 4
 
 
@@ -369,7 +369,7 @@ def require_frozen(cls: Any, what: str, reserved: str) -> None:
     reserved : str
         The name that a file uses for the kind.
     """
-    # Of the class itself: what it inherits says nothing of its own attributes.
+    # Of the class itself: inherited annotations say nothing about its own attributes.
     if "__dataclass_fields__" not in cls.__dict__ or not cls.__dict__["__dataclass_params__"].frozen:
         raise ConfigError(
             f"{what} must be a frozen dataclass: decorate the class with @dataclasses.dataclass(frozen=True)"
@@ -424,7 +424,7 @@ def from_stored(cls: Callable[..., S], fields: Mapping[str, Any], what: str) -> 
 
 
 def _tuples(value: Any, depth: int) -> Any:
-    """Convert lists to tuples; a value that is nested more deeply stays a list, which no field may be."""
+    """Convert lists to tuples, except values nested more deeply, which no field may have."""
     if isinstance(value, list) and depth > 0:
         return tuple(_tuples(item, depth - 1) for item in value)
     return value

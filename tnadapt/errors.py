@@ -56,9 +56,9 @@ def escaped(text: str) -> str:
     )
 
 
-# Letters of a message: longer than the longest path that Linux opens.
+# Maximum length of a message: longer than the longest path that Linux opens.
 _LONGEST = 5000
-# What makes a spreadsheet take a cell for a formula, also in full width, and a number, which is none.
+# Characters that make a spreadsheet take a cell for a formula, also in full width; and a number, which is no formula.
 _FORMULA = re.compile("[=+\\-@\t\r\n\uff1d\uff0b\uff0d\uff20]")
 _NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?", re.ASCII)
 

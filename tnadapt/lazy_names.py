@@ -1,4 +1,4 @@
-"""Names and submodules of a package that are imported when they are first used (PEP 562)."""
+"""Lazy imports (PEP 562): names and submodules of a package that are imported on first use."""
 
 from __future__ import annotations
 
@@ -80,10 +80,10 @@ def lazy_name(package: str, modules: Mapping[str, str], name: str) -> Any:
     AttributeError: module 'tnadapt' has no attribute 'pc'
     """
     if name not in modules:
-        # With the module, Python adds "Did you mean", from its __dir__.
+        # Given the module, Python adds "Did you mean" from its __dir__.
         raise AttributeError(f"module {package!r} has no attribute {name!r}", name=name, obj=sys.modules[package])
     path = modules[name].split(".")
-    # From the outermost in: two threads that import a package and a module in it could wait for each other.
+    # Outermost package first: otherwise two threads, importing a package and a module in it, could deadlock.
     for length in range(1, len(path) + 1):
         module = importlib.import_module(f".{'.'.join(path[:length])}", package)
     return getattr(module, name)

@@ -36,7 +36,7 @@ def load_plugins() -> tuple[str, ...]:
         One sentence per plug-in that failed to load: its name, its package, and the error. A failing plug-in never
         prevents the others, or anything built in, from working.
     """
-    import importlib.metadata  # brings along the parser of emails and more, and most programs need no plug-in
+    import importlib.metadata  # slow to import, and most programs need no plug-in
 
     failures = []
     for entry in importlib.metadata.entry_points(group=GROUP):
@@ -53,7 +53,7 @@ def failed_plugins() -> str:
     return "".join(f"; {failure}" for failure in load_plugins())
 
 
-# -- Registries by name: what is built in, and what other packages register --------------------------------------------
+# -- Registries by name: built-in entries, and those of other packages -------------------------------------------------
 
 
 V = TypeVar("V")

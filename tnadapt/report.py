@@ -1,4 +1,4 @@
-"""The table of results, as text, Markdown and HTML, and the progress bar of what takes long."""
+"""Tables of results as text, Markdown and HTML, and progress bars."""
 
 from __future__ import annotations
 
@@ -219,7 +219,7 @@ class _Notebook(_Nowhere):
         self.handle: Any = None
 
     def show(self, title: str, done: float | None, words: str) -> None:
-        # Without a value the bar moves, which says that something happens.
+        # Without a value the bar moves, to show activity.
         value = "" if done is None else f' value="{done:.4f}"'
         share = "" if done is None else f"{done:.0%}"
         beside = " ".join(filter(None, (share, words)))

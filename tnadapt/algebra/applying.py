@@ -1,13 +1,13 @@
-"""How ΔW meets W: added to it, multiplied with it, or as a change of direction next to a trained magnitude.
+"""How ΔW is applied to W: added, multiplied elementwise (HiRA), or as a new direction with a trained magnitude (DoRA).
 
 One class for each value of ``Config.apply``. All have the same form, ``W' = q ∘ (W + C)``: C is ΔW or W ∘ ΔW, and q is
-absent or ``m / ‖W + C‖``, one number for each row or column. Exactness follows from this order of operations: for
-ΔW = 0 the sum is W to the bit, and so is its product with a q of exactly 1.
+absent or ``m / ‖W + C‖``, one number for each row or column. This order of operations makes the start exact: for ΔW = 0
+the sum is exactly W, and so is its product with a q of 1.
 
-**The norm.** q is 1 at the start only if the norm has the bits that m started with, on every library and device. So the
-norm is defined to the bit: squares in float64 (exact for numbers of float32 and narrower), summed by halving
-(:func:`norms`), the root, rounded to float32 and then to the dtype in which m is trained. A row of zeros has the
-quotient 1.
+**The norm.** q is exactly 1 at the start only if every library and device computes the norm with the same bits as the
+initial m. So the arithmetic of the norm is fixed: squares in float64 (exact for numbers of float32 and narrower),
+summed by halving (:func:`norms`), the square root, rounded to float32 and then to the dtype in which m is trained. For
+a row of zeros, q is 1.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ __all__ = ["APPLYING", "AXES", "Add", "Applying", "Hadamard", "Magnitude", "Resc
 #: What a magnitude belongs to, and the axis over which the norm sums.
 AXES = {"rows": 1, "cols": 0}
 
-# Elements whose norms are computed at once, where numbers are known: their squares fit in the cache.
+# Elements whose norms are computed at once, for concrete arrays: their squares fit in the cache.
 _PIECE = 1 << 18
 _NARROW = 64
 
@@ -309,7 +309,7 @@ def norms(backend: Backend, matrix: Array, axis: int) -> Array:
     array([5., 0.])
     """
     rows, cols = matrix.shape
-    # Narrower pieces of columns would read little of each row at a time.
+    # Narrower pieces of columns would read too little of each row at a time.
     step = max(1, _PIECE // cols) if axis == 1 else max(_NARROW, _PIECE // rows)
     if matrix.shape[1 - axis] > step and backend.is_concrete(matrix):
         # Rows do not depend on each other, nor do columns: in pieces, all intermediate results stay in the cache.

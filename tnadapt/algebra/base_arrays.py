@@ -1,4 +1,4 @@
-"""Arrays of a plan that are not drawn: what a caller gives, and what is computed from the base weights."""
+"""Arrays of a plan that are not drawn at random: given by the caller, or computed from the base weights."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def from_base(
                 starts.append(pool.submit(_start_of, part, index, base))
                 if len(starts) == _WORKERS:
                     put(starts.popleft().result().items())
-            # What is computed from the factors comes after them.
+            # Arrays that are computed from the factors come last.
             for late in (False, True):
                 phase = {full: entry for full, entry in entries.items() if entry.source.needs_factors == late}
                 factors = [_factors(group, full, arrays) if late else {} for full in phase]

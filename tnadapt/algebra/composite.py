@@ -1,8 +1,8 @@
 """Several configs in one adapter, each for some of its weights.
 
-The long vector of such an adapter is that of its first part, then that of its second, and so on. Groups and weights
-are numbered through all parts: if the first part has two groups, ``group2`` is the first group of the second part. Each
-part draws its numbers with its own seed and its own numbers of groups, so that they do not depend on the other parts.
+The long vector of such an adapter is the concatenation of its parts' vectors. Groups and weights are numbered across
+parts: if the first part has two groups, ``group2`` is the first group of the second part. The draws of a part use its
+own seed and its own group numbers, so they do not depend on the other parts.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .folding import MAX_SIZE
 
 _Item = TypeVar("_Item")
 
-# Fields that a plan, and what it is attached to, has once for all of its weights.
+# Fields that must be the same for all weights of a plan.
 _SAME = ("apply", "magnitude_axis", "start")
 
 
@@ -131,7 +131,7 @@ class CompositeConfig(Config):
 
 
 def _shared(name: str) -> property:
-    """Return the property that reads a field of all parts."""
+    """Return a property that reads a field common to all parts."""
 
     def read(config: CompositeConfig) -> Any:
         values = [getattr(part.config, name) for part in config.parts]
@@ -145,7 +145,7 @@ def _shared(name: str) -> property:
     return property(read)
 
 
-# The fields have defaults in the class, which would be read silently.
+# The class has defaults for the fields, which would be read silently.
 for _field in dataclasses.fields(Config):
     setattr(CompositeConfig, _field.name, _shared(_field.name))
 

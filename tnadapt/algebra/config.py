@@ -1,6 +1,6 @@
 """Config, the settings of an adapter (r, M, K, G, ρ, α and others): immutable and validated.
 
-The sections before the class check its fields, and turn axes and folds in names to the numbers of a group.
+The sections before the class check its fields, and resolve axes and named folds to the sizes of a group.
 """
 
 from __future__ import annotations
@@ -67,9 +67,9 @@ def checked_axes(axes: Any, fold: Any, order: int) -> Axes | None:
     return modes
 
 
-# -- Folds in names: ("weights", "rows", "cols") stands for the numbers of each group ----------------------------------
+# -- Named folds: ("weights", "rows", "cols") stands for the sizes of each group ---------------------------------------
 
-# A fold in names makes one setting fit groups of different weights, such as the queries and the values of grouped-query
+# A named fold makes one setting fit groups of different weights, such as the queries and the values of grouped-query
 # attention. A size is an integer, one of the names, or a name divided by an integer: ``("weights", 12, "rows/12",
 # "cols")`` splits the rows into 12 heads, ``("weights", "rows/64", 64, "cols")`` into heads of 64 rows.
 
@@ -104,7 +104,7 @@ def check_fold(fold: Sequence[int | str]) -> None:
         ...
     tnadapt.errors.ConfigError: fold=('weights', 'cols', 'rows') must give the number of weights, then their rows, ...
     """
-    # From the last size to the first: a block is complete once its name has occurred and all divisors are made up for.
+    # From the last size to the first: a block is complete once its name has occurred and its divisors are matched.
     parsed = [_parsed(mode, size) if isinstance(size, str) else size for mode, size in enumerate(fold)]
     blocks = list(NAMES)
     name, product = "", Fraction(1)
@@ -164,7 +164,7 @@ def group_fold(fold: Sequence[int | str], layout: Layout, group: int) -> tuple[i
 
 
 def _quotient(fold: Sequence[int | str], size: str, known: dict[str, int], group: int) -> int:
-    name, divisor = _parsed(0, size)  # valid, as check_fold has found
+    name, divisor = _parsed(0, size)  # valid: check_fold has checked it
     quotient, rest = divmod(known[name], divisor)
     if rest:
         raise ConfigError(
@@ -516,7 +516,7 @@ class Config:
     parameters: int | None = None
     scope: str = "plan"
     offset: bool = True
-    # A condition on the weights that does not affect results: configs of older files stay equal.
+    # A condition on the weights that does not affect results, so configs of older files compare equal.
     weight_shape: tuple[int, int] | None = dataclasses.field(default=None, compare=False)
     axes: tuple[int | tuple[int, ...], ...] | None = None
     apply: str = "add"
@@ -525,7 +525,7 @@ class Config:
     rate: str = "sgd"
 
     def __new__(cls, *args: Any, **settings: Any) -> Config:
-        # Raise ConfigError for an unknown field, where a dataclass would raise TypeError.
+        # Raises ConfigError for an unknown field, where a dataclass would raise TypeError.
         _known(settings)
         return super().__new__(cls)
 
@@ -637,7 +637,7 @@ class Config:
         fields["projection"] = maps.projection_to_json(self.projection)
         fields["before"] = None if self.before is None else maps.projection_to_json(self.before)
         fields["sources"] = {name: source_to_dict(self.sources[name]) for name in sorted(self.sources)}
-        # Sources and those after them are newer than file format 1: files that do not use them keep their bytes.
+        # The fields from sources on are newer than file format 1: files that do not use them keep their bytes.
         older = itertools.takewhile(lambda name: name != "sources", fields)
         used = {*older, *(name for name in fields if getattr(self, name) != getattr(_USUAL, name))}
         return {name: value for name, value in fields.items() if name in used}
@@ -698,5 +698,5 @@ def _listed(value: Any) -> Any:
     return [_listed(item) for item in value] if isinstance(value, tuple) else value
 
 
-# What a field is compared with, to leave it out where it has its default.
+# The value that a field is compared with, to leave it out if it has its default.
 _USUAL = Config()

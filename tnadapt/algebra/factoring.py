@@ -1,4 +1,4 @@
-"""Row and column factors of one weight's update, by which layers multiply and from which exports take theirs.
+"""Row and column factors of one weight's update, with which layers multiply without ΔW, and which exports write.
 
 ``ΔW_i = scale * sum_t M_1 ⊗ … ⊗ M_K``, where each M_k is a small matrix or a product ``left @ right.T`` of two narrow
 ones. A layer that multiplies by these never needs ΔW. LoRA is one term with one product. A weight that is a run of rows
@@ -7,19 +7,19 @@ that lines up with the weights digit for digit. Kronecker products of matrices a
 Compacter), and a Hadamard product of low-rank matrices is a matrix whose rank is the product of the ranks (LoHa).
 
 With a start that is subtracted, ``L R - L_0 R_0`` is ``(L - L_0) R + L_0 (R - R_0)``: one product of twice the width,
-which is exactly zero at the start, and near it does not subtract large numbers. A difference of Kronecker products is a
-sum of as many as there are matrices, ``A ⊗ B - A_0 ⊗ B_0 = (A - A_0) ⊗ B_0 + A ⊗ (B - B_0)``, with the same properties.
+which is exactly zero at the start, and near it does not subtract large numbers. A difference of Kronecker products of K
+matrices is a sum of K products, ``A ⊗ B - A_0 ⊗ B_0 = (A - A_0) ⊗ B_0 + A ⊗ (B - B_0)``, with the same properties.
 
-Where no unfolding of the network is the weight, as with blocks (GraLoRA), an index that holds parts of rows, or a
-Kronecker product that is cropped, the network is cut where that costs least: one product, whose width is the bound on
-the rank, if that is below both sides.
+If no unfolding of the network is the weight (blocks as in GraLoRA, an index that holds parts of rows, a cropped
+Kronecker product), the network is cut where that costs least: one product, whose width is the bound on the rank, if
+that is below both sides.
 
-A map F that keeps rows and columns separate, ``F(X) = A X Bᵀ``, as one that repeats or permutes them does, maps the
-factors of X. If X has no narrow ones and is smaller than the weight (MiSS), A and Bᵀ are applied to what the layer
-multiplies: ``A (X (Bᵀ x))``.
+If F keeps rows and columns separate, ``F(X) = A X Bᵀ``, as repetitions and permutations of rows do, it maps the factors
+of X. If X has no narrow factors and is smaller than the weight (MiSS), A and Bᵀ are applied to the layer's vectors:
+``A (X (Bᵀ x))``.
 
-Only updates whose rows and columns are separable have factors, which is decided from the integers of the plan, and is
-exact: there are none if a weight is in several groups or F mixes rows with columns.
+Only updates whose rows and columns are separable have factors. The integers of the plan decide this, exactly: there are
+no factors if a weight is in several groups or F mixes rows with columns.
 """
 
 from __future__ import annotations
@@ -151,13 +151,13 @@ class Factoring:
     shared: bool = False
     #: Computes the two factors at the cheapest cut of the network, where no unfolding is the weight.
     halves: NetworkHalves | None = None
-    #: The matrices are those of X before the map behind the network, which makes the update of it.
+    #: The matrices are those of X, from which the map F after the network computes the update.
     separation: Separation | None = None
-    #: Names of the plan's arrays that are the two factors as they are, which saves computing them; None if none.
+    #: Names of the plan's arrays that are the two factors as they are, without computation; None if there are none.
     stored: tuple[str, str] | None = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
-        # Here, and not on first access: a compiler cannot trace the lock of a cached property.
+        # Computed here rather than on first access: a compiler cannot trace the lock of a cached property.
         object.__setattr__(self, "stored", self._stored())
 
     @property
@@ -219,7 +219,7 @@ class Factoring:
         return Factored(terms, 1.0 if len(self.sizes) == 1 else self.network.scale, self.sides)
 
     def _terms(self, backend: Backend, arrays: Mapping[str, Array]) -> list[list[Matrix]]:
-        """Compute the matrices, before a start is subtracted; a single dense one with the scale."""
+        """Compute the matrices, before a start is subtracted, with the scale in a single dense one."""
         if self._is_pair:
             return [[self._two(backend, arrays)]]
         return [[self._one(backend, arrays)]] if len(self.sizes) == 1 else self._kronecker(backend, arrays)
@@ -256,7 +256,7 @@ class Factoring:
         if self.separation is None:
             return pair
         dtype = backend.dtype_name(pair.left)
-        # As a map's own output: computed in single precision at least, and rounded once.
+        # Like the output of a map: computed in single precision at least, and rounded once.
         wide = dtype if dtype == "float64" else "float32"
         halves = []
         for side, half in enumerate(pair):
@@ -266,7 +266,7 @@ class Factoring:
         return Matrix(*halves)
 
     def _one(self, backend: Backend, arrays: Mapping[str, Array]) -> Matrix:
-        """Compute X, times the scale."""
+        """Compute the scaled X as one dense matrix."""
         assert self.separation is not None
         start, shape, _ = self.separation
         x = self.network.slice(backend, arrays, start, start + math.prod(shape))
@@ -380,11 +380,9 @@ def _of_cut(group: Group, start: int, shape: tuple[int, int], shared: bool) -> F
 
 
 def _of_kronecker(group: Group, cut: int, rows: tuple[int, int], shared: bool) -> Factoring | None:
-    """Factor a Kronecker product; None if the weight is not a Kronecker product of unfoldings of the splits.
-
-    It is one if among the row modes, and among the column modes, at most one has more than one index, and the range of
-    each mode is a box of the splits' digits.
-    """
+    """Factor a weight that is a Kronecker product of unfoldings of the splits, or return None if it is not one."""
+    # It is one if at most one row mode and at most one column mode has more than one index, and the range of each
+    # mode is a box of the splits' digits.
     network = group.network
     row_boxes = boxes(network.sizes[:cut], *rows)
     if len(row_boxes) > 1 or _extent(row_boxes[0].ranges) != rows[1] - rows[0]:
@@ -413,7 +411,7 @@ def _of_kronecker(group: Group, cut: int, rows: tuple[int, int], shared: bool) -
 
 
 def _run(sizes: Sequence[int], ranges: Ranges) -> tuple[int, int] | None:
-    """Return start and stop in ``vec`` of a box whose elements are contiguous there; None if they are not."""
+    """Return start and stop in ``vec`` of a box, or None if its elements are not contiguous there."""
     start = 0
     for size, (lo, _) in zip(sizes, ranges, strict=True):
         start = start * size + lo
@@ -435,7 +433,7 @@ def _cut(sizes: Sequence[int], cols: int) -> int | None:
 
 # Row i of ``A ⊗ B ⊗ C`` is the Kronecker product of a row of each, those of the digits of i. So a run of rows needs no
 # cutting into boxes of digits, and its gradient is two sums. The products are those of
-# :func:`tnadapt.algebra.products.kronecker_tensor`, in the same order, to the bit.
+# :func:`tnadapt.algebra.products.kronecker_tensor`, in the same order, with the same bits.
 
 
 class KroneckerRows(FixedArrays):

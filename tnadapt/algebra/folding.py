@@ -1,9 +1,8 @@
-"""Folding a vector into a tensor: the sizes, those of splits, and where a slice of the vector is in the tensor.
+"""Folding a vector into a tensor: sizes of the tensor and its splits, and which part of the tensor a slice is.
 
-A slice of a tensor's ``vec`` is a few boxes of the tensor, or a run of rows of an unfolding, in which the leading modes
-of the tensor are the rows of a matrix and the others its columns. CP, Tucker and tensor trains give each unfolding as a
-product ``L R`` with few columns in L. A slice is then one product of some rows of L with R, which writes each element
-once and in order.
+A slice of a tensor's ``vec`` is a few boxes of the tensor, or a run of rows of an unfolding (a matrix with the leading
+modes as rows and the others as columns). In CP, Tucker and tensor trains each unfolding is a product ``L R`` with few
+columns in L. A slice is then one product of some rows of L with R, which writes each element once and in order.
 
 Paper symbols: N (length of the long vector), M (order), d_m (size of mode m), K (splits). All arithmetic is on Python
 integers: floating-point roots are inexact at perfect powers (64 ** (1/3) < 4).
@@ -236,7 +235,7 @@ def balanced_factors(size: int, parts: int) -> tuple[int, ...]:
 
 
 def _checked(size: int) -> int:
-    # The size is only used in arithmetic, so it may be larger than any array.
+    # The size is used in arithmetic only, so it may exceed that of any array.
     return integer("size", size, 1, 1 << 1024, ShapeError)
 
 

@@ -1,7 +1,7 @@
 """The groups of a plan: the network, map F and arrays of each, the ΔW that they compute, and bounds on its rank.
 
-The bounds are computed from the integers of a plan, whatever the arrays are. LoRA of that rank holds the update
-exactly; how, is in :mod:`tnadapt.algebra.factoring`.
+The bounds follow from the integers of a plan, whatever the arrays are. LoRA of that rank represents the update exactly:
+see :mod:`tnadapt.algebra.factoring`.
 """
 
 from __future__ import annotations
@@ -242,7 +242,7 @@ class PlanPart:
         return self._networks[key]
 
     def _weights(self, group: int) -> Weights:
-        """Return the shapes of a group's weights if F is applied to each of them; None if to the group's vector."""
+        """Return the shapes of a group's weights if F is applied to each of them, or None if to the group's vector."""
         return tuple(self.layout.whole_weights(group, "on='weight'")) if self.config.on == "weight" else None
 
     def _projection(self, group: int) -> Projection:
@@ -300,7 +300,7 @@ class PlanPart:
             return {}
         if self.tied:
             return sources.origins_of(self._sources, group, self.network(0).shapes, self.layout.num_groups)
-        # The same for all groups, except for the index.
+        # The same for all groups, except for the group index.
         return {name: origin._replace(group=group, owner=(group, name)) for name, origin in self._first_origins.items()}
 
     @functools.cached_property
@@ -359,7 +359,7 @@ class PlanPart:
         return not self.tied and all(source.independent_of_group for source in frozen)
 
     def _frozen(self, origins: Mapping[str, sources.Origin]) -> dict[str, sources.FrozenArray]:
-        """Return what computes each frozen array of a group, by the network's names."""
+        """Return the FrozenArray of each frozen array of a group, by the network's names."""
         numbers = {name: number for number, name in enumerate(self.network(0).shapes)}  # the same in all groups
         frozen = {}
         for name, (group, inner, source, _, _) in origins.items():
@@ -414,7 +414,7 @@ class PlanPart:
         return self.groups[group].start
 
     def _zero_table(self) -> dict[int, list[ZeroArray]]:
-        """Return the array that is zero at the start in each term of each group, if arrays are tied and F is linear."""
+        """Return the array that starts at zero in each term of each group, if arrays are tied and F is linear."""
         if not self._zeros:
             self._zeros |= self._zeros_if([None] * self.layout.num_groups)
         return self._zeros
@@ -481,11 +481,11 @@ def updates(
         return _projected(backend, groups, arrays, start, stop, trained)
     like = next(iter(arrays[0].values()))
     dtype = backend.dtype_name(like)
-    # The difference of two near numbers: taken in single precision at least, and rounded once.
+    # A difference of nearly equal numbers: computed in single precision at least, and rounded once.
     wide = dtype if dtype == "float64" else "float32"
     begun = [group.start.on(backend, (name, trained or dtype), like, wide) for group in groups for name in group.names]
     current = [backend.astype(array, wide) for of_group in arrays for array in of_group.values()]
-    # A compiler that computed the two by different routes would not find them equal at the start.
+    # If a compiler computed the two in different ways, they would not be equal at the start.
     both = iter(backend.apart([*current, *begun]))
     now = [{name: next(both) for name in group.names} for group in groups]
     then = [{name: next(both) for name in group.names} for group in groups]
@@ -517,8 +517,8 @@ def _projected(
 
 # -- Several groups in one call of F -----------------------------------------------------------------------------------
 
-# One group after another is the plain way, and the reference, with the same bits. But each call of F is some operations
-# or launches of kernels, and with ``groups="weight"`` these take longer than the work on the vector of a small weight.
+# The reference implementation computes one group after another, with the same bits. But each call of F has overhead:
+# operations or kernel launches, which with ``groups="weight"`` take longer than the work on a small weight's vector.
 # :meth:`tnadapt.backends.Backend.at_once` says how many elements to compute in one call, which bounds the memory that a
 # batch adds.
 
@@ -548,7 +548,7 @@ def updates_of_runs(
     lengths: dict[int, int] = {}
     for group, start, stop in runs:
         lengths[id(group.start)] = lengths.get(id(group.start), 0) + stop - start
-    # The runs of a group whose weights are not adjacent are cut from the whole, which takes one call of F and not many.
+    # The runs of a group whose weights are not adjacent are cut from the whole vector: one call of F instead of many.
     wanted = [
         (group, 0, group.size)
         if lengths[id(group.start)] == group.size and not group.projection.map.identity
@@ -570,7 +570,7 @@ def updates_of_runs(
 
 def _key(run: Run) -> tuple[int, int, int]:
     group, start, stop = run
-    # Each group has its own start. A compiler can trace the id of an object of a class, and not of a tuple.
+    # Each group has its own start. A compiler can trace the id of a class instance, but not of a tuple.
     return id(group.start), start, stop
 
 
@@ -675,7 +675,7 @@ def rank_bounds(layout: Layout, groups: Sequence[Group]) -> Iterator[int]:
 
 
 def _kind(group: Group, piece: Piece) -> tuple[object, ...]:
-    """Return all that :func:`_of_piece` depends on, besides the shape of the weight."""
+    """Return everything that :func:`_of_piece` depends on, except the shape of the weight."""
     _, weight_start, _, group_start, length = piece
     return id(group.network), group.projection.kind, group.subtracts, weight_start, group_start, length
 
@@ -706,7 +706,7 @@ def useful_rank(groups: Iterable[Group]) -> int | None:
 
 
 def _of_piece(group: Group, piece: Piece, cols: int) -> int:
-    """Return a bound on the rank of the rows of a weight that have elements in a piece."""
+    """Return a bound on the rank of the rows that a weight has in a piece."""
     first, last = piece.weight_start // cols, -(-(piece.weight_start + piece.length) // cols)
     touched = min(last - first, cols)
     if piece.weight_start % cols or piece.length % cols:
@@ -716,6 +716,6 @@ def _of_piece(group: Group, piece: Piece, cols: int) -> int:
         return touched
     place = place_of(group.network.sizes, separation.start, math.prod(separation.shape), separation.shape[1])
     width = None if place is None else width_at(group.network, place)
-    # The difference of two updates, that of the arrays and that of their start.
+    # The difference of two updates: that of the arrays, and that of their start.
     before = min(separation.shape) if width is None else min(width * (2 if group.subtracts else 1), *separation.shape)
     return min(touched, before * max(1, len(separation.sides)))

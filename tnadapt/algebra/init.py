@@ -9,18 +9,18 @@ instead: the first one of the last split of the term that has a trained array, C
 then random like the others, from its own stream, with the σ that belongs to the new choice. Which array is zero
 depends only on which are trained.
 
-**Arrays of a source.** Arrays that ``Config.sources`` freezes are not drawn here. The zero is then one of the other
-arrays, by the same rule, and σ takes the mean square of the frozen ones into account. A frozen array with trained
-multipliers (:class:`tnadapt.sources.Scaled`, :class:`tnadapt.sources.Mixed`) is zero by its first one; the others are
-one, or what ``start`` says. A multiplier whose ``start`` is 0 is the zero of its term. An array that is tied to
-another one starts as that does; a term with such a zero needs no other.
+**Arrays of a source.** Arrays that ``Config.sources`` freezes are not drawn here. The array that starts at zero is then
+one of the others, by the same rule, and σ takes the mean square of the frozen ones into account. Of the trained
+multipliers of a frozen array (:class:`tnadapt.sources.Scaled`, :class:`tnadapt.sources.Mixed`), the first one starts at
+zero; the others start at one, or at their ``start``. A multiplier with a ``start`` of 0 is the one that makes its term
+zero. An array that is tied to another one starts like it; a term that is zero by such an array needs no other.
 
 **Nonlinear F.** ``tanhshrink'(0) = 0``, so that nothing would ever move from a zero start. All arrays are random with
 a common σ, and ΔW is ``F(x) - F(x_start)``, with ``x_start`` recomputed from the seed.
 
-**Given starts.** With ``Config.start`` other than "zero", ΔW is ``net(x) - net(x_0)`` in the same way. x_0 consists of
-the arrays provided or computed from the base, and of the above for the others. With "random" no array of x_0 is
-zero, and the only random array of a product has σ = ``STEP``. Which arrays are trained does not affect x_0.
+**Given starts.** With ``Config.start`` other than "zero", ΔW is ``net(x) - net(x_0)`` in the same way. Arrays of x_0
+that are neither given nor computed from the base start as above. With "random" no array of x_0 is zero, and the only
+random array of a product has σ = ``STEP``. Which arrays are trained does not affect x_0.
 
 **σ** makes the first SGD step change ΔW equally, whatever the rank, order, splits, terms and ρ are. For a white
 gradient and a scale of 1, the root mean square of ΔW after one step is ``STEP`` times that of the same step of dense
@@ -60,8 +60,8 @@ from .starting_points import PREFIX, Start, ZeroStart
 
 # -- Which array of each term is zero ----------------------------------------------------------------------------------
 
-# An array is zero by itself, or by one of its trained multipliers. Groups whose arrays are tied are decided together,
-# in their order: what one group has chosen counts for the others.
+# An array is zero itself, or by one of its trained multipliers. Groups whose arrays are tied are decided together,
+# in order: the choice of one group counts for the later ones.
 
 
 # A group, and the network's name of an array or multiplier in it.
@@ -131,7 +131,7 @@ class StartingGroup(NamedTuple):
         ]
 
     def _of_array(self, k: int, name: str, array: str) -> list[ZeroArray]:
-        """Return the array itself if it has a trained one behind it, and its multipliers."""
+        """Return the array, if it is trained or tied to a trained one, and its multipliers."""
         origin = self.origins.get(array)
         if origin is None:
             return [ZeroArray(k, name, "", array, (self.number, array))]
@@ -165,11 +165,11 @@ class StartingGroup(NamedTuple):
                 f"none of {', '.join(arrays)} can be zero at the start: each one that is trained occurs twice in the "
                 "product, or in another one that has its zero. Tie fewer of them"
             )
-        # If none that is trained can be zero, another one must be nevertheless, so that the term contributes nothing.
+        # If no trained one can be zero, a frozen one must be, so that the term contributes nothing.
         return next((candidate for candidate in able if self._trains(candidate.label)), able[0])
 
     def _trains(self, name: str) -> bool:
-        """Return whether an array or multiplier is trained; in a term of which nothing is, all count as trained."""
+        """Return whether an array or multiplier is trained, counting all as trained in a term where nothing is."""
         if self.trained is None or name in self.trained:
             return True
         term = name.partition("split")[0]
@@ -196,7 +196,7 @@ def zero_arrays(groups: Sequence[StartingGroup]) -> dict[int, list[ZeroArray]]:
     {0: [ZeroArray(split=0, name='factor0', multiplier='', array='split0.factor0', part=(0, 'split0.factor0'))]}
     """
     zero = {part for group in groups for part in group.by_start()}
-    # What occurs in a term that has its zero must not become another one.
+    # Arrays of a term that has its zero array must not become zero for another term.
     settled = set[_Part]()
     zeros: dict[int, list[ZeroArray]] = {}
     terms = [(group, candidates) for group in groups for candidates in group.terms()]
@@ -314,7 +314,7 @@ class Initializer(FixedArrays):
 
     @functools.cached_property
     def _zero(self) -> list[ZeroArray]:
-        """For each term, the array that is zero for a linear F."""
+        """For each term, the array that starts at zero if F is linear."""
         if self._table is not None and self.projection.linear:
             return self._table()[self.group]
         origins = self.origins if self.projection.linear else {}
@@ -364,7 +364,7 @@ class Initializer(FixedArrays):
             return self._stds[key]
         try:
             if not self.point.leaves_zero and _random_arrays(self.network) - frozen[1] == 1:
-                std = STEP  # of the only random array, which is zero otherwise
+                std = STEP  # of the only random array, which would be zero otherwise
             elif self.projection.linear:
                 origin = self.origins.get(zero.array)
                 std = _linear_std(self.network, self.projection, zero, frozen, origin and origin.multiplied)
@@ -411,7 +411,7 @@ class Initializer(FixedArrays):
         return not self.subtracts or not (self.point.needs_base or PREFIX + self.names[name] in self._given)
 
     def _array(self, key: str) -> np.ndarray:
-        """Compute an array or multiplier itself, whatever its unit is."""
+        """Compute an array or multiplier without its unit."""
         if not self.draws(key):
             return self._brought(key)
         if key not in self.network.shapes:
@@ -450,7 +450,7 @@ class Initializer(FixedArrays):
         if origin.owner != (self.group, array):
             return self._tied(origin.owner[0], f"{origin.owner[1]}.{multiplier}")
         assert origin.multiplied is not None
-        # A multiplier that would be zero and is not trained is one: another array is the zero then.
+        # An untrained multiplier starts at one, even if it could make its term zero: another array does so then.
         value = 0.0 if key in self.zeros else origin.multiplied.starts[multiplier] or 1.0
         return origin.multiplied.initial(multiplier, self.network.shapes[array], value)
 
@@ -515,7 +515,7 @@ def _nonlinear_std(network: Network, projection: Projection, frozen: tuple[float
 
 
 def _random_arrays(network: Network) -> int:
-    """Return the number of arrays in one product, without those that start at one."""
+    """Return the number of arrays in one product, except those that start at one."""
     return sum(len(split.shapes) - len(split.ones) for split in network.splits)
 
 

@@ -26,9 +26,9 @@ from .formats import Legs
 # -- The long vector and its groups ------------------------------------------------------------------------------------
 
 
-# Lists of more pieces are kept: there are few groups of so many weights.
+# Longer lists of pieces are cached: few groups have so many weights.
 _LONG = 64
-# What several configs make is listed, and a list of more groups would be that of a hostile file.
+# The groups of several configs are listed; only a hostile file has more.
 _MAX_JOINED = 1 << 20
 
 Groups = str | int | tuple[tuple[int, ...], ...]
@@ -106,7 +106,7 @@ class Layout:
         self._places = self._order if order is None else {weight: place for place, weight in enumerate(order)}
         #: Where each weight starts in the vector that is cut, and the end of the last one.
         self._starts = [0, *itertools.accumulate(self._sizes[weight] for weight in self._order)]
-        # Here, and not on first access: a compiler cannot trace a bisection.
+        # Computed here rather than on first access: a compiler cannot trace a bisection.
         listed = () if isinstance(cuts, range) else self._starts[:-1]
         self._first_groups = [bisect_right(cuts, start) - 1 for start in listed]
         self._long: dict[int, list[Piece]] = {}
@@ -181,7 +181,7 @@ class Layout:
         return math.gcd(*(self.shapes[piece.weight][1] for piece in self.of_group(group)))
 
     def _overlap(self, place: int, group: int) -> Piece:
-        """Return the elements that a group has of the weight at a place in the vector that is cut."""
+        """Return the elements that a group has of the weight at a position of the vector that is cut."""
         first, start = self._starts[place], self._cuts[group]
         lo, hi = max(first, start), min(self._starts[place + 1], self._cuts[group + 1])
         return Piece(self._order[place], lo - first, group, lo - start, hi - lo)
@@ -250,7 +250,7 @@ class Layout:
 
 
 def _first_and_count(runs: Iterable[tuple[int, int, Hashable]]) -> list[tuple[int, int]]:
-    """Return the first group of each kind and the number of its groups, given (first, number, kind) of each run."""
+    """Return the first group and the number of groups of each kind, given (first, number, kind) of each run."""
     kinds: dict[Hashable, tuple[int, int]] = {}
     for start, count, kind in runs:
         first, known = kinds.get(kind, (start, 0))
@@ -364,7 +364,7 @@ def require_alike(layout: Layout, shape: tuple[int, int], fold: Sequence[int]) -
 
 
 def _by_key(what: str, given: Iterable[Hashable] | None, weights: int) -> list[list[int]]:
-    """Return the weights of each group: those with the same key, in order of first appearance."""
+    """Return the weights of each group, which have the same key, in order of first appearance."""
     if given is None:
         raise ConfigError(
             f'groups="{what}" needs {what}s=[…], one key per weight, to know which weights share a {what}; '
@@ -404,7 +404,7 @@ def checked_shapes(shapes: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
     return [(rows, cols) for rows, cols in checked]
 
 
-# -- Where the rows and columns of a weight are in a folded tensor -----------------------------------------------------
+# -- The rows and columns of a weight in a folded tensor ---------------------------------------------------------------
 
 
 Box = tuple[tuple[int, int], ...]
@@ -477,7 +477,7 @@ def place_of(sizes: Sequence[int], start: int, length: int, cols: int) -> Weight
     box = enclosing(sizes[: modes + 1], start // inner, (start + length) // inner)
     before, last = box[:-1], box[-1]
     if all(stop - first == 1 for first, stop in before):
-        # The rows are the box.
+        # The rows fill the box.
         rows = (last[1] - last[0]) // across
         ranges, whole = (*before, last, *after), ((0, 1),) * modes
         return WeightPlace(ranges, modes, across, (*(1,) * modes, rows), (*whole, (0, rows)), (0, rows))

@@ -1,4 +1,4 @@
-"""A config by the name of its preset and settings (``"lora", rank=8``), and what is suggested for unknown names."""
+"""Look up configs by preset name and settings (``"lora", rank=8``), with suggestions for unknown names."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from . import presets
 from .config import Config
 from .presets import PRESETS
 
-# What a caller means who gives one of these as the config, which comes before the targets.
+# What a caller means who passes one of these as the config, the argument before the targets.
 _TARGETS = ("all-linear", "conv", "embeddings")
 _ROLES = frozenset("qkvo")
 
@@ -209,7 +209,7 @@ def is_setting(name: Any) -> bool:
 
 
 def _own(name: str) -> dict[str, inspect.Parameter]:
-    """Return the preset's own parameters, without the fields of Config that all take."""
+    """Return a preset's own parameters, without the fields of Config that all presets take."""
     parameters = inspect.signature(PRESETS[name].make).parameters
     return {each: entry for each, entry in parameters.items() if entry.kind is not entry.VAR_KEYWORD}
 

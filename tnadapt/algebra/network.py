@@ -27,8 +27,8 @@ from .products import contracted, hadamard_tensor, khatri_rao, kronecker_tensor,
 # -- The network: arrays, slices and adjoint ---------------------------------------------------------------------------
 
 
-# An elementwise product of splits is computed as one matrix product if L has at most this many columns per term; with
-# more of them that costs more than the product of tensors.
+# An elementwise product of splits is computed as one matrix product if L has at most this many columns per term;
+# beyond that, the product of tensors costs less.
 _THICK = 64
 
 
@@ -301,7 +301,7 @@ class Network:
         return backend.concat(lefts, axis=1), backend.concat(rights, axis=0)
 
     def _thin(self, modes: int) -> int | None:
-        """Return :meth:`inner` if one matrix product is the cheapest way; or None."""
+        """Return :meth:`inner` if one matrix product is the cheapest, or else None."""
         inner = self.inner(modes)
         return None if inner is None or (len(self.splits) > 1 and inner > _THICK * self.terms) else inner
 
@@ -388,7 +388,7 @@ def width_at(network: Network, place: WeightPlace) -> int | None:
     parts = _parts(network, place)
     if parts is None:
         return None
-    # The rank of an elementwise product, as that of a Kronecker product, is at most the product of the ranks.
+    # The rank of an elementwise product, like that of a Kronecker product, is at most the product of the ranks.
     return network.terms * math.prod(
         _width(split, legs) for split, (_, legs) in zip(network.splits, parts, strict=True)
     )
@@ -406,7 +406,7 @@ def _parts(network: Network, place: WeightPlace) -> list[tuple[Box, Legs]] | Non
         return [(place.ranges, place.legs())] * len(network.splits)
     if place.across > 1:
         return None
-    # An index is a number with one digit a split. The update is a part of the Kronecker product of the matrices that
+    # An index is a number with one digit per split. The update is a part of the Kronecker product of the matrices that
     # the digits' ranges cut out of the splits.
     digits = [enclosing(_digit_sizes(network, mode), *bounds) for mode, bounds in enumerate(place.ranges)]
     boxes = [tuple(digit[k] for digit in digits) for k in range(len(network.splits))]
@@ -479,7 +479,7 @@ class NetworkHalves(FixedArrays):
         return left, backend.matrix_transpose(backend.concat(rights, axis=1))
 
     def _joined(self, backend: Backend, halves: Sequence[Array], modes: range) -> Array:
-        """Join the halves of the splits on one side of the cut, whose modes are given."""
+        """Join the halves of the splits on one side of the cut, which has the given modes."""
         if not self._within:
             return row_wise_khatri_rao(backend, [backend.reshape(half, (-1, half.shape[-1])) for half in halves])
         whole = kronecker_tensor(backend, halves)

@@ -20,12 +20,12 @@ from tnadapt.errors import ShapeError, safe_repr
 
 from .folding import MAX_ORDER
 
-# -- Which modes a product of factors joins last: the cheapest way by a model of its time ------------------------------
+# -- Which modes a product of factors joins last: the order that a cost model finds cheapest ---------------------------
 
-# The last matrix product writes the whole result, and the ways to it differ in what it reads: its operands are expanded
-# from the factors. The model counts the elements that are written on the way. A multiply-add of a matrix product costs
-# a small part of an element, a row of a product with broadcasting as much as sixteen, each matrix of a batch as much as
-# three hundred. All are plain integers, and nothing is cached: compilers trace these functions.
+# The last matrix product writes the whole result in any order. The orders differ in its operands, which are expanded
+# from the factors first. The model counts the elements that are written for them. A multiply-add of a matrix product
+# costs a small part of an element, a row of a product with broadcasting as much as sixteen, each matrix of a batch as
+# much as three hundred. All are plain integers, and nothing is cached: compilers trace these functions.
 
 
 _ROW = 16
@@ -161,7 +161,7 @@ def cp_in_groups(backend: Backend, factors: Sequence[Array], groups: tuple[int, 
     rows = khatri_rao(backend, factors[first:second])
     columns = factors[second:]
     if first or len(columns) > 1:
-        # In this layout the innermost loops are as long as the last factor, not only as its rank.
+        # In this layout the innermost loops are as long as the last factor's rows, not just its rank.
         cols = row_wise_khatri_rao(backend, [_laid_out(backend, factor) for factor in columns])
     else:
         cols = backend.matrix_transpose(columns[0])
@@ -173,7 +173,7 @@ def cp_in_groups(backend: Backend, factors: Sequence[Array], groups: tuple[int, 
 
 
 def _laid_out(backend: Backend, factor: Array) -> Array:
-    """Return the transpose of a matrix, in C order in memory: flattening moves the elements."""
+    """Return the transpose of a matrix with its elements moved into C order."""
     return backend.reshape(backend.flatten(backend.matrix_transpose(factor)), (factor.shape[1], factor.shape[0]))
 
 
@@ -252,7 +252,7 @@ def _several(given: Any, what: str, form: str) -> list[Any]:
 
 
 def _two(given: Any, what: str, form: str) -> tuple[Any, list[Any]]:
-    """Unpack ``(one array, several)``; TensorLy's objects unpack in the same way."""
+    """Unpack a pair of one array and a sequence of arrays, or TensorLy's objects, which unpack in the same way."""
     parts = _several(given, what, form)
     if len(parts) != 2:
         raise ShapeError(f"{what} is {form}; got {len(parts)} parts")
@@ -499,7 +499,7 @@ def kronecker_tensor(backend: Backend, arrays: Sequence[Array]) -> Array:
     if len(arrays) == 2:
         return backend.kron(arrays[0], arrays[1])
     *others, right = arrays
-    # Products with short rows are slow; once the rows are long, multiplying the others first writes less.
+    # Products with short rows are slow, and long rows should be multiplied last, which writes less.
     while others and (not right.ndim or right.shape[-1] < LONG):
         right = backend.kron(others.pop(), right)
     return backend.kron(kronecker_tensor(backend, others), right) if others else right
@@ -678,7 +678,7 @@ def contracted(backend: Backend, tensor: Array, splits: Sequence[Array | None], 
 
 
 def _outer(backend: Backend, tensors: Sequence[Array]) -> Array | None:
-    """Return the outer product of all tensors as a vector; None if there are no tensors."""
+    """Return the outer product of all tensors as a vector, or None if there are no tensors."""
 
     def pair(a: Array, b: Array) -> Array:
         return backend.flatten(backend.reshape(a, (-1, 1)) * backend.reshape(b, (1, -1)))

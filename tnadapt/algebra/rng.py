@@ -57,7 +57,7 @@ WORTH, WORTH_IMPORT = 1 << 14, 1 << 17
 
 
 def _way(size: int) -> Any:
-    """Return the implementation for that many elements: compiled kernels if available, else NumPy; the same bits."""
+    """Return the implementation for that many elements: compiled kernels or NumPy, which give the same bits."""
     least = WORTH if "numba" in sys.modules else WORTH_IMPORT
     return (kernels("philox") if size >= least else None) or NumpyStreams
 
@@ -381,11 +381,9 @@ def _horner(coefficients: tuple[float, ...], x: NDArray[np.float64]) -> NDArray[
 
 
 def _log(x: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Compute the natural logarithm without ``libm``, whose last bits differ between machines.
-
-    ``frexp`` reduces the argument to a mantissa m in [sqrt(1/2), sqrt(2)); log(m) is the series of
-    2 artanh((m-1)/(m+1)) up to the 25th power.
-    """
+    """Compute the natural logarithm without ``libm``, whose last bits differ between machines."""
+    # frexp reduces x to a mantissa m in [sqrt(1/2), sqrt(2)); log(m) is the series of 2 artanh((m-1)/(m+1)) up to the
+    # 25th power.
     mantissa, exponent = np.frexp(x)
     low = mantissa < math.sqrt(0.5)
     mantissa = np.where(low, mantissa * 2.0, mantissa)

@@ -27,7 +27,7 @@ from .superlora import SuperLoRA
 
 # Elements computed at once: a few such pieces in float64 fit in the cache.
 PIECE = 1 << 18
-# Elements computed at once with an F, which needs all of its draws for each span; a span is kept for the weights that
+# Elements computed at once with an F, which needs all of its draws for each span; a span is cached for the weights that
 # share it.
 SPAN = 1 << 24
 
@@ -91,7 +91,7 @@ class Float64Deltas:
     def _made(self, index: int, start: int, stop: int) -> Array:
         group = self.plan.groups[index]
         if self._wide[0] != index:
-            # One group at a time: for a dense adapter, these arrays are as large as its weights.
+            # One group at a time: the arrays of a dense adapter are as large as the weights.
             cast = {full: self._backend.astype(self._arrays[full], "float64") for full in group.names.values()}
             self._wide = index, cast
         return group.update(self._backend, self._wide[1], start, stop, self.trained)
@@ -226,19 +226,19 @@ _ROOM = {"float64": 1e308, "float32": 3e38, "float16": 65000.0, "bfloat16": 3e38
 
 
 def _in_range(numbers: np.ndarray, dtype: str) -> bool:
-    """Return whether all numbers are well within the dtype's range; False if any is NaN."""
+    """Return whether all numbers are well within the dtype's range, which is false if any is NaN."""
     return bool(-_ROOM[dtype] < numbers.min() and numbers.max() < _ROOM[dtype])
 
 
 def _finite(numbers: np.ndarray, dtype: str) -> np.ndarray:
-    """Return which numbers are finite after rounding."""
+    """Return which numbers are still finite after rounding."""
     stored = rounded(numbers, dtype)
     return np.asarray(np.isfinite(widened(stored, dtype)))
 
 
-# -- Any way of applying an update, in whole rows if need be -----------------------------------------------------------
+# -- Any way of applying an update, in whole rows if necessary ---------------------------------------------------------
 
-# W' of :mod:`tnadapt.algebra.applying`, rounded as the sum is.
+# W' of :mod:`tnadapt.algebra.applying`, rounded like the sum.
 
 
 def change_in_place(
@@ -333,7 +333,7 @@ def changed_spans(
 
 
 def _joined(backend: Backend, pieces: Iterable[tuple[int, Array]], span: int) -> Iterator[tuple[int, Array]]:
-    """Join consecutive pieces to multiples of a length."""
+    """Yield consecutive pieces joined so that their lengths are multiples of a length."""
     held, count, begin = list[Array](), 0, 0
     for _, piece in pieces:
         held.append(piece)

@@ -1,4 +1,4 @@
-"""SVD and QR of a base weight, from seeded normal numbers where LAPACKs differ: for sources and starts."""
+"""SVD and QR of base weights, with results that do not depend on the LAPACK: for sources and starts (PiSSA, OLoRA)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 
 from tnadapt.errors import ConfigError, warn
 
-# LAPACKs agree on a singular subspace and not on the singular vectors, whose signs and, where singular values are
+# LAPACKs agree on a singular subspace but not on the singular vectors, whose signs and, where singular values are
 # close, directions are arbitrary. So a subspace is computed here and given a basis that depends on it alone: the
 # projection of the seeded normal numbers onto it, orthonormalized. Rounding errors change that basis by about 1e-12
 # where the subspace is well separated.
@@ -20,7 +20,7 @@ START_PASSES = 16
 OVERSAMPLING = 8
 # Singular values closer than this, relative to the larger one, leave the single vectors undetermined.
 _TIE = 1e-4
-# A gap below this, relative to the larger value, lets rounding errors of float64 turn a subspace by what float32 shows.
+# With a gap below this, relative to the larger value, float64 rounding errors turn a subspace visibly in float32.
 _LOST = 1e-8
 # Singular values below this, relative to the largest one, are rounding errors of a float32 weight.
 _NOISE = 1e-9
@@ -73,7 +73,7 @@ def dominant_basis(matrix: np.ndarray, normals: np.ndarray, rank: int, vectors: 
     if not np.isfinite(largest):
         raise ConfigError(f"{what} is computed from the base weight, which holds NaN or infinity")
     width = min(rank + OVERSAMPLING, *matrix.shape)
-    # Only float64 weights can be so large or small that their squares overflow or underflow.
+    # Only float64 weights can have squares that overflow or underflow.
     scaled = matrix if 1e-60 < largest < 1e60 or largest == 0.0 else matrix / largest
     q = _iterated(scaled, normals[:, :width], PASSES)
     # Rayleigh-Ritz: the singular vectors of the part of the matrix in that space.
@@ -101,7 +101,7 @@ def dominant_basis(matrix: np.ndarray, normals: np.ndarray, rank: int, vectors: 
 
 
 def _tied(values: np.ndarray) -> bool:
-    """Return whether two neighboring singular values, of a falling sequence, are nearer than 1e-4."""
+    """Return whether two neighbors in a descending sequence of singular values are closer than 1e-4."""
     return bool((values[:-1] - values[1:] < _TIE * values[:-1]).any())
 
 
@@ -190,7 +190,7 @@ def leading_qr(matrix: np.ndarray, rank: int, what: str) -> np.ndarray:
 
 
 def _signed(left: np.ndarray, values: np.ndarray, right: np.ndarray, part: slice, what: str) -> Triples:
-    """Return some of the triples, each with the largest entry of its left vector positive."""
+    """Return some of the triplets, with the largest entry of each left vector positive."""
     selected = values[part]
     if selected[-1] <= _NOISE * values[0]:
         raise ConfigError(
@@ -209,7 +209,7 @@ def _signed(left: np.ndarray, values: np.ndarray, right: np.ndarray, part: slice
 
 
 def _iterated(matrix: np.ndarray, normals: np.ndarray, passes: int) -> np.ndarray:
-    """Return an orthonormal basis after passes of the iteration, none of which is needed for all of the space."""
+    """Return an orthonormal basis after some passes of the iteration, or without any for the whole space."""
     q = orthonormal(normals)
     for _ in range(passes if q.shape[1] < len(matrix) else 0):
         q = orthonormal(matrix @ (matrix.T @ q))

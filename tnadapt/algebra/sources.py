@@ -438,7 +438,7 @@ def _one_hot(shape: Shape, stream: Stream) -> np.ndarray:
     columns = shape[-1]
     rows = math.prod(shape) // columns
     words = rng.words(stream.seed, stream.group, stream.purpose, 0, rows * -(-columns // rows))
-    # Each block of so many columns as there are rows takes the rows in the order of its words.
+    # Each block of n columns, where n is the number of rows, takes the rows in the order of its words.
     order = np.argsort(words.reshape(-1, rows), axis=1, kind="stable").reshape(-1)[:columns]
     matrix = np.zeros((rows, columns))
     matrix[order, np.arange(columns)] = 1.0
@@ -528,7 +528,7 @@ class FromBase(Source):
         require_flags(vectors=self.vectors)
 
     def _unfolded(self, order: int, mode: int | None) -> int:
-        """Return the mode along which the base of that order is unfolded, for an array of that mode."""
+        """Return the mode along which a base of this order is unfolded for an array of this mode."""
         if self.side != "mode":
             return order - (2 if self.side == "rows" else 1)
         assert mode is not None  # checked by the plan
@@ -579,7 +579,7 @@ class FromBase(Source):
         return 1.0 / shape[0]
 
 
-# -- The core of the higher-order singular value decomposition of the base ---------------------------------------------
+# -- The core of the base's higher-order singular value decomposition --------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -620,7 +620,7 @@ class BaseCore(Source):
 
     def array(self, shape: tuple[int, ...], stream: Stream) -> np.ndarray:
         """See :meth:`Source.array`."""
-        assert stream.base is not None  # the plan gives both to a source that needs them
+        assert stream.base is not None  # a plan gives both to a source that needs them
         core = stream.base
         for mode, factor in stream.factors.items():
             wide = factor.astype(np.float64)
@@ -837,7 +837,7 @@ class Scaled(Multiplied):
         numbers = self.start if isinstance(self.start, tuple) else (self.start,)
         for number in numbers:
             known = isinstance(number, (int, float)) and not isinstance(number, bool)
-            if not known or not abs(number) <= 1e30:  # NaN is not either
+            if not known or not abs(number) <= 1e30:  # also false for NaN
                 raise ConfigError(
                     "start must be a finite number of at most 1e30, a tuple of one per diagonal, or None; got "
                     f"{safe_repr(self.start)}"
@@ -974,7 +974,7 @@ class SourceMap(Mapping[str, Source]):
 
 
 def _keys_of(name: str) -> list[str]:
-    """The keys that fit an array, the longest first."""
+    """Return the keys that match an array, longest first."""
     parts = name.split(".")
     return [".".join(parts[skipped:]) for skipped in range(len(parts))]
 
@@ -1048,7 +1048,7 @@ def origins_of(sources: SourceMap, group: int, names: Collection[str], num_group
 
 
 def _origin(sources: SourceMap, array: tuple[int, str], names: Collection[str], num_groups: int) -> Origin:
-    """Follow ties to the array that has the numbers; the first multipliers on the way are those of the array."""
+    """Follow ties to the array that has the numbers, with the first multipliers found on the way."""
     source, multiplied, owner, seen = sources.of(array[1]) or Trained(), None, array, [array]
     while isinstance(source, (Multiplied, Tied)):
         if isinstance(source, Multiplied):
@@ -1115,7 +1115,7 @@ class FrozenArray(NamedTuple):
             numbers = np.asarray(source.array(shape, self.stream if stream is None else stream))
         except TnadaptError:
             raise
-        except Exception as error:  # whatever another package raises
+        except Exception as error:  # another package's source may raise anything
             raise ConfigError(
                 f"{safe_repr(source)} failed to compute {self.full!r}: {type(error).__name__}: {error}"
             ) from error
@@ -1156,7 +1156,7 @@ class FrozenArrays(FixedArrays):
         super().__init__()
         self.entries = dict(entries)
         self._given = {} if given is None else given  # filled in later if it is empty
-        self._squares: dict[str, float] = {}  # of arrays that depend on the seed alone, which never change
+        self._squares: dict[str, float] = {}  # of arrays that depend on the seed alone and never change
 
     def make(self, key: Any) -> np.ndarray:
         """Return an array in float32, by its name, or by (name, dtype) with its values rounded to that dtype."""
@@ -1229,7 +1229,7 @@ SOURCES: Registry[Source] = Registry(
         "mixed": Mixed,
     },
 )
-# A source within a source within …, as a hostile file may have it.
+# The limit for nested sources, which a hostile file may have.
 _MAX_DEPTH = 4
 
 

@@ -1,7 +1,7 @@
 """Starts: the values x_0 at which training begins: zero, random, given, or from the base (PiSSA, MiLoRA, OLoRA).
 
-``Config(start=…)`` names one. Where it subtracts, ``ΔW = net(x) - net(x_0)`` and x begins at x_0, so that a fresh
-adapter changes nothing whatever x_0 is. :mod:`tnadapt.algebra.init` has the zero and random arrays. A new built-in
+``Config(start=…)`` names one. If the start is subtracted, ``ΔW = net(x) - net(x_0)`` and x begins at x_0, so a fresh
+adapter changes nothing, whatever x_0 is. :mod:`tnadapt.algebra.init` has the zero and random arrays. A new built-in
 start is one more class and one more line in :data:`STARTS`; another package calls ``tnadapt.register_start``.
 """
 
@@ -26,7 +26,7 @@ __all__ = ["PREFIX", "STARTS", "Start", "StartPlace", "register_start"]
 # -- The contract of a start -------------------------------------------------------------------------------------------
 
 
-#: Plans and files have x_0 of an array under the array's name after this.
+#: Prefix of an array's name under which plans and files have its x_0.
 PREFIX = "start."
 
 

@@ -40,7 +40,7 @@ from .starting_points import PREFIX, Start, StartPlace
 from .theta import Theta
 from .units import adam_units, in_units
 
-# Plans of up to this many groups are laid out when they are made; larger ones when their arrays are asked for.
+# Plans of up to this many groups are laid out on creation, larger ones when their arrays are first needed.
 LAID_OUT = 4096
 
 
@@ -124,7 +124,7 @@ class SuperLoRA:
         self._roles = None if roles is None else list(roles)
         self._units: Mapping[str, float] = {}
         self._file_plan: Self | None = None
-        # Arrays that are not drawn, without those of P; groups refer to the dictionary.
+        # Arrays that are not drawn, except those of P; groups refer to this dictionary.
         self._given: dict[str, np.ndarray] = {}
         self._base_starts: dict[str, np.ndarray] = {}
         #: The groups of each config; several of a CompositeConfig.
@@ -140,18 +140,18 @@ class SuperLoRA:
             self._bring(checked_given(given, self.fixed_shapes, self.brought_shapes))
         if start_from is not None:
             self._bring_start(start_from)
-        _ = self.theta  # raises a ConfigError if it has more elements than what is made from it
+        _ = self.theta  # raises a ConfigError if it has more elements than the arrays made from it
         if lay_out:
             load_imported()
             self._lay_out()
 
     def _lay_out(self) -> None:
-        """Compute what a compiled program reads of a plan, so that its compiler never traces this code."""
+        """Compute everything that a compiled program reads of a plan, so that its compiler never traces this code."""
         if self.num_groups <= LAID_OUT:
             _ = self.param_shapes, self.weight_param_names, self.groups
 
     def _view(self, **fields: Any) -> Self:
-        """Return a plan with other fields, which computes again what else this one has cached."""
+        """Return a plan with other fields, without the values that depend on them and are cached in this one."""
         view = type(self).__new__(type(self))
         cached = {name for name, value in vars(SuperLoRA).items() if isinstance(value, functools.cached_property)}
         view.__dict__.update({name: value for name, value in self.__dict__.items() if name not in cached})
@@ -278,7 +278,7 @@ class SuperLoRA:
         )  # fmt: skip
 
     def _groups_of(self, part: PlanPart, groups: Sequence[Group]) -> Sequence[Group]:
-        """Return those of the groups of this plan that belong to a config."""
+        """Return the groups among those given that belong to a config."""
         first = part.first_group - self._parts[0].first_group
         return groups[first : first + part.layout.num_groups]
 
@@ -479,7 +479,7 @@ class SuperLoRA:
     @property
     def given(self) -> dict[str, np.ndarray]:
         """The arrays in ``fixed_shapes`` that the plan has, by name, in float32."""
-        # Without those of other configs, whose plans have the same dictionary.
+        # Without those of other configs, whose plans share the dictionary.
         fixed = self.fixed_shapes
         arrays = {name: array for name, array in self._given.items() if name in fixed}
         return arrays if self.theta is None else {**arrays, **self.theta.brought}
@@ -492,13 +492,13 @@ class SuperLoRA:
         )
 
     def _bring(self, arrays: Mapping[str, np.ndarray]) -> None:
-        """Put checked arrays where the groups and the map before them look for them."""
+        """Store checked arrays where the groups and the map before them look for them."""
         if self.theta is not None:
             self.theta.bring({name: arrays[name] for name in self.brought_shapes if name in arrays})
         self._given |= {name: array for name, array in arrays.items() if name not in self.brought_shapes}
 
     def _bring_start(self, arrays: Any) -> None:
-        """Check arrays at which training starts, and put them where the groups look for them."""
+        """Check the arrays at which training starts, and store them where the groups look for them."""
         if not self.point.brought:
             raise ConfigError(
                 f"arrays to start from need Config(start='given'); the config has start={self.config.start!r}"
@@ -590,7 +590,7 @@ class SuperLoRA:
         """
         present = self.given
         self._bring({name: array for name, array in other.given.items() if name not in present})
-        # In place, like the given arrays: the plan in other units has the same ones.
+        # In place, like the given arrays, which the plan in other units shares.
         self._base_starts.update(
             {name: start for name, start in other._base_starts.items() if name not in self._base_starts}
         )
@@ -747,7 +747,7 @@ class SuperLoRA:
             hosts |= {name: np.zeros(shape) for name, shape in self.theta.shapes.items()}
         else:
             for group, start in zip(self.groups, self.starts(trained), strict=True):
-                # Arrays that are tied have been drawn.
+                # Tied arrays have been drawn already.
                 hosts |= {full: start.host(name) for name, full in group.names.items() if full not in hosts}
         params = {}
         for name in self.param_shapes:
@@ -789,7 +789,7 @@ class SuperLoRA:
                 f"{missing[0]} starts at the norms of its base weight, which this plan has not seen: call "
                 "plan.with_base(weights) first, or attach the config to a model"
             )
-        # To float32 first, as the norm is rounded where it is divided by.
+        # To float32 first, as the norm is rounded in the quotient.
         host_dtype = np.float64 if dtype == "float64" else np.float32
         return {name: self._base_starts[name].astype(host_dtype) for name in self.weight_param_shapes}
 
@@ -983,7 +983,7 @@ class SuperLoRA:
             pieces = backend.split(vec, [piece.length for piece in group.pieces])
             for piece, part in zip(group.pieces, pieces, strict=True):
                 parts[piece.weight].append(part)
-        # Groups cut the long vector in order, so that the parts of each weight are in order, too.
+        # Groups cut the long vector in order, so the parts of each weight are in order, too.
         return [backend.reshape(backend.concat(parts[weight]), shape) for weight, shape in enumerate(self.shapes)]
 
     def delta(self, params: Mapping[str, ArrayT], i: int, dtype: str | None = None) -> ArrayT:
@@ -1204,7 +1204,7 @@ class SuperLoRA:
         return self.groups[int(index)].start.on(backend, (name, dtype or like_dtype), like, like_dtype)
 
     def _require_gradient(self) -> None:
-        """Raise a ConfigError if θ = 0 has no gradient: without an offset, where two arrays of a product are zero."""
+        """Raise a ConfigError if, without an offset, two arrays of a product are zero at θ = 0: no gradient."""
         if self.config.offset:
             return
         for group in self.groups:
@@ -1245,7 +1245,7 @@ def _restored(
     given: Mapping[str, np.ndarray],
     base_starts: dict[str, np.ndarray],
 ) -> SuperLoRA:
-    """Return a plan that was pickled."""
+    """Rebuild a pickled plan."""
     plan = SuperLoRA(config, shapes, layers, roles, lay_out=False)
     for part in plan._parts:
         part.first_weight, part.first_group = part.first_weight + first[0], part.first_group + first[1]

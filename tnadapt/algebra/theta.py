@@ -1,8 +1,8 @@
-"""θ: a map P before the network, by which the trained arrays of a plan are ``a_start + P θ``, and θ is trained.
+"""θ: a map P before the network, so that the arrays of a plan are ``a_start + P θ`` and only θ is trained.
 
 P is a map with a short input and a long output, one of :mod:`tnadapt.algebra.maps`, such as ``one-hot`` (Uni-LoRA,
-arXiv 2506.00799) or ``normal`` (NOLA, arXiv 2310.02556). Its draws are those of that map with the group index
-``2**31`` plus the index of θ, which no map after a network has.
+arXiv 2506.00799) or ``normal`` (NOLA, arXiv 2310.02556). Its draws use the group index ``2**31`` plus the index of θ,
+which no map after a network uses.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ class Theta:
 
     @functools.cached_property
     def _takers(self) -> dict[str, BroughtMap]:
-        """Maps that have an array that the caller brings; a chain has none."""
+        """Maps with an array that the caller gives, which a chain does not have."""
         return {
             f"{part.name}.{part.projection.map.brings}": part.projection.map
             for part in self.parts
@@ -141,7 +141,7 @@ class Theta:
         scaled.parts = [part._replace(unit=units[part.name]) for part in self.parts]
         return scaled
 
-    # -- Arrays that the caller brings -------------------------------------------------------
+    # -- Arrays that the caller gives --------------------------------------------------------
 
     @property
     def brought(self) -> dict[str, np.ndarray]:
@@ -220,7 +220,7 @@ class Theta:
 
 
 def _rounded(backend: Backend, array: Array, dtype: str | None) -> Array:
-    """Round an array to a dtype that its library may lack, and keep its own."""
+    """Round an array to a dtype that its library may lack, without changing the array's own dtype."""
     if dtype is None:
         return array
     host = rounded_to(backend.to_numpy(array), dtype)

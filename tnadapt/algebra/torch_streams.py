@@ -1,7 +1,7 @@
-"""Random numbers of torch's CPU generator, drawn without torch, for adapters whose draws are left to a torch seed.
+"""Random numbers of torch's CPU generator, drawn without torch, for adapters that only record a torch seed.
 
 The generator is MT19937 with its classic seeding, which NumPy's ``RandomState`` has as well and never changes (NEP 19).
-The numbers are those of torch 1.0 to 2.13 to the bit.
+The numbers are exactly those of torch 1.0 to 2.13.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from tnadapt.errors import ConfigError
 
-#: The seed of ``torch.Generator()`` that nobody has seeded.
+#: The default seed of ``torch.Generator()``.
 DEFAULT_SEED = 67280421310721
 
 # torch draws longer permutations with 64-bit words.
@@ -69,7 +69,7 @@ def permutation_head(length: int, count: int, seed: int) -> NDArray[np.int64]:
             "the positions instead"
         )
     words = TorchStream(seed).words(min(count, length - 1)).tolist()
-    # A Fisher-Yates shuffle from the front, of which only the elements that have moved are kept.
+    # A Fisher-Yates shuffle from the front that stores only the elements that have moved.
     moved, head = dict[int, int](), list[int]()
     for place, word in enumerate(words):
         other = place + word % (length - place)

@@ -8,7 +8,7 @@ makes the first ``STEPS`` steps at ``RATE``, in all arrays together, move ΔW by
 
 per element (root mean square), where N is the number of elements of all n_weights adapted weights: the Frobenius norm
 of a step is about ``STEP_NORM * sqrt(WEIGHTS / n_weights)``, whatever is trained and however large the weights are. The
-steps of many weights add up in what the model computes: n of them, each of the norm s, change it by n times as much as
+steps of many weights add up in the output of the model: n of them, each of the norm s, change it by n times as much as
 one does, while the norm of all of them together is only sqrt(n) times s.
 
 A map of n to N numbers, F or P, makes the norm larger by ``(N / n) ** SPREAD``. A step in a random subspace of n of N
@@ -46,16 +46,14 @@ from .theta import Theta
 
 
 def _mean_square(start: Initializer, name: str) -> float:
-    """Return the mean square of an array or multiplier, by its name in the network, apart from being the zero.
-
-    That of an array that is computed from the base does not depend on the base.
-    """
+    """Return the mean square of an array or multiplier, by its name in the network, as if it did not start at zero."""
     array, _, multiplier = name.rpartition(".")
     if name not in start.network.shapes:
         source = start.origins[array].multiplied
         assert source is not None
         return (source.starts[multiplier] or 1.0) ** 2
     if name in start.frozen.entries:
+        # For an array that is computed from the base, this does not depend on the base.
         return start.frozen.expected_square(name)
     return start.std_of(name) ** 2
 
@@ -96,7 +94,7 @@ def update_step(start: Initializer, variance: float, moved: Collection[str], dis
 
 
 def _square(start: Initializer, name: str, moved: Collection[str], distance: float) -> float:
-    """Return the mean square of an array times its multipliers, if some of them have moved from the start."""
+    """Return the mean square of an array times its multipliers, once some of them have moved from the start."""
 
     def of(part: str, products: int = 1) -> float:
         begun = 0.0 if part in start.zeros else _mean_square(start, part)
@@ -114,11 +112,11 @@ def _square(start: Initializer, name: str, moved: Collection[str], distance: flo
 
 #: The learning rate for which the units are made. With it, most units are between 1/16 and 16.
 RATE = 1e-2
-#: Frobenius norm of a step of all weights, if they are ``WEIGHTS``.
+#: Frobenius norm of a step of all weights, for a model of ``WEIGHTS`` weights.
 STEP_NORM = 1.0
 #: The number of weights of the model that the norm was fitted on.
 WEIGHTS = 8
-#: Number of steps after which ΔW has moved by so many times the norm.
+#: Number of steps after which ΔW has moved by as many times the norm.
 STEPS = 5
 #: The power of N / n by which a map of n to N numbers makes the norm larger.
 SPREAD = 1.0 / 3.0
@@ -142,7 +140,7 @@ def adam_units(groups: Sequence[Group], theta: Theta | None, shapes: Sequence[tu
     """
     target = STEPS * step_norm(len(shapes)) / math.sqrt(sum(rows * cols for rows, cols in shapes))
     steps = _steps_of_arrays(groups) if theta is None else _steps_of_theta(groups, theta)
-    # What moves the same groups, as all arrays of a group do, has the same unit: the nearest power of two.
+    # Parameters that move the same groups, as all arrays of a group do, have the same unit: the nearest power of two.
     units = {
         step: 2.0 ** round(math.log2(step.distance(target) / (STEPS * RATE * step.gain)))
         for step in set(steps.values())
@@ -167,9 +165,9 @@ def spread(projection: Projection) -> float:
 
 
 class _UpdateStep:
-    """The root mean square of the step of ΔW, over the elements that something moves, as a function of the distance.
+    """The root mean square step of ΔW, over the elements that a parameter moves, as a function of the distance.
 
-    It is relative to the factors of the norm of the maps.
+    It is relative to the factor by which maps enlarge the norm.
 
     Parameters
     ----------
@@ -181,7 +179,7 @@ class _UpdateStep:
 
     def __init__(self, gain: float = 1.0, factor: float = 1.0) -> None:
         self.gain, self.factor = gain, factor
-        #: By all that differs between groups: the start of one of them, the variance of its map, and what moves.
+        #: Keyed by what differs between groups: the start of one of them, the variance of its map, and what moves.
         self.kinds: dict[tuple[object, ...], tuple[Initializer, float, Collection[str]]] = {}
         self._elements = collections.Counter[tuple[object, ...]]()
 
@@ -211,7 +209,7 @@ class _UpdateStep:
 
 
 def _steps_of_arrays(groups: Sequence[Group]) -> dict[str, _UpdateStep]:
-    """Return the step of each array; the same object for those that move the same groups."""
+    """Return the step of each array, the same object for arrays that move the same groups."""
     indices_of: dict[str, dict[int, None]] = {}
     for index, group in enumerate(groups):
         for full in group.names.values():
@@ -222,7 +220,7 @@ def _steps_of_arrays(groups: Sequence[Group]) -> dict[str, _UpdateStep]:
         step = _UpdateStep()
         for index in indices:
             step.add(groups[index], groups[index].names)
-        # The step of a single group is that of a group like it, if there is one.
+        # Reuse the step of a group like this one, if there is one.
         step_of[indices] = alike.setdefault(tuple(step.kinds), step) if len(indices) == 1 else step
     return {full: step_of[tuple(indices)] for full, indices in indices_of.items()}
 
@@ -232,7 +230,7 @@ def _steps_of_theta(groups: Sequence[Group], theta: Theta) -> dict[str, _UpdateS
     for part in theta.parts:
         step = steps[part.name] = _UpdateStep(math.sqrt(part.projection.map.variance()), spread(part.projection))
         for group in groups:
-            # Other θ move the other arrays of the group at the same time.
+            # Other θ move the group's other arrays at the same time.
             if not part.arrays.keys().isdisjoint(group.names.values()):
                 step.add(group, group.names)
     return steps

@@ -1,4 +1,4 @@
-"""Backends: the interface of every array library; which library an array belongs to; loading and registering one.
+"""Backends: one interface to every array library (NumPy, torch, JAX, CuPy), dispatch by array type, registration.
 
 Design requirements of this package:
 
@@ -54,12 +54,12 @@ FLOAT_DTYPES = ("float64", "float32", "float16", "bfloat16")
 COMPLEX_DTYPES = ("complex128", "complex64")
 #: Methods of a backend that may return None, if :meth:`Backend.lacks` lists them.
 OPTIONAL = ("gradient", "fwht", "fastfood", "shuffle", "dft2")
-#: What :meth:`Backend.at_once` returns on a processor: there longer vectors are no faster together.
+#: What :meth:`Backend.at_once` returns on the CPU, where longer vectors gain nothing from being computed together.
 CALLED_AT_ONCE = 1 << 16
-#: And on a device: one pass over 64 MiB takes an estimated 50 µs there (not measured),
-#: longer than its launch, so that more would gain no time and cost memory.
+#: And on a device: one pass over 64 MiB takes an estimated 50 µs there (not measured), longer than its launch, so more
+#: elements would save no time and cost memory.
 LAUNCHED_AT_ONCE = 1 << 24
-#: The least length of an F's transforms that is worth importing the compiled kernels.
+#: The shortest transforms of F for which importing the compiled kernels pays off.
 LEAST_FASTFOOD = 1 << 14
 
 
@@ -568,7 +568,7 @@ def short_rows(a: Sequence[int], b: Sequence[int], limit: int, least: int) -> bo
 #: The dtypes that the FFT of every library accepts and keeps.
 FFT_DTYPES = ("float64", "float32")
 
-# Elements that a processor transforms at a time, but at least one matrix. All at once take up to twice as long: the
+# Elements that a CPU transforms at a time, but at least one matrix. All at once take up to twice as long: the
 # temporary arrays are too large for the caches, and their memory is new from the system at each call.
 _CHUNK = 1 << 20
 
@@ -646,7 +646,7 @@ def one_blas_thread() -> AbstractContextManager[Any]:
 # -- Which library an array belongs to; loading and registering libraries ----------------------------------------------
 
 
-# For type checkers: nothing is imported when a program runs.
+# For type checkers only: nothing is imported at run time.
 #: The arrays of one library: a function that takes them returns the same type.
 ArrayT = TypeVar("ArrayT")
 
@@ -660,7 +660,7 @@ else:
     TorchArray = JaxArray = Any
 
 
-# Import statements, not importlib: a compiler that meets the first array of a library traces them.
+# Import statements, not importlib: a compiler traces them when it meets the first array of a library.
 
 
 def _make_numpy() -> Backend:
@@ -697,8 +697,8 @@ _factories: dict[str, Callable[[], Backend]] = {
 BUILT_IN = tuple(_factories)
 _instances: dict[str, Backend] = {}
 _by_type: dict[type, Backend] = {}
-#: Returns the backend of a type of arrays, or None if :func:`get_backend` has to look for it: one look-up, for calls
-#: that take a microsecond.
+#: Returns the backend of a type of arrays, or None if :func:`get_backend` must find it: a single lookup, for calls that
+#: take a microsecond.
 known_backend = _by_type.get
 
 

@@ -98,7 +98,7 @@ class JaxBackend(Backend):
         return jnp.zeros(tuple(shape), dtype=like.dtype, device=self.device(like))
 
 
-# One program instead of eight: JAX takes longer to call an operation than to transform a small matrix.
+# One program instead of eight: calling an operation takes JAX longer than transforming a small matrix.
 _dft2 = jax.jit(functools.partial(dft2_by_fft, jnp))
 
 

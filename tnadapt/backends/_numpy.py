@@ -28,7 +28,7 @@ from ._kernels import kernels
 
 # Rows of up to this length are slow in products with broadcasting.
 _SHORT = 256
-# Smaller results than this do not repay additional operations.
+# For smaller results, additional operations do not pay off.
 _FEW = 1 << 14
 # Types whose elements a kernel may access.
 _PLAIN = (np.ndarray, np.memmap)
@@ -59,7 +59,7 @@ class NumpyBackend(Backend):
         return np.array(array, dtype=None if dtype is None else self.dtype(dtype))
 
     def largest(self, x: Array) -> float:
-        # Without an array of magnitudes.
+        # Without allocating an array of magnitudes.
         if x.size == 0 or x.dtype.kind == "c":
             return super().largest(x)
         return float(np.maximum(np.max(x), -np.min(x)))
@@ -76,7 +76,7 @@ class NumpyBackend(Backend):
     def constant(self, array: np.ndarray, device: Any) -> Array:
         return array
 
-    # Without array-api-compat's checks: they take longer than these operations on small arrays.
+    # Without array-api-compat's checks, which take longer than these operations on small arrays.
 
     def reshape(self, x: Array, shape: Sequence[int]) -> Array:
         return x.reshape(tuple(shape))
@@ -94,8 +94,8 @@ class NumpyBackend(Backend):
         product = thin_product(a, b)
         if product is not None:
             return product
-        # OpenBLAS's kernels of short vectors may read beyond them, and what they find there raises the flag of an
-        # invalid operation: a warning, and an error where warnings are errors, about a correct product.
+        # OpenBLAS's kernels for short vectors may read past their end, and the values there may set the flag of an
+        # invalid operation: a warning (or an error, if warnings are errors) about a correct product.
         with np.errstate(invalid="ignore"):
             return a @ b
 
@@ -119,7 +119,7 @@ class NumpyBackend(Backend):
         return None if compiled is None else compiled.transform_at_once(x, normalize)
 
     def fwht_into(self, x: Array, scale: float, axis: int, out: Array) -> bool:
-        # Rows that are apart, or memory that overlaps, would need a copy anyway.
+        # Strided rows, or overlapping memory, would need a copy anyway.
         if not (type(x) in _PLAIN and type(out) in _PLAIN and _in_order(x) and _in_order(out) and out.flags.writeable):
             return False
         compiled = kernels("walsh")

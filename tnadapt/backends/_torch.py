@@ -1,4 +1,4 @@
-"""The torch backend; what torch.compile must not trace is marked for it."""
+"""The torch backend, with the parts that torch.compile must not trace marked as such."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from ._kernels import kernels
 
 # Rows of up to this length are slow in products with broadcasting.
 _SHORT = 8
-# Smaller results than this do not repay additional operations.
+# For smaller results, additional operations do not pay off.
 _FEW = 1 << 15
 _FLOAT_NAMES = {
     torch.float64: "float64", torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"
@@ -55,7 +55,7 @@ class TorchBackend(Backend):
         return isinstance(x, torch.Tensor)
 
     def dtype_name(self, x: Array) -> str:
-        # Formatting a dtype takes longer than a dictionary.
+        # Formatting a dtype takes longer than a dictionary lookup.
         return _FLOAT_NAMES.get(x.dtype) or super().dtype_name(x)
 
     def device(self, x: Array) -> Any:
@@ -131,7 +131,7 @@ class TorchBackend(Backend):
     def precise_matmul(self, a: Array, b: Array) -> Array:
         if a.dtype is not torch.float32 or not _rounds_products(a.device.type):
             return self.matmul(a, b)
-        # The setting is not changed for a moment: all threads share it, and a compiled program would not contain it.
+        # The setting is not changed temporarily: all threads share it, and a compiled program would not contain it.
         return self.matmul(a.double(), b.double()).float()
 
     def kron(self, a: Array, b: Array) -> Array:
@@ -235,7 +235,7 @@ class _WithPullback(torch.autograd.Function):
 
 
 class _OnceDifferentiable(torch.autograd.Function):
-    """A gradient, of which autograd would take the derivative to be zero."""
+    """A gradient without a derivative of its own, which autograd would otherwise take to be zero."""
 
     @staticmethod
     def forward(ctx: Any, gradient: Array, *inputs: Array) -> Array:
@@ -251,7 +251,7 @@ class _OnceDifferentiable(torch.autograd.Function):
 @constant_result
 def _rounds_products(device: str) -> bool:
     """Return whether products of float32 matrices may be computed in TF32 or bfloat16 on a type of device."""
-    # torch.get_float32_matmul_precision() raises an error where only the setting of one library was changed.
+    # torch.get_float32_matmul_precision() raises an error if the setting of only one library was changed.
     settings: Any = {"cuda": torch.backends.cuda, "cpu": torch.backends.mkldnn, "xpu": torch.backends.mkldnn}.get(
         device
     )
@@ -259,7 +259,7 @@ def _rounds_products(device: str) -> bool:
 
 
 def _missing(root: Array, x: Array) -> Array:
-    """Return what a square root in float64 lacks to the correctly rounded one: a multiple of its last place, or 0."""
+    """Return the correction of a float64 square root to the correctly rounded one: zero, or units in the last place."""
     # One step of Newton's method, with the square of the root as an exact sum of two numbers (Dekker).
     large = root * 134217729.0
     high = large - (large - root)

@@ -1,4 +1,4 @@
-"""Kernels on torch tensors, as differentiable functions: on the memory of the CPU, by Triton, in compiled programs."""
+"""Kernels as differentiable functions of torch tensors: on CPU memory, by Triton on CUDA, and in compiled programs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Map = Callable[[Tensor], Tensor]
 Result = TypeVar("Result")
 # Classes of tensors whose elements a kernel may access.
 _PLAIN = (Tensor, torch.nn.Parameter)
-# torch includes this key for as long as there is a mode before dispatch, and asking for the key is faster.
+# torch includes this key while a pre-dispatch mode is active, and checking the key is faster.
 _PRE_DISPATCH = getattr(torch._C.DispatchKey, "PreDispatch", None)
 
 
@@ -155,7 +155,7 @@ class LinearMap(torch.autograd.Function):
         return linear_map(x.movedim(dim, 0), pair), 0
 
 
-# torch binds the arguments to the signature in each call, and inspecting it takes longer than a small transform.
+# torch would bind the arguments to the signature in each call, which takes longer than a small transform.
 LinearMap.forward.__signature__ = inspect.signature(LinearMap.forward)  # type: ignore[attr-defined]
 
 
@@ -187,7 +187,7 @@ def _transformed(x: Tensor) -> Tensor:
 
 
 def _fwht_in_memory(x: Tensor, scale: float, axis: int, fallback: Map) -> Tensor | None:
-    """Compute ``scale * H x`` along an axis, counted from the last; None if no kernel accepts x."""
+    """Compute ``scale * H x`` along an axis, counted from the last, or return None if no kernel accepts x."""
     compiled = kernels("walsh") if x.is_cpu and in_memory(x) else None
     if compiled is None:
         return None
@@ -214,7 +214,7 @@ def fwht_into(x: Tensor, scale: float, axis: int, out: Tensor) -> bool:
     """Compute ``scale * H x`` along an axis into a tensor, without derivatives; False if no kernel can."""
     if not (x.is_cpu and in_memory(x) and in_memory(out)) or recorded(x) or recorded(out):
         return False
-    # A conjugated or negated view of out would have to be written to in another way.
+    # Writing to a conjugated or negated view would take another way.
     compiled = kernels("walsh") if x.is_contiguous() and out.is_contiguous() and not out.is_neg() else None
     if compiled is None or out._is_zerotensor():
         return False
@@ -234,7 +234,7 @@ def _array(x: Tensor) -> np.ndarray:
 
 
 def _fastfood_in_memory(backend: Any, x: Tensor, f: Any, adjoint: bool) -> Tensor | None:
-    """Compute the linear part of a projection, or its adjoint; None if no kernel accepts x."""
+    """Compute the linear part of a projection, or its adjoint, or return None if no kernel accepts x."""
     if not (f.padded >= LEAST_FASTFOOD and x.is_cpu and x.dtype in _DTYPES and x.numel() and in_memory(x)):
         return None
     # A derivative would need the adjoint, which the kernels have in single precision.
@@ -258,8 +258,8 @@ def _fastfood_in_memory(backend: Any, x: Tensor, f: Any, adjoint: bool) -> Tenso
 
 
 #: Compute capabilities with float64 at half the speed of float32, from NVIDIA's tables (not measured): drawing a normal
-#: number there takes about as long as three copies of it (H100), elsewhere at 1/64 of the speed 24 (RTX 4090). So cards
-#: that are not listed keep 4 bytes for each.
+#: number there takes about as long as three copies of it (H100), but as 24 at 1/64 of the speed (RTX 4090). Cards
+#: that are not listed cache the normal numbers, 4 bytes each.
 _FAST_FLOAT64 = {(8, 0), (9, 0), (10, 0)}
 #: The lowest compute capability that Triton supports.
 _CAPABILITY = (8, 0)
@@ -287,7 +287,7 @@ def _is_capable(device: torch.device) -> bool:
 
 @constant_result
 def _draws_fast(device: torch.device) -> bool:
-    """Return whether a device draws normal numbers in less time than it would take to justify keeping them."""
+    """Return whether a device draws normal numbers fast enough not to cache them."""
     return device.type != "cuda" or torch.cuda.get_device_capability(device) in _FAST_FLOAT64
 
 
@@ -338,19 +338,17 @@ def _hadamard_rows(x: Tensor, scale: float) -> Tensor:
 
 
 def _fastfood_rows(x: Tensor, gain: Tensor | None, recipe: str, n_in: int, n_out: int, adjoint: bool) -> Tensor:
-    """Compute the linear part of F of every row, or its adjoint; without ``gain``, normal numbers are drawn as well.
-
-    The recipe has the integers of the draws (:attr:`tnadapt.algebra.maps.fastfood.Linear.recipe`): as
-    text, because a seed of 64 bits without a sign is no integer of an operator.
-    """
+    """Compute the linear part of F of every row, or its adjoint, drawing the normal numbers too if ``gain`` is None."""
     launcher = _launcher(x)
+    # The recipe (:attr:`tnadapt.algebra.maps.fastfood.Linear.recipe`) is text, because a seed is an unsigned 64-bit
+    # integer, which operators do not take.
     length, period, seed, group, signs = map(int, recipe.split())
     f = launcher.Drawn(n_in, n_out, length, period, seed, group, bool(signs), gain)
     return _by_rows(functools.partial(launcher.fastfood_adjoint if adjoint else launcher.fastfood, f=f), x)
 
 
 def _shuffled_rows(x: Tensor, recipe: str, inverse: bool) -> Tensor:
-    """Permute every row, or invert the permutation; the recipe has seed and group."""
+    """Permute every row, or invert the permutation of the seed and group in ``recipe``."""
     seed, group = map(int, recipe.split())
     return _by_rows(functools.partial(_launcher(x).shuffle, seed=seed, group=group, inverse=inverse), x)
 
@@ -380,7 +378,7 @@ def _keep_settings(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(operator: Any, flips: bool) -> Any:
-    """Return the rule of an operator; ``flips`` if its last setting is whether it is the adjoint, as H is symmetric."""
+    """Return an operator's gradient rule: the operator itself, its last flag (adjoint or not) flipped if ``flips``."""
 
     def rule(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         *others, last = ctx.settings
@@ -411,7 +409,7 @@ for _operator, _flips in ((fwht_operator, False), (fastfood_operator, True), (sh
     _operator.register_vmap(_more_rows(_operator))
 
 
-# -- The kernel for a tensor, wherever it is ---------------------------------------------------------------------------
+# -- The kernel for a tensor, on any device ----------------------------------------------------------------------------
 
 
 def fwht(x: Tensor, scale: float, axis: int, fallback: Map) -> Tensor | None:

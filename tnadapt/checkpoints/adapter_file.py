@@ -29,10 +29,10 @@ from .pretrained_model import Pretrained
 # -- The arrays that a config and its targets imply, and the frozen ones a file may omit -------------------------------
 
 
-# Maximum number of frozen arrays that a file omits, and of their elements in total. They bound the work that a small
+# Maximum number of frozen arrays that a file omits, and of their elements in total, to bound the work that a small
 # file can impose on its reader.
 MAX_LEFT_OUT, MAX_DRAWN = 1024, 1 << 24
-# Maximum number of arrays that a file's plan may have beyond those that are stored, and beyond so many per target:
+# Maximum number of arrays that a file's plan may have beyond the stored ones, and beyond this many per target:
 # arrays that are frozen, tied or made from θ take no bytes in it.
 _MAX_UNSTORED, _PER_TARGET = 1 << 12, 64
 # Maximum trial divisions for factoring: enough for one number of 2**36, or about a hundred of 2**23.
@@ -70,7 +70,7 @@ def check_fit(
     """
     # Count before planning: a hostile config of a few bytes can ask for millions of arrays.
     counts = [(_checked_count(part, weights), part) for part, weights in config.split(targets)]
-    # Of arrays with sources, some are not stored; how many is known only from the plan.
+    # Some arrays with sources are not stored; only the plan knows how many.
     expected = sum(count for count, part in counts if part.before is None and not part.sources)
     if expected > len(shapes) + MAX_LEFT_OUT:
         raise ShapeError(f"config and targets require {expected} arrays; there are {len(shapes)}")
@@ -83,7 +83,7 @@ def check_fit(
     required = {**params, **plan.fixed_shapes}
     missing = required.keys() - shapes.keys() - plan.base_shapes.keys() - plan.start_shapes.keys()
     if trained is not None:
-        # Parameters of weights start at numbers of the base, which a reader may not have.
+        # Parameters of weights start at values from the base, which a reader may not have.
         drawn_ones = params.keys() - plan.weight_param_shapes.keys()
         missing -= drawn_ones - set(checked_trained(trained, params) or params)
     left_out = params.keys() - shapes.keys() - missing
@@ -104,7 +104,7 @@ def check_fit(
 
 
 def _checked_count(config: Config, targets: Sequence[Target]) -> int:
-    """Return the number of all arrays of a config, without listing them; refuse sizes that take too long."""
+    """Return the number of arrays of a config without listing them, refusing sizes that take too long to factor."""
     layout = make_layout(
         config.groups,
         [target.shape for target in targets],
@@ -123,7 +123,7 @@ def _checked_count(config: Config, targets: Sequence[Target]) -> int:
 
 
 def _folds(config: Config, layout: Layout) -> Iterable[Sequence[int]]:
-    """Return the sizes of each different network, which are to be factored: of the fold, or the group's length."""
+    """Return the sizes to factor for each different network: those of the fold, or the group's length."""
     if is_named(config.fold):
         return {group_fold(config.fold, layout, group) for group in range(layout.num_groups)}
     lengths = {size for _, _, size in layout.same_size()}
@@ -149,7 +149,7 @@ def drawn(plan: SuperLoRA, trained: Sequence[str] | None, dtype: str) -> dict[st
     Arrays of bfloat16 are returned as float32 with rounded values.
     """
     if trained is None or plan.theta is not None or plan.point.subtracts:
-        return {}  # θ is stored, as it is short; so is what starts at arrays that may not be drawn
+        return {}  # θ is stored, as it is short, and so are arrays whose start may not be drawn
     chosen, numpy_dtype = set(trained), "float32" if dtype == "bfloat16" else dtype
     return {
         full: functools.partial(_drawn, start, name, dtype, numpy_dtype)
@@ -323,7 +323,7 @@ class AdapterFile:
                 return True
         return False
 
-    # Not cached, as the arrays may change in place.
+    # Not cached, because the arrays may change in place.
     @property
     def left_out(self) -> tuple[str, ...]:
         """Names of the frozen arrays that a file omits because the seed draws them, up to a limit on count and size."""
@@ -332,7 +332,7 @@ class AdapterFile:
             left -= self.arrays[name].size
             if left < 0 or len(names) == MAX_LEFT_OUT:
                 break
-            # Compare bits: a negative zero must be stored.
+            # Compare the bits: a negative zero must be stored.
             if np.array_equal(self.arrays[name].view(np.uint8), make().view(np.uint8)):
                 names.append(name)
             else:
@@ -362,7 +362,7 @@ class AdapterFile:
     def _digest_without(self, left_out: Sequence[str]) -> str | None:
         plan, groups = self.plan, self.plan.groups
         plain = all(group.projection.map.identity for group in groups)
-        # What is subtracted is drawn, except for what is stored or computed from the base.
+        # A start that is subtracted is drawn, except for arrays that are stored or computed from the base.
         subtracting = any(group.subtracts for group in groups)
         begun = list(_drawn_starts(plan, subtracted=True)) if subtracting else []
         if plain and not left_out and not plan.frozen_shapes and plan.theta is None and not begun:
@@ -429,10 +429,8 @@ _Draw = tuple[Callable[[], np.ndarray], int]  # what draws an array, and its siz
 
 
 def _drawn_starts(plan: SuperLoRA, subtracted: bool = False) -> Iterator[_Draw]:
-    """Yield the starts that the seed draws; with ``subtracted``, only those that the update subtracts.
-
-    The others start at what is stored, or computed from the base.
-    """
+    """Yield the starts that the seed draws, with ``subtracted`` only those that the update subtracts."""
+    # The other arrays start at stored values, or at values computed from the base.
     for full, shape in plan.array_shapes.items():
         number, _, name = full.removeprefix("group").partition(".")
         group = plan.groups[int(number)]
@@ -441,7 +439,7 @@ def _drawn_starts(plan: SuperLoRA, subtracted: bool = False) -> Iterator[_Draw]:
 
 
 def _limited(draws: Iterable[_Draw]) -> Iterator[np.ndarray]:
-    """Draw arrays up to a limit on their elements."""
+    """Draw arrays until their elements in total reach a limit."""
     total = 0
     for draw, size in draws:
         total += size

@@ -127,7 +127,7 @@ from .pretrained_model import Pretrained
 # -- The metadata entry ``tnadapt``, written and parsed ----------------------------------------------------------------
 
 
-#: Of a file with one config, and of one with several.
+#: The versions of files with one config, and with several.
 VERSION, COMPOSITE = 1, 2
 ENTRY = "tnadapt"
 
@@ -146,7 +146,7 @@ _KINDS: dict[str, type] = {
 _JSON = {dict: "an object", list: "a list", str: "a string", int: "an integer"}
 # The key with the config, or the configs, in each version.
 _CONFIGS = {VERSION: "config", COMPOSITE: "parts"}
-# Bytes that a config may have, and on top of that for each target: explicit groups list the targets' numbers.
+# Bytes that a config may have, plus so many per target: explicit groups list the targets' numbers.
 _CONFIG, _CONFIG_OF_TARGET = container.MAX_VALUE, 16
 # Maximum number of targets: a plan of this size takes minutes, and no model has as many weights to adapt.
 _MAX_TARGETS = 1 << 17
@@ -168,7 +168,7 @@ def recipe_of(file: AdapterFile, draws: str | None) -> dict[str, Any]:
     if file.pretrained is not None:
         recipe["pretrained"] = about = file.pretrained.to_dict()
         if "labels" in about:
-            recipe["labels"] = about.pop("labels")  # which are many, and are scanned one by one
+            recipe["labels"] = about.pop("labels")  # there are many, which are scanned one by one
     return recipe
 
 
@@ -220,7 +220,7 @@ def _check_keys(lazy: Mapping[str, container.Later]) -> None:
 
 
 def _of_kind(key: str, value: Any) -> Any:
-    """Return a value after checking that it has the type of its key: a list as it is, another one converted."""
+    """Return a value of the type that its key requires, or raise a FileError; a list is not converted yet."""
     expected = _KINDS[key]
     if isinstance(value, container.Later):
         if expected is list and value.is_list:
@@ -274,7 +274,7 @@ def _targets(listed: Iterable[Any]) -> list[Target]:
 
 
 def _trained(listed: Iterable[Any], most: int) -> list[str]:
-    """Return the names; raise FileError if there are more than ``most``, the arrays stored or possibly omitted."""
+    """Return the names, or raise FileError if there are more than ``most``, the arrays stored or possibly omitted."""
     names: list[str] = []
     for name in listed:
         if not isinstance(name, str):
@@ -304,7 +304,7 @@ def _base(value: dict[str, Any]) -> Fingerprint:
 # -- Save and load adapter files, and the specification of their format: one safetensors file --------------------------
 
 
-# A lone surrogate as it would be encoded; valid UTF-8 has none.
+# A lone surrogate as it would be encoded, which valid UTF-8 never contains.
 _SURROGATE = re.compile(b"\xed[\xa0-\xbf]")
 
 

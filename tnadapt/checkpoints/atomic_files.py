@@ -18,7 +18,7 @@ from typing import BinaryIO
 
 from tnadapt.errors import FileError
 
-# -- Renames that never replace anything, and exchanges of two names ---------------------------------------------------
+# -- Renames that never replace a file, and exchanges of two names -----------------------------------------------------
 
 # Linux provides both in one system call, ``renameat2``, which Python does not expose. On other systems, and on file
 # systems that lack it, :func:`rename_new` approximates it and :func:`exchange` returns False.
@@ -43,7 +43,7 @@ def _system_call() -> Callable[..., int] | None:
 
 
 def _renameat2(source: str, target: str, flags: int) -> bool:
-    """Call ``renameat2``; return False if it is not available."""
+    """Call ``renameat2``, and return False if it is not available."""
     call = _system_call()
     if call is None:
         return False
@@ -202,14 +202,14 @@ def _place(source: str, path: str, overwrite: bool) -> None:
             raise FileError("exists; give another path, or overwrite=True (--overwrite)") from None
     with contextlib.suppress(FileNotFoundError):
         mode = os.lstat(path).st_mode
-        if not stat.S_ISREG(mode):  # created in the meantime
+        if not stat.S_ISREG(mode):  # it has been created meanwhile
             raise FileError("is neither a file nor a folder")
         _set_mode(source, stat.S_IMODE(mode))
     return os.replace(source, path)
 
 
 def _set_mode(path: str, mode: int) -> None:
-    """Set a file's mode, unless the file system lacks modes: FAT, SMB and some FUSE ones use one for all files."""
+    """Set a file's mode, except on file systems without modes of their own, such as FAT, SMB and some FUSE ones."""
     if stat.S_IMODE(os.lstat(path).st_mode) == mode:
         return
     try:
@@ -308,7 +308,7 @@ def lock(handle: int, wait: bool = False) -> bool:
     try:
         fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        return not isinstance(error, BlockingIOError)  # others are those of file systems without locks
+        return not isinstance(error, BlockingIOError)  # other errors mean that the file system has no locks
     return True
 
 

@@ -1,4 +1,4 @@
-"""A model on disk in one safetensors file, or several with an index, read on demand; where a GGUF model's files are."""
+"""A model on disk: one safetensors file, or several with an index, read on demand; and the files of a GGUF model."""
 
 from __future__ import annotations
 
@@ -265,7 +265,7 @@ def _places(index: Mapping[str, Any]) -> dict[str, str]:
     return places
 
 
-# -- A model in GGUF: the file, and the folder or repository that transformers is given --------------------------------
+# -- A model in GGUF: the file, and the folder or repository to pass to transformers -----------------------------------
 
 
 def gguf_place(name: str) -> tuple[str, str]:

@@ -6,8 +6,8 @@ space; and the tensors' bytes, little-endian, in C order, one after another. The
 ``__metadata__`` to an object of strings. Reading a file, whatever its content, yields arrays or raises a FileError, and
 memory for a tensor is allocated only once its bytes are known to be present.
 
-The JSON of headers and of other files from strangers is parsed here, too: strictly (:func:`json_file`), and value by
-value (:class:`JsonText`).
+The untrusted JSON of headers and other files is parsed here, too: strictly (:func:`json_file`), and value by value
+(:class:`JsonText`).
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Entry(NamedTuple):
 # -- Strict reading of untrusted JSON: no duplicate keys, finite numbers, limited size ---------------------------------
 
 
-#: Maximum bytes of the settings of a model or an adapter; only a mistaken or hostile file is larger.
+#: Maximum bytes of the settings of a model or an adapter; only a wrong or hostile file is larger.
 MAX_CONFIG = 1 << 24
 
 
@@ -185,13 +185,13 @@ def strict_value(text: str, what: str) -> Any:
 
 # -- The incremental JSON parser, which rejects invalid values before it builds objects --------------------------------
 
-# Python's own parser builds objects of up to 25 times the size of the text. Here a text is read from its beginning to
-# its end, and each value is converted alone, so that a hostile text needs memory only for itself and one value.
+# Python's own parser builds objects of up to 25 times the size of the text. Here a text is read once, front to back,
+# and each value is converted on its own, so that a hostile text takes memory only for itself and one value.
 
 
 #: Maximum bytes of a value that is converted in one piece, such as a tensor's entry, a target or a name.
 MAX_VALUE = 1 << 16
-# Legitimate values are only as deep as a tensor's shape, or a group's list of weights in a config.
+# Legitimate values are no deeper than a tensor's shape, or a group's list of weights in a config.
 _MAX_DEPTH = 32
 # Maximum strings and brackets of one value: a list of 100,000 targets has a million.
 _MAX_TOKENS = 1 << 22
@@ -617,7 +617,7 @@ class Container:
     def array(self, name: str) -> np.ndarray:
         """Read a tensor as a little-endian array; bfloat16 as uint16 bit patterns."""
         entry = self.entries[name]
-        # Check the whole file, as a caller that reads one tensor reads the others as well.
+        # Check the whole file: a caller that reads one tensor will read the others as well.
         check_held(self._size, self.held, "the file", self._file)
         array = read_array(self._file, name, entry, self.data)
         if entry.dtype == "BOOL" and array.size and array.view(np.uint8).max() > 1:
@@ -676,7 +676,7 @@ is holes, and was not read
 
 
 def _data_bytes(handle: int, enough: int) -> int:
-    """Count the bytes of a file outside of holes, up to ``enough``; return its size if the system cannot tell."""
+    """Count the bytes of a file outside of holes up to ``enough``, or return its size if the system cannot tell."""
     size = os.fstat(handle).st_size
     if not hasattr(os, "SEEK_DATA"):
         return size
@@ -688,13 +688,13 @@ def _data_bytes(handle: int, enough: int) -> int:
             at = os.lseek(handle, start, os.SEEK_HOLE)
             num_bytes += at - start
     except OSError as error:
-        return num_bytes if error.errno == errno.ENXIO else size  # ENXIO: nothing but a hole from there on
+        return num_bytes if error.errno == errno.ENXIO else size  # ENXIO: the rest is a hole
     finally:
         os.lseek(handle, before, os.SEEK_SET)
     return num_bytes
 
 
-# The longest path of any system, that of Windows, is one of as many letters; others are texts in the place of a path.
+# The longest path on any system (Windows); a longer text is no path.
 _LONGEST_PATH = 32_767
 
 

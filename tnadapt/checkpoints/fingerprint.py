@@ -225,7 +225,7 @@ def compare(known: Fingerprint, weights: Iterable[np.ndarray], dtype: str) -> st
 
 
 def _hashed_pieces(digest: Any, weights: Iterable[np.ndarray], dtype: str) -> Iterator[tuple[int, np.ndarray]]:
-    """Add the weights to the digest, piece by piece, and yield each piece with the number of its weight."""
+    """Yield the weights piece by piece, each with the number of its weight, and add them to the digest."""
     for number, weight in enumerate(weights):
         raw = _raw(weight, dtype, f"weight {number}")
         digest.update(f"{raw.shape[0]},{raw.shape[1]};".encode())
@@ -257,10 +257,8 @@ def _pieces(raw: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def _sums(values: NDArray[np.float64], position: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return the signed sum and the sum of squares of each of the eight index classes.
-
-    ``values`` begin at ``position`` of the long vector. They are laid out in a table of eight columns, one per class.
-    """
+    """Return the signed sum and the sum of squares of each of the eight index classes, for values at a position."""
+    # The values are laid out in a table of eight columns, one per class.
     skipped = position % _SKETCHES
     table = np.zeros((-(-(skipped + values.size) // _SKETCHES), _SKETCHES))
     table.reshape(-1)[skipped : skipped + values.size] = values

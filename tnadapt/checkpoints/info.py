@@ -164,7 +164,7 @@ def _target(target: Target) -> dict[str, Any]:
 
 
 def _grouped(targets: Iterable[Target]) -> list[dict[str, Any]]:
-    """Group targets that differ only in the numbers in their paths."""
+    """Group targets that differ only in the numbers of their paths."""
     alike: dict[Any, list[Target]] = {}
     for target in targets:
         pattern = re.sub(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)", "*", target.name)
@@ -175,7 +175,7 @@ def _grouped(targets: Iterable[Target]) -> list[dict[str, Any]]:
 
 
 def _summary(targets: list[Target]) -> dict[str, Any]:
-    """Describe targets of one kind: all matrices of the stacks of several layers, say."""
+    """Describe targets of one kind, such as all matrices of the stacks of several layers."""
     name = _pattern(list(dict.fromkeys(target.name for target in targets)))
     summary = {"count": len(targets), **_target(targets[0]), "name": name}
     several = {str(target.index) for target in targets}
@@ -190,7 +190,7 @@ def _pattern(names: list[str]) -> str:
 
 def consecutive(numbers: Iterable[int]) -> list[tuple[int, int]]:
     """Return the first and the last of each run of consecutive numbers."""
-    # Within a run, numbers are as far apart as their places.
+    # Within a run, numbers are as far apart as their positions.
     runs = itertools.groupby(enumerate(sorted(numbers)), lambda placed: placed[1] - placed[0])
     members = ([number for _, number in run] for _, run in runs)
     return [(run[0], run[-1]) for run in members]

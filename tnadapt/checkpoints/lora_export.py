@@ -13,10 +13,10 @@ from tnadapt.errors import escaped
 from tnadapt.targets.checkpoint_experts import PARAMETERS
 from tnadapt.targets.target import Target
 
-#: What vLLM takes as ``--max-lora-rank``.
+#: Values that vLLM accepts as ``--max-lora-rank``.
 SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
-#: The name of the embedding for which vLLM has LoRA, in the models for which it has any.
+#: The name of the only embedding to which vLLM can apply LoRA, in models where it can.
 SERVED_EMBEDDING = "embed_tokens"
 
 
@@ -118,7 +118,7 @@ def lora_export(plan: SuperLoRA, targets: Sequence[Target] | None = None, activa
     if not plan.applying.additive:
         return LoraExport(None, f"apply={plan.config.apply!r} does more than add its updates")
     tied = next((target for target in targets or () if target.tied), None)
-    # PEFT has LoRA of an embedding that is tied to weights of modules.
+    # PEFT supports LoRA of an embedding that is tied to weights of modules.
     if tied is not None and not (tied.role == "embedding" and all(name.endswith(".weight") for name in tied.tied)):
         return LoraExport(None, f"{escaped(tied.name)} is tied to {escaped(', '.join(tied.tied))}")
     weights = targets or ()
@@ -145,7 +145,7 @@ def lora_export(plan: SuperLoRA, targets: Sequence[Target] | None = None, activa
 
 
 def _limits(targets: Sequence[Target]) -> str:
-    """Return who has no LoRA of some of the weights, and who has."""
+    """Describe which libraries can and cannot apply LoRA to these weights, if not all can."""
     if any(map(_is_expert, targets)):
         return "PEFT only: that of experts is not written for vLLM and others, so merge it for them"
     tied = next((target for target in targets if target.tied), None)
@@ -165,7 +165,7 @@ def _is_expert(target: Target) -> bool:
 
 
 def _is_layer(target: Target) -> bool:
-    """Return whether PEFT has LoRA of a parameter: the weight of a layer, or the matrices of experts."""
+    """Return whether PEFT can apply LoRA to a parameter: the weight of a layer, or the matrices of experts."""
     return _is_expert(target) or (target.parameter == "weight" and target.index is None)
 
 

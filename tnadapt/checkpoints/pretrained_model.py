@@ -41,7 +41,7 @@ class PretrainedTask(NamedTuple):
     labelled: bool = False
 
 
-#: The tasks by name. The first whose class builds a model's class is the model's task.
+#: The tasks by name. The first one whose class builds a model's class is the model's task.
 TASKS: Mapping[str, PretrainedTask] = {
     "text-classification": PretrainedTask("AutoModelForSequenceClassification", "AutoTokenizer", True),
     "token-classification": PretrainedTask("AutoModelForTokenClassification", "AutoTokenizer", True),
@@ -190,7 +190,7 @@ class Pretrained:
         if unknown:
             raise FileError(f"pretrained has unknown keys: {summarize(unknown)}")
         try:
-            # One by one: in a hostile file each is a value of many objects.
+            # One by one: in a hostile file each value may consist of many objects.
             checked = [_label(label) for label in itertools.islice(labels, MAX_LABELS + 1)]
             return cls(**{**values, "labels": checked or values.get("labels", ())})
         except TnadaptError as error:

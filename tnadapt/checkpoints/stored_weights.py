@@ -1,4 +1,4 @@
-"""The weights of an adapter's targets in a checkpoint: found under their names there, tied or stacked, and read.
+"""Find and read the weights of an adapter's targets in a checkpoint, whether they are renamed, tied or stacked there.
 
 :func:`resolve` finds the tensors of an adapter's targets for a merge, with the names that transformers changes on
 loading (:class:`ModuleNames`) and the heads that are not stored (:func:`ties_head`). :func:`find_weights`
@@ -68,7 +68,7 @@ class ModuleNames:
         if len(parts) > _MAX_DEPTH or not self._tables:
             return [name]
         # transformers renames a parameter within the innermost model that has it, and then within those around that.
-        # Which modules are models is unknown here, so that every part of the path is tried as one.
+        # Which modules are models is unknown here, so every part of the path is tried as one.
         for depth in range(len(parts) - 1, -1, -1):
             prefix = "".join(f"{part}." for part in parts[:depth])
             for known in [known for known in names if known.startswith(prefix)]:
@@ -123,7 +123,7 @@ def _kinds(config: Any) -> Iterator[str]:
 
 
 def _with_classes(kinds: Iterable[str]) -> list[str]:
-    """Return types and classes of models, with the classes that belong to the types."""
+    """Return types and classes of models, plus the classes that belong to the types."""
     classes = vars(importlib.import_module("transformers.models.auto.modeling_auto"))
     configs = importlib.import_module("transformers.models.auto.configuration_auto").CONFIG_MAPPING_NAMES
     names = dict[str, None]()
@@ -139,10 +139,10 @@ def _with_classes(kinds: Iterable[str]) -> list[str]:
 
 
 def _saving(type_name: str) -> Iterator[Sequence[Any]]:
-    """Yield the transforms by which transformers saves a type or class of models; none if it renames nothing."""
+    """Yield the transforms by which transformers saves a type or class of models, or none if it renames nothing."""
     try:
         mapping = importlib.import_module("transformers.conversion_mapping")
-    except ModuleNotFoundError:  # before 5.0, checkpoints have the names of the modules
+    except ModuleNotFoundError:  # before 5.0, the names in checkpoints are those of the modules
         return
     loading = mapping.get_checkpoint_conversion_mapping(type_name) or ()
     saving = [transform.reverse_transform() for transform in reversed(loading)]
@@ -152,7 +152,7 @@ def _saving(type_name: str) -> Iterator[Sequence[Any]]:
 
 
 def _renamed(saving: Sequence[Any], name: str) -> str:
-    """Return the name under which a parameter is saved; its own if the numbers are changed as well."""
+    """Return the name under which a parameter is saved, or its own if saving changes the numbers as well."""
     renamed = name
     for transform in saving:
         if not hasattr(transform, "operations"):
@@ -170,9 +170,8 @@ _WITH_HEAD = (
     "ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForPreTraining", "ForConditionalGeneration", "DoubleHeadsModel",
     "MarianMTModel",
 )  # fmt: skip
-# Token embeddings of transformers' language models by the ends of their paths, with the modules that
-# ``tie_word_embeddings`` ties to them, the head last, and a tensor that a checkpoint has where these are the modules:
-# of several rows the first that fits.
+# Token embeddings of transformers' language models by the ends of their paths, the modules that ``tie_word_embeddings``
+# ties to them, with the head last, and a tensor that tells a checkpoint with these modules: the first match counts.
 _TIED: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ("shared", ("encoder.embed_tokens", "decoder.embed_tokens", "lm_head"), "shared.weight"),
     *((embedding, ("lm_head",), f"{embedding}.weight") for embedding in (
@@ -217,7 +216,7 @@ def tied_heads(checkpoint: Checkpoint) -> dict[str, str]:
 
 
 def _architectures(checkpoint: Checkpoint) -> list[str] | None:
-    """Return the names of the model's classes, None if they are not known."""
+    """Return the names of the model's classes, or None if they are not known."""
     names = (checkpoint.config or {}).get("architectures")
     return [name for name in names if isinstance(name, str)] if isinstance(names, list) and names else None
 
@@ -235,7 +234,7 @@ def _heads(checkpoint: Checkpoint) -> dict[str, str]:
 
 
 def _ending(stored: Iterable[str], ends: Iterable[str]) -> list[str]:
-    """Return the names of the weights of modules whose paths end in one of some paths."""
+    """Return the names of the weights of modules whose paths end in any of these."""
     suffixes = tuple(f".{end}.weight" for end in ends)
     return [name for name in stored if f".{name}".endswith(suffixes)]
 
@@ -247,7 +246,7 @@ def _has_own_head(checkpoint: Checkpoint) -> bool:
 
 
 def _equal(checkpoint: Checkpoint, head: str, embedding: str) -> bool:
-    """Return whether two matrices are equal, as far as rows from all over them tell."""
+    """Return whether two matrices agree in a sample of rows from all over them."""
     first, second = checkpoint.entries[head], checkpoint.entries[embedding]
     if (first.dtype, first.shape) != (second.dtype, second.shape) or first.dtype in FOREIGN or len(first.shape) != 2:
         return False
@@ -352,12 +351,9 @@ def resolve(checkpoint: Checkpoint, file: AdapterFile) -> ResolvedTargets:
 def _named(
     targets: Sequence[Target], shapes: Mapping[str, tuple[int, ...]], names: ModuleNames, inverse: bool = False
 ) -> tuple[Sequence[tuple[Target, ...]], Prefix | None, bool]:
-    """Find weights by their names: those of the model, of single experts, or on disk.
-
-    Returns, for each target, the tensor that has it, or those whose rows are its rows; the prefix under which these are
-    stored, None if they are not; and whether they have other names than the targets. With ``inverse``, the targets may
-    have the names on disk, and the tensors those in memory.
-    """
+    """Return the tensors of each target, their prefix if they are stored, and whether they have other names."""
+    # Names are tried in turn: those of the model, of single experts (several tensors per target), and on disk. With
+    # ``inverse``, the targets may also have the names on disk, and the tensors those in memory.
     named, prefix = stored_names(targets, shapes)
     if prefix is not None:
         return [(target,) for target in named], prefix, False
@@ -435,7 +431,7 @@ def _check_target(target: Target, entry: Entry) -> None:
 
 
 def _check_alone(checkpoint: Checkpoint, file: AdapterFile) -> None:
-    """Raise FileError if the adapter changes an embedding or a head alone, and the checkpoint has them as one."""
+    """Raise FileError if the adapter changes only one of an embedding and a head that the checkpoint ties."""
     alone = {name for name, others in file.ties.items() if not others}
     if not alone or not ties_head(checkpoint):
         return
@@ -456,7 +452,7 @@ def _check_order(target: Target, checkpoint: Checkpoint) -> None:
     """Raise FileError if a square matrix is stored as (in, out), and the adapter was not made for that."""
     if target.transposed or len(target.stored) != 2 or len({*target.stored}) > 1:
         return
-    # config.json is read for the names of such layers only.
+    # config.json is read only for the names of such layers.
     name, shape = target.name, target.stored
     if is_transposed(name, shape, {"model_type": "gpt2"}) and is_transposed(name, shape, checkpoint.config):
         raise FileError(
@@ -510,7 +506,7 @@ def _kept(
 
 
 def _need_free(taken: Mapping[str, str], name: str, place: str) -> None:
-    """Raise FileError if two kept parameters map to one name in the checkpoint, as with and without a prefix."""
+    """Raise FileError if two kept parameters map to one name in the checkpoint, such as with and without a prefix."""
     for other, other_place in taken.items():
         if other_place == place:
             raise FileError(
@@ -571,13 +567,13 @@ class StoredWeights:
         return FLOATS[self.checkpoint.entries[name].dtype]
 
     def _stored(self, dtype: str) -> Iterator[np.ndarray]:
-        """Yield the weights in a dtype that represents their values; a tensor with several of them is read once."""
+        """Yield the weights in a dtype that represents their values, reading a tensor with several of them once."""
         place, stored = None, np.empty(0)
         for parts in self.parts:
             rows = list[np.ndarray]()
             for part in parts:
                 if place != (part.name, part.index):
-                    stored = np.empty(0)  # releases the last one before the next is read
+                    stored = np.empty(0)  # release the last tensor before the next is read
                     place, stored = (part.name, part.index), self.checkpoint.array(part.name, part.index)
                 selected, stored_dtype = _selected(part, stored), self._dtype(part.name)
                 rows.append(selected if stored_dtype == dtype else widened(selected, stored_dtype).astype(dtype))
@@ -611,7 +607,7 @@ def find_weights(checkpoint: Checkpoint, targets: Sequence[Target], which: str) 
         If a target is missing, has another shape, or is not floating.
     """
     stored = {name: entry.shape for name, entry in checkpoint.entries.items()}
-    # One of two checkpoints of a model of transformers may have the names of its modules, the other those on disk.
+    # Of two checkpoints of a transformers model, one may have the names of the modules, and the other those on disk.
     named, prefix, _ = _named(targets, stored, ModuleNames(lambda: checkpoint.config), inverse=True)
     if prefix is None:
         missing = [target.name for target in targets if target.name not in stored]

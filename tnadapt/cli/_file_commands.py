@@ -267,7 +267,7 @@ def _adapter_rows(found: dict[str, Any]) -> Iterable[tuple[str, str]]:
 
 
 def _pretrained(about: dict[str, Any]) -> Iterable[tuple[str, str]]:
-    """Return the rows of what the file records of its base model."""
+    """Return the table rows for what the file records about its base model."""
     if "name" in about:
         parts = [f"{part} {about[part]}" for part in ("file", "revision") if part in about]
         yield "pretrained", ", ".join([about["name"], *parts, about.get("library", "transformers")])
@@ -322,7 +322,7 @@ def _targets(found: dict[str, Any], title: str) -> Iterable[str]:
 
 
 def _shown(tensor: dict[str, Any]) -> list[str]:
-    """Return the name of a weight, its shape, and how it is a part of what is stored."""
+    """Return the name of a weight, its shape, and which part of the stored tensor it is."""
     notes = []
     if "index" in tensor:
         notes.append(f"matrix {tensor['index']}")

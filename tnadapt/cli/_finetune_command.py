@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from tnadapt.finetune import Outcome, Point, Study
 
 
-# -- What it prints ----------------------------------------------------------------------------------------------------
+# -- Output ------------------------------------------------------------------------------------------------------------
 
 
 def _print_plan(study: Study, as_json: bool) -> None:
@@ -92,7 +92,7 @@ def _print_outcome(study: Study, outcome: Outcome, folder: Path, as_json: bool) 
 
 
 def _others(best: Point) -> str:
-    """Return the other metrics of the best adapter, each the mean over seeds."""
+    """Return the other metrics of the best adapter as means over seeds."""
     metrics = [record.get("test_metrics", {}) for record in best.records]
     means = {name: [record[name] for record in metrics if record[name] is not None] for name in metrics[0]}
     return ", ".join(f"{name} {sum(some) / len(some):.4g}" for name, some in means.items() if some)
@@ -123,11 +123,11 @@ _what = functools.partial(option, panel=WHAT)
 _how = functools.partial(option, panel="Training")
 _where = functools.partial(option, panel="Output")
 
-# Of the files that --model and --data take; they are left out of the default folder's name.
+# Suffixes of files for --model and --data, which are left out of the default folder's name.
 _SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".npz", ".gguf")
 # Names of F that need no settings of their own.
 PROJECTIONS = ("shuffle", "linear", "linear_v2", "nonlinear", "nonlinear_v2", "gather", "sign-gather")
-# Presets are trained in units for which one rate suits all of them.
+# Presets are trained in units with which one learning rate suits all of them.
 RATES = (0.01,)
 
 
@@ -221,7 +221,7 @@ def finetune_command(
     predictions as the trained one; or 2 if the run is not possible.
     """
     for stream in (sys.stdout, sys.stderr):
-        # A console that cannot print ρ must not raise an error after an hour of training: replace such characters.
+        # A console that cannot print ρ must not cause an error after an hour of training: replace such characters.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     if report_to is not ReportTo.NONE:
@@ -256,7 +256,7 @@ def finetune_command(
         short=not digits,
     )  # fmt: skip
     folder = out or Path("runs", "digits" if digits else f"{_word(model)}-{_word(data)}")
-    # All of these refuse what is wrong before torch is imported, and a model is opened.
+    # All of these reject invalid input before torch is imported and a model is opened.
     spec.check()
     choice.check()
     job.check_out(folder)
@@ -286,13 +286,13 @@ def finetune_command(
 def _word(source: str | None) -> str:
     """Return a path or hub name as part of a folder's name."""
     path = Path(source or "none")
-    # The name of a model may have a dot, as Qwen2.5-7B has.
+    # The name of a model may contain a dot, such as Qwen2.5-7B.
     stem = (path.stem if path.suffix in _SUFFIXES else path.name).removeprefix("timm:")
     return "".join(letter if letter.isalnum() or letter in "._-" else "-" for letter in stem) or "none"
 
 
 def _check(presets: Sequence[str], changes: Mapping[str, Any], rates: Sequence[float]) -> None:
-    """Refuse what is wrong with the options alone, before torch is imported, which takes seconds."""
+    """Reject invalid options before torch is imported, which takes seconds."""
     from tnadapt.algebra.named_config import require_setting
 
     for name in changes:

@@ -69,13 +69,7 @@ def shapes_of(given: Sequence[str]) -> list[tuple[int, int]]:
 
 
 def _planned_weights(model: str | None, targets: list[str] | None, shape: list[str] | None) -> _Weights:
-    """Return the weights of a model, or of ``--shape``.
-
-    Raises
-    ------
-    TnadaptError
-        If both or none of them are given, or the model has no such weights.
-    """
+    """Return the weights of a model, or of ``--shape``."""
     if (model is None) == (shape is None):
         raise TnadaptError("give a model, or the shapes of weights by --shape ROWSxCOLS; one of them")
     if shape is not None:

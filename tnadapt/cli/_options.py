@@ -1,4 +1,4 @@
-"""Options of several commands: their help, and their values parsed and checked before torch is imported."""
+"""Options shared by several commands: their help, and their values parsed and checked before torch is imported."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tnadapt.errors import FileError, TnadaptError, safe_repr
 # -- Values ------------------------------------------------------------------------------------------------------------
 
 
-# What tells a regular expression from a name. Names have dots, too.
+# Characters that distinguish a regular expression from a name, which may have dots.
 _PATTERN = frozenset(r"\^$*+?{}[]|()")
 
 
@@ -73,13 +73,7 @@ def word_or_number(text: str) -> Any:
 
 
 def _presets_that_begin_with(incomplete: str) -> list[str]:
-    """Return the presets for the completion of a shell.
-
-    Examples
-    --------
-    >>> _presets_that_begin_with("lora_")
-    ['lora_fa', 'lora_xs']
-    """
+    """Return the presets that complete an incomplete name in a shell."""
     return [name for name in tnadapt.presets.PRESETS.installed() if name.startswith(incomplete)]
 
 
@@ -175,7 +169,7 @@ def preset_option(help: str, show_default: str, panel: str | None = None) -> Any
     return option(f"{help}; tnadapt presets lists them.", show_default, panel=panel, autocompletion=completion)
 
 
-#: Of ``--targets``, after the words that a command takes.
+#: End of the help of ``--targets``, after the words that a command accepts.
 TARGETS_HELP = "a module's name, the end of its path, or a regex such as '.*proj'; repeat for more names."
 
 Targets: TypeAlias = Annotated[

@@ -55,7 +55,7 @@ def predict_command(
         what = "it is a folder" if adapter.is_dir() else "there is no such file"
         raise FileError(f"no adapter at {adapter}: {what}; give a file such as best.safetensors")
     job = job_package()
-    # What can be refused before torch is imported.
+    # Checks that do not need torch come before its import.
     tnadapt.load(adapter, check_draws=False)
     job.require_data(data, one_image=True)
     with stoppable("nothing was written; the same command starts over"):
@@ -94,7 +94,7 @@ def _written(rows: Sequence[Mapping[str, Any]], suffix: str) -> str:
     if suffix == ".jsonl":
         return "".join(_json(row) + "\n" for row in rows)
     text = io.StringIO()
-    # A line break that is not part of lineterminator would be written without quotes, and begin another row.
+    # A line break that is not part of lineterminator would be written without quotes and begin another row.
     writer = csv.writer(text, lineterminator="\r\n")
     names = list(dict.fromkeys(name for row in rows for name in row))
     writer.writerow(map(spreadsheet_text, names))
@@ -103,7 +103,7 @@ def _written(rows: Sequence[Mapping[str, Any]], suffix: str) -> str:
 
 
 def _cell(value: Any) -> Any:
-    """Return a value as a cell of a table: lists and dictionaries as JSON, whatever is in them, and no formulas."""
+    """Return a value as a cell of a table, with lists and dictionaries as JSON, and without spreadsheet formulas."""
     if isinstance(value, str):
         return spreadsheet_text(value)
     return _json(value) if isinstance(value, (list, dict)) else value

@@ -73,10 +73,10 @@ def stoppable(kept: str) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        # An import that is interrupted may end with an error of its own.
+        # An interrupted import may end with an error of its own.
         if not isinstance(error, KeyboardInterrupt) and not isinstance(error.__context__, KeyboardInterrupt):
             raise
-        # Without the buffer of stderr, which the interrupted code may be using.
+        # Not through the buffer of stderr, which the interrupted code may be using.
         with contextlib.suppress(OSError):
             os.write(2, f"\n{escaped(f'stopped; {kept}')}\n".encode(sys.stderr.encoding or "utf-8", "replace"))
         raise typer.Exit(INTERRUPTED) from None

@@ -1,4 +1,4 @@
-"""What shows the trainings of a study: a bar on a terminal, and a line for each finished one in a log."""
+"""Progress of a study in the terminal: a bar, or in a log a line for each finished training."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .terminal import echo
 
 
 class _LineReporter(Reporter):
-    """Prints a line when something is finished."""
+    """Print a line when something is finished."""
 
     def __init__(self) -> None:
         self.all = self.done = 0

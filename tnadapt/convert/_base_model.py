@@ -1,4 +1,4 @@
-"""The base model of a conversion: its modules' paths and weights' shapes, and arrays that a file leaves to it."""
+"""The base model of a conversion: its module paths and weight shapes, and arrays that are computed from it."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ class Base:
             )
 
     def _name(self, name: str) -> str:
-        """Return the name under which a parameter is stored: of a head that is tied, that of the embedding."""
+        """Return the name under which a parameter is stored, which for a tied head is that of the embedding."""
         module, _, parameter = name.rpartition(".")
         if module in self._places:
             return f"{self._places[module]}.{parameter}"
@@ -302,7 +302,7 @@ def missing_base(flat: str) -> FileError:
     )
 
 
-# -- Arrays that an adapter file leaves to the base model, as LoRA-XS does ---------------------------------------------
+# -- Arrays that adapter files omit because the base model determines them, as in LoRA-XS ------------------------------
 
 
 def check_base(file: AdapterFile, known: Base, base: Any) -> None:

@@ -92,7 +92,7 @@ def other_path(path: str) -> str:
 
 
 def _components(part: str) -> tuple[str, ...]:
-    """Return the components that a name of either kind may mean."""
+    """Return the components that a name may mean, whether it is of diffusers or of kohya."""
     if part in COMPONENTS:
         return (part,)
     return tuple(name for name, prefixes in _PREFIXES_OF.items() if part in prefixes)
@@ -235,7 +235,7 @@ def _choice(part: str) -> str:
 _NAME = re.compile(rf"(?P<part>{'|'.join(COMPONENTS)})\.(?P<path>.+)\.(?P<suffix>lora_A\.weight|lora_B\.weight|alpha)")
 _SUFFIXES = {"lora_A.weight": "lora_down", "lora_B.weight": "lora_up", "alpha": "alpha"}
 
-# Entry of a conversion's record: the paths of modules by those in the file, where they differ.
+# Entry of a conversion's record that maps module paths in the file to the real ones, if they differ.
 _RENAMED = "renamed"
 
 # Entry of the metadata with the settings of PEFT by component.
@@ -301,7 +301,7 @@ def _read(container: Container, base: Base | None, part: str | None) -> ForeignA
 
 
 def _path(path: str, base: Base | None, renamed: Mapping[str, str]) -> str:
-    """Return the path of a module in the base, or else in the adapter that was converted."""
+    """Return the path of a module in the base or, without one, in the adapter that was converted."""
     other = other_path(path)
     if base is None:
         return other if renamed.get(path) == other else path

@@ -1,4 +1,4 @@
-"""The interface of file formats, and adapter files made of what a format reads.
+"""The interface of file formats, and the conversion of what a format reads to an adapter file.
 
 One class implements one format: it recognizes, reads, encodes and writes the files. The defaults of
 :class:`FileFormat` reject everything that a format does not explicitly support.
@@ -23,7 +23,7 @@ from ._base_model import Base, target_of
 from ._files import StoredFiles
 from ._updates import Float, Module, ModuleUpdate, Pair, TargetUpdate, alpha_of, check_size, narrow
 
-# -- What messages recommend -------------------------------------------------------------------------------------------
+# -- Recommendations in messages ---------------------------------------------------------------------------------------
 
 
 MERGE = "merge the adapter into the base with tnadapt.merge (tnadapt merge)"
@@ -440,7 +440,7 @@ class ConversionRequest(NamedTuple):
 # Each weight keeps its own form, rank and scale: where they differ, the file has several configs.
 
 
-# Divisions up to which factoring the sides evenly is worth a shorter config; readers of the file refuse twice as many.
+# Trial divisions spent on factoring the sides evenly, for a shorter config; readers of the file reject twice as many.
 _MAX_BALANCED = 1 << 17
 
 
@@ -504,7 +504,7 @@ def _magnitudes_of(updates: Sequence[TargetUpdate], by_module: Mapping[str, Floa
 
 
 def _alike(updates: Iterable[TargetUpdate], key: Callable[[ModuleUpdate], Hashable]) -> Iterable[list[TargetUpdate]]:
-    """Return the updates of each key, in the order of its first one."""
+    """Group the updates by key, in the order of first appearance."""
     parts: dict[Hashable, list[TargetUpdate]] = {}
     for entry in updates:
         parts.setdefault(key(entry.update), []).append(entry)
@@ -512,12 +512,12 @@ def _alike(updates: Iterable[TargetUpdate], key: Callable[[ModuleUpdate], Hashab
 
 
 def _key(update: ModuleUpdate) -> Hashable:
-    """Return what updates of one config have in common, apart from the sizes of LoKr."""
+    """Return the properties that updates of one config share, except LoKr's sizes."""
     return update.kind, update.scale, update.rank, tuple(isinstance(part, Pair) for part in update.parts)
 
 
 def _common(part: Sequence[TargetUpdate]) -> tuple[Config, bool]:
-    """Return the config of updates that have one, and whether a factor of each has to absorb the scale."""
+    """Return the common config of updates, and whether a factor of each has to absorb the scale."""
     update, split_size = part[0].update, _split_size(part)
     assert split_size is not None  # of updates of one key and size
     config = update.config().replace(split_size=split_size)

@@ -1,4 +1,4 @@
-"""Files of other libraries' adapters, read and written atomically; one module's tensors in them, decoded and encoded.
+"""Read and write other libraries' adapter files atomically; decode and encode the tensors of one module.
 
 The same content gives the same bytes. A kill or a full disk leaves the old files, the new ones, or a folder that cannot
 be loaded, but never a mixture.
@@ -183,7 +183,7 @@ def replace_folder(path: str, files: Mapping[str, bytes], overwrite: bool = True
 
 @contextlib.contextmanager
 def _turn(folder: str) -> Iterator[None]:
-    """Wait for other writers of a folder. Files are moved one by one, so those of two writers could mix."""
+    """Wait for other writers of a folder, because files are moved one by one and those of two writers could mix."""
     if not atomic_files.HAS_LOCKS:
         yield
         return
@@ -191,7 +191,7 @@ def _turn(folder: str) -> Iterator[None]:
         handle = os.open(folder, os.O_RDONLY)
         try:
             atomic_files.lock(handle, wait=True)
-            if atomic_files.names_handle(folder, handle):  # otherwise the folder was renamed or deleted during the wait
+            if atomic_files.names_handle(folder, handle):  # otherwise it was renamed or deleted during the wait
                 yield
                 return
         finally:
@@ -206,7 +206,7 @@ def _exchange(stage: str, path: str, names: Sequence[str]) -> None:
     moved = list[tuple[str, str]]()
 
     def move(start: str, end: str) -> None:
-        moved.append((start, end))  # before the rename, as an interrupt may come right after it
+        moved.append((start, end))  # before the rename: an interrupt may come right after it
         os.rename(start, end)
         atomic_files.sync_folder(path)  # so that the renames reach the disk in order
 
@@ -322,7 +322,7 @@ def decode(path: str, tensors: Tensors, kron_last_axes: bool = False) -> tuple[M
 
 
 class _Getter:
-    """The tensors of one module, whose number of axes is checked on access."""
+    """The tensors of one module, with the number of axes checked on access."""
 
     def __init__(self, path: str, tensors: Tensors) -> None:
         self.path, self.tensors = path, tensors

@@ -102,11 +102,9 @@ class GgufBase(NamedTuple):
 
 
 def _tensor_name(architecture: str, path: str, blocks: int) -> str | None:
-    """Return llama.cpp's name of a module; None if there is none among this number of blocks.
-
-    gguf's table has an entry for each weight of each block. Here it is made for two blocks only, whatever number a file
-    claims: a number in a path is that of a block if 0 and 1 in its place give the same weight of blocks 0 and 1.
-    """
+    """Return llama.cpp's name of a module, or None if there is none among this number of blocks."""
+    # gguf's table has an entry for each weight of each block. Here it is built for two blocks only, whatever number a
+    # file claims: a number in a path is that of a block if replacing it by 0 and 1 gives the same weight of these two.
     names, parts = _tensor_names(architecture), path.split(".")
     for place, part in enumerate(parts):
         if part.isdecimal() and part.isascii() and len(part) < 10 and str(int(part)) == part and int(part) < blocks:
@@ -189,7 +187,7 @@ def _of_gguf(path: str) -> GgufBase:
 
 @contextlib.contextmanager
 def _valid(what: str = "") -> Iterator[None]:
-    """Raise FileError for whatever a damaged file makes the package gguf raise."""
+    """Turn any error that a damaged file causes in the gguf package into a FileError."""
     try:
         yield
     except ConfigError:
@@ -335,7 +333,7 @@ def _read(path: str, base: Base | None) -> ForeignAdapter:
 
 
 def _stored(path: str) -> tuple[dict[str, Any], dict[str, Float], dict[str, str]]:
-    """Return the fields, the tensors and their dtypes of a GGUF file."""
+    """Return the fields of a GGUF file, its tensors and their dtypes."""
     gguf = gguf_package()
     with _valid(), np.errstate(invalid="ignore"):  # a signaling NaN, which the cast makes quiet
         reader = gguf.GGUFReader(path)

@@ -99,7 +99,7 @@ class LycorisFormat(FileFormat):
             arrays = _files.encode(update, module.stored, "lora_down.weight", "lora_up.weight")
             tensors |= {f"{name}.{key}": array for key, array in arrays.items()}
             if update.kind != "dense":
-                # Stored in float32, as bfloat16 rounds integers from 257 on.
+                # Stored in float32, because bfloat16 rounds integers from 257 on.
                 alphas[f"{name}.alpha"] = np.asarray(alpha)
         listed = {self.flat_name(module.path): [module.path, list(module.stored)] for module in modules}
         return EncodedAdapter(tensors, alphas, record={_MODULES: listed})
@@ -133,7 +133,7 @@ def _factorization(size: int, factor: int = -1) -> tuple[int, int]:
 
 
 def _inferred_factor(first: tuple[int, int], last: tuple[int, ...], low: bool) -> int:
-    """Return the factor that LyCORIS infers from the tensors, where it counts a low-rank W2's kernel as channels."""
+    """Return the factor that LyCORIS infers from the tensors, counting the kernel of a low-rank W2 as channels."""
     rows, cols = first[0] * last[0], first[1] * last[1]
     if first == (_factorization(rows)[0], _factorization(cols)[0]):
         return -1

@@ -1,6 +1,7 @@
-"""The choice of the form in which an export writes each module's update: an exact one if possible, else the nearest.
+"""Choose the form in which an export writes each module's update: an exact one if possible, else the nearest.
 
-The nearest is the truncated SVD, the best approximation of its rank. LoKr and LoHa of it have a W1 of 1 × 1, or ones.
+The nearest is the truncated SVD, the best approximation of its rank. As LoKr it gets a W1 of 1 × 1, as LoHa one of
+ones.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def choose(modules: Sequence[Module], unpacked: Unpacked, request: ConversionReq
 
 
 def _has_form(form: ModuleUpdate | None, kinds: Sequence[str], rank: int | None) -> TypeGuard[ModuleUpdate]:
-    """Return whether a module's update has one of the forms, of at most the given rank."""
+    """Return whether a module's update has one of these forms, with at most the given rank."""
     return form is not None and form.kind in kinds and (rank is None or form.rank <= rank)
 
 
@@ -60,7 +61,7 @@ def _pair_of(update: ModuleUpdate) -> Pair:
 
 
 def _times_ones(update: ModuleUpdate) -> ModuleUpdate:
-    """Return an update of low rank as LoHa: the Hadamard product with a matrix of ones, which has rank 1."""
+    """Return a low-rank update as LoHa: its Hadamard product with a matrix of ones, which has rank 1."""
     rows, cols = update.shape
     return ModuleUpdate("loha", update.shape, (_pair_of(update), Pair(np.ones((rows, 1)), np.ones((cols, 1)))))
 
@@ -102,11 +103,8 @@ class Spectrum(NamedTuple):
 
 
 def _spectrum(module: Module, unpacked: Unpacked, form: ModuleUpdate | None, kept: int | None) -> Spectrum:
-    """Compute the SVD of a module's update; for low-rank updates and Kronecker products from the factors alone.
-
-    ``kept`` singular vectors are returned. If None, their number is the matrix rank if two factors of that rank are
-    smaller than the update, and 0 otherwise.
-    """
+    """Compute the SVD of a module's update, with ``kept`` singular vectors."""
+    # Low-rank updates and Kronecker products are decomposed by their factors alone.
     if form is not None and form.kind == "lora" and form.rank < min(form.shape):
         pair = form.absorb_scale().pair
         (left, upper), (right, lower) = np.linalg.qr(pair.b), np.linalg.qr(pair.a)
@@ -135,9 +133,9 @@ def _kronecker_spectrum(form: ModuleUpdate, kept: int | None) -> Spectrum:
 
 
 def _ranks(s: Float, shape: tuple[int, int], kept: int | None) -> tuple[int, int]:
-    """Return the rank by NumPy's tolerance for descending singular values, and the number of vectors to keep."""
+    """Return the rank of descending singular values by NumPy's tolerance, and the number of vectors to keep."""
     rank = int(np.count_nonzero(s > s[0] * max(shape) * np.finfo(np.float64).eps))
-    if kept is None:
+    if kept is None:  # factors that are larger than the update are of no use
         kept = rank if _is_smaller(rank, shape) else 0
     return rank, min(kept, rank)
 
@@ -149,11 +147,7 @@ def _is_smaller(rank: int, shape: tuple[int, int]) -> bool:
 
 
 def _low_rank(modules: Sequence[Module], unpacked: Unpacked, request: ConversionRequest) -> ExportChoice:
-    """Return every update as LoRA, or as LoHa if that is requested and it has that form.
-
-    Without a rank, factors with more elements than the update itself are not accepted. With a maximum error but no
-    rank, all modules that must be truncated get the same rank: the smallest within the error.
-    """
+    """Return every update as LoRA, or as LoHa if that is requested and the update has that form."""
     rank, candidates = request.rank, list[ModuleUpdate | Spectrum]()
     kept = ("lora", "loha") if request.kind == "loha" else ("lora",)
     for module in modules:
@@ -162,10 +156,12 @@ def _low_rank(modules: Sequence[Module], unpacked: Unpacked, request: Conversion
             candidates.append(form)  # with its scale, so that the factors keep their bits
         else:
             spectrum = _spectrum(module, unpacked, form, rank)
+            # Without a rank, factors with more elements than the update are not accepted.
             small = _is_smaller(spectrum.rank, module.shape) if rank is None else spectrum.rank <= rank
             pair = spectrum.pair(spectrum.rank) if small else None
             candidates.append(spectrum if pair is None else ModuleUpdate("lora", module.shape, (pair,)))
     spectra = [candidate for candidate in candidates if isinstance(candidate, Spectrum)]
+    # Given a maximum error but no rank, all truncated modules get the same rank: the smallest within the error.
     cut = rank or (_smallest_rank(modules, unpacked, candidates, request.max_error) if spectra else 0)
     updates = []
     for module, candidate in zip(modules, candidates, strict=True):
@@ -193,7 +189,7 @@ def _smallest_rank(
             f"than the update itself, {module.shape[0]} × {module.shape[1]}: give rank= (--rank) or max_error= "
             f"(--max-error) for the nearest of lower rank, or {TO_FULL}"
         )
-    # Exact updates do not contribute to the error, but to the norm that it is relative to.
+    # Exact updates contribute nothing to the error, only to the norm that it is relative to.
     exact = [
         norm(module.delta(unpacked))
         for module, fit in zip(modules, candidates, strict=True)

@@ -1,4 +1,4 @@
-"""What is in a folder of PEFT, read strictly; and PeftMethod, the interface of methods with a structure of their own.
+"""The content of a PEFT folder, read strictly; and PeftMethod, the interface of methods with a structure of their own.
 
 :class:`PeftContent` has the tensors, kept parameters and shapes of weights, whatever the method. Methods such as VeRA
 read their folders through it.
@@ -204,7 +204,7 @@ class PeftContent:
         raise self.misfit(path, f"{why}, and the weight is {candidates[0][0]} × {candidates[0][1]}")
 
     def _candidates(self, path: str) -> list[tuple[int, int]]:
-        """Return the shapes of update that the weight in the base may mean; the one that the settings say first."""
+        """Return the shapes that an update of the base's weight may have, with the one by the settings first."""
         if self.base is not None:
             self.base.check_module(path)
         stored = None if self.base is None else self.base.shapes[path]
@@ -219,7 +219,7 @@ class PeftContent:
                 f"{safe_repr(path)} is a weight of {len(stored)} axes in base, and {self.method.title} adapts matrices"
             )
         here = (stored[1], stored[0]) if self._is_transposed(path) else (stored[0], stored[1])
-        # PEFT has one setting for all weights. Where it contradicts the tensors, they decide.
+        # PEFT has one setting for all weights; if it contradicts the tensors, the tensors decide.
         return [here, here[::-1]] if self.method.may_transpose else [here]
 
     def _is_transposed(self, path: str) -> bool:
@@ -229,7 +229,7 @@ class PeftContent:
 
 
 def _split_name(name: str, tensors: Collection[str]) -> tuple[str, str]:
-    """Return the path of a module, and the name of its tensor, which may have a dot."""
+    """Return the path of a module, and the name of its tensor, which may contain a dot."""
     path, _, last = name.removeprefix(PREFIX).rpartition(".")
     module, _, middle = path.rpartition(".")
     return (module, f"{middle}.{last}") if f"{middle}.{last}" in tensors else (path, last)
@@ -347,7 +347,7 @@ def other_tensors(
 def _join_ties(
     container: Container, found: OtherTensors, trained: Mapping[str, Sequence[str]], others: Sequence[str]
 ) -> list[str]:
-    """Record the copies of kept matrices that PEFT stores for each module they are tied to; return what is none."""
+    """Record PEFT's copies of a kept matrix, one per tied module, and return the tensors that are no such copies."""
     stored = {kept: trained[kept][0] for kept in found.ties} | {name.removeprefix(PREFIX): name for name in others}
     firsts, joined = dict[tuple[Any, ...], str](), set[str]()
     for name in [name for name in stored if name.endswith(".weight")]:
@@ -364,10 +364,10 @@ def _join_ties(
 
 
 def _kept_name(path: str, names: Collection[str], saved: Sequence[str], bias: str) -> str | None:
-    """Return the name of the parameter that a tensor is a trained copy of; "" for an untrained one, None for others."""
+    """Return the parameter that a tensor is a trained copy of, "" for an untrained copy, or None for other tensors."""
     module, wrapper, rest = path.partition(".modules_to_save.")
     if wrapper and is_saved(f"{module}.{rest}", saved):
-        # Below a saved module, PEFT leaves the adapter's name in those of biases.
+        # Below a saved module, PEFT leaves the adapter's name in the names of biases.
         return next(
             (path for path in (f"{module}.{rest}", f"{module}.{rest.partition('.')[2]}") if PREFIX + path in names),
             f"{module}.{rest}",
@@ -401,7 +401,7 @@ def is_saved(path: str, saved: Sequence[str]) -> bool:
 
 
 def _kept_array(container: Container, names: Sequence[str]) -> tuple[np.ndarray, str]:
-    """Return a kept parameter, all copies of which are equal, and "bfloat16" if it is stored as such, else ""."""
+    """Return a kept parameter, whose copies must be equal, and "bfloat16" if it is stored as such, else ""."""
     name, array = names[0], container.array(names[0])
     tag = container.entries[name].dtype
     for copy in names[1:]:
@@ -420,7 +420,7 @@ def _kept_array(container: Container, names: Sequence[str]) -> tuple[np.ndarray,
 # -- The interface of methods with a structure of their own, such as VeRA ----------------------------------------------
 
 # A method reads the tensors of a folder as an adapter file of the same structure, with the same numbers, and writes
-# such a file. What no config can describe is read as LoRA or dense, exactly, and a note says so.
+# such a file. An update that no config can describe is read exactly, as LoRA or dense, with a note.
 
 
 class OwnStructure(NamedTuple):

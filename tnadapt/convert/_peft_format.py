@@ -1,7 +1,7 @@
 """The formats of PEFT and vLLM: a folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
 
-``METHODS`` lists the classes that read PEFT's methods, which are imported when an adapter has them. Those of methods
-with a structure of their own also write it; LoRA, DoRA, HiRA, LoKr and LoHa of any adapter are written here.
+``METHODS`` lists the classes that read PEFT's methods, which are imported on first use. Classes of methods with a
+structure of their own also write it; LoRA, DoRA, HiRA, LoKr and LoHa of any adapter are written here.
 
 Every tensor and setting of such a folder is either read exactly or rejected by name. PEFT loads written folders to the
 same update.
@@ -178,7 +178,7 @@ class PeftFormat(FileFormat):
         config = config_of(kind, all(transposed.values()) and not experts, sizes, experts)
         config |= choice.settings | ({"ensure_weight_tying": True} if any(map(_peft_lora.tied_paths, plain)) else {})
         linear = [module.transposed for module in plain if not is_embedding(module) and len(module.stored) == 2]
-        if kind == "lora" and linear:  # PEFT does not ask it of embeddings and convolutions
+        if kind == "lora" and linear:  # PEFT ignores it for embeddings and convolutions
             config["fan_in_fan_out"] = all(linear)
         if experts and config.get("fan_in_fan_out"):
             raise ConfigError(
@@ -316,7 +316,7 @@ def _check_weights(folder: str) -> None:
 # -- The format that vLLM serves: LoRA with one rank that vLLM takes, and a scale of 1 ---------------------------------
 
 
-# The only whole modules that vLLM loads next to LoRA, of classification models.
+# The only modules, those of classification models, that vLLM loads whole next to LoRA.
 _HEADS = ("classifier", "score")
 
 

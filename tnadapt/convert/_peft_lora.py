@@ -1,6 +1,6 @@
-"""PEFT's folders of LoRA, DoRA, HiRA, LoKr and LoHa, read: layers, embeddings, single tokens' rows and stacked experts.
+"""Read PEFT's LoRA, DoRA, HiRA, LoKr and LoHa folders: layers, embeddings, rows of single tokens, stacked experts.
 
-The parts of LoRA that PEFT stores in its own way, those of embeddings and experts, are written here, too.
+LoRA of embeddings and experts, for which PEFT has layouts of its own, is written here, too.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def encoded_embedding(module: Module, factors: Mapping[str, Float]) -> dict[str,
     if not is_embedding(module):
         return {f"{module.path}.{name}": array for name, array in factors.items()}
     turned = {"lora_embedding_A": factors["lora_B.weight"].T, "lora_embedding_B": factors["lora_A.weight"].T}
-    # What is tied to the embedding has the same update once more; a head has it as a linear layer.
+    # Modules tied to the embedding have the same update again; a head has it as a linear layer.
     return {
         f"{path}.{name}": array
         for path in (module.path, *tied_paths(module))
@@ -143,7 +143,7 @@ def separate_rows(updates: Sequence[TargetUpdate], base: Base | None) -> list[st
 
 
 def _copies(tensors: Mapping[str, Float], base: Base) -> dict[str, str]:
-    """Return the heads that a base does not store because they are tied, each with the embedding of the same rows."""
+    """Return the heads that a base does not store because they are tied, each with the embedding of equal rows."""
     known = [path for path in tensors if path in base.shapes and path not in base.heads]
     return {
         path: of for path in tensors if path not in known for of in known if np.array_equal(tensors[path], tensors[of])
@@ -151,7 +151,7 @@ def _copies(tensors: Mapping[str, Float], base: Base) -> dict[str, str]:
 
 
 def _untrained_heads(path: str, tensors: Mapping[str, Float], base: Base) -> list[str]:
-    """Return the heads that PEFT ties to an embedding: all that a base ties, unless one has other rows of its own."""
+    """Return the heads that PEFT ties to an embedding: all that a base ties, unless one has rows of its own."""
     heads, copies = [head for head, embedding in base.heads.items() if embedding == path], _copies(tensors, base)
     apart = any(head in tensors and head not in copies for head in heads)
     return [] if apart else [head for head in heads if head not in tensors]
@@ -213,13 +213,7 @@ Tensors = Mapping[str, Mapping[str, Float]]
 
 
 def _stacks(names: Sequence[str], recorded: Mapping[str, Any], base: Base | None) -> dict[str, dict[str, Target]]:
-    """Return the stacks that ``target_parameters`` names.
-
-    Raises
-    ------
-    FileError
-        If there is neither a base nor a record, or a name fits none of the stacks.
-    """
+    """Return the stacks that ``target_parameters`` names."""
     names = [name for name in names if not name.endswith(".weight")]  # ordinary layers
     if not names:
         return {}
@@ -277,7 +271,7 @@ def decoded_experts(
 
 
 def _is_turned(whole: Sequence[tuple[Target, Float, Float]]) -> bool:
-    """Return whether PEFT takes the matrices of a module for (in, out), which it does by an attribute of the module."""
+    """Return whether PEFT takes the matrices of a module to be (in, out), which it tells by a module attribute."""
     views = set()
     for target, a, b in whole:
         stored, factors = target.stored[1:], (b.shape[0], a.shape[-1])
@@ -305,7 +299,7 @@ def _experts(target: Target, a: Float, b: Float, turned: bool, scales: Scales) -
     scale, updates = scales.of(target.name, rank), []
     for index in range(count):
         left, right = np.ascontiguousarray(last[:, :, index]), np.ascontiguousarray(first[index].T)
-        # PEFT transposes what it does not know to be stored as (in, out).
+        # PEFT transposes the matrices unless it knows that they are stored as (in, out).
         pair = Pair(left, right) if turned == target.transposed else Pair(right, left)
         expert = dataclasses.replace(target, index=index)
         updates.append(TargetUpdate(expert, ModuleUpdate("lora", expert.shape, (pair,), scale)))
@@ -348,7 +342,7 @@ def encoded_experts(
 
 
 def _stacked(targets: Sequence[Target], updates: Sequence[ModuleUpdate]) -> tuple[Float, Float, int, float]:
-    """Return the factors of all experts of a parameter, with zeros for those without a target; the rank and alpha."""
+    """Return the stacked factors of all experts of a parameter, zeros for those without a target; the rank; alpha."""
     rank = max(update.rank for update in updates)
     alpha = (
         _updates.alpha_of([update.scale for update in updates], rank) if len({u.rank for u in updates}) == 1 else None
@@ -463,7 +457,7 @@ class PeftLora(PeftMethod):
     def _sorted(
         self, content: PeftContent
     ) -> tuple[dict[str, Mapping[str, Float]], set[str], dict[str, Float], dict[str, Float]]:
-        """Return factors by path, those of embeddings turned; paths of embeddings; rows of tokens; and magnitudes."""
+        """Return factors by path, transposed for embeddings; the embeddings' paths; rows of tokens; magnitudes."""
         modules, embeddings = dict[str, Mapping[str, Float]](), set[str]()
         tokens, magnitudes = dict[str, Float](), dict[str, Float]()
         for path, tensors in content.modules.items():

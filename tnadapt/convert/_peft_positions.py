@@ -1,8 +1,8 @@
 """PEFT's SHiRA, FourierFT, WaveFT, C3A and MiSS: a few trained values at some positions of a matrix.
 
-All weights have one config, whose map has one number of values. Where theirs differ, the shorter ones get zeros at
-further positions of the same permutation. Positions that no seed gives are listed in the config, as long as it holds
-them.
+All weights share one config, whose map has a single number of values. If the numbers differ, the shorter vectors get
+zeros at further positions of the same permutation. Positions that no seed gives are listed in the config, as far as it
+can hold them.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ class PeftShira(PeftMethod):
         group = plan.groups[piece.group]
         if more or list(group.network.shapes) != ["split0.dense"] or group.frozen_names:
             self.refuse("it needs one trained vector, order=1 and format='dense', as presets.shira has it")
-        # F of the numbers 1, 2, … tells which of the values is where.
+        # F of the numbers 1, 2, … shows the position of each value.
         numbers = np.arange(1.0, group.projection.n_in + 1)
         which = np.asarray(group.projection.map.slice(
             load_backend("numpy"), numbers, piece.group_start, piece.group_start + piece.length
@@ -147,7 +147,7 @@ class PeftShira(PeftMethod):
 def _seeded(
     targets: Sequence[Target], places: Sequence[Ints], values: Sequence[Float], seed: int
 ) -> OwnStructure | None:
-    """Return the values in the order in which torch draws their positions; None if it does not draw these."""
+    """Return the values in the order in which torch draws their positions, or None if it does not draw these."""
     most, arrays = max(array.size for array in values), []
     for target, flat, weight_values in zip(targets, places, values, strict=True):
         length = math.prod(target.shape)
@@ -162,7 +162,7 @@ def _seeded(
 
 
 def _listed(targets: Sequence[Target], places: Sequence[Ints], values: Sequence[Float]) -> OwnStructure:
-    """Return the values with a list of their positions in the long vector; the updates if it is too long."""
+    """Return the values with a list of their positions in the long vector, or dense updates if it is too long."""
     starts = np.cumsum([0, *(math.prod(target.shape) for target in targets)])
     flat = np.concatenate([flat + start for flat, start in zip(places, starts, strict=False)])
     try:
@@ -178,9 +178,9 @@ def _listed(targets: Sequence[Target], places: Sequence[Ints], values: Sequence[
     return OwnStructure(targets, config, {"group0.split0.dense": np.concatenate(values)})
 
 
-# -- FourierFT and WaveFT: a few entries of a matrix that is transformed, at positions left to a seed of torch's -------
+# -- FourierFT and WaveFT: a few entries of a transformed matrix, at positions given by a torch seed -------------------
 
-# PEFT's WaveFT has a matrix of coefficients of the weight's own size, which it puts into the middle of the one that the
+# PEFT's WaveFT has a coefficient matrix of the weight's own size, which it puts into the middle of the one that the
 # filters need, and it interchanges two quarters
 # (``test_convention_waveft_interchanges_two_quarters_of_the_coefficients``).
 

@@ -18,10 +18,10 @@ from tnadapt.errors import FileError, pluralize, safe_repr
 
 # -- Patterns of module paths, such as the keys of rank_pattern --------------------------------------------------------
 
-# PEFT takes them as regular expressions, and matching one that a stranger wrote may never end. Here they are matched
-# without Python's ``re``: a path with or without unescaped dots is looked up in a table, and for everything else the
-# places of a path that a pattern has reached are followed together. What needs more than these places (lookarounds,
-# backreferences, flags) is refused.
+# PEFT takes them as regular expressions, and matching an untrusted one may never end. Here they are matched without
+# Python's ``re``: a path with or without unescaped dots is looked up in a table, and everything else is matched by
+# tracking all positions of a path that a pattern can have reached. Features that need more than these positions
+# (lookarounds, backreferences, flags) are rejected.
 
 
 _TOKEN = re.compile(
@@ -37,10 +37,10 @@ _TOKEN = re.compile(
     re.VERBOSE | re.DOTALL,
 )
 _MAX_DEPTH = 16
-#: Steps for all paths, which take about two seconds.
+#: Maximum steps for all paths, which take about two seconds.
 _MAX_STEPS = 2_000_000
 
-# Where a pattern may start: at the first letter of the path, after a dot as well, or anywhere.
+# Where a pattern may start: at the first character of the path, also after a dot, or anywhere.
 _WHOLE, _PART, _FREE = range(3)
 
 
@@ -82,9 +82,9 @@ class PathPatterns:
 
     def __init__(self, field: str, values: Mapping[str, Any]) -> None:
         self._field, self._values, self._steps = field, list(values.values()), 0
-        # Length, places of unescaped dots and start -> text with these dots -> number of the pattern.
+        # Length, positions of unescaped dots, and start -> text with these dots -> number of the pattern.
         self._texts: dict[tuple[int, tuple[int, ...], int], dict[str, int]] = {}
-        # The other alternatives: the number of the pattern, its start, the texts that a path must have, and its pieces.
+        # The other alternatives: number of the pattern, its start, the texts that a path must contain, and its pieces.
         self._others = list[tuple[int, int, Sequence[str], Sequence[_Piece]]]()
         for number, key in enumerate(values):
             try:
@@ -132,7 +132,7 @@ class PathPatterns:
         self._texts.setdefault((len(text), dots, start), {}).setdefault(text, number)
 
     def _of_texts(self, path: str) -> Iterator[int]:
-        """Yield the numbers of the patterns without classes, groups and repetitions that match."""
+        """Yield the numbers of the matching patterns without classes, groups or repetitions."""
         self._spend(len(self._texts) // 4)
         for (length, dots, where), numbers in self._texts.items():
             start = len(path) - length
@@ -149,7 +149,7 @@ class PathPatterns:
                 yield numbers[text]
 
     def _ends(self, path: str, starts: set[int], pieces: Sequence[_Piece]) -> set[int]:
-        """Return where the pieces of a pattern may end in a path if they begin at one of some places."""
+        """Return where the pieces of a pattern may end in a path if they begin at any of some positions."""
         for piece in pieces:
             for _ in range(piece.low):
                 starts = self._ends_of_one(path, starts, piece)
@@ -181,11 +181,11 @@ class PathPatterns:
 
 
 class _UnsupportedError(Exception):
-    """A pattern that is no regular expression, or not one of those that are supported."""
+    """A pattern that is not a regular expression, or uses features that are not supported."""
 
 
 def _top_alternatives(pattern: str) -> Iterator[tuple[int, Sequence[_Piece]]]:
-    """Yield where each alternative of a pattern starts, and its pieces; raise _UnsupportedError."""
+    """Yield the start and the pieces of each alternative of a pattern, or raise _UnsupportedError."""
     for pieces in _parsed(pattern):
         start = _PART
         if pieces and pieces[0] == _START:
@@ -196,7 +196,7 @@ def _top_alternatives(pattern: str) -> Iterator[tuple[int, Sequence[_Piece]]]:
 
 
 def _parsed(pattern: str) -> list[list[_Piece]]:
-    """Return the alternatives of a pattern; raise _UnsupportedError."""
+    """Return the alternatives of a pattern, or raise _UnsupportedError."""
     alternatives, outer, place = [list[_Piece]()], list[list[list[_Piece]]](), 0
     while place < len(pattern):
         match = _TOKEN.match(pattern, place)
@@ -229,12 +229,12 @@ def _parsed(pattern: str) -> list[list[_Piece]]:
 
 @functools.lru_cache(1 << 12)
 def _reads(text: str, letter: str) -> bool:
-    """Return whether a class has a letter."""
+    """Return whether a class contains a character."""
     return re.match(text, letter) is not None
 
 
 def _letters(token: str) -> _Piece:
-    """Return the piece of letters, of an escaped one, or of a class."""
+    """Return the piece for plain characters, an escaped one, or a class."""
     if token == "." or token[0] == "[" or (token[0] == "\\" and token[1:].isalpha()):
         try:
             re.compile(token)
@@ -257,7 +257,7 @@ def _bounds(token: str) -> tuple[int, float]:
 # -- The settings ------------------------------------------------------------------------------------------------------
 
 
-# Settings of all methods that do not affect the update of the stored tensors, or are read for all of them.
+# Settings of any method that do not affect the update of the stored tensors, or are read for all methods.
 _COMMON = frozenset(
     {
         "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
@@ -265,7 +265,7 @@ _COMMON = frozenset(
         "fan_in_fan_out", "modules_to_save", "bias",
     }
 )  # fmt: skip
-#: Those of LoRA, LoKr, LoHa and HiRA.
+#: The same for LoRA, LoKr, LoHa and HiRA.
 LOW_RANK = (
     "lora_dropout", "rank_dropout", "module_dropout", "rank_dropout_scale", "hira_dropout", "init_weights",
     "init_lora_weights", "eva_config", "ensure_weight_tying", "megatron_core", "qalora_group_size",
@@ -457,22 +457,20 @@ def _json_number(value: float) -> int | float:
 
 
 def _pattern_of(values: Mapping[str, float], default: float) -> dict[str, float]:
-    """Return the values that differ from the default, by expressions: plain paths if these are unambiguous.
-
-    PEFT reads a path as a regular expression: it may match the end of another path, and its dots match any character.
-    If PEFT would use one weight's value for another weight, the expressions are anchored and escaped.
-    """
+    """Return the values that differ from the default, by plain paths if these are unambiguous, else by expressions."""
+    # PEFT reads a path as a regular expression: it may match the end of another path, and its dots match any character.
+    # If PEFT would use one weight's value for another weight, the expressions are anchored and escaped.
     plain = {path: value for path, value in values.items() if value != default}
     try:
         read = PathPatterns("the pattern", plain)
         clear = all(read.get(path, default) == value for path, value in values.items())
-    except FileError:  # a path that is another pattern, or none
+    except FileError:  # a path that is a different pattern, or an invalid one
         clear = False
     return plain if clear else {f"^{re.escape(path)}": value for path, value in plain.items()}
 
 
 def _targeted(paths: Sequence[str]) -> list[str] | str:
-    """Return the paths, which PEFT matches as suffixes; if one is a suffix of another, return an expression instead."""
+    """Return the paths, or an expression if PEFT, which matches suffixes, would confuse one with another."""
     ends = {path[place + 1 :] for path in paths for place, letter in enumerate(path) if letter == "."}
     unclear = any("." not in path or path in ends for path in paths)
     return "|".join(map(re.escape, sorted(paths))) if unclear else sorted(paths)
@@ -480,9 +478,9 @@ def _targeted(paths: Sequence[str]) -> list[str] | str:
 
 # -- What the file says about the base model: its name on the hub, and the task ----------------------------------------
 
-# ``AutoPeftModel`` loads the base by them, and programs show them. PEFT's classes for tasks that have a head train it
-# whole: they take a copy of it, even where the file has none. So such a task is named only if the head is in the file;
-# else the class of transformers that builds the model is.
+# ``AutoPeftModel`` loads the base by them, and programs show them. PEFT's classes for tasks with a head train it whole:
+# they copy it even if the file has none. So such a task is named only if the head is in the file; otherwise the file
+# names the transformers class that builds the model.
 
 
 #: PEFT's name of a task, and the modules that its class trains whole, by their names at any place in the model.
@@ -532,6 +530,6 @@ def origin_settings(about: Pretrained | None, saved: Collection[str] | None) -> 
 
 
 def _has_heads(heads: Sequence[str], saved: Collection[str]) -> bool:
-    """Return whether the modules that PEFT trains whole for a task are in the file, and as a whole."""
+    """Return whether the modules that PEFT trains whole for a task are in the file as a whole."""
     inside = any(f".{head}." in f".{path}" for path in saved for head in heads)
     return not heads or (not inside and any(path.rpartition(".")[2] in heads for path in saved))

@@ -29,11 +29,11 @@ from ._updates import Float, Module, ModuleUpdate, Pair
 Ints = NDArray[np.int64]
 
 
-# -- Factors of the whole adapter, and what is frozen ----------------------------------------------------------------
+# -- Factors of the whole adapter, and frozen arrays -------------------------------------------------------------------
 
 
 def _projections(content: PeftContent, axes: int) -> tuple[Float, Float]:
-    """Return the two frozen factors of the whole adapter, A and B."""
+    """Return A and B, the two frozen factors of the whole adapter."""
     way_out = ": save it with save_projection=True, or, of VeRA, set that to false in the config"
     a, b = (content.shared_tensor(name, axes, way_out) for name in content.method.shared)
     return a, b
@@ -52,12 +52,12 @@ def _frozen(file: AdapterFile, group: Group, name: str) -> Float:
 
 
 def _longer(one: Float | None, other: Float) -> Float:
-    """Return the factor with more rows: the other one is its beginning."""
+    """Return the factor with more rows, which begins with the rows of the other."""
     return other if one is None or len(other) > len(one) else one
 
 
 def _is_shared(group: Group, multipliers: Mapping[str, tuple[str, ...]], others: Sequence[str] = ()) -> bool:
-    """Return whether factors are frozen and the same in all groups, and have these diagonals alone."""
+    """Return whether factors are frozen, the same in all groups, and multiplied by these diagonals alone."""
     frozen = group.frozen.entries
     return {name: factor.multipliers for name, factor in group.multiplied.items()} == multipliers and all(
         name in frozen and frozen[name].source.independent_of_group for name in (*multipliers, *others)
@@ -181,7 +181,7 @@ class _Weight(NamedTuple):
 
 
 def _is_tall(shape: tuple[int, int]) -> bool:
-    """Return whether A is on the side of the columns."""
+    """Return whether A is on the side of the columns, as for tall weights."""
     return shape[1] <= shape[0]
 
 
@@ -283,7 +283,7 @@ class PeftRandLora(PeftMethod):
 
 
 def _multiplied_out(weight: _Weight, a: Float, b: Float, scale: float) -> ModuleUpdate:
-    """Return the update as PEFT multiplies it out, with the columns of the bases as PEFT flattens them."""
+    """Return the update as PEFT computes it, with the columns of the bases in PEFT's flattened order."""
     least, most = weight.sides
     scaled = weight.lambdas[:, :, None] * a[:, None, :least] * weight.gammas[None]
     narrow, wide = scaled.reshape(-1, least).T, b[:most, : len(weight.gammas)].reshape(most, -1)
@@ -334,7 +334,7 @@ class PeftTinyLora(PeftMethod):
         theta, firsts = np.concatenate(vectors), np.cumsum([0, *(v.size for v in vectors)])
         order = self._order(content, len(vectors))
         targets, parts = [], list[tuple[Float, Float, Float]]()
-        owners = list[int]()  # which v is that of each weight
+        owners = list[int]()  # the v of each weight
         for path in content.modules:
             a, b = content.tensor(path, "tinylora_A", 2), content.tensor(path, "tinylora_B", 2)
             if len(a) != b.shape[1]:
@@ -408,7 +408,7 @@ class PeftTinyLora(PeftMethod):
         return EncodedAdapter(tensors, config=settings)
 
     def _order(self, content: PeftContent, vectors: int) -> dict[str, int]:
-        """Return the place of each weight in the model, which says which v is the weight's."""
+        """Return the position of each weight in the model, which decides which v belongs to it."""
         if len(content.modules) == 1 or vectors == 1:
             return dict.fromkeys(content.modules, 0)
         if content.base is None or not content.base.ordered:
@@ -494,7 +494,7 @@ class PeftUniLora(PeftMethod):
         scales, places, values = (
             theta.moved(backend, part, probe) for probe in (np.ones(vector.size), np.arange(vector.size) + 1.0, random)
         )
-        # Both factors are multiples of θ, so that a scale of their product can be part of it.
+        # Both factors are multiples of θ, so θ can include a scale of their product.
         scaled = vector * math.sqrt(plan.groups[0].network.scale)
         tensors, integers = {"base_model.unilora_theta_d": scaled}, dict[str, Ints]()
         for module in modules:
@@ -527,7 +527,7 @@ class PeftUniLora(PeftMethod):
         return factors
 
     def _drawn(self, content: PeftContent, theta: Float, rank: int) -> dict[str, _Factors]:
-        """Draw the indices as PEFT does, which needs the order of the model's modules."""
+        """Draw the indices like PEFT, which needs the order of the model's modules."""
         shapes = self._targeted(content)
         seed = content.config.get("proj_seed", 42)
         if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
@@ -545,7 +545,7 @@ class PeftUniLora(PeftMethod):
         return factors
 
     def _targeted(self, content: PeftContent) -> Mapping[str, tuple[int, int]]:
-        """Return rows and columns of the adapted weights, in the model's order."""
+        """Return the rows and columns of the adapted weights, in the model's order."""
         config, base = content.config, content.base
         if base is None or not base.ordered or None in base.shapes.values():
             raise FileError(
@@ -580,7 +580,7 @@ def _is_lora(plan: SuperLoRA) -> bool:
 
 
 def _balanced(count: int, length: int, seed: int) -> Ints:
-    """Return PEFT's indices, each of which occurs equally often but for one."""
+    """Return PEFT's indices, whose counts differ by at most one."""
     rng = np.random.default_rng(seed)
     indices = np.repeat(np.arange(length), count // length)
     if count % length:
@@ -589,7 +589,7 @@ def _balanced(count: int, length: int, seed: int) -> Ints:
     return indices
 
 
-# -- VB-LoRA: parts of A and B mix a few vectors of a bank, which no config has: read as LoRA --------------------------
+# -- VB-LoRA: parts of A and B mix a few vectors of a bank, which no config can express: read as LoRA ------------------
 
 
 _VBLORA_NOTE = "stored as LoRA of the same rank, as no config has mixtures of the vectors of a bank"

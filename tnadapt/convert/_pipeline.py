@@ -1,7 +1,7 @@
-"""The steps of a conversion: its request, reading and writing; its result; the table of formats.
+"""The steps of a conversion: its request, reading and writing; its result; the registry of file formats.
 
-:func:`requested` checks what is asked, and :func:`run` does it: read any file as an AdapterFile, write that as a
-:class:`Conversion`. :func:`register_file_format` adds a format.
+:func:`requested` checks the arguments, and :func:`run` carries the conversion out: it reads any file as an AdapterFile
+and writes that as a :class:`Conversion`. :func:`register_file_format` adds a format.
 """
 
 from __future__ import annotations
@@ -333,7 +333,7 @@ def run(
 # -- Reading: any file as an AdapterFile -------------------------------------------------------------------------------
 
 
-# In a folder written by save_pretrained of tnadapt.torch.
+# In a folder that save_pretrained of tnadapt.torch has written.
 _OWN_FILE = "adapter.safetensors"
 
 
@@ -415,14 +415,14 @@ def _read(source: Any, target: FileFormat, part: str | None, base: Any) -> Conve
     reader, place = detected
     check_part(part, reader, target)
     with file_error_context(path):
-        # A format without parts to read is not asked for one: the caller means that of the result.
+        # If a format has no parts to read, the caller means a part of the result.
         return _read_foreign(reader, StoredFiles(place), known, part if reader.parts_read else None)
 
 
 def _detect(path: str) -> tuple[FileFormat, str] | None:
-    """Return the format that detects a path, and the path of its adapter; formats registered last are asked first."""
+    """Return the format that detects a path, and the path of its adapter, asking formats registered last first."""
     names = [name for name in reversed(tuple(_formats)) if name not in _formats.built_in]
-    # Of the built-in formats only PEFT's has folders, and the others are not imported for one.
+    # Of the built-in formats only PEFT's are folders, so the others are not imported for one.
     names += ["peft"] if os.path.isdir(path) else reversed(_formats.built_in)
     for reader in map(format_of, names):
         if (place := reader.detect(path)) is not None:
@@ -438,7 +438,7 @@ def _read_foreign(reader: FileFormat, files: StoredFiles, base: Base | None, par
     except Exception as error:
         if reader.name in _formats.built_in:
             raise  # a bug of ours must not look like a damaged file
-        # Damaged files raise whatever another package's libraries raise.
+        # For damaged files, other packages' libraries may raise anything.
         raise FileError(
             f"the file format {reader.name!r} ({reader.library}) cannot read it: {type(error).__name__}: {error}"
         ) from error
@@ -507,7 +507,7 @@ def _check_error(result: Conversion, max_error: float | None) -> None:
 def _own(found: ConvertedFrom, dtype: str | None) -> Conversion:
     file = found.file
     if dtype is None and found.kind != OWN and file.dtype in ("float16", "bfloat16") and file.depends_on_dtype:
-        dtype = "float32"  # in which other libraries compute, whatever they store
+        dtype = "float32"  # the dtype in which other libraries compute, whatever they store
     if dtype is not None:
         arrays, kinds = _updates.round_to(Unpacked(file).arrays, dtype)
         _updates.check_range(arrays, dtype)
@@ -529,13 +529,7 @@ def _own(found: ConvertedFrom, dtype: str | None) -> Conversion:
 
 
 def _export(found: ConvertedFrom, request: ConversionRequest) -> Conversion:
-    """Encode an adapter in another library's form, and measure its error on the bytes to write.
-
-    Raises
-    ------
-    ConfigError
-        If that form cannot represent it.
-    """
+    """Encode an adapter in another library's form, and measure the error of the bytes to write."""
     file, form, dtype = found.file, request.format, request.dtype
     if file.activation is not None:
         file.deltas()  # raises an error, as an activation has no ΔW
@@ -613,14 +607,14 @@ def _check_modules(file: AdapterFile, modules: Sequence[Module], request: Conver
 def _measured(
     modules: Sequence[Module], unpacked: Unpacked, request: ConversionRequest, files: Mapping[str, bytes]
 ) -> tuple[float, dict[str, float]]:
-    """Read the written bytes back, and return their error."""
+    """Read the written bytes back, and return their errors, overall and per module."""
     back = _read_foreign(format_of(request.format.name), StoredFiles(contents=files), None, None).file
     again, wanted = Unpacked(back), {module.place for module in modules}
     places, others = dict[str, int](), list[Target]()
     for number, target in enumerate(back.targets):
         target_places = [place_of(alias) for alias in (target, *target.tied_targets())]
         places |= dict.fromkeys(target_places, number)
-        # Other libraries have all experts of a parameter; those without a target have zeros.
+        # Other libraries store all experts of a parameter, with zeros for those without a target.
         others += [target] if target.index is None and wanted.isdisjoint(target_places) else []
     if others or not places.keys() >= wanted:
         raise FileError("what was written does not read back: please report this")

@@ -1,4 +1,4 @@
-"""One module's update in other libraries' forms, its dtypes and errors, and adapter files unpacked into them.
+"""One module's update in other libraries' forms, with dtypes and errors; and adapter files unpacked into such updates.
 
 A :class:`ModuleUpdate` is low rank, Kronecker, Hadamard or dense. Each form is a small adapter of this library for one
 weight, and its plan computes ΔW. All computations are in float64, and results are stored in the source's dtype or in
@@ -266,7 +266,7 @@ def is_rounding(error: float, dtype: str, algebra: bool) -> bool:
     return error <= (_ROUNDING if algebra else _SAME)[dtype]
 
 
-# Elements of an update that are computed at a time, and that are computed at all: in float64 they are 32 GiB.
+# Elements of an update that are computed at a time, and that are computed at all (32 GiB in float64).
 _BLOCK, _MOST = 1 << 20, 1 << 32
 
 
@@ -312,7 +312,7 @@ def check_size(name: str, update: ModuleUpdate, dtype: str) -> None:
 
 
 def _largest(part: Pair | Float) -> float:
-    """Return a bound on the absolute values of a part, which they reach if its rank is 1."""
+    """Return a bound on the absolute values of a part, which is exact if the rank is 1."""
     if not isinstance(part, Pair):
         return float(np.max(np.abs(part)))
     columns = [np.max(np.abs(half), axis=0) for half in part]
@@ -328,7 +328,7 @@ def _equal(one: Pair | Float, other: Pair | Float) -> bool:
 
 
 def _blocks(update: ModuleUpdate) -> Iterator[Float]:
-    """Yield an update in blocks of rows; raise MemoryError if it is too large to be computed at all."""
+    """Yield an update in blocks of rows, or raise MemoryError if it is too large to be computed at all."""
     rows, cols = update.shape
     if rows * cols > _MOST:
         raise MemoryError
@@ -344,7 +344,7 @@ def _norms_of_blocks(old: ModuleUpdate, new: ModuleUpdate) -> tuple[float, float
 
 
 def _norms_of_factors(old: ModuleUpdate, new: ModuleUpdate) -> tuple[float, float] | None:
-    """Compute :func:`norms_of` of updates of scale 1 from factors; None if these are not small, or of other shapes."""
+    """Compute :func:`norms_of` of updates of scale 1 from factors, or return None if it cannot be done cheaply."""
     old_parts, new_parts = _kronecker_of(old), _kronecker_of(new)
     if old_parts is None or new_parts is None:
         return None
@@ -362,7 +362,7 @@ def _norms_of_factors(old: ModuleUpdate, new: ModuleUpdate) -> tuple[float, floa
 
 
 def _triangle(one: Float, other: Float) -> Float:
-    """Return the triangular QR factor of the matrix with two columns, the elements of two matrices."""
+    """Return the triangular QR factor of a matrix with two columns: the flattened elements of two matrices."""
     length = float(np.linalg.norm(one))
     if not length:
         return np.asarray([[0.0, 0.0], [0.0, np.linalg.norm(other)]])
@@ -372,7 +372,7 @@ def _triangle(one: Float, other: Float) -> Float:
 
 
 def _kronecker_of(update: ModuleUpdate) -> tuple[Pair | Float, Pair | Float] | None:
-    """Return two parts whose Kronecker product is an update, apart from its scale; None if they would be large."""
+    """Return two parts whose Kronecker product is an unscaled update, or None if they would be large."""
     if update.kind == "lokr":
         first, last = update.parts
         return first, last
@@ -383,16 +383,14 @@ def _kronecker_of(update: ModuleUpdate) -> tuple[Pair | Float, Pair | Float] | N
     assert isinstance(w2, Pair)
     if 4 * w1.rank * w2.rank > min(update.shape):
         return None
-    # A row of the Hadamard product's factors is the Kronecker product of the rows of those of the two matrices.
+    # A row of the product's factors is the Kronecker product of the same rows of the two matrices' factors.
     b, a = ((left[:, :, None] * right[:, None, :]).reshape(len(left), -1) for left, right in zip(w1, w2, strict=True))
     return np.ones((1, 1)), Pair(b, a)
 
 
 def _compressed(one: Pair | Float, other: Pair | Float, elements: int) -> tuple[tuple[Float, Float], int] | None:
-    """Return two small matrices with the norms and the inner product of two parts, apart from a power of two.
-
-    None if neither the ranks are small, nor the parts against an update of that many elements.
-    """
+    """Return two small matrices with the norms and inner product of two parts, and the power of two they lack."""
+    # None if neither the ranks are small, nor the parts in comparison with an update of that many elements.
     if isinstance(one, Pair) and isinstance(other, Pair) and 2 * (one.rank + other.rank) <= min(one.shape):
         # Scale each factor to about 1: their product may be in range even if neither factor's norm is.
         both = [np.concatenate(halves, axis=1) for halves in zip(one, other, strict=True)]
@@ -476,11 +474,11 @@ def low_rank_slice(plan: SuperLoRA, weight: int, arrays: Mapping[str, Float], dt
 
 
 def _narrowed(matrix: Matrix, rank: int) -> Pair:
-    """Return two factors of at most the given rank, which is known to be at least that of the product."""
+    """Return two factors of at most this rank, which must be at least the rank of the product."""
     pair = Pair(np.asarray(matrix.left), np.asarray(matrix.right))
     if pair.rank <= rank:
         return pair
-    # A Tucker core that is narrower on one side: the product lies in the span of as many vectors.
+    # A Tucker core is narrower on one side: the product lies in the span of that many vectors.
     basis, upper = np.linalg.qr(pair.a)
     left, s, vt = np.linalg.svd(pair.b @ upper.T, full_matrices=False)
     return Pair(left[:, :rank] * s[:rank], basis @ vt[:rank].T)
@@ -492,8 +490,8 @@ def _narrowed(matrix: Matrix, rank: int) -> Pair:
 # some rows of a fused weight.
 
 
-# Elements of an update up to which all of them are compared with the plan's, and the largest difference that summing
-# in another order explains, relative to the sum of magnitudes.
+# Maximum elements of an update for comparing all of them with the plan's, and the largest difference that summation in
+# another order explains, relative to the sum of magnitudes.
 _COMPARED, _AGREEMENT = 1 << 12, 1e-6
 
 
@@ -566,10 +564,8 @@ class Unpacked:
         return self.form(weight) or ModuleUpdate("dense", self.file.targets[weight].shape, (self.delta(weight),))
 
     def _is_update(self, form: ModuleUpdate, weight: int) -> bool:
-        """Return whether a form has the rows that the plan computes: all of a small update, and some of a large one.
-
-        What a conversion reports as its error is measured against the form.
-        """
+        """Return whether a form has the rows that the plan computes: all of a small update, and some of a large one."""
+        # The error that a conversion reports is measured against the form.
         plan, (rows, cols) = self.file.plan.arrays_plan, form.shape
         (piece,) = plan.layout.of_weight(weight)
         bounds = form._replace(
@@ -614,7 +610,7 @@ Part = Pair | Float
 
 
 def _parts(network: Network, arrays: Sequence[Mapping[str, Float]]) -> list[Part]:
-    """Return the matrix of each split of a term, as two factors where its format has them."""
+    """Return the matrix of each split of a term, as two factors if its format has them."""
     backend, parts = load_backend("numpy"), list[Part]()
     for split, split_arrays in zip(network.splits, arrays, strict=True):
         halves = split.factors(backend, split_arrays)
@@ -634,7 +630,7 @@ def _low_rank(terms: Sequence[Sequence[Part]], shape: tuple[int, int], scale: fl
 
 def _kronecker(parts: Sequence[Part], shape: tuple[int, int], scale: float) -> ModuleUpdate | None:
     first, *between, last = parts
-    # Multiply all splits but the last, as other libraries have two factors only.
+    # Multiply all splits but the last: other libraries have only two factors.
     for part in between:
         first = np.asarray(np.kron(as_matrix(first), as_matrix(part)), np.float64)
     if tuple(size * other for size, other in zip(first.shape, last.shape, strict=True)) != shape:
@@ -697,7 +693,7 @@ class Module(NamedTuple):
     def form(self, unpacked: Unpacked) -> ModuleUpdate | None:
         """Return the exact factors of ΔW, or None if there are none."""
         if any(target.index is not None for _, target in self.targets):
-            return None  # several matrices instead of one, as of experts
+            return None  # several matrices instead of one, such as experts
         forms = [unpacked.form(number) for number, _ in self.targets]
         exact = [form for form in forms if form is not None]
         if len(self.targets) == 1 and self.targets[0][1].rows is None:
@@ -711,7 +707,7 @@ class Module(NamedTuple):
         return self.form(unpacked) or ModuleUpdate("dense", self.shape, (self.delta(unpacked),))
 
     def _stacked(self, forms: Sequence[ModuleUpdate]) -> ModuleUpdate:
-        """Combine low-rank updates of disjoint rows into one of the whole weight, whose rank is the sum of theirs."""
+        """Combine low-rank updates of disjoint rows into one of the whole weight, whose rank is their sum."""
         scales = {form.scale for form in forms}
         scale = scales.pop() if len(scales) == 1 else 1.0
         whole = [form if scale == form.scale else form.absorb_scale() for form in forms]

@@ -62,7 +62,7 @@ class Settings:
             raise ConfigError(
                 f"start={plan.config.start!r} is where training starts, and a fit gives all arrays: use start='zero'"
             )
-        # The vectors of groups are nobody else's: a proof that is computed later keeps them without a copy.
+        # Nothing else uses the vectors of groups, so a proof that is computed later keeps them without a copy.
         return fit_plan(Algebra(backend, like, self.svd, self.seed, settled=True), plan, read, self.limits, progress)
 
 

@@ -1,4 +1,4 @@
-"""Fit of all groups of a plan, one after another, each by what its F and its arrays allow."""
+"""Fit all groups of a plan, one after another, by the method that each group's F and arrays allow."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _ROUNDING = 64
 # A bound counts as met within this relative tolerance.
 _MET = 1e-6
 _NOT_FINITE = "an update holds NaN, infinity, or numbers whose Frobenius norm exceeds float64: it cannot be fitted"
-# Elements of updates that reports keep for bounds that were not read yet.
+# Elements of updates that reports keep for bounds that have not been read yet.
 _HELD = 1 << 24
 
 
@@ -96,7 +96,7 @@ def fit_plan(
 
 
 def _watch(progress: Progress | None, number: int, count: int) -> Callable[[int, float | None], None]:
-    """Return what is called with each iteration of a group and its error."""
+    """Return the callback for each iteration of a group and its error."""
     if progress is None:
         return unwatched
     return lambda iteration, error: progress(Step(number, count, iteration, error))
@@ -137,7 +137,7 @@ def _fitted_together(
         error = float(np.linalg.norm(group.update(numpy, arrays, 0, group.size) - y))
         if group.subtracts:
             y = y + np.asarray(group.projection(group.network.whole(numpy, group.begun(numpy, arrays))))
-        # Arrays are rounded with a start that is subtracted, however small the update is.
+        # With a start that is subtracted, the arrays have rounding errors however small the update is.
         rounding = _ROUNDING * algebra.eps * float(np.linalg.norm(y))
         known = _Known(Algebra(numpy, y), group, y, norm, error, rounding, fit, len(wide) == 1)
         reports.append(_report(known, norm, fit))
@@ -175,7 +175,7 @@ def _fitted(
 
 
 class _Known(NamedTuple):
-    """What the bound of a group and its certificate are computed from, when they are read."""
+    """The values from which a group's bound and certificate are computed when they are read."""
 
     algebra: Algebra
     group: Group
@@ -196,7 +196,7 @@ class _Known(NamedTuple):
             bound = lower_bound(self.algebra, self.group.network, projection.adjoint(self.y))
         certified = bool(optimal or self.error <= self.rounding or self.error <= bound * (1.0 + _MET))
         if optimal and self.alone:
-            # Other arrays can be better by at most the rounding of the optimum to the dtype.
+            # Other arrays can be better by at most the error of rounding the optimum to the dtype.
             bound = max(bound, self.error * (1.0 - OPEN) - self.rounding)
         return min(self.error, bound) / self.norm, certified
 
@@ -226,15 +226,15 @@ def _error(algebra: Algebra, group: Group, arrays: Mapping[str, Array], scaled: 
 # - identity, shuffle: F preserves distances, so the network is fitted to ``Fᵀ y``.
 # - linear F: least squares gives the vector before F. If the network is dense, that vector is the result. Otherwise the
 #   network is fitted to it, and then refined by alternating least squares through F. For a large group with few
-#   parameters, ``Fᵀ y`` takes the place of that vector: fastfood nearly preserves the lengths of what such a network
-#   can be, so that sweeps find the rest in few steps.
+#   parameters, ``Fᵀ y`` replaces that vector: fastfood nearly preserves the lengths of the vectors of such a network,
+#   so that sweeps find the rest in a few steps.
 # - nonlinear F: the same for the argument that tanhshrink would need, then L-BFGS.
 
 
 _STEPS = 50  # least-squares steps for an initial guess
 _FAR = 100.0  # beyond this, t - tanh(t) is t - 1 in every dtype
 _FORMED = 1 << 21  # F is formed as a matrix up to this number of elements
-# Elements from which a linear F is not inverted for a start, and inputs of F for each parameter of the network.
+# For F with at least this many elements, and inputs per parameter of the network, the start does not invert F.
 _LARGE, _SPARSE = 1 << 18, 6
 
 
@@ -281,7 +281,7 @@ def fit_group(algebra: Algebra, group: Group, y: Array, limits: Limits, watch: W
 def _through(
     algebra: Algebra, network: Network, projection: Projection, y: Array, start: Mapping[str, Array], steps: Iteration
 ) -> Fit:
-    """Fit the arrays of a network through a linear F to a vector, from a start, by alternating least squares."""
+    """Fit the arrays of a network through a linear F to a vector, by alternating least squares from a start."""
     backend = algebra.backend
     return Alternation(
         algebra,
@@ -294,7 +294,7 @@ def _through(
 
 
 def _preserves(group: Group) -> bool:
-    """Return whether F nearly preserves the lengths of the vectors that the network can be, up to a factor."""
+    """Return whether F nearly preserves the lengths of the network's vectors, up to a factor."""
     network, projection = group.network, group.projection
     few = _SPARSE * network.num_parameters <= projection.n_in
     return few and projection.n_out >= _LARGE and isinstance(projection.map, Linear)
@@ -309,7 +309,7 @@ def _before(algebra: Algebra, projection: Projection, y: Array, limits: Limits, 
     """Compute the vector before a linear F by least squares."""
     if projection.n_in * projection.n_out <= _FORMED:
         # Solve with F as a float64 matrix, which gives a certified optimum. The small gradient of an iterative solver
-        # would not tell how near the optimum is.
+        # would not show how close the optimum is.
         backend = algebra.backend
         rows = backend.to_numpy(projection(algebra.array(np.eye(projection.n_in)))).astype(np.float64)
         x, *_ = np.linalg.lstsq(rows.T, backend.to_numpy(y).astype(np.float64), rcond=None)

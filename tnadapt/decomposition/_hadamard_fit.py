@@ -1,8 +1,8 @@
-"""Fit of a Hadamard product of splits, from several starts.
+"""Fit a Hadamard product of splits, from several starts.
 
 One start is the fit of one split alone, with the others near ones. In another all splits share the magnitudes: for K
-splits, the K-th root of each element's magnitude, one of them with the signs. The others are random. Where all of them
-end far from an answer that may exist, another one comes from the space of a matrix's rows.
+splits, the K-th root of each element's magnitude, one of them with the signs. The others are random. If all of them end
+far from an exact answer that may exist, another start is computed from the row space of a matrix.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ Watch = Callable[[int, float], None]
 _START = Limits(iterations=10)
 # Standard deviation of the noise on arrays that start near the fit to ones.
 _NOISE = 0.1
-# Elements of a matrix, too large for Gauss-Newton, whose rows are searched for a start.
+# Elements of a matrix that is too large for Gauss-Newton, and gets a start from its row space.
 _SEARCHED = 1 << 16
-# Random starts of small networks; steps from each start, before the best of them is refined; steps of Gauss-Newton from
-# that; the error up to which the other starts may lead it to an exact answer; and that of an exact answer.
+# Random starts of small networks; steps from each start before the best one is refined; steps of Gauss-Newton from
+# there; the error below which other starts may lead to an exact answer; and the error of an exact answer.
 _RANDOM, _TRIED, _LAST, _NEAR, _ANSWER = 4, 25, 50, 0.2, 1e-6
 
 
@@ -60,7 +60,7 @@ def _folded(algebra: Algebra, network: Network, vec: Array) -> Array:
 
 
 def _one_alone(algebra: Algebra, network: Network, vec: Array, limits: Limits) -> tuple[Arrays, Arrays]:
-    """Return the fit of one split with the others ones, and the same with noise on the others."""
+    """Return the fit of one split with the others equal to ones, and the same with noise on the others."""
     splits = network.splits
     tensor, ones, rng = _folded(algebra, network, vec), algebra.array(np.ones(network.sizes)), algebra.rng
     dense = [k for k, split in enumerate(splits) if isinstance(split, Dense)]
@@ -144,7 +144,7 @@ def _by_gauss_newton(
 
     def starts() -> Iterator[Mapping[str, np.ndarray]]:
         for number, fit in enumerate(tried):
-            # There may be an exact answer, which another start leads to.
+            # There may be an exact answer that another start leads to.
             if not number or now <= _NEAR:
                 yield arrays_on_host(algebra.backend, fit.arrays)
 
@@ -161,7 +161,7 @@ def _by_gauss_newton(
 
 
 def _from_rows(algebra: Algebra, network: Network, vec: Array, error: float) -> Mapping[str, np.ndarray] | None:
-    """Return a start from the space of a matrix's rows, if it is better than the result so far."""
+    """Return a start from the row space of a matrix, if it is better than the result so far."""
     sizes, splits = network.sizes, network.splits
     plain = len(sizes) == 2 and network.size == math.prod(sizes) and network.terms == 1
     if not plain or any(type(split) is not CP for split in splits) or error < _ANSWER:
@@ -177,25 +177,25 @@ def _from_rows(algebra: Algebra, network: Network, vec: Array, error: float) -> 
     }
 
 
-# -- A start for CP splits of a matrix, from the space of its rows -----------------------------------------------------
+# -- A start for CP splits of a matrix, from its row space -------------------------------------------------------------
 
 # If X = (A1 B1ᵀ) ∘ … ∘ (AK BKᵀ), then X = U Vᵀ, where each row of V is the Kronecker product of the rows of the Bk. The
 # rank r1 ⋯ rK of X is smaller than its sizes in general, and V spans its row space. With the projector P onto the
 # complement of that, the Bk solve ‖P V‖ = 0, in which there are no Ak. With all others fixed, the best orthonormal Bk
 # are the eigenvectors of ``P ∘ (B1 B1ᵀ) ∘ … ∘ (BK BKᵀ)``, without Bk itself, that belong to its least eigenvalues.
 #
-# Factors with disjoint rows solve it, too, and are useless. Between the steps, rows are divided by a power of their
-# norms, which keeps away from those. The exponent is 1/2 for two parts and 3/4 for three: with smaller ones steps end
-# there, and with larger ones they seldom end at all.
+# Factors with disjoint rows solve it, too, but are useless. To avoid them, rows are divided by a power of their norms
+# between the steps. The exponent is 1/2 for two parts and 3/4 for three: with smaller ones the steps end at such
+# factors, and with larger ones they seldom end at all.
 
 
-# Random starts of a round, their steps, how many of the best go on, and for how many steps; the most rounds. Each step
-# decomposes a matrix of as many rows as there are columns, of which no more than this number are taken.
+# Random starts of a round, their steps, how many of the best continue, and for how many steps; the most rounds. Each
+# step decomposes a matrix with as many rows as there are columns, of which no more than this number are used.
 _TRIED_STARTS, _FIRST, _KEPT, _LAST_STEPS, _ROUNDS, _COLUMNS = 20, 90, 5, 400, 4, 40
-# Steps end where the loss is below the first number; a result is the answer where its error is below the second one, or
-# this many times that of the nearest matrix of this rank.
+# Steps end when the loss is below the first number; a result is the answer if its error is below the second one, or
+# below this many times the error of the nearest matrix of this rank.
 _ENOUGH, _EXACT, _NEAR_RANK = 1e-14, 1e-4, 3.0
-# Only matrices are tried whose distance to those of this rank is below this fraction of the error to be improved.
+# A matrix is tried only if its distance to the matrices of this rank is below this fraction of the error to improve.
 _FAR = 0.1
 
 Pairs = list[tuple[np.ndarray, np.ndarray]]
@@ -257,7 +257,7 @@ def subspace_start(
 
 
 def _determined(shape: tuple[int, ...], ranks: Sequence[int]) -> bool:
-    """Return whether there are no fewer equations than unknowns, without those that change no product."""
+    """Return whether there are at least as many equations as unknowns, up to changes that keep all products."""
     rows, cols = shape
     whole, more = math.prod(ranks), len(ranks) - 1
     unknowns = cols * (sum(ranks) - more) - sum(rank**2 for rank in ranks) + more
@@ -301,14 +301,14 @@ class _Search:
 
 
 def _completed(matrix: np.ndarray, pairs: Pairs) -> Pairs:
-    """Return the right factors of all columns, from the left ones."""
+    """Return the right factors of all columns, given the left ones."""
     if len(pairs[0][1]) == matrix.shape[1]:
         return pairs
     return [(left, right) for right, left in _with_left(matrix.T, [left for left, _ in pairs])]
 
 
 def _with_left(matrix: np.ndarray, right: Sequence[np.ndarray]) -> Pairs:
-    """Return the left factors that belong to given right ones: rows of least squares, made Kronecker products."""
+    """Return pairs of the given right factors with left ones: least-squares rows, made Kronecker products."""
     products = right[0]
     for factor in right[1:]:
         products = (products[:, :, None] * factor[:, None, :]).reshape(len(factor), -1)

@@ -1,4 +1,4 @@
-"""Solvers of least-squares problems: damped Gauss-Newton, CGLS for linear ones, alternating ones, and L-BFGS."""
+"""Least-squares solvers: damped Gauss-Newton, CGLS for linear problems, alternating least squares, and L-BFGS."""
 
 from __future__ import annotations
 
@@ -265,16 +265,16 @@ def least_squares(
 
 # -- Alternating least squares: one array after another, by conjugate gradients ----------------------------------------
 
-# What a network makes, also through a linear F, is linear in each array. With the others fixed, the best one solves a
-# linear least-squares problem, which needs only the map and its adjoint, no matrix. No step increases the error. The
-# map dominates the time, so the residual is updated instead of computed again: a step of conjugate gradients takes one
-# map and one adjoint.
+# The output of a network, also through a linear F, is linear in each array. With the others fixed, the best one solves
+# a linear least-squares problem, which needs only the map and its adjoint, no matrix. No step increases the error. The
+# map dominates the time, so the residual is updated instead of recomputed: a step of conjugate gradients takes one map
+# and one adjoint.
 
 
 # Steps for each least-squares problem; the next sweep continues from the result. A few are enough while the other
-# arrays still change. That the error no longer falls is known from sweeps of many.
+# arrays still change. Sweeps of many steps show whether the error no longer falls.
 _FEW, _MANY = 4, 20
-# A step that gains less than this part of the tolerance is the last one for its array.
+# A step that gains less than this fraction of the tolerance is the last one for its array.
 _NEGLIGIBLE = 0.1
 # Below this error, in units of epsilon, the rounding of the updated residual is not negligible.
 _ROUNDED = 1e4

@@ -1,8 +1,8 @@
-"""Fit of a network to one group before F: one split, sums of Kronecker products, and free padding.
+"""Fit a network to one group before F: one split, sums of Kronecker products, and free padding.
 
 Padding elements, which a fold or a cropped Kronecker product adds to the tensor, may take any value that helps to fit
-the others. Rows of the first mode with nothing but padding are left out. Where there is other padding, a small network
-is fitted to the given elements alone (:func:`fit_given`). For a large one, the padding is filled with the values of the
+the others. Rows of the first mode with nothing but padding are left out. If there is other padding, a small network is
+fitted to the given elements alone (:func:`fit_given`). For a large one, the padding is filled with the values of the
 last fit, and the fit is repeated (expectation maximization), which never increases the error.
 """
 
@@ -32,7 +32,7 @@ from .linear_algebra import Algebra
 Arrays = dict[str, Array]
 Watch = Callable[[int, float], None]
 
-# Elements with padding for each one without, up to which a start fits the padding to zero.
+# Ratio of elements with and without padding up to which a start fits the padding to zero.
 _LITTLE = 1.1
 
 
@@ -115,7 +115,7 @@ def _way(algebra: Algebra, network: Network) -> _Way:
 
 
 def _completed(algebra: Algebra, network: Network, way: _Way, vec: Array, limits: Limits, watch: Watch) -> Fit:
-    """Fit a large vector with padding: repeat the fit with the padding filled in from the last one."""
+    """Fit a large vector with padding, repeating the fit with the padding filled in from the last one."""
     backend, target, scale = algebra.backend, vec * (1.0 / network.scale), network.scale
     fit = way.solve(way.fold(target), None, limits, unwatched)
     norm = algebra.norm(target)
@@ -149,7 +149,7 @@ def _completed(algebra: Algebra, network: Network, way: _Way, vec: Array, limits
 
 
 def _one_split(algebra: Algebra, network: Network) -> _Way:
-    """Return the method for a single split; a sum of T terms of CP or dense is one term with T times the rank."""
+    """Return the method for a single split, where a sum of T CP or dense terms is one term of T times the rank."""
     backend, split, terms = algebra.backend, network.splits[0], network.terms
     rest = math.prod(network.sizes[1:])
     # Rows of the first mode beyond the vector's end are unconstrained.
@@ -182,7 +182,7 @@ def _one_split(algebra: Algebra, network: Network) -> _Way:
     def solve(tensor: Array, start: Mapping[str, Array] | None, limits: Limits, watch: Watch) -> Fit:
         fit = fit_format(algebra, whole, tensor, None if start is None else joined(start), limits)
         if watch is not unwatched:
-            # The tensor may have the first rows alone.
+            # The tensor may have only the first rows.
             same = whole.tensor(backend, fit.arrays, [(0, int(size)) for size in tensor.shape])
             watch(max(1, fit.iterations), algebra.norm(tensor - same) / algebra.norm(tensor))
         return fit._replace(arrays=parted(fit.arrays))
@@ -241,7 +241,7 @@ def _fit_sum(
 
 
 def _refined(algebra: Algebra, network: Network, tensor: Array, fit: Fit, limits: Limits, watch: Watch) -> Fit:
-    """Continue on all arrays at once by Gauss-Newton, and from random arrays, if the problem is small."""
+    """Continue by Gauss-Newton on all arrays at once, also from random arrays, if the problem is small."""
     size = math.prod(tensor.shape)
     if not affordable(_elements(network, 0), size):
         return fit
@@ -291,7 +291,7 @@ def _dense_start(algebra: Algebra, tensor: Array, terms: int, limits: Limits) ->
     """Compute the vectors of every split of every term as if all splits were dense."""
     backend, sizes = algebra.backend, [int(size) for size in tensor.shape]
     if len(sizes) == 1:
-        # The first term is fitted to all of the tensor, the others later to the residual that its format leaves.
+        # The first term is fitted to the whole tensor, the others later to the residual that its format leaves.
         return [[tensor]] + [[algebra.zeros(sizes)] for _ in range(terms - 1)], Fit({}, True, 0, "exact")
     fit = fit_format(algebra, CP(sizes, terms), tensor, None, limits)
     vectors = [
@@ -356,9 +356,9 @@ class _Sum:
 
 # -- Given elements alone: starts, and damped Gauss-Newton -------------------------------------------------------------
 
-# Nothing is missing in the full rows of the first mode, so the method of the format fits them as any tensor. With its
-# result, the row that the vector's end cuts is a linear least-squares problem. If the vector has a decomposition, this
-# is often it; otherwise it is a start.
+# Nothing is missing in the full rows of the first mode, so the method of the format fits them like any tensor. Given
+# its result, the row that the vector's end cuts is a linear least-squares problem. If the vector has an exact
+# decomposition, this often finds it; otherwise it is a start.
 
 
 # Iterations of a method for a start, which is not refined; random starts; size of the noise on starts that may be

@@ -1,4 +1,4 @@
-"""Fit of the parameters of a plan whose arrays are frozen, tied, scaled or made from θ, by Gauss-Newton.
+"""Fit the parameters of a plan whose arrays are frozen, tied, scaled or made from θ, by Gauss-Newton.
 
 The updates are a function of all parameters together: an array may belong to several groups, and θ to all. Its
 derivative is computed exactly from the network, which is linear in each of its arrays. If the updates are linear in the
@@ -97,7 +97,7 @@ def _independent(plan: SuperLoRA) -> list[list[int]]:
 
 
 def _start(plan: SuperLoRA) -> Arrays:
-    """Return the initial parameters: for θ zeros, whether or not training could begin there."""
+    """Return the initial parameters, which for θ are zeros, whether or not training could begin there."""
     if plan.theta is not None:
         return {name: np.zeros(shape) for name, shape in plan.param_shapes.items()}
     return plan.init(dtype="float64")
@@ -199,7 +199,7 @@ class _Problem:
 
 
 def _parts(group: Group, name: str, arrays: Mapping[str, np.ndarray]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Return an array without its multipliers, and the multipliers."""
+    """Return an array without its multipliers, and these."""
     base = arrays[group.names[name]] if name in group.names else group.frozen.host((name, "float64")).astype(np.float64)
     if name not in group.multiplied:
         return base, {}
@@ -231,7 +231,7 @@ def _network_tangents(
 def _parameter_gradients(
     group: Group, arrays: Mapping[str, np.ndarray], found: Mapping[str, np.ndarray]
 ) -> list[tuple[str, np.ndarray]]:
-    """Return the gradient of each trained array and multiplier, by full name, from those of the network's arrays."""
+    """Return the gradient of each trained array and multiplier by full name, given the network arrays' ones."""
     gradients: list[tuple[str, np.ndarray]] = []
     for name, gradient in found.items():
         if name in group.multiplied:

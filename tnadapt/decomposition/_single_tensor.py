@@ -1,4 +1,4 @@
-"""Fit of the arrays of one format to one tensor, by the driver of the format or by the general solver.
+"""Fit the arrays of one format to one tensor, by the driver of the format or by the general solver.
 
 CP, Tucker and trains have the drivers of :mod:`tnadapt.tensors`, each in a file of its own. Any other format is fitted
 by its own ``fit``, or by :func:`fit_any`.
@@ -72,12 +72,11 @@ def _dense(algebra: Algebra, split: Format, tensor: Array, start: Any, limits: L
     return Fit({"dense": tensor}, True, 0, "exact")
 
 
-# -- CP, Tucker and trains: as the public functions fit them -----------------------------------------------------------
+# -- CP, Tucker and trains: fitted like by the public functions --------------------------------------------------------
 
 
-# Sweeps over factors and cores gain little each. Unless they are a few, for a start of something else, their tolerance
-# is divided by the first number, and their iterations multiplied by the second: by default to those of ``cp`` and
-# ``tensor_train``.
+# Sweeps over factors and cores gain little each. Unless only a few are made for a start, their tolerance is divided by
+# the first number, and their iterations multiplied by the second: by default to those of ``cp`` and ``tensor_train``.
 _PART, _TIMES, _FEW = 100.0, 2, 10
 
 
@@ -103,7 +102,7 @@ def _weighted_cp(algebra: Algebra, split: Any, tensor: Array, start: Any, limits
 
 
 def _batched_cp(algebra: Algebra, split: Any, tensor: Array, start: Any, limits: Limits) -> Fit:
-    """Fit each index of the leading mode by itself."""
+    """Fit each index of the leading mode on its own."""
     backend, sizes = algebra.backend, tensor.shape[1:]
     if len(sizes) < 2:
         return Fit({f"factor{len(sizes)}": tensor}, True, 0, "exact")
@@ -130,7 +129,7 @@ def _batched_cp(algebra: Algebra, split: Any, tensor: Array, start: Any, limits:
 def _components(
     algebra: Algebra, rank: int, tensor: Array, start: Any, limits: Limits
 ) -> tuple[list[Array], np.ndarray, Fit]:
-    """Compute factors with unit columns, and the magnitude of each component; at most as many as rank or are useful."""
+    """Compute factors with unit columns and the magnitudes of ``rank`` components, or fewer if more are useless."""
     backend, shape = algebra.backend, tensor.shape
     rank = min(rank, math.prod(shape) // max(shape))
     init = "svd" if start is None else [start[f"factor{m}"][:size, :rank] for m, size in enumerate(shape)]
@@ -145,7 +144,7 @@ def _components(
     if "weights" in fit.arrays:
         sizes = sizes * backend.to_numpy(fit.arrays["weights"])
     if not math.isfinite(fit.error) and fit.stopped == "singular":
-        sizes = sizes * 0.0  # no success: the report shows the error
+        sizes = sizes * 0.0  # the fit has failed: the report shows the error
     return units, sizes, fit
 
 
@@ -160,7 +159,7 @@ def _tucker(algebra: Algebra, split: Any, tensor: Array, start: Any, limits: Lim
 
 
 def _possible_ranks(ranks: list[int], modes: list[int]) -> tuple[int, ...]:
-    """Reduce ranks of a core to the product of the other ranks, as more is useless; modes without a factor stay."""
+    """Reduce the ranks of a core to the product of the other ranks, except for modes without a factor."""
     before: list[int] = []
     while ranks != before:
         before = list(ranks)

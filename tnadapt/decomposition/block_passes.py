@@ -40,7 +40,7 @@ class BlockPasses:
         self.elements = max(1, memory // self.wide.itemsize)
 
     def _blocks(self, whole: int | None = None) -> Iterator[tuple[tuple[slice, ...], np.ndarray]]:
-        """Yield each block with its place; blocks have all of the mode ``whole``."""
+        """Yield each block with its position, with the mode ``whole`` undivided in all blocks."""
         chunks = getattr(self.array, "chunks", None) or self._sides(whole)
         spans = []
         for mode, size in enumerate(self.shape):
@@ -50,10 +50,10 @@ class BlockPasses:
             yield place, np.asarray(self.array[place], self.wide)
 
     def _sides(self, whole: int | None) -> list[list[int]]:
-        """Return the sides of the blocks of a memory map along each mode."""
+        """Return the block sizes of a memory map along each mode."""
         sides: list[list[int]] = [[size] for size in self.shape]
         left = self.elements if whole is None else max(1, self.elements // self.shape[whole])
-        # Whole last modes, so that a block is read from few places.
+        # Keep the last modes whole, so that a block is read in few pieces.
         for mode in range(len(sides) - 1, -1, -1):
             if mode != whole:
                 size = self.shape[mode]
@@ -112,7 +112,7 @@ class BlockPasses:
             for factors, projection in zip(sets, projections, strict=True):
                 target = tuple(slice(None) if m in factors else at for m, at in enumerate(place))
                 projected, rows = block, [(mode, factor[place[mode]]) for mode, factor in factors.items()]
-                # The modes in the order in which the block shrinks most.
+                # The modes that shrink the block most come first.
                 for mode, matrix in sorted(rows, key=lambda pair: pair[1].shape[1] / pair[1].shape[0]):
                     projected = _times(projected, matrix.conj().T, mode)
                 projection[target] += projected
@@ -131,7 +131,7 @@ class BlockPasses:
 
 
 def _sketch_of(block: np.ndarray, mode: int, tests: Sequence[np.ndarray]) -> np.ndarray:
-    """Multiply an unfolding by the Khatri-Rao product of the other modes' matrices, without forming that."""
+    """Multiply an unfolding by the Khatri-Rao product of the other modes' matrices without forming it."""
     axes = [m for m in range(block.ndim) if m != mode]
     sketch = np.tensordot(block, tests[axes[-1]], axes=(axes[-1], 0))
     for axis in reversed(axes[:-1]):
@@ -223,20 +223,9 @@ def compressed(passes: BlockPasses, sizes: Sequence[int] | None, max_error: floa
 
 
 def _by_sizes(passes: BlockPasses, sizes: Sequence[int], seed: int) -> Compressed:
-    """Compress each mode to a number of elements.
-
-    Parameters
-    ----------
-    passes : BlockPasses
-    sizes : sequence of int
-        At most those of the tensor. Take more than the rank that is wanted: the subspaces are those of sketches, and
-        what is fitted to the core afterwards is then near the best.
-    seed : int
-
-    Notes
-    -----
-    Three passes of ``prod(d) * sum(s)`` multiply-adds each, or fewer.
-    """
+    """Compress each mode to a number of elements, in three passes of ``prod(d) * sum(s)`` multiply-adds or fewer."""
+    # The sizes should exceed the rank that is wanted: the subspaces are those of sketches, and a fit to the larger core
+    # is then close to the best one.
     rng = np.random.default_rng(seed)
     cut = [mode for mode, (size, d) in enumerate(zip(sizes, passes.shape, strict=True)) if size < d]
     tests = {mode: [rng.standard_normal((d, sizes[mode])).astype(passes.wide) for d in passes.shape] for mode in cut}
@@ -252,18 +241,8 @@ def _by_sizes(passes: BlockPasses, sizes: Sequence[int], seed: int) -> Compresse
 
 
 def _by_error(passes: BlockPasses, max_error: float) -> Compressed:
-    """Compress each mode as far as an error allows.
-
-    Parameters
-    ----------
-    passes : BlockPasses
-    max_error : float
-        Relative Frobenius error, at least ``_LEAST_ERROR``.
-
-    Notes
-    -----
-    Costs ``prod(d) * sum(d)`` multiply-adds in the pass of the Gram matrices.
-    """
+    """Compress each mode as far as a relative Frobenius error of at least ``_LEAST_ERROR`` allows."""
+    # The pass of the Gram matrices takes ``prod(d) * sum(d)`` multiply-adds.
     grams, square = passes.grams()
     norm, bases, bound = _norm(square), dict[int, np.ndarray](), 0.0
     loss = max_error * norm / math.sqrt(len(passes.shape))
@@ -289,6 +268,6 @@ def _compressed_core(passes: BlockPasses, bases: dict[int, np.ndarray], norm: fl
         bases[mode] if mode in bases else np.eye(size, dtype=passes.wide) for mode, size in enumerate(passes.shape)
     ]
     square = norm**2 - float(np.linalg.norm(core)) ** 2
-    # The difference is rounding where little is lost: then take the residual.
+    # If little is lost, this difference is mostly rounding: then compute the residual.
     lost = math.sqrt(square) if square > 1e-10 * norm**2 else passes.distance(core, factors) if bases else 0.0
     return Compressed(core, factors, norm, lost, min(bound, lost))

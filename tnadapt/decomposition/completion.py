@@ -1,4 +1,4 @@
-"""Fits to some elements of a tensor, as others are missing or padding, with weights or without.
+"""Tensor completion: fit the observed elements of a tensor, with or without weights; others are missing or padding.
 
 A few sweeps of alternating least squares on the observed elements, then damped Gauss-Newton on all arrays at once if
 the problem is small enough for its equations; otherwise sweeps to the end. In double precision, on the host.
@@ -34,7 +34,7 @@ _SWEPT = "alternating least squares"
 # array is the einsum of the other arrays' rows, and it is zero outside of the array's own rows.
 
 
-# Stands for the elements among the indices of an einsum; no format has it in its formula.
+# The index of the elements in an einsum; no format has it in its formula.
 _ELEMENT = "*"
 
 
@@ -71,7 +71,7 @@ class SplitElements:
         self._others = {name: self._other_arrays(name) for name in self.shapes}
 
     def _other_arrays(self, name: str) -> tuple[_Chain, list[int]]:
-        """Return the einsum of the other arrays' rows, and which bonds of this array it leaves at length 1."""
+        """Return the einsum of the other arrays' rows, and which bonds of this array it leaves with length 1."""
         others = [letters for other, letters in self._gathered.items() if other != name]
         bonds = [self._indices[name][axis] for axis in self._bonds[name]]
         reached = [index for index in bonds if any(index in letters for letters in others)]
@@ -124,7 +124,7 @@ class SplitElements:
 
 
 class _Chain:
-    """An einsum of arrays from left to right, pair by pair, without a limit on the number of all indices."""
+    """An einsum of arrays from left to right, pair by pair, with any total number of indices."""
 
     def __init__(self, inputs: Sequence[str], output: str) -> None:
         self.output, self.steps = output, list[str]()
@@ -258,7 +258,7 @@ class ObservedElements:
 
     @functools.cached_property
     def _owners(self) -> dict[str, tuple[int, int, str]]:
-        """Return the term, the split, and the name in the split's format of each array."""
+        """Return the term, the split, and the name in the split's format, of each array."""
         return {
             prefix + name: (term, k, name)
             for term, prefixes in enumerate(self.prefixes)
@@ -307,7 +307,7 @@ class ObservedElements:
 
 
 def _unpermuted(split: Format, places: Sequence[np.ndarray]) -> tuple[Format, Sequence[np.ndarray]]:
-    """Return the format that makes a permuted one, and the places in its modes."""
+    """Return the format inside a permuted one, and the elements' indices in its modes."""
     if not isinstance(split, Permuted):
         return split, places
     indices = [
@@ -356,7 +356,7 @@ def unobserved(mask: np.ndarray) -> tuple[int, int] | None:
 # -- Sweeps: one array after another, row by row -----------------------------------------------------------------------
 
 # An element depends on one row of each array, and linearly. With the other arrays fixed, the rows of an array are small
-# least-squares problems that do not depend on each other. A sweep costs as much as a few gathered rows of all arrays
+# independent least-squares problems. A sweep costs as much as a few gathered rows of all arrays
 # for each observed element, so that it suits large problems.
 
 
@@ -408,7 +408,7 @@ def sweeps_on_observed(
 
 
 def _by_row(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return an order of the elements by their row of an array, where each row begins, and which rows there are."""
+    """Return the order that sorts the elements by row of an array, where each row begins, and which rows occur."""
     order = np.argsort(rows, kind="stable")
     chosen, first = np.unique(rows[order], return_index=True)
     return order, np.append(first, len(rows)), chosen
@@ -428,17 +428,17 @@ def _changes(rows: np.ndarray, left: np.ndarray, edges: np.ndarray) -> np.ndarra
 # -- Damped Gauss-Newton from several starts ---------------------------------------------------------------------------
 
 
-# Up to this many entries of a Jacobian are kept, and this many multiply-adds go into all steps of one fit, where each
-# step costs at least as much as the second number of them.
+# Maximum entries of a Jacobian, maximum multiply-adds of all steps of one fit, and minimum multiply-adds counted for a
+# step.
 _ENTRIES, _WORK, _STEP = 1 << 24, 1 << 33, 1 << 20
 # At least this many steps must be possible for a fit to be tried.
 _FEW = 8
-# A descent that has come this near to zero is continued.
+# A descent that has come this close to zero is continued.
 _NEAR = 1e-2
-# All descents take at most as many steps as this number of full ones.
+# All descents together take at most as many steps as this number of full ones.
 _DESCENTS = 8
-# An error of this many times epsilon is rounding. Descents that end this close to each other found the same optimum,
-# and no more are tried after as many as this.
+# An error of this many times epsilon is rounding. Descents that end this close to each other found the same optimum;
+# once this many have, no more are tried.
 _ROUNDING, _SAME, _AGREE = 64.0, 1e-4, 3
 
 
@@ -527,7 +527,7 @@ def fit_observed(
     assert best is not None
     taken = len(steps.history)
     if not best.converged and taken < left and best.error <= _NEAR * norm and not steps.stopped:
-        # It may be on its way to an exact answer, slowly.
+        # It may be converging to an exact answer, slowly.
         further = descent(best.x, left - taken)
         best = further._replace(history=best.history + further.history)
     error, stopped = best.error / norm, steps.stopped or ("converged" if best.converged else "max_iterations")

@@ -28,13 +28,13 @@ from .linear_algebra import Algebra, Triplets, norm_of
 # Standard deviation of the noise on singular vectors that sweeps start from: without it, a structured tensor may keep
 # them at a saddle point.
 _MOVED = 0.01
-# Sweeps crawl if they have not converged after so many, of which the last ten have reduced the relative error by more
-# than this, but not to this part of it.
+# Sweeps crawl if they have not converged after this many, the last ten of which have reduced the relative error by more
+# than this, but not to this fraction of it.
 _CRAWLS, _SWEEPS, _FAST = ((20, 1e-5), (30, 0.0)), 10, 0.1
-# If the error is then below this, there may be an exact answer, which Gauss-Newton looks for from there and from so
+# If the error is then below this, there may be an exact answer: Gauss-Newton searches for it from there and from this
 # many other starts, after ten sweeps each.
 _NEAR, _OTHER_STARTS = 0.3, 15
-# Starts for a tensor of at most so many elements, unless there are fewer sweeps than this.
+# Starts for a tensor of at most this many elements, unless there are fewer sweeps than this.
 _STARTS, _SMALL, _FEW_SWEEPS = 3, 1 << 14, 10
 # The same for rank one, whose sweeps cost little.
 _STARTS_OF_ONE, _SMALL_OF_ONE = 5, 1 << 16
@@ -159,10 +159,8 @@ class _CPSearch:
         return crawls and near and refinable(CP(self.sweeps.sizes, self.rank))
 
     def _refined(self, run: _Run) -> Fit:
-        """Run Gauss-Newton from the factors that sweeps have reached, and from those of other starts after a few.
-
-        Sweeps make fast progress at first, and then crawl where components are nearly collinear; Gauss-Newton does not.
-        """
+        """Run Gauss-Newton from the factors that sweeps have reached, and from other starts after a few sweeps."""
+        # Sweeps are fast at first, and then crawl if components are nearly collinear; Gauss-Newton does not.
         backend, steps = self.backend, self.steps
         few = Limits(self.limits.tol, min(self.limits.iterations, _SWEEPS))
 
@@ -189,7 +187,7 @@ class _CPSearch:
         return sorted(rank_one_starts(self.algebra, self.tensor), key=self.sweeps.residual)
 
     def _start(self, number: int) -> list[Array]:
-        """Return the factors of a start: the first one by ``init``, the others random."""
+        """Return the factors of a start, where the first start is by ``init`` and the others are random."""
         backend, sizes, rank = self.backend, self.sweeps.sizes, self.rank
         if not isinstance(self.init, str):
             return [
@@ -347,7 +345,7 @@ class CPSweeps:
 
 
 def _cut(sizes: Sequence[int]) -> int:
-    """Return the mode that begins the second half, where the halves together have the fewest elements."""
+    """Return the mode that begins the second half if the halves together are to have the fewest elements."""
     return min(range(1, len(sizes)), key=lambda m: math.prod(sizes[:m]) + math.prod(sizes[m:]))
 
 
@@ -357,7 +355,7 @@ class _Run:
     From time to time, a longer step in the direction of the last sweep is tried, and kept if it reduces the error
     (Harshman's line search, as in Andersson & Bro's N-way toolbox). Components that become collinear make the equations
     singular, or diverge with opposite signs (degeneracy). Then a small ridge is added to the equations, and the
-    iteration goes on from the best factors.
+    iteration continues from the best factors.
     """
 
     def __init__(self, sweeps: CPSweeps, start: Sequence[Array], norm: float, steps: Iteration) -> None:
@@ -399,7 +397,7 @@ class _Run:
         return self.error - gain * (most - len(self.errors)) < least
 
     def _swept(self) -> list[Array] | None:
-        """Return the factors after a sweep; None if the equations are singular or the factors diverge."""
+        """Return the factors after a sweep, or None if the equations are singular or the factors diverge."""
         ridge = self.ridges[0] * self.norm ** (2.0 / len(self.factors)) if self.ridges[0] else 0.0
         with np.errstate(all="ignore"):
             try:
@@ -415,7 +413,7 @@ class _Run:
 # (SIAM J. Matrix Anal. Appl. 21, 2000): sweeps of rank one are the power iteration.
 
 
-# Power iterations for a start, of matrices of up to so many elements and of others.
+# Power iterations for a start: of matrices of up to this many elements, and of larger ones.
 _FEW_ELEMENTS, _POWERS = 1 << 16, (30, 3)
 
 

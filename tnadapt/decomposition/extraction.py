@@ -1,4 +1,4 @@
-"""Extraction of an adapter from a fully tuned checkpoint: a fit to the changes of the target weights, from disk.
+"""Extract an adapter from a fully tuned checkpoint on disk: a fit to the changes of the target weights.
 
 It does not need torch, and reads both checkpoints one tensor at a time. :func:`tnadapt.torch.extract` does the same for
 models in memory.
@@ -155,7 +155,7 @@ def extract(
         _, cfg, arrays, report = smallest_rank(fit, cfg, max_error, max_rank)
     dtypes = {KEPT + name: "bfloat16" for name in kept if after.entries[name].dtype == "BF16"}
     base_print = old.fingerprint()
-    # A base that has no fingerprint could not be recognized, so that what is computed from it is stored.
+    # A base without a fingerprint could not be recognized later, so arrays that are computed from it are stored.
     frozen = {} if base_print is not None else report.plan.given
     file = AdapterFile(
         cfg,
@@ -214,7 +214,7 @@ def _kept(tuned: Checkpoint, patterns: str | Sequence[str], targets: set[str]) -
     return list(names)
 
 
-# -- What else differs -------------------------------------------------------------------------------------------------
+# -- Other differences of the two checkpoints --------------------------------------------------------------------------
 
 
 def _others(
@@ -258,7 +258,7 @@ def _same_numbers(base: Checkpoint, place: str, tuned: Checkpoint, name: str) ->
 
 
 def _alike(base: Checkpoint, place: str, tuned: Checkpoint, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Read two tensors; round both to the narrower dtype if they differ, so that a mere cast is not a difference."""
+    """Read two tensors, rounded to the narrower dtype if they differ, so that a mere cast is not a difference."""
     before, after = numbers(base, place), numbers(tuned, name)
     kinds = base.entries[place].dtype, tuned.entries[name].dtype
     if kinds[0] == kinds[1]:

@@ -1,7 +1,7 @@
-"""Convergence: when an iteration stops, and why; the fit that it returns; the search for the smallest rank of an error.
+"""Convergence: when an iteration stops, and why; the fit that it returns; and the search for the smallest rank.
 
-Every solver counts its steps with an :class:`Iteration`, and every decomposition returns a :class:`Fit`, of which
-:class:`FitOutcome` is what users see. :func:`smallest_within` searches the smallest rank whose fit keeps to an error.
+Every solver counts its steps with an :class:`Iteration`, and every decomposition returns a :class:`Fit`, which users
+see as a :class:`FitOutcome`. :func:`smallest_within` finds the smallest rank whose error is within a limit.
 """
 
 from __future__ import annotations
@@ -309,12 +309,12 @@ class FitOutcome(Optimality):
 # theorem of Eckart & Young the squared error of every matrix of rank r is at least ``|R|² - r d``. Nothing else is
 # assumed of U: a subspace that misses a direction, from whatever start, has no such θ and d.
 #
-# Positive definite is proved by a bound on the norm of R where that is enough, otherwise by a Cholesky factorization,
-# as it succeeds for no matrix with an eigenvalue below minus its rounding (Rump, "Verification of positive
-# definiteness", BIT 46, 2006).
+# Positive definiteness is proved by a bound on the norm of R if that is enough, otherwise by a Cholesky factorization,
+# which fails for any matrix with an eigenvalue below minus its rounding (Rump, "Verification of positive definiteness",
+# BIT 46, 2006).
 
 
-# What the claim leaves open, relative to the error, and in units of epsilon relative to the matrix.
+# What the proof leaves open, relative to the error, and in units of epsilon relative to the matrix.
 OPEN, _ROUNDING = 1e-8, 64.0
 # Error of computed singular values, in units of epsilon relative to the largest.
 _VALUES = 8.0
@@ -359,7 +359,7 @@ def no_matrix_is_closer(matrix: np.ndarray, vectors: np.ndarray, epsilon: float)
         u = np.linalg.qr(wide @ along.T)[0]
         along = u.T @ wide
         rest = wide - u @ along
-    # What couples the two parts is rounding for singular vectors. It is left out of the matrix, at its full norm.
+    # For singular vectors, the coupling of the two parts is rounding. It is left out of the matrix, at its full norm.
     across = np.linalg.qr(along.T)[0]
     coupled = rest @ across
     return _bounded(rest - coupled @ across.T, along, least + float(np.linalg.norm(coupled)))

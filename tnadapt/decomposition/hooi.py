@@ -16,7 +16,7 @@ from tnadapt.backends import Array, Backend
 from .fits import Claim, Fit, Iteration, all_of
 from .linear_algebra import Algebra, norm_of, refuse_trace
 
-# Up to this size, each mode is truncated of the whole tensor: the better start on average.
+# Up to this size, the SVD of each mode is that of the whole tensor: a better start on average.
 _SMALL = 1 << 14
 
 
@@ -61,9 +61,9 @@ def fit_tucker(
     """
     backend, shape = algebra.backend, [int(size) for size in tensor.shape]
     modes = list(range(len(shape)) if ranks is None else ranks)
-    # Modes that shrink most come first: what follows is then smaller.
+    # Modes that shrink most come first, so that the later steps are smaller.
     order = sorted(modes, key=lambda mode: (ranks[mode] if ranks else 1) / shape[mode])
-    # With ranks of the whole tensor, an error that is allowed would be spent once for each mode and not used up.
+    # With ranks from the whole tensor, the allowed error would be split among the modes and not used up.
     in_turn = ranks is None or len(shape) < 3 or math.prod(shape) > _SMALL
 
     claims = list[Claim]()
@@ -173,13 +173,13 @@ def hooi(
             others = _core(backend, tensor, factors, mode)
             factors[mode] = truncated(unfolded(backend, others, mode), mode)
             core = projected(backend, others, factors[mode], mode)
-        # The factors are orthonormal, so what the core lacks is the error.
+        # The factors are orthonormal, so the error is what the core lacks in norm.
         steps.step(math.sqrt(max(0.0, 1.0 - (norm_of(backend, core) / norm) ** 2)) if norm else 0.0)
     return core, factors
 
 
 def _core(backend: Backend, tensor: Array, factors: dict[int, Array], left_out: int | None) -> Array:
-    """Project a tensor on all factors but one; those that shrink it most come first."""
+    """Project a tensor on all factors but one, starting with those that shrink it most."""
     order = sorted(
         (mode for mode in factors if mode != left_out), key=lambda mode: factors[mode].shape[1] / factors[mode].shape[0]
     )

@@ -1,4 +1,4 @@
-"""Derivative of a decomposition that iterates, by the implicit function theorem at the optimum that it has reached.
+"""Derivative of an iterative decomposition, by the implicit function theorem at the optimum that it has reached.
 
 The arrays X of a network N are a stationary point of ``‖N(X) - T‖² / 2``: ``Jᵀ (N(X) - T) = 0``, with the Jacobian J.
 The derivative of that equation is ``H dX = Jᵀ dT``, with the Hessian ``H = JᵀJ + R·N''`` for the residual R = N(X) - T.
@@ -27,8 +27,8 @@ _BATCH = 1 << 22
 # Eigenvalues of this size, relative to the largest one, are zero: squares of singular values of J, and values of H.
 _NULL = 1e-11
 # Steps of Newton's method, and how far they may lead, relative to the tensor: from arrays that a solver reports as
-# converged, and from others. The error is flat at its minimum, so that in float32 a solver comes no nearer than this;
-# the gradient is then exact to some percent, as cotangents are those at the arrays that it found.
+# converged, and from others. The error is flat at its minimum, so in float32 a solver gets no closer than this; the
+# gradient is then accurate to a few percent, because the cotangents belong to the arrays that the solver found.
 _STEPS, _NEAR, _NEARER = 20, 4e-3, 1e-5
 
 _WAY = "detach the tensor: tensor.detach(), or jax.lax.stop_gradient(tensor)"
@@ -85,7 +85,7 @@ def implicit_gradient(
         )
     vec, cotangent = problem.flat(arrays), problem.flat(cotangents)
     basis = problem.effective(vec)
-    # Where more changes than elsewhere have no effect, as those of a component of zero, the minimum is not isolated.
+    # If more changes than usual have no effect, as in a zero component, the minimum is not isolated.
     elsewhere = problem.effective(np.random.RandomState(0).normal(size=problem.size))
     if not problem.tensor.any() or basis.shape[1] < elsewhere.shape[1]:
         raise _not_isolated()
@@ -112,7 +112,7 @@ def _not_isolated() -> BackendError:
 
 
 def _minimum(problem: _NetworkDerivatives, vec: np.ndarray, near: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the minimum near some parameters, the changes of parameters that have an effect, and H in that basis."""
+    """Return the minimum near given parameters, a basis of the changes that have an effect, and H in that basis."""
     begun, scale = problem.network(vec), np.linalg.norm(problem.tensor)
     for _ in range(_STEPS):
         basis = problem.effective(vec)
@@ -148,7 +148,7 @@ class _NetworkDerivatives:
         return np.concatenate([np.asarray(arrays[place], np.float64).reshape(-1) for place in self.free])
 
     def _parts(self, vec: np.ndarray) -> dict[int, np.ndarray]:
-        """Divide the last axis of a vector, or of a batch of them, into the free arrays."""
+        """Split the last axis of a vector, or of a batch of vectors, into the free arrays."""
         return {
             place: vec[..., start:stop].reshape(*vec.shape[:-1], *self.arrays[place].shape)
             for place, (start, stop) in zip(self.free, itertools.pairwise(self.edges), strict=True)

@@ -25,14 +25,14 @@ from .fits import Claim, no_matrix_is_closer
 # -- A few singular triplets of a large matrix, by ARPACK --------------------------------------------------------------
 
 # ARPACK (Lehoucq, Sorensen & Yang, 1998) finds eigenvectors of ``Aᵀ A`` from products with single vectors, which are
-# computed where the matrix is. The triplets are those of the matrix between these vectors, as squared singular values
-# have half of the digits. Single vectors may miss copies of a repeated value: a few more steps, from another start and
-# orthogonal to the vectors that were found, show them.
+# computed where the matrix is. The triplets are then computed from the matrix between these vectors, because squared
+# singular values have only half of the digits. Single vectors may miss copies of a repeated value: a few more steps,
+# from another start and orthogonal to the vectors found so far, reveal them.
 
 
-# Below this number of rows and columns, or of elements, LAPACK takes less time than the calls of a few steps.
+# With fewer rows and columns, or elements, LAPACK takes less time than the calls of a few steps.
 _SHORT, _FEW = 96, 1 << 16
-# Largest part of the short side that the rank may be, and the largest rank.
+# Maximum rank, as a fraction of the shorter side and absolutely.
 _PART, _MOST = 16, 128
 # Steps to the first restart, and restarts that are always allowed. As many steps in total as the short side is long
 # take about as much time as the full decomposition.
@@ -96,13 +96,13 @@ def leading_triplets(backend: Backend, matrix: Array, rank: int, seed: int) -> t
     def product(x: Array, columns: np.ndarray) -> np.ndarray:
         return backend.to_numpy(backend.matmul(x, backend.asarray(columns, dtype, device)))
 
-    # From the row space, which is all of the space that is needed where the rank is no larger.
+    # Start in the row space: if the rank is no larger than its dimension, it is all that is needed.
     with np.errstate(over="ignore", invalid="ignore"):
         start = product(across, rng.standard_normal((int(matrix.shape[0]), 1)))
     size = float(np.max(np.abs(start), initial=0.0))
     if not math.isfinite(size) or size == 0.0:
         return None
-    # So that squares neither overflow nor underflow.
+    # Scaled so that squares neither overflow nor underflow.
     scale = 2.0 ** min(max(-math.frexp(size)[1], -largest), largest)
 
     def squared(vector: np.ndarray) -> np.ndarray:
@@ -139,18 +139,18 @@ def leading_triplets(backend: Backend, matrix: Array, rank: int, seed: int) -> t
 
 
 def _leaves_less(matrix: np.ndarray, s: np.ndarray, limit: float) -> bool:
-    """Return whether the norm of what some triplets leave of a matrix excludes values above a limit."""
+    """Return whether the norm of the rest of a matrix, without some triplets, excludes values above a limit."""
     flat = matrix.ravel(order="K")
     with np.errstate(over="ignore", under="ignore"):
         most, known = float(flat @ flat) * (1.0 + _SUMMED), float(s @ s)
-    # Less than what is known, or nothing: squares have underflowed.
+    # If the total is zero, or less than the known part, squares have underflowed.
     return 0.0 < known <= most <= known + limit * limit
 
 
 def _rayleigh_ritz(
     backend: Backend, matrix: Array, vectors: np.ndarray
 ) -> tuple[Array, np.ndarray, Array, float] | None:
-    """Return the singular triplets of a matrix between some right vectors, and the largest norm of ``Aᵀ u - s v``."""
+    """Return a matrix's singular triplets in the span of right vectors, and the largest norm of ``Aᵀ u - s v``."""
     dtype, device, across = backend.dtype_name(matrix), backend.device(matrix), backend.matrix_transpose(matrix)
     right = backend.asarray(vectors, dtype, device)
     left = backend.qr(backend.matmul(matrix, right))[0]
@@ -215,11 +215,11 @@ SVD_METHODS = ("auto", "full", "randomized")
 
 _OVERSAMPLES = 10
 _POWER_ITERATIONS = 4
-# Columns for each row from which a matrix is reduced to its triangular factor first, and rows up to which that takes
-# less time than a Krylov space, too. With fewer elements, calls take longer than what they compute.
+# Columns per row from which a matrix is first reduced to its triangular factor, and rows up to which that also takes
+# less time than a Krylov space. With fewer elements, overhead dominates.
 _WIDE, _NARROW, _TINY = 4, 96, 1 << 10
 _PIECE = 1 << 20
-# As many elements are in the cache when they are read again.
+# Up to this many elements are still in the cache when they are read again.
 _CACHED = 1 << 15
 # A sum of squares in this range has lost nothing to overflow or underflow of its terms.
 _SAFE = 1e-200, 1e200
@@ -439,9 +439,9 @@ class Algebra:
             if triplets is not None:
                 rows = shape[0] <= shape[1]
                 short, left = (matrix, triplets[0]) if rows else (self.backend.matrix_transpose(matrix), triplets[2])
-                # The caller may change the matrix before the proof is asked for.
+                # The caller may change the matrix before the proof is requested.
                 kept, host = short if self.settled else short * 1.0, self.backend.to_numpy
-                eps = self.eps  # not self, which has a whole tensor
+                eps = self.eps  # not self, which would keep a whole tensor alive
                 proof = functools.cache(lambda: no_matrix_is_closer(host(kept), host(left), eps))
                 return *triplets, proof
         random = self.randomized(shape, rank)
@@ -457,7 +457,7 @@ class Algebra:
             u = self._with_derivative(matrix, triplets.u, triplets=True)
             rest = backend.matmul(backend.conj(backend.matrix_transpose(u)), matrix)
             sizes = backend.sum(rest * backend.conj(triplets.vh), axis=1)
-            # Real, in the dtype of the vectors.
+            # A real array in the dtype of the vectors.
             sizes = (sizes + backend.conj(sizes)) * 0.5 if backend.is_complex(sizes) else sizes
             s = with_value(backend, triplets.s, sizes)
             vh = rest / backend.reshape(backend.where(abs(s) > 0.0, s, s * 0.0 + 1.0), (-1, 1))
@@ -519,7 +519,7 @@ class Algebra:
         return self.backend.is_concrete(matrix) and self.backend.differentiates(matrix)
 
     def _with_derivative(self, matrix: Array, u: Array, triplets: bool = False) -> Array:
-        """Return leading left singular vectors of a matrix with their derivative, as :func:`_pulled_back` has it."""
+        """Return leading left singular vectors of a matrix with the derivative of :func:`_pulled_back`."""
         backend, dtype = self.backend, self.backend.dtype_name(matrix)
         host = backend.to_numpy(u)
 
@@ -560,11 +560,9 @@ def with_value(backend: Backend, value: Array, array: Array) -> Array:
 
 
 def _pulled_back(matrix: np.ndarray, leading: np.ndarray, cotangent: np.ndarray, triplets: bool) -> np.ndarray:
-    """Return the gradient with respect to a matrix, given that with respect to its leading left singular vectors.
-
-    With ``A Aᴴ = U diag(λ) Uᴴ``, the vectors change by ``du_j = Σ_k u_k (u_kᴴ d(A Aᴴ) u_j) / (λ_j - λ_k)`` over all
-    k ≠ j. A function that does not depend on the basis of their span has no terms of k within it.
-    """
+    """Return the gradient with respect to a matrix, given that with respect to its leading left singular vectors."""
+    # With ``A Aᴴ = U diag(λ) Uᴴ``, the vectors change by ``du_j = Σ_k u_k (u_kᴴ d(A Aᴴ) u_j) / (λ_j - λ_k)`` over all
+    # k ≠ j. If a function does not depend on the basis of their span, the terms of k within the span vanish.
     eps = float(np.finfo(matrix.dtype).eps)
     wide = np.complex128 if np.iscomplexobj(matrix) else np.float64
     a, basis, cotangent = matrix.astype(wide), leading.astype(wide), cotangent.astype(wide)
@@ -604,7 +602,7 @@ def _pulled_back(matrix: np.ndarray, leading: np.ndarray, cotangent: np.ndarray,
     change = u @ weights
     if u.shape[0] > u.shape[1]:
         change = change + (cotangent - u @ inner) / squares[:rank]
-    # Half of the terms within the span are counted twice below.
+    # The terms within the span are counted twice below: leave half of them out.
     change = change - 0.5 * first @ weights[:rank]
     both = change @ (first.conj().T @ a)
     return np.asarray(both + first @ (change.conj().T @ a))
@@ -655,7 +653,7 @@ def norm_of(backend: Backend, x: Array) -> float:
     return Algebra(backend, x).norm(x)
 
 
-# An update may have numbers near the limits of a dtype's range although none of its arrays has to.
+# An update may have numbers near the limits of a dtype's range even though its arrays need not.
 
 
 def power_of(algebra: Algebra, x: Array) -> int:

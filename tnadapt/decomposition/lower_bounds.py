@@ -19,7 +19,7 @@ from tnadapt.backends import Array
 
 from .linear_algebra import Algebra
 
-# Unfoldings with a longer smaller side are skipped, and tensors with more elements.
+# Unfoldings whose shorter side is longer than this are skipped, and tensors with more elements.
 _SIDE, _ELEMENTS = 512, 1 << 25
 # Columns per matrix product when a Gram matrix is summed.
 _BLOCK = 1 << 10
@@ -78,7 +78,7 @@ def _matrix(algebra: Algebra, tensor: Array, modes: list[int]) -> Array:
 
 
 def _beyond(algebra: Algebra, matrix: Array, rank: int) -> float:
-    """Return a lower bound on the norm of the singular values after the first ``rank``; 0 if the matrix is skipped."""
+    """Return a lower bound on the norm of the singular values after the first ``rank``, 0 if the matrix is skipped."""
     backend, double = algebra.backend, algebra.double
     short = min(matrix.shape)
     if rank >= short or short > _SIDE:

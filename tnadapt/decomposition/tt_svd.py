@@ -1,4 +1,4 @@
-"""Tensor trains: the driver of ``tensor_train`` and ``decompose``, TT-SVD and sweeps over the cores; and tensor rings.
+"""Tensor trains: the driver of ``tensor_train`` and ``decompose``, TT-SVD, and sweeps over the cores; tensor rings.
 
 Oseledets, "Tensor-train decomposition" (SIAM J. Sci. Comput. 33, 2011), algorithm 1.
 """
@@ -180,7 +180,7 @@ class _Train:
     def sweep(self) -> None:
         """Improve each core in turn, from the last to the first and back."""
         order = len(self.cores)
-        # What the cores before each one give; the way back does not change it.
+        # The tensor contracted with the cores before each one, which the sweep back does not change.
         before = [self.backend.reshape(self.tensor, (1, -1))]
         for mode in range(order - 1):
             before.append(self._step(before[-1], mode))
@@ -197,7 +197,7 @@ class _Train:
                 rest = self._step(rest, mode)
 
     def _core(self, first: Array, after: Array | None, mode: int) -> Array:
-        """Contract the tensor, already contracted with the cores before, with the cores after."""
+        """Contract the tensor, already contracted with the cores to the left, with the cores to the right."""
         backend, (left, size, right) = self.backend, map(int, self.cores[mode].shape)
         rows = backend.reshape(first, (left * size, math.prod(self.sizes[mode + 1 :])))
         if after is not None:
@@ -274,7 +274,7 @@ def ring_svd(backend: Backend, tensor: Array, closing: int, truncated: Callable[
     rank = int(u.shape[1]) // closing
     core = backend.reshape(u, (sizes[0], closing, rank))
     cores = [backend.permute_dims(core, (1, 0, 2))]
-    # The closing rank goes to the end of what is left: (r_1, d_2 ⋯ d_M, r_0).
+    # The closing rank moves to the end of the rest: (r_1, d_2 ⋯ d_M, r_0).
     rest = backend.reshape(backend.matmul(backend.conj(backend.matrix_transpose(u)), matrix), (closing, rank, -1))
     rest = backend.permute_dims(rest, (1, 2, 0))
     for bond, size in enumerate(sizes[1:-1], 1):
@@ -287,10 +287,8 @@ def ring_svd(backend: Backend, tensor: Array, closing: int, truncated: Callable[
 
 
 def _signed(backend: Backend, u: Array) -> Array:
-    """Make the first of the largest elements of each singular vector positive, whatever its sign or phase was.
-
-    The ring does depend on them: the vectors of one matrix are distributed over two bonds.
-    """
+    """Make the first of the largest elements of each singular vector positive."""
+    # A ring depends on the signs or phases: the vectors of one matrix are distributed over two bonds.
     sizes = abs(backend.detached(u))
     largest = backend.where(sizes >= _EQUAL * backend.xp.max(sizes, axis=0), sizes * 0.0 + 1.0, sizes * 0.0)
     rows = backend.constant(np.arange(int(u.shape[0])).reshape(-1, 1), backend.device(u))

@@ -62,7 +62,7 @@ __all__ = [
     "within",
 ]
 
-# Imported on first use: what checks a user's options must not wait for torch, whose import takes seconds.
+# Imported on first use: checks of a user's options must not wait for torch, whose import takes seconds.
 _LAZY = {
     name: module
     for module, names in {

@@ -22,7 +22,7 @@ from .data import Samples, first_line, quiet
 # -- Texts as tokens ---------------------------------------------------------------------------------------------------
 
 
-#: The target of tokens from which nothing is learned.
+#: The target of tokens that do not contribute to the loss.
 IGNORED = -100
 
 # Tokens to which texts are cut unless the user or the model says otherwise.
@@ -86,10 +86,10 @@ def tokenizer_of(name: str, transformers: Any, *, split_words: bool = False, rev
         settings |= {"gguf_file": file} if file else {}
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **settings)
         if split_words and getattr(tokenizer, "add_prefix_space", None) is False:
-            # Byte-level tokenizers take words that are split already only with this. It adds a space to other texts.
+            # Byte-level tokenizers accept pre-split words only with this setting. It adds a space to other texts.
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder, add_prefix_space=True, **settings)
     if not isinstance(tokenizer, transformers.PreTrainedTokenizerBase):
-        # Some classes, such as RAG's, hold tokenizers and are none.
+        # Some classes, such as RAG's, hold tokenizers but are not tokenizers.
         raise TnadaptError(
             f"the tokenizer of {safe_repr(name)} is a {type(tokenizer).__name__}, not one for texts{way}"
         )
@@ -185,7 +185,7 @@ class Images:
 
 
 def _pixels(image: Any, size: int, channels: int) -> NDArray[np.uint8]:
-    """Convert one image of any kind to ``(channels, size, size)``: its center, scaled."""
+    """Crop, scale and convert one image of any kind to ``(channels, size, size)``."""
     if isinstance(image, np.ndarray) and image.dtype != np.uint8:
         image = np.rint(np.clip(image, 0, 1) * 255).astype(np.uint8)
     if isinstance(image, np.ndarray) and image.shape == (size, size, channels):  # nothing to convert or scale
@@ -213,7 +213,7 @@ def _pixels(image: Any, size: int, channels: int) -> NDArray[np.uint8]:
 
 
 def _eight_bits(picture: Any) -> Any:
-    """Convert a picture of 16 bits per pixel to 8 bits; Pillow's conversion would clip at 255."""
+    """Convert a picture of 16 bits per pixel to 8 bits without clipping at 255, as Pillow would."""
     if not picture.mode.startswith(("I", "F")):
         return picture
     from PIL import Image

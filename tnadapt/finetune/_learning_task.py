@@ -1,4 +1,4 @@
-"""The interface of a task: what fits it, how it is encoded, its loss and its metrics."""
+"""LearningTask, the interface of a task: which data fit it, how they are encoded, its loss and its metrics."""
 
 from __future__ import annotations
 
@@ -127,15 +127,15 @@ class LearningTask(abc.ABC):
     metric: ClassVar[Metric]
     #: Whether the tokenizer takes texts as lists of words.
     split_words: ClassVar[bool] = False
-    #: Whether labels are numbers of classes, of which every part gets an equal share.
+    #: Whether labels are class indices, of which every part gets an equal share.
     stratified: ClassVar[bool] = False
-    #: Options of the user that other tasks do not take, as fields of Spec.
+    #: The user's options that other tasks do not accept, as fields of Spec.
     options: ClassVar[tuple[str, ...]] = ()
     #: Whether the model needs a head for the task; else its own output is used.
     needs_head: ClassVar[bool] = True
     #: Batch size of evaluation, in batches of training.
     evaluation_factor: ClassVar[int] = 4
-    #: The numbers in which a merged model may differ from an adapted one, for messages.
+    #: What may differ between a merged model and an adapted one, for messages.
     numbers: ClassVar[str] = "logits"
 
     # -- Data --------------------------------------------------------------------------------------
@@ -286,7 +286,7 @@ class LearningTask(abc.ABC):
             raise TnadaptError(f"the description of the task {cls.name!r} is damaged: {error}") from None
 
     def _require(self, field: str, value: Any, possible: bool, expected: str) -> None:
-        """Raise a ConfigError that names the field unless its value is possible."""
+        """Raise a ConfigError that names the field if its value is not possible."""
         if not possible:
             raise ConfigError(f"{field} of the task {self.name!r} must be {expected}; got {safe_repr(value)}")
 

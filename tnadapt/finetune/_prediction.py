@@ -1,4 +1,4 @@
-"""Predictions with a saved adapter, the other half of a study, and the rows in which they are written."""
+"""Predictions with a saved adapter, and the rows of the files in which they are written."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def prediction_rows(
 
 
 def _json(value: Any) -> Any:
-    """Return a value of JSON, None for a number that is not finite, or ``_LEFT_OUT`` for what JSON cannot hold."""
+    """Return a JSON value, None for a number that is not finite, or ``_LEFT_OUT`` for what JSON cannot represent."""
     if isinstance(value, Mapping):
         fields = {str(name): _json(item) for name, item in value.items()}
         return _LEFT_OUT if _LEFT_OUT in fields.values() else fields
@@ -173,7 +173,7 @@ def predict(
     pixels = pixel_settings(inputs, path) if task.kind == "image" else None
     vocabulary, at = tokenizer_in(about, inputs, tokenizer, base, path)
     progress("loading the model")
-    # A base by another name is the caller's choice; without one the file's name is used.
+    # A base by another name is the caller's choice; by default, the file's name is used.
     model = tnt.load_pretrained(adapter, base=base, device=device, dtype=torch.float32)
     where, completions = torch.device(device), None
     progress(f"predicting the {which} part of {data}" if which else "predicting")
@@ -206,13 +206,7 @@ def predict(
 
 
 def _longest(inputs: Mapping[str, Any], path: str, base: str, tokenizer: Any, model: Any) -> int:
-    """Return the tokens to which texts are cut.
-
-    Raises
-    ------
-    FileError
-        If the length in the file is not possible.
-    """
+    """Return the number of tokens to which texts are truncated."""
     length, (least, most) = inputs.get("max_length"), lengths(tokenizer, model)
     if length is not None and not least <= length <= most:
         raise FileError(
@@ -223,7 +217,7 @@ def _longest(inputs: Mapping[str, Any], path: str, base: str, tokenizer: Any, mo
 
 
 def _samples(task: LearningTask, data: str, spec: Spec) -> tuple[str, Samples, bool, Table | None]:
-    """Return the name of the part that is predicted, its samples, whether they have targets, and their table."""
+    """Return the name of the part to predict, its samples, whether they have targets, and their table."""
     path = Path(data)
     if task.kind == "image":
         inside = path.iterdir() if path.is_dir() else [path]

@@ -1,4 +1,4 @@
-"""Opening a problem: the user's data and the task that fits them, and the model, of transformers or timm."""
+"""Open a problem: the user's data and the task that fits them, and the model, from transformers or timm."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def _given(names: list[str]) -> str:
 
 
 def _need_columns(table: Table, spec: Spec, texts: bool) -> None:
-    """Raise the error of a missing column of texts or labels."""
+    """Raise the error for a missing column of texts or labels."""
     table.needed_column("text", spec.text_column, TEXT_COLUMNS)
     usual = (*spec.label_names, *LABEL_COLUMNS)
     if texts and spec.label_column is None and table.column(None, usual) is None:
@@ -162,7 +162,7 @@ def _transformers(spec: Spec, data: Data, task: LearningTask, samples: dict[str,
     auto = getattr(transformers, task.auto)
     new: list[str] = []
     settings: dict[str, Any] = {}
-    # A head of another size is initialized randomly; a head to take rows from must be the checkpoint's.
+    # A head of another size is initialized randomly; a head to take rows from must come from the checkpoint.
     new_head = task.needs_head and not spec.head_rows
     options: dict[str, Any] = {"num_labels": task.outputs, "ignore_mismatched_sizes": True} if new_head else {}
     options |= {"gguf_file": file} if file else {}
@@ -197,7 +197,7 @@ def _transformers(spec: Spec, data: Data, task: LearningTask, samples: dict[str,
         settings["pad_token_id"] = tokenizer.pad_token_id
         longest = _inputs.longest_text(spec.max_length, name, tokenizer, model)
         parts = encoded(task, samples, tokenizer, longest, model, vocabulary)
-        # Predictions may be made in another folder.
+        # Predictions may be run in another folder.
         is_folder = spec.tokenizer and os.path.isdir(spec.tokenizer)
         source = {"tokenizer": os.path.abspath(vocabulary) if is_folder else spec.tokenizer, "max_length": longest}
     model = build(0)
@@ -216,7 +216,7 @@ def _described(images: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _cut_head(model: nn.Module, missing: Sequence[str], rows: Sequence[int], classes: int) -> None:
-    """Cut the checkpoint's head to some of its classes."""
+    """Reduce the checkpoint's head to some of its classes."""
     name = _head(model)[0]
     whole = getattr(model, name)
     if not isinstance(whole, nn.Linear) or any(under(key, [name]) for key in missing):
@@ -233,7 +233,7 @@ def _cut_head(model: nn.Module, missing: Sequence[str], rows: Sequence[int], cla
 
 
 def _head(model: nn.Module) -> tuple[str, ...]:
-    """Return the name of a head from the checkpoint, which must be one of the usual names."""
+    """Return the names of the model's heads from the checkpoint, which must be among the usual names."""
     heads = tuple(name for name in HEADS if hasattr(model, name))
     if not heads:
         raise TnadaptError(

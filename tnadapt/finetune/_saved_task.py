@@ -14,7 +14,7 @@ from ._learning_task import LearningTask
 from .problem import Problem
 from .tasks import TASKS
 
-# -- The settings of inputs, which come from elsewhere and are checked -------------------------------------------------
+# -- The settings of inputs, which are untrusted and checked -----------------------------------------------------------
 
 
 #: Sides of images beyond this are refused, because they would take all memory.
@@ -29,7 +29,7 @@ def _whole(value: Any, low: int, high: int) -> bool:
 
 
 def _numbers(value: Any, low: float) -> bool:
-    """Return whether a value is one number or three, from low to a million, for as many channels."""
+    """Return whether a value is a list of one or three numbers from low to a million, one per channel."""
     return (
         isinstance(value, list)
         and len(value) in (1, 3)
@@ -37,7 +37,7 @@ def _numbers(value: Any, low: float) -> bool:
     )
 
 
-# For each setting, what it must be, and whether a value is that.
+# For each setting: what it must be, and the check of a value.
 _EXPECTED: Mapping[str, tuple[str, Any]] = {
     "tokenizer": ("text or None", lambda value: value is None or (isinstance(value, str) and value.isprintable())),
     "max_length": (
@@ -52,14 +52,7 @@ _EXPECTED: Mapping[str, tuple[str, Any]] = {
 
 
 def _check_inputs(inputs: Mapping[str, Any]) -> None:
-    """Raise a ConfigError that names the setting if a value cannot be used.
-
-    Examples
-    --------
-    >>> _check_inputs({"max_length": "long"})
-    Traceback (most recent call last):
-    tnadapt.errors.ConfigError: max_length of the inputs must be an integer from 1 to 2147483647, or None; got 'long'
-    """
+    """Raise a ConfigError that names the setting if a value cannot be used."""
     for name, (expected, possible) in _EXPECTED.items():
         if name in inputs and not possible(inputs[name]):
             raise ConfigError(f"{name} of the inputs must be {expected}; got {safe_repr(inputs[name])}")

@@ -1,4 +1,4 @@
-"""What a study is about: the model and data that the user names, and samples in the model's input format."""
+"""The specification of a study: the model and data that the user names, and samples in the model's input format."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def model_place(name: str, kind: str) -> tuple[str, str]:
 
 
 def _require_model(name: str) -> None:
-    """Raise a FileError if a name is a path at which there is no model."""
+    """Raise a FileError if a name is a path without a model."""
     path = Path(name)
     if not os.path.exists(name) and name.startswith((".", "/", "~")):
         raise FileError(f"no model at {name}: there is no such {'file' if path.suffix else 'folder'}")
@@ -68,7 +68,7 @@ def _require_model(name: str) -> None:
 # -- The model and the data that the user names, and samples in the model's input format -------------------------------
 
 
-# Fields that the digits do not take.
+# Fields that do not apply to the digits.
 _OF_DATA = ("task", "text_column", "label_column", "separator", "tokenizer", "image_size", "max_length")
 
 

@@ -101,7 +101,7 @@ def prove(problem: Problem, record: Mapping[str, Any], path: Path, training: Tra
 
 @dataclasses.dataclass(frozen=True)
 class _Trainings:
-    """The :class:`~tnadapt.finetune.engines.Work` that is sent to a worker."""
+    """The :class:`~tnadapt.finetune.engines.Work` of a study, which is sent to workers."""
 
     spec: Spec
     training: Training
@@ -115,7 +115,7 @@ class _Trainings:
 
 
 class _Proofs(_Trainings):
-    """The work of checking a saved adapter, where the training's device is."""
+    """The work of checking a saved adapter on the training's device."""
 
     def of(self, problem: Problem) -> Do:
         return lambda task, progress: prove(problem, task.record, task.path, self.training)._asdict()
@@ -248,7 +248,7 @@ class Study:
         ]
 
     def _rates(self, method: Method) -> list[float]:
-        """Return the rates to train with; for the untrained base one, which is not used."""
+        """Return the rates to train with, which is a single unused one for the untrained base."""
         return self.rates[:1] if method.family == BASE else self.rates
 
     def _chosen(self, choice: Chooser) -> list[Method]:
@@ -376,7 +376,7 @@ class Study:
         missing = [task for task in tasks if task.key not in results.records]
         if missing:
             results.begin_session(engine=engine.name, jobs=engine.jobs, device=self.training.device)
-        # Even if none is missing: a program that was killed may have left files of its workers.
+        # Even if none is missing: a killed program may have left files of its workers.
         self._train(missing, results, adapters, engine)
 
     def _train(self, tasks: Sequence[Task], results: Results, adapters: Path, engine: Engine) -> None:
@@ -385,7 +385,7 @@ class Study:
             work, tasks, adapters.parent, engine=engine, threads=self.problem.threads, study=results.digest,
             known=results.records.keys(), progress=self.reporter.training, do=work.of(self.problem),
         )  # fmt: skip
-        with contextlib.closing(done):  # an exception here must end the workers immediately
+        with contextlib.closing(done):  # on an exception here, the workers must end immediately
             for task, record in done:
                 results.add(record)
                 self.reporter.finished(task, record)
@@ -405,7 +405,7 @@ class Study:
         path = adapters.parent / "best.safetensors"
         replace_file(str(path), trained.read_bytes())
         work = _Proofs(self.spec, self.training, adapters)
-        # The same number of threads as in training: another one would change the order of sums, and the rounding.
+        # The same number of threads as in training: another number would change the order of sums, and so the rounding.
         share = engine.threads(self.problem.threads, tasks)
         ((_, line),) = run_tasks(
             work, [_Saved(record, path)], path.parent, engine=engine, threads=share, study=results.digest,
@@ -430,7 +430,7 @@ class Study:
         return None
 
 
-# -- Its trainings in a progress bar -----------------------------------------------------------------------------------
+# -- Progress bar of the trainings -------------------------------------------------------------------------------------
 
 
 class BarReporter(Reporter):

@@ -190,7 +190,7 @@ def choose(samples: Samples, limit: int | None, seed: int = 0, stratified: bool 
     if limit < len(present):
         raise TnadaptError(f"--limit {limit} leaves no sample for some of the {len(present)} classes")
     random = np.random.Generator(np.random.PCG64(seed))
-    # The rank of each sample in its class, as a fraction: taking the smallest selects evenly from all classes.
+    # The rank of each sample in its class, as a fraction: the smallest ones are evenly distributed over all classes.
     place = np.empty(len(samples))
     for label in present:
         members = np.flatnonzero(strata == label)
@@ -198,10 +198,10 @@ def choose(samples: Samples, limit: int | None, seed: int = 0, stratified: bool 
     return samples.take(np.sort(np.argsort(place, kind="stable")[:limit]))
 
 
-# -- What a column of labels holds, as evidence of the task ------------------------------------------------------------
+# -- The contents of a column of labels, as evidence of the task -------------------------------------------------------
 
 
-#: Separators of several labels in one cell that are tried.
+#: Separators to try for several labels in one cell.
 SEPARATORS = ("|", ";")
 
 
@@ -297,7 +297,7 @@ def facts_of(labels: Sequence[Any], separator: str | None = None) -> LabelFacts:
 
 
 def _odd(labels: Sequence[str]) -> str:
-    """Return the first label that is not a number, if most are."""
+    """Return the first label that is not a number if most labels are numbers."""
     odd = []
     for label in labels:
         try:
@@ -308,7 +308,7 @@ def _odd(labels: Sequence[str]) -> str:
 
 
 def _lonely(joint: Sequence[str], words: set[str], mark: str) -> tuple[str, str]:
-    """Return a joint label and a piece of it that is in no other label, if there is one."""
+    """Return a joint label and a piece of it that occurs in no other label, if there is one."""
     pieces = {word: dict.fromkeys(piece.strip() for piece in word.split(mark)) for word in words}
     counts = Counter(itertools.chain.from_iterable(pieces.values()))
     lonely = ((word, piece) for word in joint for piece in pieces[word] if counts[piece] == 1)
@@ -572,7 +572,7 @@ def labelled_texts(
     def of(part: Table) -> tuple[Any, list[Any]]:
         labels = list(part.columns[label])
         for row, cell in enumerate(labels):
-            part.word(label, row, cell)  # raises if it is not the number of a class
+            part.word(label, row, cell)  # raises an error if it is not the number of a class
         return list(part.columns[text]), labels
 
     data = _labelled(table.name, "text", *map(of, table.parts([text, label], label)))
@@ -581,7 +581,7 @@ def labelled_texts(
 
 
 def _labelled(name: str, kind: str, *parts_given: tuple[Any, Sequence[Any]], test_name: str = "test") -> Data:
-    """Return data whose classes are the distinct labels, sorted (numbers numerically), without outer spaces."""
+    """Return data whose classes are the distinct labels, stripped and sorted (numbers numerically)."""
     parts = []
     for some, words in parts_given:
         types = {type(word) for word in words}
@@ -678,11 +678,9 @@ def _npz(path: Path) -> Data:
 
 
 def _read_npz(path: Path) -> tuple[dict[str, NDArray[Any]], list[str]]:
-    """Read the arrays with usual names; also return the names of all.
-
-    No array is created of more bytes than its part of the file can have. Deflate makes images of one color a thousand
-    times smaller; other methods of compression have no limit, and neither have headers of later versions.
-    """
+    """Read the arrays with the usual names, and return them with the names of all arrays."""
+    # No array takes more memory than its part of the file can expand to. Deflate shrinks images of one color up to a
+    # thousandfold; other compression methods, and headers of later versions, have no such limit.
     arrays, left = dict[str, NDArray[Any]](), LARGEST
     with path.open("rb") as raw, zipfile.ZipFile(raw) as archive:
         for entry in archive.infolist():
@@ -705,7 +703,7 @@ def _read_npz(path: Path) -> tuple[dict[str, NDArray[Any]], list[str]]:
             if size != stored:
                 raise ValueError(f"{name} claims {size:,} bytes, and has {stored:,}")
             left -= size
-            with archive.open(entry) as file:  # the member that was checked: a name may occur twice
+            with archive.open(entry) as file:  # the checked member, as a name may occur twice
                 arrays[name.lower()] = np.lib.format.read_array(file, allow_pickle=False)
                 file.read(1)  # compares the checksum
         return arrays, [entry.filename.removesuffix(".npy") for entry in archive.infolist()]
@@ -785,7 +783,7 @@ def _from_datasets(
     # Class names of columns of numbers, or of lists of numbers.
     named = {name: getattr(getattr(feature, "feature", feature), "names", None) for name, feature in features}
     words = {name: tuple(names) for name, names in named.items() if names}
-    # Columns of files, such as images or sounds, rather than values of JSON.
+    # Columns of files, such as images or sounds, rather than JSON values.
     decoded = {name: type(feature).__name__ for name, feature in features if hasattr(feature, "decode_example")}
     opaque = tuple(name for name, class_name in decoded.items() if class_name != "Json")
     tests = {part: _Columns(rows) for part, rows in parts.items()}
@@ -803,7 +801,7 @@ def _from_datasets(
 
 
 class _Columns(Mapping[str, Sequence[Any]]):
-    """The columns of a part of ``datasets``, each read when it is asked for."""
+    """The columns of a part of ``datasets``, each read on access."""
 
     def __init__(self, rows: Any) -> None:
         self.rows = rows
@@ -842,7 +840,7 @@ class _Pictures:
 def first_line(error: Exception) -> str:
     """Return the message of another library's error as one line of limited length."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    # A line that ends in a colon announces the others.
+    # A line that ends with a colon introduces the others.
     return " ".join(lines)[:500] if lines[0].endswith(":") else lines[0][:300]
 
 

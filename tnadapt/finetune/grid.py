@@ -22,7 +22,7 @@ from tnadapt.planning.families import Family, Search, few, usual
 Shapes = Sequence[tuple[int, int]]
 
 HEAD = "head alone"
-#: The same for a model that needs no new head: nothing is trained.
+#: The reference for a model that needs no new head: nothing is trained.
 BASE = "untrained base"
 DENSE = "dense"
 
@@ -147,7 +147,7 @@ def methods_of(
 def _wishes(
     names: Sequence[str], ranks: Sequence[int], changes: Mapping[str, Any]
 ) -> Iterator[tuple[str, dict[str, Any], bool]]:
-    """Yield each preset with all settings, at each rank, and whether it computes its fold from the weights."""
+    """Yield each preset with its settings at each rank, and whether it computes its fold from the weights."""
     if "seed" in changes:
         raise TnadaptError(
             "the seed of F and of the initialization is that of the training: give --seeds N for the seeds 0 to N - 1"
@@ -173,7 +173,7 @@ def _config(name: str, settings: Mapping[str, Any]) -> Config:
 
 
 def _stacked(name: str, shapes: Shapes, layers: int) -> dict[str, int]:
-    """Return the arguments from which a preset computes its fold of stacked weights."""
+    """Return the arguments from which a preset computes the fold of stacked weights."""
     if len(set(shapes)) > 1:
         raise TnadaptError(
             f"preset {name!r} needs weights of one shape; the targets have {sorted(set(shapes))}: give --groups role, "
@@ -242,7 +242,7 @@ def within(budget: int, shapes: Shapes) -> list[Method]:
 
 def _families(shapes: Shapes) -> list[Family]:
     weights = AdaptedWeights(shapes)
-    # The last one did best with few parameters on a task of docs/which.md.
+    # FourierFT did best with few parameters on a task of docs/which.md.
     return [*usual(shapes), *few(weights), PRESETS["fourierft"].ladders(weights)]
 
 

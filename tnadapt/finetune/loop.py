@@ -20,7 +20,7 @@ from ._specification import Part
 
 Logits = Callable[[nn.Module, Any], Tensor]
 
-# Evaluation with larger batches gets no faster.
+# Larger batches do not make evaluation faster.
 EVALUATION_BATCH = 256
 
 # Number of batches of texts that are sorted by length together.

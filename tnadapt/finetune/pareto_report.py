@@ -1,4 +1,4 @@
-"""The evaluation of results: each method at its best rate, the front, the table, and the control."""
+"""Evaluation of a study: each method at its best rate, the Pareto front, the table, and a control without adapters."""
 
 from __future__ import annotations
 
@@ -185,13 +185,13 @@ def points_in(path: str | os.PathLike[str], rates: Sequence[float] = ()) -> list
 
 def method_in(line: Mapping[str, Any]) -> Method:
     """Return the method of a result line."""
-    # Lines of one method differ only in the seed, which Task puts into the config again.
+    # Lines of one method differ only in the seed, which Task inserts into the config again.
     config = line["config"] and Config.from_dict(line["config"]).replace(seed=0)
     return Method(line["family"], line["label"], config)
 
 
 def _score(record: Mapping[str, Any], part: str, metric: Metric) -> float:
-    """Return a score; one that was not finite is the worst."""
+    """Return a score, or the worst one if it was not finite."""
     return metric.worst if record[part] is None else float(record[part])
 
 

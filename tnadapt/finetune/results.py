@@ -129,7 +129,7 @@ class Results(contextlib.AbstractContextManager["Results"]):
             raise FileError(f"{self.path} is not a results file; move it away, or give another folder with --out")
         lines = content[:whole].splitlines()
         if fresh or not lines:
-            # No name of dots alone: next to the adapters, a training's logs are in a folder of the rest of the name.
+            # The stem must not be only dots: it names the folder of a training's logs, next to the adapters.
             name = r'"adapter": "(?!\.+safetensors")([\w.-]+\.safetensors)"'
             self.dropped = re.findall(name, content.decode("utf-8", "replace"))
             self._file.truncate(0)
@@ -200,7 +200,7 @@ def read_lines(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 def _difference(there: Any, here: Mapping[str, Any]) -> str:
-    """Describe how two studies differ."""
+    """Describe how the settings of two studies differ."""
     there = there if isinstance(there, dict) else {}
     names = sorted({*there, *here})
     changed = [(name, there.get(name), here.get(name)) for name in names if there.get(name) != here.get(name)]
@@ -209,7 +209,7 @@ def _difference(there: Any, here: Mapping[str, Any]) -> str:
 
 
 def _shortened(was: Any, now: Any) -> tuple[str, str]:
-    """Return two different values as text in which the difference shows."""
+    """Return two different values as shortened text that still shows the difference."""
     whole = [json.dumps(value, ensure_ascii=False) for value in (was, now)]
     if max(map(len, whole)) > 40 and isinstance(was, list) and isinstance(now, list):
         if len(was) != len(now):

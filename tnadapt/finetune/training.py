@@ -78,7 +78,7 @@ class Training:
     def __post_init__(self) -> None:
         if self.head_rate is not None:
             checked_rates([self.head_rate], "head_rate")
-        self.schedule(1.0)  # refuses unknown words now rather than after a base model has been trained
+        self.schedule(1.0)  # rejects unknown words now, not after a base model has been trained
 
     def schedule(self, rate: float) -> Schedule:
         """Return the schedule for one rate."""
@@ -172,7 +172,7 @@ def usable_device(name: str | None) -> str:
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.device(name)
-    except RuntimeError:  # its message lists all that any build of torch could have
+    except RuntimeError:  # its message lists the devices of all builds of torch
         raise TnadaptError(f"no device {safe_repr(name)}; give cpu, cuda, cuda:0, mps, …") from None
     try:
         torch.zeros(1, device=name).item()
@@ -260,7 +260,7 @@ def train(
 
 
 def _measured(problem: Problem, model: nn.Module, device: torch.device, batch: int) -> dict[str, Any]:
-    """Measure scores, losses and other metrics; numbers that are not finite are None."""
+    """Measure scores, losses and other metrics, with None for numbers that are not finite."""
     record: dict[str, Any] = {}
     for name in ("validation", "test"):
         part = problem.parts[name]
@@ -285,10 +285,10 @@ def _finite(value: float) -> float | None:
 # Points in the curve of a training.
 _POINTS = 50
 
-# How TensorBoard's writers name their files; a reader joins all of those in one folder.
+# How TensorBoard's writers name their files; a reader merges all of them in one folder.
 _EVENTS = "events.out.tfevents.*"
 
-# Libraries whose runs the callback leaves open; that of trackio ends them itself.
+# Libraries whose runs the callback leaves open; trackio's callback ends them itself.
 _LEFT_OPEN = ("wandb",)
 
 
@@ -318,7 +318,7 @@ def clear_logs(folder: Path) -> None:
 def _reported(
     model: nn.Module, task: Task, training: Training, part: Part, adapters: Path | None
 ) -> Iterator[Callable[[TrainingStep], None]]:
-    """Give a function that reports a step; the mean loss since the last report is that of a point of the curve."""
+    """Yield a function that reports a step, each point of the curve having the mean loss since the last one."""
     if training.report_to == "none":
         yield lambda step: None
         return
@@ -361,7 +361,7 @@ def _reported(
                 losses.clear()
 
         for callback in callbacks:
-            # TensorBoard's would write to a folder below that has the time and this machine's name.
+            # TensorBoard's would write to a subfolder named by the time and the host.
             if getattr(callback, "logging_dir", "") is None:
                 callback.logging_dir = str(folder)
         try:

@@ -1,4 +1,4 @@
-"""The cost of a training step: multiply-adds for all updates and gradients, counted by a backend without data."""
+"""Cost of a training step: multiply-adds for all updates and gradients, counted by a backend of shapes without data."""
 
 from __future__ import annotations
 

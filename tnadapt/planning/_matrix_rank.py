@@ -24,7 +24,7 @@ Blocks = Iterator[np.ndarray]
 # Distinguishing a rank of k from a larger one takes the singular values of a k × k matrix.
 LIMIT = 1024
 _FIRST = 64
-# A config with a larger rank is first tested with one of these: nearly always ΔW already has the largest possible rank.
+# A config with a larger rank is first tested with one of these: ΔW nearly always has the largest possible rank already.
 _FEW = (16, 256)
 # Elements of ΔW that are computed at once.
 BLOCK = 1 << 22
@@ -110,7 +110,7 @@ def largest_rank(plan: SuperLoRA, weight: int | None = None, limit: int = LIMIT,
         return Rank(known, True)
     most = min(limit, *shapes[weight])
     smaller = [few for few in _FEW if isinstance(plan.config.rank, int) and plan.config.rank > 2 * few]
-    if smaller and _free(plan):  # frozen arrays of another rank are others
+    if smaller and _free(plan):  # with another rank, frozen arrays would be different ones
         # A larger rank can represent all that a smaller one can, and takes longer to compute.
         fewer = SuperLoRA(plan.config.replace(rank=smaller[-1]), shapes, plan._layers, plan._roles)
         smaller_rank = largest_rank(fewer, weight, limit, seed)
@@ -138,12 +138,12 @@ def largest_rank(plan: SuperLoRA, weight: int | None = None, limit: int = LIMIT,
 
 
 def _free(plan: SuperLoRA) -> bool:
-    """Return whether every array is a parameter by itself: none is frozen, tied, scaled, or made from θ."""
+    """Return whether every array is a parameter of its own: none is frozen, tied, scaled, or made from θ."""
     return not plan.config.sources and plan.theta is None
 
 
 def _with_stand_ins(plan: SuperLoRA, rng: np.random.Generator) -> SuperLoRA:
-    """Return the plan with random numbers for frozen arrays that it lacks: those of the caller, or from the base."""
+    """Return the plan with random numbers in place of frozen arrays that it lacks: given, or from the base."""
     shapes = {**plan.given_shapes, **plan.base_shapes}
     missing = {name: rng.standard_normal(shape) for name, shape in shapes.items() if name not in plan.given}
     if plan.theta is not None:
@@ -168,7 +168,7 @@ def sketched(blocks: Callable[[], Blocks], shape: tuple[int, int], limit: int, r
 
 
 def _sketch(blocks: Blocks, shape: tuple[int, int], k: int, rng: np.random.Generator) -> np.ndarray:
-    """Compute ``left @ matrix @ right``, k × k, with a normal matrix on each side that is longer than k."""
+    """Compute ``left @ matrix @ right``, k × k, with normal matrices on the sides that are longer than k."""
     rows, cols = shape
     right = None if cols == k else rng.standard_normal((cols, k))
     narrow = (block if right is None else block @ right for block in blocks)
@@ -178,7 +178,7 @@ def _sketch(blocks: Blocks, shape: tuple[int, int], k: int, rng: np.random.Gener
 
 
 def _part(blocks: Blocks, shape: tuple[int, int], side: int, rng: np.random.Generator) -> np.ndarray:
-    """Return ``side`` random rows and columns of the matrix."""
+    """Return the submatrix of ``side`` random rows and columns."""
     rows, cols = (np.sort(rng.permutation(size)[:side]) for size in shape)
     parts, first = [], 0
     for block in blocks:
@@ -197,7 +197,7 @@ def by_formula(plan: SuperLoRA, weight: int) -> int | None:
     """Return the rank if a formula gives it, otherwise None."""
     config, shape = plan.config, plan.shapes[weight]
     if not _free(plan):
-        return None  # the formulas are for arrays in general position, which others need not be
+        return None  # the formulas assume arrays in general position, which frozen ones need not be
     pieces = plan.layout.of_weight(weight)
     free = config.order == 1 and (config.splits == 1 or config.combine == "hadamard")
     # Groups that share F can have linearly dependent parts within a weight.
@@ -284,7 +284,7 @@ def degrees_of_freedom(plan: SuperLoRA) -> int:
             # Frozen arrays leave fewer degrees of freedom than the formulas, which are then an upper bound.
             known[key] = min(of_network(group.network), group.num_parameters, group.projection.map.freedom())
         total += count * known[key]
-    # Arrays that are tied, or made from θ, are counted once. The magnitudes of weights are no part of an update.
+    # Arrays that are tied, or made from θ, are counted once. The magnitudes of weights are not part of an update.
     return min(total, plan.num_parameters - sum(map(math.prod, plan.weight_param_shapes.values())))
 
 

@@ -1,4 +1,4 @@
-"""Measured accuracy of methods, from ``benchmarks/quality``: what applies to given weights, and to a setting."""
+"""Measured accuracy of methods, from ``benchmarks/quality``: which results apply to given weights and settings."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tnadapt.algebra.sources import Source
 
 #: Written by ``python -m benchmarks.quality page`` from the published results.
 DATA = "measured.json"
-#: Results apply to weights with at least a tenth, and at most ten times, as many elements,
+#: Results apply to weights with at most ten times more, or fewer, elements,
 _SIZES = 10.0
 #: and to settings with at most this many times more, or fewer, parameters.
 _PARAMETERS = math.sqrt(10.0)
@@ -74,7 +74,7 @@ def _distance(one: int, other: int) -> float:
 
 
 def _near(one: int, other: int) -> bool:
-    """Return whether one is about as many parameters as the other."""
+    """Return whether two numbers of parameters are close."""
     return _distance(one, other) <= math.log(_PARAMETERS)
 
 
@@ -182,7 +182,7 @@ def kind_of(config: Config) -> Hashable:
 
 
 def _without_numbers(source: Source) -> Hashable:
-    """Return the settings of a source but its scales and starts, some of which depend on sizes."""
+    """Return the settings of a source except scales and starts, some of which depend on sizes."""
     settings = [
         _without_numbers(value) if isinstance(value, Source) else value
         for value in (getattr(source, field.name) for field in dataclasses.fields(source))

@@ -146,7 +146,7 @@ def _least(search: Search, kinds: Sequence[Family]) -> Found:
 def _down(
     search: Search, kinds: Sequence[Family], allowed: int, progress: Callable[[int, int], None] | None
 ) -> dict[Config, None]:
-    """Return for each family the freest of its largest settings within the budget, a tenth of it, …, and the least."""
+    """Return each family's freest settings that fill the budget, a tenth of it, and so on, and its smallest one."""
     configs: dict[Config, None] = {}
     for number, family in enumerate(kinds):
         least, rung = search.least(family), allowed

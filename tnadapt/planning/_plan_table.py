@@ -166,7 +166,7 @@ CRITERIA = {"parameters": False, "freedom": True, "cost": False, "rank": True, "
 # about one for one: if they were compared exactly, nearly every row would be on the front.
 RUNG = 10
 
-# Characters in a line of the notes, of which one lists tasks.
+# Characters in a line of the notes, one of which lists tasks.
 _WIDTH = 120
 
 
@@ -311,7 +311,7 @@ class Plan:
         return lines
 
     def _no_gain(self) -> str:
-        """Return where no method gained anything; empty if nowhere."""
+        """Describe where no method gained anything, if anywhere."""
         budgets: dict[str, list[str]] = {}
         for title, budget in self.no_gain_on:
             budgets.setdefault(title, []).append(f"{budget:,}")
@@ -414,7 +414,7 @@ def _goodness(row: Row, name: str, budget: int) -> float:
 
 
 def _beats(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
-    """Return whether one is as good in all criteria and better in one; if all are equal, whether it is smaller."""
+    """Return whether a setting is as good in all criteria and better in one or, if all are equal, smaller."""
     *ours, few = one
     *theirs, fewer = other
     return all(a >= b for a, b in zip(ours, theirs, strict=True)) and (ours != theirs or few > fewer)

@@ -1,4 +1,4 @@
-"""Names of configs: the method and setting in words, and the preset call that makes a config."""
+"""Names of configs: the method and its setting in words, and the preset call that creates a config."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tnadapt.errors import TnadaptError
 # -- The method, and its setting ---------------------------------------------------------------------------------------
 
 
-#: What the symbols of labels stand for, which are those of the papers.
+#: The meaning of the symbols in labels, which are those of the papers.
 SYMBOLS = {
     "r": "rank", "M": "order", "K": "Kronecker factors", "f": "their size", "G": "groups", "T": "terms",
     "ρ": "trained share", "p": "parameters", "k": "parameters", "n": "coefficients per weight", "b": "block size",
@@ -70,7 +70,7 @@ def known_as(config: Config) -> Name:
     >>> print(known_as(tna.presets.lora(8, start="pissa")))
     LoRA r = 8, pissa
     """
-    plain = config.replace(rate="adam", alpha=None, seed=0, shared=True)  # as those of presets are
+    plain = config.replace(rate="adam", alpha=None, seed=0, shared=True)  # as in presets
     for preset in PRESETS.values():
         if preset.recognize is not None and (label := preset.recognize(plain)) is not None:
             return Name(preset.title, label)
@@ -81,7 +81,7 @@ def known_as(config: Config) -> Name:
 
 
 def _with_changes(config: Config) -> Name:
-    """Return the name of a preset of any number of groups with another F, or else all settings."""
+    """Return the name of a preset with another F or way of applying, or else list all settings."""
     bare = config.replace(projection="identity", ratio=1.0, on="vector", apply="add", magnitude_axis="rows")
     family, parts = "SuperLoRA", _all_settings(config)
     for preset in PRESETS.values():
@@ -104,7 +104,7 @@ def _with_changes(config: Config) -> Name:
 
 
 def _all_settings(config: Config) -> list[str]:
-    """Return the settings in which a config differs from two-dimensional CP on a hypercube, but F and apply."""
+    """Return the settings in which a config differs from 2-D CP on a hypercube, except F and apply."""
     parts = [*_network_settings(config), *groups_label(config)]
     if config.fold != "hypercube":
         parts.append(config.fold if isinstance(config.fold, str) else " × ".join(map(str, config.fold)))
@@ -121,7 +121,7 @@ def _all_settings(config: Config) -> list[str]:
 
 
 def _short(source: Source) -> str:
-    """Return a source as it would be written, without the settings that have their default."""
+    """Return a source as users write it, without settings that have their default."""
     shown = []
     for field in dataclasses.fields(source):
         value = getattr(source, field.name)
@@ -134,7 +134,7 @@ def _short(source: Source) -> str:
 
 
 def _network_settings(config: Config) -> list[str]:
-    """Return the settings in which a config differs from two-dimensional CP with one split and term."""
+    """Return the settings in which a config differs from 2-D CP with one split and term."""
     parts = [FORMATS.find(config.format).title or config.format] if config.format != "cp" else []
     if config.order != 2:
         parts.append(f"M = {config.order}")
@@ -279,9 +279,9 @@ def _call(preset: Preset, config: Config) -> PresetCall | None:
 
 
 def _value(argument: str, config: Config) -> Any:
-    """Return what a preset's argument is in a config, or ``inspect.Parameter.empty`` if it does not have it."""
+    """Return the value of a preset's argument in a config, or ``inspect.Parameter.empty`` if there is none."""
     if argument == "rank" and isinstance(config.rank, tuple) and None in config.rank:
-        return config.rank[-1]  # a partial decomposition, whose presets take the rank of the other modes
+        return config.rank[-1]  # a partial decomposition: its presets take the rank of the other modes
     if hasattr(config, argument):
         return getattr(config, argument)
     if argument in _OF_FOLDS and isinstance(config.fold, tuple) and len(config.fold) == len(_OF_FOLDS):

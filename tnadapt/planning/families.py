@@ -157,7 +157,7 @@ def families(
         lotr = functools.partial(presets.lotr, weights=len(shapes), rows=rows, cols=cols)
         families.append([Ladder(lotr, by_factors)])
     if roles is not None and 1 < len(set(roles)) < len(shapes):
-        # Left out by the search where the weights of a role differ in shape.
+        # The search omits these if the weights of a role differ in shape.
         families.append([Ladder(functools.partial(presets.lotr, groups="role"), by_factors)])
     lorta = PRESETS["lorta"].ladders(weights)
     families += [lorta[1:2], _changed(lorta[2:], projection="linear", ratio=0.01)]
@@ -197,7 +197,7 @@ def groups_between(weights: int) -> list[int]:
 
 
 def _groups(shapes: Shapes, layers: Sequence[Hashable] | None, roles: Sequence[Hashable] | None) -> list[Any]:
-    """Return the values of ``Config.groups`` to compare other than 1."""
+    """Return the values of ``Config.groups`` to compare, except 1."""
     if len(shapes) == 1:
         return []
     keys = {"layer": layers, "role": roles}
@@ -222,13 +222,13 @@ def _hypercube(form: str, order: int, groups: Any) -> Ladder:
 
 
 def _by_count(plan: SuperLoRA) -> int:
-    """Return the rank of CP of an order above 2 at which all elements are free; ranks above the sizes still help."""
+    """Return the rank at which all elements of CP of order 3 or more are free; ranks above the sizes still help."""
     networks = [group.network for group, _ in plan.alike]
     return max(network.size // (sum(network.sizes) - len(network.sizes) + 1) for network in networks)
 
 
 def _by_bonds(plan: SuperLoRA) -> int:
-    """Return the largest useful rank of a tensor train: the number of elements on the smaller side of a bond."""
+    """Return the largest useful rank of a tensor train: the elements on the smaller side of a bond."""
     sizes = max(group.network.sizes for group, _ in plan.alike)
     cuts = range(1, len(sizes))
     return max(min(math.prod(sizes[:cut]), math.prod(sizes[cut:])) for cut in cuts)

@@ -1,8 +1,8 @@
-"""Plots. matplotlib is imported inside the functions and draws only into files: no window, no global state.
+"""Plots of plans, networks and results. matplotlib is imported on use and only draws files: no window, no global state.
 
-Texts and ground have the colors of matplotlib's current style, so that ``with
-matplotlib.style.context("dark_background"):`` gives dark pictures. Methods differ in color, also without full color
-vision, and in shape.
+Text and background have the colors of matplotlib's current style, so ``with
+matplotlib.style.context("dark_background"):`` gives dark pictures. Methods differ in shape and in color, also for the
+color-blind.
 """
 
 from ._accuracy import Axis, Mark, parameters, pareto

@@ -139,7 +139,7 @@ def pareto(
     """
     checked_text(title=title, note=note)
     drawn, axes = figure(8.6, 5.2)
-    # What diverged has no finite score, and no place.
+    # A diverged training has no finite score, and no position.
     marks = [
         dataclasses.replace(mark, factor=axis.factor) for mark in marks if all(map(math.isfinite, mark.accuracies))
     ]
@@ -222,15 +222,12 @@ def _family(axes: Any, family: str, marks: Sequence[Mark], colour: str, shape: s
 
 
 def _labels(axes: Any, points: Sequence[Mark], up: float, colours: Mapping[str, str]) -> None:
-    """Label the marks on the front at their upper left, where by definition of the front there are no other marks.
-
-    A label has its method's color. A line leads from its mark to it if it had to move up.
-    """
+    """Label the marks on the front at their upper left, where by definition of the front there are no other marks."""
     last = -math.inf
     low, high = sorted(axes.get_ylim())
     left, right = map(math.log, axes.get_xlim())
     for mark in sorted((mark for mark in points if mark.front and mark.label), key=lambda mark: mark.parameters):
-        # If two are at almost the same height, the second label moves up.
+        # If two are at almost the same height, the second label moves up, and a line leads to it from its mark.
         top = up * mark.mean + mark.spread
         height = max(top, last + 0.028 * (high - low))
         last = height
@@ -347,7 +344,7 @@ def _line(config: Config, shapes: Shapes, ranks: int) -> Iterator[tuple[int, int
 
 
 def _below(line: Iterator[tuple[int, int]], size: int) -> list[tuple[int, int]]:
-    """Return the points of a line with at most as many parameters as elements, at least one."""
+    """Return the points of a line with at most as many parameters as elements, but at least one point."""
     points = list(line)
     return [point for point in points if point[1] <= size] or points[:1]
 

@@ -16,9 +16,9 @@ from tnadapt.errors import ShapeError
 
 from .canvas import between, checked_text, figure, ground, ink, labelled, quiet, rgb, saved, text_width, tone
 
-# Colours of Okabe and Ito for q, v and others; neighbors of the same role alternate between lighter and darker.
+# Colors of Okabe and Ito for q, v and others; neighbors of the same role alternate between lighter and darker.
 _HUES = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
-# Of more bars than _MOST the middle is replaced by a line of text, before the _LAST few.
+# Of more than _MOST bars, those before the _LAST few are replaced by a line of text.
 _MOST, _LAST = 24, 3
 # Inches: width of the plot, width of its bars, and height of a bar with the space below it.
 _WIDTH, _INCHES, _BAR = 10.0, 7.6, 0.5
@@ -112,26 +112,26 @@ def layout(
 
 
 def _bars(plan: SuperLoRA) -> tuple[list[_Bar], int]:
-    """Return the bars that are drawn, and the number of those that are not."""
+    """Return the bars that are drawn, and the number of omitted ones."""
     bars = [_Bar(index, group, -index) for index, group in enumerate(plan.groups)]
     hidden = len(bars) - _MOST
     if hidden <= 1:
         return bars, 0
-    # One line tells of those that are hidden.
+    # One line of text stands for the hidden ones.
     last = [bar._replace(y=bar.y + hidden - 1) for bar in bars[-_LAST:]]
     return [*bars[: _MOST - _LAST], *last], hidden
 
 
 def _length(group: Group) -> int:
-    """Return the length of a bar: the group, plus the padding of the folded tensor if there is no F."""
+    """Return the length of a bar, which is the group plus, without F, the padding of the folded tensor."""
     return math.prod(group.network.sizes) if group.projection.map.identity else group.size
 
 
-# -- Colours -------------------------------------------------------------------------------------
+# -- Colors --------------------------------------------------------------------------------------
 
 
 def _colours(roles: Sequence[str]) -> list[str]:
-    """Return each weight's color: the hue of its role, alternately darker and lighter."""
+    """Return the color of each weight: the hue of its role, alternately darker and lighter."""
     hues, seen = _hues(roles), dict.fromkeys(roles, 0)
     colours = []
     for role in roles:
@@ -172,7 +172,7 @@ def _hatched() -> dict[str, Any]:
 
 
 def _legend(axes: Any, plan: SuperLoRA, bars: Sequence[_Bar], roles: Sequence[str]) -> bool:
-    """Draw a legend of the colors and signs that occur; return whether there is any."""
+    """Draw a legend of the colors and signs that occur, and return whether there are any."""
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 

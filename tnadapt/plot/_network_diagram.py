@@ -22,7 +22,7 @@ from tnadapt.errors import ShapeError
 
 from .canvas import OTHERS, STYLES, between, checked_text, figure, ground, ink, pale, saved, text_width, tone
 
-# -- One split: where its arrays and their lines are -------------------------------------------------------------------
+# -- One split: positions of its arrays and lines ----------------------------------------------------------------------
 
 # Lengths are inches, y grows upward, and the origin is the left end of the row of arrays.
 
@@ -48,13 +48,13 @@ _LOOKS = {
 # Half the width of a node, the smallest width of a column, the length of an open line, the height of the first line
 # above the row and the distance of further ones, and the space below a split.
 _RADIUS, _PITCH, _LEG, _FIRST_LEVEL, _LEVEL, _BELOW = 0.21, 0.64, 0.36, 0.45, 0.26, 0.85
-# Of more than _MODES modes only the first few and the last are drawn, and so of more than _SPLITS splits.
+# Of more than _MODES modes, only the first few and the last are drawn; likewise of more than _SPLITS splits.
 _MODES, _FIRST_MODES, _SPLITS, _FIRST_SPLITS = 10, 7, 5, 3
 _POINTS = 7.5
 
 
 class _Node(NamedTuple):
-    """An array: its name in the plan, its kind, its symbol, the places of its left and right end, and its height."""
+    """An array: its name in the plan, its kind, its symbol, the positions of its left and right end, and its height."""
 
     name: str
     kind: str
@@ -108,7 +108,7 @@ class _SplitDrawing:
             self._place_above(name)
 
     def _place_row(self) -> None:
-        """Place the arrays with modes, with a column for each mode that an array has alone, or one column in all."""
+        """Place the arrays with modes, with a column per mode that only this array has, or one column if none."""
         columns = []
         for name, indices in self.arrays.items():
             modes = [index for index in indices if index in self.modes]
@@ -139,7 +139,7 @@ class _SplitDrawing:
         self.nodes[name] = _Node(full, look, symbol, min(places), max(places), y, full in self.frozen)
 
     def _join(self, index: str) -> None:
-        """Draw an index of arrays in the row; that of one of them and one above it is drawn with the latter."""
+        """Draw an index of arrays in the row, except between one of them and one above, drawn with the latter."""
         holders, size = self.holders[index], self.sizes[index]
         ends = sorted((self.nodes[name] for name in holders if name in self.nodes), key=lambda node: node.left)
         if len(holders) < 2 or not ends or (len(holders) == 2 and not set(holders).isdisjoint(self.modeless)):
@@ -179,7 +179,7 @@ class _SplitDrawing:
 
 
 def _some(items: Sequence[Any], most: int, first: int) -> tuple[list[Any], int]:
-    """Return the items that are drawn, the first few and the last of many, and how many are omitted before the last."""
+    """Return the items to draw, the first few and the last of many, and how many before the last are omitted."""
     if len(items) <= most:
         return list(items), 0
     return [*items[:first], items[-1]], len(items) - first - 1
@@ -188,7 +188,7 @@ def _some(items: Sequence[Any], most: int, first: int) -> tuple[list[Any], int]:
 # -- The picture -------------------------------------------------------------------------------------------------------
 
 
-# The widest row of splits; wider ones stand below each other. The narrowest diagram, the margin, the width of a sign
+# The widest row of splits; wider ones are stacked. The narrowest diagram, the margin, the width of a sign
 # between splits, and the heights of an arrow and of a line in a box.
 _WIDEST, _NARROWEST, _MARGIN, _BETWEEN, _ARROW, _LINE = 10.5, 5.2, 0.3, 0.6, 0.36, 0.165
 
@@ -278,7 +278,7 @@ def network(
 
 
 def _draw_key(axes: Any, nodes: Sequence[_Node], top: float) -> float:
-    """Draw the key of the nodes below a height; return the height of its lower end."""
+    """Draw the key of the nodes below a height, and return the height of its lower end."""
     from matplotlib.patches import Patch
 
     kinds = {node.kind for node in nodes}
@@ -299,7 +299,7 @@ def _draw_key(axes: Any, nodes: Sequence[_Node], top: float) -> float:
 def _draw_splits(
     axes: Any, parts: dict[int, _SplitDrawing], width: float, top: float, sign: str, omitted: int, stacked: bool
 ) -> float:
-    """Draw the splits below a height, with signs between them, side by side or stacked; return their lower end."""
+    """Draw the splits below a height with signs between them, in a row or stacked, and return their lower end."""
     breadth, highest = sum(part.width + _BETWEEN for part in parts.values()), max(p.above for p in parts.values())
     x, last = (width - breadth + _BETWEEN) / 2, max(parts)
     style = {"ha": "center", "color": ink()}
@@ -354,7 +354,7 @@ def _draw(axes: Any, part: _SplitDrawing, x: float, y: float) -> None:
 
 
 def _draw_steps(axes: Any, steps: Iterable[_Step], middle: float, top: float) -> float:
-    """Draw the steps below each other, each in a box with an arrow to it; return the height of the lower end."""
+    """Draw the steps below each other in boxes joined by arrows, and return the height of the lower end."""
     for step in steps:
         height = _LINE * len(step.lines) + 0.16
         arrow = {"arrowstyle": "-|>,head_length=0.35,head_width=0.18", "color": ink(), "linewidth": 0.9}
@@ -452,13 +452,13 @@ def _steps(plan: SuperLoRA, group: Group, index: int) -> list[_Step]:
 
 
 def _ratio(plan: SuperLoRA, projection: Projection) -> str:
-    # A ratio of 1 says nothing about an F that determines the length before it.
+    # If F determines its input length, a ratio of 1 means nothing.
     said = takes_ratio(plan.config.projection) or projection.n_in == projection.n_out
     return f"ρ = {plan.config.ratio:.12g}:  " if said else ""
 
 
 def _combined(network: Network) -> str:
-    """Describe what is done to the product of the splits: sum, cropping and scaling."""
+    """Describe what happens to the product of the splits: sum, cropping and scaling."""
     changes = [f"sum of {network.terms:,} terms"] if network.terms > 1 else []
     if network.kronecker:
         product = tuple(math.prod(sizes) for sizes in zip(*(split.sizes for split in network.splits), strict=True))
@@ -470,7 +470,7 @@ def _combined(network: Network) -> str:
 
 
 def _covered(plan: SuperLoRA, pieces: Sequence[Piece]) -> Iterator[str]:
-    """Describe the weights that a group has elements of, in two lines."""
+    """Describe, in two lines, the weights that have elements in a group."""
     weights = [piece.weight for piece in pieces]
     cut = [piece.weight for piece in pieces if piece.length < math.prod(plan.shapes[piece.weight])]
     if len(weights) == 1:

@@ -1,7 +1,7 @@
 """Parts shared by all plots: colors, a figure that is drawn into a file, and unobtrusive axes.
 
-Ground and ink are those of matplotlib's settings, ``figure.facecolor`` and ``text.color``, when a picture is drawn.
-With the default settings these are white and a dark grey. ``matplotlib.style.context("dark_background")`` gives dark
+Ground and ink, the colors of background and text, are matplotlib's settings ``figure.facecolor`` and ``text.color``
+when a picture is drawn: white and a dark grey by default. ``matplotlib.style.context("dark_background")`` gives dark
 pictures.
 """
 
@@ -20,7 +20,7 @@ from tnadapt.errors import ConfigError, safe_repr
 
 _MAX_TEXT = 1000
 
-# The colour-blind safe palette of Okabe and Ito, with different shapes for print in grey.
+# The palette of Okabe and Ito, which is safe for the color-blind, with different shapes for print in grey.
 STYLES: dict[str, tuple[str, str]] = {
     "LoRA": ("#0072B2", "s"),
     "LoKr": ("#56B4E9", "D"),
@@ -32,9 +32,9 @@ STYLES: dict[str, tuple[str, str]] = {
 }
 OTHERS = (("#332288", "h"), ("#117733", "<"), ("#882255", ">"), ("#AA4499", "p"), ("#999933", "*"), ("#44AA99", "d"))
 
-# On a dark ground, a colour with less contrast is moved towards the ink. The palettes are made for a white one.
+# On a dark ground, a color with less contrast is moved toward the ink. The palettes are made for a white ground.
 _CONTRAST = 3.0
-# Of small text, as WCAG asks for.
+# For small text, as WCAG requires.
 _TEXT_CONTRAST = 4.5
 
 
@@ -103,7 +103,7 @@ def rgb(colour: Any) -> tuple[float, ...]:
     from matplotlib.colors import to_rgba
 
     *parts, opacity = to_rgba(colour)
-    return tuple(parts) if opacity else (1.0, 1.0, 1.0)  # what is transparent lies on a page, most often a white one
+    return tuple(parts) if opacity else (1.0, 1.0, 1.0)  # a transparent ground shows the page, which is usually white
 
 
 def between(one: Any, other: Any, share: float) -> str:
@@ -200,7 +200,7 @@ def count_ticks(axis: Any) -> None:
     """
     from matplotlib.ticker import LogFormatterSciNotation
 
-    class _Counts(LogFormatterSciNotation):  # it decides which ticks have a label
+    class _Counts(LogFormatterSciNotation):  # decides which ticks have labels
         def __call__(self, x: float, pos: int | None = None) -> str:
             return f"{x:,.0f}" if super().__call__(x, pos) else ""
 

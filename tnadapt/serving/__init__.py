@@ -1,4 +1,4 @@
-"""Serving adapters: a folder of adapter files, expanded to LoRA at request.
+"""Serving adapters: a folder of adapter files, each expanded to LoRA on request.
 
 :class:`ServedFolder` expands files of this library to PEFT's LoRA, and keeps the result in a cache. vLLM finds
 :func:`register_vllm_resolver` by its entry point, and asks the resolver for adapters by name.

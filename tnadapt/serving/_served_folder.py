@@ -1,4 +1,4 @@
-"""A folder of adapter files, and the LoRA that each of them becomes when it is first asked for."""
+"""A folder of adapter files, and the LoRA to which each of them is expanded on its first request."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from tnadapt.checkpoints.stored_weights import base_weights
 from tnadapt.convert import convert
 from tnadapt.errors import ConfigError, FileError, TargetError, TnadaptError
 
-# -- A folder of adapter files, and the LoRA that each of them becomes when it is first asked for ----------------------
+# -- A folder of adapter files, and the LoRA to which each of them is expanded on its first request --------------------
 
 
 # One component of a path that is neither hidden nor a parent.
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 
-# Of what is written: to be raised when that changes, as entries of the cache are never written again.
+# Version of the written files: increase it when they change, because cache entries are never rewritten.
 _VERSION = b"1"
 
 # PEFT's settings, which are moved into place last.
@@ -120,7 +120,7 @@ class ServedFolder:
         if path is None:
             return None
         base = self.base or _weights_of(model)
-        # The bytes that are hashed are those that are expanded, whatever happens to the path.
+        # The hashed bytes are the ones that are expanded, whatever happens to the path.
         content = path.read_bytes()
         digest = _digest(content, model, base)
         place = self.cache / digest
@@ -131,14 +131,14 @@ class ServedFolder:
             try:
                 self._expand(path, content, base, place)
             except (ConfigError, TargetError) as error:
-                # Of the adapter itself. Others may pass: a file that is being written, a full disk or memory.
+                # Errors of the adapter itself. Others may be temporary: a file being written, a full disk or memory.
                 if not isinstance(error.__cause__, MemoryError):
                     self._refused[name] = digest, type(error), str(error)
                 raise
         return ServedAdapter(str(place), int(digest[:8], 16) & 0x7FFFFFFF or 1)
 
     def _expand(self, path: Path, content: bytes, base: str | None, place: Path) -> None:
-        """Write an adapter's LoRA; of several writers of one place, any one wins, as all write the same."""
+        """Write an adapter's LoRA, where any of several concurrent writers may win, as all write the same."""
         file = load(path)
         if path.read_bytes() != content:
             raise FileError(f"{path}: changed while it was read: request it again")
@@ -151,18 +151,16 @@ class ServedFolder:
             base_weights(file, open_checkpoint(base))  # raises a TargetError for another base
         self.cache.mkdir(parents=True, exist_ok=True)
         try:
-            # A folder appears whole. One that is there without its last file has lost it since, and is written again.
+            # A folder appears atomically. If its last file is missing, it was lost later, and the folder is rewritten.
             convert(file, place, to="vllm-lora", base=base, overwrite=place.is_dir())
         except FileError:
-            if not (place / _COMPLETE).is_file():  # otherwise somebody else was faster
+            if not (place / _COMPLETE).is_file():  # otherwise another writer was faster
                 raise
 
 
 def _weights_of(model: str) -> str | None:
-    """Return the folder with the weights of a served model, or None if they are not here or cannot be compared.
-
-    That is so for quantized models and for weights in other files than safetensors.
-    """
+    """Return the folder with the weights of a served model, or None if they are not here or cannot be compared."""
+    # Quantized models, and weights that are not in safetensors files, cannot be compared.
     place = _folder_of(model)
     if place is None:
         return None
@@ -183,15 +181,15 @@ def _folder_of(model: str) -> str | None:
     except ImportError:
         return None
     try:
-        return str(snapshot_download(model, local_files_only=True))  # vLLM has downloaded it there
+        return str(snapshot_download(model, local_files_only=True))  # where vLLM has downloaded it
     except (LocalEntryNotFoundError, HFValidationError):
         return None
 
 
 def _digest(content: bytes, model: str, base: str | None) -> str:
-    """Return a digest of all that the expanded adapter depends on."""
+    """Return a digest of everything that the expanded adapter depends on."""
     digest = hashlib.sha256()
-    # The sizes and times of the base's files tell whether it was replaced.
+    # The sizes and times of the base's files show whether it was replaced.
     states = [] if base is None else [os.stat(file) for file in open_checkpoint(base).files]
     files = [f"{state.st_size} {state.st_mtime_ns}".encode() for state in states]
     for part in (_VERSION, model.encode("utf-8", "surrogatepass"), str(base).encode(), *files, content):
@@ -199,7 +197,7 @@ def _digest(content: bytes, model: str, base: str | None) -> str:
     return digest.hexdigest()
 
 
-# -- The resolver of vLLM, which asks it for adapters that it does not know, by name -----------------------------------
+# -- The resolver that vLLM asks for unknown adapters, by name ---------------------------------------------------------
 
 
 _log = logging.getLogger(__name__)

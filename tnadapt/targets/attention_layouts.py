@@ -1,4 +1,4 @@
-"""Layouts of fused attention weights: the table, look-up for models and checkpoints, and registration.
+"""Layouts of fused attention weights: the table, lookup for models and checkpoints, and registration.
 
 An entry says how to recognize a layout in torch (by the class of the attention) and in a checkpoint (by ``model_type``
 or timm's ``architecture``, and the weight's name), and which rule places q, k and v in the rows. A lookup returns None
@@ -20,9 +20,9 @@ from . import fused_rows as rules
 from .fused_rows import Rule
 from .roles import parse_projection_name
 
-# -- The built-in table: how each layout is recognized, and which rule places q, k and v -------------------------------
+# -- The built-in table: how each layout is recognized, and the rule for its rows of q, k and v ------------------------
 
-# Each entry was taken from its library's source. For each, the tests check that permuting the rows of one of q, k and v
+# Each entry was taken from its library's source. For each, tests check that permuting the rows of one of q, k and v
 # affects only that one in the attention's computation.
 
 
@@ -203,7 +203,7 @@ TABLE: tuple[AttentionLayout, ...] = (
 )  # fmt: skip
 
 
-# -- Look-up and registration ------------------------------------------------------------------------------------------
+# -- Lookup and registration -------------------------------------------------------------------------------------------
 
 
 _added: dict[str, AttentionLayout] = {}

@@ -1,4 +1,4 @@
-"""Matrices of experts in a checkpoint, stacked or each a tensor of its own, as targets; names of the single tensors.
+"""Targets for the matrices of MoE experts in a checkpoint, stacked or one tensor each, and the names of such tensors.
 
 Either way they become the targets that the model has in memory, where transformers stacks them. Whether the matrices of
 a stack are stored as ``(in, out)`` follows from the shapes of two parameters: the rows of one are the columns of the
@@ -25,12 +25,12 @@ from .target import Target
 # one after the other.
 
 
-#: The tensors of which a parameter consists, in each convention.
+#: The tensors that make up a parameter, in each convention.
 PARTS = (
     {"gate_up_proj": ("gate_proj", "up_proj"), "up_proj": ("up_proj",), "down_proj": ("down_proj",)},
     {"gate_up_proj": ("w1", "w3"), "down_proj": ("w2",)},
 )
-#: The module's name in memory and in the checkpoint, where it is not the same.
+#: The module's name in memory and in the checkpoint, if they differ.
 MODULES = (("", ""), (".mlp.experts", ".block_sparse_moe.experts"))
 
 
@@ -165,7 +165,7 @@ def _is_transposed(module: str, stacks: Mapping[str, Shape], config: Mapping[str
     down = stacks.get("down_proj")
     first, factor = (stacks["gate_up_proj"], 2) if "gate_up_proj" in stacks else (stacks.get("up_proj"), 1)
     if first is not None and down is not None:
-        # (out, in), where in of one matrix is out of the other; gate and up are twice as many rows.
+        # (out, in), where the in of one matrix is the out of the other; gate and up together have twice as many rows.
         plain = (first[1], first[2]) == (factor * down[2], down[1])
         turned = (first[2], first[1]) == (factor * down[1], down[2])
         if plain != turned:
@@ -193,7 +193,7 @@ def _single(shapes: Mapping[str, Sequence[int]]) -> list[StoredExpert]:
 
 
 def _joined(module: str, shapes: Mapping[str, Mapping[int, Shape]]) -> list[StoredExpert]:
-    """Return the experts of one module whose tensors have known names, are complete and have one shape."""
+    """Return the experts of one module whose tensors have known names, are complete and have the same shape."""
     known: set[str] = set()
     experts = []
     for parts in PARTS:

@@ -129,7 +129,7 @@ def _rows(stored: StoredWeight, fused: Fused, cols: int, config: Config, has_con
 
 
 def _parts_for(name: str, config: Config) -> list[Config]:
-    """Return the parts of a config that a tensor may belong to: those that its name mentions, otherwise all."""
+    """Return the parts of a config that a tensor may belong to: those its name mentions, or else all."""
     words = set(re.split(r"[._]", name))
     parts = list(_nested(config))
     named = [part for key, part in parts if words & _WORDS.get(key, {key})]
@@ -280,11 +280,11 @@ def _join(path: str, name: str) -> str:
 # -- Selection of targets ----------------------------------------------------------------------------------------------
 
 
-# What attach takes besides, as it knows the layers.
+# Words that only attach accepts, which knows the layers.
 _KINDS = ("all-linear", "conv")
 
-# A checkpoint does not say in which order its model defines the modules; these words are in the order of most models of
-# transformers. Others are in the order of the alphabet, between the two.
+# A checkpoint does not say in which order its model defines the modules. These words are in the order of most
+# transformers models; others come between the two lists, alphabetically.
 _FIRST = (
     "stem", "embedder", "embeddings", "feature_projection", "text_model", "text_encoder", "vision_tower",
     "vision_model", "visual", "vision_encoder", "visual_projection", "encoder", "attn", "self_attn", "self_attention",
@@ -301,10 +301,10 @@ _LAST = (
 _RANKS = {word: place - len(_FIRST) for place, word in enumerate(_FIRST)} | {
     word: place for place, word in enumerate(_LAST, 1)
 }
-# In this company, q comes after k and v.
+# Next to all of these, q comes after k and v.
 _REVERSED = frozenset({"q_proj", "k_proj", "v_proj", "out_proj"})
 
-# Last parts of the paths of embeddings, by which they are told from other matrices.
+# Last parts of the paths of embeddings, which distinguish them from other matrices.
 _EMBEDDINGS = {
     "embed_in", "embed_positions", "embed_tokens", "position_embeddings", "shared", "tok_embeddings",
     "token_type_embeddings", "word_embedding", "word_embeddings", "wpe", "wte",
@@ -368,7 +368,7 @@ def find_stored(
 
 
 def _stored_as_given(target: Target, shapes: Mapping[str, tuple[int, ...]]) -> Target:
-    """Return a target; raise TargetError if the tensor of its name has another shape."""
+    """Return a target, or raise TargetError if the tensor of its name has another shape."""
     stored = shapes.get(target.name, target.stored)
     if tuple(stored) != target.stored:
         raise TargetError(
@@ -379,7 +379,7 @@ def _stored_as_given(target: Target, shapes: Mapping[str, tuple[int, ...]]) -> T
 
 
 def _order(model: StoredModel, target: Target) -> tuple[Any, ...]:
-    """Return the sort key of a target: the place of its module in most models, and that within the module."""
+    """Return the sort key of a target: the position of its module in most models, then that within the module."""
     parts, place = target.module.split("."), []
     for depth, part in enumerate(parts):
         rank = _RANKS.get(part, 0.0)
@@ -439,5 +439,5 @@ def _nothing(targets: Any, weights: Mapping[str, Any]) -> TargetError:
 def _whole(model: StoredModel, name: str) -> Target:
     path = _module(name)
     role = "embedding" if _is_embedding(model, name) else "conv" if len(model.weights[name]) > 2 else "linear"
-    # A number at the end is the module's own place in a Sequential, not the layer's.
+    # A number at the end is the module's own index in a Sequential, not the layer's.
     return model.whole(name, role, roles.layer_of(_module(path)))

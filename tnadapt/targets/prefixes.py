@@ -48,7 +48,7 @@ class Prefix(NamedTuple):
         name = self.of(target.name)
         if name is None:
             raise TargetError(f"{target.name} does not begin with {safe_repr(self.taken)}")
-        # The other names of a tied weight are those of the model.
+        # The other names of a tied weight are the model's.
         return dataclasses.replace(target, module=name.removesuffix(target.parameter).removesuffix("."), tied=())
 
     def __str__(self) -> str:
@@ -169,7 +169,7 @@ def renamed_targets(
 
 
 def _under(target: Target, name: str) -> Target:
-    """Return a target whose parameter has another name."""
+    """Return a target with another parameter name."""
     if name == target.name:
         return target
     module, _, parameter = name.rpartition(".")
@@ -177,7 +177,7 @@ def _under(target: Target, name: str) -> Target:
 
 
 def _turned(target: Target, turn: int) -> Target:
-    """Return a target under another of its names."""
+    """Return a tied target under another one of its names."""
     names = (target.name, *target.tied)
     if not 0 < turn < len(names):
         return target
@@ -291,7 +291,7 @@ def _matched(theirs: dict[str, list[Target]], ours: dict[str, list[Target]]) -> 
 
 
 def _told_apart(stacks: dict[str, list[Target]]) -> dict[frozenset[str], list[Target]]:
-    """Key the stacks by the path words that not all of them have; empty if two stacks have the same ones."""
+    """Key the stacks by path words that they do not all share, or return {} if two stacks have the same ones."""
     words = {path: frozenset(re.split(r"[._]", re.sub(r"\b\d+\b", "*", path))) for path in stacks}
     common = frozenset.intersection(*words.values()) if words else frozenset()
     by_words = {words[path] - common: stack for path, stack in stacks.items()}

@@ -35,7 +35,7 @@ _LETTERS = {
 # Words that identify a projection, whatever its parent.
 _PROJECTION = {"to", "w", "proj", "projection", "project", "lin", "linear"}
 
-# Words that only say that this is a layer, or which part of an attention it belongs to. "b": the second factor of a
+# Words that only say that this is a layer, or which part of an attention it belongs to. "b" is the second factor of a
 # query or key-value projection in two steps (DeepSeek's latent attention).
 _LAYER = {"layer", "head", "net", "fc", "dense", "weight", "in", "attn", "att", "attention", "self", "cross", "b"}
 
@@ -45,7 +45,7 @@ _STREAM = {
     "protein", "structure", "msa", "w2e", "e2w", "e2e",
 }  # fmt: skip
 
-# With one of these words, a value is as likely the value of a state in reinforcement learning.
+# Next to one of these words, "value" is as likely the value of a state in reinforcement learning.
 _HEAD = {"head", "net", "fc"}
 
 # Names that do not spell out what they produce. The last counts in attention modules only.
@@ -408,7 +408,7 @@ class ModuleTree(Generic[Weight]):
         return [projections[0] for projections in weights if len(projections) == 1]
 
     def _half_understood(self, path: str, children: Iterable[str], produced: set[str]) -> Iterator[tuple[str, str]]:
-        """Yield the children whose name has q or v among other words, and that letter if no other produces it."""
+        """Yield the children whose name has q or v among other words, with that letter if no other produces it."""
         for child in children:
             letters = projection_letters(child)
             missing = "".join(letter for letter in letters if letter in "qv" and letter not in produced)

@@ -1,4 +1,4 @@
-"""Target: a weight of an adapter, as rows of a matrix in whatever shape the model stores it; overlaps of targets.
+"""Target: a weight to adapt, as rows of a matrix in whatever shape the model stores it; and the check for overlaps.
 
 A target consists of integers and names only and works with any array library: torch modules and checkpoints on disk are
 updated through the same views.
@@ -398,7 +398,7 @@ class Target:
         return cls(value[0], value[1], value[2], **rest)
 
 
-# The fields that a list has only where they differ from their defaults.
+# The fields that a list contains only if they differ from their defaults.
 _SETTINGS = {field.name: field.default for field in dataclasses.fields(Target)[3:]}
 
 
@@ -445,7 +445,7 @@ def check_distinct(targets: Sequence[Target]) -> None:
 
 
 def _check_one(targets: Sequence[Target], numbers: Sequence[int]) -> None:
-    """Check the targets of one parameter."""
+    """Check the targets of one parameter for overlaps."""
     first = targets[numbers[0]]
     by_index: dict[int | None, list[int]] = {}
     for number in numbers:
@@ -464,7 +464,7 @@ def _check_one(targets: Sequence[Target], numbers: Sequence[int]) -> None:
 
 
 def _check_matrix(targets: Sequence[Target], numbers: Sequence[int]) -> None:
-    """Check the targets of one matrix: the rows of one block, and the listed rows."""
+    """Check the targets of one matrix for overlaps: the rows of one block, and the listed rows."""
     spans: list[tuple[int, int, int]] = []
     listed: list[tuple[int, RowIndices]] = []
     strides: dict[int, int] = {}

@@ -164,7 +164,7 @@ def cp(
 
 
 def _factors(init: CPTensor, rank: int, held: Collection[int]) -> list[Array]:
-    """Return the factors of a start, with its weights in the first that is not kept."""
+    """Return the factors of a start, with its weights in the first factor that is not held."""
     if init.rank != rank:
         raise ShapeError(f"init has rank {init.rank}; expected {rank}")
     factors = list(init.factors)

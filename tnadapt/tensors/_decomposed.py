@@ -1,4 +1,4 @@
-"""Results of decompositions: from a fit to its result; what all have in common, CP tensors, and Tucker tensors."""
+"""Results of decompositions: their base class, how a fit becomes a result, CP tensors, and Tucker tensors."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tnadapt.errors import BackendError, ConfigError, ShapeError, safe_repr
 from ._matrix_products import mode_dot, row_khatri_rao, unfold
 from ._requests import Request, alike, as_tensor, as_tensors, from_lists, integer_of, mode_of, scalar_of
 
-# -- What all results share --------------------------------------------------------------------------------------------
+# -- Base class of all results -----------------------------------------------------------------------------------------
 
 
 class Decomposed(abc.ABC):
@@ -37,7 +37,7 @@ class Decomposed(abc.ABC):
     """
 
     outcome: FitOutcome | None = None
-    # NumPy's numbers and arrays leave products to __rmul__, rather than read a result as an array of its parts.
+    # NumPy's numbers and arrays leave products to __rmul__ instead of reading a result as an array of its parts.
     __array_ufunc__ = None
 
     @classmethod
@@ -210,7 +210,7 @@ class Decomposed(abc.ABC):
         return slices
 
     def _whole(self, index: Sequence[int | slice]) -> Self:
-        """Return the tensor itself if slices take all of it, as others have not this form."""
+        """Return the tensor itself if the slices select all of it; parts do not have this form."""
         if any(span != slice(0, size, 1) for span, size in zip(self.slices(index), self.shape, strict=True)):
             raise ShapeError(f"a part of a {type(self).__name__} is none: take entries, or multiply by unit vectors")
         return self
@@ -245,7 +245,7 @@ class Decomposed(abc.ABC):
         return self
 
     def _is_alike(self, other: Any) -> bool:
-        """Return whether another object may be added, if it has the same shape."""
+        """Return whether another object of the same shape may be added."""
         return isinstance(other, type(self))
 
     def __add__(self, other: Any) -> Self:
@@ -281,7 +281,7 @@ class Decomposed(abc.ABC):
     def __neg__(self) -> Self:
         return self * -1.0
 
-    # -- What a decomposition found ---------------------------------------------------------------
+    # -- Outcome of a decomposition --------------------------------------------------------------
 
     @property
     def error(self) -> float | None:
@@ -371,7 +371,7 @@ def finished(
 
     error: float | Callable[[], float]
     if request.settled:
-        # The caller may change the arrays before the error is asked for.
+        # The caller may change the arrays before the error is read.
         copied: D = tuple.__new__(type(result), _copied(result))  # type: ignore[type-var]
         error = functools.partial(error_of, request, copied)
     else:
@@ -430,7 +430,7 @@ def with_derivative(
 
 
 def _copied(parts: Any) -> list[Any]:
-    """Copy arrays in nested sequences."""
+    """Copy the arrays in nested sequences."""
     return [_copied(part) if isinstance(part, (list, tuple)) else None if part is None else part * 1 for part in parts]
 
 
@@ -474,7 +474,7 @@ def smallest_rank(fitted: Callable[[int], D], limit: float, most: int, shape: Se
 
 
 class _Factored(Decomposed):
-    """What CP and Tucker tensors share: weights or a core, and a matrix for each mode."""
+    """Base class of CP and Tucker tensors: weights or a core, and a matrix for each mode."""
 
     factors: list[Array]
     __repr__ = Decomposed.__repr__
@@ -494,11 +494,11 @@ class _Factored(Decomposed):
         )
 
     def _with(self, factors: Sequence[Array]) -> Self:
-        """Return one with other factors."""
+        """Return a tensor with other factors."""
         return type(self)(self[0], factors)  # type: ignore[call-arg, index]
 
     def _pairs(self, other: Self) -> Iterator[tuple[Array, Array]]:
-        """Yield the factors of two tensors, mode by mode."""
+        """Yield the factors of two tensors in pairs, mode by mode."""
         return zip(self.factors, other.factors, strict=True)
 
     def _side_by_side(self, backend: Backend, other: Self) -> list[Array]:
@@ -742,7 +742,7 @@ class TuckerTensor(_Factored, _TuckerParts):
         backend = self.backend
         values = backend.reshape(self.core, (1, *self.core.shape))
         for factor, rows in zip(self.factors, self._rows(backend, indices), strict=True):
-            # Contract the first mode that is left, batched over the elements.
+            # Contract the first remaining mode, batched over the elements.
             rest = tuple(values.shape)[2:]
             flat = backend.reshape(values, (values.shape[0], factor.shape[1], -1 if rest else 1))
             count = int(rows.shape[0])
@@ -782,7 +782,7 @@ class TuckerTensor(_Factored, _TuckerParts):
         return type(self)(core, factors).with_outcome(self.outcome)
 
 
-# -- Block-diagonal joins of arrays, from which sums of networks are made ----------------------------------------------
+# -- Block-diagonal joins of arrays, for sums of networks --------------------------------------------------------------
 
 
 def block_diagonal(backend: Backend, a: Array, b: Array, axes: Collection[int]) -> Array:

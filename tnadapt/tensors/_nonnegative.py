@@ -67,7 +67,7 @@ def _not_negative(backend: Backend, array: Array, what: str) -> None:
 
 
 def _bound(request: Request) -> float:
-    """The error of any tensor without negative elements: at least the negative part of the given one."""
+    """Return a lower bound on the error of nonnegative tensors: the norm of the given tensor's negative part."""
     backend, tensor = request.backend, request.tensor
     norm = request.norm
     return norm_of(backend, backend.where(tensor < 0.0, tensor, tensor * 0.0)) / norm if norm else 0.0
@@ -136,7 +136,7 @@ def fit_nonnegative_tucker(request: Request, ranks: Sequence[int], init: str | T
         return Fit({"core": backend.zeros(ranks, like=request.tensor), **zeros}, True, 0, "zero")
     fitted = _tucker(request, request.tensor, ranks, start, limits)
     if fitted is None:
-        # A core or a factor that becomes zero stays so; one that fits the positive part of the tensor does not.
+        # A core or factor that becomes zero stays zero; one that fits the positive part of the tensor does not.
         positive = backend.where(request.tensor > 0.0, request.tensor, request.tensor * 0.0)
         begun = _tucker(request, positive, ranks, start, limits)
         fitted = None if begun is None else _tucker(request, request.tensor, ranks, begun[0], limits)
@@ -150,7 +150,7 @@ def fit_nonnegative_tucker(request: Request, ranks: Sequence[int], init: str | T
 def _tucker(
     request: Request, tensor: Array, ranks: Sequence[int], start: Any, limits: Limits
 ) -> tuple[tuple[np.ndarray, list[np.ndarray]], list[float]] | None:
-    """Return a core and factors, and the errors; None if the equations are singular."""
+    """Return a core and factors, and the errors, or None if the equations are singular."""
     host = request.backend.to_numpy(tensor)
     shift = _exponent(host)
     if not isinstance(start, str):
@@ -167,7 +167,7 @@ def _tucker(
 def _fit(
     request: Request, arrays: Mapping[str, np.ndarray], errors: Sequence[float], limits: Limits, bound: float
 ) -> Fit:
-    """Return arrays of the host as a fit in the tensor's library."""
+    """Return host arrays as a fit in the tensor's library."""
     stopped = "converged" if len(errors) < limits.iterations else "max_iterations"
     return Fit(
         request.algebra().arrays(arrays), False, len(errors), _WAY, stopped, errors[-1], tuple(errors), bound=bound
@@ -189,9 +189,9 @@ _NO_TOLERANCE = 1e-300
 def _by_tensorly(
     solver: str, tensor: np.ndarray, rank: Any, start: Any, limits: Limits, seed: int, **settings: Any
 ) -> tuple[Any, list[float]]:
-    """Return what a solver finds, and the relative error after each iteration."""
+    """Return the result of a TensorLy solver, and the relative error after each iteration."""
     with tensorly_on(load_backend("numpy")) as tensorly, warnings.catch_warnings(), np.errstate(all="ignore"):
-        warnings.simplefilter("ignore")  # of divisions by the norms of columns that became zero
+        warnings.simplefilter("ignore")  # about divisions by norms of columns that became zero
         arrays, errors = getattr(tensorly.decomposition, solver)(
             tensor, rank, n_iter_max=limits.iterations, init=start, tol=max(limits.tol, _NO_TOLERANCE),
             random_state=seed % (1 << 32), return_errors=True, **settings,
@@ -200,5 +200,5 @@ def _by_tensorly(
 
 
 def _exponent(tensor: np.ndarray) -> int:
-    """The power of two that a tensor is divided by, as TensorLy's thresholds are absolute."""
+    """Return the power of two to divide a tensor by, as TensorLy's thresholds are absolute."""
     return math.frexp(float(np.max(np.abs(tensor))))[1]

@@ -269,7 +269,7 @@ def ring_ranks(ranks: Sequence[int], shape: Sequence[int]) -> list[int]:
 # -- A checked request -------------------------------------------------------------------------------------------------
 
 
-# Of larger tensors no copy is held until the error is asked for: it is computed at once.
+# For larger tensors the error is computed at once: no copy is held until it is read.
 _COPIED = 1 << 24
 #: Bytes of a block of a tensor that is not in memory, in double precision, unless told otherwise.
 BLOCK = 1 << 27
@@ -452,7 +452,7 @@ def seed_of(random_state: Any) -> int:
 
 
 def _observed(backend: Backend, tensor: Array, mask: Any, weights: Any) -> tuple[Array | None, Array]:
-    """Return the roots of the weights, and the tensor with zeros where it is not observed."""
+    """Return the square roots of the weights, and the tensor with zeros where it is not observed."""
     shape, roots = tuple(tensor.shape), np.ones(tuple(tensor.shape))
     if weights is not None:
         host = _host(weights, "weights", shape).astype(np.float64)
@@ -485,7 +485,7 @@ def _observed(backend: Backend, tensor: Array, mask: Any, weights: Any) -> tuple
 
 
 def _first(wrong: np.ndarray) -> tuple[int, ...] | None:
-    """Return the place of the first element that is True."""
+    """Return the index of the first element that is True."""
     return tuple(map(int, np.argwhere(wrong)[0])) if wrong.any() else None
 
 

@@ -26,7 +26,7 @@ from ._requests import as_tensors, error_limit, numeric, ranks_of
 
 
 class _Cores(Decomposed, tuple[Array, ...]):
-    """What all chains share. Unpacks as a list of its cores."""
+    """Base class of all chains, which unpack as lists of cores."""
 
     __repr__ = Decomposed.__repr__
 
@@ -48,7 +48,7 @@ class _Cores(Decomposed, tuple[Array, ...]):
 
 
 def _cores_of_train(cores: Sequence[Any], what: str, *sizes: str) -> tuple[Backend, list[Array]]:
-    """Return cores of which neighbors have the same rank, and both ends rank 1."""
+    """Return cores whose neighbors have equal ranks, with rank 1 at both ends."""
     backend, arrays = as_tensors(cores, "cores")
     left = 1
     for number, core in enumerate(arrays):
@@ -282,7 +282,7 @@ class TRTensor(CoreChain):
         if len(cores) == 1:
             return self._closed(backend, backend.permute_dims(cores[0], (1, 0, 2)))
         closing = int(cores[0].shape[0])
-        # The cores but the last, contracted: (r_0, prod d, r), and then closed with the last one in one product.
+        # All cores but the last are contracted to (r_0, prod d, r), then closed with the last one in one product.
         first = tt_left(backend, [backend.reshape(cores[0], (1, closing * cores[0].shape[1], -1)), *cores[1:-1]])
         rest, size = int(cores[-1].shape[0]), int(cores[-1].shape[1])
         rows = backend.reshape(first, (closing, -1, rest))
@@ -398,7 +398,7 @@ class TTMatrix(_Cores):
         if len(x.shape) not in (1, 2) or x.shape[0] != self.shape[1]:
             raise ShapeError(f"x has shape {tuple(x.shape)}; expected ({self.shape[1]},) or ({self.shape[1]}, batch)")
         batch = math.prod(x.shape[1:])
-        # State: (r, columns that are left, rows that are done × batch).
+        # State: (r, remaining columns, finished rows × batch).
         state = backend.reshape(x, (1, self.shape[1], batch))
         for core in self:
             left, rows, cols, right = (int(size) for size in core.shape)
@@ -406,7 +406,7 @@ class TTMatrix(_Cores):
             state = backend.reshape(state, (left, cols, rest * int(state.shape[2])))
             matrix = backend.reshape(backend.permute_dims(core, (3, 1, 0, 2)), (right * rows, left * cols))
             state = backend.matmul(matrix, backend.reshape(state, (left * cols, -1)))
-            # (r', rows, rest, done): the new rows go behind those that are done, before the batch.
+            # (r', rows, rest, done): the new rows go after the finished ones, before the batch.
             done = int(state.shape[1]) // (rest * batch)
             state = backend.reshape(state, (right, rows, rest, done, batch))
             state = backend.reshape(backend.permute_dims(state, (0, 2, 3, 1, 4)), (right, rest, done * rows * batch))

@@ -144,12 +144,12 @@ def tensor_train(
 
 
 def _train(arrays: Mapping[str, Array]) -> TTTensor:
-    # Without the checks of arrays from a user, which take a third of the time of a small tensor.
+    # Skip the checks of user arrays, which take a third of the time of a small tensor.
     return TTTensor.of(get_backend(arrays["core0"]), [arrays[f"core{mode}"] for mode in range(len(arrays))])
 
 
 def _from_blocks(tensor: Any, block: int, rank: Any, max_error: float | None, svd: str, seed: int) -> TTTensor:
-    """Compress the modes to what a train of these ranks can have, and decompose that."""
+    """Compress the modes to the sizes that a train of these ranks can have, and decompose the result."""
     from tnadapt.decomposition.block_passes import OVERSAMPLED, BlockPasses, compressed, result_dtype
 
     passes = BlockPasses(tensor, block)
@@ -175,7 +175,7 @@ def _from_blocks(tensor: Any, block: int, rank: Any, max_error: float | None, sv
 
 
 def _possible(shape: tuple[int, ...]) -> list[int]:
-    """Return the largest rank of each bond."""
+    """Return the largest possible rank of each bond."""
     return [min(math.prod(shape[: bond + 1]), math.prod(shape[bond + 1 :])) for bond in range(len(shape) - 1)]
 
 
@@ -287,7 +287,7 @@ def _sizes(
 
 
 def _start_of(request: Request, init: str | Sequence[Any], ranks: Sequence[int] | None) -> TTTensor | None:
-    """Return the checked train that sweeps start from, None for "svd"."""
+    """Return the checked train that sweeps start from, or None for "svd"."""
     other = isinstance(init, Decomposed) and not isinstance(init, TTTensor)
     if isinstance(init, str) or other or not isinstance(init, Sequence):
         if not isinstance(init, str) or init != "svd":
@@ -310,7 +310,7 @@ def _start_of(request: Request, init: str | Sequence[Any], ranks: Sequence[int] 
 
 
 def _started(cls: type[ChainT], init: Any) -> ChainT:
-    """Return the train that ``init=`` gives; an error about its cores names ``init``."""
+    """Return the train given by ``init=``, naming ``init`` in errors about its cores."""
     if isinstance(init, cls):
         return init
     try:
@@ -416,7 +416,7 @@ def _ring(arrays: Mapping[str, Array]) -> TRTensor:
 
 
 def _fitted(request: Request, ranks: list[int], init: Any, held: set[int], starts: int, steps: Iteration) -> Fit:
-    """Return the best fit of given ranks."""
+    """Return the best fit of these ranks over several starts."""
     rng = np.random.default_rng(request.seed)
     cores, method = _start(request, request.tensor, ranks, init, rng)
     if not steps.limits.iterations:
@@ -481,7 +481,7 @@ def _start(
 def _random(
     request: Request, ranks: list[int], rng: np.random.Generator, given: dict[int, Array], held: set[int]
 ) -> list[Array]:
-    """Return normal cores, and the given ones where they are held."""
+    """Return normal cores, except for the held ones, which are given."""
     shapes = [(ranks[mode], size, ranks[(mode + 1) % len(ranks)]) for mode, size in enumerate(request.shape)]
     return [given[mode] if mode in held else request.normal(rng, shape) for mode, shape in enumerate(shapes)]
 

@@ -173,7 +173,7 @@ def _completed(
 def _from_blocks(
     tensor: Any, block: int, rank: Any, max_error: float | None, seed: int, settings: dict[str, Any]
 ) -> TuckerTensor:
-    """Compress the tensor in two passes, and decompose what is left."""
+    """Compress the tensor in two passes, and decompose the result."""
     from tnadapt.decomposition.block_passes import OVERSAMPLED, BlockPasses, compressed, result_dtype
 
     passes = BlockPasses(tensor, block)
@@ -202,7 +202,7 @@ def _ranks(rank: Any, shape: tuple[int, ...]) -> list[int]:
 def _refuse(
     nonnegative: Any, request: Request, ranks: list[int] | None, held: set[int], callback: Callback | None
 ) -> None:
-    """Raise an error for what does not go with nonnegative=."""
+    """Raise an error for arguments that cannot be combined with nonnegative=."""
     if nonnegative is not True:
         raise ConfigError(
             "nonnegative must be True or False, as the core is constrained with all factors; got "

@@ -38,13 +38,13 @@ from . import _reference as reference
 
 # -- Formats -----------------------------------------------------------------------------------------------------------
 
-# What the file formats of other libraries need to know, other than the adapter; for llama.cpp also a base.
+# Options that other libraries' file formats need besides the adapter; llama.cpp also needs a base.
 _WRITTEN: dict[str, dict[str, Any]] = {
     "peft": {}, "vllm": {}, "lycoris": {}, "kohya": {"part": "lora_unet"}, "diffusers": {"part": "unet"}, "gguf": {},
 }  # fmt: skip
 _LLAMA = {"model_type": "llama", "num_hidden_layers": 2, "num_attention_heads": 2}
 _WEIGHTS = {f"model.layers.{layer}.self_attn.v_proj": (24, 20) for layer in (0, 1)}
-# As float32 rounds two factors, and the sum of a few of their products.
+# The rounding error of float32 in two factors and a sum of a few of their products.
 _ROUNDING = 1e-5
 _NUMPY = load_backend("numpy")
 
@@ -216,7 +216,7 @@ class FormatContract:
                 try:
                     report = tna.convert(file, path, to=form, **options)
                 except ConfigError:
-                    # Without a rank, a form may have no exact factors; of full rank, every update has them.
+                    # Without a rank, a form may have no exact factors; with full rank, every update has them.
                     always = form.endswith("full") or "rank" in options
                     assert not always, what
                     continue
@@ -226,7 +226,7 @@ class FormatContract:
                 assert report.exact or options.get("rank") == 1, f"{what}: the error is {error}"
 
     def _exports(self, folder: str) -> Iterator[tuple[tna.AdapterFile, str, dict[str, Any]]]:
-        """Yield adapters of this format, the forms to write them in, and the options."""
+        """Yield adapters of this format, with the form to write each of them in, and the options."""
         base = os.path.join(folder, "base")
         os.mkdir(base)
         with open(os.path.join(base, "config.json"), "w") as written:
@@ -248,7 +248,7 @@ class FormatContract:
                     yield file, f"{library}-{method}", {**options, "rank": 1, "max_error": 1.0}
 
     def _adapters(self) -> Iterator[tna.AdapterFile]:
-        """Yield small adapters with random arrays: a matrix a weight, sums and products of two, and a joint tensor."""
+        """Yield small adapters with random arrays: a matrix per weight, sums and products of two, a joint tensor."""
         name = next((name for name, cls in FORMATS.items() if cls is self.kind), None)
         if name is None:
             place = f"{self.kind.__module__} {self.kind.__qualname__}".lower()
@@ -676,7 +676,7 @@ class BackendContract:
         assert b.conj(square) is square
 
     def _found(self, method: str, result: Any) -> Any:
-        """Return the result of an optional method, which must be None exactly if lacks() lists the method."""
+        """Return the result of an optional method, checking that it is None exactly if lacks() lists the method."""
         listed = self.backend.lacks(self._arange(1))
         assert listed <= set(OPTIONAL), f"lacks() lists {set(listed) - set(OPTIONAL)}; expected names of {OPTIONAL}"
         name = type(self.backend).__name__

@@ -215,14 +215,15 @@ def deltas(
 
 
 def _weights(config: Config, shapes: Shapes, owners: NDArray[np.int64]) -> Shapes | None:
-    """Return the shapes of a group's weights, in order, if F is applied to each; None if it is to the vector."""
+    """Return the shapes of a group's weights, in order, if F is applied to each, or None if to the vector."""
     if config.on == "vector":
         return None
     return [shapes[weight] for weight in dict.fromkeys(owners.tolist())]
 
 
 def _length(config: Config, n: int, weights: Shapes | None) -> int:
-    """Return the length before F. Of a map that determines it by its settings, there is no second definition."""
+    """Return the length before F."""
+    # If the settings of a map determine the length, it has no second definition here.
     if weights is None and config.projection in KINDS:
         return max(1, math.ceil(Decimal(str(config.ratio)) * n))
     return input_length(config.projection, n, config.ratio, weights)
@@ -258,7 +259,7 @@ def _fold(config: Config, n: int, weights: Shapes) -> tuple[int, ...]:
 
 
 def _even_factors(d: int, parts: int) -> tuple[int, ...]:
-    """Find the factorization of least sum by exhaustive search; ties go to the larger first factor."""
+    """Find the factorization of least sum by exhaustive search, preferring larger first factors."""
     divisors = [k for k in range(1, d + 1) if d % k == 0]
     exact = (f for f in itertools.combinations_with_replacement(divisors, parts) if math.prod(f) == d)
     return min(exact, key=lambda factors: (sum(factors), [-f for f in factors]))
@@ -444,7 +445,7 @@ def project(config: Config, x: Float, n_out: int, stream: int = 0, weights: Shap
 
 # -- The arrays of a plan: sources, and the map before the network -----------------------------------------------------
 
-# Names are followed one by one, and P is a dense matrix. What a source computes for a frozen array is given: it has no
+# Names are followed one by one, and P is a dense matrix. Frozen arrays that a source computes are given: they have no
 # second definition.
 
 
@@ -528,7 +529,7 @@ def _value(config: Config, group: int, name: str, source: Source, params: Params
         if (other, theirs) == (group, name):
             return params[full]
         target_source = _source(config, theirs)
-        # What has multipliers itself is tied to the array under the other one's multipliers.
+        # An array with multipliers of its own is tied to the array under the other one's multipliers.
         if isinstance(target_source, Multiplied) and isinstance(_source(config, name), Multiplied):
             target_source = target_source.of
         return _value(config, other, theirs, target_source, params, frozen)

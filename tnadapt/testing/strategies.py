@@ -155,7 +155,7 @@ def plans(draw: st.DrawFn, projections: tuple[Recipe, ...] = KINDS, on: str = "v
     try:
         plan = SuperLoRA(config, weights, layers)
     except ShapeError:
-        # A stack that does not fit the groups; use the fold that the error message suggests.
+        # A stack does not fit the groups: use the fold that the error message suggests.
         assert config.fold == "stack"
         plan = SuperLoRA(config.replace(fold="hypercube"), weights, layers)
     if plan.point.brought:

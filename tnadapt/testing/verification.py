@@ -1,4 +1,4 @@
-"""Laws as a library call (``tnadapt.verify``): whether a config computes what it defines, on this machine and library.
+"""Laws as a library call (``tnadapt.verify``): does a config compute what it defines, on this machine and library?
 
 Each law reports the largest error found and the error allowed; a report holds if no law exceeds its limit. The sections
 check the laws of changed weights, of a projection, of a config, and of the library one by one, and ``verify`` runs them
@@ -93,7 +93,7 @@ class LawCollector:
         self.found.append(Law(name, self.subject, self.backend.name, len(errors), worst, allowed))
 
 
-# -- W' where an update does more than add -----------------------------------------------------------------------------
+# -- W' for updates that are not just added ----------------------------------------------------------------------------
 
 # The formulas are written out here once more, row by row.
 
@@ -162,7 +162,7 @@ def of_projection(label: str, f: Projection, backend: Backend, rng: np.random.Ge
 # formula of the preset, which are written independently of the library.
 
 
-# A central difference of this step has an error of about 1e-10 of the value it differentiates.
+# A central difference with this step has an error of about 1e-10 of the value it differentiates.
 _STEP, DIFFERENCE = 1e-5, 1e-6
 # Elements: a gibibyte in float64, of which several are needed.
 MOST = 1 << 27
@@ -236,14 +236,14 @@ class ConfigLaws(LawCollector):
             self.plan = SuperLoRA(config, self.plan.shapes, layers, roles, given=brought)
         self.base: list[np.ndarray] = []
         if self.plan.needs_base or not self.plan.applying.additive:
-            # Any base will do: what is computed from it is given to the reference, like the draws of a source.
+            # Any base will do: arrays computed from it are given to the reference, like the draws of a source.
             self.base = [rng.normal(size=shape) for shape in self.plan.shapes]
             self.plan = self.plan.with_base(self.base)
         if self.plan.point.brought:
             self.plan = self.plan.with_start({n: rng.normal(size=s) for n, s in self.plan.array_shapes.items()})
         self.start = {name: array.astype(np.float64) for name, array in self.plan.init().items()}
         self.host = {name: rng.normal(size=shape) for name, shape in self.plan.param_shapes.items()}
-        # A source has no second definition: what it computes is given to the reference.
+        # A source has no second definition: its arrays are given to the reference.
         self.frozen = {
             full: group.frozen.host(name).astype(np.float64)
             for group in self.plan.groups
@@ -286,7 +286,7 @@ class ConfigLaws(LawCollector):
         self.add("parameters counted = made = formula", [abs(counted - created) + abs(counted - formula)], 0.0)
 
     def _formula_count(self) -> int:
-        """The number of parameters by the formulas of the formats, and by what each source says is trained."""
+        """Return the number of parameters by the formulas of the formats, and by what each source trains."""
         num_magnitudes = reference.count_of_magnitudes(self.config, self.plan.shapes)
         if self.config.before is not None:
             scopes = {"plan": 1, "group": self.plan.num_groups, "array": len(self.plan.array_shapes)}
@@ -385,7 +385,7 @@ class ConfigLaws(LawCollector):
     def _whole(self, host: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         return reference.network_arrays(self.config, self.names, host, self.frozen, self.begun)
 
-    # W', where an update does more than add
+    # W', if an update is not just added
 
     def _changed(self) -> None:
         sent = [self.backend.asarray(weight, "float64") for weight in self.base]
@@ -709,7 +709,7 @@ def verify(
         raise ConfigError("shapes belong to a config; give verify(config, shapes)")
     seed = integer("seed", seed, 0, (1 << 64) - 1, ConfigError)
     where = shapes if shapes is not None else ((12, 8), (12, 8), (8, 12))
-    if config is not None:  # before the libraries are imported, which takes longer
+    if config is not None:  # before the slow imports of the libraries
         for _, part, weights, keys, own_roles in _parts(config, where, layers, roles):
             checkable(part, weights, keys, own_roles)
     names, absent = _usable(backends)
@@ -737,7 +737,7 @@ def examples() -> dict[str, tuple[Config, list[tuple[int, int]]]]:
 
 
 def _starts() -> dict[str, tuple[Config, list[tuple[int, int]]]]:
-    """Return a small instance of every start but the usual one, which the presets have."""
+    """Return a small instance of every built-in start that is subtracted; presets cover the others."""
     rank = {"rank": 3, "alpha": 6}
     return {
         f"lora, start={name}": (presets.lora(**rank, start=name), [(12, 8)] * 2)
@@ -749,7 +749,7 @@ def _starts() -> dict[str, tuple[Config, list[tuple[int, int]]]]:
 def _parts(
     config: Config, shapes: Sequence[tuple[int, int]], layers: Keys, roles: Keys
 ) -> Iterator[tuple[str, Config, Sequence[tuple[int, int]], Keys, Keys]]:
-    """Yield each config of an adapter with a label, and its own of the weights."""
+    """Yield each config of an adapter with a label and with the shapes and keys of its weights."""
     parts = config.split(range(len(shapes)))
     if len(parts) == 1:
         yield "config", config, shapes, layers, roles

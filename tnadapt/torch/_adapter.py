@@ -1,7 +1,7 @@
 """Adapter, the handle of an adapter on a model: its methods and its summary; ``adapters``, the handles of a model.
 
-:class:`Adapter` is one class in three parts: what has to do with its parameters and with its files is in the modules
-for training and saving, and the rest is here.
+:class:`Adapter` is one class in three parts: the methods for parameters are in ``_trainable``, those for files in
+``_adapter_saving``, and the rest is here.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from tnadapt.decomposition import FitReport
 
 
-# -- What a handle has instead of PEFT's methods, for the error of somebody who calls them -----------------------------
+# -- Replacements for PEFT's methods, for the error when they are called -----------------------------------------------
 
 
 _INSTEAD = {
@@ -47,7 +47,7 @@ _INSTEAD = {
 }
 
 
-# -- The summary: the slices of groups that each weight's update consists of -------------------------------------------
+# -- The summary: the slices of groups that make up each weight's update -----------------------------------------------
 
 
 _HEAD = ("target", "role", "shape", "group[slice]", "strategy")
@@ -159,7 +159,7 @@ class Summary:
 
 
 def _sizes(adapter: AdapterState) -> dict[str, int]:
-    """Return the elements of each of the base's parameters; of a quantized weight, those that it stands for."""
+    """Return the number of elements of each base parameter, counting a quantized weight's dequantized elements."""
     model = adapter.model
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters() if not is_array(name)}
     for path, module in model.named_modules():
@@ -216,7 +216,7 @@ class Adapter(AdapterParameters, AdapterFiles):
             f"{type(self.model).__name__}, {state}, weight {self.weight:g}>"
         )
 
-    if not TYPE_CHECKING:  # where every attribute would pass for existing
+    if not TYPE_CHECKING:  # a type checker would accept any attribute
 
         def __getattr__(self, name: str) -> Any:
             hint = f"; PEFT's {name} is {_INSTEAD[name]} here" if name in _INSTEAD else ""

@@ -143,7 +143,7 @@ def attach_file(
             difference = file.base.difference(base)
             if difference is not None:
                 apart, close = file.base.apart(base), ""
-                if apart < 0.5:  # those of another model are 1.4 apart
+                if apart < 0.5:  # unrelated models are 1.4 apart
                     close = (
                         f"They are about {100 * apart:.2g} % apart, as quantized weights are from the originals (a "
                         "common factor of all weights does not count). "
@@ -210,13 +210,13 @@ def from_pretrained(
 
 
 def _dtype_on_load(file: AdapterFile) -> torch.dtype:
-    """Return the dtype that an adapter's arrays get by default: half precision is for storage, not for training."""
+    """Return the default dtype of a loaded adapter's arrays: half precision is for storage, not for training."""
     dtype: torch.dtype = getattr(torch, file.dtype)
     return dtype if dtype.itemsize > 2 or file.depends_on_dtype else torch.float32
 
 
 def _recorded(model: nn.Module, about: Pretrained | None, check_base: bool) -> Pretrained | None:
-    """Return what the file says about its base; of another base, only what does not depend on it."""
+    """Return what the file says about its base, or for another base only the parts that do not depend on it."""
     if about is None or check_base or (pretrained := describe(model)) is None:
         return about
     labels = about.labels if len(about.labels) == len(pretrained.labels) else pretrained.labels
@@ -224,7 +224,7 @@ def _recorded(model: nn.Module, about: Pretrained | None, check_base: bool) -> P
 
 
 def _located(model: nn.Module, file: AdapterFile) -> list[Target]:
-    """Return the file's targets on this model: at the recorded paths, or else those of the same roles and shapes."""
+    """Return the file's targets on this model, at the recorded paths or else by equal roles and shapes."""
     try:
         return find_targets(model, list(file.targets), untie=True)
     except TargetError as error:
@@ -258,7 +258,7 @@ def _located(model: nn.Module, file: AdapterFile) -> list[Target]:
 
 
 def _kept(model: nn.Module, file: AdapterFile, copies: Sequence[str]) -> list[str]:
-    """Return what the file keeps by the names on the model: of a weight that stays tied, the first one."""
+    """Return the file's kept parameters by their names on the model, which for a tied weight is the first one."""
     names = names_of_shared(model)
     kept = list(dict.fromkeys(name if name in copies else names.get(name, [name])[0] for name in file.kept))
     both = next((target.name for target in file.targets if target.name in kept), None)
@@ -268,7 +268,7 @@ def _kept(model: nn.Module, file: AdapterFile, copies: Sequence[str]) -> list[st
 
 
 def _renamed(model: nn.Module, targets: Sequence[Target]) -> list[Target] | None:
-    """Return targets with the names of a checkpoint, as :func:`tnadapt.extract` finds them, under those of a model."""
+    """Return targets named as in a checkpoint (such as from :func:`tnadapt.extract`) with the names of a model."""
     config: Any = getattr(model, "config", None)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     if not callable(getattr(config, "to_dict", None)) or all(target.name in shapes for target in targets):
@@ -393,7 +393,7 @@ def load_pretrained(
         LIBRARIES[about.library].set_labels(model, about)
         if merge:
             adapter.merge()
-    except BaseException:  # a model of the caller's keeps no part of it
+    except BaseException:  # leave no part of it on the caller's model
         adapter.detach()
         raise
     return model.eval()
@@ -448,7 +448,7 @@ def load_processor(
 
 
 def _refuse_remote(about: Pretrained) -> None:
-    """Raise a FileError if a file's base is an address or network share."""
+    """Raise a FileError if a file's base is a remote address or a network share."""
     if about.remote:
         raise FileError(
             f"it names as its base {safe_repr(about.name)}, an address or network share, which is not opened because a "
@@ -468,7 +468,7 @@ def _check_usable(device: str | torch.device) -> None:
 
 
 def _about(file: AdapterFile, base: str | os.PathLike[str] | nn.Module | None) -> Pretrained:
-    """Return what to build: what the file says, with the caller's base."""
+    """Return the description of the base to build: from the file, with the caller's base."""
     if isinstance(base, nn.Module):
         return file.pretrained or Pretrained()
     if file.pretrained is None:
@@ -506,7 +506,7 @@ def _check_known(file: AdapterFile, about: Pretrained, built: str, random: froze
 def _own_folder(
     where: str | os.PathLike[str], path: Path, revision: str | None, token: str | bool | None
 ) -> str | None:
-    """Return the folder with the files of the adapter's own tokenizer or processor; None if there are none."""
+    """Return the folder with the files of the adapter's own tokenizer or processor, or None if there are none."""
     if saving.is_repository(where):
         folder = saving.processor_folder(str(where), revision, token)
     elif path.name == saving.FILE_NAME:

@@ -1,6 +1,6 @@
 """Saving an adapter and kept parameters: to a file, a folder with a model card, the hub; swapping in another's file.
 
-:func:`to_file` makes the content of a file from an adapter on a model. A folder (:func:`save_folder`) has the file, its
+:func:`to_file` builds the content of a file from an adapter on a model. A folder (:func:`save_folder`) has it, its
 card (:func:`model_card`) and the files of a tokenizer or processor; it can be downloaded (:func:`adapter_path`).
 :class:`AdapterFiles` has the methods of an adapter.
 """
@@ -44,16 +44,16 @@ from ._weights import DTYPES, names_of_shared, split_by_file, tensors_of
 _log = logging.getLogger(__name__)
 
 
-# -- The check that a file's adapter has the form of one on a model ----------------------------------------------------
+# -- The check that a file's adapter has the same form as one on a model -----------------------------------------------
 
 
 def check_same(adapter: AdapterState, file: AdapterFile) -> None:
     """Raise a FileError unless config, activation, targets and kept parameters are the same."""
     names = names_of_shared(adapter.model)
-    # Of a tied weight, an adapter keeps the first name, and a file any of them.
+    # An adapter keeps the first name of a tied weight, a file any of them.
     their_kept, our_kept = (sorted({names.get(name, [name])[0] for name in kept}) for kept in (file.kept, adapter.kept))
     compared: list[tuple[str, Any, Any, Callable[[Any, Any], str]]] = [
-        # How it is trained changes no array.
+        # Settings of training do not change any array.
         ("config", file.config.replace(rate="sgd"), adapter.plan.config.replace(rate="sgd"), _settings),
         ("activation", file.activation, adapter.activation, _values),
         ("list of targets", _places(file.targets), _places(adapter.targets), _targets),
@@ -72,7 +72,7 @@ def _values(theirs: Any, ours: Any) -> str:
 
 
 def _settings(theirs: Any, ours: Any) -> str:
-    """Return the settings that differ, of which the others need no mention."""
+    """Describe the settings that differ."""
     mine, other = ours.to_dict(), theirs.to_dict()
     names = [name for name in mine if name in other and mine[name] != other[name]]
     if not names or mine.keys() != other.keys() or "parts" in mine:
@@ -224,7 +224,7 @@ def kept_pairs(model: nn.Module, file: AdapterFile) -> list[tuple[Tensor, np.nda
 FILE_NAME = "adapter.safetensors"
 README = "README.md"
 
-#: A tokenizer or processor has one of these files.
+#: A tokenizer or processor has at least one of these files.
 PROCESSOR_FILES = ("tokenizer_config.json", "preprocessor_config.json", "processor_config.json")
 # All files that they may have; no code.
 _PROCESSOR_PATTERNS = [
@@ -290,17 +290,17 @@ def _hub() -> Any:
     return imported("huggingface_hub", "talks to the hub")
 
 
-# -- The model card, README.md, of which hubs read the first lines -----------------------------------------------------
+# -- The model card, README.md, whose front matter hubs read -----------------------------------------------------------
 
 
 # Names of repositories on the hub.
 _MODEL_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 _MARK = re.compile(r"\n<!-- tnadapt wrote this: ([0-9a-f]{16}) -->\n\Z")
-#: Labels that a card lists.
+#: Maximum number of labels that a card lists.
 _LISTED = 20
-# Letters of a setting, such as explicit groups.
+# Maximum length of a setting, such as explicit groups.
 _LONG = 200
-#: The hub's names of tasks that differ from those here.
+#: Tasks with a different name on the hub.
 _HUB_TASKS = {"speech-seq2seq": "automatic-speech-recognition", "speech-ctc": "automatic-speech-recognition"}
 
 
@@ -367,7 +367,7 @@ def _front_matter(about: Pretrained) -> Iterator[str]:
 
 
 def _repository(about: Pretrained) -> str:
-    """Return the base's name on the hub; "" if it has none, as the hub refuses cards with other names."""
+    """Return the base's name on the hub, or "" if it has none, because the hub refuses cards with other names."""
     name = about.name.removeprefix("hf-hub:")
     if about.local or _MODEL_REPOSITORY.fullmatch(name) is None or "--" in name or ".." in name:
         return ""
@@ -396,7 +396,7 @@ def _what(file: AdapterFile, about: Pretrained) -> Iterator[str]:
 
 
 def _configs(settings: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Return a row for the config, or one for each of several."""
+    """Yield a row for each config."""
     if "parts" not in settings:
         yield "Config", _config(settings)
     for part, weights in settings.get("parts", ()):
@@ -436,13 +436,13 @@ def _use(about: Pretrained, where: str) -> Iterator[str]:
 
 
 def _text(text: str) -> str:
-    """Return text that stays text in Markdown, on one line."""
+    """Escape text for one line of Markdown."""
     line = escaped(" ".join(text.split()))
     return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", line)
 
 
 def _code(text: str) -> str:
-    """Return text for a code span, in which Markdown escapes nothing; a table's cells end at a bar."""
+    """Return text for a code span, in which Markdown escapes nothing, and a bar would end a table's cell."""
     return escaped(" ".join(text.replace("`", "'").split())).replace("|", "\\|")
 
 
@@ -488,7 +488,7 @@ def for_others(about: Pretrained | None) -> Pretrained | None:
     """Return what an uploaded file says about its base: no local paths, which nobody else has."""
     if about is None:
         return None
-    # The paths may tell a user's name, too.
+    # The paths may reveal a user's name, too.
     vocabulary = about.inputs.get("tokenizer")
     if isinstance(vocabulary, str) and is_local(vocabulary):
         # Without any name, predictions would silently use the base's own tokenizer.

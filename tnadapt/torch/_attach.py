@@ -1,7 +1,7 @@
-"""``attach``: a new adapter is put on a model, in four steps: targets, plan, forms, installation.
+"""``attach``: put a new adapter on a model, in four steps: targets, plan, forms, installation.
 
-Each step is a function of the :class:`AttachRequest` and of what the steps before it return; :func:`carry_out` takes
-them. Also here: the base's trainable parameters.
+Each step is a function of the :class:`AttachRequest` and the results of the steps before it; :func:`carry_out` runs
+them. Also here: which of the base's parameters stay trainable.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def _matching(model: nn.Module, patterns: Sequence[Any]) -> list[str]:
     for pattern in patterns:
         if not isinstance(pattern, str):
             raise wrong_argument("keep_trainable", "a name or a sequence of names", pattern, TargetError)
-    # What a state dict leaves out. Making one raises an error for some modules, as bitsandbytes' embeddings.
+    # What a state dict leaves out; some modules, such as bitsandbytes' embeddings, raise an error when one is built.
     left_out = {
         join(path, name)
         for path, module in model.named_modules(remove_duplicate=False)
@@ -320,12 +320,10 @@ def attach(
 
 
 def _warn_of_useless_rank(plan: SuperLoRA, targets: Sequence[Target]) -> None:
-    """Warn of a rank beyond which the updates gain nothing, as they can be any already.
-
-    Of frozen arrays, and of arrays that θ makes, more can be useful whatever the sizes: nothing is said about those,
-    nor about the default of a preset.
-    """
+    """Warn of a rank beyond the largest that the updates can use."""
     config = plan.config
+    # More frozen arrays, or arrays made from θ, can be useful whatever the sizes: no warning about those, nor about the
+    # default of a preset.
     if isinstance(config, CompositeConfig) or config.sources or config.before is not None:
         return
     rank, most = config.rank, useful_rank(group for group, _ in plan.alike)
@@ -341,7 +339,7 @@ def _warn_of_useless_rank(plan: SuperLoRA, targets: Sequence[Target]) -> None:
 
 
 def _is_default(config: Config) -> bool:
-    """Return whether a config has the rank of its preset without arguments."""
+    """Return whether a config has the default rank of its preset."""
     from tnadapt.planning import preset_call  # rarely needed, and takes a while to import
 
     call = preset_call(config)
@@ -470,7 +468,7 @@ def _targets(request: AttachRequest) -> list[Target]:
 
 
 def _plan(request: AttachRequest, targets: Sequence[Target]) -> SuperLoRA:
-    """Return the plan of the targets, in units, with what is computed from their weights."""
+    """Return the plan of the targets in units, with the arrays that are computed from their weights."""
     model = request.model
     plan = plan_of(request.config, targets, request.given)
     if plan.needs_base:
@@ -481,10 +479,8 @@ def _plan(request: AttachRequest, targets: Sequence[Target]) -> SuperLoRA:
 
 
 def _forms(request: AttachRequest, targets: Sequence[Target], plan: SuperLoRA) -> list[Form]:
-    """Choose how each weight uses its update.
-
-    A tied weight has several forms, one for each name. Those of the first names come first, in order of the targets.
-    """
+    """Choose how each weight uses its update, and a tied weight under each of its names."""
+    # The forms of the first names come first, in order of the targets.
     model, paths = request.model, paths_of(request.model)
     places = [*enumerate(targets)]
     places += [(index, other) for index, target in enumerate(targets) for other in target.tied_targets()]
@@ -509,7 +505,7 @@ def _install(request: AttachRequest, targets: Sequence[Target], plan: SuperLoRA,
         kept = kept_names(model, request.keep_trainable, request.biases, targets)
     arrays = _arrays(request, plan, forms[0])
     pairs = tied(names_of_shared(model), targets)
-    # Nothing can fail from here on, but it can be interrupted.
+    # Nothing can fail from here on, but an interrupt may come.
     state = AdapterState(
         model, request.name, plan, targets, kept, request.activation, request.detach_norm, request.dropout
     )
@@ -539,7 +535,7 @@ def _install(request: AttachRequest, targets: Sequence[Target], plan: SuperLoRA,
 
 
 def _arrays(request: AttachRequest, plan: SuperLoRA, form: Form) -> dict[str, torch.Tensor]:
-    """Return the new parameters, on the device of the first weight, or of what a quantized layer has instead."""
+    """Return the new parameters, on the device of the first weight, or of a quantized layer's tensors."""
     # Loaded before any program is compiled: loading it later would trigger a recompilation.
     load_backend("numpy")
     owner, dtype = form.owner, checked_dtype(request.dtype)

@@ -1,4 +1,4 @@
-"""The pretrained base model of an adapter's file, described and built again: models of transformers and of timm.
+"""Describe the pretrained base model in an adapter's file, and build it again: models of transformers and timm.
 
 None of this knows an adapter's handle: it takes a model, an :class:`~tnadapt.AdapterFile` or a path.
 """
@@ -26,10 +26,10 @@ from ._state import is_array
 
 # -- Each library that builds pretrained models is a class with four methods -------------------------------------------
 
-# ``describe`` returns what a model says about itself, and None if it is not of this library. ``build`` returns the
-# model, and the names of the parameters that its base has no values for; of a base that only a file names (not
-# ``trusted``), no pickle is read. ``processor`` returns what prepares the model's inputs, from a folder, or else (None)
-# from the base. ``set_labels`` names the model's outputs.
+# ``describe`` returns the description of a model, or None if it is not of this library. ``build`` returns the model,
+# and the names of parameters for which its base has no values; for a base that only a file names (not ``trusted``), no
+# pickle is read. ``processor`` returns the object that prepares the model's inputs, from a folder or (None) from the
+# base. ``set_labels`` names the model's outputs.
 
 
 def imported(library: str, does: str = "builds the base model") -> Any:
@@ -140,7 +140,7 @@ class TimmModels:
 
 
 def _without_pickles(name: str) -> dict[str, Any]:
-    """Return settings with which timm reads safetensors alone from a repository or folder; refuse a folder without."""
+    """Return settings that make timm read only safetensors, or raise FileError for a folder without them."""
     source, _, place = name.partition(":")
     if source == "local-dir" and not Path(place, _WEIGHTS).is_file():
         raise FileError(f"its base model {safe_repr(name)} is no folder here with {_WEIGHTS}: {_GIVE_TIMM_BASE}")
@@ -248,12 +248,12 @@ class TransformersModels:
                 folder, trust_remote_code=False, **settings
             )
         if task.processor == "AutoTokenizer" and not isinstance(processor, transformers.PreTrainedTokenizerBase):
-            # Some classes, such as RAG's, hold tokenizers and are none.
+            # Some classes, such as RAG's, hold tokenizers but are not tokenizers.
             raise FileError(
                 f"the tokenizer in {safe_repr(folder)} is a {type(processor).__name__}, not one for texts: load "
                 "it yourself"
             )
-        # Where there are no files of a tokenizer, transformers makes one without words, or with a space alone.
+        # Without tokenizer files, transformers creates a tokenizer without a vocabulary, or with only a space.
         if task.processor == "AutoTokenizer" and len(processor.get_vocab()) <= len(set(processor.all_special_ids)) + 1:
             raise FileError(
                 f"there is no tokenizer in {safe_repr(folder)}: save one with the adapter, or load it yourself"
@@ -276,7 +276,7 @@ def _task(about: Pretrained) -> PretrainedTask:
 
 
 def _task_of(model: nn.Module, config: Any) -> str:
-    """Return the first task whose class builds models of this class; "" if none does."""
+    """Return the first task whose class builds models of this class, or "" if none does."""
     transformers = sys.modules["transformers"]
     for name, task in TASKS.items():
         built = getattr(getattr(transformers, task.model, None), "_model_mapping", {}).get(type(config), ())
@@ -287,7 +287,7 @@ def _task_of(model: nn.Module, config: Any) -> str:
 
 
 def _origin(name: str, config: Any) -> tuple[str, str, str]:
-    """Return the name, revision and GGUF file of a model by the name it was loaded by."""
+    """Return the name, revision and GGUF file of a model from the name under which it was loaded."""
     if (cached := _CACHED.fullmatch(name)) is not None:
         return cached["name"].replace("--", "/"), cached["revision"], _gguf(config)
     if name and Path(name).is_dir():

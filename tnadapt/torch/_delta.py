@@ -1,15 +1,15 @@
-"""ΔW and what else is computed from an adapter's arrays: one autograd node each, cached while the arrays are unchanged.
+"""ΔW and other functions of an adapter's arrays: one autograd node each, cached while the arrays are unchanged.
 
 :class:`Recomputed` is the node, here and for W' (:mod:`tnadapt.torch._forms`): its backward recomputes what it
 does not keep.
 
-Where slices are cheap (:class:`Slice`), each layer computes its own during training. Where they are not, as behind F,
-the updates of a whole group are computed at once for all its layers, by a node that keeps only the small arrays.
+If slices are cheap (:class:`Slice`), each layer computes its own during training. If they are not, as after F, the
+updates of a whole group are computed at once for all its layers, by a node that keeps only the small arrays.
 Backward can therefore run through it several times (gradient accumulation without an optimizer step, reentrant
 checkpointing), and a checkpointed region saves no tensor for it.
 
 :class:`DeltaCache` gives layers these updates, and reuses them across layers and forward passes as long as a
-:class:`Snapshot` of the arrays says that they are the same. :class:`ThetaArrays` does so for the arrays that θ makes,
+:class:`Snapshot` shows that the arrays are unchanged. :class:`ThetaArrays` does the same for the arrays that θ makes,
 and an :class:`ArrayCache` for the quotients m / ‖W + ΔW‖.
 """
 
@@ -159,7 +159,7 @@ Pull = Callable[[Tensor], Sequence[Tensor]]
 def _recomputed(
     function: Callable[..., Tensor], arrays: Sequence[Tensor], wanted: Sequence[int]
 ) -> tuple[Tensor, Pull]:
-    """Return the output of a function of arrays again, and its :data:`Pull`."""
+    """Recompute a function of arrays, and return its output and its :data:`Pull`."""
     inputs = list(arrays)
 
     def of(*moved: Tensor) -> Tensor:
@@ -202,13 +202,13 @@ class Whole(Function):
                 places = [place for place, full in enumerate(names) if full in trained]
                 parts = plain_vjp(_network_of(group), [named[full] for full in names], places, before)
                 for place, part in zip(places, parts, strict=True):
-                    # Arrays that are tied occur in several groups, or more than once in one.
+                    # Tied arrays occur in several groups, or more than once in one.
                     full = names[place]
                     gradients[full] = gradients[full] + part if full in gradients else part
         return [gradients[self.names[index]] for index in wanted]
 
     def _before(self, groups: Sequence[Group], gradient: Tensor) -> list[Tensor]:
-        """Return the gradients of what groups that share a linear F compute before it."""
+        """Return the gradients with respect to the inputs of a linear F, for groups that share it."""
         backend = load_backend("torch")
         starts = [0, *itertools.accumulate(rows * cols for rows, cols in self.plan.shapes)]
         after = []
@@ -216,7 +216,7 @@ class Whole(Function):
             spans = [(starts[piece.weight] + piece.weight_start, piece.length) for piece in group.pieces]
             after.append(backend.concat([gradient[start : start + length] for start, length in _joined(spans)]))
         gradients = cast("list[Tensor]", adjoints(backend, groups[0].projection, after))
-        # Copies: how a product with a matrix rounds depends on its alignment, and pieces of one array have any.
+        # Copies: the rounding of a matrix product depends on alignment, and pieces of an array may have any.
         return gradients if len(gradients) == 1 else [vector.clone() for vector in gradients]
 
 
@@ -250,7 +250,7 @@ class Slice(Function):
         self.size = math.prod(self.shape)
         self._pieces = plan.layout.of_weight(index)
         self._groups = {piece.group: plan.groups[piece.group] for piece in self._pieces}
-        # Once each: arrays may be tied.
+        # Each array once: arrays may be tied.
         self.names = tuple(dict.fromkeys(full for group in self._groups.values() for full in group.names.values()))
 
     def __call__(self, *arrays: Tensor) -> Tensor:
@@ -272,7 +272,7 @@ class Slice(Function):
         """Return the product of which the update is a run of elements; None if it is not one."""
         piece = self._pieces[0]
         group = self._groups[piece.group]
-        # With a start that is subtracted it is the difference of two products.
+        # If the start is subtracted, it is the difference of two products.
         if len(self._pieces) > 1 or group.subtracts or arrays[0].dtype not in (torch.float32, torch.float64):
             return None
         backend = load_backend("torch")
@@ -368,7 +368,7 @@ def pieces(plan: SuperLoRA, vec: Tensor) -> list[Tensor]:
     return [part.view(shape) for part, shape in zip(torch.split(vec, sizes), plan.shapes, strict=True)]
 
 
-# -- The update that is a run of elements of a product: its gradients by hand, in the buffer that holds the product ----
+# -- An update that is a run of elements of a product: its gradients by hand, in the buffer that holds the product -----
 
 
 class Product:
@@ -406,7 +406,7 @@ class OuterProducts(Product):
         super().__init__(left, right, first, scale)
         wide = right.shape[1]
         self.buffer = torch.empty((len(left), cols), dtype=left.dtype, device=left.device)
-        # The elements of left whose products are whole, and the one whose product is cut.
+        # The elements of left whose products are complete, and the one whose product is cut.
         self.whole = cols // wide
         self.main = self.buffer[:, : self.whole * wide].view(len(left), self.whole, wide)
         self.rest = self.buffer[:, self.whole * wide :]
@@ -449,7 +449,7 @@ def product_vjp_once(
                 buffer.mul_(factor)
 
     def pull(gradient: Tensor) -> Sequence[Tensor]:
-        # The gradient may be in the buffer already; that of the elements around the update is zero.
+        # The gradient may be in the buffer already; for the elements around the update it is zero.
         if gradient.data_ptr() != update.data_ptr():
             update.copy_(gradient)
         flat[:first].zero_()
@@ -557,7 +557,7 @@ def reshard(*models: nn.Module) -> None:
             again()
 
 
-# -- What an array was when something was computed from it -------------------------------------------------------------
+# -- The state of an array when something was computed from it ---------------------------------------------------------
 
 
 _UNSHARDED = (Tensor, torch.nn.Parameter)
@@ -601,7 +601,7 @@ class Snapshot(NamedTuple):
         with torch.no_grad():
             if on_host(array):
                 return cls(array.detach().clone())
-            # The version first: what is written after this line makes the snapshot an old one.
+            # The version first: a write after this line makes the snapshot stale.
             written = _versions(array)
             return cls(array.detach(), written)
 
@@ -609,7 +609,7 @@ class Snapshot(NamedTuple):
         """Return whether an array is still what it was."""
         saved = self.array
         if self.version is None and type(array) in _UNSHARDED and type(saved) in _UNSHARDED:
-            # The same comparisons in less time: a layer may have a dozen arrays.
+            # The same comparisons, but faster: a layer may have a dozen arrays.
             return array.is_cpu and array.dtype == saved.dtype and torch.equal(array, saved)
         if array.device != saved.device or array.dtype != saved.dtype or array.shape != saved.shape:
             return False
@@ -626,7 +626,7 @@ def _local(array: Tensor) -> Tensor:
 
 
 def _versions(array: Tensor) -> int:
-    # Each process can write to its shard as well as to the whole.
+    # Each process can write to its shard or to the whole array.
     return version(array) + version(_local(array))
 
 
@@ -636,7 +636,7 @@ def _memory(array: Tensor) -> tuple[Any, ...]:
     return local.untyped_storage()._cdata, local.storage_offset(), local.stride()
 
 
-# -- What is computed from an adapter's arrays, cached -----------------------------------------------------------------
+# -- Cache of functions of an adapter's arrays -------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -773,11 +773,9 @@ class ArrayCache:
         return new
 
     def _snapshots_of(self, names: Sequence[str], arrays: Sequence[Tensor]) -> dict[str, Snapshot]:
-        """Return snapshots of arrays, reusing existing ones that are equal.
-
-        Entries of several weights, with and without gradients, refer to the same arrays and would otherwise hold one
-        copy each. A copy is never written to; an array that has changed gets a new one.
-        """
+        """Return snapshots of arrays, reusing existing ones that are equal."""
+        # Entries of several weights, with and without gradients, refer to the same arrays and would otherwise hold one
+        # copy each. A copy is never written to; an array that has changed gets a new one.
         snapshots = {}
         for name, array in zip(names, arrays, strict=True):
             key = name, torch.is_inference_mode_enabled()
@@ -788,7 +786,7 @@ class ArrayCache:
         return snapshots
 
     def _of_trace(self, key: Hashable) -> dict[Any, Any]:
-        """Return what has been computed in the trace or pass with this key: nothing yet in another one, or with 0."""
+        """Return the values computed so far in the trace or pass with this key, where key 0 never has any."""
         # Between two programs of one pass, and after an interrupted pass, _traced may hold tensors of another trace.
         # They must not be reused: a program cannot check whether the arrays have changed since.
         if self._traced is None or self._traced[0] != key or not key:
@@ -850,18 +848,18 @@ class DeltaCache(ArrayCache):
     def __init__(self, plan: SuperLoRA) -> None:
         super().__init__()
         self.plan = plan
-        #: By which an operator of a compiled program, which takes tensors and numbers only, finds this object.
+        #: Number by which an operator of a compiled program, which takes only tensors and numbers, finds this cache.
         self.number = next(_numbers)
         _caches[self.number] = self
         # Filled completely here: a list that grows later would trigger recompilation of compiled programs.
         self._slices = [Slice(plan, index) for index in range(len(plan.shapes))]
         self._alone = [Slice.of(plan, index) is not None for index in range(len(plan.shapes))]
-        #: Whether the arrays of a weight are as large as its update, as dense ones: comparing them costs more than it.
+        #: Whether the arrays of a weight are as large as its update, like dense ones: comparing them costs more.
         self._large = [
             alone and sum(math.prod(plan.param_shapes[name]) for name in delta_slice.names) >= delta_slice.size
             for delta_slice, alone in zip(self._slices, self._alone, strict=True)
         ]
-        #: The part of the plan whose updates are computed at once with that of each weight.
+        #: For each weight, the part of the plan whose updates are computed together with its own.
         self._part: list[CachedPart] = []
         for place, (part, first) in enumerate(plan.config_plans):
             cached_part = CachedPart(part, list(part.array_shapes), first, -1 - place)
@@ -922,7 +920,7 @@ class DeltaCache(ArrayCache):
         part = self._part[index]
 
         def updates(arrays: Sequence[Tensor]) -> dict[int, Tensor]:
-            # Gradients that reach the updates end the cached ones, whose memory the backward pass through F then uses.
+            # Gradients that reach the updates drop the cached ones: backward through F can then use their memory.
             return dict(enumerate(part.updates(arrays, self.forget), part.first))
 
         entry = self.entry(
@@ -931,7 +929,7 @@ class DeltaCache(ArrayCache):
         return entry.update(index, dtype)
 
     def _once(self, key: Hashable, lookup: Lookup, index: int) -> Tensor:
-        """Compute the updates of a part once for all layers of the trace or pass with this key; 0: at each call."""
+        """Compute a part's updates once for all layers of the trace or pass with this key, or per call for key 0."""
         part, updates = self._part[index], self._of_trace(key)
         if part.key not in updates:
             updates[part.key] = part.updates(lookup(part.names))
@@ -1058,7 +1056,7 @@ class ThetaArrays(ArrayCache):
             if torch.compiler.is_compiling():
                 vec = part.forward(theta)
             else:
-                # Steps of fused optimizers, which follow a backward pass, change no version counter.
+                # Steps of fused optimizers, which follow a backward pass, do not change version counters.
                 vec = recomputed(_Moved(part, None if on_host(theta) else self.forget), theta)
             for (full, shape), piece in zip(part.arrays.items(), torch.split(vec, sizes, -1), strict=True):
                 change = piece.reshape(*theta.shape[:-1], *shape)
@@ -1105,7 +1103,7 @@ class Quotient(Function):
     ) -> None:
         self.applying, self.weight, self.source = applying, weight, source
         self.scale, self.detach = scale, detach
-        #: What the call has found: vectors.
+        #: Vectors that the forward pass has computed.
         self._rescaling: Rescaling
 
     def __call__(self, *arrays: Tensor) -> Tensor:
@@ -1132,7 +1130,7 @@ class Quotient(Function):
         once, rest = reuses_buffers(gradient), [index for index in wanted if index != len(of_delta)]
         delta, pull = recompute(self.source, of_delta, rest, once, self.scale)
         total = self._total(delta)
-        # What the forward pass has found is constant: for a derivative of this one it is computed again.
+        # The forward pass's results are constants: for a derivative of this backward pass they are recomputed.
         rescaling = self._rescaling if once else self._rescaled(total, magnitude)
         through, (of_magnitude,) = self.applying.rescaling_pulled(
             load_backend("torch"), total, rescaling, gradient.view(-1, 1)

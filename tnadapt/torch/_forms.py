@@ -1,14 +1,14 @@
-"""What a layer computes with an update: with its factors, or with W', which is recomputed in backward instead of saved.
+"""How a layer uses an update: by its factors, or by W', which is recomputed in backward instead of saved.
 
 The first half never forms ΔW: low-rank matrices by torch's own operations, and :class:`FactoredLinear`.
 
-In the second half :func:`updated` forms W', by ordinary operations. :class:`UpdatedWeight` is the same as one autograd
+In the second half :func:`updated` forms W', by ordinary operations. :class:`UpdatedWeight` does so as one autograd
 node, together with the operation that multiplies by W': a linear layer, a convolution, or none, for a stack of experts.
-Written with ordinary operations, a layer would save W' until backward: the memory of a second model. ΔW is cheap to
-compute from its arrays, so only these are saved.
+With ordinary operations, a layer would save W' until backward: the memory of a second model. ΔW is cheap to compute
+from its arrays, so only these are saved.
 
 The node also reuses memory: W + ΔW is computed in the buffer of ΔW, and its gradient in the buffer of the sum. A buffer
-that is written to is never saved, and none is reused where someone may still look at it
+that is written to is never saved, and none is reused while other code may still read it
 (:func:`~tnadapt.torch._delta.reuses_buffers`).
 """
 
@@ -167,7 +167,7 @@ def mixed_low_rank_linear(x: Tensor, weight: Tensor, bias: Tensor | None, change
     """Return ``x Wᵀ + b`` plus each update, computed in the dtype of its factors and rounded to that of x."""
     y = functional.linear(x, weight, bias)
     for left, right, scale, mixing in changes:
-        # The operations of the general way, in its order: a product of both factors would round differently.
+        # The operations and order of the general path: a product of both factors would round differently.
         change = functional.linear(functional.linear(x.to(left.dtype), right.T), left)
         change = change if scale == 1.0 else change * scale
         change = change if mixing == 1.0 else change * mixing
@@ -182,7 +182,7 @@ def mixed_low_rank_linear(x: Tensor, weight: Tensor, bias: Tensor | None, change
 # product, each along its mode. With one matrix per term, which is LoRA, z = x R. The sum is accumulated in place in y:
 # no second array of that size is written.
 #
-# Between two maps, ``A (Σ …) Bᵀ`` as in MiSS, the products are with ``Bᵀ x`` in the place of x, and A maps the result.
+# Between two maps, ``A (Σ …) Bᵀ`` as in MiSS, ``Bᵀ x`` takes the place of x in the products, and A maps the result.
 
 
 def product(x: Tensor, factored: Factored, activation: Callable[[Tensor], Tensor] | None = None) -> Tensor:
@@ -221,7 +221,7 @@ def _inner(rows: Tensor, term: Sequence[Matrix]) -> Tensor:
 
 
 def _middle(inner: Tensor, count: int, term: Sequence[Matrix]) -> Tensor:
-    """Apply the other matrices of the term, each along its mode, the first mode first."""
+    """Apply the other matrices of the term, each along its mode, starting with the first."""
     # All sizes are explicit: with zero rows, reshape could not infer a -1.
     sizes = [matrix.left.shape[1] if matrix.right is None else matrix.right.shape[0] for matrix in term[:-1]]
     sizes.append(term[-1].left.shape[1])
@@ -278,10 +278,10 @@ def low_rank_updates(changes: Sequence[tuple[Target, Factored]]) -> list[LowRank
 
 def is_ordinary(x: Tensor) -> bool:
     """Return whether no trace, mode or autocast intercepts single operations on an input with rows in memory order."""
-    # With other strides torch sums products in another order, so that rounding would differ.
+    # With other strides torch sums products in another order, which rounds differently.
     if x.is_nested or x.ndim == 0 or x.is_meta or not x.is_contiguous():
         return False
-    # A constant where possible: the name of the device takes longer than the answer.
+    # A constant where possible: looking up the device's name takes longer than the test itself.
     if torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type) or torch.compiler.is_compiling():
         return False
     return not in_functorch() and not _delta.in_dispatch_mode()
@@ -290,7 +290,7 @@ def is_ordinary(x: Tensor) -> bool:
 def can_fuse(x: Tensor, weight: Tensor, changes: Sequence[tuple[Target, Factored]]) -> bool:
     """Return whether all tensors share dtype and device; of an input that :func:`is_ordinary`."""
     if any(isinstance(target.rows, RowIndices) for target, _ in changes):
-        return False  # of these features there is no view to accumulate in
+        return False  # these features have no view to accumulate in
     tensors = [weight, *_tensors(changes)]
     return all(tensor is None or (tensor.dtype, tensor.device) == (x.dtype, x.device) for tensor in tensors)
 
@@ -371,12 +371,12 @@ class FactoredLinear(Function):
 
 
 def _mapped(factored: Factored, side: int) -> Map | None:
-    """Return the map of the products with the matrices (0), or the one whose adjoint is applied to x (1), if any."""
+    """Return the map of the products with the matrices (side 0), or the one whose adjoint maps x (side 1), if any."""
     return None if factored.sides is None or factored.sides[side].identity else factored.sides[side]
 
 
 def _narrowed(rows: Tensor, factored: Factored) -> Tensor:
-    """Return what the matrices are multiplied by, given the rows of x."""
+    """Return the rows that the matrices multiply, given the rows of x."""
     input_map = _mapped(factored, 1)
     return rows if input_map is None else cast(Tensor, input_map.adjoint(load_backend("torch"), rows))
 
@@ -384,7 +384,7 @@ def _narrowed(rows: Tensor, factored: Factored) -> Tensor:
 def _term_vjp(
     scale: float, term: Sequence[Matrix], rows: Tensor, part: Tensor, moved: Tensor | None, needed: Sequence[bool]
 ) -> list[Tensor | None]:
-    """Return the gradients of a term's tensors, in order; the gradient of x is added to ``moved`` in place."""
+    """Return the gradients of a term's tensors, in order, and add the gradient of x to ``moved`` in place."""
     *others, last = term
     inner = _inner(rows, term)
     features = part.reshape(-1, last.left.shape[0])
@@ -426,7 +426,7 @@ def _part(target: Target, features: Tensor) -> Tensor:
 
 
 def _accumulate(part: Tensor, z: Tensor, left: Tensor, scale: float) -> None:
-    """Compute ``part += scale * z leftᵀ`` in place; several rows of z may form one row of ``part``."""
+    """Compute ``part += scale * z leftᵀ`` in place, where several rows of z may form one row of ``part``."""
     if part.is_contiguous() or (part.ndim == 2 and len(z) == len(part)):
         part.view(len(z), left.shape[0]).addmm_(z, left.T, alpha=scale)
     else:
@@ -438,7 +438,7 @@ def unaliased(y: Tensor) -> Tensor:
     return cast(Tensor, torch.ops.aten._unsafe_view.default(y, y.shape)) if y._is_view() else y
 
 
-# -- What is known of an update, and its tensors at one moment ---------------------------------------------------------
+# -- An update's fixed properties, and its tensors at one moment -------------------------------------------------------
 
 
 class Update(NamedTuple):
@@ -573,7 +573,7 @@ def _updated_matrix(stored: Tensor, changes: Sequence[Change], less: bool) -> Te
     # A weight of zeros that has no memory of its own.
     total = stored.new_zeros(()).expand(stored.shape) if less else stored
     total = summed(total, added) if added else total
-    for change in others:  # each acts on its rows alone
+    for change in others:  # each acts only on its rows
         target = change.update.target
         base = target.select(stored)
         rows = change.rows(base)
@@ -629,7 +629,7 @@ BLOCK = 1 << 17
 
 
 def _can_sum_in_blocks(stored: Tensor, target: Target, delta: Tensor) -> bool:
-    """Return whether a sum is one of a half-precision weight that no gradient passes through and nothing watches."""
+    """Return whether a sum is one of a contiguous half-precision weight on the CPU, without gradients or tracing."""
     if stored.dtype not in (torch.bfloat16, torch.float16) or delta.dtype != torch.float32:
         return False
     if target.rows is not None or target.transposed or stored.device.type != "cpu" or delta.device.type != "cpu":
@@ -640,10 +640,8 @@ def _can_sum_in_blocks(stored: Tensor, target: Target, delta: Tensor) -> bool:
 
 
 def _sum_in_blocks(stored: Tensor, delta: Tensor) -> Tensor:
-    """Return ``(stored.float() + delta).to(stored.dtype)``, block by block.
-
-    The plain expression writes two arrays of four bytes an element, whose memory is new from the system at each call.
-    """
+    """Return ``(stored.float() + delta).to(stored.dtype)``, computed block by block."""
+    # The plain expression would allocate two float32 arrays, in memory that the system maps anew in each call.
     total = torch.empty_like(stored)
     with torch.no_grad():
         parts = zip(*(torch.split(tensor.reshape(-1), BLOCK) for tensor in (total, stored, delta)), strict=True)
@@ -652,7 +650,7 @@ def _sum_in_blocks(stored: Tensor, delta: Tensor) -> Tensor:
     return total
 
 
-# -- What multiplies by W', with its derivatives -----------------------------------------------------------------------
+# -- Operations with W', with their derivatives ------------------------------------------------------------------------
 
 
 class Operation:
@@ -746,7 +744,7 @@ class Convolution(Operation):
 ITSELF, LINEAR = Operation(), LinearProduct()
 
 
-# -- W' and what multiplies by it, as one autograd node ----------------------------------------------------------------
+# -- W' and the operation with it, as one autograd node ----------------------------------------------------------------
 
 
 class UpdatedWeight(Function):
@@ -813,7 +811,7 @@ class UpdatedWeight(Function):
         return [gradients[index] for index in wanted]
 
     def _spans(self) -> Iterator[tuple[Update, int, int]]:
-        """Yield each update with the places of its arrays."""
+        """Yield each update with the range of its arrays."""
         start = 0
         for update in self.updates:
             stop = start + update.num_arrays + update.num_params
@@ -823,13 +821,13 @@ class UpdatedWeight(Function):
     def _again(
         self, arrays: Sequence[Tensor], wanted: Sequence[int], once: bool
     ) -> Iterator[tuple[int, list[int], Change, Pull]]:
-        """Compute each update again, one after the other, with the places of its arrays that have gradients."""
+        """Recompute each update in turn, with the positions of its arrays that have gradients."""
         for update, start, stop in self._spans():
             places = [place for place in range(start, start + update.num_arrays) if 3 + place in wanted]
             yield start, places, *update.again(arrays[start:stop], [place - start for place in places], once)
 
     def _total(self, weight: Tensor, changes: Iterable[Change], arrays: Sequence[Tensor]) -> Tensor:
-        """Return W', in the buffer of the update where possible, which is then overwritten."""
+        """Return W', written to the buffer of the update if possible."""
         if len(self.updates) > 1:
             return updated(weight, changes, self.less)
         (change,) = changes

@@ -1,7 +1,7 @@
 """What an adapter contributes to a forward pass: whether it acts, ΔW, W' and factors, dropout, lookups, and the hooks.
 
-:class:`PassHooks` runs around a pass of the whole model. Within it, :func:`acts`, :func:`delta` and :func:`factors` are
-what an :class:`~tnadapt.torch._state.AdapterSlot` gives a layer. The later sections are forms of a layer's forward that
+:class:`PassHooks` runs around a pass of the whole model. Within it, an :class:`~tnadapt.torch._state.AdapterSlot` gives
+a layer :func:`acts`, :func:`delta` and :func:`factors`. The later sections are forms of a layer's forward that
 :mod:`tnadapt.torch._forward_patch` chooses from: stored low-rank factors, few rows of input, embeddings, and W' that is
 not a sum.
 """
@@ -33,7 +33,7 @@ from ._quantized import quantized_type
 from ._state import AdapterSlot, AdapterState, current, mixing_weight, weight_params
 from ._weights import numbers
 
-# -- Dropout of what an adapter adds: on its input, in training mode only ----------------------------------------------
+# -- Dropout of an adapter's contribution: on its input, in training mode only -----------------------------------------
 
 # A layer computes ``y = x Wᵀ + b + drop(x) (W' - W)ᵀ``, where W' - W is ΔW if the update is added. Whatever the
 # strategy, ``drop`` zeroes single elements of x and scales the others by 1 / (1 - p). The expectation is the output
@@ -62,9 +62,9 @@ def drops_input(slot: AdapterSlot, host: nn.Module) -> bool:
     if slot.adapter.dropout == 0.0 or not host.training:
         return False
     if isinstance(host, nn.Embedding) or getattr(host.__dict__.get("forward"), "looks_up", False):
-        return False  # its input are indices
+        return False  # its inputs are indices
     if slot.target.index is not None:
-        return False  # it is not what the experts' second matrices multiply
+        return False  # the experts' second matrices multiply something else
     return slot.strategy != "weight" or _shows_input(slot, host)
 
 
@@ -72,7 +72,7 @@ def _shows_input(slot: AdapterSlot, host: nn.Module) -> bool:
     """Return whether the host's input is multiplied with the weight and nothing else happens to it."""
     if slot.owner is not host or slot.target.parameter != "weight":
         return False
-    return type(host).forward in LINEAR_FORWARDS or type(host).__name__ == "Conv1D"  # of transformers
+    return type(host).forward in LINEAR_FORWARDS or type(host).__name__ == "Conv1D"  # from transformers
 
 
 def dropped_inputs(slots: Sequence[AdapterSlot], x: Tensor) -> list[tuple[Tensor, list[AdapterSlot]]]:
@@ -94,7 +94,7 @@ class ColumnDropout:
 
     def __init__(self, host: nn.Module) -> None:
         self.host = host
-        # All slots of an adapter in one weight have the same input.
+        # All slots of an adapter in one weight share an input.
         self._masks: dict[AdapterState, Tensor] = {}
 
     def acts(self, slot: AdapterSlot) -> bool:
@@ -115,7 +115,7 @@ class ColumnDropout:
 # -- Whether an adapter acts, and its updates and factors --------------------------------------------------------------
 
 
-#: The number of the backward pass that is running, or -1. Private to torch: a version without it only loses the check.
+#: The number of the running backward pass, or -1. Private to torch: a version without it only loses the check.
 backward_number: Callable[[], int] = getattr(torch._C, "_current_graph_task_id", lambda: -1)
 
 
@@ -159,11 +159,9 @@ def scaled(state: AdapterState, value: Tensor) -> Tensor:
 
 
 def _refuse_reentrant(state: AdapterState) -> None:
-    """Raise a RuntimeError where DistributedDataParallel would silently compute wrong gradients.
-
-    Reentrant checkpointing runs a separate backward pass for each region. DistributedDataParallel takes the first one
-    for the complete gradient of an array that several regions share, unless it was told that the graph is static.
-    """
+    """Raise a RuntimeError where DistributedDataParallel would silently compute wrong gradients."""
+    # Reentrant checkpointing runs a separate backward pass for each region. DistributedDataParallel takes the first one
+    # for the complete gradient of an array that several regions share, unless it was told that the graph is static.
     # A pass that began with gradients but runs without them here is inside reentrant checkpointing.
     if not state.cache.began_with_gradients or torch.is_grad_enabled():
         return
@@ -230,7 +228,7 @@ class PassHooks:
             state.threads.discard(threading.get_ident())
             if torch.is_grad_enabled():
                 # Several passes may precede one backward pass (DPO runs the base model and the adapted one), so all
-                # settings since the last optimiser step are allowed, not only the latest. The version counters tell
+                # settings since the last optimizer step are allowed, not only the latest. The version counters show
                 # when a step was taken.
                 arrays = [array for _, array in _state.named_parameters(state)]
                 written = sum(array._version for array in arrays if not array.is_inference())
@@ -269,29 +267,22 @@ class PassHooks:
         )
 
 
-# -- The warning of a training that leaves an adapter as it is, as it is merged or inactive ----------------------------
+# -- The warning about a training that cannot change an adapter because it is merged or inactive -----------------------
 
-# Where nothing else is trained, torch raises an error, as the loss has no gradient. It does not where the model keeps
+# If nothing else is trained, torch raises an error, because the loss has no gradient. It does not if the model keeps
 # parameters of its own trainable, or its inputs require gradients for activation checkpointing.
 
 
 def _warn_idle(state: AdapterState, args: Any, output: Any) -> None:
-    """Warn once if a forward pass in training mode is part of a training that cannot change an adapter.
-
-    Parameters
-    ----------
-    state : AdapterState
-        An adapter that did not act in the pass.
-    args, output : any
-        Those of the pass. A caller whose inputs require gradients may want these alone.
-    """
+    """Warn once if a training pass, in which an adapter did not act, belongs to a training that cannot change it."""
     if state.idle_warned or not state.enabled or state.shares_weights or not torch.is_grad_enabled():
         return
-    # Whoever trains one adapter with another merged or inactive has chosen so.
+    # Training one adapter while another is merged or inactive is a deliberate choice.
     others = state.model.__dict__.get(_state.ADAPTERS_ATTR, {}).values()
     if any(other.merged is None and mixing_weight(other) != 0.0 for other in others):
         return
     trained = any(parameter.requires_grad for _, parameter in _state.named_parameters(state))
+    # A caller whose inputs require gradients may want only those.
     if not trained or not _has_gradient(output) or _has_gradient(args):
         return
     state.idle_warned = True
@@ -359,23 +350,23 @@ class PatchedParameter:
     def tensor(self) -> Tensor:
         """The base weight as the module has it now."""
         weight = self.owner._parameters.get(self.parameter)
-        # A parametrized weight is computed and not registered as a parameter.
+        # A parametrized weight is computed, not registered as a parameter.
         return cast(Tensor, getattr(self.owner, self.parameter) if weight is None else weight)
 
 
-# -- The shortest way through a linear layer: low-rank updates whose factors are stored arrays -------------------------
+# -- The fast path of a linear layer: low-rank updates whose factors are stored arrays ---------------------------------
 
-# For a small layer the questions that :class:`~tnadapt.torch._forward_patch.ForwardPatch` asks in each call take longer
-# than the products. This layer answers those that cannot change between calls once, when slots are added or removed,
-# and the rest in as few steps as possible. The general way is the reference: it computes the same bits.
+# For a small layer, the checks that :class:`~tnadapt.torch._forward_patch.ForwardPatch` makes in each call take longer
+# than the products. Here those that cannot change between calls are made once, when slots are added or removed, and the
+# rest in as few steps as possible. The general path is the reference: it computes the same bits.
 
 
-#: Subclasses, such as sharded tensors, take the general way.
+#: Subclasses, such as sharded tensors, take the general path.
 _PLAIN = (Tensor, nn.Parameter)
 
 
 class _Stored(NamedTuple):
-    """An adapter, the names of its arrays that are the two factors of its update, and the factor of the update."""
+    """An adapter, the names of its arrays that are the two factors of its update, and the scale."""
 
     state: AdapterState
     left: str
@@ -411,7 +402,7 @@ class LowRankLayer:
         weight, bias = parameters.get("weight"), parameters.get("bias")
         if type(x) not in _PLAIN or type(weight) not in _PLAIN or (bias is None and "bias" not in parameters):
             return None
-        assert weight is not None  # of these types
+        assert weight is not None  # true for these types
         dtype, device = x.dtype, x.device
         if weight.dtype is not dtype or weight.device != device or not _forms.is_ordinary(x):
             return None
@@ -446,7 +437,7 @@ class LowRankLayer:
 
 
 def _stored(slot: AdapterSlot) -> _Stored | None:
-    """Return the names of the arrays of a slot's update if they are its factors, and nothing else is done with them."""
+    """Return the names of the arrays that are the factors of a slot's update, if it is their plain product."""
     state, how, target = slot.adapter, slot.factoring, slot.target
     if slot.strategy != "factored" or how is None or how.stored is None or how.shared:
         return None
@@ -496,7 +487,7 @@ def added_products(x: Tensor, weight: Tensor, bias: Tensor | None, slots: Sequen
             continue
         update = rounded_delta(slot, weight.dtype).to(x.device).reshape(-1, weight.shape[-1])
         scale = mixing_weight(state)
-        # An update that is not cached keeps its own dtype where that is the wider one: converting it takes longer.
+        # An uncached update keeps its own dtype if that is wider: converting it takes longer.
         change = _delta.wide_product(x, update)
         y = add_features(y, slot.target, change if scale == 1.0 else change * scale)
     return y
@@ -505,7 +496,7 @@ def added_products(x: Tensor, weight: Tensor, bias: Tensor | None, slots: Sequen
 def _compiled_product(slot: AdapterSlot, x: Tensor) -> Tensor:
     cache, index = slot.adapter.cache, slot.index
     if x.device.type != "cpu" and cache.slice(index) is not None:
-        # On a device such an update is not cached, and the compiler can fuse its computation.
+        # On a GPU such an update is not cached, and the compiler can fuse its computation.
         return _delta.wide_product(x, rounded_delta(slot, x.dtype).reshape(-1, x.shape[-1]))
     # The number is an attribute that the compiler guards on: a program is compiled again for another cache.
     arrays = current(slot.adapter, cache.names(index))
@@ -520,11 +511,11 @@ def _compiled_product(slot: AdapterSlot, x: Tensor) -> Tensor:
 # - *factored*: rows of the left factor are looked up and multiplied by the right one; ΔW is never formed.
 # - *additive*: ΔW is formed, as for a list of tokens' rows, and its rows are looked up.
 #
-# Only where the module's forward is known to be a lookup, times a scale perhaps (:func:`is_lookup`). A quantized
-# embedding's own forward is run, and the rows of updates are added to its output.
+# Only if the module's forward is known to be a lookup, possibly times a scale (:func:`is_lookup`). A quantized
+# embedding runs its own forward, and the rows of updates are added to the output.
 
 
-# What a subclass may do with the rows, as in Gemma and BART.
+# What a subclass may do with the rows, such as in Gemma and BART.
 _SCALES = ("super().forward({0}) * self.embed_scale", "super().forward({0}) * self.embed_scale.to(self.weight.dtype)")
 
 
@@ -539,7 +530,7 @@ def is_lookup(module: nn.Module) -> bool:
     layer_type = quantized_type(module)
     if layer_type is not None and layer_type.looks_up(module):
         return True
-    # Gradients of a factor cannot be divided by the frequencies of tokens.
+    # Gradients of a factor cannot be scaled by token frequency.
     if not isinstance(module, nn.Embedding) or module.scale_grad_by_freq:
         return False
     cls: Any = type(module)
@@ -574,7 +565,7 @@ def beside(module: nn.Module, y: Tensor, ids: Tensor, slots: Sequence[AdapterSlo
 
 
 def _times_scale(module: Any, rows: Tensor) -> Tensor:
-    """Return rows as the forward of a module returns them, which :func:`is_lookup` knows."""
+    """Return rows scaled as in the forward of a module that :func:`is_lookup` knows."""
     scale = getattr(module, "embed_scale", None)
     if scale is None or type(module).forward is nn.Embedding.forward:
         return rows
@@ -583,7 +574,7 @@ def _times_scale(module: Any, rows: Tensor) -> Tensor:
 
 
 def _plus_rows(total: Tensor, slots: Sequence[AdapterSlot], ids: Tensor, padding: int | None) -> Tensor:
-    """Return rows plus those of the updates of slots."""
+    """Add the rows of the slots' updates to rows."""
     ids = ids.to(total.device)
     for slot in slots:
         places, is_updated = _forms.updated_places(slot.target, ids)
@@ -594,7 +585,7 @@ def _plus_rows(total: Tensor, slots: Sequence[AdapterSlot], ids: Tensor, padding
             rows = functional.embedding(places.to(update.device), update)
         rows = rows.to(total.device)
         if padding is not None:
-            # As in nn.Embedding, the padding's row has no gradient.
+            # As in nn.Embedding, the padding row has no gradient.
             rows = torch.where((ids == padding).unsqueeze(-1), rows.detach(), rows)
         total = total.to(torch.promote_types(total.dtype, rows.dtype))
         total = total + rows if is_updated is None else torch.where(is_updated.unsqueeze(-1), total + rows, total)
@@ -608,7 +599,7 @@ def _factored_rows(factored: Factored, places: Tensor) -> Tensor:
 
 
 def _rows_of_term(term: Sequence[Matrix], places: Tensor) -> Tensor:
-    """Return rows of a Kronecker product: products of the rows of its matrices, which are digits of the place."""
+    """Return rows of a Kronecker product: products of rows of its matrices, whose indices are digits of the row's."""
     places = places.to(term[0].left.device)
     several: list[Tensor] = []
     for matrix in reversed(term):
@@ -618,7 +609,7 @@ def _rows_of_term(term: Sequence[Matrix], places: Tensor) -> Tensor:
     return functools.reduce(lambda last, rows: (rows.unsqueeze(-1) * last.unsqueeze(-2)).flatten(-2), several)
 
 
-# -- W' of the slots of a layer or stack, the quotient of a magnitude and a norm, and what is added to outputs ---------
+# -- W' for the slots of a layer or stack, the quotient of magnitude and norm, and additions to outputs ----------------
 
 
 def updated_weight(
@@ -656,7 +647,7 @@ def _computation(slot: AdapterSlot) -> tuple[_delta.Slice | None, list[Tensor], 
 
 
 def _change(slot: AdapterSlot, stored: Tensor, drop: ColumnDropout | None) -> Change:
-    """Return the change of one slot at this moment, differentiable."""
+    """Return the current change of one slot, differentiable."""
     state, update, params = slot.adapter, delta(slot), weight_params(slot.adapter, slot.index)
     applying = state.plan.applying
     change = Change(Update(slot.target, applying, None, 1, len(params), detach=state.detach_norm), update, params)
@@ -677,7 +668,7 @@ def quotient(slot: AdapterSlot, stored: Tensor | None) -> Tensor:
     weight = functools.partial(_base, slot, stored)
     function = _delta.Quotient(state.plan.applying, weight, source, scale, state.detach_norm)
     trained = torch.is_grad_enabled()
-    # The node passes no gradient to the weight, and traces have to show single operations.
+    # The node passes no gradient to the weight, and traces must contain the single operations.
     if traced() or (trained and (state.detach_norm or (stored is not None and stored.requires_grad))):
         factor = function(*arrays)
         if torch.compiler.is_compiling():  # one program serves all mixing weights
@@ -687,8 +678,8 @@ def quotient(slot: AdapterSlot, stored: Tensor | None) -> Tensor:
         return recomputed(function, *arrays)
     if source is None or stored is None or stored.is_inference() or not _delta.can_cache(arrays, True):
         return function(*arrays)
-    # The weight is too large to be compared: it has to be the same memory with the same version counter, which every
-    # operation in place on it changes. (A write through ``weight.data`` or NumPy does not.)
+    # The weight is too large to compare: it must be the same memory with the same version counter, which every in-place
+    # operation changes. (A write through ``weight.data`` or NumPy does not.)
     names = (*source.names, *state.plan.weight_param_names[slot.index])
     settings = stored.data_ptr(), stored.dtype, _delta.version(stored), scale
     entry = state.quotients.entry(slot.index, names, arrays, lambda copies: {0: function(*copies)}, settings)
@@ -716,7 +707,7 @@ def added_matrix(slot: AdapterSlot, stored: Tensor | None) -> Tensor:
 
 
 def _base(slot: AdapterSlot, stored: Tensor | None) -> Tensor:
-    """Return the rows of the base weight; where ``stored`` is None, as numbers of a quantized one."""
+    """Return the rows of the base weight, dequantized if ``stored`` is None."""
     weight: Any = numbers(slot.owner, slot.target.parameter) if stored is None else stored
     if weight is None:
         raise TargetError(f"the values of {slot.target.name} can no longer be read")

@@ -14,7 +14,7 @@ forward could not clean up after an interrupted pass, for which torch runs no ho
 
 For experts, whose products are inside a module's forward, :class:`LazyStack` does the last two.
 
-Of an adapter whose W' is not a sum, no other one may act on the same rows (:meth:`ForwardPatch.rivals`).
+If an adapter's W' is not a sum, no other adapter may act on the same rows (:meth:`ForwardPatch.rivals`).
 
 A patch keeps no state of a running pass, so several threads may run the same module. Only ``_shadowed`` changes the
 module for the duration of a forward, under a lock.
@@ -44,7 +44,7 @@ from ._quantized import is_packed, quantized_type
 from ._state import AdapterSlot, AdapterState, assignment_of, mixing_weight, unnamed_member
 from ._weights import shows_products
 
-# -- Experts: what updates add to the products of the tokens that are routed to them -----------------------------------
+# -- Experts: updates added to the products of the tokens that are routed to them --------------------------------------
 
 # The strategies "factored" and "additive" for one of the matrices that a parameter stacks: as in a linear layer, the
 # update is added to the output of the product with W. Only experts that have tokens compute anything.
@@ -70,9 +70,9 @@ class RoutedChanges:
         for slot in slots:
             several = to_weight if slot.strategy == "weight" else self.by_index.setdefault(slot.target.index, [])
             several.append(slot)
-        #: What the module multiplies by: the base weight, or its sum with updates of the strategy "weight".
+        #: The weight that the module multiplies by: the base weight, or its sum with updates of the strategy "weight".
         self.base = updated_parameter(stored, to_weight, patch.host) if to_weight else stored
-        #: Returns the changed weight with all updates, computed once, for whatever is no product.
+        #: Returns the changed weight with all updates, computed once, for operations other than products.
         self.total = functools.cache(lambda: updated_parameter(stored, slots, patch.host))
 
     def of_one(self, y: Tensor, x: Tensor, index: int) -> Tensor:
@@ -84,7 +84,7 @@ class RoutedChanges:
             if several[0].adapter.plan.applying.additive:
                 y = added(y, dropped, several, biased=False)
                 continue
-            # Only the change sees the dropped input, whatever it is.
+            # Only the change sees the input after dropout.
             matrix = self.base[index]
             plain = functional.linear(dropped, matrix.mT if self.transposed else matrix)
             y = y + (added(plain, dropped, several, biased=False) - plain)
@@ -131,14 +131,14 @@ class RoutedChanges:
 
 # A module of experts multiplies by its parameters itself, each module in its own way: expert by expert (``linear(x,
 # self.up_proj[i])``), sorted tokens by all experts (``grouped_mm``), or token by token (``bmm`` with
-# ``self.up_proj[ids]``). :class:`LazyStack` stands in the place of such a parameter while the module's forward runs,
-# and sees each function of torch that it is given to (``__torch_function__``). Selecting matrices and transposing gives
-# another lazy stack. A product is the product with W, to which the updates of the experts in it are added
-# (:class:`RoutedChanges`). For every other function it is the changed weight, computed
-# then: a module that does something unknown gets the result of the strategy "weight", and its cost.
+# ``self.up_proj[ids]``). :class:`LazyStack` replaces such a parameter while the module's forward runs, and intercepts
+# every torch function that receives it (``__torch_function__``). Selecting matrices and transposing gives another lazy
+# stack. A product is the product with W plus the updates of its experts (:class:`RoutedChanges`). For any other
+# function, the changed weight is computed: a module that does something unknown gets the result of the strategy
+# "weight", at its cost.
 #
-# It holds no numbers. Code that avoids ``__torch_function__``, as a kernel that takes the address of its argument,
-# fails and does not read W by mistake.
+# It holds no data. Code that avoids ``__torch_function__``, such as a kernel that takes the address of its argument,
+# fails instead of reading W by mistake.
 
 
 #: A tensor of matrix numbers, one number, or None for all matrices.
@@ -220,7 +220,7 @@ def _formed(values: Any) -> Any:
 
 
 def _item(func: Any, stack: Any, index: Any) -> Tensor | None:
-    """Return one matrix, or those of a list of numbers."""
+    """Return one matrix of a stack, or several by a tensor of indices."""
     if not isinstance(stack, LazyStack) or stack.picked is not None:
         return None
     changes, whole = stack.changes, isinstance(index, Tensor) and index.dtype in (torch.int64, torch.int32)
@@ -300,20 +300,20 @@ _RULES: dict[Any, Callable[..., Tensor | None]] = {
     functional.linear: _linear_product,
     **dict.fromkeys((torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__), _matmul),
     **dict.fromkeys((torch.bmm, Tensor.bmm), _bmm),
-    # Each where this version of torch has it; the last of transformers, where torch has none.
+    # Each if this version of torch has it; the last is transformers' own, for when torch has none.
     getattr(functional, "grouped_mm", None): _grouped,
     getattr(torch, "_grouped_mm", None): _grouped,
     "transformers.grouped_mm_fallback": _grouped,
 }
 
-#: Their keywords; a call with others, such as ``out``, is no product here.
+#: Their keywords; a call with others, such as ``out``, does not count as a product.
 _KEYWORDS: dict[Any, set[str]] = {
     _linear_product: {"input", "weight", "bias"},
     _grouped: {"offs"},
     _transposed: {"dim0", "dim1"},
 }
 
-#: Functions that depend on a tensor's shape, dtype and place, and not on its numbers.
+#: Functions that depend on a tensor's shape, dtype and device, but not on its values.
 _METHODS = "size dim stride numel __len__ is_floating_point element_size get_device is_contiguous is_complex"
 _PROPERTIES = "shape dtype device ndim layout is_cuda is_cpu is_meta is_sparse"
 _ABOUT: set[Any] = {
@@ -340,8 +340,8 @@ def updated_parameter(stored: Tensor, slots: Sequence[AdapterSlot], host: nn.Mod
 def changed_parameter(patch: ForwardPatch, patched: PatchedParameter, slots: Sequence[AdapterSlot]) -> Tensor:
     """Return what stands in the place of a parameter: the sum, or for experts a stack that products add updates to."""
     stored = patched.tensor
-    # A stack reads the numbers of tokens of each expert from the device: not in a trace, which must hold for all
-    # inputs, nor in a captured graph, nor without numbers.
+    # A stack reads each expert's number of tokens from the device: not in a trace, which must hold for all inputs, nor
+    # in a captured graph, nor on the meta device.
     unread = traced() or stored.is_meta or (stored.is_cuda and torch.cuda.is_current_stream_capturing())
     if unread or all(slot.strategy == "weight" for slot in slots) or not shows_products(patched.owner):
         return updated_parameter(stored, slots, patch.host)
@@ -350,8 +350,8 @@ def changed_parameter(patch: ForwardPatch, patched: PatchedParameter, slots: Seq
 
 # -- The gradient of a layer that rounds its input, as if nothing were rounded -----------------------------------------
 
-# Layers that quantize their input in each call (int8 by int8) have no backward: rounding has none. Without one, the
-# arrays of all adapted layers before them would silently get a part of their gradients only.
+# Layers that quantize their input in each call (int8 by int8) have no backward: rounding has none. Without it, the
+# arrays of all adapted layers before them would silently get only a part of their gradients.
 
 
 class StraightThrough(Function):
@@ -402,13 +402,13 @@ class ForwardPatch:
     def __init__(self, host: nn.Module) -> None:
         self.host = host
         self.weights: list[PatchedParameter] = []
-        #: The forward that was set on the instance before, by accelerate say; None where it is the class's.
+        #: The forward set on the instance before, such as by accelerate; None if it was the class's.
         self.before: Callable[..., Any] | None = host.__dict__.get("forward")
         #: Whether the original is the unmodified forward of torch's Linear or convolutions, on the host's own weight.
         self.is_plain = False
         #: Whether the original is the forward of an embedding, so that rows can be looked up in updates.
         self.looks_up = False
-        #: The shortest way through the host, where its updates allow it; None while they change.
+        #: The fast path through the host, if its updates allow it; None while they change.
         self.short: LowRankLayer | None = None
         layer_type = quantized_type(host)
         self.is_quantized = layer_type is not None
@@ -506,14 +506,14 @@ class ForwardPatch:
                     _forward_pass.check_recomputation(slot.adapter)
                 if not _forward_pass.acts(slot.adapter):
                     continue
-                if not compiling:  # for the warning that no patch was used; a changing set would break the graph
+                if not compiling:  # for the warning that no patch ran; a changing set would break the graph
                     slot.adapter.threads.add(threading.get_ident())
                 acting.append(slot if slot.adapter.members is None else _of_member(slot))
         return acting
 
     def run(self, acting: Sequence[AdapterSlot], args: Any, kwargs: Any, drop: bool = True) -> Any:
         """Run the module's forward with the updates of these slots; with ``drop=False`` without dropout."""
-        # Updates are sorted by what they are added to: the weight or the output.
+        # Updates are sorted by whether they are added to the weight or to the output.
         dropping: list[AdapterSlot] = []
         to_weights: list[AdapterSlot] = []
         to_output: list[AdapterSlot] = []
@@ -544,7 +544,7 @@ class ForwardPatch:
         return self.rescaled(y, slots, biased)
 
     def _with_dropout(self, y: Tensor, dropping: Sequence[AdapterSlot], x: Tensor) -> Tensor:
-        """Return the output plus what adapters add to it that drop elements of their input."""
+        """Return the output plus the updates of adapters that apply dropout to their input."""
         for dropped, slots in dropped_inputs(dropping, x):
             if all(slot.strategy != "weight" for slot in slots) and slots[0].adapter.plan.applying.additive:
                 y = self.added(y, dropped, slots)
@@ -556,7 +556,7 @@ class ForwardPatch:
         return y
 
     def _embedded(self, to_weight: list[AdapterSlot], added: list[AdapterSlot], args: Any, kwargs: Any) -> Tensor:
-        """Return the output of an embedding, whose updates are looked up like its weight."""
+        """Return the output of an embedding, with rows of updates looked up like those of the weight."""
         host: Any = self.host
         if self.is_quantized:
             return _forward_pass.beside(host, self._original(*args, **kwargs), _input(args, kwargs), added)
@@ -573,7 +573,7 @@ class ForwardPatch:
         return y
 
     def _stored(self, slot: AdapterSlot) -> Tensor | None:
-        """Return the base weight of a slot as the module has it now; None if it is quantized."""
+        """Return the base weight of a slot as the module has it now, or None if it is quantized."""
         patched = None if slot.quantized else self._patched(slot)
         return None if patched is None else patched.tensor
 
@@ -582,7 +582,7 @@ class ForwardPatch:
             args, kwargs = (kwargs["input"],), {}
         plain = self.is_plain and len(args) == 1 and not kwargs
         if not to_weights:
-            # Another thread, with other rows of adapters, may have its sum in the place of a weight at this moment.
+            # Another thread, with other rows of adapters, may be shadowing a weight with its sum at this moment.
             summing = not plain and any(is_read(slot) for patched in self.weights for slot in patched.slots)
             return self._shadowed([], args, kwargs) if summing else self._original(*args, **kwargs)
         # The fast path for nearly all layers: the sum is passed as an argument, without shadowing and lock. Only for
@@ -590,7 +590,7 @@ class ForwardPatch:
         return self._product(args[0], to_weights) if plain else self._shadowed(to_weights, args, kwargs)
 
     def _product(self, x: Tensor, slots: Sequence[AdapterSlot], less: bool = False) -> Tensor:
-        """Return the output of a plain layer on W'; with ``less`` on W' - W, without the bias."""
+        """Return the output of a plain layer with W', or if ``less`` with W' - W and without bias."""
         host: Any = self.host
         stored, bias = self.weights[0].tensor, None if less else host.bias
         if isinstance(host, nn.Linear):
@@ -604,7 +604,7 @@ class ForwardPatch:
         return cast(Tensor, host._conv_forward(x, weight, bias))
 
     def _can_factor(self, added: list[AdapterSlot], args: Any, kwargs: Any) -> bool:
-        """Return whether all updates are factors that a linear layer accumulates in its output."""
+        """Return whether all updates are factors that a linear layer can accumulate in its output."""
         if not (self.is_plain and isinstance(self.host, nn.Linear) and len(args) == 1 and not kwargs):
             return False
         if any(slot.strategy != "factored" or slot.adapter.activation is not None for slot in added):
@@ -612,7 +612,7 @@ class ForwardPatch:
         return isinstance(args[0], Tensor) and _forms.is_ordinary(args[0])
 
     def _fused(self, x: Tensor, added: list[AdapterSlot], known: Sequence[Factored]) -> Tensor | None:
-        """Return the output if all tensors have the same dtype."""
+        """Return the output of the fused computation, if all tensors have the same dtype."""
         changes = [
             (slot.target, factored._replace(scale=factored.scale * mixing_weight(slot.adapter)))
             for slot, factored in zip(added, known, strict=True)
@@ -643,12 +643,10 @@ class ForwardPatch:
         return type(self.host).forward(self.host, *args, **kwargs)
 
     def _shadowed(self, slots: list[AdapterSlot], args: Any, kwargs: Any) -> Any:
-        """Run the original forward, with the sum in the place where it reads the weight.
-
-        Python looks up an attribute in the instance's ``__dict__`` first and calls ``Module.__getattr__``, which finds
-        parameters, only if it is missing. So a sum in ``__dict__`` shadows the parameter for ``self.weight``, while the
-        parameter stays registered and unchanged: ``parameters()`` and the state dict never show the sum.
-        """
+        """Run the original forward with the sum shadowing the weight that it reads."""
+        # Python looks up an attribute in the instance's ``__dict__`` first and calls ``Module.__getattr__``, which
+        # finds parameters, only if it is missing. So a sum in ``__dict__`` shadows the parameter for ``self.weight``,
+        # while the parameter stays registered and unchanged: ``parameters()`` and the state dict never show the sum.
         read = [patched for patched in self.weights if patched.among(slots)]
         names = [(patched.owner, patched.parameter) for patched in read]
         sums = [changed_parameter(self, patched, patched.among(slots)) for patched in read]

@@ -27,7 +27,7 @@ from ._quantized import QuantizedLayer, is_packed, quantized_type, twin
 from ._state import AdapterState, Merged, full_arrays, need_attached, need_linear, not_a_sum, warn_of_references
 from ._weights import numbers
 
-# -- What is kept of the rows of a floating-point weight ---------------------------------------------------------------
+# -- Original rows of a floating-point weight, kept while merged -------------------------------------------------------
 
 
 class MergedRows(NamedTuple):
@@ -44,7 +44,7 @@ class MergedRows(NamedTuple):
                 f"{target.name} was {self.before.dtype} when it was merged and is {weight.dtype} now: its original "
                 "bits cannot be restored; convert the model back, or detach by bake()"
             )
-        # Rows that already have their original values come from an unmerge() that was interrupted.
+        # Rows that already have their original values were restored by an interrupted unmerge().
         if checksum(target.select(weight)) not in (self.checksum, checksum(self.before)):
             raise changed_since(state, target)
 
@@ -86,8 +86,8 @@ def _weight(target: Target, owner: nn.Module) -> Tensor:
 
 # -- Quantized weights: dequantized, added to, quantized again by their library ----------------------------------------
 
-# The state of a layer, its tensors and what its library keeps with them, is taken out and kept as it is: nothing is
-# copied or subtracted. A merged layer has another state of the same form, so that putting back the first restores every
+# The state of a layer, its tensors and what its library stores with them, is taken out and kept as it is: nothing is
+# copied or subtracted. A merged layer has another state of the same form, so putting the first one back restores every
 # byte.
 
 
@@ -212,7 +212,7 @@ def requantized(
         )
     changed = (wanted != before).any(1)
     if not bool(changed.any()):
-        state = layer_type.state(owner)  # a library may round even its own numbers to others
+        state = layer_type.state(owner)  # a library may round even its own dequantized numbers to others
     elif not bool(changed.all()):
         state = layer_type.keep_rows(owner, state, changed)
     after = _dequantized(layer_type, owner, state)
@@ -226,7 +226,7 @@ def requantized(
 
 
 def _dequantized(layer_type: QuantizedLayer, owner: nn.Module, state: Mapping[str, Any]) -> Tensor:
-    """Return what a state of a layer stands for; the layer keeps its own."""
+    """Return the numbers that a state of a layer stands for, without changing the layer."""
     other = twin(owner)
     layer_type.restore(other, state)
     numbers = layer_type.dequantize(other)
@@ -288,7 +288,7 @@ def merge(adapter: AdapterState, max_error: float | None = None) -> None:
         )
     warn_of_references(adapter)
     try:
-        # Set before any weight is written to: whatever happens from here on, unmerge() has the original bits.
+        # Set before any weight is written: whatever happens from here on, unmerge() has the original bits.
         adapter.merged = merged
         for write_one in writes:
             write_one()
@@ -300,10 +300,8 @@ def merge(adapter: AdapterState, max_error: float | None = None) -> None:
 
 
 def _prepared(adapter: AdapterState) -> tuple[list[Merged], list[Callable[[], None]], RequantizationReport]:
-    """Return what is kept of each target, the calls that write all sums, and the report; change nothing.
-
-    Everything is computed and checked here, before the first weight is changed.
-    """
+    """Return what is kept of each target, the calls that write all sums, and the report, without any change."""
+    # Everything is computed and checked here, before the first weight is changed.
     plain: dict[int, Tensor] = {}
     quantized: dict[int, tuple[QuantizedLayer, list[int]]] = {}
     for index in range(len(adapter.targets)):
@@ -344,7 +342,7 @@ class _Exact:
 
     def sum(self, index: int, target: Target, weight: Tensor) -> Tensor:
         """Return the weight plus its update, ``(rows, cols)``, in the weight's dtype, as a new tensor."""
-        # Other devices than CUDA may lack float64, so these are computed on the host.
+        # Devices other than CUDA may lack float64, so their sums are computed on the host.
         where = weight.device if weight.device.type == "cuda" else torch.device("cpu")
         dtype = str(weight.dtype).removeprefix("torch.")
         after = target.select(weight).to(where, copy=True).contiguous()
@@ -391,12 +389,12 @@ def _numbers(array: Tensor) -> np.ndarray:
 
 
 def _bits(flat: Tensor) -> np.ndarray:
-    """Return a NumPy view of a tensor's memory; bfloat16 as its bits."""
+    """Return a NumPy view of a tensor's memory, with bfloat16 as its bits."""
     return flat.view(torch.int16).numpy().view(np.uint16) if flat.dtype is torch.bfloat16 else flat.numpy()
 
 
 def _write_in_place(flat: Tensor, pieces: Iterator[tuple[int, Tensor]], add: bool) -> str | None:
-    """Do :func:`tnadapt.algebra.rounding.change_in_place` on the weight's device: pieces are added, or are W'."""
+    """Run :func:`tnadapt.algebra.rounding.change_in_place` on the device, adding pieces that are not W' itself."""
     for start, piece in pieces:
         part = flat[start : start + piece.numel()]
         total = part.double() + piece if add else piece
@@ -448,7 +446,7 @@ def _enable(adapter: AdapterState, enabled: bool, merged: bool) -> None:
 
 
 def _put_back(adapter: AdapterState, merged: Sequence[Merged]) -> None:
-    """Write the original rows back into the weights; can be repeated."""
+    """Write the original rows back into the weights, however often it is called."""
     # Tied weights have more slots.
     for target, slot, original in zip(adapter.targets, adapter.slots, merged, strict=False):
         original.put_back(target, slot.owner)

@@ -1,4 +1,4 @@
-"""Extraction of an adapter from a fully fine-tuned model in memory: fitting the change of its weights."""
+"""Extract an adapter from a fully fine-tuned model in memory, by fitting the changes of its weights."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Quantized layers of all libraries: recognized, dequantized and requantized by one class each; the table of them.
+"""Quantized layers (bitsandbytes, GPTQ, AWQ, HQQ, torchao, quanto, GGUF): recognize, dequantize and requantize them.
 
-:class:`QuantizedLayer` is the contract, which one class for each type of layer fulfills. None of them imports the
-library whose layers it knows: layers are recognized by the names of their classes, and a library is loaded already if a
-model has its layers. :data:`QUANTIZED` at the end lists the classes, and :func:`quantized_type` asks them.
+:class:`QuantizedLayer` is the contract, with one subclass for each type of layer. None of them imports the library of
+its layers: layers are recognized by the names of their classes, and if a model has such layers, their library is loaded
+already. :data:`QUANTIZED` at the end lists the classes, and :func:`quantized_type` finds the one of a layer.
 
 A layer with ``in_features``, ``out_features`` and an integer weight needs no entry here to be adapted. Without one it
 has no fingerprint, and nothing is merged into it.
@@ -191,7 +191,7 @@ class LibraryLayer(QuantizedLayer):
 
 
 def _is_of(module: nn.Module, library: str, name: str) -> bool:
-    """Return whether a module is of a class of a library, which is not imported for that, or of a subclass."""
+    """Return whether a module is an instance of a class that is given by name, without importing its library."""
     return any((cls.__module__, cls.__qualname__) == (library, name) for cls in type(module).__mro__)
 
 
@@ -289,7 +289,7 @@ class Int8Layer(LibraryLayer):
         state: dict[str, Any] = {}
         if "state" in self.stored:
             state["state"] = copy.copy(module.state)
-            state["state"].reset_grads()  # forgets the codes and scales of the original
+            state["state"].reset_grads()  # drops the codes and scales of the original
         if held.dtype is not torch.int8:
             return {**state, "weight": _same_class(held, weight.to(held.dtype))}
         codes, scales, _ = _functional().int8_vectorwise_quant(weight.to(torch.float16).contiguous())
@@ -303,13 +303,13 @@ def _functional() -> Any:
 
 
 def _quant_state(module: nn.Module) -> Any:
-    # A parameter that was converted, as by FSDP, has lost it, and the module still has it.
+    # A parameter converted by FSDP, say, has lost it, but the module still has it.
     state = getattr(module._parameters["weight"], "quant_state", None)
     return getattr(module, "quant_state", None) if state is None else state
 
 
 def _unpack(module: Any) -> None:
-    """Undo the packing for the CPU's kernel, by the library's own code, which runs when a state dict is made."""
+    """Undo the packing for the CPU kernel by the library's own code, which runs when a state dict is built."""
     state = _quant_state(module)
     if state is not None and getattr(state, "packing_format_for_cpu", False):
         module._save_to_state_dict({}, "", False)
@@ -320,7 +320,7 @@ def _unpack(module: Any) -> None:
 
 
 def _same_class(held: Any, data: Tensor) -> Any:
-    """Return a parameter of the same class and settings with other data."""
+    """Return a parameter of the same class and settings with different data."""
     new = torch.Tensor._make_subclass(type(held), data, held.requires_grad)
     new.__dict__.update(held.__dict__)
     return new
@@ -443,9 +443,9 @@ def planar(words: Tensor, bits: int, count: int, axis: int) -> Tensor:
 
 
 def _aligned(words: Tensor, bits: int, count: int) -> Tensor:
-    """Return the integers along the last axis, where each is in one word."""
+    """Return the integers packed along the last axis, none of which spans two words."""
     shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=words.device)
-    # The shift fills with the sign, which the mask cuts off.
+    # The shift fills in sign bits, which the mask removes.
     return ((words.unsqueeze(-1) >> shifts) & ((1 << bits) - 1)).flatten(-2)[..., :count]
 
 
@@ -454,7 +454,7 @@ def crossing(words: Tensor, bits: int, count: int) -> Tensor:
     words = words.to(torch.int64) & 0xFFFFFFFF
     first = torch.arange(count, device=words.device) * bits
     place, shift = first // 32, first % 32
-    # The word behind the last one is only read with a shift that leaves nothing of it.
+    # The word after the last one is read only with a shift that removes all of it.
     low = words[..., place] >> shift
     high = words[..., (place + 1).clamp_max(words.shape[-1] - 1)] << (32 - shift)
     return ((low | high) & ((1 << bits) - 1)).to(torch.int32)
@@ -462,11 +462,11 @@ def crossing(words: Tensor, bits: int, count: int) -> Tensor:
 
 # -- GPTQ and AWQ: packed words, and scales that were chosen by calibration data ---------------------------------------
 
-# Their packages have one class for each kernel. Some keep the format's words, and some repack them when a model is
+# Their packages have one class for each kernel. Some keep the format's words, others repack them when a model is
 # loaded, or in the first evaluation.
 
 
-# Names of classes that put the words into a kernel's own order, or that rotate their input first.
+# Names of classes that store the words in a kernel's own order, or rotate their input first.
 _OWN_LAYOUT = ("bitblas", "exllama", "gemv", "machete", "marlin", "mlx", "paro", "qqq", "swordfish")
 
 
@@ -528,7 +528,7 @@ def _names(module: nn.Module) -> str:
 # -- AWQ: codes along the output features, those of 4 bits eight to a word in interleaved order ------------------------
 
 
-# Which of a word's eight output features is in which place, from the lowest bits on.
+# The order of a word's eight output features, from the lowest bits up.
 _PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
 
 
@@ -641,11 +641,9 @@ class GPTQEmbedding(GPTQLayer):
 
 
 def _less_one(layer: Any) -> bool:
-    """Return whether the layer's forward adds one to the zeros that it holds.
-
-    GPTQModel's kernels with REQUIRES_FORMAT_V2 take them as they are. Their zeros are converted when a "gptq" model is
-    loaded; those of a "gptq_v2" model need no conversion, and ``qzero_format()`` goes on saying 1.
-    """
+    """Return whether the layer's forward adds one to the stored zeros."""
+    # GPTQModel's kernels with REQUIRES_FORMAT_V2 take them as they are. Their zeros are converted when a "gptq" model
+    # is loaded; those of a "gptq_v2" model need no conversion, and ``qzero_format()`` still returns 1.
     needs_v2 = getattr(layer, "REQUIRES_FORMAT_V2", None)
     method = getattr(layer, "qzero_format", None)
     return needs_v2 is not True and (method is None or method() == 1)
@@ -673,7 +671,7 @@ class HQQLayer(LibraryLayer):
     def numbers(self, module: Any) -> Tensor | None:
         """Return the weight in the layer's dtype."""
         other = twin(module)
-        # The library completes this dictionary for a moment.
+        # The library completes this dictionary temporarily.
         other.meta = dict(other.meta)
         return cast(Tensor, other.dequantize())
 
@@ -701,7 +699,7 @@ class HQQLayer(LibraryLayer):
 # -- torchao: the module is torch's own, and the class of its weight is torchao's --------------------------------------
 
 # Such a tensor reports the dtype that it was quantized from, and the shape that it stands for: nothing but its class
-# tells it from ordinary numbers.
+# distinguishes it from an ordinary tensor.
 
 
 class TorchAOLayer(LibraryLayer):

@@ -1,4 +1,4 @@
-"""The adapters on a model: listed, mixed, removed; its methods intercepted while there are any, such as TRL's for vLLM.
+"""The adapters on a model: list, mix and remove them; the model's methods that they intercept, such as TRL's for vLLM.
 
 :func:`attached` lists them, and :func:`mix` sets their weights. :func:`freeze`, :func:`prepare` and
 :func:`install_methods` change the model for an adapter; :func:`let_go` and :func:`let_go_merged` undo it.
@@ -133,7 +133,7 @@ def _finite(weight: float) -> float:
     return number
 
 
-# -- The draws that an adapter's plan keeps: counted, and given back ---------------------------------------------------
+# -- The draws cached by an adapter's plan: counted and freed ----------------------------------------------------------
 
 
 def drawn(plan: SuperLoRA) -> Iterator[FixedArrays]:
@@ -162,14 +162,14 @@ def held_by_draws(several: Iterable[FixedArrays]) -> int:
     return sum(arrays.values()) + sum(spare.values())
 
 
-# -- What idle adapters keep: up to a number of bytes for each model ---------------------------------------------------
+# -- Caches of idle adapters: a limit in bytes per model ---------------------------------------------------------------
 
-# An adapter that has acted keeps what makes the next pass fast: its updates, and the draws of its F. Once others are
-# activated in its place, that memory is of use only if it comes back. Beyond the limit, the adapters that have been
-# idle longest lose theirs, which is computed again when they act.
+# An adapter that has acted caches what makes the next pass fast: its updates, and the draws of its F. Once others are
+# activated in its place, that memory is useful only if it comes back. Beyond the limit, the adapters that have been
+# idle longest lose their caches, which are recomputed when they act.
 
 
-#: Bytes that the idle adapters of a model keep together, where nothing else was set.
+#: Default limit in bytes for the caches of a model's idle adapters.
 DEFAULT_LIMIT = 32 * 2**20
 _LIMIT_ATTR = "_tnadapt_cache_limit"
 _turns = itertools.count(1)
@@ -241,7 +241,7 @@ def trim_idle(states: Iterable[AdapterState]) -> None:
 
 
 def _bytes_held(state: AdapterState) -> int:
-    """Return the bytes that an adapter keeps beyond its own parameters."""
+    """Return the bytes that an adapter caches beyond its own parameters."""
     theta_bytes = 0 if state.made is None else state.made.held()
     return state.cache.held() + state.quotients.held() + theta_bytes + held_by_draws(drawn(state.plan))
 
@@ -260,7 +260,7 @@ def freeze(adapter: AdapterState) -> None:
             if name in other.was_trainable:
                 before[id(parameter)] = other.was_trainable[name]
     for name, parameter in _base(adapter):
-        # The state before the first adapter, which the last one to be detached restores.
+        # The state before the first adapter, restored when the last one is detached.
         adapter.was_trainable[name] = before.get(id(parameter), parameter.requires_grad)
         parameter.requires_grad_(id(parameter) in free)
 
@@ -295,7 +295,7 @@ def _base(adapter: AdapterState) -> Iterator[tuple[str, nn.Parameter]]:
             yield name, parameter
 
 
-# -- What a quantized model needs while an adapter is attached to it ---------------------------------------------------
+# -- Adjustments of a quantized model while an adapter is attached -----------------------------------------------------
 
 # - Layers whose library would change them in evaluation are told not to (:meth:`QuantizedLayer.while_attached`).
 # - Layers that pass no gradient to their input and are not adapted are named in a warning.
@@ -336,20 +336,20 @@ def put_back(state: AdapterState) -> None:
     state.settings = []
 
 
-# -- What a transformers model has to know about its adapters: saving, its Trainer, TRL's copies -----------------------
+# -- Adjustments of a transformers model for its adapters: saving, the Trainer, TRL's copies ---------------------------
 
-# transformers knows PEFT's adapters alone: ``save_pretrained`` writes a model that loads without its adapter. While
-# adapters are attached, a model has another method instead. The Trainer refuses to train a quantized model unless an
-# adapter is on it: it gets the mark of one. (A model from a GGUF file counts as quantized, although its weights are
+# transformers knows only PEFT's adapters: ``save_pretrained`` would write a model that loads without its adapter. While
+# adapters are attached, the method is replaced. The Trainer refuses to train a quantized model unless an adapter is on
+# it, so the model gets the mark of one. (A model from a GGUF file counts as quantized, although its weights are
 # dequantized.)
 #
 # TRL copies a model to vLLM by ``named_parameters``, its own or that of a module around it, which both go through
-# ``named_modules``; under FSDP1, after a walk through ``named_children``. TRL merges the adapters of PEFT models
-# before, and no others: nothing that TRL passes to a model says what for, so its calling function tells.
+# ``named_modules``; under FSDP1, after a walk through ``named_children``. TRL first merges the adapters of PEFT models,
+# but of no others. Its calls do not say what they are for, so the calling function is inspected.
 
 
 _SAVE = "save_pretrained"
-# The attribute by which transformers tells that a model has adapters.
+# The attribute by which transformers recognizes that a model has adapters.
 _HAS_ADAPTERS = "_hf_peft_config_loaded"
 
 
@@ -397,14 +397,14 @@ def _remove_methods(model: nn.Module) -> None:
         return
     if save.marked:
         model.__dict__.pop(_HAS_ADAPTERS, None)
-    # Save comes last: with it, a removal that was interrupted can be repeated.
+    # The save method comes last: while it is there, an interrupted removal can be repeated.
     for name in _METHODS:
         if isinstance(model.__dict__.get(name), AdapterMethod):
             del model.__dict__[name]
 
 
 def _refuse_vllm(model: nn.Module) -> None:
-    """Raise an error if TRL asks for the weights to send them to vLLM, which would not get the adapters."""
+    """Raise an error if TRL requests the weights to send them to vLLM, which would not get the adapters."""
     caller = sys._getframe(2)
     while caller.f_code.co_name in _PASSED_THROUGH and caller.f_back is not None:
         caller = caller.f_back
@@ -421,10 +421,7 @@ def _refuse_vllm(model: nn.Module) -> None:
 
 
 def _save_pretrained(model: nn.Module, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
-    """Save the model as its class does, with a warning if the result would load without its adapters.
-
-    With merged adapters the weights are the result: their arrays are left out.
-    """
+    """Save the model as its class does, with a warning if the result would load without its adapters."""
     states = attached(model).values()
     unmerged = [state.name for state in states if state.merged is None]
     if unmerged:
@@ -437,6 +434,7 @@ def _save_pretrained(model: nn.Module, save_directory: Any, *args: Any, **kwargs
             "tnadapt.torch.adapter_checkpoints(trainer) before train()",
             stacklevel=3,
         )
+    # The weights contain merged adapters, whose arrays are left out.
     elif states and kwargs.get("state_dict") is None and not args:
         kwargs["state_dict"] = {name: value for name, value in model.state_dict().items() if not is_array(name)}
     cls: Any = type(model)
@@ -455,7 +453,7 @@ _PASSED_THROUGH = ("named_parameters", "_named_members", "named_modules")
 _METHODS = ("named_children", "named_modules", _SAVE)
 
 
-# -- Removal, with or without the update left in the weights -----------------------------------------------------------
+# -- Removal, with or without leaving the update in the weights --------------------------------------------------------
 
 
 def let_go(state: AdapterState) -> None:
@@ -586,13 +584,13 @@ def reference_model(model: nn.Module, *, with_adapters: bool = False) -> nn.Modu
         raise TargetError(f"adapter {merged.name!r} is merged into the weights that the reference shares: unmerge() it")
     # The frozen parameters of the base. Buffers are copied: they are small, and a forward pass may write to them.
     shared = {id(p): p for name, p in model.named_parameters() if not is_array(name) and not p.requires_grad}
-    # A tensor that the memo names is not copied.
+    # A tensor in the memo is not copied.
     reference = copy.deepcopy(model, dict(shared))
     for state in states.values():
         state.references += (weakref.ref(reference),)
     for state in attached(reference).values():
         state.shares_weights = True
-        # Removing an adapter restores what was trainable before attach(), which here would be in the model in training.
+        # Removing an adapter restores the base's requires_grad, which here would change the model in training.
         state.was_trainable = dict.fromkeys(state.was_trainable, False)
         if not with_adapters:
             take_off(state)

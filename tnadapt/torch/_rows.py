@@ -34,16 +34,16 @@ from ._state import (
 from ._strategy_choice import MACHINES
 from ._weights import sees_tokens_in_order
 
-# -- What the adapters of groups of rows add to an output: low-rank updates by grouped products ------------------------
+# -- Additions of adapters to the outputs of groups of rows: low-rank updates by grouped products ----------------------
 
-# The plain form is a loop over groups: :func:`looped`. Where each group's adapter has one low-rank matrix for the same
+# The plain form is a loop over groups: :func:`looped`. If each group's adapter has one low-rank matrix for the same
 # target, and all have the same shape, the factors are stacked, and two batched products serve all groups.
 
 
 #: The rows of a group, and the slots that act on them.
 Group = tuple[Sequence[int], Sequence[AdapterSlot]]
 Output = Callable[[AdapterSlot, Tensor], Tensor]
-#: Rows and what is added to them, by the features that they are added to.
+#: Rows and the additions to them, by the features to which they are added.
 Changes = dict[Target, list[tuple[Sequence[int], Tensor]]]
 
 
@@ -158,7 +158,7 @@ def row_runner() -> RowRunner:
 
     It is made when rows are first used: importing torch's compiler takes a second.
     """
-    global _runner  # Dynamo warns of functools.cache
+    global _runner  # Dynamo warns about functools.cache
     if _runner is None:
         _runner = torch.compiler.disable(run_by_rows, reason="tnadapt.torch.rows() divides a layer's rows")  # type: ignore[no-untyped-call]
     return _runner
@@ -202,7 +202,7 @@ def _groups(assignment: RowAssignment, acting: Sequence[AdapterSlot], always: Se
     for slot in acting:
         of_adapter.setdefault(slot.adapter, []).append(slot)
     groups: list[Group] = []
-    # Adapters that do not act in this layer leave the base's rows, which are one group.
+    # Rows of adapters that do not act in this layer are base rows, which form one group.
     rest: list[int] = []
     for state, numbers in assignment.groups.items():
         slots = None if state is None else of_adapter.get(state.whole)
@@ -302,7 +302,7 @@ def divided(
 
 
 def _is_linear(patch: ForwardPatch) -> bool:
-    """Return whether all updates can be added to the output of the host, from its input."""
+    """Return whether all updates can be computed from the host's input and added to its output."""
     if patch.looks_up:
         return False  # indices are not multiplied
     slots = [slot for patched in patch.weights for slot in patched.slots]
@@ -310,7 +310,7 @@ def _is_linear(patch: ForwardPatch) -> bool:
 
 
 def _is_light(patch: ForwardPatch, group: Group, tokens: int, x: Tensor) -> bool:
-    """Return whether a group's update is better added to the output."""
+    """Return whether adding a group's update to the output is the cheaper way."""
     rows, slots = group
     machine = MACHINES.get(x.device.type, MACHINES["cpu"])
     for slot in slots:
@@ -318,7 +318,7 @@ def _is_light(patch: ForwardPatch, group: Group, tokens: int, x: Tensor) -> bool
             return False
         if slot.strategy != "weight":
             continue
-        # A second product, for each element of the weight, against reading W and ΔW, writing the sum and reading it.
+        # Per element of the weight: a second product, against reading W and ΔW, writing the sum and reading it.
         product, summing = 2.0 * tokens * len(rows) / machine.operations, 16.0 / machine.bytes
         if not slot.adapter.plan.applying.additive or product > summing:
             return False
@@ -329,7 +329,7 @@ def _is_light(patch: ForwardPatch, group: Group, tokens: int, x: Tensor) -> bool
 
 
 def _checked(patch: ForwardPatch, assignment: RowAssignment, x: Tensor | None) -> Tensor:
-    """Return the input if its first dimension consists of the rows, or raise a TargetError."""
+    """Return the input, or raise a TargetError unless its first dimension consists of the rows."""
     wanted = len(assignment.names)
     if x is None or x.ndim < 2 or x.is_nested:
         got = "no tensor" if x is None else "a nested tensor" if x.is_nested else f"an input of shape {tuple(x.shape)}"
@@ -383,7 +383,7 @@ def _tensors(patch: ForwardPatch, args: Any, kwargs: Any) -> list[Tensor]:
 
 
 def _exchanged(part: Tensor, value: Any) -> Any:
-    """Return arguments with another tensor in the place of their only one."""
+    """Return arguments with their only tensor replaced."""
     if isinstance(value, Tensor):
         return part
     if isinstance(value, (tuple, list)):
@@ -511,7 +511,7 @@ def _check_batch_first(model: nn.Module, named: set[AdapterState]) -> None:
     owners = {id(slot.owner): slot.target.name for state in named for slot in state.slots}
     for path, module in model.named_modules():
         if getattr(module, "batch_first", True) is False:
-            # torch's Transformer layers have it in their attention alone, and their other layers see the same order.
+            # In torch's Transformer layers only the attention has the setting, but the other layers see the same order.
             around = isinstance(module, nn.MultiheadAttention) and path
             outer = model.get_submodule(path.rpartition(".")[0]) if around else module
             inside = next((owners[id(owner)] for owner in outer.modules() if id(owner) in owners), None)
@@ -546,7 +546,7 @@ _BY_ROWS = ("embed_positions", "position", "token_type", "wpe", "wte")
 def _check_embeddings(model: nn.Module, named: set[AdapterState]) -> None:
     holders: list[Any] = [module for module in model.modules() if hasattr(module, "get_input_embeddings")]
     if not holders:
-        return  # not one of transformers' models, whose embeddings are known
+        return  # not a transformers model, whose embeddings are known
     inputs = set()
     for holder in holders:
         with contextlib.suppress(NotImplementedError, AttributeError):

@@ -1,4 +1,4 @@
-"""AdapterState: all that one adapter on one model has, its slots, arrays and mixing weight; which rows it acts on.
+"""AdapterState, the state of an adapter on a model: its slots, arrays and mixing weight, and which rows it acts on.
 
 Most other modules of the package are functions on :class:`AdapterState`. :class:`tnadapt.torch.Adapter` is the public
 interface of such a state; no module below imports that class, so there are no import cycles.
@@ -105,7 +105,7 @@ class AdapterSlot:
     strategy: str
     #: The factors of the update, for the strategy "factored".
     factoring: Factoring | None
-    #: Whether the weight has no numbers to read in place; known if the update is not just added.
+    #: Whether the weight has no numbers to read in place; only set if the update is not just added.
     quantized: bool
 
 
@@ -277,7 +277,7 @@ class AdapterState:
             self.made.forget()
 
     def __getstate__(self) -> dict[str, Any]:
-        # Passes with rows and references are those of this object: a copy has none. Tensors on devices are recomputed.
+        # Passes with rows and references belong to this object: a copy has none. Tensors on devices are recomputed.
         state = {name: value for name, value in self.__dict__.items() if not name.startswith(_WEIGHT_ON)}
         return {**state, "row_passes": 0, "by_rows": False, "row_runner": None, "references": ()}
 
@@ -490,7 +490,7 @@ def warn_of_references(state: AdapterState) -> None:
         return any(reference() is not None for reference in state.references)
 
     if is_used():
-        gc.collect()  # modules are in cycles, so one that was deleted may be there still
+        gc.collect()  # modules are in reference cycles, so a deleted one may still exist
     if is_used():
         warn(
             f"adapter {state.name!r} is merged into weights that a reference_model() of this model shares, so the "

@@ -1,4 +1,4 @@
-"""How the strategy "auto" is decided for a weight, by a cost model, and which strategies are refused."""
+"""Choice of the strategy of a weight: the cost model behind "auto", and the strategies that are refused."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from ._weights import numbers, tokens_of_one
 TOKENS = 2048
 
 _SUM = Add()
-#: Calls of an update that is two stored arrays, in a small layer and in any other; by ``benchmarks/strategies.py``.
+#: Calls of an update that is two stored arrays, in a small layer and in any other, from ``benchmarks/strategies.py``.
 _STORED_SMALL, _STORED = 4, 10
 _ITEM = 4  # bytes of float32; with a smaller dtype all strategies move proportionally less
 
@@ -59,7 +59,7 @@ class Machine(NamedTuple):
     call: float
 
 
-#: The same for one core or several, whose numbers are assumed to scale alike.
+#: For one core or several: all numbers are assumed to scale alike.
 MACHINES: Mapping[str, Machine] = {
     "cpu": Machine(operations=1.7e11, narrow=1e11, bytes=1.25e10, call=2.0e-5),
     # Not measured: a card with 60 teraflops in TF32 and 1.5 TB/s, and the time of a kernel launch from Python.
@@ -153,7 +153,7 @@ def costs(
         again = StepWork(0.0, 0.0, 3.0 * size, 1)
         quotient = formed + formed + pulled + norm + again + again
         quotient += StepWork(0.0, 0.0, 2.0 * size + 8.0 * tokens * rows, 16)
-    # W' is made three times: in forward, and in backward for the gradient of x and for that of W', which is another
+    # W' is computed three times: in forward, and in backward for the gradient of x and for that of W', which is another
     # sum. Then its gradient goes to ΔW, and to W, whether or not W is trained.
     changed_weight = norm + StepWork(0.0, 0.0, multiplied + 2.0 * size * applying.rescales, 1 + applying.rescales)
     gradients = 9.0 * size if multiplied else 0.0
@@ -168,7 +168,7 @@ def costs(
 
 
 def _norm(applying: Applying, shape: tuple[int, int]) -> StepWork:
-    """Return the work of the norms of rows or columns: in float64, whose numbers count twice."""
+    """Return the work of the norms of rows or columns, in float64, whose elements count twice."""
     if not applying.rescales:
         return StepWork()
     levels = math.ceil(math.log2(shape[AXES[applying.axis]])) if shape[AXES[applying.axis]] > 1 else 0
@@ -244,7 +244,7 @@ def dequantized(applying: Applying, shape: tuple[int, int], packed: float) -> di
 
 
 def _factored(how: Factoring, tokens: int) -> StepWork:
-    """Return the work of the products with the factors: forward, and twice as much in backward."""
+    """Return the work of the products with the factors, in forward, and twice as much in backward."""
     if how.stored is not None:
         # Two arrays as they are, and no Kronecker product: for a small layer four products without Python in backward.
         small = tokens * max(how.sizes[0].rows, how.sizes[0].cols) <= MOST_ELEMENTS
@@ -267,7 +267,7 @@ def _factored(how: Factoring, tokens: int) -> StepWork:
 
 
 def _of_sides(rows: Map, cols: Map, tokens: int) -> StepWork:
-    """Return the work of the maps before and after the products: once more in backward for each, and its adjoint."""
+    """Return the work of the maps before and after the products: in forward, again in backward, and their adjoints."""
     mapped = [map_ for map_ in (rows, cols) if not map_.identity]
     moved = sum(2.0 * map_.n_in + 3.0 * map_.n_out for map_ in mapped)
     return StepWork(0.0, 6.0 * tokens * sum(map_.cost() or 0 for map_ in mapped), tokens * moved, 10 * len(mapped))
@@ -284,7 +284,7 @@ def _of_last(sizes: tuple[Size, ...], tokens: int) -> StepWork:
 
 
 def _formed(plan: SuperLoRA, index: int) -> StepWork:
-    """Return the work of computing one weight's update once, without F, which all strategies share."""
+    """Return the work of computing one weight's update once, except F, which all strategies share."""
     total = StepWork()
     for piece in plan.layout.of_weight(index):
         network, size = plan.groups[piece.group].network, float(piece.length)
@@ -332,7 +332,7 @@ def strategy_of(
         raise ConfigError(f"strategy='weight' cannot add to {target.name}, which is quantized: use 'additive'")
     if looks_up and activation is None:
         return _of_lookup(wanted, plan, index, target, config, applying)
-    # Adding to the output must be equivalent to changing the weight, which is known only for linear forwards.
+    # Adding to the output must be equivalent to changing the weight, which is certain only for linear forwards.
     linear = type(owner).forward is nn.Linear.forward or type(owner).__name__ == "Conv1D"
     linear = linear or (quantized and not embeds and not isinstance(owner, nn.modules.conv._ConvNd))
     is_product = host is owner and linear and len(target.stored) == 2 and target.parameter == "weight"
@@ -392,7 +392,7 @@ def strategy_of(
     if wanted != "auto":
         return wanted, how if wanted == "factored" else None
     if is_product and not quantized and isinstance(target.rows, RowIndices) and applying.additive:
-        return "additive", None  # a product with a few rows, rather than a copy of the weight of a whole vocabulary
+        return "additive", None  # a product with a few rows is cheaper than copying the weight of a whole vocabulary
     if is_product:
         weight = owner._parameters.get(target.parameter)
         machine = MACHINES.get("cpu" if weight is None else weight.device.type, MACHINES["cpu"])
@@ -421,7 +421,7 @@ def _of_lookup(
     few = isinstance(target.rows, RowIndices)
     how = factoring(plan, index) if wanted == "factored" or (wanted == "auto" and not few) else None
     if how is not None and how.sides is not None:
-        how = None  # a map of rows mixes those of ΔW that are looked up
+        how = None  # a map of rows would mix the rows that are looked up
     if wanted == "factored" and how is None:
         raise ConfigError(
             "strategy='factored' looks up rows of a factor, and needs an update whose rows and columns are separate, "

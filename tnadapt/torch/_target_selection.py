@@ -1,8 +1,8 @@
 """Which weights of a model an adapter updates: attention projections, targets by role or name, layers and exclusion.
 
 :class:`TargetSearch` finds the projections of every attention by structure and names, and what the argument
-``targets`` asks for. :func:`find_targets` is the whole way, with ``layers`` and ``exclude``, and :func:`of_patterns`
-that for several configs in one adapter.
+``targets`` selects. :func:`find_targets` is the complete selection, with ``layers`` and ``exclude``, and
+:func:`of_patterns` that for several configs in one adapter.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def _in_use(names: Sequence[str], has_weight: Callable[[str], bool]) -> list[str
     return [name for name, says in parsed.items() if says is None or (stream(says), says.letters) not in fused]
 
 
-# -- The search of one model for what ``targets`` asks for -------------------------------------------------------------
+# -- The search of a model for the selection of ``targets`` ------------------------------------------------------------
 
 
 # Names of a model's direct children that hold the output head, which is trained whole rather than adapted.
@@ -138,7 +138,7 @@ class TargetSearch(roles.ModuleTree[Weight]):
         layer = roles.layer_of(plain(attention.path))
         return [weight.target(role, layer, rows) for weight, role, rows in self.parts(attention, letters)]
 
-    # -- What targets asks for ---------------------------------------------------------------
+    # -- Kinds of targets ---------------------------------------------------------------------
 
     def find(self, targets: Any) -> list[Target]:
         if isinstance(targets, str):
@@ -180,7 +180,7 @@ class TargetSearch(roles.ModuleTree[Weight]):
         ]
 
     def _heads(self) -> set[int]:
-        """Return ids of the output head's modules: what the model reports, or the last layer of a child so named."""
+        """Return the ids of the head's modules: reported by the model, or the last layer of a child with its name."""
         heads: list[Any] = []
         for method in ("get_output_embeddings", "get_classifier"):
             reported = reported_by(self.model, method)
@@ -196,17 +196,14 @@ class TargetSearch(roles.ModuleTree[Weight]):
         return last
 
     def _by_expression(self, word: str, ends: bool = False) -> list[Target]:
-        """Return the targets of the modules whose path matches, with or without PEFT's wrapping.
-
-        With ``ends`` the last whole parts of the path suffice, and a module that holds no weight itself stands for all
-        linear weights in it.
-        """
+        """Return the targets of the modules whose path, or with ``ends`` its last parts, matches an expression."""
         is_match = roles.path_matcher(word, "" if ends else "targets", ends)
         targets = list[Target]()
         for path, module in self.modules.items():
             # PEFT's wrapper is skipped: the layer in it has the same plain path.
             if wraps(module) or not (is_match(path) or is_match(plain(path))):
                 continue
+            # A module that holds no weight itself stands for all linear weights in it.
             if ends and not self.held[id(module)]:
                 targets += [_whole(weight) for weight in self._inside(path) if weight.kind == "linear"]
             else:
@@ -272,7 +269,7 @@ class TargetSearch(roles.ModuleTree[Weight]):
         close = roles.similar_paths(name, names)
         some = close or names[:6]
         hint = f"{'close matches' if close else 'it has'}: {', '.join(some)}" if some else "the model has none at all"
-        # A word in another spelling is meant, whatever modules have similar names.
+        # A keyword in another spelling is meant, even if modules have similar names.
         spelled = name.lower().replace("_", "-")
         word = [] if what else difflib.get_close_matches(spelled, roles.KEYWORDS, 1, 1.0 if close else 0.75)
         meant = f"did you mean {word[0]!r}? " if word else ""
@@ -346,16 +343,16 @@ def _order(transposed: bool) -> str:
 
 
 def _ends(entry: str, path: str) -> bool:
-    """Return whether a path equals the entry or ends in it, by whole parts, with or without PEFT's wrapping."""
+    """Return whether a path ends with the entry, by whole parts, with or without PEFT's wrapping."""
     return roles.ends_in(path, entry) or roles.ends_in(plain(path), entry)
 
 
 def _is_name(entry: str, weight: Weight) -> bool:
-    """Return whether the entry is the end of a parameter's name; "weight" alone would match nearly all."""
+    """Return whether the entry is the end of a parameter's name, except "weight" alone, which nearly all match."""
     return _ends(entry, weight.name) if entry != "weight" else weight.name == entry
 
 
-# -- The targets that ``layers`` leaves, and those that ``exclude`` removes --------------------------------------------
+# -- Targets kept by ``layers``, and targets removed by ``exclude`` ----------------------------------------------------
 
 
 # -- Layers ------------------------------------------------------------------------------------------
@@ -423,10 +420,8 @@ def _numbers(layers: Any) -> set[int]:
 
 
 def _place(path: str) -> tuple[str, int] | None:
-    """Return the stack and the number of the layer that a module is in: the first number above it in its path.
-
-    The first one: with experts or blocks of stages, later numbers are those of parts of a layer.
-    """
+    """Return the stack and the number of the layer that a module is in: the first number above it in its path."""
+    # With experts, or blocks of stages, later numbers are those of parts of a layer.
     parts = plain(path).split(".")[:-1]
     for place, part in enumerate(parts):
         layer = roles.number(part)
@@ -493,7 +488,7 @@ def without(search: TargetSearch, found: Sequence[Target], exclude: Any) -> list
 
 
 def _excluded(search: TargetSearch, exclude: Any) -> tuple[set[str], list[Target]]:
-    """Return the paths of modules that are excluded with everything below, and the targets that are."""
+    """Return the paths of modules excluded with everything below, and the excluded targets."""
     if isinstance(exclude, str) and (exclude in roles.KEYWORDS or roles.are_roles(exclude)):
         return set(), search.find(exclude)
     if isinstance(exclude, str):
@@ -514,7 +509,7 @@ def _excluded(search: TargetSearch, exclude: Any) -> tuple[set[str], list[Target
 
 
 def _above(path: str) -> Iterator[str]:
-    """Yield a path, and those of the modules that it is in."""
+    """Yield a path and the paths of all modules around it."""
     while path:
         yield path
         path = path.rpartition(".")[0]
@@ -522,7 +517,7 @@ def _above(path: str) -> Iterator[str]:
 
 
 def _covered(target: Target, excluded: Sequence[Target]) -> bool:
-    """Return whether a target is excluded; raise a TargetError if only some of its rows are."""
+    """Return whether a target is excluded, or raise a TargetError if only some of its rows are."""
     for other in excluded:
         if other.rows is None or other.rows == target.rows:
             return True
@@ -617,7 +612,7 @@ def find_targets(
     if untie and keep_tied:
         raise TargetError("untie=True gives tied weights their own copies, and keep_tied=True keeps them one: give one")
     chosen = usable(model, filtered(search, selected, layers, exclude), untie, keep_tied)
-    # Of given Targets nothing is dropped: each has its place in the vector of all updates.
+    # Given Targets are never dropped: each has its place in the vector of all updates.
     named = isinstance(targets, str) or callable(targets)
     explicit = not named and all(isinstance(entry, Target) for entry in targets)
     return chosen if explicit else in_order(search, chosen)

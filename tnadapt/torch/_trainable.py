@@ -1,4 +1,4 @@
-"""Which arrays of an adapter are trained, their learning rates (LoRA+ and others), and starts that are given."""
+"""Which arrays of an adapter are trained, their learning rates (LoRA+ and others), and given starts."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _places(plan: SuperLoRA) -> dict[str, tuple[int | None, set[str]]]:
     """Return the group of each parameter, and the words by which its array can be chosen."""
     places = {name: _place(name) for name in plan.param_shapes if name not in plan.weight_param_shapes}
     for index, names in enumerate(plan.weight_param_names):
-        # A weight that is cut into several groups is part of each.
+        # A weight cut into several groups belongs to all of them.
         groups = {piece.group for piece in plan.layout.of_weight(index)} if names else set()
         for name in names:
             places[name] = groups.pop() if len(groups) == 1 else None, {name.rpartition(".")[2]}
@@ -38,10 +38,8 @@ def _places(plan: SuperLoRA) -> dict[str, tuple[int | None, set[str]]]:
 
 
 def _place(name: str) -> tuple[int | None, set[str]]:
-    """Return the group of a parameter, and the words by which its array can be chosen.
-
-    ``group0.split0.factor0`` is ``factor0``; a diagonal ``group0.split0.factor0.size`` is ``factor0`` and ``size``.
-    """
+    """Return the group of a parameter, and the words by which its array can be chosen."""
+    # ``group0.split0.factor0`` is ``factor0``; a diagonal ``group0.split0.factor0.size`` is ``factor0`` and ``size``.
     group, _, rest = name.rpartition("group")[2].partition(".")
     if not rest:
         return None, {name}
@@ -70,7 +68,7 @@ def keep(
         for name, parameter in named_parameters(adapter):
             parameter.requires_grad_(name in chosen)
             if name not in chosen:
-                parameter.grad = None  # an optimiser that holds the parameter would go on updating it
+                parameter.grad = None  # an optimizer that holds the parameter would keep updating it
         adapter.trained = names
     except BaseException:  # KeyboardInterrupt, too
         adapter.trained = before
@@ -84,7 +82,7 @@ def keep(
 
 
 def _moved_zero(adapter: AdapterState, trained: Collection[str]) -> dict[str, np.ndarray]:
-    """Return new values for groups still at their start, so that the zero array is one that is trained."""
+    """Return new values for groups still at their start, so that the array that starts at zero is a trained one."""
     plan, everything = adapter.plan, dict(named_parameters(adapter))
     if plan.theta is not None or next(iter(everything.values())).device.type == "meta":
         return {}  # each θ moves all of its arrays; on the meta device, reset() fills them in
@@ -155,7 +153,7 @@ def can_learn(group: Group, values: Mapping[str, Tensor], trained: Collection[st
 
 
 def _refuse_or_warn(problem: str, way: str, unable: Sequence[int], able: int) -> None:
-    """Raise a ConfigError if no group can learn; warn if some cannot."""
+    """Raise a ConfigError if no group can learn, and warn if some cannot."""
     if not unable:
         return
     some = ", ".join(map(str, unable[:4])) + (f" and {len(unable) - 4} more" if len(unable) > 4 else "")
@@ -169,7 +167,7 @@ def _last_words(names: Iterable[str]) -> str:
 
 
 def _listed(value: Any, known: Sequence[Any]) -> list[Any]:
-    """Return what was asked for as a list: everything known for None, and an empty list if any entry is unknown."""
+    """Return the requested items as a list: all known ones for None, and none if any item is unknown."""
     if value is None:
         return list(known)
     listed = list(value) if is_sequence(value) else [value]
@@ -180,7 +178,7 @@ def _listed(value: Any, known: Sequence[Any]) -> list[Any]:
 
 
 def _on_host(arrays: Any) -> Any:
-    """Return tensors that require gradients, or that NumPy has no dtype for, in float32; the rest as it is."""
+    """Return tensors as float32 on the host, and everything else as it is."""
     if not isinstance(arrays, Mapping):
         return arrays
     tensors = {name: array for name, array in arrays.items() if isinstance(array, torch.Tensor)}
@@ -188,7 +186,7 @@ def _on_host(arrays: Any) -> Any:
 
 
 def _check_gradient(adapter: AdapterState, plan: SuperLoRA) -> None:
-    """Raise a ConfigError if no trained array has a gradient at the start; warn if it is so in some groups."""
+    """Raise a ConfigError if no trained array has a gradient at the start, and warn if some groups have none."""
     if plan.theta is not None:
         return
     trained, unable, able = set(adapter.trained or plan.param_shapes), list[int](), 0
@@ -209,7 +207,7 @@ def _check_gradient(adapter: AdapterState, plan: SuperLoRA) -> None:
 
 
 def _exchange(adapter: AdapterState, plan: SuperLoRA, slots: Mapping[AdapterSlot, AdapterSlot]) -> None:
-    """Let an adapter compute with another plan of the same config, shapes and names, and each slot with its other."""
+    """Switch an adapter to another plan of the same config, shapes and names, and to new slots."""
     adapter.plan = plan
     adapter.cache = DeltaCache(plan.arrays_plan)
     adapter.made = None if plan.theta is None else ThetaArrays(plan)

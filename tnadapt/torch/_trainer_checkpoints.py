@@ -1,4 +1,4 @@
-"""Checkpoints of transformers' Trainer that hold adapters instead of the whole model, and the cards that it writes."""
+"""Checkpoints of transformers' Trainer that hold adapters instead of the whole model, and the model cards it writes."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from ._adapter_saving import FILE_NAME, README, for_others, is_writer, marked, m
 from ._registry import attached
 from ._state import AdapterState, encoded
 
-# -- The adapter's card, with what the Trainer writes about its training -----------------------------------------------
+# -- The adapter's card, with the Trainer's text about the training ----------------------------------------------------
 
 
 # transformers and TRL give this tag to the cards that they write.
 _TAG = "generated_from_trainer"
-# TRL's example loads a whole model, which is not there.
+# TRL's example loads a whole model, which is not saved.
 _NO_SECTION = ("Quick start",)
 # "This model is a fine-tuned version of …", or "… was trained from scratch": the adapter's card says what it is.
 _CLAIM = re.compile(r"^This model (is a fine-tuned version of|was trained from scratch)\b.*\n?", re.MULTILINE)
@@ -189,7 +189,7 @@ class _AdapterCheckpoints:
         names, root = list(self.adapters()), Path(folder)
         if len(names) == 1:
             return {names[0]: root / FILE_NAME}
-        # What separates folders would be the name of several.
+        # A separator in the name would give several folders.
         folders = {name: encoded(name).replace("/", "%2F").replace("\\", "%5C") for name in names}
         return {name: root / folder / FILE_NAME for name, folder in folders.items()}
 
@@ -269,7 +269,7 @@ class _AdapterCheckpoints:
             self.otherwise["_load_best_model"]()
 
     def _read(self, folder: str) -> bool:
-        """Load the adapters from a checkpoint; return False if it has none."""
+        """Load the adapters from a checkpoint, and return False if it has none."""
         files, states = self.files(folder), self.adapters()
         missing = [name for name, file in files.items() if not file.is_file()]
         if len(missing) == len(files) and next(Path(folder).glob(f"**/{FILE_NAME}"), None) is None:

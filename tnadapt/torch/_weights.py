@@ -1,4 +1,4 @@
-"""A model's weights that an adapter can update: found, read as numbers, stacked, tied; the modules that read them."""
+"""The weights of a model that an adapter can update: found, read, stacked, tied; and the modules that read them."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def current_value(owner: nn.Module, parameter: str) -> Tensor | None:
     return weight
 
 
-# -- What a plan computes from the weights of its model: frozen arrays, and where it starts ----------------------------
+# -- Arrays that a plan computes from the weights of its model: frozen arrays, and starts ------------------------------
 
 
 def bound(
@@ -96,7 +96,7 @@ def bound(
 # -- Stacks: the matrices of experts that a module keeps in parameters of three axes -----------------------------------
 
 
-# Classes that do not say how they store their matrices: whether as (in, out).
+# Classes without attributes for how they store their matrices, and whether that is as (in, out).
 _TRANSPOSED = {
     "InklingSharedExperts": False,
     "JetMoeParallelExperts": False,
@@ -116,7 +116,7 @@ def sees_tokens_in_order(module: nn.Module) -> bool:
     return names[1:2] == ["hidden_states"] and names[2:3] in (["top_k_index"], ["router_indices"])
 
 
-# Of transformers' ways to multiply, those that consist of torch's functions.
+# Those of transformers' expert implementations that consist of torch functions.
 _OF_TORCH = (None, "eager", "grouped_mm", "batched_mm")
 
 
@@ -132,11 +132,8 @@ def tokens_of_one(module: Any, tokens: int, experts: int) -> int:
 
 
 def _is_transposed(module: Any) -> bool | None:
-    """Return whether a module of experts stores each matrix as ``(in, out)``; None if it does not say this.
-
-    transformers' modules of experts do by their attributes, others are in the table above.
-    """
-    # Set on every module by transformers.integrations.moe.use_experts_implementation.
+    """Return whether a module of experts stores each matrix as ``(in, out)``, or None if this is unknown."""
+    # Set on every module by transformers.integrations.moe.use_experts_implementation. Others are in the table above.
     transposed: Any = module.__dict__.get("is_transposed")
     if isinstance(transposed, bool) and isinstance(module.__dict__.get("is_concatenated"), bool):
         return transposed
@@ -300,7 +297,7 @@ def _weight(path: str, module: Any) -> Weight | None:
     embeds = isinstance(module, nn.Embedding) or (layer_type is not None and layer_type.looks_up(module))
     if layer_type is not None:
         return Weight(path, "weight", module, layer_type.shape(module), "embedding" if embeds else "linear")
-    # It need not be a parameter: it may be parametrized, quantized, or a method of this name.
+    # It may also be parametrized, quantized, or a method of this name.
     weight: Any = module._parameters.get("weight")
     weight = getattr(module, "weight", None) if weight is None else weight
     sizes = getattr(module, "out_features", None), getattr(module, "in_features", None)
@@ -475,7 +472,7 @@ def usable(model: nn.Module, targets: Sequence[Target], untie: bool, keep_tied: 
 
 
 def _with_tied(model: nn.Module, target: Target, same: Sequence[str], keep: bool) -> Target:
-    """Return a target with all names of its weight, if it lists them already or they are wanted."""
+    """Return a target with all names of its weight, if it lists them already or the caller wants them."""
     if target.tied and {target.name, *target.tied} != set(same):
         ties = f"it is tied to {', '.join(same[1:])}" if len(same) > 1 else "it is not tied"
         raise TargetError(
@@ -485,7 +482,7 @@ def _with_tied(model: nn.Module, target: Target, same: Sequence[str], keep: bool
     if len(same) == 1 or not (keep or target.tied):
         return target
     module, _, parameter = same[0].rpartition(".")
-    # With its first name it has the role of its first module; a file keeps the role that it was saved with.
+    # Under its first name it has the role of that module; a file keeps the role that it was saved with.
     embeds = is_embedding(model.get_submodule(module)) and not target.tied
     role = "embedding" if embeds else target.role
     return dataclasses.replace(target, module=module, parameter=parameter, tied=tuple(same[1:]), role=role)
@@ -545,7 +542,7 @@ def names_of_shared(model: nn.Module) -> dict[str, list[str]]:
 
 
 def _place(tensor: torch.Tensor) -> tuple[Any, ...]:
-    """Return a key of the tensor's memory: parameters with equal keys are one, even as different objects."""
+    """Return a key of the tensor's memory: parameters with equal keys are one tensor, even as different objects."""
     try:
         pointer = 0 if nn.parameter.is_lazy(tensor) else tensor.data_ptr()
     except RuntimeError:
@@ -568,7 +565,7 @@ Paths = Mapping[int, Sequence[str]]
 # A step of a chain that is only known at run time: a loop variable or a computed index.
 _ANY = "*"
 
-# Reads its first layer's weights only to check whether they need gradients.
+# These read their first layer's weights only to check whether they need gradients.
 _ONLY_LOOK = (nn.TransformerEncoder.forward,)
 
 # Attributes of a weight that do not depend on its values.
@@ -680,7 +677,7 @@ def _reads(cls: type) -> frozenset[tuple[str, ...]]:
 
 
 def _source(cls: type, name: str) -> ast.FunctionDef | None:
-    """Return the parsed function behind a method or property; None if there is none or its source is unavailable."""
+    """Return the parsed function behind a method or property, or None if there is none or it has no source."""
     attribute = inspect.getattr_static(cls, name, None)
     for holder in ("fget", "func", "__func__"):
         attribute = getattr(attribute, holder, attribute)
@@ -713,7 +710,7 @@ def _chains(function: ast.FunctionDef | None) -> Iterator[tuple[str, ...]]:
 
 
 def _named(node: ast.AST, known: dict[str, tuple[str, ...]]) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Yield local names bound to a chain: ``attn = self.attn``, or ``for layer in self.layers``."""
+    """Yield local names that are bound to a chain: ``attn = self.attn``, or ``for layer in self.layers``."""
     if isinstance(node, ast.Assign):
         for target in node.targets:
             yield from _assigned(target, node.value, known)
@@ -745,7 +742,7 @@ def _common(several: ast.AST, known: dict[str, tuple[str, ...]]) -> tuple[str, .
 
 
 def _chain(node: ast.AST, known: dict[str, tuple[str, ...]]) -> tuple[str, ...] | None:
-    """Return ``self.a.b[0]`` as ("a", "b", "0"); None if it does not start at ``self``."""
+    """Return ``self.a.b[0]`` as ("a", "b", "0"), or None for an expression that does not start at ``self``."""
     if isinstance(node, ast.Name):
         return known.get(node.id)
     if isinstance(node, ast.NamedExpr):

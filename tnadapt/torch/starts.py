@@ -1,4 +1,4 @@
-"""Starts that are computed from data: functions that return arrays for :meth:`tnadapt.torch.Adapter.start_from`.
+"""Data-driven starts (EVA, LoRA-GA): functions that return arrays for :meth:`tnadapt.torch.Adapter.start_from`.
 
 The adapter's config needs ``start="given"`` and LoRA's form, as ``tnadapt.presets.lora(8, start="given")`` has it. Each
 function leaves the model and the adapter as they were, and its result depends on nothing but the model and the batches:
@@ -27,7 +27,7 @@ from ._adapter import Adapter, adapters
 __all__ = ["eva", "lora_ga"]
 
 
-# -- What data-driven starts have in common ----------------------------------------------------------------------------
+# -- Common parts of data-driven starts --------------------------------------------------------------------------------
 
 
 #: Called with the number of batches so far, and their number if it is known.
@@ -113,7 +113,7 @@ def called(model: nn.Module, batch: Any) -> Any:
 
 
 def _reported(batches: Iterable[Any], progress: Progress | None) -> Iterator[Any]:
-    """Yield batches; report each that is done."""
+    """Yield batches, and report each one that is done."""
     total = len(batches) if isinstance(batches, Sized) else None
     for done, batch in enumerate(batches, start=1):
         yield batch
@@ -137,7 +137,7 @@ def as_base(adapter: Adapter) -> Iterator[None]:
 # -- EVA: principal components of each layer's inputs ------------------------------------------------------------------
 
 
-# Rows of inputs that are added at once, as a multiple of the components that are kept.
+# Rows of inputs that are added at once, as a multiple of the number of components.
 _CHUNK = 4
 
 
@@ -251,7 +251,7 @@ def _kept(rank: int, keep: int | None, cols: int) -> int:
 
 
 def _chosen(x: Tensor, rows: Tensor) -> Tensor:
-    """Return the rows of an input at the positions that a mask selects."""
+    """Return the rows of an input that a mask selects."""
     if rows.dtype is not torch.bool or rows.shape != x.shape[:-1]:
         raise ShapeError(
             f"mask must return booleans of the leading shape of the inputs, {tuple(x.shape[:-1])}; it returned "

@@ -233,7 +233,7 @@ class BatchedCP(Format):
         self.rank = rank
         batch, *others = self.sizes
         if len(others) < 2:
-            # A batch of numbers or of vectors, which are sums of no more than one of their kind.
+            # A batch of numbers or vectors needs no sum of components: it is stored as it is.
             return {f"factor{len(others)}": self.sizes}
         return {f"factor{mode}": (batch, size, rank) for mode, size in enumerate(others, 1)}
 
@@ -290,7 +290,7 @@ class Tucker(Format):
     def _expanded(
         self, backend: Backend, arrays: Mapping[str, Array], core: Array, modes: Sequence[int | None], ranges: Ranges
     ) -> Array:
-        """Multiply a core by the rows of its modes' factors; None in ``modes`` marks an axis that is not a mode."""
+        """Multiply a core by the rows of its modes' factors, where None in ``modes`` marks an axis without a mode."""
         factors: list[Array | None] = []
         bounds = iter(ranges)
         for axis, mode in enumerate(modes):
@@ -302,10 +302,7 @@ class Tucker(Format):
         return tucker_tensor(backend, core, factors)
 
     def _inner(self, modes: int) -> tuple[int, bool] | None:
-        """Return the number of columns of L and whether the core belongs to L (True) or R (False), or None.
-
-        The core goes to the side that leaves the smaller inner dimension.
-        """
+        """Return the number of columns of L and whether the core belongs to L (True) or R (False), or None."""
         core, order = self.core, len(self.sizes)
         choices: list[tuple[int, bool]] = []
         # The half without the core is the Kronecker product of its factors, so each of its modes needs a factor.
@@ -313,6 +310,7 @@ class Tucker(Format):
             choices.append((math.prod(core[modes:]), True))
         if all(mode in self.modes for mode in range(modes)):
             choices.append((math.prod(core[:modes]), False))
+        # The core goes to the side that leaves the smaller inner dimension.
         return min(choices, default=None)
 
     def inner(self, modes: int) -> int | None:
@@ -519,11 +517,11 @@ class Circuit(Format):
 
     @staticmethod
     def _gates(order: int) -> list[list[tuple[str, int]]]:
-        """Return the indices of each gate, those after it before those before it: ("mode", m), or (bond, row digit)."""
+        """Return the indices of each gate, outputs before inputs: ("mode", m), or (bond, row digit)."""
         axes = -(-order // 2)
         pairs: list[tuple[int, ...]] = list(itertools.combinations(range(axes), 2)) or [(0,)]
         uses = collections.Counter(axis for pair in pairs for axis in pair)
-        # What each axis is so far: the column digit, or nothing for a row digit without one.
+        # The current index of each axis: the column digit, or None for a row digit without one.
         current = {axis: ("mode", axes + axis) for axis in range(order - axes)}
         gates = []
         for number, pair in enumerate(pairs):
@@ -557,7 +555,7 @@ class Circuit(Format):
 # -- Permuted: modes in another order than the vector's, or of several digits ------------------------------------------
 
 
-# The tensor has the sizes of the fold, whose ``vec`` is the group's vector. Another format makes it, with its modes in
+# The tensor has the sizes of the fold, whose ``vec`` is the group's vector. Another format computes it, its modes in
 # the order of ``axes``. A mode of several digits, such as one of the row's and one of the column's, has the product of
 # their sizes, the first digit slow. All other modules see a format like any other.
 
@@ -624,7 +622,7 @@ class Permuted(Format):
         return covered([self.sizes[digit] for digit in axis], ranges)
 
     def _cropped(self, backend: Backend, array: Array, covers: Sequence[Cover], more: Sequence[int] = ()) -> Array:
-        """Return an array over the ranges of some modes, and axes of other lengths, as one over the box's digits."""
+        """Crop an array over the ranges of some modes, and over ``more`` axes, to the digits of the box."""
         shape = [length for cover in covers for length in cover.lengths]
         cut = tuple(part for cover in covers for part in cover.crop)
         reshaped = backend.reshape(array, (*shape, *more))
@@ -633,7 +631,7 @@ class Permuted(Format):
     # -- Unfoldings ----------------------------------------------------------------------------
 
     def _sides(self, modes: int) -> tuple[int, bool] | None:
-        """Return where the network's modes part into rows and columns, and whether rows come first; None if nowhere."""
+        """Return where the modes split into rows and columns and whether rows come first, or None if nowhere."""
         rows = [all(digit < modes for digit in axis) for axis in self.axes]
         if any(not is_row and min(axis) < modes for is_row, axis in zip(rows, self.axes, strict=True)):
             return None  # a mode with digits on both sides
@@ -666,7 +664,7 @@ class Permuted(Format):
         digits: range,
         bounds: tuple[int, int],
     ) -> Array:
-        """Compute a run of rows of L, or of columns of R: the half of the modes before ``place``, or of the others."""
+        """Compute a run of rows of L (the modes before ``place``), or of columns of R (the other modes)."""
         axes = self.axes[:place] if first else self.axes[place:]
         others = [(0, 1)] * (len(self.axes) - len(axes))
         order = [digit for axis in axes for digit in axis]

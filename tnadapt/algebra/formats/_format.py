@@ -1,8 +1,8 @@
 """Base class of formats: arrays and an einsum give a tensor, its boxes, adjoint, ranks, factors and degrees of freedom.
 
 A format must define two things: its arrays (:meth:`Format.array_shapes`), and the einsum that computes the tensor from
-them (:attr:`Format.formula`). Everything else is derived from these, by the tools of the first sections; a class
-overrides a method where it has a faster algorithm or a sharper formula.
+them (:attr:`Format.formula`). The first sections derive everything else from these; a class overrides a method where it
+has a faster algorithm or a sharper formula.
 """
 
 from __future__ import annotations
@@ -259,7 +259,7 @@ def minimal_cut(
 
     if count <= _ALL:
         return min((cost(side), side) for side in itertools.product((False, True), repeat=count))
-    # True is the side of the rows. Arrays without a leg begin on one side, and on the other.
+    # True is the side of the rows. Arrays without a leg are tried on both sides.
     held = [[lengths[index] for index in indices if index in lengths] for indices in formula.inputs]
     starts = [any(rows > 1 for rows, _ in ends) for ends in held], [all(cols == 1 for _, cols in ends) for ends in held]
     return min(_descended(cost, list(side)) for side in starts)
@@ -316,7 +316,7 @@ def covered(sizes: Sequence[int], ranges: Sequence[tuple[int, int]]) -> Cover:
     crop: list[slice] = []
     for size, (lo, hi) in zip(sizes, ranges, strict=True):
         if open_:
-            # Digits after the first one with a range: all of them, of which the box is a part.
+            # Of the digits after the first one with a range, all values are covered, and the box is cropped from them.
             start *= size
             lengths.append(size)
             crop.append(slice(lo, hi))
@@ -331,8 +331,8 @@ def covered(sizes: Sequence[int], ranges: Sequence[tuple[int, int]]) -> Cover:
 # -- A box of a network as a product of two matrices, by the cheapest cut ----------------------------------------------
 
 
-# This is the way for any network and any split of its indices into rows and columns: an index may be several digits,
-# some of the rows and some of the columns, as the blocks of a matrix are. Formats that have a faster way for whole
+# This works for any network and any division of its indices into rows and columns: an index may be several digits,
+# some of the rows and some of the columns, as in the blocks of a matrix. Formats with a faster algorithm for whole
 # modes define ``inner`` and ``unfolded``.
 #
 # A row index on an array of the other side is cut, too: it becomes an index of the inner dimension, and the rows' side
@@ -415,7 +415,7 @@ class Halves:
                 if mine is (side == 0)
             ]
             operands += [letter + renamed[letter] for letter in crossed[side]]
-            # One side has no arrays if the box has a single row, or a single column.
+            # One side has no arrays if the box is a single row or a single column.
             self._halves.append(Contraction(operands, "".join(letters.values()) + inner) if operands else None)
 
     @classmethod
@@ -471,7 +471,7 @@ _FORMED = 1 << 20
 _ROUNDING = 1e-10
 
 
-_Network = Any  # a format, or what has its sizes, shapes, num_parameters and tensor
+_Network = Any  # a format, or an object with sizes, shapes, num_parameters and tensor
 
 
 def jacobian_rank(network: _Network, times: int) -> int | None:
@@ -544,9 +544,9 @@ def of_train(sizes: Sequence[int], ranks: Sequence[int]) -> int:
 Rank = int | tuple[int | None, ...]
 Ranges = Sequence[tuple[int, int]]
 
-# A larger rank is a typo or an attack.
+# A larger rank is a typo or hostile.
 MAX_RANK = 1 << 40
-# Number of unfoldings considered for a lower bound, for each number of modes as rows.
+# Number of unfoldings considered for a lower bound, for each number of row modes.
 _UNFOLDINGS = 16
 
 
@@ -605,7 +605,7 @@ class Format:
             # Planned here, so that a compiler that traces a call does not have to trace the planning.
             self._contractions, self._legs = self._planned(), self._planned_legs()
 
-    # -- What a format is ----------------------------------------------------------------------
+    # -- Definition of a format ----------------------------------------------------------------
 
     @classmethod
     def checked_rank(cls, name: str, rank: Any, order: int) -> Rank:
@@ -698,18 +698,15 @@ class Format:
         return restricted
 
     def _planned_legs(self) -> list[list[tuple[int, int]]]:
-        """Return the axes of each array that are modes, as pairs ``(axis, mode)``."""
+        """Return the axes of each array that belong to modes, as pairs ``(axis, mode)``."""
         formula, _ = self._parsed
         modes = {index: mode for mode, index in enumerate(formula.output)}
         return [[(axis, modes[i]) for axis, i in enumerate(indices) if i in modes] for indices in formula.inputs]
 
     def _planned(self) -> tuple[Contraction, list[tuple[Contraction, list[int], bool]]]:
-        """Plan the contraction that gives the tensor, and the adjoint of each array.
-
-        An adjoint is a contraction, the shape of its result, and whether the array has an index that occurs nowhere
-        else.
-        """
+        """Plan the contraction that gives the tensor, and the adjoint of each array."""
         formula, _ = self._parsed
+        # A contraction, the shape of its result, and whether the array has an index that occurs nowhere else.
         adjoints = []
         for k, (indices, shape) in enumerate(zip(formula.inputs, self.shapes.values(), strict=True)):
             inputs = [formula.output, *formula.inputs[:k], *formula.inputs[k + 1 :]]

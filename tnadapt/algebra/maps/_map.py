@@ -1,4 +1,4 @@
-"""Base class of maps F: adjoint, slices, cached draws, digest; and the simplest maps: identity, provided arrays.
+"""Base class of maps F: adjoint, slices, cached draws, digest; and the simplest maps: identity, given arrays.
 
 A linear map must define :meth:`Map.forward`, and its fixed arrays, if any, by :attr:`Map.fixed` and :meth:`Map.make`.
 Adjoint, slices, digest, gain and cost are derived from these; a class overrides a method where it has a faster
@@ -25,7 +25,7 @@ from tnadapt.errors import ConfigError, ShapeError, safe_repr
 # -- Settings: a frozen dataclass, which configs hold and adapter files store ------------------------------------------
 
 
-# Positions and the like are elided in texts beyond this many.
+# Longer settings, such as lists of positions, are elided in texts.
 _SHOWN = 4
 
 
@@ -274,7 +274,7 @@ class Map(FixedArrays):
         return self.forward(backend, x)[..., start:stop]
 
     def _piece(self, backend: Backend, name: str, x: Array, start: int, stop: int, dtype: str | None = None) -> Array:
-        """Return a part of a fixed array; if it is not kept, ``make`` draws it without the rest."""
+        """Return a part of a fixed array, which ``make`` draws without the rest if the array is not cached."""
         if name not in self.kept:
             return self.on(backend, (name, start, stop), x, dtype, keep=False)
         whole = self.on(backend, name, x)[start:stop]
@@ -401,7 +401,7 @@ class ByRows(Map):
 ENDS = 1 << 19
 
 
-# Draws elements ``start`` to ``stop - 1`` of the stream with a name.
+# Draws elements ``start`` to ``stop - 1`` of the named stream.
 _Part = Callable[[str, int, int], np.ndarray]
 
 
@@ -454,7 +454,7 @@ class Identity(Copying):
         return np.eye(self.n_out)
 
 
-# -- Maps whose array the caller brings --------------------------------------------------------------------------------
+# -- Maps with an array that the caller gives --------------------------------------------------------------------------
 
 
 class BroughtMap(Map):

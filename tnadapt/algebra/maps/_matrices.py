@@ -1,4 +1,4 @@
-"""Maps by a matrix: dense and normal, given by the caller, circulant blocks (C3A), and repeated tiles (MiSS, MoRA)."""
+"""Maps that multiply by a matrix: random normal, given, circulant blocks (C3A), and repeated tiles (MiSS, MoRA)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ._map import BroughtMap, ByRows, Copying, Identity, Map, MapSettings, Space
 # -- A dense map of independent normal numbers -------------------------------------------------------------------------
 
 
-# A matrix of up to this many elements is drawn once and kept; a larger one is drawn in blocks at each use.
+# A matrix of up to this many elements is drawn once and cached; a larger one is drawn in blocks at each use.
 _KEPT = 1 << 24
 _BLOCK = 1 << 22
 
@@ -45,7 +45,7 @@ class Normal(Map):
         return wide.astype(np.float32).reshape(stop - start, self.n_in)
 
     def _blocks(self, start: int, stop: int) -> list[tuple[int, int]]:
-        """Blocks of rows that cover a range; their edges do not depend on it."""
+        """Return the blocks of rows that cover a range, with edges that do not depend on the range."""
         if self.n_in * self.n_out <= _KEPT:
             return [(0, self.n_out)]
         step = max(1, _BLOCK // self.n_in)
@@ -81,12 +81,12 @@ class Normal(Map):
 
 
 def _row_times(backend: Backend, x: Array, matrix: Array) -> Array:
-    """Multiply each vector of a batch by a matrix, alone: its bits do not depend on the batch."""
+    """Multiply each vector of a batch by a matrix on its own, so that its bits do not depend on the batch."""
     product = backend.precise_matmul(backend.reshape(x, (*x.shape[:-1], 1, x.shape[-1])), matrix)
     return backend.reshape(product, (*x.shape[:-1], matrix.shape[-1]))
 
 
-# -- A dense map that the caller brings --------------------------------------------------------------------------------
+# -- A dense map that the caller gives ---------------------------------------------------------------------------------
 
 
 class GivenMatrix(BroughtMap):
@@ -197,7 +197,7 @@ class CirculantMap(ByRows):
 
     def _rows(self, backend: Backend, x: Array, first: int, last: int) -> Array:
         b, cols = self.settings.block, self.shape[1]
-        top, bottom = first // b, -(-last // b)  # of the blocks that the rows cut
+        top, bottom = first // b, -(-last // b)  # of the blocks that the rows overlap
         batch, across = tuple(x.shape[:-1]), cols // b
         kernels = backend.reshape(x[..., top * cols : bottom * cols], (*batch, bottom - top, across, b))
         blocks = backend.take(kernels, self.on(backend, "differences", x))
@@ -237,7 +237,7 @@ class CirculantMap(ByRows):
 # -- Repeat: a vector, repeated and cut; one side of a tile ------------------------------------------------------------
 
 
-#: Up to so many repeats are concatenated; a longer list of arrays would take longer than a gather.
+#: Up to this many repeats are concatenated; for longer lists of arrays a gather is faster.
 _CONCATENATED = 64
 
 

@@ -1,4 +1,4 @@
-"""Maps that move elements: scatter, gather, one-hot, tied elements, and a permutation; at seeded or given positions."""
+"""Maps that move elements to seeded or given positions: scatter, gather, one-hot, tied elements, and a permutation."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ class ScatterMap(Map):
 
     @classmethod
     def domain(cls, codomain: Space, settings: Scatter | TorchScatter) -> Space:
-        assert settings.size is not None  # or the positions set it
+        assert settings.size is not None  # the positions set it otherwise
         if settings.size > codomain.length:
             raise ConfigError(
                 f"{type(settings).__name__} has size={settings.size}, more positions than places: its output has "
@@ -124,7 +124,7 @@ class ScatterMap(Map):
         return rng.permutation(self.n_out, self.seed, self.group, 0, self.n_in)
 
     def _sources(self, start: int, stop: int) -> np.ndarray:
-        """Return which element of x each of these elements of y is; ``n_in``, for a zero that is appended, if none."""
+        """Return the index in x of each of these elements of y, where ``n_in`` stands for a zero appended to x."""
         positions = self.kept.get("positions")
         seeded = isinstance(self.settings, Scatter) and self.settings.positions is None
         if positions is None and (not seeded or stop - start == self.n_out):
@@ -289,7 +289,7 @@ class GatherMap(Copying):
         return positions.astype(np.int32) if self.n_out < 1 << 31 else positions
 
     def streams(self) -> Iterator[np.ndarray]:
-        # Long streams by their two ends: each element is a pure function of its index.
+        # The two ends identify a long stream: each element is a pure function of its index.
         if self.n_out <= 2 * ENDS:
             yield from super().streams()
             return
@@ -333,7 +333,7 @@ class SignGatherMap(GatherMap):
     fixed = ("index", "signs")
 
 
-# -- One-hot: as gather, scaled so that the map is an isometry ---------------------------------------------------------
+# -- One-hot: like gather, scaled so that the map is an isometry -------------------------------------------------------
 
 
 class OneHot(GatherMap):
@@ -354,7 +354,7 @@ class OneHot(GatherMap):
         taken, rest = divmod(self.n_out, self.n_in)
         counts = np.full(self.n_in, taken, np.int64)
         counts[:rest] += 1
-        return 1.0 / np.sqrt(np.maximum(counts, 1))  # an input that no output takes has 1
+        return 1.0 / np.sqrt(np.maximum(counts, 1))  # 1 for an input that no output takes
 
     def digest(self) -> str:
         return digest_of(self, self.part, dict.fromkeys(("perm", "signs") if self.signed else ("perm",), self.n_out))
@@ -364,7 +364,7 @@ class OneHot(GatherMap):
 
     def slice(self, backend: Backend, x: Array, start: int, stop: int) -> Array:
         for name in self.fixed:
-            self.on(backend, name, x)  # kept: a map before the network is called by slices
+            self.on(backend, name, x)  # cached, because slices of a map before the network are computed one by one
         return super().slice(backend, x * self.on(backend, "coefficients", x, backend.dtype_name(x)), start, stop)
 
     def adjoint(self, backend: Backend, y: Array) -> Array:
@@ -385,7 +385,7 @@ class SignedOneHot(OneHot):
     fixed = ("index", "signs")
 
 
-# -- Tied elements: a given index names the element of the input -------------------------------------------------------
+# -- Tied elements: a given index selects the element of the input -----------------------------------------------------
 
 
 # The index is stored in float32, which holds the integers up to this one.
@@ -463,12 +463,11 @@ class TiedMap(BroughtMap):
 
     @functools.cached_property
     def _stages(self) -> list[tuple[np.ndarray, int]]:
-        """How :meth:`adjoint` sums elements of one index: which to take, and how many consecutive ones to sum.
-
-        A stage sums runs of elements with one index, padded with a zero after the last element. A run is as long as the
-        mean number of elements per index, but at least 2, so that a stage takes at most about twice the elements that
-        it is given, however unequal the numbers are. The sums of runs are the elements of the next stage.
-        """
+        """Return for each stage of :meth:`adjoint` the elements to gather, and the length of the runs to sum."""
+        # A stage sums runs of elements with the same index; an index one past the end stands for a zero, as padding. A
+        # run is as long as the mean number of elements per index, but at least 2, so that a stage gathers at most about
+        # twice as many elements as it receives, however uneven the counts are. The sums of runs are the elements of the
+        # next stage.
         owners = self.brought.astype(np.int64)
         order, stages = np.argsort(owners, kind="stable"), list[tuple[np.ndarray, int]]()
         while True:
@@ -479,13 +478,13 @@ class TiedMap(BroughtMap):
             runs = -(-counts // length)
             ends, firsts = np.cumsum(runs), np.cumsum(counts) - counts
             owner = np.repeat(np.arange(self.n_in), runs)
-            number = np.arange(owner.size) - (ends - runs)[owner]  # of the run, among those of its index
+            number = np.arange(owner.size) - (ends - runs)[owner]  # of the run among the runs of its index
             place = number[:, None] * length + np.arange(length)
             inside = place < counts[owner][:, None]
             taken = np.where(inside, order[np.minimum(firsts[owner][:, None] + place, order.size - 1)], order.size)
             stages.append((taken.reshape(-1), length))
             owners, order = owner, np.arange(owner.size)
-        # Back to one element per index; the zero after the last one for an index that no element has.
+        # Back to one element per index: the padding zero for an index that has no element.
         last = np.full(self.n_in, owners.size)
         last[owners[order]] = order
         stages.append((last, 1))

@@ -100,7 +100,7 @@ class TwoSided(ByRows):
 
 
 class _Cosines(FixedArrays):
-    """The transposed orthonormal DCT-II matrices; keys are their sizes."""
+    """Transposed orthonormal DCT-II matrices by their sizes."""
 
     def make(self, key: Any) -> np.ndarray:
         size = int(key)
@@ -135,7 +135,7 @@ class Dct2(TwoSided):
 # -- The real part of the inverse Fourier transform (FourierFT) --------------------------------------------------------
 
 
-# How many multiply-adds of a matrix product take as long as one of an FFT, about, on the CPU.
+# About how many multiply-adds of a matrix product take as long as one of an FFT on the CPU.
 _PRODUCTS_PER_STEP = 8
 
 
@@ -163,7 +163,7 @@ class Dft2(TwoSided):
 
     kind = "dft2"
     square = True
-    even_columns = True  # but for at most four frequencies, which are their own negatives
+    even_columns = True  # except for up to four frequencies that are their own negatives
     matrices = _Waves()
 
     @property
@@ -206,7 +206,7 @@ class Dft2(TwoSided):
 
     @property
     def _fft_cost(self) -> int:
-        # A transform of real numbers has half of the products.
+        # A transform of real numbers takes half as many products.
         return math.ceil(self.n_in * sum(map(_products, self.shape)) / 2)
 
     def cost(self) -> int:
@@ -214,7 +214,7 @@ class Dft2(TwoSided):
 
     @property
     def _self_conjugate(self) -> int:
-        """Number of frequencies that are their own negatives; the others have the same cosine in pairs."""
+        """Number of frequencies that are their own negatives; the others have equal cosines in pairs."""
         return math.gcd(2, self.shape[0]) * math.gcd(2, self.shape[1])
 
     def squared_norm(self) -> float:
@@ -231,11 +231,9 @@ class Dft2(TwoSided):
 
 
 def _products(size: int) -> float:
-    """Return the products per element of an FFT of complex numbers.
-
-    About p for each prime factor p of the length (Cooley & Tukey, 1965), or three transforms of a power of two of at
-    least twice the length (Bluestein, 1970), if these have fewer.
-    """
+    """Return the products per element of a complex FFT of this length."""
+    # About p for each prime factor p of the length (Cooley & Tukey, 1965), or three transforms of a power of two of at
+    # least twice the length (Bluestein, 1970), if that is less.
     bits = (2 * size - 2).bit_length()
     total, left, factor = 0, size, 2
     while factor * factor <= left:
@@ -406,7 +404,7 @@ class WaveletMap(ByRows):
     def __init__(self, *lengths: int, settings: Wavelet, shape: tuple[int, int]) -> None:
         super().__init__(*lengths, settings=settings, shape=shape)
         self.square = self.n_in == self.n_out
-        # The two filters of Haar do not overlap, so that nothing is cut at the edges.
+        # Haar's filters do not overlap, so nothing is cut off at the edges.
         self.isometry = settings.periodic or (len(_FILTERS[settings.family]) == 2 and self.square)
 
     @classmethod
@@ -564,14 +562,14 @@ class CenteredWaveletMap(Map):
         (rows, cols), (high, wide) = self.shape, self._sizes
         row = np.arange(rows)[:, None] + (high - rows) // 2
         col = np.arange(cols)[None, :] + (wide - cols) // 2
-        # The half of the rows becomes that of the columns, and the other way round.
+        # The halves of rows and columns are exchanged.
         upper, left = row < high // 2, col < wide // 2
         row = row % (high // 2) + np.where(left, 0, high // 2)
         col = col % (wide // 2) + np.where(upper, 0, wide // 2)
         places = (row * wide + col).reshape(-1)
         if key == "places":
             return places.astype(np.int64)
-        element_at = np.full(high * wide, self.n_in, np.int64)  # a zero that is appended
+        element_at = np.full(high * wide, self.n_in, np.int64)  # the index of an appended zero
         element_at[places] = np.arange(self.n_in)
         return element_at
 

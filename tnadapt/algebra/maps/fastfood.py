@@ -105,7 +105,7 @@ def fwht(x: Array, axis: int = -1, normalize: bool = True, *, out: Array | None 
         get_backend(x, out)
     if normalize is not True and normalize is not False:
         normalize = flag("normalize", normalize)  # type: ignore[unreachable]
-    if out is None and axis is _LAST:  # of equal integers as small as this there is only one
+    if out is None and axis is _LAST:  # small integers are singletons
         result = backend.fwht_at_once(x, normalize)
         if result is not None:
             return result
@@ -189,7 +189,7 @@ def fwht_plain(backend: Backend, x: Array, normalize: bool) -> Array:
 
 # -- The linear maps ---------------------------------------------------------------------------------------------------
 
-# How many elements of the long vector a slice draws at a time: several short blocks together, or part of a long one.
+# Elements of the long vector that a slice draws at a time: several short blocks, or part of a long one.
 _SLICE_CHUNK = 1 << 16
 _SLICE_PART = 1 << 18
 # Shorter slices are cut from a block of this length, so that the matrix products are not too thin.
@@ -331,7 +331,7 @@ class Linear(Map):
             for block in range(0, high, step):
                 blocks = min(step, high - block)
                 lo = block * low + column
-                # Contiguous: either there is one block (step is 1), or its columns are all there (width is low).
+                # Contiguous: either there is one block (step is 1), or it has all of its columns (width is low).
                 hi = lo + blocks * width
                 z = backend.take(small, self._piece(backend, "index", x, lo, hi))
                 z = z * self._piece(backend, "gain", x, lo, hi, dtype)
@@ -378,12 +378,12 @@ class Linear(Map):
         return digest_of(self, self.part, {"perm": self.padded, "g": self.padded, "diagonal": self.n_out})
 
 
-# From this length on, a gather misses the processor's caches.
+# From this length on, a gather misses the caches.
 _FAR = 1 << 19
 # Arrays that only the compiled kernels use.
 _FOR_KERNELS: dict[str, Callable[[Linear], np.ndarray]] = {
     "keys": lambda f: rng.words(f.seed, f.group, rng.PURPOSE["permutation"], 0, 8),
-    # Whole vectors of the padded length: the kernels multiply by signs without asking where the output ends.
+    # Vectors of the full padded length: the kernels multiply by signs without checking where the output ends.
     "words": lambda f: rng.words(f.seed, f.group, rng.PURPOSE["signs"], 0, max(1, f.padded // 32)),
     "buckets": lambda f: kernels("fastfood").buckets_of(f.padded, f.held("keys")),
     "starts": lambda f: kernels("fastfood").starts_of(f.held("buckets")),
@@ -442,7 +442,7 @@ def tanhshrink(backend: Backend, t: Array) -> Array:
     def near(inside: Array, outside: Array) -> Array:
         return backend.where(t > -0.25, backend.where(t < 0.25, inside, outside), outside)
 
-    # Zero where the series is not used, because its powers would overflow there and spoil the gradient.
+    # Zero where the series is not used: its powers would overflow there and make the gradient NaN.
     small = near(t, none)
     square = small * small
     series = square * 0.0 + _SHRINK_SERIES[-1]

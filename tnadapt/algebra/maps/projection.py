@@ -1,4 +1,4 @@
-"""Projection, the map F that users call; and what ``Config.projection`` names: maps, chains, maps of each weight.
+"""Projection, the map F that users call, and the maps that ``Config.projection`` names: single, chained, per weight.
 
 :data:`MAPS` is the registry of maps by name. A *recipe* is what ``Config.projection`` says, and makes a :class:`Map`,
 which may be a :class:`Chain` or :class:`PerWeight`. :class:`Projection` checks inputs, and computes half precision in
@@ -34,7 +34,7 @@ from .fastfood import Linear, LinearV2, Nonlinear, NonlinearV2
 
 
 class _Composed(Map):
-    """What a chain and the maps of several weights have in common; only the last part may differ in linearity."""
+    """Base class of chains and maps per weight, in which only the last part may be nonlinear."""
 
     _title: str
 
@@ -94,7 +94,7 @@ class Chain(_Composed):
                 raise ConfigError(
                     f"{part.kind!r} is not linear, and only the last map of a chain may be nonlinear: put it last"
                 )
-        # If the last map gives any vector full rank, it does so for what the others compute.
+        # If the last map gives any vector full rank, it does so for the output of the others.
         self.full_rank = parts[-1].full_rank
 
     def forward(self, backend: Backend, x: Array) -> Array:
@@ -130,7 +130,7 @@ class Chain(_Composed):
         return self if self.linear else Chain([*self.parts[:-1], self.parts[-1].linear_part])
 
     def squared_norm(self) -> float:
-        # A map that preserves distances does not change the sum of squares of another one, before or after it.
+        # A map that preserves distances, before or after another one, does not change the sum of squares.
         others = [part for part in self.parts if not part.isometry]
         if len(others) < 2:
             return others[0].linear_part.squared_norm() if others else float(self.n_out)
@@ -210,7 +210,7 @@ class PerWeight(_Composed):
         return places
 
     def _blockwise(self, backend: Backend, method: str, length: str, *arrays: tuple[Array, str]) -> Array:
-        """Apply a method of each part to its pieces of arrays, and concatenate; ``length`` is that of the results."""
+        """Apply a method of each part to its pieces of arrays, and concatenate the results to ``length``."""
         batch = tuple(arrays[0][0].shape[:-1])
         if self._alike:
             first, count = self.parts[0], len(self.parts)
@@ -272,19 +272,19 @@ class PerWeight(_Composed):
 # -- Recipes: what Config.projection says, and the map that it makes ---------------------------------------------------
 
 
-#: What a map is applied to: the vector of a group, or each of its weights as a matrix.
+#: What a map is applied to: the vector of a group, or each weight of it as a matrix.
 ON = ("vector", "weight")
 # Element k of a chain draws with the group plus k times this, so that equal maps in a chain have different draws.
 _STREAMS = 1 << 28
 _MOST = 16
-#: Groups from here on are those of maps before the network (:mod:`tnadapt.algebra.theta`), of chains of up to 8 maps.
+#: Group indices from here on belong to maps before the network (:mod:`tnadapt.algebra.theta`), chains of up to 8 maps.
 THETA_STREAMS = 1 << 31
 
 Recipe = str | MapSettings | tuple[str | MapSettings, ...]
 
 
 class _Step(NamedTuple):
-    """One map of a chain; ``fixes_length`` as :meth:`Map.fixes_length` says of its settings."""
+    """One map of a chain, where ``fixes_length`` is :meth:`Map.fixes_length` of its settings."""
 
     name: str
     cls: type[Map]
@@ -486,11 +486,9 @@ def require_ratio_fits(projection: Recipe, on: str, ratio: float) -> None:
 
 
 def _free(steps: Sequence[_Step]) -> int | None:
-    """Return which map of a chain has the length that ``ratio`` determines; None if the chain determines its own.
-
-    It is the first one that does not determine the length of its input, if those before it preserve any length (which a
-    map of matrices does not: its length is that of a weight).
-    """
+    """Return the index of the map in a chain whose input length ``ratio`` determines, or None if there is none."""
+    # The first one that does not determine its own, if all before it preserve any length. Maps of matrices do not:
+    # their length is that of a weight.
     for number, step in enumerate(steps):
         if not step.fixes_length:
             return number
@@ -503,7 +501,7 @@ def _free(steps: Sequence[_Step]) -> int | None:
 
 
 def _build(steps: Sequence[_Step], codomain: Space, n_in: int | None, ratio: float, seed: int, group: int) -> Map:
-    """Return the map of a chain with this output; n_in, or else the ratio, sets the length that :func:`_free` finds."""
+    """Build the map of a chain with this output, where n_in or else the ratio sets the length of :func:`_free`."""
     seed, group = (
         integer("seed", seed, 0, (1 << 64) - 1, ConfigError),
         integer("group", group, 0, (1 << 32) - 1, ConfigError),

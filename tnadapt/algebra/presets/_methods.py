@@ -1,8 +1,8 @@
-"""The methods: each a function that returns a config, with its formula, sizes and record.
+"""The named methods (LoRA, LoKr, DoRA, VeRA, …): a function for each that returns its config; formula, sizes, record.
 
-Sections: one network per group, as in table 1 of the paper, and DoRA and HiRA, which apply LoRA's otherwise; factors
-that all weights of a group share; frozen, tied and scaled arrays, and a map before the network; and maps that determine
-the trained values of each weight. Each ends with the formulas as the papers state them, and the records.
+Sections: one network per group, as in table 1 of the paper, and DoRA and HiRA, which apply LoRA's ΔW in another way;
+factors that all weights of a group share; frozen, tied and scaled arrays, and a map before the network; and maps that
+determine the trained values of each weight. Each ends with the formulas as the papers state them, and the records.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ def recognized_by(make: Make, read: Read | None = None, /, **symbols: str) -> Ca
     def smallest() -> tuple[Any, ...]:
         return _outline(make(**dict.fromkeys(symbols, 1)))
 
-    def like_smallest(config: Config) -> bool:  # most configs are not: making one of the values takes longer
+    def like_smallest(config: Config) -> bool:  # most configs fail this test, which is faster than computing a value
         return _outline(config) == smallest()
 
     def recognize(config: Config) -> str | None:
@@ -158,7 +158,7 @@ def recognized_by(make: Make, read: Read | None = None, /, **symbols: str) -> Ca
 
 
 def _words(config: Config, symbol: str, name: str, value: Any) -> list[str]:
-    """Return the words of a label that say what an argument is; none for what is usual."""
+    """Return the words of a label that describe an argument, none for its usual value."""
     if name == "groups":
         return groups_label(config)
     if value is None or value == "haar":
@@ -172,7 +172,7 @@ def _words(config: Config, symbol: str, name: str, value: Any) -> list[str]:
 
 
 def _outline(config: Config) -> tuple[Any, ...]:
-    """Return what no number in a config changes."""
+    """Return the parts of a config that its numbers do not change."""
     return config.groups, config.fold, config.format, config.before, config.apply, tuple(config.sources)
 
 
@@ -417,7 +417,7 @@ def compacter(rank: int | tuple[int, ...] = 1, terms: int = 4, **changes: Any) -
     return lora_config(changes, rank=rank, splits=2, split_size=terms, terms=terms, leading="dense")
 
 
-# -- Methods that say how the update meets the weight: DoRA and HiRA ---------------------------------------------------
+# -- Methods that apply the update to the weight in another way: DoRA and HiRA -----------------------------------------
 
 
 def dora(rank: int = 8, **changes: Any) -> Config:
@@ -707,11 +707,7 @@ Fold = tuple[int | str, ...]
 def _stacked(
     sizes: dict[str, int | None], fold: Callable[..., Fold], settings: dict[str, Any], changes: dict[str, Any]
 ) -> Config:
-    """Stack all weights of a group into one tensor whose last modes are rows and columns.
-
-    ``fold`` maps the sizes, or their names where the caller gives no sizes, to the fold. If the caller gives a fold, it
-    replaces this one and may be used with weights of any shapes.
-    """
+    """Return a config that stacks all weights of a group into one tensor whose last modes are rows and columns."""
     sizes = {
         name: None if size is None else integer(name, size, 1, MAX_SIZE, ConfigError) for name, size in sizes.items()
     }
@@ -721,7 +717,9 @@ def _stacked(
             f"{', '.join(name for name in sizes if name not in absent)} given without {', '.join(absent)}: give all of "
             f"{', '.join(sizes)}, or none to take them from the weights of each group"
         )
+    # The fold of the sizes, or of their names if the caller gives no sizes.
     modes = fold(*(sizes if absent else sizes.values()))
+    # A fold of the caller's replaces this one, and may be used with weights of any shapes.
     if "fold" not in changes:
         settings = {**settings, "fold": modes}
         if not absent:
@@ -730,7 +728,7 @@ def _stacked(
 
 
 def _in_heads(rows: int | str, heads: int | None, head_size: int | None) -> Fold:
-    """Return the number of heads and their size, of which one is given; the other is a quotient of the rows."""
+    """Return the number of heads and their size, of which one is given and the other divides the rows."""
     if (heads is None) == (head_size is None):
         raise ConfigError(
             f"give heads, or head_size where weights have different numbers of heads; got heads={safe_repr(heads)}, "
@@ -745,7 +743,7 @@ def _in_heads(rows: int | str, heads: int | None, head_size: int | None) -> Fold
 
 
 def _in_layers(layers: int | str, matrices: int | None, changes: dict[str, Any]) -> Fold:
-    """Return the number of layers, and of the matrices of each that are in a group."""
+    """Return the number of layers, and how many matrices of each are in a group."""
     if matrices is None:
         matrices = 1 if changes.get("groups") == "role" else 2
     matrices = integer("matrices", matrices, 1, MAX_SIZE, ConfigError)
@@ -1028,7 +1026,7 @@ def _metatt(params: Params, config: Config, shapes: Shapes) -> list[Float]:
 
 
 def _stacked_ranks(make: Make, **settings: Any) -> Sizes:
-    """Return the ranks of a preset that stacks the weights of a group, which have one shape."""
+    """Return the ranks of a preset that stacks the weights of a group, which must have one shape."""
 
     def sizes(weights: AdaptedWeights) -> list[Ladder]:
         groups: Any = 1 if weights.uniform else "role"
@@ -1057,7 +1055,7 @@ def _lotr_arguments(config: Config) -> Arguments | None:
 
 _FOUR = {"weights": 4, "rows": 12, "cols": 8}
 
-# What a mode of a fold means to a model is not in a config, so only the first is recognized.
+# A config does not say what a mode of the fold means to the model, so only the first preset is recognized.
 STACKED_PRESETS = (
     Preset(
         "lotr", lotr, "LoTR", "Bershatsky et al., arXiv 2402.01376", {"rank": 3, **_FOUR},
@@ -1086,7 +1084,7 @@ STACKED_PRESETS = (
 )  # fmt: skip
 
 
-# -- Methods that say where the numbers come from: frozen, tied and scaled arrays, and a map before the network --------
+# -- Methods with sources of arrays: frozen, tied and scaled ones, and a map before the network ------------------------
 
 
 def lora_fa(rank: int = 4, **changes: Any) -> Config:
@@ -1202,7 +1200,7 @@ def randlora(rank: int | tuple[int, ...] = 32, *, rows: int, cols: int, **change
 
 
 def _of_base(rank: int, changes: dict[str, Any], **settings: Any) -> Config:
-    """``U C Vᵀ`` with U and V from the base weight: Tucker of order 2."""
+    """Return the config of ``U C Vᵀ`` (Tucker of order 2) with U and V from the base weight."""
     sources = {"factor0": FromBase("rows"), "factor1": FromBase("cols")}
     return lora_config(changes, rank=rank, sources=sources, format="tucker", **settings)
 
@@ -1445,7 +1443,7 @@ def _tinylora(params: Params, config: Config, shapes: Shapes) -> list[Float]:
 
 
 def _normal_map(size: int, count: int, seed: int, stream: int) -> Float:
-    """Columns of random numbers of norm about 1."""
+    """Return a matrix whose columns are random with norms of about 1."""
     drawn = rng.normals(seed, 2**31 + stream, rng.PURPOSE["normal_map"], 0, size * count).astype(np.float64)
     return np.float32(drawn / math.sqrt(size)).astype(np.float64).reshape(size, count)
 
@@ -1479,7 +1477,7 @@ def _of_one_array(weights: AdaptedWeights, rank: int) -> int:
 
 
 def _vera_sizes(weights: AdaptedWeights) -> list[Ladder]:
-    # Its rank only sets the length of a diagonal: its paper goes beyond the sides of the weights.
+    # The rank only sets the length of a diagonal, and the paper uses ranks beyond the sides of the weights.
     return [Ladder(vera, up_to(4 * max(max(shape) for shape in weights.shapes)))]
 
 
@@ -1578,7 +1576,7 @@ SOURCE_PRESETS = (
 
 
 def _few_values(projection: Any, changes: dict[str, Any]) -> Config:
-    """Return a config with one vector per weight, as long as the map determines; alpha is the scale."""
+    """Return a config with one vector per weight, whose length the map determines, and alpha as the scale."""
     return preset_config(
         changes, groups="weight", order=1, fold="stack", format="dense", rank=1, projection=projection, on="weight"
     )
@@ -1741,7 +1739,7 @@ def miss(r: int = 64, mini: int | None = None, **changes: Any) -> Config:
 
 
 def _values(p: Named, config: Config, size: int) -> Float:
-    """Place the trained numbers of SHiRA, FourierFT, LoCA or WaveFT in a vector of zeros."""
+    """Scatter the trained numbers of SHiRA, FourierFT, LoCA or WaveFT into a vector of zeros."""
     scatter, values = _settings(config)[0], p("split0.dense")
     assert isinstance(scatter, Scatter)
     places = scatter.positions
@@ -1791,7 +1789,8 @@ def _waveft(p: Named, config: Config, shape: tuple[int, int]) -> Float:
 
 
 def _daubechies(moments: int) -> Float:
-    """Factor ``|H|²`` with so many vanishing moments by the roots inside the unit circle; Daubechies 1988."""
+    """Return the Daubechies low-pass filter with this many vanishing moments."""
+    # Spectral factorization of ``|H|²`` by its roots inside the unit circle (Daubechies, 1988).
     sine = [math.comb(moments - 1 + k, k) for k in range(moments)]
     polynomial: Any = np.poly1d([1.0])
     for root in np.roots(sine[::-1]):
@@ -1829,7 +1828,7 @@ def _miss(p: Named, config: Config, shape: tuple[int, int]) -> Float:
 
 
 def _numbers_of_values(make: Make) -> Sizes:
-    """Return the numbers of values of each weight, as many as the smallest weight has elements."""
+    """Return the numbers of values per weight to consider, up to the elements of the smallest weight."""
     return lambda weights: [Ladder(make, up_to(min(rows * cols for rows, cols in weights.shapes)))]
 
 

@@ -25,7 +25,7 @@ _ROOMS = Path(__file__).parent
 
 def compiled(function: Function) -> Function:
     """Decorate a function to be compiled for each combination of argument types, or loaded from the cache on disk."""
-    # Division by zero behaves as in NumPy; Python's check for it would prevent vectorized loops.
+    # Division by zero as in NumPy: Python's check for it would prevent vectorized loops.
     dispatcher: Any = numba.njit(nogil=True, error_model="numpy")(function)
     try:
         dispatcher._cache = _Kept(function)
@@ -81,7 +81,7 @@ def _digest() -> str:
 
 
 class _Announcer(event.Listener):  # type: ignore[misc]
-    """Log a message when a process first compiles one of our kernels; none if all come from the cache."""
+    """Log a message when a process first compiles one of our kernels, but not if all come from the cache."""
 
     said = False
 

@@ -1,4 +1,4 @@
-"""A linear F and its adjoint in few passes over memory: gathered in the cache, or sorted into buckets.
+"""Compiled kernels of a linear F (fastfood) and its adjoint: gathered in the cache, or sorted into buckets.
 
 With ``h`` one period of H times the padded input, F is ``y = diagonal * H z``, ``z[j] = (g h)[perm[j]]``. There are two
 algorithms:
@@ -12,8 +12,8 @@ algorithms:
 
 The adjoint runs the same steps backwards.
 
-In double precision, which merging needs once per F, the result has the bits of the reference implementation: its
-factors ``1 / sqrt`` stand at the same places. Sorting is then faster for any h, as the arrays for it are drawn in less
+In double precision, which merging needs once per F, the result has the bits of the reference implementation, which
+applies the factors ``1 / sqrt`` at the same steps. Sorting is then faster for any h, as its arrays are drawn in less
 time than ``gain``.
 """
 
@@ -35,8 +35,8 @@ from .work_space import CACHE_LINE, WorkSpace, aligned_empty, cache_sizes, reada
 
 # -- Loops: diagonals, gathering and scattering, sorting into buckets --------------------------------------------------
 
-# All loops work on blocks that fit in the level 2 cache, in parts that fit in the level 1 cache. The
-# docstring of the file says how they combine to F.
+# All loops work on blocks that fit in the level 2 cache, in parts that fit in the level 1 cache. The module docstring
+# says how they combine to F.
 
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
@@ -49,10 +49,8 @@ CHUNK_BITS = 16
 
 @compiled
 def _times_diagonal(src, dst, at, count, words, numbers, scale):
-    """Set ``dst = scale * diagonal * src`` for ``count`` elements from ``at`` on.
-
-    The diagonal is signs, the bits of ``words``; or ``numbers``; or 1 if both are empty.
-    """
+    """Set ``dst = scale * diagonal * src`` for ``count`` elements from ``at`` on."""
+    # The diagonal is the signs in the bits of ``words``, or ``numbers``, or 1 if both are empty.
     whole = count // 32 if at % 32 == 0 else 0
     for i in range(whole):
         signed(src, dst, at + 32 * i, words[at // 32 + i] if words.size > 0 else uint32(0), scale)
@@ -71,7 +69,7 @@ def _multiply(out, factors):
 
 @compiled
 def _rest_of_block(out, at, near, within):
-    """Do the remaining stages of a block in place, after those within its parts of ``1 << near`` elements."""
+    """Do the stages of a block that remain after those within its parts of ``1 << near`` elements, in place."""
     stages(out, at, 1 << near, within - near, out, 0)
 
 
@@ -91,7 +89,7 @@ def begin(first, last, x, out, low, near, within, words, numbers, scale):
 
 @compiled
 def _signed_strips(out, first, last, apart, bits, width, words, scale):
-    """Do stages across rows in two sweeps like ``strips``; the second multiplies by the scale and the signs."""
+    """Do stages across rows in two sweeps like ``strips``, multiplying by scale and signs in the second."""
     line, lanes = CACHE_LINE // out.itemsize, VECTOR_BYTES // out.itemsize
     wide, done, one, scale = width + line, evenly(bits), out.dtype.type(1), out.dtype.type(scale)
     scratch = np.empty((wide << bits) + line, out.dtype)
@@ -353,7 +351,7 @@ _GATHERED_BITS = 18
 _TABLE_BITS = 12
 # Beyond this length, the run that a bucket gets from a chunk would be only a few elements.
 _SORTED_BITS = 26
-# Blocks take the level 2 cache, and their parts half of the level 1 cache; parts of a bucket are larger, so that its
+# Blocks fill the level 2 cache, and their parts half of the level 1 cache; parts of a bucket are larger, so that its
 # remaining stages are not a sweep over sixteen rows, which evict each other.
 _BLOCK_BITS, _NEAR_BITS, _BUCKET_NEAR_BITS = 18, 12, 13
 # Rows in one pass, as a power of two. The columns of a strip take half of the level 2 cache, within these limits.
@@ -381,7 +379,7 @@ def sorts(padded: int, period: int) -> bool:
 
 
 def _sorts_double(f: F) -> bool:
-    """Return whether a short h is sorted, too: not if ``gain`` is there already."""
+    """Return whether a short h is sorted in double precision, too, which it is unless ``gain`` is cached."""
     return "gain" not in f.kept and 1 << (CHUNK_BITS + 2) <= f.padded <= 1 << _SORTED_BITS
 
 
@@ -457,7 +455,7 @@ class _Steps:
         else:
             self.gain = f.held("gain")
         self.diagonal = (_NO_WORDS, f.held("diagonal")) if f.normal else (f.held("words"), _NO_NUMBERS)
-        # Two threads may both create one; one of the two then ends with its vectors.
+        # Two threads may both create one; one of the two is then dropped with its vectors.
         self.space = f.space = f.space or WorkSpace()
         self.threads = thread_count() if bits >= _SHARED_BITS else 1
         # The factors 1 / sqrt(2**bits) of both transforms, as powers of two at either end, so that nothing overflows in

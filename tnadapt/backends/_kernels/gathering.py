@@ -1,9 +1,9 @@
-"""Gathering at the images of the permutation, and scattering to them, while the next images are drawn.
+"""Gather from, and scatter to, the images of the seeded permutation while the next images are drawn.
 
-Drawing takes vector instructions only, and gathering takes scalar ones: the processor's instructions that gather a
-vector are no faster. A processor runs both at once if they are near each other in the program. LLVM would schedule one
-after the other within a block of instructions; the rounds of the network are therefore a loop, each pass of which draws
-two rounds and gathers a quarter of the images that were drawn before.
+Drawing takes vector instructions only, and gathering scalar ones: vector gather instructions are no faster. A processor
+runs both at once if they are close together in the program. Within a block of instructions, LLVM would schedule one
+after the other; the rounds of the network are therefore a loop, each pass of which draws two rounds and gathers a
+quarter of the images that were drawn before.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .work_space import CACHE_LINE
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
 
 _LANES = VECTOR_BYTES // 4
-# Vectors at once, as the multiplications of one wait for each other. Their halves take half of the registers.
+# Several vectors at once, as the multiplications of one depend on each other. Their halves take half of the registers.
 _VECTORS = LOW_VECTORS // 2
 # Images drawn at once.
 _AHEAD = _VECTORS * _LANES

@@ -121,7 +121,7 @@ def _centre(word, u, out):
 
 @compiled
 def _tail(nearer, bits, power):
-    """Replace tail probabilities by the magnitudes of their normals, in place; ``bits`` views the same memory."""
+    """Replace tail probabilities by the magnitudes of their normals, in place, where ``bits`` views the same memory."""
     for i in range(nearer.size):
         # frexp from the bits; the numbers are at least 2**-33, so neither 0 nor subnormal.
         power[i] = float64((bits[i] >> 52) - 1022)
@@ -150,10 +150,8 @@ def _tail(nearer, bits, power):
 
 @compiled
 def _of_words(word, u, where, power, out):
-    """Compute the normals of a short array of words; the other arrays are scratch buffers.
-
-    Every word gets the approximation near 0 first; those in the tails (about 15 %) are then collected and replaced.
-    """
+    """Compute the normals of a short array of words, with the other arrays as scratch buffers."""
+    # Every word gets the approximation near 0 first; those in the tails (about 15 %) are then collected and replaced.
     _centre(word, u, out)
     count = 0
     for i in range(word.size):
@@ -230,7 +228,7 @@ def _permutation(start, size, bits, keys, inverse, out):
         count = some.size
         while count:
             _network(low[:count], high[:count], bits, keys, inverse)
-            # Write every image; those outside of the range are compacted to the front and permuted again.
+            # Write every image; those outside the range are compacted to the front and permuted again.
             left = 0
             for k in range(count):
                 image, place = (int64(high[k]) << (bits // 2)) | int64(low[k]), where[k]

@@ -32,7 +32,7 @@ _FUSED = "+fma" in _FEATURES
 # transform takes up to 1.8 times as long.
 LOW_VECTORS = 16 if VECTOR_BYTES == 64 else 8
 
-# Stages across rows that are done at once: 2**RADIX_BITS rows, one vector of each, also are LOW_VECTORS vectors.
+# Stages across rows that are done at once: one vector of each of 2**RADIX_BITS rows, LOW_VECTORS vectors in all.
 RADIX_BITS = LOW_VECTORS.bit_length() - 1
 
 _INT32 = ir.IntType(32)
@@ -97,7 +97,7 @@ class _Lanes:
         """
         if not _FUSED:
             return self.builder.fsub(a, b)
-        # LLVM would make a subtraction of a product with a constant that it sees.
+        # LLVM would turn a product with a constant -1 that it sees back into a subtraction.
         name = f"llvm.arithmetic.fence.{f'v{self.lanes}' if self.lanes > 1 else ''}f{self.itemsize * 8}"
         function_type = ir.FunctionType(self.type, [self.type])
         hidden = self.builder.module.globals.get(name) or ir.Function(self.builder.module, function_type, name)

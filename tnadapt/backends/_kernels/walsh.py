@@ -1,4 +1,4 @@
-"""The Hadamard transform along one axis of an array: its passes over memory, and their division among threads.
+"""Hadamard transform along one axis of an array on the CPU: its passes over memory, and their division among threads.
 
 The lowest stages pair neighbors, the highest stages distant elements. The first pass over memory therefore processes
 blocks that fit in the level 2 cache and does all stages within each block, the lowest of them in parts that fit in the
@@ -30,8 +30,8 @@ from .work_space import CACHE_LINE, SMALL, aligned_empty, cache_sizes, readable,
 # -- Loops: all stages of a block in the cache, and stages across distant rows -----------------------------------------
 
 # Stage s pairs elements ``unit * 2**s`` apart, where unit is the distance of neighbors along the axis. Every schedule
-# runs from the lowest stage to the highest, so that all of them compute the same sums in the same order, and with them
-# the same bits. The first stage applies the scale as it reads its input.
+# runs from the lowest stage to the highest, so all of them compute the same sums in the same order, with the same bits.
+# The first stage applies the scale as it reads its input.
 
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
@@ -195,15 +195,15 @@ def strips(src, dst, first, last, rows_apart, bits, width, scale):
 
 # Stages across rows in one pass: a strip has up to 512 rows, which must fit in the cache together.
 _STRIP_BITS = 9
-# A pass over strips does at least this many stages, which take no longer than one: memory is what it waits for.
+# A pass over strips does at least this many stages, which take no longer than one: the pass is memory-bound.
 _LEAST_STRIP_BITS = 3
 # Minimum and maximum bytes of a strip's row; a strip fills up to half of the level 2 cache.
 _STRIP_BYTES = 256, 4096
 # From these sizes on, further threads gain more than it costs to wake them. Several passes also move data between the
 # caches of cores.
 _SHARED_BYTES, _SHARED_BYTES_OF_PASSES = 1 << 21, 1 << 24
-# Sixteen rows at distances of a power of two evict each other from a level 1 cache of eight ways: a sweep over a block
-# of the level 2 cache has fewer, if need be after larger parts.
+# Sixteen rows at distances of a power of two evict each other from an 8-way level 1 cache: a sweep over a block of the
+# level 2 cache has fewer, if necessary after larger parts.
 _ALIASED_BITS = 4
 
 

@@ -1,6 +1,6 @@
-"""What kernels run on: aligned memory that calls reuse, the sizes of caches, and a pool of threads.
+"""Resources of the kernels: aligned memory that calls reuse, the sizes of caches, and a thread pool.
 
-For new memory, the system would find and zero pages in every call.
+New memory would cost page faults and zeroing in every call.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ class WorkSpace:
 
 
 class _Lent:
-    """A vector under NumPy's array interface. Arrays that use its memory refer to it; its end returns the memory."""
+    """A vector under NumPy's array interface that returns its memory once no array uses it any more."""
 
     def __init__(self, memory: np.ndarray, size: int, idle: deque[np.ndarray]) -> None:
         start = memory.__array_interface__["data"][0]
@@ -152,7 +152,7 @@ def thread_count() -> int:
 @functools.cache
 def _allowed() -> int:
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    # May be a list with one number per nesting level.
+    # This may be a list with one number per nesting level.
     asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
     return min(count, int(asked)) if asked.isdecimal() and int(asked) > 0 else count
 

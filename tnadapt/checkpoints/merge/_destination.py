@@ -1,4 +1,4 @@
-"""Where a merged checkpoint is written, what it may replace, and the other files of the base's folder to copy."""
+"""Destination of a merged checkpoint: its path, what it may replace, and which other files of the base are copied."""
 
 from __future__ import annotations
 
@@ -47,13 +47,13 @@ class Belonging:
     def file(self, name: str) -> str | None:
         """Return the real path of a regular file of the checkpoint; None if it is not one, or lies outside."""
         path = os.path.realpath(os.path.join(self.folder, name))
-        # Also of a dangling or circular link: there is no file.
+        # Also for a dangling or circular link: there is no file.
         regular = os.path.isfile(path) and not os.path.islink(path)
         return path if regular and self.leaves(name) is None else None
 
 
 def _blobs(folder: str) -> list[str]:
-    """Return the folder of blobs if a folder lies in a Hugging Face cache."""
+    """Return the folder of blobs if a folder is part of a Hugging Face cache."""
     while (parent := os.path.dirname(folder)) != folder:
         # In REPOSITORY/snapshots/REVISION, the parent of REVISION is named snapshots.
         if os.path.basename(parent) == "snapshots":
@@ -67,8 +67,7 @@ def _blobs(folder: str) -> list[str]:
 # -- The destination, and the other files ------------------------------------------------------------------------------
 
 
-# Suffixes of weights in other formats. They do not have the update, so copying them next to the merged ones would be
-# misleading.
+# Suffixes of weights in other formats, which lack the update: copying them next to the merged ones would be misleading.
 _WEIGHTS = (
     SUFFIX, ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".hdf5", ".msgpack", ".onnx", ".onnx_data", ".gguf", ".ggml",
     ".tflite", ".npz", ".npy", ".mlmodel", ".pb", ".engine", ".index.json",
@@ -119,11 +118,11 @@ class Destination(NamedTuple):
                     return None
             after = _state(path)
             if after is not None and (before.st_dev, before.st_ino) == (after.st_dev, after.st_ino):
-                break  # otherwise another process replaced it while it was examined: look again
+                break  # otherwise another process has replaced it meanwhile: look again
         return "is not the folder of a checkpoint, and is not overwritten: remove it, or choose another name"
 
 
-# How often to examine a path again that other processes keep replacing.
+# How often to retry examining a path that other processes keep replacing.
 _LOOKS = 10
 
 
@@ -188,7 +187,7 @@ def _inside(path: str, folder: str) -> bool:
 
 
 def _others(checkpoint: Checkpoint) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return the other files of the base's folder: those to copy, and those to leave out."""
+    """Return the other files of the base's folder: those to copy, and those to omit."""
     belonging = Belonging(checkpoint.folder)
     model_files = {os.path.basename(file) for file in (*checkpoint.files, checkpoint.index) if file is not None}
     copied: list[str] = []
@@ -211,7 +210,7 @@ def _others(checkpoint: Checkpoint) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def _check_links(checkpoint: Checkpoint) -> None:
-    """Raise FileError if weights would be read from outside of the checkpoint, which the user did not ask for."""
+    """Raise FileError if weights would be read from outside the checkpoint, which the user did not ask for."""
     belonging = Belonging(checkpoint.folder)
     model_path = os.path.abspath(checkpoint.path)
     hint = ", or give the path of that one file" if checkpoint.index is None else ""

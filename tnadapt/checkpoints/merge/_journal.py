@@ -236,11 +236,9 @@ def _locked(root: str) -> int:
 
 
 def _check_own(root: str) -> None:
-    """Raise FileError if the name is taken by anything that a merge would not have created.
-
-    The check needs no lock: whatever other processes do at the same time, they put no other names in the folder. Names
-    that begin with a dot belong to the system (.DS_Store, NFS's .nfs…) and are ignored.
-    """
+    """Raise FileError if the name is taken by anything that a merge would not have created."""
+    # No lock is needed: other processes never put other names in the folder. Names that begin with a dot belong to the
+    # system (.DS_Store, NFS's .nfs…) and are ignored.
     try:
         is_merge = stat.S_ISDIR(os.lstat(root).st_mode)
         is_merge = is_merge and all(name.startswith(".") or _OWN.fullmatch(name) for name in os.listdir(root))
@@ -377,10 +375,7 @@ class MergeJournal:
             os.mkdir(self.folder)
 
     def _is_needed(self, run: str, state: Mapping[str, Any]) -> bool:
-        """Move the previous output back; return whether a run must stay until the new output is published.
-
-        Raise LeftoverError if the run holds something that must not be deleted.
-        """
+        """Move the previous output back, and return whether a run must stay until the new output is published."""
         files, old = os.path.join(run, _FILES), os.path.join(run, _OLD)
         if not os.path.lexists(files):
             return False
@@ -394,7 +389,7 @@ class MergeJournal:
         elif state.get("publishing") is True:
             name = state.get("name")
             replaced = os.path.join(files, name) if isinstance(name, str) and name else files
-            if (why := self._refusal(replaced)) is not None:
+            if (why := self._refusal(replaced)) is not None:  # it must not be deleted
                 raise LeftoverError(
                     f"{replaced} is the previous content of {self.out}, left by a killed run, and {why}: move it away "
                     "first"

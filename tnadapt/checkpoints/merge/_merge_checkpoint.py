@@ -78,7 +78,7 @@ class Job:
             )
 
     def _compute_from_base(self, check_base: bool) -> None:
-        """Compute the arrays that come from the base weights, of the base that the adapter was trained on."""
+        """Compute the arrays that come from the base weights, if this is the base the adapter was trained on."""
         if self.updates is not None:
             return
         if not check_base or self.file.base is None:
@@ -154,7 +154,7 @@ class Job:
             self._write_index(work.path(os.path.basename(self.checkpoint.index)))
 
     def _changes(self, file: str) -> dict[str, Change]:
-        """Return the changed tensors of a file, in the order of the long vector, in which F is computed."""
+        """Return the changed tensors of a file, in the order of the long vector, as F is computed in that order."""
         shard = self.checkpoint.shard
         changes: dict[str, Change] = {
             name: functools.partial(self._updated, name) for name in self.of if shard[name] == file
@@ -192,7 +192,7 @@ class Job:
         return stored
 
     def _with_others(self, parts: Sequence[Target], name: str, stored: np.ndarray) -> np.ndarray:
-        """Return a weight of which a tensor is a part, with the other parts from the checkpoint."""
+        """Complete a tensor that is a part of a weight with the other parts, from the checkpoint."""
         entries = self.checkpoint.entries
         other = next((part.name for part in parts if entries[part.name].dtype != entries[name].dtype), None)
         if other is not None:
@@ -200,7 +200,7 @@ class Job:
         return np.concatenate([stored if part.name == name else self.checkpoint.array(part.name) for part in parts])
 
     def _kept(self, name: str, tag: str, stored: np.ndarray | None = None) -> np.ndarray:
-        """Return a kept parameter in the dtype of the checkpoint, whatever is stored."""
+        """Return a kept parameter in the dtype of the checkpoint, whatever the stored one is."""
         array = self.file.kept[name]
         if tag not in FLOATS:
             return array.astype(array.dtype.newbyteorder("<"), copy=False)

@@ -1,4 +1,4 @@
-"""Copies of safetensors files in which some tensors are changed; the kernel copies the rest. Comparison of files."""
+"""Copies of safetensors files with some tensors changed, the rest copied by the kernel; and comparison of files."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tnadapt.errors import FileError
 # -- Bytes copied between files: in the kernel, in large pieces, or through memory -------------------------------------
 
 
-# Size of one kernel call. It takes a fraction of a second, during which progress cannot be reported nor the copy
+# Size of one kernel call, which takes a fraction of a second: meanwhile progress cannot be reported, nor the copy
 # stopped.
 _KERNEL_PIECE = 1 << 26
 _PIECE = 1 << 22
@@ -213,7 +213,7 @@ class Writer:
         return max((entry.stop - entry.start for entry in entries), default=0)
 
     def _laid_out(self, shard: Shard) -> int:
-        """Create the file at its full length, write its head if that is new, and return where its tensors begin."""
+        """Create the file at its full length, write its head if that is new, and return the offset of its tensors."""
         entries, start = self.checkpoint.of_file(shard.file), self.checkpoint.data[shard.file]
         with open(shard.out, "xb", buffering=0) as target:
             if not shard.added:
@@ -234,7 +234,7 @@ class Writer:
                 for name, change in shard.changes.items():
                     for other in others:
                         if other.done():
-                            other.result()  # stop at their errors, such as a full disk, before computing more
+                            other.result()  # raises their errors, such as a full disk, before more is computed
                     tensor = change(self.checkpoint.array(name))
                     if written is not None:
                         written.result()
@@ -247,7 +247,7 @@ class Writer:
                     written.result()
 
     def _copy(self, shard: Shard, start: int, syncer: ThreadPoolExecutor) -> None:
-        """Copy what lies between the changed tensors, and the head if it does not change."""
+        """Copy everything between the changed tensors, and the head if it does not change."""
         entries, old = self.checkpoint.of_file(shard.file), self.checkpoint.data[shard.file]
         spots = sorted(entries[name][2:] for name in shard.changes)
         edges = [0 if shard.added else -old, *(edge for spot in spots for edge in spot), _size(entries)]

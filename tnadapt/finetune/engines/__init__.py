@@ -1,7 +1,7 @@
 """Engines: where tasks run in parallel. :func:`run_tasks` runs any tasks on one of them.
 
-An engine is a subclass of :class:`Engine` in a file of its own here, and a name in ``ENGINES``. Another package makes
-its own class known by :func:`register_engine`, or passes an object of it to :func:`run_tasks`.
+An engine is a subclass of :class:`Engine` in a file of its own here, and a name in ``ENGINES``. Another package
+registers its own class with :func:`register_engine`, or passes an object of it to :func:`run_tasks`.
 """
 
 from ._engine import (

@@ -1,4 +1,4 @@
-"""What all engines share: tasks and their calls, the files of workers, and the interface of an engine."""
+"""What all engines share: tasks and calls, the files of workers, and the interface of an engine."""
 
 from __future__ import annotations
 
@@ -173,19 +173,19 @@ def progress_file(folder: Path, task: Keyed) -> Path:
 
 @dataclasses.dataclass(frozen=True)
 class _Opened:
-    """The first call of a run in this process; all calls of a run are equal."""
+    """The first call of a run in this process, which is equal to all other calls of the run."""
 
     run: str
     call: TaskCall = dataclasses.field(compare=False)
 
 
-@functools.lru_cache(maxsize=1)  # a process that serves another run needs this one's model and data no longer
+@functools.lru_cache(maxsize=1)  # a process that serves another run no longer needs this model and data
 def _worker_of(opened: _Opened) -> _Worker:
     return _Worker(opened.call)
 
 
 class _Worker:
-    """What a process keeps between tasks: mainly the model and data; and its results file."""
+    """The state of a process between tasks, mainly the model and data, and its results file."""
 
     def __init__(self, call: TaskCall) -> None:
         self.folder, self.path = call.folder, new_worker_file(call.folder)
@@ -210,26 +210,26 @@ class _Worker:
 
 
 def _progress_writer(path: Path) -> Callable[[float], None]:
-    """Return what writes the fraction done to a small file, so seldom that the cost does not matter."""
+    """Return a function that writes the fraction done to a small file, so rarely that the cost is negligible."""
     last = float("-inf")
 
     def write(done: float) -> None:
         nonlocal last
         if time.monotonic() - last > PERIOD:
             last = time.monotonic()
-            with contextlib.suppress(OSError):  # progress is not worth an error
+            with contextlib.suppress(OSError):  # a failed progress report is no error
                 path.write_text(f"{done:.4f}\n", encoding="ascii")
 
     return write
 
 
-# -- In the driver: lines of workers that no one has read yet, and the progress of all ---------------------------------
+# -- In the driver: unread lines of workers, and the progress of all ---------------------------------------------------
 
 
 #: The name of the file, in its own folder, in which an engine notes the keys of jobs that outlive the program.
 NOTES = "jobs.jsonl"
 
-#: Reading files of workers may take this fraction of the driver's time, however slow the file system is.
+#: Fraction of the driver's time that reading files of workers may take, however slow the file system is.
 SHARE = 0.05
 
 T = TypeVar("T", bound=Keyed)
@@ -290,7 +290,7 @@ class RunFolder:
     def report_one(self, task: T, progress: Callable[[T, float], None]) -> None:
         """Report the progress of one task, if there is any."""
         done = None
-        with contextlib.suppress(OSError, ValueError):  # not begun, or being written
+        with contextlib.suppress(OSError, ValueError):  # not started, or being written
             done = float(progress_file(self.path, task).read_text(encoding="ascii"))
         if done is not None:
             progress(task, done)
@@ -321,7 +321,7 @@ class RunFolder:
 
 
 def _noted(folder: Path) -> set[str]:
-    """Return the keys of tasks that engines have started as jobs which outlive the program."""
+    """Return the keys of tasks that engines have started as jobs that outlive the program."""
     notes = (note for path in folder.glob(f"*/{NOTES}") for note in undamaged_lines(path))
     return {note["key"] for note in notes if isinstance(note.get("key"), str)}
 
@@ -336,14 +336,14 @@ def _lines_of(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def _current(folder: Path) -> dict[str, str] | None:
-    """Return the run that was not finished, if there is one."""
+    """Return the unfinished run, if there is one."""
     try:
         current = json.loads((folder / "workers" / "current.json").read_bytes())
     except (OSError, ValueError, RecursionError):
         return None
     if not isinstance(current, dict) or not all(isinstance(current.get(name), str) for name in ("study", "run")):
         return None
-    # Only a name that this module has given: the folder will be deleted.
+    # Accept only names that this module generates: the folder will be deleted.
     run = current["run"]
     return current if len(run) == 32 and set(run) <= set("0123456789abcdef") else None
 
@@ -364,7 +364,7 @@ def discard(folder: Path) -> None:
 # -- The interface of an engine ----------------------------------------------------------------------------------------
 
 
-#: How to go on after an error of an engine.
+#: Advice in errors of an engine: how to continue.
 AGAIN = "What is finished is kept: run the same command again to continue"
 
 
@@ -523,5 +523,5 @@ def interrupts_held() -> Iterator[None]:
         if replaced:
             signal.signal(signal.SIGINT, handler)
         if came and callable(handler):
-            # Not by sending the signal again, which a handler that counts would take for a second Ctrl-C.
+            # The signal is not sent again: a handler that counts would take it for a second Ctrl-C.
             handler(*came[0])

@@ -1,8 +1,8 @@
-"""Processes of this machine.
+"""The local engine: tasks in parallel processes of this machine.
 
 Each of the parallel tasks has a :class:`~concurrent.futures.ProcessPoolExecutor` of one worker. An executor breaks when
-one of its workers dies, and loses whatever the others are doing; so joblib and loky, whose executors do the same, would
-lose the trainings of all workers with one of them.
+one of its workers dies, and loses the work of all others. With joblib and loky, whose executors do the same, one
+dead worker would end the trainings of all.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class _Processes(Started):
 
     def close(self) -> None:
         # Otherwise the executors would wait for running tasks, and for interpreters that take seconds to import torch
-        # or to unload it. What a worker has finished it has written.
+        # or to unload it. Finished results are already written.
         for worker in self.workers:
             worker.kill()
         for pool in [*self.idle, *(pool for _, pool in self.busy.values())]:
@@ -111,7 +111,7 @@ def _begin() -> None:
 
 
 def _end_with_parent() -> None:
-    """End this process, even during a task, when the parent has died."""
+    """End this process, even during a task, once the parent has died."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         wait([parent.sentinel])

@@ -1,4 +1,4 @@
-"""Tasks on a Ray cluster. Ray is imported when the engine starts."""
+"""The Ray engine: tasks on a Ray cluster, with Ray imported when the engine starts."""
 
 from __future__ import annotations
 
@@ -54,10 +54,10 @@ class _Cluster(Started):
 
         self.ray = ray
         self.calls: dict[Any, str] = {}
-        self.connected = not ray.is_initialized()  # otherwise the program did it, and will end it
+        self.connected = not ray.is_initialized()  # otherwise the program connected, and will disconnect
         if self.connected:
             _connect(ray, address, needs, jobs)
-        # Another attempt is run_tasks' business, which knows what was finished.
+        # Retries are left to run_tasks, which knows what is finished.
         self.remote = ray.remote(run_call).options(max_retries=0, **needs)
 
     def submit(self, calls: Sequence[TaskCall]) -> None:
@@ -89,7 +89,7 @@ class _Cluster(Started):
 
 
 def _connect(ray: Any, address: str | None, needs: dict[str, float], jobs: int) -> None:
-    """Connect to the cluster at an address; without one, to the cluster of this machine, or a new one."""
+    """Connect to the cluster at an address or, without one, to the cluster of this machine or a new one."""
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     cluster = address or os.environ.get("RAY_ADDRESS")
     if cluster == "local":
@@ -110,7 +110,7 @@ def _connect(ray: Any, address: str | None, needs: dict[str, float], jobs: int) 
     finally:
         if not decided:
             del os.environ[_USAGE]
-    if cluster in (None, "local"):  # another one may grow when it is asked to; on this one no task would ever start
+    if cluster in (None, "local"):  # other clusters may scale up on demand; on this one no task would ever start
         have = ray.cluster_resources()
         for need, word in ((needs["num_cpus"], "CPU"), (needs["num_gpus"], "GPU")):
             if need > have.get(word, 0):

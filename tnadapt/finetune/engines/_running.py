@@ -1,4 +1,4 @@
-"""The engines by name, and the run of tasks on one: what is finished is kept, what died is tried again."""
+"""Run tasks on an engine: finished results are kept, and tasks of workers that died are retried; engines by name."""
 
 from __future__ import annotations
 
@@ -118,10 +118,10 @@ def engine_options(name: str) -> Mapping[str, str]:
 # -- Running tasks -----------------------------------------------------------------------------------------------------
 
 
-#: How often a task is started whose worker dies.
+#: How often a task is started if its workers die.
 ATTEMPTS = 3
 
-#: How many tasks a message names.
+#: Maximum number of tasks that a message names.
 NAMED = 3
 
 T = TypeVar("T", bound=Keyed)
@@ -280,7 +280,7 @@ def _side_by_side(
                 place.report_one(task, progress)
                 place.clear(task)
                 if isinstance(ended, Died):
-                    line = place.lines().get(key)  # perhaps it died after it had written it
+                    line = place.lines().get(key)  # it may have died after writing the line
                     if line is not None:
                         ended = Finished(line)
                     elif attempts[key] < ATTEMPTS:
@@ -293,7 +293,7 @@ def _side_by_side(
                     yield task, ended.line
                 elif isinstance(ended, Failed):
                     failed.append((task, ended))
-            for task, failure in failed:  # after the lines of all others that have ended, so that none is lost
+            for task, failure in failed:  # after the lines of all other finished tasks, so that none is lost
                 if failure.expected:
                     raise TnadaptError(failure.message)
                 raise RuntimeError(f"a task failed ({name_of(task)}):\n{failure.message}")
@@ -305,6 +305,6 @@ def _side_by_side(
 
 
 def _listed(dead: Mapping[str, str]) -> str:
-    """Return the names of the first tasks, each with the reason of its end."""
+    """Return the names of the first tasks, each with the reason why it ended."""
     told = [f"{name} ({reason})" if reason else name for name, reason in list(dead.items())[:NAMED]]
     return ", ".join(told) + (f" and {len(dead) - NAMED} more" if len(dead) > NAMED else "")

@@ -1,4 +1,4 @@
-"""Tasks as jobs of Slurm, through submitit, which is imported when the engine starts."""
+"""The Slurm engine: tasks as Slurm jobs through submitit, which is imported when the engine starts."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from tnadapt.finetune.results import undamaged_lines
 
 from ._engine import NOTES, SHARE, Died, Ended, Engine, Failed, Finished, Started, TaskCall, interrupts_held, run_call
 
-# File systems of clusters show a new file on other machines after some seconds.
+# Seconds until the file system of a cluster shows a new file on other machines.
 _LAG = 15.0
-# Seconds in which processes of this machine end after they were told to.
+# Seconds that local processes get to end after they were told to.
 _PATIENCE = 10.0
-# Seconds between two commands that submit jobs. One may take seconds, so those that are ready go together.
+# Seconds between two commands that submit jobs. A command may take seconds, so all waiting jobs are submitted together.
 _PERIOD = 10.0
-# How often Slurm may refuse jobs, with a pause that doubles: in five minutes, a limit or a restart has often passed.
+# How often Slurm may refuse jobs, with a doubling pause: five minutes often outlast a limit or a restart.
 _REFUSALS = 6
 # Submitit's default of five minutes would end most trainings.
 _MINUTES = 240
-# Of jobs that will give a result, or may. Unknown is what accounting did not say, perhaps only this time.
+# States of jobs that will, or may, give a result. UNKNOWN means that accounting gave no answer, perhaps only this time.
 _ALIVE = frozenset(
     {"UNKNOWN", "PENDING", "CONFIGURING", "RUNNING", "RESIZING", "SIGNALING", "COMPLETING", "STAGE_OUT", "SUSPENDED",
      "STOPPED", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "PREEMPTED"}
 )  # fmt: skip
-# Seconds after which accounting is asked again about jobs that submitit takes for ended.
+# Seconds until accounting is queried again about jobs that submitit considers finished.
 _LOOK = 60.0
-#: Options that are submitit's under another name, as whole numbers, and as text behind the prefix "slurm_".
+#: Options that submitit has under another name (integers), or with the prefix "slurm_" (text).
 _NUMBERS = MappingProxyType({"time": "timeout_min", "gpus": "gpus_per_node", "cpus": "cpus_per_task"})
 _TEXTS = ("partition", "account", "qos", "constraint", "gres", "mem", "exclude")
 
@@ -98,7 +98,7 @@ def _logs(folder: Path) -> Path:
 
 
 class _Jobs(Started):
-    """Jobs of any executor of submitit."""
+    """Jobs of any submitit executor."""
 
     lag = 0.0
 
@@ -134,7 +134,7 @@ class _Jobs(Started):
         return Died(f"job {job.job_id}: {job.state}")
 
     def _lives(self, job: Any) -> bool:
-        """Return whether a job goes on that submitit takes for ended."""
+        """Return whether a job that submitit considers finished is still running."""
         return False
 
     def close(self) -> None:
@@ -146,7 +146,7 @@ class _Jobs(Started):
 
 
 def _result(job: Any) -> Ended:
-    """Return how the task of a job ended that has left a result."""
+    """Return how the task of a job ended, given that the job has left a result."""
     try:
         ended: Ended = job.result()
     except Exception as error:  # the call could not be unpickled there
@@ -160,13 +160,13 @@ def _state(job: Any) -> str:
 
 
 def _queued(number: str) -> set[str] | None:
-    """Return the jobs of an array that have not ended, or None if Slurm cannot say it now."""
+    """Return the jobs of an array that have not ended, or None if Slurm cannot tell at the moment."""
     command = ["squeue", "--noheader", "--array", "--format", "%i", "--jobs", number]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     except OSError:
         return None
-    if done.returncode:  # it does so for numbers that it has forgotten
+    if done.returncode:  # as for numbers that it has forgotten
         return set() if "Invalid job id" in done.stderr else None
     return set(done.stdout.split())
 
@@ -186,11 +186,11 @@ class _SlurmJobs(_Jobs):
         self.submitit, self.name = submitit, name
         self.waiting: list[TaskCall] = []
         self.next, self.refusals = time.monotonic(), 0
-        self.go_on = False  # whether jobs go on when this program ends
+        self.go_on = False  # whether jobs keep running when this program ends
         self.looked = float("-inf")
         self.queued = functools.cache(_queued)
         self.notes = folder / NOTES
-        # All are registered before the first is asked for, so that one command answers for all.
+        # All are registered before the first query, so that one command answers for all.
         self.earlier = {
             note["key"]: submitit.SlurmJob(folder=folder, job_id=note["job"])
             for note in undamaged_lines(self.notes)
@@ -206,7 +206,7 @@ class _SlurmJobs(_Jobs):
         yield from super().wait(seconds)
 
     def _submit_waiting(self) -> None:
-        """Submit all jobs that wait, unless it is too early for another command."""
+        """Submit all waiting jobs, unless it is too early for another command."""
         if not self.waiting or time.monotonic() < self.next:
             return
         try:
@@ -217,16 +217,16 @@ class _SlurmJobs(_Jobs):
                         file.write(json.dumps({"key": key, "job": self.jobs[key].job_id}).encode() + b"\n")
         except self.submitit.core.utils.FailedJobError as error:
             message = (str(error).strip().splitlines() or ["sbatch failed"])[-1]
-            self._refused(message, "invalid" in message.lower())  # as an account, a partition or a time
+            self._refused(message, "invalid" in message.lower())  # such as an account, a partition or a time
             return
-        except self.submitit.core.utils.FailedSubmissionError as error:  # what it printed has no number of a job
+        except self.submitit.core.utils.FailedSubmissionError as error:  # its output has no job number
             self._refused(str(error).splitlines()[0], True)
             return
         self.waiting, self.refusals = [], 0
         self.next = time.monotonic() + _PERIOD
 
     def _refused(self, message: str, final: bool) -> None:
-        """Try again later, unless it is final or has not helped so far."""
+        """Schedule another attempt, unless the refusal is final or there were too many."""
         self.refusals += 1
         self.next = time.monotonic() + _PERIOD * 2 ** (self.refusals - 1)
         if final or self.refusals == _REFUSALS:
@@ -238,7 +238,7 @@ class _SlurmJobs(_Jobs):
             ) from None
 
     def _goes_on(self, key: str) -> bool:
-        """Return whether a job of an earlier program does this task, or has finished it, and wait for that one."""
+        """Return whether an earlier program's job runs this task or has finished it, and if so wait for that job."""
         job = self.earlier.pop(key, None)
         if job is None:
             return False
@@ -263,13 +263,13 @@ class _SlurmJobs(_Jobs):
         return True
 
     def __exit__(self, *error: object) -> None:
-        # Without an error all have ended that were asked for; those of a later phase go on.
+        # Without an error, all requested jobs have ended; those of a later phase keep running.
         self.go_on = self.go_on or not any(error)
         super().__exit__(*error)
 
     def close(self) -> None:
         if not self.go_on:
-            # One command for all, also of earlier programs: each may take seconds. A second Ctrl-C does not stop it.
+            # One command for all jobs, also of earlier programs: it may take seconds. A second Ctrl-C does not stop it.
             subprocess.Popen(["scancel", "--name", self.name], start_new_session=True).wait()
 
 
@@ -277,11 +277,11 @@ class _SlurmJobs(_Jobs):
 
 
 class _TimeLimit(BaseException):
-    """The job will soon be killed. A task may keep an Exception, such as those of a library, for its result."""
+    """Raised before a job is killed; not an Exception, which a task or a library might catch."""
 
 
 def _run_job(call: TaskCall) -> Ended:
-    """Run a task in a job; it is no error of the task that the job comes to its time limit."""
+    """Run a task in a job, where reaching the time limit does not count as an error of the task."""
     try:
         _raise_at_limit()
         return run_call(call)
@@ -290,7 +290,7 @@ def _run_job(call: TaskCall) -> Ended:
 
 
 def _raise_at_limit() -> None:
-    """Raise _TimeLimit where submitit's handler raises its own error. It still requeues a job that is preempted."""
+    """Raise _TimeLimit where submitit's handler raises its own error, and still requeue preempted jobs."""
     import submitit
 
     number = getattr(signal, f"SIG{submitit.JobEnvironment.USR_SIG}")

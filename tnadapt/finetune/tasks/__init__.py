@@ -1,6 +1,6 @@
-"""The tasks of ``tnadapt finetune``, each a class.
+"""The tasks of ``tnadapt finetune``: one class each for text generation, classification, tagging, regression.
 
-Another one is a subclass of :class:`LearningTask`, made known by :func:`register_task`.
+A new one is a subclass of :class:`LearningTask`, registered with :func:`register_task`.
 """
 
 from tnadapt.finetune._learning_task import Evidence, LearningTask, Measured

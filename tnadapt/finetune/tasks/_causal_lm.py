@@ -58,7 +58,7 @@ class CausalLM(LearningTask):
         """Conversations and completions are for this task alone, and so are texts with nothing else."""
         columns = _columns(source, spec)
         if len(columns) == 2 or columns == [MESSAGES]:
-            # Columns with other names, which the user gave, may as well be texts and labels.
+            # Columns with other names, given by the user, may also be texts and labels.
             usual = columns == [MESSAGES] or {name.strip().lower() for name in columns} & _USUAL
             what = "are" if usual else "may be"
             return Evidence(
@@ -215,8 +215,8 @@ class CausalLM(LearningTask):
 
 @contextlib.contextmanager
 def _greedy(model: Any, tokenizer: Any, new_tokens: int) -> Iterator[None]:
-    """Set the model to greedy decoding inside ``with``, whatever its own settings are."""
-    # Settings given to generate() are completed by the model's own, such as a penalty of repetitions.
+    """Switch the model to greedy decoding inside ``with``, whatever its own settings are."""
+    # Settings passed to generate() are completed by the model's own, such as a repetition penalty.
     config = model.generation_config
     model.generation_config = type(config)(
         max_new_tokens=new_tokens, do_sample=False, use_cache=True,
@@ -229,7 +229,7 @@ def _greedy(model: Any, tokenizer: Any, new_tokens: int) -> Iterator[None]:
 
 
 def _prompts(samples: Samples, tokenizer: Any, longest: int) -> list[list[int]]:
-    """Return the last tokens, at most ``longest``, of each prompt."""
+    """Return the last ``longest`` tokens, or fewer, of each prompt."""
     prompts = [_given(sample, tokenizer)[-longest:] for sample in samples.inputs]
     for row, (tokens, sample) in enumerate(zip(prompts, samples.inputs, strict=True)):
         if not tokens:
@@ -242,7 +242,7 @@ def _prompts(samples: Samples, tokenizer: Any, longest: int) -> list[list[int]]:
 
 
 def _continued(model: Any, tokenizer: Any, prompts: Sequence[list[int]], device: torch.device) -> list[str]:
-    """Return what the model writes after each prompt of a batch, which is padded on the left."""
+    """Return the model's continuation of each prompt in a batch, which is padded on the left."""
     rows = [torch.tensor(prompt) for prompt in prompts]
     tokens = pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id, padding_side="left")
     mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
@@ -252,20 +252,17 @@ def _continued(model: Any, tokenizer: Any, prompts: Sequence[list[int]], device:
 
 
 def _given(one: Any, tokenizer: Any) -> list[int]:
-    """Return the tokens after which the model is to continue."""
+    """Return the tokens that the model is to continue."""
     return _plain(one, tokenizer) if isinstance(one, str) else _split(one, tokenizer)[0]
 
 
 def _next(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Return logits and targets, those of each token next to each other."""
+    """Return logits and targets aligned so that each position predicts the next token."""
     return logits[:, :-1], labels[:, 1 : logits.shape[1]]
 
 
 def _columns(table: Table, spec: Spec, alone: bool = False) -> list[str]:
-    """Return the columns of prompts and completions, of conversations, or of texts; none if there are none.
-
-    With ``alone``, prompts need no completions.
-    """
+    """Return the columns of prompts and completions (optional if ``alone``), of conversations, or of texts, if any."""
     prompt = table.column(spec.text_column, PROMPT_COLUMNS)
     completion = table.column(spec.label_column, COMPLETION_COLUMNS)
     if prompt is not None and completion is not None:
@@ -277,7 +274,7 @@ def _columns(table: Table, spec: Spec, alone: bool = False) -> list[str]:
 
 
 def _to_train_on(table: Table, names: Sequence[str]) -> Samples:
-    """Return samples to train on: conversations must end with a turn of the assistant."""
+    """Return samples for training, where conversations must end with a turn of the assistant."""
     samples = _samples(table, names)
     for row, turns in enumerate(samples.inputs if names[0] == MESSAGES else ()):
         if turns[-1]["role"] != "assistant":
@@ -312,13 +309,13 @@ def _check_messages(table: Table, row: int, turns: Any) -> None:
 
 
 def _plain(text: Any, tokenizer: Any) -> list[int]:
-    """Return the tokens of the beginning of a text, without a token that ends it."""
+    """Return the tokens of the beginning of a text, without a token for the end."""
     tokens: list[int] = tokenizer(text)["input_ids"]
     return tokens[:-1] if len(tokens) > 1 and tokens[-1] in (tokenizer.eos_token_id, tokenizer.sep_token_id) else tokens
 
 
 def _split(one: Any, tokenizer: Any) -> tuple[list[int], list[int]]:
-    """Return the tokens that are given, and those to train on, which end with the token for the end."""
+    """Return the given tokens, and the tokens to train on, which include the end token."""
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     if isinstance(one, str):
         return [], [*_plain(one, tokenizer), *end]

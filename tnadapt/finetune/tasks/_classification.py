@@ -335,7 +335,7 @@ class Regression(LearningTask):
 
     def samples(self, source: Table, spec: Spec) -> tuple[Samples, bool]:
         """Return texts, with their numbers if there is a column of labels."""
-        # One text may well have the number -1.
+        # The number of a text may be -1.
         texts, label = to_predict(source, spec, len(source) <= 1)
         return Samples(texts, np.zeros(len(texts)) if label is None else _numbers(source, label)), label is not None
 
@@ -383,14 +383,14 @@ def _numbers(table: Table, column: str) -> NDArray[np.float64]:
 
 
 def _pearson(x: Tensor, y: Tensor) -> float:
-    """Return the correlation; 0 if one of the two is constant."""
+    """Return the Pearson correlation, or 0 if one of the two is constant."""
     x, y = x - x.mean(), y - y.mean()
     norm = float(x.norm() * y.norm())
     return float(x @ y) / norm if norm else 0.0
 
 
 def _ranks(x: Tensor) -> Tensor:
-    """Return the ranks, those of equal values averaged."""
+    """Return the ranks, averaged over equal values."""
     _, places, counts = torch.unique(x, return_inverse=True, return_counts=True)
     last = counts.cumsum(0).double()
     mean: Tensor = last - (counts.double() - 1) / 2

@@ -1,4 +1,4 @@
-"""TnadaptConfig, the settings of an adapter as a PEFT config; the weights that it selects; PEFT, if it is there."""
+"""TnadaptConfig, the settings of an adapter as a PEFT config; the weights that it selects; the check for PEFT."""
 
 from __future__ import annotations
 
@@ -172,7 +172,7 @@ class TnadaptConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not l
     trained: Any = None
     preset: dataclasses.InitVar[str | None] = None
 
-    # Values for the next file only: they belong to one model, while this object may serve several.
+    # Values for the next file only: they belong to one model, and this object may serve several.
     _next = cast(Mapping[str, Any], MappingProxyType({}))
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
@@ -276,7 +276,7 @@ class TnadaptConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not l
 
 
 def _instead(name: str, known: list[str]) -> str:
-    """Return what to write instead of an unknown keyword."""
+    """Return advice on what to write instead of an unknown keyword."""
     if name in _ELSEWHERE:
         return _ELSEWHERE[name]
     if name in Config.__dataclass_fields__:
@@ -463,7 +463,7 @@ def _layer(path: str, patterns: Any) -> int | None:
 
 
 def _named_whole(target: Target, names: Any) -> bool:
-    """Return whether a list has the full path of a weight, or of its attention with this role, which fits any layer."""
+    """Return whether a list has the full path of a weight, or of its attention with its role, for any layer."""
     if isinstance(names, str):
         return False
     for name in names:

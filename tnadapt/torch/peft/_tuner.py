@@ -1,4 +1,4 @@
-"""PEFT's tuner and tuner layer, which map PEFT's calls to tnadapt's adapters; arrays where its code looks for them."""
+"""PEFT's tuner and tuner layer, which map PEFT's calls to tnadapt's adapters; arrays under the names PEFT expects."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def in_file(key: str, adapter_name: str) -> str | None:
     'base_model.model.tnadapt.group0.split0.factor0'
     >>> in_file("base_model.model.lm_head.weight", "mine")
     """
-    # Whatever is in an adapter's container is one of its arrays: formats and sources of other packages name theirs.
+    # Everything in an adapter's container is one of its arrays: formats and sources of other packages choose names.
     match = re.fullmatch(rf"(.*\.)?tnadapt\.tnadapt_arrays\.{re.escape(adapter_name)}\.([^.]+)", key)
     return None if match is None else f"{match[1] or ''}model.tnadapt.{match[2].replace('_', '.')}"
 
@@ -245,7 +245,7 @@ class TnadaptLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # PEFT's t
 
     def _switch(self) -> None:
         """Set every adapter to its mixing weight, or to zero if it is inactive."""
-        # While some are merged, no other adapter acts, as in PEFT's own layers.
+        # While some are merged, no other adapter acts, like in PEFT's own layers.
         active = [] if self._disable_adapters else self._active_adapter
         for name in self.handles:
             self._act(name, name in (self.merged_adapters or active))
@@ -312,7 +312,7 @@ def mixed_batch(
 
 
 def _samples(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
-    """Return the tensor whose first dimension consists of the samples, as far as it is known."""
+    """Return the tensor whose first dimension consists of the samples, if it is known."""
     samples = next((kwargs[name] for name in _INPUTS if kwargs.get(name) is not None), args[0] if args else None)
     return samples if isinstance(samples, Tensor) and samples.ndim else None
 
@@ -325,11 +325,11 @@ def _wrong_length(names: Sequence[Any], x: Tensor) -> TargetError:
 
 
 def _hooks(tuner: nn.Module, assignment: RowAssignment) -> list[Any]:
-    """Check what the model gets, and pass the names to PEFT's wrappers of ``modules_to_save``."""
+    """Register hooks that check the model's inputs, and pass the names to PEFT's wrappers of ``modules_to_save``."""
     names = [BASE if name is None else name for name in assignment.names]
 
     def check(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        # Some of PEFT's forward passes do not show their inputs before. generate() repeats samples.
+        # Some of PEFT's forward passes do not show their inputs earlier. generate() repeats samples.
         x = _samples(args, kwargs)
         if x is not None and len(x) % len(names):
             raise _wrong_length(names, x)
@@ -358,7 +358,7 @@ def start_randomly(handle: Adapter) -> None:
     has_zero = not all(array.any() for _, array in named)
     # A single array is the update itself, so its numbers must be small; otherwise the small initial values of the other
     # arrays scale the product.
-    # They are smaller still if the scale or F enlarges them, as WaveFT's scale of 25 does.
+    # They are smaller still if the scale or F enlarges them, like WaveFT's scale of 25.
     # θ moves all arrays of a product at once.
     alone = len(named) == handle.plan.num_groups or handle.plan.theta is not None
     if not has_zero and not handle.plan.point.leaves_zero:
@@ -376,7 +376,7 @@ def start_randomly(handle: Adapter) -> None:
 
 
 def _describe_base(handle: Adapter) -> dict[str, Any]:
-    """Return the description of the base model and the draws for a file; reads every adapted weight."""
+    """Describe the base model and the draws for a file, which reads every adapted weight."""
     base = base_fingerprint(handle._state)
     return {
         "weights": dict(collections.Counter(f"{rows}x{cols}" for rows, cols in handle.plan.shapes)),
@@ -386,11 +386,9 @@ def _describe_base(handle: Adapter) -> dict[str, Any]:
 
 
 def _check_base(handle: Adapter, saved: dict[str, Any] | None, source: dict[str, Any] | None) -> None:
-    """Raise a FileError unless the adapter was trained on these weights and with the same draws.
-
-    ``saved`` is from :func:`_describe_base`, or None if nothing of it is compared; ``source`` is its fingerprint if
-    arrays are computed from the base weights: on another base, those that the adapter does not store would differ.
-    """
+    """Raise a FileError unless the adapter was trained on these weights and with the same draws."""
+    # ``saved`` is from :func:`_describe_base`, or None to skip its comparison. ``source`` is the fingerprint of the
+    # base from which arrays are computed: on another base, the arrays that the adapter does not store would differ.
     computed = handle.plan.base_shapes
     if saved is None and (source is None or not computed):
         return
@@ -422,7 +420,7 @@ def _check_base(handle: Adapter, saved: dict[str, Any] | None, source: dict[str,
 
 
 def _difference(saved: Any, here: dict[str, Any] | None) -> str | None:
-    """Describe how two fingerprints differ; None if they match, or one of them could not be taken."""
+    """Describe how two fingerprints differ, or return None if they match or one of them could not be taken."""
     if saved is None or here is None:
         return None
     try:
@@ -668,7 +666,7 @@ class TnadaptModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not loo
 def _converted(
     tensors: Mapping[str, Tensor], handle: Adapter, convert: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
 ) -> dict[str, Tensor]:
-    """Convert an adapter's tensors in a state dict between parameters and arrays, which their units are between."""
+    """Convert an adapter's tensors in a state dict between parameters and arrays, which differ by their units."""
     arrays = {name: array for array, name in handle._state.parameter_names.items()}
     converted = {}
     for key, tensor in tensors.items():
@@ -684,7 +682,7 @@ def _layer_of(model: nn.Module) -> TnadaptLayer:
 
 
 def _trainable(model: nn.Module) -> dict[nn.Parameter, bool]:
-    # A function, since Python 3.13 may not catch what interrupts a comprehension in the ``try`` block around it.
+    # A function: in Python 3.13, a ``try`` may not catch an interrupt of a comprehension inside it.
     return {parameter: parameter.requires_grad for parameter in model.parameters()}
 
 
@@ -694,7 +692,7 @@ def _restore(trainable: Mapping[nn.Parameter, bool]) -> None:
 
 
 def _choose(handle: Adapter, trained: Sequence[str]) -> None:
-    """Train only these arrays of a fresh adapter, with the zero in one of them."""
+    """Train only these arrays of a fresh adapter, one of which then starts at zero."""
     shapes = handle.plan.param_shapes
     unknown = sorted(set(trained) - set(shapes))
     if unknown:

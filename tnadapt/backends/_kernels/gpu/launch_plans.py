@@ -1,4 +1,4 @@
-"""The passes over memory of a Hadamard transform on a GPU, and the integers that define one F: plans without Triton."""
+"""Launch plans of the GPU kernels, without Triton: passes of a Hadamard transform, and the integers that define F."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Triton kernels: random draws, the Hadamard transform of a tile, and the passes of F, which draw what they use.
+"""Triton kernels: random draws, the Hadamard transform of a tile, and the passes of F, which draw their numbers.
 
-None is stored, unless ``KEPT``: then the normal numbers, in the order of the permutation, are read from ``gain``.
+No draws are stored, unless ``KEPT``: then the normal numbers, in the order of the permutation, are read from ``gain``.
 
 The adjoint sums in a fixed order (no atomics), so that two runs give the same bits.
 """
@@ -264,8 +264,8 @@ def scaled(x, scale_bits):
     return x * scale_bits.to(tl.int64).to(tl.float64, bitcast=True).to(x.dtype)
 
 
-# Triton recompiles a kernel for special values of integers (1, multiples of 16). That is useless for those that do not
-# enter addresses.
+# Triton specializes a kernel for some values of integers (1, multiples of 16), which is useless for integers that are
+# not part of addresses.
 @triton.jit(do_not_specialize=["vectors", "scale_bits"])
 def hadamard_pass(
     x, out, vectors: tl.int64, n_in: tl.int64, n_out: tl.int64, scale_bits: tl.int64,
@@ -295,8 +295,8 @@ def _diagonal(tile, first, COLUMNS: tl.constexpr, SIGNS: tl.constexpr, group, se
 
 @triton.jit
 def _gain(gain, place, first, COLUMNS: tl.constexpr, group, seed, KEPT: tl.constexpr):
-    """Return elements of g that belong to rows of positions, of which ``place`` are the images under the inverse."""
-    # Kept is g[perm], here at the inverse of a position.
+    """Return the elements of g for rows of positions, where ``place`` are their images under the inverse."""
+    # g[perm] is stored, read here at the inverse of a position.
     return tl.load(gain + place) if KEPT else normal_row(first, COLUMNS, 2, group, seed)
 
 

@@ -28,13 +28,11 @@ _SHUFFLE_TILE = 256
 
 
 def _launch(x: Any, out: Any, length: int, step: Pass, scale: float, f: Drawn | None, load: str, store: str) -> None:
-    """Run one pass of a transform of that length, from the rows of x to the rows of out, which may be shorter.
-
-    ``load`` selects what the pass reads: "plain" numbers, zero beyond the end of x's row; "diagonal", these times the
-    diagonal of f; "permuted", ``x[perm[j] % period] * g[perm[j]]``; or "unpermuted", ``x[inverse[j]] * g[j]``.
-    ``store`` selects what it writes: "plain" numbers, or "diagonal", these times the diagonal. Both are multiplied by
-    scale.
-    """
+    """Run one pass of a transform of that length, from the rows of x to the rows of out, which may be shorter."""
+    # ``load`` selects what the pass reads: "plain" numbers, zero beyond the end of x's row; "diagonal", these times the
+    # diagonal of f; "permuted", ``x[perm[j] % period] * g[perm[j]]``; or "unpermuted", ``x[inverse[j]] * g[j]``.
+    # ``store`` selects what it writes: "plain" numbers, or "diagonal", these times the diagonal. Both are multiplied by
+    # scale.
     vectors = x.shape[0]
     grid = (step.tiles(vectors * length),)
     numbers = (vectors, x.shape[1], out.shape[1], _bits(scale))
@@ -69,7 +67,7 @@ def warps(step: Pass) -> int:
 
 
 def _gain(f: Drawn, x: Any) -> Any:
-    """Return the kept normal numbers; another pointer, which is not read, if there are none."""
+    """Return the cached normal numbers, or if there are none any pointer, which is not read."""
     return x if f.gain is None else f.gain
 
 
