@@ -24,25 +24,26 @@ from tnadapt.backends import load_backend
 from . import _delta, _forms, _forward_pass
 from ._delta import Function, recomputed
 from ._forward_patch import ACTIVATIONS
-from ._state import AdapterSlot, AdapterState, RowAssignment
+from ._state import AdapterSlot, AdapterState, Members, RowAssignment
 from ._strategy_choice import MACHINES, costs
 
 _calls = itertools.count(1)
 
 
 class _Selected(Function):
-    """Some members of a parameter, as a function of it."""
+    """The arrays of some members as a function of those of all."""
 
     keeps = "nothing"
 
-    def __init__(self, members: Tensor, shape: torch.Size) -> None:
-        self.members, self.shape = members, shape
+    def __init__(self, members: Members, numbers: Sequence[int], index: Tensor, shape: torch.Size) -> None:
+        self.members, self.numbers, self.index, self.shape = members, numbers, index, shape
 
     def __call__(self, parameter: Tensor) -> Tensor:
-        return parameter.index_select(0, self.members)
+        return parameter.index_select(0, self.index)
 
     def vjp(self, inputs: Sequence[Tensor], wanted: Sequence[int], gradient: Tensor) -> Sequence[Tensor]:
-        return [gradient.new_zeros(self.shape).index_copy(0, self.members, gradient)]
+        self.members.touched.update(self.numbers)
+        return [gradient.new_zeros(self.shape).index_copy(0, self.index, gradient)]
 
 
 class MemberRows(RowAssignment):
@@ -63,9 +64,11 @@ class MemberRows(RowAssignment):
         The rows of each.
     """
 
+    call = "members()"
+
     def __init__(self, whole: AdapterState, numbers: Sequence[int | None]) -> None:
-        self.whole, self.names, self.governed = whole, tuple(numbers), frozenset([whole])
-        self._indices = {}
+        self.whole, self.names, self.governed = whole, tuple(map(str, numbers)), frozenset([whole])
+        self._indices, self._weights = {}, {}
         self.rows: dict[int | None, list[int]] = {}
         for row, number in enumerate(numbers):
             self.rows.setdefault(number, []).append(row)
@@ -82,8 +85,11 @@ class MemberRows(RowAssignment):
             None if number is None else members.state(self.whole, number): rows for number, rows in self.rows.items()
         }
 
+    def names_adapter(self, state: AdapterState) -> bool:
+        return state is self.whole
+
     def weight(self, state: AdapterState) -> float:
-        return self.whole.weight or 1.0
+        return self._weights.get(self.whole, self.whole.weight) or 1.0
 
     def begin_layer(self) -> None:
         """Note that a layer runs; what it selects serves all layers of its pass, or of the backward pass around it."""
@@ -106,8 +112,11 @@ class MemberRows(RowAssignment):
         known = self._arrays.get(name)
         if known is not None and known[0] == key:
             return known
-        members = self.index(self.members, parameter.device)
-        several = recomputed(_Selected(members, parameter.shape), parameter)
+        index = self.index(self.members, parameter.device)
+        several = parameter.index_select(0, index)
+        if torch.is_grad_enabled() and parameter.requires_grad:
+            members = cast(Members, self.whole.members)
+            several = recomputed(_Selected(members, self.members, index, parameter.shape), parameter)
         self._arrays[name] = known = key, several, several.unbind(0)
         return known
 
@@ -149,7 +158,8 @@ class _FormedProduct(Function):
         self.source = source
 
     def __call__(self, x: Tensor, *arrays: Tensor) -> Tensor:
-        return cast(Tensor, torch.vmap(self._one)(x, *arrays))
+        product: Tensor = torch.vmap(self._one)(x, *arrays)
+        return product
 
     def _one(self, x: Tensor, *arrays: Tensor) -> Tensor:
         return functional.linear(x, self.source(*arrays))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import operator
 from collections.abc import Iterator, Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from tnadapt.errors import ConfigError, TargetError, pluralize, safe_repr
 from . import _merging, _registry, _rows
 from ._adapter import Adapter
 from ._members import MemberRows
-from ._state import AdapterState, MemberState, entered, open_assignments
+from ._state import AdapterState, Members, MemberState, entered, need_attached, open_assignments
 
 # -- The members that are meant: numbers and names, checked ------------------------------------------------------------
 
@@ -114,8 +114,8 @@ class Population(Adapter):
         return self._members.count
 
     @property
-    def _members(self) -> Any:
-        return self._state.members
+    def _members(self) -> Members:
+        return cast(Members, self._state.members)
 
     def __len__(self) -> int:
         return self.population
@@ -123,8 +123,7 @@ class Population(Adapter):
     @property
     def names(self) -> tuple[str, ...] | None:
         """The names of the members, in order; None if they have none."""
-        names: tuple[str, ...] | None = self._members.names
-        return names
+        return self._members.names
 
     @names.setter
     def names(self, names: Sequence[str] | None) -> None:
@@ -140,7 +139,7 @@ class Population(Adapter):
         ConfigError
             If it is neither an integer nor a string.
         """
-        _registry.need_attached(self._state)
+        need_attached(self._state)
         state = self._members.state(self._state, member_number(self._state, member))
         if state.handle is None:
             Member(state)
@@ -185,7 +184,7 @@ class Population(Adapter):
         The cost grows with the members in the batch, not with K. Where an update is low-rank, all rows are two batched
         products. Where ΔW has to be formed, it is formed once for each member in the batch.
         """
-        _registry.need_attached(self._state)
+        need_attached(self._state)
         numbers = member_numbers(self._state, index)
         _rows.check_rows(self._state)
         inside = [state for assignment in open_assignments() for state in assignment.governed]
@@ -238,8 +237,8 @@ class Member(Adapter):
 
     def __init__(self, state: MemberState) -> None:
         super().__init__(state)
-        self.number = state.number
-        names = None if state.members is None else state.members.names
+        self.number, self._members = state.number, cast(Members, state.whole.members)
+        names = self._members.names
         self.name = f"{state.whole.name}[{state.number if names is None else repr(names[state.number])}]"
 
     def __repr__(self) -> str:
@@ -251,24 +250,24 @@ class Member(Adapter):
     @property
     def merged(self) -> bool:
         """Whether this member is merged into the weights."""
-        return self._state.merged is not None and self._state.members.merged == self.number  # type: ignore[union-attr]
+        return self._state.merged is not None and self._members.merged == self.number
 
     def activate(self) -> None:
         """Let this member act on all rows of passes outside of ``with members(...)``, and deactivate other adapters."""
         _registry.mix(self.model, {self._state.name: 1.0})
-        self._state.members.active = self._state  # type: ignore[union-attr, assignment]
+        self._members.active = cast(MemberState, self._state)
 
     @checks_arguments
     def merge(self, max_error: float | None = None) -> None:
         """Add this member's ΔW to the weights, as :meth:`Adapter.merge` does; until :meth:`unmerge` no other acts."""
         super().merge(max_error)
-        self._state.members.merged = self.number  # type: ignore[union-attr]
+        self._members.merged = self.number
 
     def unmerge(self) -> None:
         """Restore the exact bits that the weights had before :meth:`merge`."""
         if not self.merged and self._state.merged is not None:
             raise TargetError(
-                f"member {self._state.members.merged} of population {self._state.name!r} is merged, and not member "  # type: ignore[union-attr]
+                f"member {self._members.merged} of population {self._state.name!r} is merged, and not member "
                 f"{self.number}: unmerge() that one"
             )
         super().unmerge()

@@ -173,7 +173,7 @@ def run_by_rows(patch: ForwardPatch, args: Any, kwargs: Any) -> Any:
     for slot in slots:
         if slot.adapter.whole in assignment.governed:
             slot.adapter.threads.add(threading.get_ident())
-            check_usable(slot.adapter, slot.adapter in assignment.groups)
+            check_usable(slot.adapter, assignment.names_adapter(slot.adapter))
     acting = patch.acting(alone=False)
     always = [slot for slot in acting if slot.adapter.whole not in assignment.governed]
     if isinstance(assignment, MemberRows):
@@ -333,17 +333,18 @@ def _checked(patch: ForwardPatch, assignment: RowAssignment, x: Tensor | None) -
     wanted = len(assignment.names)
     if x is None or x.ndim < 2 or x.is_nested:
         got = "no tensor" if x is None else "a nested tensor" if x.is_nested else f"an input of shape {tuple(x.shape)}"
-        raise TargetError(f"rows() needs layers whose input has rows, and {_name(patch)} got {got}")
+        raise TargetError(f"{assignment.call} needs layers whose input has rows, and {_name(patch)} got {got}")
     length = x.shape[0]
     if length % wanted:
         raise TargetError(
-            f"rows() has {wanted} names, and {_name(patch)} got an input of shape {tuple(x.shape)}: its first "
-            f"dimension must be {wanted}, or a multiple of it, in which each name stands for consecutive rows"
+            f"{assignment.call} has {wanted} entries, and {_name(patch)} got an input of shape {tuple(x.shape)}: its "
+            f"first dimension must be {wanted}, or a multiple of it, in which each entry stands for consecutive rows"
         )
     if x.ndim > 2 and length != wanted and x.shape[1] == wanted > 1:
         raise TargetError(
-            f"rows() has {wanted} names, and {_name(patch)} got an input of shape {tuple(x.shape)}, whose first or "
-            f"second dimension could be the batch: if it is the first, give a name for each of its {length} rows"
+            f"{assignment.call} has {wanted} entries, and {_name(patch)} got an input of shape {tuple(x.shape)}, whose "
+            f"first or second dimension could be the batch: if it is the first, give an entry for each of its {length} "
+            "rows"
         )
     return x
 
@@ -480,6 +481,11 @@ def assigned(
     for name in names:
         if name is not None and not isinstance(name, str):
             raise ConfigError(f"an entry of rows() is an adapter's name or None; got {safe_repr(name)}")
+        if name in adapters and adapters[name].members is not None:
+            raise TargetError(
+                f"adapter {name!r} is a population, and an entry of rows() is one adapter: use "
+                "`with adapter.members([…])`, with a member for each row"
+            )
         if name is None or (name == BASE and name not in adapters):
             states.append(None)
         elif name in adapters:

@@ -326,6 +326,8 @@ class Members:
         self.names = names
         #: The number of the member that is merged, while the population is.
         self.merged: int | None = None
+        #: The members that gradients have reached since an optimizer last took a step; compiled programs note none.
+        self.touched: set[int] = set()
         #: By which factors layers multiply in the batched form, where the strategy has none; by index of the weight.
         self.factorings: dict[int, Factoring | None] = {}
         self.active: MemberState | None = None
@@ -374,17 +376,26 @@ class MemberState(AdapterState):
 
     def __init__(self, whole: AdapterState, number: int) -> None:
         self._whole, self.number = whole, number
-        self.cache = whole.cache.twin()
-        self.quotients = ArrayCache()
-        self.made = None if whole.plan.theta is None else ThetaArrays(whole.plan)
         self.handle: Any = None
+        self._forget()
+
+    def _forget(self) -> None:
         self._slots: dict[AdapterSlot, AdapterSlot] = {}
-        self._views: dict[str, tuple[Tensor, tuple[bool, bool], Tensor]] = {}
+        self._views: dict[str, tuple[Tensor, int, Tensor]] = {}
 
     def __getattr__(self, name: str) -> Any:
-        if name in MemberState._ALONE:  # not set yet, as in a copy
+        if name not in MemberState._ALONE:
+            return getattr(self._whole, name)
+        # Made on first use: most members only have rows in a batch, and in a copy the population is complete last.
+        if name == "cache":
+            self.cache = self._whole.cache.twin()
+        elif name == "quotients":
+            self.quotients = ArrayCache()
+        elif name == "made":
+            self.made = None if self._whole.plan.theta is None else ThetaArrays(self._whole.plan)
+        else:
             raise AttributeError(name)
-        return getattr(self._whole, name)
+        return self.__dict__[name]
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in MemberState._ALONE:
@@ -413,26 +424,36 @@ class MemberState(AdapterState):
 
     def array_of(self, name: str) -> Tensor:
         assignment = assignment_of(self)
-        return self.view(name) if assignment is None else assignment.array(name, self.number)
+        if assignment is not None:
+            return assignment.array(name, self.number)
+        parameter = self._parameter(name)
+        if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and parameter.requires_grad):
+            return parameter[self.number]
+        # Caches of what has a graph know an array by its identity. Moving a model exchanges the memory of a parameter.
+        memory = parameter.untyped_storage()._cdata
+        cached = self._views.get(name)
+        if cached is None or cached[0] is not parameter or cached[1] != memory:
+            view = parameter[self.number]
+            view.register_hook(self._touched)  # type: ignore[no-untyped-call]
+            cached = self._views[name] = parameter, memory, view
+        return cached[2]
+
+    def _touched(self, gradient: Tensor) -> None:
+        cast(Members, self._whole.members).touched.add(self.number)
 
     def view(self, name: str) -> Tensor:
-        """Return the member's part of an array as a view, the same object as long as the array is the same."""
-        parameter = cast(Tensor, self._whole.owner._parameters[self._whole.parameter_names[name]])
-        if torch.compiler.is_compiling():
-            return parameter[self.number]
-        # Caches of what has a graph know an array by its identity.
-        modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-        cached = self._views.get(name)
-        if cached is None or cached[0] is not parameter or cached[1] != modes:
-            cached = self._views[name] = parameter, modes, parameter[self.number]
-        return cached[2]
+        """Return the member's part of an array as a view, to which numbers can be written."""
+        return self._parameter(name)[self.number]
+
+    def _parameter(self, name: str) -> Tensor:
+        return cast(Tensor, self._whole.owner._parameters[self._whole.parameter_names[name]])
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_whole": self._whole, "number": self.number, "handle": self.handle}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["_whole"], state["number"])  # type: ignore[misc]
-        self.handle = state["handle"]
+        self.__dict__.update(state)
+        self._forget()
 
 
 def unnamed_member(state: AdapterState) -> TargetError:
@@ -505,7 +526,7 @@ def warn_of_references(state: AdapterState) -> None:
 def named_parameters(state: AdapterState) -> Iterator[tuple[str, nn.Parameter]]:
     """Yield the parameters with the arrays' names in the plan."""
     if isinstance(state, MemberState):
-        yield from ((array, state.view(array)) for array in state.parameter_names)  # type: ignore[misc]
+        yield from ((array, cast(nn.Parameter, state.view(array))) for array in state.parameter_names)
         return
     for array, name in state.parameter_names.items():
         yield array, state.owner._parameters[name]  # type: ignore[misc]
@@ -600,10 +621,14 @@ class RowAssignment:
 
     Attributes
     ----------
+    call : str
+        What entered it, for messages.
     names : tuple of str or None
     groups : dict of (AdapterState or None) to list of int
         The rows of each distinct adapter, in ascending order.
     """
+
+    call = "rows()"
 
     def __init__(
         self,
@@ -619,9 +644,13 @@ class RowAssignment:
         self._weights = dict(weights or {})
         self._indices: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
 
+    def names_adapter(self, state: AdapterState) -> bool:
+        """Return whether some row has an adapter."""
+        return state in self.groups
+
     def weight(self, state: AdapterState) -> float:
         """Return an adapter's mixing weight: its own, or 1 if it is inactive and named; 0 if no row has it."""
-        if state not in self.groups:
+        if not self.names_adapter(state):
             return 0.0
         return self._weights.get(state, state.weight) or 1.0
 
