@@ -35,14 +35,14 @@ class _Selected(Function):
 
     keeps = "nothing"
 
-    def __init__(self, members: Members, numbers: Sequence[int], index: Tensor, shape: torch.Size) -> None:
-        self.members, self.numbers, self.index, self.shape = members, numbers, index, shape
+    def __init__(self, members: Members, name: str, numbers: Sequence[int], index: Tensor, shape: torch.Size) -> None:
+        self.members, self.name, self.numbers, self.index, self.shape = members, name, numbers, index, shape
 
     def __call__(self, parameter: Tensor) -> Tensor:
         return parameter.index_select(0, self.index)
 
     def vjp(self, inputs: Sequence[Tensor], wanted: Sequence[int], gradient: Tensor) -> Sequence[Tensor]:
-        self.members.touched.update(self.numbers)
+        self.members.touched.setdefault(self.name, set()).update(self.numbers)
         return [gradient.new_zeros(self.shape).index_copy(0, self.index, gradient)]
 
 
@@ -94,7 +94,7 @@ class MemberRows(RowAssignment):
     def begin_layer(self) -> None:
         """Note that a layer runs; what it selects serves all layers of its pass, or of the backward pass around it."""
         passing = self.whole.cache.pass_number
-        task = _forward_pass.backward_number()
+        task = _delta.backward_number()
         self._call = ("pass", passing) if passing else ("backward", task) if task != -1 else ("call", next(_calls))
 
     def selected(self, name: str) -> Tensor:
@@ -116,7 +116,8 @@ class MemberRows(RowAssignment):
         several = parameter.index_select(0, index)
         if torch.is_grad_enabled() and parameter.requires_grad:
             members = cast(Members, self.whole.members)
-            several = recomputed(_Selected(members, self.members, index, parameter.shape), parameter)
+            members.forget_dropped(name, parameter)
+            several = recomputed(_Selected(members, name, self.members, index, parameter.shape), parameter)
         self._arrays[name] = known = key, several, several.unbind(0)
         return known
 
