@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import io
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,8 +23,6 @@ from torch.utils.checkpoint import checkpoint
 from tnadapt import presets
 from tnadapt.errors import ConfigError, ShapeError
 from tnadapt.torch import MemberAdamW, Population, attach
-
-from .test_trainer import hf, logged  # noqa: F401  # hf is a fixture
 
 WIDTH, COUNT = 4, 3
 CONFIGS = {
@@ -47,7 +47,7 @@ def population(
     count: int = COUNT,
     targets: Any = "all-linear",
     **options: Any,
-) -> tuple[nn.Sequential, Population]:  # fmt: skip
+) -> tuple[nn.Sequential, Population]:
     model = network().to(dtype)
     options = {"seeds": "each", "dtype": dtype, **options}
     return model, attach(model, CONFIGS[config], targets, population=count, **options)
@@ -445,6 +445,61 @@ def test_groups_of_the_adapter_are_groups_of_the_optimizer(method: str) -> None:
         trained(model, whole, MemberAdamW(whole, getattr(whole, method)(1e-2 * factor)), SCHEDULE)
         for parameter, expected in zip(parameters(several), parameters(whole), strict=True):
             torch.testing.assert_close(parameter[member], expected[member], rtol=1e-12, atol=1e-14)
+
+
+def test_trainer_takes_it(tmp_path: Path) -> None:
+    for needed in ("accelerate", "transformers"):
+        pytest.importorskip(needed)
+    hf = importlib.import_module(".hugging_face", __package__)
+    transformers = hf.transformers
+
+    def start() -> tuple[Any, Population, MemberAdamW]:
+        model = hf.bert()
+        adapter = attach(model, "lora", rank=2, population=4, seeds="each", keep_trainable=["classifier"])
+        groups = [
+            {"params": adapter.parameters(), "lr": [0.02, 0.01, 0.04, 0.08], "weight_decay": 0.1},
+            {"params": model.classifier.parameters(), "lr": 1e-3},
+        ]
+        return model, adapter, MemberAdamW(adapter, groups, max_norm=0.5)
+
+    model, adapter, optimizer = start()
+    batches: list[dict[str, Tensor]] = []
+
+    class MemberTrainer(transformers.Trainer):
+        def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:
+            batches.append({name: tensor.clone() for name, tensor in inputs.items()})
+            torch.manual_seed(len(batches))  # of dropout
+            with adapter.members(inputs.pop("member")):
+                return model(**inputs).loss
+
+    data = [{**sentence, "member": number % 3} for number, sentence in enumerate(hf.sentences(12))]
+    arguments = transformers.TrainingArguments(
+        str(tmp_path), use_cpu=True, max_steps=6, per_device_train_batch_size=2, gradient_accumulation_steps=2,
+        save_strategy="no", report_to=[], disable_tqdm=True, dataloader_pin_memory=False, max_grad_norm=0.0,
+        remove_unused_columns=False,
+    )  # fmt: skip
+    trainer = MemberTrainer(model, arguments, train_dataset=data, optimizers=(optimizer, None))
+    trainer.remove_callback(transformers.PrinterCallback)
+    trainer.model_accepts_loss_kwargs = False
+    trainer.train()
+
+    other_model, other, alone = start()
+    other_model.train()
+    scheduler = transformers.get_scheduler("linear", alone, 0, 6)
+    for number, batch in enumerate(batches):
+        torch.manual_seed(number + 1)
+        with other.members(batch.pop("member")):
+            (other_model(**batch).loss / 2).backward()
+        if number % 2:
+            alone.step()
+            alone.zero_grad()
+            scheduler.step()
+    assert len(batches) == 12
+    fresh = start()[1]
+    for parameter, expected, before in zip(parameters(adapter), parameters(other), parameters(fresh), strict=True):
+        torch.testing.assert_close(parameter, expected, rtol=1e-4, atol=1e-5)
+        assert torch.equal(parameter[3], before[3])
+        assert not torch.equal(parameter[2], before[2])
 
 
 # -- Bad input ---------------------------------------------------------------------------------------------------------
