@@ -64,7 +64,7 @@ class MemberRows(RowAssignment):
         The rows of each.
     """
 
-    call = "members()"
+    call, entry = "members()", "member"
 
     def __init__(self, whole: AdapterState, numbers: Sequence[int | None]) -> None:
         self.whole, self.names, self.governed = whole, tuple(map(str, numbers)), frozenset([whole])
@@ -93,7 +93,7 @@ class MemberRows(RowAssignment):
 
     def begin_layer(self) -> None:
         """Note that a layer runs; what it selects serves all layers of its pass, or of the backward pass around it."""
-        passing = self.whole.cache.pass_number
+        passing = self.whole.cache.passing.number
         task = _forward_pass.backward_number()
         self._call = ("pass", passing) if passing else ("backward", task) if task != -1 else ("call", next(_calls))
 
@@ -226,4 +226,6 @@ def changes(assignment: MemberRows, slot: AdapterSlot, x: Tensor) -> Tensor | No
 
 def _factored(how: Factoring, activation: Any, x: Tensor, *arrays: Tensor) -> Tensor:
     named: Mapping[str, Tensor] = dict(zip(how.names, arrays, strict=True))
+    if how.group.multiplied and how.whole_arrays is not None and activation is None:
+        return cast(Tensor, how.times(load_backend("torch"), x, named))
     return _forms.product(x, how(load_backend("torch"), named), activation)

@@ -337,14 +337,14 @@ def _checked(patch: ForwardPatch, assignment: RowAssignment, x: Tensor | None) -
     length = x.shape[0]
     if length % wanted:
         raise TargetError(
-            f"{assignment.call} has {wanted} entries, and {_name(patch)} got an input of shape {tuple(x.shape)}: its "
-            f"first dimension must be {wanted}, or a multiple of it, in which each entry stands for consecutive rows"
+            f"{assignment.call} has {wanted} {assignment.entry}s, and {_name(patch)} got an input of shape {tuple(x.shape)}: its "
+            f"first dimension must be {wanted}, or a multiple of it, in which each {assignment.entry} stands for consecutive rows"
         )
     if x.ndim > 2 and length != wanted and x.shape[1] == wanted > 1:
         raise TargetError(
-            f"{assignment.call} has {wanted} entries, and {_name(patch)} got an input of shape {tuple(x.shape)}, whose "
-            f"first or second dimension could be the batch: if it is the first, give an entry for each of its {length} "
-            "rows"
+            f"{assignment.call} has {wanted} {assignment.entry}s, and {_name(patch)} got an input of shape {tuple(x.shape)}, whose "
+            f"first or second dimension could be the batch: if it is the first, give a {assignment.entry} for each "
+            f"of its {length} rows"
         )
     return x
 

@@ -621,14 +621,14 @@ class RowAssignment:
 
     Attributes
     ----------
-    call : str
-        What entered it, for messages.
+    call, entry : str
+        What entered it, and what it has for each row, for messages.
     names : tuple of str or None
     groups : dict of (AdapterState or None) to list of int
         The rows of each distinct adapter, in ascending order.
     """
 
-    call = "rows()"
+    call, entry = "rows()", "name"
 
     def __init__(
         self,
