@@ -251,5 +251,5 @@ def changes(assignment: MemberRows, slot: AdapterSlot, x: Tensor) -> Tensor | No
 def _factored(how: Factoring, activation: Any, x: Tensor, *arrays: Tensor) -> Tensor:
     named: Mapping[str, Tensor] = dict(zip(how.names, arrays, strict=True))
     if how.group.multiplied and how.whole_arrays is not None and activation is None:
-        return cast(Tensor, how.times(load_backend("torch"), x, named))
+        return cast(Tensor, how.times(load_backend("torch"), x.to(arrays[0].dtype), named))  # autocast or not
     return _forms.product(x, how(load_backend("torch"), named), activation)
