@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from tnadapt.argument_checks import checks_arguments, is_sequence
-from tnadapt.errors import ConfigError, FileError, safe_repr
+from tnadapt.errors import ConfigError, FileError, TnadaptError, safe_repr
 
 from . import container
 from .adapter_file import AdapterFile
@@ -148,7 +148,7 @@ def replace(path: str | os.PathLike[str], which: int | str, member: Member) -> N
     where = container.path_of(path)
     with container.file_error_context(where), _locked(where) as file:
         population = file.population
-        (number,) = numbers_of(population, [which])
+        (number,) = numbers_of(population, [which], "which")
         new = _member(member, population, "the member")
         layout = rows_of(population).layout
         name = layout.name(rows_of(population).row(number), number)
@@ -184,11 +184,14 @@ def _member(value: Any, population: PopulationFile, what: str) -> AdapterFile:
         return value
     if not isinstance(value, Mapping):
         raise ConfigError(f"{what} must be an AdapterFile or a mapping of arrays; got {type(value).__name__}")
-    # Of arrays in ml_dtypes' bfloat16, the dtype is noted by AdapterFile itself.
-    file = dataclasses.replace(shared, arrays=value)
+    try:
+        # AdapterFile itself notes the dtype of arrays in ml_dtypes' bfloat16.
+        file = dataclasses.replace(shared, arrays=value)
+        file.check_finite()
+    except TnadaptError as error:
+        raise ConfigError(f"{what}: {error}") from error
     if file.dtype != shared.dtype:
         raise ConfigError(f"{what} has dtype {file.dtype}; that of the population is {shared.dtype}")
-    file.check_finite()
     return file
 
 

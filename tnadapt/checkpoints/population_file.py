@@ -433,7 +433,7 @@ class PopulationFile:
         return (self[number] for number in range(len(self)))
 
     def __getitem__(self, which: int | str) -> AdapterFile:
-        number = self._numbers([which])[0]
+        number = self._numbers([which], "which")[0]
         with self._rows.error_context():
             row = np.frombuffer(bytearray(self._rows.row(number)), np.uint8)
         return _with_arrays(self.shared, self._rows.layout.unpack(row))
@@ -509,8 +509,9 @@ class PopulationFile:
         with self._rows.error_context():
             return population_of_rows(self.shared, self._rows.selected(numbers))
 
-    def _numbers(self, members: Sequence[Any]) -> list[int]:
+    def _numbers(self, members: Sequence[Any], argument: str = "members") -> list[int]:
         """Return the numbers of members that are given by number or name; raise ConfigError for others, or for none."""
+        members = list(members)
         if not members:
             raise ConfigError("members is empty: give the number or name of at least one")
         names = [which for which in members if isinstance(which, str)]
@@ -520,12 +521,12 @@ class PopulationFile:
             if isinstance(which, str):
                 number = next(found)
                 if number is None:
-                    raise ConfigError(f"there is no member {safe_repr(which)}; {self._known()}")
+                    raise ConfigError(f"{argument} has {safe_repr(which)}, which is no member; {self._known()}")
             else:
-                number = integer("a member", which, 0, len(self) - 1, ConfigError, "or a name")
+                number = integer(argument, which, 0, len(self) - 1, ConfigError, "or a name")
             if number in numbers:
                 again = "" if which == numbers[number] else f", as {safe_repr(numbers[number])} and {safe_repr(which)}"
-                raise ConfigError(f"member {number} is named twice{again}; name each once")
+                raise ConfigError(f"{argument} has member {number} twice{again}; name each once")
             numbers[number] = which
         return list(numbers)
 
@@ -547,9 +548,9 @@ def rows_of(population: PopulationFile) -> MemberRows:
     return population._rows
 
 
-def numbers_of(population: PopulationFile, members: Sequence[int | str]) -> list[int]:
-    """Return the numbers of members that are given by number or name."""
-    return population._numbers(members)
+def numbers_of(population: PopulationFile, members: Sequence[int | str], argument: str = "members") -> list[int]:
+    """Return the numbers of members that an argument gives by number or name."""
+    return population._numbers(members, argument)
 
 
 def layout_of(shared: AdapterFile, names: Sequence[str | None]) -> RowLayout:
