@@ -163,7 +163,7 @@ def _members(
     if isinstance(member, (AdapterFile, Mapping)) or not (is_sequence(member) or isinstance(member, PopulationFile)):
         if names is not None:
             raise ConfigError("names= is for a sequence of members; give name= for one")
-        return [(member, "the member")], checked_names([name], 1)
+        return [(member, "the member")], checked_names([name], 1, single=True)
     if name is not None:
         raise ConfigError("name= is for one member; give names= for a sequence")
     members = list(member)

@@ -168,7 +168,7 @@ def _is_name(text: str) -> bool:
     return bool(text) and escaped(text) == text and len(text.encode()) <= MAX_NAME
 
 
-def checked_names(names: Sequence[str | None] | None, count: int) -> list[str | None]:
+def checked_names(names: Sequence[str | None] | None, count: int, single: bool = False) -> list[str | None]:
     """Return the names of ``count`` new members, all None if there are none; raise ConfigError for invalid ones."""
     if names is None:
         return [None] * count
@@ -176,8 +176,9 @@ def checked_names(names: Sequence[str | None] | None, count: int) -> list[str | 
         raise ConfigError(f"names must have a name, or None, for each of the {count} members; got {len(names)}")
     for number, name in enumerate(names):
         if name is not None and not _is_name(name):
+            argument = "name" if single else f"names[{number}]"
             raise ConfigError(
-                f"names[{number}] must be printable text of 1 to {MAX_NAME} bytes in UTF-8; got {safe_repr(name)}"
+                f"{argument} must be printable text of 1 to {MAX_NAME} bytes in UTF-8; got {safe_repr(name)}"
             )
     if (twice := _first_twice(name for name in names if name is not None)) is not None:
         raise ConfigError(f"names has {safe_repr(twice)} twice; members must have different names")
