@@ -117,7 +117,7 @@ def load(
     368
     """
     return attach_file(
-        model, adapter_format.load(path), path, name, check_base, dtype, untie=untie, keep_tied=keep_tied,
+        model, adapter_format.load_single(path), path, name, check_base, dtype, untie=untie, keep_tied=keep_tied,
         detach_norm=detach_norm, dropout=dropout,
     )  # fmt: skip
 
@@ -374,7 +374,7 @@ def load_pretrained(
     if device is not None:
         _check_usable(device)
     path = saving.adapter_path(where, revision, token)
-    file = adapter_format.load(path)
+    file = adapter_format.load_single(path)
     with file_error_context(os.fsdecode(path)):
         about = _about(file, base)
         if isinstance(base, nn.Module):
@@ -437,7 +437,7 @@ def load_processor(
     [2, 6, 5, 3]
     """
     path = saving.adapter_path(where, revision, token)
-    about = adapter_format.load(path, check_draws=False).pretrained
+    about = adapter_format.load_single(path, check_draws=False).pretrained
     with file_error_context(os.fsdecode(path)):
         if about is None:
             raise FileError("it does not say what its base model is: load its tokenizer or processor yourself")

@@ -178,7 +178,7 @@ def is_writer() -> bool:
 def swap(adapter: AdapterState, path: str | os.PathLike[str]) -> None:
     """Load another adapter's arrays in place; see :meth:`Adapter.swap`."""
     need_attached(adapter)
-    file = adapter_format.load(path, like=adapter.plan.file_plan)
+    file = adapter_format.load_single(path, like=adapter.plan.file_plan)
     with file_error_context(os.fsdecode(path)):
         check_same(adapter, file)
         check_kept(adapter.model, file)
