@@ -161,15 +161,9 @@ from .pretrained_model import Pretrained
 # -- The metadata entry ``tnadapt``, written and parsed ----------------------------------------------------------------
 
 
-<<<<<<< HEAD
-#: The versions of files with one config, and with several.
-VERSION, COMPOSITE = 1, 2
-ENTRY = "tnadapt"
-=======
 #: Of a file with one config, of one with several, and of one with several members.
 VERSION, COMPOSITE, POPULATION = 1, 2, 3
 ENTRY = container.ADAPTER
->>>>>>> x-popfile
 
 # The defaults of format 1. A later release may change Config's defaults, and files must not change with them.
 _DEFAULTS: dict[str, Any] = {
@@ -184,15 +178,9 @@ _KINDS: dict[str, type] = {
     "draws": str, "labels": list, "model": str, "population": dict, "pretrained": dict, "ties": dict, "trained": list,
 }  # fmt: skip
 _JSON = {dict: "an object", list: "a list", str: "a string", int: "an integer"}
-<<<<<<< HEAD
-# The key with the config, or the configs, in each version.
-_CONFIGS = {VERSION: "config", COMPOSITE: "parts"}
-# Bytes that a config may have, plus so many per target: explicit groups list the targets' numbers.
-=======
 # The key with the config, or the configs, in each version: in the last one, either of them.
 _CONFIGS = {VERSION: {"config"}, COMPOSITE: {"parts"}, POPULATION: {"config", "parts"}}
 # Bytes that a config may have, and on top of that for each target: explicit groups list the targets' numbers.
->>>>>>> x-popfile
 _CONFIG, _CONFIG_OF_TARGET = container.MAX_VALUE, 16
 # Maximum number of targets: a plan of this size takes minutes, and no model has as many weights to adapt.
 _MAX_TARGETS = 1 << 17

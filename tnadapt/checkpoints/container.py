@@ -622,13 +622,8 @@ class Container:
     def array(self, name: str) -> np.ndarray:
         """Read a tensor as a little-endian array; bfloat16 as uint16 bit patterns."""
         entry = self.entries[name]
-<<<<<<< HEAD
-        # Check the whole file: a caller that reads one tensor will read the others as well.
-        check_held(self._size, self.held, "the file", self._file)
-=======
         # Check the whole file, as a caller that reads one tensor reads the others as well.
         self.check_held()
->>>>>>> x-popfile
         array = read_array(self._file, name, entry, self.data)
         if entry.dtype == "BOOL" and array.size and array.view(np.uint8).max() > 1:
             raise FileError(f"{safe_repr(name)} is BOOL and has bytes other than 0 and 1")

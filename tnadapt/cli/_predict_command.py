@@ -56,13 +56,8 @@ def predict_command(
     from tnadapt.checkpoints.adapter_format import load_single
 
     job = job_package()
-<<<<<<< HEAD
     # Checks that do not need torch come before its import.
-    tnadapt.load(adapter, check_draws=False)
-=======
-    # What can be refused before torch is imported.
     load_single(adapter, check_draws=False)
->>>>>>> x-popfile
     job.require_data(data, one_image=True)
     with stoppable("nothing was written; the same command starts over"):
         predictions = job.predict(
