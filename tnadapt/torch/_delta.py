@@ -829,6 +829,14 @@ _numbers = itertools.count()
 _caches: weakref.WeakValueDictionary[int, DeltaCache] = weakref.WeakValueDictionary()
 
 
+@dataclasses.dataclass
+class Passing:
+    """A forward pass of the whole model: its number, or 0 outside of one, and whether it began with gradients."""
+
+    number: int = 0
+    with_gradients: bool = False
+
+
 class DeltaCache(ArrayCache):
     """The updates of one plan, cached and checked against the current arrays at every use.
 
@@ -868,10 +876,8 @@ class DeltaCache(ArrayCache):
         for place, (part, first) in enumerate(plan.config_plans):
             cached_part = CachedPart(part, list(part.array_shapes), first, -1 - place)
             self._part += [cached_part] * len(part.shapes)
-        #: Number of the current forward pass of the whole model; 0 outside of one.
-        self.pass_number = 0
-        #: Whether the last forward pass of the whole model began with gradients.
-        self.began_with_gradients = False
+        #: The forward pass of the whole model; of the members of a population, the same.
+        self.passing = Passing()
 
     def twin(self) -> DeltaCache:
         """Return an empty cache of the same plan, for other arrays."""
@@ -890,17 +896,17 @@ class DeltaCache(ArrayCache):
 
     def begin(self) -> None:
         """Record that a forward pass of the whole model starts."""
-        self.began_with_gradients = torch.is_grad_enabled()
+        self.passing.with_gradients = torch.is_grad_enabled()
         if not torch.compiler.is_compiling():
-            self.pass_number = time.perf_counter_ns()
-        if self.began_with_gradients:
+            self.passing.number = time.perf_counter_ns()
+        if self.passing.with_gradients:
             # In training the arrays have changed since: cached updates would only take memory. A compiled program does
             # this, too, each time it runs: nothing else tells of the step of a fused optimizer that follows.
             self.forget()
 
     def end(self) -> None:
         super().end()
-        self.pass_number, self.began_with_gradients = 0, False
+        self.passing.number, self.passing.with_gradients = 0, False
 
     def get(self, lookup: Lookup, index: int, dtype: torch.dtype | None = None) -> Tensor:
         """Return the update of one weight for the current arrays; where it is cached, in ``dtype`` if one is given."""
@@ -916,7 +922,8 @@ class DeltaCache(ArrayCache):
         if self._large[index] or (alone and torch.is_grad_enabled()) or not can_cache(inputs, alone):
             if not alone and reuses_in_pass(inputs):
                 modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-                return self._once((self.pass_number, *modes) if self.pass_number else 0, lookup, index)
+                number = self.passing.number
+                return self._once((number, *modes) if number else 0, lookup, index)
             return recomputed(delta_slice, *inputs)
         if alone:
             entry = self.entry(index, delta_slice.names, inputs, lambda arrays: {index: delta_slice(*arrays)})

@@ -159,7 +159,7 @@ def _refuse_reentrant(state: AdapterState) -> None:
     # Reentrant checkpointing runs a separate backward pass for each region. DistributedDataParallel takes the first one
     # for the complete gradient of an array that several regions share, unless it was told that the graph is static.
     # A pass that began with gradients but runs without them here is inside reentrant checkpointing.
-    if not state.cache.began_with_gradients or torch.is_grad_enabled():
+    if not state.cache.passing.with_gradients or torch.is_grad_enabled():
         return
     import torch.distributed as distributed
 

@@ -334,17 +334,17 @@ def _checked(patch: ForwardPatch, assignment: RowAssignment, x: Tensor | None) -
     if x is None or x.ndim < 2 or x.is_nested:
         got = "no tensor" if x is None else "a nested tensor" if x.is_nested else f"an input of shape {tuple(x.shape)}"
         raise TargetError(f"{assignment.call} needs layers whose input has rows, and {_name(patch)} got {got}")
-    length = x.shape[0]
+    length, entry = x.shape[0], assignment.entry
+    both = f"{assignment.call} has {wanted} {entry}s, and {_name(patch)} got an input of shape {tuple(x.shape)}"
     if length % wanted:
         raise TargetError(
-            f"{assignment.call} has {wanted} entries, and {_name(patch)} got an input of shape {tuple(x.shape)}: its "
-            f"first dimension must be {wanted}, or a multiple of it, in which each entry stands for consecutive rows"
+            f"{both}: its first dimension must be {wanted}, or a multiple of it, in which each {entry} stands for "
+            "consecutive rows"
         )
     if x.ndim > 2 and length != wanted and x.shape[1] == wanted > 1:
         raise TargetError(
-            f"{assignment.call} has {wanted} entries, and {_name(patch)} got an input of shape {tuple(x.shape)}, whose "
-            f"first or second dimension could be the batch: if it is the first, give an entry for each of its {length} "
-            "rows"
+            f"{both}, whose first or second dimension could be the batch: if it is the first, give a {entry} for each "
+            f"of its {length} rows"
         )
     return x
 
@@ -420,7 +420,8 @@ def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
     model : Module
         The model that the adapters are attached to, a submodule of it or a wrapper.
     names : sequence of str or None
-        An adapter's name for each row; None, or PEFT's ``"__base__"``, for the base alone. If a layer gets more rows,
+        An adapter's name for each row, or the name of a member of a population; None, or PEFT's ``"__base__"``, for
+        the base alone. If a layer gets more rows,
         each name stands for the same number of consecutive ones: ``generate`` repeats rows like this for beams and
         return sequences, and so do models that flatten batch and tokens into one dimension.
 
@@ -461,8 +462,8 @@ def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
     assignment = assigned(model, names)
     try:
         with entered(assignment, row_runner()):
-            for state in filter(None, assignment.groups):
-                state.idle = None
+            for state in assignment.governed:
+                state.idle = None if assignment.names_adapter(state) else state.idle
             yield
     finally:
         trim_idle(assignment.governed)
@@ -477,6 +478,9 @@ def assigned(
             "rows() needs a list with an adapter's name, or None, for each row of the batch; got " + safe_repr(names)
         )
     adapters = attached(model)
+    population = _population_of(adapters, names)
+    if population is not None:
+        return population
     states: list[AdapterState | None] = []
     for name in names:
         if name is not None and not isinstance(name, str):
@@ -499,6 +503,26 @@ def assigned(
         check_usable(state, state in named)
     _check_apart(model, named)
     return RowAssignment(states, governed, weights)
+
+
+def _population_of(adapters: Mapping[str, AdapterState], names: Sequence[Any]) -> MemberRows | None:
+    """Return the assignment of names of members of a population; None if none of the names is one."""
+    for state in adapters.values():
+        members = state.members
+        if members is None:
+            continue
+        numbers = [members.number(name) if isinstance(name, str) and name not in adapters else None for name in names]
+        if all(number is None for number in numbers):
+            continue
+        for name, number in zip(names, numbers, strict=True):
+            if number is None and name is not None and name != BASE:
+                raise TargetError(
+                    f"rows() names members of population {state.name!r} and {name!r}, which is none of them: the rows "
+                    "of a batch have members of one population, or adapters"
+                )
+        check_rows(state)
+        return MemberRows(state, numbers)
+    return None
 
 
 def check_rows(population: AdapterState) -> None:

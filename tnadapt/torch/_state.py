@@ -313,8 +313,8 @@ class Members:
     Parameters
     ----------
     count : int
-    names : tuple of str or None
-        The names of the members, in order.
+    names : tuple of (str or None), or None
+        The names of the members, in order; None if none has one.
 
     Attributes
     ----------
@@ -322,7 +322,7 @@ class Members:
         The member that acts on all rows of a forward pass outside of ``with adapter.members(...)``.
     """
 
-    def __init__(self, count: int, names: tuple[str, ...] | None = None) -> None:
+    def __init__(self, count: int, names: tuple[str | None, ...] | None = None) -> None:
         self.count = count
         self.names = names
         #: The number of the member that is merged, while the population is.
@@ -336,14 +336,14 @@ class Members:
         self._states: weakref.WeakValueDictionary[int, MemberState] = weakref.WeakValueDictionary()
 
     @property
-    def names(self) -> tuple[str, ...] | None:
-        """The names of the members, in order, if they have any."""
+    def names(self) -> tuple[str | None, ...] | None:
+        """The names of the members, in order; None if none has one."""
         return self._names
 
     @names.setter
-    def names(self, names: tuple[str, ...] | None) -> None:
-        self._names = names
-        self._numbers = {} if names is None else {name: number for number, name in enumerate(names)}
+    def names(self, names: tuple[str | None, ...] | None) -> None:
+        self._names = names if names is not None and any(name is not None for name in names) else None
+        self._numbers = {name: number for number, name in enumerate(self._names or ()) if name is not None}
 
     def forget_dropped(self, name: str, parameter: Tensor) -> None:
         """Forget which members the gradient of an array had reached if it was dropped, as a forward pass begins."""
@@ -569,7 +569,8 @@ def full_arrays(state: AdapterState) -> dict[str, Tensor]:
 def checked_pairs(state: AdapterState, arrays: Mapping[str, Any]) -> list[tuple[nn.Parameter, Any]]:
     """Pair each parameter with what to copy into it from an array of a file; raise a ShapeError if they do not fit."""
     need_unmerged(state, "new arrays")
-    expected = state.plan.param_shapes
+    leading = () if state.members is None or state.whole is not state else (state.members.count,)
+    expected = {name: (*leading, *shape) for name, shape in state.plan.param_shapes.items()}
     shapes = {name: tuple(getattr(array, "shape", ())) for name, array in arrays.items()}
     if shapes != expected:
         wrong = sorted(set(shapes.items()) ^ set(expected.items()))[:4]
@@ -630,14 +631,14 @@ class RowAssignment:
 
     Attributes
     ----------
-    call : str
-        What entered it, for messages.
+    call, entry : str
+        What entered it, and what it has for each row, for messages.
     names : tuple of str or None
     groups : dict of (AdapterState or None) to list of int
         The rows of each distinct adapter, in ascending order.
     """
 
-    call = "rows()"
+    call, entry = "rows()", "name"
 
     def __init__(
         self,
