@@ -406,6 +406,25 @@ def test_an_adapter_is_expected(tmp_path: Path) -> None:
     tna.merge(base, population["ann"], tmp_path / "out.safetensors")
 
 
+@pytest.mark.law("draws-digest")
+def test_other_draws_are_refused_at_every_load(tmp_path: Path) -> None:
+    files = members("theta")
+    path = tmp_path / "population.safetensors"
+    path.write_bytes(reference(files, NAMES, tmp_path, {"draws": "0" * 64}))
+    for read in (lambda: tna.load(path), lambda: tna.load(path), lambda: tna.load(path, members=[1])):
+        with pytest.raises(
+            FileError, match=f"was trained with fixed draws whose digest is {'0' * 64}; on this machine"
+        ):
+            read()
+    same_arrays(tna.load(path, check_draws=False), files)
+    path.write_bytes(reference(files, NAMES, tmp_path))
+    same_arrays(tna.load(path), files)
+    for seed in range(70):  # more than are remembered
+        config = tna.presets.unilora(7, 2, seed=seed)
+        tna.save(path, PopulationFile.from_members([made(config)] * 2))
+        assert len(tna.load(path)) == 2
+
+
 def test_an_adapter_has_no_members(tmp_path: Path) -> None:
     path = tmp_path / "adapter.safetensors"
     tna.save(path, member("lora"))
