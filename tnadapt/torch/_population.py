@@ -35,12 +35,15 @@ def member_number(state: AdapterState, member: Any) -> int:
             listed = "its members have no names" if members.names is None else f"such as {members.names[0]!r}"
             raise TargetError(f"population {state.name!r} has no member {member!r}; {listed}")
         return number
-    if isinstance(member, bool) or not hasattr(member, "__index__"):
+    try:
+        if isinstance(member, bool) or (isinstance(member, Tensor) and member.dtype not in _INTEGERS):
+            raise TypeError
+        number = operator.index(member)
+    except TypeError:
         raise ConfigError(
             f"a member of population {state.name!r} is a number from 0 to {members.count - 1}, or a name; got "
             + safe_repr(member)
-        )
-    number = operator.index(member)
+        ) from None
     if not 0 <= number < members.count:
         raise TargetError(
             f"population {state.name!r} has members 0 to {members.count - 1}; got {number}"
@@ -59,7 +62,8 @@ def member_numbers(state: AdapterState, index: Any) -> list[int | None]:
                 f"and dtype {str(index.dtype).removeprefix('torch.')}"
             )
         index = index.tolist()
-    if not is_sequence(index) or not len(index):
+    # Sets have no order, and iterators can be read once.
+    if isinstance(index, (str, bytes)) or not isinstance(index, Sequence) or not index:
         raise ConfigError(
             "members() needs a list with a member's number or name, or None, for each row of the batch; got "
             + safe_repr(index)
