@@ -264,17 +264,28 @@ class Member(Adapter):
     @checks_arguments
     def merge(self, max_error: float | None = None) -> None:
         """Add this member's ΔW to the weights, as :meth:`Adapter.merge` does; until :meth:`unmerge` no other acts."""
+        self._refuse_another()
         super().merge(max_error)
         self._members.merged = self.number
 
     def unmerge(self) -> None:
         """Restore the exact bits that the weights had before :meth:`merge`."""
-        if not self.merged and self._state.merged is not None:
+        self._refuse_another()
+        super().unmerge()
+
+    @checks_arguments
+    def bake(self, max_error: float | None = None) -> nn.Module:
+        """Merge this member for good and remove the population, as :meth:`Adapter.bake` does; return the model."""
+        self._refuse_another()
+        return super().bake(max_error)
+
+    def _refuse_another(self) -> None:
+        """Raise a TargetError if another member is merged."""
+        if self._state.merged is not None and not self.merged:
             raise TargetError(
                 f"member {self._members.merged} of population {self._state.name!r} is merged, and not member "
                 f"{self.number}: unmerge() that one"
             )
-        super().unmerge()
 
     def detach(self) -> None:
         """Raise a ConfigError: the whole population is detached."""

@@ -64,7 +64,7 @@ def overlapping(model: nn.Module) -> list[AdapterState]:
 def refuse_merged(model: nn.Module, what: str, but: AdapterState | None = None) -> None:
     """Raise a TargetError if an adapter, except one, is merged into the weights; ``what`` needs the base without it."""
     for other in overlapping(model):
-        if other is not but and other.merged is not None:
+        if other.merged is not None and (but is None or other is not but.whole):
             raise TargetError(f"adapter {other.name!r} is merged into the base: unmerge it before {what}")
 
 
