@@ -204,7 +204,7 @@ class Adapter(AdapterParameters, AdapterFiles):
     def __init__(self, state: AdapterState) -> None:
         self._state = state
         state.handle = self
-        self.model, self.name, self.plan = state.model, state.name, state.plan.file_plan
+        self.model, self.plan = state.model, state.plan.file_plan
         self.targets, self.activation = state.targets, state.activation
         self.report: FitReport | None = None
 
@@ -223,6 +223,11 @@ class Adapter(AdapterParameters, AdapterFiles):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {safe_repr(name)}{hint}")
 
     # -- Properties --------------------------------------------------------------------------
+
+    @property
+    def name(self) -> str:
+        """Its name on the model."""
+        return self._state.name
 
     @property
     def config(self) -> Config:

@@ -242,8 +242,12 @@ class Member(Adapter):
     def __init__(self, state: MemberState) -> None:
         super().__init__(state)
         self.number, self._members = state.number, cast(Members, state.whole.members)
+
+    @property
+    def name(self) -> str:
+        """The population's name with that of the member, or its number, in brackets."""
         names = self._members.names
-        self.name = f"{state.whole.name}[{state.number if names is None else repr(names[state.number])}]"
+        return f"{self._state.name}[{self.number if names is None else repr(names[self.number])}]"
 
     def __repr__(self) -> str:
         return (
