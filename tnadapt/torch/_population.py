@@ -297,6 +297,13 @@ class Member(Adapter):
             f"member {self.number} is a part of population {self._state.name!r}: detach() the population itself"
         )
 
+    def start_from(self, arrays: Any) -> None:
+        """Raise a ConfigError: the start is a part of the plan, which all members have."""
+        raise ConfigError(
+            f"all members of population {self._state.name!r} start from the same given arrays: call start_from() of "
+            "the population"
+        )
+
     def set_trainable(self, groups: Any = None, arrays: Any = None) -> None:
         """Raise a ConfigError: all members train the same arrays."""
         raise ConfigError(
