@@ -32,7 +32,7 @@ def member_number(state: AdapterState, member: Any) -> int:
     if isinstance(member, str):
         number = members.number(member)
         if number is None:
-            listed = "its members have no names" if members.names is None else f"such as {members.names[0]!r}"
+            listed = "its members have no names" if members.names is None else f"they are called {members.names[0]!r} and so on"
             raise TargetError(f"population {state.name!r} has no member {member!r}; {listed}")
         return number
     try:
