@@ -121,7 +121,7 @@ class Summary:
         self.export: LoraExport = lora_export(plan, adapter.targets, adapter.activation)
         self.parameters = adapter.handle.num_parameters
         self.frozen = plan.num_parameters - self.parameters
-        self.members = 1 if adapter.members is None else adapter.members.count
+        self.members = 1 if adapter.members is None or adapter is not adapter.whole else adapter.members.count
         self.adapted = plan.size
         sizes = _sizes(adapter)
         self.kept = sum(sizes.get(name, 0) for name in adapter.kept)

@@ -32,8 +32,8 @@ def member_number(state: AdapterState, member: Any) -> int:
     if isinstance(member, str):
         number = members.number(member)
         if number is None:
-            listed = "its members have no names" if members.names is None else f"they are called {members.names[0]!r} and so on"
-            raise TargetError(f"population {state.name!r} has no member {member!r}; {listed}")
+            listed = "no names" if members.names is None else f"names such as {members.names[0]!r}"
+            raise TargetError(f"population {state.name!r} has no member {member!r}; its members have {listed}")
         return number
     try:
         if isinstance(member, bool) or (isinstance(member, Tensor) and member.dtype not in _INTEGERS):

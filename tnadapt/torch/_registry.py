@@ -473,9 +473,9 @@ def let_go_merged(state: AdapterState, max_error: float | None = None) -> None:
     if state.merged is None:
         merge(state, max_error)
     try:
-        _take_off_merged(state)
+        _take_off_merged(state.whole)
     except BaseException:  # finish when interrupted: half of it would add the update twice
-        _take_off_merged(state)
+        _take_off_merged(state.whole)
         raise
 
 
