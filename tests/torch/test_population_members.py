@@ -73,6 +73,7 @@ def equal(one: Any, other: Any) -> bool:
 # -- Views ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.law("members-alone")
 @configs
 def test_the_active_member_acts_on_all_rows(config: str) -> None:
     model, adapters = population(config)
@@ -85,6 +86,7 @@ def test_the_active_member_acts_on_all_rows(config: str) -> None:
     assert torch.equal(run(model), run(small()))
 
 
+@pytest.mark.law("member-views")
 @configs
 def test_a_member_s_file_is_that_of_the_adapter_alone(config: str, tmp_path: Path) -> None:
     model, adapters = population(config)
@@ -107,6 +109,7 @@ def test_a_member_s_file_is_that_of_the_adapter_alone(config: str, tmp_path: Pat
         assert torch.equal(new[[0, 2, 3]], old[[0, 2, 3]])
 
 
+@pytest.mark.law("member-views")
 @configs
 def test_arrays_updates_and_their_gradients(config: str) -> None:
     _, adapters = population(config)
@@ -128,6 +131,7 @@ def test_arrays_updates_and_their_gradients(config: str) -> None:
             assert not gradient[[other for other in range(4) if other != number]].any()
 
 
+@pytest.mark.law("member-views")
 @configs
 def test_a_change_of_one_member_leaves_the_others(config: str) -> None:
     model, adapters = population(config)
@@ -145,6 +149,7 @@ def test_a_change_of_one_member_leaves_the_others(config: str) -> None:
     assert torch.equal(run(model), run(small()))
 
 
+@pytest.mark.law("member-views")
 @configs
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_merging_a_member(config: str, dtype: Any) -> None:
@@ -182,6 +187,7 @@ def test_merging_a_member(config: str, dtype: Any) -> None:
         adapters[1].unmerge()
 
 
+@pytest.mark.law("member-views")
 def test_members_are_saved_while_one_is_merged(tmp_path: Path) -> None:
     _, adapters = population()
     for number in (1, 2):
@@ -192,6 +198,7 @@ def test_members_are_saved_while_one_is_merged(tmp_path: Path) -> None:
         assert (tmp_path / "again").read_bytes() == (tmp_path / f"{number}").read_bytes()
 
 
+@pytest.mark.law("member-views")
 def test_baking_a_member_leaves_nothing_of_the_population() -> None:
     for merged in (False, True):
         model, adapters = population()
@@ -205,6 +212,7 @@ def test_baking_a_member_leaves_nothing_of_the_population() -> None:
         assert torch.equal(run(model), run(other))
 
 
+@pytest.mark.law("member-views")
 @pytest.mark.parametrize("config", ["lora", "vera"])
 def test_a_saved_member_is_converted(config: str, tmp_path: Path) -> None:
     pytest.importorskip("peft")
@@ -260,6 +268,7 @@ def test_counts_are_those_of_all_members(capsys: pytest.CaptureFixture[str]) -> 
 # -- Where members start -------------------------------------------------------------------------
 
 
+@pytest.mark.law("member-starts")
 @configs
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_members_start_as_the_adapter_alone(config: str, dtype: Any) -> None:
@@ -274,6 +283,7 @@ def test_members_start_as_the_adapter_alone(config: str, dtype: Any) -> None:
         torch.testing.assert_close(model(x), small().to(dtype)(x), rtol=0, atol=10 * torch.finfo(dtype).eps)
 
 
+@pytest.mark.law("member-starts")
 @pytest.mark.parametrize("config", ["lora", "superlora", "theta", "dora"])
 @pytest.mark.parametrize("meta", [False, True])
 def test_each_member_starts_from_a_seed_of_its_own(config: str, meta: bool) -> None:
@@ -306,6 +316,7 @@ def test_a_start_that_is_subtracted_is_one_for_all() -> None:
         tt.attach(small(), CONFIGS["behind F"], population=3, seeds="each")
 
 
+@pytest.mark.law("member-starts")
 @pytest.mark.parametrize("seeds", ["one", "each"])
 @pytest.mark.parametrize("arrays", ["factor0", "factor1"])
 def test_the_arrays_that_are_trained(seeds: str, arrays: str) -> None:
@@ -330,6 +341,7 @@ def test_the_arrays_that_are_trained(seeds: str, arrays: str) -> None:
         adapters[0].set_trainable(arrays=arrays)
 
 
+@pytest.mark.law("member-starts")
 def test_a_given_start_is_one_for_all() -> None:
     model = small()
     adapters = tt.attach(model, P.lora(2, start="given"), population=3)
@@ -399,6 +411,7 @@ BAD: list[tuple[Any, type[Exception], str]] = [
 ]
 
 
+@pytest.mark.law("members-refused")
 @pytest.mark.parametrize(("index", "error", "text"), BAD, ids=[repr(index)[:30] for index, _, _ in BAD])
 def test_what_names_no_members(index: Any, error: type[Exception], text: str) -> None:
     model, adapters = population(names=NAMES)
@@ -429,6 +442,7 @@ def test_ways_to_name_members(index: Any) -> None:
     assert torch.equal(outputs[0], outputs[2])
 
 
+@pytest.mark.law("members-refused")
 @pytest.mark.parametrize(
     ("shape", "text"),
     [
@@ -447,6 +461,7 @@ def test_rows_that_do_not_fit(shape: tuple[int, ...], text: str) -> None:
         assert model(torch.randn(8, 4, WIDTH)).shape == (8, 4, 4)
 
 
+@pytest.mark.law("members-refused")
 @pytest.mark.parametrize(
     ("member", "error", "text"),
     [
@@ -464,6 +479,7 @@ def test_what_is_no_member(member: Any, error: type[Exception], text: str) -> No
         population()[1][member]
 
 
+@pytest.mark.law("members-refused")
 @pytest.mark.parametrize(
     ("options", "text"),
     [
@@ -496,6 +512,7 @@ def test_populations_that_cannot_be(options: dict[str, Any], text: str) -> None:
         assert adapters.names == ("x", "y")
 
 
+@pytest.mark.law("members-refused")
 @pytest.mark.parametrize(
     ("what", "call"),
     [
@@ -515,11 +532,12 @@ def test_what_needs_a_member(what: str, call: Callable[[Any], None]) -> None:
     assert str(refused.value) == f"{text}adapter[0].{what}"
 
 
+@pytest.mark.law("members-refused")
 def test_a_pass_without_members() -> None:
     model, adapters = population()
     text = (
         r"^adapter 'default' is a population of 4 members, and nothing says which of them acts here: run the model "
-        r"inside `with adapter\.members\(\[…\]\)`, with a member for each row, or call adapter\[0\]\.activate\(\) of one"
+        r"inside `with adapter\.members\(\[…\]\)`, with a member for each row, or call adapter\[0\]\.activate\("
     )
     for refused in (lambda: None, adapters.activate):
         refused()
@@ -536,6 +554,7 @@ def test_a_pass_without_members() -> None:
             refused()
 
 
+@pytest.mark.law("members-refused")
 def test_members_and_adapters_in_one_batch() -> None:
     model, adapters = population(names=NAMES)
     tt.attach(model, "lora", name="other", rank=2)
