@@ -20,7 +20,7 @@ import numpy as np
 
 from tnadapt.algebra.config import Config
 from tnadapt.algebra.superlora import SuperLoRA
-from tnadapt.argument_checks import checks_arguments, integer
+from tnadapt.argument_checks import checks_arguments, integer, is_sequence
 from tnadapt.errors import BackendError, ConfigError, FileError, ShapeError, escaped, safe_repr, summarize
 from tnadapt.targets.target import Target
 
@@ -172,10 +172,11 @@ def checked_names(names: Sequence[str | None] | None, count: int, single: bool =
     """Return the names of ``count`` new members, all None if there are none; raise ConfigError for invalid ones."""
     if names is None:
         return [None] * count
-    if len(names) != count:
-        raise ConfigError(f"names must have a name, or None, for each of the {count} members; got {len(names)}")
+    if not is_sequence(names) or len(names) != count:
+        size = len(names) if is_sequence(names) else safe_repr(names)
+        raise ConfigError(f"names must have a name, or None, for each of the {count} members; got {size}")
     for number, name in enumerate(names):
-        if name is not None and not _is_name(name):
+        if name is not None and not (isinstance(name, str) and _is_name(name)):
             argument = "name" if single else f"names[{number}]"
             raise ConfigError(
                 f"{argument} must be printable text of 1 to {MAX_NAME} bytes in UTF-8; got {safe_repr(name)}"
