@@ -412,7 +412,7 @@ BAD: list[tuple[Any, type[Exception], str]] = [
 
 
 @pytest.mark.law("members-refused")
-@pytest.mark.parametrize(("index", "error", "text"), BAD, ids=[f"{type(index).__name__}-{number}" for number, (index, _, _) in enumerate(BAD)])
+@pytest.mark.parametrize(("index", "error", "text"), BAD, ids=range(len(BAD)))
 def test_what_names_no_members(index: Any, error: type[Exception], text: str) -> None:
     model, adapters = population(names=NAMES)
     with pytest.raises(error, match=text), adapters.members(index):
@@ -509,7 +509,7 @@ def test_populations_that_cannot_be(options: dict[str, Any], text: str) -> None:
         adapters = tt.attach(model, "lora", rank=2, population=2, names=["x", "y"])
         with pytest.raises(tna.ConfigError, match=text):
             adapters.names = options["names"]
-        assert adapters.names == ("x", "y")
+        assert adapters.names == ["x", "y"]
 
 
 @pytest.mark.law("members-refused")
