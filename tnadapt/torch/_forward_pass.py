@@ -238,7 +238,8 @@ class PassHooks:
                 state.clear_cache()
         elif torch.is_grad_enabled() and state.acting.made is not None:
             state.acting.made.forget()  # as in DeltaCache.begin
-        if acts(state) and any(slot.strategy != "factored" for slot in state.slots):
+        # What is selected of the members in a batch serves all layers of a pass.
+        if acts(state) and (state.members is not None or any(slot.strategy != "factored" for slot in state.slots)):
             state.acting.cache.begin()
 
     def end(self, module: nn.Module, args: Any, output: Any) -> None:

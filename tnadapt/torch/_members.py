@@ -43,7 +43,7 @@ class _Selected(Function):
 
     def vjp(self, inputs: Sequence[Tensor], wanted: Sequence[int], gradient: Tensor) -> Sequence[Tensor]:
         self.members.touched.setdefault(self.name, set()).update(self.numbers)
-        return [gradient.new_zeros(self.shape).index_copy(0, self.index, gradient)]
+        return [gradient.new_zeros(self.shape).index_copy_(0, self.index, gradient)]
 
 
 class MemberRows(RowAssignment):
