@@ -35,7 +35,7 @@ def served(place: Path, base: str | None = "base") -> ServedFolder:
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The files that are read and converted from now on."""
     noted = list[str]()
-    for name in ("convert", "load"):
+    for name in ("convert", "load_single"):
         real = getattr(served_folder, name)
         monkeypatch.setattr(
             served_folder, name, lambda *args, name=name, real=real, **more: noted.append(name) or real(*args, **more)
@@ -179,7 +179,7 @@ def test_a_refusal_is_remembered_until_the_file_or_the_base_changes(place: Path,
         with pytest.raises(ConfigError, match="LoRA of that rank is larger than the update itself") as error:
             folder.find("math", "m")
         told.add(str(error.value))
-        assert calls.count("load") == reads
+        assert calls.count("load_single") == reads
     assert len(told) == 1
     saved_model(place / "base", seed=1)
     for file in (tiny(), adapter(P.lora(2), base=0)):
@@ -188,7 +188,7 @@ def test_a_refusal_is_remembered_until_the_file_or_the_base_changes(place: Path,
         for _ in range(2):
             with pytest.raises(TargetError, match="base is another model than the one that the adapter was trained on"):
                 folder.find("math", "m")
-        assert calls.count("load") == 1
+        assert calls.count("load_single") == 1
         assert len(list((place / "cache").iterdir())) == 1  # of the good one
     saved_model(place / "base", seed=0)
     assert folder.find("math", "m") is not None
