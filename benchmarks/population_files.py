@@ -3,8 +3,9 @@
 A population of 100,000 members of 100 float32 numbers, with names and without, of two presets: LoRA's factors, of which
 nothing is drawn, and Uni-LoRA's θ for 24 weights of 768 × 768, whose fixed draws are checked at the first load. Times
 are of calls in one process, with the file in the page cache, in milliseconds: the median of 20, the lowest, and the
-median of processor time, which other processes disturb less. ``read`` is what one call in a process of its own reads
-from the disk with nothing in the page cache, in bytes, and ``written`` what one call writes.
+median of processor time, which other processes disturb less; ``load`` is how many of them there were at the end, with
+this one. ``read`` is what one call in a process of its own reads from the disk with nothing in the page cache, in bytes,
+and ``written`` what one call writes.
 
 Results go to ``results/population_files.json``. ``--smoke`` takes 1,000 members, and writes nothing.
 """
@@ -101,6 +102,7 @@ def rows(folder: Path, preset: str, named: bool, count: int) -> dict[str, Any]:
     result["read, members=[number]"] = cold(path, count // 2, other)
     if named:
         result["read, members=[name]"] = cold(path, f"user-{count // 2}", other)
+    path.read_bytes()  # into the page cache
     tna.load(path)  # checks the draws
     result["one adapter alone"] = timed(lambda: tna.load(other))
     result["load, members=[number]"] = timed(lambda: tna.load(path, members=[next(numbers)]))
@@ -134,7 +136,7 @@ def main() -> None:
             results.append(rows(Path(folder), preset, named, 1000 if options.smoke else 100_000))
             print(json.dumps(results[-1], indent=2), flush=True)
     if not options.smoke:
-        content = {"machine": machine(), "rounds": ROUNDS, "rows": results}
+        content = {"machine": machine(), "load": os.getloadavg()[0], "rounds": ROUNDS, "rows": results}
         RESULTS.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
