@@ -4,8 +4,8 @@ A population of 100,000 members of 100 float32 numbers, with names and without, 
 nothing is drawn, and Uni-LoRA's θ for 24 weights of 768 × 768, whose fixed draws are checked at the first load. Times
 are of calls in one process, with the file in the page cache, in milliseconds: the median of 20, the lowest, and the
 median of processor time, which other processes disturb less; ``load`` is how many of them there were at the end, with
-this one. ``read`` is what one call in a process of its own reads from the disk with nothing in the page cache, in bytes,
-and ``written`` what one call writes.
+this one. ``read`` is what one call in a process of its own reads from the disk with nothing in the page cache, and
+``written`` what one call writes, in bytes.
 
 Results go to ``results/population_files.json``. ``--smoke`` takes 1,000 members, and writes nothing.
 """

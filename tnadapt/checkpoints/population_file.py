@@ -518,11 +518,11 @@ class PopulationFile:
         if not members:
             raise ConfigError("members is empty: give the number or name of at least one")
         names = [which for which in members if isinstance(which, str)]
-        found = iter(self._rows.find(names))
+        matches = iter(self._rows.find(names))
         numbers = dict[int, Any]()
         for which in members:
             if isinstance(which, str):
-                number = next(found)
+                number = next(matches)
                 if number is None:
                     raise ConfigError(f"there is no member {safe_repr(which)}; {self._known()}")
             else:
