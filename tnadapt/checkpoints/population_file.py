@@ -440,7 +440,7 @@ class PopulationFile:
         number = self._numbers([which], "which")[0]
         with self._rows.error_context():
             row = np.frombuffer(bytearray(self._rows.row(number)), np.uint8)
-        return _with_arrays(self.shared, self._rows.layout.unpack(row))
+        return with_arrays(self.shared, self._rows.layout.unpack(row))
 
     @property
     def names(self) -> list[str | None]:
@@ -525,7 +525,7 @@ class PopulationFile:
             if isinstance(which, str):
                 number = next(matches)
                 if number is None:
-                    raise ConfigError(f"{argument} has {safe_repr(which)}, which is no member; {self._known()}")
+                    raise ConfigError(f"there is no member {safe_repr(which)}; {self._known()}")
             else:
                 number = integer(argument, which, 0, len(self) - 1, ConfigError, "or a name")
             if number in numbers:
@@ -563,10 +563,10 @@ def layout_of(shared: AdapterFile, names: Sequence[str | None]) -> RowLayout:
 
 
 def _without_numbers(member: AdapterFile) -> AdapterFile:
-    return _with_arrays(member, {name: np.zeros_like(array) for name, array in member.arrays.items()})
+    return with_arrays(member, {name: np.zeros_like(array) for name, array in member.arrays.items()})
 
 
-def _with_arrays(file: AdapterFile, arrays: dict[str, np.ndarray]) -> AdapterFile:
+def with_arrays(file: AdapterFile, arrays: Mapping[str, np.ndarray]) -> AdapterFile:
     """Return an adapter with other arrays of the same names, shapes and dtype."""
     _ = file.plan, file._digests  # computed once, and then shared by the copies
     member = copy.copy(file)

@@ -50,6 +50,7 @@ def load(
     path: str | os.PathLike[str],
     name: str = "default",
     *,
+    member: int | str | None = None,
     check_base: bool = True,
     untie: bool = False,
     keep_tied: bool = False,
@@ -68,6 +69,8 @@ def load(
         A file that :meth:`Adapter.save` or :func:`tnadapt.save` wrote.
     name : str
         Name of the adapter on this model.
+    member : int or str, optional
+        Of a population's file, the number or name of a member to load as a single adapter.
     check_base : bool
         Whether the model's weights must be those that it was trained on. False allows another model whose weights have
         the same shapes.
@@ -86,7 +89,7 @@ def load(
         float32 or float64, and float32 for arrays in half precision, as in PEFT. If the update depends on the dtype,
         as frozen arrays or a start that is subtracted are rounded to it, it stays that of the file.
     members : sequence of int or str, optional
-        Of a population's file, the numbers or names of the members to load, in this order; all of them by default.
+        Of a population's file, the members to load as a population, in this order; all of them by default.
 
     Returns
     -------
@@ -121,11 +124,21 @@ def load(
     ...     tnadapt.torch.load(model, folder + "/adapter.safetensors").num_parameters
     368
     """
-    file = adapter_format.load(path) if members is None else adapter_format.load(path, members=members)
+    if member is not None and members is not None:
+        raise ConfigError("member is one adapter, and members are a population: give one of the two")
+    file = _content(path, member, members)
     return attach_file(
         model, file, path, name, check_base, dtype, untie=untie, keep_tied=keep_tied, detach_norm=detach_norm,
         dropout=dropout,
     )  # fmt: skip
+
+
+def _content(
+    path: str | os.PathLike[str], member: int | str | None, members: Sequence[int | str] | None = None
+) -> AdapterFile | PopulationFile:
+    if member is not None:
+        return adapter_format.load_single(path, member=member)
+    return adapter_format.load(path) if members is None else adapter_format.load(path, members=members)
 
 
 def attach_file(
@@ -202,6 +215,7 @@ def from_pretrained(
     folder: str | os.PathLike[str],
     name: str = "default",
     *,
+    member: int | str | None = None,
     check_base: bool = True,
     untie: bool = False,
     keep_tied: bool = False,
@@ -217,8 +231,8 @@ def from_pretrained(
     """
     path = saving.adapter_path(folder, revision, token)
     return load(
-        model, path, name, check_base=check_base, untie=untie, keep_tied=keep_tied, detach_norm=detach_norm,
-        dropout=dropout, dtype=dtype,
+        model, path, name, member=member, check_base=check_base, untie=untie, keep_tied=keep_tied,
+        detach_norm=detach_norm, dropout=dropout, dtype=dtype,
     )  # fmt: skip
 
 
@@ -313,6 +327,7 @@ def _base(model: nn.Module, targets: list[Target], expected: Fingerprint | None)
 def load_pretrained(
     where: str | os.PathLike[str],
     *,
+    member: int | str | None = None,
     base: str | os.PathLike[str] | nn.Module | None = None,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
@@ -332,6 +347,8 @@ def load_pretrained(
     where : path-like or str
         A folder that :meth:`Adapter.save_pretrained` wrote, a file that :meth:`Adapter.save` wrote, or the name of a
         repository on the hub.
+    member : int or str, optional
+        As in :func:`load`.
     base : path-like, str or Module, optional
         The base to use instead of the recorded one: a folder, a GGUF file, a name on the hub, or a model, which is
         changed in place.
@@ -387,7 +404,8 @@ def load_pretrained(
     if device is not None:
         _check_usable(device)
     path = saving.adapter_path(where, revision, token)
-    file = adapter_format.load_single(path)
+    content = _content(path, member)
+    file = content.shared if isinstance(content, PopulationFile) else content
     with file_error_context(os.fsdecode(path)):
         about = _about(file, base)
         if isinstance(base, nn.Module):
@@ -401,7 +419,7 @@ def load_pretrained(
             _check_known(file, about, type(model).__name__, random)
     if device is not None and quantization_config is None:
         model = model.to(device)
-    adapter = attach_file(model, file, path, name, check_base, untie=untie, detach_norm=detach_norm)
+    adapter = attach_file(model, content, path, name, check_base, untie=untie, detach_norm=detach_norm)
     try:
         LIBRARIES[about.library].set_labels(model, about)
         if merge:
@@ -450,7 +468,8 @@ def load_processor(
     [2, 6, 5, 3]
     """
     path = saving.adapter_path(where, revision, token)
-    about = adapter_format.load_single(path, check_draws=False).pretrained
+    file = adapter_format.load(path, check_draws=False)
+    about = (file.shared if isinstance(file, PopulationFile) else file).pretrained
     with file_error_context(os.fsdecode(path)):
         if about is None:
             raise FileError("it does not say what its base model is: load its tokenizer or processor yourself")

@@ -228,7 +228,7 @@ class Population(Adapter):
         """Raise a ConfigError: a member has updates, ``population[k].deltas()``."""
         self._single("deltas()")
 
-    def swap(self, path: Any) -> None:
+    def swap(self, path: Any, member: int | str | None = None) -> None:
         """Raise a ConfigError: a member takes the arrays of a file, ``population[k].swap(path)``."""
         self._single("swap(path)")
 
