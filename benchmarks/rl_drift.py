@@ -90,12 +90,14 @@ def _ours(preset: str, **settings: Any) -> Contestant:
     return Contestant(f"tnadapt {preset}({size:,})", "tnadapt", "TnadaptConfig", arguments, 1e-2)
 
 
-#: PEFT's are at its defaults, but for "13", which has TinyLoRA's thirteen numbers for all weights together.
+#: PEFT's are at its defaults, but for "13", which has TinyLoRA's thirteen numbers for all weights together. The rate of
+#: its LoRA is that of TRL's page on PEFT. For its TinyLoRA no rate is documented: at this one, the first steps are as
+#: large as those of tnadapt's TinyLoRA.
 CONTESTANTS = {
     "peft-lora": Contestant("PEFT LoRA, r = 8", "PEFT", "LoraConfig", {}, 2e-4),
-    "peft-tinylora": Contestant("PEFT TinyLoRA, u = 64 a weight", "PEFT", "TinyLoraConfig", {}, 1e-2),
+    "peft-tinylora": Contestant("PEFT TinyLoRA, u = 64 a weight", "PEFT", "TinyLoraConfig", {}, 5e-4),
     "peft-tinylora-13": Contestant(
-        "PEFT TinyLoRA, 13 in all", "PEFT", "TinyLoraConfig", {"u": 13, "weight_tying": 1.0}, 1e-2
+        "PEFT TinyLoRA, 13 in all", "PEFT", "TinyLoraConfig", {"u": 13, "weight_tying": 1.0}, 5e-4
     ),
     "lora": _ours("lora", rank=8),
     "tinylora-13": _ours("tinylora", parameters=13),
