@@ -72,16 +72,20 @@ class Contestant(NamedTuple):
     #: The learning rate of GRPO.
     rate: float
 
-    def adapted(self, model: Any, targets: Any) -> Any:
-        """Return the model with this adapter."""
+    def adapted(self, model: Any, targets: Any, seed: int) -> Any:
+        """Return the model with this adapter, everything random in it from a seed."""
         import peft
 
-        config = getattr({"PEFT": peft, "tnadapt": tnadapt.torch.peft}[self.library], self.config)
+        arguments = {**self.arguments, "task_type": "CAUSAL_LM", "target_modules": targets}
+        if self.library == "tnadapt":
+            arguments["settings"] = {**arguments["settings"], "seed": seed}
+        elif self.config == "TinyLoraConfig":
+            arguments["projection_seed"] = seed
+        torch.manual_seed(seed)  # PEFT draws from the global generator
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return peft.get_peft_model(
-                model, config(task_type="CAUSAL_LM", target_modules=targets, **self.arguments)
-            ).eval()
+            config = getattr({"PEFT": peft, "tnadapt": tnadapt.torch.peft}[self.library], self.config)
+            return peft.get_peft_model(model, config(**arguments)).eval()
 
 
 def _ours(preset: str, **settings: Any) -> Contestant:
@@ -210,8 +214,7 @@ class Cycle:
 
     def __init__(self, contestant: Contestant, model: Any, updates: int) -> None:
         self.contestant = contestant
-        torch.manual_seed(0)  # PEFT draws from the global generator
-        self.model = contestant.adapted(model, ["q_proj", "v_proj"])
+        self.model = contestant.adapted(model, ["q_proj", "v_proj"], 0)
         self.before = {name: weight.clone() for name, weight in base_of(self.model).items()}
         self.vllm = Vllm(self.model)
         self.generator = torch.Generator()
@@ -455,9 +458,8 @@ def train(plan: Plan, task: Task, folder: Path) -> Row:
         with_examples = greedy(model, tokenizer, [task.shots + text for text in prompts])
         row: Row = {"four examples": task.right(with_examples, task.tests)}
     else:
-        torch.manual_seed(plan.seed)
         contestant = CONTESTANTS[plan.contestant]
-        model = contestant.adapted(model, "all-linear")
+        model = contestant.adapted(model, "all-linear", plan.seed)
         before = {name: weight.clone() for name, weight in base_of(model).items()}
         row = {"title": contestant.title, "numbers": sum(p.numel() for p in trained(model))}
         row["rewards"], row["seconds of cycles"] = reinforced(model, tokenizer, plan, task)
