@@ -336,7 +336,8 @@ def test_a_step_reads_and_writes_rows_of_its_members_alone() -> None:
         with Recorder(1000) as recorder:
             optimizer.step()
             optimizer.zero_grad()
-        assert recorder.operations == {"index_select", "index_copy_"}
+        assert {"index_select", "index_copy_"} <= recorder.operations
+        assert recorder.operations <= {"index_select", "index_copy_", "detach", "new_zeros"}  # those copy no numbers
 
 
 SCHEDULE: Schedule = [[[0, 1]], [[1]], [[2, 0], [1]], [[2]], [[0, 1, 2]], [[0]]]
