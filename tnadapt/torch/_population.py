@@ -159,8 +159,8 @@ class Population(Adapter):
     def __repr__(self) -> str:
         state = "merged" if self.merged else "attached" if self.enabled else "disabled"
         return (
-            f"<tnadapt population {self.name!r}: {self.population:,} member{'s' * (self.population != 1)} of {self.num_parameters:,} "
-            f"parameters for {pluralize(len(self.targets), 'weight')} of {type(self.model).__name__}, {state}, weight "
+            f"<tnadapt population {self.name!r}: {self.population:,} member{'s' * (self.population != 1)} of "
+            f"{self.num_parameters:,} parameters for {pluralize(len(self.targets), 'weight')} of {type(self.model).__name__}, {state}, weight "
             f"{self.weight:g}>"
         )
 
