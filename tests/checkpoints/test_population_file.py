@@ -369,24 +369,34 @@ def test_an_adapter_is_expected(tmp_path: Path) -> None:
     base = tmp_path / "base.safetensors"
     weights = {f"{target.module}.weight": np.ones(target.shape, np.float32) for target in TARGETS}
     safetensors.numpy.save_file(weights, base)
-    why = "is a population of 4 members, and one adapter is expected: name a member, such as "
-    for call in (
-        lambda: tna.merge(base, path, tmp_path / "out.safetensors"),
-        lambda: tna.convert(path, tmp_path / "out", to="peft-lora"),
+    population, out = tna.load(path), tmp_path / "out.safetensors"
+    alone, unnamed = tmp_path / "alone.safetensors", saved(tmp_path / "unnamed.safetensors", members(count=1))
+    tna.save(alone, population[1])
+    why = "is a population of 4 members, and one adapter is expected: give one of them, such as "
+    nobody = (
+        "member has 'bob', which is no member; the names are 'ann', 'größe 7', 'user-0000000000000001'; numbers are "
+        "from 0 to 3"
+    )
+    single = "has one adapter, and no members: leave out member= (--member)"
+    for adapter, which, message in (
+        (path, None, f"{path}: {why}member='ann' (--member ann)"),
+        (population, None, f"adapter {why}member='ann' (--member ann)"),
+        (unnamed, None, f"{unnamed}: {why.replace('4 members', '1 member')}member=0 (--member 0)"),
+        (path, "bob", f"{path}: {nobody}"),
+        (population, "bob", nobody),
+        (path, 4, f"{path}: member must be from 0 to 3; got 4"),
+        (alone, "ann", f"{alone}: {single}"),
+        (population[0], 0, f"adapter {single}"),
     ):
-        with pytest.raises(FileError) as caught:
-            call()
-        assert str(caught.value) == f"{path}: {why}tnadapt.load(path)['ann']"
-    population = tna.load(path)
-    with pytest.raises(FileError, match=r"adapter is a population of 4 members, .* such as adapter\['ann'\]"):
-        tna.merge(base, population, tmp_path / "out.safetensors")
-    with pytest.raises(FileError, match=r"source is a population of 4 members, .* such as source\['ann'\]"):
-        tna.convert(population, tmp_path / "out", to="peft-lora")
-    unnamed = saved(tmp_path / "unnamed.safetensors", members(count=1))
-    with pytest.raises(FileError, match=r"is a population of 1 member, .* such as tnadapt.load\(path\)\[0\]"):
-        tna.merge(base, unnamed, tmp_path / "out.safetensors")
-    assert not (tmp_path / "out.safetensors").exists()
-    tna.merge(base, population["ann"], tmp_path / "out.safetensors")
+        with pytest.raises((FileError, ConfigError)) as caught:
+            tna.merge(base, adapter, out, member=which)
+        assert str(caught.value) == message
+    assert not out.exists()
+    tna.merge(base, alone, out)
+    expected = out.read_bytes()
+    for adapter, which in ((path, 1), (population, 1), (path, "größe 7"), (population, "größe 7")):
+        tna.merge(base, adapter, out, member=which, overwrite=True)
+        assert (out.read_bytes() == expected) == (which == 1)
 
 
 def test_a_model_takes_one_adapter(tmp_path: Path) -> None:
@@ -396,14 +406,31 @@ def test_a_model_takes_one_adapter(tmp_path: Path) -> None:
     model = torch.nn.ModuleDict({"q": torch.nn.Linear(4, 6), "v": torch.nn.Linear(4, 5)})
     adapter = tnt.attach(model, "lora", ["q", "v"], rank=2)
     adapter.save(tmp_path / "one.safetensors")
-    path = saved(tmp_path / "population.safetensors", [tna.load(tmp_path / "one.safetensors")] * 2, ["ann", "bob"])
-    why = r"population.safetensors: is a population of 2 members, .* such as tnadapt.load\(path\)\['ann'\]"
+    file = tna.load(tmp_path / "one.safetensors")
+    other = dataclasses.replace(file, arrays={name: array + 1 for name, array in file.arrays.items()})
+    path = saved(tmp_path / "population.safetensors", [file, other], ["ann", "bob"])
+    why = r"population.safetensors: is a population of 2 members, .* such as member='ann' \(--member ann\)"
     with pytest.raises(FileError, match=why):
         adapter.swap(path)
+    adapter.swap(path, "bob")
+    adapter.save(tmp_path / "swapped.safetensors")
+    same_arrays(tna.load(path, members=["bob"]), [tna.load(tmp_path / "swapped.safetensors")])
     adapter.detach()
-    for call in (lambda: tnt.load(model, path), lambda: tnt.load_pretrained(path), lambda: tnt.load_processor(path)):
+    for call in (lambda: tnt.load(model, path), lambda: tnt.load_pretrained(path)):
         with pytest.raises(FileError, match=why):
             call()
+    with pytest.raises(FileError, match="it does not say what its base model is"):
+        tnt.load_processor(path)  # which is the same for all members
+    path = path.rename(tmp_path / "adapter.safetensors")
+    for call in (
+        lambda: tnt.load(model, path, member=1),
+        lambda: tnt.from_pretrained(model, tmp_path, member="bob"),
+        lambda: tnt.adapters(tnt.load_pretrained(path, member="bob", base=model))["default"],
+    ):
+        adapter = call()
+        adapter.save(tmp_path / "loaded.safetensors")
+        assert (tmp_path / "loaded.safetensors").read_bytes() == (tmp_path / "swapped.safetensors").read_bytes()
+        adapter.detach()
 
 
 @pytest.mark.law("draws-digest")

@@ -128,6 +128,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, overload
 
@@ -551,31 +552,57 @@ def load(
         return content.adapter
 
 
-def load_single(path: str | os.PathLike[str], check_draws: bool = True, like: SuperLoRA | None = None) -> AdapterFile:
-    """Read the file of one adapter, as :func:`load` does; raise FileError for that of a population."""
+NO_MEMBERS = "has one adapter, and no members: leave out member= (--member)"
+
+
+def load_single(
+    path: str | os.PathLike[str],
+    check_draws: bool = True,
+    like: SuperLoRA | None = None,
+    member: int | str | None = None,
+) -> AdapterFile:
+    """Read the file of one adapter, or a member of a population's file, as :func:`load` does."""
     where = container.path_of(path)
     with container.file_error_context(where):
         with container.opened(where) as file:
             content = read(file)
-            if content.layout is not None:
-                raise FileError(_several(_mapped_rows(file, content.layout, where), "tnadapt.load(path)"))
+            sparsely = member is not None and not isinstance(member, str)
+            rows = None if content.layout is None else _mapped_rows(file, content.layout, where, sparsely)
+        if rows is None and member is not None:
+            raise FileError(NO_MEMBERS)
+        if rows is not None and member is None:
+            raise FileError(several(rows))
         _check_draws(content, check_draws, like)
-        return content.adapter
+        if rows is None or member is None:
+            return content.adapter
+        number = numbers_of(population_of_rows(content.adapter, rows), [member], "member")
+        return population_of_rows(content.adapter, rows.selected(number))[0]
 
 
-def refuse_population(argument: str, value: Any) -> None:
-    """Raise FileError if an argument for an adapter is a population."""
-    if isinstance(value, PopulationFile):
-        raise FileError(f"{argument} {_several(rows_of(value), argument)}")
+def chosen_member(argument: str, adapter: AdapterFile | PopulationFile, member: int | str | None) -> AdapterFile:
+    """Return an adapter, or the member that is chosen of a population; raise FileError for one without the other."""
+    if isinstance(adapter, PopulationFile):
+        if member is None:
+            raise FileError(f"{argument} {several(rows_of(adapter))}")
+        (number,) = numbers_of(adapter, [member], "member")
+        return adapter[number]
+    if member is not None:
+        raise FileError(f"{argument} {NO_MEMBERS}")
+    return adapter
 
 
-def _several(rows: MemberRows, expression: str) -> str:
+def several(rows: MemberRows) -> str:
     """Return what is wrong with a population in the place of an adapter, and how to give one of its members."""
-    first = rows.selected([0]).names()[0]
     return (
-        f"is a population of {len(rows):,} member{'s' * (len(rows) != 1)}, and one adapter is expected: name a member, "
-        f"such as {expression}[{0 if first is None else first!r}]"
+        f"is a population of {len(rows):,} member{'s' * (len(rows) != 1)}, and one adapter is expected: give "
+        f"{example_of(rows)}"
     )
+
+
+def example_of(rows: MemberRows) -> str:
+    """Return how to give one of the members."""
+    first = rows.selected([0]).names()[0] or 0
+    return f"one of them, such as member={first!r} (--member {shlex.quote(str(first))})"
 
 
 def population_of(file: container.Container, path: str) -> PopulationFile:

@@ -439,7 +439,7 @@ class PopulationFile:
         number = self._numbers([which], "which")[0]
         with self._rows.error_context():
             row = np.frombuffer(bytearray(self._rows.row(number)), np.uint8)
-        return _with_arrays(self.shared, self._rows.layout.unpack(row))
+        return with_arrays(self.shared, self._rows.layout.unpack(row))
 
     @property
     def names(self) -> list[str | None]:
@@ -562,10 +562,10 @@ def layout_of(shared: AdapterFile, names: Sequence[str | None]) -> RowLayout:
 
 
 def _without_numbers(member: AdapterFile) -> AdapterFile:
-    return _with_arrays(member, {name: np.zeros_like(array) for name, array in member.arrays.items()})
+    return with_arrays(member, {name: np.zeros_like(array) for name, array in member.arrays.items()})
 
 
-def _with_arrays(file: AdapterFile, arrays: dict[str, np.ndarray]) -> AdapterFile:
+def with_arrays(file: AdapterFile, arrays: Mapping[str, np.ndarray]) -> AdapterFile:
     """Return an adapter with other arrays of the same names, shapes and dtype."""
     _ = file.plan, file._digests  # computed once, and then shared by the copies
     member = copy.copy(file)

@@ -14,7 +14,18 @@ import tnadapt
 from tnadapt.errors import TnadaptError, pluralize
 from tnadapt.report import TextTable
 
-from ._options import AsJson, ConfigFile, OwnSettings, Targets, chosen_config, option, preset_option, targets_of
+from ._options import (
+    AsJson,
+    ConfigFile,
+    Member,
+    OwnSettings,
+    Targets,
+    chosen_config,
+    member_of,
+    option,
+    preset_option,
+    targets_of,
+)
 from .terminal import cell, echo, echo_json, echo_table, stoppable
 
 # -- Bytes for humans --------------------------------------------------------------------------------------------------
@@ -54,6 +65,7 @@ def merge_command(
     out: Annotated[
         Path, typer.Option("--out", "-o", help="The output: a folder, or a file if BASE is a file.", show_default=False)
     ],
+    member: Member = None,
     overwrite: Annotated[
         bool,
         typer.Option(
@@ -76,7 +88,10 @@ def merge_command(
     Exit code: 0; 2 if the merge is not possible, with OUT unchanged; 130 after Ctrl-C.
     """
     with stoppable(f"{out} is unchanged or complete; the same command resumes"), tnadapt.ProgressBar("merging") as bar:
-        report = tnadapt.merge(base, adapter, out, overwrite=overwrite, check_base=check_base, progress=bar.counts)
+        report = tnadapt.merge(
+            base, adapter, out, member=member_of(adapter, member), overwrite=overwrite, check_base=check_base,
+            progress=bar.counts,
+        )  # fmt: skip
     if as_json:
         echo_json(report.to_dict())
     else:

@@ -19,6 +19,7 @@ from tnadapt.checkpoints.adapter_file import AdapterFile
 from tnadapt.checkpoints.checkpoint import gguf_place
 from tnadapt.checkpoints.container import file_error_context
 from tnadapt.checkpoints.fingerprint import Fingerprint
+from tnadapt.checkpoints.population_file import PopulationFile
 from tnadapt.checkpoints.pretrained_model import Pretrained
 from tnadapt.checkpoints.stored_weights import ModuleNames
 from tnadapt.errors import ConfigError, FileError, TargetError, safe_repr, summarize
@@ -49,6 +50,7 @@ def load(
     path: str | os.PathLike[str],
     name: str = "default",
     *,
+    member: int | str | None = None,
     check_base: bool = True,
     untie: bool = False,
     keep_tied: bool = False,
@@ -66,6 +68,8 @@ def load(
         A file that :meth:`Adapter.save` or :func:`tnadapt.save` wrote.
     name : str
         Name of the adapter on this model.
+    member : int or str, optional
+        Of a population's file, the number or name of the member to load.
     check_base : bool
         Whether the model's weights must be those that it was trained on. False allows another model whose weights have
         the same shapes.
@@ -117,8 +121,8 @@ def load(
     368
     """
     return attach_file(
-        model, adapter_format.load_single(path), path, name, check_base, dtype, untie=untie, keep_tied=keep_tied,
-        detach_norm=detach_norm, dropout=dropout,
+        model, adapter_format.load_single(path, member=member), path, name, check_base, dtype, untie=untie,
+        keep_tied=keep_tied, detach_norm=detach_norm, dropout=dropout,
     )  # fmt: skip
 
 
@@ -189,6 +193,7 @@ def from_pretrained(
     folder: str | os.PathLike[str],
     name: str = "default",
     *,
+    member: int | str | None = None,
     check_base: bool = True,
     untie: bool = False,
     keep_tied: bool = False,
@@ -204,8 +209,8 @@ def from_pretrained(
     """
     path = saving.adapter_path(folder, revision, token)
     return load(
-        model, path, name, check_base=check_base, untie=untie, keep_tied=keep_tied, detach_norm=detach_norm,
-        dropout=dropout, dtype=dtype,
+        model, path, name, member=member, check_base=check_base, untie=untie, keep_tied=keep_tied,
+        detach_norm=detach_norm, dropout=dropout, dtype=dtype,
     )  # fmt: skip
 
 
@@ -300,6 +305,7 @@ def _base(model: nn.Module, targets: list[Target], expected: Fingerprint | None)
 def load_pretrained(
     where: str | os.PathLike[str],
     *,
+    member: int | str | None = None,
     base: str | os.PathLike[str] | nn.Module | None = None,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
@@ -319,6 +325,8 @@ def load_pretrained(
     where : path-like or str
         A folder that :meth:`Adapter.save_pretrained` wrote, a file that :meth:`Adapter.save` wrote, or the name of a
         repository on the hub.
+    member : int or str, optional
+        As in :func:`load`.
     base : path-like, str or Module, optional
         The base to use instead of the recorded one: a folder, a GGUF file, a name on the hub, or a model, which is
         changed in place.
@@ -374,7 +382,7 @@ def load_pretrained(
     if device is not None:
         _check_usable(device)
     path = saving.adapter_path(where, revision, token)
-    file = adapter_format.load_single(path)
+    file = adapter_format.load_single(path, member=member)
     with file_error_context(os.fsdecode(path)):
         about = _about(file, base)
         if isinstance(base, nn.Module):
@@ -437,7 +445,8 @@ def load_processor(
     [2, 6, 5, 3]
     """
     path = saving.adapter_path(where, revision, token)
-    about = adapter_format.load_single(path, check_draws=False).pretrained
+    file = adapter_format.load(path, check_draws=False)
+    about = (file.shared if isinstance(file, PopulationFile) else file).pretrained
     with file_error_context(os.fsdecode(path)):
         if about is None:
             raise FileError("it does not say what its base model is: load its tokenizer or processor yourself")

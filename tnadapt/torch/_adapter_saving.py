@@ -175,10 +175,10 @@ def is_writer() -> bool:
     return not distributed or torch.distributed.get_rank() == 0
 
 
-def swap(adapter: AdapterState, path: str | os.PathLike[str]) -> None:
+def swap(adapter: AdapterState, path: str | os.PathLike[str], member: int | str | None = None) -> None:
     """Load another adapter's arrays in place; see :meth:`Adapter.swap`."""
     need_attached(adapter)
-    file = adapter_format.load_single(path, like=adapter.plan.file_plan)
+    file = adapter_format.load_single(path, like=adapter.plan.file_plan, member=member)
     with file_error_context(os.fsdecode(path)):
         check_same(adapter, file)
         check_kept(adapter.model, file)
@@ -654,7 +654,7 @@ class AdapterFiles:
         return str(commit.commit_url)
 
     @checks_arguments
-    def swap(self, path: str | os.PathLike[str]) -> None:
+    def swap(self, path: str | os.PathLike[str], member: int | str | None = None) -> None:
         """Load the arrays of another adapter's file, of the same config and targets, in place without recompiling.
 
         Raises
@@ -662,5 +662,5 @@ class AdapterFiles:
         FileError
             If the file does not fit; nothing is changed.
         """
-        swap(self._state, path)
+        swap(self._state, path, member)
         _log.info("swapped the arrays of %r for those in %s", self, escaped(str(path)))
