@@ -37,6 +37,8 @@ PREFIX = "tnadapt_"
 DOT = "%2E"
 #: Prefix of the attributes of a state that are its mixing weight on a device.
 _WEIGHT_ON = "weight on "
+#: Prefix of the attributes of a population's members that are the active one's number on a device.
+_INDEX_ON = "index on "
 #: The model's attribute that holds the states of its adapters by name.
 ADAPTERS_ATTR = "_tnadapt_adapters"
 #: Runs a patched forward, with its arguments and keywords, where rows have different adapters.
@@ -260,14 +262,21 @@ class AdapterState:
 
     @property
     def acting(self) -> AdapterState:
-        """The member of a population that acts on all rows, if one does; else the state itself."""
-        return self if self.members is None or self.members.active is None else self.members.active
+        """The member of a population that acts on all rows, if one does; else the state itself, as in programs."""
+        # A compiled program reads which member is active from a tensor, and has one cache for all.
+        if self.members is None or self.members.active is None or torch.compiler.is_compiling():
+            return self
+        return self.members.active
 
     def array_of(self, name: str) -> Tensor:
         """Return an array by its name in the plan, as the model has it at this moment."""
-        if self.members is not None:
+        parameter = cast(Tensor, self.owner._parameters[self.parameter_names[name]])
+        if self.members is None:
+            return parameter
+        if self.members.active is None or not torch.compiler.is_compiling():
             raise unnamed_member(self)
-        return cast(Tensor, self.owner._parameters[self.parameter_names[name]])
+        index = getattr(self.members, self.members.index_name(str(parameter.device)))
+        return parameter.index_select(0, index).squeeze(0)
 
     def clear_cache(self) -> None:
         """Discard all cached updates."""
@@ -369,13 +378,33 @@ class Members:
                     several[name][number] = torch.from_numpy(array)
         return several
 
+    def activate(self, state: MemberState) -> None:
+        """Let a member act on all rows."""
+        self.active = state
+        for name, index in list(self.__dict__.items()):
+            if name.startswith(_INDEX_ON):
+                index.fill_(state.number)
+
+    def index_name(self, device: str) -> str:
+        """Return the name of the attribute that is the active member's number on a device: see ``weight_name``."""
+        name = f"{_INDEX_ON}{device}"
+        if name not in self.__dict__:
+            assert self.active is not None
+            with torch.inference_mode(False):
+                self.__dict__[name] = torch.tensor([self.active.number], device=device)
+        return name
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_states": None}
+        state = {name: value for name, value in self.__dict__.items() if not name.startswith(_INDEX_ON)}
+        return {**state, "_states": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _states=weakref.WeakValueDictionary())
         if self.active is not None:
             self._states[self.active.number] = self.active
+
+
+constant_result(Members.index_name)
 
 
 class MemberState(AdapterState):
