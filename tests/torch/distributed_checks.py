@@ -212,6 +212,26 @@ def new_arrays_stay() -> None:
                 assert (parameter.grad is not None) == chosen, f"{name} has a gradient, with {word} chosen"
 
 
+def arrays_stay_readable(folder: Path) -> None:
+    """Those that were read or saved after a forward pass, when torch still has gathered parameters."""
+    job = Job("fsdp2", "lora")
+    model, adapter = stirred(job)
+    expected = {name: array.detach().clone() for name, array in adapter.arrays().items()}
+    running = spread(job, model)
+    outputs(running)
+    arrays = adapter.arrays()
+    adapter.load_arrays(other_arrays(adapter, 2))
+    same_arrays(arrays, expected)
+    outputs(running)
+    adapter.save(folder / "other")
+    dist.barrier()
+    adapter.load_arrays(arrays)
+    same_arrays(adapter.arrays(), expected)
+    adapter.swap(folder / "other")
+    outputs(running)
+    same_arrays(adapter.arrays(), other_arrays(adapter, 2))
+
+
 def compiled() -> None:
     for how in ("ddp", "fsdp2"):
         job = Job(how)
@@ -227,6 +247,6 @@ CHECKS: dict[str, Callable[..., None]] = {
     check.__name__: check
     for check in (
         a_sharded_adapter_acts_as_a_whole_one, from_the_meta_device, process_zero_may_save_alone, half_precision_blocks,
-        state_saved_and_resumed, new_arrays_stay, compiled,
+        state_saved_and_resumed, new_arrays_stay, arrays_stay_readable, compiled,
     )
 }  # fmt: skip

@@ -598,6 +598,7 @@ def _parameters(state: AdapterState, names: Sequence[str]) -> list[Tensor]:
 
 def full_arrays(state: AdapterState) -> dict[str, Tensor]:
     """Return all parameters by the names of their arrays; sharded ones are gathered (every process must call)."""
+    reshard(state.model, state.owner)  # the memory of what FSDP2 has gathered is freed while the caller has the arrays
     return {name: gather_full(parameter) for name, parameter in named_parameters(state)}
 
 
