@@ -26,7 +26,7 @@ from tnadapt.checkpoints.pretrained_model import Pretrained
 from tnadapt.errors import ConfigError, ShapeError, TargetError, warn
 from tnadapt.targets.target import Target
 
-from ._delta import ArrayCache, DeltaCache, ThetaArrays, gather_full, reshard
+from ._delta import ArrayCache, DeltaCache, ThetaArrays, gather_full, is_sharded, reshard
 
 # -- The state, and where a model keeps it -----------------------------------------------------------------------------
 
@@ -489,6 +489,15 @@ class MemberState(AdapterState):
         """Return the member's part of an array as a view, to which numbers can be written."""
         return self._parameter(name)[self.number]
 
+    def pair(self, name: str, array: Any) -> tuple[nn.Parameter, Any]:
+        """Pair the member's part of an array with its new value; of a sharded one, all members with theirs."""
+        parameter = self._parameter(name)
+        if not is_sharded(parameter):
+            return cast(nn.Parameter, parameter[self.number]), array
+        several = gather_full(parameter).detach().clone()
+        several[self.number] = torch.as_tensor(array, dtype=several.dtype, device=several.device)
+        return cast(nn.Parameter, parameter), several
+
     def _parameter(self, name: str) -> Tensor:
         return cast(Tensor, self._whole.owner._parameters[self._whole.parameter_names[name]])
 
@@ -630,6 +639,8 @@ def pairs(state: AdapterState, arrays: Mapping[str, Any]) -> list[tuple[nn.Param
     """Pair each parameter with its new value, in its unit; names and shapes are known to fit."""
     need_unmerged(state, "new arrays")
     reshard(state.model, state.owner)
+    if isinstance(state, MemberState):
+        return [state.pair(name, arrays[name]) for name in state.parameter_names if name in arrays]
     return [(parameter, arrays[name]) for name, parameter in named_parameters(state) if name in arrays]
 
 
