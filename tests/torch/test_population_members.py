@@ -349,6 +349,17 @@ def test_a_given_start_is_one_for_all() -> None:
     given = {"group0.split0.factor0": torch.ones(WIDTH, 2)}
     with pytest.raises(tna.ConfigError, match=r"start from the same given arrays: call start_from\(\) of the pop"):
         adapters[1].start_from(given)
+    for strategy in ("weight", "factored"):
+        other = tt.attach(small(), P.lora(2, start="given"), ["head"], population=3, strategy=strategy)
+        single_one = tt.attach(small(), P.lora(2, start="given"), ["head"], strategy=strategy)
+        other[1].activate()
+        assert torch.equal(run(other.model), run(small()))
+        for handle in (other, single_one):
+            handle.start_from({"group0.split0.factor0": torch.ones(3, 2)})
+        assert other[1].plan is other.plan
+        stirred(other)
+        single_one.load_arrays(other[1].arrays())
+        assert torch.equal(run(other.model), run(single_one.model))
     for handle in (adapters, alone):
         handle.start_from(given)
     for number in range(3):

@@ -378,6 +378,14 @@ class Members:
                     several[name][number] = torch.from_numpy(array)
         return several
 
+    def renew(self, plan: SuperLoRA) -> None:
+        """Discard what depends on the plan: the population has another one."""
+        self.factorings.clear()
+        for state in list(self._states.values()):
+            state.renew()
+            if state.handle is not None:
+                state.handle.plan = plan.file_plan
+
     def activate(self, state: MemberState) -> None:
         """Let a member act on all rows."""
         self.active = state
@@ -426,6 +434,12 @@ class MemberState(AdapterState):
     def _forget(self) -> None:
         self._slots: dict[AdapterSlot, AdapterSlot] = {}
         self._views: dict[str, tuple[Tensor, int, Tensor]] = {}
+
+    def renew(self) -> None:
+        """Discard all that is made on first use."""
+        self._forget()
+        for name in ("cache", "quotients", "made"):
+            self.__dict__.pop(name, None)
 
     def __getattr__(self, name: str) -> Any:
         if name not in MemberState._ALONE:
