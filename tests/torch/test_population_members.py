@@ -342,6 +342,15 @@ def test_the_arrays_that_are_trained(seeds: str, arrays: str) -> None:
 
 
 @pytest.mark.law("member-starts")
+def test_seeds_of_several_configs_and_beyond_the_largest() -> None:
+    parts = {"q": P.lora(2, seed=3), "v": P.lora(2, seed=2**64 - 1)}
+    adapters = tt.attach(small(), parts, population=3, seeds="each")
+    for number in range(3):
+        alone = {key: part.replace(seed=(part.seed + number) % 2**64) for key, part in parts.items()}
+        assert equal(numbers(adapters[number]), numbers(tt.attach(small(), alone)))
+
+
+@pytest.mark.law("member-starts")
 def test_a_given_start_is_one_for_all() -> None:
     model = small()
     adapters = tt.attach(model, P.lora(2, start="given"), population=3)

@@ -365,16 +365,14 @@ class Members:
             state = self._states[number] = MemberState(whole, number)
         return state
 
-    def initial(
-        self, arrays: Mapping[str, Any], seed: int, drawn: Callable[[int], dict[str, Any]]
-    ) -> dict[str, Tensor]:
-        """Return the initial arrays of all members from those of one; ``drawn(seed)`` returns the random ones."""
+    def initial(self, arrays: Mapping[str, Any], drawn: Callable[[int], dict[str, Any]]) -> dict[str, Tensor]:
+        """Return the initial arrays of all members from those of one; ``drawn(k)`` returns the random ones of k."""
         several = {
             name: torch.as_tensor(array).expand(self.count, *array.shape).clone() for name, array in arrays.items()
         }
         if self.seeds == "each":
             for number in range(1, self.count):
-                for name, array in drawn(seed + number).items():
+                for name, array in drawn(number).items():
                     several[name][number] = torch.from_numpy(array)
         return several
 
@@ -629,12 +627,12 @@ def initial_arrays(
     state: AdapterState, arrays: Mapping[str, Any], drawn: Callable[[int], dict[str, Any]]
 ) -> Mapping[str, Any]:
     """Return initial arrays as an adapter has them: a population those of all members, a member with its own draws."""
-    members, seed = state.members, state.plan.config.seed
+    members = state.members
     if members is None:
         return arrays
     if not isinstance(state, MemberState):
-        return members.initial(arrays, seed, drawn)
-    return {**arrays, **drawn(seed + state.number)} if members.seeds == "each" and state.number else arrays
+        return members.initial(arrays, drawn)
+    return {**arrays, **drawn(state.number)} if members.seeds == "each" and state.number else arrays
 
 
 def checked_pairs(state: AdapterState, arrays: Mapping[str, Any]) -> list[tuple[nn.Parameter, Any]]:
