@@ -510,24 +510,45 @@ def test_gradients_by_torch_func(config: str) -> None:
 
 @pytest.mark.slow
 @compiles_whole
+# Of torch's compiler, about the inputs of the parts of a program.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @pytest.mark.parametrize("config", ["lora", "superlora", "theta"])
 def test_a_compiled_model_runs_adapted_layers_outside_of_its_program(config: str) -> None:
-    """Correct with any members and gradients, without recompiling for other members or another active one."""
+    """Correct with any members and gradients, without recompiling for other members."""
     torch._dynamo.reset()
     pair = pair_of(SideBySide([(12, 16), (4, 16)]), 4, CONFIGS[config][0], "all-linear")
     x = Batch(4, INDEX).x(16)
     program = torch.compile(pair.model, backend="aot_eager")
     compiled = pair._replace(model=program)
-    pair.population[1].activate()
-    torch.testing.assert_close(program(x), alone(pair, [1] * 4, x).y)
     counts = []
     for index in (INDEX, [3, 3, None, None], [1] * 4):
         assert_same(by_members(compiled, index, x), alone(pair, index, x), index)
         counts.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     assert counts[0] == counts[-1]
-    for number in (1, 2):
+    pair.population[1].activate()
+    torch.testing.assert_close(program(x), alone(pair, [1] * 4, x).y)
+
+
+@pytest.mark.slow
+@pytest.mark.law("compile")
+@compiles_whole
+@pytest.mark.parametrize("config", CONFIGS)
+def test_a_model_is_compiled_once_for_whichever_member_is_active(config: str) -> None:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    pair = pair_of(SideBySide([(12, 16), (4, 16)]), 12, CONFIGS[config][0], "all-linear", **CONFIGS[config][1])
+    x, parameters = Batch(4, INDEX).x(16), list(pair.population.parameters())
+    program = torch.compile(pair.model, backend="aot_eager", fullgraph=True)
+    for number in range(12):
         pair.population[number].activate()
-        torch.testing.assert_close(program(x), alone(pair, [number] * 4, x).y)
+        y = program(x)
+        gradients = torch.autograd.grad(y.square().sum(), parameters)
+        expected = alone(pair, [number] * 4, x)
+        assert_same(Pass(y, expected.x, list(gradients)), expected, [number])
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    duplicate = copy.deepcopy(pair.model)
+    y = torch.compile(duplicate, backend="aot_eager", fullgraph=True)(x)
+    torch.testing.assert_close(y, expected.y)
 
 
 # -- Language models -----------------------------------------------------------------------------

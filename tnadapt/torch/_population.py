@@ -267,7 +267,7 @@ class Member(Adapter):
     def activate(self) -> None:
         """Let this member act on all rows of passes outside of ``with members(...)``, and deactivate other adapters."""
         _registry.mix(self.model, {self._state.name: 1.0})
-        self._members.active = cast(MemberState, self._state)
+        self._members.activate(cast(MemberState, self._state))
 
     @checks_arguments
     def merge(self, max_error: float | None = None) -> None:

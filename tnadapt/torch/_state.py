@@ -27,7 +27,7 @@ from tnadapt.checkpoints.pretrained_model import Pretrained
 from tnadapt.errors import ConfigError, ShapeError, TargetError, warn
 from tnadapt.targets.target import Target
 
-from ._delta import ArrayCache, DeltaCache, ThetaArrays, backward_number, gather_full, reshard
+from ._delta import ArrayCache, DeltaCache, ThetaArrays, backward_number, gather_full, is_sharded, reshard
 
 # -- The state, and where a model keeps it -----------------------------------------------------------------------------
 
@@ -38,6 +38,8 @@ PREFIX = "tnadapt_"
 DOT = "%2E"
 #: Prefix of the attributes of a state that are its mixing weight on a device.
 _WEIGHT_ON = "weight on "
+#: Prefix of the attributes of a population's members that are the active one's number on a device.
+_INDEX_ON = "index on "
 #: The model's attribute that holds the states of its adapters by name.
 ADAPTERS_ATTR = "_tnadapt_adapters"
 #: Runs a patched forward, with its arguments and keywords, where rows have different adapters.
@@ -261,14 +263,21 @@ class AdapterState:
 
     @property
     def acting(self) -> AdapterState:
-        """The member of a population that acts on all rows, if one does; else the state itself."""
-        return self if self.members is None or self.members.active is None else self.members.active
+        """The member of a population that acts on all rows, if one does; else the state itself, as in programs."""
+        # A compiled program reads which member is active from a tensor, and has one cache for all.
+        if self.members is None or self.members.active is None or torch.compiler.is_compiling():
+            return self
+        return self.members.active
 
     def array_of(self, name: str) -> Tensor:
         """Return an array by its name in the plan, as the model has it at this moment."""
-        if self.members is not None:
+        parameter = cast(Tensor, self.owner._parameters[self.parameter_names[name]])
+        if self.members is None:
+            return parameter
+        if self.members.active is None or not torch.compiler.is_compiling():
             raise unnamed_member(self)
-        return cast(Tensor, self.owner._parameters[self.parameter_names[name]])
+        index = getattr(self.members, self.members.index_name(str(parameter.device)))
+        return parameter.index_select(0, index).squeeze(0)
 
     def clear_cache(self) -> None:
         """Discard all cached updates."""
@@ -364,26 +373,52 @@ class Members:
             state = self._states[number] = MemberState(whole, number)
         return state
 
-    def initial(
-        self, arrays: Mapping[str, Any], seed: int, drawn: Callable[[int], dict[str, Any]]
-    ) -> dict[str, Tensor]:
-        """Return the initial arrays of all members from those of one; ``drawn(seed)`` returns the random ones."""
+    def initial(self, arrays: Mapping[str, Any], drawn: Callable[[int], dict[str, Any]]) -> dict[str, Tensor]:
+        """Return the initial arrays of all members from those of one; ``drawn(k)`` returns the random ones of k."""
         several = {
             name: torch.as_tensor(array).expand(self.count, *array.shape).clone() for name, array in arrays.items()
         }
         if self.seeds == "each":
             for number in range(1, self.count):
-                for name, array in drawn(seed + number).items():
+                for name, array in drawn(number).items():
                     several[name][number] = torch.from_numpy(array)
         return several
 
+    def renew(self, plan: SuperLoRA) -> None:
+        """Discard what depends on the plan: the population has another one."""
+        self.factorings.clear()
+        for state in list(self._states.values()):
+            state.renew()
+            if state.handle is not None:
+                state.handle.plan = plan.file_plan
+
+    def activate(self, state: MemberState) -> None:
+        """Let a member act on all rows."""
+        self.active = state
+        for name, index in list(self.__dict__.items()):
+            if name.startswith(_INDEX_ON):
+                index.fill_(state.number)
+
+    def index_name(self, device: str) -> str:
+        """Return the name of the attribute that is the active member's number on a device: see ``weight_name``."""
+        name = f"{_INDEX_ON}{device}"
+        if name not in self.__dict__:
+            assert self.active is not None
+            with torch.inference_mode(False):
+                self.__dict__[name] = torch.tensor([self.active.number], device=device)
+        return name
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_states": None}
+        state = {name: value for name, value in self.__dict__.items() if not name.startswith(_INDEX_ON)}
+        return {**state, "_states": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _states=weakref.WeakValueDictionary())
         if self.active is not None:
             self._states[self.active.number] = self.active
+
+
+constant_result(Members.index_name)
 
 
 class MemberState(AdapterState):
@@ -405,6 +440,12 @@ class MemberState(AdapterState):
     def _forget(self) -> None:
         self._slots: dict[AdapterSlot, AdapterSlot] = {}
         self._views: dict[str, tuple[Tensor, int, Tensor]] = {}
+
+    def renew(self) -> None:
+        """Discard all that is made on first use."""
+        self._forget()
+        for name in ("cache", "quotients", "made"):
+            self.__dict__.pop(name, None)
 
     def __getattr__(self, name: str) -> Any:
         if name not in MemberState._ALONE:
@@ -468,6 +509,15 @@ class MemberState(AdapterState):
     def view(self, name: str) -> Tensor:
         """Return the member's part of an array as a view, to which numbers can be written."""
         return self._parameter(name)[self.number]
+
+    def pair(self, name: str, array: Any) -> tuple[nn.Parameter, Any]:
+        """Pair the member's part of an array with its new value; of a sharded one, all members with theirs."""
+        parameter = self._parameter(name)
+        if not is_sharded(parameter):
+            return cast(nn.Parameter, parameter[self.number]), array
+        several = gather_full(parameter).detach().clone()
+        several[self.number] = torch.as_tensor(array, dtype=several.dtype, device=several.device)
+        return cast(nn.Parameter, parameter), several
 
     def _parameter(self, name: str) -> Tensor:
         return cast(Tensor, self._whole.owner._parameters[self._whole.parameter_names[name]])
@@ -578,6 +628,7 @@ def _parameters(state: AdapterState, names: Sequence[str]) -> list[Tensor]:
 
 def full_arrays(state: AdapterState) -> dict[str, Tensor]:
     """Return all parameters by the names of their arrays; sharded ones are gathered (every process must call)."""
+    reshard(state.model, state.owner)  # the memory of what FSDP2 has gathered is freed while the caller has the arrays
     return {name: gather_full(parameter) for name, parameter in named_parameters(state)}
 
 
@@ -585,12 +636,12 @@ def initial_arrays(
     state: AdapterState, arrays: Mapping[str, Any], drawn: Callable[[int], dict[str, Any]]
 ) -> Mapping[str, Any]:
     """Return initial arrays as an adapter has them: a population those of all members, a member with its own draws."""
-    members, seed = state.members, state.plan.config.seed
+    members = state.members
     if members is None:
         return arrays
     if not isinstance(state, MemberState):
-        return members.initial(arrays, seed, drawn)
-    return {**arrays, **drawn(seed + state.number)} if members.seeds == "each" and state.number else arrays
+        return members.initial(arrays, drawn)
+    return {**arrays, **drawn(state.number)} if members.seeds == "each" and state.number else arrays
 
 
 def checked_pairs(state: AdapterState, arrays: Mapping[str, Any]) -> list[tuple[nn.Parameter, Any]]:
@@ -609,6 +660,8 @@ def pairs(state: AdapterState, arrays: Mapping[str, Any]) -> list[tuple[nn.Param
     """Pair each parameter with its new value, in its unit; names and shapes are known to fit."""
     need_unmerged(state, "new arrays")
     reshard(state.model, state.owner)
+    if isinstance(state, MemberState):
+        return [state.pair(name, arrays[name]) for name in state.parameter_names if name in arrays]
     return [(parameter, arrays[name]) for name, parameter in named_parameters(state) if name in arrays]
 
 
