@@ -243,9 +243,9 @@ def test_a_member_is_read_without_the_others(tmp_path: Path) -> None:
         (3, "members must be a sequence of integers or strings or None; got 3"),
         ("ann", "members must be a sequence of integers or strings or None; got 'ann'"),
         ([], "members is empty: give the number or name of at least one"),
-        (["bob"], "there is no member 'bob'; the names are 'ann', 'größe 7', 'user-0000000000000001'; "),
-        ([""], "there is no member ''"),
-        (["a\ud800"], "there is no member 'a\\ud800'"),
+        (["bob"], "members has 'bob', which is no member; the names are 'ann', 'größe 7', 'user-0000000000000001'; "),
+        ([""], "members has '', which is no member"),
+        (["a\ud800"], "members has 'a\\ud800', which is no member"),
         ([1, 1], "members has member 1 twice; name each once"),
         ([0, "ann"], "members has member 0 twice, as 0 and 'ann'; name each once"),
     ],
@@ -263,7 +263,7 @@ def test_members_that_are_not_there(tmp_path: Path, which: Any, why: str) -> Non
     [
         (4, "which must be from 0 to 3; got 4"), (-1, "which must be from 0 to 3; got -1"),
         (True, "which must be an integer or a name; got True"), (1.5, "which must be an integer or a name; got 1.5"),
-        ("bob", "there is no member 'bob'; the members have no names; numbers are from 0 to 3"),
+        ("bob", "which has 'bob', which is no member; the members have no names; numbers are from 0 to 3"),
         (slice(2), "which must be an integer or a name; got slice"),
     ],
 )  # fmt: skip
@@ -374,7 +374,8 @@ def test_an_adapter_is_expected(tmp_path: Path) -> None:
     tna.save(alone, population[1])
     why = "is a population of 4 members, and one adapter is expected: give one of them, such as "
     nobody = (
-        "there is no member 'bob'; the names are 'ann', 'größe 7', 'user-0000000000000001'; numbers are from 0 to 3"
+        "member has 'bob', which is no member; the names are 'ann', 'größe 7', 'user-0000000000000001'; numbers are "
+        "from 0 to 3"
     )
     single = "has one adapter, and no members: leave out member= (--member)"
     for adapter, which, message in (
@@ -398,7 +399,7 @@ def test_an_adapter_is_expected(tmp_path: Path) -> None:
         assert (out.read_bytes() == expected) == (which == 1)
 
 
-def test_a_model_takes_one_adapter(tmp_path: Path) -> None:
+def test_an_adapter_takes_one_member(tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
     import tnadapt.torch as tnt
 
@@ -415,9 +416,6 @@ def test_a_model_takes_one_adapter(tmp_path: Path) -> None:
     adapter.save(tmp_path / "swapped.safetensors")
     same_arrays(tna.load(path, members=["bob"]), [tna.load(tmp_path / "swapped.safetensors")])
     adapter.detach()
-    for call in (lambda: tnt.load(model, path), lambda: tnt.load_pretrained(path)):
-        with pytest.raises(FileError, match=why):
-            call()
     with pytest.raises(FileError, match="it does not say what its base model is"):
         tnt.load_processor(path)  # which is the same for all members
     path = path.rename(tmp_path / "adapter.safetensors")

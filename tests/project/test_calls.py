@@ -234,9 +234,10 @@ CALLED_BY_THE_LIBRARY = {
     "decomposition.Fit", "decomposition.FitReport", "decomposition.FoundRank", "decomposition.GroupReport",
     "decomposition.Limits", "decomposition.Step", "planning.Name", "planning.Plan", "planning.PresetCall",
     "planning.Rank", "planning.Row", "tensors.FitOutcome", "tensors.Decomposed", "torch.RequantizationReport",
-    "torch.RequantizedWeight", "torch.Adapter", "convert.Conversion", "finetune.Outcome", "finetune.Point",
-    "finetune.Method", "finetune.Predictions", "finetune.Task", "finetune.Problem", "sources.Place",
-    "sources.Stream", "sources.Origin", "sources.FrozenArray", "sources.FrozenArrays",
+    "torch.RequantizedWeight", "torch.Adapter", "convert.Conversion", "convert.PopulationConversion",
+    "finetune.Outcome", "finetune.Point", "finetune.Method", "finetune.Predictions", "finetune.Task",
+    "finetune.Problem", "sources.Place", "sources.Stream", "sources.Origin", "sources.FrozenArray",
+    "sources.FrozenArrays",
     # What plug-ins and other packages inherit from, and the functions between the library and them.
     "maps.Space", "maps.Map", "maps.MapSettings", "maps.BroughtMap", "maps.Dft2", "maps.Linear", "maps.LinearV2",
     "maps.Nonlinear",

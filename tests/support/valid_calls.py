@@ -472,6 +472,7 @@ CALLS: dict[str, Arguments] = {
     "torch.adapter_checkpoints": lambda b: {"trainer": b.trainer()},
     "torch.reference_model": lambda b: {"model": b.adapted()},
     "torch.register_quantized": lambda b: {"name": "mine", "cls": _mine(tnt.QuantizedLayer)},
+    "torch.MemberAdamW": lambda b: {"population": b.adapter(population=3), "lr": 0.1, "max_norm": 1.0},
     "torch.Adapter.bake": lambda b: {},
     "torch.Adapter.merge": lambda b: {},
     "torch.Adapter.set_weight": lambda b: {"weight": 0.5},

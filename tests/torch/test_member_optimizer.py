@@ -18,6 +18,7 @@ import hypothesis.strategies as st
 from hypothesis import example, given
 from torch import Tensor, nn
 from torch.optim import AdamW
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from tnadapt import presets
@@ -274,6 +275,17 @@ def test_members_whose_gradients_were_dropped_take_no_step(drop: str) -> None:
     assert changed(before, adapter) == [{1, 2}] * 4
 
 
+def test_gradients_of_zeros_that_no_member_reached_change_nothing() -> None:
+    model, adapter = population()
+    optimizer = MemberAdamW(adapter, weight_decay=0.1, max_norm=1.0)
+    backward(model, adapter, [0, 1], rows_of(0, 0, 2, torch.float64))
+    optimizer.zero_grad(set_to_none=False)
+    before = bits(adapter)
+    optimizer.step()
+    assert changed(before, adapter) == [set()] * 4
+    assert not optimizer.state
+
+
 def test_without_notes_the_members_with_nonzero_gradients_take_a_step() -> None:
     """Gradients that a program computed which notes nothing."""
     _, adapter = population()
@@ -315,6 +327,31 @@ def test_only_members_in_use_have_a_state() -> None:
         one = 2 * 8 * numbers + 8 * len(parameters(adapter))  # two averages, and a count for each array
         assert one * len(used) <= held < one * 2 * len(used)
     assert sorted(optimizer.param_groups[0]["members"].tolist()) == sorted(used)
+
+
+class Recorder(TorchDispatchMode):
+    """Records the operations on tensors of many rows."""
+
+    def __init__(self, rows: int) -> None:
+        super().__init__()
+        self.rows, self.operations = rows, set[str]()
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(isinstance(arg, Tensor) and arg.ndim and len(arg) >= self.rows for arg in args):
+            self.operations.add(operation.overloadpacket.__name__)
+        return operation(*args, **(kwargs or {}))
+
+
+def test_a_step_reads_and_writes_rows_of_its_members_alone() -> None:
+    model, adapter = population(count=1000)
+    optimizer = MemberAdamW(adapter, lr=[0.1] * 1000, weight_decay=0.1, max_norm=1.0)
+    for step in range(2):
+        backward(model, adapter, [5, 700], rows_of(step, 0, 2, torch.float64))
+        with Recorder(1000) as recorder:
+            optimizer.step()
+            optimizer.zero_grad()
+        assert {"index_select", "index_copy_"} <= recorder.operations
+        assert recorder.operations <= {"index_select", "index_copy_", "detach", "new_zeros"}  # those copy no numbers
 
 
 SCHEDULE: Schedule = [[[0, 1]], [[1]], [[2, 0], [1]], [[2]], [[0, 1, 2]], [[0]]]
@@ -519,6 +556,9 @@ def test_trainer_takes_it(tmp_path: Path) -> None:
 # -- Bad input ---------------------------------------------------------------------------------------------------------
 
 
+PARAMS = "params must be parameters of the model, or dicts with 'params', as for an optimizer of torch; got"
+
+
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
@@ -528,6 +568,8 @@ def test_trainer_takes_it(tmp_path: Path) -> None:
         ({"weight_decay": "much"}, ConfigError, "weight_decay must be a number, or one for each member; got 'much'"),
         ({"betas": (0.9, 1.0)}, ConfigError, "betas must be from 0 to below 1; got (0.9, 1.0)"),
         ({"eps": -1e-8}, ConfigError, "eps must be a number from 0; got -1e-08"),
+        ({"params": []}, ConfigError, f"{PARAMS} none"),
+        ({"params": [{"lr": 0.1}]}, ConfigError, f"{PARAMS} [{{'lr': 0.1}}]"),
         ({"max_norm": 0.0}, ConfigError, "max_norm must be a positive number, or None; got 0.0"),
     ],
 )  # fmt: skip

@@ -525,7 +525,7 @@ class PopulationFile:
             if isinstance(which, str):
                 number = next(matches)
                 if number is None:
-                    raise ConfigError(f"there is no member {safe_repr(which)}; {self._known()}")
+                    raise ConfigError(f"{argument} has {safe_repr(which)}, which is no member; {self._known()}")
             else:
                 number = integer(argument, which, 0, len(self) - 1, ConfigError, "or a name")
             if number in numbers:

@@ -7,6 +7,7 @@ import hashlib
 import logging
 import os
 import re
+import threading
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -57,13 +58,15 @@ class _ServedPopulation:
     def __init__(self, path: Path, file: PopulationFile) -> None:
         self.path, self.file = path, file
         self._completed: tuple[list[bytes], AdapterFile] | None = None
+        self._lock = threading.Lock()
 
     def shared(self, base: str | None) -> AdapterFile:
         """Return what the members share, with the arrays that are computed from the base."""
         state = _state_of(base)
-        if self._completed is None or self._completed[0] != state:
-            self._completed = state, _with_base(self.file.shared, self.path, base)
-        return self._completed[1]
+        with self._lock:  # those who wait would compute the same
+            if self._completed is None or self._completed[0] != state:
+                self._completed = state, _with_base(self.file.shared, self.path, base)
+            return self._completed[1]
 
 
 def _is_population(path: Path) -> bool:

@@ -139,7 +139,7 @@ class MemberAdamW(Optimizer):
         #: For each group, the row of the state that each member has in use.
         self._rows: list[dict[int, int]] = []
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(cast(Any, population.parameters() if params is None else params), defaults)
+        super().__init__(_entries(population.parameters() if params is None else params), defaults)
 
     @property
     def _members(self) -> Members:
@@ -247,14 +247,14 @@ class MemberAdamW(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         names = self._names()
-        reached, pieces = self._reached(list(names.values())), list[_Rows]()
+        reached, pieces = self._reached(names), list[_Rows]()
         for number, group in enumerate(self.param_groups):
             trained = [parameter for parameter in group["params"] if parameter.grad is not None]
             _step_whole(group, [parameter for parameter in trained if parameter not in names], self.state)
             for parameter in trained:
-                if parameter in names:
-                    numbers = reached[names[parameter]] or _nonzero(parameter.grad)
-                    places = torch.tensor(numbers, dtype=torch.int64, device=parameter.device)
+                numbers = (reached[parameter] or _nonzero(parameter.grad)) if parameter in names else []
+                if numbers:
+                    places = torch.tensor(numbers, device=parameter.device)
                     gradient = parameter.grad.index_select(0, places)
                     pieces.append(_Rows(number, parameter, numbers, places, gradient))
         if self.max_norm is not None and pieces:
@@ -264,25 +264,24 @@ class MemberAdamW(Optimizer):
         self._forget()
         return loss
 
-    def _reached(self, names: Sequence[str]) -> dict[str, list[int]]:
-        """Return the members that gradients of any process have reached, by the names of the arrays."""
-        touched = {name: sorted(self._members.touched.get(name, ())) for name in names}
+    def _reached(self, names: Mapping[Tensor, str]) -> dict[Tensor, list[int]]:
+        """Return the members that the gradients of parameters have reached, in any process."""
+        touched = {parameter: sorted(self._members.touched.get(name, ())) for parameter, name in names.items()}
         alone = not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(self.process_group) == 1
         if alone or not names:
             return touched
-        device = next(iter(self._names())).device
-        mask = torch.zeros(len(names), self.population.population, dtype=torch.uint8)
-        for row, name in zip(mask, names, strict=True):
-            row[touched[name]] = 1
-        mask = mask.to(device)
+        mask = torch.zeros(len(touched), self.population.population, dtype=torch.uint8)
+        for row, numbers in zip(mask, touched.values(), strict=True):
+            row[numbers] = 1
+        mask = mask.to(next(iter(touched)).device)
         dist.all_reduce(mask, dist.ReduceOp.MAX, group=self.process_group)
-        return {name: row.nonzero().flatten().tolist() for row, name in zip(mask.cpu(), names, strict=True)}
+        return {parameter: row.nonzero().flatten().tolist() for parameter, row in zip(touched, mask.cpu(), strict=True)}
 
     def _step_rows(self, piece: _Rows) -> None:
         """Take the step of AdamW with some members of one parameter, in the order of operations of torch."""
         group, parameter, gradient = self.param_groups[piece.group], piece.parameter, piece.gradient
         state, rows = self._allocated(piece)
-        row_index = torch.tensor(rows, dtype=torch.int64, device=parameter.device)
+        row_index = torch.tensor(rows, device=parameter.device)
         steps = state["step"].numpy()
         steps[rows] += 1
         beta1, beta2 = group["betas"]
@@ -322,6 +321,18 @@ class MemberAdamW(Optimizer):
         return state, [known[number] for number in piece.numbers]
 
 
+def _entries(params: Any) -> list[Any]:
+    entries = list(params)
+    if not entries or not all(
+        isinstance(entry, (Tensor, tuple)) or (isinstance(entry, dict) and "params" in entry) for entry in entries
+    ):
+        raise ConfigError(
+            "params must be parameters of the model, or dicts with 'params', as for an optimizer of torch; got "
+            + (safe_repr(params) if entries else "none")
+        )
+    return entries
+
+
 def _check(betas: Any, eps: Any) -> None:
     if not all(0.0 <= beta < 1.0 for beta in betas):
         raise ConfigError(f"betas must be from 0 to below 1; got {safe_repr(betas)}")
@@ -334,7 +345,7 @@ def _largest(key: str, value: Any, count: int) -> tuple[float, Tensor | None]:
     try:
         host = value.detach().cpu() if isinstance(value, Tensor) else value
         numbers = np.asarray(host, dtype=np.float64)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise ConfigError(f"{key} must be a number, or one for each member; got {safe_repr(value)}") from None
     if not (np.isfinite(numbers).all() and (numbers >= 0).all()):
         raise ConfigError(f"{key} must be finite and not negative; got {safe_repr(value)}")

@@ -159,9 +159,9 @@ class Population(Adapter):
     def __repr__(self) -> str:
         state = "merged" if self.merged else "attached" if self.enabled else "disabled"
         return (
-            f"<tnadapt population {self.name!r}: {pluralize(self.population, 'member')} of {self.num_parameters:,} "
-            f"parameters for {pluralize(len(self.targets), 'weight')} of {type(self.model).__name__}, {state}, weight "
-            f"{self.weight:g}>"
+            f"<tnadapt population {self.name!r}: {self.population:,} member{'s' * (self.population != 1)} of "
+            f"{self.num_parameters:,} parameters for {pluralize(len(self.targets), 'weight')} of "
+            f"{type(self.model).__name__}, {state}, weight {self.weight:g}>"
         )
 
     @contextlib.contextmanager
