@@ -230,6 +230,20 @@ def test_the_active_member_takes_a_step() -> None:
     assert changed(before, adapter) == [{2}] * 4
 
 
+def test_the_active_member_takes_its_steps_with_members_of_batches() -> None:
+    """Each step writes to the parameters, of which the active member's arrays are views."""
+    model, adapter = population()
+    adapter[2].activate()
+    optimizer = MemberAdamW(adapter, weight_decay=0.1)
+    for step in range(3):
+        before = bits(adapter)
+        model(rows_of(step, 0, 2, torch.float64)).square().sum().backward()
+        backward(model, adapter, [0], rows_of(step, 1, 1, torch.float64))
+        optimizer.step()
+        optimizer.zero_grad()
+        assert changed(before, adapter) == [{0, 2}] * 4
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_members_of_checkpointed_passes_take_a_step(reentrant: bool) -> None:
     model, adapter = population()

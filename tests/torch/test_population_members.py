@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 import tnadapt as tna
 import tnadapt.torch as tt
 from tests.support.array_presets import P
+from tnadapt.torch._state import MemberState
 
 from .loops import bits, same
 from .small import WIDTH, batch, small, stir
@@ -84,6 +86,66 @@ def test_the_active_member_acts_on_all_rows(config: str) -> None:
         assert torch.equal(run(model), run(small()))
     adapters.set_weight(0.0)
     assert torch.equal(run(model), run(small()))
+
+
+@configs
+@pytest.mark.parametrize("storage", ["another", "another part"])
+def test_the_active_member_follows_parameters_to_other_memory(config: str, storage: str) -> None:
+    """Sharding and offloading exchange the memory of parameters, also for other parts of one buffer."""
+    model, adapters = population(config)
+    adapters[2].activate()
+    for parameter in adapters.parameters():
+        parameter.data = torch.stack([parameter.data, 0.5 * parameter.data])[0]
+    before = model(batch(size=4)).detach()
+    for parameter in adapters.parameters():
+        if storage == "another":
+            parameter.data = 0.5 * parameter.data
+        else:
+            parameter.data = parameter.data.as_strided(parameter.shape, parameter.stride(), parameter.numel())
+    output = model(batch(size=4))
+    torch.testing.assert_close(output.detach(), run(model))
+    assert not torch.allclose(output.detach(), before)
+    output.square().sum().backward()
+    assert all(parameter.grad[2].any() and not parameter.grad[:2].any() for parameter in adapters.parameters())
+
+
+def test_the_weight_of_a_member_is_that_of_the_population() -> None:
+    model, adapters = population()
+    adapters[1].activate()
+    adapters[1].set_weight(0.5)
+    assert adapters.weight == adapters[1].weight == 0.5
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(batch(size=4)), run(model))
+
+
+def test_members_that_were_used_are_freed() -> None:
+    model, adapters = population()
+    for number in range(3):
+        adapters[number].activate()
+        model(batch(size=4)).sum().backward()
+    gc.collect()
+    states = [value for value in gc.get_objects() if type(value) is MemberState]
+    assert [state.number for state in states if state.whole is adapters._state] == [2]
+
+
+def test_only_the_active_member_keeps_updates() -> None:
+    model, adapters = population("superlora", strategy="weight")
+    members, held = list(adapters), []
+    for member in members:
+        member.activate()
+        run(model)
+        held.append(sum(cache.held() for cache in adapters._state.caches()))
+    assert held[0] > 0
+    assert held == held[:1] * 4
+    adapters[3].clear_cache()
+    with torch.no_grad(), adapters.members([0, 1, 2, 2]):
+        model(batch(size=4))
+    assert sum(cache.held() for cache in adapters._state.caches()) == 0
+    adapters[0].activate()
+    run(model)
+    adapters.clear_cache()
+    assert sum(cache.held() for cache in adapters._state.caches()) == 0
 
 
 @pytest.mark.law("member-views")
@@ -382,6 +444,21 @@ def test_a_given_start_is_one_for_all() -> None:
         adapters.start_from(given)
     adapters.reset()
     assert torch.equal(run(model), run(small()))
+
+
+@pytest.mark.parametrize("strategy", ["weight", "auto"])
+def test_views_from_before_another_start_have_it(strategy: str) -> None:
+    adapters = tt.attach(small(), P.lora(2, start="given"), population=3, strategy=strategy)
+    alone = tt.attach(small(), P.lora(2, start="given"), strategy=strategy)
+    member = adapters[1]
+    member.activate()
+    run(adapters.model)
+    for handle in (adapters, alone):
+        handle.start_from({"group0.split0.factor0": torch.ones(WIDTH, 2)})
+    stirred(adapters)
+    alone.load_arrays(member.arrays())
+    assert torch.equal(run(adapters.model), run(alone.model))
+    assert member.plan is adapters.plan
 
 
 @configs

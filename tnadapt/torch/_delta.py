@@ -621,7 +621,7 @@ class Snapshot(NamedTuple):
             return False  # sharded meanwhile: sharded and ordinary tensors cannot be compared
         if self.version is None:
             return torch.equal(array, saved)
-        return _versions(array) == self.version and _memory(array) == _memory(saved)
+        return _versions(array) == self.version and memory(array) == memory(saved)
 
 
 def _local(array: Tensor) -> Tensor:
@@ -634,7 +634,8 @@ def _versions(array: Tensor) -> int:
     return version(array) + version(_local(array))
 
 
-def _memory(array: Tensor) -> tuple[Any, ...]:
+def memory(array: Tensor) -> tuple[Any, ...]:
+    """Return what tells whether two tensors are the same memory, while both are alive."""
     local = _local(array)
     # The identity of the storage, since the address is zero where there is no memory.
     return local.untyped_storage()._cdata, local.storage_offset(), local.stride()
@@ -981,7 +982,9 @@ def can_cache(arrays: Sequence[Tensor], alone: bool) -> bool:
         if alone or arrays[0].device.type == "meta" or any(array.is_inference() for array in arrays):
             return False
         # Fused optimizers write to arrays that have gradients without changing their versions.
-        stepped = any(array.is_leaf and array.grad is not None for array in arrays)
+        # An array of a member is a view of the parameter.
+        owners = [array if array._base is None else array._base for array in arrays]
+        stepped = any(owner.is_leaf and owner.grad is not None for owner in owners)
         if is_captured() or (not torch.is_grad_enabled() and stepped):
             return False
     # A trace or a captured graph must contain the computation of the update, tensors wrapped by torch.func are valid

@@ -241,6 +241,8 @@ class PassHooks:
         # What is selected of the members in a batch serves all layers of a pass.
         if acts(state) and (state.members is not None or any(slot.strategy != "factored" for slot in state.slots)):
             state.acting.cache.begin()
+        if state.members is not None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            state.clear_cache()  # any member may be trained in this pass
 
     def end(self, module: nn.Module, args: Any, output: Any) -> None:
         """Clean up after the pass, also if it failed; ``output`` is then None (forward hook)."""

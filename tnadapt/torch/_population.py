@@ -200,8 +200,11 @@ class Population(Adapter):
                 f"members() of population {self.name!r} cannot be used inside rows(), or inside members() of another "
                 "population of this model: a row has one adapter or member"
             )
-        with entered(MemberRows(self._state, numbers), _rows.row_runner()):
-            yield
+        try:
+            with entered(MemberRows(self._state, numbers), _rows.row_runner()):
+                yield
+        finally:
+            _registry.trim_idle([self._state])
 
     def _single(self, what: str) -> NoReturn:
         raise ConfigError(
@@ -265,16 +268,21 @@ class Member(Adapter):
         return self._state.merged is not None and self._members.merged == self.number
 
     def activate(self) -> None:
-        """Let this member act on all rows of passes outside of ``with members(...)``, and deactivate other adapters."""
+        """Let this member act on all rows of passes outside of ``with members(...)``, and deactivate other adapters.
+
+        What was cached for the member that acted before is discarded.
+        """
         _registry.mix(self.model, {self._state.name: 1.0})
         self._members.activate(cast(MemberState, self._state))
+        _registry.trim_idle([self._state])
 
     @checks_arguments
     def merge(self, max_error: float | None = None) -> None:
         """Add this member's ΔW to the weights, as :meth:`Adapter.merge` does; until :meth:`unmerge` no other acts."""
         self._refuse_another()
+        if not self.merged:
+            self._members.merged = self.number  # before: a merge that is interrupted when it is done knows its member
         super().merge(max_error)
-        self._members.merged = self.number
 
     def unmerge(self) -> None:
         """Restore the exact bits that the weights had before :meth:`merge`."""

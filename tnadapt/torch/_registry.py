@@ -114,7 +114,7 @@ def mix(model: nn.Module, weights: Mapping[str, float]) -> None:
 
 def set_weight(adapter: AdapterState, weight: float) -> None:
     """Set one mixing weight; see :meth:`Adapter.set_weight`."""
-    number = _finite(weight)
+    number, adapter = _finite(weight), adapter.whole
     if number != adapter.weight:
         need_unmerged(adapter, "another weight")
     all_or_none(AdapterState.set_weight, [(adapter, number)], [(adapter, adapter.weight)])
@@ -218,6 +218,8 @@ def trim_idle(states: Iterable[AdapterState]) -> None:
     """
     states = list(states)
     for state in states:
+        if state.members is not None:
+            state.members.drop_caches()
         if state.weight != 0.0 or state.by_rows:
             state.idle = None
         elif state.idle is None:
@@ -242,8 +244,7 @@ def trim_idle(states: Iterable[AdapterState]) -> None:
 
 def _bytes_held(state: AdapterState) -> int:
     """Return the bytes that an adapter caches beyond its own parameters."""
-    theta_bytes = 0 if state.made is None else state.made.held()
-    return state.cache.held() + state.quotients.held() + theta_bytes + held_by_draws(drawn(state.plan))
+    return sum(cache.held() for cache in state.caches()) + held_by_draws(drawn(state.plan))
 
 
 # -- The base, frozen while any adapter is attached --------------------------------------------------------------------

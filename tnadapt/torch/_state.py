@@ -27,7 +27,17 @@ from tnadapt.checkpoints.pretrained_model import Pretrained
 from tnadapt.errors import ConfigError, ShapeError, TargetError, warn
 from tnadapt.targets.target import Target
 
-from ._delta import ArrayCache, DeltaCache, ThetaArrays, backward_number, gather_full, is_sharded, reshard
+from ._delta import (
+    ArrayCache,
+    DeltaCache,
+    ThetaArrays,
+    backward_number,
+    gather_full,
+    is_sharded,
+    memory,
+    reshard,
+    version,
+)  # fmt: skip
 
 # -- The state, and where a model keeps it -----------------------------------------------------------------------------
 
@@ -279,12 +289,18 @@ class AdapterState:
         index = getattr(self.members, self.members.index_name(str(parameter.device)))
         return parameter.index_select(0, index).squeeze(0)
 
+    def caches(self) -> list[ArrayCache]:
+        """Return its caches, of a population those of all members; those of a member are made on first use."""
+        several = (self.__dict__.get(name) for name in ("cache", "quotients", "made"))
+        caches = [cache for cache in several if cache is not None]
+        if self.members is not None and self.whole is self:
+            caches += [cache for member in self.members.caching() for cache in member.caches()]
+        return caches
+
     def clear_cache(self) -> None:
         """Discard all cached updates."""
-        self.cache.forget()
-        self.quotients.forget()
-        if self.made is not None:
-            self.made.forget()
+        for cache in self.caches():
+            cache.forget()
 
     def __getstate__(self) -> dict[str, Any]:
         # Passes with rows and references belong to this object: a copy has none. Tensors on devices are recomputed.
@@ -345,6 +361,7 @@ class Members:
         self.factorings: dict[int, Factoring | None] = {}
         self.active: MemberState | None = None
         self._states: weakref.WeakValueDictionary[int, MemberState] = weakref.WeakValueDictionary()
+        self._caching: weakref.WeakValueDictionary[int, MemberState] = weakref.WeakValueDictionary()
 
     @property
     def names(self) -> tuple[str | None, ...] | None:
@@ -373,6 +390,20 @@ class Members:
             state = self._states[number] = MemberState(whole, number)
         return state
 
+    def caching(self) -> list[MemberState]:
+        """Return the states of the members that have caches."""
+        return _alive(self._caching)
+
+    def drop_caches(self) -> None:
+        """Discard what is cached for members other than the active one: of each it may be as large as the model."""
+        for state in self.caching():
+            if state is not self.active:
+                state.clear_cache()
+
+    def note_caching(self, state: MemberState) -> None:
+        """Note that a member has caches."""
+        self._caching[state.number] = state
+
     def initial(self, arrays: Mapping[str, Any], drawn: Callable[[int], dict[str, Any]]) -> dict[str, Tensor]:
         """Return the initial arrays of all members from those of one; ``drawn(k)`` returns the random ones of k."""
         several = {
@@ -384,13 +415,11 @@ class Members:
                     several[name][number] = torch.from_numpy(array)
         return several
 
-    def renew(self, plan: SuperLoRA) -> None:
+    def renew(self) -> None:
         """Discard what depends on the plan: the population has another one."""
         self.factorings.clear()
-        for state in list(self._states.values()):
+        for state in _alive(self._states):
             state.renew()
-            if state.handle is not None:
-                state.handle.plan = plan.file_plan
 
     def activate(self, state: MemberState) -> None:
         """Let a member act on all rows."""
@@ -410,15 +439,20 @@ class Members:
 
     def __getstate__(self) -> dict[str, Any]:
         state = {name: value for name, value in self.__dict__.items() if not name.startswith(_INDEX_ON)}
-        return {**state, "_states": None}
+        return {**state, "_states": None, "_caching": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _states=weakref.WeakValueDictionary())
+        self.__dict__.update(state, _states=weakref.WeakValueDictionary(), _caching=weakref.WeakValueDictionary())
         if self.active is not None:
             self._states[self.active.number] = self.active
 
 
 constant_result(Members.index_name)
+
+
+def _alive(states: weakref.WeakValueDictionary[int, MemberState]) -> list[MemberState]:
+    # In one step: other threads may add states.
+    return [state for reference in states.valuerefs() if (state := reference()) is not None]
 
 
 class MemberState(AdapterState):
@@ -430,7 +464,7 @@ class MemberState(AdapterState):
     number : int
     """
 
-    _ALONE = frozenset({"_whole", "number", "cache", "quotients", "made", "handle", "idle", "_slots", "_views"})
+    _ALONE = frozenset({"_whole", "number", "cache", "quotients", "made", "handle", "_slots", "_views"})
 
     def __init__(self, whole: AdapterState, number: int) -> None:
         self._whole, self.number = whole, number
@@ -439,13 +473,7 @@ class MemberState(AdapterState):
 
     def _forget(self) -> None:
         self._slots: dict[AdapterSlot, AdapterSlot] = {}
-        self._views: dict[str, tuple[Tensor, int, Tensor]] = {}
-
-    def renew(self) -> None:
-        """Discard all that is made on first use."""
-        self._forget()
-        for name in ("cache", "quotients", "made"):
-            self.__dict__.pop(name, None)
+        self._views: dict[str, tuple[Tensor, tuple[Any, ...], Tensor]] = {}
 
     def __getattr__(self, name: str) -> Any:
         if name not in MemberState._ALONE:
@@ -459,7 +487,16 @@ class MemberState(AdapterState):
             self.made = None if self._whole.plan.theta is None else ThetaArrays(self._whole.plan)
         else:
             raise AttributeError(name)
+        cast(Members, self._whole.members).note_caching(self)
         return self.__dict__[name]
+
+    def renew(self) -> None:
+        """Drop what is of the population's plan, which was exchanged for another one."""
+        for name in ("cache", "quotients", "made"):
+            self.__dict__.pop(name, None)
+        self._forget()
+        if self.handle is not None:
+            self.handle.plan = self._whole.plan.file_plan
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in MemberState._ALONE:
@@ -494,17 +531,17 @@ class MemberState(AdapterState):
         if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and parameter.requires_grad):
             return parameter[self.number]
         cast(Members, self._whole.members).forget_dropped(name, parameter)
-        # Caches of what has a graph know an array by its identity. Moving a model exchanges the memory of a parameter.
-        memory = parameter.untyped_storage()._cdata
+        # Caches of what has a graph know an array by its identity. Moving a model exchanges the memory of a parameter,
+        # and after a write in place torch gives a view another node, without the hook.
+        place = *memory(parameter), version(parameter)
         cached = self._views.get(name)
-        if cached is None or cached[0] is not parameter or cached[1] != memory:
+        if cached is None or cached[0] is not parameter or cached[1] != place:
             view = parameter[self.number]
-            view.register_hook(functools.partial(self._touched, name))  # type: ignore[no-untyped-call]
-            cached = self._views[name] = parameter, memory, view
+            # A weak reference: the garbage collector does not look into the hooks of a node.
+            reached = functools.partial(_note_reached, weakref.ref(cast(Members, self._whole.members)))
+            view.register_hook(functools.partial(reached, name, self.number))  # type: ignore[no-untyped-call]
+            cached = self._views[name] = parameter, place, view
         return cached[2]
-
-    def _touched(self, name: str, gradient: Tensor) -> None:
-        cast(Members, self._whole.members).touched.setdefault(name, set()).add(self.number)
 
     def view(self, name: str) -> Tensor:
         """Return the member's part of an array as a view, to which numbers can be written."""
@@ -530,6 +567,12 @@ class MemberState(AdapterState):
         self._forget()
 
 
+def _note_reached(reference: weakref.ref[Members], name: str, number: int, gradient: Tensor) -> None:
+    members = reference()
+    if members is not None:
+        members.touched.setdefault(name, set()).add(number)
+
+
 def unnamed_member(state: AdapterState) -> TargetError:
     """Return the error for a population of which one member is needed, and none is named."""
     assert state.members is not None
@@ -545,6 +588,7 @@ def weight_on(state: AdapterState, device: torch.device) -> Tensor:
 
     It is on the device of the program, where one scalar on the CPU would keep the compiler from CUDA graphs.
     """
+    state = state.whole
     # Export without Dynamo runs this on placeholders, and must leave none behind.
     if device.type == "cpu" or not torch.compiler.is_dynamo_compiling():
         return state.weight_tensor

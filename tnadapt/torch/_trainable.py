@@ -227,7 +227,7 @@ def _exchange(adapter: AdapterState, plan: SuperLoRA, slots: Mapping[AdapterSlot
     adapter.slots = [slots.get(slot, slot) for slot in adapter.slots]
     adapter.handle.plan = plan.file_plan
     if adapter.members is not None:
-        adapter.members.renew(plan)
+        adapter.members.renew()
 
 
 # -- The methods that read, choose and start the parameters ------------------------------------------------------------
