@@ -143,7 +143,7 @@ from tnadapt.errors import FileError, TnadaptError, pluralize, safe_repr, summar
 from tnadapt.targets.target import Target, check_distinct
 
 from . import container
-from .adapter_file import KEPT, MAX_LEFT_OUT, AdapterFile, check_fit, drawn
+from .adapter_file import KEPT, MAX_IN_ROW, MAX_LEFT_OUT, AdapterFile, check_fit, drawn
 from .atomic_files import atomic_write, replace_file, write_all
 from .fingerprint import Fingerprint
 from .population_file import (
@@ -228,6 +228,9 @@ def parse_recipe(
         if not re.fullmatch("[0-9a-f]{64}", recipe[key]):
             raise FileError(f"the {ENTRY} entry's {key} must be 64 lower-case hex digits; got {safe_repr(recipe[key])}")
     recipe["pretrained"] = _pretrained(recipe)
+    if "population" in recipe:
+        _check_population(recipe["population"])
+        stored += min(recipe["population"]["parameters"], MAX_IN_ROW)
     base = _base(recipe["base"]) if "base" in recipe else None
     trained = _trained(recipe["trained"], stored + MAX_LEFT_OUT) if "trained" in recipe else None
     targets = _targets(recipe["targets"])
@@ -332,6 +335,18 @@ def _pretrained(recipe: dict[str, Any]) -> Pretrained | None:
     if "labels" in recipe:
         raise FileError(f"the {ENTRY} entry has labels without pretrained, whose outputs they name")
     return None
+
+
+def _check_population(value: dict[str, Any]) -> None:
+    if value.keys() != {"parameters", "dtype", "name_bytes"}:
+        raise FileError(f"population must have parameters, dtype and name_bytes; got {safe_repr(value)}")
+    parameters, dtype, width = value["parameters"], value["dtype"], value["name_bytes"]
+    if type(parameters) is not int or parameters < 1:
+        raise FileError(f"population's parameters must be a positive integer; got {safe_repr(parameters)}")
+    if dtype not in MEMBER_DTYPES:
+        raise FileError(f"population's dtype must be one of {', '.join(MEMBER_DTYPES)}; got {safe_repr(dtype)}")
+    if type(width) is not int or not 0 <= width <= MAX_NAME or width % 8:
+        raise FileError(f"population's name_bytes must be a multiple of 8 from 0 to {MAX_NAME}; got {safe_repr(width)}")
 
 
 def _base(value: dict[str, Any]) -> Fingerprint:
@@ -539,7 +554,7 @@ def load(
         with container.opened(where) as file:
             content = read(file)
             sparsely = members is not None and not any(isinstance(which, str) for which in members)
-            rows = None if content.layout is None else _mapped_rows(file, content.layout, where, sparsely)
+            rows = None if content.layout is None else mapped_rows(file, content.layout, where, sparsely)
         _check_draws(content, check_draws, like)
         if rows is not None:
             population = population_of_rows(content.adapter, rows)
@@ -567,7 +582,7 @@ def load_single(
         with container.opened(where) as file:
             content = read(file)
             sparsely = member is not None and not isinstance(member, str)
-            rows = None if content.layout is None else _mapped_rows(file, content.layout, where, sparsely)
+            rows = None if content.layout is None else mapped_rows(file, content.layout, where, sparsely)
         if rows is None and member is not None:
             raise FileError(NO_MEMBERS)
         if rows is not None and member is None:
@@ -613,10 +628,10 @@ def population_of(file: container.Container, path: str) -> PopulationFile:
             "has one adapter, not a population: save a population first, such as "
             "tnadapt.PopulationFile.from_members([adapter])"
         )
-    return population_of_rows(content.adapter, _mapped_rows(file, content.layout, path))
+    return population_of_rows(content.adapter, mapped_rows(file, content.layout, path))
 
 
-def _mapped_rows(file: container.Container, layout: RowLayout, path: str, sparsely: bool = False) -> MemberRows:
+def mapped_rows(file: container.Container, layout: RowLayout, path: str, sparsely: bool = False) -> MemberRows:
     return MemberRows(layout, file.mapped(container.GROWING, sparsely), (path, *file.identity))
 
 
@@ -675,7 +690,8 @@ def read(file: container.Container) -> FileContent:
     text = _entry_text(file)
     entries = dict(file.entries)
     recipe, config, targets, base, trained = parse_recipe(text, len(entries))
-    about = _about_rows(recipe["population"], entries) if "population" in recipe else None
+    about = recipe.get("population")
+    rows = () if about is None else _take_rows(entries)
     plan_entries = {name: entry for name, entry in entries.items() if not name.startswith(KEPT)}
     shapes = {name: entry.shape for name, entry in plan_entries.items()}
     plan = check_fit(config, targets, shapes, trained, None if about is None else about["parameters"])
@@ -691,7 +707,6 @@ def read(file: container.Container) -> FileContent:
     layout, left_out = None, tuple[str, ...]()
     if about is not None:
         layout = RowLayout(about["dtype"], params, about["name_bytes"])
-        rows = file.entries[container.GROWING].shape
         if rows[1] != layout.row_bytes:
             raise FileError(f"its members have rows of {rows[1]} bytes; config and targets require {layout.row_bytes}")
         file.check_held()
@@ -721,17 +736,8 @@ def read(file: container.Container) -> FileContent:
     return FileContent(adapter, recipe, left_out, layout)
 
 
-def _about_rows(about: dict[str, Any], entries: dict[str, container.Entry]) -> dict[str, Any]:
-    """Take the rows out of a population's tensors; return what its recipe says of them, checked."""
-    if about.keys() != {"parameters", "dtype", "name_bytes"}:
-        raise FileError(f"population must have parameters, dtype and name_bytes; got {safe_repr(about)}")
-    parameters, dtype, width = about["parameters"], about["dtype"], about["name_bytes"]
-    if type(parameters) is not int or parameters < 1:
-        raise FileError(f"population's parameters must be a positive integer; got {safe_repr(parameters)}")
-    if dtype not in MEMBER_DTYPES:
-        raise FileError(f"population's dtype must be one of {', '.join(MEMBER_DTYPES)}; got {safe_repr(dtype)}")
-    if type(width) is not int or not 0 <= width <= MAX_NAME or width % 8:
-        raise FileError(f"population's name_bytes must be a multiple of 8 from 0 to {MAX_NAME}; got {safe_repr(width)}")
+def _take_rows(entries: dict[str, container.Entry]) -> tuple[int, ...]:
+    """Take the rows out of a population's tensors, and return their shape."""
     last = next(reversed(entries), None)
     if last != container.GROWING:
         raise FileError(f"is a population, and its last tensor must be {container.GROWING!r}; got {safe_repr(last)}")
@@ -741,7 +747,7 @@ def _about_rows(about: dict[str, Any], entries: dict[str, container.Entry]) -> d
             f"{container.GROWING!r} must be U8 with the shape [members, bytes of a row], of 1 to {MAX_MEMBERS} "
             f"members; got {rows.dtype} {safe_repr(list(rows.shape))}"
         )
-    return about
+    return rows.shape
 
 
 def _draw_missing(
