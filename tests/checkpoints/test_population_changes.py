@@ -416,6 +416,25 @@ def test_a_replacement_that_was_not_completed_is_read_from_behind_the_rows(tmp_p
     assert values_of(path) == [0.0, 7.0, 2.0, 3.0]
 
 
+def test_a_copy_has_whole_rows_while_one_is_half_written(tmp_path: Path) -> None:
+    path = start(tmp_path / "population.safetensors")
+    calls: list[tuple[str, Any, Any]] = []
+    old = path.read_bytes()
+    with watched(lambda call, apply: (calls.append(call), apply())):
+        tna.replace(path, 1, constant(7))
+    (_, _, trailer), (_, position, row) = (call for call in calls if call[0] == "write")
+    path.write_bytes(old)
+    opened = tna.load(path)
+    assert opened.arrays  # all rows are checked, but change afterwards
+    with open(path, "r+b") as file:
+        file.seek(position)
+        file.write(row[:100])
+        file.seek(0, os.SEEK_END)
+        file.write(trailer)
+    tna.save(tmp_path / "copy.safetensors", opened)
+    assert values_of(tmp_path / "copy.safetensors") == [0.0, 7.0, 2.0]
+
+
 def test_a_trailer_for_a_member_that_is_not_there_is_ignored(tmp_path: Path) -> None:
     longer = saved(tmp_path / "longer.safetensors", [constant(value) for value in (*OLD, 3)])
     calls: list[tuple[str, Any, Any]] = []

@@ -363,8 +363,6 @@ _SURROGATE = re.compile(b"\xed[\xa0-\xbf]")
 
 
 # Tensors are in the order of safetensors' own writer: by dtype, and then by name.
-# Rows of a population that are written at a time.
-_ROWS = 1 << 12
 _ORDER = ("U64", "I64", "F64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16", "I8", "U8", "BOOL")
 
 
@@ -423,12 +421,10 @@ def content_of(file: AdapterFile) -> bytes:
 def save_population(path: str, population: PopulationFile) -> None:
     """Write the file of a population."""
     rows = rows_of(population)
-    with rows.error_context():
-        matrix = rows.checked()
     with atomic_write(path) as file:
         write_all(file, _before_rows(population))
-        for start in range(0, len(matrix), _ROWS):
-            write_all(file, container.raw_bytes(np.ascontiguousarray(matrix[start : start + _ROWS])))
+        for piece in rows.pieces():
+            write_all(file, container.raw_bytes(piece))
 
 
 def _before_rows(population: PopulationFile) -> bytes:
@@ -551,20 +547,24 @@ def load(
     """
     where = container.path_of(path)
     with container.file_error_context(where):
-        with container.opened(where) as file:
-            content = read(file)
-            sparsely = members is not None and not any(isinstance(which, str) for which in members)
-            rows = None if content.layout is None else mapped_rows(file, content.layout, where, sparsely)
-        _check_draws(content, check_draws, like)
-        if rows is not None:
-            population = population_of_rows(content.adapter, rows)
-            if members is None:
-                return population
-            # Not population.select, whose errors begin with the path.
-            return population_of_rows(content.adapter, rows.selected(numbers_of(population, members)))
-        if members is not None:
+        content = _loaded(where, check_draws, like, members)
+        if members is None:
+            return content
+        if isinstance(content, AdapterFile):
             raise FileError("has one adapter, and no members: leave out members=")
-        return content.adapter
+        return content.select(members)
+
+
+def _loaded(
+    path: str, check_draws: bool, like: SuperLoRA | None, members: Sequence[int | str] | None
+) -> AdapterFile | PopulationFile:
+    """Read an adapter file, or the file of a population, to use these members of it."""
+    with container.opened(path) as file:
+        content = read(file)
+        sparsely = members is not None and not any(isinstance(which, str) for which in members)
+        rows = None if content.layout is None else mapped_rows(file, content.layout, path, sparsely)
+    _check_draws(content, check_draws, like)
+    return content.adapter if rows is None else population_of_rows(content.adapter, rows)
 
 
 NO_MEMBERS = "has one adapter, and no members: leave out member= (--member)"
@@ -579,39 +579,22 @@ def load_single(
     """Read the file of one adapter, or a member of a population's file, as :func:`load` does."""
     where = container.path_of(path)
     with container.file_error_context(where):
-        with container.opened(where) as file:
-            content = read(file)
-            sparsely = member is not None and not isinstance(member, str)
-            rows = None if content.layout is None else mapped_rows(file, content.layout, where, sparsely)
-        if rows is None and member is not None:
-            raise FileError(NO_MEMBERS)
-        if rows is not None and member is None:
-            raise FileError(several(rows))
-        _check_draws(content, check_draws, like)
-        if rows is None or member is None:
-            return content.adapter
-        number = numbers_of(population_of_rows(content.adapter, rows), [member], "member")
-        return population_of_rows(content.adapter, rows.selected(number))[0]
+        return chosen_member(_loaded(where, check_draws, like, None if member is None else [member]), member)
 
 
-def chosen_member(argument: str, adapter: AdapterFile | PopulationFile, member: int | str | None) -> AdapterFile:
+def chosen_member(adapter: AdapterFile | PopulationFile, member: int | str | None, subject: str = "") -> AdapterFile:
     """Return an adapter, or the member that is chosen of a population; raise FileError for one without the other."""
     if isinstance(adapter, PopulationFile):
         if member is None:
-            raise FileError(f"{argument} {several(rows_of(adapter))}")
+            raise FileError(
+                f"{subject}is a population of {pluralize(len(adapter), 'member')}, and one adapter is expected: give "
+                f"{example_of(rows_of(adapter))}"
+            )
         (number,) = numbers_of(adapter, [member], "member")
         return adapter[number]
     if member is not None:
-        raise FileError(f"{argument} {NO_MEMBERS}")
+        raise FileError(subject + NO_MEMBERS)
     return adapter
-
-
-def several(rows: MemberRows) -> str:
-    """Return what is wrong with a population in the place of an adapter, and how to give one of its members."""
-    return (
-        f"is a population of {len(rows):,} member{'s' * (len(rows) != 1)}, and one adapter is expected: give "
-        f"{example_of(rows)}"
-    )
 
 
 def example_of(rows: MemberRows) -> str:
@@ -678,11 +661,10 @@ def _draws_here(content: FileContent) -> str | None:
         # Not adapter.draws: another writer may store arrays that this one omits.
         return content.adapter.draws_without(content.left_out)
     key = content.recipe["sha256"]
-    if key not in _POPULATION_DRAWS:
-        if len(_POPULATION_DRAWS) >= _MAX_DRAWS:
-            _POPULATION_DRAWS.clear()
-        _POPULATION_DRAWS[key] = content.adapter.draws_without(())
-    return _POPULATION_DRAWS[key]
+    draws = _POPULATION_DRAWS[key] = _POPULATION_DRAWS.get(key) or content.adapter.draws_without(())
+    if len(_POPULATION_DRAWS) > _MAX_DRAWS:
+        _POPULATION_DRAWS.clear()
+    return draws
 
 
 def read(file: container.Container) -> FileContent:

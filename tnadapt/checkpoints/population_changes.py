@@ -101,9 +101,8 @@ def append(
         layout = rows_of(population).layout
         arrays = {key: np.stack([adapter.arrays[key] for adapter in new]) for key in layout.shapes}
         if width_of_names(texts) > layout.name_bytes or not file.has_room:
-            rows = rows_of(population)
-            stacked = {key: np.concatenate([old, arrays[key]]) for key, old in layout.unpack(rows.checked()).items()}
-            save_population(file.path, PopulationFile(new[0], stacked, [*rows.names(), *texts]))
+            stacked = {key: np.concatenate([old, arrays[key]]) for key, old in population.arrays.items()}
+            save_population(file.path, PopulationFile(new[0], stacked, [*rows_of(population).names(), *texts]))
         else:
             file.append(layout.pack(arrays, texts))
 

@@ -267,18 +267,31 @@ class MemberRows:
             name = None
         return FileError(f"member {number}{f' ({name!r})' if name else ''} {problem}")
 
-    def checked(self) -> np.ndarray:
-        """Return all rows, after checking that they are whole and their numbers are finite."""
+    def pieces(self) -> Iterator[np.ndarray]:
+        """Yield all rows, some at a time, after checking each as :meth:`row` does.
+
+        Of a file, they are copies, which others cannot change after the check.
+        """
+        size = self.layout.row_bytes
+        many = max(_PIECE // size, 1)
+        for start in range(0, len(self), many):
+            piece = self._matrix[start : start + many]
+            if self._source is not None:
+                content = piece.tobytes()
+                piece = np.frombuffer(content, np.uint8).reshape(-1, size)
+                view = memoryview(content)
+                whole = all(self.layout.is_whole(view[at : at + size]) for at in range(0, len(view), size))
+                if not whole or self._replaced or not self.layout.is_finite(piece):
+                    # Raises for the first row that is damaged.
+                    with self.error_context():
+                        piece = self.selected(range(start, start + len(piece)))._matrix
+            yield piece
+
+    def mapped(self) -> np.ndarray:
+        """Return all rows after the check of :meth:`pieces`, which see later replacements in the file."""
         if not self._all_checked:
-            size = self.layout.row_bytes
-            many = max(_PIECE // size, 1)
-            for start in range(0, len(self), many):
-                piece = self._matrix[start : start + many]
-                content = memoryview(piece.tobytes())
-                whole = all(self.layout.is_whole(content[at : at + size]) for at in range(0, len(content), size))
-                if not whole or not self.layout.is_finite(piece):
-                    for number in range(start, start + len(piece)):
-                        self.row(number)  # raises for the first one that is damaged
+            for _ in self.pieces():
+                pass
             if self._replaced:
                 self._matrix = self._matrix.copy()
                 for number, row in self._replaced.items():
@@ -480,8 +493,7 @@ class PopulationFile:
         They are views of the file, which show later replacements of members, or copies if they are bfloat16, which
         becomes float32, or not aligned in the file. Reading this checks every member once.
         """
-        with self._rows.error_context():
-            arrays = self._rows.layout.unpack(self._rows.checked())
+        arrays = self._rows.layout.unpack(self._rows.mapped())
         for array in arrays.values():
             array.flags.writeable = False
         return arrays

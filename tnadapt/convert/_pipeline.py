@@ -485,7 +485,7 @@ def _read(source: Any, target: FileFormat, part: str | None, base: Any, member: 
     if isinstance(source, (AdapterFile, PopulationFile)):
         check_part(part, format_of(OWN), target)
         alone = isinstance(source, AdapterFile) or member is not None
-        return _from_own(chosen_member("source", source, member) if alone else source, target, known, base)
+        return _from_own(chosen_member(source, member, "source ") if alone else source, target, known, base)
     path = path_of(source)
     with file_error_context(path):
         detected = _detect(path)

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -19,7 +20,7 @@ from tnadapt.checkpoints.adapter_file import AdapterFile
 from tnadapt.checkpoints.checkpoint import gguf_place
 from tnadapt.checkpoints.container import file_error_context
 from tnadapt.checkpoints.fingerprint import Fingerprint
-from tnadapt.checkpoints.population_file import PopulationFile
+from tnadapt.checkpoints.population_file import PopulationFile, rows_of
 from tnadapt.checkpoints.pretrained_model import Pretrained
 from tnadapt.checkpoints.stored_weights import ModuleNames
 from tnadapt.errors import ConfigError, FileError, TargetError, safe_repr, summarize
@@ -153,8 +154,9 @@ def attach_file(
     """Attach an adapter that was read from a path, with these options of ``attach``; see :func:`load`."""
     arrays: Mapping[str, Any]
     if isinstance(content, PopulationFile):
-        # Copies: those of the file are read-only.
-        file, arrays = content.shared, {name: array.copy() for name, array in content.arrays.items()}
+        # Copies, as others may be changing the file.
+        rows = rows_of(content)
+        file, arrays = content.shared, rows.layout.unpack(np.concatenate([*rows.pieces()]))
         options |= {"population": len(content), "names": content.names}
     else:
         file, arrays = content, content.arrays
