@@ -287,6 +287,10 @@ class MemberRows:
                         piece = self.selected(range(start, start + len(piece)))._matrix
             yield piece
 
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Return all members' arrays, stacked: copies, which others cannot change."""
+        return self.layout.unpack(np.concatenate([*self.pieces()]))
+
     def mapped(self) -> np.ndarray:
         """Return all rows after the check of :meth:`pieces`, which see later replacements in the file."""
         if not self._all_checked:

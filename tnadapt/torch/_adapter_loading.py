@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -154,9 +153,7 @@ def attach_file(
     """Attach an adapter that was read from a path, with these options of ``attach``; see :func:`load`."""
     arrays: Mapping[str, Any]
     if isinstance(content, PopulationFile):
-        # Copies, as others may be changing the file.
-        rows = rows_of(content)
-        file, arrays = content.shared, rows.layout.unpack(np.concatenate([*rows.pieces()]))
+        file, arrays = content.shared, rows_of(content).arrays()
         options |= {"population": len(content), "names": content.names}
     else:
         file, arrays = content, content.arrays
