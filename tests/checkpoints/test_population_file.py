@@ -425,6 +425,8 @@ def test_a_member_of_a_file_is_swapped_in_and_loaded_as_one_adapter(tmp_path: Pa
     adapter.save(tmp_path / "swapped.safetensors")
     same_arrays(tna.load(path, members=["bob"]), [tna.load(tmp_path / "swapped.safetensors")])
     adapter.detach()
+    with pytest.raises(FileError, match=why):
+        tnt.load_pretrained(path, base=model, merge=True)
     with pytest.raises(FileError, match="it does not say what its base model is"):
         tnt.load_processor(path)  # which is the same for all members
     path = path.rename(tmp_path / "adapter.safetensors")

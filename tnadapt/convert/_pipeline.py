@@ -408,12 +408,16 @@ def _run_all(
     )
 
 
+# In bytes, on the file systems of Linux.
+_LONGEST_FOLDER = 255
+
+
 def _member_folders(population: PopulationFile) -> list[str]:
     """Return the names of the members' folders: their own names, or the numbers of those without."""
     numbers = dict[str, int]()
     for number, name in enumerate(population.names):
         folder = str(number) if name is None else name
-        if folder.startswith(".") or os.path.basename(folder) != folder:
+        if folder.startswith(".") or os.path.basename(folder) != folder or len(folder.encode()) > _LONGEST_FOLDER:
             problem = f"the name of member {number}, {folder!r}, cannot be that of a folder"
         elif folder in numbers:
             problem = f"members {numbers[folder]} and {number} would have the same folder, {folder!r}"

@@ -403,7 +403,8 @@ def load_pretrained(
     if device is not None:
         _check_usable(device)
     path = saving.adapter_path(where, revision, token)
-    content = _content(path, member)
+    # One adapter is merged: a population is refused before the base is loaded.
+    content = adapter_format.load_single(path, member=member) if merge else _content(path, member)
     file = content.shared if isinstance(content, PopulationFile) else content
     with file_error_context(os.fsdecode(path)):
         about = _about(file, base)
