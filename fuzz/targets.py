@@ -86,6 +86,11 @@ def _read(path: Path) -> tna.AdapterFile | None:
     finally:
         if sorted(os.listdir(path.parent)) != before:
             raise FaultError("reading wrote a file")
+    if isinstance(found, tna.PopulationFile):
+        try:
+            found = found[len(found) - 1]
+        except tna.FileError:
+            return None
     # An adapter that was read must be usable.
     if found.num_parameters < 1 << 20 and sum(rows * cols for rows, cols in (t.shape for t in found.targets)) < 1 << 20:
         found.deltas()

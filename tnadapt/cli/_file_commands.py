@@ -233,17 +233,20 @@ def info_command(
     if content["kind"] == "other adapter":
         echo(f"{content['path']}: {content['what']}, {_size(content['bytes'])}; tnadapt convert reads it")
         return
-    for line in (_adapter if content["kind"] == "adapter" else _checkpoint)(content):
+    for line in (_checkpoint if content["kind"] == "checkpoint" else _adapter)(content):
         echo(line)
 
 
 def _adapter(found: dict[str, Any]) -> Iterable[str]:
-    yield f"{found['path']}: a tnadapt adapter, format version {found['version']}, {_size(found['bytes'])}"
+    what = "adapter" if found["kind"] == "adapter" else "population of adapters"
+    yield f"{found['path']}: a tnadapt {what}, format version {found['version']}, {_size(found['bytes'])}"
     yield from _aligned(list(_adapter_rows(found)))
     yield from _targets(found, "weights")
 
 
 def _adapter_rows(found: dict[str, Any]) -> Iterable[tuple[str, str]]:
+    if "members" in found:
+        yield "members", _members(found["members"])
     frozen = f"; {found['frozen']:,} more frozen" if "frozen" in found else ""
     yield "parameters", f"{found['parameters']:,} {found['dtype']} in {_counted(found['arrays'], 'array')}{frozen}"
     if "given" in found:
@@ -264,6 +267,15 @@ def _adapter_rows(found: dict[str, Any]) -> Iterable[tuple[str, str]]:
         yield "draws", f"{found['draws'][:16]}…, {here}"
     if found["kept"]:
         yield "also trained", _some([f"{tensor['name']} {_times(tensor['shape'])}" for tensor in found["kept"]])
+
+
+def _members(members: dict[str, Any]) -> str:
+    """Return the number of members and the first names; a member without one is named by its number."""
+    count, first = members["count"], members["first"]
+    if not members["name_bytes"]:
+        return f"{count:,}, without names"
+    names = [str(number) if name is None else name for number, name in enumerate(first)]
+    return f"{count:,}: {', '.join(names)}" + (f" and {count - len(names):,} more" if count > len(names) else "")
 
 
 def _pretrained(about: dict[str, Any]) -> Iterable[tuple[str, str]]:

@@ -12,7 +12,6 @@ from typing import Annotated, Any
 
 import typer
 
-import tnadapt
 from tnadapt.checkpoints.atomic_files import replace_file
 from tnadapt.errors import FileError, TnadaptError, spreadsheet_text
 
@@ -54,9 +53,11 @@ def predict_command(
     if not adapter.is_file():
         what = "it is a folder" if adapter.is_dir() else "there is no such file"
         raise FileError(f"no adapter at {adapter}: {what}; give a file such as best.safetensors")
+    from tnadapt.checkpoints.adapter_format import load_single
+
     job = job_package()
     # Checks that do not need torch come before its import.
-    tnadapt.load(adapter, check_draws=False)
+    load_single(adapter, check_draws=False)
     job.require_data(data, one_image=True)
     with stoppable("nothing was written; the same command starts over"):
         predictions = job.predict(

@@ -17,7 +17,7 @@ import numpy as np
 
 from tnadapt.argument_checks import checks_arguments, integer
 from tnadapt.checkpoints.adapter_file import AdapterFile
-from tnadapt.checkpoints.adapter_format import content_of, load
+from tnadapt.checkpoints.adapter_format import content_of, load_single, refuse_population
 from tnadapt.checkpoints.atomic_files import replace_file
 from tnadapt.checkpoints.container import file_error_context, path_of
 from tnadapt.errors import ConfigError, FileError, TnadaptError, escaped, safe_repr
@@ -388,6 +388,7 @@ def _read(source: Any, target: FileFormat, part: str | None, base: Any) -> Conve
     if isinstance(source, AdapterFile):
         check_part(part, format_of(OWN), target)
         return _from_own(source, known, base)
+    refuse_population("source", source)
     path = path_of(source)
     with file_error_context(path):
         detected = _detect(path)
@@ -400,7 +401,7 @@ def _read(source: Any, target: FileFormat, part: str | None, base: Any) -> Conve
             detected = _detect(path)
     if detected is None:
         try:
-            file = load(path)
+            file = load_single(path)
         except FileError:
             # Neither a file of this library nor of a registered format: a plug-in may register one.
             load_plugins()

@@ -164,7 +164,7 @@ def predict(
         If the file has no task, the data do not fit it, or the base is missing or another one.
     """
     path = os.fspath(adapter)
-    about = adapter_format.load(adapter, check_draws=False).pretrained
+    about = adapter_format.load_single(adapter, check_draws=False).pretrained
     task, inputs = task_in(about, path)
     assert about is not None
     spec = Spec(data=data, text_column=text_column, label_column=label_column, separator=separator)

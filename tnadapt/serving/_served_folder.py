@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tnadapt.argument_checks import checks_arguments
-from tnadapt.checkpoints.adapter_format import load
+from tnadapt.checkpoints.adapter_format import load_single
 from tnadapt.checkpoints.checkpoint import open_checkpoint
 from tnadapt.checkpoints.container import path_of
 from tnadapt.checkpoints.stored_weights import base_weights
@@ -139,7 +139,7 @@ class ServedFolder:
 
     def _expand(self, path: Path, content: bytes, base: str | None, place: Path) -> None:
         """Write an adapter's LoRA, where any of several concurrent writers may win, as all write the same."""
-        file = load(path)
+        file = load_single(path)
         if path.read_bytes() != content:
             raise FileError(f"{path}: changed while it was read: request it again")
         if base is None and not file.complete:

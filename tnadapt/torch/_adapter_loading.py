@@ -6,7 +6,7 @@ import collections
 import dataclasses
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from tnadapt.checkpoints.adapter_file import AdapterFile
 from tnadapt.checkpoints.checkpoint import gguf_place
 from tnadapt.checkpoints.container import file_error_context
 from tnadapt.checkpoints.fingerprint import Fingerprint
+from tnadapt.checkpoints.population_file import PopulationFile
 from tnadapt.checkpoints.pretrained_model import Pretrained
 from tnadapt.checkpoints.stored_weights import ModuleNames
 from tnadapt.errors import ConfigError, FileError, TargetError, safe_repr, summarize
@@ -55,8 +56,9 @@ def load(
     detach_norm: bool = False,
     dropout: float = 0.0,
     dtype: torch.dtype | str | None = None,
+    members: Sequence[int | str] | None = None,
 ) -> Adapter:
-    """Load an adapter from a file and attach it.
+    """Load an adapter, or a population, from a file and attach it.
 
     Parameters
     ----------
@@ -83,11 +85,14 @@ def load(
         Dtype of the arrays, such as ``torch.bfloat16`` or ``"bfloat16"``. By default, that of the file if it is
         float32 or float64, and float32 for arrays in half precision, as in PEFT. If the update depends on the dtype,
         as frozen arrays or a start that is subtracted are rounded to it, it stays that of the file.
+    members : sequence of int or str, optional
+        Of a population's file, the numbers or names of the members to load, in this order; all of them by default.
 
     Returns
     -------
     Adapter
-        Attached, with its parameters, the choice of trained arrays and the kept parameters as they were saved.
+        A :class:`tnadapt.torch.Population` if the file is of one. Attached, with its parameters, the choice of trained
+        arrays and the kept parameters as they were saved.
 
     Raises
     ------
@@ -116,15 +121,16 @@ def load(
     ...     tnadapt.torch.load(model, folder + "/adapter.safetensors").num_parameters
     368
     """
+    file = adapter_format.load(path) if members is None else adapter_format.load(path, members=members)
     return attach_file(
-        model, adapter_format.load(path), path, name, check_base, dtype, untie=untie, keep_tied=keep_tied,
-        detach_norm=detach_norm, dropout=dropout,
+        model, file, path, name, check_base, dtype, untie=untie, keep_tied=keep_tied, detach_norm=detach_norm,
+        dropout=dropout,
     )  # fmt: skip
 
 
 def attach_file(
     model: nn.Module,
-    file: AdapterFile,
+    content: AdapterFile | PopulationFile,
     path: str | os.PathLike[str],
     name: str,
     check_base: bool,
@@ -132,6 +138,13 @@ def attach_file(
     **options: Any,
 ) -> Adapter:
     """Attach an adapter that was read from a path, with these options of ``attach``; see :func:`load`."""
+    arrays: Mapping[str, Any]
+    if isinstance(content, PopulationFile):
+        # Copies: those of the file are read-only.
+        file, arrays = content.shared, {name: array.copy() for name, array in content.arrays.items()}
+        options |= {"population": len(content), "names": content.names}
+    else:
+        file, arrays = content, content.arrays
     with file_error_context(os.fsdecode(path)):
         dtype = _dtype_on_load(file) if dtype is None else dtype
         targets = _located(model, file)
@@ -169,7 +182,7 @@ def attach_file(
         state.pretrained = _recorded(model, file.pretrained, check_base)
         pairs = saving.kept_pairs(model, file)
         before = [(tensor, tensor.detach().clone()) for tensor, _ in pairs]
-        copy_all([*checked_pairs(state, file.arrays), *pairs])
+        copy_all([*checked_pairs(state, arrays), *pairs])
         keep(state, file.trained)
     except BaseException:  # KeyboardInterrupt, too, at any point after attaching
         with torch.no_grad():
@@ -374,7 +387,7 @@ def load_pretrained(
     if device is not None:
         _check_usable(device)
     path = saving.adapter_path(where, revision, token)
-    file = adapter_format.load(path)
+    file = adapter_format.load_single(path)
     with file_error_context(os.fsdecode(path)):
         about = _about(file, base)
         if isinstance(base, nn.Module):
@@ -437,7 +450,7 @@ def load_processor(
     [2, 6, 5, 3]
     """
     path = saving.adapter_path(where, revision, token)
-    about = adapter_format.load(path, check_draws=False).pretrained
+    about = adapter_format.load_single(path, check_draws=False).pretrained
     with file_error_context(os.fsdecode(path)):
         if about is None:
             raise FileError("it does not say what its base model is: load its tokenizer or processor yourself")

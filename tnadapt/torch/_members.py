@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -35,14 +35,14 @@ class _Selected(Function):
 
     keeps = "nothing"
 
-    def __init__(self, members: Members, numbers: Sequence[int], index: Tensor, shape: torch.Size) -> None:
-        self.members, self.numbers, self.index, self.shape = members, numbers, index, shape
+    def __init__(self, members: Members, name: str, numbers: Sequence[int], index: Tensor, shape: torch.Size) -> None:
+        self.members, self.name, self.numbers, self.index, self.shape = members, name, numbers, index, shape
 
     def __call__(self, parameter: Tensor) -> Tensor:
         return parameter.index_select(0, self.index)
 
     def vjp(self, inputs: Sequence[Tensor], wanted: Sequence[int], gradient: Tensor) -> Sequence[Tensor]:
-        self.members.touched.update(self.numbers)
+        self.members.touched.setdefault(self.name, set()).update(self.numbers)
         return [gradient.new_zeros(self.shape).index_copy(0, self.index, gradient)]
 
 
@@ -80,7 +80,7 @@ class MemberRows(RowAssignment):
 
     @functools.cached_property
     def groups(self) -> dict[AdapterState | None, list[int]]:  # type: ignore[override]
-        members = cast(Any, self.whole.members)
+        members = cast(Members, self.whole.members)
         return {
             None if number is None else members.state(self.whole, number): rows for number, rows in self.rows.items()
         }
@@ -94,7 +94,7 @@ class MemberRows(RowAssignment):
     def begin_layer(self) -> None:
         """Note that a layer runs; what it selects serves all layers of its pass, or of the backward pass around it."""
         passing = self.whole.cache.passing.number
-        task = _forward_pass.backward_number()
+        task = _delta.backward_number()
         self._call = ("pass", passing) if passing else ("backward", task) if task != -1 else ("call", next(_calls))
 
     def selected(self, name: str) -> Tensor:
@@ -112,11 +112,12 @@ class MemberRows(RowAssignment):
         known = self._arrays.get(name)
         if known is not None and known[0] == key:
             return known
-        index = self.index(self.members, parameter.device)
-        several = parameter.index_select(0, index)
-        if torch.is_grad_enabled() and parameter.requires_grad:
-            members = cast(Members, self.whole.members)
-            several = recomputed(_Selected(members, self.members, index, parameter.shape), parameter)
+        members, index = cast(Members, self.whole.members), self.index(self.members, parameter.device)
+        function = _Selected(members, name, self.members, index, parameter.shape)
+        trained = torch.is_grad_enabled() and parameter.requires_grad
+        if trained:
+            members.forget_dropped(name, parameter)
+        several = recomputed(function, parameter) if trained else function(parameter)
         self._arrays[name] = known = key, several, several.unbind(0)
         return known
 
@@ -151,22 +152,48 @@ class MemberRows(RowAssignment):
 # -- The updates of all members in a batch -----------------------------------------------------------------------------
 
 
-class _FormedProduct(Function):
-    """``x ΔWᵀ`` of each member as a function of x and of the arrays, from which backward computes ΔW again."""
+#: Elements of the updates that are formed at a time.
+_MOST_FORMED = 1 << 24
 
-    def __init__(self, source: _delta.Slice) -> None:
+
+class _FormedProduct(Function):
+    """``x ΔWᵀ`` of each member as a function of x and of the arrays, from which backward computes ΔW again.
+
+    Parameters
+    ----------
+    source : Slice
+    device : str
+        Type of the device, whose autocast backward repeats.
+    """
+
+    def __init__(self, source: _delta.Slice, device: str) -> None:
         self.source = source
+        self._autocast = device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+        self._at_once = max(1, _MOST_FORMED // source.size)
 
     def __call__(self, x: Tensor, *arrays: Tensor) -> Tensor:
+        return torch.cat([self._product(*part) for part in self._parts(x, *arrays)])
+
+    def _product(self, x: Tensor, *arrays: Tensor) -> Tensor:
         product: Tensor = torch.vmap(self._one)(x, *arrays)
         return product
 
     def _one(self, x: Tensor, *arrays: Tensor) -> Tensor:
         return functional.linear(x, self.source(*arrays))
 
+    def _parts(self, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        """Yield the tensors of as many members as are computed at a time."""
+        return zip(*(torch.split(tensor, self._at_once) for tensor in tensors), strict=True)
+
     def vjp(self, inputs: Sequence[Tensor], wanted: Sequence[int], gradient: Tensor) -> Sequence[Tensor]:
         """Return the gradients of the wanted inputs, given that of the output."""
-        return _delta.plain_vjp(self, inputs, wanted, gradient)
+        device, dtype, enabled = self._autocast
+        with torch.autocast(device, dtype=dtype, enabled=enabled):
+            parts = [
+                _delta.plain_vjp(self._product, part, wanted, of_part)
+                for *part, of_part in self._parts(*inputs, gradient)
+            ]
+        return [torch.cat(several) for several in zip(*parts, strict=True)]
 
 
 def factors_of(slot: AdapterSlot, tokens: int) -> Factoring | None:
@@ -217,15 +244,14 @@ def changes(assignment: MemberRows, slot: AdapterSlot, x: Tensor) -> Tensor | No
     if how is not None:
         activation = None if state.activation is None else ACTIVATIONS[state.activation]
         change = torch.vmap(functools.partial(_factored, how, activation))(inputs, *arrays)
-    elif torch.is_grad_enabled():
-        change = recomputed(_FormedProduct(cast(_delta.Slice, source)), inputs, *arrays)
     else:
-        change = _FormedProduct(cast(_delta.Slice, source))(inputs, *arrays)
+        function = _FormedProduct(cast(_delta.Slice, source), x.device.type)
+        change = recomputed(function, inputs, *arrays) if torch.is_grad_enabled() else function(inputs, *arrays)
     return _forward_pass.scaled(state, change.reshape(-1, x.shape[1], change.shape[-1]))
 
 
 def _factored(how: Factoring, activation: Any, x: Tensor, *arrays: Tensor) -> Tensor:
     named: Mapping[str, Tensor] = dict(zip(how.names, arrays, strict=True))
     if how.group.multiplied and how.whole_arrays is not None and activation is None:
-        return cast(Tensor, how.times(load_backend("torch"), x, named))
+        return cast(Tensor, how.times(load_backend("torch"), x.to(arrays[0].dtype), named))  # autocast or not
     return _forms.product(x, how(load_backend("torch"), named), activation)

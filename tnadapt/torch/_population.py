@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from tnadapt.argument_checks import checks_arguments, is_sequence
-from tnadapt.errors import ConfigError, TargetError, pluralize, safe_repr
+from tnadapt.checkpoints.population_file import checked_names
+from tnadapt.errors import ConfigError, TargetError, pluralize, safe_repr, summarize
 
 from . import _merging, _registry, _rows
 from ._adapter import Adapter
@@ -32,8 +33,9 @@ def member_number(state: AdapterState, member: Any) -> int:
     if isinstance(member, str):
         number = members.number(member)
         if number is None:
-            listed = "its members have no names" if members.names is None else f"such as {members.names[0]!r}"
-            raise TargetError(f"population {state.name!r} has no member {member!r}; {listed}")
+            names = [name for name in members.names or () if name is not None]
+            there = f"there are {summarize(names)}" if names else "its members have no names"
+            raise TargetError(f"population {state.name!r} has no member {safe_repr(member)}; {there}")
         return number
     if isinstance(member, bool) or not hasattr(member, "__index__"):
         raise ConfigError(
@@ -84,8 +86,8 @@ class Population(Adapter):
     ----------
     population : int
         K.
-    names : tuple of str or None
-        The names of the members. Assign a sequence of K distinct names, or None.
+    names : list of (str or None)
+        The names of the members. Assign a sequence of K distinct names, with None for members that have none, or None.
 
     Examples
     --------
@@ -121,13 +123,14 @@ class Population(Adapter):
         return self.population
 
     @property
-    def names(self) -> tuple[str, ...] | None:
-        """The names of the members, in order; None if they have none."""
-        return self._members.names
+    def names(self) -> list[str | None]:
+        """The names of the members, in order, and None for those that have none."""
+        names = self._members.names
+        return [None] * self.population if names is None else list(names)
 
     @names.setter
-    def names(self, names: Sequence[str] | None) -> None:
-        self._members.names = None if names is None else checked_names(names, self.population)
+    def names(self, names: Sequence[str | None] | None) -> None:
+        self._members.names = None if names is None else tuple(checked_names(names, self.population))
 
     def __getitem__(self, member: int | str) -> Member:
         """Return the view of a member, given by its number or name.
@@ -238,8 +241,8 @@ class Member(Adapter):
     def __init__(self, state: MemberState) -> None:
         super().__init__(state)
         self.number, self._members = state.number, cast(Members, state.whole.members)
-        names = self._members.names
-        self.name = f"{state.whole.name}[{state.number if names is None else repr(names[state.number])}]"
+        name = None if self._members.names is None else self._members.names[state.number]
+        self.name = f"{state.whole.name}[{state.number if name is None else repr(name)}]"
 
     def __repr__(self) -> str:
         return (
@@ -284,17 +287,3 @@ class Member(Adapter):
             f"all members of population {self._state.name!r} train the same arrays: call set_trainable() of the "
             "population"
         )
-
-
-def checked_names(names: Any, count: int) -> tuple[str, ...]:
-    """Return the names of members, or raise a ConfigError."""
-    if not is_sequence(names) or len(names) != count:
-        raise ConfigError(f"names must be a sequence of {count} names, one for each member; got {safe_repr(names)}")
-    seen = set[str]()
-    for name in names:
-        if not isinstance(name, str) or not name or not name.isprintable():
-            raise ConfigError(f"a member's name must be a string of printable characters; got {safe_repr(name)}")
-        if name in seen:
-            raise ConfigError(f"two members have the name {name!r}")
-        seen.add(name)
-    return tuple(names)

@@ -17,7 +17,7 @@ from tnadapt.algebra.rounding import Float64Deltas, change_in_place, rounded, wi
 from tnadapt.argument_checks import checks_arguments
 from tnadapt.backends import one_blas_thread
 from tnadapt.checkpoints.adapter_file import KEPT, AdapterFile
-from tnadapt.checkpoints.adapter_format import content_of, load
+from tnadapt.checkpoints.adapter_format import content_of, load_single, refuse_population
 from tnadapt.checkpoints.atomic_files import sync_file
 from tnadapt.checkpoints.checkpoint import Checkpoint, file_state, open_checkpoint
 from tnadapt.checkpoints.container import TAG_OF, file_error_context, path_of
@@ -399,10 +399,11 @@ def _adapter(adapter: str | os.PathLike[str] | AdapterFile) -> tuple[AdapterFile
     """Return the adapter, the SHA-256 of its file, and its path if it has one."""
     if isinstance(adapter, AdapterFile):
         return adapter, hashlib.sha256(content_of(adapter)).hexdigest(), None
+    refuse_population("adapter", adapter)
     path = path_of(adapter)
     with file_error_context(path):
         before = file_state(path)
-    file = load(path)
+    file = load_single(path)
     with file_error_context(path), open(open_regular(os.path.realpath(path)), "rb") as content:
         digest = hashlib.file_digest(content, "sha256").hexdigest()
         if file_state(path) != before:
