@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import mmap
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
@@ -43,7 +44,21 @@ class _Selected(Function):
 
     def vjp(self, inputs: Sequence[Tensor], wanted: Sequence[int], gradient: Tensor) -> Sequence[Tensor]:
         self.members.touched.setdefault(self.name, set()).update(self.numbers)
-        return [gradient.new_zeros(self.shape).index_copy(0, self.index, gradient)]
+        if not _delta.reuses_buffers(gradient) or torch.compiler.is_compiling():
+            return [gradient.new_zeros(self.shape).index_copy(0, self.index, gradient)]
+        return [_zeros(gradient, self.shape).index_copy_(0, self.index, gradient)]
+
+
+#: From how many bytes on zeros are pages of the system's that are read or written when they are first used.
+_LAZY = 1 << 18
+
+
+def _zeros(like: Tensor, shape: torch.Size) -> Tensor:
+    """Return zeros; on the CPU large ones take neither time nor memory where they stay zero."""
+    size = shape.numel() * like.element_size()
+    if like.device.type != "cpu" or size < _LAZY or not hasattr(mmap, "MAP_PRIVATE"):
+        return like.new_zeros(shape)
+    return torch.frombuffer(mmap.mmap(-1, size, access=mmap.ACCESS_COPY), dtype=like.dtype).view(shape)
 
 
 class MemberRows(RowAssignment):
