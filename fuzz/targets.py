@@ -115,7 +115,11 @@ def recipe(data: bytes) -> None:
     with _folder() as folder:
         path = folder / "adapter.safetensors"
         try:
-            path.write_bytes(forge.adapter(value, tensors, escaped=True))
+            if "population" in value:
+                ones = np.ones(plan.num_parameters, np.float32).tobytes()
+                path.write_bytes(forge.population(value, {}, 2 * forge.row(ones), 2, escaped=True))
+            else:
+                path.write_bytes(forge.adapter(value, tensors, escaped=True))
         except (ValueError, RecursionError):  # a number or depth that JSON cannot represent
             return
         _read(path)

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import pytest
 import safetensors.numpy
-import typer.testing
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -25,7 +24,6 @@ from tests.support import forge
 from tnadapt import AdapterFile, BackendError, Config, ConfigError, FileError, PopulationFile, ShapeError, SuperLoRA
 from tnadapt.algebra.composite import CompositeConfig
 from tnadapt.checkpoints.fingerprint import fingerprint
-from tnadapt.cli import app
 
 from .test_adapter_file import SHAPES, TARGETS, arrays_of, made, round_to_bfloat16
 
@@ -89,8 +87,7 @@ def row_of(file: AdapterFile, tag: str, name: str | None, width: int) -> bytes:
         array = file.arrays[key]
         bits = array.view(np.uint32) >> 16 if tag == "BF16" else array
         numbers += np.asarray(bits, forge.NUMPY[tag]).tobytes()
-    row = numbers + bytes(-len(numbers) % 8) + (name or "").encode().ljust(width, b"\0")
-    return row + hashlib.sha256(row).digest()[:8]
+    return forge.row(numbers, (name or "").encode().ljust(width, b"\0"))
 
 
 def reference(
@@ -106,21 +103,7 @@ def reference(
     recipe |= {"version": 3, "population": about, **(changes or {})}
     shared = {name: tensor for name, tensor in tensors.items() if name not in shapes}
     rows = b"".join(row_of(file, tag, name, width) for file, name in zip(files, names, strict=True))
-    return population_bytes(recipe, shared, rows, len(files))
-
-
-def population_bytes(recipe: Mapping[str, Any], shared: forge.Tensors, rows: bytes, count: int) -> bytes:
-    """A file of these rows whose SHA-256 is right."""
-    order = sorted(shared, key=lambda name: (["F64", "F32", "BF16", "U8"].index(shared[name][0]), name))
-    header, data = forge.listed(shared, order)
-    text = (
-        f'{{"members":{{"dtype":"U8","shape":[{count:<20},{len(rows) // max(count, 1)}],'
-        f'"data_offsets":[{len(data)},{len(data) + len(rows):<20}]}},'
-    )
-    others = json.dumps(
-        {"__metadata__": {"tnadapt": forge.seal(recipe, shared)}, **header}, separators=(",", ":"), ensure_ascii=False
-    )
-    return forge.container(text + others[1:], data + rows)
+    return forge.population(recipe, shared, rows, len(files))
 
 
 def same_arrays(population: PopulationFile, files: Sequence[AdapterFile]) -> None:
@@ -406,6 +389,42 @@ def test_an_adapter_is_expected(tmp_path: Path) -> None:
     tna.merge(base, population["ann"], tmp_path / "out.safetensors")
 
 
+def test_a_model_takes_one_adapter(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    import tnadapt.torch as tnt
+
+    model = torch.nn.ModuleDict({"q": torch.nn.Linear(4, 6), "v": torch.nn.Linear(4, 5)})
+    adapter = tnt.attach(model, "lora", ["q", "v"], rank=2)
+    adapter.save(tmp_path / "one.safetensors")
+    path = saved(tmp_path / "population.safetensors", [tna.load(tmp_path / "one.safetensors")] * 2, ["ann", "bob"])
+    why = r"population.safetensors: is a population of 2 members, .* such as tnadapt.load\(path\)\['ann'\]"
+    with pytest.raises(FileError, match=why):
+        adapter.swap(path)
+    adapter.detach()
+    for call in (lambda: tnt.load(model, path), lambda: tnt.load_pretrained(path), lambda: tnt.load_processor(path)):
+        with pytest.raises(FileError, match=why):
+            call()
+
+
+@pytest.mark.law("draws-digest")
+def test_other_draws_are_refused_at_every_load(tmp_path: Path) -> None:
+    files = members("theta")
+    path = tmp_path / "population.safetensors"
+    path.write_bytes(reference(files, NAMES, tmp_path, {"draws": "0" * 64}))
+    for read in (lambda: tna.load(path), lambda: tna.load(path), lambda: tna.load(path, members=[1])):
+        with pytest.raises(
+            FileError, match=f"was trained with fixed draws whose digest is {'0' * 64}; on this machine"
+        ):
+            read()
+    same_arrays(tna.load(path, check_draws=False), files)
+    path.write_bytes(reference(files, NAMES, tmp_path))
+    same_arrays(tna.load(path), files)
+    for seed in range(70):  # more than are remembered
+        config = tna.presets.unilora(7, 2, seed=seed)
+        tna.save(path, PopulationFile.from_members([made(config)] * 2))
+        assert len(tna.load(path)) == 2
+
+
 def test_an_adapter_has_no_members(tmp_path: Path) -> None:
     path = tmp_path / "adapter.safetensors"
     tna.save(path, member("lora"))
@@ -416,20 +435,11 @@ def test_an_adapter_has_no_members(tmp_path: Path) -> None:
 
 
 def test_info_describes_it(tmp_path: Path) -> None:
-    def shown(path: Path) -> str:
-        result = typer.testing.CliRunner().invoke(app, ["info", str(path)])
-        assert result.exit_code == 0
-        return " ".join(result.output.split())
-
     path = saved(tmp_path / "population.safetensors", members(count=10), [*[f"user-{k}" for k in range(9)], None])
     summary = tna.info(path)
     assert (summary["kind"], summary["version"], summary["parameters"]) == ("population", 3, 58)
     assert summary["members"] == {"count": 10, "first": [f"user-{k}" for k in range(8)], "name_bytes": 8}
     assert json.loads(json.dumps(summary)) == summary
-    assert "population.safetensors: a tnadapt population of adapters, format version 3" in shown(path)
-    assert "members 10: user-0, user-1, user-2, user-3, user-4, user-5, user-6, user-7 and 2 more" in shown(path)
-    assert "members 4: ann, 1, größe 7, user-0" in shown(saved(path, members(), NAMES))
-    assert "members 4, without names parameters 58" in shown(saved(path, members()))
 
 
 # -- Damaged and hostile files -----------------------------------------------------------------------------------------
@@ -494,7 +504,7 @@ def test_a_recipe_that_is_none(tmp_path: Path, changes: dict[str, Any], why: str
     changed = {**recipe, "version": 3, "population": ABOUT, **changes}
     recipe = {key: value for key, value in changed.items() if value is not ...}
     path = tmp_path / "population.safetensors"
-    path.write_bytes(population_bytes(recipe, {}, row_of(member("lora"), "F32", None, 0), 1))
+    path.write_bytes(forge.population(recipe, {}, row_of(member("lora"), "F32", None, 0), 1))
     with pytest.raises(FileError) as caught:
         tna.load(path)
     assert str(caught.value).startswith(f"{path}: ")
@@ -584,7 +594,7 @@ def test_names_and_numbers_in_rows(tmp_path: Path) -> None:
 def test_a_file_of_holes_is_refused(tmp_path: Path) -> None:
     recipe, _ = forge.parsed(alone(member("lora"), tmp_path / "alone"))
     count = 2**31
-    content = population_bytes({**recipe, "version": 3, "population": ABOUT}, {}, b"", 0)
+    content = forge.population({**recipe, "version": 3, "population": ABOUT}, {}, b"", 0)
     content = content.replace(b"[0                   ,0]", f"[{count:<20},{ROW}]".encode())
     content = content.replace(b"[0,0                   ]", f"[0,{count * ROW:<20}]".encode())
     content = content[8:].rstrip()

@@ -761,8 +761,14 @@ class SuperLoRA:
             params[name] = library.asarray(host, dtype, device)
         return params
 
-    def drawn_from(self, seed: int) -> dict[str, np.ndarray]:
+    def drawn_from(self, seed: int, trained: Collection[str] | None = None) -> dict[str, np.ndarray]:
         """Return the initial arrays that are random, as another seed draws them; F and frozen arrays stay.
+
+        Parameters
+        ----------
+        seed : int
+        trained : collection of str, optional
+            As in :meth:`init`.
 
         Raises
         ------
@@ -772,13 +778,13 @@ class SuperLoRA:
         if self.theta is not None:
             return {}
         arrays = {}
-        for group in self.groups:
+        for group, start in zip(self.groups, self.starts(trained), strict=True):
             if group.subtracts:
                 raise ConfigError(
                     f"the update of the initial arrays is subtracted (start={self.config.start!r}, "
                     f"projection={self.config.projection!r}), so all members share them: use seeds='one'"
                 )
-            arrays.update({group.names[name]: array for name, array in group.start.drawn_from(seed).items()})
+            arrays.update({group.names[name]: array for name, array in start.drawn_from(seed).items()})
         return arrays
 
     def _weight_starts(self, dtype: str) -> dict[str, np.ndarray]:

@@ -521,7 +521,7 @@ def load(
     -----
     Time and memory depend on the actual bytes of the file, not on the sizes that it claims; its arrays are read only
     after everything else has been checked. The digest of the draws takes up to a tenth of a second for each distinct F,
-    of which at most 16 are examined.
+    of which at most 16 are examined. Of a population, it is computed at the first load in a process.
 
     A population can be read while another process appends or replaces members: those that are read are whole, each as
     it was before or after. A population's rows must not be overwritten or cut off otherwise while it is in use.
@@ -537,7 +537,8 @@ def load(
     with container.file_error_context(where):
         with container.opened(where) as file:
             content = read(file)
-            rows = None if content.layout is None else _mapped_rows(file, content.layout, where)
+            sparsely = members is not None and not any(isinstance(which, str) for which in members)
+            rows = None if content.layout is None else _mapped_rows(file, content.layout, where, sparsely)
         _check_draws(content, check_draws, like)
         if rows is not None:
             population = population_of_rows(content.adapter, rows)
@@ -588,8 +589,8 @@ def population_of(file: container.Container, path: str) -> PopulationFile:
     return population_of_rows(content.adapter, _mapped_rows(file, content.layout, path))
 
 
-def _mapped_rows(file: container.Container, layout: RowLayout, path: str) -> MemberRows:
-    return MemberRows(layout, file.mapped(container.GROWING), (path, *file.identity))
+def _mapped_rows(file: container.Container, layout: RowLayout, path: str, sparsely: bool = False) -> MemberRows:
+    return MemberRows(layout, file.mapped(container.GROWING, sparsely), (path, *file.identity))
 
 
 class FileContent(NamedTuple):
@@ -618,12 +619,28 @@ def _check_draws(content: FileContent, check_draws: bool, like: SuperLoRA | None
     if like is not None:
         share_maps(adapter.plan, [like], digests=True)
     draws = content.recipe.get("draws")
-    # Not adapter.draws: another writer may store arrays that this one omits.
-    if check_draws and draws != (here := adapter.draws_without(content.left_out)):
+    if check_draws and draws != (here := _draws_here(content)):
         raise FileError(
             f"was trained with fixed draws whose digest is {draws}; on this machine it is {here}. The updates "
             "would differ; run tnadapt.verify to see why, or load the file with check_draws=False"
         )
+
+
+# By the checksum of what a population's members share: members are loaded one by one, each faster than its digest.
+_POPULATION_DRAWS: dict[str, str | None] = {}
+_MAX_DRAWS = 64
+
+
+def _draws_here(content: FileContent) -> str | None:
+    if content.layout is None:
+        # Not adapter.draws: another writer may store arrays that this one omits.
+        return content.adapter.draws_without(content.left_out)
+    key = content.recipe["sha256"]
+    if key not in _POPULATION_DRAWS:
+        if len(_POPULATION_DRAWS) >= _MAX_DRAWS:
+            _POPULATION_DRAWS.clear()
+        _POPULATION_DRAWS[key] = content.adapter.draws_without(())
+    return _POPULATION_DRAWS[key]
 
 
 def read(file: container.Container) -> FileContent:

@@ -20,6 +20,7 @@ import io
 import itertools
 import json
 import math
+import mmap
 import os
 import re
 import stat
@@ -629,12 +630,18 @@ class Container:
             raise FileError(f"{safe_repr(name)} is BOOL and has bytes other than 0 and 1")
         return array
 
-    def mapped(self, name: str) -> np.ndarray:
-        """Return a tensor as an array that reads the file when it is used, read-only; see :meth:`array`."""
+    def mapped(self, name: str, sparsely: bool = False) -> np.ndarray:
+        """Return a tensor as an array that reads the file when it is used, read-only; see :meth:`array`.
+
+        If it is to be used sparsely, the system is asked not to read ahead.
+        """
         entry = self.entries[name]
         self.check_held()
-        start = self.data + entry.start
-        return np.memmap(self._file, raw_dtype(entry.dtype), "r", start, entry.shape).view(np.ndarray)
+        mapping = mmap.mmap(self._file.fileno(), self.data + entry.stop, access=mmap.ACCESS_READ)
+        if sparsely and hasattr(mmap, "MADV_RANDOM"):
+            mapping.madvise(mmap.MADV_RANDOM)
+        dtype, count = raw_dtype(entry.dtype), math.prod(entry.shape)
+        return np.frombuffer(mapping, dtype, count, self.data + entry.start).reshape(entry.shape)
 
     def check_held(self) -> None:
         """Raise FileError if the file consists of holes; see :func:`check_held`."""

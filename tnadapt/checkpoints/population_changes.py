@@ -99,7 +99,7 @@ def append(
                     f"has a member {safe_repr(text)} already, number {number}: tnadapt.replace changes it"
                 )
         layout = rows_of(population).layout
-        arrays = {key: np.stack([one.arrays[key] for one in new]) for key in layout.shapes}
+        arrays = {key: np.stack([adapter.arrays[key] for adapter in new]) for key in layout.shapes}
         if width_of_names(texts) > layout.name_bytes or not file.has_room:
             rows = rows_of(population)
             stacked = {key: np.concatenate([old, arrays[key]]) for key, old in layout.unpack(rows.checked()).items()}

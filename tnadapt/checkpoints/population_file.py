@@ -46,7 +46,7 @@ _PENDING = b"\xff" * 8
 _READS = 8
 # Bytes of rows that are checked at a time.
 _PIECE = 1 << 24
-# Looking up more names than this is faster with an index.
+# Looking up more names than this is faster with an index of all.
 _FEW_NAMES = 8
 
 
@@ -208,6 +208,7 @@ class MemberRows:
     def __init__(self, layout: RowLayout, matrix: np.ndarray, source: tuple[str, int, int] | None = None) -> None:
         self.layout, self._matrix, self._source = layout, matrix, source
         self._all_checked = source is None
+        self._num_searched = 0
         # Rows by their number whose replacement in the file has begun, and may never be completed.
         self._replaced = dict(self._pending())
 
@@ -313,7 +314,8 @@ class MemberRows:
         contents = [name.encode("utf-8", "replace") if _is_name(name) else b"" for name in names]
         if not self.layout.name_bytes:
             return [None] * len(names)
-        if len(names) > _FEW_NAMES or "_numbers" in self.__dict__:
+        self._num_searched += len(names)
+        if self._num_searched > _FEW_NAMES:
             return [self._numbers.get(content) for content in contents]
         numbers: list[int | None] = []
         for content in contents:
@@ -516,11 +518,11 @@ class PopulationFile:
         if not members:
             raise ConfigError("members is empty: give the number or name of at least one")
         names = [which for which in members if isinstance(which, str)]
-        found = iter(self._rows.find(names))
+        matches = iter(self._rows.find(names))
         numbers = dict[int, Any]()
         for which in members:
             if isinstance(which, str):
-                number = next(found)
+                number = next(matches)
                 if number is None:
                     raise ConfigError(f"{argument} has {safe_repr(which)}, which is no member; {self._known()}")
             else:

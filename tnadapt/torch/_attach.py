@@ -12,7 +12,7 @@ import inspect
 import itertools
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -504,16 +504,18 @@ def _install(request: AttachRequest, targets: Sequence[Target], plan: SuperLoRA,
     model, kept = request.model, request.kept
     if kept is None:
         kept = kept_names(model, request.keep_trainable, request.biases, targets)
-    arrays = _arrays(request, plan, forms[0])
+    members = None
+    if request.population is not None:
+        members = Members(request.population, None if request.names is None else tuple(request.names), request.seeds)
+    arrays = _arrays(request, plan, forms[0], members)
     pairs = tied(names_of_shared(model), targets)
     # Nothing can fail from here on, but an interrupt may come.
     state = AdapterState(
         model, request.name, plan, targets, kept, request.activation, request.detach_norm, request.dropout
     )
     state.alone = tuple(target.name for target in targets if any(target.name in pair for pair in pairs))
-    if request.population is not None:
-        state.members = Members(request.population, cast(Any, request.names))
-    adapter = Adapter(state) if state.members is None else Population(state)
+    state.members = members
+    adapter = Adapter(state) if members is None else Population(state)
     try:
         for second in dict.fromkeys([*(second for _, second in pairs), *request.copies]):
             untie(state, second)
@@ -535,7 +537,7 @@ def _install(request: AttachRequest, targets: Sequence[Target], plan: SuperLoRA,
     return adapter
 
 
-def _arrays(request: AttachRequest, plan: SuperLoRA, form: Form) -> dict[str, torch.Tensor]:
+def _arrays(request: AttachRequest, plan: SuperLoRA, form: Form, members: Members | None) -> dict[str, torch.Tensor]:
     """Return the new parameters, on the device of the first weight, or of a quantized layer's tensors."""
     # Loaded before any program is compiled: loading it later would trigger a recompilation.
     load_backend("numpy")
@@ -552,20 +554,13 @@ def _arrays(request: AttachRequest, plan: SuperLoRA, form: Form) -> dict[str, to
         raise TargetError("the model is sharded already; attach first, then fully_shard(model)")
     # Leave inference mode: tensors created in it could never be trained.
     with torch.inference_mode(False):
-        leading = () if request.population is None else (request.population,)
+        leading = () if members is None else (members.count,)
         # No values exist on the meta device: reset() draws them later.
         if device.type == "meta" or not request.fresh:
             shapes = plan.param_shapes.items()
             return {name: torch.zeros((*leading, *shape), dtype=dtype, device=device) for name, shape in shapes}
         arrays = plan.init("torch", DTYPES[dtype], device)
-        if request.population is None:
-            return arrays
-        several = {name: array.expand(*leading, *array.shape).clone() for name, array in arrays.items()}
-        if request.seeds == "each":
-            for number in range(1, request.population):
-                for name, array in plan.drawn_from(plan.config.seed + number).items():
-                    several[name][number] = torch.from_numpy(array)
-        return several
+        return arrays if members is None else members.initial(arrays, plan.config.seed, plan.drawn_from)
 
 
 def _put_on(state: AdapterState, form: Form) -> None:

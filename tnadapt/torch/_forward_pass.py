@@ -196,7 +196,8 @@ def check_recomputation(state: AdapterState) -> None:
 def _settings(state: AdapterState) -> tuple[Hashable, ...]:
     assignment = _state.assignment_of(state)
     names = None if assignment is None else assignment.names
-    return state.enabled, mixing_weight(state), state.merged is not None, names
+    active = None if state.members is None or state.members.active is None else state.members.active.number
+    return state.enabled, mixing_weight(state), state.merged is not None, names, active
 
 
 # -- Hooks -----------------------------------------------------------------------------------------------------

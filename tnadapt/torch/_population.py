@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tnadapt.argument_checks import checks_arguments, is_sequence
+from tnadapt.argument_checks import checks_arguments
 from tnadapt.checkpoints.population_file import checked_names
 from tnadapt.errors import ConfigError, TargetError, pluralize, safe_repr, summarize
 
@@ -34,15 +34,18 @@ def member_number(state: AdapterState, member: Any) -> int:
         number = members.number(member)
         if number is None:
             names = [name for name in members.names or () if name is not None]
-            there = f"there are {summarize(names)}" if names else "its members have no names"
-            raise TargetError(f"population {state.name!r} has no member {safe_repr(member)}; {there}")
+            listed = f"the names {summarize(names)}" if names else "no names"
+            raise TargetError(f"population {state.name!r} has no member {safe_repr(member)}; its members have {listed}")
         return number
-    if isinstance(member, bool) or not hasattr(member, "__index__"):
+    try:
+        if isinstance(member, bool) or (isinstance(member, Tensor) and member.dtype not in _INTEGERS):
+            raise TypeError
+        number = operator.index(member)
+    except TypeError:
         raise ConfigError(
             f"a member of population {state.name!r} is a number from 0 to {members.count - 1}, or a name; got "
             + safe_repr(member)
-        )
-    number = operator.index(member)
+        ) from None
     if not 0 <= number < members.count:
         raise TargetError(
             f"population {state.name!r} has members 0 to {members.count - 1}; got {number}"
@@ -61,7 +64,8 @@ def member_numbers(state: AdapterState, index: Any) -> list[int | None]:
                 f"and dtype {str(index.dtype).removeprefix('torch.')}"
             )
         index = index.tolist()
-    if not is_sequence(index) or not len(index):
+    # Sets have no order, and iterators can be read once.
+    if isinstance(index, (str, bytes)) or not isinstance(index, Sequence) or not index:
         raise ConfigError(
             "members() needs a list with a member's number or name, or None, for each row of the batch; got "
             + safe_repr(index)
@@ -241,8 +245,13 @@ class Member(Adapter):
     def __init__(self, state: MemberState) -> None:
         super().__init__(state)
         self.number, self._members = state.number, cast(Members, state.whole.members)
-        name = None if self._members.names is None else self._members.names[state.number]
-        self.name = f"{state.whole.name}[{state.number if name is None else repr(name)}]"
+
+    @property
+    def name(self) -> str:
+        """The population's name with that of the member, or its number, in brackets."""
+        names = self._members.names
+        name = None if names is None else names[self.number]
+        return f"{self._state.name}[{self.number if name is None else repr(name)}]"
 
     def __repr__(self) -> str:
         return (
@@ -263,22 +272,40 @@ class Member(Adapter):
     @checks_arguments
     def merge(self, max_error: float | None = None) -> None:
         """Add this member's ΔW to the weights, as :meth:`Adapter.merge` does; until :meth:`unmerge` no other acts."""
+        self._refuse_another()
         super().merge(max_error)
         self._members.merged = self.number
 
     def unmerge(self) -> None:
         """Restore the exact bits that the weights had before :meth:`merge`."""
-        if not self.merged and self._state.merged is not None:
+        self._refuse_another()
+        super().unmerge()
+
+    @checks_arguments
+    def bake(self, max_error: float | None = None) -> nn.Module:
+        """Merge this member for good and remove the population, as :meth:`Adapter.bake` does; return the model."""
+        self._refuse_another()
+        return super().bake(max_error)
+
+    def _refuse_another(self) -> None:
+        """Raise a TargetError if another member is merged."""
+        if self._state.merged is not None and not self.merged:
             raise TargetError(
                 f"member {self._members.merged} of population {self._state.name!r} is merged, and not member "
                 f"{self.number}: unmerge() that one"
             )
-        super().unmerge()
 
     def detach(self) -> None:
         """Raise a ConfigError: the whole population is detached."""
         raise ConfigError(
             f"member {self.number} is a part of population {self._state.name!r}: detach() the population itself"
+        )
+
+    def start_from(self, arrays: Any) -> None:
+        """Raise a ConfigError: the start is a part of the plan, which all members have."""
+        raise ConfigError(
+            f"all members of population {self._state.name!r} start from the same given arrays: call start_from() of "
+            "the population"
         )
 
     def set_trainable(self, groups: Any = None, arrays: Any = None) -> None:

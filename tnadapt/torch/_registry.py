@@ -64,7 +64,7 @@ def overlapping(model: nn.Module) -> list[AdapterState]:
 def refuse_merged(model: nn.Module, what: str, but: AdapterState | None = None) -> None:
     """Raise a TargetError if an adapter, except one, is merged into the weights; ``what`` needs the base without it."""
     for other in overlapping(model):
-        if other is not but and other.merged is not None:
+        if other.merged is not None and (but is None or other is not but.whole):
             raise TargetError(f"adapter {other.name!r} is merged into the base: unmerge it before {what}")
 
 
@@ -473,9 +473,9 @@ def let_go_merged(state: AdapterState, max_error: float | None = None) -> None:
     if state.merged is None:
         merge(state, max_error)
     try:
-        _take_off_merged(state)
+        _take_off_merged(state.whole)
     except BaseException:  # finish when interrupted: half of it would add the update twice
-        _take_off_merged(state)
+        _take_off_merged(state.whole)
         raise
 
 

@@ -140,14 +140,14 @@ def _are_alike(groups: Sequence[Group]) -> bool:
 #   tensors as inputs, such as masks, in which rows cannot be told apart, on the whole batch for each group.
 
 
-def check_usable(state: AdapterState, named: bool) -> None:
+def check_usable(state: AdapterState, named: bool, call: str = "rows()") -> None:
     """Raise a TargetError if an adapter is merged, or disabled although rows name it."""
     if state.merged is not None:
         raise TargetError(
-            f"adapter {state.name!r} is merged into the base, and so into every row: unmerge() it before rows()"
+            f"adapter {state.name!r} is merged into the base, and so into every row: unmerge() it before {call}"
         )
     if named and not state.enabled:
-        raise TargetError(f"adapter {state.name!r} is disabled, and rows() names it: leave disabled() first")
+        raise TargetError(f"adapter {state.name!r} is disabled, and {call} names it: leave disabled() first")
 
 
 _runner: RowRunner | None = None
@@ -173,7 +173,7 @@ def run_by_rows(patch: ForwardPatch, args: Any, kwargs: Any) -> Any:
     for slot in slots:
         if slot.adapter.whole in assignment.governed:
             slot.adapter.threads.add(threading.get_ident())
-            check_usable(slot.adapter, assignment.names_adapter(slot.adapter))
+            check_usable(slot.adapter, assignment.names_adapter(slot.adapter), assignment.call)
     acting = patch.acting(alone=False)
     always = [slot for slot in acting if slot.adapter.whole not in assignment.governed]
     if isinstance(assignment, MemberRows):
@@ -520,14 +520,14 @@ def _population_of(adapters: Mapping[str, AdapterState], names: Sequence[Any]) -
                     f"rows() names members of population {state.name!r} and {name!r}, which is none of them: the rows "
                     "of a batch have members of one population, or adapters"
                 )
-        check_rows(state)
+        check_rows(state, "rows()")
         return MemberRows(state, numbers)
     return None
 
 
-def check_rows(population: AdapterState) -> None:
+def check_rows(population: AdapterState, call: str = "members()") -> None:
     """Raise a TargetError if a population is merged or disabled, or rows cannot be told apart in its layers."""
-    check_usable(population, True)
+    check_usable(population, True, call)
     _check_apart(population.model, {population})
 
 

@@ -315,6 +315,8 @@ class Members:
     count : int
     names : tuple of (str or None), or None
         The names of the members, in order; None if none has one.
+    seeds : {"one", "each"}
+        Whether the members start alike, or each from random arrays of its own.
 
     Attributes
     ----------
@@ -322,8 +324,8 @@ class Members:
         The member that acts on all rows of a forward pass outside of ``with adapter.members(...)``.
     """
 
-    def __init__(self, count: int, names: tuple[str | None, ...] | None = None) -> None:
-        self.count = count
+    def __init__(self, count: int, names: tuple[str | None, ...] | None = None, seeds: str = "one") -> None:
+        self.count, self.seeds = count, seeds
         self.names = names
         #: The number of the member that is merged, while the population is.
         self.merged: int | None = None
@@ -361,6 +363,19 @@ class Members:
         if state is None:
             state = self._states[number] = MemberState(whole, number)
         return state
+
+    def initial(
+        self, arrays: Mapping[str, Any], seed: int, drawn: Callable[[int], dict[str, Any]]
+    ) -> dict[str, Tensor]:
+        """Return the initial arrays of all members from those of one; ``drawn(seed)`` returns the random ones."""
+        several = {
+            name: torch.as_tensor(array).expand(self.count, *array.shape).clone() for name, array in arrays.items()
+        }
+        if self.seeds == "each":
+            for number in range(1, self.count):
+                for name, array in drawn(seed + number).items():
+                    several[name][number] = torch.from_numpy(array)
+        return several
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_states": None}
@@ -566,10 +581,22 @@ def full_arrays(state: AdapterState) -> dict[str, Tensor]:
     return {name: gather_full(parameter) for name, parameter in named_parameters(state)}
 
 
+def initial_arrays(
+    state: AdapterState, arrays: Mapping[str, Any], drawn: Callable[[int], dict[str, Any]]
+) -> Mapping[str, Any]:
+    """Return initial arrays as an adapter has them: a population those of all members, a member with its own draws."""
+    members, seed = state.members, state.plan.config.seed
+    if members is None:
+        return arrays
+    if not isinstance(state, MemberState):
+        return members.initial(arrays, seed, drawn)
+    return {**arrays, **drawn(seed + state.number)} if members.seeds == "each" and state.number else arrays
+
+
 def checked_pairs(state: AdapterState, arrays: Mapping[str, Any]) -> list[tuple[nn.Parameter, Any]]:
     """Pair each parameter with what to copy into it from an array of a file; raise a ShapeError if they do not fit."""
     need_unmerged(state, "new arrays")
-    leading = () if state.members is None or state.whole is not state else (state.members.count,)
+    leading = () if state.members is None or isinstance(state, MemberState) else (state.members.count,)
     expected = {name: (*leading, *shape) for name, shape in state.plan.param_shapes.items()}
     shapes = {name: tuple(getattr(array, "shape", ())) for name, array in arrays.items()}
     if shapes != expected:
