@@ -74,7 +74,7 @@ class MemberRows(RowAssignment):
     Attributes
     ----------
     members : list of int
-        The distinct members, in ascending order.
+        The distinct members, in the order of their first rows.
     rows : dict of (int or None) to list of int
         The rows of each.
     """
@@ -87,7 +87,7 @@ class MemberRows(RowAssignment):
         self.rows: dict[int | None, list[int]] = {}
         for row, number in enumerate(numbers):
             self.rows.setdefault(number, []).append(row)
-        self.members = sorted(number for number in self.rows if number is not None)
+        self.members = [number for number in self.rows if number is not None]
         self._places = {number: place for place, number in enumerate(self.members)}
         self._arrays: dict[Any, tuple[Any, Tensor, tuple[Tensor, ...]]] = {}
         self._made: tuple[Any, dict[str, Tensor]] | None = None
