@@ -212,11 +212,8 @@ class _FormedProduct(Function):
             members = slice(start, min(start + len(buffer), len(left)))
             product = buffer[: members.stop - start]
             torch.bmm(left[members], right[members], out=product)
-            yield (
-                members,
-                product,
-                product.flatten(1)[:, first : first + self.source.size].unflatten(1, self.source.shape),
-            )
+            update = product.flatten(1)[:, first : first + self.source.size]
+            yield members, product, update.view(-1, *self.source.shape)
 
     def vjp(self, inputs: Sequence[Tensor], wanted: Sequence[int], gradient: Tensor) -> Sequence[Tensor]:
         """Return the gradients of the wanted inputs, given that of the output."""
