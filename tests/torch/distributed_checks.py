@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn import functional
+from torch.nn.parallel import DistributedDataParallel
 
 import tnadapt.torch
 from tnadapt import presets
@@ -300,11 +301,55 @@ def members_of_a_population(folder: Path) -> None:
             same_arrays(population.arrays(), before)
 
 
+def members_of_any_process_take_a_step() -> None:
+    """Each process has rows of other members, and one of them has none in the last step."""
+    steps = [[[0, 1], [1, 2]], [[2, 2], [4, None]], [[1, 0], [None, None]]]
+
+    def start() -> tuple[Model, tnadapt.torch.Population, tnadapt.torch.MemberAdamW]:
+        torch.manual_seed(0)
+        model = Model().double()  # Adam magnifies the rounding of small gradients
+        adapter = tnadapt.torch.attach(
+            model, "lora", rank=2, keep_trainable="head", population=5, seeds="each", dtype=torch.float64
+        )
+        groups = [
+            {"params": adapter.parameters(), "lr": [0.1, 0.2, 0.3, 0.4, 0.5]},
+            {"params": model.head.parameters()},
+        ]
+        return model, adapter, tnadapt.torch.MemberAdamW(adapter, groups, weight_decay=0.1)
+
+    def train(rank: int, world: int) -> tuple[tnadapt.torch.Population, tnadapt.torch.MemberAdamW]:
+        model, adapter, optimizer = start()
+        running = DistributedDataParallel(model, find_unused_parameters=True) if world > 1 else model
+        for number, shares in enumerate(steps):
+            x = torch.randn(4, TOKENS, 6, generator=torch.Generator().manual_seed(number)).double()
+            members = [member for share in shares for member in share]
+            mine = slice(2 * rank, 2 * rank + 2) if world > 1 else slice(None)
+            with adapter.members(members[mine]):
+                running(x[mine]).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return adapter, optimizer
+
+    untouched = start()[1]
+    adapter, optimizer = train(dist.get_rank(), dist.get_world_size())
+    alone, expected = train(0, 1)
+    for (name, parameter), other, before in zip(
+        adapter.named_parameters(), alone.parameters(), untouched.parameters(), strict=True
+    ):
+        torch.testing.assert_close(parameter, other, rtol=1e-9, atol=1e-12)
+        assert torch.equal(parameter[3], before[3]), f"{name}: member 3 was in no batch"
+        counts = [
+            dict(zip(each.param_groups[0]["members"].tolist(), each.state[array]["step"].tolist(), strict=False))
+            for each, array in ((optimizer, parameter), (expected, other))
+        ]
+        assert counts == [{0: 2, 1: 2, 2: 2, 4: 1}] * 2, f"{name}: steps {counts}"
+
+
 CHECKS: dict[str, Callable[..., None]] = {
     check.__name__: check
     for check in (
         a_sharded_adapter_acts_as_a_whole_one, from_the_meta_device, process_zero_may_save_alone, half_precision_blocks,
-        state_saved_and_resumed, new_arrays_stay, arrays_stay_readable, compiled,
-        members_of_a_population,
+        state_saved_and_resumed, new_arrays_stay, arrays_stay_readable, compiled, members_of_a_population,
+        members_of_any_process_take_a_step,
     )
 }  # fmt: skip

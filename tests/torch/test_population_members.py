@@ -411,7 +411,7 @@ BAD: list[tuple[Any, type[Exception], str]] = [
     ([[0, 1], [2, 3]], tna.ConfigError, ENTRY + r"\[0, 1\]$"),
     ([torch.tensor(1.0)], tna.ConfigError, ENTRY + r"tensor\(1\.\)$"),
     ([torch.tensor(True)], tna.ConfigError, ENTRY + r"tensor\(True\)$"),
-    (["eve"], tna.TargetError, "population 'default' has no member 'eve'; its members have names such as 'ann'$"),
+    (["eve"], tna.TargetError, "population 'default' has no member 'eve'; its members have the names 'ann'"),
     ("ann", tna.ConfigError, LIST + "'ann'$"),
     ([], tna.ConfigError, LIST + r"\[\]$"),
     (2, tna.ConfigError, LIST + "2$"),
@@ -432,7 +432,7 @@ BAD: list[tuple[Any, type[Exception], str]] = [
 
 
 @pytest.mark.law("members-refused")
-@pytest.mark.parametrize(("index", "error", "text"), BAD, ids=[repr(index)[:30] for index, _, _ in BAD])
+@pytest.mark.parametrize(("index", "error", "text"), BAD, ids=range(len(BAD)))
 def test_what_names_no_members(index: Any, error: type[Exception], text: str) -> None:
     model, adapters = population(names=NAMES)
     with pytest.raises(error, match=text), adapters.members(index):
@@ -509,12 +509,12 @@ def test_what_is_no_member(member: Any, error: type[Exception], text: str) -> No
         ({"population": True}, "^population must be an integer; got True$"),
         ({"names": ["a"]}, "^names and seeds are those of a population's members: give population=, too$"),
         ({"seeds": "each"}, "^names and seeds are those of a population's members: give population=, too$"),
-        ({"population": 2, "names": ["a"]}, r"^names must be a sequence of 2 names, .*; got \['a'\]$"),
-        ({"population": 2, "names": "ab"}, "^names must be a sequence of 2 names, one for each member; got 'ab'$"),
-        ({"population": 2, "names": ["a", "a"]}, "^two members have the name 'a'$"),
-        ({"population": 2, "names": ["a", ""]}, "^a member's name must be a string of printable characters; got ''$"),
-        ({"population": 2, "names": ["a", 3]}, "^a member's name must be a string of printable characters; got 3$"),
-        ({"population": 2, "names": ["a", "\n"]}, "^a member's name must be a string of printable characters; got"),
+        ({"population": 2, "names": ["a"]}, "^names must have a name, or None, for each of the 2 members; got 1$"),
+        ({"population": 2, "names": "ab"}, "^names must have a name, or None, for each of the 2 members; got 'ab'$"),
+        ({"population": 2, "names": ["a", "a"]}, "^names has 'a' twice; members must have different names$"),
+        ({"population": 2, "names": ["a", ""]}, r"^names\[1\] must be printable text of 1 to 256 bytes .*; got ''$"),
+        ({"population": 2, "names": ["a", 3]}, r"^names\[1\] must be printable text of 1 to 256 bytes .*; got 3$"),
+        ({"population": 2, "names": ["a", "\n"]}, r"^names\[1\] must be printable text of 1 to 256 bytes"),
         ({"population": 2, "seeds": "all"}, "^seeds must be one of one, each; got 'all'$"),
         ({"population": 2, "seeds": None}, "^seeds must be one of one, each; got None$"),
         ({"population": 2, "seeds": 3}, "^seeds must be one of one, each; got 3$"),
@@ -529,7 +529,7 @@ def test_populations_that_cannot_be(options: dict[str, Any], text: str) -> None:
         adapters = tt.attach(model, "lora", rank=2, population=2, names=["x", "y"])
         with pytest.raises(tna.ConfigError, match=text):
             adapters.names = options["names"]
-        assert adapters.names == ("x", "y")
+        assert adapters.names == ["x", "y"]
 
 
 @pytest.mark.law("members-refused")

@@ -11,7 +11,7 @@ from typing import Annotated, Any, TypeAlias
 import typer
 
 import tnadapt
-from tnadapt.errors import FileError, TnadaptError, safe_repr
+from tnadapt.errors import ConfigError, FileError, TnadaptError, safe_repr
 
 # -- Values ------------------------------------------------------------------------------------------------------------
 
@@ -144,6 +144,26 @@ def targets_of(given: Sequence[str] | None) -> str | list[str]:
     return list(given)
 
 
+# More digits than the number of a member has.
+_MAX_DIGITS = 10
+
+
+def member_of(path: Path, text: str | None) -> int | str | None:
+    """Return ``--member`` as the library takes it: digits are a number unless a member has this name."""
+    if text is None or not text.isdecimal() or len(text) > _MAX_DIGITS:
+        return text
+    try:
+        population = tnadapt.load(path / "adapter.safetensors" if path.is_dir() else path, check_draws=False)
+    except FileError:  # raised again where the adapter is read
+        return text
+    if isinstance(population, tnadapt.PopulationFile):
+        try:
+            population.select([text])
+        except ConfigError:
+            return int(text)
+    return text
+
+
 # -- Options, as types of arguments ------------------------------------------------------------------------------------
 
 
@@ -181,6 +201,10 @@ OwnSettings: TypeAlias = Annotated[
 ]
 ConfigFile: TypeAlias = Annotated[
     Path | None, typer.Option("--config", help="A JSON file of Config fields.", show_default="none")
+]
+Member: TypeAlias = Annotated[
+    str | None,
+    option("Of a population's file: a member's name, or its number if none has this name.", "none", names=["--member"]),
 ]
 AsJson: TypeAlias = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 

@@ -22,6 +22,7 @@ from . import starts
 from ._adapter import Adapter, adapters
 from ._adapter_loading import from_pretrained, load, load_pretrained, load_processor
 from ._attach import attach
+from ._member_optimizer import MemberAdamW
 from ._merging import RequantizationReport, RequantizedWeight
 from ._model_extraction import extract
 from ._population import Member, Population
@@ -35,6 +36,7 @@ from ._weights import token_targets
 __all__ = [
     "Adapter",
     "Member",
+    "MemberAdamW",
     "Population",
     "QuantizedLayer",
     "RequantizationReport",

@@ -28,6 +28,7 @@ from tnadapt.algebra.superlora import SuperLoRA, share_maps
 from tnadapt.argument_checks import flag, integer, is_sequence, wrong_argument
 from tnadapt.backends import load_backend
 from tnadapt.checkpoints.adapter_file import plan_of
+from tnadapt.checkpoints.population_file import checked_names
 from tnadapt.errors import BackendError, ConfigError, TargetError, safe_repr, warn
 from tnadapt.targets.roles import is_within
 from tnadapt.targets.target import Target, check_distinct
@@ -36,7 +37,7 @@ from ._adapter import Adapter
 from ._delta import is_sharded
 from ._forward_pass import PassHooks, check_dropout
 from ._forward_patch import ACTIVATIONS, STRATEGIES, ForwardPatch
-from ._population import Population, checked_names
+from ._population import Population
 from ._registry import attached, freeze, install_methods, overlapping, prepare, refuse_merged, take_off, untie
 from ._state import ADAPTERS_ATTR, DOT, AdapterSlot, AdapterState, Members, is_array
 from ._strategy_choice import TOKENS, is_quantized, strategy_of
@@ -164,7 +165,7 @@ def attach(
     detach_norm: bool = False,
     dropout: float = 0.0,
     population: int | None = None,
-    names: Sequence[str] | None = None,
+    names: Sequence[str | None] | None = None,
     seeds: str = "one",
     **settings: Any,
 ) -> Adapter:
@@ -231,7 +232,7 @@ def attach(
     population : int, optional
         Attach a :class:`tnadapt.torch.Population` of so many adapters: every trained array has a leading axis of that
         length, and ``with adapter.members(...)`` gives each row of a batch its member. Frozen arrays are shared.
-    names : sequence of str, optional
+    names : sequence of (str or None), optional
         The names of the population's members.
     seeds : {"one", "each"}
         Whether the members of a population start alike, or each from random arrays of its own: member k from the seed
@@ -383,7 +384,7 @@ class AttachRequest:
     detach_norm: bool = False
     dropout: float = 0.0
     population: int | None = None
-    names: Sequence[str] | None = None
+    names: Sequence[str | None] | None = None
     seeds: str = "one"
     fresh: bool = True
     kept: Sequence[str] | None = None
@@ -405,7 +406,7 @@ class AttachRequest:
             return
         put("population", integer("population", self.population, 1, MAX_SIZE, ConfigError))
         if self.names is not None:
-            put("names", checked_names(self.names, self.population))
+            put("names", tuple(checked_names(self.names, self.population)))
         if self.seeds not in SEEDS:
             raise ConfigError(f"seeds must be one of {', '.join(SEEDS)}; got {safe_repr(self.seeds)}")
 

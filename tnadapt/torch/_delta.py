@@ -61,6 +61,10 @@ def in_dispatch_mode() -> bool:
     )
 
 
+#: The number of the running backward pass, or -1. Private to torch: a version without it only loses the check.
+backward_number: Callable[[], int] = getattr(torch._C, "_current_graph_task_id", lambda: -1)
+
+
 def traced() -> bool:
     """Return whether single operations have to be seen, so that no autograd function of ours may stand for them."""
     return torch.compiler.is_compiling() or in_functorch() or in_dispatch_mode()

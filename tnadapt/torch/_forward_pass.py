@@ -15,7 +15,7 @@ import inspect
 import textwrap
 import threading
 import warnings
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -27,7 +27,7 @@ from tnadapt.backends import load_backend
 from tnadapt.errors import ConfigError, TargetError, safe_repr
 
 from . import _delta, _forms, _state
-from ._delta import recomputed, traced
+from ._delta import backward_number, recomputed, traced
 from ._forms import Change, LowRank, Operation, Update, UpdatedWeight, add_features, updated
 from ._quantized import quantized_type
 from ._state import AdapterSlot, AdapterState, current, mixing_weight, weight_params
@@ -113,10 +113,6 @@ class ColumnDropout:
 
 
 # -- Whether an adapter acts, and its updates and factors --------------------------------------------------------------
-
-
-#: The number of the running backward pass, or -1. Private to torch: a version without it only loses the check.
-backward_number: Callable[[], int] = getattr(torch._C, "_current_graph_task_id", lambda: -1)
 
 
 def acts(state: AdapterState) -> bool:
@@ -242,7 +238,8 @@ class PassHooks:
                 state.clear_cache()
         elif torch.is_grad_enabled() and state.acting.made is not None:
             state.acting.made.forget()  # as in DeltaCache.begin
-        if acts(state) and any(slot.strategy != "factored" for slot in state.slots):
+        # What is selected of the members in a batch serves all layers of a pass.
+        if acts(state) and (state.members is not None or any(slot.strategy != "factored" for slot in state.slots)):
             state.acting.cache.begin()
 
     def end(self, module: nn.Module, args: Any, output: Any) -> None:

@@ -35,15 +35,15 @@ class _Selected(Function):
 
     keeps = "nothing"
 
-    def __init__(self, members: Members, numbers: Sequence[int], index: Tensor, shape: torch.Size) -> None:
-        self.members, self.numbers, self.index, self.shape = members, numbers, index, shape
+    def __init__(self, members: Members, name: str, numbers: Sequence[int], index: Tensor, shape: torch.Size) -> None:
+        self.members, self.name, self.numbers, self.index, self.shape = members, name, numbers, index, shape
 
     def __call__(self, parameter: Tensor) -> Tensor:
         return parameter.index_select(0, self.index)
 
     def vjp(self, inputs: Sequence[Tensor], wanted: Sequence[int], gradient: Tensor) -> Sequence[Tensor]:
-        self.members.touched.update(self.numbers)
-        return [gradient.new_zeros(self.shape).index_copy(0, self.index, gradient)]
+        self.members.touched.setdefault(self.name, set()).update(self.numbers)
+        return [gradient.new_zeros(self.shape).index_copy_(0, self.index, gradient)]
 
 
 class MemberRows(RowAssignment):
@@ -94,7 +94,7 @@ class MemberRows(RowAssignment):
     def begin_layer(self) -> None:
         """Record that a layer runs; what it selects serves all layers of its pass, or of the backward pass."""
         passing = self.whole.cache.passing.number
-        task = _forward_pass.backward_number()
+        task = _delta.backward_number()
         self._call = ("pass", passing) if passing else ("backward", task) if task != -1 else ("call", next(_calls))
 
     def selected(self, name: str) -> Tensor:
@@ -113,8 +113,10 @@ class MemberRows(RowAssignment):
         if known is not None and known[0] == key:
             return known
         members, index = cast(Members, self.whole.members), self.index(self.members, parameter.device)
-        function = _Selected(members, self.members, index, parameter.shape)
+        function = _Selected(members, name, self.members, index, parameter.shape)
         trained = torch.is_grad_enabled() and parameter.requires_grad
+        if trained:
+            members.forget_dropped(name, parameter)
         several = recomputed(function, parameter) if trained else function(parameter)
         self._arrays[name] = known = key, several, several.unbind(0)
         return known

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tnadapt.argument_checks import checks_arguments, is_sequence
-from tnadapt.errors import ConfigError, TargetError, pluralize, safe_repr
+from tnadapt.argument_checks import checks_arguments
+from tnadapt.checkpoints.population_file import checked_names
+from tnadapt.errors import ConfigError, TargetError, pluralize, safe_repr, summarize
 
 from . import _merging, _registry, _rows
 from ._adapter import Adapter
@@ -32,8 +33,9 @@ def member_number(state: AdapterState, member: Any) -> int:
     if isinstance(member, str):
         number = members.number(member)
         if number is None:
-            listed = "no names" if members.names is None else f"names such as {members.names[0]!r}"
-            raise TargetError(f"population {state.name!r} has no member {member!r}; its members have {listed}")
+            names = [name for name in members.names or () if name is not None]
+            listed = f"the names {summarize(names)}" if names else "no names"
+            raise TargetError(f"population {state.name!r} has no member {safe_repr(member)}; its members have {listed}")
         return number
     try:
         if isinstance(member, bool) or (isinstance(member, Tensor) and member.dtype not in _INTEGERS):
@@ -88,8 +90,8 @@ class Population(Adapter):
     ----------
     population : int
         K.
-    names : tuple of str or None
-        The names of the members. Assign a sequence of K distinct names, or None.
+    names : list of (str or None)
+        The names of the members. Assign a sequence of K distinct names, with None for members that have none, or None.
 
     Examples
     --------
@@ -125,13 +127,14 @@ class Population(Adapter):
         return self.population
 
     @property
-    def names(self) -> tuple[str, ...] | None:
-        """The names of the members, in order; None if they have none."""
-        return self._members.names
+    def names(self) -> list[str | None]:
+        """The names of the members, in order, and None for those that have none."""
+        names = self._members.names
+        return [None] * self.population if names is None else list(names)
 
     @names.setter
-    def names(self, names: Sequence[str] | None) -> None:
-        self._members.names = None if names is None else checked_names(names, self.population)
+    def names(self, names: Sequence[str | None] | None) -> None:
+        self._members.names = None if names is None else tuple(checked_names(names, self.population))
 
     def __getitem__(self, member: int | str) -> Member:
         """Return the view of a member, given by its number or name.
@@ -156,9 +159,9 @@ class Population(Adapter):
     def __repr__(self) -> str:
         state = "merged" if self.merged else "attached" if self.enabled else "disabled"
         return (
-            f"<tnadapt population {self.name!r}: {pluralize(self.population, 'member')} of {self.num_parameters:,} "
-            f"parameters for {pluralize(len(self.targets), 'weight')} of {type(self.model).__name__}, {state}, weight "
-            f"{self.weight:g}>"
+            f"<tnadapt population {self.name!r}: {self.population:,} member{'s' * (self.population != 1)} of "
+            f"{self.num_parameters:,} parameters for {pluralize(len(self.targets), 'weight')} of "
+            f"{type(self.model).__name__}, {state}, weight {self.weight:g}>"
         )
 
     @contextlib.contextmanager
@@ -225,7 +228,7 @@ class Population(Adapter):
         """Raise a ConfigError: a member has updates, ``population[k].deltas()``."""
         self._single("deltas()")
 
-    def swap(self, path: Any) -> None:
+    def swap(self, path: Any, member: int | str | None = None) -> None:
         """Raise a ConfigError: a member takes the arrays of a file, ``population[k].swap(path)``."""
         self._single("swap(path)")
 
@@ -247,7 +250,8 @@ class Member(Adapter):
     def name(self) -> str:
         """The population's name with that of the member, or its number, in brackets."""
         names = self._members.names
-        return f"{self._state.name}[{self.number if names is None else repr(names[self.number])}]"
+        name = None if names is None else names[self.number]
+        return f"{self._state.name}[{self.number if name is None else repr(name)}]"
 
     def __repr__(self) -> str:
         return (
@@ -310,17 +314,3 @@ class Member(Adapter):
             f"all members of population {self._state.name!r} train the same arrays: call set_trainable() of the "
             "population"
         )
-
-
-def checked_names(names: Any, count: int) -> tuple[str, ...]:
-    """Return the names of members, or raise a ConfigError."""
-    if not is_sequence(names) or len(names) != count:
-        raise ConfigError(f"names must be a sequence of {count} names, one for each member; got {safe_repr(names)}")
-    seen = set[str]()
-    for name in names:
-        if not isinstance(name, str) or not name or not name.isprintable():
-            raise ConfigError(f"a member's name must be a string of printable characters; got {safe_repr(name)}")
-        if name in seen:
-            raise ConfigError(f"two members have the name {name!r}")
-        seen.add(name)
-    return tuple(names)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import gc
 import threading
 import weakref
@@ -26,7 +27,7 @@ from tnadapt.checkpoints.pretrained_model import Pretrained
 from tnadapt.errors import ConfigError, ShapeError, TargetError, warn
 from tnadapt.targets.target import Target
 
-from ._delta import ArrayCache, DeltaCache, ThetaArrays, gather_full, is_sharded, reshard
+from ._delta import ArrayCache, DeltaCache, ThetaArrays, backward_number, gather_full, is_sharded, reshard
 
 # -- The state, and where a model keeps it -----------------------------------------------------------------------------
 
@@ -321,8 +322,8 @@ class Members:
     Parameters
     ----------
     count : int
-    names : tuple of str or None
-        The names of the members, in order.
+    names : tuple of (str or None), or None
+        The names of the members, in order; None if none has one.
     seeds : {"one", "each"}
         Whether the members start alike, or each from random arrays of its own.
 
@@ -332,27 +333,34 @@ class Members:
         The member that acts on all rows of a forward pass outside of ``with adapter.members(...)``.
     """
 
-    def __init__(self, count: int, names: tuple[str, ...] | None = None, seeds: str = "one") -> None:
+    def __init__(self, count: int, names: tuple[str | None, ...] | None = None, seeds: str = "one") -> None:
         self.count, self.seeds = count, seeds
         self.names = names
         #: The number of the member that is merged, while the population is.
         self.merged: int | None = None
-        #: The members that gradients have reached since an optimizer last took a step; compiled programs note none.
-        self.touched: set[int] = set()
+        #: The members that the gradient of each array has reached since an optimizer last took a step, by the array's
+        #: name in the plan. Compiled programs note none.
+        self.touched: dict[str, set[int]] = {}
         #: By which factors layers multiply in the batched form, where the strategy has none; by index of the weight.
         self.factorings: dict[int, Factoring | None] = {}
         self.active: MemberState | None = None
         self._states: weakref.WeakValueDictionary[int, MemberState] = weakref.WeakValueDictionary()
 
     @property
-    def names(self) -> tuple[str, ...] | None:
-        """The names of the members, in order, if they have any."""
+    def names(self) -> tuple[str | None, ...] | None:
+        """The names of the members, in order; None if none has one."""
         return self._names
 
     @names.setter
-    def names(self, names: tuple[str, ...] | None) -> None:
-        self._names = names
-        self._numbers = {} if names is None else {name: number for number, name in enumerate(names)}
+    def names(self, names: tuple[str | None, ...] | None) -> None:
+        self._names = names if names is not None and any(name is not None for name in names) else None
+        self._numbers = {name: number for number, name in enumerate(self._names or ()) if name is not None}
+
+    def forget_dropped(self, name: str, parameter: Tensor) -> None:
+        """Forget which members the gradient of an array had reached if it was dropped, as a forward pass begins."""
+        # A pass that recomputes for backward finds no gradient, either, and members that this backward has reached.
+        if not torch.compiler.is_compiling() and parameter.grad is None and backward_number() == -1:
+            self.touched.pop(name, None)
 
     def number(self, name: str) -> int | None:
         """Return the number of the member of a name; None if there is none."""
@@ -485,17 +493,18 @@ class MemberState(AdapterState):
         parameter = self._parameter(name)
         if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and parameter.requires_grad):
             return parameter[self.number]
+        cast(Members, self._whole.members).forget_dropped(name, parameter)
         # Caches of what has a graph know an array by its identity. Moving a model exchanges the memory of a parameter.
         memory = parameter.untyped_storage()._cdata
         cached = self._views.get(name)
         if cached is None or cached[0] is not parameter or cached[1] != memory:
             view = parameter[self.number]
-            view.register_hook(self._touched)  # type: ignore[no-untyped-call]
+            view.register_hook(functools.partial(self._touched, name))  # type: ignore[no-untyped-call]
             cached = self._views[name] = parameter, memory, view
         return cached[2]
 
-    def _touched(self, gradient: Tensor) -> None:
-        cast(Members, self._whole.members).touched.add(self.number)
+    def _touched(self, name: str, gradient: Tensor) -> None:
+        cast(Members, self._whole.members).touched.setdefault(name, set()).add(self.number)
 
     def view(self, name: str) -> Tensor:
         """Return the member's part of an array as a view, to which numbers can be written."""
