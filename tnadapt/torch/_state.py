@@ -37,7 +37,7 @@ from ._delta import (
     memory,
     reshard,
     version,
-)  # fmt: skip
+)
 
 # -- The state, and where a model keeps it -----------------------------------------------------------------------------
 
