@@ -384,7 +384,8 @@ def test_an_adapter_is_expected(tmp_path: Path) -> None:
     tna.save(alone, population[1])
     why = "is a population of 4 members, and one adapter is expected: give one of them, such as "
     nobody = (
-        "there is no member 'bob'; the names are 'ann', 'größe 7', 'user-0000000000000001'; numbers are from 0 to 3"
+        "member: there is no member 'bob'; the names are 'ann', 'größe 7', 'user-0000000000000001'; numbers are from "
+        "0 to 3"
     )
     single = "has one adapter, and no members: leave out member= (--member)"
     for adapter, which, message in (
