@@ -272,8 +272,11 @@ class Member(Adapter):
 
         What was cached for the member that acted before is discarded.
         """
+        self._refuse_another()
         _registry.mix(self.model, {self._state.name: 1.0})
-        self._members.active = cast(MemberState, self._state)
+        state = cast(MemberState, self._state)
+        state.prepare()
+        self._members.active = state
         _registry.trim_idle([self._state])
 
     @checks_arguments

@@ -27,7 +27,17 @@ from tnadapt.checkpoints.pretrained_model import Pretrained
 from tnadapt.errors import ConfigError, ShapeError, TargetError, warn
 from tnadapt.targets.target import Target
 
-from ._delta import ArrayCache, DeltaCache, ThetaArrays, backward_number, gather_full, memory, reshard, version
+from ._delta import (
+    ArrayCache,
+    DeltaCache,
+    ThetaArrays,
+    backward_number,
+    gather_full,
+    in_functorch,
+    memory,
+    reshard,
+    version,
+)
 
 # -- The state, and where a model keeps it -----------------------------------------------------------------------------
 
@@ -434,7 +444,8 @@ class MemberState(AdapterState):
         self._forget()
 
     def _forget(self) -> None:
-        self._slots: dict[AdapterSlot, AdapterSlot] = {}
+        #: By the identity of a slot of the population: it, and that of the member.
+        self._slots: dict[int, tuple[AdapterSlot, AdapterSlot]] = {}
         self._views: dict[str, tuple[Tensor, tuple[Any, ...], Tensor]] = {}
 
     def __getattr__(self, name: str) -> Any:
@@ -452,6 +463,10 @@ class MemberState(AdapterState):
         cast(Members, self._whole.members).note_caching(self)
         return self.__dict__[name]
 
+    def prepare(self) -> None:
+        """Make what passes make on first use, which compilers cannot trace."""
+        _ = self.cache, self.quotients, self.made, self.slots
+
     def renew(self) -> None:
         """Drop what is of the population's plan, which was exchanged for another one."""
         for name in ("cache", "quotients", "made"):
@@ -459,6 +474,8 @@ class MemberState(AdapterState):
         self._forget()
         if self.handle is not None:
             self.handle.plan = self._whole.plan.file_plan
+        if cast(Members, self._whole.members).active is self:
+            self.prepare()
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in MemberState._ALONE:
@@ -481,16 +498,20 @@ class MemberState(AdapterState):
 
     def slot(self, slot: AdapterSlot) -> AdapterSlot:
         """Return a slot of the population for this member."""
-        if slot not in self._slots:
-            self._slots[slot] = dataclasses.replace(slot, adapter=self)
-        return self._slots[slot]
+        if id(slot) not in self._slots:
+            self._slots[id(slot)] = slot, dataclasses.replace(slot, adapter=self)
+        return self._slots[id(slot)][1]
 
     def array_of(self, name: str) -> Tensor:
         assignment = assignment_of(self)
         if assignment is not None:
             return assignment.array(name, self.number)
         parameter = self._parameter(name)
-        if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and parameter.requires_grad):
+        # A view that is kept would be a constant of a trace, or valid only inside a transform.
+        transformed = torch.compiler.is_compiling() or in_functorch()
+        if transformed or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+            return parameter[self.number]
+        if not (torch.is_grad_enabled() and parameter.requires_grad):
             return parameter[self.number]
         cast(Members, self._whole.members).forget_dropped(name, parameter)
         # Caches of what has a graph know an array by its identity. Moving a model exchanges the memory of a parameter,
