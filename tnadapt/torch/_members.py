@@ -92,7 +92,7 @@ class MemberRows(RowAssignment):
         return self._weights.get(self.whole, self.whole.weight) or 1.0
 
     def begin_layer(self) -> None:
-        """Note that a layer runs; what it selects serves all layers of its pass, or of the backward pass around it."""
+        """Record that a layer runs; what it selects serves all layers of its pass, or of the backward pass around it."""
         passing = self.whole.cache.passing.number
         task = _delta.backward_number()
         self._call = ("pass", passing) if passing else ("backward", task) if task != -1 else ("call", next(_calls))

@@ -392,7 +392,7 @@ class Members:
                 state.clear_cache()
 
     def note_caching(self, state: MemberState) -> None:
-        """Note that a member has caches."""
+        """Record that a member has caches."""
         self._caching[state.number] = state
 
     def renew(self) -> None:
