@@ -36,6 +36,10 @@ def constant(value: float) -> AdapterFile:
     return dataclasses.replace(file, arrays={name: np.full_like(array, value) for name, array in file.arrays.items()})
 
 
+def population(*values: float, names: Sequence[str | None] | None = None) -> PopulationFile:
+    return PopulationFile.from_members([constant(value) for value in values], names)
+
+
 def value_of(file: AdapterFile) -> float:
     values = np.unique(np.concatenate([array.ravel() for array in file.arrays.values()]))
     assert values.size == 1, "a mixture of two members"
@@ -96,7 +100,7 @@ def test_the_file_is_the_one_that_is_saved_at_once(
             if len(new) == 1:
                 tna.append(path, new[0].arrays, texts[0])
             else:
-                tna.append(path, new, names=texts)
+                tna.append(path, PopulationFile.from_members(new, texts))
             values += step.values
             names += texts
         again = saved(folder / "again.safetensors", [constant(value) for value in values], names)
@@ -110,7 +114,7 @@ def test_every_kind_of_member_can_be_appended_and_replaced(tmp_path: Path, case:
     files = members(case, 5)
     path = saved(tmp_path / "population.safetensors", files[:1])
     tna.append(path, PopulationFile.from_members(files[1:3]))
-    tna.append(path, [files[3].arrays])
+    tna.append(path, files[3].arrays)
     tna.replace(path, 0, files[4])
     expected = saved(tmp_path / "again.safetensors", [files[4], *files[1:4]])
     assert path.read_bytes() == expected.read_bytes()
@@ -162,23 +166,24 @@ def test_a_mapped_population_shows_replacements_and_no_new_members(tmp_path: Pat
             lambda path: tna.append(path, constant(1), "a"),
             "has a member 'a' already, number 0: tnadapt.replace changes",
         ),
-        (lambda path: tna.append(path, [constant(1)], names=["a"]), "has a member 'a' already, number 0"),
-        (lambda path: tna.append(path, [constant(1)] * 2, names=["x", "x"]), "names has 'x' twice"),
+        (lambda path: tna.append(path, population(1, 2, names=["x", "a"])), "has a member 'a' already, number 0"),
         (lambda path: tna.append(path, constant(1), ""), "name must be printable text of 1 to 256 bytes in UTF-8; got"),
         (lambda path: tna.append(path, constant(1), "a\n"), "name must be printable text of 1 to 256 bytes"),
-        (lambda path: tna.append(path, constant(1), names=["x"]), "names= is for a sequence of members; give name="),
-        (lambda path: tna.append(path, [constant(1)], "x"), "name= is for one member; give names= for a sequence"),
-        (lambda path: tna.append(path, [constant(1)], names=["x", "y"]), "for each of the 1 members; got 2"),
-        (lambda path: tna.append(path, []), "member is an empty sequence; give at least one"),
-        (lambda path: tna.append(path, [3]), "member[0] must be an AdapterFile or a mapping of arrays; got int"),
-        (lambda path: tna.append(path, 3), "the member must be an AdapterFile or a mapping of arrays; got int"),
+        (
+            lambda path: tna.append(path, population(1), "x"),
+            "name= is for one member; those of a population have names of their own",
+        ),
+        (
+            lambda path: tna.append(path, PopulationFile.from_members([member("theta")])),
+            "the new population differs from the population in config",
+        ),
         (lambda path: tna.append(path, {}), "the member: the arrays must be those of config and targets; missing: "),
         (
             lambda path: tna.append(path, {k: a.astype("f8") for k, a in constant(1).arrays.items()}),
             "the member has dtype float64; that of the population is float32",
         ),
         (
-            lambda path: tna.append(path, [constant(1), constant(np.nan)]),
+            lambda path: tna.append(path, constant(np.nan)),
             "holds NaN or infinity; an adapter file may only have finite numbers",
         ),
         (lambda path: tna.replace(path, 0, constant(np.inf).arrays), "the member: 'group0.split0.factor0' holds NaN"),
@@ -257,7 +262,7 @@ def watched(watch: Watcher) -> Iterator[None]:
 
 CHANGES: dict[str, tuple[Callable[[Path], None], list[float]]] = {
     "append": (lambda path: tna.append(path, constant(7)), [0, 1, 2, 7]),
-    "append several": (lambda path: tna.append(path, [constant(7), constant(8)]), [0, 1, 2, 7, 8]),
+    "append several": (lambda path: tna.append(path, population(7, 8)), [0, 1, 2, 7, 8]),
     "append a longer name": (lambda path: tna.append(path, constant(7), "long"), [0, 1, 2, 7]),
     "replace the first": (lambda path: tna.replace(path, 0, constant(7)), [7, 1, 2]),
     "replace the last": (lambda path: tna.replace(path, 2, constant(7)), [0, 1, 7]),
@@ -414,6 +419,25 @@ def test_a_replacement_that_was_not_completed_is_read_from_behind_the_rows(tmp_p
     assert [value_of(one) for one in changed] == [0.0, 7.0, 2.0]
     tna.append(path, constant(3))
     assert values_of(path) == [0.0, 7.0, 2.0, 3.0]
+
+
+def test_a_copy_has_whole_rows_while_one_is_half_written(tmp_path: Path) -> None:
+    path = start(tmp_path / "population.safetensors")
+    calls: list[tuple[str, Any, Any]] = []
+    old = path.read_bytes()
+    with watched(lambda call, apply: (calls.append(call), apply())):
+        tna.replace(path, 1, constant(7))
+    (_, _, trailer), (_, position, row) = (call for call in calls if call[0] == "write")
+    path.write_bytes(old)
+    opened = tna.load(path)
+    assert opened.arrays  # all rows are checked, but change afterwards
+    with open(path, "r+b") as file:
+        file.seek(position)
+        file.write(row[:100])
+        file.seek(0, os.SEEK_END)
+        file.write(trailer)
+    tna.save(tmp_path / "copy.safetensors", opened)
+    assert values_of(tmp_path / "copy.safetensors") == [0.0, 7.0, 2.0]
 
 
 def test_a_trailer_for_a_member_that_is_not_there_is_ignored(tmp_path: Path) -> None:

@@ -152,6 +152,16 @@ def test_frozen_arrays_that_are_drawn_are_in_the_rows(tmp_path: Path) -> None:
         assert alone(one, tmp_path / "two.safetensors") == alone(file, tmp_path / "one.safetensors")
 
 
+def test_members_may_train_more_arrays_than_a_header_has_tensors(tmp_path: Path) -> None:
+    targets = [tna.Target(f"blocks.{number}", (2, 2), "q") for number in range(600)]
+    plan = SuperLoRA(Config(rank=1), [(2, 2)] * 600)
+    trained = tuple(plan.param_shapes)[:-1]
+    file = AdapterFile(plan.config, targets, plan.init(), trained=trained)
+    loaded = tna.load(saved(tmp_path / "population.safetensors", [file]))
+    assert loaded.shared.trained == trained
+    same_arrays(loaded, [file])
+
+
 def test_it_is_a_sequence_of_adapters_with_their_own_arrays(tmp_path: Path) -> None:
     path = saved(tmp_path / "population.safetensors", members(), NAMES)
     loaded = tna.load(path)
@@ -399,7 +409,7 @@ def test_an_adapter_is_expected(tmp_path: Path) -> None:
         assert (out.read_bytes() == expected) == (which == 1)
 
 
-def test_an_adapter_takes_one_member(tmp_path: Path) -> None:
+def test_a_member_of_a_file_is_swapped_in_and_loaded_as_one_adapter(tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
     import tnadapt.torch as tnt
 
@@ -416,6 +426,8 @@ def test_an_adapter_takes_one_member(tmp_path: Path) -> None:
     adapter.save(tmp_path / "swapped.safetensors")
     same_arrays(tna.load(path, members=["bob"]), [tna.load(tmp_path / "swapped.safetensors")])
     adapter.detach()
+    with pytest.raises(FileError, match=why):
+        tnt.load_pretrained(path, base=model, merge=True)
     with pytest.raises(FileError, match="it does not say what its base model is"):
         tnt.load_processor(path)  # which is the same for all members
     path = path.rename(tmp_path / "adapter.safetensors")
@@ -464,6 +476,14 @@ def test_info_describes_it(tmp_path: Path) -> None:
     assert (summary["kind"], summary["version"], summary["parameters"]) == ("population", 3, 58)
     assert summary["members"] == {"count": 10, "first": [f"user-{k}" for k in range(8)], "name_bytes": 8}
     assert json.loads(json.dumps(summary)) == summary
+
+
+def test_info_names_the_file_of_a_damaged_member(tmp_path: Path) -> None:
+    path = saved(tmp_path / "population.safetensors", members())
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(FileError, match=r"population\.safetensors: member 3 is damaged"):
+        tna.info(path)
 
 
 # -- Damaged and hostile files -----------------------------------------------------------------------------------------

@@ -69,7 +69,7 @@ def test_commands_take_a_member_by_name_or_number(tmp_path: Path) -> None:
             assert (done.returncode, done.stderr) == (0, "")
             tna.save(alone, tna.load(path)[number])
             assert out.read_bytes() == alone.read_bytes()
-    for text in ("9" * 5000, "bob", "-1"):
+    for text in ("9" * 5000, "bob", "-1", "01", "١"):
         done = run_here(main, "convert", path, "--member", text)
         assert done.returncode == 2
         assert done.stderr.startswith(f"tnadapt: {path}: member has '")

@@ -234,6 +234,7 @@ def test_nothing_is_written_if_it_is_refused(tmp_path: Path, name: str) -> None:
             [None, ".."],
             "the name of member 1, '..', cannot be that of a folder: convert that member alone, by member=1",
         ),
+        (["é" * 128, None], "the name of member 0, '" + "é" * 128 + "', cannot be that of a folder"),
         ([".a", None], "the name of member 0, '.a', cannot be that of a folder"),
         (["1", None], "members 0 and 1 would have the same folder, '1': convert that member alone, by member=1 (--m"),
         ([None, "0"], "members 0 and 1 would have the same folder, '0': convert that member alone, by member=1 (--m"),

@@ -250,7 +250,7 @@ def test_the_page_is_that_of_its_results_and_explains_every_difference(benchmark
 SMOKES: list[tuple[str, ...]] = [
     ("fast.py", part) for part in ("steps", "memory", "decoding", "strategies", "files", "gpu")
 ]
-SMOKES += [("mixed_batch.py",), ("decompositions.py",), ("population_files.py",), ("short.py",)]
+SMOKES += [(f"{name}.py",) for name in ("mixed_batch", "decompositions", "population_files", "populations", "short")]
 
 
 def smoke(script: str, *options: str) -> str:

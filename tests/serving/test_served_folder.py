@@ -260,10 +260,16 @@ def test_a_member_is_served_as_its_own_file_would_be(preset: tna.Config, place: 
 def test_what_members_share_is_computed_once(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with_base, calls = AdapterFile.with_base, list[int]()
     monkeypatch.setattr(AdapterFile, "with_base", lambda file, weights: calls.append(1) or with_base(file, weights))
-    save_population(place / "adapters" / "users.safetensors", [f"user-{number}" for number in range(5)], P.tinylora(13))
+    path = place / "adapters" / "users.safetensors"
+    save_population(path, [f"user-{number}" for number in range(5)], P.tinylora(13))
     folder = served(place)
     entries = {folder.find(f"user-{number}", "m") for number in range(5)}
     assert (len(entries), len(calls)) == (5, 1)
+    arrays = {name: np.ones_like(array) for name, array in tna.load(path)[0].arrays.items()}
+    tna.append(path, arrays, "user-5")
+    tna.replace(path, "user-0", {name: 2 * array for name, array in arrays.items()})
+    entries |= {folder.find("user-5", "m"), folder.find("user-0", "m")}
+    assert (len(entries), len(calls)) == (7, 1)
     saved_model(place / "base", seed=1)
     for _ in range(2):
         with pytest.raises(TargetError, match="base is another model than the one that the adapter was trained on"):

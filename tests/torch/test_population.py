@@ -230,6 +230,33 @@ def test_rows_in_a_model_of_many_kinds_of_layers(config: str) -> None:
     assert not torch.allclose(expected.y[0], expected.y[2])
 
 
+@pytest.mark.law("members-alone")
+@pytest.mark.parametrize("config", [P.lora(2), P.superlora(2), P.unilora(200)], ids=["lora", "superlora", "theta"])
+def test_a_large_population_and_more_members_than_are_formed_at_a_time(config: tna.Config) -> None:
+    pair = pair_of(SideBySide([(300, 200), (150, 310)]), 200, config, "all-linear")
+    check_batch(pair, Batch(200, [None, *range(199, 3, -11)], tokens=2))
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system says nothing of resident memory")
+def test_a_gradient_takes_memory_for_the_members_of_the_batch() -> None:
+    def resident() -> int:
+        return int(re.findall(r"VmRSS:\s*(\d+) kB", Path("/proc/self/status").read_text())[0]) * 1024
+
+    model = nn.Linear(30, 20)
+    adapters = tt.attach(model, P.unilora(100), "all-linear", population=200_000)
+    x = torch.ones(3, 30)
+    with adapters.members([0, 1, 2]):
+        model(x).sum().backward()
+    (parameter,) = adapters.parameters()
+    parameter.grad = None
+    before = resident()
+    with adapters.members([7, 100_000, 199_999]):
+        model(x).sum().backward()
+    assert parameter.grad is not None
+    assert resident() - before < 0.1 * parameter.nbytes
+    assert parameter.grad[[7, 100_000, 199_999]].any(1).all()
+
+
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
 def test_an_activation_between_the_factors(activation: str) -> None:
     pair = pair_of(SideBySide([(6, 9), (4, 9)]), 4, P.lora(2), "all-linear", activation=activation)
@@ -510,24 +537,45 @@ def test_gradients_by_torch_func(config: str) -> None:
 
 @pytest.mark.slow
 @compiles_whole
+# Of torch's compiler, about the inputs of the parts of a program.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @pytest.mark.parametrize("config", ["lora", "superlora", "theta"])
 def test_a_compiled_model_runs_adapted_layers_outside_of_its_program(config: str) -> None:
-    """Correct with any members and gradients, without recompiling for other members or another active one."""
+    """Correct with any members and gradients, without recompiling for other members."""
     torch._dynamo.reset()
     pair = pair_of(SideBySide([(12, 16), (4, 16)]), 4, CONFIGS[config][0], "all-linear")
     x = Batch(4, INDEX).x(16)
     program = torch.compile(pair.model, backend="aot_eager")
     compiled = pair._replace(model=program)
-    pair.population[1].activate()
-    torch.testing.assert_close(program(x), alone(pair, [1] * 4, x).y)
     counts = []
     for index in (INDEX, [3, 3, None, None], [1] * 4):
         assert_same(by_members(compiled, index, x), alone(pair, index, x), index)
         counts.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     assert counts[0] == counts[-1]
-    for number in (1, 2):
+    pair.population[1].activate()
+    torch.testing.assert_close(program(x), alone(pair, [1] * 4, x).y)
+
+
+@pytest.mark.slow
+@pytest.mark.law("compile")
+@compiles_whole
+@pytest.mark.parametrize("config", CONFIGS)
+def test_a_model_is_compiled_once_for_whichever_member_is_active(config: str) -> None:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    pair = pair_of(SideBySide([(12, 16), (4, 16)]), 12, CONFIGS[config][0], "all-linear", **CONFIGS[config][1])
+    x, parameters = Batch(4, INDEX).x(16), list(pair.population.parameters())
+    program = torch.compile(pair.model, backend="aot_eager", fullgraph=True)
+    for number in range(12):
         pair.population[number].activate()
-        torch.testing.assert_close(program(x), alone(pair, [number] * 4, x).y)
+        y = program(x)
+        gradients = torch.autograd.grad(y.square().sum(), parameters)
+        expected = alone(pair, [number] * 4, x)
+        assert_same(Pass(y, expected.x, list(gradients)), expected, [number])
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    duplicate = copy.deepcopy(pair.model)
+    y = torch.compile(duplicate, backend="aot_eager", fullgraph=True)(x)
+    torch.testing.assert_close(y, expected.y)
 
 
 # -- Language models -----------------------------------------------------------------------------

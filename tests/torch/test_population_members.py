@@ -444,6 +444,15 @@ def test_the_arrays_that_are_trained(seeds: str, arrays: str) -> None:
 
 
 @pytest.mark.law("member-starts")
+def test_seeds_of_several_configs_and_beyond_the_largest() -> None:
+    parts = {"q": P.lora(2, seed=3), "v": P.lora(2, seed=2**64 - 1)}
+    adapters = tt.attach(small(), parts, population=3, seeds="each")
+    for number in range(3):
+        alone = {key: part.replace(seed=(part.seed + number) % 2**64) for key, part in parts.items()}
+        assert equal(numbers(adapters[number]), numbers(tt.attach(small(), alone)))
+
+
+@pytest.mark.law("member-starts")
 def test_a_given_start_is_one_for_all() -> None:
     model = small()
     adapters = tt.attach(model, P.lora(2, start="given"), population=3)
@@ -451,6 +460,17 @@ def test_a_given_start_is_one_for_all() -> None:
     given = {"group0.split0.factor0": torch.ones(WIDTH, 2)}
     with pytest.raises(tna.ConfigError, match=r"start from the same given arrays: call start_from\(\) of the pop"):
         adapters[1].start_from(given)
+    for strategy in ("weight", "factored"):
+        other = tt.attach(small(), P.lora(2, start="given"), ["head"], population=3, strategy=strategy)
+        single_one = tt.attach(small(), P.lora(2, start="given"), ["head"], strategy=strategy)
+        other[1].activate()
+        assert torch.equal(run(other.model), run(small()))
+        for handle in (other, single_one):
+            handle.start_from({"group0.split0.factor0": torch.ones(3, 2)})
+        assert other[1].plan is other.plan
+        stirred(other)
+        single_one.load_arrays(other[1].arrays())
+        assert torch.equal(run(other.model), run(single_one.model))
     for handle in (adapters, alone):
         handle.start_from(given)
     for number in range(3):

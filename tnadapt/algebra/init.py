@@ -296,9 +296,9 @@ class Initializer(FixedArrays):
         """Return the same start for parameters in units, by the names of arrays: an array is its unit times one."""
         return self._with(_units=units)
 
-    def drawn_from(self, seed: int) -> dict[str, np.ndarray]:
-        """Return the arrays that are random, as another seed draws them, by their names in the network."""
-        other = self._with(seed=seed)
+    def drawn_for(self, member: int) -> dict[str, np.ndarray]:
+        """Return the random arrays of a member of a population, by their names in the network."""
+        other = self._with(seed=(self.seed + member) % (1 << 64))
         return {name: other.make(name) for name in self.network.shapes if name in self.names and self._is_random(name)}
 
     def _is_random(self, name: str) -> bool:

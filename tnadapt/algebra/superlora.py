@@ -761,12 +761,14 @@ class SuperLoRA:
             params[name] = library.asarray(host, dtype, device)
         return params
 
-    def drawn_from(self, seed: int, trained: Collection[str] | None = None) -> dict[str, np.ndarray]:
-        """Return the initial arrays that are random, as another seed draws them; F and frozen arrays stay.
+    def drawn_for(self, member: int, trained: Collection[str] | None = None) -> dict[str, np.ndarray]:
+        """Return the random initial arrays of a member of a population: its number is added to the config's seed.
+
+        F and frozen arrays are those of all members.
 
         Parameters
         ----------
-        seed : int
+        member : int
         trained : collection of str, optional
             As in :meth:`init`.
 
@@ -784,7 +786,7 @@ class SuperLoRA:
                     f"the update of the initial arrays is subtracted (start={self.config.start!r}, "
                     f"projection={self.config.projection!r}), so all members share them: use seeds='one'"
                 )
-            arrays.update({group.names[name]: array for name, array in start.drawn_from(seed).items()})
+            arrays.update({group.names[name]: array for name, array in start.drawn_for(member).items()})
         return arrays
 
     def _weight_starts(self, dtype: str) -> dict[str, np.ndarray]:

@@ -35,8 +35,8 @@ MAX_LEFT_OUT, MAX_DRAWN = 1024, 1 << 24
 # Maximum number of arrays that a file's plan may have beyond the stored ones, and beyond this many per target:
 # arrays that are frozen, tied or made from θ take no bytes in it.
 _MAX_UNSTORED, _PER_TARGET = 1 << 12, 64
-# Maximum number of arrays that the numbers of a population's row may be: the header has no entries for them.
-_MAX_IN_ROW = 1 << 16
+#: Maximum number of arrays that the numbers of a population's row may be: the header has no entries for them.
+MAX_IN_ROW = 1 << 16
 # Maximum trial divisions for factoring: enough for one number of 2**36, or about a hundred of 2**23.
 _MAX_DIVISIONS = 1 << 18
 
@@ -77,7 +77,7 @@ def check_fit(
     counts = [(_checked_count(part, weights), part) for part, weights in config.split(targets)]
     # Some arrays with sources are not stored; only the plan knows how many.
     expected = sum(count for count, part in counts if part.before is None and not part.sources)
-    stored = len(shapes) + min(numbers or 0, _MAX_IN_ROW)
+    stored = len(shapes) + min(numbers or 0, MAX_IN_ROW)
     if expected > stored + MAX_LEFT_OUT:
         raise ShapeError(f"config and targets require {expected} arrays; there are {stored}")
     count = sum(count for count, _ in counts)

@@ -143,7 +143,7 @@ from tnadapt.errors import FileError, TnadaptError, pluralize, safe_repr, summar
 from tnadapt.targets.target import Target, check_distinct
 
 from . import container
-from .adapter_file import KEPT, MAX_LEFT_OUT, AdapterFile, check_fit, drawn
+from .adapter_file import KEPT, MAX_IN_ROW, MAX_LEFT_OUT, AdapterFile, check_fit, drawn
 from .atomic_files import atomic_write, replace_file, write_all
 from .fingerprint import Fingerprint
 from .population_file import (
@@ -228,6 +228,9 @@ def parse_recipe(
         if not re.fullmatch("[0-9a-f]{64}", recipe[key]):
             raise FileError(f"the {ENTRY} entry's {key} must be 64 lower-case hex digits; got {safe_repr(recipe[key])}")
     recipe["pretrained"] = _pretrained(recipe)
+    if "population" in recipe:
+        _check_population(recipe["population"])
+        stored += min(recipe["population"]["parameters"], MAX_IN_ROW)
     base = _base(recipe["base"]) if "base" in recipe else None
     trained = _trained(recipe["trained"], stored + MAX_LEFT_OUT) if "trained" in recipe else None
     targets = _targets(recipe["targets"])
@@ -334,6 +337,18 @@ def _pretrained(recipe: dict[str, Any]) -> Pretrained | None:
     return None
 
 
+def _check_population(value: dict[str, Any]) -> None:
+    if value.keys() != {"parameters", "dtype", "name_bytes"}:
+        raise FileError(f"population must have parameters, dtype and name_bytes; got {safe_repr(value)}")
+    parameters, dtype, width = value["parameters"], value["dtype"], value["name_bytes"]
+    if type(parameters) is not int or parameters < 1:
+        raise FileError(f"population's parameters must be a positive integer; got {safe_repr(parameters)}")
+    if dtype not in MEMBER_DTYPES:
+        raise FileError(f"population's dtype must be one of {', '.join(MEMBER_DTYPES)}; got {safe_repr(dtype)}")
+    if type(width) is not int or not 0 <= width <= MAX_NAME or width % 8:
+        raise FileError(f"population's name_bytes must be a multiple of 8 from 0 to {MAX_NAME}; got {safe_repr(width)}")
+
+
 def _base(value: dict[str, Any]) -> Fingerprint:
     if value.keys() != {"sha256", "dtype", "sketch"}:
         raise FileError(f"base must have dtype, sha256 and sketch; got {safe_repr(value)}")
@@ -348,8 +363,6 @@ _SURROGATE = re.compile(b"\xed[\xa0-\xbf]")
 
 
 # Tensors are in the order of safetensors' own writer: by dtype, and then by name.
-# Rows of a population that are written at a time.
-_ROWS = 1 << 12
 _ORDER = ("U64", "I64", "F64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16", "I8", "U8", "BOOL")
 
 
@@ -408,12 +421,10 @@ def content_of(file: AdapterFile) -> bytes:
 def save_population(path: str, population: PopulationFile) -> None:
     """Write the file of a population."""
     rows = rows_of(population)
-    with rows.error_context():
-        matrix = rows.checked()
     with atomic_write(path) as file:
         write_all(file, _before_rows(population))
-        for start in range(0, len(matrix), _ROWS):
-            write_all(file, container.raw_bytes(np.ascontiguousarray(matrix[start : start + _ROWS])))
+        for piece in rows.pieces():
+            write_all(file, container.raw_bytes(piece))
 
 
 def _before_rows(population: PopulationFile) -> bytes:
@@ -536,20 +547,24 @@ def load(
     """
     where = container.path_of(path)
     with container.file_error_context(where):
-        with container.opened(where) as file:
-            content = read(file)
-            sparsely = members is not None and not any(isinstance(which, str) for which in members)
-            rows = None if content.layout is None else _mapped_rows(file, content.layout, where, sparsely)
-        _check_draws(content, check_draws, like)
-        if rows is not None:
-            population = population_of_rows(content.adapter, rows)
-            if members is None:
-                return population
-            # Not population.select, whose errors begin with the path.
-            return population_of_rows(content.adapter, rows.selected(numbers_of(population, members)))
-        if members is not None:
+        content = _loaded(where, check_draws, like, members)
+        if members is None:
+            return content
+        if isinstance(content, AdapterFile):
             raise FileError("has one adapter, and no members: leave out members=")
-        return content.adapter
+        return content.select(members)
+
+
+def _loaded(
+    path: str, check_draws: bool, like: SuperLoRA | None, members: Sequence[int | str] | None
+) -> AdapterFile | PopulationFile:
+    """Read an adapter file, or the file of a population, to use these members of it."""
+    with container.opened(path) as file:
+        content = read(file)
+        sparsely = members is not None and not any(isinstance(which, str) for which in members)
+        rows = None if content.layout is None else mapped_rows(file, content.layout, path, sparsely)
+    _check_draws(content, check_draws, like)
+    return content.adapter if rows is None else population_of_rows(content.adapter, rows)
 
 
 NO_MEMBERS = "has one adapter, and no members: leave out member= (--member)"
@@ -564,39 +579,22 @@ def load_single(
     """Read the file of one adapter, or a member of a population's file, as :func:`load` does."""
     where = container.path_of(path)
     with container.file_error_context(where):
-        with container.opened(where) as file:
-            content = read(file)
-            sparsely = member is not None and not isinstance(member, str)
-            rows = None if content.layout is None else _mapped_rows(file, content.layout, where, sparsely)
-        if rows is None and member is not None:
-            raise FileError(NO_MEMBERS)
-        if rows is not None and member is None:
-            raise FileError(several(rows))
-        _check_draws(content, check_draws, like)
-        if rows is None or member is None:
-            return content.adapter
-        number = numbers_of(population_of_rows(content.adapter, rows), [member], "member")
-        return population_of_rows(content.adapter, rows.selected(number))[0]
+        return chosen_member(_loaded(where, check_draws, like, None if member is None else [member]), member)
 
 
-def chosen_member(argument: str, adapter: AdapterFile | PopulationFile, member: int | str | None) -> AdapterFile:
+def chosen_member(adapter: AdapterFile | PopulationFile, member: int | str | None, subject: str = "") -> AdapterFile:
     """Return an adapter, or the member that is chosen of a population; raise FileError for one without the other."""
     if isinstance(adapter, PopulationFile):
         if member is None:
-            raise FileError(f"{argument} {several(rows_of(adapter))}")
+            raise FileError(
+                f"{subject}is a population of {pluralize(len(adapter), 'member')}, and one adapter is expected: give "
+                f"{example_of(rows_of(adapter))}"
+            )
         (number,) = numbers_of(adapter, [member], "member")
         return adapter[number]
     if member is not None:
-        raise FileError(f"{argument} {NO_MEMBERS}")
+        raise FileError(subject + NO_MEMBERS)
     return adapter
-
-
-def several(rows: MemberRows) -> str:
-    """Return what is wrong with a population in the place of an adapter, and how to give one of its members."""
-    return (
-        f"is a population of {len(rows):,} member{'s' * (len(rows) != 1)}, and one adapter is expected: give "
-        f"{example_of(rows)}"
-    )
 
 
 def example_of(rows: MemberRows) -> str:
@@ -613,10 +611,10 @@ def population_of(file: container.Container, path: str) -> PopulationFile:
             "has one adapter, not a population: save a population first, such as "
             "tnadapt.PopulationFile.from_members([adapter])"
         )
-    return population_of_rows(content.adapter, _mapped_rows(file, content.layout, path))
+    return population_of_rows(content.adapter, mapped_rows(file, content.layout, path))
 
 
-def _mapped_rows(file: container.Container, layout: RowLayout, path: str, sparsely: bool = False) -> MemberRows:
+def mapped_rows(file: container.Container, layout: RowLayout, path: str, sparsely: bool = False) -> MemberRows:
     return MemberRows(layout, file.mapped(container.GROWING, sparsely), (path, *file.identity))
 
 
@@ -663,11 +661,10 @@ def _draws_here(content: FileContent) -> str | None:
         # Not adapter.draws: another writer may store arrays that this one omits.
         return content.adapter.draws_without(content.left_out)
     key = content.recipe["sha256"]
-    if key not in _POPULATION_DRAWS:
-        if len(_POPULATION_DRAWS) >= _MAX_DRAWS:
-            _POPULATION_DRAWS.clear()
-        _POPULATION_DRAWS[key] = content.adapter.draws_without(())
-    return _POPULATION_DRAWS[key]
+    draws = _POPULATION_DRAWS[key] = _POPULATION_DRAWS.get(key) or content.adapter.draws_without(())
+    if len(_POPULATION_DRAWS) > _MAX_DRAWS:
+        _POPULATION_DRAWS.clear()
+    return draws
 
 
 def read(file: container.Container) -> FileContent:
@@ -675,7 +672,8 @@ def read(file: container.Container) -> FileContent:
     text = _entry_text(file)
     entries = dict(file.entries)
     recipe, config, targets, base, trained = parse_recipe(text, len(entries))
-    about = _about_rows(recipe["population"], entries) if "population" in recipe else None
+    about = recipe.get("population")
+    rows = () if about is None else _take_rows(entries)
     plan_entries = {name: entry for name, entry in entries.items() if not name.startswith(KEPT)}
     shapes = {name: entry.shape for name, entry in plan_entries.items()}
     plan = check_fit(config, targets, shapes, trained, None if about is None else about["parameters"])
@@ -691,7 +689,6 @@ def read(file: container.Container) -> FileContent:
     layout, left_out = None, tuple[str, ...]()
     if about is not None:
         layout = RowLayout(about["dtype"], params, about["name_bytes"])
-        rows = file.entries[container.GROWING].shape
         if rows[1] != layout.row_bytes:
             raise FileError(f"its members have rows of {rows[1]} bytes; config and targets require {layout.row_bytes}")
         file.check_held()
@@ -721,17 +718,8 @@ def read(file: container.Container) -> FileContent:
     return FileContent(adapter, recipe, left_out, layout)
 
 
-def _about_rows(about: dict[str, Any], entries: dict[str, container.Entry]) -> dict[str, Any]:
-    """Take the rows out of a population's tensors; return what its recipe says of them, checked."""
-    if about.keys() != {"parameters", "dtype", "name_bytes"}:
-        raise FileError(f"population must have parameters, dtype and name_bytes; got {safe_repr(about)}")
-    parameters, dtype, width = about["parameters"], about["dtype"], about["name_bytes"]
-    if type(parameters) is not int or parameters < 1:
-        raise FileError(f"population's parameters must be a positive integer; got {safe_repr(parameters)}")
-    if dtype not in MEMBER_DTYPES:
-        raise FileError(f"population's dtype must be one of {', '.join(MEMBER_DTYPES)}; got {safe_repr(dtype)}")
-    if type(width) is not int or not 0 <= width <= MAX_NAME or width % 8:
-        raise FileError(f"population's name_bytes must be a multiple of 8 from 0 to {MAX_NAME}; got {safe_repr(width)}")
+def _take_rows(entries: dict[str, container.Entry]) -> tuple[int, ...]:
+    """Take the rows out of a population's tensors, and return their shape."""
     last = next(reversed(entries), None)
     if last != container.GROWING:
         raise FileError(f"is a population, and its last tensor must be {container.GROWING!r}; got {safe_repr(last)}")
@@ -741,7 +729,7 @@ def _about_rows(about: dict[str, Any], entries: dict[str, container.Entry]) -> d
             f"{container.GROWING!r} must be U8 with the shape [members, bytes of a row], of 1 to {MAX_MEMBERS} "
             f"members; got {rows.dtype} {safe_repr(list(rows.shape))}"
         )
-    return about
+    return rows.shape
 
 
 def _draw_missing(

@@ -754,11 +754,11 @@ def path_of(value: Any) -> str:
 
 @contextlib.contextmanager
 def file_error_context(path: str) -> Iterator[None]:
-    """Convert errors raised in the block to a FileError whose message begins with the path."""
+    """Convert errors raised in the block to a FileError whose message begins with the path, once."""
     try:
         yield
     except TnadaptError as error:
-        raise FileError(f"{path}: {error}") from error
+        raise FileError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from error
     except OSError as error:
         raise FileError(f"{path}: {error.strerror or error}") from error
     except MemoryError as error:

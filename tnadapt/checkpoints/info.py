@@ -15,11 +15,10 @@ from tnadapt.targets.roles import number
 from tnadapt.targets.target import Target
 
 from .adapter_file import KEPT
-from .adapter_format import ENTRY, VERSION, likeness, population_of, read
+from .adapter_format import ENTRY, VERSION, likeness, mapped_rows, read
 from .checkpoint import Checkpoint, open_checkpoint
 from .container import file_error_context, opened
 from .lora_export import lora_export
-from .population_file import rows_of
 
 # Members of a population that are read and listed.
 _FIRST_MEMBERS = 8
@@ -78,12 +77,13 @@ def info(path: str | os.PathLike[str], every: bool = False) -> dict[str, Any]:
 def _of_adapter(path: str, every: bool) -> dict[str, Any]:
     with file_error_context(path), opened(path) as container:
         file, recipe, left_out, layout = read(container)
-        population = None if layout is None else population_of(container, path)
+        rows = None if layout is None else mapped_rows(container, layout, path)
+        first = None if rows is None else rows.selected(range(min(len(rows), _FIRST_MEMBERS)))
         draws = recipe.get("draws")
         draws_here = None if draws is None else file.draws_without(left_out) == draws
     summary: dict[str, Any] = {
         "path": path,
-        "kind": "adapter" if population is None else "population",
+        "kind": "adapter" if rows is None else "population",
         "version": recipe.get("version", VERSION),
         "bytes": os.path.getsize(path),
         "model": file.model,
@@ -105,9 +105,8 @@ def _of_adapter(path: str, every: bool) -> dict[str, Any]:
         "export": lora_export(file.plan, file.targets, file.activation).to_dict(),
         "sha256": recipe["sha256"],
     }
-    if population is not None:
-        first = rows_of(population).selected(range(min(len(population), _FIRST_MEMBERS)))
-        summary["members"] = {"count": len(population), "first": first.names(), "name_bytes": first.layout.name_bytes}
+    if rows is not None and first is not None:
+        summary["members"] = {"count": len(rows), "first": first.names(), "name_bytes": rows.layout.name_bytes}
     if file.pretrained is not None:
         summary["pretrained"] = file.pretrained.to_dict()
     if file.trained is not None:

@@ -10,12 +10,12 @@ import dataclasses
 import io
 import os
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
-from tnadapt.argument_checks import checks_arguments, is_sequence
+from tnadapt.argument_checks import checks_arguments
 from tnadapt.errors import ConfigError, FileError, TnadaptError, safe_repr
 
 from . import container
@@ -32,30 +32,25 @@ from .population_file import (
     width_of_names,
 )
 
-Member = AdapterFile | Mapping[str, np.ndarray]
-
 
 @checks_arguments
 def append(
     path: str | os.PathLike[str],
-    member: Member | Sequence[Member],
+    member: AdapterFile | Mapping[str, np.ndarray] | PopulationFile,
     name: str | None = None,
-    *,
-    names: Sequence[str | None] | None = None,
 ) -> None:
-    """Append a member, or several, to the file of a population.
+    """Append a member, or all members of another population, to the file of a population.
 
     Parameters
     ----------
     path : str or PathLike
         A file that :func:`tnadapt.save` wrote of a :class:`~tnadapt.PopulationFile`.
-    member : AdapterFile or mapping of str to ndarray, or a sequence of these
+    member : AdapterFile, mapping of str to ndarray, or PopulationFile
         The new member, equal to those of the file in everything but its arrays; or its arrays alone, by the names and
-        in the shapes of ``plan.param_shapes``, in the file's dtype. Of a sequence, all are appended or none.
+        in the shapes of ``plan.param_shapes``, in the file's dtype. Of a population, all members are appended, with
+        their names, or none is.
     name : str, optional
         Name of the member: printable, at most 256 bytes in UTF-8, and not yet in the file.
-    names : sequence of str or None, optional
-        The names of several members.
 
     Raises
     ------
@@ -88,28 +83,26 @@ def append(
     where = container.path_of(path)
     with container.file_error_context(where), _locked(where) as file:
         population = file.population
-        members, texts = _members(member, name, names)
-        new = [_member(value, population, what) for value, what in members]
+        new = _new_members(member, name, population)
+        names, arrays = new.names, rows_of(new).arrays()
         if len(population) + len(new) > MAX_MEMBERS:
             raise ConfigError(f"would have {len(population) + len(new)} members; at most {MAX_MEMBERS} are possible")
-        taken = rows_of(population).find([text for text in texts if text is not None])
-        for text, number in zip((text for text in texts if text is not None), taken, strict=True):
+        given = [text for text in names if text is not None]
+        for text, number in zip(given, rows_of(population).find(given), strict=True):
             if number is not None:
                 raise ConfigError(
                     f"has a member {safe_repr(text)} already, number {number}: tnadapt.replace changes it"
                 )
         layout = rows_of(population).layout
-        arrays = {key: np.stack([adapter.arrays[key] for adapter in new]) for key in layout.shapes}
-        if width_of_names(texts) > layout.name_bytes or not file.has_room:
-            rows = rows_of(population)
-            stacked = {key: np.concatenate([old, arrays[key]]) for key, old in layout.unpack(rows.checked()).items()}
-            save_population(file.path, PopulationFile(new[0], stacked, [*rows.names(), *texts]))
+        if width_of_names(names) > layout.name_bytes or not file.has_room:
+            stacked = {key: np.concatenate([old, arrays[key]]) for key, old in rows_of(population).arrays().items()}
+            save_population(file.path, PopulationFile(new.shared, stacked, [*population.names, *names]))
         else:
-            file.append(layout.pack(arrays, texts))
+            file.append(layout.pack(arrays, names))
 
 
 @checks_arguments
-def replace(path: str | os.PathLike[str], which: int | str, member: Member) -> None:
+def replace(path: str | os.PathLike[str], which: int | str, member: AdapterFile | Mapping[str, np.ndarray]) -> None:
     """Replace the arrays of a member in the file of a population; its number and name stay.
 
     Parameters
@@ -149,49 +142,40 @@ def replace(path: str | os.PathLike[str], which: int | str, member: Member) -> N
     with container.file_error_context(where), _locked(where) as file:
         population = file.population
         (number,) = numbers_of(population, [which], "which")
-        new = _member(member, population, "the member")
+        new = _member(member, population)
         layout = rows_of(population).layout
         name = layout.name(rows_of(population).row(number), number)
         row = layout.pack({key: array[None] for key, array in new.arrays.items()}, [name])
         file.replace(number, row.tobytes())
 
 
-def _members(
-    member: Any, name: str | None, names: Sequence[str | None] | None
-) -> tuple[list[tuple[Any, str]], list[str | None]]:
-    """Return the new members with their names in messages, and their names."""
-    if isinstance(member, (AdapterFile, Mapping)) or not (is_sequence(member) or isinstance(member, PopulationFile)):
-        if names is not None:
-            raise ConfigError("names= is for a sequence of members; give name= for one")
-        return [(member, "the member")], checked_names([name], 1, single=True)
-    if name is not None:
-        raise ConfigError("name= is for one member; give names= for a sequence")
-    members = list(member)
-    if not members:
-        raise ConfigError("member is an empty sequence; give at least one")
-    if names is None and isinstance(member, PopulationFile):
-        names = member.names
-    listed = [(value, f"member[{number}]") for number, value in enumerate(members)]
-    return listed, checked_names(names, len(members))
+def _new_members(value: Any, name: str | None, population: PopulationFile) -> PopulationFile:
+    """Return what is appended, after checking that it differs from the population in its arrays alone."""
+    if isinstance(value, PopulationFile):
+        if name is not None:
+            raise ConfigError("name= is for one member; those of a population have names of their own")
+        check_shared(value.shared, population.shared, "the new population")
+        return value
+    names = checked_names([name], 1, single=True)
+    file = _member(value, population)
+    return PopulationFile(file, {key: array[None] for key, array in file.arrays.items()}, names)
 
 
-def _member(value: Any, population: PopulationFile, what: str) -> AdapterFile:
+def _member(value: Any, population: PopulationFile) -> AdapterFile:
     """Return a new member, after checking that it differs from those of the population in its arrays alone."""
     shared = population.shared
     if isinstance(value, AdapterFile):
-        check_shared(value, shared, what)
+        check_shared(value, shared, "the member")
         value.check_finite()
         return value
-    if not isinstance(value, Mapping):
-        raise ConfigError(f"{what} must be an AdapterFile or a mapping of arrays; got {type(value).__name__}")
     try:
         # AdapterFile itself notes the dtype of arrays in ml_dtypes' bfloat16.
         file = dataclasses.replace(shared, arrays=value)
         file.check_finite()
     except TnadaptError as error:
-        raise ConfigError(f"{what}: {error}") from error
+        raise ConfigError(f"the member: {error}") from error
     if file.dtype != shared.dtype:
-        raise ConfigError(f"{what} has dtype {file.dtype}; that of the population is {shared.dtype}")
+        raise ConfigError(f"the member has dtype {file.dtype}; that of the population is {shared.dtype}")
     return file
 
 

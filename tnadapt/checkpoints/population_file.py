@@ -208,10 +208,10 @@ class MemberRows:
 
     def __init__(self, layout: RowLayout, matrix: np.ndarray, source: tuple[str, int, int] | None = None) -> None:
         self.layout, self._matrix, self._source = layout, matrix, source
-        self._all_checked = source is None
         self._num_searched = 0
         # Rows by their number whose replacement in the file has begun, and may never be completed.
-        self._replaced = dict(self._pending())
+        pending = self._pending()
+        self._replaced = {} if pending is None else dict([pending])
 
     def __len__(self) -> int:
         return len(self._matrix)
@@ -234,31 +234,29 @@ class MemberRows:
         """Return a row that was not whole when it was read: somebody may be writing it, or have been killed then."""
         for attempt in range(_READS):
             time.sleep(0.001 * 2**attempt)
-            for pending, row in self._pending():
-                if pending == number:
-                    self._replaced[number] = row
-                    return row
+            pending = self._pending()
+            if pending is not None and pending[0] == number:
+                self._replaced[number] = pending[1]
+                return pending[1]
             row = bytes(self._matrix[number])
             if self.layout.is_whole(row):
                 return row
         raise self._error(number, row, "is damaged: its bytes do not match its checksum")
 
-    def _pending(self) -> Iterator[tuple[int, bytes]]:
-        """Yield the replacement that the file has behind its rows now, if there is one."""
+    def _pending(self) -> tuple[int, bytes] | None:
+        """Return the replacement that the file has behind its rows now, if there is one."""
         if self._source is None:
-            return
+            return None
         path, *identity = self._source
         try:
             with open(path, "rb") as file:
                 state = os.fstat(file.fileno())
                 if [state.st_dev, state.st_ino] != identity:
-                    return
+                    return None
                 file.seek(max(state.st_size - self.layout.trailer_bytes, 0))
-                replacement = self.layout.replacement(file.read(self.layout.trailer_bytes), len(self))
+                return self.layout.replacement(file.read(self.layout.trailer_bytes), len(self))
         except OSError:
-            return
-        if replacement is not None:
-            yield replacement
+            return None
 
     def _error(self, number: int, row: bytes, problem: str) -> FileError:
         try:
@@ -267,24 +265,38 @@ class MemberRows:
             name = None
         return FileError(f"member {number}{f' ({name!r})' if name else ''} {problem}")
 
-    def checked(self) -> np.ndarray:
-        """Return all rows, after checking that they are whole and their numbers are finite."""
-        if not self._all_checked:
-            size = self.layout.row_bytes
-            many = max(_PIECE // size, 1)
-            for start in range(0, len(self), many):
-                piece = self._matrix[start : start + many]
-                content = memoryview(piece.tobytes())
-                whole = all(self.layout.is_whole(content[at : at + size]) for at in range(0, len(content), size))
-                if not whole or not self.layout.is_finite(piece):
-                    for number in range(start, start + len(piece)):
-                        self.row(number)  # raises for the first one that is damaged
-            if self._replaced:
-                self._matrix = self._matrix.copy()
-                for number, row in self._replaced.items():
-                    self._matrix[number] = np.frombuffer(row, np.uint8)
-            self._all_checked = True
-        return self._matrix
+    def pieces(self) -> Iterator[np.ndarray]:
+        """Yield all rows, some at a time, after checking each as :meth:`row` does.
+
+        Of a file, they are copies, which others cannot change after the check.
+        """
+        size = self.layout.row_bytes
+        many = max(_PIECE // size, 1)
+        for start in range(0, len(self), many):
+            piece = self._matrix[start : start + many]
+            if self._source is not None:
+                content = piece.tobytes()
+                piece = np.frombuffer(content, np.uint8).reshape(-1, size)
+                view = memoryview(content)
+                whole = all(self.layout.is_whole(view[at : at + size]) for at in range(0, len(view), size))
+                if not whole or self._replaced or not self.layout.is_finite(piece):
+                    # Raises for the first row that is damaged.
+                    with self.error_context():
+                        piece = self.selected(range(start, start + len(piece)))._matrix
+            yield piece
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Return all members' arrays, stacked: copies, which others cannot change."""
+        return self.layout.unpack(np.concatenate([*self.pieces()]))
+
+    def mapped(self) -> np.ndarray:
+        """Return all rows after the check of :meth:`pieces`, which see later replacements in the file."""
+        for _ in self.pieces():
+            pass
+        matrix = self._matrix.copy() if self._replaced else self._matrix
+        for number, row in self._replaced.items():
+            matrix[number] = np.frombuffer(row, np.uint8)
+        return matrix
 
     def selected(self, numbers: Sequence[int]) -> MemberRows:
         """Return some of the rows, read into memory."""
@@ -390,7 +402,7 @@ class PopulationFile:
         arrays: Mapping[str, np.ndarray],
         names: Sequence[str | None] | None = None,
     ) -> None:
-        self.shared = _without_numbers(member)
+        self.shared = with_arrays(member, {name: np.zeros_like(array) for name, array in member.arrays.items()})
         self._rows = _packed(self.shared, arrays, names)
 
     @classmethod
@@ -437,7 +449,7 @@ class PopulationFile:
         return (self[number] for number in range(len(self)))
 
     def __getitem__(self, which: int | str) -> AdapterFile:
-        number = self._numbers([which], "which")[0]
+        number = numbers_of(self, [which], "which")[0]
         with self._rows.error_context():
             row = np.frombuffer(bytearray(self._rows.row(number)), np.uint8)
         return with_arrays(self.shared, self._rows.layout.unpack(row))
@@ -480,8 +492,7 @@ class PopulationFile:
         They are views of the file, which show later replacements of members, or copies if they are bfloat16, which
         becomes float32, or not aligned in the file. Reading this checks every member once.
         """
-        with self._rows.error_context():
-            arrays = self._rows.layout.unpack(self._rows.checked())
+        arrays = self._rows.layout.unpack(self._rows.mapped())
         for array in arrays.values():
             array.flags.writeable = False
         return arrays
@@ -509,35 +520,9 @@ class PopulationFile:
         >>> population.select(["cid", 0]).names
         ['cid', 'ann']
         """
-        numbers = self._numbers(members)
+        numbers = numbers_of(self, members)
         with self._rows.error_context():
             return population_of_rows(self.shared, self._rows.selected(numbers))
-
-    def _numbers(self, members: Sequence[Any], argument: str = "members") -> list[int]:
-        """Return the numbers of members that are given by number or name; raise ConfigError for others, or for none."""
-        members = list(members)
-        if not members:
-            raise ConfigError("members is empty: give the number or name of at least one")
-        names = [which for which in members if isinstance(which, str)]
-        matches = iter(self._rows.find(names))
-        numbers = dict[int, Any]()
-        for which in members:
-            if isinstance(which, str):
-                number = next(matches)
-                if number is None:
-                    raise ConfigError(f"{argument} has {safe_repr(which)}, which is no member; {self._known()}")
-            else:
-                number = integer(argument, which, 0, len(self) - 1, ConfigError, "or a name")
-            if number in numbers:
-                again = "" if which == numbers[number] else f", as {safe_repr(numbers[number])} and {safe_repr(which)}"
-                raise ConfigError(f"{argument} has member {number} twice{again}; name each once")
-            numbers[number] = which
-        return list(numbers)
-
-    def _known(self) -> str:
-        names = [name for name in self.names if name is not None]
-        what = f"the names are {summarize(names)}" if names else "the members have no names"
-        return f"{what}; numbers are from 0 to {len(self) - 1}"
 
 
 def population_of_rows(shared: AdapterFile, rows: MemberRows) -> PopulationFile:
@@ -552,18 +537,28 @@ def rows_of(population: PopulationFile) -> MemberRows:
     return population._rows
 
 
-def numbers_of(population: PopulationFile, members: Sequence[int | str], argument: str = "members") -> list[int]:
-    """Return the numbers of members that an argument gives by number or name."""
-    return population._numbers(members, argument)
-
-
-def layout_of(shared: AdapterFile, names: Sequence[str | None]) -> RowLayout:
-    """Return the layout of rows for members like these, and names that are not longer than these."""
-    return RowLayout(TAG_OF[shared.dtype], shared.plan.param_shapes, width_of_names(names))
-
-
-def _without_numbers(member: AdapterFile) -> AdapterFile:
-    return with_arrays(member, {name: np.zeros_like(array) for name, array in member.arrays.items()})
+def numbers_of(population: PopulationFile, members: Iterable[int | str], argument: str = "members") -> list[int]:
+    """Return the numbers of members that an argument gives by number or name; raise ConfigError for others, or none."""
+    members = list(members)
+    if not members:
+        raise ConfigError("members is empty: give the number or name of at least one")
+    matches = iter(rows_of(population).find([which for which in members if isinstance(which, str)]))
+    last, numbers = len(population) - 1, dict[int, Any]()
+    for which in members:
+        number = (
+            next(matches) if isinstance(which, str) else integer(argument, which, 0, last, ConfigError, "or a name")
+        )
+        if number is None:
+            names = [name for name in population.names if name is not None]
+            known = f"the names are {summarize(names)}" if names else "the members have no names"
+            raise ConfigError(
+                f"{argument} has {safe_repr(which)}, which is no member; {known}; numbers are from 0 to {last}"
+            )
+        if number in numbers:
+            again = "" if which == numbers[number] else f", as {safe_repr(numbers[number])} and {safe_repr(which)}"
+            raise ConfigError(f"{argument} has member {number} twice{again}; name each once")
+        numbers[number] = which
+    return list(numbers)
 
 
 def with_arrays(file: AdapterFile, arrays: Mapping[str, np.ndarray]) -> AdapterFile:
@@ -596,7 +591,7 @@ def _packed(shared: AdapterFile, arrays: Mapping[str, np.ndarray], names: Sequen
             number = int(np.argmin(np.isfinite(array.reshape(count, -1)).all(axis=1)))
             raise ShapeError(f"arrays[{name!r}] of member {number} holds NaN or infinity; expected finite numbers")
     texts = checked_names(names, count)
-    layout = layout_of(shared, texts)
+    layout = RowLayout(TAG_OF[shared.dtype], shapes, width_of_names(texts))
     return MemberRows(layout, layout.pack(stacked, texts))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -11,7 +12,7 @@ from typing import Annotated, Any, TypeAlias
 import typer
 
 import tnadapt
-from tnadapt.errors import ConfigError, FileError, TnadaptError, safe_repr
+from tnadapt.errors import FileError, TnadaptError, safe_repr
 
 # -- Values ------------------------------------------------------------------------------------------------------------
 
@@ -144,24 +145,20 @@ def targets_of(given: Sequence[str] | None) -> str | list[str]:
     return list(given)
 
 
-# More digits than the number of a member has.
-_MAX_DIGITS = 10
+# With a leading zero, as in "0017", it is a name that was meant, not another member's number.
+_NUMBER = re.compile("0|[1-9][0-9]{0,9}")
 
 
 def member_of(path: Path, text: str | None) -> int | str | None:
     """Return ``--member`` as the library takes it: digits are a number unless a member has this name."""
-    if text is None or not text.isdecimal() or len(text) > _MAX_DIGITS:
+    if text is None or not _NUMBER.fullmatch(text):
         return text
     try:
         population = tnadapt.load(path / "adapter.safetensors" if path.is_dir() else path, check_draws=False)
     except FileError:  # raised again where the adapter is read
         return text
-    if isinstance(population, tnadapt.PopulationFile):
-        try:
-            population.select([text])
-        except ConfigError:
-            return int(text)
-    return text
+    is_number = isinstance(population, tnadapt.PopulationFile) and text not in population.names
+    return int(text) if is_number else text
 
 
 # -- Options, as types of arguments ------------------------------------------------------------------------------------

@@ -408,12 +408,16 @@ def _run_all(
     )
 
 
+# In bytes, on the file systems of Linux.
+_LONGEST_FOLDER = 255
+
+
 def _member_folders(population: PopulationFile) -> list[str]:
     """Return the names of the members' folders: their own names, or the numbers of those without."""
     numbers = dict[str, int]()
     for number, name in enumerate(population.names):
         folder = str(number) if name is None else name
-        if folder.startswith(".") or os.path.basename(folder) != folder:
+        if folder.startswith(".") or os.path.basename(folder) != folder or len(folder.encode()) > _LONGEST_FOLDER:
             problem = f"the name of member {number}, {folder!r}, cannot be that of a folder"
         elif folder in numbers:
             problem = f"members {numbers[folder]} and {number} would have the same folder, {folder!r}"
@@ -485,7 +489,7 @@ def _read(source: Any, target: FileFormat, part: str | None, base: Any, member: 
     if isinstance(source, (AdapterFile, PopulationFile)):
         check_part(part, format_of(OWN), target)
         alone = isinstance(source, AdapterFile) or member is not None
-        return _from_own(chosen_member("source", source, member) if alone else source, target, known, base)
+        return _from_own(chosen_member(source, member, "source ") if alone else source, target, known, base)
     path = path_of(source)
     with file_error_context(path):
         detected = _detect(path)

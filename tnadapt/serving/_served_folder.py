@@ -55,10 +55,12 @@ class ServedAdapter(NamedTuple):
 class _ServedPopulation:
     """A file of a population, with what its members share, completed with arrays of the base once for all."""
 
-    def __init__(self, path: Path, file: PopulationFile) -> None:
+    def __init__(self, path: Path, file: PopulationFile, before: _ServedPopulation | None) -> None:
         self.path, self.file = path, file
         self._completed: tuple[list[bytes], AdapterFile] | None = None
         self._lock = threading.Lock()
+        if before is not None and content_of(before.file.shared) == content_of(file.shared):  # rows alone have changed
+            self._completed = before._completed
 
     def shared(self, base: str | None) -> AdapterFile:
         """Return what the members share, with the arrays that are computed from the base."""
@@ -226,7 +228,7 @@ class ServedFolder:
                 before, population = self._files.get(path, ([], None))
                 if before != state:
                     file = load(path) if _is_population(path) else None
-                    population = _ServedPopulation(path, file) if isinstance(file, PopulationFile) else None
+                    population = _ServedPopulation(path, file, population) if isinstance(file, PopulationFile) else None
                 files[path] = state, population
                 if population is not None and rows_of(population.file).find([name])[0] is not None:
                     holders.append(population)

@@ -19,7 +19,7 @@ from tnadapt.checkpoints.adapter_file import AdapterFile
 from tnadapt.checkpoints.checkpoint import gguf_place
 from tnadapt.checkpoints.container import file_error_context
 from tnadapt.checkpoints.fingerprint import Fingerprint
-from tnadapt.checkpoints.population_file import PopulationFile
+from tnadapt.checkpoints.population_file import PopulationFile, rows_of
 from tnadapt.checkpoints.pretrained_model import Pretrained
 from tnadapt.checkpoints.stored_weights import ModuleNames
 from tnadapt.errors import ConfigError, FileError, TargetError, safe_repr, summarize
@@ -153,8 +153,7 @@ def attach_file(
     """Attach an adapter that was read from a path, with these options of ``attach``; see :func:`load`."""
     arrays: Mapping[str, Any]
     if isinstance(content, PopulationFile):
-        # Copies: those of the file are read-only.
-        file, arrays = content.shared, {name: array.copy() for name, array in content.arrays.items()}
+        file, arrays = content.shared, rows_of(content).arrays()
         options |= {"population": len(content), "names": content.names}
     else:
         file, arrays = content, content.arrays
@@ -404,7 +403,8 @@ def load_pretrained(
     if device is not None:
         _check_usable(device)
     path = saving.adapter_path(where, revision, token)
-    content = _content(path, member)
+    # One adapter is merged: a population is refused before the base is loaded.
+    content = adapter_format.load_single(path, member=member) if merge else _content(path, member)
     file = content.shared if isinstance(content, PopulationFile) else content
     with file_error_context(os.fsdecode(path)):
         about = _about(file, base)

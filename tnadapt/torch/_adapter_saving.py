@@ -37,7 +37,7 @@ from tnadapt.targets.target import Target
 
 from . import _merging as merging
 from ._base_models import describe, imported, refusing
-from ._delta import copy_all, gather_full
+from ._delta import copy_all, gather_full, reshard
 from ._registry import refuse_merged
 from ._state import AdapterState, checked_pairs, named_parameters, need_attached
 from ._weights import DTYPES, names_of_shared, split_by_file, tensors_of
@@ -135,6 +135,8 @@ def to_file(adapter: AdapterState, about: Pretrained | None = None, store_bases:
             f"adapter {adapter.name!r} has arrays that are computed from the base weights, which had no values when it "
             "was attached: call reset() once the model has its weights"
         )
+    # NumPy would share the memory of what FSDP2 has gathered, which could then not be freed.
+    reshard(adapter.model, adapter.owner)
     plan, base = adapter.plan.file_plan, base_fingerprint(adapter)
     left_out = {} if store_bases or base is None else plan.base_shapes
     dtypes: dict[str, str] = {}

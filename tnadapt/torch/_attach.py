@@ -560,7 +560,7 @@ def _arrays(request: AttachRequest, plan: SuperLoRA, form: Form, members: Member
             shapes = plan.param_shapes.items()
             return {name: torch.zeros((*leading, *shape), dtype=dtype, device=device) for name, shape in shapes}
         arrays = plan.init("torch", DTYPES[dtype], device)
-        return arrays if members is None else members.initial(arrays, plan.config.seed, plan.drawn_from)
+        return arrays if members is None else members.initial(arrays, plan.drawn_for)
 
 
 def _put_on(state: AdapterState, form: Form) -> None:

@@ -535,7 +535,7 @@ def distribute(tensor: Tensor, like: Tensor) -> Tensor:
 def copy_all(pairs: Sequence[tuple[Tensor, Any]]) -> None:
     """Copy whole arrays, equal on all processes, into tensors: all of them, or none on failure or interruption."""
     # Convert everything before the first write, so that bad input changes nothing.
-    sources = [torch.as_tensor(array, dtype=tensor.dtype, device=tensor.device) for tensor, array in pairs]
+    sources = [torch.as_tensor(array, dtype=tensor.dtype, device=tensor.device).detach() for tensor, array in pairs]
     with torch.no_grad():
         new = [(tensor, distribute(source, tensor)) for (tensor, _), source in zip(pairs, sources, strict=True)]
         old = [(tensor, tensor.detach().clone()) for tensor, _ in pairs]

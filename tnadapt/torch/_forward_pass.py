@@ -168,7 +168,7 @@ def _refuse_reentrant(state: AdapterState) -> None:
     from torch.nn.parallel import DistributedDataParallel
 
     active = getattr(DistributedDataParallel, "_get_active_ddp_module", lambda: None)()
-    if active is not None and not getattr(active, "static_graph", False):
+    if active is not None and not active.static_graph:
         raise RuntimeError(
             "a part of the model runs without gradients inside a training pass of DistributedDataParallel, as "
             f"reentrant checkpointing does, and adapter {state.name!r} is shared by several parts: its gradients would "

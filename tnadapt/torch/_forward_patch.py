@@ -696,7 +696,7 @@ def _of_member(slot: AdapterSlot) -> AdapterSlot:
     active = cast(Any, state.members).active
     if active is None:
         raise unnamed_member(state)
-    return cast(AdapterSlot, active.slot(slot))
+    return slot if torch.compiler.is_compiling() else cast(AdapterSlot, active.slot(slot))
 
 
 def _uncover(names: Sequence[tuple[nn.Module, str]]) -> None:

@@ -59,7 +59,7 @@ class MemberRows(RowAssignment):
     Attributes
     ----------
     members : list of int
-        The distinct members, in ascending order.
+        The distinct members, in the order of their first rows.
     rows : dict of (int or None) to list of int
         The rows of each.
     """
@@ -72,7 +72,7 @@ class MemberRows(RowAssignment):
         self.rows: dict[int | None, list[int]] = {}
         for row, number in enumerate(numbers):
             self.rows.setdefault(number, []).append(row)
-        self.members = sorted(number for number in self.rows if number is not None)
+        self.members = [number for number in self.rows if number is not None]
         self._places = {number: place for place, number in enumerate(self.members)}
         self._arrays: dict[Any, tuple[Any, Tensor, tuple[Tensor, ...]]] = {}
         self._made: tuple[Any, dict[str, Tensor]] | None = None
@@ -92,7 +92,7 @@ class MemberRows(RowAssignment):
         return self._weights.get(self.whole, self.whole.weight) or 1.0
 
     def begin_layer(self) -> None:
-        """Record that a layer runs; what it selects serves all layers of its pass, or of the backward pass around it."""
+        """Record that a layer runs; what it selects serves all layers of its pass, or of the backward pass."""
         passing = self.whole.cache.passing.number
         task = _delta.backward_number()
         self._call = ("pass", passing) if passing else ("backward", task) if task != -1 else ("call", next(_calls))
@@ -152,12 +152,15 @@ class MemberRows(RowAssignment):
 # -- The updates of all members in a batch -----------------------------------------------------------------------------
 
 
-#: Elements of the updates that are formed at a time.
-_MOST_FORMED = 1 << 24
+#: Elements of the updates that are formed at a time, by type of the device; on the CPU, what its caches hold.
+_AT_ONCE = {"cpu": 1 << 19}
+_AT_ONCE_ELSEWHERE = 1 << 24
 
 
 class _FormedProduct(Function):
     """``x ΔWᵀ`` of each member as a function of x and of the arrays, from which backward computes ΔW again.
+
+    Where ΔW is a run of elements of a matrix product, ΔW and its gradient are computed in one buffer.
 
     Parameters
     ----------
@@ -169,10 +172,16 @@ class _FormedProduct(Function):
     def __init__(self, source: _delta.Slice, device: str) -> None:
         self.source = source
         self._autocast = device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
-        self._at_once = max(1, _MOST_FORMED // source.size)
+        self._at_once = max(1, _AT_ONCE.get(device, _AT_ONCE_ELSEWHERE) // source.size)
 
     def __call__(self, x: Tensor, *arrays: Tensor) -> Tensor:
-        return torch.cat([self._product(*part) for part in self._parts(x, *arrays)])
+        first = None if _delta.traced() else self._first(x, arrays)
+        if first is None:
+            return torch.cat([self._product(*part) for part in self._parts(x, *arrays)])
+        output = x.new_empty((*x.shape[:2], self.source.shape[0]))
+        for members, _, update in self._formed(*torch.vmap(self._factors)(*arrays), first):
+            torch.bmm(x[members], update.mT, out=output[members])
+        return output
 
     def _product(self, x: Tensor, *arrays: Tensor) -> Tensor:
         product: Tensor = torch.vmap(self._one)(x, *arrays)
@@ -185,8 +194,36 @@ class _FormedProduct(Function):
         """Yield the tensors of as many members as are computed at a time."""
         return zip(*(torch.split(tensor, self._at_once) for tensor in tensors), strict=True)
 
+    def _first(self, x: Tensor, arrays: Sequence[Tensor]) -> int | None:
+        """Return where in the product of two factors ΔW begins; None where ΔW is no run of elements of one."""
+        if self._autocast[2] or x.dtype != arrays[0].dtype:
+            return None
+        product = self.source.product(*(array[0] for array in arrays))
+        return product.first if type(product) is _delta.Product else None
+
+    def _factors(self, *arrays: Tensor) -> tuple[Tensor, Tensor]:
+        product = cast(_delta.Product, self.source.product(*arrays))
+        return product.left, product.right
+
+    def _formed(self, left: Tensor, right: Tensor, first: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Yield some members after others, with their products, and the updates in these; all are in one buffer."""
+        buffer = left.new_empty((min(len(left), self._at_once), left.shape[1], right.shape[2]))
+        for start in range(0, len(left), len(buffer)):
+            members = slice(start, min(start + len(buffer), len(left)))
+            product = buffer[: members.stop - start]
+            torch.bmm(left[members], right[members], out=product)
+            yield (
+                members,
+                product,
+                product.flatten(1)[:, first : first + self.source.size].unflatten(1, self.source.shape),
+            )
+
     def vjp(self, inputs: Sequence[Tensor], wanted: Sequence[int], gradient: Tensor) -> Sequence[Tensor]:
         """Return the gradients of the wanted inputs, given that of the output."""
+        if _delta.reuses_buffers(gradient) and not torch.compiler.is_compiling():
+            first = self._first(inputs[0], inputs[1:])
+            if first is not None:
+                return self._vjp_in_place(inputs, wanted, gradient, first)
         device, dtype, enabled = self._autocast
         with torch.autocast(device, dtype=dtype, enabled=enabled):
             parts = [
@@ -194,6 +231,30 @@ class _FormedProduct(Function):
                 for *part, of_part in self._parts(*inputs, gradient)
             ]
         return [torch.cat(several) for several in zip(*parts, strict=True)]
+
+    def _vjp_in_place(
+        self, inputs: Sequence[Tensor], wanted: Sequence[int], gradient: Tensor, first: int
+    ) -> Sequence[Tensor]:
+        """Compute the gradient of each ΔW in the place of ΔW."""
+        x, of_x = inputs[0], torch.empty_like(inputs[0])
+        arrays, leaves = _delta.leaves_of(inputs[1:], [index - 1 for index in wanted if index])
+        with torch.enable_grad():
+            factors = torch.vmap(self._factors)(*arrays)
+        left, right = (factor.detach() for factor in factors)
+        of_left, of_right = torch.empty_like(left), torch.empty_like(right)
+        for members, product, update in self._formed(left, right, first):
+            torch.bmm(gradient[members], update, out=of_x[members])
+            torch.bmm(gradient[members].mT, x[members], out=update)
+            flat = product.flatten(1)
+            flat[:, :first] = 0.0
+            flat[:, first + self.source.size :] = 0.0
+            torch.bmm(left[members].mT, product, out=of_right[members])
+            # In this form the long sides of both operands are contiguous: it takes a quarter of the time.
+            of_left[members] = torch.bmm(right[members], product.mT).mT
+        pairs = [pair for pair in zip(factors, (of_left, of_right), strict=True) if pair[0].requires_grad]
+        outputs, gradients = [factor for factor, _ in pairs], [of for _, of in pairs]
+        of_arrays = torch.autograd.grad(outputs, leaves, gradients) if pairs else ()
+        return [*([of_x] if 0 in wanted else []), *of_arrays]
 
 
 def factors_of(slot: AdapterSlot, tokens: int) -> Factoring | None:

@@ -275,9 +275,7 @@ class Member(Adapter):
         """
         self._refuse_another()
         _registry.mix(self.model, {self._state.name: 1.0})
-        state = cast(MemberState, self._state)
-        state.prepare()
-        self._members.active = state
+        self._members.activate(cast(MemberState, self._state))
         _registry.trim_idle([self._state])
 
     @checks_arguments

@@ -57,8 +57,12 @@ def computed_changes(output: Output, assignment: RowAssignment, groups: Sequence
 def add_changes(assignment: RowAssignment, changes: Changes, y: Tensor) -> Tensor:
     """Return y, ``(names, rows of each, features)``, plus changes."""
     for target, several in changes.items():
-        rows = assignment.index([row for numbers, _ in several for row in numbers], y.device)
+        order = [row for numbers, _ in several for row in numbers]
         change = torch.cat([part for _, part in several]) if len(several) > 1 else several[0][1]
+        if order == list(range(len(y))):
+            y = add_features(y, target, change)
+            continue
+        rows = assignment.index(order, y.device)
         if target.rows is None:
             y = y.index_add(0, rows, change.to(y.dtype))
         else:
@@ -86,7 +90,7 @@ def grouped(assignment: RowAssignment, groups: Sequence[Group], x: Tensor) -> Ch
     if len(counts) > 1:
         numbers = [place for place, (rows, _) in enumerate(groups) for _ in rows]
     changes: Changes = {}
-    blocks = x.index_select(0, assignment.index(order, x.device))
+    blocks = x if order == list(range(len(x))) else x.index_select(0, assignment.index(order, x.device))
     for place, slot in enumerate(first):
         several = [factors(slots[place]) for _, slots in groups]
         pairs = [factored.terms[0][0] for factored in several]

@@ -34,10 +34,11 @@ from ._delta import (
     backward_number,
     gather_full,
     in_functorch,
+    is_sharded,
     memory,
     reshard,
     version,
-)
+)  # fmt: skip
 
 # -- The state, and where a model keeps it -----------------------------------------------------------------------------
 
@@ -48,6 +49,8 @@ PREFIX = "tnadapt_"
 DOT = "%2E"
 #: Prefix of the attributes of a state that are its mixing weight on a device.
 _WEIGHT_ON = "weight on "
+#: Prefix of the attributes of a population's members that are the active one's number on a device.
+_INDEX_ON = "index on "
 #: The model's attribute that holds the states of its adapters by name.
 ADAPTERS_ATTR = "_tnadapt_adapters"
 #: Runs a patched forward, with its arguments and keywords, where rows have different adapters.
@@ -271,14 +274,21 @@ class AdapterState:
 
     @property
     def acting(self) -> AdapterState:
-        """The member of a population that acts on all rows, if one does; else the state itself."""
-        return self if self.members is None or self.members.active is None else self.members.active
+        """The member of a population that acts on all rows, if one does; else the state itself, as in programs."""
+        # A compiled program reads which member is active from a tensor, and has one cache for all.
+        if self.members is None or self.members.active is None or torch.compiler.is_compiling():
+            return self
+        return self.members.active
 
     def array_of(self, name: str) -> Tensor:
         """Return an array by its name in the plan, as the model has it at this moment."""
-        if self.members is not None:
+        parameter = cast(Tensor, self.owner._parameters[self.parameter_names[name]])
+        if self.members is None:
+            return parameter
+        if self.members.active is None or not torch.compiler.is_compiling():
             raise unnamed_member(self)
-        return cast(Tensor, self.owner._parameters[self.parameter_names[name]])
+        index = getattr(self.members, self.members.index_name(str(parameter.device)))
+        return parameter.index_select(0, index).squeeze(0)
 
     def caches(self) -> list[ArrayCache]:
         """Return its caches, of a population those of all members; those of a member are made on first use."""
@@ -392,34 +402,53 @@ class Members:
                 state.clear_cache()
 
     def note_caching(self, state: MemberState) -> None:
-        """Record that a member has caches."""
+        """Note that a member has caches."""
         self._caching[state.number] = state
 
-    def renew(self) -> None:
-        """Drop what members have of the population's plan, which was exchanged for another one."""
-        for state in _alive(self._states):
-            state.renew()
-
-    def initial(
-        self, arrays: Mapping[str, Any], seed: int, drawn: Callable[[int], dict[str, Any]]
-    ) -> dict[str, Tensor]:
-        """Return the initial arrays of all members from those of one; ``drawn(seed)`` returns the random ones."""
+    def initial(self, arrays: Mapping[str, Any], drawn: Callable[[int], dict[str, Any]]) -> dict[str, Tensor]:
+        """Return the initial arrays of all members from those of one; ``drawn(k)`` returns the random ones of k."""
         several = {
             name: torch.as_tensor(array).expand(self.count, *array.shape).clone() for name, array in arrays.items()
         }
         if self.seeds == "each":
             for number in range(1, self.count):
-                for name, array in drawn(seed + number).items():
+                for name, array in drawn(number).items():
                     several[name][number] = torch.from_numpy(array)
         return several
 
+    def renew(self) -> None:
+        """Discard what depends on the plan: the population has another one."""
+        self.factorings.clear()
+        for state in _alive(self._states):
+            state.renew()
+
+    def activate(self, state: MemberState) -> None:
+        """Let a member act on all rows."""
+        self.active = state
+        for name, index in list(self.__dict__.items()):
+            if name.startswith(_INDEX_ON):
+                index.fill_(state.number)
+
+    def index_name(self, device: str) -> str:
+        """Return the name of the attribute that is the active member's number on a device: see ``weight_name``."""
+        name = f"{_INDEX_ON}{device}"
+        if name not in self.__dict__:
+            assert self.active is not None
+            with torch.inference_mode(False):
+                self.__dict__[name] = torch.tensor([self.active.number], device=device)
+        return name
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_states": None, "_caching": None}
+        state = {name: value for name, value in self.__dict__.items() if not name.startswith(_INDEX_ON)}
+        return {**state, "_states": None, "_caching": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _states=weakref.WeakValueDictionary(), _caching=weakref.WeakValueDictionary())
         if self.active is not None:
             self._states[self.active.number] = self.active
+
+
+constant_result(Members.index_name)
 
 
 def _alive(states: weakref.WeakValueDictionary[int, MemberState]) -> list[MemberState]:
@@ -444,8 +473,7 @@ class MemberState(AdapterState):
         self._forget()
 
     def _forget(self) -> None:
-        #: By the identity of a slot of the population: it, and that of the member.
-        self._slots: dict[int, tuple[AdapterSlot, AdapterSlot]] = {}
+        self._slots: dict[AdapterSlot, AdapterSlot] = {}
         self._views: dict[str, tuple[Tensor, tuple[Any, ...], Tensor]] = {}
 
     def __getattr__(self, name: str) -> Any:
@@ -463,10 +491,6 @@ class MemberState(AdapterState):
         cast(Members, self._whole.members).note_caching(self)
         return self.__dict__[name]
 
-    def prepare(self) -> None:
-        """Make what passes make on first use, which compilers cannot trace."""
-        _ = self.cache, self.quotients, self.made, self.slots
-
     def renew(self) -> None:
         """Drop what is of the population's plan, which was exchanged for another one."""
         for name in ("cache", "quotients", "made"):
@@ -474,8 +498,6 @@ class MemberState(AdapterState):
         self._forget()
         if self.handle is not None:
             self.handle.plan = self._whole.plan.file_plan
-        if cast(Members, self._whole.members).active is self:
-            self.prepare()
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in MemberState._ALONE:
@@ -498,9 +520,9 @@ class MemberState(AdapterState):
 
     def slot(self, slot: AdapterSlot) -> AdapterSlot:
         """Return a slot of the population for this member."""
-        if id(slot) not in self._slots:
-            self._slots[id(slot)] = slot, dataclasses.replace(slot, adapter=self)
-        return self._slots[id(slot)][1]
+        if slot not in self._slots:
+            self._slots[slot] = dataclasses.replace(slot, adapter=self)
+        return self._slots[slot]
 
     def array_of(self, name: str) -> Tensor:
         assignment = assignment_of(self)
@@ -529,6 +551,15 @@ class MemberState(AdapterState):
     def view(self, name: str) -> Tensor:
         """Return the member's part of an array as a view, to which numbers can be written."""
         return self._parameter(name)[self.number]
+
+    def pair(self, name: str, array: Any) -> tuple[nn.Parameter, Any]:
+        """Pair the member's part of an array with its new value; of a sharded one, all members with theirs."""
+        parameter = self._parameter(name)
+        if not is_sharded(parameter):
+            return cast(nn.Parameter, parameter[self.number]), array
+        several = gather_full(parameter).detach().clone()
+        several[self.number] = torch.as_tensor(array, dtype=several.dtype, device=several.device)
+        return cast(nn.Parameter, parameter), several
 
     def _parameter(self, name: str) -> Tensor:
         return cast(Tensor, self._whole.owner._parameters[self._whole.parameter_names[name]])
@@ -646,6 +677,7 @@ def _parameters(state: AdapterState, names: Sequence[str]) -> list[Tensor]:
 
 def full_arrays(state: AdapterState) -> dict[str, Tensor]:
     """Return all parameters by the names of their arrays; sharded ones are gathered (every process must call)."""
+    reshard(state.model, state.owner)  # the memory of what FSDP2 has gathered is freed while the caller has the arrays
     return {name: gather_full(parameter) for name, parameter in named_parameters(state)}
 
 
@@ -653,12 +685,12 @@ def initial_arrays(
     state: AdapterState, arrays: Mapping[str, Any], drawn: Callable[[int], dict[str, Any]]
 ) -> Mapping[str, Any]:
     """Return initial arrays as an adapter has them: a population those of all members, a member with its own draws."""
-    members, seed = state.members, state.plan.config.seed
+    members = state.members
     if members is None:
         return arrays
     if not isinstance(state, MemberState):
-        return members.initial(arrays, seed, drawn)
-    return {**arrays, **drawn(seed + state.number)} if members.seeds == "each" and state.number else arrays
+        return members.initial(arrays, drawn)
+    return {**arrays, **drawn(state.number)} if members.seeds == "each" and state.number else arrays
 
 
 def checked_pairs(state: AdapterState, arrays: Mapping[str, Any]) -> list[tuple[nn.Parameter, Any]]:
@@ -677,6 +709,8 @@ def pairs(state: AdapterState, arrays: Mapping[str, Any]) -> list[tuple[nn.Param
     """Pair each parameter with its new value, in its unit; names and shapes are known to fit."""
     need_unmerged(state, "new arrays")
     reshard(state.model, state.owner)
+    if isinstance(state, MemberState):
+        return [state.pair(name, arrays[name]) for name in state.parameter_names if name in arrays]
     return [(parameter, arrays[name]) for name, parameter in named_parameters(state) if name in arrays]
 
 

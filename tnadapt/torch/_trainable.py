@@ -125,7 +125,7 @@ def _moved_zero(adapter: AdapterState, trained: Collection[str]) -> dict[str, An
 
 
 def _initial(adapter: AdapterState, group: Group, start: Initializer) -> Mapping[str, Any]:
-    return initial_arrays(adapter, {name: start.host(name) for name in group.names}, start.drawn_from)
+    return initial_arrays(adapter, {name: start.host(name) for name in group.names}, start.drawn_for)
 
 
 def _is_start(initial: Mapping[str, Any], values: Mapping[str, Tensor]) -> bool:
@@ -416,7 +416,7 @@ class AdapterParameters:
         if state.plan.needs_base:
             owners = [slot.owner for slot in state.slots[: len(state.targets)]]
             state.plan.fill(bound(state.plan, state.targets, owners))
-        drawn = functools.partial(self.plan.drawn_from, trained=self.trained)
+        drawn = functools.partial(self.plan.drawn_for, trained=self.trained)
         self.load_arrays(initial_arrays(state, self.plan.init(trained=self.trained), drawn))
 
     @checks_arguments
@@ -470,7 +470,7 @@ class AdapterParameters:
                 f"adapter {state.name!r} is on the meta device: give the model its weights and call reset() before "
                 "start_from()"
             )
-        drawn = functools.partial(state.plan.drawn_from, trained=state.trained)
+        drawn = functools.partial(state.plan.drawn_for, trained=state.trained)
         for name, start in initial_arrays(state, state.plan.init(trained=state.trained), drawn).items():
             value = gather_full(current[name]).detach().cpu()
             if not torch.equal(value, torch.as_tensor(start).to(value.dtype)):
@@ -479,7 +479,7 @@ class AdapterParameters:
                     "reset(), which discards what was trained, before start_from(), or attach another adapter"
                 )
         _check_gradient(state, plan)
-        new = pairs(state, initial_arrays(state, plan.init(), plan.drawn_from))
+        new = pairs(state, initial_arrays(state, plan.init(), plan.drawn_for))
         numbers = [(parameter, parameter.detach().clone()) for parameter, _ in new]
         before = state.plan
         slots = {

@@ -404,7 +404,7 @@ def _adapter(
 ) -> tuple[AdapterFile, str, str | None]:
     """Return the adapter, the SHA-256 of its file, and its path if it has one."""
     if isinstance(adapter, (AdapterFile, PopulationFile)):
-        file = chosen_member("adapter", adapter, member)
+        file = chosen_member(adapter, member, "adapter ")
         return file, hashlib.sha256(content_of(file)).hexdigest(), None
     path = path_of(adapter)
     if member is not None:
