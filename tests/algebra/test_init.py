@@ -12,6 +12,7 @@ import pytest
 import tnadapt as tna
 from tnadapt.algebra import rng
 from tnadapt.algebra.init import STEP
+from tnadapt.algebra.sources import Tied
 from tnadapt.backends import load_backend
 from tnadapt.testing.verification import examples
 
@@ -182,6 +183,10 @@ def test_cp_weights_start_at_one_and_every_term_has_its_zero_of_what_is_trained(
     params = plan.init(trained=trained)
     assert not plan.deltas(params)[0].any()
     assert (params["group0.term1.split0.weights"] == 1).all()
+    # What is trained occurs twice: something else is zero, and not the weights.
+    config = tna.Config(2, order=3, fold=(4, 4, 2), format="cp-weighted", sources={"factor0": Tied("split0.factor1")})
+    (start,) = tna.SuperLoRA(config, [(8, 4)]).starts(["group0.split0.factor1"])
+    assert start.zeros == {"split0.factor2"}
 
 
 @pytest.mark.law("first-gradients")

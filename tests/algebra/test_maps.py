@@ -474,6 +474,16 @@ def test_seeded_positions_are_the_first_of_the_permutation(places: int, data: st
         assert np.array_equal(f.adjoint(y), y[positions])
 
 
+@pytest.mark.parametrize(("length", "dtype"), [((1 << 31) - 1, np.int32), (1 << 31, np.int64)])
+def test_drawn_positions_are_of_the_shorter_integers_that_fit(length: int, dtype: type) -> None:
+    for positions in (
+        tna.Projection(Scatter(length), n_out=length).map.make(("sources", 0, 100)),
+        make_map("gather", length, length).make(("index", 0, 100)),
+    ):
+        assert positions.dtype == dtype
+        assert 0 <= positions.min() < positions.max() <= length
+
+
 # -- Transforms against other libraries -----------------------------------------------------------
 
 
@@ -608,6 +618,7 @@ def test_a_registered_map_with_settings_that_a_file_can_hold() -> None:
     assert tna.Config.from_dict(config.to_dict()) == config
     assert tna.verify(config, SHAPES, backends=["numpy"]).holds
     assert tna.Config(projection=Power()).projection == "scaled"
+    assert tna.Projection("scaled", n_out=4).map.kind == "scaled"
     for value in (None, True, -((1 << 64) - 1), 0.1, "x", (), ((((1, "x"), 2.5),),)):
         config = tna.Config(projection=Power(value))
         assert tna.Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config

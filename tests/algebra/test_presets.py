@@ -50,6 +50,10 @@ def test_the_largest_size_is_that_beyond_which_nothing_is_gained() -> None:
     weights = tna.presets.AdaptedWeights([(24, 16), (8, 40)])
     largest = {"nola": [4 * 8, 8 * 8], "unilora": [4 * 88, 8 * 88], "tinylora": [2 * 2**2, 2 * 4**2, 2 * 8**2]}
     largest["compacter"] = [8 // 2, 8 // 4, 8 // 8]
+    largest |= {name: [8 * 40] for name in ("shira", "fourierft", "loca", "waveft")}
+    largest |= {name: [4 * 8] for name in ("lotr", "fact_tt", "fact_tk", "metatt")}
+    largest |= {"lora": [8], "randlora": [8], "gralora": [8 // 2], "vera": [4 * 40], "fastfood": [24 * 16 + 8 * 40]}
+    largest |= {"dense": [1], "krona": [1], "c3a": [1] * 4, "miss": [1] * 4, "quanta": [1] * 6}
     for name, expected in largest.items():
         assert [ladder.most(None) for ladder in tna.presets.PRESETS[name].ladders(weights)] == expected  # type: ignore[arg-type]
 

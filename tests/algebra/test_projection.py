@@ -174,6 +174,17 @@ def test_draws_take_nine_bytes_per_element_and_copies_and_pickles_leave_them_beh
     assert sum(array.nbytes for array in long.map.kept.values()) == 9 << 16
 
 
+@pytest.mark.parametrize(("bits", "dtype"), [(31, np.int32), (32, np.int64)])
+def test_positions_are_held_in_the_shorter_integers_that_fit(
+    bits: int, dtype: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    f = tna.Projection("linear", 1 << bits, 1 << bits).map
+    monkeypatch.setattr(type(f), "part", lambda self, key, start, stop: np.array([stop - 1]))  # of gigabytes
+    held = f.make("perm")
+    assert held.dtype == dtype
+    assert held == [(1 << bits) - 1]
+
+
 # -- What is refused -------------------------------------------------------------------------------
 
 

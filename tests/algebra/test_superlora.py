@@ -207,7 +207,7 @@ def test_groups_share_f_or_do_not(rng: np.random.Generator) -> None:
         (tna.Config(groups=3), [[(2, 1), (1, 3)]], tna.ShapeError, "multiple of 3 columns; one has 2 elements"),
         (tna.Config(groups="layer"), [[(2, 3)], [0, 0]], tna.ConfigError, "2 keys for 1 weights"),
         (tna.Config(groups=((0,), (0,))), [[(2, 3)]], tna.ConfigError, "exactly once"),
-        (tna.Config(groups=((0,),)), [[(2, 3), (2, 3)]], tna.ConfigError, "exactly once"),
+        (tna.Config(groups=((0,),)), [[(2, 3), (2, 3)]], tna.ConfigError, "the weights 0 to 1 exactly once; got"),
         (tna.Config(groups=((1,),)), [[(2, 3)]], tna.ConfigError, "exactly once"),
         (tna.Config(), [[]], tna.ShapeError, "empty"),
         (tna.Config(), [[(2, 3, 4)]], tna.ShapeError, r"shapes\[0\] is \(2, 3, 4\)"),

@@ -186,6 +186,16 @@ def test_vit(tmp_path: Path) -> None:
     assert found.how == "weights under the names that transformers gives them on disk"
 
 
+@without_warnings
+def test_of_two_checkpoints_either_may_have_the_names_on_disk(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    paths = {name: names_stored(tmp_path / name, {f"{name}.weight": (6, 4)}) for name in (QUERY, ON_DISK)}
+    for base, tuned in itertools.permutations(paths):
+        found = tna.extract(paths[base], paths[tuned], P.dense(), [tuned])
+        assert [target.module for target in found.file.targets] == [tuned]
+        assert not found.file.deltas()[0].any()
+
+
 FEW = {"ViTForImageClassification", "LlavaForConditionalGeneration", "SiglipModel", "Dinov2Model", "BertModel"}
 
 

@@ -59,6 +59,8 @@ MISTAKES: list[tuple[str, str]] = [
     ("finetune --preset lorra", "no preset 'lorra'; did you mean 'lora'? The presets are c3a, cara"),
     ("finetune --set rnak=3", "no setting 'rnak'; did you mean 'rank'?"),
     ("finetune --set lora_alpha=3", "no setting 'lora_alpha'; PEFT's 'lora_alpha' is 'alpha' here"),
+    ("finetune --set hedas=3", "no setting 'hedas'; did you mean 'heads'?"),
+    ("finetune --preset lora --set hedas=3", "no setting 'hedas'; the settings are rank, order,"),  # of another preset
     ("finetune --set xyzzy=3", "no setting 'xyzzy'; the settings are rank, order,"),
     ("finetune --set rank", "--set takes FIELD=VALUE"),
     ("finetune --set rank=2 --set rank=8", "--set gives rank twice; it applies to every preset: run the command"),

@@ -193,6 +193,12 @@ def seven_heads(content: bytes) -> bytes:
     return content[: heads.start(1)] + b"7" + content[heads.end(1) :]
 
 
+def no_heads(content: bytes) -> bytes:
+    heads = re.search(rb", ?false, ?\d\]", content)
+    assert heads is not None
+    return content[: heads.start()] + b"]".rjust(heads.end() - heads.start()) + content[heads.end() :]
+
+
 def no_elements(content: bytes) -> bytes:
     name = b"blk.0.attn_q.weight.lora_b"
     sizes = content.rindex(name) + len(name) + 4
@@ -203,6 +209,7 @@ def no_elements(content: bytes) -> bytes:
     ("change", "message"),
     [
         (seven_heads, "rows, which are not those of 7 heads in halves"),
+        (no_heads, "is an adapter of llama.cpp that does not say the model's own names and heads"),
         (no_elements, r"the factors of 'blk\.0\.attn_q\.weight' must be matrices; they are .* \(24, 0\)"),
         # A signaling NaN, of which NumPy would warn.
         (lambda content: content[:-4] + b"\0\0\xa0\x7f", "has numbers that are not finite in float32"),

@@ -104,6 +104,7 @@ CASES: dict[str, tuple[str, dict[str, Any], Shapes]] = {
     "tinylora, low": ("TinyLora", {"r": 10, "u": 7}, SHAPES),
     "tinylora, tied": ("TinyLora", {"r": 3, "u": 7, "weight_tying": 1.0}, SHAPES),
     "tinylora, pairs": ("TinyLora", {"r": 3, "u": 7, "weight_tying": 0.5}, SHAPES),
+    "tinylora, four": ("TinyLora", {"r": 3, "u": 7, "weight_tying": 0.5}, {**ALIKE, "b.q": (8, 12), "b.v": (9, 12)}),
     "vblora": ("VBLoRA", {"r": 3, "num_vectors": 9, "vector_length": 4}, FOURS),
     "vblora, top 3": (
         "VBLoRA", {"r": 3, "num_vectors": 9, "vector_length": 4, "topk": 3, "save_only_topk_weights": True}, FOURS
@@ -161,6 +162,17 @@ def test_what_peft_saved_gives_its_updates_here_and_back(name: str, tmp_path: Pa
         assert_same_updates(loaded(tmp_path / "again", shapes), expected)
         # A folder that this library wrote needs no base.
         assert_same_updates(converted(tmp_path / "again"), expected)
+
+
+@pytest.mark.law("foreign-files")
+@pytest.mark.parametrize("name", CASES)
+def test_what_a_config_does_not_say_is_as_peft_has_it_by_default(name: str, tmp_path: Path) -> None:
+    shapes, expected = saved(name, tmp_path)
+    default = type(config_of(name))().to_dict()
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    said = {key: value for key, value in config.items() if key == "peft_type" or value != default[key]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(said))
+    assert_same_updates(converted(tmp_path, base=shapes), expected)
 
 
 #: What is written again as the same method.
@@ -235,7 +247,9 @@ def test_what_we_write_gives_our_updates(name: str, tmp_path: Path) -> None:
     assert_same_updates(loaded(tmp_path / "theirs", shapes), file)
 
 
-@pytest.mark.parametrize("name", ["unilora", "unilora, drawn", "tinylora", "tinylora, tied", "tinylora, pairs"])
+@pytest.mark.parametrize(
+    "name", ["unilora", "unilora, drawn", "tinylora", "tinylora, tied", "tinylora, pairs", "tinylora, four"]
+)
 def test_few_numbers_stay_few(name: str, tmp_path: Path) -> None:
     """PEFT's trained numbers are our θ, element by element, and its draws are stored."""
     shapes, _ = saved(name, tmp_path / "theirs")
@@ -300,7 +314,7 @@ def test_theta_in_bfloat16(offset: bool, to: str, tmp_path: Path) -> None:
         assert error(delta, expected[path]) <= (TOLERANCE if to == "peft-lora" else 2.0**-7)
 
 
-@pytest.mark.parametrize(("rank", "shapes"), [(2, SHAPES), (50, {"a.q": (120, 120)})])
+@pytest.mark.parametrize(("rank", "shapes"), [(2, SHAPES), (50, {"a.q": (120, 120), "b.q": (120, 120)})])
 def test_positions_of_a_mask_of_one_s_own(rank: int, shapes: Shapes, tmp_path: Path) -> None:
     def mask(layer: Any, r: int, **_: Any) -> Any:
         found = torch.zeros_like(layer.weight)
@@ -313,9 +327,10 @@ def test_positions_of_a_mask_of_one_s_own(rank: int, shapes: Shapes, tmp_path: P
     assert found.file is not None
     projection = found.file.config.projection
     if rank == 50:
-        assert found.notes == ("stored dense: no seed gives its 12000 positions, and a config cannot list them",)
+        assert found.notes == ("stored dense: no seed gives its 24000 positions, and a config cannot list them",)
     else:
         assert isinstance(projection, tna.maps.Scatter)
+        assert found.file.config.rank == 1  # as in presets.shira
         assert found.file.num_parameters == projection.size == 2 * sum(sum(shape) for shape in SHAPES.values())
         tna.convert(tmp_path / "theirs", tmp_path / "again", to="peft-shira", base=SHAPES)
         assert_same_updates(loaded(tmp_path / "again", SHAPES), found.file)

@@ -692,6 +692,9 @@ def test_what_was_trained_beside_it_needs_a_place() -> None:
     with pytest.raises(tna.ConfigError, match=r"LyCORIS has no place for.*head.bias.*without_kept=True"):
         tna.convert(file, to="lycoris-lora")
     assert tna.convert(file, to="lycoris-lora", without_kept=True).exact
+    alone: dict[str, tuple[str, ...]] = {file.targets[0].name: ()}
+    tied = dataclasses.replace(file, ties={"head.weight": ("embed.weight",), **alone})
+    assert converted(tied, without_kept=True).ties == alone
     with pytest.raises(tna.ConfigError, match=r"saves whole modules, and cannot keep 'blocks\.0\.attn\.q_proj\.scale'"):
         tna.convert(beside, to="peft-lora")
 
@@ -751,8 +754,9 @@ def test_what_has_to_be_rounded_becomes_float32(tmp_path: Path) -> None:
     assert rounded.error > found.error
     small = made(P.lora(1))
     large = dataclasses.replace(small, arrays={n: array * np.float32(1e6) for n, array in small.arrays.items()})
-    with pytest.raises(tna.ConfigError, match="too large for float16; use float32"):
-        tna.convert(large, dtype="float16")
+    for to in ("tnadapt", "peft-lora"):
+        with pytest.raises(tna.ConfigError, match="too large for float16; use float32"):
+            tna.convert(large, to=to, dtype="float16")
 
 
 def test_factors_that_cancel_lose_more_than_their_last_digit() -> None:

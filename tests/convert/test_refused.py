@@ -360,7 +360,7 @@ def test_paths_that_lead_nowhere(tmp_path: Path) -> None:
         ({"to": "lora"}, "to (--to) must be one of tnadapt, peft, peft-lora"),
         ({"to": ["peft-lora"]}, "to must be a string; got ['peft-lora']"),
         ({"to": "khoya"}, "; got 'khoya'; did you mean 'kohya'"),
-        ({"to": "peft_lora"}, "; got 'peft_lora'; did you mean 'peft-lora'"),
+        ({"to": "peft_lora"}, "; got 'peft_lora'; did you mean 'peft-lora' or 'peft-lokr'?"),
         ({"to": "gguf-lore"}, "; got 'gguf-lore'; did you mean 'gguf-lora'"),
         ({"to": "peft-vblora"}, "tnadapt, peft, peft-lora, peft-lokr, peft-loha, peft-vera"),
         ({"to": "peft-miss", "rank": 2}, "LoRA, LoKr and LoHa only; 'peft-miss' has no rank to choose"),

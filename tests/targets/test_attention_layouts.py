@@ -405,6 +405,10 @@ def test_a_model_and_its_checkpoint_have_the_same_rows(tmp_path: Path) -> None:
 
     assert of_class(["ParrotAttention"], lambda name: False) is None
     register_layout("parrot", PARROT)
+    for names in (["ParrotAttention", "BloomAttention"], ["BloomAttention", "ParrotAttention"]):  # the nearest class
+        layout = of_class(names, lambda name: True)
+        assert layout is not None
+        assert names[0] in layout.classes
     model = torch.nn.ModuleDict({"attention": MyAttention()})
     found = {target.role: target.rows for target in tt.find_targets(model, "qkv")}
     assert found == {"q": tna.Rows(16, 8, 24), "k": tna.Rows(8, 8, 24), "v": tna.Rows(0, 8, 24)}

@@ -231,3 +231,6 @@ def check_compiled(model: nn.Module, adapter: tt.Adapter, x: Tensor) -> None:
     assert_near(passes(program, adapter, x), expected, 1e-5)
     with torch.no_grad():
         torch.testing.assert_close(program(x), expected["output"], rtol=1e-4, atol=1e-5)
+        adapter.set_weight(0.0)
+        torch.testing.assert_close(program(x), model(x), rtol=1e-4, atol=1e-5)
+        adapter.set_weight(1.0)

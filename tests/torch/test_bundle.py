@@ -128,6 +128,8 @@ def test_what_is_recorded_comes_back_and_can_be_changed(bert: Path, tmp_path: Pa
     assert tt.adapters(loaded)["default"].pretrained.inputs == {"max_length": 9}
     adapter.pretrained = None
     assert adapter.pretrained.labels == LABELS
+    model.config.pad_token_id = -1  # some configs have this for none
+    assert adapter.pretrained.settings == {"problem_type": "multi_label_classification"}
     with pytest.raises(tna.ConfigError, match=r"pretrained must be a tnadapt.Pretrained or None; got dict"):
         adapter.pretrained = {}
     # An unusual config does not keep an adapter from being saved.
@@ -219,6 +221,9 @@ def test_the_wrong_base_is_refused(bert: Path, tmp_path: Path) -> None:
     )
     loaded = tt.load_pretrained(tmp_path / "mine", base=tmp_path / "other", check_base=False)
     about = tt.adapters(loaded)["default"].pretrained
+    assert (about.name, about.labels) == (str(tmp_path / "other"), LABELS)
+    another = transformers.BertForSequenceClassification.from_pretrained(tmp_path / "other", **named(("a", "b", "c")))
+    about = tt.load(another, tmp_path / "mine" / "adapter.safetensors", check_base=False).pretrained
     assert (about.name, about.labels) == (str(tmp_path / "other"), LABELS)
 
 

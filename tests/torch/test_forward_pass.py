@@ -333,6 +333,20 @@ def test_a_compiled_program_reads_the_cache(name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
+def test_a_compiled_program_computes_the_update_itself_on_a_device() -> None:
+    torch._dynamo.reset()
+    model, seen = square_layers(), list[str]()
+    attached(model, CONFIGS["superlora"])
+    program = compiled(model.to("meta"), seen)
+    with torch.no_grad():
+        for shape in ((SIZE,), (1, SIZE), (1, 1, SIZE)):
+            assert program(torch.empty(shape, device="meta")).shape == shape
+    assert seen
+    assert not any("update_product" in name for name in seen)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("strict", [False, True])
 def test_an_exported_program_computes_the_update_itself(strict: bool) -> None:
     model = square_layers()

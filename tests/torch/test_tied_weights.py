@@ -92,6 +92,8 @@ def test_gradients_come_from_both() -> None:
 def test_the_errors_name_the_ways(tmp_path: Path) -> None:
     tied = tmp_path / "tied.safetensors"
     tt.attach(Tied(), P.lora(2), ["embed"], keep_tied=True).save(tied)
+    kept = tmp_path / "kept.safetensors"
+    tt.attach(Tied(third=True), targets=["inner"], keep_trainable=["embed"]).save(kept)
     given = tt.attach(Tied(), P.lora(2, start="given"), ["head"], keep_tied=True)
     ways = r"are one tensor.*: give keep_tied=True, .*, or untie=True, which"
     both = "untie=True gives tied weights their own copies, and keep_tied=True"
@@ -110,6 +112,12 @@ def test_the_errors_name_the_ways(tmp_path: Path) -> None:
             lambda: tt.load(Tied(third=True), tied), tna.TnadaptError,
             r"in this Tied it is tied to head\.weight, other\.weight: tie the",
         ),
+        (
+            lambda: tt.load(Tied(), kept), tna.FileError,
+            r"keeps embed\.weight, which is tied to head\.weight, other\.weight, and in this Tied it is tied to "
+            r"head\.weight: tie the weights of the model as they were",
+        ),
+        (lambda: tt.load(Tied(tie=False), kept), tna.FileError, "and in this Tied it is not: tie the weights"),
         (
             lambda: tt.starts.eva(given, [IDS]), tna.ConfigError,
             r"embed\.weight is tied to head\.weight: leave it out of the targets",

@@ -90,7 +90,10 @@ def test_without_adapters_nothing_is_left_and_with_them_a_quantized_model_is_tra
         with pytest.raises(ValueError, match="attach trainable adapters"):
             validate(bare)
         bare.save_pretrained(tmp_path)  # without a warning
-    # A method of the instance is left alone.
+    # The mark of transformers' own adapters stays, and a method of the instance is left alone.
+    model._hf_peft_config_loaded = True
+    attach(model).detach()
+    assert model._hf_peft_config_loaded
     own = model.save_pretrained = lambda folder: None
     attach(model).detach()
     assert model.save_pretrained is own

@@ -199,7 +199,7 @@ def _signed(left: np.ndarray, values: np.ndarray, right: np.ndarray, part: slice
         )
     first = part.start or 0
     edge = first or first + len(selected)
-    if 0 < edge < len(values) and _tied(values[edge - 1 : edge + 1]):
+    if edge < len(values) and _tied(values[edge - 1 : edge + 1]):
         warn(
             f"{what} takes singular vectors of a base weight up to a value that is nearer than {_TIE:g} to the next "
             "one: another machine may take another part. Save with store_bases=True",
