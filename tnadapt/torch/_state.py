@@ -402,7 +402,7 @@ class Members:
                 state.clear_cache()
 
     def note_caching(self, state: MemberState) -> None:
-        """Note that a member has caches."""
+        """Remember that a member has caches."""
         self._caching[state.number] = state
 
     def initial(self, arrays: Mapping[str, Any], drawn: Callable[[int], dict[str, Any]]) -> dict[str, Tensor]:
