@@ -58,6 +58,11 @@ def test_the_largest_size_is_that_beyond_which_nothing_is_gained() -> None:
         assert [ladder.most(None) for ladder in tna.presets.PRESETS[name].ladders(weights)] == expected  # type: ignore[arg-type]
 
 
+def test_vera_s_b_has_the_variance_of_the_paper() -> None:
+    b = tna.SuperLoRA(tna.presets.vera(256), [(768, 512)]).groups[0].frozen.host("split0.factor0")
+    assert abs(256 * b.var() - 2) < 0.02
+
+
 def test_names_in_peft_are_those_of_its_methods() -> None:
     peft = pytest.importorskip("peft")
     names = {preset.peers["PEFT"] for preset in tna.presets.PRESETS.values() if "PEFT" in preset.peers}
