@@ -84,7 +84,7 @@ CHECKS: dict[str, list[list[str]]] = {
         )
     ],
     "mutation": [["cosmic-ray", "--version"], imports("coverage")],
-    "benchmarks": [imports("quimb", "fht_cpu")],
+    "benchmarks": [imports("quimb", "fht_cpu", "reasoning_gym", "trl")],
     "lint": [["ruff", "--version"], ["mypy", "--version"], imports("codespell_lib", "importlinter", "proselint")],
     "docs": [["sphinx-build", "--version"], imports("myst_parser", "numpydoc", "sphinx_gallery", "sphinx_design")],
     "dev": [DRY_RUN, ["ruff", "--version"], imports("hypothesis", "pytest", "pywt", "xdist")],

@@ -86,6 +86,11 @@ def _read(path: Path) -> tna.AdapterFile | None:
     finally:
         if sorted(os.listdir(path.parent)) != before:
             raise FaultError("reading wrote a file")
+    if isinstance(found, tna.PopulationFile):
+        try:
+            found = found[len(found) - 1]
+        except tna.FileError:
+            return None
     # An adapter that was read must be usable.
     if found.num_parameters < 1 << 20 and sum(rows * cols for rows, cols in (t.shape for t in found.targets)) < 1 << 20:
         found.deltas()
@@ -110,7 +115,11 @@ def recipe(data: bytes) -> None:
     with _folder() as folder:
         path = folder / "adapter.safetensors"
         try:
-            path.write_bytes(forge.adapter(value, tensors, escaped=True))
+            if "population" in value:
+                ones = np.ones(plan.num_parameters, np.float32).tobytes()
+                path.write_bytes(forge.population(value, {}, 2 * forge.row(ones), 2, escaped=True))
+            else:
+                path.write_bytes(forge.adapter(value, tensors, escaped=True))
         except (ValueError, RecursionError):  # a number or depth that JSON cannot represent
             return
         _read(path)

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from .checkpoints.adapter_format import load, save
     from .checkpoints.info import info
     from .checkpoints.merge import MergeReport, merge
+    from .checkpoints.population_changes import append, replace
+    from .checkpoints.population_file import PopulationFile
     from .checkpoints.pretrained_model import Pretrained
     from .decomposition import decompose, search_rank
     from .decomposition.extraction import extract
@@ -59,6 +61,7 @@ __all__ = [
     "ConfigError",
     "FileError",
     "MergeReport",
+    "PopulationFile",
     "Pretrained",
     "ProgressBar",
     "Projection",
@@ -69,6 +72,7 @@ __all__ = [
     "Target",
     "TargetError",
     "TnadaptError",
+    "append",
     "convert",
     "cp",
     "cp_to_tensor",
@@ -96,6 +100,7 @@ __all__ = [
     "register_preset",
     "register_source",
     "register_start",
+    "replace",
     "save",
     "search_rank",
     "sources",
@@ -117,6 +122,7 @@ _LAZY = {
     "CompositeConfig": "algebra.composite",
     "Config": "algebra.config",
     "MergeReport": "checkpoints.merge",
+    "PopulationFile": "checkpoints.population_file",
     "Pretrained": "checkpoints.pretrained_model",
     "ProgressBar": "report",
     "Projection": "algebra.maps.projection",
@@ -124,6 +130,7 @@ _LAZY = {
     "Rows": "targets.target",
     "SuperLoRA": "algebra.superlora",
     "Target": "targets.target",
+    "append": "checkpoints.population_changes",
     "cp": "tensors._cp_decomposition",
     "cp_to_tensor": "algebra.products",
     "decompose": "decomposition",
@@ -149,6 +156,7 @@ _LAZY = {
     "register_preset": "algebra.presets",
     "register_source": "algebra.sources",
     "register_start": "algebra.starting_points",
+    "replace": "checkpoints.population_changes",
     "save": "checkpoints.adapter_format",
     "search_rank": "decomposition",
     "tensor_ring": "tensors._train_decomposition",

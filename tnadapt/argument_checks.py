@@ -344,8 +344,8 @@ _NAMED: dict[str, _Type | None] = {
 }
 #: Classes whose instances are recognized by the name of the class.
 _CLASSES = frozenset({
-    "AdapterFile", "Axis", "Config", "Engine", "Fingerprint", "Map", "Mark", "Pretrained", "Projection", "Reporter",
-    "Source", "Spec", "SuperLoRA", "Target", "Training", "nn.Module", "torch.device",
+    "AdapterFile", "Axis", "Config", "Engine", "Fingerprint", "Map", "Mark", "PopulationFile", "Pretrained",
+    "Projection", "Reporter", "Source", "Spec", "SuperLoRA", "Target", "Training", "nn.Module", "torch.device",
 })  # fmt: skip
 _ERRORS = {"nn.Module": TargetError, "Target": TargetError, "AdapterFile": FileError}
 

@@ -5,7 +5,7 @@ Tests import them from this module alone, so that one place follows when the lib
 
 from __future__ import annotations
 
-from tnadapt.checkpoints import atomic_files, checkpoint, container, stored_weights
+from tnadapt.checkpoints import atomic_files, checkpoint, container, population_changes, stored_weights
 from tnadapt.checkpoints.merge import _journal as journal
 from tnadapt.checkpoints.merge import _merge_checkpoint as merge_job
 from tnadapt.checkpoints.merge import _shards as shards
@@ -21,6 +21,7 @@ __all__ = [
     "find_stored",
     "journal",
     "merge_job",
+    "population_changes",
     "shards",
     "stored_weights",
 ]

@@ -316,7 +316,7 @@ def test_paths_that_cannot_be_read_or_written(tmp_path: Path, monkeypatch: pytes
         assert sorted(os.listdir(tmp_path)) == files
         for name in files:
             (tmp_path / name).unlink()
-    with pytest.raises(FileError, match="expected an AdapterFile to save; got dict"):
+    with pytest.raises(FileError, match="expected an AdapterFile or a PopulationFile to save; got dict"):
         tna.save(missing, {})  # type: ignore[arg-type]
     monkeypatch.setattr(adapter_format.container, "MAX_HEADER", 100)
     with pytest.raises(FileError, match="6 arrays need a header of more than 100 bytes; use fewer groups"):
@@ -331,7 +331,7 @@ RECIPES: dict[str, list[tuple[Recipe, str]]] = {
         ({"version": 1.0}, "the format version 1.0; expected 1"),
         ({"version": "1"}, "the format version '1'; expected 1"),
         ({"version": None}, "the format version None; expected 1"),
-        ({"version": 3, "more": 1}, "has format version 3, and this tnadapt reads up to 2: update tnadapt"),
+        ({"version": 4, "more": 1}, "has format version 4, and this tnadapt reads up to 3: update tnadapt"),
         ({"more": 1}, "unknown keys: 'more'; lacks: none"),
         ({"config": ...}, "unknown keys: none; lacks: 'config'"),
         ({"targets": ...}, "unknown keys: none; lacks: 'targets'"),
@@ -385,7 +385,7 @@ RECIPES: dict[str, list[tuple[Recipe, str]]] = {
         ({"version": 1}, "the tnadapt entry has unknown keys: 'parts'; lacks: 'config'"),
         ({"config": {"rank": 2}}, "the tnadapt entry has unknown keys: 'config'; lacks: none"),
         ({"parts": ...}, "has unknown keys: none; lacks: 'parts'"),
-        ({"version": 0}, "the tnadapt entry has the format version 0; expected 1 or 2"),
+        ({"version": 0}, "the tnadapt entry has the format version 0; expected 1, 2 or 3"),
         ({"parts": {}}, "the tnadapt entry's parts must be a list; got {}"),
         ({"parts": []}, "parts: parts must be a list of two or more pairs"),
         ({"parts": [[{"rank": 3}, 4]]}, "parts: parts must be a list of two or more pairs"),

@@ -247,7 +247,9 @@ def test_what_we_write_gives_our_updates(name: str, tmp_path: Path) -> None:
     assert_same_updates(loaded(tmp_path / "theirs", shapes), file)
 
 
-@pytest.mark.parametrize("name", ["unilora", "unilora, drawn", "tinylora", "tinylora, tied", "tinylora, pairs", "tinylora, four"])
+@pytest.mark.parametrize(
+    "name", ["unilora", "unilora, drawn", "tinylora", "tinylora, tied", "tinylora, pairs", "tinylora, four"]
+)
 def test_few_numbers_stay_few(name: str, tmp_path: Path) -> None:
     """PEFT's trained numbers are our θ, element by element, and its draws are stored."""
     shapes, _ = saved(name, tmp_path / "theirs")

@@ -198,6 +198,19 @@ def test_a_model_of_timm(tmp_path: Path) -> None:
     assert [row["prediction"] for row in predictions.rows] == ["0", "1"] * 20
 
 
+def test_a_member_of_a_population_predicts_as_it_would_alone(adapter_of: AdapterOf, tmp_path: Path) -> None:
+    data, file = tiny.classes(tmp_path / "a.jsonl"), tna.load(adapter_of("classification")[0])
+    other = dataclasses.replace(file, arrays={name: array + 1 for name, array in file.arrays.items()})
+    tna.save(users := tmp_path / "users.safetensors", tna.PopulationFile.from_members([file, other], ["ann", "bob"]))
+    tna.save(tmp_path / "bob.safetensors", other)
+    expected = predict(tmp_path / "bob.safetensors", data).rows
+    assert predict(users, data, member="bob").rows == expected
+    done = invoke(users, "--data", data, "--member", "1", "--out", tmp_path / "p.jsonl")
+    assert done.exit_code == 0, done.output
+    assert [strict(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()] == expected
+    assert predict(users, data, member=0).rows != expected
+
+
 def test_a_base_that_moved_and_another_base(adapter_of: AdapterOf, tmp_path: Path) -> None:
     data = tiny.classes(tmp_path / "a.jsonl")
     (file, _), moved = adapter_of("classification"), tmp_path / "moved"

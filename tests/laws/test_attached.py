@@ -94,6 +94,31 @@ def test_merged_is_attached_and_unmerged_is_the_base(kind: str, fold: str, proje
     assert torch.equal(run(model), on)
 
 
+@pytest.mark.law("members-alone")
+@every_group
+def test_members_are_the_adapter_alone(kind: str, fold: str, projection: str) -> None:
+    model, config = base("float64"), config_of(kind, fold, projection)
+    population = tt.attach(model, config, population=3, dtype="float64")
+    stir(population)
+    reference = base("float64")
+    alone = tt.attach(reference, config, dtype="float64")
+    x, index = batch().double(), [2, 0, 2]
+    with population.members(index):
+        y = model(x)
+    y.square().sum().backward()
+    expected = [torch.zeros_like(parameter) for parameter in population.parameters()]
+    for row, number in enumerate(index):
+        alone.load_arrays(population[number].arrays())
+        reference.zero_grad()
+        own = reference(x[row : row + 1])
+        own.square().sum().backward()
+        torch.testing.assert_close(y[row : row + 1], own, rtol=1e-10, atol=1e-10)
+        for total, parameter in zip(expected, alone.parameters(), strict=True):
+            total[number] += parameter.grad
+    for parameter, total in zip(population.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, total, rtol=1e-10, atol=1e-10 * float(total.abs().max()))
+
+
 @pytest.mark.law("disabled", "detach")
 @every_group
 def test_disabled_and_detached_are_the_base(kind: str, fold: str, projection: str) -> None:

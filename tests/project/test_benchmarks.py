@@ -47,6 +47,8 @@ TABLES: dict[str, tuple[str, Callable[[Any], str]]] = {
     "extract_large": ("extract_large", lambda script: script.table(results("extract_large.json"))),
     "mixed_batch": ("mixed_batch", lambda script: script.table(results("mixed_batch.jsonl"))),
     "decompositions": ("decompositions", lambda script: script.table(results("decompositions.jsonl"))),
+    "rl_drift/cycle": ("rl_drift", lambda script: script.cycle_table(results("rl_drift/cycle.jsonl"))),
+    "rl_drift/grpo": ("rl_drift", lambda script: script.grpo_table(script.read(script.RESULTS / "grpo.jsonl"))),
 }
 
 
@@ -134,6 +136,70 @@ def test_few_parameters_learned_something(name: str) -> None:
     assert result["accuracy"] - result["accuracy of the base"] > 3 * (2 * 0.25 / result["tests"]) ** 0.5
 
 
+# -- Reinforcement learning ------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_cycles_of_trl_change_the_bases_of_peft_alone(benchmark_scripts: Scripts, tmp_path: Path) -> None:
+    for package in ("peft", "transformers", "trl"):
+        pytest.importorskip(package)
+    command = [sys.executable, str(BENCHMARKS / "rl_drift.py"), "cycle", "--model", "tiny", "--updates", "20"]
+    done = subprocess.run([*command, "--out", str(tmp_path)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    script = benchmark_scripts("rl_drift")
+    about, *rows = script.read(tmp_path / "cycle.jsonl")
+    assert about["model"] == "tiny"
+    titles = [contestant.title for contestant in script.CONTESTANTS.values()]
+    assert [row["title"] for row in rows] == 4 * titles  # after 1, 10 and 20 updates, and the times
+    for row in rows[: 3 * len(titles)]:
+        assert (row["changed"] == 0) == (row["change"] == 0.0) == row["title"].startswith("tnadapt"), row
+        assert row["changed elsewhere"] == 0
+        # What is sent has the update, but for its rounding and the drift.
+        assert row["sent"] < 0.7 * row["update"]
+    last = rows[2 * len(titles) : 3 * len(titles)]
+    assert all(abs(row["update"] / row["weights"] - script.SIZE) < 1e-4 for row in last)
+    assert (tmp_path / "cycle.rst").read_text(encoding="utf-8") == script.cycle_table([about, *rows])
+
+
+def test_the_task_has_the_most_gradients_of_those_that_no_control_solves(benchmark_scripts: Scripts) -> None:
+    script = benchmark_scripts("rl_drift")
+    solved = [{"task": "easy", "four examples": 0.21, "why not": "a control solves it"}]
+    hard = [
+        {"task": task, "mixed": mixed, "reward": reward}
+        for task, mixed, reward in (("hopeless", 0.0, 0.9), ("right", 0.5, 0.2), ("harder", 0.5, 0.1))
+    ]
+    assert script.chosen([*solved, *hard]) == "right"
+
+
+def test_a_training_has_a_row_from_three_seeds_on(benchmark_scripts: Scripts) -> None:
+    script = benchmark_scripts("rl_drift")
+    assert script.grpo_table([]) == "No training has been measured yet.\n"
+    shared = {"steps": 20, "task": "sums", "machine": {"processor": "P"}}
+    state = {"numbers": 13, "elements": 100, "changed": 5, "change": 0.1, "update": 1.0}
+    rows = [{"contestant": "base", "seed": 0, "rate": 0.0, "right": 0.01, "four examples": 0.11, **shared}]
+    for title, seeds in (("three", 3), ("two", 2)):
+        rows += [
+            {
+                "contestant": title, "title": title, "seed": seed, "rate": 0.01, "right": 0.1 * (seed + 1),
+                "rewards": [0.0] * 10 + [0.5] * 10, **state, **shared,
+            }
+            for seed in range(seeds)
+        ]  # fmt: skip
+    text = script.grpo_table(rows)
+    cells = [line[7:] for line in text.splitlines() if line[5:6] == "-"]
+    assert cells[-6:] == [
+        "three",
+        "13",
+        "0.01",
+        "0.000 → 0.500",
+        "20.0 % ± 10.0",
+        "5% of the numbers changed, by 10% of the update",
+    ]
+    assert [cell for cell in cells if cell.endswith("%")] == ["1.0 %", "11.0 %"]
+    assert "two" not in text
+    assert text.endswith("(sums of reasoning-gym, 20 steps, P; ± one standard deviation of the seeds)\n")
+
+
 # -- The short profile -----------------------------------------------------------------------------
 
 
@@ -184,7 +250,7 @@ def test_the_page_is_that_of_its_results_and_explains_every_difference(benchmark
 SMOKES: list[tuple[str, ...]] = [
     ("fast.py", part) for part in ("steps", "memory", "decoding", "strategies", "files", "gpu")
 ]
-SMOKES += [("mixed_batch.py",), ("decompositions.py",), ("short.py",)]
+SMOKES += [(f"{name}.py",) for name in ("mixed_batch", "decompositions", "population_files", "populations", "short")]
 
 
 def smoke(script: str, *options: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import json
 import multiprocessing
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 
 import tnadapt as tna
 from tests.serving.internals import served_folder
-from tnadapt import ConfigError, FileError, TargetError, TnadaptError
+from tnadapt import AdapterFile, ConfigError, FileError, TargetError, TnadaptError
 from tnadapt.serving import ServedFolder
 
 from .adapters import adapter, complete, saved_model, tiny
@@ -35,7 +36,7 @@ def served(place: Path, base: str | None = "base") -> ServedFolder:
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The files that are read and converted from now on."""
     noted = list[str]()
-    for name in ("convert", "load"):
+    for name in ("convert", "load_single"):
         real = getattr(served_folder, name)
         monkeypatch.setattr(
             served_folder, name, lambda *args, name=name, real=real, **more: noted.append(name) or real(*args, **more)
@@ -179,7 +180,7 @@ def test_a_refusal_is_remembered_until_the_file_or_the_base_changes(place: Path,
         with pytest.raises(ConfigError, match="LoRA of that rank is larger than the update itself") as error:
             folder.find("math", "m")
         told.add(str(error.value))
-        assert calls.count("load") == reads
+        assert calls.count("load_single") == reads
     assert len(told) == 1
     saved_model(place / "base", seed=1)
     for file in (tiny(), adapter(P.lora(2), base=0)):
@@ -188,7 +189,7 @@ def test_a_refusal_is_remembered_until_the_file_or_the_base_changes(place: Path,
         for _ in range(2):
             with pytest.raises(TargetError, match="base is another model than the one that the adapter was trained on"):
                 folder.find("math", "m")
-        assert calls.count("load") == 1
+        assert calls.count("load_single") == 1
         assert len(list((place / "cache").iterdir())) == 1  # of the good one
     saved_model(place / "base", seed=0)
     assert folder.find("math", "m") is not None
@@ -208,3 +209,129 @@ def test_errors_that_may_pass_are_not_remembered(
         with pytest.raises(type(error)):
             folder.find("math", "m")
     assert folder.find("math", "m") is not None
+
+
+# -- Members of populations --------------------------------------------------------------------------------------------
+
+
+LORA = P.lora(2)
+
+
+def save_population(
+    path: Path, names: Sequence[str | None], preset: tna.Config = LORA, seed: int = 0
+) -> list[AdapterFile]:
+    """Write a population of different members, with the fingerprint of the base; return its members."""
+    members = [adapter(preset, seed + number, base=0) for number in range(len(names))]
+    tna.save(path, tna.PopulationFile.from_members(members, names))
+    return members
+
+
+def served_bytes(found: served_folder.ServedAdapter | None) -> dict[str, bytes]:
+    assert found is not None
+    return {path.name: path.read_bytes() for path in Path(found.path).iterdir()}
+
+
+NAMES = ["ann", "user@example.com", "../größe 7", None]
+
+
+@pytest.mark.parametrize("preset", [P.lora(2), P.tinylora(13)])
+def test_a_member_is_served_as_its_own_file_would_be(preset: tna.Config, place: Path) -> None:
+    (place / "adapters" / "users").mkdir()
+    for path in (place / "adapters" / "users" / "adapter.safetensors", place / "adapters" / "users.safetensors"):
+        members = save_population(path, NAMES, preset)
+        folder = served(place)
+        for name, member in zip(NAMES[:3], members, strict=False):
+            tna.save(place / "alone.safetensors", member)
+            expected = tna.convert(place / "alone.safetensors", to="vllm-lora", base=place / "base").files
+            found = folder.find(name, "m")
+            assert served_bytes(found) == expected
+            assert folder.file_of(name) == path
+            # The cache is that of the content.
+            tna.save(place / "adapters" / "alone.safetensors", member)
+            assert folder.find("alone", "m") == found
+        assert folder.find("3", "m") is None
+        assert folder.find("", "m") is None
+        with pytest.raises(FileError, match="is a population: request one of its members, by the member's name"):
+            folder.find("users", "m")
+        path.unlink()
+    assert served(place).find("ann", "m") is None
+
+
+def test_what_members_share_is_computed_once(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_base, calls = AdapterFile.with_base, list[int]()
+    monkeypatch.setattr(AdapterFile, "with_base", lambda file, weights: calls.append(1) or with_base(file, weights))
+    path = place / "adapters" / "users.safetensors"
+    save_population(path, [f"user-{number}" for number in range(5)], P.tinylora(13))
+    folder = served(place)
+    entries = {folder.find(f"user-{number}", "m") for number in range(5)}
+    assert (len(entries), len(calls)) == (5, 1)
+    arrays = {name: np.ones_like(array) for name, array in tna.load(path)[0].arrays.items()}
+    tna.append(path, arrays, "user-5")
+    tna.replace(path, "user-0", {name: 2 * array for name, array in arrays.items()})
+    entries |= {folder.find("user-5", "m"), folder.find("user-0", "m")}
+    assert (len(entries), len(calls)) == (7, 1)
+    saved_model(place / "base", seed=1)
+    for _ in range(2):
+        with pytest.raises(TargetError, match="base is another model than the one that the adapter was trained on"):
+            folder.find("user-0", "m")
+    saved_model(place / "base")
+    assert folder.find("user-4", "m") not in entries
+    assert len(calls) == 2
+
+
+def test_changes_of_a_population_are_seen(place: Path) -> None:
+    path = place / "adapters" / "users.safetensors"
+    _, bob = save_population(path, ["ann", "bob"])
+    folder = served(place)
+    first = folder.find("ann", "m")
+    assert folder.find("cid", "m") is None
+    other = adapter(P.lora(2), 7, base=0)
+    tna.append(path, other, "cid")
+    added = folder.find("cid", "m")
+    assert added not in (first, None)
+    assert folder.find("ann", "m") == first
+    tna.replace(path, "ann", other)
+    assert folder.find("ann", "m") == added
+    # A file of this name comes first, and a member of two files is refused.
+    tna.save(place / "adapters" / "ann.safetensors", bob)
+    assert folder.find("ann", "m") == folder.find("bob", "m")
+    (place / "adapters" / "ann.safetensors").unlink()
+    assert folder.find("ann", "m") == added
+    save_population(twice := place / "adapters" / "more.safetensors", ["dan", "ann"])
+    for find in (lambda: folder.find("ann", "m"), lambda: folder.file_of("ann")):
+        with pytest.raises(FileError) as caught:
+            find()
+        assert str(caught.value) == f"several files have a member 'ann': {twice}, {path}. Leave it in one of them"
+    assert folder.find("dan", "m") == first  # of the same content
+    twice.unlink()
+    assert folder.find("dan", "m") is None
+
+
+def test_a_damaged_population_hides_no_other_adapter(place: Path) -> None:
+    save_population(place / "adapters" / "users.safetensors", ["ann", "bob"])
+    save_population(broken := place / "adapters" / "broken.safetensors", ["cid", "dan"], seed=4)
+    content = broken.read_bytes()
+    folder = served(place)
+    before = folder.find("cid", "m")
+    broken.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))  # of the checksum of the last member
+    assert folder.find("cid", "m") == before
+    with pytest.raises(FileError, match=r"broken\.safetensors: member 1 \('dan'\) is damaged"):
+        folder.find("dan", "m")
+    broken.write_bytes(content[:400])
+    assert folder.find("ann", "m") is not None
+    for name in ("cid", "nobody"):
+        with pytest.raises(FileError, match=r"broken\.safetensors"):
+            folder.find(name, "m")
+    broken.write_bytes(content)
+    assert (folder.find("cid", "m"), folder.find("nobody", "m")) == (before, None)
+
+
+def test_two_adapters_of_one_number_are_not_served(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_population(place / "adapters" / "users.safetensors", ["ann", "bob"])
+    digest = served_folder._digest
+    monkeypatch.setattr(served_folder, "_digest", lambda *arguments: "0123abcd" + digest(*arguments)[8:])
+    folder = served(place)
+    first = folder.find("ann", "m")
+    with pytest.raises(ConfigError, match="the adapter 'bob' has, by chance, the same number 19114957 as another one"):
+        folder.find("bob", "m")
+    assert folder.find("ann", "m") == first

@@ -87,6 +87,8 @@ def test_it_answers_with_a_folder_of_peft(interface: Registered, place: Path, ca
     assert (request.lora_name, request.lora_int_id > 0) == ("tiny", True)
     assert Path(request.lora_path, "adapter_config.json").is_file()
     assert resolved(place, "tiny") == request
+    tna.save(place / "adapters" / "users.safetensors", tna.PopulationFile.from_members([tiny()], ["user@example.com"]))
+    assert resolved(place, "user@example.com") == dataclasses.replace(request, lora_name="user@example.com")
     assert resolved(place, "nobody") is None
     assert resolved(place, "../base/model") is None
     with caplog.at_level(logging.ERROR):

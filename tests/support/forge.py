@@ -63,6 +63,25 @@ def adapter(
     return container({"__metadata__": {"tnadapt": seal(recipe, tensors, escaped)}, **header}, data)
 
 
+def row(numbers: bytes, name: bytes = b"") -> bytes:
+    """A member's row in a population."""
+    content = numbers + bytes(-len(numbers) % 8) + name
+    return content + hashlib.sha256(content).digest()[:8]
+
+
+def population(recipe: Mapping[str, Any], tensors: Tensors, rows: bytes, count: int, escaped: bool = False) -> bytes:
+    """A file of these rows, behind the tensors that the members share, whose SHA-256 is right."""
+    dtypes = ["F64", "F32", "BF16", "U8"]
+    header, data = listed(tensors, sorted(tensors, key=lambda name: (dtypes.index(tensors[name][0]), name)))
+    text = (
+        f'{{"members":{{"dtype":"U8","shape":[{count:<20},{len(rows) // max(count, 1)}],'
+        f'"data_offsets":[{len(data)},{len(data) + len(rows):<20}]}},'
+    )
+    others = {"__metadata__": {"tnadapt": seal(recipe, tensors, escaped)}, **header}
+    # In the order of the tensors, which compact() would sort by name.
+    return container(text + json.dumps(others, separators=(",", ":"), ensure_ascii=False)[1:], data + rows)
+
+
 def parsed(content: bytes) -> tuple[dict[str, Any], dict[str, tuple[str, np.ndarray]]]:
     """What is in a file: the recipe without its SHA-256, which is checked, and the tensors."""
     length = int.from_bytes(content[:8], "little")

@@ -91,6 +91,17 @@ class Workbench:
     def params(self) -> dict[str, np.ndarray]:
         return {name: np.ones(shape, np.float32) for name, shape in self.plan.param_shapes.items()}
 
+    def stacked(self) -> dict[str, np.ndarray]:
+        return {name: np.ones((2, *shape), np.float32) for name, shape in self.plan.param_shapes.items()}
+
+    def population(self) -> tna.PopulationFile:
+        return tna.PopulationFile(self.file, self.stacked(), ["ann", "bob"])
+
+    def population_file(self) -> str:
+        path = self.new(".safetensors")
+        tna.save(path, self.population())
+        return path
+
     @staticmethod
     def model() -> nn.Module:
         return _Block()
@@ -221,6 +232,9 @@ CALLS: dict[str, Arguments] = {
     "AdapterFile": lambda b: {"config": b.config, "targets": b.targets, "arrays": b.plan.init()},
     "AdapterFile.with_base": lambda b: {"weights": list(b.weights.values())},
     "AdapterFile.draws_without": lambda b: {"left_out": []},
+    "PopulationFile": lambda b: {"member": b.file, "arrays": b.stacked(), "names": ["ann", None]},
+    "PopulationFile.from_members": lambda b: {"members": [b.file, b.file], "names": ["ann", "bob"]},
+    "PopulationFile.select": lambda b: {"members": ["bob", 0]},
     "CompositeConfig": lambda b: {"parts": [(presets.lora(2), 1), (presets.lora(1), 1)]},
     "CompositeConfig.from_dict": lambda b: {"settings": _composite().to_dict()},
     "CompositeConfig.replace": lambda b: {"seed": 1},
@@ -281,6 +295,8 @@ CALLS: dict[str, Arguments] = {
     "decompose": lambda b: {"deltas": [b.matrix(4, 6)] * 2, "cfg": b.config, "tol": 1e-3, "max_iterations": 3},
     "search_rank": lambda b: {"deltas": [b.matrix(4, 6)] * 2, "cfg": b.config, "max_error": 0.9, "max_rank": 4},
     "extract": lambda b: {"base": b.path("base.safetensors"), "tuned": b.path("tuned.safetensors"), "cfg": b.config},
+    "append": lambda b: {"path": b.population_file(), "member": b.file, "name": "cid"},
+    "replace": lambda b: {"path": b.population_file(), "which": "bob", "member": b.file},
     "info": lambda b: {"path": b.path("adapter.safetensors")},
     "load": lambda b: {"path": b.path("adapter.safetensors"), "like": b.plan},
     "merge": lambda b: {
@@ -456,6 +472,7 @@ CALLS: dict[str, Arguments] = {
     "torch.adapter_checkpoints": lambda b: {"trainer": b.trainer()},
     "torch.reference_model": lambda b: {"model": b.adapted()},
     "torch.register_quantized": lambda b: {"name": "mine", "cls": _mine(tnt.QuantizedLayer)},
+    "torch.MemberAdamW": lambda b: {"population": b.adapter(population=3), "lr": 0.1, "max_norm": 1.0},
     "torch.Adapter.bake": lambda b: {},
     "torch.Adapter.merge": lambda b: {},
     "torch.Adapter.set_weight": lambda b: {"weight": 0.5},
@@ -511,6 +528,7 @@ CALLS: dict[str, Arguments] = {
 #: The objects that methods are called on.
 OWNERS: dict[str, Callable[[Workbench], Any]] = {
     "AdapterFile": lambda b: b.file,
+    "PopulationFile": lambda b: b.population(),
     "CompositeConfig": lambda b: _composite(),
     "Config": lambda b: b.config,
     "Pretrained": lambda b: tna.Pretrained("org/model"),

@@ -18,12 +18,13 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn import functional
+from torch.nn.parallel import DistributedDataParallel
 
 import tnadapt.torch
 from tnadapt import presets
 from tnadapt.errors import TargetError
 
-from .distributed_jobs import BATCH, TOKENS, Job, Model, batches, build, spread, whole
+from .distributed_jobs import BATCH, CONFIGS, TOKENS, Job, Model, batches, build, spread, whole
 from .internals import register_in
 
 SHARDED = Job("fsdp2")
@@ -212,6 +213,26 @@ def new_arrays_stay() -> None:
                 assert (parameter.grad is not None) == chosen, f"{name} has a gradient, with {word} chosen"
 
 
+def arrays_stay_readable(folder: Path) -> None:
+    """Those that were read or saved after a forward pass, when torch still has gathered parameters."""
+    job = Job("fsdp2", "lora")
+    model, adapter = stirred(job)
+    expected = {name: array.detach().clone() for name, array in adapter.arrays().items()}
+    running = spread(job, model)
+    outputs(running)
+    arrays = adapter.arrays()
+    adapter.load_arrays(other_arrays(adapter, 2))
+    same_arrays(arrays, expected)
+    outputs(running)
+    adapter.save(folder / "other")
+    dist.barrier()
+    adapter.load_arrays(arrays)
+    same_arrays(adapter.arrays(), expected)
+    adapter.swap(folder / "other")
+    outputs(running)
+    same_arrays(adapter.arrays(), other_arrays(adapter, 2))
+
+
 def compiled() -> None:
     for how in ("ddp", "fsdp2"):
         job = Job(how)
@@ -223,10 +244,112 @@ def compiled() -> None:
         assert all(bool(whole(p.grad).any()) for p in adapter.parameters()), f"{how}: no gradient"
 
 
+def members_of_any_process_take_a_step() -> None:
+    """Each process has rows of other members, and one of them has none in the last step."""
+    steps = [[[0, 1], [1, 2]], [[2, 2], [4, None]], [[1, 0], [None, None]]]
+
+    def start() -> tuple[Model, tnadapt.torch.Population, tnadapt.torch.MemberAdamW]:
+        torch.manual_seed(0)
+        model = Model().double()  # Adam magnifies the rounding of small gradients
+        adapter = tnadapt.torch.attach(
+            model, "lora", rank=2, keep_trainable="head", population=5, seeds="each", dtype=torch.float64
+        )
+        groups = [
+            {"params": adapter.parameters(), "lr": [0.1, 0.2, 0.3, 0.4, 0.5]},
+            {"params": model.head.parameters()},
+        ]
+        return model, adapter, tnadapt.torch.MemberAdamW(adapter, groups, weight_decay=0.1)
+
+    def train(rank: int, world: int) -> tuple[tnadapt.torch.Population, tnadapt.torch.MemberAdamW]:
+        model, adapter, optimizer = start()
+        running = DistributedDataParallel(model, find_unused_parameters=True) if world > 1 else model
+        for number, shares in enumerate(steps):
+            x = torch.randn(4, TOKENS, 6, generator=torch.Generator().manual_seed(number)).double()
+            members = [member for share in shares for member in share]
+            mine = slice(2 * rank, 2 * rank + 2) if world > 1 else slice(None)
+            with adapter.members(members[mine]):
+                running(x[mine]).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return adapter, optimizer
+
+    untouched = start()[1]
+    adapter, optimizer = train(dist.get_rank(), dist.get_world_size())
+    alone, expected = train(0, 1)
+    for (name, parameter), other, before in zip(
+        adapter.named_parameters(), alone.parameters(), untouched.parameters(), strict=True
+    ):
+        torch.testing.assert_close(parameter, other, rtol=1e-9, atol=1e-12)
+        assert torch.equal(parameter[3], before[3]), f"{name}: member 3 was in no batch"
+        counts = [
+            dict(zip(each.param_groups[0]["members"].tolist(), each.state[array]["step"].tolist(), strict=False))
+            for each, array in ((optimizer, parameter), (expected, other))
+        ]
+        assert counts == [{0: 2, 1: 2, 2: 2, 4: 1}] * 2, f"{name}: steps {counts}"
+
+
+def populated(config: str) -> tuple[Model, tnadapt.torch.Population]:
+    torch.manual_seed(0)
+    model = Model()
+    population = tnadapt.torch.attach(model, CONFIGS[config], population=3, keep_trainable="head")
+    assert isinstance(population, tnadapt.torch.Population)
+    with torch.no_grad():
+        random = torch.Generator().manual_seed(4)
+        for parameter in population.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=random))
+    return model, population
+
+
+def trained_members(job: Job, rank: int, world: int) -> tuple[Model, tnadapt.torch.Population]:
+    """Train on this share of the rows, each with its member; member 1 has no rows."""
+    model, population = populated(job.config)
+    running = model if world == 1 else spread(job, model)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    index = [2, 2, None, 0, 0, 2, 0, 0]
+    for ((x, y),) in batches(job):
+        with population.members(index[rank::world]):
+            functional.cross_entropy(running(x[rank::world]), y[rank::world]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model, population
+
+
+def members_of_a_population(folder: Path) -> None:
+    """Several processes train like one, each with members of its own; members are read and changed afterwards."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    for how in ("ddp", "fsdp2"):
+        for config in ("lora", "default", "linear"):
+            job = Job(how, config)
+            model, population = trained_members(job, rank, world)
+            alone, expected = trained_members(job, 0, 1)
+            untouched = populated(config)[1].arrays()
+            for name, array in population.arrays().items():
+                torch.testing.assert_close(array, expected.arrays()[name], rtol=1e-5, atol=1e-6)
+                assert torch.equal(array[1], untouched[name][1]), f"{how}: {name} of the member without rows moved"
+            for number in range(3):
+                same_arrays(population[number].arrays(), {n: a[number] for n, a in population.arrays().items()})
+                population[number].activate()
+                expected[number].activate()
+                torch.testing.assert_close(outputs(model), outputs(alone), rtol=1e-5, atol=1e-5)
+            before = population.arrays()
+            path = folder / f"{how}-{config}-member"
+            population[2].save(path)
+            dist.barrier()
+            population[0].swap(path)
+            same_arrays(population[0].arrays(), {name: array[2] for name, array in before.items()})
+            population[2].reset()
+            fresh = tnadapt.torch.attach(Model(), CONFIGS[config])
+            same_arrays(population[2].arrays(), fresh.arrays())
+            same_arrays(population[1].arrays(), {name: array[1] for name, array in before.items()})
+            population.load_arrays(before)
+            same_arrays(population.arrays(), before)
+
+
 CHECKS: dict[str, Callable[..., None]] = {
     check.__name__: check
     for check in (
         a_sharded_adapter_acts_as_a_whole_one, from_the_meta_device, process_zero_may_save_alone, half_precision_blocks,
-        state_saved_and_resumed, new_arrays_stay, compiled,
+        state_saved_and_resumed, new_arrays_stay, arrays_stay_readable, compiled, members_of_any_process_take_a_step,
+        members_of_a_population,
     )
 }  # fmt: skip

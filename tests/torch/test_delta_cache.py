@@ -152,6 +152,32 @@ def test_a_step_of_a_fused_optimizer_is_seen(name: str, evaluated: str, hooked: 
         torch.testing.assert_close(without, expected)
 
 
+@pytest.mark.law("array-changes")
+@pytest.mark.parametrize("name", ["superlora with F", "unilora"])
+def test_a_step_of_a_fused_optimizer_is_seen_by_members_that_do_not_act(name: str) -> None:
+    model, adapters, x, optimizer = two_layers(CONFIGS[name], population=2, strategy="weight")
+    assert isinstance(adapters, tt.Population)
+    first, second = adapters  # both are kept, and what they cache with them
+
+    def output(member: tt.Member) -> Tensor:
+        member.activate()
+        with PretendedDevice(), torch.no_grad():
+            return model(x)
+
+    output(first)
+    output(second)
+    with adapters.members([0, 0]):
+        model(x).square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    for member in adapters:
+        torch.testing.assert_close(output(member), copy.deepcopy(model)(x).detach())
+    for parameter in adapters.parameters():
+        parameter.data.mul_(0.5)
+    adapters.clear_cache()
+    torch.testing.assert_close(output(second), copy.deepcopy(model)(x).detach())
+
+
 @compiles_whole
 @pytest.mark.parametrize("name", ["superlora with F", "unilora"])
 def test_a_step_of_a_compiled_program_is_seen(name: str) -> None:

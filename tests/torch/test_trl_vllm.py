@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("peft")
@@ -32,7 +34,7 @@ from tnadapt import presets
 from tnadapt.testing.verification import formula
 
 from .loops import bits, same
-from .tiny_language_model import llama, through_peft
+from .tiny_language_model import config_of, llama, through_peft
 
 # They are about TRL's own dependencies, and about options that it sets itself.
 pytestmark = [
@@ -159,6 +161,40 @@ def test_a_trained_head_is_sent_in_place_of_the_base_s_and_the_adapter_alone_is_
     # TRL's own sync of adapters takes PEFT's LoRA alone: it falls back to merged weights.
     with pytest.raises(ValueError, match="Sync merged weights instead"):
         async_grpo_trainer.validate_lora_for_vllm_sync(model)
+
+
+def by_hand(model: Any) -> dict[str, Any]:
+    """Return what a loop of one's own sends for an attached adapter."""
+    adapter = tt.adapters(model)["default"]
+    adapter.merge()
+    sent = {name: p.detach().clone() for name, p in model.named_parameters()}
+    adapter.unmerge()
+    return sent
+
+
+@pytest.mark.law("merge-exact-undo")
+@pytest.mark.parametrize("sync", [by_generation, by_hand])
+@given(preset=st.sampled_from(presets.__all__), seed=st.integers(0, 2**32 - 1), size=st.sampled_from([1e-3, 0.03, 1.0]))
+def test_cycles_between_the_steps_of_training_leave_the_base_as_it_was(
+    sync: Any, preset: str, seed: int, size: float
+) -> None:
+    if sync is by_generation:
+        model = through_peft(preset, torch.bfloat16)
+        base = model.get_base_model()
+    else:
+        model = base = llama().to(torch.bfloat16)
+        tt.attach(model, config_of(preset))
+    adapter = tt.adapters(model)["default"]
+    kept, random, states = bits(base), torch.Generator().manual_seed(seed), set()
+    for _ in range(20):
+        with torch.no_grad():
+            for parameter in adapter.parameters():
+                parameter += (size * torch.randn(parameter.shape, generator=random)).to(parameter.dtype)
+        sent = sync(model)
+        states.add(tuple(sent[target.name].view(torch.int16).numpy().tobytes() for target in adapter.targets))
+        assert same(bits(base), kept)
+    if size > 0.01:
+        assert len(states) == 20  # each time, other weights were sent
 
 
 # -- attach() without PEFT -----------------------------------------------------------------------

@@ -12,7 +12,7 @@ import transformers
 
 import tnadapt.torch as tt
 import tnadapt.torch.peft as plugin
-from tnadapt import presets
+from tnadapt import Config, presets
 
 WORDS = ["<pad>", "<end>", "<unknown>", *(f"w{number}" for number in range(40))]
 
@@ -53,10 +53,18 @@ SIZES = {
 }  # fmt: skip
 
 
-def peft_config(preset: str, **more: Any) -> plugin.TnadaptConfig:
+def sizes_of(preset: str) -> dict[str, Any]:
     takes = inspect.signature(getattr(presets, preset)).parameters
-    sizes = {name: size for name, size in SIZES.items() if name in takes}
-    return plugin.TnadaptConfig(task_type="CAUSAL_LM", preset=preset, settings=sizes, **more)
+    return {name: size for name, size in SIZES.items() if name in takes}
+
+
+def config_of(preset: str) -> Config:
+    config: Config = getattr(presets, preset)(**sizes_of(preset))
+    return config
+
+
+def peft_config(preset: str, **more: Any) -> plugin.TnadaptConfig:
+    return plugin.TnadaptConfig(task_type="CAUSAL_LM", preset=preset, settings=sizes_of(preset), **more)
 
 
 def shifted(adapter: Any, size: float = 0.3) -> None:

@@ -232,24 +232,47 @@ class Factoring:
             terms.append([_matrix(backend, split, mine, cut, size) for split, mine, cut, size in splits])
         return terms
 
-    def _stored(self) -> tuple[str, str] | None:
-        group, split = self.group, self.network.splits[0]
-        if (
-            not self.is_plain
-            or len(self.network.splits) > 1
-            or self.network.terms > 1
-            or group.subtracts
-            or group.frozen_names
-            or group.multiplied
-            or self.halves is not None
-            or self.separation is not None
-        ):
+    @functools.cached_property
+    def whole_arrays(self) -> tuple[str, str] | None:
+        """The two arrays of the network, frozen ones included, that are the two factors; None if they are computed."""
+        if not self.is_plain or len(self.network.splits) > 1 or self.network.terms > 1:
             return None
-        halves = split.stored_halves(self.cuts[0])
-        if halves is None:
+        if self.group.subtracts or self.halves is not None or self.separation is not None:
             return None
+        halves = self.network.splits[0].stored_halves(self.cuts[0])
         (prefix,) = self.network.prefixes[0]
-        return group.names[prefix + halves[0]], group.names[prefix + halves[1]]
+        return None if halves is None else (prefix + halves[0], prefix + halves[1])
+
+    def _stored(self) -> tuple[str, str] | None:
+        if self.group.frozen_names or self.group.multiplied or self.whole_arrays is None:
+            return None
+        left, right = self.whole_arrays
+        return self.group.names[left], self.group.names[right]
+
+    def times(self, backend: Backend, x: Array, params: Mapping[str, Array]) -> Array:
+        """Return ``x ΔWᵀ`` for :attr:`whole_arrays`, where no frozen array is multiplied by its multipliers.
+
+        With many sets of parameters, as of the members of a population, the frozen arrays are shared by all of them.
+        """
+        assert self.whole_arrays is not None
+        left, right = self.whole_arrays
+        y = self._array_times(backend, self._array_times(backend, x, right, params, False), left, params, True)
+        return y if self.network.scale == 1.0 else y * self.network.scale
+
+    def _array_times(
+        self, backend: Backend, x: Array, name: str, params: Mapping[str, Array], transposed: bool
+    ) -> Array:
+        group = self.group
+        if name in group.names:
+            array = params[group.names[name]]
+        else:
+            like = params[next(iter(group.names.values()))]
+            dtype = backend.dtype_name(like)
+            array = group.frozen.on(backend, (name, dtype), like, dtype)
+        if name in group.multiplied:
+            multipliers = {part: params[group.names[f"{name}.{part}"]] for part in group.multiplied[name].multipliers}
+            return group.multiplied[name].times(backend, x, array, multipliers, transposed)
+        return backend.matmul(x, backend.matrix_transpose(array) if transposed else array)
 
     def _through(self, backend: Backend, pair: Matrix) -> Matrix:
         """Return the factors of the update, given those of X."""

@@ -294,9 +294,23 @@ class Initializer(FixedArrays):
 
     def in_units(self, units: Mapping[str, float]) -> Initializer:
         """Return the same start for parameters in units, by the names of arrays: an array is its unit times one."""
-        rescaled = Initializer.__new__(Initializer)
-        rescaled.__dict__.update(self.__getstate__(), _units=units)  # without the arrays
-        return rescaled
+        return self._with(_units=units)
+
+    def drawn_for(self, member: int) -> dict[str, np.ndarray]:
+        """Return the random arrays of a member of a population, by their names in the network."""
+        other = self._with(seed=(self.seed + member) % (1 << 64))
+        return {name: other.make(name) for name in self.network.shapes if name in self.names and self._is_random(name)}
+
+    def _is_random(self, name: str) -> bool:
+        origin = self.origins.get(name)
+        owned = origin is None or origin.key == (self.group, name)
+        _, split, array = parsed_name(self.network, name)
+        return owned and name not in self.zeros and array not in split.ones
+
+    def _with(self, **attributes: Any) -> Initializer:
+        changed = Initializer.__new__(Initializer)
+        changed.__dict__.update(self.__getstate__(), **attributes)  # without the arrays
+        return changed
 
     @functools.cached_property
     def _zero(self) -> list[ZeroArray]:

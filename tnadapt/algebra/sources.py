@@ -711,6 +711,13 @@ class Multiplied(Source):
         """Compute the array times its multipliers, which are given by name."""
         raise NotImplementedError
 
+    def times(
+        self, backend: Backend, x: Array, array: Array, multipliers: Mapping[str, Array], transposed: bool
+    ) -> Array:
+        """Multiply the rows of x by the product of A with its multipliers, or by its transpose."""
+        product = self.product(backend, array, multipliers)
+        return backend.matmul(x, backend.matrix_transpose(product) if transposed else product)
+
     def gradients(
         self, array: np.ndarray, multipliers: Mapping[str, np.ndarray], gradient: np.ndarray
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
@@ -879,6 +886,15 @@ class Scaled(Multiplied):
             diagonal: Any = multipliers[name]
             array = array * backend.reshape(diagonal, (-1, 1) if _AXES[name] == 0 else (1, -1))
         return array
+
+    def times(
+        self, backend: Backend, x: Array, array: Array, multipliers: Mapping[str, Array], transposed: bool
+    ) -> Array:
+        """See :meth:`Multiplied.times`; the diagonals multiply x and the result, so that A is never copied."""
+        before, after = ("rank", "size") if transposed else ("size", "rank")
+        x = x * multipliers[before] if before in multipliers else x
+        x = backend.matmul(x, backend.matrix_transpose(array) if transposed else array)
+        return x * multipliers[after] if after in multipliers else x
 
     def gradients(
         self, array: np.ndarray, multipliers: Mapping[str, np.ndarray], gradient: np.ndarray

@@ -761,6 +761,34 @@ class SuperLoRA:
             params[name] = library.asarray(host, dtype, device)
         return params
 
+    def drawn_for(self, member: int, trained: Collection[str] | None = None) -> dict[str, np.ndarray]:
+        """Return the random initial arrays of a member of a population: its number is added to the config's seed.
+
+        F and frozen arrays are those of all members.
+
+        Parameters
+        ----------
+        member : int
+        trained : collection of str, optional
+            As in :meth:`init`.
+
+        Raises
+        ------
+        ConfigError
+            If the update of the initial arrays is subtracted: then it is a part of the plan.
+        """
+        if self.theta is not None:
+            return {}
+        arrays = {}
+        for group, start in zip(self.groups, self.starts(trained), strict=True):
+            if group.subtracts:
+                raise ConfigError(
+                    f"the update of the initial arrays is subtracted (start={self.config.start!r}, "
+                    f"projection={self.config.projection!r}), so all members share them: use seeds='one'"
+                )
+            arrays.update({group.names[name]: array for name, array in start.drawn_for(member).items()})
+        return arrays
+
     def _weight_starts(self, dtype: str) -> dict[str, np.ndarray]:
         """Return the initial values of the parameters in ``weight_param_shapes``."""
         missing = [name for name in self.weight_param_shapes if name not in self._base_starts]

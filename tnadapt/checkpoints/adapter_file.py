@@ -35,6 +35,8 @@ MAX_LEFT_OUT, MAX_DRAWN = 1024, 1 << 24
 # Maximum number of arrays that a file's plan may have beyond the stored ones, and beyond this many per target:
 # arrays that are frozen, tied or made from θ take no bytes in it.
 _MAX_UNSTORED, _PER_TARGET = 1 << 12, 64
+#: Maximum number of arrays that the numbers of a population's row may be: the header has no entries for them.
+MAX_IN_ROW = 1 << 16
 # Maximum trial divisions for factoring: enough for one number of 2**36, or about a hundred of 2**23.
 _MAX_DIVISIONS = 1 << 18
 
@@ -55,11 +57,14 @@ def check_fit(
     targets: Sequence[Target],
     shapes: Mapping[str, tuple[int, ...]],
     trained: Sequence[str] | None = None,
+    numbers: int | None = None,
 ) -> SuperLoRA:
     """Return the plan, or raise an error unless the shapes are those of a file's arrays.
 
     A file has the parameters of the plan, of which some that are not ``trained`` may be missing; the frozen arrays that
-    the caller provided; and possibly those that are computed from the base weights, and those of a start.
+    the caller provided; and possibly those that are computed from the base weights, and those of a start. Of a
+    population's file, the shapes are those of the frozen arrays alone, and the parameters must have ``numbers``
+    elements, which is what a row of the file holds.
 
     Time and memory are proportional to the number of shapes and targets, however large the numbers in the config are.
 
@@ -72,14 +77,21 @@ def check_fit(
     counts = [(_checked_count(part, weights), part) for part, weights in config.split(targets)]
     # Some arrays with sources are not stored; only the plan knows how many.
     expected = sum(count for count, part in counts if part.before is None and not part.sources)
-    if expected > len(shapes) + MAX_LEFT_OUT:
-        raise ShapeError(f"config and targets require {expected} arrays; there are {len(shapes)}")
+    stored = len(shapes) + min(numbers or 0, MAX_IN_ROW)
+    if expected > stored + MAX_LEFT_OUT:
+        raise ShapeError(f"config and targets require {expected} arrays; there are {stored}")
     count = sum(count for count, _ in counts)
-    most = len(shapes) + _PER_TARGET * len(targets) + _MAX_UNSTORED
+    most = stored + _PER_TARGET * len(targets) + _MAX_UNSTORED
     if count > most:
         raise ShapeError(f"config and targets make {count} arrays; at most {most} can come from so few that are stored")
     plan = plan_of(config, targets)
     params = plan.param_shapes
+    if numbers is not None:
+        if both := params.keys() & shapes.keys():
+            raise ShapeError(f"the members' arrays must be in the rows alone; got tensors {summarize(both)}")
+        if (size := sum(map(math.prod, params.values()))) != numbers:
+            raise ShapeError(f"config and targets require {size} numbers of each member; a row has {numbers}")
+        shapes = {**params, **shapes}
     required = {**params, **plan.fixed_shapes}
     missing = required.keys() - shapes.keys() - plan.base_shapes.keys() - plan.start_shapes.keys()
     if trained is not None:

@@ -1,4 +1,4 @@
-"""Save and load adapter files, and the specification of their format: one safetensors file.
+"""Save and load adapter files, and the specification of their format: one safetensors file, of one adapter or many.
 
 **Format versions 1 and 2.** A safetensors file (described in :mod:`tnadapt.checkpoints.container`) with these tensors:
 
@@ -94,6 +94,29 @@ a default is omitted if it has that value.
     name, a zero byte, the dtype as in the header, a zero byte, the shape as decimals joined by commas, a zero byte, and
     the tensor's bytes.
 
+**Format version 3: populations.** A file of K adapters, its members, that differ in their arrays alone. It has the
+tensors of versions 1 and 2 that all members share (frozen arrays, ``start.`` and ``kept.``), and behind them the tensor
+``members``, dtype U8, shape [K, row bytes], K from 1 to 2**31. A row has, of one member,
+
+- the elements of all arrays in ``param_shapes``, in that order, little-endian and without gaps, then zero bytes up to a
+  multiple of 8;
+- its name, of ``name_bytes`` bytes: printable text in UTF-8, then zero bytes; no name if there are zero bytes alone. No
+  two members have the same name;
+- the first 8 bytes of the SHA-256 of the rest of the row.
+
+The header begins with the entry of ``members``, in which K and the end of ``data_offsets`` are followed by spaces, so
+that each takes 20 bytes: both are in the first 512 bytes of the file. The object of ``tnadapt`` has either ``config``
+or ``parts``, and one more key. Its ``sha256`` is that of a file without ``members``: the rows have their own checksums.
+
+``population``
+    Object of ``parameters``, the number of elements in a row; ``dtype``, that of the elements, F64, F32, F16 or BF16;
+    and ``name_bytes``, the width of names: a multiple of 8, at most 256, 0 if no member has a name.
+
+A file may be longer than its header says: the rows of an append that was not completed follow, and are ignored. A row
+is replaced in place; meanwhile, its new content follows the last row: 8 bytes of 255 (no row begins so, as that is
+NaN), the number of the row in 8 bytes, little-endian, the new row, and the first 8 bytes of the SHA-256 of these. If a
+file ends with all of this, a reader uses this row in place of the other.
+
 The library documents the long vector, and how the arrays determine it: see :class:`~tnadapt.SuperLoRA`. The bytes of a
 file depend on its content alone, not on the release, the machine or the time.
 """
@@ -105,8 +128,9 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Collection, Iterable, Mapping
-from typing import Any
+import shlex
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 
@@ -119,17 +143,28 @@ from tnadapt.errors import FileError, TnadaptError, pluralize, safe_repr, summar
 from tnadapt.targets.target import Target, check_distinct
 
 from . import container
-from .adapter_file import KEPT, MAX_LEFT_OUT, AdapterFile, check_fit, drawn
-from .atomic_files import replace_file
+from .adapter_file import KEPT, MAX_IN_ROW, MAX_LEFT_OUT, AdapterFile, check_fit, drawn
+from .atomic_files import atomic_write, replace_file, write_all
 from .fingerprint import Fingerprint
+from .population_file import (
+    MAX_MEMBERS,
+    MAX_NAME,
+    MEMBER_DTYPES,
+    MemberRows,
+    PopulationFile,
+    RowLayout,
+    numbers_of,
+    population_of_rows,
+    rows_of,
+)
 from .pretrained_model import Pretrained
 
 # -- The metadata entry ``tnadapt``, written and parsed ----------------------------------------------------------------
 
 
-#: The versions of files with one config, and with several.
-VERSION, COMPOSITE = 1, 2
-ENTRY = "tnadapt"
+#: Of a file with one config, of one with several, and of one with several members.
+VERSION, COMPOSITE, POPULATION = 1, 2, 3
+ENTRY = container.ADAPTER
 
 # The defaults of format 1. A later release may change Config's defaults, and files must not change with them.
 _DEFAULTS: dict[str, Any] = {
@@ -141,12 +176,12 @@ _DEFAULTS: dict[str, Any] = {
 # The types of the entry's values; the lists are converted one value at a time.
 _KINDS: dict[str, type] = {
     "version": int, "config": dict, "parts": list, "targets": list, "sha256": str, "activation": str, "base": dict,
-    "draws": str, "labels": list, "model": str, "pretrained": dict, "ties": dict, "trained": list,
+    "draws": str, "labels": list, "model": str, "population": dict, "pretrained": dict, "ties": dict, "trained": list,
 }  # fmt: skip
 _JSON = {dict: "an object", list: "a list", str: "a string", int: "an integer"}
-# The key with the config, or the configs, in each version.
-_CONFIGS = {VERSION: "config", COMPOSITE: "parts"}
-# Bytes that a config may have, plus so many per target: explicit groups list the targets' numbers.
+# The key with the config, or the configs, in each version: in the last one, either of them.
+_CONFIGS = {VERSION: {"config"}, COMPOSITE: {"parts"}, POPULATION: {"config", "parts"}}
+# Bytes that a config may have, and on top of that for each target: explicit groups list the targets' numbers.
 _CONFIG, _CONFIG_OF_TARGET = container.MAX_VALUE, 16
 # Maximum number of targets: a plan of this size takes minutes, and no model has as many weights to adapt.
 _MAX_TARGETS = 1 << 17
@@ -193,6 +228,9 @@ def parse_recipe(
         if not re.fullmatch("[0-9a-f]{64}", recipe[key]):
             raise FileError(f"the {ENTRY} entry's {key} must be 64 lower-case hex digits; got {safe_repr(recipe[key])}")
     recipe["pretrained"] = _pretrained(recipe)
+    if "population" in recipe:
+        _check_population(recipe["population"])
+        stored += min(recipe["population"]["parameters"], MAX_IN_ROW)
     base = _base(recipe["base"]) if "base" in recipe else None
     trained = _trained(recipe["trained"], stored + MAX_LEFT_OUT) if "trained" in recipe else None
     targets = _targets(recipe["targets"])
@@ -206,15 +244,19 @@ def parse_recipe(
 def _check_keys(lazy: Mapping[str, container.Later]) -> None:
     """Raise FileError for another version, and for unknown or missing keys."""
     version = lazy["version"].value() if "version" in lazy else None
-    if type(version) is int and version > COMPOSITE:
-        raise FileError(f"has format version {version}, and this tnadapt reads up to {COMPOSITE}: update tnadapt")
+    if type(version) is int and version > POPULATION:
+        raise FileError(f"has format version {version}, and this tnadapt reads up to {POPULATION}: update tnadapt")
     if type(version) is not int or version not in _CONFIGS:
         raise FileError(
-            f"the {ENTRY} entry has the format version {safe_repr(version)}; expected {VERSION} or {COMPOSITE}"
+            f"the {ENTRY} entry has the format version {safe_repr(version)}; expected {VERSION}, {COMPOSITE} or "
+            f"{POPULATION}"
         )
     configs = _CONFIGS[version]
-    unknown = lazy.keys() - (_KINDS.keys() - set(_CONFIGS.values()) | {configs})
-    missing = {"targets", "sha256", configs} - lazy.keys()
+    if len(configs) > 1:
+        configs = {"parts" if "parts" in lazy else "config"}
+    population = {"population"} if version == POPULATION else set[str]()
+    unknown = lazy.keys() - (_KINDS.keys() - {"config", "parts", "population"} | configs | population)
+    missing = {"targets", "sha256", *configs, *population} - lazy.keys()
     if unknown or missing:
         raise FileError(f"the {ENTRY} entry has unknown keys: {summarize(unknown)}; lacks: {summarize(missing)}")
 
@@ -295,6 +337,18 @@ def _pretrained(recipe: dict[str, Any]) -> Pretrained | None:
     return None
 
 
+def _check_population(value: dict[str, Any]) -> None:
+    if value.keys() != {"parameters", "dtype", "name_bytes"}:
+        raise FileError(f"population must have parameters, dtype and name_bytes; got {safe_repr(value)}")
+    parameters, dtype, width = value["parameters"], value["dtype"], value["name_bytes"]
+    if type(parameters) is not int or parameters < 1:
+        raise FileError(f"population's parameters must be a positive integer; got {safe_repr(parameters)}")
+    if dtype not in MEMBER_DTYPES:
+        raise FileError(f"population's dtype must be one of {', '.join(MEMBER_DTYPES)}; got {safe_repr(dtype)}")
+    if type(width) is not int or not 0 <= width <= MAX_NAME or width % 8:
+        raise FileError(f"population's name_bytes must be a multiple of 8 from 0 to {MAX_NAME}; got {safe_repr(width)}")
+
+
 def _base(value: dict[str, Any]) -> Fingerprint:
     if value.keys() != {"sha256", "dtype", "sketch"}:
         raise FileError(f"base must have dtype, sha256 and sketch; got {safe_repr(value)}")
@@ -312,14 +366,14 @@ _SURROGATE = re.compile(b"\xed[\xa0-\xbf]")
 _ORDER = ("U64", "I64", "F64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16", "I8", "U8", "BOOL")
 
 
-def save(path: str | os.PathLike[str], adapter_file: AdapterFile) -> None:
-    """Write an adapter file; an existing file stays intact until the new one is complete.
+def save(path: str | os.PathLike[str], adapter_file: AdapterFile | PopulationFile) -> None:
+    """Write an adapter file, or the file of a population; an existing file stays intact until the new one is complete.
 
     Parameters
     ----------
     path : str or PathLike
         Path of the file, in an existing folder. The usual suffix is ``.safetensors``.
-    adapter_file : AdapterFile
+    adapter_file : AdapterFile or PopulationFile
         The content to write.
 
     Raises
@@ -346,35 +400,69 @@ def save(path: str | os.PathLike[str], adapter_file: AdapterFile) -> None:
     """
     where = container.path_of(path)
     with container.file_error_context(where):
-        if not isinstance(adapter_file, AdapterFile):
-            raise FileError(f"expected an AdapterFile to save; got {type(adapter_file).__name__}")
-        replace_file(where, content_of(adapter_file))
+        if isinstance(adapter_file, PopulationFile):
+            save_population(where, adapter_file)
+        elif isinstance(adapter_file, AdapterFile):
+            replace_file(where, content_of(adapter_file))
+        else:
+            raise FileError(f"expected an AdapterFile or a PopulationFile to save; got {type(adapter_file).__name__}")
 
 
 def content_of(file: AdapterFile) -> bytes:
     """Return the bytes of an adapter file."""
     file.check_finite()
     left_out = file.left_out
+    tensors, recipe = _signed(file, file.draws_without(left_out), left_out)
+    content = container.serialized(tensors, {ENTRY: recipe_text(recipe)})
+    _check_readable(content, len(tensors))
+    return content
+
+
+def save_population(path: str, population: PopulationFile) -> None:
+    """Write the file of a population."""
+    rows = rows_of(population)
+    with atomic_write(path) as file:
+        write_all(file, _before_rows(population))
+        for piece in rows.pieces():
+            write_all(file, container.raw_bytes(piece))
+
+
+def _before_rows(population: PopulationFile) -> bytes:
+    """Return the bytes of a population's file without its rows."""
+    shared, layout = population.shared, rows_of(population).layout
+    shared.check_finite()
+    tensors, recipe = _signed(shared, shared.draws_without(()), shared.arrays, layout)
+    entries = container.appended({}, tensors)
+    head = container.growing_head(entries, {ENTRY: recipe_text(recipe)}, len(population), layout.row_bytes)
+    _check_readable(head, len(tensors))
+    return b"".join([head, *(container.raw_bytes(array) for _, array in tensors.values() if array.size)])
+
+
+def _signed(
+    file: AdapterFile, draws: str | None, left_out: Collection[str], layout: RowLayout | None = None
+) -> tuple[dict[str, tuple[str, np.ndarray]], dict[str, Any]]:
+    """Return the tensors of a file in their order, without some arrays, and its entry with the checksum."""
     stored = {
         name: container.to_stored(array, file.dtypes.get(name, array.dtype.name))
         for name, array in file.tensors()
         if name not in left_out
     }
-    recipe = recipe_of(file, file.draws_without(left_out))
+    recipe = recipe_of(file, draws)
+    if layout is not None:
+        about = {"parameters": layout.numbers, "dtype": layout.tag, "name_bytes": layout.name_bytes}
+        recipe |= {"version": POPULATION, "population": about}
     digest = _digest(recipe_text({**recipe, "sha256": "0" * 64}).encode(), stored)
     ordered = {name: stored[name] for name in sorted(stored, key=lambda name: (_ORDER.index(stored[name][0]), name))}
-    content = container.serialized(ordered, {ENTRY: recipe_text({**recipe, "sha256": digest})})
+    return ordered, {**recipe, "sha256": digest}
+
+
+def _check_readable(content: bytes, arrays: int) -> None:
+    """Raise FileError if :func:`load` would reject the header of a file, mainly because it exceeds a limit."""
     length, most = int.from_bytes(content[:8], "little"), container.MAX_HEADER
     if length > most:
-        raise FileError(f"{len(stored)} arrays need a header of more than {most} bytes; use fewer groups")
-    _check_readable(content[8 : 8 + length])
-    return content
-
-
-def _check_readable(header: bytes) -> None:
-    """Raise FileError if :func:`load` would reject this header, mainly because it exceeds a limit."""
+        raise FileError(f"{arrays} arrays need a header of more than {most} bytes; use fewer groups")
     try:
-        entries, metadata = container.read_header(header, False)
+        entries, metadata = container.read_header(content[8 : 8 + length], False)
         parse_recipe(metadata.data[ENTRY], len(entries))
     except FileError as error:
         raise FileError(f"was not written, as load would refuse it: {error}") from error
@@ -393,9 +481,26 @@ def _digest(text: bytes, stored: Mapping[str, tuple[str, np.ndarray]]) -> str:
 # -- Loading -----------------------------------------------------------------------------------
 
 
+@overload
+def load(
+    path: str | os.PathLike[str], check_draws: bool = ..., like: SuperLoRA | None = ..., members: None = ...
+) -> AdapterFile | Any: ...  # Any: which of the two, the file says, and most callers know it
+@overload
+def load(
+    path: str | os.PathLike[str],
+    check_draws: bool = ...,
+    like: SuperLoRA | None = ...,
+    *,
+    members: Sequence[int | str],
+) -> PopulationFile: ...
 @checks_arguments
-def load(path: str | os.PathLike[str], check_draws: bool = True, like: SuperLoRA | None = None) -> AdapterFile:
-    """Read an adapter file.
+def load(
+    path: str | os.PathLike[str],
+    check_draws: bool = True,
+    like: SuperLoRA | None = None,
+    members: Sequence[int | str] | None = None,
+) -> AdapterFile | PopulationFile:
+    """Read an adapter file, or the file of a population.
 
     Parameters
     ----------
@@ -406,24 +511,32 @@ def load(path: str | os.PathLike[str], check_draws: bool = True, like: SuperLoRA
         file, by comparing digests.
     like : SuperLoRA, optional
         A plan of which some F may be the file's: their draws are digested once, not for each file.
+    members : sequence of int or str, optional
+        Of a population, the numbers or names of the members to read, in the order of the result. The rest of the rows
+        is not read, except the column of names if a name is among these.
 
     Returns
     -------
-    AdapterFile
-        Bitwise equal to the one that was saved.
+    AdapterFile or PopulationFile
+        Bitwise equal to the one that was saved. Of a population, without ``members``, the rows stay in the file, and
+        each is read when it is used.
 
     Raises
     ------
     FileError
         If there is no such file; if it is damaged, of another kind (pickles are never opened) or of a newer format; if
         its content is inconsistent; or if its draws differ from this machine's. No content of a file leads to another
-        error.
+        error. If members are given and the file is of one adapter, or they are not in the population, or one occurs
+        twice.
 
     Notes
     -----
     Time and memory depend on the actual bytes of the file, not on the sizes that it claims; its arrays are read only
     after everything else has been checked. The digest of the draws takes up to a tenth of a second for each distinct F,
-    of which at most 16 are examined.
+    of which at most 16 are examined. Of a population, it is computed at the first load in a process.
+
+    A population can be read while another process appends or replaces members: those that are read are whole, each as
+    it was before or after. A population's rows must not be overwritten or cut off otherwise while it is in use.
 
     Examples
     --------
@@ -434,27 +547,136 @@ def load(path: str | os.PathLike[str], check_draws: bool = True, like: SuperLoRA
     """
     where = container.path_of(path)
     with container.file_error_context(where):
-        with container.opened(where) as file:
-            adapter, recipe, left_out = read(file)
-        if like is not None:
-            share_maps(adapter.plan, [like], digests=True)
-        draws = recipe.get("draws")
-        # Not adapter.draws: another writer may store arrays that this one omits.
-        if check_draws and draws != (here := adapter.draws_without(left_out)):
+        content = _loaded(where, check_draws, like, members)
+        if members is None:
+            return content
+        if isinstance(content, AdapterFile):
+            raise FileError("has one adapter, and no members: leave out members=")
+        return content.select(members)
+
+
+def _loaded(
+    path: str, check_draws: bool, like: SuperLoRA | None, members: Sequence[int | str] | None
+) -> AdapterFile | PopulationFile:
+    """Read an adapter file, or the file of a population, to use these members of it."""
+    with container.opened(path) as file:
+        content = read(file)
+        sparsely = members is not None and not any(isinstance(which, str) for which in members)
+        rows = None if content.layout is None else mapped_rows(file, content.layout, path, sparsely)
+    _check_draws(content, check_draws, like)
+    return content.adapter if rows is None else population_of_rows(content.adapter, rows)
+
+
+NO_MEMBERS = "has one adapter, and no members: leave out member= (--member)"
+
+
+def load_single(
+    path: str | os.PathLike[str],
+    check_draws: bool = True,
+    like: SuperLoRA | None = None,
+    member: int | str | None = None,
+) -> AdapterFile:
+    """Read the file of one adapter, or a member of a population's file, as :func:`load` does."""
+    where = container.path_of(path)
+    with container.file_error_context(where):
+        return chosen_member(_loaded(where, check_draws, like, None if member is None else [member]), member)
+
+
+def chosen_member(adapter: AdapterFile | PopulationFile, member: int | str | None, subject: str = "") -> AdapterFile:
+    """Return an adapter, or the member that is chosen of a population; raise FileError for one without the other."""
+    if isinstance(adapter, PopulationFile):
+        if member is None:
             raise FileError(
-                f"was trained with fixed draws whose digest is {draws}; on this machine it is {here}. The updates "
-                "would differ; run tnadapt.verify to see why, or load the file with check_draws=False"
+                f"{subject}is a population of {pluralize(len(adapter), 'member')}, and one adapter is expected: give "
+                f"{example_of(rows_of(adapter))}"
             )
-        return adapter
+        (number,) = numbers_of(adapter, [member], "member")
+        return adapter[number]
+    if member is not None:
+        raise FileError(subject + NO_MEMBERS)
+    return adapter
 
 
-def read(file: container.Container) -> tuple[AdapterFile, dict[str, Any], tuple[str, ...]]:
-    """Return the adapter of an open file, its parsed entry, and the names of the arrays that were drawn, not read."""
+def example_of(rows: MemberRows) -> str:
+    """Return how to give one of the members."""
+    first = rows.selected([0]).names()[0] or 0
+    return f"one of them, such as member={first!r} (--member {shlex.quote(str(first))})"
+
+
+def population_of(file: container.Container, path: str) -> PopulationFile:
+    """Return the population in an open file of this path; raise FileError for the file of one adapter."""
+    content = read(file)
+    if content.layout is None:
+        raise FileError(
+            "has one adapter, not a population: save a population first, such as "
+            "tnadapt.PopulationFile.from_members([adapter])"
+        )
+    return population_of_rows(content.adapter, mapped_rows(file, content.layout, path))
+
+
+def mapped_rows(file: container.Container, layout: RowLayout, path: str, sparsely: bool = False) -> MemberRows:
+    return MemberRows(layout, file.mapped(container.GROWING, sparsely), (path, *file.identity))
+
+
+class FileContent(NamedTuple):
+    """What an adapter file has, except for a population's rows.
+
+    Attributes
+    ----------
+    adapter : AdapterFile
+        Of a population, what its members share; the arrays are zeros.
+    recipe : dict
+        The object of the entry ``tnadapt``.
+    left_out : tuple of str
+        Names of the arrays that were drawn, not read.
+    layout : RowLayout or None
+        The layout of a population's rows.
+    """
+
+    adapter: AdapterFile
+    recipe: dict[str, Any]
+    left_out: tuple[str, ...]
+    layout: RowLayout | None
+
+
+def _check_draws(content: FileContent, check_draws: bool, like: SuperLoRA | None) -> None:
+    adapter = content.adapter
+    if like is not None:
+        share_maps(adapter.plan, [like], digests=True)
+    draws = content.recipe.get("draws")
+    if check_draws and draws != (here := _draws_here(content)):
+        raise FileError(
+            f"was trained with fixed draws whose digest is {draws}; on this machine it is {here}. The updates "
+            "would differ; run tnadapt.verify to see why, or load the file with check_draws=False"
+        )
+
+
+# By the checksum of what a population's members share: members are loaded one by one, each faster than its digest.
+_POPULATION_DRAWS: dict[str, str | None] = {}
+_MAX_DRAWS = 64
+
+
+def _draws_here(content: FileContent) -> str | None:
+    if content.layout is None:
+        # Not adapter.draws: another writer may store arrays that this one omits.
+        return content.adapter.draws_without(content.left_out)
+    key = content.recipe["sha256"]
+    draws = _POPULATION_DRAWS[key] = _POPULATION_DRAWS.get(key) or content.adapter.draws_without(())
+    if len(_POPULATION_DRAWS) > _MAX_DRAWS:
+        _POPULATION_DRAWS.clear()
+    return draws
+
+
+def read(file: container.Container) -> FileContent:
+    """Read an open file, except for a population's rows."""
     text = _entry_text(file)
-    entries = file.entries
+    entries = dict(file.entries)
     recipe, config, targets, base, trained = parse_recipe(text, len(entries))
+    about = recipe.get("population")
+    rows = () if about is None else _take_rows(entries)
     plan_entries = {name: entry for name, entry in entries.items() if not name.startswith(KEPT)}
-    plan = check_fit(config, targets, {name: entry.shape for name, entry in plan_entries.items()}, trained)
+    shapes = {name: entry.shape for name, entry in plan_entries.items()}
+    plan = check_fit(config, targets, shapes, trained, None if about is None else about["parameters"])
     # Entries are in the order of their bytes, so the file is read sequentially.
     stored = {name: (entry.dtype, file.array(name)) for name, entry in entries.items()}
     digest = recipe["sha256"]
@@ -464,8 +686,17 @@ def read(file: container.Container) -> tuple[AdapterFile, dict[str, Any], tuple[
     arrays = {name: container.native(*tensor) for name, tensor in stored.items()}
     dtypes = {name: "bfloat16" for name, (tag, _) in stored.items() if tag == "BF16"}
     params = plan.param_shapes
-    dtype = container.DTYPES[next(entry.dtype for name, entry in plan_entries.items() if name in params)]
-    left_out = _draw_missing(plan, trained, dtype, arrays, dtypes)
+    layout, left_out = None, tuple[str, ...]()
+    if about is not None:
+        layout = RowLayout(about["dtype"], params, about["name_bytes"])
+        if rows[1] != layout.row_bytes:
+            raise FileError(f"its members have rows of {rows[1]} bytes; config and targets require {layout.row_bytes}")
+        file.check_held()
+        arrays |= layout.unpack(np.zeros(layout.row_bytes, np.uint8))
+        dtypes |= dict.fromkeys(params, "bfloat16") if layout.tag == "BF16" else {}
+    else:
+        dtype = container.DTYPES[next(entry.dtype for name, entry in plan_entries.items() if name in params)]
+        left_out = _draw_missing(plan, trained, dtype, arrays, dtypes)
     frozen = {name: array for name, array in arrays.items() if name not in params and not name.startswith(KEPT)}
     if any(stored[name][0] != "F32" for name in frozen):
         raise FileError("has frozen arrays of another dtype than float32")
@@ -484,7 +715,21 @@ def read(file: container.Container) -> tuple[AdapterFile, dict[str, Any], tuple[
         ties=recipe.get("ties", {}),
     )
     adapter.check_finite()
-    return adapter, recipe, left_out
+    return FileContent(adapter, recipe, left_out, layout)
+
+
+def _take_rows(entries: dict[str, container.Entry]) -> tuple[int, ...]:
+    """Take the rows out of a population's tensors, and return their shape."""
+    last = next(reversed(entries), None)
+    if last != container.GROWING:
+        raise FileError(f"is a population, and its last tensor must be {container.GROWING!r}; got {safe_repr(last)}")
+    rows = entries.pop(last)
+    if rows.dtype != "U8" or len(rows.shape) != 2 or not 1 <= rows.shape[0] <= MAX_MEMBERS:
+        raise FileError(
+            f"{container.GROWING!r} must be U8 with the shape [members, bytes of a row], of 1 to {MAX_MEMBERS} "
+            f"members; got {rows.dtype} {safe_repr(list(rows.shape))}"
+        )
+    return rows.shape
 
 
 def _draw_missing(

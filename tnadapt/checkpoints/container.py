@@ -20,10 +20,12 @@ import io
 import itertools
 import json
 import math
+import mmap
 import os
 import re
 import stat
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -572,6 +574,10 @@ def _naturals(value: Any) -> bool:
 # -- The container -----------------------------------------------------------------------------------------------------
 
 
+#: The entry of metadata that an adapter file has, and the tensor in one at whose end rows are appended.
+ADAPTER, GROWING = "tnadapt", "members"
+#: The first bytes of a growing file, among which its header has the numbers that change.
+FIRST_BYTES = 512
 #: Half of what safetensors itself allows. The header of 100,000 tensors, as in the largest models, takes about 15 MB.
 MAX_HEADER = 1 << 26
 # A file may claim up to _HOLES bytes more than _PACKED times the bytes allocated on disk, to allow for file systems
@@ -611,18 +617,41 @@ class Container:
         file.seek(8)
         self._file, self.data = file, 8 + length
         self.entries, self.metadata = read_header(file.read(length), foreign)
-        _check_cover(self.entries, size - self.data)
+        _check_cover(self.entries, size - self.data, GROWING in self.entries and ADAPTER in self.metadata)
         self._size, self.held = size, size if held is None else held
 
     def array(self, name: str) -> np.ndarray:
         """Read a tensor as a little-endian array; bfloat16 as uint16 bit patterns."""
         entry = self.entries[name]
-        # Check the whole file: a caller that reads one tensor will read the others as well.
-        check_held(self._size, self.held, "the file", self._file)
+        # Check the whole file, as a caller that reads one tensor reads the others as well.
+        self.check_held()
         array = read_array(self._file, name, entry, self.data)
         if entry.dtype == "BOOL" and array.size and array.view(np.uint8).max() > 1:
             raise FileError(f"{safe_repr(name)} is BOOL and has bytes other than 0 and 1")
         return array
+
+    def mapped(self, name: str, sparsely: bool = False) -> np.ndarray:
+        """Return a tensor as an array that reads the file when it is used, read-only; see :meth:`array`.
+
+        If it is to be used sparsely, the system is asked not to read ahead.
+        """
+        entry = self.entries[name]
+        self.check_held()
+        mapping = mmap.mmap(self._file.fileno(), self.data + entry.stop, access=mmap.ACCESS_READ)
+        if sparsely and hasattr(mmap, "MADV_RANDOM"):
+            mapping.madvise(mmap.MADV_RANDOM)
+        dtype, count = raw_dtype(entry.dtype), math.prod(entry.shape)
+        return np.frombuffer(mapping, dtype, count, self.data + entry.start).reshape(entry.shape)
+
+    def check_held(self) -> None:
+        """Raise FileError if the file consists of holes; see :func:`check_held`."""
+        check_held(self._size, self.held, "the file", self._file)
+
+    @property
+    def identity(self) -> tuple[int, int]:
+        """The device and inode of the file."""
+        state = os.fstat(self._file.fileno())
+        return state.st_dev, state.st_ino
 
 
 def read_array(file: io.BufferedReader, name: str, entry: Entry, data: int, index: int | None = None) -> np.ndarray:
@@ -725,11 +754,11 @@ def path_of(value: Any) -> str:
 
 @contextlib.contextmanager
 def file_error_context(path: str) -> Iterator[None]:
-    """Convert errors raised in the block to a FileError whose message begins with the path."""
+    """Convert errors raised in the block to a FileError whose message begins with the path, once."""
     try:
         yield
     except TnadaptError as error:
-        raise FileError(f"{path}: {error}") from error
+        raise FileError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from error
     except OSError as error:
         raise FileError(f"{path}: {error.strerror or error}") from error
     except MemoryError as error:
@@ -768,9 +797,26 @@ def opened(path: str, foreign: bool = False) -> Iterator[Container]:
     if not stat.S_ISREG(mode):
         # Opening a pipe would block until somebody writes to it.
         raise FileError("is neither a file nor a folder")
-    with open(path, "rb") as file:
+    with contextlib.ExitStack() as stack:
+        yield _container(path, foreign, stack)
+
+
+def _container(path: str, foreign: bool, stack: contextlib.ExitStack) -> Container:
+    failure = before = None
+    while True:
+        file = stack.enter_context(open(path, "rb"))  # noqa: SIM115  # the stack closes it
         state = os.fstat(file.fileno())
-        yield Container(file, state.st_size, foreign, held_bytes(state))
+        first = file.peek(FIRST_BYTES)[:FIRST_BYTES], state.st_size
+        if failure is not None and first == before:
+            raise failure
+        try:
+            return Container(file, state.st_size, foreign, held_bytes(state))
+        except FileError as error:
+            if not first[0].startswith(b'{"' + GROWING.encode(), 8):
+                raise
+            # A row may have been appended meanwhile: the size and the header are then of different times.
+            failure, before = error, first
+            time.sleep(0.001)
 
 
 def _header_length(head: bytes, size: int) -> int:
@@ -798,15 +844,18 @@ def _header_length(head: bytes, size: int) -> int:
     return length
 
 
-def _check_cover(entries: Mapping[str, Entry], size: int) -> None:
-    """Raise FileError unless the tensors follow each other without holes or overlaps and fill the file."""
+def _check_cover(entries: Mapping[str, Entry], size: int, growing: bool) -> None:
+    """Raise FileError unless the tensors follow each other without holes or overlaps and fill the file.
+
+    A growing file may be longer: rows that are not yet in its header, or never will be, as their writer was killed.
+    """
     position = 0
     for name, entry in entries.items():
         if entry.start != position:
             problem = "overlaps the tensor before it" if entry.start < position else "leaves a hole before it"
             raise FileError(f"{safe_repr(name)} begins at byte {entry.start} and {problem}, which ends at {position}")
         position = entry.stop
-    if position != size:
+    if position > size or (position < size and not growing):
         raise FileError(f"is cut off or too long: the tensors have {position} bytes, and {size} follow the header")
 
 
@@ -859,3 +908,28 @@ def serialized(tensors: Mapping[str, tuple[str, np.ndarray]], metadata: Mapping[
     """
     head = file_head(appended({}, tensors), metadata)
     return b"".join([head, *(raw_bytes(array) for _, array in tensors.values() if array.size)])
+
+
+def growing_head(entries: Mapping[str, Entry], metadata: Mapping[str, str], rows: int, row_bytes: int) -> bytes:
+    """Return the first bytes of a file that ends with a tensor of rows, to which rows can be appended.
+
+    Its header begins with the entry of this tensor, and has room for other numbers: see :func:`growing_entry`.
+
+    Examples
+    --------
+    >>> growing_head({}, {}, 3, 16)[8:].rstrip()
+    b'{"members":{"dtype":"U8","shape":[3                   ,16],"data_offsets":[0,48                  ]}}'
+    """
+    start = max((entry.stop for entry in entries.values()), default=0)
+    rest = file_head(entries, metadata)[8:].rstrip(b" ").removeprefix(b"{")
+    text = b"{" + growing_entry(start, rows, row_bytes) + (b"," if rest != b"}" else b"") + rest
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def growing_entry(start: int, rows: int, row_bytes: int) -> bytes:
+    """Return a growing tensor's part of a header, of the same length for every number of rows."""
+    stop = start + rows * row_bytes
+    return (
+        f'"{GROWING}":{{"dtype":"U8","shape":[{rows:<20},{row_bytes}],"data_offsets":[{start},{stop:<20}]}}'
+    ).encode()

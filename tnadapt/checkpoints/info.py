@@ -15,10 +15,13 @@ from tnadapt.targets.roles import number
 from tnadapt.targets.target import Target
 
 from .adapter_file import KEPT
-from .adapter_format import ENTRY, VERSION, likeness, read
+from .adapter_format import ENTRY, VERSION, likeness, mapped_rows, read
 from .checkpoint import Checkpoint, open_checkpoint
 from .container import file_error_context, opened
 from .lora_export import lora_export
+
+# Members of a population that are read and listed.
+_FIRST_MEMBERS = 8
 
 
 @checks_arguments
@@ -35,8 +38,8 @@ def info(path: str | os.PathLike[str], every: bool = False) -> dict[str, Any]:
     Returns
     -------
     dict
-        ``"kind"`` is "adapter", "checkpoint" or "other adapter", on which the other keys depend. All values are
-        JSON-compatible.
+        ``"kind"`` is "adapter", "population", "checkpoint" or "other adapter", on which the other keys depend. All
+        values are JSON-compatible.
 
     Raises
     ------
@@ -46,7 +49,8 @@ def info(path: str | os.PathLike[str], every: bool = False) -> dict[str, Any]:
     Notes
     -----
     An adapter is read completely and checked like in :func:`tnadapt.load`, except that draws that differ from this
-    machine's are reported and are no error. For a checkpoint, only the headers are read.
+    machine's are reported and are no error. Of a population, the first members are read, and described is what all of
+    them share. For a checkpoint, only the headers are read.
 
     Examples
     --------
@@ -72,12 +76,14 @@ def info(path: str | os.PathLike[str], every: bool = False) -> dict[str, Any]:
 
 def _of_adapter(path: str, every: bool) -> dict[str, Any]:
     with file_error_context(path), opened(path) as container:
-        file, recipe, left_out = read(container)
+        file, recipe, left_out, layout = read(container)
+        rows = None if layout is None else mapped_rows(container, layout, path)
+        first = None if rows is None else rows.selected(range(min(len(rows), _FIRST_MEMBERS)))
         draws = recipe.get("draws")
         draws_here = None if draws is None else file.draws_without(left_out) == draws
     summary: dict[str, Any] = {
         "path": path,
-        "kind": "adapter",
+        "kind": "adapter" if rows is None else "population",
         "version": recipe.get("version", VERSION),
         "bytes": os.path.getsize(path),
         "model": file.model,
@@ -99,6 +105,8 @@ def _of_adapter(path: str, every: bool) -> dict[str, Any]:
         "export": lora_export(file.plan, file.targets, file.activation).to_dict(),
         "sha256": recipe["sha256"],
     }
+    if rows is not None and first is not None:
+        summary["members"] = {"count": len(rows), "first": first.names(), "name_bytes": rows.layout.name_bytes}
     if file.pretrained is not None:
         summary["pretrained"] = file.pretrained.to_dict()
     if file.trained is not None:

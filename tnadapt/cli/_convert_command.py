@@ -10,7 +10,7 @@ import typer
 from tnadapt.convert import FORMS, convert
 from tnadapt.report import ProgressBar
 
-from ._options import AsJson, option
+from ._options import AsJson, Member, member_of, option
 from .terminal import echo, echo_json, echo_table, stoppable
 
 
@@ -20,8 +20,8 @@ def convert_command(
         typer.Argument(
             metavar="SOURCE",
             show_default=False,
-            help="The adapter: a tnadapt file or folder, a PEFT folder, a safetensors file of LyCORIS, kohya or "
-            "diffusers, or a GGUF adapter that tnadapt wrote.",
+            help="The adapter: a tnadapt file or folder, also of a population, a PEFT folder, a safetensors file of "
+            "LyCORIS, kohya or diffusers, or a GGUF adapter that tnadapt wrote.",
         ),
     ],
     out: Annotated[
@@ -34,6 +34,7 @@ def convert_command(
         ),
     ] = None,
     to: Annotated[str, option(f"Form of the result: {', '.join(FORMS)}.", metavar="FORM")] = "tnadapt",
+    member: Member = None,
     rank: Annotated[int | None, option("Largest rank of the result.", "as high as needed", min=1)] = None,
     max_error: Annotated[
         float | None, option("Largest relative error allowed, from 0 to 1. Without it, only rounding errors are.")
@@ -76,8 +77,8 @@ def convert_command(
     kept = "nothing was written" if out is None else f"{out} is unchanged or complete; the same command starts over"
     with stoppable(kept), ProgressBar("converting"):
         conversion = convert(
-            source, out, to=to, rank=rank, max_error=max_error, base=base, part=part, dtype=dtype,
-            without_kept=without_kept, overwrite=overwrite,
+            source, out, to=to, member=member_of(source, member), rank=rank, max_error=max_error, base=base, part=part,
+            dtype=dtype, without_kept=without_kept, overwrite=overwrite,
         )  # fmt: skip
     if as_json:
         echo_json({**conversion.to_dict(), "out": None if out is None else str(out)})

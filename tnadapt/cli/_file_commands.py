@@ -14,7 +14,18 @@ import tnadapt
 from tnadapt.errors import TnadaptError, pluralize
 from tnadapt.report import TextTable
 
-from ._options import AsJson, ConfigFile, OwnSettings, Targets, chosen_config, option, preset_option, targets_of
+from ._options import (
+    AsJson,
+    ConfigFile,
+    Member,
+    OwnSettings,
+    Targets,
+    chosen_config,
+    member_of,
+    option,
+    preset_option,
+    targets_of,
+)
 from .terminal import cell, echo, echo_json, echo_table, stoppable
 
 # -- Bytes for humans --------------------------------------------------------------------------------------------------
@@ -54,6 +65,7 @@ def merge_command(
     out: Annotated[
         Path, typer.Option("--out", "-o", help="The output: a folder, or a file if BASE is a file.", show_default=False)
     ],
+    member: Member = None,
     overwrite: Annotated[
         bool,
         typer.Option(
@@ -76,7 +88,10 @@ def merge_command(
     Exit code: 0; 2 if the merge is not possible, with OUT unchanged; 130 after Ctrl-C.
     """
     with stoppable(f"{out} is unchanged or complete; the same command resumes"), tnadapt.ProgressBar("merging") as bar:
-        report = tnadapt.merge(base, adapter, out, overwrite=overwrite, check_base=check_base, progress=bar.counts)
+        report = tnadapt.merge(
+            base, adapter, out, member=member_of(adapter, member), overwrite=overwrite, check_base=check_base,
+            progress=bar.counts,
+        )  # fmt: skip
     if as_json:
         echo_json(report.to_dict())
     else:
@@ -233,17 +248,20 @@ def info_command(
     if content["kind"] == "other adapter":
         echo(f"{content['path']}: {content['what']}, {_size(content['bytes'])}; tnadapt convert reads it")
         return
-    for line in (_adapter if content["kind"] == "adapter" else _checkpoint)(content):
+    for line in (_checkpoint if content["kind"] == "checkpoint" else _adapter)(content):
         echo(line)
 
 
 def _adapter(found: dict[str, Any]) -> Iterable[str]:
-    yield f"{found['path']}: a tnadapt adapter, format version {found['version']}, {_size(found['bytes'])}"
+    what = "adapter" if found["kind"] == "adapter" else "population of adapters"
+    yield f"{found['path']}: a tnadapt {what}, format version {found['version']}, {_size(found['bytes'])}"
     yield from _aligned(list(_adapter_rows(found)))
     yield from _targets(found, "weights")
 
 
 def _adapter_rows(found: dict[str, Any]) -> Iterable[tuple[str, str]]:
+    if "members" in found:
+        yield "members", _members(found["members"])
     frozen = f"; {found['frozen']:,} more frozen" if "frozen" in found else ""
     yield "parameters", f"{found['parameters']:,} {found['dtype']} in {_counted(found['arrays'], 'array')}{frozen}"
     if "given" in found:
@@ -264,6 +282,15 @@ def _adapter_rows(found: dict[str, Any]) -> Iterable[tuple[str, str]]:
         yield "draws", f"{found['draws'][:16]}…, {here}"
     if found["kept"]:
         yield "also trained", _some([f"{tensor['name']} {_times(tensor['shape'])}" for tensor in found["kept"]])
+
+
+def _members(members: dict[str, Any]) -> str:
+    """Return the number of members and the first names; a member without one is named by its number."""
+    count, first = members["count"], members["first"]
+    if not members["name_bytes"]:
+        return f"{count:,}, without names"
+    names = [str(number) if name is None else name for number, name in enumerate(first)]
+    return f"{count:,}: {', '.join(names)}" + (f" and {count - len(names):,} more" if count > len(names) else "")
 
 
 def _pretrained(about: dict[str, Any]) -> Iterable[tuple[str, str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -144,6 +145,22 @@ def targets_of(given: Sequence[str] | None) -> str | list[str]:
     return list(given)
 
 
+# With a leading zero, as in "0017", it is a name that was meant, not another member's number.
+_NUMBER = re.compile("0|[1-9][0-9]{0,9}")
+
+
+def member_of(path: Path, text: str | None) -> int | str | None:
+    """Return ``--member`` as the library takes it: digits are a number unless a member has this name."""
+    if text is None or not _NUMBER.fullmatch(text):
+        return text
+    try:
+        population = tnadapt.load(path / "adapter.safetensors" if path.is_dir() else path, check_draws=False)
+    except FileError:  # raised again where the adapter is read
+        return text
+    is_number = isinstance(population, tnadapt.PopulationFile) and text not in population.names
+    return int(text) if is_number else text
+
+
 # -- Options, as types of arguments ------------------------------------------------------------------------------------
 
 
@@ -181,6 +198,10 @@ OwnSettings: TypeAlias = Annotated[
 ]
 ConfigFile: TypeAlias = Annotated[
     Path | None, typer.Option("--config", help="A JSON file of Config fields.", show_default="none")
+]
+Member: TypeAlias = Annotated[
+    str | None,
+    option("Of a population's file: a member's name, or its number if none has this name.", "none", names=["--member"]),
 ]
 AsJson: TypeAlias = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 

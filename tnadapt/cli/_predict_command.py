@@ -12,11 +12,10 @@ from typing import Annotated, Any
 
 import typer
 
-import tnadapt
 from tnadapt.checkpoints.atomic_files import replace_file
 from tnadapt.errors import FileError, TnadaptError, spreadsheet_text
 
-from ._options import job_package, option
+from ._options import Member, job_package, member_of, option
 from .terminal import echo, stoppable
 
 #: Suffixes of files of predictions.
@@ -27,6 +26,7 @@ def predict_command(
     adapter: Annotated[Path, typer.Argument(help="A file of tnadapt finetune, such as best.safetensors.")],
     data: Annotated[str, option("As for tnadapt finetune, with labels or without; also one image.")],
     out: Annotated[Path | None, option("A .csv or .jsonl; by default lines of JSON are printed.")] = None,
+    member: Member = None,
     base: Annotated[
         str | None,
         option("Folder, .gguf file or hub name of the base, if it is not where it was.", "the one that the file names"),
@@ -54,14 +54,17 @@ def predict_command(
     if not adapter.is_file():
         what = "it is a folder" if adapter.is_dir() else "there is no such file"
         raise FileError(f"no adapter at {adapter}: {what}; give a file such as best.safetensors")
+    from tnadapt.checkpoints.adapter_format import load_single
+
     job = job_package()
     # Checks that do not need torch come before its import.
-    tnadapt.load(adapter, check_draws=False)
+    chosen = member_of(adapter, member)
+    load_single(adapter, check_draws=False, member=chosen)
     job.require_data(data, one_image=True)
     with stoppable("nothing was written; the same command starts over"):
         predictions = job.predict(
-            adapter, data, base=base, tokenizer=tokenizer, text_column=text_column, label_column=label_column,
-            separator=separator, limit=limit, batch=batch_size, new_tokens=max_new_tokens,
+            adapter, data, member=chosen, base=base, tokenizer=tokenizer, text_column=text_column,
+            label_column=label_column, separator=separator, limit=limit, batch=batch_size, new_tokens=max_new_tokens,
             device=job.usable_device(device), progress=lambda what: echo(what, err=True),
         )  # fmt: skip
     of_part = f" of the {predictions.part} part" if predictions.part else ""

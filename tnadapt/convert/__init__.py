@@ -18,11 +18,12 @@ from tnadapt.lazy_names import lazy_names
 
 if TYPE_CHECKING:
     from tnadapt.checkpoints.adapter_file import AdapterFile
+    from tnadapt.checkpoints.population_file import PopulationFile
 
     from ._base_model import Base, target_of
     from ._file_format import EncodedAdapter, ExportChoice, FileFormat, ForeignAdapter
     from ._files import StoredFiles
-    from ._pipeline import Conversion, register_file_format
+    from ._pipeline import Conversion, PopulationConversion, register_file_format
     from ._updates import Module, ModuleUpdate, Pair, TargetUpdate
 
     FORMS: tuple[str, ...]
@@ -38,6 +39,7 @@ __all__ = [
     "Module",
     "ModuleUpdate",
     "Pair",
+    "PopulationConversion",
     "StoredFiles",
     "TargetUpdate",
     "convert",
@@ -50,7 +52,7 @@ _PLACES = {
     "_base_model": ("Base", "target_of"),
     "_file_format": ("EncodedAdapter", "ExportChoice", "FileFormat", "ForeignAdapter"),
     "_files": ("StoredFiles",),
-    "_pipeline": ("Conversion", "register_file_format"),
+    "_pipeline": ("Conversion", "PopulationConversion", "register_file_format"),
     "_updates": ("Module", "ModuleUpdate", "Pair", "TargetUpdate"),
 }
 _LAZY = {name: module for module, names in _PLACES.items() for name in names}
@@ -58,10 +60,11 @@ _LAZY = {name: module for module, names in _PLACES.items() for name in names}
 
 @checks_arguments
 def convert(
-    source: str | os.PathLike[str] | AdapterFile,
+    source: str | os.PathLike[str] | AdapterFile | PopulationFile,
     out: str | os.PathLike[str] | None = None,
     *,
     to: str = "tnadapt",
+    member: int | str | None = None,
     rank: int | None = None,
     max_error: float | None = None,
     base: Any = None,
@@ -69,23 +72,27 @@ def convert(
     dtype: str | None = None,
     without_kept: bool = False,
     overwrite: bool = False,
-) -> Conversion:
+) -> Conversion | Any:  # Any: a PopulationConversion, for a population without member
     """Convert an adapter between this library, PEFT, LyCORIS and others: exactly, or with a measured error.
 
     Parameters
     ----------
-    source : str, PathLike or AdapterFile
+    source : str, PathLike, AdapterFile or PopulationFile
         A tnadapt file; a folder that PEFT saved, with LoRA, LoKr, LoHa or one of the other methods that
         :doc:`/convert` lists; a safetensors file of LyCORIS or kohya (LoRA, LoKr, LoHa, full differences) or of
         diffusers (LoRA); a GGUF adapter that this library wrote; or any path that a registered file format reads.
     out : str or PathLike, optional
-        Where to write the result: a folder for PEFT, otherwise a file. Nothing is written if None.
+        Where to write the result: a folder for PEFT, otherwise a file. Nothing is written if None. All members of a
+        population become a folder of such folders, each with the name of its member, or the number of one without.
     to : str
         "tnadapt", "peft-lora", "peft-lokr", "peft-loha", "lycoris-lora", "lycoris-lokr", "lycoris-loha",
         "lycoris-full", the same with "kohya" for "lycoris", "diffusers-lora", "gguf-lora" for llama.cpp, "vllm-lora",
         or a form of a registered file format. A format alone, such as "kohya", takes the adapter's own method if all of
         its updates have one, and otherwise LoRA. The other methods of PEFT, such as "peft-vera", are written from a
         config of that structure only.
+    member : int or str, optional
+        Of a population, the number or name of the member to convert. Without it, all members are converted, and ``to``
+        must be a form that is a folder, such as "vllm-lora".
     rank : int, optional
         Largest rank allowed. Without it, an update keeps its rank, or gets the smallest within ``max_error``.
     max_error : float, optional
@@ -113,8 +120,9 @@ def convert(
 
     Returns
     -------
-    Conversion
-        The result, with the overall error and that of each weight, measured on the bytes that are written.
+    Conversion or PopulationConversion
+        The result, with the overall error and that of each weight, measured on the bytes that are written; of all
+        members of a population, with the error of each.
 
     Raises
     ------
@@ -153,7 +161,7 @@ def convert(
     from ._pipeline import requested, run
 
     request = requested(to, rank, max_error, base, part, dtype, without_kept)
-    return run(source, out, request, overwrite)
+    return run(source, out, request, member, overwrite)
 
 
 _lazy, __dir__ = lazy_names(__name__, _LAZY)

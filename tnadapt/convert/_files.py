@@ -14,7 +14,8 @@ import os
 import secrets
 import shutil
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -179,6 +180,41 @@ def replace_folder(path: str, files: Mapping[str, bytes], overwrite: bool = True
             if not overwrite and any(os.path.lexists(os.path.join(path, name)) for name in files):
                 raise FileError("exists; give another path, or overwrite=True (--overwrite)")
             _exchange(stage, path, tuple(files))
+
+
+def replace_folders(path: str, folders: Iterable[tuple[str, Mapping[str, bytes]]], overwrite: bool) -> None:
+    """Write the folders of several adapters to a folder: none appears before all of them have been written.
+
+    A new folder appears with all of them. In an existing one, they are moved into place one after another, each as by
+    :func:`replace_folder`.
+
+    Raises
+    ------
+    FileError
+        If the path, or one in it, is a file; if an adapter exists and must not be overwritten; or if the files cannot
+        be written.
+    """
+    path = os.path.realpath(path)
+    parent, is_new = os.path.dirname(path), not os.path.lexists(path)
+    with contextlib.ExitStack() as stack:
+        with container.file_error_context(path):
+            if not is_new and not os.path.isdir(path):
+                raise FileError("is a file; several adapters are a folder of folders")
+            stage = stack.enter_context(_stage(parent if is_new else path))
+        names = list[tuple[str, Sequence[str]]]()
+        for name, files in folders:
+            with container.file_error_context(os.path.join(path, name)):
+                replace_folder(os.path.join(stage, name), files, overwrite=False)
+            names.append((name, list(files)))
+        if is_new:
+            with container.file_error_context(path):
+                atomic_files.rename_new(stage, path)
+                atomic_files.sync_folder(parent)
+            return
+        for name, written in names:
+            with container.file_error_context(os.path.join(path, name)):
+                contents = {file: Path(stage, name, file).read_bytes() for file in written}
+                replace_folder(os.path.join(path, name), contents, overwrite)
 
 
 @contextlib.contextmanager

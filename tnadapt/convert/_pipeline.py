@@ -6,28 +6,30 @@ and writes that as a :class:`Conversion`. :func:`register_file_format` adds a fo
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import difflib
 import math
 import os
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
 from tnadapt.argument_checks import checks_arguments, integer
 from tnadapt.checkpoints.adapter_file import AdapterFile
-from tnadapt.checkpoints.adapter_format import content_of, load
+from tnadapt.checkpoints.adapter_format import NO_MEMBERS, chosen_member, content_of, example_of, load, load_single
 from tnadapt.checkpoints.atomic_files import replace_file
 from tnadapt.checkpoints.container import file_error_context, path_of
-from tnadapt.errors import ConfigError, FileError, TnadaptError, escaped, safe_repr
+from tnadapt.checkpoints.population_file import MemberRows, PopulationFile, population_of_rows, rows_of
+from tnadapt.errors import ConfigError, FileError, TnadaptError, escaped, pluralize, safe_repr
 from tnadapt.plugins import Registry, load_plugins
 from tnadapt.targets.target import Target
 
 from . import _file_format, _updates
 from ._base_model import Base, as_base, check_base, with_base_arrays
 from ._file_format import ConversionRequest, FileFormat
-from ._files import StoredFiles, replace_folder
+from ._files import StoredFiles, replace_folder, replace_folders
 from ._updates import Module, ModuleUpdate, Unpacked, is_embedding, place_of
 
 # -- The table of file formats, and the names of the forms that they write ---------------------------------------------
@@ -183,7 +185,81 @@ def with_method(request: ConversionRequest, modules: Sequence[Module], unpacked:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Conversion:
+class _MeasuredConversion:
+    """What was converted, and how exactly."""
+
+    kind: str
+    origin: str
+    exact: bool
+    error: float
+    errors: Mapping[str, float]
+    parameters: tuple[int, int]
+    notes: tuple[str, ...] = ()
+
+    #: What ``errors`` are of.
+    _measured: ClassVar[str] = "weight"
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.origin!r} -> {self.kind!r}, {self._quality()})"
+
+    def __str__(self) -> str:
+        before, after = self.parameters
+        lines = [
+            f"{self.origin} -> {self.kind}, {pluralize(len(self.errors), self._measured)}",
+            f"parameters {before:,} -> {after:,}",
+            self._quality(),
+        ]
+        if not self.exact:
+            worst = sorted(self.errors.items(), key=lambda item: -item[1])[:5]
+            lines += [f"  {error:9.3g}  {escaped(name)}" for name, error in worst]
+        return "\n".join([*lines, *map(escaped, self.notes)])
+
+    def _quality(self) -> str:
+        what = "exact but for rounding" if self.exact else "NOT exact"
+        return f"{what}: relative error {self.error:.3g}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as a JSON-compatible dictionary, without the tensors."""
+        before, after = self.parameters
+        return {
+            "from": self.origin,
+            "to": self.kind,
+            "exact": self.exact,
+            "error": self.error,
+            "errors": {name: error if error < float("inf") else None for name, error in self.errors.items()},
+            "parameters": {"before": before, "after": after},
+            "notes": list(self.notes),
+        }
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class PopulationConversion(_MeasuredConversion):
+    """All members of a population in another form, each with its error relative to the original.
+
+    Attributes
+    ----------
+    kind : str
+        The new form: "peft-lora", "vllm-lora" and so on.
+    origin : str
+        "tnadapt".
+    exact : bool
+        Whether the only error of each member is that of rounding.
+    error : float
+        The largest error of a member.
+    errors : dict of str to float
+        The error of each member, as in :class:`Conversion`, by the name of its folder: the member's name, or the number
+        of a member without one.
+    parameters : (int, int)
+        Elements of all members' tensors before and after.
+    notes : tuple of str
+        Remarks on the members.
+    """
+
+    _measured: ClassVar[str] = "member"
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Conversion(_MeasuredConversion):
     """An adapter in another form, with its error relative to the original.
 
     Attributes
@@ -215,13 +291,6 @@ class Conversion:
         The files of all kinds but "tnadapt"; ``""`` is the name of an adapter's only file.
     """
 
-    kind: str
-    origin: str
-    exact: bool
-    error: float
-    errors: Mapping[str, float]
-    parameters: tuple[int, int]
-    notes: tuple[str, ...] = ()
     file: AdapterFile | None = None
     tensors: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
     dtypes: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -232,38 +301,6 @@ class Conversion:
     def content(self) -> bytes:
         """Content of the file with the tensors; empty for kind "tnadapt"."""
         return next(iter(self.files.values()), b"")
-
-    def __repr__(self) -> str:
-        return f"Conversion({self.origin!r} -> {self.kind!r}, {self._quality()})"
-
-    def __str__(self) -> str:
-        before, after = self.parameters
-        lines = [
-            f"{self.origin} -> {self.kind}, {len(self.errors)} weight{'s' * (len(self.errors) != 1)}",
-            f"parameters {before:,} -> {after:,}",
-            self._quality(),
-        ]
-        if not self.exact:
-            worst = sorted(self.errors.items(), key=lambda item: -item[1])[:5]
-            lines += [f"  {error:9.3g}  {escaped(name)}" for name, error in worst]
-        return "\n".join([*lines, *map(escaped, self.notes)])
-
-    def _quality(self) -> str:
-        what = "exact but for rounding" if self.exact else "NOT exact"
-        return f"{what}: relative error {self.error:.3g}"
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields as a JSON-compatible dictionary, without the tensors."""
-        before, after = self.parameters
-        return {
-            "from": self.origin,
-            "to": self.kind,
-            "exact": self.exact,
-            "error": self.error,
-            "errors": {name: error if error < float("inf") else None for name, error in self.errors.items()},
-            "parameters": {"before": before, "after": after},
-            "notes": list(self.notes),
-        }
 
     @checks_arguments
     def save(self, path: str | os.PathLike[str], overwrite: bool = False) -> None:
@@ -316,18 +353,79 @@ def check_free(path: str | os.PathLike[str], names: Sequence[str], overwrite: bo
 
 
 def run(
-    source: str | os.PathLike[str] | AdapterFile,
+    source: str | os.PathLike[str] | AdapterFile | PopulationFile,
     out: str | os.PathLike[str] | None,
     request: ConversionRequest,
+    member: int | str | None,
     overwrite: bool,
-) -> Conversion:
-    """Read an adapter, write it in the requested form, and save that if ``out`` is given."""
+) -> Conversion | PopulationConversion:
+    """Read an adapter or a population, write it in the requested form, and save that if ``out`` is given."""
     if out is not None:
         check_free(out, request.format.folder, overwrite)
-    result = write(read(source, request), request)
+    adapter = read(source, request, member)
+    if adapter.rows is not None:
+        return _run_all(adapter, adapter.rows, None if out is None else path_of(out), request, overwrite)
+    result = write(adapter, request)
     if out is not None:
         result.save(out, overwrite)
     return result
+
+
+def _run_all(
+    adapter: ConvertedFrom, rows: MemberRows, out: str | None, request: ConversionRequest, overwrite: bool
+) -> PopulationConversion:
+    """Convert all members of a population, and save them as folders that appear when the last one is complete."""
+    population = population_of_rows(adapter.file, rows)
+    folders = _member_folders(population)
+    if out is not None and os.path.isdir(out):
+        for folder in folders:
+            check_free(os.path.join(out, folder), request.format.folder, overwrite)
+    results = list[Conversion]()
+
+    def converted() -> Iterator[tuple[str, Mapping[str, bytes]]]:
+        for number, folder in enumerate(folders):
+            member = population[number]
+            try:
+                result = write(adapter._replace(file=member), request)
+            except TnadaptError as error:
+                raise type(error)(f"member {number} ({folder!r}): {error}") from error
+            # Without what is written, which would fill the memory.
+            results.append(dataclasses.replace(result, errors={}, tensors={}, dtypes={}, config=None, files={}))
+            yield folder, result.files
+
+    if out is None:
+        collections.deque(converted(), maxlen=0)
+    else:
+        replace_folders(out, converted(), overwrite)
+    return PopulationConversion(
+        results[0].kind,
+        OWN,
+        all(result.exact for result in results),
+        max(result.error for result in results),
+        {folder: result.error for folder, result in zip(folders, results, strict=True)},
+        (sum(result.parameters[0] for result in results), sum(result.parameters[1] for result in results)),
+        tuple(dict.fromkeys(note for result in results for note in result.notes)),
+    )
+
+
+# In bytes, on the file systems of Linux.
+_LONGEST_FOLDER = 255
+
+
+def _member_folders(population: PopulationFile) -> list[str]:
+    """Return the names of the members' folders: their own names, or the numbers of those without."""
+    numbers = dict[str, int]()
+    for number, name in enumerate(population.names):
+        folder = str(number) if name is None else name
+        if folder.startswith(".") or os.path.basename(folder) != folder or len(folder.encode()) > _LONGEST_FOLDER:
+            problem = f"the name of member {number}, {folder!r}, cannot be that of a folder"
+        elif folder in numbers:
+            problem = f"members {numbers[folder]} and {number} would have the same folder, {folder!r}"
+        else:
+            numbers[folder] = number
+            continue
+        raise ConfigError(f"{problem}: convert that member alone, by member={number} (--member {number})")
+    return list(numbers)
 
 
 # -- Reading: any file as an AdapterFile -------------------------------------------------------------------------------
@@ -354,6 +452,8 @@ class ConvertedFrom(NamedTuple):
     part : str
         The part of the file that was read; "" if it has no parts.
     base : Base or None
+    rows : MemberRows or None
+        Of a population whose members are all converted, their rows; ``file`` is then what they share.
     """
 
     kind: str
@@ -363,10 +463,11 @@ class ConvertedFrom(NamedTuple):
     updates: tuple[ModuleUpdate, ...] = ()
     part: str = ""
     base: Base | None = None
+    rows: MemberRows | None = None
 
 
-def read(source: Any, request: ConversionRequest) -> ConvertedFrom:
-    """Read an adapter in any format.
+def read(source: Any, request: ConversionRequest, member: int | str | None) -> ConvertedFrom:
+    """Read an adapter in any format, or a population.
 
     Raises
     ------
@@ -375,19 +476,20 @@ def read(source: Any, request: ConversionRequest) -> ConvertedFrom:
     ConfigError
         If neither the source nor the result has such a part.
     """
-    adapter = _read(source, request.format, request.part, request.format.configure(request.base))
+    adapter = _read(source, request.format, request.part, request.format.configure(request.base), member)
     if request.without_kept:
         adapter = adapter._replace(file=_without_kept(adapter.file))
     adapter.file.check_finite()
     return adapter
 
 
-def _read(source: Any, target: FileFormat, part: str | None, base: Any) -> ConvertedFrom:
+def _read(source: Any, target: FileFormat, part: str | None, base: Any, member: int | str | None) -> ConvertedFrom:
     with file_error_context("base"):
         known = as_base(base)
-    if isinstance(source, AdapterFile):
+    if isinstance(source, (AdapterFile, PopulationFile)):
         check_part(part, format_of(OWN), target)
-        return _from_own(source, known, base)
+        alone = isinstance(source, AdapterFile) or member is not None
+        return _from_own(chosen_member(source, member, "source ") if alone else source, target, known, base)
     path = path_of(source)
     with file_error_context(path):
         detected = _detect(path)
@@ -400,7 +502,7 @@ def _read(source: Any, target: FileFormat, part: str | None, base: Any) -> Conve
             detected = _detect(path)
     if detected is None:
         try:
-            file = load(path)
+            file = load(path) if member is None else load_single(path, member=member)
         except FileError:
             # Neither a file of this library nor of a registered format: a plug-in may register one.
             load_plugins()
@@ -411,8 +513,10 @@ def _read(source: Any, target: FileFormat, part: str | None, base: Any) -> Conve
         else:
             check_part(part, format_of(OWN), target)
             with file_error_context(path):
-                return _from_own(file, known, base)
+                return _from_own(file, target, known, base)
     reader, place = detected
+    if member is not None:
+        raise FileError(f"{path}: {NO_MEMBERS}")
     check_part(part, reader, target)
     with file_error_context(path):
         # If a format has no parts to read, the caller means a part of the result.
@@ -448,10 +552,18 @@ def _read_foreign(reader: FileFormat, files: StoredFiles, base: Base | None, par
     return ConvertedFrom(form, file, stored, adapter.notes, updates, adapter.part, base)
 
 
-def _from_own(file: AdapterFile, known: Base | None, base: Any) -> ConvertedFrom:
+def _from_own(file: AdapterFile | PopulationFile, target: FileFormat, known: Base | None, base: Any) -> ConvertedFrom:
+    rows = None
+    if isinstance(file, PopulationFile):
+        rows, file = rows_of(file), file.shared
+        if not target.folder:
+            raise ConfigError(
+                f"a population of {pluralize(len(rows), 'member')} does not fit in one file: give {example_of(rows)}, "
+                "or a form that is a folder, such as to='vllm-lora' (--to vllm-lora)"
+            )
     if known is not None:
         check_base(file, known, base)
-    return ConvertedFrom(OWN, with_base_arrays(file, base), file.num_parameters, base=known)
+    return ConvertedFrom(OWN, with_base_arrays(file, base), file.num_parameters, base=known, rows=rows)
 
 
 def _without_kept(file: AdapterFile) -> AdapterFile:

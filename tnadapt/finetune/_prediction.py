@@ -120,6 +120,7 @@ def predict(
     adapter: str | os.PathLike[str],
     data: str,
     *,
+    member: int | str | None = None,
     base: str | None = None,
     tokenizer: str | None = None,
     text_column: str | None = None,
@@ -140,6 +141,8 @@ def predict(
     data : str
         As for a study, with or without targets. For images also a folder of images, or a single one. Of data with
         parts, only the test part is predicted.
+    member : int or str, optional
+        Of a population's file, the number or name of the member to predict with.
     base, tokenizer : str, optional
         Folder or hub name, instead of those in the file.
     text_column, label_column, separator : str, optional
@@ -164,7 +167,7 @@ def predict(
         If the file has no task, the data do not fit it, or the base is missing or another one.
     """
     path = os.fspath(adapter)
-    about = adapter_format.load(adapter, check_draws=False).pretrained
+    about = adapter_format.load_single(adapter, check_draws=False, member=member).pretrained
     task, inputs = task_in(about, path)
     assert about is not None
     spec = Spec(data=data, text_column=text_column, label_column=label_column, separator=separator)
@@ -174,7 +177,7 @@ def predict(
     vocabulary, at = tokenizer_in(about, inputs, tokenizer, base, path)
     progress("loading the model")
     # A base by another name is the caller's choice; by default, the file's name is used.
-    model = tnt.load_pretrained(adapter, base=base, device=device, dtype=torch.float32)
+    model = tnt.load_pretrained(adapter, member=member, base=base, device=device, dtype=torch.float32)
     where, completions = torch.device(device), None
     progress(f"predicting the {which} part of {data}" if which else "predicting")
     part: Part | None

@@ -14,7 +14,7 @@ import torch
 from tnadapt import torch as tnt
 from tnadapt.algebra.superlora import SuperLoRA
 from tnadapt.argument_checks import checks_arguments, integer, wrong_argument
-from tnadapt.checkpoints.adapter_format import load
+from tnadapt.checkpoints.adapter_format import load_single
 from tnadapt.checkpoints.atomic_files import replace_file
 from tnadapt.errors import ConfigError, FileError, TnadaptError
 from tnadapt.report import ProgressBar
@@ -397,7 +397,7 @@ class Study:
         task = Task(best.method, record["seed"], best.rate)
         tasks, trained = len(self.tasks), adapters / task.file_name()
         try:
-            load(trained, check_draws=False)
+            load_single(trained, check_draws=False)
         except FileError:  # it is missing or damaged
             self.reporter.begins(1, 0)
             self._train([task], results, adapters, engine)

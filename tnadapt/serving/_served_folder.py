@@ -7,13 +7,16 @@ import hashlib
 import logging
 import os
 import re
+import threading
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tnadapt.argument_checks import checks_arguments
-from tnadapt.checkpoints.adapter_format import load
-from tnadapt.checkpoints.checkpoint import open_checkpoint
-from tnadapt.checkpoints.container import path_of
+from tnadapt.checkpoints.adapter_file import AdapterFile
+from tnadapt.checkpoints.adapter_format import content_of, load, load_single
+from tnadapt.checkpoints.checkpoint import file_state, open_checkpoint
+from tnadapt.checkpoints.container import GROWING, path_of
+from tnadapt.checkpoints.population_file import PopulationFile, rows_of, with_arrays
 from tnadapt.checkpoints.stored_weights import base_weights
 from tnadapt.convert import convert
 from tnadapt.errors import ConfigError, FileError, TargetError, TnadaptError
@@ -26,6 +29,9 @@ _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 
 # Version of the written files: increase it when they change, because cache entries are never rewritten.
 _VERSION = b"1"
+
+# How the file of a population begins, behind the length of its header.
+_POPULATION = b'{"%s":' % GROWING.encode()
 
 # PEFT's settings, which are moved into place last.
 _COMPLETE = "adapter_config.json"
@@ -46,13 +52,59 @@ class ServedAdapter(NamedTuple):
     number: int
 
 
+class _ServedPopulation:
+    """A file of a population, with what its members share, completed with arrays of the base once for all."""
+
+    def __init__(self, path: Path, file: PopulationFile, before: _ServedPopulation | None) -> None:
+        self.path, self.file = path, file
+        self._completed: tuple[list[bytes], AdapterFile] | None = None
+        self._lock = threading.Lock()
+        if before is not None and content_of(before.file.shared) == content_of(file.shared):  # rows alone have changed
+            self._completed = before._completed
+
+    def shared(self, base: str | None) -> AdapterFile:
+        """Return what the members share, with the arrays that are computed from the base."""
+        state = _state_of(base)
+        with self._lock:  # those who wait would compute the same
+            if self._completed is None or self._completed[0] != state:
+                self._completed = state, _with_base(self.file.shared, self.path, base)
+            return self._completed[1]
+
+
+def _is_population(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return file.read(8 + len(_POPULATION)).endswith(_POPULATION)
+
+
+def _loaded(path: Path, content: bytes) -> AdapterFile:
+    """Return the adapter in a file of this content."""
+    file = load_single(path)
+    if path.read_bytes() != content:
+        raise FileError(f"{path}: changed while it was read: request it again")
+    return file
+
+
+def _with_base(file: AdapterFile, path: Path, base: str | None) -> AdapterFile:
+    """Return an adapter with the arrays that are computed from the base, after checking that this is its base."""
+    if base is None and not file.complete:
+        raise TargetError(
+            f"{path}: arrays of the adapter are computed from the base weights, and those were not found: set "
+            "TNADAPT_VLLM_BASE to the folder of the model that vLLM serves, unquantized and in safetensors files"
+        )
+    if base is None or (file.complete and file.base is None):
+        return file
+    weights = base_weights(file, open_checkpoint(base))  # raises a TargetError for another base
+    return file if file.complete else file.with_base(weights.of)
+
+
 class ServedFolder:
     """A folder of adapter files that are expanded to PEFT's LoRA on demand.
 
     Parameters
     ----------
     folder : str or PathLike
-        ``NAME.safetensors`` is the adapter NAME; ``NAME/adapter.safetensors`` is, too.
+        ``NAME.safetensors`` is the adapter NAME; ``NAME/adapter.safetensors`` is, too. If there is neither, it is the
+        member NAME of a population's file in the folder.
     cache : str or PathLike
         Where expanded adapters are kept; created if it does not exist. Entries are named by the content of the file and
         the base, and never change: any number of processes may share them.
@@ -85,19 +137,24 @@ class ServedFolder:
         # Adapters that cannot be served, by name: the digest, and the type and message of the error. An exception would
         # keep the adapter's arrays alive by its traceback.
         self._refused: dict[str, tuple[str, type[TnadaptError], str]] = {}
+        # The state of each file of the folder, and the population in it.
+        self._files: dict[Path, tuple[list[int], _ServedPopulation | None]] = {}
+        # The digest of the adapter with a number.
+        self._digests: dict[int, str] = {}
         if not self.folder.is_dir():
             raise FileError(f"{self.folder} is not a folder: create it, or give another folder of adapters")
 
     @checks_arguments
     def file_of(self, name: str) -> Path | None:
-        """Return the file of an adapter, or None if there is none of this name.
+        """Return the file that has an adapter, alone or as a member, or None if there is none of this name.
 
-        Names that are more than one component of a path are never looked up: they may come from anybody.
+        Names that are more than one component of a path are never looked up as files: they may come from anybody.
         """
-        if not _NAME.fullmatch(name):
-            return None
-        places = self.folder / f"{name}.safetensors", self.folder / name / "adapter.safetensors"
-        return next((place for place in places if place.is_file()), None)
+        path = self._path_of(name)
+        if path is not None and not _is_population(path):
+            return path
+        holder = self._holder_of(name)
+        return None if holder is None else holder.path
 
     @checks_arguments
     def find(self, name: str, model: str) -> ServedAdapter | None:
@@ -113,15 +170,22 @@ class ServedFolder:
         Raises
         ------
         TnadaptError
-            If the adapter cannot be served: the file is damaged, of another base, or holds no LoRA. Until the file or
-            the base changes, later calls raise the same error at once.
+            If the adapter cannot be served: the file is damaged, of another base, or holds no LoRA; several files have
+            members of this name, or the file of this name is a population. Until the file or the base changes, later
+            calls raise the same error at once.
         """
-        path = self.file_of(name)
-        if path is None:
-            return None
+        path, holder = self._path_of(name), None
+        if path is None or _is_population(path):
+            holder = self._holder_of(name)
+            if holder is None and path is not None:
+                raise FileError(f"{path}: is a population: request one of its members, by the member's name")
+            if holder is None:
+                return None
+            path = holder.path
         base = self.base or _weights_of(model)
         # The hashed bytes are the ones that are expanded, whatever happens to the path.
-        content = path.read_bytes()
+        member = None if holder is None else holder.file[name]
+        content = path.read_bytes() if member is None else content_of(member)
         digest = _digest(content, model, base)
         place = self.cache / digest
         if not (place / _COMPLETE).is_file():
@@ -129,26 +193,57 @@ class ServedFolder:
             if known == digest:
                 raise error_type(message)
             try:
-                self._expand(path, content, base, place)
+                if holder is None or member is None:
+                    file = _with_base(_loaded(path, content), path, base)
+                else:
+                    file = with_arrays(holder.shared(base), member.arrays)
+                self._expand(file, base, place)
             except (ConfigError, TargetError) as error:
                 # Errors of the adapter itself. Others may be temporary: a file being written, a full disk or memory.
                 if not isinstance(error.__cause__, MemoryError):
                     self._refused[name] = digest, type(error), str(error)
                 raise
-        return ServedAdapter(str(place), int(digest[:8], 16) & 0x7FFFFFFF or 1)
-
-    def _expand(self, path: Path, content: bytes, base: str | None, place: Path) -> None:
-        """Write an adapter's LoRA, where any of several concurrent writers may win, as all write the same."""
-        file = load(path)
-        if path.read_bytes() != content:
-            raise FileError(f"{path}: changed while it was read: request it again")
-        if base is None and not file.complete:
-            raise TargetError(
-                f"{path}: arrays of the adapter are computed from the base weights, and those were not found: set "
-                "TNADAPT_VLLM_BASE to the folder of the model that vLLM serves, unquantized and in safetensors files"
+        number = int(digest[:8], 16) & 0x7FFFFFFF or 1
+        if self._digests.setdefault(number, digest) != digest:
+            raise ConfigError(
+                f"{path}: the adapter {name!r} has, by chance, the same number {number} as another one, which vLLM "
+                "would take for it: serve it from another server"
             )
-        if base is not None and file.base is not None:
-            base_weights(file, open_checkpoint(base))  # raises a TargetError for another base
+        return ServedAdapter(str(place), number)
+
+    def _path_of(self, name: str) -> Path | None:
+        """Return the path of the file with a name."""
+        if not _NAME.fullmatch(name):
+            return None
+        places = self.folder / f"{name}.safetensors", self.folder / name / "adapter.safetensors"
+        return next((place for place in places if place.is_file()), None)
+
+    def _holder_of(self, name: str) -> _ServedPopulation | None:
+        """Return the population with a member of this name; raise FileError if there are several."""
+        holders, failure = list[_ServedPopulation](), None
+        files = dict[Path, tuple[list[int], _ServedPopulation | None]]()
+        for path in sorted([*self.folder.glob("[!.]*.safetensors"), *self.folder.glob("[!.]*/adapter.safetensors")]):
+            try:
+                state = file_state(str(path))
+                before, population = self._files.get(path, ([], None))
+                if before != state:
+                    file = load(path) if _is_population(path) else None
+                    population = _ServedPopulation(path, file, population) if isinstance(file, PopulationFile) else None
+                files[path] = state, population
+                if population is not None and rows_of(population.file).find([name])[0] is not None:
+                    holders.append(population)
+            except (FileError, OSError) as error:
+                failure = error
+        self._files = files
+        if len(holders) > 1:
+            paths = ", ".join(str(holder.path) for holder in holders)
+            raise FileError(f"several files have a member {name!r}: {paths}. Leave it in one of them")
+        if not holders and failure is not None:
+            raise failure
+        return holders[0] if holders else None
+
+    def _expand(self, file: AdapterFile, base: str | None, place: Path) -> None:
+        """Write an adapter's LoRA, where any of several concurrent writers may win, as all write the same."""
         self.cache.mkdir(parents=True, exist_ok=True)
         try:
             # A folder appears atomically. If its last file is missing, it was lost later, and the folder is rewritten.
@@ -186,13 +281,16 @@ def _folder_of(model: str) -> str | None:
         return None
 
 
+def _state_of(base: str | None) -> list[bytes]:
+    """Return the path of the base, and the sizes and times of its files, which tell whether it was replaced."""
+    states = [] if base is None else [os.stat(file) for file in open_checkpoint(base).files]
+    return [str(base).encode(), *(f"{state.st_size} {state.st_mtime_ns}".encode() for state in states)]
+
+
 def _digest(content: bytes, model: str, base: str | None) -> str:
     """Return a digest of everything that the expanded adapter depends on."""
     digest = hashlib.sha256()
-    # The sizes and times of the base's files show whether it was replaced.
-    states = [] if base is None else [os.stat(file) for file in open_checkpoint(base).files]
-    files = [f"{state.st_size} {state.st_mtime_ns}".encode() for state in states]
-    for part in (_VERSION, model.encode("utf-8", "surrogatepass"), str(base).encode(), *files, content):
+    for part in (_VERSION, model.encode("utf-8", "surrogatepass"), *_state_of(base), content):
         digest.update(len(part).to_bytes(8, "little") + part)
     return digest.hexdigest()
 

@@ -22,8 +22,10 @@ from . import starts
 from ._adapter import Adapter, adapters
 from ._adapter_loading import from_pretrained, load, load_pretrained, load_processor
 from ._attach import attach
+from ._member_optimizer import MemberAdamW
 from ._merging import RequantizationReport, RequantizedWeight
 from ._model_extraction import extract
+from ._population import Member, Population
 from ._quantized import QuantizedLayer, register_quantized
 from ._registry import mix, reference_model, set_cache_limit
 from ._rows import rows
@@ -33,6 +35,9 @@ from ._weights import token_targets
 
 __all__ = [
     "Adapter",
+    "Member",
+    "MemberAdamW",
+    "Population",
     "QuantizedLayer",
     "RequantizationReport",
     "RequantizedWeight",

@@ -90,6 +90,8 @@ class Summary:
         Trained elements of the adapter.
     frozen : int
         Elements of the arrays that :meth:`Adapter.set_trainable` froze.
+    members : int
+        The members of a population, each of which has these; 1 for a single adapter.
     adapted : int
         Elements of the weights that the adapter updates.
     kept : int
@@ -119,6 +121,7 @@ class Summary:
         self.export: LoraExport = lora_export(plan, adapter.targets, adapter.activation)
         self.parameters = adapter.handle.num_parameters
         self.frozen = plan.num_parameters - self.parameters
+        self.members = 1 if adapter.members is None or adapter is not adapter.whole else adapter.members.count
         self.adapted = plan.size
         sizes = _sizes(adapter)
         self.kept = sum(sizes.get(name, 0) for name in adapter.kept)
@@ -126,7 +129,8 @@ class Summary:
 
     def trainable_line(self) -> str:
         """Return the numbers of trainable and of all parameters, in the words of PEFT."""
-        trained, every = self.parameters + self.kept, self.base + self.parameters + self.frozen
+        trained = self.members * self.parameters + self.kept
+        every = self.base + self.members * (self.parameters + self.frozen)
         return f"trainable params: {trained:,} || all params: {every:,} || trainable%: {100.0 * trained / every:.4f}"
 
     def __str__(self) -> str:
@@ -204,7 +208,7 @@ class Adapter(AdapterParameters, AdapterFiles):
     def __init__(self, state: AdapterState) -> None:
         self._state = state
         state.handle = self
-        self.model, self.name, self.plan = state.model, state.name, state.plan.file_plan
+        self.model, self.plan = state.model, state.plan.file_plan
         self.targets, self.activation = state.targets, state.activation
         self.report: FitReport | None = None
 
@@ -223,6 +227,11 @@ class Adapter(AdapterParameters, AdapterFiles):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {safe_repr(name)}{hint}")
 
     # -- Properties --------------------------------------------------------------------------
+
+    @property
+    def name(self) -> str:
+        """Its name on the model."""
+        return self._state.name
 
     @property
     def config(self) -> Config:

@@ -6,7 +6,7 @@ import collections
 import dataclasses
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from tnadapt.checkpoints.adapter_file import AdapterFile
 from tnadapt.checkpoints.checkpoint import gguf_place
 from tnadapt.checkpoints.container import file_error_context
 from tnadapt.checkpoints.fingerprint import Fingerprint
+from tnadapt.checkpoints.population_file import PopulationFile, rows_of
 from tnadapt.checkpoints.pretrained_model import Pretrained
 from tnadapt.checkpoints.stored_weights import ModuleNames
 from tnadapt.errors import ConfigError, FileError, TargetError, safe_repr, summarize
@@ -49,14 +50,16 @@ def load(
     path: str | os.PathLike[str],
     name: str = "default",
     *,
+    member: int | str | None = None,
     check_base: bool = True,
     untie: bool = False,
     keep_tied: bool = False,
     detach_norm: bool = False,
     dropout: float = 0.0,
     dtype: torch.dtype | str | None = None,
+    members: Sequence[int | str] | None = None,
 ) -> Adapter:
-    """Load an adapter from a file and attach it.
+    """Load an adapter, or a population, from a file and attach it.
 
     Parameters
     ----------
@@ -66,6 +69,8 @@ def load(
         A file that :meth:`Adapter.save` or :func:`tnadapt.save` wrote.
     name : str
         Name of the adapter on this model.
+    member : int or str, optional
+        Of a population's file, the number or name of a member to load as a single adapter.
     check_base : bool
         Whether the model's weights must be those that it was trained on. False allows another model whose weights have
         the same shapes.
@@ -83,11 +88,14 @@ def load(
         Dtype of the arrays, such as ``torch.bfloat16`` or ``"bfloat16"``. By default, that of the file if it is
         float32 or float64, and float32 for arrays in half precision, as in PEFT. If the update depends on the dtype,
         as frozen arrays or a start that is subtracted are rounded to it, it stays that of the file.
+    members : sequence of int or str, optional
+        Of a population's file, the members to load as a population, in this order; all of them by default.
 
     Returns
     -------
     Adapter
-        Attached, with its parameters, the choice of trained arrays and the kept parameters as they were saved.
+        A :class:`tnadapt.torch.Population` if the file is of one. Attached, with its parameters, the choice of trained
+        arrays and the kept parameters as they were saved.
 
     Raises
     ------
@@ -116,15 +124,26 @@ def load(
     ...     tnadapt.torch.load(model, folder + "/adapter.safetensors").num_parameters
     368
     """
+    if member is not None and members is not None:
+        raise ConfigError("member is one adapter, and members are a population: give one of the two")
+    file = _content(path, member, members)
     return attach_file(
-        model, adapter_format.load(path), path, name, check_base, dtype, untie=untie, keep_tied=keep_tied,
-        detach_norm=detach_norm, dropout=dropout,
+        model, file, path, name, check_base, dtype, untie=untie, keep_tied=keep_tied, detach_norm=detach_norm,
+        dropout=dropout,
     )  # fmt: skip
+
+
+def _content(
+    path: str | os.PathLike[str], member: int | str | None, members: Sequence[int | str] | None = None
+) -> AdapterFile | PopulationFile:
+    if member is not None:
+        return adapter_format.load_single(path, member=member)
+    return adapter_format.load(path) if members is None else adapter_format.load(path, members=members)
 
 
 def attach_file(
     model: nn.Module,
-    file: AdapterFile,
+    content: AdapterFile | PopulationFile,
     path: str | os.PathLike[str],
     name: str,
     check_base: bool,
@@ -132,6 +151,12 @@ def attach_file(
     **options: Any,
 ) -> Adapter:
     """Attach an adapter that was read from a path, with these options of ``attach``; see :func:`load`."""
+    arrays: Mapping[str, Any]
+    if isinstance(content, PopulationFile):
+        file, arrays = content.shared, rows_of(content).arrays()
+        options |= {"population": len(content), "names": content.names}
+    else:
+        file, arrays = content, content.arrays
     with file_error_context(os.fsdecode(path)):
         dtype = _dtype_on_load(file) if dtype is None else dtype
         targets = _located(model, file)
@@ -169,7 +194,7 @@ def attach_file(
         state.pretrained = _recorded(model, file.pretrained, check_base)
         pairs = saving.kept_pairs(model, file)
         before = [(tensor, tensor.detach().clone()) for tensor, _ in pairs]
-        copy_all([*checked_pairs(state, file.arrays), *pairs])
+        copy_all([*checked_pairs(state, arrays), *pairs])
         keep(state, file.trained)
     except BaseException:  # KeyboardInterrupt, too, at any point after attaching
         with torch.no_grad():
@@ -189,6 +214,7 @@ def from_pretrained(
     folder: str | os.PathLike[str],
     name: str = "default",
     *,
+    member: int | str | None = None,
     check_base: bool = True,
     untie: bool = False,
     keep_tied: bool = False,
@@ -204,8 +230,8 @@ def from_pretrained(
     """
     path = saving.adapter_path(folder, revision, token)
     return load(
-        model, path, name, check_base=check_base, untie=untie, keep_tied=keep_tied, detach_norm=detach_norm,
-        dropout=dropout, dtype=dtype,
+        model, path, name, member=member, check_base=check_base, untie=untie, keep_tied=keep_tied,
+        detach_norm=detach_norm, dropout=dropout, dtype=dtype,
     )  # fmt: skip
 
 
@@ -300,6 +326,7 @@ def _base(model: nn.Module, targets: list[Target], expected: Fingerprint | None)
 def load_pretrained(
     where: str | os.PathLike[str],
     *,
+    member: int | str | None = None,
     base: str | os.PathLike[str] | nn.Module | None = None,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
@@ -319,6 +346,8 @@ def load_pretrained(
     where : path-like or str
         A folder that :meth:`Adapter.save_pretrained` wrote, a file that :meth:`Adapter.save` wrote, or the name of a
         repository on the hub.
+    member : int or str, optional
+        As in :func:`load`.
     base : path-like, str or Module, optional
         The base to use instead of the recorded one: a folder, a GGUF file, a name on the hub, or a model, which is
         changed in place.
@@ -374,7 +403,9 @@ def load_pretrained(
     if device is not None:
         _check_usable(device)
     path = saving.adapter_path(where, revision, token)
-    file = adapter_format.load(path)
+    # One adapter is merged: a population is refused before the base is loaded.
+    content = adapter_format.load_single(path, member=member) if merge else _content(path, member)
+    file = content.shared if isinstance(content, PopulationFile) else content
     with file_error_context(os.fsdecode(path)):
         about = _about(file, base)
         if isinstance(base, nn.Module):
@@ -388,7 +419,7 @@ def load_pretrained(
             _check_known(file, about, type(model).__name__, random)
     if device is not None and quantization_config is None:
         model = model.to(device)
-    adapter = attach_file(model, file, path, name, check_base, untie=untie, detach_norm=detach_norm)
+    adapter = attach_file(model, content, path, name, check_base, untie=untie, detach_norm=detach_norm)
     try:
         LIBRARIES[about.library].set_labels(model, about)
         if merge:
@@ -437,7 +468,8 @@ def load_processor(
     [2, 6, 5, 3]
     """
     path = saving.adapter_path(where, revision, token)
-    about = adapter_format.load(path, check_draws=False).pretrained
+    file = adapter_format.load(path, check_draws=False)
+    about = (file.shared if isinstance(file, PopulationFile) else file).pretrained
     with file_error_context(os.fsdecode(path)):
         if about is None:
             raise FileError("it does not say what its base model is: load its tokenizer or processor yourself")

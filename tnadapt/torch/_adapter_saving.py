@@ -29,6 +29,7 @@ from tnadapt.checkpoints import adapter_format
 from tnadapt.checkpoints.adapter_file import KEPT, AdapterFile
 from tnadapt.checkpoints.container import file_error_context, path_of
 from tnadapt.checkpoints.fingerprint import Fingerprint, compare, fingerprint
+from tnadapt.checkpoints.population_file import PopulationFile
 from tnadapt.checkpoints.pretrained_model import Pretrained, is_local
 from tnadapt.errors import ConfigError, FileError, TargetError, TnadaptError, escaped, pluralize, safe_repr
 from tnadapt.report import TextTable
@@ -36,7 +37,7 @@ from tnadapt.targets.target import Target
 
 from . import _merging as merging
 from ._base_models import describe, imported, refusing
-from ._delta import copy_all, gather_full
+from ._delta import copy_all, gather_full, reshard
 from ._registry import refuse_merged
 from ._state import AdapterState, checked_pairs, named_parameters, need_attached
 from ._weights import DTYPES, names_of_shared, split_by_file, tensors_of
@@ -96,6 +97,33 @@ def _places(targets: Sequence[Target]) -> list[tuple[Any, ...]]:
 # -- The file, and swapping in the arrays of another one ---------------------------------------------------------------
 
 
+def population_to_file(
+    population: AdapterState, about: Pretrained | None = None, store_bases: bool = False
+) -> PopulationFile:
+    """Return the contents of a population's file; see :func:`to_file`."""
+    assert population.members is not None
+    shared = to_file(population.members.state(population, 0), about, store_bases)
+    stacked = {name: _on_host(population, array) for name, array in named_parameters(population)}
+    return PopulationFile(shared, population.plan.to_arrays(stacked), population.members.names)
+
+
+def content_of(
+    adapter: AdapterState, about: Pretrained | None = None, store_bases: bool = False
+) -> AdapterFile | PopulationFile:
+    """Return the contents of the file of an adapter or population."""
+    return (to_file if adapter.members is None or adapter.whole is not adapter else population_to_file)(
+        adapter, about, store_bases
+    )
+
+
+def _on_host(adapter: AdapterState, tensor: Tensor) -> np.ndarray:
+    """Return a tensor as a NumPy array of its own, bfloat16 as float32."""
+    if tensor.device.type == "meta":
+        raise TargetError(f"adapter {adapter.name!r} is on the meta device and has no values to save")
+    tensor = gather_full(tensor.detach()).cpu()
+    return (tensor.float() if tensor.dtype is torch.bfloat16 else tensor).numpy().copy()
+
+
 def to_file(adapter: AdapterState, about: Pretrained | None = None, store_bases: bool = False) -> AdapterFile:
     """Return the contents of an adapter's file; if the model is sharded, every process must call.
 
@@ -107,18 +135,16 @@ def to_file(adapter: AdapterState, about: Pretrained | None = None, store_bases:
             f"adapter {adapter.name!r} has arrays that are computed from the base weights, which had no values when it "
             "was attached: call reset() once the model has its weights"
         )
+    # NumPy would share the memory of what FSDP2 has gathered, which could then not be freed.
+    reshard(adapter.model, adapter.owner)
     plan, base = adapter.plan.file_plan, base_fingerprint(adapter)
     left_out = {} if store_bases or base is None else plan.base_shapes
     dtypes: dict[str, str] = {}
 
     def host(name: str, tensor: Tensor) -> np.ndarray:
-        if tensor.device.type == "meta":
-            raise TargetError(f"adapter {adapter.name!r} is on the meta device and has no values to save")
-        tensor = gather_full(tensor.detach()).cpu()
         if tensor.dtype is torch.bfloat16:
             dtypes[name] = "bfloat16"
-            tensor = tensor.float()
-        return tensor.numpy().copy()
+        return _on_host(adapter, tensor)
 
     tensors, shared = tensors_of(adapter.model), names_of_shared(adapter.model)
     ties: dict[str, tuple[str, ...]] = dict.fromkeys(adapter.alone, ())
@@ -175,10 +201,10 @@ def is_writer() -> bool:
     return not distributed or torch.distributed.get_rank() == 0
 
 
-def swap(adapter: AdapterState, path: str | os.PathLike[str]) -> None:
+def swap(adapter: AdapterState, path: str | os.PathLike[str], member: int | str | None = None) -> None:
     """Load another adapter's arrays in place; see :meth:`Adapter.swap`."""
     need_attached(adapter)
-    file = adapter_format.load(path, like=adapter.plan.file_plan)
+    file = adapter_format.load_single(path, like=adapter.plan.file_plan, member=member)
     with file_error_context(os.fsdecode(path)):
         check_same(adapter, file)
         check_kept(adapter.model, file)
@@ -304,19 +330,20 @@ _LONG = 200
 _HUB_TASKS = {"speech-seq2seq": "automatic-speech-recognition", "speech-ctc": "automatic-speech-recognition"}
 
 
-def model_card(file: AdapterFile, where: str, metrics: Mapping[str, float]) -> str:
+def model_card(file: AdapterFile | PopulationFile, where: str, metrics: Mapping[str, float]) -> str:
     """Return the text of a card.
 
     Parameters
     ----------
-    file : AdapterFile
+    file : AdapterFile or PopulationFile
     where : str
         The name of the folder or repository, from which the card loads the adapter.
     metrics : dict of str to float
     """
-    about = file.pretrained or Pretrained()
+    shared, members = (file.shared, len(file)) if isinstance(file, PopulationFile) else (file, None)
+    about = shared.pretrained or Pretrained()
     lines = ["---", *_front_matter(about), "---", "", f"# {_text(Path(where).name)}", ""]
-    lines += [*_what(file, about), ""]
+    lines += [*_what(shared, about, members), ""]
     if about.labels:
         listed = ", ".join(f"{number} {_text(label)}" for number, label in enumerate(about.labels[:_LISTED]))
         more = len(about.labels) - _LISTED
@@ -374,10 +401,11 @@ def _repository(about: Pretrained) -> str:
     return f"timm/{name}" if about.library == "timm" and "/" not in name else name
 
 
-def _what(file: AdapterFile, about: Pretrained) -> Iterator[str]:
+def _what(file: AdapterFile, about: Pretrained, members: int | None) -> Iterator[str]:
     model = f" ({_text(file.model)})" if file.model else ""
     base = f"`{_base(about)}`{model}" if about.name else f"a {_text(file.model)}" if file.model else "a model"
-    yield f"An adapter of [tnadapt](https://tnadapt.readthedocs.io) for {base}."
+    several = "An adapter" if members is None else f"A population of {pluralize(members, 'adapter')}"
+    yield f"{several} of [tnadapt](https://tnadapt.readthedocs.io) for {base}."
     yield ""
     roles = ", ".join(dict.fromkeys(target.role for target in file.targets))
     names = [_code(target.name) for target in file.targets]
@@ -469,7 +497,7 @@ def save_folder(
                 "tokenizer and processor must have save_pretrained, as those of transformers; got "
                 f"{type(processor).__name__}"
             )
-    file = to_file(adapter, about, store_bases)
+    file = content_of(adapter, about, store_bases)
     if not is_writer():
         return
     path = Path(path_of(folder))
@@ -543,7 +571,7 @@ class AdapterFiles:
         Under ``torch.distributed`` every process must call (sharded arrays are gathered), and process 0 writes.
         """
         need_attached(self._state)
-        file = to_file(self._state, self.pretrained, store_bases)
+        file = content_of(self._state, self.pretrained, store_bases)
         if is_writer():
             adapter_format.save(path, file)
         _log.info("saved %r to %s", self, escaped(str(path)))
@@ -654,7 +682,7 @@ class AdapterFiles:
         return str(commit.commit_url)
 
     @checks_arguments
-    def swap(self, path: str | os.PathLike[str]) -> None:
+    def swap(self, path: str | os.PathLike[str], member: int | str | None = None) -> None:
         """Load the arrays of another adapter's file, of the same config and targets, in place without recompiling.
 
         Raises
@@ -662,5 +690,5 @@ class AdapterFiles:
         FileError
             If the file does not fit; nothing is changed.
         """
-        swap(self._state, path)
+        swap(self._state, path, member)
         _log.info("swapped the arrays of %r for those in %s", self, escaped(str(path)))

@@ -28,6 +28,7 @@ from tnadapt.algebra.superlora import SuperLoRA, share_maps
 from tnadapt.argument_checks import flag, integer, is_sequence, wrong_argument
 from tnadapt.backends import load_backend
 from tnadapt.checkpoints.adapter_file import plan_of
+from tnadapt.checkpoints.population_file import checked_names
 from tnadapt.errors import BackendError, ConfigError, TargetError, safe_repr, warn
 from tnadapt.targets.roles import is_within
 from tnadapt.targets.target import Target, check_distinct
@@ -36,8 +37,9 @@ from ._adapter import Adapter
 from ._delta import is_sharded
 from ._forward_pass import PassHooks, check_dropout
 from ._forward_patch import ACTIVATIONS, STRATEGIES, ForwardPatch
+from ._population import Population
 from ._registry import attached, freeze, install_methods, overlapping, prepare, refuse_merged, take_off, untie
-from ._state import ADAPTERS_ATTR, DOT, AdapterSlot, AdapterState, is_array
+from ._state import ADAPTERS_ATTR, DOT, AdapterSlot, AdapterState, Members, is_array
 from ._strategy_choice import TOKENS, is_quantized, strategy_of
 from ._target_selection import check_ordered, find_targets, of_patterns
 from ._weights import DTYPES, bound, host_of, join, names_of_shared, paths_of, tensors_of, tied
@@ -162,6 +164,9 @@ def attach(
     progress: Callable[[int, int], None] | None = None,
     detach_norm: bool = False,
     dropout: float = 0.0,
+    population: int | None = None,
+    names: Sequence[str | None] | None = None,
+    seeds: str = "one",
     **settings: Any,
 ) -> Adapter:
     """Attach an adapter to the query and value projections, or other weights, of any torch model.
@@ -224,6 +229,14 @@ def attach(
     dropout : float
         The probability with which single elements of x are zero in the adapter's own part of a layer's output, in
         training mode (``lora_dropout`` of PEFT; :mod:`tnadapt.torch._forward_pass`). It is not saved with the adapter.
+    population : int, optional
+        Attach a :class:`tnadapt.torch.Population` of so many adapters: every trained array has a leading axis of that
+        length, and ``with adapter.members(...)`` gives each row of a batch its member. Frozen arrays are shared.
+    names : sequence of (str or None), optional
+        The names of the population's members.
+    seeds : {"one", "each"}
+        Whether the members of a population start alike, or each from random arrays of its own: member k from the seed
+        ``config.seed + k``. Arrays that θ makes start alike in any case.
     **settings
         With the name of a preset: its settings, and fields of :class:`tnadapt.Config`. (``layers`` is always the one
         above.)
@@ -298,7 +311,8 @@ def attach(
         AttachRequest(
             model, cfg, targets, name, layers=layers, exclude=exclude, keep_trainable=keep_trainable, biases=biases,
             strategy=strategy, tokens=tokens, activation=activation, dtype=dtype, untie=untie, keep_tied=keep_tied,
-            given=given, progress=progress, detach_norm=detach_norm, dropout=dropout,
+            given=given, progress=progress, detach_norm=detach_norm, dropout=dropout, population=population,
+            names=names, seeds=seeds,
         )
     )  # fmt: skip
     if is_given:
@@ -369,6 +383,9 @@ class AttachRequest:
     progress: Callable[[int, int], None] | None = None
     detach_norm: bool
     dropout: float = 0.0
+    population: int | None = None
+    names: Sequence[str | None] | None = None
+    seeds: str = "one"
     fresh: bool = True
     kept: Sequence[str] | None = None
     copies: Sequence[str] = ()
@@ -383,6 +400,15 @@ class AttachRequest:
         put("dtype", checked_dtype(self.dtype))
         put("detach_norm", flag("detach_norm", self.detach_norm))
         put("dropout", check_dropout(self.dropout))
+        if self.population is None:
+            if self.names is not None or self.seeds != "one":
+                raise ConfigError("names and seeds are those of a population's members: give population=, too")
+            return
+        put("population", integer("population", self.population, 1, MAX_SIZE, ConfigError))
+        if self.names is not None:
+            put("names", tuple(checked_names(self.names, self.population)))
+        if self.seeds not in SEEDS:
+            raise ConfigError(f"seeds must be one of {', '.join(SEEDS)}; got {safe_repr(self.seeds)}")
 
 
 def check_form(strategy: Any, activation: Any) -> None:
@@ -391,6 +417,10 @@ def check_form(strategy: Any, activation: Any) -> None:
         raise ConfigError(f"strategy must be one of {', '.join(STRATEGIES)}; got {safe_repr(strategy)}")
     if activation is not None and (not isinstance(activation, str) or activation not in ACTIVATIONS):
         raise ConfigError(f"activation must be one of {', '.join(ACTIVATIONS)}, or None; got {safe_repr(activation)}")
+
+
+#: Whether the members of a population start alike, or each from its own seed.
+SEEDS = ("one", "each")
 
 
 class Form(NamedTuple):
@@ -474,14 +504,18 @@ def _install(request: AttachRequest, targets: Sequence[Target], plan: SuperLoRA,
     model, kept = request.model, request.kept
     if kept is None:
         kept = kept_names(model, request.keep_trainable, request.biases, targets)
-    arrays = _arrays(request, plan, forms[0])
+    members = None
+    if request.population is not None:
+        members = Members(request.population, None if request.names is None else tuple(request.names), request.seeds)
+    arrays = _arrays(request, plan, forms[0], members)
     pairs = tied(names_of_shared(model), targets)
     # Nothing can fail from here on, but an interrupt may come.
     state = AdapterState(
         model, request.name, plan, targets, kept, request.activation, request.detach_norm, request.dropout
     )
     state.alone = tuple(target.name for target in targets if any(target.name in pair for pair in pairs))
-    adapter = Adapter(state)
+    state.members = members
+    adapter = Adapter(state) if members is None else Population(state)
     try:
         for second in dict.fromkeys([*(second for _, second in pairs), *request.copies]):
             untie(state, second)
@@ -503,7 +537,7 @@ def _install(request: AttachRequest, targets: Sequence[Target], plan: SuperLoRA,
     return adapter
 
 
-def _arrays(request: AttachRequest, plan: SuperLoRA, form: Form) -> dict[str, torch.Tensor]:
+def _arrays(request: AttachRequest, plan: SuperLoRA, form: Form, members: Members | None) -> dict[str, torch.Tensor]:
     """Return the new parameters, on the device of the first weight, or of a quantized layer's tensors."""
     # Loaded before any program is compiled: loading it later would trigger a recompilation.
     load_backend("numpy")
@@ -520,10 +554,13 @@ def _arrays(request: AttachRequest, plan: SuperLoRA, form: Form) -> dict[str, to
         raise TargetError("the model is sharded already; attach first, then fully_shard(model)")
     # Leave inference mode: tensors created in it could never be trained.
     with torch.inference_mode(False):
+        leading = () if members is None else (members.count,)
         # No values exist on the meta device: reset() draws them later.
         if device.type == "meta" or not request.fresh:
-            return {name: torch.zeros(shape, dtype=dtype, device=device) for name, shape in plan.param_shapes.items()}
-        return plan.init("torch", DTYPES[dtype], device)
+            shapes = plan.param_shapes.items()
+            return {name: torch.zeros((*leading, *shape), dtype=dtype, device=device) for name, shape in shapes}
+        arrays = plan.init("torch", DTYPES[dtype], device)
+        return arrays if members is None else members.initial(arrays, plan.drawn_for)
 
 
 def _put_on(state: AdapterState, form: Form) -> None:

@@ -61,6 +61,10 @@ def in_dispatch_mode() -> bool:
     )
 
 
+#: The number of the running backward pass, or -1. Private to torch: a version without it only loses the check.
+backward_number: Callable[[], int] = getattr(torch._C, "_current_graph_task_id", lambda: -1)
+
+
 def traced() -> bool:
     """Return whether single operations have to be seen, so that no autograd function of ours may stand for them."""
     return torch.compiler.is_compiling() or in_functorch() or in_dispatch_mode()
@@ -531,7 +535,7 @@ def distribute(tensor: Tensor, like: Tensor) -> Tensor:
 def copy_all(pairs: Sequence[tuple[Tensor, Any]]) -> None:
     """Copy whole arrays, equal on all processes, into tensors: all of them, or none on failure or interruption."""
     # Convert everything before the first write, so that bad input changes nothing.
-    sources = [torch.as_tensor(array, dtype=tensor.dtype, device=tensor.device) for tensor, array in pairs]
+    sources = [torch.as_tensor(array, dtype=tensor.dtype, device=tensor.device).detach() for tensor, array in pairs]
     with torch.no_grad():
         new = [(tensor, distribute(source, tensor)) for (tensor, _), source in zip(pairs, sources, strict=True)]
         old = [(tensor, tensor.detach().clone()) for tensor, _ in pairs]
@@ -617,7 +621,7 @@ class Snapshot(NamedTuple):
             return False  # sharded meanwhile: sharded and ordinary tensors cannot be compared
         if self.version is None:
             return torch.equal(array, saved)
-        return _versions(array) == self.version and _memory(array) == _memory(saved)
+        return _versions(array) == self.version and memory(array) == memory(saved)
 
 
 def _local(array: Tensor) -> Tensor:
@@ -630,7 +634,8 @@ def _versions(array: Tensor) -> int:
     return version(array) + version(_local(array))
 
 
-def _memory(array: Tensor) -> tuple[Any, ...]:
+def memory(array: Tensor) -> tuple[Any, ...]:
+    """Return what tells whether two tensors are the same memory, while both are alive."""
     local = _local(array)
     # The identity of the storage, since the address is zero where there is no memory.
     return local.untyped_storage()._cdata, local.storage_offset(), local.stride()
@@ -825,6 +830,14 @@ _numbers = itertools.count()
 _caches: weakref.WeakValueDictionary[int, DeltaCache] = weakref.WeakValueDictionary()
 
 
+@dataclasses.dataclass
+class Passing:
+    """A forward pass of the whole model: its number, or 0 outside of one, and whether it began with gradients."""
+
+    number: int = 0
+    with_gradients: bool = False
+
+
 class DeltaCache(ArrayCache):
     """The updates of one plan, cached and checked against the current arrays at every use.
 
@@ -864,10 +877,15 @@ class DeltaCache(ArrayCache):
         for place, (part, first) in enumerate(plan.config_plans):
             cached_part = CachedPart(part, list(part.array_shapes), first, -1 - place)
             self._part += [cached_part] * len(part.shapes)
-        #: Number of the current forward pass of the whole model; 0 outside of one.
-        self._pass = 0
-        #: Whether the last forward pass of the whole model began with gradients.
-        self.began_with_gradients = False
+        #: The forward pass of the whole model; of the members of a population, the same.
+        self.passing = Passing()
+
+    def twin(self) -> DeltaCache:
+        """Return an empty cache of the same plan, for other arrays."""
+        twin = DeltaCache.__new__(DeltaCache)
+        twin.__dict__.update(self.__dict__, _entries={}, _snapshots={}, _traced=None, number=next(_numbers))
+        _caches[twin.number] = twin
+        return twin
 
     def names(self, index: int) -> Sequence[str]:
         """Return the names of all arrays that are read for the update of one weight."""
@@ -879,17 +897,17 @@ class DeltaCache(ArrayCache):
 
     def begin(self) -> None:
         """Record that a forward pass of the whole model starts."""
-        self.began_with_gradients = torch.is_grad_enabled()
+        self.passing.with_gradients = torch.is_grad_enabled()
         if not torch.compiler.is_compiling():
-            self._pass = time.perf_counter_ns()
-        if self.began_with_gradients:
+            self.passing.number = time.perf_counter_ns()
+        if self.passing.with_gradients:
             # In training the arrays have changed since: cached updates would only take memory. A compiled program does
             # this, too, each time it runs: nothing else tells of the step of a fused optimizer that follows.
             self.forget()
 
     def end(self) -> None:
         super().end()
-        self._pass, self.began_with_gradients = 0, False
+        self.passing.number, self.passing.with_gradients = 0, False
 
     def get(self, lookup: Lookup, index: int, dtype: torch.dtype | None = None) -> Tensor:
         """Return the update of one weight for the current arrays; where it is cached, in ``dtype`` if one is given."""
@@ -905,7 +923,8 @@ class DeltaCache(ArrayCache):
         if self._large[index] or (alone and torch.is_grad_enabled()) or not can_cache(inputs, alone):
             if not alone and reuses_in_pass(inputs):
                 modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-                return self._once((self._pass, *modes) if self._pass else 0, lookup, index)
+                number = self.passing.number
+                return self._once((number, *modes) if number else 0, lookup, index)
             return recomputed(delta_slice, *inputs)
         if alone:
             entry = self.entry(index, delta_slice.names, inputs, lambda arrays: {index: delta_slice(*arrays)})
@@ -963,7 +982,9 @@ def can_cache(arrays: Sequence[Tensor], alone: bool) -> bool:
         if alone or arrays[0].device.type == "meta" or any(array.is_inference() for array in arrays):
             return False
         # Fused optimizers write to arrays that have gradients without changing their versions.
-        stepped = any(array.is_leaf and array.grad is not None for array in arrays)
+        # An array of a member is a view of the parameter.
+        owners = [array if array._base is None else array._base for array in arrays]
+        stepped = any(owner.is_leaf and owner.grad is not None for owner in owners)
         if is_captured() or (not torch.is_grad_enabled() and stepped):
             return False
     # A trace or a captured graph must contain the computation of the update, tensors wrapped by torch.func are valid
@@ -1034,13 +1055,14 @@ class ThetaArrays(ArrayCache):
         if torch.compiler.is_compiling():
             arrays = self._of_trace(trace_number())
             if not arrays:
-                arrays.update(self._made(thetas))
+                arrays.update(self.computed(thetas))
             return arrays
         if not can_cache(thetas, False):
-            return self._made(thetas)
-        return self.entry((), list(self.theta.shapes), thetas, self._made).tensors
+            return self.computed(thetas)
+        return self.entry((), list(self.theta.shapes), thetas, self.computed).tensors
 
-    def _made(self, thetas: Sequence[Tensor]) -> dict[str, Tensor]:
+    def computed(self, thetas: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Compute the arrays; leading axes of θ, which all have, are leading axes of them."""
         backend = load_backend("torch")
         arrays: dict[str, Tensor] = {}  # which torch.compile traces, unlike dict[str, Tensor]()
         for part, theta in zip(self.theta.parts, thetas, strict=True):
@@ -1050,8 +1072,8 @@ class ThetaArrays(ArrayCache):
             else:
                 # Steps of fused optimizers, which follow a backward pass, do not change version counters.
                 vec = recomputed(_Moved(part, None if on_host(theta) else self.forget), theta)
-            for (full, shape), piece in zip(part.arrays.items(), torch.split(vec, sizes), strict=True):
-                change = piece.view(shape)
+            for (full, shape), piece in zip(part.arrays.items(), torch.split(vec, sizes, -1), strict=True):
+                change = piece.reshape(*theta.shape[:-1], *shape)
                 arrays[full] = self.plan.array_start(backend, full, theta) + change if self.theta.offset else change
         return arrays
 

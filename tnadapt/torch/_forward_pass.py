@@ -15,7 +15,7 @@ import inspect
 import textwrap
 import threading
 import warnings
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -27,7 +27,7 @@ from tnadapt.backends import load_backend
 from tnadapt.errors import ConfigError, TargetError, safe_repr
 
 from . import _delta, _forms, _state
-from ._delta import recomputed, traced
+from ._delta import backward_number, recomputed, traced
 from ._forms import Change, LowRank, Operation, Update, UpdatedWeight, add_features, updated
 from ._quantized import quantized_type
 from ._state import AdapterSlot, AdapterState, current, mixing_weight, weight_params
@@ -115,10 +115,6 @@ class ColumnDropout:
 # -- Whether an adapter acts, and its updates and factors --------------------------------------------------------------
 
 
-#: The number of the running backward pass, or -1. Private to torch: a version without it only loses the check.
-_graph_task: Callable[[], int] = getattr(torch._C, "_current_graph_task_id", lambda: -1)
-
-
 def acts(state: AdapterState) -> bool:
     """Return whether the adapter contributes to a forward pass."""
     if not state.enabled or state.merged is not None:
@@ -163,7 +159,7 @@ def _refuse_reentrant(state: AdapterState) -> None:
     # Reentrant checkpointing runs a separate backward pass for each region. DistributedDataParallel takes the first one
     # for the complete gradient of an array that several regions share, unless it was told that the graph is static.
     # A pass that began with gradients but runs without them here is inside reentrant checkpointing.
-    if not state.cache.began_with_gradients or torch.is_grad_enabled():
+    if not state.cache.passing.with_gradients or torch.is_grad_enabled():
         return
     import torch.distributed as distributed
 
@@ -185,7 +181,7 @@ def _refuse_reentrant(state: AdapterState) -> None:
 
 def in_backward() -> bool:
     """Return whether a backward pass is running, as when a checkpointed region is recomputed."""
-    return _graph_task() != -1
+    return backward_number() != -1
 
 
 def check_recomputation(state: AdapterState) -> None:
@@ -200,7 +196,8 @@ def check_recomputation(state: AdapterState) -> None:
 def _settings(state: AdapterState) -> tuple[Hashable, ...]:
     assignment = _state.assignment_of(state)
     names = None if assignment is None else assignment.names
-    return state.enabled, mixing_weight(state), state.merged is not None, names
+    active = None if state.members is None or state.members.active is None else state.members.active.number
+    return state.enabled, mixing_weight(state), state.merged is not None, names, active
 
 
 # -- Hooks -----------------------------------------------------------------------------------------------------
@@ -239,17 +236,20 @@ class PassHooks:
             if hasattr(state.owner, "unshard") and not all(on_host):
                 # FSDP2 writes gathered shards into the same memory, and keeps the version counters.
                 state.clear_cache()
-        elif torch.is_grad_enabled() and state.made is not None:
-            state.made.forget()  # as in DeltaCache.begin
-        if acts(state) and any(slot.strategy != "factored" for slot in state.slots):
-            state.cache.begin()
+        elif torch.is_grad_enabled() and state.acting.made is not None:
+            state.acting.made.forget()  # as in DeltaCache.begin
+        # What is selected of the members in a batch serves all layers of a pass.
+        if acts(state) and (state.members is not None or any(slot.strategy != "factored" for slot in state.slots)):
+            state.acting.cache.begin()
+        if state.members is not None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            state.clear_cache()  # any member may be trained in this pass
 
     def end(self, module: nn.Module, args: Any, output: Any) -> None:
         """Clean up after the pass, also if it failed; ``output`` is then None (forward hook)."""
         state = self.state
-        state.cache.end()
-        if state.made is not None:
-            state.made.end()
+        state.acting.cache.end()
+        if state.acting.made is not None:
+            state.acting.made.end()
         if torch.compiler.is_compiling() or output is None:
             return
         if not acts(state):
@@ -443,7 +443,12 @@ def _stored(slot: AdapterSlot) -> _Stored | None:
         return None
     if target.rows is not None or target.index is not None or target.transposed or slot.quantized:
         return None
-    if state.activation is not None or state.made is not None or not state.plan.applying.additive:
+    if (
+        state.activation is not None
+        or state.made is not None
+        or state.members is not None
+        or not state.plan.applying.additive
+    ):
         return None
     return _Stored(state, *how.stored, how.network.scale)
 

@@ -41,7 +41,7 @@ from ._delta import Function, recomputed, traced
 from ._forms import ITSELF, LINEAR, Convolution
 from ._forward_pass import LowRankLayer, PatchedParameter, dropped_inputs, factors, updated_weight
 from ._quantized import is_packed, quantized_type
-from ._state import AdapterSlot, AdapterState, mixing_weight
+from ._state import AdapterSlot, AdapterState, assignment_of, mixing_weight, unnamed_member
 from ._weights import shows_products
 
 # -- Experts: updates added to the products of the tokens that are routed to them --------------------------------------
@@ -508,7 +508,7 @@ class ForwardPatch:
                     continue
                 if not compiling:  # for the warning that no patch ran; a changing set would break the graph
                     slot.adapter.threads.add(threading.get_ident())
-                acting.append(slot)
+                acting.append(slot if slot.adapter.members is None else _of_member(slot))
         return acting
 
     def run(self, acting: Sequence[AdapterSlot], args: Any, kwargs: Any, drop: bool = True) -> Any:
@@ -686,6 +686,17 @@ class ForwardPatch:
             factored = _forms.on_device(factored, x.device)
         activation = None if adapter.activation is None else ACTIVATIONS[adapter.activation]
         return _forward_pass.scaled(adapter, _forms.product(x, factored, activation))
+
+
+def _of_member(slot: AdapterSlot) -> AdapterSlot:
+    """Return a population's slot for the member that acts on all rows; the slot itself where rows have members."""
+    state = slot.adapter
+    if state.by_rows and assignment_of(state) is not None:
+        return slot
+    active = cast(Any, state.members).active
+    if active is None:
+        raise unnamed_member(state)
+    return slot if torch.compiler.is_compiling() else cast(AdapterSlot, active.slot(slot))
 
 
 def _uncover(names: Sequence[tuple[nn.Module, str]]) -> None:

@@ -64,7 +64,7 @@ def overlapping(model: nn.Module) -> list[AdapterState]:
 def refuse_merged(model: nn.Module, what: str, but: AdapterState | None = None) -> None:
     """Raise a TargetError if an adapter, except one, is merged into the weights; ``what`` needs the base without it."""
     for other in overlapping(model):
-        if other is not but and other.merged is not None:
+        if other.merged is not None and (but is None or other is not but.whole):
             raise TargetError(f"adapter {other.name!r} is merged into the base: unmerge it before {what}")
 
 
@@ -114,7 +114,7 @@ def mix(model: nn.Module, weights: Mapping[str, float]) -> None:
 
 def set_weight(adapter: AdapterState, weight: float) -> None:
     """Set one mixing weight; see :meth:`Adapter.set_weight`."""
-    number = _finite(weight)
+    number, adapter = _finite(weight), adapter.whole
     if number != adapter.weight:
         need_unmerged(adapter, "another weight")
     all_or_none(AdapterState.set_weight, [(adapter, number)], [(adapter, adapter.weight)])
@@ -218,6 +218,8 @@ def trim_idle(states: Iterable[AdapterState]) -> None:
     """
     states = list(states)
     for state in states:
+        if state.members is not None:
+            state.members.drop_caches()
         if state.weight != 0.0 or state.by_rows:
             state.idle = None
         elif state.idle is None:
@@ -242,8 +244,7 @@ def trim_idle(states: Iterable[AdapterState]) -> None:
 
 def _bytes_held(state: AdapterState) -> int:
     """Return the bytes that an adapter caches beyond its own parameters."""
-    theta_bytes = 0 if state.made is None else state.made.held()
-    return state.cache.held() + state.quotients.held() + theta_bytes + held_by_draws(drawn(state.plan))
+    return sum(cache.held() for cache in state.caches()) + held_by_draws(drawn(state.plan))
 
 
 # -- The base, frozen while any adapter is attached --------------------------------------------------------------------
@@ -473,9 +474,9 @@ def let_go_merged(state: AdapterState, max_error: float | None = None) -> None:
     if state.merged is None:
         merge(state, max_error)
     try:
-        _take_off_merged(state)
+        _take_off_merged(state.whole)
     except BaseException:  # finish when interrupted: half of it would add the update twice
-        _take_off_merged(state)
+        _take_off_merged(state.whole)
         raise
 
 

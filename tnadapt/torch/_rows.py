@@ -17,9 +17,20 @@ from tnadapt.targets.target import Target
 from ._forms import add_features
 from ._forward_pass import drops_input, factors
 from ._forward_patch import ForwardPatch, is_read
+from ._members import MemberRows, factors_of
+from ._members import changes as member_changes
 from ._quantized import is_embedding
 from ._registry import attached, overlapping, trim_idle
-from ._state import AdapterSlot, AdapterState, RowAssignment, RowRunner, assignment_of, entered, mixing_weight
+from ._state import (
+    AdapterSlot,
+    AdapterState,
+    MemberState,
+    RowAssignment,
+    RowRunner,
+    assignment_of,
+    entered,
+    mixing_weight,
+)
 from ._strategy_choice import MACHINES
 from ._weights import sees_tokens_in_order
 
@@ -36,15 +47,22 @@ Output = Callable[[AdapterSlot, Tensor], Tensor]
 Changes = dict[Target, list[tuple[Sequence[int], Tensor]]]
 
 
-def add_changes(output: Output, assignment: RowAssignment, groups: Sequence[Group], x: Tensor, y: Tensor) -> Tensor:
-    """Return y plus the changes of all groups; x and y are ``(names, rows of each, features)``."""
+def computed_changes(output: Output, assignment: RowAssignment, groups: Sequence[Group], x: Tensor) -> Changes:
+    """Compute the changes of all groups; x is ``(names, rows of each, features)``."""
     acting = [(rows, slots) for rows, slots in groups if slots]
     changes = grouped(assignment, acting, x)
-    if changes is None:
-        changes = looped(output, assignment, acting, x)
+    return looped(output, assignment, acting, x) if changes is None else changes
+
+
+def add_changes(assignment: RowAssignment, changes: Changes, y: Tensor) -> Tensor:
+    """Return y, ``(names, rows of each, features)``, plus changes."""
     for target, several in changes.items():
-        rows = assignment.index([row for numbers, _ in several for row in numbers], y.device)
+        order = [row for numbers, _ in several for row in numbers]
         change = torch.cat([part for _, part in several]) if len(several) > 1 else several[0][1]
+        if order == list(range(len(y))):
+            y = add_features(y, target, change)
+            continue
+        rows = assignment.index(order, y.device)
         if target.rows is None:
             y = y.index_add(0, rows, change.to(y.dtype))
         else:
@@ -72,7 +90,7 @@ def grouped(assignment: RowAssignment, groups: Sequence[Group], x: Tensor) -> Ch
     if len(counts) > 1:
         numbers = [place for place, (rows, _) in enumerate(groups) for _ in rows]
     changes: Changes = {}
-    blocks = x.index_select(0, assignment.index(order, x.device))
+    blocks = x if order == list(range(len(x))) else x.index_select(0, assignment.index(order, x.device))
     for place, slot in enumerate(first):
         several = [factors(slots[place]) for _, slots in groups]
         pairs = [factored.terms[0][0] for factored in several]
@@ -126,14 +144,14 @@ def _are_alike(groups: Sequence[Group]) -> bool:
 #   tensors as inputs, such as masks, in which rows cannot be told apart, on the whole batch for each group.
 
 
-def check_usable(state: AdapterState, named: bool) -> None:
+def check_usable(state: AdapterState, named: bool, call: str = "rows()") -> None:
     """Raise a TargetError if an adapter is merged, or disabled although rows name it."""
     if state.merged is not None:
         raise TargetError(
-            f"adapter {state.name!r} is merged into the base, and so into every row: unmerge() it before rows()"
+            f"adapter {state.name!r} is merged into the base, and so into every row: unmerge() it before {call}"
         )
     if named and not state.enabled:
-        raise TargetError(f"adapter {state.name!r} is disabled, and rows() names it: leave disabled() first")
+        raise TargetError(f"adapter {state.name!r} is disabled, and {call} names it: leave disabled() first")
 
 
 _runner: RowRunner | None = None
@@ -157,24 +175,16 @@ def run_by_rows(patch: ForwardPatch, args: Any, kwargs: Any) -> Any:
     if assignment is None:
         return patch.run(patch.acting(), args, kwargs)
     for slot in slots:
-        if slot.adapter in assignment.governed:
+        if slot.adapter.whole in assignment.governed:
             slot.adapter.threads.add(threading.get_ident())
-            check_usable(slot.adapter, slot.adapter in assignment.groups)
+            check_usable(slot.adapter, assignment.names_adapter(slot.adapter), assignment.call)
     acting = patch.acting(alone=False)
-    always = [slot for slot in acting if slot.adapter not in assignment.governed]
-    of_adapter: dict[AdapterState | None, list[AdapterSlot]] = {}
-    for slot in acting:
-        of_adapter.setdefault(slot.adapter, []).append(slot)
-    groups: list[Group] = []
-    # Rows of adapters that do not act in this layer are base rows, which form one group.
-    rest: list[int] = []
-    for state, numbers in assignment.groups.items():
-        if state in of_adapter:
-            groups.append((numbers, [*of_adapter[state], *always]))
-        else:
-            rest += numbers
-    if rest:
-        groups.append((sorted(rest), always))
+    always = [slot for slot in acting if slot.adapter.whole not in assignment.governed]
+    if isinstance(assignment, MemberRows):
+        y = _of_members(patch, assignment, [slot for slot in acting if slot not in always], always, args, kwargs)
+        if y is not None:
+            return y
+    groups = _groups(assignment, acting, always)
     if len(groups) == 1:
         if len(assignment.names) > 1:
             x = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
@@ -190,18 +200,70 @@ def run_by_rows(patch: ForwardPatch, args: Any, kwargs: Any) -> Any:
     return divided(patch, assignment, groups, x, args, kwargs, whole)
 
 
-# -- Two ways to run groups ------------------------------------------------------------------------------------
+def _groups(assignment: RowAssignment, acting: Sequence[AdapterSlot], always: Sequence[AdapterSlot]) -> list[Group]:
+    """Return the rows of each adapter or member with its slots, and those of the base."""
+    of_adapter: dict[AdapterState | None, list[AdapterSlot]] = {}
+    for slot in acting:
+        of_adapter.setdefault(slot.adapter, []).append(slot)
+    groups: list[Group] = []
+    # Rows of adapters that do not act in this layer are base rows, which form one group.
+    rest: list[int] = []
+    for state, numbers in assignment.groups.items():
+        slots = None if state is None else of_adapter.get(state.whole)
+        if slots is None:
+            rest += numbers
+        elif isinstance(state, MemberState):
+            groups.append((numbers, [*map(state.slot, slots), *always]))
+        else:
+            groups.append((numbers, [*slots, *always]))
+    if rest:
+        groups.append((sorted(rest), list(always)))
+    return groups
+
+
+# -- Ways ------------------------------------------------------------------------------------------------------
+
+
+def _of_members(
+    patch: ForwardPatch,
+    assignment: MemberRows,
+    slots: Sequence[AdapterSlot],
+    always: list[AdapterSlot],
+    args: Any,
+    kwargs: Any,
+) -> Tensor | None:
+    """Run one product with the base weight, and add what all members add; None where they are better divided."""
+    assignment.begin_layer()
+    if kwargs or len(args) != 1 or not isinstance(args[0], Tensor) or not slots or not assignment.members:
+        return None
+    if not _is_linear(patch) or any(
+        drops_input(slot, patch.host) or slot.adapter.plan.applying.rescales for slot in slots
+    ):
+        return None
+    x = _checked(patch, assignment, args[0])
+    blocks = x.reshape(len(assignment.names), -1, x.shape[-1])
+    tokens = blocks.shape[1] * (assignment.count or 1)
+    if not all(factors_of(slot, tokens) is not None or _is_light(patch, ([0], [slot]), tokens, x) for slot in slots):
+        return None
+    changes: Changes = {}
+    for slot in slots:
+        change = member_changes(assignment, slot, blocks)
+        if change is None:
+            return None
+        changes.setdefault(slot.target, []).append((assignment.order, change))
+    y = patch.run(always, (x,), {})
+    return add_changes(assignment, changes, y.reshape(len(assignment.names), -1, y.shape[-1])).reshape(y.shape)
 
 
 def shared(patch: ForwardPatch, assignment: RowAssignment, groups: list[Group], x: Tensor) -> Tensor:
     """Run one product with the base weight, and add what each group's adapter adds."""
-    always = [slot for slot in groups[0][1] if slot.adapter not in assignment.governed]
+    always = [slot for slot in groups[0][1] if slot.adapter.whole not in assignment.governed]
     y = patch.run(always, (x,), {})
-    governed = [(rows, [slot for slot in slots if slot.adapter in assignment.governed]) for rows, slots in groups]
+    governed = [(rows, [slot for slot in slots if slot.adapter.whole in assignment.governed]) for rows, slots in groups]
     number = len(assignment.names)
     # Rows of one name are consecutive.
     blocks, wide = x.reshape(number, -1, x.shape[-1]), y.reshape(number, -1, y.shape[-1])
-    wide = add_changes(patch.output, assignment, governed, blocks, wide)
+    wide = add_changes(assignment, computed_changes(patch.output, assignment, governed, blocks), wide)
     for rows, slots in governed:
         if any(slot.adapter.plan.applying.rescales for slot in slots):
             index = assignment.index(rows, x.device)
@@ -275,17 +337,18 @@ def _checked(patch: ForwardPatch, assignment: RowAssignment, x: Tensor | None) -
     wanted = len(assignment.names)
     if x is None or x.ndim < 2 or x.is_nested:
         got = "no tensor" if x is None else "a nested tensor" if x.is_nested else f"an input of shape {tuple(x.shape)}"
-        raise TargetError(f"rows() needs layers whose input has rows, and {_name(patch)} got {got}")
-    length = x.shape[0]
+        raise TargetError(f"{assignment.call} needs layers whose input has rows, and {_name(patch)} got {got}")
+    length, entry = x.shape[0], assignment.entry
+    both = f"{assignment.call} has {wanted} {entry}s, and {_name(patch)} got an input of shape {tuple(x.shape)}"
     if length % wanted:
         raise TargetError(
-            f"rows() has {wanted} names, and {_name(patch)} got an input of shape {tuple(x.shape)}: its first "
-            f"dimension must be {wanted}, or a multiple of it, in which each name stands for consecutive rows"
+            f"{both}: its first dimension must be {wanted}, or a multiple of it, in which each {entry} stands for "
+            "consecutive rows"
         )
     if x.ndim > 2 and length != wanted and x.shape[1] == wanted > 1:
         raise TargetError(
-            f"rows() has {wanted} names, and {_name(patch)} got an input of shape {tuple(x.shape)}, whose first or "
-            f"second dimension could be the batch: if it is the first, give a name for each of its {length} rows"
+            f"{both}, whose first or second dimension could be the batch: if it is the first, give a {entry} for each "
+            f"of its {length} rows"
         )
     return x
 
@@ -361,7 +424,8 @@ def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
     model : Module
         The model that the adapters are attached to, a submodule of it or a wrapper.
     names : sequence of str or None
-        An adapter's name for each row; None, or PEFT's ``"__base__"``, for the base alone. If a layer gets more rows,
+        An adapter's name for each row, or the name of a member of a population; None, or PEFT's ``"__base__"``, for
+        the base alone. If a layer gets more rows,
         each name stands for the same number of consecutive ones: ``generate`` repeats rows like this for beams and
         return sequences, and so do models that flatten batch and tokens into one dimension.
 
@@ -402,8 +466,8 @@ def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
     assignment = assigned(model, names)
     try:
         with entered(assignment, row_runner()):
-            for state in filter(None, assignment.groups):
-                state.idle = None
+            for state in assignment.governed:
+                state.idle = None if assignment.names_adapter(state) else state.idle
             yield
     finally:
         trim_idle(assignment.governed)
@@ -418,10 +482,18 @@ def assigned(
             "rows() needs a list with an adapter's name, or None, for each row of the batch; got " + safe_repr(names)
         )
     adapters = attached(model)
+    population = _population_of(adapters, names)
+    if population is not None:
+        return population
     states: list[AdapterState | None] = []
     for name in names:
         if name is not None and not isinstance(name, str):
             raise ConfigError(f"an entry of rows() is an adapter's name or None; got {safe_repr(name)}")
+        if name in adapters and adapters[name].members is not None:
+            raise TargetError(
+                f"adapter {name!r} is a population, and an entry of rows() is one adapter: use "
+                "`with adapter.members([…])`, with a member for each row"
+            )
         if name is None or (name == BASE and name not in adapters):
             states.append(None)
         elif name in adapters:
@@ -433,10 +505,40 @@ def assigned(
     named = {state for state in states if state is not None}
     for state in governed:
         check_usable(state, state in named)
+    _check_apart(model, named)
+    return RowAssignment(states, governed, weights)
+
+
+def _population_of(adapters: Mapping[str, AdapterState], names: Sequence[Any]) -> MemberRows | None:
+    """Return the assignment of names of members of a population; None if none of the names is one."""
+    for state in adapters.values():
+        members = state.members
+        if members is None:
+            continue
+        numbers = [members.number(name) if isinstance(name, str) and name not in adapters else None for name in names]
+        if all(number is None for number in numbers):
+            continue
+        for name, number in zip(names, numbers, strict=True):
+            if number is None and name is not None and name != BASE:
+                raise TargetError(
+                    f"rows() names members of population {state.name!r} and {name!r}, which is none of them: the rows "
+                    "of a batch have members of one population, or adapters"
+                )
+        check_rows(state, "rows()")
+        return MemberRows(state, numbers)
+    return None
+
+
+def check_rows(population: AdapterState, call: str = "members()") -> None:
+    """Raise a TargetError if a population is merged or disabled, or rows cannot be told apart in its layers."""
+    check_usable(population, True, call)
+    _check_apart(population.model, {population})
+
+
+def _check_apart(model: nn.Module, named: set[AdapterState]) -> None:
     _check_batch_first(model, named)
     _check_experts(named)
     _check_embeddings(model, named)
-    return RowAssignment(states, governed, weights)
 
 
 def _check_batch_first(model: nn.Module, named: set[AdapterState]) -> None:

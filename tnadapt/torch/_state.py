@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import gc
 import threading
 import weakref
@@ -26,7 +27,18 @@ from tnadapt.checkpoints.pretrained_model import Pretrained
 from tnadapt.errors import ConfigError, ShapeError, TargetError, warn
 from tnadapt.targets.target import Target
 
-from ._delta import ArrayCache, DeltaCache, ThetaArrays, gather_full, reshard
+from ._delta import (
+    ArrayCache,
+    DeltaCache,
+    ThetaArrays,
+    backward_number,
+    gather_full,
+    in_functorch,
+    is_sharded,
+    memory,
+    reshard,
+    version,
+)
 
 # -- The state, and where a model keeps it -----------------------------------------------------------------------------
 
@@ -37,6 +49,8 @@ PREFIX = "tnadapt_"
 DOT = "%2E"
 #: Prefix of the attributes of a state that are its mixing weight on a device.
 _WEIGHT_ON = "weight on "
+#: Prefix of the attributes of a population's members that are the active one's number on a device.
+_INDEX_ON = "index on "
 #: The model's attribute that holds the states of its adapters by name.
 ADAPTERS_ATTR = "_tnadapt_adapters"
 #: Runs a patched forward, with its arguments and keywords, where rows have different adapters.
@@ -123,6 +137,10 @@ class AdapterState:
     ----------
     model : Module
     name : str
+    whole : AdapterState
+        The population that a :class:`MemberState` belongs to; any other state itself.
+    members : Members or None
+        What a population knows of its members; None for a single adapter.
     plan : SuperLoRA
         Of the parameters, which are in units; ``plan.file_plan`` is that of the arrays in files.
     targets : tuple of Target
@@ -210,6 +228,7 @@ class AdapterState:
         detach_norm: bool = False,
         dropout: float = 0.0,
     ) -> None:
+        self.members: Members | None = None
         self.detach_norm, self.dropout = detach_norm, dropout
         self.model, self.name, self.plan = model, name, plan
         self.model_name = type(model).__name__
@@ -248,12 +267,41 @@ class AdapterState:
         self.pretrained: Pretrained | None = None
         self.handle: Any = None
 
+    @property
+    def whole(self) -> AdapterState:
+        """The population of a member, or the state itself."""
+        return self
+
+    @property
+    def acting(self) -> AdapterState:
+        """The member of a population that acts on all rows, if one does; else the state itself, as in programs."""
+        # A compiled program reads which member is active from a tensor, and has one cache for all.
+        if self.members is None or self.members.active is None or torch.compiler.is_compiling():
+            return self
+        return self.members.active
+
+    def array_of(self, name: str) -> Tensor:
+        """Return an array by its name in the plan, as the model has it at this moment."""
+        parameter = cast(Tensor, self.owner._parameters[self.parameter_names[name]])
+        if self.members is None:
+            return parameter
+        if self.members.active is None or not torch.compiler.is_compiling():
+            raise unnamed_member(self)
+        index = getattr(self.members, self.members.index_name(str(parameter.device)))
+        return parameter.index_select(0, index).squeeze(0)
+
+    def caches(self) -> list[ArrayCache]:
+        """Return its caches, of a population those of all members; those of a member are made on first use."""
+        several = (self.__dict__.get(name) for name in ("cache", "quotients", "made"))
+        caches = [cache for cache in several if cache is not None]
+        if self.members is not None and self.whole is self:
+            caches += [cache for member in self.members.caching() for cache in member.caches()]
+        return caches
+
     def clear_cache(self) -> None:
         """Discard all cached updates."""
-        self.cache.forget()
-        self.quotients.forget()
-        if self.made is not None:
-            self.made.forget()
+        for cache in self.caches():
+            cache.forget()
 
     def __getstate__(self) -> dict[str, Any]:
         # Passes with rows and references belong to this object: a copy has none. Tensors on devices are recomputed.
@@ -282,11 +330,270 @@ class AdapterState:
 constant_result(AdapterState.weight_name)
 
 
+# -- Populations: one state for all members, whose arrays have a leading axis, and one for each member in use ----------
+
+
+class Members:
+    """What a population knows of its members.
+
+    Parameters
+    ----------
+    count : int
+    names : tuple of (str or None), or None
+        The names of the members, in order; None if none has one.
+    seeds : {"one", "each"}
+        Whether the members start alike, or each from random arrays of its own.
+
+    Attributes
+    ----------
+    active : MemberState or None
+        The member that acts on all rows of a forward pass outside of ``with adapter.members(...)``.
+    """
+
+    def __init__(self, count: int, names: tuple[str | None, ...] | None = None, seeds: str = "one") -> None:
+        self.count, self.seeds = count, seeds
+        self.names = names
+        #: The number of the member that is merged, while the population is.
+        self.merged: int | None = None
+        #: The members that the gradient of each array has reached since an optimizer last took a step, by the array's
+        #: name in the plan. Compiled programs note none.
+        self.touched: dict[str, set[int]] = {}
+        #: By which factors layers multiply in the batched form, where the strategy has none; by index of the weight.
+        self.factorings: dict[int, Factoring | None] = {}
+        self.active: MemberState | None = None
+        self._states: weakref.WeakValueDictionary[int, MemberState] = weakref.WeakValueDictionary()
+        self._caching: weakref.WeakValueDictionary[int, MemberState] = weakref.WeakValueDictionary()
+
+    @property
+    def names(self) -> tuple[str | None, ...] | None:
+        """The names of the members, in order; None if none has one."""
+        return self._names
+
+    @names.setter
+    def names(self, names: tuple[str | None, ...] | None) -> None:
+        self._names = names if names is not None and any(name is not None for name in names) else None
+        self._numbers = {name: number for number, name in enumerate(self._names or ()) if name is not None}
+
+    def forget_dropped(self, name: str, parameter: Tensor) -> None:
+        """Forget which members the gradient of an array had reached if it was dropped, as a forward pass begins."""
+        # A pass that recomputes for backward finds no gradient, either, and members that this backward has reached.
+        if not torch.compiler.is_compiling() and parameter.grad is None and backward_number() == -1:
+            self.touched.pop(name, None)
+
+    def number(self, name: str) -> int | None:
+        """Return the number of the member of a name; None if there is none."""
+        return self._numbers.get(name)
+
+    def state(self, whole: AdapterState, number: int) -> MemberState:
+        """Return the state of a member, which is made when it is first used."""
+        state = self._states.get(number)
+        if state is None:
+            state = self._states[number] = MemberState(whole, number)
+        return state
+
+    def caching(self) -> list[MemberState]:
+        """Return the states of the members that have caches."""
+        return _alive(self._caching)
+
+    def drop_caches(self) -> None:
+        """Discard what is cached for members other than the active one: of each it may be as large as the model."""
+        for state in self.caching():
+            if state is not self.active:
+                state.clear_cache()
+
+    def note_caching(self, state: MemberState) -> None:
+        """Remember that a member has caches."""
+        self._caching[state.number] = state
+
+    def initial(self, arrays: Mapping[str, Any], drawn: Callable[[int], dict[str, Any]]) -> dict[str, Tensor]:
+        """Return the initial arrays of all members from those of one; ``drawn(k)`` returns the random ones of k."""
+        several = {
+            name: torch.as_tensor(array).expand(self.count, *array.shape).clone() for name, array in arrays.items()
+        }
+        if self.seeds == "each":
+            for number in range(1, self.count):
+                for name, array in drawn(number).items():
+                    several[name][number] = torch.from_numpy(array)
+        return several
+
+    def renew(self) -> None:
+        """Discard what depends on the plan: the population has another one."""
+        self.factorings.clear()
+        for state in _alive(self._states):
+            state.renew()
+
+    def activate(self, state: MemberState) -> None:
+        """Let a member act on all rows."""
+        self.active = state
+        for name, index in list(self.__dict__.items()):
+            if name.startswith(_INDEX_ON):
+                index.fill_(state.number)
+
+    def index_name(self, device: str) -> str:
+        """Return the name of the attribute that is the active member's number on a device: see ``weight_name``."""
+        name = f"{_INDEX_ON}{device}"
+        if name not in self.__dict__:
+            assert self.active is not None
+            with torch.inference_mode(False):
+                self.__dict__[name] = torch.tensor([self.active.number], device=device)
+        return name
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = {name: value for name, value in self.__dict__.items() if not name.startswith(_INDEX_ON)}
+        return {**state, "_states": None, "_caching": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _states=weakref.WeakValueDictionary(), _caching=weakref.WeakValueDictionary())
+        if self.active is not None:
+            self._states[self.active.number] = self.active
+
+
+constant_result(Members.index_name)
+
+
+def _alive(states: weakref.WeakValueDictionary[int, MemberState]) -> list[MemberState]:
+    # In one step: other threads may add states.
+    return [state for reference in states.valuerefs() if (state := reference()) is not None]
+
+
+class MemberState(AdapterState):
+    """The state of one member, which it shares with its population except for what is computed from its arrays.
+
+    Parameters
+    ----------
+    whole : AdapterState
+    number : int
+    """
+
+    _ALONE = frozenset({"_whole", "number", "cache", "quotients", "made", "handle", "_slots", "_views"})
+
+    def __init__(self, whole: AdapterState, number: int) -> None:
+        self._whole, self.number = whole, number
+        self.handle: Any = None
+        self._forget()
+
+    def _forget(self) -> None:
+        self._slots: dict[AdapterSlot, AdapterSlot] = {}
+        self._views: dict[str, tuple[Tensor, tuple[Any, ...], Tensor]] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in MemberState._ALONE:
+            return getattr(self._whole, name)
+        # Made on first use: most members only have rows in a batch, and in a copy the population is complete last.
+        if name == "cache":
+            self.cache = self._whole.cache.twin()
+        elif name == "quotients":
+            self.quotients = ArrayCache()
+        elif name == "made":
+            self.made = None if self._whole.plan.theta is None else ThetaArrays(self._whole.plan)
+        else:
+            raise AttributeError(name)
+        cast(Members, self._whole.members).note_caching(self)
+        return self.__dict__[name]
+
+    def renew(self) -> None:
+        """Drop what is of the population's plan, which was exchanged for another one."""
+        for name in ("cache", "quotients", "made"):
+            self.__dict__.pop(name, None)
+        self._forget()
+        if self.handle is not None:
+            self.handle.plan = self._whole.plan.file_plan
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in MemberState._ALONE:
+            object.__setattr__(self, name, value)
+        else:
+            setattr(self._whole, name, value)
+
+    @property
+    def whole(self) -> AdapterState:
+        return self._whole
+
+    @property
+    def acting(self) -> AdapterState:
+        return self
+
+    @property
+    def slots(self) -> list[AdapterSlot]:  # type: ignore[override]
+        """Those of the population, for this member."""
+        return [self.slot(slot) for slot in self._whole.slots]
+
+    def slot(self, slot: AdapterSlot) -> AdapterSlot:
+        """Return a slot of the population for this member."""
+        if slot not in self._slots:
+            self._slots[slot] = dataclasses.replace(slot, adapter=self)
+        return self._slots[slot]
+
+    def array_of(self, name: str) -> Tensor:
+        assignment = assignment_of(self)
+        if assignment is not None:
+            return assignment.array(name, self.number)
+        parameter = self._parameter(name)
+        # A view that is kept would be a constant of a trace, or valid only inside a transform.
+        transformed = torch.compiler.is_compiling() or in_functorch()
+        if transformed or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+            return parameter[self.number]
+        if not (torch.is_grad_enabled() and parameter.requires_grad):
+            return parameter[self.number]
+        cast(Members, self._whole.members).forget_dropped(name, parameter)
+        # Caches of what has a graph know an array by its identity. Moving a model exchanges the memory of a parameter,
+        # and after a write in place torch gives a view another node, without the hook.
+        place = *memory(parameter), version(parameter)
+        cached = self._views.get(name)
+        if cached is None or cached[0] is not parameter or cached[1] != place:
+            view = parameter[self.number]
+            # A weak reference: the garbage collector does not look into the hooks of a node.
+            reached = functools.partial(_note_reached, weakref.ref(cast(Members, self._whole.members)))
+            view.register_hook(functools.partial(reached, name, self.number))  # type: ignore[no-untyped-call]
+            cached = self._views[name] = parameter, place, view
+        return cached[2]
+
+    def view(self, name: str) -> Tensor:
+        """Return the member's part of an array as a view, to which numbers can be written."""
+        return self._parameter(name)[self.number]
+
+    def pair(self, name: str, array: Any) -> tuple[nn.Parameter, Any]:
+        """Pair the member's part of an array with its new value; of a sharded one, all members with theirs."""
+        parameter = self._parameter(name)
+        if not is_sharded(parameter):
+            return cast(nn.Parameter, parameter[self.number]), array
+        several = gather_full(parameter).detach().clone()
+        several[self.number] = torch.as_tensor(array, dtype=several.dtype, device=several.device)
+        return cast(nn.Parameter, parameter), several
+
+    def _parameter(self, name: str) -> Tensor:
+        return cast(Tensor, self._whole.owner._parameters[self._whole.parameter_names[name]])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_whole": self._whole, "number": self.number, "handle": self.handle}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._forget()
+
+
+def _note_reached(reference: weakref.ref[Members], name: str, number: int, gradient: Tensor) -> None:
+    members = reference()
+    if members is not None:
+        members.touched.setdefault(name, set()).add(number)
+
+
+def unnamed_member(state: AdapterState) -> TargetError:
+    """Return the error for a population of which one member is needed, and none is named."""
+    assert state.members is not None
+    return TargetError(
+        f"adapter {state.name!r} is a population of {state.members.count} members, and nothing says which of them acts "
+        "here: run the model inside `with adapter.members([…])`, with a member for each row, or call "
+        "adapter[0].activate() of one; disabled() gives the base"
+    )
+
+
 def weight_on(state: AdapterState, device: torch.device) -> Tensor:
     """Return an adapter's mixing weight as a tensor that a compiled program reads.
 
     It is on the device of the program, where one scalar on the CPU would keep the compiler from CUDA graphs.
     """
+    state = state.whole
     # Export without Dynamo runs this on placeholders, and must leave none behind.
     if device.type == "cpu" or not torch.compiler.is_dynamo_compiling():
         return state.weight_tensor
@@ -295,7 +602,7 @@ def weight_on(state: AdapterState, device: torch.device) -> Tensor:
 
 def need_attached(state: AdapterState) -> None:
     """Raise a TargetError if the adapter was detached."""
-    if state.model.__dict__.get(ADAPTERS_ATTR, {}).get(state.name) is not state:
+    if state.model.__dict__.get(ADAPTERS_ATTR, {}).get(state.name) is not state.whole:
         raise TargetError(f"adapter {state.name!r} is no longer attached to its model")
 
 
@@ -341,6 +648,9 @@ def warn_of_references(state: AdapterState) -> None:
 
 def named_parameters(state: AdapterState) -> Iterator[tuple[str, nn.Parameter]]:
     """Yield the parameters with the arrays' names in the plan."""
+    if isinstance(state, MemberState):
+        yield from ((array, cast(nn.Parameter, state.view(array))) for array in state.parameter_names)
+        return
     for array, name in state.parameter_names.items():
         yield array, state.owner._parameters[name]  # type: ignore[misc]
 
@@ -359,19 +669,35 @@ def weight_params(state: AdapterState, index: int) -> list[Tensor]:
 
 
 def _parameters(state: AdapterState, names: Sequence[str]) -> list[Tensor]:
-    # Looked up at each use: FSDP and load_state_dict(assign=True) replace the parameter objects.
-    return [state.owner._parameters[state.parameter_names[name]] for name in names]  # type: ignore[misc]
+    if type(state) is AdapterState and state.members is None:
+        # Looked up at each use: FSDP and load_state_dict(assign=True) replace the parameter objects.
+        return [state.owner._parameters[state.parameter_names[name]] for name in names]  # type: ignore[misc]
+    return [state.array_of(name) for name in names]
 
 
 def full_arrays(state: AdapterState) -> dict[str, Tensor]:
     """Return all parameters by the names of their arrays; sharded ones are gathered (every process must call)."""
+    reshard(state.model, state.owner)  # the memory of what FSDP2 has gathered is freed while the caller has the arrays
     return {name: gather_full(parameter) for name, parameter in named_parameters(state)}
+
+
+def initial_arrays(
+    state: AdapterState, arrays: Mapping[str, Any], drawn: Callable[[int], dict[str, Any]]
+) -> Mapping[str, Any]:
+    """Return initial arrays as an adapter has them: a population those of all members, a member with its own draws."""
+    members = state.members
+    if members is None:
+        return arrays
+    if not isinstance(state, MemberState):
+        return members.initial(arrays, drawn)
+    return {**arrays, **drawn(state.number)} if members.seeds == "each" and state.number else arrays
 
 
 def checked_pairs(state: AdapterState, arrays: Mapping[str, Any]) -> list[tuple[nn.Parameter, Any]]:
     """Pair each parameter with what to copy into it from an array of a file; raise a ShapeError if they do not fit."""
     need_unmerged(state, "new arrays")
-    expected = state.plan.param_shapes
+    leading = () if state.members is None or isinstance(state, MemberState) else (state.members.count,)
+    expected = {name: (*leading, *shape) for name, shape in state.plan.param_shapes.items()}
     shapes = {name: tuple(getattr(array, "shape", ())) for name, array in arrays.items()}
     if shapes != expected:
         wrong = sorted(set(shapes.items()) ^ set(expected.items()))[:4]
@@ -383,6 +709,8 @@ def pairs(state: AdapterState, arrays: Mapping[str, Any]) -> list[tuple[nn.Param
     """Pair each parameter with its new value, in its unit; names and shapes are known to fit."""
     need_unmerged(state, "new arrays")
     reshard(state.model, state.owner)
+    if isinstance(state, MemberState):
+        return [state.pair(name, arrays[name]) for name in state.parameter_names if name in arrays]
     return [(parameter, arrays[name]) for name, parameter in named_parameters(state) if name in arrays]
 
 
@@ -432,10 +760,14 @@ class RowAssignment:
 
     Attributes
     ----------
+    call, entry : str
+        What entered it, and what it has for each row, for messages.
     names : tuple of str or None
     groups : dict of (AdapterState or None) to list of int
         The rows of each distinct adapter, in ascending order.
     """
+
+    call, entry = "rows()", "name"
 
     def __init__(
         self,
@@ -451,11 +783,19 @@ class RowAssignment:
         self._weights = dict(weights or {})
         self._indices: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
 
+    def names_adapter(self, state: AdapterState) -> bool:
+        """Return whether some row has an adapter."""
+        return state in self.groups
+
     def weight(self, state: AdapterState) -> float:
         """Return an adapter's mixing weight: its own, or 1 if it is inactive and named; 0 if no row has it."""
-        if state not in self.groups:
+        if not self.names_adapter(state):
             return 0.0
         return self._weights.get(state, state.weight) or 1.0
+
+    def array(self, name: str, number: int) -> Tensor:
+        """Return an array of a member of a population that has rows here."""
+        raise NotImplementedError
 
     def index(self, rows: Sequence[int], device: torch.device) -> Tensor:
         """Return row numbers as a tensor, which all layers share."""
@@ -471,11 +811,16 @@ _OPEN: ContextVar[tuple[RowAssignment, ...]] = ContextVar("tnadapt_rows", defaul
 _LOCK = threading.Lock()
 
 
+def open_assignments() -> tuple[RowAssignment, ...]:
+    """Return the thread's open assignments, the innermost last."""
+    return _OPEN.get()
+
+
 def assignment_of(state: AdapterState) -> RowAssignment | None:
     """Return this thread's assignment that an adapter is subject to."""
     if not state.by_rows:
         return None
-    return next((assignment for assignment in reversed(_OPEN.get()) if state in assignment.governed), None)
+    return next((assignment for assignment in reversed(_OPEN.get()) if state.whole in assignment.governed), None)
 
 
 def mixing_weight(state: AdapterState) -> float:

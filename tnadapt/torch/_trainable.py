@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -20,7 +20,15 @@ from tnadapt.errors import ConfigError, safe_repr, warn
 
 from . import _state
 from ._delta import DeltaCache, ThetaArrays, copy_all, gather_full, reshard
-from ._state import AdapterSlot, AdapterState, full_arrays, named_parameters, need_unmerged, pairs
+from ._state import (
+    AdapterSlot,
+    AdapterState,
+    full_arrays,
+    initial_arrays,
+    named_parameters,
+    need_unmerged,
+    pairs,
+)
 from ._weights import bound
 
 # -- The arrays to train, and learning rates: Local LoRA, asymmetric LoRA, LoRA+ ---------------------------------------
@@ -47,9 +55,7 @@ def _place(name: str) -> tuple[int | None, set[str]]:
     return int(group), set(parts)
 
 
-def keep(
-    adapter: AdapterState, trained: Collection[str] | None, arrays: Mapping[str, np.ndarray] | None = None
-) -> None:
+def keep(adapter: AdapterState, trained: Collection[str] | None, arrays: Mapping[str, Any] | None = None) -> None:
     """Train only these arrays (None: all), and load new values into some.
 
     On failure or interruption everything is restored.
@@ -81,12 +87,12 @@ def keep(
         raise
 
 
-def _moved_zero(adapter: AdapterState, trained: Collection[str]) -> dict[str, np.ndarray]:
+def _moved_zero(adapter: AdapterState, trained: Collection[str]) -> dict[str, Any]:
     """Return new values for groups still at their start, so that the array that starts at zero is a trained one."""
     plan, everything = adapter.plan, dict(named_parameters(adapter))
     if plan.theta is not None or next(iter(everything.values())).device.type == "meta":
         return {}  # each θ moves all of its arrays; on the meta device, reset() fills them in
-    new_values: dict[str, np.ndarray] = {}
+    new_values: dict[str, Any] = {}
     able, unable = 0, list[int]()
     for number, (group, old, new) in enumerate(
         zip(plan.groups, plan.starts(adapter.trained), plan.starts(trained), strict=True)
@@ -95,14 +101,15 @@ def _moved_zero(adapter: AdapterState, trained: Collection[str]) -> dict[str, np
         if not names or (len(names) == len(group.names) and new.zeros == old.zeros):
             continue
         values = {name: gather_full(everything[full]).detach() for name, full in group.names.items()}
-        if new.zeros != old.zeros and _is_start(old, values):
+        if new.zeros != old.zeros and _is_start(_initial(adapter, group, old), values):
             if adapter.activation == "relu" and new is not group.start:
                 raise ConfigError(
                     f"adapter {adapter.name!r} has 'relu' between its factors, whose derivative at zero is zero: "
                     f"{_last_words(names)} alone could never be trained from ΔW = 0. Train "
                     f"{_last_words(group.start.zeros)} too, or use another activation"
                 )
-            new_values.update({full: new.host(name) for name, full in group.names.items()})
+            initial = _initial(adapter, group, new)
+            new_values.update({full: initial[name] for name, full in group.names.items()})
         elif not can_learn(group, values, names):
             unable.append(number)
             continue
@@ -117,10 +124,14 @@ def _moved_zero(adapter: AdapterState, trained: Collection[str]) -> dict[str, np
     return new_values
 
 
-def _is_start(start: Initializer, values: Mapping[str, Tensor]) -> bool:
-    """Return whether arrays are bit for bit those of a start."""
+def _initial(adapter: AdapterState, group: Group, start: Initializer) -> Mapping[str, Any]:
+    return initial_arrays(adapter, {name: start.host(name) for name in group.names}, start.drawn_for)
+
+
+def _is_start(initial: Mapping[str, Any], values: Mapping[str, Tensor]) -> bool:
+    """Return whether arrays are bit for bit the initial ones."""
     return all(
-        torch.equal(array.cpu(), torch.from_numpy(start.host(name)).to(array.dtype)) for name, array in values.items()
+        torch.equal(array.cpu(), torch.as_tensor(initial[name]).to(array.dtype)) for name, array in values.items()
     )
 
 
@@ -215,6 +226,8 @@ def _exchange(adapter: AdapterState, plan: SuperLoRA, slots: Mapping[AdapterSlot
         patch.exchange(slots)
     adapter.slots = [slots.get(slot, slot) for slot in adapter.slots]
     adapter.handle.plan = plan.file_plan
+    if adapter.members is not None:
+        adapter.members.renew()
 
 
 # -- The methods that read, choose and start the parameters ------------------------------------------------------------
@@ -403,7 +416,8 @@ class AdapterParameters:
         if state.plan.needs_base:
             owners = [slot.owner for slot in state.slots[: len(state.targets)]]
             state.plan.fill(bound(state.plan, state.targets, owners))
-        self.load_arrays(self.plan.init(trained=self.trained))
+        drawn = functools.partial(self.plan.drawn_for, trained=self.trained)
+        self.load_arrays(initial_arrays(state, self.plan.init(trained=self.trained), drawn))
 
     @checks_arguments
     def start_from(self, arrays: Mapping[str, Any]) -> None:
@@ -456,15 +470,16 @@ class AdapterParameters:
                 f"adapter {state.name!r} is on the meta device: give the model its weights and call reset() before "
                 "start_from()"
             )
-        for name, start in state.plan.init(trained=state.trained).items():
+        drawn = functools.partial(state.plan.drawn_for, trained=state.trained)
+        for name, start in initial_arrays(state, state.plan.init(trained=state.trained), drawn).items():
             value = gather_full(current[name]).detach().cpu()
-            if not torch.equal(value, torch.from_numpy(start).to(value.dtype)):
+            if not torch.equal(value, torch.as_tensor(start).to(value.dtype)):
                 raise ConfigError(
                     f"adapter {state.name!r} has been trained or loaded, and another start would change its ΔW: call "
                     "reset(), which discards what was trained, before start_from(), or attach another adapter"
                 )
         _check_gradient(state, plan)
-        new = pairs(state, plan.init())
+        new = pairs(state, initial_arrays(state, plan.init(), plan.drawn_for))
         numbers = [(parameter, parameter.detach().clone()) for parameter, _ in new]
         before = state.plan
         slots = {
@@ -488,7 +503,8 @@ class AdapterParameters:
         Parameters
         ----------
         arrays : mapping of str to array
-            NumPy arrays or tensors, named and shaped as ``plan.param_shapes``.
+            NumPy arrays or tensors, named and shaped as ``plan.param_shapes``; of a population with the axis of members
+            in front, as :meth:`arrays` returns them.
 
         Raises
         ------

@@ -46,7 +46,7 @@ def complete_trainer_card(folder: Path, where: str) -> None:
     theirs = card.read_text(encoding="utf-8")
     if unmarked(theirs) is not None or _TAG not in _tags(_parts(theirs)[0]):
         return
-    ours = unmarked(model_card(adapter_format.load(file), where, {}))
+    ours = unmarked(model_card(adapter_format.load_single(file), where, {}))
     assert ours is not None
     card.write_text(marked(_combined(ours, theirs)), encoding="utf-8", newline="\n")
 

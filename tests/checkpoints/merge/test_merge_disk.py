@@ -520,7 +520,7 @@ def test_an_input_that_changes_while_it_is_read_is_noticed(
     where = scene(tmp_path, single=what != "another file")
     adapter = where.adapters[0]
     path, when, owner, step = {
-        "adapter": (adapter, "read", merge_job, "load"),
+        "adapter": (adapter, "read", merge_job, "load_single"),
         "base": (where.base, "merged", merge_job, "resolve"),  # after its header has been read
         "another file": (where.base / "config.json", r"merged \(config.json\)", merge_job.Job, "_copy_others"),
     }[what]

@@ -17,10 +17,11 @@ from tnadapt.algebra.rounding import Float64Deltas, change_in_place, rounded, wi
 from tnadapt.argument_checks import checks_arguments
 from tnadapt.backends import one_blas_thread
 from tnadapt.checkpoints.adapter_file import KEPT, AdapterFile
-from tnadapt.checkpoints.adapter_format import content_of, load
+from tnadapt.checkpoints.adapter_format import chosen_member, content_of, load_single
 from tnadapt.checkpoints.atomic_files import sync_file
 from tnadapt.checkpoints.checkpoint import Checkpoint, file_state, open_checkpoint
 from tnadapt.checkpoints.container import TAG_OF, file_error_context, path_of
+from tnadapt.checkpoints.population_file import PopulationFile
 from tnadapt.checkpoints.stored_weights import FLOATS, ResolvedTargets, StoredWeights, resolve
 from tnadapt.errors import ConfigError, FileError, TnadaptError, escaped, pluralize, safe_repr
 from tnadapt.targets.target import Target
@@ -295,9 +296,10 @@ class MergeReport:
 @checks_arguments
 def merge(
     base: str | os.PathLike[str],
-    adapter: str | os.PathLike[str] | AdapterFile,
+    adapter: str | os.PathLike[str] | AdapterFile | PopulationFile,
     out: str | os.PathLike[str],
     *,
+    member: int | str | None = None,
     overwrite: bool = False,
     check_base: bool = True,
     progress: Callable[[int, int], None] | None = None,
@@ -309,13 +311,15 @@ def merge(
     base : path-like
         A ``.safetensors`` file, an index, or a folder (:func:`~tnadapt.checkpoints.checkpoint.open_checkpoint`). It is
         not changed.
-    adapter : path-like or AdapterFile
+    adapter : path-like, AdapterFile or PopulationFile
         An adapter written by :func:`tnadapt.save` or :meth:`tnadapt.torch.Adapter.save`.
     out : path-like
         A file if the base is one, otherwise a folder with files of the same names and the same tensors at the same
         places. Other files of the folder, such as ``config.json`` and a tokenizer, are copied. Weights in other formats
         are left out, as they lack the update; so are links that lead out of the base's folder (a Hugging Face cache's
         blobs belong to it) and everything that is not a regular file.
+    member : int or str, optional
+        Of a population, the number or name of the member to merge.
     overwrite : bool
         Whether an existing checkpoint may be replaced, once the new one is complete. A folder is replaced as a whole,
         including all other files in it.
@@ -362,7 +366,7 @@ def merge(
     ([[2.0, 1.0], [1.0, 1.5]], 1)
     """
     checkpoint = open_checkpoint(base)
-    file, digest, name = _adapter(adapter)
+    file, digest, name = _adapter(adapter, member)
     if file.activation is not None:
         raise ConfigError(
             f"{name or 'the adapter'} has {file.activation!r} between its factors (LoDA), so that its update depends "
@@ -395,14 +399,21 @@ def merge(
     return _report(job, check_base)
 
 
-def _adapter(adapter: str | os.PathLike[str] | AdapterFile) -> tuple[AdapterFile, str, str | None]:
+def _adapter(
+    adapter: str | os.PathLike[str] | AdapterFile | PopulationFile, member: int | str | None
+) -> tuple[AdapterFile, str, str | None]:
     """Return the adapter, the SHA-256 of its file, and its path if it has one."""
-    if isinstance(adapter, AdapterFile):
-        return adapter, hashlib.sha256(content_of(adapter)).hexdigest(), None
+    if isinstance(adapter, (AdapterFile, PopulationFile)):
+        file = chosen_member(adapter, member, "adapter ")
+        return file, hashlib.sha256(content_of(file)).hexdigest(), None
     path = path_of(adapter)
+    if member is not None:
+        # Not the digest of the file, to which other members may be appended before the merge is resumed.
+        file = load_single(path, member=member)
+        return file, hashlib.sha256(content_of(file)).hexdigest(), path
     with file_error_context(path):
         before = file_state(path)
-    file = load(path)
+    file = load_single(path)
     with file_error_context(path), open(open_regular(os.path.realpath(path)), "rb") as content:
         digest = hashlib.file_digest(content, "sha256").hexdigest()
         if file_state(path) != before:
