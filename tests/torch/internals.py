@@ -20,7 +20,7 @@ from tnadapt.torch._forward_pass import LowRankLayer
 from tnadapt.torch._quantized import quantized_type
 from tnadapt.torch._registry import _bytes_held as bytes_held
 from tnadapt.torch._registry import drawn, held_by_draws
-from tnadapt.torch._state import register_in
+from tnadapt.torch._state import MemberState, register_in
 from tnadapt.torch._strategy_choice import MACHINES, Machine, StepWork, choose, costs, dequantized
 from tnadapt.torch._target_selection import TargetSearch
 from tnadapt.torch._weights import host_of, reads_outside
@@ -32,6 +32,7 @@ __all__ = [
     "LayoutError",
     "LowRankLayer",
     "Machine",
+    "MemberState",
     "Slice",
     "Snapshot",
     "StepWork",

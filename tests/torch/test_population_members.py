@@ -19,8 +19,8 @@ from torch import Tensor, nn
 import tnadapt as tna
 import tnadapt.torch as tt
 from tests.support.array_presets import P
-from tnadapt.torch._state import MemberState
 
+from .internals import MemberState
 from .loops import bits, same
 from .small import WIDTH, batch, compiles_whole, small, stir
 
