@@ -476,12 +476,12 @@ def test_seeded_positions_are_the_first_of_the_permutation(places: int, data: st
 
 @pytest.mark.parametrize(("length", "dtype"), [((1 << 31) - 1, np.int32), (1 << 31, np.int64)])
 def test_drawn_positions_are_of_the_shorter_integers_that_fit(length: int, dtype: type) -> None:
-    for drawn in (
+    for positions in (
         tna.Projection(Scatter(length), n_out=length).map.make(("sources", 0, 100)),
         make_map("gather", length, length).make(("index", 0, 100)),
     ):
-        assert drawn.dtype == dtype
-        assert 0 <= drawn.min() < drawn.max() <= length
+        assert positions.dtype == dtype
+        assert 0 <= positions.min() < positions.max() <= length
 
 
 # -- Transforms against other libraries -----------------------------------------------------------

@@ -188,7 +188,7 @@ def test_a_mapped_population_shows_replacements_and_no_new_members(tmp_path: Pat
         ),
         (lambda path: tna.replace(path, 0, constant(np.inf).arrays), "the member: 'group0.split0.factor0' holds NaN"),
         (lambda path: tna.replace(path, 2, constant(1)), "which must be from 0 to 1; got 2"),
-        (lambda path: tna.replace(path, "c", constant(1)), "which has 'c', which is no member; the names are 'a'; "),
+        (lambda path: tna.replace(path, "c", constant(1)), "which: there is no member 'c'; the names are 'a'; "),
     ],
 )
 def test_a_change_that_is_none_changes_nothing(tmp_path: Path, call: Callable[[Path], None], why: str) -> None:

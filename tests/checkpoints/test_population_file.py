@@ -253,9 +253,9 @@ def test_a_member_is_read_without_the_others(tmp_path: Path) -> None:
         (3, "members must be a sequence of integers or strings or None; got 3"),
         ("ann", "members must be a sequence of integers or strings or None; got 'ann'"),
         ([], "members is empty: give the number or name of at least one"),
-        (["bob"], "members has 'bob', which is no member; the names are 'ann', 'größe 7', 'user-0000000000000001'; "),
-        ([""], "members has '', which is no member"),
-        (["a\ud800"], "members has 'a\\ud800', which is no member"),
+        (["bob"], "members: there is no member 'bob'; the names are 'ann', 'größe 7', 'user-0000000000000001'; "),
+        ([""], "members: there is no member ''"),
+        (["a\ud800"], "members: there is no member 'a\\ud800'"),
         ([1, 1], "members has member 1 twice; name each once"),
         ([0, "ann"], "members has member 0 twice, as 0 and 'ann'; name each once"),
     ],
@@ -273,7 +273,7 @@ def test_members_that_are_not_there(tmp_path: Path, which: Any, why: str) -> Non
     [
         (4, "which must be from 0 to 3; got 4"), (-1, "which must be from 0 to 3; got -1"),
         (True, "which must be an integer or a name; got True"), (1.5, "which must be an integer or a name; got 1.5"),
-        ("bob", "which has 'bob', which is no member; the members have no names; numbers are from 0 to 3"),
+        ("bob", "which: there is no member 'bob'; the members have no names; numbers are from 0 to 3"),
         (slice(2), "which must be an integer or a name; got slice"),
     ],
 )  # fmt: skip
@@ -384,8 +384,8 @@ def test_an_adapter_is_expected(tmp_path: Path) -> None:
     tna.save(alone, population[1])
     why = "is a population of 4 members, and one adapter is expected: give one of them, such as "
     nobody = (
-        "member has 'bob', which is no member; the names are 'ann', 'größe 7', 'user-0000000000000001'; numbers are "
-        "from 0 to 3"
+        "member: there is no member 'bob'; the names are 'ann', 'größe 7', 'user-0000000000000001'; numbers are from "
+        "0 to 3"
     )
     single = "has one adapter, and no members: leave out member= (--member)"
     for adapter, which, message in (

@@ -71,8 +71,7 @@ def test_commands_take_a_member_by_name_or_number(tmp_path: Path) -> None:
             assert out.read_bytes() == alone.read_bytes()
     for text in ("9" * 5000, "bob", "-1", "01", "١"):
         done = run_here(main, "convert", path, "--member", text)
-        assert done.returncode == 2
-        assert done.stderr.startswith(f"tnadapt: {path}: member has '")
+        assert (done.returncode, done.stderr[:60]) == (2, f"tnadapt: {path}: member: there is no member '"[:60])
     for source, why in ((alone, "has one adapter, and no members: leave out member= (--member)"), (base, "is not a")):
         done = run_here(main, "convert", source, "--member", "1")
         assert done.returncode == 2

@@ -199,7 +199,7 @@ REFUSED: dict[str, tuple[Mapping[str, Any], str]] = {
     "the own form": ({}, "a population of 2 members does not fit in one file: give one of them"),
     "nobody": (
         {"to": "peft-lora", "member": "cid"},
-        "member has 'cid', which is no member; the names are 'ann', 'bob'; numbers are from 0 to 1",
+        "member: there is no member 'cid'; the names are 'ann', 'bob'; numbers are from 0 to 1",
     ),
     "a number": ({"to": "peft-lora", "member": -1}, "member must be from 0 to 1; got -1"),
     "no member": ({"to": "peft-lora", "member": 1.5}, "member must be an integer, a string or None; got 1.5"),

@@ -22,7 +22,7 @@ from tests.support.array_presets import P
 from tnadapt.torch._state import MemberState
 
 from .loops import bits, same
-from .small import WIDTH, batch, small, stir
+from .small import WIDTH, batch, compiles_whole, small, stir
 
 CONFIGS: dict[str, Any] = {
     "lora": P.lora(2, alpha=3),
@@ -107,6 +107,46 @@ def test_the_active_member_follows_parameters_to_other_memory(config: str, stora
     assert not torch.allclose(output.detach(), before)
     output.square().sum().backward()
     assert all(parameter.grad[2].any() and not parameter.grad[:2].any() for parameter in adapters.parameters())
+
+
+@compiles_whole
+@pytest.mark.parametrize("strategy", ["auto", "weight"])
+@configs
+def test_a_program_of_the_active_member(config: str, strategy: str) -> None:
+    """It is compiled before any pass, without a break."""
+    model, adapters = population(config, strategy=strategy)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    for number in (2, 1):
+        adapters[number].activate()
+        with torch.no_grad():
+            output = compiled(batch(size=4))
+        torch.testing.assert_close(output, run(model))
+    torch._dynamo.reset()
+
+
+@configs
+def test_transforms_of_the_active_member_s_model(config: str) -> None:
+    model, adapters = population(config)
+    adapters[1].activate()
+    x = batch(size=4)
+    gradient = torch.func.grad(lambda x: model(x).square().sum())(x)
+    x.requires_grad_()
+    model(x).square().sum().backward()
+    torch.testing.assert_close(gradient, x.grad)
+    assert all(parameter.grad[1].any() for parameter in adapters.parameters())
+
+
+def test_no_member_is_activated_while_another_is_merged() -> None:
+    model, adapters = population()
+    adapters[2].activate()
+    adapters[2].merge()
+    merged = run(model)
+    with pytest.raises(tna.TargetError, match="member 2 of population 'default' is merged, and not member 1: unmerge"):
+        adapters[1].activate()
+    adapters[2].activate()
+    adapters[2].unmerge()
+    torch.testing.assert_close(run(model), merged)
 
 
 def test_the_weight_of_a_member_is_that_of_the_population() -> None:

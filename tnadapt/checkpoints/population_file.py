@@ -551,9 +551,8 @@ def numbers_of(population: PopulationFile, members: Iterable[int | str], argumen
         if number is None:
             names = [name for name in population.names if name is not None]
             known = f"the names are {summarize(names)}" if names else "the members have no names"
-            raise ConfigError(
-                f"{argument} has {safe_repr(which)}, which is no member; {known}; numbers are from 0 to {last}"
-            )
+            problem = f"{argument}: there is no member {safe_repr(which)}"
+            raise ConfigError(f"{problem}; {known}; numbers are from 0 to {last}")
         if number in numbers:
             again = "" if which == numbers[number] else f", as {safe_repr(numbers[number])} and {safe_repr(which)}"
             raise ConfigError(f"{argument} has member {number} twice{again}; name each once")

@@ -381,7 +381,7 @@ class AttachRequest:
     keep_tied: bool = False
     given: Mapping[str, Any] | None = None
     progress: Callable[[int, int], None] | None = None
-    detach_norm: bool = False
+    detach_norm: bool
     dropout: float = 0.0
     population: int | None = None
     names: Sequence[str | None] | None = None

@@ -188,8 +188,9 @@ class Population(Adapter):
         A row's output is that of the row alone with its member activated, and gradients reach the members of the batch
         alone: the others' rows of ``parameter.grad`` are zeros. Other adapters on the model act as they do outside.
 
-        The cost grows with the members in the batch, not with K. Where an update is low-rank, all rows are two batched
-        products. Where ΔW has to be formed, it is formed once for each member in the batch.
+        The cost grows with the members in the batch, not with K, except that ``backward`` fills a gradient of all K
+        members with zeros. Where an update is low-rank, all rows are two batched products. Where ΔW has to be formed,
+        it is formed once for each member in the batch.
         """
         need_attached(self._state)
         numbers = member_numbers(self._state, index)
@@ -272,6 +273,7 @@ class Member(Adapter):
 
         What was cached for the member that acted before is discarded.
         """
+        self._refuse_another()
         _registry.mix(self.model, {self._state.name: 1.0})
         self._members.activate(cast(MemberState, self._state))
         _registry.trim_idle([self._state])

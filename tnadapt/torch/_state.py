@@ -33,6 +33,7 @@ from ._delta import (
     ThetaArrays,
     backward_number,
     gather_full,
+    in_functorch,
     is_sharded,
     memory,
     reshard,
@@ -528,7 +529,11 @@ class MemberState(AdapterState):
         if assignment is not None:
             return assignment.array(name, self.number)
         parameter = self._parameter(name)
-        if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and parameter.requires_grad):
+        # A view that is kept would be a constant of a trace, or valid only inside a transform.
+        transformed = torch.compiler.is_compiling() or in_functorch()
+        if transformed or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+            return parameter[self.number]
+        if not (torch.is_grad_enabled() and parameter.requires_grad):
             return parameter[self.number]
         cast(Members, self._whole.members).forget_dropped(name, parameter)
         # Caches of what has a graph know an array by its identity. Moving a model exchanges the memory of a parameter,
