@@ -303,3 +303,24 @@ def test_a_language_model_is_trained(script: str, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads((tmp_path / "out" / "result.json").read_text())["trained parameters"] == 1000
     assert (tmp_path / "out" / "adapter.safetensors").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["evolution", "users"])
+def test_an_example_of_populations(name: str, tmp_path: Path) -> None:
+    """The committed result has the same entries; of users, those who are trained together are as those alone."""
+    for package in ("scipy", "sklearn", "timm"):
+        pytest.importorskip(package)
+    out = tmp_path / "result.json"
+    command = [sys.executable, "-m", f"examples.populations.{name}", "--steps", "3", "--out", str(out)]
+    done = subprocess.run(command, cwd=BENCHMARKS.parent, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    committed = json.loads((BENCHMARKS / "results" / f"population_{name}.json").read_text(encoding="utf-8"))
+    for result in (json.loads(out.read_text(encoding="utf-8")), committed):
+        assert result.keys() == committed.keys()
+        if name == "users":
+            assert float(result["largest difference of a test loss"]) < 1e-3
+            assert result["of the population"] == result["of models of their own"]
+        else:
+            assert result["base, turned"] < result["Adam"]
+    assert committed["steps" if name == "users" else "evolution, steps"] > 3
