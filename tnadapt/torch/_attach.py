@@ -400,6 +400,8 @@ class AttachRequest:
         put("dtype", checked_dtype(self.dtype))
         put("detach_norm", flag("detach_norm", self.detach_norm))
         put("dropout", check_dropout(self.dropout))
+        if not isinstance(self.seeds, str) or self.seeds not in SEEDS:
+            raise ConfigError(f"seeds must be one of {', '.join(SEEDS)}; got {safe_repr(self.seeds)}")
         if self.population is None:
             if self.names is not None or self.seeds != "one":
                 raise ConfigError("names and seeds are those of a population's members: give population=, too")
@@ -407,8 +409,6 @@ class AttachRequest:
         put("population", integer("population", self.population, 1, MAX_SIZE, ConfigError))
         if self.names is not None:
             put("names", tuple(checked_names(self.names, self.population)))
-        if self.seeds not in SEEDS:
-            raise ConfigError(f"seeds must be one of {', '.join(SEEDS)}; got {safe_repr(self.seeds)}")
 
 
 def check_form(strategy: Any, activation: Any) -> None:

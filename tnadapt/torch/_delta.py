@@ -830,12 +830,11 @@ _numbers = itertools.count()
 _caches: weakref.WeakValueDictionary[int, DeltaCache] = weakref.WeakValueDictionary()
 
 
-@dataclasses.dataclass
 class Passing:
     """A forward pass of the whole model: its number, or 0 outside of one, and whether it began with gradients."""
 
-    number: int = 0
-    with_gradients: bool = False
+    def __init__(self) -> None:
+        self.number, self.with_gradients = 0, False
 
 
 class DeltaCache(ArrayCache):
