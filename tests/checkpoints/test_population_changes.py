@@ -27,6 +27,9 @@ from .internals import population_changes
 from .test_adapter_file import made
 from .test_population_file import OTHERS, member, members, same_arrays, saved
 
+# A child process never uses JAX, whose threads it lacks.
+pytestmark = pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning")
+
 ROW = 58 * 4 + 8  # without a name
 
 
@@ -483,9 +486,9 @@ def test_processes_that_append_and_replace_wait_for_each_other_and_readers_do_no
         for number in range(2 * count):
             tna.replace(path, number % 3, constant(-number))
 
+    kept_open = tna.load(path)
     writers = [started(lambda: append(1)), started(lambda: append(2)), started(replace)]
     running, seen, reads = set(writers), 0, 0
-    kept_open = tna.load(path)
     while running:
         for pid in list(running):
             done, status = os.waitpid(pid, os.WNOHANG)

@@ -24,6 +24,9 @@ from tnadapt.convert import Conversion, PopulationConversion
 
 from .conversions import SHAPES, P, made
 
+# A child process never uses JAX, whose threads it lacks.
+pytestmark = pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning")
+
 WEIGHTS = {f"{path}.weight": np.random.default_rng(0).normal(size=shape).astype("f4") for path, shape in SHAPES.items()}
 CONFIGS = {
     "lora": P.lora(2, alpha=3),
