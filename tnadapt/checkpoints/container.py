@@ -913,7 +913,8 @@ def serialized(tensors: Mapping[str, tuple[str, np.ndarray]], metadata: Mapping[
 def growing_head(entries: Mapping[str, Entry], metadata: Mapping[str, str], rows: int, row_bytes: int) -> bytes:
     """Return the first bytes of a file that ends with a tensor of rows, to which rows can be appended.
 
-    Its header begins with the entry of this tensor, and has room for other numbers: see :func:`growing_entry`.
+    Its header begins with the entry of this tensor, whose numbers are padded so that larger ones fit: see
+    :func:`growing_entry`.
 
     Examples
     --------

@@ -203,7 +203,7 @@ class _LockedFile:
 
     @property
     def has_room(self) -> bool:
-        """Whether the header begins as this library writes it, with room for other numbers."""
+        """Whether the header begins as this library writes it, with padded numbers."""
         entry = self._entry_of(len(self.population))
         return self._read(9, len(entry)) == entry
 

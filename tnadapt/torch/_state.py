@@ -140,7 +140,7 @@ class AdapterState:
     whole : AdapterState
         The population that a :class:`MemberState` belongs to; any other state itself.
     members : Members or None
-        What a population knows of its members; None for a single adapter.
+        Number, names and states of a population's members; None for a single adapter.
     plan : SuperLoRA
         Of the parameters, which are in units; ``plan.file_plan`` is that of the arrays in files.
     targets : tuple of Target
@@ -334,7 +334,7 @@ constant_result(AdapterState.weight_name)
 
 
 class Members:
-    """What a population knows of its members.
+    """Number, names and states of a population's members.
 
     Parameters
     ----------
