@@ -123,6 +123,24 @@ def test_requests_at_once_get_one_complete_folder(workers: str, place: Path) -> 
     assert sorted(path.name for path in entry.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
 
 
+def test_a_folder_that_another_writer_has_just_made_is_not_written_again(
+    place: Path, calls: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # While it is rewritten, its last file is missing, and a third writer would fail.
+    tna.save(place / "adapters" / "tiny.safetensors", tiny())
+    load = served_folder.load_single
+    others = iter([served(place)])
+
+    def load_while_another_finds(path: Path) -> AdapterFile:
+        if other := next(others, None):
+            other.find("tiny", "m")
+        return load(path)
+
+    monkeypatch.setattr(served_folder, "load_single", load_while_another_finds)
+    assert find(place) == find(place)
+    assert calls.count("convert") == 1
+
+
 def test_the_base_is_what_vllm_serves(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tna.save(place / "adapters" / "tiny.safetensors", tiny())
     folder = served(place, None)

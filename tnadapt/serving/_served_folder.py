@@ -245,9 +245,12 @@ class ServedFolder:
     def _expand(self, file: AdapterFile, base: str | None, place: Path) -> None:
         """Write an adapter's LoRA, where any of several concurrent writers may win, as all write the same."""
         self.cache.mkdir(parents=True, exist_ok=True)
+        # A folder appears atomically. If its last file is missing, it was lost later, and the folder is rewritten.
+        lost_a_file = place.is_dir()
+        if lost_a_file and (place / _COMPLETE).is_file():  # another writer was faster
+            return
         try:
-            # A folder appears atomically. If its last file is missing, it was lost later, and the folder is rewritten.
-            convert(file, place, to="vllm-lora", base=base, overwrite=place.is_dir())
+            convert(file, place, to="vllm-lora", base=base, overwrite=lost_a_file)
         except FileError:
             if not (place / _COMPLETE).is_file():  # otherwise another writer was faster
                 raise
