@@ -10,7 +10,8 @@ give the same losses and gradients.
 adapters by ``rows``. PEFT's LoRA trains 32 adapters one after another, each on its row. *serving*: the same batch
 without gradients, over PEFT's LoRA with ``adapter_names=``. *attaching*: ``attach`` of 1,000 members, and the resident
 memory that it takes, at its end and at most, with that of one adapter. *sizes*: populations of 1 to 100,000 members of
-100 numbers.
+100 numbers. *optimizers*: the step of 100,000 members with that of the optimizer, by dense and by row-sparse gradients,
+over one adapter with AdamW.
 
 Results go to ``results/populations.json``, and the documentation's tables to ``results/populations/``; ``--tables``
 only writes these. Keep the machine otherwise idle. ``--smoke`` takes tiny sizes, and writes nothing.
@@ -173,9 +174,11 @@ class Single(Contestant):
 class Members(Contestant):
     """A population, of which each row has a member; distinct ones where there are enough."""
 
-    def __init__(self, problem: Problem, config: tna.Config, count: int, like: list[Tensor]) -> None:
+    def __init__(
+        self, problem: Problem, config: tna.Config, count: int, like: list[Tensor], sparse: bool = False
+    ) -> None:
         model = shared_copy(problem.base)
-        self.population = tnadapt.torch.attach(model, config, population=count)
+        self.population = tnadapt.torch.attach(model, config, population=count, sparse=sparse)
         super().__init__(problem, model, [list(self.population.parameters())], like)
         # Spread over the population, and not in order.
         places = torch.arange(ROWS) * max(1, count // ROWS) % count
@@ -371,7 +374,37 @@ def sizes(problem: Problem, rounds: int) -> Iterator[dict[str, Any]]:
         yield row | about[row["case"]]
 
 
-PARTS = {"steps": steps, "serving": serving, "attaching": attaching, "sizes": sizes}
+#: The optimizer of each case of *optimizers*, and whether gradients are sparse.
+OPTIMIZERS: dict[str, tuple[Callable[[Any], torch.optim.Optimizer], bool]] = {
+    "AdamW, dense": (lambda population: torch.optim.AdamW(population.parameters()), False),
+    "MemberAdamW, dense": (tnadapt.torch.MemberAdamW, False),
+    "MemberAdamW, sparse": (tnadapt.torch.MemberAdamW, True),
+    "SparseAdam, sparse": (lambda population: torch.optim.SparseAdam(list(population.parameters())), True),
+}
+
+
+def optimizers(problem: Problem, rounds: int) -> Iterator[dict[str, Any]]:
+    """Yield a step of 32 rows and of the optimizer, of the largest population of members of 100 numbers."""
+
+    def run(contestant: Contestant, optimizer: torch.optim.Optimizer) -> Callable[[], object]:
+        return lambda: (contestant.step(), optimizer.step())
+
+    config, runs, populations = P.unilora(100), dict[str, Callable[[], object]](), dict[str, Members]()
+    single = Single(problem, config)
+    like = [parameter.detach().clone() for parameter in single.several[0]]
+    runs[ONE] = run(single, torch.optim.AdamW(single.adapter.parameters()))
+    for name, (make, sparse) in OPTIMIZERS.items():
+        populations[name] = members = Members(problem, config, SIZES[-1], like, sparse)
+        runs[name] = run(members, make(members.population))
+    for each in runs.values():
+        each()
+    dense, sparse = (populations[f"MemberAdamW, {layout}"].several[0] for layout in ("dense", "sparse"))
+    torch.testing.assert_close(sparse, dense)
+    for row in compared(runs, ONE, rounds):
+        yield row | {"members": 1 if row["case"] == ONE else SIZES[-1]}
+
+
+PARTS = {"steps": steps, "serving": serving, "attaching": attaching, "sizes": sizes, "optimizers": optimizers}
 
 
 # -- Tables ------------------------------------------------------------------------------------------------------------
@@ -432,6 +465,13 @@ def size_table(rows: Sequence[dict[str, Any]]) -> str:
     return list_table(lines)
 
 
+def optimizer_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Return the table of steps with that of an optimizer."""
+    lines = [["optimizer, gradients", "members", "over one adapter with AdamW", "s"]]
+    lines += [[r["case"], f"{r['members']:,}", span(r), f"{r['seconds']:.3f}"] for r in rows[1:]]
+    return list_table(lines)
+
+
 def tables(results: Mapping[str, Any]) -> dict[str, str]:
     """Return each table of the documentation by the name of its file."""
     about = results["machine"]
@@ -440,7 +480,7 @@ def tables(results: Mapping[str, Any]) -> dict[str, str]:
     made = {
         "steps": step_table(results["steps"]), "others": other_table(results["steps"]),
         "serving": serving_table(results["serving"]), "attaching": attaching_table(results["attaching"]),
-        "sizes": size_table(results["sizes"]),
+        "sizes": size_table(results["sizes"]), "optimizers": optimizer_table(results["optimizers"]),
     }  # fmt: skip
     return {name: text + listed for name, text in made.items()}
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -17,12 +19,13 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Shard
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
 import tnadapt.torch
 from tnadapt import presets
-from tnadapt.errors import TargetError
+from tnadapt.errors import ConfigError, ShapeError, TargetError
 
 from .distributed_jobs import BATCH, CONFIGS, TOKENS, Job, Model, batches, build, spread, whole
 from .internals import register_in
@@ -244,48 +247,108 @@ def compiled() -> None:
         assert all(bool(whole(p.grad).any()) for p in adapter.parameters()), f"{how}: no gradient"
 
 
-def members_of_any_process_take_a_step() -> None:
-    """Each process has rows of other members, and one of them has none in the last step."""
-    steps = [[[0, 1], [1, 2]], [[2, 2], [4, None]], [[1, 0], [None, None]]]
+class Members(NamedTuple):
+    """A population with its optimizer, on a model that is spread over the processes, or on one of this process."""
 
-    def start() -> tuple[Model, tnadapt.torch.Population, tnadapt.torch.MemberAdamW]:
+    how: str | None
+    running: nn.Module
+    adapter: tnadapt.torch.Population
+    groups: list[dict[str, Any]]
+
+    @classmethod
+    def on(cls, how: str | None) -> Members:
         torch.manual_seed(0)
         model = Model().double()  # Adam magnifies the rounding of small gradients
         adapter = tnadapt.torch.attach(
             model, "lora", rank=2, keep_trainable="head", population=5, seeds="each", dtype=torch.float64
         )
-        groups = [
-            {"params": adapter.parameters(), "lr": [0.1, 0.2, 0.3, 0.4, 0.5]},
-            {"params": model.head.parameters()},
-        ]
-        return model, adapter, tnadapt.torch.MemberAdamW(adapter, groups, weight_decay=0.1)
+        assert isinstance(adapter, tnadapt.torch.Population)
+        running: nn.Module = model
+        if how == "ddp":
+            running = DistributedDataParallel(model, find_unused_parameters=True)
+        elif how is not None:
+            running = spread(Job(how), model)
+        several = {"params": list(adapter.parameters()), "lr": [0.1, 0.2, 0.3, 0.4, 0.5]}
+        return cls(how, running, adapter, [several, {"params": list(model.head.parameters())}])
 
-    def train(rank: int, world: int) -> tuple[tnadapt.torch.Population, tnadapt.torch.MemberAdamW]:
-        model, adapter, optimizer = start()
-        running = DistributedDataParallel(model, find_unused_parameters=True) if world > 1 else model
+    def optimizer(self) -> tnadapt.torch.MemberAdamW:
+        return tnadapt.torch.MemberAdamW(self.adapter, self.groups, weight_decay=0.1, max_norm=0.01)
+
+    def train(self, optimizer: tnadapt.torch.MemberAdamW, steps: Sequence[Sequence[list[int | None]]]) -> None:
+        """Take steps with this process's share of the rows; each step has the members of each process."""
         for number, shares in enumerate(steps):
             x = torch.randn(4, TOKENS, 6, generator=torch.Generator().manual_seed(number)).double()
             members = [member for share in shares for member in share]
-            mine = slice(2 * rank, 2 * rank + 2) if world > 1 else slice(None)
-            with adapter.members(members[mine]):
-                running(x[mine]).square().mean().backward()
+            mine = slice(None) if self.how is None else slice(2 * dist.get_rank(), 2 * dist.get_rank() + 2)
+            with self.adapter.members(members[mine]):
+                self.running(x[mine]).square().mean().backward()
             optimizer.step()
             optimizer.zero_grad()
-        return adapter, optimizer
 
-    untouched = start()[1]
-    adapter, optimizer = train(dist.get_rank(), dist.get_world_size())
-    alone, expected = train(0, 1)
-    for (name, parameter), other, before in zip(
-        adapter.named_parameters(), alone.parameters(), untouched.parameters(), strict=True
+
+def members_of_any_process_take_a_step() -> None:
+    """Each process has rows of other members, and under DDP one of them has none in a step."""
+    for how in ("ddp", "fsdp2"):
+        steps: list[list[list[int | None]]] = [[[0, 1], [1, 2]], [[2, 2], [4, None]]]
+        steps += [[[1, 0], [None, None]]] if how == "ddp" else [[[1, None], [0, 0]]]
+        several, alone = Members.on(how), Members.on(None)
+        before = {name: array.detach().clone() for name, array in alone.adapter.arrays().items()}
+        optimizer, expected = several.optimizer(), alone.optimizer()
+        several.train(optimizer, steps)
+        alone.train(expected, steps)
+        for name, array in several.adapter.arrays().items():
+            torch.testing.assert_close(array, alone.adapter.arrays()[name], rtol=1e-9, atol=1e-12)
+            assert torch.equal(array[3], before[name][3]), f"{how}: {name}: member 3 was in no batch"
+        # FSDP2 gives the first process the first three members.
+        here = range(5) if how == "ddp" else (range(3), range(3, 5))[dist.get_rank()]
+        for each, members in ((optimizer, here), (expected, range(5))):
+            for parameter in each.param_groups[0]["params"]:
+                numbers, state = each.param_groups[0]["members"].tolist(), each.state[parameter]
+                counts = dict(zip(numbers, state["step"].tolist(), strict=False))
+                assert counts == {k: n for k, n in {0: 2, 1: 2, 2: 2, 4: 1}.items() if k in members}, f"{how}: {counts}"
+                assert len(state["exp_avg"]) <= 2 * len(numbers), f"{how}: a state of {len(state['exp_avg'])} members"
+        states: list[Any] = [None, None]
+        dist.all_gather_object(states, optimizer.state_dict())
+        resumed = several.optimizer()
+        if how == "fsdp2":
+            text = f"^this process has members {here[0]} to {here[-1]} of population 'default', and this is the state"
+            with pytest.raises(ShapeError, match=text):
+                resumed.load_state_dict(states[1 - dist.get_rank()])
+        resumed.load_state_dict(states[dist.get_rank()])
+        several.train(resumed, steps[:1])
+        alone.train(expected, steps[:1])
+        for name, array in several.adapter.arrays().items():
+            torch.testing.assert_close(array, alone.adapter.arrays()[name], rtol=1e-9, atol=1e-12)
+
+
+def shards_that_split_members_are_refused() -> None:
+    model, adapter = populated("lora")
+    fully_shard(model, shard_placement_fn=lambda parameter: Shard(parameter.ndim - 1))
+    with pytest.raises(
+        ConfigError, match=r"^the population's arrays are sharded by \(Shard\(dim=2\),\), and MemberAdamW"
     ):
-        torch.testing.assert_close(parameter, other, rtol=1e-9, atol=1e-12)
-        assert torch.equal(parameter[3], before[3]), f"{name}: member 3 was in no batch"
-        counts = [
-            dict(zip(each.param_groups[0]["members"].tolist(), each.state[array]["step"].tolist(), strict=False))
-            for each, array in ((optimizer, parameter), (expected, other))
-        ]
-        assert counts == [{0: 2, 1: 2, 2: 2, 4: 1}] * 2, f"{name}: steps {counts}"
+        tnadapt.torch.MemberAdamW(adapter)
+    model, adapter = populated("lora")
+    fully_shard(model, ignored_params={next(iter(adapter.parameters()))})
+    with pytest.raises(ConfigError, match=r"^some arrays of population 'default' are sharded and others not, and Mem"):
+        tnadapt.torch.MemberAdamW(adapter)
+
+
+def sparse_gradients_are_refused() -> None:
+    """In forward passes, with what to do; without gradients, models run."""
+    for how, name in (("ddp", "DistributedDataParallel"), ("fsdp2", "FSDP2")):
+        model, adapter = populated("lora")
+        adapter[0].activate()
+        expected, running = outputs(model), spread(Job(how), model)
+        text = f"^population 'default' has sparse gradients, which {name} cannot reduce over its processes: set "
+        for act in (contextlib.nullcontext(), adapter.members([0] * BATCH)):
+            adapter.sparse = True
+            with act:
+                torch.testing.assert_close(outputs(running), expected)
+                with pytest.raises(ConfigError, match=rf"{text}population\.sparse = False, or leave out sparse=True$"):
+                    running(sample())
+                adapter.sparse = False
+                running(sample()).square().mean().backward()
 
 
 def populated(config: str) -> tuple[Model, tnadapt.torch.Population]:
@@ -350,6 +413,7 @@ CHECKS: dict[str, Callable[..., None]] = {
     for check in (
         a_sharded_adapter_acts_as_a_whole_one, from_the_meta_device, process_zero_may_save_alone, half_precision_blocks,
         state_saved_and_resumed, new_arrays_stay, arrays_stay_readable, compiled, members_of_any_process_take_a_step,
+        shards_that_split_members_are_refused, sparse_gradients_are_refused,
         members_of_a_population,
     )
 }  # fmt: skip

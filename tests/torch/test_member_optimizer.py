@@ -25,6 +25,8 @@ from tnadapt import presets
 from tnadapt.errors import ConfigError, ShapeError
 from tnadapt.torch import MemberAdamW, Population, attach
 
+from .small import compiles_whole, stir
+
 WIDTH, COUNT = 4, 3
 CONFIGS = {
     "lora": presets.lora(2),
@@ -107,12 +109,13 @@ def of_member(settings: dict[str, Any], member: int) -> dict[str, Any]:
     }
 
 
-@given(st.sampled_from(list(CONFIGS)), schedules, settings_of_adam)
-@example("lora", [[[0, None, 0]], [[1]], [[0, 1], [2]]], {"lr": [0.1, 0.01, 0.05], "weight_decay": 0.1})
+@given(st.sampled_from(list(CONFIGS)), schedules, settings_of_adam, st.booleans())
+@example("lora", [[[0, None, 0]], [[1]], [[0, 1], [2]]], {"lr": [0.1, 0.01, 0.05], "weight_decay": 0.1}, True)
+@example("lora", [[[0, None, 0]], [[1]], [[0, 1], [2]]], {"lr": [0.1, 0.01, 0.05], "weight_decay": 0.1}, False)
 def test_each_member_is_trained_as_by_its_own_optimizer(
-    config: str, schedule: Schedule, settings: dict[str, Any]
+    config: str, schedule: Schedule, settings: dict[str, Any], sparse: bool
 ) -> None:
-    model, adapter = population(config)
+    model, adapter = population(config, sparse=sparse)
     alone = []
     for member in range(COUNT):
         other_model = network().double()
@@ -146,30 +149,37 @@ def arrays_of_each(adapter: Population) -> list[list[nn.Parameter]]:
 exact_rates = st.lists(st.sampled_from([0.03, 0.015, 0.03 / 64]), min_size=COUNT, max_size=COUNT)
 
 
-@given(schedules, settings_of_adam, exact_rates, st.sampled_from([torch.float32, torch.float64, torch.bfloat16]))
+@given(
+    schedules, settings_of_adam, exact_rates, st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
+    st.booleans(), st.booleans(),
+)  # fmt: skip
 def test_given_the_same_gradients_the_bits_are_those_of_torch(
-    schedule: Schedule, settings: dict[str, Any], lr: list[float], dtype: torch.dtype
+    schedule: Schedule, settings: dict[str, Any], lr: list[float], dtype: torch.dtype, sparse: bool, drops: bool
 ) -> None:
-    model, adapter, settings = *population(dtype=dtype), {**settings, "lr": lr}
+    """Also of gradients that are not dropped after a step."""
+    model, adapter, settings = *population(dtype=dtype, sparse=sparse), {**settings, "lr": lr}
     alone = arrays_of_each(adapter)
     optimizers = [AdamW(arrays, **of_member(settings, member), foreach=False) for member, arrays in enumerate(alone)]
-    optimizer = MemberAdamW(adapter, **settings)
+    optimizer, with_gradients = MemberAdamW(adapter, **settings), set[int]()
     for step, passes in enumerate(schedule):
         for number, members in enumerate(passes):
             backward(model, adapter, members, rows_of(step, number, len(members), dtype))
-        for member in reached(passes):
+        with_gradients |= reached(passes)
+        for member in with_gradients:
             for array, parameter in zip(alone[member], parameters(adapter), strict=True):
                 array.grad = parameter.grad[member].clone()
             optimizers[member].step()
         optimizer.step()
-        optimizer.zero_grad()
+        if drops:
+            optimizer.zero_grad()
+            with_gradients.clear()
         for member, arrays in enumerate(alone):
             assert equal(arrays, [parameter[member] for parameter in parameters(adapter)])
 
 
-@given(schedules, st.floats(1e-3, 10.0))
-def test_clipping_is_that_of_each_member_alone(schedule: Schedule, max_norm: float) -> None:
-    model, adapter = population()
+@given(schedules, st.floats(1e-3, 10.0), st.booleans())
+def test_clipping_is_that_of_each_member_alone(schedule: Schedule, max_norm: float, sparse: bool) -> None:
+    model, adapter = population(sparse=sparse)
     alone = arrays_of_each(adapter)
     optimizers = [AdamW(arrays, lr=1e-2, eps=1e-3) for arrays in alone]
     optimizer = MemberAdamW(adapter, lr=1e-2, eps=1e-3, weight_decay=1e-2, max_norm=max_norm)
@@ -181,7 +191,10 @@ def test_clipping_is_that_of_each_member_alone(schedule: Schedule, max_norm: flo
                 array.grad = parameter.grad[member].clone()
             nn.utils.clip_grad_norm_(alone[member], max_norm)
             optimizers[member].step()
+        gradients = [parameter.grad.clone() for parameter in parameters(adapter)]
         optimizer.step()
+        for parameter, before in zip(parameters(adapter), gradients, strict=True):
+            assert torch.equal(parameter.grad.to_dense(), before.to_dense())
         optimizer.zero_grad()
     for member, arrays in enumerate(alone):
         for array, parameter in zip(arrays, parameters(adapter), strict=True):
@@ -199,8 +212,12 @@ def changed(before: Sequence[Tensor], adapter: Population) -> list[set[int]]:
     ]
 
 
-def test_a_member_whose_gradient_is_zero_takes_a_step() -> None:
-    model, adapter = population()
+both = pytest.mark.parametrize("sparse", [False, True])
+
+
+@both
+def test_an_array_whose_gradient_is_zero_takes_a_step(sparse: bool) -> None:
+    model, adapter = population(sparse=sparse)
     before = bits(adapter)
     optimizer = MemberAdamW(adapter, weight_decay=0.1)
     backward(model, adapter, [1], rows_of(0, 0, 1, torch.float64))
@@ -211,18 +228,34 @@ def test_a_member_whose_gradient_is_zero_takes_a_step() -> None:
     assert [optimizer.state[parameter]["step"].tolist() for parameter in parameters(adapter)] == [[1]] * len(zero)
 
 
-def test_a_member_steps_only_the_arrays_that_it_has_reached() -> None:
-    model, adapter = population()
+@both
+def test_a_member_takes_a_step_with_sparse_gradients_that_are_all_zero(sparse: bool) -> None:
+    model, adapter = population(sparse=sparse)
+    stir(adapter, 0.3)
+    before = bits(adapter)
+    with adapter.members([0, 1]):
+        model(rows_of(0, 0, 2, torch.float64))[0].square().sum().backward()
+    MemberAdamW(adapter, weight_decay=0.1).step()
+    assert changed(before, adapter) == [{0, 1} if sparse else {0}] * 4
+
+
+@both
+def test_a_member_steps_the_arrays_that_it_has_reached(sparse: bool) -> None:
+    """Of dense gradients, only the member is known."""
+    model, adapter = population(sparse=sparse)
+    stir(adapter, 0.3)
+    before = bits(adapter)
     backward(model, adapter, [0], rows_of(0, 0, 1, torch.float64))
     with adapter.members([1]):
         model[2](rows_of(0, 1, 1, torch.float64)).square().sum().backward()
-    before = bits(adapter)
     MemberAdamW(adapter, weight_decay=0.1).step()
-    assert changed(before, adapter) == [{0}, {0}, {0, 1}, {0, 1}]
+    first = {0} if sparse else {0, 1}
+    assert changed(before, adapter) == [first, first, {0, 1}, {0, 1}]
 
 
-def test_the_active_member_takes_a_step() -> None:
-    model, adapter = population()
+@both
+def test_the_active_member_takes_a_step(sparse: bool) -> None:
+    model, adapter = population(sparse=sparse)
     adapter[2].activate()
     before, optimizer = bits(adapter), MemberAdamW(adapter, weight_decay=0.1)
     model(rows_of(0, 0, 2, torch.float64)).square().sum().backward()
@@ -230,9 +263,10 @@ def test_the_active_member_takes_a_step() -> None:
     assert changed(before, adapter) == [{2}] * 4
 
 
-def test_the_active_member_takes_its_steps_with_members_of_batches() -> None:
+@both
+def test_the_active_member_takes_its_steps_with_members_of_batches(sparse: bool) -> None:
     """Each step writes to the parameters, of which the active member's arrays are views."""
-    model, adapter = population()
+    model, adapter = population(sparse=sparse)
     adapter[2].activate()
     optimizer = MemberAdamW(adapter, weight_decay=0.1)
     for step in range(3):
@@ -244,9 +278,10 @@ def test_the_active_member_takes_its_steps_with_members_of_batches() -> None:
         assert changed(before, adapter) == [{0, 2}] * 4
 
 
+@both
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_members_of_checkpointed_passes_take_a_step(reentrant: bool) -> None:
-    model, adapter = population()
+def test_members_of_checkpointed_passes_take_a_step(reentrant: bool, sparse: bool) -> None:
+    model, adapter = population(sparse=sparse)
     before, losses = bits(adapter), []
     for step, members in enumerate(([0, 1], [2, 2])):
         x = rows_of(step, 0, 2, torch.float64).requires_grad_()
@@ -263,9 +298,10 @@ def test_members_of_checkpointed_passes_take_a_step(reentrant: bool) -> None:
     assert changed(before, adapter) == [{0, 1, 2}] * 4
 
 
+@both
 @pytest.mark.parametrize("drop", ["optimizer", "model", "zeros"])
-def test_members_whose_gradients_were_dropped_take_no_step(drop: str) -> None:
-    model, adapter = population()
+def test_members_whose_gradients_were_dropped_take_no_step(drop: str, sparse: bool) -> None:
+    model, adapter = population(sparse=sparse)
     optimizer = MemberAdamW(adapter, weight_decay=0.1)
     backward(model, adapter, [0, 1], rows_of(0, 0, 2, torch.float64))
     model.zero_grad() if drop == "model" else optimizer.zero_grad(set_to_none=drop != "zeros")
@@ -275,8 +311,9 @@ def test_members_whose_gradients_were_dropped_take_no_step(drop: str) -> None:
     assert changed(before, adapter) == [{1, 2}] * 4
 
 
-def test_gradients_of_zeros_that_no_member_reached_change_nothing() -> None:
-    model, adapter = population()
+@both
+def test_gradients_that_were_set_to_zero_change_nothing(sparse: bool) -> None:
+    model, adapter = population(sparse=sparse)
     optimizer = MemberAdamW(adapter, weight_decay=0.1, max_norm=1.0)
     backward(model, adapter, [0, 1], rows_of(0, 0, 2, torch.float64))
     optimizer.zero_grad(set_to_none=False)
@@ -286,8 +323,7 @@ def test_gradients_of_zeros_that_no_member_reached_change_nothing() -> None:
     assert not optimizer.state
 
 
-def test_without_notes_the_members_with_nonzero_gradients_take_a_step() -> None:
-    """Gradients that a program computed which notes nothing."""
+def test_members_with_gradients_of_any_program_take_a_step() -> None:
     _, adapter = population()
     for parameter in parameters(adapter):
         parameter.grad = torch.zeros_like(parameter)
@@ -298,16 +334,29 @@ def test_without_notes_the_members_with_nonzero_gradients_take_a_step() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
-def test_compiled_whole_the_members_with_nonzero_gradients_take_a_step() -> None:
-    model, adapter = population()
-    running = torch.compile(model, backend="aot_eager")
-    optimizer, before = MemberAdamW(adapter, weight_decay=0.1), bits(adapter)
-    for step in range(2):
-        backward(running, adapter, [0, 2], rows_of(step, 0, 2, torch.float64))
+@compiles_whole
+@both
+def test_members_of_compiled_and_of_other_passes_take_a_step(sparse: bool) -> None:
+    """A program has dense gradients."""
+    torch._dynamo.reset()
+    model, adapter = population(sparse=sparse)
+    running, optimizer = torch.compile(model, backend="aot_eager", fullgraph=True), MemberAdamW(adapter)
+    for first in ("program", "pass"):
+        before = bits(adapter)
+        for how in ("program", "pass") if first == "program" else ("pass", "program"):
+            if how == "pass":
+                backward(model, adapter, [0], rows_of(0, 1, 1, torch.float64))
+            else:
+                adapter[2].activate()
+                running(rows_of(0, 0, 2, torch.float64)).square().sum().backward()
+        assert {parameter.grad.layout for parameter in parameters(adapter)} == {torch.strided}
         optimizer.step()
         optimizer.zero_grad()
-    assert all({0, 2} == members for members in changed(before, adapter))
+        steps = changed(before, adapter)
+        assert {0, 2} in steps
+        assert all(members <= {0, 2} for members in steps)
+    counts = [optimizer.state[parameter]["step"].tolist() for parameter in parameters(adapter)]
+    assert counts == [[2, 2]] * 4
 
 
 # -- State -------------------------------------------------------------------------------------------------------------
@@ -330,28 +379,38 @@ def test_only_members_in_use_have_a_state() -> None:
 
 
 class Recorder(TorchDispatchMode):
-    """Records the operations on tensors of many rows."""
+    """Records the operations on dense tensors of many rows, and those that return one."""
 
     def __init__(self, rows: int) -> None:
         super().__init__()
-        self.rows, self.operations = rows, set[str]()
+        self.rows, self.operations, self.returned = rows, set[str](), set[str]()
+
+    def _is_large(self, value: Any) -> bool:
+        dense = isinstance(value, Tensor) and value.layout == torch.strided and value.ndim > 0
+        return dense and len(value) >= self.rows
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if any(isinstance(arg, Tensor) and arg.ndim and len(arg) >= self.rows for arg in args):
-            self.operations.add(operation.overloadpacket.__name__)
-        return operation(*args, **(kwargs or {}))
+        result = operation(*args, **(kwargs or {}))
+        name = operation.overloadpacket.__name__
+        if any(map(self._is_large, args)):
+            self.operations.add(name)
+        if self._is_large(result):
+            self.returned.add(name)
+        return result
 
 
-def test_a_step_reads_and_writes_rows_of_its_members_alone() -> None:
-    model, adapter = population(count=1000)
+def test_backward_and_step_read_and_write_rows_of_their_members_alone() -> None:
+    model, adapter = population(count=1000, sparse=True)
     optimizer = MemberAdamW(adapter, lr=[0.1] * 1000, weight_decay=0.1, max_norm=1.0)
     for step in range(2):
-        backward(model, adapter, [5, 700], rows_of(step, 0, 2, torch.float64))
         with Recorder(1000) as recorder:
+            for number in range(2):
+                backward(model, adapter, [5, 700], rows_of(step, number, 2, torch.float64))
             optimizer.step()
             optimizer.zero_grad()
         assert {"index_select", "index_copy_"} <= recorder.operations
         assert recorder.operations <= {"index_select", "index_copy_", "detach", "new_zeros"}  # those copy no numbers
+        assert recorder.returned <= {"index_copy_", "detach"}
 
 
 SCHEDULE: Schedule = [[[0, 1]], [[1]], [[2, 0], [1]], [[2]], [[0, 1, 2]], [[0]]]
@@ -422,8 +481,9 @@ def test_schedulers_scale_the_rate_of_every_member() -> None:
         torch.testing.assert_close(parameter, expected, rtol=1e-12, atol=1e-14)
 
 
-def test_a_skipped_step_of_the_gradient_scaler_leaves_no_trace() -> None:
-    model, adapter = population(dtype=torch.float32)
+@both
+def test_a_skipped_step_of_the_gradient_scaler_leaves_no_trace(sparse: bool) -> None:
+    model, adapter = population(dtype=torch.float32, sparse=sparse)
     optimizer = MemberAdamW(adapter, weight_decay=0.1)
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
 

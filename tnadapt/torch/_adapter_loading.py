@@ -58,6 +58,7 @@ def load(
     dropout: float = 0.0,
     dtype: torch.dtype | str | None = None,
     members: Sequence[int | str] | None = None,
+    sparse: bool = False,
 ) -> Adapter:
     """Load an adapter, or a population, from a file and attach it.
 
@@ -90,6 +91,8 @@ def load(
         as frozen arrays or a start that is subtracted are rounded to it, it stays that of the file.
     members : sequence of int or str, optional
         Of a population's file, the members to load as a population, in this order; all of them by default.
+    sparse : bool
+        As in :func:`tnadapt.torch.attach`, for a population.
 
     Returns
     -------
@@ -129,7 +132,7 @@ def load(
     file = _content(path, member, members)
     return attach_file(
         model, file, path, name, check_base, dtype, untie=untie, keep_tied=keep_tied, detach_norm=detach_norm,
-        dropout=dropout,
+        dropout=dropout, sparse=sparse,
     )  # fmt: skip
 
 

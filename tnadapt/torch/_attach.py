@@ -167,6 +167,7 @@ def attach(
     population: int | None = None,
     names: Sequence[str | None] | None = None,
     seeds: str = "one",
+    sparse: bool = False,
     **settings: Any,
 ) -> Adapter:
     """Attach an adapter to the query and value projections, or other weights, of any torch model.
@@ -237,6 +238,8 @@ def attach(
     seeds : {"one", "each"}
         Whether the members of a population start alike, or each from random arrays of its own: member k from the seed
         ``config.seed + k``. Arrays that θ makes start alike in any case.
+    sparse : bool
+        Whether the gradients of a population are row-sparse: see :class:`tnadapt.torch.Population`.
     **settings
         With the name of a preset: its settings, and fields of :class:`tnadapt.Config`. (``layers`` is always the one
         above.)
@@ -312,7 +315,7 @@ def attach(
             model, cfg, targets, name, layers=layers, exclude=exclude, keep_trainable=keep_trainable, biases=biases,
             strategy=strategy, tokens=tokens, activation=activation, dtype=dtype, untie=untie, keep_tied=keep_tied,
             given=given, progress=progress, detach_norm=detach_norm, dropout=dropout, population=population,
-            names=names, seeds=seeds,
+            names=names, seeds=seeds, sparse=sparse,
         )
     )  # fmt: skip
     if is_given:
@@ -386,6 +389,7 @@ class AttachRequest:
     population: int | None = None
     names: Sequence[str | None] | None = None
     seeds: str = "one"
+    sparse: bool = False
     fresh: bool = True
     kept: Sequence[str] | None = None
     copies: Sequence[str] = ()
@@ -402,9 +406,10 @@ class AttachRequest:
         put("dropout", check_dropout(self.dropout))
         if not isinstance(self.seeds, str) or self.seeds not in SEEDS:
             raise ConfigError(f"seeds must be one of {', '.join(SEEDS)}; got {safe_repr(self.seeds)}")
+        put("sparse", flag("sparse", self.sparse))
         if self.population is None:
-            if self.names is not None or self.seeds != "one":
-                raise ConfigError("names and seeds are those of a population's members: give population=, too")
+            if self.names is not None or self.seeds != "one" or self.sparse:
+                raise ConfigError("names, seeds and sparse are those of a population's members: give population=, too")
             return
         put("population", integer("population", self.population, 1, MAX_SIZE, ConfigError))
         if self.names is not None:
@@ -506,7 +511,8 @@ def _install(request: AttachRequest, targets: Sequence[Target], plan: SuperLoRA,
         kept = kept_names(model, request.keep_trainable, request.biases, targets)
     members = None
     if request.population is not None:
-        members = Members(request.population, None if request.names is None else tuple(request.names), request.seeds)
+        names = None if request.names is None else tuple(request.names)
+        members = Members(request.population, names, request.seeds, request.sparse)
     arrays = _arrays(request, plan, forms[0], members)
     pairs = tied(names_of_shared(model), targets)
     # Nothing can fail from here on, but an interrupt may come.

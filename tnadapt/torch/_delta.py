@@ -140,13 +140,18 @@ def recomputed(function: Function, *inputs: Any) -> Tensor:
     return cast(Tensor, node.apply(function, *inputs))
 
 
+def is_final(gradient: Tensor) -> bool:
+    """Return whether a backward pass is not itself differentiated (``create_graph=True``), batched or transformed."""
+    batched = torch._C._functorch.is_legacy_batchedtensor(gradient)
+    return not (torch.is_grad_enabled() or batched or in_functorch() or forward_ad._current_level >= 0)
+
+
 def reuses_buffers(gradient: Tensor) -> bool:
     """Return whether a backward pass may write into what it has computed: nothing looks at intermediate results again.
 
-    Not where it is itself differentiated (``create_graph=True``), batched or intercepted.
+    Not where it is differentiated, batched or intercepted.
     """
-    batched = torch._C._functorch.is_legacy_batchedtensor(gradient)
-    return not (torch.is_grad_enabled() or batched or in_functorch() or in_dispatch_mode())
+    return is_final(gradient) and not in_dispatch_mode()
 
 
 def plain_vjp(

@@ -1,14 +1,14 @@
-"""MemberAdamW: AdamW for populations, which steps the members that had gradients, each at its own rate."""
+"""MemberAdamW: AdamW for populations, which steps the members that have gradients, each at its own rate."""
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
@@ -16,9 +16,9 @@ from torch.optim.adamw import adamw
 from tnadapt.argument_checks import checks_arguments
 from tnadapt.errors import ConfigError, ShapeError, safe_repr
 
-from ._delta import is_sharded
+from ._delta import is_sharded, reshard
 from ._population import Population
-from ._state import Members, named_parameters
+from ._state import named_parameters
 
 #: The settings that may differ between members.
 _PER_MEMBER = ("lr", "weight_decay")
@@ -31,7 +31,7 @@ class _Rows(NamedTuple):
     parameter: Tensor
     #: In ascending order.
     numbers: list[int]
-    #: ``numbers`` on the parameter's device.
+    #: Their rows in the part of the parameter that this process has, on its device.
     places: Tensor
     gradient: Tensor
 
@@ -39,8 +39,8 @@ class _Rows(NamedTuple):
 class MemberAdamW(Optimizer):
     """AdamW for a population: each member is trained as by an AdamW of its own.
 
-    A step changes the members that gradients have reached since the last step, and nothing of the others: no decay, no
-    momentum, no count of steps. Rates and weight decays may differ between members.
+    A step changes the members that have gradients, and nothing of the others: no decay, no momentum, no count of steps.
+    Rates and weight decays may differ between members.
 
     Parameters
     ----------
@@ -59,37 +59,35 @@ class MemberAdamW(Optimizer):
         Clip the gradient of each member to this norm, over all of the member's arrays that are trained.
         :func:`torch.nn.utils.clip_grad_norm_` would clip the norm over all members of a batch: the step of a member
         would depend on who else is in its batch.
-    process_group : ProcessGroup, optional
-        The processes that share gradients, where ``torch.distributed`` is initialized; all by default. Each of them
-        has to call :meth:`step`.
 
     Raises
     ------
     ConfigError
-        If ``population`` is no population or sharded, a setting is negative or not finite, or parameters that are not
-        the population's would get one rate for each member.
+        If ``population`` is no population or sharded within members, a setting is negative or not finite, or parameters
+        that are not the population's would get one rate for each member.
     ShapeError
         If there is not one rate or weight decay for each member.
 
     Notes
     -----
     With the same gradients, a member takes the steps of :class:`torch.optim.AdamW` on that member alone, at the times
-    when it is in a batch. A member in a batch takes a step even where its gradient is zero, as LoRA's A at the start.
+    when it has gradients. Those that ``zero_grad()`` has not dropped count in the next step, too.
 
-    The cost of a step, and the memory of the state, grow with the members that are trained, and not with K; rows of
-    the state are allocated as members come, up to twice as many as are in use. The gradient itself is dense:
-    ``backward`` fills K rows with zeros, which ``zero_grad()`` frees.
+    The gradients say which members take a step. Row-sparse ones (``sparse=True`` of :func:`attach`) have the members
+    that were in a batch: each takes a step with the arrays that it has used, even where its gradient is zero. Dense
+    ones have zeros for the others: all rows are read, and a member takes a step with all arrays if its gradient is not
+    zero in one of them, as in one factor of LoRA at the start.
+
+    The cost of a step, but for reading dense gradients, and the memory of the state grow with the members that are
+    trained, and not with K; rows of the state are allocated as members come, up to twice as many as are in use.
 
     Schedulers multiply ``group["lr"]``, which is the largest of the members' rates; ``group["lr_factors"]`` has the
     members' ratios to it. The groups of :meth:`Adapter.parameter_groups` and :meth:`Adapter.adam_groups` may be
     ``params``: multiply their rates by the members' to combine both. Transformers' ``Trainer`` takes
-    ``optimizers=(optimizer, None)``; set its ``max_grad_norm`` to 0, and ``max_norm`` here instead.
+    ``optimizers=(optimizer, None)`` and dense gradients; set its ``max_grad_norm`` to 0, and ``max_norm`` here instead.
 
-    A model that is compiled as a whole does not say which members gradients have reached. Then all gradients are read,
-    and the members step whose gradients are not zero.
-
-    Under DistributedDataParallel, the members step that any process had in its batch: one reduction of a mask of K
-    bytes for each parameter. Parameters that FSDP shards are refused.
+    Under DistributedDataParallel, all processes take the same steps. FSDP2 gives each process some of the members, with
+    their state: each saves and loads the ``state_dict()`` of its own.
 
     Examples
     --------
@@ -126,7 +124,6 @@ class MemberAdamW(Optimizer):
         eps: float = 1e-8,
         weight_decay: Any = 0.0,
         max_norm: float | None = None,
-        process_group: Any = None,
     ) -> None:
         if not isinstance(population, Population):
             raise ConfigError(
@@ -135,20 +132,28 @@ class MemberAdamW(Optimizer):
             )
         if max_norm is not None and not 0.0 < max_norm < float("inf"):
             raise ConfigError(f"max_norm must be a positive number, or None; got {max_norm}")
-        self.population, self.max_norm, self.process_group = population, max_norm, process_group
+        self.population, self.max_norm = population, max_norm
         #: For each group, the row of the state that each member has in use.
         self._rows: list[dict[int, int]] = []
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(_entries(population.parameters() if params is None else params), defaults)
 
-    @property
-    def _members(self) -> Members:
-        return cast(Members, self.population._state.members)
+    def _of_population(self) -> set[Tensor]:
+        """Return the population's parameters in this optimizer."""
+        state, held = self.population._state, {p for group in self.param_groups for p in group["params"]}
+        if any(map(is_sharded, held)):
+            reshard(state.model, state.owner)
+        return {parameter for _, parameter in named_parameters(state) if parameter in held}
 
-    def _names(self) -> dict[Tensor, str]:
-        """Return the population's parameters in this optimizer, with the names of their arrays in the plan."""
-        held = {parameter for group in self.param_groups for parameter in group["params"]}
-        return {parameter: name for name, parameter in named_parameters(self.population._state) if parameter in held}
+    def _span(self, arrays: Iterable[Tensor]) -> range:
+        """Return the members of which this process has these parameters of the population."""
+        spans = {_span_of(parameter, self.population.population) for parameter in arrays}
+        if len(spans) > 1:
+            raise ConfigError(
+                f"some arrays of population {self.population.name!r} are sharded and others not, and MemberAdamW needs "
+                "all of a member's numbers in one process: shard all of them in the same way"
+            )
+        return spans.pop() if spans else range(self.population.population)
 
     # -- Settings, and what is saved of them ---------------------------------------------------------------------------
 
@@ -169,15 +174,10 @@ class MemberAdamW(Optimizer):
             raise
 
     def _check_parameters(self, group: Mapping[str, Any]) -> None:
-        names = self._names()
-        if any(parameter in names and is_sharded(parameter) for parameter in group["params"]):
-            raise ConfigError(
-                f"the parameters of population {self.population.name!r} are sharded, and MemberAdamW needs all of a "
-                "member's numbers in one process: use DistributedDataParallel, or torch.optim.AdamW, which steps all "
-                "members"
-            )
+        ours = self._of_population()
+        self._span(ours)
         several = [key for key in _PER_MEMBER if group[f"{key}_factors"] is not None]
-        if several and any(parameter not in names for parameter in group["params"]):
+        if several and not ours.issuperset(group["params"]):
             raise ConfigError(
                 f"{several[0]} is one for each member, and some of its parameters are not of population "
                 f"{self.population.name!r}: put those into a group with a number, "
@@ -186,7 +186,7 @@ class MemberAdamW(Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load the state that :meth:`state_dict` returned for a population of as many members."""
-        count = self.population.population
+        count, span = self.population.population, self._span(self._of_population())
         for group in state_dict["param_groups"]:
             if "members" not in group:
                 raise ConfigError("this is the state of another optimizer; MemberAdamW loads that of MemberAdamW")
@@ -197,11 +197,16 @@ class MemberAdamW(Optimizer):
                     f"population {self.population.name!r} has {count} members, and this is the state of an optimizer "
                     "for another number of them"
                 )
+            if not set(group["members"].tolist()) <= set(span):
+                raise ShapeError(
+                    f"this process has members {span.start} to {span.stop - 1} of population "
+                    f"{self.population.name!r}, and this is the state of others: each process loads the state that it "
+                    "has saved, with as many processes"
+                )
         super().load_state_dict(state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {"population": self.population, "max_norm": self.max_norm, "process_group": self.process_group}
-        return {**super().__getstate__(), **own}
+        return {**super().__getstate__(), "population": self.population, "max_norm": self.max_norm}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -209,9 +214,9 @@ class MemberAdamW(Optimizer):
         for group in self.param_groups:
             for key in ("members", *(f"{key}_factors" for key in _PER_MEMBER)):
                 group[key] = None if group[key] is None else group[key].cpu()
-        names = self._names()
+        ours = self._of_population()
         for parameter, held in self.state.items():
-            if parameter in names:
+            if parameter in ours:
                 held["step"] = held["step"].cpu()
         self._rows = [
             {number: row for row, number in enumerate(group["members"].tolist())} for group in self.param_groups
@@ -219,18 +224,9 @@ class MemberAdamW(Optimizer):
 
     # -- The step ------------------------------------------------------------------------------------------------------
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drop all gradients, or set them to zero."""
-        super().zero_grad(set_to_none)
-        self._forget()
-
-    def _forget(self) -> None:
-        for name in self._names().values():
-            self._members.touched.pop(name, None)
-
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Take a step with the members that gradients have reached since the last one.
+        """Take a step with the members that have gradients.
 
         Parameters
         ----------
@@ -246,40 +242,21 @@ class MemberAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        names = self._names()
-        reached, pieces = self._reached(names), list[_Rows]()
+        ours, trained = self._of_population(), list[tuple[int, Tensor]]()
         for number, group in enumerate(self.param_groups):
-            trained = [parameter for parameter in group["params"] if parameter.grad is not None]
-            _step_whole(group, [parameter for parameter in trained if parameter not in names], self.state)
-            for parameter in trained:
-                numbers = (reached[parameter] or _nonzero(parameter.grad)) if parameter in names else []
-                if numbers:
-                    places = torch.tensor(numbers, device=parameter.device)
-                    gradient = parameter.grad.index_select(0, places)
-                    pieces.append(_Rows(number, parameter, numbers, places, gradient))
+            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            _step_whole(group, [parameter for parameter in parameters if parameter not in ours], self.state)
+            trained += [(number, parameter) for parameter in parameters if parameter in ours]
+        pieces = _pieces(trained, self._span(ours).start)
         if self.max_norm is not None and pieces:
-            _clip(pieces, self.max_norm)
+            pieces = _clipped(pieces, self.max_norm)
         for piece in pieces:
             self._step_rows(piece)
-        self._forget()
         return loss
-
-    def _reached(self, names: Mapping[Tensor, str]) -> dict[Tensor, list[int]]:
-        """Return the members that the gradients of parameters have reached, in any process."""
-        touched = {parameter: sorted(self._members.touched.get(name, ())) for parameter, name in names.items()}
-        alone = not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(self.process_group) == 1
-        if alone or not names:
-            return touched
-        mask = torch.zeros(len(touched), self.population.population, dtype=torch.uint8)
-        for row, numbers in zip(mask, touched.values(), strict=True):
-            row[numbers] = 1
-        mask = mask.to(next(iter(touched)).device)
-        dist.all_reduce(mask, dist.ReduceOp.MAX, group=self.process_group)
-        return {parameter: row.nonzero().flatten().tolist() for parameter, row in zip(touched, mask.cpu(), strict=True)}
 
     def _step_rows(self, piece: _Rows) -> None:
         """Take the step of AdamW with some members of one parameter, in the order of operations of torch."""
-        group, parameter, gradient = self.param_groups[piece.group], piece.parameter, piece.gradient
+        group, parameter, gradient = self.param_groups[piece.group], _local(piece.parameter), piece.gradient
         state, rows = self._allocated(piece)
         row_index = torch.tensor(rows, device=parameter.device)
         steps = state["step"].numpy()
@@ -303,12 +280,12 @@ class MemberAdamW(Optimizer):
 
     def _allocated(self, piece: _Rows) -> tuple[dict[str, Tensor], list[int]]:
         """Return the state of a parameter, and the rows of its members, with new ones for those that have none."""
-        group, known, parameter = self.param_groups[piece.group], self._rows[piece.group], piece.parameter
+        group, known, parameter = self.param_groups[piece.group], self._rows[piece.group], _local(piece.parameter)
         new = [number for number in piece.numbers if number not in known]
         known.update(zip(new, itertools.count(len(known))))
         if new:
             group["members"] = torch.cat([group["members"], torch.tensor(new)])
-        state = self.state[parameter]
+        state = self.state[piece.parameter]
         held = len(state["step"]) if state else 0
         if held < len(known):
             more = min(max(len(known), 2 * held), self.population.population)
@@ -364,13 +341,48 @@ def _of_members(group: Mapping[str, Any], key: str, numbers: Sequence[int]) -> n
     return cast(np.ndarray, float(group[key]) * ratios)
 
 
-def _nonzero(gradient: Tensor) -> list[int]:
-    """Return the members whose gradients are not zero."""
-    return cast("list[int]", gradient.reshape(len(gradient), -1).any(1).nonzero().flatten().tolist())
+def _local(tensor: Tensor) -> Tensor:
+    """Return the part of a tensor that this process has."""
+    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
-def _clip(pieces: Sequence[_Rows], max_norm: float) -> None:
-    """Clip the gradients of each member to a norm, as ``torch.nn.utils.clip_grad_norm_`` does."""
+def _span_of(parameter: Tensor, count: int) -> range:
+    """Return the members of which this process has their part of a parameter."""
+    if not is_sharded(parameter):
+        return range(count)
+    mesh, placements = parameter.device_mesh, parameter.placements  # type: ignore[attr-defined]
+    split = [dim for dim, placement in enumerate(placements) if not placement.is_replicate()]
+    if len(split) != 1 or not placements[split[0]].is_shard(0):
+        raise ConfigError(
+            f"the population's arrays are sharded by {placements}, and MemberAdamW needs all of a member's numbers in "
+            "one process: shard them along their first axis alone, as FSDP2 does by default"
+        )
+    size = -(-count // mesh.size(split[0]))
+    first = min(size * mesh.get_local_rank(split[0]), count)
+    return range(first, min(first + size, count))
+
+
+def _pieces(trained: Sequence[tuple[int, Tensor]], first: int) -> list[_Rows]:
+    """Return the members of parameters, given with their groups, that have gradients; ``first`` is that of row 0."""
+    gradients = [_local(cast(Tensor, parameter.grad)) for _, parameter in trained]
+    dense = [gradient for gradient in gradients if not gradient.is_sparse]
+    masks = [gradient.reshape(len(gradient), math.prod(gradient.shape[1:])).any(1) for gradient in dense]
+    nonzero = torch.stack([mask.to(masks[0].device) for mask in masks]).any(0).nonzero().flatten() if masks else None
+    pieces = []
+    for (group, parameter), gradient in zip(trained, gradients, strict=True):
+        if gradient.is_sparse:
+            summed = gradient.coalesce()
+            places, rows = summed.indices()[0], summed.values()
+        else:
+            places = cast(Tensor, nonzero).to(gradient.device)
+            rows = gradient.index_select(0, places)
+        if len(places):
+            pieces.append(_Rows(group, parameter, [first + place for place in places.tolist()], places, rows))
+    return pieces
+
+
+def _clipped(pieces: Sequence[_Rows], max_norm: float) -> list[_Rows]:
+    """Return gradients of each member clipped to a norm, as by ``torch.nn.utils.clip_grad_norm_``."""
     members = sorted({number for piece in pieces for number in piece.numbers})
     places = {number: place for place, number in enumerate(members)}
     norms = torch.zeros(len(members), len(pieces), device=pieces[0].gradient.device, dtype=torch.float64)
@@ -378,9 +390,11 @@ def _clip(pieces: Sequence[_Rows], max_norm: float) -> None:
     for column, piece in enumerate(pieces):
         norms[rows[column], column] = piece.gradient.flatten(1).norm(dim=1).to(norms)
     factors = (max_norm / (norms.norm(dim=1) + 1e-6)).clamp(max=1.0)
+    clipped = []
     for row, piece in zip(rows, pieces, strict=True):
-        factor = factors[row].to(piece.gradient)
-        piece.gradient.mul_(factor.reshape(-1, *[1] * (piece.gradient.ndim - 1)))
+        factor = factors[row].to(piece.gradient).reshape(-1, *[1] * (piece.gradient.ndim - 1))
+        clipped.append(piece._replace(gradient=piece.gradient * factor))
+    return clipped
 
 
 def _step_whole(group: Mapping[str, Any], parameters: Sequence[Tensor], state: Mapping[Tensor, Any]) -> None:

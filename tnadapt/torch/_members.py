@@ -24,26 +24,10 @@ from tnadapt.backends import load_backend
 from . import _delta, _forms, _forward_pass
 from ._delta import Function, recomputed
 from ._forward_patch import ACTIVATIONS
-from ._state import AdapterSlot, AdapterState, Members, RowAssignment
+from ._state import AdapterSlot, AdapterState, Members, RowAssignment, Selection, sparse_gradients
 from ._strategy_choice import MACHINES, costs
 
 _calls = itertools.count(1)
-
-
-class _Selected(Function):
-    """The arrays of some members as a function of those of all."""
-
-    keeps = "nothing"
-
-    def __init__(self, members: Members, name: str, numbers: Sequence[int], index: Tensor, shape: torch.Size) -> None:
-        self.members, self.name, self.numbers, self.index, self.shape = members, name, numbers, index, shape
-
-    def __call__(self, parameter: Tensor) -> Tensor:
-        return parameter.index_select(0, self.index)
-
-    def vjp(self, inputs: Sequence[Tensor], wanted: Sequence[int], gradient: Tensor) -> Sequence[Tensor]:
-        self.members.touched.setdefault(self.name, set()).update(self.numbers)
-        return [gradient.new_zeros(self.shape).index_copy_(0, self.index, gradient)]
 
 
 class MemberRows(RowAssignment):
@@ -112,11 +96,9 @@ class MemberRows(RowAssignment):
         known = self._arrays.get(name)
         if known is not None and known[0] == key:
             return known
-        members, index = cast(Members, self.whole.members), self.index(self.members, parameter.device)
-        function = _Selected(members, name, self.members, index, parameter.shape)
+        index = self.index(self.members, parameter.device)
         trained = torch.is_grad_enabled() and parameter.requires_grad
-        if trained:
-            members.forget_dropped(name, parameter)
+        function = Selection(index, parameter, trained and sparse_gradients(self.whole, parameter))
         several = recomputed(function, parameter) if trained else function(parameter)
         self._arrays[name] = known = key, several, several.unbind(0)
         return known

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tnadapt.argument_checks import checks_arguments
+from tnadapt.argument_checks import checks_arguments, flag
 from tnadapt.checkpoints.population_file import checked_names
 from tnadapt.errors import ConfigError, TargetError, pluralize, safe_repr, summarize
 
@@ -92,6 +92,15 @@ class Population(Adapter):
         K.
     names : list of (str or None)
         The names of the members. Assign a sequence of K distinct names, with None for members that have none, or None.
+    sparse : bool
+        Whether gradients are row-sparse, as those of ``torch.nn.Embedding(sparse=True)``: sparse tensors with rows of
+        the members in the batch alone, so that the cost of ``backward`` does not depend on K. :class:`MemberAdamW`,
+        :class:`torch.optim.SparseAdam`, and SGD and Adagrad without weight decay take them; torch's other optimizers
+        and ``clip_grad_norm_``, which Trainer calls, do not. ``attach(…, sparse=True)`` sets it, and it may be assigned
+        at any time.
+
+        A program that is compiled as a whole, ``torch.func`` and ``create_graph=True`` give dense ones in any case. A
+        forward pass under FSDP2 or DistributedDataParallel, which need dense ones, raises a ConfigError.
 
     Examples
     --------
@@ -135,6 +144,15 @@ class Population(Adapter):
     @names.setter
     def names(self, names: Sequence[str | None] | None) -> None:
         self._members.names = None if names is None else tuple(checked_names(names, self.population))
+
+    @property
+    def sparse(self) -> bool:
+        """Whether gradients are row-sparse where they can be."""
+        return self._members.sparse
+
+    @sparse.setter
+    def sparse(self, sparse: bool) -> None:
+        self._members.sparse = flag("sparse", sparse)
 
     def __getitem__(self, member: int | str) -> Member:
         """Return the view of a member, given by its number or name.
@@ -189,8 +207,8 @@ class Population(Adapter):
         alone: the others' rows of ``parameter.grad`` are zeros. Other adapters on the model act as they do outside.
 
         The cost grows with the members in the batch, not with K, except that ``backward`` fills a gradient of all K
-        members with zeros. Where an update is low-rank, all rows are two batched products. Where ΔW has to be formed,
-        it is formed once for each member in the batch.
+        members with zeros, unless gradients are sparse. Where an update is low-rank, all rows are two batched products.
+        Where ΔW has to be formed, it is formed once for each member in the batch.
         """
         need_attached(self._state)
         numbers = member_numbers(self._state, index)

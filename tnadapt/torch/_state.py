@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import gc
 import threading
 import weakref
@@ -18,6 +17,7 @@ from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from tnadapt.algebra.factoring import Factoring
 from tnadapt.algebra.superlora import SuperLoRA
@@ -30,12 +30,14 @@ from tnadapt.targets.target import Target
 from ._delta import (
     ArrayCache,
     DeltaCache,
+    Function,
     ThetaArrays,
-    backward_number,
     gather_full,
     in_functorch,
+    is_final,
     is_sharded,
     memory,
+    recomputed,
     reshard,
     version,
 )
@@ -343,6 +345,8 @@ class Members:
         The names of the members, in order; None if none has one.
     seeds : {"one", "each"}
         Whether the members start alike, or each from random arrays of its own.
+    sparse : bool
+        Whether gradients are row-sparse where torch can have them.
 
     Attributes
     ----------
@@ -350,14 +354,13 @@ class Members:
         The member that acts on all rows of a forward pass outside of ``with adapter.members(...)``.
     """
 
-    def __init__(self, count: int, names: tuple[str | None, ...] | None = None, seeds: str = "one") -> None:
-        self.count, self.seeds = count, seeds
+    def __init__(
+        self, count: int, names: tuple[str | None, ...] | None = None, seeds: str = "one", sparse: bool = False
+    ) -> None:
+        self.count, self.seeds, self.sparse = count, seeds, sparse
         self.names = names
         #: The number of the member that is merged, while the population is.
         self.merged: int | None = None
-        #: The members that the gradient of each array has reached since an optimizer last took a step, by the array's
-        #: name in the plan. Compiled programs note none.
-        self.touched: dict[str, set[int]] = {}
         #: By which factors layers multiply in the batched form, where the strategy has none; by index of the weight.
         self.factorings: dict[int, Factoring | None] = {}
         self.active: MemberState | None = None
@@ -373,12 +376,6 @@ class Members:
     def names(self, names: tuple[str | None, ...] | None) -> None:
         self._names = names if names is not None and any(name is not None for name in names) else None
         self._numbers = {name: number for number, name in enumerate(self._names or ()) if name is not None}
-
-    def forget_dropped(self, name: str, parameter: Tensor) -> None:
-        """Forget which members the gradient of an array had reached if it was dropped, as a forward pass begins."""
-        # A pass that recomputes for backward finds no gradient, either, and members that this backward has reached.
-        if not torch.compiler.is_compiling() and parameter.grad is None and backward_number() == -1:
-            self.touched.pop(name, None)
 
     def number(self, name: str) -> int | None:
         """Return the number of the member of a name; None if there is none."""
@@ -535,16 +532,13 @@ class MemberState(AdapterState):
             return parameter[self.number]
         if not (torch.is_grad_enabled() and parameter.requires_grad):
             return parameter[self.number]
-        cast(Members, self._whole.members).forget_dropped(name, parameter)
         # Caches of what has a graph know an array by its identity. Moving a model exchanges the memory of a parameter,
-        # and after a write in place torch gives a view another node, without the hook.
-        place = *memory(parameter), version(parameter)
+        # and after a write in place torch gives a view another node.
+        sparse = sparse_gradients(self._whole, parameter)
+        place = *memory(parameter), version(parameter), sparse
         cached = self._views.get(name)
         if cached is None or cached[0] is not parameter or cached[1] != place:
-            view = parameter[self.number]
-            # A weak reference: the garbage collector does not look into the hooks of a node.
-            reached = functools.partial(_note_reached, weakref.ref(cast(Members, self._whole.members)))
-            view.register_hook(functools.partial(reached, name, self.number))  # type: ignore[no-untyped-call]
+            view = recomputed(Selection(self.number, parameter, True), parameter) if sparse else parameter[self.number]
             cached = self._views[name] = parameter, place, view
         return cached[2]
 
@@ -572,10 +566,53 @@ class MemberState(AdapterState):
         self._forget()
 
 
-def _note_reached(reference: weakref.ref[Members], name: str, number: int, gradient: Tensor) -> None:
-    members = reference()
-    if members is not None:
-        members.touched.setdefault(name, set()).add(number)
+class Selection(Function):
+    """The array of one member, as a view, or those of several as a function of those of all.
+
+    Its gradient is row-sparse with ``sparse``: it has the rows of these members alone.
+
+    Parameters
+    ----------
+    numbers : int or Tensor, shape (members,)
+    parameter : Tensor, shape (K, …)
+    sparse : bool
+    """
+
+    keeps = "nothing"
+
+    def __init__(self, numbers: int | Tensor, parameter: Tensor, sparse: bool) -> None:
+        self.numbers, self.shape, self.sparse = numbers, parameter.shape, sparse
+
+    def __call__(self, parameter: Tensor) -> Tensor:
+        numbers = self.numbers
+        return parameter[numbers] if isinstance(numbers, int) else parameter.index_select(0, numbers)
+
+    def vjp(self, inputs: Sequence[Tensor], wanted: Sequence[int], gradient: Tensor) -> Sequence[Tensor]:
+        """Return the gradient of the arrays of all members."""
+        numbers, rows = self.numbers, gradient
+        if isinstance(numbers, int):
+            numbers, rows = torch.tensor([numbers], device=rows.device), rows.unsqueeze(0)
+        # A sparse gradient cannot be differentiated again, batched or compiled.
+        if not self.sparse or not is_final(rows) or torch.compiler.is_compiling():
+            return [rows.new_zeros(self.shape).index_copy_(0, numbers, rows)]
+        # In ascending order, sums of gradients have each member once. A copy, since others may get the same gradient.
+        numbers, order = numbers.sort()
+        index, rows = numbers.unsqueeze(0), rows.index_select(0, order)
+        return [torch.sparse_coo_tensor(index, rows, self.shape, is_coalesced=True, check_invariants=False)]
+
+
+def sparse_gradients(whole: AdapterState, parameter: Tensor) -> bool:
+    """Return whether a parameter gets row-sparse gradients; raise a ConfigError where nothing could reduce them."""
+    if not cast(Members, whole.members).sparse or not parameter.is_leaf:
+        return False
+    # DDP takes sparse gradients from nn.Embedding alone.
+    ddp = getattr(DistributedDataParallel, "_active_ddp_module", None) is not None
+    if ddp or hasattr(whole.owner, "unshard"):
+        raise ConfigError(
+            f"population {whole.name!r} has sparse gradients, which {'DistributedDataParallel' if ddp else 'FSDP2'} "
+            "cannot reduce over its processes: set population.sparse = False, or leave out sparse=True"
+        )
+    return True
 
 
 def unnamed_member(state: AdapterState) -> TargetError:
