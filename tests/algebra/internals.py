@@ -1,5 +1,6 @@
 """The private parts of ``tnadapt.algebra`` that its tests reach inside for, in one place: each name is a debt."""
 
+from tnadapt.algebra.init import _sums_of_squares as sums_of_squares
 from tnadapt.algebra.maps._matrices import Repeat
 from tnadapt.algebra.maps._transforms import DAUBECHIES
 from tnadapt.algebra.named_config import config_of, named_config
@@ -18,4 +19,5 @@ __all__ = [
     "dominant_basis",
     "named_config",
     "permutation_head",
+    "sums_of_squares",
 ]

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 import tnadapt as tna
+from tests.algebra.internals import sums_of_squares
 from tnadapt.algebra import rng
 from tnadapt.algebra.init import STEP
 from tnadapt.algebra.sources import Tied
@@ -304,6 +309,97 @@ def test_the_first_step_does_not_depend_on_what_is_frozen(name: str) -> None:
                 steps.setdefault(words, []).append(first_step(plan, seed, trained))
     for words, sizes in steps.items():
         assert STEP / 10 < np.median(sizes) < STEP * 10, words
+
+
+# -- The starts of a population's members ------------------------------------------------------------
+
+SEED = st.sampled_from([0, 1, 2**32 - 1, 2**40 + 7, 2**64 - 1])
+ALONE: dict[str, tna.Config] = {
+    **{name: config for name, (config, _) in examples().items()},
+    **FROZEN,
+    "terms": tna.Config(rank=2, terms=2, format="tt", order=3, fold="hypercube", alpha=3.0),
+    "adam": P.lora(2, rate="adam"),
+}
+
+
+def base_of(plan: tna.SuperLoRA) -> list[np.ndarray]:
+    return list(np.random.default_rng(0).normal(size=(len(plan.shapes), *plan.shapes[0])))
+
+
+def check_members(
+    config: tna.Config, shapes: list[tuple[int, int]], members: Sequence[int], words: tuple[str, ...] | None = None
+) -> None:
+    """Compare what is drawn of members with the starts of plans with their seeds, of some 50 of them."""
+
+    def started(seed: int) -> tuple[tna.SuperLoRA, list[str] | None]:
+        plan = tna.SuperLoRA(dataclasses.replace(config, seed=seed % 2**64), shapes, roles="qv" * (len(shapes) // 2))
+        plan = plan.with_base(base_of(plan)).training_plan
+        return plan, words and chosen(plan, list(range(plan.num_groups)), words)
+
+    plan, trained = started(config.seed)
+    drawn = [{name: array.copy() for name, array in plan.init(trained=trained).items()} for _ in members]
+    covered: dict[str, list[int]] = {}
+    for name, some, arrays in plan.drawn_for(members, trained):
+        places = range(len(members))[some]
+        covered.setdefault(name, []).extend(places)
+        assert arrays.dtype == np.float32
+        for place, array in zip(places, arrays, strict=True):
+            drawn[place][name] = array
+    assert all(places == list(range(len(members))) for places in covered.values())
+    for place in range(0, len(members), 1 + len(members) // 50):
+        alone, trained = started(config.seed + members[place])
+        expected = alone.init(trained=trained)
+        assert drawn[place].keys() == expected.keys()
+        for name, array in expected.items():
+            assert drawn[place][name].shape == array.shape
+            assert drawn[place][name].tobytes() == array.tobytes(), name
+
+
+@pytest.mark.law("member-starts")
+@pytest.mark.parametrize("name", ALONE)
+@given(seed=SEED, members=st.lists(st.integers(0, 2**65), max_size=3), data=st.data())
+def test_members_start_as_plans_with_their_seeds(name: str, seed: int, members: list[int], data: st.DataObject) -> None:
+    config = dataclasses.replace(ALONE[name], seed=seed)
+    plan = tna.SuperLoRA(config, SMALL, roles="qvqv").with_base(BASE)
+    if plan.theta is None and any(group.subtracts for group in plan.groups):
+        with pytest.raises(tna.ConfigError, match="so all members share them: use seeds='one'"):
+            list(plan.drawn_for(members))
+        return
+    words = [None] if plan.theta is not None else [None, *dict.fromkeys(some for _, some in choices(plan))]
+    check_members(config, SMALL, members, data.draw(st.sampled_from(words)))
+
+
+@pytest.mark.law("member-starts")
+@pytest.mark.parametrize(
+    ("rank", "cols", "count"),
+    # At the longest array whose scale is exact, beyond it, and beyond what is drawn at a time; and more members than
+    # are drawn at a time, or ahead.
+    [(8, 2**11, 2), (8, 2**11 + 1, 2), (8, 4000, 2), (1, 30, 2500), (1, 3000, 130), (8, 2**11, 0)],
+)
+def test_long_arrays_and_many_members(rank: int, cols: int, count: int) -> None:
+    members = range(1, 1 + count)
+    plan = tna.SuperLoRA(P.lora(rank), [(4, cols)])
+    sizes = [arrays.size for _, _, arrays in plan.drawn_for(members)]
+    assert sum(sizes) == count * rank * cols
+    assert max(sizes, default=0) <= max(30_000, rank * cols)
+    check_members(P.lora(rank), [(4, cols)] * 2, members)
+
+
+# The extreme words, the middle ones, and those where the inverse distribution changes its formula.
+WORDS = st.one_of(
+    st.integers(0, 2**32 - 1),
+    st.sampled_from([0, 2**32 - 1, 2**31 - 1, 2**31, round(0.075 * 2**32), round(0.925 * 2**32)]),
+)
+
+
+@given(st.lists(WORDS, min_size=1, max_size=40), st.integers(1, 3), st.integers(1, 2**14))
+@example(words=[0], rows=1, length=2**14)
+@example(words=list(range(40)), rows=3, length=2**14)
+def test_sums_of_squares_are_correctly_rounded(words: list[int], rows: int, length: int) -> None:
+    """Of any normal numbers, up to the longest row."""
+    normals = rng._normal_of(np.array(words, np.uint32))
+    wide = np.resize(normals, (rows, length)).astype(np.float64)
+    assert sums_of_squares(wide).tolist() == [math.fsum((row * row).tolist()) for row in wide]
 
 
 # -- The bits of the start ---------------------------------------------------------------------------

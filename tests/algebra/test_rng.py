@@ -52,6 +52,17 @@ def test_a_draw_in_pieces_is_the_draw_in_one_go(seed: int, group: int, length: i
 
 
 @pytest.mark.law("draws-in-pieces")
+@given(st.lists(SEEDS, max_size=5), st.integers(0, 2**32 - 1), st.sampled_from([7, 2**16]), st.integers(0, 300))
+@example(seeds=list(range(9)), group=0, purpose=16, stop=2**14)
+def test_the_draws_of_several_seeds_are_those_of_each(seeds: list[int], group: int, purpose: int, stop: int) -> None:
+    drawn = rng.normals_of_seeds(np.array(seeds, np.uint64), group, purpose, stop)
+    assert drawn.dtype == np.float32
+    assert drawn.shape == (len(seeds), stop)
+    for row, seed in zip(drawn, seeds, strict=True):
+        assert row.tobytes() == rng.normals(seed, group, purpose, 0, stop).tobytes()
+
+
+@pytest.mark.law("draws-in-pieces")
 def test_a_draw_over_the_edge_of_a_chunk() -> None:
     edge = rng.CHUNK
     assert np.array_equal(rng.words(1, 0, 2, edge - 3, edge + 3), rng.words(1, 0, 2, 0, edge + 3)[-6:])
@@ -124,6 +135,8 @@ def test_streams_of_other_seeds_groups_and_purposes_differ() -> None:
         (ShapeError, lambda: rng.permutation(0, 0, 0)),
         (ShapeError, lambda: rng.permutation(5, 0, 0, 0, 6)),
         (ShapeError, lambda: rng.normals(0, 0, 2, -1, 1)),
+        (ShapeError, lambda: rng.normals_of_seeds(np.zeros(1, np.uint64), 0, 2, -1)),
+        (ConfigError, lambda: rng.normals_of_seeds(np.zeros(1, np.uint64), 2**32, 2, 1)),
     ],
 )
 def test_bad_input(error: type[Exception], call: object) -> None:

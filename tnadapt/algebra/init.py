@@ -42,7 +42,9 @@ from __future__ import annotations
 import collections
 import functools
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+import os
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -219,6 +221,10 @@ def zero_arrays(groups: Sequence[StartingGroup]) -> dict[int, list[ZeroArray]]:
 
 
 STEP = 1.0 / 32.0
+# How many numbers of several members are drawn at a time: they stay in the cache, and are too few for torch to share
+# among threads when it copies them.
+_TOGETHER = 30_000
+_WORKERS = min(4, os.cpu_count() or 1)
 
 
 class Initializer(FixedArrays):
@@ -296,10 +302,37 @@ class Initializer(FixedArrays):
         """Return the same start for parameters in units, by the names of arrays: an array is its unit times one."""
         return self._with(_units=units)
 
-    def drawn_for(self, member: int) -> dict[str, np.ndarray]:
-        """Return the random arrays of a member of a population, by their names in the network."""
-        other = self._with(seed=(self.seed + member) % (1 << 64))
-        return {name: other.make(name) for name in self.network.shapes if name in self.names and self._is_random(name)}
+    def drawn_for(self, members: Sequence[int]) -> Iterator[tuple[str, slice, np.ndarray]]:
+        """Yield the random arrays of members of a population: a name in the network, some of the members, and theirs.
+
+        A member's number is added to the seed. Few arrays are in memory at a time.
+        """
+        seeds = np.array([(self.seed + member) % (1 << 64) for member in members], np.uint64)
+        draws = collections.deque[tuple[str, slice, Future[np.ndarray]]]()
+
+        def done(left: int) -> Iterator[tuple[str, slice, np.ndarray]]:
+            while len(draws) > left:
+                name, some, draw = draws.popleft()
+                yield name, some, draw.result()
+
+        # NumPy releases the interpreter lock.
+        with ThreadPoolExecutor(_WORKERS) as pool:
+            for name, shape in self.network.shapes.items():
+                if name not in self.names or not self._is_random(name):
+                    continue
+                std = self.std_of(name)
+                for first, last in rng.chunks(0, seeds.size, max(1, _TOGETHER // math.prod(shape))):
+                    draws.append((name, slice(first, last), pool.submit(self._drawn, name, std, seeds[first:last])))
+                    yield from done(2 * _WORKERS)
+            yield from done(0)
+
+    def _drawn(self, name: str, std: float, seeds: np.ndarray) -> np.ndarray:
+        """Return a random array of each seed, as ``make`` computes it of one."""
+        shape = self.network.shapes[name]
+        if math.prod(shape) > _SHORT:
+            return np.stack([self._with(seed=int(seed)).make(name) for seed in seeds])
+        drawn = rng.normals_of_seeds(seeds, self.group, self._purposes[name], math.prod(shape))
+        return self._in_unit(name, _scaled_rows(drawn, std).reshape(seeds.size, *shape))
 
     def _is_random(self, name: str) -> bool:
         origin = self.origins.get(name)
@@ -403,7 +436,10 @@ class Initializer(FixedArrays):
         """Compute an array in float32, by its name, or by (name, dtype) to round its values to that dtype."""
         if isinstance(key, tuple):
             return rounded_to(self.make(key[0]), key[1])
-        array, unit = self._array(key), self._units.get(key, 1.0)
+        return self._in_unit(key, self._array(key))
+
+    def _in_unit(self, name: str, array: np.ndarray) -> np.ndarray:
+        unit = self._units.get(name, 1.0)
         return array if unit == 1.0 else array * np.float32(1.0 / unit)  # exact: units are powers of two
 
     def draws(self, name: str) -> bool:
@@ -425,9 +461,12 @@ class Initializer(FixedArrays):
         term, split, name = parsed_name(self.network, key)
         if name in split.ones:
             return np.ones(shape, np.float32)
-        purpose = rng.PURPOSE["start"] + list(self.network.shapes).index(key)
-        drawn = rng.normals(self.seed, self.group, purpose, 0, math.prod(shape))
+        drawn = rng.normals(self.seed, self.group, self._purposes[key], 0, math.prod(shape))
         return _scaled(drawn, self._std(term)).reshape(shape)
+
+    @functools.cached_property
+    def _purposes(self) -> dict[str, int]:
+        return {name: purpose for purpose, name in enumerate(self.network.shapes, rng.PURPOSE["start"])}
 
     def _tied(self, group: int, name: str) -> np.ndarray:
         assert self._starts is not None  # the plan passes it wherever arrays are tied
@@ -466,6 +505,28 @@ def _scaled(drawn: np.ndarray, std: float) -> np.ndarray:
     # fsum is correctly rounded, with the same bits on every machine; a vectorized sum does not promise that.
     wide = drawn.astype(np.float64)
     return (wide * (std / math.sqrt(math.fsum((wide * wide).tolist()) / wide.size))).astype(np.float32)
+
+
+def _scaled_rows(drawn: np.ndarray, std: float) -> np.ndarray:
+    """Scale rows of up to ``_SHORT`` normal numbers, each as ``_scaled`` does."""
+    wide = drawn.astype(np.float64)
+    wide *= (std / np.sqrt(_sums_of_squares(wide) / wide.shape[1]))[:, None]
+    return wide.astype(np.float32)
+
+
+def _sums_of_squares(rows: np.ndarray) -> np.ndarray:
+    """Sum the squares of each of such rows, correctly rounded like ``math.fsum``."""
+    # The squares of float32 numbers are exact in float64. Those of normal numbers are below 2**6 and multiples of
+    # 2**-110: cut at 2**-33 and 2**-73, each of the three parts of up to 2**14 of them has an exact sum in any order.
+    rest, parts = rows * rows, list[np.ndarray]()
+    for cut in (33, 73):
+        rounding = 1.5 * 2.0 ** (52 - cut)  # adding it leaves multiples of 2**-cut, and subtracting it is exact
+        part = rest + rounding
+        part -= rounding
+        rest -= part
+        parts.append(part.sum(axis=1))
+    parts.append(rest.sum(axis=1))
+    return np.array([math.fsum(sums) for sums in zip(*parts, strict=True)])
 
 
 def _linear_std(

@@ -761,33 +761,53 @@ class SuperLoRA:
             params[name] = library.asarray(host, dtype, device)
         return params
 
-    def drawn_for(self, member: int, trained: Collection[str] | None = None) -> dict[str, np.ndarray]:
-        """Return the random initial arrays of a member of a population: its number is added to the config's seed.
+    def drawn_for(
+        self, members: Sequence[int], trained: Collection[str] | None = None
+    ) -> Iterator[tuple[str, slice, np.ndarray]]:
+        """Draw the random initial arrays of members of a population: a member's number is added to the config's seed.
 
         F and frozen arrays are those of all members.
 
         Parameters
         ----------
-        member : int
+        members : sequence of int
         trained : collection of str, optional
             As in :meth:`init`.
+
+        Yields
+        ------
+        name : str
+            That of an array in ``param_shapes``.
+        some : slice
+            Some of the members: together, those of a name are all.
+        arrays : ndarray of float32, shape (members, *param_shapes[name])
+            Their arrays: bit for bit those of the plan with such a seed.
 
         Raises
         ------
         ConfigError
             If the update of the initial arrays is subtracted: then it is a part of the plan.
+
+        Notes
+        -----
+        Several members are drawn at a time, in threads, and a few of these slices are in memory.
+
+        Examples
+        --------
+        >>> import tnadapt as tna
+        >>> plan = tna.SuperLoRA(tna.presets.lora(2), [(64, 32)])
+        >>> [(name, some, arrays.shape) for name, some, arrays in plan.drawn_for(range(1, 1000))]
+        [('group0.split0.factor1', slice(0, 999, None), (999, 32, 2))]
         """
         if self.theta is not None:
-            return {}
-        arrays = {}
+            return
         for group, start in zip(self.groups, self.starts(trained), strict=True):
             if group.subtracts:
                 raise ConfigError(
                     f"the update of the initial arrays is subtracted (start={self.config.start!r}, "
                     f"projection={self.config.projection!r}), so all members share them: use seeds='one'"
                 )
-            arrays.update({group.names[name]: array for name, array in start.drawn_for(member).items()})
-        return arrays
+            yield from ((group.names[name], some, arrays) for name, some, arrays in start.drawn_for(members))
 
     def _weight_starts(self, dtype: str) -> dict[str, np.ndarray]:
         """Return the initial values of the parameters in ``weight_param_shapes``."""

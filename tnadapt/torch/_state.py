@@ -57,6 +57,8 @@ _INDEX_ON = "index on "
 ADAPTERS_ATTR = "_tnadapt_adapters"
 #: Runs a patched forward, with its arguments and keywords, where rows have different adapters.
 RowRunner = Callable[[Any, Any, Any], Any]
+#: Draws the random initial arrays of members, as ``SuperLoRA.drawn_for`` does.
+Draws = Callable[[Sequence[int]], Iterator[tuple[str, slice, Any]]]
 
 
 def is_array(path: str) -> bool:
@@ -402,15 +404,14 @@ class Members:
         """Remember that a member has caches."""
         self._caching[state.number] = state
 
-    def initial(self, arrays: Mapping[str, Any], drawn: Callable[[int], dict[str, Any]]) -> dict[str, Tensor]:
-        """Return the initial arrays of all members from those of one; ``drawn(k)`` returns the random ones of k."""
+    def initial(self, arrays: Mapping[str, Any], drawn: Draws) -> dict[str, Tensor]:
+        """Return the initial arrays of all members from those of the first."""
         several = {
             name: torch.as_tensor(array).expand(self.count, *array.shape).clone() for name, array in arrays.items()
         }
         if self.seeds == "each":
-            for number in range(1, self.count):
-                for name, array in drawn(number).items():
-                    several[name][number] = torch.from_numpy(array)
+            for name, some, rows in drawn(range(1, self.count)):
+                several[name][1:][some] = torch.from_numpy(rows)
         return several
 
     def renew(self) -> None:
@@ -718,16 +719,16 @@ def full_arrays(state: AdapterState) -> dict[str, Tensor]:
     return {name: gather_full(parameter) for name, parameter in named_parameters(state)}
 
 
-def initial_arrays(
-    state: AdapterState, arrays: Mapping[str, Any], drawn: Callable[[int], dict[str, Any]]
-) -> Mapping[str, Any]:
+def initial_arrays(state: AdapterState, arrays: Mapping[str, Any], drawn: Draws) -> Mapping[str, Any]:
     """Return initial arrays as an adapter has them: a population those of all members, a member with its own draws."""
     members = state.members
     if members is None:
         return arrays
     if not isinstance(state, MemberState):
         return members.initial(arrays, drawn)
-    return {**arrays, **drawn(state.number)} if members.seeds == "each" and state.number else arrays
+    if members.seeds == "one" or state.number == 0:
+        return arrays
+    return {**arrays, **{name: rows[0] for name, _, rows in drawn([state.number])}}
 
 
 def checked_pairs(state: AdapterState, arrays: Mapping[str, Any]) -> list[tuple[nn.Parameter, Any]]:

@@ -255,6 +255,13 @@ def test_consecutive_elements(stream: tuple[int, int, int], start: int, length: 
 
 
 @pytest.mark.law("equal-seeds")
+@given(STREAM, st.lists(st.integers(0, 2**64 - 1), max_size=3), LENGTH)
+def test_elements_of_several_seeds(stream: tuple[int, int, int], seeds: list[int], stop: int) -> None:
+    asked = (np.array(seeds, np.uint64), *stream[1:], stop)
+    assert same(draws.normals_of_seeds(*asked), rng.NumpyStreams.normals_of_seeds(*asked))
+
+
+@pytest.mark.law("equal-seeds")
 @given(STREAM, st.lists(st.integers(0, 2**63 - 1), max_size=30), LENGTH)
 def test_elements_anywhere(stream: tuple[int, int, int], some: list[int], length: int) -> None:
     for index in (np.array(some, np.int64), np.arange(length)[::-1] * 7, np.arange(length, dtype=np.int32)):

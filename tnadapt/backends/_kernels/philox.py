@@ -171,10 +171,17 @@ def _normals(start, purpose, group, seed, out):
     u, power, where = np.empty(_SHORT), np.empty(_SHORT), np.empty(_SHORT, np.int64)
     stop = start + out.size
     for first in range(start - start % 4, stop, _SHORT):
-        _blocks(uint64(first // 4), purpose, group, seed, word)
-        _of_words(word, u, where, power, normals)
         lo, hi = max(first, start), min(first + _SHORT, stop)
+        size = (hi - first + 3) // 4 * 4
+        _blocks(uint64(first // 4), purpose, group, seed, word[:size])
+        _of_words(word[:size], u, where, power, normals)
         out[lo - start : hi - start] = normals[lo - first : hi - first]
+
+
+@compiled
+def _normals_of_seeds(purpose, group, seeds, out):
+    for k in range(seeds.size):
+        _normals(0, purpose, group, seeds[k], out[k])
 
 
 @compiled
@@ -275,6 +282,13 @@ def normals(seed: int, group: int, purpose: int, start: int, stop: int) -> NDArr
 def normals_at(seed: int, group: int, purpose: int, index: NDArray[np.integer[Any]]) -> NDArray[np.float32]:
     """:func:`tnadapt.algebra.rng.normals_at`."""
     return _at(_normals_at, index, np.empty(index.size, np.float32), *_stream(seed, group, purpose))
+
+
+def normals_of_seeds(seeds: NDArray[np.uint64], group: int, purpose: int, stop: int) -> NDArray[np.float32]:
+    """:func:`tnadapt.algebra.rng.normals_of_seeds`, on this thread."""
+    out = np.empty((seeds.size, stop), np.float32)
+    _normals_of_seeds(np.uint64(purpose), np.uint64(group), seeds, out)
+    return out
 
 
 def permutation(size: int, keys: NDArray[np.uint32], start: int, stop: int, inverse: bool) -> NDArray[np.int64]:
