@@ -654,6 +654,16 @@ def test_other_draws_of_frozen_arrays_are_refused(tmp_path: Path) -> None:
     assert all(np.array_equal(array, file.arrays[name]) for name, array in same_arrays.items())
 
 
+@pytest.mark.law("bad-tensors")
+def test_numbers_before_the_network_are_never_left_out(tmp_path: Path) -> None:
+    config = tna.presets.lora(2).replace(before="one-hot", parameters=3, scope="group")
+    recipe, tensors = forge.parsed(content_of(made(config), tmp_path))
+    del tensors["group1.theta"]
+    for trained in (["group0.theta"], ["group2.theta", "group0.theta"]):
+        why = refusal(tmp_path, forge.adapter({**recipe, "trained": trained}, tensors))
+        assert "missing: 'group1.theta'; unknown: none" in why
+
+
 def test_a_small_file_makes_no_reader_draw_much(tmp_path: Path) -> None:
     recipe = {"version": 1, "config": {"rank": 20}, "targets": [["a", [1 << 20, 1], "q"]], "draws": "0" * 64,
               "trained": ["group0.split0.factor1"]}  # fmt: skip

@@ -461,6 +461,18 @@ def test_other_draws_are_refused_at_every_load(tmp_path: Path) -> None:
         assert len(tna.load(path)) == 2
 
 
+@pytest.mark.parametrize("case", ["lora", "theta", "projection", "parts", "magnitude"])
+def test_a_load_makes_one_plan(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, make, plans = saved(tmp_path / "population.safetensors", members(case)), SuperLoRA.__init__, list[int]()
+    tna.load(path)  # the digest of the draws is known from now on
+    monkeypatch.setattr(SuperLoRA, "__init__", lambda *args, **more: plans.append(1) or make(*args, **more))
+    for read in (lambda: tna.load(path, members=[1])[0], lambda: tna.load(path)[2]):
+        file = read()
+        assert (len(plans), file.num_parameters) == (1, sum(map(np.size, file.arrays.values())))
+        assert file.plan.num_parameters == file.num_parameters
+        plans.clear()
+
+
 def test_an_adapter_has_no_members(tmp_path: Path) -> None:
     path = tmp_path / "adapter.safetensors"
     tna.save(path, member("lora"))

@@ -258,7 +258,9 @@ class AdapterFile:
         def put(name: str, value: Any) -> None:
             object.__setattr__(self, name, value)  # the class is frozen
 
-        put("targets", _own_targets(self.targets, self.config))
+        if not self.targets:
+            raise ConfigError("targets is empty: an adapter updates at least one weight")
+        put("targets", own_targets(self.targets, self.config))
         check_distinct(self.targets)
         if self.activation is not None and self.activation not in ACTIVATIONS:
             known = ", ".join(ACTIVATIONS)
@@ -270,9 +272,13 @@ class AdapterFile:
         put("ties", _own_ties(self))
         _check_dtypes(self)
         _check_text(self)
-        shapes = {name: tuple(array.shape) for name, array in [*self.arrays.items(), *self.given.items()]}
-        plan = check_fit(self.config, self.targets, shapes)
+        plan = self.__dict__.pop("plan", None)  # from fitting_file
+        if plan is None or plan.param_shapes.keys() != self.arrays.keys():
+            shapes = {name: tuple(array.shape) for name, array in [*self.arrays.items(), *self.given.items()]}
+            plan = check_fit(self.config, self.targets, shapes)
         put("given", checked_given(self.given, plan.fixed_shapes, plan.brought_shapes))
+        if not self.given:
+            put("plan", plan)
         if self.activation is not None and plan.point.subtracts:
             raise ConfigError(
                 f"activation={self.activation!r} depends on the input, so that the update of a start cannot be "
@@ -437,6 +443,14 @@ class AdapterFile:
         return self.plan.deltas(self.arrays, self.dtype)
 
 
+def fitting_file(plan: SuperLoRA, *fields: Any, **named: Any) -> AdapterFile:
+    """Return the adapter of these fields, whose arrays fit this plan of theirs, as :func:`check_fit` has found."""
+    file = AdapterFile.__new__(AdapterFile)
+    object.__setattr__(file, "plan", plan)
+    AdapterFile.__init__(file, *fields, **named)
+    return file
+
+
 _Draw = tuple[Callable[[], np.ndarray], int]  # what draws an array, and its size
 
 
@@ -464,11 +478,10 @@ def _add(digest: Any, arrays: Iterable[np.ndarray]) -> None:
         digest.update(array.astype("<f4").tobytes())
 
 
-def _own_targets(targets: Sequence[Target], config: Config) -> tuple[Target, ...]:
-    if not targets:
-        raise ConfigError("targets is empty: an adapter updates at least one weight")
+def own_targets(targets: Sequence[Target], config: Config) -> tuple[Target, ...]:
+    """Return targets without the layers that a config does not use."""
     return tuple(
-        target if part.groups == "layer" else dataclasses.replace(target, layer="")
+        target if part.groups == "layer" or not target.layer else dataclasses.replace(target, layer="")
         for part, weights in config.split(targets)
         for target in weights
     )

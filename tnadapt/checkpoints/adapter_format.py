@@ -143,7 +143,7 @@ from tnadapt.errors import FileError, TnadaptError, pluralize, safe_repr, summar
 from tnadapt.targets.target import Target, check_distinct
 
 from . import container
-from .adapter_file import KEPT, MAX_IN_ROW, MAX_LEFT_OUT, AdapterFile, check_fit, drawn
+from .adapter_file import KEPT, MAX_IN_ROW, MAX_LEFT_OUT, AdapterFile, check_fit, drawn, fitting_file, own_targets
 from .atomic_files import atomic_write, replace_file, write_all
 from .fingerprint import Fingerprint
 from .population_file import (
@@ -661,10 +661,11 @@ def _draws_here(content: FileContent) -> str | None:
         # Not adapter.draws: another writer may store arrays that this one omits.
         return content.adapter.draws_without(content.left_out)
     key = content.recipe["sha256"]
-    draws = _POPULATION_DRAWS[key] = _POPULATION_DRAWS.get(key) or content.adapter.draws_without(())
-    if len(_POPULATION_DRAWS) > _MAX_DRAWS:
-        _POPULATION_DRAWS.clear()
-    return draws
+    if key not in _POPULATION_DRAWS:
+        if len(_POPULATION_DRAWS) == _MAX_DRAWS:
+            _POPULATION_DRAWS.clear()
+        _POPULATION_DRAWS[key] = content.adapter.draws_without(())
+    return _POPULATION_DRAWS[key]
 
 
 def read(file: container.Container) -> FileContent:
@@ -676,7 +677,8 @@ def read(file: container.Container) -> FileContent:
     rows = () if about is None else _take_rows(entries)
     plan_entries = {name: entry for name, entry in entries.items() if not name.startswith(KEPT)}
     shapes = {name: entry.shape for name, entry in plan_entries.items()}
-    plan = check_fit(config, targets, shapes, trained, None if about is None else about["parameters"])
+    numbers = None if about is None else about["parameters"]
+    plan = check_fit(config, own_targets(targets, config), shapes, trained, numbers)
     # Entries are in the order of their bytes, so the file is read sequentially.
     stored = {name: (entry.dtype, file.array(name)) for name, entry in entries.items()}
     digest = recipe["sha256"]
@@ -700,7 +702,8 @@ def read(file: container.Container) -> FileContent:
     frozen = {name: array for name, array in arrays.items() if name not in params and not name.startswith(KEPT)}
     if any(stored[name][0] != "F32" for name in frozen):
         raise FileError("has frozen arrays of another dtype than float32")
-    adapter = AdapterFile(
+    adapter = fitting_file(
+        plan,
         config,
         targets,
         {name: array for name, array in arrays.items() if name in params},
