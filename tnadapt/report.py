@@ -126,7 +126,8 @@ class ProgressBar:
     Notes
     -----
     ==================  ==========================================================================================
-    ``bar.counts``      ``progress=`` of :func:`tnadapt.merge`, :func:`tnadapt.plan`, :func:`tnadapt.torch.attach`
+    ``bar.counts``      ``progress=`` of :func:`tnadapt.merge`, :func:`tnadapt.plan`, :func:`tnadapt.convert`,
+                        :func:`tnadapt.torch.attach`
     ``bar.steps``       ``progress=`` of :func:`tnadapt.decompose` and :func:`tnadapt.extract`
     ``bar.iterations``  ``callback=`` of :func:`tnadapt.cp`, :func:`tnadapt.tucker` and the others
     ``bar.lines``       ``progress=`` of :func:`tnadapt.verify`

@@ -78,10 +78,12 @@ def test_commands_take_a_member_by_name_or_number(tmp_path: Path) -> None:
         assert done.stderr.startswith(f"tnadapt: {source}: {why}")
 
 
-def test_convert_writes_all_members(tmp_path: Path) -> None:
+def test_convert_writes_all_members(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, out = saved(tmp_path / "population.safetensors", 2, ["ann", None]), tmp_path / "out"
+    counts = list[tuple[int, int]]()
+    monkeypatch.setattr(tna.ProgressBar, "counts", lambda bar, done, total: counts.append((done, total)))
     done = run_here(main, "convert", path, "-o", out, "--to", "vllm")
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.returncode, done.stderr, counts) == (0, "", [(1, 2), (2, 2)])
     assert done.stdout == (
         "tnadapt -> vllm-lora, 2 members\nparameters 80 -> 320\nexact but for rounding: relative error 0\n"
         f"written to {out}\n"

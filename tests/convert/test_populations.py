@@ -124,6 +124,32 @@ def test_the_base_is_read_once_for_all_members(tmp_path: Path, base: Path, monke
     assert (len(calls), len(list((tmp_path / "out").iterdir()))) == (1, 6)
 
 
+@pytest.mark.parametrize("out", [None, "out"])
+def test_progress_counts_the_members_that_are_converted(tmp_path: Path, out: str | None) -> None:
+    path, calls = saved(tmp_path / "population.safetensors", members("theta", 3)), list[tuple[int, int]]()
+
+    def progress(done: int, total: int) -> None:
+        calls.append((done, total))
+        if out is not None:
+            (stage,) = tmp_path.glob(".tnadapt-*.tmp")
+            assert len(list(stage.iterdir())) == done
+
+    where = None if out is None else tmp_path / out
+    tna.convert(path, where, to="vllm-lora", progress=progress)
+    assert calls == [(1, 3), (2, 3), (3, 3)]
+    tna.convert(path, to="vllm-lora", member=1, progress=progress)
+    assert len(calls) == 3
+
+    def stop(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tna.convert(path, tmp_path / "other", to="vllm-lora", progress=stop)
+    assert sorted(os.listdir(tmp_path)) == sorted(["population.safetensors", *([out] if out is not None else [])])
+    with pytest.raises(ConfigError, match="progress must be a function or None; got 3"):
+        tna.convert(path, to="vllm-lora", progress=3)  # type: ignore[call-overload]
+
+
 def damaged(path: Path, whole: int) -> None:
     """Damage the checksums of all members but one, in a file of rows alone."""
     content, rows = path.read_bytes(), len(tna.load(path))

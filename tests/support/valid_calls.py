@@ -281,7 +281,7 @@ CALLS: dict[str, Arguments] = {
     "Target.select": lambda b: {"stored": b.matrix(4, 6)},
     "Target.like_block": lambda b: {"matrix": b.matrix(4, 6)},
     "Target.write": lambda b: {"stored": b.matrix(4, 6), "matrix": b.matrix(4, 6)},
-    "convert": lambda b: {"source": b.file, "to": "peft-lora"},
+    "convert": lambda b: {"source": b.file, "to": "peft-lora", "progress": lambda done, total: None},
     "cp_to_tensor": lambda b: {"cp": (None, [np.ones((3, 2)), np.ones((4, 2))])},
     "tucker_to_tensor": lambda b: {"tucker": (np.ones((2, 2)), [np.ones((3, 2)), np.ones((4, 2))])},
     "tt_to_tensor": lambda b: {"cores": [np.ones((1, 3, 2)), np.ones((2, 4, 1))]},

@@ -75,10 +75,10 @@ def convert_command(
     Exit code: 0, or 2 if the conversion is not possible. Nothing is written then.
     """
     kept = "nothing was written" if out is None else f"{out} is unchanged or complete; the same command starts over"
-    with stoppable(kept), ProgressBar("converting"):
+    with stoppable(kept), ProgressBar("converting") as bar:
         conversion = convert(
             source, out, to=to, member=member_of(source, member), rank=rank, max_error=max_error, base=base, part=part,
-            dtype=dtype, without_kept=without_kept, overwrite=overwrite,
+            dtype=dtype, without_kept=without_kept, overwrite=overwrite, progress=bar.counts,
         )  # fmt: skip
     if as_json:
         echo_json({**conversion.to_dict(), "out": None if out is None else str(out)})

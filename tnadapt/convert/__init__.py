@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from tnadapt.argument_checks import checks_arguments
@@ -72,6 +73,7 @@ def convert(
     dtype: str | None = None,
     without_kept: bool = False,
     overwrite: bool = False,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Conversion | Any:  # Any: a PopulationConversion, for a population without member
     """Convert an adapter between this library, PEFT, LyCORIS and others: exactly, or with a measured error.
 
@@ -117,6 +119,8 @@ def convert(
         Whether to omit parameters that were trained alongside the adapter, such as a classifier head.
     overwrite : bool
         Whether to replace an existing ``out``.
+    progress : callable, optional
+        Called with the number of members of a population that are converted and of all, after each.
 
     Returns
     -------
@@ -161,7 +165,7 @@ def convert(
     from ._pipeline import requested, run
 
     request = requested(to, rank, max_error, base, part, dtype, without_kept)
-    return run(source, out, request, member, overwrite)
+    return run(source, out, request, member, overwrite, progress or (lambda done, total: None))
 
 
 _lazy, __dir__ = lazy_names(__name__, _LAZY)

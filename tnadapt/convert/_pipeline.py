@@ -11,7 +11,7 @@ import dataclasses
 import difflib
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -358,13 +358,14 @@ def run(
     request: ConversionRequest,
     member: int | str | None,
     overwrite: bool,
+    progress: Callable[[int, int], None],
 ) -> Conversion | PopulationConversion:
     """Read an adapter or a population, write it in the requested form, and save that if ``out`` is given."""
     if out is not None:
         check_free(out, request.format.folder, overwrite)
     adapter = read(source, request, member)
     if adapter.rows is not None:
-        return _run_all(adapter, adapter.rows, None if out is None else path_of(out), request, overwrite)
+        return _run_all(adapter, adapter.rows, None if out is None else path_of(out), request, overwrite, progress)
     result = write(adapter, request)
     if out is not None:
         result.save(out, overwrite)
@@ -372,7 +373,12 @@ def run(
 
 
 def _run_all(
-    adapter: ConvertedFrom, rows: MemberRows, out: str | None, request: ConversionRequest, overwrite: bool
+    adapter: ConvertedFrom,
+    rows: MemberRows,
+    out: str | None,
+    request: ConversionRequest,
+    overwrite: bool,
+    progress: Callable[[int, int], None],
 ) -> PopulationConversion:
     """Convert all members of a population, and save them as folders that appear when the last one is complete."""
     population = population_of_rows(adapter.file, rows)
@@ -392,6 +398,7 @@ def _run_all(
             # Without what is written, which would fill the memory.
             results.append(dataclasses.replace(result, errors={}, tensors={}, dtypes={}, config=None, files={}))
             yield folder, result.files
+            progress(number + 1, len(folders))
 
     if out is None:
         collections.deque(converted(), maxlen=0)
