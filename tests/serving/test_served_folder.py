@@ -7,6 +7,7 @@ import json
 import multiprocessing
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -32,11 +33,16 @@ def served(place: Path, base: str | None = "base") -> ServedFolder:
     return ServedFolder(place / "adapters", place / "cache", None if base is None else place / base)
 
 
+def entries(place: Path) -> list[Path]:
+    """The adapters in the cache."""
+    return [path for path in (place / "cache").iterdir() if not path.name.startswith(".")]
+
+
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The files that are read and converted from now on."""
     noted = list[str]()
-    for name in ("convert", "load_single"):
+    for name in ("convert", "load", "load_single", "open_checkpoint"):
         real = getattr(served_folder, name)
         monkeypatch.setattr(
             served_folder, name, lambda *args, name=name, real=real, **more: noted.append(name) or real(*args, **more)
@@ -119,8 +125,9 @@ def test_requests_at_once_get_one_complete_folder(workers: str, place: Path) -> 
     with pool:
         answers = set(pool.map(find, [place] * 16))
     assert len(answers) == 1
-    (entry,) = (place / "cache").iterdir()  # and nothing is left of the others
+    (entry,) = entries(place)  # and nothing is left of the others
     assert sorted(path.name for path in entry.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert not list((place / "cache").glob("*.tmp"))
 
 
 def test_a_folder_that_another_writer_has_just_made_is_not_written_again(
@@ -150,6 +157,35 @@ def test_the_base_is_what_vllm_serves(place: Path, monkeypatch: pytest.MonkeyPat
         folder.find("tiny", "nobody/has-this-model")
     monkeypatch.setattr(hub, "snapshot_download", lambda name, local_files_only: place / "base")
     assert folder.find("tiny", "org/model") is not None
+
+
+def test_the_headers_of_the_base_are_read_again_if_a_file_has_changed(place: Path, calls: list[str]) -> None:
+    tna.save(place / "adapters" / "math.safetensors", adapter(tna.presets.lora(2), base=0))
+    base, folder = place / "base", served(place, None)
+    weights, config = base / "model.safetensors", base / "config.json"
+
+    def find_twice() -> Any:
+        adapters = [folder.find("math", str(base)) for _ in range(2)]
+        assert adapters[0] == adapters[1]
+        assert calls.count("open_checkpoint") <= 1
+        calls.clear()
+        return adapters[0]
+
+    folder.find("math", str(base))
+    calls.clear()
+    first = find_twice()
+    config.write_text(json.dumps({"quantization_config": {"quant_method": "awq"}}))
+    folder.find("math", str(base))
+    calls.clear()
+    assert find_twice() != first  # as the base is unknown
+    config.write_text("{}")
+    assert find_twice() == first
+    weights.rename(base / "other.safetensors")
+    assert find_twice() == first  # of the same weights
+    saved_model(base, seed=1)
+    (base / "other.safetensors").unlink()
+    with pytest.raises(TargetError, match="base is another model than the one that the adapter was trained on"):
+        folder.find("math", str(base))
 
 
 @pytest.mark.parametrize("kind", ["quantized", "pickled"])
@@ -208,7 +244,7 @@ def test_a_refusal_is_remembered_until_the_file_or_the_base_changes(place: Path,
             with pytest.raises(TargetError, match="base is another model than the one that the adapter was trained on"):
                 folder.find("math", "m")
         assert calls.count("load_single") == 1
-        assert len(list((place / "cache").iterdir())) == 1  # of the good one
+        assert len(entries(place)) == 1  # of the good one
     saved_model(place / "base", seed=0)
     assert folder.find("math", "m") is not None
 
@@ -325,6 +361,26 @@ def test_changes_of_a_population_are_seen(place: Path) -> None:
     assert folder.find("dan", "m") is None
 
 
+def test_other_files_of_the_folder_are_passed_over(place: Path, calls: list[str]) -> None:
+    for name in ("users", "more"):
+        save_population(place / "adapters" / f"{name}.safetensors", [f"{name}-{number}" for number in range(20)])
+    (place / "adapters" / "link.safetensors").symlink_to("nowhere")
+    (place / "adapters" / "folder.safetensors").mkdir()
+    (place / "adapters" / "empty").mkdir()
+    (place / "adapters" / "notes.txt").write_text("mine")
+    (place / "adapters" / ".hidden.safetensors").write_text("damaged")
+    folder = served(place)
+    for number in range(20):
+        path = folder.file_of(f"more-{number}")
+        assert path == place / "adapters" / "more.safetensors"
+        assert folder.file_of(f"more-{number}-{number}") is None
+    assert calls.count("load") == 2
+    path.rename(place / "adapters" / "folder.safetensors" / "adapter.safetensors")
+    assert folder.file_of("more-3") == place / "adapters" / "folder.safetensors" / "adapter.safetensors"
+    assert folder.file_of("users-3") == place / "adapters" / "users.safetensors"
+    assert calls.count("load") == 3
+
+
 def test_a_damaged_population_hides_no_other_adapter(place: Path) -> None:
     save_population(place / "adapters" / "users.safetensors", ["ann", "bob"])
     save_population(broken := place / "adapters" / "broken.safetensors", ["cid", "dan"], seed=4)
@@ -344,12 +400,19 @@ def test_a_damaged_population_hides_no_other_adapter(place: Path) -> None:
     assert (folder.find("cid", "m"), folder.find("nobody", "m")) == (before, None)
 
 
-def test_two_adapters_of_one_number_are_not_served(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    save_population(place / "adapters" / "users.safetensors", ["ann", "bob"])
+@pytest.mark.parametrize(
+    ("start", "numbers"),
+    [("0123abcd", [19114957, 19114958, 19114959]), ("ffffffff", [2**31 - 1, 1, 2]), ("80000000", [1, 2, 3])],
+)
+def test_no_two_adapters_have_one_number(
+    start: str, numbers: list[int], place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ["ann", "bob", "cid"]
+    save_population(place / "adapters" / "users.safetensors", names)
     digest = served_folder._digest
-    monkeypatch.setattr(served_folder, "_digest", lambda *arguments: "0123abcd" + digest(*arguments)[8:])
+    monkeypatch.setattr(served_folder, "_digest", lambda *arguments: start + digest(*arguments)[8:])
     folder = served(place)
-    first = folder.find("ann", "m")
-    with pytest.raises(ConfigError, match="the adapter 'bob' has, by chance, the same number 19114957 as another one"):
-        folder.find("bob", "m")
-    assert folder.find("ann", "m") == first
+    for _ in range(2):
+        adapters = [folder.find(name, "m") for name in names]
+        assert [each.number for each in adapters if each is not None] == numbers
+    assert len({each.path for each in adapters if each is not None}) == 3

@@ -168,6 +168,11 @@ def _is_name(text: str) -> bool:
     return bool(text) and escaped(text) == text and len(text.encode()) <= MAX_NAME
 
 
+def name_content(name: str) -> bytes:
+    """Return a name as a row has it, without the zeros that follow it; nothing for text that is no name."""
+    return name.encode() if _is_name(name) else b""
+
+
 def checked_names(names: Sequence[str | None] | None, count: int, single: bool = False) -> list[str | None]:
     """Return the names of ``count`` new members, all None if there are none; raise ConfigError for invalid ones."""
     if names is None:
@@ -324,19 +329,21 @@ class MemberRows:
 
     def find(self, names: Sequence[str]) -> list[int | None]:
         """Return the numbers of the members with these names; None for a name that no member has."""
-        contents = [name.encode("utf-8", "replace") if _is_name(name) else b"" for name in names]
-        if not self.layout.name_bytes:
-            return [None] * len(names)
-        self._num_searched += len(names)
+        if self.layout.name_bytes:
+            self._num_searched += max(len(names) - _FEW_NAMES, 0)
+        return [self.number_of(name_content(name)) for name in names]
+
+    def number_of(self, content: bytes) -> int | None:
+        """Return the number of the member with a name of this content, or None if no member has it."""
         if self._num_searched > _FEW_NAMES:
-            return [self._numbers.get(content) for content in contents]
-        numbers: list[int | None] = []
-        for content in contents:
-            matches: list[int] = np.flatnonzero(self._column == content).tolist() if content else []
-            if len(matches) > 1:
-                raise self._twice(content)
-            numbers.append(matches[0] if matches else None)
-        return numbers
+            return self._numbers.get(content)
+        if not content or not self.layout.name_bytes:
+            return None
+        self._num_searched += 1
+        matches: list[int] = np.flatnonzero(self._column == content).tolist()
+        if len(matches) > 1:
+            raise self._twice(content)
+        return matches[0] if matches else None
 
     def names(self) -> list[str | None]:
         """Return the names of all members."""

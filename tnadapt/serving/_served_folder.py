@@ -1,25 +1,143 @@
-"""A folder of adapter files, and the LoRA to which each of them is expanded on its first request."""
+"""A folder of adapter files, the LoRA to which each of them is expanded on its first request, and the cache of that."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import errno
 import hashlib
 import logging
 import os
 import re
+import secrets
+import shutil
 import threading
+import time
+import weakref
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tnadapt.argument_checks import checks_arguments
+from tnadapt.argument_checks import checks_arguments, integer
 from tnadapt.checkpoints.adapter_file import AdapterFile
 from tnadapt.checkpoints.adapter_format import content_of, load, load_single
-from tnadapt.checkpoints.checkpoint import file_state, open_checkpoint
-from tnadapt.checkpoints.container import GROWING, path_of
-from tnadapt.checkpoints.population_file import PopulationFile, rows_of, with_arrays
+from tnadapt.checkpoints.atomic_files import HAS_LOCKS, is_locked, lock, turn
+from tnadapt.checkpoints.checkpoint import SUFFIX, file_state, open_checkpoint
+from tnadapt.checkpoints.container import GROWING, file_error_context, path_of
+from tnadapt.checkpoints.population_file import PopulationFile, name_content, rows_of, with_arrays
 from tnadapt.checkpoints.stored_weights import base_weights
 from tnadapt.convert import convert
-from tnadapt.errors import ConfigError, FileError, TargetError, TnadaptError
+from tnadapt.errors import ConfigError, FileError, TargetError, TnadaptError, safe_repr
+
+# -- The cache: the LoRA of adapters, which stays as long as somebody who was given it runs ----------------------------
+
+
+# PEFT's settings, which are moved into place last, and removed first. Their time is that of the last answer.
+_COMPLETE = "adapter_config.json"
+
+# Names of what is in the cache: an adapter's folder, the file of the lock, and the notes of who uses it, with a token.
+_FOLDER = re.compile("[0-9a-f]{64}")
+_LOCK, _NOTES = ".lock", ".used-"
+
+# The environment variable of the limit.
+LIMIT = "TNADAPT_VLLM_LIMIT"
+
+# Errors of files and folders that somebody else may write.
+_READ_ONLY = {errno.EACCES, errno.EPERM, errno.EROFS}
+
+
+class _Cache:
+    """A folder of PEFT's folders, named by digests, that any number of processes share, each with a limit or none.
+
+    Each user notes the digests that it asks for in a file, which it keeps locked: these folders are not removed.
+    """
+
+    def __init__(self, folder: Path, limit: int | None) -> None:
+        self.folder, self._limit = folder, limit
+        self._noted = set[str]()
+        self._notes: int | None = None
+        if limit is not None:
+            with file_error_context(str(folder)):
+                self._note("")
+                with self.turn(), contextlib.suppress(FileError):
+                    self.make_room(0)
+
+    def place_of(self, digest: str) -> Path:
+        """Return the folder of a digest, which nobody removes as long as this object exists."""
+        if digest not in self._noted:
+            self._note(f"{digest}\n")
+            self._noted.add(digest)
+        return self.folder / digest
+
+    def touch(self, place: Path) -> None:
+        """Make a folder the most recently used one."""
+        now = time.time_ns()
+        with contextlib.suppress(OSError):  # somebody else's
+            os.utime(place / _COMPLETE, ns=(now, now))
+
+    def turn(self) -> contextlib.AbstractContextManager[None]:
+        """Return a context in which nobody else adds to a limited cache, or removes from it."""
+        return contextlib.nullcontext() if self._limit is None else turn(str(self.folder / _LOCK))
+
+    def make_room(self, size: int) -> None:
+        """Remove what nobody uses, least recently used first, until this many bytes fit; raise FileError if not."""
+        if self._limit is None:
+            return
+        folders = list[tuple[int, int, str]]()
+        for digest in filter(_FOLDER.fullmatch, os.listdir(self.folder)):
+            states = {file.name: file.stat(follow_symlinks=False) for file in os.scandir(self.folder / digest)}
+            last = states[_COMPLETE].st_mtime_ns if _COMPLETE in states else 0
+            folders.append((last, sum(state.st_size for state in states.values()), digest))
+        excess = size + sum(num_bytes for _, num_bytes, _ in folders) - self._limit
+        used = self._used() if excess > 0 else set[str]()
+        for _, num_bytes, digest in sorted(folders):
+            if excess > 0 and digest not in used:
+                (self.folder / digest / _COMPLETE).unlink(missing_ok=True)
+                shutil.rmtree(self.folder / digest)
+                excess -= num_bytes
+        if excess > 0:
+            raise FileError(
+                f"{self.folder}: {size:,} bytes do not fit, as its limit is {self._limit:,} bytes, and running servers "
+                f"use {excess - size + self._limit:,}: raise the limit ({LIMIT}), or restart a server"
+            )
+
+    def _note(self, line: str) -> None:
+        """Append a line to the notes of this object."""
+        if not HAS_LOCKS:
+            if self._limit is not None:
+                raise FileError("limit needs locks of files, which this system does not have: leave it out")
+            return
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with turn(str(self.folder / _LOCK)):
+                if self._notes is None:
+                    self._used()  # removes notes of those who have ended
+                    self._notes = self._new_notes()
+                os.write(self._notes, line.encode())
+        except OSError as error:
+            if error.errno not in _READ_ONLY or self._limit is not None:
+                raise
+
+    def _new_notes(self) -> int:
+        path = str(self.folder / f"{_NOTES}{secrets.token_hex(8)}")
+        notes = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o666)
+        weakref.finalize(self, os.close, notes)
+        lock(notes)
+        if self._limit is not None and not is_locked(path):
+            raise FileError("limit needs locks of files, which this file system does not have: leave it out")
+        return notes
+
+    def _used(self) -> set[str]:
+        """Return the digests in the notes of those who run, and remove the notes of those who have ended."""
+        used = set[str]()
+        for notes in self.folder.glob(f"{_NOTES}*"):
+            if is_locked(str(notes)):
+                used.update(notes.read_text(encoding="ascii").split())
+            else:
+                with contextlib.suppress(OSError):  # in a folder where only their owner may
+                    notes.unlink()
+        return used
+
 
 # -- A folder of adapter files, and the LoRA to which each of them is expanded on its first request --------------------
 
@@ -33,9 +151,6 @@ _VERSION = b"1"
 # How the file of a population begins, behind the length of its header.
 _POPULATION = b'{"%s":' % GROWING.encode()
 
-# PEFT's settings, which are moved into place last.
-_COMPLETE = "adapter_config.json"
-
 
 class ServedAdapter(NamedTuple):
     """An adapter as LoRA.
@@ -45,46 +160,56 @@ class ServedAdapter(NamedTuple):
     path : str
         The folder of PEFT.
     number : int
-        A positive number that identifies the content: the same in every process.
+        A positive number below 2**31 that no other adapter of the same :class:`ServedFolder` has. It follows from the
+        content, unless another adapter has it by chance.
     """
 
     path: str
     number: int
 
 
+class _Base(NamedTuple):
+    """A base model: its path, or None if it is not here or cannot be compared, and what tells that it was replaced."""
+
+    path: str | None
+    state: list[bytes]
+
+
+_NO_BASE = _Base(None, [b"None"])
+
+
 class _ServedPopulation:
     """A file of a population, with what its members share, completed with arrays of the base once for all."""
 
-    def __init__(self, path: Path, file: PopulationFile, before: _ServedPopulation | None) -> None:
-        self.path, self.file = path, file
+    def __init__(self, path: str, file: PopulationFile, before: _ServedPopulation | None) -> None:
+        self.path, self.file, self.rows = path, file, rows_of(file)
         self._completed: tuple[list[bytes], AdapterFile] | None = None
         self._lock = threading.Lock()
         if before is not None and content_of(before.file.shared) == content_of(file.shared):  # rows alone have changed
             self._completed = before._completed
 
-    def shared(self, base: str | None) -> AdapterFile:
+    def shared(self, base: _Base) -> AdapterFile:
         """Return what the members share, with the arrays that are computed from the base."""
-        state = _state_of(base)
         with self._lock:  # those who wait would compute the same
-            if self._completed is None or self._completed[0] != state:
-                self._completed = state, _with_base(self.file.shared, self.path, base)
+            if self._completed is None or self._completed[0] != base.state:
+                self._completed = base.state, _with_base(self.file.shared, self.path, base.path)
             return self._completed[1]
 
 
-def _is_population(path: Path) -> bool:
+def _is_population(path: str) -> bool:
     with open(path, "rb") as file:
         return file.read(8 + len(_POPULATION)).endswith(_POPULATION)
 
 
-def _loaded(path: Path, content: bytes) -> AdapterFile:
+def _loaded(path: str, content: bytes) -> AdapterFile:
     """Return the adapter in a file of this content."""
     file = load_single(path)
-    if path.read_bytes() != content:
+    if Path(path).read_bytes() != content:
         raise FileError(f"{path}: changed while it was read: request it again")
     return file
 
 
-def _with_base(file: AdapterFile, path: Path, base: str | None) -> AdapterFile:
+def _with_base(file: AdapterFile, path: str, base: str | None) -> AdapterFile:
     """Return an adapter with the arrays that are computed from the base, after checking that this is its base."""
     if base is None and not file.complete:
         raise TargetError(
@@ -112,6 +237,22 @@ class ServedFolder:
         The base model's weights: a safetensors file, an index or a folder. Names, shapes and the fingerprint of an
         adapter are checked against them, and arrays that are computed from the base weights come from them. By default,
         the served model's name if that is a folder, or a model in the cache of Hugging Face's hub.
+    limit : int, optional
+        Bytes that the cache may have. Expanded adapters then make room for others, least recently requested first, but
+        none that a process which still runs was given: vLLM reads the files of an adapter again and again. No limit if
+        None.
+
+    Raises
+    ------
+    ConfigError
+        If the limit is not positive.
+    FileError
+        If the folder does not exist; or with a limit, if the cache cannot be written, or has no locks.
+
+    Notes
+    -----
+    What :meth:`find` returns is on the disk as long as this object exists, unless somebody else deletes it. Threads may
+    call it at once. The folder is scanned at each request, so that changes are seen.
 
     Examples
     --------
@@ -130,19 +271,27 @@ class ServedFolder:
 
     @checks_arguments
     def __init__(
-        self, folder: str | os.PathLike[str], cache: str | os.PathLike[str], base: str | os.PathLike[str] | None = None
+        self,
+        folder: str | os.PathLike[str],
+        cache: str | os.PathLike[str],
+        base: str | os.PathLike[str] | None = None,
+        limit: int | None = None,
     ) -> None:
         self.folder, self.cache = Path(path_of(folder)), Path(path_of(cache))
         self.base = None if base is None else path_of(base)
+        self.limit = None if limit is None else integer("limit", limit, 1, 1 << 62, ConfigError)
         # Adapters that cannot be served, by name: the digest, and the type and message of the error. An exception would
         # keep the adapter's arrays alive by its traceback.
         self._refused: dict[str, tuple[str, type[TnadaptError], str]] = {}
-        # The state of each file of the folder, and the population in it.
-        self._files: dict[Path, tuple[list[int], _ServedPopulation | None]] = {}
+        # The state of each file of the folder, and the populations among them.
+        self._known: tuple[dict[str, list[int]], dict[str, _ServedPopulation]] = {}, {}
+        # The state of the files of each model, and the base that it is.
+        self._bases: dict[str, tuple[dict[str, list[int] | None], _Base]] = {}
         # The digest of the adapter with a number.
         self._digests: dict[int, str] = {}
         if not self.folder.is_dir():
             raise FileError(f"{self.folder} is not a folder: create it, or give another folder of adapters")
+        self._cache = _Cache(self.cache, self.limit)
 
     @checks_arguments
     def file_of(self, name: str) -> Path | None:
@@ -152,9 +301,9 @@ class ServedFolder:
         """
         path = self._path_of(name)
         if path is not None and not _is_population(path):
-            return path
+            return Path(path)
         holder = self._holder_of(name)
-        return None if holder is None else holder.path
+        return None if holder is None else Path(holder.path)
 
     @checks_arguments
     def find(self, name: str, model: str) -> ServedAdapter | None:
@@ -172,7 +321,7 @@ class ServedFolder:
         TnadaptError
             If the adapter cannot be served: the file is damaged, of another base, or holds no LoRA; several files have
             members of this name, or the file of this name is a population. Until the file or the base changes, later
-            calls raise the same error at once.
+            calls raise the same error at once. Also if the cache has no room for it within its limit.
         """
         path, holder = self._path_of(name), None
         if path is None or _is_population(path):
@@ -182,91 +331,133 @@ class ServedFolder:
             if holder is None:
                 return None
             path = holder.path
-        base = self.base or _weights_of(model)
+        base = self._base_of(model)
         # The hashed bytes are the ones that are expanded, whatever happens to the path.
         member = None if holder is None else holder.file[name]
-        content = path.read_bytes() if member is None else content_of(member)
+        content = Path(path).read_bytes() if member is None else content_of(member)
         digest = _digest(content, model, base)
-        place = self.cache / digest
+        place = self._cache.place_of(digest)
         if not (place / _COMPLETE).is_file():
             known, error_type, message = self._refused.get(name, ("", TnadaptError, ""))
             if known == digest:
                 raise error_type(message)
             try:
                 if holder is None or member is None:
-                    file = _with_base(_loaded(path, content), path, base)
+                    file = _with_base(_loaded(path, content), path, base.path)
                 else:
                     file = with_arrays(holder.shared(base), member.arrays)
-                self._expand(file, base, place)
+                self._expand(file, base.path, place)
             except (ConfigError, TargetError) as error:
                 # Errors of the adapter itself. Others may be temporary: a file being written, a full disk or memory.
                 if not isinstance(error.__cause__, MemoryError):
                     self._refused[name] = digest, type(error), str(error)
                 raise
+        self._cache.touch(place)
+        # vLLM keeps numbers in 32 bits with a sign.
         number = int(digest[:8], 16) & 0x7FFFFFFF or 1
-        if self._digests.setdefault(number, digest) != digest:
-            raise ConfigError(
-                f"{path}: the adapter {name!r} has, by chance, the same number {number} as another one, which vLLM "
-                "would take for it: serve it from another server"
-            )
+        while self._digests.setdefault(number, digest) != digest:
+            number = number % 0x7FFFFFFF + 1
         return ServedAdapter(str(place), number)
 
-    def _path_of(self, name: str) -> Path | None:
+    def _path_of(self, name: str) -> str | None:
         """Return the path of the file with a name."""
         if not _NAME.fullmatch(name):
             return None
         places = self.folder / f"{name}.safetensors", self.folder / name / "adapter.safetensors"
-        return next((place for place in places if place.is_file()), None)
+        return next((str(place) for place in places if place.is_file()), None)
 
     def _holder_of(self, name: str) -> _ServedPopulation | None:
         """Return the population with a member of this name; raise FileError if there are several."""
-        holders, failure = list[_ServedPopulation](), None
-        files = dict[Path, tuple[list[int], _ServedPopulation | None]]()
-        for path in sorted([*self.folder.glob("[!.]*.safetensors"), *self.folder.glob("[!.]*/adapter.safetensors")]):
+        populations, failure = self._populations()
+        holders, content = list[_ServedPopulation](), name_content(name)
+        for population in populations:
             try:
-                state = file_state(str(path))
-                before, population = self._files.get(path, ([], None))
-                if before != state:
-                    file = load(path) if _is_population(path) else None
-                    population = _ServedPopulation(path, file, population) if isinstance(file, PopulationFile) else None
-                files[path] = state, population
-                if population is not None and rows_of(population.file).find([name])[0] is not None:
+                if population.rows.number_of(content) is not None:
                     holders.append(population)
-            except (FileError, OSError) as error:
+            except FileError as error:
                 failure = error
-        self._files = files
         if len(holders) > 1:
-            paths = ", ".join(str(holder.path) for holder in holders)
+            paths = ", ".join(sorted(holder.path for holder in holders))
             raise FileError(f"several files have a member {name!r}: {paths}. Leave it in one of them")
         if not holders and failure is not None:
             raise failure
         return holders[0] if holders else None
 
+    def _populations(self) -> tuple[Iterable[_ServedPopulation], FileError | OSError | None]:
+        """Return the populations in the folder, after reading files that have changed, and the error of one of them."""
+        states, failure = self._states()
+        known, populations = self._known
+        if states != known:
+            populations, before = dict[str, _ServedPopulation](), populations
+            for path in list(states):
+                try:
+                    if states[path] != known.get(path):
+                        file = load(path) if _is_population(path) else None
+                        if isinstance(file, PopulationFile):
+                            populations[path] = _ServedPopulation(path, file, before.get(path))
+                    elif path in before:
+                        populations[path] = before[path]
+                except (FileError, OSError) as error:
+                    failure = error
+                    del states[path]  # so that it is read again
+            self._known = states, populations
+        return populations.values(), failure
+
+    def _states(self) -> tuple[dict[str, list[int]], FileError | OSError | None]:
+        """Return the states of the files in the folder, and an error."""
+        with os.scandir(self.folder) as entries:
+            visible = [(entry.path, entry.is_dir()) for entry in entries if not entry.name.startswith(".")]
+        states, failure = dict[str, list[int]](), None
+        for path, is_folder in visible:
+            if is_folder or path.endswith(SUFFIX):
+                path = os.path.join(path, "adapter.safetensors") if is_folder else path
+                try:
+                    states[path] = file_state(path)
+                except FileNotFoundError:
+                    pass  # it was removed, or a folder has no adapter
+                except OSError as error:
+                    failure = error
+        return states, failure
+
     def _expand(self, file: AdapterFile, base: str | None, place: Path) -> None:
         """Write an adapter's LoRA, where any of several concurrent writers may win, as all write the same."""
-        self.cache.mkdir(parents=True, exist_ok=True)
-        # A folder appears atomically. If its last file is missing, it was lost later, and the folder is rewritten.
-        lost_a_file = place.is_dir()
-        if lost_a_file and (place / _COMPLETE).is_file():  # another writer was faster
+        if (place / _COMPLETE).is_file():  # another writer was faster
             return
+        conversion = convert(file, to="vllm-lora", base=base)
+        self.cache.mkdir(parents=True, exist_ok=True)
+        with self._cache.turn():
+            # A folder appears atomically. If its last file is missing, it was lost later, and the folder is rewritten.
+            lost_a_file = place.is_dir()
+            if lost_a_file and (place / _COMPLETE).is_file():
+                return
+            self._cache.make_room(sum(map(len, conversion.files.values())))
+            try:
+                conversion.save(place, overwrite=lost_a_file)
+            except FileError:
+                if not (place / _COMPLETE).is_file():  # otherwise another writer was faster
+                    raise
+
+    def _base_of(self, model: str) -> _Base:
+        """Return the base of a served model, whose headers are read again only when a file has changed."""
+        path = self.base or _folder_of(model)
+        if path is None:
+            return _NO_BASE
+        known = self._bases.get(path)
+        if known is not None and known[0] == _states_of(known[0]):
+            return known[1]
         try:
-            convert(file, place, to="vllm-lora", base=base, overwrite=lost_a_file)
+            checkpoint = open_checkpoint(path)
+            config = os.path.join(checkpoint.folder, "config.json")
+            states = _states_of([path, checkpoint.index or path, config]) | checkpoint.states
+            quantized = self.base is None and "quantization_config" in (checkpoint.config or {})
         except FileError:
-            if not (place / _COMPLETE).is_file():  # otherwise another writer was faster
+            if self.base is not None:
                 raise
-
-
-def _weights_of(model: str) -> str | None:
-    """Return the folder with the weights of a served model, or None if they are not here or cannot be compared."""
-    # Quantized models, and weights that are not in safetensors files, cannot be compared.
-    place = _folder_of(model)
-    if place is None:
-        return None
-    try:
-        config = open_checkpoint(place).config
-    except FileError:
-        return None
-    return None if config is not None and "quantization_config" in config else place
+            return _NO_BASE  # its weights are not in safetensors files
+        files = [f"{size} {time}".encode() for size, time, _ in checkpoint.states.values()]
+        base = _NO_BASE if quantized else _Base(path, [path.encode(), *files])
+        self._bases[path] = states, base
+        return base
 
 
 def _folder_of(model: str) -> str | None:
@@ -284,16 +475,21 @@ def _folder_of(model: str) -> str | None:
         return None
 
 
-def _state_of(base: str | None) -> list[bytes]:
-    """Return the path of the base, and the sizes and times of its files, which tell whether it was replaced."""
-    states = [] if base is None else [os.stat(file) for file in open_checkpoint(base).files]
-    return [str(base).encode(), *(f"{state.st_size} {state.st_mtime_ns}".encode() for state in states)]
+def _states_of(paths: Iterable[str]) -> dict[str, list[int] | None]:
+    """Return the states of files, None for one that does not exist."""
+    states = dict[str, list[int] | None]()
+    for path in paths:
+        try:
+            states[path] = file_state(path)
+        except FileNotFoundError:
+            states[path] = None
+    return states
 
 
-def _digest(content: bytes, model: str, base: str | None) -> str:
+def _digest(content: bytes, model: str, base: _Base) -> str:
     """Return a digest of everything that the expanded adapter depends on."""
     digest = hashlib.sha256()
-    for part in (_VERSION, model.encode("utf-8", "surrogatepass"), *_state_of(base), content):
+    for part in (_VERSION, model.encode("utf-8", "surrogatepass"), *base.state, content):
         digest.update(len(part).to_bytes(8, "little") + part)
     return digest.hexdigest()
 
@@ -303,8 +499,10 @@ def _digest(content: bytes, model: str, base: str | None) -> str:
 
 _log = logging.getLogger(__name__)
 
-# Names of the environment variables.
+# Names of the other environment variables.
 ADAPTERS, CACHE, BASE = "TNADAPT_VLLM_ADAPTERS", "TNADAPT_VLLM_CACHE", "TNADAPT_VLLM_BASE"
+
+_UNITS = {"": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
 def vllm_resolver(folder: ServedFolder) -> Any:
@@ -343,11 +541,14 @@ def register_vllm_resolver() -> None:
 
     ``TNADAPT_VLLM_CACHE`` is the folder of expanded adapters, by default ``tnadapt/vllm`` in the user's cache.
     ``TNADAPT_VLLM_BASE`` is the path of the base model, if it is neither what vLLM serves nor in the hub's cache.
+    ``TNADAPT_VLLM_LIMIT`` limits the cache to a number of bytes, or of kB, MB, GB or TB, such as ``20GB``.
 
     Raises
     ------
+    ConfigError
+        If the limit is no such number.
     FileError
-        If the folder does not exist.
+        If the folder does not exist, or as for the limit of :class:`ServedFolder`.
     """
     folder = os.environ.get(ADAPTERS)
     if not folder:
@@ -356,5 +557,18 @@ def register_vllm_resolver() -> None:
 
     caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     cache = os.environ.get(CACHE) or Path(caches, "tnadapt", "vllm")
-    served = ServedFolder(folder, cache, os.environ.get(BASE) or None)
+    served = ServedFolder(folder, cache, os.environ.get(BASE) or None, _limit(os.environ.get(LIMIT) or None))
     LoRAResolverRegistry.register_resolver("tnadapt", vllm_resolver(served))
+
+
+def _limit(text: str | None) -> int | None:
+    """Return the number of bytes that a text says, or raise ConfigError."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"([0-9]{1,18}(?:\.[0-9]{1,18})?) ?(|kB|MB|GB|TB)", text.strip())
+    limit = int(float(match[1]) * _UNITS[match[2]]) if match is not None else 0
+    if limit < 1:
+        raise ConfigError(
+            f"{LIMIT} must be a number of bytes, or of kB, MB, GB or TB, such as 20GB; got {safe_repr(text)}"
+        )
+    return limit
