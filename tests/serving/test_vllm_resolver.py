@@ -119,28 +119,6 @@ def test_it_is_registered_only_if_a_folder_is_named(
         register_vllm_resolver()
 
 
-def test_the_cache_has_a_limit(
-    interface: Registered, place: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setenv("TNADAPT_VLLM_ADAPTERS", str(place / "adapters"))
-    monkeypatch.setenv("TNADAPT_VLLM_CACHE", str(place / "cache"))
-    for limit, bytes_of_it in (("1kB", "1,000"), (" 0.0015 MB", "1,500"), ("1200", "1,200"), ("20GB", ""), ("", "")):
-        monkeypatch.setenv("TNADAPT_VLLM_LIMIT", limit)
-        register_vllm_resolver()
-        caplog.clear()
-        request = asyncio.run(interface.resolvers["tnadapt"].resolve_lora(str(place / "base"), "tiny"))
-        assert (request is None) == bool(bytes_of_it)
-        if bytes_of_it:
-            assert f" bytes do not fit, as its limit is {bytes_of_it} bytes, and running servers use 0: " in caplog.text
-    for limit in ("0", "-1", "20 gigabytes", "20GiB", "1e9", "nan", "0.0001", "٣", "1" * 99):
-        monkeypatch.setenv("TNADAPT_VLLM_LIMIT", limit)
-        with pytest.raises(tna.ConfigError) as error:
-            register_vllm_resolver()
-        assert str(error.value) == (
-            f"TNADAPT_VLLM_LIMIT must be a number of bytes, or of kB, MB, GB or TB, such as 20GB; got {limit!r}"
-        )
-
-
 def test_vllm_finds_it_by_its_entry_point() -> None:
     pyproject = ROOT / "pyproject.toml"
     if not pyproject.is_file():

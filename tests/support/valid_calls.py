@@ -454,7 +454,7 @@ CALLS: dict[str, Arguments] = {
     "convert.Conversion.save": lambda b: {"path": b.new(), "overwrite": False},
     "convert.register_file_format": lambda b: {"name": "mine", "cls": _mine(PlainFormat)},
     # -- serving ---------------------------------------------------------------------------------
-    "serving.ServedFolder": lambda b: {"folder": b.path(""), "cache": b.new(), "limit": 1 << 40},
+    "serving.ServedFolder": lambda b: {"folder": b.path(""), "cache": b.new()},
     "serving.ServedFolder.file_of": lambda b: {"name": "adapter"},
     "serving.ServedFolder.find": lambda b: {"name": "adapter", "model": "org/model"},
     # -- torch -----------------------------------------------------------------------------------

@@ -319,40 +319,6 @@ def unlock(handle: int) -> None:
             fcntl.flock(handle, fcntl.LOCK_UN)
 
 
-@contextlib.contextmanager
-def turn(path: str) -> Iterator[None]:
-    """Lock a folder, or a file, which is created if there is none, until the block ends; wait for others that did.
-
-    Without locks, nobody waits.
-    """
-    if not HAS_LOCKS:
-        yield
-        return
-    while True:
-        handle = os.open(path, os.O_RDONLY) if os.path.isdir(path) else os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            lock(handle, wait=True)
-            if names_handle(path, handle):  # otherwise it was renamed or deleted during the wait
-                yield
-                return
-        finally:
-            unlock(handle)
-            os.close(handle)
-
-
-def is_locked(path: str) -> bool:
-    """Return whether somebody has locked a file; True for a file that only its owner can open, who may have."""
-    try:
-        handle = os.open(path, os.O_RDWR)
-    except PermissionError:
-        return True
-    try:
-        return not lock(handle)
-    finally:
-        unlock(handle)
-        os.close(handle)
-
-
 def names_handle(path: str, handle: int) -> bool:
     """Return whether a path still names the file of a handle: it may have been deleted and recreated."""
     try:

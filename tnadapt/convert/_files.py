@@ -176,8 +176,7 @@ def replace_folder(path: str, files: Mapping[str, bytes], overwrite: bool = True
     with _stage(path) as stage:
         for name, content in files.items():
             atomic_files.replace_file(os.path.join(stage, name), content)
-        # Files are moved one by one, and those of two writers could mix.
-        with atomic_files.turn(path):
+        with _turn(path):
             if not overwrite and any(os.path.lexists(os.path.join(path, name)) for name in files):
                 raise FileError("exists; give another path, or overwrite=True (--overwrite)")
             _exchange(stage, path, tuple(files))
@@ -216,6 +215,24 @@ def replace_folders(path: str, folders: Iterable[tuple[str, Mapping[str, bytes]]
             with container.file_error_context(os.path.join(path, name)):
                 contents = {file: Path(stage, name, file).read_bytes() for file in written}
                 replace_folder(os.path.join(path, name), contents, overwrite)
+
+
+@contextlib.contextmanager
+def _turn(folder: str) -> Iterator[None]:
+    """Wait for other writers of a folder, because files are moved one by one and those of two writers could mix."""
+    if not atomic_files.HAS_LOCKS:
+        yield
+        return
+    while True:
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            atomic_files.lock(handle, wait=True)
+            if atomic_files.names_handle(folder, handle):  # otherwise it was renamed or deleted during the wait
+                yield
+                return
+        finally:
+            atomic_files.unlock(handle)
+            os.close(handle)
 
 
 def _exchange(stage: str, path: str, names: Sequence[str]) -> None:

@@ -1,143 +1,26 @@
-"""A folder of adapter files, the LoRA to which each of them is expanded on its first request, and the cache of that."""
+"""A folder of adapter files, and the LoRA to which each of them is expanded on its first request."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import errno
 import hashlib
 import logging
 import os
 import re
-import secrets
-import shutil
 import threading
-import time
-import weakref
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tnadapt.argument_checks import checks_arguments, integer
+from tnadapt.argument_checks import checks_arguments
 from tnadapt.checkpoints.adapter_file import AdapterFile
 from tnadapt.checkpoints.adapter_format import content_of, load, load_single
-from tnadapt.checkpoints.atomic_files import HAS_LOCKS, is_locked, lock, turn
 from tnadapt.checkpoints.checkpoint import SUFFIX, file_state, open_checkpoint
-from tnadapt.checkpoints.container import GROWING, file_error_context, path_of
+from tnadapt.checkpoints.container import GROWING, path_of
 from tnadapt.checkpoints.population_file import PopulationFile, name_content, rows_of, with_arrays
 from tnadapt.checkpoints.stored_weights import base_weights
 from tnadapt.convert import convert
-from tnadapt.errors import ConfigError, FileError, TargetError, TnadaptError, safe_repr
-
-# -- The cache: the LoRA of adapters, which stays as long as somebody who was given it runs ----------------------------
-
-
-# PEFT's settings, which are moved into place last, and removed first. Their time is that of the last answer.
-_COMPLETE = "adapter_config.json"
-
-# Names of what is in the cache: an adapter's folder, the file of the lock, and the notes of who uses it, with a token.
-_FOLDER = re.compile("[0-9a-f]{64}")
-_LOCK, _NOTES = ".lock", ".used-"
-
-# The environment variable of the limit.
-LIMIT = "TNADAPT_VLLM_LIMIT"
-
-# Errors of files and folders that somebody else may write.
-_READ_ONLY = {errno.EACCES, errno.EPERM, errno.EROFS}
-
-
-class _Cache:
-    """A folder of PEFT's folders, named by digests, that any number of processes share, each with a limit or none.
-
-    Each user notes the digests that it asks for in a file, which it keeps locked: these folders are not removed.
-    """
-
-    def __init__(self, folder: Path, limit: int | None) -> None:
-        self.folder, self._limit = folder, limit
-        self._noted = set[str]()
-        self._notes: int | None = None
-        if limit is not None:
-            with file_error_context(str(folder)):
-                self._note("")
-                with self.turn(), contextlib.suppress(FileError):
-                    self.make_room(0)
-
-    def place_of(self, digest: str) -> Path:
-        """Return the folder of a digest, which nobody removes as long as this object exists."""
-        if digest not in self._noted:
-            self._note(f"{digest}\n")
-            self._noted.add(digest)
-        return self.folder / digest
-
-    def touch(self, place: Path) -> None:
-        """Make a folder the most recently used one."""
-        now = time.time_ns()
-        with contextlib.suppress(OSError):  # somebody else's
-            os.utime(place / _COMPLETE, ns=(now, now))
-
-    def turn(self) -> contextlib.AbstractContextManager[None]:
-        """Return a context in which nobody else adds to a limited cache, or removes from it."""
-        return contextlib.nullcontext() if self._limit is None else turn(str(self.folder / _LOCK))
-
-    def make_room(self, size: int) -> None:
-        """Remove what nobody uses, least recently used first, until this many bytes fit; raise FileError if not."""
-        if self._limit is None:
-            return
-        folders = list[tuple[int, int, str]]()
-        for digest in filter(_FOLDER.fullmatch, os.listdir(self.folder)):
-            states = {file.name: file.stat(follow_symlinks=False) for file in os.scandir(self.folder / digest)}
-            last = states[_COMPLETE].st_mtime_ns if _COMPLETE in states else 0
-            folders.append((last, sum(state.st_size for state in states.values()), digest))
-        excess = size + sum(num_bytes for _, num_bytes, _ in folders) - self._limit
-        used = self._used() if excess > 0 else set[str]()
-        for _, num_bytes, digest in sorted(folders):
-            if excess > 0 and digest not in used:
-                (self.folder / digest / _COMPLETE).unlink(missing_ok=True)
-                shutil.rmtree(self.folder / digest)
-                excess -= num_bytes
-        if excess > 0:
-            raise FileError(
-                f"{self.folder}: {size:,} bytes do not fit, as its limit is {self._limit:,} bytes, and running servers "
-                f"use {excess - size + self._limit:,}: raise the limit ({LIMIT}), or restart a server"
-            )
-
-    def _note(self, line: str) -> None:
-        """Append a line to the notes of this object."""
-        if not HAS_LOCKS:
-            if self._limit is not None:
-                raise FileError("limit needs locks of files, which this system does not have: leave it out")
-            return
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with turn(str(self.folder / _LOCK)):
-                if self._notes is None:
-                    self._used()  # removes notes of those who have ended
-                    self._notes = self._new_notes()
-                os.write(self._notes, line.encode())
-        except OSError as error:
-            if error.errno not in _READ_ONLY or self._limit is not None:
-                raise
-
-    def _new_notes(self) -> int:
-        path = str(self.folder / f"{_NOTES}{secrets.token_hex(8)}")
-        notes = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o666)
-        weakref.finalize(self, os.close, notes)
-        lock(notes)
-        if self._limit is not None and not is_locked(path):
-            raise FileError("limit needs locks of files, which this file system does not have: leave it out")
-        return notes
-
-    def _used(self) -> set[str]:
-        """Return the digests in the notes of those who run, and remove the notes of those who have ended."""
-        used = set[str]()
-        for notes in self.folder.glob(f"{_NOTES}*"):
-            if is_locked(str(notes)):
-                used.update(notes.read_text(encoding="ascii").split())
-            else:
-                with contextlib.suppress(OSError):  # in a folder where only their owner may
-                    notes.unlink()
-        return used
-
+from tnadapt.errors import ConfigError, FileError, TargetError, TnadaptError
 
 # -- A folder of adapter files, and the LoRA to which each of them is expanded on its first request --------------------
 
@@ -150,6 +33,9 @@ _VERSION = b"1"
 
 # How the file of a population begins, behind the length of its header.
 _POPULATION = b'{"%s":' % GROWING.encode()
+
+# PEFT's settings, which are moved into place last.
+_COMPLETE = "adapter_config.json"
 
 
 class ServedAdapter(NamedTuple):
@@ -237,22 +123,15 @@ class ServedFolder:
         The base model's weights: a safetensors file, an index or a folder. Names, shapes and the fingerprint of an
         adapter are checked against them, and arrays that are computed from the base weights come from them. By default,
         the served model's name if that is a folder, or a model in the cache of Hugging Face's hub.
-    limit : int, optional
-        Bytes that the cache may have. Expanded adapters then make room for others, least recently requested first, but
-        none that a process which still runs was given: vLLM reads the files of an adapter again and again. No limit if
-        None.
 
     Raises
     ------
-    ConfigError
-        If the limit is not positive.
     FileError
-        If the folder does not exist; or with a limit, if the cache cannot be written, or has no locks.
+        If the folder does not exist.
 
     Notes
     -----
-    What :meth:`find` returns is on the disk as long as this object exists, unless somebody else deletes it. Threads may
-    call it at once. The folder is scanned at each request, so that changes are seen.
+    Threads may call :meth:`find` at once. The folder is scanned at each request, so that changes are seen.
 
     Examples
     --------
@@ -271,15 +150,10 @@ class ServedFolder:
 
     @checks_arguments
     def __init__(
-        self,
-        folder: str | os.PathLike[str],
-        cache: str | os.PathLike[str],
-        base: str | os.PathLike[str] | None = None,
-        limit: int | None = None,
+        self, folder: str | os.PathLike[str], cache: str | os.PathLike[str], base: str | os.PathLike[str] | None = None
     ) -> None:
         self.folder, self.cache = Path(path_of(folder)), Path(path_of(cache))
         self.base = None if base is None else path_of(base)
-        self.limit = None if limit is None else integer("limit", limit, 1, 1 << 62, ConfigError)
         # Adapters that cannot be served, by name: the digest, and the type and message of the error. An exception would
         # keep the adapter's arrays alive by its traceback.
         self._refused: dict[str, tuple[str, type[TnadaptError], str]] = {}
@@ -291,7 +165,6 @@ class ServedFolder:
         self._digests: dict[int, str] = {}
         if not self.folder.is_dir():
             raise FileError(f"{self.folder} is not a folder: create it, or give another folder of adapters")
-        self._cache = _Cache(self.cache, self.limit)
 
     @checks_arguments
     def file_of(self, name: str) -> Path | None:
@@ -321,7 +194,7 @@ class ServedFolder:
         TnadaptError
             If the adapter cannot be served: the file is damaged, of another base, or holds no LoRA; several files have
             members of this name, or the file of this name is a population. Until the file or the base changes, later
-            calls raise the same error at once. Also if the cache has no room for it within its limit.
+            calls raise the same error at once.
         """
         path, holder = self._path_of(name), None
         if path is None or _is_population(path):
@@ -336,7 +209,7 @@ class ServedFolder:
         member = None if holder is None else holder.file[name]
         content = Path(path).read_bytes() if member is None else content_of(member)
         digest = _digest(content, model, base)
-        place = self._cache.place_of(digest)
+        place = self.cache / digest
         if not (place / _COMPLETE).is_file():
             known, error_type, message = self._refused.get(name, ("", TnadaptError, ""))
             if known == digest:
@@ -352,7 +225,6 @@ class ServedFolder:
                 if not isinstance(error.__cause__, MemoryError):
                     self._refused[name] = digest, type(error), str(error)
                 raise
-        self._cache.touch(place)
         # vLLM keeps numbers in 32 bits with a sign.
         number = int(digest[:8], 16) & 0x7FFFFFFF or 1
         while self._digests.setdefault(number, digest) != digest:
@@ -421,21 +293,16 @@ class ServedFolder:
 
     def _expand(self, file: AdapterFile, base: str | None, place: Path) -> None:
         """Write an adapter's LoRA, where any of several concurrent writers may win, as all write the same."""
-        if (place / _COMPLETE).is_file():  # another writer was faster
-            return
-        conversion = convert(file, to="vllm-lora", base=base)
         self.cache.mkdir(parents=True, exist_ok=True)
-        with self._cache.turn():
-            # A folder appears atomically. If its last file is missing, it was lost later, and the folder is rewritten.
-            lost_a_file = place.is_dir()
-            if lost_a_file and (place / _COMPLETE).is_file():
-                return
-            self._cache.make_room(sum(map(len, conversion.files.values())))
-            try:
-                conversion.save(place, overwrite=lost_a_file)
-            except FileError:
-                if not (place / _COMPLETE).is_file():  # otherwise another writer was faster
-                    raise
+        # A folder appears atomically. If its last file is missing, it was lost later, and the folder is rewritten.
+        lost_a_file = place.is_dir()
+        if lost_a_file and (place / _COMPLETE).is_file():  # another writer was faster
+            return
+        try:
+            convert(file, place, to="vllm-lora", base=base, overwrite=lost_a_file)
+        except FileError:
+            if not (place / _COMPLETE).is_file():  # otherwise another writer was faster
+                raise
 
     def _base_of(self, model: str) -> _Base:
         """Return the base of a served model, whose headers are read again only when a file has changed."""
@@ -499,10 +366,8 @@ def _digest(content: bytes, model: str, base: _Base) -> str:
 
 _log = logging.getLogger(__name__)
 
-# Names of the other environment variables.
+# Names of the environment variables.
 ADAPTERS, CACHE, BASE = "TNADAPT_VLLM_ADAPTERS", "TNADAPT_VLLM_CACHE", "TNADAPT_VLLM_BASE"
-
-_UNITS = {"": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
 def vllm_resolver(folder: ServedFolder) -> Any:
@@ -541,14 +406,11 @@ def register_vllm_resolver() -> None:
 
     ``TNADAPT_VLLM_CACHE`` is the folder of expanded adapters, by default ``tnadapt/vllm`` in the user's cache.
     ``TNADAPT_VLLM_BASE`` is the path of the base model, if it is neither what vLLM serves nor in the hub's cache.
-    ``TNADAPT_VLLM_LIMIT`` limits the cache to a number of bytes, or of kB, MB, GB or TB, such as ``20GB``.
 
     Raises
     ------
-    ConfigError
-        If the limit is no such number.
     FileError
-        If the folder does not exist, or as for the limit of :class:`ServedFolder`.
+        If the folder does not exist.
     """
     folder = os.environ.get(ADAPTERS)
     if not folder:
@@ -557,18 +419,5 @@ def register_vllm_resolver() -> None:
 
     caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     cache = os.environ.get(CACHE) or Path(caches, "tnadapt", "vllm")
-    served = ServedFolder(folder, cache, os.environ.get(BASE) or None, _limit(os.environ.get(LIMIT) or None))
+    served = ServedFolder(folder, cache, os.environ.get(BASE) or None)
     LoRAResolverRegistry.register_resolver("tnadapt", vllm_resolver(served))
-
-
-def _limit(text: str | None) -> int | None:
-    """Return the number of bytes that a text says, or raise ConfigError."""
-    if text is None:
-        return None
-    match = re.fullmatch(r"([0-9]{1,18}(?:\.[0-9]{1,18})?) ?(|kB|MB|GB|TB)", text.strip())
-    limit = int(float(match[1]) * _UNITS[match[2]]) if match is not None else 0
-    if limit < 1:
-        raise ConfigError(
-            f"{LIMIT} must be a number of bytes, or of kB, MB, GB or TB, such as 20GB; got {safe_repr(text)}"
-        )
-    return limit
