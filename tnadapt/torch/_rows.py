@@ -24,6 +24,7 @@ from ._registry import attached, overlapping, trim_idle
 from ._state import (
     AdapterSlot,
     AdapterState,
+    Members,
     MemberState,
     RowAssignment,
     RowRunner,
@@ -243,7 +244,9 @@ def _of_members(
     x = _checked(patch, assignment, args[0])
     blocks = x.reshape(len(assignment.names), -1, x.shape[-1])
     tokens = blocks.shape[1] * (assignment.count or 1)
-    if not all(factors_of(slot, tokens) is not None or _is_light(patch, ([0], [slot]), tokens, x) for slot in slots):
+    if not all(
+        factors_of(slot, tokens, x.device) is not None or _is_light(patch, ([0], [slot]), tokens, x) for slot in slots
+    ):
         return None
     changes: Changes = {}
     for slot in slots:
@@ -276,12 +279,12 @@ def divided(
 ) -> Any:
     """Run the forward once for each group: on its rows, or with ``whole`` on the whole batch, and keep the group's."""
     number = len(assignment.names)
-    blocks = x.reshape(number, -1, *x.shape[1:])
+    blocks = x.reshape(number, len(x) // number, *x.shape[1:])
     outputs, order = [], list[int]()
     for rows, slots in groups:
         inputs = args, kwargs
         if not whole:
-            part = blocks.index_select(0, assignment.index(rows, x.device)).reshape(-1, *x.shape[1:])
+            part = blocks.index_select(0, assignment.index(rows, x.device)).flatten(0, 1)
             inputs = _exchanged(part, inputs)
         outputs.append(patch.run(slots, *inputs))
         order += rows
@@ -297,10 +300,10 @@ def divided(
                     f"rows() cannot divide the output of {_name(patch)}: of {size} rows it made a tensor of shape "
                     f"{tuple(part.shape)}"
                 )
-            output = part.reshape(count, -1, *part.shape[1:])
+            output = part.reshape(count, len(part) // count, *part.shape[1:])
             several.append(output.index_select(0, assignment.index(rows, part.device)) if whole else output)
         batch = torch.cat(several).index_select(0, assignment.index(back, parts[0].device))
-        return batch.reshape(-1, *batch.shape[2:])
+        return batch.flatten(0, 1)
 
     return _zipped(patch, joined, outputs)
 
@@ -425,16 +428,17 @@ def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
         The model that the adapters are attached to, a submodule of it or a wrapper.
     names : sequence of str or None
         An adapter's name for each row, or the name of a member of a population; None, or PEFT's ``"__base__"``, for
-        the base alone. If a layer gets more rows,
-        each name stands for the same number of consecutive ones: ``generate`` repeats rows like this for beams and
-        return sequences, and so do models that flatten batch and tokens into one dimension.
+        the base alone. If a layer gets more rows, each name stands for the same number of consecutive ones:
+        ``generate`` repeats rows like this for beams and return sequences, and so do models that flatten batch and
+        tokens into one dimension.
 
     Raises
     ------
     TargetError
-        If there is no adapter of a name, one is merged, a named one is disabled, or rows cannot be told apart: the
-        batch is not the first dimension, or the weights are those of experts. In a forward pass: if the first dimension
-        of a layer's input is not a multiple of the number of names.
+        If there is no adapter of a name, a name has two meanings, one of the adapters is merged, a named one is
+        disabled, names are of members of several populations, or of members and of adapters, or rows cannot be told
+        apart: the batch is not the first dimension, or the weights are those of experts. In a forward pass: if the
+        first dimension of a layer's input is not a multiple of the number of names.
     ConfigError
         If ``names`` is not a sequence of names.
 
@@ -484,7 +488,11 @@ def assigned(
     adapters = attached(model)
     population = _population_of(adapters, names)
     if population is not None:
-        return population
+        others = [state for state in overlapping(model) if state is not population]
+        for state in others:
+            check_usable(state, False)
+        check_rows(population, "rows()")
+        return MemberRows(population, _numbers_of(population, names), others)
     states: list[AdapterState | None] = []
     for name in names:
         if name is not None and not isinstance(name, str):
@@ -509,24 +517,36 @@ def assigned(
     return RowAssignment(states, governed, weights)
 
 
-def _population_of(adapters: Mapping[str, AdapterState], names: Sequence[Any]) -> MemberRows | None:
-    """Return the assignment of names of members of a population; None if none of the names is one."""
-    for state in adapters.values():
-        members = state.members
-        if members is None:
-            continue
-        numbers = [members.number(name) if isinstance(name, str) and name not in adapters else None for name in names]
-        if all(number is None for number in numbers):
-            continue
-        for name, number in zip(names, numbers, strict=True):
-            if number is None and name is not None and name != BASE:
-                raise TargetError(
-                    f"rows() names members of population {state.name!r} and {name!r}, which is none of them: the rows "
-                    "of a batch have members of one population, or adapters"
-                )
-        check_rows(state, "rows()")
-        return MemberRows(state, numbers)
-    return None
+def _population_of(adapters: Mapping[str, AdapterState], names: Sequence[Any]) -> AdapterState | None:
+    """Return the population whose members names are; None if none of them is one."""
+    population = None
+    for name in dict.fromkeys(name for name in names if isinstance(name, str)):
+        having = [state for state in adapters.values() if state.members and state.members.number(name) is not None]
+        meanings = [f"a member of population {state.name!r}" for state in having]
+        if name in adapters and adapters[name].members is None:
+            meanings.append("an adapter")
+        elif name == BASE:
+            meanings.append("the base, as in PEFT")
+        if having and len(meanings) > 1:
+            raise TargetError(
+                f"rows() names {name!r}, which is {' and '.join(meanings)}: rename one of them, or use "
+                "`with adapter.members([…])` of the population that is meant"
+            )
+        population = population or next(iter(having), None)
+    return population
+
+
+def _numbers_of(population: AdapterState, names: Sequence[Any]) -> list[int | None]:
+    """Return the numbers of the members that have the names."""
+    members = cast(Members, population.members)
+    numbers = [members.number(name) if isinstance(name, str) else None for name in names]
+    for name, number in zip(names, numbers, strict=True):
+        if number is None and name is not None and name != BASE:
+            raise TargetError(
+                f"rows() names members of population {population.name!r} and {name!r}, which is none of them: the rows "
+                "of a batch have members of one population, or adapters"
+            )
+    return numbers
 
 
 def check_rows(population: AdapterState, call: str = "members()") -> None:
