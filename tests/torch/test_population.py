@@ -284,6 +284,38 @@ def test_some_rows_of_a_weight_and_a_weight_that_is_tied() -> None:
     check_batch(pair_of(model, 4, P.lora(2), ["layers.0"], keep_tied=True), Batch(4, INDEX))
 
 
+@pytest.mark.law("members-alone")
+@pytest.mark.parametrize("options", [{}, {"detach_norm": True}, {"strategy": "additive"}], ids=str)
+@pytest.mark.parametrize("rows", [None, tna.RowIndices((1, 3, 5)), tna.Rows(1, 2, 3, 2)], ids=["all", "some", "block"])
+@given(batch=batches(), weight=st.floats(0.25, 2.0))
+@settings(max_examples=40 if LONG else 5)
+def test_magnitudes_of_all_members_in_a_batch(rows: Any, options: Any, batch: Batch, weight: float) -> None:
+    """The norms are computed without a member's ΔW; a row of zeros has none at the start."""
+    model = SideBySide([(6, 9), (6, 9)])
+    with torch.no_grad():
+        model.layers[0].weight[3] = 0.0
+    targets = [tna.Target(f"layers.{layer}", (6, 9), rows=rows) for layer in (0, 1)]
+    pair = pair_of(model, batch.count, P.dora(2), targets, **options)
+    with torch.no_grad():
+        for name, parameter in pair.population.named_parameters():
+            if name.endswith("factor0"):
+                parameter[0] = 0.0
+    pair.population.set_weight(weight)
+    pair.adapter.set_weight(weight)
+    check_batch(pair, batch)
+
+
+@pytest.mark.law("fresh-is-zero")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fresh_members_with_magnitudes_change_no_bit(dtype: Any) -> None:
+    model = SideBySide([(16, 12), (16, 12)]).to(dtype)
+    x = Batch(4, INDEX).x(12).to(dtype)
+    base = model(x)
+    population = tt.attach(model, P.dora(2), "all-linear", population=4, dtype=torch.float32)
+    with population.members(INDEX):
+        assert torch.equal(model(x), base)
+
+
 class Tokens(nn.Module):
     """An embedding of tokens, and a convolution over them."""
 
@@ -559,7 +591,7 @@ def test_kept_parameters_train_with_the_members_of_the_batch() -> None:
         assert [torch.equal(*pair) for pair in zip(parameter, old, strict=True)] == [False, True, False, True]
 
 
-@pytest.mark.parametrize("config", ["lora", "superlora", "theta"])
+@pytest.mark.parametrize("config", ["lora", "superlora", "theta", "dora"])
 def test_second_derivatives(config: str) -> None:
     pair = pair_of(SideBySide([(3, 4)]), 2, CONFIGS[config][0], "all-linear")
     parameters = dict(pair.model.named_parameters())
@@ -576,7 +608,7 @@ def test_second_derivatives(config: str) -> None:
 
 
 @pytest.mark.law("functional-transforms")
-@pytest.mark.parametrize("config", ["lora", "weight", "superlora", "theta", "behind F"])
+@pytest.mark.parametrize("config", ["lora", "weight", "superlora", "theta", "behind F", "dora"])
 def test_gradients_by_torch_func(config: str) -> None:
     pair = small_pair(config, ["head"])
     x, arrays = x_of(pair), {name: p.detach() for name, p in pair.model.named_parameters() if "tnadapt_" in name}

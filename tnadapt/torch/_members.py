@@ -11,20 +11,21 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from tnadapt.algebra.applying import Applying, norms
 from tnadapt.algebra.factoring import Factoring, factoring
 from tnadapt.backends import load_backend
 
 from . import _delta, _forms, _forward_pass
 from ._delta import Function, recomputed
 from ._forward_patch import ACTIVATIONS
-from ._state import AdapterSlot, AdapterState, Members, RowAssignment, Selection, sparse_gradients
+from ._state import AdapterSlot, AdapterState, Members, RowAssignment, Selection, mixing_weight, sparse_gradients
 from ._strategy_choice import MACHINES, costs
 
 _calls = itertools.count(1)
@@ -146,6 +147,11 @@ class MemberRows(RowAssignment):
     def order(self) -> list[int]:
         """The rows that have a member, those of one member after those of the one before."""
         return [row for number in self.members for row in self.rows[number]]
+
+    @functools.cached_property
+    def places(self) -> list[int]:
+        """The place among ``members`` of the member of each row in ``order``."""
+        return [self._places[number] for number in self.members for _ in self.rows[number]]
 
     @functools.cached_property
     def count(self) -> int | None:
@@ -302,13 +308,14 @@ def changes(assignment: MemberRows, slot: AdapterSlot, x: Tensor) -> Tensor | No
     source = state.cache.slice(slot.index) if how is None else None
     if how is None and (source is None or assignment.count is None or not state.plan.applying.takes_factors):
         return None
+    if state.plan.applying.rescales and (how is None or not how.is_plain or how.sizes[0].width is None):
+        return None
     arrays = assignment.arrays(how.names if how is not None else cast(Any, source).names)
     if not torch.is_autocast_enabled(x.device.type):
         inputs = inputs.to(arrays[0].dtype)
     if assignment.count is None:
         # A copy of the arrays for each row: those of factors are small.
-        numbers = [place for place, number in enumerate(assignment.members) for _ in assignment.rows[number]]
-        index = assignment.index(numbers, arrays[0].device)
+        index = assignment.index(assignment.places, arrays[0].device)
         arrays = [array.index_select(0, index) for array in arrays]
     else:
         inputs = inputs.reshape(len(assignment.members), -1, inputs.shape[-1])
@@ -326,3 +333,75 @@ def _factored(how: Factoring, activation: Any, x: Tensor, *arrays: Tensor) -> Te
     if how.group.multiplied and how.whole_arrays is not None and activation is None:
         return cast(Tensor, how.times(load_backend("torch"), x.to(arrays[0].dtype), named))  # autocast or not
     return _forms.product(x, how(load_backend("torch"), named), activation)
+
+
+# -- Magnitudes: the quotients m / ‖W + ΔW‖ of all members in a batch --------------------------------------------------
+
+# ``‖W + s L Rᵀ‖²`` is ``‖W‖²`` plus the sum over the columns of ``s (2 W R + s L RᵀR) ∘ L``, so that no member's ΔW is
+# formed. The norm of W is computed as for one adapter, and the rest is exactly 0 at the start; later it has the
+# precision of a product.
+
+
+class _Quotients(Function):
+    """The quotients of one weight, ``(members, rows)``, as a function of factors of updates and of magnitudes."""
+
+    def __init__(self, applying: Applying, weight: Callable[[], Tensor], scale: float, detach: bool) -> None:
+        self.applying, self.weight, self.scale, self.detach = applying, weight, scale, detach
+
+    def __call__(self, left: Tensor, right: Tensor, magnitude: Tensor) -> Tensor:
+        weight, backend = self.weight().to(left.device), load_backend("torch")
+        wide = torch.promote_types(torch.promote_types(weight.dtype, left.dtype), torch.float32)
+        left, right = (factor.detach() if self.detach else factor for factor in (left.to(wide), right.to(wide)))
+        with torch.autocast(left.device.type, enabled=False):
+            # One product for all members, forward and backward.
+            product = torch.mm(weight.to(wide), right.transpose(0, 1).flatten(1))
+            inner = 2.0 * product.view(len(weight), *right.shape[::2]).transpose(0, 1)
+            inner = inner + self.scale * (left @ (right.mT @ right))
+            squares = norms(backend, weight, 1).square() + self.scale * (inner * left).sum(2).double()
+        zero = squares <= 0.0  # where the root has no derivative
+        norm = torch.where(zero, 0.0, torch.where(zero, 1.0, squares).sqrt())
+        quotient, _ = self.applying.divided(backend, magnitude, norm, str(wide).removeprefix("torch."))
+        return cast(Tensor, quotient)
+
+    def vjp(self, inputs: Sequence[Tensor], wanted: Sequence[int], gradient: Tensor) -> Sequence[Tensor]:
+        """Return the gradients of the wanted inputs, given that of the quotients."""
+        return _delta.plain_vjp(self, inputs, wanted, gradient)
+
+
+def quotients(
+    assignment: MemberRows, tokens: int, device: torch.device, slot: AdapterSlot, stored: Tensor | None
+) -> Tensor:
+    """Return q of one weight for each row that has a member, where :func:`changes` has returned what it adds.
+
+    Parameters
+    ----------
+    assignment : MemberRows
+    tokens : int
+        Of each member.
+    device : device
+        That of the input.
+    slot : AdapterSlot
+        Of the population.
+    stored : Tensor or None
+        The base weight as the module has it; None if it is quantized.
+
+    Returns
+    -------
+    Tensor, shape (rows with a member, 1, rows of the weight)
+        In ``assignment.order``.
+    """
+    state, how = slot.adapter, cast(Factoring, factors_of(slot, tokens, device))
+    left, right = torch.vmap(functools.partial(_pair, how))(*assignment.arrays(how.names))
+    (name,) = state.plan.weight_param_names[slot.index]
+    weight, scale = functools.partial(_forward_pass.base_rows, slot, stored), mixing_weight(state) * how.network.scale
+    function = _Quotients(state.plan.applying, weight, scale, state.detach_norm)
+    inputs = left, right, assignment.selected(name)
+    # The node passes no gradient to the weight.
+    plain = _delta.traced() or not torch.is_grad_enabled() or (stored is not None and stored.requires_grad)
+    quotient = function(*inputs) if plain else recomputed(function, *inputs)
+    return quotient.index_select(0, assignment.index(assignment.places, quotient.device)).unsqueeze(1)
+
+
+def _pair(how: Factoring, *arrays: Tensor) -> tuple[Tensor, Tensor]:
+    ((matrix,),) = how(load_backend("torch"), dict(zip(how.names, arrays, strict=True))).terms
+    return matrix.left, cast(Tensor, matrix.right)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,6 +20,7 @@ from ._forward_pass import drops_input, factors
 from ._forward_patch import ForwardPatch, is_read
 from ._members import MemberRows, factors_of
 from ._members import changes as member_changes
+from ._members import quotients as member_quotients
 from ._quantized import is_embedding
 from ._registry import attached, overlapping, trim_idle
 from ._state import (
@@ -237,9 +239,7 @@ def _of_members(
     assignment.begin_layer()
     if kwargs or len(args) != 1 or not isinstance(args[0], Tensor) or not slots or not assignment.members:
         return None
-    if not _is_linear(patch) or any(
-        drops_input(slot, patch.host) or slot.adapter.plan.applying.rescales for slot in slots
-    ):
+    if not _is_linear(patch) or any(drops_input(slot, patch.host) for slot in slots):
         return None
     x = _checked(patch, assignment, args[0])
     blocks = x.reshape(len(assignment.names), -1, x.shape[-1])
@@ -255,7 +255,13 @@ def _of_members(
             return None
         changes.setdefault(slot.target, []).append((assignment.order, change))
     y = patch.run(always, (x,), {})
-    return add_changes(assignment, changes, y.reshape(len(assignment.names), -1, y.shape[-1])).reshape(y.shape)
+    wide = add_changes(assignment, changes, y.reshape(len(assignment.names), -1, y.shape[-1]))
+    if any(slot.adapter.plan.applying.rescales for slot in slots):
+        index = assignment.index(assignment.order, x.device)
+        quotient = functools.partial(member_quotients, assignment, tokens, x.device)
+        scaled = patch.rescaled(wide.index_select(0, index), slots, quotient=quotient)
+        wide = wide.index_copy(0, index, scaled)
+    return wide.reshape(y.shape)
 
 
 def shared(patch: ForwardPatch, assignment: RowAssignment, groups: list[Group], x: Tensor) -> Tensor:
