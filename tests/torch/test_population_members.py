@@ -754,6 +754,11 @@ def test_members_and_adapters_in_one_batch() -> None:
             adapters.members([0]).__enter__()
         with pytest.raises(tna.TargetError, match=r"adapter 'default' is disabled, and rows\(\) names it"):
             tt.rows(model, ["ann"]).__enter__()
+    with (
+        tt.rows(model, ["ann", "bob"]),
+        pytest.raises(tna.TargetError, match=r"^rows\(\) has 2 names, and .* got an in"),
+    ):
+        model(batch(size=3))
     # Rows of a single adapter have none of the population.
     second.detach()
     with torch.no_grad(), adapters.members([0, 1]), tt.rows(model, ["other", None]):

@@ -208,7 +208,9 @@ class Population(Adapter):
 
         The cost grows with the members in the batch, not with K, except that ``backward`` fills a gradient of all K
         members with zeros, unless gradients are sparse. Where an update is low-rank, all rows are two batched products.
-        Where ΔW has to be formed, it is formed once for each member in the batch.
+        Where ΔW has to be formed, it is formed once for each member in the batch. On a GPU, arrays that several layers
+        share are selected once only in a pass of the model that the population is attached to, not in calls of its
+        parts alone.
         """
         need_attached(self._state)
         numbers = member_numbers(self._state, index)
@@ -260,7 +262,7 @@ class Member(Adapter):
 
     Its ``named_parameters()`` are views of the population's parameters: numbers that are written to them are those of
     the member, but they are not what an optimizer can train. :class:`MemberAdamW` takes the population, and steps the
-    members that gradients have reached, such as that of the member that :meth:`activate` lets act.
+    members that have gradients, such as the one that :meth:`activate` lets act.
 
     Attributes
     ----------
@@ -355,7 +357,7 @@ class Member(Adapter):
         raise ConfigError(
             f"the parameters of member {self.number} are views of those of population {self._state.name!r}, which no "
             f"optimizer can train: use tnadapt.torch.MemberAdamW(population, population.{params}), which steps the "
-            "members that gradients have reached. named_parameters() has the views"
+            "members that have gradients. named_parameters() has the views"
         )
 
     def parameters(self) -> Iterator[nn.Parameter]:

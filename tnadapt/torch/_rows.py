@@ -193,7 +193,7 @@ def run_by_rows(patch: ForwardPatch, args: Any, kwargs: Any) -> Any:
             x = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
             _checked(patch, assignment, x)
         return patch.run(groups[0][1], args, kwargs)
-    tensors = _tensors(patch, args, kwargs)
+    tensors = _tensors(patch, assignment.call, args, kwargs)
     x = _checked(patch, assignment, next(iter(tensors), None))
     whole = len(tensors) > 1
     if not whole and len(args) == 1 and not kwargs and _is_linear(patch):
@@ -303,15 +303,15 @@ def divided(
             size = count * blocks.shape[1]
             if part.ndim == 0 or part.shape[0] != size:
                 raise TargetError(
-                    f"rows() cannot divide the output of {_name(patch)}: of {size} rows it made a tensor of shape "
-                    f"{tuple(part.shape)}"
+                    f"{assignment.call} cannot divide the output of {_name(patch)}: of {size} rows it made a tensor of "
+                    f"shape {tuple(part.shape)}"
                 )
             output = part.reshape(count, len(part) // count, *part.shape[1:])
             several.append(output.index_select(0, assignment.index(rows, part.device)) if whole else output)
         batch = torch.cat(several).index_select(0, assignment.index(back, parts[0].device))
         return batch.flatten(0, 1)
 
-    return _zipped(patch, joined, outputs)
+    return _zipped(patch, assignment.call, joined, outputs)
 
 
 def _is_linear(patch: ForwardPatch) -> bool:
@@ -373,7 +373,7 @@ def _name(patch: ForwardPatch) -> str:
 _SIMPLE = (type(None), bool, int, float, str, torch.dtype, torch.device)
 
 
-def _tensors(patch: ForwardPatch, args: Any, kwargs: Any) -> list[Tensor]:
+def _tensors(patch: ForwardPatch, call: str, args: Any, kwargs: Any) -> list[Tensor]:
     """Return the distinct tensors among arguments, in order."""
     tensors: dict[int, Tensor] = {}
 
@@ -388,7 +388,7 @@ def _tensors(patch: ForwardPatch, args: Any, kwargs: Any) -> list[Tensor]:
                 look(item)
         elif not isinstance(value, _SIMPLE):
             raise TargetError(
-                f"{_name(patch)} got a {type(value).__name__}, which may keep state between calls, and rows() would "
+                f"{_name(patch)} got a {type(value).__name__}, which may keep state between calls, and {call} would "
                 "call it once for each adapter: run the rows of each adapter on their own, after activate()"
             )
 
@@ -405,16 +405,16 @@ def _exchanged(part: Tensor, value: Any) -> Any:
     return {key: _exchanged(part, item) for key, item in value.items()} if isinstance(value, Mapping) else value
 
 
-def _zipped(patch: ForwardPatch, joined: Callable[..., Tensor], outputs: Sequence[Any]) -> Any:
+def _zipped(patch: ForwardPatch, call: str, joined: Callable[..., Tensor], outputs: Sequence[Any]) -> Any:
     """Join the outputs of all groups, tensor by tensor."""
     first = outputs[0]
     if isinstance(first, Tensor):
         return joined(*outputs)
     if type(first) in (tuple, list):
-        return type(first)([_zipped(patch, joined, several) for several in zip(*outputs, strict=True)])
+        return type(first)([_zipped(patch, call, joined, several) for several in zip(*outputs, strict=True)])
     if first is None:
         return None
-    raise TargetError(f"rows() cannot divide the output of {_name(patch)}, a {type(first).__name__}")
+    raise TargetError(f"{call} cannot divide the output of {_name(patch)}, a {type(first).__name__}")
 
 
 # -- The context manager, and its checks -------------------------------------------------------------------------------
@@ -498,7 +498,9 @@ def assigned(
         for state in others:
             check_usable(state, False)
         check_rows(population, "rows()")
-        return MemberRows(population, _numbers_of(population, names), others)
+        assignment = MemberRows(population, _numbers_of(population, names), others)
+        assignment.call, assignment.entry = RowAssignment.call, RowAssignment.entry
+        return assignment
     states: list[AdapterState | None] = []
     for name in names:
         if name is not None and not isinstance(name, str):
