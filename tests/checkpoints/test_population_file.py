@@ -402,6 +402,12 @@ def test_an_adapter_is_expected(tmp_path: Path) -> None:
             tna.merge(base, adapter, out, member=which)
         assert str(caught.value) == message
     assert not out.exists()
+    with pytest.raises(
+        AttributeError, match=r"no attribute 'deltas': it is of one member, as in population\[0\]\.deltas"
+    ):
+        population.deltas()
+    with pytest.raises(AttributeError, match=r"no attribute 'nothing'$"):
+        _ = population.nothing
     tna.merge(base, alone, out)
     expected = out.read_bytes()
     for adapter, which in ((path, 1), (population, 1), (path, "größe 7"), (population, "größe 7")):

@@ -643,6 +643,10 @@ def test_a_single_adapter_is_refused() -> None:
     adapter = attach(network(), "lora", "all-linear", rank=2)
     with pytest.raises(ConfigError, match=r"^MemberAdamW trains a population, .*; got .* use torch\.optim\.AdamW$"):
         MemberAdamW(adapter)
+    with pytest.raises(
+        ConfigError, match=r"got <tnadapt member 1 of .*\. For a member, give its population, of which the"
+    ):
+        MemberAdamW(population()[1][1])
 
 
 def test_rates_of_members_are_refused_for_other_parameters() -> None:

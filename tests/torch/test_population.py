@@ -27,7 +27,7 @@ from tests.support.depth import LONG
 from tnadapt.testing.strategies import plans
 from tnadapt.testing.verification import examples
 
-from .internals import batch_rows
+from .internals import batch_rows, delta
 from .small import batch, compiles_whole, small, stir
 from .test_requantizing import Packed
 from .test_requantizing import model as packed
@@ -237,6 +237,31 @@ def test_a_large_population_and_more_members_than_are_formed_at_a_time(config: t
     check_batch(pair, Batch(200, [None, *range(199, 3, -11)], tokens=2))
 
 
+@pytest.mark.law("members-alone")
+@configs
+def test_batches_without_rows_or_tokens(config: str) -> None:
+    cfg, options = CONFIGS[config]
+    pair = pair_of(SideBySide([(6, 9), (4, 9)]), 4, cfg, "all-linear", **options)
+    for shape in [(0, 9), (4, 0, 9), (0, 3, 9)]:
+        for index in (INDEX, [0, 1, 2, 3], [1] * 4):
+            found = by_members(pair, index, torch.zeros(shape, dtype=torch.float64))
+            assert (found.y.shape, found.x.shape) == ((*shape[:-1], 10), shape)
+            assert not any(gradient.any() for gradient in found.arrays)
+
+
+@pytest.mark.law("members-alone")
+def test_the_batches_before_do_not_matter() -> None:
+    """To the bit, though the cheapest form of an update depends on the number of tokens."""
+
+    def outputs(numbers: Sequence[int]) -> dict[int, Tensor]:
+        pair = pair_of(SideBySide([(64, 64)]), 3, P.krona(), "all-linear", strategy="additive")
+        with torch.no_grad(), pair.population.members([0, 2]):
+            return {number: pair.model(Batch(3, [0, 2], tokens=number).x(64)) for number in numbers}
+
+    first, second = outputs([1, 2048]), outputs([2048, 1])
+    assert all(torch.equal(y, second[number]) for number, y in first.items())
+
+
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
 def test_an_activation_between_the_factors(activation: str) -> None:
     pair = pair_of(SideBySide([(6, 9), (4, 9)]), 4, P.lora(2), "all-linear", activation=activation)
@@ -257,6 +282,38 @@ def test_some_rows_of_a_weight_and_a_weight_that_is_tied() -> None:
     model = SideBySide([(6, 6), (6, 6)])
     model.layers[1].weight = model.layers[0].weight
     check_batch(pair_of(model, 4, P.lora(2), ["layers.0"], keep_tied=True), Batch(4, INDEX))
+
+
+@pytest.mark.law("members-alone")
+@pytest.mark.parametrize("options", [{}, {"detach_norm": True}, {"strategy": "additive"}], ids=str)
+@pytest.mark.parametrize("rows", [None, tna.RowIndices((1, 3, 5)), tna.Rows(1, 2, 3, 2)], ids=["all", "some", "block"])
+@given(batch=batches(), weight=st.floats(0.25, 2.0))
+@settings(max_examples=40 if LONG else 5)
+def test_magnitudes_of_all_members_in_a_batch(rows: Any, options: Any, batch: Batch, weight: float) -> None:
+    """The norms are computed without a member's ΔW; a row of zeros has none at the start."""
+    model = SideBySide([(6, 9), (6, 9)])
+    with torch.no_grad():
+        model.layers[0].weight[3] = 0.0
+    targets = [tna.Target(f"layers.{layer}", (6, 9), rows=rows) for layer in (0, 1)]
+    pair = pair_of(model, batch.count, P.dora(2), targets, **options)
+    with torch.no_grad():
+        for name, parameter in pair.population.named_parameters():
+            if name.endswith("factor0"):
+                parameter[0] = 0.0
+    pair.population.set_weight(weight)
+    pair.adapter.set_weight(weight)
+    check_batch(pair, batch)
+
+
+@pytest.mark.law("fresh-is-zero")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fresh_members_with_magnitudes_change_no_bit(dtype: Any) -> None:
+    model = SideBySide([(16, 12), (16, 12)]).to(dtype)
+    x = Batch(4, INDEX).x(12).to(dtype)
+    base = model(x)
+    population = tt.attach(model, P.dora(2), "all-linear", population=4, dtype=torch.float32)
+    with population.members(INDEX):
+        assert torch.equal(model(x), base)
 
 
 class Tokens(nn.Module):
@@ -418,6 +475,62 @@ def test_threads_with_different_members() -> None:
     beside(several, [lambda: check(None, expected[2]), lambda: check(other, expected[1])])
 
 
+# -- Parts of the model --------------------------------------------------------------------------
+
+
+class Wrapped(nn.Module):
+    """A model whose body is called alone, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(*[nn.Linear(8, 8, dtype=torch.float64) for _ in range(3)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x)
+
+
+@pytest.mark.law("members-alone", "array-changes")
+@pytest.mark.parametrize("config", ["lora", "superlora", "theta", "dora"])
+def test_a_part_of_the_model_that_is_called_alone(config: str) -> None:
+    """With what the arrays are in each call, however they are written to; and what θ makes serves all layers."""
+    pair = pair_of(Wrapped(), 4, CONFIGS[config][0], "all-linear")
+    x, body = Batch(4, INDEX).x(8), pair._replace(model=pair.model.body)
+    arrays = delta.ThetaArrays
+    with mock.patch.object(arrays, "computed", autospec=True, side_effect=arrays.computed) as computed:
+        found = by_members(body, INDEX, x)
+    assert computed.call_count == (config == "theta")
+    assert_same(found, alone(pair, INDEX, x), INDEX)
+    with pair.population.members(INDEX):
+        for grad in (True, False, False, True):
+            for parameter in pair.population.parameters():
+                parameter.data[2:] *= 0.5
+            expected = alone(pair, INDEX, x)
+            with torch.set_grad_enabled(grad):
+                y = body.model(x)
+            torch.testing.assert_close(y, expected.y)
+            if grad:
+                y.square().sum().backward()
+                found = [parameter.grad for parameter in pair.population.parameters()]
+                assert_same(expected._replace(arrays=found), expected, INDEX)
+                pair.model.zero_grad()
+
+
+@pytest.mark.law("interrupted-pass")
+def test_a_part_of_the_model_after_a_pass_that_was_interrupted() -> None:
+    """By a KeyboardInterrupt, for which torch runs no hook."""
+    pair = pair_of(Wrapped(), 4, P.lora(2), "all-linear")
+    x = Batch(4, INDEX).x(8)
+    hook = pair.model.body[2].register_forward_pre_hook(mock.Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt), pair.population.members(INDEX):
+        pair.model(x)
+    hook.remove()
+    with pair.population.members(INDEX):
+        for _ in range(2):
+            torch.testing.assert_close(pair.model.body(x), alone(pair, INDEX, x).y)
+            for parameter in pair.population.parameters():
+                parameter.data *= 0.5
+
+
 # -- Training ------------------------------------------------------------------------------------
 
 
@@ -478,7 +591,7 @@ def test_kept_parameters_train_with_the_members_of_the_batch() -> None:
         assert [torch.equal(*pair) for pair in zip(parameter, old, strict=True)] == [False, True, False, True]
 
 
-@pytest.mark.parametrize("config", ["lora", "superlora", "theta"])
+@pytest.mark.parametrize("config", ["lora", "superlora", "theta", "dora"])
 def test_second_derivatives(config: str) -> None:
     pair = pair_of(SideBySide([(3, 4)]), 2, CONFIGS[config][0], "all-linear")
     parameters = dict(pair.model.named_parameters())
@@ -495,7 +608,7 @@ def test_second_derivatives(config: str) -> None:
 
 
 @pytest.mark.law("functional-transforms")
-@pytest.mark.parametrize("config", ["lora", "weight", "superlora", "theta", "behind F"])
+@pytest.mark.parametrize("config", ["lora", "weight", "superlora", "theta", "behind F", "dora"])
 def test_gradients_by_torch_func(config: str) -> None:
     pair = small_pair(config, ["head"])
     x, arrays = x_of(pair), {name: p.detach() for name, p in pair.model.named_parameters() if "tnadapt_" in name}
@@ -510,6 +623,19 @@ def test_gradients_by_torch_func(config: str) -> None:
     several = {name: torch.stack([array, 2.0 * array]) for name, array in arrays.items()}
     losses = torch.vmap(loss)(several)
     torch.testing.assert_close(losses[1], loss({name: 2.0 * array for name, array in arrays.items()}))
+
+
+@pytest.mark.law("functional-transforms")
+def test_gradients_reach_the_arrays_of_each_functional_call() -> None:
+    """Though the arrays of a later one may have the address and the numbers of those of an earlier one."""
+    pair = small_pair("theta", ["head"])
+    (name,) = [name for name, _ in pair.model.named_parameters() if "tnadapt_" in name]
+    x = x_of(pair)
+    with pair.population.members(INDEX):
+        for _ in range(10):
+            arrays = {name: pair.model.get_parameter(name).detach().clone().requires_grad_()}
+            torch.func.functional_call(pair.model, arrays, (x,)).square().sum().backward()
+            assert arrays[name].grad[INDEX[0]].any()
 
 
 # -- Compiled programs ---------------------------------------------------------------------------

@@ -152,7 +152,7 @@ def test_no_member_is_activated_while_another_is_merged() -> None:
 def test_the_weight_of_a_member_is_that_of_the_population() -> None:
     model, adapters = population()
     adapters[1].activate()
-    adapters[1].set_weight(0.5)
+    adapters.set_weight(0.5)
     assert adapters.weight == adapters[1].weight == 0.5
     compiled = torch.compile(model, backend="eager")
     with torch.no_grad():
@@ -340,12 +340,13 @@ def test_a_view_is_one_object_with_a_name() -> None:
     assert (member.number, member.name, len(adapters), adapters.population) == (2, "default['cleo']", 4, 4)
     adapters.names = None
     assert member.name == "default[2]"
+    assert repr(member) == "<tnadapt member 2 of population 'default': 624 parameters for 10 weights of Small>"
     adapters.names = NAMES[::-1]
     assert member.name == "default['bob']"
     assert adapters["bob"] is member
     assert adapters.num_parameters == member.num_parameters == single()[1].num_parameters
     assert sum(parameter.numel() for parameter in adapters.parameters()) == 4 * member.num_parameters
-    assert repr(member) == "<tnadapt member 2 of population 'default': 624 parameters for 10 weights of Small>"
+    assert repr(member) == "<tnadapt member 2 ('bob') of population 'default': 624 parameters for 10 weights of Small>"
     assert repr(adapters) == (
         "<tnadapt population 'default': 4 members of 624 parameters for 10 weights of Small, attached, weight 1>"
     )
@@ -508,7 +509,8 @@ def test_arrays_of_all_members_are_copied_and_loaded(config: str) -> None:
     adapters.reset()
     adapters.load_arrays({name: array.detach().clone() for name, array in others.arrays().items()})
     assert equal(numbers(adapters), numbers(others))
-    with pytest.raises(tna.ShapeError, match="needs arrays named and shaped as its plan says; differing"):
+    text = "needs arrays named and shaped as its plan says, with an axis of its 4 members in front; differing"
+    with pytest.raises(tna.ShapeError, match=text):
         adapters.load_arrays(adapters[0].arrays())
     assert equal(numbers(adapters), numbers(others))
 
@@ -670,6 +672,33 @@ def test_what_needs_a_member(what: str, call: Callable[[Any], None]) -> None:
 
 
 @pytest.mark.law("members-refused")
+@pytest.mark.parametrize(
+    ("call", "text"),
+    [
+        (lambda member: member.set_weight(0.5), r"have one mixing weight: call set_weight\(\) of the population$"),
+        (lambda member: member.start_from({}), r"start from the same given arrays: call start_from\(\) of the popula"),
+        (lambda member: member.set_trainable(0), r"train the same arrays: call set_trainable\(\) of the population$"),
+        (
+            lambda member: member.parameters(),
+            r"optimizer can train: use .*MemberAdamW\(population, population.parameters",
+        ),
+        (lambda member: member.parameter_groups(1e-3), r"MemberAdamW\(population, population.parameter_groups\(…\)\)"),
+        (
+            lambda member: member.adam_groups(1e-3),
+            r"population.adam_groups\(…\)\), which steps the members",
+        ),
+    ],
+)
+def test_what_needs_the_population(call: Callable[[Any], None], text: str) -> None:
+    _, adapters = population()
+    before = numbers(adapters)
+    with pytest.raises(tna.ConfigError, match=f"population 'default',? .*{text}"):
+        call(adapters[1])
+    assert adapters.weight == 1.0
+    assert equal(numbers(adapters), before)
+
+
+@pytest.mark.law("members-refused")
 def test_a_pass_without_members() -> None:
     model, adapters = population()
     text = (
@@ -706,11 +735,30 @@ def test_members_and_adapters_in_one_batch() -> None:
         tt.rows(model, ["ann", "other"]).__enter__()
     with pytest.raises(tna.TargetError, match=r"no adapter 'default\[1\]' on this model"):
         tt.mix(model, {"default[1]": 1.0})
+    with pytest.raises(tna.TargetError, match=r"'second'; population 'default' has a member 'ann', which its activate"):
+        tt.mix(model, {"ann": 1.0})
+    for names, meanings in (
+        (["bob", "ann"], "'ann', which is a member of population 'default' and a member of population 'second'"),
+        (["other"], "'other', which is a member of population 'second' and an adapter"),
+        ([None, "__base__"], "'__base__', which is a member of population 'second' and the base, as in PEFT"),
+    ):
+        second.names = [name if name != "bob" else None for name in (names[-1], None)]
+        with pytest.raises(tna.TargetError, match=rf"rows\(\) names {meanings}: rename one of them, or use `with ada"):
+            tt.rows(model, names).__enter__()
+    second.names = ["ann", "zoe"]
+    with pytest.raises(tna.TargetError, match="names members of population 'default' and 'zoe', which is none of them"):
+        tt.rows(model, ["bob", "zoe"]).__enter__()
+    second.names = None
     with adapters.disabled():
         with pytest.raises(tna.TargetError, match=r"adapter 'default' is disabled, and members\(\) names it"):
             adapters.members([0]).__enter__()
         with pytest.raises(tna.TargetError, match=r"adapter 'default' is disabled, and rows\(\) names it"):
             tt.rows(model, ["ann"]).__enter__()
+    with (
+        tt.rows(model, ["ann", "bob"]),
+        pytest.raises(tna.TargetError, match=r"^rows\(\) has 2 names, and .* got an in"),
+    ):
+        model(batch(size=3))
     # Rows of a single adapter have none of the population.
     second.detach()
     with torch.no_grad(), adapters.members([0, 1]), tt.rows(model, ["other", None]):
@@ -718,6 +766,32 @@ def test_members_and_adapters_in_one_batch() -> None:
     adapters.detach()
     with torch.no_grad(), tt.rows(model, ["other", None]):
         assert torch.equal(y, model(batch(size=2)))
+
+
+@pytest.mark.law("members-refused")
+def test_names_of_members_in_rows_leave_other_adapters_out() -> None:
+    """As names of adapters do, whereas members() leaves them as they are."""
+    model, adapters = population(names=NAMES)
+    other, second = (
+        stirred(tt.attach(model, "lora", name="other", rank=2)),
+        tt.attach(model, "lora", population=2, rank=2, name="second"),
+    )
+    names, x = ["bob", None, "__base__", "bob"], batch(size=4)
+    with torch.no_grad():
+        with tt.rows(model, names):
+            y = model(x)
+        second[0].activate()
+        other.activate()
+        adapters[0].activate()
+        other.set_weight(1.0)
+        with tt.rows(model, names):
+            assert torch.equal(model(x), y)
+        with adapters.members([*names[:2], None, "bob"]):
+            assert not torch.allclose(model(x), y)
+        torch.testing.assert_close(y[1:3], run(small())[1:3])
+    other.merge()
+    with pytest.raises(tna.TargetError, match=r"adapter 'other' is merged into the base, and so into every row"):
+        tt.rows(model, names).__enter__()
 
 
 @pytest.mark.parametrize(

@@ -362,6 +362,12 @@ def test_modules_that_keep_state_or_return_something_else() -> None:
     text = r"Reader, around inner\.weight got a object, which may keep state"
     with pytest.raises(tna.TargetError, match=text), tt.rows(model, ["a", "b"]):
         model(x, object())
+    population = tt.attach(Reader(), "lora", ["inner"], rank=2, population=2)
+    with (
+        pytest.raises(tna.TargetError, match=rf"{text} between calls, and members\(\) would"),
+        population.members([0, 1]),
+    ):
+        population.model(x, object())
     model = adapted(Reader(lambda y: {"y": y}), "lora", ["inner"])
     with pytest.raises(tna.TargetError, match=r"cannot divide the output of Reader, around inner\.weight, a dict"):
         by_rows(model, ["a", "b"], x)

@@ -155,6 +155,12 @@ class Applying:
         """Return the gradients of W and ΔW, given that of W + C."""
         return gradient, gradient
 
+    def divided(
+        self, backend: Backend, magnitude: Array, norm: Array, dtype: str, trained: str | None = None
+    ) -> tuple[Array, Array]:
+        """Return q for norms in float64, of any shape, and the norms that it divides by, as in :class:`Rescaling`."""
+        raise NotImplementedError(f"{type(self).__name__} has no quotient")
+
     def rescaling_pulled(
         self, backend: Backend, total: Array, found: Rescaling, gradient: Array
     ) -> tuple[Array, list[Array]]:
@@ -257,15 +263,19 @@ class Magnitude(Applying):
         self, backend: Backend, total: Array, own: Sequence[Array], trained: str | None = None
     ) -> Rescaling | None:
         (magnitude,) = own
-        dtype = backend.dtype_name(total)
         norm = norms(backend, total, AXES[self.axis])
+        shape = (-1, 1) if self.axis == "rows" else (1, -1)
+        both = self.divided(backend, magnitude, norm, backend.dtype_name(total), trained)
+        return Rescaling(*(backend.reshape(numbers, shape) for numbers in both))
+
+    def divided(
+        self, backend: Backend, magnitude: Array, norm: Array, dtype: str, trained: str | None = None
+    ) -> tuple[Array, Array]:
         norm = backend.astype(_stored(backend, norm, trained or backend.dtype_name(magnitude)), dtype)
         zero = norm == 0.0
         ones = backend.detached(norm) * 0.0 + 1.0
         quotient = backend.where(zero, ones, backend.astype(magnitude, dtype) / backend.where(zero, ones, norm))
-        shape = (-1, 1) if self.axis == "rows" else (1, -1)
-        infinite = backend.where(zero, ones * float("inf"), norm)
-        return Rescaling(backend.reshape(quotient, shape), backend.reshape(infinite, shape))
+        return quotient, backend.where(zero, ones * float("inf"), norm)
 
     def rescaling_pulled(
         self, backend: Backend, total: Array, found: Rescaling, gradient: Array

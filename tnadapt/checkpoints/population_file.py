@@ -14,7 +14,7 @@ import math
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -460,6 +460,12 @@ class PopulationFile:
         with self._rows.error_context():
             row = np.frombuffer(bytearray(self._rows.row(number)), np.uint8)
         return with_arrays(self.shared, self._rows.layout.unpack(row))
+
+    if not TYPE_CHECKING:  # a type checker would accept any attribute
+
+        def __getattr__(self, name: str) -> Any:
+            hint = f": it is of one member, as in population[0].{name}" if hasattr(AdapterFile, name) else ""
+            raise AttributeError(f"'PopulationFile' object has no attribute {name!r}{hint}")
 
     @property
     def names(self) -> list[str | None]:

@@ -25,6 +25,7 @@ from torch.nn import functional
 from tnadapt.algebra.factoring import Factored, Matrix
 from tnadapt.backends import load_backend
 from tnadapt.errors import ConfigError, TargetError, safe_repr
+from tnadapt.targets.target import Target
 
 from . import _delta, _forms, _state
 from ._delta import backward_number, recomputed, traced
@@ -665,7 +666,7 @@ def quotient(slot: AdapterSlot, stored: Tensor | None) -> Tensor:
     state = slot.adapter
     source, of_delta, scale = _computation(slot)
     arrays = [*of_delta, *weight_params(state, slot.index)]
-    weight = functools.partial(_base, slot, stored)
+    weight = functools.partial(base_rows, slot, stored)
     function = _delta.Quotient(state.plan.applying, weight, source, scale, state.detach_norm)
     trained = torch.is_grad_enabled()
     # The node passes no gradient to the weight, and traces must contain the single operations.
@@ -686,13 +687,12 @@ def quotient(slot: AdapterSlot, stored: Tensor | None) -> Tensor:
     return entry.tensors[0]
 
 
-def scaled_output(y: Tensor, bias: Tensor | None, slot: AdapterSlot, stored: Tensor | None) -> Tensor:
+def scaled_output(y: Tensor, bias: Tensor | None, target: Target, scale: Tensor) -> Tensor:
     """Return a layer's output with the features of the target's rows times q; the bias is not scaled."""
-    scale = quotient(slot, stored)
-    if slot.target.rows is not None:
+    if target.rows is not None:
         # Ones for all other features.
-        place = torch.ones(slot.target.out, dtype=scale.dtype, device=scale.device)
-        scale = place.index_copy(0, _forms.index_tensor(slot.target, scale.device), scale)
+        place = torch.ones(*scale.shape[:-1], target.out, dtype=scale.dtype, device=scale.device)
+        scale = place.index_copy(-1, _forms.index_tensor(target, scale.device), scale)
     scale = scale.to(y.device)
     dtype = torch.promote_types(y.dtype, scale.dtype)
     product = y if bias is None else y - bias.to(y.device, y.dtype)
@@ -702,11 +702,11 @@ def scaled_output(y: Tensor, bias: Tensor | None, slot: AdapterSlot, stored: Ten
 def added_matrix(slot: AdapterSlot, stored: Tensor | None) -> Tensor:
     """Return C, which is added to the weight and is not ΔW, in the dtype of the update."""
     applying, update = slot.adapter.plan.applying, delta(slot)
-    base, wide = _delta.wide_pair(_base(slot, stored), update)
+    base, wide = _delta.wide_pair(base_rows(slot, stored), update)
     return cast(Tensor, applying.change(load_backend("torch"), base, wide).to(update.dtype))
 
 
-def _base(slot: AdapterSlot, stored: Tensor | None) -> Tensor:
+def base_rows(slot: AdapterSlot, stored: Tensor | None) -> Tensor:
     """Return the rows of the base weight, dequantized if ``stored`` is None."""
     weight: Any = numbers(slot.owner, slot.target.parameter) if stored is None else stored
     if weight is None:

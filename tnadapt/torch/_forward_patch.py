@@ -564,12 +564,18 @@ class ForwardPatch:
         weight = updated_parameter(stored, to_weight, self.host) if to_weight else stored
         return _forward_pass.embedded(host, weight, _input(args, kwargs), added)
 
-    def rescaled(self, y: Tensor, slots: Sequence[AdapterSlot], biased: bool = True) -> Tensor:
+    def rescaled(
+        self,
+        y: Tensor,
+        slots: Sequence[AdapterSlot],
+        biased: bool = True,
+        quotient: Callable[[AdapterSlot, Tensor | None], Tensor] = _forward_pass.quotient,
+    ) -> Tensor:
         """Return an output with the features scaled that a magnitude scales; the bias in it is not."""
         for slot in slots:
             if slot.adapter.plan.applying.rescales:
                 bias = getattr(self.host, "bias", None) if biased else None
-                y = _forward_pass.scaled_output(y, bias, slot, self._stored(slot))
+                y = _forward_pass.scaled_output(y, bias, slot.target, quotient(slot, self._stored(slot)))
         return y
 
     def _stored(self, slot: AdapterSlot) -> Tensor | None:

@@ -17,7 +17,7 @@ from tnadapt.argument_checks import checks_arguments
 from tnadapt.errors import ConfigError, ShapeError, safe_repr
 
 from ._delta import is_sharded, reshard
-from ._population import Population
+from ._population import Member, Population
 from ._state import named_parameters
 
 #: The settings that may differ between members.
@@ -127,8 +127,12 @@ class MemberAdamW(Optimizer):
     ) -> None:
         if not isinstance(population, Population):
             raise ConfigError(
-                "MemberAdamW trains a population, which attach(…, population=K) returns; got "
-                f"{safe_repr(population)}. For a single adapter, use torch.optim.AdamW"
+                f"MemberAdamW trains a population, which attach(…, population=K) returns; got {safe_repr(population)}. "
+                + (
+                    "For a member, give its population, of which the members step that have gradients"
+                    if isinstance(population, Member)
+                    else "For a single adapter, use torch.optim.AdamW"
+                )
             )
         if max_norm is not None and not 0.0 < max_norm < float("inf"):
             raise ConfigError(f"max_norm must be a positive number, or None; got {max_norm}")

@@ -11,23 +11,36 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from tnadapt.algebra.applying import Applying, norms
 from tnadapt.algebra.factoring import Factoring, factoring
 from tnadapt.backends import load_backend
 
 from . import _delta, _forms, _forward_pass
 from ._delta import Function, recomputed
 from ._forward_patch import ACTIVATIONS
-from ._state import AdapterSlot, AdapterState, Members, RowAssignment, Selection, sparse_gradients
+from ._state import AdapterSlot, AdapterState, Members, RowAssignment, Selection, mixing_weight, sparse_gradients
 from ._strategy_choice import MACHINES, costs
 
 _calls = itertools.count(1)
+
+
+class _Selected(NamedTuple):
+    """The members' part of a parameter, whole and by member."""
+
+    #: The pass, or the layer outside of one, that selected it.
+    call: tuple[str, int]
+    parameter: Tensor
+    #: The parameter's version, and the modes that the gradient depends on.
+    state: tuple[int, bool, bool, bool]
+    several: Tensor
+    parts: tuple[Tensor, ...]
 
 
 class MemberRows(RowAssignment):
@@ -39,6 +52,8 @@ class MemberRows(RowAssignment):
         The population.
     numbers : sequence of int or None
         The member of each row.
+    others : iterable of AdapterState
+        Other adapters on the model, which do not act on the rows.
 
     Attributes
     ----------
@@ -50,17 +65,17 @@ class MemberRows(RowAssignment):
 
     call, entry = "members()", "member"
 
-    def __init__(self, whole: AdapterState, numbers: Sequence[int | None]) -> None:
-        self.whole, self.names, self.governed = whole, tuple(map(str, numbers)), frozenset([whole])
-        self._indices, self._weights = {}, {}
+    def __init__(self, whole: AdapterState, numbers: Sequence[int | None], others: Iterable[AdapterState] = ()) -> None:
+        self.whole, self.names, self.governed = whole, tuple(map(str, numbers)), frozenset([whole, *others])
+        self._indices = {}
         self.rows: dict[int | None, list[int]] = {}
         for row, number in enumerate(numbers):
             self.rows.setdefault(number, []).append(row)
         self.members = [number for number in self.rows if number is not None]
         self._places = {number: place for place, number in enumerate(self.members)}
-        self._arrays: dict[Any, tuple[Any, Tensor, tuple[Tensor, ...]]] = {}
-        self._made: tuple[Any, dict[str, Tensor]] | None = None
-        self._call: Any = 0
+        self._arrays: dict[str, _Selected] = {}
+        self._made: tuple[list[Tensor], dict[str, Tensor]] | None = None
+        self._call = "call", 0
 
     @functools.cached_property
     def groups(self) -> dict[AdapterState | None, list[int]]:  # type: ignore[override]
@@ -73,7 +88,7 @@ class MemberRows(RowAssignment):
         return state is self.whole
 
     def weight(self, state: AdapterState) -> float:
-        return self._weights.get(self.whole, self.whole.weight) or 1.0
+        return (self.whole.weight or 1.0) if state.whole is self.whole else 0.0
 
     def begin_layer(self) -> None:
         """Record that a layer runs; what it selects serves all layers of its pass, or of the backward pass."""
@@ -83,25 +98,40 @@ class MemberRows(RowAssignment):
 
     def selected(self, name: str) -> Tensor:
         """Return the members' part of a parameter, with a leading axis in the order of ``members``."""
-        return self._selected(name)[1]
+        return self._selected(name).several
 
     def array(self, name: str, number: int) -> Tensor:
         """Return an array of one of the members."""
-        return self._selected(name)[2][self._places[number]]
+        return self._selected(name).parts[self._places[number]]
 
-    def _selected(self, name: str) -> tuple[Any, Tensor, tuple[Tensor, ...]]:
+    def _selected(self, name: str) -> _Selected:
         parameter = cast(Tensor, self.whole.owner._parameters[self.whole.parameter_names[name]])
-        modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-        key = self._call, id(parameter), _delta.version(parameter), *modes
+        trained = torch.is_grad_enabled() and parameter.requires_grad
+        sparse = trained and sparse_gradients(self.whole, parameter)
+        state = _delta.version(parameter), trained, sparse, torch.is_inference_mode_enabled()
         known = self._arrays.get(name)
-        if known is not None and known[0] == key:
+        if known is not None and (known.parameter is not parameter or known.state != state):
+            known = None
+        if known is not None and known.call == self._call:
             return known
         index = self.index(self.members, parameter.device)
-        trained = torch.is_grad_enabled() and parameter.requires_grad
-        function = Selection(index, parameter, trained and sparse_gradients(self.whole, parameter))
+        if known is not None and self._is_current(known, index):
+            return known
+        function = Selection(index, parameter, sparse)
         several = recomputed(function, parameter) if trained else function(parameter)
-        self._arrays[name] = known = key, several, several.unbind(0)
+        self._arrays[name] = known = _Selected(self._call, parameter, state, several, several.unbind(0))
         return known
+
+    def _is_current(self, selection: _Selected, index: Tensor) -> bool:
+        """Return whether what another call selected is still what the parameter has, where finding out pays."""
+        # In passes, arrays are selected again, as most are those of one layer. What θ makes is computed once for all.
+        if self._call[0] == "backward" or (self._call[0] == "pass" and self.whole.made is None):
+            return False
+        # By content, as in the caches of updates; on a device, reading it would wait.
+        if not _delta.on_host(selection.parameter) or _delta.traced():
+            return False
+        with torch.no_grad():
+            return torch.equal(selection.parameter.index_select(0, index), selection.several)
 
     def arrays(self, names: Sequence[str]) -> list[Tensor]:
         """Return arrays of the plan by name, with a leading axis in the order of ``members``."""
@@ -109,14 +139,19 @@ class MemberRows(RowAssignment):
         if made is None:
             return [self.selected(name) for name in names]
         thetas = [self.selected(name) for name in made.theta.shapes]
-        if self._made is None or self._made[0] is not thetas[0]:
-            self._made = thetas[0], made.computed(thetas)
+        if self._made is None or any(old is not new for old, new in zip(self._made[0], thetas, strict=True)):
+            self._made = thetas, made.computed(thetas)
         return [self._made[1][name] for name in names]
 
     @functools.cached_property
     def order(self) -> list[int]:
         """The rows that have a member, those of one member after those of the one before."""
         return [row for number in self.members for row in self.rows[number]]
+
+    @functools.cached_property
+    def places(self) -> list[int]:
+        """The place among ``members`` of the member of each row in ``order``."""
+        return [self._places[number] for number in self.members for _ in self.rows[number]]
 
     @functools.cached_property
     def count(self) -> int | None:
@@ -236,19 +271,21 @@ class _FormedProduct(Function):
         return [*([of_x] if 0 in wanted else []), *of_arrays]
 
 
-def factors_of(slot: AdapterSlot, tokens: int) -> Factoring | None:
-    """Return how the members of a slot multiply by factors; None where ΔW is better formed."""
-    if slot.factoring is not None:
+def factors_of(slot: AdapterSlot, tokens: int, device: torch.device) -> Factoring | None:
+    """Return how members multiply by factors, each by rows of x of a number; None where ΔW is better formed."""
+    if slot.factoring is not None or not slot.adapter.plan.applying.takes_factors:
         return slot.factoring
-    members, plan = cast(Any, slot.adapter.members), slot.adapter.plan.arrays_plan
-    if slot.index not in members.factorings:
-        how = factoring(plan, slot.index) if slot.adapter.plan.applying.takes_factors else None
+    plan, factorings = slot.adapter.plan.arrays_plan, cast(Members, slot.adapter.members).factorings
+    # Decided for powers of two, so that there are few decisions, and none depends on the batches before.
+    key = slot.index, max(tokens - 1, 0).bit_length(), device.type
+    if key not in factorings:
+        how = factoring(plan, slot.index)
         if how is not None:
-            work = costs(plan, slot.index, how, tokens, slot.adapter.plan.applying)
-            machine = MACHINES["cpu"]
+            work = costs(plan, slot.index, how, 1 << key[1], slot.adapter.plan.applying)
+            machine = MACHINES.get(device.type, MACHINES["cpu"])
             how = how if work["factored"].seconds(machine) < work["additive"].seconds(machine) else None
-        members.factorings[slot.index] = how
-    return cast("Factoring | None", members.factorings[slot.index])
+        factorings[key] = how
+    return factorings[key]
 
 
 def changes(assignment: MemberRows, slot: AdapterSlot, x: Tensor) -> Tensor | None:
@@ -267,17 +304,18 @@ def changes(assignment: MemberRows, slot: AdapterSlot, x: Tensor) -> Tensor | No
         In ``assignment.order``.
     """
     state, inputs = slot.adapter, assignment.blocks(x)
-    how = factors_of(slot, inputs.shape[1])
+    how = factors_of(slot, inputs.shape[1] * (assignment.count or 1), x.device)
     source = state.cache.slice(slot.index) if how is None else None
     if how is None and (source is None or assignment.count is None or not state.plan.applying.takes_factors):
+        return None
+    if state.plan.applying.rescales and (how is None or not how.is_plain or how.sizes[0].width is None):
         return None
     arrays = assignment.arrays(how.names if how is not None else cast(Any, source).names)
     if not torch.is_autocast_enabled(x.device.type):
         inputs = inputs.to(arrays[0].dtype)
     if assignment.count is None:
         # A copy of the arrays for each row: those of factors are small.
-        numbers = [place for place, number in enumerate(assignment.members) for _ in assignment.rows[number]]
-        index = assignment.index(numbers, arrays[0].device)
+        index = assignment.index(assignment.places, arrays[0].device)
         arrays = [array.index_select(0, index) for array in arrays]
     else:
         inputs = inputs.reshape(len(assignment.members), -1, inputs.shape[-1])
@@ -287,7 +325,7 @@ def changes(assignment: MemberRows, slot: AdapterSlot, x: Tensor) -> Tensor | No
     else:
         function = _FormedProduct(cast(_delta.Slice, source), x.device.type)
         change = recomputed(function, inputs, *arrays) if torch.is_grad_enabled() else function(inputs, *arrays)
-    return _forward_pass.scaled(state, change.reshape(-1, x.shape[1], change.shape[-1]))
+    return _forward_pass.scaled(state, change.reshape(len(assignment.order), x.shape[1], change.shape[-1]))
 
 
 def _factored(how: Factoring, activation: Any, x: Tensor, *arrays: Tensor) -> Tensor:
@@ -295,3 +333,75 @@ def _factored(how: Factoring, activation: Any, x: Tensor, *arrays: Tensor) -> Te
     if how.group.multiplied and how.whole_arrays is not None and activation is None:
         return cast(Tensor, how.times(load_backend("torch"), x.to(arrays[0].dtype), named))  # autocast or not
     return _forms.product(x, how(load_backend("torch"), named), activation)
+
+
+# -- Magnitudes: the quotients m / ‖W + ΔW‖ of all members in a batch --------------------------------------------------
+
+# ``‖W + s L Rᵀ‖²`` is ``‖W‖²`` plus the sum over the columns of ``s (2 W R + s L RᵀR) ∘ L``, so that no member's ΔW is
+# formed. The norm of W is computed as for one adapter, and the rest is exactly 0 at the start; later it has the
+# precision of a product.
+
+
+class _Quotients(Function):
+    """The quotients of one weight, ``(members, rows)``, as a function of factors of updates and of magnitudes."""
+
+    def __init__(self, applying: Applying, weight: Callable[[], Tensor], scale: float, detach: bool) -> None:
+        self.applying, self.weight, self.scale, self.detach = applying, weight, scale, detach
+
+    def __call__(self, left: Tensor, right: Tensor, magnitude: Tensor) -> Tensor:
+        weight, backend = self.weight().to(left.device), load_backend("torch")
+        wide = torch.promote_types(torch.promote_types(weight.dtype, left.dtype), torch.float32)
+        left, right = (factor.detach() if self.detach else factor for factor in (left.to(wide), right.to(wide)))
+        with torch.autocast(left.device.type, enabled=False):
+            # One product for all members, forward and backward.
+            product = torch.mm(weight.to(wide), right.transpose(0, 1).flatten(1))
+            inner = 2.0 * product.view(len(weight), *right.shape[::2]).transpose(0, 1)
+            inner = inner + self.scale * (left @ (right.mT @ right))
+            squares = norms(backend, weight, 1).square() + self.scale * (inner * left).sum(2).double()
+        zero = squares <= 0.0  # where the root has no derivative
+        norm = torch.where(zero, 0.0, torch.where(zero, 1.0, squares).sqrt())
+        quotient, _ = self.applying.divided(backend, magnitude, norm, str(wide).removeprefix("torch."))
+        return cast(Tensor, quotient)
+
+    def vjp(self, inputs: Sequence[Tensor], wanted: Sequence[int], gradient: Tensor) -> Sequence[Tensor]:
+        """Return the gradients of the wanted inputs, given that of the quotients."""
+        return _delta.plain_vjp(self, inputs, wanted, gradient)
+
+
+def quotients(
+    assignment: MemberRows, tokens: int, device: torch.device, slot: AdapterSlot, stored: Tensor | None
+) -> Tensor:
+    """Return q of one weight for each row that has a member, where :func:`changes` has returned what it adds.
+
+    Parameters
+    ----------
+    assignment : MemberRows
+    tokens : int
+        Of each member.
+    device : device
+        That of the input.
+    slot : AdapterSlot
+        Of the population.
+    stored : Tensor or None
+        The base weight as the module has it; None if it is quantized.
+
+    Returns
+    -------
+    Tensor, shape (rows with a member, 1, rows of the weight)
+        In ``assignment.order``.
+    """
+    state, how = slot.adapter, cast(Factoring, factors_of(slot, tokens, device))
+    left, right = torch.vmap(functools.partial(_pair, how))(*assignment.arrays(how.names))
+    (name,) = state.plan.weight_param_names[slot.index]
+    weight, scale = functools.partial(_forward_pass.base_rows, slot, stored), mixing_weight(state) * how.network.scale
+    function = _Quotients(state.plan.applying, weight, scale, state.detach_norm)
+    inputs = left, right, assignment.selected(name)
+    # The node passes no gradient to the weight.
+    plain = _delta.traced() or not torch.is_grad_enabled() or (stored is not None and stored.requires_grad)
+    quotient = function(*inputs) if plain else recomputed(function, *inputs)
+    return quotient.index_select(0, assignment.index(assignment.places, quotient.device)).unsqueeze(1)
+
+
+def _pair(how: Factoring, *arrays: Tensor) -> tuple[Tensor, Tensor]:
+    ((matrix,),) = how(load_backend("torch"), dict(zip(how.names, arrays, strict=True))).terms
+    return matrix.left, cast(Tensor, matrix.right)

@@ -208,7 +208,9 @@ class Population(Adapter):
 
         The cost grows with the members in the batch, not with K, except that ``backward`` fills a gradient of all K
         members with zeros, unless gradients are sparse. Where an update is low-rank, all rows are two batched products.
-        Where ΔW has to be formed, it is formed once for each member in the batch.
+        Where ΔW has to be formed, it is formed once for each member in the batch. On a GPU, arrays that several layers
+        share are selected once only in a pass of the model that the population is attached to, not in calls of its
+        parts alone.
         """
         need_attached(self._state)
         numbers = member_numbers(self._state, index)
@@ -258,6 +260,10 @@ class Population(Adapter):
 class Member(Adapter):
     """A view of one member of a :class:`Population`: an adapter that shares its arrays.
 
+    Its ``named_parameters()`` are views of the population's parameters: numbers that are written to them are those of
+    the member, but they are not what an optimizer can train. :class:`MemberAdamW` takes the population, and steps the
+    members that have gradients, such as the one that :meth:`activate` lets act.
+
     Attributes
     ----------
     number : int
@@ -276,9 +282,12 @@ class Member(Adapter):
         return f"{self._state.name}[{self.number if name is None else repr(name)}]"
 
     def __repr__(self) -> str:
+        names = self._members.names
+        name = None if names is None else names[self.number]
         return (
-            f"<tnadapt member {self.number} of population {self._state.name!r}: {self.num_parameters:,} parameters for "
-            f"{pluralize(len(self.targets), 'weight')} of {type(self.model).__name__}>"
+            f"<tnadapt member {self.number}{'' if name is None else f' ({name!r})'} of population "
+            f"{self._state.name!r}: {self.num_parameters:,} parameters for {pluralize(len(self.targets), 'weight')} of "
+            f"{type(self.model).__name__}>"
         )
 
     @property
@@ -329,16 +338,36 @@ class Member(Adapter):
             f"member {self.number} is a part of population {self._state.name!r}: detach() the population itself"
         )
 
+    def _of_all(self, what: str, call: str) -> NoReturn:
+        raise ConfigError(f"all members of population {self._state.name!r} {what}: call {call} of the population")
+
+    def set_weight(self, weight: float) -> None:
+        """Raise a ConfigError: all members have one mixing weight."""
+        self._of_all("have one mixing weight", "set_weight()")
+
     def start_from(self, arrays: Any) -> None:
         """Raise a ConfigError: the start is a part of the plan, which all members have."""
-        raise ConfigError(
-            f"all members of population {self._state.name!r} start from the same given arrays: call start_from() of "
-            "the population"
-        )
+        self._of_all("start from the same given arrays", "start_from()")
 
     def set_trainable(self, groups: Any = None, arrays: Any = None) -> None:
         """Raise a ConfigError: all members train the same arrays."""
+        self._of_all("train the same arrays", "set_trainable()")
+
+    def _untrained(self, params: str) -> NoReturn:
         raise ConfigError(
-            f"all members of population {self._state.name!r} train the same arrays: call set_trainable() of the "
-            "population"
+            f"the parameters of member {self.number} are views of those of population {self._state.name!r}, which no "
+            f"optimizer can train: use tnadapt.torch.MemberAdamW(population, population.{params}), which steps the "
+            "members that have gradients. named_parameters() has the views"
         )
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Raise a ConfigError: optimizers train the parameters of the population."""
+        self._untrained("parameters()")
+
+    def parameter_groups(self, lr: float, ratio: float = 16.0) -> list[dict[str, Any]]:
+        """Raise a ConfigError: optimizers train the parameters of the population."""
+        self._untrained("parameter_groups(…)")
+
+    def adam_groups(self, lr: float) -> list[dict[str, Any]]:
+        """Raise a ConfigError: optimizers train the parameters of the population."""
+        self._untrained("adam_groups(…)")

@@ -100,8 +100,14 @@ def mix(model: nn.Module, weights: Mapping[str, float]) -> None:
     wanted = {name: _finite(weight) for name, weight in weights.items()}
     for name in wanted:
         if name not in adapters:
+            having = [
+                state.name for state in adapters.values() if state.members and state.members.number(name) is not None
+            ]
             raise TargetError(
                 f"no adapter {name!r} on this model; there are: {', '.join(map(repr, adapters)) or 'none'}"
+                + "".join(
+                    f"; population {one!r} has a member {name!r}, which its activate() lets act" for one in having
+                )
             )
     for name, adapter in adapters.items():
         if adapter.merged is not None and wanted.get(name, 0.0) != adapter.weight:

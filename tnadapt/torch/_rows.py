@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,11 +20,13 @@ from ._forward_pass import drops_input, factors
 from ._forward_patch import ForwardPatch, is_read
 from ._members import MemberRows, factors_of
 from ._members import changes as member_changes
+from ._members import quotients as member_quotients
 from ._quantized import is_embedding
 from ._registry import attached, overlapping, trim_idle
 from ._state import (
     AdapterSlot,
     AdapterState,
+    Members,
     MemberState,
     RowAssignment,
     RowRunner,
@@ -190,7 +193,7 @@ def run_by_rows(patch: ForwardPatch, args: Any, kwargs: Any) -> Any:
             x = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
             _checked(patch, assignment, x)
         return patch.run(groups[0][1], args, kwargs)
-    tensors = _tensors(patch, args, kwargs)
+    tensors = _tensors(patch, assignment.call, args, kwargs)
     x = _checked(patch, assignment, next(iter(tensors), None))
     whole = len(tensors) > 1
     if not whole and len(args) == 1 and not kwargs and _is_linear(patch):
@@ -236,14 +239,14 @@ def _of_members(
     assignment.begin_layer()
     if kwargs or len(args) != 1 or not isinstance(args[0], Tensor) or not slots or not assignment.members:
         return None
-    if not _is_linear(patch) or any(
-        drops_input(slot, patch.host) or slot.adapter.plan.applying.rescales for slot in slots
-    ):
+    if not _is_linear(patch) or any(drops_input(slot, patch.host) for slot in slots):
         return None
     x = _checked(patch, assignment, args[0])
     blocks = x.reshape(len(assignment.names), -1, x.shape[-1])
     tokens = blocks.shape[1] * (assignment.count or 1)
-    if not all(factors_of(slot, tokens) is not None or _is_light(patch, ([0], [slot]), tokens, x) for slot in slots):
+    if not all(
+        factors_of(slot, tokens, x.device) is not None or _is_light(patch, ([0], [slot]), tokens, x) for slot in slots
+    ):
         return None
     changes: Changes = {}
     for slot in slots:
@@ -252,7 +255,13 @@ def _of_members(
             return None
         changes.setdefault(slot.target, []).append((assignment.order, change))
     y = patch.run(always, (x,), {})
-    return add_changes(assignment, changes, y.reshape(len(assignment.names), -1, y.shape[-1])).reshape(y.shape)
+    wide = add_changes(assignment, changes, y.reshape(len(assignment.names), -1, y.shape[-1]))
+    if any(slot.adapter.plan.applying.rescales for slot in slots):
+        index = assignment.index(assignment.order, x.device)
+        quotient = functools.partial(member_quotients, assignment, tokens, x.device)
+        scaled = patch.rescaled(wide.index_select(0, index), slots, quotient=quotient)
+        wide = wide.index_copy(0, index, scaled)
+    return wide.reshape(y.shape)
 
 
 def shared(patch: ForwardPatch, assignment: RowAssignment, groups: list[Group], x: Tensor) -> Tensor:
@@ -276,12 +285,12 @@ def divided(
 ) -> Any:
     """Run the forward once for each group: on its rows, or with ``whole`` on the whole batch, and keep the group's."""
     number = len(assignment.names)
-    blocks = x.reshape(number, -1, *x.shape[1:])
+    blocks = x.reshape(number, len(x) // number, *x.shape[1:])
     outputs, order = [], list[int]()
     for rows, slots in groups:
         inputs = args, kwargs
         if not whole:
-            part = blocks.index_select(0, assignment.index(rows, x.device)).reshape(-1, *x.shape[1:])
+            part = blocks.index_select(0, assignment.index(rows, x.device)).flatten(0, 1)
             inputs = _exchanged(part, inputs)
         outputs.append(patch.run(slots, *inputs))
         order += rows
@@ -294,15 +303,15 @@ def divided(
             size = count * blocks.shape[1]
             if part.ndim == 0 or part.shape[0] != size:
                 raise TargetError(
-                    f"rows() cannot divide the output of {_name(patch)}: of {size} rows it made a tensor of shape "
-                    f"{tuple(part.shape)}"
+                    f"{assignment.call} cannot divide the output of {_name(patch)}: of {size} rows it made a tensor of "
+                    f"shape {tuple(part.shape)}"
                 )
-            output = part.reshape(count, -1, *part.shape[1:])
+            output = part.reshape(count, len(part) // count, *part.shape[1:])
             several.append(output.index_select(0, assignment.index(rows, part.device)) if whole else output)
         batch = torch.cat(several).index_select(0, assignment.index(back, parts[0].device))
-        return batch.reshape(-1, *batch.shape[2:])
+        return batch.flatten(0, 1)
 
-    return _zipped(patch, joined, outputs)
+    return _zipped(patch, assignment.call, joined, outputs)
 
 
 def _is_linear(patch: ForwardPatch) -> bool:
@@ -364,7 +373,7 @@ def _name(patch: ForwardPatch) -> str:
 _SIMPLE = (type(None), bool, int, float, str, torch.dtype, torch.device)
 
 
-def _tensors(patch: ForwardPatch, args: Any, kwargs: Any) -> list[Tensor]:
+def _tensors(patch: ForwardPatch, call: str, args: Any, kwargs: Any) -> list[Tensor]:
     """Return the distinct tensors among arguments, in order."""
     tensors: dict[int, Tensor] = {}
 
@@ -379,7 +388,7 @@ def _tensors(patch: ForwardPatch, args: Any, kwargs: Any) -> list[Tensor]:
                 look(item)
         elif not isinstance(value, _SIMPLE):
             raise TargetError(
-                f"{_name(patch)} got a {type(value).__name__}, which may keep state between calls, and rows() would "
+                f"{_name(patch)} got a {type(value).__name__}, which may keep state between calls, and {call} would "
                 "call it once for each adapter: run the rows of each adapter on their own, after activate()"
             )
 
@@ -396,16 +405,16 @@ def _exchanged(part: Tensor, value: Any) -> Any:
     return {key: _exchanged(part, item) for key, item in value.items()} if isinstance(value, Mapping) else value
 
 
-def _zipped(patch: ForwardPatch, joined: Callable[..., Tensor], outputs: Sequence[Any]) -> Any:
+def _zipped(patch: ForwardPatch, call: str, joined: Callable[..., Tensor], outputs: Sequence[Any]) -> Any:
     """Join the outputs of all groups, tensor by tensor."""
     first = outputs[0]
     if isinstance(first, Tensor):
         return joined(*outputs)
     if type(first) in (tuple, list):
-        return type(first)([_zipped(patch, joined, several) for several in zip(*outputs, strict=True)])
+        return type(first)([_zipped(patch, call, joined, several) for several in zip(*outputs, strict=True)])
     if first is None:
         return None
-    raise TargetError(f"rows() cannot divide the output of {_name(patch)}, a {type(first).__name__}")
+    raise TargetError(f"{call} cannot divide the output of {_name(patch)}, a {type(first).__name__}")
 
 
 # -- The context manager, and its checks -------------------------------------------------------------------------------
@@ -425,16 +434,17 @@ def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
         The model that the adapters are attached to, a submodule of it or a wrapper.
     names : sequence of str or None
         An adapter's name for each row, or the name of a member of a population; None, or PEFT's ``"__base__"``, for
-        the base alone. If a layer gets more rows,
-        each name stands for the same number of consecutive ones: ``generate`` repeats rows like this for beams and
-        return sequences, and so do models that flatten batch and tokens into one dimension.
+        the base alone. If a layer gets more rows, each name stands for the same number of consecutive ones:
+        ``generate`` repeats rows like this for beams and return sequences, and so do models that flatten batch and
+        tokens into one dimension.
 
     Raises
     ------
     TargetError
-        If there is no adapter of a name, one is merged, a named one is disabled, or rows cannot be told apart: the
-        batch is not the first dimension, or the weights are those of experts. In a forward pass: if the first dimension
-        of a layer's input is not a multiple of the number of names.
+        If there is no adapter of a name, a name has two meanings, one of the adapters is merged, a named one is
+        disabled, names are of members of several populations, or of members and of adapters, or rows cannot be told
+        apart: the batch is not the first dimension, or the weights are those of experts. In a forward pass: if the
+        first dimension of a layer's input is not a multiple of the number of names.
     ConfigError
         If ``names`` is not a sequence of names.
 
@@ -484,7 +494,13 @@ def assigned(
     adapters = attached(model)
     population = _population_of(adapters, names)
     if population is not None:
-        return population
+        others = [state for state in overlapping(model) if state is not population]
+        for state in others:
+            check_usable(state, False)
+        check_rows(population, "rows()")
+        assignment = MemberRows(population, _numbers_of(population, names), others)
+        assignment.call, assignment.entry = RowAssignment.call, RowAssignment.entry
+        return assignment
     states: list[AdapterState | None] = []
     for name in names:
         if name is not None and not isinstance(name, str):
@@ -509,24 +525,36 @@ def assigned(
     return RowAssignment(states, governed, weights)
 
 
-def _population_of(adapters: Mapping[str, AdapterState], names: Sequence[Any]) -> MemberRows | None:
-    """Return the assignment of names of members of a population; None if none of the names is one."""
-    for state in adapters.values():
-        members = state.members
-        if members is None:
-            continue
-        numbers = [members.number(name) if isinstance(name, str) and name not in adapters else None for name in names]
-        if all(number is None for number in numbers):
-            continue
-        for name, number in zip(names, numbers, strict=True):
-            if number is None and name is not None and name != BASE:
-                raise TargetError(
-                    f"rows() names members of population {state.name!r} and {name!r}, which is none of them: the rows "
-                    "of a batch have members of one population, or adapters"
-                )
-        check_rows(state, "rows()")
-        return MemberRows(state, numbers)
-    return None
+def _population_of(adapters: Mapping[str, AdapterState], names: Sequence[Any]) -> AdapterState | None:
+    """Return the population whose members names are; None if none of them is one."""
+    population = None
+    for name in dict.fromkeys(name for name in names if isinstance(name, str)):
+        having = [state for state in adapters.values() if state.members and state.members.number(name) is not None]
+        meanings = [f"a member of population {state.name!r}" for state in having]
+        if name in adapters and adapters[name].members is None:
+            meanings.append("an adapter")
+        elif name == BASE:
+            meanings.append("the base, as in PEFT")
+        if having and len(meanings) > 1:
+            raise TargetError(
+                f"rows() names {name!r}, which is {' and '.join(meanings)}: rename one of them, or use "
+                "`with adapter.members([…])` of the population that is meant"
+            )
+        population = population or next(iter(having), None)
+    return population
+
+
+def _numbers_of(population: AdapterState, names: Sequence[Any]) -> list[int | None]:
+    """Return the numbers of the members that have the names."""
+    members = cast(Members, population.members)
+    numbers = [members.number(name) if isinstance(name, str) else None for name in names]
+    for name, number in zip(names, numbers, strict=True):
+        if number is None and name is not None and name != BASE:
+            raise TargetError(
+                f"rows() names members of population {population.name!r} and {name!r}, which is none of them: the rows "
+                "of a batch have members of one population, or adapters"
+            )
+    return numbers
 
 
 def check_rows(population: AdapterState, call: str = "members()") -> None:

@@ -24,7 +24,7 @@ from tnadapt.algebra.superlora import SuperLoRA
 from tnadapt.backends import constant_result
 from tnadapt.checkpoints.fingerprint import Fingerprint
 from tnadapt.checkpoints.pretrained_model import Pretrained
-from tnadapt.errors import ConfigError, ShapeError, TargetError, warn
+from tnadapt.errors import ConfigError, ShapeError, TargetError, pluralize, warn
 from tnadapt.targets.target import Target
 
 from ._delta import (
@@ -363,8 +363,9 @@ class Members:
         self.names = names
         #: The number of the member that is merged, while the population is.
         self.merged: int | None = None
-        #: By which factors layers multiply in the batched form, where the strategy has none; by index of the weight.
-        self.factorings: dict[int, Factoring | None] = {}
+        #: By which factors layers multiply in the batched form, where the strategy has none; by index of the weight,
+        #: logarithm of the tokens, and type of the device.
+        self.factorings: dict[tuple[int, int, str], Factoring | None] = {}
         self.active: MemberState | None = None
         self._states: weakref.WeakValueDictionary[int, MemberState] = weakref.WeakValueDictionary()
         self._caching: weakref.WeakValueDictionary[int, MemberState] = weakref.WeakValueDictionary()
@@ -739,7 +740,10 @@ def checked_pairs(state: AdapterState, arrays: Mapping[str, Any]) -> list[tuple[
     shapes = {name: tuple(getattr(array, "shape", ())) for name, array in arrays.items()}
     if shapes != expected:
         wrong = sorted(set(shapes.items()) ^ set(expected.items()))[:4]
-        raise ShapeError(f"adapter {state.name!r} needs arrays named and shaped as its plan says; differing: {wrong}")
+        axis = f", with an axis of its {pluralize(leading[0], 'member')} in front" if leading else ""
+        raise ShapeError(
+            f"adapter {state.name!r} needs arrays named and shaped as its plan says{axis}; differing: {wrong}"
+        )
     return pairs(state, state.plan.from_arrays(arrays))
 
 
@@ -874,6 +878,10 @@ def entered(assignment: RowAssignment, runner: RowRunner) -> Iterator[None]:
     token = _OPEN.set((*_OPEN.get(), assignment))
     try:
         yield
+    except BaseException:
+        for state in assignment.governed:
+            state.cache.end()  # a KeyboardInterrupt ends a pass without a hook
+        raise
     finally:
         _OPEN.reset(token)
         _count(assignment, -1, runner)
