@@ -9,5 +9,5 @@ rates by the same rule (``tuning.py``).
 Results are JSON lines by key (``store.py``): a run that was stopped resumes (``running.py``), and shards are merged.
 Tables, figures and the page of the documentation (``report.py``, ``figures.py``, ``page.py``) are computed from these
 files alone, with intervals that are paired over seeds (``comparison.py``). ``engine.py`` is the only module that starts
-trainings.
+trainings; ``--together`` lets those of one setting, at several rates and seeds, be the members of one population.
 """

@@ -71,6 +71,11 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--jobs", type=int, default=0, help="parallel trainings of one thread; default one per core, or one on a GPU"
     )
+    run.add_argument(
+        "--together",
+        type=int,
+        help="trainings of one setting that share their passes, 0 for all; default 0 on a GPU, else 1",
+    )
     run.add_argument("--device", help="such as cuda; default the CPU")
     run.add_argument("--engine", default="local", help=ENGINE_HELP)
     run.add_argument("--engine-option", action="append", default=[], metavar="KEY=VALUE", help=ENGINE_OPTION_HELP)
@@ -100,6 +105,8 @@ def _run(options: argparse.Namespace) -> None:
     profile = profile_of(options.profile)
     scale = options.scale or profile.scale
     shard = _shard(options.shard)
+    if options.together is not None and options.together < 0:
+        raise TnadaptError(f"--together must be at least 0; got {options.together}")
     chosen = [tasks.find(name) for name in options.tasks or profile.tasks]
     engine, device = _where(options)
     # What is wrong for the last task is refused before the first one is trained, which may take hours.
@@ -116,7 +123,8 @@ def _run(options: argparse.Namespace) -> None:
         return
     for task, grid, plan in wanted:
         # Workers on other machines may start in another folder.
-        run = Run(options.out.resolve(), options.cache.resolve(), engine, device, shard, options.retry)
+        together = (0 if device.startswith("cuda") else 1) if options.together is None else options.together
+        run = Run(options.out.resolve(), options.cache.resolve(), engine, device, shard, options.retry, together)
         count = run.task(task, scale, shard_of(grid.settings, shard), plan, Progress())
         print(f"{task.name}: {count} trainings finished")
         if shard == (1, 1):

@@ -6,13 +6,14 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Collection, Generator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from tnadapt.errors import TnadaptError
 from tnadapt.finetune import Engine, run_tasks
 from tnadapt.finetune.engines import Do
+from tnadapt.finetune.together import Together, doing, grouped, lines_of, tasks_of
 
 from . import store, tasks
 from .grid import Trial
@@ -34,9 +35,18 @@ class Trainings:
     def of(self, bench: tasks.Bench) -> Do:
         """Return the function that runs a training on an opened bench."""
 
-        def do(trial: Trial, progress: Callable[[float], None]) -> dict[str, Any]:
+        def train_all(trials: Sequence[Trial], progress: Callable[[float], None]) -> list[dict[str, Any]]:
+            if len(trials) == 1:
+                measured = [one(trials[0], progress)]
+            else:
+                pairs = [(trial.seed, trial.rate) for trial in trials]
+                measured = cast(Any, bench).train_together(trials[0].setting, pairs, progress)
+            origin = store.origin(self.device)
+            return [{**line_of(trial, found), **origin} for trial, found in zip(trials, measured, strict=True)]
+
+        def one(trial: Trial, progress: Callable[[float], None]) -> dict[str, Any]:
             try:
-                measured = bench.train(trial.setting, trial.seed, trial.rate, progress)
+                return bench.train(trial.setting, trial.seed, trial.rate, progress)
             except Exception as error:  # of a library that a method belongs to; it must not end all other trainings
                 said = str(error) if isinstance(error, TnadaptError) else f"{type(error).__name__}: {error}"
                 if not _cuda_works():
@@ -45,10 +55,9 @@ class Trainings:
                         "can run on the GPU in this process. Run the same command again to continue; if it fails "
                         "there again, leave the method out with --methods"
                     ) from error
-                measured = failed(said)
-            return {**line_of(trial, measured), **store.origin(self.device)}
+                return failed(said)
 
-        return do
+        return doing(train_all, (Exception,))  # of several that fail, each fails alone, or does not
 
 
 def _cuda_works() -> bool:
@@ -91,19 +100,39 @@ def run(
     study: str,
     progress: Callable[[Trial, float], None] = lambda trial, done: None,
     known: Collection[str] = (),
+    most: int = 1,
 ) -> Generator[tuple[Trial, dict[str, Any]]]:
     """Run trainings with one thread each, and yield each with its result line when it is finished.
 
-    One with which a worker always dies, for example for lack of memory, has failed; it must not end all others.
+    Up to ``most`` trainings of a setting, 0 for all, are one call, where the bench and the method can train them
+    together. One with which a worker always dies, for example for lack of memory, has failed; it must not end all
+    others. Of several together, each is run alone then.
     """
     lost: list[tuple[Trial, dict[str, Any]]] = []
-    done = run_tasks(
-        work, trials, folder, engine=engine, threads=1, study=study, progress=progress, known=known, do=work.of(bench),
-        lost=lambda trial, why: lost.append((trial, {**line_of(trial, failed(why)), **store.origin(work.device)})),
+    alone: list[Trial] = []
+
+    def lose(call: Trial | Together, why: str) -> None:
+        if isinstance(call, Together):
+            alone.extend(call.tasks)
+        else:
+            lost.append((call, {**line_of(call, failed(why)), **store.origin(work.device)}))
+
+    def report(call: Trial | Together, done: float) -> None:
+        for trial in tasks_of(call):
+            progress(trial, done)
+
+    def alike(trial: Trial) -> Any:
+        return trial.setting if hasattr(bench, "train_together") and trial.method.library != "PEFT" else trial
+
+    ended = run_tasks(
+        work, grouped(trials, most, alike), folder, engine=engine, threads=1, study=study, progress=report,
+        known=known, do=work.of(bench), lost=lose,
     )  # fmt: skip
-    with contextlib.closing(done):  # an exception of the caller must end the workers immediately
-        for found in done:
-            yield found
+    with contextlib.closing(ended):  # an exception of the caller must end the workers immediately
+        for call, line in ended:
+            yield from zip(tasks_of(call), lines_of(call, line), strict=True)
             while lost:
                 yield lost.pop()
     yield from lost
+    if alone:
+        yield from run(work, bench, alone, folder, engine, study, progress, known)

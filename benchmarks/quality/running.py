@@ -47,6 +47,8 @@ class Run:
     shard: tuple[int, int] = (1, 1)
     #: Whether trainings that failed with an error are tried again.
     retry: bool = False
+    #: The largest number of trainings of a setting that are members of one run; 0 for all.
+    together: int = 1
 
     def task(self, task: QualityTask, scale: str, settings: Sequence[Setting], plan: Plan, listener: Listener) -> int:
         """Run the trainings of a task that are not finished yet, and return their number.
@@ -74,7 +76,9 @@ class Run:
 
             def trained(trials: Sequence[Trial]) -> Generator[tuple[Trial, dict[str, Any]]]:
                 digest, told = results.digest, listener.training
-                return engines.run(work, bench, trials, folder, self.engine, digest, told, records.keys())
+                return engines.run(
+                    work, bench, trials, folder, self.engine, digest, told, records.keys(), self.together
+                )
 
             while trials := due(task, scale, settings, records, plan):
                 if not count:

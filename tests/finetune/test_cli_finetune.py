@@ -237,10 +237,10 @@ def test_engine_and_options_arrive_in_the_study(cache: Path, tmp_path: Path, mon
     given: list[Any] = []
     monkeypatch.setattr(Study, "run", run)
     where = ["--engine", "slurm", "--engine-option", "gpus=1", "--engine-option", "partition=gpu"]
-    done = invoke(*QUICK, "--cache", cache, "--out", tmp_path, "--rank", 1, *where)
+    done = invoke(*QUICK, "--cache", cache, "--out", tmp_path, "--rank", 1, "--together", 3, *where)
     assert done.exit_code == 130, done.output
     # The device is that of the cluster's machines; this one may have none.
-    assert given == [("cuda", tmp_path, 0, False, "slurm", {"gpus": "1", "partition": "gpu"})]
+    assert given == [("cuda", tmp_path, 0, False, "slurm", {"gpus": "1", "partition": "gpu"}, 3)]
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 pytest.importorskip("benchmarks.quality", reason="the benchmarks are not in this copy of the project")
 
-from benchmarks.quality import methods, store, tasks
+from benchmarks.quality import engine, methods, store, tasks
 from benchmarks.quality.command import main
 from benchmarks.quality.grid import shard_of
 from benchmarks.quality.running import Listener, Run
@@ -34,8 +34,8 @@ SETTINGS = [setting_of(method) for method in BEST]
 PLAN = Plan(PlayedTask.rates, seeds=2)
 
 
-def run(out: Path, shard: tuple[int, int] = (1, 1), plan: Plan = PLAN) -> int:
-    one = Run(out, out / "cache", open_engine("local", 1), shard=shard)
+def run(out: Path, shard: tuple[int, int] = (1, 1), plan: Plan = PLAN, together: int = 1) -> int:
+    one = Run(out, out / "cache", open_engine("local", 1), shard=shard, together=together)
     return one.task(PlayedTask(), "small", shard_of(SETTINGS, shard), plan, Listener())
 
 
@@ -117,6 +117,48 @@ def test_what_failed_in_a_shard_is_tried_again_on_request(tmp_path: Path, monkey
     assert records(tmp_path) == records(tmp_path / "whole")
 
 
+@pytest.fixture
+def together(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """Let the played bench train together; return the methods and numbers of trainings that it was asked for."""
+    asked: list[tuple[str, int]] = []
+
+    def train_together(self: PlayedBench, setting: Any, pairs: list[tuple[int, float]], progress: Any) -> list[Any]:
+        asked.append((setting.method, len(pairs)))
+        if setting.method == "unilora":
+            raise ValueError("not together")
+        return [self.train(setting, seed, rate, progress) for seed, rate in pairs]
+
+    monkeypatch.setattr(PlayedBench, "train_together", train_together, raising=False)
+    return asked
+
+
+def test_what_trains_together_gives_the_same_lines(together: list[tuple[str, int]], tmp_path: Path) -> None:
+    count = run(tmp_path / "alone")
+    assert together == []
+    assert run(tmp_path / "together", together=3) == count
+    assert records(tmp_path / "together") == records(tmp_path / "alone")
+    # Those of PEFT are alone, and those of Uni-LoRA, which fail together, in the end, too.
+    assert {method for method, _ in together} == BEST.keys() - {"peft-lora"}
+    assert max(number for _, number in together) == 3
+
+
+def test_trainings_of_a_worker_that_dies_are_run_alone(
+    together: list[tuple[str, int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run_tasks(work: Any, calls: Any, *more: Any, do: Any, lost: Any, **named: Any) -> Any:
+        for call in calls:
+            if hasattr(call, "tasks"):
+                lost(call, "a worker died 3 times")
+            else:
+                yield call, do(call, print)
+
+    count = run(tmp_path / "alone")
+    monkeypatch.setattr(engine, "run_tasks", run_tasks)
+    assert run(tmp_path / "together", together=0) == count
+    assert together == []
+    assert records(tmp_path / "together") == records(tmp_path / "alone")
+
+
 @pytest.mark.parametrize("of", [2, 3, 9])
 def test_shards_find_what_a_whole_run_finds(tmp_path: Path, of: int) -> None:
     whole, parts = run(tmp_path / "whole"), tmp_path / "parts"
@@ -175,6 +217,7 @@ WRONG = [
     (["run", "numbers"], "no task 'numbers'; expected one of digits"),
     (["run", "--shard", "3/2"], "--shard takes I/N with I from 1 to N, such as 2/8; got '3/2'"),
     (["run", "--rates", "0.1,x"], "--rates takes numbers with commas between them; got '0.1,x'"),
+    (["run", "--together", "-1"], "--together must be at least 0; got -1"),
     (["run", "--seeds", "0"], "--seeds and --tuned-by must be at least 1; got 0 and 1"),
     # The last task is checked before the first one is trained.
     (["run", "digits", "played", "--scale", "smoke"], "task played has the scales small; got 'smoke'"),
@@ -187,7 +230,7 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(("arguments", "words"), in_depth(WRONG, [WRONG[0], *WRONG[5:6], *WRONG[8:]]))
+@pytest.mark.parametrize(("arguments", "words"), in_depth(WRONG, [WRONG[0], *WRONG[6:7], *WRONG[9:]]))
 def test_wrong_arguments_are_explained(
     arguments: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
@@ -230,3 +273,8 @@ def test_a_training_is_that_of_tnadapt_finetune(name: str, tmp_path_factory: pyt
     theirs = train(bench.problem, Task(Family("", "", config), 1, 0.05), bench.training)
     for field in ("validation", "validation_loss", "test", "predictions", "training_loss", "kept", "diverged"):
         assert ours[field] == theirs[field], field
+    several = bench.train_together(setting, [(0, 0.05), (1, 0.05)], lambda done: None)
+    assert several[1].keys() == ours.keys()
+    for field in ("validation_loss", "training_loss"):
+        assert several[1][field] == pytest.approx(ours[field], rel=1e-4), field
+        assert several[0][field] != several[1][field]

@@ -200,6 +200,14 @@ def finetune_command(
     jobs: Annotated[
         int, _how("Parallel trainings; 0: one per core for the digits, else 1; on a cluster, as many as fit.", min=0)
     ] = 0,
+    together: Annotated[
+        int | None,
+        _how(
+            "Trainings of one setting, at several rates and seeds, that share their passes; 0: all.",
+            "0 on a GPU, else 1",
+            min=0,
+        ),
+    ] = None,
     engine: Annotated[str, _how(ENGINE_HELP)] = "local",
     engine_option: Annotated[list[str] | None, _how(ENGINE_OPTION_HELP, "none", metavar="KEY=VALUE")] = None,
     report_to: Annotated[ReportTo, _how("Where the trainings of your own model are reported.")] = ReportTo.NONE,
@@ -274,7 +282,7 @@ def finetune_command(
         with reporter() as shown:
             study = job.Study(spec, choice, training, lr or RATES, seeds, shown)
             if not dry_run:
-                outcome = study.run(folder, jobs, fresh, engine, where)
+                outcome = study.run(folder, jobs, fresh, engine, where, together)
     if dry_run:
         _print_plan(study, as_json)
         return

@@ -27,7 +27,8 @@ from .loop import evaluate
 from .pareto_report import Control, Point, best_point, better_rate, control_of, points_of, trained_on
 from .problem import Problem, base_digest, samples_digest
 from .results import Results, check_out
-from .training import Task, Training, checked_rates, clear_logs, log_folder, train
+from .together import Together, doing, grouped, lines_of, tasks_of
+from .training import Task, Training, checked_rates, clear_logs, log_folder, train_together
 
 # -- The check of a saved adapter --------------------------------------------------------------------------------------
 
@@ -111,7 +112,7 @@ class _Trainings:
         return self.of(open_problem(self.spec))
 
     def of(self, problem: Problem) -> Do:
-        return lambda task, progress: train(problem, task, self.training, self.adapters, progress)
+        return doing(lambda tasks, progress: train_together(problem, tasks, self.training, self.adapters, progress))
 
 
 class _Proofs(_Trainings):
@@ -311,6 +312,7 @@ class Study:
         fresh: bool = False,
         engine: str | Engine = "local",
         options: Mapping[str, str] | None = None,
+        together: int | None = None,
     ) -> Outcome:
         """Run the trainings that are not finished yet, and report on all.
 
@@ -328,6 +330,11 @@ class Study:
             Where parallel trainings run: see :func:`~tnadapt.finetune.run_tasks`.
         options : mapping of str to str, optional
             Settings of the engine.
+        together : int, optional
+            The largest number of trainings of one setting, at several rates and seeds, that are members of one run;
+            0 for all, halved while a GPU's memory does not hold them. Each gets what it gets alone, up to rounding;
+            where members would not, as with dropout, they are trained one after another. By default 0 on a GPU and
+            1 on a CPU; always 1 if trainings are reported.
 
         Returns
         -------
@@ -342,6 +349,10 @@ class Study:
         """
         if not isinstance(engine, Engine):
             engine = open_engine(engine, jobs, options, self.problem.threads == 1 and self.training.device == "cpu")
+        if self.training.report_to != "none":
+            together = 1
+        usual = 0 if torch.device(self.training.device).type == "cuda" else 1
+        most = integer("together", usual if together is None else together, 0, 1 << 20, ConfigError)
         check_out(out)
         adapters = out / "adapters"
         with Results(out / "results.jsonl", self.settings(), fresh) as results:
@@ -355,58 +366,65 @@ class Study:
             finished = sum(task.key in results.records for task in self.tasks)
             rest = self.seeds[self.tuned_by :] if self.tuned_by else ()
             self.reporter.begins(len(self.tasks) + len(rest) * len(self.methods), finished)
-            self._train_missing(self.tasks, results, adapters, engine)
+            self._train_missing(self.tasks, results, adapters, engine, most)
             metric = self.problem.task.metric
             tuned = {
                 method: better_rate(results.records, method, self.rates, self.seeds[: self.tuned_by], metric)
                 for method in self.methods
             }
             others = [Task(method, seed, rate) for seed in rest for method, rate in tuned.items() if rate is not None]
-            self._train_missing(others, results, adapters, engine)
+            self._train_missing(others, results, adapters, engine, most)
             trained = len(results.records) - before
             points = points_of(results.records, self.methods, self.rates, self.seeds, self.tuned_by, metric)
             best = best_point(points)
             control = control_of(points, best)
-            adapter, proof = self._saved(best, results, adapters, engine) if best else (None, None)
+            adapter, proof = self._saved(best, results, adapters, engine, most) if best else (None, None)
         picture = self._draw(points, out / "pareto.png")
         reused = len(self.tasks) + len(others) - trained
         return Outcome(points, best, adapter, proof, picture, trained, reused, control)
 
-    def _train_missing(self, tasks: Sequence[Task], results: Results, adapters: Path, engine: Engine) -> None:
+    def _train_missing(
+        self, tasks: Sequence[Task], results: Results, adapters: Path, engine: Engine, most: int
+    ) -> None:
         missing = [task for task in tasks if task.key not in results.records]
         if missing:
             results.begin_session(engine=engine.name, jobs=engine.jobs, device=self.training.device)
         # Even if none is missing: a killed program may have left files of its workers.
-        self._train(missing, results, adapters, engine)
+        self._train(_calls(missing, most), results, adapters, engine)
 
-    def _train(self, tasks: Sequence[Task], results: Results, adapters: Path, engine: Engine) -> None:
+    def _train(self, calls: Sequence[Task | Together], results: Results, adapters: Path, engine: Engine) -> None:
+        def report(call: Task | Together, done: float) -> None:
+            for task in tasks_of(call):
+                self.reporter.training(task, done)
+
         work = _Trainings(self.spec, self.training, adapters)
-        done = run_tasks(
-            work, tasks, adapters.parent, engine=engine, threads=self.problem.threads, study=results.digest,
-            known=results.records.keys(), progress=self.reporter.training, do=work.of(self.problem),
+        ended = run_tasks(
+            work, calls, adapters.parent, engine=engine, threads=self.problem.threads, study=results.digest,
+            known=results.records.keys(), progress=report, do=work.of(self.problem),
         )  # fmt: skip
-        with contextlib.closing(done):  # on an exception here, the workers must end immediately
-            for task, record in done:
-                results.add(record)
-                self.reporter.finished(task, record)
+        with contextlib.closing(ended):  # on an exception here, the workers must end immediately
+            for call, line in ended:
+                for task, record in zip(tasks_of(call), lines_of(call, line), strict=True):
+                    results.add(record)
+                    self.reporter.finished(task, record)
 
-    def _saved(self, best: Point, results: Results, adapters: Path, engine: Engine) -> tuple[Path, Proof]:
+    def _saved(self, best: Point, results: Results, adapters: Path, engine: Engine, most: int) -> tuple[Path, Proof]:
         # The seed with the best validation score.
         quality = best.metric.quality
         record = max(best.records, key=lambda line: (quality(line["validation"]), -line["seed"]))
         task = Task(best.method, record["seed"], best.rate)
-        tasks, trained = len(self.tasks), adapters / task.file_name()
+        calls, trained = len(_calls(self.tasks, most)), adapters / task.file_name()
         try:
             load_single(trained, check_draws=False)
         except FileError:  # it is missing or damaged
             self.reporter.begins(1, 0)
             self._train([task], results, adapters, engine)
-            record, tasks = results.records[task.key], 1
+            record, calls = results.records[task.key], 1
         path = adapters.parent / "best.safetensors"
         replace_file(str(path), trained.read_bytes())
         work = _Proofs(self.spec, self.training, adapters)
         # The same number of threads as in training: another number would change the order of sums, and so the rounding.
-        share = engine.threads(self.problem.threads, tasks)
+        share = engine.threads(self.problem.threads, calls)
         ((_, line),) = run_tasks(
             work, [_Saved(record, path)], path.parent, engine=engine, threads=share, study=results.digest,
             do=work.of(self.problem),
@@ -428,6 +446,11 @@ class Study:
             pareto(marks, path, title=title, note=note, axis=axis)
             return path
         return None
+
+
+def _calls(tasks: Sequence[Task], most: int) -> list[Task | Together]:
+    """Return what engines run: the trainings of one setting together, at most so many."""
+    return grouped(tasks, most, lambda task: Task(task.method, 0, 1.0).key)
 
 
 # -- Progress bar of the trainings -------------------------------------------------------------------------------------

@@ -125,7 +125,7 @@ class Schedule:
 
 
 class TrainingStep(NamedTuple):
-    """A step of :func:`train_steps`.
+    """A step of a training in :func:`take_steps`.
 
     Attributes
     ----------
@@ -151,6 +151,73 @@ def steps_of(part: Part, epochs: int, batch: int, steps: int | None = None) -> i
     return epochs * math.ceil(len(part.labels) / batch) if steps is None else steps
 
 
+class Learner(NamedTuple):
+    """What one of the trainings of a run changes.
+
+    Attributes
+    ----------
+    parameters : sequence of nn.Parameter
+        All parameters of the optimizer.
+    optimiser : Optimizer
+    rates : LRScheduler
+        Stepped after each step but the last.
+    """
+
+    parameters: Sequence[Tensor]
+    optimiser: Optimizer
+    rates: LRScheduler
+
+
+def take_steps(
+    losses_of: Callable[[int, Sequence[int]], Sequence[Tensor]],
+    learners: Sequence[Learner],
+    steps: int,
+    clip: float = math.inf,
+    first: int = 0,
+) -> Iterator[tuple[int, TrainingStep]]:
+    """Take every step of one or several trainings, and yield each after it was taken: the only training loop here.
+
+    Parameters
+    ----------
+    losses_of : callable
+        ``losses_of(step, numbers)`` returns the losses of a step, counted from 0, one for each of the trainings of
+        these numbers, each on a batch of its choice. One backward pass serves their sum.
+    learners : sequence of Learner
+    steps : int
+    clip : float
+        The gradient of each training is clipped to this norm.
+    first : int
+        The number of steps that were taken before, in a training that is resumed.
+
+    Yields
+    ------
+    int, TrainingStep
+        The number of the training, and its step. A loss that is not finite is yielded, and ends its training before the
+        step; the others go on.
+    """
+    going = list(range(len(learners)))
+    for number in range(first, steps):
+        for place in going:
+            learners[place].optimiser.zero_grad(set_to_none=True)
+        losses = losses_of(number, going)
+        values = [float(loss.detach()) for loss in losses]
+        sound = [loss for loss, value in zip(losses, values, strict=True) if math.isfinite(value)]
+        if sound:
+            torch.autograd.backward(sound)
+        for place, value in zip(going, values, strict=True):
+            parameters, optimiser, rates = learners[place]
+            step = TrainingStep(number + 1, steps, value, optimiser.param_groups[0]["lr"])
+            if math.isfinite(value):
+                step = step._replace(gradient_norm=nn.utils.clip_grad_norm_(parameters, clip))
+                optimiser.step()
+                if number + 1 < steps:
+                    rates.step()
+            yield place, step
+        going = [place for place, value in zip(going, values, strict=True) if math.isfinite(value)]
+        if not going:
+            return
+
+
 def train_steps(
     loss_of: Callable[[int], Tensor],
     parameters: Sequence[nn.Parameter],
@@ -160,42 +227,10 @@ def train_steps(
     clip: float = math.inf,
     first: int = 0,
 ) -> Iterator[TrainingStep]:
-    """Take every step of a training, and yield each after it was taken: the only training loop here.
-
-    Parameters
-    ----------
-    loss_of : callable
-        ``loss_of(step)`` returns the loss of a step, counted from 0, on a batch of its choice.
-    parameters : sequence of nn.Parameter
-        All parameters of the optimizer.
-    optimiser : Optimizer
-    rates : LRScheduler
-        Stepped after each step but the last.
-    steps : int
-    clip : float
-        The gradient is clipped to this norm.
-    first : int
-        The number of steps that were taken before, in a training that is resumed.
-
-    Yields
-    ------
-    TrainingStep
-        A loss that is not finite is yielded, and ends the training before its step.
-    """
-    for number in range(first, steps):
-        optimiser.zero_grad(set_to_none=True)
-        loss = loss_of(number)
-        value = float(loss.detach())
-        step = TrainingStep(number + 1, steps, value, optimiser.param_groups[0]["lr"])
-        if not math.isfinite(value):
-            yield step
-            return
-        loss.backward()  # type: ignore[no-untyped-call]
-        norm = nn.utils.clip_grad_norm_(parameters, clip)
-        optimiser.step()
-        if number + 1 < steps:
-            rates.step()
-        yield step._replace(gradient_norm=norm)
+    """Take every step of a single training by :func:`take_steps`: ``loss_of(step)`` returns its loss."""
+    learner = Learner(parameters, optimiser, rates)
+    for _, step in take_steps(lambda number, _: [loss_of(number)], [learner], steps, clip, first):
+        yield step
 
 
 def fit(
@@ -216,7 +251,7 @@ def fit(
     The order of the samples and dropout use torch's global generator, which the caller seeds.
     """
     steps = steps_of(part, epochs, batch, steps)
-    order = (indices for _ in itertools.count() for indices in batches(part, batch))
+    order = order_of(part, batch)
 
     def loss_of(step: int) -> Tensor:
         indices = next(order)
@@ -226,14 +261,19 @@ def fit(
     return train_steps(loss_of, parameters, *schedule.begin(parameters, steps, own_rates), steps, schedule.clip)
 
 
-def batches(part: Part, size: int) -> list[Tensor]:
+def order_of(part: Part, batch: int, generator: torch.Generator | None = None) -> Iterator[Tensor]:
+    """Yield the batches of one epoch after another, without end; by default from torch's global generator."""
+    return (indices for _ in itertools.count() for indices in batches(part, batch, generator))
+
+
+def batches(part: Part, size: int, generator: torch.Generator | None = None) -> list[Tensor]:
     """Return random batches of all samples; texts of similar length share a batch, to reduce padding."""
-    order = torch.randperm(len(part.labels))
+    order = torch.randperm(len(part.labels), generator=generator)
     if part.lengths is None:
         return list(torch.split(order, size))
     pools = [pool[part.lengths[pool].argsort(stable=True)] for pool in torch.split(order, POOL * size)]
     batches = [batch for pool in pools for batch in torch.split(pool, size)]
-    return [batches[int(i)] for i in torch.randperm(len(batches))]
+    return [batches[int(i)] for i in torch.randperm(len(batches), generator=generator)]
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""One training with a method, a seed and a rate: its settings, its result line, and its reports."""
+"""Trainings, each with a method, a seed and a rate: their settings, their result lines, and their reports."""
 
 from __future__ import annotations
 
@@ -26,8 +26,9 @@ from ._saved_task import recorded
 from ._specification import Part
 from .data import quiet
 from .grid import Method
-from .loop import OwnRates, Schedule, TrainingStep, evaluate, fit, steps_of
+from .loop import OwnRates, Schedule, TrainingStep, evaluate, steps_of
 from .problem import Problem, free
+from .together import Trainee, fit_each, share_base
 
 # -- Settings, and one training ----------------------------------------------------------------------------------------
 
@@ -188,75 +189,102 @@ def train(
     adapters: Path | None = None,
     progress: Callable[[float], None] = lambda done: None,
 ) -> dict[str, Any]:
-    """Adapt a fresh copy of the base and measure it.
+    """Run a single training by :func:`train_together`, and return its result line."""
+    (record,) = train_together(problem, [task], training, adapters, progress)
+    return record
+
+
+def train_together(
+    problem: Problem,
+    tasks: Sequence[Task],
+    training: Training,
+    adapters: Path | None = None,
+    progress: Callable[[float], None] = lambda done: None,
+) -> list[dict[str, Any]]:
+    """Adapt a fresh copy of the base for each task and measure it; all tasks have one method, but for the seed.
 
     Parameters
     ----------
     problem : Problem
-    task : Task
+    tasks : sequence of Task
+        Trained as members of one run where :func:`~tnadapt.finetune.together.fit_each` allows it.
     training : Training
     adapters : Path, optional
-        A folder to save the adapter in (references are not saved unless ``training.keep_references``).
+        A folder to save the adapters in (references are not saved unless ``training.keep_references``).
     progress : callable
         Called with the fraction of steps done.
 
     Returns
     -------
-    dict
-        A result line of JSON values. ``test`` is measured once, after the last step; nothing is chosen by it.
+    list of dict
+        Result lines of JSON values. ``test`` is measured once, after the last step; nothing is chosen by it. The
+        seconds of common steps are shared equally.
     """
     began = time.perf_counter()
     device = torch.device(training.device)
     devices = [device] if device.type == "cuda" else []
+    part, records = problem.parts["training"], []
     with torch.random.fork_rng(devices=devices):
-        model = problem.build(task.seed).to(device)
-        torch.manual_seed(task.seed)
-        adapter = None
-        if task.method.config is None:
-            free(model, problem.keep_trainable)
-        else:
-            config = task.method.config.replace(seed=task.seed)
-            try:
-                adapter = tnt.attach(model, config, training.selection, keep_trainable=problem.keep_trainable)
-            except MemoryError:
-                raise TnadaptError(f"there is not enough memory for the parameters of {task.method.name}") from None
-        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        trained = {id(parameter) for parameter in (() if adapter is None else adapter.parameters())}
-        head = OwnRates([parameter for parameter in parameters if id(parameter) not in trained], training.head_rate)
-        loss, part = 0.0, problem.parts["training"]
-        if parameters:  # with a frozen head and no adapter, there is nothing to train
-            loss = math.nan
-            with _reported(model, task, training, part, adapters) as report:
-                for step in fit(
-                    model, problem.logits, problem.task, part, parameters, training.schedule(task.rate),
-                    training.epochs, training.batch, device, training.steps, head,
-                ):  # fmt: skip
-                    loss = step.loss
-                    report(step)
-                    progress(step.done / step.total)
-    num_parameters = 0 if adapter is None else adapter.num_parameters
-    measured = _measured(problem, model, device, training.batch)
-    diverged = not math.isfinite(loss) or None in measured.values()
-    record: dict[str, Any] = {
-        **task.to_dict(),
-        "epochs": training.epochs,
-        "parameters": num_parameters,
-        "kept": sum(parameter.numel() for parameter in parameters) - num_parameters,
-        "diverged": diverged,
-        "training_loss": _finite(loss),
-        **measured,
-    }
-    if problem.task.settings():
-        record["metric"], record["percent"] = problem.task.metric.name, problem.task.metric.percent
-    record["seconds"] = round(time.perf_counter() - began, 2)
-    kept = training.keep_references or not task.method.reference
-    if adapter is not None and adapters is not None and kept and not diverged:
-        adapters.mkdir(parents=True, exist_ok=True)
-        if (about := adapter.pretrained) is not None:
-            adapter.pretrained = recorded(about, problem)
-        adapter.save(adapters / task.file_name())
-        record["adapter"] = task.file_name()
-    return record
+        trainees: list[Trainee] = []
+        for task in tasks:
+            trainees.append(_adapted(problem, task, training, device))
+            share_base(trainees[0].model, trainees[-1].model)
+        # With a frozen head and no adapter, there is nothing to train.
+        losses, done = [math.nan if trainee.parameters else 0.0 for trainee in trainees], [0.0] * len(tasks)
+        with contextlib.ExitStack() as stack:
+            reports = [
+                stack.enter_context(_reported(trainee.model, task, training, part, adapters))
+                for task, trainee in zip(tasks, trainees, strict=True)
+                if trainee.parameters
+            ]
+            for place, step in fit_each(problem, trainees, training.epochs, training.batch, device, training.steps):
+                losses[place], done[place] = step.loss, step.done / step.total
+                reports[place](step)
+                progress(sum(done) / len(done))
+    share = (time.perf_counter() - began) / len(tasks)
+    for task, trainee, loss in zip(tasks, trainees, losses, strict=True):
+        began = time.perf_counter() - share
+        adapter, kept = trainee.adapter, training.keep_references or not task.method.reference
+        num_parameters = 0 if adapter is None else adapter.num_parameters
+        measured = _measured(problem, trainee.model, device, training.batch)
+        diverged = not math.isfinite(loss) or None in measured.values()
+        record: dict[str, Any] = {
+            **task.to_dict(),
+            "epochs": training.epochs,
+            "parameters": num_parameters,
+            "kept": sum(parameter.numel() for parameter in trainee.parameters) - num_parameters,
+            "diverged": diverged,
+            "training_loss": _finite(loss),
+            **measured,
+        }
+        if problem.task.settings():
+            record["metric"], record["percent"] = problem.task.metric.name, problem.task.metric.percent
+        record["seconds"] = round(time.perf_counter() - began, 2)
+        if adapter is not None and adapters is not None and kept and not diverged:
+            adapters.mkdir(parents=True, exist_ok=True)
+            if (about := adapter.pretrained) is not None:
+                adapter.pretrained = recorded(about, problem)
+            adapter.save(adapters / task.file_name())
+            record["adapter"] = task.file_name()
+        records.append(record)
+    return records
+
+
+def _adapted(problem: Problem, task: Task, training: Training, device: torch.device) -> Trainee:
+    """Return a copy of the base with the adapter of a task, or with a head alone."""
+    model, adapter = problem.build(task.seed).to(device), None
+    if task.method.config is None:
+        free(model, problem.keep_trainable)
+    else:
+        config = task.method.config.replace(seed=task.seed)
+        try:
+            adapter = tnt.attach(model, config, training.selection, keep_trainable=problem.keep_trainable)
+        except MemoryError:
+            raise TnadaptError(f"there is not enough memory for the parameters of {task.method.name}") from None
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    own = {id(parameter) for parameter in (() if adapter is None else adapter.parameters())}
+    head = OwnRates([parameter for parameter in parameters if id(parameter) not in own], training.head_rate)
+    return Trainee(model, adapter, parameters, head, training.schedule(task.rate), task.seed)
 
 
 def _measured(problem: Problem, model: nn.Module, device: torch.device, batch: int) -> dict[str, Any]:

@@ -11,8 +11,10 @@ import torch
 from torch import nn
 
 from tnadapt.finetune import Problem, Training
-from tnadapt.finetune.loop import OwnRates, evaluate, fit
+from tnadapt.finetune.loop import OwnRates, evaluate
 from tnadapt.finetune.problem import base_digest, samples_digest, under
+from tnadapt.finetune.together import Trainee, fit_each, share_base
+from tnadapt.torch import adapters
 
 from .. import methods
 from ..methods import Setting
@@ -44,38 +46,46 @@ class ProblemBench:
         }
 
     def train(self, setting: Setting, seed: int, rate: float, progress: Progress) -> dict[str, Any]:
-        began = time.perf_counter()
-        problem, device = self.problem, torch.device(self.training.device)
-        method = methods.find(setting.method)
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            model = method.attach(problem.build(seed), setting, self.facts, self.task.targets, seed).to(device)
-            adapter = [one for one in model.parameters() if one.requires_grad]
-            head = [one for name, one in model.named_parameters() if under(name, problem.keep_trainable)]
-            for parameter in head:
-                parameter.requires_grad_(True)
-            # The order of samples and dropout are the same for all methods.
-            torch.manual_seed(seed)
-            # Without an adapter, the head is trained at the rate that is tuned.
-            own = OwnRates(head, self.training.head_rate if adapter else None)
-            loss = self._fitted(model, [*adapter, *head], own, rate, progress) if adapter or head else 0.0
-            found = self._measured(model, device)
-        found["diverged"] = not math.isfinite(loss) or None in (found["validation"], found["test"])
-        found["training_loss"] = finite(loss)
-        found["kept"] = methods.trained(model) - setting.parameters
-        return {**found, "seconds": round(time.perf_counter() - began, 2)}
+        return self.train_together(setting, [(seed, rate)], progress)[0]
 
-    def _fitted(
-        self, model: nn.Module, parameters: Sequence[nn.Parameter], own: OwnRates, rate: float, progress: Progress
-    ) -> float:
-        """Train with the loop of ``tnadapt finetune``, and return the last loss."""
-        problem, training, value = self.problem, self.training, math.nan
-        for step in fit(
-            model, problem.logits, problem.task, problem.parts["training"], parameters, training.schedule(rate),
-            training.epochs, training.batch, torch.device(training.device), training.steps, own,
-        ):  # fmt: skip
-            value = step.loss
-            progress(step.done / step.total)
-        return value
+    def train_together(
+        self, setting: Setting, trials: Sequence[tuple[int, float]], progress: Progress
+    ) -> list[dict[str, Any]]:
+        """Train with several seeds and rates, as members of one run where ``tnadapt finetune`` does."""
+        began = time.perf_counter()
+        problem, training, device = self.problem, self.training, torch.device(self.training.device)
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            trainees: list[Trainee] = []
+            for seed, rate in trials:
+                trainees.append(self._adapted(setting, seed, rate))
+                share_base(trainees[0].model, trainees[-1].model)
+            losses, done = [math.nan if one.parameters else 0.0 for one in trainees], [0.0] * len(trials)
+            for place, step in fit_each(problem, trainees, training.epochs, training.batch, device, training.steps):
+                losses[place], done[place] = step.loss, step.done / step.total
+                progress(sum(done) / len(done))
+            share, lines = (time.perf_counter() - began) / len(trials), list[dict[str, Any]]()
+            for trainee, loss in zip(trainees, losses, strict=True):
+                began = time.perf_counter() - share
+                found = self._measured(trainee.model, device)
+                found["diverged"] = not math.isfinite(loss) or None in (found["validation"], found["test"])
+                found["training_loss"] = finite(loss)
+                found["kept"] = methods.trained(trainee.model) - setting.parameters
+                lines.append({**found, "seconds": round(time.perf_counter() - began, 2)})
+        return lines
+
+    def _adapted(self, setting: Setting, seed: int, rate: float) -> Trainee:
+        """Return a copy of the base with the adapter of a setting."""
+        problem, method = self.problem, methods.find(setting.method)
+        model = method.attach(problem.build(seed), setting, self.facts, self.task.targets, seed)
+        model = model.to(self.training.device)
+        adapter = [one for one in model.parameters() if one.requires_grad]
+        head = [one for name, one in model.named_parameters() if under(name, problem.keep_trainable)]
+        for parameter in head:
+            parameter.requires_grad_(True)
+        # Without an adapter, the head is trained at the rate that is tuned.
+        own = OwnRates(head, self.training.head_rate if adapter else None)
+        ours = next(iter(adapters(model).values()), None)
+        return Trainee(model, ours, [*adapter, *head], own, self.training.schedule(rate), seed)
 
     def _measured(self, model: nn.Module, device: torch.device) -> dict[str, Any]:
         """Measure the held-out and the test part; numbers that are not finite are None."""
