@@ -414,6 +414,17 @@ def test_each_member_starts_from_a_seed_of_its_own(config: str, meta: bool) -> N
     check()
 
 
+@pytest.mark.law("member-starts")
+def test_so_many_members_that_they_are_drawn_in_pieces() -> None:
+    def linear() -> nn.Module:
+        return nn.Sequential(nn.Linear(1000, 4))
+
+    adapters = tt.attach(linear(), P.lora(4), "all-linear", population=4300, seeds="each")
+    for number in (0, 1, 4176, 4177, 4178, 4299):
+        alone = tt.attach(linear(), P.lora(4, seed=number), "all-linear")
+        assert equal(numbers(adapters[number]), numbers(alone))
+
+
 def test_a_start_that_is_subtracted_is_one_for_all() -> None:
     with pytest.raises(tna.ConfigError, match=r"so all members share them: use seeds='one'"):
         tt.attach(small(), CONFIGS["behind F"], population=3, seeds="each")

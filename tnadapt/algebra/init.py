@@ -44,7 +44,7 @@ import functools
 import math
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -221,9 +221,6 @@ def zero_arrays(groups: Sequence[StartingGroup]) -> dict[int, list[ZeroArray]]:
 
 
 STEP = 1.0 / 32.0
-# How many numbers of several members are drawn at a time: they stay in the cache, and are too few for torch to share
-# among threads when it copies them.
-_TOGETHER = 30_000
 _WORKERS = min(4, os.cpu_count() or 1)
 
 
@@ -302,37 +299,32 @@ class Initializer(FixedArrays):
         """Return the same start for parameters in units, by the names of arrays: an array is its unit times one."""
         return self._with(_units=units)
 
-    def drawn_for(self, members: Sequence[int]) -> Iterator[tuple[str, slice, np.ndarray]]:
-        """Yield the random arrays of members of a population: a name in the network, some of the members, and theirs.
+    def drawn_for(self, members: Sequence[int]) -> Iterator[tuple[str, np.ndarray]]:
+        """Yield the random arrays of members of a population by their names in the network, with an axis of members.
 
-        A member's number is added to the seed. Few arrays are in memory at a time.
+        A member's number is added to the seed.
         """
         seeds = np.array([(self.seed + member) % (1 << 64) for member in members], np.uint64)
-        draws = collections.deque[tuple[str, slice, Future[np.ndarray]]]()
-
-        def done(left: int) -> Iterator[tuple[str, slice, np.ndarray]]:
-            while len(draws) > left:
-                name, some, draw = draws.popleft()
-                yield name, some, draw.result()
-
         # NumPy releases the interpreter lock.
         with ThreadPoolExecutor(_WORKERS) as pool:
             for name, shape in self.network.shapes.items():
                 if name not in self.names or not self._is_random(name):
                     continue
-                std = self.std_of(name)
-                for first, last in rng.chunks(0, seeds.size, max(1, _TOGETHER // math.prod(shape))):
-                    draws.append((name, slice(first, last), pool.submit(self._drawn, name, std, seeds[first:last])))
-                    yield from done(2 * _WORKERS)
-            yield from done(0)
+                arrays = np.empty((seeds.size, *shape), np.float32)
+                pieces = [slice(*piece) for piece in rng.chunks(0, seeds.size, max(1, rng.CHUNK // math.prod(shape)))]
+                draw = functools.partial(self._draw, name, self.std_of(name))
+                # A list, which waits for all pieces and raises what one of them raises.
+                list(pool.map(draw, (seeds[piece] for piece in pieces), (arrays[piece] for piece in pieces)))
+                yield name, arrays
 
-    def _drawn(self, name: str, std: float, seeds: np.ndarray) -> np.ndarray:
-        """Return a random array of each seed, as ``make`` computes it of one."""
-        shape = self.network.shapes[name]
-        if math.prod(shape) > _SHORT:
-            return np.stack([self._with(seed=int(seed)).make(name) for seed in seeds])
-        drawn = rng.normals_of_seeds(seeds, self.group, self._purposes[name], math.prod(shape))
-        return self._in_unit(name, _scaled_rows(drawn, std).reshape(seeds.size, *shape))
+    def _draw(self, name: str, std: float, seeds: np.ndarray, arrays: np.ndarray) -> None:
+        """Draw a random array of each seed, as ``make`` computes it of one."""
+        if arrays[0].size > _SHORT:
+            for seed, array in zip(seeds.tolist(), arrays, strict=True):
+                array[...] = self._with(seed=seed).make(name)
+            return
+        drawn = rng.normals_of_seeds(seeds, self.group, self._purposes[name], arrays[0].size)
+        arrays[...] = self._in_unit(name, _scaled_rows(drawn, std)).reshape(arrays.shape)
 
     def _is_random(self, name: str) -> bool:
         origin = self.origins.get(name)
@@ -518,15 +510,15 @@ def _sums_of_squares(rows: np.ndarray) -> np.ndarray:
     """Sum the squares of each of such rows, correctly rounded like ``math.fsum``."""
     # The squares of float32 numbers are exact in float64. Those of normal numbers are below 2**6 and multiples of
     # 2**-110: cut at 2**-33 and 2**-73, each of the three parts of up to 2**14 of them has an exact sum in any order.
-    rest, parts = rows * rows, list[np.ndarray]()
+    rest, part, sums = rows * rows, np.empty_like(rows), list[np.ndarray]()
     for cut in (33, 73):
         rounding = 1.5 * 2.0 ** (52 - cut)  # adding it leaves multiples of 2**-cut, and subtracting it is exact
-        part = rest + rounding
+        np.add(rest, rounding, out=part)
         part -= rounding
         rest -= part
-        parts.append(part.sum(axis=1))
-    parts.append(rest.sum(axis=1))
-    return np.array([math.fsum(sums) for sums in zip(*parts, strict=True)])
+        sums.append(part.sum(axis=1))
+    sums.append(rest.sum(axis=1))
+    return np.array([math.fsum(parts) for parts in zip(*sums, strict=True)])
 
 
 def _linear_std(

@@ -763,7 +763,7 @@ class SuperLoRA:
 
     def drawn_for(
         self, members: Sequence[int], trained: Collection[str] | None = None
-    ) -> Iterator[tuple[str, slice, np.ndarray]]:
+    ) -> Iterator[tuple[str, np.ndarray]]:
         """Draw the random initial arrays of members of a population: a member's number is added to the config's seed.
 
         F and frozen arrays are those of all members.
@@ -778,26 +778,20 @@ class SuperLoRA:
         ------
         name : str
             That of an array in ``param_shapes``.
-        some : slice
-            Some of the members: together, those of a name are all.
-        arrays : ndarray of float32, shape (members, *param_shapes[name])
-            Their arrays: bit for bit those of the plan with such a seed.
+        arrays : ndarray of float32, shape (len(members), *param_shapes[name])
+            Those of the members: bit for bit as :meth:`init` of the plan with such a seed returns them.
 
         Raises
         ------
         ConfigError
             If the update of the initial arrays is subtracted: then it is a part of the plan.
 
-        Notes
-        -----
-        Several members are drawn at a time, in threads, and a few of these slices are in memory.
-
         Examples
         --------
         >>> import tnadapt as tna
         >>> plan = tna.SuperLoRA(tna.presets.lora(2), [(64, 32)])
-        >>> [(name, some, arrays.shape) for name, some, arrays in plan.drawn_for(range(1, 1000))]
-        [('group0.split0.factor1', slice(0, 999, None), (999, 32, 2))]
+        >>> [(name, arrays.shape) for name, arrays in plan.drawn_for(range(1, 1000))]
+        [('group0.split0.factor1', (999, 32, 2))]
         """
         if self.theta is not None:
             return
@@ -807,7 +801,7 @@ class SuperLoRA:
                     f"the update of the initial arrays is subtracted (start={self.config.start!r}, "
                     f"projection={self.config.projection!r}), so all members share them: use seeds='one'"
                 )
-            yield from ((group.names[name], some, arrays) for name, some, arrays in start.drawn_for(members))
+            yield from ((group.names[name], arrays) for name, arrays in start.drawn_for(members))
 
     def _weight_starts(self, dtype: str) -> dict[str, np.ndarray]:
         """Return the initial values of the parameters in ``weight_param_shapes``."""

@@ -58,7 +58,9 @@ ADAPTERS_ATTR = "_tnadapt_adapters"
 #: Runs a patched forward, with its arguments and keywords, where rows have different adapters.
 RowRunner = Callable[[Any, Any, Any], Any]
 #: Draws the random initial arrays of members, as ``SuperLoRA.drawn_for`` does.
-Draws = Callable[[Sequence[int]], Iterator[tuple[str, slice, Any]]]
+Draws = Callable[[Sequence[int]], Iterator[tuple[str, Any]]]
+#: How many numbers are drawn at a time, so that this needs little memory next to the arrays themselves.
+_DRAWN = 1 << 24
 
 
 def is_array(path: str) -> bool:
@@ -411,8 +413,11 @@ class Members:
             name: torch.as_tensor(array).expand(self.count, *array.shape).clone() for name, array in arrays.items()
         }
         if self.seeds == "each":
-            for name, some, rows in drawn(range(1, self.count)):
-                several[name][1:][some] = torch.from_numpy(rows)
+            step = max(1, _DRAWN * self.count // sum(array.numel() for array in several.values()))
+            for first in range(1, self.count, step):
+                some = range(first, min(first + step, self.count))
+                for name, rows in drawn(some):
+                    several[name][some.start : some.stop] = torch.from_numpy(rows)
         return several
 
     def renew(self) -> None:
@@ -729,7 +734,7 @@ def initial_arrays(state: AdapterState, arrays: Mapping[str, Any], drawn: Draws)
         return members.initial(arrays, drawn)
     if members.seeds == "one" or state.number == 0:
         return arrays
-    return {**arrays, **{name: rows[0] for name, _, rows in drawn([state.number])}}
+    return {**arrays, **{name: rows[0] for name, rows in drawn([state.number])}}
 
 
 def checked_pairs(state: AdapterState, arrays: Mapping[str, Any]) -> list[tuple[nn.Parameter, Any]]:
