@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import gc
 import json
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -175,6 +177,40 @@ class Folded(torch.nn.Module):
         return self.again(self.vit(images)[None])[0]
 
 
+class Counted(torch.nn.Module):
+    """The small ViT, and a layer that keeps statistics of what it gets in training."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.vit, self.norm = model, torch.nn.InstanceNorm1d(5, track_running_stats=True)
+
+    def forward(self, images: Any) -> Any:
+        logits = self.vit(images)
+        return logits + self.norm(torch.stack([logits, logits**2], -1))[..., 0]
+
+
+class Read(torch.nn.Module):
+    """The small ViT, and a layer whose weight is read."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.vit, self.again = model, torch.nn.Linear(5, 5)
+
+    def forward(self, images: Any) -> Any:
+        return self.again(self.vit(images).to(self.again.weight.dtype))
+
+
+class Named(torch.nn.Module):
+    """The small ViT, whose head has another name, too."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.last, self.vit = model.head, model
+
+    def forward(self, images: Any) -> Any:
+        return self.vit(images)
+
+
 def changed(make: Callable[[Any], Any], **more: Any) -> Callable[[Problem], Problem]:
     def change(problem: Problem) -> Problem:
         def build(seed: int) -> Any:
@@ -195,6 +231,8 @@ def dropping(model: Any) -> Any:
 APART = {
     "dropout": (changed(dropping), "qv"),
     "batch norm": (changed(Normalized), "qv"),
+    "buffers": (changed(Counted), "qv"),
+    "a weight that is read": (changed(Read, keep_trainable=("head", "again")), "qv"),
     "tokens first": (changed(Turned), ("layer.linear1",)),
     "rows as one": (changed(Folded, keep_trainable=("head", "again")), "qv"),
     "a parameter": (lambda problem: dataclasses.replace(problem, keep_trainable=("head", "position")), "qv"),
@@ -213,6 +251,13 @@ def test_those_that_would_get_something_else_are_trained_one_after_another(
     lines, passes = problem.of(tasks, training, tmp_path)
     assert lines == expected
     assert sum(counts) <= passes <= sum(counts) + 1
+
+
+def test_a_head_of_two_names_is_each_members(digits: Passes, tmp_path: Path) -> None:
+    digits.problem = changed(lambda model: Named(model).double(), keep_trainable=("last",))(digits.problem)
+    tasks = tasks_of(METHODS["lora"][0])
+    expected, counts = digits.alone(tasks, HOW["plain"], tmp_path)
+    assert digits.of(tasks, HOW["plain"], tmp_path) == (expected, counts[0] + 1)
 
 
 def test_the_base_is_in_memory_once(cache: Path) -> None:
@@ -246,6 +291,40 @@ def test_what_memory_cannot_hold_is_halved() -> None:
         do("x", print)
     with pytest.raises(torch.OutOfMemoryError, match="no memory"):
         do(Together(("x", "a")), print)
+
+
+def test_halves_have_the_memory_of_the_whole() -> None:
+    alive: list[bool] = []
+    whole: list[Any] = []
+
+    def do_all(tasks: Sequence[str], progress: Callable[[float], None]) -> list[dict[str, Any]]:
+        if len(tasks) == 1:
+            alive.append(whole[0]() is not None)
+            return [{}]
+        model = torch.nn.Module()
+        object.__setattr__(model, "itself", model)
+        whole.append(weakref.ref(model))
+        raise torch.OutOfMemoryError("no memory")
+
+    gc.disable()
+    try:
+        doing(do_all)(Together(("a", "b")), print)
+    finally:
+        gc.enable()
+    assert alive == [False, False]
+
+
+def test_progress_is_told_once_for_many_steps() -> None:
+    told: list[float] = []
+
+    def do_all(tasks: Sequence[str], progress: Callable[[float], None]) -> list[dict[str, Any]]:
+        for step in range(100_000):
+            progress((step + 1) / 100_000)
+        return [{} for _ in tasks]
+
+    doing(do_all)(Together(("a", "b")), told.append)
+    assert told == sorted(told)
+    assert 900 <= len(told) <= 1001
 
 
 def lines(out: Path) -> dict[str, dict[str, Any]]:

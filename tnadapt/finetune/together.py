@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import gc
 import hashlib
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar, cast
@@ -84,13 +85,22 @@ def doing(
         except halving:
             if len(tasks) == 1:
                 raise
-        # Here the error is gone, and with it the tensors that its traceback holds.
+        # Here the error is gone, and with it the tensors that its traceback holds; models are in cycles of references.
+        gc.collect()
         half = len(tasks) // 2
         return [*lines(tasks[:half], progress), *lines(tasks[half:], progress)]
 
     def do(call: Any, progress: Callable[[float], None]) -> dict[str, Any]:
-        done = lines(tasks_of(call), progress)
-        return {"lines": done} if isinstance(call, Together) else done[0]
+        told = -1.0
+
+        def tell(done: float) -> None:
+            nonlocal told
+            if abs(done - told) >= 0.001:  # each of many tasks takes steps, and each time all are told
+                told = done
+                progress(done)
+
+        ended = lines(tasks_of(call), tell)
+        return {"lines": ended} if isinstance(call, Together) else ended[0]
 
     return do
 
@@ -129,7 +139,7 @@ class Trainee:
         trained = {id(parameter) for parameter in self.parameters} - own
         return {
             path: module
-            for path, module in self.model.named_modules()
+            for path, module in self.model.named_modules(remove_duplicate=False)
             if any(id(parameter) in trained for parameter in module.parameters(recurse=False))
         }
 
@@ -174,9 +184,10 @@ def fit_each(
     Each gets what it gets alone: the same batches in the same order, its own mean loss, clipping and optimizer.
     They are trained one after another
 
-    - if the base draws random numbers in training, as for dropout, normalizes over the batch, or has layers in which
-      the rows of a batch cannot be told apart;
-    - if something else is trained with them than linear layers and layer norms, such as embeddings;
+    - if the base draws random numbers in training, as for dropout, normalizes over the batch, changes its buffers, or
+      has layers in which the rows of a batch cannot be told apart;
+    - if something else is trained with them than linear layers and layer norms, such as embeddings, or the base reads
+      the weights of those instead of calling them;
     - if their seeds differ, and the seed determines more than the order of the samples, the new head, and where the
       arrays of the adapter start: F, frozen arrays, or, for texts, how a batch is padded. Those of one seed stay
       together;
@@ -272,30 +283,32 @@ class _Members:
         """Return the members, or None if they would not get what they get alone: see :func:`fit_each`."""
         first = trainees[0]
         kept, targets = first.kept(), () if first.adapter is None else first.adapter.targets
-        apart = device.type not in ("cpu", "cuda") or any(
-            isinstance(module, _BatchNorm) for module in first.model.modules()
-        )
-        if apart or any(type(module) not in (nn.Linear, nn.LayerNorm) for module in kept.values()):
-            return None
-        if any(target.module in kept for target in targets):
+        if (
+            device.type not in ("cpu", "cuda")
+            or any(isinstance(module, _BatchNorm) for module in first.model.modules())
+            or any(type(module) not in (nn.Linear, nn.LayerNorm) for module in kept.values())
+            or any(target.module in kept for target in targets)
+        ):
             return None
         members = cls(problem, trainees, device)
         return members if members._try() else None
 
     def _try(self) -> bool:
-        """Return whether a pass tells rows apart, and draws no random numbers."""
-        before = self._random_state()
+        """Return whether a pass tells rows apart, calls what is trained, and draws and changes nothing."""
+        before = self._state()
         sample = torch.zeros(len(self.trainees), dtype=torch.int64)
         try:
             with torch.no_grad(), self._acting(dict.fromkeys(range(len(self.trainees)), 1)):
                 self.problem.logits(self.model, self.problem.parts["training"].batch(sample, self.device))
-        except TargetError:
+        except (TargetError, AttributeError):  # copies have no weight that could be read
             return False
-        return all(torch.equal(state, now) for state, now in zip(before, self._random_state(), strict=True))
+        now = self._state()
+        return len(now) == len(before) and all(map(torch.equal, before, now))
 
-    def _random_state(self) -> list[Tensor]:
+    def _state(self) -> list[Tensor]:
+        """Return the states of the random generators, and copies of the buffers."""
         on_device = [torch.cuda.get_rng_state(self.device)] if self.device.type == "cuda" else []
-        return [torch.get_rng_state(), *on_device]
+        return [torch.get_rng_state(), *on_device, *(buffer.clone() for buffer in self.model.buffers())]
 
     def _divide(self, number: int, array: Tensor) -> None:
         """Give the members their parts of a gradient."""
