@@ -239,6 +239,17 @@ def test_a_member_takes_a_step_with_sparse_gradients_that_are_all_zero(sparse: b
     assert changed(before, adapter) == [{0, 1} if sparse else {0}] * 4
 
 
+@pytest.mark.parametrize("number", range(4))
+def test_an_array_whose_gradient_is_dense_and_zero_takes_a_step_with_the_sparse_ones(number: int) -> None:
+    model, adapter = population(sparse=True)
+    before = bits(adapter)
+    backward(model, adapter, [1], rows_of(0, 0, 1, torch.float64))
+    dense = parameters(adapter)[number]
+    dense.grad = dense.grad.to_dense()
+    MemberAdamW(adapter, weight_decay=0.1).step()
+    assert changed(before, adapter) == [{1}] * 4
+
+
 @both
 def test_a_member_steps_the_arrays_that_it_has_reached(sparse: bool) -> None:
     """Of dense gradients, only the member is known."""

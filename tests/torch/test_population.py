@@ -305,6 +305,22 @@ def test_magnitudes_of_all_members_in_a_batch(rows: Any, options: Any, batch: Ba
     check_batch(pair, batch)
 
 
+@pytest.mark.parametrize("detach", [False, True])
+def test_a_base_that_is_trained_beside_magnitudes(detach: bool) -> None:
+    pair = pair_of(SideBySide([(6, 9)]), 4, P.dora(2), "all-linear", detach_norm=detach)
+    x, gradients = Batch(4, INDEX).x(9), []
+    for model in (pair.model, pair.reference):
+        model.layers[0].weight.requires_grad_()
+    with pair.population.members(INDEX):
+        pair.model(x).square().sum().backward()
+    for member, row in zip(INDEX, x.chunk(len(INDEX)), strict=True):
+        with contextlib.nullcontext() if member is not None else pair.adapter.disabled():
+            pair.copy_member(member or 0)
+            y = pair.reference(row)
+        gradients += torch.autograd.grad(y.square().sum(), pair.reference.layers[0].weight)
+    torch.testing.assert_close(pair.model.layers[0].weight.grad, torch.stack(gradients).sum(0))
+
+
 @pytest.mark.law("fresh-is-zero")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_fresh_members_with_magnitudes_change_no_bit(dtype: Any) -> None:
@@ -513,6 +529,25 @@ def test_a_part_of_the_model_that_is_called_alone(config: str) -> None:
                 found = [parameter.grad for parameter in pair.population.parameters()]
                 assert_same(expected._replace(arrays=found), expected, INDEX)
                 pair.model.zero_grad()
+
+
+@pytest.mark.parametrize("config", ["lora", "theta", "dora"])
+@pytest.mark.parametrize("part", [False, True], ids=["model", "part"])
+def test_a_model_that_is_converted_between_passes(config: str, part: bool) -> None:
+    """To a wider dtype: the numbers are the same."""
+    pair = pair_of(Wrapped(), 4, CONFIGS[config][0], "all-linear")
+    x = Batch(4, INDEX).x(8)
+    pair.model.float()
+    with pair.population.members(INDEX):
+        run = pair.model.body if part else pair.model
+        run(x.float())
+        pair.model.double()
+        pair.reference.double()
+        y = run(x)
+        torch.testing.assert_close(y, alone(pair, INDEX, x).y)
+        y.square().sum().backward()
+    for parameter in pair.population.parameters():
+        assert parameter.grad.dtype == torch.float64
 
 
 @pytest.mark.law("interrupted-pass")

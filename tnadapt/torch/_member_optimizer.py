@@ -75,8 +75,8 @@ class MemberAdamW(Optimizer):
 
     The gradients say which members take a step. Row-sparse ones (``sparse=True`` of :func:`attach`) have the members
     that were in a batch: each takes a step with the arrays that it has used, even where its gradient is zero. Dense
-    ones have zeros for the others: all rows are read, and a member takes a step with all arrays if its gradient is not
-    zero in one of them, as in one factor of LoRA at the start.
+    ones have zeros for the others: all rows are read, and a member takes a step with all of these arrays if its
+    gradient is not zero in one of them, as in one factor of LoRA at the start, or sparse in another.
 
     The cost of a step, but for reading dense gradients, and the memory of the state grow with the members that are
     trained, and not with K; rows of the state are allocated as members come, up to twice as many as are in use.
@@ -369,9 +369,10 @@ def _span_of(parameter: Tensor, count: int) -> range:
 def _pieces(trained: Sequence[tuple[int, Tensor]], first: int) -> list[_Rows]:
     """Return the members of parameters, given with their groups, that have gradients; ``first`` is that of row 0."""
     gradients = [_local(cast(Tensor, parameter.grad)) for _, parameter in trained]
-    dense = [gradient for gradient in gradients if not gradient.is_sparse]
-    masks = [gradient.reshape(len(gradient), math.prod(gradient.shape[1:])).any(1) for gradient in dense]
-    nonzero = torch.stack([mask.to(masks[0].device) for mask in masks]).any(0).nonzero().flatten() if masks else None
+    nonzero = None
+    if not all(gradient.is_sparse for gradient in gradients):
+        masks = [_mask(gradient) for gradient in gradients]
+        nonzero = torch.stack([mask.to(masks[0].device) for mask in masks]).any(0).nonzero().flatten()
     pieces = []
     for (group, parameter), gradient in zip(trained, gradients, strict=True):
         if gradient.is_sparse:
@@ -383,6 +384,14 @@ def _pieces(trained: Sequence[tuple[int, Tensor]], first: int) -> list[_Rows]:
         if len(places):
             pieces.append(_Rows(group, parameter, [first + place for place in places.tolist()], places, rows))
     return pieces
+
+
+def _mask(gradient: Tensor) -> Tensor:
+    """Return of each row of a gradient whether it is not zero, or of a sparse one whether it has the row."""
+    if not gradient.is_sparse:
+        return gradient.reshape(len(gradient), math.prod(gradient.shape[1:])).any(1)
+    rows = gradient.coalesce().indices()[0]
+    return torch.zeros(len(gradient), dtype=torch.bool, device=rows.device).index_fill_(0, rows, True)
 
 
 def _clipped(pieces: Sequence[_Rows], max_norm: float) -> list[_Rows]:

@@ -37,8 +37,8 @@ class _Selected(NamedTuple):
     #: The pass, or the layer outside of one, that selected it.
     call: tuple[str, int]
     parameter: Tensor
-    #: The parameter's version, and the modes that the gradient depends on.
-    state: tuple[int, bool, bool, bool]
+    #: The parameter's version, dtype and device, and the modes that the gradient depends on.
+    state: tuple[int, torch.dtype, torch.device, bool, bool, bool]
     several: Tensor
     parts: tuple[Tensor, ...]
 
@@ -108,7 +108,8 @@ class MemberRows(RowAssignment):
         parameter = cast(Tensor, self.whole.owner._parameters[self.whole.parameter_names[name]])
         trained = torch.is_grad_enabled() and parameter.requires_grad
         sparse = trained and sparse_gradients(self.whole, parameter)
-        state = _delta.version(parameter), trained, sparse, torch.is_inference_mode_enabled()
+        place = _delta.version(parameter), parameter.dtype, parameter.device
+        state = *place, trained, sparse, torch.is_inference_mode_enabled()
         known = self._arrays.get(name)
         if known is not None and (known.parameter is not parameter or known.state != state):
             known = None
@@ -350,8 +351,10 @@ class _Quotients(Function):
 
     def __call__(self, left: Tensor, right: Tensor, magnitude: Tensor) -> Tensor:
         weight, backend = self.weight().to(left.device), load_backend("torch")
+        if self.detach:
+            weight, left, right = weight.detach(), left.detach(), right.detach()
         wide = torch.promote_types(torch.promote_types(weight.dtype, left.dtype), torch.float32)
-        left, right = (factor.detach() if self.detach else factor for factor in (left.to(wide), right.to(wide)))
+        left, right = left.to(wide), right.to(wide)
         with torch.autocast(left.device.type, enabled=False):
             # One product for all members, forward and backward.
             product = torch.mm(weight.to(wide), right.transpose(0, 1).flatten(1))
