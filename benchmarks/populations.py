@@ -8,10 +8,10 @@ give the same losses and gradients.
 
 *steps*: 32 distinct members of 32 and of 1,000, over one adapter of the same setting for all rows; and 32 single
 adapters by ``rows``. PEFT's LoRA trains 32 adapters one after another, each on its row. *serving*: the same batch
-without gradients, over PEFT's LoRA with ``adapter_names=``. *attaching*: ``attach`` of 1,000 members, and the resident
-memory that it takes, at its end and at most, with that of one adapter. *sizes*: populations of 1 to 100,000 members of
-100 numbers. *optimizers*: the step of 100,000 members with that of the optimizer, by dense and by row-sparse gradients,
-over one adapter with AdamW.
+without gradients, over PEFT's LoRA with ``adapter_names=``. *attaching*: ``attach`` of 1,000 members that start alike,
+or each from its own seed; and the resident memory that it takes, at its end and at most, with that of one adapter.
+*sizes*: populations of 1 to 100,000 members of 100 numbers. *optimizers*: the step of 100,000 members with that of the
+optimizer, by dense and by row-sparse gradients, over one adapter with AdamW.
 
 Results go to ``results/populations.json``, and the documentation's tables to ``results/populations/``; ``--tables``
 only writes these. Keep the machine otherwise idle. ``--smoke`` takes tiny sizes, and writes nothing.
@@ -325,16 +325,20 @@ def attaching(problem: Problem, rounds: int) -> Iterator[dict[str, Any]]:
         size, at_most, _ = attached(problem, config)
         single = {"one, bytes": size, "one, bytes at most": at_most}
         runs = [attached(problem, config, MEMBERS) for _ in range(rounds)]
+        own_starts = [attached(problem, config, MEMBERS, "each")[2] for _ in range(rounds)]
         numbers = MEMBERS * Single(problem, config).adapter.num_parameters
         sizes = {"bytes": max(run[0] for run in runs), "bytes at most": max(run[1] for run in runs)}
         seconds = [run[2] for run in runs]
         yield {
             "preset": name, "seconds": round(statistics.median(seconds), 3), "shortest": round(min(seconds), 3),
+            "seconds with own starts": round(statistics.median(own_starts), 3),
             "bytes of numbers": 4 * numbers, **sizes, **single,
         }  # fmt: skip
 
 
-def attached(problem: Problem, config: tna.Config, count: int | None = None) -> tuple[int, int, float]:
+def attached(
+    problem: Problem, config: tna.Config, count: int | None = None, seeds: str = "one"
+) -> tuple[int, int, float]:
     """Attach, and return by how many bytes resident memory grew, by how many at most, and the seconds it took."""
     model = shared_copy(problem.base)
     gc.collect()
@@ -342,7 +346,7 @@ def attached(problem: Problem, config: tna.Config, count: int | None = None) -> 
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
     before = resident("VmRSS")
     start = time.perf_counter()
-    adapter = tnadapt.torch.attach(model, config, population=count)
+    adapter = tnadapt.torch.attach(model, config, population=count, seeds=seeds)
     seconds = time.perf_counter() - start
     at_most, after = resident("VmHWM"), resident("VmRSS")
     adapter.detach()
@@ -448,11 +452,12 @@ def serving_table(rows: Sequence[dict[str, Any]]) -> str:
 
 def attaching_table(rows: Sequence[dict[str, Any]]) -> str:
     """Return the table of attaching a thousand members."""
-    lines = [["preset", "s", "MB of numbers", "MB, and at most", "one adapter: MB, and at most"]]
+    lines = [["preset", "s", 's, seeds="each"', "MB of numbers", "MB, and at most", "one adapter: MB, and at most"]]
     for row in rows:
         sizes = [(row[f"{whose}bytes"], row[f"{whose}bytes at most"]) for whose in ("", "one, ")]
         both = [f"{megabytes(after)}, {megabytes(at_most)}" for after, at_most in sizes]
-        lines.append([row["preset"], f"{row['seconds']:.2f}", megabytes(row["bytes of numbers"]), *both])
+        times = [f"{row[key]:.2f}" for key in ("seconds", "seconds with own starts")]
+        lines.append([row["preset"], *times, megabytes(row["bytes of numbers"]), *both])
     return list_table(lines)
 
 

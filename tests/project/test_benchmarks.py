@@ -47,6 +47,13 @@ TABLES: dict[str, tuple[str, Callable[[Any], str]]] = {
     "extract_large": ("extract_large", lambda script: script.table(results("extract_large.json"))),
     "mixed_batch": ("mixed_batch", lambda script: script.table(results("mixed_batch.jsonl"))),
     "decompositions": ("decompositions", lambda script: script.table(results("decompositions.jsonl"))),
+    **{
+        f"populations/{part}": (
+            "populations",
+            lambda script, part=part: script.tables(results("populations.json"))[part],
+        )
+        for part in ("steps", "others", "serving", "attaching", "sizes", "optimizers")
+    },
     "rl_drift/cycle": ("rl_drift", lambda script: script.cycle_table(results("rl_drift/cycle.jsonl"))),
     "rl_drift/grpo": ("rl_drift", lambda script: script.grpo_table(script.read(script.RESULTS / "grpo.jsonl"))),
 }
