@@ -440,7 +440,8 @@ def _log(x: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def _inverse_normal(u: NDArray[np.float64]) -> NDArray[np.float64]:
     q = u - 0.5
-    r = 0.180625 - q * q
+    r = q * q
+    np.subtract(0.180625, r, out=r)
     out = _horner(_CENTRE[0], r)
     out *= q
     out /= _horner(_CENTRE[1], r)

@@ -60,7 +60,7 @@ RowRunner = Callable[[Any, Any, Any], Any]
 #: Draws the random initial arrays of members, as ``SuperLoRA.drawn_for`` does.
 Draws = Callable[[Sequence[int]], Iterator[tuple[str, Any]]]
 #: How many numbers are drawn at a time, so that this needs little memory next to the arrays themselves.
-_DRAWN = 1 << 24
+_DRAWN = 1 << 25
 
 
 def is_array(path: str) -> bool:
