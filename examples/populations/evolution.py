@@ -21,9 +21,9 @@ from .digits import LABELS, accuracy, parser, pretrained, turned, write
 
 ANGLE, NUMBERS = 30, 100
 MEMBERS, BATCH, NOISE, RATE = 32, 16, 0.02, 0.005  # of the strategy
-ADAM_BATCH, ADAM_RATE = 64, 0.005
+ADAM_BATCH, ADAM_RATE = 64, 0.01
 # To choose from:
-NOISES, RATES = (0.005, 0.01, 0.02), (0.001, 0.002, 0.005, 0.01)
+NOISES, RATES = (0.01, 0.02, 0.05), (0.002, 0.005, 0.01)
 ADAM_RATES = (0.002, 0.005, 0.01, 0.02)
 
 options = parser(__doc__, steps=500)
