@@ -102,7 +102,8 @@ def test_a_closed_form_has_its_derivative(name: str, of: Fit) -> None:
 
 @pytest.mark.parametrize(("name", "of"), [*((name, _tensor_of) for name in ITERATED), ("cp", _all_arrays)])
 def test_an_iteration_has_the_derivative_of_its_optimum(name: str, of: Fit) -> None:
-    _check(ITERATED[name], _tensor(), of, step=1e-3, tol=1e-6)
+    # The results are an iteration's, exact to about 1e-9: differences over shorter steps are less exact than 1e-6.
+    _check(ITERATED[name], _tensor(), of, step=4e-3, tol=1e-6)
 
 
 @pytest.mark.parametrize(("name", "rank"), [("tucker", 2), ("cp", 2), ("tensor_ring", (1, 2, 2))])
