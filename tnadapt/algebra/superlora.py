@@ -778,7 +778,7 @@ class SuperLoRA:
         ------
         name : str
             That of an array in ``param_shapes``.
-        arrays : ndarray of float32, shape (len(members), *param_shapes[name])
+        arrays : ndarray of float32, shape (members, …)
             Those of the members: bit for bit as :meth:`init` of the plan with such a seed returns them.
 
         Raises
