@@ -415,14 +415,13 @@ def test_each_member_starts_from_a_seed_of_its_own(config: str, meta: bool) -> N
 
 
 @pytest.mark.law("member-starts")
-def test_so_many_members_that_they_are_drawn_in_pieces() -> None:
-    def linear() -> nn.Module:
-        return nn.Sequential(nn.Linear(1000, 4))
-
-    adapters = tt.attach(linear(), P.lora(4), "all-linear", population=8400, seeds="each")
-    for number in (0, 1, 8354, 8355, 8356, 8399):
-        alone = tt.attach(linear(), P.lora(4, seed=number), "all-linear")
-        assert equal(numbers(adapters[number]), numbers(alone))
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_seeds_of_members_in_other_precisions(dtype: torch.dtype) -> None:
+    adapters = tt.attach(small(), CONFIGS["lora"], population=3, seeds="each", dtype=dtype)
+    for number in range(3):
+        assert equal(
+            numbers(adapters[number]), numbers(tt.attach(small(), P.lora(2, alpha=3, seed=number), dtype=dtype))
+        )
 
 
 def test_a_start_that_is_subtracted_is_one_for_all() -> None:

@@ -42,9 +42,7 @@ from __future__ import annotations
 import collections
 import functools
 import math
-import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -221,7 +219,6 @@ def zero_arrays(groups: Sequence[StartingGroup]) -> dict[int, list[ZeroArray]]:
 
 
 STEP = 1.0 / 32.0
-_WORKERS = min(4, os.cpu_count() or 1)
 
 
 class Initializer(FixedArrays):
@@ -305,17 +302,14 @@ class Initializer(FixedArrays):
         A member's number is added to the seed.
         """
         seeds = np.array([(self.seed + member) % (1 << 64) for member in members], np.uint64)
-        # NumPy releases the interpreter lock.
-        with ThreadPoolExecutor(_WORKERS) as pool:
-            for name, shape in self.network.shapes.items():
-                if name not in self.names or not self._is_random(name):
-                    continue
-                arrays = np.empty((seeds.size, *shape), np.float32)
-                pieces = [slice(*piece) for piece in rng.chunks(0, seeds.size, max(1, rng.CHUNK // math.prod(shape)))]
-                draw = functools.partial(self._draw, name, self.std_of(name))
-                # A list, which waits for all pieces and raises what one of them raises.
-                list(pool.map(draw, (seeds[piece] for piece in pieces), (arrays[piece] for piece in pieces)))
-                yield name, arrays
+        for name, shape in self.network.shapes.items():
+            if name not in self.names or not self._is_random(name):
+                continue
+            arrays, std = np.empty((seeds.size, *shape), np.float32), self.std_of(name)
+            # Pieces that stay in cache. Threads would wait for each other: NumPy's operations on them are too short.
+            for first, last in rng.chunks(0, seeds.size, max(1, rng.CHUNK // math.prod(shape))):
+                self._draw(name, std, seeds[first:last], arrays[first:last])
+            yield name, arrays
 
     def _draw(self, name: str, std: float, seeds: np.ndarray, arrays: np.ndarray) -> None:
         """Draw a random array of each seed, as ``make`` computes it of one."""

@@ -382,7 +382,7 @@ def _philox(blocks: NDArray[np.uint64], purpose: int, group: int, seed: int | ND
         p0, p1 = c0 * _U64(0xD2511F53), c2 * _U64(0xCD9E8D57)
         c0, c1, c2, c3 = (p1 >> _U64(32)) ^ c1 ^ k0, p1 & _LOW, (p0 >> _U64(32)) ^ c3 ^ k1, p0 & _LOW
         k0, k1 = (k0 + _U64(0x9E3779B9)) & _LOW, (k1 + _U64(0xBB67AE85)) & _LOW
-    return np.stack([c0, c1, c2, c3], axis=-1).astype(_U32)
+    return np.stack([c0, c1, c2, c3], axis=-1, dtype=_U32, casting="unsafe")
 
 
 def _normal_of(word: NDArray[np.uint32]) -> NDArray[np.float32]:

@@ -59,8 +59,6 @@ ADAPTERS_ATTR = "_tnadapt_adapters"
 RowRunner = Callable[[Any, Any, Any], Any]
 #: Draws the random initial arrays of members, as ``SuperLoRA.drawn_for`` does.
 Draws = Callable[[Sequence[int]], Iterator[tuple[str, Any]]]
-#: How many numbers are drawn at a time, so that this needs little memory next to the arrays themselves.
-_DRAWN = 1 << 25
 
 
 def is_array(path: str) -> bool:
@@ -409,16 +407,12 @@ class Members:
 
     def initial(self, arrays: Mapping[str, Any], drawn: Draws) -> dict[str, Tensor]:
         """Return the initial arrays of all members from those of the first."""
-        several = {
-            name: torch.as_tensor(array).expand(self.count, *array.shape).clone() for name, array in arrays.items()
-        }
-        if self.seeds == "each":
-            step = max(1, _DRAWN * self.count // sum(array.numel() for array in several.values()))
-            for first in range(1, self.count, step):
-                some = range(first, min(first + step, self.count))
-                for name, rows in drawn(some):
-                    several[name][some.start : some.stop] = torch.from_numpy(rows)
-        return several
+        alone = {name: torch.as_tensor(array) for name, array in arrays.items()}
+        each = drawn(range(self.count)) if self.seeds == "each" else ()
+        # Without a copy, where they are on the CPU in float32.
+        own = {name: torch.from_numpy(several).to(alone[name]) for name, several in each}
+        expanded = {name: array.expand(self.count, *array.shape) for name, array in alone.items() if name not in own}
+        return {name: own[name] if name in own else expanded[name].clone() for name in alone}
 
     def renew(self) -> None:
         """Discard what depends on the plan: the population has another one."""
