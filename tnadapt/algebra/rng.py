@@ -208,8 +208,8 @@ def normals_of_seeds(seeds: NDArray[np.uint64], group: int, purpose: int, stop: 
 
     Notes
     -----
-    One call for many seeds is fast where the elements of each are few. In NumPy it needs several times the memory of
-    its result: ask for as many seeds as the cache has room for.
+    One call for many seeds is fast where each has few elements. NumPy needs several times the memory of the result, so
+    pass only as many seeds as fit in the processor's cache.
 
     Examples
     --------
