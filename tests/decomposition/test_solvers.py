@@ -293,6 +293,8 @@ def test_vectors_of_zeros_come_from_the_full_decomposition_where_arpack_draws_th
 ) -> None:
     matrix = with_values(SPECTRA["of rank three"])
     monkeypatch.setattr(linear_algebra, "_seeded", lambda: False)
+    blocks = linear_algebra._subspace
+    monkeypatch.setattr(linear_algebra, "_subspace", lambda *given: (*blocks(*given)[:2], None))
     assert leading_triplets(NUMPY, matrix, 3, seed=0) is not None
     assert leading_triplets(NUMPY, matrix, 4, seed=0) is None
 

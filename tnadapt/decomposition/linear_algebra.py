@@ -22,18 +22,22 @@ from tnadapt.errors import BackendError
 
 from .fits import Claim, no_matrix_is_closer
 
-# -- A few singular triplets of a large matrix, by ARPACK --------------------------------------------------------------
+# -- A few singular triplets of a large matrix, by block iteration or by ARPACK ----------------------------------------
 
-# ARPACK (Lehoucq, Sorensen & Yang, 1998) finds eigenvectors of ``Aᵀ A`` from products with single vectors, which are
-# computed where the matrix is. The triplets are then computed from the matrix between these vectors, because squared
-# singular values have only half of the digits. Single vectors may miss copies of a repeated value: a few more steps,
-# from another start and orthogonal to the vectors found so far, reveal them.
+# A block of random vectors is multiplied by the matrix and its transpose in turn (subspace iteration; Halko, Martinsson
+# & Tropp, 2011): each product is a pass over the matrix, and also shows the residual of the triplets before it. Where
+# the values decay too slowly for that, ARPACK (Lehoucq, Sorensen & Yang, 1998) finds eigenvectors of ``Aᵀ A`` from
+# products with single vectors, which are computed where the matrix is. The triplets are then computed from the matrix
+# between these vectors, because squared singular values have only half of the digits. Single vectors may miss copies of
+# a repeated value: a few more steps, from another start and orthogonal to the vectors found so far, reveal them.
 
 
 # With fewer rows and columns, or elements, LAPACK takes less time than the calls of a few steps.
 _SHORT, _FEW = 96, 1 << 16
 # Maximum rank, as a fraction of the shorter side and absolutely.
 _PART, _MOST = 16, 128
+# Vectors of a block beyond the rank, and passes that take as much time as ARPACK.
+_MORE, _PASSES = 8, 7
 # Steps to the first restart, and restarts that are always allowed. As many steps in total as the short side is long
 # take about as much time as the full decomposition.
 _STEPS, _RESTARTS = 20, 10
@@ -90,28 +94,25 @@ def leading_triplets(backend: Backend, matrix: Array, rank: int, seed: int) -> t
     if backend.name == "numpy" and not (matrix.flags.c_contiguous or matrix.flags.f_contiguous):
         matrix = np.ascontiguousarray(matrix)
     rng = np.random.default_rng(seed)
+    block, largest, triplets = _subspace(backend, matrix, rank, rng)
+    if triplets is not None or not 0.0 < largest < math.inf:
+        return triplets
     dtype, device, across = backend.dtype_name(matrix), backend.device(matrix), backend.matrix_transpose(matrix)
-    eps, largest = float(np.finfo(dtype).eps), np.finfo(dtype).maxexp - 2
+    eps, exponents = float(np.finfo(dtype).eps), np.finfo(dtype).maxexp - 2
+    # Scaled so that squares neither overflow nor underflow.
+    scale = 2.0 ** min(max(-math.frexp(largest)[1], -exponents), exponents)
 
     def product(x: Array, columns: np.ndarray) -> np.ndarray:
         return backend.to_numpy(backend.matmul(x, backend.asarray(columns, dtype, device)))
-
-    # Start in the row space: if the rank is no larger than its dimension, it is all that is needed.
-    with np.errstate(over="ignore", invalid="ignore"):
-        start = product(across, rng.standard_normal((int(matrix.shape[0]), 1)))
-    size = float(np.max(np.abs(start), initial=0.0))
-    if not math.isfinite(size) or size == 0.0:
-        return None
-    # Scaled so that squares neither overflow nor underflow.
-    scale = 2.0 ** min(max(-math.frexp(size)[1], -largest), largest)
 
     def squared(vector: np.ndarray) -> np.ndarray:
         """Multiply by ``Aᵀ A``."""
         return product(across, product(matrix, vector.reshape(-1, 1)) * scale) * scale
 
-    short = int(matrix.shape[1])
+    # The block is in the row space: if the rank is no larger than its dimension, it is all that is needed.
+    start, short = backend.to_numpy(block).sum(axis=1), int(matrix.shape[1])
     restarts = max(_RESTARTS, short // max(rank + 1, _STEPS - rank))
-    pairs = _eigenvectors(squared, start * scale, rank, _STEPS, restarts, _CONVERGED * eps, rng)
+    pairs = _eigenvectors(squared, start, rank, _STEPS, restarts, _CONVERGED * eps, rng)
     ritz = None if pairs is None else _rayleigh_ritz(backend, matrix, np.linalg.qr(pairs[1])[0])
     if ritz is None:
         return None
@@ -132,10 +133,48 @@ def leading_triplets(backend: Backend, matrix: Array, rank: int, seed: int) -> t
         image = squared(column - known @ (known.T @ column))
         return np.asarray(image - known @ (known.T @ image))
 
-    another = np.asarray(rng.standard_normal((short, 1)), start.dtype)
+    another = np.asarray(rng.standard_normal(short), start.dtype)
     largest_left = _eigenvectors(deflated, another, 1, _SEARCH, _RESTARTS, _ROUGH, rng)
     missed = largest_left is not None and math.sqrt(max(0.0, largest_left[0][0])) > scale * limit
     return None if missed else (u, s, v)
+
+
+def _subspace(
+    backend: Backend, matrix: Array, rank: int, rng: np.random.Generator
+) -> tuple[Array, float, tuple[Array, np.ndarray, Array] | None]:
+    """Return a basis of leading right vectors, the largest value, and the triplets where a few passes yield them."""
+    dtype, device = backend.dtype_name(matrix), backend.device(matrix)
+
+    def rotated(basis: Array, rotation: np.ndarray) -> Array:
+        return backend.matmul(basis, backend.asarray(np.ascontiguousarray(rotation), dtype, device))
+
+    sides, short = (matrix, backend.matrix_transpose(matrix)), int(matrix.shape[1])
+    block = backend.asarray(rng.standard_normal((short, min(rank + _MORE, short))), dtype, device)
+    rounding, largest, residual = _ACCEPTED * float(np.finfo(dtype).eps), 0.0, 1.0
+    with np.errstate(over="ignore", invalid="ignore"):
+        basis = backend.qr(backend.matmul(matrix, block))[0]
+        image = backend.matmul(sides[1], basis)
+    for passes in range(2, _PASSES + 1):
+        following, triangle = backend.qr(image)
+        host = backend.to_numpy(triangle).astype(np.float64)
+        if not np.isfinite(host).all():
+            return block, math.inf, None
+        block = (basis, following)[passes % 2 == 0]
+        to_after, values, to_before = np.linalg.svd(host)
+        s, largest = values[:rank], float(values[0])
+        # In a pass the residual falls by about this factor, of which the block's last value tells too little.
+        falls = 1.5 * values[-1] / s[-1] if s[-1] else 0.0
+        if largest == 0.0 or residual * falls ** (_PASSES - passes) > rounding:
+            break
+        before, after = rotated(basis, to_before[:rank].T), rotated(following, to_after[:, :rank])
+        # One equation of the triplets holds by their definition, up to rounding; this is the other one.
+        image = backend.matmul(sides[passes % 2], following)
+        rest = backend.to_numpy(rotated(image, to_after[:, :rank])).astype(np.float64) - backend.to_numpy(before) * s
+        residual = float(np.max(np.linalg.norm(rest / largest, axis=0)))
+        if residual <= rounding:
+            return block, largest, ((before, s, after) if passes % 2 == 0 else (after, s, before))
+        basis = following
+    return block, largest, None
 
 
 def _leaves_less(matrix: np.ndarray, s: np.ndarray, limit: float) -> bool:
@@ -181,7 +220,7 @@ def _eigenvectors(
     operator = LinearOperator((size, size), matvec=product, dtype=start.dtype)
     try:
         values, vectors = eigsh(
-            operator, count, which="LA", v0=start[:, 0], ncv=min(size, max(2 * count + 1, steps)), maxiter=restarts,
+            operator, count, which="LA", v0=start, ncv=min(size, max(2 * count + 1, steps)), maxiter=restarts,
             tol=tol, **({"rng": rng} if _seeded() else {}),
         )  # fmt: skip
     except ArpackError:
