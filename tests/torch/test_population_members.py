@@ -196,6 +196,13 @@ def test_a_member_s_file_is_that_of_the_adapter_alone(config: str, tmp_path: Pat
     adapters[2].save(tmp_path / "member")
     alone.save(tmp_path / "alone")
     assert (tmp_path / "member").read_bytes() == (tmp_path / "alone").read_bytes()
+    adapters.save(tmp_path / "all")
+    tna.append(tmp_path / "all", adapters[2], name="new")
+    tna.replace(tmp_path / "all", 0, adapters[2])
+    first, third, new = tna.load(tmp_path / "all", members=[0, 2, "new"])
+    assert all((array == third.arrays[name]).all() for file in (first, new) for name, array in file.arrays.items())
+    with pytest.raises(tna.FileError, match="a whole population, in place of one member"):
+        tna.replace(tmp_path / "all", 0, adapters)
     adapters[2].save_pretrained(tmp_path / "folder")
     assert (tmp_path / "folder" / "adapter.safetensors").read_bytes() == (tmp_path / "alone").read_bytes()
     loaded = small()

@@ -11,7 +11,7 @@ import io
 import os
 import stat
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -33,10 +33,18 @@ from .population_file import (
 )
 
 
+@runtime_checkable
+class Attached(Protocol):
+    """An adapter that is attached to a model, such as :class:`tnadapt.torch.Adapter`."""
+
+    def to_file(self) -> AdapterFile | PopulationFile:
+        """Return what a file of it would have."""
+
+
 @checks_arguments
 def append(
     path: str | os.PathLike[str],
-    member: AdapterFile | Mapping[str, np.ndarray] | PopulationFile,
+    member: AdapterFile | Mapping[str, np.ndarray] | PopulationFile | Attached,
     name: str | None = None,
 ) -> None:
     """Append a member, or all members of another population, to the file of a population.
@@ -45,10 +53,11 @@ def append(
     ----------
     path : str or PathLike
         A file that :func:`tnadapt.save` wrote of a :class:`~tnadapt.PopulationFile`.
-    member : AdapterFile, mapping of str to ndarray, or PopulationFile
+    member : AdapterFile, mapping of str to ndarray, PopulationFile, or attached adapter
         The new member, equal to those of the file in everything but its arrays; or its arrays alone, by the names and
         in the shapes of ``plan.param_shapes``, in the file's dtype. Of a population, all members are appended, with
-        their names, or none is.
+        their names, or none is. An attached adapter, or member of an attached population, is taken as it would be
+        saved.
     name : str, optional
         Name of the member: printable, at most 256 bytes in UTF-8, and not yet in the file.
 
@@ -102,7 +111,9 @@ def append(
 
 
 @checks_arguments
-def replace(path: str | os.PathLike[str], which: int | str, member: AdapterFile | Mapping[str, np.ndarray]) -> None:
+def replace(
+    path: str | os.PathLike[str], which: int | str, member: AdapterFile | Mapping[str, np.ndarray] | Attached
+) -> None:
     """Replace the arrays of a member in the file of a population; its number and name stay.
 
     Parameters
@@ -111,7 +122,7 @@ def replace(path: str | os.PathLike[str], which: int | str, member: AdapterFile 
         A file that :func:`tnadapt.save` wrote of a :class:`~tnadapt.PopulationFile`.
     which : int or str
         The member's number or name.
-    member : AdapterFile or mapping of str to ndarray
+    member : AdapterFile, mapping of str to ndarray, or attached adapter
         As for :func:`append`.
 
     Raises
@@ -151,6 +162,7 @@ def replace(path: str | os.PathLike[str], which: int | str, member: AdapterFile 
 
 def _new_members(value: Any, name: str | None, population: PopulationFile) -> PopulationFile:
     """Return what is appended, after checking that it differs from the population in its arrays alone."""
+    value = value.to_file() if isinstance(value, Attached) else value
     if isinstance(value, PopulationFile):
         if name is not None:
             raise ConfigError("name= is for one member; those of a population have names of their own")
@@ -164,10 +176,13 @@ def _new_members(value: Any, name: str | None, population: PopulationFile) -> Po
 def _member(value: Any, population: PopulationFile) -> AdapterFile:
     """Return a new member, after checking that it differs from those of the population in its arrays alone."""
     shared = population.shared
+    value = value.to_file() if isinstance(value, Attached) else value
     if isinstance(value, AdapterFile):
         check_shared(value, shared, "the member")
         value.check_finite()
         return value
+    if isinstance(value, PopulationFile):
+        raise ConfigError("the member: a whole population, in place of one member: give one, such as population[0]")
     try:
         # AdapterFile itself notes the dtype of arrays in ml_dtypes' bfloat16.
         file = dataclasses.replace(shared, arrays=value)

@@ -570,11 +570,30 @@ class AdapterFiles:
         -----
         Under ``torch.distributed`` every process must call (sharded arrays are gathered), and process 0 writes.
         """
-        need_attached(self._state)
-        file = content_of(self._state, self.pretrained, store_bases)
+        file = self.to_file(store_bases=store_bases)
         if is_writer():
             adapter_format.save(path, file)
         _log.info("saved %r to %s", self, escaped(str(path)))
+
+    def to_file(self, *, store_bases: bool = False) -> AdapterFile | PopulationFile:
+        """Return what :meth:`save` would write, in memory.
+
+        Parameters
+        ----------
+        store_bases : bool
+            As in :meth:`save`.
+
+        Returns
+        -------
+        AdapterFile or PopulationFile
+            With copies of the arrays on the host. Of a member, ``tna.append`` takes the member itself.
+
+        Notes
+        -----
+        Under ``torch.distributed`` every process must call, as sharded arrays are gathered.
+        """
+        need_attached(self._state)
+        return content_of(self._state, self.pretrained, store_bases)
 
     @checks_arguments
     def save_pretrained(
