@@ -18,9 +18,10 @@ if TYPE_CHECKING:
     from .algebra.folding import from_hypercube, hypercube_shape, to_hypercube
     from .algebra.formats import register_format
     from .algebra.geometry import geometry
+    from .algebra.layout import join_groups, split_groups
     from .algebra.maps import register_map
     from .algebra.maps.fastfood import fwht
-    from .algebra.maps.projection import Projection
+    from .algebra.maps.projection import Projection, fastfood
     from .algebra.presets import register_preset
     from .algebra.products import cp_to_tensor, kron_matvec, kronecker, tt_to_tensor, tucker_to_tensor
     from .algebra.sources import register_source
@@ -78,12 +79,14 @@ __all__ = [
     "cp_to_tensor",
     "decompose",
     "extract",
+    "fastfood",
     "from_hypercube",
     "fwht",
     "geometry",
     "hadamard_decomposition",
     "hypercube_shape",
     "info",
+    "join_groups",
     "kron_matvec",
     "kronecker",
     "kronecker_decomposition",
@@ -104,6 +107,7 @@ __all__ = [
     "save",
     "search_rank",
     "sources",
+    "split_groups",
     "tensor_ring",
     "tensor_train",
     "to_hypercube",
@@ -135,12 +139,14 @@ _LAZY = {
     "cp_to_tensor": "algebra.products",
     "decompose": "decomposition",
     "extract": "decomposition.extraction",
+    "fastfood": "algebra.maps.projection",
     "from_hypercube": "algebra.folding",
     "fwht": "algebra.maps.fastfood",
     "geometry": "algebra.geometry",
     "hadamard_decomposition": "tensors._kronecker",
     "hypercube_shape": "algebra.folding",
     "info": "checkpoints.info",
+    "join_groups": "algebra.layout",
     "kron_matvec": "algebra.products",
     "kronecker": "algebra.products",
     "kronecker_decomposition": "tensors._kronecker",
@@ -159,6 +165,7 @@ _LAZY = {
     "replace": "checkpoints.population_changes",
     "save": "checkpoints.adapter_format",
     "search_rank": "decomposition",
+    "split_groups": "algebra.layout",
     "tensor_ring": "tensors._train_decomposition",
     "tensor_train": "tensors._train_decomposition",
     "to_hypercube": "algebra.folding",

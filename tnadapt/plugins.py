@@ -72,6 +72,8 @@ class NameRegistry(Mapping[str, V], Generic[V]):
         Kind of thing, for messages: ``"format"``.
     built_in : mapping of str to V
         In the order in which messages list them.
+    aliases : mapping of str to str, optional
+        Other names of what is built in, which settings and files never have.
 
     Notes
     -----
@@ -81,9 +83,10 @@ class NameRegistry(Mapping[str, V], Generic[V]):
     error.
     """
 
-    def __init__(self, kind: str, built_in: Mapping[str, V]) -> None:
+    def __init__(self, kind: str, built_in: Mapping[str, V], aliases: Mapping[str, str] | None = None) -> None:
         _registries.append(self)
         self.kind = kind
+        self.aliases = dict(aliases or {})
         self._built_in = dict(built_in)
         self._added: dict[str, V] = {}
         self._definitions: dict[str, Any] = {}
@@ -120,7 +123,7 @@ class NameRegistry(Mapping[str, V], Generic[V]):
         ConfigError
             If the name is not that of :func:`checked_name`, or another module has registered something under it.
         """
-        checked_name(self.kind, name, self._built_in)
+        checked_name(self.kind, name, {*self._built_in, *self.aliases})
         earlier = self._definitions.get(name, definition)
         if earlier.__module__ != definition.__module__:
             raise ConfigError(
@@ -176,6 +179,7 @@ class Registry(NameRegistry[type[T]], Generic[T]):
         Base class that each class must inherit from.
     built_in : mapping of str to type or str
         In the order in which messages list them; ``"package.module:Class"`` is imported when it is first looked up.
+    aliases : mapping of str to str, optional
 
     Examples
     --------
@@ -188,8 +192,14 @@ class Registry(NameRegistry[type[T]], Generic[T]):
     tnadapt.errors.ConfigError: shape must be one of 'true'; got 'round'. If a plug-in provides it, install the plug-in
     """
 
-    def __init__(self, kind: str, contract: type[T], built_in: Mapping[str, type[T] | str]) -> None:
-        super().__init__(kind, cast("Mapping[str, type[T]]", built_in))
+    def __init__(
+        self,
+        kind: str,
+        contract: type[T],
+        built_in: Mapping[str, type[T] | str],
+        aliases: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(kind, cast("Mapping[str, type[T]]", built_in), aliases)
         self.contract = contract
 
     def __getitem__(self, name: str) -> type[T]:
@@ -205,7 +215,7 @@ class Registry(NameRegistry[type[T]], Generic[T]):
             raise ConfigError(
                 f"{_one(self.kind)} must be a class that inherits from {_public(self.contract)}; got {safe_repr(cls)}"
             )
-        checked_name(self.kind, name, self._built_in)
+        checked_name(self.kind, name, {*self._built_in, *self.aliases})
 
     def register(self, name: str, cls: type[T]) -> None:
         """Add a class.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -15,6 +16,9 @@ from tnadapt.algebra.folding import balanced_factors, balanced_shape, best_cut, 
 from tnadapt.algebra.formats import make_format
 from tnadapt.algebra.network import Network
 from tnadapt.backends import Backend
+
+ORDERS = st.integers(1, 4)
+Shape = tuple[int, ...]
 
 # -- Sizes by integer arithmetic, and the boxes that cover a slice -----------------------------------------------------
 
@@ -107,14 +111,47 @@ def test_to_hypercube_and_back(backend: Backend, size: int, order: int) -> None:
     assert np.array_equal(backend.to_numpy(tna.from_hypercube(tensor, size)), vec)
 
 
+@given(st.lists(st.lists(st.integers(1, 5), min_size=1, max_size=3).map(tuple), min_size=1, max_size=4), ORDERS)
+def test_several_arrays_are_one_vector_in_a_hypercube(backend: Backend, shapes: list[Shape], order: int) -> None:
+    hosts = [np.random.default_rng(0).normal(size=shape) for shape in shapes]
+    long = np.concatenate([host.reshape(-1) for host in hosts])
+    arrays = [backend.asarray(host, "float64") for host in hosts]
+    tensor = tna.to_hypercube(arrays, order)
+    assert tensor.shape == tna.hypercube_shape(shapes, order) == tna.hypercube_shape(arrays, order)
+    assert np.array_equal(backend.to_numpy(tensor).reshape(-1)[: len(long)], long)
+    for like in (shapes, arrays):
+        again = tna.from_hypercube(tensor, like)
+        assert all(np.array_equal(backend.to_numpy(a), b) for a, b in zip(again, hosts, strict=True))
+    # A single one is no list.
+    only = tna.from_hypercube(tna.to_hypercube(arrays[0], order), shapes[0])
+    assert np.array_equal(backend.to_numpy(only), hosts[0])
+
+
+@pytest.mark.parametrize(
+    ("message", "call"),
+    [
+        ("size must be from 1", lambda: tna.hypercube_shape(0, 1)),
+        ("size must be from 1", lambda: tna.hypercube_shape([(2, 3), (0, 2)], 2)),
+        ("order must be from 1", lambda: tna.hypercube_shape(1, 0)),
+        ("size must be an integer; got 'weights'", lambda: tna.hypercube_shape("weights", 2)),
+        ("size is an empty sequence; expected a number of elements, a shape", lambda: tna.hypercube_shape([], 2)),
+        ("size must be an integer; got 2.5", lambda: tna.from_hypercube(np.zeros((3, 3)), (2, 2.5))),
+        ("cannot take 10", lambda: tna.from_hypercube(np.zeros((3, 3)), 10)),
+        ("cannot take 10", lambda: tna.from_hypercube(np.zeros((3, 3)), [(2, 3), (2, 2)])),
+        (r"x must have one or more elements; got \[\(0, 2\)\]", lambda: tna.to_hypercube(np.zeros((0, 2)), 2)),
+        (r"x must have one or more elements; got \[\]", lambda: tna.to_hypercube([], 2)),
+    ],
+)
+def test_bad_sizes(message: str, call: Callable[[], object]) -> None:
+    with pytest.raises(tna.ShapeError, match=message):
+        call()
+
+
 def test_bad_input() -> None:
-    for size, order in ((0, 1), (1, 0), (-3, 2)):
-        with pytest.raises(tna.ShapeError, match="must be from 1"):
-            tna.hypercube_shape(size, order)
-    with pytest.raises(tna.ShapeError, match="a vector"):
-        tna.to_hypercube(np.zeros((2, 2)), 2)
-    with pytest.raises(tna.ShapeError, match="cannot take 10"):
-        tna.from_hypercube(np.zeros((3, 3)), 10)
+    with pytest.raises(tna.BackendError, match="x must be an array of numbers or a sequence of arrays"):
+        tna.to_hypercube("weights", 2)
+    with pytest.raises(tna.BackendError, match="arrays of two dtypes in one call: float64 and float32"):
+        tna.to_hypercube([np.zeros(2), np.zeros(2, np.float32)], 2)
     for split_size in (0, (2, 0), (2,), (2, 2, 2)):
         with pytest.raises(tna.ConfigError, match="split_size"):
             kronecker_sizes((4, 4), 2, split_size)

@@ -84,7 +84,10 @@ def test_kronecker_matches_numpy(order: int, count: int, data: st.DataObject) ->
     rng = np.random.default_rng(0)
     shape = st.lists(st.integers(1, 3), min_size=order, max_size=order)
     arrays = [rng.normal(size=data.draw(shape)) for _ in range(count)]
-    assert relative_error(tna.kronecker(arrays), functools.reduce(np.kron, arrays)) < 1e-12
+    product = tna.kronecker(*arrays)
+    assert relative_error(product, functools.reduce(np.kron, arrays)) < 1e-12
+    for several in (arrays, tuple(arrays), iter(arrays)):
+        assert np.array_equal(tna.kronecker(several), product)
 
 
 @pytest.mark.law("products")
@@ -164,7 +167,8 @@ def test_every_library_gives_numpys_value_and_the_exact_gradient(
         ("; got 1 parts", lambda: tna.cp_to_tensor(([ONES22],))),
         ("; got 3 parts", lambda: tna.tucker_to_tensor((ONES22, [None], [None]))),
         ("a tensor train takes a list of cores; got 2.0", lambda: tna.tt_to_tensor(2.0)),
-        ("a Kronecker product takes a list of arrays; got None", lambda: tna.kronecker(None)),
+        ("a Kronecker product takes arrays, or a list of arrays; got None", lambda: tna.kronecker(None)),
+        ("a Kronecker product needs at least one array; got none", lambda: tna.kronecker()),
         ("arrays of at most 32 axes; got 33", lambda: tna.kronecker([np.ones([1] * 33)] * 2)),
         (r"x has shape \(3,\); expected \(4,\)", lambda: tna.kron_matvec([np.ones((2, 2))] * 2, np.ones(3))),
     ],
@@ -179,6 +183,8 @@ def test_mixed_dtypes_and_no_arrays() -> None:
         tna.kronecker([np.ones(2), np.ones(2, np.float32)])
     with pytest.raises(tna.BackendError, match="got list"):
         tna.kronecker([[1.0, 2.0]])
+    with pytest.raises(tna.BackendError, match=r"one of arrays must be an array of one of numpy.*; got int"):
+        tna.kronecker(np.ones(2), 3)
 
 
 # -- Rearrangement of Kronecker products to outer products -------------------------------------------------------------

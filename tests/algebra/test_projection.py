@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
 import math
 import pickle
 from collections.abc import Callable
@@ -59,6 +60,37 @@ def test_on_every_library(backend: Backend, kind: str, lengths: tuple[int, int],
     slope = np.ones(f.n_out) if f.linear else np.tanh(dense(f) @ at) ** 2
     adjoint = backend.to_numpy(f.adjoint(backend.asarray(y, "float64"), at=backend.asarray(at, "float64")))
     assert relative_error(adjoint, dense(f).T @ (slope * y)) < 1e-12
+
+
+FASTFOOD = ("linear", "linear_v2", "nonlinear", "nonlinear_v2")
+
+
+@pytest.mark.law("projection-adjoint", "equal-seeds")
+@given(st.sampled_from(FASTFOOD), st.sampled_from([0.07, 0.5, 1.0, 3.0]), st.integers(1, 90), st.integers(0, 2**64 - 1))
+def test_fastfood_is_the_f_of_plans(backend: Backend, kind: str, ratio: float, size: int, seed: int) -> None:
+    config = tna.Config(order=1, format="dense", projection=kind, ratio=min(ratio, 1.0), seed=seed)
+    f = tna.SuperLoRA(config, [(1, size)]).groups[0].projection
+    if ratio > 1.0:  # no plan has such an F
+        f = tna.Projection(kind, 3 * size, size, seed)
+    host = np.random.default_rng(0).normal(size=(2, f.n_in))
+    x = backend.asarray(host, "float64")
+    y = backend.to_numpy(tna.fastfood(x, size, seed=seed, kind=kind))
+    assert np.array_equal(y, backend.to_numpy(f(x)))
+    assert relative_error(y, expected(f, host)) < 1e-12
+    if f.linear:
+        back = np.random.default_rng(1).normal(size=size)
+        adjoint = tna.fastfood(backend.asarray(back, "float64"), f.n_in, seed=seed, kind=kind, adjoint=True)
+        assert relative_error(host @ backend.to_numpy(adjoint), y @ back) < 1e-10
+
+
+def test_fastfood_is_a_name_of_linear() -> None:
+    assert tna.Projection("fastfood", 3, 5).kind == "linear"
+    config = tna.Config(projection=["shuffle", "fastfood"])
+    assert config == tna.Config(projection=["shuffle", "linear"])
+    assert "fastfood" not in json.dumps(config.to_dict())
+    assert np.array_equal(tna.fastfood(np.ones(3), 5, kind="fastfood"), tna.fastfood(np.ones(3), 5))
+    with pytest.raises(tna.ConfigError, match="projection 'fastfood' is built in and cannot be replaced"):
+        tna.register_map("fastfood", tna.maps.Map)
 
 
 @pytest.mark.law("draws-in-pieces", "projection-slice")
@@ -200,7 +232,7 @@ def read_only() -> np.ndarray:
 
 REFUSED: list[tuple[type[Exception], Callable[[], object], str]] = [
     *((tna.ConfigError, functools.partial(tna.Projection, *arguments), message) for arguments, message in (
-        (("fastfood", 3, 3), "one of 'identity'"),
+        (("slowfood", 3, 3), "one of 'identity'"),
         (("linear", 0, 3), "n_in must be from 1"),
         (("linear", 3, 0), "n_out must be from 1"),
         (("identity", 3, 4), "keeps the length"),
@@ -223,6 +255,17 @@ REFUSED: list[tuple[type[Exception], Callable[[], object], str]] = [
     *((tna.ShapeError, functools.partial(NONLINEAR.slice, np.zeros(3), start, stop),
        r"is empty|must be from|must be an integer")
       for start, stop in ((0, 0), (3, 2), (-1, 2), (0, 6), (0, 2.0))),
+    (tna.ShapeError, lambda: tna.fastfood(np.ones(()), 3), r"x has shape \(\); expected \(…, n\)"),
+    (tna.ShapeError, lambda: tna.fastfood(np.ones((2, 0)), 3), r"x has shape \(2, 0\); expected \(…, n\)"),
+    (tna.ConfigError, lambda: tna.fastfood(np.ones(3), 0), "size must be from 1"),
+    (tna.ConfigError, lambda: tna.fastfood(np.ones(3), 5, seed=-1), "seed must be from 0"),
+    (tna.ConfigError, lambda: tna.fastfood(np.ones(3), 3, kind="x"), "kind must be one of 'linear', .*; got 'x'$"),
+    (tna.ConfigError, lambda: tna.fastfood(np.ones(3), 3, kind="shuffle"),
+     "got 'shuffle'; tnadapt.Projection has the other maps"),
+    (tna.ConfigError, lambda: tna.fastfood(np.ones(5), 3, seed=7, kind="nonlinear", adjoint=True),
+     r"use tnadapt.Projection\('nonlinear', n_in=3, n_out=5, seed=7\).adjoint\(y, at=x\)"),
+    (tna.BackendError, lambda: tna.fastfood(3.0, 5), "x must be an array"),
+    (tna.BackendError, lambda: tna.fastfood(np.arange(3), 5), "x, the input of fastfood, must have a real floating"),
     (tna.ShapeError, lambda: tna.fwht(np.zeros((4, 4)), axis=2), "axis, in an array of shape"),
     (tna.ShapeError, lambda: tna.fwht(np.array(1.0)), "axis"),
     (tna.BackendError, lambda: tna.fwht(np.zeros(4, np.int64)), "int64"),

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import fractions
 import itertools
 import json
+import math
 import pickle
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from hypothesis import strategies as st
 
 import tnadapt as tna
 from tests.algebra.random_parameters import drawn
-from tests.conftest import peak_of, relative_error
+from tests.conftest import NUMPY_AND_TORCH, peak_of, relative_error
 from tests.support.references import reference
 from tnadapt.algebra.formats import FORMATS
 from tnadapt.algebra.group import batches
@@ -352,6 +354,131 @@ def test_pieces_are_the_reference_positions(data: st.DataObject) -> None:
     for start, stop in ((-1, 2), (3, 2), (0, layout.size + 1), (layout.size + 1, layout.size + 1)):
         with pytest.raises(tna.ShapeError, match=f"no slice {start}:{stop} of a vector of {layout.size} elements"):
             layout.of_slice(start, stop)
+
+
+@given(st.data())
+def test_split_groups_cuts_the_long_vector_and_join_groups_inverts_it(backend: Backend, data: st.DataObject) -> None:
+    weights = data.draw(shapes())
+    config = data.draw(configs(weights))
+    layers = [data.draw(st.integers(0, 1)) for _ in weights]
+    hosts = [np.random.default_rng(number).normal(size=shape) for number, shape in enumerate(weights)]
+    arrays = [backend.asarray(host, "float64") for host in hosts]
+    vectors = tna.split_groups(arrays, config.groups, layers=layers, roles=layers)
+    expected = [flat(hosts)[where] for where in reference.positions(config, weights, layers, layers)]
+    assert all(np.array_equal(backend.to_numpy(v), e) for v, e in zip(vectors, expected, strict=True))
+    joined = tna.join_groups(vectors, weights, config.groups, layers=layers, roles=layers)
+    assert all(np.array_equal(backend.to_numpy(j), host) for j, host in zip(joined, hosts, strict=True))
+
+
+A, B = np.ones((2, 3)), np.ones((4, 2))
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "call"),
+    [
+        (tna.ShapeError, "matrices is empty", lambda: tna.split_groups([], 1)),
+        (tna.ShapeError, r"matrices\[1\] is \(3,\); expected \(rows, cols\)", lambda: tna.split_groups([A, A[0]], 1)),
+        (tna.BackendError, "matrices must be a sequence of arrays of numbers; got 3", lambda: tna.split_groups(3, 1)),
+        (tna.BackendError, "two dtypes", lambda: tna.split_groups([A, np.ones((2, 3), np.float32)], 1)),
+        (tna.ConfigError, "groups=15 is more than the 14 elements", lambda: tna.split_groups([A, B], 15)),
+        (tna.ConfigError, "groups must be from 1", lambda: tna.split_groups([A, B], 0)),
+        (tna.ConfigError, '"role", an integer of at least 1', lambda: tna.split_groups([A, B], "roles")),
+        (tna.ConfigError, "needs layers=", lambda: tna.split_groups([A, B], "layer")),
+        (tna.ConfigError, "0 to 1 exactly once", lambda: tna.split_groups([A, B], [[0, 2]])),
+        (tna.ShapeError, "vectors must be one per group; got 1 for 2 groups",
+         lambda: tna.join_groups([np.ones(14)], [(2, 3), (4, 2)], 2)),
+        (tna.ShapeError, r"vectors\[1\] has shape \(8,\); expected \(7,\), as the shapes and groups say",
+         lambda: tna.join_groups([np.ones(7), np.ones(8)], [(2, 3), (4, 2)], 2)),
+        (tna.ShapeError, "shapes must be a sequence of pairs of integers; got",
+         lambda: tna.join_groups([np.ones(2)], [(2,)], 1)),
+    ],
+)  # fmt: skip
+def test_bad_groups(error: type[Exception], message: str, call: Callable[[], object]) -> None:
+    with pytest.raises(error, match=message):
+        call()
+
+
+# -- The equation by hand, operator by operator ------------------------------------------------------------------------
+
+
+def by_hand(plan: tna.SuperLoRA, params: Any) -> list[Any]:
+    """Return the updates of all weights by the public operators: equation (2) of the paper."""
+    config, vectors = plan.config, []
+    for g, group in enumerate(plan.groups):
+        splits = []
+        for split in (f"group{g}.split{k}." for k in range(config.splits)):
+            factors = [params[f"{split}factor{m}"] for m in range(config.order)]
+            cp = config.format != "tucker"
+            make = tna.cp_to_tensor if cp else tna.tucker_to_tensor
+            splits.append(make((params.get(f"{split}weights") if cp else params[f"{split}core"], factors)))
+        n_in = max(1, math.ceil(fractions.Fraction(str(config.ratio)) * group.size))
+        tensor = tna.kronecker(splits)[tuple(map(slice, tna.hypercube_shape(n_in, config.order)))]
+        x = tna.from_hypercube(tensor, n_in) * config.scale
+        vectors.append(tna.fastfood(x, group.size, seed=config.seed, kind=config.projection))
+    return tna.join_groups(vectors, plan.shapes, config.groups)
+
+
+@st.composite
+def composed(draw: st.DrawFn) -> tna.SuperLoRA:
+    weights = draw(shapes())
+    most = min(4, sum(rows * cols for rows, cols in weights))
+    splits, rank = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    return tna.SuperLoRA(
+        tna.Config(
+            rank, draw(st.integers(1, 3)), splits=splits, groups=draw(st.just("weight") | st.integers(1, most)),
+            fold="hypercube", leading="same", split_size=draw(st.integers(1, 3)) if splits > 1 else "balanced",
+            format=draw(st.sampled_from(["cp", "cp-weighted", "tucker"])), projection=draw(st.sampled_from(KINDS[2:4])),
+            ratio=draw(st.sampled_from([0.07, 0.3, 0.5, 1.0])), alpha=draw(st.sampled_from([None, rank / 4, 2 * rank])),
+            seed=draw(st.integers(0, 2**32)),
+        ),
+        weights,
+    )  # fmt: skip
+
+
+@pytest.mark.law("update-formula")
+@given(composed())
+def test_the_operators_by_hand_are_the_plan(backend: Backend, plan: tna.SuperLoRA) -> None:
+    # Sums of whole numbers are exact in any order, so what is left is the same call of F: equal to the bit.
+    rng = np.random.default_rng(0)
+    whole = {name: rng.integers(-3, 4, size=shape).astype(float) for name, shape in plan.param_shapes.items()}
+    for host in (whole, drawn(plan)):
+        params = {name: backend.asarray(array, "float64") for name, array in host.items()}
+        expected = flat([backend.to_numpy(delta) for delta in plan.deltas(params)])
+        operators = flat([backend.to_numpy(delta) for delta in by_hand(plan, params)])
+        assert relative_error(operators, expected) < 1e-12
+        assert host is not whole or np.array_equal(operators, expected)
+
+
+@pytest.mark.law("update-formula")
+@pytest.mark.parametrize("library", [*NUMPY_AND_TORCH[1:], pytest.param("jax", marks=pytest.mark.slow)])
+def test_the_operators_are_differentiable_and_map_over_batches(library: str) -> None:
+    config = tna.Config(2, 3, splits=2, groups=2, fold="hypercube", leading="same", split_size=2, format="tucker",
+                        projection="linear", ratio=0.3)  # fmt: skip
+    plan, backend = tna.SuperLoRA(config, [(6, 4), (5, 3)]), load_backend(library)
+    params = {name: backend.asarray(array, "float64") for name, array in drawn(plan).items()}
+
+    def loss(compute: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        return lambda arrays: sum(backend.sum(backend.flatten(delta**3), axis=0) for delta in compute(arrays))
+
+    gradients = [
+        backend.gradient(loss(compute), params) for compute in (plan.deltas, lambda arrays: by_hand(plan, arrays))
+    ]
+    assert gradients[0] is not None
+    for name, gradient in gradients[0].items():
+        assert relative_error(backend.to_numpy(gradients[1][name]), backend.to_numpy(gradient)) < 1e-12
+    several = {name: backend.asarray(np.stack([array, 2 * array]), "float64") for name, array in drawn(plan).items()}
+    if library == "jax":
+        import jax
+
+        batched = jax.jit(jax.vmap(lambda arrays: by_hand(plan, arrays)))(several)
+    else:
+        import torch
+
+        batched = torch.func.vmap(lambda arrays: by_hand(plan, arrays))(several)
+    for member in range(2):
+        alone = by_hand(plan, {name: array[member] for name, array in several.items()})
+        for together, delta in zip(batched, alone, strict=True):
+            assert relative_error(backend.to_numpy(together[member]), backend.to_numpy(delta)) < 1e-12
 
 
 # -- Networks whose modes index the fold in another order, or several of its sizes in one mode -------------------------

@@ -364,8 +364,8 @@ def test_a_wrong_result_is_noticed(bench: Workbench) -> None:
     assert wrong_message("rank must be an integer; got None", "rank") is None
     assert wrong_message("it must be an integer; got None", "rank") is not None
     assert wrong_message("rank " * 1000, "rank") is not None
-    assert complaint("kronecker", "arrays", lambda: [np.ones(2), np.ones(3)], bench) is None
-    with unittest.mock.patch("tnadapt.kronecker", lambda arrays: arrays.shape):
-        wrong = complaint("kronecker", "arrays", lambda: 3, bench)
+    assert complaint("kronecker", "*arrays", lambda: [np.ones(2), np.ones(3)], bench) is None
+    with unittest.mock.patch("tnadapt.kronecker", lambda *arrays: arrays[0].shape):
+        wrong = complaint("kronecker", "*arrays", lambda: 3, bench)
     assert wrong is not None
     assert wrong.startswith("AttributeError")

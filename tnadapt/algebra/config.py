@@ -23,7 +23,7 @@ from . import maps
 from .applying import APPLYING, AXES
 from .folding import FOLDS, MAX_ORDER
 from .formats import FORMATS, Axes
-from .layout import Layout
+from .layout import Layout, checked_groups
 from .maps import ON, Recipe
 from .sources import Source, SourceMap, require_flags, source_from_dict, source_to_dict
 from .starting_points import STARTS
@@ -329,22 +329,6 @@ def checked_word(name: str, value: Any, words: tuple[str, ...], other: str = "")
     if not isinstance(value, str) or value not in words:
         other = f" {other}" if other else ""
         raise ConfigError(f"{name} must be one of {', '.join(map(repr, words))}{other}; got {safe_repr(value)}")
-
-
-def checked_groups(groups: Any) -> str | int | tuple[tuple[int, ...], ...]:
-    what = '"weight", "layer", "role", an integer of at least 1, or a list of lists of weight indices'
-    if isinstance(groups, str):
-        if groups not in ("weight", "layer", "role"):
-            raise ConfigError(f"groups must be {what}; got {safe_repr(groups)}")
-        return groups
-    if isinstance(groups, (list, tuple)):
-        if not groups or not all(isinstance(group, (list, tuple)) and group for group in groups):
-            raise ConfigError(f"groups must be {what}, none of them empty; got {safe_repr(groups)}")
-        return tuple(
-            tuple(checked_integer(f"groups[{g}]", weight, 0, MAX_INT) for weight in group)
-            for g, group in enumerate(groups)
-        )
-    return checked_integer("groups", groups, 1, 1 << 62, 'or "weight", "layer", "role" or a list of lists')
 
 
 def checked_sources(sources: Any) -> SourceMap:

@@ -13,11 +13,11 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from tnadapt.argument_checks import checks_arguments, integer
+from tnadapt.argument_checks import checks_arguments, integer, is_sequence
 from tnadapt.backends import Array, Backend, get_backend
-from tnadapt.errors import ConfigError, ShapeError
+from tnadapt.errors import ConfigError, ShapeError, safe_repr
 
 # -- Sizes of the tensor, and of its splits ----------------------------------------------------------------------------
 
@@ -34,21 +34,20 @@ MAX_SIZE = 1 << 62
 _MAX_FACTORED = 1 << 44
 
 
-@checks_arguments
-def hypercube_shape(size: int, order: int) -> tuple[int, ...]:
+def hypercube_shape(size: Any, order: int) -> tuple[int, ...]:
     """Return the sizes of the smallest hypercube of that order that holds ``size`` elements.
 
     Parameters
     ----------
-    size : int
-        Number of elements n, at least 1.
+    size : int, shape, array, or sequence of shapes or arrays
+        Number of elements n, at least 1, or what has them: ``(rows, cols)``, a matrix, or several of these.
     order : int
         Number of modes M, at least 1.
 
     Returns
     -------
     tuple of int
-        ``(d, …, d)``, where d is the least integer with ``d ** order >= size``.
+        ``(d, …, d)``, where d is the least integer with ``d ** order >= n``.
 
     Raises
     ------
@@ -63,10 +62,11 @@ def hypercube_shape(size: int, order: int) -> tuple[int, ...]:
     --------
     >>> hypercube_shape(64, 3), hypercube_shape(65, 3)
     ((4, 4, 4), (5, 5, 5))
-    >>> hypercube_shape(24 * 768 * 768, 2)
+    >>> hypercube_shape([(768, 768)] * 24, 2)
     (3763, 3763)
     """
-    size, order = _checked(size), integer("order", order, 1, MAX_ORDER, ShapeError)
+    size = sum(map(math.prod, _shapes_of(size)[0]))
+    order = integer("order", order, 1, MAX_ORDER, ShapeError)
     low, high = 1, 1 << -(-size.bit_length() // order)
     while low < high:
         middle = (low + high) // 2
@@ -109,27 +109,27 @@ def balanced_shape(size: int, order: int) -> tuple[int, ...]:
 
 
 @checks_arguments
-def to_hypercube(vec: Array, order: int) -> Array:
-    """Fold a vector into a hypercube, padded with zeros at the end.
+def to_hypercube(x: Array | Sequence[Array], order: int) -> Array:
+    """Fold a vector, a matrix or several matrices into a hypercube, padded with zeros at the end.
 
     Parameters
     ----------
-    vec : array, shape (n,)
-        Of any supported library and dtype.
+    x : array or sequence of array
+        Of any supported library and dtype. Its elements form one vector: array after array, each in C order.
     order : int
         Number of modes M.
 
     Returns
     -------
     array, shape (d, …, d)
-        In the library, dtype and device of ``vec``; differentiable.
+        In the library, dtype and device of ``x``; differentiable.
 
     Raises
     ------
     ShapeError
-        If ``vec`` is not a vector of at least one element, or order is below 1.
+        If ``x`` has no elements, or order is below 1.
     BackendError
-        If ``vec`` is not an array of a known library.
+        If ``x`` is not an array of a known library, or mixes libraries, dtypes or devices.
 
     Examples
     --------
@@ -137,50 +137,79 @@ def to_hypercube(vec: Array, order: int) -> Array:
     >>> to_hypercube(np.arange(3.0), 2)
     array([[0., 1.],
            [2., 0.]])
+    >>> to_hypercube([np.ones((3, 2)), np.zeros((1, 2))], 3).shape
+    (2, 2, 2)
     """
-    backend = get_backend(vec)
-    if len(vec.shape) != 1:
-        raise ShapeError(f"to_hypercube expects a vector, shape (n,); got shape {tuple(vec.shape)}")
-    shape = hypercube_shape(vec.shape[0], order)
-    return backend.reshape(backend.pad_last(vec, math.prod(shape)), shape)
+    arrays = [x] if hasattr(x, "shape") else list(x)
+    shapes = [tuple(array.shape) for array in arrays]
+    if not sum(map(math.prod, shapes)):
+        raise ShapeError(f"x must have one or more elements; got {safe_repr(shapes)} as the shapes of its arrays")
+    backend = get_backend(*arrays, what="each array of x")
+    vec = backend.concat([backend.flatten(array) for array in arrays])
+    return folded(backend, vec, hypercube_shape(vec.shape[0], order))
+
+
+def folded(backend: Backend, vec: Array, sizes: Sequence[int]) -> Array:
+    """Fold a vector into a tensor of these sizes, padded with zeros at the end."""
+    return backend.reshape(backend.pad_last(vec, math.prod(sizes)), sizes)
 
 
 @checks_arguments
-def from_hypercube(tensor: Array, size: int) -> Array:
-    """Return the first ``size`` elements of ``vec(tensor)``; the inverse of :func:`to_hypercube`.
+def from_hypercube(tensor: Array, size: Any) -> Any:
+    """Return the first elements of ``vec(tensor)`` as a vector, a matrix or several: the inverse of `to_hypercube`.
 
     Parameters
     ----------
     tensor : array, any shape
         In C order, the last axis fastest.
-    size : int
-        Length of the vector, at most the number of elements of ``tensor``.
+    size : int, shape, array, or sequence of shapes or arrays
+        The number of elements of a vector; the shape of a matrix; or the shapes of several. Of an array, its shape.
+        There are at most as many elements as ``tensor`` has.
 
     Returns
     -------
-    array, shape (size,)
+    array, shape (size,), or array of that shape, or list of array
         In the library, dtype and device of ``tensor``; differentiable.
 
     Raises
     ------
     ShapeError
-        If the tensor has fewer than ``size`` elements, or size is below 1.
+        If the tensor has fewer elements, or size is below 1.
 
     Examples
     --------
     >>> import numpy as np
     >>> from_hypercube(to_hypercube(np.arange(3.0), 2), 3)
     array([0., 1., 2.])
+    >>> [matrix.shape for matrix in from_hypercube(np.ones((3, 3, 3)), [(4, 5), (2, 2)])]
+    [(4, 5), (2, 2)]
     """
     backend = get_backend(tensor)
-    elements = math.prod(tensor.shape)
-    size = _checked(size)
-    if size > elements:
+    shapes, several = _shapes_of(size)
+    lengths, elements = [math.prod(shape) for shape in shapes], math.prod(tensor.shape)
+    if sum(lengths) > elements:
         raise ShapeError(
-            f"size must be at most that of the tensor; cannot take {size} elements of one of shape "
+            f"size must be at most that of the tensor; cannot take {sum(lengths)} elements of one of shape "
             f"{tuple(tensor.shape)}, which has {elements}"
         )
-    return backend.flatten(tensor)[:size]
+    parts = backend.split(backend.flatten(tensor)[: sum(lengths)], lengths)
+    matrices = [backend.reshape(part, shape) for part, shape in zip(parts, shapes, strict=True)]
+    return matrices if several else matrices[0]
+
+
+def _shapes_of(size: Any) -> tuple[list[tuple[int, ...]], bool]:
+    """Return the shapes that a size stands for, and whether it is that of several arrays."""
+    parts = [] if hasattr(size, "shape") or not is_sequence(size) else list(size)
+    several = any(is_sequence(part) or hasattr(part, "shape") for part in parts)
+    if not parts and is_sequence(size) and not hasattr(size, "shape"):
+        raise ShapeError("size is an empty sequence; expected a number of elements, a shape, or several shapes")
+    return [_shape_of(part) for part in (parts if several else [size])], several
+
+
+def _shape_of(size: Any) -> tuple[int, ...]:
+    """Return the shape of one array that a size stands for, where a number is that of a vector."""
+    shape = getattr(size, "shape", ()) or size
+    return tuple(map(_checked, shape)) if is_sequence(shape) else (_checked(shape),)
 
 
 def balanced_factors(size: int, parts: int) -> tuple[int, ...]:

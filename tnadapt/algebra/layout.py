@@ -11,13 +11,14 @@ import itertools
 import math
 import operator
 from bisect import bisect_left, bisect_right
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from tnadapt.argument_checks import is_sequence, wrong_argument
+from tnadapt.argument_checks import checks_arguments, integer, is_sequence, wrong_argument
+from tnadapt.backends import Array, Backend, get_backend
 from tnadapt.errors import ConfigError, ShapeError, safe_repr
 
 from .folding import MAX_SIZE, boxes
@@ -324,6 +325,23 @@ def make_layout(
     return Layout(shapes, list(itertools.accumulate(lengths, initial=0)), order)
 
 
+def checked_groups(groups: Any) -> Groups:
+    """Return groups as a config has them, or raise a ConfigError."""
+    what = '"weight", "layer", "role", an integer of at least 1, or a list of lists of weight indices'
+    if isinstance(groups, str):
+        if groups not in ("weight", "layer", "role"):
+            raise ConfigError(f"groups must be {what}; got {safe_repr(groups)}")
+        return groups
+    if isinstance(groups, (list, tuple)):
+        if not groups or not all(isinstance(group, (list, tuple)) and group for group in groups):
+            raise ConfigError(f"groups must be {what}, none of them empty; got {safe_repr(groups)}")
+        return tuple(
+            tuple(integer(f"groups[{g}]", weight, 0, 1 << 40, ConfigError) for weight in group)
+            for g, group in enumerate(groups)
+        )
+    return integer("groups", groups, 1, MAX_SIZE, ConfigError, 'or "weight", "layer", "role" or a list of lists')
+
+
 def require_alike(layout: Layout, shape: tuple[int, int], fold: Sequence[int]) -> None:
     """Raise a ConfigError unless all weights have the given shape and each group has as many of them as the fold holds.
 
@@ -382,7 +400,7 @@ def _by_key(what: str, given: Iterable[Hashable] | None, weights: int) -> list[l
     return list(members.values())
 
 
-def checked_shapes(shapes: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+def checked_shapes(shapes: Sequence[tuple[int, int]], name: str = "shapes") -> list[tuple[int, int]]:
     """Return the shapes as pairs of integers, or raise a ShapeError."""
     try:
         checked = [tuple(operator.index(size) for size in shape) for shape in shapes]
@@ -392,16 +410,151 @@ def checked_shapes(shapes: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
             raise ShapeError(f"shapes must be a list of (rows, cols) integers; got a model: give {advice}") from error
         raise ShapeError(f"shapes must be a list of (rows, cols) integers; got {safe_repr(shapes)}") from error
     if not checked:
-        raise ShapeError("shapes is empty: there is no weight to update")
+        raise ShapeError(f"{name} is empty: there is no weight to update")
     for position, shape in enumerate(checked):
         if len(shape) != 2 or min(shape) < 1:
             raise ShapeError(
-                f"shapes[{position}] is {safe_repr(shape)}; expected (rows, cols), both at least 1 "
+                f"{name}[{position}] is {safe_repr(shape)}; expected (rows, cols), both at least 1 "
                 "(a convolution's weight is seen as (out, in * height * width))"
             )
     if sum(math.prod(shape) for shape in checked) > MAX_SIZE:
         raise ShapeError("the weights have more than 2**62 elements together, which 64-bit positions cannot count")
     return [(rows, cols) for rows, cols in checked]
+
+
+# -- The matrices of weights as the vectors of groups, and back --------------------------------------------------------
+
+
+@checks_arguments
+def split_groups(
+    matrices: Sequence[Array],
+    groups: Any,
+    *,
+    layers: Sequence[Hashable] | None = None,
+    roles: Sequence[Hashable] | None = None,
+) -> list[Array]:
+    """Cut the long vector of several matrices into the vectors of groups.
+
+    Parameters
+    ----------
+    matrices : sequence of array, shape (rows, cols)
+        Of one library, dtype and device.
+    groups : int, "weight", "layer", "role" or sequence of sequences of int
+        As ``Config.groups``: G pieces of ``ceil(N / G)`` elements, of which the last may be shorter, and empty ones are
+        left out; one group for each matrix, layer or role; or the matrices of each group, each matrix once.
+    layers, roles : sequence of hashable, optional
+        One key per matrix, for ``groups="layer"`` and ``"role"``.
+
+    Returns
+    -------
+    list of array, shape (n,)
+        A vector per group, row by row, in the library, dtype and device of the matrices; differentiable.
+
+    Raises
+    ------
+    ShapeError
+        If there are no matrices, or one is no matrix with elements.
+    ConfigError
+        If the groups do not fit the matrices.
+    BackendError
+        If libraries, dtypes or devices are mixed.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> a, b = np.array([[0, 1, 2], [3, 4, 5]]), np.array([[6, 7]])
+    >>> split_groups([a, b], 2)
+    [array([0, 1, 2, 3]), array([4, 5, 6, 7])]
+    """
+    layout = _grouped("matrices", [array.shape for array in matrices], groups, layers, roles)
+    backend = get_backend(*matrices, what="each of matrices")
+    pieces = [layout.of_group(group) for group in range(layout.num_groups)]
+    return list(group_vectors(backend, lambda weight: matrices[weight], pieces))
+
+
+@checks_arguments
+def join_groups(
+    vectors: Sequence[Array],
+    shapes: Sequence[tuple[int, int]],
+    groups: Any,
+    *,
+    layers: Sequence[Hashable] | None = None,
+    roles: Sequence[Hashable] | None = None,
+) -> list[Array]:
+    """Return the matrices whose groups have these vectors: the inverse of :func:`split_groups`.
+
+    Parameters
+    ----------
+    vectors : sequence of array, shape (n,)
+        One per group, of one library, dtype and device.
+    shapes : sequence of (rows, cols)
+        Of the matrices.
+    groups, layers, roles
+        As for :func:`split_groups`.
+
+    Returns
+    -------
+    list of array, shape (rows, cols)
+        In the library, dtype and device of the vectors; differentiable.
+
+    Raises
+    ------
+    ShapeError
+        If there is not one vector of each group's length, or a shape is not two integers of at least 1.
+    ConfigError
+        If the groups do not fit the shapes.
+    BackendError
+        If libraries, dtypes or devices are mixed.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> join_groups([np.array([0, 1, 2, 3]), np.array([4, 5, 6, 7])], [(2, 3), (1, 2)], 2)
+    [array([[0, 1, 2],
+           [3, 4, 5]]), array([[6, 7]])]
+    """
+    layout = _grouped("shapes", shapes, groups, layers, roles)
+    pieces = [layout.of_group(group) for group in range(layout.num_groups)]
+    if len(vectors) != layout.num_groups:
+        raise ShapeError(f"vectors must be one per group; got {len(vectors)} for {layout.num_groups} groups")
+    for group, vector in enumerate(vectors):
+        if tuple(vector.shape) != (layout.group_size(group),):
+            raise ShapeError(
+                f"vectors[{group}] has shape {tuple(vector.shape)}; expected ({layout.group_size(group)},), as the "
+                "shapes and groups say"
+            )
+    return group_matrices(get_backend(*vectors, what="each of vectors"), vectors, pieces, layout.shapes)
+
+
+def _grouped(name: str, shapes: Any, groups: Any, layers: Any, roles: Any) -> Layout:
+    """Return the layout of public functions, whose groups no config has checked."""
+    require_keys(layers, roles)
+    return make_layout(checked_groups(groups), checked_shapes(shapes, name), layers, roles)
+
+
+def group_vectors(backend: Backend, read: Callable[[int], Array], groups: Iterable[Sequence[Piece]]) -> Iterator[Array]:
+    """Yield the vector of each group of pieces, of matrices that are read by their number, one at a time."""
+    last: tuple[int, Array] | None = None
+    for pieces in groups:
+        parts = []
+        for piece in pieces:
+            if last is None or last[0] != piece.weight:
+                last = piece.weight, backend.flatten(read(piece.weight))
+            parts.append(last[1][piece.weight_start : piece.weight_start + piece.length])
+        yield backend.concat(parts)
+
+
+def group_matrices(
+    backend: Backend, vectors: Sequence[Array], groups: Iterable[Sequence[Piece]], shapes: Sequence[tuple[int, int]]
+) -> list[Array]:
+    """Return the matrices of all weights from the vectors of all groups."""
+    parts: dict[int, list[Array]] = {weight: [] for weight in range(len(shapes))}
+    for vec, pieces in zip(vectors, groups, strict=True):
+        split = backend.split(vec, [piece.length for piece in pieces])
+        for piece, part in zip(pieces, split, strict=True):
+            parts[piece.weight].append(part)
+    # Groups cut the long vector in order, so the parts of each weight are in order, too.
+    return [backend.reshape(backend.concat(parts[weight]), shape) for weight, shape in enumerate(shapes)]
 
 
 # -- The rows and columns of a weight in a folded tensor ---------------------------------------------------------------

@@ -19,7 +19,7 @@ from tnadapt.backends import Array, Backend, FixedArrays
 from tnadapt.errors import ConfigError, ShapeError
 
 from .config import Config, is_named
-from .folding import Cut, along, balanced_shape, best_cut, boxes, hypercube_shape, kronecker_sizes
+from .folding import Cut, along, balanced_shape, best_cut, boxes, folded, hypercube_shape, kronecker_sizes
 from .formats import Format, Legs, Permuted, make_format
 from .layout import Box, WeightPlace, enclosing, run_in_box
 from .products import contracted, hadamard_tensor, khatri_rao, kronecker_tensor, rearranged, row_wise_khatri_rao
@@ -233,7 +233,7 @@ class Network:
         Each contraction costs as much as forming the vector; memory is a few times its length.
         """
         scaled = vec if self.scale == 1.0 else vec * self.scale
-        tensor = backend.reshape(backend.pad_last(scaled, math.prod(self.sizes)), self.sizes)
+        tensor = folded(backend, scaled, self.sizes)
         gradients: dict[str, Array] = {}
         for prefixes in self.prefixes:
             factors = self.of_term(prefixes, arrays)

@@ -448,12 +448,12 @@ def tt_right(backend: Backend, cores: Sequence[Array]) -> Array:
     return cols
 
 
-def kronecker(arrays: Sequence[Array]) -> Array:
+def kronecker(*arrays: Any) -> Array:
     """Compute the Kronecker product of K arrays with the same number of axes.
 
     Parameters
     ----------
-    arrays : sequence of array, shape (d_k1, …, d_kM)
+    *arrays : array, shape (d_k1, …, d_kM), or one sequence of these
         All with the same number of axes.
 
     Returns
@@ -465,7 +465,7 @@ def kronecker(arrays: Sequence[Array]) -> Array:
     Raises
     ------
     ShapeError
-        If there are no arrays, or their numbers of axes differ.
+        If there are no arrays, one of them is none, or their numbers of axes differ.
     BackendError
         If libraries, dtypes or devices are mixed.
 
@@ -477,10 +477,11 @@ def kronecker(arrays: Sequence[Array]) -> Array:
     Examples
     --------
     >>> import numpy as np
-    >>> kronecker([np.array([1.0, 2.0]), np.array([1.0, 10.0])])
+    >>> kronecker(np.array([1.0, 2.0]), np.array([1.0, 10.0]))
     array([ 1., 10.,  2., 20.])
     """
-    arrays = _several(arrays, "a Kronecker product", "a list of arrays")
+    if len(arrays) == 1 and not hasattr(arrays[0], "shape"):
+        arrays = tuple(_several(arrays[0], "a Kronecker product", "arrays, or a list of arrays"))
     if not arrays:
         raise ShapeError("a Kronecker product needs at least one array; got none")
     backend = get_backend(*arrays, what="one of arrays")

@@ -34,7 +34,7 @@ from .composite import CompositeConfig
 from .config import RATE_NAMES, Config, checked_word
 from .group import Group, PlanPart, Shapes, lora_rank, rank_bound, rank_bounds, updates_of_runs
 from .init import Initializer
-from .layout import Layout, Piece, checked_shapes, make_layout, require_keys
+from .layout import Layout, Piece, checked_shapes, group_matrices, make_layout, require_keys
 from .network import Network
 from .starting_points import PREFIX, Start, StartPlace
 from .theta import Theta
@@ -999,14 +999,8 @@ class SuperLoRA:
         """
         backend = self._checked(params)
         arrays = self._arrays(backend, params, dtype)
-        parts: dict[int, list[Array]] = {weight: [] for weight in range(len(self.shapes))}
         vectors = updates_of_runs(backend, [(group, 0, group.size) for group in self.groups], arrays, dtype)
-        for group, vec in zip(self.groups, vectors, strict=True):
-            pieces = backend.split(vec, [piece.length for piece in group.pieces])
-            for piece, part in zip(group.pieces, pieces, strict=True):
-                parts[piece.weight].append(part)
-        # Groups cut the long vector in order, so the parts of each weight are in order, too.
-        return [backend.reshape(backend.concat(parts[weight]), shape) for weight, shape in enumerate(self.shapes)]
+        return group_matrices(backend, vectors, [group.pieces for group in self.groups], self.shapes)
 
     def delta(self, params: Mapping[str, ArrayT], i: int, dtype: str | None = None) -> ArrayT:
         """Compute the update of one weight without forming the others.

@@ -10,6 +10,7 @@ import numpy as np
 
 from tnadapt.algebra.formats import Dense
 from tnadapt.algebra.group import Group
+from tnadapt.algebra.layout import group_vectors
 from tnadapt.algebra.maps import Linear, Nonlinear, tanhshrink
 from tnadapt.algebra.maps.projection import Projection
 from tnadapt.algebra.network import Network
@@ -104,14 +105,7 @@ def _watch(progress: Progress | None, number: int, count: int) -> Callable[[int,
 
 def _vectors(algebra: Algebra, plan: SuperLoRA, read: Callable[[int], Array]) -> Iterator[tuple[Group, Array]]:
     """Yield each group with its part of the long vector."""
-    last: tuple[int, Array] | None = None
-    for group in plan.groups:
-        parts = []
-        for piece in group.pieces:
-            if last is None or last[0] != piece.weight:
-                last = piece.weight, algebra.backend.flatten(read(piece.weight))
-            parts.append(last[1][piece.weight_start : piece.weight_start + piece.length])
-        yield group, algebra.backend.concat(parts)
+    return zip(plan.groups, group_vectors(algebra.backend, read, (group.pieces for group in plan.groups)), strict=True)
 
 
 def _fitted_together(

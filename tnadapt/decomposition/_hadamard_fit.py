@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
+from tnadapt.algebra.folding import folded
 from tnadapt.algebra.formats import CP, Dense
 from tnadapt.algebra.maps.projection import Projection
 from tnadapt.algebra.network import Network
@@ -55,8 +56,7 @@ def fit_hadamard(algebra: Algebra, network: Network, vec: Array, limits: Limits,
 
 
 def _folded(algebra: Algebra, network: Network, vec: Array) -> Array:
-    size = int(np.prod(network.sizes))
-    return algebra.backend.reshape(algebra.backend.pad_last(vec * (1.0 / network.scale), size), network.sizes)
+    return folded(algebra.backend, vec * (1.0 / network.scale), network.sizes)
 
 
 def _one_alone(algebra: Algebra, network: Network, vec: Array, limits: Limits) -> tuple[Arrays, Arrays]:

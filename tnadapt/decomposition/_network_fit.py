@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from tnadapt.algebra.folding import folded
 from tnadapt.algebra.formats import CP, Dense, Format
 from tnadapt.algebra.network import Network
 from tnadapt.algebra.products import contracted, rearranged
@@ -158,7 +159,7 @@ def _one_split(algebra: Algebra, network: Network) -> _Way:
     whole = (split.summed(terms) or split) if terms > 1 else split
 
     def fold(vec: Array) -> Array:
-        return backend.reshape(backend.pad_last(vec, math.prod(sizes)), sizes)
+        return folded(backend, vec, sizes)
 
     def joined(arrays: Mapping[str, Array]) -> Arrays:
         if whole is split:
@@ -209,8 +210,7 @@ def _several(algebra: Algebra, network: Network) -> _Way:
     backend, inner = algebra.backend, [split.sizes for split in network.splits]
 
     def fold(vec: Array) -> Array:
-        tensor = backend.reshape(backend.pad_last(vec, math.prod(network.sizes)), network.sizes)
-        return rearranged(backend, tensor, inner)
+        return rearranged(backend, folded(backend, vec, network.sizes), inner)
 
     def solve(tensor: Array, start: Mapping[str, Array] | None, limits: Limits, watch: Watch) -> Fit:
         fit = _fit_sum(algebra, network, tensor, start, limits, watch)

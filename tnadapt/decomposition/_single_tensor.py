@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from tnadapt.algebra.folding import folded
 from tnadapt.algebra.formats import CP, BatchedCP, Dense, Format, Permuted, TensorTrain, Tucker, WeightedCP
 from tnadapt.algebra.products import padded_to
 from tnadapt.backends import Array
@@ -207,7 +208,7 @@ def fit_any(algebra: Algebra, split: Format, tensor: Array, start: Mapping[str, 
     Fit
         Never marked optimal, as alternating least squares may end in a local minimum.
     """
-    backend, missing = algebra.backend, math.prod(split.sizes) - math.prod(tensor.shape)
+    backend = algebra.backend
     box = [(0, int(size)) for size in tensor.shape]
 
     def forward(arrays: Mapping[str, Array]) -> Array:
@@ -215,8 +216,7 @@ def fit_any(algebra: Algebra, split: Format, tensor: Array, start: Mapping[str, 
 
     def adjoint(arrays: Mapping[str, Array], vec: Array, name: str) -> Array:
         # Rows that the tensor does not have are not part of the problem, so they are zero in the adjoint.
-        filled = backend.reshape(backend.pad_last(vec, vec.shape[0] + missing), split.sizes)
-        return split.adjoint(backend, arrays, filled)[name]
+        return split.adjoint(backend, arrays, folded(backend, vec, split.sizes))[name]
 
     sweeps, steps = Alternation(algebra, split.shapes, forward, adjoint, backend.flatten(tensor)), Iteration(limits)
     if start is not None:

@@ -165,7 +165,7 @@ _BUILT_IN: tuple[type[Map], ...] = (
     TileMap, CirculantMap, Dct2, Dft2, WaveletMap, CenteredWaveletMap, OneHot, SignedOneHot, Normal, TiedMap,
     GivenMatrix,
 )  # fmt: skip
-MAPS: Registry[Map] = Registry("projection", Map, {cls.kind: cls for cls in _BUILT_IN})
+MAPS: Registry[Map] = Registry("projection", Map, {cls.kind: cls for cls in _BUILT_IN}, {"fastfood": "linear"})
 
 #: The paper's six maps, and those of them that preserve the length.
 KINDS = ("identity", "shuffle", "linear", "linear_v2", "nonlinear", "nonlinear_v2")
@@ -294,6 +294,7 @@ class _Step(NamedTuple):
 
 def _step_of(given: str | MapSettings, other: str = "") -> _Step:
     name = _name_of(given) if isinstance(given, MapSettings) else given
+    name = MAPS.aliases.get(name, name) if isinstance(name, str) else name
     cls = MAPS.find(name, other)
     settings = given if isinstance(given, MapSettings) else cls.settings_class and _defaults(name, cls.settings_class)
     return _Step(name, cls, settings, cls.fixes_length(settings))
@@ -890,6 +891,72 @@ class Projection:
         if len(x.shape) < 1 or x.shape[-1] != length:
             raise ShapeError(f"{self!r} got {what} of shape {tuple(x.shape)}; expected (…, {length})")
         return x
+
+
+#: The maps that :func:`fastfood` computes.
+FASTFOOD = tuple(name for name in KINDS if not MAPS[name].square)
+
+
+@checks_arguments
+def fastfood(x: Array, size: int, *, seed: int = 0, kind: str = "linear", adjoint: bool = False) -> Array:
+    """Compute fastfood, the paper's F, of a vector or a batch of vectors.
+
+    Parameters
+    ----------
+    x : array, shape (…, n)
+        Leading axes are a batch; real floating dtype.
+    size : int
+        Number of elements of the result.
+    seed : int
+        Seed of the draws.
+    kind : {"linear", "linear_v2", "nonlinear", "nonlinear_v2"}
+        As for :class:`Projection`.
+    adjoint : bool
+        Whether to compute ``Fᵀ x`` of the F that maps ``size`` to n elements; for the linear kinds.
+
+    Returns
+    -------
+    array, shape (…, size)
+        In the library, dtype and device of x; differentiable.
+
+    Raises
+    ------
+    ShapeError
+        If x has no axis, or no elements along the last one.
+    ConfigError
+        If size, seed or kind is none, or the adjoint of a nonlinear kind is asked for.
+    BackendError
+        If x is not an array of a known library or not real floating.
+
+    Notes
+    -----
+    Equation (4) of the paper. This is ``Projection(kind, n, size, seed)(x)``, which draws F in every call; an object of
+    that class draws it once, and has the other maps.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> x, y = np.array([1.0, 2.0, 3.0]), np.arange(5.0)
+    >>> bool(np.isclose(fastfood(x, 5) @ y, x @ fastfood(y, 3, adjoint=True)))
+    True
+    """
+    get_backend(x, what="x").require_float(x, "x, the input of fastfood,")
+    if not x.shape or x.shape[-1] < 1:
+        raise ShapeError(f"x has shape {tuple(x.shape)}; expected (…, n), with one or more elements on the last axis")
+    size = integer("size", size, 1, MAX_SIZE, ConfigError)
+    name = MAPS.aliases.get(kind, kind)
+    if name not in FASTFOOD:
+        others = "; tnadapt.Projection has the other maps" if name in MAPS else ""
+        raise ConfigError(f"kind must be one of {', '.join(map(repr, FASTFOOD))}; got {safe_repr(kind)}{others}")
+    if not adjoint:
+        return Projection(name, x.shape[-1], size, seed)(x)
+    f = Projection(name, size, x.shape[-1], seed)
+    if not f.linear:
+        raise ConfigError(
+            f"kind={kind!r} is nonlinear, and has an adjoint at a point only: use tnadapt.Projection({kind!r}, "
+            f"n_in={size}, n_out={x.shape[-1]}, seed={seed}).adjoint(y, at=x)"
+        )
+    return f.adjoint(x)
 
 
 def _in_float32(compute: Callable[..., Array], *arrays: Array) -> Array:
