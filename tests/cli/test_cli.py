@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import json
 import os
 import subprocess
@@ -251,13 +251,38 @@ def test_verify_a_file_as_json(tmp_path: Path) -> None:
 
 
 def test_a_broken_law_is_exit_code_1(monkeypatch: pytest.MonkeyPatch) -> None:
-    report = tna.verify(tna.presets.lora(1), [(3, 2)], backends=["numpy"])
-    broken = dataclasses.replace(report, laws=[dataclasses.replace(law, error=1.0) for law in report.laws])
-    monkeypatch.setattr(tna, "verify", lambda *given, **settings: broken)
-    done = run_here(main, "verify", "--preset", "lora", "--backend", "numpy")
+    delta = tna.SuperLoRA.delta
+    monkeypatch.setattr(tna.SuperLoRA, "delta", lambda self, params, i: delta(self, params, 0))
+    done = run_here(main, "verify", "--only", "lora", "--backend", "numpy")
     assert done.returncode == 1
     assert "BROKEN" in done.stdout
-    assert "NOT all laws hold" in done.stdout
+    assert "  to reproduce: tnadapt verify --only lora --backend numpy --seed 0\n" in done.stdout
+    assert done.stdout.endswith("NOT all laws hold\n")
+
+
+ONLY = ("--only", "lora", "--only", "lokr", "--only", "conversion", "--backend", "numpy")
+
+
+def test_verify_shows_a_bar_for_each_part_on_a_terminal_and_the_report_alone_in_a_pipe() -> None:
+    done = python(RUN, "verify", *ONLY)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("law ")
+    assert f"\ntnadapt {tna.__version__}, Python " in done.stdout
+    assert "\x1b" not in done.stdout
+    pty = pytest.importorskip("pty")
+    terminal, theirs = pty.openpty()
+    command = [sys.executable, "-c", RUN, "verify", *ONLY]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=theirs, stdin=subprocess.DEVNULL) as process:
+        os.close(theirs)
+        seen = b""
+        with contextlib.suppress(OSError):  # Linux says so where the other end is closed
+            while piece := os.read(terminal, 1 << 16):
+                seen += piece
+    os.close(terminal)
+    assert process.returncode == 0
+    bars = [line.rpartition("\x1b[K")[2] for line in seen.decode().split("\r\n")]
+    full = f"[{'#' * 20}] 100%"
+    assert bars == [f"numpy, presets {full} lora, 2 of 2", f"conversion {full}", ""]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no /dev/stdin")

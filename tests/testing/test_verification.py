@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
+import re
+import sys
 from typing import Any
 
 import numpy as np
@@ -20,6 +23,7 @@ from tnadapt.algebra import rng
 from tnadapt.algebra.init import Initializer
 from tnadapt.algebra.maps import Linear
 from tnadapt.backends import load_backend
+from tnadapt.testing import round_trips
 from tnadapt.testing.strategies import plans
 from tnadapt.testing.verification import Law, Report, relative_error, verify
 
@@ -30,7 +34,7 @@ from tnadapt.testing.verification import Law, Report, relative_error, verify
 def test_all_laws_hold(name: str) -> None:
     if not installed(name):
         pytest.skip(f"{name} is not installed")
-    report = tna.verify(backends=[name])
+    report = tna.verify(backends=[name], deep=True)
     assert report.holds, str(report)
     assert {law.name for law in report.laws} >= {
         "ΔW = the method's own formula",
@@ -41,6 +45,8 @@ def test_all_laws_hold(name: str) -> None:
         "a slice = the whole's",
         "ΔW = NumPy's",
         "draws = the known answers, whole or in pieces",
+        "error ≤ max_error",
+        "a tensor of these ranks is recovered",
     }
     assert ("the gradient = the exact derivative" in {law.name for law in report.laws}) == (name != "numpy")
 
@@ -58,6 +64,14 @@ F = tna.presets.superlora(2, projection="nonlinear", ratio=0.3)
 LORA = tna.presets.lora(2)
 khatri_rao, words, small_transform = factor_products.khatri_rao, rng.words, Linear._small_transform
 adjoint, delta, start = Linear.adjoint, tna.SuperLoRA.delta, Initializer.make
+tensor_of, deltas_of = tna.tensors.TuckerTensor.to_tensor, tna.AdapterFile.deltas
+
+
+def converted_wrongly(source: Any, *arguments: Any, **settings: Any) -> Any:
+    if isinstance(source, tna.AdapterFile):
+        arrays = {name: array * 1.00001 for name, array in source.arrays.items()}
+        source = dataclasses.replace(source, arrays=arrays)
+    return tna.convert(source, *arguments, **settings)
 
 
 @pytest.mark.parametrize(
@@ -65,7 +79,7 @@ adjoint, delta, start = Linear.adjoint, tna.SuperLoRA.delta, Initializer.make
     [
         (tna.algebra.formats, "khatri_rao", lambda *a: khatri_rao(*a) * (1 + 1e-9), LORA,
          {"ΔW = the textbook formula"}),
-        (rng, "words", lambda *a: words(*a) ^ np.uint32(1 << 31), None,
+        (rng, "words", lambda *a: words(*a) ^ np.uint32(1 << 31), ["library"],
          {"draws = the known answers, whole or in pieces"}),
         (Linear, "_small_transform", lambda self, b, x: small_transform(self, b, x) * 1.000001, F,
          {"F = its dense matrix", "a slice of F = F's", "ΔW = the textbook formula"}),
@@ -77,13 +91,26 @@ adjoint, delta, start = Linear.adjoint, tna.SuperLoRA.delta, Initializer.make
          {"at the start the gradient is not 0"}),
         (Initializer, "make", lambda self, key: start(self, key) + np.float32(1), LORA,
          {"at the start ΔW is exactly 0"}),
+        (tna.tensors.TuckerTensor, "to_tensor", lambda self: tensor_of(self) * 1.00001, ["decompositions"],
+         {"a decomposition's tensor = TensorLy's", "a tensor of these ranks is recovered"}),
+        (tna.tensors.TuckerTensor, "bound", 1.0, ["decompositions"], {"a bound on the error ≤ the error"}),
+        (tna.AdapterFile, "deltas", lambda self: [x * 1.00001 for x in deltas_of(self)], ["conversion"],
+         {"ΔW of a file read back"}),
+        (round_trips, "convert", converted_wrongly, ["conversion"], {"ΔW of a file = the other library's formula"}),
+        (tna.SuperLoRA, "delta", lambda *_: 1 / 0, ["lora"], {"no exception is raised"}),
     ],
 )  # fmt: skip
 def test_what_is_wrong_breaks_its_law(
-    monkeypatch: pytest.MonkeyPatch, place: Any, name: str, wrong: Any, config: tna.Config | None, laws: set[str]
+    monkeypatch: pytest.MonkeyPatch,
+    place: Any,
+    name: str,
+    wrong: Any,
+    config: tna.Config | list[str] | None,
+    laws: set[str],
 ) -> None:
     monkeypatch.setattr(place, name, wrong)
-    broken = {law.name for law in verify(config, backends=["numpy"]).laws if not law.holds}
+    chosen = {"only": config} if isinstance(config, list) else {"config": config}
+    broken = {law.name for law in verify(**chosen, backends=["numpy"]).laws if not law.holds}
     assert laws <= broken
     if name == "count":
         assert broken == laws
@@ -98,6 +125,41 @@ def test_what_is_no_number_never_holds() -> None:
     assert "BROKEN: y" in str(report)
     assert "nan" in str(report)
     assert not Report(()).holds
+
+
+def test_a_failure_says_what_failed_and_how_to_see_it_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tna.SuperLoRA, "delta", lambda self, p, i: delta(self, p, 0))
+    lines = str(verify(backends=["numpy"], seed=7, only=["lora", "lora, start=random"])).split("\n")
+    law = next(line for line in lines if line.startswith("  a slice = the whole's"))
+    assert re.fullmatch(r"  a slice = the whole's: error \d\.\de\+00, allowed 1e-12 \(weights 12x8\*4\)", law)
+    assert lines[lines.index(law) - 1] == "lora on numpy with seed 7 breaks"
+    assert lines[lines.index(law) + 1] == "  to reproduce: tnadapt verify --only lora --backend numpy --seed 7"
+    assert "  to reproduce: tnadapt verify --only 'lora, start=random' --backend numpy --seed 7" in lines
+    monkeypatch.setattr(tna.SuperLoRA, "delta", lambda *_: [][0])
+    assert "(IndexError: list index out of range)" in str(verify(backends=["numpy"], only=["lora"]))
+    monkeypatch.setattr(tna.SuperLoRA, "delta", lambda self, p, i: delta(self, p, 0))
+    report = verify(LORA, [(3, 2), (3, 2)], layers=[0, 1], backends=["numpy"], seed=3)
+    (call,) = (line.removeprefix("  to reproduce: ") for line in str(report).split("\n") if "to reproduce" in line)
+    assert eval(call, {"tnadapt": tna, "Config": tna.Config}).laws == report.laws
+
+
+def test_a_report_has_versions_and_many_failures_are_counted() -> None:
+    laws = tuple(Law("x", str(number), "numpy", 1, 1.0, 0.0) for number in range(7))
+    assert "and 2 more" in str(Report(laws)).split("\n")
+    versions = verify(backends=["numpy"], only=["conversion"]).to_dict()["versions"]
+    assert versions["tnadapt"] == tna.__version__
+    assert {"Python", "numpy", "tensorly"} <= versions.keys()
+
+
+def test_without_deep_a_library_that_compiles_is_checked_for_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules[verify.__module__], "_COMPILING", ("numpy",))
+    lines: list[str] = []
+    report = verify(backends=["numpy"], progress=lines.append)
+    assert lines == [
+        "numpy, operations", "numpy, presets: lora, 1 of 2", "numpy, presets: superlora, 2 of 2", "conversion",
+    ]  # fmt: skip
+    assert report.holds
+    assert {law.subject for law in report.laws} == {"library", "lora", "superlora", "conversion"}
 
 
 @given(st.integers(0, 10))
@@ -124,6 +186,10 @@ def test_errors_of_arrays_of_other_shapes_are_infinite() -> None:
         ({"config": tna.Config(), "backends": ["numpy"], "seed": -1}, tna.ConfigError, "seed must be from 0"),
         ({"backends": ["nope"]}, tna.BackendError, "no backend named 'nope'"),
         ({"config": tna.Config(groups="layer"), "backends": ["numpy"]}, tna.ConfigError, "needs layers"),
+        ({"config": tna.Config(), "deep": True}, tna.ConfigError, "deep and only choose checks of the library"),
+        ({"only": ["lorra"]}, tna.ConfigError, "only must name some of library, decompositions, .*; got 'lorra'"),
+        ({"only": []}, tna.ConfigError, r"only must name some of library, .*; got \[\]"),
+        ({"only": ["conversion"], "backends": ["torch"]}, tna.ConfigError, "there is nothing to check: conversion"),
     ],
 )
 def test_bad_input(arguments: dict[str, Any], error: type[Exception], message: str) -> None:

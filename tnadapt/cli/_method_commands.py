@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import shutil
@@ -155,6 +156,19 @@ def _row(preset: tnadapt.presets.Preset, weights: _Weights) -> dict[str, Any]:
 # -- tnadapt verify ----------------------------------------------------------------------------------------------------
 
 
+class _PartBars(contextlib.ExitStack):
+    """A progress bar for each part of a verification, one after another."""
+
+    bar: tnadapt.ProgressBar | None = None
+
+    def lines(self, line: str) -> None:
+        part, _, words = line.partition(": ")
+        if self.bar is None or self.bar.title != part:
+            self.close()
+            self.bar = self.enter_context(tnadapt.ProgressBar(part))
+        self.bar.lines(words)
+
+
 def verify_command(
     preset: Annotated[str | None, preset_option("A named method, e.g. superlora", "all, and the library")] = None,
     settings: OwnSettings = None,
@@ -166,6 +180,11 @@ def verify_command(
         list[str] | None, option("An array library to check; repeat for more.", "all that are installed")
     ] = None,
     seed: Annotated[int, option("Seed of the random parameters.", min=0)] = 0,
+    deep: Annotated[bool, typer.Option("--deep", help="Check everything on every library, for minutes.")] = False,
+    only: Annotated[
+        list[str] | None,
+        option("A preset, or library, decompositions or conversion, to check alone; repeat for more.", "all"),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Check the laws of the library, or of one config, on every installed array library.
@@ -174,8 +193,8 @@ def verify_command(
     """
     chosen = chosen_config(preset, settings or [], config)
     shapes = shapes_of(shape or []) or None
-    with stoppable("there is no report"), tnadapt.ProgressBar("checking") as bar:
-        report = tnadapt.verify(chosen, shapes, backends=backend, seed=seed, progress=bar.lines)
+    with stoppable("there is no report"), _PartBars() as bars:
+        report = tnadapt.verify(chosen, shapes, backends=backend, seed=seed, progress=bars.lines, deep=deep, only=only)
     if as_json:
         echo_json(report.to_dict())
     else:

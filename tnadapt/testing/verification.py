@@ -2,19 +2,27 @@
 
 Each law reports the largest error found and the error allowed; a report holds if no law exceeds its limit. The sections
 check the laws of changed weights, of a projection, of a config, and of the library one by one, and ``verify`` runs them
-all.
+all, with those of decompositions and conversion (``round_trips``).
 """
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import copy
 import dataclasses
+import functools
+import itertools
 import math
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from typing import Any
+import platform
+import shlex
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from importlib import metadata
+from typing import Any, NamedTuple
 
 import numpy as np
 
+import tnadapt
 from tnadapt.algebra import presets, rng
 from tnadapt.algebra.config import Config
 from tnadapt.algebra.maps.fastfood import fwht
@@ -30,6 +38,7 @@ from tnadapt.errors import BackendError, ConfigError, safe_repr
 from tnadapt.report import TextTable
 
 from . import _reference as reference
+from .round_trips import Case, conversion_cases, decomposition_cases
 
 # -- The result of checking one law, its error, and the collector of results -------------------------------------------
 
@@ -56,6 +65,8 @@ class Law:
         The largest error found; NaN if a value that must be a number is NaN.
     allowed : float
         The largest error allowed.
+    sizes : str
+        What was compared, of the case with the largest error.
     """
 
     name: str
@@ -64,6 +75,7 @@ class Law:
     cases: int
     error: float
     allowed: float
+    sizes: str = ""
 
     @property
     def holds(self) -> bool:
@@ -83,14 +95,16 @@ def relative_error(actual: Any, expected: Any) -> float:
 
 
 class LawCollector:
-    """Gathers the results of laws for one subject and library."""
+    """Gathers the results of laws for one subject and library, of cases whose sizes are the same or are given."""
 
-    def __init__(self, subject: str, backend: Backend) -> None:
-        self.subject, self.backend, self.found = subject, backend, list[Law]()
+    def __init__(self, subject: str, backend: Backend, sizes: str = "") -> None:
+        self.subject, self.backend, self.sizes, self.found = subject, backend, sizes, list[Law]()
 
-    def add(self, name: str, errors: Sequence[float], allowed: float = TIGHT) -> None:
-        worst = math.nan if any(math.isnan(error) for error in errors) else max(errors, default=math.nan)
-        self.found.append(Law(name, self.subject, self.backend.name, len(errors), worst, allowed))
+    def add(self, name: str, errors: Sequence[float], allowed: float = TIGHT, sizes: Sequence[str] = ()) -> None:
+        # A NaN is worse than any number.
+        worst = max(range(len(errors)), key=lambda case: (math.isnan(errors[case]), errors[case]), default=None)
+        error, where = (math.nan, "") if worst is None else (errors[worst], sizes[worst] if sizes else self.sizes)
+        self.found.append(Law(name, self.subject, self.backend.name, len(errors), error, allowed, where))
 
 
 # -- W' for updates that are not just added ----------------------------------------------------------------------------
@@ -129,7 +143,7 @@ def _vector(matrices: Sequence[np.ndarray]) -> np.ndarray:
 
 def of_projection(label: str, f: Projection, backend: Backend, rng: np.random.Generator) -> list[Law]:
     """Check the laws of one projection on one library."""
-    collector = LawCollector(label, backend)
+    collector = LawCollector(label, backend, repr(f))
     matrix = reference.matrix_of(f.map)
     host = rng.normal(size=f.n_in)
     x = backend.asarray(host, "float64")
@@ -168,6 +182,12 @@ _STEP, DIFFERENCE = 1e-5, 1e-6
 MOST = 1 << 27
 
 Keys = Sequence[Hashable] | None
+
+
+def _listed(shapes: Sequence[tuple[int, int]]) -> str:
+    """Return shapes as the options of commands list them."""
+    runs = [(f"{rows}x{cols}", len(list(run))) for (rows, cols), run in itertools.groupby(map(tuple, shapes))]
+    return ", ".join(f"{shape}*{count}" if count > 1 else shape for shape, count in runs)
 
 
 def checkable(config: Config, shapes: Sequence[tuple[int, int]], layers: Keys, roles: Keys = None) -> SuperLoRA:
@@ -228,7 +248,7 @@ class ConfigLaws(LawCollector):
         roles: Keys = None,
         preset: Preset | None = None,
     ) -> None:
-        super().__init__(label, backend)
+        super().__init__(label, backend, f"weights {_listed(shapes)}")
         self.config, self.layers, self.roles, self.preset, self.rng = config, layers, roles, preset, rng
         self.plan = checkable(config, shapes, layers, roles)
         if self.plan.theta is not None and self.plan.brought_shapes:
@@ -470,6 +490,8 @@ KNOWN_WORDS = (
     ((0, 0, 1, 0), ("844515e1", "f08d6eaa", "0f19c053", "83f875f0", "ca7cf69e")),
     (((1 << 40) + 7, 3, 2, 6), ("63e2c124", "276e314f")),
 )
+#: The Walsh–Hadamard transform is checked up to 2**(_BITS - 1).
+_BITS = 13
 # Name -> length, and the first 16 hex digits of SHA-256 of the bytes of seed 0, group 0.
 KNOWN_DIGESTS = {
     "signs": (1000, "3557a0b7985e0a08"),
@@ -478,8 +500,8 @@ KNOWN_DIGESTS = {
 }
 
 
-def of_library(backend: Backend, rng: np.random.Generator) -> list[Law]:
-    """Check the laws of the operations by themselves: draws, fwht, products, projections.
+def of_library(backend: Backend, rng: np.random.Generator, deep: bool = True) -> list[Law]:
+    """Check the laws of the operations by themselves: draws, fwht, products, projections; a few sizes if not deep.
 
     Examples
     --------
@@ -489,10 +511,10 @@ def of_library(backend: Backend, rng: np.random.Generator) -> list[Law]:
     """
     collector = LawCollector("library", backend)
     _draw_laws(collector)
-    _fwht_laws(collector, rng)
-    _product_laws(collector, rng)
+    _fwht_laws(collector, rng, range(_BITS) if deep else (0, 3, _BITS - 1))
+    _product_laws(collector, rng, range(1, 6) if deep else (3,))
     for map_name in ("shuffle", "linear", "linear_v2", "nonlinear", "nonlinear_v2"):
-        for n_in, n_out in ((1, 1), (7, 7), (37, 509), (64, 64), (40, 7)):
+        for n_in, n_out in ((1, 1), (7, 7), (37, 509), (64, 64), (40, 7)) if deep else ((37, 509),):
             if map_name == "shuffle":
                 n_in = n_out
             collector.found += of_projection("library", Projection(map_name, n_in, n_out, seed=5), backend, rng)
@@ -524,24 +546,28 @@ def _drawn(name: str, start: int, stop: int) -> np.ndarray:
     return rng.normals(0, 0, rng.PURPOSE["gaussian"], start, stop).astype("<f4")
 
 
-def _fwht_laws(collector: LawCollector, rng: np.random.Generator) -> None:
+def _fwht_laws(collector: LawCollector, rng: np.random.Generator, lengths: Iterable[int]) -> None:
     from scipy.linalg import hadamard
 
     backend = collector.backend
-    twice, dense = [], []
-    for bits in range(13):
+    twice, dense = list[float](), list[float]()
+    # Its leading block is the matrix of half its size.
+    matrix = hadamard(1 << (_BITS - 1), dtype=np.int8)
+    for bits in lengths:
         host = rng.normal(size=(2, 1 << bits))
         x = backend.asarray(host, "float64")
         twice.append(relative_error(backend.to_numpy(fwht(fwht(x))), host))
-        dense.append(relative_error(backend.to_numpy(fwht(x, normalize=False)), host @ hadamard(1 << bits)))
-    collector.add("fwht twice = the identity", twice)
-    collector.add("fwht = SciPy's Hadamard matrix", dense)
+        expected = host @ matrix[: 1 << bits, : 1 << bits].astype(np.float64)
+        dense.append(relative_error(backend.to_numpy(fwht(x, normalize=False)), expected))
+    sizes = [f"length {1 << bits}" for bits in lengths]
+    collector.add("fwht twice = the identity", twice, sizes=sizes)
+    collector.add("fwht = SciPy's Hadamard matrix", dense, sizes=sizes)
 
 
-def _product_laws(collector: LawCollector, rng: np.random.Generator) -> None:
+def _product_laws(collector: LawCollector, rng: np.random.Generator, orders: Iterable[int]) -> None:
     import tensorly
 
-    backend, errors = collector.backend, list[float]()
+    backend, errors, cases = collector.backend, list[float](), list[str]()
 
     def draw(*shape: int) -> np.ndarray:
         return rng.normal(size=shape)
@@ -549,25 +575,38 @@ def _product_laws(collector: LawCollector, rng: np.random.Generator) -> None:
     def sent(arrays: Sequence[np.ndarray]) -> list[Array]:
         return [backend.asarray(array, "float64") for array in arrays]
 
-    def compare(actual: Array, expected: Any) -> None:
+    def compare(what: str, order: int, actual: Array, expected: Any) -> None:
         errors.append(relative_error(backend.to_numpy(actual), expected))
+        cases.append(f"{what}, order {order}")
 
     # TensorLy's backend is a process-wide setting: set it for this thread only, and restore it.
     with tensorly.backend_context("numpy", local_threadsafe=True):
-        for order in range(1, 6):
+        for order in orders:
             sizes = range(2, order + 2)
             weights, factors = draw(3), [draw(d, 3) for d in sizes]
-            compare(cp_to_tensor((sent([weights])[0], sent(factors))), tensorly.cp_to_tensor((weights, factors)))
+            product = tensorly.cp_to_tensor((weights, factors))
+            compare("CP", order, cp_to_tensor((sent([weights])[0], sent(factors))), product)
             core, factors = draw(*([2] * order)), [draw(d, 2) for d in sizes]
-            compare(tucker_to_tensor((sent([core])[0], sent(factors))), tensorly.tucker_to_tensor((core, factors)))
+            product = tensorly.tucker_to_tensor((core, factors))
+            compare("Tucker", order, tucker_to_tensor((sent([core])[0], sent(factors))), product)
             bonds = [1, *(2 + m % 2 for m in range(order - 1)), 1]
             cores = [draw(bonds[m], d, bonds[m + 1]) for m, d in enumerate(sizes)]
-            compare(tt_to_tensor(sent(cores)), tensorly.tt_to_tensor(cores))
+            compare("tensor train", order, tt_to_tensor(sent(cores)), tensorly.tt_to_tensor(cores))
         matrices, x = [draw(2, 3), draw(4, 2), draw(3, 5)], draw(30)
         product = tensorly.tenalg.kronecker(matrices)
-        compare(kronecker(sent(matrices)), product)
-        compare(kron_matvec(sent(matrices), sent([x])[0]), product @ x)
-    collector.add("products = TensorLy's", errors)
+        compare("Kronecker product", 2, kronecker(sent(matrices)), product)
+        compare("kron_matvec", 2, kron_matvec(sent(matrices), sent([x])[0]), product @ x)
+    collector.add("products = TensorLy's", errors, sizes=cases)
+
+
+def _of_cases(subject: str, backend: Backend, cases: Iterable[Case]) -> list[Law]:
+    """Return the laws of a decomposition's or conversion's cases."""
+    collector, by_law = LawCollector(subject, backend), dict[str, list[Case]]()
+    for case in cases:
+        by_law.setdefault(case.law, []).append(case)
+    for law, of_law in by_law.items():
+        collector.add(law, [case.error for case in of_law], of_law[0].allowed, [case.sizes for case in of_law])
+    return collector.found
 
 
 # -- verify ------------------------------------------------------------------------------------------------------------
@@ -585,10 +624,18 @@ class Report:
     laws : tuple of Law
     absent : dict of str to str
         Libraries that were requested but cannot be used here, and why.
+    versions : dict of str to str
+        Of this library, Python, and the packages that matter here, as installed.
+    seed : int
+    call : str
+        What checks the same config again; empty if the library was checked.
     """
 
     laws: tuple[Law, ...]
     absent: dict[str, str] = dataclasses.field(default_factory=dict)
+    versions: dict[str, str] = dataclasses.field(default_factory=dict)
+    seed: int = 0
+    call: str = ""
 
     @property
     def holds(self) -> bool:
@@ -607,6 +654,8 @@ class Report:
             "holds": self.holds,
             "laws": [{**dataclasses.asdict(law), "holds": law.holds} for law in self.laws],
             "absent": self.absent,
+            "versions": self.versions,
+            "seed": self.seed,
         }
 
     def rows(self) -> Iterator[tuple[str, str, str, str, str, str]]:
@@ -640,7 +689,37 @@ class Report:
 
     def _notes(self) -> list[str]:
         absent = [f"{name}: not checked: {why}" for name, why in self.absent.items()]
-        return [*absent, "all laws hold" if self.holds else "NOT all laws hold"]
+        versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
+        verdict = "all laws hold" if self.holds else "NOT all laws hold"
+        return [*absent, *self._failures(), *filter(None, [versions]), verdict]
+
+    def _failures(self) -> Iterator[str]:
+        """Yield lines about the first subjects with broken laws: their sizes and seed, and how to see them again."""
+        broken: dict[tuple[str, str], list[Law]] = {}
+        for law in self.laws:
+            if not law.holds:
+                broken.setdefault((law.subject, law.backend), []).append(law)
+        for (subject, backend), laws in itertools.islice(broken.items(), _SHOWN):
+            yield f"{subject} on {backend} with seed {self.seed} breaks"
+            for law in laws:
+                yield f"  {law.name}: error {law.error:.1e}, allowed {law.allowed:.0e} ({law.sizes or 'no cases'})"
+            again = f"tnadapt verify --only {shlex.quote(subject)} --backend {backend} --seed {self.seed}"
+            yield f"  to reproduce: {self.call or again}"
+        if len(broken) > _SHOWN:
+            yield f"and {len(broken) - _SHOWN} more"
+
+
+#: What --only takes besides presets.
+LIBRARY, DECOMPOSITIONS, CONVERSION = "library", "decompositions", "conversion"
+#: Libraries that compile each operation for each shape, which for all presets takes minutes; and what they are checked
+#: for without ``deep``.
+_COMPILING, _FEW = ("jax",), ("lora", "superlora")
+_PACKAGES = (
+    "numpy", "scipy", "numba", "torch", "jax", "cupy-cuda12x", "tensorly", "safetensors", "peft", "lycoris-lora",
+    "transformers",
+)  # fmt: skip
+#: Subjects with broken laws that a report describes.
+_SHOWN = 5
 
 
 @checks_arguments
@@ -652,6 +731,9 @@ def verify(
     seed: int = 0,
     progress: Callable[[str], None] | None = None,
     roles: Sequence[Hashable] | None = None,
+    *,
+    deep: bool = False,
+    only: Sequence[str] | None = None,
 ) -> Report:
     """Check the laws of a config, or of the library and all presets.
 
@@ -660,7 +742,7 @@ def verify(
     config : Config, optional
         The config to check; of a :class:`tnadapt.CompositeConfig` every part, on its own of the shapes. If None, the
         draws, the products, fwht and F of the library, every preset of :mod:`tnadapt.presets` against the formula of
-        its method, those of plug-ins included, and every start.
+        its method, those of plug-ins included, every start, the decompositions, and files of PEFT and LyCORIS.
     shapes : sequence of (rows, cols), optional
         Shapes of the weights for ``config``; ``[(12, 8), (12, 8), (8, 12)]`` by default. A projection is compared with
         its dense matrix, so use at most a few thousand elements per group.
@@ -671,20 +753,27 @@ def verify(
     seed : int
         Seed of the random parameters.
     progress : callable, optional
-        Called with a line that says what is checked next.
+        Called with a line that says what is checked next: the part, and after a colon what of it.
     roles : sequence of hashable, optional
         For ``groups="role"``.
+    deep : bool
+        Without a config: whether to check everything on every library. By default, JAX, which compiles every operation
+        for every shape, is checked for a few sizes and presets.
+    only : sequence of str, optional
+        Without a config: which presets and parts to check; the other parts are "library", "decompositions" and
+        "conversion".
 
     Returns
     -------
     Report
-        ``print`` it for a table; ``report.holds``; ``report.to_dict()``.
+        ``print`` it for a table; ``report.holds``; ``report.to_dict()``. What breaks a law is described with its sizes
+        and seed, and with the command that checks it alone.
 
     Raises
     ------
     ConfigError
-        If shapes are given without a config, the config does not suit them or has more than 2**27 elements, seed is not
-        an integer from 0 to 2**64 - 1, or backends is empty.
+        If shapes are given without a config, or deep or only with one; the config does not suit the shapes or has more
+        than 2**27 elements; seed is not an integer from 0 to 2**64 - 1; backends is empty; or only names nothing.
     BackendError
         If a backend is unknown.
 
@@ -694,7 +783,8 @@ def verify(
     textbook formula and the method's formula; a slice equals that part of the whole; initially ΔW is exactly 0 and its
     gradient is not; the gradient equals the exact derivative; where ``apply`` is not "add", W' equals its formula, is W
     to the bit initially, and has the formula's derivative; F equals its dense matrix, and its adjoint passes the dot
-    test; every library agrees with NumPy; draws equal known answers.
+    test; every library agrees with NumPy; draws equal known answers; a decomposition has the error and bound that it
+    states; a file of another library has the updates of its adapter.
 
     Examples
     --------
@@ -707,28 +797,97 @@ def verify(
     shapes = None if shapes is None else list(shapes)
     if config is None and shapes is not None:
         raise ConfigError("shapes belong to a config; give verify(config, shapes)")
+    if config is not None and (deep or only is not None):
+        raise ConfigError("deep and only choose checks of the library, and a config is checked whole: leave them out")
     seed = integer("seed", seed, 0, (1 << 64) - 1, ConfigError)
-    where = shapes if shapes is not None else ((12, 8), (12, 8), (8, 12))
+    where = shapes if shapes is not None else [(12, 8), (12, 8), (8, 12)]
     if config is not None:  # before the slow imports of the libraries
         for _, part, weights, keys, own_roles in _parts(config, where, layers, roles):
             checkable(part, weights, keys, own_roles)
     names, absent = _usable(backends)
     tell = progress or (lambda line: None)
     laws: list[Law] = []
-    for name in names:
-        backend = load_backend(name)
-        with backend.double_precision():
-            rng = np.random.default_rng(seed)
-            tell(f"{name}: {'the operations' if config is None else 'the config'}")
-            if config is not None:
+    if config is not None:
+        for name in names:
+            backend = load_backend(name)
+            tell(f"{name}: the config")
+            with backend.double_precision():
+                rng = np.random.default_rng(seed)
                 for label, part, weights, keys, own_roles in _parts(config, where, layers, roles):
                     laws += ConfigLaws(label, part, weights, backend, rng, keys, own_roles).checked()
-                continue
-            laws += of_library(backend, rng)
-            for label, (example, weights) in {**examples(), **_starts()}.items():
-                tell(f"{name}: {label}")
-                laws += ConfigLaws(label, example, weights, backend, rng, preset=PRESETS.get(label)).checked()
-    return Report(tuple(laws), absent)
+        keys = "".join(f", {name}={list(keys)!r}" for name, keys in (("layers", layers), ("roles", roles)) if keys)
+        call = f"tnadapt.verify({config!r}, {where!r}{keys}, backends={names!r}, seed={seed})"
+        return Report(tuple(laws), absent, _versions(), seed, call)
+    checks = list(_checks(names, seed, deep, None if only is None else list(only)))
+    if names and not checks:
+        raise ConfigError(f"there is nothing to check: {CONVERSION} is checked with the backend 'numpy' alone")
+    totals = collections.Counter(check.part for check in checks)
+    done: collections.Counter[str] = collections.Counter()
+    for check in checks:
+        done[check.part] += 1
+        several = f": {check.subject}, {done[check.part]} of {totals[check.part]}" if totals[check.part] > 1 else ""
+        tell(check.part + several)
+        laws += check.laws()
+    return Report(tuple(laws), absent, _versions(), seed)
+
+
+class _Check(NamedTuple):
+    """A subject to check on a library, and the part of the progress that it is shown in."""
+
+    part: str
+    subject: str
+    backend: Backend
+    run: Callable[[], list[Law]]
+
+    def laws(self) -> list[Law]:
+        """Return the laws; an exception is a broken one, so that the others are still checked."""
+        with self.backend.double_precision():
+            try:
+                return self.run()
+            except Exception as error:
+                text = " ".join(f"{type(error).__name__}: {error}".split())
+                return [Law("no exception is raised", self.subject, self.backend.name, 1, math.inf, 0.0, text)]
+
+
+def _checks(names: Sequence[str], seed: int, deep: bool, only: Sequence[str] | None) -> Iterator[_Check]:
+    """Yield the checks of the library, each with random numbers that do not depend on the others."""
+    configs = {**examples(), **_starts()}
+    known = [LIBRARY, DECOMPOSITIONS, CONVERSION, *configs]
+    if only is not None and (not only or not set(only) <= set(known)):
+        unknown = next((name for name in only if name not in known), None)
+        raise ConfigError(f"only must name some of {', '.join(known)}; got {safe_repr(unknown or only)}")
+
+    def rng() -> np.random.Generator:
+        return np.random.default_rng(seed)
+
+    for name in names:
+        backend, whole = load_backend(name), deep or name not in _COMPILING
+        wanted = only if only is not None else known if whole else [LIBRARY, *_FEW]
+        if LIBRARY in wanted:
+            run = functools.partial(lambda backend, whole: of_library(backend, rng(), whole), backend, whole)
+            yield _Check(f"{name}, operations", LIBRARY, backend, run)
+        for label, (config, weights) in configs.items():
+            if label in wanted:
+                laws = functools.partial(ConfigLaws, label, config, weights, preset=PRESETS.get(label))
+                run = functools.partial(lambda backend, laws: laws(backend=backend, rng=rng()).checked(), backend, laws)
+                yield _Check(f"{name}, presets", label, backend, run)
+        if DECOMPOSITIONS in wanted:
+            run = functools.partial(
+                lambda backend: _of_cases(DECOMPOSITIONS, backend, decomposition_cases(backend, rng())), backend
+            )
+            yield _Check(f"{name}, decompositions", DECOMPOSITIONS, backend, run)
+    if "numpy" in names and (only is None or CONVERSION in only):
+        backend = load_backend("numpy")
+        yield _Check(CONVERSION, CONVERSION, backend, lambda: _of_cases(CONVERSION, backend, conversion_cases(rng())))
+
+
+def _versions() -> dict[str, str]:
+    """Return the versions of this library, Python, and the packages that are installed."""
+    versions = {"tnadapt": tnadapt.__version__, "Python": platform.python_version()}
+    for name in _PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    return versions
 
 
 def examples() -> dict[str, tuple[Config, list[tuple[int, int]]]]:
