@@ -187,8 +187,8 @@ def test_errors_of_arrays_of_other_shapes_are_infinite() -> None:
         ({"backends": ["nope"]}, tna.BackendError, "no backend named 'nope'"),
         ({"config": tna.Config(groups="layer"), "backends": ["numpy"]}, tna.ConfigError, "needs layers"),
         ({"config": tna.Config(), "deep": True}, tna.ConfigError, "deep and only choose checks of the library"),
-        ({"only": ["lorra"]}, tna.ConfigError, "only must name some of library, decompositions, .*; got 'lorra'"),
-        ({"only": []}, tna.ConfigError, r"only must name some of library, .*; got \[\]"),
+        ({"only": ["lorra"]}, tna.ConfigError, "only must name some of 'library', 'decompositions', .*; got 'lorra'"),
+        ({"only": []}, tna.ConfigError, r"only must name some of 'library', .*; got \[\]"),
         ({"only": ["conversion"], "backends": ["torch"]}, tna.ConfigError, "there is nothing to check: conversion"),
     ],
 )

@@ -627,6 +627,7 @@ class Report:
     versions : dict of str to str
         Of this library, Python, and the packages that matter here, as installed.
     seed : int
+    deep : bool
     call : str
         What checks the same config again; empty if the library was checked.
     """
@@ -635,6 +636,7 @@ class Report:
     absent: dict[str, str] = dataclasses.field(default_factory=dict)
     versions: dict[str, str] = dataclasses.field(default_factory=dict)
     seed: int = 0
+    deep: bool = False
     call: str = ""
 
     @property
@@ -704,7 +706,7 @@ class Report:
             for law in laws:
                 yield f"  {law.name}: error {law.error:.1e}, allowed {law.allowed:.0e} ({law.sizes or 'no cases'})"
             again = f"tnadapt verify --only {shlex.quote(subject)} --backend {backend} --seed {self.seed}"
-            yield f"  to reproduce: {self.call or again}"
+            yield f"  to reproduce: {self.call or again + ' --deep' * self.deep}"
         if len(broken) > _SHOWN:
             yield f"and {len(broken) - _SHOWN} more"
 
@@ -817,7 +819,7 @@ def verify(
                     laws += ConfigLaws(label, part, weights, backend, rng, keys, own_roles).checked()
         keys = "".join(f", {name}={list(keys)!r}" for name, keys in (("layers", layers), ("roles", roles)) if keys)
         call = f"tnadapt.verify({config!r}, {where!r}{keys}, backends={names!r}, seed={seed})"
-        return Report(tuple(laws), absent, _versions(), seed, call)
+        return Report(tuple(laws), absent, _versions(), seed, call=call)
     checks = list(_checks(names, seed, deep, None if only is None else list(only)))
     if names and not checks:
         raise ConfigError(f"there is nothing to check: {CONVERSION} is checked with the backend 'numpy' alone")
@@ -828,7 +830,7 @@ def verify(
         several = f": {check.subject}, {done[check.part]} of {totals[check.part]}" if totals[check.part] > 1 else ""
         tell(check.part + several)
         laws += check.laws()
-    return Report(tuple(laws), absent, _versions(), seed)
+    return Report(tuple(laws), absent, _versions(), seed, deep)
 
 
 class _Check(NamedTuple):
@@ -855,7 +857,7 @@ def _checks(names: Sequence[str], seed: int, deep: bool, only: Sequence[str] | N
     known = [LIBRARY, DECOMPOSITIONS, CONVERSION, *configs]
     if only is not None and (not only or not set(only) <= set(known)):
         unknown = next((name for name in only if name not in known), None)
-        raise ConfigError(f"only must name some of {', '.join(known)}; got {safe_repr(unknown or only)}")
+        raise ConfigError(f"only must name some of {', '.join(map(repr, known))}; got {safe_repr(unknown or only)}")
 
     def rng() -> np.random.Generator:
         return np.random.default_rng(seed)
