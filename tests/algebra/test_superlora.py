@@ -454,6 +454,7 @@ def test_the_operators_by_hand_are_the_plan(backend: Backend, plan: tna.SuperLoR
 def test_the_operators_are_differentiable_and_map_over_batches(library: str) -> None:
     config = tna.Config(2, 3, splits=2, groups=2, fold="hypercube", leading="same", split_size=2, format="tucker",
                         projection="linear", ratio=0.3)  # fmt: skip
+    pytest.importorskip(library)
     plan, backend = tna.SuperLoRA(config, [(6, 4), (5, 3)]), load_backend(library)
     params = {name: backend.asarray(array, "float64") for name, array in drawn(plan).items()}
 

@@ -94,6 +94,7 @@ def converted_wrongly(source: Any, *arguments: Any, **settings: Any) -> Any:
         (tna.tensors.TuckerTensor, "to_tensor", lambda self: tensor_of(self) * 1.00001, ["decompositions"],
          {"a decomposition's tensor = TensorLy's", "a tensor of these ranks is recovered"}),
         (tna.tensors.TuckerTensor, "bound", 1.0, ["decompositions"], {"a bound on the error ≤ the error"}),
+        (tna.tensors.TuckerTensor, "bound", math.nan, ["decompositions"], {"a bound on the error ≤ the error"}),
         (tna.AdapterFile, "deltas", lambda self: [x * 1.00001 for x in deltas_of(self)], ["conversion"],
          {"ΔW of a file read back"}),
         (round_trips, "convert", converted_wrongly, ["conversion"], {"ΔW of a file = the other library's formula"}),
@@ -189,12 +190,19 @@ def test_errors_of_arrays_of_other_shapes_are_infinite() -> None:
         ({"config": tna.Config(), "deep": True}, tna.ConfigError, "deep and only choose checks of the library"),
         ({"only": ["lorra"]}, tna.ConfigError, "only must name some of 'library', 'decompositions', .*; got 'lorra'"),
         ({"only": []}, tna.ConfigError, r"only must name some of 'library', .*; got \[\]"),
-        ({"only": ["conversion"], "backends": ["torch"]}, tna.ConfigError, "there is nothing to check: conversion"),
     ],
 )
 def test_bad_input(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         verify(**arguments)
+
+
+def test_conversion_alone_is_checked_with_numpy() -> None:
+    pytest.importorskip("torch")
+    with pytest.raises(
+        tna.ConfigError, match="there is nothing to check: conversion is checked with the backend 'numpy'"
+    ):
+        verify(only=["conversion"], backends=["torch"])
 
 
 def test_a_library_without_a_device_is_said_to_be_absent(monkeypatch: pytest.MonkeyPatch) -> None:
