@@ -153,6 +153,8 @@ def _times(block: np.ndarray, matrix: np.ndarray, mode: int) -> np.ndarray:
 
 # Gram matrices square the singular values: below this part of the tensor's norm they are noise.
 _LEAST_ERROR = 1e-7
+# The part of the error from which a singular value is kept.
+_LARGE = 0.25
 #: Directions of a sketch beyond the rank.
 OVERSAMPLED = 10
 
@@ -179,6 +181,11 @@ class Compressed(NamedTuple):
     lost: float
     bound: float
 
+    def left(self, max_error: float) -> float:
+        """Return the relative error that a result for the core may have within one for the tensor."""
+        size = float(np.linalg.norm(self.core))
+        return math.sqrt(max(0.0, (max_error * self.norm) ** 2 - self.lost**2)) / size if size else 0.0
+
     def outcome(self, inner: FitOutcome, dtype: np.dtype[Any]) -> FitOutcome:
         """Say how good a result is, from what the compression lost and how good that of the core is."""
         left = inner.error * float(np.linalg.norm(self.core))
@@ -198,7 +205,7 @@ def result_dtype(passes: BlockPasses) -> np.dtype[Any]:
 
 
 def compressed(passes: BlockPasses, sizes: Sequence[int] | None, max_error: float | None, seed: int) -> Compressed:
-    """Compress a tensor to sizes, or as far as a relative error allows.
+    """Compress a tensor to sizes, or by half of a squared relative error: :meth:`Compressed.left` has the rest.
 
     Raises
     ------
@@ -241,15 +248,17 @@ def _by_sizes(passes: BlockPasses, sizes: Sequence[int], seed: int) -> Compresse
 
 
 def _by_error(passes: BlockPasses, max_error: float) -> Compressed:
-    """Compress each mode as far as a relative Frobenius error of at least ``_LEAST_ERROR`` allows."""
+    """Compress each mode by half of a squared relative error, whose root is at least ``_LEAST_ERROR``."""
     # The pass of the Gram matrices takes ``prod(d) * sum(d)`` multiply-adds.
     grams, square = passes.grams()
     norm, bases, bound = _norm(square), dict[int, np.ndarray](), 0.0
-    loss = max_error * norm / math.sqrt(len(passes.shape))
+    loss = max_error * norm / math.sqrt(2.0 * len(passes.shape))
     for mode, gram in enumerate(grams):
         values, vectors = np.linalg.eigh(gram)
         singular = np.sqrt(np.maximum(values[::-1], 0.0))
-        count = kept(singular, len(singular), loss)
+        # What takes much of the error at once is left to the ranks of the core.
+        large = int(np.count_nonzero(singular > _LARGE * max_error * norm))
+        count = max(large, kept(singular, len(singular), loss))
         bound = max(bound, float(np.linalg.norm(singular[count:])))
         if count < len(singular):
             bases[mode] = np.ascontiguousarray(vectors[:, ::-1][:, :count])

@@ -509,15 +509,9 @@ class Algebra:
         u, values, v, exact = self.svd(matrix, rank)
         return Triplets(u, self.array(values), backend.matrix_transpose(v), exact)
 
-    def left(self, matrix: Array, rank: int | None, loss: float = 0.0) -> tuple[Array, Claim]:
-        """Return leading left vectors of a matrix, and whether they are known to be exact; also inside traces.
-
-        At most ``rank``; if it is None, as many as an error of at most ``loss`` takes.
-        """
+    def left(self, matrix: Array, rank: int) -> tuple[Array, Claim]:
+        """Return at most ``rank`` leading left vectors, and whether they are known to be exact; also inside traces."""
         backend = self.backend
-        if rank is None:
-            u, s = backend.svd(matrix)[:2] if self.plain else self.all_left(matrix)
-            return u[:, : kept(backend.to_numpy(s), int(s.shape[0]), loss)], True
         if self._recorded(matrix):
             u, exact = self.left(backend.detached(matrix), rank)
             return self._with_derivative(matrix, u), exact
@@ -537,7 +531,7 @@ class Algebra:
 
         Those of a wide matrix ``A = L Q`` are those of L, so that neither Q nor right vectors are formed.
         """
-        if not on_host(self.backend, matrix):
+        if self.plain or not on_host(self.backend, matrix):
             return self.backend.svd(matrix)[:2]
         host = self.backend.to_numpy(matrix)
         if _WIDE * host.shape[0] <= host.shape[1] and host.size >= _TINY:

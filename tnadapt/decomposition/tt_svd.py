@@ -14,7 +14,8 @@ from tnadapt.algebra.products import tt_tensor
 from tnadapt.backends import Array, Backend
 
 from .fits import Claim, Fit, Iteration, all_of
-from .linear_algebra import Algebra, norm_of, refuse_trace
+from .hooi import Dropped, coarse_parts, coarse_rank
+from .linear_algebra import Algebra, kept, norm_of, refuse_trace
 
 # -- The driver: TT-SVD, then sweeps -----------------------------------------------------------------------------------
 
@@ -37,7 +38,7 @@ def fit_train(
     tensor : array, shape (d_1, …, d_M)
         Real or complex.
     ranks : sequence of int or None
-        The largest rank of each bond; None for as large as ``loss`` asks.
+        The largest rank of each bond; None for the fewest parameters that ``loss`` allows.
     steps : Iteration
         The sweeps; if its limit is no iteration, TT-SVD alone.
     loss : float
@@ -55,7 +56,7 @@ def fit_train(
     BackendError
         For sweeps inside a trace.
     """
-    backend, limits, bonds = algebra.backend, steps.limits, len(tensor.shape) - 1
+    backend, limits = algebra.backend, steps.limits
     if init is not None:
         if norm_of(backend, tensor) == 0.0:
             return Fit(named_cores([backend.zeros(core.shape, like=core) for core in init]), True, 0, "zero", error=0.0)
@@ -66,11 +67,11 @@ def fit_train(
     claims = list[Claim]()
 
     def truncated(matrix: Array, bond: int) -> Array:
-        u, exact = algebra.left(matrix, None if ranks is None else ranks[bond], loss / math.sqrt(max(1, bonds)))
+        u, exact = algebra.left(matrix, ranks[bond])  # type: ignore[index]
         claims.append(exact)
         return u
 
-    cores, cut = tt_svd(backend, tensor, truncated)
+    cores, cut = _within(algebra, tensor, loss) if ranks is None else tt_svd(backend, tensor, truncated)
     known = all_of(claims)
     method, factor = "TT-SVD" if known is not False else "TT-SVD, randomized", math.sqrt(max(1, sum(cut)))
     if not limits.iterations or (sum(cut) <= 1 and known is not False):
@@ -86,6 +87,254 @@ def fit_train(
 def named_cores(cores: Sequence[Array]) -> dict[str, Array]:
     """Return the cores of a chain by the names of a fit's arrays."""
     return {f"core{mode}": core for mode, core in enumerate(cores)}
+
+
+# -- The fewest parameters for an error --------------------------------------------------------------------------------
+
+# A first, coarse TT-SVD loses a part of the squared error. In its result, a small train on the host, ranks are searched
+# by what each pair of neighboring bonds loses. TT-SVD of the tensor then leaves to each bond what it loses there.
+
+
+# Up to so many choices of ranks are compared at once; among more, a price of the squared error is found by bisection.
+_CHOICES, _HALVINGS = 1 << 18, 10
+# Rounds of the search, each in the result of the one before; up to so many bonds, by what truncations really lose.
+_ROUNDS, _EXACT = 4, 2
+# Up to so many bonds, one rank is raised for another.
+_RAISED = 6
+
+
+class Spending:
+    """Chooses the ranks of one bond after another for a squared error.
+
+    Parameters
+    ----------
+    allowed : float
+        What all bonds may lose.
+    bonds : int
+    ranks : sequence of int, optional
+        Those that are planned; the last bond may lose all that is left. Otherwise each bond may lose an equal part.
+    limit : float, optional
+        The squared error for which ``least`` has the ranks below which no tensor has it.
+    """
+
+    def __init__(
+        self, allowed: float, bonds: int, ranks: Sequence[int] | None = None, limit: float | None = None
+    ) -> None:
+        self.left, self.bonds, self.ranks, self.limit = allowed, bonds, ranks, limit
+        #: The squares that each bond loses.
+        self.dropped, self.least = list[np.ndarray](), list[int]()
+
+    def rank(self, values: np.ndarray, bond: int) -> int:
+        """Return how many singular values of a bond are kept."""
+        here, rest = max(0.0, self.left), self.bonds - bond
+        if self.ranks is None:
+            here /= rest
+        elif rest > 1:
+            here = min(here, float(np.sum(values[self.ranks[bond] :] ** 2)))
+        count = kept(values, len(values), math.sqrt(here))
+        if self.limit is not None:
+            count, least = coarse_rank(values, count, self.limit)
+            self.least.append(least)
+        self.dropped.append(values[count:] ** 2)
+        self.left -= float(self.dropped[-1].sum())
+        return count
+
+
+def _within(algebra: Algebra, tensor: Array, loss: float) -> tuple[list[Array], list[bool]]:
+    """Return the cores of TT-SVD with about the fewest parameters for a loss, and which bonds lost something."""
+    backend, bonds = algebra.backend, len(tensor.shape) - 1
+    norm = norm_of(backend, tensor) or 1.0
+    allowed, first = (loss / norm) ** 2, list[tuple[Array, Array]]()
+
+    def swept(spending: Spending) -> tuple[list[Array], list[bool]]:
+        def truncated(matrix: Array, bond: int) -> Array:
+            # The first matrix is the same each time.
+            u, values = first[0] if bond == 0 and first else algebra.all_left(matrix)
+            if bond == 0:
+                first[:] = [(u, values)]
+            return u[:, : spending.rank(np.asarray(backend.to_numpy(values), np.float64) / norm, bond)]
+
+        return tt_svd(backend, tensor, truncated)
+
+    if bonds < 2:
+        return swept(Spending(allowed, bonds))
+    for part in coarse_parts(tensor.shape):
+        coarse = Spending(part * allowed, bonds, limit=allowed)
+        cores, cut = swept(coarse)
+        if [int(core.shape[0]) for core in cores[1:]] == coarse.least:
+            return cores, cut
+        host = [backend.to_numpy(core) for core in cores]
+        ranks, saves = planned([*host[:-1], host[-1] / norm], allowed, coarse.dropped)
+        if not saves:
+            break
+    # These ranks lose about as much of the tensor.
+    cores, cut = swept(Spending(allowed, bonds, ranks))
+    for mode in range(bonds, 0, -1):
+        left, size, right = map(int, cores[mode].shape)
+        if left > size * right:  # the bond is larger than the core behind it can use
+            moved_left(backend, cores, mode)
+    return cores, cut
+
+
+def planned(cores: Sequence[np.ndarray], allowed: float, dropped: Sequence[np.ndarray] = ()) -> tuple[list[int], bool]:
+    """Choose the ranks of a train for a squared error.
+
+    Parameters
+    ----------
+    cores : sequence of ndarray, shape (r_{m-1}, d_m, r_m)
+        All but the last are orthonormal from the left.
+    allowed : float
+    dropped : sequence of ndarray
+        The squares that each bond of the train has lost.
+
+    Returns
+    -------
+    list of int
+        The rank of each bond, with about the fewest parameters for the error.
+    bool
+        Whether parameters would be fewer had the train lost less.
+    """
+    if len(cores) < 2:
+        return [], False
+    spent = float(sum(squares.sum() for squares in dropped))
+    rest = left = allowed - spent
+    search = whole = _Bonds(cores)
+    trial, ranks = whole.cheapest(rest), whole.most
+    for _ in range(_ROUNDS):
+        spending = Spending(left, len(trial), trial)
+        smaller = search.truncated(spending.rank)
+        trial, left = [len(core) for core in smaller[1:]], spending.left
+        if trial == ranks or whole.exact_loss(trial) > rest * (1.0 + 1e-9):
+            break
+        ranks, search = trial, _Bonds(smaller)
+        trial = search.exchanged(search.most, lambda ranks, search=search, left=left: search.loss(ranks) <= left)  # type: ignore[misc]
+    if len(ranks) <= _EXACT:
+        ranks = whole.exchanged(ranks, lambda trial: whole.exact_loss(trial) <= rest)
+    parameters, sides = parameters_of(ranks, whole.sizes), [1, *ranks, 1]
+    terms = [
+        Dropped(
+            float(squares.sum()), float(squares[0]),
+            sides[bond] * whole.sizes[bond] + whole.sizes[bond + 1] * sides[bond + 2],
+        )
+        for bond, squares in enumerate(dropped)
+        if len(squares) and ranks[bond] == whole.most[bond]
+    ]  # fmt: skip
+    most_saved = max(terms, key=lambda term: term.largest / term.parameters, default=None)
+    saves = most_saved is not None and most_saved.saves(
+        lambda allowed: parameters_of(whole.cheapest(allowed), whole.sizes), rest, parameters
+    )
+    return ranks, saves
+
+
+def parameters_of(ranks: Sequence[int], sizes: Sequence[int]) -> int:
+    """Return the number of parameters of a train."""
+    return sum(math.prod(core) for core in zip([1, *ranks], sizes, [*ranks, 1], strict=True))
+
+
+class _Bonds:
+    """What the bonds of a train on the host, whose cores but the last are orthonormal from the left, lose by ranks."""
+
+    def __init__(self, cores: Sequence[np.ndarray]) -> None:
+        #: Orthonormal from the right.
+        self.cores = [np.asarray(core, np.result_type(core, np.float64)) for core in cores]
+        self.sizes = [core.shape[1] for core in cores]
+        energies = list[np.ndarray]()
+        for bond in range(len(cores) - 1, 0, -1):
+            left, size, right = self.cores[bond].shape
+            u, values, vh = np.linalg.svd(self.cores[bond].reshape(left, -1), full_matrices=False)
+            self.cores[bond] = vh.reshape(-1, size, right)
+            self.cores[bond - 1] = self.cores[bond - 1] @ (u * values)
+            # A core between the singular vectors of both its bonds.
+            energies.append((np.abs(self.cores[bond]) ** 2).sum(axis=1) * (values**2)[:, None])
+        energies.append((np.abs(self.cores[0]) ** 2).sum(axis=1))
+        #: By the rank of the bond before, and of the bond; their sum bounds what two bonds lose.
+        self.tables = list[np.ndarray]()
+        for energy in energies[:0:-1]:
+            lost = np.zeros_like(energy)
+            lost[:, :-1] = energy[:, :0:-1].cumsum(1)[:, ::-1]
+            self.tables.append(lost.cumsum(0))
+        self.most = [table.shape[1] for table in self.tables]
+
+    def loss(self, ranks: Sequence[int]) -> float:
+        """Return about what ranks lose."""
+        return sum(float(table[a - 1, b - 1]) for table, a, b in zip(self.tables, [1, *ranks], ranks, strict=False))
+
+    def exact_loss(self, ranks: Sequence[int]) -> float:
+        """Return what truncations to ranks lose, from the first bond to the last."""
+        lost = list[float]()
+
+        def rank_of(values: np.ndarray, bond: int) -> int:
+            lost.append(float(np.sum(values[ranks[bond] :] ** 2)))
+            return ranks[bond]
+
+        self.truncated(rank_of)
+        return sum(lost)
+
+    def truncated(self, rank_of: Callable[[np.ndarray, int], int]) -> list[np.ndarray]:
+        """Return the cores of a train that is truncated at each bond, from the first to the last."""
+        cores = list(self.cores)
+        for bond in range(len(cores) - 1):
+            left, size, right = cores[bond].shape
+            u, values, vh = np.linalg.svd(cores[bond].reshape(-1, right), full_matrices=False)
+            rank = rank_of(values, bond)
+            cores[bond] = u[:, :rank].reshape(left, size, -1)
+            cores[bond + 1] = np.tensordot(values[:rank, None] * vh[:rank], cores[bond + 1], 1)
+        return cores
+
+    def cheapest(self, allowed: float) -> list[int]:
+        """Return the ranks with the fewest parameters that lose no more than is allowed."""
+        sides = [np.arange(1, rank + 1) for rank in [1, *self.most]]
+        # Of the core between two bonds, and the last one with its bond.
+        counts = [np.outer(*pair) * size for *pair, size in zip(sides[:-1], sides[1:], self.sizes[:-1], strict=True)]
+        counts[-1] = counts[-1] + sides[-1] * self.sizes[-1]
+        if math.prod(self.most) <= _CHOICES:
+            lost, parameters = np.zeros(1), np.zeros(1)
+            for table, count in zip(self.tables, counts, strict=True):
+                lost, parameters = lost[..., None] + table, parameters[..., None] + count
+            best = np.argmin(np.where(lost <= allowed * (1.0 + 2e-12), parameters, np.inf))
+            return [int(index) + 1 for index in np.unravel_index(best, lost.shape)[1:]]
+
+        def at_price(price: float) -> list[int]:
+            value, choices = np.zeros(1), list[np.ndarray]()
+            for table, count in zip(self.tables, counts, strict=True):
+                total = value[:, None] + count + price * table
+                choices.append(total.argmin(0))
+                value = total.min(0)
+            ranks = [int(value.argmin())]
+            for choice in choices[:0:-1]:
+                ranks.append(int(choice[ranks[-1]]))
+            return [rank + 1 for rank in reversed(ranks)]
+
+        # At the high price, as much as all parameters for what is allowed, nothing more is lost.
+        high, ranks = float(sum(count[-1, -1] for count in counts)) / max(allowed, 1e-200), self.most
+        low = high * 1e-12
+        for _ in range(_HALVINGS):
+            cheaper = at_price(price := math.sqrt(low * high))
+            if self.loss(cheaper) <= allowed:
+                high, ranks = price, cheaper
+            else:
+                low = price
+        return self.exchanged(ranks, lambda trial: self.loss(trial) <= allowed)
+
+    def exchanged(self, ranks: list[int], fits: Callable[[list[int]], bool]) -> list[int]:
+        """Raise a rank by one, or none, and lower another as far as fits, while that saves parameters."""
+        bonds = range(len(ranks))
+        while True:
+            trials = [ranks]
+            # In a long train, ranks are only lowered.
+            for raised in [None, *(bond for bond in bonds if len(bonds) <= _RAISED and ranks[bond] < self.most[bond])]:
+                for lowered in bonds:
+                    trial = [rank + (bond == raised) for bond, rank in enumerate(ranks)]
+                    while trial[lowered] > 1 and lowered != raised:
+                        lower = [rank - (bond == lowered) for bond, rank in enumerate(trial)]
+                        if not fits(lower):
+                            break
+                        trial = lower
+                    trials.append(trial)
+            best = min(trials, key=lambda trial: parameters_of(trial, self.sizes))
+            if best is ranks:
+                return ranks
+            ranks = best
 
 
 # -- TT-SVD ------------------------------------------------------------------------------------------------------------
@@ -187,7 +436,7 @@ class _Train:
         after: list[Array | None] = [None] * order
         for mode in range(order - 1, 0, -1):
             self.cores[mode] = self._core(before[mode], after[mode], mode)
-            self._to_the_left(mode)
+            moved_left(self.backend, self.cores, mode)
             after[mode - 1] = self._rights(mode, after[mode])
         rest = before[0]
         for mode in range(order):
@@ -218,17 +467,17 @@ class _Train:
         product = flat if after is None else backend.matmul(flat, after)
         return backend.reshape(product, (int(core.shape[0]), -1))
 
-    def _to_the_left(self, mode: int) -> None:
-        """Make a core orthogonal from the right, and multiply the one before it by the rest."""
-        backend, core, before = self.backend, self.cores[mode], self.cores[mode - 1]
-        left, size, right = map(int, core.shape)
-        flat = backend.reshape(core, (left, size * right))
-        q, r = backend.qr(backend.matrix_transpose(backend.conj(flat)))
-        width = int(q.shape[1])
-        turned = backend.matrix_transpose(backend.conj(q))
-        self.cores[mode] = backend.reshape(turned, (width, size, right))
-        rest = backend.matmul(backend.reshape(before, (-1, left)), backend.matrix_transpose(backend.conj(r)))
-        self.cores[mode - 1] = backend.reshape(rest, (*before.shape[:2], width))
+
+def moved_left(backend: Backend, cores: list[Array], mode: int) -> None:
+    """Make a core orthogonal from the right, and multiply the one before it by the rest."""
+    core, before = cores[mode], cores[mode - 1]
+    left, size, right = map(int, core.shape)
+    flat = backend.reshape(core, (left, size * right))
+    q, r = backend.qr(backend.matrix_transpose(backend.conj(flat)))
+    width = int(q.shape[1])
+    cores[mode] = backend.reshape(backend.matrix_transpose(backend.conj(q)), (width, size, right))
+    rest = backend.matmul(backend.reshape(before, (-1, left)), backend.matrix_transpose(backend.conj(r)))
+    cores[mode - 1] = backend.reshape(rest, (*before.shape[:2], width))
 
 
 def moved_right(backend: Backend, cores: list[Array], mode: int) -> None:

@@ -162,9 +162,6 @@ def scalar_of(value: Any) -> Any:
 
 # -- Ranks and errors --------------------------------------------------------------------------------------------------
 
-# The Frobenius error of a sequence of truncations is at most the root of the sum of their squares, so each of n
-# truncations may lose ``max_error / sqrt(n)``.
-
 
 def error_limit(max_error: Any) -> float:
     """Return an allowed relative error; raise a ShapeError unless it is from 0 to below 1."""

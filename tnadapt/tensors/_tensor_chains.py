@@ -13,10 +13,10 @@ from typing import Any, Self
 import numpy as np
 
 from tnadapt.algebra.products import tt_left, tt_to_tensor
-from tnadapt.backends import Array, Backend, get_backend
+from tnadapt.backends import Array, Backend, get_backend, load_backend
 from tnadapt.decomposition.fits import Contraction
-from tnadapt.decomposition.linear_algebra import kept
-from tnadapt.decomposition.tt_svd import moved_right
+from tnadapt.decomposition.linear_algebra import norm_of
+from tnadapt.decomposition.tt_svd import Spending, moved_right, planned
 from tnadapt.errors import ShapeError
 
 from ._decomposed import Decomposed, block_diagonal
@@ -196,14 +196,15 @@ class TTTensor(CoreChain):
         return backend.sqrt(backend.sum(backend.xp.real(squares) if backend.is_complex(last) else squares, axis=0))
 
     def round(self, rank: int | Sequence[int] | None = None, *, max_error: float | None = None) -> Self:
-        """Reduce the ranks; the best approximation within a factor √(M - 1).
+        """Reduce the ranks; the best approximation of these ranks within a factor √(M - 1).
 
         Parameters
         ----------
         rank : int or sequence of int, optional
             The largest rank of each bond, or of all.
         max_error : float, optional
-            Relative Frobenius error that is allowed. Not inside ``jax.jit``, as ranks depend on the values.
+            Relative Frobenius error that is allowed, with about the fewest parameters, as in
+            :func:`~tnadapt.tensors.tensor_train`. Not inside ``jax.jit``, as ranks depend on the values.
 
         Returns
         -------
@@ -217,15 +218,20 @@ class TTTensor(CoreChain):
             raise ShapeError("give either rank= or max_error=, to say what to round to")
         backend, cores, bonds = self.backend, list(self.left_orthogonal()), self.order - 1
         limits = [0] * bonds if rank is None else ranks_of(rank, bonds, "bonds")
-        loss = 0.0
         if max_error is not None:
-            norm = float(np.linalg.norm(backend.to_numpy(cores[-1]).reshape(-1)))
-            loss = error_limit(max_error) * norm / math.sqrt(max(1, bonds))
+            allowed, norm = error_limit(max_error) ** 2, norm_of(backend, cores[-1]) or 1.0
+            # Truncated from the last core to the first, as below.
+            turned = [np.transpose(backend.to_numpy(core), (2, 1, 0)) for core in reversed(cores)]
+            turned[0] = turned[0] / norm
+            for mode in range(bonds):
+                moved_right(load_backend("numpy"), turned, mode)
+            spending = Spending(allowed, bonds, planned(turned, allowed)[0])
         for bond in range(bonds - 1, -1, -1):
             left, size, right = map(int, cores[bond + 1].shape)
             u, s, vh = backend.svd(backend.reshape(cores[bond + 1], (left, size * right)))
-            most = int(s.shape[0])
-            keep = min(limits[bond], most) if rank is not None else kept(backend.to_numpy(s), most, loss)
+            keep = min(limits[bond], int(s.shape[0]))
+            if max_error is not None:
+                keep = spending.rank(backend.to_numpy(s) / norm, bonds - 1 - bond)
             cores[bond + 1] = backend.reshape(vh[:keep, :], (keep, size, right))
             flat = backend.reshape(cores[bond], (-1, left))
             rest = backend.matmul(flat, u[:, :keep] * s[:keep])

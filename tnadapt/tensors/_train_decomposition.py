@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, TypeVar
@@ -12,13 +13,14 @@ from tnadapt.algebra.formats import TensorTrain
 from tnadapt.algebra.products import mode_product
 from tnadapt.argument_checks import checks_arguments
 from tnadapt.backends import Array, get_backend, load_backend
-from tnadapt.decomposition.fits import Callback, Fit, Iteration, limits_of
+from tnadapt.decomposition.fits import Callback, Fit, Iteration, Limits, limits_of
+from tnadapt.decomposition.hooi import coarse_hosvd
 from tnadapt.decomposition.linear_algebra import epsilon_of
 from tnadapt.decomposition.tt_svd import fit_train, named_cores, ring_svd, ring_sweep
 from tnadapt.errors import ConfigError, ShapeError, TnadaptError, safe_repr
 
 from . import _requests
-from ._decomposed import Decomposed, error_of, finished, smallest_rank
+from ._decomposed import Decomposed, error_of, finished
 from ._requests import Request
 from ._tensor_chains import TRTensor, TTMatrix, TTTensor
 
@@ -55,8 +57,8 @@ def tensor_train(
         The largest rank of all bonds; or of each of the M - 1 bonds, with or without the 1 at both ends. A single
         number may be larger than is possible.
     max_error : float, optional
-        Relative Frobenius error that is allowed, instead of ranks; the ranks are as small as the truncations of the
-        single bonds allow.
+        Relative Frobenius error that is allowed, instead of ranks. The parameters are about the fewest that TT-SVD
+        needs for it: what one bond does not lose, others may.
     mask : array of bool, shape (d_1, …, d_M), optional
         True where an element is known; others may be NaN. In each mode, every index needs a known element.
     weights : array, shape (d_1, …, d_M), optional
@@ -98,7 +100,7 @@ def tensor_train(
     alternating linear scheme for tensor optimization in the tensor train format" (SIAM J. Sci. Comput. 34, 2012). With
     ``rank``, it is differentiable, after sweeps once they have converged; without sweeps it runs inside ``jax.jit`` and
     ``torch.func``. Costs the SVDs of M - 1 matrices, the first of shape (d_1, d_2 ⋯ d_M), and ``4 max(r) prod(d)``
-    multiply-adds a sweep.
+    multiply-adds a sweep; with ``max_error`` also the search for ranks in a smaller train, and TT-SVD once more.
 
     With ``mask`` or ``weights``, all arrays are fitted to the known elements: some sweeps of least squares from several
     starts, then damped Gauss-Newton if the problem is small enough for its equations. ``error`` is that of the known
@@ -160,12 +162,9 @@ def _from_blocks(tensor: Any, block: int, rank: Any, max_error: float | None, sv
         ranks = [1, *_requests.inner_ranks(rank, _possible(shape)), 1]
         wanted = [ranks[mode] * ranks[mode + 1] + OVERSAMPLED for mode in range(len(shape))]
         sizes = [min(size, most) for size, most in zip(shape, wanted, strict=True)]
-    # Both steps together lose the root of the sum of the squares.
-    half = None if max_error is None else _requests.error_limit(max_error) / math.sqrt(2.0)
-    small, left = compressed(passes, sizes, half, seed), None
-    if max_error is not None:
-        core = float(np.linalg.norm(small.core))
-        left = math.sqrt(max(0.0, (max_error * small.norm) ** 2 - small.lost**2)) / core if core else 0.0
+    limit = None if max_error is None else _requests.error_limit(max_error)
+    small = compressed(passes, sizes, limit, seed)
+    left = None if limit is None else small.left(limit)
     inner = tensor_train(small.core, rank, max_error=left, svd=svd, random_state=seed)
     numpy, dtype = load_backend("numpy"), result_dtype(passes)
     pairs = zip(inner, small.factors, strict=True)
@@ -346,15 +345,16 @@ def tensor_ring(
         The rank of all bonds; or of each of the M bonds, the first one closing the ring, with or without the first
         again at the end. A single number may be larger than is useful.
     max_error : float, optional
-        Relative Frobenius error that is allowed, instead of ranks: the smallest rank of all bonds is searched whose fit
-        has no larger error.
+        Relative Frobenius error that is allowed, instead of ranks: the result is the train of :func:`tensor_train` as
+        a ring, or a ring of equal ranks that has fewer parameters, if the iteration finds one.
     init : {"svd", "random"} or TRTensor
         What the iteration starts from: TR-SVD, normal numbers, or a given result. TR-SVD needs ``rank[0] * rank[1]`` of
         at most d_1; otherwise "svd" starts as "random" does.
     fixed : collection of int
         Positions of the cores of ``init`` that are kept.
     starts : int
-        Number of starts, the first by ``init`` and the others random; the best result is returned.
+        Number of starts, the first by ``init`` and the others random; the best result is returned. With ``max_error``,
+        the first that is close enough, of at least six for small tensors.
     random_state : int or Generator, optional
         Seed of random numbers.
     tol : float
@@ -399,24 +399,66 @@ def tensor_ring(
     limits, count = limits_of(tol, max_iterations, 0), _requests.integer_of("starts", starts, 1, 1 << 20)
     held = _requests.kept_modes(request, init, fixed, TRTensor, "TRTensor(cores)")
 
-    def fitted(rank: int | Sequence[int]) -> TRTensor:
-        ranks = _ranks(rank, request.shape)
-        fit = _fitted(request, ranks, init, held, count, Iteration(limits, callback))
-        return finished(request, fit, _ring, fixed=held if limits.iterations else ())
+    if rank is None:
+        return _ring_within(request, init, count, limits, callback)
+    fit = _fitted(request, _ranks(rank, request.shape), init, held, count, Iteration(limits, callback))
+    return finished(request, fit, _ring, fixed=held if limits.iterations else ())
 
-    if rank is not None:
-        return fitted(rank)
+
+# The part of a squared error by which a tensor is compressed before a ring of equal ranks is searched. Up to a size,
+# there are some more starts.
+_COMPRESSED, _SMALL, _STARTS = 0.1, 1 << 14, 6
+
+
+def _ring_within(request: Request, init: Any, starts: int, limits: Limits, callback: Callback | None) -> TRTensor:
+    """Return a ring of equal ranks within an error, or the train as a ring if that has no more parameters."""
+    if not isinstance(init, str):
+        raise ConfigError("max_error= tries several ranks: use init='svd' or 'random', or give rank=")
     assert request.max_error is not None
-    most = _requests.ring_ranks([math.prod(request.shape)] * len(request.shape), request.shape)[0]
-    return smallest_rank(fitted, request.max_error, most, request.shape, init)
+    algebra, steps, norm = request.algebra(), Iteration(limits, callback), request.norm or 1.0
+    best = fit_train(algebra, request.tensor, None, Iteration(limits._replace(iterations=0)), loss=request.loss)
+    parameters = sum(math.prod(core.shape) for core in best.arrays.values())
+    # In a small tensor, scaled so that no power of its norm overflows.
+    small, bases, dropped, least = coarse_hosvd(algebra, request.tensor, norm, request.max_error**2, _COMPRESSED)
+    if math.prod(small.shape) <= _SMALL:
+        starts = max(starts, _STARTS)
+    exponent = math.frexp(norm)[1]
+    inner = dataclasses.replace(request, tensor=algebra.scaled(small, -exponent), settled=True)
+    rest = request.max_error**2 - sum(float(squares.sum()) for squares in dropped)
+    left = math.sqrt(max(0.0, rest)) * math.ldexp(norm, -exponent) / (inner.norm or 1.0)
+
+    def tried(rank: int) -> Fit | None:
+        """Return a fit if it is close enough."""
+        fit = _fitted(inner, _ranks(rank, inner.shape), init, set(), starts, steps, left)
+        error = error_of(inner, _ring(fit.arrays)) if math.isnan(fit.error) else fit.error
+        if error > left:
+            return None
+        cores = [mode_product(request.backend, fit.arrays[f"core{mode}"], bases[mode], 1) for mode in sorted(bases)]
+        cores[0] = algebra.scaled(cores[0], exponent)
+        return fit._replace(arrays=named_cores(cores), error=math.nan, closed=None)
+
+    # The unfolding of one mode has at most the square of equal ranks. If the largest ring that is smaller than the
+    # train is not close enough, no smaller one is tried.
+    low, high = math.isqrt(max(least) - 1), math.isqrt((parameters - 1) // sum(request.shape))
+    if low < high and (fit := tried(high)) is not None:
+        best = fit
+        while high - low > 1 and steps.stopped != "callback":
+            rank = (low + high) // 2
+            if (fit := tried(rank)) is None:
+                low = rank
+            else:
+                best, high = fit, rank
+    return finished(request, best, _ring)
 
 
 def _ring(arrays: Mapping[str, Array]) -> TRTensor:
     return TRTensor.of(get_backend(arrays["core0"]), [arrays[f"core{mode}"] for mode in range(len(arrays))])
 
 
-def _fitted(request: Request, ranks: list[int], init: Any, held: set[int], starts: int, steps: Iteration) -> Fit:
-    """Return the best fit of these ranks over several starts."""
+def _fitted(
+    request: Request, ranks: list[int], init: Any, held: set[int], starts: int, steps: Iteration, enough: float = 0.0
+) -> Fit:
+    """Return the best fit of these ranks over several starts, or the first one whose error is enough."""
     rng = np.random.default_rng(request.seed)
     cores, method = _start(request, request.tensor, ranks, init, rng)
     if not steps.limits.iterations:
@@ -428,10 +470,10 @@ def _fitted(request: Request, ranks: list[int], init: Any, held: set[int], start
     best: Fit | None = None
     for number in range(starts):
         begun = cores if number == 0 else _random(request, ranks, rng, dict(enumerate(cores)), held)
-        fit = _improved(request, begun, held, steps)
+        fit = _improved(request, begun, held, steps, enough)
         if best is None or fit.error < best.error:
             best = fit
-        if steps.stopped == "callback":
+        if steps.stopped == "callback" or best.error <= enough:
             break
     assert best is not None
     return best._replace(method=f"{method}, ALS", iterations=len(steps.history), history=tuple(steps.history))
@@ -486,8 +528,8 @@ def _random(
     return [given[mode] if mode in held else request.normal(rng, shape) for mode, shape in enumerate(shapes)]
 
 
-def _improved(request: Request, cores: list[Array], held: set[int], steps: Iteration) -> Fit:
-    """Run sweeps until the iteration stops, with a small ridge where the equations are singular."""
+def _improved(request: Request, cores: list[Array], held: set[int], steps: Iteration, enough: float) -> Fit:
+    """Run sweeps, with a small ridge where equations are singular, until the error is enough or cannot become so."""
     backend = request.backend
     steps.begin()
     if request.norm == 0.0:
@@ -503,8 +545,12 @@ def _improved(request: Request, cores: list[Array], held: set[int], steps: Itera
             else:
                 steps.stopped = "singular" if swept is None else "converged"
             continue
-        best, error = swept, min(error, now)
-        steps.step(error)
+        gained, best, error = error - now, swept, min(error, now)
+        # Later sweeps gain less than the last one.
+        if not steps.step(error) and enough:
+            ahead = gained * (steps.limits.iterations - steps.count)
+            if error <= enough or error - ahead > enough:
+                steps.stopped = "converged"
     return Fit(named_cores(best), False, steps.count, "ALS", steps.stopped, error)
 
 

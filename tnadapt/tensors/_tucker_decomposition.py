@@ -49,7 +49,8 @@ def tucker(
         The rank of each mode, or the largest rank of all modes. A rank equal to the size of its mode leaves that mode
         as it is, up to a rotation.
     max_error : float, optional
-        Relative Frobenius error that is allowed, instead of ranks.
+        Relative Frobenius error that is allowed, instead of ranks. The parameters are about the fewest that the HOSVD
+        needs for it, or fewer by what the iteration gains.
     mask : array of bool, shape (d_1, …, d_M), optional
         True where an element is known; others may be NaN. In each mode, every index needs a known element.
     weights : array, shape (d_1, …, d_M), optional
@@ -180,9 +181,10 @@ def _from_blocks(
     _requests.one_of("rank", rank, max_error)
     ranks = None if rank is None else _ranks(rank, passes.shape)
     sizes = None if ranks is None else [min(d, 2 * r + OVERSAMPLED) for r, d in zip(ranks, passes.shape, strict=True)]
-    small = compressed(passes, sizes, None if max_error is None else _requests.error_limit(max_error), seed)
-    kept = [int(size) for size in small.core.shape] if ranks is None else ranks
-    inner = tucker(small.core, kept, random_state=seed, **settings)
+    limit = None if max_error is None else _requests.error_limit(max_error)
+    small = compressed(passes, sizes, limit, seed)
+    left = None if limit is None else small.left(limit)
+    inner = tucker(small.core, ranks, max_error=left, random_state=seed, **settings)
     dtype = result_dtype(passes)
     assert inner.outcome is not None
     factors = [np.asarray(basis @ factor, dtype) for basis, factor in zip(small.factors, inner.factors, strict=True)]
