@@ -533,8 +533,8 @@ def grpo_table(rows: Sequence[Row]) -> str:
                 first["title"], f"{first['numbers']:,}", number(first["rate"]),
                 " → ".join(f"{reward:.3f}" for reward in ends), right, said_of(worst),
             ))  # fmt: skip
-    if len(lines) == 1:
-        return "No training has been measured yet.\n"
+    if not any(len(several) >= 3 for several in settings.values()):
+        return "No contestant has been trained with three seeds yet.\n"
     about = f"{rows[-1]['task']} of reasoning-gym, {rows[-1]['steps']} steps, {rows[-1]['machine']['processor']}"
     return f"{list_table(lines)}\n({about}; ± one standard deviation of the seeds)\n"
 

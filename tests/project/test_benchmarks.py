@@ -180,7 +180,7 @@ def test_the_task_has_the_most_gradients_of_those_that_no_control_solves(benchma
 
 def test_a_training_has_a_row_from_three_seeds_on(benchmark_scripts: Scripts) -> None:
     script = benchmark_scripts("rl_drift")
-    assert script.grpo_table([]) == "No training has been measured yet.\n"
+    assert script.grpo_table([]) == "No contestant has been trained with three seeds yet.\n"
     shared = {"steps": 20, "task": "sums", "machine": {"processor": "P"}}
     state = {"numbers": 13, "elements": 100, "changed": 5, "change": 0.1, "update": 1.0}
     rows = [{"contestant": "base", "seed": 0, "rate": 0.0, "right": 0.01, "four examples": 0.11, **shared}]
