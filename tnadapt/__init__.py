@@ -47,6 +47,7 @@ if TYPE_CHECKING:
         kronecker_decomposition,
         tensor_ring,
         tensor_train,
+        tt_cross,
         tt_matrix,
         tucker,
     )
@@ -111,6 +112,7 @@ __all__ = [
     "tensor_ring",
     "tensor_train",
     "to_hypercube",
+    "tt_cross",
     "tt_matrix",
     "tt_to_tensor",
     "tucker",
@@ -169,6 +171,7 @@ _LAZY = {
     "tensor_ring": "tensors._train_decomposition",
     "tensor_train": "tensors._train_decomposition",
     "to_hypercube": "algebra.folding",
+    "tt_cross": "tensors._cross",
     "tt_matrix": "tensors._train_decomposition",
     "tt_to_tensor": "algebra.products",
     "tucker": "tensors._tucker_decomposition",

@@ -359,6 +359,7 @@ CALLS: dict[str, Arguments] = {
     "tt_matrix": lambda b: {
         "matrix": b.matrix(4, 6), "rank": 2, "rows": (2, 2), "cols": (2, 3), **_FIT,
     },
+    "tt_cross": lambda b: {"function": lambda i: 1.0 / (1.0 + i.sum(1)), "shape": (3, 4, 5), "rank": 2},
     "kronecker_decomposition": lambda b: {
         "tensor": b.matrix(4, 6), "shapes": [(2, 3), (2, 2)], "terms": 1, **_FIT,
     },

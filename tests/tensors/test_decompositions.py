@@ -820,3 +820,240 @@ def test_what_cannot_be_in_blocks_is_refused(source: str, call: Any, error: Any,
 def test_other_functions_say_that_they_need_memory(tmp_path: Path) -> None:
     with pytest.raises(BackendError, match=r"a dask array.*x\.compute\(\)"):
         tna.cp(dasked(tmp_path, np.ones((3, 3, 3))), 1)
+
+
+# -- Trains of functions, from few of their values -------------------------------------------------
+
+
+class Counted:
+    """A function of indices that notes where it is evaluated."""
+
+    def __init__(self, function: Callable[[np.ndarray], Any]) -> None:
+        self.function, self.places = function, list[tuple[int, ...]]()
+
+    def __call__(self, indices: np.ndarray) -> Any:
+        assert indices.dtype == np.int64
+        self.places += map(tuple, indices.tolist())
+        return self.function(indices)
+
+
+def everywhere(shape: tuple[int, ...]) -> np.ndarray:
+    return np.indices(shape).reshape(len(shape), -1).T
+
+
+def error_at_random(train: tt.TTTensor, function: Callable[[np.ndarray], Any], count: int = 20_000) -> float:
+    """The relative error at random points, by NumPy alone."""
+    indices = np.random.default_rng(99).integers(0, train.shape, (count, train.order))
+    made, known = np.ones((count, 1, 1)), np.asarray(function(indices))
+    for core, places in zip(train, indices.T, strict=True):
+        made = made @ np.asarray(core).transpose(1, 0, 2)[places]
+    return float(np.linalg.norm(made[:, 0, 0] - known) / np.linalg.norm(known))
+
+
+@pytest.mark.law("cross-approximation")
+@given(
+    st.lists(st.integers(1, 6), min_size=1, max_size=6).map(tuple), st.integers(1, 4),
+    st.sampled_from(["float64", "complex128"]), st.booleans(), st.integers(0, 1000),
+)  # fmt: skip
+def test_trains_are_found_from_their_values(
+    shape: tuple[int, ...], rank: int, dtype: str, by_rank: bool, seed: int
+) -> None:
+    known = tt.random_tt(shape, rank, random_state=seed, dtype=dtype)
+    words: dict[str, Any] = {"rank": rank} if by_rank else {"max_error": 1e-9}
+    function = Counted(known.entries)
+    found = tna.tt_cross(function, shape, random_state=seed, **words)
+    assert found[0].dtype == dtype
+    assert relative_error(found.to_tensor(), known.to_tensor()) < 1e-8
+    assert found.error < 1e-8
+    assert max(found.rank) <= rank
+    assert (found.converged, found.outcome.calls) == (True, len(function.places))
+    # Nothing is computed twice.
+    assert len(set(function.places)) == len(function.places) <= math.prod(shape)
+
+
+@pytest.mark.law("cross-approximation")
+@given(
+    st.lists(st.integers(1, 9), min_size=1, max_size=5).map(tuple), st.floats(1e-9, 0.5), st.integers(0, 9),
+    st.sampled_from([lambda i: 1.0 / (1.0 + i.sum(1)), lambda i: np.sin(i @ np.arange(1, i.shape[1] + 1.0) ** 2 + 1j)]),
+)  # fmt: skip
+def test_the_error_of_a_small_tensor_is_known_and_kept(
+    shape: tuple[int, ...], limit: float, seed: int, function: Any
+) -> None:
+    dense = function(everywhere(shape)).reshape(shape)
+    found = tna.tt_cross(function, shape, max_error=limit, random_state=seed)
+    exact = float(np.linalg.norm(found.to_tensor() - dense) / np.linalg.norm(dense))
+    assert found.outcome.stopped == "converged"
+    assert exact <= limit * (1 + 1e-9)
+    if math.prod(shape) <= 1000:
+        assert found.error == pytest.approx(exact, rel=1e-6, abs=1e-14)
+    # It is no larger than TT-SVD with a tenth of the error.
+    assert found.num_parameters <= tna.tensor_train(dense, max_error=limit / 10).num_parameters
+
+
+def coupled(indices: np.ndarray) -> np.ndarray:
+    return np.exp(-((indices - 9.5) ** 2).sum(1) / 20 - (np.diff(indices, axis=1) ** 2).sum(1) / 40)
+
+
+X40 = 2.0 ** -np.arange(1, 41)
+# Functions of 10^12 points and more: the shape, a rank that is enough, and the error asked for.
+LARGE: dict[str, tuple[Callable[[np.ndarray], Any], tuple[int, ...], int, float]] = {
+    "one over a sum": (lambda i: 1.0 / (1.0 + i.sum(1)), (20,) * 20, 8, 1e-8),
+    "Gaussian": (lambda i: np.exp(-((i - 7.3) ** 2).sum(1) / 8), (20,) * 20, 1, 1e-8),
+    "coupled Gaussian": (coupled, (20,) * 10, 10, 1e-5),
+    "sine of a sum": (lambda i: np.sin(0.1 * i.sum(1)), (20,) * 20, 2, 1e-8),
+    "integers": (lambda i: i.sum(1), (20,) * 20, 2, 1e-8),
+    "a constant": (lambda i: np.full(len(i), 3.5), (10,) * 12, 1, 1e-8),
+    "complex": (lambda i: np.exp(0.3j * i.sum(1)) / (1 + i[:, 3] + i[:, 7]), (10,) * 12, 7, 1e-8),
+    "product of a few": (lambda i: i[:, 2] * (1.0 + i[:, 9]), (10,) * 12, 1, 1e-8),
+    "distance": (lambda i: np.sqrt((1.0 + i**2).sum(1)), (30,) * 8, 11, 1e-8),
+    "oscillation of 2^40": (lambda i: np.cos(40 * (i @ X40)) * np.exp(-(i @ X40)), (2,) * 40, 2, 1e-8),
+    "peak of 2^40": (lambda i: 1.0 / ((i @ X40 - 0.3) ** 2 + 1e-8), (2,) * 40, 12, 1e-8),
+    "kink of 2^40": (lambda i: abs(i @ X40 - 0.3), (2,) * 40, 4, 1e-8),
+}
+
+
+@pytest.mark.law("cross-approximation")
+@pytest.mark.parametrize("name", LARGE)
+def test_functions_of_very_many_points(name: str) -> None:
+    function, shape, rank, limit = LARGE[name]
+    found = tna.tt_cross(function, shape, max_error=limit)
+    assert (found.outcome.stopped, found.error <= limit) == ("converged", True)
+    assert max(found.rank) <= rank
+    # The estimate is that of the error at other points, up to its own scatter.
+    assert error_at_random(found, function) < 4.0 * limit
+    assert found.outcome.calls < 500_000
+    assert "(estimated)" in repr(found)
+    assert f"{found.outcome.calls:,}" in repr(found)
+    again = tna.tt_cross(function, shape, max_error=limit)
+    assert all(np.array_equal(a, b) for a, b in zip(found, again, strict=True))
+    other = tna.tt_cross(function, shape, max_error=limit, random_state=1)
+    assert error_at_random(other, function) < 4.0 * limit
+
+
+def test_exact_trains_of_very_many_points_are_found_to_rounding() -> None:
+    for shape, rank in (((10,) * 12, 6), ((4,) * 20, 10), ((2,) * 40, 5)):
+        known = tt.random_tt(shape, rank, random_state=3)
+        for words in ({"rank": rank}, {"max_error": 1e-10}):
+            found = tna.tt_cross(known.entries, shape, **words)
+            assert error_at_random(found, known.entries) < 1e-12
+            assert max(found.rank) <= rank
+            assert found.converged
+    # Where the train is large is seen, too: at nearly all points this one is zero.
+    spikes = tt.TTTensor([np.eye(50)[None, 7:8].transpose(0, 2, 1) + (m == 3) * 0.5 for m in range(8)])
+    found = tna.tt_cross(spikes.entries, (50,) * 8, max_error=1e-9, points=[[7] * 8])
+    assert float((found - spikes).norm()) < 1e-9 * float(spikes.norm())
+
+
+def test_a_rank_gets_nearly_the_best_train_of_it() -> None:
+    shape, dense = (12, 12, 12, 12), 1.0 / (1.0 + np.indices((12, 12, 12, 12)).sum(0))
+    for rank in (2, 4):
+        found = tna.tt_cross(lambda i: 1.0 / (1.0 + i.sum(1)), shape, rank=rank)
+        assert max(found.rank) == rank
+        assert found.outcome.stopped == "converged"
+        assert error_of(found, dense) < 1.5 * tna.tensor_train(dense, rank).error
+    found = tna.tt_cross(lambda i: 1.0 / (1.0 + i.sum(1)), shape, rank=(2, 3, 2), max_error=1e-9)
+    assert (found.rank, found.outcome.stopped, found.converged) == ((1, 2, 3, 2, 1), "rank", False)
+    assert error_of(found, dense) <= found.error < 0.1
+
+
+def test_a_function_that_is_zero_almost_everywhere_needs_points() -> None:
+    def spikes(indices: np.ndarray) -> np.ndarray:
+        return 2.0 * (indices == 3).all(1) + (indices == [5] * 10 + [1] * 10).all(1)
+
+    shape, places = (20,) * 20, [[3] * 20, [5] * 10 + [1] * 10]
+    zeros = tna.tt_cross(spikes, shape, max_error=1e-6)
+    assert (float(zeros.norm()), zeros.error, zeros.converged) == (0.0, 0.0, True)
+    found = tna.tt_cross(spikes, shape, max_error=1e-6, points=places)
+    assert np.allclose(found.entries(places), [2.0, 1.0], rtol=1e-12)
+    assert float(found.norm()) == pytest.approx(math.sqrt(5.0), rel=1e-12)
+    assert float(tna.tt_cross(lambda i: 0.0 * i[:, 0], shape, rank=3).norm()) == 0.0
+
+
+@pytest.mark.parametrize("power", [-600, 600])
+def test_values_of_any_size(power: int) -> None:
+    def function(indices: np.ndarray) -> np.ndarray:
+        return 1.0 / (1.0 + indices.sum(1))
+
+    one = tna.tt_cross(function, (9,) * 6, max_error=1e-6)
+    other = tna.tt_cross(lambda i: np.ldexp(function(i), power), (9,) * 6, max_error=1e-6)
+    assert other.error == pytest.approx(one.error, rel=1e-9)
+    assert np.array_equal(np.ldexp(other[0], -power), one[0])
+
+
+def test_a_cross_always_ends() -> None:
+    table = np.random.default_rng(0).normal(size=1 << 16)
+
+    def noise(indices: np.ndarray) -> np.ndarray:
+        return table[(indices @ 3 ** np.arange(1, 13)) % (1 << 16)]
+
+    function = Counted(noise)
+    found = tna.tt_cross(function, (10,) * 12, max_error=1e-6, max_calls=30_000)
+    assert (found.outcome.stopped, found.converged) == ("max_calls", False)
+    assert found.outcome.calls == len(function.places) <= 30_000
+    assert found.error > 0.5
+    for error, dtype in ((0.0, np.float64), (1e-9, np.float32)):
+        found = tna.tt_cross(lambda i, dtype=dtype: (1 / (1 + i.sum(1))).astype(dtype), (9,) * 6, max_error=error)
+        assert found.outcome.stopped == "stalled"
+        assert found.error < 1e3 * np.finfo(dtype).eps
+
+
+def test_a_cross_is_in_the_library_of_the_values(backend: Backend) -> None:
+    with backend.double_precision():
+        for dtype in ("float64", "float32", "complex64"):
+            found = tna.tt_cross(
+                lambda i, dtype=dtype: backend.asarray(1.0 / (1.0 + i.sum(1)), dtype), (8,) * 6, max_error=1e-4
+            )
+            assert all(backend.owns(core) and backend.dtype_name(core) == dtype for core in found)
+            host = tna.tt_cross(lambda i, dtype=dtype: (1.0 / (1.0 + i.sum(1))).astype(dtype), (8,) * 6, max_error=1e-4)
+            assert relative_error(backend.to_numpy(found.to_tensor()), host.to_tensor()) < 1e-6
+    assert tna.tt_cross(lambda i: (i.sum(1) > 3).tolist(), (4, 4), rank=4)[0].dtype == np.float64
+
+
+def one(indices: np.ndarray) -> np.ndarray:
+    return np.ones(len(indices))
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "text"),
+    [
+        (lambda: tna.tt_cross(lambda i: np.where(i[:, 1] == 2, np.nan, 1.0), (5, 5), rank=1), ShapeError,
+         r"returned nan at index \(\d, 2\); expected finite numbers: replace"),
+        (lambda: tna.tt_cross(lambda i: np.where(i[:, 1] == 2, -np.inf, 1.0), (5, 5), rank=1), ShapeError,
+         r"returned -inf at index \(\d, 2\)"),
+        (lambda: tna.tt_cross(lambda i: np.ones(3), (9, 9), rank=1), ShapeError,
+         r"one number for each row .*shape \(\d+,\) for indices of shape \(\d+, 2\); got shape \(3,\)"),
+        (lambda: tna.tt_cross(lambda i: one(i)[:, None], (9, 9), rank=1), ShapeError, r"got shape \(\d+, 1\)"),
+        (lambda: tna.tt_cross(lambda i: 1.0, (9, 9), rank=1), ShapeError, r"got shape \(\)"),
+        (lambda: tna.tt_cross(lambda i: None, (9, 9), rank=1), BackendError, "what the function returns .*NoneType"),
+        (lambda: tna.tt_cross(lambda i: np.array(["a"] * len(i)), (9, 9), rank=1), BackendError, "must hold numbers"),
+        (lambda: tna.tt_cross(lambda i: 1 / 0, (9, 9), rank=1), ZeroDivisionError, "division by zero"),
+        (lambda: tna.tt_cross(3, (9, 9), rank=1), ConfigError, "function must be a function; got 3"),
+        (lambda: tna.tt_cross(one, (9, 9)), ShapeError, "rank= or max_error=, or both.*got neither"),
+        (lambda: tna.tt_cross(one, (9, 9), max_calls=10**4), ShapeError, "rank= or max_error="),
+        (lambda: tna.tt_cross(one, (9, 9), max_error=1.5), ShapeError, "max_error must be from 0"),
+        (lambda: tna.tt_cross(one, (9, 0), rank=1), ShapeError, "a size in shape must be .*at least 1; got 0"),
+        (lambda: tna.tt_cross(one, (), rank=1), ShapeError, "shape is empty"),
+        (lambda: tna.tt_cross(one, (9, 9), rank=0), ShapeError, "rank must be an integer of at least 1; got 0"),
+        (lambda: tna.tt_cross(one, (9, 9), rank=(1, 2)), ShapeError, "one for each of the 1 bonds"),
+        (lambda: tna.tt_cross(one, (1 << 40, 2), rank=1), ShapeError, "divide it into several modes, such as 40 of 2"),
+        (lambda: tna.tt_cross(one, (20,) * 20, rank=1, max_calls=500), ShapeError,
+         r"max_calls=500 is too small for a train of shape .*: expected at least 2200"),
+        (lambda: tna.tt_cross(one, (9, 9), rank=1, max_calls=0), ShapeError, "max_calls must be"),
+        (lambda: tna.tt_cross(one, (9, 9), rank=1, points=[[9, 0]]), ShapeError, r"\(9, 0\), outside of a tensor"),
+        (lambda: tna.tt_cross(one, (9, 9), rank=1, points=[[1.0, 0.0]]), ShapeError, r"integers of shape \(n, 2\)"),
+        (lambda: tna.tt_cross(one, (9, 9), rank=1, points=[1, 2]), ShapeError, r"integers of shape \(n, 2\)"),
+        (lambda: tna.tt_cross(one, (9, 9), rank=1, random_state=-1), ConfigError, "random_state"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_crossed_is_refused(call: Any, error: type[Exception], text: str) -> None:
+    with pytest.raises(error, match=text):
+        call()
+
+
+def test_a_function_returns_arrays_of_one_library_without_derivatives() -> None:
+    torch = pytest.importorskip("torch")
+    turn = itertools.count()
+    with pytest.raises(BackendError, match="an array of torch before, and now one of numpy"):
+        tna.tt_cross(lambda i: one(i) if next(turn) else torch.ones(len(i)), (50, 50), rank=1)
+    with pytest.raises(BackendError, match="not differentiated: let the function return detached values"):
+        tna.tt_cross(lambda i: torch.ones(len(i), requires_grad=True), (5, 5), rank=1)

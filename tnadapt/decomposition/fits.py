@@ -277,6 +277,9 @@ class FitOutcome(Optimality):
         The least error after each iteration, of all starts; empty if the method does not say.
     method : str
         Short description of the method.
+    calls : int
+        Values of a function that were computed, by :func:`tnadapt.tt_cross` alone, whose error is an estimate, and
+        which stops for other reasons, too.
 
     Notes
     -----
@@ -291,6 +294,7 @@ class FitOutcome(Optimality):
     stopped: str = "direct"
     history: tuple[float, ...] = ()
     method: str
+    calls: int = 0
 
     @property
     def converged(self) -> bool:

@@ -13,6 +13,7 @@ from tnadapt.lazy_names import lazy_names
 
 if TYPE_CHECKING:
     from ._cp_decomposition import cp
+    from ._cross import tt_cross
     from ._decomposed import CPTensor, Decomposed, TuckerTensor
     from ._kronecker import HadamardTensor, KroneckerTensor, hadamard_decomposition, kronecker_decomposition
     from ._matrix_products import (
@@ -60,6 +61,7 @@ __all__ = [
     "row_khatri_rao",
     "tensor_ring",
     "tensor_train",
+    "tt_cross",
     "tt_matrix",
     "tt_to_tensor",
     "tucker",
@@ -72,6 +74,7 @@ _LAZY = {
     name: module
     for module, names in {
         "_cp_decomposition": ("cp",),
+        "_cross": ("tt_cross",),
         "_decomposed": ("CPTensor", "Decomposed", "TuckerTensor"),
         "_kronecker": ("HadamardTensor", "KroneckerTensor", "hadamard_decomposition", "kronecker_decomposition"),
         "_matrix_products": (

@@ -326,7 +326,10 @@ class Decomposed(abc.ABC):
         ]
         if self.outcome is not None:
             limit = " (the least possible)" if self.outcome.certified else f" (at least {self.outcome.bound:.3g})"
-            facts += [("error", f"{self.outcome.error:.3g}{limit}"), ("method", self.outcome.method)]
+            method = self.outcome.method
+            if self.outcome.calls:
+                limit, method = " (estimated)", f"{method} from {self.outcome.calls:,} values"
+            facts += [("error", f"{self.outcome.error:.3g}{limit}"), ("method", method)]
             if not self.outcome.converged:
                 facts.append(("converged", f"no ({self.outcome.stopped})"))
         return facts

@@ -12,7 +12,7 @@ from tnadapt.backends import Array, load_backend
 from tnadapt.errors import ShapeError
 
 from ._decomposed import CPTensor, TuckerTensor
-from ._requests import integer_of, normal, ranks_of, ring_bonds, seed_of, train_bonds
+from ._requests import integer_of, normal, ranks_of, ring_bonds, seed_of, shape_of, train_bonds
 from ._tensor_chains import TRTensor, TTMatrix, TTTensor
 
 
@@ -30,13 +30,6 @@ def _normal(random_state: Any, backend: str, dtype: str, device: Any) -> Callabl
         return library.asarray(numbers, dtype, device)
 
     return draw
-
-
-def _shape(shape: Sequence[int]) -> tuple[int, ...]:
-    sizes = tuple(integer_of("a size in shape", size, 1) for size in shape)
-    if not sizes:
-        raise ShapeError("the shape is empty; expected at least one mode")
-    return sizes
 
 
 @checks_arguments
@@ -85,7 +78,7 @@ def random_cp(
     >>> random_cp((3, 4, 5), 2).factors[1].shape
     (4, 2)
     """
-    sizes, rank = _shape(shape), integer_of("rank", rank, 1)
+    sizes, rank = shape_of(shape), integer_of("rank", rank, 1)
     draw = _normal(random_state, backend, dtype, device)
     factors = [draw(size, rank) for size in sizes]
     if orthogonal:
@@ -133,7 +126,7 @@ def random_tucker(
     >>> random_tucker((3, 4), (2, 2)).core.shape
     (2, 2)
     """
-    sizes = _shape(shape)
+    sizes = shape_of(shape)
     ranks = ranks_of(rank, len(sizes), "modes")
     draw = _normal(random_state, backend, dtype, device)
     core = draw(*ranks)
@@ -179,7 +172,7 @@ def random_tt(
     >>> random_tt((3, 4, 5), 2).rank
     (1, 2, 2, 1)
     """
-    sizes = _shape(shape)
+    sizes = shape_of(shape)
     ranks = [1, *train_bonds(rank, len(sizes) - 1), 1]
     draw = _normal(random_state, backend, dtype, device)
     return TTTensor([draw(ranks[m], size, ranks[m + 1]) for m, size in enumerate(sizes)])
@@ -219,7 +212,7 @@ def random_tr(
     >>> random_tr((3, 4), (2, 3)).rank
     (2, 3, 2)
     """
-    sizes = _shape(shape)
+    sizes = shape_of(shape)
     ranks = ring_bonds(rank, len(sizes))
     draw = _normal(random_state, backend, dtype, device)
     return TRTensor([draw(ranks[m], size, ranks[(m + 1) % len(sizes)]) for m, size in enumerate(sizes)])
@@ -261,7 +254,7 @@ def random_tt_matrix(
     >>> random_tt_matrix((2, 3), (4, 5), 2).shape
     (6, 20)
     """
-    tall, wide = _shape(rows), _shape(cols)
+    tall, wide = shape_of(rows), shape_of(cols)
     if len(tall) != len(wide):
         raise ShapeError(f"rows {tall} and columns {wide} must have the same number of modes")
     ranks = [1, *train_bonds(rank, len(tall) - 1), 1]

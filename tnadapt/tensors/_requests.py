@@ -134,6 +134,14 @@ def integer_of(name: str, value: Any, least: int, most: int | None = None) -> in
     return int(value)
 
 
+def shape_of(shape: Sequence[int]) -> tuple[int, ...]:
+    """Return a checked shape; raise a ShapeError unless it has at least one mode and positive sizes."""
+    sizes = tuple(integer_of("a size in shape", size, 1) for size in shape)
+    if not sizes:
+        raise ShapeError("the shape is empty; expected at least one mode")
+    return sizes
+
+
 def mode_of(mode: Any, shape: Sequence[int], what: str = "mode") -> int:
     """Return a mode as a number from 0; negative ones count from the last."""
     order = len(shape)

@@ -1,0 +1,433 @@
+"""``tt_cross``: a tensor train of a function of indices, from few of its values.
+
+A train follows from the values on crosses: at each bond, some leading indices (*heads*) with some trailing ones
+(*tails*). A sweep goes over the modes. At each it evaluates the fibers between the heads before the mode and the tails
+behind it, reduces their space by an SVD, and keeps the rows that determine it best as the next heads; the sweep back
+finds tails in the same way. Random tails are added in every sweep: by these the ranks grow, and the error of a bond is
+seen.
+
+Oseledets & Tyrtyshnikov, "TT-cross approximation for multidimensional arrays" (Linear Algebra Appl. 432, 2010), with
+the rows of Drmač & Gugercin, "A new selection operator for the discrete empirical interpolation method" (SIAM J. Sci.
+Comput. 38, 2016).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from tnadapt.argument_checks import checks_arguments
+from tnadapt.backends import Backend, load_backend
+from tnadapt.decomposition.fits import FitOutcome
+from tnadapt.errors import BackendError, ShapeError
+
+from ._requests import as_tensor, error_limit, from_lists, integer_of, seed_of, shape_of, train_bonds
+from ._tensor_chains import TTTensor
+
+#: Random points: where the error is estimated, among which the first pivot is chosen, and new ones after each sweep.
+_HELD, _STARTS, _LARGE, _FRESH = 1000, 100, 200, 100
+# Sweeps in one direction. Ranks grow by half in each.
+_SWEEPS = 60
+# Points in one call of the function, and values that are kept, of some 200 bytes each.
+_BATCH, _KEPT = 1 << 17, 1 << 20
+#: The largest size of a mode: a fiber is evaluated whole.
+_LONGEST = 1 << 24
+_TINY = float(np.finfo(np.float64).tiny)
+
+
+# -- Values of the function --------------------------------------------------------------------------------------------
+
+
+class _CallsSpentError(Exception):
+    """The next values would exceed the allowed number of evaluations."""
+
+
+class _Values:
+    """A function of indices with the values that it has returned, each evaluated once while there is room."""
+
+    def __init__(self, function: Callable[[np.ndarray], Any], shape: tuple[int, ...], most: int) -> None:
+        self._function, self.shape, self._most, self.calls = function, shape, most, 0
+        self._known = dict[bytes, complex]()
+        self._index = np.min_scalar_type(max(shape) - 1)
+        self.dtype = np.dtype(np.float32)
+        self.backend: Backend = load_backend("numpy")
+        self.device: Any = None
+        # A power of two by which values are divided, so that no square of one overflows or vanishes.
+        self.unit = 1.0
+
+    def __call__(self, points: np.ndarray) -> np.ndarray:
+        """Return the values at points, one a row, in double precision."""
+        keys = np.ascontiguousarray(points, self._index)
+        listed = keys.view(f"V{keys.shape[1] * keys.itemsize}").reshape(-1).tolist()
+        values = list(map(self._known.get, listed))
+        missing = {key: place for place, (key, value) in enumerate(zip(listed, values, strict=True)) if value is None}
+        if missing:
+            new = dict(zip(missing, self._evaluated(points[list(missing.values())]).tolist(), strict=True))
+            values = [new[key] if value is None else value for key, value in zip(listed, values, strict=True)]
+            if len(self._known) < _KEPT:
+                self._known.update(new)
+        return np.array(values, np.result_type(self.dtype, np.float64)) / self.unit
+
+    def _evaluated(self, points: np.ndarray) -> np.ndarray:
+        """Call the function and check what it returns."""
+        if self.calls + len(points) > self._most:
+            raise _CallsSpentError
+        first, what = not self.calls, "what the function returns"
+        self.calls += len(points)
+        backend, values = as_tensor(self._function(points), what)
+        if tuple(values.shape) != (len(points),):
+            raise ShapeError(
+                f"the function must return one number for each row of its argument, shape ({len(points)},) for indices "
+                f"of shape {points.shape}; got shape {tuple(values.shape)}"
+            )
+        if backend.differentiates(values):
+            raise BackendError("tt_cross() is not differentiated: let the function return detached values")
+        if not first and backend is not self.backend:
+            raise BackendError(
+                f"the function returned an array of {self.backend.name} before, and now one of {backend.name}"
+            )
+        self.backend, self.device = backend, backend.device(values)
+        self.dtype = np.result_type(self.dtype, backend.dtype_name(values))
+        host = backend.to_numpy(values)
+        if not np.isfinite(host).all():
+            place = int(np.flatnonzero(~np.isfinite(host))[0])
+            raise ShapeError(
+                f"the function returned {host[place]} at index {tuple(map(int, points[place]))}; expected finite "
+                "numbers: replace such values in the function, for example by 0"
+            )
+        return host
+
+    def fibers(self, heads: np.ndarray, mode: int, tails: np.ndarray, reverse: bool) -> np.ndarray:
+        """Return the values at all heads, indices of a mode and tails, as a matrix with a column for each tail."""
+        shape = len(heads), self.shape[mode], len(tails)
+        pieces = []
+        for start in range(0, math.prod(shape), _BATCH):
+            places = np.arange(start, min(start + _BATCH, math.prod(shape)))
+            head, index, tail = np.unravel_index(places, shape)
+            points = np.concatenate([heads[head], index[:, None], tails[tail]], axis=1)
+            pieces.append(self(points[:, ::-1] if reverse else points))
+        return np.concatenate(pieces).reshape(shape[0] * shape[1], shape[2])
+
+
+# -- Sweeps ------------------------------------------------------------------------------------------------------------
+
+
+class _Sweep(NamedTuple):
+    """A sweep in one direction: the cores, the heads at each bond, the largest error at one, and what ranks did."""
+
+    cores: list[np.ndarray]
+    heads: list[np.ndarray]
+    local: float
+    grew: bool
+    cut: bool
+
+
+def _swept(
+    values: _Values,
+    reverse: bool,
+    tails: Sequence[np.ndarray],
+    extra: np.ndarray,
+    ranks: Sequence[int],
+    tol: float,
+    more: Callable[[int, int], int],
+    rng: np.random.Generator,
+) -> _Sweep:
+    """Sweep over the modes, in reverse order if asked, with given tails, tails of extra points and random ones."""
+    from scipy.linalg import qr
+
+    shape = values.shape[::-1] if reverse else values.shape
+    last = len(shape) - 1
+    number = [last - m if reverse else m for m in range(len(shape))]
+    left, none = np.empty((1, 0), np.int64), np.empty((1, 0), np.int64)
+    cores, heads, local, grew, cut = [], [], 0.0, False, False
+    for bond in range(last):
+        old, rest = tails[bond], shape[bond + 1 :]
+        count = more(len(old), ranks[bond])
+        # Half of the new tails differ from those of the next bond in one index, half are random altogether.
+        behind = tails[bond + 1] if bond + 1 < last else none
+        near = np.concatenate([rng.integers(0, rest[0], (count, 1)), behind[rng.integers(0, len(behind), count)]], 1)
+        far = rng.integers(0, rest, (count, len(rest)))
+        added = np.concatenate([extra[:, bond + 1 :], near[::2], far[1::2]])
+        columns = _distinct(np.concatenate([old, added]))
+        matrix = values.fibers(left, number[bond], columns, reverse)
+        u, s, _ = np.linalg.svd(matrix, full_matrices=False)
+        dropped = np.sqrt(np.cumsum(s[::-1] ** 2)[::-1])
+        needed = max(1, int((dropped > tol * dropped[0]).sum()))
+        rank = min(needed, ranks[bond])
+        if dropped[0] > 0.0:
+            q = np.linalg.qr(matrix[:, : len(old)])[0]
+            new = matrix[:, len(old) :]
+            missed = np.linalg.norm(new - q @ (q.conj().T @ new), axis=0)
+            local = max(local, float(missed.max(initial=0.0) / np.linalg.norm(matrix, axis=0).max()))
+        rows = qr(u[:, :rank].T, mode="r", pivoting=True)[1][:rank]
+        core = np.linalg.solve(u[rows, :rank].T, u[:, :rank].T).T
+        cores.append(core.reshape(len(left), shape[bond], rank))
+        grew, cut = grew or rank > len(old), cut or rank < needed
+        left = np.concatenate([left[rows // shape[bond]], rows[:, None] % shape[bond]], axis=1)
+        heads.append(left)
+    cores.append(values.fibers(left, number[last], none, reverse).reshape(len(left), shape[last], 1))
+    if reverse:
+        cores = [core.transpose(2, 1, 0) for core in reversed(cores)]
+    return _Sweep(cores, heads, local, grew, cut)
+
+
+def _distinct(rows: np.ndarray) -> np.ndarray:
+    """Return the distinct rows in the order of their first occurrence."""
+    return rows[np.sort(np.unique(rows, axis=0, return_index=True)[1])]
+
+
+# -- The error at random points ----------------------------------------------------------------------------------------
+
+
+def _drawn(train: TTTensor, count: int, rng: np.random.Generator) -> tuple[np.ndarray, float]:
+    """Draw points with probabilities proportional to the squares of a train's elements; return its norm, too."""
+    # With orthonormal rows in all cores but the first, the squares of all elements that begin with some indices add up
+    # to that of the product of their matrices.
+    turned = TTTensor([core.transpose(2, 1, 0) for core in reversed(train)]).left_orthogonal()
+    cores = [core.transpose(2, 1, 0) for core in reversed(turned)]
+    norm = float(np.linalg.norm(cores[0]))
+    if norm == 0.0:
+        return rng.integers(0, train.shape, (count, len(cores))), norm
+    points, state = np.zeros((count, len(cores)), np.int64), np.ones((count, 1))
+    for mode, core in enumerate(cores):
+        following = np.zeros((count, core.shape[2]), core.dtype)
+        some = max(1, _LONGEST // (core.shape[1] * core.shape[2]))
+        for rows in (slice(start, start + some) for start in range(0, count, some)):
+            ahead = np.tensordot(state[rows], core, 1)
+            chances = np.cumsum(np.sum(abs(ahead) ** 2, axis=2), axis=1)
+            draws = rng.random((len(ahead), 1)) * chances[:, -1:]
+            index = np.minimum((draws >= chances).sum(axis=1), core.shape[1] - 1)
+            points[rows, mode] = index
+            following[rows] = ahead[np.arange(len(ahead)), index] / np.sqrt(np.maximum(chances[:, -1:], _TINY))
+        state = following
+    return points, norm
+
+
+class _Test:
+    """Points that no pivot was chosen from, and the error of trains there."""
+
+    def __init__(self, values: _Values, rng: np.random.Generator) -> None:
+        self._values, self._rng, shape = values, rng, values.shape
+        self._size = float(math.prod(shape))
+        self.whole = self._size <= _HELD
+        self._held = rng.integers(0, shape, (_HELD, len(shape)))
+        if self.whole:
+            self._held = np.indices(shape).reshape(len(shape), -1).T
+        self._at_held = values(self._held)
+
+    def error(self, train: TTTensor) -> tuple[float, np.ndarray]:
+        """Estimate the relative error, and return the two points with the largest errors among new ones."""
+        elements, (drawn, norm) = train.entries(self._held), _drawn(train, _LARGE, self._rng)
+        errors = self._at_held - elements
+        drawn = np.concatenate([drawn, self._rng.integers(0, self._values.shape, (_FRESH, drawn.shape[1]))])
+        elements = np.concatenate([elements, train.entries(drawn)])
+        errors = np.concatenate([errors, self._values(drawn) - elements[len(errors) :]])
+        worst = drawn[np.argsort(-abs(errors[len(self._held) :]), kind="stable")[:2]]
+        if self.whole:
+            return self.exact(train), worst
+        if norm == 0.0:
+            return float(np.any(errors != 0.0)), worst
+        # Each point counts by the number that both distributions let expect of it: importance sampling from a mixture.
+        expected = len(self._held) / self._size + _LARGE * abs(elements / norm) ** 2
+        terms = (abs(errors / norm) ** 2 / expected)[:-_FRESH]
+        return float(np.sqrt(np.sum(terms))), worst
+
+    def exact(self, train: TTTensor) -> float:
+        """Return the relative error of all elements."""
+        norm, error = (np.linalg.norm(x) for x in (self._at_held, self._at_held - train.entries(self._held)))
+        return float(error / norm) if norm else float(error > 0.0)
+
+
+# -- The public function -----------------------------------------------------------------------------------------------
+
+
+@checks_arguments
+def tt_cross(
+    function: Callable[[np.ndarray], Any],
+    shape: Sequence[int],
+    *,
+    rank: int | Sequence[int] | None = None,
+    max_error: float | None = None,
+    max_calls: int | None = None,
+    points: Any = None,
+    random_state: Any = None,
+) -> TTTensor:
+    """Approximate a function of indices by a tensor train, from few of its values: cross approximation.
+
+    Parameters
+    ----------
+    function : callable
+        Given an integer array of shape (n, M), one index a row, it returns n finite numbers, real or complex, as an
+        array of any library.
+    shape : sequence of M int
+        Number of indices of each mode; the tensor may have any number of elements.
+    rank : int or sequence of int, optional
+        The largest rank of all bonds, or of each.
+    max_error : float, optional
+        Relative Frobenius error at which it stops, as estimated. At least one of both is needed.
+    max_calls : int, optional
+        The most values that are computed; 10,000,000 if None.
+    points : array of int, shape (n, M), optional
+        Indices at which the function is known to be large, for one that is nearly zero almost everywhere.
+    random_state : int or Generator, optional
+        Seed of the points.
+
+    Returns
+    -------
+    TTTensor
+        In the library, dtype and device of what the function returns. ``outcome.calls`` is how many values were
+        computed, ``error`` an estimate, and ``outcome.stopped`` says why it stopped: ``"converged"``, ``"rank"``,
+        ``"max_calls"``, ``"stalled"`` if sweeps gain nothing more (as below rounding), or ``"max_iterations"``.
+
+    Raises
+    ------
+    ShapeError
+        If the function returns NaN, infinity or another number of values, a size or rank is out of range, or
+        ``max_calls`` too small for a train of rank 1.
+    BackendError
+        If the function returns something else than numbers.
+
+    Notes
+    -----
+    Oseledets & Tyrtyshnikov, "TT-cross approximation for multidimensional arrays" (Linear Algebra Appl. 432, 2010).
+    Each of some sweeps computes ``d r^2`` values for each mode; what the function raises is passed on.
+
+    The error is estimated at 1,000 random points, and at 200 new after each sweep where the train is
+    large; none was a pivot before. What no random point meets it does not see: a function that is zero at all of them
+    becomes zeros. A tensor of up to 1,000 elements is computed whole, and the error is exact.
+
+    Examples
+    --------
+    >>> train = tt_cross(lambda i: 1.0 / (1.0 + i.sum(axis=1)), (20,) * 20, max_error=1e-6)
+    >>> train.size > 1e26, train.outcome.calls < 500_000, train.error < 1e-6, train.outcome.stopped
+    (True, True, True, 'converged')
+    >>> abs(float(train.entry(*[3] * 20)) * 61.0 - 1.0) < 1e-4
+    True
+    """
+    sizes = shape_of(shape)
+    if max(sizes) > _LONGEST:
+        raise ShapeError(
+            f"a mode of shape {sizes} has more than {_LONGEST} indices: divide it into several modes, such as 40 of 2 "
+            "for 2**40"
+        )
+    if rank is None and max_error is None:
+        raise ShapeError("give rank= or max_error=, or both, to say how closely to approximate; got neither")
+    limit = 0.0 if max_error is None else error_limit(max_error)
+    order = len(sizes)
+    possible = [min(math.prod(sizes[: bond + 1]), math.prod(sizes[bond + 1 :])) for bond in range(order - 1)]
+    ranks = possible
+    if rank is not None:
+        ranks = [min(pair) for pair in zip(train_bonds(rank, order - 1), possible, strict=True)]
+    pivots = _pivots_of(points, sizes)
+    least = min(
+        math.prod(sizes), _HELD + _STARTS + _LARGE + _FRESH + len(pivots) + (1 + (1 + len(pivots)) ** 2) * sum(sizes)
+    )
+    most = 10_000_000 if max_calls is None else integer_of("max_calls", max_calls, 1)
+    if most < least:
+        raise ShapeError(f"max_calls={most} is too small for a train of shape {sizes}: expected at least {least}")
+    rng = np.random.default_rng(seed_of(random_state))
+    values = _Values(function, sizes, most)
+    extra = np.concatenate([pivots, _start(values, pivots, rng)[None]])
+    return _crossed(values, extra, ranks, possible, None if max_error is None else limit, rng)
+
+
+def _pivots_of(points: Any, shape: tuple[int, ...]) -> np.ndarray:
+    """Return checked indices, one a row."""
+    if points is None:
+        return np.empty((0, len(shape)), np.int64)
+    rows = from_lists(points, "points are")
+    if rows.ndim != 2 or rows.shape[1] != len(shape) or rows.dtype.kind not in "iu" or not rows.size:
+        raise ShapeError(
+            f"points must be integers of shape (n, {len(shape)}), one index a row; got {rows.dtype} of shape "
+            f"{rows.shape}"
+        )
+    outside = np.any((rows < 0) | (rows >= np.array(shape)), axis=1)
+    if outside.any():
+        raise ShapeError(f"points has {tuple(map(int, rows[outside][0]))}, outside of a tensor of shape {shape}")
+    return rows.astype(np.int64)
+
+
+def _start(values: _Values, pivots: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Return a point with a large value: the best of some, improved along each mode in turn."""
+    shape = values.shape
+    tried = np.concatenate([pivots, rng.integers(0, shape, (_STARTS, len(shape)))])
+    point = tried[np.argmax(abs(values(tried)))].copy()
+    for mode, size in enumerate(shape):
+        line = np.repeat(point[None], size, axis=0)
+        line[:, mode] = np.arange(size)
+        point[mode] = np.argmax(abs(values(line)))
+    values.unit = math.ldexp(0.5, math.frexp(abs(values(point[None])[0]))[1])
+    return np.asarray(point)
+
+
+def _crossed(
+    values: _Values,
+    extra: np.ndarray,
+    ranks: Sequence[int],
+    possible: Sequence[int],
+    limit: float | None,
+    rng: np.random.Generator,
+) -> TTTensor:
+    """Sweep back and forth until the error is met twice, or nothing is gained; return the best train."""
+    test, bonds = _Test(values, rng), len(ranks)
+    tails = [extra[-1:, bond + 1 :] for bond in range(bonds)]
+    # Rounding a train of higher ranks ends nearer to the best one of a rank than a sweep at that rank.
+    most = [min(rank + rank // 2 + 2, top) for rank, top in zip(ranks, possible, strict=True)]
+    history: list[float] = []
+    best, least, met, stopped, reverse = TTTensor([np.zeros((1, 1, 1))]), math.inf, 0, "max_iterations", False
+    floor = 4.0 * float(np.finfo(values.dtype).eps)
+    # Without max_error, an error of rounding is enough.
+    wanted = 16.0 * floor if limit is None else limit
+    tol = max(floor, 0.1 * wanted)
+
+    def more(current: int, top: int) -> int:
+        if not history:
+            return 0
+        return max(2, top - current + 2 if limit is None else current // 2)
+
+    try:
+        for _ in range(_SWEEPS):
+            sweep = _swept(values, reverse, tails, extra[:, ::-1] if reverse else extra, most, tol, more, rng)
+            train = TTTensor(sweep.cores)
+            # What is behind a bond in one direction is before it in the other.
+            tails, most, reverse = [heads[:, ::-1] for heads in reversed(sweep.heads)], most[::-1], not reverse
+            error, extra = test.error(train)
+            history.append(error)
+            if error <= least:
+                best, least = train, error
+            met = met + 1 if error <= wanted and sweep.local <= max(wanted, tol) else 0
+            if met == 2:
+                stopped = "converged"
+                break
+            if error > wanted and not sweep.grew:
+                if len(history) > 2 and error > 0.5 * history[-3] and (sweep.cut or tol <= floor):
+                    stopped = "converged" if limit is None else "rank" if sweep.cut else "stalled"
+                    break
+                tol = max(floor, 0.1 * tol)
+    except _CallsSpentError:
+        stopped = "max_calls"
+    train = best.round(max_error=limit - least) if limit is not None and least < limit else best
+    if any(rank > top for rank, top in zip(train.rank[1:-1], ranks, strict=True)):
+        train, stopped = train.round(ranks), "rank" if limit is not None else stopped
+    result, error = _finished(values, test, train, best, least)
+    return result.with_outcome(
+        FitOutcome(
+            error=error, bound=0.0, certified=False, stopped=stopped, history=tuple(np.minimum.accumulate(history)),
+            method="cross approximation", calls=values.calls,
+        )
+    )  # fmt: skip
+
+
+def _finished(values: _Values, test: _Test, train: TTTensor, best: TTTensor, error: float) -> tuple[TTTensor, float]:
+    """Return a train in the function's library, and its error, given that of a train near it."""
+    cores = [train[0] * values.unit, *train[1:]]
+    result = TTTensor([values.backend.asarray(core, values.dtype.name, values.device) for core in cores])
+    first, *others = (values.backend.to_numpy(core).astype(train[0].dtype) for core in result)
+    final = TTTensor([first / values.unit, *others])
+    if test.whole:
+        return result, test.exact(final)
+    norm = float(best.norm())
+    return result, error + float((final - best).norm()) / norm if norm else error
