@@ -180,12 +180,101 @@ def test_sums_and_products_are_those_of_the_tensors(form: str, shape: tuple[int,
         (one * 2.5, 2.5 * whole), (np.float64(2.5) * one, 2.5 * whole), (one / 2, whole / 2), (-one, -whole),
         (3 * one, 3 * whole), (one * other, whole * second),
     ]  # fmt: skip
-    if form != "hadamard":
-        pairs += [(one + other, whole + second), (one - other, whole - second)]
     scale = (np.abs(whole).max() + np.abs(second).max() + 1.0) ** 2
     for found, expected in pairs:
         assert type(found) is type(one)
         assert np.abs(found.to_tensor() - expected).max() < 1e-11 * scale
+
+
+@pytest.mark.law("tensor-arithmetic")
+@given(FORMS, FORMS, SHAPES, st.sampled_from(["float64", "complex128"]))
+def test_two_forms_meet_as_their_tensors_do(form: str, other: str, shape: tuple[int, ...], dtype: str) -> None:
+    one = MAKERS[form](shape, 1, dtype=dtype)
+    two = MAKERS[other](shape if other == "kronecker" else one.shape, 2, dtype=dtype)
+    # Kronecker products have larger shapes than they are asked for.
+    one = one if one.shape == two.shape else MAKERS[form](two.shape, 1, dtype=dtype)
+    whole, second = one.to_tensor(), two.to_tensor()
+    scale = (np.abs(whole).max() + np.abs(second).max() + 1.0) ** 2
+    pairs = [(one + two, whole + second), (one - two, whole - second), (one * two, whole * second)]
+    for result, expected in pairs:
+        assert isinstance(result, tt.Decomposed)
+        assert np.abs(result.to_tensor() - expected).max() < 1e-11 * scale
+    # The sum has the more general form of the two, the later one in this order.
+    order = [tt.CPTensor, tt.TuckerTensor, tt.TTTensor, tt.TRTensor]
+    forms = {"cp": 0, "hadamard": 0, "tucker": 1, "tt": 2, "kronecker": 2, "tr": 3}
+    if form == other != "hadamard":
+        assert type(one + two) is type(one)
+    else:
+        assert type(one + two) is order[max(forms[form], forms[other])]
+    for result, expected in (
+        (one + second, whole + second),
+        (second - one, second - whole),
+        (one - second, whole - second),
+    ):
+        assert isinstance(result, np.ndarray)
+        assert np.abs(result - expected).max() < 1e-11 * scale
+    norms = sum(float(abs(array).max()) for array in one.arrays) * float(np.linalg.norm(second)) + 1.0
+    assert abs(one.inner(two) - np.vdot(whole, second)) < 1e-11 * scale * whole.size * norms
+    assert abs(one.inner(second) - np.vdot(whole, second)) < 1e-11 * scale * whole.size
+    for network, tensor in ((one, two), (one, second), (whole, two)):
+        assert abs(tt.inner(network, tensor) - np.sum(whole * second)) < 1e-11 * scale * whole.size * norms
+
+
+@pytest.mark.law("tensor-arithmetic")
+@given(st.lists(st.tuples(st.integers(1, 3), st.integers(1, 3)), min_size=1, max_size=3), st.integers(1, 3),
+       st.sampled_from(["float64", "complex128"]))  # fmt: skip
+def test_tt_matrices_meet_kronecker_products_and_trains(sizes: list[tuple[int, int]], rank: int, dtype: str) -> None:
+    rows, cols = [row for row, _ in sizes], [col for _, col in sizes]
+    matrix = tt.random_tt_matrix(rows, cols, rank, random_state=1, dtype=dtype)
+    whole = matrix.to_matrix()
+    weights = numbers((2,), 3, dtype)
+    product = tt.KroneckerTensor(
+        weights, [[numbers(size, 5 * t + k, dtype) for k, size in enumerate(sizes)] for t in (0, 1)]
+    )
+    second = product.to_tensor()
+    for result, expected in (
+        (matrix + product, whole + second), (product - matrix, second - whole), (matrix * product, whole * second),
+    ):  # fmt: skip
+        assert type(result) is tt.TTMatrix
+        assert (result.row_sizes, result.col_sizes) == (tuple(rows), tuple(cols))
+        assert (
+            np.abs(result.to_matrix() - expected).max() < 1e-11 * (1 + np.abs(whole).max() + np.abs(second).max()) ** 2
+        )
+    assert relative_error(matrix + second, whole + second) < 1e-12
+    for form in ("cp", "tucker", "tt", "tr", "hadamard"):
+        other = MAKERS[form](matrix.shape, 2, dtype=dtype)
+        expected = np.vdot(whole, other.to_tensor())
+        assert abs(matrix.inner(other) - expected) < 1e-11 * (1 + matrix.norm() * np.linalg.norm(other.to_tensor()))
+        assert abs(other.inner(matrix) - expected.conj()) < 1e-11 * (
+            1 + matrix.norm() * np.linalg.norm(other.to_tensor())
+        )
+    assert abs(matrix.inner(product) - np.vdot(whole, second)) < 1e-11 * (1 + matrix.norm() * np.linalg.norm(second))
+    # Times a train, exactly, with products of ranks.
+    train = tt.random_tt(cols, 2, random_state=2, dtype=dtype)
+    result = matrix @ train
+    assert type(result) is tt.TTTensor
+    assert result.shape == tuple(rows)
+    assert result.rank == tuple(a * b for a, b in zip(matrix.rank, train.rank, strict=True))
+    assert relative_error(result.to_vec(), whole @ train.to_vec()) < 1e-10
+    assert relative_error(result.round(max_error=1e-12).to_vec(), whole @ train.to_vec()) < 1e-9
+
+
+def test_no_mixed_operation_forms_a_tensor() -> None:
+    shape = (20,) * 20
+    cp, train, ring = tt.random_cp(shape, 3), tt.random_tt(shape, 2), tt.random_tr(shape, 2)
+    total = cp + train - ring
+    assert type(total) is tt.TRTensor
+    index = [3] * 20
+    assert float(total.entry(*index)) == pytest.approx(
+        float(cp.entry(*index) + train.entry(*index) - ring.entry(*index))
+    )
+    assert float(cp.inner(train)) == pytest.approx(float(train.inner(cp)), rel=1e-9)
+    tucker = tt.random_tucker((30, 40, 50, 60), 3)
+    other = tt.random_tt((30, 40, 50, 60), 4)
+    assert peak_of(lambda: (tucker.inner(other), tucker + other, tucker + tt.random_cp((30, 40, 50, 60), 5))) < 1 << 20
+    # Of more components than elements, a core has no more elements than the tensor.
+    wide = tt.random_cp((2, 3, 2), 9) + tt.random_tucker((2, 3, 2), 1)
+    assert wide.rank == (3, 4, 3)
 
 
 @pytest.mark.parametrize("form", MAKERS)
@@ -199,8 +288,17 @@ def test_on_every_library(form: str, backend: Backend) -> None:
         assert relative_error(backend.to_numpy(one.entries(indices)), host.entries(indices)) < 1e-12
         assert float(one.norm()) == pytest.approx(float(host.norm()), rel=1e-12)
         assert one.num_parameters == sum(math.prod(array.shape) for array in one.arrays)
-        if form != "hadamard":
-            assert relative_error(backend.to_numpy((one + one).to_tensor()), 2 * whole) < 1e-12
+        assert relative_error(backend.to_numpy((one + one).to_tensor()), 2 * whole) < 1e-12
+        array = one.to_tensor()
+        # The strict library raises an error for what it does not know, where others let the second operand try.
+        first = () if backend.name == "array_api_strict" else (array + one, array - (-one))
+        for dense in (one + array, *first):
+            assert backend.owns(dense)
+            assert relative_error(backend.to_numpy(dense), 2 * whole) < 1e-12
+        ring = MAKERS["tr"](one.shape, 2, backend=backend.name, dtype="float64")
+        expected = whole + backend.to_numpy(ring.to_tensor())
+        assert relative_error(backend.to_numpy((one + ring).to_tensor()), expected) < 1e-12
+        assert float(one.inner(ring)) == pytest.approx(float(np.vdot(whole, expected - whole)), rel=1e-9)
     # Numbers of NumPy and arrays without axes keep the dtype.
     single = MAKERS[form]((3, 4, 2), 1, dtype="float32", backend=backend.name)
     twos = [kind(2.0) for kind in (np.float64, np.float32, np.int64, np.array)]
@@ -431,7 +529,21 @@ ONE, WIDE = np.ones((2, 2)), np.ones((2, 3))
         (lambda: tt.KroneckerTensor(None, [[ONE, ONE]]).part(slice(1, 3)), ShapeError, "part of a KroneckerTensor is"),
         (lambda: tt.HadamardTensor([ONE]), ShapeError, "a list of CP tensors"),
         (lambda: tt.random_cp((2, 2), 1) + tt.random_cp((2, 3), 1), ShapeError, "expected the same shape"),
-        (lambda: tt.random_cp((2, 2), 1).inner(tt.random_tt((2, 2), 1)), ShapeError, "other must be another CPTensor"),
+        (lambda: tt.random_cp((2, 2), 1).inner(tt.random_tt((2, 3), 1)), ShapeError, "expected the same shape"),
+        (lambda: tt.random_cp((2, 2), 1).inner([[1.0, 2.0]]), ShapeError, r"a tensor or an array of shape \(2, 2\)"),
+        (lambda: tt.random_cp((2, 2), 1) - tt.random_tt((2, 3), 1), ShapeError, "expected the same shape"),
+        (lambda: tt.random_cp((2, 2), 1) + np.ones((2, 3)), ShapeError, r"shape \(2, 3\) meets a tensor of"),
+        (lambda: np.ones(2) - tt.random_cp((2, 2), 1), ShapeError, r"shape \(2,\) meets a tensor"),
+        (lambda: tt.random_cp((2, 2), 1) + np.ones((2, 2), np.float32), BackendError, "two dtypes"),
+        (lambda: tt.random_cp((2, 2), 1) + tt.random_tt((2, 2), 1, dtype="float32"), BackendError, "two dtypes"),
+        (lambda: tt.random_cp((2, 2), 1).inner(tt.random_tt((2, 2), 1, dtype="float32")), BackendError, "two dtypes"),
+        (lambda: tt.random_cp((2, 2), 1) + [[1.0, 2.0], [3.0, 4.0]], TypeError, "unsupported|can only concat"),
+        (lambda: tt.inner(tt.random_cp((2, 2), 1), np.ones((2, 2)), 1), ShapeError, "contracted over all 2 modes"),
+        (lambda: tt.unfold(tt.random_tr((3, 3), 2), 0), BackendError, r"is a TRTensor: give its to_tensor\(\)"),
+        (lambda: MATRIX + tt.random_cp(MATRIX.shape, 1), ShapeError, "no common form that is smaller than the whole"),
+        (lambda: tt.random_tr(MATRIX.shape, 1) * MATRIX, ShapeError, "a TRTensor and a TTMatrix have no common form"),
+        (lambda: MATRIX @ tt.random_tt((3, 2, 1), 2), ShapeError,
+         r"columns in modes \(3, 1, 2\) do not multiply a train of shape \(3, 2, 1\)"),
         (lambda: tt.random_cp((2, 2), 1) + 1, TypeError, "unsupported"),
         (lambda: tt.random_cp((2, 2), 1).entry(0), ShapeError, "index must be 2 integers .*; got 1"),
         (lambda: tt.random_cp((2, 2), 1).entry(0, 2), ShapeError, "index 2 is out of range for mode 1"),

@@ -111,16 +111,99 @@ class Decomposed(abc.ABC):
         """Multiply by another tensor of the same shape, element by element."""
 
     @abc.abstractmethod
-    def inner(self, other: Self) -> Array:
-        """Compute the inner product with another tensor of the same form, without forming either.
+    def _inner(self, other: Any) -> Array:
+        """Return the inner product with another tensor of the same form and shape."""
+
+    # -- Forms in which two tensors meet ---------------------------------------------------------
+
+    # The more general a form is, the higher: a tensor projects those of more general forms on its own arrays.
+    _level = 0
+
+    @classmethod
+    def _converted(cls, other: Decomposed) -> Self | None:
+        """Return a tensor of a less general form in this one; None for others."""
+        return None
+
+    def _simplified(self, other: Decomposed) -> Decomposed:
+        """Return the same tensor in one of the common forms, for meeting another one."""
+        return self
+
+    def _projected(self, other: Any) -> Array:
+        """Return the inner product with a tensor of a more general form."""
+        raise NotImplementedError
+
+    def _paired(self, other: Decomposed) -> tuple[Any, Any]:
+        """Return two tensors of one shape in one form, the more general of theirs."""
+        self.same_shape(other)
+        get_backend(self.arrays[0], other.arrays[0])
+        if type(self) is type(other):
+            return self, other
+        mine, theirs = self._simplified(other), other._simplified(self)
+        if type(mine) is type(theirs):
+            return mine, theirs
+        if (converted := type(theirs)._converted(mine)) is not None:
+            return converted, theirs
+        if (converted := type(mine)._converted(theirs)) is not None:
+            return mine, converted
+        raise ShapeError(
+            f"a {type(self).__name__} and a {type(other).__name__} have no common form that is smaller than the whole: "
+            "form one of them, as by to_tensor() or to_matrix()"
+        )
+
+    def _formed(self) -> Array:
+        """Form the tensor, in its shape."""
+        return self.to_tensor()
+
+    def _dense(self, other: Any) -> Array | None:
+        """Return an array of the tensor's library and shape; None for what is no array, or has no axes."""
+        if isinstance(other, (list, tuple)) or scalar_of(other) is not None:
+            return None
+        try:
+            get_backend(other)
+        except BackendError:
+            return None
+        array = as_tensor(other, "the array")[1]
+        get_backend(self.arrays[0], array)
+        if tuple(array.shape) != self.shape:
+            raise ShapeError(f"an array of shape {tuple(array.shape)} meets a tensor of shape {self.shape}")
+        return array
+
+    # -- Shared ----------------------------------------------------------------------------------
+
+    def inner(self, other: Any) -> Array:
+        """Compute the inner product with another tensor of any form, without forming either; or with an array.
+
+        Parameters
+        ----------
+        other : Decomposed or array
+            Of the same shape, library, dtype and device.
 
         Returns
         -------
         array
             Without axes. The first tensor is conjugated if it is complex.
         """
+        backend = self.backend
+        if not isinstance(other, Decomposed):
+            array = self._dense(other)
+            if array is None:
+                raise ShapeError(f"other must be a tensor or an array of shape {self.shape}; got {safe_repr(other)}")
+            return backend.sum(backend.flatten(backend.conj(self._formed()) * array), axis=0)
+        self.same_shape(other)
+        get_backend(self.arrays[0], other.arrays[0])
+        mine, theirs = (
+            (self, other) if type(self) is type(other) else (self._simplified(other), other._simplified(self))
+        )
+        if mine._level == theirs._level:
+            return mine._inner(theirs)
+        if mine._level < theirs._level:
+            return mine._projected(theirs)
+        return backend.conj(theirs._projected(mine))
 
-    # -- Shared ----------------------------------------------------------------------------------
+    def conj(self) -> Self:
+        """Return the complex conjugate; the tensor itself if it is real."""
+        backend = self.backend
+        return self.with_arrays([backend.conj(array) for array in self.arrays])
 
     @property
     def backend(self) -> Backend:
@@ -215,10 +298,8 @@ class Decomposed(abc.ABC):
             raise ShapeError(f"a part of a {type(self).__name__} is none: take entries, or multiply by unit vectors")
         return self
 
-    def same_shape(self, other: Any) -> None:
-        """Raise a ShapeError unless another tensor has the same form and shape."""
-        if type(other) is not type(self):
-            raise ShapeError(f"other must be another {type(self).__name__}; got {type(other).__name__}")
+    def same_shape(self, other: Decomposed) -> None:
+        """Raise a ShapeError unless another tensor has the same shape."""
         if other.shape != self.shape:
             raise ShapeError(f"the tensors have shapes {self.shape} and {other.shape}; expected the same shape")
 
@@ -244,42 +325,47 @@ class Decomposed(abc.ABC):
         self.outcome = outcome
         return self
 
-    def _is_alike(self, other: Any) -> bool:
-        """Return whether another object of the same shape may be added."""
-        return isinstance(other, type(self))
+    def __add__(self, other: Any) -> Any:
+        """Add another tensor of the same shape without forming either, or an array, which gives an array."""
+        if isinstance(other, Decomposed):
+            mine, theirs = self._paired(other)
+            return mine._sum(theirs)
+        array = self._dense(other)
+        return NotImplemented if array is None else self._formed() + array
 
-    def __add__(self, other: Any) -> Self:
-        """Add another tensor of the same form and shape, without forming either."""
-        if not self._is_alike(other):
-            return NotImplemented
-        self.same_shape(other)
-        return self._sum(other)
+    def __radd__(self, other: Any) -> Array:
+        array = self._dense(other)
+        return NotImplemented if array is None else array + self._formed()
 
-    def __mul__(self, other: Any) -> Self:
-        """Multiply by a number or, element by element, by another tensor of the same form, without forming either."""
+    def __sub__(self, other: Any) -> Any:
+        if isinstance(other, Decomposed):
+            return self + -other
+        array = self._dense(other)
+        return NotImplemented if array is None else self._formed() - array
+
+    def __rsub__(self, other: Any) -> Array:
+        array = self._dense(other)
+        return NotImplemented if array is None else array - self._formed()
+
+    def __mul__(self, other: Any) -> Any:
+        """Multiply by a number or, element by element, by another tensor of the same shape, without forming either."""
         number = scalar_of(other)
         if number is not None:
             return self._times(number)
-        if not self._is_alike(other):
+        if not isinstance(other, Decomposed):
             return NotImplemented
-        self.same_shape(other)
-        return self._product(other)
+        mine, theirs = self._paired(other)
+        return mine._product(theirs)
 
-    def __sub__(self, other: Any) -> Self:
-        if not isinstance(other, type(self)):
-            return NotImplemented
-        return self + -other
-
-    def __rmul__(self, other: Any) -> Self:
-        product: Self = self.__mul__(other)
-        return product
+    def __rmul__(self, other: Any) -> Any:
+        return self.__mul__(other)
 
     def __truediv__(self, other: Any) -> Self:
         number = scalar_of(other)
-        return NotImplemented if number is None else self * (1.0 / number)
+        return NotImplemented if number is None else self._times(1.0 / number)
 
     def __neg__(self) -> Self:
-        return self * -1.0
+        return self._times(-1.0)
 
     # -- Outcome of a decomposition --------------------------------------------------------------
 
@@ -601,8 +687,15 @@ class CPTensor(_Factored, _CPParts):
         terms = hadamard_tensor(self._rows(backend, indices))
         return backend.sum(terms if self.weights is None else terms * self.weights, axis=1)
 
-    def inner(self, other: Self) -> Array:
-        self.same_shape(other)
+    def _projected(self, other: Any) -> Array:
+        # Of the tensor in the basis of the factors' columns, component r takes the element (r, …, r).
+        backend = self.backend
+        for mode, factor in enumerate(self.factors):
+            other = other.mode_dot(backend.conj(backend.matrix_transpose(factor)), mode)
+        diagonal = other.entries(np.repeat(np.arange(self.rank)[:, None], self.order, axis=1))
+        return backend.sum(diagonal if self.weights is None else backend.conj(self.weights) * diagonal, axis=0)
+
+    def _inner(self, other: Self) -> Array:
         backend = self.backend
         overlaps = hadamard_tensor(self._overlaps(backend, other))
         if self.weights is not None:
@@ -752,8 +845,30 @@ class TuckerTensor(_Factored, _TuckerParts):
             values = backend.reshape(backend.matmul(backend.reshape(rows, (count, 1, -1)), flat), (count, *rest))
         return values
 
-    def inner(self, other: Self) -> Array:
-        self.same_shape(other)
+    _level = 1
+
+    @classmethod
+    def _converted(cls, other: Decomposed) -> Self | None:
+        if not isinstance(other, CPTensor):
+            return None
+        # Where components are more than elements, the core has the factor, so that it is no larger than the tensor.
+        backend, rank, dtype = other.backend, other.rank, other.backend.dtype_name(other.factors[0])
+        device, inner, outer = backend.device(other.factors[0]), list[Array](), list[Array]()
+        for factor in other.factors:
+            size = int(factor.shape[0])
+            identity = backend.asarray(np.eye(min(rank, size)), dtype, device)
+            pair = (factor, identity) if rank > size else (identity, factor)
+            inner, outer = [*inner, pair[0]], [*outer, pair[1]]
+        return cls(cp_to_tensor((other.weights, inner)), outer)
+
+    def _projected(self, other: Any) -> Array:
+        # In the basis of the factors' columns, the other tensor is no larger than the core.
+        backend = self.backend
+        for mode, factor in enumerate(self.factors):
+            other = other.mode_dot(backend.conj(backend.matrix_transpose(factor)), mode)
+        return backend.sum(backend.flatten(backend.conj(self.core) * other.to_tensor()), axis=0)
+
+    def _inner(self, other: Self) -> Array:
         backend, moved = self.backend, other.core
         for mode, overlap in enumerate(self._overlaps(backend, other)):
             moved = mode_dot(moved, overlap, mode)

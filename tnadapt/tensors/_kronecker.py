@@ -7,7 +7,7 @@ import itertools
 import math
 import operator
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, TypeVar
 
 import numpy as np
 
@@ -23,6 +23,9 @@ from tnadapt.errors import BackendError, ShapeError, safe_repr
 from . import _requests
 from ._cp_decomposition import cp
 from ._decomposed import CPTensor, Decomposed, smallest_rank, with_derivative
+from ._tensor_chains import TTMatrix, TTTensor, exact_cores
+
+T = TypeVar("T")
 
 # -- Sums of Kronecker products ----------------------------------------------------------------------------------------
 
@@ -148,8 +151,20 @@ class KroneckerTensor(Decomposed, _KroneckerParts):
         """Take a slice; only whole modes, because others are no Kronecker products."""
         return self._whole(index)
 
-    def inner(self, other: Self) -> Array:
-        self.same_shape(other)
+    def _simplified(self, other: Decomposed) -> Decomposed:
+        if (
+            isinstance(other, TTMatrix)
+            and list(zip(other.row_sizes, other.col_sizes, strict=True)) == self.factor_shapes
+        ):
+            reshape = self.backend.reshape
+            return _added(TTMatrix([reshape(x, (1, *x.shape, 1)) for x in term]) for term in self.scaled_terms())
+        # The Kronecker product of trains has those of their cores.
+        return _added(
+            TTTensor([kronecker_tensor(self.backend, cores) for cores in zip(*trains, strict=True)])
+            for trains in ([exact_cores(self.backend, array) for array in term] for term in self.scaled_terms())
+        )
+
+    def _inner(self, other: Self) -> Array:
         sum_, flatten, conj = self.backend.sum, self.backend.flatten, self.backend.conj
         return _added(
             hadamard_tensor([sum_(flatten(conj(a) * b), axis=0) for a, b in zip(mine, theirs, strict=True)])
@@ -174,15 +189,15 @@ class KroneckerTensor(Decomposed, _KroneckerParts):
         pairs = itertools.product(self.scaled_terms(), other.scaled_terms())
         return type(self)(None, [[a * b for a, b in zip(mine, theirs, strict=True)] for mine, theirs in pairs])
 
-    def same_shape(self, other: Any) -> None:
+    def same_shape(self, other: Decomposed) -> None:
         super().same_shape(other)
-        if other.factor_shapes != self.factor_shapes:
+        if isinstance(other, KroneckerTensor) and other.factor_shapes != self.factor_shapes:
             raise ShapeError(
                 f"the factors have shapes {self.factor_shapes} and {other.factor_shapes}; expected the same ones"
             )
 
 
-def _added(terms: Iterable[Array]) -> Array:
+def _added(terms: Iterable[T]) -> T:
     return functools.reduce(operator.add, terms)
 
 
@@ -311,7 +326,7 @@ class HadamardTensor(Decomposed, _HadamardParts):
     -----
     Hyeon-Woo, Ye-Bin & Oh, "FedPara" (arXiv 2108.06098): with two matrices of rank r, the product has rank up to r².
     ``to_cp()`` gives the same tensor as one CP tensor, whose rank is the product of the ranks. ``a * b`` has the
-    parts of both. A sum has no such form: add the CP tensors.
+    parts of both. A sum is a CP tensor.
 
     Examples
     --------
@@ -367,12 +382,14 @@ class HadamardTensor(Decomposed, _HadamardParts):
     def part(self, *index: int | slice) -> Self:
         return type(self)([part.part(*index) for part in self.parts])
 
-    def inner(self, other: Self) -> Array:
-        self.same_shape(other)
+    def _simplified(self, other: Decomposed) -> CPTensor:
+        return self.to_cp()
+
+    def _inner(self, other: Self) -> Array:
         return self.to_cp().inner(other.to_cp())
 
     def _sum(self, other: Self) -> Any:
-        return NotImplemented
+        return self.to_cp() + other.to_cp()
 
     def _times(self, number: Any) -> Self:
         return type(self)([self.parts[0] * number, *self.parts[1:]])

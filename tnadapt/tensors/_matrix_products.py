@@ -13,7 +13,7 @@ from tnadapt.argument_checks import checks_arguments
 from tnadapt.backends import Array, Backend, get_backend
 from tnadapt.errors import ShapeError, safe_repr
 
-from ._requests import alike, as_tensor, as_tensors, integer_of, mode_of, numeric
+from ._requests import alike, as_tensor, as_tensors, integer_of, is_network, mode_of, numeric
 
 # -- Khatri-Rao, outer and inner products ------------------------------------------------------------------------------
 
@@ -128,9 +128,10 @@ def inner(tensor1: Any, tensor2: Any, n_modes: int | None = None) -> Array:
 
     Parameters
     ----------
-    tensor1, tensor2 : array
+    tensor1, tensor2 : array or Decomposed
         Of the same shape, or with ``n_modes``, so that the last modes of the first are the first of the second. No
-        conjugate is taken, as in TensorLy.
+        conjugate is taken, as in TensorLy. Results of decompositions, of any two forms, are contracted over all modes,
+        without forming either.
     n_modes : int, optional
         How many modes to contract.
 
@@ -154,6 +155,11 @@ def inner(tensor1: Any, tensor2: Any, n_modes: int | None = None) -> Array:
     >>> inner(np.ones((2, 3)), np.ones((3, 4)), n_modes=1).shape
     (2, 4)
     """
+    for network, other in ((tensor1, tensor2), (tensor2, tensor1)):
+        if is_network(network):
+            if n_modes not in (None, network.order):
+                raise ShapeError(f"a {type(network).__name__} is contracted over all {network.order} modes; form it")
+            return network.conj().inner(other)
     backend, first = as_tensor(tensor1, "tensor1")
     _, second = as_tensor(tensor2, "tensor2")
     get_backend(first, second)

@@ -54,6 +54,8 @@ def as_tensor(given: Any, what: str = "the tensor") -> tuple[Backend, Array]:
     array([[1., 2.],
            [3., 4.]])
     """
+    if is_network(given):
+        raise BackendError(f"{what} is a {type(given).__name__}: give its to_tensor()")
     if isinstance(given, (list, tuple, int, float, complex)):
         listed, given = given, from_lists(given, f"{what} is")
         if given.dtype.kind not in "biufc":
@@ -66,6 +68,11 @@ def as_tensor(given: Any, what: str = "the tensor") -> tuple[Backend, Array]:
         )
     backend = get_backend(given, what=what)
     return backend, numeric(backend, given, what)
+
+
+def is_network(given: Any) -> bool:
+    """Return whether something is the result of a decomposition, whose class no module below it can import."""
+    return hasattr(type(given), "with_arrays")
 
 
 def numeric(backend: Backend, array: Array, what: str) -> Array:

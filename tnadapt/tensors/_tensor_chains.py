@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import numpy as np
 
@@ -19,8 +19,9 @@ from tnadapt.decomposition.linear_algebra import norm_of
 from tnadapt.decomposition.tt_svd import Spending, moved_right, planned
 from tnadapt.errors import ShapeError
 
-from ._decomposed import Decomposed, block_diagonal
-from ._requests import as_tensors, error_limit, numeric, ranks_of
+from ._decomposed import CPTensor, Decomposed, TuckerTensor, block_diagonal
+from ._matrix_products import mode_dot
+from ._requests import as_tensors, error_limit, mode_of, numeric, ranks_of
 
 # -- Tensor trains and tensor rings: cores of three axes ---------------------------------------------------------------
 
@@ -63,6 +64,8 @@ def _cores_of_train(cores: Sequence[Any], what: str, *sizes: str) -> tuple[Backe
 class CoreChain(_Cores):
     """What tensor trains and tensor rings share."""
 
+    _level = 2
+
     @property
     def shape(self) -> tuple[int, ...]:
         return tuple(int(core.shape[1]) for core in self)
@@ -88,8 +91,12 @@ class CoreChain(_Cores):
         slices = self.slices(index)
         return type(self)([core[:, rows, :] for core, rows in zip(self, slices, strict=True)])
 
-    def inner(self, other: Self) -> Array:
-        self.same_shape(other)
+    def mode_dot(self, matrix: Any, mode: int) -> Self:
+        """Multiply by a matrix along one mode, without forming the tensor."""
+        number = mode_of(mode, self.shape)
+        return type(self)([mode_dot(core, matrix, 1) if m == number else core for m, core in enumerate(self)])
+
+    def _inner(self, other: CoreChain) -> Array:
         backend = self.backend
         product: Array = None
         for mine, theirs in zip(self, other, strict=True):
@@ -115,9 +122,6 @@ class CoreChain(_Cores):
         flat = backend.reshape(matrices, (-1, size * size))
         places = np.arange(size) * (size + 1)
         return backend.sum(backend.take(flat, backend.constant(places, backend.device(flat)), axis=1), axis=1)
-
-    def _is_alike(self, other: Any) -> bool:
-        return isinstance(other, CoreChain)
 
     def _sum(self, other: Self) -> Self:
         backend, last, ends = self.backend, self.order - 1, isinstance(self, TTTensor)
@@ -177,6 +181,25 @@ class TTTensor(CoreChain):
 
     def __new__(cls, cores: Sequence[Any]) -> Self:
         return cls.of(*_cores_of_train(cores, "tensor train", "size"))
+
+    @classmethod
+    def _converted(cls, other: Decomposed) -> Self | None:
+        if isinstance(other, TuckerTensor):
+            train = cls(exact_cores(other.backend, other.core))
+            for mode, factor in enumerate(other.factors):
+                train = train.mode_dot(factor, mode)
+            return train
+        if not isinstance(other, CPTensor):
+            return None
+        # Cores that are diagonal in the ranks, with the weights in the first one.
+        backend, rank, (first, *rest) = other.backend, other.rank, other.factors
+        first = first if other.weights is None else first * other.weights
+        if not rest:
+            return cls([backend.reshape(backend.sum(first, axis=1), (1, -1, 1))])
+        one = backend.asarray(np.eye(rank).reshape(rank, 1, rank), backend.dtype_name(first), backend.device(first))
+        cores = [backend.reshape(factor, (1, -1, rank)) for factor in (first, *rest[:-1])]
+        last = backend.reshape(backend.matrix_transpose(rest[-1]), (rank, -1, 1))
+        return cls([cores[0], *(core * one for core in cores[1:]), last])
 
     def to_tensor(self) -> Array:
         return tt_to_tensor(list(self))
@@ -283,6 +306,11 @@ class TRTensor(CoreChain):
                 )
         return cls.of(backend, arrays)
 
+    @classmethod
+    def _converted(cls, other: Decomposed) -> Self | None:
+        train = other if isinstance(other, TTTensor) else TTTensor._converted(other)
+        return None if train is None else cls(list(train))
+
     def to_tensor(self) -> Array:
         backend, cores = self.backend, list(self)
         if len(cores) == 1:
@@ -295,6 +323,24 @@ class TRTensor(CoreChain):
         rows = backend.reshape(backend.permute_dims(rows, (1, 0, 2)), (-1, closing * rest))
         cols = backend.reshape(backend.permute_dims(cores[-1], (2, 0, 1)), (closing * rest, size))
         return backend.reshape(backend.matmul(rows, cols), self.shape)
+
+
+def exact_cores(backend: Backend, array: Array) -> list[Array]:
+    """Return the cores of a train that equals an array without rounding: the array between identity matrices."""
+    shape = [int(size) for size in array.shape]
+    before = [math.prod(shape[:mode]) for mode in range(len(shape) + 1)]
+    behind = [math.prod(shape[mode:]) for mode in range(len(shape) + 1)]
+    # Each rank is the smaller one of the products before and behind a bond.
+    middle = next(mode for mode in range(len(shape)) if before[mode + 1] >= behind[mode + 1])
+    cores = []
+    for mode, size in enumerate(shape):
+        if mode == middle:
+            cores.append(backend.reshape(array, (before[mode], size, behind[mode + 1])))
+            continue
+        left, right = (before[mode], before[mode + 1]) if mode < middle else (behind[mode], behind[mode + 1])
+        identity = np.eye(max(left, right)).reshape(left, size, right)
+        cores.append(backend.asarray(identity, backend.dtype_name(array), backend.device(array)))
+    return cores
 
 
 # -- TT matrices: cores of four axes -----------------------------------------------------------------------------------
@@ -326,7 +372,8 @@ class TTMatrix(_Cores):
     -----
     Oseledets, "Approximation of 2^d × 2^d matrices using tensor decomposition" (SIAM J. Matrix Anal. 31, 2010).
     Behaves as the list of its cores, like TensorLy's TTMatrix. ``shape`` is that of the matrix; ``to_tensor`` gives the
-    modes ``(rows_1, …, rows_M, cols_1, …, cols_M)``, like TensorLy.
+    modes ``(rows_1, …, rows_M, cols_1, …, cols_M)``, like TensorLy. It is added to TT matrices, and to Kronecker
+    products of matrices of its modes.
 
     Examples
     --------
@@ -382,8 +429,20 @@ class TTMatrix(_Cores):
         """Take a slice; only whole rows and columns, because others do not divide into modes."""
         return self._whole(index)
 
-    def inner(self, other: Self) -> Array:
-        self.same_shape(other)
+    # It projects the others, as none has its modes.
+    _level = -1
+
+    def _projected(self, other: Any) -> Array:
+        backend = self.backend
+        first, second = other if isinstance(other, CoreChain) else cast("TTTensor", TTTensor._converted(other))
+        rows = backend.reshape(backend.permute_dims(first, (1, 0, 2)), (self.shape[0], -1))
+        cols = backend.reshape(backend.permute_dims(second, (1, 2, 0)), (self.shape[1], -1))
+        return backend.sum(backend.flatten(backend.conj(self @ backend.conj(cols)) * rows), axis=0)
+
+    def _formed(self) -> Array:
+        return self.to_matrix()
+
+    def _inner(self, other: Self) -> Array:
         return self.train().inner(other.train())
 
     def norm(self) -> Array:
@@ -395,10 +454,18 @@ class TTMatrix(_Cores):
         return type(self)([self.backend.permute_dims(core, (0, 2, 1, 3)) for core in self])
 
     def __matmul__(self, other: Any) -> Any:
-        """Multiply by a vector, a matrix of columns, or another TT matrix, without forming this one."""
+        """Multiply by a vector, a matrix of columns, a tensor train, or another TT matrix, without forming this one.
+
+        A tensor train of the shape :attr:`col_sizes` gives one of the shape :attr:`row_sizes`, whose ranks are products
+        of ranks: ``round`` reduces them.
+        """
         backend = self.backend
         if isinstance(other, TTMatrix):
             return self._composed(other)
+        if isinstance(other, TTTensor):
+            if other.shape != self.col_sizes:
+                raise ShapeError(f"columns in modes {self.col_sizes} do not multiply a train of shape {other.shape}")
+            return self._composed(TTMatrix([backend.reshape(core, (*core.shape[:2], 1, -1)) for core in other])).train()
         x = numeric(get_backend(other), other, "the vector or matrix")
         get_backend(self[0], x)
         if len(x.shape) not in (1, 2) or x.shape[0] != self.shape[1]:
@@ -441,7 +508,7 @@ class TTMatrix(_Cores):
         """Reduce the ranks, as :meth:`TTTensor.round` does."""
         return self._from(self.train().round(rank, max_error=max_error))
 
-    def same_shape(self, other: Any) -> None:
+    def same_shape(self, other: Decomposed) -> None:
         if isinstance(other, TTMatrix) and (self.row_sizes, self.col_sizes) != (other.row_sizes, other.col_sizes):
             raise ShapeError(
                 f"the matrices divide into {self.row_sizes} × {self.col_sizes} and {other.row_sizes} × "
