@@ -72,6 +72,7 @@ class Workbench:
         safetensors.numpy.save_file(tuned, self.path("tuned.safetensors"))
         self.file = tna.AdapterFile(self.config, self.targets, self.plan.init())
         tna.save(self.path("adapter.safetensors"), self.file)
+        tna.cp(_tensor(), 2).save(self.path("tensor.safetensors"))
         tna.convert(self.file, to="peft-lora").save(self.path("peft"))
 
     @functools.cached_property
@@ -381,6 +382,7 @@ CALLS: dict[str, Arguments] = {
     "tensors.row_khatri_rao": lambda b: {"matrices": [np.ones((3, 2)), np.ones((3, 4))]},
     "tensors.outer": lambda b: {"tensors": [np.ones(3), np.ones((4, 2))]},
     "tensors.inner": lambda b: {"tensor1": _tensor(), "tensor2": _tensor()},
+    "tensors.load": lambda b: {"path": b.path("tensor.safetensors")},
     **{
         f"tensors.random_{name}": lambda b: {"shape": (3, 4), "rank": 2, "random_state": 0}
         for name in ("cp", "tucker", "tt", "tr")
@@ -405,11 +407,21 @@ CALLS: dict[str, Arguments] = {
         f"tensors.{name}.inner": functools.partial(lambda make, b: {"other": make()}, make)
         for name, make in TENSORS.items()
     },
+    **{
+        f"tensors.{name}.{method}": arguments
+        for name in TENSORS
+        for method, arguments in {
+            "save": lambda b: {"path": b.new(".safetensors")},
+            "to": lambda b: {"backend": "numpy", "dtype": "float64", "device": "cpu"},
+        }.items()
+    },
     "tensors.KroneckerTensor.entries": lambda b: {"indices": [[0, 0]]},
     "tensors.KroneckerTensor.entry": lambda b: {"*index": [0, 0]},
     "tensors.CPTensor.truncated": lambda b: {"rank": 1},
     "tensors.CPTensor.mode_dot": lambda b: {"matrix": np.ones((2, 4)), "mode": 1},
     "tensors.TuckerTensor.mode_dot": lambda b: {"matrix": np.ones((2, 4)), "mode": 1},
+    "tensors.TTTensor.mode_dot": lambda b: {"matrix": np.ones((2, 4)), "mode": 1},
+    "tensors.TRTensor.mode_dot": lambda b: {"matrix": np.ones((2, 4)), "mode": 1},
     "tensors.TTTensor.round": lambda b: {"rank": 1},
     "tensors.TTMatrix.round": lambda b: {"rank": 1},
     # -- decomposition ---------------------------------------------------------------------------

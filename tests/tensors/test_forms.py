@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import json
 import math
+import os
 import pickle
+import re
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,11 +18,13 @@ import pytest
 import tensorly
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
 import tnadapt.tensors as tt
 from tests.conftest import peak_of, relative_error
 from tnadapt.backends import Backend
-from tnadapt.errors import BackendError, ShapeError
+from tnadapt.errors import BackendError, FileError, ShapeError
 
 # -- Unfoldings, mode products, Khatri-Rao, outer and inner products against TensorLy, and contractions ----
 
@@ -532,12 +540,12 @@ ONE, WIDE = np.ones((2, 2)), np.ones((2, 3))
         (lambda: tt.random_cp((2, 2), 1).inner(tt.random_tt((2, 3), 1)), ShapeError, "expected the same shape"),
         (lambda: tt.random_cp((2, 2), 1).inner([[1.0, 2.0]]), ShapeError, r"a tensor or an array of shape \(2, 2\)"),
         (lambda: tt.random_cp((2, 2), 1) - tt.random_tt((2, 3), 1), ShapeError, "expected the same shape"),
-        (lambda: tt.random_cp((2, 2), 1) + np.ones((2, 3)), ShapeError, r"shape \(2, 3\) meets a tensor of"),
-        (lambda: np.ones(2) - tt.random_cp((2, 2), 1), ShapeError, r"shape \(2,\) meets a tensor"),
+        (lambda: tt.random_cp((2, 2), 1) + np.ones((2, 3)), ShapeError, r"other has shape \(2, 3\); expected \(2, 2\)"),
+        (lambda: np.ones(2) - tt.random_cp((2, 2), 1), ShapeError, r"other has shape \(2,\); expected"),
         (lambda: tt.random_cp((2, 2), 1) + np.ones((2, 2), np.float32), BackendError, "two dtypes"),
         (lambda: tt.random_cp((2, 2), 1) + tt.random_tt((2, 2), 1, dtype="float32"), BackendError, "two dtypes"),
         (lambda: tt.random_cp((2, 2), 1).inner(tt.random_tt((2, 2), 1, dtype="float32")), BackendError, "two dtypes"),
-        (lambda: tt.random_cp((2, 2), 1) + [[1.0, 2.0], [3.0, 4.0]], TypeError, "unsupported|can only concat"),
+        (lambda: tt.random_cp((2, 2), 1) - [[1.0, 2.0], [3.0, 4.0]], TypeError, "unsupported"),
         (lambda: tt.inner(tt.random_cp((2, 2), 1), np.ones((2, 2)), 1), ShapeError, "contracted over all 2 modes"),
         (lambda: tt.unfold(tt.random_tr((3, 3), 2), 0), BackendError, r"is a TRTensor: give its to_tensor\(\)"),
         (lambda: MATRIX + tt.random_cp(MATRIX.shape, 1), ShapeError, "no common form that is smaller than the whole"),
@@ -578,3 +586,181 @@ def test_draws_repeat() -> None:
         first, second, same = (tt.random_cp((3,), 1, random_state=one).factors[0] for one in (used, used, again))
         assert np.array_equal(first, same)
         assert not np.array_equal(first, second)
+
+
+# -- Files, and other libraries, dtypes and devices ------------------------------------------------
+
+EVERY: dict[str, Any] = {
+    **MAKERS,
+    "cp without weights": lambda shape, seed, **words: tt.CPTensor(None, tt.random_cp(shape, 2, **words).factors),
+    "tt_matrix": lambda shape, seed, **words: tt.random_tt_matrix(shape, shape[::-1], 2, random_state=seed, **words),
+    "kronecker without weights": lambda shape, seed, **words: tt.KroneckerTensor(
+        None, kronecker(shape, seed, **words).terms
+    ),
+    "mixed hadamard": lambda shape, seed, **words: tt.HadamardTensor(
+        [tt.random_cp(shape, 2, **words), tt.CPTensor(None, tt.random_cp(shape, 1, **words).factors)]
+    ),
+}
+
+
+@pytest.mark.law("tensor-files")
+@given(
+    st.sampled_from(sorted(EVERY)), st.lists(st.integers(1, 3), min_size=1, max_size=12).map(tuple),
+    st.sampled_from(["float64", "float32", "complex128", "complex64"]),
+)  # fmt: skip
+def test_files_have_the_bits(form: str, shape: tuple[int, ...], dtype: str) -> None:
+    tensor = EVERY[form](shape[:3] if "kronecker" in form else shape, 1, dtype=dtype)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "tensor.safetensors"
+        path.write_bytes(b"replaced")
+        tensor.save(path)
+        content = path.read_bytes()
+        again = tt.load(path)
+        assert os.listdir(folder) == [path.name]
+        # Any reader of safetensors gets the same numbers.
+        with safe_open(path, "np") as file:
+            assert json.loads(file.metadata()["tensor"]) == {
+                "dtype": dtype,
+                "kind": type(tensor).__name__,
+                "version": 1,
+            }
+            sizes = [file.get_tensor(name).size for name in list(file.keys())]
+        assert sum(sizes) == tensor.num_parameters * (2 if dtype.startswith("complex") else 1)
+        again.save(path)
+        assert path.read_bytes() == content
+    assert type(again) is type(tensor)
+    assert [array.dtype for array in again.arrays] == [dtype] * len(tensor.arrays)
+    assert all(np.array_equal(a, b) for a, b in zip(again.arrays, tensor.arrays, strict=True))
+    assert again.shape == tensor.shape
+    assert again.outcome is None
+
+
+def test_files_name_their_arrays(tmp_path: Path) -> None:
+    path = tmp_path / "ring.safetensors"
+    tt.TRTensor([np.arange(4.0).reshape(2, 1, 2)]).save(str(path))
+    with safe_open(path, "np") as file:
+        assert list(file.keys()) == ["cores.0"]
+    tt.TuckerTensor(1j * np.ones((1, 1)), [np.ones((2, 1)) + 0j] * 2).save(path)
+    with safe_open(path, "np") as file:
+        assert sorted(file.keys()) == ["core", "factors.0", "factors.1"]
+        assert np.array_equal(file.get_tensor("core"), [[[0.0, 1.0]]])
+
+
+def tensor_file(path: Path, arrays: Any = None, recipe: Any = None, **metadata: str) -> Path:
+    """Write a file of a CP tensor, or of what is given instead."""
+    arrays = {"factors.0": np.ones((2, 1)), "factors.1": np.ones((3, 1))} if arrays is None else arrays
+    recipe = {"dtype": "float64", "kind": "CPTensor", "version": 1} if recipe is None else recipe
+    save_file(arrays, path, {"tensor": recipe if isinstance(recipe, str) else json.dumps(recipe), **metadata})
+    return path
+
+
+GOOD, PAIR = {"dtype": "float64", "kind": "CPTensor", "version": 1}, np.ones((2, 1))
+
+
+@pytest.mark.law("tensor-files")
+@pytest.mark.parametrize(
+    ("arrays", "recipe", "text"),
+    [
+        (None, {**GOOD, "version": 2}, "has version 2 of the format of tensors; this release reads up to 1: update it"),
+        (None, {**GOOD, "version": True}, "must have version 1, kind and dtype"),
+        (None, {**GOOD, "more": 1}, "must have version 1, kind and dtype"),
+        (None, {"version": 1}, "must have version 1, kind and dtype"),
+        (None, "[]", "the entry 'tensor' must be a JSON object"),
+        (None, "{", "the entry 'tensor' is not JSON"),
+        (None, {**GOOD, "kind": "Decomposed"}, "has the kind 'Decomposed'; expected one of CPTensor"),
+        (None, {**GOOD, "kind": ["CPTensor"]}, "has the kind"),
+        (None, {**GOOD, "dtype": "int64"}, "has the dtype 'int64'; expected one of float64"),
+        (None, {**GOOD, "dtype": "float32"}, "'factors.0' is F64; expected F32"),
+        (None, {**GOOD, "dtype": "complex128"}, "'factors.0' has shape .*expected two numbers for each element"),
+        (None, {**GOOD, "kind": "TTTensor"}, "'factors.0' is no array of a TTTensor"),
+        ({}, GOOD, "has no factors of a CPTensor"),
+        ({}, {**GOOD, "kind": "TRTensor"}, "has no cores of a TRTensor"),
+        ({"factors.0": PAIR}, {**GOOD, "kind": "TuckerTensor"}, "has no core of a TuckerTensor"),
+        ({"parts.0.weights": np.ones(1)}, {**GOOD, "kind": "HadamardTensor"}, "has no factors of a CPTensor"),
+        ({"factors.1": PAIR}, GOOD, "has 1 of factors, and no 0"),
+        ({"factors.0": PAIR, "factors.00": PAIR}, GOOD, "'factors.00' is no array"),
+        ({"factors.0": PAIR, "factors.2": PAIR}, GOOD, "has 2 of factors, and no 1"),
+        ({"terms.0.1": PAIR}, {**GOOD, "kind": "KroneckerTensor"}, "has 1 of terms.0, and no 0"),
+        ({"factors.0": PAIR, "other": PAIR}, GOOD, "'other' is no array of a CPTensor"),
+        ({"factors.0": np.ones(2)}, GOOD, "CP factor 0 has shape .*expected a matrix"),
+        ({"cores.0": np.ones((1, 2, 3))}, {**GOOD, "kind": "TTTensor"}, r"core 0 of a tensor train has shape"),
+    ],
+)  # fmt: skip
+def test_files_that_are_wrong_are_refused(arrays: Any, recipe: Any, text: str, tmp_path: Path) -> None:
+    path = tensor_file(tmp_path / "file.safetensors", arrays, recipe)
+    with pytest.raises(FileError, match=f"^{re.escape(str(path))}: .*{text}"):
+        tt.load(path)
+
+
+def test_what_is_no_file_of_a_tensor_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "file.safetensors"
+    save_file({"factors.0": PAIR}, path)
+    with pytest.raises(FileError, match=r"its metadata have no entry 'tensor'\. tnadapt\.load reads adapters"):
+        tt.load(path)
+    with pytest.raises(FileError, match="No such file"):
+        tt.load(tmp_path / "none")
+    path.write_bytes(pickle.dumps(tt.random_cp((2, 3), 1)))
+    with pytest.raises(FileError, match="is a pickle"):
+        tt.load(path)
+    with pytest.raises(FileError, match=r"the folder .* does not exist; make it first"):
+        tt.random_cp((2, 3), 1).save(tmp_path / "missing" / "file")
+
+    class Other(tt.TTTensor):
+        """A class that files do not know."""
+
+    with pytest.raises(FileError, match="a Other has no file; expected one of CPTensor"):
+        Other([np.ones((1, 2, 1))]).save(path)
+
+
+@pytest.mark.law("tensor-files")
+@given(st.sampled_from(sorted(EVERY)), st.data())
+def test_a_damaged_file_is_a_tensor_or_a_file_error(form: str, data: st.DataObject) -> None:
+    tensor = EVERY[form]((2, 2), 1)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "tensor.safetensors"
+        tensor.save(path)
+        content = bytearray(path.read_bytes())
+        for _ in range(data.draw(st.integers(1, 3))):
+            content[data.draw(st.integers(0, min(len(content), 400) - 1))] = data.draw(st.integers(0, 255))
+        path.write_bytes(content[: data.draw(st.sampled_from([len(content), len(content) - 8, 100, 4]))])
+        with contextlib.suppress(FileError):
+            assert isinstance(tt.load(path), tt.Decomposed)
+
+
+@pytest.mark.parametrize("form", EVERY)
+def test_tensors_move_to_every_library(form: str, backend: Backend, tmp_path: Path) -> None:
+    with backend.double_precision():
+        host = EVERY[form]((3, 2), 1)
+        host.with_outcome(tt.FitOutcome(error=0.5, bound=0.25, certified=False, method="ALS"))
+        moved = host.to(backend=backend.name)
+        assert all(backend.owns(array) and backend.dtype_name(array) == "float64" for array in moved.arrays)
+        assert moved.outcome is host.outcome
+        back = moved.to(backend="numpy")
+        assert all(np.array_equal(a, b) for a, b in zip(back.arrays, host.arrays, strict=True))
+        assert type(back) is type(moved) is type(host)
+        for dtype in ("float32", "complex64", "complex128"):
+            for cast in (moved.to(dtype=dtype), host.to(backend=backend.name, dtype=dtype)):
+                assert {backend.dtype_name(array) for array in cast.arrays} == {dtype}
+                assert relative_error(backend.to_numpy(cast.to_tensor()), host.to_tensor()) < 1e-5
+        # A file is written from any library.
+        moved.save(tmp_path / "file")
+        assert np.array_equal(tt.load(tmp_path / "file").to_tensor(), host.to_tensor())
+
+
+def test_what_cannot_move_is_refused() -> None:
+    cp = tt.random_cp((2, 3), 1)
+    assert cp.to(device="cpu").factors[0] is not cp.factors[0]
+    for words, text in (
+        ({"backend": "nunpy"}, "no backend named 'nunpy'"),
+        ({"dtype": "float16"}, "compute in one of float64, float32, complex128, complex64; got the dtype 'float16'"),
+        ({"dtype": "int64"}, "got the dtype 'int64'"),
+        ({"device": "cuda"}, "numpy arrays live on 'cpu'"),
+    ):
+        with pytest.raises(BackendError, match=text):
+            cp.to(**words)
+    with pytest.raises(BackendError, match="a tensor in complex64 does not become float32: take the real"):
+        cp.to(dtype="complex64").to(dtype="float32")
+    torch = pytest.importorskip("torch")
+    leaf = torch.ones((2, 1), dtype=torch.float64, requires_grad=True)
+    tt.CPTensor(None, [leaf]).to(dtype="float32").norm().backward()
+    assert torch.allclose(leaf.grad, torch.full_like(leaf, 0.5**0.5))

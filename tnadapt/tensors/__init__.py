@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     )
     from ._random_tensors import random_cp, random_tr, random_tt, random_tt_matrix, random_tucker
     from ._tensor_chains import TRTensor, TTMatrix, TTTensor
+    from ._tensor_file import load
     from ._train_decomposition import tensor_ring, tensor_train, tt_matrix
     from ._tucker_decomposition import tucker
 
@@ -50,6 +51,7 @@ __all__ = [
     "kron_matvec",
     "kronecker",
     "kronecker_decomposition",
+    "load",
     "mode_dot",
     "multi_mode_dot",
     "outer",
@@ -89,6 +91,7 @@ _LAZY = {
         ),
         "_random_tensors": ("random_cp", "random_tr", "random_tt", "random_tt_matrix", "random_tucker"),
         "_tensor_chains": ("TRTensor", "TTMatrix", "TTTensor"),
+        "_tensor_file": ("load",),
         "_train_decomposition": ("tensor_ring", "tensor_train", "tt_matrix"),
         "_tucker_decomposition": ("tucker",),
     }.items()

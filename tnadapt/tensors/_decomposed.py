@@ -6,6 +6,7 @@ import abc
 import copy
 import functools
 import math
+import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Self, TypeVar
 
@@ -13,13 +14,14 @@ import numpy as np
 
 from tnadapt.algebra.products import cp_to_tensor, hadamard_tensor, kronecker_tensor, tucker_to_tensor
 from tnadapt.argument_checks import checks_arguments
-from tnadapt.backends import Array, Backend, get_backend
+from tnadapt.backends import Array, Backend, get_backend, load_backend
 from tnadapt.decomposition.fits import OPEN, Contraction, Fit, FitOutcome, holds, smallest_within
 from tnadapt.decomposition.linear_algebra import epsilon_of, norm_of, with_value
 from tnadapt.errors import BackendError, ConfigError, ShapeError, safe_repr
 
 from ._matrix_products import mode_dot, row_khatri_rao, unfold
-from ._requests import Request, alike, as_tensor, as_tensors, from_lists, integer_of, mode_of, scalar_of
+from ._requests import NUMERIC, Request, alike, as_tensor, as_tensors, from_lists, integer_of, mode_of, scalar_of
+from ._tensor_file import write
 
 # -- Base class of all results -----------------------------------------------------------------------------------------
 
@@ -162,10 +164,10 @@ class Decomposed(abc.ABC):
             get_backend(other)
         except BackendError:
             return None
-        array = as_tensor(other, "the array")[1]
+        array = as_tensor(other, "other")[1]
         get_backend(self.arrays[0], array)
         if tuple(array.shape) != self.shape:
-            raise ShapeError(f"an array of shape {tuple(array.shape)} meets a tensor of shape {self.shape}")
+            raise ShapeError(f"other has shape {tuple(array.shape)}; expected {self.shape}, that of the tensor")
         return array
 
     # -- Shared ----------------------------------------------------------------------------------
@@ -366,6 +368,70 @@ class Decomposed(abc.ABC):
 
     def __neg__(self) -> Self:
         return self._times(-1.0)
+
+    @checks_arguments
+    def to(self, *, backend: str | None = None, dtype: str | None = None, device: Any = None) -> Self:
+        """Return the same tensor in another library, dtype or device.
+
+        Parameters
+        ----------
+        backend : str, optional
+            Name of the library; that of the arrays if None.
+        dtype : str, optional
+            ``"float64"``, ``"float32"``, ``"complex128"`` or ``"complex64"``; that of the arrays if None. A complex
+            tensor does not become real.
+        device : optional
+            Device of the library; if None, that of the arrays, or the default one of another library.
+
+        Returns
+        -------
+        Decomposed
+            With the same outcome. Derivatives are recorded if only the dtype changes.
+
+        Raises
+        ------
+        BackendError
+            If the library is unknown or lacks the dtype or the device, or a complex tensor would become real.
+
+        Examples
+        --------
+        >>> from tnadapt.tensors import random_cp
+        >>> random_cp((3, 4), 2).to(backend="torch", dtype="float32").factors[0].dtype
+        torch.float32
+        """
+        source, before = self.backend, self.backend.dtype_name(self.arrays[0])
+        target, name = source if backend is None else load_backend(backend), before if dtype is None else dtype
+        if name not in NUMERIC:
+            raise BackendError(f"tensors compute in one of {', '.join(NUMERIC)}; got the dtype {safe_repr(dtype)}")
+        if before.startswith("complex") and not name.startswith("complex"):
+            raise BackendError(
+                f"a tensor in {before} does not become {name}: take the real or the imaginary part of one"
+            )
+        if target is source and device is None:
+            arrays = [source.astype(array, name) for array in self.arrays]
+        else:
+            arrays = [target.asarray(source.to_numpy(array), name, device) for array in self.arrays]
+        target.register_result(type(self))  # type: ignore[arg-type]
+        return self.with_arrays(arrays).with_outcome(self.outcome)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the tensor to a file, which :func:`tnadapt.tensors.load` reads, on any library.
+
+        Parameters
+        ----------
+        path : str or PathLike
+            A file of that name is replaced, at once and whole.
+
+        Raises
+        ------
+        FileError
+            If it cannot be written.
+
+        Notes
+        -----
+        One safetensors file, of the kind and the arrays. How a decomposition found the tensor is not in it.
+        """
+        write(path, self)
 
     # -- Outcome of a decomposition --------------------------------------------------------------
 

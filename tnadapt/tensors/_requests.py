@@ -21,7 +21,7 @@ from tnadapt.errors import BackendError, ConfigError, ShapeError, safe_repr
 
 
 #: Dtypes that computations run in; others are converted to the first.
-_NUMERIC = ("float64", "float32", "complex128", "complex64")
+NUMERIC = ("float64", "float32", "complex128", "complex64")
 _HALF = ("float16", "bfloat16")
 
 
@@ -78,7 +78,7 @@ def is_network(given: Any) -> bool:
 def numeric(backend: Backend, array: Array, what: str) -> Array:
     """Return an array in a dtype that computations run in; see :func:`as_tensor`."""
     name = backend.dtype_name(array)
-    if name in _NUMERIC:
+    if name in NUMERIC:
         return array
     if name in _HALF:
         return backend.astype(array, "float32")
