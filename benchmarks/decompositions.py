@@ -5,7 +5,7 @@ our least time over theirs, and *over the best* that to the fastest contestant o
 on one thread of BLAS and torch: neither another's threads nor other programs of the machine that take their turns are
 in them, though what these do to the caches is. Where errors differ, only contestants count among the best whose error
 is at most ours (up to 1 % of it and 1e-6) and which hold as much of the squared norm (up to 1 %). Peers: TensorLy,
-SciPy, NumPy and quimb (``pip install quimb``), without which the table says that it is not installed.
+SciPy, NumPy, and where they are installed quimb and teneva (``pip install quimb teneva``).
 
 Writes ``results/decompositions.jsonl``, and the table of the documentation beside it.
 """
@@ -273,11 +273,52 @@ def trains(x: np.ndarray, rank: int) -> Iterator[Case]:
     yield Case("rounding of a train", f"{name} of 2 · {rank}", rounded, lambda found: relative(x, found))
 
 
+# -- Cross approximation ---------------------------------------------------------------------------
+
+
+def crosses(smoke: bool) -> Iterator[Case]:
+    """Trains of functions: of a tensor at given ranks against TensorLy, and by an error against teneva."""
+    from tensorly.contrib.decomposition import tensor_train_cross
+
+    def ratio(indices: np.ndarray) -> np.ndarray:
+        return 1.0 / (1.0 + indices.sum(axis=1))
+
+    size, rank = (6, 3) if smoke else (20, 6)
+    x = ratio(np.indices((size,) * 5).reshape(5, -1).T).reshape((size,) * 5)
+    bonds = [1, *[rank] * 4, 1]
+    runs: dict[str, Run] = {
+        OURS: lambda: tt.tt_cross(lambda i: x[tuple(i.T)], x.shape, rank=rank),
+        "TensorLy": lambda: tensor_train_cross(x, bonds, tol=1e-8, random_state=0),
+    }
+    kind = "cross approximation"
+    yield Case(kind, f"1 / (1 + i + …), {size}^5, rank {rank}", runs, lambda y: relative(x, tna.tt_to_tensor(list(y))))
+    shape, limit, teneva = (size,) * 10, 1e-4, optional("teneva")
+    held, other = (
+        np.random.default_rng(seed).integers(0, size, (count, 10)) for seed, count in ((0, 1000), (1, 20_000))
+    )
+    runs = {OURS: lambda: tt.tt_cross(ratio, shape, max_error=limit)}
+    if teneva is not None:
+        # It stops at the same error of as many points, which are not counted there.
+        stop = {"m": 10_000_000, "dr_max": 1, "I_vld": held, "y_vld": ratio(held), "e_vld": limit}
+        runs["teneva"] = lambda: teneva.cross(ratio, teneva.rand(list(shape), 1, seed=0), cache={}, **stop)
+    yield Case(
+        kind,
+        f"the same, {size}^10, error {limit}",
+        runs,
+        lambda y: relative(ratio(other), tt.TTTensor(y).entries(other)),
+    )
+
+
 def measure(smoke: bool = False) -> Iterator[Row]:
     """Yield one row per case."""
     with warnings.catch_warnings(), threads(1):
         warnings.simplefilter("ignore")  # of peers
-        for cases in (singular(128 if smoke else 1024), nearest_kronecker(smoke), decompositions(smoke)):
+        for cases in (
+            singular(128 if smoke else 1024),
+            nearest_kronecker(smoke),
+            decompositions(smoke),
+            crosses(smoke),
+        ):
             for case in cases:
                 yield measured(case, smoke)
 

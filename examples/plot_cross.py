@@ -2,9 +2,9 @@
 A function of a trillion points
 ===============================
 
-A function on a fine grid of many variables is a tensor that nobody can form. :func:`tnadapt.tt_cross` finds a tensor train
-of it from few of its values, and sums over the train take milliseconds. This example integrates two functions, and
-compares the results with the exact ones.
+A function on a fine grid of many variables is a tensor that nobody can form. :func:`tnadapt.tt_cross` finds a tensor
+train of it from few of its values, and sums over the train take milliseconds. This example integrates two functions,
+and compares the results with the exact ones.
 """
 
 # %%

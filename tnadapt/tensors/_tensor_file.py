@@ -81,7 +81,7 @@ def load(path: str | os.PathLike[str]) -> Any:
     Returns
     -------
     Decomposed
-        Of the class that was saved, with equal arrays, of NumPy; :meth:`~tnadapt.tensors.Decomposed.to` moves it.
+        Of the class that was saved, with the same arrays, of NumPy; its method ``to`` moves it.
 
     Raises
     ------
