@@ -74,6 +74,18 @@ def main() -> None:
         _write("table", name, content)
     for name, settings in TOKENIZERS.items():
         _write("tokenizer", name, json.dumps(settings).encode())
+    cp = tna.tensors.random_cp((2, 3), 2)
+    terms = [[np.ones((2, 1)), np.ones((1, 2))]] * 2
+    for tensor in (
+        cp,
+        tna.tensors.TTTensor([np.ones((1, 2, 2)) + 1j, np.ones((2, 2, 1)) + 1j]),
+        tna.tensors.TuckerTensor(np.ones((1, 2)), [np.ones((2, 1)), np.ones((2, 2))]).to(dtype="float32"),
+        tna.tensors.KroneckerTensor(None, terms),
+        tna.tensors.HadamardTensor([cp, tna.tensors.CPTensor(None, cp.factors)]),
+    ):
+        with tempfile.TemporaryDirectory() as folder:
+            tensor.save(Path(folder) / "tensor")
+            _write("tensor", type(tensor).__name__, (Path(folder) / "tensor").read_bytes())
 
 
 def _write_ggufs() -> None:

@@ -105,6 +105,23 @@ def adapter(data: bytes) -> None:
         _read(path)
 
 
+def tensor(data: bytes) -> None:
+    """Read bytes as the file of a tensor."""
+    with _folder() as folder:
+        path = folder / "tensor.safetensors"
+        path.write_bytes(data)
+        try:
+            result = tna.tensors.load(path)
+        except tna.FileError as error:
+            if not str(error).startswith(f"{path}: "):
+                raise FaultError(f"the error does not begin with the path: {error}") from error
+            return
+        # A tensor that was read must be usable.
+        if result.size < 1 << 16 and result.num_parameters < 1 << 12:
+            with np.errstate(all="ignore"):
+                result.to_tensor()
+
+
 def recipe(data: bytes) -> None:
     """Read JSON as the recipe of an adapter file with valid tensors and SHA-256, to get past these checks."""
     value = _json(data)
@@ -260,6 +277,7 @@ def _json(data: bytes) -> Any:
 
 TARGETS: dict[str, Callable[[bytes], None]] = {
     "adapter": adapter,
+    "tensor": tensor,
     "recipe": recipe,
     "config": config,
     "peers": peers,
