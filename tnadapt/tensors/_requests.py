@@ -70,9 +70,9 @@ def as_tensor(given: Any, what: str = "the tensor") -> tuple[Backend, Array]:
     return backend, numeric(backend, given, what)
 
 
-def is_network(given: Any) -> bool:
-    """Return whether something is the result of a decomposition, whose class no module below it can import."""
-    return hasattr(type(given), "with_arrays")
+def is_network(value: Any) -> bool:
+    """Return whether a value is the result of a decomposition, whose class no module below it can import."""
+    return hasattr(type(value), "with_arrays")
 
 
 def numeric(backend: Backend, array: Array, what: str) -> Array:

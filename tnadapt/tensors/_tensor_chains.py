@@ -196,10 +196,12 @@ class TTTensor(CoreChain):
         first = first if other.weights is None else first * other.weights
         if not rest:
             return cls([backend.reshape(backend.sum(first, axis=1), (1, -1, 1))])
-        one = backend.asarray(np.eye(rank).reshape(rank, 1, rank), backend.dtype_name(first), backend.device(first))
+        diagonal = backend.asarray(
+            np.eye(rank).reshape(rank, 1, rank), backend.dtype_name(first), backend.device(first)
+        )
         cores = [backend.reshape(factor, (1, -1, rank)) for factor in (first, *rest[:-1])]
         last = backend.reshape(backend.matrix_transpose(rest[-1]), (rank, -1, 1))
-        return cls([cores[0], *(core * one for core in cores[1:]), last])
+        return cls([cores[0], *(core * diagonal for core in cores[1:]), last])
 
     def to_tensor(self) -> Array:
         return tt_to_tensor(list(self))

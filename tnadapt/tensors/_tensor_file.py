@@ -26,7 +26,7 @@ from tnadapt.lazy_names import lazy_name
 
 _ENTRY, _VERSION = "tensor", 1
 # The fields of each class, the names of its arrays, and its module, which imports this one.
-_KINDS = {
+_FORMS = {
     "CPTensor": (("weights", "factors"), r"weights|factors\.N", "_decomposed"),
     "TuckerTensor": (("core", "factors"), r"core|factors\.N", "_decomposed"),
     "TTTensor": (("cores",), r"cores\.N", "_tensor_chains"),
@@ -44,25 +44,25 @@ def write(path: str | os.PathLike[str], tensor: Any) -> None:
     """Write the file of a tensor, which replaces another one at once and whole."""
     where = container.path_of(path)
     with container.file_error_context(where):
-        kind, backend = type(tensor).__name__, tensor.backend
-        if kind not in _KINDS:
-            raise FileError(f"a {kind} has no file; expected one of {', '.join(_KINDS)}")
+        form, backend = type(tensor).__name__, tensor.backend
+        if form not in _FORMS:
+            raise FileError(f"a {form} has no file; expected one of {', '.join(_FORMS)}")
         dtype = backend.dtype_name(tensor.arrays[0])
-        arrays = {name: np.ascontiguousarray(backend.to_numpy(array)) for name, array in _named(kind, tensor)}
+        arrays = {name: np.asarray(backend.to_numpy(array), order="C") for name, array in _named(form, tensor)}
         if dtype != _REAL[dtype]:
             arrays = {name: array[..., None].view(_REAL[dtype]) for name, array in arrays.items()}
-        recipe = json.dumps({"dtype": dtype, "kind": kind, "version": _VERSION}, separators=(",", ":"))
+        recipe = json.dumps({"dtype": dtype, "kind": form, "version": _VERSION}, separators=(",", ":"))
         stored = {name: container.to_stored(array, _REAL[dtype]) for name, array in arrays.items()}
         replace_file(where, container.serialized(stored, {_ENTRY: recipe}))
 
 
-def _named(kind: str, tensor: Any) -> Iterator[tuple[str, Any]]:
+def _named(form: str, tensor: Any) -> Iterator[tuple[str, Any]]:
     """Yield the names and arrays of a tensor."""
-    fields = _KINDS[kind][0]
-    pending = list(zip(fields, tensor if len(fields) > 1 or kind == "HadamardTensor" else [list(tensor)], strict=True))
+    fields = _FORMS[form][0]
+    pending = list(zip(fields, tensor if len(fields) > 1 or form == "HadamardTensor" else [list(tensor)], strict=True))
     while pending:
         name, part = pending.pop(0)
-        if type(part).__name__ in _KINDS:
+        if type(part).__name__ in _FORMS:
             yield from ((f"{name}.{below}", array) for below, array in _named(type(part).__name__, part))
         elif isinstance(part, list):
             pending = [(f"{name}.{number}", item) for number, item in enumerate(part)] + pending
@@ -109,12 +109,12 @@ def load(path: str | os.PathLike[str]) -> Any:
             raise FileError(
                 f"is not the file of a tensor: its metadata have no entry {_ENTRY!r}. tnadapt.load reads adapters"
             )
-        kind, dtype = _recipe(file.metadata[_ENTRY])
-        allowed = re.compile(_KINDS[kind][1].replace("N", _NUMBER))
+        form, dtype = _recipe(file.metadata[_ENTRY])
+        allowed = re.compile(_FORMS[form][1].replace("N", _NUMBER))
         tree: dict[str, Any] = {}
         for name, entry in file.entries.items():
             if allowed.fullmatch(name) is None:
-                raise FileError(f"{safe_repr(name)} is no array of a {kind}")
+                raise FileError(f"{safe_repr(name)} is no array of a {form}")
             if container.DTYPES[entry.dtype] != _REAL[dtype]:
                 raise FileError(f"{safe_repr(name)} is {entry.dtype}; expected {container.TAG_OF[_REAL[dtype]]}")
             array = container.native(entry.dtype, file.array(name))
@@ -127,7 +127,7 @@ def load(path: str | os.PathLike[str]) -> Any:
             for step in path_:
                 below = below.setdefault(step, {})
             below[last] = array
-        return _made(kind, tree)
+        return _assembled(form, tree)
 
 
 def _recipe(text: str) -> tuple[str, str]:
@@ -140,19 +140,19 @@ def _recipe(text: str) -> tuple[str, str]:
         )
     if recipe.keys() != {"dtype", "kind", "version"} or type(version) is not int or version != _VERSION:
         raise FileError(f"the entry 'tensor' must have version {_VERSION}, kind and dtype; got {safe_repr(recipe)}")
-    for key, known in (("kind", _KINDS), ("dtype", _REAL)):
+    for key, known in (("kind", _FORMS), ("dtype", _REAL)):
         if not isinstance(recipe[key], str) or recipe[key] not in known:
             raise FileError(f"has the {key} {safe_repr(recipe[key])}; expected one of {', '.join(known)}")
     return recipe["kind"], recipe["dtype"]
 
 
-def _made(kind: str, tree: dict[str, Any]) -> Any:
+def _assembled(form: str, tree: dict[str, Any]) -> Any:
     """Make a tensor of its arrays, in dictionaries by the steps of their names."""
-    fields, _, module = _KINDS[kind]
+    fields, _, module = _FORMS[form]
     for field in fields:
         if field not in tree and field != "weights":
-            raise FileError(f"has no {field} of a {kind}")
-    return lazy_name(__package__, {kind: module}, kind)(*(_listed(field, tree.get(field)) for field in fields))
+            raise FileError(f"has no {field} of a {form}")
+    return lazy_name(__package__, {form: module}, form)(*(_listed(field, tree.get(field)) for field in fields))
 
 
 def _listed(name: str, node: Any) -> Any:
@@ -160,7 +160,7 @@ def _listed(name: str, node: Any) -> Any:
     if not isinstance(node, dict):
         return node
     if "factors" in node or "weights" in node:
-        return _made("CPTensor", node)
+        return _assembled("CPTensor", node)
     numbers = [str(number) for number in range(len(node))]
     if node.keys() != set(numbers):
         raise FileError(f"has {len(node)} of {name}, and no {next(number for number in numbers if number not in node)}")
