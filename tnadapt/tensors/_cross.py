@@ -304,7 +304,7 @@ def tt_cross(
     >>> train = tt_cross(lambda i: 1.0 / (1.0 + i.sum(axis=1)), (20,) * 20, max_error=1e-6)
     >>> train.size > 1e26, train.outcome.calls < 500_000, train.error < 1e-6, train.outcome.stopped
     (True, True, True, 'converged')
-    >>> abs(float(train.entry(*[3] * 20)) * 61.0 - 1.0) < 1e-4
+    >>> abs(float(train.entry(*range(20))) * 191.0 - 1.0) < 1e-4
     True
     """
     sizes = shape_of(shape)
