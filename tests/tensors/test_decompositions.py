@@ -10,14 +10,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import scipy.sparse
 import tensorly
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tnadapt as tna
 import tnadapt.tensors as tt
 from tests.conftest import peak_of, relative_error
-from tests.decomposition.internals import BlockPasses, CPSweeps
+from tests.decomposition.internals import BlockPasses, CPSweeps, SparseTensor
 from tnadapt.backends import Backend, get_backend
 from tnadapt.errors import BackendError, ConfigError, ShapeError, TnadaptError
 
@@ -820,3 +821,160 @@ def test_what_cannot_be_in_blocks_is_refused(source: str, call: Any, error: Any,
 def test_other_functions_say_that_they_need_memory(tmp_path: Path) -> None:
     with pytest.raises(BackendError, match=r"a dask array.*x\.compute\(\)"):
         tna.cp(dasked(tmp_path, np.ones((3, 3, 3))), 1)
+
+
+# -- Sparse tensors give what dense ones give, in memory for the nonzero elements ------------------
+
+
+class Coordinates:
+    """A sparse array with the attributes of pydata's COO, and of SciPy's coo_array from 1.15 on."""
+
+    fill_value = 0.0
+
+    def __init__(self, coords: Any, data: Any, shape: tuple[int, ...]) -> None:
+        self.coords, self.data, self.shape = coords, np.asarray(data), shape
+
+    @classmethod
+    def of(cls, tensor: np.ndarray) -> Coordinates:
+        return cls(np.nonzero(tensor), tensor[np.nonzero(tensor)], tensor.shape)
+
+
+def sparse_numbers(shape: tuple[int, ...], seed: int, kind: str = "float64", rank: int = 3) -> np.ndarray:
+    """A tensor of a rank, of whose elements few are not zero, and noise on a few others."""
+    rng = np.random.default_rng(seed)
+    factors = [numbers((size, rank), seed + mode, kind) for mode, size in enumerate(shape)]
+    rows = [rng.permutation(np.arange(size) % 3 == 0)[:, None] for size in shape]
+    tensor = tt.CPTensor(None, [factor * kept for factor, kept in zip(factors, rows, strict=True)]).to_tensor()
+    return tensor + 0.1 * numbers(shape, seed + 9, kind) * (rng.random(shape) < 0.01)
+
+
+@pytest.mark.law("decompositions")
+@given(BLOCK_SHAPES, st.integers(0, 20), st.sampled_from(["float64", "complex128"]), st.floats(0.0, 1.0))
+def test_products_with_sparse_tensors(shape: tuple[int, ...], count: int, kind: str, share: float) -> None:
+    rng = np.random.default_rng(count)
+    places, values = [rng.integers(0, size, count) for size in shape], numbers(count, 1, kind)
+    tensor, order = np.zeros(shape, kind), len(shape)
+    np.add.at(tensor, tuple(places), values)
+    sparse = SparseTensor(places, values, shape)
+    np.testing.assert_allclose(sparse.dense(), tensor)
+    assert sparse.norm == pytest.approx(float(np.linalg.norm(tensor)))
+    matrices = [numbers((size, 3), mode, kind) for mode, size in enumerate(shape)]
+    for mode in range(order):
+        rows = np.moveaxis(tensor, mode, 0).reshape(shape[mode], -1)
+        columns = tt.khatri_rao([matrix for m, matrix in enumerate(matrices) if m != mode])
+        np.testing.assert_allclose(sparse.product(matrices, mode), rows @ columns, atol=1e-12)
+        left = sparse.left(mode, max(1, int(share * shape[mode])), 0)
+        np.testing.assert_allclose(left.conj().T @ left, np.eye(left.shape[1]), atol=1e-12)
+        values_of = np.linalg.svd(rows, compute_uv=False)[: left.shape[1]]
+        assert np.linalg.norm(left.conj().T @ rows) == pytest.approx(np.linalg.norm(values_of), abs=1e-12)
+    for left_out in (None, *range(order)):
+        modes = [mode for mode in range(order) if mode != left_out]
+        expected = tensor
+        for mode in modes:
+            expected = tt.mode_dot(expected, matrices[mode].conj().T, mode)
+        np.testing.assert_allclose(sparse.projected(dict(enumerate(matrices)), left_out), expected, atol=1e-12)
+
+
+@pytest.mark.law("decompositions")
+@settings(max_examples=10)
+@given(st.sampled_from([(25, 27, 26), (11, 12, 13, 11), (140, 150)]), st.integers(0, 50), st.integers(1, 3))
+def test_sparse_decompositions_are_those_of_dense_tensors(shape: tuple[int, ...], seed: int, rank: int) -> None:
+    tensor = sparse_numbers(shape, seed)
+    sparse = Coordinates.of(tensor)
+    for fit in (tna.cp, tna.tucker):
+        found, expected = fit(sparse, rank), fit(tensor, rank)
+        assert found.error == pytest.approx(error_of(found, tensor), rel=1e-6)
+        # ALS from one start may end in another local optimum than the best of three.
+        assert found.error <= expected.error * (1.2 if fit is tna.cp and rank > 1 else 1.0) + 1e-3
+        assert found.rank == expected.rank
+        assert (np.diff(found.history) <= 1e-12).all()
+    magnitudes = tna.cp(Coordinates.of(abs(tensor)), rank, nonnegative=True)
+    assert all((array >= 0.0).all() for array in magnitudes.arrays)
+    assert magnitudes.error <= tna.cp(abs(tensor), rank, nonnegative=True).error + 1e-3
+
+
+def test_sparse_arrays_of_every_kind() -> None:
+    tensor = sparse_numbers((140, 150), 1)
+    expected = tna.cp(tensor, 2).error
+    for kind in ("coo", "csr", "csc", "lil", "dok", "bsr"):
+        for make in (scipy.sparse.coo_array, scipy.sparse.coo_matrix):
+            assert tna.cp(make(tensor).asformat(kind), 2).error == pytest.approx(expected, rel=1e-6)
+    whole = sparse_numbers((30, 31, 32), 2)
+    if np.lib.NumpyVersion(scipy.__version__) >= "1.15.0":
+        assert tna.tucker(scipy.sparse.coo_array(whole), 2).error == tna.tucker(Coordinates.of(whole), 2).error
+    for kind, result in (("float32", "float32"), ("complex64", "complex64"), ("int8", "float64")):
+        sparse = Coordinates.of((10.0 * whole).astype(kind))
+        for fit in (tna.cp, tna.tucker):
+            found = fit(sparse, 2)
+            assert {array.dtype.name for array in found.arrays} == {result}
+            assert found.error == pytest.approx(error_of(found, (10.0 * whole).astype(kind)), rel=1e-4)
+    complex_ = sparse_numbers((30, 31, 32), 3, "complex128")
+    assert tna.cp(Coordinates.of(complex_), 3).error == pytest.approx(tna.cp(complex_, 3).error, rel=1e-3)
+    # Elements of equal indices are added; those of a small tensor, or none at all, make no difference.
+    twice = Coordinates([[0, 0, 1], [0, 0, 1], [0, 0, 1]], [1.0, 1.0, 2.0], (30, 30, 30))
+    assert tna.cp(twice, 1).weights[0] == pytest.approx(2.0)
+    assert tna.cp(Coordinates.of(np.zeros((30, 30, 30))), 2).error == 0.0
+    assert tna.tucker(Coordinates.of(np.zeros((30, 30, 30))), 2).error == 0.0
+    assert tna.tucker(Coordinates.of(whole[:4, :5, :6]), max_error=0.5).error <= 0.5
+    assert tna.cp(Coordinates([[1]], [3.0], (30000,)), 1).error == pytest.approx(0.0, abs=1e-9)
+
+
+def test_starts_and_fixed_modes_of_sparse_tensors() -> None:
+    whole = sparse_numbers((30, 31, 32), 2)
+    sparse = Coordinates.of(whole)
+    begun = tna.cp(sparse, 2)
+    again = tna.cp(sparse, 2, init=begun, fixed=[1])
+    assert (again.factors[1] == begun.factors[1]).all()
+    assert again.error <= begun.error + 1e-9
+    several = tna.cp(sparse, 2, init="random", starts=4)
+    assert several.error <= tna.cp(sparse, 2, init="random").error
+    assert len(tna.cp(sparse, 2, callback=lambda *_: True).history) == 1
+    assert tna.cp(sparse, max_error=0.5).error <= 0.5
+    core = tna.tucker(sparse, 2)
+    kept = tna.tucker(sparse, 2, init=core, fixed=[0])
+    assert (kept.factors[0] == core.factors[0]).all()
+    assert tna.tucker(sparse, 2, max_iterations=0).error >= core.error - 1e-12
+    assert tna.tucker(sparse, 2, init="random").error == pytest.approx(tna.tucker(whole, 2, init="random").error)
+
+
+def test_zeros_are_not_formed() -> None:
+    rng = np.random.default_rng(0)
+    places = rng.integers(0, 10_000, (3, 20_000))
+    sparse = Coordinates(places, rng.normal(size=20_000), (10_000,) * 3)
+    for fit in (tna.cp, tna.tucker):
+        fit(sparse, 2, max_iterations=2)
+        assert peak_of(lambda fit=fit: fit(sparse, 2, max_iterations=2)) < 30 << 20
+    found = tna.cp(sparse, 2, max_iterations=2)
+    made = found.entries(places.T)
+    square = float(found.norm()) ** 2 + np.sum((sparse.data - made) ** 2 - made**2)  # of distinct places
+    assert found.error == pytest.approx(math.sqrt(square) / np.linalg.norm(sparse.data), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda x: tna.tensor_train(x, 2), BackendError, r"sparse, which only cp\(\) and tucker\(\) take"),
+        (lambda x: tna.cp(x, 2, mask=np.ones(x.shape, bool)), ConfigError, "zeros of a sparse tensor are values"),
+        (lambda x: tna.tucker(x, max_error=0.1), ConfigError, "too many for a sparse tensor: give rank="),
+        (lambda x: tna.tucker(x, 2, nonnegative=True), ConfigError, r"needs zeros, too: pass x\.toarray\(\)"),
+        (lambda x: tna.cp(Coordinates(x.coords, x.data * np.nan, x.shape), 2), ShapeError, "holds NaN"),
+        (lambda x: tna.cp(Coordinates(x.coords, x.data * 1e200, x.shape), 2), ShapeError, "largest value of a sparse"),
+        (lambda x: tna.cp(Coordinates(x.coords, x.data, (9, 30, 30)), 2), ShapeError, "mode 0 must be from 0 to 8"),
+        (lambda x: tna.cp(Coordinates(x.coords[:2], x.data, x.shape), 2), ShapeError, "as many integers for each mode"),
+        (lambda x: tna.cp(Coordinates(x.coords, x.data.astype("S3"), x.shape), 2), BackendError, "must hold numbers"),
+        (lambda x: tna.cp(Coordinates(x.coords, x.data, (0, 3, 3)), 2), ShapeError, "nothing to decompose"),
+    ],
+)
+def test_what_sparse_tensors_cannot_be(call: Any, error: Any, message: str) -> None:
+    with pytest.raises(error, match=message):
+        call(Coordinates.of(sparse_numbers((30, 30, 30), 0)))
+
+
+def test_sparse_arrays_that_are_refused() -> None:
+    filled = Coordinates.of(np.eye(3))
+    filled.fill_value = 1.0
+    with pytest.raises(BackendError, match=r"must be zero; got fill_value=1\.0"):
+        tna.cp(filled, 1)
+    torch = pytest.importorskip("torch")
+    with pytest.raises(BackendError, match="a sparse tensor of torch is not read"):
+        tna.cp(torch.eye(3).to_sparse(), 1)

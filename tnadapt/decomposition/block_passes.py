@@ -30,9 +30,19 @@ class BlockPasses:
         dask computes one of its chunks after another, in threads or on a cluster, as its user configured it.
     memory : int
         Bytes that a block of a memory map may have in double precision.
+
+    Raises
+    ------
+    ShapeError
+        If there is no mode, or a size is unknown.
     """
 
     def __init__(self, array: Any, memory: int) -> None:
+        if not array.shape or any(size != size for size in array.shape):
+            raise ShapeError(
+                f"the tensor has shape {array.shape}; expected at least one mode, and known sizes: of a dask array, "
+                "call compute_chunk_sizes()"
+            )
         self.array, self.shape = array, tuple(int(size) for size in array.shape)
         self.dtype = np.dtype(array.dtype)
         #: The dtype of the computation.
@@ -83,7 +93,7 @@ class BlockPasses:
         for place, block in self._blocks():
             square += float(np.vdot(block, block).real)
             for mode, matrices in tests.items():
-                sketches[mode][place[mode]] += _sketch_of(
+                sketches[mode][place[mode]] += khatri_rao_product(
                     block, mode, [matrix[at] for matrix, at in zip(matrices, place, strict=True)]
                 )
         return sketches, square
@@ -130,14 +140,15 @@ class BlockPasses:
         return math.sqrt(total)
 
 
-def _sketch_of(block: np.ndarray, mode: int, tests: Sequence[np.ndarray]) -> np.ndarray:
+def khatri_rao_product(block: np.ndarray, mode: int, matrices: Sequence[np.ndarray]) -> np.ndarray:
     """Multiply an unfolding by the Khatri-Rao product of the other modes' matrices without forming it."""
     axes = [m for m in range(block.ndim) if m != mode]
-    sketch = np.tensordot(block, tests[axes[-1]], axes=(axes[-1], 0))
+    # The first products are matrix products, and copy nothing.
+    turned = block if mode < block.ndim - 1 else np.swapaxes(block, -1, -2)
+    product: np.ndarray = turned @ matrices[axes[-1]]
     for axis in reversed(axes[:-1]):
-        behind = (slice(None), *[None] * (sketch.ndim - axis - 2), slice(None))
-        sketch = (sketch * tests[axis][behind]).sum(axis=axis)
-    return sketch
+        product = np.einsum("i...r,ir->...r", np.moveaxis(product, axis, 0), matrices[axis])
+    return product
 
 
 def _times(block: np.ndarray, matrix: np.ndarray, mode: int) -> np.ndarray:

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from tnadapt.algebra.formats import CP
+from tnadapt.algebra.products import cp_to_tensor, unfolded
 from tnadapt.argument_checks import checks_arguments
 from tnadapt.backends import Array
-from tnadapt.decomposition.cp_als import fit_cp
-from tnadapt.decomposition.fits import Callback, Iteration, limits_of
+from tnadapt.decomposition.block_passes import khatri_rao_product
+from tnadapt.decomposition.completion import double_on_host
+from tnadapt.decomposition.cp_als import Products, fit_cp, fit_cp_by_products
+from tnadapt.decomposition.fits import Callback, Fit, Iteration, limits_of
+from tnadapt.decomposition.sparse_tensor import SparseTensor
 from tnadapt.errors import ConfigError, ShapeError
 
 from . import _requests
 from ._decomposed import CPTensor, finished, smallest_rank
-from ._nonnegative import constrained_modes, fit_nonnegative_cp
+from ._nonnegative import NO_POSITIVE, constrained_modes, exponent_of, least_error, not_negative
+from ._requests import Request, normal
 
 
 @checks_arguments
@@ -40,7 +47,9 @@ def cp(
     Parameters
     ----------
     tensor : array, shape (d_1, …, d_M)
-        Real or complex. Lists and integers are converted.
+        Real or complex. Lists and integers are converted. Or sparse: an array of ``scipy.sparse`` (of any order from
+        SciPy 1.15), pydata's ``sparse.COO``, or what has ``coords``, ``data`` and ``shape`` as these do; elements that
+        are not stored are zero, not missing, and are not formed.
     rank : int, optional
         Number of components.
     max_error : float, optional
@@ -57,11 +66,10 @@ def cp(
         Modes whose factors of ``init`` are kept.
     nonnegative : bool or collection of int
         Whether no factor may have negative elements, or the modes whose factors may not. Negative elements of the
-        tensor are allowed and fitted as closely as such factors can; the bound counts what they cost. The iteration is
-        then TensorLy's HALS on the host, without a callback.
+        tensor are allowed and fitted as closely as such factors can; the bound counts what they cost.
     starts : int, optional
         Number of starts, the first by ``init`` and the others random; the best result is returned. By default 1, but 3
-        from ``"svd"`` of a tensor of up to 2^14 elements, if ``max_iterations`` is above 10.
+        from ``"svd"`` of a tensor of up to 2^14 elements, if ``max_iterations`` is above 10 and ``nonnegative`` False.
     random_state : int or Generator, optional
         Seed of random numbers.
     tol : float
@@ -96,7 +104,13 @@ def cp(
 
     With ``mask`` or ``weights``, all arrays are fitted to the known elements: some sweeps of least squares from several
     starts, then damped Gauss-Newton if the problem is small enough for its equations. ``error`` is that of the known
-    elements; ``callback`` is given the least one so far, after each step of Gauss-Newton or each sweep to the end.
+    elements; ``callback`` is given the least one so far, after each step of Gauss-Newton or each sweep to the end. With
+    ``nonnegative``, too, there are only sweeps.
+
+    Nonnegative factors are fitted column by column (hierarchical ALS: Gillis & Glineur, 2012) with extrapolation (Ang
+    et al., 2021), in double precision on the host. So are the factors of a sparse tensor, by sweeps alone from one
+    start by default, and the result is of NumPy: with n stored elements, a sweep takes ``M² n r`` multiply-adds and
+    ``n r`` numbers. A sparse tensor of up to 2^14 elements is formed; the error of a larger one is exact to 1e-8.
 
     If 30 sweeps have not converged, their error is below 0.3, and the tensor is small, there may be an exact answer:
     damped Gauss-Newton continues from there and from other starts, each step at the cost of solving for all factors at
@@ -116,7 +130,9 @@ def cp(
     >>> all((factor >= 0.0).all() for factor in counts.factors), counts.outcome.method
     (True, 'non-negative HALS')
     """
-    request = _requests.requested(tensor, rank, max_error, mask=mask, weights=weights, random_state=random_state)
+    request = _requests.requested(
+        tensor, rank, max_error, mask=mask, weights=weights, random_state=random_state, sparse=True
+    )
     request.refuse_trace("cp()", "use tensor_train(), or tucker(max_iterations=0)")
     held = _requests.kept_modes(request, init, fixed, CPTensor, "CPTensor(None, factors)")
     if len(held) == len(request.shape):
@@ -124,8 +140,8 @@ def cp(
     limits = limits_of(tol, max_iterations)
     if starts is not None:
         starts = _requests.integer_of("starts", starts, 1, 1 << 20)
-    modes = constrained_modes(nonnegative, request, callback)
-    if len(request.shape) == 2 and request.observed is None and not modes and not held:
+    modes = constrained_modes(nonnegative, request)
+    if len(request.shape) == 2 and request.observed is None and not modes and not held and not request.sparse:
         request = request.kept()
 
     def result_of(arrays: Mapping[str, Array]) -> CPTensor:
@@ -135,13 +151,19 @@ def cp(
 
     def fitted(rank: int) -> CPTensor:
         start = init if isinstance(init, str) else _factors(init, rank, held)
+        if not isinstance(start, str):
+            for mode in sorted(modes):
+                not_negative(request.backend, start[mode], f"factor {mode} of init")
         if request.observed is not None:
-            _requests.refuse_observed(nonnegative)
             named = None if isinstance(start, str) else {f"factor{mode}": factor for mode, factor in enumerate(start)}
-            split, most_starts = CP(request.shape, rank), max(starts or 1, _requests.STARTS)
-            fit = _requests.completed(request, split, limits, callback, starts=most_starts, start=named, fixed=held)
-        elif modes:
-            fit = fit_nonnegative_cp(request, rank, modes, start, held, starts or 1, limits)
+            fit = _requests.completed(
+                request, CP(request.shape, rank), limits, callback, starts=max(starts or 1, _requests.STARTS),
+                start=named, fixed=held, nonnegative=[f"factor{mode}" for mode in modes],
+            )  # fmt: skip
+            if len(modes) == len(request.shape):
+                fit = fit._replace(bound=least_error(request))
+        elif modes or request.sparse:
+            fit = _by_products(request, rank, start, starts or 1, Iteration(limits, callback), held, modes)
         else:
             steps = Iteration(limits, callback)
             fit = fit_cp(request.algebra(), request.tensor, rank, steps, init=start, fixed=held, starts=starts)
@@ -172,3 +194,98 @@ def _factors(init: CPTensor, rank: int, held: Collection[int]) -> list[Array]:
         free = next((mode for mode in range(len(factors)) if mode not in held), 0)
         factors[free] = factors[free] * init.weights
     return factors
+
+
+# -- Sparse tensors, and factors without negative elements -------------------------------------------------------------
+
+
+# Standard deviation of the noise on singular vectors that an iteration starts from.
+_MOVED = 0.01
+
+
+def _by_products(
+    request: Request,
+    rank: int,
+    start: str | list[Array],
+    starts: int,
+    steps: Iteration,
+    fixed: Collection[int],
+    nonnegative: Collection[int],
+) -> Fit:
+    """Return the best fit from several starts; a matrix that is sparse has its SVD."""
+    backend, shape, algebra = request.backend, request.shape, request.algebra()
+    if len(shape) == 1:
+        column = backend.reshape(request.tensor, (-1, 1))
+        return Fit({"factor0": backend.where(column > 0.0, column, column * 0.0)}, True, 0, "exact")
+    bound = least_error(request) if len(nonnegative) == len(shape) else 0.0
+    if request.norm == 0.0 or (bound >= NO_POSITIVE and not fixed):
+        zeros = {f"factor{mode}": algebra.zeros((size, rank)) for mode, size in enumerate(shape)}
+        return Fit(zeros, True, 0, "zero")
+    if request.sparse:
+        if len(shape) == 2 and not fixed and not nonnegative:
+            u, s, vh = request.tensor.matrix_triplets(rank, request.seed)
+            return Fit(algebra.arrays({"weights": s, "factor0": u, "factor1": vh.T}), False, 0, "SVD")
+        tensor, shift = _of_sparse(request.tensor), 0
+    else:
+        host = double_on_host(backend, request.tensor)
+        shift = exponent_of(host)
+        tensor = _of_dense(np.ldexp(host, -shift))
+    # One of the factors that change has the scale of the tensor.
+    free = next(mode for mode in range(len(shape)) if mode not in fixed)
+    begun = _starts(request, rank, start, starts, fixed, nonnegative)
+    scaled = ([np.ldexp(x, -shift) if shift and m == free else x for m, x in enumerate(each)] for each in begun)
+    fit = fit_cp_by_products(tensor, scaled, steps, fixed=fixed, nonnegative=nonnegative)
+    arrays = {n: np.ldexp(x, shift) if shift and n == f"factor{free}" else x for n, x in fit.arrays.items()}
+    kept = {f"factor{mode}": start[mode] for mode in fixed}
+    return fit._replace(arrays=algebra.arrays(arrays) | kept, bound=bound)
+
+
+def _of_dense(tensor: np.ndarray) -> Products:
+    def distance(factors: Sequence[np.ndarray]) -> float:
+        return float(np.linalg.norm(tensor - cp_to_tensor((None, factors))))
+
+    norm = float(np.linalg.norm(tensor))
+    return Products(tensor.shape, norm, lambda factors, mode: khatri_rao_product(tensor, mode, factors), distance)
+
+
+def _of_sparse(tensor: SparseTensor) -> Products:
+    def distance(factors: Sequence[np.ndarray]) -> float:
+        result = CPTensor(None, factors)
+        return tensor.distance(result.entries, float(result.norm()), result.to_tensor)
+
+    return Products(tensor.shape, tensor.norm, tensor.product, distance)
+
+
+def _starts(
+    request: Request,
+    rank: int,
+    start: str | list[Array],
+    count: int,
+    fixed: Collection[int],
+    nonnegative: Collection[int],
+) -> Iterator[list[np.ndarray]]:
+    """Yield the factors of each start, the first by ``start`` and the others random."""
+    backend, rng = request.backend, np.random.default_rng(request.seed)
+    dtype = "complex128" if backend.is_complex(request.tensor) else "float64"
+    for number in range(count):
+        factors = []
+        for mode, size in enumerate(request.shape):
+            if not isinstance(start, str) and (not number or mode in fixed):
+                factor = double_on_host(backend, start[mode])
+            elif number or start == "random":
+                factor = normal(rng, (size, rank), dtype)
+            else:
+                columns = _leading(request, mode, min(rank, size))
+                factor = normal(rng, (size, rank), dtype) * (_MOVED / math.sqrt(size))
+                factor[:, : columns.shape[1]] += columns
+                factor[:, columns.shape[1] :] *= 1.0 / _MOVED
+            factors.append(abs(factor) if mode in nonnegative else factor)
+        yield factors
+
+
+def _leading(request: Request, mode: int, rank: int) -> np.ndarray:
+    """Return leading left singular vectors of an unfolding, on the host."""
+    if request.sparse:
+        return np.asarray(request.tensor.left(mode, rank, request.seed))
+    backend = request.backend
+    return double_on_host(backend, request.algebra().left(unfolded(backend, request.tensor, mode), rank)[0])

@@ -15,7 +15,7 @@ from tnadapt.algebra.products import cp_to_tensor, hadamard_tensor, kronecker_te
 from tnadapt.argument_checks import checks_arguments
 from tnadapt.backends import Array, Backend, get_backend
 from tnadapt.decomposition.fits import OPEN, Contraction, Fit, FitOutcome, holds, smallest_within
-from tnadapt.decomposition.linear_algebra import epsilon_of, norm_of, with_value
+from tnadapt.decomposition.linear_algebra import norm_of, with_value
 from tnadapt.errors import BackendError, ConfigError, ShapeError, safe_repr
 
 from ._matrix_products import mode_dot, row_khatri_rao, unfold
@@ -360,7 +360,7 @@ def finished(
     result = result_of(fit.arrays)
     if not request.concrete:
         return result
-    rounding = 64.0 * epsilon_of(request.backend, request.tensor)
+    rounding = 64.0 * request.algebra().eps
     certain, factor, bound, optimal = fit.factor <= 1.0, fit.factor, fit.bound, fit.optimal
 
     def optimum(error: float) -> tuple[float, bool]:
@@ -387,8 +387,11 @@ def finished(
 def error_of(request: Request, result: Decomposed) -> float:
     """Relative Frobenius error of a decomposition, from its tensor."""
     backend = request.backend
-    left = request.weighted(request.tensor - backend.reshape(result.to_tensor(), request.shape))
-    residual = norm_of(backend, left)
+    if request.sparse:
+        residual = request.tensor.distance(result.entries, float(result.norm()), result.to_tensor)
+    else:
+        left = request.weighted(request.tensor - backend.reshape(result.to_tensor(), request.shape))
+        residual = norm_of(backend, left)
     return residual / request.norm if request.norm else float(residual > 0.0)
 
 
