@@ -978,3 +978,134 @@ def test_sparse_arrays_that_are_refused() -> None:
     torch = pytest.importorskip("torch")
     with pytest.raises(BackendError, match="a sparse tensor of torch is not read"):
         tna.cp(torch.eye(3).to_sparse(), 1)
+
+
+# -- PARAFAC2: matrices with rows of their own ------------------------------------------------------
+
+
+def planted(
+    seed: int, rank: int = 3, *, noise: float = 0.0, kind: str = "float64", count: int = 8, least: int = 5
+) -> tuple[list[np.ndarray], np.ndarray]:
+    """Slices of different numbers of rows that have a PARAFAC2 decomposition, but for noise, and its factor C."""
+    rng = np.random.default_rng(seed)
+    a, b, c = (
+        rng.uniform(0.5, 1.5, (count, rank)),
+        numbers((rank, rank), seed, kind),
+        numbers((9, rank), seed + 1, kind),
+    )
+    slices = []
+    for k in range(count):
+        rotation = np.linalg.qr(numbers((int(rng.integers(least, 16)), rank), seed + k, kind))[0]
+        slices.append(rotation @ b @ np.diag(a[k]) @ c.T)
+    size = noise * np.sqrt(np.mean(np.abs(np.concatenate(slices)) ** 2))
+    return [matrix + size * numbers(matrix.shape, k, kind) for k, matrix in enumerate(slices)], c
+
+
+def slices_error(made: Any, slices: list[np.ndarray]) -> float:
+    lost = sum(np.linalg.norm(x - y) ** 2 for x, y in zip(made, slices, strict=True))
+    return float(np.sqrt(lost / sum(np.linalg.norm(y) ** 2 for y in slices)))
+
+
+@pytest.mark.law("decompositions")
+@settings(max_examples=10)
+@given(st.integers(0, 30), st.integers(1, 3), st.sampled_from([0.0, 0.1]), st.sampled_from(["float64", "complex128"]))
+def test_parafac2_is_what_it_says(seed: int, rank: int, noise: float, kind: str) -> None:
+    slices, _ = planted(seed, rank, noise=noise, kind=kind)
+    weights, (a, b, c), projections = found = tna.parafac2(slices, rank)
+    assert found.shape == tuple(matrix.shape for matrix in slices)
+    assert found.error == pytest.approx(slices_error(found.to_tensors(), slices), abs=1e-12)
+    assert found.error <= found.history[-1] + 1e-9
+    assert (np.diff(found.history) <= 0.0).all()
+    for k, projection in enumerate(projections):
+        np.testing.assert_allclose(projection.conj().T @ projection, np.eye(rank), atol=1e-12)
+        np.testing.assert_allclose(found.slice(k), projection @ b @ np.diag(weights * a[k]) @ c.T, atol=1e-12)
+    for factor in (a, b, c):
+        np.testing.assert_allclose(np.linalg.norm(factor, axis=0), 1.0)
+    # Rows of slices may be turned, and slices scaled, without any change of C.
+    turned = [np.linalg.qr(numbers((len(x), len(x)), 7, kind))[0] @ x * 2.0**20 for x in slices]
+    again = tna.parafac2(turned, rank)
+    assert again.error == pytest.approx(found.error, rel=1e-3, abs=1e-4)
+
+
+@pytest.mark.law("decompositions")
+@pytest.mark.parametrize("seed", range(6))
+def test_planted_components_of_slices_are_found(seed: int) -> None:
+    slices, c = planted(seed)
+    found = tna.parafac2(slices, 3, max_iterations=2000, tol=1e-10)
+    assert found.error < 1e-6
+    alike = abs(np.linalg.pinv(found.factors[2]) @ c)
+    assert (np.sort(alike / alike.max(axis=0), axis=0)[:-1] < 1e-3).all(), "the same columns, up to order and scale"
+    theirs, errors = tensorly.decomposition.parafac2(slices, 3, random_state=0, n_iter_max=200, return_errors=True)
+    assert found.error <= errors[-1] + 1e-6
+    noisy = planted(seed, noise=0.1)[0]
+    theirs = tensorly.decomposition.parafac2(noisy, 3, random_state=0, n_iter_max=100)
+    made = tensorly.parafac2_tensor.parafac2_to_slices(theirs)
+    assert tna.parafac2(noisy, 3).error <= slices_error(made, noisy) * (1.0 + 1e-4)
+    assert tt.Parafac2Tensor(*theirs).error is None
+    assert slices_error(tt.Parafac2Tensor(*theirs).to_tensors(), made) < 1e-12
+    own = tensorly.parafac2_tensor.parafac2_to_slices(tensorly.parafac2_tensor.Parafac2Tensor(found))
+    assert slices_error(own, found.to_tensors()) < 1e-12
+
+
+def test_parafac2_of_every_library_and_start(backend: Backend) -> None:
+    slices = planted(1, noise=0.1)[0]
+    arrays = [backend.asarray(matrix, "float32") for matrix in slices]
+    found = tna.parafac2(arrays, 2, max_iterations=30)
+    assert {backend.dtype_name(array) for array in (found.weights, *found.factors, *found.projections)} == {"float32"}
+    assert found.backend.name == backend.name
+    made = [backend.to_numpy(matrix) for matrix in found.to_tensors()]
+    assert found.error == pytest.approx(slices_error(made, slices), rel=1e-4)
+    square = [matrix[:5, :] for matrix in arrays]
+    assert tuple(tna.parafac2(square, 2, max_iterations=5).to_tensor().shape) == (8, 5, 9)
+
+
+def test_settings_of_parafac2() -> None:
+    slices = planted(2, noise=0.1)[0]
+    single, several = (tna.parafac2(slices, 2, init="random", starts=n, random_state=3) for n in (1, 4))
+    assert several.error <= single.error
+    assert len(several.history) > len(single.history)
+    assert len(tna.parafac2(slices, 2, callback=lambda *_: True).history) == 1
+    assert tna.parafac2(slices, 2, max_iterations=2).outcome.stopped == "max_iterations"
+    found = tna.parafac2(slices, 2, nonnegative=[0, 2])
+    assert min(found.factors[0].min(), found.factors[2].min()) >= 0.0
+    assert (np.diff(found.history) <= 0.0).all()
+    assert found.error >= tna.parafac2(slices, 2).error - 1e-6
+    stacked = np.stack([matrix[:5] for matrix in slices])
+    assert tna.parafac2(stacked, 2).error == tna.parafac2(list(stacked), 2).error
+    zeros = tna.parafac2(0.0 * stacked, 2)
+    assert (zeros.error, zeros.converged, float(abs(zeros.to_tensor()).max())) == (0.0, True, 0.0)
+    assert repr(tna.parafac2([np.eye(3)] * 2, 3)).startswith(
+        "<Parafac2Tensor: 2 matrices of 3 rows and 3 columns, rank 3"
+    )
+    with pytest.raises(ShapeError, match=r"form no tensor: use to_tensors\(\)"):
+        found.to_tensor()
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda x: tna.parafac2(x, 8), ShapeError, "rank 8 is above 7, the least number of rows or columns"),
+        (lambda x: tna.parafac2([], 1), ShapeError, "at least one array"),
+        (lambda x: tna.parafac2(x[0], 1), ShapeError, r"or an array of shape \(K, I, J\); got shape"),
+        (lambda x: tna.parafac2([*x, x[0][:, 1:]], 1), ShapeError, "slice 8 has shape .*; expected as many columns"),
+        (lambda x: tna.parafac2([*x, x[0] * np.nan], 1), ShapeError, "slice 8 holds NaN"),
+        (lambda x: tna.parafac2([x[0][:0]], 1), ShapeError, "nothing to decompose"),
+        (lambda x: tna.parafac2(x, 1, nonnegative=[1]), ConfigError, "takes the modes 0 and 2"),
+        (lambda x: tna.parafac2(x, 1, nonnegative=[3]), ShapeError, "mode must be from 0 to 2"),
+        (lambda x: tna.parafac2([y * 1j for y in x], 1, nonnegative=[0]), BackendError, "needs real slices"),
+        (lambda x: tna.parafac2(x, 1, init="hosvd"), ConfigError, "init must be 'svd' or 'random'"),
+        (lambda x: tna.parafac2(x, 1, starts=0), ShapeError, "starts must be"),
+        (lambda x: tt.Parafac2Tensor(None, [np.ones((2, 1))] * 3, [np.ones((3, 1))]), ShapeError, "and 1 projections"),
+        (lambda x: tt.Parafac2Tensor(np.ones(2), [np.ones((1, 1))] * 3, [x[0][:, :1]]), ShapeError, r"expected \(1,\)"),
+        (lambda x: tna.parafac2(x, 1).slice(8), ShapeError, "number must be an integer from 0 to 7"),
+    ],
+)
+def test_what_parafac2_refuses(call: Any, error: Any, message: str) -> None:
+    with pytest.raises(error, match=message):
+        call(planted(0)[0])
+
+
+def test_slices_that_require_gradients_are_refused() -> None:
+    torch = pytest.importorskip("torch")
+    with pytest.raises(BackendError, match="not differentiated: detach them first"):
+        tna.parafac2([torch.ones(3, 2, requires_grad=True)], 1)

@@ -484,12 +484,15 @@ class Products(NamedTuple):
         the mode.
     distance : callable
         Computes the distance from the tensor of given factors.
+    at : callable, optional
+        Returns the products for a sweep from given factors, if the tensor depends on these.
     """
 
     shape: tuple[int, ...]
     norm: float
     product: Callable[[Sequence[np.ndarray], int], np.ndarray]
     distance: Callable[[Sequence[np.ndarray]], float]
+    at: Callable[[Sequence[np.ndarray]], Products] | None = None
 
 
 def fit_cp_by_products(
@@ -544,10 +547,10 @@ def _descended(
     moving = [mode for mode in modes if mode not in fixed]
 
     def swept(factors: Sequence[np.ndarray]) -> tuple[list[np.ndarray], float]:
-        factors = list(factors)
+        factors, now = list(factors), tensor if tensor.at is None else tensor.at(factors)
         grams = [factor.T @ factor.conj() for factor in factors]
         for mode in moving:
-            right = tensor.product([factor.conj() for factor in factors], mode)
+            right = now.product([factor.conj() for factor in factors], mode)
             gram = hadamard_tensor([other for m, other in enumerate(grams) if m != mode])
             if mode in nonnegative:
                 factors[mode] = _nonnegative_factor(factors[mode], right, gram)
@@ -561,7 +564,7 @@ def _descended(
         square = tensor.norm**2 - 2.0 * float(np.vdot(factors[mode], right).real)
         square += float(np.sum(hadamard_tensor(grams)).real)
         close = square <= _CANCELS * float(np.finfo(np.float64).eps) * tensor.norm**2
-        return factors, tensor.distance(factors) if close else math.sqrt(square)
+        return factors, now.distance(factors) if close else math.sqrt(square)
 
     steps.begin()
     factors, error = swept(_scaled_to(tensor, start, moving[0]))
@@ -585,6 +588,7 @@ def _descended(
 def _scaled_to(tensor: Products, factors: Sequence[np.ndarray], mode: int) -> list[np.ndarray]:
     """Return factors of which one is scaled so that the distance is the least."""
     scaled = [np.array(factor, np.result_type(factor, np.float64)) for factor in factors]
+    tensor = tensor if tensor.at is None else tensor.at(scaled)
     right = tensor.product([factor.conj() for factor in scaled], mode)
     square = float(np.sum(hadamard_tensor([factor.T @ factor.conj() for factor in scaled])).real)
     inner = float(np.vdot(scaled[mode], right).real)

@@ -21,8 +21,8 @@ from tnadapt.errors import ConfigError, ShapeError
 
 from . import _requests
 from ._decomposed import CPTensor, finished, smallest_rank
-from ._nonnegative import NO_POSITIVE, constrained_modes, exponent_of, least_error, not_negative
-from ._requests import Request, normal
+from ._nonnegative import NO_POSITIVE, constrained_modes, least_error, not_negative
+from ._requests import Request, exponent_of, normal
 
 
 @checks_arguments

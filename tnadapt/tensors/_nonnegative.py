@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -15,7 +14,7 @@ from tnadapt.decomposition.linear_algebra import norm_of, tensorly_on
 from tnadapt.errors import BackendError, ConfigError, ShapeError, safe_repr
 
 from ._decomposed import TuckerTensor
-from ._requests import Request, mode_of
+from ._requests import Request, exponent_of, mode_of
 
 #: A tensor has no positive element if its negative part has at least this part of its norm.
 NO_POSITIVE = 1.0 - 1e-14
@@ -132,8 +131,3 @@ def _tucker(
             return None
     errors = [float(error) for error in errors]
     return ((np.ldexp(core, shift), factors), errors) if all(np.isfinite(errors)) else None
-
-
-def exponent_of(tensor: np.ndarray) -> int:
-    """Return the power of two to divide a tensor by, so that nothing overflows and absolute thresholds suit it."""
-    return math.frexp(float(np.max(np.abs(tensor))))[1]

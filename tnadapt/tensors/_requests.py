@@ -163,6 +163,16 @@ def scalar_of(value: Any) -> Any:
     return value if isinstance(value, (int, float, complex)) or getattr(value, "shape", None) == () else None
 
 
+def exponent_of(tensor: np.ndarray) -> int:
+    """Return the power of two to divide a tensor by, so that nothing overflows and absolute thresholds suit it."""
+    return math.frexp(float(np.max(np.abs(tensor))))[1]
+
+
+def scaled_by(host: np.ndarray, exponent: int) -> np.ndarray:
+    """Multiply an array in double precision, real or complex, by a power of two."""
+    return np.ldexp(np.ascontiguousarray(host).view(np.float64), exponent).view(host.dtype)
+
+
 # -- Ranks and errors --------------------------------------------------------------------------------------------------
 
 
