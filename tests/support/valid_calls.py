@@ -352,7 +352,7 @@ CALLS: dict[str, Arguments] = {
     "sources.source_from_dict": lambda b: {"settings": sources.source_to_dict(sources.Trained())},
     "sources.source_to_dict": lambda b: {"source": sources.Trained()},
     # -- tensors ---------------------------------------------------------------------------------
-    "cp": lambda b: {"tensor": _tensor(), "rank": 2, **_FIT},
+    "cp": lambda b: {"tensor": _tensor(), "rank": 2, **_FIT, "memory": 1 << 20},
     "tucker": lambda b: {"tensor": _tensor(), "rank": 2, **_FIT, "memory": 1 << 20},
     "tensor_train": lambda b: {"tensor": _tensor(), "rank": 2, **_FIT, "memory": 1 << 20},
     "tensor_ring": lambda b: {"tensor": _tensor(), "rank": 2, **_FIT},

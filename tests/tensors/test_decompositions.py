@@ -756,6 +756,73 @@ def test_tucker_is_that_of_memory_and_a_train_nearly(
 
 
 @sources
+@pytest.mark.parametrize("kind", ["float64", "complex128"])
+def test_cp_in_blocks_is_that_of_memory(source: str, kind: str, tmp_path: Path) -> None:
+    tensor = tt.random_cp((12, 13, 14), 3, random_state=1, dtype=kind).to_tensor()
+    tensor = tensor + 0.1 * np.abs(tensor).std() * numbers(tensor.shape, 3, kind)
+    mask = np.random.default_rng(0).random(tensor.shape) < 0.5
+    stored = SOURCES[source](tmp_path, tensor)
+    found, expected = tna.cp(stored, 3, memory=1 << 12), tna.cp(tensor, 3)
+    assert found.error == pytest.approx(error_of(found, tensor), rel=1e-6)
+    assert found.error == pytest.approx(expected.error, rel=1e-4)
+    assert found.outcome.method == "compressed in blocks, ALS"
+    partial = tna.cp(stored, 3, mask=mask, memory=1 << 13)
+    assert partial.error == pytest.approx(tna.cp(tensor, 3, mask=mask).error, rel=1e-3)
+    left = float(np.linalg.norm((partial.to_tensor() - tensor) * mask))
+    assert partial.error == pytest.approx(left / float(np.linalg.norm(tensor * mask)), rel=1e-6)
+    begun = tna.cp(stored, 3, init=expected, fixed=[1], memory=1 << 12)
+    assert (begun.factors[1] == expected.factors[1]).all()
+    assert begun.error <= expected.error * (1.0 + 1e-6)
+
+
+@sources
+def test_nonnegative_cp_in_blocks_is_that_of_memory(source: str, tmp_path: Path) -> None:
+    tensor = abs(tt.random_cp((12, 13, 14), 2, random_state=1).to_tensor())
+    stored = SOURCES[source](tmp_path, tensor)
+    weights = np.random.default_rng(0).random(tensor.shape)
+    found = tna.cp(stored, 2, nonnegative=True, memory=1 << 12)
+    assert all((factor >= 0.0).all() for factor in found.factors)
+    assert (np.diff(found.history) <= 0.0).all()
+    assert found.error == pytest.approx(error_of(found, tensor), rel=1e-6)
+    assert found.error <= tna.cp(tensor, 2, nonnegative=True).error * (1.0 + 1e-3)
+    partial = tna.cp(stored, 2, nonnegative=[0, 1], weights=weights, memory=1 << 13)
+    assert min(partial.factors[0].min(), partial.factors[1].min()) >= 0.0
+    assert partial.error <= tna.cp(tensor, 2, nonnegative=[0, 1], weights=weights).error * (1.0 + 1e-3)
+    assert tna.cp(stored, max_error=0.9, memory=1 << 12).rank == 1
+    # One that fits into a block is read at once.
+    few = SOURCES[source](tmp_path, tensor[:4])
+    assert tna.cp(few, 2).error == tna.cp(tensor[:4], 2).error
+
+
+@sources
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ({"mask": np.ones((9, 9))}, r"mask must be an array of the tensor's shape \(10, 11, 12\)"),
+        ({"mask": np.arange(11)[:, None] != 4 + np.zeros((10, 11, 12))}, "index 4 of mode 1 has no observed"),
+        ({"weights": -np.ones((10, 11, 12))}, "weights finite and not negative"),
+        ({"mask": np.zeros((10, 11, 12), bool)}, "has no observed element"),
+        ({"mask": np.ones((10, 11, 12), bool), "rank": None, "max_error": 0.1}, "need rank=, and all factors free"),
+    ],
+)
+def test_masks_in_blocks_that_are_refused(source: str, words: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(TnadaptError, match=message):
+        tna.cp(**{"tensor": SOURCES[source](tmp_path, numbers((10, 11, 12))), "rank": 2, "memory": 1 << 12, **words})
+
+
+@sources
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_gaps_zeros_and_nan_in_blocks(source: str, tmp_path: Path) -> None:
+    hole = numbers((10, 11, 12))
+    hole[1, 2, 3] = np.nan
+    with pytest.raises(ShapeError, match="NaN or inf"):
+        tna.cp(SOURCES[source](tmp_path, hole), 2, memory=1 << 12)
+    found = tna.cp(SOURCES[source](tmp_path, hole), 1, mask=~np.isnan(hole), memory=1 << 12, max_iterations=3)
+    assert 0.0 < found.error < 1.0
+    assert tna.cp(SOURCES[source](tmp_path, np.zeros((10, 11, 12))), 2, memory=1 << 12).error == 0.0
+
+
+@sources
 def test_an_exact_rank_is_found(source: str, tmp_path: Path) -> None:
     tensor = tt.random_tt((9, 8, 7, 6), 2, random_state=1).to_tensor()
     for found in (
@@ -784,6 +851,11 @@ def test_memory_is_some_blocks(tmp_path: Path) -> None:
     most = array.nbytes / (4 if np.lib.NumpyVersion(np.__version__) < "2.5.0" else 3)
     assert peak_of(lambda: tna.tucker(array, 2, memory=block)) < most
     assert peak_of(lambda: tna.tensor_train(array, 2, memory=block)) < most
+    assert peak_of(lambda: tna.cp(array, 2, nonnegative=[0], memory=block, max_iterations=1)) < most
+    mask = np.memmap(tmp_path / "mask", bool, "w+", shape=array.shape)
+    mask[:] = np.arange(128) % 2 == 0
+    mask[0, 0] = True
+    assert peak_of(lambda: tna.cp(array[:24], 2, mask=mask[:24], memory=block, max_iterations=1)) < most
     assert math.prod(array.shape) * 4 == array.nbytes
 
 
@@ -820,7 +892,7 @@ def test_what_cannot_be_in_blocks_is_refused(source: str, call: Any, error: Any,
 
 def test_other_functions_say_that_they_need_memory(tmp_path: Path) -> None:
     with pytest.raises(BackendError, match=r"a dask array.*x\.compute\(\)"):
-        tna.cp(dasked(tmp_path, np.ones((3, 3, 3))), 1)
+        tna.tensor_ring(dasked(tmp_path, np.ones((3, 3, 3))), 1)
 
 
 # -- Sparse tensors give what dense ones give, in memory for the nonzero elements ------------------

@@ -10,7 +10,7 @@ import functools
 import itertools
 import math
 import string
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -397,7 +397,9 @@ def sweeps_on_observed(
     """
     dtype = np.result_type(wanted.dtype, np.float64)
     arrays = {name: np.array(start[name], dtype) for name in elements.shapes}
-    groups = {name: _by_row(rows) for name, rows in elements.rows_of_arrays().items()}
+    # Those of any sign come first: they give a component the sign that the others cannot.
+    rows_of = sorted(elements.rows_of_arrays().items(), key=lambda item: item[0] in nonnegative)
+    groups = {name: _by_row(rows) for name, rows in rows_of}
     norm = float(np.linalg.norm(wanted * roots))
 
     def residual(arrays: Arrays) -> np.ndarray:
@@ -433,6 +435,58 @@ def sweeps_on_observed(
         steps.step(float(np.linalg.norm(left)) / norm)
     error = steps.before if math.isfinite(steps.before) else math.inf
     return steps.fit(arrays, _SWEPT, error)
+
+
+def sweeps_in_blocks(
+    split: Format,
+    pieces: Callable[[], Iterable[tuple[Sequence[np.ndarray], np.ndarray, np.ndarray]]],
+    start: Mapping[str, np.ndarray],
+    steps: Iteration,
+    norm: float,
+    nonnegative: Collection[str] = (),
+) -> Fit:
+    """Run sweeps over observed elements that are read piece by piece, once for each array of a sweep.
+
+    Parameters
+    ----------
+    split : Format
+    pieces : callable
+        Yields for each piece the indices of its elements in each mode, their values and the square roots of their
+        weights.
+    start : mapping of str to ndarray
+    steps : Iteration
+    norm : float
+        Of the weighted elements.
+    nonnegative : collection of str
+        Arrays without negative elements, in the start either.
+    """
+    arrays = {name: np.array(array) for name, array in start.items()}
+    steps.begin()
+    while not steps.stopped:
+        for name, array in sorted(arrays.items(), key=lambda item: item[0] in nonnegative):
+            square, equations = 0.0, None
+            for places, wanted, roots in pieces():
+                elements = ObservedElements([split], [[""]], [places])
+                left = (wanted - elements.values(elements.flat(arrays))) * roots
+                rows = elements.derivative(arrays, name) * roots[:, None]
+                order, edges, chosen = _by_row(elements.rows_of_arrays()[name])
+                positions = elements.positions(name)
+                if equations is None:
+                    count, width = positions.shape
+                    equations = np.zeros((count, width, width), array.dtype), np.zeros((count, width), array.dtype)
+                for sums, parts in zip(equations, _equations(rows[order], left[order], edges), strict=True):
+                    sums[chosen] += parts
+                square += float(np.vdot(left, left).real)
+            assert equations is not None
+            flat = array.reshape(-1)
+            bounded = name in nonnegative
+            changes = _bounded_changes(*equations, flat[positions]) if bounded else _changes(*equations)
+            flat[positions] += changes
+            # What the change removes from the sum of squares, by its equations.
+            square -= 2.0 * float(np.vdot(equations[1], changes).real)
+            square += float(np.einsum("nv,nvw,nw->", changes.conj(), equations[0], changes).real)
+        steps.step(math.sqrt(max(0.0, square)) / norm)
+    return steps.fit(arrays, _SWEPT, steps.before)
 
 
 def _by_row(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,10 +12,12 @@ from tnadapt.algebra.formats import CP
 from tnadapt.algebra.products import cp_to_tensor, unfolded
 from tnadapt.argument_checks import checks_arguments
 from tnadapt.backends import Array
-from tnadapt.decomposition.block_passes import khatri_rao_product
+from tnadapt.decomposition import completion
+from tnadapt.decomposition.block_passes import OVERSAMPLED, BlockPasses, compressed, khatri_rao_product
 from tnadapt.decomposition.completion import double_on_host
 from tnadapt.decomposition.cp_als import Products, fit_cp, fit_cp_by_products
 from tnadapt.decomposition.fits import Callback, Fit, Iteration, limits_of
+from tnadapt.decomposition.linear_algebra import Algebra
 from tnadapt.decomposition.sparse_tensor import SparseTensor
 from tnadapt.errors import ConfigError, ShapeError
 
@@ -41,6 +43,7 @@ def cp(
     tol: float = 1e-8,
     max_iterations: int = 200,
     callback: Callback | None = None,
+    memory: int = _requests.BLOCK,
 ) -> CPTensor:
     """Decompose a tensor into a sum of outer products (CANDECOMP/PARAFAC) by alternating least squares.
 
@@ -69,7 +72,7 @@ def cp(
         tensor are allowed and fitted as closely as such factors can; the bound counts what they cost.
     starts : int, optional
         Number of starts, the first by ``init`` and the others random; the best result is returned. By default 1, but 3
-        from ``"svd"`` of a tensor of up to 2^14 elements, if ``max_iterations`` is above 10 and ``nonnegative`` False.
+        from ``"svd"`` of a tensor of up to 2^14 elements, if ``max_iterations`` is above 10 without ``nonnegative``.
     random_state : int or Generator, optional
         Seed of random numbers.
     tol : float
@@ -79,6 +82,10 @@ def cp(
     callback : callable, optional
         Called with the number of each sweep or step, counted through all starts, and the least relative error so far;
         stops the iteration, and all that would follow, if it returns True.
+    memory : int
+        Bytes that a block may have, for a ``numpy.memmap`` or an array of dask that has more in double precision; mask
+        and weights may be such arrays, too. The tensor is then compressed in three passes, the start is found in
+        memory, and each sweep, of ALS without Gauss-Newton, reads the tensor once a mode; the result is of NumPy.
 
     Returns
     -------
@@ -131,8 +138,9 @@ def cp(
     (True, 'non-negative HALS')
     """
     request = _requests.requested(
-        tensor, rank, max_error, mask=mask, weights=weights, random_state=random_state, sparse=True
-    )
+        tensor, rank, max_error, mask=mask, weights=weights, random_state=random_state, sparse=True,
+        memory=_requests.integer_of("memory", memory, 1),
+    )  # fmt: skip
     request.refuse_trace("cp()", "use tensor_train(), or tucker(max_iterations=0)")
     held = _requests.kept_modes(request, init, fixed, CPTensor, "CPTensor(None, factors)")
     if len(held) == len(request.shape):
@@ -141,8 +149,11 @@ def cp(
     if starts is not None:
         starts = _requests.integer_of("starts", starts, 1, 1 << 20)
     modes = constrained_modes(nonnegative, request)
-    if len(request.shape) == 2 and request.observed is None and not modes and not held and not request.sparse:
+    whole = not request.sparse and not request.blocks
+    if len(request.shape) == 2 and request.observed is None and not modes and not held and whole:
         request = request.kept()
+    gaps = request.blocks and (mask is not None or weights is not None)
+    observed = _ObservedBlocks(request.tensor, mask, weights) if gaps else None
 
     def result_of(arrays: Mapping[str, Array]) -> CPTensor:
         factors = [arrays[f"factor{mode}"] for mode in range(len(request.shape))]
@@ -154,7 +165,11 @@ def cp(
         if not isinstance(start, str):
             for mode in sorted(modes):
                 not_negative(request.backend, start[mode], f"factor {mode} of init")
-        if request.observed is not None:
+        if observed is not None:
+            if held or request.max_error is not None:
+                raise ConfigError("mask= and weights= need rank=, and all factors free: leave fixed and max_error out")
+            fit = _completed_in_blocks(request, observed, rank, start, Iteration(limits, callback), modes)
+        elif request.observed is not None:
             named = None if isinstance(start, str) else {f"factor{mode}": factor for mode, factor in enumerate(start)}
             fit = _requests.completed(
                 request, CP(request.shape, rank), limits, callback, starts=max(starts or 1, _requests.STARTS),
@@ -162,6 +177,8 @@ def cp(
             )  # fmt: skip
             if len(modes) == len(request.shape):
                 fit = fit._replace(bound=least_error(request))
+        elif request.blocks:
+            fit = _in_blocks(request, rank, start, starts, Iteration(limits, callback), held, modes)
         elif modes or request.sparse:
             fit = _by_products(request, rank, start, starts or 1, Iteration(limits, callback), held, modes)
         else:
@@ -232,7 +249,13 @@ def _by_products(
         tensor = _of_dense(np.ldexp(host, -shift))
     # One of the factors that change has the scale of the tensor.
     free = next(mode for mode in range(len(shape)) if mode not in fixed)
-    begun = _starts(request, rank, start, starts, fixed, nonnegative)
+
+    def leading(mode: int) -> np.ndarray:
+        if request.sparse:
+            return np.asarray(request.tensor.left(mode, min(rank, shape[mode]), request.seed))
+        return double_on_host(backend, algebra.left(unfolded(backend, request.tensor, mode), rank)[0])
+
+    begun = _starts(request, rank, start, starts, fixed, nonnegative, leading)
     scaled = ([np.ldexp(x, -shift) if shift and m == free else x for m, x in enumerate(each)] for each in begun)
     fit = fit_cp_by_products(tensor, scaled, steps, fixed=fixed, nonnegative=nonnegative)
     arrays = {n: np.ldexp(x, shift) if shift and n == f"factor{free}" else x for n, x in fit.arrays.items()}
@@ -263,8 +286,11 @@ def _starts(
     count: int,
     fixed: Collection[int],
     nonnegative: Collection[int],
+    leading: Callable[[int], np.ndarray],
 ) -> Iterator[list[np.ndarray]]:
-    """Yield the factors of each start, the first by ``start`` and the others random."""
+    """Yield the factors of each start, the first by ``start`` and the others random; ``leading`` returns leading left
+    singular vectors of an unfolding.
+    """
     backend, rng = request.backend, np.random.default_rng(request.seed)
     dtype = "complex128" if backend.is_complex(request.tensor) else "float64"
     for number in range(count):
@@ -275,7 +301,7 @@ def _starts(
             elif number or start == "random":
                 factor = normal(rng, (size, rank), dtype)
             else:
-                columns = _leading(request, mode, min(rank, size))
+                columns = leading(mode)[:, :rank]
                 factor = normal(rng, (size, rank), dtype) * (_MOVED / math.sqrt(size))
                 factor[:, : columns.shape[1]] += columns
                 factor[:, columns.shape[1] :] *= 1.0 / _MOVED
@@ -283,9 +309,129 @@ def _starts(
         yield factors
 
 
-def _leading(request: Request, mode: int, rank: int) -> np.ndarray:
-    """Return leading left singular vectors of an unfolding, on the host."""
-    if request.sparse:
-        return np.asarray(request.tensor.left(mode, rank, request.seed))
-    backend = request.backend
-    return double_on_host(backend, request.algebra().left(unfolded(backend, request.tensor, mode), rank)[0])
+# -- Tensors that are read block by block ------------------------------------------------------------------------------
+
+
+# Least number of elements of a piece.
+_PIECE = 1 << 10
+
+
+def _in_blocks(
+    request: Request,
+    rank: int,
+    start: str | list[Array],
+    starts: int | None,
+    steps: Iteration,
+    fixed: Collection[int],
+    nonnegative: Collection[int],
+) -> Fit:
+    """Fit the tensor that three passes compress it to, and go on with sweeps over the blocks from there."""
+    passes: BlockPasses = request.tensor
+    small = compressed(passes, [min(d, 2 * rank + OVERSAMPLED) for d in passes.shape], None, request.seed)
+    zeros = {f"factor{mode}": np.zeros((size, rank), passes.wide) for mode, size in enumerate(passes.shape)}
+    if not small.norm:
+        return Fit(request.algebra().arrays(zeros), True, 0, "zero", error=0.0)
+    core, bases = small.core, small.factors
+    inside = Iteration(steps.limits)
+    if isinstance(start, str) and not nonnegative:
+        inner = fit_cp(Algebra(request.backend, core, seed=request.seed), core, rank, inside, init=start, starts=starts)
+        factors = [inner.arrays[f"factor{mode}"] for mode in range(core.ndim)]
+        factors[0] = factors[0] * inner.arrays.get("weights", 1.0)
+        begun = [basis @ factor for basis, factor in zip(bases, factors, strict=True)]
+        if begun[0].shape[1] < rank:  # of no more use
+            begun = [np.pad(factor, ((0, 0), (0, rank - factor.shape[1]))) for factor in begun]
+    else:
+
+        def product(factors: Sequence[np.ndarray], mode: int) -> np.ndarray:
+            projected = [basis.T @ factor for basis, factor in zip(bases, factors, strict=True)]
+            return np.asarray(bases[mode] @ khatri_rao_product(core, mode, projected))
+
+        def distance(factors: Sequence[np.ndarray]) -> float:
+            made = CPTensor(None, [basis.conj().T @ factor for basis, factor in zip(bases, factors, strict=True)])
+            outside = float(CPTensor(None, list(factors)).norm()) ** 2 - float(made.norm()) ** 2
+            return math.hypot(float(np.linalg.norm(core - made.to_tensor())), math.sqrt(max(0.0, outside)))
+
+        tensor = Products(passes.shape, float(np.linalg.norm(core)), product, distance)
+        each = _starts(request, rank, start, starts or 1, fixed, nonnegative, lambda mode: bases[mode])
+        fitted = fit_cp_by_products(tensor, each, inside, fixed=fixed, nonnegative=nonnegative).arrays
+        begun = [fitted[f"factor{mode}"] for mode in range(core.ndim)]
+    whole = Products(
+        passes.shape, small.norm, lambda factors, mode: passes.sketches({mode: factors})[0][mode],
+        lambda factors: passes.distance(None, factors),
+    )  # fmt: skip
+    fit = fit_cp_by_products(whole, [begun], steps, fixed=fixed, nonnegative=nonnegative)
+    kept = {f"factor{mode}": start[mode] for mode in fixed}
+    arrays = request.algebra().arrays(fit.arrays) | kept
+    return fit._replace(arrays=arrays, method=f"compressed in blocks, {fit.method}")
+
+
+class _ObservedBlocks:
+    """The observed elements of a tensor that is read block by block, checked in one pass."""
+
+    def __init__(self, passes: BlockPasses, mask: Any, weights: Any) -> None:
+        self.passes, self.mask, self.weights = passes, mask, weights
+        for what, array in (("mask", mask), ("weights", weights)):
+            if array is not None and tuple(getattr(array, "shape", ())) != passes.shape:
+                raise ShapeError(
+                    f"{what} must be an array of the tensor's shape {passes.shape}; got "
+                    f"{getattr(array, 'shape', type(array).__name__)}"
+                )
+        seen, square = [np.zeros(size, bool) for size in passes.shape], 0.0
+        for places, wanted, roots in self.pieces(passes.elements):
+            if not (np.isfinite(roots).all() and np.isfinite(wanted).all()):
+                raise ShapeError(
+                    "an observed element is NaN or infinity, or a weight is one of these or negative: mask must be "
+                    "True where an element is known, and weights finite and not negative"
+                )
+            for rows, place in zip(seen, places, strict=True):
+                rows[place] = True
+            square += float(np.linalg.norm(wanted * roots)) ** 2
+        self.norm = math.sqrt(square)
+        for mode, rows in enumerate(seen):
+            if not rows.all():
+                raise ShapeError(_requests.UNOBSERVED.format(index=int(np.argmin(rows)), mode=mode))
+
+    def pieces(self, length: int) -> Iterator[tuple[list[np.ndarray], np.ndarray, np.ndarray]]:
+        """Yield the indices of at most ``length`` observed elements, their values and the roots of their weights."""
+        for place, block in self.passes.blocks():
+            roots = np.ones(block.shape)
+            if self.weights is not None:
+                with np.errstate(invalid="ignore"):  # negative weights become NaN
+                    roots = np.sqrt(np.asarray(self.weights[place], np.float64))
+            if self.mask is not None:
+                roots = roots * np.asarray(self.mask[place], bool)
+            known, flat = np.flatnonzero(roots), block.reshape(-1)
+            for first in range(0, len(known), length):
+                some = known[first : first + length]
+                inside = np.unravel_index(some, block.shape)
+                places = [span.start + index for span, index in zip(place, inside, strict=True)]
+                yield places, flat[some], roots.reshape(-1)[some]
+
+
+def _completed_in_blocks(
+    request: Request,
+    observed: _ObservedBlocks,
+    rank: int,
+    start: str | list[Array],
+    steps: Iteration,
+    nonnegative: Collection[int],
+) -> Fit:
+    """Fit the observed elements, by sweeps from a given start or a random one."""
+    passes, split = observed.passes, CP(request.shape, rank)
+    names = [f"factor{mode}" for mode in range(len(request.shape))]
+    bounded = {names[mode] for mode in nonnegative}
+    # A piece takes some rows of length r for each of its elements; shorter ones would only take time.
+    length = max(_PIECE, passes.elements // (rank * (len(names) + 2)))
+    if not observed.norm:
+        zeros = {name: np.zeros(shape) for name, shape in split.shapes.items()}
+        return Fit(request.algebra().arrays(zeros), True, 0, "zero", error=0.0)
+    if isinstance(start, str):
+        pieces = (piece for piece in observed.pieces(length) if piece[1].any())
+        places, wanted, _ = next(pieces)
+        elements, rng = completion.ObservedElements([split], [[""]], [places]), np.random.RandomState(request.seed)
+        begun = completion.random_start(elements, rng, float(np.linalg.norm(wanted)), passes.wide, bounded)
+    else:
+        begun = {name: double_on_host(request.backend, factor) for name, factor in zip(names, start, strict=True)}
+    fit = completion.sweeps_in_blocks(split, lambda: observed.pieces(length), begun, steps, observed.norm, bounded)
+    kind = "nonnegative least squares" if bounded else "least squares"
+    return fit._replace(arrays=request.algebra().arrays(fit.arrays), method=f"{kind} on observed elements in blocks")

@@ -375,7 +375,7 @@ def finished(
         copied: D = tuple.__new__(type(result), _copied(result))  # type: ignore[type-var]
         error = functools.partial(error_of, request, copied)
     else:
-        error = error_of(request, result)
+        error = fit.error if request.blocks else error_of(request, result)
     outcome = FitOutcome.computed_later(
         optimum, error=error, stopped=fit.stopped, history=fit.history, method=fit.method
     )

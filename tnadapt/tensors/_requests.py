@@ -13,6 +13,7 @@ import numpy as np
 from tnadapt.algebra.formats import Format
 from tnadapt.backends import Array, Backend, get_backend, load_backend
 from tnadapt.decomposition import completion
+from tnadapt.decomposition.block_passes import BlockPasses, result_dtype
 from tnadapt.decomposition.fits import Callback, Fit, Iteration, Limits
 from tnadapt.decomposition.linear_algebra import SVD_METHODS, Algebra, norm_of, refuse_trace
 from tnadapt.decomposition.sparse_tensor import SparseTensor, sparse_tensor
@@ -63,7 +64,7 @@ def as_tensor(given: Any, what: str = "the tensor") -> tuple[Backend, Array]:
         raise BackendError(f"{what} is a masked array: give its data, and mask=~array.mask to a decomposition")
     if type(given).__module__.partition(".")[0] == "dask":
         raise BackendError(
-            f"{what} is a dask array, which tucker() and tensor_train() read in blocks; elsewhere pass x.compute()"
+            f"{what} is a dask array: cp(), tucker() and tensor_train() read it in blocks, elsewhere pass x.compute()"
         )
     if sparse_tensor(given) is not None:
         raise BackendError(f"{what} is sparse, which only cp() and tucker() take: pass x.toarray() or x.todense()")
@@ -283,6 +284,11 @@ def ring_ranks(ranks: Sequence[int], shape: Sequence[int]) -> list[int]:
 _COPIED = 1 << 24
 # Sparse tensors of up to this many elements, and vectors, are formed: they cost nothing.
 _FORMED = 1 << 14
+#: What an error says of an index without an observed element.
+UNOBSERVED = (
+    "index {index} of mode {mode} has no observed element, so that its row of a factor cannot be found: remove it from "
+    "the tensor"
+)
 #: Bytes of a block of a tensor that is not in memory, in double precision, unless told otherwise.
 BLOCK = 1 << 27
 
@@ -294,7 +300,7 @@ class Request:
     Attributes
     ----------
     backend : Backend
-    tensor : array or SparseTensor
+    tensor : array, SparseTensor or BlockPasses
         Zero where it is not observed.
     observed : array or None
         Square roots of the weights of the elements, zero for those that are not observed; None if all count equally.
@@ -327,8 +333,15 @@ class Request:
         return isinstance(self.tensor, SparseTensor)
 
     @property
+    def blocks(self) -> bool:
+        """Whether the tensor is read block by block."""
+        return isinstance(self.tensor, BlockPasses)
+
+    @property
     def like(self) -> Array:
         """An array of the library, dtype and device of results."""
+        if self.blocks:
+            return np.zeros(1, result_dtype(self.tensor))
         return np.zeros(1, self.tensor.dtype) if self.sparse else self.tensor
 
     @property
@@ -339,7 +352,8 @@ class Request:
     @functools.cached_property
     def norm(self) -> float:
         """Frobenius norm of the tensor in float64; of the observed elements."""
-        return self.tensor.norm if self.sparse else norm_of(self.backend, self.weighted(self.tensor))
+        known = self.sparse or self.blocks
+        return float(self.tensor.norm) if known else norm_of(self.backend, self.weighted(self.tensor))
 
     @property
     def loss(self) -> float:
@@ -388,8 +402,10 @@ def requested(
     least_order: int = 1,
     what: str = "rank",
     sparse: bool = False,
+    memory: int | None = None,
 ) -> Request:
-    """Check what a decomposition is asked; ``sparse`` says whether it takes sparse tensors.
+    """Check what a decomposition is asked; ``sparse`` says whether it takes sparse tensors, and ``memory`` how many
+    bytes a block may have, if it takes tensors that are not in memory. Their mask and weights are not looked at.
 
     Raises
     ------
@@ -409,6 +425,14 @@ def requested(
             limit = None if max_error is None else error_limit(max_error)
             return Request(load_backend("numpy"), nonzero, None, limit, seed_of(random_state))
         tensor = nonzero.dense()
+    if memory is not None and not in_memory(tensor):
+        passes = BlockPasses(tensor, memory)
+        if math.prod(passes.shape) > passes.elements:
+            one_of(what, rank, max_error)
+            limit = None if max_error is None else error_limit(max_error)
+            return Request(load_backend("numpy"), passes, None, limit, seed_of(random_state))
+        tensor = np.asarray(tensor)
+        mask, weights = (None if array is None else np.asarray(array) for array in (mask, weights))
     backend, tensor = as_tensor(tensor)
     if len(tensor.shape) < least_order:
         raise ShapeError(f"the tensor has shape {tuple(tensor.shape)}; expected at least {least_order} modes")
@@ -503,10 +527,7 @@ def _observed(backend: Backend, tensor: Array, mask: Any, weights: Any) -> tuple
     if not roots.any():
         raise ShapeError("mask and weights leave no element: nothing is known of the tensor")
     if missing := completion.unobserved(roots > 0.0):
-        raise ShapeError(
-            f"index {missing[1]} of mode {missing[0]} has no observed element, so that its row of a factor cannot be "
-            "found: remove it from the tensor"
-        )
+        raise ShapeError(UNOBSERVED.format(mode=missing[0], index=missing[1]))
     # A missing element may be NaN, which no product with zero removes.
     known = backend.constant(roots > 0.0, backend.device(tensor))
     filled = backend.where(known, tensor, backend.zeros(shape, like=tensor))
