@@ -307,6 +307,51 @@ def test_planted_nonnegative_factors_are_found_with_gaps(seed: int) -> None:
     assert (found.factors[0] * found.weights < 0.0).any()
 
 
+# -- The same factor for all modes -----------------------------------------------------------------
+
+
+@pytest.mark.law("decompositions")
+@settings(max_examples=10)
+@given(st.sampled_from([(2, 6, 3), (3, 5, 2), (3, 7, 4), (4, 4, 2)]), st.integers(0, 30), st.sampled_from([0.0, 0.1]))
+def test_symmetric_tensors_have_equal_factors(sizes: tuple[int, int, int], seed: int, noise: float) -> None:
+    order, size, rank = sizes
+    factor, weights = numbers((size, rank), seed), np.where(numbers(rank, seed + 1) < 0.0, -1.0, 1.5)
+    tensor = tt.CPTensor(weights, [factor] * order).to_tensor() + noise * numbers((size,) * order, seed)
+    turns = list(itertools.permutations(range(order)))
+    tensor = sum(tensor.transpose(turn) for turn in turns) / len(turns)
+    found = tna.cp(tensor, rank, symmetric=True, max_iterations=2000)
+    assert all((other == found.factors[0]).all() for other in found.factors)
+    assert found.error == pytest.approx(error_of(found, tensor), abs=1e-9)
+    assert (np.diff(abs(found.weights)) <= 0.0).all()
+    assert (np.diff(found.history) <= 0.0).all()
+    # As no direction reduces the error, by differences of the formula.
+    columns, error = found.factors[0], error_of(found, tensor)
+    if noise:
+        for way in (numbers(columns.shape, 7), numbers(columns.shape, 8)):
+            near = [tt.CPTensor(found.weights, [columns + step * way] * order) for step in (-1e-4, 1e-4)]
+            assert abs(error_of(near[1], tensor) - error_of(near[0], tensor)) < 1e-5
+        assert error <= relative_error_of_planted(factor, weights, tensor) + 1e-9 or order > 2
+
+
+def relative_error_of_planted(factor: np.ndarray, weights: np.ndarray, tensor: np.ndarray) -> float:
+    return error_of(tt.CPTensor(weights, [factor] * tensor.ndim), tensor)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_planted_symmetric_components_are_found(seed: int) -> None:
+    factor = numbers((8, 4), seed)
+    tensor = tt.CPTensor(np.array([1.0, -2.0, 0.5, 1.5]), [factor] * 4).to_tensor()
+    found = tna.cp(tensor, 4, symmetric=True, max_iterations=2000)
+    assert found.error < 1e-5
+    assert (found.weights < 0.0).sum() == 1
+    again = tna.cp(np.ldexp(tensor, 300), 4, symmetric=True, max_iterations=2000)
+    assert again.error < 1e-5
+    assert tna.cp(tensor, max_error=1e-3, symmetric=True, max_iterations=2000).rank == 4
+    assert len(tna.cp(tensor, 4, symmetric=True, callback=lambda *_: True).history) == 1
+    assert tna.cp(0.0 * tensor, 2, symmetric=True).error == 0.0
+    assert tna.cp(np.arange(3.0), 1, symmetric=True).error < 1e-12
+
+
 # -- Tensor trains and TT matrices from a given start -----------------------------------------------
 
 SHAPES = st.lists(st.integers(1, 5), min_size=1, max_size=4).map(tuple)
@@ -426,6 +471,10 @@ NEGATIVE = tt.CPTensor(None, [-factor for factor in FACTORS])
         ({"tensor": np.where(MASK, NOISE, np.nan)}, ShapeError, "pass mask=, True where known"),
         ({"tensor": np.full(SHAPE, np.nan), "mask": MASK}, ShapeError, "holds NaN"),
         ({"tensor": TENSOR * 1j, "nonnegative": True}, BackendError, "needs a real tensor"),
+        ({"symmetric": True}, ShapeError, "is not symmetric: symmetric= needs equal sizes"),
+        ({"tensor": numbers((5, 5, 5)), "symmetric": True}, ShapeError, "is not symmetric"),
+        ({"tensor": np.ones((5, 5)) * 1j, "symmetric": True}, ConfigError, "needs a real tensor in memory"),
+        ({"mask": MASK, "symmetric": True}, ConfigError, "goes without mask, weights, nonnegative"),
         ({"nonnegative": "yes"}, ConfigError, "True for all modes, False, or a list of modes"),
         ({"nonnegative": []}, ConfigError, "True for all modes, False, or a list of modes"),
         ({"nonnegative": [3]}, ShapeError, "mode must be from 0 to 2"),

@@ -38,6 +38,7 @@ def cp(
     init: Any = "svd",
     fixed: Collection[int] = (),
     nonnegative: Any = False,
+    symmetric: bool = False,
     starts: int | None = None,
     random_state: Any = None,
     tol: float = 1e-8,
@@ -70,6 +71,10 @@ def cp(
     nonnegative : bool or collection of int
         Whether no factor may have negative elements, or the modes whose factors may not. Negative elements of the
         tensor are allowed and fitted as closely as such factors can; the bound counts what they cost.
+    symmetric : bool
+        Whether all factors are to be the same array, for a real tensor that is symmetric up to rounding; its weights
+        may be negative. By L-BFGS in double precision on the host, from three starts by default; without ``mask``,
+        ``weights``, ``fixed``, ``nonnegative`` or a given start.
     starts : int, optional
         Number of starts, the first by ``init`` and the others random; the best result is returned. By default 1, but 3
         from ``"svd"`` of a tensor of up to 2^14 elements, if ``max_iterations`` is above 10 without ``nonnegative``.
@@ -152,6 +157,11 @@ def cp(
     whole = not request.sparse and not request.blocks
     if len(request.shape) == 2 and request.observed is None and not modes and not held and whole:
         request = request.kept()
+    symmetric = symmetric and len(request.shape) > 1
+    if symmetric:
+        if request.observed is not None or modes or not isinstance(init, str) or mask is not None:
+            raise ConfigError("symmetric= goes without mask, weights, nonnegative, fixed and a given start: omit these")
+        cubic = _cubic(request)
     gaps = request.blocks and (mask is not None or weights is not None)
     observed = _ObservedBlocks(request.tensor, mask, weights) if gaps else None
 
@@ -165,7 +175,9 @@ def cp(
         if not isinstance(start, str):
             for mode in sorted(modes):
                 not_negative(request.backend, start[mode], f"factor {mode} of init")
-        if observed is not None:
+        if symmetric:
+            fit = _fitted_symmetric(request, cubic, rank, str(init), starts or _STARTS, Iteration(limits, callback))
+        elif observed is not None:
             if held or request.max_error is not None:
                 raise ConfigError("mask= and weights= need rank=, and all factors free: leave fixed and max_error out")
             fit = _completed_in_blocks(request, observed, rank, start, Iteration(limits, callback), modes)
@@ -307,6 +319,106 @@ def _starts(
                 factor[:, columns.shape[1] :] *= 1.0 / _MOVED
             factors.append(abs(factor) if mode in nonnegative else factor)
         yield factors
+
+
+# -- Symmetric tensors: one factor for all modes -----------------------------------------------------------------------
+
+# Kolda, "Numerical optimization for symmetric tensor decomposition" (Math. Program. 151, 2015). The weights are the
+# best ones for the factor, so that its gradient is that of the error with these weights held.
+
+
+# Starts by default.
+_STARTS = 3
+# The norm of a difference that is rounding, in units of epsilon relative to the tensor; and a ridge for the weights.
+_ALIKE, _RIDGE = 64.0, 1e-14
+# Single steps may gain little; what this many gain says whether it has converged.
+_STEPS = 10
+
+
+def _cubic(request: Request) -> np.ndarray:
+    """Return a symmetric tensor on the host, in double precision."""
+    if request.sparse or request.blocks or request.backend.is_complex(request.tensor):
+        raise ConfigError("symmetric= needs a real tensor in memory: pass x.toarray(), np.asarray(x) or parts")
+    request.refuse_recorded("with symmetric=, the tensor", request.source)
+    host, most = double_on_host(request.backend, request.tensor), _ALIKE * request.algebra().eps * request.norm
+    alike = len(set(request.shape)) == 1
+    for mode in range(len(request.shape) - 1):
+        alike = alike and float(np.linalg.norm(host - np.swapaxes(host, mode, mode + 1))) <= most
+    if not alike:
+        raise ShapeError(
+            f"the tensor of shape {request.shape} is not symmetric: symmetric= needs equal sizes, and the same element "
+            "for any order of its indices; take the mean over all orders of the modes"
+        )
+    return host
+
+
+def _fitted_symmetric(request: Request, tensor: np.ndarray, rank: int, init: str, starts: int, steps: Iteration) -> Fit:
+    """Return the best of several fits, with weights in descending order of magnitude."""
+    from scipy.optimize import minimize
+
+    order, size, rng = tensor.ndim, len(tensor), np.random.default_rng(request.seed)
+    names = [f"factor{mode}" for mode in range(order)]
+
+    def named(weights: np.ndarray, factor: np.ndarray) -> dict[str, Array]:
+        sort = np.argsort(-abs(weights), kind="stable")
+        arrays = request.algebra().arrays({"weights": weights[sort], "factor": factor[:, sort]})
+        return {"weights": arrays["weights"]} | dict.fromkeys(names, arrays["factor"])
+
+    if order == 2 or not request.norm:
+        values, vectors = np.linalg.eigh(tensor.reshape(size, -1)[:, :size])
+        first = np.argsort(-abs(values), kind="stable")[:rank]
+        return Fit(named(values[first], vectors[:, first]), True, 0, "eigenvectors", error=0.0)
+    shift = exponent_of(tensor)
+    tensor = np.ldexp(tensor, -shift)
+    norm = float(np.linalg.norm(tensor))
+
+    def unit(flat: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        factor = flat.reshape(size, rank)
+        lengths = np.linalg.norm(factor, axis=0)
+        return factor / lengths, lengths
+
+    def solved(factor: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
+        """Return the best weights, the products of the tensor with all columns but one, and half the squared error."""
+        inner, products = factor.T @ factor, khatri_rao_product(tensor, 0, [factor] * order)
+        gram, right = inner**order, np.sum(products * factor, axis=0)
+        weights = np.linalg.solve(gram + _RIDGE * np.eye(rank), right)
+        return weights, products, 0.5 * float(norm**2 - 2.0 * weights @ right + weights @ gram @ weights)
+
+    def value(flat: np.ndarray) -> tuple[float, np.ndarray]:
+        factor, lengths = unit(flat)
+        weights, products, half = solved(factor)
+        slope = order * weights * (factor @ ((factor.T @ factor) ** (order - 1) * weights[:, None]) - products)
+        slope = (slope - factor * np.sum(slope * factor, axis=0)) / lengths
+        return half / norm**2, slope.reshape(-1) / norm**2
+
+    def stop(intermediate_result: Any) -> None:
+        errors.append(math.sqrt(max(0.0, 2.0 * intermediate_result.fun)))
+        if not steps.note(errors[-1]):
+            if len(errors) > _STEPS and steps.limits.converged(errors[-_STEPS - 1], errors[-1]):
+                steps.stopped = "converged"
+            elif len(errors) == steps.limits.iterations:
+                steps.stopped = "max_iterations"
+        if steps.stopped:
+            raise StopIteration
+
+    best, best_error, stopped = np.zeros((size, rank)), math.inf, ""
+    for number in range(starts):
+        factor = rng.standard_normal((size, rank))
+        if not number and init == "svd":
+            leading = np.linalg.svd(tensor.reshape(size, -1), full_matrices=False)[0][:, :rank]
+            factor[:, : leading.shape[1]] = leading + _MOVED * factor[:, : leading.shape[1]]
+        steps.begin()
+        errors = list[float]()
+        found = minimize(
+            value, factor.reshape(-1), jac=True, method="L-BFGS-B", callback=stop,
+            options={"maxiter": steps.limits.iterations, "ftol": 0.0, "gtol": 0.0, "maxcor": 20},
+        )  # fmt: skip
+        if found.fun < best_error:
+            best, best_error, stopped = unit(found.x)[0], float(found.fun), steps.stopped or "converged"
+        if steps.stopped == "callback":
+            break
+    arrays = named(np.ldexp(solved(best)[0], shift), best)
+    return steps.fit(arrays, "L-BFGS", math.sqrt(max(0.0, 2.0 * best_error)))._replace(stopped=stopped)
 
 
 # -- Tensors that are read block by block ------------------------------------------------------------------------------
