@@ -789,6 +789,11 @@ def test_nonnegative_cp_in_blocks_is_that_of_memory(source: str, tmp_path: Path)
     assert min(partial.factors[0].min(), partial.factors[1].min()) >= 0.0
     assert partial.error <= tna.cp(tensor, 2, nonnegative=[0, 1], weights=weights).error * (1.0 + 1e-3)
     assert tna.cp(stored, max_error=0.9, memory=1 << 12).rank == 1
+    matrix = tensor.reshape(-1, 14)
+    halves_of = tna.cp(SOURCES[source](tmp_path, matrix), 2, memory=1 << 12)
+    np.testing.assert_allclose(halves_of.factors[0].T @ halves_of.factors[0], np.eye(2), atol=1e-9)
+    assert halves_of.error == pytest.approx(tna.cp(matrix, 2).error, rel=1e-3)
+    assert halves_of.error == pytest.approx(error_of(halves_of, matrix), rel=1e-6)
     # One that fits into a block is read at once.
     few = SOURCES[source](tmp_path, tensor[:4])
     assert tna.cp(few, 2).error == tna.cp(tensor[:4], 2).error

@@ -466,10 +466,11 @@ def sweeps_in_blocks(
         for name, array in sorted(arrays.items(), key=lambda item: item[0] in nonnegative):
             square, equations = 0.0, None
             for places, wanted, roots in pieces():
-                elements = ObservedElements([split], [[""]], [places])
-                left = (wanted - elements.values(elements.flat(arrays))) * roots
-                rows = elements.derivative(arrays, name) * roots[:, None]
-                order, edges, chosen = _by_row(elements.rows_of_arrays()[name])
+                elements = SplitElements(split, places)
+                gathered = elements.rows(arrays)
+                left = (wanted - elements.values(gathered)) * roots
+                rows = elements.derivative(gathered, name, len(left)) * roots[:, None]
+                order, edges, chosen = _by_row(elements.selected(name))
                 positions = elements.positions(name)
                 if equations is None:
                     count, width = positions.shape

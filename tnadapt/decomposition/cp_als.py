@@ -463,7 +463,7 @@ def outer_vector(backend: Backend, vectors: Sequence[Array]) -> Array:
 # tensor factorization", Numer. Linear Algebra Appl. 28, 2021). In double precision, on the host.
 
 # How far to extrapolate at first, the factor after a success, and the divisor after a failure.
-_AHEAD, _FURTHER, _BACK = 0.5, 1.05, 1.5
+_FORWARD, _FURTHER, _BACK = 0.5, 1.05, 1.5
 # Most passes over the columns of a factor, and the part of the first one's change at which they end.
 _PASSES, _SETTLED = 10, 0.05
 # A column that becomes zero keeps this part of the largest element, so that its component is not lost for good.
@@ -524,7 +524,7 @@ def fit_cp_by_products(
     """
     best, best_error, best_stopped = list[np.ndarray](), math.inf, "singular"
     for start in starts:
-        factors, error = _descended(tensor, start, steps, fixed, nonnegative)
+        factors, error = _reached_from(tensor, start, steps, fixed, nonnegative)
         if error < best_error * (1.0 - _SAME):
             best, best_error, best_stopped = factors, error, steps.stopped
         if best_error <= _ROUNDING * float(np.finfo(np.float64).eps) * tensor.norm or steps.stopped == "callback":
@@ -534,7 +534,7 @@ def fit_cp_by_products(
     return steps.fit(arrays, method, best_error / tensor.norm)._replace(stopped=best_stopped)
 
 
-def _descended(
+def _reached_from(
     tensor: Products,
     start: Sequence[np.ndarray],
     steps: Iteration,
@@ -568,7 +568,7 @@ def _descended(
 
     steps.begin()
     factors, error = swept(_scaled_to(tensor, start, moving[0]))
-    before, ahead = factors, _AHEAD
+    before, ahead = factors, _FORWARD
     while not steps.step(error / tensor.norm):
         further = [new + ahead * (new - old) for new, old in zip(factors, before, strict=True)]
         further = [np.maximum(x, 0.0) if mode in nonnegative else x for mode, x in enumerate(further)]

@@ -169,12 +169,13 @@ def sparse_tensor(given: Any) -> SparseTensor | None:
     ShapeError
         If it has no elements, NaN, infinity or numbers whose squares overflow, or indices outside of its shape.
     """
-    if str(getattr(given, "layout", "")).startswith("torch.sparse"):
+    library = type(given).__module__.partition(".")[0]
+    if library == "torch" and str(getattr(given, "layout", "")).startswith("torch.sparse"):
         raise BackendError(
             "a sparse tensor of torch is not read: after x = x.coalesce(), give cp() or tucker() "
             "scipy.sparse.coo_array((x.values(), tuple(x.indices())), x.shape), or pass x.to_dense()"
         )
-    if type(given).__module__.partition(".")[0] in ("scipy", "sparse") and hasattr(given, "tocoo"):
+    if library in ("scipy", "sparse") and hasattr(given, "tocoo"):
         given = given.tocoo()
     coordinates = getattr(given, "coords", None)
     if not isinstance(coordinates, (tuple, list, np.ndarray)) or not isinstance(given.data, np.ndarray):

@@ -448,6 +448,15 @@ def _in_blocks(
     if isinstance(start, str) and not nonnegative:
         inner = fit_cp(Algebra(request.backend, core, seed=request.seed), core, rank, inside, init=start, starts=starts)
         factors = [inner.arrays[f"factor{mode}"] for mode in range(core.ndim)]
+        if "weights" in inner.arrays and not fixed:  # of a matrix, whose SVD sweeps would not keep
+            error = math.hypot(
+                small.lost, float(np.linalg.norm(core - cp_to_tensor((inner.arrays["weights"], factors))))
+            )
+            turned = {
+                f"factor{mode}": basis @ factor for mode, (basis, factor) in enumerate(zip(bases, factors, strict=True))
+            }
+            arrays = request.algebra().arrays({"weights": inner.arrays["weights"]} | turned)
+            return Fit(arrays, False, 0, "compressed in blocks, SVD", error=error / small.norm)
         factors[0] = factors[0] * inner.arrays.get("weights", 1.0)
         begun = [basis @ factor for basis, factor in zip(bases, factors, strict=True)]
         if begun[0].shape[1] < rank:  # of no more use
