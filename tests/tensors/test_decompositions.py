@@ -1172,7 +1172,11 @@ def test_settings_of_parafac2() -> None:
         (lambda x: tna.parafac2([y * 1j for y in x], 1, nonnegative=[0]), BackendError, "needs real slices"),
         (lambda x: tna.parafac2(x, 1, init="hosvd"), ConfigError, "init must be 'svd' or 'random'"),
         (lambda x: tna.parafac2(x, 1, starts=0), ShapeError, "starts must be"),
-        (lambda x: tt.Parafac2Tensor(None, [np.ones((2, 1))] * 3, [np.ones((3, 1))]), ShapeError, "and 1 projections"),
+        (
+            lambda x: tt.Parafac2Tensor(None, [np.ones((2, 1))] * 3, [np.ones((3, 1))]),
+            ShapeError,
+            "got 1 projections with 1 columns",
+        ),
         (lambda x: tt.Parafac2Tensor(np.ones(2), [np.ones((1, 1))] * 3, [x[0][:, :1]]), ShapeError, r"expected \(1,\)"),
         (lambda x: tna.parafac2(x, 1).slice(8), ShapeError, "number must be an integer from 0 to 7"),
     ],

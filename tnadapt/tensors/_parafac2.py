@@ -80,12 +80,14 @@ class Parafac2Tensor(_Parts):
     def __new__(cls, weights: Any, factors: Sequence[Any], projections: Sequence[Any]) -> Self:
         factors, projections = as_tensors(factors, "factors")[1], as_tensors(projections, "projections")[1]
         backend = get_backend(*factors, *projections)
-        alike([*factors, *projections], 1, "PARAFAC2 array")
+        alike(factors, 1, "PARAFAC2 factor")
+        alike(projections, 1, "matrix of projections")
         rank, shapes = int(factors[0].shape[1]), [tuple(factor.shape) for factor in factors]
-        if len(factors) != 3 or shapes[:2] != [(len(projections), rank), (rank, rank)]:
+        sizes = len(projections), int(projections[0].shape[1])
+        if len(factors) != 3 or shapes[:2] != [sizes, (rank, rank)]:
             raise ShapeError(
-                "a PARAFAC2 tensor has factors of shapes (K, r), (r, r) and (J, r), and K projections; got factors of "
-                f"shapes {', '.join(map(str, shapes))} and {len(projections)} projections"
+                "a PARAFAC2 tensor has factors of shapes (K, r), (r, r) and (J, r), and K projections with r columns; "
+                f"got {sizes[0]} projections with {sizes[1]} columns, and shapes {', '.join(map(str, shapes))}"
             )
         if weights is None:
             weights = backend.sum(factors[1] * 0.0, axis=0) + 1.0
