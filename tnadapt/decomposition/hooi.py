@@ -82,7 +82,6 @@ def fit_tucker(
 
     def start(tensor: Array) -> tuple[Array, dict[int, Array], int]:
         if init is None and isinstance(tensor, SparseTensor):
-            assert ranks is not None
             claims.append(False)
             factors = {mode: tensor.left(mode, ranks[mode], algebra.seed) for mode in modes}
             return tensor.projected(factors), factors, len(shape)
