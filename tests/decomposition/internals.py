@@ -14,11 +14,13 @@ from tnadapt.decomposition.block_passes import BlockPasses
 from tnadapt.decomposition.cp_als import CPSweeps
 from tnadapt.decomposition.linear_algebra import Algebra, leading_triplets, tensorly_on, truncated_pays
 from tnadapt.decomposition.lower_bounds import lower_bound
+from tnadapt.decomposition.sparse_tensor import SparseTensor
 
 __all__ = [
     "Algebra",
     "BlockPasses",
     "CPSweeps",
+    "SparseTensor",
     "damped_gauss_newton",
     "group_fits",
     "leading_triplets",

@@ -250,6 +250,108 @@ def test_every_library_keeps_its_arrays(backend: Any, fit: Any) -> None:
     assert relative_error(backend.to_numpy(found.to_tensor()), TENSOR) < 0.2
 
 
+def test_a_vector_keeps_its_positive_part() -> None:
+    vector = np.array([1.0, -2.0, 3.0])
+    for found in (tna.cp(vector, 1, nonnegative=True), tna.tucker(vector, 1, nonnegative=True)):
+        np.testing.assert_allclose(found.to_tensor(), [1.0, 0.0, 3.0])
+
+
+def residual_and_slopes(found: Any, tensor: np.ndarray, weights: np.ndarray) -> tuple[float, float]:
+    """The relative error, and by how much slopes miss the conditions of a minimum under bounds, by their formulas."""
+    factors = [found.weights * found.factors[0], *found.factors[1:]]
+    left = weights * (np.einsum("ir,jr,kr->ijk", *factors) - tensor)
+    norm, worst = float(np.sqrt((weights * tensor**2).sum())), 0.0
+    for mode, (formula, factor) in enumerate(
+        zip(("ijk,jr,kr->ir", "ijk,ir,kr->jr", "ijk,ir,jr->kr"), factors, strict=True)
+    ):
+        slope = np.einsum(formula, left, *(other for m, other in enumerate(factors) if m != mode)) * factor.max()
+        worst = max(worst, float(np.maximum(-slope, np.where(factor > 0.0, slope, 0.0)).max()))
+    return float(np.sqrt((left * left / np.where(weights > 0.0, weights, 1.0)).sum())) / norm, worst / norm**2
+
+
+@pytest.mark.law("decompositions")
+@settings(max_examples=10)
+@given(st.integers(0, 50), st.booleans(), st.sampled_from([0.0, 0.2]))
+def test_known_elements_and_no_negative_ones(seed: int, weighted: bool, noise: float) -> None:
+    rng = np.random.default_rng(seed)
+    tensor = TENSOR + noise * rng.random(TENSOR.shape)
+    mask = rng.random(tensor.shape) < 0.6
+    mask[np.indices(tensor.shape).sum(axis=0) % 4 == 0] = True
+    weights = mask * (rng.random(tensor.shape) + 0.5 if weighted else 1.0)
+    words = {"weights": weights} if weighted else {"mask": mask}
+    found = tna.cp(
+        np.where(mask, tensor, 7.0 if weighted else np.nan), 2, nonnegative=True, max_iterations=2000, **words
+    )
+    assert all((factor >= 0.0).all() for factor in found.factors)
+    assert (np.diff(found.history) <= 0.0).all()
+    error, miss = residual_and_slopes(found, np.where(mask, tensor, 0.0), weights)
+    assert found.error == pytest.approx(error, abs=1e-9)
+    assert miss < 1e-4
+    assert found.bound <= found.error + 1e-12
+
+
+@pytest.mark.law("decompositions")
+@pytest.mark.parametrize("seed", range(4))
+def test_planted_nonnegative_factors_are_found_with_gaps(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    factors = [rng.random((size, 3)) * (rng.random((size, 3)) < 0.7) for size in (8, 9, 10)]
+    tensor, mask = tt.CPTensor(None, factors).to_tensor(), rng.random((8, 9, 10)) < 0.6
+    found = tna.cp(np.where(mask, tensor, np.nan), 3, mask=mask, nonnegative=True, max_iterations=1000)
+    assert relative_error(found.to_tensor(), tensor) < 1e-6
+    core = tna.tucker(np.where(mask, tensor, np.nan), 3, mask=mask, nonnegative=True, max_iterations=100)
+    assert core.error < 1e-3
+    assert all((array >= 0.0).all() for array in core.arrays)
+    signed = np.where(mask, tensor - 2.0 * np.einsum("ijk,i->ijk", tensor, np.arange(8) % 2), np.nan)
+    found = tna.cp(signed, 3, mask=mask, nonnegative=[1, 2], max_iterations=1000)
+    assert found.error < 1e-6
+    assert (found.factors[0] * found.weights < 0.0).any()
+
+
+# -- The same factor for all modes -----------------------------------------------------------------
+
+
+@pytest.mark.law("decompositions")
+@settings(max_examples=10)
+@given(st.sampled_from([(2, 6, 3), (3, 5, 2), (3, 7, 4), (4, 4, 2)]), st.integers(0, 30), st.sampled_from([0.0, 0.1]))
+def test_symmetric_tensors_have_equal_factors(sizes: tuple[int, int, int], seed: int, noise: float) -> None:
+    order, size, rank = sizes
+    factor, weights = numbers((size, rank), seed), np.where(numbers(rank, seed + 1) < 0.0, -1.0, 1.5)
+    tensor = tt.CPTensor(weights, [factor] * order).to_tensor() + noise * numbers((size,) * order, seed)
+    turns = list(itertools.permutations(range(order)))
+    tensor = sum(tensor.transpose(turn) for turn in turns) / len(turns)
+    found = tna.cp(tensor, rank, symmetric=True, max_iterations=2000)
+    assert all((other == found.factors[0]).all() for other in found.factors)
+    assert found.error == pytest.approx(error_of(found, tensor), abs=1e-9)
+    assert (np.diff(abs(found.weights)) <= 0.0).all()
+    assert (np.diff(found.history) <= 0.0).all()
+    # As no direction reduces the error, by differences of the formula.
+    columns, error = found.factors[0], error_of(found, tensor)
+    if noise:
+        for way in (numbers(columns.shape, 7), numbers(columns.shape, 8)):
+            near = [tt.CPTensor(found.weights, [columns + step * way] * order) for step in (-1e-4, 1e-4)]
+            assert abs(error_of(near[1], tensor) - error_of(near[0], tensor)) < 1e-5
+        assert error <= relative_error_of_planted(factor, weights, tensor) + 1e-9 or order > 2
+
+
+def relative_error_of_planted(factor: np.ndarray, weights: np.ndarray, tensor: np.ndarray) -> float:
+    return error_of(tt.CPTensor(weights, [factor] * tensor.ndim), tensor)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_planted_symmetric_components_are_found(seed: int) -> None:
+    factor = numbers((8, 4), seed)
+    tensor = tt.CPTensor(np.array([1.0, -2.0, 0.5, 1.5]), [factor] * 4).to_tensor()
+    found = tna.cp(tensor, 4, symmetric=True, max_iterations=2000)
+    assert found.error < 1e-5
+    assert (found.weights < 0.0).sum() == 1
+    again = tna.cp(np.ldexp(tensor, 300), 4, symmetric=True, max_iterations=2000)
+    assert again.error < 1e-5
+    assert tna.cp(tensor, max_error=1e-3, symmetric=True, max_iterations=2000).rank == 4
+    assert len(tna.cp(tensor, 4, symmetric=True, callback=lambda *_: True).history) == 1
+    assert tna.cp(0.0 * tensor, 2, symmetric=True).error == 0.0
+    assert tna.cp(np.arange(3.0), 1, symmetric=True).error < 1e-12
+
+
 # -- Tensor trains and TT matrices from a given start -----------------------------------------------
 
 SHAPES = st.lists(st.integers(1, 5), min_size=1, max_size=4).map(tuple)
@@ -364,16 +466,18 @@ NEGATIVE = tt.CPTensor(None, [-factor for factor in FACTORS])
         ({"weights": np.full(SHAPE, np.nan)}, ShapeError, "finite"),
         ({"weights": np.full(SHAPE, "a")}, ShapeError, "weights must be numbers"),
         ({"mask": MASK, "rank": None, "max_error": 0.1}, ConfigError, "need ranks"),
-        ({"mask": MASK, "nonnegative": True}, ConfigError, "does not go with mask="),
         ({"mask": MASK, "init": tt.random_cp(SHAPE, 2), "fixed": [0]}, ConfigError, "cannot be kept"),
         # Missing elements without a mask name it; and one where they are said to be known.
         ({"tensor": np.where(MASK, NOISE, np.nan)}, ShapeError, "pass mask=, True where known"),
         ({"tensor": np.full(SHAPE, np.nan), "mask": MASK}, ShapeError, "holds NaN"),
         ({"tensor": TENSOR * 1j, "nonnegative": True}, BackendError, "needs a real tensor"),
+        ({"symmetric": True}, ShapeError, "is not symmetric: symmetric= needs equal sizes"),
+        ({"tensor": numbers((5, 5, 5)), "symmetric": True}, ShapeError, "is not symmetric"),
+        ({"tensor": np.ones((5, 5)) * 1j, "symmetric": True}, ConfigError, "needs a real tensor in memory"),
+        ({"mask": MASK, "symmetric": True}, ConfigError, "goes without mask, weights, nonnegative"),
         ({"nonnegative": "yes"}, ConfigError, "True for all modes, False, or a list of modes"),
         ({"nonnegative": []}, ConfigError, "True for all modes, False, or a list of modes"),
         ({"nonnegative": [3]}, ShapeError, "mode must be from 0 to 2"),
-        ({"nonnegative": True, "callback": print}, ConfigError, "callback= is not called with"),
         ({"tensor": TENSOR, "nonnegative": True, "init": NEGATIVE}, ShapeError, "factor 0 of init has negative"),
         (
             {"tensor": TENSOR, "nonnegative": True, "init": tt.CPTensor(None, FACTORS), "fixed": [0, 1, 2]},
@@ -390,8 +494,9 @@ def test_cp_refuses_what_cannot_be(words: dict[str, Any], error: type[TnadaptErr
     ("call", "error", "text"),
     [
         (lambda: tna.tucker(TENSOR, 2, nonnegative=[0]), ConfigError, r"cp\(\) takes single modes"),
-        (lambda: tna.tucker(TENSOR, 2, nonnegative=True, callback=print), ConfigError, "callback= is not called"),
+        (lambda: tna.tucker(TENSOR, 2, nonnegative=True, callback=print), ConfigError, "does not call callback="),
         (lambda: tna.tucker(TENSOR, max_error=0.1, nonnegative=True), ConfigError, "neither max_error= nor fixed="),
+        (lambda: tna.tucker(np.ones((9, 2, 2)), (5, 2, 2)), ShapeError, "above 4, the number of columns of its unfold"),
         (
             lambda: tna.tucker(TENSOR, 1, nonnegative=True, init=tna.tucker(-TENSOR, 1)),
             ShapeError, "of init has negative elements",
@@ -432,3 +537,8 @@ def test_what_is_traced_or_not_in_memory_is_refused(tmp_path: Path) -> None:
         tna.tensor_train(mapped, 2, init=START)
     with pytest.raises(ConfigError, match="nonnegative= needs the tensor in memory"):
         tna.tucker(mapped, 2, nonnegative=True)
+    recorded = torch.ones(T.shape, requires_grad=True)
+    with pytest.raises(BackendError, match="weights is not differentiated: detach it first"):
+        tna.cp(torch.tensor(T), 2, weights=recorded)
+    with pytest.raises(ShapeError, match="expected at least 1 mode"):
+        tna.tucker(np.memmap(tmp_path / "number", "float64", "w+", shape=(1,)).reshape(()), max_error=0.1)

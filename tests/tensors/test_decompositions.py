@@ -10,14 +10,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import scipy.sparse
 import tensorly
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tnadapt as tna
 import tnadapt.tensors as tt
 from tests.conftest import peak_of, relative_error
-from tests.decomposition.internals import BlockPasses, CPSweeps
+from tests.decomposition.internals import BlockPasses, CPSweeps, SparseTensor
 from tnadapt.backends import Backend, get_backend
 from tnadapt.errors import BackendError, ConfigError, ShapeError, TnadaptError
 
@@ -755,6 +756,78 @@ def test_tucker_is_that_of_memory_and_a_train_nearly(
 
 
 @sources
+@pytest.mark.parametrize("kind", ["float64", "complex128"])
+def test_cp_in_blocks_is_that_of_memory(source: str, kind: str, tmp_path: Path) -> None:
+    tensor = tt.random_cp((12, 13, 14), 3, random_state=1, dtype=kind).to_tensor()
+    tensor = tensor + 0.1 * np.abs(tensor).std() * numbers(tensor.shape, 3, kind)
+    mask = np.random.default_rng(0).random(tensor.shape) < 0.5
+    stored = SOURCES[source](tmp_path, tensor)
+    found, expected = tna.cp(stored, 3, memory=1 << 12), tna.cp(tensor, 3)
+    assert found.error == pytest.approx(error_of(found, tensor), rel=1e-6)
+    assert found.error == pytest.approx(expected.error, rel=1e-4)
+    assert found.outcome.method == "compressed in blocks, ALS"
+    partial = tna.cp(stored, 3, mask=mask, memory=1 << 13)
+    assert partial.error == pytest.approx(tna.cp(tensor, 3, mask=mask).error, rel=1e-3)
+    left = float(np.linalg.norm((partial.to_tensor() - tensor) * mask))
+    assert partial.error == pytest.approx(left / float(np.linalg.norm(tensor * mask)), rel=1e-6)
+    begun = tna.cp(stored, 3, init=expected, fixed=[1], memory=1 << 12)
+    assert (begun.factors[1] == expected.factors[1]).all()
+    assert begun.error <= expected.error * (1.0 + 1e-6)
+
+
+@sources
+def test_nonnegative_cp_in_blocks_is_that_of_memory(source: str, tmp_path: Path) -> None:
+    tensor = abs(tt.random_cp((12, 13, 14), 2, random_state=1).to_tensor())
+    stored = SOURCES[source](tmp_path, tensor)
+    weights = np.random.default_rng(0).random(tensor.shape)
+    found = tna.cp(stored, 2, nonnegative=True, memory=1 << 12)
+    assert all((factor >= 0.0).all() for factor in found.factors)
+    assert (np.diff(found.history) <= 0.0).all()
+    assert found.error == pytest.approx(error_of(found, tensor), rel=1e-6)
+    assert found.error <= tna.cp(tensor, 2, nonnegative=True).error * (1.0 + 1e-3)
+    partial = tna.cp(stored, 2, nonnegative=[0, 1], weights=weights, memory=1 << 13)
+    assert min(partial.factors[0].min(), partial.factors[1].min()) >= 0.0
+    assert partial.error <= tna.cp(tensor, 2, nonnegative=[0, 1], weights=weights).error * (1.0 + 1e-3)
+    assert tna.cp(stored, max_error=0.9, memory=1 << 12).rank == 1
+    matrix = tensor.reshape(-1, 14)
+    halves_of = tna.cp(SOURCES[source](tmp_path, matrix), 2, memory=1 << 12)
+    np.testing.assert_allclose(halves_of.factors[0].T @ halves_of.factors[0], np.eye(2), atol=1e-9)
+    assert halves_of.error == pytest.approx(tna.cp(matrix, 2).error, rel=1e-3)
+    assert halves_of.error == pytest.approx(error_of(halves_of, matrix), rel=1e-6)
+    # One that fits into a block is read at once.
+    few = SOURCES[source](tmp_path, tensor[:4])
+    assert tna.cp(few, 2).error == tna.cp(tensor[:4], 2).error
+
+
+@sources
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ({"mask": np.ones((9, 9))}, r"mask must be an array of the tensor's shape \(10, 11, 12\)"),
+        ({"mask": np.arange(11)[:, None] != 4 + np.zeros((10, 11, 12))}, "index 4 of mode 1 has no observed"),
+        ({"weights": -np.ones((10, 11, 12))}, "weights finite and not negative"),
+        ({"mask": np.zeros((10, 11, 12), bool)}, "has no observed element"),
+        ({"mask": np.ones((10, 11, 12), bool), "rank": None, "max_error": 0.1}, "need rank=, and all factors free"),
+    ],
+)
+def test_masks_in_blocks_that_are_refused(source: str, words: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(TnadaptError, match=message):
+        tna.cp(**{"tensor": SOURCES[source](tmp_path, numbers((10, 11, 12))), "rank": 2, "memory": 1 << 12, **words})
+
+
+@sources
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_gaps_zeros_and_nan_in_blocks(source: str, tmp_path: Path) -> None:
+    hole = numbers((10, 11, 12))
+    hole[1, 2, 3] = np.nan
+    with pytest.raises(ShapeError, match="NaN or inf"):
+        tna.cp(SOURCES[source](tmp_path, hole), 2, memory=1 << 12)
+    found = tna.cp(SOURCES[source](tmp_path, hole), 1, mask=~np.isnan(hole), memory=1 << 12, max_iterations=3)
+    assert 0.0 < found.error < 1.0
+    assert tna.cp(SOURCES[source](tmp_path, np.zeros((10, 11, 12))), 2, memory=1 << 12).error == 0.0
+
+
+@sources
 def test_an_exact_rank_is_found(source: str, tmp_path: Path) -> None:
     tensor = tt.random_tt((9, 8, 7, 6), 2, random_state=1).to_tensor()
     for found in (
@@ -783,6 +856,11 @@ def test_memory_is_some_blocks(tmp_path: Path) -> None:
     most = array.nbytes / (4 if np.lib.NumpyVersion(np.__version__) < "2.5.0" else 3)
     assert peak_of(lambda: tna.tucker(array, 2, memory=block)) < most
     assert peak_of(lambda: tna.tensor_train(array, 2, memory=block)) < most
+    assert peak_of(lambda: tna.cp(array, 2, nonnegative=[0], memory=block, max_iterations=1)) < most
+    mask = np.memmap(tmp_path / "mask", bool, "w+", shape=array.shape)
+    mask[:] = np.arange(128) % 2 == 0
+    mask[0, 0] = True
+    assert peak_of(lambda: tna.cp(array[:24], 2, mask=mask[:24], memory=block, max_iterations=1)) < most
     assert math.prod(array.shape) * 4 == array.nbytes
 
 
@@ -819,7 +897,299 @@ def test_what_cannot_be_in_blocks_is_refused(source: str, call: Any, error: Any,
 
 def test_other_functions_say_that_they_need_memory(tmp_path: Path) -> None:
     with pytest.raises(BackendError, match=r"a dask array.*x\.compute\(\)"):
-        tna.cp(dasked(tmp_path, np.ones((3, 3, 3))), 1)
+        tna.tensor_ring(dasked(tmp_path, np.ones((3, 3, 3))), 1)
+
+
+# -- Sparse tensors give what dense ones give, in memory for the nonzero elements ------------------
+
+
+class Coordinates:
+    """A sparse array with the attributes of pydata's COO, and of SciPy's coo_array from 1.15 on."""
+
+    fill_value = 0.0
+
+    def __init__(self, coords: Any, data: Any, shape: tuple[int, ...]) -> None:
+        self.coords, self.data, self.shape = coords, np.asarray(data), shape
+
+    @classmethod
+    def of(cls, tensor: np.ndarray) -> Coordinates:
+        return cls(np.nonzero(tensor), tensor[np.nonzero(tensor)], tensor.shape)
+
+
+def sparse_numbers(shape: tuple[int, ...], seed: int, kind: str = "float64", rank: int = 3) -> np.ndarray:
+    """A tensor of a rank, of whose elements few are not zero, and noise on a few others."""
+    rng = np.random.default_rng(seed)
+    factors = [numbers((size, rank), seed + mode, kind) for mode, size in enumerate(shape)]
+    rows = [rng.permutation(np.arange(size) % 3 == 0)[:, None] for size in shape]
+    tensor = tt.CPTensor(None, [factor * kept for factor, kept in zip(factors, rows, strict=True)]).to_tensor()
+    return tensor + 0.1 * numbers(shape, seed + 9, kind) * (rng.random(shape) < 0.01)
+
+
+@pytest.mark.law("decompositions")
+@given(BLOCK_SHAPES, st.integers(0, 20), st.sampled_from(["float64", "complex128"]), st.floats(0.0, 1.0))
+def test_products_with_sparse_tensors(shape: tuple[int, ...], count: int, kind: str, share: float) -> None:
+    rng = np.random.default_rng(count)
+    places, values = [rng.integers(0, size, count) for size in shape], numbers(count, 1, kind)
+    tensor, order = np.zeros(shape, kind), len(shape)
+    np.add.at(tensor, tuple(places), values)
+    sparse = SparseTensor(places, values, shape)
+    np.testing.assert_allclose(sparse.dense(), tensor)
+    assert sparse.norm == pytest.approx(float(np.linalg.norm(tensor)))
+    matrices = [numbers((size, 3), mode, kind) for mode, size in enumerate(shape)]
+    for mode in range(order):
+        rows = np.moveaxis(tensor, mode, 0).reshape(shape[mode], -1)
+        columns = tt.khatri_rao([matrix for m, matrix in enumerate(matrices) if m != mode])
+        np.testing.assert_allclose(sparse.product(matrices, mode), rows @ columns, atol=1e-12)
+        left = sparse.left(mode, max(1, int(share * shape[mode])), 0)
+        np.testing.assert_allclose(left.conj().T @ left, np.eye(left.shape[1]), atol=1e-12)
+        values_of = np.linalg.svd(rows, compute_uv=False)[: left.shape[1]]
+        assert np.linalg.norm(left.conj().T @ rows) == pytest.approx(np.linalg.norm(values_of), abs=1e-12)
+    for left_out in (None, *range(order)):
+        modes = [mode for mode in range(order) if mode != left_out]
+        expected = tensor
+        for mode in modes:
+            expected = tt.mode_dot(expected, matrices[mode].conj().T, mode)
+        np.testing.assert_allclose(sparse.projected(dict(enumerate(matrices)), left_out), expected, atol=1e-12)
+
+
+@pytest.mark.law("decompositions")
+@settings(max_examples=10)
+@given(st.sampled_from([(25, 27, 26), (11, 12, 13, 11), (140, 150)]), st.integers(0, 50), st.integers(1, 3))
+def test_sparse_decompositions_are_those_of_dense_tensors(shape: tuple[int, ...], seed: int, rank: int) -> None:
+    tensor = sparse_numbers(shape, seed)
+    sparse = Coordinates.of(tensor)
+    for fit in (tna.cp, tna.tucker):
+        found, expected = fit(sparse, rank), fit(tensor, rank)
+        assert found.error == pytest.approx(error_of(found, tensor), rel=1e-6)
+        # ALS from one start may end in another local optimum than the best of three.
+        assert found.error <= expected.error * (1.2 if fit is tna.cp and rank > 1 else 1.0) + 1e-3
+        assert found.rank == expected.rank
+        assert (np.diff(found.history) <= 1e-12).all()
+    magnitudes = tna.cp(Coordinates.of(abs(tensor)), rank, nonnegative=True)
+    assert all((array >= 0.0).all() for array in magnitudes.arrays)
+    assert magnitudes.error <= tna.cp(abs(tensor), rank, nonnegative=True).error + 1e-3
+
+
+def test_sparse_arrays_of_every_kind() -> None:
+    tensor = sparse_numbers((140, 150), 1)
+    expected = tna.cp(tensor, 2).error
+    for kind in ("coo", "csr", "csc", "lil", "dok", "bsr"):
+        for make in (scipy.sparse.coo_array, scipy.sparse.coo_matrix):
+            assert tna.cp(make(tensor).asformat(kind), 2).error == pytest.approx(expected, rel=1e-6)
+    whole = sparse_numbers((30, 31, 32), 2)
+    if np.lib.NumpyVersion(scipy.__version__) >= "1.15.0":
+        assert tna.tucker(scipy.sparse.coo_array(whole), 2).error == tna.tucker(Coordinates.of(whole), 2).error
+    for kind, result in (("float32", "float32"), ("complex64", "complex64"), ("int8", "float64")):
+        sparse = Coordinates.of((10.0 * whole).astype(kind))
+        for fit in (tna.cp, tna.tucker):
+            found = fit(sparse, 2)
+            assert {array.dtype.name for array in found.arrays} == {result}
+            assert found.error == pytest.approx(error_of(found, (10.0 * whole).astype(kind)), rel=1e-4)
+    complex_ = sparse_numbers((30, 31, 32), 3, "complex128")
+    assert tna.cp(Coordinates.of(complex_), 3).error == pytest.approx(tna.cp(complex_, 3).error, rel=1e-3)
+    # Elements of equal indices are added; those of a small tensor, or none at all, make no difference.
+    twice = Coordinates([[0, 0, 1], [0, 0, 1], [0, 0, 1]], [1.0, 1.0, 2.0], (30, 30, 30))
+    assert tna.cp(twice, 1).weights[0] == pytest.approx(2.0)
+    assert tna.cp(Coordinates.of(np.zeros((30, 30, 30))), 2).error == 0.0
+    assert tna.tucker(Coordinates.of(np.zeros((30, 30, 30))), 2).error == 0.0
+    assert tna.tucker(Coordinates.of(whole[:4, :5, :6]), max_error=0.5).error <= 0.5
+    assert tna.cp(Coordinates([[1]], [3.0], (30000,)), 1).error == pytest.approx(0.0, abs=1e-9)
+
+
+def test_starts_and_fixed_modes_of_sparse_tensors() -> None:
+    whole = sparse_numbers((30, 31, 32), 2)
+    sparse = Coordinates.of(whole)
+    begun = tna.cp(sparse, 2)
+    again = tna.cp(sparse, 2, init=begun, fixed=[1])
+    assert (again.factors[1] == begun.factors[1]).all()
+    assert again.error <= begun.error + 1e-9
+    several = tna.cp(sparse, 2, init="random", starts=4)
+    assert several.error <= tna.cp(sparse, 2, init="random").error
+    assert len(tna.cp(sparse, 2, callback=lambda *_: True).history) == 1
+    assert tna.cp(sparse, max_error=0.5).error <= 0.5
+    core = tna.tucker(sparse, 2)
+    kept = tna.tucker(sparse, 2, init=core, fixed=[0])
+    assert (kept.factors[0] == core.factors[0]).all()
+    assert tna.tucker(sparse, 2, max_iterations=0).error >= core.error - 1e-12
+    assert tna.tucker(sparse, 2, init="random").error == pytest.approx(tna.tucker(whole, 2, init="random").error)
+
+
+def test_zeros_are_not_formed() -> None:
+    rng = np.random.default_rng(0)
+    places = rng.integers(0, 10_000, (3, 20_000))
+    sparse = Coordinates(places, rng.normal(size=20_000), (10_000,) * 3)
+    for fit in (tna.cp, tna.tucker):
+        fit(sparse, 2, max_iterations=2)
+        assert peak_of(lambda fit=fit: fit(sparse, 2, max_iterations=2)) < 30 << 20
+    found = tna.cp(sparse, 2, max_iterations=2)
+    made = found.entries(places.T)
+    square = float(found.norm()) ** 2 + np.sum((sparse.data - made) ** 2 - made**2)  # of distinct places
+    assert found.error == pytest.approx(math.sqrt(square) / np.linalg.norm(sparse.data), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda x: tna.tensor_train(x, 2), BackendError, r"sparse, which only cp\(\) and tucker\(\) take"),
+        (lambda x: tna.cp(x, 2, mask=np.ones(x.shape, bool)), ConfigError, "zeros of a sparse tensor are values"),
+        (lambda x: tna.tucker(x, max_error=0.1), ConfigError, "too many for a sparse tensor: give rank="),
+        (lambda x: tna.tucker(x, 2, nonnegative=True), ConfigError, r"needs zeros, too: pass x\.toarray\(\)"),
+        (lambda x: tna.cp(Coordinates(x.coords, x.data * np.nan, x.shape), 2), ShapeError, "holds NaN"),
+        (lambda x: tna.cp(Coordinates(x.coords, x.data * 1e200, x.shape), 2), ShapeError, "largest value of a sparse"),
+        (lambda x: tna.cp(Coordinates(x.coords, x.data, (9, 30, 30)), 2), ShapeError, "mode 0 must be from 0 to 8"),
+        (lambda x: tna.cp(Coordinates(x.coords[:2], x.data, x.shape), 2), ShapeError, "as many integers for each mode"),
+        (lambda x: tna.cp(Coordinates(x.coords, x.data.astype("S3"), x.shape), 2), BackendError, "must hold numbers"),
+        (lambda x: tna.cp(Coordinates(x.coords, x.data, (0, 3, 3)), 2), ShapeError, "nothing to decompose"),
+    ],
+)
+def test_what_sparse_tensors_cannot_be(call: Any, error: Any, message: str) -> None:
+    with pytest.raises(error, match=message):
+        call(Coordinates.of(sparse_numbers((30, 30, 30), 0)))
+
+
+def test_sparse_arrays_that_are_refused() -> None:
+    filled = Coordinates.of(np.eye(3))
+    filled.fill_value = 1.0
+    with pytest.raises(BackendError, match=r"must be zero; got fill_value=1\.0"):
+        tna.cp(filled, 1)
+    torch = pytest.importorskip("torch")
+    with pytest.raises(BackendError, match="a sparse tensor of torch is not read"):
+        tna.cp(torch.eye(3).to_sparse(), 1)
+
+
+# -- PARAFAC2: matrices with rows of their own ------------------------------------------------------
+
+
+def planted(
+    seed: int, rank: int = 3, *, noise: float = 0.0, kind: str = "float64", count: int = 8, least: int = 5
+) -> tuple[list[np.ndarray], np.ndarray]:
+    """Slices of different numbers of rows that have a PARAFAC2 decomposition, but for noise, and its factor C."""
+    rng = np.random.default_rng(seed)
+    a, b, c = (
+        rng.uniform(0.5, 1.5, (count, rank)),
+        numbers((rank, rank), seed, kind),
+        numbers((9, rank), seed + 1, kind),
+    )
+    slices = []
+    for k in range(count):
+        rotation = np.linalg.qr(numbers((int(rng.integers(least, 16)), rank), seed + k, kind))[0]
+        slices.append(rotation @ b @ np.diag(a[k]) @ c.T)
+    size = noise * np.sqrt(np.mean(np.abs(np.concatenate(slices)) ** 2))
+    return [matrix + size * numbers(matrix.shape, k, kind) for k, matrix in enumerate(slices)], c
+
+
+def slices_error(made: Any, slices: list[np.ndarray]) -> float:
+    lost = sum(np.linalg.norm(x - y) ** 2 for x, y in zip(made, slices, strict=True))
+    return float(np.sqrt(lost / sum(np.linalg.norm(y) ** 2 for y in slices)))
+
+
+@pytest.mark.law("decompositions")
+@settings(max_examples=10)
+@given(st.integers(0, 30), st.integers(1, 3), st.sampled_from([0.0, 0.1]), st.sampled_from(["float64", "complex128"]))
+def test_parafac2_is_what_it_says(seed: int, rank: int, noise: float, kind: str) -> None:
+    slices, _ = planted(seed, rank, noise=noise, kind=kind)
+    weights, (a, b, c), projections = found = tna.parafac2(slices, rank)
+    assert found.shape == tuple(matrix.shape for matrix in slices)
+    assert found.error == pytest.approx(slices_error(found.to_tensors(), slices), abs=1e-12)
+    assert found.error <= found.history[-1] + 1e-9
+    assert (np.diff(found.history) <= 0.0).all()
+    for k, projection in enumerate(projections):
+        np.testing.assert_allclose(projection.conj().T @ projection, np.eye(rank), atol=1e-12)
+        np.testing.assert_allclose(found.slice(k), projection @ b @ np.diag(weights * a[k]) @ c.T, atol=1e-12)
+    for factor in (a, b, c):
+        np.testing.assert_allclose(np.linalg.norm(factor, axis=0), 1.0)
+    # Rows of slices may be turned, and slices scaled, without any change of C.
+    turned = [np.linalg.qr(numbers((len(x), len(x)), 7, kind))[0] @ x * 2.0**20 for x in slices]
+    again = tna.parafac2(turned, rank)
+    assert again.error == pytest.approx(found.error, rel=1e-3, abs=1e-4)
+
+
+@pytest.mark.law("decompositions")
+@pytest.mark.parametrize("seed", range(6))
+def test_planted_components_of_slices_are_found(seed: int) -> None:
+    slices, c = planted(seed)
+    found = tna.parafac2(slices, 3, max_iterations=2000, tol=1e-10)
+    assert found.error < 1e-6
+    alike = abs(np.linalg.pinv(found.factors[2]) @ c)
+    assert (np.sort(alike / alike.max(axis=0), axis=0)[:-1] < 1e-3).all(), "the same columns, up to order and scale"
+    theirs, errors = tensorly.decomposition.parafac2(slices, 3, random_state=0, n_iter_max=200, return_errors=True)
+    assert found.error <= errors[-1] + 1e-6
+    noisy = planted(seed, noise=0.1)[0]
+    theirs = tensorly.decomposition.parafac2(noisy, 3, random_state=0, n_iter_max=100)
+    made = tensorly.parafac2_tensor.parafac2_to_slices(theirs)
+    assert tna.parafac2(noisy, 3).error <= slices_error(made, noisy) * (1.0 + 1e-4)
+    assert tt.Parafac2Tensor(*theirs).error is None
+    assert slices_error(tt.Parafac2Tensor(*theirs).to_tensors(), made) < 1e-12
+    own = tensorly.parafac2_tensor.parafac2_to_slices(tensorly.parafac2_tensor.Parafac2Tensor(found))
+    assert slices_error(own, found.to_tensors()) < 1e-12
+
+
+def test_parafac2_of_every_library_and_start(backend: Backend) -> None:
+    slices = planted(1, noise=0.1)[0]
+    arrays = [backend.asarray(matrix, "float32") for matrix in slices]
+    found = tna.parafac2(arrays, 2, max_iterations=30)
+    assert {backend.dtype_name(array) for array in (found.weights, *found.factors, *found.projections)} == {"float32"}
+    assert found.backend.name == backend.name
+    made = [backend.to_numpy(matrix) for matrix in found.to_tensors()]
+    assert found.error == pytest.approx(slices_error(made, slices), rel=1e-4)
+    square = [matrix[:5, :] for matrix in arrays]
+    assert tuple(tna.parafac2(square, 2, max_iterations=5).to_tensor().shape) == (8, 5, 9)
+
+
+def test_settings_of_parafac2() -> None:
+    slices = planted(2, noise=0.1)[0]
+    single, several = (tna.parafac2(slices, 2, init="random", starts=n, random_state=3) for n in (1, 4))
+    assert several.error <= single.error
+    assert len(several.history) > len(single.history)
+    assert len(tna.parafac2(slices, 2, callback=lambda *_: True).history) == 1
+    assert tna.parafac2(slices, 2, max_iterations=2).outcome.stopped == "max_iterations"
+    found = tna.parafac2(slices, 2, nonnegative=[0, 2])
+    assert min(found.factors[0].min(), found.factors[2].min()) >= 0.0
+    assert (np.diff(found.history) <= 0.0).all()
+    assert found.error >= tna.parafac2(slices, 2).error - 1e-6
+    stacked = np.stack([matrix[:5] for matrix in slices])
+    assert tna.parafac2(stacked, 2).error == tna.parafac2(list(stacked), 2).error
+    zeros = tna.parafac2(0.0 * stacked, 2)
+    assert (zeros.error, zeros.converged, float(abs(zeros.to_tensor()).max())) == (0.0, True, 0.0)
+    assert repr(tna.parafac2([np.eye(3)] * 2, 3)).startswith(
+        "<Parafac2Tensor: 2 matrices of 3 rows and 3 columns, rank 3"
+    )
+    with pytest.raises(ShapeError, match=r"form no tensor: use to_tensors\(\)"):
+        found.to_tensor()
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda x: tna.parafac2(x, 8), ShapeError, "rank 8 is above 7, the least number of rows or columns"),
+        (lambda x: tna.parafac2([], 1), ShapeError, "at least one array"),
+        (lambda x: tna.parafac2(x[0], 1), ShapeError, r"or an array of shape \(K, I, J\); got shape"),
+        (lambda x: tna.parafac2([*x, x[0][:, 1:]], 1), ShapeError, "slice 8 has shape .*; expected as many columns"),
+        (lambda x: tna.parafac2([*x, x[0] * np.nan], 1), ShapeError, "slice 8 holds NaN"),
+        (lambda x: tna.parafac2([x[0][:0]], 1), ShapeError, "nothing to decompose"),
+        (lambda x: tna.parafac2(x, 1, nonnegative=[1]), ConfigError, "takes the modes 0 and 2"),
+        (lambda x: tna.parafac2(x, 1, nonnegative=[3]), ShapeError, "mode must be from 0 to 2"),
+        (lambda x: tna.parafac2([y * 1j for y in x], 1, nonnegative=[0]), BackendError, "needs real slices"),
+        (lambda x: tna.parafac2(x, 1, init="hosvd"), ConfigError, "init must be 'svd' or 'random'"),
+        (lambda x: tna.parafac2(x, 1, starts=0), ShapeError, "starts must be"),
+        (
+            lambda x: tt.Parafac2Tensor(None, [np.ones((2, 1))] * 3, [np.ones((3, 1))]),
+            ShapeError,
+            "got 1 projections with 1 columns",
+        ),
+        (lambda x: tt.Parafac2Tensor(np.ones(2), [np.ones((1, 1))] * 3, [x[0][:, :1]]), ShapeError, r"expected \(1,\)"),
+        (lambda x: tna.parafac2(x, 1).slice(8), ShapeError, "number must be an integer from 0 to 7"),
+    ],
+)
+def test_what_parafac2_refuses(call: Any, error: Any, message: str) -> None:
+    with pytest.raises(error, match=message):
+        call(planted(0)[0])
+
+
+def test_slices_that_require_gradients_are_refused() -> None:
+    torch = pytest.importorskip("torch")
+    with pytest.raises(BackendError, match="not differentiated: detach them first"):
+        tna.parafac2([torch.ones(3, 2, requires_grad=True)], 1)
 
 
 # -- Trains of functions, from few of their values -------------------------------------------------

@@ -6,6 +6,7 @@ computed in double precision, one block at a time.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from tnadapt.algebra.products import cp_to_tensor
 from tnadapt.errors import BackendError, ShapeError
 
 from .fits import FitOutcome
@@ -30,16 +32,32 @@ class BlockPasses:
         dask computes one of its chunks after another, in threads or on a cluster, as its user configured it.
     memory : int
         Bytes that a block of a memory map may have in double precision.
+
+    Raises
+    ------
+    ShapeError
+        If there is no mode or no element, or a size is unknown.
+    BackendError
+        If it does not hold numbers.
     """
 
     def __init__(self, array: Any, memory: int) -> None:
+        if not array.shape or any(size != size for size in array.shape):
+            raise ShapeError(
+                f"the tensor has shape {array.shape}; expected at least one mode, and known sizes: of a dask array, "
+                "call compute_chunk_sizes()"
+            )
         self.array, self.shape = array, tuple(int(size) for size in array.shape)
         self.dtype = np.dtype(array.dtype)
+        if self.dtype.kind not in "biufc":
+            raise BackendError(f"the tensor must hold numbers; got the dtype {self.dtype}")
+        if not math.prod(self.shape):
+            raise ShapeError(f"the tensor has shape {self.shape}, so there is nothing to decompose")
         #: The dtype of the computation.
         self.wide = np.dtype(np.complex128 if self.dtype.kind == "c" else np.float64)
         self.elements = max(1, memory // self.wide.itemsize)
 
-    def _blocks(self, whole: int | None = None) -> Iterator[tuple[tuple[slice, ...], np.ndarray]]:
+    def blocks(self, whole: int | None = None) -> Iterator[tuple[tuple[slice, ...], np.ndarray]]:
         """Yield each block with its position, with the mode ``whole`` undivided in all blocks."""
         chunks = getattr(self.array, "chunks", None) or self._sides(whole)
         spans = []
@@ -80,10 +98,10 @@ class BlockPasses:
             mode: np.zeros((self.shape[mode], matrices[0].shape[1]), self.wide) for mode, matrices in tests.items()
         }
         square = 0.0
-        for place, block in self._blocks():
+        for place, block in self.blocks():
             square += float(np.vdot(block, block).real)
             for mode, matrices in tests.items():
-                sketches[mode][place[mode]] += _sketch_of(
+                sketches[mode][place[mode]] += khatri_rao_product(
                     block, mode, [matrix[at] for matrix, at in zip(matrices, place, strict=True)]
                 )
         return sketches, square
@@ -93,7 +111,7 @@ class BlockPasses:
         grams, square = [], 0.0
         for mode, size in enumerate(self.shape):
             gram = np.zeros((size, size), self.wide)
-            for _, block in self._blocks(whole=mode):
+            for _, block in self.blocks(whole=mode):
                 rows = np.moveaxis(block, mode, 0).reshape(size, -1)
                 gram += rows @ rows.conj().T
             square = float(np.trace(gram).real)
@@ -108,7 +126,7 @@ class BlockPasses:
             np.zeros([factors[m].shape[1] if m in factors else d for m, d in enumerate(self.shape)], self.wide)
             for factors in sets
         ]
-        for place, block in self._blocks():
+        for place, block in self.blocks():
             for factors, projection in zip(sets, projections, strict=True):
                 target = tuple(slice(None) if m in factors else at for m, at in enumerate(place))
                 projected, rows = block, [(mode, factor[place[mode]]) for mode, factor in factors.items()]
@@ -118,26 +136,35 @@ class BlockPasses:
                 projection[target] += projected
         return projections
 
-    def distance(self, core: np.ndarray, factors: Sequence[np.ndarray]) -> float:
-        """Compute the Frobenius distance from the Tucker tensor of a core and factors, in one pass."""
+    def distance(self, core: np.ndarray | None, factors: Sequence[np.ndarray]) -> float:
+        """Compute the Frobenius distance from the Tucker tensor of a core and factors, or the CP tensor of factors, in
+        one pass.
+        """
         total = 0.0
-        for place, block in self._blocks():
-            approximation = core
-            for mode, factor in enumerate(factors):
-                approximation = _times(approximation, factor[place[mode]], mode)
+        for place, block in self.blocks():
+            rows = [factor[at] for factor, at in zip(factors, place, strict=True)]
+            approximation = cp_to_tensor((None, rows)) if core is None else core
+            for mode, matrix in enumerate(() if core is None else rows):
+                approximation = _times(approximation, matrix, mode)
             block = block - approximation
             total += float(np.vdot(block, block).real)
         return math.sqrt(total)
 
+    @functools.cached_property
+    def norm(self) -> float:
+        """Frobenius norm of the tensor, in one pass."""
+        return _norm(sum(float(np.vdot(block, block).real) for _, block in self.blocks()))
 
-def _sketch_of(block: np.ndarray, mode: int, tests: Sequence[np.ndarray]) -> np.ndarray:
+
+def khatri_rao_product(block: np.ndarray, mode: int, matrices: Sequence[np.ndarray]) -> np.ndarray:
     """Multiply an unfolding by the Khatri-Rao product of the other modes' matrices without forming it."""
     axes = [m for m in range(block.ndim) if m != mode]
-    sketch = np.tensordot(block, tests[axes[-1]], axes=(axes[-1], 0))
+    # The first products are matrix products, and copy nothing.
+    turned = block if mode < block.ndim - 1 else np.swapaxes(block, -1, -2)
+    product: np.ndarray = turned @ matrices[axes[-1]]
     for axis in reversed(axes[:-1]):
-        behind = (slice(None), *[None] * (sketch.ndim - axis - 2), slice(None))
-        sketch = (sketch * tests[axis][behind]).sum(axis=axis)
-    return sketch
+        product = np.einsum("i...r,ir->...r", np.moveaxis(product, axis, 0), matrices[axis])
+    return product
 
 
 def _times(block: np.ndarray, matrix: np.ndarray, mode: int) -> np.ndarray:
@@ -210,14 +237,8 @@ def compressed(passes: BlockPasses, sizes: Sequence[int] | None, max_error: floa
     Raises
     ------
     ShapeError
-        If the tensor has no elements, NaN or infinity, or the error is below what Gram matrices can tell.
-    BackendError
-        If the tensor does not hold numbers.
+        If the tensor has NaN or infinity, or the error is below what Gram matrices can tell.
     """
-    if passes.dtype.kind not in "biufc":
-        raise BackendError(f"the tensor must hold numbers; got the dtype {passes.dtype}")
-    if not math.prod(passes.shape):
-        raise ShapeError(f"the tensor has shape {passes.shape}, so there is nothing to decompose")
     if sizes is not None:
         return _by_sizes(passes, sizes, seed)
     assert max_error is not None

@@ -10,7 +10,7 @@ import functools
 import itertools
 import math
 import string
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -362,10 +362,18 @@ def unobserved(mask: np.ndarray) -> tuple[int, int] | None:
 
 # Ridge relative to the mean diagonal of a row's equations, which may be singular.
 _RIDGE = 1e-12
+# Passes over the elements of a row that may not be negative. How far to extrapolate such sweeps at first, and the
+# factor after each success.
+_PASSES, _AHEAD, _FURTHER = 5, 0.5, 1.05
 
 
 def sweeps_on_observed(
-    elements: ObservedElements, wanted: np.ndarray, start: Mapping[str, np.ndarray], steps: Iteration, roots: np.ndarray
+    elements: ObservedElements,
+    wanted: np.ndarray,
+    start: Mapping[str, np.ndarray],
+    steps: Iteration,
+    roots: np.ndarray,
+    nonnegative: Collection[str] = (),
 ) -> Fit:
     """Run sweeps until the iteration stops.
 
@@ -378,6 +386,9 @@ def sweeps_on_observed(
     steps : Iteration
     roots : ndarray, shape (n,)
         Square roots of the weights.
+    nonnegative : collection of str
+        Arrays without negative elements, in the start either. A sweep then goes on from arrays that are extrapolated
+        along the last one, unless that fails: these sweeps are slower than those without bounds.
 
     Returns
     -------
@@ -386,25 +397,97 @@ def sweeps_on_observed(
     """
     dtype = np.result_type(wanted.dtype, np.float64)
     arrays = {name: np.array(start[name], dtype) for name in elements.shapes}
-    groups = {name: _by_row(rows) for name, rows in elements.rows_of_arrays().items()}
+    # Those of any sign come first: they give a component the sign that the others cannot.
+    rows_of = sorted(elements.rows_of_arrays().items(), key=lambda item: item[0] in nonnegative)
+    groups = {name: _by_row(rows) for name, rows in rows_of}
     norm = float(np.linalg.norm(wanted * roots))
 
-    def residual() -> np.ndarray:
+    def residual(arrays: Arrays) -> np.ndarray:
         return np.asarray((wanted - elements.values(elements.flat(arrays))) * roots)
 
-    left = residual()
-    steps.begin(float(np.linalg.norm(left)) / norm)
-    while not steps.stopped:
+    def sweep(arrays: Arrays, left: np.ndarray) -> np.ndarray:
+        """Change the arrays; return what they leave."""
         for name, (order, edges, chosen) in groups.items():
             rows = (elements.derivative(arrays, name) * roots[:, None])[order]
-            changes = _changes(rows, left[order], edges)
-            flat = arrays[name].reshape(-1)
-            flat[elements.positions(name)[chosen]] += changes
+            flat, places = arrays[name].reshape(-1), elements.positions(name)[chosen]
+            equations = _equations(rows, left[order], edges)
+            changes = _bounded_changes(*equations, flat[places]) if name in nonnegative else _changes(*equations)
+            flat[places] += changes
             left[order] -= np.einsum("nw,nw->n", rows, np.repeat(changes, np.diff(edges), axis=0))
-        left = residual()
+        return residual(arrays)
+
+    left, before, ahead = residual(arrays), arrays, _AHEAD
+    steps.begin(float(np.linalg.norm(left)) / norm)
+    while not steps.stopped:
+        if not nonnegative:
+            left = sweep(arrays, left)
+        else:
+            further = {name: array + ahead * (array - before[name]) for name, array in arrays.items()}
+            for name in nonnegative:
+                np.maximum(further[name], 0.0, out=further[name])
+            rest = sweep(further, residual(further))
+            if np.linalg.norm(rest) < np.linalg.norm(left):
+                ahead = min(1.0, _FURTHER * ahead)
+            else:
+                further, ahead = {name: array.copy() for name, array in arrays.items()}, ahead * 0.5
+                rest = sweep(further, left)
+            before, arrays, left = arrays, further, rest
         steps.step(float(np.linalg.norm(left)) / norm)
     error = steps.before if math.isfinite(steps.before) else math.inf
     return steps.fit(arrays, _SWEPT, error)
+
+
+def sweeps_in_blocks(
+    split: Format,
+    pieces: Callable[[], Iterable[tuple[Sequence[np.ndarray], np.ndarray, np.ndarray]]],
+    start: Mapping[str, np.ndarray],
+    steps: Iteration,
+    norm: float,
+    nonnegative: Collection[str] = (),
+) -> Fit:
+    """Run sweeps over observed elements that are read piece by piece, once for each array of a sweep.
+
+    Parameters
+    ----------
+    split : Format
+    pieces : callable
+        Yields for each piece the indices of its elements in each mode, their values and the square roots of their
+        weights.
+    start : mapping of str to ndarray
+    steps : Iteration
+    norm : float
+        Of the weighted elements.
+    nonnegative : collection of str
+        Arrays without negative elements, in the start either.
+    """
+    arrays = {name: np.array(array) for name, array in start.items()}
+    steps.begin()
+    while not steps.stopped:
+        for name, array in sorted(arrays.items(), key=lambda item: item[0] in nonnegative):
+            square, equations = 0.0, None
+            for places, wanted, roots in pieces():
+                elements = SplitElements(split, places)
+                gathered = elements.rows(arrays)
+                left = (wanted - elements.values(gathered)) * roots
+                rows = elements.derivative(gathered, name, len(left)) * roots[:, None]
+                order, edges, chosen = _by_row(elements.selected(name))
+                positions = elements.positions(name)
+                if equations is None:
+                    count, width = positions.shape
+                    equations = np.zeros((count, width, width), array.dtype), np.zeros((count, width), array.dtype)
+                for sums, parts in zip(equations, _equations(rows[order], left[order], edges), strict=True):
+                    sums[chosen] += parts
+                square += float(np.vdot(left, left).real)
+            assert equations is not None
+            flat = array.reshape(-1)
+            bounded = name in nonnegative
+            changes = _bounded_changes(*equations, flat[positions]) if bounded else _changes(*equations)
+            flat[positions] += changes
+            # What the change removes from the sum of squares, by its equations.
+            square -= 2.0 * float(np.vdot(equations[1], changes).real)
+            square += float(np.einsum("nv,nvw,nw->", changes.conj(), equations[0], changes).real)
+        steps.step(math.sqrt(max(0.0, square)) / norm)
+    return steps.fit(arrays, _SWEPT, steps.before)
 
 
 def _by_row(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -414,15 +497,33 @@ def _by_row(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return order, np.append(first, len(rows)), chosen
 
 
-def _changes(rows: np.ndarray, left: np.ndarray, edges: np.ndarray) -> np.ndarray:
-    """Solve the least-squares problem of each row of an array for its change."""
-    width, parts = rows.shape[1], list(itertools.pairwise(edges))
+def _equations(rows: np.ndarray, left: np.ndarray, edges: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the normal equations of each row of an array for its change."""
+    parts = list(itertools.pairwise(edges))
     grams = np.stack([rows[a:b].conj().T @ rows[a:b] for a, b in parts])
-    rights = np.stack([rows[a:b].conj().T @ left[a:b] for a, b in parts])
+    return grams, np.stack([rows[a:b].conj().T @ left[a:b] for a, b in parts])
+
+
+def _changes(grams: np.ndarray, rights: np.ndarray) -> np.ndarray:
+    """Solve the equations of each row."""
+    width = rights.shape[1]
     size = np.trace(grams, axis1=1, axis2=2).real / width
     shift = np.where(size > 0.0, _RIDGE * size, 1.0)
     changes: np.ndarray = np.linalg.solve(grams + shift[:, None, None] * np.eye(width), rights[:, :, None])[:, :, 0]
     return changes
+
+
+def _bounded_changes(grams: np.ndarray, rights: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Change the elements of each row in turn, each to the best that is not negative."""
+    now, left = values.copy(), rights.copy()
+    for _ in range(_PASSES):
+        for k in range(values.shape[1]):
+            size = grams[:, k, k]
+            step = np.where(size > 0.0, left[:, k] / np.where(size > 0.0, size, 1.0), 0.0)
+            step = np.maximum(step, -now[:, k])
+            now[:, k] = np.maximum(now[:, k] + step, 0.0)
+            left -= grams[:, :, k] * step[:, None]
+    return np.asarray(now - values)
 
 
 # -- Damped Gauss-Newton from several starts ---------------------------------------------------------------------------
@@ -554,13 +655,21 @@ def balanced(elements: ObservedElements, arrays: Mapping[str, Any]) -> Arrays:
     return scaled
 
 
-def random_start(elements: ObservedElements, rng: np.random.RandomState, norm: float, kind: Any = np.float64) -> Arrays:
-    """Return normal arrays, scaled so that their elements have a given norm."""
+def random_start(
+    elements: ObservedElements,
+    rng: np.random.RandomState,
+    norm: float,
+    kind: Any = np.float64,
+    nonnegative: Collection[str] = (),
+) -> Arrays:
+    """Return normal arrays, or their magnitudes, scaled so that their elements have a given norm."""
     arrays: Arrays = {}
     for name, shape in elements.shapes.items():
         arrays[name] = rng.normal(size=shape).astype(kind)
         if np.dtype(kind).kind == "c":
             arrays[name] += 1j * rng.normal(size=shape)
+        if name in nonnegative:
+            arrays[name] = abs(arrays[name])
     size = float(np.linalg.norm(elements.values(elements.flat(arrays))))
     # Every array of a term takes an equal part of the factor.
     each = max(len(elements.shapes) // len(elements.prefixes), 1)

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -451,3 +452,164 @@ def outer_vector(backend: Backend, vectors: Sequence[Array]) -> Array:
         return backend.flatten(backend.reshape(a, (-1, 1)) * backend.reshape(b, (1, -1)))
 
     return functools.reduce(pair, vectors)
+
+
+# -- Where products are all that is known of a tensor: sparse, in blocks, or with factors that are not negative --------
+
+# Alternating least squares, or for factors without negative elements hierarchical alternating least squares: one column
+# after another (Gillis & Glineur, "Accelerated multiplicative updates and hierarchical ALS algorithms for nonnegative
+# matrix factorization", Neural Computation 24, 2012). Each sweep starts from factors extrapolated along the last one,
+# further as long as that succeeds (Ang, Cohen, Gillis & Hien, "Accelerating block coordinate descent for nonnegative
+# tensor factorization", Numer. Linear Algebra Appl. 28, 2021). In double precision, on the host.
+
+# How far to extrapolate at first, the factor after a success, and the divisor after a failure.
+_FORWARD, _FURTHER, _BACK = 0.5, 1.05, 1.5
+# Most passes over the columns of a factor, and the part of the first one's change at which they end.
+_PASSES, _SETTLED = 10, 0.05
+# A column that becomes zero keeps this part of the largest element, so that its component is not lost for good.
+_LEFT = 1e-12
+# Ridge of equations with a diagonal of ones, which may be singular.
+_LEAST_RIDGE = 1e-15
+
+
+class Products(NamedTuple):
+    """What a fit takes from a tensor.
+
+    Attributes
+    ----------
+    shape : tuple of int
+    norm : float
+    product : callable
+        Multiplies the unfolding of a mode by the Khatri-Rao product of the other modes' matrices, given all of them and
+        the mode.
+    distance : callable
+        Computes the distance from the tensor of given factors.
+    at : callable, optional
+        Returns the products for a sweep from given factors, if the tensor depends on these.
+    """
+
+    shape: tuple[int, ...]
+    norm: float
+    product: Callable[[Sequence[np.ndarray], int], np.ndarray]
+    distance: Callable[[Sequence[np.ndarray]], float]
+    at: Callable[[Sequence[np.ndarray]], Products] | None = None
+
+
+def fit_cp_by_products(
+    tensor: Products,
+    starts: Iterable[Sequence[np.ndarray]],
+    steps: Iteration,
+    *,
+    fixed: Collection[int] = (),
+    nonnegative: Collection[int] = (),
+) -> Fit:
+    """Fit a sum of outer products from each of several starts.
+
+    Parameters
+    ----------
+    tensor : Products
+        Not zero.
+    starts : iterable of sequence of ndarray, shape (d_m, r)
+        In double precision.
+    steps : Iteration
+    fixed : collection of int
+        Modes whose factors are kept.
+    nonnegative : collection of int
+        Modes whose factors have no negative element, in the starts either.
+
+    Returns
+    -------
+    Fit
+        Arrays ``factor0``, …; the best of all starts.
+    """
+    best, best_error, best_stopped = list[np.ndarray](), math.inf, "singular"
+    for start in starts:
+        factors, error = _reached_from(tensor, start, steps, fixed, nonnegative)
+        if error < best_error * (1.0 - _SAME):
+            best, best_error, best_stopped = factors, error, steps.stopped
+        if best_error <= _ROUNDING * float(np.finfo(np.float64).eps) * tensor.norm or steps.stopped == "callback":
+            break
+    arrays = {f"factor{mode}": factor for mode, factor in enumerate(best)}
+    method = "non-negative HALS" if nonnegative else "ALS"
+    return steps.fit(arrays, method, best_error / tensor.norm)._replace(stopped=best_stopped)
+
+
+def _reached_from(
+    tensor: Products,
+    start: Sequence[np.ndarray],
+    steps: Iteration,
+    fixed: Collection[int],
+    nonnegative: Collection[int],
+) -> tuple[list[np.ndarray], float]:
+    """Return the factors that sweeps from one start have reached, and their distance."""
+    # Those of any sign come first: they give a component the sign that the others cannot.
+    modes = sorted(range(len(tensor.shape)), key=lambda mode: mode in nonnegative)
+    moving = [mode for mode in modes if mode not in fixed]
+
+    def swept(factors: Sequence[np.ndarray]) -> tuple[list[np.ndarray], float]:
+        factors, now = list(factors), tensor if tensor.at is None else tensor.at(factors)
+        grams = [factor.T @ factor.conj() for factor in factors]
+        for mode in moving:
+            right = now.product([factor.conj() for factor in factors], mode)
+            gram = hadamard_tensor([other for m, other in enumerate(grams) if m != mode])
+            if mode in nonnegative:
+                factors[mode] = _nonnegative_factor(factors[mode], right, gram)
+            else:
+                # Columns of any length, also those that are almost zero, are scaled to one.
+                lengths = np.sqrt(gram.diagonal().real)
+                lengths[lengths == 0.0] = 1.0
+                scaled = gram / lengths / lengths[:, None] + _LEAST_RIDGE * np.eye(len(gram))
+                factors[mode] = np.linalg.solve(scaled.T, (right / lengths).T).T / lengths
+            grams[mode] = factors[mode].T @ factors[mode].conj()
+        square = tensor.norm**2 - 2.0 * float(np.vdot(factors[mode], right).real)
+        square += float(np.sum(hadamard_tensor(grams)).real)
+        close = square <= _CANCELS * float(np.finfo(np.float64).eps) * tensor.norm**2
+        return factors, now.distance(factors) if close else math.sqrt(square)
+
+    steps.begin()
+    factors, error = swept(_scaled_to(tensor, start, moving[0]))
+    before, ahead = factors, _FORWARD
+    while not steps.step(error / tensor.norm):
+        further = [new + ahead * (new - old) for new, old in zip(factors, before, strict=True)]
+        further = [np.maximum(x, 0.0) if mode in nonnegative else x for mode, x in enumerate(further)]
+        candidate, distance = swept(further)
+        if distance < error:
+            ahead = min(1.0, _FURTHER * ahead)
+        else:
+            ahead /= _BACK
+            candidate, distance = swept(factors)
+        if not distance < error:  # up to rounding
+            steps.stopped = steps.stopped or "converged"
+            break
+        before, factors, error = factors, candidate, distance
+    return factors, error
+
+
+def _scaled_to(tensor: Products, factors: Sequence[np.ndarray], mode: int) -> list[np.ndarray]:
+    """Return factors of which one is scaled so that the distance is the least."""
+    scaled = [np.array(factor, np.result_type(factor, np.float64)) for factor in factors]
+    tensor = tensor if tensor.at is None else tensor.at(scaled)
+    right = tensor.product([factor.conj() for factor in scaled], mode)
+    square = float(np.sum(hadamard_tensor([factor.T @ factor.conj() for factor in scaled])).real)
+    inner = float(np.vdot(scaled[mode], right).real)
+    if inner > 0.0 and square > 0.0:
+        scaled[mode] *= inner / square
+    return scaled
+
+
+def _nonnegative_factor(factor: np.ndarray, right: np.ndarray, gram: np.ndarray) -> np.ndarray:
+    """Improve the columns of a factor in turn, each to the best without negative elements."""
+    rows, rights, first = np.ascontiguousarray(factor.T), np.ascontiguousarray(right.T), 0.0
+    for number in range(_PASSES):
+        change = 0.0
+        for k, size in enumerate(gram.diagonal()):
+            if size > 0.0:
+                row = np.maximum(0.0, rows[k] + (rights[k] - gram[k] @ rows) / size)
+                if not row.any():
+                    row[:] = _LEFT * rows.max()
+                change += float(np.sum((row - rows[k]) ** 2))
+                rows[k] = row
+        first = first if number else change
+        if change <= _SETTLED**2 * first:
+            break
+    return np.ascontiguousarray(rows.T)

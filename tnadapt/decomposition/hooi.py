@@ -18,6 +18,7 @@ from tnadapt.backends import Array, Backend
 
 from .fits import Claim, Fit, Iteration, Limits, all_of
 from .linear_algebra import Algebra, kept, norm_of, refuse_trace
+from .sparse_tensor import SparseTensor
 
 # -- The driver --------------------------------------------------------------------------------------------------------
 
@@ -42,8 +43,8 @@ def fit_tucker(
     ----------
     algebra : Algebra
         For matrices like the tensor.
-    tensor : array, shape (d_1, …, d_M)
-        Real or complex.
+    tensor : array or SparseTensor, shape (d_1, …, d_M)
+        Real or complex. A sparse one needs ``ranks`` of all modes.
     ranks : mapping of int to int, or None
         By the modes; None for all modes, and the fewest parameters that ``loss`` allows.
     steps : Iteration
@@ -80,6 +81,10 @@ def fit_tucker(
         return u
 
     def start(tensor: Array) -> tuple[Array, dict[int, Array], int]:
+        if init is None and isinstance(tensor, SparseTensor):
+            claims.append(False)
+            factors = {mode: tensor.left(mode, ranks[mode], algebra.seed) for mode in modes}
+            return tensor.projected(factors), factors, len(shape)
         if init is None:
             return hosvd(backend, tensor, order, truncated, in_turn)
         factors = {mode: init[mode] if mode in fixed else backend.qr(init[mode])[0] for mode in modes}
@@ -325,7 +330,7 @@ def hooi(
     Parameters
     ----------
     backend : Backend
-    tensor : array, shape (d_1, …, d_M)
+    tensor : array or SparseTensor, shape (d_1, …, d_M)
     factors : mapping of int to array
         With orthonormal columns.
     moving : collection of int
@@ -339,7 +344,7 @@ def hooi(
     core : array
     factors : dict of int to array
     """
-    factors, norm = dict(factors), norm_of(backend, tensor)
+    factors, norm = dict(factors), tensor.norm if isinstance(tensor, SparseTensor) else norm_of(backend, tensor)
     core = _core(backend, tensor, factors, None)
     while not steps.stopped:
         for mode in moving:
@@ -353,6 +358,8 @@ def hooi(
 
 def _core(backend: Backend, tensor: Array, factors: dict[int, Array], left_out: int | None) -> Array:
     """Project a tensor on all factors but one, starting with those that shrink it most."""
+    if isinstance(tensor, SparseTensor):
+        return tensor.projected(factors, left_out)
     order = sorted(
         (mode for mode in factors if mode != left_out), key=lambda mode: factors[mode].shape[1] / factors[mode].shape[0]
     )

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         row_khatri_rao,
         unfold,
     )
+    from ._parafac2 import Parafac2Tensor, parafac2
     from ._random_tensors import random_cp, random_tr, random_tt, random_tt_matrix, random_tucker
     from ._tensor_chains import TRTensor, TTMatrix, TTTensor
     from ._tensor_file import load
@@ -38,6 +39,7 @@ __all__ = [
     "FitOutcome",
     "HadamardTensor",
     "KroneckerTensor",
+    "Parafac2Tensor",
     "TRTensor",
     "TTMatrix",
     "TTTensor",
@@ -55,6 +57,7 @@ __all__ = [
     "mode_dot",
     "multi_mode_dot",
     "outer",
+    "parafac2",
     "random_cp",
     "random_tr",
     "random_tt",
@@ -89,6 +92,7 @@ _LAZY = {
             "row_khatri_rao",
             "unfold",
         ),
+        "_parafac2": ("Parafac2Tensor", "parafac2"),
         "_random_tensors": ("random_cp", "random_tr", "random_tt", "random_tt_matrix", "random_tucker"),
         "_tensor_chains": ("TRTensor", "TTMatrix", "TTTensor"),
         "_tensor_file": ("load",),

@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from tnadapt.algebra.formats import CP
+from tnadapt.algebra.products import cp_to_tensor, unfolded
 from tnadapt.argument_checks import checks_arguments
 from tnadapt.backends import Array
-from tnadapt.decomposition.cp_als import fit_cp
-from tnadapt.decomposition.fits import Callback, Iteration, limits_of
+from tnadapt.decomposition import completion
+from tnadapt.decomposition.block_passes import OVERSAMPLED, BlockPasses, compressed, khatri_rao_product
+from tnadapt.decomposition.completion import double_on_host
+from tnadapt.decomposition.cp_als import Products, fit_cp, fit_cp_by_products
+from tnadapt.decomposition.fits import Callback, Fit, Iteration, limits_of
+from tnadapt.decomposition.linear_algebra import Algebra
+from tnadapt.decomposition.sparse_tensor import SparseTensor
 from tnadapt.errors import ConfigError, ShapeError
 
 from . import _requests
 from ._decomposed import CPTensor, finished, smallest_rank
-from ._nonnegative import constrained_modes, fit_nonnegative_cp
+from ._nonnegative import NO_POSITIVE, constrained_modes, least_error, not_negative
+from ._requests import Request, exponent_of, normal
 
 
 @checks_arguments
@@ -29,18 +38,22 @@ def cp(
     init: Any = "svd",
     fixed: Collection[int] = (),
     nonnegative: Any = False,
+    symmetric: bool = False,
     starts: int | None = None,
     random_state: Any = None,
     tol: float = 1e-8,
     max_iterations: int = 200,
     callback: Callback | None = None,
+    memory: int = _requests.BLOCK,
 ) -> CPTensor:
     """Decompose a tensor into a sum of outer products (CANDECOMP/PARAFAC) by alternating least squares.
 
     Parameters
     ----------
     tensor : array, shape (d_1, …, d_M)
-        Real or complex. Lists and integers are converted.
+        Real or complex. Lists and integers are converted. Or sparse: an array of ``scipy.sparse`` (of any order from
+        SciPy 1.15), pydata's ``sparse.COO``, or what has ``coords``, ``data`` and ``shape`` as these do; elements that
+        are not stored are zero, not missing, and are not formed.
     rank : int, optional
         Number of components.
     max_error : float, optional
@@ -57,11 +70,14 @@ def cp(
         Modes whose factors of ``init`` are kept.
     nonnegative : bool or collection of int
         Whether no factor may have negative elements, or the modes whose factors may not. Negative elements of the
-        tensor are allowed and fitted as closely as such factors can; the bound counts what they cost. The iteration is
-        then TensorLy's HALS on the host, without a callback.
+        tensor are allowed and fitted as closely as such factors can; the bound counts what they cost.
+    symmetric : bool
+        Whether all factors are to be the same array, for a real tensor that is symmetric up to rounding; its weights
+        may be negative. By L-BFGS in double precision on the host, from three starts by default; without ``mask``,
+        ``weights``, ``fixed``, ``nonnegative`` or a given start.
     starts : int, optional
         Number of starts, the first by ``init`` and the others random; the best result is returned. By default 1, but 3
-        from ``"svd"`` of a tensor of up to 2^14 elements, if ``max_iterations`` is above 10.
+        from ``"svd"`` of a tensor of up to 2^14 elements, if ``max_iterations`` is above 10 without ``nonnegative``.
     random_state : int or Generator, optional
         Seed of random numbers.
     tol : float
@@ -71,6 +87,10 @@ def cp(
     callback : callable, optional
         Called with the number of each sweep or step, counted through all starts, and the least relative error so far;
         stops the iteration, and all that would follow, if it returns True.
+    memory : int
+        Bytes that a block may have, for a ``numpy.memmap`` or an array of dask that has more in double precision; mask
+        and weights may be such arrays, too. The tensor is then compressed in three passes, the start is found in
+        memory, and each sweep, of ALS without Gauss-Newton, reads the tensor once a mode; the result is of NumPy.
 
     Returns
     -------
@@ -96,7 +116,13 @@ def cp(
 
     With ``mask`` or ``weights``, all arrays are fitted to the known elements: some sweeps of least squares from several
     starts, then damped Gauss-Newton if the problem is small enough for its equations. ``error`` is that of the known
-    elements; ``callback`` is given the least one so far, after each step of Gauss-Newton or each sweep to the end.
+    elements; ``callback`` is given the least one so far, after each step of Gauss-Newton or each sweep to the end. With
+    ``nonnegative``, too, there are only sweeps.
+
+    Nonnegative factors are fitted column by column (hierarchical ALS: Gillis & Glineur, 2012) with extrapolation (Ang
+    et al., 2021), in double precision on the host. So are the factors of a sparse tensor, by sweeps alone from one
+    start by default, and the result is of NumPy: with n stored elements, a sweep takes ``M² n r`` multiply-adds and
+    ``n r`` numbers. A sparse tensor of up to 2^14 elements is formed; the error of a larger one is exact to 1e-8.
 
     If 30 sweeps have not converged, their error is below 0.3, and the tensor is small, there may be an exact answer:
     damped Gauss-Newton continues from there and from other starts, each step at the cost of solving for all factors at
@@ -116,7 +142,10 @@ def cp(
     >>> all((factor >= 0.0).all() for factor in counts.factors), counts.outcome.method
     (True, 'non-negative HALS')
     """
-    request = _requests.requested(tensor, rank, max_error, mask=mask, weights=weights, random_state=random_state)
+    request = _requests.requested(
+        tensor, rank, max_error, mask=mask, weights=weights, random_state=random_state, sparse=True,
+        memory=_requests.integer_of("memory", memory, 1),
+    )  # fmt: skip
     request.refuse_trace("cp()", "use tensor_train(), or tucker(max_iterations=0)")
     held = _requests.kept_modes(request, init, fixed, CPTensor, "CPTensor(None, factors)")
     if len(held) == len(request.shape):
@@ -124,9 +153,17 @@ def cp(
     limits = limits_of(tol, max_iterations)
     if starts is not None:
         starts = _requests.integer_of("starts", starts, 1, 1 << 20)
-    modes = constrained_modes(nonnegative, request, callback)
-    if len(request.shape) == 2 and request.observed is None and not modes and not held:
+    modes = constrained_modes(nonnegative, request)
+    whole = not request.sparse and not request.blocks
+    if len(request.shape) == 2 and request.observed is None and not modes and not held and whole:
         request = request.kept()
+    symmetric = symmetric and len(request.shape) > 1
+    if symmetric:
+        if request.observed is not None or modes or not isinstance(init, str) or mask is not None:
+            raise ConfigError("symmetric= goes without mask, weights, nonnegative, fixed and a given start: omit these")
+        cubic = _cubic(request)
+    gaps = request.blocks and (mask is not None or weights is not None)
+    observed = _ObservedBlocks(request.tensor, mask, weights) if gaps else None
 
     def result_of(arrays: Mapping[str, Array]) -> CPTensor:
         factors = [arrays[f"factor{mode}"] for mode in range(len(request.shape))]
@@ -135,13 +172,27 @@ def cp(
 
     def fitted(rank: int) -> CPTensor:
         start = init if isinstance(init, str) else _factors(init, rank, held)
-        if request.observed is not None:
-            _requests.refuse_observed(nonnegative)
+        if not isinstance(start, str):
+            for mode in sorted(modes):
+                not_negative(request.backend, start[mode], f"factor {mode} of init")
+        if symmetric:
+            fit = _fitted_symmetric(request, cubic, rank, str(init), starts or _STARTS, Iteration(limits, callback))
+        elif observed is not None:
+            if held or request.max_error is not None:
+                raise ConfigError("mask= and weights= need rank=, and all factors free: leave fixed and max_error out")
+            fit = _completed_in_blocks(request, observed, rank, start, Iteration(limits, callback), modes)
+        elif request.observed is not None:
             named = None if isinstance(start, str) else {f"factor{mode}": factor for mode, factor in enumerate(start)}
-            split, most_starts = CP(request.shape, rank), max(starts or 1, _requests.STARTS)
-            fit = _requests.completed(request, split, limits, callback, starts=most_starts, start=named, fixed=held)
-        elif modes:
-            fit = fit_nonnegative_cp(request, rank, modes, start, held, starts or 1, limits)
+            fit = _requests.completed(
+                request, CP(request.shape, rank), limits, callback, starts=max(starts or 1, _requests.STARTS),
+                start=named, fixed=held, nonnegative=[f"factor{mode}" for mode in modes],
+            )  # fmt: skip
+            if len(modes) == len(request.shape):
+                fit = fit._replace(bound=least_error(request))
+        elif request.blocks:
+            fit = _in_blocks(request, rank, start, starts, Iteration(limits, callback), held, modes)
+        elif modes or request.sparse:
+            fit = _by_products(request, rank, start, starts or 1, Iteration(limits, callback), held, modes)
         else:
             steps = Iteration(limits, callback)
             fit = fit_cp(request.algebra(), request.tensor, rank, steps, init=start, fixed=held, starts=starts)
@@ -172,3 +223,336 @@ def _factors(init: CPTensor, rank: int, held: Collection[int]) -> list[Array]:
         free = next((mode for mode in range(len(factors)) if mode not in held), 0)
         factors[free] = factors[free] * init.weights
     return factors
+
+
+# -- Sparse tensors, and factors without negative elements -------------------------------------------------------------
+
+
+# Standard deviation of the noise on singular vectors that an iteration starts from.
+_MOVED = 0.01
+
+
+def _by_products(
+    request: Request,
+    rank: int,
+    start: str | list[Array],
+    starts: int,
+    steps: Iteration,
+    fixed: Collection[int],
+    nonnegative: Collection[int],
+) -> Fit:
+    """Return the best fit from several starts; a matrix that is sparse has its SVD."""
+    backend, shape, algebra = request.backend, request.shape, request.algebra()
+    if len(shape) == 1:
+        column = backend.reshape(request.tensor, (-1, 1))
+        return Fit({"factor0": backend.where(column > 0.0, column, column * 0.0)}, True, 0, "exact")
+    bound = least_error(request) if len(nonnegative) == len(shape) else 0.0
+    if request.norm == 0.0 or (bound >= NO_POSITIVE and not fixed):
+        zeros = {f"factor{mode}": algebra.zeros((size, rank)) for mode, size in enumerate(shape)}
+        return Fit(zeros, True, 0, "zero")
+    if request.sparse:
+        if len(shape) == 2 and not fixed and not nonnegative:
+            u, s, vh = request.tensor.matrix_triplets(rank, request.seed)
+            return Fit(algebra.arrays({"weights": s, "factor0": u, "factor1": vh.T}), False, 0, "SVD")
+        tensor, shift = _of_sparse(request.tensor), 0
+    else:
+        host = double_on_host(backend, request.tensor)
+        shift = exponent_of(host)
+        tensor = _of_dense(np.ldexp(host, -shift))
+    # One of the factors that change has the scale of the tensor.
+    free = next(mode for mode in range(len(shape)) if mode not in fixed)
+
+    def leading(mode: int) -> np.ndarray:
+        if request.sparse:
+            return np.asarray(request.tensor.left(mode, min(rank, shape[mode]), request.seed))
+        return double_on_host(backend, algebra.left(unfolded(backend, request.tensor, mode), rank)[0])
+
+    begun = _starts(request, rank, start, starts, fixed, nonnegative, leading)
+    scaled = ([np.ldexp(x, -shift) if shift and m == free else x for m, x in enumerate(each)] for each in begun)
+    fit = fit_cp_by_products(tensor, scaled, steps, fixed=fixed, nonnegative=nonnegative)
+    arrays = {n: np.ldexp(x, shift) if shift and n == f"factor{free}" else x for n, x in fit.arrays.items()}
+    kept = {f"factor{mode}": start[mode] for mode in fixed}
+    return fit._replace(arrays=algebra.arrays(arrays) | kept, bound=bound)
+
+
+def _of_dense(tensor: np.ndarray) -> Products:
+    def distance(factors: Sequence[np.ndarray]) -> float:
+        return float(np.linalg.norm(tensor - cp_to_tensor((None, factors))))
+
+    norm = float(np.linalg.norm(tensor))
+    return Products(tensor.shape, norm, lambda factors, mode: khatri_rao_product(tensor, mode, factors), distance)
+
+
+def _of_sparse(tensor: SparseTensor) -> Products:
+    def distance(factors: Sequence[np.ndarray]) -> float:
+        result = CPTensor(None, factors)
+        return tensor.distance(result.entries, float(result.norm()), result.to_tensor)
+
+    return Products(tensor.shape, tensor.norm, tensor.product, distance)
+
+
+def _starts(
+    request: Request,
+    rank: int,
+    start: str | list[Array],
+    count: int,
+    fixed: Collection[int],
+    nonnegative: Collection[int],
+    leading: Callable[[int], np.ndarray],
+) -> Iterator[list[np.ndarray]]:
+    """Yield the factors of each start, the first by ``start`` and the others random; ``leading`` returns leading left
+    singular vectors of an unfolding.
+    """
+    backend, rng = request.backend, np.random.default_rng(request.seed)
+    dtype = "complex128" if backend.is_complex(request.tensor) else "float64"
+    for number in range(count):
+        factors = []
+        for mode, size in enumerate(request.shape):
+            if not isinstance(start, str) and (not number or mode in fixed):
+                factor = double_on_host(backend, start[mode])
+            elif number or start == "random":
+                factor = normal(rng, (size, rank), dtype)
+            else:
+                columns = leading(mode)[:, :rank]
+                factor = normal(rng, (size, rank), dtype) * (_MOVED / math.sqrt(size))
+                factor[:, : columns.shape[1]] += columns
+                factor[:, columns.shape[1] :] *= 1.0 / _MOVED
+            factors.append(abs(factor) if mode in nonnegative else factor)
+        yield factors
+
+
+# -- Symmetric tensors: one factor for all modes -----------------------------------------------------------------------
+
+# Kolda, "Numerical optimization for symmetric tensor decomposition" (Math. Program. 151, 2015). The weights are the
+# best ones for the factor, so that its gradient is that of the error with these weights held.
+
+
+# Starts by default.
+_STARTS = 3
+# The norm of a difference that is rounding, in units of epsilon relative to the tensor; and a ridge for the weights.
+_ALIKE, _RIDGE = 64.0, 1e-14
+# Single steps may gain little; what this many gain says whether it has converged.
+_STEPS = 10
+
+
+def _cubic(request: Request) -> np.ndarray:
+    """Return a symmetric tensor on the host, in double precision."""
+    if request.sparse or request.blocks or request.backend.is_complex(request.tensor):
+        raise ConfigError("symmetric= needs a real tensor in memory: pass x.toarray(), np.asarray(x) or parts")
+    request.refuse_recorded("with symmetric=, the tensor", request.source)
+    host, most = double_on_host(request.backend, request.tensor), _ALIKE * request.algebra().eps * request.norm
+    alike = len(set(request.shape)) == 1
+    for mode in range(len(request.shape) - 1):
+        alike = alike and float(np.linalg.norm(host - np.swapaxes(host, mode, mode + 1))) <= most
+    if not alike:
+        raise ShapeError(
+            f"the tensor of shape {request.shape} is not symmetric: symmetric= needs equal sizes, and the same element "
+            "for any order of its indices; take the mean over all orders of the modes"
+        )
+    return host
+
+
+def _fitted_symmetric(request: Request, tensor: np.ndarray, rank: int, init: str, starts: int, steps: Iteration) -> Fit:
+    """Return the best of several fits, with weights in descending order of magnitude."""
+    from scipy.optimize import minimize
+
+    order, size, rng = tensor.ndim, len(tensor), np.random.default_rng(request.seed)
+    names = [f"factor{mode}" for mode in range(order)]
+
+    def named(weights: np.ndarray, factor: np.ndarray) -> dict[str, Array]:
+        sort = np.argsort(-abs(weights), kind="stable")
+        arrays = request.algebra().arrays({"weights": weights[sort], "factor": factor[:, sort]})
+        return {"weights": arrays["weights"]} | dict.fromkeys(names, arrays["factor"])
+
+    if order == 2 or not request.norm:
+        values, vectors = np.linalg.eigh(tensor.reshape(size, -1)[:, :size])
+        first = np.argsort(-abs(values), kind="stable")[:rank]
+        return Fit(named(values[first], vectors[:, first]), True, 0, "eigenvectors", error=0.0)
+    shift = exponent_of(tensor)
+    tensor = np.ldexp(tensor, -shift)
+    norm = float(np.linalg.norm(tensor))
+
+    def unit(flat: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        factor = flat.reshape(size, rank)
+        lengths = np.linalg.norm(factor, axis=0)
+        return factor / lengths, lengths
+
+    def solved(factor: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
+        """Return the best weights, the products of the tensor with all columns but one, and half the squared error."""
+        inner, products = factor.T @ factor, khatri_rao_product(tensor, 0, [factor] * order)
+        gram, right = inner**order, np.sum(products * factor, axis=0)
+        weights = np.linalg.solve(gram + _RIDGE * np.eye(rank), right)
+        return weights, products, 0.5 * float(norm**2 - 2.0 * weights @ right + weights @ gram @ weights)
+
+    def value(flat: np.ndarray) -> tuple[float, np.ndarray]:
+        factor, lengths = unit(flat)
+        weights, products, half = solved(factor)
+        slope = order * weights * (factor @ ((factor.T @ factor) ** (order - 1) * weights[:, None]) - products)
+        slope = (slope - factor * np.sum(slope * factor, axis=0)) / lengths
+        return half / norm**2, slope.reshape(-1) / norm**2
+
+    def stop(intermediate_result: Any) -> None:
+        errors.append(math.sqrt(max(0.0, 2.0 * intermediate_result.fun)))
+        if not steps.note(errors[-1]):
+            if len(errors) > _STEPS and steps.limits.converged(errors[-_STEPS - 1], errors[-1]):
+                steps.stopped = "converged"
+            elif len(errors) == steps.limits.iterations:
+                steps.stopped = "max_iterations"
+        if steps.stopped:
+            raise StopIteration
+
+    best, best_error, stopped = np.zeros((size, rank)), math.inf, ""
+    for number in range(starts):
+        factor = rng.standard_normal((size, rank))
+        if not number and init == "svd":
+            leading = np.linalg.svd(tensor.reshape(size, -1), full_matrices=False)[0][:, :rank]
+            factor[:, : leading.shape[1]] = leading + _MOVED * factor[:, : leading.shape[1]]
+        steps.begin()
+        errors = list[float]()
+        found = minimize(
+            value, factor.reshape(-1), jac=True, method="L-BFGS-B", callback=stop,
+            options={"maxiter": steps.limits.iterations, "ftol": 0.0, "gtol": 0.0, "maxcor": 20},
+        )  # fmt: skip
+        if found.fun < best_error:
+            best, best_error, stopped = unit(found.x)[0], float(found.fun), steps.stopped or "converged"
+        if steps.stopped == "callback":
+            break
+    arrays = named(np.ldexp(solved(best)[0], shift), best)
+    return steps.fit(arrays, "L-BFGS", math.sqrt(max(0.0, 2.0 * best_error)))._replace(stopped=stopped)
+
+
+# -- Tensors that are read block by block ------------------------------------------------------------------------------
+
+
+# Least number of elements of a piece.
+_PIECE = 1 << 10
+
+
+def _in_blocks(
+    request: Request,
+    rank: int,
+    start: str | list[Array],
+    starts: int | None,
+    steps: Iteration,
+    fixed: Collection[int],
+    nonnegative: Collection[int],
+) -> Fit:
+    """Fit the tensor that three passes compress it to, and go on with sweeps over the blocks from there."""
+    passes: BlockPasses = request.tensor
+    small = compressed(passes, [min(d, 2 * rank + OVERSAMPLED) for d in passes.shape], None, request.seed)
+    zeros = {f"factor{mode}": np.zeros((size, rank), passes.wide) for mode, size in enumerate(passes.shape)}
+    if not small.norm:
+        return Fit(request.algebra().arrays(zeros), True, 0, "zero", error=0.0)
+    core, bases = small.core, small.factors
+    inside = Iteration(steps.limits)
+    if isinstance(start, str) and not nonnegative:
+        inner = fit_cp(Algebra(request.backend, core, seed=request.seed), core, rank, inside, init=start, starts=starts)
+        factors = [inner.arrays[f"factor{mode}"] for mode in range(core.ndim)]
+        if "weights" in inner.arrays and not fixed:  # of a matrix, whose SVD sweeps would not keep
+            error = math.hypot(
+                small.lost, float(np.linalg.norm(core - cp_to_tensor((inner.arrays["weights"], factors))))
+            )
+            turned = {
+                f"factor{mode}": basis @ factor for mode, (basis, factor) in enumerate(zip(bases, factors, strict=True))
+            }
+            arrays = request.algebra().arrays({"weights": inner.arrays["weights"]} | turned)
+            return Fit(arrays, False, 0, "compressed in blocks, SVD", error=error / small.norm)
+        factors[0] = factors[0] * inner.arrays.get("weights", 1.0)
+        begun = [basis @ factor for basis, factor in zip(bases, factors, strict=True)]
+        if begun[0].shape[1] < rank:  # of no more use
+            begun = [np.pad(factor, ((0, 0), (0, rank - factor.shape[1]))) for factor in begun]
+    else:
+
+        def product(factors: Sequence[np.ndarray], mode: int) -> np.ndarray:
+            projected = [basis.T @ factor for basis, factor in zip(bases, factors, strict=True)]
+            return np.asarray(bases[mode] @ khatri_rao_product(core, mode, projected))
+
+        def distance(factors: Sequence[np.ndarray]) -> float:
+            made = CPTensor(None, [basis.conj().T @ factor for basis, factor in zip(bases, factors, strict=True)])
+            outside = float(CPTensor(None, list(factors)).norm()) ** 2 - float(made.norm()) ** 2
+            return math.hypot(float(np.linalg.norm(core - made.to_tensor())), math.sqrt(max(0.0, outside)))
+
+        tensor = Products(passes.shape, float(np.linalg.norm(core)), product, distance)
+        each = _starts(request, rank, start, starts or 1, fixed, nonnegative, lambda mode: bases[mode])
+        fitted = fit_cp_by_products(tensor, each, inside, fixed=fixed, nonnegative=nonnegative).arrays
+        begun = [fitted[f"factor{mode}"] for mode in range(core.ndim)]
+    whole = Products(
+        passes.shape, small.norm, lambda factors, mode: passes.sketches({mode: factors})[0][mode],
+        lambda factors: passes.distance(None, factors),
+    )  # fmt: skip
+    fit = fit_cp_by_products(whole, [begun], steps, fixed=fixed, nonnegative=nonnegative)
+    kept = {f"factor{mode}": start[mode] for mode in fixed}
+    arrays = request.algebra().arrays(fit.arrays) | kept
+    return fit._replace(arrays=arrays, method=f"compressed in blocks, {fit.method}")
+
+
+class _ObservedBlocks:
+    """The observed elements of a tensor that is read block by block, checked in one pass."""
+
+    def __init__(self, passes: BlockPasses, mask: Any, weights: Any) -> None:
+        self.passes, self.mask, self.weights = passes, mask, weights
+        for what, array in (("mask", mask), ("weights", weights)):
+            if array is not None and tuple(getattr(array, "shape", ())) != passes.shape:
+                raise ShapeError(
+                    f"{what} must be an array of the tensor's shape {passes.shape}; got "
+                    f"{getattr(array, 'shape', type(array).__name__)}"
+                )
+        seen, square = [np.zeros(size, bool) for size in passes.shape], 0.0
+        for places, wanted, roots in self.pieces(passes.elements):
+            if not (np.isfinite(roots).all() and np.isfinite(wanted).all()):
+                raise ShapeError(
+                    "an observed element is NaN or infinity, or a weight is one of these or negative: mask must be "
+                    "True where an element is known, and weights finite and not negative"
+                )
+            for rows, place in zip(seen, places, strict=True):
+                rows[place] = True
+            square += float(np.linalg.norm(wanted * roots)) ** 2
+        self.norm = math.sqrt(square)
+        for mode, rows in enumerate(seen):
+            if not rows.all():
+                raise ShapeError(_requests.UNOBSERVED.format(index=int(np.argmin(rows)), mode=mode))
+
+    def pieces(self, length: int) -> Iterator[tuple[list[np.ndarray], np.ndarray, np.ndarray]]:
+        """Yield the indices of at most ``length`` observed elements, their values and the roots of their weights."""
+        for place, block in self.passes.blocks():
+            roots = np.ones(block.shape)
+            if self.weights is not None:
+                with np.errstate(invalid="ignore"):  # negative weights become NaN
+                    roots = np.sqrt(np.asarray(self.weights[place], np.float64))
+            if self.mask is not None:
+                roots = roots * np.asarray(self.mask[place], bool)
+            known, flat = np.flatnonzero(roots), block.reshape(-1)
+            for first in range(0, len(known), length):
+                some = known[first : first + length]
+                inside = np.unravel_index(some, block.shape)
+                places = [span.start + index for span, index in zip(place, inside, strict=True)]
+                yield places, flat[some], roots.reshape(-1)[some]
+
+
+def _completed_in_blocks(
+    request: Request,
+    observed: _ObservedBlocks,
+    rank: int,
+    start: str | list[Array],
+    steps: Iteration,
+    nonnegative: Collection[int],
+) -> Fit:
+    """Fit the observed elements, by sweeps from a given start or a random one."""
+    passes, split = observed.passes, CP(request.shape, rank)
+    names = [f"factor{mode}" for mode in range(len(request.shape))]
+    bounded = {names[mode] for mode in nonnegative}
+    # A piece takes some rows of length r for each of its elements; shorter ones would only take time.
+    length = max(_PIECE, passes.elements // (rank * (len(names) + 2)))
+    if not observed.norm:
+        zeros = {name: np.zeros(shape) for name, shape in split.shapes.items()}
+        return Fit(request.algebra().arrays(zeros), True, 0, "zero", error=0.0)
+    if isinstance(start, str):
+        pieces = (piece for piece in observed.pieces(length) if piece[1].any())
+        places, wanted, _ = next(pieces)
+        elements, rng = completion.ObservedElements([split], [[""]], [places]), np.random.RandomState(request.seed)
+        begun = completion.random_start(elements, rng, float(np.linalg.norm(wanted)), passes.wide, bounded)
+    else:
+        begun = {name: double_on_host(request.backend, factor) for name, factor in zip(names, start, strict=True)}
+    fit = completion.sweeps_in_blocks(split, lambda: observed.pieces(length), begun, steps, observed.norm, bounded)
+    kind = "nonnegative least squares" if bounded else "least squares"
+    return fit._replace(arrays=request.algebra().arrays(fit.arrays), method=f"{kind} on observed elements in blocks")

@@ -16,7 +16,7 @@ from tnadapt.algebra.products import cp_to_tensor, hadamard_tensor, kronecker_te
 from tnadapt.argument_checks import checks_arguments
 from tnadapt.backends import Array, Backend, get_backend, load_backend
 from tnadapt.decomposition.fits import OPEN, Contraction, Fit, FitOutcome, holds, smallest_within
-from tnadapt.decomposition.linear_algebra import epsilon_of, norm_of, with_value
+from tnadapt.decomposition.linear_algebra import norm_of, with_value
 from tnadapt.errors import BackendError, ConfigError, ShapeError, safe_repr
 
 from ._matrix_products import mode_dot, row_khatri_rao, unfold
@@ -515,7 +515,7 @@ def finished(
     result = result_of(fit.arrays)
     if not request.concrete:
         return result
-    rounding = 64.0 * epsilon_of(request.backend, request.tensor)
+    rounding = 64.0 * request.algebra().eps
     certain, factor, bound, optimal = fit.factor <= 1.0, fit.factor, fit.bound, fit.optimal
 
     def optimum(error: float) -> tuple[float, bool]:
@@ -530,7 +530,7 @@ def finished(
         copied: D = tuple.__new__(type(result), _copied(result))  # type: ignore[type-var]
         error = functools.partial(error_of, request, copied)
     else:
-        error = error_of(request, result)
+        error = fit.error if request.blocks else error_of(request, result)
     outcome = FitOutcome.computed_later(
         optimum, error=error, stopped=fit.stopped, history=fit.history, method=fit.method
     )
@@ -542,8 +542,11 @@ def finished(
 def error_of(request: Request, result: Decomposed) -> float:
     """Relative Frobenius error of a decomposition, from its tensor."""
     backend = request.backend
-    left = request.weighted(request.tensor - backend.reshape(result.to_tensor(), request.shape))
-    residual = norm_of(backend, left)
+    if request.sparse:
+        residual = request.tensor.distance(result.entries, float(result.norm()), result.to_tensor)
+    else:
+        left = request.weighted(request.tensor - backend.reshape(result.to_tensor(), request.shape))
+        residual = norm_of(backend, left)
     return residual / request.norm if request.norm else float(residual > 0.0)
 
 

@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 
 from tnadapt.algebra.formats import Format
-from tnadapt.backends import Array, Backend, get_backend
+from tnadapt.backends import Array, Backend, get_backend, load_backend
 from tnadapt.decomposition import completion
+from tnadapt.decomposition.block_passes import BlockPasses, result_dtype
 from tnadapt.decomposition.fits import Callback, Fit, Iteration, Limits
 from tnadapt.decomposition.linear_algebra import SVD_METHODS, Algebra, norm_of, refuse_trace
+from tnadapt.decomposition.sparse_tensor import SparseTensor, sparse_tensor
 from tnadapt.errors import BackendError, ConfigError, ShapeError, safe_repr
 
 # -- Tensors, modes and numbers ----------------------------------------------------------------------------------------
@@ -64,8 +66,10 @@ def as_tensor(given: Any, what: str = "the tensor") -> tuple[Backend, Array]:
         raise BackendError(f"{what} is a masked array: give its data, and mask=~array.mask to a decomposition")
     if type(given).__module__.partition(".")[0] == "dask":
         raise BackendError(
-            f"{what} is a dask array, which tucker() and tensor_train() read in blocks; elsewhere pass x.compute()"
+            f"{what} is a dask array: cp(), tucker() and tensor_train() read it in blocks, elsewhere pass x.compute()"
         )
+    if sparse_tensor(given) is not None:
+        raise BackendError(f"{what} is sparse, which only cp() and tucker() take: pass x.toarray() or x.todense()")
     backend = get_backend(given, what=what)
     return backend, numeric(backend, given, what)
 
@@ -173,6 +177,16 @@ def scalar_of(value: Any) -> Any:
     if isinstance(value, (np.number, np.ndarray)) and value.ndim == 0:
         value = value.item()
     return value if isinstance(value, (int, float, complex)) or getattr(value, "shape", None) == () else None
+
+
+def exponent_of(tensor: np.ndarray) -> int:
+    """Return the power of two to divide a tensor by, so that nothing overflows and absolute thresholds suit it."""
+    return math.frexp(float(np.max(np.abs(tensor))))[1]
+
+
+def scaled_by(host: np.ndarray, exponent: int) -> np.ndarray:
+    """Multiply an array in double precision, real or complex, by a power of two."""
+    return np.ldexp(np.ascontiguousarray(host).view(np.float64), exponent).view(host.dtype)
 
 
 # -- Ranks and errors --------------------------------------------------------------------------------------------------
@@ -283,6 +297,13 @@ def ring_ranks(ranks: Sequence[int], shape: Sequence[int]) -> list[int]:
 
 # For larger tensors the error is computed at once: no copy is held until it is read.
 _COPIED = 1 << 24
+# Sparse tensors of up to this many elements, and vectors, are formed: they cost nothing.
+_FORMED = 1 << 14
+#: What an error says of an index without an observed element.
+UNOBSERVED = (
+    "index {index} of mode {mode} has no observed element, so that its row of a factor cannot be found: remove it from "
+    "the tensor"
+)
 #: Bytes of a block of a tensor that is not in memory, in double precision, unless told otherwise.
 BLOCK = 1 << 27
 
@@ -294,7 +315,7 @@ class Request:
     Attributes
     ----------
     backend : Backend
-    tensor : array
+    tensor : array, SparseTensor or BlockPasses
         Zero where it is not observed.
     observed : array or None
         Square roots of the weights of the elements, zero for those that are not observed; None if all count equally.
@@ -322,6 +343,23 @@ class Request:
         return tuple(map(int, self.tensor.shape))
 
     @property
+    def sparse(self) -> bool:
+        """Whether only the elements that are not zero are held."""
+        return isinstance(self.tensor, SparseTensor)
+
+    @property
+    def blocks(self) -> bool:
+        """Whether the tensor is read block by block."""
+        return isinstance(self.tensor, BlockPasses)
+
+    @property
+    def like(self) -> Array:
+        """An array of the library, dtype and device of results."""
+        if self.blocks:
+            return np.zeros(1, result_dtype(self.tensor))
+        return np.zeros(1, self.tensor.dtype) if self.sparse else self.tensor
+
+    @property
     def concrete(self) -> bool:
         """Whether the values are known: not inside a trace."""
         return self.backend.is_concrete(self.tensor)
@@ -329,7 +367,8 @@ class Request:
     @functools.cached_property
     def norm(self) -> float:
         """Frobenius norm of the tensor in float64; of the observed elements."""
-        return norm_of(self.backend, self.weighted(self.tensor))
+        known = self.sparse or self.blocks
+        return float(self.tensor.norm) if known else norm_of(self.backend, self.weighted(self.tensor))
 
     @property
     def loss(self) -> float:
@@ -355,7 +394,7 @@ class Request:
         """Return the linear algebra of matrices like the tensor."""
         if svd not in SVD_METHODS:
             raise ConfigError(f"svd must be one of {', '.join(SVD_METHODS)}; got {safe_repr(svd)}")
-        return Algebra(self.backend, self.tensor, svd, self.seed, settled=self.settled)
+        return Algebra(self.backend, self.like, svd, self.seed, settled=self.settled)
 
     def normal(self, rng: np.random.Generator, shape: Sequence[int]) -> Array:
         """Return normal numbers in the tensor's library, dtype and device."""
@@ -377,8 +416,11 @@ def requested(
     random_state: Any = None,
     least_order: int = 1,
     what: str = "rank",
+    sparse: bool = False,
+    memory: int | None = None,
 ) -> Request:
-    """Check what a decomposition is asked.
+    """Check what a decomposition is asked; ``sparse`` says whether it takes sparse tensors, and ``memory`` how many
+    bytes a block may have, if it takes tensors that are not in memory. Their mask and weights are not looked at.
 
     Raises
     ------
@@ -390,6 +432,22 @@ def requested(
     ConfigError
         If the random state is something else than an integer.
     """
+    if sparse and (nonzero := sparse_tensor(tensor)) is not None:
+        if mask is not None or weights is not None:
+            raise ConfigError("the zeros of a sparse tensor are values, not missing: leave mask and weights out")
+        if len(nonzero.shape) > 1 and math.prod(nonzero.shape) > _FORMED:
+            one_of(what, rank, max_error)
+            limit = None if max_error is None else error_limit(max_error)
+            return Request(load_backend("numpy"), nonzero, None, limit, seed_of(random_state))
+        tensor = nonzero.dense()
+    if memory is not None and not in_memory(tensor):
+        passes = BlockPasses(tensor, memory)
+        if math.prod(passes.shape) > passes.elements:
+            one_of(what, rank, max_error)
+            limit = None if max_error is None else error_limit(max_error)
+            return Request(load_backend("numpy"), passes, None, limit, seed_of(random_state))
+        tensor = np.asarray(tensor)
+        mask, weights = (None if array is None else np.asarray(array) for array in (mask, weights))
     backend, tensor = as_tensor(tensor)
     if len(tensor.shape) < least_order:
         raise ShapeError(f"the tensor has shape {tuple(tensor.shape)}; expected at least {least_order} modes")
@@ -415,14 +473,14 @@ def requested(
 def in_memory(tensor: Any) -> bool:
     """Return whether a tensor is in memory, and not read in blocks."""
     dask = type(tensor).__module__.partition(".")[0] == "dask" and hasattr(tensor, "chunks")
-    return not dask and not isinstance(tensor, np.memmap)
+    return not dask and (not isinstance(tensor, np.memmap) or tensor.ndim < 2)
 
 
 def kept_modes(request: Request, init: Any, fixed: Collection[int], form: type[Any], call: str) -> set[int]:
     """Check what an iteration starts from: a name, or a result of a form. Return the modes whose arrays are kept."""
     held = {mode_of(mode, request.shape, "a mode in fixed") for mode in fixed}
     if isinstance(init, form):
-        get_backend(init.arrays[-1], request.tensor)
+        get_backend(init.arrays[-1], request.like)
         if init.shape != request.shape:
             raise ShapeError(f"init has shape {init.shape}; expected the tensor's, {request.shape}")
         request.refuse_recorded("init", *init.arrays)
@@ -484,10 +542,7 @@ def _observed(backend: Backend, tensor: Array, mask: Any, weights: Any) -> tuple
     if not roots.any():
         raise ShapeError("mask and weights leave no element: nothing is known of the tensor")
     if missing := completion.unobserved(roots > 0.0):
-        raise ShapeError(
-            f"index {missing[1]} of mode {missing[0]} has no observed element, so that its row of a factor cannot be "
-            "found: remove it from the tensor"
-        )
+        raise ShapeError(UNOBSERVED.format(mode=missing[0], index=missing[1]))
     # A missing element may be NaN, which no product with zero removes.
     known = backend.constant(roots > 0.0, backend.device(tensor))
     filled = backend.where(known, tensor, backend.zeros(shape, like=tensor))
@@ -505,7 +560,10 @@ def _host(given: Any, what: str, shape: tuple[int, ...]) -> np.ndarray:
     if isinstance(given, (list, tuple, np.ndarray)):
         array = from_lists(given, f"{what} is")
     else:
-        array = get_backend(given, what=what).to_numpy(given)
+        backend = get_backend(given, what=what)
+        if backend.is_concrete(given) and backend.differentiates(given):
+            raise BackendError(f"{what} is not differentiated: detach it first, as in {what}.detach()")
+        array = backend.to_numpy(given)
     if array.shape != shape or array.dtype.kind not in "biuf":
         raise ShapeError(
             f"{what} must be numbers of the tensor's shape {shape}; got {array.dtype} of shape {array.shape}"
@@ -522,12 +580,6 @@ STARTS = 8
 _SWEEPS = 5
 
 
-def refuse_observed(nonnegative: Any) -> None:
-    """Raise a ConfigError if what is fitted to observed elements is to be nonnegative."""
-    if nonnegative is not False and nonnegative not in ((), frozenset(), None):
-        raise ConfigError("nonnegative= does not go with mask= or weights=: leave one of them out")
-
-
 def completed(
     request: Request,
     split: Format,
@@ -537,6 +589,7 @@ def completed(
     starts: int = STARTS,
     start: Mapping[str, Array] | None = None,
     fixed: Any = (),
+    nonnegative: Collection[str] = (),
 ) -> Fit:
     """Fit a format to the observed elements of a tensor; the arrays are in the tensor's library.
 
@@ -555,6 +608,8 @@ def completed(
         Initial arrays, by the names of the result.
     fixed : collection
         What the caller was asked to keep.
+    nonnegative : collection of str
+        Arrays without negative elements.
 
     Raises
     ------
@@ -582,20 +637,25 @@ def completed(
             yield {name: backend.to_numpy(array) for name, array in start.items()}
         for _ in range(starts if small else start is None):
             dtype = np.result_type(wanted.dtype, np.float64)
-            yield completion.random_start(elements, rng, float(np.linalg.norm(wanted)), dtype)
+            yield completion.random_start(elements, rng, float(np.linalg.norm(wanted)), dtype, nonnegative)
 
     def swept(start: Mapping[str, np.ndarray], steps: Iteration) -> Fit:
-        return completion.sweeps_on_observed(elements, wanted, start, steps, roots)
+        return completion.sweeps_on_observed(elements, wanted, start, steps, roots, nonnegative)
 
+    few = limits._replace(iterations=min(limits.iterations, _SWEEPS))
     if not np.linalg.norm(wanted * roots):
         zeros = {name: np.zeros(shape, wanted.dtype) for name, shape in elements.shapes.items()}
         fit = Fit(zeros, True, 0, "zero", error=0.0)
+    elif nonnegative:
+        # Gauss-Newton would leave the bounds.
+        best = min((swept(each, Iteration(few)) for each in begun()), key=lambda fit: fit.error)
+        fit = swept(best.arrays, Iteration(limits, callback))
     elif small:
-        few = limits._replace(iterations=min(limits.iterations, _SWEEPS))
         all_swept = (swept(each, Iteration(few)).arrays for each in begun())
         watch = callback or (lambda *_: None)
         fit = completion.fit_observed(elements, wanted, all_swept, limits, roots=roots, watch=watch)
     else:
         fit = swept(next(begun()), Iteration(limits, callback))
     arrays = request.algebra().arrays(fit.arrays)
-    return fit._replace(arrays=arrays, method="least squares on the observed elements")
+    kind = "nonnegative least squares" if nonnegative else "least squares"
+    return fit._replace(arrays=arrays, method=f"{kind} on the observed elements")

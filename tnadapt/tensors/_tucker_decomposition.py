@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from tnadapt.errors import ConfigError, ShapeError, safe_repr
 
 from . import _requests
 from ._decomposed import TuckerTensor, finished
-from ._nonnegative import constrained_modes, fit_nonnegative_tucker
+from ._nonnegative import constrained_modes, fit_nonnegative_tucker, least_error, not_negative
 from ._requests import Request
 
 
@@ -44,10 +45,10 @@ def tucker(
     Parameters
     ----------
     tensor : array, shape (d_1, …, d_M)
-        Real or complex. Lists and integers are converted.
+        Real or complex. Lists and integers are converted. Or sparse, as for :func:`cp`, by ranks only.
     rank : int or sequence of int, optional
         The rank of each mode, or the largest rank of all modes. A rank equal to the size of its mode leaves that mode
-        as it is, up to a rotation.
+        as it is, up to a rotation; others may not exceed the size, or the number of columns of the mode's unfolding.
     max_error : float, optional
         Relative Frobenius error that is allowed, instead of ranks. The parameters are about the fewest that the HOSVD
         needs for it, or fewer by what the iteration gains.
@@ -62,7 +63,8 @@ def tucker(
     nonnegative : bool
         Whether neither the core nor a factor may have negative elements; the factors are then not orthonormal. Negative
         elements of the tensor are allowed; the bound counts what they cost. The iteration is then TensorLy's HALS on
-        the host, by ranks only, without ``fixed`` and without a callback.
+        the host, by ranks only, without ``fixed`` and without a callback; with ``mask`` or ``weights``, sweeps over the
+        known elements.
     svd : {"auto", "full", "randomized"}
         How to compute leading singular vectors.
     random_state : int or Generator, optional
@@ -97,7 +99,8 @@ def tucker(
     Sequentially truncated HOSVD (Vannieuwenhoven et al., 2012), then HOOI (De Lathauwer et al., 2000). The error is at
     most √M times the least one, and a lower bound is reported. With ``rank``, it is differentiable once it has
     converged: use ``tol=1e-10`` and, for example, ``max_iterations=2000`` in float64. A sweep costs
-    ``prod(d) * max(r)`` multiply-adds for each mode.
+    ``prod(d) * max(r)`` multiply-adds for each mode; of a sparse tensor with n stored elements, ``n prod(r) / r_m`` for
+    mode m.
 
     With ``mask`` or ``weights``, all arrays are fitted to the known elements: some sweeps of least squares from several
     starts, then damped Gauss-Newton if the problem is small enough for its equations. ``error`` is that of the known
@@ -125,17 +128,22 @@ def tucker(
             raise ConfigError("nonnegative= needs the tensor in memory: pass np.asarray(tensor)")
         settings = {"svd": svd, "tol": tol, "max_iterations": max_iterations, "callback": callback}
         return _from_blocks(tensor, block, rank, max_error, _requests.seed_of(random_state), settings)
-    request = _requests.requested(tensor, rank, max_error, mask=mask, weights=weights, random_state=random_state)
+    request = _requests.requested(
+        tensor, rank, max_error, mask=mask, weights=weights, random_state=random_state, sparse=True
+    )
     held = _requests.kept_modes(request, init, fixed, TuckerTensor, "TuckerTensor(core, factors)")
     limits = limits_of(tol, max_iterations, 0)
-    ranks = None if rank is None else _ranks(rank, request.shape)
-    if request.observed is not None:
-        _requests.refuse_observed(nonnegative)
-        return finished(request, _completed(request, ranks, init, held, limits, callback), _orthogonal)
+    ranks = None if rank is None else _ranks(rank, request.shape, bounded=nonnegative is False)
     if nonnegative is not False:
         _refuse(nonnegative, request, ranks, held, callback)
+    if request.observed is not None:
+        fit = _completed(request, ranks, init, held, limits, callback, nonnegative)
+        return finished(request, fit, _tucker_tensor if nonnegative else _orthogonal)
+    if nonnegative is not False:
         fit = fit_nonnegative_tucker(request, ranks or [], init, limits_of(tol, max_iterations))
         return finished(request, fit, _tucker_tensor)
+    if request.sparse and ranks is None:
+        raise ConfigError("max_error= needs all singular values, too many for a sparse tensor: give rank=")
     fit = fit_tucker(
         request.algebra(svd),
         request.tensor,
@@ -145,6 +153,8 @@ def tucker(
         init=None if isinstance(init, str) and init == "svd" else _start(request, ranks, init, held),
         fixed=held,
     )
+    if request.sparse:
+        fit = fit._replace(arrays=request.algebra().arrays(fit.arrays), closed=None)
     return finished(request, fit, _tucker_tensor, fixed={1 + mode for mode in held})
 
 
@@ -158,7 +168,13 @@ def _orthogonal(arrays: Mapping[str, Array]) -> TuckerTensor:
 
 
 def _completed(
-    request: Request, ranks: list[int] | None, init: Any, held: set[int], limits: Limits, callback: Callback | None
+    request: Request,
+    ranks: list[int] | None,
+    init: Any,
+    held: set[int],
+    limits: Limits,
+    callback: Callback | None,
+    nonnegative: bool,
 ) -> Fit:
     """Return the fit to the observed elements."""
     split = Tucker(request.shape, 1 if ranks is None else tuple(ranks))
@@ -167,8 +183,14 @@ def _completed(
         start = {"core": init.core} | {f"factor{mode}": factor for mode, factor in enumerate(init.factors)}
         if {name: tuple(array.shape) for name, array in start.items()} != split.shapes:
             raise ShapeError(f"init has ranks {init.rank}; expected {tuple(ranks or ())}")
+        if nonnegative:
+            for name, array in start.items():
+                not_negative(request.backend, array, f"{name} of init")
     limits = limits._replace(iterations=max(1, limits.iterations))
-    return _requests.completed(request, split, limits, callback, start=start, fixed=held)
+    fit = _requests.completed(
+        request, split, limits, callback, start=start, fixed=held, nonnegative=list(split.shapes) if nonnegative else ()
+    )
+    return fit._replace(bound=least_error(request)) if nonnegative else fit
 
 
 def _from_blocks(
@@ -191,13 +213,19 @@ def _from_blocks(
     return TuckerTensor(np.asarray(inner.core, dtype), factors).with_outcome(small.outcome(inner.outcome, dtype))
 
 
-def _ranks(rank: Any, shape: tuple[int, ...]) -> list[int]:
+def _ranks(rank: Any, shape: tuple[int, ...], bounded: bool = True) -> list[int]:
+    """Return a rank for each mode, where ``bounded`` says whether unfoldings have no larger one."""
     ranks = _requests.ranks_of(rank, len(shape), "modes")
     if isinstance(rank, (int, np.integer)):
         return [min(mode_rank, size) for mode_rank, size in zip(ranks, shape, strict=True)]
     for mode, (mode_rank, size) in enumerate(zip(ranks, shape, strict=True)):
         if mode_rank > size:
             raise ShapeError(f"rank {mode_rank} of mode {mode} is above its size {size}, the largest that is possible")
+        if bounded and mode_rank < size and mode_rank > (others := math.prod(shape) // size):
+            raise ShapeError(
+                f"rank {mode_rank} of mode {mode} is above {others}, the number of columns of its unfolding and the "
+                "largest that is possible"
+            )
     return ranks
 
 
@@ -210,7 +238,13 @@ def _refuse(
             "nonnegative must be True or False, as the core is constrained with all factors; got "
             f"{safe_repr(nonnegative)}. cp() takes single modes"
         )
-    constrained_modes(nonnegative, request, callback)
+    constrained_modes(nonnegative, request)
+    if request.sparse:
+        raise ConfigError("nonnegative= of tucker() needs zeros, too: pass x.toarray() or x.todense(), or use cp()")
+    if callback is not None and request.observed is None:
+        raise ConfigError(
+            "tucker() does not call callback= with nonnegative=: read the result's history, or set max_iterations"
+        )
     if ranks is None or held:
         raise ConfigError("nonnegative= takes neither max_error= nor fixed=: give rank=, and let all factors change")
 
