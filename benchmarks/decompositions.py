@@ -1,4 +1,4 @@
-"""Decompositions against their peers: ``python benchmarks/decompositions.py [--smoke]``.
+"""Decompositions against their peers: ``python benchmarks/decompositions.py [--smoke | --difficult]``.
 
 Contestants take turns in one process, in an order that moves on by one each round, for many short rounds. A ratio is
 our least time over theirs, and *over the best* that to the fastest contestant of the case. Times are of the processor,
@@ -7,7 +7,8 @@ in them, though what these do to the caches is. Where errors differ, only contes
 is at most ours (up to 1 % of it and 1e-6) and which hold as much of the squared norm (up to 1 %). Peers: TensorLy,
 SciPy, NumPy, and where they are installed quimb and teneva (``pip install quimb teneva``).
 
-Writes ``results/decompositions.jsonl``, and the table of the documentation beside it.
+Writes ``results/decompositions.jsonl``, and the table of the documentation beside it. ``--difficult`` says instead how
+often ``cp`` finds the answer of tensors on which it is hard to find, and writes ``results/difficult_cp.json``.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from tnadapt.algebra.products import rearranged
 from tnadapt.backends import load_backend
 
 RESULTS = Path(__file__).with_name("results") / "decompositions.jsonl"
+DIFFICULT = RESULTS.with_name("difficult_cp.json")
 #: Rounds of a case, at least and at most, and the seconds that decide between these.
 ROUNDS, MOST_ROUNDS, CASE_SECONDS = 5, 200, 1.0
 #: Seconds that the passes of one contestant take in a round, at least.
@@ -309,6 +311,86 @@ def crosses(smoke: bool) -> Iterator[Case]:
     )
 
 
+# -- CP tensors that are difficult to find ---------------------------------------------------------
+
+
+def matmul(size: int) -> np.ndarray:
+    """Return the tensor of the product of two square matrices."""
+    tensor, (i, j, k) = np.zeros((size**2,) * 3), np.indices((size,) * 3)
+    tensor[size * i + j, size * j + k, size * k + i] = 1.0
+    return tensor
+
+
+def textbook(x: np.ndarray, rank: int, seed: int, steps: int = 300) -> float:
+    """Return the error of Levenberg-Marquardt with Nielsen's damping on the normal equations, from normal factors."""
+
+    def formed(factors: np.ndarray) -> np.ndarray:
+        return np.asarray(np.einsum("ar,br,cr->abc", *factors, optimize=True))
+
+    rng, n = np.random.default_rng(seed), x.shape[0]
+    factors, norm = rng.normal(size=(3, n, rank)), float(np.linalg.norm(x))
+    factors *= (norm / np.linalg.norm(formed(factors))) ** (1 / 3)
+    left, damping, growth = formed(factors) - x, 0.1, 2.0
+    for _ in range(steps):
+        square, (a, b, c), grams = float(np.sum(left**2)), factors, [f.T @ f for f in factors]
+        specs = (("abc,br,cr->ar", b, c), ("abc,ar,cr->br", a, c), ("abc,ar,br->cr", a, b))
+        gradient = np.concatenate([np.einsum(spec, left, y, z, optimize=True).ravel() for spec, y, z in specs])
+        normal = np.zeros((3, n, rank, 3, n, rank))
+        for m, k in np.ndindex(3, 3):
+            if m == k:
+                one, other = (grams[i] for i in range(3) if i != m)
+                normal[m, :, :, m] = np.einsum("ij,rs->irjs", np.eye(n), one * other)
+            else:
+                normal[m, :, :, k] = np.einsum("is,jr,rs->irjs", factors[m], factors[k], grams[3 - m - k])
+        normal = normal.reshape(gradient.size, -1)
+        step = -np.linalg.solve(normal + damping * np.eye(len(normal)), gradient)
+        moved = factors + step.reshape(factors.shape)
+        now, gain = formed(moved) - x, -2.0 * step @ gradient - step @ normal @ step
+        agreement = (square - float(np.sum(now**2))) / gain if gain > 0 else -1.0
+        if agreement > 0:
+            factors, left = moved, now
+            damping, growth = damping * max(1 / 3, 1 - (2 * agreement - 1) ** 3), 2.0
+        else:
+            damping, growth = damping * growth, 2.0 * growth
+        if square**0.5 < 1e-14 * norm or damping > 1e20:
+            break
+    return float(np.linalg.norm(left)) / norm
+
+
+def difficult() -> Iterator[Row]:
+    """Yield one row per case: the errors of ``cp``, its time, and what is wanted."""
+
+    def row(case: str, wanted: str, holds: Callable[[list[float]], bool], calls: Sequence[Run], **more: Any) -> Row:
+        start = time.process_time()
+        errors = [call().error for call in calls]
+        seconds = round(time.process_time() - start, 2)
+        return {"case": case, "wanted": wanted, "holds": holds(errors), "seconds": seconds, "errors": errors, **more}
+
+    calls = [functools.partial(tna.cp, matmul(2), 7, init="random", random_state=seed) for seed in range(20)]
+    yield row("2 × 2 matrix product, rank 7", "19 of 20", lambda errors: sum(e < 1e-10 for e in errors) >= 19, calls)
+    calls = [functools.partial(tna.cp, matmul(3), 23, init="random", starts=50, random_state=seed) for seed in range(5)]
+    yield row("3 × 3 matrix product, rank 23, 50 starts", "each exact", lambda errors: max(errors) < 1e-10, calls)
+    for cosine in (0.99, 0.999):
+        calls = []
+        for seed in range(10):
+            rng, gram = np.random.default_rng(seed), np.full((5, 5), cosine) + (1 - cosine) * np.eye(5)
+            factors = [np.linalg.qr(rng.normal(size=(30, 5)))[0] @ np.linalg.cholesky(gram).T for _ in range(3)]
+            calls.append(functools.partial(tna.cp, tna.cp_to_tensor((None, factors)), 5))
+        yield row(f"30³, rank 5, cosines of {cosine}", "each exact", lambda errors: max(errors) < 1e-10, calls)
+    calls = []
+    for seed in range(12):
+        planted = [np.random.default_rng([seed, mode]).normal(size=(40, 10)) for mode in range(3)]
+        calls.append(functools.partial(tna.cp, tna.cp_to_tensor((None, planted)), 10))
+    yield row("40³, rank 10", "12 of 12 exact", lambda errors: max(errors) < 1e-10, calls)
+    hilbert = 1.0 / (np.indices((20, 20, 20)).sum(axis=0) + 1.0)
+    for rank in range(4, 9):
+        best = min(textbook(hilbert, rank, seed) for seed in range(20))
+        yield row(
+            f"Hilbert 20³, rank {rank}", "at most twice the best of 20 textbook runs", lambda e, b=best: e[0] <= 2 * b,
+            [functools.partial(tna.cp, hilbert, rank)], best=best,
+        )  # fmt: skip
+
+
 def measure(smoke: bool = False) -> Iterator[Row]:
     """Yield one row per case."""
     with warnings.catch_warnings(), threads(1):
@@ -340,8 +422,17 @@ def table(rows: Sequence[Row]) -> str:
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="small sizes, once, nothing kept")
+    parser.add_argument("--difficult", action="store_true", help="tensors whose CP is hard to find")
     parser.add_argument("--results", type=Path, default=RESULTS)
     given = parser.parse_args(arguments)
+    if given.difficult:
+        found = []
+        with threads(1):
+            for row in difficult():
+                found.append(row)
+                print(f"{row['case']}: {row['holds']} ({row['wanted']}), {row['seconds']} s", flush=True)
+        DIFFICULT.write_text(json.dumps({"machine": machine(), "cases": found}, indent=1) + "\n", encoding="utf-8")
+        return
     rows: list[Row] = [{"machine": machine()}]
     for row in measure(given.smoke):
         rows.append(row)

@@ -16,6 +16,8 @@ from scipy.sparse.linalg import aslinearoperator, lsqr
 import tnadapt as tna
 from tests.decomposition.internals import (
     Algebra,
+    CPSweeps,
+    cp_als,
     damped_gauss_newton,
     leading_triplets,
     linear_algebra,
@@ -113,6 +115,59 @@ def test_every_form_of_the_jacobian_gives_the_zero(name: str, form: str) -> None
     )  # fmt: skip
     assert found.converged
     assert found.error < 1e-12 * np.linalg.norm(wanted)
+
+
+@given(
+    st.lists(st.integers(1, 4), min_size=3, max_size=4), st.integers(1, 3), st.booleans(), st.booleans(),
+    st.sampled_from([0.0, 0.1]), st.integers(0, 99),
+)  # fmt: skip
+def test_steps_of_cp_are_those_of_its_jacobian(
+    shape: list[int], rank: int, complex_: bool, fixed: bool, ridge: float, seed: int
+) -> None:
+    rng, free = np.random.default_rng(seed), list(range(fixed, len(shape)))
+
+    def normal(*sizes: int) -> np.ndarray:
+        return rng.normal(size=sizes) + (1j * rng.normal(size=sizes) if complex_ else 0.0)
+
+    def formed(factors: list[np.ndarray]) -> np.ndarray:
+        letters = "abcd"[: len(shape)]
+        return np.einsum(",".join(f"{i}r" for i in letters) + f"->{letters}", *factors)
+
+    x, tensor, way = [normal(size, rank) for size in shape], normal(*shape), [normal(size, rank) for size in shape]
+    columns = []
+    for mode in free:
+        for place in np.ndindex(x[mode].shape):
+            unit = np.zeros_like(x[mode])
+            unit[place] = 1.0
+            columns.append(formed([unit if m == mode else factor for m, factor in enumerate(x)]).ravel())
+    jacobian, left = np.stack(columns, axis=1), (formed(x) - tensor).ravel()
+    flat = np.concatenate([x[mode].ravel() for mode in free])
+    gradient = jacobian.conj().T @ left + ridge * flat
+    shift = 0.1 * float(np.trace(jacobian.conj().T @ jacobian).real) / jacobian.shape[1]
+    step = -np.linalg.solve(jacobian.conj().T @ jacobian + (shift + ridge) * np.eye(len(flat)), gradient)
+    # Half the second derivative along a step, from differences: the tensor is a polynomial of it.
+    moves = {mode: way[mode] for mode in free}
+    at = [formed([f + h * moves.get(m, 0.0) for m, f in enumerate(x)]) for h in (-1e-3, 0.0, 1e-3)]
+    curvature = jacobian.conj().T @ ((at[0] - 2.0 * at[1] + at[2]) / 2e-6).ravel()
+
+    algebra = Algebra(load_backend("numpy"), tensor)
+    descent = cp_als.CPDescent(algebra, tensor, rank, 1.0, [0] if fixed else [], ridge)
+    descent.bases.clear()
+    descent.sweeps = CPSweeps(algebra.backend, tensor, [0] if fixed else [])
+
+    def joined(parts: dict[int, np.ndarray]) -> np.ndarray:
+        return np.concatenate([parts[mode].ravel() for mode in free])
+
+    pulled = descent._pulled(descent._left(x), x)
+    np.testing.assert_allclose(joined(pulled) + ridge * flat, gradient, atol=1e-9)
+    np.testing.assert_allclose(joined(descent._curvature(x, moves)), curvature, rtol=1e-3, atol=1e-3)
+    for most, tol in ((1 << 20, 1e-9), (0, 1e-4)):
+        equations = cp_als._Equations(free, x, pulled, ridge, most)
+        found, gain = equations.step(0.1, lambda step: {m: np.full_like(part, 1e9) for m, part in step.items()})
+        assert np.linalg.norm(joined(found) - step) <= tol * np.linalg.norm(step), "too long a correction is left out"
+        reduced = np.linalg.norm(left + jacobian @ step) ** 2 + ridge * np.linalg.norm(flat + step) ** 2
+        expected = np.linalg.norm(left) ** 2 + ridge * np.linalg.norm(flat) ** 2 - reduced
+        assert gain == pytest.approx(expected, rel=1e-3)
 
 
 def test_how_it_ends() -> None:

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 import tnadapt as tna
 import tnadapt.tensors as tt
 from tests.conftest import peak_of, relative_error
-from tests.decomposition.internals import BlockPasses, CPSweeps, SparseTensor
+from tests.decomposition.internals import BlockPasses, CPSweeps, SparseTensor, cp_als
 from tnadapt.backends import Backend, get_backend
 from tnadapt.errors import BackendError, ConfigError, ShapeError, TnadaptError
 
@@ -409,14 +409,180 @@ def test_what_is_fixed_stays() -> None:
     assert np.array_equal(tna.tensor_ring(tensor, 2, init=ring, fixed=[0])[0], ring[0])
 
 
-def test_more_starts_are_never_worse() -> None:
-    tensor = numbers((4, 4, 4), 9)
-    errors = [tna.cp(tensor, 4, starts=count, max_iterations=30).error for count in (1, 3, 6)]
-    assert errors == sorted(errors, reverse=True)
+def structured(shape: tuple[int, ...], rank: int, seed: int, noise: float) -> np.ndarray:
+    """Return a tensor of a rank whose components are more alike with less noise, and noise."""
+    factors = [numbers((size, 1), seed) + max(noise, 0.1) * numbers((size, rank), seed + 1) for size in shape]
+    return tt.CPTensor(None, factors).to_tensor() + noise * numbers(shape, seed + 9)
+
+
+TENSORS = st.tuples(
+    st.lists(st.integers(2, 5), min_size=3, max_size=4).map(tuple), st.integers(1, 4), st.integers(0, 9),
+    st.sampled_from([0.0, 1e-3, 0.1, 1.0, 100.0]),
+)  # fmt: skip
+
+
+@pytest.mark.law("decompositions")
+@settings(max_examples=20)
+@given(TENSORS, st.integers(1, 4), st.sampled_from(["svd", "random", "a mask"]), st.integers(1, 60))
+def test_more_starts_are_never_worse(arguments: Any, rank: int, init: str, most: int) -> None:
+    tensor = structured(*arguments)
+    rank = min(rank, tensor.size // max(tensor.shape))
+    words: dict[str, Any] = {"init": init}
+    if init == "a mask":
+        words = {"mask": np.arange(tensor.size).reshape(tensor.shape) % 7 != 0}
+        if any(not words["mask"].any(axis=tuple(set(range(tensor.ndim)) - {m})).all() for m in range(tensor.ndim)):
+            words = {}
+    errors = [tna.cp(tensor, rank, starts=count, max_iterations=most, **words).error for count in (1, 2, 4, 12)]
+    assert all(more <= fewer * (1.0 + 1e-9) + 1e-12 for fewer, more in itertools.pairwise(errors))
+
+
+@pytest.mark.law("decompositions")
+@settings(max_examples=12)
+@given(TENSORS)
+def test_a_higher_rank_is_never_worse(arguments: Any) -> None:
+    tensor = structured(*arguments)
+    errors = [tna.cp(tensor, rank).error for rank in range(1, min(5, tensor.size // max(tensor.shape)) + 1)]
+    assert all(higher <= lower * (1.0 + 1e-9) + 1e-12 for lower, higher in itertools.pairwise(errors))
+
+
+def largest_cosine(found: Any, tensor: np.ndarray) -> float:
+    """Return the largest cosine of the residual with its derivative by a column of a factor, written out."""
+    residual, cosines = tensor - found.to_tensor(), [0.0]
+    for mode in range(tensor.ndim):
+        for r in range(found.rank):
+            others = [found.factors[m][:, r] for m in range(tensor.ndim) if m != mode]
+            outer = others[0]
+            for vector in others[1:]:
+                outer = np.multiply.outer(outer, vector)
+            along = np.tensordot(np.moveaxis(residual, mode, 0), outer.conj(), tensor.ndim - 1)
+            cosines.append(float(np.linalg.norm(along) / np.linalg.norm(outer) / np.linalg.norm(residual)))
+    return max(cosines)
+
+
+@pytest.mark.law("decompositions")
+@settings(max_examples=30)
+@given(TENSORS, st.booleans(), st.sampled_from([1e-6, 1e-8, 1e-10]), st.booleans())
+def test_converged_is_a_small_gradient(arguments: Any, complex_: bool, tol: float, fixed: bool) -> None:
+    tensor = structured(*arguments)
+    if complex_:
+        tensor = tensor + 1j * structured(*arguments[:2], arguments[2] + 1, arguments[3])
+    rank = min(arguments[1], tensor.size // max(tensor.shape))
+    start = tt.CPTensor(None, [numbers((size, rank), m, str(tensor.dtype)) for m, size in enumerate(tensor.shape)])
+    found = tna.cp(tensor, rank, tol=tol, **({"init": start, "fixed": [0]} if fixed else {}))
+    if fixed or not found.converged:
+        return
+    assert found.error < 1e-13 or largest_cosine(found, tensor) <= 10.0 * tol**0.5 * 1.01
+
+
+def matmul(size: int) -> np.ndarray:
+    """Return the tensor of the product of two square matrices."""
+    tensor, (i, j, k) = np.zeros((size**2,) * 3), np.indices((size,) * 3)
+    tensor[size * i + j, size * j + k, size * k + i] = 1.0
+    return tensor
+
+
+def test_difficult_tensors_are_decomposed() -> None:
+    errors = [tna.cp(matmul(2), 7, init="random", random_state=seed).error for seed in range(20)]
+    assert sum(error < 1e-10 for error in errors) >= 19
+    for shape, complex_ in (((7, 8, 9), False), ((5, 6, 4, 5), False), ((6, 7, 5), True)):
+        rng = np.random.default_rng(0)
+        factors = []
+        for size in shape:
+            columns = rng.normal(size=(size, 4)) + 1j * complex_ * rng.normal(size=(size, 4))
+            # The columns have cosines of 0.99.
+            gram = np.full((4, 4), 0.99) + 0.01 * np.eye(4)
+            factors.append(np.linalg.qr(columns)[0] @ np.linalg.cholesky(gram).T)
+        tensor = tt.CPTensor(None, factors).to_tensor()
+        for init in ("svd", "random"):
+            assert tna.cp(tensor, 4, init=init, starts=1).error < 1e-10
+    hilbert = 1.0 / (np.indices((12, 12, 12)).sum(axis=0) + 1.0)
+    assert [tna.cp(hilbert, rank).error < limit for rank, limit in ((4, 1e-3), (5, 1e-4))] == [True] * 2
+
+
+@pytest.mark.slow
+def test_the_product_of_three_by_three_matrices_is_found() -> None:
+    assert tna.cp(matmul(3), 23, init="random", starts=50).error < 1e-10
+
+
+@pytest.mark.parametrize("path", ["direct", "conjugate gradients", "coarse", "on its library"])
+def test_every_way_to_move_all_factors_ends_at_the_same_optimum(
+    path: str, backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensor, rank = crawling(1)
+    expected = tna.cp(tensor, rank, tol=1e-12)
+    names = {"conjugate gradients": "_FORMED", "coarse": "_COARSE", "on its library": "_ON_HOST"}
+    if path in names:
+        monkeypatch.setattr(cp_als, names[path], 0)
+    with backend.double_precision():
+        found = tna.cp(backend.asarray(tensor, "float64"), rank, tol=1e-12)
+    assert found.converged
+    assert found.outcome.method == "ALS, Levenberg-Marquardt"
+    assert found.error == pytest.approx(expected.error, rel=1e-6)
+
+
+# -- Degeneracy, and the penalty that prevents it ------------------------------------------------------
+
+
+def w_tensor() -> np.ndarray:
+    """Return a tensor of rank 3 that tensors of rank 2 come as near as one likes (de Silva & Lim, 2008)."""
+    a, b = numbers((5,), 1), numbers((5,), 2)
+    return sum(np.einsum("i,j,k", *vectors) for vectors in ((a, a, b), (a, b, a), (b, a, a)))
+
+
+def test_degenerate_fits_are_named_and_a_penalty_helps() -> None:
+    tensor = w_tensor()
+    found = tna.cp(tensor, 2)
+    assert (found.converged, found.outcome.stopped) == (False, "degenerate")
+    assert "nonnegative=True, a lower rank, or a penalty such as ridge=1e-3" in found.outcome.reason
+    assert found.outcome.reason in repr(found)
+    shrunk = tna.cp(tensor, 2, ridge=1e-3)
+    assert (shrunk.converged, shrunk.outcome.stopped) == (True, "converged")
+    assert max(shrunk.weights) < 10.0 * np.linalg.norm(tensor) < 10.0 * max(found.weights)
+    assert tna.cp(tensor, 1).converged
+    assert tna.cp(tensor, 3).error < 1e-8, "which is its rank"
+
+
+@pytest.mark.law("decompositions")
+@settings(max_examples=15)
+@given(TENSORS, st.integers(1, 3), st.sampled_from([1e-4, 1e-2, 0.3]), st.booleans(), st.integers(-80, 80))
+def test_the_penalized_error_is_stationary(arguments: Any, rank: int, ridge: float, complex_: bool, power: int) -> None:
+    tensor = structured(*arguments) * 2.0**power
+    if complex_:
+        tensor = tensor + 1j * structured(*arguments[:2], arguments[2] + 1, arguments[3]) * 2.0**power
+    norm, order = float(np.linalg.norm(tensor)), tensor.ndim
+    found = tna.cp(tensor / norm, min(rank, tensor.size // max(tensor.shape)), ridge=ridge)
+    scaled = tna.cp(tensor, found.rank, ridge=ridge)
+    assert relative_error(scaled.to_tensor() / norm, found.to_tensor()) < 1e-2, "it has no scale"
+    if not found.converged:
+        return
+    sizes = np.abs(found.weights) ** (1.0 / order)
+    factors = [factor * sizes for factor in found.factors]
+    factors[0] = factors[0] * np.where(found.weights == 0.0, 1.0, found.weights / np.abs(found.weights))
+    letters = "abcd"[:order]
+    left = np.einsum(",".join(f"{i}r" for i in letters) + f"->{letters}", *factors) - tensor / norm
+    whole = math.sqrt(float(np.linalg.norm(left)) ** 2 + ridge * sum(float(np.linalg.norm(f)) ** 2 for f in factors))
+    for mode, factor in enumerate(factors):
+        others = [f"{i}r" for m, i in enumerate(letters) if m != mode]
+        spec = f"{letters}," + ",".join(others) + f"->{letters[mode]}r"
+        conjugates = [f.conj() for m, f in enumerate(factors) if m != mode]
+        gradient = np.einsum(spec, left, *conjugates) + ridge * factor
+        column = np.prod([np.linalg.norm(f, axis=0) for f in conjugates], axis=0) ** 2 + ridge
+        assert (np.linalg.norm(gradient, axis=0) <= 2e-3 * np.sqrt(column) * whole).all()
+
+
+def test_the_penalty_of_vectors_and_matrices_has_a_closed_form() -> None:
+    matrix, vector = numbers((5, 6), 1), numbers((7,), 2)
+    values = np.linalg.svd(matrix, compute_uv=False)
+    found = tna.cp(matrix, 4, ridge=0.1)
+    expected = np.maximum(values - 0.1 * np.linalg.norm(matrix), 0.0)[:4]
+    np.testing.assert_allclose(found.weights, expected, atol=1e-12)
+    assert found.outcome.method == "SVD, shrunk"
+    np.testing.assert_allclose(tna.cp(vector, 1, ridge=0.25).to_tensor(), vector / 1.25)
+    assert tna.cp(matrix, 4, ridge=0.0).certified
 
 
 def crawling(seed: int) -> tuple[np.ndarray, int]:
-    """Return a tensor and a rank for which sweeps crawl, so that Gauss-Newton goes on."""
+    """Return a tensor and a rank for which sweeps crawl, so that Levenberg-Marquardt goes on."""
     rng = np.random.default_rng(seed)
     factors = [rng.normal(size=(size, 1)) + 0.3 * rng.normal(size=(size, 3)) for size in (5, 6, 4)]
     return np.einsum("ar,br,cr->abc", *factors) + 0.01 * rng.normal(size=(5, 6, 4)), 3
@@ -428,15 +594,15 @@ def test_watching_changes_nothing(seed: int) -> None:
     seen: list[tuple[int, float]] = []
     plain = tna.cp(tensor, rank)
     watched = tna.cp(tensor, rank, callback=lambda *step: seen.append(step))
-    assert plain.outcome.method == watched.outcome.method == "ALS, Gauss-Newton"
+    assert plain.outcome.method == watched.outcome.method == "ALS, Levenberg-Marquardt"
     assert all(map(np.array_equal, plain.factors, watched.factors))
     assert seen == [*enumerate(watched.history, 1)] == [*enumerate(plain.history, 1)]
 
 
-def test_a_callback_stops_before_or_during_gauss_newton_and_all_starts() -> None:
+def test_a_callback_stops_before_or_during_a_descent_and_all_starts() -> None:
     tensor, rank = crawling(0)
-    # From 21 sweeps on, Gauss-Newton follows.
-    for at, method in ((15, "ALS"), (len(tna.cp(tensor, rank).history) - 2, "ALS, Gauss-Newton")):
+    # From 21 sweeps on, Levenberg-Marquardt follows.
+    for at, method in ((15, "ALS"), (len(tna.cp(tensor, rank).history) - 2, "ALS, Levenberg-Marquardt")):
         found = tna.cp(tensor, rank, callback=lambda number, _, at=at: number == at)
         assert len(found.history) == at
         assert not found.converged
@@ -534,7 +700,20 @@ T = numbers((3, 4, 5), 1)
             for state in ("a", -1, 1.5, True)
         ),
         (lambda: tna.cp(T, 2, callback=3), "callback must be a function or None; got 3"),
-        (lambda: tna.cp(T, 2, starts=0), "starts must be"),
+        *((lambda n=n: tna.cp(T, 2, starts=n), "starts must be") for n in (0, -1, True, 1.5, 1j, float("nan"))),
+        *(
+            (lambda x=x: tna.cp(T, 2, ridge=x), "ridge must be a (finite )?number.*; got")
+            for x in (-1e-9, float("nan"), float("inf"), True, 1j, "1", None)
+        ),
+        (
+            lambda: tna.cp(T, 2, ridge=0.1, mask=T.max() > T),
+            "ridge= is for a dense tensor in memory, without mask=.*leave one of them out",
+        ),
+        (lambda: tna.cp(np.ones((3, 3, 3)), 1, ridge=0.1, symmetric=True), "ridge= is for a dense tensor in memory"),
+        (
+            lambda: tna.cp(T, 2, ridge=0.1, nonnegative=True),
+            "ridge= is for a dense tensor in memory, without mask=.*leave one of them out",
+        ),
         (lambda: tna.cp(T, 2, max_iterations=0), "max_iterations must be"),
         (lambda: tna.cp(T, max_error=1.5), "from 0 to below 1"),
         (lambda: tna.cp(T, max_error=0.5, init=tt.random_cp((3, 4, 5), 2)), "tries several ranks"),

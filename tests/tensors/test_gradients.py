@@ -27,6 +27,7 @@ CLOSED: dict[str, Fit] = {
     "tt_matrix": lambda x: tna.tt_matrix(x.reshape(12, 4), 2, rows=(3, 4), cols=(2, 2)),
     "cp of a matrix": lambda x: tna.cp(x.reshape(8, 6), 2),
     "cp of a vector": lambda x: tna.cp(x.reshape(-1), 1),
+    "cp of a matrix with a penalty": lambda x: tna.cp(x.reshape(8, 6), 2, ridge=0.1),
     "kronecker_decomposition": lambda x: tna.kronecker_decomposition(x.reshape(8, 6), [(2, 3), (4, 2)], 2),
 }
 _PRODUCT = [(2, 3), (2, 2), (2, 1)]
@@ -38,6 +39,8 @@ ITERATED: dict[str, Fit] = {
     "tucker, a factor fixed": lambda x: tna.tucker(x, 2, init=_fixed("tucker", x), fixed=[0], **_TIGHT),
     "tensor_ring": lambda x: tna.tensor_ring(x, (1, 2, 2), **_TIGHT),
     "cp": lambda x: tna.cp(x, 2, **_TIGHT),
+    "cp with a penalty": lambda x: tna.cp(x, 2, ridge=0.02, **_TIGHT),
+    "cp with a penalty, a factor fixed": lambda x: tna.cp(x, 2, init=_fixed("cp", x), fixed=[2], ridge=0.02, **_TIGHT),
     "cp, a factor fixed": lambda x: tna.cp(x, 2, init=_fixed("cp", x), fixed=[2], **_TIGHT),
     "kronecker_decomposition": lambda x: tna.kronecker_decomposition(x.reshape(8, 6), _PRODUCT, **_TIGHT),
     "hadamard_decomposition": lambda x: tna.hadamard_decomposition(x[:, :3, 0], 1, **_TIGHT),

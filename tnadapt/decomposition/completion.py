@@ -317,11 +317,6 @@ def _unpermuted(split: Format, places: Sequence[np.ndarray]) -> tuple[Format, Se
     return split.own, indices
 
 
-def all_places(sizes: Sequence[int]) -> list[np.ndarray]:
-    """Return for each mode the index of every element, in order."""
-    return list(np.unravel_index(np.arange(math.prod(sizes)), tuple(sizes)))
-
-
 def double_on_host(backend: Backend, x: Array) -> np.ndarray:
     """Return an array in NumPy, in double precision, real or complex."""
     host = np.asarray(backend.to_numpy(x))
@@ -558,12 +553,6 @@ def affordable(elements: ObservedElements, count: int | None = None) -> int:
     return steps if steps >= _FEW and count * elements.entries <= _ENTRIES else 0
 
 
-def refinable(split: Format) -> bool:
-    """Return whether a tensor of these sizes is small enough for damped Gauss-Newton on all of its elements."""
-    none = [np.zeros(0, np.intp)] * len(split.sizes)
-    return affordable(ObservedElements([split], [[""]], [none]), math.prod(split.sizes)) > 0
-
-
 def fit_observed(
     elements: ObservedElements,
     wanted: np.ndarray,
@@ -618,6 +607,11 @@ def fit_observed(
     for start in starts:
         begun = elements.flat(balanced(elements, start)).astype(dtype)
         latest = descent(begun, min(limits.iterations, left - len(steps.history)))
+        taken = len(steps.history)
+        if not latest.converged and taken < left and latest.error <= _NEAR * norm and not steps.stopped:
+            # It may be converging to an exact answer, slowly.
+            further = descent(latest.x, left - taken)
+            latest = further._replace(history=latest.history + further.history)
         same = best is not None and abs(latest.error - best.error) <= _SAME * best.error
         better = best is None or latest.error < best.error
         agreeing = agreeing + 1 if same else 1 if better else agreeing
@@ -626,11 +620,6 @@ def fit_observed(
         if agreeing == _AGREE or len(steps.history) >= left or exact or steps.stopped:
             break
     assert best is not None
-    taken = len(steps.history)
-    if not best.converged and taken < left and best.error <= _NEAR * norm and not steps.stopped:
-        # It may be converging to an exact answer, slowly.
-        further = descent(best.x, left - taken)
-        best = further._replace(history=best.history + further.history)
     error, stopped = best.error / norm, steps.stopped or ("converged" if best.converged else "max_iterations")
     history = best.history or (error,)
     return Fit(elements.arrays(best.x), False, len(steps.history), "Gauss-Newton", stopped, error, history)

@@ -1,4 +1,4 @@
-"""CP decompositions: the driver of ``cp`` and ``decompose``, alternating least squares, and starts of rank one.
+"""CP decompositions: the driver of ``cp`` and ``decompose``, alternating least squares, and Levenberg-Marquardt.
 
 Carroll & Chang (1970) and Harshman (1970); Kolda & Bader, "Tensor decompositions and applications" (SIAM Review 51,
 2009), section 3.4. The products of the tensor with all factors but one come from two large matrix products a sweep, one
@@ -10,31 +10,36 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from tnadapt.algebra.formats import CP
-from tnadapt.algebra.products import hadamard_tensor, khatri_rao, unfolded
-from tnadapt.backends import Array, Backend
+from tnadapt.algebra.products import hadamard_tensor, khatri_rao, mode_product, unfolded
+from tnadapt.backends import Array, Backend, load_backend
 
-from .completion import ObservedElements, all_places, double_on_host, fit_observed, refinable
-from .fits import Fit, Iteration, Limits
+from .completion import double_on_host
+from .fits import Fit, Iteration
 from .linear_algebra import Algebra, Triplets, norm_of
 
-# -- The driver: SVD of a matrix; else sweeps from several starts, then Gauss-Newton -----------------------------------
+# -- The driver: SVD of a matrix; else sweeps from several starts, then Levenberg-Marquardt ---------------------------
 
 
 # Standard deviation of the noise on singular vectors that sweeps start from: without it, a structured tensor may keep
 # them at a saddle point.
 _MOVED = 0.01
 # Sweeps crawl if they have not converged after this many, the last ten of which have reduced the relative error by more
-# than this, but not to this fraction of it.
+# than this, but not to this fraction of it: then all factors are moved at once.
 _CRAWLS, _SWEEPS, _FAST = ((20, 1e-5), (30, 0.0)), 10, 0.1
-# If the error is then below this, there may be an exact answer: Gauss-Newton searches for it from there and from this
-# many other starts, after ten sweeps each.
-_NEAR, _OTHER_STARTS = 0.3, 15
+# If the error is then below this, there may be an exact answer. It is searched for from this many other starts, unless
+# this many have reached the same error, up to this fraction of it.
+_NEAR, _OTHER_STARTS, _AGREE, _ALIKE = 0.3, 7, 3, 1e-4
+# All of them together take at most as many steps as this number of full ones.
+_DESCENTS = 4
+# Up to this rank, a small tensor is also fitted from the fit with one component less, unless it has fewer for certain.
+_NESTED = 8
+# With more parameters, the part of the tensor in its leading singular vectors is fitted first.
+_COARSE = 300
 # Starts for a tensor of at most this many elements, unless there are fewer sweeps than this.
 _STARTS, _SMALL, _FEW_SWEEPS = 3, 1 << 14, 10
 # The same for rank one, whose sweeps cost little.
@@ -52,6 +57,7 @@ def fit_cp(
     init: str | Sequence[Array] = "svd",
     fixed: Collection[int] = (),
     starts: int | None = None,
+    ridge: float = 0.0,
 ) -> Fit:
     """Fit a sum of outer products to a tensor.
 
@@ -64,13 +70,16 @@ def fit_cp(
     rank : int
     steps : Iteration
     init : {"svd", "random"} or sequence of array
-        Singular vectors with a little noise, and Gauss-Newton where sweeps from them crawl; random factors; or given
-        ones.
+        Singular vectors with a little noise; random factors; or given ones.
     fixed : collection of int
         Modes whose given factors are kept.
     starts : int, optional
-        Number of starts, the first by ``init`` and the others random, each followed to its end. By default 1, but for a
-        small tensor and ``"svd"`` 3, of which the others are given up where they would not become the best.
+        Number of starts, the first by ``init`` and the others random, each followed to its end and the same whatever
+        their number. By default 1, but for a small tensor and ``"svd"`` 3, of which the others are given up where they
+        would not become the best; and 8 where an exact answer may be near.
+    ridge : float
+        Penalty of the squared elements of the M free factors, relative to the tensor's norm to the power of
+        ``2 - 2 / M``.
 
     Returns
     -------
@@ -79,27 +88,42 @@ def fit_cp(
     """
     backend, shape = algebra.backend, tuple(int(size) for size in tensor.shape)
     if len(shape) == 2 and not fixed:
-        return _of_matrix(algebra, tensor, rank)
+        return _of_matrix(algebra, tensor, rank, ridge)
     if (norm := norm_of(backend, tensor)) == 0.0:
         zeros = {f"factor{mode}": backend.zeros((size, rank), like=tensor) for mode, size in enumerate(shape)}
         return Fit(zeros, True, 0, "zero", error=0.0)
     if len(shape) == 1:
 
         def column(vector: Array) -> dict[str, Array]:
-            return {"factor0": backend.reshape(vector, (-1, 1))}
+            return {"factor0": backend.reshape(vector, (-1, 1)) * (1.0 / (1.0 + ridge))}
 
-        return Fit(column(tensor), True, 0, "exact", closed=column)
-    return _CPSearch(algebra, tensor, rank, norm, steps, init, fixed).fit(starts)
+        return Fit(column(tensor), not ridge, 0, "shrunk" if ridge else "exact", closed=column)
+    return _CPSearch(algebra, tensor, rank, norm, steps, init, fixed, ridge).fit(starts)
 
 
-def _of_matrix(algebra: Algebra, matrix: Array, rank: int) -> Fit:
-    def named(triplets: Triplets) -> dict[str, Array]:
-        factor1 = algebra.backend.matrix_transpose(triplets.vh)
-        return {"weights": triplets.s, "factor0": triplets.u, "factor1": factor1}
+def _of_matrix(algebra: Algebra, matrix: Array, rank: int, ridge: float) -> Fit:
+    backend = algebra.backend
+
+    def named(triplets: Triplets, shrinkage: Any) -> dict[str, Array]:
+        weights, factor1 = triplets.s, backend.matrix_transpose(triplets.vh)
+        if ridge:
+            # The minimum with a penalty: Srebro, Rennie & Jaakkola, "Maximum-margin matrix factorization" (2005).
+            weights = backend.where(weights > shrinkage, weights - shrinkage, weights * 0.0)
+        return {"weights": weights, "factor0": triplets.u, "factor1": factor1}
+
+    def closed(matrix: Array) -> dict[str, Array]:
+        shrinkage = None
+        if ridge:
+            flat = backend.flatten(matrix)
+            squares = flat * backend.conj(flat) if backend.is_complex(flat) else flat * flat
+            shrinkage = backend.sqrt(backend.sum(squares, axis=0)) * ridge
+        return named(algebra.truncated(matrix, rank), shrinkage)
 
     triplets = algebra.truncated(matrix, rank)
     method = "SVD" if triplets.exact is not False else "randomized SVD"
-    return Fit(named(triplets), triplets.exact, 0, method, closed=lambda matrix: named(algebra.truncated(matrix, rank)))
+    if not ridge:
+        return Fit(named(triplets, None), triplets.exact, 0, method, closed=closed)
+    return Fit(named(triplets, ridge * norm_of(backend, matrix)), False, 0, f"{method}, shrunk", closed=closed)
 
 
 class _CPSearch:
@@ -114,74 +138,143 @@ class _CPSearch:
         steps: Iteration,
         init: str | Sequence[Array],
         fixed: Collection[int],
+        ridge: float,
     ) -> None:
         self.backend, self.tensor, self.norm = algebra.backend, tensor, norm
         self.steps, self.limits, self.init, self.algebra = steps, steps.limits, init, algebra
-        self.sweeps = CPSweeps(self.backend, tensor, fixed)
+        self.sweeps, self.ridge = CPSweeps(self.backend, tensor, fixed), ridge
         # With this rank every tensor can be represented exactly; more components would only slow convergence.
         self.rank = min(rank, math.prod(self.sweeps.sizes) // max(self.sweeps.sizes))
-        self.rng = np.random.RandomState(algebra.seed % (1 << 32))
+        self.exact = _ROUNDING * self.sweeps.epsilon * norm
 
     def fit(self, starts: int | None) -> Fit:
-        """Run sweeps from each start, and Gauss-Newton from the first whose sweeps crawl near an exact answer."""
-        steps = self.steps
-        automatic = isinstance(self.init, str) and self.init == "svd"
+        """Return the best of all starts."""
+        steps, svd = self.steps, isinstance(self.init, str) and self.init == "svd"
         usual, largest = (_STARTS, _SMALL) if self.rank > 1 else (_STARTS_OF_ONE, _SMALL_OF_ONE)
         small = math.prod(self.sweeps.sizes) <= largest and self.limits.iterations > _FEW_SWEEPS
-        tries = starts or (usual if automatic and small else 1)
-        best, best_stopped = None, ""
-        for number in range(tries):
-            run = _Run(self.sweeps, self._start(number), self.norm, steps)
-            for most, least in _CRAWLS:
-                run.advance(most)
-                if automatic and not number and not steps.stopped and self._crawls(steps.history, least):
-                    return self._refined(run)
-            if starts or best is None:
-                run.advance(self.limits.iterations)
-            while best is not None and not steps.stopped and run.reaches(best.error, self.limits.iterations):
-                run.advance(len(run.errors) + _SWEEPS)
+        tries, most = starts or (usual if svd and small else 1), _DESCENTS * self.limits.iterations
+        best, number, agreeing, near, begun = None, 0, 0, False, len(steps.history)
+        while number < tries and not (near and (agreeing >= _AGREE or len(steps.history) - begun >= most)):
+            rival = math.inf if starts or near or best is None else best.error
+            run = self._followed(self._start(number), number, rival, near)
+            alike = best is not None and abs(run.error - best.error) <= _ALIKE * best.error
+            agreeing = agreeing + 1 if alike else 1 if best is None or run.error < best.error else agreeing
             if best is None or run.error < best.error * (1.0 - _SAME):
-                best, best_stopped = run, steps.stopped
-            if best.error <= _ROUNDING * self.sweeps.epsilon * self.norm or steps.stopped == "callback":
-                best_stopped = steps.stopped
+                best = run
+            if best.error <= self.exact or run.stopped == "callback":
                 break
+            number += 1
+            if (
+                not starts
+                and run.together
+                and number == 1
+                and best.error <= _NEAR * self.norm
+                and not self.sweeps.fixed
+            ):
+                tries, near = 1 + _OTHER_STARTS, True
         assert best is not None
-        return self._fit(best.factors, best.error / self.norm, "ALS", best_stopped)
+        if svd and small and not starts and not self.ridge and steps.stopped != "callback":
+            best = self._no_worse_than_fewer(best)
+        if steps.stopped == "callback":
+            best.stopped = "callback"
+        arrays = {f"factor{mode}": factor for mode, factor in enumerate(best.factors)}
+        error = (self.sweeps.residual(best.factors) if self.ridge else best.error) / self.norm
+        if not best.error <= self.exact and best.stopped != "callback":
+            hosts = [double_on_host(self.backend, factor) for factor in best.factors]
+            best.stopped = "degenerate" if cancels(hosts, self.norm) else best.stopped
+        method = "ALS, Levenberg-Marquardt" if best.together else "ALS"
+        return steps.fit(arrays, method, error)._replace(stopped=best.stopped)
 
-    def _fit(self, factors: Sequence[Array], error: float, method: str, stopped: str) -> Fit:
-        arrays = {f"factor{mode}": factor for mode, factor in enumerate(factors)}
-        return self.steps.fit(arrays, method, error)._replace(stopped=stopped)
+    def _no_worse_than_fewer(self, best: _Run) -> _Run:
+        """Return a run whose error is no larger than that of the fit with one component less."""
+        if not 1 < self.rank <= _NESTED or best.error <= self.exact or self._beats(best.error, self.rank - 1):
+            return best
+        search = _CPSearch(self.algebra, self.tensor, self.rank - 1, self.norm, self.steps, "svd", (), 0.0)
+        fewer = search.fit(None)
+        if self.steps.stopped == "callback" or not fewer.error * self.norm < best.error:
+            return best
+        factors = list(fewer.arrays.values())
+        left = self.backend.reshape(self.sweeps.difference(factors), self.sweeps.sizes)
+        component = _split(self.algebra, left)
+        extended = [self.backend.concat(list(pair), axis=1) for pair in zip(factors, component, strict=True)]
+        run = self._followed(extended, 0, math.inf, False)
+        return min(best, run, key=lambda run: run.error)
 
-    def _crawls(self, history: Sequence[float], least: float) -> bool:
-        """Return whether sweeps crawl where there may be an exact answer that Gauss-Newton can reach."""
-        before, error = history[-_SWEEPS - 1], history[-1]
-        crawls = before - error > least and error > _FAST * before and self.limits.iterations > _CRAWLS[-1][0]
-        near = _ROUNDING * self.sweeps.epsilon < error <= _NEAR
-        return crawls and near and refinable(CP(self.sweeps.sizes, self.rank))
+    def _beats(self, error: float, rank: int) -> bool:
+        """Return whether no tensor of a rank is nearer than this, by the singular values of an unfolding."""
+        host, wanted = double_on_host(self.backend, self.tensor) / self.norm, (error / self.norm) ** 2
+        for mode, size in enumerate(host.shape):
+            matrix = np.moveaxis(host, mode, 0).reshape(size, -1)
+            values = np.linalg.eigvalsh(matrix @ matrix.conj().T)[: max(size - rank, 0)]
+            if values.sum() - _ROUNDING * size * np.finfo(np.float64).eps >= wanted:
+                return True
+        return False
 
-    def _refined(self, run: _Run) -> Fit:
-        """Run Gauss-Newton from the factors that sweeps have reached, and from other starts after a few sweeps."""
-        # Sweeps are fast at first, and then crawl if components are nearly collinear; Gauss-Newton does not.
-        backend, steps = self.backend, self.steps
-        few = Limits(self.limits.tol, min(self.limits.iterations, _SWEEPS))
+    def _followed(self, factors: Sequence[Array], number: int, rival: float, quick: bool) -> _Run:
+        """Follow a start: sweeps, and all factors at once where these crawl; unless it will not get below a rival."""
+        steps, most = self.steps, self.limits.iterations
+        run = _Run(self.sweeps, factors, self.norm, steps, rival)
+        if self.ridge:
+            # Sweeps without the penalty bring it near a minimum with it.
+            before = _Run(self.sweeps, factors, self.norm, Iteration(self.limits._replace(iterations=most)))
+            before.advance(min(_SWEEPS, most))
+            run.factors = before.factors
+            self._together(run, number)
+            return run
+        for sweeps, least in ((_SWEEPS, -math.inf),) if quick else _CRAWLS:
+            run.advance(min(sweeps, most))
+            if steps.stopped or (sweeps < most and run.crawls(least)):
+                break
+        while math.isfinite(rival) and not steps.stopped and run.error >= rival and run.reaches(rival, most):
+            run.advance(len(run.errors) + _SWEEPS)
+        if steps.stopped in ("", "stalled", "singular") and (rival == math.inf or run.error < rival):
+            if math.isfinite(run.error) and any(self.descents):
+                self._together(run, number)
+            else:
+                run.advance(most)
+        run.stopped = steps.stopped
+        return run
 
-        def begun() -> Iterator[Mapping[str, np.ndarray]]:
-            for number in range(1 + _OTHER_STARTS):
-                other = run
-                if number:
-                    other = _Run(self.sweeps, self._start(number), self.norm, Iteration(few))
-                    other.advance(_SWEEPS)
-                yield {f"factor{mode}": double_on_host(backend, factor) for mode, factor in enumerate(other.factors)}
+    def _descent(self, coarse: bool) -> CPDescent:
+        fixed = self.sweeps.fixed
+        return CPDescent(self.algebra, self.tensor, self.rank, self.norm, fixed, self.ridge, coarse)
 
-        split = CP(self.sweeps.sizes, self.rank)
-        elements = ObservedElements([split], [[""]], [all_places(split.sizes)])
-        wanted = double_on_host(backend, self.tensor).reshape(-1)
-        refined = fit_observed(elements, wanted, begun(), self.limits, watch=lambda _, error: steps.note(error))
-        stopped = steps.stopped or refined.stopped
-        if not refined.error < run.error / self.norm:
-            return self._fit(run.factors, run.error / self.norm, "ALS", stopped)
-        factors = [self.algebra.array(factor) for factor in refined.arrays.values()]
-        return self._fit(factors, refined.error, "ALS, Gauss-Newton", stopped)
+    @functools.cached_property
+    def descents(self) -> tuple[tuple[CPDescent, int] | None, tuple[CPDescent, int] | None]:
+        """The descents with all factors, of the part in the leading singular vectors and of all, and their most steps;
+        None if a descent is not worth while.
+        """
+        most = self.limits.iterations
+        if most <= _CRAWLS[-1][0] and not self.ridge:
+            return None, None
+        # As much work as all sweeps, or as is done in seconds.
+        work = max(_WORK, 4 * self.rank * math.prod(self.sweeps.sizes) * most)
+        fine, coarse = self._descent(coarse=False), None
+        if fine.count > _COARSE and not self.ridge and max(fine.sweeps.sizes) > 2 * self.rank:
+            coarse = self._descent(coarse=True)
+        counted = [
+            (descent, work // descent.cost) if descent and descent.cost * _FEW_SWEEPS <= work else None
+            for descent in (coarse, fine)
+        ]
+        return counted[0], (fine, most) if self.ridge else counted[1]
+
+    def _together(self, run: _Run, number: int) -> None:
+        """Move all factors of a run at once; every second start with a penalty that falls with the error."""
+        steps, run.together, annealed = self.steps, True, bool(number % 2)
+        coarse, fine = self.descents
+        if coarse is not None:
+            # Not watched: the errors of the part are not exactly those of the tensor.
+            factors, _ = coarse[0].run(run.factors, Iteration(self.limits), coarse[1], annealed)
+            if (error := self.sweeps.residual(factors)) < run.error:
+                run.factors, run.error = factors, error
+            # From near the optimum, sweeps may converge.
+            steps.begin(run.error / self.norm)
+            run.advance(len(run.errors) + (2 * _SWEEPS if fine else self.limits.iterations))
+        if fine is not None and (coarse is None or steps.stopped in ("", "stalled", "singular")):
+            factors, error = fine[0].run(run.factors, steps, fine[1], annealed and coarse is None)
+            if error * self.norm < run.error:
+                run.factors, run.error = factors, error * self.norm
+        run.stopped = steps.stopped
 
     @functools.cached_property
     def _of_rank_one(self) -> list[list[Array]]:
@@ -190,28 +283,49 @@ class _CPSearch:
     def _start(self, number: int) -> list[Array]:
         """Return the factors of a start, where the first start is by ``init`` and the others are random."""
         backend, sizes, rank = self.backend, self.sweeps.sizes, self.rank
-        if not isinstance(self.init, str):
-            return [
-                factor if not number or mode in self.sweeps.fixed else self._random("normal", sizes[mode], rank)
-                for mode, factor in enumerate(self.init)
-            ]
         if self.init == "svd" and rank == 1 and not self.algebra.plain and number < len(self._of_rank_one):
             return self._of_rank_one[number]
+        # A start depends on the seed and its number alone.
+        rng = np.random.default_rng([self.algebra.seed, number]) if number else self.algebra.rng
+        if not isinstance(self.init, str):
+            return [
+                factor if not number or mode in self.sweeps.fixed else self._random(rng, "normal", sizes[mode], rank)
+                for mode, factor in enumerate(self.init)
+            ]
         if number or self.init == "random":
-            return [self._random("normal", size, rank) for size in sizes]
+            return [self._random(rng, "normal", size, rank) for size in sizes]
         factors = []
         for mode, size in enumerate(sizes):
             columns, _ = self.algebra.left(unfolded(backend, self.tensor, mode), rank)
             if (missing := rank - int(columns.shape[1])) > 0:
-                columns = backend.concat([columns, self._random("uniform", size, missing)], axis=1)
-            factors.append(columns + self._random("normal", size, rank) * (_MOVED / math.sqrt(size)))
+                columns = backend.concat([columns, self._random(rng, "uniform", size, missing)], axis=1)
+            factors.append(columns + self._random(rng, "normal", size, rank) * (_MOVED / math.sqrt(size)))
         return factors
 
-    def _random(self, kind: str, size: int, columns: int) -> Array:
-        numbers = getattr(self.rng, kind)(size=(size, columns))
+    def _random(self, rng: np.random.RandomState | np.random.Generator, kind: str, size: int, columns: int) -> Array:
+        numbers = getattr(rng, kind)(size=(size, columns))
         if self.sweeps.complex:
-            numbers = numbers + 1j * getattr(self.rng, kind)(size=(size, columns))
+            numbers = numbers + 1j * getattr(rng, kind)(size=(size, columns))
         return self.algebra.array(numbers)
+
+
+# Components cancel if the sum of their norms is this many times that of the tensor, and two have a cosine below this.
+_WEIGHTS, _COSINE = 100.0, -0.95
+
+
+def cancels(factors: Sequence[np.ndarray], norm: float) -> bool:
+    """Return whether components have grown and cancel, as where no best approximation exists (degeneracy).
+
+    Krijnen, Dijkstra & Stegeman, "On the non-existence of optimal solutions and the occurrence of degeneracy in the
+    CANDECOMP/PARAFAC model" (Psychometrika 73, 2008).
+    """
+    gram = np.asarray(hadamard_tensor([factor.conj().T @ factor for factor in factors]))
+    sizes = np.sqrt(np.abs(gram.diagonal()))
+    large = sizes > norm
+    if not sizes.sum() > _WEIGHTS * norm or not large.any():
+        return False
+    cosines = gram[np.ix_(large, large)].real / np.outer(sizes[large], sizes[large])
+    return bool(cosines.min() < _COSINE)
 
 
 # -- Alternating least squares -----------------------------------------------------------------------------------------
@@ -219,6 +333,8 @@ class _CPSearch:
 
 # Sweeps before the first extrapolation, and from one to the next.
 _BEFORE, _BETWEEN = 10, 5
+# Sweeps from one look at the gradient to the next.
+_AHEAD = 3
 # A squared error below this many epsilons of the squared norm is not computed as a difference.
 _CANCELS = 1e4
 
@@ -263,10 +379,7 @@ class CPSweeps:
         for half, other in (self.halves, self.halves[::-1]):
             if all(mode in self.fixed for mode in half):
                 continue
-            # The tensor times the factors of the other half, conjugated: one column for each component.
-            cols = self._conj(khatri_rao(backend, [factors[mode] for mode in other]))
-            matrix = self.matrix if half[0] == 0 else backend.matrix_transpose(self.matrix)
-            partial = backend.matmul(matrix, cols)
+            partial = self._partial = self._half_contracted(self.matrix, factors, half, other)
             for mode in half:
                 if mode in self.fixed:
                     continue
@@ -300,9 +413,39 @@ class CPSweeps:
 
     def residual(self, factors: Sequence[Array]) -> float:
         """Return the distance of the tensor from any factors, by forming their tensor."""
+        return norm_of(self.backend, self.difference(factors))
+
+    def difference(self, factors: Sequence[Array]) -> Array:
+        """Return the tensor less that of any factors, as the matrix of the two halves."""
         backend = self.backend
         rows, cols = (khatri_rao(backend, [factors[mode] for mode in half]) for half in self.halves)
-        return norm_of(backend, self.matrix - backend.matmul(rows, backend.matrix_transpose(cols)))
+        return self.matrix - backend.matmul(rows, backend.matrix_transpose(cols))
+
+    def products(self, matrix: Array, factors: Sequence[Array], last: Array | None = None) -> dict[int, Array]:
+        """Return a tensor, as the matrix of the halves, times all factors but one, conjugated, for each free mode.
+
+        ``last`` is its product with the factors of the first half, if that is known.
+        """
+        products = {}
+        for half, other, known in (
+            (self.halves[0], self.halves[1], None),
+            (self.halves[1], self.halves[0], last),
+        ):
+            if free := [mode for mode in half if mode not in self.fixed]:
+                partial = self._half_contracted(matrix, factors, half, other) if known is None else known
+                products.update({mode: self._contracted(partial, factors, half, mode) for mode in free})
+        return products
+
+    def slope(self, factors: Sequence[Array], error: float, swept: bool = False) -> float:
+        """Return the relative gradient at factors, perhaps those of the last sweep: see :func:`relative_slope`."""
+        grams = [self._gram(factor) for factor in factors]
+        last = self._partial if swept and not self.fixed else None
+        gradients, columns = {}, {}
+        for mode, product in self.products(self.matrix, factors, last).items():
+            system = hadamard_tensor([gram for m, gram in enumerate(grams) if m != mode])
+            gradients[mode] = self.backend.to_numpy(self.backend.matmul(factors[mode], system) - product)
+            columns[mode] = self.backend.to_numpy(system).diagonal().real
+        return relative_slope(gradients, columns, error)
 
     def largest(self) -> float:
         """Return the largest norm of a component that the last sweep returned; infinity if one is not finite."""
@@ -311,6 +454,12 @@ class CPSweeps:
 
     def _conj(self, x: Array) -> Array:
         return self.backend.conj(x) if self.complex else x
+
+    def _half_contracted(self, matrix: Array, factors: Sequence[Array], half: list[int], other: list[int]) -> Array:
+        """Contract the modes of the other half with its factors, conjugated: one column for each component."""
+        cols = self._conj(khatri_rao(self.backend, [factors[mode] for mode in other]))
+        matrix = matrix if half[0] == 0 else self.backend.matrix_transpose(matrix)
+        return self.backend.matmul(matrix, cols)
 
     def _gram(self, factor: Array) -> Array:
         """Return ``factorᵀ conj(factor)``."""
@@ -359,10 +508,13 @@ class _Run:
     iteration continues from the best factors.
     """
 
-    def __init__(self, sweeps: CPSweeps, start: Sequence[Array], norm: float, steps: Iteration) -> None:
-        self.sweeps, self.norm, self.steps = sweeps, norm, steps
+    def __init__(
+        self, sweeps: CPSweeps, start: Sequence[Array], norm: float, steps: Iteration, rival: float = math.inf
+    ) -> None:
+        self.sweeps, self.norm, self.steps, self.rival = sweeps, norm, steps, rival
         self.factors, self.error, self.errors = list(start), math.inf, list[float]()
         self.ridges = [0.0, 100.0 * sweeps.epsilon, sweeps.epsilon**0.5]
+        self.stopped, self.together, self._look = "", False, 0
         steps.begin()
 
     def advance(self, most: int) -> None:
@@ -373,8 +525,10 @@ class _Run:
             error = math.inf if factors is None else sweeps.distance(factors, norm)
             if factors is None or not error < self.error * (1.0 + 1e-12):
                 if factors is not None and math.isfinite(self.error):
-                    if not steps.note(self.error / norm):
-                        steps.stopped = "converged"  # up to rounding
+                    if not steps.note(self.error / norm):  # no better up to rounding
+                        flat = steps.limits.flat(sweeps.slope(self.factors, self.error), sweeps.epsilon)
+                        exact = self.error <= _ROUNDING * sweeps.epsilon * norm
+                        steps.stopped = "converged" if flat or exact else "stalled"
                 elif len(self.ridges) > 1:
                     self.ridges.pop(0)
                 else:
@@ -382,7 +536,7 @@ class _Run:
                 continue
             previous, self.factors, self.error = self.factors, factors, min(error, self.error)
             self.errors.append(self.error)
-            if steps.step(self.error / norm):
+            if steps.step(self.error / norm, self._ends):
                 return
             if not sweeps.fixed and len(self.errors) >= _BEFORE and len(self.errors) % _BETWEEN == 0:
                 longer = [
@@ -391,6 +545,23 @@ class _Run:
                 ]
                 if (error := sweeps.residual(longer)) < self.error:
                     self.factors, self.error = longer, error
+
+    def _ends(self) -> bool:
+        """Return whether the gradient is small, which is looked at a few sweeps apart, or another start is no worse."""
+        if self.error >= self.rival * (1.0 - _ALIKE):
+            return True
+        sweeps, limits = self.sweeps, self.steps.limits
+        gained = self.errors[-2] - self.error if len(self.errors) > 1 else math.inf
+        # The first factor of a sweep gains at least what moving one of its columns does.
+        if not limits.flat(math.sqrt(max(gained, 0.0) / self.error), sweeps.epsilon) or self._look > len(self.errors):
+            return False
+        self._look = len(self.errors) + _AHEAD
+        return limits.flat(sweeps.slope(self.factors, self.error, swept=True), sweeps.epsilon)
+
+    def crawls(self, least: float) -> bool:
+        """Return whether the last sweeps reduced the error by more than this, but not to a small fraction."""
+        before = self.errors[-_SWEEPS - 1] / self.norm if len(self.errors) > _SWEEPS else math.inf
+        return before - self.error / self.norm > least and self.error > _FAST * before * self.norm
 
     def reaches(self, least: float, most: int) -> bool:
         """Return whether the error would fall below another one in the sweeps that are left, as fast as in the last."""
@@ -406,6 +577,409 @@ class _Run:
             except (np.linalg.LinAlgError, RuntimeError):  # torch raises a RuntimeError
                 return None
             return factors if self.sweeps.largest() <= self.norm * self.sweeps.epsilon**-0.5 else None
+
+
+# -- Levenberg-Marquardt on all factors at once ------------------------------------------------------------------------
+
+# Tomasi & Bro, "A comparison of algorithms for fitting the PARAFAC model" (Comput. Stat. Data Anal. 50, 2006); Phan,
+# Tichavský & Cichocki, "Low complexity damped Gauss-Newton algorithms for CANDECOMP/PARAFAC" (SIAM J. Matrix Anal.
+# Appl. 34, 2013); Sorber, Van Barel & De Lathauwer (SIAM J. Optim. 23, 2013). With Γ_m the elementwise product of the
+# Gram matrices ``Aᴴ A`` of all factors but those of the modes m, the normal equations need no Jacobian:
+#
+#     (Jᴴ J)[(m, i, r), (m, j, s)] = δ_ij Γ_m[r, s]
+#     (Jᴴ J)[(m, i, r), (n, j, s)] = A_m[i, s] conj(A_n[j, r]) Γ_mn[r, s]
+#
+# A step gets a second-order correction along itself, from the same equations: in narrow curved valleys, as of collinear
+# components, it saves nine steps of ten (Transtrum & Sethna, "Improvements to the Levenberg-Marquardt algorithm for
+# nonlinear least-squares minimization", arXiv:1201.5885, 2012).
+
+
+# Tensors of up to this many elements are moved to the host, in double precision, and compressed to their multilinear
+# ranks. A core of this norm, relative to the tensor and in epsilons, is rounding.
+_ON_HOST, _DROPPED = 1 << 20, 4.0
+# The equations are formed for up to this many parameters; beyond, they are solved by conjugate gradients, up to this
+# many steps and this residual.
+_FORMED, _CONJUGATE, _SOLVED = 2000, 100, 1e-6
+# Multiply-adds of the descent from one start; the calls of a step, and of one of conjugate gradients, count as many.
+_WORK, _STEP, _CONJUGATES = 1 << 34, 1 << 22, 1 << 21
+# Damping relative to the mean diagonal: the first and its limits, and by what a step reduces it at most.
+_FIRST, _LEAST, _MOST, _DOWN = 1e-2, 1e-15, 1e10, 0.1
+# Steps go on until the gradient is this much smaller than converged.
+_STRICTER = 10.0
+# The correction may be this long, relative to its step.
+_CURVED = 0.75
+# An annealed descent has a ridge of this part of the relative error for up to this many steps, until the error is below
+# this or changes by less than this fraction of itself.
+_ANNEALED, _ANNEALS, _COLD, _STILL = 1e-2, 100, 1e-3, 1e-4
+
+
+def relative_slope(gradients: Mapping[int, np.ndarray], columns: Mapping[int, np.ndarray], error: float) -> float:
+    """Return the largest part of the error that moving one column of a factor could remove, to first order.
+
+    Parameters
+    ----------
+    gradients : mapping of int to ndarray, shape (d_m, r)
+        Of half the squared error.
+    columns : mapping of int to ndarray, shape (r,)
+        Squared norms of the derivatives by an element of each column.
+    error : float
+        The distance from the tensor.
+
+    Returns
+    -------
+    float
+        From 0 to 1: the largest cosine of the residual with its derivative by a column. It depends on no scale.
+    """
+    with np.errstate(divide="ignore", invalid="ignore"):
+        cosines = [
+            np.sqrt(np.sum(np.abs(gradient) ** 2, axis=0) / columns[mode]) for mode, gradient in gradients.items()
+        ]
+    return float(np.nanmax(cosines, initial=0.0)) / error if error > 0.0 else 0.0
+
+
+class CPDescent:
+    """Levenberg-Marquardt on the free factors of a tensor.
+
+    Parameters
+    ----------
+    algebra : Algebra
+    tensor : array, shape (d_1, …, d_M)
+    rank : int
+    norm : float
+        The tensor's.
+    fixed : collection of int
+        Modes whose factors are kept.
+    ridge : float
+        As in :func:`fit_cp`.
+
+    coarse : bool
+        Whether to fit the tensor's part in the subspace of the leading singular vectors of the free modes, as many as
+        components.
+
+    Attributes
+    ----------
+    count : int
+        Number of parameters.
+    cost : int
+        Multiply-adds of a step.
+    """
+
+    def __init__(
+        self,
+        algebra: Algebra,
+        tensor: Array,
+        rank: int,
+        norm: float,
+        fixed: Collection[int],
+        ridge: float,
+        coarse: bool = False,
+    ) -> None:
+        backend, self.algebra, self.ridge = algebra.backend, algebra, ridge
+        self.free = [mode for mode in range(len(tensor.shape)) if mode not in fixed]
+        # Relative to the tensor, nothing over- or underflows.
+        self.scale, self.epsilon, self.lost = norm ** (1.0 / len(self.free)), algebra.eps, 0.0
+        self.bases, host = dict[int, np.ndarray](), math.prod(tensor.shape) <= _ON_HOST
+        self.put: Callable[[np.ndarray], Array] = algebra.array
+        tensor = tensor * (1.0 / norm)
+        if coarse:
+            for mode in self.free:
+                basis, _ = algebra.left(unfolded(backend, tensor, mode), rank)
+                self.bases[mode] = double_on_host(backend, basis)
+                adjoint = backend.matrix_transpose(backend.conj(basis) if backend.is_complex(basis) else basis)
+                tensor = mode_product(backend, tensor, adjoint, mode)
+            self.lost = max(0.0, 1.0 - norm_of(backend, tensor) ** 2)
+        if coarse or host:
+            tensor, backend, self.put = double_on_host(backend, tensor), load_backend("numpy"), _as_it_is
+            for mode in self.free if not coarse else ():
+                basis, tail = _span(unfolded(backend, tensor, mode), self.epsilon)
+                if basis is not None:
+                    self.bases[mode], tensor = basis, mode_product(backend, tensor, basis.conj().T, mode)
+                    self.lost += tail**2
+        self.sweeps = CPSweeps(backend, tensor, fixed)
+        self.count = rank * sum(self.sweeps.sizes[mode] for mode in self.free)
+        equations = self.count**3 // 3 if self.count <= _FORMED else 2 * _CONJUGATE * _CONJUGATES
+        self.cost = equations + 8 * rank * math.prod(self.sweeps.sizes) + _STEP
+
+    def run(
+        self, factors: Sequence[Array], steps: Iteration, most: int, annealed: bool = False
+    ) -> tuple[list[Array], float]:
+        """Descend from factors until the iteration stops.
+
+        Parameters
+        ----------
+        factors : sequence of array, shape (d_m, r)
+        steps : Iteration
+        most : int
+            The most steps, if the iteration has no lower limit.
+        annealed : bool
+            Whether to begin with a ridge that falls with the error: components then stay small until they fit, where
+            others diverge.
+
+        Returns
+        -------
+        factors : list of array
+        error : float
+            The root of the squared relative error and the penalty. Except for an annealed descent, it is never above
+            that of the start.
+        """
+        with np.errstate(all="ignore"):
+            x, error = self._descended(self._begun(factors), steps, most, annealed)
+        ends = []
+        for mode, factor in enumerate(x):
+            if mode in self.bases:
+                factor = self.bases[mode] @ factor
+            ends.append(self.algebra.array(factor * self.scale) if mode in self.free else factors[mode])
+        return ends, error
+
+    def _begun(self, factors: Sequence[Array]) -> list[np.ndarray]:
+        x = [double_on_host(self.algebra.backend, factor) for factor in factors]
+        for mode in self.free:
+            x[mode] = (self.bases[mode].conj().T @ x[mode] if mode in self.bases else x[mode]) / self.scale
+        return self._balanced(x)
+
+    def _balanced(self, x: list[np.ndarray]) -> list[np.ndarray]:
+        """Give the free columns of each component equal norms: damping treats all alike."""
+        norms = {mode: np.linalg.norm(x[mode], axis=0) for mode in self.free}
+        mean = np.prod([*norms.values()], axis=0) ** (1.0 / len(self.free))
+        return [
+            factor * (mean / np.where(norms[mode] > 0.0, norms[mode], 1.0)) if mode in norms else factor
+            for mode, factor in enumerate(x)
+        ]
+
+    def _descended(
+        self, x: list[np.ndarray], steps: Iteration, most: int, annealed: bool
+    ) -> tuple[list[np.ndarray], float]:
+        left, damping, taken, before = self._left(x), _FIRST, 0, math.inf
+        square, least = self._square(left), (_ROUNDING / 4.0 * self.epsilon) ** 2
+        steps.begin(math.sqrt(square + self._penalty(x, self.ridge)))
+        while True:
+            error = math.sqrt(square)
+            annealed = annealed and taken < _ANNEALS and error > _COLD and abs(before - error) > _STILL * error
+            before, ridge = error, self.ridge + (_ANNEALED * error if annealed else 0.0)
+            total = square + self._penalty(x, ridge)
+            equations = _Equations(self.free, x, self._pulled(left, x), ridge, _FORMED)
+            known = square + self._penalty(x, self.ridge)
+            if taken:
+                slope = math.inf if annealed else equations.slope(math.sqrt(total))
+                steps.step(math.sqrt(known), functools.partial(steps.limits.flat, _STRICTER * slope, self.epsilon))
+            if not steps.stopped and known <= least:
+                steps.stopped = "converged"
+            elif not steps.stopped and equations.largest > self.epsilon**-0.5:
+                steps.stopped = "degenerate"
+            elif not steps.stopped and taken >= most:
+                steps.stopped = "max_iterations"
+            growth = 2.0
+            while not steps.stopped:
+                step, gain = equations.step(damping, functools.partial(self._curvature, x))
+                moved = [factor + step.get(mode, 0.0) for mode, factor in enumerate(x)]
+                now = self._left(moved)
+                after = self._square(now)
+                if (lost := total - after - self._penalty(moved, ridge)) > 0.0:
+                    damping *= max(_DOWN, 1.0 - (2.0 * lost / gain - 1.0) ** 3) if gain > 0.0 else 1.0
+                    damping = max(damping, _LEAST)
+                    x, left, square, taken = self._balanced(moved), now, after, taken + 1
+                    break
+                damping, growth = max(damping, _LEAST) * growth, 2.0 * growth
+                if damping > _MOST:
+                    flat = steps.limits.flat(equations.slope(math.sqrt(total)), self.epsilon)
+                    steps.stopped = "converged" if flat or known <= 16.0 * least else "stalled"
+            if steps.stopped:
+                return x, math.sqrt(known)
+
+    def _put(self, x: Sequence[np.ndarray]) -> list[Array]:
+        return [self.put(factor) for factor in x]
+
+    def _left(self, x: Sequence[np.ndarray]) -> Array:
+        """Return the factors' tensor less the one that is fitted, as the matrix of the halves."""
+        return -self.sweeps.difference(self._put(x))
+
+    def _square(self, left: Array) -> float:
+        norm = norm_of(self.sweeps.backend, left)
+        return norm * norm + self.lost if math.isfinite(norm) else math.inf
+
+    def _penalty(self, x: Sequence[np.ndarray], ridge: float) -> float:
+        return ridge * sum(float(np.linalg.norm(x[mode])) ** 2 for mode in self.free) if ridge else 0.0
+
+    def _pulled(self, left: Array, x: Sequence[np.ndarray]) -> dict[int, np.ndarray]:
+        """Return the derivatives of the tensor by each free factor, times a tensor."""
+        products = self.sweeps.products(left, self._put(x))
+        return {mode: double_on_host(self.sweeps.backend, product) for mode, product in products.items()}
+
+    def _curvature(self, x: Sequence[np.ndarray], step: Mapping[int, np.ndarray]) -> dict[int, np.ndarray]:
+        """Return half the second derivative of the tensor along a step, pulled back like a gradient."""
+        sides, backend = [], self.sweeps.backend
+        for half in self.sweeps.halves:
+            # The half's product of factors as a polynomial in the step's length, up to its square.
+            terms: list[Array | None] = [None, None, None]
+            for mode in half:
+                factor, change = self.put(x[mode]), self.put(step[mode]) if mode in step else None
+                terms = (
+                    [
+                        _added(
+                            [_times(backend, terms[n], factor), _times(backend, terms[n - 1] if n else None, change)]
+                        )
+                        for n in range(3)
+                    ]
+                    if mode != half[0]
+                    else [factor, change, None]
+                )
+            sides.append(terms)
+        pairs = [(a, b) for a, b in zip(sides[0], sides[1][::-1], strict=True) if a is not None and b is not None]
+        if not pairs:
+            return {mode: np.zeros_like(change) for mode, change in step.items()}
+        rows, cols = (backend.concat(list(parts), axis=1) for parts in zip(*pairs, strict=True))
+        return self._pulled(backend.matmul(rows, backend.matrix_transpose(cols)), x)
+
+
+def _times(backend: Backend, a: Array | None, b: Array | None) -> Array | None:
+    return None if a is None or b is None else khatri_rao(backend, [a, b])
+
+
+def _added(terms: Sequence[Array | None]) -> Array | None:
+    present = [term for term in terms if term is not None]
+    return sum(present[1:], start=present[0]) if present else None
+
+
+def _as_it_is(x: np.ndarray) -> np.ndarray:
+    return x
+
+
+def _span(matrix: np.ndarray, epsilon: float) -> tuple[np.ndarray | None, float]:
+    """Return an orthonormal basis of the columns up to rounding, None if it is no smaller; and the norm of the rest."""
+    rows = matrix.shape[0]
+    triangle = np.asarray(np.linalg.qr(matrix.T, mode="r")).T if matrix.shape[1] >= rows else matrix
+    u, s, _ = np.linalg.svd(triangle, full_matrices=False)
+    tails = np.append(np.sqrt(np.cumsum(s[::-1] ** 2)[::-1]), 0.0)
+    rank = max(1, int(np.sum(tails > _DROPPED * epsilon * tails[0])))
+    return (u[:, :rank], float(tails[rank])) if rank < rows else (None, 0.0)
+
+
+class _Equations:
+    """The damped normal equations of all free factors, from small matrices."""
+
+    def __init__(
+        self,
+        free: Sequence[int],
+        x: Sequence[np.ndarray],
+        gradient: Mapping[int, np.ndarray],
+        ridge: float,
+        formed: int,
+    ) -> None:
+        self.free, self.x, self.ridge = free, x, ridge
+        self.shapes = {mode: x[mode].shape for mode in free}
+        self.grams = [factor.conj().T @ factor for factor in x]
+        self.alone = {mode: self._others(mode) for mode in free}
+        self.gradient = {mode: gradient[mode] + ridge * x[mode] if ridge else gradient[mode] for mode in free}
+        self.count = sum(math.prod(shape) for shape in self.shapes.values())
+        total = sum(len(x[mode]) * float(np.trace(gram).real) for mode, gram in self.alone.items())
+        self.size = max(total / self.count, 1e-300)
+        self.formed = self._matrix() if self.count <= formed else None
+
+    def _others(self, *modes: int) -> np.ndarray:
+        """Return the elementwise product of the Gram matrices of all factors but some."""
+        rank = self.x[0].shape[1]
+        start = np.ones((rank, rank))
+        return math.prod((gram for m, gram in enumerate(self.grams) if m not in modes), start=start)
+
+    @property
+    def largest(self) -> float:
+        """The largest norm of a component."""
+        return math.sqrt(float(np.abs(self._others().diagonal()).max()))
+
+    def slope(self, error: float) -> float:
+        """Return the relative gradient."""
+        columns = {mode: gram.diagonal().real + self.ridge for mode, gram in self.alone.items()}
+        return relative_slope(self.gradient, columns, error)
+
+    def step(
+        self, damping: float, curvature: Callable[[dict[int, np.ndarray]], dict[int, np.ndarray]]
+    ) -> tuple[dict[int, np.ndarray], float]:
+        """Return a step with its correction, and by how much it reduces the linearized squared error."""
+        shift = damping * self.size
+        try:
+            solve = self._solver(shift + self.ridge)
+        except np.linalg.LinAlgError:  # not positive definite up to rounding
+            return {mode: np.full(shape, np.nan) for mode, shape in self.shapes.items()}, 0.0
+        step = {mode: -change for mode, change in solve(self.gradient).items()}
+        gain = shift * _inner(step, step) - _inner(step, self.gradient)
+        correction = solve(curvature(step))
+        if _inner(correction, correction) <= (0.5 * _CURVED) ** 2 * _inner(step, step):
+            step = {mode: change - correction[mode] for mode, change in step.items()}
+        return step, gain
+
+    def _solver(self, shift: float) -> Callable[[Mapping[int, np.ndarray]], dict[int, np.ndarray]]:
+        if self.formed is None:
+            return lambda right: self._by_products(shift, right)
+        from scipy.linalg import cho_factor, cho_solve
+
+        damped = self.formed.copy()
+        damped[np.diag_indices(self.count)] += shift
+        factored = cho_factor(damped, lower=True, overwrite_a=True, check_finite=False)
+
+        def solve(right: Mapping[int, np.ndarray]) -> dict[int, np.ndarray]:
+            flat = cho_solve(factored, np.concatenate([right[mode].reshape(-1) for mode in self.free]))
+            parts = np.split(flat, np.cumsum([math.prod(shape) for shape in self.shapes.values()])[:-1])
+            return {mode: part.reshape(self.shapes[mode]) for mode, part in zip(self.free, parts, strict=True)}
+
+        return solve
+
+    def _matrix(self) -> np.ndarray:
+        """Return ``Jᴴ J``."""
+        rank = self.x[0].shape[1]
+        edges = np.cumsum([0, *(math.prod(shape) for shape in self.shapes.values())])
+        matrix = np.zeros((self.count, self.count), np.result_type(*self.x))
+        for a, m in enumerate(self.free):
+            rows, size = slice(edges[a], edges[a + 1]), len(self.x[m])
+            same = matrix[rows, rows].reshape(size, rank, size, rank)
+            same[np.arange(size), :, np.arange(size), :] = self.alone[m]
+            for b in range(a + 1, len(self.free)):
+                n, cols = self.free[b], slice(edges[b], edges[b + 1])
+                left = self.x[m][:, None, :] * self._others(m, n)
+                block = left[:, :, None, :] * self.x[n].conj().T[:, :, None]
+                matrix[rows, cols] = block.reshape(size * rank, -1)
+                matrix[cols, rows] = matrix[rows, cols].conj().T
+        return matrix
+
+    def _product(self, vec: Mapping[int, np.ndarray], shift: float) -> dict[int, np.ndarray]:
+        """Multiply by ``Jᴴ J`` plus a multiple of the identity."""
+        overlaps = {mode: self.x[mode].conj().T @ part for mode, part in vec.items()}
+        product = {}
+        for m in self.free:
+            product[m] = vec[m] @ self.alone[m].T + shift * vec[m]
+            for n in self.free:
+                if n != m:
+                    product[m] = product[m] + self.x[m] @ (self._others(m, n) * overlaps[n]).T
+        return product
+
+    def _by_products(self, shift: float, right: Mapping[int, np.ndarray]) -> dict[int, np.ndarray]:
+        """Solve by conjugate gradients, preconditioned by the blocks of the modes."""
+        eye = np.eye(self.x[0].shape[1])
+        inverses = {
+            mode: np.linalg.inv(gram + (shift + 1e-14 * self.size) * eye).T for mode, gram in self.alone.items()
+        }
+
+        def conditioned(left: Mapping[int, np.ndarray]) -> dict[int, np.ndarray]:
+            return {mode: part @ inverses[mode] for mode, part in left.items()}
+
+        x, left = {mode: np.zeros_like(part) for mode, part in right.items()}, dict(right)
+        way = conditioned(left)
+        slope = _inner(left, way)
+        enough = _SOLVED**2 * slope
+        for _ in range(_CONJUGATE):
+            if not slope > enough:
+                break
+            image = self._product(way, shift)
+            length = slope / _inner(way, image)
+            x = {mode: part + length * way[mode] for mode, part in x.items()}
+            left = {mode: part - length * image[mode] for mode, part in left.items()}
+            ahead = conditioned(left)
+            before, slope = slope, _inner(left, ahead)
+            way = {mode: part + (slope / before) * way[mode] for mode, part in ahead.items()}
+        return x
+
+
+def _inner(a: Mapping[int, np.ndarray], b: Mapping[int, np.ndarray]) -> float:
+    return float(sum(np.vdot(part, b[mode]).real for mode, part in a.items()))
 
 
 # -- Starts of rank one -----------------------------------------------------------------------------------------------

@@ -46,6 +46,14 @@ class Limits(NamedTuple):
         least = 1e-3 if error <= 1e-2 else 0.1
         return before - error <= self.tol and error >= before * (1.0 - least)
 
+    def flat(self, slope: float, epsilon: float) -> bool:
+        """Return whether a relative gradient is small: at most ten times the root of ``tol``, and not below rounding.
+
+        It is the largest cosine of the residual with its derivative by one column of a factor, so that moving that
+        column alone would reduce the squared error by no more than a hundred ``tol`` of itself.
+        """
+        return slope <= math.sqrt(max(100.0 * self.tol, 16.0 * epsilon))
+
 
 def limits_of(tol: Any, max_iterations: Any, least: int = 1) -> Limits:
     """Return checked limits; raise a ConfigError unless tol is from 0 to below 1 and there are enough iterations."""
@@ -78,7 +86,7 @@ class Iteration:
         The least relative error after each step of all starts.
     stopped : str
         Why the last start ended: ``"converged"``, ``"max_iterations"``, ``"callback"``, or what a solver has set;
-        empty before it does.
+        empty before it does. All are keys of ``REASONS``.
 
     Examples
     --------
@@ -96,12 +104,15 @@ class Iteration:
         """Begin another start, with a relative error if it is known."""
         self.count, self.before, self.stopped = 0, error, ""
 
-    def step(self, error: float) -> bool:
-        """Note the relative error after a step; return whether the start ends."""
+    def step(self, error: float, flat: Callable[[], bool] = lambda: True) -> bool:
+        """Note the relative error after a step; return whether the start ends.
+
+        It converges where a step gains too little and the gradient is small, if the solver can say whether it is.
+        """
         before, self.before = self.before, error
         self.count += 1
         if not self.note(error):
-            if self.limits.converged(before, error):
+            if self.limits.converged(before, error) and flat():
                 self.stopped = "converged"
             elif self.count >= self.limits.iterations:
                 self.stopped = "max_iterations"
@@ -146,8 +157,7 @@ class Fit(NamedTuple):
     method : str
         Short description of the method.
     stopped : str
-        Why it stopped: ``"direct"`` without an iteration, ``"converged"`` where a step gained no more than the
-        tolerance, ``"max_iterations"``, ``"callback"``, or ``"singular"`` where the equations of a step are.
+        Why it stopped: a key of ``REASONS``.
     error : float
         The relative error, if the solver knows it; otherwise NaN.
     history : tuple of float
@@ -177,6 +187,17 @@ class Fit(NamedTuple):
 
 
 _CONVERGED = ("direct", "converged")
+#: Why a fit stops, and what helps.
+REASONS = {
+    "direct": "it needs no iteration",
+    "converged": "a step gains no more than the tolerance",
+    "max_iterations": "it has not converged: allow more iterations, more starts or a larger tol",
+    "callback": "the callback has stopped it",
+    "singular": "the equations of a step are singular: use another init or random_state, or a smaller rank",
+    "stalled": "no step reduces the error, though its gradient is not small: use float64, or another init",
+    "degenerate": "components have grown and cancel, so that they mean nothing one by one and a best fit may not "
+    "exist: use nonnegative=True, a lower rank, or a penalty such as ridge=1e-3",
+}
 
 
 # -- Whether a fit is optimal: its error, bound and certificate, computed when they are first read ---------------------
@@ -271,8 +292,8 @@ class FitOutcome(Optimality):
         Whether the error is known to be the least possible one: by theory, because it meets the bound, or because it is
         no more than rounding.
     stopped : str
-        Why it stopped: ``"direct"`` without an iteration, ``"converged"`` where a step gained no more than the
-        tolerance, ``"max_iterations"``, ``"callback"``, or ``"singular"`` where the equations of a step are.
+        Why it stopped: ``"direct"`` without an iteration, ``"converged"``, ``"max_iterations"``, ``"callback"``,
+        ``"singular"``, ``"stalled"`` or ``"degenerate"``; :attr:`reason` says what it means and what helps.
     history : tuple of float
         The least error after each iteration, of all starts; empty if the method does not say.
     method : str
@@ -298,8 +319,19 @@ class FitOutcome(Optimality):
 
     @property
     def converged(self) -> bool:
-        """Whether it stopped because it improved no more; True if there was no iteration."""
+        """Whether it stopped because it improved no more; True if there was no iteration.
+
+        A step gained no more than ``tol``, as :class:`Limits` says; the error fell by less than a tenth of itself, or,
+        if it is at most 0.01, a thousandth. :func:`tnadapt.cp` of a whole tensor also requires a small gradient: the
+        largest cosine of the residual with its derivative by one column of a factor is at most ``10 * tol ** 0.5``,
+        1e-3 by default. It depends on no scale. Or the error is no more than rounding.
+        """
         return self.stopped in _CONVERGED
+
+    @property
+    def reason(self) -> str:
+        """Why it stopped, in words, and what helps."""
+        return REASONS[self.stopped]
 
 
 # -- The proof that a matrix has no closer approximation of a rank -----------------------------------------------------

@@ -42,6 +42,7 @@ def implicit_gradient(
     fixed: Collection[int],
     epsilon: float,
     converged: bool,
+    ridge: float = 0.0,
 ) -> np.ndarray:
     """Return the gradient with respect to a tensor, given that with respect to the arrays fitted to it.
 
@@ -59,6 +60,8 @@ def implicit_gradient(
         Machine epsilon of the dtype in which the arrays were computed.
     converged : bool
         Whether a solver stopped because it improved no more.
+    ridge : float
+        Of a CP tensor, the penalty of its fit: see :func:`tnadapt.cp`.
 
     Returns
     -------
@@ -77,7 +80,7 @@ def implicit_gradient(
     """
     if any(np.iscomplexobj(array) for array in (tensor, *arrays)):
         raise BackendError(f"a decomposition of complex numbers that iterates is not differentiated: {_WAY}")
-    problem = _NetworkDerivatives(contraction, arrays, tensor, fixed)
+    problem = _NetworkDerivatives(contraction, arrays, tensor, fixed, ridge)
     if problem.size > _PARAMETERS:
         raise BackendError(
             f"the gradient of a decomposition that iterates needs a square matrix of its {problem.size} parameters; "
@@ -101,7 +104,12 @@ def implicit_gradient(
     if values[0] <= _NULL * values[-1]:
         raise _not_isolated()
     change = basis @ (vectors @ ((vectors.T @ (basis.T @ cotangent)) / values))
-    return np.asarray(problem.moved(vec, change[None])[0])
+    gradient = np.asarray(problem.moved(vec, change[None])[0])
+    if ridge:
+        # The scale of the penalty depends on the tensor, too.
+        growth = problem.exponent * float(change @ problem.penalty(vec)[0])
+        gradient = gradient - growth * problem.tensor / float(np.sum(problem.tensor**2))
+    return gradient
 
 
 def _not_isolated() -> BackendError:
@@ -130,10 +138,15 @@ def _minimum(problem: _NetworkDerivatives, vec: np.ndarray, near: float) -> tupl
 
 
 class _NetworkDerivatives:
-    """Derivatives of ``‖N(X) - T‖² / 2`` with respect to the free arrays of a network, as one vector."""
+    """Derivatives of ``‖N(X) - T‖² / 2`` and a penalty with respect to the free arrays of a network, as one vector."""
 
     def __init__(
-        self, contraction: Contraction, arrays: Sequence[np.ndarray], tensor: np.ndarray, fixed: Collection[int]
+        self,
+        contraction: Contraction,
+        arrays: Sequence[np.ndarray],
+        tensor: np.ndarray,
+        fixed: Collection[int],
+        ridge: float,
     ) -> None:
         self.indices, self.out = contraction
         self.arrays = [np.asarray(array, np.float64) for array in arrays]
@@ -141,6 +154,10 @@ class _NetworkDerivatives:
         self.free = [place for place in range(len(arrays)) if place not in fixed]
         self.edges = np.cumsum([0, *(self.arrays[place].size for place in self.free)]).tolist()
         self.size = self.edges[-1]
+        # Weights of components have no mode.
+        self.factors = sum(len(self.indices[place]) > 1 for place in self.free)
+        self.exponent = 2.0 - 2.0 / max(self.factors, 1)
+        self.ridge = ridge * float(np.linalg.norm(self.tensor)) ** self.exponent
         # The index of a batch of directions.
         self.batch = 1 + max(itertools.chain(self.out, *self.indices))
 
@@ -184,7 +201,30 @@ class _NetworkDerivatives:
         return np.concatenate(gradients, axis=1)
 
     def slope(self, vec: np.ndarray) -> np.ndarray:
-        return np.asarray(self._pulled(vec, (self.network(vec) - self.tensor)[None])[0])
+        slope = self._pulled(vec, (self.network(vec) - self.tensor)[None])[0]
+        return np.asarray(slope + self.penalty(vec)[0] if self.ridge else slope)
+
+    def penalty(self, vec: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the first and second derivatives of half the penalty of a CP tensor.
+
+        With the norm c of a component and M free factors of equal norms, it is ``M ridge c^(2/M)``, however the norm is
+        distributed.
+        """
+        blocks, squares = [], []
+        for place, (start, stop) in zip(self.free, itertools.pairwise(self.edges), strict=True):
+            columns = vec[start:stop].reshape(-1, self.arrays[place].shape[-1])
+            squares.append(np.sum(columns**2, axis=0))
+            block, count = np.zeros((columns.shape[1], self.size)), columns.shape[1]
+            for r in range(count):
+                block[r, start + r : stop : count] = columns[:, r] / squares[-1][r]
+            blocks.append(block)
+        norms = np.prod(squares, axis=0) ** 0.5
+        weights, logs = self.ridge * norms ** (2.0 / self.factors), np.sum(blocks, axis=0)
+        second = (2.0 / self.factors) * (logs.T * weights) @ logs
+        for (start, stop), block, square in zip(itertools.pairwise(self.edges), blocks, squares, strict=True):
+            second -= 2.0 * (block.T * weights) @ block
+            second[range(start, stop), range(start, stop)] += np.tile(weights / square, (stop - start) // len(square))
+        return weights @ logs, second
 
     def effective(self, vec: np.ndarray) -> np.ndarray:
         """Return an orthonormal basis of the changes of the parameters that change the tensor."""
@@ -198,6 +238,8 @@ class _NetworkDerivatives:
             self._row(vec, np.eye(self.size)[start : start + count], second) for start in range(0, self.size, count)
         ]
         hessian = np.concatenate(rows)
+        if second and self.ridge:
+            hessian = hessian + self.penalty(vec)[1]
         return np.asarray(hessian + hessian.T) / 2.0
 
     def _row(self, vec: np.ndarray, ways: np.ndarray, second: bool) -> np.ndarray:

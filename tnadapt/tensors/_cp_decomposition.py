@@ -19,7 +19,7 @@ from tnadapt.decomposition.cp_als import Products, fit_cp, fit_cp_by_products
 from tnadapt.decomposition.fits import Callback, Fit, Iteration, limits_of
 from tnadapt.decomposition.linear_algebra import Algebra
 from tnadapt.decomposition.sparse_tensor import SparseTensor
-from tnadapt.errors import ConfigError, ShapeError
+from tnadapt.errors import ConfigError, ShapeError, safe_repr
 
 from . import _requests
 from ._decomposed import CPTensor, finished, smallest_rank
@@ -39,6 +39,7 @@ def cp(
     fixed: Collection[int] = (),
     nonnegative: Any = False,
     symmetric: bool = False,
+    ridge: float = 0.0,
     starts: int | None = None,
     random_state: Any = None,
     tol: float = 1e-8,
@@ -46,7 +47,7 @@ def cp(
     callback: Callback | None = None,
     memory: int = _requests.BLOCK,
 ) -> CPTensor:
-    """Decompose a tensor into a sum of outer products (CANDECOMP/PARAFAC) by alternating least squares.
+    """Decompose a tensor into a sum of outer products (CANDECOMP/PARAFAC).
 
     Parameters
     ----------
@@ -75,15 +76,21 @@ def cp(
         Whether all factors are to be the same array, for a real tensor that is symmetric up to rounding; its weights
         may be negative. By L-BFGS in double precision on the host, from three starts by default; without ``mask``,
         ``weights``, ``fixed``, ``nonnegative`` or a given start.
+    ridge : float
+        Penalty ``ridge * norm ** (2 - 2 / M) * sum(abs(factors) ** 2)`` added to the squared error, with the norm of
+        the tensor, over its M factors that are not fixed, with the weights distributed equally over these. It keeps
+        components from growing without end. ``history`` then has the root of the sum, relative to the norm. Of a
+        matrix, it reduces the singular values by ``ridge * norm``.
     starts : int, optional
-        Number of starts, the first by ``init`` and the others random; the best result is returned. By default 1, but 3
-        from ``"svd"`` of a tensor of up to 2^14 elements, if ``max_iterations`` is above 10 without ``nonnegative``.
+        Number of starts, the first by ``init`` and the others random; the best result is returned. Start k depends on
+        ``random_state`` and k alone, and each is followed to its end: more starts never have a larger error. By
+        default 1, but from ``"svd"`` 3 of a tensor of up to 2^14 elements, and 8 if an exact answer may be near.
     random_state : int or Generator, optional
         Seed of random numbers.
     tol : float
         The iteration stops when a sweep reduces the relative error by no more than this.
     max_iterations : int
-        Maximum number of sweeps of each start, and of steps of each descent by Gauss-Newton.
+        Maximum number of sweeps of each start, and of steps of each descent by Levenberg-Marquardt.
     callback : callable, optional
         Called with the number of each sweep or step, counted through all starts, and the least relative error so far;
         stops the iteration, and all that would follow, if it returns True.
@@ -112,7 +119,22 @@ def cp(
     A matrix has an exact answer, its truncated SVD (Eckart & Young). For more modes there is no guarantee; a best
     approximation may not even exist (de Silva & Lim, 2008). With ``rank``, it is differentiable once it has converged;
     of several starts, the best may be one that does not: use ``starts=1``.
-    A sweep costs ``4 r prod(d)`` multiply-adds, in two matrix products.
+
+    Sweeps of alternating least squares; each costs ``4 r prod(d)`` multiply-adds, in two matrix products. Where they
+    crawl, which is tested after 20 and 30, Levenberg-Marquardt moves all factors at once, with a second-order
+    correction, from small matrices: a step costs about two sweeps and a third of ``(r sum(d)) ** 3``, or up to 100
+    conjugate gradients beyond 2,000 parameters, in all no more than ``max_iterations`` sweeps or some seconds. On the
+    host, of up to 2^20 elements, a tensor is first compressed to its multilinear ranks; a larger problem is first
+    solved for its part in the r leading singular vectors of each mode. Every second start has at first a penalty that
+    falls with the error. ``max_iterations=30`` turns all of this off.
+
+    With ``rank`` up to 8 and no ``starts``, ``ridge`` or ``callback`` that stops it, ``init="svd"`` of a tensor of up
+    to 2^14 elements never has a larger error than a lower rank: unless singular values prove that it is smaller, the
+    fit of the rank below is computed, too, and one component of what that leaves is added.
+
+    It has converged where a sweep or step gains no more than ``tol`` and the gradient is small:
+    :attr:`FitOutcome.converged` has the definition. If components have grown to a hundred times the tensor and cancel,
+    ``outcome.stopped`` is ``"degenerate"``: see :doc:`/cp_convergence`.
 
     With ``mask`` or ``weights``, all arrays are fitted to the known elements: some sweeps of least squares from several
     starts, then damped Gauss-Newton if the problem is small enough for its equations. ``error`` is that of the known
@@ -123,10 +145,6 @@ def cp(
     et al., 2021), in double precision on the host. So are the factors of a sparse tensor, by sweeps alone from one
     start by default, and the result is of NumPy: with n stored elements, a sweep takes ``M² n r`` multiply-adds and
     ``n r`` numbers. A sparse tensor of up to 2^14 elements is formed; the error of a larger one is exact to 1e-8.
-
-    If 30 sweeps have not converged, their error is below 0.3, and the tensor is small, there may be an exact answer:
-    damped Gauss-Newton continues from there and from other starts, each step at the cost of solving for all factors at
-    once, which may take much longer than the sweeps. Only with ``init="svd"``; ``max_iterations=30`` turns it off.
 
     Examples
     --------
@@ -155,6 +173,12 @@ def cp(
         starts = _requests.integer_of("starts", starts, 1, 1 << 20)
     modes = constrained_modes(nonnegative, request)
     whole = not request.sparse and not request.blocks
+    ridge = _ridge_of(ridge)
+    if ridge and (request.observed is not None or modes or symmetric or not whole):
+        raise ConfigError(
+            "ridge= is for a dense tensor in memory, without mask=, weights=, nonnegative= and symmetric=: leave one "
+            "of them out"
+        )
     if len(request.shape) == 2 and request.observed is None and not modes and not held and whole:
         request = request.kept()
     symmetric = symmetric and len(request.shape) > 1
@@ -195,13 +219,15 @@ def cp(
             fit = _by_products(request, rank, start, starts or 1, Iteration(limits, callback), held, modes)
         else:
             steps = Iteration(limits, callback)
-            fit = fit_cp(request.algebra(), request.tensor, rank, steps, init=start, fixed=held, starts=starts)
+            fit = fit_cp(
+                request.algebra(), request.tensor, rank, steps, init=start, fixed=held, starts=starts, ridge=ridge
+            )
         if fit.error == math.inf:
             raise ShapeError(
                 f"no sweep of rank {rank} succeeded, as the equations are singular: use another init or random_state, "
                 "or a smaller rank"
             )
-        return finished(request, fit, result_of, fixed=held)
+        return finished(request, fit, result_of, fixed=held, ridge=ridge)
 
     most = _requests.useful_rank(request.shape)
     if rank is None:
@@ -212,6 +238,14 @@ def cp(
             f"rank {rank} is above {most}, with which every tensor of shape {request.shape} is a CP tensor"
         )
     return fitted(int(rank))
+
+
+def _ridge_of(ridge: Any) -> float:
+    """Return a penalty; raise a ConfigError unless it is a finite number of at least 0."""
+    number = isinstance(ridge, (int, float, np.integer, np.floating)) and not isinstance(ridge, bool)
+    if not number or not 0.0 <= ridge < math.inf:
+        raise ConfigError(f"ridge must be a finite number of at least 0; got {safe_repr(ridge)}")
+    return float(ridge)
 
 
 def _factors(init: CPTensor, rank: int, held: Collection[int]) -> list[Array]:

@@ -452,7 +452,7 @@ class Decomposed(abc.ABC):
 
     @property
     def converged(self) -> bool | None:
-        """Whether the iteration stopped because it improved no more; ``outcome.stopped`` says why it did otherwise."""
+        """Whether the iteration stopped because it improved no more; ``outcome.reason`` says why it did otherwise."""
         return None if self.outcome is None else self.outcome.converged
 
     @property
@@ -484,6 +484,8 @@ class Decomposed(abc.ABC):
             facts += [("error", f"{self.outcome.error:.3g}{limit}"), ("method", method)]
             if not self.outcome.converged:
                 facts.append(("converged", f"no ({self.outcome.stopped})"))
+            if self.outcome.stopped == "degenerate":
+                facts.append(("degenerate", self.outcome.reason))
         return facts
 
 
@@ -494,7 +496,11 @@ D = TypeVar("D", bound=Decomposed)
 
 
 def finished(
-    request: Request, fit: Fit, result_of: Callable[[Mapping[str, Array]], D], fixed: Collection[int] = ()
+    request: Request,
+    fit: Fit,
+    result_of: Callable[[Mapping[str, Array]], D],
+    fixed: Collection[int] = (),
+    ridge: float = 0.0,
 ) -> D:
     """Return the result of a fit, with how good it is, and with its derivative if it is recorded.
 
@@ -506,6 +512,8 @@ def finished(
         Makes the result from the fit's arrays.
     fixed : collection of int
         Which of the result's ``arrays`` do not depend on the tensor.
+    ridge : float
+        The penalty that the fit of a CP tensor had.
 
     Returns
     -------
@@ -536,7 +544,7 @@ def finished(
     )
     compute = fit.closed
     closed = None if compute is None else lambda tensor: result_of(compute(tensor))
-    return with_derivative(request, result, fit.converged, closed, fixed).with_outcome(outcome)
+    return with_derivative(request, result, fit.converged, closed, fixed, ridge).with_outcome(outcome)
 
 
 def error_of(request: Request, result: Decomposed) -> float:
@@ -556,6 +564,7 @@ def with_derivative(
     converged: bool,
     closed: Callable[[Array], D] | None = None,
     fixed: Collection[int] = (),
+    ridge: float = 0.0,
 ) -> D:
     """Return a result with the same values, and with its derivative if it is recorded.
 
@@ -577,7 +586,7 @@ def with_derivative(
     def pullback(tensor: Array, cotangents: Sequence[Array]) -> Array:
         gradient = implicit_gradient(
             contraction, hosts, backend.to_numpy(tensor), [backend.to_numpy(x) for x in cotangents], fixed,
-            float(np.finfo(dtype).eps), converged,
+            float(np.finfo(dtype).eps), converged, ridge,
         )  # fmt: skip
         return backend.asarray(gradient, dtype, backend.device(tensor))
 
