@@ -5,7 +5,7 @@ our least time over theirs, and *over the best* that to the fastest contestant o
 on one thread of BLAS and torch: neither another's threads nor other programs of the machine that take their turns are
 in them, though what these do to the caches is. Where errors differ, only contestants count among the best whose error
 is at most ours (up to 1 % of it and 1e-6) and which hold as much of the squared norm (up to 1 %). Peers: TensorLy,
-SciPy, NumPy, and where they are installed quimb and teneva (``pip install quimb teneva``).
+SciPy, NumPy, and where they are installed quimb and teneva (the extra ``benchmarks``).
 
 Writes ``results/decompositions.jsonl``, and the table of the documentation beside it. ``--difficult`` says instead how
 often ``cp`` finds the answer of tensors on which it is hard to find, and writes ``results/difficult_cp.json``.
@@ -505,7 +505,7 @@ def table(rows: Sequence[Row]) -> str:
         best = f"{row['over the best']:.2f}"
         lines.append((row["kind"], row["case"], f"{1e3 * row['seconds'][OURS]:.3g}", best, each))
     how = about["machine"]
-    kept = ("processor", "cores", "numpy", "tensorly", "scipy", "quimb", "date")
+    kept = ("processor", "cores", "numpy", "tensorly", "scipy", "quimb", "teneva", "date")
     said = ", ".join(f"{name} {how.get(name, 'not installed')}" for name in kept)
     return f"{list_table(lines, ':widths: 18 30 12 12 28')}\n({said})\n"
 
