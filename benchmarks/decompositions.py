@@ -5,7 +5,7 @@ our least time over theirs, and *over the best* that to the fastest contestant o
 on one thread of BLAS and torch: neither another's threads nor other programs of the machine that take their turns are
 in them, though what these do to the caches is. Where errors differ, only contestants count among the best whose error
 is at most ours (up to 1 % of it and 1e-6) and which hold as much of the squared norm (up to 1 %). Peers: TensorLy,
-SciPy, NumPy, and where they are installed quimb and teneva (``pip install quimb teneva``).
+SciPy, NumPy, and where they are installed quimb and teneva (the extra ``benchmarks``).
 
 Writes ``results/decompositions.jsonl``, and the table of the documentation beside it. ``--difficult`` says instead how
 often ``cp`` finds the answer of tensors on which it is hard to find, and writes ``results/difficult_cp.json``.
@@ -37,6 +37,8 @@ RESULTS = Path(__file__).with_name("results") / "decompositions.jsonl"
 DIFFICULT = RESULTS.with_name("difficult_cp.json")
 #: Rounds of a case, at least and at most, and the seconds that decide between these.
 ROUNDS, MOST_ROUNDS, CASE_SECONDS = 5, 200, 1.0
+#: Seconds of a round from which two are enough.
+LONG = 10.0
 #: Seconds that the passes of one contestant take in a round, at least.
 SECONDS = 0.002
 OURS = "tnadapt"
@@ -65,7 +67,7 @@ def measured(case: Case, smoke: bool) -> Row:
         seconds = time.process_time() - start
         repeats[name] = 1 if smoke else max(1, int(SECONDS / seconds))
         once += seconds * repeats[name]
-    rounds = 1 if smoke else max(ROUNDS, min(MOST_ROUNDS, int(CASE_SECONDS / once)))
+    rounds = 1 if smoke else max(ROUNDS if once < LONG else 2, min(MOST_ROUNDS, int(CASE_SECONDS / once)))
     taken = dict.fromkeys(case.runs, float("inf"))
     order = list(case.runs)
     for turn in range(rounds):
@@ -235,6 +237,91 @@ def decompositions(smoke: bool) -> Iterator[Case]:
     runs = {OURS: lambda: tt.tucker(x, ranks), "TensorLy": lambda: tucker(x, ranks, **settings)}
     yield Case("Tucker", name, runs, of(tna.tucker_to_tensor))
     yield from trains(x, rank)
+    yield from rings(x, rank)
+    yield from others(near, rank)
+
+
+def rings(x: np.ndarray, rank: int) -> Iterator[Case]:
+    """Tensor rings: of given ranks, and of a picture within an error, against TensorLy at the ranks that we find."""
+    from tensorly.decomposition import tensor_ring
+
+    def error(x: np.ndarray) -> Callable[[Any], float]:
+        return lambda cores: relative(x, tt.TRTensor(list(cores)).to_tensor())
+
+    bonds = [2, 3, rank, 2]
+    runs: dict[str, Run] = {
+        OURS: lambda: tt.tensor_ring(x, bonds[:3], max_iterations=0),
+        "TensorLy": lambda: tensor_ring(x, bonds),
+    }
+    yield Case("TR-SVD", f"{len(x)}³, ranks 2, 3, {rank}", runs, error(x))
+    size, at_most = (16, 0.3) if len(x) < 20 else (256, 0.1)
+    rows, cols = np.meshgrid(*[np.linspace(0.0, 1.0, size)] * 2, indexing="ij")
+    waves = [np.sin(40.0 * rows * cols + k) + (rows > cols + 0.2 * k - 0.3) for k in range(3)]
+    picture = np.stack(waves, axis=-1)
+    found = tt.tensor_ring(picture, max_error=at_most)
+    runs = {OURS: lambda: tt.tensor_ring(picture, max_error=at_most)}
+    if found.rank[0] * found.rank[1] <= size:
+        runs["TensorLy, at these ranks"] = lambda: tensor_ring(picture, list(found.rank))
+    yield Case("tensor ring", f"picture of {size} × {size} × 3, error at most {at_most}", runs, error(picture))
+
+
+def others(near: np.ndarray, rank: int) -> Iterator[Case]:
+    """Nonnegative CP and PARAFAC2, against TensorLy."""
+    from tensorly.decomposition import non_negative_parafac_hals, parafac2
+    from tensorly.random import random_parafac2
+
+    rng, settings = np.random.default_rng(0), {"n_iter_max": 200, "tol": 1e-8}
+    counts = abs(near) + 0.1 * near.std() * rng.random(near.shape)
+    runs: dict[str, Run] = {
+        OURS: lambda: tt.cp(counts, rank, nonnegative=True),
+        "TensorLy, HALS": lambda: non_negative_parafac_hals(counts, rank, init="svd", **settings),
+    }
+    name = f"{len(near)}³, rank {rank}"
+    yield Case("nonnegative CP", name, runs, lambda found: relative(counts, tna.cp_to_tensor(found)))
+    size = len(near)
+    planted = random_parafac2([(size + number, size) for number in range(8)], rank, random_state=0, full=True)
+    slices = [slice_ + 0.1 * slice_.std() * rng.normal(size=slice_.shape) for slice_ in map(np.asarray, planted)]
+    runs = {
+        OURS: lambda: tt.parafac2(slices, rank),
+        "TensorLy": lambda: parafac2(slices, rank, random_state=0, normalize_factors=False, **settings),
+    }
+
+    def error(found: Any) -> float:
+        weights, factors, projections = found
+        weights = np.ones(rank) if weights is None else weights
+        pairs = zip(projections, factors[0], strict=True)
+        made = [(p @ factors[1] * (weights * a)) @ factors[2].T for p, a in pairs]
+        return relative(np.concatenate(slices), np.concatenate(made))
+
+    yield Case("PARAFAC2", f"8 slices of {size} to {size + 7} × {size}, rank {rank}", runs, error)
+
+
+def sizes(smoke: bool) -> Iterator[Case]:
+    """The cost against the size, in float32: ten sweeps of CP, HOSVD, and TT-SVD, against TensorLy."""
+    from tensorly.decomposition import parafac, tensor_train, tucker
+
+    rank, ten = 5, {"n_iter_max": 10, "tol": 0.0}
+    for size in (8,) if smoke else (100, 200, 500):
+        rng = np.random.default_rng(size)
+        x = np.asarray(tt.random_cp((size,) * 3, rank, random_state=0, dtype="float32").to_tensor())
+        x = x + 0.1 * x.std() * rng.standard_normal(x.shape, np.float32)
+        runs: dict[str, Run] = {
+            OURS: lambda x=x: tt.cp(x, rank, max_iterations=10, tol=0.0),
+            "TensorLy": lambda x=x: parafac(x, rank, **ten),
+        }
+        yield Case("CP, 10 sweeps", f"{size}³, rank {rank}", runs, lambda f, x=x: relative(x, tna.cp_to_tensor(f)))
+        runs = {
+            OURS: lambda x=x: tt.tucker(x, rank, max_iterations=10, tol=0.0),
+            "TensorLy": lambda x=x: tucker(x, [rank] * 3, **ten),
+        }
+        yield Case(
+            "Tucker, 10 sweeps", f"{size}³, rank {rank}", runs, lambda f, x=x: relative(x, tna.tucker_to_tensor(f))
+        )
+        runs = {
+            OURS: lambda x=x: tt.tensor_train(x, rank),
+            "TensorLy": lambda x=x: tensor_train(x, [1, rank, rank, 1]),
+        }
+        yield Case("tensor train", f"{size}³, rank {rank}", runs, lambda f, x=x: relative(x, tna.tt_to_tensor(list(f))))
 
 
 def trains(x: np.ndarray, rank: int) -> Iterator[Case]:
@@ -294,21 +381,24 @@ def crosses(smoke: bool) -> Iterator[Case]:
     }
     kind = "cross approximation"
     yield Case(kind, f"1 / (1 + i + …), {size}^5, rank {rank}", runs, lambda y: relative(x, tna.tt_to_tensor(list(y))))
-    shape, limit, teneva = (size,) * 10, 1e-4, optional("teneva")
-    held, other = (
-        np.random.default_rng(seed).integers(0, size, (count, 10)) for seed, count in ((0, 1000), (1, 20_000))
-    )
-    runs = {OURS: lambda: tt.tt_cross(ratio, shape, max_error=limit)}
-    if teneva is not None:
-        # It stops at the same error of as many points, which are not counted there.
-        stop = {"m": 10_000_000, "dr_max": 1, "I_vld": held, "y_vld": ratio(held), "e_vld": limit}
-        runs["teneva"] = lambda: teneva.cross(ratio, teneva.rand(list(shape), 1, seed=0), cache={}, **stop)
-    yield Case(
-        kind,
-        f"the same, {size}^10, error {limit}",
-        runs,
-        lambda y: relative(ratio(other), tt.TTTensor(y).entries(other)),
-    )
+    limit, teneva = 1e-4, optional("teneva")
+    for order in (10, 20):
+        shape = [size] * order
+        held, other = (
+            np.random.default_rng(seed).integers(0, size, (count, order)) for seed, count in ((0, 1000), (1, 20_000))
+        )
+        runs = {OURS: lambda shape=shape: tt.tt_cross(ratio, shape, max_error=limit)}
+        if teneva is not None:
+            # It stops at the same error of as many points, which are not counted there.
+            stop = {"m": 10_000_000, "dr_max": 1, "I_vld": held, "y_vld": ratio(held), "e_vld": limit}
+            runs["teneva"] = lambda shape=shape, stop=stop: teneva.cross(
+                ratio, teneva.rand(shape, 1, seed=0), cache={}, **stop
+            )
+
+        def error(cores: Any, other: np.ndarray = other) -> float:
+            return relative(ratio(other), tt.TTTensor(list(cores)).entries(other))
+
+        yield Case(kind, f"the same, {size}^{order}, error {limit}", runs, error)
 
 
 # -- CP tensors that are difficult to find ---------------------------------------------------------
@@ -399,6 +489,7 @@ def measure(smoke: bool = False) -> Iterator[Row]:
             singular(128 if smoke else 1024),
             nearest_kronecker(smoke),
             decompositions(smoke),
+            sizes(smoke),
             crosses(smoke),
         ):
             for case in cases:
@@ -414,7 +505,7 @@ def table(rows: Sequence[Row]) -> str:
         best = f"{row['over the best']:.2f}"
         lines.append((row["kind"], row["case"], f"{1e3 * row['seconds'][OURS]:.3g}", best, each))
     how = about["machine"]
-    kept = ("processor", "cores", "numpy", "tensorly", "scipy", "quimb", "date")
+    kept = ("processor", "cores", "numpy", "tensorly", "scipy", "quimb", "teneva", "date")
     said = ", ".join(f"{name} {how.get(name, 'not installed')}" for name in kept)
     return f"{list_table(lines, ':widths: 18 30 12 12 28')}\n({said})\n"
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 PACKAGES = (
     "numpy", "numba", "torch", "triton", "jax", "cupy-cuda12x", "transformers", "peft", "lycoris-lora", "fht-cpu",
-    "scipy", "tensorly", "opt-einsum", "quimb",
+    "scipy", "tensorly", "opt-einsum", "quimb", "teneva",
 )  # fmt: skip
 
 
