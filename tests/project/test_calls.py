@@ -10,6 +10,7 @@ import inspect
 import os
 import re
 import resource
+import shutil
 import signal
 import traceback
 import types
@@ -314,6 +315,8 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workbench]:
 
 def complaints(name: str, parameter: str, labels: Iterable[str], bench: Workbench) -> list[str]:
     called(name, bench, {})  # imports take time, which is not that of the bad value
+    for path in Path.cwd().iterdir():  # what another call wrote to a relative path
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
     found = ((label, complaint(name, parameter, BAD_VALUES[label], bench)) for label in labels)
     return [
         f"{name}({parameter}={label}) {wrong}"
