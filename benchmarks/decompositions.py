@@ -8,7 +8,8 @@ is at most ours (up to 1 % of it and 1e-6) and which hold as much of the squared
 SciPy, NumPy, and where they are installed quimb and teneva (the extra ``benchmarks``).
 
 Writes ``results/decompositions.jsonl``, and the table of the documentation beside it. ``--difficult`` says instead how
-often ``cp`` finds the answer of tensors on which it is hard to find, and writes ``results/difficult_cp.json``.
+often ``cp`` finds the answer of tensors on which it is hard to find, and writes ``results/difficult_cp.json``, and its
+table.
 """
 
 from __future__ import annotations
@@ -481,6 +482,17 @@ def difficult() -> Iterator[Row]:
         )  # fmt: skip
 
 
+def difficult_table(results: Mapping[str, Any]) -> str:
+    """Return the documentation's table of the difficult tensors."""
+    lines: list[Sequence[str]] = [("Tensor", "Calls", "Largest error", "Best of 20 textbook runs", "Seconds of a call")]
+    for row in results["cases"]:
+        best, errors = f"{row['best']:.1e}" if "best" in row else "", row["errors"]
+        seconds = f"{row['seconds'] / len(errors):.2g}"
+        lines.append((row["case"], str(len(errors)), f"{max(errors):.1e}", best, seconds))
+    how = ", ".join(f"{name} {results['machine'][name]}" for name in ("processor", "numpy", "date"))
+    return f"{list_table(lines, ':widths: 36 8 18 22 16')}\n({how}, one thread)\n"
+
+
 def measure(smoke: bool = False) -> Iterator[Row]:
     """Yield one row per case."""
     with warnings.catch_warnings(), threads(1):
@@ -522,7 +534,9 @@ def main(arguments: list[str]) -> None:
             for row in difficult():
                 found.append(row)
                 print(f"{row['case']}: {row['holds']} ({row['wanted']}), {row['seconds']} s", flush=True)
-        DIFFICULT.write_text(json.dumps({"machine": machine(), "cases": found}, indent=1) + "\n", encoding="utf-8")
+        results = {"machine": machine(), "cases": found}
+        DIFFICULT.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        DIFFICULT.with_suffix(".rst").write_text(difficult_table(results), encoding="utf-8")
         return
     rows: list[Row] = [{"machine": machine()}]
     for row in measure(given.smoke):

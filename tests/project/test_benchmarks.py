@@ -47,6 +47,7 @@ TABLES: dict[str, tuple[str, Callable[[Any], str]]] = {
     "extract_large": ("extract_large", lambda script: script.table(results("extract_large.json"))),
     "mixed_batch": ("mixed_batch", lambda script: script.table(results("mixed_batch.jsonl"))),
     "decompositions": ("decompositions", lambda script: script.table(results("decompositions.jsonl"))),
+    "difficult_cp": ("decompositions", lambda script: script.difficult_table(results("difficult_cp.json"))),
     **{
         f"populations/{part}": (
             "populations",
