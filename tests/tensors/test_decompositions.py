@@ -415,7 +415,7 @@ def structured(shape: tuple[int, ...], rank: int, seed: int, noise: float) -> np
     return tt.CPTensor(None, factors).to_tensor() + noise * numbers(shape, seed + 9)
 
 
-TENSORS = st.tuples(
+SMALL_TENSORS = st.tuples(
     st.lists(st.integers(2, 5), min_size=3, max_size=4).map(tuple), st.integers(1, 4), st.integers(0, 9),
     st.sampled_from([0.0, 1e-3, 0.1, 1.0, 100.0]),
 )  # fmt: skip
@@ -423,7 +423,7 @@ TENSORS = st.tuples(
 
 @pytest.mark.law("decompositions")
 @settings(max_examples=20)
-@given(TENSORS, st.integers(1, 4), st.sampled_from(["svd", "random", "a mask"]), st.integers(1, 60))
+@given(SMALL_TENSORS, st.integers(1, 4), st.sampled_from(["svd", "random", "a mask"]), st.integers(1, 60))
 def test_more_starts_are_never_worse(arguments: Any, rank: int, init: str, most: int) -> None:
     tensor = structured(*arguments)
     rank = min(rank, tensor.size // max(tensor.shape))
@@ -438,7 +438,7 @@ def test_more_starts_are_never_worse(arguments: Any, rank: int, init: str, most:
 
 @pytest.mark.law("decompositions")
 @settings(max_examples=12)
-@given(TENSORS)
+@given(SMALL_TENSORS)
 def test_a_higher_rank_is_never_worse(arguments: Any) -> None:
     tensor = structured(*arguments)
     errors = [tna.cp(tensor, rank).error for rank in range(1, min(5, tensor.size // max(tensor.shape)) + 1)]
@@ -461,7 +461,7 @@ def largest_cosine(found: Any, tensor: np.ndarray) -> float:
 
 @pytest.mark.law("decompositions")
 @settings(max_examples=30)
-@given(TENSORS, st.booleans(), st.sampled_from([1e-6, 1e-8, 1e-10]), st.booleans())
+@given(SMALL_TENSORS, st.booleans(), st.sampled_from([1e-6, 1e-8, 1e-10]), st.booleans())
 def test_converged_is_a_small_gradient(arguments: Any, complex_: bool, tol: float, fixed: bool) -> None:
     tensor = structured(*arguments)
     if complex_:
@@ -544,7 +544,7 @@ def test_degenerate_fits_are_named_and_a_penalty_helps() -> None:
 
 @pytest.mark.law("decompositions")
 @settings(max_examples=15)
-@given(TENSORS, st.integers(1, 3), st.sampled_from([1e-4, 1e-2, 0.3]), st.booleans(), st.integers(-80, 80))
+@given(SMALL_TENSORS, st.integers(1, 3), st.sampled_from([1e-4, 1e-2, 0.3]), st.booleans(), st.integers(-80, 80))
 def test_the_penalized_error_is_stationary(arguments: Any, rank: int, ridge: float, complex_: bool, power: int) -> None:
     tensor = structured(*arguments) * 2.0**power
     if complex_:
@@ -729,7 +729,7 @@ T = numbers((3, 4, 5), 1)
         (lambda: tna.tt_matrix(T, 2), "even number of modes"),
         (lambda: tna.tt_matrix(T[0], 2, rows=(2, 2)), "rows= and cols= together"),
         (lambda: tna.tt_matrix(T[0], 2, rows=(2, 2), cols=(2, 2)), "do not divide a matrix"),
-        (lambda: tna.tensor_ring(T[0, 0], 2), "at least 2 modes"),
+        (lambda: tna.tensor_ring(T[0, 0], 2), "2 or more modes"),
         (lambda: tna.tensor_ring(T, [2, 2, 2, 3]), "must be the same"),
         (lambda: tna.tensor_ring(T, 2, init=tt.random_tr(T.shape, 3)), "init has shape"),
         (lambda: tna.tensor_ring(T), "either rank= or max_error="),
@@ -999,7 +999,7 @@ def test_masks_in_blocks_that_are_refused(source: str, words: dict[str, Any], me
 def test_gaps_zeros_and_nan_in_blocks(source: str, tmp_path: Path) -> None:
     hole = numbers((10, 11, 12))
     hole[1, 2, 3] = np.nan
-    with pytest.raises(ShapeError, match="NaN or inf"):
+    with pytest.raises(ShapeError, match="holds NaN"):
         tna.cp(SOURCES[source](tmp_path, hole), 2, memory=1 << 12)
     found = tna.cp(SOURCES[source](tmp_path, hole), 1, mask=~np.isnan(hole), memory=1 << 12, max_iterations=3)
     assert 0.0 < found.error < 1.0
@@ -1053,7 +1053,7 @@ def test_blocks_that_are_not_finite_are_refused(
     for value, place in ((np.nan, (0, 0, 0)), (np.inf, (3, 4, 5))):
         wrong = numbers((4, 5, 6))
         wrong[place] = value
-        with pytest.raises(ShapeError, match="NaN or infinity"):
+        with pytest.raises(ShapeError, match="holds NaN" if np.isnan(value) else "holds infinity"):
             function(SOURCES[source](tmp_path, wrong), **words)
 
 
@@ -1077,6 +1077,31 @@ def test_what_cannot_be_in_blocks_is_refused(source: str, call: Any, error: Any,
 def test_other_functions_say_that_they_need_memory(tmp_path: Path) -> None:
     with pytest.raises(BackendError, match=r"a dask array.*x\.compute\(\)"):
         tna.tensor_ring(dasked(tmp_path, np.ones((3, 3, 3))), 1)
+
+
+def test_the_square_of_the_largest_element_in_blocks_must_be_a_number(tmp_path: Path) -> None:
+    tensor, mask = tt.random_cp((12, 12, 12), 1, random_state=0).to_tensor(), np.ones((12, 12, 12), bool)
+    for scale in (1e-170, 1e170):
+        for fit in (
+            lambda x: tna.cp(x, 1, memory=4000),
+            lambda x: tna.cp(x, 1, mask=mask, memory=4000),
+            lambda x: tna.cp(x, 1, nonnegative=True, memory=4000),
+            lambda x: tna.tucker(x, max_error=1e-3, memory=4000),
+            lambda x: tna.tensor_train(x, 2, memory=4000),
+        ):
+            with pytest.raises(
+                ShapeError, match="largest value of a tensor that is read in blocks must be from 1e-140"
+            ):
+                fit(mapped(tmp_path, scale * tensor))
+
+
+def test_fixed_factors_of_zeros_are_kept(tmp_path: Path) -> None:
+    start = tt.CPTensor(None, [np.ones((size, 2)) for size in (12, 13, 14)])
+    zeros = np.zeros((12, 13, 14))
+    for tensor, words in ((zeros, {}), (zeros, {"nonnegative": True}), (mapped(tmp_path, zeros), {"memory": 4000})):
+        found = tna.cp(tensor, 2, init=start, fixed=[0], **words)
+        assert np.array_equal(found.factors[0], start.factors[0])
+        assert not found.to_tensor().any()
 
 
 # -- Sparse tensors give what dense ones give, in memory for the nonzero elements ------------------
@@ -1503,6 +1528,7 @@ def test_a_rank_gets_nearly_the_best_train_of_it() -> None:
         assert error_of(found, dense) < 1.5 * tna.tensor_train(dense, rank).error
     found = tna.tt_cross(lambda i: 1.0 / (1.0 + i.sum(1)), shape, rank=(2, 3, 2), max_error=1e-9)
     assert (found.rank, found.outcome.stopped, found.converged) == ((1, 2, 3, 2, 1), "rank", False)
+    assert "allow higher ranks" in found.outcome.reason
     assert error_of(found, dense) <= found.error < 0.1
 
 
@@ -1530,6 +1556,15 @@ def test_values_of_any_size(power: int) -> None:
     assert np.array_equal(np.ldexp(other[0], -power), one[0])
 
 
+def test_values_that_double_precision_does_not_hold() -> None:
+    for function, shape in (
+        (lambda i: 1e308 * np.sin(i.sum(1)), (30, 20, 20)),
+        (lambda i: np.where((i == 7).all(1), 1e200, 1e-200), (8, 8, 8)),
+    ):
+        with pytest.raises(ShapeError, match="too large, or range too widely, for double precision: divide it by"):
+            tna.tt_cross(function, shape, max_error=1e-8)
+
+
 def test_a_cross_always_ends() -> None:
     table = np.random.default_rng(0).normal(size=1 << 16)
 
@@ -1539,6 +1574,8 @@ def test_a_cross_always_ends() -> None:
     function = Counted(noise)
     found = tna.tt_cross(function, (10,) * 12, max_error=1e-6, max_calls=30_000)
     assert (found.outcome.stopped, found.converged) == ("max_calls", False)
+    assert "allow more calls" in found.outcome.reason
+    assert not tna.tt_cross(noise, (10,) * 12, rank=2).converged, "the train is no better than zeros"
     assert found.outcome.calls == len(function.places) <= 30_000
     assert found.error > 0.5
     for error, dtype in ((0.0, np.float64), (1e-9, np.float32)):

@@ -448,7 +448,8 @@ def split_groups(
     Returns
     -------
     list of array, shape (n,)
-        A vector per group, row by row, in the library, dtype and device of the matrices; differentiable.
+        A vector per group, row by row, in the library, dtype and device of the matrices; differentiable. It may share
+        their memory.
 
     Raises
     ------

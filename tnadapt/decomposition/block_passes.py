@@ -19,8 +19,12 @@ from tnadapt.errors import BackendError, ShapeError
 
 from .fits import FitOutcome
 from .linear_algebra import kept
+from .sparse_tensor import check_range
 
 # -- Passes ------------------------------------------------------------------------------------------------------------
+
+
+_WHAT = "a tensor that is read in blocks"
 
 
 class BlockPasses:
@@ -56,6 +60,7 @@ class BlockPasses:
         #: The dtype of the computation.
         self.wide = np.dtype(np.complex128 if self.dtype.kind == "c" else np.float64)
         self.elements = max(1, memory // self.wide.itemsize)
+        self._largest = 0.0
 
     def blocks(self, whole: int | None = None) -> Iterator[tuple[tuple[slice, ...], np.ndarray]]:
         """Yield each block with its position, with the mode ``whole`` undivided in all blocks."""
@@ -99,7 +104,7 @@ class BlockPasses:
         }
         square = 0.0
         for place, block in self.blocks():
-            square += float(np.vdot(block, block).real)
+            square += self._square(block)
             for mode, matrices in tests.items():
                 sketches[mode][place[mode]] += khatri_rao_product(
                     block, mode, [matrix[at] for matrix, at in zip(matrices, place, strict=True)]
@@ -112,6 +117,8 @@ class BlockPasses:
         for mode, size in enumerate(self.shape):
             gram = np.zeros((size, size), self.wide)
             for _, block in self.blocks(whole=mode):
+                if not mode:
+                    self._square(block)
                 rows = np.moveaxis(block, mode, 0).reshape(size, -1)
                 gram += rows @ rows.conj().T
             square = float(np.trace(gram).real)
@@ -153,7 +160,19 @@ class BlockPasses:
     @functools.cached_property
     def norm(self) -> float:
         """Frobenius norm of the tensor, in one pass."""
-        return _norm(sum(float(np.vdot(block, block).real) for _, block in self.blocks()))
+        return self.norm_of(sum(self._square(block) for _, block in self.blocks()))
+
+    def _square(self, block: np.ndarray) -> float:
+        """Return the squared norm of a block, and note its largest magnitude."""
+        self._largest = max(self._largest, largest := float(np.max(np.abs(block))))
+        if not largest <= 1.0:  # also if it is NaN
+            check_range(largest, _WHAT)
+        return float(np.vdot(block, block).real)
+
+    def norm_of(self, square: float) -> float:
+        """Return the tensor's norm, given its square, after a pass that has seen all elements."""
+        check_range(self._largest, _WHAT)
+        return math.sqrt(square)
 
 
 def khatri_rao_product(block: np.ndarray, mode: int, matrices: Sequence[np.ndarray]) -> np.ndarray:
@@ -258,7 +277,7 @@ def _by_sizes(passes: BlockPasses, sizes: Sequence[int], seed: int) -> Compresse
     cut = [mode for mode, (size, d) in enumerate(zip(sizes, passes.shape, strict=True)) if size < d]
     tests = {mode: [rng.standard_normal((d, sizes[mode])).astype(passes.wide) for d in passes.shape] for mode in cut}
     sketches, square = passes.sketches(tests)
-    norm = _norm(square)
+    norm = passes.norm_of(square)
     bases = {mode: np.linalg.qr(sketch)[0] for mode, sketch in sketches.items()}
     # Sketches catch the leading directions and much of the rest: a sweep of orthogonal iteration sorts these.
     sets = [{m: basis for m, basis in bases.items() if m != mode} for mode in bases]
@@ -272,7 +291,7 @@ def _by_error(passes: BlockPasses, max_error: float) -> Compressed:
     """Compress each mode by half of a squared relative error, whose root is at least ``_LEAST_ERROR``."""
     # The pass of the Gram matrices takes ``prod(d) * sum(d)`` multiply-adds.
     grams, square = passes.grams()
-    norm, bases, bound = _norm(square), dict[int, np.ndarray](), 0.0
+    norm, bases, bound = passes.norm_of(square), dict[int, np.ndarray](), 0.0
     loss = max_error * norm / math.sqrt(2.0 * len(passes.shape))
     for mode, gram in enumerate(grams):
         values, vectors = np.linalg.eigh(gram)
@@ -284,12 +303,6 @@ def _by_error(passes: BlockPasses, max_error: float) -> Compressed:
         if count < len(singular):
             bases[mode] = np.ascontiguousarray(vectors[:, ::-1][:, :count])
     return _compressed_core(passes, bases, norm, bound)
-
-
-def _norm(square: float) -> float:
-    if not math.isfinite(square):
-        raise ShapeError("the tensor holds NaN or infinity, so it cannot be decomposed")
-    return math.sqrt(square)
 
 
 def _compressed_core(passes: BlockPasses, bases: dict[int, np.ndarray], norm: float, bound: float) -> Compressed:

@@ -91,7 +91,8 @@ def fit_cp(
         return _of_matrix(algebra, tensor, rank, ridge)
     if (norm := norm_of(backend, tensor)) == 0.0:
         zeros = {f"factor{mode}": backend.zeros((size, rank), like=tensor) for mode, size in enumerate(shape)}
-        return Fit(zeros, True, 0, "zero", error=0.0)
+        kept = {f"factor{mode}": init[mode] for mode in fixed}
+        return Fit(zeros | kept, True, 0, "zero", error=0.0)
     if len(shape) == 1:
 
         def column(vector: Array) -> dict[str, Array]:
@@ -205,7 +206,8 @@ class _CPSearch:
         host, wanted = double_on_host(self.backend, self.tensor) / self.norm, (error / self.norm) ** 2
         for mode, size in enumerate(host.shape):
             matrix = np.moveaxis(host, mode, 0).reshape(size, -1)
-            values = np.linalg.eigvalsh(matrix @ matrix.conj().T)[: max(size - rank, 0)]
+            matrix = matrix if size <= matrix.shape[1] else matrix.T
+            values = np.linalg.eigvalsh(matrix @ matrix.conj().T)[: max(len(matrix) - rank, 0)]
             if values.sum() - _ROUNDING * size * np.finfo(np.float64).eps >= wanted:
                 return True
         return False

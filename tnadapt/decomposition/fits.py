@@ -191,10 +191,13 @@ _CONVERGED = ("direct", "converged")
 REASONS = {
     "direct": "it needs no iteration",
     "converged": "a step gains no more than the tolerance",
-    "max_iterations": "it has not converged: allow more iterations, more starts or a larger tol",
+    "max_iterations": "it has not converged: allow more iterations or a larger tol, or use another start",
     "callback": "the callback has stopped it",
     "singular": "the equations of a step are singular: use another init or random_state, or a smaller rank",
-    "stalled": "no step reduces the error, though its gradient is not small: use float64, or another init",
+    "stalled": "nothing that it can do reduces the error, which may be as small as rounding lets it be: use float64 or "
+    "another start",
+    "rank": "no train of these ranks has the error: allow higher ranks or a larger error",
+    "max_calls": "the function has been evaluated as often as allowed: allow more calls or a larger error",
     "degenerate": "components have grown and cancel, so that they mean nothing one by one and a best fit may not "
     "exist: use nonnegative=True, a lower rank, or a penalty such as ridge=1e-3",
 }

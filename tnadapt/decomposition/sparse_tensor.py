@@ -202,13 +202,16 @@ def sparse_tensor(given: Any) -> SparseTensor | None:
             raise ShapeError(
                 f"coordinates of mode {mode} must be from 0 to {size - 1}; got {place.min()} to {place.max()}"
             )
-    if not np.isfinite(values).all():
-        raise ShapeError(
-            f"the tensor holds {'NaN' if np.isnan(values).any() else 'infinity'}, so it cannot be decomposed"
-        )
-    if (largest := float(np.max(np.abs(values), initial=0.0))) and not _LEAST <= largest <= _MOST:
-        raise ShapeError(
-            f"the largest value of a sparse tensor must be from {_LEAST} to {_MOST}, so that squares neither overflow "
-            f"nor vanish; got {largest:g}: decompose a multiple of it"
-        )
+    check_range(float(np.max(np.abs(values), initial=0.0)), "a sparse tensor")
     return SparseTensor(places, values, shape)
+
+
+def check_range(largest: float, what: str) -> None:
+    """Raise a ShapeError if the largest magnitude of a tensor is NaN or infinity, or its square is out of range."""
+    if not math.isfinite(largest):
+        raise ShapeError(f"the tensor holds {'NaN' if math.isnan(largest) else 'infinity'}, so it cannot be decomposed")
+    if largest and not _LEAST <= largest <= _MOST:
+        raise ShapeError(
+            f"the largest value of {what} must be from {_LEAST} to {_MOST}, so that squares neither overflow nor "
+            f"vanish; got {largest:g}: decompose a multiple of it"
+        )

@@ -18,8 +18,8 @@ from tnadapt.decomposition.completion import double_on_host
 from tnadapt.decomposition.cp_als import Products, fit_cp, fit_cp_by_products
 from tnadapt.decomposition.fits import Callback, Fit, Iteration, limits_of
 from tnadapt.decomposition.linear_algebra import Algebra
-from tnadapt.decomposition.sparse_tensor import SparseTensor
-from tnadapt.errors import ConfigError, ShapeError, safe_repr
+from tnadapt.decomposition.sparse_tensor import SparseTensor, check_range
+from tnadapt.errors import BackendError, ConfigError, ShapeError, safe_repr
 
 from . import _requests
 from ._decomposed import CPTensor, finished, smallest_rank
@@ -283,7 +283,7 @@ def _by_products(
     bound = least_error(request) if len(nonnegative) == len(shape) else 0.0
     if request.norm == 0.0 or (bound >= NO_POSITIVE and not fixed):
         zeros = {f"factor{mode}": algebra.zeros((size, rank)) for mode, size in enumerate(shape)}
-        return Fit(zeros, True, 0, "zero")
+        return Fit(zeros | {f"factor{mode}": start[mode] for mode in fixed}, True, 0, "zero")
     if request.sparse:
         if len(shape) == 2 and not fixed and not nonnegative:
             u, s, vh = request.tensor.matrix_triplets(rank, request.seed)
@@ -371,8 +371,10 @@ _STEPS = 10
 
 def _cubic(request: Request) -> np.ndarray:
     """Return a symmetric tensor on the host, in double precision."""
-    if request.sparse or request.blocks or request.backend.is_complex(request.tensor):
-        raise ConfigError("symmetric= needs a real tensor in memory: pass x.toarray(), np.asarray(x) or parts")
+    if request.sparse or request.blocks:
+        raise ConfigError("symmetric= needs a tensor in memory: pass x.toarray() or np.asarray(x)")
+    if request.backend.is_complex(request.tensor):
+        raise BackendError("symmetric= needs a real tensor: leave it out, or decompose the real and imaginary parts")
     request.refuse_recorded("with symmetric=, the tensor", request.source)
     host, most = double_on_host(request.backend, request.tensor), _ALIKE * request.algebra().eps * request.norm
     alike = len(set(request.shape)) == 1
@@ -476,7 +478,8 @@ def _in_blocks(
     small = compressed(passes, [min(d, 2 * rank + OVERSAMPLED) for d in passes.shape], None, request.seed)
     zeros = {f"factor{mode}": np.zeros((size, rank), passes.wide) for mode, size in enumerate(passes.shape)}
     if not small.norm:
-        return Fit(request.algebra().arrays(zeros), True, 0, "zero", error=0.0)
+        kept = {f"factor{mode}": start[mode] for mode in fixed}
+        return Fit(request.algebra().arrays(zeros) | kept, True, 0, "zero", error=0.0)
     core, bases = small.core, small.factors
     inside = Iteration(steps.limits)
     if isinstance(start, str) and not nonnegative:
@@ -531,7 +534,7 @@ class _ObservedBlocks:
                     f"{what} must be an array of the tensor's shape {passes.shape}; got "
                     f"{getattr(array, 'shape', type(array).__name__)}"
                 )
-        seen, square = [np.zeros(size, bool) for size in passes.shape], 0.0
+        seen, square, largest = [np.zeros(size, bool) for size in passes.shape], 0.0, 0.0
         for places, wanted, roots in self.pieces(passes.elements):
             if not (np.isfinite(roots).all() and np.isfinite(wanted).all()):
                 raise ShapeError(
@@ -540,7 +543,10 @@ class _ObservedBlocks:
                 )
             for rows, place in zip(seen, places, strict=True):
                 rows[place] = True
-            square += float(np.linalg.norm(wanted * roots)) ** 2
+            largest = max(largest, float(np.max(np.abs(wanted * roots), initial=0.0)))
+            with np.errstate(over="ignore"):
+                square += float(np.sum(np.abs(wanted * roots) ** 2))
+        check_range(largest, "a tensor that is read in blocks")
         self.norm = math.sqrt(square)
         for mode, rows in enumerate(seen):
             if not rows.all():

@@ -36,6 +36,10 @@ _BATCH, _KEPT = 1 << 17, 1 << 20
 #: The largest size of a mode: a fiber is evaluated whole.
 _LONGEST = 1 << 24
 _TINY = float(np.finfo(np.float64).tiny)
+_TOO_WIDE = (
+    "the values of the function are too large, or range too widely, for double precision: divide it by its largest "
+    "magnitude, or give points= where it is large"
+)
 
 
 # -- Values of the function --------------------------------------------------------------------------------------------
@@ -69,7 +73,11 @@ class _Values:
             values = [new[key] if value is None else value for key, value in zip(listed, values, strict=True)]
             if len(self._known) < _KEPT:
                 self._known.update(new)
-        return np.array(values, np.result_type(self.dtype, np.float64)) / self.unit
+        with np.errstate(over="ignore"):
+            scaled = np.array(values, np.result_type(self.dtype, np.float64)) / self.unit
+        if not np.isfinite(scaled).all():
+            raise ShapeError(_TOO_WIDE)
+        return scaled
 
     def _evaluated(self, points: np.ndarray) -> np.ndarray:
         """Call the function and check what it returns."""
@@ -279,14 +287,15 @@ def tt_cross(
     -------
     TTTensor
         In the library, dtype and device of what the function returns. ``outcome.calls`` is how many values were
-        computed, ``error`` an estimate, and ``outcome.stopped`` says why it stopped: ``"converged"``, ``"rank"``,
-        ``"max_calls"``, ``"stalled"`` if sweeps gain nothing more (as below rounding), or ``"max_iterations"``.
+        computed, ``error`` an estimate, and ``outcome.stopped`` says why it stopped: ``"converged"``, ``"rank"`` if
+        ``max_error`` asks for more than the ranks allow, ``"max_calls"``, ``"stalled"`` if sweeps gain nothing more (as
+        below rounding), or ``"max_iterations"``.
 
     Raises
     ------
     ShapeError
-        If the function returns NaN, infinity or another number of values, a size or rank is out of range, or
-        ``max_calls`` too small for a train of rank 1.
+        If the function returns NaN, infinity, another number of values, or values that range too widely; if a size or
+        rank is out of range, or ``max_calls`` too small for a train of rank 1.
     BackendError
         If the function returns something else than numbers.
 
@@ -395,6 +404,8 @@ def _crossed(
             # What is behind a bond in one direction is before it in the other.
             tails, most, reverse = [heads[:, ::-1] for heads in reversed(sweep.heads)], most[::-1], not reverse
             error, extra = test.error(train)
+            if not math.isfinite(error):
+                raise ShapeError(_TOO_WIDE)
             history.append(error)
             if error <= least:
                 best, least = train, error
@@ -404,7 +415,9 @@ def _crossed(
                 break
             if error > wanted and not sweep.grew:
                 if len(history) > 2 and error > 0.5 * history[-3] and (sweep.cut or tol <= floor):
-                    stopped = "converged" if limit is None else "rank" if sweep.cut else "stalled"
+                    stopped = "rank" if sweep.cut else "stalled"
+                    # Without max_error there is nothing to miss, unless the train is no better than zeros.
+                    stopped = "converged" if limit is None and least < 1.0 else stopped
                     break
                 tol = max(floor, 0.1 * tol)
     except _CallsSpentError:
@@ -413,9 +426,10 @@ def _crossed(
     if any(rank > top for rank, top in zip(train.rank[1:-1], ranks, strict=True)):
         train, stopped = train.round(ranks), "rank" if limit is not None else stopped
     result, error = _finished(values, test, train, best, least)
+    least_so_far = tuple(np.minimum.accumulate(history).tolist())
     return result.with_outcome(
         FitOutcome(
-            error=error, bound=0.0, certified=False, stopped=stopped, history=tuple(np.minimum.accumulate(history)),
+            error=error, bound=0.0, certified=False, stopped=stopped, history=least_so_far,
             method="cross approximation", calls=values.calls,
         )
     )  # fmt: skip
@@ -423,7 +437,10 @@ def _crossed(
 
 def _finished(values: _Values, test: _Test, train: TTTensor, best: TTTensor, error: float) -> tuple[TTTensor, float]:
     """Return a train in the function's library, and its error, given that of a train near it."""
-    cores = [train[0] * values.unit, *train[1:]]
+    with np.errstate(over="ignore"):
+        cores = [train[0] * values.unit, *train[1:]]
+    if not np.isfinite(cores[0]).all():
+        raise ShapeError(_TOO_WIDE)
     result = TTTensor([values.backend.asarray(core, values.dtype.name, values.device) for core in cores])
     first, *others = (values.backend.to_numpy(core).astype(train[0].dtype) for core in result)
     final = TTTensor([first / values.unit, *others])

@@ -297,7 +297,7 @@ class Decomposed(abc.ABC):
     def _whole(self, index: Sequence[int | slice]) -> Self:
         """Return the tensor itself if the slices select all of it; parts do not have this form."""
         if any(span != slice(0, size, 1) for span, size in zip(self.slices(index), self.shape, strict=True)):
-            raise ShapeError(f"a part of a {type(self).__name__} is none: take entries, or multiply by unit vectors")
+            raise ShapeError(f"a {type(self).__name__} has no such part: take entries, or multiply by unit vectors")
         return self
 
     def same_shape(self, other: Decomposed) -> None:
@@ -395,6 +395,7 @@ class Decomposed(abc.ABC):
 
         Examples
         --------
+        >>> import torch
         >>> from tnadapt.tensors import random_cp
         >>> random_cp((3, 4), 2).to(backend="torch", dtype="float32").factors[0].dtype
         torch.float32

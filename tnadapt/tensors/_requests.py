@@ -450,7 +450,7 @@ def requested(
         mask, weights = (None if array is None else np.asarray(array) for array in (mask, weights))
     backend, tensor = as_tensor(tensor)
     if len(tensor.shape) < least_order:
-        raise ShapeError(f"the tensor has shape {tuple(tensor.shape)}; expected at least {least_order} modes")
+        raise ShapeError(f"the tensor has shape {tuple(tensor.shape)}; expected {least_order} or more modes")
     one_of(what, rank, max_error)
     observed = None
     if mask is not None or weights is not None:
