@@ -310,6 +310,45 @@ def test_a_tt_matrix_of_a_kronecker_product_has_rank_one() -> None:
     assert tna.tt_matrix(matrix, max_error=1e-9, rows=(3, 4), cols=(2, 5)).rank == (1, 1, 1)
 
 
+# -- Numbers of any magnitude ---------------------------------------------------------------------------
+
+
+#: Fits that iterate, of a tensor; some start from arrays with its size in one of them.
+ITERATED: dict[str, Callable[[np.ndarray], Any]] = {
+    "cp": lambda x: tna.cp(x, 2),
+    "nonnegative cp": lambda x: tna.cp(abs(x), 2, nonnegative=True),
+    "cp with gaps": lambda x: tna.cp(x, 2, mask=np.indices(x.shape).sum(0) % 4 > 0),
+    "cp with weights": lambda x: tna.cp(x, 2, weights=1.0 + np.indices(x.shape).sum(0)),
+    "cp with a penalty": lambda x: tna.cp(x, 2, ridge=1e-3),
+    "cp from a start": lambda x: tna.cp(x, 2, init=start_of(x), fixed=[0]),
+    "tucker with gaps": lambda x: tna.tucker(x, 2, mask=np.indices(x.shape).sum(0) % 4 > 0),
+    "nonnegative tucker": lambda x: tna.tucker(abs(x), 2, nonnegative=True),
+    "train with gaps": lambda x: tna.tensor_train(x, 2, mask=np.indices(x.shape).sum(0) % 4 > 0),
+    "ring": lambda x: tna.tensor_ring(x, 2),
+    "kronecker": lambda x: tna.kronecker_decomposition(x.reshape(8, 15), [(2, 1), (2, 3), (2, 5)]),
+}
+
+
+def start_of(tensor: np.ndarray) -> tt.CPTensor:
+    factors = [numbers((size, 2), size).astype(tensor.dtype) for size in tensor.shape]
+    return tt.CPTensor(None, [*factors[:-1], factors[-1] * np.max(abs(tensor))])
+
+
+@pytest.mark.law("decompositions")
+@pytest.mark.parametrize("name", ITERATED)
+@pytest.mark.parametrize(
+    ("dtype", "power"), [("float64", 1000), ("float64", -1000), ("float32", 100), ("float32", -100)]
+)
+def test_a_multiple_by_a_power_of_two_has_the_same_fit(name: str, dtype: str, power: int) -> None:
+    planted = tt.random_cp((4, 5, 6), 2, random_state=0).to_tensor()
+    tensor = with_noise(planted, 0.05).astype(dtype)
+    found, multiple = ITERATED[name](tensor), ITERATED[name](np.ldexp(tensor, power))
+    assert multiple.error == pytest.approx(found.error, rel=1e-4)
+    assert multiple.outcome.stopped == found.outcome.stopped
+    made = np.ldexp(np.asarray(multiple.to_tensor()), -power)
+    assert relative_error(made, found.to_tensor()) < (1e-5 if dtype == "float64" else 1e-2)
+
+
 # -- Against TensorLy ----------------------------------------------------------------------------------
 
 

@@ -22,7 +22,7 @@ from tnadapt.decomposition.sparse_tensor import SparseTensor, check_range
 from tnadapt.errors import BackendError, ConfigError, ShapeError, safe_repr
 
 from . import _requests
-from ._decomposed import CPTensor, finished, smallest_rank
+from ._decomposed import CPTensor, finished, scaled_start, smallest_rank
 from ._nonnegative import NO_POSITIVE, constrained_modes, least_error, not_negative
 from ._requests import Request, exponent_of, normal
 
@@ -181,6 +181,9 @@ def cp(
         )
     if len(request.shape) == 2 and request.observed is None and not modes and not held and whole:
         request = request.kept()
+    else:
+        request = request.scaled()
+        init = scaled_start(request, init, held)
     symmetric = symmetric and len(request.shape) > 1
     if symmetric:
         if request.observed is not None or modes or not isinstance(init, str) or mask is not None:

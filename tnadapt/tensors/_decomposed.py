@@ -545,7 +545,27 @@ def finished(
     )
     compute = fit.closed
     closed = None if compute is None else lambda tensor: result_of(compute(tensor))
-    return with_derivative(request, result, fit.converged, closed, fixed, ridge).with_outcome(outcome)
+    result = with_derivative(request, result, fit.converged, closed, fixed, ridge)
+    if request.exponent:
+        arrays = result.arrays
+        place = next(place for place in range(len(arrays)) if place not in fixed)
+        arrays[place] = request.algebra().scaled(arrays[place], request.exponent)
+        result = result.with_arrays(arrays)
+    return result.with_outcome(outcome)
+
+
+def scaled_start(request: Request, init: Any, held: Collection[int] = ()) -> Any:
+    """Divide a given start by the power of two by which a request's tensor was divided."""
+    if not request.exponent or init is None or isinstance(init, str):
+        return init
+    algebra, arrays = request.algebra(), init.arrays
+    sizes = [math.frexp(algebra.largest(array))[1] for array in arrays]
+    before = len(arrays) - len(request.shape)
+    free = [place for place in range(len(arrays)) if place - before not in held]
+    # In the array that is farthest from numbers near one.
+    place = max(free, key=lambda place: sizes[place] * request.exponent)
+    arrays[place] = algebra.scaled(arrays[place], -request.exponent)
+    return init.with_arrays(arrays)
 
 
 def error_of(request: Request, result: Decomposed) -> float:

@@ -327,6 +327,8 @@ class Request:
     source : array or None
         The tensor with its derivatives, if they are recorded; ``tensor`` is then detached, so that the result is the
         same. :func:`._decomposed.finished` connects the two.
+    exponent : int
+        The power of two by which the tensor, its source and the start were divided, and a result is multiplied.
     """
 
     backend: Backend
@@ -336,6 +338,7 @@ class Request:
     seed: int
     settled: bool = False
     source: Array | None = None
+    exponent: int = 0
 
     @functools.cached_property
     def shape(self) -> tuple[int, ...]:
@@ -380,6 +383,18 @@ class Request:
         if self.settled or not self.concrete or math.prod(self.shape) > _COPIED:
             return self
         return dataclasses.replace(self, tensor=self.tensor * 1, settled=True)
+
+    def scaled(self) -> Request:
+        """Return the same request for numbers near one if squares of its numbers would leave the dtype's range."""
+        if self.sparse or self.blocks or not self.concrete:
+            return self
+        algebra = self.algebra()
+        largest = algebra.largest(self.tensor)
+        exponent = math.frexp(largest)[1]
+        if not largest or abs(exponent) <= np.finfo(self.backend.dtype_name(self.tensor)).maxexp // 4:
+            return self
+        tensor, source = (None if x is None else algebra.scaled(x, -exponent) for x in (self.tensor, self.source))
+        return dataclasses.replace(self, tensor=tensor, source=source, settled=True, exponent=exponent)
 
     def refuse_recorded(self, what: str, *arrays: Array | None) -> None:
         """Raise a BackendError if derivatives of given arrays are recorded: the result has none."""

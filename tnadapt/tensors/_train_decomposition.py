@@ -20,7 +20,7 @@ from tnadapt.decomposition.tt_svd import fit_train, named_cores, ring_svd, ring_
 from tnadapt.errors import ConfigError, ShapeError, TnadaptError, safe_repr
 
 from . import _requests
-from ._decomposed import Decomposed, error_of, finished
+from ._decomposed import Decomposed, error_of, finished, scaled_start
 from ._requests import Request
 from ._tensor_chains import TRTensor, TTMatrix, TTTensor
 
@@ -132,6 +132,8 @@ def tensor_train(
     start = _start_of(request, init, ranks)
     most = None if sweeps is None else _requests.integer_of("sweeps", sweeps, 0)
     if request.observed is not None:
+        request = request.scaled()
+        start = scaled_start(request, start)
         split = TensorTrain(request.shape, 1 if ranks is None else tuple(ranks))
         named = None if start is None else named_cores(start)
         fit = _requests.completed(request, split, limits, callback, start=named)
@@ -395,10 +397,10 @@ def tensor_ring(
     >>> tensor_ring(ring.to_tensor(), max_error=1e-3).rank
     (2, 2, 2, 2)
     """
-    request = _requests.requested(tensor, rank, max_error, random_state=random_state, least_order=2)
+    request = _requests.requested(tensor, rank, max_error, random_state=random_state, least_order=2).scaled()
     limits, count = limits_of(tol, max_iterations, 0), _requests.integer_of("starts", starts, 1, 1 << 20)
     held = _requests.kept_modes(request, init, fixed, TRTensor, "TRTensor(cores)")
-
+    init = scaled_start(request, init, held)
     if rank is None:
         return _ring_within(request, init, count, limits, callback)
     fit = _fitted(request, _ranks(rank, request.shape), init, held, count, Iteration(limits, callback))

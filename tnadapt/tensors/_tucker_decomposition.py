@@ -17,7 +17,7 @@ from tnadapt.decomposition.linear_algebra import norm_of
 from tnadapt.errors import ConfigError, ShapeError, safe_repr
 
 from . import _requests
-from ._decomposed import TuckerTensor, finished
+from ._decomposed import TuckerTensor, finished, scaled_start
 from ._nonnegative import constrained_modes, fit_nonnegative_tucker, least_error, not_negative
 from ._requests import Request
 
@@ -136,6 +136,9 @@ def tucker(
     ranks = None if rank is None else _ranks(rank, request.shape, bounded=nonnegative is False)
     if nonnegative is not False:
         _refuse(nonnegative, request, ranks, held, callback)
+    if request.observed is not None or nonnegative is not False:
+        request = request.scaled()
+        init = scaled_start(request, init, held)
     if request.observed is not None:
         fit = _completed(request, ranks, init, held, limits, callback, nonnegative)
         return finished(request, fit, _tucker_tensor if nonnegative else _orthogonal)
