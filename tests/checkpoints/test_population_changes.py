@@ -297,8 +297,14 @@ def killed(path: Path, change: Callable[[Path], None], at: int, part: float) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", CHANGES)
-@pytest.mark.parametrize("again", [None, "append several", "append a longer name", "replace the first"])
+@pytest.mark.parametrize(
+    ("name", "again"),
+    # Each change by itself, and with one of three that repair the file in its turn.
+    [
+        *((name, None) for name in CHANGES),
+        *zip(CHANGES, itertools.cycle(["append several", "append a longer name", "replace the first"]), strict=False),
+    ],
+)
 def test_a_process_killed_at_any_step_leaves_the_old_members_or_the_new(
     tmp_path: Path, name: str, again: str | None
 ) -> None:
