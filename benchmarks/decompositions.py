@@ -259,10 +259,10 @@ def rings(x: np.ndarray, rank: int) -> Iterator[Case]:
     rows, cols = np.meshgrid(*[np.linspace(0.0, 1.0, size)] * 2, indexing="ij")
     waves = [np.sin(40.0 * rows * cols + k) + (rows > cols + 0.2 * k - 0.3) for k in range(3)]
     picture = np.stack(waves, axis=-1)
-    found = tt.tensor_ring(picture, max_error=at_most)
+    ring = tt.tensor_ring(picture, max_error=at_most)
     runs = {OURS: lambda: tt.tensor_ring(picture, max_error=at_most)}
-    if found.rank[0] * found.rank[1] <= size:
-        runs["TensorLy, at these ranks"] = lambda: tensor_ring(picture, list(found.rank))
+    if ring.rank[0] * ring.rank[1] <= size:
+        runs["TensorLy, at these ranks"] = lambda: tensor_ring(picture, list(ring.rank))
     yield Case("tensor ring", f"picture of {size} × {size} × 3, error at most {at_most}", runs, error(picture))
 
 
@@ -287,12 +287,12 @@ def others(near: np.ndarray, rank: int) -> Iterator[Case]:
         "TensorLy": lambda: parafac2(slices, rank, random_state=0, normalize_factors=False, **settings),
     }
 
-    def error(found: Any) -> float:
-        weights, factors, projections = found
+    def error(result: Any) -> float:
+        weights, factors, projections = result
         weights = np.ones(rank) if weights is None else weights
         pairs = zip(projections, factors[0], strict=True)
-        made = [(p @ factors[1] * (weights * a)) @ factors[2].T for p, a in pairs]
-        return relative(np.concatenate(slices), np.concatenate(made))
+        matrices = [(p @ factors[1] * (weights * a)) @ factors[2].T for p, a in pairs]
+        return relative(np.concatenate(slices), np.concatenate(matrices))
 
     yield Case("PARAFAC2", f"8 slices of {size} to {size + 7} × {size}, rank {rank}", runs, error)
 
@@ -380,8 +380,8 @@ def crosses(smoke: bool) -> Iterator[Case]:
         OURS: lambda: tt.tt_cross(lambda i: x[tuple(i.T)], x.shape, rank=rank),
         "TensorLy": lambda: tensor_train_cross(x, bonds, tol=1e-8, random_state=0),
     }
-    kind = "cross approximation"
-    yield Case(kind, f"1 / (1 + i + …), {size}^5, rank {rank}", runs, lambda y: relative(x, tna.tt_to_tensor(list(y))))
+    title = "cross approximation"
+    yield Case(title, f"1 / (1 + i + …), {size}^5, rank {rank}", runs, lambda y: relative(x, tna.tt_to_tensor(list(y))))
     limit, teneva = 1e-4, optional("teneva")
     for order in (10, 20):
         shape = [size] * order
@@ -399,7 +399,7 @@ def crosses(smoke: bool) -> Iterator[Case]:
         def error(cores: Any, other: np.ndarray = other) -> float:
             return relative(ratio(other), tt.TTTensor(list(cores)).entries(other))
 
-        yield Case(kind, f"the same, {size}^{order}, error {limit}", runs, error)
+        yield Case(title, f"the same, {size}^{order}, error {limit}", runs, error)
 
 
 # -- CP tensors that are difficult to find ---------------------------------------------------------
@@ -429,8 +429,8 @@ def textbook(x: np.ndarray, rank: int, seed: int, steps: int = 300) -> float:
         normal = np.zeros((3, n, rank, 3, n, rank))
         for m, k in np.ndindex(3, 3):
             if m == k:
-                one, other = (grams[i] for i in range(3) if i != m)
-                normal[m, :, :, m] = np.einsum("ij,rs->irjs", np.eye(n), one * other)
+                left_gram, right_gram = (grams[i] for i in range(3) if i != m)
+                normal[m, :, :, m] = np.einsum("ij,rs->irjs", np.eye(n), left_gram * right_gram)
             else:
                 normal[m, :, :, k] = np.einsum("is,jr,rs->irjs", factors[m], factors[k], grams[3 - m - k])
         normal = normal.reshape(gradient.size, -1)
@@ -529,12 +529,12 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     given = parser.parse_args(arguments)
     if given.difficult:
-        found = []
+        cases = []
         with threads(1):
             for row in difficult():
-                found.append(row)
+                cases.append(row)
                 print(f"{row['case']}: {row['holds']} ({row['wanted']}), {row['seconds']} s", flush=True)
-        results = {"machine": machine(), "cases": found}
+        results = {"machine": machine(), "cases": cases}
         DIFFICULT.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
         DIFFICULT.with_suffix(".rst").write_text(difficult_table(results), encoding="utf-8")
         return

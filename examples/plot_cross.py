@@ -78,13 +78,13 @@ def ratio(indices):
 
 calls, errors, sampled = [], [], []
 for limit in (1e-2, 1e-4, 1e-6, 1e-8, 1e-10):
-    found = tna.tt_cross(ratio, (len(points),) * VARIABLES, max_error=limit)
-    calls.append(found.outcome.calls)
-    errors.append(abs(float(inner(found, rule)) / exact - 1.0))
+    train = tna.tt_cross(ratio, (len(points),) * VARIABLES, max_error=limit)
+    calls.append(train.outcome.calls)
+    errors.append(abs(float(inner(train, rule)) / exact - 1.0))
     x = np.random.default_rng(0).random((calls[-1], VARIABLES))
     sampled.append(abs(np.mean(1.0 / (1.0 + x.sum(axis=1))) / exact - 1.0))
     print(
-        f"max_error={limit:.0e}: ranks up to {max(found.rank)}, {calls[-1]:,} values, integral off by {errors[-1]:.1e}"
+        f"max_error={limit:.0e}: ranks up to {max(train.rank)}, {calls[-1]:,} values, integral off by {errors[-1]:.1e}"
     )
 
 # %%

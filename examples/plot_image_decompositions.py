@@ -73,7 +73,7 @@ plt.show()
 noise = np.random.default_rng(0).normal(size=photo.shape).astype(np.float32)
 noisy = photo + 0.1 * np.linalg.norm(photo) / np.linalg.norm(noise) * noise
 errors = [0.105, 0.11, 0.12, 0.14, 0.17, 0.2, 0.25, 0.3]
-found = [tna.tucker(noisy, max_error=error) for error in errors]
+compressed = [tna.tucker(noisy, max_error=error) for error in errors]
 
 core, _ = tna.tucker(noisy, noisy.shape, max_iterations=0)
 inside = (core.astype(float) ** 2).cumsum(0).cumsum(1).cumsum(2)
@@ -81,7 +81,7 @@ ranks = np.ogrid[tuple(slice(1, size + 1) for size in photo.shape)]
 parameters = ranks[0] * ranks[1] * ranks[2] + sum(rank * size for rank, size in zip(ranks, photo.shape, strict=True))
 fewest = [parameters[inside >= (1.0 - error**2) * inside[-1, -1, -1]].min() for error in errors]
 
-images = [result.to_tensor() for result in found]
+images = [result.to_tensor() for result in compressed]
 left = [np.linalg.norm(image - photo) / np.linalg.norm(photo) for image in images]
 closest = int(np.argmin(left))
 figure, axes = plt.subplots(1, 3, figsize=(11, 3.2), layout="constrained")
@@ -93,7 +93,7 @@ for axis, image, title in (
     axis.set_title(title, fontsize=9)
     axis.axis("off")
 axes[2].semilogy(errors, fewest, label="fewest of the HOSVD")
-axes[2].semilogy(errors, [result.num_parameters for result in found], "o", label="max_error=")
+axes[2].semilogy(errors, [result.num_parameters for result in compressed], "o", label="max_error=")
 axes[2].set(xlabel="relative error", ylabel="parameters")
 axes[2].legend()
 plt.show()

@@ -648,14 +648,14 @@ def random_start(
     elements: ObservedElements,
     rng: np.random.RandomState,
     norm: float,
-    kind: Any = np.float64,
+    dtype: Any = np.float64,
     nonnegative: Collection[str] = (),
 ) -> Arrays:
     """Return normal arrays, or their magnitudes, scaled so that their elements have a given norm."""
     arrays: Arrays = {}
     for name, shape in elements.shapes.items():
-        arrays[name] = rng.normal(size=shape).astype(kind)
-        if np.dtype(kind).kind == "c":
+        arrays[name] = rng.normal(size=shape).astype(dtype)
+        if np.dtype(dtype).kind == "c":
             arrays[name] += 1j * rng.normal(size=shape)
         if name in nonnegative:
             arrays[name] = abs(arrays[name])

@@ -141,8 +141,8 @@ class SparseTensor:
         square, step = norm * norm, _PIECE >> 6
         for first in range(0, len(self.values), step):
             piece = slice(first, first + step)
-            made = entries(np.stack([place[piece] for place in self.places], axis=1)).astype(self.values.dtype)
-            square += float(np.linalg.norm(self.values[piece] - made) ** 2 - np.linalg.norm(made) ** 2)
+            fitted = entries(np.stack([place[piece] for place in self.places], axis=1)).astype(self.values.dtype)
+            square += float(np.linalg.norm(self.values[piece] - fitted) ** 2 - np.linalg.norm(fitted) ** 2)
         return math.sqrt(max(0.0, square))
 
 
@@ -158,7 +158,7 @@ def _numbered(places: Sequence[np.ndarray], shape: Sequence[int]) -> tuple[np.nd
     return numbers, first
 
 
-def sparse_tensor(given: Any) -> SparseTensor | None:
+def sparse_tensor(array: Any) -> SparseTensor | None:
     """Return a sparse array of SciPy, or an object with ``coords``, ``data`` and ``shape``, as pydata's COO has; None
     for anything else.
 
@@ -169,24 +169,24 @@ def sparse_tensor(given: Any) -> SparseTensor | None:
     ShapeError
         If it has no elements, NaN, infinity or numbers whose squares overflow, or indices outside of its shape.
     """
-    library = type(given).__module__.partition(".")[0]
-    if library == "torch" and str(getattr(given, "layout", "")).startswith("torch.sparse"):
+    library = type(array).__module__.partition(".")[0]
+    if library == "torch" and str(getattr(array, "layout", "")).startswith("torch.sparse"):
         raise BackendError(
             "a sparse tensor of torch is not read: after x = x.coalesce(), give cp() or tucker() "
             "scipy.sparse.coo_array((x.values(), tuple(x.indices())), x.shape), or pass x.to_dense()"
         )
-    if library in ("scipy", "sparse") and hasattr(given, "tocoo"):
-        given = given.tocoo()
-    coordinates = getattr(given, "coords", None)
-    if not isinstance(coordinates, (tuple, list, np.ndarray)) or not isinstance(given.data, np.ndarray):
+    if library in ("scipy", "sparse") and hasattr(array, "tocoo"):
+        array = array.tocoo()
+    coordinates = getattr(array, "coords", None)
+    if not isinstance(coordinates, (tuple, list, np.ndarray)) or not isinstance(array.data, np.ndarray):
         return None
-    values = given.data
-    shape, places = tuple(given.shape), [np.asarray(place) for place in coordinates]
+    values = array.data
+    shape, places = tuple(array.shape), [np.asarray(place) for place in coordinates]
     if values.dtype.kind not in "biufc":
         raise BackendError(f"the tensor must hold numbers; got the dtype {values.dtype}")
-    if np.any(getattr(given, "fill_value", 0) != 0):
+    if np.any(getattr(array, "fill_value", 0) != 0):
         raise BackendError(
-            f"the elements that a sparse tensor does not hold must be zero; got fill_value={given.fill_value}"
+            f"the elements that a sparse tensor does not hold must be zero; got fill_value={array.fill_value}"
         )
     if not math.prod(shape):
         raise ShapeError(f"the tensor has shape {shape}, so there is nothing to decompose")

@@ -448,12 +448,12 @@ def _fitted_symmetric(request: Request, tensor: np.ndarray, rank: int, init: str
             factor[:, : leading.shape[1]] = leading + _MOVED * factor[:, : leading.shape[1]]
         steps.begin()
         errors = list[float]()
-        found = minimize(
+        minimum = minimize(
             value, factor.reshape(-1), jac=True, method="L-BFGS-B", callback=stop,
             options={"maxiter": steps.limits.iterations, "ftol": 0.0, "gtol": 0.0, "maxcor": 20},
         )  # fmt: skip
-        if found.fun < best_error:
-            best, best_error, stopped = unit(found.x)[0], float(found.fun), steps.stopped or "converged"
+        if minimum.fun < best_error:
+            best, best_error, stopped = unit(minimum.x)[0], float(minimum.fun), steps.stopped or "converged"
         if steps.stopped == "callback":
             break
     arrays = named(np.ldexp(solved(best)[0], shift), best)
@@ -508,9 +508,11 @@ def _in_blocks(
             return np.asarray(bases[mode] @ khatri_rao_product(core, mode, projected))
 
         def distance(factors: Sequence[np.ndarray]) -> float:
-            made = CPTensor(None, [basis.conj().T @ factor for basis, factor in zip(bases, factors, strict=True)])
-            outside = float(CPTensor(None, list(factors)).norm()) ** 2 - float(made.norm()) ** 2
-            return math.hypot(float(np.linalg.norm(core - made.to_tensor())), math.sqrt(max(0.0, outside)))
+            inside_core = CPTensor(
+                None, [basis.conj().T @ factor for basis, factor in zip(bases, factors, strict=True)]
+            )
+            outside = float(CPTensor(None, list(factors)).norm()) ** 2 - float(inside_core.norm()) ** 2
+            return math.hypot(float(np.linalg.norm(core - inside_core.to_tensor())), math.sqrt(max(0.0, outside)))
 
         tensor = Products(passes.shape, float(np.linalg.norm(core)), product, distance)
         each = _starts(request, rank, start, starts or 1, fixed, nonnegative, lambda mode: bases[mode])
@@ -597,5 +599,5 @@ def _completed_in_blocks(
     else:
         begun = {name: double_on_host(request.backend, factor) for name, factor in zip(names, start, strict=True)}
     fit = completion.sweeps_in_blocks(split, lambda: observed.pieces(length), begun, steps, observed.norm, bounded)
-    kind = "nonnegative least squares" if bounded else "least squares"
-    return fit._replace(arrays=request.algebra().arrays(fit.arrays), method=f"{kind} on observed elements in blocks")
+    solver = "nonnegative least squares" if bounded else "least squares"
+    return fit._replace(arrays=request.algebra().arrays(fit.arrays), method=f"{solver} on observed elements in blocks")

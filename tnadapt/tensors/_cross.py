@@ -50,7 +50,7 @@ class _CallsSpentError(Exception):
 
 
 class _Values:
-    """A function of indices with the values that it has returned, each evaluated once while there is room."""
+    """A function of indices with the values that it has returned, each evaluated once until the cache is full."""
 
     def __init__(self, function: Callable[[np.ndarray], Any], shape: tuple[int, ...], most: int) -> None:
         self._function, self.shape, self._most, self.calls = function, shape, most, 0

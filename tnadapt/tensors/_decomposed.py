@@ -26,7 +26,38 @@ from ._tensor_file import write
 # -- Base class of all results -----------------------------------------------------------------------------------------
 
 
-class Decomposed(abc.ABC):
+class WithOutcome:
+    """Base of results that know how a decomposition found them."""
+
+    outcome: FitOutcome | None = None
+
+    @property
+    def error(self) -> float | None:
+        """Relative Frobenius error of the decomposition that made this; None if none did, or inside a trace."""
+        return None if self.outcome is None else self.outcome.error
+
+    @property
+    def bound(self) -> float | None:
+        """A lower bound on the error at these ranks."""
+        return None if self.outcome is None else self.outcome.bound
+
+    @property
+    def certified(self) -> bool | None:
+        """Whether the error is the least possible one at these ranks."""
+        return None if self.outcome is None else self.outcome.certified
+
+    @property
+    def converged(self) -> bool | None:
+        """Whether the iteration stopped because it improved no more; ``outcome.reason`` says why it did otherwise."""
+        return None if self.outcome is None else self.outcome.converged
+
+    @property
+    def history(self) -> tuple[float, ...]:
+        """The error after each iteration."""
+        return () if self.outcome is None else self.outcome.history
+
+
+class Decomposed(WithOutcome, abc.ABC):
     """A tensor that is held as the arrays of a small network.
 
     The result of a function such as :func:`tnadapt.tensors.cp`. A result unpacks as TensorLy's do. Make one from arrays
@@ -38,7 +69,6 @@ class Decomposed(abc.ABC):
         How a decomposition found it; None for one that was made otherwise.
     """
 
-    outcome: FitOutcome | None = None
     # NumPy's numbers and arrays leave products to __rmul__ instead of reading a result as an array of its parts.
     __array_ufunc__ = None
 
@@ -435,31 +465,6 @@ class Decomposed(abc.ABC):
         write(path, self)
 
     # -- Outcome of a decomposition --------------------------------------------------------------
-
-    @property
-    def error(self) -> float | None:
-        """Relative Frobenius error of the decomposition that made this; None if none did, or inside a trace."""
-        return None if self.outcome is None else self.outcome.error
-
-    @property
-    def bound(self) -> float | None:
-        """A lower bound on the error at these ranks."""
-        return None if self.outcome is None else self.outcome.bound
-
-    @property
-    def certified(self) -> bool | None:
-        """Whether the error is the least possible one at these ranks."""
-        return None if self.outcome is None else self.outcome.certified
-
-    @property
-    def converged(self) -> bool | None:
-        """Whether the iteration stopped because it improved no more; ``outcome.reason`` says why it did otherwise."""
-        return None if self.outcome is None else self.outcome.converged
-
-    @property
-    def history(self) -> tuple[float, ...]:
-        """The error after each iteration."""
-        return () if self.outcome is None else self.outcome.history
 
     def __repr__(self) -> str:
         facts = ", ".join(f"{name} {value}" for name, value in self._facts())

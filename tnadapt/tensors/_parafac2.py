@@ -16,7 +16,7 @@ from tnadapt.decomposition.fits import Callback, Fit, FitOutcome, Iteration, lim
 from tnadapt.decomposition.linear_algebra import Algebra, refuse_trace
 from tnadapt.errors import BackendError, ConfigError, ShapeError, safe_repr
 
-from ._decomposed import CPTensor
+from ._decomposed import CPTensor, WithOutcome
 from ._requests import (
     alike,
     as_tensor,
@@ -39,7 +39,7 @@ class _Parts(NamedTuple):
     projections: list[Array]
 
 
-class Parafac2Tensor(_Parts):
+class Parafac2Tensor(WithOutcome, _Parts):
     """Matrices ``projections[k] @ B @ diag(weights * A[k]) @ C.T``, where ``A, B, C = factors``.
 
     The cross products ``(projections[k] @ B).T @ (projections[k] @ B)`` are the same for all k. Unpacks as ``weights,
@@ -73,8 +73,6 @@ class Parafac2Tensor(_Parts):
     >>> made.rank, [matrix.shape for matrix in made.to_tensors()], made.slice(0)
     (1, [(1, 3), (4, 3)], array([[1., 1., 1.]]))
     """
-
-    outcome: FitOutcome | None = None
 
     @checks_arguments
     def __new__(cls, weights: Any, factors: Sequence[Any], projections: Sequence[Any]) -> Self:
@@ -112,21 +110,6 @@ class Parafac2Tensor(_Parts):
     def backend(self) -> Backend:
         """The library of the arrays."""
         return get_backend(*self.factors)
-
-    @property
-    def error(self) -> float | None:
-        """Relative Frobenius error of the decomposition that made this; None if none did."""
-        return None if self.outcome is None else self.outcome.error
-
-    @property
-    def converged(self) -> bool | None:
-        """Whether the iteration stopped because it improved no more; ``outcome.stopped`` says why it did otherwise."""
-        return None if self.outcome is None else self.outcome.converged
-
-    @property
-    def history(self) -> tuple[float, ...]:
-        """The error after each iteration."""
-        return () if self.outcome is None else self.outcome.history
 
     def slice(self, number: int) -> Array:
         """Form one of the matrices."""

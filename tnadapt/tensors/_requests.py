@@ -434,7 +434,7 @@ def requested(
     sparse: bool = False,
     memory: int | None = None,
 ) -> Request:
-    """Check what a decomposition is asked; ``sparse`` says whether it takes sparse tensors, and ``memory`` how many
+    """Check the arguments of a decomposition; ``sparse`` says whether it takes sparse tensors, and ``memory`` how many
     bytes a block may have, if it takes tensors that are not in memory. Their mask and weights are not looked at.
 
     Raises
