@@ -247,7 +247,8 @@ class _CPSearch:
         None if a descent is not worth while.
         """
         most = self.limits.iterations
-        if most <= _CRAWLS[-1][0] and not self.ridge:
+        # Sweeps of one component cost a fraction of a step with all factors, and get as far.
+        if (most <= _CRAWLS[-1][0] or self.rank == 1) and not self.ridge:
             return None, None
         # As much work as all sweeps, or as is done in seconds.
         work = max(_WORK, 4 * self.rank * math.prod(self.sweeps.sizes) * most)
