@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import shutil
 import signal
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 import tnadapt as tna
+from tests.support.file_layer import intercepted, recorded
 from tnadapt import AdapterFile, ConfigError, FileError, PopulationFile
 from tnadapt.checkpoints.fingerprint import fingerprint
 from tnadapt.convert import Conversion, PopulationConversion
@@ -173,30 +174,6 @@ def test_other_members_are_not_read(tmp_path: Path, which: int | str) -> None:
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.slow
-def test_one_of_100_000_members_takes_the_time_of_one_of_two(tmp_path: Path) -> None:
-    count, config = 100_000, P.unilora(100, 2)
-    member = made(config)
-    rng = np.random.default_rng(0)
-    theta = rng.normal(size=(count, 100)).astype("f4")
-    times = {}
-    for number, name in ((2, "few.safetensors"), (count, "many.safetensors")):
-        names = [f"user-{k}" for k in range(number)]
-        tna.save(tmp_path / name, PopulationFile(member, {"theta": theta[:number]}, names))
-        for which in (1, f"user-{number - 1}"):
-            spans = []
-            for _ in range(5):
-                begin = time.perf_counter()
-                result = tna.convert(tmp_path / name, to="vllm-lora", member=which)
-                spans.append(time.perf_counter() - begin)
-            times[number, isinstance(which, str)] = min(spans)
-            expected = dataclasses.replace(member, arrays={"theta": theta[1 if which == 1 else number - 1]})
-            assert result.files == tna.convert(expected, to="vllm-lora").files
-    # Reading and checking all rows takes 0.15 s.
-    assert times[count, False] < 2 * times[2, False] + 0.01
-    assert times[count, True] < 2 * times[2, True] + 0.05
-
-
 # -- The folder --------------------------------------------------------------------------------------------------------
 
 
@@ -305,27 +282,29 @@ def test_a_population_is_found_in_a_folder(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="a process is forked and killed")
 def test_a_kill_leaves_all_members_or_none(tmp_path: Path) -> None:
-    files = members("theta", 12)
-    path, out = saved(tmp_path / "population.safetensors", files), tmp_path / "out"
+    path, out = saved(tmp_path / "population.safetensors", members("theta", 2)), tmp_path / "out"
 
-    def kill_after(seconds: float) -> None:
+    def convert() -> None:
+        tna.convert(path, out, to="vllm-lora")
+
+    def convert_killed_before(at: int) -> None:
+        left = itertools.count(-at)
+        with intercepted(lambda call: None if next(left) else os.kill(os.getpid(), signal.SIGKILL)):
+            convert()
+
+    steps = len(recorded(convert))
+    expected = {place.name: contents(place) for place in out.iterdir()}
+    results = list[bool]()
+    # Before the first steps, one in the middle, and each of the last.
+    for at in sorted({0, 1, steps // 2, *range(steps - 6, steps)}):
+        shutil.rmtree(out, ignore_errors=True)
         process = os.fork()
         if process == 0:
-            tna.convert(path, out, to="vllm-lora")
+            convert_killed_before(at)
             os._exit(0)
-        time.sleep(seconds)
-        os.kill(process, signal.SIGKILL)
-        os.waitpid(process, 0)
-
-    tna.convert(path, out, to="vllm-lora")
-    begin = time.perf_counter()
-    shutil.rmtree(out)
-    tna.convert(path, out, to="vllm-lora")
-    span, expected = time.perf_counter() - begin, {place.name: contents(place) for place in out.iterdir()}
-    kinds = set[bool]()
-    for part in np.linspace(0.2, 1.8, 10):
-        shutil.rmtree(out, ignore_errors=True)
-        kill_after(part * span)
-        kinds.add(out.exists())
+        assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == -signal.SIGKILL
+        results.append(out.exists())
         assert not out.exists() or {place.name: contents(place) for place in out.iterdir()} == expected
-    assert kinds == {False, True}
+    # All members appear in one step.
+    assert results == sorted(results)
+    assert set(results) == {False, True}
