@@ -538,9 +538,9 @@ def test_truncated_normalized_and_orthogonal() -> None:
     assert np.array_equal(large.to_tensor(), np.eye(3))
 
 
-@pytest.mark.parametrize("form", MAKERS)
+@pytest.mark.parametrize("form", [*MAKERS, "parafac2"])
 def test_copies_and_pickles_keep_the_outcome(form: str) -> None:
-    one = MAKERS[form]((3, 4), 1)
+    one = EVERY[form]((3, 4), 1)
     one.with_outcome(tt.FitOutcome(error=0.5, bound=0.25, certified=False, history=(0.7, 0.5), method="<b>"))
     for again in (copy.deepcopy(one), pickle.loads(pickle.dumps(one))):
         assert type(again) is type(one)
@@ -561,10 +561,10 @@ def test_copies_and_pickles_keep_the_outcome(form: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", MAKERS)
+@pytest.mark.parametrize("form", [*MAKERS, "parafac2"])
 def test_a_result_passes_through_jax(form: str) -> None:
     jax = pytest.importorskip("jax")
-    one, factor = MAKERS[form]((3, 4), 1, backend="jax"), 1.0 if form == "hadamard" else 2.0
+    one, factor = EVERY[form]((3, 4), 1, backend="jax"), 1.0 if form == "hadamard" else 2.0
     passed = jax.jit(lambda x: x if form == "hadamard" else x * factor)(one)
     assert relative_error(passed.to_tensor(), factor * np.asarray(one.to_tensor())) < 1e-12
     assert type(jax.grad(lambda x: x.norm())(one)) is type(one)
@@ -586,6 +586,17 @@ def test_torch_differentiates_a_norm(form: str) -> None:
         scaled.norm().backward()
         for leaf, expected in zip(again, direct, strict=True):
             torch.testing.assert_close(leaf.grad * 2.0 ** -(exponent // 2) * 2.0 ** -(exponent // 2), expected)
+
+
+@pytest.mark.parametrize("form", ["cp", "tucker", "tt", "tr"])
+@pytest.mark.parametrize("mode", range(3))
+def test_torch_differentiates_a_mode_product(form: str, mode: int) -> None:
+    torch = pytest.importorskip("torch")
+    one, vector = MAKERS[form]((3, 4, 2), 1, backend="torch"), torch.arange(1.0, (3, 4, 2)[mode] + 1.0).double()
+    leaves = [array.requires_grad_() for array in [vector, *one.arrays]]
+    result, expected = one.mode_dot(vector, mode).to_tensor(), torch.tensordot(vector, one.to_tensor(), ([0], [mode]))
+    for found, direct in zip(*(torch.autograd.grad((x**2).sum(), leaves) for x in (result, expected)), strict=True):
+        torch.testing.assert_close(found, direct)
 
 
 ONE, WIDE = np.ones((2, 2)), np.ones((2, 3))

@@ -298,6 +298,8 @@ def tt_cross(
         rank is out of range, or ``max_calls`` too small for a train of rank 1.
     BackendError
         If the function returns something else than numbers.
+    ConfigError
+        If a setting is out of range.
 
     Notes
     -----

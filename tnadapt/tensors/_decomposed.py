@@ -421,8 +421,10 @@ class Decomposed(Result):
             root of the dtype's epsilon times those of the arrays are rounding; of trains and TT matrices it comes from
             QR decompositions, to full precision. Inside a trace, where values are unknown, squares may overflow.
         """
-        algebra = Algebra(self.backend, self.arrays[0])
-        scaled, exponents = zip(*(near_one(algebra, array) for array in self.arrays), strict=True)
+        algebra, exponents = exponents_of(self.backend, self.arrays)
+        if not any(exponents):
+            return self._norm()
+        scaled = [algebra.scaled(array, -exponent) for array, exponent in zip(self.arrays, exponents, strict=True)]
         return algebra.scaled(self.with_arrays(scaled)._norm(), sum(exponents))
 
     def _norm(self) -> Array:
@@ -533,10 +535,14 @@ class Decomposed(Result):
         return mine._product(theirs)
 
 
-def near_one(algebra: Algebra, array: Array) -> tuple[Array, int]:
-    """Return an array divided by a power of two, so that its squares fit the dtype, and the exponent; 0 in a trace."""
-    exponent = math.frexp(algebra.largest(array))[1] if algebra.backend.is_concrete(array) else 0
-    return algebra.scaled(array, -exponent), exponent
+def exponents_of(backend: Backend, arrays: Sequence[Array]) -> tuple[Algebra, list[int]]:
+    """Return the powers of two to divide arrays by for squares of their products to fit the dtype; 0 if they do."""
+    algebra = Algebra(backend, arrays[0])
+    # In a trace, values are unknown.
+    known = all(map(backend.is_concrete, arrays))
+    exponents = [math.frexp(algebra.largest(array))[1] if known else 0 for array in arrays]
+    fit = sum(map(abs, exponents)) <= np.finfo(backend.dtype_name(arrays[0])).maxexp // 4
+    return algebra, [0 if fit else exponent for exponent in exponents]
 
 
 # -- From a fit to its result ------------------------------------------------------------------------------------------
@@ -920,16 +926,17 @@ class CPTensor(_Factored, _CPParts):
 
         Columns of zeros stay, and so does the sign of a weight.
         """
-        backend, algebra, factors = self.backend, Algebra(self.backend, self.factors[0]), []
-        weights, total = near_one(algebra, self._weights())
-        for array in self.factors:
-            factor, exponent = near_one(algebra, array)
+        backend, factors = self.backend, []
+        algebra, exponents = exponents_of(backend, [self._weights(), *self.factors])
+        weights = algebra.scaled(self._weights(), -exponents[0])
+        for array, exponent in zip(self.factors, exponents[1:], strict=True):
+            factor = algebra.scaled(array, -exponent)
             squares = factor * backend.conj(factor)
             real = backend.xp.real(squares) if backend.is_complex(factor) else squares
             norms = backend.sqrt(backend.sum(real, axis=0))
             factors.append(factor / backend.where(norms > 0.0, norms, norms * 0.0 + 1.0))
-            weights, total = weights * norms, total + exponent
-        return self.of(backend, (algebra.scaled(weights, total), factors)).with_outcome(self.outcome)
+            weights = weights * norms
+        return self.of(backend, (algebra.scaled(weights, sum(exponents)), factors)).with_outcome(self.outcome)
 
     def _dropped(self, mode: int) -> Any:
         row, rest = self.factors[mode][0, :], [*self.factors[:mode], *self.factors[mode + 1 :]]

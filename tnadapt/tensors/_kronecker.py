@@ -248,6 +248,8 @@ def kronecker_decomposition(
         If the shapes do not multiply to the tensor's, or the tensor has NaN, infinity or no elements.
     BackendError
         If the tensor is not an array of numbers of a known library, or is traced.
+    ConfigError
+        If a setting is out of range.
 
     Notes
     -----
@@ -447,6 +449,8 @@ def hadamard_decomposition(
         If the tensor has NaN, infinity or no elements, or the rank is out of range.
     BackendError
         If the tensor is not an array of real numbers of a known library, or is traced.
+    ConfigError
+        If a setting is out of range.
 
     Notes
     -----

@@ -453,7 +453,7 @@ def requested(
     BackendError
         If the tensor is not an array of numbers.
     ConfigError
-        If the random state is something else than an integer.
+        If ``max_error`` is out of range, or the random state is something else than an integer.
     """
     if sparse and (nonzero := sparse_tensor(tensor)) is not None:
         if mask is not None or weights is not None:

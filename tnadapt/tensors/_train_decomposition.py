@@ -220,6 +220,8 @@ def tt_matrix(
         If the sizes do not multiply to those of the matrix, or as for :func:`tensor_train`.
     BackendError
         If it is not an array of numbers of a known library.
+    ConfigError
+        If a setting is out of range.
 
     Notes
     -----
