@@ -152,6 +152,14 @@ def test_bad_sizes(message: str, call: Callable[[], object]) -> None:
         call()
 
 
+def test_a_hypercube_may_be_padding_up_to_a_limit() -> None:
+    assert tna.to_hypercube(np.ones(2, np.int8), 24).size == 1 << 24
+    assert tna.to_hypercube(np.ones(1 << 20, np.int8), 26).size == 1 << 26
+    for count, order in ((2, 25), (1 << 20, 27)):
+        with pytest.raises(tna.ShapeError, match="nearly all of them zeros"):
+            tna.to_hypercube(np.ones(count, np.int8), order)
+
+
 def test_bad_input() -> None:
     with pytest.raises(tna.BackendError, match="x must be an array of numbers or a sequence of arrays"):
         tna.to_hypercube("weights", 2)

@@ -662,6 +662,7 @@ ONE, WIDE = np.ones((2, 2)), np.ones((2, 3))
         (lambda: tt.random_cp((2, 2), 1) - [[1.0, 2.0], [3.0, 4.0]], TypeError, "unsupported"),
         (lambda: tt.inner(tt.random_cp((2, 2), 1), np.ones((2, 2)), 1), ShapeError, "contracted over all 2 modes"),
         (lambda: tt.unfold(tt.random_tr((3, 3), 2), 0), BackendError, r"is a TRTensor: give its to_tensor\(\)"),
+        (lambda: tt.unfold(tensorly.random.random_cp((3, 3), 2), 0), BackendError, "a CPTensor: give its to_tensor"),
         (lambda: MATRIX + tt.random_cp(MATRIX.shape, 1), ShapeError, "no common form that is smaller than the whole"),
         (lambda: tt.random_tr(MATRIX.shape, 1) * MATRIX, ShapeError, "a TRTensor and a TTMatrix have no common form"),
         (lambda: MATRIX @ tt.random_tt((3, 2, 1), 2), ShapeError,
