@@ -42,7 +42,11 @@ myst_heading_anchors = 2  # generated pages link to their own headings
 smartquotes = False
 
 autosummary_generate = True
-autosummary_context = {"is_property": IsProperty()}
+autosummary_context = {
+    "is_property": IsProperty(),
+    # What the results of decompositions inherit: their pages list it, too.
+    "of_results": {"to_vec", "to_unfolded", "entries", "entry", "part", "inner", "norm", "mode_dot", "to", "save"},
+}
 autodoc_typehints = "none"  # types and shapes are in the Parameters sections
 numpydoc_show_class_members = False  # the templates list them
 

@@ -82,6 +82,7 @@ def main() -> None:
         tna.tensors.TuckerTensor(np.ones((1, 2)), [np.ones((2, 1)), np.ones((2, 2))]).to(dtype="float32"),
         tna.tensors.KroneckerTensor(None, terms),
         tna.tensors.HadamardTensor([cp, tna.tensors.CPTensor(None, cp.factors)]),
+        tna.tensors.Parafac2Tensor(None, [np.ones((2, 1)), np.ones((1, 1)), np.ones((3, 1))], [np.eye(2, 1)] * 2),
     ):
         with tempfile.TemporaryDirectory() as folder:
             tensor.save(Path(folder) / "tensor")

@@ -140,11 +140,24 @@ def test_several_arrays_are_one_vector_in_a_hypercube(backend: Backend, shapes: 
         ("cannot take 10", lambda: tna.from_hypercube(np.zeros((3, 3)), [(2, 3), (2, 2)])),
         (r"x must have one or more elements; got \[\(0, 2\)\]", lambda: tna.to_hypercube(np.zeros((0, 2)), 2)),
         (r"x must have one or more elements; got \[\]", lambda: tna.to_hypercube([], 2)),
+        (
+            r"order 30 for 10 elements has 2\^30 = 1,073,741,824, nearly .*: use a smaller order, such as 4",
+            lambda: tna.to_hypercube(np.ones(10), 30),
+        ),
+        (r"3\^17 = 129,140,163, nearly .*, such as 11", lambda: tna.to_hypercube(np.ones((1 << 17) + 1, np.int8), 17)),
     ],
 )
 def test_bad_sizes(message: str, call: Callable[[], object]) -> None:
     with pytest.raises(tna.ShapeError, match=message):
         call()
+
+
+def test_a_hypercube_may_be_padding_up_to_a_limit() -> None:
+    assert tna.to_hypercube(np.ones(2, np.int8), 24).size == 1 << 24
+    assert tna.to_hypercube(np.ones(1 << 20, np.int8), 26).size == 1 << 26
+    for count, order in ((2, 25), (1 << 20, 27)):
+        with pytest.raises(tna.ShapeError, match="nearly all of them zeros"):
+            tna.to_hypercube(np.ones(count, np.int8), order)
 
 
 def test_bad_input() -> None:

@@ -414,7 +414,7 @@ CALLS: dict[str, Arguments] = {
     },
     **{
         f"tensors.{name}.{method}": arguments
-        for name in TENSORS
+        for name in (*TENSORS, "Parafac2Tensor")
         for method, arguments in {
             "save": lambda b: {"path": b.new(".safetensors")},
             "to": lambda b: {"backend": "numpy", "dtype": "float64", "device": "cpu"},
@@ -423,10 +423,10 @@ CALLS: dict[str, Arguments] = {
     "tensors.KroneckerTensor.entries": lambda b: {"indices": [[0, 0]]},
     "tensors.KroneckerTensor.entry": lambda b: {"*index": [0, 0]},
     "tensors.CPTensor.truncated": lambda b: {"rank": 1},
-    "tensors.CPTensor.mode_dot": lambda b: {"matrix": np.ones((2, 4)), "mode": 1},
-    "tensors.TuckerTensor.mode_dot": lambda b: {"matrix": np.ones((2, 4)), "mode": 1},
-    "tensors.TTTensor.mode_dot": lambda b: {"matrix": np.ones((2, 4)), "mode": 1},
-    "tensors.TRTensor.mode_dot": lambda b: {"matrix": np.ones((2, 4)), "mode": 1},
+    "tensors.CPTensor.mode_dot": lambda b: {"matrix_or_vector": np.ones((2, 4)), "mode": 1, "keep_dim": False},
+    "tensors.TuckerTensor.mode_dot": lambda b: {"matrix_or_vector": np.ones((2, 4)), "mode": 1, "keep_dim": False},
+    "tensors.TTTensor.mode_dot": lambda b: {"matrix_or_vector": np.ones((2, 4)), "mode": 1, "keep_dim": False},
+    "tensors.TRTensor.mode_dot": lambda b: {"matrix_or_vector": np.ones((2, 4)), "mode": 1, "keep_dim": False},
     "tensors.TTTensor.round": lambda b: {"rank": 1},
     "tensors.TTMatrix.round": lambda b: {"rank": 1},
     # -- decomposition ---------------------------------------------------------------------------

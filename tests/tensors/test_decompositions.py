@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -739,19 +740,18 @@ T = numbers((3, 4, 5), 1)
             for state in ("a", -1, 1.5, True)
         ),
         (lambda: tna.cp(T, 2, callback=3), "callback must be a function or None; got 3"),
-        *((lambda n=n: tna.cp(T, 2, starts=n), "starts must be") for n in (0, -1, True, 1.5, 1j, float("nan"))),
         *(
             (lambda x=x: tna.cp(T, 2, ridge=x), "ridge must be a (finite )?number.*; got")
             for x in (-1e-9, float("nan"), float("inf"), True, 1j, "1", None)
         ),
         (
             lambda: tna.cp(T, 2, ridge=0.1, mask=T.max() > T),
-            "ridge= is for a dense tensor in memory, without mask=.*leave one of them out",
+            "ridge= is for a tensor in memory, without mask=.*leave one of them out",
         ),
-        (lambda: tna.cp(np.ones((3, 3, 3)), 1, ridge=0.1, symmetric=True), "ridge= is for a dense tensor in memory"),
+        (lambda: tna.cp(np.ones((3, 3, 3)), 1, ridge=0.1, symmetric=True), "ridge= is for a tensor in memory"),
         (
             lambda: tna.cp(T, 2, ridge=0.1, nonnegative=True),
-            "ridge= is for a dense tensor in memory, without mask=.*leave one of them out",
+            "ridge= is for a tensor in memory, without mask=.*leave one of them out",
         ),
         (lambda: tna.cp(T, 2, max_iterations=0), "max_iterations must be"),
         (lambda: tna.cp(T, max_error=1.5), "from 0 to below 1"),
@@ -791,6 +791,30 @@ T = numbers((3, 4, 5), 1)
 def test_what_cannot_be_is_refused(call: Any, text: str) -> None:
     with pytest.raises(TnadaptError, match=text):
         call()
+
+
+def test_a_setting_out_of_range_is_a_config_error() -> None:
+    calls: list[Any] = [
+        lambda **words: tna.cp(T, 2, **words),
+        lambda **words: tna.cp(T, 2, nonnegative=True, **words),
+        lambda **words: tna.cp(np.ones((3, 3, 3)), 2, symmetric=True, **words),
+        lambda **words: tna.tensor_ring(T, 2, **words),
+        lambda **words: tna.kronecker_decomposition(numbers((8, 8)), [(2, 2)] * 3, **words),
+        lambda **words: tna.parafac2(np.zeros((3, 4, 5)), 2, **words),
+    ]
+    for call, starts in itertools.product(calls, (0, -1, 1.5, 1j, True, float("nan"), 1 << 21)):
+        with pytest.raises(ConfigError, match=r"starts must be an integer( from 1 to 1048576| or None)?; got"):
+            call(starts=starts)
+    for function, words in itertools.product((tna.cp, tna.tucker, tna.tensor_train), ({"memory": 0}, {"memory": 1.5})):
+        with pytest.raises(ConfigError, match=r"memory must be an integer( of at least 1)?; got"):
+            function(T, 2, **words)
+    with pytest.raises(ConfigError, match="sweeps must be an integer of at least 0; got -1"):
+        tna.tensor_train(T, 2, sweeps=-1)
+    for function in (tna.cp, tna.tucker, tna.tensor_train, tna.tensor_ring):
+        with pytest.raises(ConfigError, match="max_error must be from 0 to below 1, a relative error; got -"):
+            function(T, max_error=-0.5)
+        with pytest.raises(ShapeError, match="rank must be an integer of at least 1; got 0"):
+            function(T, 0)
 
 
 @pytest.mark.parametrize("kind", ["float64", "complex128"])
@@ -1103,7 +1127,7 @@ def test_blocks_that_are_not_finite_are_refused(
         (lambda x: tna.tucker(x), ShapeError, "either rank= or max_error="),
         (lambda x: tna.tensor_train(x, max_error=1e-9), ShapeError, "least for a tensor read in blocks"),
         (lambda x: tna.tucker(x, (5, 2, 2)), ShapeError, "rank 5 of mode 0 is above its size 4"),
-        (lambda x: tna.tucker(x, 2, memory=0), ShapeError, "memory must be"),
+        (lambda x: tna.tucker(x, 2, memory=0), ConfigError, "memory must be"),
         (lambda x: tna.tucker(x, 2, init="random"), ConfigError, "leave init, fixed, mask and weights out"),
         (lambda x: tna.tucker(x.astype("S1"), 1), BackendError, "numbers"),
     ],
@@ -1341,6 +1365,14 @@ def test_parafac2_is_what_it_says(seed: int, rank: int, noise: float, kind: str)
         np.testing.assert_allclose(found.slice(k), projection @ b @ np.diag(weights * a[k]) @ c.T, atol=1e-12)
     for factor in (a, b, c):
         np.testing.assert_allclose(np.linalg.norm(factor, axis=0), 1.0)
+    whole = np.linalg.norm(np.concatenate([matrix.reshape(-1) for matrix in found.to_tensors()]))
+    assert float(found.norm()) == pytest.approx(whole, rel=1e-10)
+    np.testing.assert_allclose((found * -2j).slice(0), -2j * found.slice(0), atol=1e-12)
+    with tempfile.TemporaryDirectory() as folder:
+        found.save(folder + "/tensor")
+        loaded = tt.load(folder + "/tensor")
+    assert type(loaded) is tt.Parafac2Tensor
+    assert all(np.array_equal(x, y) for x, y in zip(loaded.arrays, found.arrays, strict=True))
     # Rows of slices may be turned, and slices scaled, without any change of C.
     turned = [np.linalg.qr(numbers((len(x), len(x)), 7, kind))[0] @ x * 2.0**20 for x in slices]
     again = tna.parafac2(turned, rank)
@@ -1394,9 +1426,8 @@ def test_settings_of_parafac2() -> None:
     assert tna.parafac2(stacked, 2).error == tna.parafac2(list(stacked), 2).error
     zeros = tna.parafac2(0.0 * stacked, 2)
     assert (zeros.error, zeros.converged, float(abs(zeros.to_tensor()).max())) == (0.0, True, 0.0)
-    assert repr(tna.parafac2([np.eye(3)] * 2, 3)).startswith(
-        "<Parafac2Tensor: 2 matrices of 3 rows and 3 columns, rank 3"
-    )
+    text = "<Parafac2Tensor: shape 2 matrices of 3 rows and 3 columns, rank 3, parameters 45 (2.5 of 18), error "
+    assert repr(tna.parafac2([np.eye(3)] * 2, 3)).startswith(text)
     with pytest.raises(ShapeError, match=r"form no tensor: use to_tensors\(\)"):
         found.to_tensor()
 
@@ -1414,13 +1445,15 @@ def test_settings_of_parafac2() -> None:
         (lambda x: tna.parafac2(x, 1, nonnegative=[3]), ShapeError, "mode must be from 0 to 2"),
         (lambda x: tna.parafac2([y * 1j for y in x], 1, nonnegative=[0]), BackendError, "needs real slices"),
         (lambda x: tna.parafac2(x, 1, init="hosvd"), ConfigError, "init must be 'svd' or 'random'"),
-        (lambda x: tna.parafac2(x, 1, starts=0), ShapeError, "starts must be"),
         (
             lambda x: tt.Parafac2Tensor(None, [np.ones((2, 1))] * 3, [np.ones((3, 1))]),
             ShapeError,
             "got 1 projections with 1 columns",
         ),
         (lambda x: tt.Parafac2Tensor(np.ones(2), [np.ones((1, 1))] * 3, [x[0][:, :1]]), ShapeError, r"expected \(1,\)"),
+        (lambda x: tna.parafac2(x, 1) + tna.parafac2(x, 1), TypeError, "unsupported operand"),
+        (lambda x: tt.unfold(tna.parafac2(x, 1), 0), BackendError, r"is a Parafac2Tensor: give its to_tensor\(\)"),
+        (lambda x: tt.inner(*[tna.parafac2(x, 1)] * 2), BackendError, r"tensor1 is a Parafac2Tensor: give"),
         (lambda x: tna.parafac2(x, 1).slice(8), ShapeError, "number must be an integer from 0 to 7"),
     ],
 )
@@ -1656,7 +1689,7 @@ def one(indices: np.ndarray) -> np.ndarray:
         (lambda: tna.tt_cross(3, (9, 9), rank=1), ConfigError, "function must be a function; got 3"),
         (lambda: tna.tt_cross(one, (9, 9)), ShapeError, "rank= or max_error=, or both.*got neither"),
         (lambda: tna.tt_cross(one, (9, 9), max_calls=10**4), ShapeError, "rank= or max_error="),
-        (lambda: tna.tt_cross(one, (9, 9), max_error=1.5), ShapeError, "max_error must be from 0"),
+        (lambda: tna.tt_cross(one, (9, 9), max_error=1.5), ConfigError, "max_error must be from 0"),
         (lambda: tna.tt_cross(one, (9, 0), rank=1), ShapeError, "a size in shape must be .*at least 1; got 0"),
         (lambda: tna.tt_cross(one, (), rank=1), ShapeError, "shape is empty"),
         (lambda: tna.tt_cross(one, (9, 9), rank=0), ShapeError, "rank must be an integer of at least 1; got 0"),
@@ -1664,7 +1697,7 @@ def one(indices: np.ndarray) -> np.ndarray:
         (lambda: tna.tt_cross(one, (1 << 40, 2), rank=1), ShapeError, "divide it into several modes, such as 40 of 2"),
         (lambda: tna.tt_cross(one, (20,) * 20, rank=1, max_calls=500), ShapeError,
          r"max_calls=500 is too small for a train of shape .*: expected at least 2200"),
-        (lambda: tna.tt_cross(one, (9, 9), rank=1, max_calls=0), ShapeError, "max_calls must be"),
+        (lambda: tna.tt_cross(one, (9, 9), rank=1, max_calls=0), ConfigError, "max_calls must be"),
         (lambda: tna.tt_cross(one, (9, 9), rank=1, points=[[9, 0]]), ShapeError, r"\(9, 0\), outside of a tensor"),
         (lambda: tna.tt_cross(one, (9, 9), rank=1, points=[[1.0, 0.0]]), ShapeError, r"integers of shape \(n, 2\)"),
         (lambda: tna.tt_cross(one, (9, 9), rank=1, points=[1, 2]), ShapeError, r"integers of shape \(n, 2\)"),

@@ -30,6 +30,8 @@ FOLDS = ("stack", "hypercube", "balanced")
 MAX_ORDER = 32
 # The long vector's positions are 64-bit integers.
 MAX_SIZE = 1 << 62
+# A hypercube of more elements than this, and than this many times what it holds, is a mistake in its order.
+_LARGE, _PADDED = 1 << 24, 64
 # Finding the divisors of larger numbers by trial division takes minutes.
 _MAX_FACTORED = 1 << 44
 
@@ -127,9 +129,14 @@ def to_hypercube(x: Array | Sequence[Array], order: int) -> Array:
     Raises
     ------
     ShapeError
-        If ``x`` has no elements, or order is below 1.
+        If ``x`` has no elements, order is below 1, or the hypercube has more than 2^24 elements and more than 64 times
+        those of ``x``.
     BackendError
         If ``x`` is not an array of a known library, or mixes libraries, dtypes or devices.
+
+    Notes
+    -----
+    Forms all ``d ** order`` elements, zeros included: ``2 ** order`` or more if ``x`` has more than one.
 
     Examples
     --------
@@ -146,7 +153,14 @@ def to_hypercube(x: Array | Sequence[Array], order: int) -> Array:
         raise ShapeError(f"x must have one or more elements; got {safe_repr(shapes)} as the shapes of its arrays")
     backend = get_backend(*arrays, what="each array of x")
     vec = backend.concat([backend.flatten(array) for array in arrays])
-    return folded(backend, vec, hypercube_shape(vec.shape[0], order))
+    count, sizes = int(vec.shape[0]), hypercube_shape(vec.shape[0], order)
+    if math.prod(sizes) > max(_LARGE, _PADDED * count):
+        fits = next(m for m in range(order, 0, -1) if math.prod(hypercube_shape(count, m)) <= 2 * count)
+        raise ShapeError(
+            f"a hypercube of order {order} for {count:,} elements has {sizes[0]}^{order} = {math.prod(sizes):,}, "
+            f"nearly all of them zeros: use a smaller order, such as {fits}"
+        )
+    return folded(backend, vec, sizes)
 
 
 def folded(backend: Backend, vec: Array, sizes: Sequence[int]) -> Array:

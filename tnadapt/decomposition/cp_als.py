@@ -25,9 +25,9 @@ from .linear_algebra import Algebra, Triplets, norm_of
 # -- The driver: SVD of a matrix; else sweeps from several starts, then Levenberg-Marquardt ---------------------------
 
 
-# Standard deviation of the noise on singular vectors that sweeps start from: without it, a structured tensor may keep
-# them at a saddle point.
-_MOVED = 0.01
+#: Standard deviation of the noise on singular vectors that sweeps start from: without it, a structured tensor may keep
+#: them at a saddle point.
+MOVED = 0.01
 # Sweeps crawl if they have not converged after this many, the last ten of which have reduced the relative error by more
 # than this, but not to this fraction of it: then all factors are moved at once.
 _CRAWLS, _SWEEPS, _FAST = ((20, 1e-5), (30, 0.0)), 10, 0.1
@@ -302,7 +302,7 @@ class _CPSearch:
             columns, _ = self.algebra.left(unfolded(backend, self.tensor, mode), rank)
             if (missing := rank - int(columns.shape[1])) > 0:
                 columns = backend.concat([columns, self._random(rng, "uniform", size, missing)], axis=1)
-            factors.append(columns + self._random(rng, "normal", size, rank) * (_MOVED / math.sqrt(size)))
+            factors.append(columns + self._random(rng, "normal", size, rank) * (MOVED / math.sqrt(size)))
         return factors
 
     def _random(self, rng: np.random.RandomState | np.random.Generator, kind: str, size: int, columns: int) -> Array:
@@ -1031,7 +1031,7 @@ def outer_vector(backend: Backend, vectors: Sequence[Array]) -> Array:
     return functools.reduce(pair, vectors)
 
 
-# -- Where products are all that is known of a tensor: sparse, in blocks, or with factors that are not negative --------
+# -- Where products are all that is known of a tensor: in blocks, or with factors that are not negative ----------------
 
 # Alternating least squares, or for factors without negative elements hierarchical alternating least squares: one column
 # after another (Gillis & Glineur, "Accelerated multiplicative updates and hierarchical ALS algorithms for nonnegative

@@ -367,7 +367,7 @@ class Algebra:
 
     def array(self, host: np.ndarray) -> Array:
         """Convert a NumPy array to this library, dtype and device."""
-        return self.backend.asarray(np.ascontiguousarray(host), self.backend.dtype_name(self.like), self.device)
+        return self.backend.asarray(np.asarray(host, order="C"), self.backend.dtype_name(self.like), self.device)
 
     def arrays(self, host: Mapping[str, np.ndarray]) -> dict[str, Array]:
         """Convert several NumPy arrays."""
@@ -404,12 +404,12 @@ class Algebra:
 
     def scaled(self, x: Array, exponent: int) -> Array:
         """Multiply x by ``2 ** exponent``; exact unless a result leaves the dtype's normal range."""
-        if exponent > 0 and self.backend.largest(x) <= self._least:
-            return self.array(np.ldexp(self.backend.to_numpy(x), exponent))
+        tiny = exponent > 0 and not self.backend.differentiates(x) and self.backend.largest(x) <= self._least
+        x = self.backend.to_numpy(x) if tiny else x
         # In three steps, as the power of two itself may be outside of the dtype's range.
         for part in (exponent // 3, exponent // 3, exponent - 2 * (exponent // 3)):
             x = x if part == 0 else x * 2.0**part
-        return x
+        return self.array(x) if tiny else x
 
     @property
     def _least(self) -> float:

@@ -15,7 +15,7 @@ from tnadapt.backends import Array
 from tnadapt.decomposition import completion
 from tnadapt.decomposition.block_passes import OVERSAMPLED, BlockPasses, compressed, khatri_rao_product
 from tnadapt.decomposition.completion import double_on_host
-from tnadapt.decomposition.cp_als import Products, fit_cp, fit_cp_by_products
+from tnadapt.decomposition.cp_als import MOVED, Products, fit_cp, fit_cp_by_products
 from tnadapt.decomposition.fits import Callback, Fit, Iteration, limits_of
 from tnadapt.decomposition.linear_algebra import Algebra
 from tnadapt.decomposition.sparse_tensor import SparseTensor, check_range
@@ -162,7 +162,7 @@ def cp(
     """
     request = _requests.requested(
         tensor, rank, max_error, mask=mask, weights=weights, random_state=random_state, sparse=True,
-        memory=_requests.integer_of("memory", memory, 1),
+        memory=_requests.setting_of("memory", memory, 1),
     )  # fmt: skip
     request.refuse_trace("cp()", "use tensor_train(), or tucker(max_iterations=0)")
     held = _requests.kept_modes(request, init, fixed, CPTensor, "CPTensor(None, factors)")
@@ -170,7 +170,7 @@ def cp(
         raise ConfigError("fixed= keeps all modes, so that nothing is left to fit: leave out one of them")
     limits = limits_of(tol, max_iterations)
     if starts is not None:
-        starts = _requests.integer_of("starts", starts, 1, 1 << 20)
+        starts = _requests.setting_of("starts", starts, 1, 1 << 20)
     modes = constrained_modes(nonnegative, request)
     whole = not request.sparse and not request.blocks
     ridge = _ridge_of(ridge)
@@ -265,10 +265,6 @@ def _factors(init: CPTensor, rank: int, held: Collection[int]) -> list[Array]:
 # -- Sparse tensors, and factors without negative elements -------------------------------------------------------------
 
 
-# Standard deviation of the noise on singular vectors that an iteration starts from.
-_MOVED = 0.01
-
-
 def _by_products(
     request: Request,
     rank: int,
@@ -351,9 +347,9 @@ def _starts(
                 factor = normal(rng, (size, rank), dtype)
             else:
                 columns = leading(mode)[:, :rank]
-                factor = normal(rng, (size, rank), dtype) * (_MOVED / math.sqrt(size))
+                factor = normal(rng, (size, rank), dtype) * (MOVED / math.sqrt(size))
                 factor[:, : columns.shape[1]] += columns
-                factor[:, columns.shape[1] :] *= 1.0 / _MOVED
+                factor[:, columns.shape[1] :] *= 1.0 / MOVED
             factors.append(abs(factor) if mode in nonnegative else factor)
         yield factors
 
@@ -445,7 +441,7 @@ def _fitted_symmetric(request: Request, tensor: np.ndarray, rank: int, init: str
         factor = rng.standard_normal((size, rank))
         if not number and init == "svd":
             leading = np.linalg.svd(tensor.reshape(size, -1), full_matrices=False)[0][:, :rank]
-            factor[:, : leading.shape[1]] = leading + _MOVED * factor[:, : leading.shape[1]]
+            factor[:, : leading.shape[1]] = leading + MOVED * factor[:, : leading.shape[1]]
         steps.begin()
         errors = list[float]()
         minimum = minimize(

@@ -24,7 +24,7 @@ from tnadapt.backends import Backend, load_backend
 from tnadapt.decomposition.fits import FitOutcome
 from tnadapt.errors import BackendError, ShapeError
 
-from ._requests import as_tensor, error_limit, from_lists, integer_of, seed_of, shape_of, train_bonds
+from ._requests import as_tensor, error_limit, from_lists, seed_of, setting_of, shape_of, train_bonds
 from ._tensor_chains import TTTensor
 
 #: Random points: where the error is estimated, among which the first pivot is chosen, and new ones after each sweep.
@@ -298,6 +298,8 @@ def tt_cross(
         rank is out of range, or ``max_calls`` too small for a train of rank 1.
     BackendError
         If the function returns something else than numbers.
+    ConfigError
+        If a setting is out of range.
 
     Notes
     -----
@@ -334,7 +336,7 @@ def tt_cross(
     least = min(
         math.prod(sizes), _HELD + _STARTS + _LARGE + _FRESH + len(pivots) + (1 + (1 + len(pivots)) ** 2) * sum(sizes)
     )
-    most = 10_000_000 if max_calls is None else integer_of("max_calls", max_calls, 1)
+    most = 10_000_000 if max_calls is None else setting_of("max_calls", max_calls, 1)
     if most < least:
         raise ShapeError(f"max_calls={most} is too small for a train of shape {sizes}: expected at least {least}")
     rng = np.random.default_rng(seed_of(random_state))

@@ -16,20 +16,82 @@ from tnadapt.algebra.products import cp_to_tensor, hadamard_tensor, kronecker_te
 from tnadapt.argument_checks import checks_arguments
 from tnadapt.backends import Array, Backend, get_backend, load_backend
 from tnadapt.decomposition.fits import OPEN, Contraction, Fit, FitOutcome, holds, smallest_within
-from tnadapt.decomposition.linear_algebra import norm_of, with_value
+from tnadapt.decomposition.linear_algebra import Algebra, norm_of, with_value
 from tnadapt.errors import BackendError, ConfigError, ShapeError, safe_repr
 
-from ._matrix_products import mode_dot, row_khatri_rao, unfold
-from ._requests import NUMERIC, Request, alike, as_tensor, as_tensors, from_lists, integer_of, mode_of, scalar_of
+from ._matrix_products import as_matrix, mode_dot, row_khatri_rao, unfold
+from ._requests import (
+    NUMERIC,
+    Request,
+    alike,
+    as_tensor,
+    as_tensors,
+    from_lists,
+    integer_of,
+    mode_of,
+    numeric,
+    scalar_of,
+)
 from ._tensor_file import write
 
 # -- Base class of all results -----------------------------------------------------------------------------------------
 
 
-class WithOutcome:
-    """Base of results that know how a decomposition found them."""
+class Result(abc.ABC):
+    """Base of what decompositions return: arrays of one library, and how the decomposition found them."""
 
     outcome: FitOutcome | None = None
+
+    # NumPy's numbers and arrays leave products to __rmul__ instead of reading a result as an array of its parts.
+    __array_ufunc__ = None
+
+    @classmethod
+    def of(cls, backend: Backend, parts: Sequence[Any]) -> Self:
+        """Make one of checked parts."""
+        backend.register_result(cls)  # type: ignore[arg-type]
+        return tuple.__new__(cls, tuple(parts))  # type: ignore[type-var]
+
+    @property
+    @abc.abstractmethod
+    def shape(self) -> tuple[Any, ...]:
+        """Shape of the tensor, or of its slices."""
+
+    @property
+    @abc.abstractmethod
+    def rank(self) -> Any:
+        """The rank, or the ranks."""
+
+    @property
+    @abc.abstractmethod
+    def arrays(self) -> list[Array]:
+        """All arrays of the network."""
+
+    @abc.abstractmethod
+    def to_tensor(self) -> Array:
+        """Form the tensor."""
+
+    @abc.abstractmethod
+    def norm(self) -> Array:
+        """Compute the Frobenius norm without forming the tensor."""
+
+    @abc.abstractmethod
+    def _times(self, number: Any) -> Self:
+        """Multiply by a number."""
+
+    @property
+    def backend(self) -> Backend:
+        """The library of the arrays."""
+        return get_backend(*self.arrays)
+
+    @property
+    def size(self) -> int:
+        """Number of elements of the tensor."""
+        return math.prod(self.shape)
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of elements of all arrays."""
+        return sum(math.prod(array.shape) for array in self.arrays)
 
     @property
     def error(self) -> float | None:
@@ -53,11 +115,145 @@ class WithOutcome:
 
     @property
     def history(self) -> tuple[float, ...]:
-        """The error after each iteration."""
+        """The least error after each iteration, of all starts; empty without iterations."""
         return () if self.outcome is None else self.outcome.history
 
+    def with_arrays(self, arrays: Sequence[Array]) -> Self:
+        """Return one with other arrays in the places of :attr:`arrays`."""
+        rest = iter(arrays)
 
-class Decomposed(WithOutcome, abc.ABC):
+        def replaced(part: Any) -> Any:
+            if isinstance(part, Decomposed):
+                return part.with_arrays([next(rest) for _ in part.arrays])
+            if isinstance(part, (list, tuple)):
+                return [replaced(item) for item in part]
+            return None if part is None else next(rest)
+
+        return self.of(self.backend, [replaced(part) for part in self])  # type: ignore[attr-defined]
+
+    def with_outcome(self, outcome: FitOutcome | None) -> Self:
+        """Attach how a decomposition found it; return the object itself."""
+        self.outcome = outcome
+        return self
+
+    def __mul__(self, other: Any) -> Any:
+        """Multiply by a number; a complex one makes a real result complex."""
+        number = scalar_of(other)
+        if number is None:
+            return NotImplemented
+        dtype = self.backend.dtype_name(self.arrays[0])
+        if isinstance(number, complex) or "complex" in str(getattr(number, "dtype", "")):
+            return self.to(dtype=np.result_type(dtype, np.complex64).name)._times(number)
+        return self._times(number)
+
+    def __rmul__(self, other: Any) -> Any:
+        return self.__mul__(other)
+
+    def __truediv__(self, other: Any) -> Any:
+        number = scalar_of(other)
+        return NotImplemented if number is None else self * (1.0 / number)
+
+    def __neg__(self) -> Self:
+        return self._times(-1.0)
+
+    @checks_arguments
+    def to(self, *, backend: str | None = None, dtype: str | None = None, device: Any = None) -> Self:
+        """Return the same result in another library, dtype or device.
+
+        Parameters
+        ----------
+        backend : str, optional
+            Name of the library; that of the arrays if None.
+        dtype : str, optional
+            ``"float64"``, ``"float32"``, ``"complex128"`` or ``"complex64"``; that of the arrays if None. A complex
+            tensor does not become real.
+        device : optional
+            Device of the library; if None, that of the arrays, or the default one of another library.
+
+        Returns
+        -------
+        Decomposed or Parafac2Tensor
+            Of the same class, with the same outcome. Derivatives are recorded if only the dtype changes.
+
+        Raises
+        ------
+        BackendError
+            If the library is unknown or lacks the dtype or the device, or a complex tensor would become real.
+
+        Examples
+        --------
+        >>> import torch
+        >>> from tnadapt.tensors import random_cp
+        >>> random_cp((3, 4), 2).to(backend="torch", dtype="float32").factors[0].dtype
+        torch.float32
+        """
+        source, before = self.backend, self.backend.dtype_name(self.arrays[0])
+        target, name = source if backend is None else load_backend(backend), before if dtype is None else dtype
+        if name not in NUMERIC:
+            raise BackendError(f"tensors compute in one of {', '.join(NUMERIC)}; got the dtype {safe_repr(dtype)}")
+        if before.startswith("complex") and not name.startswith("complex"):
+            raise BackendError(
+                f"a tensor in {before} does not become {name}: take the real or the imaginary part of one"
+            )
+        if target is source and device is None:
+            arrays = [source.astype(array, name) for array in self.arrays]
+        else:
+            arrays = [target.asarray(source.to_numpy(array), name, device) for array in self.arrays]
+        target.register_result(type(self))  # type: ignore[arg-type]
+        return self.with_arrays(arrays).with_outcome(self.outcome)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the result to a file, which :func:`tnadapt.tensors.load` reads, on any library.
+
+        Parameters
+        ----------
+        path : str or PathLike
+            A file of that name is replaced, at once and whole.
+
+        Raises
+        ------
+        FileError
+            If it cannot be written.
+
+        Notes
+        -----
+        One safetensors file, of the kind and the arrays. How a decomposition found them is not in it.
+        """
+        write(path, self)
+
+    def __repr__(self) -> str:
+        facts = ", ".join(f"{name} {value}" for name, value in self._facts())
+        return f"<{type(self).__name__}: {facts}>"
+
+    def _repr_html_(self) -> str:
+        from tnadapt.report import TextTable
+
+        return TextTable(self._facts(), caption=type(self).__name__).html()
+
+    def _described(self) -> str:
+        return str(self.shape)
+
+    def _facts(self) -> list[tuple[str, str]]:
+        share = self.num_parameters / max(1, self.size)
+        facts = [
+            ("shape", self._described()),
+            ("rank", str(self.rank)),
+            ("parameters", f"{self.num_parameters:,} ({share:.3g} of {self.size:,})"),
+        ]
+        if self.outcome is not None:
+            limit = " (the least possible)" if self.outcome.certified else f" (at least {self.outcome.bound:.3g})"
+            method = self.outcome.method
+            if self.outcome.calls:
+                limit, method = " (estimated)", f"{method} from {self.outcome.calls:,} values"
+            facts += [("error", f"{self.outcome.error:.3g}{limit}"), ("method", method)]
+            if not self.outcome.converged:
+                facts.append(("converged", f"no ({self.outcome.stopped})"))
+            if self.outcome.stopped == "degenerate":
+                facts.append(("degenerate", self.outcome.reason))
+        return facts
+
+
+class Decomposed(Result):
     """A tensor that is held as the arrays of a small network.
 
     The result of a function such as :func:`tnadapt.tensors.cp`. A result unpacks as TensorLy's do. Make one from arrays
@@ -69,38 +265,15 @@ class Decomposed(WithOutcome, abc.ABC):
         How a decomposition found it; None for one that was made otherwise.
     """
 
-    # NumPy's numbers and arrays leave products to __rmul__ instead of reading a result as an array of its parts.
-    __array_ufunc__ = None
-
-    @classmethod
-    def of(cls, backend: Backend, parts: Sequence[Any]) -> Self:
-        """Make one of checked parts."""
-        backend.register_result(cls)  # type: ignore[arg-type]
-        return tuple.__new__(cls, tuple(parts))  # type: ignore[type-var]
-
     @property
     @abc.abstractmethod
     def shape(self) -> tuple[int, ...]:
         """Shape of the tensor."""
 
     @property
-    @abc.abstractmethod
-    def rank(self) -> Any:
-        """The rank, or the ranks."""
-
-    @property
-    @abc.abstractmethod
-    def arrays(self) -> list[Array]:
-        """All arrays of the network."""
-
-    @property
     def contraction(self) -> Contraction:
         """Indices of the axes of each of :attr:`arrays`, and of those of the tensor, which is their contraction."""
         raise BackendError(f"a {type(self).__name__} that an iteration finds has no derivative: detach the tensor")
-
-    @abc.abstractmethod
-    def to_tensor(self) -> Array:
-        """Form the tensor."""
 
     @abc.abstractmethod
     def entries(self, indices: Any) -> Array:
@@ -133,10 +306,6 @@ class Decomposed(WithOutcome, abc.ABC):
     @abc.abstractmethod
     def _sum(self, other: Self) -> Self:
         """Add another tensor of the same shape."""
-
-    @abc.abstractmethod
-    def _times(self, number: Any) -> Self:
-        """Multiply by a number."""
 
     @abc.abstractmethod
     def _product(self, other: Self) -> Self:
@@ -233,54 +402,48 @@ class Decomposed(WithOutcome, abc.ABC):
         return backend.conj(theirs._projected(mine))
 
     def conj(self) -> Self:
-        """Return the complex conjugate; the tensor itself if it is real."""
+        """Return the complex conjugate, in the same form."""
         backend = self.backend
         return self.with_arrays([backend.conj(array) for array in self.arrays])
-
-    @property
-    def backend(self) -> Backend:
-        """The library of the arrays."""
-        return get_backend(*self.arrays)
 
     @property
     def order(self) -> int:
         """Number of modes."""
         return len(self.shape)
 
-    @property
-    def size(self) -> int:
-        """Number of elements of the tensor."""
-        return math.prod(self.shape)
-
-    @property
-    def num_parameters(self) -> int:
-        """Number of elements of all arrays."""
-        return sum(math.prod(array.shape) for array in self.arrays)
-
     def norm(self) -> Array:
-        """Compute the Frobenius norm without forming the tensor.
+        """Compute the Frobenius norm without forming the tensor, for numbers of any magnitude.
 
         Returns
         -------
         array
             Without axes; differentiable. It is the square root of an inner product, so that norms below the square
-            root of the dtype's epsilon times those of the arrays are rounding.
+            root of the dtype's epsilon times those of the arrays are rounding; of trains and TT matrices it comes from
+            QR decompositions, to full precision. Inside a trace, where values are unknown, squares may overflow.
         """
+        algebra, exponents = exponents_of(self.backend, self.arrays)
+        if not any(exponents):
+            return self._norm()
+        scaled = [algebra.scaled(array, -exponent) for array, exponent in zip(self.arrays, exponents, strict=True)]
+        return algebra.scaled(self.with_arrays(scaled)._norm(), sum(exponents))
+
+    def _norm(self) -> Array:
+        """Compute the norm of a tensor that is a product of its arrays, whose squares neither overflow nor vanish."""
         backend = self.backend
         square = self.inner(self)
         real = backend.xp.real(square) if backend.is_complex(square) else square
         return backend.sqrt(backend.where(real > 0.0, real, real * 0.0))
 
     def to_vec(self) -> Array:
-        """Form the tensor, flattened in row-major order."""
+        """Form the tensor, flattened in row-major order: a vector of :attr:`size` elements."""
         return self.backend.flatten(self.to_tensor())
 
     def to_unfolded(self, mode: int) -> Array:
-        """Form the tensor, unfolded in one mode."""
+        """Form the tensor, unfolded in one mode as :func:`tnadapt.tensors.unfold` does."""
         return unfold(self.to_tensor(), mode)
 
     def entry(self, *index: int) -> Array:
-        """Compute one element without forming the tensor; an array without axes."""
+        """Compute one element without forming the tensor, as an array without axes; one index for each mode."""
         if len(index) != self.order:
             raise ShapeError(
                 f"index must be {self.order} integers for a tensor of shape {self.shape}; got {len(index)}"
@@ -335,26 +498,8 @@ class Decomposed(WithOutcome, abc.ABC):
         if other.shape != self.shape:
             raise ShapeError(f"the tensors have shapes {self.shape} and {other.shape}; expected the same shape")
 
-    def with_arrays(self, arrays: Sequence[Array]) -> Self:
-        """Return one with other arrays in the places of :attr:`arrays`."""
-        rest = iter(arrays)
-
-        def replaced(part: Any) -> Any:
-            if isinstance(part, Decomposed):
-                return part.with_arrays([next(rest) for _ in part.arrays])
-            if isinstance(part, (list, tuple)):
-                return [replaced(item) for item in part]
-            return None if part is None else next(rest)
-
-        return self.of(self.backend, [replaced(part) for part in self])  # type: ignore[attr-defined]
-
     def scaled_alike(self, other: Self) -> Self:
         """Return the same tensor in arrays of which no scale is free, with the values of another result's arrays."""
-        return self
-
-    def with_outcome(self, outcome: FitOutcome | None) -> Self:
-        """Attach how a decomposition found it; return the object itself."""
-        self.outcome = outcome
         return self
 
     def __add__(self, other: Any) -> Any:
@@ -380,119 +525,24 @@ class Decomposed(WithOutcome, abc.ABC):
         return NotImplemented if array is None else array - self._formed()
 
     def __mul__(self, other: Any) -> Any:
-        """Multiply by a number or, element by element, by another tensor of the same shape, without forming either."""
-        number = scalar_of(other)
-        if number is not None:
-            return self._times(number)
+        """Multiply by a number or, element by element, by another tensor of the same shape, without forming either.
+
+        A complex number makes a real tensor complex.
+        """
         if not isinstance(other, Decomposed):
-            return NotImplemented
+            return super().__mul__(other)
         mine, theirs = self._paired(other)
         return mine._product(theirs)
 
-    def __rmul__(self, other: Any) -> Any:
-        return self.__mul__(other)
 
-    def __truediv__(self, other: Any) -> Self:
-        number = scalar_of(other)
-        return NotImplemented if number is None else self._times(1.0 / number)
-
-    def __neg__(self) -> Self:
-        return self._times(-1.0)
-
-    @checks_arguments
-    def to(self, *, backend: str | None = None, dtype: str | None = None, device: Any = None) -> Self:
-        """Return the same tensor in another library, dtype or device.
-
-        Parameters
-        ----------
-        backend : str, optional
-            Name of the library; that of the arrays if None.
-        dtype : str, optional
-            ``"float64"``, ``"float32"``, ``"complex128"`` or ``"complex64"``; that of the arrays if None. A complex
-            tensor does not become real.
-        device : optional
-            Device of the library; if None, that of the arrays, or the default one of another library.
-
-        Returns
-        -------
-        Decomposed
-            With the same outcome. Derivatives are recorded if only the dtype changes.
-
-        Raises
-        ------
-        BackendError
-            If the library is unknown or lacks the dtype or the device, or a complex tensor would become real.
-
-        Examples
-        --------
-        >>> import torch
-        >>> from tnadapt.tensors import random_cp
-        >>> random_cp((3, 4), 2).to(backend="torch", dtype="float32").factors[0].dtype
-        torch.float32
-        """
-        source, before = self.backend, self.backend.dtype_name(self.arrays[0])
-        target, name = source if backend is None else load_backend(backend), before if dtype is None else dtype
-        if name not in NUMERIC:
-            raise BackendError(f"tensors compute in one of {', '.join(NUMERIC)}; got the dtype {safe_repr(dtype)}")
-        if before.startswith("complex") and not name.startswith("complex"):
-            raise BackendError(
-                f"a tensor in {before} does not become {name}: take the real or the imaginary part of one"
-            )
-        if target is source and device is None:
-            arrays = [source.astype(array, name) for array in self.arrays]
-        else:
-            arrays = [target.asarray(source.to_numpy(array), name, device) for array in self.arrays]
-        target.register_result(type(self))  # type: ignore[arg-type]
-        return self.with_arrays(arrays).with_outcome(self.outcome)
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the tensor to a file, which :func:`tnadapt.tensors.load` reads, on any library.
-
-        Parameters
-        ----------
-        path : str or PathLike
-            A file of that name is replaced, at once and whole.
-
-        Raises
-        ------
-        FileError
-            If it cannot be written.
-
-        Notes
-        -----
-        One safetensors file, of the kind and the arrays. How a decomposition found the tensor is not in it.
-        """
-        write(path, self)
-
-    # -- Outcome of a decomposition --------------------------------------------------------------
-
-    def __repr__(self) -> str:
-        facts = ", ".join(f"{name} {value}" for name, value in self._facts())
-        return f"<{type(self).__name__}: {facts}>"
-
-    def _repr_html_(self) -> str:
-        from tnadapt.report import TextTable
-
-        return TextTable(self._facts(), caption=type(self).__name__).html()
-
-    def _facts(self) -> list[tuple[str, str]]:
-        share = self.num_parameters / max(1, self.size)
-        facts = [
-            ("shape", str(self.shape)),
-            ("rank", str(self.rank)),
-            ("parameters", f"{self.num_parameters:,} ({share:.3g} of {self.size:,})"),
-        ]
-        if self.outcome is not None:
-            limit = " (the least possible)" if self.outcome.certified else f" (at least {self.outcome.bound:.3g})"
-            method = self.outcome.method
-            if self.outcome.calls:
-                limit, method = " (estimated)", f"{method} from {self.outcome.calls:,} values"
-            facts += [("error", f"{self.outcome.error:.3g}{limit}"), ("method", method)]
-            if not self.outcome.converged:
-                facts.append(("converged", f"no ({self.outcome.stopped})"))
-            if self.outcome.stopped == "degenerate":
-                facts.append(("degenerate", self.outcome.reason))
-        return facts
+def exponents_of(backend: Backend, arrays: Sequence[Array]) -> tuple[Algebra, list[int]]:
+    """Return the powers of two to divide arrays by for squares of their products to fit the dtype; 0 if they do."""
+    algebra = Algebra(backend, arrays[0])
+    # In a trace, values are unknown.
+    known = all(map(backend.is_concrete, arrays))
+    exponents = [math.frexp(algebra.largest(array))[1] if known else 0 for array in arrays]
+    fit = sum(map(abs, exponents)) <= np.finfo(backend.dtype_name(arrays[0])).maxexp // 4
+    return algebra, [0 if fit else exponent for exponent in exponents]
 
 
 # -- From a fit to its result ------------------------------------------------------------------------------------------
@@ -666,11 +716,64 @@ def smallest_rank(fitted: Callable[[int], D], limit: float, most: int, shape: Se
 # -- CP tensors: sums of outer products of vectors ---------------------------------------------------------------------
 
 
-class _Factored(Decomposed):
+class Multilinear(Decomposed):
+    """Base class of the forms that have an array for each mode: CP and Tucker tensors, trains and rings."""
+
+    @checks_arguments
+    def mode_dot(self, matrix_or_vector: Any, mode: int, keep_dim: bool = False) -> Any:
+        """Multiply by a matrix or a vector along one mode, without forming the tensor.
+
+        Parameters
+        ----------
+        matrix_or_vector : array, shape (n, d_mode) or (d_mode,)
+            Of the tensor's library, dtype and device.
+        mode : int
+            Negative ones count from the last.
+        keep_dim : bool
+            Whether the mode stays, with one element, when a vector contracts it.
+
+        Returns
+        -------
+        Decomposed
+            Of the same class, with ``n`` elements along that mode, or without that mode for a vector. An array without
+            axes if there was no other mode. Differentiable.
+
+        Raises
+        ------
+        ShapeError
+            If the sizes do not match, or there is no such mode.
+        BackendError
+            If libraries, dtypes or devices are mixed.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from tnadapt.tensors import random_tt
+        >>> train = random_tt((3, 4, 5), 2)
+        >>> train.mode_dot(np.ones((2, 4)), 1).shape, train.mode_dot(np.ones(4), 1).shape
+        ((3, 2, 5), (3, 5))
+        >>> train.mode_dot(np.ones(4), 1, keep_dim=True).shape
+        (3, 1, 5)
+        """
+        number, what = mode_of(mode, self.shape), "matrix_or_vector"
+        factor = numeric(get_backend(matrix_or_vector, what=what), matrix_or_vector, what)
+        get_backend(self.arrays[0], factor)
+        product = self._along(as_matrix(self.backend, factor, self.shape, number), number)
+        return product if keep_dim or len(factor.shape) == 2 else product._dropped(number)
+
+    @abc.abstractmethod
+    def _along(self, matrix: Array, mode: int) -> Self:
+        """Multiply by a matrix along one mode."""
+
+    @abc.abstractmethod
+    def _dropped(self, mode: int) -> Any:
+        """Return the tensor without a mode of one element."""
+
+
+class _Factored(Multilinear):
     """Base class of CP and Tucker tensors: weights or a core, and a matrix for each mode."""
 
     factors: list[Array]
-    __repr__ = Decomposed.__repr__
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -679,12 +782,8 @@ class _Factored(Decomposed):
     def part(self, *index: int | slice) -> Self:
         return self._with([factor[rows] for factor, rows in zip(self.factors, self.slices(index), strict=True)])
 
-    def mode_dot(self, matrix: Any, mode: int) -> Self:
-        """Multiply by a matrix along one mode, without forming the tensor."""
-        number = mode_of(mode, self.shape)
-        return self._with(
-            [mode_dot(factor, matrix, 0) if m == number else factor for m, factor in enumerate(self.factors)]
-        )
+    def _along(self, matrix: Array, mode: int) -> Self:
+        return self._with([mode_dot(x, matrix, 0) if m == mode else x for m, x in enumerate(self.factors)])
 
     def _with(self, factors: Sequence[Array]) -> Self:
         """Return a tensor with other factors."""
@@ -737,8 +836,8 @@ class CPTensor(_Factored, _CPParts):
 
     Notes
     -----
-    Unpacks as ``weights, factors``, like TensorLy's CPTensor. ``a + b``, ``a - b``, ``a * b`` (element by element, with
-    a number, or with another CP tensor) are CP tensors again, whose ranks are sums and products of ranks.
+    Unpacks as ``weights, factors``, like TensorLy's CPTensor. ``a + b``, ``a - b`` and ``a * b`` (element by element)
+    are CP tensors again, whose ranks are sums and products of ranks; so are products with numbers.
 
     Examples
     --------
@@ -827,15 +926,22 @@ class CPTensor(_Factored, _CPParts):
 
         Columns of zeros stay, and so does the sign of a weight.
         """
-        backend = self.backend
-        weights, factors = self._weights(), []
-        for factor in self.factors:
+        backend, factors = self.backend, []
+        algebra, exponents = exponents_of(backend, [self._weights(), *self.factors])
+        weights = algebra.scaled(self._weights(), -exponents[0])
+        for array, exponent in zip(self.factors, exponents[1:], strict=True):
+            factor = algebra.scaled(array, -exponent)
             squares = factor * backend.conj(factor)
             real = backend.xp.real(squares) if backend.is_complex(factor) else squares
             norms = backend.sqrt(backend.sum(real, axis=0))
             factors.append(factor / backend.where(norms > 0.0, norms, norms * 0.0 + 1.0))
             weights = weights * norms
-        return self.of(backend, (weights, factors)).with_outcome(self.outcome)
+        return self.of(backend, (algebra.scaled(weights, sum(exponents)), factors)).with_outcome(self.outcome)
+
+    def _dropped(self, mode: int) -> Any:
+        row, rest = self.factors[mode][0, :], [*self.factors[:mode], *self.factors[mode + 1 :]]
+        weights = row if self.weights is None else self.weights * row
+        return type(self)(weights, rest) if rest else self.backend.sum(weights, axis=0)
 
     def truncated(self, rank: int) -> Self:
         """Keep the components with the largest norms, in descending order.
@@ -845,6 +951,16 @@ class CPTensor(_Factored, _CPParts):
         rank : int
             How many. Components are not fitted again: pass the result to :func:`tnadapt.tensors.cp` as ``init=`` for
             that.
+
+        Returns
+        -------
+        CPTensor
+            With factors whose columns have norm 1.
+
+        Raises
+        ------
+        ShapeError
+            If there are not so many.
         """
         keep = integer_of("rank", rank, 1, self.rank)
         backend, unit = self.backend, self.normalized()
@@ -990,12 +1106,20 @@ class TuckerTensor(_Factored, _TuckerParts):
         core = kronecker_tensor(self.backend, [self.core, other.core])
         return type(self)(core, [row_khatri_rao(pair) for pair in self._pairs(other)])
 
+    def _dropped(self, mode: int) -> Any:
+        core = mode_dot(self.core, self.factors[mode][0, :], mode)
+        rest = [*self.factors[:mode], *self.factors[mode + 1 :]]
+        return type(self)(core, rest) if rest else core
+
     def tucker_copy(self) -> Self:
         """Return a copy of the object and its arrays, as the method of this name in TensorLy does."""
         return copy.deepcopy(self)
 
     def orthogonal(self) -> Self:
-        """Return the same tensor with factors that have orthonormal columns, at most as many as rows."""
+        """Return the same tensor with factors that have orthonormal columns, at most as many as rows.
+
+        Its norm is then that of the core. By a QR decomposition of each factor.
+        """
         backend, core, factors = self.backend, self.core, []
         for mode, factor in enumerate(self.factors):
             q, r = backend.qr(factor)

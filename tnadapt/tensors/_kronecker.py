@@ -59,7 +59,8 @@ class KroneckerTensor(Decomposed, _KroneckerParts):
 
     Notes
     -----
-    Unpacks as ``weights, terms``. Of a single term, ``factors`` are the K arrays, with the weight in the first.
+    Unpacks as ``weights, terms``. Of a single term, ``factors`` are the K arrays, with the weight in the first. One of
+    matrices multiplies vectors and matrices, ``product @ x``, without being formed.
 
     Examples
     --------
@@ -92,8 +93,6 @@ class KroneckerTensor(Decomposed, _KroneckerParts):
         if len({len(shape) for shape in shapes[0]}) > 1:
             raise ShapeError(f"factors of a Kronecker product need the same number of axes; got shapes {shapes[0]}")
         return cls.of(backend, (weights, listed))
-
-    __repr__ = Decomposed.__repr__
 
     @property
     def factors(self) -> list[Array]:
@@ -164,13 +163,17 @@ class KroneckerTensor(Decomposed, _KroneckerParts):
             for trains in ([exact_cores(self.backend, array) for array in term] for term in self.scaled_terms())
         )
 
+    def _rearranged(self) -> CPTensor:
+        """Return the same elements in another order as a CP tensor, whose modes are the elements of each factor."""
+        backend = self.backend
+        columns = ([backend.reshape(array, (-1, 1)) for array in arrays] for arrays in zip(*self.terms, strict=True))
+        return CPTensor(self.weights, [backend.concat(arrays, axis=1) for arrays in columns])
+
     def _inner(self, other: Self) -> Array:
-        sum_, flatten, conj = self.backend.sum, self.backend.flatten, self.backend.conj
-        return _added(
-            hadamard_tensor([sum_(flatten(conj(a) * b), axis=0) for a, b in zip(mine, theirs, strict=True)])
-            for mine in self.scaled_terms()
-            for theirs in other.scaled_terms()
-        )
+        return self._rearranged()._inner(other._rearranged())
+
+    def norm(self) -> Array:
+        return self._rearranged().norm()
 
     def __matmul__(self, x: Any) -> Array:
         """Multiply by a vector or a matrix of columns, without forming the product (two axes only)."""
@@ -245,6 +248,8 @@ def kronecker_decomposition(
         If the shapes do not multiply to the tensor's, or the tensor has NaN, infinity or no elements.
     BackendError
         If the tensor is not an array of numbers of a known library, or is traced.
+    ConfigError
+        If a setting is out of range.
 
     Notes
     -----
@@ -348,8 +353,6 @@ class HadamardTensor(Decomposed, _HadamardParts):
             listed[0].same_shape(part)
         return cls.of(get_backend(*(array for part in listed for array in part.arrays)), (listed,))
 
-    __repr__ = Decomposed.__repr__
-
     @property
     def shape(self) -> tuple[int, ...]:
         return self.parts[0].shape
@@ -446,6 +449,8 @@ def hadamard_decomposition(
         If the tensor has NaN, infinity or no elements, or the rank is out of range.
     BackendError
         If the tensor is not an array of real numbers of a known library, or is traced.
+    ConfigError
+        If a setting is out of range.
 
     Notes
     -----

@@ -262,6 +262,7 @@ def mode_dot(tensor: Any, matrix_or_vector: Any, mode: int, transpose: bool = Fa
     Parameters
     ----------
     tensor : array, shape (d_1, …, d_M)
+        Results of decompositions have a method of this name instead, which does not form them.
     matrix_or_vector : array, shape (n, d_mode) or (d_mode,)
         Of the tensor's library, dtype and device.
     mode : int
@@ -300,24 +301,27 @@ def mode_dot(tensor: Any, matrix_or_vector: Any, mode: int, transpose: bool = Fa
     return _product(backend, tensor, factor, mode_of(mode, tensor.shape), transpose)
 
 
-def _product(backend: Backend, tensor: Array, factor: Array, mode: int, transpose: bool) -> Array:
-    shape, size = tuple(tensor.shape), int(tensor.shape[mode])
-    if len(factor.shape) == 1:
-        fits = factor.shape[0] == size
-    elif len(factor.shape) == 2:
-        if transpose:
-            factor = backend.conj(backend.matrix_transpose(factor))
-        fits = factor.shape[1] == size
-    else:
+def as_matrix(backend: Backend, factor: Array, shape: Sequence[int], mode: int, transpose: bool = False) -> Array:
+    """Return the matrix that multiplies a mode of a tensor of a shape, of one row for a vector."""
+    size = int(shape[mode])
+    if len(factor.shape) not in (1, 2):
         raise ShapeError(f"a mode product takes a matrix or a vector; got shape {tuple(factor.shape)}")
     vector = len(factor.shape) == 1
-    if not fits:
+    matrix = backend.reshape(factor, (1, -1)) if vector else factor
+    if transpose and not vector:
+        matrix = backend.conj(backend.matrix_transpose(matrix))
+    if matrix.shape[1] != size:
         raise ShapeError(
-            f"shape {tuple(factor.shape)} does not multiply mode {mode} of a tensor of shape {shape}: expected "
+            f"shape {tuple(factor.shape)} does not multiply mode {mode} of a tensor of shape {tuple(shape)}: expected "
             f"{size} {'elements' if vector else 'columns'}"
         )
-    product = mode_product(backend, tensor, backend.reshape(factor, (1, size)) if vector else factor, mode)
-    return backend.reshape(product, shape[:mode] + shape[mode + 1 :]) if vector else product
+    return matrix
+
+
+def _product(backend: Backend, tensor: Array, factor: Array, mode: int, transpose: bool) -> Array:
+    shape = tuple(tensor.shape)
+    product = mode_product(backend, tensor, as_matrix(backend, factor, shape, mode, transpose), mode)
+    return backend.reshape(product, shape[:mode] + shape[mode + 1 :]) if len(factor.shape) == 1 else product
 
 
 @checks_arguments

@@ -8,15 +8,15 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 
 from tnadapt.argument_checks import checks_arguments
-from tnadapt.backends import Array, Backend, get_backend
+from tnadapt.backends import Array, get_backend
 from tnadapt.decomposition.block_passes import khatri_rao_product
 from tnadapt.decomposition.completion import double_on_host
-from tnadapt.decomposition.cp_als import Products, fit_cp_by_products
+from tnadapt.decomposition.cp_als import MOVED, Products, fit_cp_by_products
 from tnadapt.decomposition.fits import Callback, Fit, FitOutcome, Iteration, limits_of
 from tnadapt.decomposition.linear_algebra import Algebra, refuse_trace
 from tnadapt.errors import BackendError, ConfigError, ShapeError, safe_repr
 
-from ._decomposed import CPTensor, WithOutcome
+from ._decomposed import CPTensor, Result
 from ._requests import (
     alike,
     as_tensor,
@@ -28,6 +28,7 @@ from ._requests import (
     normal,
     scaled_by,
     seed_of,
+    setting_of,
 )
 
 # -- The result --------------------------------------------------------------------------------------------------------
@@ -39,11 +40,11 @@ class _Parts(NamedTuple):
     projections: list[Array]
 
 
-class Parafac2Tensor(WithOutcome, _Parts):
+class Parafac2Tensor(Result, _Parts):
     """Matrices ``projections[k] @ B @ diag(weights * A[k]) @ C.T``, where ``A, B, C = factors``.
 
     The cross products ``(projections[k] @ B).T @ (projections[k] @ B)`` are the same for all k. Unpacks as ``weights,
-    factors, projections``, like TensorLy's Parafac2Tensor, which takes it.
+    factors, projections``, like TensorLy's Parafac2Tensor, which takes it. It is multiplied by numbers.
 
     Parameters
     ----------
@@ -51,7 +52,7 @@ class Parafac2Tensor(WithOutcome, _Parts):
         None stands for ones.
     factors : sequence of array, shapes (K, r), (r, r) and (J, r)
     projections : sequence of array, shape (I_k, r)
-        K matrices with orthonormal columns.
+        K matrices with orthonormal columns, which is not checked.
 
     Attributes
     ----------
@@ -68,10 +69,12 @@ class Parafac2Tensor(WithOutcome, _Parts):
     Examples
     --------
     >>> import numpy as np
-    >>> factors = [np.ones((2, 1)), np.ones((1, 1)), np.ones((3, 1))]
-    >>> made = Parafac2Tensor(None, factors, [np.ones((1, 1)), np.eye(4, 1)])
-    >>> made.rank, [matrix.shape for matrix in made.to_tensors()], made.slice(0)
-    (1, [(1, 3), (4, 3)], array([[1., 1., 1.]]))
+    >>> factors = [np.ones((2, 1)), np.ones((1, 1)), np.ones((2, 1))]
+    >>> result = Parafac2Tensor(None, factors, [np.ones((1, 1)), np.eye(4, 1)])
+    >>> result.rank, [matrix.shape for matrix in result.to_tensors()], result.slice(0)
+    (1, [(1, 2), (4, 2)], array([[1., 1.]]))
+    >>> float(result.norm()), (3 * result).slice(0)
+    (2.0, array([[3., 3.]]))
     """
 
     @checks_arguments
@@ -93,7 +96,7 @@ class Parafac2Tensor(WithOutcome, _Parts):
         get_backend(factors[0], weights)
         if tuple(weights.shape) != (rank,):
             raise ShapeError(f"PARAFAC2 weights have shape {tuple(weights.shape)}; expected ({rank},)")
-        return super().__new__(cls, weights, factors, projections)
+        return cls.of(backend, (weights, factors, projections))
 
     @property
     def rank(self) -> int:
@@ -107,12 +110,34 @@ class Parafac2Tensor(WithOutcome, _Parts):
         return tuple((int(projection.shape[0]), columns) for projection in self.projections)
 
     @property
-    def backend(self) -> Backend:
-        """The library of the arrays."""
-        return get_backend(*self.factors)
+    def size(self) -> int:
+        """Number of elements of all matrices."""
+        return sum(rows * columns for rows, columns in self.shape)
+
+    @property
+    def arrays(self) -> list[Array]:
+        return [self.weights, *self.factors, *self.projections]
+
+    def norm(self) -> Array:
+        """Compute the Frobenius norm of all matrices together, without forming them.
+
+        Returns
+        -------
+        array
+            Without axes; differentiable. That of the tensor with the matrices ``B @ diag(weights * A[k]) @ C.T``, since
+            the columns of projections are orthonormal.
+        """
+        return CPTensor(self.weights, self.factors).norm()
+
+    def _times(self, number: Any) -> Self:
+        return type(self)(self.weights * number, self.factors, self.projections)
+
+    def __add__(self, other: Any) -> Any:
+        # Sums have no such form; a tuple would be joined to another one.
+        return NotImplemented
 
     def slice(self, number: int) -> Array:
-        """Form one of the matrices."""
+        """Form one of the matrices, shape (I_k, J), by its number from 0 to K - 1."""
         backend, (a, b, c) = self.backend, self.factors
         k = integer_of("number", number, 0, len(self.projections) - 1)
         return backend.matmul(
@@ -124,19 +149,16 @@ class Parafac2Tensor(WithOutcome, _Parts):
         return [self.slice(number) for number in range(len(self.projections))]
 
     def to_tensor(self) -> Array:
-        """Form the tensor of all matrices, shape (K, I, J), if they have the same number of rows."""
+        """Form the tensor of all matrices, shape (K, I, J); raise a ShapeError unless they have as many rows."""
         if len(set(self.shape)) > 1:
             raise ShapeError("the matrices differ in their numbers of rows, so they form no tensor: use to_tensors()")
         backend = self.backend
         return backend.concat([backend.reshape(matrix, (1, *matrix.shape)) for matrix in self.to_tensors()], axis=0)
 
-    def __repr__(self) -> str:
+    def _described(self) -> str:
         rows = sorted({rows for rows, _ in self.shape})
         span = str(rows[0]) if len(rows) == 1 else f"{rows[0]} to {rows[-1]}"
-        facts = f"{len(self.projections)} matrices of {span} rows and {self.shape[0][1]} columns, rank {self.rank}"
-        return (
-            f"<Parafac2Tensor: {facts}>" if self.error is None else f"<Parafac2Tensor: {facts}, error {self.error:.3g}>"
-        )
+        return f"{len(self.projections)} matrices of {span} rows and {self.shape[0][1]} columns"
 
 
 # -- The decomposition -------------------------------------------------------------------------------------------------
@@ -236,6 +258,7 @@ def parafac2(
     if bounded and backend.is_complex(matrices[0]):
         raise BackendError("nonnegative= needs real slices: complex numbers are neither negative nor positive")
     steps, seed = Iteration(limits_of(tol, max_iterations), callback), seed_of(random_state)
+    count = setting_of("starts", starts, 1, 1 << 20)
     algebra, hosts = Algebra(backend, matrices[0]), [double_on_host(backend, matrix) for matrix in matrices]
     # Of this power of two, so that no square overflows or vanishes.
     shift = max(map(exponent_of, hosts))
@@ -244,7 +267,7 @@ def parafac2(
         shapes = [(len(hosts), rank), (rank, rank), (columns, rank)]
         fit = Fit({f"factor{mode}": np.zeros(shape) for mode, shape in enumerate(shapes)}, True, 0, "zero", error=0.0)
     else:
-        begun = _starts(stacks, rank, init, integer_of("starts", starts, 1, 1 << 20), seed, bounded)
+        begun = _starts(stacks, rank, init, count, seed, bounded)
         fit = fit_cp_by_products(stacks.products(rank), begun, steps, nonnegative=bounded)
     weights, factors = CPTensor(None, list(fit.arrays.values())).truncated(rank)
     assert weights is not None
@@ -321,10 +344,6 @@ class _Slices:
         return float(np.linalg.norm([float(np.linalg.norm(matrix - made)) for matrix, made in pairs]))
 
 
-# Standard deviation of the noise on the factors that the first start has.
-_MOVED = 0.01
-
-
 def _starts(
     slices: _Slices, rank: int, init: str, count: int, seed: int, nonnegative: Collection[int]
 ) -> Iterator[list[np.ndarray]]:
@@ -338,7 +357,7 @@ def _starts(
             rows = np.concatenate([stack.reshape(-1, columns) for stack in stacks])
             small = rows if len(rows) <= columns else np.linalg.qr(rows, mode="r")
             leading = np.linalg.svd(small, full_matrices=False)[2][:rank].T
-            factors[1] = np.eye(rank) + _MOVED * factors[1]
-            factors[2] *= _MOVED / np.sqrt(columns)
+            factors[1] = np.eye(rank) + MOVED * factors[1]
+            factors[2] *= MOVED / np.sqrt(columns)
             factors[2][:, : leading.shape[1]] += leading
         yield [abs(factor) if mode in nonnegative else factor for mode, factor in enumerate(factors)]

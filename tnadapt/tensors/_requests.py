@@ -56,7 +56,7 @@ def as_tensor(given: Any, what: str = "the tensor") -> tuple[Backend, Array]:
     array([[1., 2.],
            [3., 4.]])
     """
-    if is_network(given):
+    if hasattr(type(given), "to_tensor"):
         raise BackendError(f"{what} is a {type(given).__name__}: give its to_tensor()")
     if isinstance(given, (list, tuple, int, float, complex)):
         listed, given = given, from_lists(given, f"{what} is")
@@ -75,8 +75,8 @@ def as_tensor(given: Any, what: str = "the tensor") -> tuple[Backend, Array]:
 
 
 def is_network(value: Any) -> bool:
-    """Return whether a value is the result of a decomposition, whose class no module below it can import."""
-    return hasattr(type(value), "with_arrays")
+    """Return whether a value is a Decomposed, whose class no module below it can import."""
+    return hasattr(type(value), "entries") and hasattr(type(value), "with_arrays")
 
 
 def numeric(backend: Backend, array: Array, what: str) -> Array:
@@ -145,6 +145,14 @@ def integer_of(name: str, value: Any, least: int, most: int | None = None) -> in
     return int(value)
 
 
+def setting_of(name: str, value: Any, least: int, most: int | None = None) -> int:
+    """Return an integer setting; raise a ConfigError unless it is one within the limits."""
+    try:
+        return integer_of(name, value, least, most)
+    except ShapeError as error:
+        raise ConfigError(str(error)) from None
+
+
 def shape_of(shape: Sequence[int]) -> tuple[int, ...]:
     """Return a checked shape; raise a ShapeError unless it has at least one mode and positive sizes."""
     sizes = tuple(integer_of("a size in shape", size, 1) for size in shape)
@@ -193,10 +201,10 @@ def scaled_by(host: np.ndarray, exponent: int) -> np.ndarray:
 
 
 def error_limit(max_error: Any) -> float:
-    """Return an allowed relative error; raise a ShapeError unless it is from 0 to below 1."""
+    """Return an allowed relative error; raise a ConfigError unless it is from 0 to below 1."""
     real = isinstance(max_error, (int, float, np.floating)) and not isinstance(max_error, bool)
     if not real or not 0.0 <= max_error < 1.0:
-        raise ShapeError(f"max_error must be from 0 to below 1, a relative error; got {safe_repr(max_error)}")
+        raise ConfigError(f"max_error must be from 0 to below 1, a relative error; got {safe_repr(max_error)}")
     return float(max_error)
 
 
@@ -445,7 +453,7 @@ def requested(
     BackendError
         If the tensor is not an array of numbers.
     ConfigError
-        If the random state is something else than an integer.
+        If ``max_error`` is out of range, or the random state is something else than an integer.
     """
     if sparse and (nonzero := sparse_tensor(tensor)) is not None:
         if mask is not None or weights is not None:

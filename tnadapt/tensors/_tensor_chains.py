@@ -19,17 +19,15 @@ from tnadapt.decomposition.linear_algebra import norm_of
 from tnadapt.decomposition.tt_svd import Spending, moved_right, planned
 from tnadapt.errors import ShapeError
 
-from ._decomposed import CPTensor, Decomposed, TuckerTensor, block_diagonal
+from ._decomposed import CPTensor, Decomposed, Multilinear, TuckerTensor, block_diagonal
 from ._matrix_products import mode_dot
-from ._requests import as_tensors, error_limit, mode_of, numeric, ranks_of
+from ._requests import as_tensors, error_limit, numeric, ranks_of
 
 # -- Tensor trains and tensor rings: cores of three axes ---------------------------------------------------------------
 
 
 class _Cores(Decomposed, tuple[Array, ...]):
     """Base class of all chains, which unpack as lists of cores."""
-
-    __repr__ = Decomposed.__repr__
 
     @property
     def factors(self) -> list[Array]:
@@ -61,7 +59,7 @@ def _cores_of_train(cores: Sequence[Any], what: str, *sizes: str) -> tuple[Backe
     return backend, arrays
 
 
-class CoreChain(_Cores):
+class CoreChain(_Cores, Multilinear):
     """What tensor trains and tensor rings share."""
 
     _level = 2
@@ -91,10 +89,17 @@ class CoreChain(_Cores):
         slices = self.slices(index)
         return type(self)([core[:, rows, :] for core, rows in zip(self, slices, strict=True)])
 
-    def mode_dot(self, matrix: Any, mode: int) -> Self:
-        """Multiply by a matrix along one mode, without forming the tensor."""
-        number = mode_of(mode, self.shape)
-        return type(self)([mode_dot(core, matrix, 1) if m == number else core for m, core in enumerate(self)])
+    def _along(self, matrix: Array, mode: int) -> Self:
+        return type(self)([mode_dot(core, matrix, 1) if m == mode else core for m, core in enumerate(self)])
+
+    def _dropped(self, mode: int) -> Any:
+        backend, bond, rest = self.backend, self[mode][:, 0, :], [*self[:mode], *self[mode + 1 :]]
+        if not rest:
+            return self._closed(backend, backend.reshape(bond, (1, *bond.shape)))[0]
+        # The neighbor on the left takes the matrix; that of the first core is on the right.
+        at, axis = (mode - 1, 2) if mode else (0, 0)
+        rest[at] = mode_dot(rest[at], backend.matrix_transpose(bond) if mode else bond, axis)
+        return type(self)(rest)
 
     def _inner(self, other: CoreChain) -> Array:
         backend = self.backend
@@ -166,7 +171,8 @@ class TTTensor(CoreChain):
     Notes
     -----
     Behaves as the list of its cores, like TensorLy's TTTensor. ``a + b``, ``a - b`` and ``a * b`` (element by element)
-    are tensor trains again, whose ranks are sums and products of ranks; ``round`` reduces them.
+    are tensor trains again, whose ranks are sums and products of ranks; ``round`` reduces them, as ``compress`` does in
+    quimb, whose ``MatrixProductState`` takes the cores with ``shape="lpr"``.
 
     Examples
     --------
@@ -207,14 +213,17 @@ class TTTensor(CoreChain):
         return tt_to_tensor(list(self))
 
     def left_orthogonal(self) -> Self:
-        """Return the same tensor with cores whose left unfoldings have orthonormal columns, but for the last one."""
+        """Return the same tensor with cores whose left unfoldings have orthonormal columns, but for the last one.
+
+        Ranks are cut to what these columns allow. By QR decompositions: ``M d r^3`` multiply-adds.
+        """
         cores = list(self)
         for mode in range(len(cores) - 1):
             moved_right(self.backend, cores, mode)
         return type(self)(cores)
 
-    def norm(self) -> Array:
-        """Compute the Frobenius norm without forming the tensor, to full precision, by QR decompositions."""
+    def _norm(self) -> Array:
+        # To full precision, by QR decompositions.
         backend = self.backend
         last = backend.flatten(self.left_orthogonal()[-1])
         squares = last * backend.conj(last)
@@ -234,6 +243,13 @@ class TTTensor(CoreChain):
         Returns
         -------
         TTTensor
+
+        Raises
+        ------
+        ShapeError
+            Unless exactly one of both is given, or if a rank is below 1.
+        ConfigError
+            If ``max_error`` is not from 0 to below 1.
 
         Notes
         -----
@@ -286,7 +302,8 @@ class TRTensor(CoreChain):
 
     Notes
     -----
-    Behaves as the list of its cores, like TensorLy's TRTensor.
+    Behaves as the list of its cores, like TensorLy's TRTensor. Sums and products are rings again, whose ranks are sums
+    and products of ranks. They are not reduced: decompose ``to_tensor()`` again.
 
     Examples
     --------
@@ -375,7 +392,8 @@ class TTMatrix(_Cores):
     Oseledets, "Approximation of 2^d × 2^d matrices using tensor decomposition" (SIAM J. Matrix Anal. 31, 2010).
     Behaves as the list of its cores, like TensorLy's TTMatrix. ``shape`` is that of the matrix; ``to_tensor`` gives the
     modes ``(rows_1, …, rows_M, cols_1, …, cols_M)``, like TensorLy. It is added to TT matrices, and to Kronecker
-    products of matrices of its modes.
+    products of matrices of its modes. ``matrix @ x`` multiplies a vector, a matrix of columns, a train whose modes are
+    the columns', or another TT matrix, without forming it.
 
     Examples
     --------

@@ -4,7 +4,8 @@ The header's metadata has one entry, ``tensor``: a JSON object of ``version``, 1
 ``dtype``, that of all arrays: float64, float32, complex128 or complex64. The arrays have the names of their places:
 ``weights`` and ``factors.0``, ``factors.1``, … of a CPTensor; ``core`` and ``factors.0``, … of a TuckerTensor;
 ``cores.0``, … of the chains; ``weights`` and ``terms.0.1`` (term, factor) of a KroneckerTensor; ``parts.0.weights`` and
-``parts.0.factors.0``, … of a HadamardTensor. Weights that are None are left out. Complex arrays have one more axis, of
+``parts.0.factors.0``, … of a HadamardTensor; ``weights``, ``factors.0`` to ``factors.2`` and ``projections.0``, … of a
+Parafac2Tensor. Weights that are None are left out. Complex arrays have one more axis, of
 two elements: the real and the imaginary part.
 """
 
@@ -33,6 +34,7 @@ _FORMS = {
     "TRTensor": (("cores",), r"cores\.N", "_tensor_chains"),
     "TTMatrix": (("cores",), r"cores\.N", "_tensor_chains"),
     "KroneckerTensor": (("weights", "terms"), r"weights|terms\.N\.N", "_kronecker"),
+    "Parafac2Tensor": (("weights", "factors", "projections"), r"weights|(?:factors|projections)\.N", "_parafac2"),
     "HadamardTensor": (("parts",), r"parts\.N\.(?:weights|factors\.N)", "_kronecker"),
 }
 _NUMBER = "(?:0|[1-9][0-9]{0,8})"
@@ -80,7 +82,7 @@ def load(path: str | os.PathLike[str]) -> Any:
 
     Returns
     -------
-    Decomposed
+    Decomposed or Parafac2Tensor
         Of the class that was saved, with the same arrays, of NumPy; its method ``to`` moves it.
 
     Raises

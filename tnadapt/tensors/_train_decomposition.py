@@ -121,7 +121,7 @@ def tensor_train(
     >>> tensor_train(noise + 0.01, 3, init=tensor_train(noise, 3)).outcome.method
     'given start, ALS'
     """
-    block = _requests.integer_of("memory", memory, 1)
+    block = _requests.setting_of("memory", memory, 1)
     if not _requests.in_memory(tensor):
         if mask is not None or weights is not None or not isinstance(init, str):
             raise ConfigError("a tensor that is read in blocks takes no mask, weights or init: load it into memory")
@@ -130,7 +130,7 @@ def tensor_train(
     limits = limits_of(tol, max_iterations)
     ranks = None if rank is None else _requests.inner_ranks(rank, _possible(request.shape))
     start = _start_of(request, init, ranks)
-    most = None if sweeps is None else _requests.integer_of("sweeps", sweeps, 0)
+    most = None if sweeps is None else _requests.setting_of("sweeps", sweeps, 0)
     if request.observed is not None:
         request = request.scaled()
         start = scaled_start(request, start)
@@ -220,6 +220,8 @@ def tt_matrix(
         If the sizes do not multiply to those of the matrix, or as for :func:`tensor_train`.
     BackendError
         If it is not an array of numbers of a known library.
+    ConfigError
+        If a setting is out of range.
 
     Notes
     -----
@@ -398,7 +400,7 @@ def tensor_ring(
     (2, 2, 2, 2)
     """
     request = _requests.requested(tensor, rank, max_error, random_state=random_state, least_order=2).scaled()
-    limits, count = limits_of(tol, max_iterations, 0), _requests.integer_of("starts", starts, 1, 1 << 20)
+    limits, count = limits_of(tol, max_iterations, 0), _requests.setting_of("starts", starts, 1, 1 << 20)
     held = _requests.kept_modes(request, init, fixed, TRTensor, "TRTensor(cores)")
     init = scaled_start(request, init, held)
     if rank is None:

@@ -117,7 +117,7 @@ def tucker(
     >>> tucker(tensor, max_error=1e-10).rank
     (2, 3, 2)
     """
-    block = _requests.integer_of("memory", memory, 1)
+    block = _requests.setting_of("memory", memory, 1)
     if not _requests.in_memory(tensor):
         if init != "svd" or fixed or mask is not None or weights is not None:
             raise ConfigError(
