@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 import tnadapt as tna
 import tnadapt.tensors as tt
 from tests.conftest import peak_of, relative_error
-from tests.decomposition.internals import BlockPasses, CPSweeps, SparseTensor, cp_als
+from tests.decomposition.internals import BlockPasses, CPSweeps, SparseTensor, cp_als, tt_svd
 from tnadapt.backends import Backend, get_backend
 from tnadapt.errors import BackendError, ConfigError, ShapeError, TnadaptError
 
@@ -231,6 +231,29 @@ def test_parameters_are_about_the_fewest_that_truncations_need(
     for iterations in (0, 100):
         found = tna.tucker(tensor, max_error=error, max_iterations=iterations)
         assert found.num_parameters <= 1.1 * fewest_of_tucker(tensor, error)
+
+
+@pytest.mark.law("decompositions")
+@given(
+    st.sampled_from(["decaying", "normal", "planted", "smooth"]), st.lists(st.integers(1, 4), min_size=2, max_size=7),
+    st.integers(0, 99), st.floats(1e-4, 0.95), st.sampled_from(["float64", "complex128"]),
+)  # fmt: skip
+def test_ranks_of_trains_are_the_least_where_these_suffice_and_do_not_need_all_digits(
+    tensors: str, shape: list[int], seed: int, error: float, dtype: str
+) -> None:
+    tensor = TENSORS[tensors](tuple(shape), seed) * np.exp(1j if dtype == "complex128" else 0.0)
+    found = tna.tensor_train(tensor, max_error=error)
+    # By the singular values of each unfolding, below which no train is close enough.
+    unfoldings = [tensor.reshape(math.prod(shape[:bond]), -1) for bond in range(1, len(shape))]
+    squares = [np.linalg.svd(unfolding, compute_uv=False) ** 2 for unfolding in unfoldings]
+    ranks = [1 + sum(np.cumsum(x[::-1])[:-1] > (1.0 + 1e-9) * error**2 * x.sum()) for x in squares]
+    least = tna.tensor_train(tensor, ranks)
+    if least.error <= error:
+        assert found.num_parameters <= least.num_parameters
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tt_svd, "_SQUARED", 1.0)
+        assert tna.tensor_train(tensor, max_error=error).num_parameters <= 1.05 * found.num_parameters
+        assert found.num_parameters <= 1.05 * tna.tensor_train(tensor, max_error=error).num_parameters
 
 
 @pytest.mark.parametrize("error", [0.105, 0.11, 0.12, 0.15, 0.2])
