@@ -106,8 +106,9 @@ _ROUNDS, _EXACT = 4, 2
 _RAISED = 6
 # A squared error from which the search takes singular values from squared matrices, which have half of the digits.
 _SQUARED = 1e-10
-# The ranks of the first coarse train are at most so many times the least ones, and so many more.
-_NEAR = 2
+# The ranks of the first coarse train are at most so many times the least ones, and so many more. If it loses more than
+# its part, so many times the parameters of the least ranks are few.
+_NEAR, _CLOSE = 2, 1.12
 
 
 class Spending:
@@ -132,6 +133,27 @@ class Spending:
         count = kept(values, len(values), math.sqrt(here))
         self.left -= float(np.sum(values[count:] ** 2))
         return count
+
+
+class _Coarse:
+    """Chooses the ranks of a coarse train, which loses a part of a squared error; near the least ranks, more of it."""
+
+    def __init__(self, allowed: float, part: float, bonds: int, near: bool) -> None:
+        self.allowed, self.part, self.bonds, self.near, self.left = allowed, part, bonds, near, part * allowed
+        self.dropped, self.least = list[np.ndarray](), list[int]()
+
+    def rank(self, values: np.ndarray, bond: int) -> int:
+        """Return how many singular values of a bond are kept."""
+        rank = kept(values, len(values), math.sqrt(max(0.0, self.left) / (self.bonds - bond)))
+        rank, least = coarse_rank(values, rank, self.allowed)
+        if self.near:
+            rank = min(rank, _NEAR * (least + 1))
+        self.least.append(least)
+        self.dropped.append(values[rank:] ** 2)
+        self.left -= float(self.dropped[-1].sum())
+        if self.near and self.left < (self.part - 1.0) * self.allowed:
+            raise _LostError
+        return rank
 
 
 class _LostError(Exception):
@@ -172,24 +194,14 @@ def _within(algebra: Algebra, tensor: Array, loss: float) -> tuple[list[Array], 
         return swept(fewest)
     parts, sizes, plans = coarse_parts(tensor.shape), [int(size) for size in tensor.shape], list[list[int]]()
     for near, part in [(True, parts[0])] * bool(parts[0]) + [(False, part) for part in parts]:
-        dropped, rest = list[np.ndarray](), part * allowed
-
-        def coarse(values: np.ndarray, bond: int, near: bool = near, dropped: list[np.ndarray] = dropped) -> int:
-            nonlocal rest
-            rank = kept(values, len(values), math.sqrt(max(0.0, rest) / (bonds - bond)))
-            rank, least = coarse_rank(values, rank, allowed)
-            rank = min(rank, _NEAR * (least + 1)) if near else rank
-            dropped.append(values[rank:] ** 2)
-            rest -= float(dropped[-1].sum())
-            if near and rest < 0.0:
-                raise _LostError
-            return rank
-
+        coarse = _Coarse(allowed, part, bonds, near)
         with contextlib.suppress(_LostError):
-            host = [backend.to_numpy(core) for core in swept(coarse)[0]]
-            ranks, saves = planned([*host[:-1], host[-1] / norm], allowed, dropped)
+            host = [backend.to_numpy(core) for core in swept(coarse.rank)[0]]
+            ranks, saves = planned([*host[:-1], host[-1] / norm], allowed, coarse.dropped)
             plans.append(ranks)
-            if not saves:
+            # What several bonds lose in turn they may lose once: a train that has lost much proves less.
+            much = coarse.left < 0.0 and parameters_of(ranks, sizes) > _CLOSE * parameters_of(coarse.least, sizes)
+            if not saves and not much:
                 break
     ranks = min(plans, key=lambda ranks: parameters_of(ranks, sizes))
     # These ranks lose about as much of the tensor.
