@@ -1526,6 +1526,30 @@ def test_the_error_of_a_small_tensor_is_known_and_kept(
     assert found.num_parameters <= tna.tensor_train(dense, max_error=limit / 10).num_parameters
 
 
+@pytest.mark.law("cross-approximation")
+@settings(max_examples=15)
+@given(
+    st.sampled_from(["noise", "decaying noise", "smooth", "complex"]),
+    st.sampled_from([(13, 11, 9), (6, 7, 5, 8), (4, 4, 4, 4, 4, 4)]),
+    st.sampled_from([{"rank": 1}, {"rank": 3}, {"max_error": 0.15}, {"max_error": 0.02}]),
+    st.integers(0, 999),
+)
+def test_the_estimate_is_near_the_error(kind: str, shape: tuple[int, ...], words: Any, seed: int) -> None:
+    places = np.indices(shape)
+    dense = {
+        "noise": lambda: with_noise(tt.random_tt(shape, 3, random_state=seed).to_tensor(), seed=seed),
+        "decaying noise": lambda: np.exp(-0.3 * places.sum(0)) * (1.0 + 0.05 * numbers(shape, seed)),
+        "smooth": lambda: 1.0 / (1.0 + places.sum(0) + seed),
+        "complex": lambda: np.exp(0.01j * seed * places.sum(0)) + 0.03 * numbers(shape, seed, "complex128"),
+    }[kind]()
+    found = tna.tt_cross(lambda i: dense[tuple(i.T)], shape, random_state=seed, **words)
+    exact = error_of(found, dense)
+    # It is that of the returned train, whose ranks are lower than those of the sweeps.
+    assert 0.7 * exact - 1e-13 <= found.error <= 1.3 * exact + 1e-13
+    if "max_error" in words and found.converged:
+        assert found.error <= words["max_error"]
+
+
 def coupled(indices: np.ndarray) -> np.ndarray:
     return np.exp(-((indices - 9.5) ** 2).sum(1) / 20 - (np.diff(indices, axis=1) ** 2).sum(1) / 40)
 
