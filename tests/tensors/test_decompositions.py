@@ -1709,6 +1709,8 @@ def one(indices: np.ndarray) -> np.ndarray:
         (lambda: tna.tt_cross(one, (9, 9), rank=0), ShapeError, "rank must be an integer of at least 1; got 0"),
         (lambda: tna.tt_cross(one, (9, 9), rank=(1, 2)), ShapeError, "one for each of the 1 bonds"),
         (lambda: tna.tt_cross(one, (1 << 40, 2), rank=1), ShapeError, "divide it into several modes, such as 40 of 2"),
+        (lambda: tna.tt_cross(one, (2,) * 1000, rank=1), ShapeError,
+         "1000 modes has more than 1e300 elements, .* fewer or smaller modes"),
         (lambda: tna.tt_cross(one, (20,) * 20, rank=1, max_calls=500), ShapeError,
          r"max_calls=500 is too small for a train of shape .*: expected at least 2200"),
         (lambda: tna.tt_cross(one, (9, 9), rank=1, max_calls=0), ShapeError, "max_calls must be"),

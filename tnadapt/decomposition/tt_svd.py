@@ -234,7 +234,7 @@ def planned(cores: Sequence[np.ndarray], allowed: float, dropped: Sequence[np.nd
     if len(cores) < 2:
         return [], False
     spent = float(sum(squares.sum() for squares in dropped))
-    rest = left = allowed - spent
+    rest = left = max(0.0, allowed - spent)
     search = whole = _Bonds(cores, rest)
     ranks = trial = whole.cheapest(rest)
     if len(ranks) <= _EXACT:
@@ -421,7 +421,7 @@ class _Bonds:
         return int(fits.argmax()) + 1 if fits.any() else ranks[bond]
 
     def _exactly_lowest(self, ranks: list[int], bond: int, allowed: float) -> int:
-        """Return the same by what truncations really lose."""
+        """Return the same by what truncations lose in turn."""
         least, rank = self.least(allowed)[bond], ranks[bond]
         while rank > least and self.exact_loss([*ranks[:bond], rank - 1, *ranks[bond + 1 :]]) <= allowed:
             rank -= 1

@@ -36,6 +36,8 @@ _SWEEPS = 60
 _BATCH, _KEPT = 1 << 17, 1 << 20
 #: The largest size of a mode: a fiber is evaluated whole.
 _LONGEST = 1 << 24
+#: The most elements of a tensor, whose squares add up to a number.
+_ELEMENTS = 10**300
 _TINY = float(np.finfo(np.float64).tiny)
 _TOO_WIDE = (
     "the values of the function are too large, or range too widely, for double precision: divide it by its largest "
@@ -226,15 +228,15 @@ class _Sample(NamedTuple):
 
     def error(self, train: TTTensor) -> float:
         """Estimate the relative error of this train or one near it; it is exact if these are all points."""
-        factors, other = 1.0 if self.factors is None else self.factors, train.entries(self.points)
+        factors = 1.0 if self.factors is None else self.factors
         values, made = self.values, self.elements
+        other = made if train is self.train else train.entries(self.points)
         rows = np.stack([values, made, values - made, values - other, made - other])
         size, train_size, before, after, between = map(float, np.sum(abs(rows * factors) ** 2, axis=1))
         if self.factors is not None and train_size:
             # The norms of the train, which is 1 here, and of its difference from the other one are known. Points tell
             # how much those of the values and of their difference from the other one exceed them.
-            norm = float(self.train.norm())
-            apart = 0.0 if train is self.train else float((train - self.train).norm()) / norm
+            apart = 0.0 if train is self.train else float((train - self.train).norm() / self.train.norm())
             # No more than the errors of both steps together.
             after = min(max(0.0, apart**2 + after - between), (math.sqrt(before) + apart) ** 2)
             size = 1.0 + size - train_size
@@ -290,7 +292,7 @@ def tt_cross(
         Given an integer array of shape (n, M), one index a row, it returns n finite numbers, real or complex, as an
         array of any library.
     shape : sequence of M int
-        Number of indices of each mode; the tensor may have any number of elements.
+        Number of indices of each mode; the tensor may have up to 1e300 elements.
     rank : int or sequence of int, optional
         The largest rank of all bonds, or of each.
     max_error : float, optional
@@ -326,8 +328,8 @@ def tt_cross(
 
     Errors are estimated at 1,200 points, none of which was a pivot before: 1,000 random ones, and 200 where the train
     is large, new after each sweep. What no point meets they do not see: a function that is zero at all of them becomes
-    zeros. In tests with noise and known errors, estimates are .8 to 1.1 times the error. A tensor of up to 1,000
-    elements is computed whole, and the error is exact.
+    zeros. For noisy tensors of known error, estimates are off by less than 30 %. A tensor of up to 1,000 elements is
+    computed whole, and the error is exact.
 
     Examples
     --------
@@ -343,9 +345,14 @@ def tt_cross(
             f"a mode of shape {sizes} has more than {_LONGEST} indices: divide it into several modes, such as 40 of 2 "
             "for 2**40"
         )
+    if math.prod(sizes) > _ELEMENTS:
+        raise ShapeError(
+            f"a tensor of {len(sizes)} modes has more than 1e300 elements, beyond double precision: use fewer or "
+            "smaller modes"
+        )
     if rank is None and max_error is None:
         raise ShapeError("give rank= or max_error=, or both, to say how closely to approximate; got neither")
-    limit = 0.0 if max_error is None else error_limit(max_error)
+    limit = None if max_error is None else error_limit(max_error)
     order = len(sizes)
     possible = [min(math.prod(sizes[: bond + 1]), math.prod(sizes[bond + 1 :])) for bond in range(order - 1)]
     ranks = possible
@@ -361,7 +368,7 @@ def tt_cross(
     rng = np.random.default_rng(seed_of(random_state))
     values = _Values(function, sizes, most)
     extra = np.concatenate([pivots, _start(values, pivots, rng)[None]])
-    return _crossed(values, extra, ranks, possible, None if max_error is None else limit, rng)
+    return _crossed(values, extra, ranks, possible, limit, rng)
 
 
 def _pivots_of(points: Any, shape: tuple[int, ...]) -> np.ndarray:
