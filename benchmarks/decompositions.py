@@ -4,8 +4,9 @@ Contestants take turns in one process, in an order that moves on by one each rou
 our least time over theirs, and *over the best* that to the fastest contestant of the case. Times are of the processor,
 on one thread of BLAS and torch: neither another's threads nor other programs of the machine that take their turns are
 in them, though what these do to the caches is. Where errors differ, only contestants count among the best whose error
-is at most ours (up to 1 % of it and 1e-6) and which hold as much of the squared norm (up to 1 %). Peers: TensorLy,
-SciPy, NumPy, and where they are installed quimb and teneva (the extra ``benchmarks``).
+is at most ours (up to 1 % of it and 1e-6) and which hold as much of the squared norm (up to 1 %). Where the request is
+an error, they also need no more parameters (up to 1 %), and the table says how many times as many the others need.
+Peers: TensorLy, SciPy, NumPy, and where they are installed quimb and teneva (the extra ``benchmarks``).
 
 Writes ``results/decompositions.jsonl``, and the table of the documentation beside it. ``--difficult`` says instead how
 often ``cp`` finds the answer of tensors on which it is hard to find, and writes ``results/difficult_cp.json``, and its
@@ -50,19 +51,22 @@ Row = dict[str, Any]
 
 
 class Case(NamedTuple):
-    """One line of the table: what is computed, by whom, and how wrong a result is."""
+    """One line of the table: what is computed, by whom, and how wrong, and for an error how large, a result is."""
 
     kind: str
     name: str
     runs: dict[str, Run]
     error: Callable[[Any], float]
+    parameters: Callable[[Any], int] | None = None
 
 
 def measured(case: Case, smoke: bool) -> Row:
     """Return the least processor time of each contestant, their errors, and our ratios."""
-    errors, repeats, once = {}, {}, 0.0
+    errors, sizes, repeats, once = dict[str, float](), dict[str, int](), dict[str, int](), 0.0
     for name, run in case.runs.items():
-        errors[name] = case.error(run())
+        errors[name] = case.error(result := run())
+        if case.parameters is not None:
+            sizes[name] = case.parameters(result)
         start = time.process_time()
         run()
         seconds = time.process_time() - start
@@ -84,19 +88,26 @@ def measured(case: Case, smoke: bool) -> Row:
         "case": case.name,
         "seconds": taken,
         "errors": errors,
+        **({"parameters": sizes} if sizes else {}),
         "ratios": {name: round(ratio, 3) for name, ratio in ratios.items()},
-        "over the best": round(over_the_best(ratios, errors), 3),
+        "over the best": round(over_the_best(ratios, errors, sizes), 3),
         "rounds": rounds,
     }
 
 
-def over_the_best(ratios: Mapping[str, float], errors: Mapping[str, float]) -> float:
-    """Return our ratio to the fastest contestant whose result is as good; 0 if there is none."""
+def over_the_best(ratios: Mapping[str, float], errors: Mapping[str, float], sizes: Mapping[str, int]) -> float:
+    """Return our ratio to the fastest contestant whose result is as good, and as small if sizes count; 0 if none is."""
     most = 1.01 * errors[OURS] + 1e-6
     # Of a random matrix a few triplets hold little, and what misses a tenth of that has nearly the same error.
     least = 0.99 * (1.0 - errors[OURS] ** 2)
     equal = [name for name in ratios if errors[name] <= most and 1.0 - errors[name] ** 2 >= least]
+    equal = [name for name in equal if not sizes or sizes[name] <= 1.01 * sizes[OURS]]
     return max((ratios[name] for name in equal), default=0.0)
+
+
+def parameters(cores: Any) -> int:
+    """Return the number of elements of cores, or of the tensors of a network of quimb."""
+    return sum(int(getattr(core, "size", 0)) for core in getattr(cores, "tensors", cores))
 
 
 def relative(tensor: np.ndarray, made: Any) -> float:
@@ -263,7 +274,9 @@ def rings(x: np.ndarray, rank: int) -> Iterator[Case]:
     runs = {OURS: lambda: tt.tensor_ring(picture, max_error=at_most)}
     if ring.rank[0] * ring.rank[1] <= size:
         runs["TensorLy, at these ranks"] = lambda: tensor_ring(picture, list(ring.rank))
-    yield Case("tensor ring", f"picture of {size} × {size} × 3, error at most {at_most}", runs, error(picture))
+    yield Case(
+        "tensor ring", f"picture of {size} × {size} × 3, error at most {at_most}", runs, error(picture), parameters
+    )
 
 
 def others(near: np.ndarray, rank: int) -> Iterator[Case]:
@@ -349,6 +362,8 @@ def trains(x: np.ndarray, rank: int) -> Iterator[Case]:
         runs["quimb"] = lambda: made(x, x.shape, max_bond=rank, cutoff=0.0)
         # Each of the two truncations may take half of the squared error.
         bounded["quimb"] = lambda: made(x, x.shape, cutoff=at_most**2 / 2, cutoff_mode="rsum2", renorm=0)
+        most = max(tt.tensor_train(x, max_error=at_most).rank)
+        bounded["quimb, at these ranks"] = lambda: made(x, x.shape, max_bond=most, cutoff=0.0)
         theirs = made(x, x.shape, max_bond=rank, cutoff=0.0)
         sums = theirs + theirs
 
@@ -359,7 +374,7 @@ def trains(x: np.ndarray, rank: int) -> Iterator[Case]:
 
         rounded["quimb"] = compressed
     yield Case("tensor train", name, runs, error)
-    yield Case("tensor train", f"{len(x)}³, error at most {at_most}", bounded, error)
+    yield Case("tensor train", f"{len(x)}³, error at most {at_most}", bounded, error, parameters)
     yield Case("rounding of a train", f"{name} of 2 · {rank}", rounded, lambda found: relative(x, found))
 
 
@@ -399,7 +414,7 @@ def crosses(smoke: bool) -> Iterator[Case]:
         def error(cores: Any, other: np.ndarray = other) -> float:
             return relative(ratio(other), tt.TTTensor(list(cores)).entries(other))
 
-        yield Case(title, f"the same, {size}^{order}, error {limit}", runs, error)
+        yield Case(title, f"the same, {size}^{order}, error {limit}", runs, error, parameters)
 
 
 # -- CP tensors that are difficult to find ---------------------------------------------------------
@@ -513,8 +528,10 @@ def table(rows: Sequence[Row]) -> str:
     about, *rows = rows
     lines: list[Sequence[str]] = [("Function", "Case", "ms", "Over the best", "Over each")]
     for row in rows:
-        each = ", ".join(f"{name} {ratio:.2f}" for name, ratio in row["ratios"].items())
-        best = f"{row['over the best']:.2f}"
+        sizes = row.get("parameters", {})
+        larger = {name: f" (parameters × {sizes[name] / sizes[OURS]:.1f})" for name in sizes}
+        each = ", ".join(f"{name} {ratio:.2f}{larger.get(name, '')}" for name, ratio in row["ratios"].items())
+        best = f"{row['over the best']:.2f}" if row["over the best"] else "none"
         lines.append((row["kind"], row["case"], f"{1e3 * row['seconds'][OURS]:.3g}", best, each))
     how = about["machine"]
     kept = ("processor", "cores", "numpy", "tensorly", "scipy", "quimb", "teneva", "date")

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 import tnadapt as tna
 import tnadapt.tensors as tt
 from tests.conftest import peak_of, relative_error
-from tests.decomposition.internals import BlockPasses, CPSweeps, SparseTensor, cp_als
+from tests.decomposition.internals import BlockPasses, CPSweeps, SparseTensor, cp_als, tt_svd
 from tnadapt.backends import Backend, get_backend
 from tnadapt.errors import BackendError, ConfigError, ShapeError, TnadaptError
 
@@ -232,6 +232,29 @@ def test_parameters_are_about_the_fewest_that_truncations_need(
     for iterations in (0, 100):
         found = tna.tucker(tensor, max_error=error, max_iterations=iterations)
         assert found.num_parameters <= 1.1 * fewest_of_tucker(tensor, error)
+
+
+@pytest.mark.law("decompositions")
+@given(
+    st.sampled_from(["decaying", "normal", "planted", "smooth"]), st.lists(st.integers(1, 4), min_size=2, max_size=7),
+    st.integers(0, 99), st.floats(1e-4, 0.95), st.sampled_from(["float64", "complex128"]),
+)  # fmt: skip
+def test_ranks_of_trains_are_the_least_where_these_suffice_and_do_not_need_all_digits(
+    tensors: str, shape: list[int], seed: int, error: float, dtype: str
+) -> None:
+    tensor = TENSORS[tensors](tuple(shape), seed) * np.exp(1j if dtype == "complex128" else 0.0)
+    found = tna.tensor_train(tensor, max_error=error)
+    # By the singular values of each unfolding, below which no train is close enough.
+    unfoldings = [tensor.reshape(math.prod(shape[:bond]), -1) for bond in range(1, len(shape))]
+    squares = [np.linalg.svd(unfolding, compute_uv=False) ** 2 for unfolding in unfoldings]
+    ranks = [1 + sum(np.cumsum(x[::-1])[:-1] > (1.0 + 1e-9) * error**2 * x.sum()) for x in squares]
+    least = tna.tensor_train(tensor, ranks)
+    if least.error <= error:
+        assert found.num_parameters <= least.num_parameters
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tt_svd, "_SQUARED", 1.0)
+        assert tna.tensor_train(tensor, max_error=error).num_parameters <= 1.05 * found.num_parameters
+        assert found.num_parameters <= 1.05 * tna.tensor_train(tensor, max_error=error).num_parameters
 
 
 @pytest.mark.parametrize("error", [0.105, 0.11, 0.12, 0.15, 0.2])
@@ -1536,6 +1559,30 @@ def test_the_error_of_a_small_tensor_is_known_and_kept(
     assert found.num_parameters <= tna.tensor_train(dense, max_error=limit / 10).num_parameters
 
 
+@pytest.mark.law("cross-approximation")
+@settings(max_examples=15)
+@given(
+    st.sampled_from(["noise", "decaying noise", "smooth", "complex"]),
+    st.sampled_from([(13, 11, 9), (6, 7, 5, 8), (4, 4, 4, 4, 4, 4)]),
+    st.sampled_from([{"rank": 1}, {"rank": 3}, {"max_error": 0.15}, {"max_error": 0.02}]),
+    st.integers(0, 999),
+)
+def test_the_estimate_is_near_the_error(kind: str, shape: tuple[int, ...], words: Any, seed: int) -> None:
+    places = np.indices(shape)
+    dense = {
+        "noise": lambda: with_noise(tt.random_tt(shape, 3, random_state=seed).to_tensor(), seed=seed),
+        "decaying noise": lambda: np.exp(-0.3 * places.sum(0)) * (1.0 + 0.05 * numbers(shape, seed)),
+        "smooth": lambda: 1.0 / (1.0 + places.sum(0) + seed),
+        "complex": lambda: np.exp(0.01j * seed * places.sum(0)) + 0.03 * numbers(shape, seed, "complex128"),
+    }[kind]()
+    found = tna.tt_cross(lambda i: dense[tuple(i.T)], shape, random_state=seed, **words)
+    exact = error_of(found, dense)
+    # It is that of the returned train, whose ranks are lower than those of the sweeps.
+    assert 0.7 * exact - 1e-13 <= found.error <= 1.3 * exact + 1e-13
+    if "max_error" in words and found.converged:
+        assert found.error <= words["max_error"]
+
+
 def coupled(indices: np.ndarray) -> np.ndarray:
     return np.exp(-((indices - 9.5) ** 2).sum(1) / 20 - (np.diff(indices, axis=1) ** 2).sum(1) / 40)
 
@@ -1695,6 +1742,8 @@ def one(indices: np.ndarray) -> np.ndarray:
         (lambda: tna.tt_cross(one, (9, 9), rank=0), ShapeError, "rank must be an integer of at least 1; got 0"),
         (lambda: tna.tt_cross(one, (9, 9), rank=(1, 2)), ShapeError, "one for each of the 1 bonds"),
         (lambda: tna.tt_cross(one, (1 << 40, 2), rank=1), ShapeError, "divide it into several modes, such as 40 of 2"),
+        (lambda: tna.tt_cross(one, (2,) * 1000, rank=1), ShapeError,
+         "1000 modes has more than 1e300 elements, .* fewer or smaller modes"),
         (lambda: tna.tt_cross(one, (20,) * 20, rank=1, max_calls=500), ShapeError,
          r"max_calls=500 is too small for a train of shape .*: expected at least 2200"),
         (lambda: tna.tt_cross(one, (9, 9), rank=1, max_calls=0), ConfigError, "max_calls must be"),

@@ -5,6 +5,7 @@ Oseledets, "Tensor-train decomposition" (SIAM J. Sci. Comput. 33, 2011), algorit
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Collection, Sequence
 
@@ -91,16 +92,23 @@ def named_cores(cores: Sequence[Array]) -> dict[str, Array]:
 
 # -- The fewest parameters for an error --------------------------------------------------------------------------------
 
-# A first, coarse TT-SVD loses a part of the squared error. In its result, a small train on the host, ranks are searched
-# by what each pair of neighboring bonds loses. TT-SVD of the tensor then leaves to each bond what it loses there.
+# A bond cannot have fewer ranks than those at which it alone loses all that is allowed. If TT-SVD with these ranks is
+# close enough, no train has fewer parameters. Otherwise a coarse TT-SVD loses a part of the squared error. In its
+# result, a small train on the host, ranks are searched by what each pair of neighboring bonds loses. TT-SVD of the
+# tensor then leaves to each bond what it loses there.
 
 
-# Up to so many choices of ranks are compared at once; among more, a price of the squared error is found by bisection.
-_CHOICES, _HALVINGS = 1 << 18, 10
+# Up to so many choices of ranks are compared at once; among more, by so many prices of the squared error.
+_CHOICES, _PRICES = 1 << 14, 20
 # Rounds of the search, each in the result of the one before; up to so many bonds, by what truncations really lose.
 _ROUNDS, _EXACT = 4, 2
 # Up to so many bonds, one rank is raised for another.
 _RAISED = 6
+# A squared error from which the search takes singular values from squared matrices, which have half of the digits.
+_SQUARED = 1e-10
+# The ranks of the first coarse train are at most so many times the least ones, and so many more. If it loses more than
+# its part, so many times the parameters of the least ranks are few.
+_NEAR, _CLOSE = 2, 1.12
 
 
 class Spending:
@@ -110,68 +118,97 @@ class Spending:
     ----------
     allowed : float
         What all bonds may lose.
-    bonds : int
-    ranks : sequence of int, optional
-        Those that are planned; the last bond may lose all that is left. Otherwise each bond may lose an equal part.
-    limit : float, optional
-        The squared error for which ``least`` has the ranks below which no tensor has it.
+    ranks : sequence of int
+        Those that are planned; the last bond may lose all that is left.
     """
 
-    def __init__(
-        self, allowed: float, bonds: int, ranks: Sequence[int] | None = None, limit: float | None = None
-    ) -> None:
-        self.left, self.bonds, self.ranks, self.limit = allowed, bonds, ranks, limit
-        #: The squares that each bond loses.
+    def __init__(self, allowed: float, ranks: Sequence[int]) -> None:
+        self.left, self.ranks = allowed, ranks
+
+    def rank(self, values: np.ndarray, bond: int) -> int:
+        """Return how many singular values of a bond are kept."""
+        here = max(0.0, self.left)
+        if bond < len(self.ranks) - 1:
+            here = min(here, float(np.sum(values[self.ranks[bond] :] ** 2)))
+        count = kept(values, len(values), math.sqrt(here))
+        self.left -= float(np.sum(values[count:] ** 2))
+        return count
+
+
+class _Coarse:
+    """Chooses the ranks of a coarse train, which loses a part of a squared error; near the least ranks, more of it."""
+
+    def __init__(self, allowed: float, part: float, bonds: int, near: bool) -> None:
+        self.allowed, self.part, self.bonds, self.near, self.left = allowed, part, bonds, near, part * allowed
         self.dropped, self.least = list[np.ndarray](), list[int]()
 
     def rank(self, values: np.ndarray, bond: int) -> int:
         """Return how many singular values of a bond are kept."""
-        here, rest = max(0.0, self.left), self.bonds - bond
-        if self.ranks is None:
-            here /= rest
-        elif rest > 1:
-            here = min(here, float(np.sum(values[self.ranks[bond] :] ** 2)))
-        count = kept(values, len(values), math.sqrt(here))
-        if self.limit is not None:
-            count, least = coarse_rank(values, count, self.limit)
-            self.least.append(least)
-        self.dropped.append(values[count:] ** 2)
+        rank = kept(values, len(values), math.sqrt(max(0.0, self.left) / (self.bonds - bond)))
+        rank, least = coarse_rank(values, rank, self.allowed)
+        if self.near:
+            rank = min(rank, _NEAR * (least + 1))
+        self.least.append(least)
+        self.dropped.append(values[rank:] ** 2)
         self.left -= float(self.dropped[-1].sum())
-        return count
+        if self.near and self.left < (self.part - 1.0) * self.allowed:
+            raise _LostError
+        return rank
+
+
+class _LostError(Exception):
+    """A sweep has lost more than is allowed."""
 
 
 def _within(algebra: Algebra, tensor: Array, loss: float) -> tuple[list[Array], list[bool]]:
     """Return the cores of TT-SVD with about the fewest parameters for a loss, and which bonds lost something."""
     backend, bonds = algebra.backend, len(tensor.shape) - 1
     norm = norm_of(backend, tensor) or 1.0
-    allowed, first = (loss / norm) ** 2, list[tuple[Array, Array]]()
+    allowed, known = (loss / norm) ** 2, dict[int, tuple[list[int], Array, np.ndarray]]()
 
-    def swept(spending: Spending) -> tuple[list[Array], list[bool]]:
+    def swept(rank_of: Callable[[np.ndarray, int], int]) -> tuple[list[Array], list[bool]]:
+        ranks = list[int]()
+
         def truncated(matrix: Array, bond: int) -> Array:
-            # The first matrix is the same each time.
-            u, values = first[0] if bond == 0 and first else algebra.all_left(matrix)
-            if bond == 0:
-                first[:] = [(u, values)]
-            return u[:, : spending.rank(np.asarray(backend.to_numpy(values), np.float64) / norm, bond)]
+            # With the same ranks before it, the matrix of a bond is the same each time.
+            if bond not in known or known[bond][0] != ranks:
+                u, values = algebra.all_left(matrix)
+                known[bond] = (ranks[:], u, np.asarray(backend.to_numpy(values), np.float64) / norm)
+            _, u, values = known[bond]
+            ranks.append(rank_of(values, bond))
+            return u[:, : ranks[-1]]
 
         return tt_svd(backend, tensor, truncated)
 
-    if bonds < 2:
-        return swept(Spending(allowed, bonds))
-    for part in coarse_parts(tensor.shape):
-        coarse = Spending(part * allowed, bonds, limit=allowed)
-        cores, cut = swept(coarse)
-        if [int(core.shape[0]) for core in cores[1:]] == coarse.least:
-            return cores, cut
-        host = [backend.to_numpy(core) for core in cores]
-        ranks, saves = planned([*host[:-1], host[-1] / norm], allowed, coarse.dropped)
-        if not saves:
-            break
+    left = allowed
+
+    def fewest(values: np.ndarray, bond: int) -> int:
+        nonlocal left
+        rank = kept(values, len(values), math.sqrt(allowed))
+        left -= float(np.sum(values[rank:] ** 2))
+        if left < -1e-11 * allowed:
+            raise _LostError
+        return rank
+
+    with contextlib.suppress(_LostError):
+        return swept(fewest)
+    parts, sizes, plans = coarse_parts(tensor.shape), [int(size) for size in tensor.shape], list[list[int]]()
+    for near, part in [(True, parts[0])] * bool(parts[0]) + [(False, part) for part in parts]:
+        coarse = _Coarse(allowed, part, bonds, near)
+        with contextlib.suppress(_LostError):
+            host = [backend.to_numpy(core) for core in swept(coarse.rank)[0]]
+            ranks, saves = planned([*host[:-1], host[-1] / norm], allowed, coarse.dropped)
+            plans.append(ranks)
+            # What several bonds lose in turn they may lose once: a train that has lost much proves less.
+            much = coarse.left < 0.0 and parameters_of(ranks, sizes) > _CLOSE * parameters_of(coarse.least, sizes)
+            if not saves and not much:
+                break
+    ranks = min(plans, key=lambda ranks: parameters_of(ranks, sizes))
     # These ranks lose about as much of the tensor.
-    cores, cut = swept(Spending(allowed, bonds, ranks))
+    cores, cut = swept(Spending(allowed, ranks).rank)
     for mode in range(bonds, 0, -1):
-        left, size, right = map(int, cores[mode].shape)
-        if left > size * right:  # the bond is larger than the core behind it can use
+        left_rank, size, right = map(int, cores[mode].shape)
+        if left_rank > size * right:  # the bond is larger than the core behind it can use
             moved_left(backend, cores, mode)
     return cores, cut
 
@@ -197,19 +234,21 @@ def planned(cores: Sequence[np.ndarray], allowed: float, dropped: Sequence[np.nd
     if len(cores) < 2:
         return [], False
     spent = float(sum(squares.sum() for squares in dropped))
-    rest = left = allowed - spent
-    search = whole = _Bonds(cores)
-    trial, ranks = whole.cheapest(rest), whole.most
-    for _ in range(_ROUNDS):
-        spending = Spending(left, len(trial), trial)
+    rest = left = max(0.0, allowed - spent)
+    search = whole = _Bonds(cores, rest)
+    ranks = trial = whole.cheapest(rest)
+    if len(ranks) <= _EXACT:
+        ranks = whole.exchanged(ranks, rest, exact=True)
+    for _ in range(_ROUNDS if len(ranks) > _EXACT else 0):
+        spending = Spending(left, trial)
         smaller = search.truncated(spending.rank)
         trial, left = [len(core) for core in smaller[1:]], spending.left
-        if trial == ranks or whole.exact_loss(trial) > rest * (1.0 + 1e-9):
+        if search is not whole and whole.exact_loss(trial) > rest * (1.0 + 1e-9):
             break
-        ranks, search = trial, _Bonds(smaller)
-        trial = search.exchanged(search.most, lambda ranks, search=search, left=left: search.loss(ranks) <= left)  # type: ignore[misc]
-    if len(ranks) <= _EXACT:
-        ranks = whole.exchanged(ranks, lambda trial: whole.exact_loss(trial) <= rest)
+        ranks, search = trial, _Bonds(smaller, rest)
+        trial = search.exchanged(search.most, left)
+        if trial == ranks:
+            break
     parameters, sides = parameters_of(ranks, whole.sizes), [1, *ranks, 1]
     terms = [
         Dropped(
@@ -228,25 +267,36 @@ def planned(cores: Sequence[np.ndarray], allowed: float, dropped: Sequence[np.nd
 
 def parameters_of(ranks: Sequence[int], sizes: Sequence[int]) -> int:
     """Return the number of parameters of a train."""
-    return sum(math.prod(core) for core in zip([1, *ranks], sizes, [*ranks, 1], strict=True))
+    total, left = 0, 1
+    for size, right in zip(sizes, [*ranks, 1], strict=True):
+        total, left = total + left * size * right, right
+    return total
+
+
+def _from_squared(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the singular vectors and values whose squares are the eigenvalues of a matrix, in descending order."""
+    squares, vectors = np.linalg.eigh(matrix)
+    return vectors[:, ::-1], np.sqrt(np.maximum(squares[::-1], 0.0))
 
 
 class _Bonds:
     """What the bonds of a train on the host, whose cores but the last are orthonormal from the left, lose by ranks."""
 
-    def __init__(self, cores: Sequence[np.ndarray]) -> None:
-        #: Orthonormal from the right.
+    def __init__(self, cores: Sequence[np.ndarray], allowed: float) -> None:
         self.cores = [np.asarray(core, np.result_type(core, np.float64)) for core in cores]
-        self.sizes = [core.shape[1] for core in cores]
-        energies = list[np.ndarray]()
-        for bond in range(len(cores) - 1, 0, -1):
-            left, size, right = self.cores[bond].shape
-            u, values, vh = np.linalg.svd(self.cores[bond].reshape(left, -1), full_matrices=False)
-            self.cores[bond] = vh.reshape(-1, size, right)
-            self.cores[bond - 1] = self.cores[bond - 1] @ (u * values)
+        self.sizes, self._sharp = [core.shape[1] for core in cores], allowed < _SQUARED
+        #: Of each bond, a matrix that has the singular values and left vectors of what is behind it.
+        self._roots, energies = [np.ones((1, 1))], list[np.ndarray]()
+        for core in self.cores[:0:-1]:
+            rows = (core.reshape(-1, core.shape[2]) @ self._roots[-1]).reshape(len(core), -1)
+            if self._sharp:
+                u, values, _ = np.linalg.svd(rows, full_matrices=False)
+            else:
+                u, values = _from_squared(rows @ rows.conj().T)
+            self._roots.append(u * values)
             # A core between the singular vectors of both its bonds.
-            energies.append((np.abs(self.cores[bond]) ** 2).sum(axis=1) * (values**2)[:, None])
-        energies.append((np.abs(self.cores[0]) ** 2).sum(axis=1))
+            energies.append((np.abs(u.conj().T @ rows) ** 2).reshape(len(values), core.shape[1], -1).sum(axis=1))
+        energies.append((np.abs(self.cores[0] @ self._roots[-1]) ** 2).sum(axis=1))
         #: By the rank of the bond before, and of the bond; their sum bounds what two bonds lose.
         self.tables = list[np.ndarray]()
         for energy in energies[:0:-1]:
@@ -257,7 +307,10 @@ class _Bonds:
 
     def loss(self, ranks: Sequence[int]) -> float:
         """Return about what ranks lose."""
-        return sum(float(table[a - 1, b - 1]) for table, a, b in zip(self.tables, [1, *ranks], ranks, strict=False))
+        lost, left = 0.0, 1
+        for table, right in zip(self.tables, ranks, strict=True):
+            lost, left = lost + table[left - 1, right - 1], right
+        return float(lost)
 
     def exact_loss(self, ranks: Sequence[int]) -> float:
         """Return what truncations to ranks lose, from the first bond to the last."""
@@ -267,74 +320,112 @@ class _Bonds:
             lost.append(float(np.sum(values[ranks[bond] :] ** 2)))
             return ranks[bond]
 
-        self.truncated(rank_of)
+        self.truncated(rank_of, formed=False)
         return sum(lost)
 
-    def truncated(self, rank_of: Callable[[np.ndarray, int], int]) -> list[np.ndarray]:
-        """Return the cores of a train that is truncated at each bond, from the first to the last."""
+    def truncated(self, rank_of: Callable[[np.ndarray, int], int], formed: bool = True) -> list[np.ndarray]:
+        """Truncate each bond, from the first to the last, and return the cores of the train if they are formed."""
         cores = list(self.cores)
-        for bond in range(len(cores) - 1):
+        for bond, root in enumerate(self._roots[:0:-1]):
             left, size, right = cores[bond].shape
-            u, values, vh = np.linalg.svd(cores[bond].reshape(-1, right), full_matrices=False)
-            rank = rank_of(values, bond)
-            cores[bond] = u[:, :rank].reshape(left, size, -1)
-            cores[bond + 1] = np.tensordot(values[:rank, None] * vh[:rank], cores[bond + 1], 1)
+            rows = cores[bond].reshape(-1, right)
+            if self._sharp or len(rows) <= right:
+                matrix = rows @ root
+                if self._sharp:
+                    u, values, _ = np.linalg.svd(matrix, full_matrices=False)
+                else:
+                    u, values = _from_squared(matrix @ matrix.conj().T)
+                u = u[:, : rank_of(values, bond)]
+                rest = u.conj().T @ rows
+            else:
+                inner = rows.conj().T @ rows
+                right_vectors, values = _from_squared(root.conj().T @ inner @ root)
+                # Smaller values are rounding.
+                turned = root @ (right_vectors / np.where(values > 1e-8, values, 1.0))[:, : rank_of(values, bond)]
+                u = rows @ turned if formed else turned
+                rest = turned.conj().T @ inner
+            cores[bond] = u.reshape(left, size, -1) if formed else u
+            cores[bond + 1] = (rest @ cores[bond + 1].reshape(right, -1)).reshape(-1, *cores[bond + 1].shape[1:])
         return cores
+
+    def least(self, allowed: float) -> list[int]:
+        """Return the ranks below which a bond alone loses more than is allowed."""
+        return [int(np.argmax(table[-1] <= allowed * (1.0 + 2e-12))) + 1 for table in self.tables]
 
     def cheapest(self, allowed: float) -> list[int]:
         """Return the ranks with the fewest parameters that lose no more than is allowed."""
-        sides = [np.arange(1, rank + 1) for rank in [1, *self.most]]
+        least = self.least(allowed)
+        if self.loss(least) <= allowed:
+            return least
+        sides = [np.arange(low, rank + 1) for low, rank in zip([1, *least], [1, *self.most], strict=True)]
         # Of the core between two bonds, and the last one with its bond.
         counts = [np.outer(*pair) * size for *pair, size in zip(sides[:-1], sides[1:], self.sizes[:-1], strict=True)]
         counts[-1] = counts[-1] + sides[-1] * self.sizes[-1]
-        if math.prod(self.most) <= _CHOICES:
+        tables = [table[a - 1 :, b - 1 :] for table, a, b in zip(self.tables, [1, *least], least, strict=False)]
+        if math.prod(map(len, sides)) <= _CHOICES:
             lost, parameters = np.zeros(1), np.zeros(1)
-            for table, count in zip(self.tables, counts, strict=True):
+            for table, count in zip(tables, counts, strict=True):
                 lost, parameters = lost[..., None] + table, parameters[..., None] + count
             best = np.argmin(np.where(lost <= allowed * (1.0 + 2e-12), parameters, np.inf))
-            return [int(index) + 1 for index in np.unravel_index(best, lost.shape)[1:]]
+            return [low + int(index) for low, index in zip(least, np.unravel_index(best, lost.shape)[1:], strict=True)]
 
         def at_price(price: float) -> list[int]:
             value, choices = np.zeros(1), list[np.ndarray]()
-            for table, count in zip(self.tables, counts, strict=True):
+            for table, count in zip(tables, counts, strict=True):
                 total = value[:, None] + count + price * table
                 choices.append(total.argmin(0))
                 value = total.min(0)
             ranks = [int(value.argmin())]
             for choice in choices[:0:-1]:
                 ranks.append(int(choice[ranks[-1]]))
-            return [rank + 1 for rank in reversed(ranks)]
+            return [low + rank for low, rank in zip(least, reversed(ranks), strict=True)]
 
-        # At the high price, as much as all parameters for what is allowed, nothing more is lost.
-        high, ranks = float(sum(count[-1, -1] for count in counts)) / max(allowed, 1e-200), self.most
-        low = high * 1e-12
-        for _ in range(_HALVINGS):
-            cheaper = at_price(price := math.sqrt(low * high))
-            if self.loss(cheaper) <= allowed:
-                high, ranks = price, cheaper
+        # The price at which two choices are equal leads to one between them, until there is none.
+        few, ranks = least, self.most
+        for _ in range(_PRICES):
+            saved = parameters_of(ranks, self.sizes) - parameters_of(few, self.sizes)
+            trial = at_price(saved / (self.loss(few) - self.loss(ranks)))
+            if trial in (few, ranks):
+                break
+            if self.loss(trial) <= allowed:
+                ranks = trial
             else:
-                low = price
-        return self.exchanged(ranks, lambda trial: self.loss(trial) <= allowed)
+                few = trial
+        return self.exchanged(ranks, allowed)
 
-    def exchanged(self, ranks: list[int], fits: Callable[[list[int]], bool]) -> list[int]:
-        """Raise a rank by one, or none, and lower another as far as fits, while that saves parameters."""
+    def exchanged(self, ranks: list[int], allowed: float, exact: bool = False) -> list[int]:
+        """Raise a rank by one, or none, and lower another as far as is allowed, while that saves parameters."""
         bonds = range(len(ranks))
+        lowest = self._exactly_lowest if exact else self._lowest
         while True:
-            trials = [ranks]
+            best, parameters = ranks, parameters_of(ranks, self.sizes)
             # In a long train, ranks are only lowered.
             for raised in [None, *(bond for bond in bonds if len(bonds) <= _RAISED and ranks[bond] < self.most[bond])]:
                 for lowered in bonds:
+                    if lowered == raised:
+                        continue
                     trial = [rank + (bond == raised) for bond, rank in enumerate(ranks)]
-                    while trial[lowered] > 1 and lowered != raised:
-                        lower = [rank - (bond == lowered) for bond, rank in enumerate(trial)]
-                        if not fits(lower):
-                            break
-                        trial = lower
-                    trials.append(trial)
-            best = min(trials, key=lambda trial: parameters_of(trial, self.sizes))
+                    trial[lowered] = lowest(trial, lowered, allowed)
+                    if (count := parameters_of(trial, self.sizes)) < parameters:
+                        best, parameters = trial, count
             if best is ranks:
                 return ranks
             ranks = best
+
+    def _lowest(self, ranks: list[int], bond: int, allowed: float) -> int:
+        """Return the least rank of a bond that loses no more than is allowed, the others given, or its own."""
+        lost = self.tables[bond][ranks[bond - 1] - 1 if bond else 0, : ranks[bond]]
+        if bond + 1 < len(ranks):
+            lost = lost + self.tables[bond + 1][: ranks[bond], ranks[bond + 1] - 1]
+        fits = lost <= allowed - self.loss(ranks) + lost[-1]
+        return int(fits.argmax()) + 1 if fits.any() else ranks[bond]
+
+    def _exactly_lowest(self, ranks: list[int], bond: int, allowed: float) -> int:
+        """Return the same by what truncations lose in turn."""
+        least, rank = self.least(allowed)[bond], ranks[bond]
+        while rank > least and self.exact_loss([*ranks[:bond], rank - 1, *ranks[bond + 1 :]]) <= allowed:
+            rank -= 1
+        return rank
 
 
 # -- TT-SVD ------------------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ import numpy as np
 from tnadapt.argument_checks import checks_arguments
 from tnadapt.backends import Backend, load_backend
 from tnadapt.decomposition.fits import FitOutcome
+from tnadapt.decomposition.tt_svd import moved_left
 from tnadapt.errors import BackendError, ShapeError
 
 from ._requests import as_tensor, error_limit, from_lists, seed_of, setting_of, shape_of, train_bonds
@@ -35,6 +36,8 @@ _SWEEPS = 60
 _BATCH, _KEPT = 1 << 17, 1 << 20
 #: The largest size of a mode: a fiber is evaluated whole.
 _LONGEST = 1 << 24
+#: The most elements of a tensor, whose squares add up to a number.
+_ELEMENTS = 10**300
 _TINY = float(np.finfo(np.float64).tiny)
 _TOO_WIDE = (
     "the values of the function are too large, or range too widely, for double precision: divide it by its largest "
@@ -108,9 +111,9 @@ class _Values:
             )
         return host
 
-    def fibers(self, heads: np.ndarray, mode: int, tails: np.ndarray, reverse: bool) -> np.ndarray:
+    def fibers(self, heads: np.ndarray, size: int, tails: np.ndarray, reverse: bool) -> np.ndarray:
         """Return the values at all heads, indices of a mode and tails, as a matrix with a column for each tail."""
-        shape = len(heads), self.shape[mode], len(tails)
+        shape = len(heads), size, len(tails)
         pieces = []
         for start in range(0, math.prod(shape), _BATCH):
             places = np.arange(start, min(start + _BATCH, math.prod(shape)))
@@ -148,7 +151,6 @@ def _swept(
 
     shape = values.shape[::-1] if reverse else values.shape
     last = len(shape) - 1
-    number = [last - m if reverse else m for m in range(len(shape))]
     left, none = np.empty((1, 0), np.int64), np.empty((1, 0), np.int64)
     cores, heads, local, grew, cut = [], [], 0.0, False, False
     for bond in range(last):
@@ -160,7 +162,7 @@ def _swept(
         far = rng.integers(0, rest, (count, len(rest)))
         added = np.concatenate([extra[:, bond + 1 :], near[::2], far[1::2]])
         columns = _distinct(np.concatenate([old, added]))
-        matrix = values.fibers(left, number[bond], columns, reverse)
+        matrix = values.fibers(left, shape[bond], columns, reverse)
         u, s, _ = np.linalg.svd(matrix, full_matrices=False)
         dropped = np.sqrt(np.cumsum(s[::-1] ** 2)[::-1])
         needed = max(1, int((dropped > tol * dropped[0]).sum()))
@@ -176,7 +178,7 @@ def _swept(
         grew, cut = grew or rank > len(old), cut or rank < needed
         left = np.concatenate([left[rows // shape[bond]], rows[:, None] % shape[bond]], axis=1)
         heads.append(left)
-    cores.append(values.fibers(left, number[last], none, reverse).reshape(len(left), shape[last], 1))
+    cores.append(values.fibers(left, shape[last], none, reverse).reshape(len(left), shape[last], 1))
     if reverse:
         cores = [core.transpose(2, 1, 0) for core in reversed(cores)]
     return _Sweep(cores, heads, local, grew, cut)
@@ -194,8 +196,9 @@ def _drawn(train: TTTensor, count: int, rng: np.random.Generator) -> tuple[np.nd
     """Draw points with probabilities proportional to the squares of a train's elements; return its norm, too."""
     # With orthonormal rows in all cores but the first, the squares of all elements that begin with some indices add up
     # to that of the product of their matrices.
-    turned = TTTensor([core.transpose(2, 1, 0) for core in reversed(train)]).left_orthogonal()
-    cores = [core.transpose(2, 1, 0) for core in reversed(turned)]
+    cores = list(train)
+    for mode in range(len(cores) - 1, 0, -1):
+        moved_left(train.backend, cores, mode)
     norm = float(np.linalg.norm(cores[0]))
     if norm == 0.0:
         return rng.integers(0, train.shape, (count, len(cores))), norm
@@ -214,39 +217,57 @@ def _drawn(train: TTTensor, count: int, rng: np.random.Generator) -> tuple[np.nd
     return points, norm
 
 
+class _Sample(NamedTuple):
+    """Points that no pivot was chosen from, values and a train's elements there, and a factor for each if not all."""
+
+    points: np.ndarray
+    values: np.ndarray
+    train: TTTensor
+    elements: np.ndarray
+    factors: np.ndarray | None = None
+
+    def error(self, train: TTTensor) -> float:
+        """Estimate the relative error of this train or one near it; it is exact if these are all points."""
+        factors = 1.0 if self.factors is None else self.factors
+        values, made = self.values, self.elements
+        other = made if train is self.train else train.entries(self.points)
+        rows = np.stack([values, made, values - made, values - other, made - other])
+        size, train_size, before, after, between = map(float, np.sum(abs(rows * factors) ** 2, axis=1))
+        if self.factors is not None and train_size:
+            # The norms of the train, which is 1 here, and of its difference from the other one are known. Points tell
+            # how much those of the values and of their difference from the other one exceed them.
+            apart = 0.0 if train is self.train else float((train - self.train).norm() / self.train.norm())
+            # No more than the errors of both steps together.
+            after = min(max(0.0, apart**2 + after - between), (math.sqrt(before) + apart) ** 2)
+            size = 1.0 + size - train_size
+        return math.sqrt(after / size) if size > 0.0 else float(after > 0.0)
+
+
 class _Test:
-    """Points that no pivot was chosen from, and the error of trains there."""
+    """The points of all samples, and the values there."""
 
     def __init__(self, values: _Values, rng: np.random.Generator) -> None:
         self._values, self._rng, shape = values, rng, values.shape
-        self._size = float(math.prod(shape))
-        self.whole = self._size <= _HELD
+        self._size = math.prod(shape)
         self._held = rng.integers(0, shape, (_HELD, len(shape)))
-        if self.whole:
+        if self._size <= _HELD:
             self._held = np.indices(shape).reshape(len(shape), -1).T
         self._at_held = values(self._held)
 
-    def error(self, train: TTTensor) -> tuple[float, np.ndarray]:
-        """Estimate the relative error, and return the two points with the largest errors among new ones."""
-        elements, (drawn, norm) = train.entries(self._held), _drawn(train, _LARGE, self._rng)
-        errors = self._at_held - elements
-        drawn = np.concatenate([drawn, self._rng.integers(0, self._values.shape, (_FRESH, drawn.shape[1]))])
-        elements = np.concatenate([elements, train.entries(drawn)])
-        errors = np.concatenate([errors, self._values(drawn) - elements[len(errors) :]])
-        worst = drawn[np.argsort(-abs(errors[len(self._held) :]), kind="stable")[:2]]
-        if self.whole:
-            return self.exact(train), worst
-        if norm == 0.0:
-            return float(np.any(errors != 0.0)), worst
+    def sample(self, train: TTTensor) -> tuple[_Sample, np.ndarray]:
+        """Return points to estimate errors near a train, and the two with the largest errors among new ones."""
+        drawn, norm = _drawn(train, _LARGE, self._rng)
+        new = np.concatenate([drawn, self._rng.integers(0, self._values.shape, (_FRESH, drawn.shape[1]))])
+        points = np.concatenate([self._held, new])
+        known, elements = np.concatenate([self._at_held, self._values(new)]), train.entries(points)
+        worst = new[np.argsort(-abs(known - elements)[len(self._held) :], kind="stable")[:2]]
+        if self._size <= _HELD:
+            return _Sample(self._held, self._at_held, train, elements[: self._size]), worst
         # Each point counts by the number that both distributions let expect of it: importance sampling from a mixture.
-        expected = len(self._held) / self._size + _LARGE * abs(elements / norm) ** 2
-        terms = (abs(errors / norm) ** 2 / expected)[:-_FRESH]
-        return float(np.sqrt(np.sum(terms))), worst
-
-    def exact(self, train: TTTensor) -> float:
-        """Return the relative error of all elements."""
-        norm, error = (np.linalg.norm(x) for x in (self._at_held, self._at_held - train.entries(self._held)))
-        return float(error / norm) if norm else float(error > 0.0)
+        tested = slice(len(self._held) + _LARGE)
+        expected = len(self._held) / self._size + _LARGE * abs(elements[tested] / (norm or 1.0)) ** 2
+        factors = 1.0 / np.sqrt(np.maximum(expected, _TINY)) / (norm or 1.0)
+        return _Sample(points[tested], known[tested], train, elements[tested], factors), worst
 
 
 # -- The public function -----------------------------------------------------------------------------------------------
@@ -271,7 +292,7 @@ def tt_cross(
         Given an integer array of shape (n, M), one index a row, it returns n finite numbers, real or complex, as an
         array of any library.
     shape : sequence of M int
-        Number of indices of each mode; the tensor may have any number of elements.
+        Number of indices of each mode; the tensor may have up to 1e300 elements.
     rank : int or sequence of int, optional
         The largest rank of all bonds, or of each.
     max_error : float, optional
@@ -286,10 +307,11 @@ def tt_cross(
     Returns
     -------
     TTTensor
-        In the library, dtype and device of what the function returns. ``outcome.calls`` is how many values were
-        computed, ``error`` an estimate, and ``outcome.stopped`` says why it stopped: ``"converged"``, ``"rank"`` if
-        ``max_error`` asks for more than the ranks allow, ``"max_calls"``, ``"stalled"`` if sweeps gain nothing more (as
-        below rounding), or ``"max_iterations"``.
+        In the library, dtype and device of what the function returns. ``error`` is an estimate for this train.
+        ``history`` has the least estimate after each sweep, of trains whose higher ranks are reduced in the end: the
+        error may be larger. ``outcome.calls`` is how many values were computed, and ``outcome.stopped`` says why it
+        stopped: ``"converged"``, ``"rank"`` if ``max_error`` asks for more than the ranks allow, ``"max_calls"``,
+        ``"stalled"`` if sweeps gain nothing more (as below rounding), or ``"max_iterations"``.
 
     Raises
     ------
@@ -306,9 +328,10 @@ def tt_cross(
     Oseledets & Tyrtyshnikov, "TT-cross approximation for multidimensional arrays" (Linear Algebra Appl. 432, 2010).
     Each of some sweeps computes ``d r^2`` values for each mode; what the function raises is passed on.
 
-    The error is estimated at 1,000 random points, and at 200 new after each sweep where the train is
-    large; none was a pivot before. What no random point meets it does not see: a function that is zero at all of them
-    becomes zeros. A tensor of up to 1,000 elements is computed whole, and the error is exact.
+    Errors are estimated at 1,200 points, none of which was a pivot before: 1,000 random ones, and 200 where the train
+    is large, new after each sweep. What no point meets they do not see: a function that is zero at all of them becomes
+    zeros. For noisy tensors of known error, estimates are off by less than 30 %. A tensor of up to 1,000 elements is
+    computed whole, and the error is exact.
 
     Examples
     --------
@@ -324,9 +347,14 @@ def tt_cross(
             f"a mode of shape {sizes} has more than {_LONGEST} indices: divide it into several modes, such as 40 of 2 "
             "for 2**40"
         )
+    if math.prod(sizes) > _ELEMENTS:
+        raise ShapeError(
+            f"a tensor of {len(sizes)} modes has more than 1e300 elements, beyond double precision: use fewer or "
+            "smaller modes"
+        )
     if rank is None and max_error is None:
         raise ShapeError("give rank= or max_error=, or both, to say how closely to approximate; got neither")
-    limit = 0.0 if max_error is None else error_limit(max_error)
+    limit = None if max_error is None else error_limit(max_error)
     order = len(sizes)
     possible = [min(math.prod(sizes[: bond + 1]), math.prod(sizes[bond + 1 :])) for bond in range(order - 1)]
     ranks = possible
@@ -342,7 +370,7 @@ def tt_cross(
     rng = np.random.default_rng(seed_of(random_state))
     values = _Values(function, sizes, most)
     extra = np.concatenate([pivots, _start(values, pivots, rng)[None]])
-    return _crossed(values, extra, ranks, possible, None if max_error is None else limit, rng)
+    return _crossed(values, extra, ranks, possible, limit, rng)
 
 
 def _pivots_of(points: Any, shape: tuple[int, ...]) -> np.ndarray:
@@ -382,13 +410,13 @@ def _crossed(
     limit: float | None,
     rng: np.random.Generator,
 ) -> TTTensor:
-    """Sweep back and forth until the error is met twice, or nothing is gained; return the best train."""
+    """Sweep back and forth until the error is met twice, or nothing is gained; return the best train of the ranks."""
     test, bonds = _Test(values, rng), len(ranks)
     tails = [extra[-1:, bond + 1 :] for bond in range(bonds)]
     # Rounding a train of higher ranks ends nearer to the best one of a rank than a sweep at that rank.
     most = [min(rank + rank // 2 + 2, top) for rank, top in zip(ranks, possible, strict=True)]
     history: list[float] = []
-    best, least, met, stopped, reverse = TTTensor([np.zeros((1, 1, 1))]), math.inf, 0, "max_iterations", False
+    least, met, stopped, reverse = math.inf, 0, "max_iterations", False
     floor = 4.0 * float(np.finfo(values.dtype).eps)
     # Without max_error, an error of rounding is enough.
     wanted = 16.0 * floor if limit is None else limit
@@ -405,12 +433,13 @@ def _crossed(
             train = TTTensor(sweep.cores)
             # What is behind a bond in one direction is before it in the other.
             tails, most, reverse = [heads[:, ::-1] for heads in reversed(sweep.heads)], most[::-1], not reverse
-            error, extra = test.error(train)
+            sample, extra = test.sample(train)
+            error = sample.error(train)
             if not math.isfinite(error):
                 raise ShapeError(_TOO_WIDE)
             history.append(error)
             if error <= least:
-                best, least = train, error
+                best, least = sample, error
             met = met + 1 if error <= wanted and sweep.local <= max(wanted, tol) else 0
             if met == 2:
                 stopped = "converged"
@@ -424,29 +453,19 @@ def _crossed(
                 tol = max(floor, 0.1 * tol)
     except _CallsSpentError:
         stopped = "max_calls"
-    train = best.round(max_error=limit - least) if limit is not None and least < limit else best
+    train = best.train.round(max_error=limit - least) if limit is not None and least < limit else best.train
     if any(rank > top for rank, top in zip(train.rank[1:-1], ranks, strict=True)):
         train, stopped = train.round(ranks), "rank" if limit is not None else stopped
-    result, error = _finished(values, test, train, best, least)
-    least_so_far = tuple(np.minimum.accumulate(history).tolist())
-    return result.with_outcome(
-        FitOutcome(
-            error=error, bound=0.0, certified=False, stopped=stopped, history=least_so_far,
-            method="cross approximation", calls=values.calls,
-        )
-    )  # fmt: skip
-
-
-def _finished(values: _Values, test: _Test, train: TTTensor, best: TTTensor, error: float) -> tuple[TTTensor, float]:
-    """Return a train in the function's library, and its error, given that of a train near it."""
     with np.errstate(over="ignore"):
         cores = [train[0] * values.unit, *train[1:]]
     if not np.isfinite(cores[0]).all():
         raise ShapeError(_TOO_WIDE)
     result = TTTensor([values.backend.asarray(core, values.dtype.name, values.device) for core in cores])
+    # In the dtype of the result.
     first, *others = (values.backend.to_numpy(core).astype(train[0].dtype) for core in result)
-    final = TTTensor([first / values.unit, *others])
-    if test.whole:
-        return result, test.exact(final)
-    norm = float(best.norm())
-    return result, error + float((final - best).norm()) / norm if norm else error
+    return result.with_outcome(
+        FitOutcome(
+            error=best.error(TTTensor([first / values.unit, *others])), bound=0.0, certified=False, stopped=stopped,
+            history=tuple(np.minimum.accumulate(history).tolist()), method="cross approximation", calls=values.calls,
+        )
+    )  # fmt: skip

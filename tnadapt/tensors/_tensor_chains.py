@@ -266,7 +266,7 @@ class TTTensor(CoreChain):
             turned[0] = turned[0] / norm
             for mode in range(bonds):
                 moved_right(load_backend("numpy"), turned, mode)
-            spending = Spending(allowed, bonds, planned(turned, allowed)[0])
+            spending = Spending(allowed, planned(turned, allowed)[0])
         for bond in range(bonds - 1, -1, -1):
             left, size, right = map(int, cores[bond + 1].shape)
             u, s, vh = backend.svd(backend.reshape(cores[bond + 1], (left, size * right)))
