@@ -15,10 +15,10 @@ from tnadapt.backends import Array
 from tnadapt.decomposition import completion
 from tnadapt.decomposition.block_passes import OVERSAMPLED, BlockPasses, compressed, khatri_rao_product
 from tnadapt.decomposition.completion import double_on_host
-from tnadapt.decomposition.cp_als import Products, fit_cp, fit_cp_by_products
+from tnadapt.decomposition.cp_als import Products, SparseSweeps, fit_cp, fit_cp_by_products
 from tnadapt.decomposition.fits import Callback, Fit, Iteration, limits_of
 from tnadapt.decomposition.linear_algebra import Algebra
-from tnadapt.decomposition.sparse_tensor import SparseTensor, check_range
+from tnadapt.decomposition.sparse_tensor import check_range
 from tnadapt.errors import BackendError, ConfigError, ShapeError, safe_repr
 
 from . import _requests
@@ -142,9 +142,11 @@ def cp(
     ``nonnegative``, too, there are only sweeps.
 
     Nonnegative factors are fitted column by column (hierarchical ALS: Gillis & Glineur, 2012) with extrapolation (Ang
-    et al., 2021), in double precision on the host. So are the factors of a sparse tensor, by sweeps alone from one
-    start by default, and the result is of NumPy: with n stored elements, a sweep takes ``M² n r`` multiply-adds and
-    ``n r`` numbers. A sparse tensor of up to 2^14 elements is formed; the error of a larger one is exact to 1e-8.
+    et al., 2021), in double precision on the host.
+
+    A sparse tensor is fitted like a dense one, in double precision on the host, and the result is of NumPy. With n
+    stored elements, a sweep takes ``M² n r`` multiply-adds and ``n r`` numbers, and a step about as much and the
+    equations. A sparse tensor of up to 2^14 elements is formed; the error of one above 2^20 is exact to 1e-8.
 
     Examples
     --------
@@ -174,10 +176,10 @@ def cp(
     modes = constrained_modes(nonnegative, request)
     whole = not request.sparse and not request.blocks
     ridge = _ridge_of(ridge)
-    if ridge and (request.observed is not None or modes or symmetric or not whole):
+    if ridge and (request.observed is not None or modes or symmetric or request.blocks):
         raise ConfigError(
-            "ridge= is for a dense tensor in memory, without mask=, weights=, nonnegative= and symmetric=: leave one "
-            "of them out"
+            "ridge= is for a tensor in memory, without mask=, weights=, nonnegative= and symmetric=: leave one of them "
+            "out"
         )
     if len(request.shape) == 2 and request.observed is None and not modes and not held and whole:
         request = request.kept()
@@ -219,7 +221,7 @@ def cp(
         elif request.blocks:
             fit = _in_blocks(request, rank, start, starts, Iteration(limits, callback), held, modes)
         elif modes or request.sparse:
-            fit = _by_products(request, rank, start, starts or 1, Iteration(limits, callback), held, modes)
+            fit = _by_products(request, rank, start, starts, Iteration(limits, callback), held, modes, ridge)
         else:
             steps = Iteration(limits, callback)
             fit = fit_cp(
@@ -273,12 +275,13 @@ def _by_products(
     request: Request,
     rank: int,
     start: str | list[Array],
-    starts: int,
+    starts: int | None,
     steps: Iteration,
     fixed: Collection[int],
     nonnegative: Collection[int],
+    ridge: float,
 ) -> Fit:
-    """Return the best fit from several starts; a matrix that is sparse has its SVD."""
+    """Return the best fit from several starts."""
     backend, shape, algebra = request.backend, request.shape, request.algebra()
     if len(shape) == 1:
         column = backend.reshape(request.tensor, (-1, 1))
@@ -287,11 +290,14 @@ def _by_products(
     if request.norm == 0.0 or (bound >= NO_POSITIVE and not fixed):
         zeros = {f"factor{mode}": algebra.zeros((size, rank)) for mode, size in enumerate(shape)}
         return Fit(zeros | {f"factor{mode}": start[mode] for mode in fixed}, True, 0, "zero")
+    kept = {f"factor{mode}": start[mode] for mode in fixed}
+    if request.sparse and not nonnegative:
+        wide = Algebra(backend, np.zeros(1, request.tensor.values.dtype), seed=request.seed)
+        fit = fit_cp(wide, request.tensor, rank, steps, init=start, fixed=fixed, starts=starts, ridge=ridge)
+        return fit._replace(arrays=algebra.arrays(fit.arrays) | kept)
     if request.sparse:
-        if len(shape) == 2 and not fixed and not nonnegative:
-            u, s, vh = request.tensor.matrix_triplets(rank, request.seed)
-            return Fit(algebra.arrays({"weights": s, "factor0": u, "factor1": vh.T}), False, 0, "SVD")
-        tensor, shift = _of_sparse(request.tensor), 0
+        sparse = request.tensor
+        tensor, shift = Products(shape, sparse.norm, sparse.product, SparseSweeps(sparse).residual), 0
     else:
         host = double_on_host(backend, request.tensor)
         shift = exponent_of(host)
@@ -304,11 +310,10 @@ def _by_products(
             return np.asarray(request.tensor.left(mode, min(rank, shape[mode]), request.seed))
         return double_on_host(backend, algebra.left(unfolded(backend, request.tensor, mode), rank)[0])
 
-    begun = _starts(request, rank, start, starts, fixed, nonnegative, leading)
+    begun = _starts(request, rank, start, starts or 1, fixed, nonnegative, leading)
     scaled = ([np.ldexp(x, -shift) if shift and m == free else x for m, x in enumerate(each)] for each in begun)
     fit = fit_cp_by_products(tensor, scaled, steps, fixed=fixed, nonnegative=nonnegative)
     arrays = {n: np.ldexp(x, shift) if shift and n == f"factor{free}" else x for n, x in fit.arrays.items()}
-    kept = {f"factor{mode}": start[mode] for mode in fixed}
     return fit._replace(arrays=algebra.arrays(arrays) | kept, bound=bound)
 
 
@@ -318,14 +323,6 @@ def _of_dense(tensor: np.ndarray) -> Products:
 
     norm = float(np.linalg.norm(tensor))
     return Products(tensor.shape, norm, lambda factors, mode: khatri_rao_product(tensor, mode, factors), distance)
-
-
-def _of_sparse(tensor: SparseTensor) -> Products:
-    def distance(factors: Sequence[np.ndarray]) -> float:
-        result = CPTensor(None, factors)
-        return tensor.distance(result.entries, float(result.norm()), result.to_tensor)
-
-    return Products(tensor.shape, tensor.norm, tensor.product, distance)
 
 
 def _starts(
