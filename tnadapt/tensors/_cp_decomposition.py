@@ -366,7 +366,7 @@ _STARTS = 3
 # The norm of a difference that is rounding, in units of epsilon relative to the tensor; and a ridge for the weights.
 _ALIKE, _RIDGE = 64.0, 1e-14
 # Single steps may gain little; what this many gain says whether it has converged.
-_STEPS = 10
+_STEPS = 20
 
 
 def _cubic(request: Request) -> np.ndarray:
@@ -414,16 +414,18 @@ def _fitted_symmetric(request: Request, tensor: np.ndarray, rank: int, init: str
         return factor / lengths, lengths
 
     def solved(factor: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
-        """Return the best weights, the products of the tensor with all columns but one, and half the squared error."""
-        inner, products = factor.T @ factor, khatri_rao_product(tensor, 0, [factor] * order)
-        gram, right = inner**order, np.sum(products * factor, axis=0)
-        weights = np.linalg.solve(gram + _RIDGE * np.eye(rank), right)
-        return weights, products, 0.5 * float(norm**2 - 2.0 * weights @ right + weights @ gram @ weights)
+        """Return the best weights, half their gradient by the columns, and half the squared error."""
+        products = khatri_rao_product(tensor, 0, [factor] * order)
+        gram = (factor.T @ factor) ** order
+        weights = np.linalg.solve(gram + _RIDGE * np.eye(rank), np.sum(products * factor, axis=0))
+        # From the residual, both have as many digits for exact data as for any other.
+        left = cp_to_tensor((weights, [factor] * order)) - tensor
+        return weights, khatri_rao_product(left, 0, [factor] * order), 0.5 * float(np.vdot(left, left))
 
     def value(flat: np.ndarray) -> tuple[float, np.ndarray]:
         factor, lengths = unit(flat)
-        weights, products, half = solved(factor)
-        slope = order * weights * (factor @ ((factor.T @ factor) ** (order - 1) * weights[:, None]) - products)
+        weights, pulled, half = solved(factor)
+        slope = order * weights * pulled
         slope = (slope - factor * np.sum(slope * factor, axis=0)) / lengths
         return half / norm**2, slope.reshape(-1) / norm**2
 
@@ -458,10 +460,6 @@ def _fitted_symmetric(request: Request, tensor: np.ndarray, rank: int, init: str
 
 
 # -- Tensors that are read block by block ------------------------------------------------------------------------------
-
-
-# Least number of elements of a piece.
-_PIECE = 1 << 10
 
 
 def _in_blocks(
@@ -537,38 +535,34 @@ class _ObservedBlocks:
                     f"{getattr(array, 'shape', type(array).__name__)}"
                 )
         seen, square, largest = [np.zeros(size, bool) for size in passes.shape], 0.0, 0.0
-        for places, wanted, roots in self.pieces(passes.elements):
-            if not (np.isfinite(roots).all() and np.isfinite(wanted).all()):
+        for place, wanted, weight in self.blocks():
+            if not (np.isfinite(weight).all() and np.isfinite(wanted).all()):
                 raise ShapeError(
                     "an observed element is NaN or infinity, or a weight is one of these or negative: mask must be "
                     "True where an element is known, and weights finite and not negative"
                 )
-            for rows, place in zip(seen, places, strict=True):
-                rows[place] = True
-            largest = max(largest, float(np.max(np.abs(wanted * roots), initial=0.0)))
+            for mode, (rows, at) in enumerate(zip(seen, place, strict=True)):
+                rows[at] |= weight.any(axis=tuple(m for m in range(weight.ndim) if m != mode))
+            sizes = np.abs(wanted) * np.sqrt(weight)
+            largest = max(largest, float(np.max(sizes)))
             with np.errstate(over="ignore"):
-                square += float(np.sum(np.abs(wanted * roots) ** 2))
+                square += float(np.sum(sizes**2))
         check_range(largest, "a tensor that is read in blocks")
         self.norm = math.sqrt(square)
         for mode, rows in enumerate(seen):
             if not rows.all():
                 raise ShapeError(_requests.UNOBSERVED.format(index=int(np.argmin(rows)), mode=mode))
 
-    def pieces(self, length: int) -> Iterator[tuple[list[np.ndarray], np.ndarray, np.ndarray]]:
-        """Yield the indices of at most ``length`` observed elements, their values and the roots of their weights."""
+    def blocks(self) -> Iterator[tuple[tuple[slice, ...], np.ndarray, np.ndarray]]:
+        """Yield the position of each block, its elements and their weights, both zero where it is not observed."""
         for place, block in self.passes.blocks():
-            roots = np.ones(block.shape)
+            weights = np.ones(())
             if self.weights is not None:
                 with np.errstate(invalid="ignore"):  # negative weights become NaN
-                    roots = np.sqrt(np.asarray(self.weights[place], np.float64))
+                    weights = np.sqrt(np.asarray(self.weights[place], np.float64)) ** 2
             if self.mask is not None:
-                roots = roots * np.asarray(self.mask[place], bool)
-            known, flat = np.flatnonzero(roots), block.reshape(-1)
-            for first in range(0, len(known), length):
-                some = known[first : first + length]
-                inside = np.unravel_index(some, block.shape)
-                places = [span.start + index for span, index in zip(place, inside, strict=True)]
-                yield places, flat[some], roots.reshape(-1)[some]
+                weights = weights * np.asarray(self.mask[place], bool)
+            yield place, np.where(weights, block, 0.0), weights
 
 
 def _completed_in_blocks(
@@ -583,18 +577,19 @@ def _completed_in_blocks(
     passes, split = observed.passes, CP(request.shape, rank)
     names = [f"factor{mode}" for mode in range(len(request.shape))]
     bounded = {names[mode] for mode in nonnegative}
-    # A piece takes some rows of length r for each of its elements; shorter ones would only take time.
-    length = max(_PIECE, passes.elements // (rank * (len(names) + 2)))
     if not observed.norm:
         zeros = {name: np.zeros(shape) for name, shape in split.shapes.items()}
         return Fit(request.algebra().arrays(zeros), True, 0, "zero", error=0.0)
     if isinstance(start, str):
-        pieces = (piece for piece in observed.pieces(length) if piece[1].any())
-        places, wanted, _ = next(pieces)
+        place, wanted, _ = next(block for block in observed.blocks() if block[1].any())
+        # Some of its elements tell the size of a start.
+        inside = np.flatnonzero(wanted)[: max(1, passes.elements // (rank * (len(names) + 2)))]
+        places = [at.start + index for at, index in zip(place, np.unravel_index(inside, wanted.shape), strict=True)]
+        wanted = wanted.reshape(-1)[inside]
         elements, rng = completion.ObservedElements([split], [[""]], [places]), np.random.RandomState(request.seed)
         begun = completion.random_start(elements, rng, float(np.linalg.norm(wanted)), passes.wide, bounded)
     else:
         begun = {name: double_on_host(request.backend, factor) for name, factor in zip(names, start, strict=True)}
-    fit = completion.sweeps_in_blocks(split, lambda: observed.pieces(length), begun, steps, observed.norm, bounded)
+    fit = completion.sweeps_in_blocks(observed.blocks, begun, steps, observed.norm, passes.elements, bounded)
     solver = "nonnegative least squares" if bounded else "least squares"
     return fit._replace(arrays=request.algebra().arrays(fit.arrays), method=f"{solver} on observed elements in blocks")
