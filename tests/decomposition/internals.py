@@ -8,7 +8,7 @@ from __future__ import annotations
 from tnadapt.decomposition import _group_fits as group_fits
 from tnadapt.decomposition import _network_fit as network_fit
 from tnadapt.decomposition import _parameter_fit as parameter_fit
-from tnadapt.decomposition import cp_als, linear_algebra, tt_svd
+from tnadapt.decomposition import completion, cp_als, linear_algebra, tt_svd
 from tnadapt.decomposition._least_squares import damped_gauss_newton, least_squares
 from tnadapt.decomposition.block_passes import BlockPasses
 from tnadapt.decomposition.cp_als import CPSweeps
@@ -21,6 +21,7 @@ __all__ = [
     "BlockPasses",
     "CPSweeps",
     "SparseTensor",
+    "completion",
     "cp_als",
     "damped_gauss_newton",
     "group_fits",

@@ -17,6 +17,7 @@ import tnadapt as tna
 from tests.decomposition.internals import (
     Algebra,
     CPSweeps,
+    SparseTensor,
     cp_als,
     damped_gauss_newton,
     leading_triplets,
@@ -158,12 +159,18 @@ def test_steps_of_cp_are_those_of_its_jacobian(
     def joined(parts: dict[int, np.ndarray]) -> np.ndarray:
         return np.concatenate([parts[mode].ravel() for mode in free])
 
-    pulled = descent._pulled(descent._left(x), x)
+    pulled = descent._pulled(descent._measured(x)[1], x)
     np.testing.assert_allclose(joined(pulled) + ridge * flat, gradient, atol=1e-9)
-    np.testing.assert_allclose(joined(descent._curvature(x, moves)), curvature, rtol=1e-3, atol=1e-3)
+    sparse = SparseTensor(np.indices(shape).reshape(len(shape), -1), tensor.ravel(), shape)
+    descent = cp_als.CPDescent(algebra, sparse, rank, 1.0, [0] if fixed else [], ridge)
+    square, state = descent._measured(x)
+    assert square == pytest.approx(float(np.linalg.norm(left)) ** 2)
+    np.testing.assert_allclose(joined(descent._pulled(state, x)) + ridge * flat, gradient, atol=1e-9)
     for most, tol in ((1 << 20, 1e-9), (0, 1e-4)):
         equations = cp_als._Equations(free, x, pulled, ridge, most)
-        found, gain = equations.step(0.1, lambda step: {m: np.full_like(part, 1e9) for m, part in step.items()})
+        np.testing.assert_allclose(joined(equations.curvature(moves)), curvature, rtol=1e-3, atol=1e-3)
+        equations.curvature = lambda step: {m: np.full_like(part, 1e9) for m, part in step.items()}
+        found, gain = equations.step(0.1)
         assert np.linalg.norm(joined(found) - step) <= tol * np.linalg.norm(step), "too long a correction is left out"
         reduced = np.linalg.norm(left + jacobian @ step) ** 2 + ridge * np.linalg.norm(flat + step) ** 2
         expected = np.linalg.norm(left) ** 2 + ridge * np.linalg.norm(flat) ** 2 - reduced

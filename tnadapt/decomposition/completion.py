@@ -17,9 +17,11 @@ import numpy as np
 
 from tnadapt.algebra.formats import Format, Permuted
 from tnadapt.algebra.network import Network
+from tnadapt.algebra.products import cp_to_tensor
 from tnadapt.backends import Array, Backend
 
 from ._least_squares import Descent, damped_gauss_newton
+from .block_passes import khatri_rao_product
 from .fits import Callback, Fit, Iteration, Limits
 
 Arrays = dict[str, np.ndarray]
@@ -360,6 +362,8 @@ _RIDGE = 1e-12
 # Passes over the elements of a row that may not be negative. How far to extrapolate such sweeps at first, and the
 # factor after each success.
 _PASSES, _AHEAD, _FURTHER = 5, 0.5, 1.05
+# Matrix products with all of a block take less time than gathered rows if more than this part of it is observed.
+_DENSE = 0.02
 
 
 def sweeps_on_observed(
@@ -433,56 +437,93 @@ def sweeps_on_observed(
 
 
 def sweeps_in_blocks(
-    split: Format,
-    pieces: Callable[[], Iterable[tuple[Sequence[np.ndarray], np.ndarray, np.ndarray]]],
+    blocks: Callable[[], Iterable[tuple[Sequence[slice], np.ndarray, np.ndarray]]],
     start: Mapping[str, np.ndarray],
     steps: Iteration,
     norm: float,
+    elements: int,
     nonnegative: Collection[str] = (),
 ) -> Fit:
-    """Run sweeps over observed elements that are read piece by piece, once for each array of a sweep.
+    """Run sweeps of CP over a tensor that is read block by block, once for each factor of a sweep.
 
     Parameters
     ----------
-    split : Format
-    pieces : callable
-        Yields for each piece the indices of its elements in each mode, their values and the square roots of their
-        weights.
-    start : mapping of str to ndarray
+    blocks : callable
+        Yields for each block its position, its elements and their weights, both zero where it is not observed.
+    start : mapping of str to ndarray, shape (d_m, r)
+        The factors, in the order of the modes.
     steps : Iteration
     norm : float
         Of the weighted elements.
+    elements : int
+        The most numbers of an array that a block needs.
     nonnegative : collection of str
-        Arrays without negative elements, in the start either.
+        Factors without negative elements, in the start either.
     """
     arrays = {name: np.array(array) for name, array in start.items()}
+    modes = sorted(enumerate(arrays), key=lambda item: item[1] in nonnegative)
     steps.begin()
     while not steps.stopped:
-        for name, array in sorted(arrays.items(), key=lambda item: item[0] in nonnegative):
-            square, equations = 0.0, None
-            for places, wanted, roots in pieces():
-                elements = SplitElements(split, places)
-                gathered = elements.rows(arrays)
-                left = (wanted - elements.values(gathered)) * roots
-                rows = elements.derivative(gathered, name, len(left)) * roots[:, None]
-                order, edges, chosen = _by_row(elements.selected(name))
-                positions = elements.positions(name)
-                if equations is None:
-                    count, width = positions.shape
-                    equations = np.zeros((count, width, width), array.dtype), np.zeros((count, width), array.dtype)
-                for sums, parts in zip(equations, _equations(rows[order], left[order], edges), strict=True):
-                    sums[chosen] += parts
-                square += float(np.vdot(left, left).real)
-            assert equations is not None
-            flat = array.reshape(-1)
+        for mode, name in modes:
+            factor, square = arrays[name], 0.0
+            count, rank = factor.shape
+            grams, rights = np.zeros((count, rank, rank), factor.dtype), np.zeros((count, rank), factor.dtype)
+            for place, wanted, weights in blocks():
+                rows = [array[at] for array, at in zip(arrays.values(), place, strict=True)]
+                dense = np.count_nonzero(weights) > _DENSE * weights.size
+                of_block = _dense_equations if dense else _gathered_equations
+                parts = of_block(wanted, weights, rows, mode, elements)
+                grams[place[mode]] += parts[0]
+                rights[place[mode]] += parts[1]
+                square += parts[2]
             bounded = name in nonnegative
-            changes = _bounded_changes(*equations, flat[positions]) if bounded else _changes(*equations)
-            flat[positions] += changes
+            changes = _bounded_changes(grams, rights, factor) if bounded else _changes(grams, rights)
+            factor += changes
             # What the change removes from the sum of squares, by its equations.
-            square -= 2.0 * float(np.vdot(equations[1], changes).real)
-            square += float(np.einsum("nv,nvw,nw->", changes.conj(), equations[0], changes).real)
+            square -= 2.0 * float(np.vdot(rights, changes).real)
+            square += float(np.einsum("nv,nvw,nw->", changes.conj(), grams, changes).real)
         steps.step(math.sqrt(max(0.0, square)) / norm)
     return steps.fit(arrays, _SWEPT, steps.before)
+
+
+def _dense_equations(
+    wanted: np.ndarray, weights: np.ndarray, rows: Sequence[np.ndarray], mode: int, elements: int
+) -> tuple[np.ndarray, np.ndarray, float]:
+    """Return the normal equations of each row of a factor for its change, and the squared distance, of a block."""
+    count, rank = rows[mode].shape
+    left = wanted - cp_to_tensor((None, rows))
+    weighted = left * weights
+    square = float(np.vdot(left, weighted).real)
+    rights = khatri_rao_product(weighted, mode, [row.conj() for row in rows])
+    grams = np.empty((count, rank, rank), rights.dtype)
+    firsts, seconds = np.triu_indices(rank)
+    # As many columns at once as an array of the block's size has room for.
+    step = max(1, elements * weights.shape[-1 if mode < weights.ndim - 1 else -2] // weights.size)
+    for begin in range(0, len(firsts), step):
+        first, second = firsts[begin : begin + step], seconds[begin : begin + step]
+        sums = khatri_rao_product(weights, mode, [row[:, first].conj() * row[:, second] for row in rows])
+        grams[:, second, first], grams[:, first, second] = sums.conj(), sums
+    return grams, rights, square
+
+
+def _gathered_equations(
+    wanted: np.ndarray, weights: np.ndarray, rows: Sequence[np.ndarray], mode: int, elements: int
+) -> tuple[np.ndarray, np.ndarray, float]:
+    """Return the same from the rows of each observed element."""
+    count, rank = rows[mode].shape
+    grams, rights = np.zeros((count, rank, rank), rows[mode].dtype), np.zeros((count, rank), rows[mode].dtype)
+    known, square, length = np.flatnonzero(weights), 0.0, max(1, elements // (rank * (weights.ndim + 2)))
+    for begin in range(0, len(known), length):
+        some = known[begin : begin + length]
+        places, roots = np.unravel_index(some, weights.shape), np.sqrt(weights.reshape(-1)[some])
+        gathered = [row[at] for row, at in zip(rows, places, strict=True)]
+        derivative = math.prod(gathered[:mode] + gathered[mode + 1 :], start=roots[:, None])
+        left = wanted.reshape(-1)[some] * roots - np.einsum("nr,nr->n", derivative, gathered[mode])
+        order, edges, chosen = _by_row(places[mode])
+        for sums, parts in zip((grams, rights), _equations(derivative[order], left[order], edges), strict=True):
+            sums[chosen] += parts
+        square += float(np.vdot(left, left).real)
+    return grams, rights, square
 
 
 def _by_row(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -9,18 +9,20 @@ tensor factorizations", IEEE Trans. Signal Process. 61, 2013).
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from tnadapt.algebra.products import hadamard_tensor, khatri_rao, mode_product, unfolded
+from tnadapt.algebra.products import cp_to_tensor, hadamard_tensor, khatri_rao, mode_product, unfolded
 from tnadapt.backends import Array, Backend, load_backend
 
 from .completion import double_on_host
 from .fits import Fit, Iteration
 from .linear_algebra import Algebra, Triplets, norm_of
+from .sparse_tensor import SparseTensor
 
 # -- The driver: SVD of a matrix; else sweeps from several starts, then Levenberg-Marquardt ---------------------------
 
@@ -50,7 +52,7 @@ _ROUNDING, _SAME = 64.0, 1e-7
 
 def fit_cp(
     algebra: Algebra,
-    tensor: Array,
+    tensor: Array | SparseTensor,
     rank: int,
     steps: Iteration,
     *,
@@ -64,9 +66,9 @@ def fit_cp(
     Parameters
     ----------
     algebra : Algebra
-        For matrices like the tensor.
-    tensor : array, shape (d_1, …, d_M)
-        Real or complex.
+        For matrices like the tensor; of a sparse one, in NumPy and double precision.
+    tensor : array or SparseTensor, shape (d_1, …, d_M)
+        Real or complex. A sparse one is not zero, and has at least two modes.
     rank : int
     steps : Iteration
     init : {"svd", "random"} or sequence of array
@@ -89,7 +91,8 @@ def fit_cp(
     backend, shape = algebra.backend, tuple(int(size) for size in tensor.shape)
     if len(shape) == 2 and not fixed:
         return _of_matrix(algebra, tensor, rank, ridge)
-    if (norm := norm_of(backend, tensor)) == 0.0:
+    norm = tensor.norm if isinstance(tensor, SparseTensor) else norm_of(backend, tensor)
+    if norm == 0.0:
         zeros = {f"factor{mode}": backend.zeros((size, rank), like=tensor) for mode, size in enumerate(shape)}
         kept = {f"factor{mode}": init[mode] for mode in fixed}
         return Fit(zeros | kept, True, 0, "zero", error=0.0)
@@ -102,7 +105,7 @@ def fit_cp(
     return _CPSearch(algebra, tensor, rank, norm, steps, init, fixed, ridge).fit(starts)
 
 
-def _of_matrix(algebra: Algebra, matrix: Array, rank: int, ridge: float) -> Fit:
+def _of_matrix(algebra: Algebra, matrix: Array | SparseTensor, rank: int, ridge: float) -> Fit:
     backend = algebra.backend
 
     def named(triplets: Triplets, shrinkage: Any) -> dict[str, Array]:
@@ -120,6 +123,9 @@ def _of_matrix(algebra: Algebra, matrix: Array, rank: int, ridge: float) -> Fit:
             shrinkage = backend.sqrt(backend.sum(squares, axis=0)) * ridge
         return named(algebra.truncated(matrix, rank), shrinkage)
 
+    if isinstance(matrix, SparseTensor):
+        triplets = Triplets(*matrix.matrix_triplets(rank, algebra.seed), False)
+        return Fit(named(triplets, ridge * matrix.norm), False, 0, "SVD, shrunk" if ridge else "SVD")
     triplets = algebra.truncated(matrix, rank)
     method = "SVD" if triplets.exact is not False else "randomized SVD"
     if not ridge:
@@ -133,7 +139,7 @@ class _CPSearch:
     def __init__(
         self,
         algebra: Algebra,
-        tensor: Array,
+        tensor: Array | SparseTensor,
         rank: int,
         norm: float,
         steps: Iteration,
@@ -143,7 +149,7 @@ class _CPSearch:
     ) -> None:
         self.backend, self.tensor, self.norm = algebra.backend, tensor, norm
         self.steps, self.limits, self.init, self.algebra = steps, steps.limits, init, algebra
-        self.sweeps, self.ridge = CPSweeps(self.backend, tensor, fixed), ridge
+        self.sweeps, self.ridge = _sweeps_of(self.backend, tensor, fixed), ridge
         # With this rank every tensor can be represented exactly; more components would only slow convergence.
         self.rank = min(rank, math.prod(self.sweeps.sizes) // max(self.sweeps.sizes))
         self.exact = _ROUNDING * self.sweeps.epsilon * norm
@@ -251,9 +257,10 @@ class _CPSearch:
         if (most <= _CRAWLS[-1][0] or self.rank == 1) and not self.ridge:
             return None, None
         # As much work as all sweeps, or as is done in seconds.
-        work = max(_WORK, 4 * self.rank * math.prod(self.sweeps.sizes) * most)
+        work = max(_WORK, 4 * self.rank * self.sweeps.cost * most)
         fine, coarse = self._descent(coarse=False), None
-        if fine.count > _COARSE and not self.ridge and max(fine.sweeps.sizes) > 2 * self.rank:
+        large = fine.count > _COARSE and max(fine.sweeps.sizes) > 2 * self.rank
+        if large and not self.ridge and self.sweeps.core_cost(self.rank) <= work:
             coarse = self._descent(coarse=True)
         counted = [
             (descent, work // descent.cost) if descent and descent.cost * _FEW_SWEEPS <= work else None
@@ -286,7 +293,8 @@ class _CPSearch:
     def _start(self, number: int) -> list[Array]:
         """Return the factors of a start, where the first start is by ``init`` and the others are random."""
         backend, sizes, rank = self.backend, self.sweeps.sizes, self.rank
-        if self.init == "svd" and rank == 1 and not self.algebra.plain and number < len(self._of_rank_one):
+        dense = not isinstance(self.tensor, SparseTensor)
+        if self.init == "svd" and rank == 1 and dense and not self.algebra.plain and number < len(self._of_rank_one):
             return self._of_rank_one[number]
         # A start depends on the seed and its number alone.
         rng = np.random.default_rng([self.algebra.seed, number]) if number else self.algebra.rng
@@ -299,7 +307,7 @@ class _CPSearch:
             return [self._random(rng, "normal", size, rank) for size in sizes]
         factors = []
         for mode, size in enumerate(sizes):
-            columns, _ = self.algebra.left(unfolded(backend, self.tensor, mode), rank)
+            columns = self.sweeps.leading(self.algebra, mode, rank)
             if (missing := rank - int(columns.shape[1])) > 0:
                 columns = backend.concat([columns, self._random(rng, "uniform", size, missing)], axis=1)
             factors.append(columns + self._random(rng, "normal", size, rank) * (MOVED / math.sqrt(size)))
@@ -352,6 +360,11 @@ class CPSweeps:
         Real or complex, with at least two modes.
     fixed : collection of int
         Modes whose factors are not changed.
+
+    Attributes
+    ----------
+    cost : int
+        Multiply-adds of the products with one component.
     """
 
     def __init__(self, backend: Backend, tensor: Array, fixed: Collection[int] = ()) -> None:
@@ -362,6 +375,15 @@ class CPSweeps:
         self.epsilon = float(np.finfo(backend.dtype_name(tensor)).eps)
         self.complex = backend.is_complex(tensor)
         self.matrix = backend.reshape(tensor, (math.prod(self.sizes[:cut]), math.prod(self.sizes[cut:])))
+        self.cost = math.prod(self.sizes)
+
+    def core_cost(self, rank: int) -> float:
+        """Return the multiply-adds of a projection to as many leading singular vectors of each mode as components."""
+        return rank * self.cost
+
+    def leading(self, algebra: Algebra, mode: int, rank: int) -> Array:
+        """Return leading left singular vectors of an unfolding, as many as there are up to a rank."""
+        return algebra.left(unfolded(self.backend, self.backend.reshape(self.matrix, self.sizes), mode), rank)[0]
 
     def sweep(self, factors: Sequence[Array], ridge: float = 0.0) -> list[Array]:
         """Return the factors after each was replaced by the best one with the others fixed.
@@ -424,6 +446,15 @@ class CPSweeps:
         rows, cols = (khatri_rao(backend, [factors[mode] for mode in half]) for half in self.halves)
         return self.matrix - backend.matmul(rows, backend.matrix_transpose(cols))
 
+    def measured(self, factors: Sequence[Array]) -> tuple[float, Any]:
+        """Return the distance of the tensor from any factors, and what :meth:`gradients` takes."""
+        left = -self.difference(factors)
+        return norm_of(self.backend, left), left
+
+    def gradients(self, left: Any, factors: Sequence[Array]) -> dict[int, Array]:
+        """Return the gradient of half the squared distance by each free factor, conjugated."""
+        return self.products(left, factors)
+
     def products(self, matrix: Array, factors: Sequence[Array], last: Array | None = None) -> dict[int, Array]:
         """Return a tensor, as the matrix of the halves, times all factors but one, conjugated, for each free mode.
 
@@ -441,14 +472,18 @@ class CPSweeps:
 
     def slope(self, factors: Sequence[Array], error: float, swept: bool = False) -> float:
         """Return the relative gradient at factors, perhaps those of the last sweep: see :func:`relative_slope`."""
-        grams = [self._gram(factor) for factor in factors]
-        last = self._partial if swept and not self.fixed else None
-        gradients, columns = {}, {}
+        return relative_slope(*self._slopes(factors, self._partial if swept and not self.fixed else None), error)
+
+    def _slopes(
+        self, factors: Sequence[Array], last: Array | None = None
+    ) -> tuple[dict[int, np.ndarray], dict[int, np.ndarray]]:
+        """Return the gradients as differences of products, and the squared norms of the derivatives by columns."""
+        grams, gradients, columns = [self._gram(factor) for factor in factors], {}, {}
         for mode, product in self.products(self.matrix, factors, last).items():
             system = hadamard_tensor([gram for m, gram in enumerate(grams) if m != mode])
             gradients[mode] = self.backend.to_numpy(self.backend.matmul(factors[mode], system) - product)
             columns[mode] = self.backend.to_numpy(system).diagonal().real
-        return relative_slope(gradients, columns, error)
+        return gradients, columns
 
     def largest(self) -> float:
         """Return the largest norm of a component that the last sweep returned; infinity if one is not finite."""
@@ -500,6 +535,51 @@ class CPSweeps:
 def _cut(sizes: Sequence[int]) -> int:
     """Return the mode that begins the second half if the halves together are to have the fewest elements."""
     return min(range(1, len(sizes)), key=lambda m: math.prod(sizes[:m]) + math.prod(sizes[m:]))
+
+
+class SparseSweeps(CPSweeps):
+    """Sweeps over the factors of a sparse tensor, in NumPy and double precision, from its products with one mode left
+    out; gradients are differences of products.
+    """
+
+    def __init__(self, tensor: SparseTensor, fixed: Collection[int] = ()) -> None:
+        self.backend, self.fixed, self.matrix = load_backend("numpy"), frozenset(fixed), tensor
+        self.sizes, order = list(tensor.shape), len(tensor.shape)
+        # One half has all modes.
+        self.halves = [list(range(order)), []]
+        self.epsilon, self.complex = float(np.finfo(np.float64).eps), tensor.values.dtype.kind == "c"
+        # Sums of scattered numbers take several times as long as those of a matrix product.
+        self.cost = 4 * order * order * len(tensor.values)
+
+    def core_cost(self, rank: int) -> float:
+        return math.inf if self.fixed else self.cost * rank ** (len(self.sizes) - 1)
+
+    def leading(self, algebra: Algebra, mode: int, rank: int) -> Array:
+        return self.matrix.left(mode, min(rank, self.sizes[mode]), algebra.seed)
+
+    def residual(self, factors: Sequence[Array]) -> float:
+        def entries(places: np.ndarray) -> np.ndarray:
+            rows = (factor[places[:, mode]] for mode, factor in enumerate(factors))
+            return np.asarray(functools.reduce(np.multiply, rows).sum(axis=1))
+
+        square = float(np.sum(hadamard_tensor([self._gram(factor) for factor in factors])).real)
+        return float(self.matrix.distance(entries, math.sqrt(max(square, 0.0)), lambda: cp_to_tensor((None, factors))))
+
+    def measured(self, factors: Sequence[Array]) -> tuple[float, Any]:
+        return self.residual(factors), None
+
+    def gradients(self, left: Any, factors: Sequence[Array]) -> dict[int, Array]:
+        return self._slopes(factors)[0]
+
+    def _half_contracted(self, matrix: Array, factors: Sequence[Array], half: list[int], other: list[int]) -> Array:
+        return None
+
+    def _contracted(self, partial: Array, factors: Sequence[Array], own: list[int], mode: int) -> Array:
+        return self.matrix.product([self._conj(factor) for factor in factors], mode)
+
+
+def _sweeps_of(backend: Backend, tensor: Array | SparseTensor, fixed: Collection[int]) -> CPSweeps:
+    return SparseSweeps(tensor, fixed) if isinstance(tensor, SparseTensor) else CPSweeps(backend, tensor, fixed)
 
 
 class _Run:
@@ -646,7 +726,7 @@ class CPDescent:
     Parameters
     ----------
     algebra : Algebra
-    tensor : array, shape (d_1, …, d_M)
+    tensor : array or SparseTensor, shape (d_1, …, d_M)
     rank : int
     norm : float
         The tensor's.
@@ -654,10 +734,9 @@ class CPDescent:
         Modes whose factors are kept.
     ridge : float
         As in :func:`fit_cp`.
-
     coarse : bool
         Whether to fit the tensor's part in the subspace of the leading singular vectors of the free modes, as many as
-        components.
+        components. A sparse tensor then has no fixed modes.
 
     Attributes
     ----------
@@ -670,7 +749,7 @@ class CPDescent:
     def __init__(
         self,
         algebra: Algebra,
-        tensor: Array,
+        tensor: Array | SparseTensor,
         rank: int,
         norm: float,
         fixed: Collection[int],
@@ -681,15 +760,21 @@ class CPDescent:
         self.free = [mode for mode in range(len(tensor.shape)) if mode not in fixed]
         # Relative to the tensor, nothing over- or underflows.
         self.scale, self.epsilon, self.lost = norm ** (1.0 / len(self.free)), algebra.eps, 0.0
-        self.bases, host = dict[int, np.ndarray](), math.prod(tensor.shape) <= _ON_HOST
+        self.bases = dict[int, np.ndarray]()
         self.put: Callable[[np.ndarray], Array] = algebra.array
         tensor = tensor * (1.0 / norm)
-        if coarse:
+        sparse = isinstance(tensor, SparseTensor)
+        host = not sparse and math.prod(tensor.shape) <= _ON_HOST
+        if coarse and sparse:
+            self.bases = {mode: tensor.left(mode, min(rank, tensor.shape[mode]), algebra.seed) for mode in self.free}
+            tensor = tensor.projected(self.bases)
+        elif coarse:
             for mode in self.free:
                 basis, _ = algebra.left(unfolded(backend, tensor, mode), rank)
                 self.bases[mode] = double_on_host(backend, basis)
                 adjoint = backend.matrix_transpose(backend.conj(basis) if backend.is_complex(basis) else basis)
                 tensor = mode_product(backend, tensor, adjoint, mode)
+        if coarse:
             self.lost = max(0.0, 1.0 - norm_of(backend, tensor) ** 2)
         if coarse or host:
             tensor, backend, self.put = double_on_host(backend, tensor), load_backend("numpy"), _as_it_is
@@ -698,10 +783,11 @@ class CPDescent:
                 if basis is not None:
                     self.bases[mode], tensor = basis, mode_product(backend, tensor, basis.conj().T, mode)
                     self.lost += tail**2
-        self.sweeps = CPSweeps(backend, tensor, fixed)
+        self.sweeps = _sweeps_of(backend, tensor, fixed)
         self.count = rank * sum(self.sweeps.sizes[mode] for mode in self.free)
-        equations = self.count**3 // 3 if self.count <= _FORMED else 2 * _CONJUGATE * _CONJUGATES
-        self.cost = equations + 8 * rank * math.prod(self.sweeps.sizes) + _STEP
+        conjugates = 2 * _CONJUGATE * max(_CONJUGATES, 3 * rank * self.count)
+        equations = self.count**3 // 3 if self.count <= _FORMED else conjugates
+        self.cost = equations + 8 * rank * self.sweeps.cost + _STEP
 
     def run(
         self, factors: Sequence[Array], steps: Iteration, most: int, annealed: bool = False
@@ -752,8 +838,8 @@ class CPDescent:
     def _descended(
         self, x: list[np.ndarray], steps: Iteration, most: int, annealed: bool
     ) -> tuple[list[np.ndarray], float]:
-        left, damping, taken, before = self._left(x), _FIRST, 0, math.inf
-        square, least = self._square(left), (_ROUNDING / 4.0 * self.epsilon) ** 2
+        (square, left), damping, taken, before = self._measured(x), _FIRST, 0, math.inf
+        least = (_ROUNDING / 4.0 * self.epsilon) ** 2
         steps.begin(math.sqrt(square + self._penalty(x, self.ridge)))
         while True:
             error = math.sqrt(square)
@@ -773,10 +859,9 @@ class CPDescent:
                 steps.stopped = "max_iterations"
             growth = 2.0
             while not steps.stopped:
-                step, gain = equations.step(damping, functools.partial(self._curvature, x))
+                step, gain = equations.step(damping)
                 moved = [factor + step.get(mode, 0.0) for mode, factor in enumerate(x)]
-                now = self._left(moved)
-                after = self._square(now)
+                after, now = self._measured(moved)
                 if (lost := total - after - self._penalty(moved, ridge)) > 0.0:
                     damping *= max(_DOWN, 1.0 - (2.0 * lost / gain - 1.0) ** 3) if gain > 0.0 else 1.0
                     damping = max(damping, _LEAST)
@@ -792,55 +877,18 @@ class CPDescent:
     def _put(self, x: Sequence[np.ndarray]) -> list[Array]:
         return [self.put(factor) for factor in x]
 
-    def _left(self, x: Sequence[np.ndarray]) -> Array:
-        """Return the factors' tensor less the one that is fitted, as the matrix of the halves."""
-        return -self.sweeps.difference(self._put(x))
-
-    def _square(self, left: Array) -> float:
-        norm = norm_of(self.sweeps.backend, left)
-        return norm * norm + self.lost if math.isfinite(norm) else math.inf
+    def _measured(self, x: Sequence[np.ndarray]) -> tuple[float, Any]:
+        """Return the squared distance from the factors, and what their gradient takes."""
+        distance, left = self.sweeps.measured(self._put(x))
+        return distance * distance + self.lost if math.isfinite(distance) else math.inf, left
 
     def _penalty(self, x: Sequence[np.ndarray], ridge: float) -> float:
         return ridge * sum(float(np.linalg.norm(x[mode])) ** 2 for mode in self.free) if ridge else 0.0
 
-    def _pulled(self, left: Array, x: Sequence[np.ndarray]) -> dict[int, np.ndarray]:
-        """Return the derivatives of the tensor by each free factor, times a tensor."""
-        products = self.sweeps.products(left, self._put(x))
-        return {mode: double_on_host(self.sweeps.backend, product) for mode, product in products.items()}
-
-    def _curvature(self, x: Sequence[np.ndarray], step: Mapping[int, np.ndarray]) -> dict[int, np.ndarray]:
-        """Return half the second derivative of the tensor along a step, pulled back like a gradient."""
-        sides, backend = [], self.sweeps.backend
-        for half in self.sweeps.halves:
-            # The half's product of factors as a polynomial in the step's length, up to its square.
-            terms: list[Array | None] = [None, None, None]
-            for mode in half:
-                factor, change = self.put(x[mode]), self.put(step[mode]) if mode in step else None
-                terms = (
-                    [
-                        _added(
-                            [_times(backend, terms[n], factor), _times(backend, terms[n - 1] if n else None, change)]
-                        )
-                        for n in range(3)
-                    ]
-                    if mode != half[0]
-                    else [factor, change, None]
-                )
-            sides.append(terms)
-        pairs = [(a, b) for a, b in zip(sides[0], sides[1][::-1], strict=True) if a is not None and b is not None]
-        if not pairs:
-            return {mode: np.zeros_like(change) for mode, change in step.items()}
-        rows, cols = (backend.concat(list(parts), axis=1) for parts in zip(*pairs, strict=True))
-        return self._pulled(backend.matmul(rows, backend.matrix_transpose(cols)), x)
-
-
-def _times(backend: Backend, a: Array | None, b: Array | None) -> Array | None:
-    return None if a is None or b is None else khatri_rao(backend, [a, b])
-
-
-def _added(terms: Sequence[Array | None]) -> Array | None:
-    present = [term for term in terms if term is not None]
-    return sum(present[1:], start=present[0]) if present else None
+    def _pulled(self, left: Any, x: Sequence[np.ndarray]) -> dict[int, np.ndarray]:
+        """Return the gradient of half the squared distance by each free factor, conjugated."""
+        gradients = self.sweeps.gradients(left, self._put(x))
+        return {mode: double_on_host(self.sweeps.backend, gradient) for mode, gradient in gradients.items()}
 
 
 def _as_it_is(x: np.ndarray) -> np.ndarray:
@@ -894,9 +942,7 @@ class _Equations:
         columns = {mode: gram.diagonal().real + self.ridge for mode, gram in self.alone.items()}
         return relative_slope(self.gradient, columns, error)
 
-    def step(
-        self, damping: float, curvature: Callable[[dict[int, np.ndarray]], dict[int, np.ndarray]]
-    ) -> tuple[dict[int, np.ndarray], float]:
+    def step(self, damping: float) -> tuple[dict[int, np.ndarray], float]:
         """Return a step with its correction, and by how much it reduces the linearized squared error."""
         shift = damping * self.size
         try:
@@ -905,10 +951,26 @@ class _Equations:
             return {mode: np.full(shape, np.nan) for mode, shape in self.shapes.items()}, 0.0
         step = {mode: -change for mode, change in solve(self.gradient).items()}
         gain = shift * _inner(step, step) - _inner(step, self.gradient)
-        correction = solve(curvature(step))
+        correction = solve(self.curvature(step))
         if _inner(correction, correction) <= (0.5 * _CURVED) ** 2 * _inner(step, step):
             step = {mode: change - correction[mode] for mode, change in step.items()}
         return step, gain
+
+    def curvature(self, step: Mapping[int, np.ndarray]) -> dict[int, np.ndarray]:
+        """Return half the second derivative of the tensor along a step, pulled back like a gradient."""
+        # The Gram matrix with the factor, which moves along the step, is a polynomial of the step's length.
+        overlaps, start = self._overlaps(step), np.zeros(self.grams[0].shape)
+        pulled = {}
+        for mode in self.free:
+            others = [m for m in self.free if m != mode]
+            once = sum((self._others(mode, m) * overlaps[m] for m in others), start=start)
+            pairs = itertools.combinations(others, 2)
+            twice = sum((self._others(mode, m, n) * overlaps[m] * overlaps[n] for m, n in pairs), start=start)
+            pulled[mode] = step[mode] @ once.T + self.x[mode] @ twice.T
+        return pulled
+
+    def _overlaps(self, step: Mapping[int, np.ndarray]) -> dict[int, np.ndarray]:
+        return {mode: self.x[mode].conj().T @ part for mode, part in step.items()}
 
     def _solver(self, shift: float) -> Callable[[Mapping[int, np.ndarray]], dict[int, np.ndarray]]:
         if self.formed is None:
@@ -945,13 +1007,10 @@ class _Equations:
 
     def _product(self, vec: Mapping[int, np.ndarray], shift: float) -> dict[int, np.ndarray]:
         """Multiply by ``Jᴴ J`` plus a multiple of the identity."""
-        overlaps = {mode: self.x[mode].conj().T @ part for mode, part in vec.items()}
-        product = {}
+        overlaps, start, product = self._overlaps(vec), np.zeros(self.grams[0].shape), {}
         for m in self.free:
-            product[m] = vec[m] @ self.alone[m].T + shift * vec[m]
-            for n in self.free:
-                if n != m:
-                    product[m] = product[m] + self.x[m] @ (self._others(m, n) * overlaps[n]).T
+            mixed = sum((self._others(m, n) * overlaps[n] for n in self.free if n != m), start=start)
+            product[m] = vec[m] @ self.alone[m].T + shift * vec[m] + self.x[m] @ mixed.T
         return product
 
     def _by_products(self, shift: float, right: Mapping[int, np.ndarray]) -> dict[int, np.ndarray]:

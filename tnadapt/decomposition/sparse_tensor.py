@@ -5,6 +5,7 @@ The zeros are values, as in every sparse array, and not missing. Everything is c
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +19,8 @@ from tnadapt.errors import BackendError, ShapeError
 _PIECE = 1 << 22
 # Up to this many elements, a dense SVD or residual takes less time or has more digits.
 _SMALL = 1 << 20
+# Such a residual is formed if its square is below this part of the tensor's.
+_NEAR = 1e-4
 # Squares of values stay in the range of float64 if the largest is between these.
 _LEAST, _MOST = 1e-140, 1e140
 # A key of several indices stays below this.
@@ -58,6 +61,13 @@ class SparseTensor:
         tensor = np.zeros(self.shape, self.dtype)
         tensor[tuple(self.places)] = self.values
         return tensor
+
+    def __mul__(self, number: float) -> SparseTensor:
+        """Multiply by a number."""
+        product = copy.copy(self)
+        product.values, product.norm = self.values * number, self.norm * number
+        product._unfoldings = {mode: (matrix * number, at) for mode, (matrix, at) in self._unfoldings.items()}
+        return product
 
     def _unfolding(self, mode: int) -> tuple[Any, dict[int, np.ndarray]]:
         """Return the columns of an unfolding that are not zero as a CSR array, and their index in each other mode."""
@@ -132,18 +142,18 @@ class SparseTensor:
     ) -> float:
         """Compute the Frobenius distance from a tensor, given its elements, its norm and a function that forms it.
 
-        Unless the tensor is small, it is the root of a difference: below 1e-8 of the norms it is rounding.
+        It is the root of a difference: unless the tensor is small, below 1e-8 of the norms it is rounding.
         """
-        if math.prod(self.shape) <= _SMALL:
-            formed = np.array(form(), self.values.dtype)
-            formed[tuple(self.places)] -= self.values
-            return float(np.linalg.norm(formed))
         square, step = norm * norm, _PIECE >> 6
         for first in range(0, len(self.values), step):
             piece = slice(first, first + step)
             fitted = entries(np.stack([place[piece] for place in self.places], axis=1)).astype(self.values.dtype)
             square += float(np.linalg.norm(self.values[piece] - fitted) ** 2 - np.linalg.norm(fitted) ** 2)
-        return math.sqrt(max(0.0, square))
+        if square <= _NEAR * self.norm**2 and math.prod(self.shape) <= _SMALL:
+            formed = np.array(form(), self.values.dtype)
+            formed[tuple(self.places)] -= self.values
+            return float(np.linalg.norm(formed))
+        return math.sqrt(max(square, 0.0))  # of NaN, NaN
 
 
 def _numbered(places: Sequence[np.ndarray], shape: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:

@@ -15,10 +15,10 @@ from tnadapt.backends import Array
 from tnadapt.decomposition import completion
 from tnadapt.decomposition.block_passes import OVERSAMPLED, BlockPasses, compressed, khatri_rao_product
 from tnadapt.decomposition.completion import double_on_host
-from tnadapt.decomposition.cp_als import MOVED, Products, fit_cp, fit_cp_by_products
+from tnadapt.decomposition.cp_als import MOVED, Products, SparseSweeps, fit_cp, fit_cp_by_products
 from tnadapt.decomposition.fits import Callback, Fit, Iteration, limits_of
 from tnadapt.decomposition.linear_algebra import Algebra
-from tnadapt.decomposition.sparse_tensor import SparseTensor, check_range
+from tnadapt.decomposition.sparse_tensor import check_range
 from tnadapt.errors import BackendError, ConfigError, ShapeError, safe_repr
 
 from . import _requests
@@ -142,9 +142,11 @@ def cp(
     ``nonnegative``, too, there are only sweeps.
 
     Nonnegative factors are fitted column by column (hierarchical ALS: Gillis & Glineur, 2012) with extrapolation (Ang
-    et al., 2021), in double precision on the host. So are the factors of a sparse tensor, by sweeps alone from one
-    start by default, and the result is of NumPy: with n stored elements, a sweep takes ``M² n r`` multiply-adds and
-    ``n r`` numbers. A sparse tensor of up to 2^14 elements is formed; the error of a larger one is exact to 1e-8.
+    et al., 2021), in double precision on the host.
+
+    A sparse tensor is fitted like a dense one, in double precision on the host, and the result is of NumPy. With n
+    stored elements, a sweep takes ``M² n r`` multiply-adds and ``n r`` numbers, and a step about as much and the
+    equations. A sparse tensor of up to 2^14 elements is formed; the error of one above 2^20 is exact to 1e-8.
 
     Examples
     --------
@@ -174,10 +176,10 @@ def cp(
     modes = constrained_modes(nonnegative, request)
     whole = not request.sparse and not request.blocks
     ridge = _ridge_of(ridge)
-    if ridge and (request.observed is not None or modes or symmetric or not whole):
+    if ridge and (request.observed is not None or modes or symmetric or request.blocks):
         raise ConfigError(
-            "ridge= is for a dense tensor in memory, without mask=, weights=, nonnegative= and symmetric=: leave one "
-            "of them out"
+            "ridge= is for a tensor in memory, without mask=, weights=, nonnegative= and symmetric=: leave one of them "
+            "out"
         )
     if len(request.shape) == 2 and request.observed is None and not modes and not held and whole:
         request = request.kept()
@@ -219,7 +221,7 @@ def cp(
         elif request.blocks:
             fit = _in_blocks(request, rank, start, starts, Iteration(limits, callback), held, modes)
         elif modes or request.sparse:
-            fit = _by_products(request, rank, start, starts or 1, Iteration(limits, callback), held, modes)
+            fit = _by_products(request, rank, start, starts, Iteration(limits, callback), held, modes, ridge)
         else:
             steps = Iteration(limits, callback)
             fit = fit_cp(
@@ -269,12 +271,13 @@ def _by_products(
     request: Request,
     rank: int,
     start: str | list[Array],
-    starts: int,
+    starts: int | None,
     steps: Iteration,
     fixed: Collection[int],
     nonnegative: Collection[int],
+    ridge: float,
 ) -> Fit:
-    """Return the best fit from several starts; a matrix that is sparse has its SVD."""
+    """Return the best fit from several starts."""
     backend, shape, algebra = request.backend, request.shape, request.algebra()
     if len(shape) == 1:
         column = backend.reshape(request.tensor, (-1, 1))
@@ -283,11 +286,14 @@ def _by_products(
     if request.norm == 0.0 or (bound >= NO_POSITIVE and not fixed):
         zeros = {f"factor{mode}": algebra.zeros((size, rank)) for mode, size in enumerate(shape)}
         return Fit(zeros | {f"factor{mode}": start[mode] for mode in fixed}, True, 0, "zero")
+    kept = {f"factor{mode}": start[mode] for mode in fixed}
+    if request.sparse and not nonnegative:
+        wide = Algebra(backend, np.zeros(1, request.tensor.values.dtype), seed=request.seed)
+        fit = fit_cp(wide, request.tensor, rank, steps, init=start, fixed=fixed, starts=starts, ridge=ridge)
+        return fit._replace(arrays=algebra.arrays(fit.arrays) | kept)
     if request.sparse:
-        if len(shape) == 2 and not fixed and not nonnegative:
-            u, s, vh = request.tensor.matrix_triplets(rank, request.seed)
-            return Fit(algebra.arrays({"weights": s, "factor0": u, "factor1": vh.T}), False, 0, "SVD")
-        tensor, shift = _of_sparse(request.tensor), 0
+        sparse = request.tensor
+        tensor, shift = Products(shape, sparse.norm, sparse.product, SparseSweeps(sparse).residual), 0
     else:
         host = double_on_host(backend, request.tensor)
         shift = exponent_of(host)
@@ -300,11 +306,10 @@ def _by_products(
             return np.asarray(request.tensor.left(mode, min(rank, shape[mode]), request.seed))
         return double_on_host(backend, algebra.left(unfolded(backend, request.tensor, mode), rank)[0])
 
-    begun = _starts(request, rank, start, starts, fixed, nonnegative, leading)
+    begun = _starts(request, rank, start, starts or 1, fixed, nonnegative, leading)
     scaled = ([np.ldexp(x, -shift) if shift and m == free else x for m, x in enumerate(each)] for each in begun)
     fit = fit_cp_by_products(tensor, scaled, steps, fixed=fixed, nonnegative=nonnegative)
     arrays = {n: np.ldexp(x, shift) if shift and n == f"factor{free}" else x for n, x in fit.arrays.items()}
-    kept = {f"factor{mode}": start[mode] for mode in fixed}
     return fit._replace(arrays=algebra.arrays(arrays) | kept, bound=bound)
 
 
@@ -314,14 +319,6 @@ def _of_dense(tensor: np.ndarray) -> Products:
 
     norm = float(np.linalg.norm(tensor))
     return Products(tensor.shape, norm, lambda factors, mode: khatri_rao_product(tensor, mode, factors), distance)
-
-
-def _of_sparse(tensor: SparseTensor) -> Products:
-    def distance(factors: Sequence[np.ndarray]) -> float:
-        result = CPTensor(None, factors)
-        return tensor.distance(result.entries, float(result.norm()), result.to_tensor)
-
-    return Products(tensor.shape, tensor.norm, tensor.product, distance)
 
 
 def _starts(
@@ -365,7 +362,7 @@ _STARTS = 3
 # The norm of a difference that is rounding, in units of epsilon relative to the tensor; and a ridge for the weights.
 _ALIKE, _RIDGE = 64.0, 1e-14
 # Single steps may gain little; what this many gain says whether it has converged.
-_STEPS = 10
+_STEPS = 20
 
 
 def _cubic(request: Request) -> np.ndarray:
@@ -413,16 +410,18 @@ def _fitted_symmetric(request: Request, tensor: np.ndarray, rank: int, init: str
         return factor / lengths, lengths
 
     def solved(factor: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
-        """Return the best weights, the products of the tensor with all columns but one, and half the squared error."""
-        inner, products = factor.T @ factor, khatri_rao_product(tensor, 0, [factor] * order)
-        gram, right = inner**order, np.sum(products * factor, axis=0)
-        weights = np.linalg.solve(gram + _RIDGE * np.eye(rank), right)
-        return weights, products, 0.5 * float(norm**2 - 2.0 * weights @ right + weights @ gram @ weights)
+        """Return the best weights, half their gradient by the columns, and half the squared error."""
+        products = khatri_rao_product(tensor, 0, [factor] * order)
+        gram = (factor.T @ factor) ** order
+        weights = np.linalg.solve(gram + _RIDGE * np.eye(rank), np.sum(products * factor, axis=0))
+        # From the residual, both have as many digits for exact data as for any other.
+        left = cp_to_tensor((weights, [factor] * order)) - tensor
+        return weights, khatri_rao_product(left, 0, [factor] * order), 0.5 * float(np.vdot(left, left))
 
     def value(flat: np.ndarray) -> tuple[float, np.ndarray]:
         factor, lengths = unit(flat)
-        weights, products, half = solved(factor)
-        slope = order * weights * (factor @ ((factor.T @ factor) ** (order - 1) * weights[:, None]) - products)
+        weights, pulled, half = solved(factor)
+        slope = order * weights * pulled
         slope = (slope - factor * np.sum(slope * factor, axis=0)) / lengths
         return half / norm**2, slope.reshape(-1) / norm**2
 
@@ -457,10 +456,6 @@ def _fitted_symmetric(request: Request, tensor: np.ndarray, rank: int, init: str
 
 
 # -- Tensors that are read block by block ------------------------------------------------------------------------------
-
-
-# Least number of elements of a piece.
-_PIECE = 1 << 10
 
 
 def _in_blocks(
@@ -536,38 +531,34 @@ class _ObservedBlocks:
                     f"{getattr(array, 'shape', type(array).__name__)}"
                 )
         seen, square, largest = [np.zeros(size, bool) for size in passes.shape], 0.0, 0.0
-        for places, wanted, roots in self.pieces(passes.elements):
-            if not (np.isfinite(roots).all() and np.isfinite(wanted).all()):
+        for place, wanted, weight in self.blocks():
+            if not (np.isfinite(weight).all() and np.isfinite(wanted).all()):
                 raise ShapeError(
                     "an observed element is NaN or infinity, or a weight is one of these or negative: mask must be "
                     "True where an element is known, and weights finite and not negative"
                 )
-            for rows, place in zip(seen, places, strict=True):
-                rows[place] = True
-            largest = max(largest, float(np.max(np.abs(wanted * roots), initial=0.0)))
+            for mode, (rows, at) in enumerate(zip(seen, place, strict=True)):
+                rows[at] |= weight.any(axis=tuple(m for m in range(weight.ndim) if m != mode))
+            sizes = np.abs(wanted) * np.sqrt(weight)
+            largest = max(largest, float(np.max(sizes)))
             with np.errstate(over="ignore"):
-                square += float(np.sum(np.abs(wanted * roots) ** 2))
+                square += float(np.sum(sizes**2))
         check_range(largest, "a tensor that is read in blocks")
         self.norm = math.sqrt(square)
         for mode, rows in enumerate(seen):
             if not rows.all():
                 raise ShapeError(_requests.UNOBSERVED.format(index=int(np.argmin(rows)), mode=mode))
 
-    def pieces(self, length: int) -> Iterator[tuple[list[np.ndarray], np.ndarray, np.ndarray]]:
-        """Yield the indices of at most ``length`` observed elements, their values and the roots of their weights."""
+    def blocks(self) -> Iterator[tuple[tuple[slice, ...], np.ndarray, np.ndarray]]:
+        """Yield the position of each block, its elements and their weights, both zero where it is not observed."""
         for place, block in self.passes.blocks():
-            roots = np.ones(block.shape)
+            weights = np.ones(())
             if self.weights is not None:
                 with np.errstate(invalid="ignore"):  # negative weights become NaN
-                    roots = np.sqrt(np.asarray(self.weights[place], np.float64))
+                    weights = np.sqrt(np.asarray(self.weights[place], np.float64)) ** 2
             if self.mask is not None:
-                roots = roots * np.asarray(self.mask[place], bool)
-            known, flat = np.flatnonzero(roots), block.reshape(-1)
-            for first in range(0, len(known), length):
-                some = known[first : first + length]
-                inside = np.unravel_index(some, block.shape)
-                places = [span.start + index for span, index in zip(place, inside, strict=True)]
-                yield places, flat[some], roots.reshape(-1)[some]
+                weights = weights * np.asarray(self.mask[place], bool)
+            yield place, np.where(weights, block, 0.0), weights
 
 
 def _completed_in_blocks(
@@ -582,18 +573,19 @@ def _completed_in_blocks(
     passes, split = observed.passes, CP(request.shape, rank)
     names = [f"factor{mode}" for mode in range(len(request.shape))]
     bounded = {names[mode] for mode in nonnegative}
-    # A piece takes some rows of length r for each of its elements; shorter ones would only take time.
-    length = max(_PIECE, passes.elements // (rank * (len(names) + 2)))
     if not observed.norm:
         zeros = {name: np.zeros(shape) for name, shape in split.shapes.items()}
         return Fit(request.algebra().arrays(zeros), True, 0, "zero", error=0.0)
     if isinstance(start, str):
-        pieces = (piece for piece in observed.pieces(length) if piece[1].any())
-        places, wanted, _ = next(pieces)
+        place, wanted, _ = next(block for block in observed.blocks() if block[1].any())
+        # Some of its elements tell the size of a start.
+        inside = np.flatnonzero(wanted)[: max(1, passes.elements // (rank * (len(names) + 2)))]
+        places = [at.start + index for at, index in zip(place, np.unravel_index(inside, wanted.shape), strict=True)]
+        wanted = wanted.reshape(-1)[inside]
         elements, rng = completion.ObservedElements([split], [[""]], [places]), np.random.RandomState(request.seed)
         begun = completion.random_start(elements, rng, float(np.linalg.norm(wanted)), passes.wide, bounded)
     else:
         begun = {name: double_on_host(request.backend, factor) for name, factor in zip(names, start, strict=True)}
-    fit = completion.sweeps_in_blocks(split, lambda: observed.pieces(length), begun, steps, observed.norm, bounded)
+    fit = completion.sweeps_in_blocks(observed.blocks, begun, steps, observed.norm, passes.elements, bounded)
     solver = "nonnegative least squares" if bounded else "least squares"
     return fit._replace(arrays=request.algebra().arrays(fit.arrays), method=f"{solver} on observed elements in blocks")
