@@ -47,6 +47,8 @@ if installed("jax"):
 
     # Laws are checked in float64. What happens without it has a test of its own.
     jax.config.update("jax_enable_x64", True)
+    # Every operation is compiled for every shape, and runs once or twice: compiling takes nearly all of the time.
+    jax.config.update("jax_disable_most_optimizations", True)
 
 if installed("array_api_strict"):
     import array_api_strict

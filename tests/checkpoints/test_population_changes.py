@@ -7,10 +7,12 @@ import contextlib
 import dataclasses
 import io
 import itertools
+import multiprocessing
 import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -306,10 +308,21 @@ def killed(path: Path, change: Callable[[Path], None], at: int, part: float) -> 
     ],
 )
 def test_a_process_killed_at_any_step_leaves_the_old_members_or_the_new(
-    tmp_path: Path, name: str, again: str | None
+    tmp_path: Path, name: str, again: str | None, small_process: ProcessPoolExecutor
 ) -> None:
+    small_process.submit(kill_at_each_step, tmp_path, name, again).result()
+
+
+@pytest.fixture(scope="module")
+def small_process() -> Iterator[ProcessPoolExecutor]:
+    """A new process: to fork one in which many tests have run takes ten times as long."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as executor:
+        yield executor
+
+
+def kill_at_each_step(folder: Path, name: str, again: str | None) -> None:
     change, new = CHANGES[name]
-    path = tmp_path / "population.safetensors"
+    path = folder / "population.safetensors"
     for at, part in itertools.product(range(40), (0.0, 0.5)):
         code = killed(start(path), change, at, part)
         values = values_of(path)
@@ -336,7 +349,7 @@ def test_a_process_killed_at_any_step_leaves_the_old_members_or_the_new(
             assert values[1] == 5.0
         assert values_of(path) == values
         population = tna.load(path)
-        expected = saved(tmp_path / "again.safetensors", list(population), population.names)
+        expected = saved(folder / "again.safetensors", list(population), population.names)
         assert path.read_bytes() == expected.read_bytes()
     else:
         raise AssertionError("the change has more steps than were tried")

@@ -248,7 +248,7 @@ def test_engine_and_options_arrive_in_the_study(cache: Path, tmp_path: Path, mon
 @pytest.mark.parametrize("jobs", in_depth([1, 2], [2]))
 def test_killed_halfway_it_goes_on(cache: Path, tmp_path: Path, jobs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = (
-        *("--pretrain-epochs", 1, "--cache", cache, "--out", tmp_path, "--jobs", jobs, "--batch", 64, "--epochs", 4),
+        *("--pretrain-epochs", 1, "--cache", cache, "--out", tmp_path, "--jobs", jobs, "--batch", 64, "--epochs", 2),
         *("--lr", 0.01, "--lr", 0.02, "--lr", 0.03, "--rank", 1),
     )
     with begin(*arguments) as process:

@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 import tnadapt as tna
 import tnadapt.torch as tt
 from tests.support.array_presets import P
-from tests.support.depth import LONG
+from tests.support.depth import LONG, in_depth
 from tnadapt.testing.strategies import plans
 from tnadapt.testing.verification import examples
 
@@ -700,7 +700,7 @@ def test_a_compiled_model_runs_adapted_layers_outside_of_its_program(config: str
 @pytest.mark.slow
 @pytest.mark.law("compile")
 @compiles_whole
-@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("config", in_depth(CONFIGS, ["lora", "behind F", "theta", "dora, weight", "pissa"]))
 def test_a_model_is_compiled_once_for_whichever_member_is_active(config: str) -> None:
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()

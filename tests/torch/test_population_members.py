@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import itertools
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 import tnadapt as tna
 import tnadapt.torch as tt
 from tests.support.array_presets import P
+from tests.support.depth import in_depth
 
 from .internals import MemberState
 from .loops import bits, same
@@ -35,6 +37,10 @@ CONFIGS: dict[str, Any] = {
     "several": {"q": tna.presets.lora(2), "v": tna.presets.superlora(2)},
 }
 configs = pytest.mark.parametrize("config", CONFIGS)
+PROGRAMS = in_depth(
+    itertools.product(CONFIGS, ["auto", "weight"]),
+    [("lora", "auto"), ("dora", "auto"), ("theta", "weight"), ("behind F", "auto"), ("several", "weight")],
+)
 NAMES = ["ann", "bob", "cleo", "dan"]
 
 
@@ -110,8 +116,7 @@ def test_the_active_member_follows_parameters_to_other_memory(config: str, stora
 
 
 @compiles_whole
-@pytest.mark.parametrize("strategy", ["auto", "weight"])
-@configs
+@pytest.mark.parametrize(("config", "strategy"), PROGRAMS)
 def test_a_program_of_the_active_member(config: str, strategy: str) -> None:
     """It is compiled before any pass, without a break."""
     model, adapters = population(config, strategy=strategy)
