@@ -325,10 +325,10 @@ class FitOutcome(Optimality):
         """Whether it stopped because it improved no more; True if there was no iteration.
 
         A step gained no more than ``tol``, as :class:`Limits` says; the error fell by less than a tenth of itself, or,
-        if it is at most 0.01, a thousandth. :func:`tnadapt.cp` of a dense or sparse tensor in memory
-        also requires a small gradient, unless there is a mask or a constraint: the largest cosine of the residual with
-        its derivative by one column of a factor is at most ``10 * tol ** 0.5``, 1e-3 by default. It depends on no
-        scale. Or the error is no more than rounding.
+        if it is at most 0.01, a thousandth. :func:`tnadapt.cp` of a dense or sparse tensor in memory also requires a
+        small gradient, unless there is a mask or a constraint: the largest cosine of the residual with its derivative
+        by one column of a factor is at most ``10 * tol ** 0.5``, 1e-3 by default. It depends on no scale. Or the error
+        is no more than rounding.
         """
         return self.stopped in _CONVERGED
 
