@@ -1083,11 +1083,28 @@ def test_masked_cp_in_blocks_is_that_of_memory(
     start = tt.random_cp(tensor.shape, 2, random_state=2)
     words = {"mask": mask, "init": start, "max_iterations": 5, "tol": 0.0}
     found = tna.cp(SOURCES[source](tmp_path, tensor), 2, memory=1 << 13, **words)
-    # In memory, small problems have Gauss-Newton: without its work, there are sweeps.
+    # In memory, small problems have Gauss-Newton: without its work, there are sweeps, of rows or of all elements.
     monkeypatch.setattr(completion, "_WORK", 0)
-    expected = tna.cp(tensor, 2, **words)
-    np.testing.assert_allclose(found.history, expected.history, rtol=1e-5)
-    np.testing.assert_allclose(found.to_tensor(), expected.to_tensor(), atol=1e-6)
+    for part in (1.0, 0.0):
+        monkeypatch.setattr("tnadapt.tensors._requests._DENSE", part)
+        expected = tna.cp(tensor, 2, **words)
+        np.testing.assert_allclose(found.history, expected.history, rtol=1e-5)
+        np.testing.assert_allclose(found.to_tensor(), expected.to_tensor(), atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "complex128"])
+def test_masked_sweeps_of_all_elements_are_those_of_rows(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(completion, "_WORK", 0)
+    tensor = tt.random_cp((12, 13, 14), 2, random_state=1, dtype=dtype).to_tensor()
+    weights = np.random.default_rng(0).random(tensor.shape) * (np.random.default_rng(1).random(tensor.shape) < 0.5)
+    results = []
+    for part in (1.0, 0.0):
+        monkeypatch.setattr("tnadapt.tensors._requests._DENSE", part)
+        results.append(tna.cp(tensor, 2, weights=weights, max_iterations=40, tol=0.0))
+    rows, products = results
+    assert products.factors[0].dtype == tensor.dtype
+    np.testing.assert_allclose(products.history, rows.history, rtol=1e-5, atol=1e-9)
+    np.testing.assert_allclose(products.to_tensor(), rows.to_tensor(), rtol=1e-4, atol=1e-5)
 
 
 @sources
