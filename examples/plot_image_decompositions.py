@@ -26,7 +26,7 @@ print(photo.shape, photo.size)
 # pixels: in each Kronecker product, one block of pixels is repeated everywhere, each time with another weight.
 
 results = {
-    "CP": tna.cp(photo, 46, max_iterations=50, init="random"),
+    "CP": tna.cp(photo, 46, max_iterations=30, init="random"),
     "Tucker": tna.tucker(photo, (44, 44, 3)),
     "tensor train": tna.tensor_train(photo, (21, 3)),
     "Kronecker": tna.kronecker_decomposition(photo, [(61, 64, 1), (7, 10, 3)], 12),
