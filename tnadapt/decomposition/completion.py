@@ -497,7 +497,7 @@ def _dense_equations(
     rights = khatri_rao_product(weighted, mode, [row.conj() for row in rows])
     grams = np.empty((count, rank, rank), rights.dtype)
     firsts, seconds = np.triu_indices(rank)
-    # As many columns at once as an array of the block's size has room for.
+    # As many columns at once as keep the products no larger than a block.
     step = max(1, elements * weights.shape[-1 if mode < weights.ndim - 1 else -2] // weights.size)
     for begin in range(0, len(firsts), step):
         first, second = firsts[begin : begin + step], seconds[begin : begin + step]
