@@ -253,6 +253,105 @@ def test_the_page_is_that_of_its_results_and_explains_every_difference(benchmark
     assert suite.explained(suite.differences(rows), reasons)[1] == []
 
 
+# -- PEFT's board ----------------------------------------------------------------------------------
+
+
+# PEFT 0.21 asks transformers 5 for a property under its old name.
+old_name = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+
+
+@pytest.fixture
+def board(benchmark_scripts: Scripts) -> ModuleType:
+    for package in ("peft", "transformers"):
+        pytest.importorskip(package)
+    return benchmark_scripts("peft_board")
+
+
+def board_llama(layers: int) -> Any:
+    """Return a Llama with fewer values than queries, like the board's."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 256, "intermediate_size": 32, "num_hidden_layers": layers, "vocab_size": 32}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return LlamaForCausalLM(LlamaConfig(num_attention_heads=2, num_key_value_heads=1, head_dim=128, **sizes))
+
+
+@old_name
+def test_a_folder_of_the_board_trains_as_many_numbers_as_it_says(board: ModuleType, tmp_path: Path) -> None:
+    import torch
+    from peft import PeftConfig, get_peft_model
+
+    table, base = board.write(tmp_path), board.llama()
+    # As many as on the board itself, in the results of its experiment lora/llama-3.2-3B-rank32.
+    assert "/lora-rank32 | 9,175,040 | 0.01 |" in table
+    for experiment in board.experiments(base):
+        # LoRA of rank 4 needs 40 such layers to have more numbers than the largest Uni-LoRA.
+        small = board_llama(layers=40 if experiment.name.endswith(str(board.MOST)) else 4)
+        numbers, told = experiment.num_parameters(small), experiment.num_parameters(base)
+        assert told <= board.MOST or experiment.name.startswith("lora-rank32")
+        folder = tmp_path / board.PLACE / experiment.name
+        model = get_peft_model(small, PeftConfig.from_pretrained(str(folder)))
+        assert model.get_nb_trainable_parameters()[0] == numbers, experiment.name
+        params = json.loads((folder / "training_params.json").read_text(encoding="utf-8"))
+        assert params == {"max_steps": 5000, "optimizer_kwargs": experiment.optimizer}
+        rate = torch.optim.AdamW(model.parameters(), **params["optimizer_kwargs"]).param_groups[0]["lr"]
+        assert f"/{experiment.name} | {told:,} | {rate:g} |" in table
+
+
+@old_name
+def test_the_control_of_the_board_is_lora_of_peft(board: ModuleType) -> None:
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    import tnadapt.torch
+    from tnadapt import Config
+
+    (control,) = (one for one in board.experiments(board.llama()) if one.name == "lora-rank32-as-peft")
+    settings = {"r": 32, "lora_alpha": 64, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
+    models = [get_peft_model(board_llama(layers=2), config) for config in (LoraConfig(**settings), control.config)]
+    arrays = dict(tnadapt.torch.adapters(models[1])["default"].named_parameters())
+    for number, target in enumerate(tnadapt.torch.adapters(models[1])["default"].targets):
+        a = models[0].base_model.model.get_submodule(target.module).lora_A["default"].weight
+        arrays[f"group{number}.split0.factor1"].data.copy_(a.T)
+    words = torch.arange(12).view(2, 6)
+    for model in models:
+        optimizer = torch.optim.AdamW(model.parameters(), **control.optimizer)
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(input_ids=words, labels=words).loss.backward()
+            optimizer.step()
+    with torch.no_grad():
+        peft, ours, untrained = (model(input_ids=words).logits for model in (*models, board_llama(layers=2)))
+    # The start, on the board's model: PEFT draws A uniformly, up to one by the root of its columns.
+    start = board.plan(Config.from_dict(control.config.settings), board.llama()).init()
+    assert start["group0.split0.factor1"].std() == pytest.approx((3 * 3072) ** -0.5, rel=0.05)
+    torch.testing.assert_close(ours - untrained, peft - untrained, rtol=0, atol=1e-3 * (peft - untrained).abs().max())
+
+
+def test_the_script_of_the_board_knows_the_plugin(
+    board: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", ["", *sys.path])
+    monkeypatch.setattr(sys, "argv", ["peft_board.py", "run", "-v", "experiments/tnadapt/unilora-1000"])
+    with pytest.raises(SystemExit, match=r"has no run\.py: change to method_comparison/MetaMathQA of a clone of PEFT"):
+        board.main()
+    board.write(tmp_path)
+    (tmp_path / "utils.py").write_text("NAME = 'of the board'")
+    (tmp_path / "run.py").write_text(
+        "import sys, peft, utils\n"
+        "config = peft.PeftConfig.from_pretrained(sys.argv[2])\n"
+        "print(__name__, sys.argv[:2], utils.NAME, config.peft_type.value)\n",
+    )
+    printed: list[Any] = []
+    monkeypatch.setattr("builtins.print", lambda *words: printed.extend(words))
+    board.main()
+    sys.modules.pop("utils")
+    assert printed == ["__main__", ["run.py", "-v"], "of the board", "TNADAPT"]
+
+
 # -- The scripts themselves ------------------------------------------------------------------------
 
 SMOKES: list[tuple[str, ...]] = [
