@@ -65,7 +65,7 @@ CHECKS: dict[str, list[list[str]]] = {
     "demo": [DRY_RUN],
     "hub": [imports("tnadapt.torch", "accelerate", "datasets", "huggingface_hub", "PIL", "timm", "transformers")],
     "paper": [DRY_RUN, imports("diffusers", "gguf", "onnx", "torch_fidelity", "torchvision")],
-    "quality": [DRY_RUN, imports("peft", "trl")],
+    "quality": [DRY_RUN, imports("peft")],
     "ray": [[*DRY_RUN, "--engine", "ray"], imports("ray")],
     "slurm": [[*DRY_RUN, "--engine", "slurm"], imports("submitit")],
     "gguf": [imports("gguf", "tnadapt.convert")],

@@ -28,7 +28,6 @@ import argparse
 import collections
 import contextlib
 import functools
-import io
 import itertools
 import json
 import os
@@ -45,6 +44,7 @@ import torch
 from decoding import llama
 from formatting import list_table, number
 from machine import installed, machine
+from reasoning import ASKED, EXAMPLES, RIGHT, TESTS, Questions, prompt
 from timing import ratios, take_turns
 from torch import Tensor
 
@@ -311,50 +311,9 @@ def said_of(state: Row) -> str:
 
 #: Tokens of a question and of an answer at most, and those that are generated.
 QUESTION, ANSWER, GENERATED = 64, 12, 16
-EXAMPLES, ASKED, TESTS, POOL = 4, 100, 200, 1200
 SAMPLED, GENERATIONS = 16, 8
 #: The largest share of right answers that a control may have.
 SOLVED = 0.2
-#: What reasoning-gym's score of a right answer exceeds.
-RIGHT = 0.999
-
-
-class Task:
-    """A task at the first level of its curriculum: examples, questions to choose it by, tests and prompts to train."""
-
-    def __init__(self, name: str, size: int = POOL) -> None:
-        import reasoning_gym
-        from reasoning_gym.factory import DATASETS, create_curriculum
-
-        dataset, _ = DATASETS[name]
-        config = create_curriculum(name).generate_configuration({"seed": 0, "size": size})
-        with contextlib.redirect_stdout(io.StringIO()):  # some print
-            self.dataset = dataset(config=config)
-            entries = {entry["question"].strip(): entry for entry in self.dataset}
-        self.name, self.version = name, reasoning_gym.__version__
-        self.entries = list(entries.values())
-        cuts = (0, EXAMPLES, EXAMPLES + ASKED, EXAMPLES + ASKED + TESTS, len(self.entries))
-        parts = [self.entries[start:end] for start, end in itertools.pairwise(cuts)]
-        self.examples, self.asked, self.tests, self.training = parts
-
-    @functools.cached_property
-    def shots(self) -> str:
-        """The examples, for the beginning of a prompt."""
-        return "".join(f"{prompt(entry)} {entry['answer']}\n\n" for entry in self.examples)
-
-    def scores(self, texts: Sequence[str], entries: Sequence[Row]) -> list[float]:
-        """Return reasoning-gym's score of the first line of each text."""
-        lines = [text.strip().partition("\n")[0].strip() for text in texts]
-        return [float(self.dataset.score_answer(line, entry)) for line, entry in zip(lines, entries, strict=True)]
-
-    def right(self, texts: Sequence[str], entries: Sequence[Row]) -> float:
-        """Return the share of texts that are right."""
-        return statistics.fmean(score > RIGHT for score in self.scores(texts, entries))
-
-
-def prompt(entry: Row) -> str:
-    """Return a question as the model gets it."""
-    return f"Question: {entry['question'].strip()}\nAnswer:"
 
 
 def greedy(model: Any, tokenizer: Any, prompts: Sequence[str]) -> list[str]:
@@ -373,7 +332,7 @@ def unfit(name: str, tokenizer: Any) -> str | None:
     if name == "sokoban":
         return "its first level takes seconds to minutes a question"
     try:
-        few = Task(name, 20).entries
+        few = Questions(name, 20).entries
     except Exception as error:  # of a task's own code
         return f"{type(error).__name__}: {error}".splitlines()[0][:100]
     question, answer = (
@@ -382,14 +341,14 @@ def unfit(name: str, tokenizer: Any) -> str | None:
     )
     if question > QUESTION or answer > ANSWER:
         return f"{question} tokens of a question and {answer} of an answer"
-    entries = len(Task(name).entries)
+    entries = len(Questions(name).entries)
     needed = EXAMPLES + ASKED + 2 * TESTS
     return f"{entries} different questions" if entries < needed else None
 
 
 def asked_fairly(name: str, model: Any, tokenizer: Any) -> Row:
     """Return how the base answers a task, with examples and by sampling; the first control that solves it ends this."""
-    task = Task(name)
+    task = Questions(name)
     (_, times), *_ = collections.Counter(entry["answer"] for entry in task.training).most_common(1)
     row: Row = {"commonest answer": times / len(task.training)}
     if row["commonest answer"] <= SOLVED:
@@ -449,7 +408,7 @@ def plans(only: Sequence[str], seeds: Sequence[int], factors: Sequence[float], s
     return trainings
 
 
-def train(plan: Plan, task: Task, folder: Path) -> Row:
+def train(plan: Plan, task: Questions, folder: Path) -> Row:
     """Train with TRL, and return the rewards, the right answers and the drift of the base."""
     import transformers
 
@@ -471,7 +430,7 @@ def train(plan: Plan, task: Task, folder: Path) -> Row:
     return {**row, "seconds": round(time.perf_counter() - began, 1)}
 
 
-def reinforced(model: Any, tokenizer: Any, plan: Plan, task: Task) -> tuple[list[float], float]:
+def reinforced(model: Any, tokenizer: Any, plan: Plan, task: Questions) -> tuple[list[float], float]:
     """Return the mean reward of each step, and the seconds of all cycles."""
     import datasets
     import transformers
@@ -604,7 +563,7 @@ def main() -> None:
         if not asked_for.task and DATASETS.keys() - {row["task"] for row in asked}:
             parser.error("not every task was asked: run the part tasks first, or choose one by --task")
         folder, name = fetched(asked_for.cache), asked_for.task or chosen(asked)
-        task = Task(name)
+        task = Questions(name)
         ended = [Plan(**{name: row[name] for name in Plan._fields}) for row in read(path)]
         for plan in plans(asked_for.only, asked_for.seeds, asked_for.factors, asked_for.steps, name):
             if plan not in ended:

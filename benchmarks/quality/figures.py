@@ -9,7 +9,8 @@ from typing import Any
 
 from tnadapt.plot.canvas import figure, ink, pale, quiet, saved
 
-from .comparison import Outcome, at_budget, leader_of
+from .comparison import Outcome, at_budget, control_of, dense_of, leader_of, share
+from .methods import BASE
 from .tasks import QualityTask
 
 #: Colour and marker of each library.
@@ -54,9 +55,16 @@ def draw_scores(task: QualityTask, outcomes: Sequence[Outcome], path: Path, note
         axes.errorbar(
             [one.parameters for one in line], [shown(task, one.mean) for one in line],
             yerr=[shown(task, one.spread) for one in line], color=colour, marker=marker, markersize=6.5, linewidth=1.3,
-            elinewidth=1.0, capsize=2.5, label=f"{library}: best at each budget, by held-out score", zorder=4,
+            elinewidth=1.0, capsize=2.5, zorder=4,
+            label=f"{library}: at the default rate, best of each budget by held-out score",
         )  # fmt: skip
-    for one in (one for one in outcomes if one.library == "control" and one.measured):
+        tuned = [one for one in own if one.best_rate != one.rate and one.best_test is not None]
+        axes.plot(
+            [one.parameters for one in tuned], [shown(task, one.best_test or 0.0) for one in tuned], marker=marker,
+            linestyle="none", color=colour, alpha=0.6, markersize=5, fillstyle="none", zorder=3,
+            label=f"{library}: at another rate, the best one" if tuned else None,
+        )  # fmt: skip
+    for one in _levels(task, outcomes):
         level = shown(task, one.mean)
         axes.axhline(level, color=pale(), linewidth=1.0, linestyle=(0, (4, 3)), zorder=1)
         counted = f", {one.parameters:,} parameters" if one.parameters else ""
@@ -78,6 +86,40 @@ def draw_scores(task: QualityTask, outcomes: Sequence[Outcome], path: Path, note
     quiet(axes)
     _small_print(drawn, note)
     saved(drawn, path)
+
+
+def draw_learned(studies: Sequence[tuple[QualityTask, Sequence[Outcome]]], path: Path) -> None:
+    """Draw for each task how much of the gain of dense updates tnadapt's methods reach with how many parameters.
+
+    A line joins the methods with the best held-out score at each budget; points are all methods.
+    """
+    drawn, axes = figure(10, 5.2)
+    axes.set_xscale("log")
+    for place, (task, outcomes) in enumerate(studies):
+        colour = f"C{place}"
+        ours = [one for one in outcomes if one.library == "tnadapt" and one.measured]
+        shares = {id(one): 100 * (share(task, one, outcomes) or 0.0) for one in ours}
+        numbers = [one.parameters for one in ours]
+        axes.plot(numbers, [shares[id(one)] for one in ours], "o", color=colour, alpha=0.35, markersize=4)
+        best = [one for budget in budgets_of(ours) if (one := leader_of(task, at_budget(ours, budget))) is not None]
+        axes.plot(
+            [one.parameters for one in best], [shares[id(one)] for one in best], "o-", color=colour, label=task.title
+        )
+    for level in (0, 50, 100):
+        axes.axhline(level, color=pale(), linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
+    axes.set_ylim(-60, 130)
+    axes.set_xlabel("trained parameters of the adapter", fontsize=9, color=ink())
+    axes.set_ylabel("gain over the best control, % of that of dense updates", fontsize=9, color=ink())
+    axes.legend(loc="lower right", fontsize=8, frameon=False)
+    quiet(axes)
+    saved(drawn, path)
+
+
+def _levels(task: QualityTask, outcomes: Sequence[Outcome]) -> list[Outcome]:
+    """Return what is drawn as a line: no adapter, the best control, and dense updates."""
+    levels = {one.method: one for one in (control_of(task, outcomes), dense_of(outcomes)) if one is not None}
+    levels |= {one.method: one for one in outcomes if one.method == BASE.name and one.measured}
+    return list(levels.values())
 
 
 def _small_print(drawn: Any, note: str) -> None:
@@ -136,7 +178,11 @@ def _panel(task: QualityTask, outcomes: Sequence[Outcome], budget: int, axes: An
             [shown(task, one.mean)], [place], xerr=[shown(task, one.spread)], color=colour, marker=marker, markersize=4,
             elinewidth=0.9,
         )  # fmt: skip
-    for control in (one for one in outcomes if one.library == "control" and one.measured):
+        if one.best_rate != one.rate and one.best_test is not None:
+            axes.plot(
+                [shown(task, one.best_test)], [place], marker=marker, color=colour, markersize=4, fillstyle="none"
+            )
+    for control in _levels(task, outcomes):
         axes.axvline(shown(task, control.mean), color=pale(), linewidth=0.9, linestyle=(0, (4, 3)), zorder=0)
     axes.set_yticks(range(len(ranked)), [one.name for one in ranked], fontsize=7)
     axes.set_ylim(len(ranked) - rows - 0.7, len(ranked) - 0.3)

@@ -29,7 +29,7 @@ class Grid:
     """The settings of a task."""
 
     facts: Facts
-    #: The controls first, then by budget and method.
+    #: The controls and references first, then by budget and method.
     settings: tuple[Setting, ...]
     absent: tuple[Absent, ...]
 
@@ -72,7 +72,7 @@ def grid_of(task: QualityTask, names: Sequence[str] | None = None, budgets: Sequ
     chosen = [methods.find(name) for name in (methods.names() if names is None else names)]
     sketch = task.sketch()
     facts = task.facts(sketch)
-    controls = [control.largest(facts, sketch, 0) for control in methods.CONTROLS]
+    controls = [methods.find(name).largest(facts, sketch, 0) for name in task.controls]
     settings, absent = [], []
     for budget in sorted(set(budgets)):
         if budget > facts.size:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,41 +9,25 @@ from tnadapt.checkpoints.atomic_files import replace_file
 from tnadapt.report import TextTable
 
 from ..formatting import folded, wrapped
-from . import methods, replication, report, store, tasks, which
-from .comparison import at_budget, outcomes_of
+from . import methods, report, store, tasks, which
+from .comparison import at_budget, half_learned, outcomes_of, spread_of_methods
+from .figures import draw_learned
 from .grid import BUDGETS
+from .recommendation import studies_of
 from .tuning import BEYOND
 
-_THREE_RATES = "--rates 0.001,0.01,0.1 --no-refine"
 #: Arguments of ``python -m benchmarks.quality run TASK --profile day``, in the order of the runs.
 RUNS: dict[str, tuple[str, ...]] = {
     "digits": ("--budgets 13,100,1000,10000",),
-    "reviews": (
-        "--budgets 13 --methods tinylora,unilora",
-        "--budgets 100 --methods lonkr,superlora-projected,tinylora,unilora,peft-unilora",
-        "--budgets 1000 --methods lonkr,superlora-projected,lora_xs,tinylora,unilora,peft-unilora",
-        "--budgets 10000 --methods lora,superlora,superlora-projected,lora_xs,unilora,peft-lora",
-    ),
-    "cifar10": (
-        "--budgets 1000 --methods "
-        "lonkr,lorta,superlora-projected,fastfood,lora_xs,unilora,fourierft,peft-unilora,peft-fourierft",
-        "--budgets 10000 --methods superlora,superlora-projected,unilora",
-    ),
-    "smollm2-sft": (
-        f"--budgets 1000 --methods superlora-projected,unilora,peft-unilora {_THREE_RATES}",
-        f"--budgets 100000 --methods lora {_THREE_RATES}",
-    ),
-    "smollm2-grpo": (f"--budgets 1000 --methods superlora-projected,unilora {_THREE_RATES}",),
-    "diffusion": (
-        f"--budgets 1000 --methods superlora-projected,unilora {_THREE_RATES}",
-        f"--budgets 10000 --methods lora,superlora,superlora-projected,unilora {_THREE_RATES}",
-    ),
 }
 
 
 def write(folder: Path) -> list[Path]:
     """Draw the figures of all tasks with results, and write both pages."""
     paths = [path for task, scale in _studies(folder) for path in report.draw(folder, task, scale)]
+    if studies := studies_of(folder):
+        paths.append(folder / "learned.png")
+        draw_learned([(study.task, study.outcomes) for study in studies], paths[-1])
     target = folder / "page.md"
     replace_file(str(target), page(folder).encode())
     return [*paths, target, which.write(folder)]
@@ -69,6 +52,7 @@ def _page(folder: Path) -> Iterator[str]:
     for name in tasks.TASKS:
         yield f"- `{name}`: {tasks.find(name).title}{'' if _has(studies, name) else ' (not measured yet)'}"
     yield ""
+    yield from _learned(folder)
     yield from wrapped(MEASURED)
     yield from _coverage(folder)
     yield ""
@@ -81,9 +65,25 @@ def _page(folder: Path) -> Iterator[str]:
         if task.name in RUNS and scale == "small":
             yield ""
             yield folded("The commands that repeat these results", "\n".join(_commands(task.name))).rstrip("\n")
-        if repeated := replication.summary(folder, task, scale):
-            yield ""
-            yield textwrap.fill(repeated, 120, break_on_hyphens=False)
+
+
+def _learned(folder: Path) -> Iterator[str]:
+    """Yield at how many parameters each task is half learned, and how much methods differ at equal numbers."""
+    studies = studies_of(folder)
+    if not studies:
+        return
+    yield from ("![Gain over the best control against parameters](learned.png)", "")
+    rows = []
+    for study in studies:
+        half = half_learned(study.task, study.outcomes)
+        cells = [f"`{study.task.name}`", "not reached" if half is None else f"{half:,.0f}"]
+        for budget in BUDGETS:
+            spread = spread_of_methods(study.task, study.outcomes, budget)
+            cells.append("–" if spread is None else " / ".join(f"{100 * part:.0f} %" for part in spread))
+        rows.append(cells)
+    yield from wrapped(LEARNED)
+    yield TextTable(rows, ["task", "half learned at", *(f"{budget:,}" for budget in BUDGETS)], range(1, 7)).markdown()
+    yield ""
 
 
 def _details() -> Iterator[str]:
@@ -143,6 +143,18 @@ $ python -m benchmarks.quality run --profile full --device cuda --shard 1/8     
 $ python -m benchmarks.quality merge && python -m benchmarks.quality report     # then, with their files in one folder
 ```
 
+**The first three questions.**
+
+- *What does the base do?* The controls of each task ask it as well as possible without an adapter: as it is, with four
+  training samples in its context (few-shot), by a logistic regression on what it computes (fitted head), and with its
+  biases alone trained. All gains are over the best of these.
+- *Is it the head?* A new head is trained with every adapter at a rate of its own. What a head alone can reach is the
+  control *fitted head*, and not the head that is trained for as few steps as the adapters.
+- *Is it the rate?* Every row has the default rate, with all seeds, and the best of several rates around it.
+
+A task counts in tables of several tasks, in {doc}`which` and in `tnadapt plan` if dense updates gain at least three
+standard errors over the best control.
+
 **Reading the tables.** ● has the best held-out score at its budget. *behind ●* is the difference between its test score
 and that of the row, paired over seeds (the same new head and order of samples), with the 95 % interval of Student's t.
 ○ marks the methods whose interval includes 0: these seeds do not decide between the two. Intervals are not corrected
@@ -150,22 +162,27 @@ for the number of methods: of 20 methods that are as good as ●, one is expecte
 deviation over seeds.
 """
 
+LEARNED = """\
+**How many parameters learn a task.** The number of parameters at which tnadapt's best method reaches half of the gain
+of dense updates over the best control, and at each budget the share of that gain that the median and the best of
+tnadapt's methods reach: where the two are close, the number of parameters matters, and the method hardly.
+"""
+
 MEASURED = """\
 **What is measured.** The number of methods with results, by the largest number of parameters. The rest is not measured
-yet: the profile `full` trains all methods, for a GPU or a cluster. CIFAR-10 has so few images and epochs here that even
-LoRA of rank 8 stays several points behind dense updates ({doc}`learning_rate`), and that small adapters gain nothing.
+yet: the profile `full` trains all methods, for a GPU or a cluster.
 """
 
 DETAILS = """\
 **Methods.** {ours} methods of tnadapt, which are its presets, {theirs} of PEFT through its `get_peft_model`, and
-controls: no adapter (a new head alone, or the base as it is), and dense updates of the same weights. All methods of a
-task adapt the same weights, and add to them whatever their own library adds. Budgets are {budgets} parameters. At each,
-a method takes part with its largest setting within the budget, if that has at least half as many parameters.
+the controls. All methods of a task adapt the same weights, and add to them whatever their own library adds. Budgets
+are {budgets} parameters. At each, a method takes part with its largest setting within the budget, if that has at least
+half as many parameters.
 
-**Rates.** Every method gets the same list of learning rates and the same rule. While the best one is the lowest or
-highest of those tried, one beyond it is tried, at most {beyond} on each side. Then the best one's neighbors are tried,
-half a step away. A rate at which a training fails with an error counts as one that diverges. A new head has a rate of
-its own, the same with all adapters; without an adapter, its rate is tuned. So a small adapter can score below no
-adapter. The score on the held-out part decides. Test samples choose nothing: not the rate, not what has a ●,
-not when to stop.
+**Rates.** Every method is trained with all seeds at its default rate: 0.01 for tnadapt, and for PEFT's methods those of
+PEFT's own comparison (MetaMathQA). The first seed is also trained at a third of it and at three times as much. While
+the best one is the lowest or highest of those tried, one beyond it is tried, at most {beyond} on each side. A rate at
+which a training fails with an error counts as one that diverges. A new head has a rate of its own, the same with all
+adapters. The score on the held-out part decides. Test samples choose nothing: not the rate, not what has a ●, not when
+to stop.
 """

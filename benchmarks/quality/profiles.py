@@ -8,11 +8,10 @@ from tnadapt.errors import TnadaptError, safe_repr
 
 from .grid import BUDGETS
 
-#: A choice of methods: what people use, and the families with the fewest parameters.
+#: What people use, and the families with the fewest parameters.
 FEW = (
-    "lora", "lonkr", "lorta", "superlora", "superlora-projected", "fastfood", "lora_xs", "tinylora", "unilora",
-    "fourierft", "cara", "vera", "peft-lora", "peft-lokr", "peft-vera", "peft-fourierft", "peft-unilora",
-    "peft-tinylora",
+    "lora", "lorta", "superlora", "superlora-projected", "fastfood", "lora_xs", "tinylora", "unilora", "fourierft",
+    "vera", "peft-lora", "peft-vera", "peft-fourierft", "peft-unilora", "peft-tinylora",
 )  # fmt: skip
 
 
@@ -25,7 +24,7 @@ class Profile:
     #: All if None.
     methods: tuple[str, ...] | None = None
     budgets: tuple[int, ...] = BUDGETS
-    seeds: int = 5
+    seeds: int = 3
     #: Number of seeds with which rates are tried.
     tuned_by: int = 1
     #: Of data and training: see :class:`~benchmarks.quality.tasks.QualityTask`.
@@ -34,13 +33,13 @@ class Profile:
 
 PROFILES = {
     "quick": Profile(
-        ("digits",), "half an hour on two cores: a choice of methods, three seeds", FEW, (100, 1_000, 10_000), 3
+        ("digits",), "half an hour on two cores: a choice of methods", FEW, (100, 1_000, 10_000)
     ),
     "day": Profile(
-        ("digits", "reviews", "cifar10"), "about a day on two cores: a choice of methods, five seeds", FEW
+        ("digits", "reviews", "cifar10", "german", "hungarian"), "two days on two cores: a choice of methods", FEW
     ),
     "full": Profile(
-        ("digits", "reviews", "cifar10", "smollm2-sft", "smollm2-grpo", "diffusion"),
+        ("digits", "reviews", "cifar10", "german", "hungarian"),
         "for a GPU or a cluster: all tasks at full scale, all methods, five seeds, rates tuned by two",
         None, BUDGETS, 5, 2, "full",
     ),

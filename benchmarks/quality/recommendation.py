@@ -18,7 +18,7 @@ from tnadapt.errors import FileError
 from tnadapt.report import TextTable
 
 from . import store, tasks
-from .comparison import Outcome, at_budget, base_of, improves, outcomes_of, share
+from .comparison import Outcome, at_budget, control_of, improves, outcomes_of, share, tells
 from .facts import Facts
 from .figures import budgets_of
 from .tasks import QualityTask
@@ -51,9 +51,9 @@ class Choice:
     name: str
     #: Its key, such as "superlora-projected".
     method: str
-    #: Its gain over no adapter on the test samples of each task, divided by that of dense updates.
+    #: Its gain over the best control on the test samples of each task, divided by that of dense updates.
     shares: tuple[float, ...]
-    #: Names of the tasks in which it is not decided to be better than no adapter.
+    #: Names of the tasks in which it is not decided to be better than the best control.
     undecided: tuple[str, ...] = ()
     #: The ranks of LoRA that hold its updates exactly, one for each task; empty if some cannot be held.
     ranks: tuple[int, ...] = ()
@@ -69,7 +69,7 @@ class Recommendation:
     """The answer for a budget."""
 
     budget: int
-    #: Names of the tasks in which a method of this budget is decided to be better than no adapter.
+    #: Names of the tasks in which a method of this budget is decided to be better than the best control.
     tasks: tuple[str, ...]
     #: Of the methods that were measured on all of these tasks, the one with the largest mean share on held-out samples.
     best: Choice
@@ -77,25 +77,27 @@ class Recommendation:
     served: Choice | None
     #: The number of methods that were measured on all of these tasks.
     compared: int
-    #: Names of the tasks with results at this budget in which no method is decided to be better than no adapter. They
-    #: do not count, as their shares are chance.
+    #: Names of the tasks with results at this budget in which no method is decided to be better than the best control.
+    #: They do not count, as their shares are chance.
     idle: tuple[str, ...] = ()
 
 
 def studies_of(folder: Path, scale: str = "small") -> list[Study]:
-    """Return the tasks that have results at a scale."""
+    """Return the tasks that have results at a scale and can tell methods apart."""
     studies = []
     for name in tasks.TASKS:
         task = tasks.find(name)
         found = store.read(folder, name, scale)
         if found is not None:
             outcomes = outcomes_of(task, found.records.values())
+            if not tells(task, outcomes):
+                continue
             studies.append(Study(task, task.facts(task.sketch()), outcomes))
     return studies
 
 
 def recommendations(studies: Sequence[Study], library: str | None = None) -> list[Recommendation]:
-    """Return an answer for each budget at which some task decides that a method is better than no adapter."""
+    """Return an answer for each budget at which the chosen method is decided to gain over controls on some task."""
     budgets = sorted({budget for study in studies for budget in budgets_of(study.outcomes)})
     found = (_recommendation(budget, studies, library) for budget in budgets)
     return [one for one in found if one is not None]
@@ -118,9 +120,9 @@ def table(answers: Sequence[Recommendation], ratios: Mapping[str, float]) -> str
 
 
 def _decides(study: Study, budget: int) -> bool:
-    """Return whether some method is decided to be better than no adapter, and shares can be said."""
-    here, base = at_budget(study.outcomes, budget), base_of(study.outcomes)
-    if not any(improves(study.task, one, base) for one in here):
+    """Return whether some method is decided to be better than the best control, and shares can be said."""
+    here, control = at_budget(study.outcomes, budget), control_of(study.task, study.outcomes)
+    if not any(improves(study.task, one, control) for one in here):
         return False
     return all(share(study.task, here[0], study.outcomes, held_out) is not None for held_out in (False, True))
 
@@ -137,7 +139,8 @@ def _recommendation(budget: int, measured: Sequence[Study], library: str | None)
     shared = [name for name in by_method[0] if all(name in own for own in by_method)]
     candidates = [[own[name] for own in by_method] for name in shared]
     best = _best(studies, candidates)
-    if best is None:
+    # Nothing is recommended if what held-out samples choose does not gain on test samples anywhere.
+    if best is None or len(best.undecided) == len(studies):
         return None
     served = _best(studies, [own for own in candidates if _ranks(studies, own)])
     names = tuple(one.task.name for one in studies)
@@ -153,7 +156,7 @@ def _best(studies: Sequence[Study], candidates: Iterable[Sequence[Outcome]]) -> 
     undecided = tuple(
         study.task.name
         for study, one in zip(studies, best, strict=True)
-        if not improves(study.task, one, base_of(study.outcomes))
+        if not improves(study.task, one, control_of(study.task, study.outcomes))
     )
     shares = _shares(studies, best, held_out=False)
     return Choice(best[0].name, best[0].method, shares, undecided, _ranks(studies, best))

@@ -12,8 +12,8 @@ from tnadapt.checkpoints.atomic_files import replace_file
 from tnadapt.report import TextTable
 
 from ..formatting import folded
-from . import store
-from .comparison import Difference, Outcome, at_budget, base_of, difference, leader_of, outcomes_of
+from . import methods, store
+from .comparison import Difference, Outcome, at_budget, control_of, dense_of, difference, leader_of, outcomes_of, tells
 from .figures import LIBRARIES, budgets_of, draw_methods, draw_scores
 from .tasks import QualityTask
 
@@ -58,7 +58,7 @@ def _rates(outcomes: Sequence[Outcome]) -> str:
     if not numbers:
         return "no rates"
     span = f"{min(numbers)}" if min(numbers) == max(numbers) else f"{min(numbers)} to {max(numbers)}"
-    return f"each at the best of {span} rates by held-out score"
+    return f"filled: each at the rate of its row, of {span} tried; hollow: at the best of them, if it is another"
 
 
 # -- The table ------------------------------------------------------------------------------------
@@ -87,7 +87,13 @@ def _section(task: QualityTask, found: store.TaskResults, name: str) -> Iterator
             (one.title, f"{one.parameters:,}", _rate(one), _held_out(task, one), scored(task, one)) for one in controls
         ]
         yield TextTable(rows, head, range(1, 5)).markdown()
-    base = base_of(outcomes)
+    control, dense = control_of(task, outcomes), dense_of(outcomes)
+    if control is not None and dense is not None:
+        gain = f"{control.title}: dense updates gain {shown(task, difference(task, dense, control))}"
+        left_out = (
+            "" if tells(task, outcomes) else ", fewer than three standard errors, so that the task counts nowhere"
+        )
+        yield from ("", f"Gains are over the best control, {gain}{left_out}.")
     for budget in budgets_of(outcomes):
         some = at_budget(outcomes, budget)
         leader = leader_of(task, some)
@@ -96,7 +102,7 @@ def _section(task: QualityTask, found: store.TaskResults, name: str) -> Iterator
         yield ""
         yield folded(
             f"At most {budget:,} parameters: {len(some)} methods, {best} with {task.metric} {scored(task, leader)}",
-            "\n".join(_budget(task, some, leader, base)),
+            "\n".join(_budget(task, some, leader, control)),
         ).rstrip("\n")
     yield from _missing(task, found, outcomes)
 
@@ -115,9 +121,12 @@ def _about(task: QualityTask, found: store.TaskResults, outcomes: Sequence[Outco
     hours = sum(line["seconds"] for line in records) / 3600
     yield (
         f"{len(records):,} trainings of {len(outcomes):,} settings, {_seeds(outcomes)}, {hours:.1f} hours in sum. "
-        f"Rates tried, each chosen by {by} seed{'s' * (by != '1')} on held-out {task.chosen_by}: "
+        f"Rates tried, the best of them chosen by {by} seed{'s' * (by != '1')} on held-out {task.chosen_by}: "
         f"{', '.join(f'{rate:g}' for rate in rates)}."
     )
+    defaults = {name: methods.find(name).rate for name in methods.names()}
+    if any(outcome.rate != defaults.get(outcome.method, outcome.rate) for outcome in outcomes):
+        yield "These results are of an earlier rule: rows are at the best rate tried, with all seeds; to be repeated."
     failed = sum("failed" in line for line in records)
     if failed:
         number = f"{failed:,} training{'s' * (failed != 1)}"
@@ -133,7 +142,7 @@ def _about(task: QualityTask, found: store.TaskResults, outcomes: Sequence[Outco
 
 def _best_rates(outcomes: Sequence[Outcome], library: str) -> str:
     """Return the range of the best rates of a library's settings, and the most frequent one."""
-    rates = [one.rate for one in outcomes if one.library == library and one.measured]
+    rates = [one.best_rate for one in outcomes if one.library == library and one.measured]
     if not rates:
         return ""
     if len(set(rates)) == 1:
@@ -149,10 +158,10 @@ def _machine(session: dict[str, Any]) -> str:
     return f"{session['cores']} cores of {session['processor']}, device {session.get('device', 'cpu')}, {shown}"
 
 
-def _budget(task: QualityTask, outcomes: Sequence[Outcome], leader: Outcome, base: Outcome | None) -> Iterator[str]:
+def _budget(task: QualityTask, outcomes: Sequence[Outcome], leader: Outcome, control: Outcome | None) -> Iterator[str]:
     head = (
         "", "method", "setting", "parameters", "rate", f"held-out {task.chosen_by}", f"test {task.metric}",
-        f"gain over {'no adapter' if base is None else base.title}", "behind ●",
+        "best rate", "at best rate", f"gain over {'controls' if control is None else control.title}", "behind ●",
     )  # fmt: skip
     rows = []
     for one in sorted(outcomes, key=lambda one: (-task.quality(one.mean), one.name)):
@@ -161,13 +170,21 @@ def _budget(task: QualityTask, outcomes: Sequence[Outcome], leader: Outcome, bas
         mark = "●" if one is leader else "○" if tied else ""
         rows.append((
             mark, one.name, one.label, f"{one.parameters:,}", _rate(one), _held_out(task, one), scored(task, one),
-            "" if base is None else shown(task, difference(task, one, base)), shown(task, behind),
+            *_at_best(task, one), "" if control is None else shown(task, difference(task, one, control)),
+            shown(task, behind),
         ))  # fmt: skip
-    yield TextTable(rows, head, range(3, 9)).markdown()
+    yield TextTable(rows, head, range(3, 11)).markdown()
 
 
 def _rate(one: Outcome) -> str:
-    return f"{one.rate:g}{' ←' * one.edge}" if one.tried != (one.rate,) else "–"
+    return f"{one.rate:g}" if one.tried != (one.rate,) else "–"
+
+
+def _at_best(task: QualityTask, one: Outcome) -> tuple[str, str]:
+    """Return the best rate and its test score, if it is another one than that of the row."""
+    if one.best_rate == one.rate:
+        return f"the same{' ←' * one.edge}", ""
+    return f"{one.best_rate:g}{' ←' * one.edge}", "" if one.best_test is None else _value(task, one.best_test)
 
 
 def _value(task: QualityTask, value: float) -> str:

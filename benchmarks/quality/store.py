@@ -39,7 +39,7 @@ class TaskResults:
 
 def versions() -> dict[str, Any]:
     """Return the versions of peers, which a session records besides those that tnadapt records."""
-    return {"peers": installed("peft", "trl", "diffusers")}
+    return {"peers": installed("peft")}
 
 
 def origin(device: str) -> dict[str, Any]:

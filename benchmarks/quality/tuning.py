@@ -1,9 +1,10 @@
-"""Learning rates, the same rule for every method: which trainings are due next, and which rate is chosen.
+"""Learning rates, the same rule for every method: which trainings are due next, and which rate is the best.
 
-Every rate of the task's list is tried with the tuning seeds. While the best of those tried is the lowest or highest,
-one more beyond it is tried, a limited number of times on each side. Then the neighbors of the best rate, half a step
-away, are tried. The best rate is trained with the remaining seeds. Only scores on the held-out part decide. A rate at
-which a training fails with an error counts as one that diverges, unless all fail.
+Every setting is trained with all seeds at its method's default rate, which is what a user gets without a search. The
+tuning seeds are also trained at a third of it and at three times as much. While the best of those tried is the lowest
+or the highest, one more beyond it is tried, a limited number of times on each side. Only scores on the held-out part
+decide. A rate at which a training fails with an error counts as one that diverges, unless all fail. What trains
+nothing is measured once.
 """
 
 from __future__ import annotations
@@ -14,90 +15,76 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from . import methods
 from .grid import Trial
 from .methods import BASE, Setting
 from .tasks import QualityTask
 
 Records = Mapping[str, Mapping[str, Any]]
 
-#: How many rates beyond the list may be tried on each side.
-BEYOND = 2
+#: The quotient of two neighboring rates.
+FACTOR = 3.0
+#: How many rates beyond a third and three times the default may be tried on each side.
+BEYOND = 4
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """How much is trained."""
 
-    #: The rates that are tried first, evenly spaced on a logarithmic scale.
-    rates: tuple[float, ...]
-    #: Seeds 0 to ``seeds - 1``.
-    seeds: int = 5
-    #: Number of seeds with which rates are tried.
+    #: Seeds 0 to ``seeds - 1``, at the default rate.
+    seeds: int = 3
+    #: Number of seeds with which other rates are tried.
     tuned_by: int = 1
-    #: Whether the neighbors of the best rate are tried.
-    refine: bool = True
-
-    @property
-    def step(self) -> float:
-        """The quotient of two neighboring rates."""
-        return self.rates[1] / self.rates[0] if len(self.rates) > 1 else 10.0
 
 
-@dataclasses.dataclass(frozen=True)
-class Tuned:
-    """The state of a setting's tuning."""
-
-    #: The chosen rate; None while trainings are missing, or if all of them failed with an error.
-    rate: float | None
-    #: All rates that have been tried or are due, sorted.
-    tried: tuple[float, ...]
-    #: The trainings that are due before anything else can be decided.
-    missing: tuple[Trial, ...]
-
-
-def tuned(task: QualityTask, scale: str, setting: Setting, records: Records, plan: Plan) -> Tuned:
-    """Return how far the tuning of a setting is."""
-    seeds = range(min(plan.tuned_by, plan.seeds))
-    if setting.method == BASE.name and not task.has_head:
-        # Nothing is trained.
-        return Tuned(plan.rates[0], plan.rates[:1], ())
-    rates = sorted(set(plan.rates))
-    left = {"low": BEYOND, "high": BEYOND}
-    refined = not plan.refine
-    while True:
-        trials = [Trial(task.name, scale, setting, seed, rate) for rate in rates for seed in seeds]
-        missing = tuple(trial for trial in trials if trial.key not in records)
-        if missing:
-            return Tuned(None, tuple(rates), missing)
-        if all("failed" in records[trial.key] for trial in trials):
-            return Tuned(None, tuple(rates), ())
-        best = max(
-            rates, key=lambda rate: held_out(task, [records[trial.key] for trial in trials if trial.rate == rate])
-        )
-        if best == rates[0] and left["low"]:
-            left["low"] -= 1
-            rates.insert(0, rounded(best / plan.step))
-        elif best == rates[-1] and left["high"]:
-            left["high"] -= 1
-            rates.append(rounded(best * plan.step))
-        elif not refined:
-            refined = True
-            near = (rounded(best / plan.step**0.5), rounded(best * plan.step**0.5))
-            rates = sorted({*rates, *near})
-        else:
-            return Tuned(best, tuple(rates), ())
+def default_rate(task: QualityTask, scale: str, setting: Setting) -> float:
+    """Return the rate of a setting that nobody tunes; a head alone has that of heads beside adapters."""
+    if not trains(task, setting.method):
+        return 0.0
+    if setting.method == BASE.name:
+        return float(task.scaled(scale).get("head_rate", methods.find(BASE.name).rate))
+    return methods.find(setting.method).rate
 
 
 def due(task: QualityTask, scale: str, settings: Sequence[Setting], records: Records, plan: Plan) -> list[Trial]:
     """Return the trainings that can be run now; an empty list if all are finished."""
-    found: list[Trial] = []
-    for setting in settings:
-        state = tuned(task, scale, setting, records, plan)
-        found += state.missing
-        if state.rate is not None:
-            trials = [Trial(task.name, scale, setting, seed, state.rate) for seed in range(plan.seeds)]
-            found += [trial for trial in trials if trial.key not in records]
-    return found
+    return [trial for setting in settings for trial in _due(task, scale, setting, records, plan)]
+
+
+def _due(task: QualityTask, scale: str, setting: Setting, records: Records, plan: Plan) -> list[Trial]:
+    """Return the trainings of a setting that can be run now."""
+    default = default_rate(task, scale, setting)
+
+    def missing(rate: float, seeds: int) -> list[Trial]:
+        trials = [Trial(task.name, scale, setting, seed, rate) for seed in range(seeds)]
+        return [trial for trial in trials if trial.key not in records]
+
+    if not trains(task, setting.method):
+        return missing(default, 1)
+    at_default = missing(default, plan.seeds)
+    tuned_by = min(plan.tuned_by, plan.seeds)
+    tried = {place: rounded(default * FACTOR**place) for place in (-1, 0, 1)}
+    while True:
+        trials = [trial for place, rate in tried.items() if place for trial in missing(rate, tuned_by)]
+        if trials or at_default:
+            return [*at_default, *trials]
+        lines = {
+            place: [records[Trial(task.name, scale, setting, seed, rate).key] for seed in range(tuned_by)]
+            for place, rate in tried.items()
+        }
+        if all("failed" in line for some in lines.values() for line in some):
+            return []
+        best = max(sorted(lines), key=lambda place: held_out(task, lines[place]))
+        beyond = best + (1 if best == max(tried) else -1)
+        if best not in (min(tried), max(tried)) or abs(beyond) > 1 + BEYOND:
+            return []
+        tried[beyond] = rounded(default * FACTOR**beyond)
+
+
+def trains(task: QualityTask, method: str) -> bool:
+    """Return whether a method trains anything; the base does only with a new head."""
+    return task.has_head if method == BASE.name else methods.find(method).trains
 
 
 def held_out(task: QualityTask, lines: Sequence[Mapping[str, Any]]) -> tuple[bool, float, float]:
@@ -114,7 +101,7 @@ def rounded(rate: float) -> float:
 
     Examples
     --------
-    >>> rounded(0.1 / 10**0.5), rounded(0.1 * 10)
-    (0.032, 1.0)
+    >>> rounded(0.01 / 3), rounded(0.01 * 3)
+    (0.0033, 0.03)
     """
     return float(f"{rate:.2g}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -10,8 +9,8 @@ from tnadapt.checkpoints.atomic_files import replace_file
 from tnadapt.report import TextTable
 
 from ..formatting import wrapped
-from . import replication, store, tasks
-from .comparison import Outcome, at_budget, base_of, dense_of, difference, improves, leader_of, outcomes_of
+from . import store, tasks
+from .comparison import Outcome, at_budget, control_of, difference, improves, leader_of, outcomes_of
 from .facts import Facts
 from .figures import budgets_of
 from .recommendation import lora_rank, recommendations, step_ratios, studies_of, table
@@ -50,9 +49,6 @@ def _page(folder: Path) -> Iterator[str]:
             outcomes = outcomes_of(task, own.records.values())
             if budgets_of(outcomes):
                 yield from _section(task, scale, outcomes)
-                repeated = replication.summary(folder, task, scale)
-                if repeated:
-                    yield from (textwrap.fill(repeated, 120, break_on_hyphens=False), "")
         if not found:
             missing.append(f"- {task.title}")
     if missing:
@@ -68,12 +64,12 @@ def _section(task: QualityTask, scale: str, outcomes: Sequence[Outcome]) -> Iter
     score = f"test {task.metric}"
     head = ["parameters", "best", score, "statistically tied", "best as LoRA", score, "behind best"]
     rows = []
-    base = base_of(outcomes)
+    control = control_of(task, outcomes)
     for budget in budgets_of(outcomes):
         here = at_budget(outcomes, budget)
         best = leader_of(task, here)
         assert best is not None
-        name = _named(best) if improves(task, best, base) else f"{_named(best)} (no gain)"
+        name = _named(best) if improves(task, best, control) else f"{_named(best)} (no gain)"
         servable = [one for one in here if lora_rank(one, facts) is not None]
         lora = leader_of(task, servable)
         cells = ["–", "–", "–"]
@@ -86,12 +82,12 @@ def _section(task: QualityTask, scale: str, outcomes: Sequence[Outcome]) -> Iter
 
 
 def _controls(task: QualityTask, outcomes: Sequence[Outcome], facts: Facts) -> str:
-    words = []
-    for one, name in ((base_of(outcomes), "No adapter"), (dense_of(outcomes), "dense updates")):
-        if one is not None:
-            counted = f" ({facts.size:,} parameters)" if one.parameters else ""
-            words.append(f"{name}{counted}: {scored(task, one)}")
-    return "; ".join(words) + f". {len(facts.shapes)} weights are adapted."
+    words = [
+        f"{one.title}{f' ({one.parameters:,} parameters)' if one.parameters else ''} {scored(task, one)}"
+        for one in outcomes
+        if one.library == "control" and one.measured
+    ]
+    return f"Controls: {', '.join(words)}. {len(facts.shapes)} weights are adapted."
 
 
 def _named(one: Outcome) -> str:
@@ -120,18 +116,18 @@ from those of `benchmarks/steps.py`.
 SHORT = """\
 ## One method for each budget
 
-The gain of a method over no adapter is given as a share of the gain of dense updates, which train all elements of the
-same weights. The method with the largest share on held-out samples is chosen; the table has its share on test samples,
-the mean over the tasks, with the lowest and the highest. *served as LoRA* is the same for methods that export exactly
-as LoRA; its rank differs between tasks, as the same budget buys another rank in another model. *step* is the time of a
-training step of MiniLM, relative to PEFT's LoRA of rank 4: a median of twelve,
-in which a few hundredths are noise. {doc}`speed` compares more methods.
+The gain of a method over the best control (the base as it is, few-shot, a new or a fitted head alone, biases alone) is
+given as a share of the gain of dense updates, which train all elements of the same weights. The method with the largest
+share on held-out samples is chosen; the table has its share on test samples, the mean over the tasks, with the lowest
+and the highest. *served as LoRA* is the same for methods that export exactly as LoRA; its rank differs between tasks,
+as the same budget buys another rank in another model. *step* is the time of a training step of MiniLM, relative to
+PEFT's LoRA of rank 4: a median of twelve, in which a few hundredths are noise. {doc}`speed` compares more methods.
 
-*tasks* are those measured at this budget in which some method is clearly better than no adapter, and *methods* is the
-number of methods that were measured on all of them: with few, the choice says little. "no gain by any method: …" names
-the tasks that do not count because no method is: there, expect nothing from so few parameters. "(no gain: …)" means
-that the chosen method itself is not clearly better than no adapter on that task. The tasks are explained in
-{doc}`quality`.
+*tasks* are those measured at this budget in which some method is clearly better than the best control, and *methods* is
+the number of methods that were measured on all of them: with few, the choice says little. "no gain by any method: …"
+names the tasks that do not count because no method is: there, expect nothing from so few parameters. "(no gain: …)"
+means that the chosen method itself is not clearly better than the best control on that task. A budget has no row if
+it is not on any task. The tasks are explained in {doc}`quality`.
 """
 
 READING = """\
@@ -139,8 +135,9 @@ READING = """\
 
 Find the task that is most like yours, and the row of your budget:
 
-- *best*: the method with the best held-out score at that budget, at its best learning rate. Test scores choose nothing.
-  "(no gain)" means that its test score is not clearly better than that of no adapter: the paired interval includes 0.
+- *best*: the method with the best held-out score at that budget, at its default learning rate. Test scores choose
+  nothing. "(no gain)" means that its test score is not clearly better than that of the best control: the paired
+  interval includes 0.
 - *statistically tied*: methods whose test score does not differ from it by a paired interval of 95 %. Choose one of
   these for other reasons, such as its speed or a library that reads it, but look at its score in {doc}`quality` first:
   if scores vary a lot between seeds, a method several points behind may still be tied. "(better on test)" marks methods
@@ -155,7 +152,7 @@ symbols of settings.
 If the column *statistically tied* is long, the choice of method matters less than the learning rate and the number of
 parameters. `tnadapt plan` puts its rows in the order of these results where they apply: to weights with a tenth to ten
 times as many elements, and at most 3.2 times more or fewer parameters. Rows in which no method is clearly better than
-no adapter do not count. It says which results it used, or that none apply. If your weights differ in size from those of
-the task that is most like yours, the order may come from another task. Then compare two or three candidates on your own
-data with `tnadapt finetune`.
+the best control do not count. It says which results it used, or that none apply. If your weights differ in size from
+those of the task that is most like yours, the order may come from another task. Then compare two or three candidates on
+your own data with `tnadapt finetune`.
 """

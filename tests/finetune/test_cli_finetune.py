@@ -100,6 +100,7 @@ def test_the_whole_job_and_a_proof_that_fails(cache: Path, tmp_path: Path, monke
         "325 parameters of the head",
         "448 training, 179 validation, 269 test samples; 3 settings x 1 rate x 1 seed = 3 trainings",
         "loaded on a fresh base: the same predictions on 269 test samples; merged: the same predictions",
+        "one rate was tried, and some models and short trainings need another: add --lr 0.01 --lr 0.09",
         f"results: {tmp_path / 'results.jsonl'}",
         f"picture: {tmp_path / 'pareto.png'}",
     ):

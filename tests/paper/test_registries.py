@@ -71,6 +71,29 @@ def test_reviews_are_sentences_and_the_sign_of_their_valence(tmp_path: Path, mon
     assert asked == list(packages), "what is there is not fetched again"
 
 
+def test_texts_are_paragraphs_of_the_language_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def debian(package: str, what: str, place: Path, way: str = "") -> Path:
+        for language, word in (("de", "f\u00fcr"), ("hu", "az")):
+            folder = place / "usr/share/doc/installation-guide-amd64" / language
+            folder.mkdir(parents=True)
+            long = f"<p>{f'{word} <b>&amp;</b> ' * 60}</p>"
+            (folder / "apa.html").write_text(f"<h1>Kopf</h1>{long}{long}<p class='x'>kurz</p>", encoding="utf-8")
+            (folder / "apb.html").write_text(f"<p>{'Schluss ' * 60}</p>", encoding="utf-8")
+        return place
+
+    monkeypatch.setattr(registries, "_debian", debian)
+    for name, word in (("guide-de.csv", "f\u00fcr"), ("guide-hu.csv", "az")):
+        table = registries.fetch_part(name, tmp_path)
+        with table.open(encoding="utf-8", newline="") as file:
+            (heading,), *rows = list(csv.reader(file))
+        words = " ".join(text for (text,) in rows).split()
+        assert heading == "text"
+        # A paragraph that is repeated counts once, and the last words are no whole piece.
+        assert words[:120] == [word, "&"] * 60
+        assert set(words[120:]) == {"Schluss"}
+        assert all(320 <= len(text) < 330 for (text,) in rows)
+
+
 def test_what_cannot_be_had_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registries, "INSTALLED", Path("/usr/nowhere"))
     monkeypatch.setattr(registries.shutil, "which", lambda tool: None)

@@ -132,7 +132,9 @@ def test_rows_are_in_the_order_of_the_results(published: Any) -> None:
     assert found.rows[0] not in (*found.front, *found.freest)
     text = str(found)
     assert "order: by accuracy on The task ('Which method?' in the documentation)" in text
-    assert "gain: on held-out samples, with about as many parameters; 0% is no adapter, 100% dense updates" in text
+    assert (
+        "gain: on held-out samples, with about as many parameters; 0% is the best control, 100% dense updates" in text
+    )
     assert not any(line in text for line in (ESTIMATED, DIFFERENT, "no gain: "))
     assert set(gains(found).values()) == {"90%", "75%"}
     content = found.to_dict()
@@ -188,7 +190,7 @@ def test_tasks_on_which_nothing_was_gained_are_named(published: Any) -> None:
     found = tna.plan(SHAPES, 1024)
     assert found.no_gain_on == (("Two", 1000), ("Three", 1000))
     assert found.measured_on == ("One",)
-    none = "no method was clearly better than no adapter on"
+    none = "no method was clearly better than the best control on"
     assert f"no gain: {none} Two with 1,000 parameters; Three with 1,000 parameters" in str(found).splitlines()
     assert found.to_dict()["no_gain_on"] == [{"task": title, "parameters": 1000} for title in ("Two", "Three")]
     # Rows of that size are in the order of a larger budget, too.

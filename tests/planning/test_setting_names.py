@@ -101,10 +101,11 @@ def test_how_a_call_is_attached_and_given_as_options() -> None:
 
 
 def test_a_plan_says_how_to_use_its_first_row() -> None:
-    assert str(tna.plan(VIT, 1000)).splitlines()[-2:] == [
-        "first row: tna.torch.attach(model, 'unilora', parameters=1000, rank=4)",
-        "  or tnadapt finetune --preset unilora --set parameters=1000 --set rank=4",
-    ]
+    plan = tna.plan(VIT, 1000)
+    call = preset_call(plan.rows[0].config)
+    assert call is not None
+    assert call.attach().startswith("tna.torch.attach(model, ")
+    assert str(plan).splitlines()[-2:] == [f"first row: {call.attach()}", f"  or tnadapt finetune {call.options()}"]
 
 
 # What a mode of a fold means to a model is not in a config; and FacT-TT is LoTR.

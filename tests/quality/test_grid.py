@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import re
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -66,10 +67,16 @@ def test_shards_partition_the_settings(of: int) -> None:
     assert max(map(len, shards)) - min(map(len, shards)) <= 1
 
 
+def without_questions() -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("importlib.util.find_spec", lambda name: None)
+        tasks.find("number-sequence").open("smoke", Path(), "cpu")
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: methods.find("lara"), "no method 'lara'; expected one of base, dense, c3a"),
+        (lambda: methods.find("lara"), "no method 'lara'; expected one of base, fitted-head, few-shot"),
         (lambda: tasks.find("digit"), "no task 'digit'; expected one of digits, reviews"),
         (lambda: grid_of(tasks.find("digits"), budgets=[0]), "a budget must be at least 1 parameter; got 0"),
         (
@@ -84,6 +91,7 @@ def test_shards_partition_the_settings(of: int) -> None:
             lambda: facts_of(nn.Sequential(nn.TransformerEncoderLayer(8, 2)), "qv"),
             "only a part of 0.self_attn.in_proj_weight is a target; PEFT adapts whole layers, so cut it up",
         ),
+        (without_questions, "task number-sequence needs the package reasoning-gym: pip install reasoning-gym"),
         (lambda: shard_of([], (3, 2)), "a shard is I/N with I from 1 to N; got 3/2"),
     ],
 )
@@ -129,3 +137,17 @@ def test_a_method_trains_as_many_parameters_as_were_counted(name: str) -> None:
     attached = methods.find(name).attach(model, setting, FACTS, "qv", seed=3)
     assert methods.trained(attached) == setting.parameters
     assert not model.get_submodule("head").weight.requires_grad
+
+
+def test_biases_alone_are_those_that_are_there_and_new_ones_at_zero() -> None:
+    model = small()
+    model.layers[0].query.bias = None
+    inputs = torch.randn(3, 16)
+    before = model.layers[0].query(inputs)
+    setting = methods.find("biases").largest(FACTS, model, 0)
+    attached = methods.find("biases").attach(model, setting, FACTS, "qv", seed=3)
+    assert methods.trained(attached) == setting.parameters == 6 * 16 + 3
+    assert {name for name, one in attached.named_parameters() if one.requires_grad} == {
+        name for name, _ in small().named_parameters() if name.endswith("bias")
+    }
+    torch.testing.assert_close(model.layers[0].query(inputs), before)

@@ -31,7 +31,7 @@ from tnadapt.finetune.training import train
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = [setting_of(method) for method in BEST]
-PLAN = Plan(PlayedTask.rates, seeds=2)
+PLAN = Plan(seeds=2)
 
 
 def run(out: Path, shard: tuple[int, int] = (1, 1), plan: Plan = PLAN, together: int = 1) -> int:
@@ -72,7 +72,7 @@ def test_a_run_is_finished_once_and_resumes_after_any_line(tmp_path: Path) -> No
         keys = [line["key"] for line in after if "key" in line]
         assert len(set(keys)) == len(keys)
     # More seeds only add trainings.
-    assert run(whole, plan=Plan(PlayedTask.rates, seeds=3)) == len(SETTINGS)
+    assert run(whole, plan=Plan(seeds=3)) == len(SETTINGS)
 
 
 def test_a_broken_device_ends_the_run_and_is_no_failure_of_what_follows(
@@ -86,7 +86,7 @@ def test_a_broken_device_ends_the_run_and_is_no_failure_of_what_follows(
         patch.setattr(PlayedBench, "train", broken)
         patch.setattr("torch.cuda.is_initialized", lambda: True)
         patch.setattr("torch.cuda.synchronize", broken)
-        words = r"rate 0\.001, seed 0: RuntimeError: CUDA error: device-side assert triggered; nothing .* --methods"
+        words = r"rate 0\.01, seed 0: RuntimeError: CUDA error: device-side assert triggered; nothing .* --methods"
         with pytest.raises(TnadaptError, match=words):
             run(tmp_path)
         assert records(tmp_path) == {}
@@ -104,7 +104,7 @@ def test_what_failed_in_a_shard_is_tried_again_on_request(tmp_path: Path, monkey
     with monkeypatch.context() as patch:
         patch.setattr(PlayedBench, "train", broken)
         counts = [run(tmp_path, (number, 2)) for number in (1, 2)]
-    assert sum(counts) == len(SETTINGS) * len(PlayedTask.rates)
+    assert sum(counts) == len(SETTINGS) * 4  # both seeds at the default rate, one at two others
     assert {line["failed"] for line in records(tmp_path).values()} == {"ValueError: no memory"}
     assert run(tmp_path) == 0
     # The retry writes to the file of the whole task, which is read before those of the shards.
@@ -205,8 +205,8 @@ def test_a_dry_run_lists_settings(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert main(["run", "digits", "--dry-run", *chosen]) == 0
     shown = capsys.readouterr().out
     for words in (
-        "digits (Small ViT, digits 0 to 4 to digits 5 to 9): 4 settings", "10,000     9,216  lora",
-        "    lora at 50: needs at least 1,024 parameters\n", "0 trainings are finished; 16 can be run now",
+        "digits (Small ViT, digits 0 to 4 to digits 5 to 9): 8 settings", "10,000     9,216  lora",
+        "    lora at 50: needs at least 1,024 parameters\n", "0 trainings are finished; 36 can be run now",
     ):  # fmt: skip
         assert words in shown
     assert not list(tmp_path.iterdir())
@@ -216,7 +216,7 @@ WRONG = [
     (["run", "--profile", "fast"], "no profile 'fast'; expected one of quick, day, full"),
     (["run", "numbers"], "no task 'numbers'; expected one of digits"),
     (["run", "--shard", "3/2"], "--shard takes I/N with I from 1 to N, such as 2/8; got '3/2'"),
-    (["run", "--rates", "0.1,x"], "--rates takes numbers with commas between them; got '0.1,x'"),
+    (["run", "--budgets", "100,x"], "--budgets takes numbers with commas between them; got '100,x'"),
     (["run", "--together", "-1"], "--together must be at least 0; got -1"),
     (["run", "--seeds", "0"], "--seeds and --tuned-by must be at least 1; got 0 and 1"),
     # The last task is checked before the first one is trained.
@@ -244,16 +244,16 @@ def test_wrong_arguments_are_explained(
 
 @pytest.mark.slow
 def test_a_real_run(tmp_path: Path) -> None:
-    chosen = ["--methods", "lora_xs,peft-fourierft", "--budgets", "100", "--scale", "smoke", "--rates", "0.01,0.1"]
-    where = ["--seeds", "2", "--no-refine", "--out", str(tmp_path / "out"), "--cache", str(tmp_path / "cache")]
+    chosen = ["--methods", "lora_xs,peft-fourierft", "--budgets", "100", "--scale", "smoke"]
+    where = ["--seeds", "2", "--out", str(tmp_path / "out"), "--cache", str(tmp_path / "cache")]
     assert main(["run", "digits", *chosen, *where, "--jobs", "1"]) == 0
     results = store.read(tmp_path / "out", "digits", "smoke")
     assert results is not None
     lines = list(results.records.values())
-    assert {line["method"] for line in lines} == {"base", "dense", "lora_xs", "peft-fourierft"}
+    assert {line["method"] for line in lines} == {*tasks.find("digits").controls, "lora_xs", "peft-fourierft"}
     assert not any(line["diverged"] or "failed" in line for line in lines)
     # The head has as many parameters beside an adapter of either library.
-    assert {line["kept"] for line in lines} == {5 * 64 + 5}
+    assert {line["kept"] for line in lines if line["method"] not in ("fitted-head", "biases")} == {5 * 64 + 5}
     text = (tmp_path / "out" / "digits-smoke.md").read_text(encoding="utf-8")
     assert "| FourierFT (PEFT) | n = 12 | 96 |" in text
 

@@ -85,10 +85,34 @@ def _print_outcome(study: Study, outcome: Outcome, folder: Path, as_json: bool) 
             f"  loaded on a fresh base: {loaded} predictions on {proof.samples:,} test samples; merged: {merged}, "
             f"{logits}"
         )
+        if more := _other_rates(best.rate, study.rates):
+            echo(f"  {more}")
     if outcome.control is not None and outcome.control.warning is not None:
         echo(f"warning: {outcome.control.warning}")
     echo(f"results: {folder / 'results.jsonl'}")
     echo("no picture: pip install 'tnadapt[plot]'" if outcome.picture is None else f"picture: {outcome.picture}")
+
+
+def _other_rates(rate: float, tried: Sequence[float]) -> str:
+    """Say which rates to try next if the best one is the only, the lowest or the highest of those tried.
+
+    Examples
+    --------
+    >>> _other_rates(0.03, [0.01, 0.03])
+    'its rate, 0.03, is the highest that was tried: add --lr 0.09'
+    >>> _other_rates(0.03, [0.01, 0.03, 0.1])
+    ''
+    """
+    if len(tried) == 1:
+        return (
+            "one rate was tried, and some models and short trainings need another: "
+            f"add --lr {rate / 3:.2g} --lr {rate * 3:.2g}"
+        )
+    if rate == max(tried):
+        return f"its rate, {rate:g}, is the highest that was tried: add --lr {rate * 3:.2g}"
+    if rate == min(tried):
+        return f"its rate, {rate:g}, is the lowest that was tried: add --lr {rate / 3:.2g}"
+    return ""
 
 
 def _others(best: Point) -> str:

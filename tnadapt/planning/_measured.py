@@ -32,7 +32,7 @@ class Setting:
         What it has in common with settings of the same method and another size.
     parameters : int
     share : float
-        Its gain over no adapter on held-out samples, divided by that of dense updates.
+        Its gain over the best control on held-out samples, divided by that of dense updates.
     """
 
     kind: Hashable
@@ -50,7 +50,7 @@ class TaskMeasurements:
     elements : int
         Of the weights that were adapted.
     settings : tuple of Setting
-        Those of the budgets at which some method is better than no adapter.
+        Those of the budgets at which some method is better than the best control.
     no_gain : tuple of int
         The budgets at which no method is.
     """

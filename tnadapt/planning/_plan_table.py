@@ -196,8 +196,8 @@ class Plan:
     measured_on : tuple of str
         The tasks whose published results apply to these weights, and to some of the rows.
     no_gain_on : tuple of (str, int)
-        The tasks with such weights on which no method was clearly better than no adapter, and the number of parameters:
-        about the budget, or about as many as a row with results has.
+        The tasks with such weights on which no method was clearly better than the best control, and the number of
+        parameters: about the budget, or about as many as a row with results has.
 
     Examples
     --------
@@ -302,7 +302,8 @@ class Plan:
         lines = _wrapped(f"order: by accuracy on {'; '.join(self.measured_on)} ('Which method?' in the documentation)")
         if none:
             lines += _wrapped(f"no gain: {none}")
-        lines.append("gain: on held-out samples, with about as many parameters; 0% is no adapter, 100% dense updates")
+        about = "on held-out samples, with about as many parameters"
+        lines.append(f"gain: {about}; 0% is the best control, 100% dense updates")
         rows = [row for row in self.rows if row.measured is not None]
         if any(row.estimated_on for row in rows):
             lines.append("  ~ estimated: not measured on all of these tasks")
@@ -316,7 +317,7 @@ class Plan:
         for title, budget in self.no_gain_on:
             budgets.setdefault(title, []).append(f"{budget:,}")
         places = [f"{title} with {' and '.join(counts)} parameters" for title, counts in budgets.items()]
-        return f"no method was clearly better than no adapter on {'; '.join(places)}" if places else ""
+        return f"no method was clearly better than the best control on {'; '.join(places)}" if places else ""
 
     def to_dict(self, every: bool = False) -> dict[str, Any]:
         """Return the plan as a dictionary for JSON; with all rows if ``every``."""

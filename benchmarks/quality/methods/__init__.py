@@ -10,12 +10,29 @@ from collections.abc import Iterable
 
 from tnadapt.errors import TnadaptError, safe_repr
 
+from ._controls import BASE, BIASES, CONTROLS, DENSE, FEW_SHOT, FITTED_HEAD, LORA_1, LORA_8, REFERENCES
 from ._method import Method, Setting, UnfitError, key_of
 from ._peft_methods import LEFT_OUT, PEFT_METHODS, trained
-from ._presets import BASE, CONTROLS, DENSE, PRESETS
+from ._presets import PRESETS
 
 __all__ = [
-    "BASE", "CONTROLS", "DENSE", "LEFT_OUT", "Method", "Setting", "UnfitError", "find", "key_of", "names", "register",
+    "BASE",
+    "BIASES",
+    "CONTROLS",
+    "DENSE",
+    "FEW_SHOT",
+    "FITTED_HEAD",
+    "LEFT_OUT",
+    "LORA_1",
+    "LORA_8",
+    "REFERENCES",
+    "Method",
+    "Setting",
+    "UnfitError",
+    "find",
+    "key_of",
+    "names",
+    "register",
     "trained",
 ]  # fmt: skip
 
@@ -42,5 +59,5 @@ def names(libraries: Iterable[str] = ("tnadapt", "PEFT")) -> list[str]:
     return [name for name, method in _METHODS.items() if method.library in tuple(libraries)]
 
 
-for _method in (*CONTROLS, *PRESETS, *PEFT_METHODS):
+for _method in (*CONTROLS, *REFERENCES, *PRESETS, *PEFT_METHODS):
     register(_method)

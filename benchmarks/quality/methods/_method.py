@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from tnadapt.algebra.units import RATE
 from tnadapt.errors import TnadaptError
 
 from ..facts import Facts
@@ -54,6 +55,10 @@ class Method(abc.ABC):
     title: str
     #: "tnadapt", "PEFT" or "control".
     library: str
+    #: The learning rate of Adam that its users get without a search.
+    rate: float = RATE
+    #: Whether there is something to train; else it is measured once.
+    trains: bool = True
 
     @abc.abstractmethod
     def largest(self, facts: Facts, sketch: nn.Module, budget: int) -> Setting:

@@ -1,7 +1,4 @@
-"""The presets of tnadapt, with settings in order of size that :mod:`tnadapt.planning` searches, and the controls.
-
-Methods are compared with the controls: the head alone, the base as it is, and dense updates of the same weights.
-"""
+"""The presets of tnadapt, with settings in order of size that :mod:`tnadapt.planning` searches."""
 
 from __future__ import annotations
 
@@ -11,7 +8,6 @@ from typing import Any
 
 from torch import nn
 
-from tnadapt import presets
 from tnadapt import torch as tnt
 from tnadapt.algebra.config import Config
 from tnadapt.planning import known_as
@@ -72,38 +68,3 @@ PRESETS = (
     *(Preset(name, record.title, record.ladders) for name, record in RECORDS.items() if name != "dense"),
     Preset("superlora-projected", "SuperLoRA + F", projected),
 )
-
-
-# -- Controls -----------------------------------------------------------------------------------
-
-
-class Control(Method):
-    """A control that has no budget."""
-
-    library = "control"
-
-    def __init__(self, name: str, title: str) -> None:
-        self.name, self.title = name, title
-
-    def largest(self, facts: Facts, sketch: nn.Module, budget: int) -> Setting:
-        return self.setting(0, "", 0, None)
-
-    def attach(self, model: nn.Module, setting: Setting, facts: Facts, targets: Any, seed: int) -> nn.Module:
-        return model.requires_grad_(False)
-
-
-class Dense(Control):
-    """A dense update of each weight."""
-
-    def largest(self, facts: Facts, sketch: nn.Module, budget: int) -> Setting:
-        return self.setting(0, "", facts.size, presets.dense().to_dict())
-
-    def attach(self, model: nn.Module, setting: Setting, facts: Facts, targets: Any, seed: int) -> nn.Module:
-        tnt.attach(model, presets.dense(seed=seed), targets)
-        return model
-
-
-#: No adapter; a new head is trained if the task has one. Without one, nothing is trained.
-BASE = Control("base", "no adapter")
-DENSE = Dense("dense", "dense")
-CONTROLS = (BASE, DENSE)

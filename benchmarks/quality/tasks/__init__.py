@@ -6,15 +6,14 @@ from tnadapt.errors import TnadaptError, safe_repr
 
 from ._quality_task import Bench, Progress, QualityTask
 from .cifar10 import Cifar10
-from .diffusion import Diffusion
 from .digits import Digits
-from .reviews import Reviews
-from .smollm2_grpo import SmolLM2GRPO
-from .smollm2_sft import SmolLM2SFT
+from .languages import German, Hungarian
+from .reasoning import NumberSequence
+from .reviews import Reviews, ReviewsMPNet
 
 __all__ = ["TASKS", "Bench", "Progress", "QualityTask", "find"]
 
-_ALL = (Digits, Reviews, Cifar10, SmolLM2SFT, SmolLM2GRPO, Diffusion)
+_ALL = (Digits, Reviews, ReviewsMPNet, Cifar10, German, Hungarian, NumberSequence)
 
 TASKS: dict[str, type[QualityTask]] = {one.name: one for one in _ALL}
 

@@ -13,7 +13,7 @@ from torch import nn
 from tnadapt.errors import TnadaptError, safe_repr
 
 from ..facts import Facts, facts_of
-from ..methods import Setting
+from ..methods import BASE, BIASES, FEW_SHOT, FITTED_HEAD, REFERENCES, Setting
 
 Progress = Callable[[float], None]
 
@@ -55,13 +55,17 @@ class QualityTask(abc.ABC):
     targets: ClassVar[str] = "qv"
     #: Rows of an attention head.
     head_size: ClassVar[int | None] = None
-    #: Learning rates that every method is tried at first.
-    rates: ClassVar[tuple[float, ...]] = (1e-3, 1e-2, 1e-1, 1.0)
     #: Settings of data and training by the name of the scale: ``smoke`` only shows that everything runs, ``small`` is
     #: for two cores, ``full`` for a GPU.
     scales: ClassVar[Mapping[str, Mapping[str, Any]]]
     #: Whether a new head is trained with every adapter.
     has_head: ClassVar[bool] = True
+
+    @property
+    def controls(self) -> tuple[str, ...]:
+        """Names of the controls and of the references."""
+        asked = FITTED_HEAD if self.has_head else FEW_SHOT
+        return tuple(method.name for method in (BASE, asked, BIASES, *REFERENCES))
 
     @abc.abstractmethod
     def model(self) -> nn.Module:

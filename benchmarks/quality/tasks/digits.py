@@ -56,8 +56,8 @@ class Digits(QualityTask):
     head_size = 16
     scales: ClassVar = {
         "smoke": {"pretrain_epochs": 1, "epochs": 1, "batch": 64, "head_rate": 0.02},
-        "small": {"epochs": 15, "batch": 32, "head_rate": 0.02},
-        "full": {"epochs": 15, "batch": 32, "head_rate": 0.02},
+        "small": {"epochs": 30, "batch": 32, "head_rate": 0.06},
+        "full": {"epochs": 30, "batch": 32, "head_rate": 0.06},
     }
 
     def model(self) -> nn.Module:
