@@ -238,7 +238,7 @@ def pieces(paragraphs: Iterable[str]) -> list[str]:
     Examples
     --------
     >>> [len(piece) for piece in pieces(["word " * 60, "another " * 60])]
-    [324, 323]
+    [323, 327]
     """
     found, words, letters = list[str](), list[str](), 0
     for word in " ".join(paragraphs).split():
