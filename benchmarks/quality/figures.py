@@ -109,8 +109,8 @@ def draw_learned(studies: Sequence[tuple[QualityTask, Sequence[Outcome]]], path:
         axes.axhline(level, color=pale(), linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
     axes.set_ylim(-60, 130)
     axes.set_xlabel("trained parameters of the adapter", fontsize=9, color=ink())
-    axes.set_ylabel("gain over the best control, % of that of dense updates", fontsize=9, color=ink())
-    axes.legend(loc="lower right", fontsize=8, frameon=False)
+    axes.set_ylabel("gain over the best control, % of that of dense updates (cut off below)", fontsize=9, color=ink())
+    axes.legend(loc="upper left", fontsize=8, frameon=False)
     quiet(axes)
     saved(drawn, path)
 

@@ -165,7 +165,8 @@ deviation over seeds.
 LEARNED = """\
 **How many parameters learn a task.** The number of parameters at which tnadapt's best method reaches half of the gain
 of dense updates over the best control, and at each budget the share of that gain that the median and the best of
-tnadapt's methods reach: where the two are close, the number of parameters matters, and the method hardly.
+tnadapt's methods reach: where the two are close, the number of parameters matters, and the method hardly. These are
+means; the tables of the tasks have the intervals, which say what is decided.
 """
 
 MEASURED = """\
