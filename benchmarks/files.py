@@ -76,7 +76,7 @@ def adapter(path: Path, base: Path, config: tna.Config) -> None:
     """Write an adapter as if trained on the base's queries and values."""
     checkpoint = open_checkpoint(base)
     targets = find_stored({name: entry.shape for name, entry in checkpoint.entries.items()}, "qv", checkpoint.config)
-    plan = tna.SuperLoRA(config, [target.shape for target in targets])
+    plan = tna.UpdatePlan(config, [target.shape for target in targets])
     rng = np.random.default_rng(1)
     arrays = {name: array + rng.normal(size=array.shape).astype("f4") * 0.01 for name, array in plan.init().items()}
     known = fingerprint((checkpoint.array(target.name) for target in targets), "float32")

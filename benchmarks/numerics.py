@@ -61,7 +61,7 @@ def cases(bits: int) -> Iterator[tuple[str, str, dict[str, tuple[int, ...]], Fun
             yield "F", kind, {"x": (f.n_in,)}, lambda arrays, f=f: f(arrays["x"])
     for name, settings in FORMATS.items():
         config = tna.Config(rank=RANK, groups=1, fold="hypercube", **settings)
-        plan = tna.SuperLoRA(config, [(1 << bits // 2, 1 << (bits - bits // 2))])
+        plan = tna.UpdatePlan(config, [(1 << bits // 2, 1 << (bits - bits // 2))])
         yield "format", name, plan.param_shapes, plan.vector
 
 

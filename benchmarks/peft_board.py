@@ -83,10 +83,10 @@ def llama() -> torch.nn.Module:
         return LlamaForCausalLM(config)
 
 
-def plan(config: tna.Config, base: torch.nn.Module) -> tna.SuperLoRA:
+def plan(config: tna.Config, base: torch.nn.Module) -> tna.UpdatePlan:
     """Return the plan of a config for the query and value projections."""
     targets = tnadapt.torch.find_targets(base, "qv")
-    return tna.SuperLoRA(config, [target.shape for target in targets], layers=[target.layer for target in targets])
+    return tna.UpdatePlan(config, [target.shape for target in targets], layers=[target.layer for target in targets])
 
 
 def rate_of_theta(parameters: int, base: torch.nn.Module) -> float:

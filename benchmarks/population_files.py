@@ -51,7 +51,7 @@ def member_of(preset: str) -> tna.AdapterFile:
         "unilora": (tna.presets.unilora(100, 4), (768, 768), 24),
     }[preset]
     targets = [tna.Target(f"layers.{number}.attention.query", shape, "q") for number in range(count)]
-    member = tna.AdapterFile(config, targets, tna.SuperLoRA(config, [shape] * count).init())
+    member = tna.AdapterFile(config, targets, tna.UpdatePlan(config, [shape] * count).init())
     assert member.num_parameters == 100
     return member
 

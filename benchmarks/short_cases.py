@@ -211,7 +211,7 @@ def merging(config: tna.Config, smoke: bool, folder: Path) -> Pair:
     base, tuned = checkpoints(smoke, folder)
     # An adapter of these settings for these weights. Which numbers it has makes no difference to the merge's time.
     found = tna.extract(base, tuned, P.lora(4)).file
-    layout = tna.SuperLoRA(config, [target.shape for target in found.targets])
+    layout = tna.UpdatePlan(config, [target.shape for target in found.targets])
     arrays = {name: array + np.float32(0.01) for name, array in layout.init().items()}
     adapter, out, copied = (folder / f"{name}.safetensors" for name in ("adapter", "merged", "copied"))
     tna.save(adapter, tna.AdapterFile(config, found.targets, arrays))

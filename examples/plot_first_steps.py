@@ -25,10 +25,10 @@ torch.set_num_threads(1)  # the arrays are small
 
 shapes = [(32, 32)] * 16
 cfg = tna.Config(rank=4, order=2, groups=1, fold="hypercube", format="cp")
-ad = tna.SuperLoRA(cfg, shapes)
+plan = tna.UpdatePlan(cfg, shapes)
 
-print(f"{ad.size} elements of ΔW, {ad.num_parameters} parameters")
-for name, shape in ad.param_shapes.items():
+print(f"{plan.size} elements of ΔW, {plan.num_parameters} parameters")
+for name, shape in plan.param_shapes.items():
     print(name, shape)
 
 # %%
@@ -37,13 +37,13 @@ for name, shape in ad.param_shapes.items():
 #
 # ``init`` draws the initial arrays from ``cfg.seed``. They are the same in every library, and ΔW is exactly zero.
 
-on_numpy = ad.init()
-on_torch = ad.init(backend="torch")
+on_numpy = plan.init()
+on_torch = plan.init(backend="torch")
 
 for name, array in on_numpy.items():
     same = np.array_equal(array, on_torch[name].numpy())
     print(f"{name}: the same bits in NumPy and torch: {same}")
-deltas = ad.deltas(on_numpy)
+deltas = plan.deltas(on_numpy)
 print(f"{len(deltas)} updates of shape {deltas[0].shape}, largest element {max(np.abs(d).max() for d in deltas)}")
 
 # %%
@@ -54,10 +54,10 @@ print(f"{len(deltas)} updates of shape {deltas[0].shape}, largest element {max(n
 # gradient. After the first step the other one has a gradient as well.
 
 
-def gradient_norms(ad, params, target):
+def gradient_norms(plan, params, target):
     """Return, for each array, the norm of the gradient of half the squared distance to a target."""
     leaves = {name: array.clone().requires_grad_() for name, array in params.items()}
-    loss = 0.5 * (ad.vector(leaves) - target).square().sum()
+    loss = 0.5 * (plan.vector(leaves) - target).square().sum()
     loss.backward()
     return {name: float(leaf.grad.norm()) for name, leaf in leaves.items()}
 
@@ -69,7 +69,7 @@ noise = 0.3 * rng.normal(size=signal.shape)
 target = torch.tensor((signal + noise).reshape(-1), dtype=torch.float32)
 target /= target.norm()
 
-for name, norm in gradient_norms(ad, on_torch, target).items():
+for name, norm in gradient_norms(plan, on_torch, target).items():
     print(f"{name}: gradient of norm {norm:.2e}")
 
 # %%
@@ -90,7 +90,7 @@ rate, steps = 0.6, 150
 
 curves = {}
 for name, method in methods.items():
-    plan = tna.SuperLoRA(method, shapes)
+    plan = tna.UpdatePlan(method, shapes)
     params = {key: array.requires_grad_() for key, array in plan.init("torch").items()}
     optimizer = torch.optim.SGD(params.values(), lr=rate)
     losses = []

@@ -61,13 +61,13 @@ presets = {"LoRA": tna.presets.lora, "SuperLoRA, G = 1": tna.presets.superlora}
 
 def measured(name, rank):
     """Return the number of parameters, and d_L, d_R and d_E of each weight."""
-    ad = tna.SuperLoRA(presets[name](rank=rank), shapes)
+    plan = tna.UpdatePlan(presets[name](rank=rank), shapes)
     params = {
         f"group{g}.split0.{factor}": array
         for g, matrix in enumerate(folded[name])
         for factor, array in halves(matrix, rank).items()
     }
-    return ad.num_parameters, [tna.geometry(d, v, k=k) for d, v in zip(dense, ad.deltas(params), strict=True)]
+    return plan.num_parameters, [tna.geometry(d, v, k=k) for d, v in zip(dense, plan.deltas(params), strict=True)]
 
 
 # %%

@@ -21,10 +21,10 @@ import numpy as np
 import tnadapt as tna
 
 shapes = [(6, 8), (6, 8), (4, 8), (8, 6), (8, 6)]
-ad = tna.SuperLoRA(tna.Config(rank=1, groups=3, fold="hypercube"), shapes)
+plan = tna.UpdatePlan(tna.Config(rank=1, groups=3, fold="hypercube"), shapes)
 
 for weight in range(len(shapes)):
-    for piece in ad.layout.of_weight(weight):
+    for piece in plan.layout.of_weight(weight):
         stop = piece.group_start + piece.length
         print(
             f"weight {weight}: {piece.length:2} elements are {piece.group_start:2} to {stop - 1} of group {piece.group}"
@@ -39,21 +39,21 @@ colormaps = [plt.colormaps[name] for name in ("Blues", "Oranges", "Greens")]
 
 def shade(group, position):
     """Return the color of one element."""
-    return colormaps[group](0.25 + 0.6 * position / ad.layout.group_size(group))
+    return colormaps[group](0.25 + 0.6 * position / plan.layout.group_size(group))
 
 
-long_vector = np.array([shade(g, i) for g in range(ad.num_groups) for i in range(ad.layout.group_size(g))])
+long_vector = np.array([shade(g, i) for g in range(plan.num_groups) for i in range(plan.layout.group_size(g))])
 edges = np.cumsum([0] + [rows * cols for rows, cols in shapes])
 
 fig = plt.figure(figsize=(10, 4.6), layout="constrained")
 grid = fig.add_gridspec(2, len(shapes), height_ratios=(1, 3))
 strip = fig.add_subplot(grid[0, :])
 box = {"boxstyle": "round", "facecolor": "white", "edgecolor": "none", "alpha": 0.85}
-strip.imshow(long_vector[None], aspect="auto", extent=(0, ad.size, 0, 1))
+strip.imshow(long_vector[None], aspect="auto", extent=(0, plan.size, 0, 1))
 for weight, (start, stop) in enumerate(itertools.pairwise(edges)):
     strip.axvline(stop, color="black", linewidth=2)
     strip.text((start + stop) / 2, 0.5, f"ΔW$_{weight}$", ha="center", va="center", bbox=box)
-starts = np.cumsum([0] + [ad.layout.group_size(g) for g in range(ad.num_groups)])
+starts = np.cumsum([0] + [plan.layout.group_size(g) for g in range(plan.num_groups)])
 strip.set(yticks=[], xticks=starts, title="the long vector; ticks where groups begin and end")
 for weight, (rows, cols) in enumerate(shapes):
     panel = fig.add_subplot(grid[1, weight])
@@ -80,7 +80,7 @@ plans = {
 }
 fig, axes = plt.subplots(len(plans), 3, figsize=(8, 9), layout="constrained")
 for row, (name, config) in zip(axes, plans.items(), strict=True):
-    plan = tna.SuperLoRA(config, shapes)
+    plan = tna.UpdatePlan(config, shapes)
     (piece,) = plan.layout.of_weight(3)
     sizes = plan.groups[piece.group].network.sizes
     positions = piece.group_start + np.arange(piece.length)

@@ -72,6 +72,6 @@ show(P.superlora(rank=8, groups=4, projection="linear", ratio=0.1), title="Super
 # a first mode of size 16 cannot use more than 16.
 
 train = tna.Config(rank=20, order=6, groups=1, fold="balanced", format="tt")
-for name, shape in tna.SuperLoRA(train, vit).param_shapes.items():
+for name, shape in tna.UpdatePlan(train, vit).param_shapes.items():
     print(name, shape)
 show(train, title="A tensor train of order 6")

@@ -23,7 +23,7 @@ channels = [64] * 2 + [128] * 6 + [128] + [128] * 9 + [64] * 3  # down, middle, 
 unet = [(c, c) for c in channels for _ in "qv"]
 
 for name, shapes in {"ViT-base": vit, "U-Net": unet}.items():
-    print(f"{name}: {len(shapes)} weights, {tna.SuperLoRA(tna.presets.dense(), shapes).size} elements")
+    print(f"{name}: {len(shapes)} weights, {tna.UpdatePlan(tna.presets.dense(), shapes).size} elements")
 
 # %%
 # Higher order, fewer parameters

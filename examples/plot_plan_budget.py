@@ -84,7 +84,7 @@ show(plot.parameters, vit, budget=10_000, title="Query and value of ViT-base, on
 
 names = [f"{role}{layer}" for layer in range(12) for role in "qv"]
 roles = ["query", "value"] * 12
-plan = tna.SuperLoRA(tna.presets.superlora(rank=1, groups=5), vit)
+plan = tna.UpdatePlan(tna.presets.superlora(rank=1, groups=5), vit)
 show(plot.layout, plan, names=names, roles=roles, title="SuperLoRA, G = 5")
 
 # %%
@@ -93,7 +93,7 @@ show(plot.layout, plan, names=names, roles=roles, title="SuperLoRA, G = 5")
 channels = [64] * 2 + [128] * 6 + [128] + [128] * 9 + [64] * 3
 unet = [(c, c) for c in channels for _ in "qv"]
 names = [f"{role}{module}" for module in range(21) for role in "qv"]
-plan = tna.SuperLoRA(tna.presets.lorta(rank=1, groups=3), unet)
+plan = tna.UpdatePlan(tna.presets.lorta(rank=1, groups=3), unet)
 show(plot.layout, plan, names=names, roles=["query", "value"] * 21, title="LoRTA of order 3, G = 3")
 
 # %%
@@ -105,6 +105,6 @@ show(plot.layout, plan, names=names, roles=["query", "value"] * 21, title="LoRTA
 
 for name, shapes in {"24 of 768²": vit, "64 of 4096²": [(4096, 4096)] * 64}.items():
     for groups in (1, 3, 4):
-        plan = tna.SuperLoRA(tna.presets.superlora(rank=1, groups=groups), shapes)
+        plan = tna.UpdatePlan(tna.presets.superlora(rank=1, groups=groups), shapes)
         sizes = plan.groups[0].network.sizes
         print(f"{name:12} G = {groups}: folded to {sizes}, rank of an update {largest_rank(plan)}")

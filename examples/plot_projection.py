@@ -91,10 +91,10 @@ right.plot(near, np.tanh(near) ** 2)
 right.set(xlabel="t", title="its derivative, near zero")
 shapes = [(96, 96)] * 8
 for ratio, marker in ((1.0, "o"), (0.1, "s"), (0.01, "^")):
-    ad = tna.SuperLoRA(tna.presets.superlora(rank=4, projection="nonlinear", ratio=ratio), shapes)
-    start = ad.init(dtype="float64")
+    plan = tna.UpdatePlan(tna.presets.superlora(rank=4, projection="nonlinear", ratio=ratio), shapes)
+    start = plan.init(dtype="float64")
     # The same network with the linear F: what tanhshrink is applied to.
-    linear = tna.SuperLoRA(ad.config.replace(projection="linear"), shapes)
+    linear = tna.UpdatePlan(plan.config.replace(projection="linear"), shapes)
     size = np.sqrt(np.mean(linear.vector(start) ** 2))
     print(f"ρ = {ratio}: root mean square of F's argument {size:.3f}, derivative there {np.tanh(size) ** 2:.3f}")
     right.plot(size, np.tanh(size) ** 2, marker, color="tab:orange", label=f"start, ρ = {ratio}")

@@ -127,7 +127,7 @@ def recipe(data: bytes) -> None:
     value = _json(data)
     if not isinstance(value, dict):
         return
-    plan = tna.SuperLoRA(tna.presets.lora(2), SHAPES)
+    plan = tna.UpdatePlan(tna.presets.lora(2), SHAPES)
     tensors = {name: ("F32", np.ones(shape, np.float32)) for name, shape in plan.param_shapes.items()}
     with _folder() as folder:
         path = folder / "adapter.safetensors"
@@ -154,7 +154,7 @@ def config(data: bytes) -> None:
     if tna.Config.from_dict(json.loads(json.dumps(found.to_dict()))) != found:
         raise FaultError("a config is not what its JSON gives")
     try:
-        plan = tna.SuperLoRA(found, SHAPES, layers=["a", "a", "b"])
+        plan = tna.UpdatePlan(found, SHAPES, layers=["a", "a", "b"])
     except tna.TnadaptError:
         return
     if plan.num_parameters < 1 << 16:
@@ -263,7 +263,7 @@ def tokenizer(data: bytes) -> None:
 @functools.cache
 def of_llama() -> tna.AdapterFile:
     """Return an adapter of one weight of a Llama."""
-    plan = tna.SuperLoRA(tna.presets.lora(2), [(8, 4)])
+    plan = tna.UpdatePlan(tna.presets.lora(2), [(8, 4)])
     targets = [tna.Target("model.layers.1.self_attn.q_proj", (8, 4), "q", layer="model.layers.1.self_attn")]
     return tna.AdapterFile(tna.presets.lora(2), targets, plan.init())
 

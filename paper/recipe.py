@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tnadapt.algebra.config import Config
-from tnadapt.algebra.superlora import SuperLoRA
+from tnadapt.algebra.update_plan import UpdatePlan
 from tnadapt.errors import ConfigError, TnadaptError, safe_repr
 from tnadapt.planning import known_as
 
@@ -115,7 +115,7 @@ class Recipe:
         found = []
         for arm in self.arms:
             for config in dict.fromkeys(arm.configs):
-                plan = SuperLoRA(config, self.weights.shapes, self.weights.layers)
+                plan = UpdatePlan(config, self.weights.shapes, self.weights.layers)
                 if not self.rank_below_sizes or _below(plan):
                     found.append(RecipePoint(arm.name, config, plan.num_parameters))
         return found
@@ -142,7 +142,7 @@ class Recipe:
 
     def count(self, config: Config) -> int:
         """Count the trainable parameters of a setting on the recipe's weights."""
-        return SuperLoRA(config, self.weights.shapes, self.weights.layers).num_parameters
+        return UpdatePlan(config, self.weights.shapes, self.weights.layers).num_parameters
 
     def checked(self) -> list[tuple[str, int, int]]:
         """Return the counts that the paper states: description, the paper's number, and ours."""
@@ -270,7 +270,7 @@ def _text(name: str) -> str:
     return (importlib.resources.files(__package__) / "recipes" / f"{name}.toml").read_text(encoding="utf-8")
 
 
-def _below(plan: SuperLoRA) -> bool:
+def _below(plan: UpdatePlan) -> bool:
     """Return whether every factor has fewer columns than rows."""
     factors = [shape for name, shape in plan.param_shapes.items() if ".factor" in name]
     return all(rank < size for size, rank in factors)

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from .algebra.products import cp_to_tensor, kron_matvec, kronecker, tt_to_tensor, tucker_to_tensor
     from .algebra.sources import register_source
     from .algebra.starting_points import register_start
-    from .algebra.superlora import SuperLoRA, parameter_count
+    from .algebra.update_plan import SuperLoRA as SuperLoRA
+    from .algebra.update_plan import UpdatePlan, parameter_count
     from .backends import register_backend
     from .checkpoints.adapter_file import AdapterFile
     from .checkpoints.adapter_format import load, save
@@ -71,10 +72,10 @@ __all__ = [
     "RowIndices",
     "Rows",
     "ShapeError",
-    "SuperLoRA",
     "Target",
     "TargetError",
     "TnadaptError",
+    "UpdatePlan",
     "append",
     "convert",
     "cp",
@@ -136,8 +137,9 @@ _LAZY = {
     "Projection": "algebra.maps.projection",
     "RowIndices": "targets.target",
     "Rows": "targets.target",
-    "SuperLoRA": "algebra.superlora",
+    "SuperLoRA": "algebra.update_plan",  # the former name of UpdatePlan
     "Target": "targets.target",
+    "UpdatePlan": "algebra.update_plan",
     "append": "checkpoints.population_changes",
     "cp": "tensors._cp_decomposition",
     "cp_to_tensor": "algebra.products",
@@ -157,7 +159,7 @@ _LAZY = {
     "load": "checkpoints.adapter_format",
     "merge": "checkpoints.merge",
     "parafac2": "tensors._parafac2",
-    "parameter_count": "algebra.superlora",
+    "parameter_count": "algebra.update_plan",
     "plan": "planning",
     "register_backend": "backends",
     "register_engine": "finetune.engines",  # not in __all__, as it needs torch

@@ -113,10 +113,25 @@ def checks_arguments(function: T) -> T:
                 else:
                     args = (*args[:place], value, *args[place + 1 :])
             if not expected.accepts(value):
-                raise wrong_argument(name, expected.one, value, expected.error)
+                error = wrong_argument(name, expected.one, value, expected.error)
+                if other := _swapped(name, dict(zip(positional, args, strict=False)) | kwargs, types):
+                    raise type(error)(f"{error}; {name} and {other} may be swapped")
+                raise error
         return function(*args, **kwargs)
 
     return cast("T", checked)
+
+
+def _swapped(name: str, values: Mapping[str, Any], types: Mapping[str, _Type | None]) -> str | None:
+    """Return the argument whose value is of the type of a wrong one, and that may take the wrong one's, if any."""
+    expected = types[name]
+    for other, value in values.items():
+        if other == name or expected is None or value is None or not expected.accepts(value):
+            continue
+        type_ = types.get(other)
+        if type_ is None or (type_.accepts(values[name]) and not type_.accepts(value)):
+            return other
+    return None
 
 
 def wrong_argument(name: str, expected: str, value: Any, error: type[TnadaptError] = ConfigError) -> TnadaptError:
@@ -258,6 +273,10 @@ def _is_flag(value: Any) -> bool:
     return type(value).__name__ == "bool" or (isinstance(value, int) and value in (0, 1))
 
 
+#: Limits above this are those of the format, and nobody meets them by accident: messages name the other limit alone.
+FAR = 10**6
+
+
 def integer(name: str, value: Any, low: int, high: int, error: type[TnadaptError], other: str = "") -> int:
     """Return ``value`` as an integer from low to high, or raise an error that names it.
 
@@ -277,6 +296,10 @@ def integer(name: str, value: Any, low: int, high: int, error: type[TnadaptError
         number = operator.index(value)
     except TypeError:
         raise error(f"{name} must be an integer{other}; got {safe_repr(value)}") from None
+    if number < low and high > FAR:
+        raise error(f"{name} must be at least {low}; got {safe_repr(number)}")
+    if number > high > FAR:
+        raise error(f"{name} must be at most {high:,}; got {safe_repr(number)}")
     if not low <= number <= high:
         raise error(f"{name} must be from {low} to {high}; got {safe_repr(number)}")
     return number
@@ -345,7 +368,7 @@ _NAMED: dict[str, _Type | None] = {
 #: Classes whose instances are recognized by the name of the class.
 _CLASSES = frozenset({
     "AdapterFile", "Axis", "Config", "Engine", "Fingerprint", "Map", "Mark", "PopulationFile", "Pretrained",
-    "Projection", "Reporter", "Source", "Spec", "SuperLoRA", "Target", "Training", "nn.Module", "torch.device",
+    "Projection", "Reporter", "Source", "Spec", "Target", "Training", "UpdatePlan", "nn.Module", "torch.device",
 })  # fmt: skip
 _ERRORS = {"nn.Module": TargetError, "Target": TargetError, "AdapterFile": FileError}
 

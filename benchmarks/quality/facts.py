@@ -20,7 +20,7 @@ class Facts:
     #: Paths of the layers.
     modules: tuple[str, ...]
     shapes: tuple[tuple[int, int], ...]
-    #: One key per weight, as in :class:`tnadapt.SuperLoRA`.
+    #: One key per weight, as in :class:`tnadapt.UpdatePlan`.
     layers: tuple[object, ...]
     roles: tuple[object, ...]
     #: Rows of an attention head, if every weight consists of heads.

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from tnadapt.algebra.config import Config
-from tnadapt.algebra.superlora import SuperLoRA
+from tnadapt.algebra.update_plan import UpdatePlan
 from tnadapt.checkpoints.lora_export import lora_export
 from tnadapt.errors import FileError
 from tnadapt.report import TextTable
@@ -188,7 +188,7 @@ def lora_rank(one: Outcome, facts: Facts) -> int | None:
     if one.library == "PEFT":
         return one.config.get("r") if one.method == "peft-lora" and one.config is not None else None
     assert one.config is not None  # controls alone have none
-    return lora_export(SuperLoRA(Config.from_dict(one.config), facts.shapes, facts.layers, facts.roles)).rank
+    return lora_export(UpdatePlan(Config.from_dict(one.config), facts.shapes, facts.layers, facts.roles)).rank
 
 
 def step_ratios(path: Path = STEPS) -> dict[str, float]:

@@ -9,6 +9,6 @@ import tnadapt as tna
 __all__ = ["drawn"]
 
 
-def drawn(plan: tna.SuperLoRA, seed: int = 0) -> dict[str, np.ndarray]:
+def drawn(plan: tna.UpdatePlan, seed: int = 0) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(seed)
     return {name: rng.normal(size=shape) for name, shape in plan.param_shapes.items()}

@@ -88,7 +88,7 @@ def test_a_fresh_adapter_changes_nothing(way: Applying, dtype: str, rows: int, c
     weight = torch.tensor(host).to(kind)
     config = tna.Config(rank=1, apply=way.kind, magnitude_axis=way.axis)
     for trained in {dtype, "float32"} - ({"float32"} if dtype == "float64" else set()):
-        plan = tna.SuperLoRA(config, [(rows, cols)]).with_base([weight])
+        plan = tna.UpdatePlan(config, [(rows, cols)]).with_base([weight])
         params = plan.init("torch", trained)
         (found,) = plan.merged(params, [weight])
         assert torch.equal(found.to(kind), weight)
@@ -169,7 +169,7 @@ def test_jax_gives_the_same_and_detaches(config: tna.Config) -> None:
     with jax.enable_x64(True):
         report = tna.verify(config, [(6, 4), (4, 5)], backends=["jax"])
         assert report.holds, str(report)
-        plan = tna.SuperLoRA(config, [(6, 4)]).with_base([np.ones((6, 4))])
+        plan = tna.UpdatePlan(config, [(6, 4)]).with_base([np.ones((6, 4))])
         params = {
             n: jax.numpy.asarray(a)
             for n, a in zip(plan.param_shapes, drawn(0, *plan.param_shapes.values()), strict=True)
@@ -185,7 +185,7 @@ def test_jax_gives_the_same_and_detaches(config: tna.Config) -> None:
 
 def test_jax_without_float64_is_told() -> None:
     jax = pytest.importorskip("jax")
-    plan = tna.SuperLoRA(P.dora(1), [(2, 2)]).with_base([np.ones((2, 2))])
+    plan = tna.UpdatePlan(P.dora(1), [(2, 2)]).with_base([np.ones((2, 2))])
     with jax.enable_x64(False), pytest.raises(tna.BackendError, match=r"jax_enable_x64"):
         plan.merged(plan.init("jax"), [jax.numpy.ones((2, 2))])
 
@@ -198,20 +198,20 @@ def test_counts_need_no_base() -> None:
     vit = [(768, 768)] * 24
     assert tna.parameter_count(P.dora(8), vit) == 313_344
     assert tna.parameter_count(P.hira(8), vit) == 2 * 768 * 8 * 24
-    plan = tna.SuperLoRA(P.dora(2, magnitude_axis="cols"), [(6, 4), (3, 5)])
+    plan = tna.UpdatePlan(P.dora(2, magnitude_axis="cols"), [(6, 4), (3, 5)])
     assert plan.weight_param_shapes == {"weight0.magnitude": (4,), "weight1.magnitude": (5,)}
     assert list(plan.param_shapes)[-2:] == ["weight0.magnitude", "weight1.magnitude"]
     assert plan.num_parameters == sum(math.prod(shape) for shape in plan.param_shapes.values())
     # θ makes the arrays of the update; the magnitudes are parameters of their own.
-    theta = tna.SuperLoRA(P.unilora(7, 2, apply="magnitude"), [(6, 4)])
+    theta = tna.UpdatePlan(P.unilora(7, 2, apply="magnitude"), [(6, 4)])
     assert theta.param_shapes == {"theta": (7,), "weight0.magnitude": (6,)}
     assert theta.num_parameters == 13
 
 
 def test_the_start_needs_the_base() -> None:
-    plan = tna.SuperLoRA(P.dora(1), [(2, 2)])
+    plan = tna.UpdatePlan(P.dora(1), [(2, 2)])
     assert plan.needs_base
-    assert not tna.SuperLoRA(P.hira(1), [(2, 2)]).needs_base
+    assert not tna.UpdatePlan(P.hira(1), [(2, 2)]).needs_base
     bound = plan.with_base([np.array([[3.0, 4.0], [0.0, 2.0]])])
     assert not bound.needs_base
     assert plan.needs_base
@@ -234,18 +234,19 @@ REFUSED: list[tuple[type[Exception], Callable[[], object], str]] = [
      r"magnitude_axis must be one of 'rows', 'cols'; got 'columns'"),
     (tna.ConfigError, lambda: tna.Config(magnitude_axis="cols"),
      r"magnitude_axis='cols' is about the trained magnitude, and apply='add' has none: use apply='magnitude'"),
-    (tna.ShapeError, lambda: tna.SuperLoRA(DORA, [(2, 2)]).with_base([]), r"with_base needs the 1 base weights; got 0"),
-    (tna.ShapeError, lambda: tna.SuperLoRA(DORA, [(2, 2)]).with_base([np.ones((3, 2))]),
+    (tna.ShapeError, lambda: tna.UpdatePlan(DORA, [(2, 2)]).with_base([]),
+     r"with_base needs the 1 base weights; got 0"),
+    (tna.ShapeError, lambda: tna.UpdatePlan(DORA, [(2, 2)]).with_base([np.ones((3, 2))]),
      r"base weight 0 has shape \(3, 2\); expected \(2, 2\)"),
-    (tna.ConfigError, lambda: tna.SuperLoRA(DORA, [(1, 2)]).with_base([np.array([[1.0, np.nan]])]),
+    (tna.ConfigError, lambda: tna.UpdatePlan(DORA, [(1, 2)]).with_base([np.array([[1.0, np.nan]])]),
      r"weight0.magnitude would start at the norms of a base weight that holds NaN or infinity"),
-    (tna.ConfigError, lambda: tna.SuperLoRA(DORA, [(1, 1)]).with_base([np.array([[8e4]])]).init("numpy", "float16"),
+    (tna.ConfigError, lambda: tna.UpdatePlan(DORA, [(1, 1)]).with_base([np.array([[8e4]])]).init("numpy", "float16"),
      r"weight0.magnitude starts at norms of up to 8.0e\+04, which float16 cannot"),
-    (tna.ConfigError, lambda: tna.SuperLoRA(DORA, [(2, 2)]).init(),
+    (tna.ConfigError, lambda: tna.UpdatePlan(DORA, [(2, 2)]).init(),
      r"weight0.magnitude starts at the norms .* call plan.with_base\(weights\)"),
-    (tna.ShapeError, lambda: tna.SuperLoRA(HIRA, [(2, 2)]).merged({}, []),
+    (tna.ShapeError, lambda: tna.UpdatePlan(HIRA, [(2, 2)]).merged({}, []),
      r"weights must be the 1 base weights; got 0"),
-    (tna.BackendError, lambda: tna.SuperLoRA(HIRA, [(1, 1)]).merged(tna.SuperLoRA(HIRA, [(1, 1)]).init(), [[[1.0]]]),
+    (tna.BackendError, lambda: tna.UpdatePlan(HIRA, [(1, 1)]).merged(tna.UpdatePlan(HIRA, [(1, 1)]).init(), [[[1.0]]]),
      r"base weight 0 is list, and the parameters are arrays of numpy: convert it"),
     (tna.BackendError, lambda: Magnitude().rescaling(NUMPY, np.ones((1, 1)), [np.ones(1)], "float8"),
      r"dtype must be one of float64, float32, float16, bfloat16; got 'float8'"),

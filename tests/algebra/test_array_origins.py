@@ -53,7 +53,7 @@ NETWORKS: dict[str, tna.Config] = {
 def configs(draw: st.DrawFn, names: tuple[str, ...] = tuple(NETWORKS)) -> tna.Config:
     """A network with a source for each of its arrays."""
     config = NETWORKS[draw(st.sampled_from(names))].replace(seed=draw(st.integers(0, 2**64 - 1)))
-    network = tna.SuperLoRA(config, SHAPES).groups[0].network
+    network = tna.UpdatePlan(config, SHAPES).groups[0].network
     sources: dict[str, Source] = {}
     for name, shape in network.shapes.items():
         frozen = Seeded("normal", shared=draw(st.booleans()))
@@ -66,10 +66,10 @@ def configs(draw: st.DrawFn, names: tuple[str, ...] = tuple(NETWORKS)) -> tna.Co
     return config.replace(sources=sources)
 
 
-def plan_of(config: tna.Config) -> tna.SuperLoRA:
+def plan_of(config: tna.Config) -> tna.UpdatePlan:
     """The plan of a config, unless nothing of a term is trained."""
     try:
-        return tna.SuperLoRA(config, SHAPES)
+        return tna.UpdatePlan(config, SHAPES)
     except tna.ConfigError as error:
         if "nothing is left to train" not in str(error) and "can be zero at the start" not in str(error):
             raise
@@ -95,22 +95,22 @@ def test_the_laws_hold_for_any_sources_of_all_arrays(config: tna.Config) -> None
 
 
 TRAINED: dict[str, Any] = {"source": "trained"}
-UNBOUND = tna.SuperLoRA(tna.presets.lora_xs(2), SHAPES)
+UNBOUND = tna.UpdatePlan(tna.presets.lora_xs(2), SHAPES)
 
 
 def made(
     sources: dict[str, Source], shapes: list[tuple[int, int]] = SHAPES, given: Any = None, **settings: Any
 ) -> dict[str, np.ndarray]:
-    return tna.SuperLoRA(tna.Config(**{"rank": 2, **settings}, sources=sources), shapes, given=given).init()
+    return tna.UpdatePlan(tna.Config(**{"rank": 2, **settings}, sources=sources), shapes, given=given).init()
 
 
 def brought(array: Any, name: str = "group0.split0.factor1") -> dict[str, np.ndarray]:
     return made({"factor1": Given()}, given={name: array})
 
 
-def of_core(changes: dict[str, Source]) -> tna.SuperLoRA:
+def of_core(changes: dict[str, Source]) -> tna.UpdatePlan:
     config = tna.presets.craft(2, groups=1)
-    return tna.SuperLoRA(config.replace(sources={**config.sources, **changes}), SHAPES)
+    return tna.UpdatePlan(config.replace(sources={**config.sources, **changes}), SHAPES)
 
 
 ZERO, ROWS, TRAIN = Scaled(Seeded("normal"), start=0), FromBase("rows"), NETWORKS["train"]
@@ -143,7 +143,7 @@ REFUSED: list[tuple[Callable[[], object], str]] = [
     (lambda: Scaled(Trained(), start=(0.0, 1.0)), r"must have one number for each of size, at most one of them 0"),
     (lambda: Scaled(Trained(), rank=True, start=(0, 0)), r"at most one of them 0"),
     (lambda: Scaled(Trained(), start="one"), r"start must be a finite number"),
-    (lambda: tna.SuperLoRA(TRAIN.replace(sources={"core1": Scaled(Trained())}), [(6, 4)]),
+    (lambda: tna.UpdatePlan(TRAIN.replace(sources={"core1": Scaled(Trained())}), [(6, 4)]),
      r"Scaled is for factors, .*; 'split0.core1' has the shape \(2, 3, 2\)"),
     (lambda: made({"factor0": ZERO}, projection="nonlinear"),
      r"start=0 of 'split0.factor0' leaves a nonlinear F without a gradient"),
@@ -167,7 +167,7 @@ REFUSED: list[tuple[Callable[[], object], str]] = [
     (lambda: made({"factor0": ROWS}, splits=2), r"'split1.factor0' of shape \(\d, 2\) is none: use format='cp'"),
     (lambda: made({"core": ROWS}, format="tucker"),
      r"\(size of a mode, rank\), and 'split0.core' of shape \(2, 2\) is none"),
-    (lambda: tna.SuperLoRA(TRAIN.replace(sources={"core0": FromBase("mode")}), [(6, 4)]), r"is none"),
+    (lambda: tna.UpdatePlan(TRAIN.replace(sources={"core0": FromBase("mode")}), [(6, 4)]), r"is none"),
     (lambda: made({"factor0": ROWS}, [(6, 4)], order=4, fold=(2, 3, 2, 2)),
      r"needs matrices, or a stack .*use FromBase\('mode'\)"),
     (lambda: made({"factor0": ROWS}, groups=1, fold="hypercube", projection="shuffle"),
@@ -209,7 +209,7 @@ def test_what_cannot_be_is_refused(error: type[Exception], make: Callable[[], ob
 def test_a_tied_array_may_be_frozen() -> None:
     frozen = [f"term{term}.split0.factor1" for term in range(2)]
     sources = {frozen[0]: Seeded("signs"), frozen[1]: Tied(frozen[0])}
-    plan = tna.SuperLoRA(tna.Config(rank=2, terms=2, sources=sources), SHAPES)
+    plan = tna.UpdatePlan(tna.Config(rank=2, terms=2, sources=sources), SHAPES)
     assert [name for name in plan.frozen_shapes if name.startswith("group1")] == [f"group1.{name}" for name in frozen]
     first, second = (plan.groups[1].frozen.host(name) for name in frozen)
     assert first.tobytes() == second.tobytes()
@@ -217,13 +217,13 @@ def test_a_tied_array_may_be_frozen() -> None:
 
 def test_diagonals_start_as_they_say() -> None:
     both = Scaled(Seeded("normal"), rank=True, start=(2.0, 0.0))
-    plan = tna.SuperLoRA(tna.Config(rank=2, sources={"factor1": both, "factor0": Scaled(Seeded("normal"))}), SHAPES)
+    plan = tna.UpdatePlan(tna.Config(rank=2, sources={"factor1": both, "factor0": Scaled(Seeded("normal"))}), SHAPES)
     fresh = plan.init()
     assert (fresh["group1.split0.factor1.size"] == 2.0).all()
     assert not fresh["group1.split0.factor1.rank"].any()
     assert (fresh["group1.split0.factor0.size"] == 1.0).all()
     config = tna.Config(rank=2, sources={"factor0": Scaled(Seeded("normal"))})
-    usual = tna.SuperLoRA(config, SHAPES).init()
+    usual = tna.UpdatePlan(config, SHAPES).init()
     assert not usual["group0.split0.factor0.size"].any()
     assert usual["group0.split0.factor1"].any()
     assert tna.verify(config.replace(projection="nonlinear"), SHAPES, backends=["numpy"]).holds
@@ -232,11 +232,11 @@ def test_diagonals_start_as_they_say() -> None:
 def test_given_arrays_are_used_as_they_are() -> None:
     numbers = np.random.default_rng(0).normal(size=(3, 4, 2)).astype(np.float32)
     config = tna.Config(rank=2, sources={"factor1": Given()})
-    plan = tna.SuperLoRA(config, SHAPES)
+    plan = tna.UpdatePlan(config, SHAPES)
     assert plan.given_shapes == {f"group{g}.split0.factor1": (4, 2) for g in range(3)}
     with pytest.raises(tna.ConfigError, match=r"'group0.split0.factor1' is an array that the caller brings: .*given="):
         plan.deltas(plan.init())
-    plan = tna.SuperLoRA(config, SHAPES, given={f"group{g}.split0.factor1": numbers[g] for g in range(3)})
+    plan = tna.UpdatePlan(config, SHAPES, given={f"group{g}.split0.factor1": numbers[g] for g in range(3)})
     params = drawn(plan, 1)
     for group, delta in enumerate(plan.deltas(params)):
         np.testing.assert_allclose(delta, params[f"group{group}.split0.factor0"] @ numbers[group].T, rtol=1e-12)
@@ -245,10 +245,10 @@ def test_given_arrays_are_used_as_they_are() -> None:
 
 def test_one_given_array_for_groups_of_several_sizes() -> None:
     shapes = [(6, 4), (5, 3), (6, 2)]
-    plan = tna.SuperLoRA(tna.Config(rank=2, sources={"factor1": Given(shared=True)}), shapes)
+    plan = tna.UpdatePlan(tna.Config(rank=2, sources={"factor1": Given(shared=True)}), shapes)
     assert plan.given_shapes == {"group0.split0.factor1": (4, 2)}
     whole = np.random.default_rng(0).normal(size=(4, 2))
-    plan = tna.SuperLoRA(plan.config, shapes, given={"group0.split0.factor1": whole})
+    plan = tna.UpdatePlan(plan.config, shapes, given={"group0.split0.factor1": whole})
     params = {name: np.ones(shape) for name, shape in plan.param_shapes.items()}
     for (rows, cols), delta in zip(shapes, plan.deltas(params), strict=True):
         np.testing.assert_allclose(delta, np.ones((rows, 2)) @ np.float32(whole)[:cols].T, rtol=1e-6)
@@ -308,13 +308,13 @@ def test_a_subspace_that_ends_between_equal_values_is_warned_about(recwarn: pyte
     with pytest.warns(UserWarning, match=r"two of whose singular values are nearer than 0.0001: another machine"):
         dominant_basis(np.eye(5), normals[:5, :5], 2, True, "x")
     with pytest.warns(UserWarning, match="another machine may take another part"):
-        tna.SuperLoRA(tna.presets.lora_xs(2), [(6, 4)]).with_base([np.eye(6)[:, :4]])
+        tna.UpdatePlan(tna.presets.lora_xs(2), [(6, 4)]).with_base([np.eye(6)[:, :4]])
 
 
 @pytest.mark.parametrize("side", ["rows", "cols", "mode"])
 def test_a_factor_of_the_base(side: str) -> None:
     name = "factor1" if side == "cols" else "factor0"
-    plan = tna.SuperLoRA(tna.Config(rank=2, sources={name: FromBase(side)}), SHAPES)
+    plan = tna.UpdatePlan(tna.Config(rank=2, sources={name: FromBase(side)}), SHAPES)
     assert plan.num_parameters == 3 * 2 * (6 if name == "factor1" else 4)
     assert list(plan.base_shapes) == [f"group{g}.split0.{name}" for g in range(3)]
     seen: list[tuple[int, int]] = []
@@ -333,7 +333,7 @@ def test_a_factor_of_the_base(side: str) -> None:
 @given(st.integers(1, 4), st.integers(1, 4), st.integers(0, 99))
 def test_the_core_of_the_base_is_that_of_its_higher_order_svd(rank: int, weights: int, seed: int) -> None:
     base = list(np.random.default_rng(seed).normal(size=(weights, 6, 4)))
-    plan = tna.SuperLoRA(tna.presets.craft(rank, groups=1), [(6, 4)] * weights).with_base(base)
+    plan = tna.UpdatePlan(tna.presets.craft(rank, groups=1), [(6, 4)] * weights).with_base(base)
     found = {name.removeprefix("group0.split0."): array.astype(np.float64) for name, array in plan.given.items()}
     bases = [found[f"factor{mode}"] for mode in range(3)]
     core = np.einsum("abc,ai,bj,ck->ijk", np.stack(base), *bases)
@@ -353,7 +353,7 @@ def test_the_core_of_the_base_is_that_of_its_higher_order_svd(rank: int, weights
 def test_a_core_of_the_base_uses_the_factors_of_its_own_split(several: dict[str, Any]) -> None:
     sources = {"core": BaseCore(), "factor0": FromBase("mode"), "factor1": Mixed(FromBase("mode"))}
     config = tna.Config(rank=2, format="tucker", start="random", sources=sources, **several)
-    found = tna.SuperLoRA(config, SHAPES).with_base(BASE).given
+    found = tna.UpdatePlan(config, SHAPES).with_base(BASE).given
     cores = [name for name in found if name.endswith(".core")]
     assert len(cores) == 6
     for name in cores:
@@ -364,14 +364,14 @@ def test_a_core_of_the_base_uses_the_factors_of_its_own_split(several: dict[str,
         own = {"term0.split0.core": BaseCore(), "factor0": FromBase("mode"), "factor1": Mixed(FromBase("mode"))}
         for name, other in (("factor0", Seeded("normal")), ("core", Tied("group0.term0.split0.core"))):
             changed = config.replace(sources={**own, f"term1.split0.{name}": other})
-            assert "group0.term0.split0.core" in tna.SuperLoRA(changed, SHAPES).with_base(BASE).given
+            assert "group0.term0.split0.core" in tna.UpdatePlan(changed, SHAPES).with_base(BASE).given
 
 
 def test_factors_of_a_stack_are_those_of_its_modes() -> None:
     config = tna.presets.fact_tk(2, weights=3, rows=6, cols=4).replace(
         sources={"factor0": FromBase("mode"), "factor1": FromBase("rows"), "factor2": FromBase("cols")}
     )
-    plan = tna.SuperLoRA(config, SHAPES).with_base(BASE)
+    plan = tna.UpdatePlan(config, SHAPES).with_base(BASE)
     tensor = np.stack(BASE)
     for mode in range(3):
         exact = np.linalg.svd(np.moveaxis(tensor, mode, 0).reshape(tensor.shape[mode], -1))[0][:, :2]
@@ -397,7 +397,7 @@ FITTED: dict[str, tna.Config] = {
 @pytest.mark.parametrize("name", FITTED)
 def test_a_fit_finds_updates_that_the_config_made(name: str) -> None:
     config = FITTED[name]
-    plan = tna.SuperLoRA(config, SHAPES).with_base(BASE)
+    plan = tna.UpdatePlan(config, SHAPES).with_base(BASE)
     params = drawn(plan, 1)
     deltas = plan.deltas(params)
     fitted, report = tna.decompose(deltas, config, base=BASE if plan.base_shapes else None, max_iterations=300)
@@ -420,7 +420,7 @@ def test_a_linear_fit_is_the_optimum() -> None:
         u, v = (plan.given[f"group{group}.split0.factor{mode}"].astype(np.float64) for mode in range(2))
         exact = np.linalg.pinv(u) @ delta @ np.linalg.pinv(v).T
         np.testing.assert_allclose(params[f"group{group}.split0.core"], exact, rtol=1e-8, atol=1e-10)
-    assert tna.SuperLoRA(tna.Config(), SHAPES).with_base(BASE).given == {}
+    assert tna.UpdatePlan(tna.Config(), SHAPES).with_base(BASE).given == {}
 
 
 SIX = [(12, 8)] * 6

@@ -9,7 +9,7 @@ import pytest
 
 import tnadapt as tna
 
-PLAN = tna.SuperLoRA(tna.presets.lora(2), [(6, 4)])
+PLAN = tna.UpdatePlan(tna.presets.lora(2), [(6, 4)])
 
 
 def test_arrays_have_the_types_that_type_checkers_know() -> None:

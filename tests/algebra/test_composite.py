@@ -35,7 +35,7 @@ def renamed(name: str, groups: int, weights: int) -> str:
     )
 
 
-def numbered(parts: list[tna.SuperLoRA]) -> list[tuple[tna.SuperLoRA, int, int]]:
+def numbered(parts: list[tna.UpdatePlan]) -> list[tuple[tna.UpdatePlan, int, int]]:
     found, groups, weights = [], 0, 0
     for part in parts:
         found.append((part, groups, weights))
@@ -43,7 +43,7 @@ def numbered(parts: list[tna.SuperLoRA]) -> list[tuple[tna.SuperLoRA, int, int]]
     return found
 
 
-def whole_of(parts: list[tna.SuperLoRA]) -> tna.SuperLoRA:
+def whole_of(parts: list[tna.UpdatePlan]) -> tna.UpdatePlan:
     """The plan of several plans' configs and weights, with what they were given."""
     config = CompositeConfig([(part.config, len(part.shapes)) for part in parts])
     given = {
@@ -55,11 +55,11 @@ def whole_of(parts: list[tna.SuperLoRA]) -> tna.SuperLoRA:
         [(place, key) for place, part in enumerate(parts) for key in (part._layers or range(len(part.shapes)))]
         for _ in "lr"
     ]
-    return tna.SuperLoRA(config, [shape for part in parts for shape in part.shapes], *keys, given=given)
+    return tna.UpdatePlan(config, [shape for part in parts for shape in part.shapes], *keys, given=given)
 
 
 @st.composite
-def some_parts(draw: st.DrawFn) -> list[tna.SuperLoRA]:
+def some_parts(draw: st.DrawFn) -> list[tna.UpdatePlan]:
     """Two or three plans that can be parts of one."""
     found = []
     for _ in range(draw(st.integers(2, 3))):
@@ -68,7 +68,7 @@ def some_parts(draw: st.DrawFn) -> list[tna.SuperLoRA]:
             config = drawn.config.replace(**PLAIN)
         except tna.ConfigError:
             assume(False)
-        plan = tna.SuperLoRA(config, drawn.shapes, drawn._layers)
+        plan = tna.UpdatePlan(config, drawn.shapes, drawn._layers)
         found.append(plan.with_base(draw(base_weights(plan.shapes))) if plan.base_shapes else plan)
     return found
 
@@ -126,8 +126,8 @@ def test_what_all_parts_share(sharing: str) -> None:
     shapes = [(6, 4), (5, 4), (8, 4)]
     config = CompositeConfig([(P.lora(1, seed=1, **common), 1), (P.lora(2, seed=2, **common), 2)])
     weights = [np.random.default_rng(index).normal(size=shape) for index, shape in enumerate(shapes)]
-    whole = tna.SuperLoRA(config, shapes).with_base(weights)
-    parts = [tna.SuperLoRA(part.config, own).with_base(mine) for part, own, mine in
+    whole = tna.UpdatePlan(config, shapes).with_base(weights)
+    parts = [tna.UpdatePlan(part.config, own).with_base(mine) for part, own, mine in
              ((config.parts[0], shapes[:1], weights[:1]), (config.parts[1], shapes[1:], weights[1:]))]  # fmt: skip
     if sharing == "given":
         whole = whole.with_start({"group1.split0.factor0": np.ones((5, 2)), "group0.split0.factor1": np.ones((4, 1))})
@@ -151,7 +151,7 @@ def test_what_all_parts_share(sharing: str) -> None:
         assert [len(in_units.starts(names)) for names in (None, list(mine)[:1])] == [len(numbers)] * 2
         assert list(in_units.file_plan.units_for("adam").values()) == list(part.units_for("adam").values())
         assert in_units.arrays_plan.param_shapes.keys() <= mine.keys()
-        bound = tna.SuperLoRA(config, shapes).part_of(weight)[0].with_base(weights[weight : weight + count])
+        bound = tna.UpdatePlan(config, shapes).part_of(weight)[0].with_base(weights[weight : weight + count])
         assert not bound.needs_base or sharing == "given"
         assert in_units.to_arrays(in_units.from_arrays(mine)).keys() == mine.keys() == in_units.param_shapes.keys()
         for copied in (in_units, pickle.loads(pickle.dumps(in_units))):
@@ -166,17 +166,17 @@ def test_base_weights_and_given_arrays() -> None:
         (P.lora(2, sources={"factor0": tna.sources.FromBase("rows")}), 1),
     ])  # fmt: skip
     shapes = [(6, 4), (5, 3), (8, 3), (4, 4)]
-    plan = tna.SuperLoRA(config, shapes)
+    plan = tna.UpdatePlan(config, shapes)
     assert list(plan.given_shapes) == ["group1.split0.factor1", "group2.split0.factor1"]
     assert list(plan.base_shapes) == ["group3.split0.factor0"]
     given = {name: np.full(shape, 0.5) for name, shape in plan.given_shapes.items()}
     weights = [np.random.default_rng(index).normal(size=shape) for index, shape in enumerate(shapes)]
     told: list[tuple[int, int]] = []
-    bound = tna.SuperLoRA(config, shapes, given=given).with_base(weights, lambda *counts: told.append(counts))
+    bound = tna.UpdatePlan(config, shapes, given=given).with_base(weights, lambda *counts: told.append(counts))
     assert told == [(1, 1)]
     assert bound.needs_base is False
     assert plan.needs_base is True
-    alone = tna.SuperLoRA(config.parts[2].config, shapes[3:]).with_base(weights[3:])
+    alone = tna.UpdatePlan(config.parts[2].config, shapes[3:]).with_base(weights[3:])
     assert same(bound.given["group3.split0.factor0"], alone.given["group0.split0.factor0"])
     plan.fill(bound)
     assert plan.given.keys() == bound.given.keys()
@@ -210,7 +210,7 @@ NO_PAIRS = "parts must be a list of two or more pairs of a config and a number o
 REFUSED: list[tuple[Callable[[], object], str]] = [
     *((functools.partial(CompositeConfig, parts), NO_PAIRS) for parts in ([], [LORA], {"a": 1}, [LORA, P.lora(2)])),
     (lambda: CompositeConfig([LORA, ("lora", 1)]), "part 1 must be a tnadapt.Config; got str"),
-    (lambda: CompositeConfig([LORA, (P.lora(2), 0)]), "the weights of part 1 must be from 1 to"),
+    (lambda: CompositeConfig([LORA, (P.lora(2), 0)]), "the weights of part 1 must be at least 1"),
     (lambda: CompositeConfig([LORA, (P.lora(2), True)]), "the weights of part 1 must be an integer; got True"),
     (lambda: CompositeConfig([LORA, (P.unilora(2), 1)]),
      "part 1 makes its arrays from θ by before='one-hot', which one config of several cannot"),
@@ -226,8 +226,8 @@ REFUSED: list[tuple[Callable[[], object], str]] = [
       for wrong in ({}, {"rank": 3}, 3)),
     *((functools.partial(CompositeConfig.from_dict, wrong), "parts must be a list of pairs")
       for wrong in ({"parts": 3}, {"parts": [3]})),
-    (lambda: tna.SuperLoRA(TWO, [(2, 2)] * 3, layers="a"), "one key per weight; got 1 for 3 weights"),
-    (lambda: tna.SuperLoRA(GIVEN, [(4, 4)] * 3, given={"group0.split0.factor1": np.ones((4, 2))}),
+    (lambda: tna.UpdatePlan(TWO, [(2, 2)] * 3, layers="a"), "one key per weight; got 1 for 3 weights"),
+    (lambda: tna.UpdatePlan(GIVEN, [(4, 4)] * 3, given={"group0.split0.factor1": np.ones((4, 2))}),
      "given names 'group0.split0.factor1'; the arrays that a caller can give"),
 ]  # fmt: skip
 
@@ -238,7 +238,7 @@ def test_what_cannot_be_is_refused(make: Callable[[], object], message: str) -> 
         make()
 
 
-@pytest.mark.parametrize("call", [tna.SuperLoRA, functools.partial(tna.verify, backends=["numpy"])])
+@pytest.mark.parametrize("call", [tna.UpdatePlan, functools.partial(tna.verify, backends=["numpy"])])
 def test_weights_are_as_many_as_the_configs_say(call: Callable[..., object]) -> None:
     with pytest.raises(tna.ShapeError, match="items must be one for each of the 3 weights of the configs; got 2"):
         call(TWO, [(4, 4)] * 2)
@@ -246,14 +246,14 @@ def test_weights_are_as_many_as_the_configs_say(call: Callable[..., object]) -> 
 
 def test_layers_and_roles_are_those_of_each_part() -> None:
     config = CompositeConfig([(P.superlora(1, groups="layer"), 3), (P.superlora(1, groups="role"), 2)])
-    plan = tna.SuperLoRA(config, [(2, 2)] * 5, layers=["a", "a", "b", "a", "a"], roles="qqqqv")
+    plan = tna.UpdatePlan(config, [(2, 2)] * 5, layers=["a", "a", "b", "a", "a"], roles="qqqqv")
     assert [len(group.pieces) for group in plan.groups] == [2, 1, 1, 1]
 
 
 def test_every_part_is_measured_verified_and_drawn(tmp_path: Path) -> None:
     config = CompositeConfig([(P.lora(2), 1), (P.superlora(3, projection="linear", ratio=0.5), 2), (P.dense(), 1)])
     shapes = [(12, 8), (8, 8), (16, 8), (3, 8)]
-    plan, slices = tna.SuperLoRA(config, shapes), tna.SuperLoRA(config.parts[1].config, shapes[1:3])
+    plan, slices = tna.UpdatePlan(config, shapes), tna.UpdatePlan(config.parts[1].config, shapes[1:3])
     of_slices = [largest_rank(slices, weight).value for weight in (0, 1)]
     assert [largest_rank(plan, weight).value for weight in range(4)] == [2, *of_slices, 3]
     assert degrees_of_freedom(plan) == sum(degrees_of_freedom(of_config) for of_config, _ in plan.config_plans)

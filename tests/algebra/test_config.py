@@ -58,7 +58,7 @@ BAD = [
     ({"groups": "all"}, 'groups must be "weight", "layer", "role"'),
     ({"groups": []}, "none of them empty"),
     ({"groups": [[0], []]}, "none of them empty"),
-    ({"groups": [[0, -1]]}, r"groups\[0\] must be from 0"),
+    ({"groups": [[0, -1]]}, r"groups\[0\] must be at least 0"),
     ({"groups": [["a"]]}, r"groups\[0\] must be an integer"),
     ({"groups": 1.5}, "groups must be an integer or"),
     ({"fold": "cube"}, "fold must be one of 'stack', 'hypercube', 'balanced' or a tuple"),
@@ -92,7 +92,7 @@ BAD = [
     ({"seed": 1.0}, "seed must be an integer"),
     ({"weight_shape": (2, 3)}, "fold='stack' names none"),
     ({"weight_shape": 6, "fold": (2, 3)}, r"weight_shape must be \(rows, cols\)"),
-    ({"weight_shape": (2, 0), "fold": (2, 3)}, r"weight_shape\[1\] must be from 1"),
+    ({"weight_shape": (2, 0), "fold": (2, 3)}, r"weight_shape\[1\] must be at least 1"),
     ({"weight_shape": (2, 4), "fold": (2, 3)}, "do not multiply to the 2 rows and 4 columns"),
     ({"weight_shape": (4, 3), "fold": (2, 3)}, "do not multiply to the 4 rows and 3 columns"),
     *(

@@ -22,7 +22,7 @@ P = tna.presets
 NUMPY = load_backend("numpy")
 
 
-def factors_of(plan: tna.SuperLoRA, seed: int = 0) -> list[Factoring | None]:
+def factors_of(plan: tna.UpdatePlan, seed: int = 0) -> list[Factoring | None]:
     """Compare the factors of all weights with the updates, and their sizes and widths with what is planned."""
     rng, factorings = np.random.default_rng(seed), list[Factoring | None]()
     params = {name: rng.normal(size=shape) for name, shape in plan.param_shapes.items()}
@@ -59,7 +59,7 @@ def factors_of(plan: tna.SuperLoRA, seed: int = 0) -> list[Factoring | None]:
     return factorings
 
 
-def all_that_is_limited(plan: tna.SuperLoRA, seed: int = 0) -> list[Factoring | None]:
+def all_that_is_limited(plan: tna.UpdatePlan, seed: int = 0) -> list[Factoring | None]:
     """Check the factors; nothing of one group whose rank is limited lacks them."""
     factorings = factors_of(plan, seed)
     for i, (how, shape) in enumerate(zip(factorings, plan.shapes, strict=True)):
@@ -68,33 +68,33 @@ def all_that_is_limited(plan: tna.SuperLoRA, seed: int = 0) -> list[Factoring | 
 
 
 @given(plans(("identity",)), st.integers(0, 9))
-def test_factors_are_the_update(plan: tna.SuperLoRA, seed: int) -> None:
+def test_factors_are_the_update(plan: tna.UpdatePlan, seed: int) -> None:
     factors_of(plan, seed)
 
 
 PLANS = {
-    "lora": tna.SuperLoRA(P.lora(2, alpha=8), [(12, 16), (6, 16)]),
-    "lora in one group": tna.SuperLoRA(P.lora(2, groups=1), [(12, 16), (6, 16)]),
-    "lokr": tna.SuperLoRA(P.lokr(2), [(12, 16)]),
-    "lonkr in a stack": tna.SuperLoRA(P.lonkr(2, fold="stack", split_size="balanced"), [(16, 24)] * 3),
-    "digit for digit": tna.SuperLoRA(P.lorta(1, order=5, format="cp"), [(16, 16)] * 4),
-    "a square by itself": tna.SuperLoRA(P.superlora(2, groups="weight"), [(16, 16)]),
+    "lora": tna.UpdatePlan(P.lora(2, alpha=8), [(12, 16), (6, 16)]),
+    "lora in one group": tna.UpdatePlan(P.lora(2, groups=1), [(12, 16), (6, 16)]),
+    "lokr": tna.UpdatePlan(P.lokr(2), [(12, 16)]),
+    "lonkr in a stack": tna.UpdatePlan(P.lonkr(2, fold="stack", split_size="balanced"), [(16, 24)] * 3),
+    "digit for digit": tna.UpdatePlan(P.lorta(1, order=5, format="cp"), [(16, 16)] * 4),
+    "a square by itself": tna.UpdatePlan(P.superlora(2, groups="weight"), [(16, 16)]),
 }
-ACROSS_WEIGHTS = tna.SuperLoRA(
+ACROSS_WEIGHTS = tna.UpdatePlan(
     tna.Config(1, groups=1, fold=(48, 16), splits=2, leading="same"), [(10, 16), (14, 16), (24, 16)]
 )
 # Those whose factors are at a cut through the network, which is inside a mode or a weight.
 CUT = {
-    "gralora": tna.SuperLoRA(P.gralora(4, 2, alpha=3), [(24, 16)] * 3),
-    "gralora of roles": tna.SuperLoRA(P.gralora(4, 2, groups="role"), [(24, 16), (16, 16)] * 2, roles="qvqv"),
-    "a mode with rows and columns": tna.SuperLoRA(P.lorta(1, order=3), [(64, 64)] * 8),
-    "a mode with rows and columns, CP": tna.SuperLoRA(P.lorta(2, order=3, format="cp"), [(64, 64)] * 8),
-    "a cut Kronecker product": tna.SuperLoRA(P.lokr(1, split_size=5), [(13, 13)]),
+    "gralora": tna.UpdatePlan(P.gralora(4, 2, alpha=3), [(24, 16)] * 3),
+    "gralora of roles": tna.UpdatePlan(P.gralora(4, 2, groups="role"), [(24, 16), (16, 16)] * 2, roles="qvqv"),
+    "a mode with rows and columns": tna.UpdatePlan(P.lorta(1, order=3), [(64, 64)] * 8),
+    "a mode with rows and columns, CP": tna.UpdatePlan(P.lorta(2, order=3, format="cp"), [(64, 64)] * 8),
+    "a cut Kronecker product": tna.UpdatePlan(P.lokr(1, split_size=5), [(13, 13)]),
     "a Kronecker product across weights": ACROSS_WEIGHTS,
-    "a Kronecker product with two modes of rows": tna.SuperLoRA(
+    "a Kronecker product with two modes of rows": tna.UpdatePlan(
         tna.Config(1, order=3, groups=1, fold=(4, 6, 12), splits=2, leading="same"), [(24, 12)]
     ),
-    "a Kronecker product whose rows are no box": tna.SuperLoRA(
+    "a Kronecker product whose rows are no box": tna.UpdatePlan(
         tna.Config(1, order=3, groups=1, fold=(4, 6, 24), splits=2, leading="same"), [(7, 24), (17, 24)]
     ),
 }
@@ -111,7 +111,7 @@ def rank(matrix: np.ndarray) -> int:
     return int(np.linalg.matrix_rank(matrix, rtol=1e-9)) if matrix.any() else 0
 
 
-def drawn(plan: tna.SuperLoRA) -> dict[str, np.ndarray]:
+def drawn(plan: tna.UpdatePlan) -> dict[str, np.ndarray]:
     """Parameters of about the same size, so that ranks are clear."""
     rng = np.random.default_rng(0)
     return {
@@ -157,7 +157,7 @@ METHODS: dict[str, tuple[tna.Config, int]] = {
 @pytest.mark.parametrize("name", METHODS)
 def test_the_bound_is_the_methods_rank_and_what_is_limited_has_factors(name: str) -> None:
     config, expected = METHODS[name]
-    plan = tna.SuperLoRA(config, [(12, 10)] * 4)
+    plan = tna.UpdatePlan(config, [(12, 10)] * 4)
     assert largest_rank(plan).value == expected
     params = drawn(plan)
     for weight in range(4):
@@ -170,22 +170,22 @@ def test_the_bound_is_the_methods_rank_and_what_is_limited_has_factors(name: str
 
 
 def test_a_weight_in_two_groups_has_the_sum_of_their_ranks() -> None:
-    plan = tna.SuperLoRA(tna.Config(1, groups=2, fold="stack"), [(3, 8), (4, 8), (3, 8)])
+    plan = tna.UpdatePlan(tna.Config(1, groups=2, fold="stack"), [(3, 8), (4, 8), (3, 8)])
     assert [plan.largest_rank(weight) for weight in range(3)] == [1, 2, 1]
     assert [rank(delta) for delta in plan.deltas(drawn(plan))] == [1, 2, 1]
 
 
 def test_large_plans_need_no_arrays() -> None:
     llama = [(8192, 8192), (1024, 8192)] * 80
-    plan = tna.SuperLoRA(P.lotr(16, groups="role"), llama, roles=["q", "v"] * 80)
+    plan = tna.UpdatePlan(P.lotr(16, groups="role"), llama, roles=["q", "v"] * 80)
     assert plan.lora_rank == 16
-    assert tna.SuperLoRA(P.superlora(16), llama).lora_rank is None
+    assert tna.UpdatePlan(P.superlora(16), llama).lora_rank is None
 
 
 def test_a_train_of_many_modes_has_the_rank_of_its_bond() -> None:
     # Too many arrays to search all cuts: those of the weights' modes belong to either side.
     config = tna.Config(2, order=14, groups=1, fold=(2,) * 14, format="tt")
-    plan = tna.SuperLoRA(config, [(64, 64)] * 4)
+    plan = tna.UpdatePlan(config, [(64, 64)] * 4)
     assert [plan.largest_rank(weight) for weight in range(4)] == [2] * 4
     assert rank(plan.delta(drawn(plan), 3)) == 2
 
@@ -202,12 +202,12 @@ def test_a_train_of_many_modes_has_the_rank_of_its_bond() -> None:
     ],
 )
 def test_factors_that_are_stored_are_not_computed(config: tna.Config, stored: tuple[str, str] | None) -> None:
-    how = factoring(tna.SuperLoRA(config, [(8, 8), (8, 8)]), 1)
+    how = factoring(tna.UpdatePlan(config, [(8, 8), (8, 8)]), 1)
     assert (None if how is None else how.stored) == stored
 
 
 def test_an_aligned_cp_is_a_matrix_of_the_same_rank() -> None:
-    how = factoring(tna.SuperLoRA(P.lorta(3, order=5, format="cp"), [(4096, 4096)] * 64), 17)
+    how = factoring(tna.UpdatePlan(P.lorta(3, order=5, format="cp"), [(4096, 4096)] * 64), 17)
     assert how is not None
     assert how.sizes == ((4096, 4096, 3),)
     assert run_in_box((), (), (0, 1)) == slice(0, 1)  # a side without modes
@@ -234,7 +234,7 @@ def test_an_aligned_cp_is_a_matrix_of_the_same_rank() -> None:
     ],
 )
 def test_what_does_not_factor(config: tna.Config, shapes: list[tuple[int, int]]) -> None:
-    plan = tna.SuperLoRA(config, shapes)
+    plan = tna.UpdatePlan(config, shapes)
     assert factoring(plan, 1 if len(shapes) > 1 else 0) is None
     assert plan.largest_rank(0) == 8 or shapes != [(8, 8)]
 
@@ -263,7 +263,7 @@ def test_factors_are_those_of_the_formed_update(
         projection=[few, *chain], on="weight", alpha=alpha,
     )  # fmt: skip
     # A weight more, of another shape.
-    factors_of(tna.SuperLoRA(config, [(rows, cols)] * weights + [(rows + 2, cols + 1)]), seed)
+    factors_of(tna.UpdatePlan(config, [(rows, cols)] * weights + [(rows + 2, cols + 1)]), seed)
 
 
 #: Of MiSS: a dense matrix before the map.
@@ -283,7 +283,7 @@ CASES: dict[str, tuple[dict[str, Any], list[tuple[int, int]], int]] = {
 @pytest.mark.parametrize("name", CASES)
 def test_widths_are_those_before_the_map(name: str) -> None:
     settings, shapes, width = CASES[name]
-    plan = tna.SuperLoRA(tna.Config(2, on="weight", alpha=3.0, **settings), shapes)
+    plan = tna.UpdatePlan(tna.Config(2, on="weight", alpha=3.0, **settings), shapes)
     assert [how and how.width for how in factors_of(plan)] == [width] * len(shapes)
     assert plan.largest_ranks == [width] * len(shapes)
 
@@ -292,7 +292,7 @@ def test_a_kronecker_product_stays_one_between_the_maps() -> None:
     config = tna.Config(
         1, fold=(12, 8), splits=2, groups="weight", projection=Tile(cols=8), on="weight", split_size="balanced"
     )
-    plan = tna.SuperLoRA(config, [(12, 20)])
+    plan = tna.UpdatePlan(config, [(12, 20)])
     (how,) = factors_of(plan)
     assert how is not None
     assert how.width is None
@@ -326,9 +326,9 @@ def test_what_has_a_limited_rank_has_factors(
         rank, order=len(sizes), fold=sizes if len(sizes) > 1 else "balanced", groups=1, format=format, splits=splits,
         combine=combine, terms=terms, leading="same", start=start,
     )  # fmt: skip
-    all_that_is_limited(tna.SuperLoRA(config, shapes), seed)
+    all_that_is_limited(tna.UpdatePlan(config, shapes), seed)
     columns = data.draw(st.integers(1, size))  # that may end anywhere in a mode
-    factors_of(tna.SuperLoRA(config, [(size // columns, columns)]), seed)
+    factors_of(tna.UpdatePlan(config, [(size // columns, columns)]), seed)
 
 
 @given(
@@ -353,13 +353,13 @@ def test_axes_with_digits_of_rows_and_columns(
         rank, order=len(axes), fold=sizes, axes=axes, groups=1, format=format, splits=splits, combine="hadamard",
         leading="same",
     )  # fmt: skip
-    all_that_is_limited(tna.SuperLoRA(config, [(size // cols // weights, cols)] * weights), seed)
+    all_that_is_limited(tna.UpdatePlan(config, [(size // cols // weights, cols)] * weights), seed)
 
 
 @pytest.mark.parametrize("splits", [2, 3])
 def test_a_difference_of_kronecker_products_is_a_sum_of_them(splits: int) -> None:
     config = P.lokr(1, alpha=3, start="random", splits=splits)
-    plan = tna.SuperLoRA(config, [(64, 64)])
+    plan = tna.UpdatePlan(config, [(64, 64)])
     (how,), narrow = factors_of(plan), factoring(plan, 0, single=True)
     assert how is not None
     assert how.halves is None

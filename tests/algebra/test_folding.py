@@ -130,9 +130,9 @@ def test_several_arrays_are_one_vector_in_a_hypercube(backend: Backend, shapes: 
 @pytest.mark.parametrize(
     ("message", "call"),
     [
-        ("size must be from 1", lambda: tna.hypercube_shape(0, 1)),
-        ("size must be from 1", lambda: tna.hypercube_shape([(2, 3), (0, 2)], 2)),
-        ("order must be from 1", lambda: tna.hypercube_shape(1, 0)),
+        ("size must be at least 1", lambda: tna.hypercube_shape(0, 1)),
+        ("size must be at least 1", lambda: tna.hypercube_shape([(2, 3), (0, 2)], 2)),
+        ("order must be at least 1", lambda: tna.hypercube_shape(1, 0)),
         ("size must be an integer; got 'weights'", lambda: tna.hypercube_shape("weights", 2)),
         ("size is an empty sequence; expected a number of elements, a shape", lambda: tna.hypercube_shape([], 2)),
         ("size must be an integer; got 2.5", lambda: tna.from_hypercube(np.zeros((3, 3)), (2, 2.5))),
@@ -171,7 +171,7 @@ def test_bad_input() -> None:
     # Bounds are accepted, and values beyond them are refused.
     assert tna.hypercube_shape(2**1024, 32) == (2**32,) * 32
     for size, order, expected in (
-        (2**1024 + 1, 32, r"^size must be from 1 to \d+; got "),
+        (2**1024 + 1, 32, r"^size must be at most [\d,]+; got "),
         (5, 33, "^order must be from 1 to 32; got 33$"),
     ):
         with pytest.raises(tna.ShapeError, match=expected):
@@ -252,7 +252,7 @@ def test_the_core_goes_where_it_is_contracted_with_more() -> None:
 def test_half_precision_keeps_its_bits_where_the_scale_is_small() -> None:
     # 1e-4 times a factor of 1e-3 is no float16 of any precision; the product of both halves is.
     config = tna.Config(rank=1, groups=1, fold="hypercube", alpha=1e-4)
-    plan = tna.SuperLoRA(config, [(4, 4)])
+    plan = tna.UpdatePlan(config, [(4, 4)])
     values = dict(zip(plan.param_shapes, (3e-3, 3e4), strict=True))
     params = {name: np.full(shape, values[name], np.float16) for name, shape in plan.param_shapes.items()}
     found = plan.deltas(params)[0].astype(np.float64)

@@ -63,7 +63,7 @@ CONFIGS = {
 }
 
 
-def first_step(plan: tna.SuperLoRA, seed: int = 0, trained: list[str] | None = None) -> float:
+def first_step(plan: tna.UpdatePlan, seed: int = 0, trained: list[str] | None = None) -> float:
     """Root mean square of ΔW after one SGD step of rate 1 on a white gradient, over dense fine-tuning's."""
     torch = pytest.importorskip("torch")
     gradient = torch.tensor(np.random.default_rng(seed).normal(size=plan.size))
@@ -78,7 +78,7 @@ def first_step(plan: tna.SuperLoRA, seed: int = 0, trained: list[str] | None = N
 
 
 def step_of(config: tna.Config, shapes: list[tuple[int, int]] = SHAPES) -> float:
-    return first_step(tna.SuperLoRA(config, shapes))
+    return first_step(tna.UpdatePlan(config, shapes))
 
 
 @pytest.mark.slow
@@ -127,7 +127,7 @@ def test_where_the_size_of_the_first_step_is_known_it_is_exact(
     config: tna.Config, expected: float, error: float
 ) -> None:
     assert abs(step_of(config) / expected - 1) < error
-    assert (tna.SuperLoRA(config, SHAPES).groups[0].start.std == 0.0) == (expected != STEP)
+    assert (tna.UpdatePlan(config, SHAPES).groups[0].start.std == 0.0) == (expected != STEP)
 
 
 @pytest.mark.law("first-gradients")
@@ -139,7 +139,7 @@ def test_no_group_of_many_small_ones_is_dead() -> None:
         tna.Config(rank=2, order=5, splits=2, fold="hypercube", format="tucker", leading="same",
                    projection="nonlinear_v2", seed=9, shared=False),
     ):  # fmt: skip
-        plan = tna.SuperLoRA(config, [(2, 4)] * 2 + [(16, 16)] * 20)
+        plan = tna.UpdatePlan(config, [(2, 4)] * 2 + [(16, 16)] * 20)
         params = {name: array.requires_grad_() for name, array in plan.init("torch").items()}
         weights = torch.tensor(np.random.default_rng(0).normal(size=plan.size), dtype=torch.float32)
         (plan.vector(params) * weights).sum().backward()
@@ -148,7 +148,7 @@ def test_no_group_of_many_small_ones_is_dead() -> None:
 
 
 def test_lora_of_rank_8_starts_like_pefts() -> None:
-    plan = tna.SuperLoRA(P.lora(8), [(768, 768)])
+    plan = tna.UpdatePlan(P.lora(8), [(768, 768)])
     params = plan.init()
     # Kaiming's uniform distribution with a = sqrt(5), PEFT's choice, has this standard deviation.
     assert abs(params["group0.split0.factor1"].std() * np.sqrt(3 * 768) - 1) < 0.1
@@ -158,7 +158,7 @@ def test_lora_of_rank_8_starts_like_pefts() -> None:
 @pytest.mark.law("known-draws")
 def test_what_is_drawn_is_the_specs_stream() -> None:
     config = P.loha(2, seed=2**40 + 7)
-    plan = tna.SuperLoRA(config, [(5, 4), (3, 2)])
+    plan = tna.UpdatePlan(config, [(5, 4), (3, 2)])
     params = plan.init()
     for group in range(2):
         names = [name for name in plan.param_shapes if name.startswith(f"group{group}.")]
@@ -174,7 +174,7 @@ def test_what_is_drawn_is_the_specs_stream() -> None:
 
 
 def test_cp_weights_start_at_one_and_every_term_has_its_zero_of_what_is_trained() -> None:
-    plan = tna.SuperLoRA(tna.Config(rank=3, format="cp-weighted", terms=2), [(5, 4)])
+    plan = tna.UpdatePlan(tna.Config(rank=3, format="cp-weighted", terms=2), [(5, 4)])
     params = plan.init()
     for term in range(2):
         assert (params[f"group0.term{term}.split0.weights"] == 1).all()
@@ -190,13 +190,13 @@ def test_cp_weights_start_at_one_and_every_term_has_its_zero_of_what_is_trained(
     assert (params["group0.term1.split0.weights"] == 1).all()
     # What is trained occurs twice: something else is zero, and not the weights.
     config = tna.Config(2, order=3, fold=(4, 4, 2), format="cp-weighted", sources={"factor0": Tied("split0.factor1")})
-    (start,) = tna.SuperLoRA(config, [(8, 4)]).starts(["group0.split0.factor1"])
+    (start,) = tna.UpdatePlan(config, [(8, 4)]).starts(["group0.split0.factor1"])
     assert start.zeros == {"split0.factor2"}
 
 
 @pytest.mark.law("first-gradients")
 def test_a_nonlinear_start_is_alive_and_small() -> None:
-    plan = tna.SuperLoRA(P.superlora(4, projection="nonlinear", ratio=0.1), SHAPES)
+    plan = tna.UpdatePlan(P.superlora(4, projection="nonlinear", ratio=0.1), SHAPES)
     params, group = plan.init(dtype="float64"), plan.groups[0]
     begun = {name: params[full] for name, full in group.names.items()}
     t = tna.Projection("linear", group.network.size, plan.size)(group.network.whole(load_backend("numpy"), begun))
@@ -207,16 +207,16 @@ def test_a_nonlinear_start_is_alive_and_small() -> None:
 @pytest.mark.slow
 def test_thousands_of_terms_start_in_time_that_grows_with_their_number() -> None:
     # Looking each array's number up in a list would take a billion steps.
-    params = tna.SuperLoRA(tna.Config(rank=1, terms=1 << 14), [(2, 2)]).init()
+    params = tna.UpdatePlan(tna.Config(rank=1, terms=1 << 14), [(2, 2)]).init()
     assert len(params) == 2 << 14
 
 
 def test_arrays_have_the_scale_exactly_and_one_number_is_never_small() -> None:
-    plan = tna.SuperLoRA(P.lorta(3, order=3, projection="nonlinear"), [(20, 21)])
+    plan = tna.UpdatePlan(P.lorta(3, order=3, projection="nonlinear"), [(20, 21)])
     for array in plan.init().values():
         rms = np.sqrt(np.mean(array.astype(np.float64) ** 2))
         assert abs(rms / plan.groups[0].start.std - 1) < 1e-6
-    one = tna.SuperLoRA(P.superlora(1, projection="nonlinear"), [(1, 1)])
+    one = tna.UpdatePlan(P.superlora(1, projection="nonlinear"), [(1, 1)])
     assert abs(abs(one.init()["group0.split0.factor0"].item()) / one.groups[0].start.std - 1) < 1e-6
 
 
@@ -249,14 +249,14 @@ FROZEN = {
 }
 
 
-def choices(plan: tna.SuperLoRA) -> list[tuple[list[int], tuple[str, ...]]]:
+def choices(plan: tna.UpdatePlan) -> list[tuple[list[int], tuple[str, ...]]]:
     """Every subset of the last parts of names, in all groups and in the first."""
     words = sorted({name.rpartition(".")[2] for name in plan.param_shapes if name not in plan.weight_param_shapes})
     subsets = [some for count in range(1, len(words) + 1) for some in itertools.combinations(words, count)]
     return [(groups, some) for groups in (list(range(plan.num_groups)), [0]) for some in subsets]
 
 
-def chosen(plan: tna.SuperLoRA, groups: list[int], words: tuple[str, ...]) -> list[str]:
+def chosen(plan: tna.UpdatePlan, groups: list[int], words: tuple[str, ...]) -> list[str]:
     return [
         full
         for number, group in enumerate(plan.groups)
@@ -269,7 +269,7 @@ def chosen(plan: tna.SuperLoRA, groups: list[int], words: tuple[str, ...]) -> li
 @pytest.mark.parametrize("name", FROZEN)
 def test_whatever_is_trained_changes_nothing_at_first_and_has_a_gradient(name: str) -> None:
     torch = pytest.importorskip("torch")
-    plan = tna.SuperLoRA(FROZEN[name], SMALL).with_base(BASE)
+    plan = tna.UpdatePlan(FROZEN[name], SMALL).with_base(BASE)
     usual = plan.init()
     for groups, words in choices(plan):
         trained = chosen(plan, groups, words)
@@ -302,7 +302,7 @@ def test_whatever_is_trained_changes_nothing_at_first_and_has_a_gradient(name: s
 def test_the_first_step_does_not_depend_on_what_is_frozen(name: str) -> None:
     steps: dict[tuple[str, ...], list[float]] = {}
     for seed in range(5):
-        plan = tna.SuperLoRA(FROZEN[name].replace(seed=seed), SMALL).with_base(BASE)
+        plan = tna.UpdatePlan(FROZEN[name].replace(seed=seed), SMALL).with_base(BASE)
         for groups, words in choices(plan):
             trained = chosen(plan, groups, words)
             if len(groups) == plan.num_groups and plan.groups[0].projection.linear and plan.starts(trained)[0].std != 0:
@@ -322,7 +322,7 @@ ALONE: dict[str, tna.Config] = {
 }
 
 
-def base_of(plan: tna.SuperLoRA) -> list[np.ndarray]:
+def base_of(plan: tna.UpdatePlan) -> list[np.ndarray]:
     return list(np.random.default_rng(0).normal(size=(len(plan.shapes), *plan.shapes[0])))
 
 
@@ -331,8 +331,8 @@ def check_members(
 ) -> None:
     """Compare what is drawn of members with the starts of plans with their seeds, of some 50 of them."""
 
-    def started(seed: int) -> tuple[tna.SuperLoRA, list[str] | None]:
-        plan = tna.SuperLoRA(dataclasses.replace(config, seed=seed % 2**64), shapes, roles="qv" * (len(shapes) // 2))
+    def started(seed: int) -> tuple[tna.UpdatePlan, list[str] | None]:
+        plan = tna.UpdatePlan(dataclasses.replace(config, seed=seed % 2**64), shapes, roles="qv" * (len(shapes) // 2))
         plan = plan.with_base(base_of(plan)).training_plan
         return plan, words and chosen(plan, list(range(plan.num_groups)), words)
 
@@ -355,7 +355,7 @@ def check_members(
 @given(seed=SEED, members=st.lists(st.integers(0, 2**65), max_size=3), data=st.data())
 def test_members_start_as_plans_with_their_seeds(name: str, seed: int, members: list[int], data: st.DataObject) -> None:
     config = dataclasses.replace(ALONE[name], seed=seed)
-    plan = tna.SuperLoRA(config, SMALL, roles="qvqv").with_base(BASE)
+    plan = tna.UpdatePlan(config, SMALL, roles="qvqv").with_base(BASE)
     if plan.theta is None and any(group.subtracts for group in plan.groups):
         with pytest.raises(tna.ConfigError, match="so all members share them: use seeds='one'"):
             list(plan.drawn_for(members))
@@ -398,7 +398,7 @@ def test_the_bits_of_starts_are_known_and_their_scales_of_single_precision() -> 
     """x_start is regenerated wherever an adapter is loaded: a change of one bit changes every update."""
     digests = {}
     for name, config in CONFIGS.items():
-        plan = tna.SuperLoRA(config, SHAPES)
+        plan = tna.UpdatePlan(config, SHAPES)
         # A power's last bit differs between machines, and what is drawn must not.
         assert all(group.start.std == float(np.float32(group.start.std)) for group in plan.groups)
         if name in KNOWN:
@@ -409,8 +409,8 @@ def test_the_bits_of_starts_are_known_and_their_scales_of_single_precision() -> 
     assert digests == KNOWN
 
 
-TINY = tna.SuperLoRA(P.fastfood(0.5, projection="nonlinear", alpha=1e-6), [(8, 8)])
-HUGE = tna.SuperLoRA(
+TINY = tna.UpdatePlan(P.fastfood(0.5, projection="nonlinear", alpha=1e-6), [(8, 8)])
+HUGE = tna.UpdatePlan(
     tna.Config(rank=1 << 20, splits=32, combine="hadamard", leading="same", projection="nonlinear"),
     [(1 << 20, 1 << 20)],
 )

@@ -242,26 +242,26 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 ]  # fmt: skip
 
 
-def on_square(projection: Any, rows: int = 4) -> tna.SuperLoRA:
-    return tna.SuperLoRA(dense_config(projection, on="weight"), [(rows, 4)])
+def on_square(projection: Any, rows: int = 4) -> tna.UpdatePlan:
+    return tna.UpdatePlan(dense_config(projection, on="weight"), [(rows, 4)])
 
 
 @pytest.mark.parametrize(("make", "message"), [
     *((functools.partial(tna.Config, **settings), message) for settings, message in REFUSED),
     (lambda: MAPS.find("svd"), r"projection must be one of 'identity', .*got 'svd'.*install the plug-in"),
     (Scatter, r"Scatter needs the number of values, Scatter\(size=1000\), or their positions"),
-    (lambda: Scatter(0), "Scatter's size must be from 1 .*got 0"),
+    (lambda: Scatter(0), "Scatter's size must be at least 1 .*got 0"),
     (lambda: Scatter(2.0), "Scatter's size must be an integer"),
     (lambda: Scatter(positions=()), r"positions must be a tuple of integers, or None; got \(\)"),
     (lambda: Scatter(positions=5), "positions must be a tuple of integers, or None; got 5"),
-    (lambda: Scatter(positions=(1, -1)), "one of Scatter's positions must be from 0"),
+    (lambda: Scatter(positions=(1, -1)), "one of Scatter's positions must be at least 0"),
     (lambda: Scatter(positions=(1, 4, 1)), "positions must be distinct; 1 is given twice or more"),
     (lambda: Scatter(3, (1, 4)), "Scatter has size=3 and 2 positions: leave size out"),
     (lambda: Scatter(positions=tuple(range(20_000))), r"20000 positions have more digits .*Scatter\(size=20000"),
-    (lambda: Gather(0), "Gather's size must be from 1"),
-    (lambda: SignGather(0), "SignGather's size must be from 1"),
-    (lambda: Tile(cols=0), "Tile's cols must be from 1"),
-    (lambda: Circulant(0), "Circulant's block must be from 1"),
+    (lambda: Gather(0), "Gather's size must be at least 1"),
+    (lambda: SignGather(0), "SignGather's size must be at least 1"),
+    (lambda: Tile(cols=0), "Tile's cols must be at least 1"),
+    (lambda: Circulant(0), "Circulant's block must be at least 1"),
     (lambda: Circulant(3, average=1), "Circulant's average must be True or False; got 1"),
     (lambda: Wavelet("db11"), "Wavelet's family must be one of 'haar', 'db1', .*; got 'db11'"),
     (lambda: Wavelet("haar", periodic=1), "Wavelet's periodic must be True or False; got 1"),
@@ -281,7 +281,7 @@ def on_square(projection: Any, rows: int = 4) -> tna.SuperLoRA:
      "'dct2' works on the rows and columns of a weight, and its output is a vector of 9"),
     (lambda: on_square(["dct2", Circulant(2)]),
      "'dct2' works on .* its output is a vector of 8 elements: set on='weight', and let"),
-    (lambda: tna.SuperLoRA(dense_config("dct2", on="weight", groups=2), SHAPES),
+    (lambda: tna.UpdatePlan(dense_config("dct2", on="weight", groups=2), SHAPES),
      "group 0 has 8 of the 16 elements of a weight of 4×4: use groups='weight', 'layer', 'role', 1, or"),
     (lambda: tna.Projection(Scatter(3), 4, 9), r"scatter\(size=3\) takes n_in=3; got n_in=4: leave n_in out"),
     (lambda: tna.Projection("shuffle", 4), "n_out must be an integer"),
@@ -301,10 +301,10 @@ def test_settings_configs_and_plans_that_cannot_be(make: Callable[[], object], m
 
 def test_a_map_of_each_weight_needs_whole_weights() -> None:
     config = dense_config("dct2", on="weight", groups=2)
-    assert tna.SuperLoRA(config, [(2, 3), (3, 2)]).num_groups == 2  # the cut is between the weights
-    assert tna.SuperLoRA(config.replace(groups=1), SHAPES).num_parameters == 64
+    assert tna.UpdatePlan(config, [(2, 3), (3, 2)]).num_groups == 2  # the cut is between the weights
+    assert tna.UpdatePlan(config.replace(groups=1), SHAPES).num_parameters == 64
     # Weights of one size and other shapes differ in their coefficients: 6 × 6 and 4 × 10.
-    assert tna.SuperLoRA(dense_config("wavelet", on="weight", groups="weight"), [(5, 6), (3, 10)]).num_parameters == 76
+    assert tna.UpdatePlan(dense_config("wavelet", on="weight", groups="weight"), [(5, 6), (3, 10)]).num_parameters == 76
 
 
 @pytest.mark.law("projection-lengths")
@@ -327,7 +327,7 @@ def test_a_map_of_each_weight_needs_whole_weights() -> None:
     ],
 )
 def test_the_length_before_a_chain(projection: Any, ratio: float, expected: int) -> None:
-    plan = tna.SuperLoRA(dense_config(projection, ratio=ratio), [(10, 10)])
+    plan = tna.UpdatePlan(dense_config(projection, ratio=ratio), [(10, 10)])
     assert plan.groups[0].projection.n_in == plan.num_parameters == expected
     if ratio == 1.0:  # unless given
         assert tna.Projection(projection, n_out=100).n_in == expected
@@ -546,7 +546,7 @@ CONFIGS = {
 def test_laws_plots_files_and_fits_follow_from_a_config(name: str, tmp_path: Any) -> None:
     from tnadapt.planning import degrees_of_freedom, known_as, largest_rank, step_cost
 
-    config, plan = CONFIGS[name], tna.SuperLoRA(CONFIGS[name], SHAPES)
+    config, plan = CONFIGS[name], tna.UpdatePlan(CONFIGS[name], SHAPES)
     report = tna.verify(config, SHAPES, backends=["numpy"])
     assert report.holds, str(report)
     assert str(known_as(config))
@@ -636,7 +636,7 @@ def test_many_given_positions_fit_into_a_file_and_not_into_a_message(tmp_path: A
     positions = tuple(np.random.default_rng(0).permutation(100_000)[:8000].tolist())
     config = tna.presets.shira(8000, positions)
     targets = [tna.Target("layer.0.q", (400, 400), "q")]
-    plan = tna.SuperLoRA(config, [(400, 400)])
+    plan = tna.UpdatePlan(config, [(400, 400)])
     tna.save(tmp_path / "adapter.safetensors", tna.AdapterFile(config, targets, drawn(plan)))
     assert tna.load(tmp_path / "adapter.safetensors").config == config
     assert repr(plan.groups[0].projection) == (

@@ -68,7 +68,7 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
     ("LoRA", {}, "no preset 'LoRA'; did you mean 'lora'?"),
     (3, {}, "expected a tnadapt.Config, the name of a preset such as 'lora', or None; got int"),
     ("randlora", {"rows": 4}, "preset 'randlora' needs cols, which depend on the weights of the model: give cols=…"),
-    ("lora", {"rank": 0}, "rank must be from 1"),
+    ("lora", {"rank": 0}, "rank must be at least 1"),
 ]
 UNEXPECTED: list[tuple[Any, dict[str, Any], str]] = [
     ("lora", {"rnak": 2}, "preset 'lora' has no setting 'rnak'; did you mean 'rank'? It takes rank, and any field of"),
@@ -149,9 +149,9 @@ BY_ROLE: dict[str, tna.Config] = {
 
 @pytest.mark.law("special-cases")
 @given(plans().filter(lambda plan: plan.config.groups == "layer"), st.data())
-def test_roles_group_as_layers_do(one: tna.SuperLoRA, data: st.DataObject) -> None:
+def test_roles_group_as_layers_do(one: tna.UpdatePlan, data: st.DataObject) -> None:
     roles, base = one._layers, data.draw(base_weights(one.shapes))
-    other = tna.SuperLoRA(one.config.replace(groups="role"), one.shapes, roles=roles, given=one.given)
+    other = tna.UpdatePlan(one.config.replace(groups="role"), one.shapes, roles=roles, given=one.given)
     one, other = one.with_base(base), other.with_base(base)
     assert one.param_shapes == other.param_shapes
     assert one.num_parameters == tna.parameter_count(other.config, one.shapes, roles=roles)
@@ -170,7 +170,7 @@ def in_names(**changes: Any) -> tna.Config:
 
 HEADS = {"cara": {"head_size": 16}, "lorta_cp": {"head_size": 16}}
 FOLDS_REFUSED: list[tuple[Callable[[], object], str]] = [
-    *((functools.partial(tna.SuperLoRA, tna.Config(groups="role"), [(2, 2)] * 2, roles=roles), message)
+    *((functools.partial(tna.UpdatePlan, tna.Config(groups="role"), [(2, 2)] * 2, roles=roles), message)
       for roles, message in (
         (None, 'groups="role" needs roles=[…], one key per weight, to know which weights share a role'),
         (["q"], "roles has 1 keys for 2 weights; give one key per weight"),
@@ -182,10 +182,10 @@ FOLDS_REFUSED: list[tuple[Callable[[], object], str]] = [
     *((functools.partial(P.cara, 2, **heads),
        "give heads, or head_size where weights have different numbers of heads")
       for heads in ({}, {"heads": 2, "head_size": 2})),
-    (lambda: tna.SuperLoRA(P.lorta_cp(1, heads=2), [(4, 4)] * 3),
+    (lambda: tna.UpdatePlan(P.lorta_cp(1, heads=2), [(4, 4)] * 3),
      "divides the weights of each group by 2, and group 0 has 3 weights"),
     # A group of different shapes is told of roles.
-    *((lambda name=name: tna.SuperLoRA(getattr(P, name)(2, **HEADS.get(name, {})), GROUPED, roles=ROLES),
+    *((lambda name=name: tna.UpdatePlan(getattr(P, name)(2, **HEADS.get(name, {})), GROUPED, roles=ROLES),
        'needs groups of weights of one shape, and group 0 has 3 of 64×32, 3 of 16×32: use groups="role", which')
       for name in BY_ROLE),
     *((functools.partial(in_names, fold=fold, order=len(fold)), "must give the number of weights")
@@ -201,9 +201,9 @@ FOLDS_REFUSED: list[tuple[Callable[[], object], str]] = [
      "takes the shapes that the weights have, and weight_shape=(2, 2) demands one"),
     (lambda: in_names(projection="linear", ratio=0.5),
      "has the sizes of the weights, and ratio=0.5 folds a shorter vector"),
-    (lambda: tna.SuperLoRA(in_names(groups=6), [(4, 6)] * 5),
+    (lambda: tna.UpdatePlan(in_names(groups=6), [(4, 6)] * 5),
      "needs groups of whole weights, and group 0 has 20 of the 24 elements"),
-    (lambda: tna.SuperLoRA(in_names(order=4, fold=("weights", "rows/3", 3, "cols")), [(4, 6)] * 2),
+    (lambda: tna.UpdatePlan(in_names(order=4, fold=("weights", "rows/3", 3, "cols")), [(4, 6)] * 2),
      "divides the rows of each group by 3, and group 0 has 4 rows: give a div"),
 ]  # fmt: skip
 
@@ -222,7 +222,7 @@ def test_roles_and_folds_that_cannot_be_are_refused(make: Callable[[], object], 
 def test_grouped_query_attention_is_the_methods_formula_for_each_role(name: str) -> None:
     config = BY_ROLE[name]
     assert tna.verify(config, GROUPED, roles=ROLES, backends=["numpy"]).holds
-    plan = tna.SuperLoRA(config, GROUPED, roles=ROLES)
+    plan = tna.UpdatePlan(config, GROUPED, roles=ROLES)
     assert plan.num_groups == 2
     assert pickle.loads(pickle.dumps(plan)).param_shapes == plan.param_shapes
     params = drawn(plan)
@@ -243,7 +243,7 @@ def test_a_fold_in_names_is_the_fold_in_integers(name: str) -> None:
     heads = {"heads": 2} if name in HEADS else {}
     numbers, names = (getattr(P, name)(2, **sizes, **heads) for sizes in ({**own, "rows": 8, "cols": 5}, {}))
     assert (numbers.weight_shape, names.weight_shape) == ((8, 5), None)
-    one, other = (tna.SuperLoRA(config, [(8, 5)] * 6) for config in (numbers, names))
+    one, other = (tna.UpdatePlan(config, [(8, 5)] * 6) for config in (numbers, names))
     assert one.groups[0].network.sizes == other.groups[0].network.sizes == numbers.fold
     assert all(map(np.array_equal, one.init().values(), other.init().values()))
     stored = names.to_dict()
@@ -262,8 +262,8 @@ def test_matrices_of_a_layer_are_two_unless_roles_are_apart() -> None:
 
 def test_groups_of_one_size_may_have_weights_of_different_shapes() -> None:
     config = in_names(groups="weight", rank=2)
-    plan = tna.SuperLoRA(config, [(4, 6), (6, 4), (2, 12)])
+    plan = tna.UpdatePlan(config, [(4, 6), (6, 4), (2, 12)])
     assert [group.network.sizes for group in plan.groups] == [(1, 4, 6), (1, 6, 4), (1, 2, 12)]
     assert plan.num_parameters == sum(array.size for array in plan.init().values())
-    pieces = tna.SuperLoRA(config.replace(groups=3), [(4, 6), (6, 4), (2, 12)])
+    pieces = tna.UpdatePlan(config.replace(groups=3), [(4, 6), (6, 4), (2, 12)])
     assert pieces.param_shapes == plan.param_shapes

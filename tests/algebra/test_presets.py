@@ -40,7 +40,7 @@ def test_larger_sizes_have_more_parameters_up_to_the_largest(name: str) -> None:
     ladders = tna.presets.PRESETS[name].ladders(weights)
     assert ladders
     for ladder in ladders:
-        most = ladder.most(tna.SuperLoRA(ladder.config(1), *on))
+        most = ladder.most(tna.UpdatePlan(ladder.config(1), *on))
         counts = [tna.parameter_count(ladder.config(size), *on) for size in range(1, min(most, 6) + 1)]
         assert counts == sorted(counts)
         assert (counts[0] < counts[-1]) == (most > 1)
@@ -59,7 +59,7 @@ def test_the_largest_size_is_that_beyond_which_nothing_is_gained() -> None:
 
 
 def test_vera_s_b_has_the_variance_of_the_paper() -> None:
-    b = tna.SuperLoRA(tna.presets.vera(256), [(768, 512)]).groups[0].frozen.host("split0.factor0")
+    b = tna.UpdatePlan(tna.presets.vera(256), [(768, 512)]).groups[0].frozen.host("split0.factor0")
     assert abs(256 * b.var() - 2) < 0.02
 
 
@@ -150,7 +150,7 @@ def test_the_update_is_the_methods_own_formula(methods_of: Cases) -> None:
     """The formula is given what is frozen and where training begins."""
     for name, (config, shapes) in methods_of.items():
         rng = np.random.default_rng(0)
-        plan = tna.SuperLoRA(config, shapes)
+        plan = tna.UpdatePlan(config, shapes)
         weights = [rng.normal(size=shape) for shape in shapes]
         plan, preset = plan.with_base(weights), P.PRESETS[name.partition(" ")[0]]
         params = {key: rng.normal(size=shape) for key, shape in plan.param_shapes.items()}
@@ -171,7 +171,7 @@ def test_the_update_is_the_methods_own_formula(methods_of: Cases) -> None:
        r"^n must be the number of positions; got n=7 and 3 positions$")
       for name in ("fourierft", "loca", "shira", "waveft")),
     (lambda: P.gralora(5, 2), r"blocks must divide the rank, .*; got rank=5, blocks=2"),
-    (lambda: tna.SuperLoRA(P.gralora(4, 2), [(5, 4)]),
+    (lambda: tna.UpdatePlan(P.gralora(4, 2), [(5, 4)]),
      "divides the rows of each group by 2, and group 0 has 5 rows"),
     *((functools.partial(P.lorta_cp, layers=1, rows=10, cols=4, heads=heads), "heads must") for heads in (3, 0, 2.5)),
     *((functools.partial(P.cara, weights=2, rows=10, cols=4, heads=heads), "heads must") for heads in (3, 0, 2.5)),
@@ -223,7 +223,7 @@ def test_settings_of_one_method_give_one_update(shapes: list[tuple[int, int]], r
         (P.lora(rank), P.lora(rank, groups="layer"), dict, shapes),
         (P.lora(rank), P.superlora(rank, groups=count), dict, [(side, side)] * count),
     ):  # fmt: skip
-        plan, another = (tna.SuperLoRA(config, alike, layers=range(count)) for config in (one, other))
+        plan, another = (tna.UpdatePlan(config, alike, layers=range(count)) for config in (one, other))
         params = drawn(plan)
         for expected, found in zip(plan.deltas(params), another.deltas(change(params)), strict=True):
             assert relative_error(found, expected) <= (1e-12 if other.format == "tucker" else 0.0)
@@ -257,11 +257,11 @@ def test_only_the_weights_that_a_fold_stands_for_fit(
     name: str, heads: int, head: int, cols: int, shapes: list[tuple[int, int]], weights: int
 ) -> None:
     config = stacked(heads * head, cols, weights, heads)[name]
-    assert tna.SuperLoRA(config, [(heads * head, cols)] * weights).num_groups == 1
+    assert tna.UpdatePlan(config, [(heads * head, cols)] * weights).num_groups == 1
     if shapes == [(heads * head, cols)] * weights:
         return
     with pytest.raises(tna.ConfigError, match=f"stands for {weights} weights? of {heads * head}×{cols}"):
-        tna.SuperLoRA(config, shapes)
+        tna.UpdatePlan(config, shapes)
 
 
 @pytest.mark.law("fold-shape")
@@ -270,25 +270,37 @@ def test_grouped_query_attention_is_refused_with_the_way_out(name: str) -> None:
     # The fold has as many elements as these, or more: it used to cut through them.
     config = stacked(96, 96, 4, 6)[name]
     with pytest.raises(tna.ConfigError) as caught:
-        tna.SuperLoRA(config, [(96, 96), (32, 96)] * 2)
+        tna.UpdatePlan(config, [(96, 96), (32, 96)] * 2)
     message = str(caught.value)
     for part in ("2 of 96×96, 2 of 32×96", "cut through weights", 'groups="role"', "superlora or lora"):
         assert part in message
     with pytest.raises(tna.ConfigError, match="a group has 3 of them: give the preset the number of adapted weights"):
-        tna.SuperLoRA(config, [(96, 96)] * 3)
+        tna.UpdatePlan(config, [(96, 96)] * 3)
     with pytest.raises(tna.ConfigError, match="a group has 1 of them and 4608 elements of another"):
-        tna.SuperLoRA(config.replace(groups=2), [(96, 96)] * 3)
-    assert tna.SuperLoRA(config.replace(groups=2), [(96, 96)] * 8).num_groups == 2
+        tna.UpdatePlan(config.replace(groups=2), [(96, 96)] * 3)
+    assert tna.UpdatePlan(config.replace(groups=2), [(96, 96)] * 8).num_groups == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "takes"), [("lora", "rank"), ("superlora", "rank"), ("fastfood", "ratio"), ("vera", "rank")]
+)
+def test_a_number_of_parameters_is_that_of_other_presets(name: str, takes: str) -> None:
+    words = f"parameters=1000: this preset takes {takes}; unilora, tinylora and nola take a number of parameters"
+    with pytest.raises(tna.ConfigError, match=words):
+        getattr(tna.presets, name)(parameters=1000)
+    # With a map before the network, it is that of the map.
+    config = getattr(tna.presets, name)(parameters=10, before="one-hot")
+    assert tna.UpdatePlan(config, [(8, 8)] * 4).num_parameters >= 10
 
 
 def test_a_fold_of_the_callers_own_is_of_any_weights() -> None:
     shapes = [(96, 96), (32, 96)]
-    assert tna.SuperLoRA(tna.Config(order=3, groups=1, fold=(8, 16, 96)), shapes).num_groups == 1
+    assert tna.UpdatePlan(tna.Config(order=3, groups=1, fold=(8, 16, 96)), shapes).num_groups == 1
     own = tna.presets.lotr(2, weights=2, rows=96, cols=96, fold=(2, 64, 96))
     assert own.weight_shape is None
-    assert tna.SuperLoRA(own, shapes).num_groups == 1
+    assert tna.UpdatePlan(own, shapes).num_groups == 1
     config = tna.presets.lotr(2, weights=2, rows=96, cols=96)
-    assert tna.SuperLoRA(config.replace(fold="hypercube", weight_shape=None), shapes).num_groups == 1
+    assert tna.UpdatePlan(config.replace(fold="hypercube", weight_shape=None), shapes).num_groups == 1
 
 
 def test_the_shape_of_weights_is_a_condition_and_no_part_of_what_is_computed() -> None:

@@ -69,7 +69,7 @@ FASTFOOD = ("linear", "linear_v2", "nonlinear", "nonlinear_v2")
 @given(st.sampled_from(FASTFOOD), st.sampled_from([0.07, 0.5, 1.0, 3.0]), st.integers(1, 90), st.integers(0, 2**64 - 1))
 def test_fastfood_is_the_f_of_plans(backend: Backend, kind: str, ratio: float, size: int, seed: int) -> None:
     config = tna.Config(order=1, format="dense", projection=kind, ratio=min(ratio, 1.0), seed=seed)
-    f = tna.SuperLoRA(config, [(1, size)]).groups[0].projection
+    f = tna.UpdatePlan(config, [(1, size)]).groups[0].projection
     if ratio > 1.0:  # no plan has such an F
         f = tna.Projection(kind, 3 * size, size, seed)
     host = np.random.default_rng(0).normal(size=(2, f.n_in))
@@ -233,14 +233,14 @@ def read_only() -> np.ndarray:
 REFUSED: list[tuple[type[Exception], Callable[[], object], str]] = [
     *((tna.ConfigError, functools.partial(tna.Projection, *arguments), message) for arguments, message in (
         (("slowfood", 3, 3), "one of 'identity'"),
-        (("linear", 0, 3), "n_in must be from 1"),
-        (("linear", 3, 0), "n_out must be from 1"),
+        (("linear", 0, 3), "n_in must be at least 1"),
+        (("linear", 3, 0), "n_out must be at least 1"),
         (("identity", 3, 4), "keeps the length"),
         (("shuffle", 3, 4), "keeps the length"),
-        (("linear", 3, 4, -1), "seed must be from 0 to 18446744073709551615"),
-        (("linear", 3, 4, 1 << 64), "seed must be from 0 to 18446744073709551615"),
-        (("linear", 3, 4, 0, -1), "group must be from 0 to 4294967295"),
-        (("linear", 3, 4, 0, 1 << 32), "group must be from 0 to 4294967295"),
+        (("linear", 3, 4, -1), "seed must be at least 0"),
+        (("linear", 3, 4, 1 << 64), "seed must be at most 18,446,744,073,709,551,615"),
+        (("linear", 3, 4, 0, -1), "group must be at least 0"),
+        (("linear", 3, 4, 0, 1 << 32), "group must be at most 4,294,967,295"),
         (("linear", 3.5, 4), "n_in must be an integer"),
     )),
     (tna.ShapeError, lambda: NONLINEAR(np.zeros(4)), r"expected \(…, 3\)"),
@@ -257,8 +257,8 @@ REFUSED: list[tuple[type[Exception], Callable[[], object], str]] = [
       for start, stop in ((0, 0), (3, 2), (-1, 2), (0, 6), (0, 2.0))),
     (tna.ShapeError, lambda: tna.fastfood(np.ones(()), 3), r"x has shape \(\); expected \(…, n\)"),
     (tna.ShapeError, lambda: tna.fastfood(np.ones((2, 0)), 3), r"x has shape \(2, 0\); expected \(…, n\)"),
-    (tna.ConfigError, lambda: tna.fastfood(np.ones(3), 0), "size must be from 1"),
-    (tna.ConfigError, lambda: tna.fastfood(np.ones(3), 5, seed=-1), "seed must be from 0"),
+    (tna.ConfigError, lambda: tna.fastfood(np.ones(3), 0), "size must be at least 1"),
+    (tna.ConfigError, lambda: tna.fastfood(np.ones(3), 5, seed=-1), "seed must be at least 0"),
     (tna.ConfigError, lambda: tna.fastfood(np.ones(3), 3, kind="x"), "kind must be one of 'linear', .*; got 'x'$"),
     (tna.ConfigError, lambda: tna.fastfood(np.ones(3), 3, kind="shuffle"),
      "got 'shuffle'; tnadapt.Projection has the other maps"),

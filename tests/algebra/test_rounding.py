@@ -113,7 +113,7 @@ def test_updates_in_pieces_are_the_deltas(data: st.DataObject) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "float64"])
 @pytest.mark.parametrize("projection", ["linear", "nonlinear"])
 def test_a_fresh_adapter_of_any_dtype_changes_nothing(dtype: str, projection: str) -> None:
-    plan = tna.SuperLoRA(tna.presets.superlora(2, groups=2, projection=projection, ratio=0.5), [(6, 5), (5, 7)])
+    plan = tna.UpdatePlan(tna.presets.superlora(2, groups=2, projection=projection, ratio=0.5), [(6, 5), (5, 7)])
     start = plan.init(dtype="float32" if dtype == "bfloat16" else dtype)
     if dtype == "bfloat16":
         start = {name: widened(rounded(array.astype("f8"), dtype), dtype) for name, array in start.items()}

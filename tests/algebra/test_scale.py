@@ -45,7 +45,7 @@ MODELS = {
 )
 def test_large_models_are_counted_without_allocating(model: str, config: tna.Config) -> None:
     tna.parameter_count(config, [(4096, 4096)] * 2)  # what is imported when first used is imported
-    assert peak_of(lambda: tna.SuperLoRA(config, MODELS[model]).num_parameters) < 2 << 20
+    assert peak_of(lambda: tna.UpdatePlan(config, MODELS[model]).num_parameters) < 2 << 20
 
 
 @pytest.mark.law("huge-models", "parameter-count")
@@ -68,7 +68,7 @@ def test_what_a_budget_buys_is_planned_for_the_largest() -> None:
     assert all(row.parameters <= 10_000 for row in rows)
 
 
-def element(plan: tna.SuperLoRA, params: dict[str, np.ndarray], position: int) -> float:
+def element(plan: tna.UpdatePlan, params: dict[str, np.ndarray], position: int) -> float:
     """One element of the vector of one group of CP or Tucker, by its indices."""
     split = "group0.split0."
     factors = [params[name] for name in sorted(params) if name.startswith(split + "factor")]
@@ -93,7 +93,7 @@ def element(plan: tna.SuperLoRA, params: dict[str, np.ndarray], position: int) -
 def test_a_group_past_2_31_elements_is_right_at_its_far_end_and_in_pieces(
     backend: Backend, config: tna.Config, length: int
 ) -> None:
-    plan = tna.SuperLoRA(config, [(1 << 16, 1 << 16)] * 3)  # 3 * 2**32 elements
+    plan = tna.UpdatePlan(config, [(1 << 16, 1 << 16)] * 3)  # 3 * 2**32 elements
     assert plan.size > 1 << 33
     rng = np.random.default_rng(1)
     params = {name: rng.standard_normal(shape) for name, shape in plan.param_shapes.items()}
@@ -122,7 +122,7 @@ def test_a_slice_of_linear_f_is_right_past_2_31_elements() -> None:
     """The reference sums the terms of each element in another order: by where the permutation takes from."""
     size, seed = 3 << 30, 5
     start, stop = size - 3, size
-    plan = tna.SuperLoRA(tna.presets.fastfood(1e-9, seed=seed), [(3 << 15, 1 << 15)])
+    plan = tna.UpdatePlan(tna.presets.fastfood(1e-9, seed=seed), [(3 << 15, 1 << 15)])
     f = plan.groups[0].projection
     assert (f.n_in, f.n_out, f.padded) == (4, size, 1 << 32)
     (name,) = plan.param_shapes

@@ -147,12 +147,12 @@ def test_the_longest_key_counts() -> None:
 
 
 def computed(source: Source, dtype: str = "float32") -> list[np.ndarray]:
-    plan = tna.SuperLoRA(tna.Config(format="cp-weighted", sources={"factor1": source}), SHAPES)
+    plan = tna.UpdatePlan(tna.Config(format="cp-weighted", sources={"factor1": source}), SHAPES)
     return plan.deltas(plan.init(dtype=dtype))
 
 
-def frozen(*keys: str, **settings: Any) -> tna.SuperLoRA:
-    return tna.SuperLoRA(tna.Config(sources=dict.fromkeys(keys, Normal()), **settings), SHAPES)
+def frozen(*keys: str, **settings: Any) -> tna.UpdatePlan:
+    return tna.UpdatePlan(tna.Config(sources=dict.fromkeys(keys, Normal()), **settings), SHAPES)
 
 
 def seeded(**settings: Any) -> tna.Config:
@@ -250,8 +250,8 @@ CONFIGS: dict[str, tna.Config] = {
 def test_the_laws_hold_and_what_is_frozen_is_neither_counted_nor_made_nor_stored(name: str, tmp_path: Path) -> None:
     report = tna.verify(CONFIGS[name], SHAPES, backends=NUMPY_AND_TORCH)
     assert report.holds, str(report)
-    plan = tna.SuperLoRA(CONFIGS[name], SHAPES)
-    every = tna.SuperLoRA(plan.config.replace(sources={}), SHAPES)
+    plan = tna.UpdatePlan(CONFIGS[name], SHAPES)
+    every = tna.UpdatePlan(plan.config.replace(sources={}), SHAPES)
     assert plan.frozen_shapes
     assert not plan.frozen_shapes.keys() & plan.param_shapes.keys()
     assert {**plan.param_shapes, **plan.frozen_shapes} == every.param_shapes
@@ -276,7 +276,7 @@ def test_the_laws_hold_and_what_is_frozen_is_neither_counted_nor_made_nor_stored
 
 def test_whatever_of_terms_with_different_sources_is_trained_the_start_changes_nothing() -> None:
     sources = {"term0.split0.factor1": Normal(), "term1.split0.factor0": Normal()}
-    plan = tna.SuperLoRA(tna.Config(rank=2, terms=2, sources=sources), SHAPES)
+    plan = tna.UpdatePlan(tna.Config(rank=2, terms=2, sources=sources), SHAPES)
     for chosen in plan.param_shapes:
         for arrays in ([chosen], [full for full in plan.param_shapes if full.endswith(chosen.rpartition(".")[2])]):
             assert not any(delta.any() for delta in plan.deltas(plan.init(trained=arrays)))
@@ -290,7 +290,7 @@ def test_hostile_settings_are_an_error_of_ours(value: Any) -> None:
         nested = [nested]
 
     def use(source: Any) -> None:
-        plan = tna.SuperLoRA(tna.Config.from_dict({"sources": {"factor1": source}}), SHAPES)
+        plan = tna.UpdatePlan(tna.Config.from_dict({"sources": {"factor1": source}}), SHAPES)
         plan.deltas(plan.init())
 
     for std in (value, nested):
@@ -307,7 +307,7 @@ def test_the_first_step_takes_the_size_of_frozen_arrays_into_account(
     for std in (1e-3, 1.0, 1e3):
         sources = {array: multiplied(Normal(std))}
         config = tna.Config(rank=4, format="tucker", groups="weight", sources=sources)
-        assert STEP / 5 < first_step(tna.SuperLoRA(config, [(24, 16)])) < STEP * 5
+        assert STEP / 5 < first_step(tna.UpdatePlan(config, [(24, 16)])) < STEP * 5
 
 
 def test_planning_accounts_for_frozen_arrays() -> None:
@@ -315,7 +315,7 @@ def test_planning_accounts_for_frozen_arrays() -> None:
 
     lora = tna.presets.lora(4)
     half, full = lora.replace(sources={"factor1": Normal()}), lora.replace(sources={"factor1": Wrong("half")})
-    plan, all_ones, usual = (tna.SuperLoRA(config, [(48, 48)]) for config in (half, full, lora))
+    plan, all_ones, usual = (tna.UpdatePlan(config, [(48, 48)]) for config in (half, full, lora))
     assert degrees_of_freedom(plan) <= plan.num_parameters < degrees_of_freedom(usual)
     assert (largest_rank(plan).value, largest_rank(all_ones).value) == (4, 1)
     assert np.isfinite(all_ones.deltas(all_ones.init())[0]).all()
@@ -370,26 +370,26 @@ def test_a_shared_array_is_cut_from_that_of_the_largest_sizes(name: str, rows: i
 
 @pytest.mark.parametrize(("square", "rounded"), [(1.0, 1.0), (1.7, 218 / 128), (0.3, 154 / 512)])
 def test_mean_squares_have_eight_bits(square: float, rounded: float) -> None:
-    plan = tna.SuperLoRA(tna.Config(rank=3, sources={"factor1": Seeded("signs", scale=square**0.5)}), [(6, 4)])
+    plan = tna.UpdatePlan(tna.Config(rank=3, sources={"factor1": Seeded("signs", scale=square**0.5)}), [(6, 4)])
     assert plan.groups[0].frozen.mean_square("split0.factor1") == rounded
 
 
 @pytest.mark.parametrize("shared", [True, False])
 def test_groups_share_arrays_or_not(shared: bool) -> None:
-    plan = tna.SuperLoRA(tna.Config(rank=3, sources={"factor1": Seeded("normal", shared)}), [(6, 4), (5, 4), (6, 7)])
+    plan = tna.UpdatePlan(tna.Config(rank=3, sources={"factor1": Seeded("normal", shared)}), [(6, 4), (5, 4), (6, 7)])
     first, second, third = (group.frozen.host("split0.factor1") for group in plan.groups)
     assert np.array_equal(first, second) is shared
     assert np.array_equal(first, third[:4]) is shared
     assert copy.deepcopy(plan.groups[0]) is plan.groups[0]
-    alike = tna.SuperLoRA(plan.config, [(6, 4)] * 100).groups
+    alike = tna.UpdatePlan(plan.config, [(6, 4)] * 100).groups
     assert (len({id(group.frozen) for group in alike}) == 1) is shared
-    other = tna.SuperLoRA(plan.config.replace(seed=1), plan.shapes)
+    other = tna.UpdatePlan(plan.config.replace(seed=1), plan.shapes)
     assert not np.array_equal(other.groups[0].frozen.host("split0.factor1"), first)
 
 
 def test_arrays_of_one_group_and_terms_differ() -> None:
     sources = {"factor0": Seeded("normal"), "term0.split0.factor0": Trained()}
-    plan = tna.SuperLoRA(tna.Config(rank=2, terms=3, groups=1, fold="hypercube", sources=sources), [(6, 6)])
+    plan = tna.UpdatePlan(tna.Config(rank=2, terms=3, groups=1, fold="hypercube", sources=sources), [(6, 6)])
     frozen = [plan.groups[0].frozen.host(name) for name in plan.groups[0].frozen_names]
     assert len(frozen) == 2
     assert not np.array_equal(*frozen)
@@ -401,7 +401,7 @@ def test_arrays_of_one_group_and_terms_differ() -> None:
 @pytest.mark.usefixtures("normal")
 def test_a_file_is_refused_where_its_source_computes_other_arrays(tmp_path: Path) -> None:
     config, path = tna.Config(rank=2, sources={"factor1": Normal()}), tmp_path / "adapter.safetensors"
-    tna.save(path, tna.AdapterFile(config, [tna.Target("m", (6, 4))], tna.SuperLoRA(config, [(6, 4)]).init()))
+    tna.save(path, tna.AdapterFile(config, [tna.Target("m", (6, 4))], tna.UpdatePlan(config, [(6, 4)]).init()))
 
     @dataclasses.dataclass(frozen=True)
     class Doubled(Normal):
@@ -417,7 +417,7 @@ def test_a_file_is_refused_where_its_source_computes_other_arrays(tmp_path: Path
 def test_files_of_many_and_of_large_frozen_arrays(tmp_path: Path) -> None:
     config, path = tna.Config(rank=1, sources={"factor1": Normal()}), tmp_path / "adapter.safetensors"
     targets = [tna.Target(f"m{index}", (3, 2)) for index in range(1100)]
-    file = tna.AdapterFile(config, targets, tna.SuperLoRA(config, [(3, 2)] * 1100).init())
+    file = tna.AdapterFile(config, targets, tna.UpdatePlan(config, [(3, 2)] * 1100).init())
     tna.save(path, file)  # more than it may leave out
     assert tna.load(path).num_parameters == 3300
     with pytest.raises(tna.ShapeError, match=r"must be those of config and targets; missing: 'group0\.term0"):
@@ -431,7 +431,7 @@ def test_files_of_many_and_of_large_frozen_arrays(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_the_frozen_arrays_of_a_cast_are_those_of_training(dtype: str) -> None:
-    plan = tna.SuperLoRA(CONFIGS["lora"], SHAPES)
+    plan = tna.UpdatePlan(CONFIGS["lora"], SHAPES)
     params = drawn(plan)
     frozen = rounded_to(plan.groups[1].frozen.host("split0.factor1"), dtype).astype(np.float64)
     assert relative_error(plan.deltas(params, dtype)[1], params["group1.split0.factor0"] @ frozen.T) < 1e-12

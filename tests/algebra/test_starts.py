@@ -38,13 +38,13 @@ def base(shape: tuple[int, int] = (12, 8), seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=shape)
 
 
-def brought(plan: tna.SuperLoRA, seed: int = 0) -> dict[str, np.ndarray]:
+def brought(plan: tna.UpdatePlan, seed: int = 0) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(seed)
     return {name: rng.normal(size=shape).astype(np.float32) for name, shape in plan.array_shapes.items()}
 
 
-def bound(config: tna.Config, shapes: list[tuple[int, int]] | None = None) -> tna.SuperLoRA:
-    plan = tna.SuperLoRA(config, shapes or SHAPES)
+def bound(config: tna.Config, shapes: list[tuple[int, int]] | None = None) -> tna.UpdatePlan:
+    plan = tna.UpdatePlan(config, shapes or SHAPES)
     plan = plan.with_base([base(shape, i) for i, shape in enumerate(plan.shapes)])
     return plan.with_start(brought(plan)) if plan.point.brought else plan
 
@@ -60,7 +60,7 @@ def test_the_usual_start_is_not_written() -> None:
 
 def factors(start: str, weight: np.ndarray, **changes: Any) -> tuple[np.ndarray, np.ndarray, float]:
     config = config_of(start, **changes)
-    params = tna.SuperLoRA(config, [weight.shape]).with_base([weight]).init()
+    params = tna.UpdatePlan(config, [weight.shape]).with_base([weight]).init()
     return params[LEFT].astype(np.float64), params[RIGHT].astype(np.float64), config.scale
 
 
@@ -96,19 +96,19 @@ REFUSED: list[tuple[Callable[[], object], str]] = [
       for wrong in ("svd", "", 3, None, ["pissa"])),
     (lambda: P.unilora(5, rank=2, start="given", offset=False),
      r"start='given' says where the arrays start, and offset=False starts"),
-    *((functools.partial(tna.SuperLoRA, config_of(start, **changes), SHAPES),
+    *((functools.partial(tna.UpdatePlan, config_of(start, **changes), SHAPES),
        rf"start='{start}' makes LoRA's two factors of one base weight: it needs")
       for start in FROM_BASE for changes in UNLIKE_LORA),
-    *((functools.partial(tna.SuperLoRA, config_of(start), [(6, 2)]),
+    *((functools.partial(tna.UpdatePlan, config_of(start), [(6, 2)]),
        rf"start='{start}' needs rank .* \(6, 2\), which has 2; got rank=3: use") for start in FROM_BASE),
-    *((functools.partial(tna.SuperLoRA, config_of("given"), SHAPES, start_from=arrays), text) for arrays, text in [
+    *((functools.partial(tna.UpdatePlan, config_of("given"), SHAPES, start_from=arrays), text) for arrays, text in [
         ({"factor0": np.ones((12, 3))}, "start_from names 'factor0'; the arrays that a caller can give"),
         ({LEFT: np.full((12, 3), math.nan)}, r"start_from\['.*'\] must hold finite floating-point"),
         ({LEFT: np.ones((12, 3), int)}, r"start_from\['.*'\] must hold finite floating-point"),
         ({LEFT: "ones"}, r"start_from\['.*'\] must be an array"),
         ([1, 2], "start_from must be a mapping of names to arrays; got list"),
     ]),
-    *((functools.partial(tna.SuperLoRA, config_of(start), SHAPES, start_from={LEFT: np.ones((12, 3))}),
+    *((functools.partial(tna.UpdatePlan, config_of(start), SHAPES, start_from={LEFT: np.ones((12, 3))}),
        rf"arrays to start from need Config\(start='given'\).* start='{start}'") for start in ("zero", "pissa")),
     *((functools.partial(factors, start, HOLED),
        rf"start='{start}' of group 0 is computed from the base weight, which ho") for start in FROM_BASE),
@@ -117,9 +117,9 @@ REFUSED: list[tuple[Callable[[], object], str]] = [
                                          "linearly independent, and only 1 are"], strict=True)),
     *((functools.partial(factors, "pissa", base() * size),
        "start='pissa' of group 0 has numbers that float32 cannot represent") for size in (1e-150, 1e150)),
-    *((tna.SuperLoRA(config_of(start), SHAPES).init,
+    *((tna.UpdatePlan(config_of(start), SHAPES).init,
        r"the start of 'group0.split0.factor0' is computed from the base weights") for start in FROM_BASE),
-    (lambda: Empty().arrays(tna.SuperLoRA(P.lora(1), [(2, 2)]).start_place(0), np.eye(2), None),
+    (lambda: Empty().arrays(tna.UpdatePlan(P.lora(1), [(2, 2)]).start_place(0), np.eye(2), None),
      r"start Empty does not define arrays\(place, base, stream\)"),
     (lambda: computed(7),
      r"start='wrong' of group 0 must compute an array for each of split0.factor0, split0.factor1; got int"),
@@ -143,7 +143,7 @@ def test_what_cannot_be_is_refused(make: Callable[[], object], message: str) -> 
 def test_an_array_to_start_from_has_the_shape_of_the_parameter_and_may_be_zero() -> None:
     assert not computed(np.zeros((12, 3)), np.ones((8, 3))).any()
     with pytest.raises(tna.ShapeError, match=r"start_from\['.*'\] has shape \(3, 12\); expected \(12, 3\)"):
-        tna.SuperLoRA(config_of("given"), SHAPES, start_from={LEFT: np.ones((3, 12))})
+        tna.UpdatePlan(config_of("given"), SHAPES, start_from={LEFT: np.ones((3, 12))})
 
 
 # -- The laws ----------------------------------------------------------------------------------------------
@@ -213,7 +213,7 @@ RANDOM |= {
 def test_a_random_start_has_no_zero_and_a_gradient_for_every_array(name: str) -> None:
     torch = pytest.importorskip("torch")
     config, shapes = RANDOM[name]
-    plan = tna.SuperLoRA(config.replace(start="random"), shapes)
+    plan = tna.UpdatePlan(config.replace(start="random"), shapes)
     plan = plan.with_base([base(shape, seed) for seed, shape in enumerate(shapes)])
     params = {full: array.requires_grad_() for full, array in plan.init("torch", "float64").items()}
     assert all(bool(array.any()) for array in params.values())
@@ -227,9 +227,9 @@ def test_a_random_start_has_no_zero_and_a_gradient_for_every_array(name: str) ->
 
 
 def test_what_is_not_brought_starts_as_usual() -> None:
-    usual = tna.SuperLoRA(config_of("zero"), SHAPES).init()
+    usual = tna.UpdatePlan(config_of("zero"), SHAPES).init()
     array = np.full((8, 3), 0.5, np.float32)
-    found = tna.SuperLoRA(config_of("given"), SHAPES, start_from={RIGHT: array}).init()
+    found = tna.UpdatePlan(config_of("given"), SHAPES, start_from={RIGHT: array}).init()
     assert np.array_equal(found[RIGHT], array)
     for name in usual.keys() - {RIGHT}:
         assert np.array_equal(found[name], usual[name])
@@ -237,7 +237,7 @@ def test_what_is_not_brought_starts_as_usual() -> None:
 
 def test_a_new_start_replaces_the_old_one_and_no_frozen_array() -> None:
     config = config_of("given", sources={"factor1": tna.sources.Given(shared=True)})
-    plan = tna.SuperLoRA(config, SHAPES, given={RIGHT: np.ones((8, 3))})
+    plan = tna.UpdatePlan(config, SHAPES, given={RIGHT: np.ones((8, 3))})
     old = plan.with_start({"group1.split0.factor0": np.ones((6, 3))})
     new = old.with_start({LEFT: np.ones((12, 3))})
     assert new.given.keys() == {RIGHT, f"start.{LEFT}"}
@@ -299,8 +299,8 @@ def test_a_warning_where_the_part_is_not_determined(start: str, values: list[flo
 
 @pytest.mark.parametrize("start", [*FROM_BASE, "given"])
 def test_arrays_are_counted_named_and_contiguous_as_parameters_must_be_whichever_are_trained(start: str) -> None:
-    plan = tna.SuperLoRA(config_of(start), SHAPES)
-    assert plan.num_parameters == tna.SuperLoRA(config_of("zero"), SHAPES).num_parameters
+    plan = tna.UpdatePlan(config_of(start), SHAPES)
+    assert plan.num_parameters == tna.UpdatePlan(config_of("zero"), SHAPES).num_parameters
     if start == "given":
         plan = plan.with_start({name: np.asfortranarray(array) for name, array in brought(plan).items()})
     else:
@@ -312,7 +312,7 @@ def test_arrays_are_counted_named_and_contiguous_as_parameters_must_be_whichever
 
 def test_progress_and_equal_bits() -> None:
     told: list[tuple[int, int]] = []
-    plan = tna.SuperLoRA(config_of("pissa"), SHAPES)
+    plan = tna.UpdatePlan(config_of("pissa"), SHAPES)
     weights = [base(shape) for shape in SHAPES]
     found = plan.with_base(weights, progress=lambda done, total: told.append((done, total)))
     assert told == [(1, 4), (2, 4), (3, 4), (4, 4)]
@@ -327,7 +327,7 @@ def test_progress_and_equal_bits() -> None:
 @pytest.mark.parametrize("config", [P.lora(2), P.lotr(2, weights=2, rows=12, cols=8), P.loha(2), P.lokr(1)], ids=str)
 def test_the_rank_is_twice_as_large(config: tna.Config) -> None:
     shapes = [(12, 8)] * 2
-    one, two = (tna.SuperLoRA(config.replace(start=start), shapes) for start in ("zero", "given"))
+    one, two = (tna.UpdatePlan(config.replace(start=start), shapes) for start in ("zero", "given"))
     assert two.largest_rank(0) == min(8, 2 * one.largest_rank(0))
     found = largest_rank(two, 0)
     rng = np.random.default_rng(0)
@@ -340,7 +340,7 @@ def test_the_rank_is_twice_as_large(config: tna.Config) -> None:
 @pytest.mark.parametrize("config", [P.lora(2, alpha=5), P.lotr(2, weights=2, rows=12, cols=8), P.loha(2)], ids=str)
 def test_the_factors_are_exact(config: tna.Config) -> None:
     plan, numpy = bound(config.replace(start="given"), [(12, 8)] * 2), load_backend("numpy")
-    factorings = (plan, *(tna.SuperLoRA(config.replace(start=start), [(12, 8)] * 2) for start in ("given", "zero")))
+    factorings = (plan, *(tna.UpdatePlan(config.replace(start=start), [(12, 8)] * 2) for start in ("given", "zero")))
     how, unbound, usual = (factoring(each, 1) for each in factorings)
     assert how is not None
     assert unbound is not None
@@ -354,7 +354,7 @@ def test_the_factors_are_exact(config: tna.Config) -> None:
 
 
 def test_the_start_costs_a_forward_pass_and_no_freedom() -> None:
-    usual, given, of_base = (tna.SuperLoRA(config_of(start), SHAPES) for start in ("zero", "given", "pissa"))
+    usual, given, of_base = (tna.UpdatePlan(config_of(start), SHAPES) for start in ("zero", "given", "pissa"))
     assert 3 * step_cost(given) == 4 * step_cost(usual)
     assert degrees_of_freedom(usual) == degrees_of_freedom(given) == degrees_of_freedom(of_base)
     assert str(known_as(config_of("olora"))) == "LoRA r = 3, olora"

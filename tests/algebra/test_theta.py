@@ -30,11 +30,11 @@ MAPS = ("one-hot", "signed-one-hot", "normal", "linear", ("shuffle", "one-hot"),
 SCOPES = ("plan", "group", "array")
 
 
-def plan_of(name: Any, scope: str = "plan", **settings: Any) -> tna.SuperLoRA:
-    plan = tna.SuperLoRA(P.lora(2, before=name, parameters=5, scope=scope, seed=3, **settings), SHAPES)
+def plan_of(name: Any, scope: str = "plan", **settings: Any) -> tna.UpdatePlan:
+    plan = tna.UpdatePlan(P.lora(2, before=name, parameters=5, scope=scope, seed=3, **settings), SHAPES)
     assert plan.theta is not None
     given = plan.theta.stand_ins(np.random.default_rng(9))
-    return tna.SuperLoRA(plan.config, SHAPES, given=given) if given else plan
+    return tna.UpdatePlan(plan.config, SHAPES, given=given) if given else plan
 
 
 ONE_HOT = plan_of("one-hot")
@@ -147,7 +147,7 @@ def test_without_an_offset_arrays_begin_at_zero() -> None:
     theta = {"theta": np.arange(1.0, 6.0)}
     assert all(np.abs(array).min() > 0 for array in plan_of("one-hot", offset=False).arrays(theta).values())
     sources = {"factor1": tna.sources.Seeded("normal")}
-    one = tna.SuperLoRA(P.lora(2, sources=sources, before="one-hot", parameters=5, offset=False), SHAPES)
+    one = tna.UpdatePlan(P.lora(2, sources=sources, before="one-hot", parameters=5, offset=False), SHAPES)
     assert not any(delta.any() for delta in one.deltas(one.init()))
     assert any(delta.any() for delta in one.deltas(theta))
 
@@ -189,13 +189,13 @@ def one_hot(name: Any = "one-hot", **settings: Any) -> tna.Config:
 
 def begun(name: str, given: dict[str, Any], parameters: int = 5, scope: str = "plan") -> dict[str, np.ndarray]:
     config = P.lora(2, before=name, parameters=parameters, scope=scope)
-    assert tna.SuperLoRA(config, SHAPES).num_parameters == parameters  # counting needs no array of P
-    return tna.SuperLoRA(config, SHAPES, given=given).init()
+    assert tna.UpdatePlan(config, SHAPES).num_parameters == parameters  # counting needs no array of P
+    return tna.UpdatePlan(config, SHAPES, given=given).init()
 
 
 REFUSED: list[tuple[Callable[[], object], str]] = [
     (lambda: begun("tied", {}),
-     r"'theta.index', of shape \(58,\), is an array that the caller brings: tnadapt.SuperLoRA\("),
+     r"'theta.index', of shape \(58,\), is an array that the caller brings: tnadapt.UpdatePlan\("),
     (lambda: begun("given", {}), r"'theta.matrix', of shape \(58, 5\), is an array that the caller brings"),
     (lambda: begun("tied", {"theta.index": np.full(58, 5)}),
      r"given\['theta.index'\] must hold integers from 0 to 4.* is 5"),
@@ -212,7 +212,7 @@ REFUSED: list[tuple[Callable[[], object], str]] = [
     (lambda: tna.Config(projection="tied"),
      r"projection 'tied' has an array that the caller brings, and only the map before the"),
     (lambda: one_hot("unilora"), r"projection must be one of 'identity'"),
-    (lambda: one_hot(parameters=0), r"parameters must be from 1"),
+    (lambda: one_hot(parameters=0), r"parameters must be at least 1"),
     (lambda: one_hot(parameters=2.5), r"parameters must be"),
     (lambda: one_hot(scope="layer"), r"scope must be one of 'plan', 'group', 'array'"),
     (lambda: one_hot(offset=1), r"offset must be True or False; got 1"),
@@ -245,8 +245,8 @@ def test_an_array_of_p_has_its_shape() -> None:
 
 def test_counts_allocate_nothing_at_any_size() -> None:
     llama = [(16384, 16384)] * 1000
-    assert tna.SuperLoRA(P.tinylora(13), llama).num_parameters == 13
-    assert tna.SuperLoRA(P.unilora(256, 64), llama).num_parameters == 256
+    assert tna.UpdatePlan(P.tinylora(13), llama).num_parameters == 13
+    assert tna.UpdatePlan(P.unilora(256, 64), llama).num_parameters == 256
     # As many as there are elements are made of so many.
     assert tna.parameter_count(P.lora(2, before="one-hot", parameters=58), SHAPES) == 58
 
@@ -256,4 +256,4 @@ def test_a_config_with_theta_is_a_dictionary_and_one_without_is_as_before() -> N
     assert tna.Config.from_dict(config.to_dict()) == config
     assert config.to_dict()["before"] == ["shuffle", "one-hot"]
     assert P.lora(2).to_dict().keys().isdisjoint({"before", "parameters", "scope", "offset"})
-    assert tna.SuperLoRA(P.lora(2), SHAPES).arrays_plan.theta is None
+    assert tna.UpdatePlan(P.lora(2), SHAPES).arrays_plan.theta is None

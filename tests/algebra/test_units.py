@@ -41,8 +41,8 @@ def preset(name: str, **changes: Any) -> tna.Config:
     return getattr(presets, name)(**ARGUMENTS.get(name, {}), **changes)
 
 
-def plan_of(config: tna.Config) -> tna.SuperLoRA:
-    plan = tna.SuperLoRA(config, SHAPES, LAYERS, ROLES)
+def plan_of(config: tna.Config) -> tna.UpdatePlan:
+    plan = tna.UpdatePlan(config, SHAPES, LAYERS, ROLES)
     rng = np.random.default_rng(0)
     return plan.with_base([rng.normal(size=shape) / 5 for shape in SHAPES])
 
@@ -50,7 +50,7 @@ def plan_of(config: tna.Config) -> tna.SuperLoRA:
 NAMES = sorted(set(presets.__all__))
 
 
-def signs(plan: tna.SuperLoRA, rate: float, seed: int = 1) -> dict[str, np.ndarray]:
+def signs(plan: tna.UpdatePlan, rate: float, seed: int = 1) -> dict[str, np.ndarray]:
     """The parameters after one step of Adam for a gradient of random signs, which moves each by the rate."""
     rng = np.random.default_rng(seed)
     start = plan.init(dtype="float64")
@@ -65,8 +65,8 @@ def bits(arrays: Iterable[np.ndarray]) -> list[bytes]:
     return [array.tobytes() for array in arrays]
 
 
-def in_adam(plan: tna.SuperLoRA) -> tna.SuperLoRA:
-    return tna.SuperLoRA(plan.config.replace(rate="adam"), plan.shapes, plan._layers, plan._roles, given=plan.given)
+def in_adam(plan: tna.UpdatePlan) -> tna.UpdatePlan:
+    return tna.UpdatePlan(plan.config.replace(rate="adam"), plan.shapes, plan._layers, plan._roles, given=plan.given)
 
 
 @pytest.mark.law("training-units")
@@ -105,7 +105,7 @@ def test_the_training_plan_of_presets_its_copies_and_steps(name: str) -> None:
     check_steps(plan)
 
 
-def factor_of(plan: tna.SuperLoRA) -> float:
+def factor_of(plan: tna.UpdatePlan) -> float:
     """By which maps make the norm of a step larger: the number of their outputs over that of inputs, to a power."""
     inputs = sum(group.projection.map.n_in for group in plan.groups)
     outputs = sum(group.projection.map.n_out for group in plan.groups)
@@ -116,7 +116,7 @@ def factor_of(plan: tna.SuperLoRA) -> float:
     return factor
 
 
-def check_steps(plan: tna.SuperLoRA) -> None:
+def check_steps(plan: tna.UpdatePlan) -> None:
     training = plan.training_plan
     moved = [norm(training.deltas(signs(training, STEPS * RATE, seed))) for seed in range(8)]
     expected = STEPS * STEP_NORM * math.sqrt(WEIGHTS / len(plan.shapes)) * factor_of(plan)
@@ -144,7 +144,7 @@ def test_steps_of_adam_move_all_settings_equally(changes: dict[str, Any]) -> Non
 @pytest.mark.parametrize("name", ["dense", "lora", "unilora"])
 def test_weights_take_smaller_steps_the_more_there_are(name: str) -> None:
     """A step of n weights has a norm in proportion to n ** -1/2, and that of each weight to 1 / n."""
-    one, many = (tna.SuperLoRA(preset(name), [(24, 24)] * count) for count in (4, 64))
+    one, many = (tna.UpdatePlan(preset(name), [(24, 24)] * count) for count in (4, 64))
     norms = [norm(plan.training_plan.deltas(signs(plan.training_plan, STEPS * RATE))) for plan in (one, many)]
     spreads = factor_of(one) / factor_of(many)
     assert 4.0 / 2.1 < norms[0] / norms[1] / spreads < 4.0 * 2.1
@@ -152,18 +152,18 @@ def test_weights_take_smaller_steps_the_more_there_are(name: str) -> None:
 
 def test_parts_of_a_composite_take_the_step_of_one() -> None:
     config = tna.CompositeConfig([(presets.lora(4), 4), (presets.lokr(2), 2)])
-    plan = tna.SuperLoRA(config, SHAPES)
+    plan = tna.UpdatePlan(config, SHAPES)
     training = plan.training_plan
     moved = signs(training, 1e-2)
     assert bits(training.deltas(moved)) == bits(plan.deltas(training.to_arrays(moved)))
-    alone = tna.SuperLoRA(presets.lora(4), SHAPES[:4])
+    alone = tna.UpdatePlan(presets.lora(4), SHAPES[:4])
     # The same step of all elements: of more of them, each moves less.
     assert plan.units["group0.split0.factor0"] <= alone.units["group0.split0.factor0"]
     assert [part.config.rate for part in config.parts] == ["adam", "adam"]
 
 
 def test_sgd_trains_the_arrays_themselves() -> None:
-    plan = tna.SuperLoRA(tna.Config(rank=2), SHAPES)
+    plan = tna.UpdatePlan(tna.Config(rank=2), SHAPES)
     assert plan.training_plan is plan
     assert set(plan.units.values()) == {1.0}
     assert plan.to_arrays(plan.init()).keys() == plan.init().keys()
@@ -175,10 +175,10 @@ def test_sgd_trains_the_arrays_themselves() -> None:
 def test_terms_of_different_sources_all_learn_by_sgd() -> None:
     config = tna.Config(terms=2, sources={"term0.split0.factor1": tna.sources.Seeded("normal")})
     with pytest.raises(tna.ConfigError, match=r"rate='adam' needs terms with the same sources, .* or use rate='sgd'"):
-        _ = tna.SuperLoRA(config.replace(rate="adam"), SHAPES).training_plan
-    start = tna.SuperLoRA(config, SHAPES).init()
+        _ = tna.UpdatePlan(config.replace(rate="adam"), SHAPES).training_plan
+    start = tna.UpdatePlan(config, SHAPES).init()
     # The one random array of the second term is what it would be without the frozen one of the first.
-    usual = tna.SuperLoRA(tna.Config(terms=2), SHAPES).init()["group0.term1.split0.factor1"]
+    usual = tna.UpdatePlan(tna.Config(terms=2), SHAPES).init()["group0.term1.split0.factor1"]
     assert start["group0.term1.split0.factor1"].std() == pytest.approx(usual.std(), rel=0.01)
 
 
@@ -188,7 +188,7 @@ def test_other_trained_arrays_keep_their_units_and_a_given_start_is_one_of_array
     arrays = plan.init(trained=chosen)
     assert bits(training.to_arrays(training.init(trained=chosen)).values()) == bits(arrays.values())
     name, start = "group0.split0.factor0", np.full((24, 4), 0.5, np.float32)
-    training = tna.SuperLoRA(presets.lora(4, start="given"), SHAPES).with_start({name: start}).training_plan
+    training = tna.UpdatePlan(presets.lora(4, start="given"), SHAPES).with_start({name: start}).training_plan
     params = training.init()
     assert training.to_arrays(params)[name].tobytes() == start.tobytes()
     assert norm(training.deltas(params)) == 0.0

@@ -66,7 +66,7 @@ def test_mixed_libraries_or_devices_name_both() -> None:
         tna.kronecker([np.ones(2, np.float32), torch.ones(2)])
     with pytest.raises(tna.BackendError, match="two devices in one call: cpu and meta"):
         tna.kronecker([torch.ones(2), torch.ones(2, device="meta")])
-    plan = tna.SuperLoRA(tna.presets.lora(1), [(2, 2)])
+    plan = tna.UpdatePlan(tna.presets.lora(1), [(2, 2)])
     params = plan.init()
     params["group0.split0.factor1"] = torch.tensor(params["group0.split0.factor1"])
     with pytest.raises(tna.BackendError, match="numpy and torch"):
@@ -74,7 +74,7 @@ def test_mixed_libraries_or_devices_name_both() -> None:
 
 
 def test_devices_that_do_not_exist() -> None:
-    plan = tna.SuperLoRA(tna.presets.lora(1), [(2, 2)])
+    plan = tna.UpdatePlan(tna.presets.lora(1), [(2, 2)])
     torch = pytest.importorskip("torch")
     with pytest.raises(tna.BackendError, match="no device 'toaster'"):
         plan.init("torch", device="toaster")

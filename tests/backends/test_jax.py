@@ -19,7 +19,7 @@ jax = pytest.importorskip("jax")
 torch = pytest.importorskip("torch")
 
 
-def drawn(plan: tna.SuperLoRA) -> dict[str, np.ndarray]:
+def drawn(plan: tna.UpdatePlan) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
     return {name: rng.normal(size=shape) for name, shape in plan.param_shapes.items()}
 
@@ -28,7 +28,7 @@ def drawn(plan: tna.SuperLoRA) -> dict[str, np.ndarray]:
 @pytest.mark.law("torch-jax-gradients")
 @pytest.mark.parametrize("name", PRESETS)
 def test_jit_and_gradients_agree_with_torch(name: str) -> None:
-    plan = tna.SuperLoRA(PRESETS[name], SHAPES)
+    plan = tna.UpdatePlan(PRESETS[name], SHAPES)
     host = drawn(plan)
     target = np.random.default_rng(1).normal(size=plan.size)
 
@@ -47,7 +47,7 @@ def test_jit_and_gradients_agree_with_torch(name: str) -> None:
 @pytest.mark.law("functional-transforms")
 @pytest.mark.parametrize("name", ["lora", "lonkr", "F shuffle", "F nonlinear"])
 def test_vmap_and_slices_under_jit(name: str) -> None:
-    plan = tna.SuperLoRA(PRESETS[name], SHAPES)
+    plan = tna.UpdatePlan(PRESETS[name], SHAPES)
     host = drawn(plan)
     stacked = {k: jax.numpy.stack([a, 2 * a]) for k, a in host.items()}
     found = jax.jit(jax.vmap(lambda p: plan.vector(p, 3, 30)))(stacked)
@@ -56,7 +56,7 @@ def test_vmap_and_slices_under_jit(name: str) -> None:
 
 
 def test_draws_first_met_under_jit_are_not_kept_as_tracers() -> None:
-    plan = tna.SuperLoRA(PRESETS["F nonlinear"], SHAPES)
+    plan = tna.UpdatePlan(PRESETS["F nonlinear"], SHAPES)
     params = plan.init("jax", "float64")
     jax.jit(plan.vector)(params)
     jax.jit(lambda p: plan.delta(p, 1))(params)
@@ -67,7 +67,7 @@ def test_draws_first_met_under_jit_are_not_kept_as_tracers() -> None:
 
 @pytest.mark.law("dtype-overflow")
 def test_without_64_bits_float64_is_refused_and_float32_works() -> None:
-    plan = tna.SuperLoRA(PRESETS["F linear"], SHAPES)
+    plan = tna.UpdatePlan(PRESETS["F linear"], SHAPES)
     with jax.enable_x64(False):
         with pytest.raises(tna.BackendError, match="jax_enable_x64"):
             plan.init("jax", "float64")
@@ -78,7 +78,7 @@ def test_without_64_bits_float64_is_refused_and_float32_works() -> None:
 
 
 def test_some_parameters_may_be_constants_of_the_program() -> None:
-    plan = tna.SuperLoRA(PRESETS["F linear"], SHAPES)
+    plan = tna.UpdatePlan(PRESETS["F linear"], SHAPES)
     params = {k: jax.numpy.asarray(a) for k, a in drawn(plan).items()}
     first, *rest = params
     fixed = {k: params[k] for k in rest}
@@ -94,7 +94,7 @@ def test_some_parameters_may_be_constants_of_the_program() -> None:
     ),
 )
 def test_a_larger_start_under_jit(name: str, dtype: str) -> None:
-    plan = tna.SuperLoRA(NONLINEAR[name], LARGER)
+    plan = tna.UpdatePlan(NONLINEAR[name], LARGER)
     params = plan.init("jax", dtype)
     assert not any(np.asarray(delta, np.float64).any() for delta in jax.jit(plan.deltas)(params))
     assert not np.asarray(jax.jit(lambda p: plan.delta(p, 2))(params), np.float64).any()

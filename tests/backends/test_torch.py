@@ -47,7 +47,7 @@ PRESETS = {
 }
 
 
-def drawn(plan: tna.SuperLoRA, dtype: torch.dtype = torch.float64) -> dict[str, torch.Tensor]:
+def drawn(plan: tna.UpdatePlan, dtype: torch.dtype = torch.float64) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     return {
         name: torch.randn(shape, dtype=torch.float64, generator=generator).to(dtype).requires_grad_()
@@ -58,7 +58,7 @@ def drawn(plan: tna.SuperLoRA, dtype: torch.dtype = torch.float64) -> dict[str, 
 @pytest.mark.law("derivatives-of-presets", "derivatives-of-projections")
 @pytest.mark.parametrize("name", PRESETS)
 def test_gradients_of_first_and_second_order(name: str) -> None:
-    plan = tna.SuperLoRA(PRESETS[name], SHAPES)
+    plan = tna.UpdatePlan(PRESETS[name], SHAPES)
     params = drawn(plan)
 
     def function(*arrays: torch.Tensor) -> torch.Tensor:
@@ -81,7 +81,7 @@ def test_gradients_of_first_and_second_order(name: str) -> None:
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
 def test_compile_in_one_graph_from_cold(name: str) -> None:
     torch._dynamo.reset()
-    plan = tna.SuperLoRA(PRESETS[name], SHAPES)  # fresh: the compiler meets every draw for the first time
+    plan = tna.UpdatePlan(PRESETS[name], SHAPES)  # fresh: the compiler meets every draw for the first time
     params = {
         name: (array + 0.1 * torch.ones_like(array)).requires_grad_()
         for name, array in plan.init("torch", "float64").items()
@@ -103,7 +103,7 @@ def test_compile_in_one_graph_from_cold(name: str) -> None:
 
 COLD = """
 import torch, tnadapt as tna
-plan = tna.SuperLoRA(tna.presets.superlora(2, projection="nonlinear", ratio=0.5), [(8, 8)])
+plan = tna.UpdatePlan(tna.presets.superlora(2, projection="nonlinear", ratio=0.5), [(8, 8)])
 params = {name: torch.randn(shape, requires_grad=True) for name, shape in plan.param_shapes.items()}
 """
 
@@ -140,7 +140,7 @@ def test_the_first_thing_that_a_process_does_may_be_compiling(script: str) -> No
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")  # torch's own, within jvp
 @pytest.mark.parametrize("name", list(PRESETS))
 def test_vmap_grad_and_jvp(name: str) -> None:
-    plan = tna.SuperLoRA(PRESETS[name], SHAPES)
+    plan = tna.UpdatePlan(PRESETS[name], SHAPES)
     params = {key: array.detach() for key, array in drawn(plan).items()}
     stacked = {key: torch.stack([array, 2.0 * array]) for key, array in params.items()}
     found = torch.func.vmap(lambda p: plan.vector(p))(stacked)
@@ -158,7 +158,7 @@ def test_vmap_grad_and_jvp(name: str) -> None:
 def test_draws_first_met_in_inference_mode_can_be_trained_through() -> None:
     torch.manual_seed(0)
     before = torch.get_rng_state()
-    plan = tna.SuperLoRA(P.superlora(2, projection="nonlinear", ratio=0.5), SHAPES)
+    plan = tna.UpdatePlan(P.superlora(2, projection="nonlinear", ratio=0.5), SHAPES)
     params = drawn(plan, torch.float32)
     with torch.inference_mode():
         plan.deltas({key: array.detach() for key, array in params.items()})
@@ -172,7 +172,7 @@ def test_draws_first_met_in_inference_mode_can_be_trained_through() -> None:
 @pytest.mark.parametrize("name", PRESETS)
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 5e-2), ("float16", 5e-3)])
 def test_lower_precision(name: str, dtype: str, tolerance: float) -> None:
-    plan = tna.SuperLoRA(PRESETS[name], SHAPES)
+    plan = tna.UpdatePlan(PRESETS[name], SHAPES)
     params = {key: array.detach().to(getattr(torch, dtype)) for key, array in drawn(plan).items()}
     found = plan.vector(params)
     assert found.dtype is getattr(torch, dtype)
@@ -202,7 +202,7 @@ NONLINEAR = {
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
 def test_a_compiled_start_is_exactly_zero(name: str, dtype: str) -> None:
     torch._dynamo.reset()
-    plan = tna.SuperLoRA(NONLINEAR[name], LARGER)
+    plan = tna.UpdatePlan(NONLINEAR[name], LARGER)
     params = plan.init("torch", dtype)
     for delta in torch.compile(lambda p: plan.deltas(p), fullgraph=True)(params):
         assert delta.dtype is getattr(torch, dtype)
@@ -213,7 +213,7 @@ def test_a_compiled_start_is_exactly_zero(name: str, dtype: str) -> None:
 @pytest.mark.parametrize(("dtype", "tolerance"), [("bfloat16", 4e-3), ("float16", 2e-3)])
 @pytest.mark.parametrize("move", [1e-1, 1e-2, 1e-3])
 def test_a_small_nonlinear_update_in_half_precision_is_not_noise(dtype: str, tolerance: float, move: float) -> None:
-    plan = tna.SuperLoRA(NONLINEAR["cp"], LARGER)
+    plan = tna.UpdatePlan(NONLINEAR["cp"], LARGER)
     generator = torch.Generator().manual_seed(0)
     begun = plan.init("torch", dtype)
     params = {}
@@ -230,7 +230,7 @@ def test_a_small_nonlinear_update_in_half_precision_is_not_noise(dtype: str, tol
 @pytest.mark.law("autocast")
 @pytest.mark.parametrize("name", PRESETS)
 def test_autocast_does_not_reach_into_an_update(name: str) -> None:
-    plan = tna.SuperLoRA(PRESETS[name], SHAPES)
+    plan = tna.UpdatePlan(PRESETS[name], SHAPES)
     params = drawn(plan, torch.float32)
     expected = plan.vector(params)
     with torch.autocast("cpu", torch.bfloat16):

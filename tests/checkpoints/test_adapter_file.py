@@ -21,7 +21,7 @@ import tnadapt as tna
 from tests.conftest import relative_error
 from tests.support import forge
 from tests.support.array_presets import P
-from tnadapt import AdapterFile, BackendError, Config, ConfigError, ShapeError, SuperLoRA, Target, TargetError
+from tnadapt import AdapterFile, BackendError, Config, ConfigError, ShapeError, Target, TargetError, UpdatePlan
 from tnadapt.algebra.composite import CompositeConfig
 from tnadapt.checkpoints.fingerprint import fingerprint
 from tnadapt.sources import Given, Scaled, Seeded, Tied
@@ -43,7 +43,7 @@ def arrays_of(
 ) -> dict[str, np.ndarray]:
     """Trained arrays: no start, and no zeros."""
     rng = np.random.default_rng(seed)
-    plan = SuperLoRA(config, [t.shape for t in targets], [t.layer for t in targets], [t.role for t in targets])
+    plan = UpdatePlan(config, [t.shape for t in targets], [t.layer for t in targets], [t.role for t in targets])
     return {name: rng.standard_normal(shape).astype(dtype) for name, shape in plan.param_shapes.items()}
 
 
@@ -117,7 +117,7 @@ def test_bfloat16_is_kept_as_float32() -> None:
 def test_a_nonlinear_update_in_bfloat16_begins_at_nothing() -> None:
     # The start was rounded to bfloat16 when training began; NumPy, which computes in float32, must know.
     config = CONFIGS["nonlinear"]
-    plan = SuperLoRA(config, SHAPES)
+    plan = UpdatePlan(config, SHAPES)
     start = {}
     for group in plan.groups:
         start.update({full: group.start.make((name, "bfloat16")) for name, full in group.names.items()})
@@ -154,7 +154,7 @@ def test_draws_are_those_of_f_and_its_start() -> None:
     total = hashlib.sha256()
     for size in (23, 22):
         total.update(tna.Projection("nonlinear", -(-size // 2), size).digest.encode())
-    start = SuperLoRA(config, SHAPES).init()
+    start = UpdatePlan(config, SHAPES).init()
     for array in start.values():
         total.update(array.astype("<f4").tobytes())
     assert file.draws == total.hexdigest()
@@ -294,12 +294,12 @@ def drawn(shapes: Mapping[str, tuple[int, ...]], seed: int) -> dict[str, np.ndar
     return {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
 
 
-def plan_of(config: tna.Config) -> tna.SuperLoRA:
-    plan = tna.SuperLoRA(config, START_SHAPES).with_base(START_BASE)
+def plan_of(config: tna.Config) -> tna.UpdatePlan:
+    plan = tna.UpdatePlan(config, START_SHAPES).with_base(START_BASE)
     return plan.with_start(drawn(plan.array_shapes, 0)) if plan.point.brought else plan
 
 
-def file_of(plan: tna.SuperLoRA, **fields: Any) -> AdapterFile:
+def file_of(plan: tna.UpdatePlan, **fields: Any) -> AdapterFile:
     fields = {"arrays": drawn(plan.param_shapes, 1), "given": plan.given, **fields}
     return AdapterFile(plan.config, START_TARGETS, **fields)
 
@@ -347,7 +347,7 @@ def test_what_the_base_gives_is_not_stored(start: str, tmp_path: Path) -> None:
 
 def test_what_is_not_brought_is_drawn_again(tmp_path: Path) -> None:
     # One array of six is brought, the others are in the digest of the draws.
-    whole = tna.SuperLoRA(tna.presets.lora(3, start="given"), START_SHAPES)
+    whole = tna.UpdatePlan(tna.presets.lora(3, start="given"), START_SHAPES)
     plan = whole.with_start({RIGHT: np.ones((8, 3))})
     file = file_of(plan)
     found = reloaded(file, tmp_path)
@@ -381,7 +381,7 @@ def test_frozen_arrays_are_stored_where_there_is_a_start(tmp_path: Path) -> None
 @pytest.mark.law("bad-tensors")
 def test_arrays_of_a_start_that_do_not_belong() -> None:
     plan = plan_of(tna.presets.lora(3, start="given"))
-    usual = tna.SuperLoRA(tna.presets.lora(3), START_SHAPES)
+    usual = tna.UpdatePlan(tna.presets.lora(3), START_SHAPES)
     with pytest.raises(tna.ShapeError, match=r"unknown: 'start.group0.split0.factor0'"):
         file_of(usual, given={f"start.{LEFT}": np.ones((12, 3), np.float32)})
     with pytest.raises(tna.ShapeError, match=r"start.group0.split0.factor0 has shape \(3, 12\)"):
@@ -502,7 +502,7 @@ def test_parts_are_adapters_of_their_own(tmp_path: Path) -> None:
     stored, found, first, group = load_file(path), [], 0, 0
     for settings, count in forge.parsed(path.read_bytes())[0]["parts"]:
         targets = COMPOSITE_TARGETS[first : first + count]
-        plan = tna.SuperLoRA(tna.Config.from_dict(settings), [t.shape for t in targets], [t.layer for t in targets])
+        plan = tna.UpdatePlan(tna.Config.from_dict(settings), [t.shape for t in targets], [t.layer for t in targets])
         arrays = {}
         for name in plan.param_shapes:
             number, rest = re.fullmatch(r"group(\d+)\.(.*)", name).groups()  # type: ignore[union-attr]

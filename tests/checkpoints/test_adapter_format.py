@@ -20,7 +20,7 @@ import tnadapt as tna
 from tests.conftest import peak_of
 from tests.support import forge
 from tests.support.array_presets import P
-from tnadapt import AdapterFile, Config, FileError, Rows, SuperLoRA, Target
+from tnadapt import AdapterFile, Config, FileError, Rows, Target, UpdatePlan
 from tnadapt.algebra.composite import CompositeConfig
 from tnadapt.checkpoints import adapter_format
 from tnadapt.checkpoints.fingerprint import Fingerprint, fingerprint
@@ -45,7 +45,7 @@ def full(config: Config | None = None, dtype: str = "float32") -> AdapterFile:
     rng = np.random.default_rng(3)
     config = config or P.superlora(1, projection="linear", ratio=0.5, seed=9)
     shapes = [target.shape for target in FULL_TARGETS]
-    plan = SuperLoRA(config, shapes, layers=[target.layer for target in FULL_TARGETS])
+    plan = UpdatePlan(config, shapes, layers=[target.layer for target in FULL_TARGETS])
     arrays = {name: rng.standard_normal(shape).astype(dtype) for name, shape in plan.param_shapes.items()}
     next(iter(arrays.values())).flat[:3] = (-0.0, np.finfo(dtype).tiny / 2, np.finfo(dtype).max)
     kept = {
@@ -104,7 +104,7 @@ def test_a_round_trip_is_exact(tmp_path: Path, name: str, dtype: str) -> None:
     swapped = {array: values.astype(values.dtype.newbyteorder("S")) for array, values in arrays.items()}
     same(made(CONFIGS[name], arrays=swapped, dtypes=dtypes), file)
     assert file.dtype == dtype
-    plan = SuperLoRA(CONFIGS[name], SHAPES, layers=["a", "a", "b"], roles="qvq")
+    plan = UpdatePlan(CONFIGS[name], SHAPES, layers=["a", "a", "b"], roles="qvq")
     assert file.plan.param_shapes == plan.param_shapes
     assert file.plan is file.plan
     assert file.num_parameters == plan.num_parameters
@@ -137,7 +137,7 @@ def test_everything_it_can_hold_comes_back(tmp_path: Path, dtype: str, groups: A
 @pytest.mark.law("file-bytes")
 def test_the_bytes_are_known(tmp_path: Path) -> None:
     # Format version 1, for ever: with the defaults of Config, the draws of F, and the order of keys and tensors.
-    plan = SuperLoRA(P.lora(2, alpha=4, seed=3), [(6, 4)])
+    plan = UpdatePlan(P.lora(2, alpha=4, seed=3), [(6, 4)])
     shapes = plan.param_shapes.items()
     counted = {name: np.arange(np.prod(shape), dtype=np.float32).reshape(shape) for name, shape in shapes}
     for file, sha256 in (
@@ -156,7 +156,7 @@ def test_the_shape_that_a_preset_asks_of_weights_changes_no_file(tmp_path: Path)
     targets = [Target(f"layer.{number}.q", (4, 6), "q") for number in range(2)]
     both = (preset, preset.replace(weight_shape=None))
     one, other = (
-        content_of(AdapterFile(config, targets, SuperLoRA(config, [(4, 6)] * 2).init()), tmp_path) for config in both
+        content_of(AdapterFile(config, targets, UpdatePlan(config, [(4, 6)] * 2).init()), tmp_path) for config in both
     )
     assert one == other
     assert read(tmp_path, one).config == preset
@@ -215,7 +215,7 @@ def test_a_writer_by_the_specification_is_read(tmp_path: Path) -> None:
 
 
 def test_what_is_as_usual_is_not_stored(tmp_path: Path) -> None:
-    file = AdapterFile(Config(), [Target("fc", (2, 2))], SuperLoRA(Config(), [(2, 2)]).init())
+    file = AdapterFile(Config(), [Target("fc", (2, 2))], UpdatePlan(Config(), [(2, 2)]).init())
     recipe, _ = forge.parsed(content_of(file, tmp_path))
     assert recipe == {"version": 1, "config": {}, "targets": [["fc", [2, 2], "linear"]]}
 
@@ -224,7 +224,7 @@ def small() -> AdapterFile:
     config = tna.presets.superlora(1, projection="shuffle")
     target = Target("fc", (2, 3), rows=Rows(0, 1, 2))
     base = Fingerprint("0" * 64, "float16", (0.5,) * 8)
-    arrays = SuperLoRA(config, [(1, 3)]).init()
+    arrays = UpdatePlan(config, [(1, 3)]).init()
     return AdapterFile(config, [target], arrays, {"head": np.ones(1)}, base=base, model="M")
 
 
@@ -338,7 +338,7 @@ RECIPES: dict[str, list[tuple[Recipe, str]]] = {
         ({"config": []}, "config must be an object; got []"),
         ({"config": None}, "config must be an object; got None"),
         ({"config": {"rnak": 3}}, "config has unknown fields: 'rnak'"),
-        ({"config": {"rank": -1}}, "config: rank must be from 1 to"),
+        ({"config": {"rank": -1}}, "config: rank must be at least 1; got -1"),
         ({"config": {"fold": ["stack"]}}, "config: fold[0] must be an integer"),
         ({"config": {"fold": ["weights", "rows/2", 2, "cols"], "order": 4}}, "and group 0 has 1 rows: give a divisor"),
         ({"config": {"axes": [1, 0], "fold": [1, 4]}}, "reorder all 4 elements of fold=(1, 4), and a group has 3"),
@@ -392,13 +392,13 @@ RECIPES: dict[str, list[tuple[Recipe, str]]] = {
         ({"parts": [[{"rank": 3}, 4], 3]}, "part 1 must be a list of a config and a number of targets; got 3"),
         ({"parts": [[{"rank": 3}, 3], [{"rnak": 3}, 1]]}, "part 1: config has unknown fields: 'rnak'"),
         ({"parts": [[{"rank": 3}, 3], [[], 1]]}, "part 1: the tnadapt entry's config must be an object; got []"),
-        ({"parts": [[{"rank": 3}, 3], [{"rank": 0}, 1]]}, "part 1: config: rank must be from 1"),
+        ({"parts": [[{"rank": 3}, 3], [{"rank": 0}, 1]]}, "part 1: config: rank must be at least 1"),
         (
             {"parts": [[{"rank": 3}, 3], [{"rank": 3}, 2]]},
             "parts: items must be one for each of the 5 weights of the configs; got",
         ),
         ({"parts": [[{"rank": 3}, 3], [{"rank": 3}, 1.0]]}, "parts: the weights of part 1 must be an integer; got 1.0"),
-        ({"parts": [[{"rank": 3}, 3], [{"rank": 3}, -1]]}, "parts: the weights of part 1 must be from 1 to"),
+        ({"parts": [[{"rank": 3}, 3], [{"rank": 3}, -1]]}, "parts: the weights of part 1 must be at least 1"),
         ({"parts": [[{"rank": 1}, 1]] * 5}, "has more than 4 parts, and each has a target"),
         ({"parts": [[{"rank": 3}, 3], [{"rank": 3, "apply": "hadamard"}, 1]]}, "must have the same apply"),
         ({"parts": [[{"terms": 60000}, 3], [{"rank": 3}, 1]]}, "config and targets require 360002 arrays; there are"),
@@ -503,7 +503,7 @@ TT = {"order": 32, "format": "tt", "fold": "hypercube", "groups": 1}
 def tt_start_beyond_floats() -> tuple[Recipe, list[Any], Stored]:
     """Its first step would be a power of 4 beyond the largest float64."""
     config = {**TT, "rank": 4, "splits": 32, "leading": "same", "combine": "hadamard", "projection": "nonlinear"}
-    shapes = SuperLoRA(Config(**config), [(1 << 16, 1 << 16)]).param_shapes
+    shapes = UpdatePlan(Config(**config), [(1 << 16, 1 << 16)]).param_shapes
     return config, [["fc", [1 << 16, 1 << 16], "q"]], {name: ("F16", np.zeros(s)) for name, s in shapes.items()}
 
 
@@ -577,7 +577,7 @@ def test_numbers_that_are_none_are_not_saved(tmp_path: Path, kept: bool, bad: fl
 def frozen(config: Config, trained: list[str] | None = None, dtype: str = "float32") -> AdapterFile:
     """An adapter at its start, of which the last array of each split is trained, moved by a little."""
     targets = [Target(f"layer.{number}.q", (6, 4), "q") for number in range(2)]
-    plan = SuperLoRA(config, [(6, 4)] * 2)
+    plan = UpdatePlan(config, [(6, 4)] * 2)
     words = list(plan.groups[0].names.values())
     trained = [words[-1]] if trained is None else trained
     arrays = plan.init(dtype=dtype, trained=trained)

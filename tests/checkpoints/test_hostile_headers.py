@@ -228,7 +228,7 @@ def hole(start: int = 0, dtype: str = "U8", size: int = TERA) -> dict[str, Any]:
 
 @pytest.fixture
 def holes(tmp_path: Path) -> Path:
-    plan = tna.SuperLoRA(tna.Config(rank=1), [(4, 6)])
+    plan = tna.UpdatePlan(tna.Config(rank=1), [(4, 6)])
     tensors = {name: ("F32", array.astype("f4")) for name, array in plan.init().items()}
     header, data = forge.listed(tensors)
     recipe = {"version": 1, "config": {"rank": 1}, "targets": [["a.q", [4, 6], "q"]]}

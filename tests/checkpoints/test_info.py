@@ -196,7 +196,7 @@ def adapter(
     config: tna.Config, targets: list[tna.Target] | None = None, activation: str | None = None
 ) -> tna.AdapterFile:
     targets = targets or [T(f"layers.{i}.{'qv'[i % 2]}_proj", shape, "qv"[i % 2]) for i, shape in enumerate(SHAPES)]
-    plan = tna.SuperLoRA(config, [target.shape for target in targets], roles=[target.role for target in targets])
+    plan = tna.UpdatePlan(config, [target.shape for target in targets], roles=[target.role for target in targets])
     rng = np.random.default_rng(0)
     arrays = {name: rng.normal(size=shape).astype("f4") for name, shape in plan.param_shapes.items()}
     return tna.AdapterFile(config, targets, arrays, activation=activation)

@@ -65,7 +65,7 @@ MISTAKES: list[tuple[str, str]] = [
     ("finetune --set rank", "--set takes FIELD=VALUE"),
     ("finetune --set rank=2 --set rank=8", "--set gives rank twice; it applies to every preset: run the command"),
     ("finetune --rank 2 --set rank=8", "--rank and --set rank=… both give rank; leave one of them out"),
-    ("finetune --rank -1", "rank must be from 1"),
+    ("finetune --rank -1", "rank must be at least 1"),
     ("finetune --groups bla", 'groups must be "weight", "layer"'),
     ("finetune --targets ''", "--targets is empty; give roles such as qv, names of modules, or a regular expression"),
     ("finetune --lr -1", "--lr must be above 0 and at most 1e6; got -1.0"),
@@ -106,7 +106,7 @@ MISTAKES: list[tuple[str, str]] = [
     ("plan --budget 100 --shape 3x3 --targets qv", "--targets chooses among the weights of a model"),
     ("plan --budget 100 folder --targets ' '", "--targets is empty; give roles such as qv, names of modules, or a"),
     ("plan --budget 100 --shape 3x3 --set rank=2", "give its file, too"),
-    ("plan --budget 100 --shape 3x3 --set rank=0 --layout-picture a.png", "rank must be from 1"),
+    ("plan --budget 100 --shape 3x3 --set rank=0 --layout-picture a.png", "rank must be at least 1"),
     ("plan --budget 100 nowhere.safetensors", "nowhere.safetensors: No such file or directory"),
     ("plan --budget 100 timm:vit_tiny", "plans read the headers of files; give the model's repository on the hub"),
     ("extract none none -o a.txt", "a.txt exists; give another path, or --overwrite"),
@@ -251,8 +251,8 @@ def test_verify_a_file_as_json(tmp_path: Path) -> None:
 
 
 def test_a_broken_law_is_exit_code_1(monkeypatch: pytest.MonkeyPatch) -> None:
-    delta = tna.SuperLoRA.delta
-    monkeypatch.setattr(tna.SuperLoRA, "delta", lambda self, params, i: delta(self, params, 0))
+    delta = tna.UpdatePlan.delta
+    monkeypatch.setattr(tna.UpdatePlan, "delta", lambda self, params, i: delta(self, params, 0))
     done = run_here(main, "verify", "--only", "lora", "--backend", "numpy")
     assert done.returncode == 1
     assert "BROKEN" in done.stdout
@@ -326,4 +326,4 @@ def test_projections_that_help_names_are_maps() -> None:
     names = option.help.partition(": ")[2].partition("; ")[0].split(", ")
     assert len(names) == 7
     for name in names:
-        assert tna.SuperLoRA(tna.Config(rank=2, fold="hypercube", projection=name), [(8, 8)]).num_parameters
+        assert tna.UpdatePlan(tna.Config(rank=2, fold="hypercube", projection=name), [(8, 8)]).num_parameters

@@ -156,7 +156,7 @@ def test_the_fewest_parameters_are_those_of_a_setting(model: Path) -> None:
     presets = listed("--shape", "64x48*4")
     for name, sizes in {"lora": (1,), "dense": (), "unilora": (1,)}.items():
         config = getattr(tna.presets, name)(*sizes)
-        assert presets[name]["from"] == tna.SuperLoRA(config, [(64, 48)] * 4).num_parameters
+        assert presets[name]["from"] == tna.UpdatePlan(config, [(64, 48)] * 4).num_parameters
     assert listed(str(model))["lora"]["from"] == 4 * 40
     assert listed(str(model), "--targets", "qkvo")["lora"]["from"] == 8 * 40
 

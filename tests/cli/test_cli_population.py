@@ -19,7 +19,7 @@ TARGETS = [tna.Target(f"layers.{n}.self_attn.q_proj", (6, 4), "q") for n in rang
 
 def saved(path: Path, count: int, names: list[str | None] | None = None) -> Path:
     config = tna.presets.lora(2)
-    member = tna.AdapterFile(config, TARGETS, tna.SuperLoRA(config, [(6, 4)] * 2).init())
+    member = tna.AdapterFile(config, TARGETS, tna.UpdatePlan(config, [(6, 4)] * 2).init())
     tna.save(path, tna.PopulationFile.from_members([member] * count, names))
     return path
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import tnadapt as tna
-from tnadapt import AdapterFile, Config, SuperLoRA, Target
+from tnadapt import AdapterFile, Config, Target, UpdatePlan
 
 # Of what the peers make in float32 and we in float64, and once more in between: a few roundings of 6e-8.
 TOLERANCE = 1e-6
@@ -77,7 +77,7 @@ def made(
 def adapter_on(targets: Sequence[Target], config: Config, seed: int = 0, dtype: str = "f4") -> AdapterFile:
     """An adapter of ours on these targets, with random numbers."""
     rng = np.random.default_rng(seed)
-    plan = SuperLoRA(
+    plan = UpdatePlan(
         config, [target.shape for target in targets], [target.layer for target in targets],
         roles=[target.role for target in targets],
     )  # fmt: skip

@@ -228,7 +228,7 @@ OURS: dict[str, tuple[tna.Config, str, Shapes]] = {
 def our_file(config: tna.Config, shapes: Shapes) -> tna.AdapterFile:
     """An adapter of ours with random numbers in all arrays, those that are not trained included."""
     rng = np.random.default_rng(0)
-    plan = tna.SuperLoRA(config, list(shapes.values()))
+    plan = tna.UpdatePlan(config, list(shapes.values()))
     given = {name: rng.normal(size=shape).astype("f4") for name, shape in plan.given_shapes.items()}
     if plan.theta is not None:
         given |= plan.theta.stand_ins(rng)

@@ -665,7 +665,7 @@ def test_a_square_weight_is_not_merged_the_wrong_way(tmp_path: Path, folders: Ca
     assert shape[0] == shape[1]
     targets = [tna.Target("transformer.h.0.attn.c_proj", shape)]
     config = tna.presets.lora(1)
-    plan = tna.SuperLoRA(config, [shape])
+    plan = tna.UpdatePlan(config, [shape])
     tna.save(tmp_path / "a.safetensors", tna.AdapterFile(config, targets, plan.init()))
     message = r"c_proj\.weight' is stored as \(in, out\), and the adapter's update is one of"
     with pytest.raises(tna.FileError, match=message):

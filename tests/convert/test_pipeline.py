@@ -20,7 +20,7 @@ import tnadapt as tna
 from tests.conftest import peak_of
 from tests.support import checkpoint_files as cp
 from tests.support.array_presets import P
-from tnadapt import AdapterFile, Config, Rows, SuperLoRA, Target, presets
+from tnadapt import AdapterFile, Config, Rows, Target, UpdatePlan, presets
 from tnadapt.algebra.formats import CP
 from tnadapt.checkpoints.container import DTYPES
 from tnadapt.checkpoints.fingerprint import fingerprint
@@ -51,7 +51,7 @@ FOREIGN = [
 ]
 
 
-def named(plan: SuperLoRA, seed: int = 0) -> AdapterFile:
+def named(plan: UpdatePlan, seed: int = 0) -> AdapterFile:
     targets = [Target(f"blocks.{n}.q", shape) for n, shape in enumerate(plan.shapes)]
     rng = np.random.default_rng(seed)
     arrays = {name: rng.standard_normal(shape).astype("f4") for name, shape in plan.param_shapes.items()}
@@ -64,14 +64,14 @@ def part_of(form: str) -> str | None:
     return "unet" if form.startswith(("kohya", "diffusers")) else None
 
 
-def holds(plan: SuperLoRA, form: str) -> bool:
+def holds(plan: UpdatePlan, form: str) -> bool:
     """Whether a form has what apply= makes of the update: all hold a ΔW, and one DoRA by rows, and HiRA."""
     return plan.applying.additive or (form == "peft-lora" and plan.config.magnitude_axis == "rows")
 
 
 @pytest.mark.law("foreign-files")
 @given(plan=plans(), form=st.sampled_from(FOREIGN), rank=st.none() | st.integers(1, 4))
-def test_any_adapter_is_converted_exactly_or_refused(plan: SuperLoRA, form: str, rank: int | None) -> None:
+def test_any_adapter_is_converted_exactly_or_refused(plan: UpdatePlan, form: str, rank: int | None) -> None:
     """Or, if an error is allowed, with that of what a reader finds in the bytes."""
     assume(plan.config.groups != "layer")
     file, is_full, part = named(plan), form.endswith("-full"), part_of(form)
@@ -788,7 +788,7 @@ def test_ranks_and_scales_that_differ_keep_the_update(tmp_path: Path) -> None:
 
 def test_a_fresh_adapter_is_zero_everywhere(tmp_path: Path) -> None:
     config = P.superlora(2, groups=1)
-    file = AdapterFile(config, [Target("a.q", (6, 8))], SuperLoRA(config, [(6, 8)]).init())
+    file = AdapterFile(config, [Target("a.q", (6, 8))], UpdatePlan(config, [(6, 8)]).init())
     for to in ("peft-lora", "peft-lokr", "peft-loha", "lycoris-full"):
         found = tna.convert(file, to=to)
         assert (found.exact, found.error) == (True, 0.0)

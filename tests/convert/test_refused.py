@@ -364,7 +364,7 @@ def test_paths_that_lead_nowhere(tmp_path: Path) -> None:
         ({"to": "gguf-lore"}, "; got 'gguf-lore'; did you mean 'gguf-lora'"),
         ({"to": "peft-vblora"}, "tnadapt, peft, peft-lora, peft-lokr, peft-loha, peft-vera"),
         ({"to": "peft-miss", "rank": 2}, "LoRA, LoKr and LoHa only; 'peft-miss' has no rank to choose"),
-        ({"to": "peft-lora", "rank": 0}, "rank must be from 1"),
+        ({"to": "peft-lora", "rank": 0}, "rank must be at least 1"),
         ({"to": "peft-lora", "rank": 2.0}, "rank must be an integer"),
         ({"rank": 2}, "rank=2 (--rank) applies to LoRA, LoKr and LoHa only"),
         ({"to": "peft-lora", "max_error": -1}, "max_error (--max-error) must be a number from 0 to 1"),

@@ -23,21 +23,21 @@ from tnadapt.errors import BackendError, ConfigError, ShapeError
 from tnadapt.testing.strategies import parameters, plans
 
 
-def _error(plan: tna.SuperLoRA, params: dict[str, Any], given: list[np.ndarray]) -> float:
+def _error(plan: tna.UpdatePlan, params: dict[str, Any], given: list[np.ndarray]) -> float:
     """Relative Frobenius error, by NumPy alone."""
     wrong = sum(float(((a - b) ** 2).sum()) for a, b in zip(plan.deltas(params), given, strict=True))
     total = sum(float((b**2).sum()) for b in given)
     return math.sqrt(wrong / total)
 
 
-def _normal(rng: np.random.Generator, plan: tna.SuperLoRA) -> list[np.ndarray]:
+def _normal(rng: np.random.Generator, plan: tna.UpdatePlan) -> list[np.ndarray]:
     return [rng.normal(size=shape) for shape in plan.shapes]
 
 
 # -- Of every config ---------------------------------------------------------------------------
 
 
-def _added(plan: tna.SuperLoRA) -> tna.SuperLoRA:
+def _added(plan: tna.UpdatePlan) -> tna.UpdatePlan:
     """Return a plan that can be fitted: of added updates, from a start that needs no arrays and no base."""
     if plan.config.start in ("zero", "random") and plan.config.apply == "add":
         return plan
@@ -45,7 +45,7 @@ def _added(plan: tna.SuperLoRA) -> tna.SuperLoRA:
     with pytest.raises(ConfigError, match=r"use start='zero'|use apply='add'|computed from the base weights: bind"):
         tna.decompose([np.ones(shape) for shape in plan.shapes], plan.config, layers=plan._layers)
     config = plan.config.replace(start="zero", apply="add", magnitude_axis="rows")
-    return tna.SuperLoRA(config, plan.shapes, plan._layers)
+    return tna.UpdatePlan(config, plan.shapes, plan._layers)
 
 
 @given(st.data())
@@ -97,7 +97,7 @@ def test_an_update_of_zeros_is_the_start_of_training(data: st.DataObject) -> Non
 
 def test_a_bound_allows_for_the_rounding_of_a_start_that_is_subtracted() -> None:
     config = presets.lora_fa(2).replace(start="random")
-    plan = tna.SuperLoRA(config, [(8, 6)])
+    plan = tna.UpdatePlan(config, [(8, 6)])
     rng = np.random.default_rng(0)
     moved = {name: array + 1e-5 * rng.normal(size=array.shape) for name, array in plan.init(dtype="float64").items()}
     (delta,) = plan.deltas(moved)
@@ -138,7 +138,7 @@ EXACT = ("dense", "lora", "lora of two terms", "krona", "lotr", "lotr as a train
 
 @pytest.mark.parametrize("name", RECOVERED)
 def test_updates_of_a_config_are_recovered(name: str) -> None:
-    plan = tna.SuperLoRA(RECOVERED[name], [(12, 24)] * 4)
+    plan = tna.UpdatePlan(RECOVERED[name], [(12, 24)] * 4)
     rng, size = np.random.default_rng(0), 0.5 if "nonlinear" in name else 1.0
     made = plan.deltas({full: size * rng.normal(size=shape) for full, shape in plan.param_shapes.items()})
     _, report = tna.decompose(made, plan.config, max_iterations=500)
@@ -376,7 +376,7 @@ def test_the_rank_found_is_the_smallest(rows: int, cols: int, error: float, seed
 def test_a_rank_is_found_for_other_formats(name: str) -> None:
     lotr = name == "lotr"  # whose first mode has all of its size
     config = presets.lotr(2, weights=2, rows=6, cols=8) if lotr else EACH[name]
-    plan = tna.SuperLoRA(config, [(6, 8)] * 2)
+    plan = tna.UpdatePlan(config, [(6, 8)] * 2)
     rng = np.random.default_rng(0)
     made = plan.deltas({full: rng.normal(size=shape) for full, shape in plan.param_shapes.items()})
     found = tna.search_rank(made, config.replace(rank=(None, 5, 5) if lotr else 7), max_error=1e-3)
@@ -407,9 +407,9 @@ def test_updates_without_padding_are_recovered(data: st.DataObject) -> None:
     groups = data.draw(st.sampled_from(["weight", "layer", drawn.config.groups]))
     config = drawn.config.replace(splits=1, terms=1, fold="stack", groups=groups)
     try:
-        plan = tna.SuperLoRA(config, drawn.shapes, drawn._layers)
+        plan = tna.UpdatePlan(config, drawn.shapes, drawn._layers)
     except ShapeError:  # these groups do not stack; each weight alone does
-        plan = tna.SuperLoRA(config.replace(groups="weight"), drawn.shapes, drawn._layers)
+        plan = tna.UpdatePlan(config.replace(groups="weight"), drawn.shapes, drawn._layers)
     made = plan.deltas(data.draw(parameters(plan)))
     _, report = tna.decompose(made, plan.config, layers=plan._layers, max_iterations=1000, tol=1e-10)
     assert report.error < 1e-5

@@ -72,7 +72,7 @@ def test_a_large_padded_fold_starts_from_its_full_rows(
     """Where the equations would be too large, the padding is filled in, from a start that may be exact."""
     monkeypatch.setattr(network_fit, "fit_given", lambda *_: None)
     config = tna.Config(rank=2, order=order, groups=1, fold="hypercube", format=fmt)
-    plan = tna.SuperLoRA(config, [(19, 10)])
+    plan = tna.UpdatePlan(config, [(19, 10)])
     made = random_deltas(plan, np.random.default_rng(1))
     _, report = tna.decompose(made, config, max_iterations=100)
     assert report.error < most
@@ -114,7 +114,7 @@ LOHA = tna.presets.loha(2)
     ],
 )
 def test_sums_of_kronecker_products_and_hadamard_products_are_recovered(config: tna.Config, seeds: int) -> None:
-    plan = tna.SuperLoRA(config, [(24, 36)])
+    plan = tna.UpdatePlan(config, [(24, 36)])
     for seed in range(seeds):
         assert tna.decompose(random_deltas(plan, np.random.default_rng(seed)), config)[1].error < 1e-6
 
@@ -200,7 +200,7 @@ def test_three_kronecker_factors() -> None:
 def test_tied_arrays_with_diagonals_are_recovered(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a Jacobian that is formed, and with one that is multiplied by, as for large problems."""
     monkeypatch.setattr(parameter_fit, "_COLUMNS", columns)
-    plan = tna.SuperLoRA(tna.presets.tied_lora(2), [(8, 6)] * 3)
+    plan = tna.UpdatePlan(tna.presets.tied_lora(2), [(8, 6)] * 3)
     rng = np.random.default_rng(2)
     params = {name: array + rng.normal(size=array.shape) for name, array in plan.init(dtype="float64").items()}
     _, report = tna.decompose(plan.deltas(params), plan.config, max_iterations=300)
@@ -210,7 +210,7 @@ def test_tied_arrays_with_diagonals_are_recovered(columns: int, monkeypatch: pyt
 @pytest.mark.parametrize(("name", "apart"), [("vera", True), ("tied_lora", False)])
 def test_groups_without_a_common_parameter_are_fitted_by_themselves(name: str, apart: bool) -> None:
     config, shapes = examples()[name]
-    plan = tna.SuperLoRA(config, shapes)
+    plan = tna.UpdatePlan(config, shapes)
     rng = np.random.default_rng(0)
     deltas = [rng.normal(size=shape) for shape in shapes]
     most = 100 if apart else 3
@@ -240,7 +240,7 @@ def test_groups_without_a_common_parameter_are_fitted_by_themselves(name: str, a
 def test_dense_through_an_ill_conditioned_f_is_least_squares(kind: str, ratio: float, shape: tuple[int, int]) -> None:
     delta = np.random.default_rng(0).normal(size=shape)
     config = presets.fastfood(ratio, projection=kind)
-    projection = tna.SuperLoRA(config, [shape]).groups[0].projection
+    projection = tna.UpdatePlan(config, [shape]).groups[0].projection
     matrix = projection(np.eye(projection.n_in)).T
     best = np.linalg.lstsq(matrix, delta.reshape(-1), rcond=None)[0]
     least = np.linalg.norm(matrix @ best - delta.reshape(-1)) / np.linalg.norm(delta)
@@ -265,7 +265,7 @@ def test_a_bound_is_not_above_what_rounding_leaves(library: str, columns: int) -
     rows = np.random.default_rng(0).uniform(1, 2, (4, 1)).astype(np.float32)
     delta = rows * np.ones((1, columns), np.float32)  # of rank one
     x: Any = delta if library == "numpy" else pytest.importorskip("torch").from_numpy(delta)
-    network = tna.SuperLoRA(presets.lora(1), [delta.shape]).groups[0].network
+    network = tna.UpdatePlan(presets.lora(1), [delta.shape]).groups[0].network
     assert lower_bound(Algebra(get_backend(x), x), network, x.reshape(-1)) == 0.0
 
 
@@ -367,7 +367,7 @@ def test_a_large_argument_of_tanhshrink_overflows_nothing() -> None:
 # -- Alternating least squares through F -----------------------------------------------------------------
 
 
-def updates_of(plan: tna.SuperLoRA, seed: int, noise: float) -> list[np.ndarray]:
+def updates_of(plan: tna.UpdatePlan, seed: int, noise: float) -> list[np.ndarray]:
     rng = np.random.default_rng(seed)
     truth = plan.deltas({name: rng.normal(size=shape).astype("f4") for name, shape in plan.param_shapes.items()})
     return [delta + (noise * np.std(delta) * rng.normal(size=delta.shape)).astype("f4") for delta in truth]
@@ -381,7 +381,7 @@ LARGE = [(ratio, noise) for ratio in (0.05, 0.3, 1.0) for noise in (0.0, 1.0, 1e
 def test_a_large_group_is_fitted_at_least_as_well_from_the_adjoint(
     ratio: float, noise: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan = tna.SuperLoRA(tna.presets.superlora(2, projection="linear", ratio=ratio), [(128, 128)] * 17)
+    plan = tna.UpdatePlan(tna.presets.superlora(2, projection="linear", ratio=ratio), [(128, 128)] * 17)
     updates = updates_of(plan, 3, noise)
     _, found = tna.decompose(updates, plan.config)
     monkeypatch.setattr(group_fits, "_LARGE", 1 << 30)

@@ -45,7 +45,7 @@ def integers(seed: int, shapes: list[tuple[int, int]] = SHAPES) -> list[np.ndarr
     return [rng.integers(-7, 8, size=shape).astype(np.float64) for shape in shapes]
 
 
-def error_of(plan: tna.SuperLoRA, params: dict[str, Any], exponent: int, given: list[np.ndarray]) -> float:
+def error_of(plan: tna.UpdatePlan, params: dict[str, Any], exponent: int, given: list[np.ndarray]) -> float:
     """Relative error of LoRA, written out in extended precision, which holds squares of all these numbers."""
     host = {
         name: np.asarray(get_backend(array).to_numpy(array)).astype(np.longdouble) for name, array in params.items()
@@ -145,7 +145,7 @@ def test_a_rank_for_an_error_is_the_same_at_any_scale(exponent: int, error: floa
     errors=st.lists(st.floats(0.0, 1.0), min_size=4, max_size=4),
 )
 def test_groups_of_very_different_sizes_together(exponents: list[int], errors: list[float]) -> None:
-    plan = tna.SuperLoRA(presets.lora(1), [(2, 2)] * len(exponents))
+    plan = tna.UpdatePlan(presets.lora(1), [(2, 2)] * len(exponents))
     norms = [math.ldexp(1.5, exponent) for exponent in exponents]
     known: dict[str, Any] = {"size": 4, "bound": 0.0, "certified": False, "iterations": 0, "method": ""}
     groups = tuple(GroupReport(norm=size, error=error, **known) for size, error in zip(norms, errors, strict=False))
@@ -186,7 +186,7 @@ def test_bounds_of_single_precision_are_those_of_double(scale: float, seed: int,
     rng = np.random.default_rng(seed)
     made = rng.normal(size=(6, 1)) @ rng.normal(size=(1, columns)) + scale * rng.normal(size=(6, columns))
     delta = made.astype(np.float32)
-    network = tna.SuperLoRA(presets.lora(2), [delta.shape]).groups[0].network
+    network = tna.UpdatePlan(presets.lora(2), [delta.shape]).groups[0].network
     bound, wide = (
         lower_bound(Algebra(get_backend(x), x), network, x.reshape(-1)) for x in (delta, delta.astype(np.float64))
     )

@@ -68,7 +68,7 @@ def test_after_a_few_steps_it_is_where_scipys_lsqr_is_and_has_not_converged(seed
 
 
 def _elements(config: tna.Config, shape: tuple[int, int]) -> ObservedElements:
-    return ObservedElements.of_network(tna.SuperLoRA(config, [shape]).groups[0].network)
+    return ObservedElements.of_network(tna.UpdatePlan(config, [shape]).groups[0].network)
 
 
 SMALL = {
@@ -225,7 +225,7 @@ def test_the_jacobian_is_that_of_single_columns(data: st.DataObject) -> None:
 def test_the_jacobian_of_a_long_train() -> None:
     """More indices than an einsum has letters."""
     config = tna.Config(rank=1, order=32, groups=1, fold=(2, 2, *[1] * 30), format="tt")
-    network = tna.SuperLoRA(config, [(2, 2)]).groups[0].network
+    network = tna.UpdatePlan(config, [(2, 2)]).groups[0].network
     arrays = {name: np.full(shape, 1.5) for name, shape in network.shapes.items()}
     elements = ObservedElements.of_network(network)
     np.testing.assert_allclose(elements.values(elements.flat(arrays)), network.whole(NUMPY, arrays))

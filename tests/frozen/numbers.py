@@ -96,7 +96,7 @@ def base_weights(setting: Setting) -> list[np.ndarray]:
     return [noise(f"base {index}", *shape) for index, shape in enumerate(setting.shapes)]
 
 
-def completed(setting: Setting) -> tna.SuperLoRA:
+def completed(setting: Setting) -> tna.UpdatePlan:
     """Return the plan with all arrays that the caller brings, and those that are computed from the base weights."""
     plan = setting.plan()
     given = {name: noise(name, *shape) for name, shape in plan.given_shapes.items()}
@@ -109,7 +109,7 @@ def completed(setting: Setting) -> tna.SuperLoRA:
     return plan.with_base(base_weights(setting)) if plan.needs_base else plan
 
 
-def file_digest(setting: Setting, plan: tna.SuperLoRA, params: Mapping[str, np.ndarray]) -> str:
+def file_digest(setting: Setting, plan: tna.UpdatePlan, params: Mapping[str, np.ndarray]) -> str:
     targets = [
         tna.Target(f"layers.{layer}.{role}_proj", shape, role, layer=str(layer))
         for shape, layer, role in zip(setting.shapes, setting.layers, setting.roles, strict=False)

@@ -40,9 +40,9 @@ class Setting(NamedTuple):
     layers = (0, 0, 1, 1)
     roles = "qvqv"
 
-    def plan(self, given: Mapping[str, Any] | None = None) -> tna.SuperLoRA:
+    def plan(self, given: Mapping[str, Any] | None = None) -> tna.UpdatePlan:
         count = len(self.shapes)
-        return tna.SuperLoRA(self.config, self.shapes, self.layers[:count], self.roles[:count], given=given)
+        return tna.UpdatePlan(self.config, self.shapes, self.layers[:count], self.roles[:count], given=given)
 
 
 #: Arguments of each preset.

@@ -173,7 +173,7 @@ def test_on_the_meta_device_nothing_is_allocated(kind: str, fold: str, projectio
 @pytest.mark.law("derivatives-of-presets", "derivatives-of-projections")
 @everything_in_depth
 def test_first_and_second_derivatives_are_finite_differences(kind: str, fold: str, projection: str) -> None:
-    plan = tna.SuperLoRA(config_of(kind, fold, projection), [(4, 3), (2, 6)])
+    plan = tna.UpdatePlan(config_of(kind, fold, projection), [(4, 3), (2, 6)])
     made = torch.Generator().manual_seed(3)
     arrays = tuple(
         torch.randn(shape, dtype=torch.float64, generator=made).requires_grad_() for shape in plan.param_shapes.values()

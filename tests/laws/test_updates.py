@@ -40,12 +40,12 @@ def in_libraries(jax: Iterable[tuple[str, str, str]] = ()) -> pytest.MarkDecorat
     return pytest.mark.parametrize(("backend", "kind", "fold", "projection"), cases, indirect=["backend"])
 
 
-def numbers(plan: tna.SuperLoRA, dtype: str = "float64") -> dict[str, np.ndarray]:
+def numbers(plan: tna.UpdatePlan, dtype: str = "float64") -> dict[str, np.ndarray]:
     rng = np.random.default_rng(7)
     return {name: rng.normal(size=shape).astype(dtype) for name, shape in plan.param_shapes.items()}
 
 
-def textbook(config: tna.Config, plan: tna.SuperLoRA, arrays: dict[str, np.ndarray]) -> np.ndarray:
+def textbook(config: tna.Config, plan: tna.UpdatePlan, arrays: dict[str, np.ndarray]) -> np.ndarray:
     start = {name: array.astype(np.float64) for name, array in plan.init().items()}
     exact = {name: array.astype(np.float64) for name, array in arrays.items()}
     return np.concatenate([delta.reshape(-1) for delta in reference.deltas(config, SHAPES, exact, None, start)])
@@ -74,7 +74,7 @@ def test_the_update_is_the_textbook_formula_on_jax(backend: Backend, kind: str, 
 
 
 def error_of(backend: Backend, config: tna.Config, dtype: str) -> float:
-    plan = tna.SuperLoRA(config, SHAPES)
+    plan = tna.UpdatePlan(config, SHAPES)
     arrays = numbers(plan, dtype)
     found = backend.to_numpy(plan.vector({name: backend.asarray(array, dtype) for name, array in arrays.items()}))
     assert found.dtype == dtype
@@ -84,7 +84,7 @@ def error_of(backend: Backend, config: tna.Config, dtype: str) -> float:
 @pytest.mark.law("update-slice")
 @in_libraries()
 def test_a_slice_is_the_whole_cut(backend: Backend, kind: str, fold: str, projection: str) -> None:
-    plan = tna.SuperLoRA(config_of(kind, fold, projection), SHAPES)
+    plan = tna.UpdatePlan(config_of(kind, fold, projection), SHAPES)
     arrays = {name: backend.asarray(array) for name, array in numbers(plan).items()}
     whole = backend.to_numpy(plan.vector(arrays))
     scale = np.abs(whole).max()
@@ -102,7 +102,7 @@ def test_a_slice_is_the_whole_cut(backend: Backend, kind: str, fold: str, projec
 @everything
 def test_the_elements_counted_are_those_made_and_the_formula_s(kind: str, fold: str, projection: str) -> None:
     config = config_of(kind, fold, projection)
-    plan = tna.SuperLoRA(config, SHAPES)
+    plan = tna.UpdatePlan(config, SHAPES)
     made = sum(array.size for array in plan.init().values())
     assert plan.num_parameters == made == reference.count(config, SHAPES) == tna.parameter_count(config, SHAPES)
 
@@ -115,7 +115,7 @@ def test_the_elements_counted_are_those_made_and_the_formula_s(kind: str, fold: 
     indirect=["backend"],
 )
 def test_a_fresh_update_is_exactly_zero(backend: Backend, kind: str, fold: str, projection: str, dtype: str) -> None:
-    plan = tna.SuperLoRA(config_of(kind, fold, projection), SHAPES)
+    plan = tna.UpdatePlan(config_of(kind, fold, projection), SHAPES)
     fresh = plan.init(backend.name, dtype)
     assert not bool(plan.vector(fresh).any())
     assert not bool(plan.vector(fresh, 41, 73).any())
@@ -129,7 +129,7 @@ def test_a_file_is_read_to_the_bit_and_written_to_the_same_bytes(
     tmp_path: Path, kind: str, fold: str, projection: str, dtype: str
 ) -> None:
     config = config_of(kind, fold, projection)
-    arrays = numbers(tna.SuperLoRA(config, SHAPES), dtype)
+    arrays = numbers(tna.UpdatePlan(config, SHAPES), dtype)
     tna.save(tmp_path / "one", tna.AdapterFile(config=config, targets=TARGETS, arrays=arrays))
     found = tna.load(tmp_path / "one")
     assert found.config == config
@@ -138,14 +138,14 @@ def test_a_file_is_read_to_the_bit_and_written_to_the_same_bytes(
     }
     tna.save(tmp_path / "two", found)
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
-    again, before = found.deltas(), tna.SuperLoRA(config, SHAPES).deltas(arrays)
+    again, before = found.deltas(), tna.UpdatePlan(config, SHAPES).deltas(arrays)
     assert all(np.array_equal(a, b) for a, b in zip(again, before, strict=True))
 
 
 @pytest.mark.law("copies")
 @everything
 def test_copies_and_pickles_compute_the_same_bits(kind: str, fold: str, projection: str) -> None:
-    plan = tna.SuperLoRA(config_of(kind, fold, projection), SHAPES)
+    plan = tna.UpdatePlan(config_of(kind, fold, projection), SHAPES)
     arrays = numbers(plan)
     want = plan.vector(arrays).tobytes()
     for other in (copy.deepcopy(plan), pickle.loads(pickle.dumps(plan))):
@@ -158,7 +158,7 @@ def test_one_number_that_is_not_finite_spoils_all_that_f_mixes_it_with(
     backend: Backend, kind: str, fold: str, projection: str
 ) -> None:
     """By a linear or nonlinear F the whole group; by itself or shuffled, what the products bring it to."""
-    plan = tna.SuperLoRA(config_of(kind, fold, projection), SHAPES)
+    plan = tna.UpdatePlan(config_of(kind, fold, projection), SHAPES)
     arrays = numbers(plan)
     clean, first = vector(backend, plan, arrays), plan.groups[0].size
     for name in (name for name in arrays if name.startswith("group0.")):
@@ -179,7 +179,7 @@ def test_one_number_that_is_not_finite_spoils_all_that_f_mixes_it_with(
 @in_libraries(jax=[("cp", "hypercube", projection) for projection in KINDS])
 def test_what_is_not_finite_does_not_hide(backend: Backend, kind: str, fold: str, projection: str) -> None:
     """NaN or infinity in an array is seen in the update of its own group, and in no other group's."""
-    plan = tna.SuperLoRA(config_of(kind, fold, projection), SHAPES)
+    plan = tna.UpdatePlan(config_of(kind, fold, projection), SHAPES)
     arrays = numbers(plan)
     want = vector(backend, plan, arrays)
     own = [name for name in arrays if name.startswith("group0.")]
@@ -190,7 +190,7 @@ def test_what_is_not_finite_does_not_hide(backend: Backend, kind: str, fold: str
         assert np.array_equal(found[first:], want[first:])
 
 
-def vector(backend: Backend, plan: tna.SuperLoRA, arrays: dict[str, np.ndarray]) -> np.ndarray:
+def vector(backend: Backend, plan: tna.UpdatePlan, arrays: dict[str, np.ndarray]) -> np.ndarray:
     """The update, by a library; infinity less infinity is no number, as it should be."""
     with np.errstate(invalid="ignore"):
         return backend.to_numpy(plan.vector({name: backend.asarray(array) for name, array in arrays.items()}))

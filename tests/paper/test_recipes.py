@@ -68,7 +68,7 @@ def test_the_weights_are_the_papers() -> None:
 
 def test_a_rank_is_below_the_sizes_where_the_recipe_says_so() -> None:
     for point in open_recipe("svhn-mnist").points():
-        plan = tna.SuperLoRA(point.config, WEIGHTS["unet"].shapes)
+        plan = tna.UpdatePlan(point.config, WEIGHTS["unet"].shapes)
         for name, shape in plan.param_shapes.items():
             if ".factor" in name:
                 assert shape[1] < shape[0], (point, name)

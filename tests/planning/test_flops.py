@@ -58,7 +58,7 @@ def test_products_are_counted(
     config = tna.Config(
         3, len(sizes), splits, groups=1, fold=sizes, format=name, combine=combine, leading=leading, terms=terms
     )
-    plan = tna.SuperLoRA(config, [(1, math.prod(sizes))])
+    plan = tna.UpdatePlan(config, [(1, math.prod(sizes))])
     assert step_cost(plan) == counted(plan.groups[0])
 
 
@@ -66,7 +66,7 @@ def test_products_are_counted(
     "config", [tna.presets.lotr(3, weights=4, rows=6, cols=5), tna.presets.metatt(2, groups=[[0, 1, 2, 3]])]
 )
 def test_partial_tucker_and_axes_in_another_order(config: tna.Config) -> None:
-    plan = tna.SuperLoRA(config, [(6, 5)] * 4, layers=[0, 0, 1, 1])
+    plan = tna.UpdatePlan(config, [(6, 5)] * 4, layers=[0, 0, 1, 1])
     assert step_cost(plan) == counted(plan.groups[0])
 
 
@@ -91,13 +91,13 @@ def test_products_of_changed_weights_are_counted(
     backward = made(lambda: applying.pulled(backend, weight, delta, own, gradient))
     config = base.replace(apply=kind, magnitude_axis=axis if kind == "magnitude" else "rows")
     # Of three weights each has its own.
-    changed, plain = (step_cost(tna.SuperLoRA(one, [shape] * 3)) for one in (config, base))
+    changed, plain = (step_cost(tna.UpdatePlan(one, [shape] * 3)) for one in (config, base))
     assert changed - plain == 3 * (forward + backward - again)
 
 
 def test_a_step() -> None:
     def of(config: tna.Config) -> int:
-        return step_cost(tna.SuperLoRA(config, [(16, 16)] * 3))
+        return step_cost(tna.UpdatePlan(config, [(16, 16)] * 3))
 
     assert of(tna.presets.dense()) == 0
     assert of(tna.presets.dora(2)) == 3 * (3 * 2 * 256 + 5 * 256 + 4 * 16)
@@ -120,4 +120,4 @@ def test_a_step() -> None:
     ],
 )
 def test_waste(config: tna.Config, shape: tuple[int, int], waste: float) -> None:
-    assert padding_waste(tna.SuperLoRA(config, [shape])) == waste
+    assert padding_waste(tna.UpdatePlan(config, [shape])) == waste

@@ -23,14 +23,14 @@ LINEAR = ("identity", "shuffle", "linear", "linear_v2")
 MOST = 160
 
 
-def point(plan: tna.SuperLoRA, seed: int = 0) -> dict[str, np.ndarray]:
+def point(plan: tna.UpdatePlan, seed: int = 0) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(seed)
     return {
         name: rng.choice([-1.0, 1.0], shape) * rng.uniform(0.5, 1.5, shape) for name, shape in plan.param_shapes.items()
     }
 
 
-def jacobian(plan: tna.SuperLoRA) -> np.ndarray:
+def jacobian(plan: tna.UpdatePlan) -> np.ndarray:
     """Compute the Jacobian by differences, which are exact: the long vector is linear in each element of an array."""
     params = point(plan)
     columns = []
@@ -60,7 +60,7 @@ def padded(network: Network) -> bool:
     return math.prod(sizes) != network.size
 
 
-def may_be_defective(plan: tna.SuperLoRA) -> bool:
+def may_be_defective(plan: tna.UpdatePlan) -> bool:
     """Return whether CP of these sizes and rank is one of the few known defective cases."""
     if not plan.config.format.startswith("cp"):
         return False
@@ -81,28 +81,28 @@ HADAMARD = tna.Config(2, 3, 2, groups=1, fold=(4, 4, 4), format="cp", combine="h
 
 
 @given(plans(projections=LINEAR))
-@example(tna.SuperLoRA(tna.Config(3, 4, groups=1, fold="hypercube"), [(4, 4)]))  # 15 expected, 14 there
+@example(tna.UpdatePlan(tna.Config(3, 4, groups=1, fold="hypercube"), [(4, 4)]))  # 15 expected, 14 there
 @example(
-    tna.SuperLoRA(tna.Config(2, 3, groups=1, fold="hypercube"), [(3, 4)])
+    tna.UpdatePlan(tna.Config(2, 3, groups=1, fold="hypercube"), [(3, 4)])
 )  # a slice of nine, and three of the next
-@example(tna.SuperLoRA(tna.Config((3, 1), 3, fold=(7, 7, 6), format="tt"), [(9, 7)]))
-@example(tna.SuperLoRA(tna.Config(1, 1, format="tucker", fold="hypercube"), [(5, 5)]))
-@example(tna.SuperLoRA(HADAMARD.replace(format="tucker"), [(8, 8)]))
-@example(tna.SuperLoRA(HADAMARD.replace(format="tt"), [(8, 8)]))
-@example(tna.SuperLoRA(HADAMARD, [(8, 8)]))
-def test_never_less_than_the_rank_of_the_jacobian(plan: tna.SuperLoRA) -> None:
+@example(tna.UpdatePlan(tna.Config((3, 1), 3, fold=(7, 7, 6), format="tt"), [(9, 7)]))
+@example(tna.UpdatePlan(tna.Config(1, 1, format="tucker", fold="hypercube"), [(5, 5)]))
+@example(tna.UpdatePlan(HADAMARD.replace(format="tucker"), [(8, 8)]))
+@example(tna.UpdatePlan(HADAMARD.replace(format="tt"), [(8, 8)]))
+@example(tna.UpdatePlan(HADAMARD, [(8, 8)]))
+def test_never_less_than_the_rank_of_the_jacobian(plan: tna.UpdatePlan) -> None:
     assume(plan.num_parameters <= MOST)
     assert rank(jacobian(plan)) <= degrees_of_freedom(plan) <= min(plan.size, plan.num_parameters)
 
 
 @given(plans(projections=LINEAR))
 # Two terms of a split of one number each and a matrix of rank 1: a matrix of rank 2.
-@example(tna.SuperLoRA(tna.Config(1, splits=3, terms=2, fold="balanced", format="tucker"), [(5, 5)]))
-@example(tna.SuperLoRA(tna.presets.compacter(2, terms=3), [(9, 6)]))
-@example(tna.SuperLoRA(tna.presets.krona(), [(6, 4), (4, 6)]))
-@example(tna.SuperLoRA(tna.presets.loha(2), [(7, 6)]))
-@example(tna.SuperLoRA(tna.presets.lotr(2, weights=3, rows=4, cols=5), [(4, 5)] * 3))
-def test_the_rank_of_the_jacobian_where_nothing_is_padded(plan: tna.SuperLoRA) -> None:
+@example(tna.UpdatePlan(tna.Config(1, splits=3, terms=2, fold="balanced", format="tucker"), [(5, 5)]))
+@example(tna.UpdatePlan(tna.presets.compacter(2, terms=3), [(9, 6)]))
+@example(tna.UpdatePlan(tna.presets.krona(), [(6, 4), (4, 6)]))
+@example(tna.UpdatePlan(tna.presets.loha(2), [(7, 6)]))
+@example(tna.UpdatePlan(tna.presets.lotr(2, weights=3, rows=4, cols=5), [(4, 5)] * 3))
+def test_the_rank_of_the_jacobian_where_nothing_is_padded(plan: tna.UpdatePlan) -> None:
     assume(plan.num_parameters <= MOST)
     assume(not any(padded(group.network) for group in plan.groups) and not may_be_defective(plan))
     assert rank(jacobian(plan)) == degrees_of_freedom(plan)
@@ -117,7 +117,7 @@ def test_the_rank_of_the_jacobian_of_padded_matrices(
 ) -> None:
     groups = min(groups, size)
     config = tna.Config(r, order, groups=groups, fold=fold, format=name, projection=projection)
-    plan = tna.SuperLoRA(config, [(1, size)])
+    plan = tna.UpdatePlan(config, [(1, size)])
     assume(plan.num_parameters <= MOST)
     assert rank(jacobian(plan)) == degrees_of_freedom(plan)
 
@@ -132,7 +132,7 @@ def test_the_rank_of_the_jacobian_of_padded_matrices(
 )
 def test_a_nonlinear_f_does_not_reduce_freedom(config: tna.Config, projection: str) -> None:
     jax = pytest.importorskip("jax")
-    plan = tna.SuperLoRA(config.replace(projection=projection, ratio=0.5), [(6, 8), (8, 6)])
+    plan = tna.UpdatePlan(config.replace(projection=projection, ratio=0.5), [(6, 8), (8, 6)])
     params = {name: 3.0 * jax.numpy.asarray(array) for name, array in point(plan).items()}
     blocks = jax.jacfwd(plan.vector)(params)
     found = np.concatenate([np.asarray(block).reshape(plan.size, -1) for block in blocks.values()], axis=1)
@@ -141,7 +141,7 @@ def test_a_nonlinear_f_does_not_reduce_freedom(config: tna.Config, projection: s
     assert rank(found) == degrees_of_freedom(plan)
 
 
-def anywhere(plan: tna.SuperLoRA) -> tna.SuperLoRA:
+def anywhere(plan: tna.UpdatePlan) -> tna.UpdatePlan:
     """The plan that starts at arrays in general position: the rank of a plan is that for any start that is brought."""
     if not plan.point.brought:
         return plan
@@ -151,21 +151,21 @@ def anywhere(plan: tna.SuperLoRA) -> tna.SuperLoRA:
 
 @given(plans(projections=("identity", "shuffle", "linear", "linear_v2")))
 # Three groups in one weight that share an F of one element: the same two rows thrice.
-@example(tna.SuperLoRA(tna.Config(1, 1, groups=3, format="dense", projection="linear", ratio=0.07), [(6, 6)]))
+@example(tna.UpdatePlan(tna.Config(1, 1, groups=3, format="dense", projection="linear", ratio=0.07), [(6, 6)]))
 # One array of the start is brought and the other is zero: nothing is subtracted. Of another start a matrix would be.
 @example(
-    tna.SuperLoRA(
+    tna.UpdatePlan(
         tna.Config(1, 1, 2, format="dense", start="given"), [(2, 2)], start_from={"group0.split1.dense": np.ones(2)}
     )
 )
-def test_the_rank_of_random_updates(plan: tna.SuperLoRA) -> None:
+def test_the_rank_of_random_updates(plan: tna.UpdatePlan) -> None:
     deltas = anywhere(plan).deltas(point(plan, seed=5))
     for weight, delta in enumerate(deltas):
         assert largest_rank(plan, weight) == Rank(rank(delta), True)
 
 
 @given(plans(projections=("nonlinear", "nonlinear_v2")))
-def test_a_nonlinear_f_has_full_rank(plan: tna.SuperLoRA) -> None:
+def test_a_nonlinear_f_has_full_rank(plan: tna.UpdatePlan) -> None:
     # Far from where tanhshrink is almost flat.
     deltas = anywhere(plan).deltas({name: 8.0 * array for name, array in point(plan, seed=5).items()})
     for weight, delta in enumerate(deltas):
@@ -177,7 +177,7 @@ def test_a_nonlinear_f_has_full_rank(plan: tna.SuperLoRA) -> None:
     "config", [tna.presets.superlora(1), tna.presets.lonkr(1, splits=2), tna.Config(3, 3, groups=2, fold="balanced")]
 )
 def test_blocks_of_rows_change_nothing(config: tna.Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = tna.SuperLoRA(config, [(20, 30), (90, 80), (5, 5)])
+    plan = tna.UpdatePlan(config, [(20, 30), (90, 80), (5, 5)])
     whole = largest_rank(plan)
     monkeypatch.setattr("tnadapt.planning._matrix_rank.BLOCK", 80 * 7)
     assert largest_rank(plan) == whole
@@ -195,22 +195,22 @@ def test_sketches_tell_ranks_apart(size: tuple[int, int], limit: int, rng: np.ra
 
 def test_known_ranks_and_which_weight() -> None:
     # 64 of 64 × 64 fold to a square of 512: a row of it is eight rows of a weight, one after another.
-    assert largest_rank(tna.SuperLoRA(tna.presets.superlora(1), [(64, 64)] * 64)) == Rank(8, True)
-    assert largest_rank(tna.SuperLoRA(tna.presets.superlora(1), [(64, 64)] * 63)) == Rank(64, True)
-    plan = tna.SuperLoRA(tna.presets.lora(9), [(4, 50), (8, 6), (6, 8)])
+    assert largest_rank(tna.UpdatePlan(tna.presets.superlora(1), [(64, 64)] * 64)) == Rank(8, True)
+    assert largest_rank(tna.UpdatePlan(tna.presets.superlora(1), [(64, 64)] * 63)) == Rank(64, True)
+    plan = tna.UpdatePlan(tna.presets.lora(9), [(4, 50), (8, 6), (6, 8)])
     assert largest_rank(plan) == largest_rank(plan, 1) == Rank(6, True)
     assert largest_rank(plan, 0) == Rank(4, True)
     with pytest.raises(ShapeError, match="weight must be from 0 to 2; got 3"):
         largest_rank(plan, 3)
     # θ has fewer elements than the formulas of the arrays that are made from it, and magnitudes are no freedom.
     for apply in ("add", "magnitude"):
-        theta = tna.SuperLoRA(tna.presets.unilora(9, 2, apply=apply), [(6, 4), (4, 6)])
+        theta = tna.UpdatePlan(tna.presets.unilora(9, 2, apply=apply), [(6, 4), (4, 6)])
         assert degrees_of_freedom(theta) == 9
 
 
 @given(plans())
-@example(tna.SuperLoRA(tna.presets.dora(2), [(4, 6), (3, 2)]))
-def test_ranks_of_all_weights_equal_those_of_each(plan: tna.SuperLoRA) -> None:
+@example(tna.UpdatePlan(tna.presets.dora(2), [(4, 6), (3, 2)]))
+def test_ranks_of_all_weights_equal_those_of_each(plan: tna.UpdatePlan) -> None:
     each = [rank_bound(plan.layout, plan.groups, weight) for weight in range(len(plan.shapes))]
     assert list(rank_bounds(plan.layout, plan.groups)) == plan.largest_ranks == each
     full = plan.full_rank_bound()

@@ -39,7 +39,7 @@ def test_every_row(drawn: tuple[Plan, Any]) -> None:
     found, layers = drawn
     assert found.rows
     for row in found.rows:
-        adapter = tna.SuperLoRA(row.config, found.shapes, layers)
+        adapter = tna.UpdatePlan(row.config, found.shapes, layers)
         assert row.parameters == tna.parameter_count(row.config, found.shapes, layers) <= found.budget
         assert row.bytes == row.parameters * BYTES[found.dtype]
         assert row.freedom == degrees_of_freedom(adapter) <= min(row.parameters, found.size)
@@ -159,13 +159,19 @@ def test_the_table() -> None:
             ShapeError,
             r"integers; got a model: give \[target\.shape for target in tnadapt\.torch\.find_targets\(model\)\]",
         ),
-        (lambda: tna.plan(VIT, 0), ConfigError, "budget must be from 1"),
+        (lambda: tna.plan(VIT, 0), ConfigError, "budget must be at least 1"),
         (lambda: tna.plan(VIT, 1.5), ConfigError, "budget must be an integer of parameters, or bytes as text"),
         (lambda: tna.plan(VIT, "0"), ConfigError, "a budget must be at least 1 parameter; got '0'"),
         (lambda: tna.plan(VIT, "2 B"), ConfigError, "got '2 B'; one parameter is 4 bytes in float32"),
         (lambda: tna.plan(VIT, "4 parsec"), ConfigError, "such as '4 kB' or '64 KiB'; got '4 parsec'"),
         (lambda: tna.plan(VIT, "1.5"), ConfigError, "must be a whole number"),
         (lambda: tna.plan(VIT, "-5"), ConfigError, "a budget is a number of parameters"),
+        (
+            lambda: tna.plan(VIT, "1q"),
+            ConfigError,
+            "such as 1000 or '1k', or of bytes, such as '4 kB' or '64 KiB'; got",
+        ),
+        (lambda: tna.plan(VIT, "0.0001k"), ConfigError, "a budget of parameters must be a whole number; got '0.0001k'"),
         (lambda: tna.plan(VIT, 100, dtype="int8"), ConfigError, "dtype must be one of float64"),
         (lambda: tna.plan(VIT, 100, by=["speed"]), ConfigError, "by must name criteria among parameters"),
         (lambda: tna.plan(VIT, 100, layers=[0, 1]), ConfigError, "layers has 2 keys for 24 weights"),

@@ -119,7 +119,7 @@ def test_presets(name: str) -> None:
 
 
 @given(plans())
-def test_every_config_has_a_name(plan: tna.SuperLoRA) -> None:
+def test_every_config_has_a_name(plan: tna.UpdatePlan) -> None:
     name = known_as(plan.config)
     assert name.family
     assert known_as(plan.config.replace(seed=3, alpha=2.0)) == name

@@ -31,7 +31,7 @@ def largest_order(form: str) -> int:
 
 
 @given(plans())
-def test_every_array_is_a_node_and_every_index_a_line(plan: tna.SuperLoRA) -> None:
+def test_every_array_is_a_node_and_every_index_a_line(plan: tna.UpdatePlan) -> None:
     group = plan.groups[0]
     parts = [SplitDrawing(group, k) for k in range(len(group.network.splits))]
     nodes = [node for part in parts for node in part.nodes.values()]
@@ -62,7 +62,7 @@ def assert_apart(part: SplitDrawing) -> None:
 @pytest.mark.parametrize("rank", [1, 1 << 40])
 def test_what_is_not_drawn_is_told(form: str, rank: int) -> None:
     for order in (1, 2, 3, 8, 10, 11, largest_order(form)):
-        plan = tna.SuperLoRA(tna.Config(rank, order, format=form, groups=1, fold="hypercube"), VIT)
+        plan = tna.UpdatePlan(tna.Config(rank, order, format=form, groups=1, fold="hypercube"), VIT)
         part = SplitDrawing(plan.groups[0], 0)
         assert_apart(part)
         legs = [line for line in part.lines if line.strokes[0][1][1] < 0]
@@ -74,24 +74,24 @@ def test_what_is_not_drawn_is_told(form: str, rank: int) -> None:
 @pytest.mark.parametrize(
     ("plan", "expected"),
     [
-        (tna.SuperLoRA(P.unilora(), VIT),
+        (tna.UpdatePlan(P.unilora(), VIT),
          "6,144 elements in this group's arrays, computed from 256 trainable parameters"),
-        (tna.SuperLoRA(P.share_lora(4), VIT),
+        (tna.UpdatePlan(P.share_lora(4), VIT),
          "6,144 trainable parameters in this group, some shared, 76,800 in all 24 groups"),
-        (tna.SuperLoRA(P.dora(1, groups=1), [(2, 3)]),
+        (tna.UpdatePlan(P.dora(1, groups=1), [(2, 3)]),
          "5 trainable parameters, all in this group, and 2 magnitudes of weights"),
-        (tna.SuperLoRA(P.dora(1, magnitude_axis="cols"), [(2, 1), (2, 3)]),
+        (tna.UpdatePlan(P.dora(1, magnitude_axis="cols"), [(2, 1), (2, 3)]),
          "3 trainable parameters in this group, 8 in all 2 groups, and 4 magnitudes of weights"),
-        (tna.SuperLoRA(CHAIN, VIT), "23,452 trainable parameters in this group, 117,260 in all 5 groups"),
+        (tna.UpdatePlan(CHAIN, VIT), "23,452 trainable parameters in this group, 117,260 in all 5 groups"),
     ],
 )  # fmt: skip
-def test_shared_parameters_and_magnitudes_are_counted_once(plan: tna.SuperLoRA, expected: str) -> None:
+def test_shared_parameters_and_magnitudes_are_counted_once(plan: tna.UpdatePlan, expected: str) -> None:
     assert words(plan, plan.groups[0]) == expected
 
 
 def test_the_steps_are_the_plan_s() -> None:
     def of(config: tna.Config, group: int = 0) -> Any:
-        plan = tna.SuperLoRA(config, VIT)
+        plan = tna.UpdatePlan(config, VIT)
         return steps(plan, plan.groups[group], group)
 
     assert of(CHAIN, 1) == [
@@ -134,7 +134,7 @@ def test_every_preset_is_drawn(tmp_path: Path, name: str) -> None:
     layers = [number // 2 for number in range(len(shapes))]
     about = {"title": "a title with $x_$ in it", "note": "a note with $ in it"}
     network(config, shapes, tmp_path / "a.svg", layers=layers, **about)
-    plan = tna.SuperLoRA(config, shapes, layers)
+    plan = tna.UpdatePlan(config, shapes, layers)
     parts = [SplitDrawing(plan.groups[0], k) for k in range(len(plan.groups[0].network.splits))]
     expected = [f"{line.size:,}" for part in parts for line in part.lines if line.size]
     expected += [node.symbol for part in parts for node in part.nodes.values()]
@@ -152,7 +152,7 @@ def test_every_preset_is_drawn(tmp_path: Path, name: str) -> None:
 )  # fmt: skip
 def test_what_is_frozen_is_drawn_so(tmp_path: Path, config: tna.Config, frozen: list[str]) -> None:
     pytest.importorskip("matplotlib")
-    plan = tna.SuperLoRA(config, VIT)
+    plan = tna.UpdatePlan(config, VIT)
     part = SplitDrawing(plan.groups[0], 0)
     assert [node.name.rpartition(".")[2] for node in part.nodes.values() if node.frozen] == frozen
     network(config, VIT, tmp_path / "a.svg")

@@ -32,7 +32,7 @@ MARKS = [
 
 
 PICTURES = {
-    "layout": lambda path: layout(tna.SuperLoRA(tna.presets.lora(1), [(4, 3)]), path),
+    "layout": lambda path: layout(tna.UpdatePlan(tna.presets.lora(1), [(4, 3)]), path),
     "network": lambda path: plot.network(tna.presets.lora(1), [(4, 3)], path),
     "parameters": lambda path: parameters([(4, 3)], path),
     "pareto": lambda path: pareto(MARKS[:1], path),
@@ -239,7 +239,7 @@ def test_parameters_against_rank(tmp_path: Path) -> None:
     ids=str,
 )  # fmt: skip
 def test_a_layout_is_drawn(tmp_path: Path, config: tna.Config) -> None:
-    plan, path = tna.SuperLoRA(config, UNET), tmp_path / "a.svg"
+    plan, path = tna.UpdatePlan(config, UNET), tmp_path / "a.svg"
     layout(plan, path, roles=["q", "v"] * 21, title="a title with $x_$ in it")
     found = texts(path)
     is_padded = any(math.prod(group.network.sizes) > group.size for group in plan.groups)
@@ -252,13 +252,13 @@ def test_a_layout_is_drawn(tmp_path: Path, config: tna.Config) -> None:
 
 def test_hundreds_of_weights_and_of_groups(tmp_path: Path) -> None:
     many, path = [(64, 64), (16, 64)] * 200, tmp_path / "a.svg"
-    layout(tna.SuperLoRA(tna.presets.superlora(1), many), path)
+    layout(tna.UpdatePlan(tna.presets.superlora(1), many), path)
     assert sum(text.isdigit() for text in texts(path)) < 60
-    layout(tna.SuperLoRA(tna.presets.lora(1), many), path)
+    layout(tna.UpdatePlan(tna.presets.lora(1), many), path)
     assert any(text.endswith("376 more groups") for text in texts(path))
 
 
-PLAN = tna.SuperLoRA(tna.presets.lora(1), [(4, 4)] * 3)
+PLAN = tna.UpdatePlan(tna.presets.lora(1), [(4, 4)] * 3)
 
 
 @pytest.mark.parametrize(

@@ -41,11 +41,11 @@ CONFIGS["blocks"] = {**CONFIGS["ring"], "rank": (2, 2), "format": "block-term"}
 named = pytest.mark.parametrize("name", CONFIGS)
 
 
-def plan_of(name: str, shapes: list[tuple[int, int]] = SHAPES) -> tna.SuperLoRA:
-    return tna.SuperLoRA(tna.Config(**CONFIGS[name]), shapes)
+def plan_of(name: str, shapes: list[tuple[int, int]] = SHAPES) -> tna.UpdatePlan:
+    return tna.UpdatePlan(tna.Config(**CONFIGS[name]), shapes)
 
 
-def drawn(plan: tna.SuperLoRA, seed: int = 0) -> dict[str, np.ndarray]:
+def drawn(plan: tna.UpdatePlan, seed: int = 0) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(seed)
     return {name: rng.normal(size=shape) for name, shape in plan.param_shapes.items()}
 
@@ -121,7 +121,7 @@ def test_settings_of_a_plug_in_have_a_name_and_a_count() -> None:
     assert tna.parameter_count(config, SHAPES) == 3 * 2 * 2 * 7
 
 
-def saved(plan: tna.SuperLoRA, path: Path) -> dict[str, np.ndarray]:
+def saved(plan: tna.UpdatePlan, path: Path) -> dict[str, np.ndarray]:
     targets = [tna.Target(f"layer{i}.weight", shape) for i, shape in enumerate(SHAPES)]
     arrays = {key: array.astype(np.float32) for key, array in drawn(plan).items()}
     tna.save(path, tna.AdapterFile(plan.config, targets, arrays))
@@ -240,7 +240,7 @@ def test_a_source_is_found_when_it_is_first_asked_for(install: Callable[[str], N
     with pytest.raises(tna.ConfigError, match=r"source must be one of 'trained', .*got 'halves'"):
         tna.Config(**settings)
     install(SOURCE)
-    plan = tna.SuperLoRA(tna.Config(**settings), SHAPES)
+    plan = tna.UpdatePlan(tna.Config(**settings), SHAPES)
     (factor,) = (array for name, array in drawn(plan).items() if name.startswith("group0."))
     rows = 0.5 * plan.config.scale * factor.sum(axis=1)
     np.testing.assert_allclose(plan.deltas(drawn(plan))[0], np.repeat(rows[:, None], 10, axis=1), rtol=1e-12)
@@ -407,4 +407,4 @@ def test_a_preset_without_sizes_has_its_ranks() -> None:
     tna.register_preset(Preset(**MINE))
     (ladder,) = PRESETS["mine"].ladders(AdaptedWeights([(12, 8), (6, 4)]))
     assert isinstance(ladder, Ladder)
-    assert (ladder.config(3), ladder.most(tna.SuperLoRA(ladder.config(1), WEIGHTS))) == (lora(3), 4)
+    assert (ladder.config(3), ladder.most(tna.UpdatePlan(ladder.config(1), WEIGHTS))) == (lora(3), 4)

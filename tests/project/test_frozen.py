@@ -44,7 +44,7 @@ def differences(name: str = "F/cp/stack/linear") -> list[str]:
 
 
 def test_what_moves_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    plan, save = tna.SuperLoRA, tna.save
+    plan, save = tna.UpdatePlan, tna.save
     init, deltas, vector = plan.init, plan.deltas, plan.vector
     assert differences() == []
     with monkeypatch.context() as patch:

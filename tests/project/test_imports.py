@@ -29,7 +29,7 @@ print(sorted(name for name in sys.modules if name.partition(".")[0] in ("numpy",
         """
 import sys, numpy as np, tnadapt as tna
 sys.modules["numba"] = None
-plan = tna.SuperLoRA(tna.presets.superlora(2, projection="nonlinear", ratio=0.5), [(8, 8)])
+plan = tna.UpdatePlan(tna.presets.superlora(2, projection="nonlinear", ratio=0.5), [(8, 8)])
 plan.deltas(plan.init())
 print([n for n in ('torch', 'jax', 'cupy', 'tensorly', 'scipy') if n in sys.modules])
 """,
@@ -195,7 +195,7 @@ import tnadapt as tna
 from tnadapt.backends import available_backends
 assert available_backends() == ["numpy"], available_backends()
 try:
-    tna.SuperLoRA(tna.Config(), [(4, 4)]).init("torch")
+    tna.UpdatePlan(tna.Config(), [(4, 4)]).init("torch")
 except tna.BackendError as error:
     print(error)
 print(tna.verify(tna.presets.lora(1)).holds)

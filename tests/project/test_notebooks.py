@@ -41,7 +41,7 @@ SHOWN: dict[str, tuple[Callable[[], Any], list[str]]] = {
         ["weights", "Config(rank=2", "splits=2"],
     ),
     "plan of one adapter": (
-        lambda: tna.SuperLoRA(tna.presets.lora(2), SHAPES),
+        lambda: tna.UpdatePlan(tna.presets.lora(2), SHAPES),
         ["weights", "3", "120 (41.7 % of the elements)", "288", "Config(rank=2"],
     ),
     "plan of a budget": (lambda: tna.plan(SHAPES, 100), ["method", "LoKr", "freedom"]),

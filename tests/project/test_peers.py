@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 import tnadapt as tna
 from tests.support.array_presets import P
-from tnadapt import Config, SuperLoRA, presets
+from tnadapt import Config, UpdatePlan, presets
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
@@ -77,7 +77,7 @@ def check_equal(configs: Sequence[Config], arrays: Sequence[Mapping[str, Any]], 
     ours: dict[int, Any] = {}
     for config in dict.fromkeys(configs):
         members = [i for i, own in enumerate(configs) if own == config]
-        adapter = SuperLoRA(config, [tuple(theirs[i].shape) for i in members])
+        adapter = UpdatePlan(config, [tuple(theirs[i].shape) for i in members])
         params = {f"group{g}.{name}": array for g, i in enumerate(members) for name, array in arrays[i].items()}
         host = adapter.deltas({name: array.detach().numpy() for name, array in params.items()})
         for i, numpy_delta, torch_delta in zip(members, host, adapter.deltas(params), strict=True):
@@ -144,7 +144,7 @@ def lokr_config(
     The rule is held to their code by what this config is used for: arrays of another kind or shape than
     they have made are refused with a ShapeError.
     """
-    whole = SuperLoRA(presets.krona(split_size=split_size), [shape]).param_shapes
+    whole = UpdatePlan(presets.krona(split_size=split_size), [shape]).param_shapes
     w1, w2 = whole["group0.split0.dense"], whole["group0.split1.dense"]
     full = (not (both and rank < max(w1) / 2), rank >= max(w2) / 2)
     # A W1 of two factors beside a whole W2 needs a W1 that is larger than W2; no setting of ours makes it.
@@ -376,7 +376,7 @@ def check_close(ours: np.ndarray, theirs: Any, least: float = 0.0) -> None:
 
 def delta(config: tna.Config, values: Any, shape: tuple[int, int]) -> np.ndarray:
     """Our ΔW of one array."""
-    plan = tna.SuperLoRA(config, [shape])
+    plan = tna.UpdatePlan(config, [shape])
     flat = numbers(values).reshape(-1)
     assert plan.param_shapes == {"group0.split0.dense": flat.shape}
     return np.asarray(plan.deltas({"group0.split0.dense": flat})[0])
@@ -509,7 +509,7 @@ def test_a_weight_changed_by_its_norm_or_elements_is_peft_s(
         model, layer = peft_layer("Hira", rows, cols, seed, r=rank)
         config, params = presets.hira(rank), of_hira(layer)
     weight, bias = numbers(layer.base_layer.weight), numbers(layer.base_layer.bias)
-    (ours,) = tna.SuperLoRA(config, [(rows, cols)]).merged(params, [weight])
+    (ours,) = tna.UpdatePlan(config, [(rows, cols)]).merged(params, [weight])
     x = torch.randn(3, cols)
     check_close(numbers(x) @ ours.T + bias, model(x), least=1.0)
     model.merge_adapter()
@@ -553,6 +553,6 @@ def test_dora_is_lycoris_s_by_rows_and_by_columns(rows: int, cols: int, rank: in
         "group0.split0.factor1": numbers(layer.lora_down.weight.T),
         "weight0.magnitude": numbers(layer.dora_scale).reshape(-1),
     }
-    plan = tna.SuperLoRA(config, [(rows, cols)]).with_base([numbers(base.weight)])
+    plan = tna.UpdatePlan(config, [(rows, cols)]).with_base([numbers(base.weight)])
     (ours,) = plan.merged(params, [numbers(base.weight)])
     check_close(ours, layer.get_merged_weight()[0], least=1.0)

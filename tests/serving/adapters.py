@@ -8,7 +8,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 import tnadapt as tna
-from tnadapt import AdapterFile, Config, SuperLoRA, Target
+from tnadapt import AdapterFile, Config, Target, UpdatePlan
 from tnadapt.checkpoints.fingerprint import fingerprint
 
 SHAPES = {
@@ -33,7 +33,7 @@ def saved_model(folder: Path, seed: int = 0) -> Path:
 
 def adapter(config: Config, seed: int = 0, base: int | None = None) -> AdapterFile:
     """An adapter with random numbers, with the fingerprint of a model of some seed."""
-    plan = SuperLoRA(config, [target.shape for target in TARGETS], roles=[target.role for target in TARGETS])
+    plan = UpdatePlan(config, [target.shape for target in TARGETS], roles=[target.role for target in TARGETS])
     rng = np.random.default_rng(seed)
     arrays = {name: rng.normal(size=shape).astype("f4") for name, shape in plan.param_shapes.items()}
     known = None if base is None else fingerprint(list(weights(base).values()), "float32")

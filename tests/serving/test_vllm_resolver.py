@@ -195,7 +195,7 @@ def test_vllm_itself_loads_an_embedding(place: Path, monkeypatch: pytest.MonkeyP
     helper_module, model_module = vllm("lora.peft_helper"), vllm("lora.lora_model")
     monkeypatch.setattr(model_module, "PIN_MEMORY", False, raising=False)
     target = tna.Target("model.embed_tokens", (48, 40), "embedding")
-    plan = tna.SuperLoRA(tna.presets.lora(2, alpha=3), [target.shape])
+    plan = tna.UpdatePlan(tna.presets.lora(2, alpha=3), [target.shape])
     rng = np.random.default_rng(0)
     arrays = {name: rng.normal(size=shape).astype("f4") for name, shape in plan.param_shapes.items()}
     tna.convert(tna.AdapterFile(plan.config, [target], arrays), place / "out", to="vllm")

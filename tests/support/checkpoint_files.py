@@ -105,7 +105,7 @@ def adapter(
     kept: Mapping[str, np.ndarray] | None = None,
 ) -> tna.AdapterFile:
     """One that has been trained, on the weights of ``tensors`` if they are given."""
-    plan = tna.SuperLoRA(config, [target.shape for target in targets], [target.layer for target in targets])
+    plan = tna.UpdatePlan(config, [target.shape for target in targets], [target.layer for target in targets])
     base_print = None
     if tensors is not None:
         names = {tag: name for name, tag in TAGS.items()}

@@ -10,14 +10,14 @@ import tnadapt as tna
 from tnadapt.errors import TnadaptError
 
 
-def padded_plans(fmt: str, order: int, fold: str, count: int) -> Iterator[tna.SuperLoRA]:
+def padded_plans(fmt: str, order: int, fold: str, count: int) -> Iterator[tna.UpdatePlan]:
     """Yield random plans whose fold ends in the midst of a row, and that have fewer parameters than elements."""
     for seed in range(100 * count):
         rng = np.random.default_rng(1000 * order + seed)
         shapes = [(int(rng.integers(3, 15)), int(rng.integers(3, 15))) for _ in range(int(rng.integers(1, 4)))]
         config = {"rank": int(rng.integers(1, 4)), "order": order, "groups": 1, "fold": fold, "format": fmt}
         try:
-            plan = tna.SuperLoRA(tna.Config(**config), shapes)
+            plan = tna.UpdatePlan(tna.Config(**config), shapes)
         except TnadaptError:
             continue
         network = plan.groups[0].network
@@ -28,7 +28,7 @@ def padded_plans(fmt: str, order: int, fold: str, count: int) -> Iterator[tna.Su
                 return
 
 
-def random_deltas(plan: tna.SuperLoRA, rng: np.random.Generator) -> list[np.ndarray]:
+def random_deltas(plan: tna.UpdatePlan, rng: np.random.Generator) -> list[np.ndarray]:
     """Return the updates of normal parameters."""
     return plan.deltas({name: rng.normal(size=shape) for name, shape in plan.param_shapes.items()})
 

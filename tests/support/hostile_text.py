@@ -45,7 +45,7 @@ def adapter(path: Path, module: str, **recipe: Any) -> None:
         Target(f"{module}.q{EVIL}", (4, 6), "q", layer=EVIL),
         Target(f"{module}.{EVIL}", (6, 4), "v", parameter=f"in{EVIL}weight", rows=Rows(0, 2, 3, 2), layer=EVIL),
     ]
-    arrays = tna.SuperLoRA(tna.Config(rank=1), [target.shape for target in targets]).init()
+    arrays = tna.UpdatePlan(tna.Config(rank=1), [target.shape for target in targets]).init()
     whole = {
         "version": 1,
         "config": {"rank": 1, "groups": "weight"},

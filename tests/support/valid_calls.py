@@ -62,8 +62,8 @@ class Workbench:
         self.folder = folder
         self._numbers = itertools.count()
         self.config = presets.lora(2)
-        self.plan = tna.SuperLoRA(self.config, SHAPES)
-        self.dora = tna.SuperLoRA(presets.dora(1), SHAPES).with_base(list(self.weights.values()))
+        self.plan = tna.UpdatePlan(self.config, SHAPES)
+        self.dora = tna.UpdatePlan(presets.dora(1), SHAPES).with_base(list(self.weights.values()))
         self.targets = [
             tna.Target(module, shape, role) for module, shape, role in zip(MODULES, SHAPES, "qv", strict=True)
         ]
@@ -568,6 +568,6 @@ OWNERS: dict[str, Callable[[Workbench], Any]] = {
     "serving.ServedFolder": lambda b: tna.serving.ServedFolder(b.path(""), b.path("cache")),
     "torch.Adapter": lambda b: b.adapter(),
     # Methods that need an object of another kind than their class's.
-    "SuperLoRA.with_start": lambda b: tna.SuperLoRA(presets.lora(2, start="given"), SHAPES),
+    "SuperLoRA.with_start": lambda b: tna.UpdatePlan(presets.lora(2, start="given"), SHAPES),
     "torch.Adapter.start_from": lambda b: b.given_start(),
 }

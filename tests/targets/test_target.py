@@ -39,18 +39,18 @@ from .internals import open_checkpoint, resolve
         ({"stored": ()}, r"stored shape must be two to eight sizes; got \(\)"),
         ({"stored": (6,)}, r"stored shape must be two to eight sizes; got \(6,\)"),
         ({"stored": [1] * 9}, r"stored shape must be two to eight sizes; got \[1, 1, "),
-        ({"stored": (6, 0)}, "a size of a stored shape must be from 1 to 4611686018427387904; got 0"),
-        ({"stored": (6, 2**62 + 1)}, "a size of a stored shape must be from 1 to 4611686018427387904; got 46"),
+        ({"stored": (6, 0)}, "a size of a stored shape must be at least 1; got 0"),
+        ({"stored": (6, 2**62 + 1)}, "a size of a stored shape must be at most 4,611,686,018,427,387,904; got 46"),
         ({"stored": (6, 4.0)}, "a size of a stored shape must be an integer; got 4.0"),
         ({"stored": (6, 4, 1), "transposed": True}, r"weight must be a matrix; m\.weight has shape \(6, 4, 1\)"),
         ({"rows": 3}, r"rows must be \(start, length, stride, count\); got 3"),
         ({"rows": {0, 1, 2, 6}}, r"rows must be \(start, length, stride, count\); got {"),
         ({"rows": (0, 3, 6)}, r"rows must be \(start, length, stride, count\); got \(0, 3, 6\)"),
         ({"rows": (0, 1, 6, 1, 1)}, r"rows must be \(start, length, stride, count\); got \(0, 1, 6, 1, 1\)"),
-        ({"rows": (-1, 3, 6, 1)}, r"rows of m\.weight must be from 0 to 4611686018427387904; got -1"),
-        ({"rows": (0, 0, 6, 1)}, r"rows of m\.weight must be from 1 to 4611686018427387904; got 0"),
-        ({"rows": (0, 1, 0, 1)}, r"rows of m\.weight must be from 1 to 4611686018427387904; got 0"),
-        ({"rows": (0, 1, 6, 0)}, r"rows of m\.weight must be from 1 to 4611686018427387904; got 0"),
+        ({"rows": (-1, 3, 6, 1)}, r"rows of m\.weight must be at least 0; got -1"),
+        ({"rows": (0, 0, 6, 1)}, r"rows of m\.weight must be at least 1; got 0"),
+        ({"rows": (0, 1, 0, 1)}, r"rows of m\.weight must be at least 1; got 0"),
+        ({"rows": (0, 1, 6, 0)}, r"rows of m\.weight must be at least 1; got 0"),
         ({"rows": (0, 1.0, 6, 1)}, r"rows of m\.weight must be an integer; got 1\.0"),
         ({"rows": (4, 3, 6, 1)}, r"rows 4 to 6 of 1 blocks of 6 do not fit the 6 rows of m\.weight"),
         ({"rows": (0, 1, 3, 1)}, r"rows 0 to 0 of 1 blocks of 3 do not fit the 6 rows of m\.weight"),
@@ -186,7 +186,7 @@ def test_groups_are_those_of_a_convolution() -> None:
         ({5, 9}, "a list of at least one integer; got {"),
         ((5, 5), "must increase; 5 follows 5"),
         ((9, 5), "must increase; 5 follows 9"),
-        ((-1,), "an index of a row must be from 0"),
+        ((-1,), "an index of a row must be at least 0"),
         ((1.0,), "an index of a row must be an integer; got 1.0"),
         ((True,), "an index of a row must be an integer; got True"),
     ],
@@ -313,7 +313,7 @@ BAD = pytest.mark.parametrize("targets", [TWICE, ALIAS, SHARED], ids=["twice", "
 
 
 def arrays_of(targets: list[Target]) -> dict[str, np.ndarray]:
-    return tna.SuperLoRA(tna.Config(rank=1), [target.shape for target in targets]).init()
+    return tna.UpdatePlan(tna.Config(rank=1), [target.shape for target in targets]).init()
 
 
 def forged(folder: Path, targets: list[Target]) -> Path:

@@ -16,7 +16,7 @@ from tnadapt.algebra.applying import APPLYING
 from tnadapt.testing.strategies import base_weights, configs, plans
 
 
-def first(wanted: Callable[[tna.SuperLoRA], bool]) -> tna.SuperLoRA:
+def first(wanted: Callable[[tna.UpdatePlan], bool]) -> tna.UpdatePlan:
     """The first plan of a kind, however large."""
     return find(plans(), wanted, settings=settings(phases=[Phase.generate], max_examples=2000))
 
@@ -53,4 +53,4 @@ def test_starts_of_the_base_are_drawn_only_where_lora_is(data: st.DataObject) ->
 def test_base_weights_have_the_shapes(data: st.DataObject) -> None:
     weights = data.draw(base_weights([(2, 3), (4, 1)]))
     assert [weight.shape for weight in weights] == [(2, 3), (4, 1)]
-    assert tna.SuperLoRA(tna.presets.dora(1), [(2, 3), (4, 1)]).with_base(weights).init()
+    assert tna.UpdatePlan(tna.presets.dora(1), [(2, 3), (4, 1)]).with_base(weights).init()

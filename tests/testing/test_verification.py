@@ -54,7 +54,7 @@ def test_all_laws_hold(name: str) -> None:
 @pytest.mark.law("projection-adjoint", "update-formula")
 @given(plans())
 @settings(max_examples=15)
-def test_any_config(plan: tna.SuperLoRA) -> None:
+def test_any_config(plan: tna.UpdatePlan) -> None:
     layers = [plan.layout.of_weight(weight)[0].group for weight in range(len(plan.shapes))]
     report = verify(plan.config, plan.shapes, layers, backends=["numpy"])
     assert report.holds, str(report)
@@ -63,7 +63,7 @@ def test_any_config(plan: tna.SuperLoRA) -> None:
 F = tna.presets.superlora(2, projection="nonlinear", ratio=0.3)
 LORA = tna.presets.lora(2)
 khatri_rao, words, small_transform = factor_products.khatri_rao, rng.words, Linear._small_transform
-adjoint, delta, start = Linear.adjoint, tna.SuperLoRA.delta, Initializer.make
+adjoint, delta, start = Linear.adjoint, tna.UpdatePlan.delta, Initializer.make
 tensor_of, deltas_of = tna.tensors.TuckerTensor.to_tensor, tna.AdapterFile.deltas
 
 
@@ -85,7 +85,7 @@ def converted_wrongly(source: Any, *arguments: Any, **settings: Any) -> Any:
          {"F = its dense matrix", "a slice of F = F's", "ΔW = the textbook formula"}),
         (Linear, "adjoint", lambda self, b, y: adjoint(self, b, y) * 1.000001, F,
          {"F's adjoint = its matrix transposed", "<F x, y> = <x, Fᵀ y>"}),
-        (tna.SuperLoRA, "delta", lambda self, p, i: delta(self, p, 0), LORA, {"a slice = the whole's"}),
+        (tna.UpdatePlan, "delta", lambda self, p, i: delta(self, p, 0), LORA, {"a slice = the whole's"}),
         (reference, "count", lambda *a: 1, LORA, {"parameters counted = made = formula"}),
         (Initializer, "make", lambda self, key: start(self, key) * np.float32(0), F,
          {"at the start the gradient is not 0"}),
@@ -98,7 +98,7 @@ def converted_wrongly(source: Any, *arguments: Any, **settings: Any) -> Any:
         (tna.AdapterFile, "deltas", lambda self: [x * 1.00001 for x in deltas_of(self)], ["conversion"],
          {"ΔW of a file read back"}),
         (round_trips, "convert", converted_wrongly, ["conversion"], {"ΔW of a file = the other library's formula"}),
-        (tna.SuperLoRA, "delta", lambda *_: 1 / 0, ["lora"], {"no exception is raised"}),
+        (tna.UpdatePlan, "delta", lambda *_: 1 / 0, ["lora"], {"no exception is raised"}),
     ],
 )  # fmt: skip
 def test_what_is_wrong_breaks_its_law(
@@ -129,16 +129,16 @@ def test_what_is_no_number_never_holds() -> None:
 
 
 def test_a_failure_says_what_failed_and_how_to_see_it_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tna.SuperLoRA, "delta", lambda self, p, i: delta(self, p, 0))
+    monkeypatch.setattr(tna.UpdatePlan, "delta", lambda self, p, i: delta(self, p, 0))
     lines = str(verify(backends=["numpy"], seed=7, only=["lora", "lora, start=random"])).split("\n")
     law = next(line for line in lines if line.startswith("  a slice = the whole's"))
     assert re.fullmatch(r"  a slice = the whole's: error \d\.\de\+00, allowed 1e-12 \(weights 12x8\*4\)", law)
     assert lines[lines.index(law) - 1] == "lora on numpy with seed 7 breaks"
     assert lines[lines.index(law) + 1] == "  to reproduce: tnadapt verify --only lora --backend numpy --seed 7"
     assert "  to reproduce: tnadapt verify --only 'lora, start=random' --backend numpy --seed 7" in lines
-    monkeypatch.setattr(tna.SuperLoRA, "delta", lambda *_: [][0])
+    monkeypatch.setattr(tna.UpdatePlan, "delta", lambda *_: [][0])
     assert "(IndexError: list index out of range)" in str(verify(backends=["numpy"], only=["lora"]))
-    monkeypatch.setattr(tna.SuperLoRA, "delta", lambda self, p, i: delta(self, p, 0))
+    monkeypatch.setattr(tna.UpdatePlan, "delta", lambda self, p, i: delta(self, p, 0))
     report = verify(LORA, [(3, 2), (3, 2)], layers=[0, 1], backends=["numpy"], seed=3)
     (call,) = (line.removeprefix("  to reproduce: ") for line in str(report).split("\n") if "to reproduce" in line)
     assert eval(call, {"tnadapt": tna, "Config": tna.Config}).laws == report.laws
@@ -184,7 +184,7 @@ def test_errors_of_arrays_of_other_shapes_are_infinite() -> None:
         ({"shapes": [(2, 2)]}, tna.ConfigError, "shapes belong to a config"),
         ({"backends": []}, tna.ConfigError, "a list of one or more names"),
         ({"backends": "numpy"}, tna.ConfigError, "backends must be a sequence of strings or None; got 'numpy'"),
-        ({"config": tna.Config(), "backends": ["numpy"], "seed": -1}, tna.ConfigError, "seed must be from 0"),
+        ({"config": tna.Config(), "backends": ["numpy"], "seed": -1}, tna.ConfigError, "seed must be at least 0"),
         ({"backends": ["nope"]}, tna.BackendError, "no backend named 'nope'"),
         ({"config": tna.Config(groups="layer"), "backends": ["numpy"]}, tna.ConfigError, "needs layers"),
         ({"config": tna.Config(), "deep": True}, tna.ConfigError, "deep and only choose checks of the library"),

@@ -61,7 +61,7 @@ def model(seed: int = 0) -> Any:
 
 def attached(name: str, base: Any, **settings: Any) -> Any:
     # Four weights of 16 × 16.
-    theta = tna.SuperLoRA(CONFIGS[name], [(16, 16)] * 4, [0, 0, 1, 1], "qvqv").theta
+    theta = tna.UpdatePlan(CONFIGS[name], [(16, 16)] * 4, [0, 0, 1, 1], "qvqv").theta
     brought = {} if theta is None else theta.stand_ins(np.random.default_rng(7))
     return tt.attach(base, CONFIGS[name], given=GIVEN if name == "given" else brought or None, **settings)
 

@@ -289,7 +289,7 @@ REFUSED: dict[type[Exception], list[tuple[Any, dict[str, Any], str]]] = {
     ],
     ConfigError: [
         (small, {"strategy": "fast"}, "strategy must be one of"),
-        (small, {"tokens": 0}, "tokens must be from 1 to"),
+        (small, {"tokens": 0}, "tokens must be at least 1"),
         (small, {"activation": "step"}, "activation must be one of"),
         (small, {"strategy": "factored"}, "rows and columns are separate"),
         (small, {"activation": "relu"}, "use tnadapt.presets.lora"),

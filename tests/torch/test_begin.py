@@ -36,7 +36,7 @@ def batch(seed: int = 1) -> Any:
     return torch.randn(5, 12, generator=torch.Generator().manual_seed(seed))
 
 
-def arrays_of(plan: tna.SuperLoRA, seed: int = 0) -> dict[str, np.ndarray]:
+def arrays_of(plan: tna.UpdatePlan, seed: int = 0) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(seed)
     return {name: 0.3 * rng.normal(size=shape) for name, shape in plan.array_shapes.items()}
 

@@ -18,16 +18,16 @@ from .internals import pieces, vector
 P = tna.presets
 
 
-def moved(plan: tna.SuperLoRA, seed: int = 0) -> dict[str, torch.Tensor]:
+def moved(plan: tna.UpdatePlan, seed: int = 0) -> dict[str, torch.Tensor]:
     made = torch.Generator().manual_seed(seed)
     arrays = plan.init("torch", "float64")
     return {n: (a + 0.3 * torch.randn(a.shape, generator=made).double()).requires_grad_() for n, a in arrays.items()}
 
 
-def scattered(projection: str, *groups: list[int]) -> tna.SuperLoRA:
+def scattered(projection: str, *groups: list[int]) -> tna.UpdatePlan:
     """Groups of weights that do not follow each other."""
     shapes = [(5, 4), (3, 4), (2, 4), (6, 4), (4, 4), (1, 4)]
-    return tna.SuperLoRA(P.superlora(2, groups=groups, projection=projection), shapes)
+    return tna.UpdatePlan(P.superlora(2, groups=groups, projection=projection), shapes)
 
 
 @given(plans(), st.integers(0, 100))
@@ -35,7 +35,7 @@ def scattered(projection: str, *groups: list[int]) -> tna.SuperLoRA:
 @example(scattered("linear", [0, 2, 3, 5], [1, 4]), 0)
 @example(scattered("linear_v2", [5, 1, 2], [0, 4, 3]), 0)
 @example(scattered("nonlinear", [5, 1, 2], [0, 4, 3]), 0)
-def test_the_node_is_its_reference_implementation(plan: tna.SuperLoRA, seed: int) -> None:
+def test_the_node_is_its_reference_implementation(plan: tna.UpdatePlan, seed: int) -> None:
     plan = plan.arrays_plan  # the node is that of the updates, of which magnitudes are no part
     arrays = moved(plan, seed)
     weights = torch.randn(plan.size, generator=torch.Generator().manual_seed(seed)).double()
@@ -51,7 +51,7 @@ def test_the_node_is_its_reference_implementation(plan: tna.SuperLoRA, seed: int
 
 
 @given(plans(projections=("linear", "linear_v2", "nonlinear", "shuffle")), st.integers(0, 100))
-def test_groups_in_one_call_have_the_same_bits(plan: tna.SuperLoRA, seed: int) -> None:
+def test_groups_in_one_call_have_the_same_bits(plan: tna.UpdatePlan, seed: int) -> None:
     plan, made = plan.arrays_plan, dict[int, list[torch.Tensor]]()
     weights = torch.randn(plan.size, generator=torch.Generator().manual_seed(seed)).double()
     for limit in (0, 1 << 20):
@@ -64,7 +64,7 @@ def test_groups_in_one_call_have_the_same_bits(plan: tna.SuperLoRA, seed: int) -
 
 
 def test_a_checkpointed_region_saves_nothing_for_the_update() -> None:
-    plan = tna.SuperLoRA(P.superlora(2), [(8, 8)])
+    plan = tna.UpdatePlan(P.superlora(2), [(8, 8)])
     saved: list[torch.Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         found = pieces(plan, vector(plan, moved(plan)))
@@ -76,7 +76,7 @@ def test_a_checkpointed_region_saves_nothing_for_the_update() -> None:
 @pytest.mark.parametrize("order", [1, 2])
 def test_gradients_of_terms_that_are_their_array_accumulate(form: str, order: int) -> None:
     """Found by Hypothesis: torch took a view of one gradient for those of two arrays, and added to both three times."""
-    plan = tna.SuperLoRA(tna.Config(rank=1, order=order, terms=2, format=form), [(3, 2)])
+    plan = tna.UpdatePlan(tna.Config(rank=1, order=order, terms=2, format=form), [(3, 2)])
     weights = torch.arange(1.0, 7.0, dtype=torch.float64)
     for made in (lambda arrays: vector(plan, arrays), lambda arrays: plan.deltas(arrays)[0].reshape(-1)):
         arrays = moved(plan, 0)
@@ -89,7 +89,7 @@ def test_gradients_of_terms_that_are_their_array_accumulate(form: str, order: in
 
 @pytest.mark.parametrize("groups", ["weight", [[0, 2], [3, 1]]])
 def test_a_compiler_traces_groups_in_one_call(groups: object) -> None:
-    plan = tna.SuperLoRA(P.superlora(2, groups=groups, projection="linear", ratio=0.3), [(4, 3)] * 4)
+    plan = tna.UpdatePlan(P.superlora(2, groups=groups, projection="linear", ratio=0.3), [(4, 3)] * 4)
     arrays = moved(plan)
     torch._dynamo.reset()
     found = torch.compile(lambda given: vector(plan, given), backend="eager", fullgraph=True)(arrays)

@@ -141,11 +141,11 @@ def test_a_slice_is_the_update(data: st.DataObject) -> None:
 
 def test_what_mixes_elements_or_is_large_is_made_whole() -> None:
     shapes = [(8, 8)] * 4
-    assert Slice.of(tna.SuperLoRA(P.superlora(1), shapes), 1) is not None
-    assert Slice.of(tna.SuperLoRA(P.superlora(8), shapes), 1) is None  # arrays of 256 elements, four times
-    assert Slice.of(tna.SuperLoRA(P.fastfood(0.5), shapes), 1) is None
-    assert Slice.of(tna.SuperLoRA(P.superlora(1, projection="shuffle"), shapes), 1) is None
-    assert Slice.of(tna.SuperLoRA(P.dense(), shapes), 1) is not None
+    assert Slice.of(tna.UpdatePlan(P.superlora(1), shapes), 1) is not None
+    assert Slice.of(tna.UpdatePlan(P.superlora(8), shapes), 1) is None  # arrays of 256 elements, four times
+    assert Slice.of(tna.UpdatePlan(P.fastfood(0.5), shapes), 1) is None
+    assert Slice.of(tna.UpdatePlan(P.superlora(1, projection="shuffle"), shapes), 1) is None
+    assert Slice.of(tna.UpdatePlan(P.dense(), shapes), 1) is not None
 
 
 # -- Modes that intercept single operations, or change how backward runs, with every strategy --------------------------
@@ -290,7 +290,7 @@ MANY = (64, 1024, 8192)
 )
 def test_the_choice(config: tna.Config, widths: tuple[int, ...], tokens: tuple[int, ...], expected: str) -> None:
     for width in widths:
-        plan = tna.SuperLoRA(config, [(width, width)])
+        plan = tna.UpdatePlan(config, [(width, width)])
         assert {choose(plan, 0, factoring(plan, 0), number) for number in tokens} == {expected}, width
 
 
@@ -300,19 +300,19 @@ def test_a_quantized_weight_is_never_added_to() -> None:
         (P.lora(4), "factored"), (P.dora(4), "factored"), (P.lora(400), "additive"), (P.hira(4), "additive"),
         (P.superlora(8, groups="weight", fold=(1024, 576)), "additive"),
     ):  # fmt: skip
-        plan = tna.SuperLoRA(config, [(768, 768)])
+        plan = tna.UpdatePlan(config, [(768, 768)])
         how = factoring(plan, 0)
         assert choose(plan.arrays_plan, 0, how, 2048, applying=plan.applying, packed=4.0) == expected
     # Dequantizing counts where numbers are needed.
     for config, additive, factored in ((P.lora(2), 0, 0), (P.hira(2), 1, 0), (P.dora(2), 2, 2)):
         for packed in (1.0, 100.0):
-            found = dequantized(tna.SuperLoRA(config, [(4, 8)]).applying, (4, 8), packed)
+            found = dequantized(tna.UpdatePlan(config, [(4, 8)]).applying, (4, 8), packed)
             assert found["additive"].moved == additive * 32 * packed
             assert found["factored"].moved == factored * 32 * packed
 
 
 @given(plans(), st.sampled_from([1, 10, 1000]), st.sampled_from(sorted(MACHINES)))
-def test_every_plan_has_a_cost(plan: tna.SuperLoRA, tokens: int, machine: str) -> None:
+def test_every_plan_has_a_cost(plan: tna.UpdatePlan, tokens: int, machine: str) -> None:
     for index in range(len(plan.shapes)):
         how = factoring(plan, index)
         found = costs(plan, index, how, tokens, plan.applying)
@@ -362,7 +362,7 @@ WORK: dict[str, tuple[tna.Config, tuple[float, float, float], tuple[float, float
 @pytest.mark.parametrize("name", WORK)
 def test_operations_elements_and_calls_of_each_strategy(name: str) -> None:
     config, (narrow, moved, calls), factored = WORK[name]
-    plan = tna.SuperLoRA(config, [(ROWS, COLS)])
+    plan = tna.UpdatePlan(config, [(ROWS, COLS)])
     found = costs(plan, 0, factoring(plan, 0), TOKENS)
     # Formed in forward and in backward, and a gradient to either factor by as many operations each.
     update = StepWork(0, 4 * narrow, 2 * moved + 2 * SIZE, 4 * calls)
@@ -398,7 +398,7 @@ def test_attach_chooses_and_the_summary_shows_it() -> None:
 
 
 def test_the_choice_counts_what_changes_the_weight() -> None:
-    plan, size = tna.SuperLoRA(P.lora(8), [(768, 512)]), 768 * 512
+    plan, size = tna.UpdatePlan(P.lora(8), [(768, 512)]), 768 * 512
     how = factoring(plan, 0)
 
     def beyond(applying: Applying, number: str = "moved", unit: int = size) -> dict[str, float]:

@@ -163,7 +163,7 @@ def test_the_life_of_an_adapter_whose_gradients_are_those_of_the_plan(name: str,
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", MAPS)
 def test_compiled_is_eager(name: str) -> None:
-    plan = tna.SuperLoRA(MAPS[name], [(16, 16), (8, 16), (16, 16)])
+    plan = tna.UpdatePlan(MAPS[name], [(16, 16), (8, 16), (16, 16)])
     params = {key: torch.randn(shape, requires_grad=True) for key, shape in plan.param_shapes.items()}
     torch.compiler.reset()
     program = torch.compile(lambda given: plan.vector(given), backend="aot_eager", fullgraph=True)

@@ -227,7 +227,7 @@ def _of_base() -> dict[str, tna.Config]:
     """Return the configs whose frozen arrays or starts are computed from the base weights."""
     every = {name: config for name, (config, shapes) in examples().items() if shapes == [(12, 8)] * 4}
     every |= {name: presets.lora(3, start=name) for name in STARTS if not STARTS[name].brought}
-    plans = {name: tna.SuperLoRA(config, [(12, 8)] * 4, [*"aabb"], [*"qkqk"]) for name, config in every.items()}
+    plans = {name: tna.UpdatePlan(config, [(12, 8)] * 4, [*"aabb"], [*"qkqk"]) for name, config in every.items()}
     return {name: every[name] for name, plan in plans.items() if plan.needs_base and plan.applying.additive}
 
 

@@ -408,3 +408,11 @@ def test_a_reference_is_of_an_adapter_that_is_not_merged_and_leaves_no_trace_whe
     other.detach()
     assert torch.equal(model(X), expected)
     assert [parameter.requires_grad for parameter in model.parameters()] == flags
+
+
+def test_arguments_in_each_others_place_are_recognized() -> None:
+    wrong: Any = "a.safetensors"
+    with pytest.raises(TargetError, match=r"^model must be a nn\.Module; got 'a\.safetensors'; model and path may be"):
+        tt.load(wrong, nn.Linear(2, 2))  # type: ignore[arg-type]
+    with pytest.raises(TargetError, match=r"^model must be a nn\.Module; got 'a\.safetensors'$"):
+        tt.load(wrong, wrong)

@@ -170,7 +170,7 @@ def test_config_survives_its_file(tmp_path: Path) -> None:
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"preset": "superlorra"}, r"no preset 'superlorra'; did you mean 'superlora'\?"),
     ({"preset": "lora", "settings": {"rnak": 2}}, "did you mean 'rank'"),
-    ({"preset": "lora", "settings": {"rank": 0}}, "rank must be from 1"),
+    ({"preset": "lora", "settings": {"rank": 0}}, "rank must be at least 1"),
     ({"preset": "lora", "settings": {"r": 8}}, r"Config has no field 'r'; PEFT's 'r' is 'rank' here"),
     ({"preset": "lora", "settings": tna.Config()}, "settings must be a mapping"),
     ({"preset": "lotr", "settings": {"weights": 2}}, "weights given without rows, cols: give all of weights"),

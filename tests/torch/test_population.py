@@ -178,7 +178,7 @@ def test_a_member_of_every_preset_is_the_adapter_alone(preset: str, batch: Batch
 @pytest.mark.law("members-alone")
 @pytest.mark.filterwarnings("ignore:rank=.* is beyond:UserWarning")
 @given(plan=plans(), batch=batches(), strategy=st.sampled_from(STRATEGIES))
-def test_a_member_of_any_config_is_the_adapter_alone(plan: tna.SuperLoRA, batch: Batch, strategy: str) -> None:
+def test_a_member_of_any_config_is_the_adapter_alone(plan: tna.UpdatePlan, batch: Batch, strategy: str) -> None:
     pair = attached_or_refused(plan.shapes, batch, plan.config, strategy)
     assume(pair is not None)
     check_batch(pair, batch)

@@ -360,7 +360,8 @@ def test_a_view_is_one_object_with_a_name() -> None:
     assert sum(parameter.numel() for parameter in adapters.parameters()) == 4 * member.num_parameters
     assert repr(member) == "<tnadapt member 2 ('bob') of population 'default': 624 parameters for 10 weights of Small>"
     assert repr(adapters) == (
-        "<tnadapt population 'default': 4 members of 624 parameters for 10 weights of Small, attached, weight 1>"
+        "<tnadapt population 'default': 4 members of 624 parameters (LoRA r = 2) for 10 weights of Small, "
+        "attached, weight 1>"
     )
     for duplicate in (copy.deepcopy(member), pickle.loads(pickle.dumps(member))):
         duplicate.activate()
@@ -644,8 +645,8 @@ def test_what_is_no_member(member: Any, error: type[Exception], text: str) -> No
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"population": 0}, r"^population must be from 1 to \d+; got 0$"),
-        ({"population": -1}, r"^population must be from 1 to \d+; got -1$"),
+        ({"population": 0}, r"^population must be at least 1; got 0$"),
+        ({"population": -1}, r"^population must be at least 1; got -1$"),
         ({"population": 2.5}, "^population must be an integer; got 2.5$"),
         ({"population": True}, "^population must be an integer; got True$"),
         ({"names": ["a"]}, "^names, seeds and sparse are those of a population's members: give population=, too$"),

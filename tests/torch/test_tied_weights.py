@@ -160,7 +160,7 @@ def test_three_modules_share_one_update() -> None:
 @pytest.mark.parametrize("kept", ["embed.weight", "head.weight"])
 def test_a_kept_parameter_is_swapped_under_any_of_its_names(kept: str, tmp_path: Path) -> None:
     names, config, targets = {"embed.weight", "head.weight"}, P.lora(2), [tna.Target("inner", (6, 6))]
-    arrays = tna.SuperLoRA(config, [(6, 6)]).init()
+    arrays = tna.UpdatePlan(config, [(6, 6)]).init()
     for name, ties in (("one", names - {kept}), ("alone", ())):
         file = tna.AdapterFile(config, targets, arrays, kept={kept: np.ones((12, 6), "f4")}, ties={kept: tuple(ties)})
         tna.save(tmp_path / f"{name}.safetensors", file)
@@ -343,7 +343,7 @@ def test_other_tokens_and_those_of_a_larger_vocabulary_are_refused(tmp_path: Pat
         ([], {}, "at least one index of a vocabulary; got none"),
         (5, {}, "must be indices of a vocabulary; got 5"),
         (["a"], {}, "a token must be an integer; got 'a'"),
-        ([-1], {}, "a token must be from 0"),
+        ([-1], {}, "a token must be at least 0"),
         ([3, 12], {"module": "0"}, r"token 12 is not among the 12 of 0\.weight: resize the embedding first"),
         ([3], {"module": "1"}, "'1' is no embedding: this Sequential has 0, 2; give one as"),
         ([3], {}, "which embedding has the tokens is unclear: this Sequential has 0, 2; give one as module='path'"),

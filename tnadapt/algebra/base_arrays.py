@@ -78,7 +78,7 @@ _WORKERS = min(8, os.cpu_count() or 1)
 def from_base(
     part: PlanPart, groups: Sequence[Group], weight: Callable[[int], np.ndarray], on_array: Callable[[], None]
 ) -> dict[str, np.ndarray]:
-    """Compute what base weights determine of the groups of a config; see :meth:`tnadapt.SuperLoRA.with_base`.
+    """Compute what base weights determine of the groups of a config; see :meth:`tnadapt.UpdatePlan.with_base`.
 
     ``weight`` returns a base weight as a vector, by its number; ``on_array`` is called after each array.
     """
@@ -137,7 +137,7 @@ def _computed(base: np.ndarray, entry: FrozenArray, factors: Mapping[int, np.nda
 
 
 def _start_of(part: PlanPart, index: int, base: np.ndarray) -> dict[str, np.ndarray]:
-    """Compute x_0 of a group, by the names in ``SuperLoRA.start_shapes``, in float32."""
+    """Compute x_0 of a group, by the names in ``UpdatePlan.start_shapes``, in float32."""
     place = part.place(index)
     computed = part.point.arrays(place, base, Stream(part.config.seed, index, PURPOSE["source"]))
     what = f"start={part.config.start!r} of group {index}"

@@ -67,7 +67,7 @@ class CompositeConfig(Config):
     --------
     >>> import tnadapt as tna
     >>> config = CompositeConfig([(tna.presets.lora(8), 2), (tna.presets.lokr(4), 1)])
-    >>> tna.SuperLoRA(config, [(64, 64), (64, 64), (256, 64)]).num_parameters
+    >>> tna.UpdatePlan(config, [(64, 64), (64, 64), (256, 64)]).num_parameters
     2272
     >>> config.seed, config.replace(seed=3).parts[1].config.seed
     (0, 3)

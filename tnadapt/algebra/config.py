@@ -428,8 +428,8 @@ class Config:
     before : str, settings of a map, or list of these, optional
         P, a linear map before the network: all trained arrays of the plan, in order, are ``a_start + P θ``, and θ alone
         is trained. "one-hot" (Uni-LoRA), "signed-one-hot", "normal" (NOLA), "linear", or another registered
-        linear map; "tied" and "given" take an index or a matrix of your own, ``SuperLoRA(…, given=…)``. None trains the
-        arrays themselves. Adapter files leave out this field and the next three at their defaults.
+        linear map; "tied" and "given" take an index or a matrix of your own, ``UpdatePlan(…, given=…)``. None trains
+        the arrays themselves. Adapter files leave out this field and the next three at their defaults.
     parameters : int, optional
         p, the number of elements of each θ; with ``before`` only.
     scope : "plan", "group" or "array"
@@ -456,11 +456,11 @@ class Config:
     start : str
         Where training starts. "zero": one array of each term is zero (:mod:`tnadapt.algebra.init`). Any other one
         subtracts, ``ΔW = net(x) - net(x_0)``, and x starts at x_0: "given" for arrays that the caller brings
-        (``SuperLoRA(…, start_from=…)``, ``adapter.start_from(…)``); "random" for arrays of which none is zero; "pissa",
-        "milora" and "olora" for LoRA's factors computed from the base weight. Adapter files leave out "zero".
+        (``UpdatePlan(…, start_from=…)``, ``adapter.start_from(…)``); "random" for arrays of which none is zero;
+        "pissa", "milora" and "olora" for LoRA's factors computed from the base weight. Adapter files leave out "zero".
     rate : "adam" or "sgd"
         The optimizer for which one learning rate fits all configs. It determines the units in which the arrays are
-        trained (:attr:`tnadapt.SuperLoRA.training_plan`) and does not affect ΔW, its arrays or files of them. With
+        trained (:attr:`tnadapt.UpdatePlan.training_plan`) and does not affect ΔW, its arrays or files of them. With
         "adam", which is that of the presets, train with Adam at a rate of about 1e-2; "sgd" trains the
         arrays themselves. Adapter files leave out "sgd".
 

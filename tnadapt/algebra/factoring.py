@@ -41,7 +41,7 @@ from .layout import place_of
 from .maps import Map
 from .network import Network, NetworkHalves, is_kronecker, width_at
 from .products import LONG, kronecker_tensor, row_wise_khatri_rao
-from .superlora import SuperLoRA
+from .update_plan import UpdatePlan
 
 # -- A sum of Kronecker products of small matrices, and the maps around it ---------------------------------------------
 
@@ -312,12 +312,12 @@ def _matrix(backend: Backend, split: Format, arrays: Mapping[str, Array], cut: C
     return Matrix(whole[cut.rows[0] : cut.rows[1]], None)
 
 
-def factoring(plan: SuperLoRA, i: int, single: bool = False) -> Factoring | None:
+def factoring(plan: UpdatePlan, i: int, single: bool = False) -> Factoring | None:
     """Return the factorization of the update of weight ``i``; None if its rows and columns are not separable.
 
     Parameters
     ----------
-    plan : SuperLoRA
+    plan : UpdatePlan
     i : int
         Index of the weight.
     single : bool
@@ -330,13 +330,13 @@ def factoring(plan: SuperLoRA, i: int, single: bool = False) -> Factoring | None
     Examples
     --------
     >>> import tnadapt as tna
-    >>> factoring(SuperLoRA(tna.presets.lora(4), [(768, 512)]), 0).sizes
+    >>> factoring(UpdatePlan(tna.presets.lora(4), [(768, 512)]), 0).sizes
     (Size(rows=768, cols=512, width=4),)
-    >>> factoring(SuperLoRA(tna.presets.lokr(4), [(768, 768)]), 0).sizes
+    >>> factoring(UpdatePlan(tna.presets.lokr(4), [(768, 768)]), 0).sizes
     (Size(rows=24, cols=24, width=None), Size(rows=32, cols=32, width=4))
-    >>> factoring(SuperLoRA(tna.presets.gralora(4, blocks=2), [(768, 768)]), 0).sizes
+    >>> factoring(UpdatePlan(tna.presets.gralora(4, blocks=2), [(768, 768)]), 0).sizes
     (Size(rows=768, cols=768, width=8),)
-    >>> factoring(SuperLoRA(tna.presets.superlora(4), [(768, 768)] * 24), 0) is None
+    >>> factoring(UpdatePlan(tna.presets.superlora(4), [(768, 768)] * 24), 0) is None
     True
     """
     pieces = plan.layout.of_weight(i)

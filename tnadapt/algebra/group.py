@@ -623,7 +623,7 @@ def separation_of(group: Group, piece: Piece, cols: int) -> Separation | None:
     Examples
     --------
     >>> import tnadapt as tna
-    >>> plan = tna.SuperLoRA(tna.presets.miss(4), [(8, 16)])
+    >>> plan = tna.UpdatePlan(tna.presets.miss(4), [(8, 16)])
     >>> separation = separation_of(plan.groups[0], plan.groups[0].pieces[0], 16)
     >>> separation.shape, separation.sides
     ((8, 4), [(Identity(n_in=8, n_out=8, seed=0, group=0), Repeat(n_in=4, n_out=16, seed=0, group=0))])
@@ -643,12 +643,12 @@ def separation_of(group: Group, piece: Piece, cols: int) -> Separation | None:
 
 
 def rank_bound(layout: Layout, groups: Sequence[Group], weight: int) -> int:
-    """Return a rank that no update of a weight exceeds; see :meth:`tnadapt.SuperLoRA.largest_rank`.
+    """Return a rank that no update of a weight exceeds; see :meth:`tnadapt.UpdatePlan.largest_rank`.
 
     Examples
     --------
     >>> import tnadapt as tna
-    >>> plan = tna.SuperLoRA(tna.presets.loha(2), [(8, 6)])
+    >>> plan = tna.UpdatePlan(tna.presets.loha(2), [(8, 6)])
     >>> rank_bound(plan.layout, plan.groups, 0)
     4
     """
@@ -662,7 +662,7 @@ def rank_bounds(layout: Layout, groups: Sequence[Group]) -> Iterator[int]:
     Examples
     --------
     >>> import tnadapt as tna
-    >>> plan = tna.SuperLoRA(tna.presets.loha(2), [(8, 6), (8, 6), (3, 6)])
+    >>> plan = tna.UpdatePlan(tna.presets.loha(2), [(8, 6), (8, 6), (3, 6)])
     >>> list(rank_bounds(plan.layout, plan.groups))
     [4, 4, 3]
     """
@@ -698,7 +698,7 @@ def useful_rank(groups: Iterable[Group]) -> int | None:
     Examples
     --------
     >>> import tnadapt as tna
-    >>> useful_rank(tna.SuperLoRA(tna.presets.lora(2), [(8, 6), (3, 6)]).groups)
+    >>> useful_rank(tna.UpdatePlan(tna.presets.lora(2), [(8, 6), (3, 6)]).groups)
     6
     """
     ranks = (split.useful_rank() for group in groups for split in group.network.splits)

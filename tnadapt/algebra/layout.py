@@ -682,7 +682,7 @@ class KnownWeights(tuple[tuple[int, int], ...]):
     --------
     >>> import tnadapt as tna
     >>> weights = KnownWeights([(2, 3), (2, 2)])
-    >>> plan, other = (tna.SuperLoRA(tna.presets.superlora(rank, groups=2), weights) for rank in (1, 2))
+    >>> plan, other = (tna.UpdatePlan(tna.presets.superlora(rank, groups=2), weights) for rank in (1, 2))
     >>> plan.layout is other.layout, plan.shapes
     (True, ((2, 3), (2, 2)))
     """

@@ -20,7 +20,7 @@ from tnadapt.backends import FLOAT_DTYPES, Array, Backend, get_backend, load_bac
 from tnadapt.errors import BackendError, safe_repr
 
 from .applying import Applying
-from .superlora import SuperLoRA
+from .update_plan import UpdatePlan
 
 # -- The sum W + ΔW ----------------------------------------------------------------------------------------------------
 
@@ -37,7 +37,7 @@ class Float64Deltas:
 
     Parameters
     ----------
-    plan : SuperLoRA
+    plan : UpdatePlan
     arrays : mapping of str to array
         Arrays with the names and shapes of ``plan.param_shapes``, of any one library.
     trained : str
@@ -55,13 +55,13 @@ class Float64Deltas:
     Examples
     --------
     >>> import tnadapt as tna
-    >>> plan = SuperLoRA(tna.presets.dense(), [(2, 3)])
+    >>> plan = UpdatePlan(tna.presets.dense(), [(2, 3)])
     >>> updates = Float64Deltas(plan, {"group0.split0.dense": np.arange(6, dtype=np.float32)}, "float32", piece=4)
     >>> [(start, part.tolist()) for start, part in updates.of(0)]
     [(0, [0.0, 1.0, 2.0, 3.0]), (4, [4.0, 5.0])]
     """
 
-    def __init__(self, plan: SuperLoRA, arrays: Mapping[str, Array], trained: str, piece: int = PIECE) -> None:
+    def __init__(self, plan: UpdatePlan, arrays: Mapping[str, Array], trained: str, piece: int = PIECE) -> None:
         self.plan, self.trained, self.piece = plan.arrays_plan, trained, piece
         self._arrays, self._backend = plan.arrays(arrays, trained), get_backend(*arrays.values())
         self._wide: tuple[int, dict[str, Array]] = -1, {}

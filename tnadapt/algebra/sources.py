@@ -133,11 +133,11 @@ class Source:
         :meth:`array` computes it.
     needs_base : bool
         Whether :meth:`array` needs the base weights. Plans count without them; arrays need
-        :meth:`tnadapt.SuperLoRA.with_base`.
+        :meth:`tnadapt.UpdatePlan.with_base`.
     needs_factors : bool
         Whether :meth:`array` also needs the factors of the same split, all of which must be computed from the base.
     brought : bool
-        Whether the caller brings the array: ``SuperLoRA(…, given={name: array})``. It is stored in files.
+        Whether the caller brings the array: ``UpdatePlan(…, given={name: array})``. It is stored in files.
 
     Examples
     --------
@@ -263,7 +263,7 @@ class Tied(Source):
 
     >>> import tnadapt as tna
     >>> shared = {"factor1": tna.sources.Tied("group0.split0.factor1")}
-    >>> plan = tna.SuperLoRA(tna.presets.lora(2, sources=shared), [(6, 4), (5, 4)])
+    >>> plan = tna.UpdatePlan(tna.presets.lora(2, sources=shared), [(6, 4), (5, 4)])
     >>> list(plan.param_shapes)
     ['group0.split0.factor0', 'group0.split0.factor1', 'group1.split0.factor0']
     """
@@ -291,7 +291,7 @@ class Tied(Source):
 class Given(Source):
     """A frozen array that the caller brings. It is stored in files, in float32.
 
-    The arrays are given to the plan, ``SuperLoRA(config, shapes, given={"group0.split0.factor1": array})``, or to
+    The arrays are given to the plan, ``UpdatePlan(config, shapes, given={"group0.split0.factor1": array})``, or to
     :func:`tnadapt.torch.attach`.
 
     Parameters
@@ -305,7 +305,7 @@ class Given(Source):
     >>> import numpy as np, tnadapt as tna
     >>> config = tna.presets.lora(2).replace(sources={"factor1": tna.sources.Given(shared=True)})
     >>> arrays = {"group0.split0.factor1": np.eye(4, 2)}
-    >>> plan = tna.SuperLoRA(config, [(3, 4), (3, 4)], given=arrays)
+    >>> plan = tna.UpdatePlan(config, [(3, 4), (3, 4)], given=arrays)
     >>> plan.num_parameters
     12
     """
@@ -500,7 +500,7 @@ class FromBase(Source):
     to float32: the same bits on one machine, and equal to about 1e-6 between machines. It costs ``8 d n (r + 8)``
     multiply-adds for a weight of d × n.
 
-    A plan counts without the base weights; arrays need them: :meth:`tnadapt.SuperLoRA.with_base`.
+    A plan counts without the base weights; arrays need them: :meth:`tnadapt.UpdatePlan.with_base`.
     :func:`tnadapt.torch.attach` takes them from the model. A file stores the fingerprint of the base, or, with
     ``save(…, store_bases=True)``, the arrays.
 
@@ -512,7 +512,7 @@ class FromBase(Source):
     >>> from tnadapt.sources import FromBase
     >>> bases = {"factor0": FromBase("rows"), "factor1": FromBase("cols")}
     >>> config = tna.Config(format="tucker", rank=2, sources=bases)
-    >>> plan = tna.SuperLoRA(config, [(6, 4)]).with_base([np.arange(24.0).reshape(6, 4) ** 2])
+    >>> plan = tna.UpdatePlan(config, [(6, 4)]).with_base([np.arange(24.0).reshape(6, 4) ** 2])
     >>> plan.param_shapes, plan.deltas({"group0.split0.core": np.eye(2)})[0].shape
     ({'group0.split0.core': (2, 2)}, (6, 4))
     """
@@ -595,7 +595,7 @@ class BaseCore(Source):
     >>> import numpy as np, tnadapt as tna
     >>> from tnadapt.sources import BaseCore, FromBase, Mixed
     >>> sources = {"core": BaseCore(), "factor0": Mixed(FromBase("rows")), "factor1": FromBase("cols")}
-    >>> plan = tna.SuperLoRA(tna.Config(format="tucker", rank=2, sources=sources), [(6, 4)])
+    >>> plan = tna.UpdatePlan(tna.Config(format="tucker", rank=2, sources=sources), [(6, 4)])
     >>> plan = plan.with_base([np.diag([3.0, 2.0, 1.0, 0.5, 0.0, 0.0])[:, :4]])
     >>> plan.param_shapes
     {'group0.split0.factor0.mix': (2, 2)}
@@ -749,7 +749,7 @@ class Mixed(Multiplied):
     --------
     >>> import tnadapt as tna
     >>> from tnadapt.sources import Mixed, Seeded
-    >>> plan = tna.SuperLoRA(tna.presets.lora(2, sources={"factor0": Mixed(Seeded("orthonormal"))}), [(6, 4)])
+    >>> plan = tna.UpdatePlan(tna.presets.lora(2, sources={"factor0": Mixed(Seeded("orthonormal"))}), [(6, 4)])
     >>> plan.param_shapes
     {'group0.split0.factor0.mix': (2, 2), 'group0.split0.factor1': (4, 2)}
     """
@@ -825,7 +825,7 @@ class Scaled(Multiplied):
     >>> from tnadapt.sources import Scaled, Seeded
     >>> frozen = Seeded("uniform")
     >>> vera = {"factor0": Scaled(frozen), "factor1": Scaled(frozen, size=False, rank=True, start=0.1)}
-    >>> plan = tna.SuperLoRA(tna.presets.lora(2, sources=vera), [(6, 4)])
+    >>> plan = tna.UpdatePlan(tna.presets.lora(2, sources=vera), [(6, 4)])
     >>> plan.param_shapes
     {'group0.split0.factor0.size': (6,), 'group0.split0.factor1.rank': (2,)}
     """
@@ -1191,7 +1191,7 @@ class FrozenArrays(FixedArrays):
             return array[tuple(map(slice, entry.shape))]
         if entry.source.brought:
             raise ConfigError(
-                f"{entry.full!r} is an array that the caller brings: tnadapt.SuperLoRA(…, given={{{entry.full!r}: "
+                f"{entry.full!r} is an array that the caller brings: tnadapt.UpdatePlan(…, given={{{entry.full!r}: "
                 "array}), or tnadapt.torch.attach(…, given=…)"
             )
         if entry.source.needs_base:
@@ -1283,7 +1283,7 @@ def register_source(name: str, cls: type[Source]) -> None:
     ...         drawn = rng.normals(stream.seed, stream.group, stream.purpose, 0, shape[0] * shape[1])
     ...         return self.std * drawn.reshape(shape)
     >>> tna.register_source("normal", Normal)
-    >>> plan = tna.SuperLoRA(tna.Config(rank=2, sources={"factor1": Normal(0.1)}), [(6, 4)])
+    >>> plan = tna.UpdatePlan(tna.Config(rank=2, sources={"factor1": Normal(0.1)}), [(6, 4)])
     >>> plan.param_shapes, plan.frozen_shapes
     ({'group0.split0.factor0': (6, 2)}, {'group0.split0.factor1': (4, 2)})
     """

@@ -72,9 +72,9 @@ class Start:
     subtracts : bool
         Whether ``ΔW = net(x) - net(x_0)``. If False, x_0 itself must give ΔW = 0.
     needs_base : bool
-        Whether :meth:`arrays` computes x_0 from the base weights; :meth:`tnadapt.SuperLoRA.with_base`.
+        Whether :meth:`arrays` computes x_0 from the base weights; :meth:`tnadapt.UpdatePlan.with_base`.
     brought : bool
-        Whether the caller may bring x_0, of all arrays or of some: ``SuperLoRA(…, start_from=…)``. It is stored in
+        Whether the caller may bring x_0, of all arrays or of some: ``UpdatePlan(…, start_from=…)``. It is stored in
         files.
     leaves_zero : bool
         Whether one array of each term is zero in x_0, unless it is provided or F is nonlinear.
@@ -116,7 +116,7 @@ class Start:
 class BroughtStart(Start):
     """Arrays that the caller provides; those that are not provided start as usual (:mod:`tnadapt.algebra.init`).
 
-    They are passed to a plan by ``SuperLoRA(config, shapes, start_from=arrays)``, and to an adapter on a torch model
+    They are passed to a plan by ``UpdatePlan(config, shapes, start_from=arrays)``, and to an adapter on a torch model
     by ``adapter.start_from(arrays)``. Files store them, in float32.
     """
 
@@ -302,7 +302,7 @@ def register_start(name: str, cls: type[Start]) -> None:
     ...         (_, rank), _ = place.shapes.values()
     ...         return {"split0.factor0": base[:, :rank], "split0.factor1": base[:rank].T}
     >>> tna.register_start("corner", Corner)
-    >>> plan = tna.SuperLoRA(tna.presets.lora(1, start="corner"), [(2, 3)])
+    >>> plan = tna.UpdatePlan(tna.presets.lora(1, start="corner"), [(2, 3)])
     >>> plan = plan.with_base([np.arange(1.0, 7.0).reshape(2, 3)])
     >>> params = plan.init()
     >>> params["group0.split0.factor1"].tolist(), bool(plan.deltas(params)[0].any())

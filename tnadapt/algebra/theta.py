@@ -36,7 +36,7 @@ class ThetaPart(NamedTuple):
     arrays : dict of str to tuple of int
         Names and shapes of the arrays, in the order of the vector.
     unit : float
-        What θ is multiplied by; see :attr:`tnadapt.SuperLoRA.training_plan`.
+        What θ is multiplied by; see :attr:`tnadapt.UpdatePlan.training_plan`.
     """
 
     name: str
@@ -159,7 +159,7 @@ class Theta:
         for name, shape in self.brought_shapes.items():
             if name not in self._brought:
                 raise ConfigError(
-                    f"{name!r}, of shape {shape}, is an array that the caller brings: tnadapt.SuperLoRA(…, "
+                    f"{name!r}, of shape {shape}, is an array that the caller brings: tnadapt.UpdatePlan(…, "
                     f"given={{{name!r}: array}}), or tnadapt.torch.attach(…, given=…)"
                 )
 

@@ -17,7 +17,7 @@ from tnadapt.algebra.config import Config, group_fold, is_named
 from tnadapt.algebra.formats import make_format
 from tnadapt.algebra.init import Initializer
 from tnadapt.algebra.layout import Layout, make_layout
-from tnadapt.algebra.superlora import SuperLoRA
+from tnadapt.algebra.update_plan import UpdatePlan
 from tnadapt.argument_checks import checks_arguments
 from tnadapt.errors import BackendError, ConfigError, ShapeError, pluralize, safe_repr, summarize
 from tnadapt.targets.target import Target, check_distinct
@@ -41,9 +41,9 @@ MAX_IN_ROW = 1 << 16
 _MAX_DIVISIONS = 1 << 18
 
 
-def plan_of(config: Config, targets: Sequence[Target], given: Mapping[str, np.ndarray] | None = None) -> SuperLoRA:
+def plan_of(config: Config, targets: Sequence[Target], given: Mapping[str, np.ndarray] | None = None) -> UpdatePlan:
     """Return the plan of an adapter, with frozen arrays that are not computed."""
-    return SuperLoRA(
+    return UpdatePlan(
         config,
         [target.shape for target in targets],
         layers=[target.layer for target in targets],
@@ -58,7 +58,7 @@ def check_fit(
     shapes: Mapping[str, tuple[int, ...]],
     trained: Sequence[str] | None = None,
     numbers: int | None = None,
-) -> SuperLoRA:
+) -> UpdatePlan:
     """Return the plan, or raise an error unless the shapes are those of a file's arrays.
 
     A file has the parameters of the plan, of which some that are not ``trained`` may be missing; the frozen arrays that
@@ -155,7 +155,7 @@ def checked_trained(trained: Sequence[str] | None, shapes: Mapping[str, tuple[in
     return None if len(chosen) == len(shapes) else tuple(name for name in shapes if name in chosen)
 
 
-def drawn(plan: SuperLoRA, trained: Sequence[str] | None, dtype: str) -> dict[str, Callable[[], np.ndarray]]:
+def drawn(plan: UpdatePlan, trained: Sequence[str] | None, dtype: str) -> dict[str, Callable[[], np.ndarray]]:
     """Map each frozen array, in the order of the plan, to a function that draws it from the seed, rounded to a dtype.
 
     Arrays of bfloat16 are returned as float32 with rounded values.
@@ -235,7 +235,7 @@ class AdapterFile:
     Examples
     --------
     >>> config, targets = Config(rank=1), [Target("blocks.0.attn.query", (4, 6), "q")]
-    >>> arrays = SuperLoRA(config, [(4, 6)]).init()
+    >>> arrays = UpdatePlan(config, [(4, 6)]).init()
     >>> file = AdapterFile(config, targets, arrays, model="ViT")
     >>> file, file.deltas()[0].shape
     (AdapterFile(10 parameters in 2 arrays, 1 target, 0 kept), (4, 6))
@@ -293,7 +293,7 @@ class AdapterFile:
         )
 
     @functools.cached_property
-    def plan(self) -> SuperLoRA:
+    def plan(self) -> UpdatePlan:
         """The plan of the adapter, with the arrays in ``given``."""
         return plan_of(self.config, self.targets, self.given)
 
@@ -311,7 +311,7 @@ class AdapterFile:
         Parameters
         ----------
         weights, progress
-            As for :meth:`tnadapt.SuperLoRA.with_base`.
+            As for :meth:`tnadapt.UpdatePlan.with_base`.
 
         Notes
         -----
@@ -443,7 +443,7 @@ class AdapterFile:
         return self.plan.deltas(self.arrays, self.dtype)
 
 
-def fitting_file(plan: SuperLoRA, *fields: Any, **named: Any) -> AdapterFile:
+def fitting_file(plan: UpdatePlan, *fields: Any, **named: Any) -> AdapterFile:
     """Return the adapter of these fields, whose arrays fit this plan of theirs, as :func:`check_fit` has found."""
     file = AdapterFile.__new__(AdapterFile)
     object.__setattr__(file, "plan", plan)
@@ -454,7 +454,7 @@ def fitting_file(plan: SuperLoRA, *fields: Any, **named: Any) -> AdapterFile:
 _Draw = tuple[Callable[[], np.ndarray], int]  # what draws an array, and its size
 
 
-def _drawn_starts(plan: SuperLoRA, subtracted: bool = False) -> Iterator[_Draw]:
+def _drawn_starts(plan: UpdatePlan, subtracted: bool = False) -> Iterator[_Draw]:
     """Yield the starts that the seed draws, with ``subtracted`` only those that the update subtracts."""
     # The other arrays start at stored values, or at values computed from the base.
     for full, shape in plan.array_shapes.items():

@@ -2,17 +2,17 @@
 
 **Format versions 1 and 2.** A safetensors file (described in :mod:`tnadapt.checkpoints.container`) with these tensors:
 
-- the adapter's arrays, with the names and shapes of ``SuperLoRA(config, shapes, layers).param_shapes``, such as
+- the adapter's arrays, with the names and shapes of ``UpdatePlan(config, shapes, layers).param_shapes``, such as
   ``group0.split0.factor0``, all of one dtype: F64, F32, F16 or BF16. Of the arrays that are not ``trained``, up to 1024
   with up to 2**24 elements in total are omitted if they equal their initial values from :mod:`tnadapt.algebra.init`,
   rounded to that dtype;
 - with ``apply`` "magnitude", the magnitudes, ``weight0.magnitude`` and so on, which ``param_shapes`` lists after the
   arrays; they are never omitted;
 - the frozen arrays that the caller provided (``sources`` with ``given``), in F32, with the names and shapes of
-  ``SuperLoRA(…).given_shapes``; and, if the writer chose so, those computed from the base weights (``from-base``), with
-  those of ``base_shapes``;
+  ``UpdatePlan(…).given_shapes``; and, if the writer chose so, those computed from the base weights (``from-base``),
+  with those of ``base_shapes``;
 - if ``start`` is not "zero", x_0, the initial values of the arrays, in F32, each named ``start.`` + the name in
-  ``SuperLoRA(…).array_shapes``: with "given", of the arrays that the caller provided, while the others start as usual;
+  ``UpdatePlan(…).array_shapes``: with "given", of the arrays that the caller provided, while the others start as usual;
   with "pissa", "milora" and "olora", of all arrays if the writer chose so, and otherwise of none, as they are computed
   from the base weights;
 - ``kept.`` + dotted path: parameters of the model that were trained alongside the adapter, such as a classifier head,
@@ -42,7 +42,7 @@ a default is omitted if it has that value.
     version 1 on its own targets, with its own seed and its own numbers of groups and weights, from 0, in all that is
     drawn. In names, groups and weights are numbered through all parts: if the first part has two groups, ``group2`` is
     group 0 of the second. All parts have the same ``apply``, ``magnitude_axis`` and ``start``, and none has ``before``.
-    In what follows, ``config`` is that of a target's part, and ``SuperLoRA(config, …)`` has all parts; of the initial
+    In what follows, ``config`` is that of a target's part, and ``UpdatePlan(config, …)`` has all parts; of the initial
     arrays, ``draws`` has those of the groups whose F is nonlinear, unless ``start`` is not "zero".
 ``targets``
     List of the updated weights, in the order of the long vector. Each is a list ``[module, stored, role]``: the dotted
@@ -117,7 +117,7 @@ is replaced in place; meanwhile, its new content follows the last row: 8 bytes o
 NaN), the number of the row in 8 bytes, little-endian, the new row, and the first 8 bytes of the SHA-256 of these. If a
 file ends with all of this, a reader uses this row in place of the other.
 
-The library documents the long vector, and how the arrays determine it: see :class:`~tnadapt.SuperLoRA`. The bytes of a
+The library documents the long vector, and how the arrays determine it: see :class:`~tnadapt.UpdatePlan`. The bytes of a
 file depend on its content alone, not on the release, the machine or the time.
 """
 
@@ -136,7 +136,7 @@ import numpy as np
 
 from tnadapt.algebra.composite import CompositeConfig
 from tnadapt.algebra.config import Config
-from tnadapt.algebra.superlora import SuperLoRA, share_maps
+from tnadapt.algebra.update_plan import UpdatePlan, share_maps
 from tnadapt.argument_checks import checks_arguments
 from tnadapt.backends import FLOAT_DTYPES
 from tnadapt.errors import FileError, TnadaptError, pluralize, safe_repr, summarize
@@ -391,7 +391,7 @@ def save(path: str | os.PathLike[str], adapter_file: AdapterFile | PopulationFil
     >>> import tempfile
     >>> import tnadapt as tna
     >>> config, targets = tna.Config(rank=1), [tna.Target("blocks.0.attn.query", (4, 6), "q")]
-    >>> file = tna.AdapterFile(config, targets, tna.SuperLoRA(config, [(4, 6)]).init())
+    >>> file = tna.AdapterFile(config, targets, tna.UpdatePlan(config, [(4, 6)]).init())
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     tna.save(folder + "/adapter.safetensors", file)
     ...     loaded = tna.load(folder + "/adapter.safetensors")
@@ -483,13 +483,13 @@ def _digest(text: bytes, stored: Mapping[str, tuple[str, np.ndarray]]) -> str:
 
 @overload
 def load(
-    path: str | os.PathLike[str], check_draws: bool = ..., like: SuperLoRA | None = ..., members: None = ...
+    path: str | os.PathLike[str], check_draws: bool = ..., like: UpdatePlan | None = ..., members: None = ...
 ) -> AdapterFile | Any: ...  # Any: which of the two, the file says, and most callers know it
 @overload
 def load(
     path: str | os.PathLike[str],
     check_draws: bool = ...,
-    like: SuperLoRA | None = ...,
+    like: UpdatePlan | None = ...,
     *,
     members: Sequence[int | str],
 ) -> PopulationFile: ...
@@ -497,7 +497,7 @@ def load(
 def load(
     path: str | os.PathLike[str],
     check_draws: bool = True,
-    like: SuperLoRA | None = None,
+    like: UpdatePlan | None = None,
     members: Sequence[int | str] | None = None,
 ) -> AdapterFile | PopulationFile:
     """Read an adapter file, or the file of a population.
@@ -509,7 +509,7 @@ def load(
     check_draws : bool
         Whether to check that this machine draws the same F, and the same omitted arrays, as the one that wrote the
         file, by comparing digests.
-    like : SuperLoRA, optional
+    like : UpdatePlan, optional
         A plan of which some F may be the file's: their draws are digested once, not for each file.
     members : sequence of int or str, optional
         Of a population, the numbers or names of the members to read, in the order of the result. The rest of the rows
@@ -556,7 +556,7 @@ def load(
 
 
 def _loaded(
-    path: str, check_draws: bool, like: SuperLoRA | None, members: Sequence[int | str] | None
+    path: str, check_draws: bool, like: UpdatePlan | None, members: Sequence[int | str] | None
 ) -> AdapterFile | PopulationFile:
     """Read an adapter file, or the file of a population, to use these members of it."""
     with container.opened(path) as file:
@@ -573,7 +573,7 @@ NO_MEMBERS = "has one adapter, and no members: leave out member= (--member)"
 def load_single(
     path: str | os.PathLike[str],
     check_draws: bool = True,
-    like: SuperLoRA | None = None,
+    like: UpdatePlan | None = None,
     member: int | str | None = None,
 ) -> AdapterFile:
     """Read the file of one adapter, or a member of a population's file, as :func:`load` does."""
@@ -639,7 +639,7 @@ class FileContent(NamedTuple):
     layout: RowLayout | None
 
 
-def _check_draws(content: FileContent, check_draws: bool, like: SuperLoRA | None) -> None:
+def _check_draws(content: FileContent, check_draws: bool, like: UpdatePlan | None) -> None:
     adapter = content.adapter
     if like is not None:
         share_maps(adapter.plan, [like], digests=True)
@@ -736,7 +736,7 @@ def _take_rows(entries: dict[str, container.Entry]) -> tuple[int, ...]:
 
 
 def _draw_missing(
-    plan: SuperLoRA, trained: list[str] | None, dtype: str, arrays: dict[str, np.ndarray], dtypes: dict[str, str]
+    plan: UpdatePlan, trained: list[str] | None, dtype: str, arrays: dict[str, np.ndarray], dtypes: dict[str, str]
 ) -> tuple[str, ...]:
     """Draw the frozen arrays that the file omits, and return their names."""
     if trained is None:

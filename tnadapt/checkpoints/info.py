@@ -56,7 +56,7 @@ def info(path: str | os.PathLike[str], every: bool = False) -> dict[str, Any]:
     --------
     >>> import tempfile, tnadapt as tna
     >>> config, targets = tna.Config(rank=1), [tna.Target(f"layer.{i}.q", (4, 6), "q") for i in range(3)]
-    >>> file = tna.AdapterFile(config, targets, tna.SuperLoRA(config, [(4, 6)] * 3).init())
+    >>> file = tna.AdapterFile(config, targets, tna.UpdatePlan(config, [(4, 6)] * 3).init())
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     tna.save(folder + "/adapter.safetensors", file)
     ...     summary = info(folder + "/adapter.safetensors")

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from tnadapt.algebra.group import lora_rank
-from tnadapt.algebra.superlora import SuperLoRA
+from tnadapt.algebra.update_plan import UpdatePlan
 from tnadapt.errors import escaped
 from tnadapt.targets.checkpoint_experts import PARAMETERS
 from tnadapt.targets.target import Target
@@ -87,12 +87,12 @@ def served_rank(rank: int) -> int | None:
     return next((served for served in SERVED_RANKS if served >= rank), None)
 
 
-def lora_export(plan: SuperLoRA, targets: Sequence[Target] | None = None, activation: str | None = None) -> LoraExport:
+def lora_export(plan: UpdatePlan, targets: Sequence[Target] | None = None, activation: str | None = None) -> LoraExport:
     """Return whether an adapter exports exactly as LoRA, and at which rank.
 
     Parameters
     ----------
-    plan : SuperLoRA
+    plan : UpdatePlan
     targets : sequence of Target, optional
         The weights. Updates of some rows of a fused weight become one update of the whole weight, whose rank is the sum
         of theirs. By default, every update is that of a whole weight of a layer.
@@ -108,7 +108,7 @@ def lora_export(plan: SuperLoRA, targets: Sequence[Target] | None = None, activa
     >>> import tnadapt as tna
     >>> vit = [(768, 768)] * 24
     >>> for config in (tna.presets.lora_xs(2), tna.presets.lotr(4), tna.presets.superlora(1)):
-    ...     print(lora_export(tna.SuperLoRA(config, vit)))
+    ...     print(lora_export(tna.UpdatePlan(config, vit)))
     exports exactly as LoRA of rank 2 (padded to 8 for vLLM)
     exports exactly as LoRA of rank 4 (padded to 8 for vLLM)
     merge only: its updates may have matrix rank 768

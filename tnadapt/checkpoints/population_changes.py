@@ -81,7 +81,7 @@ def append(
     >>> import tempfile
     >>> import tnadapt as tna
     >>> config, targets = tna.Config(rank=1), [tna.Target("blocks.0.attn.query", (4, 6), "q")]
-    >>> member = tna.AdapterFile(config, targets, tna.SuperLoRA(config, [(4, 6)]).init())
+    >>> member = tna.AdapterFile(config, targets, tna.UpdatePlan(config, [(4, 6)]).init())
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     path = folder + "/users.safetensors"
     ...     tna.save(path, tna.PopulationFile.from_members([member], names=["ann"]))
@@ -140,7 +140,7 @@ def replace(
     >>> import tempfile
     >>> import tnadapt as tna
     >>> config, targets = tna.Config(rank=1), [tna.Target("blocks.0.attn.query", (4, 6), "q")]
-    >>> member = tna.AdapterFile(config, targets, tna.SuperLoRA(config, [(4, 6)]).init())
+    >>> member = tna.AdapterFile(config, targets, tna.UpdatePlan(config, [(4, 6)]).init())
     >>> ones = {name: np.ones_like(array) for name, array in member.arrays.items()}
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     path = folder + "/users.safetensors"

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from tnadapt.algebra.config import Config
-from tnadapt.algebra.superlora import SuperLoRA
+from tnadapt.algebra.update_plan import UpdatePlan
 from tnadapt.argument_checks import checks_arguments, integer, is_sequence
 from tnadapt.errors import BackendError, ConfigError, FileError, ShapeError, escaped, safe_repr, summarize
 from tnadapt.targets.target import Target
@@ -394,7 +394,7 @@ class PopulationFile:
     --------
     >>> import tnadapt as tna
     >>> config, targets = tna.Config(rank=1), [tna.Target("blocks.0.attn.query", (4, 6), "q")]
-    >>> plan = tna.SuperLoRA(config, [(4, 6)])
+    >>> plan = tna.UpdatePlan(config, [(4, 6)])
     >>> member = tna.AdapterFile(config, targets, plan.init())
     >>> stacked = {name: np.zeros((3, *shape), np.float32) for name, shape in plan.param_shapes.items()}
     >>> population = PopulationFile(member, stacked, names=["ann", "bob", None])
@@ -433,7 +433,7 @@ class PopulationFile:
         --------
         >>> import tnadapt as tna
         >>> config, targets = tna.Config(rank=1), [tna.Target("blocks.0.attn.query", (4, 6), "q")]
-        >>> member = tna.AdapterFile(config, targets, tna.SuperLoRA(config, [(4, 6)]).init())
+        >>> member = tna.AdapterFile(config, targets, tna.UpdatePlan(config, [(4, 6)]).init())
         >>> PopulationFile.from_members([member, member], names=["ann", "bob"]).names
         ['ann', 'bob']
         """
@@ -484,7 +484,7 @@ class PopulationFile:
         return self.shared.targets
 
     @property
-    def plan(self) -> SuperLoRA:
+    def plan(self) -> UpdatePlan:
         """The plan of each member."""
         return self.shared.plan
 
@@ -528,7 +528,7 @@ class PopulationFile:
         --------
         >>> import tnadapt as tna
         >>> config, targets = tna.Config(rank=1), [tna.Target("blocks.0.attn.query", (4, 6), "q")]
-        >>> member = tna.AdapterFile(config, targets, tna.SuperLoRA(config, [(4, 6)]).init())
+        >>> member = tna.AdapterFile(config, targets, tna.UpdatePlan(config, [(4, 6)]).init())
         >>> population = PopulationFile.from_members([member] * 3, names=["ann", "bob", "cid"])
         >>> population.select(["cid", 0]).names
         ['cid', 'ann']

@@ -314,7 +314,7 @@ def resolve(checkpoint: Checkpoint, file: AdapterFile) -> ResolvedTargets:
     >>> from safetensors.numpy import save_file
     >>> from tnadapt.checkpoints.checkpoint import open_checkpoint
     >>> config, targets = tna.Config(rank=1), [tna.Target("bert.layer.0.query", (4, 6), "q")]
-    >>> file = tna.AdapterFile(config, targets, tna.SuperLoRA(config, [(4, 6)]).init())
+    >>> file = tna.AdapterFile(config, targets, tna.UpdatePlan(config, [(4, 6)]).init())
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     save_file({"layer.0.query.weight": np.ones((4, 6), np.float32)}, folder + "/model.safetensors")
     ...     resolved = resolve(open_checkpoint(folder), file)

@@ -262,7 +262,7 @@ def plan_command(
         )  # fmt: skip
         table = plan.table(every)
     chosen = plan.shown[0].config if drawn is None else drawn
-    adapter = tnadapt.SuperLoRA(chosen, weights.shapes, weights.layers, weights.roles)
+    adapter = tnadapt.UpdatePlan(chosen, weights.shapes, weights.layers, weights.roles)
     if picture is not None or layout_picture is not None:
         _draw(plan, weights, adapter, picture, layout_picture)
     if as_json:
@@ -281,7 +281,7 @@ def plan_command(
 def _draw(
     found: tnadapt.planning.Plan,
     weights: _Weights,
-    adapter: tnadapt.SuperLoRA,
+    adapter: tnadapt.UpdatePlan,
     picture: Path | None,
     layout_picture: Path | None,
 ) -> None:

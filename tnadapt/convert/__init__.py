@@ -148,7 +148,7 @@ def convert(
     Examples
     --------
     >>> import numpy as np, tnadapt as tna
-    >>> plan = tna.SuperLoRA(tna.presets.lora(rank=2), [(8, 12)])
+    >>> plan = tna.UpdatePlan(tna.presets.lora(rank=2), [(8, 12)])
     >>> rng = np.random.default_rng(0)
     >>> arrays = {name: rng.normal(size=shape).astype("f4") for name, shape in plan.param_shapes.items()}
     >>> file = tna.AdapterFile(plan.config, [tna.Target("blocks.0.query", (8, 12), "q")], arrays)

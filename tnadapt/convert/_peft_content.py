@@ -17,7 +17,7 @@ import numpy as np
 from tnadapt.algebra.config import Config
 from tnadapt.algebra.group import Group
 from tnadapt.algebra.presets import PRESETS
-from tnadapt.algebra.superlora import SuperLoRA
+from tnadapt.algebra.update_plan import UpdatePlan
 from tnadapt.checkpoints.adapter_file import AdapterFile
 from tnadapt.checkpoints.container import DTYPES, Container, raw_bytes, raw_dtype
 from tnadapt.errors import ConfigError, FileError, safe_repr, summarize
@@ -588,6 +588,6 @@ class PeftMethod:
             self.refuse("several weights are one group, or one weight is several, and PEFT adapts weights one by one")
 
 
-def group_of(plan: SuperLoRA, module: Module) -> Group:
+def group_of(plan: UpdatePlan, module: Module) -> Group:
     """Return the first group of the only target of a module."""
     return plan.groups[plan.layout.of_weight(module.targets[0][0])[0].group]

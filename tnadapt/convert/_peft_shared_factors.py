@@ -13,8 +13,8 @@ from tnadapt.algebra.config import MAX_ALPHA, MIN_ALPHA, Config
 from tnadapt.algebra.group import Group
 from tnadapt.algebra.maps import TiedElements
 from tnadapt.algebra.sources import Given, Scaled, Source, Tied
-from tnadapt.algebra.superlora import SuperLoRA
 from tnadapt.algebra.torch_streams import TorchStream
+from tnadapt.algebra.update_plan import UpdatePlan
 from tnadapt.backends import load_backend
 from tnadapt.checkpoints.adapter_file import AdapterFile
 from tnadapt.errors import FileError, safe_repr
@@ -567,7 +567,7 @@ class PeftUniLora(PeftMethod):
         return chosen
 
 
-def _is_lora(plan: SuperLoRA) -> bool:
+def _is_lora(plan: UpdatePlan) -> bool:
     """Return whether every weight has two factors, and nothing follows their product."""
     return all(
         list(group.names) == ["split0.factor0", "split0.factor1"]

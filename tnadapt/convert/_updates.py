@@ -19,7 +19,7 @@ from tnadapt.algebra.config import MAX_ALPHA, MIN_ALPHA, Config
 from tnadapt.algebra.factoring import Matrix, factoring
 from tnadapt.algebra.network import Network
 from tnadapt.algebra.norms import exponent_of, norm, norm_of_difference, relative, rounded_to, scaled_by, together
-from tnadapt.algebra.superlora import SuperLoRA
+from tnadapt.algebra.update_plan import UpdatePlan
 from tnadapt.backends import load_backend
 from tnadapt.checkpoints.adapter_file import AdapterFile
 from tnadapt.errors import ConfigError, FileError, safe_repr
@@ -449,12 +449,12 @@ def uniform(updates: Sequence[ModuleUpdate], rank: int | None = None) -> list[Mo
 # -- A slice of low rank of a tensor that several weights share, in two factors ----------------------------------------
 
 
-def low_rank_slice(plan: SuperLoRA, weight: int, arrays: Mapping[str, Float], dtype: str) -> ModuleUpdate | None:
+def low_rank_slice(plan: UpdatePlan, weight: int, arrays: Mapping[str, Float], dtype: str) -> ModuleUpdate | None:
     """Return the two factors of a slice if they are smaller than the slice; they are products of the network's arrays.
 
     Parameters
     ----------
-    plan : SuperLoRA
+    plan : UpdatePlan
     weight : int
         Index of the weight.
     arrays : mapping of str to ndarray

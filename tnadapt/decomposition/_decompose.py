@@ -13,7 +13,7 @@ import numpy as np
 from tnadapt.algebra.config import Config, is_named
 from tnadapt.algebra.folding import MAX_SIZE
 from tnadapt.algebra.group import useful_rank
-from tnadapt.algebra.superlora import SuperLoRA
+from tnadapt.algebra.update_plan import UpdatePlan
 from tnadapt.argument_checks import checks_arguments, integer, wrong_argument
 from tnadapt.backends import Array, Backend, get_backend, load_backend
 from tnadapt.errors import BackendError, ConfigError, ShapeError, safe_repr
@@ -51,7 +51,7 @@ class Settings:
         self,
         backend: Backend,
         like: Array,
-        plan: SuperLoRA,
+        plan: UpdatePlan,
         read: Callable[[int], Array],
         progress: Callable[[Step], None] | None = None,
     ) -> tuple[dict[str, Array], FitReport]:
@@ -97,7 +97,7 @@ def decompose(
     roles : sequence of hashable, optional
         One key per weight, for ``groups="role"``.
     base : sequence of array, optional
-        The base weights, for frozen arrays that are computed from them; see :meth:`tnadapt.SuperLoRA.with_base`.
+        The base weights, for frozen arrays that are computed from them; see :meth:`tnadapt.UpdatePlan.with_base`.
     given : mapping of str to array, optional
         The frozen arrays that the caller brings.
     tol : float
@@ -118,7 +118,7 @@ def decompose(
     Returns
     -------
     params : dict of str to array
-        With the names and shapes of ``SuperLoRA(cfg, shapes).param_shapes``, and the library, device and dtype of the
+        With the names and shapes of ``UpdatePlan(cfg, shapes).param_shapes``, and the library, device and dtype of the
         updates (float32 for half precision). Not differentiable.
     report : FitReport
         The relative Frobenius error and a lower bound on it, overall and per group, the iterations and why they
@@ -183,7 +183,7 @@ def decompose(
         backend.require_float(delta, f"deltas[{number}]")
         if str(backend.device(delta)) == "meta":
             raise BackendError(f"deltas[{number}] is on the meta device and has no values: move it to a real device")
-    plan = SuperLoRA(cfg, [_shape(delta, number) for number, delta in enumerate(listed)], layers, roles, given=given)
+    plan = UpdatePlan(cfg, [_shape(delta, number) for number, delta in enumerate(listed)], layers, roles, given=given)
     if base is not None:
         plan = plan.with_base(base)
     settings = Settings(tol, max_iterations, svd, seed)

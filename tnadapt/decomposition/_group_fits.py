@@ -14,7 +14,7 @@ from tnadapt.algebra.layout import group_vectors
 from tnadapt.algebra.maps import Linear, Nonlinear, tanhshrink
 from tnadapt.algebra.maps.projection import Projection
 from tnadapt.algebra.network import Network
-from tnadapt.algebra.superlora import SuperLoRA
+from tnadapt.algebra.update_plan import UpdatePlan
 from tnadapt.backends import Array, load_backend
 from tnadapt.errors import ConfigError, ShapeError
 
@@ -40,14 +40,14 @@ _HELD = 1 << 24
 
 
 def fit_plan(
-    algebra: Algebra, plan: SuperLoRA, read: Callable[[int], Array], limits: Limits, progress: Progress | None = None
+    algebra: Algebra, plan: UpdatePlan, read: Callable[[int], Array], limits: Limits, progress: Progress | None = None
 ) -> tuple[dict[str, Array], FitReport]:
     """Fit the parameters of a plan to given updates.
 
     Parameters
     ----------
     algebra : Algebra
-    plan : SuperLoRA
+    plan : UpdatePlan
     read : callable
         Returns the update of one weight, given its index: an array, shape (rows, cols), in algebra's library and
         dtype. It is called once per weight, unless a weight lies in groups that do not follow one another.
@@ -103,13 +103,13 @@ def _watch(progress: Progress | None, number: int, count: int) -> Callable[[int,
     return lambda iteration, error: progress(Step(number, count, iteration, error))
 
 
-def _vectors(algebra: Algebra, plan: SuperLoRA, read: Callable[[int], Array]) -> Iterator[tuple[Group, Array]]:
+def _vectors(algebra: Algebra, plan: UpdatePlan, read: Callable[[int], Array]) -> Iterator[tuple[Group, Array]]:
     """Yield each group with its part of the long vector."""
     return zip(plan.groups, group_vectors(algebra.backend, read, (group.pieces for group in plan.groups)), strict=True)
 
 
 def _fitted_together(
-    algebra: Algebra, plan: SuperLoRA, read: Callable[[int], Array], limits: Limits, progress: Progress | None
+    algebra: Algebra, plan: UpdatePlan, read: Callable[[int], Array], limits: Limits, progress: Progress | None
 ) -> tuple[dict[str, Array], FitReport]:
     """Fit the parameters of a plan that has more than one trained array per array of the network."""
     if not all(group.projection.linear for group in plan.groups):

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from tnadapt.algebra.group import Group
-from tnadapt.algebra.superlora import SuperLoRA
+from tnadapt.algebra.update_plan import UpdatePlan
 from tnadapt.backends import load_backend
 
 from ._least_squares import damped_gauss_newton
@@ -33,7 +33,7 @@ _STARTS = 3
 
 
 def fit_parameters(
-    plan: SuperLoRA,
+    plan: UpdatePlan,
     wanted: Sequence[np.ndarray],
     limits: Limits,
     seed: int,
@@ -44,7 +44,7 @@ def fit_parameters(
 
     Parameters
     ----------
-    plan : SuperLoRA
+    plan : UpdatePlan
     wanted : sequence of ndarray of float64
         The vector of each group.
     limits : Limits
@@ -79,7 +79,7 @@ def fit_parameters(
     )
 
 
-def _independent(plan: SuperLoRA) -> list[list[int]]:
+def _independent(plan: UpdatePlan) -> list[list[int]]:
     """Return the indices of the groups, in sets that have no parameter in common."""
     if plan.theta is not None:
         return [list(range(len(plan.groups)))]
@@ -96,7 +96,7 @@ def _independent(plan: SuperLoRA) -> list[list[int]]:
     return [sorted(indices) for _, indices in sets]
 
 
-def _start(plan: SuperLoRA) -> Arrays:
+def _start(plan: UpdatePlan) -> Arrays:
     """Return the initial parameters, which for θ are zeros, whether or not training could begin there."""
     if plan.theta is not None:
         return {name: np.zeros(shape) for name, shape in plan.param_shapes.items()}
@@ -106,7 +106,7 @@ def _start(plan: SuperLoRA) -> Arrays:
 class _Problem:
     """Residuals of a plan's updates, and the products of their derivative with vectors."""
 
-    def __init__(self, plan: SuperLoRA, groups: Sequence[Group], wanted: Sequence[np.ndarray]) -> None:
+    def __init__(self, plan: UpdatePlan, groups: Sequence[Group], wanted: Sequence[np.ndarray]) -> None:
         self.plan, self.groups, self.backend = plan, groups, load_backend("numpy")
         names = {full for group in groups for full in group.names.values()}
         shapes = plan.param_shapes

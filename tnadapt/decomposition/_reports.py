@@ -8,7 +8,7 @@ import math
 from typing import Any, NamedTuple
 
 from tnadapt.algebra.norms import relative, together
-from tnadapt.algebra.superlora import SuperLoRA
+from tnadapt.algebra.update_plan import UpdatePlan
 from tnadapt.report import TextTable
 
 from .fits import FitOutcome
@@ -66,20 +66,20 @@ class FitReport:
 
     Attributes
     ----------
-    plan : SuperLoRA
+    plan : UpdatePlan
         The plan that the parameters belong to: ``report.plan.deltas(params)``.
     groups : tuple of GroupReport
 
     Examples
     --------
     >>> import tnadapt as tna
-    >>> plan = tna.SuperLoRA(tna.Config(rank=1), [(2, 2)])
+    >>> plan = tna.UpdatePlan(tna.Config(rank=1), [(2, 2)])
     >>> group = GroupReport(size=4, norm=2.0, error=0.25, bound=0.25, certified=True, iterations=0, method="SVD")
     >>> print(FitReport(plan, (group,)))
     relative error 0.25 in 1 group, 4 parameters for 4 elements; the optimum
     """
 
-    plan: SuperLoRA
+    plan: UpdatePlan
     groups: tuple[GroupReport, ...]
 
     @functools.cached_property

@@ -15,7 +15,7 @@ import numpy as np
 from tnadapt.algebra.config import Config
 from tnadapt.algebra.named_config import config_of
 from tnadapt.algebra.rounding import rounded, widened
-from tnadapt.algebra.superlora import SuperLoRA
+from tnadapt.algebra.update_plan import UpdatePlan
 from tnadapt.argument_checks import checks_arguments
 from tnadapt.backends import load_backend
 from tnadapt.checkpoints.adapter_file import KEPT, AdapterFile
@@ -141,7 +141,7 @@ def extract(
         return _difference(resolved[weight].label, old.of(weight), new.of(weight))
 
     def fit(config: Config) -> tuple[dict[str, np.ndarray], FitReport]:
-        plan = SuperLoRA(
+        plan = UpdatePlan(
             config,
             [target.shape for target in resolved],
             [target.layer for target in resolved],

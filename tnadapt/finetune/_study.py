@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from tnadapt import torch as tnt
-from tnadapt.algebra.superlora import SuperLoRA
+from tnadapt.algebra.update_plan import UpdatePlan
 from tnadapt.argument_checks import checks_arguments, integer, wrong_argument
 from tnadapt.checkpoints.adapter_format import load_single
 from tnadapt.checkpoints.atomic_files import replace_file
@@ -259,7 +259,7 @@ class Study:
         for method in methods:
             if method.config is not None:
                 try:
-                    SuperLoRA(method.config, self.shapes, self.layers, self.roles)
+                    UpdatePlan(method.config, self.shapes, self.layers, self.roles)
                 except TnadaptError as error:
                     raise TnadaptError(f"{method.name} does not fit the targets: {error}") from None
         # Methods with equal configs but different names share one training.
@@ -277,7 +277,7 @@ class Study:
         """Return the number of parameters of a method's adapter on these targets."""
         if method.config is None:
             return 0
-        return SuperLoRA(method.config, self.shapes, self.layers, self.roles).num_parameters
+        return UpdatePlan(method.config, self.shapes, self.layers, self.roles).num_parameters
 
     def settings(self) -> dict[str, Any]:
         """Return everything that the outcome of a training depends on, except method, seed and rate.

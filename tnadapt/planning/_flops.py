@@ -10,7 +10,7 @@ from typing import Any
 from tnadapt.algebra.applying import Applying
 from tnadapt.algebra.maps.projection import Projection
 from tnadapt.algebra.network import Network
-from tnadapt.algebra.superlora import SuperLoRA
+from tnadapt.algebra.update_plan import UpdatePlan
 from tnadapt.argument_checks import checks_arguments
 from tnadapt.backends import OPTIONAL, Backend
 
@@ -133,12 +133,12 @@ class CountingBackend(Backend):
 
 
 @checks_arguments
-def step_cost(plan: SuperLoRA) -> int:
+def step_cost(plan: UpdatePlan) -> int:
     """Return the multiply-adds of one training step in the adapter alone, if every group is computed once.
 
     Parameters
     ----------
-    plan : SuperLoRA
+    plan : UpdatePlan
 
     Returns
     -------
@@ -157,12 +157,12 @@ def step_cost(plan: SuperLoRA) -> int:
     A product of rank r with N elements costs r N, three times:
 
     >>> import tnadapt as tna
-    >>> step_cost(tna.SuperLoRA(tna.presets.lora(4), [(768, 768)])) == 3 * 4 * 768 * 768
+    >>> step_cost(tna.UpdatePlan(tna.presets.lora(4), [(768, 768)])) == 3 * 4 * 768 * 768
     True
 
     HiRA multiplies it with the weight, which takes another product per element, three times:
 
-    >>> step_cost(tna.SuperLoRA(tna.presets.hira(4), [(768, 768)])) == 3 * (4 + 1) * 768 * 768
+    >>> step_cost(tna.UpdatePlan(tna.presets.hira(4), [(768, 768)])) == 3 * (4 + 1) * 768 * 768
     True
     """
     known: dict[tuple[int, int], int] = {}

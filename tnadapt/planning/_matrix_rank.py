@@ -12,7 +12,7 @@ import numpy as np
 
 from tnadapt.algebra.formats import Dense, Format, of_cp, of_tucker
 from tnadapt.algebra.network import Network
-from tnadapt.algebra.superlora import SuperLoRA
+from tnadapt.algebra.update_plan import UpdatePlan
 from tnadapt.argument_checks import checks_arguments, integer
 from tnadapt.errors import ShapeError
 
@@ -55,12 +55,12 @@ class Rank(NamedTuple):
 
 
 @checks_arguments
-def largest_rank(plan: SuperLoRA, weight: int | None = None, limit: int = LIMIT, seed: int = 0) -> Rank:
+def largest_rank(plan: UpdatePlan, weight: int | None = None, limit: int = LIMIT, seed: int = 0) -> Rank:
     """Return the largest matrix rank that the update of a weight can have.
 
     Parameters
     ----------
-    plan : SuperLoRA
+    plan : UpdatePlan
     weight : int, optional
         Index of the weight; by default, the first of those whose smaller side is largest.
     limit : int
@@ -84,8 +84,8 @@ def largest_rank(plan: SuperLoRA, weight: int | None = None, limit: int = LIMIT,
     multiply, up to full rank); for a vector whose elements are free; and for F with its transforms (of one group),
     which, over its random draws, maps every vector to one with a density and so with full rank.
 
-    Otherwise ΔW of random parameters is computed in float64, a few rows at a time, by :meth:`SuperLoRA.vector
-    <tnadapt.SuperLoRA.vector>`, and sketched from both sides by k random vectors, k doubling: if the rank of the k × k
+    Otherwise ΔW of random parameters is computed in float64, a few rows at a time, by :meth:`UpdatePlan.vector
+    <tnadapt.UpdatePlan.vector>`, and sketched from both sides by k random vectors, k doubling: if the rank of the k × k
     sketch is below k, it is that of ΔW. Random numbers stand in for frozen arrays that the plan lacks. A square part of
     ΔW with full rank also decides it. Memory is a few times 2**22 elements, plus what the format needs to compute them.
 
@@ -94,7 +94,7 @@ def largest_rank(plan: SuperLoRA, weight: int | None = None, limit: int = LIMIT,
     >>> import tnadapt as tna
     >>> vit = [(768, 768)] * 24
     >>> for config in (tna.presets.lora(4), tna.presets.lokr(4), tna.presets.superlora(1)):
-    ...     print(largest_rank(tna.SuperLoRA(config, vit)))
+    ...     print(largest_rank(tna.UpdatePlan(config, vit)))
     4
     96
     768
@@ -112,7 +112,7 @@ def largest_rank(plan: SuperLoRA, weight: int | None = None, limit: int = LIMIT,
     smaller = [few for few in _FEW if isinstance(plan.config.rank, int) and plan.config.rank > 2 * few]
     if smaller and _free(plan):  # with another rank, frozen arrays would be different ones
         # A larger rank can represent all that a smaller one can, and takes longer to compute.
-        fewer = SuperLoRA(plan.config.replace(rank=smaller[-1]), shapes, plan._layers, plan._roles)
+        fewer = UpdatePlan(plan.config.replace(rank=smaller[-1]), shapes, plan._layers, plan._roles)
         smaller_rank = largest_rank(fewer, weight, limit, seed)
         if smaller_rank.value >= most:
             return Rank(most, most == min(shapes[weight]))
@@ -137,12 +137,12 @@ def largest_rank(plan: SuperLoRA, weight: int | None = None, limit: int = LIMIT,
     return sketched(blocks, (rows, cols), limit, rng)
 
 
-def _free(plan: SuperLoRA) -> bool:
+def _free(plan: UpdatePlan) -> bool:
     """Return whether every array is a parameter of its own: none is frozen, tied, scaled, or made from θ."""
     return not plan.config.sources and plan.theta is None
 
 
-def _with_stand_ins(plan: SuperLoRA, rng: np.random.Generator) -> SuperLoRA:
+def _with_stand_ins(plan: UpdatePlan, rng: np.random.Generator) -> UpdatePlan:
     """Return the plan with random numbers in place of frozen arrays that it lacks: given, or from the base."""
     shapes = {**plan.given_shapes, **plan.base_shapes}
     missing = {name: rng.standard_normal(shape) for name, shape in shapes.items() if name not in plan.given}
@@ -193,7 +193,7 @@ def _count(matrix: np.ndarray) -> int:
     return int(np.sum(values > _ROUNDING * values[0]))
 
 
-def by_formula(plan: SuperLoRA, weight: int) -> int | None:
+def by_formula(plan: UpdatePlan, weight: int) -> int | None:
     """Return the rank if a formula gives it, otherwise None."""
     config, shape = plan.config, plan.shapes[weight]
     if not _free(plan):
@@ -242,12 +242,12 @@ Sizes = tuple[int, ...]
 
 
 @checks_arguments
-def degrees_of_freedom(plan: SuperLoRA) -> int:
+def degrees_of_freedom(plan: UpdatePlan) -> int:
     """Return the dimension of the set of all updates that a plan can represent, or an upper bound on it.
 
     Parameters
     ----------
-    plan : SuperLoRA
+    plan : UpdatePlan
 
     Returns
     -------
@@ -272,7 +272,7 @@ def degrees_of_freedom(plan: SuperLoRA) -> int:
     Examples
     --------
     >>> import tnadapt as tna
-    >>> plan = tna.SuperLoRA(tna.presets.lora(4), [(768, 768)])
+    >>> plan = tna.UpdatePlan(tna.presets.lora(4), [(768, 768)])
     >>> plan.num_parameters, degrees_of_freedom(plan)
     (6144, 6128)
     """

@@ -13,7 +13,7 @@ from typing import Any
 
 from tnadapt.algebra.config import Config
 from tnadapt.algebra.network import Network
-from tnadapt.algebra.superlora import SuperLoRA
+from tnadapt.algebra.update_plan import UpdatePlan
 from tnadapt.argument_checks import checks_arguments, integer, is_sequence
 from tnadapt.backends import FLOAT_DTYPES
 from tnadapt.checkpoints.lora_export import LoraExport, lora_export
@@ -47,7 +47,7 @@ class Row:
     cost : int
         Multiply-adds to compute all updates, what they make of the weights, and their gradients once:
         :func:`~tnadapt.planning.step_cost`.
-    adapter : SuperLoRA
+    adapter : UpdatePlan
         The setting on the plan's weights.
     measured : float, optional
         What part of the gain of dense updates the method reached on held-out samples with about as many parameters, in
@@ -61,7 +61,7 @@ class Row:
     Examples
     --------
     >>> import tnadapt as tna
-    >>> row = Row.of(tna.SuperLoRA(tna.presets.lora(1), [(64, 64)] * 8))
+    >>> row = Row.of(tna.UpdatePlan(tna.presets.lora(1), [(64, 64)] * 8))
     >>> print(row.name, row.parameters, row.bytes, row.freedom, row.rank)
     LoRA r = 1 1024 4096 1016 1
     """
@@ -73,15 +73,15 @@ class Row:
     waste: float
     freedom: int
     cost: int
-    adapter: SuperLoRA = dataclasses.field(compare=False, repr=False)
+    adapter: UpdatePlan = dataclasses.field(compare=False, repr=False)
     measured: float | None = None
     measured_on: tuple[str, ...] = ()
     estimated_on: tuple[str, ...] = ()
 
     @classmethod
     @checks_arguments
-    def of(cls, adapter: SuperLoRA, each: int = 4) -> Row:
-        """Return the row of a :class:`~tnadapt.SuperLoRA` whose parameters have ``each`` bytes."""
+    def of(cls, adapter: UpdatePlan, each: int = 4) -> Row:
+        """Return the row of a :class:`~tnadapt.UpdatePlan` whose parameters have ``each`` bytes."""
         count = adapter.num_parameters
         return cls(
             adapter.config, known_as(adapter.config), count, count * each, padding_waste(adapter),
@@ -108,7 +108,7 @@ class Row:
 
     @property
     def lora_rank(self) -> int | None:
-        """Rank of LoRA that holds every update exactly, or None: :attr:`tnadapt.SuperLoRA.lora_rank`."""
+        """Rank of LoRA that holds every update exactly, or None: :attr:`tnadapt.UpdatePlan.lora_rank`."""
         return self.export.rank
 
     @property
@@ -129,12 +129,12 @@ class Row:
 
 
 @checks_arguments
-def padding_waste(plan: SuperLoRA) -> float:
+def padding_waste(plan: UpdatePlan) -> float:
     """Return the fraction of the elements of all folded tensors that are computed but not used.
 
     Parameters
     ----------
-    plan : SuperLoRA
+    plan : UpdatePlan
 
     Returns
     -------
@@ -144,7 +144,7 @@ def padding_waste(plan: SuperLoRA) -> float:
     Examples
     --------
     >>> import tnadapt as tna
-    >>> padding_waste(tna.SuperLoRA(tna.Config(groups=1, fold="hypercube", order=3), [(3, 3)]))  # 27 for 9
+    >>> padding_waste(tna.UpdatePlan(tna.Config(groups=1, fold="hypercube", order=3), [(3, 3)]))  # 27 for 9
     0.6666666666666666
     """
     computed = sum(count * _elements(group.network) for group, count in plan.alike)
@@ -427,6 +427,8 @@ def _beats(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
 UNITS = {
     "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30,
 }  # fmt: skip
+#: Of parameters.
+THOUSANDS = {"k": 10**3, "m": 10**6}
 MOST = 1 << 62
 _FORM = re.compile(r"\s*([0-9][0-9_,]*(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", re.ASCII)
 
@@ -471,20 +473,24 @@ def parameters_of(budget: Any, dtype: str = "float32") -> int:
 
     Examples
     --------
-    >>> parameters_of(1000), parameters_of("10,000"), parameters_of("4 kB"), parameters_of("4 KiB", "float16")
-    (1000, 10000, 1000, 2048)
+    >>> parameters_of(1000), parameters_of("10,000"), parameters_of("1.5k")
+    (1000, 10000, 1500)
+    >>> parameters_of("4 kB"), parameters_of("4 KiB", "float16")
+    (1000, 2048)
     """
     each = bytes_each(dtype)
     if not isinstance(budget, str):
         return integer("budget", budget, 1, MOST, ConfigError, "of parameters, or bytes as text, such as '4 kB'")
     match = _FORM.fullmatch(budget)
     unit = match[2].lower() if match else ""
-    if match is None or (unit and unit not in UNITS):
+    if match is None or (unit and unit not in {*UNITS, *THOUSANDS}):
         raise ConfigError(
-            f"a budget is a number of parameters, such as 1000, or of bytes, such as '4 kB' or '64 KiB'; "
+            f"a budget is a number of parameters, such as 1000 or '1k', or of bytes, such as '4 kB' or '64 KiB'; "
             f"got {safe_repr(budget)}"
         )
     number = Decimal(match[1].replace(",", "").replace("_", ""))
+    if unit in THOUSANDS:
+        number, unit = number * THOUSANDS[unit], ""
     if not unit and number != int(number):
         raise ConfigError(f"a budget of parameters must be a whole number; got {safe_repr(budget)}")
     parameters = int(number * UNITS[unit]) // each if unit else int(number)

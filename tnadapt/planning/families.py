@@ -12,7 +12,7 @@ from tnadapt.algebra import presets
 from tnadapt.algebra.config import Config
 from tnadapt.algebra.layout import KnownWeights
 from tnadapt.algebra.presets import PRESETS, AdaptedWeights, Ladder, by_factors
-from tnadapt.algebra.superlora import SuperLoRA
+from tnadapt.algebra.update_plan import UpdatePlan
 from tnadapt.errors import TnadaptError
 
 from ._matrix_rank import degrees_of_freedom
@@ -85,9 +85,9 @@ class Search:
         settings = [setting for ladder in family if (setting := self._largest(ladder, allowed))]
         return max(settings, key=worth) if len(settings) > 1 else next(iter(settings), None)
 
-    def adapter(self, config: Config) -> SuperLoRA:
+    def adapter(self, config: Config) -> UpdatePlan:
         """Return the plan of a setting on these weights, whose groups are laid out when they are used."""
-        return SuperLoRA(config, self.shapes, self.layers, self.roles, lay_out=False)
+        return UpdatePlan(config, self.shapes, self.layers, self.roles, lay_out=False)
 
     def freedom(self, found: Found) -> int:
         """Return the degrees of freedom of a setting; a ``worth`` for :meth:`largest`."""
@@ -221,13 +221,13 @@ def _hypercube(form: str, order: int, groups: Any) -> Ladder:
     return Ladder(lambda rank: Config(rank, order, groups=groups, fold="hypercube", format=form, rate="adam"), most)
 
 
-def _by_count(plan: SuperLoRA) -> int:
+def _by_count(plan: UpdatePlan) -> int:
     """Return the rank at which all elements of CP of order 3 or more are free; ranks above the sizes still help."""
     networks = [group.network for group, _ in plan.alike]
     return max(network.size // (sum(network.sizes) - len(network.sizes) + 1) for network in networks)
 
 
-def _by_bonds(plan: SuperLoRA) -> int:
+def _by_bonds(plan: UpdatePlan) -> int:
     """Return the largest useful rank of a tensor train: the elements on the smaller side of a bond."""
     sizes = max(group.network.sizes for group, _ in plan.alike)
     cuts = range(1, len(sizes))

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from tnadapt.algebra.config import Config
-from tnadapt.algebra.superlora import SuperLoRA, parameter_count
+from tnadapt.algebra.update_plan import UpdatePlan, parameter_count
 from tnadapt.argument_checks import checks_arguments
 from tnadapt.errors import ConfigError, safe_repr
 
@@ -296,7 +296,7 @@ def parameters(
     if not len(orders):
         raise ConfigError("orders is empty; give at least one order, such as (2, 3)")
     drawn, axes = figure(8.6, 5.2)
-    size = SuperLoRA(Config(order=1, groups=1, fold="hypercube", format="dense"), shapes).size
+    size = UpdatePlan(Config(order=1, groups=1, fold="hypercube", format="dense"), shapes).size
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     quiet(axes)

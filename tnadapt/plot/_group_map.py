@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from tnadapt.algebra.group import Group
 from tnadapt.algebra.layout import Piece
-from tnadapt.algebra.superlora import SuperLoRA
+from tnadapt.algebra.update_plan import UpdatePlan
 from tnadapt.argument_checks import checks_arguments
 from tnadapt.errors import ShapeError
 
@@ -33,7 +33,7 @@ class _Bar(NamedTuple):
 
 @checks_arguments
 def layout(
-    plan: SuperLoRA,
+    plan: UpdatePlan,
     path: str | os.PathLike[str],
     names: Sequence[str] | None = None,
     roles: Sequence[str] | None = None,
@@ -43,7 +43,7 @@ def layout(
 
     Parameters
     ----------
-    plan : SuperLoRA
+    plan : UpdatePlan
     path : path-like
         Its suffix determines the format: ``.png``, ``.pdf``, ``.svg``.
     names : sequence of str, optional
@@ -69,7 +69,7 @@ def layout(
     --------
     Three groups of five weights, of which two straddle them::
 
-        plan = SuperLoRA(Config(groups=3, fold="hypercube"), [(6, 8), (6, 8), (4, 8), (8, 6), (8, 6)])
+        plan = UpdatePlan(Config(groups=3, fold="hypercube"), [(6, 8), (6, 8), (4, 8), (8, 6), (8, 6)])
         layout(plan, "layout.png")
     """
     checked_text(title=title)
@@ -111,7 +111,7 @@ def layout(
     saved(drawn, path)
 
 
-def _bars(plan: SuperLoRA) -> tuple[list[_Bar], int]:
+def _bars(plan: UpdatePlan) -> tuple[list[_Bar], int]:
     """Return the bars that are drawn, and the number of omitted ones."""
     bars = [_Bar(index, group, -index) for index, group in enumerate(plan.groups)]
     hidden = len(bars) - _MOST
@@ -171,7 +171,7 @@ def _hatched() -> dict[str, Any]:
     return {"facecolor": tone(0.937), "edgecolor": tone(0.604), "hatch": "//////", "linewidth": 0.0}
 
 
-def _legend(axes: Any, plan: SuperLoRA, bars: Sequence[_Bar], roles: Sequence[str]) -> bool:
+def _legend(axes: Any, plan: UpdatePlan, bars: Sequence[_Bar], roles: Sequence[str]) -> bool:
     """Draw a legend of the colors and signs that occur, and return whether there are any."""
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch

@@ -15,7 +15,7 @@ from tnadapt.algebra.layout import Piece
 from tnadapt.algebra.maps import projection_name, takes_ratio
 from tnadapt.algebra.maps.projection import Projection
 from tnadapt.algebra.network import Network
-from tnadapt.algebra.superlora import SuperLoRA
+from tnadapt.algebra.update_plan import UpdatePlan
 from tnadapt.argument_checks import checks_arguments, integer
 from tnadapt.checkpoints.info import consecutive
 from tnadapt.errors import ShapeError
@@ -246,7 +246,7 @@ def network(
         network(tna.presets.lora(rank=4), [(768, 768)] * 24, "lora.svg", title="LoRA")
     """
     checked_text(title=title, note=note)
-    plan = SuperLoRA(config, shapes, layers, roles)
+    plan = UpdatePlan(config, shapes, layers, roles)
     index = integer("group", group, 0, plan.num_groups - 1, ShapeError)
     network_group = plan.groups[index]
     shown, omitted = _some(range(len(network_group.network.splits)), _SPLITS, _FIRST_SPLITS)
@@ -381,7 +381,7 @@ class _Step(NamedTuple):
     fixed: bool = False
 
 
-def _words(plan: SuperLoRA, group: Group) -> str:
+def _words(plan: UpdatePlan, group: Group) -> str:
     parameters = group.num_parameters
     told = _counted(parameters, "trainable parameter")
     # Magnitudes belong to weights, not to a group.
@@ -425,7 +425,7 @@ def _times(sizes: Sequence[int]) -> str:
     return " × ".join(map(_number, sizes[:3])) + f" × ⋯ × {_number(sizes[-1])}, of {len(sizes)} modes"
 
 
-def _steps(plan: SuperLoRA, group: Group, index: int) -> list[_Step]:
+def _steps(plan: UpdatePlan, group: Group, index: int) -> list[_Step]:
     """Return the steps from the network to the weights."""
     network, projection = group.network, group.projection
     tensor = "tensor" if len(network.sizes) > 1 else "vector of"
@@ -451,7 +451,7 @@ def _steps(plan: SuperLoRA, group: Group, index: int) -> list[_Step]:
     return steps
 
 
-def _ratio(plan: SuperLoRA, projection: Projection) -> str:
+def _ratio(plan: UpdatePlan, projection: Projection) -> str:
     # If F determines its input length, a ratio of 1 means nothing.
     said = takes_ratio(plan.config.projection) or projection.n_in == projection.n_out
     return f"ρ = {plan.config.ratio:.12g}:  " if said else ""
@@ -469,7 +469,7 @@ def _combined(network: Network) -> str:
     return ", ".join(changes)
 
 
-def _covered(plan: SuperLoRA, pieces: Sequence[Piece]) -> Iterator[str]:
+def _covered(plan: UpdatePlan, pieces: Sequence[Piece]) -> Iterator[str]:
     """Describe, in two lines, the weights that have elements in a group."""
     weights = [piece.weight for piece in pieces]
     cut = [piece.weight for piece in pieces if piece.length < math.prod(plan.shapes[piece.weight])]

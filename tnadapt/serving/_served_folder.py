@@ -137,7 +137,7 @@ class ServedFolder:
     --------
     >>> import json, tempfile, numpy as np, tnadapt as tna
     >>> targets = [tna.Target(f"model.layers.{layer}.self_attn.q_proj", (64, 64), "q") for layer in range(4)]
-    >>> plan = tna.SuperLoRA(tna.presets.lotr(rank=2), [target.shape for target in targets])
+    >>> plan = tna.UpdatePlan(tna.presets.lotr(rank=2), [target.shape for target in targets])
     >>> arrays = {name: np.ones(shape, "f4") for name, shape in plan.param_shapes.items()}
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     tna.save(folder + "/math.safetensors", tna.AdapterFile(plan.config, targets, arrays))

@@ -29,7 +29,7 @@ from tnadapt.algebra.formats import FORMATS, jacobian_rank
 from tnadapt.algebra.maps import Dft2, Linear, LinearV2, Map, MapSettings, Shuffle, Space
 from tnadapt.algebra.maps.fastfood import fwht_plain
 from tnadapt.algebra.sources import Multiplied, Source, Stream, Tied, source_from_dict, source_to_dict
-from tnadapt.algebra.superlora import SuperLoRA
+from tnadapt.algebra.update_plan import UpdatePlan
 from tnadapt.backends import FLOAT_DTYPES, OPTIONAL, Array, Backend, FixedArrays, get_backend, load_backend
 from tnadapt.convert import FORMS
 from tnadapt.errors import BackendError, ConfigError
@@ -263,7 +263,7 @@ class FormatContract:
             {"groups": 1, "order": 3, "fold": "hypercube"},
         ):
             config = tna.Config(rank=2, format=name, **settings)
-            plan = tna.SuperLoRA(config, list(_WEIGHTS.values()))
+            plan = tna.UpdatePlan(config, list(_WEIGHTS.values()))
             arrays = {full: rng.normal(size=shape).astype("f4") for full, shape in plan.param_shapes.items()}
             yield tna.AdapterFile(config, [tna.Target(path, shape) for path, shape in _WEIGHTS.items()], arrays)
 
@@ -481,12 +481,12 @@ class SourceContract:
         rng = np.random.default_rng(0)
         for source in [source for source in self.sources if source.trained or source in self._frozen()]:
             for config in _CONFIGS:
-                every = SuperLoRA(config, _SMALL_WEIGHTS)
+                every = UpdatePlan(config, _SMALL_WEIGHTS)
                 arrays = {name: rng.normal(size=shape) for name, shape in every.param_shapes.items()}
                 for number, (name, shape) in enumerate(every.groups[0].network.shapes.items()):
                     if len(shape) not in {len(other) for other in self.shapes}:
                         continue
-                    plan = SuperLoRA(config.replace(sources={name: source}), _SMALL_WEIGHTS)
+                    plan = UpdatePlan(config.replace(sources={name: source}), _SMALL_WEIGHTS)
                     frozen = {f"group{g}.{name}" for g in range(plan.num_groups)} if not source.trained else set()
                     assert plan.frozen_shapes.keys() == frozen
                     assert plan.num_parameters == sum(

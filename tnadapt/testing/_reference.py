@@ -181,7 +181,7 @@ def deltas(
     config : Config
     shapes : sequence of (rows, cols)
     params : mapping of str to ndarray of float64
-        Named as by :class:`tnadapt.SuperLoRA`.
+        Named as by :class:`tnadapt.UpdatePlan`.
     layers : sequence of hashable, optional
     start : mapping of str to ndarray, optional
         The initial parameters, which a nonlinear F needs, and every start but "zero".

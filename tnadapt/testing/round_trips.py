@@ -17,7 +17,7 @@ import numpy as np
 
 from tnadapt.algebra import presets
 from tnadapt.algebra.config import Config
-from tnadapt.algebra.superlora import SuperLoRA
+from tnadapt.algebra.update_plan import UpdatePlan
 from tnadapt.backends import Backend
 from tnadapt.checkpoints.adapter_file import AdapterFile
 from tnadapt.convert import convert
@@ -164,7 +164,7 @@ def conversion_cases(rng: np.random.Generator) -> Iterator[Case]:
     base = {target.module: target.stored for target in targets}
     for method, preset in _CONVERTED.items():
         config = preset(2, alpha=6)
-        plan = SuperLoRA(config, [target.shape for target in targets])
+        plan = UpdatePlan(config, [target.shape for target in targets])
         arrays = {name: rng.normal(size=shape) for name, shape in plan.param_shapes.items()}
         deltas = plan.deltas(arrays)
         for library in ("peft", "lycoris"):

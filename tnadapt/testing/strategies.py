@@ -15,7 +15,7 @@ from tnadapt.algebra.folding import FOLDS
 from tnadapt.algebra.formats import FORMATS
 from tnadapt.algebra.maps import KINDS, Recipe, takes_ratio
 from tnadapt.algebra.starting_points import STARTS
-from tnadapt.algebra.superlora import SuperLoRA
+from tnadapt.algebra.update_plan import UpdatePlan
 from tnadapt.errors import ShapeError
 
 ALPHAS = st.none() | st.sampled_from([0.5, 8.0])
@@ -138,8 +138,8 @@ def base_weights(draw: st.DrawFn, weights: Sequence[tuple[int, int]]) -> list[np
 
 
 @st.composite
-def plans(draw: st.DrawFn, projections: tuple[Recipe, ...] = KINDS, on: str = "vector") -> SuperLoRA:
-    """Draw plans of every kind on small weights: ``SuperLoRA(config, shapes, layers)``.
+def plans(draw: st.DrawFn, projections: tuple[Recipe, ...] = KINDS, on: str = "vector") -> UpdatePlan:
+    """Draw plans of every kind on small weights: ``UpdatePlan(config, shapes, layers)``.
 
     Base weights are random where a plan computes something from them. So are the arrays of a given start.
 
@@ -153,11 +153,11 @@ def plans(draw: st.DrawFn, projections: tuple[Recipe, ...] = KINDS, on: str = "v
     config = draw(configs(weights, projections, on=on))
     layers = [draw(st.integers(0, 1)) for _ in weights]
     try:
-        plan = SuperLoRA(config, weights, layers)
+        plan = UpdatePlan(config, weights, layers)
     except ShapeError:
         # A stack does not fit the groups: use the fold that the error message suggests.
         assert config.fold == "stack"
-        plan = SuperLoRA(config.replace(fold="hypercube"), weights, layers)
+        plan = UpdatePlan(config.replace(fold="hypercube"), weights, layers)
     if plan.point.brought:
         rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
         # The others start as usual.
@@ -167,12 +167,12 @@ def plans(draw: st.DrawFn, projections: tuple[Recipe, ...] = KINDS, on: str = "v
 
 
 @st.composite
-def parameters(draw: st.DrawFn, plan: SuperLoRA) -> dict[str, np.ndarray]:
+def parameters(draw: st.DrawFn, plan: UpdatePlan) -> dict[str, np.ndarray]:
     """Draw random float64 parameters of a plan, as NumPy arrays.
 
     Parameters
     ----------
-    plan : SuperLoRA
+    plan : UpdatePlan
     """
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     return {name: rng.normal(size=shape) for name, shape in plan.param_shapes.items()}

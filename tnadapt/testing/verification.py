@@ -31,7 +31,7 @@ from tnadapt.algebra.presets import PRESETS, Preset
 from tnadapt.algebra.products import cp_to_tensor, kron_matvec, kronecker, tt_to_tensor, tucker_to_tensor
 from tnadapt.algebra.sources import Tied, inner_source
 from tnadapt.algebra.starting_points import STARTS
-from tnadapt.algebra.superlora import SuperLoRA
+from tnadapt.algebra.update_plan import UpdatePlan
 from tnadapt.argument_checks import checks_arguments, integer
 from tnadapt.backends import Array, Backend, available_backends, load_backend
 from tnadapt.errors import BackendError, ConfigError, safe_repr
@@ -190,7 +190,7 @@ def _listed(shapes: Sequence[tuple[int, int]]) -> str:
     return ", ".join(f"{shape}*{count}" if count > 1 else shape for shape, count in runs)
 
 
-def checkable(config: Config, shapes: Sequence[tuple[int, int]], layers: Keys, roles: Keys = None) -> SuperLoRA:
+def checkable(config: Config, shapes: Sequence[tuple[int, int]], layers: Keys, roles: Keys = None) -> UpdatePlan:
     """Return the plan of a config, if it is small enough for its laws to be checked.
 
     Raises
@@ -204,7 +204,7 @@ def checkable(config: Config, shapes: Sequence[tuple[int, int]], layers: Keys, r
     >>> checkable(Config(rank=1), [(2, 2)], None).num_parameters
     4
     """
-    plan = SuperLoRA(config, shapes, layers, roles)
+    plan = UpdatePlan(config, shapes, layers, roles)
     elements = plan.num_parameters + sum(rows * cols for rows, cols in plan.shapes)
     if elements > MOST:
         raise ConfigError(
@@ -222,7 +222,7 @@ class ConfigLaws(LawCollector):
     label : str
         The subject.
     config, shapes, layers, roles
-        As for :class:`tnadapt.SuperLoRA`.
+        As for :class:`tnadapt.UpdatePlan`.
     backend : Backend
     rng : numpy.random.Generator
         Source of the random parameters.
@@ -253,7 +253,7 @@ class ConfigLaws(LawCollector):
         self.plan = checkable(config, shapes, layers, roles)
         if self.plan.theta is not None and self.plan.brought_shapes:
             brought = self.plan.theta.stand_ins(rng)
-            self.plan = SuperLoRA(config, self.plan.shapes, layers, roles, given=brought)
+            self.plan = UpdatePlan(config, self.plan.shapes, layers, roles, given=brought)
         self.base: list[np.ndarray] = []
         if self.plan.needs_base or not self.plan.applying.additive:
             # Any base will do: arrays computed from it are given to the reference, like the draws of a source.

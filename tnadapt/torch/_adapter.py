@@ -17,6 +17,7 @@ from tnadapt.algebra.config import Config
 from tnadapt.argument_checks import checks_arguments
 from tnadapt.checkpoints.lora_export import LoraExport, lora_export
 from tnadapt.errors import escaped, pluralize, safe_repr
+from tnadapt.planning import known_as
 from tnadapt.report import TextTable
 
 from . import _merging, _registry
@@ -69,7 +70,7 @@ class SummaryRow(NamedTuple):
     strategy : str
         How the layer uses the update.
     rank : int
-        A matrix rank that the update never exceeds: :meth:`tnadapt.SuperLoRA.largest_rank`.
+        A matrix rank that the update never exceeds: :meth:`tnadapt.UpdatePlan.largest_rank`.
     """
 
     target: str
@@ -193,8 +194,8 @@ class Adapter(AdapterParameters, AdapterFiles):
     config : Config
     targets : tuple of Target
         The weights it updates.
-    plan : SuperLoRA
-        The computation of the updates; see :class:`tnadapt.SuperLoRA`.
+    plan : UpdatePlan
+        The computation of the updates; see :class:`tnadapt.UpdatePlan`.
     strategy : tuple of str
         How each weight is updated: ``"weight"``, ``"factored"`` or ``"additive"``.
     activation : str or None
@@ -212,11 +213,17 @@ class Adapter(AdapterParameters, AdapterFiles):
         self.targets, self.activation = state.targets, state.activation
         self.report: FitReport | None = None
 
+    @property
+    def _method(self) -> str:
+        """The method and its setting; of several configs, that of the first."""
+        name, *others = dict.fromkeys(str(known_as(plan.config)) for plan, _ in self.plan.config_plans)
+        return f"{name} and {pluralize(len(others), 'other setting')}" if others else name
+
     def __repr__(self) -> str:
         state = "merged" if self.merged else "attached" if self.enabled else "disabled"
         weights = pluralize(len(self.targets), "weight")
         return (
-            f"<tnadapt adapter {self.name!r}: {self.num_parameters:,} parameters for {weights} of "
+            f"<tnadapt adapter {self.name!r}: {self._method}, {self.num_parameters:,} parameters for {weights} of "
             f"{type(self.model).__name__}, {state}, weight {self.weight:g}>"
         )
 

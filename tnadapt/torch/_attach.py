@@ -24,7 +24,7 @@ from tnadapt.algebra.factoring import Factoring
 from tnadapt.algebra.folding import MAX_SIZE
 from tnadapt.algebra.group import useful_rank
 from tnadapt.algebra.named_config import config_of
-from tnadapt.algebra.superlora import SuperLoRA, share_maps
+from tnadapt.algebra.update_plan import UpdatePlan, share_maps
 from tnadapt.argument_checks import flag, integer, is_sequence, wrong_argument
 from tnadapt.backends import load_backend
 from tnadapt.checkpoints.adapter_file import plan_of
@@ -323,7 +323,7 @@ def attach(
     return adapter
 
 
-def _warn_of_useless_rank(plan: SuperLoRA, targets: Sequence[Target]) -> None:
+def _warn_of_useless_rank(plan: UpdatePlan, targets: Sequence[Target]) -> None:
     """Warn of a rank beyond the largest that the updates can use."""
     config = plan.config
     # More frozen arrays, or arrays made from θ, can be useful whatever the sizes: no warning about those, nor about the
@@ -473,7 +473,7 @@ def _targets(request: AttachRequest) -> list[Target]:
     return targets
 
 
-def _plan(request: AttachRequest, targets: Sequence[Target]) -> SuperLoRA:
+def _plan(request: AttachRequest, targets: Sequence[Target]) -> UpdatePlan:
     """Return the plan of the targets in units, with the arrays that are computed from their weights."""
     model = request.model
     plan = plan_of(request.config, targets, request.given)
@@ -484,7 +484,7 @@ def _plan(request: AttachRequest, targets: Sequence[Target]) -> SuperLoRA:
     return plan.training_plan
 
 
-def _forms(request: AttachRequest, targets: Sequence[Target], plan: SuperLoRA) -> list[Form]:
+def _forms(request: AttachRequest, targets: Sequence[Target], plan: UpdatePlan) -> list[Form]:
     """Choose how each weight uses its update, and a tied weight under each of its names."""
     # The forms of the first names come first, in order of the targets.
     model, paths = request.model, paths_of(request.model)
@@ -504,7 +504,7 @@ def _forms(request: AttachRequest, targets: Sequence[Target], plan: SuperLoRA) -
     return forms
 
 
-def _install(request: AttachRequest, targets: Sequence[Target], plan: SuperLoRA, forms: Sequence[Form]) -> Adapter:
+def _install(request: AttachRequest, targets: Sequence[Target], plan: UpdatePlan, forms: Sequence[Form]) -> Adapter:
     """Put the parameters and the forms on the model."""
     model, kept = request.model, request.kept
     if kept is None:
@@ -543,7 +543,7 @@ def _install(request: AttachRequest, targets: Sequence[Target], plan: SuperLoRA,
     return adapter
 
 
-def _arrays(request: AttachRequest, plan: SuperLoRA, form: Form, members: Members | None) -> dict[str, torch.Tensor]:
+def _arrays(request: AttachRequest, plan: UpdatePlan, form: Form, members: Members | None) -> dict[str, torch.Tensor]:
     """Return the new parameters, on the device of the first weight, or of a quantized layer's tensors."""
     # Loaded before any program is compiled: loading it later would trigger a recompilation.
     load_backend("numpy")

@@ -36,8 +36,8 @@ from tnadapt.algebra.applying import Applying, Rescaling
 from tnadapt.algebra.factoring import KroneckerRows
 from tnadapt.algebra.group import Group, batches
 from tnadapt.algebra.maps.projection import adjoints
-from tnadapt.algebra.superlora import SuperLoRA
 from tnadapt.algebra.theta import ThetaPart
+from tnadapt.algebra.update_plan import UpdatePlan
 from tnadapt.backends import constant_result, load_backend
 
 # -- Whether something intercepts torch's operations: a transform, a trace or a dispatch mode --------------------------
@@ -185,7 +185,7 @@ class Whole(Function):
 
     keeps = "arrays"
 
-    def __init__(self, plan: SuperLoRA, names: Sequence[str], on_backward: Callable[[], None] | None = None) -> None:
+    def __init__(self, plan: UpdatePlan, names: Sequence[str], on_backward: Callable[[], None] | None = None) -> None:
         self.plan, self.names = plan, tuple(names)
         self.on_backward = on_backward
 
@@ -254,7 +254,7 @@ class Slice(Function):
 
     keeps = "arrays"
 
-    def __init__(self, plan: SuperLoRA, index: int) -> None:
+    def __init__(self, plan: UpdatePlan, index: int) -> None:
         self.shape = plan.shapes[index]
         self.size = math.prod(self.shape)
         self._pieces = plan.layout.of_weight(index)
@@ -298,7 +298,7 @@ class Slice(Function):
         return recompute(self, arrays, wanted, reuses_buffers(gradient))[1](gradient)
 
     @classmethod
-    def of(cls, plan: SuperLoRA, index: int) -> Slice | None:
+    def of(cls, plan: UpdatePlan, index: int) -> Slice | None:
         """Return the slice of one weight, or None where computing it alone costs more than as part of the whole.
 
         That is so behind F, which mixes all elements of a group. It is also so where a group's gradients would be
@@ -363,14 +363,14 @@ def version(array: Tensor) -> int:
     return -1 if array.is_inference() else array._version
 
 
-def vector(plan: SuperLoRA, arrays: Mapping[str, Tensor], on_backward: Callable[[], None] | None = None) -> Tensor:
+def vector(plan: UpdatePlan, arrays: Mapping[str, Tensor], on_backward: Callable[[], None] | None = None) -> Tensor:
     """Return the vector of all updates, differentiable; in a compiled program by operations that can be fused."""
     if torch.compiler.is_compiling():
         return plan.vector(arrays)
     return recomputed(Whole(plan, tuple(arrays), on_backward), *arrays.values())
 
 
-def pieces(plan: SuperLoRA, vec: Tensor) -> list[Tensor]:
+def pieces(plan: UpdatePlan, vec: Tensor) -> list[Tensor]:
     """Return the update of every weight, ``(rows, cols)``, as views of the vector of all updates, in order."""
     sizes = [rows * cols for rows, cols in plan.shapes]
     # One split rather than many slices: its backward writes the whole gradient once.
@@ -847,7 +847,7 @@ class DeltaCache(ArrayCache):
 
     Parameters
     ----------
-    plan : SuperLoRA
+    plan : UpdatePlan
 
     Notes
     -----
@@ -862,7 +862,7 @@ class DeltaCache(ArrayCache):
     Keys are the weight, or -1, -2 … for all of a part.
     """
 
-    def __init__(self, plan: SuperLoRA) -> None:
+    def __init__(self, plan: UpdatePlan) -> None:
         super().__init__()
         self.plan = plan
         #: Number by which an operator of a compiled program, which takes only tensors and numbers, finds this cache.
@@ -961,7 +961,7 @@ class CachedPart:
 
     Attributes
     ----------
-    plan : SuperLoRA
+    plan : UpdatePlan
         Of this part alone.
     names : list of str
         Of its arrays.
@@ -970,7 +970,7 @@ class CachedPart:
     key : int
     """
 
-    plan: SuperLoRA
+    plan: UpdatePlan
     names: list[str]
     first: int
     key: int
@@ -1045,11 +1045,11 @@ class ThetaArrays(ArrayCache):
 
     Parameters
     ----------
-    plan : SuperLoRA
+    plan : UpdatePlan
         With ``plan.theta``.
     """
 
-    def __init__(self, plan: SuperLoRA) -> None:
+    def __init__(self, plan: UpdatePlan) -> None:
         assert plan.theta is not None
         super().__init__()
         self.plan, self.theta = plan, plan.theta

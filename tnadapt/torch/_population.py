@@ -178,7 +178,7 @@ class Population(Adapter):
         state = "merged" if self.merged else "attached" if self.enabled else "disabled"
         return (
             f"<tnadapt population {self.name!r}: {self.population:,} member{'s' * (self.population != 1)} of "
-            f"{self.num_parameters:,} parameters for {pluralize(len(self.targets), 'weight')} of "
+            f"{self.num_parameters:,} parameters ({self._method}) for {pluralize(len(self.targets), 'weight')} of "
             f"{type(self.model).__name__}, {state}, weight {self.weight:g}>"
         )
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tnadapt.algebra.superlora import SuperLoRA
+from tnadapt.algebra.update_plan import UpdatePlan
 from tnadapt.argument_checks import checks_arguments, integer
 from tnadapt.backends import FixedArrays
 from tnadapt.errors import ConfigError, TargetError, safe_repr, warn
@@ -142,7 +142,7 @@ def _finite(weight: float) -> float:
 # -- The draws cached by an adapter's plan: counted and freed ----------------------------------------------------------
 
 
-def drawn(plan: SuperLoRA) -> Iterator[FixedArrays]:
+def drawn(plan: UpdatePlan) -> Iterator[FixedArrays]:
     """Yield what a plan keeps that can be computed again from its integers: draws, frozen and initial arrays."""
     for group in plan.arrays_plan.groups:
         yield from group.projection.map.components()

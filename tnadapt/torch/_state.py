@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from tnadapt.algebra.factoring import Factoring
-from tnadapt.algebra.superlora import SuperLoRA
+from tnadapt.algebra.update_plan import UpdatePlan
 from tnadapt.backends import constant_result
 from tnadapt.checkpoints.fingerprint import Fingerprint
 from tnadapt.checkpoints.pretrained_model import Pretrained
@@ -57,7 +57,7 @@ _INDEX_ON = "index on "
 ADAPTERS_ATTR = "_tnadapt_adapters"
 #: Runs a patched forward, with its arguments and keywords, where rows have different adapters.
 RowRunner = Callable[[Any, Any, Any], Any]
-#: Draws the random initial arrays of members, as ``SuperLoRA.drawn_for`` does.
+#: Draws the random initial arrays of members, as ``UpdatePlan.drawn_for`` does.
 Draws = Callable[[Sequence[int]], Iterator[tuple[str, Any]]]
 
 
@@ -145,7 +145,7 @@ class AdapterState:
         The population that a :class:`MemberState` belongs to; any other state itself.
     members : Members or None
         Number, names and states of a population's members; None for a single adapter.
-    plan : SuperLoRA
+    plan : UpdatePlan
         Of the parameters, which are in units; ``plan.file_plan`` is that of the arrays in files.
     targets : tuple of Target
     activation : str or None
@@ -225,7 +225,7 @@ class AdapterState:
         self,
         model: nn.Module,
         name: str,
-        plan: SuperLoRA,
+        plan: UpdatePlan,
         targets: Sequence[Target],
         kept: Sequence[str],
         activation: str | None,

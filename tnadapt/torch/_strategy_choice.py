@@ -12,7 +12,7 @@ from tnadapt.algebra.applying import AXES, Add, Applying
 from tnadapt.algebra.config import Config
 from tnadapt.algebra.factoring import Factoring, Size, factoring
 from tnadapt.algebra.maps import Map
-from tnadapt.algebra.superlora import SuperLoRA
+from tnadapt.algebra.update_plan import UpdatePlan
 from tnadapt.errors import ConfigError, TargetError, safe_repr
 from tnadapt.targets.target import RowIndices, Target
 
@@ -95,13 +95,13 @@ class StepWork(NamedTuple):
 
 
 def costs(
-    plan: SuperLoRA, index: int, how: Factoring | None, tokens: int = TOKENS, applying: Applying = _SUM
+    plan: UpdatePlan, index: int, how: Factoring | None, tokens: int = TOKENS, applying: Applying = _SUM
 ) -> dict[str, StepWork]:
     """Return the work of each strategy in one training step, beyond the layer's own two products.
 
     Parameters
     ----------
-    plan : SuperLoRA
+    plan : UpdatePlan
     index : int
         Index of the weight.
     how : Factoring or None
@@ -120,7 +120,7 @@ def costs(
     --------
     >>> import tnadapt as tna
     >>> from tnadapt.algebra.factoring import factoring
-    >>> plan = tna.SuperLoRA(tna.presets.lora(4), [(768, 768)])
+    >>> plan = tna.UpdatePlan(tna.presets.lora(4), [(768, 768)])
     >>> work = costs(plan, 0, factoring(plan, 0))
     >>> work["weight"].large == 2 * 2048 * 768 * 768  # one product for the gradient of W + ΔW
     True
@@ -177,7 +177,7 @@ def _norm(applying: Applying, shape: tuple[int, int]) -> StepWork:
 
 
 def choose(
-    plan: SuperLoRA,
+    plan: UpdatePlan,
     index: int,
     how: Factoring | None,
     tokens: int = TOKENS,
@@ -208,7 +208,7 @@ def choose(
     --------
     >>> import tnadapt as tna
     >>> from tnadapt.algebra.factoring import factoring
-    >>> plan = tna.SuperLoRA(tna.presets.krona(), [(768, 768)])
+    >>> plan = tna.UpdatePlan(tna.presets.krona(), [(768, 768)])
     >>> [choose(plan, 0, factoring(plan, 0), tokens) for tokens in (64, 8192)]
     ['factored', 'weight']
     >>> [choose(plan, 0, factoring(plan, 0), tokens, packed=6.0) for tokens in (64, 8192)]
@@ -283,7 +283,7 @@ def _of_last(sizes: tuple[Size, ...], tokens: int) -> StepWork:
     return StepWork(0.0, 6.0 * (inputs + out) * last.width, 4.0 * out + 4.0 * inputs, 12)
 
 
-def _formed(plan: SuperLoRA, index: int) -> StepWork:
+def _formed(plan: UpdatePlan, index: int) -> StepWork:
     """Return the work of computing one weight's update once, except F, which all strategies share."""
     total = StepWork()
     for piece in plan.layout.of_weight(index):
@@ -304,7 +304,7 @@ def _formed(plan: SuperLoRA, index: int) -> StepWork:
 
 def strategy_of(
     wanted: str,
-    plan: SuperLoRA,
+    plan: UpdatePlan,
     index: int,
     tokens: int,
     target: Target,
@@ -407,7 +407,7 @@ def strategy_of(
 
 
 def _of_lookup(
-    wanted: str, plan: SuperLoRA, index: int, target: Target, config: Config, applying: Applying
+    wanted: str, plan: UpdatePlan, index: int, target: Target, config: Config, applying: Applying
 ) -> tuple[str, Factoring | None]:
     """Return the strategy for an embedding, whose updates can be looked up like its weight."""
     if not applying.additive:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tnadapt.algebra.factoring import factoring
 from tnadapt.algebra.group import Group
 from tnadapt.algebra.init import Initializer
-from tnadapt.algebra.superlora import SuperLoRA
+from tnadapt.algebra.update_plan import UpdatePlan
 from tnadapt.argument_checks import checks_arguments, is_sequence
 from tnadapt.errors import ConfigError, safe_repr, warn
 
@@ -34,7 +34,7 @@ from ._weights import bound
 # -- The arrays to train, and learning rates: Local LoRA, asymmetric LoRA, LoRA+ ---------------------------------------
 
 
-def _places(plan: SuperLoRA) -> dict[str, tuple[int | None, set[str]]]:
+def _places(plan: UpdatePlan) -> dict[str, tuple[int | None, set[str]]]:
     """Return the group of each parameter, and the words by which its array can be chosen."""
     places = {name: _place(name) for name in plan.param_shapes if name not in plan.weight_param_shapes}
     for index, names in enumerate(plan.weight_param_names):
@@ -196,7 +196,7 @@ def _on_host(arrays: Any) -> Any:
     return {**arrays, **{name: tensor.detach().float().cpu() for name, tensor in tensors.items()}}
 
 
-def _check_gradient(adapter: AdapterState, plan: SuperLoRA) -> None:
+def _check_gradient(adapter: AdapterState, plan: UpdatePlan) -> None:
     """Raise a ConfigError if no trained array has a gradient at the start, and warn if some groups have none."""
     if plan.theta is not None:
         return
@@ -217,7 +217,7 @@ def _check_gradient(adapter: AdapterState, plan: SuperLoRA) -> None:
     )
 
 
-def _exchange(adapter: AdapterState, plan: SuperLoRA, slots: Mapping[AdapterSlot, AdapterSlot]) -> None:
+def _exchange(adapter: AdapterState, plan: UpdatePlan, slots: Mapping[AdapterSlot, AdapterSlot]) -> None:
     """Switch an adapter to another plan of the same config, shapes and names, and to new slots."""
     adapter.plan = plan
     adapter.cache = DeltaCache(plan.arrays_plan)
@@ -237,7 +237,7 @@ class AdapterParameters:
     """The part of an :class:`Adapter` that has to do with what is trained."""
 
     _state: AdapterState
-    plan: SuperLoRA
+    plan: UpdatePlan
 
     @property
     def num_parameters(self) -> int:

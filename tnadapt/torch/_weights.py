@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tnadapt.algebra.superlora import SuperLoRA
+from tnadapt.algebra.update_plan import UpdatePlan
 from tnadapt.argument_checks import integer
 from tnadapt.checkpoints.adapter_file import AdapterFile
 from tnadapt.errors import FileError, TargetError, safe_repr
@@ -60,11 +60,11 @@ def current_value(owner: nn.Module, parameter: str) -> Tensor | None:
 
 
 def bound(
-    plan: SuperLoRA,
+    plan: UpdatePlan,
     targets: Sequence[Target],
     owners: Sequence[nn.Module],
     progress: Callable[[int, int], None] | None = None,
-) -> SuperLoRA:
+) -> UpdatePlan:
     """Return the plan with what is computed from the weights of the model.
 
     Quantized weights are dequantized. The plan is returned as it is if the weights are on the meta device.

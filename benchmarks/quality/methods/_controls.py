@@ -15,7 +15,7 @@ from torch import nn
 from tnadapt import presets
 from tnadapt import torch as tnt
 from tnadapt.algebra.config import Config
-from tnadapt.algebra.superlora import SuperLoRA
+from tnadapt.algebra.update_plan import UpdatePlan
 
 from ..facts import Facts
 from ._method import Method, Setting
@@ -75,7 +75,7 @@ class Reference(Control):
         self.config = config
 
     def largest(self, facts: Facts, sketch: nn.Module, budget: int) -> Setting:
-        count = SuperLoRA(self.config, facts.shapes, facts.layers, facts.roles).num_parameters
+        count = UpdatePlan(self.config, facts.shapes, facts.layers, facts.roles).num_parameters
         return self.setting(0, "", count, self.config.to_dict())
 
     def attach(self, model: nn.Module, setting: Setting, facts: Facts, targets: Any, seed: int) -> nn.Module:

@@ -333,12 +333,12 @@ def test_numbers_that_are_not_in_memory_yet() -> None:
     assert torch.equal(tna.fwht(x[:1].expand(3, 8)), tna.fwht(x[:1].repeat(3, 1)))
 
 
-def arrays_of(plan: tna.SuperLoRA) -> dict[str, Any]:
+def arrays_of(plan: tna.UpdatePlan) -> dict[str, Any]:
     host = plan.init(dtype="float64")
     return {name: torch.tensor(array + 0.1, device=DEVICE, requires_grad=True) for name, array in host.items()}
 
 
-def step(plan: tna.SuperLoRA, arrays: dict[str, Any]) -> list[Any]:
+def step(plan: tna.UpdatePlan, arrays: dict[str, Any]) -> list[Any]:
     update = vector(plan, arrays)
     return [update, *torch.autograd.grad(update.square().sum(), list(arrays.values()))]
 
@@ -346,7 +346,7 @@ def step(plan: tna.SuperLoRA, arrays: dict[str, Any]) -> list[Any]:
 @through_torch
 @pytest.mark.parametrize("projection", ["linear", "nonlinear_v2"])
 def test_a_step_of_a_plan(projection: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = tna.SuperLoRA(tna.presets.superlora(2, projection=projection, ratio=0.3), [(12, 10), (10, 10)])
+    plan = tna.UpdatePlan(tna.presets.superlora(2, projection=projection, ratio=0.3), [(12, 10), (10, 10)])
     arrays = arrays_of(plan)
     found = step(plan, arrays)
     monkeypatch.setattr(torch_kernels, "there_are_kernels", lambda x: False)
@@ -357,7 +357,7 @@ def test_a_step_of_a_plan(projection: str, monkeypatch: pytest.MonkeyPatch) -> N
 @through_torch
 def test_groups_that_share_f_are_launched_together(calls: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     config = tna.presets.superlora(2, projection="linear", ratio=0.3, groups="weight")
-    plan = tna.SuperLoRA(config, [(12, 10)] * 6)
+    plan = tna.UpdatePlan(config, [(12, 10)] * 6)
     arrays = arrays_of(plan)
     found = step(plan, arrays)
     assert len(calls) == 2  # forward and backward

@@ -290,7 +290,7 @@ def test_half_a_surrogate_pair_in_metadata_is_kept_where_a_head_is_added(tmp_pat
     entry = {"dtype": "F32", "shape": [6, 4], "data_offsets": [0, 96]}
     base.write_bytes(cp.forge.container(json.dumps({"__metadata__": said, "h.0.q.weight": entry}), bytes(96)))
     head_weight = np.ones((2, 4), np.float32)
-    arrays = tna.SuperLoRA(P.lora(1), [(6, 4)]).init()
+    arrays = tna.UpdatePlan(P.lora(1), [(6, 4)]).init()
     file = tna.AdapterFile(P.lora(1), [T("h.0.q", (6, 4), "q")], arrays, kept={"head.weight": head_weight})
     tna.merge(base, file, tmp_path / "out.safetensors")
     merged = open_checkpoint(tmp_path / "out.safetensors")
@@ -373,7 +373,7 @@ def test_other_names_shapes_and_kinds(tmp_path: Path) -> None:
     message = refused(tmp_path, base, cp.adapter(P.lora(1), [T("layer.0.q", (4, 6), "q")]))
     assert "has shape (6, 4) in the checkpoint, and the adapter was trained on one of (4, 6)" in message
     loda = tna.AdapterFile(P.lora(1), [T("layer.0.q", (6, 4), "q")],
-                           tna.SuperLoRA(P.lora(1), [(6, 4)]).init(), activation="gelu")  # fmt: skip
+                           tna.UpdatePlan(P.lora(1), [(6, 4)]).init(), activation="gelu")  # fmt: skip
     assert "LoDA" in refused(tmp_path, base, loda)
     assert "No such file" in refused(tmp_path, tmp_path / "none", adapter)
     assert "No such file" in refused(tmp_path, base, tmp_path / "none")

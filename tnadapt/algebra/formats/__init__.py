@@ -777,7 +777,7 @@ def register_format(name: str, cls: type[Format]) -> None:
     ...     def array_shapes(self, rank):
     ...         return {"left": (self.sizes[0], rank), "middle": (rank, rank), "right": (rank, self.sizes[1])}
     >>> tna.register_format("three", Three)
-    >>> tna.SuperLoRA(tna.Config(rank=2, format="three"), [(5, 7)]).num_parameters
+    >>> tna.UpdatePlan(tna.Config(rank=2, format="three"), [(5, 7)]).num_parameters
     28
     """
     FORMATS.register(name, cls)

@@ -416,7 +416,7 @@ class TiedElements(MapSettings):
 
     >>> import numpy as np, tnadapt as tna
     >>> config = tna.presets.lora(1, before="tied", parameters=2, offset=False)
-    >>> plan = tna.SuperLoRA(config, [(2, 3)], given={"theta.index": np.array([0, 0, 1, 1, 1])})
+    >>> plan = tna.UpdatePlan(config, [(2, 3)], given={"theta.index": np.array([0, 0, 1, 1, 1])})
     >>> plan.deltas({"theta": np.array([2.0, 5.0])})[0]
     array([[10., 10., 10.],
            [10., 10., 10.]])

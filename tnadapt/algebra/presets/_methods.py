@@ -46,6 +46,11 @@ Named = Callable[[str], Float]
 
 def preset_config(changes: Mapping[str, Any], **settings: Any) -> Config:
     """Return the config of a preset: its settings, what the caller changes, and the rate that all presets share."""
+    if "parameters" in changes and (changes.get("before") or settings.get("before")) is None:
+        takes = next((name for name in ("rank", "ratio") if name in settings), None)
+        size = f"this preset takes {takes}; " if takes else ""
+        count = safe_repr(changes["parameters"])
+        raise ConfigError(f"parameters={count}: {size}unilora, tinylora and nola take a number of parameters")
     return Config.from_dict({"rate": "adam", **settings, **changes})
 
 
@@ -217,7 +222,7 @@ def lokr(rank: int = 4, **changes: Any) -> Config:
     Examples
     --------
     >>> import tnadapt as tna
-    >>> tna.SuperLoRA(lokr(rank=1), [(768, 768)]).param_shapes
+    >>> tna.UpdatePlan(lokr(rank=1), [(768, 768)]).param_shapes
     {'group0.split0.dense': (24, 24), 'group0.split1.factor0': (32, 1), 'group0.split1.factor1': (32, 1)}
     """
     return lora_config(changes, rank=rank, splits=2)
@@ -231,7 +236,7 @@ def krona(**changes: Any) -> Config:
     Examples
     --------
     >>> import tnadapt as tna
-    >>> tna.SuperLoRA(krona(), [(768, 768)]).num_parameters == 24**2 + 32**2
+    >>> tna.UpdatePlan(krona(), [(768, 768)]).num_parameters == 24**2 + 32**2
     True
     """
     return lora_config(changes, splits=2, format="dense")
@@ -263,7 +268,7 @@ def lonkr(
     Examples
     --------
     >>> import tnadapt as tna
-    >>> tna.SuperLoRA(lonkr(rank=1), [(768, 768)] * 24).num_parameters == 8**2 + 8**2 + 59 + 59
+    >>> tna.UpdatePlan(lonkr(rank=1), [(768, 768)] * 24).num_parameters == 8**2 + 8**2 + 59 + 59
     True
     """
     splitting = {"splits": splits, "split_size": split_size, "leading": "dense"}
@@ -311,8 +316,8 @@ def gralora(rank: int | tuple[int, ...] = 4, blocks: int = 2, **changes: Any) ->
     Examples
     --------
     >>> import tnadapt as tna
-    >>> ad = tna.SuperLoRA(gralora(rank=8, blocks=2), [(768, 768)] * 24)
-    >>> ad.num_parameters == 24 * 8 * (768 + 768), ad.lora_rank
+    >>> plan = tna.UpdatePlan(gralora(rank=8, blocks=2), [(768, 768)] * 24)
+    >>> plan.num_parameters == 24 * 8 * (768 + 768), plan.lora_rank
     (True, 16)
     """
     k = integer("blocks", blocks, 1, MAX_SIZE, ConfigError)
@@ -775,7 +780,7 @@ def lotr(
     Examples
     --------
     >>> import tnadapt as tna
-    >>> tna.SuperLoRA(lotr(rank=2, weights=3, rows=8, cols=5), [(8, 5)] * 3).param_shapes
+    >>> tna.UpdatePlan(lotr(rank=2, weights=3, rows=8, cols=5), [(8, 5)] * 3).param_shapes
     {'group0.split0.core': (3, 2, 2), 'group0.split0.factor1': (8, 2), 'group0.split0.factor2': (5, 2)}
 
     Queries and values of grouped-query attention:
@@ -962,7 +967,7 @@ def metatt(
     >>> import tnadapt as tna
     >>> tna.parameter_count(metatt(rank=8), [(768, 768)] * 24) == 8 * (768 + 768) + 64 * (12 + 2)
     True
-    >>> tna.SuperLoRA(metatt(rank=8), [(768, 768)] * 24).lora_rank
+    >>> tna.UpdatePlan(metatt(rank=8), [(768, 768)] * 24).lora_rank
     8
     """
     split = heads is not None or head_size is not None
@@ -1273,7 +1278,7 @@ def craft(rank: int | tuple[int, ...] = 64, *, weights: int | None = None, **cha
     Examples
     --------
     >>> import tnadapt as tna
-    >>> plan = tna.SuperLoRA(craft(rank=16), [(768, 768)] * 24, roles="qv" * 12)
+    >>> plan = tna.UpdatePlan(craft(rank=16), [(768, 768)] * 24, roles="qv" * 12)
     >>> plan.num_parameters == 2 * (12**2 + 16**2 + 16**2)
     True
     """

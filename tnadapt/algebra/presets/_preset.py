@@ -17,7 +17,7 @@ from tnadapt.argument_checks import checks_arguments
 from tnadapt.errors import ConfigError, safe_repr
 
 if TYPE_CHECKING:
-    from tnadapt.algebra.superlora import SuperLoRA
+    from tnadapt.algebra.update_plan import UpdatePlan
 
 Shapes = Sequence[tuple[int, int]]
 Float = NDArray[np.float64]
@@ -39,7 +39,7 @@ class Ladder(NamedTuple):
     """
 
     config: Callable[[int], Config]
-    most: Callable[[SuperLoRA], int]
+    most: Callable[[UpdatePlan], int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +82,7 @@ class AdaptedWeights:
         return [size for size in range(1, common + 1) if common % size == 0]
 
 
-def by_factors(plan: SuperLoRA) -> int:
+def by_factors(plan: UpdatePlan) -> int:
     """Return the smallest size of a factored mode, beyond which a rank gains nothing."""
     return min(shape[0] for group, _ in plan.alike for name, shape in group.network.shapes.items() if ".factor" in name)
 
@@ -180,9 +180,9 @@ class Preset:
     @property
     def served_as_lora(self) -> bool:
         """Whether its smallest updates of 768 × 768 are exactly LoRA, as engines such as vLLM serve it."""
-        from tnadapt.algebra.superlora import SuperLoRA
+        from tnadapt.algebra.update_plan import UpdatePlan
 
         roles = ["q", "v"] * 12
         weights = AdaptedWeights([(768, 768)] * 24, [place // 2 for place in range(24)], roles, head_size=64)
         smallest = self.ladders(weights)[0].config(1)
-        return SuperLoRA(smallest, weights.shapes, weights.layers, roles).lora_rank is not None
+        return UpdatePlan(smallest, weights.shapes, weights.layers, roles).lora_rank is not None

@@ -27,7 +27,7 @@ from tnadapt.algebra.formats import FORMATS
 from tnadapt.algebra.group import batches
 from tnadapt.algebra.layout import make_layout
 from tnadapt.algebra.maps import KINDS
-from tnadapt.algebra.superlora import share_maps
+from tnadapt.algebra.update_plan import share_maps
 from tnadapt.backends import Backend, load_backend
 from tnadapt.maps import Circulant, Gather, Scatter, SignGather, Tile, Wavelet
 from tnadapt.testing.strategies import configs, parameters, plans, shapes
@@ -43,7 +43,7 @@ def flat(arrays: list[np.ndarray]) -> np.ndarray:
 
 
 @st.composite
-def reordered(draw: st.DrawFn) -> tna.SuperLoRA:
+def reordered(draw: st.DrawFn) -> tna.UpdatePlan:
     """A plan of any axes: some single sizes, some several in one mode."""
     weights, row, rows, col, cols = (draw(st.integers(1, 3)) for _ in range(5))
     order = draw(st.permutations(range(5)))
@@ -64,7 +64,7 @@ def reordered(draw: st.DrawFn) -> tna.SuperLoRA:
         alpha=draw(st.none() | st.just(2.0)),
         projection=draw(st.sampled_from(["identity", "identity", "linear"])),
     )  # fmt: skip
-    return tna.SuperLoRA(config, [shape] * weights)
+    return tna.UpdatePlan(config, [shape] * weights)
 
 
 # Of every map but those of the paper, which the first have.
@@ -171,7 +171,7 @@ LONG = [(4096, 4096)] * 4  # 2**26 elements, 256 MiB in float32; a slice of 2**2
 )
 @pytest.mark.parametrize("start", [0, (1 << 25) - (1 << 19)])
 def test_a_slice_of_a_long_group_never_forms_the_group(config: tna.Config, start: int) -> None:
-    plan = tna.SuperLoRA(config, LONG)
+    plan = tna.UpdatePlan(config, LONG)
     rng = np.random.default_rng(0)
     params = {name: rng.normal(size=shape).astype(np.float32) for name, shape in plan.param_shapes.items()}
     stop = start + (1 << 20)
@@ -181,7 +181,7 @@ def test_a_slice_of_a_long_group_never_forms_the_group(config: tna.Config, start
 @pytest.mark.law("projection-shared")
 def test_groups_share_f_or_do_not(rng: np.random.Generator) -> None:
     for shared in (True, False):
-        plan = tna.SuperLoRA(
+        plan = tna.UpdatePlan(
             tna.presets.superlora(1, groups="weight", projection="linear", shared=shared), [(4, 4)] * 2
         )
         one = {name: rng.normal(size=shape) for name, shape in list(plan.param_shapes.items())[:2]}
@@ -226,19 +226,19 @@ def test_groups_share_f_or_do_not(rng: np.random.Generator) -> None:
 )
 def test_bad_plans(config: Any, arguments: list[Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        tna.SuperLoRA(config, *arguments)
+        tna.UpdatePlan(config, *arguments)
 
 
 def test_a_plan_says_what_it_is_and_pickles_without_its_draws() -> None:
-    plan = tna.SuperLoRA(tna.Config(rank=2), [(4, 3)] * 2)
-    assert repr(plan) == f"SuperLoRA({plan.config!r}, 2 weights, 2 groups, 24 elements)"
-    plan = tna.SuperLoRA(tna.presets.superlora(2, projection="nonlinear", ratio=0.1), [(40, 40)] * 2)
+    plan = tna.UpdatePlan(tna.Config(rank=2), [(4, 3)] * 2)
+    assert repr(plan) == f"UpdatePlan({plan.config!r}, 2 weights, 2 groups, 24 elements)"
+    plan = tna.UpdatePlan(tna.presets.superlora(2, projection="nonlinear", ratio=0.1), [(40, 40)] * 2)
     plan.deltas(plan.init())
     assert len(pickle.dumps(plan)) < 10_000
 
 
 def test_bad_parameters() -> None:
-    plan = tna.SuperLoRA(tna.presets.lora(2), [(4, 3)] * 2)
+    plan = tna.UpdatePlan(tna.presets.lora(2), [(4, 3)] * 2)
     good = plan.init()
     first = next(iter(good))
     cases = [
@@ -273,7 +273,7 @@ def test_bad_parameters() -> None:
 
 
 def test_bad_init() -> None:
-    plan = tna.SuperLoRA(tna.presets.lora(512), [(4096, 4096)])
+    plan = tna.UpdatePlan(tna.presets.lora(512), [(4096, 4096)])
     for arguments, message in (
         ({"backend": "tensorflow"}, "no backend named 'tensorflow'"),
         ({"dtype": "int8"}, "no floating dtype 'int8'"),
@@ -288,16 +288,16 @@ def test_bad_init() -> None:
 @pytest.mark.law("huge-models")
 def test_what_is_refused_is_refused_before_anything_is_allocated() -> None:
     huge = [(1 << 20, 1 << 20)] * 4
-    plan = tna.SuperLoRA(tna.presets.superlora(1), huge)
+    plan = tna.UpdatePlan(tna.presets.superlora(1), huge)
     small = {name: np.zeros((2, 2), np.float32) for name in plan.param_shapes}
 
     def attempts() -> None:
         with pytest.raises(tna.ShapeError):
             plan.deltas(small)
         with pytest.raises(tna.BackendError):
-            tna.SuperLoRA(tna.presets.dense(), huge).init(dtype="int8")
+            tna.UpdatePlan(tna.presets.dense(), huge).init(dtype="int8")
         with pytest.raises(tna.ShapeError):
-            tna.SuperLoRA(tna.Config(fold=(5, 5)), huge)
+            tna.UpdatePlan(tna.Config(fold=(5, 5)), huge)
 
     assert peak_of(attempts) < 1 << 20
 
@@ -311,17 +311,17 @@ def test_construction_is_small_and_ends_for_any_values() -> None:
         (tna.Config(groups=10**9), [(10**9, 10)]),
         (tna.Config(terms=1 << 16), [(4, 4)]),
     ):
-        assert peak_of(lambda c=config, s=sizes: tna.SuperLoRA(c, s).num_parameters) < 200 << 20
+        assert peak_of(lambda c=config, s=sizes: tna.UpdatePlan(c, s).num_parameters) < 200 << 20
     for config, sizes in (
         (tna.Config(), [(10**5000, 2)]),
         (tna.Config(), [(1 << 40, 1 << 40)]),
         (tna.Config(fold=((1 << 61) - 1, 2), splits=2), [(10, 10)]),
     ):
         with pytest.raises(tna.ShapeError):
-            tna.SuperLoRA(config, sizes)
+            tna.UpdatePlan(config, sizes)
     for layers in ([[0]], 5, iter([0, 1])):
         with pytest.raises(tna.ConfigError, match="layers"):
-            tna.SuperLoRA(tna.Config(groups="layer"), [(2, 2)], layers=layers)  # type: ignore[arg-type]
+            tna.UpdatePlan(tna.Config(groups="layer"), [(2, 2)], layers=layers)  # type: ignore[arg-type]
 
 
 # -- Layout of weights in groups: every element occurs once, and weights that straddle groups stay in order ------------
@@ -381,7 +381,7 @@ A, B = np.ones((2, 3)), np.ones((4, 2))
         (tna.BackendError, "matrices must be a sequence of arrays of numbers; got 3", lambda: tna.split_groups(3, 1)),
         (tna.BackendError, "two dtypes", lambda: tna.split_groups([A, np.ones((2, 3), np.float32)], 1)),
         (tna.ConfigError, "groups=15 is more than the 14 elements", lambda: tna.split_groups([A, B], 15)),
-        (tna.ConfigError, "groups must be from 1", lambda: tna.split_groups([A, B], 0)),
+        (tna.ConfigError, "groups must be at least 1", lambda: tna.split_groups([A, B], 0)),
         (tna.ConfigError, '"role", an integer of at least 1', lambda: tna.split_groups([A, B], "roles")),
         (tna.ConfigError, "needs layers=", lambda: tna.split_groups([A, B], "layer")),
         (tna.ConfigError, "0 to 1 exactly once", lambda: tna.split_groups([A, B], [[0, 2]])),
@@ -401,7 +401,7 @@ def test_bad_groups(error: type[Exception], message: str, call: Callable[[], obj
 # -- The equation by hand, operator by operator ------------------------------------------------------------------------
 
 
-def by_hand(plan: tna.SuperLoRA, params: Any) -> list[Any]:
+def by_hand(plan: tna.UpdatePlan, params: Any) -> list[Any]:
     """Return the updates of all weights by the public operators: equation (2) of the paper."""
     config, vectors = plan.config, []
     for g, group in enumerate(plan.groups):
@@ -419,11 +419,11 @@ def by_hand(plan: tna.SuperLoRA, params: Any) -> list[Any]:
 
 
 @st.composite
-def composed(draw: st.DrawFn) -> tna.SuperLoRA:
+def composed(draw: st.DrawFn) -> tna.UpdatePlan:
     weights = draw(shapes())
     most = min(4, sum(rows * cols for rows, cols in weights))
     splits, rank = draw(st.integers(1, 3)), draw(st.integers(1, 3))
-    return tna.SuperLoRA(
+    return tna.UpdatePlan(
         tna.Config(
             rank, draw(st.integers(1, 3)), splits=splits, groups=draw(st.just("weight") | st.integers(1, most)),
             fold="hypercube", leading="same", split_size=draw(st.integers(1, 3)) if splits > 1 else "balanced",
@@ -437,7 +437,7 @@ def composed(draw: st.DrawFn) -> tna.SuperLoRA:
 
 @pytest.mark.law("update-formula")
 @given(composed())
-def test_the_operators_by_hand_are_the_plan(backend: Backend, plan: tna.SuperLoRA) -> None:
+def test_the_operators_by_hand_are_the_plan(backend: Backend, plan: tna.UpdatePlan) -> None:
     # Sums of whole numbers are exact in any order, so what is left is the same call of F: equal to the bit.
     rng = np.random.default_rng(0)
     whole = {name: rng.integers(-3, 4, size=shape).astype(float) for name, shape in plan.param_shapes.items()}
@@ -455,7 +455,7 @@ def test_the_operators_are_differentiable_and_map_over_batches(library: str) -> 
     config = tna.Config(2, 3, splits=2, groups=2, fold="hypercube", leading="same", split_size=2, format="tucker",
                         projection="linear", ratio=0.3)  # fmt: skip
     pytest.importorskip(library)
-    plan, backend = tna.SuperLoRA(config, [(6, 4), (5, 3)]), load_backend(library)
+    plan, backend = tna.UpdatePlan(config, [(6, 4), (5, 3)]), load_backend(library)
     params = {name: backend.asarray(array, "float64") for name, array in drawn(plan).items()}
 
     def loss(compute: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -486,7 +486,7 @@ def test_the_operators_are_differentiable_and_map_over_batches(library: str) -> 
 
 
 @given(plan=st.one_of(plans(), reordered()))
-def test_the_adjoint_of_a_network_is_that_of_each_of_its_linear_maps(plan: tna.SuperLoRA) -> None:
+def test_the_adjoint_of_a_network_is_that_of_each_of_its_linear_maps(plan: tna.UpdatePlan) -> None:
     group, numpy = plan.groups[0], load_backend("numpy")
     arrays = {name: drawn(plan)[full] for name, full in group.names.items()}
     rng = np.random.default_rng(1)
@@ -504,7 +504,7 @@ def test_the_adjoint_of_a_network_is_that_of_each_of_its_linear_maps(plan: tna.S
 @given(sizes=st.tuples(*[st.integers(1, 4)] * 3), name=st.sampled_from(sorted(FORMATS.built_in)), r=st.integers(1, 3))
 def test_the_folds_own_order_is_no_change(sizes: tuple[int, int, int], name: str, r: int) -> None:
     plain = tna.Config(r, order=3, groups=1, fold=sizes, format=name)
-    one, other = (tna.SuperLoRA(c, [sizes[1:]] * sizes[0]) for c in (plain, plain.replace(axes=(0, 1, 2))))
+    one, other = (tna.UpdatePlan(c, [sizes[1:]] * sizes[0]) for c in (plain, plain.replace(axes=(0, 1, 2))))
     assert one.param_shapes == other.param_shapes
     params = drawn(one)
     for mine, theirs in zip(one.deltas(params), other.deltas(params), strict=True):
@@ -515,7 +515,7 @@ def test_the_folds_own_order_is_no_change(sizes: tuple[int, int, int], name: str
 
 def test_updates_in_another_order_are_fitted() -> None:
     config = tna.Config(2, order=3, groups=1, fold=("weights", "rows", "cols"), axes=(1, 0, 2), format="tt")
-    plan = tna.SuperLoRA(config, [(6, 5)] * 3)
+    plan = tna.UpdatePlan(config, [(6, 5)] * 3)
     deltas = plan.deltas(drawn(plan))
     params, report = tna.decompose(deltas, config)
     assert report.error < 1e-6
@@ -559,9 +559,9 @@ def at_once(backend: Backend, limit: int) -> Iterator[None]:
         yield
 
 
-def superlora(count: int, side: int = 4, **settings: Any) -> tna.SuperLoRA:
+def superlora(count: int, side: int = 4, **settings: Any) -> tna.UpdatePlan:
     settings = {"projection": "linear", "ratio": 0.3, **settings}
-    return tna.SuperLoRA(tna.presets.superlora(2, groups="weight", **settings), [(side, side)] * count)
+    return tna.UpdatePlan(tna.presets.superlora(2, groups="weight", **settings), [(side, side)] * count)
 
 
 #: For the compiled kernels, with many repeats of a short period.
@@ -589,14 +589,14 @@ def test_batches_change_no_bit(backend: Backend, data: st.DataObject) -> None:
 
 @pytest.mark.parametrize("projection", ["linear", "nonlinear"])
 def test_groups_of_weights_apart_are_computed_once(projection: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = tna.SuperLoRA(P.superlora(2, groups=[[0, 2], [3, 1]], projection=projection, ratio=0.3), [(4, 3)] * 4)
+    plan = tna.UpdatePlan(P.superlora(2, groups=[[0, 2], [3, 1]], projection=projection, ratio=0.3), [(4, 3)] * 4)
     params = {name: array + 0.5 for name, array in plan.init(dtype="float64").items()}
     expected = flat(plan.deltas(params))
     monkeypatch.setattr(type(plan.groups[0].projection.map), "slice", None)  # not called
     assert np.array_equal(plan.vector(params), expected)
 
 
-def together(plan: tna.SuperLoRA, first: int = 0) -> list[list[int]]:
+def together(plan: tna.UpdatePlan, first: int = 0) -> list[list[int]]:
     """Which groups are computed in one call, of the elements from the first one on."""
     runs = [(group, 0 if number else first, group.size) for number, group in enumerate(plan.groups)]
     return batches(load_backend("numpy"), np.zeros(1), runs)
@@ -606,7 +606,7 @@ def test_what_is_alike_is_together_as_far_as_the_limit_allows() -> None:
     for limit, most in ((0, 1), (16, 1), (63, 3), (1 << 20, 24)):
         with at_once(load_backend("numpy"), limit):
             assert together(superlora(24)) == [list(range(first, first + most)) for first in range(0, 24, most)]
-    two = tna.SuperLoRA(tna.presets.superlora(2, groups="weight", projection="linear"), [(4, 4), (4, 5), (4, 4)])
+    two = tna.UpdatePlan(tna.presets.superlora(2, groups="weight", projection="linear"), [(4, 4), (4, 5), (4, 4)])
     assert together(two) == [[0, 2], [1]]
     assert together(superlora(2, shared=False)) == [[0], [1]]
     assert together(superlora(3), first=1) == [[0], [1, 2]]  # the first is not whole
@@ -651,7 +651,7 @@ def test_a_plan_computes_the_same_with_shared_maps(data: st.DataObject) -> None:
 )
 def test_which_maps_are_equal(config: tna.Config, same: bool) -> None:
     shapes = [(16, 16)] * 4
-    one = tna.SuperLoRA(P.superlora(2, projection="linear", ratio=0.1), shapes)
-    other = tna.SuperLoRA(config, shapes)
+    one = tna.UpdatePlan(P.superlora(2, projection="linear", ratio=0.1), shapes)
+    other = tna.UpdatePlan(config, shapes)
     share_maps(other, [one])
     assert (other.groups[0].projection.map is one.groups[0].projection.map) is same

@@ -1,6 +1,6 @@
-"""SuperLoRA: from a config and the shapes of weights to parameters, and from parameters to the ΔW of every weight.
+"""From a config and the shapes of weights to parameters, and from parameters to the ΔW of every weight.
 
-``Config`` + shapes -> :class:`SuperLoRA` (integers) -> ``init`` (arrays) -> ``deltas`` (arrays).
+``Config`` + shapes -> :class:`UpdatePlan` (integers) -> ``init`` (arrays) -> ``deltas`` (arrays).
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from .units import adam_units, in_units
 LAID_OUT = 4096
 
 
-class SuperLoRA:
+class UpdatePlan:
     """The weight updates of a model as one long vector, cut into groups, each made from a small tensor network.
 
     ``ΔW_group = F(scale * sum_t kron_k(core_k x_1 A_k1 … x_M A_kM))``, unfolded and cut to length.
@@ -95,11 +95,11 @@ class SuperLoRA:
     Examples
     --------
     >>> import tnadapt as tna
-    >>> ad = SuperLoRA(tna.Config(rank=22, groups=1, fold="hypercube"), [(768, 768)] * 24)
-    >>> ad.num_parameters, ad.param_shapes
+    >>> plan = UpdatePlan(tna.Config(rank=22, groups=1, fold="hypercube"), [(768, 768)] * 24)
+    >>> plan.num_parameters, plan.param_shapes
     (165572, {'group0.split0.factor0': (3763, 22), 'group0.split0.factor1': (3763, 22)})
-    >>> params = ad.init()
-    >>> deltas = ad.deltas(params)
+    >>> params = plan.init()
+    >>> deltas = plan.deltas(params)
     >>> len(deltas), deltas[0].shape, bool(deltas[0].any())
     (24, (768, 768), False)
     """
@@ -153,7 +153,7 @@ class SuperLoRA:
     def _view(self, **fields: Any) -> Self:
         """Return a plan with other fields, without the values that depend on them and are cached in this one."""
         view = type(self).__new__(type(self))
-        cached = {name for name, value in vars(SuperLoRA).items() if isinstance(value, functools.cached_property)}
+        cached = {name for name, value in vars(UpdatePlan).items() if isinstance(value, functools.cached_property)}
         view.__dict__.update({name: value for name, value in self.__dict__.items() if name not in cached})
         view.__dict__.update(fields)
         view._lay_out()
@@ -170,7 +170,8 @@ class SuperLoRA:
         return plan
 
     def __repr__(self) -> str:
-        return f"SuperLoRA({self.config!r}, {len(self.shapes)} weights, {self.num_groups} groups, {self.size} elements)"
+        counts = f"{len(self.shapes)} weights, {self.num_groups} groups, {self.size} elements"
+        return f"UpdatePlan({self.config!r}, {counts})"
 
     def _repr_html_(self) -> str:
         share = 100.0 * self.num_parameters / self.size
@@ -183,12 +184,12 @@ class SuperLoRA:
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self._units:
-            return SuperLoRA.with_units, (self.file_plan, dict(self._units))
+            return UpdatePlan.with_units, (self.file_plan, dict(self._units))
         # Recompute it from its few integers, instead of pickling the cached draws.
         first = self._parts[0].first_weight, self._parts[0].first_group
         return _restored, (self.config, self.shapes, self._layers, self._roles, first, self.given, self._base_starts)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> SuperLoRA:
+    def __deepcopy__(self, memo: dict[int, Any]) -> UpdatePlan:
         return self  # immutable
 
     # -- Weights, groups and parts -----------------------------------------------------------
@@ -227,7 +228,7 @@ class SuperLoRA:
         Examples
         --------
         >>> import tnadapt as tna
-        >>> SuperLoRA(tna.presets.fastfood(ratio=0.1), [(10, 10)]).groups[0].projection
+        >>> UpdatePlan(tna.presets.fastfood(ratio=0.1), [(10, 10)]).groups[0].projection
         Projection('linear', n_in=10, n_out=100, seed=0, group=0)
         """
         if self._file_plan is not None:
@@ -249,21 +250,21 @@ class SuperLoRA:
         return [kind for part in self._parts for kind in part.alike]
 
     @functools.cached_property
-    def config_plans(self) -> list[tuple[SuperLoRA, int]]:
+    def config_plans(self) -> list[tuple[UpdatePlan, int]]:
         """The plan of each config, whose arrays have the names that they have here, and the number of its first weight.
 
         Examples
         --------
         >>> import tnadapt as tna
         >>> config = tna.CompositeConfig([(tna.presets.lora(1), 2), (tna.presets.lora(2), 1)])
-        >>> [(list(plan.param_shapes.values()), first) for plan, first in SuperLoRA(config, [(3, 4)] * 3).config_plans]
+        >>> [(list(plan.param_shapes.values()), first) for plan, first in UpdatePlan(config, [(3, 4)] * 3).config_plans]
         [([(3, 1), (4, 1), (3, 1), (4, 1)], 0), ([(3, 2), (4, 2)], 2)]
         """
         if len(self._parts) == 1:
             return [(self, 0)]
         return [(self._of_part(number), part.first_weight) for number, part in enumerate(self._parts)]
 
-    def _of_part(self, number: int) -> SuperLoRA:
+    def _of_part(self, number: int) -> UpdatePlan:
         assert isinstance(self.config, CompositeConfig)
         part = self._parts[number]
         groups = [
@@ -283,7 +284,7 @@ class SuperLoRA:
         return groups[first : first + part.layout.num_groups]
 
     @checks_arguments
-    def part_of(self, i: int) -> tuple[SuperLoRA, int]:
+    def part_of(self, i: int) -> tuple[UpdatePlan, int]:
         """Return the plan in ``config_plans`` that has weight ``i``, and the weight's number in it."""
         return next((plan, i - first) for plan, first in reversed(self.config_plans) if first <= i)
 
@@ -428,7 +429,7 @@ class SuperLoRA:
         >>> import tnadapt as tna
         >>> vit, P = [(768, 768)] * 24, tna.presets
         >>> for config in (P.lora(4), P.lotr(4), P.cara(4, heads=12), P.lokr(4), P.superlora(4)):
-        ...     print(tna.SuperLoRA(config, vit).largest_rank(0))
+        ...     print(tna.UpdatePlan(config, vit).largest_rank(0))
         4
         4
         4
@@ -449,9 +450,9 @@ class SuperLoRA:
         --------
         >>> import tnadapt as tna
         >>> gqa = [(64, 32), (16, 32)] * 3
-        >>> tna.SuperLoRA(tna.presets.fact_tk(2, groups="role"), gqa, roles="qvqvqv").lora_rank
+        >>> tna.UpdatePlan(tna.presets.fact_tk(2, groups="role"), gqa, roles="qvqvqv").lora_rank
         2
-        >>> tna.SuperLoRA(tna.presets.superlora(2), gqa).lora_rank is None
+        >>> tna.UpdatePlan(tna.presets.superlora(2), gqa).lora_rank is None
         True
         """
         return lora_rank(self.shapes, self.largest_ranks) if self.applying.additive else None
@@ -522,7 +523,7 @@ class SuperLoRA:
 
         Returns
         -------
-        SuperLoRA
+        UpdatePlan
             Itself if nothing of it is computed from the base.
 
         Raises
@@ -542,7 +543,7 @@ class SuperLoRA:
         --------
         >>> import numpy as np, tnadapt as tna
         >>> sources = {"factor0": tna.sources.FromBase("rows")}
-        >>> plan = tna.SuperLoRA(tna.presets.lora(2, sources=sources), [(6, 4)])
+        >>> plan = tna.UpdatePlan(tna.presets.lora(2, sources=sources), [(6, 4)])
         >>> plan.base_shapes, plan.with_base([np.diag([3.0, 2, 1, 1, 1, 1])[:, :4]]).given.keys()
         ({'group0.split0.factor0': (6, 2)}, dict_keys(['group0.split0.factor0']))
         """
@@ -578,14 +579,14 @@ class SuperLoRA:
                 raise ConfigError(f"{name} would start at the norms of a base weight that holds NaN or infinity")
         return starts
 
-    def fill(self, other: SuperLoRA) -> None:
+    def fill(self, other: UpdatePlan) -> None:
         """Add what is computed from the base weights and this plan lacks, in place, from a plan that has it.
 
         For an adapter that uses the plan already. What the plan has stays as it is.
 
         Parameters
         ----------
-        other : SuperLoRA
+        other : UpdatePlan
             A plan of the same config and shapes, such as :meth:`with_base` returns.
         """
         present = self.given
@@ -606,7 +607,7 @@ class SuperLoRA:
 
         Returns
         -------
-        SuperLoRA
+        UpdatePlan
             A new plan, with the given and base arrays of this one.
 
         Raises
@@ -621,7 +622,7 @@ class SuperLoRA:
         ΔW is the difference to the start, which itself is no zero:
 
         >>> import numpy as np, tnadapt as tna
-        >>> plan = tna.SuperLoRA(tna.presets.lora(1, start="given"), [(2, 3)])
+        >>> plan = tna.UpdatePlan(tna.presets.lora(1, start="given"), [(2, 3)])
         >>> plan = plan.with_start({"group0.split0.factor0": np.ones((2, 1))})
         >>> params = plan.init()
         >>> params["group0.split0.factor0"].tolist(), bool(plan.deltas(params)[0].any())
@@ -725,10 +726,10 @@ class SuperLoRA:
         Examples
         --------
         >>> import tnadapt as tna
-        >>> params = tna.SuperLoRA(tna.Config(rank=1), [(2, 3)]).init()
+        >>> params = tna.UpdatePlan(tna.Config(rank=1), [(2, 3)]).init()
         >>> params["group0.split0.factor0"].tolist()
         [[0.0], [0.0]]
-        >>> plan = tna.SuperLoRA(tna.Config(rank=1), [(2, 3)])
+        >>> plan = tna.UpdatePlan(tna.Config(rank=1), [(2, 3)])
         >>> params = plan.init(trained=["group0.split0.factor1"])
         >>> [bool(array.any()) for array in params.values()]
         [True, False]
@@ -789,7 +790,7 @@ class SuperLoRA:
         Examples
         --------
         >>> import tnadapt as tna
-        >>> plan = tna.SuperLoRA(tna.presets.lora(2), [(64, 32)])
+        >>> plan = tna.UpdatePlan(tna.presets.lora(2), [(64, 32)])
         >>> [(name, arrays.shape) for name, arrays in plan.drawn_for(range(1, 1000))]
         [('group0.split0.factor1', (999, 32, 2))]
         """
@@ -827,7 +828,7 @@ class SuperLoRA:
         Examples
         --------
         >>> import tnadapt as tna
-        >>> tna.SuperLoRA(tna.presets.lora(4), [(64, 64)] * 8).units["group0.split0.factor0"]
+        >>> tna.UpdatePlan(tna.presets.lora(4), [(64, 64)] * 8).units["group0.split0.factor0"]
         2.0
         """
         if self._units:
@@ -871,7 +872,7 @@ class SuperLoRA:
         Examples
         --------
         >>> import numpy as np, tnadapt as tna
-        >>> plan = tna.SuperLoRA(tna.presets.lora(4), [(64, 64)] * 8)
+        >>> plan = tna.UpdatePlan(tna.presets.lora(4), [(64, 64)] * 8)
         >>> training = plan.training_plan
         >>> params = training.init()
         >>> deltas = training.deltas(params)  # and after some steps of an optimizer
@@ -991,9 +992,9 @@ class SuperLoRA:
         Examples
         --------
         >>> import numpy as np, tnadapt as tna
-        >>> ad = SuperLoRA(tna.Config(rank=1), [(2, 3)])
+        >>> plan = UpdatePlan(tna.Config(rank=1), [(2, 3)])
         >>> b, a = np.array([[1.0], [2.0]]), np.array([[1.0], [10.0], [100.0]])
-        >>> ad.deltas({"group0.split0.factor0": b, "group0.split0.factor1": a})[0]
+        >>> plan.deltas({"group0.split0.factor0": b, "group0.split0.factor1": a})[0]
         array([[  1.,  10., 100.],
                [  2.,  20., 200.]])
         """
@@ -1034,8 +1035,8 @@ class SuperLoRA:
         Examples
         --------
         >>> import tnadapt as tna
-        >>> ad = SuperLoRA(tna.Config(groups=1, fold="hypercube"), [(2, 3), (4, 5)])
-        >>> ad.delta(ad.init(), 1).shape
+        >>> plan = UpdatePlan(tna.Config(groups=1, fold="hypercube"), [(2, 3), (4, 5)])
+        >>> plan.delta(plan.init(), 1).shape
         (4, 5)
         """
         backend = self._checked(params)
@@ -1090,7 +1091,7 @@ class SuperLoRA:
         --------
         >>> import numpy as np, tnadapt as tna
         >>> w = np.array([[3.0, 4.0], [0.0, 2.0]])
-        >>> plan = SuperLoRA(tna.presets.dora(rank=1), [(2, 2)]).with_base([w])
+        >>> plan = UpdatePlan(tna.presets.dora(rank=1), [(2, 2)]).with_base([w])
         >>> params = plan.init(dtype="float64")
         >>> params["weight0.magnitude"], bool((plan.merged(params, [w])[0] == w).all())
         (array([5., 2.]), True)
@@ -1148,8 +1149,8 @@ class SuperLoRA:
         Examples
         --------
         >>> import tnadapt as tna
-        >>> ad = SuperLoRA(tna.Config(groups=1, fold="hypercube"), [(2, 3), (4, 5)])
-        >>> ad.vector(ad.init(), 4, 9).shape
+        >>> plan = UpdatePlan(tna.Config(groups=1, fold="hypercube"), [(2, 3), (4, 5)])
+        >>> plan.vector(plan.init(), 4, 9).shape
         (5,)
         """
         backend = self._checked(params)
@@ -1197,7 +1198,7 @@ class SuperLoRA:
         Examples
         --------
         >>> import numpy as np, tnadapt as tna
-        >>> plan = tna.SuperLoRA(tna.presets.lora(1, before="one-hot", parameters=2), [(2, 3)])
+        >>> plan = tna.UpdatePlan(tna.presets.lora(1, before="one-hot", parameters=2), [(2, 3)])
         >>> [array.shape for array in plan.arrays({"theta": np.ones(2)}).values()]
         [(2, 1), (3, 1)]
         """
@@ -1252,6 +1253,10 @@ class SuperLoRA:
         return backend
 
 
+#: The former name of :class:`UpdatePlan`.
+SuperLoRA = UpdatePlan
+
+
 def _restored(
     config: Config,
     shapes: Sequence[tuple[int, int]],
@@ -1260,9 +1265,9 @@ def _restored(
     first: tuple[int, int],
     given: Mapping[str, np.ndarray],
     base_starts: dict[str, np.ndarray],
-) -> SuperLoRA:
+) -> UpdatePlan:
     """Rebuild a pickled plan."""
-    plan = SuperLoRA(config, shapes, layers, roles, lay_out=False)
+    plan = UpdatePlan(config, shapes, layers, roles, lay_out=False)
     for part in plan._parts:
         part.first_weight, part.first_group = part.first_weight + first[0], part.first_group + first[1]
     plan._base_starts = base_starts
@@ -1310,12 +1315,12 @@ def parameter_count(
     layers: Sequence[Hashable] | None = None,
     roles: Sequence[Hashable] | None = None,
 ) -> int:
-    """Return the number of trained elements of a config on these weights: ``SuperLoRA(…).num_parameters``.
+    """Return the number of trained elements of a config on these weights: ``UpdatePlan(…).num_parameters``.
 
     Parameters
     ----------
     config, shapes, layers, roles
-        As for :class:`SuperLoRA`.
+        As for :class:`UpdatePlan`.
 
     Returns
     -------
@@ -1327,26 +1332,26 @@ def parameter_count(
     >>> parameter_count(tna.presets.lora(rank=4), [(768, 768)] * 24)
     147456
     """
-    return SuperLoRA(config, shapes, layers, roles, lay_out=False).num_parameters
+    return UpdatePlan(config, shapes, layers, roles, lay_out=False).num_parameters
 
 
 # -- Equal maps of several plans ---------------------------------------------------------------------------------------
 
 
-def share_maps(plan: SuperLoRA, others: Iterable[SuperLoRA], digests: bool = False) -> None:
+def share_maps(plan: UpdatePlan, others: Iterable[UpdatePlan], digests: bool = False) -> None:
     """Let a plan use the maps F of other plans where they are equal.
 
     Parameters
     ----------
-    plan : SuperLoRA
-    others : iterable of SuperLoRA
+    plan : UpdatePlan
+    others : iterable of UpdatePlan
     digests : bool
         Whether to compute the digests of the others' maps now, unless they are known, so that the plan has them.
 
     Examples
     --------
     >>> import tnadapt as tna
-    >>> plan, other = (SuperLoRA(tna.presets.fastfood(0.1), [(10, 10)]) for _ in range(2))
+    >>> plan, other = (UpdatePlan(tna.presets.fastfood(0.1), [(10, 10)]) for _ in range(2))
     >>> share_maps(plan, [other])
     >>> plan.groups[0].projection.map is other.groups[0].projection.map
     True
