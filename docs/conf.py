@@ -58,6 +58,7 @@ sphinx_gallery_conf = {
     "download_all_examples": False,
     "min_reported_time": 0,
     "show_signature": False,
+    "write_computation_times": False,
     "matplotlib_animations": False,
     "thumbnail_size": (400, 250),
 }
@@ -80,4 +81,3 @@ html_theme_options = {
     "footer_start": [],
     "footer_end": [],
 }
-html_sidebars = {"citing": [], "tutorials": [], "auto_examples/index": []}

@@ -4,28 +4,11 @@ import functools
 import importlib
 from pathlib import Path
 
-GALLERY = (
-    "plot_first_steps",
-    "plot_serve_reviews",
-    "plot_own_photos",
-    "plot_sft_smollm2",
-    "plot_segment_coins",
-    "plot_adapt_diffusion",
-    "plot_attach_vit",
-    "plot_trainer_minilm",
-    "plot_read_with_numpy",
-    "plot_parameters",
-    "plot_plan_budget",
-    "plot_layout",
-    "plot_network",
-    "plot_presets",
-    "plot_projection",
-    "plot_geometry",
-)
+GALLERY = ("plot_sft_smollm2", "plot_serve_reviews", "plot_own_photos")
 
 
 class Order:
-    """Sorts the gallery, beginning with the first steps; Sphinx-Gallery calls it with the folder of the examples."""
+    """Sorts the gallery, beginning with the models; Sphinx-Gallery calls it with the folder of the examples."""
 
     def __init__(self, folder):
         self.folder = folder

@@ -141,7 +141,7 @@ print(answer["adapter"], *answer["predictions"], sep="\n")
 
 # %%
 # The last review needs an eye for negations, of which there are few among these sentences. A real service keeps the old
-# file, and swaps it back if the new one disappoints (:doc:`/production`). :doc:`/many_adapters` shows how one process
+# file, and swaps it back if the new one disappoints (:doc:`/serving`). :doc:`/many_adapters` shows how one process
 # answers with many adapters at once, and :doc:`/serving` which files vLLM, llama.cpp and other programs take.
 
 server.terminate()

@@ -113,7 +113,7 @@ def test_the_citation_is_of_this_project_and_of_the_paper_in_the_documentation()
     assert (citation["title"], citation["license"]) == (PROJECT["name"], PROJECT["license"])
     assert [author["name"] for author in citation["authors"]] == [author["name"] for author in PROJECT["authors"]]
     (paper,) = citation["references"]
-    entry = re.search(r"@article\{.*?\n   \}", text("docs/citing.rst"), flags=re.DOTALL)
+    entry = re.search(r"@article\{.*?\n   \}", text("docs/paper.rst"), flags=re.DOTALL)
     assert entry
     fields = dict(re.findall(r"(author|title)\s*= \{(.*?)\},\n", entry[0], flags=re.DOTALL))
     authors = [" ".join(name.split()) for name in re.split(r"\s+and\s+", fields["author"])]

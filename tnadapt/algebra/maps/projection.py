@@ -668,7 +668,7 @@ class Projection:
     every call; otherwise, for L up to 2**26, 7 bytes (g 4, the permutation in two steps 3). The v2 kinds need 4
     more. A call then needs memory for one vector of length L, of which its result is a part if it is about as long, or
     for two if n_in is larger than 2**18. The first of them is kept for the next call when nothing uses it any more, and
-    freed with F. With Triton, CUDA devices keep nothing, or 4 bytes where float64 is slow (:doc:`/gpu`).
+    freed with F. With Triton, CUDA devices keep nothing, or 4 bytes where float64 is slow (:doc:`/backends`).
 
     References
     ----------
