@@ -126,7 +126,7 @@ def _swapped(name: str, values: Mapping[str, Any], types: Mapping[str, _Type | N
     """Return the argument whose value is of the type of a wrong one, and that may take the wrong one's, if any."""
     expected = types[name]
     for other, value in values.items():
-        if other == name or expected is None or value is None or not expected.accepts(value):
+        if other in (name, "self") or expected is None or value is None or not expected.accepts(value):
             continue
         type_ = types.get(other)
         if type_ is None or (type_.accepts(values[name]) and not type_.accepts(value)):

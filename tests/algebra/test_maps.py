@@ -250,7 +250,7 @@ def on_square(projection: Any, rows: int = 4) -> tna.UpdatePlan:
     *((functools.partial(tna.Config, **settings), message) for settings, message in REFUSED),
     (lambda: MAPS.find("svd"), r"projection must be one of 'identity', .*got 'svd'.*install the plug-in"),
     (Scatter, r"Scatter needs the number of values, Scatter\(size=1000\), or their positions"),
-    (lambda: Scatter(0), "Scatter's size must be at least 1 .*got 0"),
+    (lambda: Scatter(0), "Scatter's size must be at least 1; got 0"),
     (lambda: Scatter(2.0), "Scatter's size must be an integer"),
     (lambda: Scatter(positions=()), r"positions must be a tuple of integers, or None; got \(\)"),
     (lambda: Scatter(positions=5), "positions must be a tuple of integers, or None; got 5"),

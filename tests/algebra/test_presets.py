@@ -46,6 +46,16 @@ def test_larger_sizes_have_more_parameters_up_to_the_largest(name: str) -> None:
         assert (counts[0] < counts[-1]) == (most > 1)
 
 
+def test_fastfood_takes_a_ratio_or_a_number_of_parameters() -> None:
+    call = tna.planning.preset_call(tna.presets.fastfood(parameters=5))
+    assert str(call) == "fastfood(parameters=5)"
+    assert str(tna.planning.known_as(tna.presets.fastfood(parameters=5))) == "fastfood p = 5"
+    with pytest.raises(tna.ConfigError, match=r"ratio must be at most 1, .*; got 100: use parameters=100"):
+        tna.presets.fastfood(100)
+    with pytest.raises(tna.ConfigError, match=r"takes ratio or parameters; got ratio=0.5 and parameters=5"):
+        tna.presets.fastfood(0.5, parameters=5)
+
+
 def test_the_largest_size_is_that_beyond_which_nothing_is_gained() -> None:
     weights = tna.presets.AdaptedWeights([(24, 16), (8, 40)])
     largest = {"nola": [4 * 8, 8 * 8], "unilora": [4 * 88, 8 * 88], "tinylora": [2 * 2**2, 2 * 4**2, 2 * 8**2]}
@@ -115,6 +125,7 @@ def cases(draw: st.DrawFn) -> Cases:
         "lorta": (P.lorta(r, order=draw(st.integers(3, 5))), mixed),
         "lonkr": (P.lonkr(r, splits=draw(st.integers(3, 4)), split_size=draw(st.integers(1, 3))), mixed),
         "fastfood": (P.fastfood(ratio, projection=linear), mixed),
+        "fastfood of parameters": (P.fastfood(parameters=n, before=linear, seed=seed), mixed),
         "superlora": (P.superlora(r, projection=linear, ratio=ratio), mixed),
         "superlora of its length": (P.superlora(r, projection=draw(st.sampled_from(["identity", "shuffle"]))), mixed),
         **{name: (getattr(P, name)(n, positions, **few), mixed) for name in ("shira", "fourierft", "loca")},
@@ -281,11 +292,11 @@ def test_grouped_query_attention_is_refused_with_the_way_out(name: str) -> None:
     assert tna.UpdatePlan(config.replace(groups=2), [(96, 96)] * 8).num_groups == 2
 
 
-@pytest.mark.parametrize(
-    ("name", "takes"), [("lora", "rank"), ("superlora", "rank"), ("fastfood", "ratio"), ("vera", "rank")]
-)
+@pytest.mark.parametrize(("name", "takes"), [("lora", "rank"), ("superlora", "rank"), ("vera", "rank")])
 def test_a_number_of_parameters_is_that_of_other_presets(name: str, takes: str) -> None:
-    words = f"parameters=1000: this preset takes {takes}; unilora, tinylora and nola take a number of parameters"
+    words = (
+        f"parameters=1000: this preset takes {takes}; unilora, tinylora, fastfood and nola take a number of parameters"
+    )
     with pytest.raises(tna.ConfigError, match=words):
         getattr(tna.presets, name)(parameters=1000)
     # With a map before the network, it is that of the map.

@@ -282,6 +282,8 @@ def _value(argument: str, config: Config) -> Any:
     """Return the value of a preset's argument in a config, or ``inspect.Parameter.empty`` if there is none."""
     if argument == "rank" and isinstance(config.rank, tuple) and None in config.rank:
         return config.rank[-1]  # a partial decomposition: its presets take the rank of the other modes
+    if argument == "ratio" and config.projection == "identity":
+        return inspect.Parameter.empty  # it has no effect
     if hasattr(config, argument):
         return getattr(config, argument)
     if argument in _OF_FOLDS and isinstance(config.fold, tuple) and len(config.fold) == len(_OF_FOLDS):

@@ -50,7 +50,7 @@ def preset_config(changes: Mapping[str, Any], **settings: Any) -> Config:
         takes = next((name for name in ("rank", "ratio") if name in settings), None)
         size = f"this preset takes {takes}; " if takes else ""
         count = safe_repr(changes["parameters"])
-        raise ConfigError(f"parameters={count}: {size}unilora, tinylora and nola take a number of parameters")
+        raise ConfigError(f"parameters={count}: {size}unilora, tinylora, fastfood and nola take a number of parameters")
     return Config.from_dict({"rate": "adam", **settings, **changes})
 
 
@@ -375,18 +375,36 @@ def quanta(digits: Sequence[int] = (16, 8), **changes: Any) -> Config:
 
 
 @checks_arguments
-def fastfood(ratio: float = 0.01, **changes: Any) -> Config:
+def fastfood(ratio: float | None = None, parameters: int | None = None, **changes: Any) -> Config:
     """Intrinsic dimension by fastfood: a dense vector and a linear F (Aghajanyan et al., arXiv 2012.13255).
 
     Settings: G = 1, M = 1, dense, linear F with compression ratio ρ. The SuperLoRA paper's "dense with projection".
+    For a number of parameters: F as the map before a dense vector of the length of ΔW (``before="linear"``).
+
+    Parameters
+    ----------
+    ratio : float, optional
+        ρ, the share of the elements of all weights that are trained: 0.01 if ``parameters`` is not given.
+    parameters : int, optional
+        Number of trained parameters, instead of ``ratio``.
 
     Examples
     --------
     >>> import tnadapt as tna
     >>> tna.parameter_count(fastfood(ratio=0.01), [(768, 768)] * 24)
     141558
+    >>> tna.parameter_count(fastfood(parameters=1000), [(768, 768)] * 24)
+    1000
     """
-    return preset_config(changes, groups=1, order=1, fold="hypercube", format="dense", projection="linear", ratio=ratio)
+    settings: dict[str, Any] = {"groups": 1, "order": 1, "fold": "hypercube", "format": "dense"}
+    if parameters is None:
+        ratio = 0.01 if ratio is None else ratio
+        if ratio > 1:
+            raise ConfigError(f"ratio must be at most 1, a share of all elements; got {ratio}: use parameters={ratio}")
+        return preset_config(changes, **settings, projection="linear", ratio=ratio)
+    if ratio is not None:
+        raise ConfigError(f"fastfood takes ratio or parameters; got ratio={ratio} and parameters={parameters}")
+    return preset_config(changes, **settings, before="linear", parameters=parameters)
 
 
 def superlora(
@@ -522,7 +540,10 @@ def _superlora(params: Params, config: Config, shapes: Shapes) -> list[Float]:
 def _fastfood(params: Params, config: Config, shapes: Shapes) -> list[Float]:
     # θ = P θ_d with P a fastfood matrix; Aghajanyan et al.
     n = sum(rows * cols for rows, cols in shapes)
-    return long_vector_cut(_projected(config, params["group0.split0.dense"], n), shapes)
+    if config.before is None:
+        return long_vector_cut(_projected(config, params["group0.split0.dense"], n), shapes)
+    f = make_map(config.before, len(params["theta"]), n, config.seed, 2**31)
+    return long_vector_cut(f.linear_part.matrix() @ params["theta"], shapes)
 
 
 def _projected(config: Config, x: Float, n_out: int) -> Float:
@@ -596,6 +617,10 @@ def _lonkr_sizes(weights: AdaptedWeights) -> list[Ladder]:
         for f in (*range(2, 33), *range(33, 257, 4))
         if f ** (splits - 1) <= side
     ]
+
+
+def _fastfood_arguments(config: Config) -> dict[str, Any]:
+    return {"parameters": config.parameters, "ratio": config.ratio if config.before is None else None}
 
 
 def _fastfood_sizes(weights: AdaptedWeights) -> list[Ladder]:
@@ -680,7 +705,8 @@ NETWORK_PRESETS = (
     ),
     Preset(
         "fastfood", fastfood, "fastfood", "Aghajanyan et al., arXiv 2012.13255", {"ratio": 0.1},
-        sizes=_fastfood_sizes, recognize=recognized_by(fastfood, ratio="ρ"), formula=_fastfood,
+        sizes=_fastfood_sizes, recognize=recognized_by(fastfood, _fastfood_arguments, parameters="p", ratio="ρ"),
+        formula=_fastfood,
     ),
     Preset(
         "superlora", superlora, "SuperLoRA", "Chen et al., arXiv 2403.11887",
