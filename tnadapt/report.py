@@ -205,6 +205,23 @@ class ProgressBar:
         self._next = time.monotonic() + _PERIOD
 
 
+def time_left(seconds: float, done: float) -> str:
+    """Return how long the rest takes of what came this far in some seconds; nothing in the first second.
+
+    Examples
+    --------
+    >>> time_left(30, 0.25), time_left(60, 0.01), time_left(0.5, 0.1)
+    ('about 1.5 minutes', 'about 1.6 hours', '')
+    """
+    if seconds < 1 or done <= 0:
+        return ""
+    left = seconds * (1 - done) / done
+    for unit, size in (("hour", 3600), ("minute", 60)):
+        if left >= 1.5 * size:
+            return f"about {left / size:.2g} {unit}s"
+    return f"about {max(1, round(left))} s"
+
+
 def _place() -> _Nowhere:
     # Only a notebook has imported IPython and runs its kernel.
     shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()

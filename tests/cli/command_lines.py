@@ -71,7 +71,7 @@ def _serve() -> None:
 
     mains = {"tnadapt": main, "paper": paper.__main__.main}
     # Commands import what they need when they are used: here beforehand, so that it does not count as what they take.
-    modules = (f"tnadapt.cli.{module}" for module in COMMANDS.values())
+    modules = (f"tnadapt.cli.{entry.module}" for entry in COMMANDS.values())
     lazily = [*modules, "tnadapt.torch", "tnadapt.finetune._study"]
     for name in (*lazily, "tnadapt.finetune._prediction", "paper.command", "sklearn.datasets", "matplotlib.pyplot"):
         with contextlib.suppress(ImportError):

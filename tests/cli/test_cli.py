@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -102,7 +103,7 @@ MISTAKES: list[tuple[str, str]] = [
     ("plan", "give a budget: --budget 1000"),
     ("plan --budget 1000", "give a model, or the shapes of weights"),
     ("plan --budget 1000 --shape 3x3 here", "one of them"),
-    ("plan --shape 3x3 --budget 4k", "got '4k'"),
+    ("plan --shape 3x3 --budget 4q", "got '4q'"),
     ("plan --budget 100 --shape 3x3 --targets qv", "--targets chooses among the weights of a model"),
     ("plan --budget 100 folder --targets ' '", "--targets is empty; give roles such as qv, names of modules, or a"),
     ("plan --budget 100 --shape 3x3 --set rank=2", "give its file, too"),
@@ -237,6 +238,19 @@ def test_h_is_help_of_every_command(monkeypatch: pytest.MonkeyPatch) -> None:
         short, long = run_here(main, *words, "-h"), run_here(main, *words, "--help")
         assert (short.returncode, short.stdout) == (0, long.stdout)
         assert "Usage: " in short.stdout
+        assert not re.search(r"<(bool|list|int|float)", short.stdout)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_ends_with_an_example_and_a_page(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    lines = filter(str.strip, run_here(main, name, "--help").stdout.splitlines())
+    *_, example, address = lines
+    assert example.strip() == f"Example: tnadapt {name} {COMMANDS[name].example}"
+    page = Path(address.strip()).stem
+    assert [*Path(__file__).parents[2].glob(f"docs/{page}.*")], address
+    command: Any = typer.main.get_command(cli.app).commands[name]  # type: ignore[attr-defined]  # it is a group
+    command.make_context(name, COMMANDS[name].example.split())  # parses it
 
 
 def test_verify_a_file_as_json(tmp_path: Path) -> None:

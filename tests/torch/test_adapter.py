@@ -646,6 +646,16 @@ def test_the_summary_has_every_slice_and_prints_nothing(capsys: pytest.CaptureFi
     assert "51 of the model kept trainable" in str(summary)
 
 
+def test_a_summary_of_many_layers_has_a_line_for_those_that_are_alike() -> None:
+    model = nn.ModuleList([nn.ModuleDict({"q_proj": nn.Linear(8, 8), "v_proj": nn.Linear(8, 4)}) for _ in range(12)])
+    summary = tt.attach(model, "lora", rank=2).summary()
+    assert len(summary.rows) == 24
+    assert [line.split() for line in str(summary).splitlines()[2:4]] == [
+        ["12", "×", "{0-11}.q_proj.weight", "q", "8×8", "0[0:64]", "…", "22[0:64]", "factored"],
+        ["12", "×", "{0-11}.v_proj.weight", "v", "4×8", "1[0:32]", "…", "23[0:32]", "factored"],
+    ]
+
+
 @pytest.mark.law("no-target")
 def test_shapes_of_other_arrays_are_refused_and_change_nothing() -> None:
     _, adapter = attached()

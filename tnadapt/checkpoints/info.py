@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 import os
 import re
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Hashable, Iterable
+from typing import Any, TypeVar
 
 from tnadapt.argument_checks import checks_arguments
 from tnadapt.errors import FileError, TnadaptError
@@ -19,6 +19,8 @@ from .adapter_format import ENTRY, VERSION, likeness, mapped_rows, read
 from .checkpoint import Checkpoint, open_checkpoint
 from .container import file_error_context, opened
 from .lora_export import lora_export
+
+T = TypeVar("T")
 
 # Members of a population that are read and listed.
 _FIRST_MEMBERS = 8
@@ -173,25 +175,45 @@ def _target(target: Target) -> dict[str, Any]:
 
 def _grouped(targets: Iterable[Target]) -> list[dict[str, Any]]:
     """Group targets that differ only in the numbers of their paths."""
-    alike: dict[Any, list[Target]] = {}
-    for target in targets:
-        pattern = re.sub(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)", "*", target.name)
-        view = (target.rows, target.transposed, target.index is None, target.tied, target.groups)
-        key = (pattern, target.role, target.stored, *view)
-        alike.setdefault(key, []).append(target)
-    return [_summary(group) for group in alike.values()]
+
+    def view(target: Target) -> Hashable:
+        index = target.index is None
+        return target.role, target.stored, target.rows, target.transposed, index, target.tied, target.groups
+
+    return [_summary(group) for group in alike_but_for_layers(targets, lambda target: target.name, view)]
+
+
+def alike_but_for_layers(items: Iterable[T], name: Callable[[T], str], key: Callable[[T], Hashable]) -> list[list[T]]:
+    """Group items with one key whose names differ only in the numbers of their paths.
+
+    Examples
+    --------
+    >>> alike_but_for_layers(["h.0.q", "h.0.v", "h.1.q", "h.1.v"], str, len)
+    [['h.0.q', 'h.1.q'], ['h.0.v', 'h.1.v']]
+    """
+    alike: dict[Hashable, list[T]] = {}
+    for item in items:
+        pattern = re.sub(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)", "*", name(item))
+        alike.setdefault((pattern, key(item)), []).append(item)
+    return list(alike.values())
 
 
 def _summary(targets: list[Target]) -> dict[str, Any]:
     """Describe targets of one kind, such as all matrices of the stacks of several layers."""
-    name = _pattern(list(dict.fromkeys(target.name for target in targets)))
+    name = common_pattern(list(dict.fromkeys(target.name for target in targets)))
     summary = {"count": len(targets), **_target(targets[0]), "name": name}
     several = {str(target.index) for target in targets}
     return summary | {"index": _ranges(several)} if len(several) > 1 else summary
 
 
-def _pattern(names: list[str]) -> str:
-    """Return the common pattern of names, such as ``layer.{0-2,5}.q`` for four."""
+def common_pattern(names: list[str]) -> str:
+    """Return the common pattern of names.
+
+    Examples
+    --------
+    >>> common_pattern([f"layer.{number}.q" for number in (0, 1, 2, 5)])
+    'layer.{0-2,5}.q'
+    """
     columns = list(zip(*(name.split(".") for name in names), strict=True))
     return ".".join(parts[0] if len(set(parts)) == 1 else f"{{{_ranges(parts)}}}" for parts in columns)
 

@@ -67,6 +67,9 @@ def _print_outcome(study: Study, outcome: Outcome, folder: Path, as_json: bool) 
     echo(f"● Pareto front: no other has as few parameters and a better test {metric.name}.")
     if len(study.rates) > 1:
         echo("  Each is shown at the rate that was best on the validation samples.")
+    if len(study.seeds) == 1:
+        small = "one or two points" if metric.percent else "a few percent"
+        echo(f"  One seed: differences of {small} may be noise; --seeds 3 shows the spread.")
     if kept := outcome.points[0].kept:
         echo(f"  Each also trains {kept:,} parameters of the head.")
     if metric.lower:

@@ -14,10 +14,11 @@ import json
 import os
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple, get_args
 
 import typer
-from typer.core import TyperCommand, TyperGroup
+from typer.core import TyperArgument, TyperCommand, TyperGroup
 
 from tnadapt.errors import TnadaptError, escaped
 from tnadapt.report import TextTable
@@ -138,7 +139,22 @@ def _escaping() -> Iterator[None]:
         raise
 
 
+# What the help page calls the value of an option of each type; a flag has none.
+_VALUES = {bool: "", int: "N", float: "X", str: "TEXT", Path: "PATH"}
+
+
 class _Escaping:
+    def get_params(self, ctx: Any) -> Any:
+        """Return the parameters, with the names of their values on the help page."""
+        parameters = super().get_params(ctx)  # type: ignore[misc]  # of the other base
+        for parameter in parameters:
+            if parameter.metavar is None and not parameter.type_descriptor.is_choice:
+                annotation = parameter.type_descriptor.annotation
+                (type_,) = get_args(annotation) or (annotation,)
+                is_argument = isinstance(parameter, TyperArgument)
+                parameter.metavar = parameter.name.upper() if is_argument else _VALUES[type_]
+        return parameters
+
     def make_context(self, *arguments: Any, **settings: Any) -> Any:
         with _escaping():
             return super().make_context(*arguments, **settings)  # type: ignore[misc]  # of the other base
@@ -199,18 +215,37 @@ def exit_on_error(program: str) -> Iterator[None]:
 # -- Commands that are imported when they are used ---------------------------------------------------------------------
 
 
-#: The commands, in the order of the help page, and the modules of their functions, which are named ``NAME_command``.
+class Entry(NamedTuple):
+    """Where a command is, and what ends its help page.
+
+    Attributes
+    ----------
+    module : str
+        The module of its function, ``NAME_command``.
+    page : str
+        The page of the documentation.
+    example : str
+        Its arguments in an example.
+    """
+
+    module: str
+    page: str
+    example: str
+
+
+#: The commands, in the order of the help page.
 COMMANDS = {
-    "finetune": "_finetune_command",
-    "predict": "_predict_command",
-    "presets": "_method_commands",
-    "plan": "_method_commands",
-    "extract": "_file_commands",
-    "convert": "_convert_command",
-    "merge": "_file_commands",
-    "info": "_file_commands",
-    "verify": "_method_commands",
+    "finetune": Entry("_finetune_command", "finetune", "--model ./my-bert --data reviews.csv --budget 1000"),
+    "predict": Entry("_predict_command", "finetune", "runs/my-bert-reviews/best.safetensors --data new.csv"),
+    "presets": Entry("_method_commands", "presets", "./my-model"),
+    "plan": Entry("_method_commands", "planning", "./my-model --budget 1000"),
+    "extract": Entry("_file_commands", "decomposition", "./base ./tuned -o adapter.safetensors --max-error 0.1"),
+    "convert": Entry("_convert_command", "convert", "adapter.safetensors -o served --to vllm"),
+    "merge": Entry("_file_commands", "merging", "./base adapter.safetensors -o merged"),
+    "info": Entry("_file_commands", "files", "adapter.safetensors"),
+    "verify": Entry("_method_commands", "verification", "--preset lora --set rank=8"),
 }
+_DOCUMENTATION = "https://tnadapt.readthedocs.io/en/latest"
 
 
 class _Commands(collections.UserDict[str, Any]):
@@ -223,9 +258,11 @@ class _Commands(collections.UserDict[str, Any]):
 
 
 def _command(name: str) -> Any:
-    function = getattr(importlib.import_module(f".{COMMANDS[name]}", __package__), f"{name}_command")
+    module, page, example = COMMANDS[name]
+    function = getattr(importlib.import_module(f".{module}", __package__), f"{name}_command")
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command(name, help=help_text(function))(function)
+    epilog = f"Example: tnadapt {name} {example}\n\n{_DOCUMENTATION}/{page}.html"
+    app.command(name, cls=EscapingCommand, help=help_text(function), epilog=epilog)(function)
     return typer.main.get_command(app)
 
 

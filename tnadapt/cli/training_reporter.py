@@ -7,18 +7,19 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from tnadapt.errors import pluralize
 from tnadapt.finetune import BarReporter, Reporter, Task
 from tnadapt.report import ProgressBar
 
 from .terminal import echo
 
 
-class _LineReporter(Reporter):
-    """Print a line when something is finished."""
+class _LineReporter(BarReporter):
+    """Print a line when something is finished, and how long all of it takes as soon as that is known."""
 
     def __init__(self) -> None:
-        self.all = self.done = 0
-        self.prepared = False
+        super().__init__(ProgressBar())
+        self.prepared = self.estimated = False
 
     def preparing(self, what: str, done: float) -> None:
         if not self.prepared:
@@ -26,13 +27,22 @@ class _LineReporter(Reporter):
         self.prepared = True
 
     def begins(self, tasks: int, finished: int) -> None:
-        self.all, self.done = tasks, finished
+        super().begins(tasks, finished)
         if finished:
             echo(f"{finished} of {tasks} trainings were finished before", err=True)
+        else:
+            echo(pluralize(tasks, "training"), err=True)
+
+    def training(self, task: Task, done: float) -> None:
+        super().training(task, done)
+        # The first steps are slower than the others.
+        if not self.estimated and sum(self.running.values()) >= 0.1 and (left := self.left()):
+            self.estimated = True
+            echo(f"{left} for all of them", err=True)
 
     def finished(self, task: Task, record: Mapping[str, Any]) -> None:
-        self.done += 1
-        echo(f"[{self.done}/{self.all}] {task.name}: {_outcome(record)}", err=True)
+        super().finished(task, record)
+        echo(f"[{self.ended}/{self.tasks}] {task.name}: {_outcome(record)}", err=True)
 
 
 def _outcome(record: Mapping[str, Any]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ from tnadapt.argument_checks import checks_arguments, integer, wrong_argument
 from tnadapt.checkpoints.adapter_format import load_single
 from tnadapt.checkpoints.atomic_files import replace_file
 from tnadapt.errors import ConfigError, FileError, TnadaptError
-from tnadapt.report import ProgressBar
+from tnadapt.report import ProgressBar, time_left
 
 from ._pretrained import open_problem
 from ._specification import Spec
@@ -475,8 +476,9 @@ class BarReporter(Reporter):
 
     def __init__(self, bar: ProgressBar) -> None:
         self.bar = bar
-        self.tasks = self.ended = 0
+        self.tasks = self.ended = self.before = 0
         self.running: dict[str, float] = {}
+        self.start = 0.0
 
     def preparing(self, what: str, done: float) -> None:
         """Show the fraction done of pretraining the base."""
@@ -484,7 +486,8 @@ class BarReporter(Reporter):
 
     def begins(self, tasks: int, finished: int) -> None:
         """Show how many trainings were finished before."""
-        self.tasks, self.ended = tasks, finished
+        self.tasks, self.ended, self.before = tasks, finished, finished
+        self.start = time.monotonic()
         self._show("")
 
     def training(self, task: Task, done: float) -> None:
@@ -498,7 +501,12 @@ class BarReporter(Reporter):
         self.ended += 1
         self._show(task.name)
 
+    def left(self) -> str:
+        """Return how long the trainings that are left take, at the speed so far: ``"about 12 minutes"``."""
+        done = self.ended + sum(self.running.values()) - self.before
+        return time_left(time.monotonic() - self.start, min(1.0, done / max(1, self.tasks - self.before)))
+
     def _show(self, name: str) -> None:
-        words = f"{self.ended} of {self.tasks} trainings"
+        words = ", ".join(filter(None, (f"{self.ended} of {self.tasks} trainings", self.left())))
         done = (self.ended + sum(self.running.values())) / max(1, self.tasks)
         self.bar.update(min(1.0, done), f"{words}: {name}" if name else words)

@@ -15,6 +15,7 @@ from torch import nn
 
 from tnadapt.algebra.config import Config
 from tnadapt.argument_checks import checks_arguments
+from tnadapt.checkpoints.info import alike_but_for_layers, common_pattern
 from tnadapt.checkpoints.lora_export import LoraExport, lora_export
 from tnadapt.errors import escaped, pluralize, safe_repr
 from tnadapt.planning import known_as
@@ -51,6 +52,8 @@ _INSTEAD = {
 # -- The summary: the slices of groups that make up each weight's update -----------------------------------------------
 
 
+# A summary of more weights than this has one line for those that differ in the layer alone.
+_SHOWN = 12
 _HEAD = ("target", "role", "shape", "group[slice]", "strategy")
 
 
@@ -143,7 +146,11 @@ class Summary:
         return self._table().html()
 
     def _table(self) -> TextTable:
-        return TextTable(list(map(self._cells, self.rows)), _HEAD, caption=self.title, notes=self._notes())
+        rows = [self._cells([row]) for row in self.rows]
+        if len(rows) > _SHOWN:
+            alike = alike_but_for_layers(self.rows, lambda row: row.target, lambda row: (row[1:3], row.strategy))
+            rows = list(map(self._cells, alike))
+        return TextTable(rows, _HEAD, caption=self.title, notes=self._notes())
 
     def _notes(self) -> list[str]:
         share = 100.0 * self.parameters / self.base
@@ -158,9 +165,15 @@ class Summary:
         return [count, str(self.export)]
 
     @staticmethod
-    def _cells(row: SummaryRow) -> tuple[str, ...]:
-        slices = " + ".join(f"{group}[{start}:{stop}]" for group, start, stop in row.slices)
-        return escaped(row.target), row.role, "×".join(map(str, row.shape)), slices, row.strategy
+    def _cells(rows: list[SummaryRow]) -> tuple[str, ...]:
+        """Return the cells of a line for rows that are alike."""
+        ends = [
+            " + ".join(f"{group}[{start}:{stop}]" for group, start, stop in row.slices)
+            for row in dict.fromkeys((rows[0], rows[-1]))
+        ]
+        row, name = rows[0], common_pattern([row.target for row in rows])
+        times = f"{len(rows)} × " if len(rows) > 1 else ""
+        return times + escaped(name), row.role, "×".join(map(str, row.shape)), " … ".join(ends), row.strategy
 
 
 def _sizes(adapter: AdapterState) -> dict[str, int]:
