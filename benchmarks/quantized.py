@@ -5,8 +5,8 @@ merge and unmerge, each tried; the time to dequantize; and, for updates of sever
 error of the merged weight and the part of the update that it has (:class:`tnadapt.torch.RequantizedWeight`). The weight
 is normal with standard deviation 0.02, and the update is of rank 8.
 
-Results go to ``results/quantized.json``, and the tables of the documentation, made of them, to
-``results/quantized.rst``; ``--tables`` makes the tables alone.
+Results go to ``results/quantized.json``, and the table of the documentation, made of them, to
+``results/quantized.rst``; ``--tables`` makes the table alone.
 """
 
 from __future__ import annotations
@@ -208,22 +208,21 @@ def measure() -> dict[str, Any]:
 
 
 def tables(results: dict[str, Any]) -> str:
-    """Return the tables of the documentation."""
-    rows = [("layer", *STEPS, "dequantize, ns")]
+    """Return the table of the documentation, without embeddings, whose numbers are those of the linear layers."""
+    shares = [f"{size:.0%}" for size in SHOWN]
+    rows = [("layer", "merge", "error of W", *(f"kept, {share}" for share in shares), f"off, {shares[-1]}", "ns")]
     for name, row in results["kinds"].items():
-        steps = ["yes" if row["steps"][step] == "yes" else "refused" for step in STEPS]
-        rows.append((name, *steps, f"{1e9 * row['dequantize']:.1f}"))
-    errors = [
-        ("layer", "error of W", *(f"kept, {size:.0%}" for size in SHOWN), *(f"off, {size:.0%}" for size in SHOWN))
-    ]
-    for name, row in results["kinds"].items():
+        if "embedding" in name:
+            continue
+        numbers = ["–"] * (len(SHOWN) + 2)
         if "merges" in row:
-            found = [row["merges"][str(size)] for size in SHOWN]
-            cells = [f"{one[column]:.2f}" for column in ("kept", "update_error") for one in found]
-            errors.append((name, f"{row['quantization']:.4f}", *cells))
+            merges = [row["merges"][str(size)] for size in SHOWN]
+            kept = [f"{merge['kept']:.2f}" for merge in merges]
+            numbers = [f"{row['quantization']:.3f}", *kept, f"{merges[-1]['update_error']:.2f}"]
+        merge = "yes" if row["steps"]["merge"] == "yes" else "refused"
+        rows.append((name, merge, *numbers, f"{1e9 * row['dequantize']:.1f}"))
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
-    head = f".. Made by benchmarks/quantized.py.\n\nMeasured on the CPU with {versions}.\n"
-    return f"{head}\n{list_table(rows)}\n{list_table(errors)}"
+    return f".. Made by benchmarks/quantized.py.\n\nMeasured on the CPU with {versions}.\n\n{list_table(rows)}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -974,9 +974,20 @@ def register_quantized(name: str, cls: type[QuantizedLayer]) -> None:
     ...     def requantize(self, module, weight):
     ...         return {"signs": weight > 0}
     >>> tt.register_quantized("sign", Sign)
-    >>> adapter = tt.attach(torch.nn.Sequential(SignLinear(4, 6)), targets="all-linear")
+    >>> adapter = tt.attach(torch.nn.Sequential(SignLinear(4, 6)), "dense", "all-linear")
     >>> adapter.targets[0].shape
     (4, 6)
+
+    Signs do not hold an update of half their size:
+
+    >>> adapter.load_arrays({name: torch.full(array.shape, 0.5) for name, array in adapter.arrays().items()})
+    >>> adapter.merge(max_error=0.5)
+    Traceback (most recent call last):
+        ...
+    tnadapt.errors.TargetError: quantizing 0.weight plus its update again is off by 1 of the update's norm, ...
+    >>> adapter.merge()
+    >>> adapter.merge_report[0].update_error, adapter.merge_report.kept
+    (1.0, 0.0)
     """
     QUANTIZED.register(name, cls)
 
