@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -110,6 +111,25 @@ def test_the_numbers_of_quantized_bases_are_measured() -> None:
         for bits, size in (("8", "0.1"), ("int8", "0.03")):
             if bits in name and "merges" in row:
                 assert row["merges"][size]["kept"] > 0.95, name
+
+
+# -- The comparison with PEFT ----------------------------------------------------------------------
+
+
+def test_the_figures_of_the_comparison_with_peft_are_measured(benchmark_scripts: Scripts) -> None:
+    text = " ".join((DOCS / "compare.rst").read_text(encoding="utf-8").split())
+    rows = {(row["library"], row["dtype"], row["times"]): row["error"] for row in results("unmerge.json")["rows"]}
+    assert f"100 LoRAs in bfloat16, the base is off by {100 * rows['PEFT', 'bfloat16', 100]:.0f} %" in text
+    cycles = results("rl_drift/cycle.jsonl")
+    (last,) = (row for row in cycles if row.get("title") == "PEFT LoRA, r = 8" and row.get("updates") == 500)
+    assert f"after 500 of TRL's cycles for vLLM by {100 * last['change'] / last['update']:.0f} %" in text
+    (ratio,) = (row["ratio"] for row in cycles if row.get("title") == "tnadapt lora(8)" and "ratio" in row)
+    assert f"tnadapt's cycle takes about {ratio:.1f} times as long" in text
+    within, settings, most = re.findall(
+        r"(\d+) of (\d+) settings.* at most (\d+)", benchmark_scripts("rates").summary()
+    )[0]
+    assert f"for {within} of {settings} settings" in text
+    assert f"in the worst case it loses {most} points" in text
 
 
 # -- Language models ------------------------------------------------------------------------------
