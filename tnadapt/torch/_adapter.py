@@ -289,7 +289,12 @@ class Adapter(AdapterParameters, AdapterFiles):
         return self._state.enabled
 
     def summary(self) -> Summary:
-        """Return a table of targets, shapes, groups and slices with counts; ``print`` it, or read its ``rows``."""
+        """Return a table of targets, shapes, groups and slices with counts; ``print`` it, or read its ``rows``.
+
+        A row has ``target``, ``role``, ``shape``, ``slices`` (group, start and stop of each), ``strategy``, and a bound
+        on the matrix rank of the update, ``rank``. ``parameters``, ``frozen``, ``members``, ``adapted``, ``kept`` and
+        ``base`` count elements and members. ``export`` says whether the adapter exports exactly as LoRA.
+        """
         return Summary(self._state)
 
     def _repr_html_(self) -> str:
