@@ -31,8 +31,7 @@ def concepts() -> dict[str, list[str]]:
     """Return the concepts of each package, from the first table of the page."""
     page = (DOCS / "architecture.rst").read_text(encoding="utf-8")
     found: dict[str, list[str]] = {}
-    for row in page.split("\n   * - ")[2:]:
-        concept, package = re.findall(r"\*\*(\w+)\*\*", row)[0], re.findall(r"``(\w+)/", row)[0]
+    for concept, package in re.findall(r"\* - \*\*(\w+)\*\*\n     - .*\n     - ``(\w+)/", page):
         found.setdefault(package, []).append(concept)
     return found
 

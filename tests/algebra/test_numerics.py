@@ -1,4 +1,4 @@
-"""Rounding errors are within the limits on the page about numerics, and the page matches its recorded results."""
+"""Rounding errors are within the limits on the page about verification, and the page matches its recorded results."""
 
 from __future__ import annotations
 
@@ -45,6 +45,13 @@ def test_the_page_is_that_of_its_results(numerics: ModuleType, tmp_path: Path) -
     shown = (numerics.RESULTS / "numerics.md").read_text(encoding="utf-8")
     assert (tmp_path / "numerics.md").read_text(encoding="utf-8") == shown
     assert (numerics.RESULTS / "numerics.png").is_file()
+    text = " ".join((numerics.RESULTS.parents[1] / "docs" / "verification.rst").read_text(encoding="utf-8").split())
+    worst = {
+        dtype: max(row["largest"] for row in rows[1:] if row.get("largest", 0) and row["dtype"] == dtype)
+        for dtype in numerics.UNITS
+    }
+    said = " and ".join(", ".join(f"{worst[dtype]:.2g} in {dtype}" for dtype in numerics.UNITS).rsplit(", ", 1))
+    assert f"no operation has a larger error than {said}, at up to 2" in text
     for row in rows[1:]:
         assert (
             row["largest"] <= numerics.LIMITS[row["dtype"]]

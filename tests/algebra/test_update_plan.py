@@ -178,6 +178,14 @@ def test_a_slice_of_a_long_group_never_forms_the_group(config: tna.Config, start
     assert peak_of(lambda: plan.vector(params, start, stop)) < 24 << 20
 
 
+def test_memory_behind_a_linear_f_is_less_for_one_weight_than_for_all() -> None:
+    plan = tna.UpdatePlan(tna.presets.superlora(rank=4, projection="linear", ratio=0.1), [(512, 512)] * 24)
+    params, length = plan.init(), plan.groups[0].projection.padded
+    plan.delta(params, 0)  # compiles the kernels
+    assert peak_of(lambda: plan.delta(params, 7)) < 4 * length
+    assert 12 * length < peak_of(lambda: plan.deltas(params)) < 32 * length
+
+
 @pytest.mark.law("projection-shared")
 def test_groups_share_f_or_do_not(rng: np.random.Generator) -> None:
     for shared in (True, False):

@@ -149,7 +149,6 @@ def test_what_a_run_lacks_is_said() -> None:
     assert lacking({}, other, new) == ["'c' had no case that passed"]
 
 
-@pytest.mark.skipif(not page.COUNTS.is_file(), reason="the page is not in this copy of the project")
 def test_the_page_is_that_of_its_counts() -> None:
     counted = json.loads(page.COUNTS.read_text(encoding="utf-8"))
     assert page.PAGE.read_text(encoding="utf-8") == page.page(counted)

@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "tnadapt"
 PLACES = {
     (page, *place)
-    for page in ("conventions.rst", "architecture.rst")
+    for page in ("glossary.rst", "architecture.rst")
     for place in re.findall(
         r"``([\w/]+\.py)``(?:,\s+``([\w.]+)``)?", (ROOT / "docs" / page).read_text(encoding="utf-8")
     )
@@ -69,9 +69,9 @@ def test_a_path_on_a_page_is_there(page: str, path: str) -> None:
 
 def test_pages_name_places_and_paths() -> None:
     counts = collections.Counter(page for page, *_ in PLACES)
-    assert counts["conventions.rst"] > 25
+    assert counts["glossary.rst"] > 25
     assert counts["architecture.rst"] > 20
-    assert {page for page, _ in PATHS} >= {"CONTRIBUTING.md", "SECURITY.md", "docs/architecture.rst"}
+    assert {page for page, _ in PATHS} >= {"CONTRIBUTING.md", "SECURITY.md", "docs/verification.rst"}
 
 
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
@@ -167,11 +167,14 @@ def test_the_sizes_of_presets(name: str, arguments: str, count: int) -> None:
 def test_numbers_are_those_of_the_library_and_of_the_results() -> None:
     assert {name for name, _, _ in ROWS} == set(tna.presets.__all__)
     assert f"**{len(tna.presets.__all__)} methods, one formula.**" in TEXT
-    counted = json.loads((ROOT / "docs" / "laws.json").read_text(encoding="utf-8"))
+    counted = json.loads((ROOT / "tests" / "laws" / "laws.json").read_text(encoding="utf-8"))
     assert "More than a hundred [laws]" in TEXT
     assert len(counted["laws"]) > 100
     assert "hold in over 9,000 test" in TEXT
     assert counted["cases"] > 9_000
+    page = " ".join((ROOT / "docs" / "verification.rst").read_text(encoding="utf-8").split())
+    groups = {law["group"] for law in counted["laws"]}
+    assert f"more than a hundred laws in {len(groups)} groups, in over 9,000 cases" in page
     results = ROOT / "benchmarks" / "results"
     # What is left after unmerging.
     unmerged = json.loads((results / "unmerge.json").read_text(encoding="utf-8"))["rows"]

@@ -236,6 +236,18 @@ def register_layout(name: str, layout: AttentionLayout) -> None:
     >>> tna.register_layout("parrot", layout)
     >>> of_class(["ParrotAttention"], lambda name: False) is layout
     True
+
+    With a rule of its own, and the rows that are then found in a checkpoint:
+
+    >>> from tnadapt.targets.checkpoint_targets import find_stored
+    >>> def values_first(facts, fused):
+    ...     return 1, [("v", fused.out // 3), ("k", fused.out // 3), ("q", fused.out // 3)]
+    >>> tna.register_layout("wren", AttentionLayout(values_first, ("to_qkv",), ("WrenAttention",), ("wren",)))
+    >>> shapes = {"attention.to_qkv.weight": (24, 8), "attention.to_out.weight": (8, 8)}
+    >>> for target in find_stored(shapes, "qv", {"model_type": "wren"}):
+    ...     print(target.role, target.rows)
+    q Rows(start=16, length=8, stride=24, count=1)
+    v Rows(start=0, length=8, stride=24, count=1)
     """
     checked_name("attention layout", name, ())
     if not isinstance(layout, AttentionLayout):

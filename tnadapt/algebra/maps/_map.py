@@ -42,6 +42,33 @@ class MapSettings:
     >>> import tnadapt as tna
     >>> tna.maps.Scatter(size=1000)
     Scatter(size=1000, positions=None)
+
+    A map that repeats one row, times a factor, for all rows of a weight:
+
+    >>> import dataclasses, numpy as np
+    >>> from tnadapt.algebra.maps import Map, Space
+    >>> @dataclasses.dataclass(frozen=True)
+    ... class RowSettings(tna.maps.MapSettings):
+    ...     factor: float = 1.0
+    >>> class SameRow(Map):
+    ...     settings_class = RowSettings
+    ...     two_sided = True
+    ...     @classmethod
+    ...     def fixes_length(cls, settings):
+    ...         return True
+    ...     @classmethod
+    ...     def domain(cls, codomain, settings):
+    ...         return Space(codomain.shape[1])
+    ...     def forward(self, backend, x):
+    ...         return backend.concat([x * self.settings.factor] * self.shape[0], axis=-1)
+    ...     def matrix(self):
+    ...         return self.settings.factor * np.tile(np.eye(self.n_in), (self.shape[0], 1))
+    >>> tna.register_map("same-row", SameRow)
+    >>> config = tna.Config(order=1, format="dense", projection=RowSettings(0.5), on="weight")
+    >>> tna.UpdatePlan(config, [(12, 10)] * 2).num_parameters
+    20
+    >>> tna.verify(config, [(12, 10)] * 2, backends=["numpy"]).holds
+    True
     """
 
     #: Fields that are positive integers, or None if that is their default, and fields that are booleans.
