@@ -75,7 +75,9 @@ html_css_files = ["tnadapt.css"]
 html_js_files = ["folds.js"]
 html_show_copyright = False
 html_show_sphinx = False
+html_sidebars = {"**": ["contents"]}
 html_theme_options = {
+    "navbar_center": [],
     "navbar_align": "left",
     "navigation_with_keys": False,
     "footer_start": [],

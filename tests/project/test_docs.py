@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 
 import tnadapt as tna
+from tests import docs_screens
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "tnadapt"
@@ -95,7 +96,25 @@ def test_a_name_of_a_recipe_is_in_its_file(name: str, path: str) -> None:
     assert re.search(rf"^(?:    )?(?:(?:def|class) {name}\b|{name}(?::.*)? = )", text, flags=re.MULTILINE)
 
 
-# -- The check of links in the built pages ---------------------------------------------------------
+# -- The check of the width of the built pages -----------------------------------------------------
+
+WIDE = """<article><p style="width: 700px">wide</p><table><tr><td>bare</table>
+<div style="overflow-x: auto"><table style="width: 2000px"><tr><td>held</table></div></article>"""
+
+
+def test_a_page_that_is_wider_than_its_window_is_reported(tmp_path: Path) -> None:
+    pytest.importorskip("playwright", reason="playwright is not installed")
+    (tmp_path / "page.html").write_text(WIDE, encoding="utf-8")
+    try:
+        with docs_screens.browser() as started:
+            lines = docs_screens.overflows(started, tmp_path, ["page"])
+    except FileNotFoundError:
+        pytest.skip("no browser is installed")
+    assert lines == [
+        "page.html at 420: is 708 pixels wide", "page.html at 420: reaches out: p: wide",
+        "page.html at 420: does not scroll: table: bare", "page.html at 1400: does not scroll: table: bare",
+    ]  # fmt: skip
+
 
 # -- The tree: its order, import cycles and imports of private modules are import-linter's ----------
 
