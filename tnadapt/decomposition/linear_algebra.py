@@ -25,11 +25,13 @@ from .fits import Claim, no_matrix_is_closer
 # -- A few singular triplets of a large matrix, by block iteration or by ARPACK ----------------------------------------
 
 # A block of random vectors is multiplied by the matrix and its transpose in turn (subspace iteration; Halko, Martinsson
-# & Tropp, 2011): each product is a pass over the matrix, and also shows the residual of the triplets before it. Where
-# the values decay too slowly for that, ARPACK (Lehoucq, Sorensen & Yang, 1998) finds eigenvectors of ``Aᵀ A`` from
-# products with single vectors, which are computed where the matrix is. The triplets are then computed from the matrix
-# between these vectors, because squared singular values have only half of the digits. Single vectors may miss copies of
-# a repeated value: a few more steps, from another start and orthogonal to the vectors found so far, reveal them.
+# & Tropp, 2011). What the first product has in the vectors beyond the rank, and not in the others, tells whether these
+# span all (ibid., section 4.3). Each later product shows the residual of the triplets before it, which bounds that of
+# its own. Where the values decay too slowly for that, ARPACK (Lehoucq, Sorensen & Yang, 1998) finds eigenvectors of
+# ``Aᵀ A`` from products with single vectors, which are computed where the matrix is. The triplets are then computed
+# from the matrix between these vectors, because squared singular values have only half of the digits. Single vectors
+# may miss copies of a repeated value: a few more steps, from another start and orthogonal to the vectors found so far,
+# reveal them.
 
 
 # With fewer rows and columns, or elements, LAPACK takes less time than the calls of a few steps.
@@ -38,16 +40,21 @@ _SHORT, _FEW = 96, 1 << 16
 _PART, _MOST = 16, 128
 # Vectors of a block beyond the rank, and passes that take as much time as ARPACK.
 _MORE, _PASSES = 8, 7
-# Steps to the first restart, and restarts that are always allowed. As many steps in total as the short side is long
-# take about as much time as the full decomposition.
-_STEPS, _RESTARTS = 20, 10
+# Where the last value of the first product is more than this part of the last that is wanted, ARPACK is faster. Vectors
+# beyond the rank are dropped where the others alone gain this part of the digits in a pass.
+_SLOW, _GAINED = 0.1, 0.7
+# A norm is at most this many times what random vectors show of it.
+_SURE = 3.0
+# Steps to the first restart beyond the rank, of four or more, in single and in double precision, and restarts that are
+# always allowed. As many steps in total as the short side is long take about as much time as the full decomposition.
+_STEPS, _LEAST, _RESTARTS = (8, 16), 4, 10
 # Residuals of up to this many times epsilon and the largest value are rounding: of ARPACK, and of the triplets.
 _CONVERGED, _ACCEPTED = 8.0, 64.0
-# A value that exceeds the smallest of the triplets by more than this was missed. Steps of the search for one, and the
-# part of it that it may be wrong by.
-_MISSED, _SEARCH, _ROUGH = 1e-6, 8, 0.1
-# Relative error that a sum of squares may have.
-_SUMMED = 1e-3
+# A value that exceeds the smallest of the triplets by more than this was missed. Steps of the search for one to the
+# first restart, and the part of its square that it may be wrong by.
+_MISSED, _SEARCH, _ROUGH = 1e-6, 5, 0.03
+# Bytes of rows that are still in the cache when they are multiplied for the second time.
+_TWICE = 1 << 19
 
 
 def truncated_pays(shape: tuple[int, ...], rank: int) -> bool:
@@ -78,7 +85,9 @@ def leading_triplets(backend: Backend, matrix: Array, rank: int, seed: int) -> t
     Notes
     -----
     None if they do not converge in less time than the full decomposition takes, or if larger values were missed. The
-    residuals of triplets that are returned are at rounding; that these are the leading ones is likely, but not certain.
+    residuals of triplets that are returned are at rounding: those from ARPACK are computed, those of the block bounded
+    by the pass before and by what random vectors show of the rest. That these are the leading ones is likely, but not
+    certain.
     """
     if matrix.shape[0] < matrix.shape[1]:
         triplets = leading_triplets(backend, backend.matrix_transpose(matrix), rank, seed)
@@ -94,25 +103,17 @@ def leading_triplets(backend: Backend, matrix: Array, rank: int, seed: int) -> t
     if backend.name == "numpy" and not (matrix.flags.c_contiguous or matrix.flags.f_contiguous):
         matrix = np.ascontiguousarray(matrix)
     rng = np.random.default_rng(seed)
-    block, largest, triplets = _subspace(backend, matrix, rank, rng)
+    start, largest, triplets = _subspace(backend, matrix, rank, rng)
     if triplets is not None or not 0.0 < largest < math.inf:
         return triplets
-    dtype, device, across = backend.dtype_name(matrix), backend.device(matrix), backend.matrix_transpose(matrix)
-    eps, exponents = float(np.finfo(dtype).eps), np.finfo(dtype).maxexp - 2
+    info, short = np.finfo(backend.dtype_name(matrix)), int(matrix.shape[1])
     # Scaled so that squares neither overflow nor underflow.
-    scale = 2.0 ** min(max(-math.frexp(largest)[1], -exponents), exponents)
-
-    def product(x: Array, columns: np.ndarray) -> np.ndarray:
-        return backend.to_numpy(backend.matmul(x, backend.asarray(columns, dtype, device)))
-
-    def squared(vector: np.ndarray) -> np.ndarray:
-        """Multiply by ``Aᵀ A``."""
-        return product(across, product(matrix, vector.reshape(-1, 1)) * scale) * scale
-
-    # The block is in the row space: if the rank is no larger than its dimension, it is all that is needed.
-    start, short = backend.to_numpy(block).sum(axis=1), int(matrix.shape[1])
-    restarts = max(_RESTARTS, short // max(rank + 1, _STEPS - rank))
-    pairs = _eigenvectors(squared, start, rank, _STEPS, restarts, _CONVERGED * eps, rng)
+    scale = 2.0 ** min(max(-math.frexp(largest)[1], 2 - info.maxexp), info.maxexp - 2)
+    squared, eps = _squared(backend, matrix, scale), float(info.eps)
+    # The start is in the row space: if the rank is no larger than its dimension, it is all that is needed.
+    space = min(short, max(2 * rank + 1, max(rank, _LEAST) + _STEPS[eps < 1e-10]))
+    restarts = max(_RESTARTS, short // max(1, space - rank))
+    pairs = _eigenvectors(squared, start, rank, space, restarts, _CONVERGED * eps, rng)
     ritz = None if pairs is None else _rayleigh_ritz(backend, matrix, np.linalg.qr(pairs[1])[0])
     if ritz is None:
         return None
@@ -122,68 +123,103 @@ def leading_triplets(backend: Backend, matrix: Array, rank: int, seed: int) -> t
     arbitrary = not _seeded() and s[-1] <= rounding
     if arbitrary or not residual <= rounding:
         return None
-    limit = s[-1] * (1.0 + _MISSED) + rounding
-    if rank == 1 or (backend.name == "numpy" and _leaves_less(matrix, s, limit)):
+    if rank == 1:
         return u, s, v
     known = backend.to_numpy(v)
 
     def deflated(vector: np.ndarray) -> np.ndarray:
         """Multiply by ``Aᵀ A`` without its part along the right vectors."""
-        column = vector.reshape(-1, 1)
-        image = squared(column - known @ (known.T @ column))
+        image = squared(vector - known @ (known.T @ vector))
         return np.asarray(image - known @ (known.T @ image))
 
     another = np.asarray(rng.standard_normal(short), start.dtype)
-    largest_left = _eigenvectors(deflated, another, 1, _SEARCH, _RESTARTS, _ROUGH, rng)
-    missed = largest_left is not None and math.sqrt(max(0.0, largest_left[0][0])) > scale * limit
+    largest_left = _eigenvectors(deflated, another, 1, min(short, _SEARCH), _RESTARTS, _ROUGH, rng)
+    limit = scale * (s[-1] * (1.0 + _MISSED) + rounding)
+    missed = largest_left is not None and math.sqrt(max(0.0, largest_left[0][0])) > limit
     return None if missed else (u, s, v)
 
 
 def _subspace(
     backend: Backend, matrix: Array, rank: int, rng: np.random.Generator
-) -> tuple[Array, float, tuple[Array, np.ndarray, Array] | None]:
-    """Return a basis of leading right vectors, the largest value, and the triplets where a few passes yield them."""
+) -> tuple[np.ndarray, float, tuple[Array, np.ndarray, Array] | None]:
+    """Return a nearly leading right vector, about the largest value, and the triplets where a few passes yield them."""
     dtype, device = backend.dtype_name(matrix), backend.device(matrix)
 
     def rotated(basis: Array, rotation: np.ndarray) -> Array:
         return backend.matmul(basis, backend.asarray(np.ascontiguousarray(rotation), dtype, device))
 
-    sides, short = (matrix, backend.matrix_transpose(matrix)), int(matrix.shape[1])
-    block = backend.asarray(rng.standard_normal((short, min(rank + _MORE, short))), dtype, device)
-    rounding, largest, residual = _ACCEPTED * float(np.finfo(dtype).eps), 0.0, 1.0
-    with np.errstate(over="ignore", invalid="ignore"):
-        basis = backend.qr(backend.matmul(matrix, block))[0]
-        image = backend.matmul(sides[1], basis)
-    for passes in range(2, _PASSES + 1):
-        following, triangle = backend.qr(image)
+    def factored(image: Array) -> tuple[Array, np.ndarray, float]:
+        basis, triangle = backend.qr(image)
         host = backend.to_numpy(triangle).astype(np.float64)
-        if not np.isfinite(host).all():
-            return block, math.inf, None
-        block = (basis, following)[passes % 2 == 0]
+        return basis, host, float(np.max(np.abs(host)))
+
+    sides, short = (matrix, backend.matrix_transpose(matrix)), int(matrix.shape[1])
+    rounding = _ACCEPTED * float(np.finfo(dtype).eps)
+    some, wide = (min(rank + more, short) for more in (_MORE // 2, _MORE))
+    bound, residual, beyond, last = math.inf, math.inf, 0.0, 0.0
+    block = backend.asarray(rng.standard_normal((short, wide)), dtype, device)
+    with np.errstate(over="ignore", invalid="ignore"):
+        basis, host, largest = factored(_multiplied(backend, matrix, block))
+        if not 0.0 < largest < math.inf:
+            return np.zeros(0), largest, None
+        # What the vectors beyond some show outside of the space of these.
+        outside = _SURE * float(np.linalg.norm(host[some:] / largest)) * largest / math.sqrt(max(1, wide - some))
+        if wide == rank + _MORE and outside <= rounding * largest:
+            basis, bound = basis[:, :some], outside
+        else:
+            to_left, values, _ = np.linalg.svd(host)
+            if values[-1] > _SLOW * values[rank - 1]:
+                leading = backend.sum(rotated(basis, to_left[:, :rank]), axis=1)
+                return backend.to_numpy(backend.matmul(sides[1], leading)) / largest, largest, None
+        image = _multiplied(backend, sides[1], basis)
+    for passes in range(2, _PASSES + 1):
+        following, host, largest = factored(image)
+        if not 0.0 < largest < math.inf:
+            break
         to_after, values, to_before = np.linalg.svd(host)
         s, largest = values[:rank], float(values[0])
+        if len(values) > rank:
+            beyond, last = values[rank], values[-1]
+        alone, falls = (x / s[-1] if s[-1] else 0.0 for x in (beyond, last))
+        before, after = rotated(basis, to_before[:rank].T), rotated(following, to_after)
+        left, right = (after[:, :rank], before) if passes % 2 else (before, after[:, :rank])
+        if passes > 2:
+            # The residual of the triplets before these, turned by what is outside of them.
+            bound = residual * min(1.0, _SURE * alone or 1.0)
+        if bound <= rounding * largest:
+            return np.zeros(0), largest, (left, s, right)
         # In a pass the residual falls by about this factor, of which the block's last value tells too little.
-        falls = 1.5 * values[-1] / s[-1] if s[-1] else 0.0
-        if largest == 0.0 or residual * falls ** (_PASSES - passes) > rounding:
-            break
-        before, after = rotated(basis, to_before[:rank].T), rotated(following, to_after[:, :rank])
+        if min(residual, largest) * (1.5 * falls) ** (_PASSES - passes) > rounding * largest:
+            return backend.to_numpy(right).sum(axis=1), largest, None
+        if alone <= falls**_GAINED:
+            after, last = after[:, :rank], beyond
         # One equation of the triplets holds by their definition, up to rounding; this is the other one.
-        image = backend.matmul(sides[passes % 2], following)
-        rest = backend.to_numpy(rotated(image, to_after[:, :rank])).astype(np.float64) - backend.to_numpy(before) * s
-        residual = float(np.max(np.linalg.norm(rest / largest, axis=0)))
-        if residual <= rounding:
-            return block, largest, ((before, s, after) if passes % 2 == 0 else (after, s, before))
-        basis = following
-    return block, largest, None
+        basis, image = after, _multiplied(backend, sides[passes % 2], after)
+        rest = backend.to_numpy(image[:, :rank]).astype(np.float64) - backend.to_numpy(before) * s
+        residual = largest * float(np.max(np.linalg.norm(rest / largest, axis=0)))
+    return np.zeros(0), largest, None
 
 
-def _leaves_less(matrix: np.ndarray, s: np.ndarray, limit: float) -> bool:
-    """Return whether the norm of the rest of a matrix, without some triplets, excludes values above a limit."""
-    flat = matrix.ravel(order="K")
-    with np.errstate(over="ignore", under="ignore"):
-        most, known = float(flat @ flat) * (1.0 + _SUMMED), float(s @ s)
-    # If the total is zero, or less than the known part, squares have underflowed.
-    return 0.0 < known <= most <= known + limit * limit
+def _multiplied(backend: Backend, matrix: Array, block: Array) -> Array:
+    """Return the product of a matrix and some vectors; BLAS takes less time if the matrix is read row by row."""
+    transposed = backend.matrix_transpose
+    if backend.name == "numpy" and not matrix.flags.c_contiguous:
+        return transposed(backend.matmul(transposed(block), transposed(matrix)))
+    return backend.matmul(matrix, block)
+
+
+def _squared(backend: Backend, matrix: Array, scale: float) -> Callable[[np.ndarray], np.ndarray]:
+    """Return the product of a vector on the host with ``Aᵀ A`` and the square of a scale, computed row by row."""
+    dtype, device, count = backend.dtype_name(matrix), backend.device(matrix), int(matrix.shape[0])
+    cached = backend.name == "numpy" and matrix.flags.c_contiguous
+    rows = max(1, _TWICE // matrix[:1].nbytes) if cached else count
+    parts = [matrix[top : top + rows] for top in range(0, count, rows)]
+
+    def squared(vector: np.ndarray) -> np.ndarray:
+        column = backend.asarray(vector, dtype, device)
+        return backend.to_numpy(sum((part @ column * scale) @ part for part in parts) * scale)
+
+    return squared
 
 
 def _rayleigh_ritz(
@@ -192,8 +228,8 @@ def _rayleigh_ritz(
     """Return a matrix's singular triplets in the span of right vectors, and the largest norm of ``Aᵀ u - s v``."""
     dtype, device, across = backend.dtype_name(matrix), backend.device(matrix), backend.matrix_transpose(matrix)
     right = backend.asarray(vectors, dtype, device)
-    left = backend.qr(backend.matmul(matrix, right))[0]
-    back = backend.matmul(across, left)
+    left = backend.qr(_multiplied(backend, matrix, right))[0]
+    back = _multiplied(backend, across, left)
     inner = backend.to_numpy(backend.matmul(backend.matrix_transpose(right), back)).astype(np.float64)
     if not np.isfinite(inner).all():
         return None
@@ -219,10 +255,12 @@ def _eigenvectors(
     size = len(start)
     operator = LinearOperator((size, size), matvec=product, dtype=start.dtype)
     try:
-        values, vectors = eigsh(
-            operator, count, which="LA", v0=start, ncv=min(size, max(2 * count + 1, steps)), maxiter=restarts,
-            tol=tol, **({"rng": rng} if _seeded() else {}),
-        )  # fmt: skip
+        # OpenBLAS's kernels may set the flag of an invalid operation: see NumpyBackend.matmul.
+        with np.errstate(invalid="ignore"):
+            values, vectors = eigsh(
+                operator, count, which="LA", v0=start, ncv=steps, maxiter=restarts, tol=tol,
+                **({"rng": rng} if _seeded() else {}),
+            )  # fmt: skip
     except ArpackError:
         return None
     return values, vectors
