@@ -155,3 +155,43 @@ def test_any_adapter_of_lycoris_is_read_and_loaded_or_refused(
         assert kind == "lokr"  # of sizes that its loader does not arrive at
         return
     check_loaded(again, expected, shapes)
+
+
+P = tna.presets
+
+
+@pytest.mark.parametrize(
+    ("preset", "algo", "settings"),
+    [
+        (P.lora(2, alpha=1), "lora", {}),
+        (P.loha(2, alpha=1), "loha", {}),
+        (P.lokr(1, alpha=3), "lokr", {"dim": 1, "alpha": 3}),
+        (P.lokr(2, alpha=1, split_size=2), "lokr", {"factor": 2}),
+        (P.lokr(2, alpha=1, split_size=(3, 2)), "lokr", {"factor": 8}),  # beyond the roots
+        (P.lokr(1, alpha=3, leading="same"), "lokr", {"dim": 1, "alpha": 3, "decompose_both": True}),
+        (P.krona(), "lokr", {"full_matrix": True}),
+        (P.krona(split_size=2), "lokr", {"dim": 100_000, "factor": 2}),
+        (P.krona(split_size=(6, 4)), "lokr", {"full_matrix": True, "unbalanced_factorization": True}),
+        (P.dense(), "full", {}),
+    ],
+)
+def test_the_settings_of_lycoris_in_the_reference_are_these_presets(
+    preset: Config, algo: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """Its arrays have the shapes of the preset's, and give the same updates in the preset's network."""
+    shapes = {"to_q": (24, 16)}
+    theirs(tmp_path / "theirs.safetensors", shapes, algo, **{"dim": 2, "alpha": 1, **settings})
+    found = tna.convert(tmp_path / "theirs.safetensors", base=shapes)
+    assert found.exact
+    plan = tna.UpdatePlan(preset.replace(rate="sgd"), list(shapes.values()))
+    np.testing.assert_array_equal(plan.deltas(found.file.arrays), found.file.deltas())
+
+
+def test_a_file_of_dylora_is_lora(tmp_path: Path) -> None:
+    network = create_lycoris(model({"to_q": (24, 16)}), 1.0, 2, 1, algo="dylora", block_size=1)
+    network.apply_to()
+    fill(network.parameters(), 1)
+    network.save_weights(str(tmp_path / "theirs.safetensors"), torch.float32, {})
+    found = tna.convert(tmp_path / "theirs.safetensors", base={"to_q": (24, 16)})
+    assert found.exact
+    assert found.file.config == P.lora(2, alpha=1, rate="sgd")

@@ -81,8 +81,8 @@ def convert(
     ----------
     source : str, PathLike, AdapterFile or PopulationFile
         A tnadapt file; a folder that PEFT saved, with LoRA, LoKr, LoHa or one of the other methods that
-        :doc:`/convert` lists; a safetensors file of LyCORIS or kohya (LoRA, LoKr, LoHa, full differences) or of
-        diffusers (LoRA); a GGUF adapter that this library wrote; or any path that a registered file format reads.
+        :doc:`/convert_reference` lists; a safetensors file of LyCORIS or kohya (LoRA, LoKr, LoHa, full differences) or
+        of diffusers (LoRA); a GGUF adapter that this library wrote; or any path that a registered file format reads.
     out : str or PathLike, optional
         Where to write the result: a folder for PEFT, otherwise a file. Nothing is written if None. All members of a
         population become a folder of such folders, each with the name of its member, or the number of one without.
