@@ -144,6 +144,19 @@ def test_what_is_recorded_of_large_models_follows_from_their_shapes(benchmark_sc
         assert row == expected
 
 
+def test_the_numbers_of_memory_are_measured() -> None:
+    text = " ".join((DOCS / "memory.rst").read_text(encoding="utf-8").split())
+    peaks = {row["case"]: row for row in results("fast/memory.jsonl")[1:]}
+    above = {case: peaks[case]["above lora MB"] for case in ("lora", "superlora", "superlora F 0.01")}
+    assert f"{peaks['peft lora r=4']['peak MB']:,} MB with PEFT's LoRA of rank 4" in text
+    assert f"takes {-above['lora']} MB less, SuperLoRA {above['superlora']} MB more" in text
+    assert f"of ρ = 0.01 {above['superlora F 0.01']} MB more" in text
+    rows = [row for row in results("fast/decoding.jsonl")[1:] if (row["dtype"], row["how"]) == ("bfloat16", "eager")]
+    ratios = {row["case"]: row["ratio"] for row in rows}
+    lora, superlora = (f"{ratios[case]:.2f} times" for case in ("lora(4)", "superlora(4)"))
+    assert f"takes {lora} as long as the base with LoRA, and {superlora} with SuperLoRA" in text
+
+
 def test_a_llama_keeps_what_the_formulas_say(benchmark_scripts: Scripts) -> None:
     import tnadapt.torch
     from tests.torch.internals import drawn, held_by_draws
