@@ -153,14 +153,14 @@ def check(several: dict[str, Callable[[Tensor, Sequence[str]], Tensor]], ids: Te
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Return the documentation's table: the median ratio of each case, and its range over the rounds."""
+    """Return the documentation's table: the median ratio of each case."""
     about, *rows = rows
     columns = [(work, number) for work in TOKENS for number in ADAPTERS]
     found = {(row["work"], row["adapters"], row["case"]): row for row in rows}
     lines = [["", *(f"{work}, {number}" for work, number in columns)]]
     for case in dict.fromkeys(row["case"] for row in rows):
         cells = [found[work, number, case] for work, number in columns]
-        lines.append([case, *(f"{row['ratio']:.2f} ({row['low']:.2f} to {row['high']:.2f})" for row in cells)])
+        lines.append([case, *(f"{row['ratio']:.2f}" for row in cells)])
     how = about["machine"]
     kept = ("processor", "cores", "layers", "threads", "batch", "torch", "peft", "transformers", "date")
     listed = ", ".join(f"{name} {how[name]}" for name in kept if name in how)
