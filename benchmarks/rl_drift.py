@@ -286,17 +286,19 @@ def cycle_table(rows: Sequence[Row]) -> str:
     """Return the documentation's table of the cycles."""
     about, *rows = rows
     last = max(row.get("updates", 0) for row in rows)
-    lines = [("", "trained", f"base after {last} cycles", "error of the weights sent", "time over PEFT's LoRA")]
+    lines = [("", "trained", "base changed", "by", "error sent", "time over PEFT's LoRA")]
     for title in dict.fromkeys(row["title"] for row in rows):
         (state,) = (row for row in rows if row["title"] == title and row.get("updates") == last)
         (spent,) = (row for row in rows if row["title"] == title and "seconds" in row)
-        error = f"{state['sent'] / state['update']:.0%} of the update"
-        time_of = f"{spent['ratio']:.2f} ({1e3 * spent['seconds']:.0f} ms)"
-        lines.append((title, f"{state['numbers']:,}", said_of(state), error, time_of))
+        shares = state["changed"] / state["elements"], *(state[key] / state["update"] for key in ("change", "sent"))
+        lines.append((
+            title, f"{state['numbers']:,}", *(f"{share:.0%}" if share else "0" for share in shares),
+            f"{spent['ratio']:.2f} ({1e3 * spent['seconds']:.0f} ms)",
+        ))  # fmt: skip
     how = about["machine"] | {"threads": about["threads"]}
     kept = ("processor", "cores", "threads", "torch", "peft", "trl", "transformers", "date")
     listed = ", ".join(f"{name} {how[name]}" for name in kept if name in how)
-    return f"{list_table(lines, ':widths: 28 12 30 15 15')}\n({listed})\n"
+    return f"{list_table(lines, ':widths: 36 14 12 12 12 18')}\n({listed})\n"
 
 
 def said_of(state: Row) -> str:
