@@ -52,6 +52,8 @@ def test_fastfood_takes_a_ratio_or_a_number_of_parameters() -> None:
     assert str(tna.planning.known_as(tna.presets.fastfood(parameters=5))) == "fastfood p = 5"
     with pytest.raises(tna.ConfigError, match=r"ratio must be at most 1, .*; got 100: use parameters=100"):
         tna.presets.fastfood(100)
+    mixed = tna.presets.fastfood(0.5, before="one-hot", parameters=5)
+    assert (mixed.projection, mixed.ratio, mixed.before, mixed.parameters) == ("linear", 0.5, "one-hot", 5)
     with pytest.raises(tna.ConfigError, match=r"takes ratio or parameters; got ratio=0.5 and parameters=5"):
         tna.presets.fastfood(0.5, parameters=5)
 
@@ -125,7 +127,7 @@ def cases(draw: st.DrawFn) -> Cases:
         "lorta": (P.lorta(r, order=draw(st.integers(3, 5))), mixed),
         "lonkr": (P.lonkr(r, splits=draw(st.integers(3, 4)), split_size=draw(st.integers(1, 3))), mixed),
         "fastfood": (P.fastfood(ratio, projection=linear), mixed),
-        "fastfood of parameters": (P.fastfood(parameters=n, before=linear, seed=seed), mixed),
+        "fastfood of parameters": (P.fastfood(parameters=n, seed=seed), mixed),
         "superlora": (P.superlora(r, projection=linear, ratio=ratio), mixed),
         "superlora of its length": (P.superlora(r, projection=draw(st.sampled_from(["identity", "shuffle"]))), mixed),
         **{name: (getattr(P, name)(n, positions, **few), mixed) for name in ("shira", "fourierft", "loca")},

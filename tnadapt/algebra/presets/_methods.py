@@ -397,6 +397,8 @@ def fastfood(ratio: float | None = None, parameters: int | None = None, **change
     1000
     """
     settings: dict[str, Any] = {"groups": 1, "order": 1, "fold": "hypercube", "format": "dense"}
+    if "before" in changes:  # the parameters are those of this map
+        changes, parameters = changes | {"parameters": parameters}, None
     if parameters is None:
         ratio = 0.01 if ratio is None else ratio
         if ratio > 1:
