@@ -10,9 +10,10 @@ from typing import Any
 import tnadapt.planning
 from tnadapt.checkpoints.atomic_files import replace_file
 
-from . import store, tasks
+from . import store, tasks, which
 from .comparison import Outcome, at_budget, control_of, improves, outcomes_of, share, tells
 from .figures import budgets_of
+from .recommendation import basis, sentence
 from .tasks import QualityTask
 
 #: The file that :mod:`tnadapt.planning` reads.
@@ -28,11 +29,13 @@ def write(folder: Path) -> Path:
 def evidence(folder: Path) -> str:
     """Return the content of the file.
 
-    It has the tasks, each with tnadapt's measured settings and the budgets at which no method is decided to be better
-    than the best control. Settings have their share of the gain of dense updates on held-out samples, which ranks
-    them; test samples only decide at which budgets something is gained.
+    It has the answers to "Which method?" in words, and the tasks, each with tnadapt's measured settings and the budgets
+    at which no method is decided to be better than the best control. Settings have their share of the gain of dense
+    updates on held-out samples, which ranks them; test samples only decide at which budgets something is gained.
     """
-    return json.dumps({"tasks": list(_tasks(folder))}, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
+    answers = [{"budget": one.budget, "words": f"{sentence(one)} {basis(one)}"} for one in which.answers(folder)]
+    content = {"answers": answers, "tasks": list(_tasks(folder))}
+    return json.dumps(content, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
 
 
 def _tasks(folder: Path) -> Iterator[dict[str, Any]]:

@@ -15,10 +15,9 @@ from tnadapt.algebra.config import Config
 from tnadapt.algebra.update_plan import UpdatePlan
 from tnadapt.checkpoints.lora_export import lora_export
 from tnadapt.errors import FileError
-from tnadapt.report import TextTable
 
 from . import store, tasks
-from .comparison import Outcome, at_budget, control_of, improves, outcomes_of, share, tells
+from .comparison import Outcome, at_budget, control_of, difference, improves, outcomes_of, share, tells
 from .facts import Facts
 from .figures import budgets_of
 from .tasks import QualityTask
@@ -77,6 +76,8 @@ class Recommendation:
     served: Choice | None
     #: The number of methods that were measured on all of these tasks.
     compared: int
+    #: How many of the others are not decided to be worse than the best one on any of them.
+    tied: int
     #: Names of the tasks with results at this budget in which no method is decided to be better than the best control.
     #: They do not count, as their shares are chance.
     idle: tuple[str, ...] = ()
@@ -103,22 +104,6 @@ def recommendations(studies: Sequence[Study], library: str | None = None) -> lis
     return [one for one in found if one is not None]
 
 
-def table(answers: Sequence[Recommendation], ratios: Mapping[str, float]) -> str:
-    """Return a table with a row for each budget; ``ratios`` are the times of steps by case."""
-    title = ["parameters", "method", "of the gain", "step", "served as LoRA", "of the gain", "step", "methods", "tasks"]
-    rows = []
-    for one in answers:
-        served = ["–", "–", "–"]
-        if one.served is not None:
-            name = f"{one.served.shown}, rank {_range(one.served.ranks)}"
-            served = [name, _percent(one.served.shares), step_ratio(ratios, one.served.method)]
-        idle = f"; no gain by any method: {', '.join(one.idle)}" if one.idle else ""
-        last = [str(one.compared), ", ".join(one.tasks) + idle]
-        best = [one.best.shown, _percent(one.best.shares), step_ratio(ratios, one.best.method)]
-        rows.append([f"{one.budget:,}", *best, *served, *last])
-    return TextTable(rows, title, (0, 2, 3, 5, 6, 7)).markdown()
-
-
 def _decides(study: Study, budget: int) -> bool:
     """Return whether some method is decided to be better than the best control, and shares can be said."""
     here, control = at_budget(study.outcomes, budget), control_of(study.task, study.outcomes)
@@ -143,9 +128,17 @@ def _recommendation(budget: int, measured: Sequence[Study], library: str | None)
     if best is None or len(best.undecided) == len(studies):
         return None
     served = _best(studies, [own for own in candidates if _ranks(studies, own)])
+    tied = sum(_tied(studies, own, candidates[shared.index(best.method)]) for own in candidates) - 1
     names = tuple(one.task.name for one in studies)
     idle = tuple(one.task.name for one in measured if one.task.name not in names)
-    return Recommendation(budget, names, best, served, len(candidates), idle)
+    return Recommendation(budget, names, best, served, len(candidates), tied, idle)
+
+
+def _tied(studies: Sequence[Study], own: Sequence[Outcome], best: Sequence[Outcome]) -> bool:
+    """Return whether a method is not decided to be worse than the best one on any task."""
+    pairs = zip(studies, own, best, strict=True)
+    gains = [difference(study.task, leader, one) for study, one, leader in pairs]
+    return all(gain is None or gain.low <= 0.0 for gain in gains)
 
 
 def _best(studies: Sequence[Study], candidates: Iterable[Sequence[Outcome]]) -> Choice | None:
@@ -180,7 +173,27 @@ def _range(numbers: Sequence[int]) -> str:
 def _percent(shares: Sequence[float]) -> str:
     """Return the mean in percent, and the lowest and highest of several."""
     mean, *ends = (round(100.0 * one) for one in (statistics.fmean(shares), min(shares), max(shares)))
-    return f"{mean} %" if len(shares) == 1 else f"{mean} % ({ends[0]} to {ends[1]})"
+    return f"{mean}%" if len(shares) == 1 else f"{mean}%, from {ends[0]}% to {ends[1]}%"
+
+
+def sentence(one: Recommendation) -> str:
+    """Return the answer in words: which method to choose, and which one if it is to be served as LoRA."""
+    best, served = one.best, one.served
+    told = f"Up to {one.budget:,} numbers, choose {best.shown} ({_percent(best.shares)} of dense updates' gain)"
+    if served is None:
+        return f"{told}; no measured method is served as LoRA."
+    if served.method == best.method:
+        return f"{told}, which is served as LoRA of rank {_range(served.ranks)}."
+    percent = _percent(served.shares)
+    return f"{told} or, served as LoRA, {served.shown} of rank {_range(served.ranks)} ({percent})."
+
+
+def basis(one: Recommendation) -> str:
+    """Return what an answer is based on."""
+    measured, idle = ("; ".join(tasks.find(name).title for name in names) for names in (one.tasks, one.idle))
+    others = one.compared - 1
+    told = f"Measured on {measured}, where {one.tied} of {others} other methods are statistically tied with the first."
+    return f"{told} No method gained on {idle}." if idle else told
 
 
 def lora_rank(one: Outcome, facts: Facts) -> int | None:

@@ -11,7 +11,7 @@ from typing import Any
 from tnadapt.checkpoints.atomic_files import replace_file
 from tnadapt.report import TextTable
 
-from ..formatting import folded
+from ..formatting import folded, wrapped
 from . import methods, store
 from .comparison import Difference, Outcome, at_budget, control_of, dense_of, difference, leader_of, outcomes_of, tells
 from .figures import LIBRARIES, budgets_of, draw_methods, draw_scores
@@ -71,8 +71,8 @@ def table(task: QualityTask, found: store.TaskResults, name: str) -> str:
 
 def _section(task: QualityTask, found: store.TaskResults, name: str) -> Iterator[str]:
     outcomes = outcomes_of(task, found.records.values())
-    yield f"## {task.title}"
-    yield ""
+    yield from wrapped(f"# {task.title}")
+    yield from wrapped(READING)
     yield from _about(task, found, outcomes)
     if budgets_of(outcomes):
         yield ""
@@ -124,8 +124,7 @@ def _about(task: QualityTask, found: store.TaskResults, outcomes: Sequence[Outco
         f"Rates tried, the best of them chosen by {by} seed{'s' * (by != '1')} on held-out {task.chosen_by}: "
         f"{', '.join(f'{rate:g}' for rate in rates)}."
     )
-    defaults = {name: methods.find(name).rate for name in methods.names()}
-    if any(outcome.rate != defaults.get(outcome.method, outcome.rate) for outcome in outcomes):
+    if at_best_rates(outcomes):
         yield "These results are of an earlier rule: rows are at the best rate tried, with all seeds; to be repeated."
     failed = sum("failed" in line for line in records)
     if failed:
@@ -138,6 +137,12 @@ def _about(task: QualityTask, found: store.TaskResults, outcomes: Sequence[Outco
     if edges:
         yield f"The best rate of {len(edges)} settings is the lowest or highest that was tried; they are marked with ←."
     yield f"Machine: {'; '.join(dict.fromkeys(map(_machine, found.sessions)))}."
+
+
+def at_best_rates(outcomes: Sequence[Outcome]) -> bool:
+    """Return whether results are of the earlier rule, by which each method is shown at its best rate."""
+    defaults = {name: methods.find(name).rate for name in methods.names()}
+    return any(outcome.rate != defaults.get(outcome.method, outcome.rate) for outcome in outcomes)
 
 
 def _best_rates(outcomes: Sequence[Outcome], library: str) -> str:
@@ -222,3 +227,11 @@ def _missing(task: QualityTask, found: store.TaskResults, outcomes: Sequence[Out
         lines.append(f"- {unfinished} settings are not finished.")
     if lines:
         yield from ("", "**Without a result**", "", *lines)
+
+
+READING = """\
+● has the best held-out score at its budget. *behind ●* is the difference between its test score and that of the row,
+paired over seeds, with the 95 % interval of Student's t. ○ marks the methods whose interval includes 0: these seeds do
+not decide between the two. ± is the standard deviation over seeds. [How it is
+measured](https://tnadapt.readthedocs.io/en/latest/quality.html)
+"""

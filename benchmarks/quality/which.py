@@ -1,66 +1,53 @@
-"""The page "Which method?", generated from the results: an answer for each task and budget."""
+"""The answer to "Which method?", generated from the results: in words for each budget, and a table for each task.
+
+README.md, the page of the documentation and ``tnadapt plan`` have the same words.
+"""
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from tnadapt.checkpoints.atomic_files import replace_file
 from tnadapt.report import TextTable
 
 from ..formatting import wrapped
-from . import store, tasks
-from .comparison import Outcome, at_budget, control_of, difference, improves, leader_of, outcomes_of
+from .comparison import Outcome, at_budget, control_of, difference, half_learned, improves, leader_of
 from .facts import Facts
 from .figures import budgets_of
-from .recommendation import lora_rank, recommendations, step_ratios, studies_of, table
+from .recommendation import Recommendation, lora_rank, recommendations, sentence, studies_of
 from .report import scored, shown
 from .tasks import QualityTask
 
 #: Names in a cell.
-_NAMED = 5
+_NAMED = 3
 
 
-def write(folder: Path) -> Path:
-    """Write the page next to the results."""
-    path = folder / "which.md"
-    replace_file(str(path), page(folder).encode())
-    return path
+def answers(folder: Path) -> list[Recommendation]:
+    """Return the answer for each budget, among tnadapt's methods."""
+    return recommendations(studies_of(folder), "tnadapt")
 
 
-def page(folder: Path) -> str:
-    """Return the page as Markdown."""
-    return "\n".join(_page(folder)) + "\n"
-
-
-def _page(folder: Path) -> Iterator[str]:
-    yield from wrapped(INTRODUCTION)
-    answers = recommendations(studies_of(folder))
-    if answers:
-        yield from wrapped(SHORT)
-        yield table(answers, step_ratios())
-        yield ""
-    yield from wrapped(READING)
-    missing = []
-    for name in tasks.TASKS:
-        task = tasks.find(name)
-        found = [(scale, own) for scale in task.scales if (own := store.read(folder, name, scale)) is not None]
-        for scale, own in found:
-            outcomes = outcomes_of(task, own.records.values())
-            if budgets_of(outcomes):
-                yield from _section(task, scale, outcomes)
-        if not found:
-            missing.append(f"- {task.title}")
-    if missing:
-        yield from ("## Not measured yet", "", *missing, "")
-
-
-def _section(task: QualityTask, scale: str, outcomes: Sequence[Outcome]) -> Iterator[str]:
-    facts = task.facts(task.sketch())
-    yield f"## {task.title}{'' if scale == 'small' else f', scale {scale}'}"
+def answer(folder: Path) -> Iterator[str]:
+    """Yield the lines of the answer in Markdown: a sentence for each budget, and what they are based on."""
+    found = answers(folder)
+    for one in found:
+        yield textwrap.fill(f"- {sentence(one)}", 120, subsequent_indent="  ", break_on_hyphens=False)
     yield ""
-    yield _controls(task, outcomes, facts)
+    tied = [f"{one.tied} of {one.compared - 1}" for one in found]
+    yield from wrapped(BASIS.format(tied=" and ".join(filter(None, (", ".join(tied[:-1]), *tied[-1:])))))
+    rows = []
+    for study in studies_of(folder):
+        half = half_learned(study.task, study.outcomes)
+        counts = [f"{one.budget:,}" for one in found if study.task.name in one.tasks]
+        cells = [f"`{study.task.name}`", f"{study.facts.size:,}", "not reached" if half is None else f"{half:,.0f}"]
+        rows.append([*cells, ", ".join(counts) or "none"])
+    yield TextTable(rows, ["measured on", "elements", "half of the gain at", "gains at"], (1, 2)).markdown()
     yield ""
+
+
+def task_answer(task: QualityTask, outcomes: Sequence[Outcome], facts: Facts) -> str:
+    """Return the table of a task: for each budget the best method, those tied with it, and the best served as LoRA."""
     score = f"test {task.metric}"
     head = ["parameters", "best", score, "statistically tied", "best as LoRA", score, "behind best"]
     rows = []
@@ -77,17 +64,7 @@ def _section(task: QualityTask, scale: str, outcomes: Sequence[Outcome]) -> Iter
             behind = "" if lora is best else shown(task, difference(task, best, lora))
             cells = [f"{_named(lora)} (rank {lora_rank(lora, facts)})", scored(task, lora), behind]
         rows.append([f"{budget:,}", name, scored(task, best), _tied(task, here, best), *cells])
-    yield TextTable(rows, head, (0, 2, 5, 6)).markdown()
-    yield ""
-
-
-def _controls(task: QualityTask, outcomes: Sequence[Outcome], facts: Facts) -> str:
-    words = [
-        f"{one.title}{f' ({one.parameters:,} parameters)' if one.parameters else ''} {scored(task, one)}"
-        for one in outcomes
-        if one.library == "control" and one.measured
-    ]
-    return f"Controls: {', '.join(words)}. {len(facts.shapes)} weights are adapted."
+    return TextTable(rows, head, (0, 2, 5, 6)).markdown()
 
 
 def _named(one: Outcome) -> str:
@@ -106,53 +83,7 @@ def _tied(task: QualityTask, here: Sequence[Outcome], best: Outcome) -> str:
     return f"{names} and {more} more" if more > 0 else names or "none"
 
 
-INTRODUCTION = """\
-# Which method?
-
-Generated by `python -m benchmarks.quality page` from the results of {doc}`quality`, and the times of steps
-from those of `benchmarks/steps.py`.
-"""
-
-SHORT = """\
-## One method for each budget
-
-The gain of a method over the best control (the base as it is, few-shot, a new or a fitted head alone, biases alone) is
-given as a share of the gain of dense updates, which train all elements of the same weights. The method with the largest
-share on held-out samples is chosen; the table has its share on test samples, the mean over the tasks, with the lowest
-and the highest. *served as LoRA* is the same for methods that export exactly as LoRA; its rank differs between tasks,
-as the same budget buys another rank in another model. *step* is the time of a training step of MiniLM, relative to
-PEFT's LoRA of rank 4: a median of twelve, in which a few hundredths are noise. {doc}`speed` compares more methods.
-
-*tasks* are those measured at this budget in which some method is clearly better than the best control, and *methods* is
-the number of methods that were measured on all of them: with few, the choice says little. "no gain by any method: …"
-names the tasks that do not count because no method is: there, expect nothing from so few parameters. "(no gain: …)"
-means that the chosen method itself is not clearly better than the best control on that task. A budget has no row if
-it is not on any task. The tasks are explained in {doc}`quality`.
-"""
-
-READING = """\
-## How to read the tables of the tasks
-
-Find the task that is most like yours, and the row of your budget:
-
-- *best*: the method with the best held-out score at that budget, at its default learning rate. Test scores choose
-  nothing. "(no gain)" means that its test score is not clearly better than that of the best control: the paired
-  interval includes 0.
-- *statistically tied*: methods whose test score does not differ from it by a paired interval of 95 %. Choose one of
-  these for other reasons, such as its speed or a library that reads it, but look at its score in {doc}`quality` first:
-  if scores vary a lot between seeds, a method several points behind may still be tied. "(better on test)" marks methods
-  that are clearly better on the test samples, though the held-out samples chose another one.
-- *best as LoRA*: the best of those that export exactly as LoRA, so that vLLM, SGLang, PEFT or diffusers load them
-  ({doc}`serving`), and the LoRA rank that it takes. All others can be merged into the weights. *behind best* is what
-  that costs.
-
-"(PEFT)" marks PEFT's own implementation of a method, which starts and is scaled in another way. {doc}`glossary` has the
-symbols of settings.
-
-If the column *statistically tied* is long, the choice of method matters less than the learning rate and the number of
-parameters. `tnadapt plan` puts its rows in the order of these results where they apply: to weights with a tenth to ten
-times as many elements, and at most 3.2 times more or fewer parameters. Rows in which no method is clearly better than
-the best control do not count. It says which results it used, or that none apply. If your weights differ in size from
-those of the task that is most like yours, the order may come from another task. Then compare two or three candidates on
-your own data with `tnadapt finetune`.
+BASIS = """\
+Held-out samples chose the methods; gains are on test samples, over the best control without an adapter. {tied} other
+methods are statistically tied with the choice.
 """

@@ -104,7 +104,7 @@ def test_a_terminal_of_any_width(
     titles = next(line for line in lines if "setting" in line)
     assert "fastfood" in "".join(lines)
     assert ("padding" in titles) == (columns >= 120)
-    table = lines[: next(number for number, line in enumerate(lines) if line.startswith("order: "))]
+    table = lines[lines.index(titles) : next(number for number, line in enumerate(lines) if line.startswith("order: "))]
     assert columns < 80 or max(map(len, table)) <= columns + len("\x1b[1m\x1b[0m")
     assert any(line.startswith("\x1b[1m●") for line in table)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -38,8 +39,10 @@ def task(
 def published(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Replace the published results."""
 
-    def put(*tasks: dict[str, Any]) -> None:
+    def put(*tasks: dict[str, Any], answers: Mapping[int, str] = MappingProxyType({})) -> None:
+        words = [{"budget": budget, "words": words} for budget, words in answers.items()]
         monkeypatch.setattr(measured, "_measured", lambda: read(json.loads(json.dumps(tasks))))
+        monkeypatch.setattr(measured, "_content", lambda: {"answers": words})
 
     put()
     return put
@@ -202,7 +205,21 @@ def test_tasks_on_which_nothing_was_gained_are_named(published: Any) -> None:
     assert f"order: by parameters, as {none} Two with 500 and 1,000 parameters" in str(tna.plan(SHAPES, 1024))
 
 
+def test_the_recommendation_of_the_nearest_budget_comes_first(published: Any) -> None:
+    words = "Up to 1,000 numbers, choose LoRA. Measured on a task whose title is long, where no other method is tied."
+    published(answers={100: "Up to 100.", 1000: words})
+    for budget, said in ((31, ""), (32, "Up to 100."), (316, "Up to 100."), (317, words), (3162, words), (3163, "")):
+        plan = tna.plan(SHAPES, budget)
+        assert plan.recommendation == plan.to_dict()["recommendation"] == said
+    found = tna.plan(SHAPES, 1000)
+    *lines, _ = " ".join(str(found).split()).partition(" method setting")
+    assert lines[0] == words
+    assert max(map(len, str(found).splitlines())) <= 120
+    assert words in found._repr_html_()
+
+
 def test_the_published_results_can_be_read() -> None:
+    assert [answer["budget"] for answer in measured._content()["answers"]] != []
     for one in measured._measured():
         assert one.settings or one.no_gain
         assert all(setting.parameters > 0 for setting in one.settings)

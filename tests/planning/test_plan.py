@@ -138,7 +138,9 @@ def test_the_table() -> None:
     found = tna.plan(VIT, 1000)
     text = str(found)
     lines = text.splitlines()
-    assert len(lines) == 1 + len(found.shown) + len(found.notes())
+    first = next(number for number, line in enumerate(lines) if line.startswith("   method"))
+    assert " ".join(" ".join(lines[:first]).split()) == found.recommendation
+    assert len(lines) == first + 1 + len(found.shown) + len(found.notes())
     assert sum(line.startswith("●") for line in lines) == len(found.front) + 1
     assert max(map(len, lines)) <= 120
     assert len(found.table(every=True)) == 1 + len(found.rows)

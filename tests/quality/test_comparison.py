@@ -5,6 +5,7 @@ What the published results show is in test_published_quality.py: tables, answers
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import statistics
 from typing import Any
@@ -33,7 +34,7 @@ from benchmarks.quality.comparison import (
     spread_of_methods,
     tells,
 )
-from benchmarks.quality.recommendation import Study, recommendations, table
+from benchmarks.quality.recommendation import Study, recommendations, sentence
 from tests.quality.played_task import PlayedTask
 
 TASK = PlayedTask()
@@ -131,9 +132,6 @@ LORA, FOURIER = tna.presets.lora(3).to_dict(), tna.presets.fourierft(4).to_dict(
 
 # -- One method for each budget, over several tasks ---------------------------------------------------
 
-#: Times of steps.
-STEP_TIMES = {"fourierft": 1.234, "lora": 1.0}
-
 
 def seeds(
     method: str, held_out: list[float], test: list[float], config: Any = FOURIER, **more: Any
@@ -164,8 +162,21 @@ def test_held_out_samples_choose_and_the_shares_are_of_test_samples() -> None:
     assert (answer.budget, answer.tasks, answer.best.name) == (100, ("played", "other"), "a")
     assert answer.best.shares == pytest.approx([0.3 / 0.6, 0.4 / 0.8])
     assert answer.served is None
-    row = table([answer], STEP_TIMES).splitlines()[2]
-    assert row == "| 100 | a | 50 % (50 to 50) | – | – | – | – | 2 | played, other |"
+    told = "Up to 100 numbers, choose a (50%, from 50% to 50% of dense updates' gain)"
+    assert sentence(answer) == f"{told}; no measured method is served as LoRA."
+    served = dataclasses.replace(answer.best, ranks=(4, 8))
+    assert sentence(dataclasses.replace(answer, served=served)) == f"{told}, which is served as LoRA of rank 4 to 8."
+    other = dataclasses.replace(served, name="b", method="b", shares=(0.25,), ranks=(4,), undecided=("other",))
+    words = "b (no gain: other) of rank 4 (25%)"
+    assert sentence(dataclasses.replace(answer, served=other)) == f"{told} or, served as LoRA, {words}."
+    # On test samples b is ahead, but on held-out ones it is not.
+    assert (answer.compared, answer.tied) == (2, 1)
+
+
+def test_methods_that_are_decided_to_be_worse_are_not_tied() -> None:
+    own = study(TASK, *CONTROLS, seeds("a", near(0.7), near(0.7)), seeds("b", near(0.6), near(0.5)))
+    (answer,) = recommendations([own, study(Falling(), *FALLING, *(seeds(x, near(0.3), near(0.3)) for x in "ab"))])
+    assert (answer.best.name, answer.compared, answer.tied) == ("a", 2, 0)
 
 
 def test_a_method_has_to_be_measured_on_every_task_that_counts() -> None:

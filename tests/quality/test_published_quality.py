@@ -6,6 +6,7 @@ import doctest
 import importlib
 import json
 import pkgutil
+import re
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ pytest.importorskip("torch")
 pytest.importorskip("peft")
 quality = pytest.importorskip("benchmarks.quality", reason="the benchmarks are not in this copy of the project")
 
-from benchmarks.quality import evidence, page, readme, store, tasks, which
+from benchmarks.quality import evidence, page, readme, report, store, tasks
 from benchmarks.quality.command import PUBLISHED, main
 from benchmarks.quality.comparison import outcomes_of
 from benchmarks.quality.page import RUNS
@@ -25,11 +26,22 @@ from tnadapt.errors import FileError
 
 def test_pages_are_those_of_the_results() -> None:
     assert (PUBLISHED / "page.md").read_text(encoding="utf-8") == page.page(PUBLISHED)
-    assert (PUBLISHED / "which.md").read_text(encoding="utf-8") == which.page(PUBLISHED)
-    text = readme.README.read_text(encoding="utf-8")
-    assert f"{readme.BEGIN}\n{readme.section(PUBLISHED)}{readme.END}\n" in text
-    # What plans rank by, too.
-    assert evidence.PACKAGED.read_text(encoding="utf-8") == evidence.evidence(PUBLISHED)
+    for name in tasks.TASKS:
+        task = tasks.find(name)
+        for scale in task.scales:
+            found, path = store.read(PUBLISHED, name, scale), store.path_of(PUBLISHED, name, scale)
+            if found is not None:
+                shown = path.with_suffix(".md").read_text(encoding="utf-8")
+                assert shown == report.table(task, found, path.stem)
+    text, section = readme.README.read_text(encoding="utf-8"), readme.section(PUBLISHED)
+    assert f"{readme.BEGIN}\n{section}{readme.END}\n" in text
+    assert len(re.findall(r"[^\s|:-]+", section)) <= 120
+    # What plans rank by and say, too: the same sentences.
+    packaged = evidence.PACKAGED.read_text(encoding="utf-8")
+    assert packaged == evidence.evidence(PUBLISHED)
+    joined = " ".join(section.split())
+    for answer in json.loads(packaged)["answers"]:
+        assert f"- {answer['words'].partition(' Measured on ')[0]}" in joined
 
 
 @pytest.mark.slow

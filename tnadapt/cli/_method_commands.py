@@ -7,6 +7,7 @@ import functools
 import inspect
 import shutil
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypeAlias
@@ -308,6 +309,8 @@ def _print(found: tnadapt.planning.Plan, table: Sequence[Sequence[str]], targets
                 break
             kept.remove(table[0].index(spare))
     rows = [[row[column] for column in kept] for row in table]
+    for line in textwrap.wrap(found.recommendation, 120, subsequent_indent="  ", break_on_hyphens=False):
+        echo(line)
     print_table(rows[0], rows[1:], right=range(3, len(kept)))
     for note in found.notes(targets):
         echo(note)

@@ -140,10 +140,29 @@ def measurements(elements: int) -> tuple[TaskMeasurements, ...]:
     return tuple(task for task in _measured() if 1 / _SIZES <= task.elements / elements <= _SIZES)
 
 
+def recommendation(parameters: int) -> str:
+    """Return the answer to "Which method?" for the nearest measured budget; empty if none is about as large.
+
+    Examples
+    --------
+    >>> recommendation(3)
+    ''
+    """
+    answers = [answer for answer in _content()["answers"] if _near(answer["budget"], parameters)]
+    nearest = min(answers, key=lambda answer: _distance(answer["budget"], parameters), default={"words": ""})
+    return str(nearest["words"])
+
+
 @functools.cache
 def _measured() -> tuple[TaskMeasurements, ...]:
+    return read(_content()["tasks"])
+
+
+@functools.cache
+def _content() -> dict[str, Any]:
     text = (importlib.resources.files("tnadapt.planning") / DATA).read_text(encoding="utf-8")
-    return read(json.loads(text)["tasks"])
+    content: dict[str, Any] = json.loads(text)
+    return content
 
 
 def read(tasks: Iterable[Mapping[str, Any]]) -> tuple[TaskMeasurements, ...]:

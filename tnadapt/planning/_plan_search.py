@@ -17,7 +17,7 @@ from tnadapt.errors import ConfigError, FileError, TnadaptError
 from tnadapt.targets.checkpoint_targets import find_stored
 from tnadapt.targets.target import Target
 
-from ._measured import TaskMeasurements, gain_of, measurements, without_gain
+from ._measured import TaskMeasurements, gain_of, measurements, recommendation, without_gain
 from ._plan_table import RUNG, Plan, Row, bytes_each, checked_criteria, front_of, parameters_of
 from ._setting_names import known_as
 from .families import Family, Found, Search, families
@@ -58,7 +58,8 @@ def plan(
     Returns
     -------
     Plan
-        ``print`` shows it as a table; see ``rows``, ``front``, ``freest`` and ``to_dict()``.
+        ``print`` shows the recommendation for about this budget and a table; see ``rows``, ``front``, ``freest`` and
+        ``to_dict()``.
 
     Raises
     ------
@@ -116,7 +117,8 @@ def plan(
     used = {title for row in rows for title in (*row.measured_on, *row.estimated_on)}
     titles = tuple(task.title for task in known if task.title in used)
     no_gain = without_gain(known, [min(wanted, size), *(row.parameters for row in rows if row.measured is not None)])
-    return Plan(wanted, dtype, tuple(shapes), names, tuple(rows), front, tuple(_freest(rows)), titles, no_gain)
+    words = recommendation(min(wanted, size))
+    return Plan(wanted, dtype, tuple(shapes), names, tuple(rows), front, tuple(_freest(rows)), titles, no_gain, words)
 
 
 def _with_gain(row: Row, known: Sequence[TaskMeasurements]) -> Row:

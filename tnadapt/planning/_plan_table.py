@@ -198,6 +198,9 @@ class Plan:
     no_gain_on : tuple of (str, int)
         The tasks with such weights on which no method was clearly better than the best control, and the number of
         parameters: about the budget, or about as many as a row with results has.
+    recommendation : str
+        The answer to "Which method?" for about this budget, from the same results, whatever the weights; empty if there
+        is none.
 
     Examples
     --------
@@ -216,6 +219,7 @@ class Plan:
     freest: tuple[Row, ...]
     measured_on: tuple[str, ...] = ()
     no_gain_on: tuple[tuple[str, int], ...] = ()
+    recommendation: str = ""
 
     @property
     def size(self) -> int:
@@ -247,8 +251,8 @@ class Plan:
         return [(*cells[:place], *cells[place + 1 :]) for cells in table]
 
     def __str__(self) -> str:
-        """Return the table as plain text."""
-        return str(self._table())
+        """Return the recommendation and the table as plain text."""
+        return "\n".join([*_wrapped(self.recommendation), str(self._table())])
 
     def _repr_html_(self) -> str:
         return self._table().html()
@@ -256,6 +260,7 @@ class Plan:
     def _table(self) -> TextTable:
         head, *rows = self.table()
         caption = f"{_counted(len(self.shapes), 'weight')}, at most {_counted(self.budget, 'parameter')}"
+        caption = ". ".join(filter(None, (caption, self.recommendation)))
         return TextTable(rows, head, range(3, len(head)), caption, self.notes())
 
     def notes(self, targets: str | Sequence[str] = ()) -> list[str]:
@@ -324,7 +329,8 @@ class Plan:
         rows = self.rows if every else self.shown
         return {
             "budget": self.budget, "dtype": self.dtype, "weights": len(self.shapes), "elements": self.size,
-            "by": list(self.by), "compared": len(self.rows), "measured_on": list(self.measured_on),
+            "by": list(self.by), "compared": len(self.rows),
+            "recommendation": self.recommendation, "measured_on": list(self.measured_on),
             "no_gain_on": [{"task": title, "parameters": budget} for title, budget in self.no_gain_on],
             "rows": [{**row.to_dict(), "front": row in self.front} for row in rows],
         }  # fmt: skip
