@@ -59,7 +59,7 @@ def run(name: str, folder: Path, seeds: int, jobs: int) -> Path:
 
 
 def table(results: Path) -> str:
-    """Return the table of a file of results as CSV, which ``docs/finetune.rst`` shows."""
+    """Return the table of a file of results as CSV, to which ``docs/finetune.rst`` links."""
     points: list[Point] = points_in(results)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")

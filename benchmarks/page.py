@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from formatting import folded, number
+from formatting import number, wrapped
 
 from tnadapt.report import TextTable
 
@@ -119,32 +119,37 @@ def headlines(found: Mapping[str, Rows]) -> Iterator[str]:
         rows = found.get(line.part, [{}])[1:]
         values = {label: find(rows) for label, find in line.values.items()}
         said = [f"{label} {number(value)}" for label, value in values.items() if value is not None]
-        yield f"- **{line.what}**: {', '.join(said) if said else 'not measured'}\n"
-
-
-def sources() -> Iterator[str]:
-    """Yield the script and the results file of each line, in the same order."""
-    for line in HEADLINES:
         script = SCRIPTS.get(line.part, f"fast.py {line.part}")
-        file = f"{line.part}.jsonl" if line.part in SCRIPTS else f"fast/{line.part}.jsonl"
-        yield f"- {line.what}: `{script}`, `{file}`\n"
+        yield f"- **{line.what}** (`{script}`): {', '.join(said) if said else 'not measured'}\n"
 
 
 # -- The page --------------------------------------------------------------------------------
 
 HEAD = """# Speed
 
-Times are ratios, unless a unit is given: 1 is as fast, less is faster.
+Times are ratios, unless a unit is given: 1 is as fast, less is faster. In brackets is the script in `benchmarks/` that
+measured the line.
+
+A *step* is forward, loss, backward and optimizer step: ViT-base with a batch of 8 images of 224², MiniLM with 32 of 64
+tokens, query and value adapted, and a head trained. *Decoding* is one token through two layers of Llama-8B's shape.
 
 """
 
 ABOUT = """
+![A training step of ViT-base and of MiniLM with each method, over the step with PEFT's LoRA](speed_steps.png)
+
 Measured on {machines}. Every time is a median over contestants that alternated in one process, and every ratio is from
 a single run: on another machine the times differ, but the ratios differ less.
 
-`python benchmarks/fast.py` generates this page from the files in `benchmarks/results/`. The scripts in `benchmarks/`
-that measured the lines above, and their results:
+[All measurements](https://github.com/tnadapt/tnadapt/blob/main/benchmarks/results/speed_tables.md), with the case,
+spread and number of rounds of each: {titles}. `python benchmarks/fast.py` measures again and generates this page from
+the files in `benchmarks/results`; `python benchmarks/fast.py --page` only generates it. `python benchmarks/short.py`
+compares a working tree with the recorded short profile.
+"""
 
+TABLES = """# All measurements of speed
+
+[The page on speed](https://tnadapt.readthedocs.io/en/latest/speed.html) has the summary.
 """
 
 WHAT = {
@@ -180,16 +185,22 @@ WHAT = {
 
 
 def write(found: Mapping[str, Rows], folder: Path) -> None:
-    """Write ``speed.md`` and its picture to a folder, from a mapping of part to lines, the first being the machine."""
-    text = [HEAD, *headlines(found), "\n"]
-    text += [folded("How this was measured", ABOUT.format(machines=_machines(found)) + "".join(sources()))]
+    """Write the page ``speed.md``, its picture, and ``speed_tables.md`` to a folder.
+
+    The results are a mapping of part to lines, the first being the machine.
+    """
+    titles = ", ".join(title[0].lower() + title[1:] for part, (title, _) in WHAT.items() if part in found)
+    about = "\n".join(wrapped(ABOUT.format(machines=_machines(found), titles=titles)))
+    page = [HEAD, *headlines(found), f"\n{about}"]
+    (folder / "speed.md").write_text("".join(page), encoding="utf-8")
+    text = [TABLES]
     for part, (title, about) in WHAT.items():
         if part in found:
             machine, *rows = found[part]
-            inside = [f"{about}\n\n", *_picture(part, title, rows, folder), *_table(rows), _on(machine)]
-            # The heading stays outside: links to it work, and it can be skimmed.
-            text += [f"\n## {title}\n\n", folded("All measurements", "".join(inside))]
-    (folder / "speed.md").write_text("".join(text), encoding="utf-8")
+            text += [f"\n## {title}\n\n{about}\n\n", *_table(rows), _on(machine)]
+    (folder / "speed_tables.md").write_text("".join(text), encoding="utf-8")
+    if "steps" in found:
+        _draw_steps(found["steps"][1:], folder / "speed_steps.png")
 
 
 def _machines(found: Mapping[str, Rows]) -> str:
@@ -211,10 +222,8 @@ def _on(machine: Mapping[str, Any]) -> str:
     return "*" + ", ".join(f"{name} {text}" for name, text in machine.items() if name != "part") + "*\n"
 
 
-def _picture(part: str, title: str, rows: Rows, folder: Path) -> Iterator[str]:
+def _draw_steps(rows: Rows, path: Path) -> None:
     """Draw bars for the steps: the time of each method relative to PEFT's LoRA."""
-    if part != "steps":
-        return
     import matplotlib
 
     matplotlib.use("Agg")
@@ -240,6 +249,5 @@ def _picture(part: str, title: str, rows: Rows, folder: Path) -> Iterator[str]:
         axes.set(xlim=(0.4, None), xlabel="step over PEFT's LoRA, r = 4", title=problem)
     handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in (ours, peer)]
     several[0][0].legend(handles=handles, labels=["tnadapt", "others"], loc="lower right")
-    figure.savefig(folder / "speed_steps.png", dpi=110)
+    figure.savefig(path, dpi=110)
     plt.close(figure)
-    yield f"![{title}](speed_steps.png)\n\n"

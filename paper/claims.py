@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from tnadapt.report import TextTable
 
 from .compared_studies import ComparedPair, ComparedStudy, Setting
-from .geometry_section import distances, geometry_section
+from .geometry_section import TITLE, distances, geometry_section, verdicts
 from .paired_statistics import interval, pooled
 from .pairings import (
     few_parameters,
@@ -25,9 +25,9 @@ from .pairings import (
     where,
     within,
 )
-from .phrases import anchor, folded, mean_and_spread
+from .phrases import anchor, folded, mean_and_spread, several
 
-__all__ = ["CLAIMS", "Claim", "page"]
+__all__ = ["CLAIMS", "Claim", "page", "summary"]
 
 
 HEAD = """# The paper's claims, checked in miniature
@@ -186,11 +186,11 @@ CLAIMS = (
 def page(found: dict[str, ComparedStudy]) -> str:
     """Return the page as Markdown."""
     compared = [study for study in found.values() if study.settings]
-    verdicts = [
+    rows = [
         [f"[{claim.title}](#{anchor(claim.title)})", *(_verdict(claim, study) for study in compared)]
         for claim in CLAIMS
     ]
-    text = [HEAD, _table(verdicts, ["claim", *(study.name for study in compared)])]
+    text = [HEAD, _table(rows, ["claim", *(study.name for study in compared)])]
     if "geometry" in found:
         text += [f"\nThe Euclidean distance to the dense update (geometry; the last section): {distances(found)}.\n"]
     text += ["\n", folded("How settings are compared", METHOD)]
@@ -205,6 +205,40 @@ def page(found: dict[str, ComparedStudy]) -> str:
         text += ["\n", folded("Every comparison", "".join(told))] if told else []
     text += geometry_section(found)
     return "".join(text)
+
+
+def summary(found: dict[str, ComparedStudy]) -> str:
+    """Return what was run, and the verdicts of each claim by study, as two tables in reStructuredText."""
+    compared = [study for study in found.values() if study.settings]
+    ran = [(f"``{study.name}``", f"{study.title} ({_ran(study)})") for study in found.values() if study.pictured]
+    words = {
+        claim: {study.name: _word(claim, study, pairs) for study in compared if (pairs := claim.pairs(study))}
+        for claim in CLAIMS
+    }
+    told = [(claim.title, claim.place, _grouped(words[claim])) for claim in CLAIMS]
+    if "geometry" in found:
+        by_rates = {f"geometry, {rates}": word for rates, word in verdicts(found).items()}
+        told.append((TITLE, "A.4, figure 14", _grouped(by_rates)))
+    return _list_table([("Study", "What was run"), *ran]) + "\n" + _list_table([("Claim", "In", "Verdict"), *told])
+
+
+def _ran(study: ComparedStudy) -> str:
+    values = study.settings[0].values if study.settings else {row["seed"] for row in study.spaces}
+    count = len(study.settings) or len({row["arm"] for row in study.spaces})
+    return f"{several(count, 'setting')}, {several(len(values), 'seed')}"
+
+
+def _grouped(words: Mapping[str, str]) -> str:
+    """Return each verdict with the studies that have it, such as "confirmed: digits; mixed: reviews"."""
+    studies: dict[str, list[str]] = {}
+    for name, word in words.items():
+        studies.setdefault(word, []).append(f"{name.replace(', ', ' (')})" if ", " in name else name)
+    return "; ".join(f"**{word}**: {', '.join(names)}" for word, names in studies.items())
+
+
+def _list_table(rows: Sequence[Sequence[str]]) -> str:
+    lines = [f"   {' ' if place else '*'} - {cell}" for row in rows for place, cell in enumerate(row)]
+    return "\n".join([".. list-table::", "   :header-rows: 1", "", *lines]) + "\n"
 
 
 def _compared(claim: Claim, study: ComparedStudy, pairs: Sequence[ComparedPair]) -> str:

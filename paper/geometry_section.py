@@ -12,9 +12,10 @@ from .paired_statistics import interval
 from .phrases import folded, several
 from .similarity import summary
 
-__all__ = ["distances", "geometry_section"]
+__all__ = ["TITLE", "distances", "geometry_section", "verdicts"]
 
 
+TITLE = "The distance to the dense update shrinks, most of all with reshaping"
 RESHAPED, STACKED = "SuperLoRA 2D, reshape", "SuperLoRA 2D"
 
 
@@ -29,7 +30,7 @@ def geometry_section(found: dict[str, ComparedStudy]) -> list[str]:
         _spaces(_one_rate(study)), f"\n![Singular spaces and distance, weight by weight]({study.name}/figure.png)\n",
     ]  # fmt: skip
     return [
-        "\n## The distance to the dense update shrinks, most of all with reshaping\n\n",
+        f"\n## {TITLE}\n\n",
         f"In the paper: A.4, figure 14. {study.about}. Means over weights, and the difference from LoRA's d_E seed by "
         "seed (below 0: nearer to the dense update). With a d_E above 1, no update at all would be nearer. The length "
         f"of an update depends on its rate, so both choices of the rate are shown. {distances(found)}.\n\n",
@@ -47,8 +48,17 @@ def _one_rate(study: ComparedStudy) -> list[dict[str, Any]]:
 
 def distances(found: dict[str, ComparedStudy]) -> str:
     """Describe whether the distance shrinks, with each method at its own rate and with all at the same rate."""
+    return "; ".join(f"{told}, {rates}" for rates, told in _by_rates(found).items())
+
+
+def verdicts(found: dict[str, ComparedStudy]) -> dict[str, str]:
+    """Return the verdict for each choice of the rate, in one word."""
+    return {rates: told.partition(" ")[0] for rates, told in _by_rates(found).items()}
+
+
+def _by_rates(found: dict[str, ComparedStudy]) -> dict[str, str]:
     rows = {"each at its own rate": _own_rate(found["geometry"]), "all at one rate": _one_rate(found["geometry"])}
-    return "; ".join(f"{_nearer(some)}, {words}" for words, some in rows.items())
+    return {rates: _nearer(some) for rates, some in rows.items()}
 
 
 def _nearer(rows: Sequence[dict[str, Any]]) -> str:

@@ -1,7 +1,8 @@
 """Compare the paper's claims with results: ``python -m paper.report``; ``--from NAME=FOLDER`` copies new results in.
 
 ``python -m paper NAME --scale mini --out FOLDER`` produces results; ``paper/results/NAME`` has those copied in. The
-page ``paper/results/claims.md`` and its figures are generated from these files alone.
+page ``paper/results/claims.md``, its figures, and the ``summary.rst`` in the documentation are generated from these
+files alone.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import argparse
 import shutil
 from pathlib import Path
 
-from .claims import page
+from .claims import page, summary
 from .compared_studies import ORDER, first_images, studies
 from .recipe import open_recipe
 from .run import redraw
@@ -41,12 +42,13 @@ def take(name: str, folder: Path) -> None:
 
 
 def write(results: Path, out: Path) -> None:
-    """Write ``claims.md``, and the figures of every study next to it."""
+    """Write ``claims.md``, its ``summary.rst``, and the figures of every study next to it."""
     found = studies(results)
     for name in (name for name, study in found.items() if study.pictured):
         (out / name).mkdir(parents=True, exist_ok=True)
         redraw(open_recipe(name, "mini"), results / name, out / name)
     (out / "claims.md").write_text(page(found), encoding="utf-8")
+    (out / "summary.rst").write_text(summary(found), encoding="utf-8")
 
 
 def main() -> None:

@@ -23,6 +23,10 @@ def test_the_page_is_that_of_its_results(tmp_path: Path) -> None:
     write(RESULTS, tmp_path)
     shown = (RESULTS / "claims.md").read_text(encoding="utf-8")
     assert (tmp_path / "claims.md").read_text(encoding="utf-8") == shown
+    summary = (RESULTS / "summary.rst").read_text(encoding="utf-8")
+    assert (tmp_path / "summary.rst").read_text(encoding="utf-8") == summary
+    for claim in claims.CLAIMS:
+        assert f"   * - {claim.title}\n" in summary
     pictures = [path.relative_to(tmp_path) for path in tmp_path.rglob("*.png")]
     assert pictures
     for picture in pictures:
