@@ -242,7 +242,7 @@ def within(budget: int, shapes: Shapes) -> list[Method]:
 
 def _families(shapes: Shapes) -> list[Family]:
     weights = AdaptedWeights(shapes)
-    # FourierFT did best with few parameters on a task of docs/which.md.
+    # FourierFT did best with few parameters on a task of docs/quality.md.
     return [*usual(shapes), *few(weights), PRESETS["fourierft"].ladders(weights)]
 
 
