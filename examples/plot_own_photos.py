@@ -86,7 +86,7 @@ rows = [json.loads(line) for line in Path("predictions.jsonl").read_text(encodin
 fig, axes = plt.subplots(1, len(rows), figsize=(11, 1.9), layout="constrained")
 for axis, row in zip(axes, rows, strict=True):
     axis.imshow(Image.open(row["image"]))
-    axis.set_title(f"{row['prediction']}\n{row['score']:.0%}", fontsize=9)
+    axis.set_title(f"{row['prediction']}\n{row['score']:.0%}")
     axis.axis("off")
 plt.show()
 
@@ -122,7 +122,6 @@ adapter.print_trainable_parameters()
 optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-2, weight_decay=0.0)
 batches = torch.randperm(len(labels)).split(16)
 schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=len(batches), pct_start=0.2)
-losses = []
 model.train()
 for batch in batches:
     loss = model(pixel_values=images[batch], labels=labels[batch]).loss
@@ -130,8 +129,6 @@ for batch in batches:
     optimizer.step()
     schedule.step()
     optimizer.zero_grad()
-    losses.append(loss.item())
-print(f"mean loss of the first five steps {sum(losses[:5]) / 5:.2f}, of the last five {sum(losses[-5:]) / 5:.2f}")
 
 # %%
 # The saved file names its base model, so ``load_pretrained`` needs nothing else. (``tnadapt predict`` takes only files

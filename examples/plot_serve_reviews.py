@@ -145,18 +145,14 @@ print(ask("/predict", texts=texts))
 # Swap
 # ----
 #
-# Some days later, there are three times as many reviews. The same command trains on them, with the same settings:
+# Some days later, there are three times as many reviews. The same command trains on them, with the same settings, and
+# draws what it compared:
 
 terminal(f"{train} --limit 600 --epochs 3 --out friday")
 
-fig, axes = plt.subplots(figsize=(6, 2.6), layout="constrained")
-for place, day in enumerate(("friday", "monday")):
-    lines = Path(day, "results.jsonl").read_text(encoding="utf-8").splitlines()
-    for run in (row for row in map(json.loads, lines) if "family" in row):
-        head = run["family"] == "head alone"
-        bar = axes.barh(place + 0.4 * head, 100 * run["test"], 0.38, color="silver" if head else "lightskyblue")
-        axes.bar_label(bar, [f"{run['family']}: {100 * run['test']:.1f} %"], label_type="center", fontsize=9)
-axes.set(xlabel="accuracy on test reviews, %", xlim=(0, 100), yticks=(0.2, 1.2), yticklabels=("friday", "monday"))
+plt.figure(figsize=(7, 4), layout="constrained")
+plt.imshow(plt.imread("friday/pareto.png"))
+plt.axis("off")
 plt.show()
 
 # %%
@@ -168,5 +164,7 @@ print(ask("/predict", texts=texts))
 server.shutdown()
 
 # %%
+# The last answer is still wrong: 300 short reviews do not teach what a negation does.
+#
 # Keep the old file, to swap it back if the new one disappoints. :doc:`/serving` shows how to roll back, and what
 # vLLM, llama.cpp and others take; :doc:`/many_adapters`, how one process answers with many adapters at once.
