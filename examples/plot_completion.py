@@ -46,8 +46,7 @@ for fit in fits:
 best = min(fits, key=hidden_error)
 plt.figure(figsize=(4.5, 3.4), layout="constrained")
 plt.plot(responses[hidden], best.to_tensor()[hidden], ".", ms=3)
-limits = [responses[hidden].min(), responses[hidden].max()]
-plt.plot(limits, limits, color="gray", lw=0.8)
+plt.axline((0, 0), slope=1)
 plt.xlabel("measured")
 plt.ylabel(f"predicted, rank {best.rank}")
 plt.show()

@@ -41,32 +41,16 @@ for name, result in results.items():
 figure, axes = plt.subplots(2, 2, figsize=(8, 5.6), layout="constrained")
 for axis, (name, result) in zip(axes.flat, results.items(), strict=True):
     axis.imshow(np.clip(result.to_tensor(), 0.0, 1.0))
-    axis.set_title(f"{name}: {photo.size / result.num_parameters:.0f} times smaller", fontsize=9)
+    axis.set_title(name)
     axis.axis("off")
-plt.show()
-
-# %%
-# Error against size
-# ------------------
-#
-# ``max_error`` finds the ranks of an error. Trains and Tucker tensors need about as many numbers, and know how far from
-# the best of their form they can be.
-
-errors = [0.3, 0.25, 0.2, 0.15, 0.1, 0.08, 0.06]
-figure, axis = plt.subplots(figsize=(5.5, 3.5), layout="constrained")
-for name, function, marker in (("Tucker", tna.tucker, "o"), ("tensor train", tna.tensor_train, "s")):
-    fits = [function(photo, max_error=error) for error in errors]
-    axis.loglog([fit.num_parameters for fit in fits], [fit.error for fit in fits], marker=marker, label=name)
-axis.set(xlabel="parameters", ylabel="relative error")
-axis.legend()
 plt.show()
 
 # %%
 # A noisy photograph
 # ------------------
 #
-# With noise of a tenth of its norm, an error a little above a tenth leaves some of the noise out: the tensor is nearer
-# to the photograph than the noisy copy that it was computed from.
+# ``max_error`` finds the ranks. With noise of a tenth of the norm, an error a little above a tenth leaves some of the
+# noise out: the tensor is nearer to the photograph than the noisy copy that it was computed from.
 
 noise = np.random.default_rng(0).normal(size=photo.shape).astype(np.float32)
 noisy = photo + 0.1 * np.linalg.norm(photo) / np.linalg.norm(noise) * noise

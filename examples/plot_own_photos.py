@@ -14,11 +14,10 @@ and another one classifies new photos. Then the same is done in Python, for a tr
 # A folder of photos
 # ------------------
 #
-# Small pieces of scikit-image's photographs of bricks, grass and gravel play the part of your photos. Those from the
-# bottom are the new ones, which no training sees.
+# Small pieces of scikit-image's photographs of bricks, grass and gravel play the part of your photos. Three of each are
+# the new ones, which no training sees.
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -32,22 +31,17 @@ from skimage import data
 
 import tnadapt as tna
 
-os.chdir(tempfile.mkdtemp())  # all files go to a new folder
-Path("new").mkdir()
+folder = Path(tempfile.mkdtemp())  # for all files
+(folder / "new").mkdir()
 
-SIDE = 24
 names = ["brick", "grass", "gravel"]
 for name in names:
     surface = Image.fromarray(getattr(data, name)()).convert("RGB")
-    Path("photos", name).mkdir(parents=True)
-    for row in range(0, surface.height - SIDE, 2 * SIDE):
-        for col in range(0, surface.width - SIDE, 2 * SIDE):
-            piece = surface.crop((col, row, col + SIDE, row + SIDE))
-            if row < 0.8 * surface.height:
-                piece.save(f"photos/{name}/{row}-{col}.png")
-            elif col < 6 * SIDE:
-                piece.save(f"new/{name}-{col}.png")
-    print(f"photos/{name}: {len(os.listdir(f'photos/{name}'))} files")
+    (folder / "photos" / name).mkdir(parents=True)
+    for number in range(100):
+        left, top = 48 * (number % 10), 48 * (number // 10)
+        file = f"photos/{name}/{number}.png" if number < 97 else f"new/{name}-{number}.png"
+        surface.crop((left, top, left + 24, top + 24)).save(folder / file)
 
 # %%
 # One command
@@ -62,10 +56,10 @@ for name in names:
 
 
 def terminal(command):
-    """Run what you would type into a terminal."""
+    """Run what you would type into a terminal in the folder."""
     print("$", command)
-    done = subprocess.run([sys.executable, "-m", *command.split()], stdout=subprocess.PIPE, text=True, check=True)
-    print(done.stdout)
+    words = [sys.executable, "-m", *command.split()]
+    print(subprocess.run(words, cwd=folder, stdout=subprocess.PIPE, text=True, check=True).stdout)
 
 
 terminal(
@@ -82,10 +76,10 @@ terminal(
 
 terminal("tnadapt predict run/best.safetensors --data new --out predictions.jsonl")
 
-rows = [json.loads(line) for line in Path("predictions.jsonl").read_text(encoding="utf-8").splitlines()]
+rows = [json.loads(line) for line in (folder / "predictions.jsonl").read_text(encoding="utf-8").splitlines()]
 fig, axes = plt.subplots(1, len(rows), figsize=(11, 1.9), layout="constrained")
 for axis, row in zip(axes, rows, strict=True):
-    axis.imshow(Image.open(row["image"]))
+    axis.imshow(Image.open(folder / row["image"]))
     axis.set_title(f"{row['prediction']}\n{row['score']:.0%}")
     axis.axis("off")
 plt.show()
@@ -111,33 +105,30 @@ def read(files):
     return processor([Image.open(file) for file in files], return_tensors="pt")["pixel_values"]
 
 
-files = sorted(Path("photos").rglob("*.png"))
+files = sorted((folder / "photos").rglob("*.png"))
 images, labels = read(files), torch.tensor([names.index(file.parent.name) for file in files])
 
 torch.manual_seed(0)
 model = transformers.AutoModelForImageClassification.from_pretrained(NAME, id2label=dict(enumerate(names)))
 adapter = tna.torch.attach(model, "superlora", rank=4, keep_trainable="classifier")
-adapter.print_trainable_parameters()
 
-optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-2, weight_decay=0.0)
-batches = torch.randperm(len(labels)).split(16)
-schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=len(batches), pct_start=0.2)
+optimizer = torch.optim.Adam((p for p in model.parameters() if p.requires_grad), lr=3e-3)
 model.train()
-for batch in batches:
+for batch in torch.randperm(len(labels)).split(16):
     loss = model(pixel_values=images[batch], labels=labels[batch]).loss
     loss.backward()
     optimizer.step()
-    schedule.step()
     optimizer.zero_grad()
 
 # %%
 # The saved file names its base model, so ``load_pretrained`` needs nothing else. (``tnadapt predict`` takes only files
 # of ``tnadapt finetune``, which also say how images are prepared.)
 
-adapter.save("mine.safetensors")
-again = tna.torch.load_pretrained("mine.safetensors")
-files = sorted(Path("new").glob("*.png"))
+file = folder / "mine.safetensors"
+adapter.save(file)
+again = tna.torch.load_pretrained(file)
+files = sorted((folder / "new").glob("*.png"))
 with torch.no_grad():
     answers = again(pixel_values=read(files)).logits.argmax(1).tolist()
-right = sum(file.name.startswith(names[answer]) for file, answer in zip(files, answers, strict=True))
-print(f"{Path('mine.safetensors').stat().st_size:,} bytes; {right} of {len(files)} new photos are right")
+right = sum(photo.name.startswith(names[answer]) for photo, answer in zip(files, answers, strict=True))
+print(f"{file.stat().st_size:,} bytes; {right} of {len(files)} new photos are right")

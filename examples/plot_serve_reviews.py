@@ -18,7 +18,6 @@ answers over HTTP. A better adapter takes the place of the first one while the s
 # Two columns called ``text`` and ``label`` need no options. Short reviews keep this page fast.
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -33,13 +32,13 @@ import torch
 
 import tnadapt as tna
 
-os.chdir(tempfile.mkdtemp())  # all files go to a new folder
+folder = Path(tempfile.mkdtemp())  # for all files
 reviews = datasets.load_dataset("cornell-movie-review-data/rotten_tomatoes", split="train").to_pandas()
 reviews = reviews[reviews["text"].str.len() < 60].sample(frac=1, random_state=0)
 reviews["label"] = reviews["label"].map({0: "negative", 1: "positive"})
-reviews[:-6].to_csv("reviews.csv", index=False)
-reviews[-6:][["text"]].to_csv("new.csv", index=False)
-print(Path("reviews.csv").read_text(encoding="utf-8")[:300])
+reviews[:-3].to_csv(folder / "reviews.csv", index=False)
+reviews[-3:][["text"]].to_csv(folder / "new.csv", index=False)
+print((folder / "reviews.csv").read_text(encoding="utf-8")[:130])
 
 # %%
 # Train
@@ -51,17 +50,17 @@ print(Path("reviews.csv").read_text(encoding="utf-8")[:300])
 
 
 def terminal(command):
-    """Run what you would type into a terminal."""
+    """Run what you would type into a terminal in the folder."""
     print("$", command)
-    done = subprocess.run([sys.executable, "-m", *command.split()], stdout=subprocess.PIPE, text=True, check=True)
-    print(done.stdout)
+    words = [sys.executable, "-m", *command.split()]
+    return subprocess.run(words, cwd=folder, stdout=subprocess.PIPE, text=True, check=True).stdout
 
 
 train = (
     "tnadapt finetune --model sentence-transformers/all-MiniLM-L6-v2 --data reviews.csv "
     "--preset unilora --set parameters=1000 --batch 16"
 )
-terminal(f"{train} --limit 200 --out monday")
+print(terminal(f"{train} --limit 200 --out monday"))
 
 # %%
 # Predict
@@ -71,13 +70,13 @@ terminal(f"{train} --limit 200 --out monday")
 # belong to. So ``tnadapt predict`` needs no other options. (``tnadapt info`` prints what is in the file.) Scores near
 # 0.5 mean that this adapter is not sure of anything yet.
 
-terminal("tnadapt predict monday/best.safetensors --data new.csv")
+print(terminal("tnadapt predict monday/best.safetensors --data new.csv"))
 
 # %%
 # Serve
 # -----
 #
-# Python's own HTTP server shows how a service works; one that faces the internet needs a real one.
+# This shows how a service works. One that faces the internet needs a real server, and must answer wrong requests.
 
 
 class Classifier:
@@ -102,7 +101,7 @@ class Classifier:
         """Replace the numbers of the adapter and of the head by those in another file of the same settings."""
         with self.lock:
             self.adapter.swap(file)
-        return file
+        return "swapped"
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -110,12 +109,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self):
         """Answer one request."""
-        action = {"/predict": self.server.classifier.predict, "/swap": self.server.classifier.swap}[self.path]
-        try:
-            status, answer = 200, action(**json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-        except (KeyError, TypeError, ValueError, tna.TnadaptError) as error:
-            status, answer = 400, str(error)
-        self.send_response(status)
+        actions = {"/predict": self.server.classifier.predict, "/swap": self.server.classifier.swap}
+        content = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        answer = actions[self.path](**content)
+        self.send_response(200)
         self.end_headers()
         self.wfile.write(json.dumps(answer).encode())
 
@@ -124,7 +121,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)  # on any free port
-server.classifier = Classifier("monday/best.safetensors")
+server.classifier = Classifier(folder / "monday/best.safetensors")
 threading.Thread(target=server.serve_forever, daemon=True).start()
 
 # %%
@@ -145,13 +142,12 @@ print(ask("/predict", texts=texts))
 # Swap
 # ----
 #
-# Some days later, there are three times as many reviews. The same command trains on them, with the same settings, and
-# draws what it compared:
+# Some days later, there are three times as many reviews. The same command trains on them, and draws its table:
 
 terminal(f"{train} --limit 600 --epochs 3 --out friday")
 
 plt.figure(figsize=(7, 4), layout="constrained")
-plt.imshow(plt.imread("friday/pareto.png"))
+plt.imshow(plt.imread(folder / "friday/pareto.png"))
 plt.axis("off")
 plt.show()
 
@@ -159,7 +155,7 @@ plt.show()
 # The server takes the new file without a restart. ``adapter.swap`` checks first that the file belongs to this base and
 # has the same settings, so a wrong file changes nothing; then it copies the numbers into place.
 
-print(ask("/swap", file="friday/best.safetensors"))
+print(ask("/swap", file=str(folder / "friday/best.safetensors")))
 print(ask("/predict", texts=texts))
 server.shutdown()
 
