@@ -193,7 +193,7 @@ def basis(one: Recommendation) -> str:
     measured, idle = ("; ".join(tasks.find(name).title for name in names) for names in (one.tasks, one.idle))
     others = one.compared - 1
     told = f"Measured on {measured}, where {one.tied} of {others} other methods are statistically tied with the first."
-    return f"{told} No method gained on {idle}." if idle else told
+    return f"{told} No method was clearly better than the best control on {idle}." if idle else told
 
 
 def lora_rank(one: Outcome, facts: Facts) -> int | None:

@@ -42,7 +42,8 @@ def answer(folder: Path) -> Iterator[str]:
         counts = [f"{one.budget:,}" for one in found if study.task.name in one.tasks]
         cells = [f"`{study.task.name}`", f"{study.facts.size:,}", "not reached" if half is None else f"{half:,.0f}"]
         rows.append([*cells, ", ".join(counts) or "none"])
-    yield TextTable(rows, ["measured on", "elements", "half of the gain at", "gains at"], (1, 2)).markdown()
+    head = ["measured on", "elements", "half of the gain at", "clear gain at"]
+    yield TextTable(rows, head, (1, 2)).markdown()
     yield ""
 
 
@@ -84,6 +85,6 @@ def _tied(task: QualityTask, here: Sequence[Outcome], best: Outcome) -> str:
 
 
 BASIS = """\
-Held-out samples chose the methods; gains are on test samples, over the best control without an adapter. {tied} other
-methods are statistically tied with the choice.
+Held-out samples chose the methods; gains are on test samples, over the best control without an adapter. Most other
+methods are statistically tied with the choice ({tied}).
 """

@@ -40,7 +40,7 @@ pytestmark = pytest.mark.slow
 P, T = tna.presets, tna.Target
 #: Those of ``tnadapt``, and ``python -m paper``.
 COMMANDS = {
-    **{name: getattr(import_module(f"tnadapt.cli.{NAMES[name]}"), f"{name}_command") for name in NAMES},
+    **{name: getattr(import_module(f"tnadapt.cli.{NAMES[name].module}"), f"{name}_command") for name in NAMES},
     "paper": experiment,
 }
 TARGETS = [T(f"layers.{n}.self_attn.{x}_proj", (6, 4), x) for n in range(2) for x in "qv"]

@@ -428,6 +428,15 @@ def test_what_is_there_stays_unless_asked(to: str, tmp_path: Path) -> None:
         tna.convert(one, tmp_path / "no" / "such", to=to)
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_the_folder_of_a_model_takes_no_adapter(overwrite: bool, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    before = content(tmp_path)
+    with pytest.raises(FileError, match=r"is the folder of a model, as it has a config.json; give another folder"):
+        tna.convert(made(tna.presets.lora(1)), tmp_path, to="peft-lora", overwrite=overwrite)
+    assert content(tmp_path) == before
+
+
 def test_a_folder_with_other_things_takes_the_adapter(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "README.md").write_text("mine")

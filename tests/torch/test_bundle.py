@@ -148,7 +148,7 @@ def test_a_model_of_no_library_records_nothing(tmp_path: Path) -> None:
     assert "pretrained" not in tna.info(tmp_path)
     assert refusal(tmp_path) == (
         f"{tmp_path / 'adapter.safetensors'}: it does not say what its base model is, only its class 'Small': give "
-        "base= (--base) with the model"
+        "the model itself, base=model, or load the adapter onto it by tna.torch.load, and save it again"
     )
     model = tt.load_pretrained(tmp_path, base=small())
     assert list(tt.adapters(model)) == ["default"]

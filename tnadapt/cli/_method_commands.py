@@ -73,7 +73,7 @@ def shapes_of(given: Sequence[str]) -> list[tuple[int, int]]:
 def _planned_weights(model: str | None, targets: list[str] | None, shape: list[str] | None) -> _Weights:
     """Return the weights of a model, or of ``--shape``."""
     if (model is None) == (shape is None):
-        raise TnadaptError("give a model, or the shapes of weights by --shape ROWSxCOLS; one of them")
+        raise TnadaptError("give either a model or the shapes of weights, --shape ROWSxCOLS")
     if shape is not None:
         if targets is not None:
             raise TnadaptError("--targets chooses among the weights of a model, and --shape has none; leave it out")

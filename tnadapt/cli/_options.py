@@ -201,7 +201,9 @@ ConfigFile: TypeAlias = Annotated[
 ]
 Member: TypeAlias = Annotated[
     str | None,
-    option("Of a population's file: a member's name, or its number if none has this name.", "none", names=["--member"]),
+    option(
+        "The member of a population's file: its name, or its number if none has this name.", "none", names=["--member"]
+    ),
 ]
 AsJson: TypeAlias = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 

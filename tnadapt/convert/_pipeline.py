@@ -344,6 +344,10 @@ def check_free(path: str | os.PathLike[str], names: Sequence[str], overwrite: bo
         raise FileError(f"{path}: the folder {folder} does not exist; make it first")
     taken = os.path.lexists(path)
     if names and os.path.isdir(path):
+        files = set(os.listdir(path))
+        if "config.json" in files and files.isdisjoint(names):
+            # transformers would take the adapter in it for a part of the model.
+            raise FileError(f"{path}: is the folder of a model, as it has a config.json; give another folder")
         taken = any(os.path.lexists(os.path.join(path, name)) for name in names)
     if taken and not overwrite:
         raise FileError(f"{path}: exists; give another path, or overwrite=True (--overwrite)")

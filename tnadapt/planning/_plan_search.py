@@ -42,7 +42,7 @@ def plan(
     shapes : sequence of (rows, cols)
         Shapes of the weights to update, in torch's order (out_features, in_features).
     budget : int or str
-        A number of parameters; or bytes of the arrays in a file, as text: ``"4 kB"``, ``"64 KiB"``.
+        A number of parameters, also as ``"1k"``; or bytes of the arrays in a file: ``"4 kB"``, ``"64 KiB"``.
     layers : sequence of hashable, optional
         One key per weight; if given, ``groups="layer"`` is among the settings.
     roles : sequence of hashable, optional

@@ -507,9 +507,10 @@ def _about(file: AdapterFile, base: str | os.PathLike[str] | nn.Module | None) -
     if isinstance(base, nn.Module):
         return file.pretrained or Pretrained()
     if file.pretrained is None:
+        of_class = f", only its class {safe_repr(file.model)}" if file.model else ""
         raise FileError(
-            f"it does not say what its base model is, only its class {safe_repr(file.model)}: give base= (--base) with "
-            "the model"
+            f"it does not say what its base model is{of_class}: give the model itself, base=model, or load the adapter "
+            "onto it by tna.torch.load, and save it again"
         )
     if base is None:
         _refuse_remote(file.pretrained)

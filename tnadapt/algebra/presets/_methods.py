@@ -47,7 +47,8 @@ Named = Callable[[str], Float]
 def preset_config(changes: Mapping[str, Any], **settings: Any) -> Config:
     """Return the config of a preset: its settings, what the caller changes, and the rate that all presets share."""
     if "parameters" in changes and (changes.get("before") or settings.get("before")) is None:
-        takes = next((name for name in ("rank", "ratio") if name in settings), None)
+        of_maps = not isinstance(settings.get("projection", ""), str)  # such as n, the number of scattered values
+        takes = None if of_maps else next((name for name in ("rank", "ratio") if name in settings), None)
         size = f"this preset takes {takes}; " if takes else ""
         count = safe_repr(changes["parameters"])
         raise ConfigError(f"parameters={count}: {size}unilora, tinylora, fastfood and nola take a number of parameters")
