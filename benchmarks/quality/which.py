@@ -85,6 +85,6 @@ def _tied(task: QualityTask, here: Sequence[Outcome], best: Outcome) -> str:
 
 
 BASIS = """\
-Held-out samples chose the methods; gains are on test samples, over the best control without an adapter. Most other
-methods are statistically tied with the choice ({tied}).
+Held-out samples chose the methods; gains are on test samples, over the best control without an adapter. Most
+others are statistically tied with them ({tied}).
 """

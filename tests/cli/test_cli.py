@@ -101,7 +101,7 @@ MISTAKES: list[tuple[str, str]] = [
     ("presets --shape 3x", "--shape takes ROWSxCOLS, e.g. 768x768 or 768x768*24; got '3x'"),
     ("presets --targets qv", "give either a model or the shapes of weights, --shape ROWSxCOLS"),
     ("plan", "give a budget: --budget 1000"),
-    ("plan --budget 1000", "give a model, or the shapes of weights"),
+    ("plan --budget 1000", "give either a model or the shapes of weights"),
     ("plan --budget 1000 --shape 3x3 here", "give either a model or the shapes"),
     ("plan --shape 3x3 --budget 4q", "got '4q'"),
     ("plan --budget 100 --shape 3x3 --targets qv", "--targets chooses among the weights of a model"),
