@@ -13,10 +13,19 @@ import inspect
 import math
 import numbers
 import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar, cast
 
-from .errors import BackendError, ConfigError, FileError, ShapeError, TargetError, TnadaptError, safe_repr
+from .errors import (
+    BackendError,
+    ConfigError,
+    FileError,
+    ShapeError,
+    TargetError,
+    TnadaptError,
+    safe_repr,
+    unexpected_keyword,
+)
 
 # -- Type checks of the arguments of public functions ------------------------------------------------------------------
 
@@ -95,16 +104,19 @@ def checks_arguments(function: T) -> T:
     }
     positional = [name for name, parameter in parameters.items() if parameter.kind is not parameter.KEYWORD_ONLY]
     types = {
-        name: _type_of(parameter.annotation)
+        name: None if parameter.annotation is parameter.empty else _type_of(parameter.annotation)
         for name, parameter in parameters.items()
-        if parameter.annotation is not parameter.empty
     }
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in every.values())
 
     @functools.wraps(function)
     def checked(*args: Any, **kwargs: Any) -> Any:
         for place, (name, value) in enumerate((*zip(positional, args, strict=False), *kwargs.items())):
             expected = types.get(name)
             if expected is None:
+                if not takes_any and name not in types:
+                    title = function.__qualname__.rpartition("<locals>.")[2].removesuffix(".__init__")
+                    raise unexpected_keyword(title, name, [known for known in types if known != "self"])
                 continue
             if expected.listed and isinstance(value, Iterator):
                 value = list(value)
@@ -114,12 +126,24 @@ def checks_arguments(function: T) -> T:
                     args = (*args[:place], value, *args[place + 1 :])
             if not expected.accepts(value):
                 error = wrong_argument(name, expected.one, value, expected.error)
+                if way := _way_out(name, value, types):
+                    raise type(error)(f"{error}; {way}")
                 if other := _swapped(name, dict(zip(positional, args, strict=False)) | kwargs, types):
                     raise type(error)(f"{error}; {name} and {other} may be swapped")
                 raise error
         return function(*args, **kwargs)
 
     return cast("T", checked)
+
+
+def _way_out(name: str, value: Any, parameters: Collection[str]) -> str | None:
+    """Return which argument to give instead of a wrong one, if that is clear."""
+    if name == "rank" and "max_error" in parameters and _is_number(value) and 0.0 < float(value) < 1.0:
+        return f"for a relative error, max_error={float(value)!r}"
+    if name == "members" and (isinstance(value, str) or _is_integer(value)):
+        text = safe_repr(value)
+        return f"for one, {f'member={text}' if 'member' in parameters else f'members=[{text}]'}"
+    return None
 
 
 def _swapped(name: str, values: Mapping[str, Any], types: Mapping[str, _Type | None]) -> str | None:

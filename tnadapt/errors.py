@@ -10,7 +10,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 _PACKAGE = os.path.dirname(__file__) + os.sep
@@ -191,6 +191,30 @@ _NOT_NEEDED = {
     "use_bdlora": "BD-LoRA is not supported",
     "kasa_config": "KaSA is not supported",
 }
+
+
+# TensorLy's keywords of decompositions that are unlike tnadapt's.
+_OF_TENSORLY = {"fixed_factors": "fixed", "l2_reg": "ridge", "n_iter_max": "max_iterations", "nn_modes": "nonnegative"}
+
+
+def unexpected_keyword(
+    function: str, name: str, keywords: Collection[str], way: str | None = None
+) -> UnexpectedKeywordError:
+    """Return the error for a keyword that a function does not have, with the way out or the one that was meant.
+
+    Examples
+    --------
+    >>> print(unexpected_keyword("cp", "rnak", ["rank", "max_iterations"]))
+    cp() got an unexpected keyword argument 'rnak': did you mean 'rank'?
+    >>> print(unexpected_keyword("cp", "verbose", ["rank", "max_iterations"]))
+    cp() got an unexpected keyword argument 'verbose': it has rank, max_iterations
+    """
+    import difflib
+
+    renamed = _OF_TENSORLY.get(name)
+    close = [renamed] if renamed in keywords else difflib.get_close_matches(name, keywords, n=1)
+    way = way or (f"did you mean {close[0]!r}?" if close else f"it has {', '.join(keywords) or 'none'}")
+    return UnexpectedKeywordError(f"{function}() got an unexpected keyword argument {name!r}: {way}")
 
 
 def keyword_hint(name: str) -> str | None:

@@ -156,6 +156,12 @@ def test_the_table() -> None:
         (lambda: tna.plan([], 100), ShapeError, "shapes is empty"),
         (lambda: tna.plan([(3, 0)], 100), ShapeError, r"expected \(rows, cols\), both at least 1"),
         (lambda: tna.plan(7, 100), ShapeError, "shapes must be a list"),
+        (lambda: tna.plan(100, VIT), ShapeError, "shapes must be .*; got 100; shapes and budget may be swapped"),
+        (
+            lambda: tna.plan("bert", 100),
+            ShapeError,
+            r"got 'bert'\. The command tnadapt plan and tnadapt\.planning\.model_targets take a model",
+        ),
         (
             lambda: tna.plan(types.SimpleNamespace(named_modules=None), 100),
             ShapeError,

@@ -270,6 +270,7 @@ REFUSED: dict[type[Exception], list[tuple[Any, dict[str, Any], str]]] = {
         (small, {"cfg": {"q": "lora", "v": "lora"}, "exclude": "o"}, "exclude='o' excludes none of the 10 targets"),
         (small, {"cfg": {3: "lora"}}, "targets must be roles such as 'qv', 'all-linear', 'conv', "),
         (dict, {}, "needs a torch module; got dict"),
+        (lambda: "bert", {}, r"got str: open the model first, for example AutoModel\.from_pretrained\('bert'\)"),
         (linear, {}, r"1 linear or convolution weights: 0\.weight"),
         (encoder, {"cfg": "lora", "targets": 8}, EIGHT),
         (encoder, {"cfg": None, "targets": 8}, EIGHT),
@@ -301,6 +302,7 @@ REFUSED: dict[type[Exception], list[tuple[Any, dict[str, Any], str]]] = {
         ),
         (small, {"cfg": {}}, "a mapping of patterns to configs must have at least one; got {}"),
         (small, {"cfg": {"q": 3}}, f"{NO_CONFIG}int"),
+        (small, {"cfg": {"lora": "qv"}}, "is from patterns to configs, {'qv': 'lora'}; got {'lora': 'qv'}"),
         (small, {"cfg": {"q": None}}, f"{NO_CONFIG}NoneType"),
         (small, {"cfg": {"q": "lroa"}}, r"no preset 'lroa'; did you mean 'lora'\?"),
         (

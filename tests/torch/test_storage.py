@@ -223,6 +223,19 @@ def test_a_pickle_and_other_peoples_files_are_refused(tmp_path: Path) -> None:
         for read in (lambda path: tt.load(small(), path), adapter.swap):
             with pytest.raises(tna.FileError, match=why):
                 read(tmp_path / name)
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "model.safetensors").touch()
+    with pytest.raises(tna.FileError, match="base: is the folder of a model and not an adapter; give the path"):
+        tt.load(small(), tmp_path / "base")
+    with pytest.raises(tna.FileError, match=r"got its content: give the path that tnadapt\.load was given"):
+        tt.load(small(), adapter.to_file())
+    for members in ("u3", 3):
+        with pytest.raises(tna.ConfigError, match=f"; got {members!r}; for one, member={members!r}$"):
+            tt.load(small(), tmp_path, members=members)
+    with pytest.raises(
+        TypeError, match=r"^load\(\) got an unexpected keyword argument 'member': did you mean 'members'"
+    ):
+        tna.load(tmp_path, member=1)
 
 
 def test_folders(tmp_path: Path) -> None:

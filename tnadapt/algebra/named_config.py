@@ -8,7 +8,7 @@ import inspect
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from tnadapt.errors import ConfigError, UnexpectedKeywordError, keyword_hint, safe_repr
+from tnadapt.errors import ConfigError, UnexpectedKeywordError, keyword_hint, safe_repr, unexpected_keyword
 from tnadapt.plugins import failed_plugins
 
 from . import presets
@@ -83,17 +83,14 @@ def config_of(
             + (f". PEFT's LoraConfig(r=8) is {function}(…, 'lora', rank=8) here" if type_name == "LoraConfig" else "")
         )
     for name in settings:
-        hint = keyword_hint(name)
-        if hint is not None:
-            way = hint
-        elif not is_setting(name):
-            close = difflib.get_close_matches(name, keywords, n=1)
-            way = f"did you mean {close[0]!r}?" if close else f"it has {', '.join(keywords)}"
+        way = keyword_hint(name)
+        if way is not None or not is_setting(name):
+            pass
         elif cfg is None:
             way = f"settings belong to a preset, so name one: {function}(…, 'superlora', {name}=…)"
         else:
             way = f"a config has its settings already: use config.replace({name}=…), or the name of a preset instead"
-        raise UnexpectedKeywordError(f"{function}() got an unexpected keyword argument {name!r}: {way}")
+        raise unexpected_keyword(function, name, keywords, way)
     return presets.superlora(rank=8) if cfg is None else cfg
 
 

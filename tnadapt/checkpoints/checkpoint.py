@@ -22,6 +22,8 @@ from .container import Entry
 
 SUFFIX = ".safetensors"
 INDEX_SUFFIX = ".safetensors.index.json"
+# What PEFT calls the weights in its folders.
+_OF_PEFT = "adapter_model.safetensors"
 
 
 class Checkpoint:
@@ -92,6 +94,11 @@ class Checkpoint:
     def of_file(self, file: str) -> dict[str, Entry]:
         """Return the tensors of one of the files, in the order of their bytes."""
         return self._of_file[file]
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether it is a file of :func:`tnadapt.save`, or the weights in a folder of PEFT, and not a model."""
+        return container.ADAPTER in self.metadata[self.files[0]] or os.path.basename(self.files[0]) == _OF_PEFT
 
     @functools.cached_property
     def config(self) -> dict[str, Any] | None:

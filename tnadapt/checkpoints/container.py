@@ -792,6 +792,10 @@ def opened(path: str, foreign: bool = False) -> Iterator[Container]:
                 "tnadapt.convert(FOLDER, 'adapter.safetensors')"
             )
         names = sorted(name for name in map(os.fsdecode, os.listdir(path)) if name.endswith(".safetensors"))
+        if "model.safetensors" in names or (
+            "adapter.safetensors" not in names and os.path.exists(os.path.join(path, "config.json"))
+        ):
+            raise FileError("is the folder of a model and not an adapter; give the path of the adapter's file")
         example = f", such as {escaped(names[0])}" if names else ""
         raise FileError(f"is a folder; give the path of a file in it{example}")
     if not stat.S_ISREG(mode):

@@ -130,11 +130,15 @@ def cell(text: str) -> str:
 
 @contextlib.contextmanager
 def _escaping() -> Iterator[None]:
-    """Escape Typer's own errors, which quote the command line: a shell may have inserted names of files."""
+    """Escape Typer's own errors, which quote the command line; of an argument too many, name -o where there is one."""
     try:
         yield
     except Exception as error:
         if isinstance(message := getattr(error, "message", None), str):
+            # Of a command whose -o was not given; the group sees the error again.
+            without = getattr(getattr(error, "ctx", None), "params", {}).get("out", "") is None
+            if without and message.startswith("Got unexpected extra argument") and message.endswith(")"):
+                message += "; give the output by -o"
             error.message = escaped(message)  # type: ignore[attr-defined]  # checked above
         raise
 

@@ -366,6 +366,8 @@ def run(
 ) -> Conversion | PopulationConversion:
     """Read an adapter or a population, write it in the requested form, and save that if ``out`` is given."""
     if out is not None:
+        if not isinstance(source, (AdapterFile, PopulationFile)) and not os.path.lexists(path := path_of(source)):
+            raise FileError(f"{path}: No such file or directory")
         check_free(out, request.format.folder, overwrite)
     adapter = read(source, request, member)
     if adapter.rows is not None:

@@ -145,12 +145,15 @@ def recommendation(parameters: int) -> str:
 
     Examples
     --------
-    >>> recommendation(3)
-    ''
+    >>> recommendation(3), recommendation(100)[:14], recommendation(250)[:39]
+    ('', 'Up to 100 numb', 'Nearest measured budget: 100 numbers. U')
     """
     answers = [answer for answer in _content()["answers"] if _near(answer["budget"], parameters)]
-    nearest = min(answers, key=lambda answer: _distance(answer["budget"], parameters), default={"words": ""})
-    return str(nearest["words"])
+    nearest = min(answers, key=lambda answer: _distance(answer["budget"], parameters), default=None)
+    if nearest is None:
+        return ""
+    other = "" if nearest["budget"] == parameters else f"Nearest measured budget: {nearest['budget']:,} numbers. "
+    return f"{other}{nearest['words']}"
 
 
 @functools.cache

@@ -10,10 +10,10 @@ from typing import Any
 
 from tnadapt.algebra.config import Config
 from tnadapt.algebra.layout import KnownWeights, make_layout, require_keys
-from tnadapt.argument_checks import checks_arguments, wrong_argument
+from tnadapt.argument_checks import checks_arguments, is_sequence, wrong_argument
 from tnadapt.checkpoints.checkpoint import open_checkpoint
 from tnadapt.checkpoints.container import MAX_CONFIG, json_file, path_of
-from tnadapt.errors import ConfigError, FileError, TnadaptError
+from tnadapt.errors import ConfigError, FileError, ShapeError, TnadaptError, safe_repr
 from tnadapt.targets.checkpoint_targets import find_stored
 from tnadapt.targets.target import Target
 
@@ -96,6 +96,15 @@ def plan(
     require_keys(layers, roles)
     if progress is not None and not callable(progress):
         raise wrong_argument("progress", "a function or None", progress)
+    if is_sequence(budget) and not is_sequence(shapes):
+        raise ShapeError(
+            f"shapes must be a list of (rows, cols) integers; got {safe_repr(shapes)}; shapes and budget may be swapped"
+        )
+    if isinstance(shapes, (str, os.PathLike)):
+        raise ShapeError(
+            f"shapes must be a list of (rows, cols) integers; got {safe_repr(shapes)}. The command tnadapt plan and "
+            "tnadapt.planning.model_targets take a model: give [target.shape for target in model_targets(…)]"
+        )
     layers, roles = (None if keys is None else list(keys) for keys in (layers, roles))
     shapes = KnownWeights(shapes, layers, roles)
     for name, keys in (("layer", layers), ("role", roles)):
@@ -222,6 +231,8 @@ def _headers(model: str | os.PathLike[str]) -> Headers:
         )
     if os.path.lexists(name) or not _HUB.fullmatch(name) or name.endswith((".safetensors", ".json")):
         stored = open_checkpoint(model)
+        if stored.is_adapter:
+            raise FileError(f"{name}: is an adapter; give the model that it is for")
         return {tensor: entry.shape for tensor, entry in stored.entries.items()}, stored.config
     return _from_hub(name)
 

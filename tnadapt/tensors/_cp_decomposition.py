@@ -237,7 +237,7 @@ def cp(
     most = _requests.useful_rank(request.shape)
     if rank is None:
         assert request.max_error is not None
-        return smallest_rank(fitted, request.max_error, most, request.shape, init)
+        return smallest_rank(fitted, request.max_error, most, request.shape, init, bool(modes))
     if _requests.integer_of("rank", rank, 1) > most:
         raise ShapeError(
             f"rank {rank} is above {most}, with which every tensor of shape {request.shape} is a CP tensor"

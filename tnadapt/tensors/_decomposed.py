@@ -680,7 +680,14 @@ def _copied(parts: Any) -> list[Any]:
 # -- The smallest rank for an error ------------------------------------------------------------------------------------
 
 
-def smallest_rank(fitted: Callable[[int], D], limit: float, most: int, shape: Sequence[int], init: Any = "svd") -> D:
+def smallest_rank(
+    fitted: Callable[[int], D],
+    limit: float,
+    most: int,
+    shape: Sequence[int],
+    init: Any = "svd",
+    nonnegative: bool = False,
+) -> D:
     """Return the fit of the smallest rank that is found to keep to an error.
 
     Parameters
@@ -694,6 +701,8 @@ def smallest_rank(fitted: Callable[[int], D], limit: float, most: int, shape: Se
     shape : sequence of int
     init : object
         What the fits start from, which must be named.
+    nonnegative : bool
+        Whether factors may not have negative elements.
 
     Raises
     ------
@@ -705,6 +714,11 @@ def smallest_rank(fitted: Callable[[int], D], limit: float, most: int, shape: Se
     if not isinstance(init, str):
         raise ConfigError("max_error= tries several ranks: use init='svd' or 'random', or give rank=")
     best = smallest_within(fitted, lambda fit: fit.error or 0.0, limit, most)
+    if (best.error or 0.0) > limit and nonnegative:
+        raise ShapeError(
+            f"rank {most}, the largest, was fitted with an error of {best.error:.2g} only, as nonnegative= excludes "
+            "closer factors: allow a larger max_error, or leave nonnegative= out"
+        )
     if (best.error or 0.0) > limit:
         raise ShapeError(
             f"rank {most}, which represents any tensor of shape {tuple(shape)}, was fitted with an error of "

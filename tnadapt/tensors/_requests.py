@@ -312,6 +312,9 @@ UNOBSERVED = (
     "index {index} of mode {mode} has no observed element, so that its row of a factor cannot be found: remove it from "
     "the tensor"
 )
+# The way out for a tensor with NaN or infinity, without and with a mask.
+_MASKED = "; if these elements are missing, pass mask=, True where known"
+_INVERTED = "; mask is True where an element is known: for the inverse pass ~mask"
 #: Bytes of a block of a tensor that is not in memory, in double precision, unless told otherwise.
 BLOCK = 1 << 27
 
@@ -478,9 +481,8 @@ def requested(
     observed = None
     if mask is not None or weights is not None:
         observed, tensor = _observed(backend, tensor, mask, weights)
-    finite(
-        backend, tensor, way="" if mask is not None else "; if these elements are missing, pass mask=, True where known"
-    )
+    else:
+        finite(backend, tensor, way=_MASKED)
     limit = None if max_error is None else error_limit(max_error)
     differentiated = backend.differentiates(tensor)
     if limit is not None and differentiated:
@@ -564,11 +566,12 @@ def _observed(backend: Backend, tensor: Array, mask: Any, weights: Any) -> tuple
         roots = roots * host.astype(np.float64)
     if not roots.any():
         raise ShapeError("mask and weights leave no element: nothing is known of the tensor")
-    if missing := completion.unobserved(roots > 0.0):
-        raise ShapeError(UNOBSERVED.format(mode=missing[0], index=missing[1]))
     # A missing element may be NaN, which no product with zero removes.
     known = backend.constant(roots > 0.0, backend.device(tensor))
     filled = backend.where(known, tensor, backend.zeros(shape, like=tensor))
+    finite(backend, filled, way=_MASKED if mask is None else _INVERTED)
+    if missing := completion.unobserved(roots > 0.0):
+        raise ShapeError(UNOBSERVED.format(mode=missing[0], index=missing[1]))
     if (roots == 1.0).all():
         return None, filled
     return backend.asarray(roots, backend.dtype_name(tensor), backend.device(tensor)), filled
@@ -587,10 +590,10 @@ def _host(given: Any, what: str, shape: tuple[int, ...]) -> np.ndarray:
         if backend.is_concrete(given) and backend.differentiates(given):
             raise BackendError(f"{what} is not differentiated: detach it first, as in {what}.detach()")
         array = backend.to_numpy(given)
-    if array.shape != shape or array.dtype.kind not in "biuf":
-        raise ShapeError(
-            f"{what} must be numbers of the tensor's shape {shape}; got {array.dtype} of shape {array.shape}"
-        )
+    if array.shape != shape:
+        raise ShapeError(f"{what} must have the tensor's shape {shape}; got {array.shape}")
+    if array.dtype.kind not in "biuf":
+        raise ShapeError(f"{what} must be real numbers or booleans; got {array.dtype}")
     return array
 
 

@@ -127,6 +127,8 @@ def load(
     ...     tnadapt.torch.load(model, folder + "/adapter.safetensors").num_parameters
     368
     """
+    if isinstance(path, (AdapterFile, PopulationFile)):
+        raise FileError("path must be that of a file; got its content: give the path that tnadapt.load was given")
     if member is not None and members is not None:
         raise ConfigError("member is one adapter, and members are a population: give one of the two")
     file = _content(path, member, members)

@@ -395,8 +395,12 @@ class AttachRequest:
     copies: Sequence[str] = ()
 
     def __post_init__(self) -> None:
-        if not isinstance(self.model, nn.Module):
-            raise TargetError(f"attach needs a torch module; got {type(self.model).__name__}")
+        model: Any = self.model
+        if not isinstance(model, nn.Module):
+            got = type(model).__name__
+            if isinstance(model, str):
+                got += f": open the model first, for example AutoModel.from_pretrained({safe_repr(model)})"
+            raise TargetError(f"attach needs a torch module; got {got}")
         check_name(self.model, self.name)
         put = functools.partial(object.__setattr__, self)
         put("tokens", integer("tokens", self.tokens, 1, MAX_SIZE, ConfigError))

@@ -17,6 +17,7 @@ from torch import nn
 from tnadapt.algebra.composite import CompositeConfig
 from tnadapt.algebra.config import Config
 from tnadapt.algebra.named_config import named_config
+from tnadapt.algebra.presets import PRESETS
 from tnadapt.argument_checks import flag
 from tnadapt.errors import ConfigError, TargetError, pluralize, safe_repr
 from tnadapt.targets import roles
@@ -707,6 +708,10 @@ def check_ordered(targets: Any) -> None:
 
 def _config(pattern: Any, value: Any) -> Config:
     if isinstance(value, str):
+        if PRESETS.knows(pattern) and not PRESETS.knows(value):
+            raise ConfigError(
+                f"the mapping is from patterns to configs, {{{value!r}: {pattern!r}}}; got {{{pattern!r}: {value!r}}}"
+            )
         return named_config(value, {})
     if not isinstance(value, Config) or isinstance(value, CompositeConfig):
         raise ConfigError(

@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import socket
+import types
 from pathlib import Path
 from typing import Any
 
@@ -327,6 +328,18 @@ def refused(tmp_path: Path, base: Any, adapter: Any, out: Any = None, **settings
     assert content(tmp_path) == before
     assert not list(tmp_path.rglob(f"*{PARTIAL}"))
     return str(caught.value)
+
+
+def test_arguments_in_another_order_or_a_model_in_memory(tmp_path: Path) -> None:
+    base, adapter, _ = small(tmp_path)
+    tna.convert(adapter, tmp_path / "peft", to="peft-lora")
+    for first in (adapter, tmp_path / "peft"):
+        assert refused(tmp_path, first, base) == f"{first}: is an adapter; BASE comes first, ADAPTER second"
+    assert refused(tmp_path, tna.load(adapter), base) == "base is an adapter; BASE comes first, ADAPTER second"
+    model = types.SimpleNamespace(named_modules=None)
+    assert "base is a model in memory, and tnadapt.merge merges files: call adapter.merge()" in refused(
+        tmp_path, model, adapter
+    )
 
 
 @pytest.mark.law("base-dtype", "wrong-base")

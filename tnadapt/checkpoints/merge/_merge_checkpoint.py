@@ -365,7 +365,15 @@ def merge(
     ...     load_file(folder + "/merged.safetensors")["layer.q.weight"].tolist(), report.changed
     ([[2.0, 1.0], [1.0, 1.5]], 1)
     """
+    if isinstance(base, (AdapterFile, PopulationFile)):
+        raise FileError(f"base is an adapter; {_ORDER}")
+    if hasattr(base, "named_modules"):
+        raise FileError(
+            "base is a model in memory, and tnadapt.merge merges files: call adapter.merge(), or give a folder's path"
+        )
     checkpoint = open_checkpoint(base)
+    if checkpoint.is_adapter:
+        raise FileError(f"{checkpoint.path}: is an adapter; {_ORDER}")
     file, digest, name = _adapter(adapter, member)
     if file.activation is not None:
         raise ConfigError(
@@ -397,6 +405,9 @@ def merge(
     except Unfit as error:
         raise FileError(f"{checkpoint.path}: {error}") from None
     return _report(job, check_base)
+
+
+_ORDER = "BASE comes first, ADAPTER second"
 
 
 def _adapter(
