@@ -33,7 +33,10 @@ def evidence(folder: Path) -> str:
     at which no method is decided to be better than the best control. Settings have their share of the gain of dense
     updates on held-out samples, which ranks them; test samples only decide at which budgets something is gained.
     """
-    answers = [{"budget": one.budget, "words": f"{sentence(one)} {basis(one)}"} for one in which.answers(folder)]
+    answers = [
+        {"budget": one.budget, "method": one.best.name, "words": f"{sentence(one)} {basis(one)}"}
+        for one in which.answers(folder)
+    ]
     content = {"answers": answers, "tasks": list(_tasks(folder))}
     return json.dumps(content, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
 

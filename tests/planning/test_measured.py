@@ -39,8 +39,8 @@ def task(
 def published(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Replace the published results."""
 
-    def put(*tasks: dict[str, Any], answers: Mapping[int, str] = MappingProxyType({})) -> None:
-        words = [{"budget": budget, "words": words} for budget, words in answers.items()]
+    def put(*tasks: dict[str, Any], answers: Mapping[int, str] = MappingProxyType({}), method: str = "LoRA") -> None:
+        words = [{"budget": budget, "method": method, "words": words} for budget, words in answers.items()]
         monkeypatch.setattr(measured, "_measured", lambda: read(json.loads(json.dumps(tasks))))
         monkeypatch.setattr(measured, "_content", lambda: {"answers": words})
 
@@ -212,6 +212,10 @@ def test_the_recommendation_of_the_nearest_budget_comes_first(published: Any) ->
     for budget, said in ((31, ""), (32, few), (100, "Up to 100."), (316, few), (317, many), (3162, many), (3163, "")):
         plan = tna.plan(SHAPES, budget)
         assert plan.recommendation == plan.to_dict()["recommendation"] == said
+    published(answers={1000: "Choose."}, method="FourierFT")
+    call = "FourierFT is not in the table: tna.torch.attach(model, 'fourierft', n=125)."
+    assert tna.plan(SHAPES, 1000).recommendation == f"Choose. {call}"
+    published(answers={1000: words})
     found = tna.plan(SHAPES, 1000)
     *lines, _ = " ".join(str(found).split()).partition(" method setting")
     assert lines[0] == words

@@ -140,20 +140,20 @@ def measurements(elements: int) -> tuple[TaskMeasurements, ...]:
     return tuple(task for task in _measured() if 1 / _SIZES <= task.elements / elements <= _SIZES)
 
 
-def recommendation(parameters: int) -> str:
-    """Return the answer to "Which method?" for the nearest measured budget; empty if none is about as large.
+def recommendation(parameters: int) -> tuple[str, str]:
+    """Return the answer to "Which method?" for the nearest measured budget, and the method; empty if none is near.
 
     Examples
     --------
-    >>> recommendation(3), recommendation(100)[:14], recommendation(250)[:39]
-    ('', 'Up to 100 numb', 'Nearest measured budget: 100 numbers. U')
+    >>> recommendation(3), recommendation(100)[0][:14], recommendation(250)[0][:39]
+    (('', ''), 'Up to 100 numb', 'Nearest measured budget: 100 numbers. U')
     """
     answers = [answer for answer in _content()["answers"] if _near(answer["budget"], parameters)]
     nearest = min(answers, key=lambda answer: _distance(answer["budget"], parameters), default=None)
     if nearest is None:
-        return ""
+        return "", ""
     other = "" if nearest["budget"] == parameters else f"Nearest measured budget: {nearest['budget']:,} numbers. "
-    return f"{other}{nearest['words']}"
+    return f"{other}{nearest['words']}", str(nearest["method"])
 
 
 @functools.cache

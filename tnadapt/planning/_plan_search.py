@@ -10,6 +10,7 @@ from typing import Any
 
 from tnadapt.algebra.config import Config
 from tnadapt.algebra.layout import KnownWeights, make_layout, require_keys
+from tnadapt.algebra.presets import PRESETS, AdaptedWeights
 from tnadapt.argument_checks import checks_arguments, is_sequence, wrong_argument
 from tnadapt.checkpoints.checkpoint import open_checkpoint
 from tnadapt.checkpoints.container import MAX_CONFIG, json_file, path_of
@@ -19,7 +20,7 @@ from tnadapt.targets.target import Target
 
 from ._measured import TaskMeasurements, gain_of, measurements, recommendation, without_gain
 from ._plan_table import RUNG, Plan, Row, bytes_each, checked_criteria, front_of, parameters_of
-from ._setting_names import known_as
+from ._setting_names import known_as, preset_call
 from .families import Family, Found, Search, families
 
 # -- The search --------------------------------------------------------------------------------------------------------
@@ -126,8 +127,20 @@ def plan(
     used = {title for row in rows for title in (*row.measured_on, *row.estimated_on)}
     titles = tuple(task.title for task in known if task.title in used)
     no_gain = without_gain(known, [min(wanted, size), *(row.parameters for row in rows if row.measured is not None)])
-    words = recommendation(min(wanted, size))
+    words, method = recommendation(min(wanted, size))
+    if method and all(row.name.family != method for row in rows):
+        words += _call_of(method, search, min(wanted, size))
     return Plan(wanted, dtype, tuple(shapes), names, tuple(rows), front, tuple(_freest(rows)), titles, no_gain, words)
+
+
+def _call_of(method: str, search: Search, allowed: int) -> str:
+    """Return how to attach a method that is not among the rows; nothing if it is no preset or fits no weights."""
+    weights = AdaptedWeights(search.shapes, search.layers, search.roles)
+    for preset in PRESETS.values():
+        if preset.title == method and (largest := search.largest(preset.ladders(weights), allowed)):
+            call = preset_call(largest.config)
+            return f" {method} is not in the table: {call.attach()}." if call else ""
+    return ""
 
 
 def _with_gain(row: Row, known: Sequence[TaskMeasurements]) -> Row:
