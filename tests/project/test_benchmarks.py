@@ -519,9 +519,8 @@ def test_the_numbers_of_the_examples_of_populations_are_measured() -> None:
     text = " ".join((DOCS / "populations.rst").read_text(encoding="utf-8").split())
     evolution, users = results("population_evolution.json"), results("population_users.json")
     assert (
-        f"that reads {evolution['base, turned']} % of turned digits reads {evolution['evolution']} % after "
-        f"{evolution['evolution, steps']} steps, and {evolution['Adam']} % after {evolution['Adam, steps']} steps of "
-        "Adam"
+        f"rises from {evolution['base, turned']} % to {evolution['evolution']} % in {evolution['evolution, steps']} "
+        f"steps, and to {evolution['Adam']} % in {evolution['Adam, steps']} steps of Adam"
     ) in text
     assert users["of the population"] == users["of models of their own"]
     assert f"{users['of the population']} % in both cases, {users['accuracy of the base']} % before" in text
