@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import json
 import os
 import re
@@ -20,9 +21,10 @@ from tests.support.in_process import main, run_here
 pytest.importorskip("typer")
 
 import typer
+from typer.testing import CliRunner
 
 from tnadapt import cli
-from tnadapt.cli.terminal import COMMANDS
+from tnadapt.cli.terminal import COMMANDS, EscapingCommand
 
 ROOT = Path(__file__).parents[2]
 
@@ -246,6 +248,19 @@ def test_h_is_help_of_every_command(monkeypatch: pytest.MonkeyPatch) -> None:
         assert (short.returncode, short.stdout) == (0, long.stdout)
         assert "Usage: " in short.stdout
         assert not re.search(r"<(bool|list|int|float)", short.stdout)
+
+
+def test_another_program_may_have_options_of_any_type() -> None:
+    def command(day: datetime.datetime, place: tuple[int, str] = (1, "a")) -> None:
+        """Print nothing."""
+
+    command.__annotations__ = {"day": datetime.datetime, "place": tuple[int, str], "return": None}
+
+    program = typer.Typer()
+    program.command(cls=EscapingCommand)(command)
+    done = CliRunner().invoke(program, ["--help"])
+    assert done.exit_code == 0, done.output
+    assert all(option in done.output for option in ("DAY", "--place"))
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -154,9 +154,10 @@ class _Escaping:
         for parameter in parameters:
             if parameter.metavar is None and not parameter.type_descriptor.is_choice:
                 annotation = parameter.type_descriptor.annotation
-                (type_,) = get_args(annotation) or (annotation,)
+                type_ = (get_args(annotation) or (annotation,))[0]
                 is_argument = isinstance(parameter, TyperArgument)
-                parameter.metavar = parameter.name.upper() if is_argument else _VALUES[type_]
+                # None leaves it to Typer, for the types of another program.
+                parameter.metavar = parameter.name.upper() if is_argument else _VALUES.get(type_)
         return parameters
 
     def make_context(self, *arguments: Any, **settings: Any) -> Any:
