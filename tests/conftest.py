@@ -96,6 +96,14 @@ def on_every_library(name: str, cases: Iterable[Any], few: Iterable[Any]) -> pyt
     return pytest.mark.parametrize(("backend", name), [of_library(*pair) for pair in pairs], indirect=["backend"])
 
 
+#: For properties of drawn shapes.
+of_any_shape = pytest.mark.parametrize(
+    "backend",
+    [of_library(name) for name in in_depth(LIBRARIES, [one for one in LIBRARIES if one not in SLOW_LIBRARIES])],
+    indirect=True,
+)
+
+
 @pytest.fixture(params=[of_library(name) for name in LIBRARIES], scope="session")
 def backend(request: pytest.FixtureRequest) -> Backend:
     """Each library in turn; skipped, with the reason, where it cannot compute here."""

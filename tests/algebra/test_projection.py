@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from scipy.linalg import hadamard
 
 import tnadapt as tna
-from tests.conftest import on_every_library, peak_of, relative_error
+from tests.conftest import of_any_shape, on_every_library, peak_of, relative_error
 from tests.support.references import reference
 from tnadapt.algebra.maps import KINDS, SQUARE, tanhshrink
 from tnadapt.algebra.maps.fastfood import hadamard_rows
@@ -66,6 +66,7 @@ FASTFOOD = ("linear", "linear_v2", "nonlinear", "nonlinear_v2")
 
 
 @pytest.mark.law("projection-adjoint", "equal-seeds")
+@of_any_shape
 @given(st.sampled_from(FASTFOOD), st.sampled_from([0.07, 0.5, 1.0, 3.0]), st.integers(1, 90), st.integers(0, 2**64 - 1))
 def test_fastfood_is_the_f_of_plans(backend: Backend, kind: str, ratio: float, size: int, seed: int) -> None:
     config = tna.Config(order=1, format="dense", projection=kind, ratio=min(ratio, 1.0), seed=seed)

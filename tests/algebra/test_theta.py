@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 import tnadapt as tna
 from tests.algebra.random_parameters import drawn
-from tests.conftest import NUMPY_AND_TORCH
+from tests.conftest import NUMPY_AND_TORCH, on_every_library
 from tests.support.references import reference
 from tnadapt.algebra.maps import BroughtMap, make_map
 from tnadapt.algebra.norms import rounded_to
@@ -162,7 +162,7 @@ SOURCED = {
 
 
 @pytest.mark.law("theta", "sources")
-@pytest.mark.parametrize("name", [*MAPS, *SOURCED])
+@on_every_library("name", [*MAPS, *SOURCED], ["one-hot", "linear", "scaled"])
 def test_values_and_gradients_in_every_library(name: Any, backend: Backend) -> None:
     config, shapes = (SOURCED[name], [(6, 4)] * 3) if name in SOURCED else (plan_of(name).config, SHAPES)
     report = tna.verify(config, shapes, backends=[backend.name])

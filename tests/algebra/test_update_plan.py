@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 import tnadapt as tna
 from tests.algebra.random_parameters import drawn
-from tests.conftest import NUMPY_AND_TORCH, peak_of, relative_error
+from tests.conftest import NUMPY_AND_TORCH, of_any_shape, peak_of, relative_error
 from tests.support.references import reference
 from tnadapt.algebra.formats import FORMATS
 from tnadapt.algebra.group import batches
@@ -444,6 +444,7 @@ def composed(draw: st.DrawFn) -> tna.UpdatePlan:
 
 
 @pytest.mark.law("update-formula")
+@of_any_shape
 @given(composed())
 def test_the_operators_by_hand_are_the_plan(backend: Backend, plan: tna.UpdatePlan) -> None:
     # Sums of whole numbers are exact in any order, so what is left is the same call of F: equal to the bit.

@@ -144,11 +144,11 @@ def test_texts_of_one_seed_share_their_passes(tmp_path: Path) -> None:
 
 
 class Normalized(torch.nn.Module):
-    """The small ViT with a normalization over the batch."""
+    """The small ViT with a normalization over the batch, or by running statistics."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, running: bool = False) -> None:
         super().__init__()
-        self.vit, self.norm = model, torch.nn.BatchNorm1d(5)
+        self.vit, self.norm = model, torch.nn.BatchNorm1d(5, track_running_stats=running)
 
     def forward(self, images: Any) -> Any:
         return self.norm(self.vit(images))
@@ -178,15 +178,18 @@ class Folded(torch.nn.Module):
 
 
 class Counted(torch.nn.Module):
-    """The small ViT, and a layer that keeps statistics of what it gets in training."""
+    """The small ViT, and the mean of what it gets in training."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
-        self.vit, self.norm = model, torch.nn.InstanceNorm1d(5, track_running_stats=True)
+        self.vit = model
+        self.register_buffer("mean", torch.zeros(5))
 
     def forward(self, images: Any) -> Any:
         logits = self.vit(images)
-        return logits + self.norm(torch.stack([logits, logits**2], -1))[..., 0]
+        if self.training:
+            self.mean = 0.9 * self.mean + 0.1 * logits.detach().mean(0)
+        return logits - self.mean
 
 
 class Read(torch.nn.Module):
@@ -251,6 +254,25 @@ def test_those_that_would_get_something_else_are_trained_one_after_another(
     lines, passes = problem.of(tasks, training, tmp_path)
     assert lines == expected
     assert sum(counts) <= passes <= sum(counts) + 1
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_the_file_holds_what_statistics_have_become(kept: bool, digits: Passes, tmp_path: Path) -> None:
+    """Frozen, they stay those of the base; trained, they are saved with the layer."""
+    keep = ("head", "norm") if kept else ("head",)
+    digits.problem = changed(lambda model: Normalized(model, running=True).double(), keep_trainable=keep)(digits.problem)
+    tasks = tasks_of(METHODS["lora"][0])
+    expected, counts = digits.alone(tasks, HOW["plain"], tmp_path)
+    lines, passes = digits.of(tasks, HOW["plain"], tmp_path)
+    assert sum(counts) <= passes <= sum(counts) + 1 if kept else passes == counts[0] + 1
+    for line, alone in zip(lines, expected, strict=True):
+        assert line["test_loss"] == pytest.approx(alone["test_loss"], rel=1e-4)
+        proof = study_job.prove(digits.problem, line, tmp_path / line["adapter"], HOW["plain"])
+        assert proof.holds
+    model = digits.problem.build(9)
+    before = model.norm.running_mean.clone()
+    tnt.load(model, tmp_path / lines[0]["adapter"])
+    assert torch.equal(model.norm.running_mean, before) is not kept
 
 
 def test_a_head_of_two_names_is_each_members(digits: Passes, tmp_path: Path) -> None:
@@ -332,7 +354,8 @@ def lines(out: Path) -> dict[str, dict[str, Any]]:
     return {line["key"]: line for line in found if "key" in line}
 
 
-@pytest.mark.parametrize("jobs", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("jobs", in_depth([1, 2], [2]))
 def test_a_study_is_the_same(jobs: int, cache: Path, tmp_path: Path) -> None:
     alone = study(cache, seeds=2).run(tmp_path / "alone", together=1)
     outcome = study(cache, seeds=2).run(tmp_path / "together", jobs, together=3)

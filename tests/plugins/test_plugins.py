@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import tnadapt as tna
+from tests.conftest import on_every_library
 from tests.support.depth import in_depth
 from tnadapt.algebra.formats import CP, Format
 from tnadapt.backends import Backend
@@ -81,7 +82,7 @@ def test_a_name_is_found_when_it_is_first_asked_for() -> None:
     assert "tnadapt_tensor_ring" in sys.modules
 
 
-@pytest.mark.parametrize("name", in_depth(CONFIGS, [*CONFIGS][::3]))
+@on_every_library("name", in_depth(CONFIGS, [*CONFIGS][::3]), ["ring"])
 @pytest.mark.usefixtures("plugins")
 def test_verify_holds_the_laws(name: str, backend: Backend) -> None:
     if not backend.usable():

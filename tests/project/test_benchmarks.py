@@ -501,7 +501,8 @@ def test_an_example_of_populations(name: str, tmp_path: Path) -> None:
     for package in ("scipy", "sklearn", "timm"):
         pytest.importorskip(package)
     out = tmp_path / "result.json"
-    command = [sys.executable, "-m", f"examples.populations.{name}", "--steps", "3", "--out", str(out)]
+    short = {"evolution": ["--steps", "3", "--adam-steps", "100", "--seeds", "1"], "users": ["--steps", "3"]}[name]
+    command = [sys.executable, "-m", f"examples.populations.{name}", *short, "--out", str(out)]
     done = subprocess.run(command, cwd=BENCHMARKS.parent, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     committed = json.loads((BENCHMARKS / "results" / f"population_{name}.json").read_text(encoding="utf-8"))

@@ -14,6 +14,7 @@ import pytest
 
 import tnadapt as tna
 from tests.support import checkpoint_files as cp
+from tests.support.depth import in_depth
 
 TARGETS = [tna.Target(f"layers.0.attn.{x}_proj", (4, 6), x) for x in "qv"]
 
@@ -104,7 +105,7 @@ print("all of it")
 
 @pytest.mark.slow
 @pytest.mark.law("optimized-python", "offline")
-@pytest.mark.parametrize("options", [("-OO",), ()], ids=["optimized", "as usual"])
+@pytest.mark.parametrize("options", in_depth([("-OO",), ()], [("-OO",)]), ids=" ".join)
 def test_every_command_and_every_module(tmp_path: Path, options: tuple[str, ...]) -> None:
     pytest.importorskip("typer")
     tensors = cp.base(TARGETS)

@@ -6,11 +6,13 @@ That no connection is opened is held by ``test_optimized``.
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,24 +27,27 @@ RUNNING = {
 STARTING = {"paper/registries.py", "tnadapt/finetune/engines/_slurm.py"}
 
 
-def nodes(kind: type[ast.AST]) -> Iterator[tuple[str, ast.AST]]:
+def nodes(kind: Any) -> Iterator[tuple[str, ast.AST]]:
     for path in MODULES:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, kind):
                 yield path.relative_to(ROOT).as_posix(), node
 
 
-def imported() -> Iterator[tuple[str, str]]:
-    for place, node in nodes(ast.Import):
-        yield from ((place, alias.name.split(".")[0]) for alias in node.names)
-    for place, node in nodes(ast.ImportFrom):
-        if not node.level:
-            yield place, node.module.split(".")[0]
+@functools.cache
+def imported() -> list[tuple[str, str]]:
+    found = list[tuple[str, str]]()
+    for place, node in nodes(ast.Import | ast.ImportFrom):
+        if isinstance(node, ast.Import):
+            found += ((place, alias.name) for alias in node.names)
+        elif not node.level:
+            found.append((place, node.module))
+    return [(place, module.split(".")[0]) for place, module in found]
 
 
 @pytest.mark.law("nothing-run")
 def test_nothing_that_runs_what_it_reads_is_imported() -> None:
-    found = list(imported())
+    found = imported()
     assert ("tnadapt/checkpoints/container.py", "json") in found
     assert [one for one in found if one[1] in RUNNING] == []
     assert {place for place, name in found if name == "subprocess"} == STARTING

@@ -22,7 +22,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 import tnadapt.tensors as tt
-from tests.conftest import peak_of, relative_error
+from tests.conftest import on_every_library, peak_of, relative_error
 from tnadapt.backends import Backend
 from tnadapt.errors import BackendError, ConfigError, FileError, ShapeError
 
@@ -305,7 +305,7 @@ def test_no_mixed_operation_forms_a_tensor() -> None:
     assert wide.rank == (3, 4, 3)
 
 
-@pytest.mark.parametrize("form", MAKERS)
+@on_every_library("form", MAKERS, ["cp", "tt"])
 def test_on_every_library(form: str, backend: Backend) -> None:
     with backend.double_precision():
         host = MAKERS[form]((3, 4, 2), 1)

@@ -408,12 +408,14 @@ def test_reentrant_checkpointing_with_distributed_data_parallel_is_refused() -> 
 @asks_for_grad
 @pytest.mark.parametrize(
     ("variant", "strategy"),
-    [
-        *((v, "") for v in in_depth(["default", "lora", "lorta", "superlora linear", "dense"], ["default", "lora"])),
-        ("many forms", ""),
-        ("superlora nonlinear", ""), ("dora", "weight"), ("dora", "factored"), ("dora", "additive"),
-        ("dora of columns", "weight"), ("hira", "weight"), ("hira", "additive"),
-    ],
+    in_depth(
+        [
+            *((name, "") for name in ("default", "lora", "lorta", "superlora linear", "dense", "many forms")),
+            ("superlora nonlinear", ""), ("dora", "weight"), ("dora", "factored"), ("dora", "additive"),
+            ("dora of columns", "weight"), ("hira", "weight"), ("hira", "additive"),
+        ],
+        [("many forms", ""), ("superlora nonlinear", ""), ("dora", "factored"), ("hira", "weight")],
+    ),
 )  # fmt: skip
 def test_compiled_whole_is_eager(variant: str, strategy: str) -> None:
     settings: dict[str, Any] = {"strategy": strategy, "targets": ["q_proj", "v_proj"]} if strategy else {}

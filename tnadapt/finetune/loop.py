@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer, lr_scheduler
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -257,8 +258,16 @@ def fit(
         indices = next(order)
         return task.loss(logits(model, part.batch(indices, device)), part.labels[indices].to(device))
 
-    model.train()
+    set_training(model)
     return train_steps(loss_of, parameters, *schedule.begin(parameters, steps, own_rates), steps, schedule.clip)
+
+
+def set_training(model: nn.Module) -> None:
+    """Set training mode, except in frozen layers with running statistics, which an adapter's file does not hold."""
+    model.train()
+    for module in model.modules():
+        if isinstance(module, _NormBase) and module.running_mean is not None:
+            module.train(any(parameter.requires_grad for parameter in module.parameters()))
 
 
 def order_of(part: Part, batch: int, generator: torch.Generator | None = None) -> Iterator[Tensor]:

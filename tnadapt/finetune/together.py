@@ -18,7 +18,7 @@ from tnadapt import torch as tnt
 from tnadapt.errors import TargetError
 
 from .engines import Do
-from .loop import Learner, OwnRates, Schedule, TrainingStep, fit, order_of, steps_of, take_steps
+from .loop import Learner, OwnRates, Schedule, TrainingStep, fit, order_of, set_training, steps_of, take_steps
 from .problem import Problem
 
 # -- Tasks of one call of an engine ------------------------------------------------------------------------------------
@@ -276,7 +276,7 @@ class _Members:
             parent, _, name = path.rpartition(".")
             self.copies.append(_Copies([trainee.model.get_submodule(path) for trainee in trainees]))
             setattr(self.model.get_submodule(parent), name, self.copies[-1])
-        self.model.train()
+        set_training(self.model)
 
     @classmethod
     def of(cls, problem: Problem, trainees: Sequence[Trainee], device: torch.device) -> _Members | None:
@@ -285,7 +285,7 @@ class _Members:
         kept, targets = first.kept(), () if first.adapter is None else first.adapter.targets
         if (
             device.type not in ("cpu", "cuda")
-            or any(isinstance(module, _BatchNorm) for module in first.model.modules())
+            or any(isinstance(module, _BatchNorm) and module.running_mean is None for module in first.model.modules())
             or any(type(module) not in (nn.Linear, nn.LayerNorm) for module in kept.values())
             or any(target.module in kept for target in targets)
         ):

@@ -144,7 +144,7 @@ def test_how_many_threads_there_are() -> None:
     assert count_in_a_process("") == here
     assert count_in_a_process("", OMP_NUM_THREADS="1") == 1
     assert count_in_a_process("", OMP_NUM_THREADS="1,4") == 1
-    for nonsense in ("", "many", "0", "-3", "1000000"):
+    for nonsense in in_depth(("", "many", "0", "-3", "1000000"), ("many", "1000000")):
         assert count_in_a_process("", OMP_NUM_THREADS=nonsense) == here
     if hasattr(os, "sched_setaffinity"):
         assert count_in_a_process("import os; os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])") == 1
