@@ -271,6 +271,8 @@ def test_bad_parameters() -> None:
     for call, arguments, message in (
         (plan.delta, (-1,), "i must be from 0 to 1"),
         (plan.delta, (2,), "i must be from 0 to 1"),
+        (lambda _, i: plan.part_of(i), (-1,), "i must be from 0 to 1"),
+        (lambda _, i: plan.part_of(i), (2,), "i must be from 0 to 1"),
         (plan.delta, (0.0,), "must be an integer"),
         (plan.vector, (5, 5), "start must be below stop"),
         (plan.vector, (7, 3), "start must be below stop"),

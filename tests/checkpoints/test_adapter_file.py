@@ -177,6 +177,7 @@ REFUSED: dict[type[Exception], list[tuple[dict[str, Any], str]]] = {
     ConfigError: [
         ({"config": {"rank": 2}, "arrays": ARRAYS}, r"config must be a Config; got \{'rank': 2\}"),
         ({"targets": ()}, "targets is empty: an adapter updates at least one weight"),
+        ({"targets": np.array([])}, "targets is empty: an adapter updates at least one weight"),
         ({"kept": {"\ud800": np.ones(2)}}, r"'\\ud800' has half a surrogate pair"),
         ({"model": "\ud800"}, "has half a surrogate pair"),
         ({"targets": [*TARGETS[:2], Target("\ud800", (6, 4))]}, "has half a surrogate pair"),

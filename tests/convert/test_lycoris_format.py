@@ -195,3 +195,5 @@ def test_a_file_of_dylora_is_lora(tmp_path: Path) -> None:
     found = tna.convert(tmp_path / "theirs.safetensors", base={"to_q": (24, 16)})
     assert found.exact
     assert found.file.config == P.lora(2, alpha=1, rate="sgd")
+    of_model = tna.convert(tmp_path / "theirs.safetensors", base=model({"to_q": (24, 16)}))
+    assert of_model.file.targets == found.file.targets

@@ -663,6 +663,11 @@ def test_transposed_weights_are_peft_s_fan_in_fan_out(tmp_path: Path) -> None:
     shapes = {"h.c_attn": (8, 24), "h.c_square": (8, 8)}
     known = converted(tmp_path / "theirs", base=shapes)
     assert [target.transposed for target in known.targets] == [True, True]
+    fresh = nn.ModuleDict({"h": nn.ModuleDict({"c_attn": conv(24, 8), "c_square": conv(8, 8)})})
+    assert converted(tmp_path / "theirs", base=fresh).targets == known.targets
+    packed = fresh.requires_grad_(False)
+    packed["h"]["c_attn"].weight.data = packed["h"]["c_attn"].weight.data.byte()
+    assert [target.stored for target in converted(tmp_path / "theirs", base=packed).targets] == [(8, 24), (8, 8)]
     with pytest.raises(tna.FileError, match=r"unknown how the square 'h\.c_square' is stored"):
         tna.convert(tmp_path / "theirs", base={**shapes, "h.c_attn": (24, 8)})
     for to in ("peft-lokr", "peft-loha", "lycoris-lora", "lycoris-full"):

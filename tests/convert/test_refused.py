@@ -221,7 +221,7 @@ def kohya(**more: Any) -> dict[str, np.ndarray]:
         (
             kohya(),
             {"base": None},
-            "give base= (--base), a safetensors file, an index or a folder; or, in Python, a list of",
+            "give base= (--base), a safetensors file, an index or a folder; or, in Python, the model itself",
         ),
         (kohya(), {"base": ["a.k"]}, "base has no module for the name 'a_q'; it has 'a_k', 1 in all"),
         (kohya(), {"base": ["a.q", "a_q"]}, "the name 'a_q' may be 'a.q' or 'a_q'"),

@@ -250,13 +250,13 @@ def test_engine_and_options_arrive_in_the_study(cache: Path, tmp_path: Path, mon
 def test_killed_halfway_it_goes_on(cache: Path, tmp_path: Path, jobs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = (
         *("--pretrain-epochs", 1, "--cache", cache, "--out", tmp_path, "--jobs", jobs, "--batch", 64, "--epochs", 2),
-        *("--lr", 0.01, "--lr", 0.02, "--lr", 0.03, "--rank", 1),
+        *("--lr", 0.01, "--lr", 0.02, "--rank", 1),
     )
     with begin(*arguments) as process:
-        told_until(process, "[2/6]")
+        told_until(process, "[1/4]")
         process.kill()
     before = records(tmp_path)
-    assert 2 <= len(before) < 6
+    assert 1 <= len(before) < 4
     # What SIGKILL in the middle of a write would leave.
     with (tmp_path / "results.jsonl").open("ab") as file:
         file.write(b'{"key": "half a li')
@@ -265,10 +265,10 @@ def test_killed_halfway_it_goes_on(cache: Path, tmp_path: Path, jobs: int, monke
     with begin(*arguments) as process:
         out, told = process.communicate(timeout=300)
     assert process.returncode == 0, told
-    assert f"{len(before)} of 6 trainings were finished before" in told
+    assert f"{len(before)} of 4 trainings were finished before" in told
     after = records(tmp_path)
     assert after[: len(before)] == before
-    assert len(after) == len({one["key"] for one in after}) == 6
+    assert len(after) == len({one["key"] for one in after}) == 4
     assert "? Pareto front" in out
     assert "the same predictions on 269 test samples; merged: the same predictions" in out
 

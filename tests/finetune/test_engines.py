@@ -495,7 +495,7 @@ EACH = [pytest.param(name, marks=needs(name)) for name in OPTIONS]
 
 @pytest.mark.slow
 @pytest.mark.law("killed-sweep")
-@pytest.mark.parametrize("engine", EACH)
+@pytest.mark.parametrize("engine", in_depth(EACH, EACH[:2]))
 def test_nothing_that_is_finished_is_lost_whatever_dies(engine: str, tmp_path: Path) -> None:
     names = ("a", "waits", "killed-once", "killed")
     with start(tmp_path, engine, *names[:-1], options=OPTIONS[engine]) as process:

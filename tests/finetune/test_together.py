@@ -260,7 +260,9 @@ def test_those_that_would_get_something_else_are_trained_one_after_another(
 def test_the_file_holds_what_statistics_have_become(kept: bool, digits: Passes, tmp_path: Path) -> None:
     """Frozen, they stay those of the base; trained, they are saved with the layer."""
     keep = ("head", "norm") if kept else ("head",)
-    digits.problem = changed(lambda model: Normalized(model, running=True).double(), keep_trainable=keep)(digits.problem)
+    digits.problem = changed(lambda model: Normalized(model, running=True).double(), keep_trainable=keep)(
+        digits.problem
+    )
     tasks = tasks_of(METHODS["lora"][0])
     expected, counts = digits.alone(tasks, HOW["plain"], tmp_path)
     lines, passes = digits.of(tasks, HOW["plain"], tmp_path)

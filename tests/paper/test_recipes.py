@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import re
@@ -13,8 +14,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import paper
 import tnadapt as tna
-from paper import names, open_recipe
+from paper import names
 from paper.adapted_weights import WEIGHTS
 from paper.recipe import SCALES, at_scale, parse
 from paper.sweep import configs, numbers
@@ -31,11 +33,19 @@ def scales(name: str) -> list[str]:
     return [scale for scale in SCALES if name in at_scale(scale)]
 
 
+open_recipe = functools.cache(paper.open_recipe)
+
+
+@functools.cache
+def points_of(name: str, scale: str = "full") -> list[paper.RecipePoint]:
+    return open_recipe(name, scale).points()
+
+
 @pytest.mark.parametrize("name", names())
 def test_every_setting_of_every_recipe_is_counted_as_the_reference_does(name: str) -> None:
     assert scales(name)
-    for recipe in (open_recipe(name, scale) for scale in scales(name)):
-        weights, points = recipe.weights, recipe.points()
+    for scale in scales(name):
+        weights, points = open_recipe(name, scale).weights, points_of(name, scale)
         assert points
         assert all(point.parameters > 0 for point in points)
         assert len({(point.arm, point.config) for point in points}) == len(points)
@@ -67,7 +77,7 @@ def test_the_weights_are_the_papers() -> None:
 
 
 def test_a_rank_is_below_the_sizes_where_the_recipe_says_so() -> None:
-    for point in open_recipe("svhn-mnist").points():
+    for point in points_of("svhn-mnist"):
         plan = tna.UpdatePlan(point.config, WEIGHTS["unet"].shapes)
         for name, shape in plan.param_shapes.items():
             if ".factor" in name:
@@ -295,7 +305,7 @@ def test_the_geometry_is_of_the_four_methods_of_appendix_a_4() -> None:
     from paper.similarity import VECTORS
 
     assert VECTORS == 5
-    points = {point.arm: point for point in open_recipe("geometry").points()}
+    points = {point.arm: point for point in points_of("geometry")}
     # A rank of one costs two vectors of 768 for each of 24; one of 768 and one of 24 * 768; two sides of the square
     # that holds all 24, and of the one that holds half as many numbers.
     everything = 24 * 768**2
@@ -329,7 +339,7 @@ def test_the_diffusion_model_sweeps_what_section_4_2_says(name: str) -> None:
     projection ratio ρ ∈ {0.01,0.1,0.5}"; shuffling of "G ∈ {1,4,8,16} and ranks r ∈ {1,4,8}". A.9: the reverse."""
     recipe = open_recipe(name)
     assert [arm.name for arm in recipe.arms] == SVHN_MNIST
-    assert len(recipe.points()) == 1407
+    assert len(points_of(name)) == 1407
     for arm in SVHN_MNIST[4:7]:
         assert swept(name, arm, "splits", "split_size") == [[2, 3, 4], [6, 8, 10]]
     assert swept(name, "LoNKr, groups", "groups") == [[1, 4, 8]]

@@ -232,7 +232,10 @@ def is_like(found: tna.AdapterFile, expected: tna.AdapterFile) -> None:
 
 
 @pytest.mark.law("launchers")
-@pytest.mark.parametrize("launcher", ["torchrun", "torchrun on two machines", "accelerate"])
+@pytest.mark.parametrize(
+    "launcher",
+    in_depth(["torchrun", "torchrun on two machines", "accelerate"], ["torchrun on two machines", "accelerate"]),
+)
 def test_a_script_of_the_documentation_trains_as_one_process(launcher: str, tmp_path: Path) -> None:
     task = SimpleNamespace(**runpy.run_path(str(EXAMPLES / "task.py")))
     start, out = None, tmp_path / "adapter.safetensors"

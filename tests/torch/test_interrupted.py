@@ -212,7 +212,7 @@ def test_an_interrupted_pass(config: str, action: Callable[[Net], list[Tensor]],
 
     call, after, filled = next(turns)
     # With checkpointing forward again in backward: twice as many lines, mostly the same.
-    for _ in interruptions(lambda: action(case.model), prepare, WHERE, 1 if reentrant is None else 4):
+    for _ in interruptions(lambda: action(case.model), prepare, WHERE, 3 if reentrant is None else 8):
         for which in (after, 1 - after):
             case.put(which)
             case.check(call, which)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 import tnadapt as tna
 import tnadapt.torch as tt
 from tests.support.array_presets import P
+from tests.support.depth import in_depth
 from tnadapt.algebra.rounding import add_in_place
 from tnadapt.checkpoints import stored_weights as module_names
 from tnadapt.checkpoints.checkpoint import open_checkpoint
@@ -82,10 +84,12 @@ def made(name: str, config: tna.Config | None, kind: Any, folder: Path, **settin
     return model, adapter
 
 
+EVERY = [*itertools.product(CONFIGS, DTYPES)]
+
+
 @pytest.mark.slow
 @pytest.mark.law("merge-disk-is-memory")
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize(("config", "dtype"), in_depth(EVERY, EVERY[::2]), ids=str)
 def test_every_config_is_merged_to_the_byte(config: str, dtype: Any, tmp_path: Path) -> None:
     model, adapter = made("bert", CONFIGS[config], dtype, tmp_path)
     memory, disk, report = both_ways(model, adapter, tmp_path)

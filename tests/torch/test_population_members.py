@@ -39,7 +39,7 @@ CONFIGS: dict[str, Any] = {
 configs = pytest.mark.parametrize("config", CONFIGS)
 PROGRAMS = in_depth(
     itertools.product(CONFIGS, ["auto", "weight"]),
-    [("lora", "auto"), ("dora", "auto"), ("theta", "weight"), ("behind F", "auto"), ("several", "weight")],
+    [("dora", "auto"), ("theta", "weight"), ("several", "weight")],
 )
 NAMES = ["ann", "bob", "cleo", "dan"]
 

@@ -286,6 +286,7 @@ class UpdatePlan:
     @checks_arguments
     def part_of(self, i: int) -> tuple[UpdatePlan, int]:
         """Return the plan in ``config_plans`` that has weight ``i``, and the weight's number in it."""
+        i = integer("i", i, 0, len(self.shapes) - 1, ShapeError)
         return next((plan, i - first) for plan, first in reversed(self.config_plans) if first <= i)
 
     # -- Names, shapes and counts ------------------------------------------------------------

@@ -258,9 +258,9 @@ class AdapterFile:
         def put(name: str, value: Any) -> None:
             object.__setattr__(self, name, value)  # the class is frozen
 
+        put("targets", own_targets(self.targets, self.config))
         if not self.targets:
             raise ConfigError("targets is empty: an adapter updates at least one weight")
-        put("targets", own_targets(self.targets, self.config))
         check_distinct(self.targets)
         if self.activation is not None and self.activation not in ACTIVATIONS:
             known = ", ".join(ACTIVATIONS)

@@ -101,13 +101,13 @@ def convert(
         Largest relative error allowed, in the Frobenius norm of all updates together. None allows only rounding: a
         lossy conversion must be requested.
     base : optional
-        The base model: a safetensors file, an index or a folder, of which only headers are read; a mapping of modules'
-        paths to shapes; or a list of paths. Files of LyCORIS need one, as their names lack the dots of the paths. For
-        other files, the adapter's names and shapes are checked against it; a file may name the weights otherwise, as
-        for :func:`tnadapt.merge`. Some of PEFT's methods do not store the shapes of the weights, or depend on the order
-        of the modules, which a mapping gives. If this library's adapter has arrays that are computed from the base
-        weights and not stored, base must be a path: the weights are read. "gguf-lora" needs a path with a config.json,
-        or the GGUF file of the model.
+        The base model: a safetensors file, an index or a folder, of which only headers are read; a model of torch; a
+        mapping of modules' paths to shapes; or a list of paths. Files of LyCORIS need one, as their names lack the dots
+        of the paths. For other files, the adapter's names and shapes are checked against it; a file may name the
+        weights otherwise, as for :func:`tnadapt.merge`. Some of PEFT's methods do not store the shapes of the weights,
+        or depend on the order of the modules, which a model or a mapping gives. If this library's adapter has arrays
+        that are computed from the base weights and not stored, base must be a path: the weights are read. "gguf-lora"
+        needs a path with a config.json, or the GGUF file of the model.
     part : str, optional
         The part of a diffusion pipeline, by diffusers' name or kohya's prefix, such as "unet", "text_encoder_2" or
         "lora_te2". It selects the adapter in a file of kohya's or diffusers that has those of several models, and names

@@ -203,9 +203,9 @@ def as_base(base: Any) -> Base | None:
 
     Parameters
     ----------
-    base : None, str, PathLike, mapping or iterable
-        A safetensors file, an index, or a folder with either; a mapping from module paths to the shapes of their
-        weights; or the paths alone. Names may end in ``.weight``.
+    base : None, str, PathLike, torch.nn.Module, mapping or iterable
+        A safetensors file, an index, or a folder with either; a model in memory; a mapping from module paths to the
+        shapes of their weights; or the paths alone. Names may end in ``.weight``.
 
     Raises
     ------
@@ -216,6 +216,10 @@ def as_base(base: Any) -> Base | None:
         return None
     if isinstance(base, (str, os.PathLike)):
         return _of_file(os.fspath(base))
+    if hasattr(base, "named_parameters"):
+        weights = {name: weight for name, weight in base.named_parameters() if not name.endswith("bias")}
+        # A quantized weight is stored in another shape.
+        base = {name: tuple(weight.shape) if weight.is_floating_point() else None for name, weight in weights.items()}
     try:
         if isinstance(base, Mapping):
             shapes = {_module(name): None if shape is None else tuple(map(int, shape)) for name, shape in base.items()}
@@ -223,7 +227,8 @@ def as_base(base: Any) -> Base | None:
             shapes = dict.fromkeys(map(_module, base))
     except (TypeError, ValueError, AttributeError):
         raise TargetError(
-            f"base must be the path of a safetensors file, a list of modules' paths, or a mapping of paths to shapes; "
+            "base must be the path of a safetensors file, a model, a list of modules' paths, or a mapping of paths to "
+            f"shapes; "
             f"got {safe_repr(base)}"
         ) from None
     tensors = base if isinstance(base, Mapping) else {}
@@ -297,8 +302,8 @@ def missing_base(flat: str) -> FileError:
     """Return the error for a name that cannot be read without the base."""
     return FileError(
         f"the name {safe_repr(flat)} has underscores for the dots of a module's path, so the base model is needed to "
-        "find the module: give base= (--base), a safetensors file, an index or a folder; or, in Python, a list of its "
-        "modules' paths such as [name for name, _ in model.named_modules()]"
+        "find the module: give base= (--base), a safetensors file, an index or a folder; or, in Python, the model "
+        "itself"
     )
 
 
