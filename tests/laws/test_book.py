@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.depth import in_depth
+
 from . import page
 from .book import laws
 
@@ -85,7 +87,7 @@ def run(folder: Path, tests: str, *options: str) -> subprocess.CompletedProcess[
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
 
 
-@pytest.fixture(params=[(), ("-n", "1")], ids=["alone", "xdist"])
+@pytest.fixture(params=in_depth([(), ("-n", "1")], [("-n", "1")]), ids=lambda options: " ".join(options) or "alone")
 def workers(request: pytest.FixtureRequest) -> tuple[str, ...]:
     if request.param:
         pytest.importorskip("xdist")

@@ -105,7 +105,9 @@ print("all of it")
 
 @pytest.mark.slow
 @pytest.mark.law("optimized-python", "offline")
-@pytest.mark.parametrize("options", in_depth([("-OO",), ()], [("-OO",)]), ids=" ".join)
+@pytest.mark.parametrize(
+    "options", in_depth([("-OO",), ()], [("-OO",)]), ids=lambda options: " ".join(options) or "as usual"
+)
 def test_every_command_and_every_module(tmp_path: Path, options: tuple[str, ...]) -> None:
     pytest.importorskip("typer")
     tensors = cp.base(TARGETS)
