@@ -10,11 +10,12 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import tnadapt as tna
 from tests.algebra.internals import sums_of_squares
+from tests.support.depth import LONG
 from tnadapt.algebra import rng
 from tnadapt.algebra.init import STEP
 from tnadapt.algebra.sources import Tied
@@ -352,6 +353,7 @@ def check_members(
 
 @pytest.mark.law("member-starts")
 @pytest.mark.parametrize("name", ALONE)
+@settings(max_examples=600 if LONG else 8)
 @given(seed=SEED, members=st.lists(st.integers(0, 2**65), max_size=3), data=st.data())
 def test_members_start_as_plans_with_their_seeds(name: str, seed: int, members: list[int], data: st.DataObject) -> None:
     config = dataclasses.replace(ALONE[name], seed=seed)

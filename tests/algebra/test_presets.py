@@ -183,8 +183,6 @@ def test_the_update_is_the_methods_own_formula(methods_of: Cases) -> None:
     *((functools.partial(getattr(P, name), 7, (1, 2, 3)),
        r"^n must be the number of positions; got n=7 and 3 positions$")
       for name in ("fourierft", "loca", "shira", "waveft")),
-    *((functools.partial(getattr(P, name), rank=4), r"^rank=4: arrays of format='dense' have no rank; leave it out$")
-      for name in ("dense", "fourierft", "krona")),
     (lambda: P.gralora(5, 2), r"blocks must divide the rank, .*; got rank=5, blocks=2"),
     (lambda: tna.UpdatePlan(P.gralora(4, 2), [(5, 4)]),
      "divides the rows of each group by 2, and group 0 has 5 rows"),

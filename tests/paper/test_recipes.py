@@ -20,7 +20,7 @@ from paper import names
 from paper.adapted_weights import WEIGHTS
 from paper.recipe import SCALES, at_scale, parse
 from paper.sweep import configs, numbers
-from tests.support.depth import LONG
+from tests.support.depth import LONG, in_depth
 from tests.support.references import reference
 
 ORACLES = json.loads((Path(__file__).parents[1] / "oracles.json").read_text(encoding="utf-8"))
@@ -41,7 +41,11 @@ def points_of(name: str, scale: str = "full") -> list[paper.RecipePoint]:
     return open_recipe(name, scale).points()
 
 
-@pytest.mark.parametrize("name", names())
+#: All but the recipes of hundreds of settings.
+SMALL = ["cifar100", "digits", "geometry", "groups", "projections", "reviews", "splits", "svhn-mnist"]
+
+
+@pytest.mark.parametrize("name", in_depth(names(), SMALL))
 def test_every_setting_of_every_recipe_is_counted_as_the_reference_does(name: str) -> None:
     assert scales(name)
     for scale in scales(name):

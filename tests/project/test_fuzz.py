@@ -51,7 +51,7 @@ def test_memory_is_measured() -> None:
 
 @pytest.mark.law("fuzz")
 @pytest.mark.skipif(importlib.util.find_spec("atheris") is None, reason="atheris is not installed")
-@pytest.mark.parametrize("target", in_depth(TARGETS, ["config", "adapter"]))
+@pytest.mark.parametrize("target", in_depth(TARGETS, ["adapter"]))
 def test_a_short_run(tmp_path: Path, target: str) -> None:
     command = [sys.executable, "-m", "fuzz", target, "--seconds", str(SECONDS), "--corpus", str(tmp_path / "found")]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

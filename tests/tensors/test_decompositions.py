@@ -20,6 +20,7 @@ import tnadapt as tna
 import tnadapt.tensors as tt
 from tests.conftest import on_every_library, peak_of, relative_error
 from tests.decomposition.internals import BlockPasses, CPSweeps, SparseTensor, completion, cp_als, tt_svd
+from tests.support.depth import LONG
 from tnadapt.backends import Backend, get_backend
 from tnadapt.errors import BackendError, ConfigError, ShapeError, TnadaptError
 
@@ -500,7 +501,7 @@ def test_more_starts_are_never_worse(arguments: Any, rank: int, init: str, most:
 
 
 @pytest.mark.law("decompositions")
-@settings(max_examples=12)
+@settings(max_examples=60 if LONG else 6)
 @given(SMALL_TENSORS)
 def test_a_higher_rank_is_never_worse(arguments: Any) -> None:
     tensor = structured(*arguments)

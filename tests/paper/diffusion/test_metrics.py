@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tnadapt as tna
+from tests.support.depth import long_only
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("torch_fidelity")
@@ -161,6 +162,7 @@ def test_too_few_points(points: np.ndarray) -> None:
         heat_trace(points, TIMES)
 
 
+@long_only
 def test_a_classifier_learns_its_images_and_moves_no_random_state(tmp_path: Path) -> None:
     write_idx(tmp_path / "mnist", 512, 100)
     training, test = (read_images("mnist", tmp_path, 16, 1, test=test) for test in (False, True))

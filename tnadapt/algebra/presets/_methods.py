@@ -52,10 +52,7 @@ def preset_config(changes: Mapping[str, Any], **settings: Any) -> Config:
         size = f"this preset takes {takes}; " if takes else ""
         count = safe_repr(changes["parameters"])
         raise ConfigError(f"parameters={count}: {size}unilora, tinylora, fastfood and nola take a number of parameters")
-    config = Config.from_dict({"rate": "adam", **settings, **changes})
-    if "rank" in changes and config.format == "dense":
-        raise ConfigError(f"rank={safe_repr(changes['rank'])}: arrays of format='dense' have no rank; leave it out")
-    return config
+    return Config.from_dict({"rate": "adam", **settings, **changes})
 
 
 def lora_config(changes: Mapping[str, Any], **settings: Any) -> Config:
