@@ -162,7 +162,7 @@ SOURCED = {
 
 
 @pytest.mark.law("theta", "sources")
-@on_every_library("name", [*MAPS, *SOURCED], ["one-hot", "linear", "scaled"])
+@on_every_library("name", [*MAPS, *SOURCED], ["one-hot", "linear"])
 def test_values_and_gradients_in_every_library(name: Any, backend: Backend) -> None:
     config, shapes = (SOURCED[name], [(6, 4)] * 3) if name in SOURCED else (plan_of(name).config, SHAPES)
     report = tna.verify(config, shapes, backends=[backend.name])

@@ -289,7 +289,7 @@ def check(command: str, line: Line, commands: CommandLines, yard: Yard) -> Done:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_ends_with_its_own_word(command: str, commands: CommandLines, yard: Yard) -> None:
     # A process each: fewer than of what is computed.
-    @settings(max_examples=settings.default.max_examples // (4 if LONG else 6))
+    @settings(max_examples=settings.default.max_examples // (4 if LONG else 8))
     @given(lines(command))
     def holds(line: Line) -> None:
         check(command, line, commands, yard)

@@ -246,7 +246,7 @@ def test_engine_and_options_arrive_in_the_study(cache: Path, tmp_path: Path, mon
 
 @pytest.mark.slow
 @pytest.mark.law("killed-sweep")
-@pytest.mark.parametrize("jobs", in_depth([1, 2], [2]))
+@pytest.mark.parametrize("jobs", in_depth([1, 2], [1]))
 def test_killed_halfway_it_goes_on(cache: Path, tmp_path: Path, jobs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = (
         *("--pretrain-epochs", 1, "--cache", cache, "--out", tmp_path, "--jobs", jobs, "--batch", 64, "--epochs", 2),

@@ -209,7 +209,7 @@ def test_the_recommendation_of_the_nearest_budget_comes_first(published: Any) ->
     words = "Up to 1,000 numbers, choose LoRA. Measured on a task whose title is long, where no other method is tied."
     published(answers={100: "Up to 100.", 1000: words})
     few, many = "Nearest measured budget: 100 numbers. Up to 100.", f"Nearest measured budget: 1,000 numbers. {words}"
-    for budget, said in ((31, ""), (32, few), (100, "Up to 100."), (316, few), (317, many), (3162, many), (3163, "")):
+    for budget, said in ((31, ""), (100, "Up to 100."), (316, few), (317, many), (3163, "")):
         plan = tna.plan(SHAPES, budget)
         assert plan.recommendation == plan.to_dict()["recommendation"] == said
     published(answers={1000: "Choose."}, method="FourierFT")

@@ -495,7 +495,7 @@ def test_a_language_model_is_trained(script: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["evolution", "users"])
+@pytest.mark.parametrize("name", in_depth(["evolution", "users"], ["users"]))
 def test_an_example_of_populations(name: str, tmp_path: Path) -> None:
     """The committed result has the same entries; of users, those who are trained together are as those alone."""
     for package in ("scipy", "sklearn", "timm"):

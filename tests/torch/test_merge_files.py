@@ -19,7 +19,6 @@ from hypothesis import strategies as st
 import tnadapt as tna
 import tnadapt.torch as tt
 from tests.support.array_presets import P
-from tests.support.depth import in_depth
 from tnadapt.algebra.rounding import add_in_place
 from tnadapt.checkpoints import stored_weights as module_names
 from tnadapt.checkpoints.checkpoint import open_checkpoint
@@ -89,7 +88,7 @@ EVERY = [*itertools.product(CONFIGS, DTYPES)]
 
 @pytest.mark.slow
 @pytest.mark.law("merge-disk-is-memory")
-@pytest.mark.parametrize(("config", "dtype"), in_depth(EVERY, EVERY[::2]), ids=str)
+@pytest.mark.parametrize(("config", "dtype"), EVERY, ids=str)
 def test_every_config_is_merged_to_the_byte(config: str, dtype: Any, tmp_path: Path) -> None:
     model, adapter = made("bert", CONFIGS[config], dtype, tmp_path)
     memory, disk, report = both_ways(model, adapter, tmp_path)

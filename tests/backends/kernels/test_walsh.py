@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 
 import tnadapt as tna
 from tests.conftest import relative_error
-from tests.support.depth import in_depth
 from tnadapt.algebra.maps.fastfood import fwht_plain
 from tnadapt.backends import load_backend
 
@@ -127,7 +126,7 @@ SCHEDULES = [(bits, unit) for bits in range(1, 20) for unit in (1, 2, 3, 16, 24,
 @pytest.mark.slow
 @pytest.mark.law("kernels-agree")
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("bits", "unit"), in_depth(SCHEDULES, SCHEDULES[::4]))
+@pytest.mark.parametrize(("bits", "unit"), SCHEDULES)
 def test_every_schedule_gives_the_same_bits(bits: int, unit: int, dtype: str, team: int, small_caches: None) -> None:
     x = np.random.default_rng(bits).normal(size=(3, 1 << bits, unit)).astype(dtype)
     expected = butterflies(x * x.dtype.type(0.7), 1)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import tnadapt as tna
-from tests.support.depth import in_depth
+from tests.support.depth import in_depth, long_only
 
 from ..internals import kernels, work_space
 
@@ -181,8 +181,9 @@ def run(code: str, **environment: str) -> tuple[str, list[str]]:
 
 
 @needs_numba
+@long_only
 @pytest.mark.slow
-@pytest.mark.parametrize("ending", in_depth([".nbc", ".nbi"], [".nbi"]))
+@pytest.mark.parametrize("ending", [".nbc", ".nbi"])
 def test_compiled_once_and_announced_once_and_again_if_the_cache_is_damaged(ending: str, tmp_path: Path) -> None:
     code, cache = CALL + "print(kernels('walsh') is not None)", str(tmp_path)
     printed, lines = run(code, NUMBA_CACHE_DIR=cache)

@@ -15,7 +15,7 @@ import pytest
 import tnadapt as tna
 from paper import open_recipe, redraw, run
 from paper.recipe import Recipe
-from tests.support.depth import in_depth
+from tests.support.depth import long_only
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("typer")
@@ -220,7 +220,8 @@ def test_a_rate_at_which_all_diverge_is_still_one() -> None:
 
 
 # The others are like svhn-mnist: see tests/paper/test_recipes.py.
-@pytest.mark.parametrize("name", in_depth(["svhn-mnist", "mnist-svhn"], ["mnist-svhn"]))
+@long_only
+@pytest.mark.parametrize("name", ["svhn-mnist", "mnist-svhn"])
 def test_full_recipes_make_their_first_steps_on_stand_ins(name: str, data: Path, cache: Path, tmp_path: Path) -> None:
     recipe = open_recipe(name)
     first = tuple(dataclasses.replace(arm, configs=arm.configs[:1]) for arm in recipe.arms[4:6] + recipe.arms[-3:-2])
