@@ -12,7 +12,7 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import UnionType
 
 import pytest
 
@@ -27,7 +27,7 @@ RUNNING = {
 STARTING = {"paper/registries.py", "tnadapt/finetune/engines/_slurm.py"}
 
 
-def nodes(kind: Any) -> Iterator[tuple[str, ast.AST]]:
+def nodes(kind: type[ast.AST] | UnionType) -> Iterator[tuple[str, ast.AST]]:
     for path in MODULES:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, kind):

@@ -285,7 +285,19 @@ class UpdatePlan:
 
     @checks_arguments
     def part_of(self, i: int) -> tuple[UpdatePlan, int]:
-        """Return the plan in ``config_plans`` that has weight ``i``, and the weight's number in it."""
+        """Return the plan in ``config_plans`` that has weight ``i``, and the weight's number in it.
+
+        Raises
+        ------
+        ShapeError
+            If there is no weight ``i``.
+
+        Examples
+        --------
+        >>> from tnadapt import presets
+        >>> UpdatePlan(presets.lora(2), [(4, 3), (6, 3)]).part_of(1)[1]
+        1
+        """
         i = integer("i", i, 0, len(self.shapes) - 1, ShapeError)
         return next((plan, i - first) for plan, first in reversed(self.config_plans) if first <= i)
 

@@ -216,11 +216,11 @@ def as_base(base: Any) -> Base | None:
         return None
     if isinstance(base, (str, os.PathLike)):
         return _of_file(os.fspath(base))
-    if hasattr(base, "named_parameters"):
-        weights = {name: weight for name, weight in base.named_parameters() if not name.endswith("bias")}
-        # A quantized weight is stored in another shape.
-        base = {name: tuple(weight.shape) if weight.is_floating_point() else None for name, weight in weights.items()}
     try:
+        if hasattr(base, "named_parameters"):
+            weights = {name: weight for name, weight in base.named_parameters() if not name.endswith("bias")}
+            # The tensor of a quantized weight has another shape than the weight.
+            base = {name: weight.shape if weight.is_floating_point() else None for name, weight in weights.items()}
         if isinstance(base, Mapping):
             shapes = {_module(name): None if shape is None else tuple(map(int, shape)) for name, shape in base.items()}
         else:

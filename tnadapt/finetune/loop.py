@@ -263,7 +263,7 @@ def fit(
 
 
 def set_training(model: nn.Module) -> None:
-    """Set training mode, except in frozen layers with running statistics, which an adapter's file does not hold."""
+    """Set training mode, but keep the running statistics of frozen layers: an adapter's file does not hold them."""
     model.train()
     for module in model.modules():
         if isinstance(module, _NormBase) and module.running_mean is not None:
