@@ -34,9 +34,12 @@ def evidence(folder: Path) -> str:
     updates on held-out samples, which ranks them; test samples only decide at which budgets something is gained.
     """
     answers = [
-        {"budget": one.budget, "method": one.best.name, "words": f"{sentence(one)} {basis(one)}"}
+        {
+            "budget": one.budget, "method": one.best.name, "served": one.served.name if one.served else "",
+            "words": f"{sentence(one)} {basis(one)}",
+        }
         for one in which.answers(folder)
-    ]
+    ]  # fmt: skip
     content = {"answers": answers, "tasks": list(_tasks(folder))}
     return json.dumps(content, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
 

@@ -54,8 +54,6 @@ class Choice:
     shares: tuple[float, ...]
     #: Names of the tasks in which it is not decided to be better than the best control.
     undecided: tuple[str, ...] = ()
-    #: The ranks of LoRA that hold its updates exactly, one for each task; empty if some cannot be held.
-    ranks: tuple[int, ...] = ()
 
     @property
     def shown(self) -> str:
@@ -127,7 +125,7 @@ def _recommendation(budget: int, measured: Sequence[Study], library: str | None)
     # Nothing is recommended if what held-out samples choose does not gain on test samples anywhere.
     if best is None or len(best.undecided) == len(studies):
         return None
-    served = _best(studies, [own for own in candidates if _ranks(studies, own)])
+    served = _best(studies, [own for own in candidates if _is_served(studies, own)])
     tied = sum(_tied(studies, own, candidates[shared.index(best.method)]) for own in candidates) - 1
     names = tuple(one.task.name for one in studies)
     idle = tuple(one.task.name for one in measured if one.task.name not in names)
@@ -152,7 +150,7 @@ def _best(studies: Sequence[Study], candidates: Iterable[Sequence[Outcome]]) -> 
         if not improves(study.task, one, control_of(study.task, study.outcomes))
     )
     shares = _shares(studies, best, held_out=False)
-    return Choice(best[0].name, best[0].method, shares, undecided, _ranks(studies, best))
+    return Choice(best[0].name, best[0].method, shares, undecided)
 
 
 def _shares(studies: Sequence[Study], own: Sequence[Outcome], held_out: bool) -> tuple[float, ...]:
@@ -160,14 +158,9 @@ def _shares(studies: Sequence[Study], own: Sequence[Outcome], held_out: bool) ->
     return tuple(one for one in found if one is not None)
 
 
-def _ranks(studies: Sequence[Study], own: Sequence[Outcome]) -> tuple[int, ...]:
-    found = [lora_rank(one, study.facts) for study, one in zip(studies, own, strict=True)]
-    return () if None in found else tuple(one for one in found if one is not None)
-
-
-def _range(numbers: Sequence[int]) -> str:
-    low, high = min(numbers), max(numbers)
-    return f"{low}" if low == high else f"{low} to {high}"
+def _is_served(studies: Sequence[Study], own: Sequence[Outcome]) -> bool:
+    """Return whether its updates are exactly LoRA on all tasks."""
+    return all(lora_rank(one, study.facts) is not None for study, one in zip(studies, own, strict=True))
 
 
 def _percent(shares: Sequence[float]) -> str:
@@ -181,11 +174,10 @@ def sentence(one: Recommendation) -> str:
     best, served = one.best, one.served
     told = f"Up to {one.budget:,} numbers, choose {best.shown} ({_percent(best.shares)} of dense updates' gain)"
     if served is None:
-        return f"{told}; no measured method is served as LoRA."
+        return f"{told}; LoRA servers such as vLLM take no measured method."
     if served.method == best.method:
-        return f"{told}, which is served as LoRA of rank {_range(served.ranks)}."
-    percent = _percent(served.shares)
-    return f"{told} or, served as LoRA, {served.shown} of rank {_range(served.ranks)} ({percent})."
+        return f"{told}, which LoRA servers such as vLLM take."
+    return f"{told}; for LoRA servers such as vLLM, {served.shown} ({_percent(served.shares)})."
 
 
 def basis(one: Recommendation) -> str:

@@ -353,7 +353,7 @@ def check_members(
 
 @pytest.mark.law("member-starts")
 @pytest.mark.parametrize("name", ALONE)
-@settings(max_examples=600 if LONG else 8)
+@settings(max_examples=600 if LONG else 4)
 @given(seed=SEED, members=st.lists(st.integers(0, 2**65), max_size=3), data=st.data())
 def test_members_start_as_plans_with_their_seeds(name: str, seed: int, members: list[int], data: st.DataObject) -> None:
     config = dataclasses.replace(ALONE[name], seed=seed)

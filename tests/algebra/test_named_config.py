@@ -59,7 +59,7 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
     ("lroa", {}, "no preset 'lroa'; did you mean 'lora'? The presets are c3a, cara,"),
     ("qv", {}, "no preset 'qv'; to adapt these weights write attach(…, targets='qv'). The presets are"),
     ("conv", {}, "to adapt these weights write attach(…, targets='conv'). "),
-    ("AdaLoRA", {}, "no preset 'AdaLoRA'; adalora is not available here; 'From PEFT' in the documentation lists"),
+    ("AdaLoRA", {}, "no preset 'AdaLoRA'; adalora is not available here; the page 'PEFT' in the documentation"),
     ("pissa", {}, "pissa is 'lora' with another start: give start='pissa' with a preset of low rank. The presets"),
     ("qlora", {}, "no preset 'qlora'; QLoRA is 'lora' on a quantized model: load the model quantized and attach"),
     ("LoRA+", {}, "LoRA+ is 'lora' with two learning rates; with rate='adam', which presets have, one rate does."),

@@ -205,6 +205,7 @@ def test_groups_share_f_or_do_not(rng: np.random.Generator) -> None:
     ("config", "arguments", "error", "message"),
     [
         ({"rank": 4}, [[(2, 2)]], tna.ConfigError, "config must be a tnadapt.Config; got dict"),
+        ([(2, 2)], [tna.Config()], tna.ConfigError, "got list; config and shapes may be swapped"),
         (tna.Config(groups=3), [[(4, 4)]], tna.ShapeError, "use fold='hypercube'"),
         (tna.Config(groups=17), [[(4, 4)]], tna.ConfigError, "more than the 16 elements"),
         (tna.Config(fold=(3, 4), order=2), [[(4, 4)]], tna.ShapeError, "holds 12 elements and a group has 16"),

@@ -316,6 +316,8 @@ def test_paths_that_cannot_be_read_or_written(tmp_path: Path, monkeypatch: pytes
         assert sorted(os.listdir(tmp_path)) == files
         for name in files:
             (tmp_path / name).unlink()
+    with pytest.raises(FileError, match=r"got AdapterFile\(.*; path and adapter_file may be swapped"):
+        tna.save(made(), missing)  # type: ignore[arg-type]
     with pytest.raises(FileError, match="expected an AdapterFile or a PopulationFile to save; got dict"):
         tna.save(missing, {})  # type: ignore[arg-type]
     monkeypatch.setattr(adapter_format.container, "MAX_HEADER", 100)

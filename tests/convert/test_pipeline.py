@@ -24,6 +24,7 @@ from tnadapt import AdapterFile, Config, Rows, Target, UpdatePlan, presets
 from tnadapt.algebra.formats import CP
 from tnadapt.checkpoints.container import DTYPES
 from tnadapt.checkpoints.fingerprint import fingerprint
+from tnadapt.checkpoints.lora_export import lora_export
 from tnadapt.convert import FORMS, ModuleUpdate, Pair
 from tnadapt.sources import Seeded
 from tnadapt.testing.strategies import plans
@@ -448,10 +449,27 @@ def test_the_factors_are_the_networks_own(
         assert_same_updates(loaded_by_peft(tmp_path / "theirs", ATTENTION), file)
 
 
+@pytest.mark.parametrize(
+    "config", [presets.lora(12), presets.lora(30), presets.unilora(50, rank=14), presets.vera(20)], ids=str
+)
+def test_factors_of_its_own_are_exported_at_any_size_as_is_said(config: Config) -> None:
+    file = on_projections(config, ATTENTION)
+    rank = config.rank
+    assert isinstance(rank, int)
+    assert any(rank * (rows + cols) >= rows * cols for rows, cols in ATTENTION.values())
+    said = lora_export(file.plan, file.targets)
+    assert (said.rank, file.plan.lora_rank) == (rank, rank)
+    for form, expected in (("peft-lora", rank), ("vllm", said.served)):
+        found = tna.convert(file, to=form)
+        assert found.exact
+        assert found.config is not None
+        assert found.config["r"] == expected
+
+
 def test_a_slice_of_high_rank_is_left_to_the_other_ways() -> None:
     file = on_projections(presets.lotr(12, groups="role"), ATTENTION)
     assert file.plan.lora_rank is None
-    message = r"give rank= \(--rank\) or max_error= \(--max-error\) for the nearest of lower rank"
+    message = r"give max_error= \(--max-error\) for the nearest of lower rank, with rank= \(--rank\) if that is fixed"
     with pytest.raises(tna.ConfigError, match=message):
         tna.convert(file, to="peft-lora")
     assert tna.convert(file, to="lycoris-full").exact

@@ -294,6 +294,7 @@ def test_the_command(pair: Any, tmp_path: Path) -> None:
         (["--targets", "("], "or regular expression"),
         (["--svd", "best"], "svd must be one of"),
         (["--max-rank", "3"], "is the largest rank that --max-error tries"),
+        (["--rank", "3", "--max-error", "0.1"], "--rank fixes the rank, and --max-error searches for it; give one"),
         (["--rank", "3", "--set", "rank=4"], "--set gives rank twice; leave one of them out"),
     ],
 )

@@ -98,9 +98,9 @@ def test_the_whole_job_and_a_proof_that_fails(cache: Path, tmp_path: Path, monke
         "LoRA        r = 1         1,024  0.03",
         "● Pareto front",
         "325 parameters of the head",
-        "448 training, 179 validation, 269 test samples; 3 settings x 1 rate x 1 seed = 3 trainings",
+        "448 training, 179 validation, 269 test samples; 3 settings x 1 rate x 1 seed = 3 trainings of 7 steps",
         "loaded on a fresh base: the same predictions on 269 test samples; merged: the same predictions",
-        "one rate was tried, and some models and short trainings need another: add --lr 0.01 --lr 0.09",
+        "each training had 7 steps, and most need hundreds: add --epochs 29, or a smaller --batch",
         f"results: {tmp_path / 'results.jsonl'}",
         f"picture: {tmp_path / 'pareto.png'}",
     ):

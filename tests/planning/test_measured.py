@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tnadapt as tna
-from tests.planning.internals import measured
+from tests.planning.internals import measured, plan_search
 from tnadapt.planning import Plan
 from tnadapt.presets import PRESETS, AdaptedWeights
 
@@ -35,15 +35,33 @@ def task(
     }  # fmt: skip
 
 
+SEARCHED: dict[tuple[Any, ...], dict[tna.Config, None]] = {}
+
+
 @pytest.fixture
 def published(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Replace the published results."""
+    """Replace the published results. They do not change which settings there are: these are searched for once."""
 
-    def put(*tasks: dict[str, Any], answers: Mapping[int, str] = MappingProxyType({}), method: str = "LoRA") -> None:
-        words = [{"budget": budget, "method": method, "words": words} for budget, words in answers.items()]
+    def searched(search: Any, kinds: Any, allowed: int, progress: Any) -> dict[tna.Config, None]:
+        key = (*search.shapes, allowed)
+        if key not in SEARCHED:
+            SEARCHED[key] = search_down(search, kinds, allowed, progress)
+        return dict(SEARCHED[key])
+
+    def put(
+        *tasks: dict[str, Any],
+        answers: Mapping[int, str] = MappingProxyType({}),
+        method: str = "LoRA",
+        served: str = "LoRA",
+    ) -> None:
+        words = [
+            {"budget": budget, "method": method, "served": served, "words": words} for budget, words in answers.items()
+        ]
         monkeypatch.setattr(measured, "_measured", lambda: read(json.loads(json.dumps(tasks))))
         monkeypatch.setattr(measured, "_content", lambda: {"answers": words})
 
+    search_down = plan_search._down
+    monkeypatch.setattr(plan_search, "_down", searched)
     put()
     return put
 
@@ -211,11 +229,18 @@ def test_the_recommendation_of_the_nearest_budget_comes_first(published: Any) ->
     few, many = "Nearest measured budget: 100 numbers. Up to 100.", f"Nearest measured budget: 1,000 numbers. {words}"
     for budget, said in ((31, ""), (100, "Up to 100."), (316, few), (317, many), (3163, "")):
         plan = tna.plan(SHAPES, budget)
-        assert plan.recommendation == plan.to_dict()["recommendation"] == said
+        assert plan.recommendation == plan.to_dict()["recommendation"]
+        # LoRA of rank 1 has 1,024 numbers on these weights.
+        recommended, *others = plan.recommendation.partition(" On these weights, ")
+        assert recommended == said
+        least = "LoRA takes 1,024 numbers or more; of the settings below, LoRA servers take Uni-LoRA p = "
+        assert others[1].startswith(least) == (bool(said) and budget < 1024)
     published(answers={1000: "Choose."}, method="FourierFT")
     call = "FourierFT is not in the table: tna.torch.attach(model, 'fourierft', n=125)."
-    assert tna.plan(SHAPES, 1000).recommendation == f"Choose. {call}"
-    published(answers={1000: words})
+    assert tna.plan(SHAPES, 1000).recommendation.startswith(f"Choose. {call} On these weights, LoRA takes 1,024")
+    published(answers={1000: "Choose."}, served="")
+    assert tna.plan(SHAPES, 1000).recommendation == "Choose."
+    published(answers={1000: words}, served="Uni-LoRA")
     found = tna.plan(SHAPES, 1000)
     *lines, _ = " ".join(str(found).split()).partition(" method setting")
     assert lines[0] == words

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import shlex
 from typing import Any
@@ -152,3 +153,37 @@ def test_labels() -> None:
     }  # fmt: skip
     for name, config in told.items():
         assert str(known_as(config)) == name
+
+
+def test_a_method_keeps_its_name_when_a_file_of_peft_brings_its_fixed_numbers() -> None:
+    brought, presets, maps = tna.sources.Given(shared=True), tna.presets, tna.maps
+    vera = presets.vera(8).sources
+    tied = {"offset": False, "parameters": 9}
+    told = {
+        "VeRA r = 8": presets.vera(8, sources={name: dataclasses.replace(vera[name], of=brought) for name in vera}),
+        "RandLoRA r = 2": presets.randlora(
+            2, rows=4, cols=6, sources={
+                "term0.split0.factor0": tna.sources.Scaled(brought, rank=True, start=(0.5, 0.0)),
+                "factor0": tna.sources.Scaled(tna.sources.Tied("term0.split0.factor0"), rank=True, start=(0.5, 0.0)),
+                "factor1": brought,
+            },
+        ),
+        "FourierFT n = 20": presets.fourierft(1).replace(projection=(maps.TorchScatter(20, seed=777), "dft2")),
+        "WaveFT n = 20": presets.waveft(1).replace(projection=(maps.TorchScatter(20), maps.CenteredWavelet())),
+        "WaveFT n = 20, db3": presets.waveft(1).replace(
+            projection=(maps.TorchScatter(20), maps.CenteredWavelet("db3"))
+        ),
+        "SHiRA n = 20": presets.shira(1).replace(projection=maps.TorchScatter(20)),
+        "Uni-LoRA p = 9, r = 4": presets.lora(4, before=maps.TiedElements(normalized=True), **tied),
+        "KronA": presets.krona(rank=1),
+    }  # fmt: skip
+    for name, config in told.items():
+        assert str(known_as(config)) == name
+    # Other settings than those of the methods keep a name of their own.
+    others = [
+        presets.vera(8, sources={"factor0": brought, "factor1": brought}),
+        presets.vera(8, sources={**vera, "factor1": dataclasses.replace(vera["factor1"], of=tna.sources.Given())}),
+        presets.lora(4, before=maps.TiedElements(), **tied),
+    ]
+    for config in others:
+        assert known_as(config).family == "SuperLoRA"

@@ -159,8 +159,10 @@ def test_what_is_frozen_is_drawn_so(tmp_path: Path, config: tna.Config, frozen: 
     assert texts(tmp_path / "a.svg").count("frozen, not trained") == bool(frozen)
 
 
-@pytest.mark.parametrize("form", list(FORMATS))
-@pytest.mark.parametrize("order", in_depth([1, 2, 3, 8, 32], [3, 32]))
+@pytest.mark.parametrize(
+    ("form", "order"),
+    in_depth(itertools.product(FORMATS, [1, 2, 3, 8, 32]), [*((form, 3) for form in FORMATS), ("cp", 32), ("tt", 32)]),
+)
 def test_every_format_is_drawn(tmp_path: Path, form: str, order: int) -> None:
     pytest.importorskip("matplotlib")
     order = min(order, largest_order(form))

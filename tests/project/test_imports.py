@@ -9,6 +9,7 @@ import sys
 import pytest
 
 import tnadapt
+from tests.support.depth import in_depth
 
 
 def run(code: str) -> str:
@@ -112,15 +113,17 @@ print(short is attribute is module is tnadapt.{name}, names is module.__all__)
     assert run(code).strip() == "True True"
 
 
+CHAINS = [
+    "algebra.geometry.geometry", "algebra.rng.words", "algebra.formats.FORMATS", "backends.register_backend",
+    "plugins.load_plugins", "report", "targets.attention_layouts.register_layout", "presets.lora", "maps.MAPS",
+    "torch.attach", "plot.layout", "serving.ServedFolder", "testing.configs", "tensors.fold", "decomposition.Step",
+    "planning.Plan", "checkpoints",
+]  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    "chain",
-    [
-        "algebra.geometry.geometry", "algebra.rng.words", "algebra.formats.FORMATS", "backends.register_backend",
-        "plugins.load_plugins", "report", "targets.attention_layouts.register_layout", "presets.lora", "maps.MAPS",
-        "torch.attach", "plot.layout", "serving.ServedFolder", "testing.configs", "tensors.fold", "decomposition.Step",
-        "planning.Plan", "checkpoints",
-    ],
-)  # fmt: skip
+    "chain", in_depth(CHAINS, ["algebra.formats.FORMATS", "presets.lora", "torch.attach", "report"])
+)
 def test_modules_are_attributes_without_an_import(chain: str) -> None:
     first = chain.partition(".")[0]
     if first == "torch":

@@ -163,12 +163,11 @@ def test_held_out_samples_choose_and_the_shares_are_of_test_samples() -> None:
     assert answer.best.shares == pytest.approx([0.3 / 0.6, 0.4 / 0.8])
     assert answer.served is None
     told = "Up to 100 numbers, choose a (50%, from 50% to 50% of dense updates' gain)"
-    assert sentence(answer) == f"{told}; no measured method is served as LoRA."
-    served = dataclasses.replace(answer.best, ranks=(4, 8))
-    assert sentence(dataclasses.replace(answer, served=served)) == f"{told}, which is served as LoRA of rank 4 to 8."
-    other = dataclasses.replace(served, name="b", method="b", shares=(0.25,), ranks=(4,), undecided=("other",))
-    words = "b (no gain: other) of rank 4 (25%)"
-    assert sentence(dataclasses.replace(answer, served=other)) == f"{told} or, served as LoRA, {words}."
+    assert sentence(answer) == f"{told}; LoRA servers such as vLLM take no measured method."
+    assert sentence(dataclasses.replace(answer, served=answer.best)) == f"{told}, which LoRA servers such as vLLM take."
+    other = dataclasses.replace(answer.best, name="b", method="b", shares=(0.25,), undecided=("other",))
+    words = "b (no gain: other) (25%)"
+    assert sentence(dataclasses.replace(answer, served=other)) == f"{told}; for LoRA servers such as vLLM, {words}."
     # On test samples b is ahead, but on held-out ones it is not.
     assert (answer.compared, answer.tied) == (2, 1)
 

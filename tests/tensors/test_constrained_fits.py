@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 import tnadapt as tna
 import tnadapt.tensors as tt
 from tests.conftest import relative_error
+from tests.support.depth import LONG, in_depth
 from tnadapt.backends import Backend
 from tnadapt.decomposition import completion
 from tnadapt.errors import BackendError, ConfigError, ShapeError, TnadaptError
@@ -58,7 +59,7 @@ def test_missing_elements_are_found(form: str, kind: str) -> None:
 
 @pytest.mark.law("decompositions")
 @given(st.sampled_from(sorted(FORMS)), st.integers(0, 20))
-@settings(max_examples=8)
+@settings(max_examples=60 if LONG else 5)
 def test_the_error_is_that_of_the_known_elements(form: str, seed: int) -> None:
     _, fit = FORMS[form]
     tensor, mask = numbers(SHAPE, seed), known(seed, 0.7)
@@ -104,7 +105,7 @@ def test_a_full_mask_and_equal_weights_are_no_mask(form: str) -> None:
 def test_equal_seeds_give_equal_bits_and_zeros_give_zeros(form: str) -> None:
     _, fit = FORMS[form]
     tensor, mask = numbers(SHAPE, 1), known(2, 0.7)
-    one, other = (fit(tensor, mask=mask, random_state=3) for _ in range(2))
+    one, other = (fit(tensor, mask=mask, random_state=3, max_iterations=30) for _ in range(2))
     assert all(np.array_equal(a, b) for a, b in zip(one.arrays, other.arrays, strict=True))
     zeros = fit(np.zeros(SHAPE), mask=mask)
     assert (zeros.error, zeros.to_tensor().any()) == (0.0, False)
@@ -291,7 +292,7 @@ def test_known_elements_and_no_negative_ones(seed: int, weighted: bool, noise: f
 
 
 @pytest.mark.law("decompositions")
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", in_depth(range(4), range(2)))
 def test_planted_nonnegative_factors_are_found_with_gaps(seed: int) -> None:
     rng = np.random.default_rng(seed)
     factors = [rng.random((size, 3)) * (rng.random((size, 3)) < 0.7) for size in (8, 9, 10)]
@@ -337,7 +338,7 @@ def relative_error_of_planted(factor: np.ndarray, weights: np.ndarray, tensor: n
     return error_of(tt.CPTensor(weights, [factor] * tensor.ndim), tensor)
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", in_depth(range(5), range(2)))
 def test_planted_symmetric_components_are_found(seed: int) -> None:
     factor = numbers((8, 4), seed)
     tensor = tt.CPTensor(np.array([1.0, -2.0, 0.5, 1.5]), [factor] * 4).to_tensor()

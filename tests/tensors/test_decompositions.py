@@ -20,7 +20,7 @@ import tnadapt as tna
 import tnadapt.tensors as tt
 from tests.conftest import on_every_library, peak_of, relative_error
 from tests.decomposition.internals import BlockPasses, CPSweeps, SparseTensor, completion, cp_als, tt_svd
-from tests.support.depth import LONG
+from tests.support.depth import LONG, in_depth
 from tnadapt.backends import Backend, get_backend
 from tnadapt.errors import BackendError, ConfigError, ShapeError, TnadaptError
 
@@ -486,7 +486,7 @@ SMALL_TENSORS = st.tuples(
 
 
 @pytest.mark.law("decompositions")
-@settings(max_examples=20)
+@settings(max_examples=100 if LONG else 10)
 @given(SMALL_TENSORS, st.integers(1, 4), st.sampled_from(["svd", "random", "a mask"]), st.integers(1, 60))
 def test_more_starts_are_never_worse(arguments: Any, rank: int, init: str, most: int) -> None:
     tensor = structured(*arguments)
@@ -501,7 +501,7 @@ def test_more_starts_are_never_worse(arguments: Any, rank: int, init: str, most:
 
 
 @pytest.mark.law("decompositions")
-@settings(max_examples=60 if LONG else 6)
+@settings(max_examples=60 if LONG else 4)
 @given(SMALL_TENSORS)
 def test_a_higher_rank_is_never_worse(arguments: Any) -> None:
     tensor = structured(*arguments)
@@ -1521,7 +1521,7 @@ def test_parafac2_is_what_it_says(seed: int, rank: int, noise: float, kind: str)
 
 
 @pytest.mark.law("decompositions")
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", in_depth(range(6), range(3)))
 def test_planted_components_of_slices_are_found(seed: int) -> None:
     slices, c = planted(seed)
     found = tna.parafac2(slices, 3, max_iterations=2000, tol=1e-10)
@@ -1724,7 +1724,7 @@ LARGE: dict[str, tuple[Callable[[np.ndarray], Any], tuple[int, ...], int, float]
 
 
 @pytest.mark.law("cross-approximation")
-@pytest.mark.parametrize("name", LARGE)
+@pytest.mark.parametrize("name", in_depth(LARGE, list(LARGE)[1::2]))
 def test_functions_of_very_many_points(name: str) -> None:
     function, shape, rank, limit = LARGE[name]
     found = tna.tt_cross(function, shape, max_error=limit)

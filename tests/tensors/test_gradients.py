@@ -140,9 +140,9 @@ def _differs_from_optimum(name: str, seed: int, dtype: Any, tol: float, iteratio
     [("cp", (0, 2, 3, 4, 5, 6, 7)), ("tensor_ring", (1, 2, 3, 6)), ("tensor_train", range(8)), ("tucker", range(8))],
 )
 def test_the_settings_that_are_advised_give_gradients_of_noise(name: str, seeds: Sequence[int]) -> None:
-    for seed in range(8 if LONG else 2):
+    for seed in range(8 if LONG else 1):
         assert _differs_from_optimum(name, seed, torch.float64, 1e-10, 2000) < 3e-2, seed
-    for seed in seeds if LONG else seeds[:2]:
+    for seed in seeds if LONG else seeds[:1]:
         assert _differs_from_optimum(name, seed, torch.float32, 0.0, 2000) < 3e-2, seed
 
 

@@ -414,5 +414,7 @@ def test_arguments_in_each_others_place_are_recognized() -> None:
     wrong: Any = "a.safetensors"
     with pytest.raises(TargetError, match=r"^model must be a nn\.Module; got 'a\.safetensors'; model and path may be"):
         tt.load(wrong, nn.Linear(2, 2))  # type: ignore[arg-type]
+    with pytest.raises(TargetError, match=r"^cfg must be a Config or .*; got Linear; model and cfg may be swapped$"):
+        tt.attach("lora", nn.Linear(2, 2))  # type: ignore[arg-type]
     with pytest.raises(TargetError, match=r"^model must be a nn\.Module; got 'a\.safetensors'$"):
         tt.load(wrong, wrong)

@@ -680,16 +680,54 @@ def _kind(group: Group, piece: Piece) -> tuple[object, ...]:
     return id(group.network), group.projection.kind, group.subtracts, weight_start, group_start, length
 
 
-def lora_rank(shapes: Sequence[tuple[int, int]], ranks: Sequence[int]) -> int | None:
-    """Return the largest of the ranks; None if two factors of a rank are not smaller than their weight.
+def pair_widths(layout: Layout, groups: Sequence[Group]) -> Iterator[int | None]:
+    """Yield for every weight the width of the two factors that are its own network, as in LoRA; None for another one.
 
     Examples
     --------
-    >>> lora_rank([(64, 32), (16, 32)], [2, 3]), lora_rank([(64, 32), (16, 32)], [2, 11])
-    (3, None)
+    >>> import tnadapt as tna
+    >>> for config in (tna.presets.lora(9), tna.presets.superlora(9)):
+    ...     plan = tna.UpdatePlan(config, [(8, 6)])
+    ...     print(list(pair_widths(plan.layout, plan.groups)))
+    [9]
+    [None]
     """
-    smaller = all(rank * (rows + cols) < rows * cols for rank, (rows, cols) in zip(ranks, shapes, strict=True))
-    return max(ranks) if smaller else None
+    return (_pair_width(layout, groups, weight) for weight in range(len(layout.shapes)))
+
+
+def _pair_width(layout: Layout, groups: Sequence[Group], weight: int) -> int | None:
+    piece, *others = layout.of_weight(weight)
+    group, (_, cols) = groups[piece.group], layout.shapes[weight]
+    network = group.network
+    if others or len(group.pieces) > 1 or group.subtracts or not group.projection.map.identity:
+        return None
+    if len(network.splits) > 1 or len(network.sizes) != 2 or network.sizes[1] != cols:
+        return None
+    width = network.splits[0].inner(1)
+    return None if width is None else network.terms * width
+
+
+def lora_rank(
+    shapes: Sequence[tuple[int, int]], ranks: Sequence[int], widths: Sequence[int | None] | None = None
+) -> int | None:
+    """Return the rank of LoRA that holds every update; None if for some weight its factors are not smaller than it.
+
+    Factors that an adapter has already, of the given widths, count at any size.
+
+    Examples
+    --------
+    >>> shapes = [(64, 32), (16, 32)]
+    >>> lora_rank(shapes, [2, 3]), lora_rank(shapes, [2, 11]), lora_rank(shapes, [11, 11], [None, 11])
+    (3, None, 11)
+    """
+    largest = 0
+    for (rows, cols), rank, width in zip(shapes, ranks, widths or [None] * len(ranks), strict=True):
+        if rank * (rows + cols) >= rows * cols:
+            if width is None:
+                return None
+            rank = width
+        largest = max(largest, rank)
+    return largest
 
 
 def useful_rank(groups: Iterable[Group]) -> int | None:

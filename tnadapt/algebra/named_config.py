@@ -20,7 +20,7 @@ _TARGETS = ("all-linear", "conv", "embeddings")
 _ROLES = frozenset("qkvo")
 
 
-_MISSING = "{name} is not available here; 'From PEFT' in the documentation lists what is missing"
+_MISSING = "{name} is not available here; the page 'PEFT' in the documentation lists what is missing"
 _STARTS = "{name} is 'lora' with another start: give start={name!r} with a preset of low rank"
 # Methods of other libraries that are not presets, and what to use instead.
 _NO_PRESETS = {

@@ -32,7 +32,7 @@ from .applying import APPLYING, Applying, applying_of
 from .base_arrays import base_weight, checked_given, from_base
 from .composite import CompositeConfig
 from .config import RATE_NAMES, Config, checked_word
-from .group import Group, PlanPart, Shapes, lora_rank, rank_bound, rank_bounds, updates_of_runs
+from .group import Group, PlanPart, Shapes, lora_rank, pair_widths, rank_bound, rank_bounds, updates_of_runs
 from .init import Initializer
 from .layout import Layout, Piece, checked_shapes, group_matrices, make_layout, require_keys
 from .network import Network
@@ -116,7 +116,10 @@ class UpdatePlan:
         lay_out: bool = True,
     ) -> None:
         if not isinstance(config, Config):
-            raise ConfigError(f"config must be a tnadapt.Config; got {type(config).__name__}")
+            raise ConfigError(
+                f"config must be a tnadapt.Config; got {type(config).__name__}"
+                + "; config and shapes may be swapped" * isinstance(shapes, Config)
+            )
         require_keys(layers, roles)
         lay_out = flag("lay_out", lay_out)
         self.config = config
@@ -456,8 +459,8 @@ class UpdatePlan:
     def lora_rank(self) -> int | None:
         """The rank of LoRA that holds the update of every weight exactly: the maximum of :meth:`largest_rank`.
 
-        None if for some weight two factors of its rank are no smaller than the update itself, or if ``config.apply``
-        does more than add the update.
+        None if for some weight two factors of its rank are no smaller than the update itself and are not the
+        adapter's own, as those of LoRA are, or if ``config.apply`` does more than add the update.
 
         Examples
         --------
@@ -468,7 +471,9 @@ class UpdatePlan:
         >>> tna.UpdatePlan(tna.presets.superlora(2), gqa).lora_rank is None
         True
         """
-        return lora_rank(self.shapes, self.largest_ranks) if self.applying.additive else None
+        if not self.applying.additive:
+            return None
+        return lora_rank(self.shapes, self.largest_ranks, list(pair_widths(self.layout, self.groups)))
 
     @functools.cached_property
     def largest_ranks(self) -> list[int]:
@@ -481,8 +486,9 @@ class UpdatePlan:
         None if not; no other rank has to be known then.
         """
         most = max(map(min, self.shapes))
-        for (rows, cols), rank in zip(self.shapes, rank_bounds(self.layout, self.groups), strict=True):
-            if rank * (rows + cols) < rows * cols:
+        bounds, widths = rank_bounds(self.layout, self.groups), pair_widths(self.layout, self.groups)
+        for (rows, cols), rank, width in zip(self.shapes, bounds, widths, strict=True):
+            if rank * (rows + cols) < rows * cols or width is not None:
                 return None
             if rank == most:
                 return most

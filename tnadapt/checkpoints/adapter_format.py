@@ -398,6 +398,8 @@ def save(path: str | os.PathLike[str], adapter_file: AdapterFile | PopulationFil
     >>> loaded.config == config, loaded.targets == tuple(targets), loaded.deltas()[0].shape
     (True, True, (4, 6))
     """
+    if isinstance(path, (AdapterFile, PopulationFile)):
+        raise FileError(f"path must be that of a file; got {path!r}; path and adapter_file may be swapped")
     where = container.path_of(path)
     with container.file_error_context(where):
         if isinstance(adapter_file, PopulationFile):

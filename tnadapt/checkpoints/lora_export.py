@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from tnadapt.algebra.group import lora_rank
+from tnadapt.algebra.group import lora_rank, pair_widths
 from tnadapt.algebra.update_plan import UpdatePlan
 from tnadapt.errors import escaped
 from tnadapt.targets.checkpoint_experts import PARAMETERS
@@ -27,7 +27,7 @@ class LoraExport(NamedTuple):
     ----------
     rank : int or None
         The rank of LoRA that holds the update of every module exactly, whatever the parameters are; None if there is
-        none that is smaller than the updates.
+        none that is smaller than the updates or the adapter's own.
     reason : str
         Why not, for a rank of None.
     mergeable : bool
@@ -127,15 +127,18 @@ def lora_export(plan: UpdatePlan, targets: Sequence[Target] | None = None, activ
         return LoraExport(None, f"{escaped(other.name)} is not the weight of a layer")
     if targets is None and (full := plan.full_rank_bound()) is not None:
         return LoraExport(None, f"its updates may have matrix rank {full}")
-    ranks = plan.largest_ranks
+    ranks, widths = plan.largest_ranks, list(pair_widths(plan.layout, plan.groups))
     shapes: Sequence[tuple[int, int]] = plan.shapes
     if targets is not None:
-        total = Counter[str]()
-        for target, rank in zip(targets, ranks, strict=True):
-            total[_place(target)] += rank
+        total, wide = Counter[str](), dict[str, int | None]()
+        for target, rank, width in zip(targets, ranks, widths, strict=True):
+            place = _place(target)
+            total[place] += rank
+            before = wide.get(place, 0)
+            wide[place] = None if width is None or before is None else before + width
         whole = {_place(target): dataclasses.replace(target, rows=None).shape for target in targets}
-        shapes, ranks = [whole[module] for module in total], list(total.values())
-    export_rank = lora_rank(shapes, ranks)
+        shapes, ranks, widths = [whole[module] for module in total], list(total.values()), list(wide.values())
+    export_rank = lora_rank(shapes, ranks, widths)
     if export_rank is not None:
         return LoraExport(
             export_rank, embedding=any(target.role == "embedding" for target in weights), limits=_limits(weights)

@@ -166,6 +166,8 @@ def extract_command(
     if not out.absolute().parent.is_dir():
         raise TnadaptError(f"{out}: the folder {out.absolute().parent} does not exist; make it first")
     _check_place(out, base, tuned)
+    if rank is not None and max_error is not None:
+        raise TnadaptError("--rank fixes the rank, and --max-error searches for it; give one of them, or --max-rank")
     if max_rank is not None and max_error is None:
         raise TnadaptError("--max-rank is the largest rank that --max-error tries; give both, or --rank")
     changes = [*(settings or []), *([f"rank={rank}"] if rank is not None else [])]

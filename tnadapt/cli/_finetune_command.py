@@ -6,6 +6,7 @@ import enum
 import functools
 import importlib.util
 import io
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -39,10 +40,11 @@ def _print_plan(study: Study, as_json: bool) -> None:
 
 def _sizes(study: Study) -> str:
     parts = ", ".join(f"{len(part.labels):,} {name}" for name, part in study.problem.parts.items())
+    steps = pluralize(study.steps, "step")
     return (
         f"{pluralize(len(study.targets), 'weight')} of {study.problem.name}; {parts} samples; "
         f"{pluralize(len(study.methods), 'setting')} x {pluralize(len(study.rates), 'rate')} x "
-        f"{pluralize(len(study.seeds), 'seed')} = {pluralize(len(study.tasks), 'training')}"
+        f"{pluralize(len(study.seeds), 'seed')} = {pluralize(len(study.tasks), 'training')} of {steps}"
     )
 
 
@@ -88,7 +90,7 @@ def _print_outcome(study: Study, outcome: Outcome, folder: Path, as_json: bool) 
             f"  loaded on a fresh base: {loaded} predictions on {proof.samples:,} test samples; merged: {merged}, "
             f"{logits}"
         )
-        if more := _other_rates(best.rate, study.rates):
+        if more := _next_try(best.rate, study.rates, study.steps, study.training.epochs):
             echo(f"  {more}")
     if outcome.control is not None and outcome.control.warning is not None:
         echo(f"warning: {outcome.control.warning}")
@@ -96,16 +98,26 @@ def _print_outcome(study: Study, outcome: Outcome, folder: Path, as_json: bool) 
     echo("no picture: pip install 'tnadapt[plot]'" if outcome.picture is None else f"picture: {outcome.picture}")
 
 
-def _other_rates(rate: float, tried: Sequence[float]) -> str:
-    """Say which rates to try next if the best one is the only, the lowest or the highest of those tried.
+#: With fewer steps, no rate trains an adapter to the end.
+_FEW_STEPS = 50
+
+
+def _next_try(rate: float, tried: Sequence[float], steps: int, epochs: int) -> str:
+    """Say what to try next: more steps if they were few, or rates if the best one is the only, lowest or highest one.
 
     Examples
     --------
-    >>> _other_rates(0.03, [0.01, 0.03])
+    >>> _next_try(0.03, [0.01, 0.03], steps=200, epochs=3)
     'its rate, 0.03, is the highest that was tried: add --lr 0.09'
-    >>> _other_rates(0.03, [0.01, 0.03, 0.1])
+    >>> _next_try(0.03, [0.01, 0.03, 0.1], steps=200, epochs=3)
     ''
+    >>> _next_try(0.01, [0.01], steps=12, epochs=3)
+    'each training had 12 steps, and most need hundreds: add --epochs 50, or a smaller --batch'
     """
+    if steps < _FEW_STEPS:
+        more = math.ceil(200 / steps * epochs)
+        few = pluralize(steps, "step")
+        return f"each training had {few}, and most need hundreds: add --epochs {more}, or a smaller --batch"
     if len(tried) == 1:
         return (
             "one rate was tried, and some models and short trainings need another: "

@@ -186,8 +186,8 @@ def _smallest_rank(
     if max_error is None:
         raise ConfigError(
             f"the update of {safe_repr(module.path)} has matrix rank {worst.rank}, and LoRA of that rank is larger "
-            f"than the update itself, {module.shape[0]} × {module.shape[1]}: give rank= (--rank) or max_error= "
-            f"(--max-error) for the nearest of lower rank, or {TO_FULL}"
+            f"than the update itself, {module.shape[0]} × {module.shape[1]}: give max_error= (--max-error) for the "
+            f"nearest of lower rank, with rank= (--rank) if that is fixed, or {TO_FULL}"
         )
     # Exact updates contribute nothing to the error, only to the norm that it is relative to.
     exact = [

@@ -24,7 +24,7 @@ from ._pretrained import open_problem
 from ._specification import Spec
 from .engines import Do, Engine, discard, open_engine, run_tasks
 from .grid import BASE, HEAD, Chooser, Method
-from .loop import evaluate
+from .loop import evaluate, steps_of
 from .pareto_report import Control, Point, best_point, better_rate, control_of, points_of, trained_on
 from .problem import Problem, base_digest, samples_digest
 from .results import Results, check_out
@@ -273,6 +273,11 @@ class Study:
     @functools.cached_property
     def _data_digest(self) -> str:
         return samples_digest(self.problem.parts)
+
+    @property
+    def steps(self) -> int:
+        """Number of steps of each training."""
+        return steps_of(self.problem.parts["train"], self.training.epochs, self.training.batch, self.training.steps)
 
     def parameters(self, method: Method) -> int:
         """Return the number of parameters of a method's adapter on these targets."""

@@ -296,10 +296,10 @@ class Choice:
         --------
         >>> Choice(budgets=(100,), ranks=(3,)).check()
         Traceback (most recent call last):
-        tnadapt.errors.TnadaptError: a budget finds the settings itself; give a budget or settings, not both
+        tnadapt.errors.TnadaptError: a budget finds the settings itself: leave out --budget, or ...
         """
         if self.budgets and self._named:
-            raise TnadaptError("a budget finds the settings itself; give a budget or settings, not both")
+            raise TnadaptError("a budget finds the settings itself: leave out --budget, or --preset, --rank and --set")
         for budget in self.budgets:
             _check_budget(budget)
         if self._named:

@@ -9,7 +9,7 @@ import json
 import math
 import statistics
 from collections.abc import Hashable, Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from tnadapt.algebra.config import Config
 from tnadapt.algebra.sources import Source
@@ -140,20 +140,28 @@ def measurements(elements: int) -> tuple[TaskMeasurements, ...]:
     return tuple(task for task in _measured() if 1 / _SIZES <= task.elements / elements <= _SIZES)
 
 
-def recommendation(parameters: int) -> tuple[str, str]:
-    """Return the answer to "Which method?" for the nearest measured budget, and the method; empty if none is near.
+class Answer(NamedTuple):
+    """The answer to "Which method?" in words, the method, and the one to choose if it is to be served as LoRA."""
+
+    words: str
+    method: str
+    served: str
+
+
+def recommendation(parameters: int) -> Answer:
+    """Return the answer to "Which method?" for the nearest measured budget; empty if none is near.
 
     Examples
     --------
-    >>> recommendation(3), recommendation(100)[0][:14], recommendation(250)[0][:39]
-    (('', ''), 'Up to 100 numb', 'Nearest measured budget: 100 numbers. U')
+    >>> recommendation(3).words, recommendation(100).words[:14], recommendation(250).words[:39]
+    ('', 'Up to 100 numb', 'Nearest measured budget: 100 numbers. U')
     """
     answers = [answer for answer in _content()["answers"] if _near(answer["budget"], parameters)]
     nearest = min(answers, key=lambda answer: _distance(answer["budget"], parameters), default=None)
     if nearest is None:
-        return "", ""
+        return Answer("", "", "")
     other = "" if nearest["budget"] == parameters else f"Nearest measured budget: {nearest['budget']:,} numbers. "
-    return f"{other}{nearest['words']}", str(nearest["method"])
+    return Answer(f"{other}{nearest['words']}", nearest["method"], nearest["served"])
 
 
 @functools.cache

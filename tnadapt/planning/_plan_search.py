@@ -127,9 +127,11 @@ def plan(
     used = {title for row in rows for title in (*row.measured_on, *row.estimated_on)}
     titles = tuple(task.title for task in known if task.title in used)
     no_gain = without_gain(known, [min(wanted, size), *(row.parameters for row in rows if row.measured is not None)])
-    words, method = recommendation(min(wanted, size))
+    words, method, served = recommendation(min(wanted, size))
     if method and all(row.name.family != method for row in rows):
         words += _call_of(method, search, min(wanted, size))
+    if served and all(row.name.family != served for row in rows):
+        words += _too_large(served, search, min(wanted, size), rows)
     return Plan(wanted, dtype, tuple(shapes), names, tuple(rows), front, tuple(_freest(rows)), titles, no_gain, words)
 
 
@@ -140,6 +142,18 @@ def _call_of(method: str, search: Search, allowed: int) -> str:
         if preset.title == method and (largest := search.largest(preset.ladders(weights), allowed)):
             call = preset_call(largest.config)
             return f" {method} is not in the table: {call.attach()}." if call else ""
+    return ""
+
+
+def _too_large(served: str, search: Search, allowed: int, rows: Sequence[Row]) -> str:
+    """Return that the method that is served as LoRA does not fit, and what fits instead; nothing if it is no preset."""
+    weights = AdaptedWeights(search.shapes, search.layers, search.roles)
+    for preset in PRESETS.values():
+        least = search.least(preset.ladders(weights)) if preset.title == served else None
+        if least is not None and least.parameters > allowed:
+            other = next((row for row in rows if row.lora_rank is not None), None)
+            instead = "" if other is None else f"; of the settings below, LoRA servers take {other.name}"
+            return f" On these weights, {served} takes {least.parameters:,} numbers or more{instead}."
     return ""
 
 

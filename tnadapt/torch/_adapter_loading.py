@@ -128,7 +128,10 @@ def load(
     368
     """
     if isinstance(path, (AdapterFile, PopulationFile)):
-        raise FileError("path must be that of a file; got its content: give the path that tnadapt.load was given")
+        raise FileError(
+            "path must be that of a file; got its content: give the path that it was loaded from, or save it first "
+            "with tnadapt.save(path, file)"
+        )
     if member is not None and members is not None:
         raise ConfigError("member is one adapter, and members are a population: give one of the two")
     file = _content(path, member, members)

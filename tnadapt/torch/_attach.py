@@ -299,6 +299,10 @@ def attach(
     ...
     """
     keywords = list(inspect.signature(attach).parameters)[:-1]
+    second: object = cfg
+    if isinstance(second, nn.Module):
+        got = type(second).__name__
+        raise TargetError(f"cfg must be a Config or the name of a preset; got {got}; model and cfg may be swapped")
     if isinstance(cfg, Mapping):
         if targets != "qv":
             raise ConfigError(

@@ -268,7 +268,9 @@ def merge(adapter: AdapterState, max_error: float | None = None) -> None:
         raise ConfigError(f"max_error must be a number from 0 up, or None; got {safe_repr(max_error)}")
     need_attached(adapter)
     if adapter.merged is not None:
-        raise TargetError(f"adapter {adapter.name!r} is merged already; a second merge would add its update twice")
+        raise TargetError(
+            f"adapter {adapter.name!r} is merged already; a second merge would add its update twice: unmerge() it first"
+        )
     if not adapter.enabled:
         raise TargetError(f"adapter {adapter.name!r} is disabled; merge it outside of disabled()")
     if adapter.shares_weights:

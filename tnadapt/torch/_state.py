@@ -641,7 +641,10 @@ def weight_on(state: AdapterState, device: torch.device) -> Tensor:
 def need_attached(state: AdapterState) -> None:
     """Raise a TargetError if the adapter was detached."""
     if state.model.__dict__.get(ADAPTERS_ATTR, {}).get(state.name) is not state.whole:
-        raise TargetError(f"adapter {state.name!r} is no longer attached to its model")
+        raise TargetError(
+            f"adapter {state.name!r} is no longer attached to its model: it was detached or baked; attach or load "
+            "another"
+        )
 
 
 def need_unmerged(state: AdapterState, what: str) -> None:

@@ -20,9 +20,9 @@ import numpy as np
 from tnadapt.algebra import rng
 from tnadapt.algebra.config import Config, checked_number, is_named
 from tnadapt.algebra.folding import MAX_SIZE
-from tnadapt.algebra.maps import Circulant, Scatter, Tile, Wavelet
+from tnadapt.algebra.maps import CenteredWavelet, Circulant, Scatter, TiedElements, Tile, TorchScatter, Wavelet
 from tnadapt.algebra.maps.projection import make_map
-from tnadapt.algebra.sources import BaseCore, FromBase, Mixed, Scaled, Seeded, Source, Tied
+from tnadapt.algebra.sources import BaseCore, FromBase, Given, Mixed, Scaled, Seeded, Source, Tied
 from tnadapt.argument_checks import checks_arguments, integer
 from tnadapt.errors import ConfigError, safe_repr
 
@@ -149,11 +149,12 @@ def recognized_by(make: Make, read: Read | None = None, /, **symbols: str) -> Ca
         return _outline(config) == smallest()
 
     def recognize(config: Config) -> str | None:
+        config = _with_presets_maps(config)
         arguments = (read or like_smallest)(config)
         if arguments is True:
             arguments = {name: getattr(config, name) for name in symbols}
         try:
-            if not isinstance(arguments, Mapping) or config != make(**{"alpha": None, **arguments}):
+            if not isinstance(arguments, Mapping) or not _same_method(config, make(**{"alpha": None, **arguments})):
                 return None
         except ConfigError:
             return None
@@ -161,6 +162,44 @@ def recognized_by(make: Make, read: Read | None = None, /, **symbols: str) -> Ca
         return ", ".join(itertools.chain(*words))
 
     return recognize
+
+
+def _with_presets_maps(config: Config) -> Config:
+    """Return the config of the same method that draws its positions and indices as presets do, not as PEFT does."""
+    steps = tuple(map(_presets_map, _settings(config)))
+    if steps != _settings(config):
+        config = config.replace(projection=steps if len(steps) > 1 else steps[0])
+    if config.before == TiedElements(normalized=True):  # Uni-LoRA, trained from θ alone
+        config = config.replace(before="one-hot", offset=True)
+    return config
+
+
+def _presets_map(step: Any) -> Any:
+    if isinstance(step, TorchScatter):
+        return Scatter(step.size)
+    if isinstance(step, CenteredWavelet):
+        return Wavelet(step.family)
+    return "wavelet" if step == "centered-wavelet" else step
+
+
+def _settings(config: Config) -> tuple[Any, ...]:
+    return config.projection if isinstance(config.projection, tuple) else (config.projection,)
+
+
+def _same_method(config: Config, usual: Config) -> bool:
+    """Return whether two configs are equal, apart from arrays that a file brings in place of a preset's random ones."""
+    sources = dict(config.sources)
+    for name in sources.keys() & usual.sources.keys():
+        sources[name] = _usual_source(sources[name], usual.sources[name])
+    return config.replace(sources=sources) == usual
+
+
+def _usual_source(source: Source, usual: Source) -> Source:
+    if isinstance(source, Scaled) and isinstance(usual, Scaled):
+        return dataclasses.replace(source, of=_usual_source(source.of, usual.of))
+    if isinstance(source, Given) and isinstance(usual, Seeded) and source.shared == usual.shared:
+        return usual
+    return source
 
 
 def _words(config: Config, symbol: str, name: str, value: Any) -> list[str]:
@@ -622,6 +661,10 @@ def _lonkr_sizes(weights: AdaptedWeights) -> list[Ladder]:
     ]
 
 
+def _krona_arguments(config: Config) -> Arguments:
+    return {"rank": config.rank}  # which dense factors do not have
+
+
 def _fastfood_arguments(config: Config) -> dict[str, Any]:
     return {"parameters": config.parameters, "ratio": config.ratio if config.before is None else None}
 
@@ -678,7 +721,7 @@ NETWORK_PRESETS = (
     ),
     Preset(
         "krona", krona, "KronA", "Edalati et al., arXiv 2212.10650",
-        sizes=lambda weights: [one_size(krona)], recognize=recognized_by(krona), formula=each(_krona),
+        sizes=lambda weights: [one_size(krona)], recognize=recognized_by(krona, _krona_arguments), formula=each(_krona),
     ),
     Preset(
         "loha", loha, "LoHa", "Hyeon-Woo et al. (FedPara), arXiv 2108.06098", {"rank": 2, "alpha": 3},
@@ -1537,7 +1580,7 @@ def _randlora_label(config: Config) -> str | None:
         return None
     for shape in ((config.terms * rank, 1 << 40), (1 << 40, config.terms * rank)):
         # The initial diagonals depend on the longer side, which does not matter here.
-        if _without_starts(config) == _without_starts(randlora(rank, rows=shape[0], cols=shape[1])):
+        if _same_method(_without_starts(config), _without_starts(randlora(rank, rows=shape[0], cols=shape[1]))):
             return f"r = {rank}"
     return None
 
@@ -1871,10 +1914,6 @@ def _divisors(make: Make) -> Sizes:
         return [one_size(functools.partial(make, size)) for size in weights.divisors]
 
     return sizes
-
-
-def _settings(config: Config) -> tuple[Any, ...]:
-    return config.projection if isinstance(config.projection, tuple) else (config.projection,)
 
 
 def _scatter_arguments(config: Config) -> dict[str, Any] | None:
