@@ -176,6 +176,7 @@ def test_a_method_keeps_its_name_when_a_file_of_peft_brings_its_fixed_numbers() 
         "SHiRA n = 20": presets.shira(1).replace(projection=maps.TorchScatter(20)),
         "Uni-LoRA p = 9, r = 4": presets.lora(4, before=maps.TiedElements(normalized=True), **tied),
         "KronA": presets.krona(rank=1),
+        "dense": presets.dense(rank=1),
     }  # fmt: skip
     for name, config in told.items():
         assert str(known_as(config)) == name

@@ -276,8 +276,8 @@ class TargetSearch(roles.ModuleTree[Weight]):
         meant = f"did you mean {word[0]!r}? " if word else ""
         return TargetError(
             f"no module of {type(self.model).__name__} matches {safe_repr(name)}{what} ({len(names)} could); "
-            f"{meant}{hint}. A list takes whole paths or their last whole parts, a plain string is a regular "
-            "expression for a whole path"
+            f"{meant}{hint}. A list takes whole paths or their last whole parts, a plain string is letters of qkvo or "
+            "a regular expression for a whole path"
         )
 
     # -- Functions and targets ---------------------------------------------------------------

@@ -661,8 +661,9 @@ def _lonkr_sizes(weights: AdaptedWeights) -> list[Ladder]:
     ]
 
 
-def _krona_arguments(config: Config) -> Arguments:
-    return {"rank": config.rank}  # which dense factors do not have
+def _any_rank(config: Config) -> Arguments | None:
+    # Dense arrays have none: it divides alpha alone.
+    return {"rank": config.rank} if config.format == "dense" else None
 
 
 def _fastfood_arguments(config: Config) -> dict[str, Any]:
@@ -707,7 +708,7 @@ def _quanta_arguments(config: Config) -> Arguments | None:
 NETWORK_PRESETS = (
     Preset(
         "dense", dense, "dense", "full fine-tuning",
-        sizes=lambda weights: [one_size(dense)], recognize=recognized_by(dense), formula=each(_dense),
+        sizes=lambda weights: [one_size(dense)], recognize=recognized_by(dense, _any_rank), formula=each(_dense),
         peers={"LyCORIS": "full"},
     ),
     Preset(
@@ -721,7 +722,7 @@ NETWORK_PRESETS = (
     ),
     Preset(
         "krona", krona, "KronA", "Edalati et al., arXiv 2212.10650",
-        sizes=lambda weights: [one_size(krona)], recognize=recognized_by(krona, _krona_arguments), formula=each(_krona),
+        sizes=lambda weights: [one_size(krona)], recognize=recognized_by(krona, _any_rank), formula=each(_krona),
     ),
     Preset(
         "loha", loha, "LoHa", "Hyeon-Woo et al. (FedPara), arXiv 2108.06098", {"rank": 2, "alpha": 3},
