@@ -277,7 +277,7 @@ class Study:
     @property
     def steps(self) -> int:
         """Number of steps of each training."""
-        return steps_of(self.problem.parts["train"], self.training.epochs, self.training.batch, self.training.steps)
+        return steps_of(self.problem.parts["training"], self.training.epochs, self.training.batch, self.training.steps)
 
     def parameters(self, method: Method) -> int:
         """Return the number of parameters of a method's adapter on these targets."""
