@@ -66,9 +66,9 @@ print(terminal(f"{train} --limit 200 --out monday"))
 # Predict
 # -------
 #
-# ``best.safetensors`` is all that has to be kept or sent: the 1,000 numbers, the head, the labels, and which base they
-# belong to. So ``tnadapt predict`` needs no other options. (``tnadapt info`` prints what is in the file.) Scores near
-# 0.5 mean that this adapter is not sure of anything yet.
+# ``best.safetensors`` is all that has to be kept or sent: the 1,000 parameters, the head, the labels, and which base
+# they belong to. So ``tnadapt predict`` needs no other options. (``tnadapt info`` prints what is in the file.) Scores
+# near 0.5 mean that this adapter is not sure of anything yet.
 
 print(terminal("tnadapt predict monday/best.safetensors --data new.csv"))
 

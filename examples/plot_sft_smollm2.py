@@ -3,7 +3,8 @@ Fine-tune SmolLM2 with TRL
 ==========================
 
 A language model of 135 million parameters learns to say in one word whether a movie review is positive or negative.
-TRL's ``SFTTrainer`` trains 1,000 numbers; then the adapter is saved, loaded and merged. A few minutes on a CPU suffice.
+TRL's ``SFTTrainer`` trains 1,000 parameters; then the adapter is saved, loaded and merged. It takes a few minutes on a
+CPU.
 
 .. code-block:: console
 
@@ -74,7 +75,7 @@ report()
 # ----------------
 #
 # ``attach`` freezes the model and puts an adapter on all linear layers of its blocks. Uni-LoRA makes all of LoRA's
-# matrices from one vector, here of 1,000 numbers; :doc:`/presets` lists the other methods.
+# matrices from one vector, here of 1,000 parameters; :doc:`/presets` lists the other methods.
 #
 # Give ``SFTTrainer`` the model and no ``peft_config``. ``adapter_checkpoints`` makes its checkpoints hold the adapter
 # alone: kilobytes instead of half a gigabyte. Presets are scaled so that a learning rate of 0.01 suits them
@@ -112,8 +113,8 @@ report()
 # Save, load, merge
 # -----------------
 #
-# The file holds the 1,000 numbers and how to make the updates of all layers from them. Loading needs the same base, and
-# no training code.
+# The file holds the 1,000 parameters and how to make the updates of all layers from them. Loading needs the same base,
+# and no training code.
 
 adapter.save(folder / "adapter.safetensors")
 print(f"{(folder / 'adapter.safetensors').stat().st_size:,} bytes")

@@ -172,7 +172,7 @@ def _percent(shares: Sequence[float]) -> str:
 def sentence(one: Recommendation) -> str:
     """Return the answer in words: which method to choose, and which one if it is to be served as LoRA."""
     best, served = one.best, one.served
-    told = f"Up to {one.budget:,} numbers, choose {best.shown} ({_percent(best.shares)} of dense updates' gain)"
+    told = f"Up to {one.budget:,} parameters, choose {best.shown} ({_percent(best.shares)} of dense updates' gain)"
     if served is None:
         return f"{told}; LoRA servers such as vLLM take no measured method."
     if served.method == best.method:

@@ -108,7 +108,7 @@ def test_lokr_of_several_sizes_goes_straight_to_the_other_library(rank: int, tmp
     os.rename(tmp_path / "lycoris-lokr", tmp_path / "lycoris.safetensors")  # its loader goes by the ending
     by_lycoris(tmp_path / "lycoris.safetensors", expected, shapes)
     dense = converted(tmp_path / "lycoris-full", base=shapes)
-    with pytest.raises(tna.ConfigError, match=r"larger than the update itself, .*: give rank="):
+    with pytest.raises(tna.ConfigError, match=r"larger than the update itself, .*: give max_error="):
         tna.convert(dense, to="peft-lokr")
 
 

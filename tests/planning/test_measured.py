@@ -224,16 +224,17 @@ def test_tasks_on_which_nothing_was_gained_are_named(published: Any) -> None:
 
 
 def test_the_recommendation_of_the_nearest_budget_comes_first(published: Any) -> None:
-    words = "Up to 1,000 numbers, choose LoRA. Measured on a task whose title is long, where no other method is tied."
+    words = "Up to 1,000 parameters, choose LoRA. Measured on a task with a long title, where no other method is tied."
     published(answers={100: "Up to 100.", 1000: words})
-    few, many = "Nearest measured budget: 100 numbers. Up to 100.", f"Nearest measured budget: 1,000 numbers. {words}"
+    few = "Nearest measured budget: 100 parameters. Up to 100."
+    many = f"Nearest measured budget: 1,000 parameters. {words}"
     for budget, said in ((31, ""), (100, "Up to 100."), (316, few), (317, many), (3163, "")):
         plan = tna.plan(SHAPES, budget)
         assert plan.recommendation == plan.to_dict()["recommendation"]
         # LoRA of rank 1 has 1,024 numbers on these weights.
         recommended, *others = plan.recommendation.partition(" On these weights, ")
         assert recommended == said
-        least = "LoRA takes 1,024 numbers or more; of the settings below, LoRA servers take Uni-LoRA p = "
+        least = "LoRA takes 1,024 parameters or more; of the settings below, LoRA servers take Uni-LoRA p = "
         assert others[1].startswith(least) == (bool(said) and budget < 1024)
     published(answers={1000: "Choose."}, method="FourierFT")
     call = "FourierFT is not in the table: tna.torch.attach(model, 'fourierft', n=125)."

@@ -162,7 +162,7 @@ def test_held_out_samples_choose_and_the_shares_are_of_test_samples() -> None:
     assert (answer.budget, answer.tasks, answer.best.name) == (100, ("played", "other"), "a")
     assert answer.best.shares == pytest.approx([0.3 / 0.6, 0.4 / 0.8])
     assert answer.served is None
-    told = "Up to 100 numbers, choose a (50%, from 50% to 50% of dense updates' gain)"
+    told = "Up to 100 parameters, choose a (50%, from 50% to 50% of dense updates' gain)"
     assert sentence(answer) == f"{told}; LoRA servers such as vLLM take no measured method."
     assert sentence(dataclasses.replace(answer, served=answer.best)) == f"{told}, which LoRA servers such as vLLM take."
     other = dataclasses.replace(answer.best, name="b", method="b", shares=(0.25,), undecided=("other",))

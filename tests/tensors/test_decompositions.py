@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import scipy.sparse
 import tensorly
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import tnadapt as tna
@@ -617,6 +617,8 @@ def test_degenerate_fits_are_named_and_a_penalty_helps() -> None:
 @pytest.mark.law("decompositions")
 @settings(max_examples=15)
 @given(SMALL_TENSORS, st.integers(1, 3), st.sampled_from([1e-4, 1e-2, 0.3]), st.booleans(), st.integers(-80, 80))
+@example(((2, 4, 2), 1, 0, 0.0), 2, 1e-4, False, 0)  # a component vanishes
+@example(((2, 4, 2), 1, 0, 0.0), 2, 1e-4, False, -40)
 def test_the_penalized_error_is_stationary(arguments: Any, rank: int, ridge: float, complex_: bool, power: int) -> None:
     tensor = structured(*arguments) * 2.0**power
     if complex_:
@@ -629,7 +631,8 @@ def test_the_penalized_error_is_stationary(arguments: Any, rank: int, ridge: flo
         return
     sizes = np.abs(found.weights) ** (1.0 / order)
     factors = [factor * sizes for factor in found.factors]
-    factors[0] = factors[0] * np.where(found.weights == 0.0, 1.0, found.weights / np.abs(found.weights))
+    weights = np.where(found.weights == 0.0, 1.0, found.weights)
+    factors[0] = factors[0] * weights / np.abs(weights)
     letters = "abcd"[:order]
     left = np.einsum(",".join(f"{i}r" for i in letters) + f"->{letters}", *factors) - tensor / norm
     whole = math.sqrt(float(np.linalg.norm(left)) ** 2 + ridge * sum(float(np.linalg.norm(f)) ** 2 for f in factors))
@@ -1101,7 +1104,8 @@ def test_masked_sweeps_of_all_elements_are_those_of_rows(dtype: str, monkeypatch
     results = []
     for part in (1.0, 0.0):
         monkeypatch.setattr("tnadapt.tensors._requests._DENSE", part)
-        results.append(tna.cp(tensor, 2, weights=weights, max_iterations=40, tol=0.0))
+        # Later, single precision has converged, and rounding decides in which sweep they stop.
+        results.append(tna.cp(tensor, 2, weights=weights, max_iterations=12, tol=0.0))
     rows, products = results
     assert products.factors[0].dtype == tensor.dtype
     np.testing.assert_allclose(products.history, rows.history, rtol=1e-5, atol=1e-9)

@@ -758,8 +758,7 @@ def _entry_text(file: container.Container) -> bytes:
     if ENTRY not in metadata:
         what = likeness(file.entries, metadata)
         raise FileError(
-            f"is not a tnadapt adapter: its metadata has no entry '{ENTRY}'. It looks like {what}"
-            + ("; tnadapt.convert (tnadapt convert) converts it" if "adapter of" in what else "")
+            f"is not a tnadapt adapter: its metadata has no entry '{ENTRY}'. It looks like {what}" + _way_out(what)
         )
     if len(metadata) > 1:
         others = summarize(metadata.keys() - {ENTRY})
@@ -768,6 +767,14 @@ def _entry_text(file: container.Container) -> bytes:
     if _SURROGATE.search(text):
         raise FileError(f"the {ENTRY} entry has half a surrogate pair")
     return text
+
+
+def _way_out(what: str) -> str:
+    if "adapter of" in what:
+        return "; tnadapt.convert (tnadapt convert) converts it"
+    if "weights that torch saved" in what:
+        return "; tnadapt.extract (tnadapt extract) makes an adapter of a model that was fine-tuned, and its base"
+    return ""
 
 
 def likeness(names: Collection[str], metadata: Mapping[str, str]) -> str:

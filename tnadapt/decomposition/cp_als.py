@@ -717,7 +717,8 @@ def relative_slope(gradients: Mapping[int, np.ndarray], columns: Mapping[int, np
         cosines = [
             np.sqrt(np.sum(np.abs(gradient) ** 2, axis=0) / columns[mode]) for mode, gradient in gradients.items()
         ]
-    return float(np.nanmax(cosines, initial=0.0)) / error if error > 0.0 else 0.0
+    # fmax leaves out NaN: columns without a derivative.
+    return float(np.fmax.reduce(np.ravel(cosines), initial=0.0)) / error if error > 0.0 else 0.0
 
 
 class CPDescent:

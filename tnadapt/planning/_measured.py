@@ -153,14 +153,14 @@ def recommendation(parameters: int) -> Answer:
 
     Examples
     --------
-    >>> recommendation(3).words, recommendation(100).words[:14], recommendation(250).words[:39]
-    ('', 'Up to 100 numb', 'Nearest measured budget: 100 numbers. U')
+    >>> recommendation(3).words, recommendation(100).words[:14], recommendation(250).words[:42]
+    ('', 'Up to 100 para', 'Nearest measured budget: 100 parameters. U')
     """
     answers = [answer for answer in _content()["answers"] if _near(answer["budget"], parameters)]
     nearest = min(answers, key=lambda answer: _distance(answer["budget"], parameters), default=None)
     if nearest is None:
         return Answer("", "", "")
-    other = "" if nearest["budget"] == parameters else f"Nearest measured budget: {nearest['budget']:,} numbers. "
+    other = "" if nearest["budget"] == parameters else f"Nearest measured budget: {nearest['budget']:,} parameters. "
     return Answer(f"{other}{nearest['words']}", nearest["method"], nearest["served"])
 
 

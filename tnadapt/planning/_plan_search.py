@@ -153,7 +153,7 @@ def _too_large(served: str, search: Search, allowed: int, rows: Sequence[Row]) -
         if least is not None and least.parameters > allowed:
             other = next((row for row in rows if row.lora_rank is not None), None)
             instead = "" if other is None else f"; of the settings below, LoRA servers take {other.name}"
-            return f" On these weights, {served} takes {least.parameters:,} numbers or more{instead}."
+            return f" On these weights, {served} takes {least.parameters:,} parameters or more{instead}."
     return ""
 
 

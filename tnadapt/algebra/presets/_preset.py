@@ -179,10 +179,12 @@ class Preset:
 
     @property
     def served_as_lora(self) -> bool:
-        """Whether its smallest updates of 768 × 768 are exactly LoRA, as engines such as vLLM serve it."""
+        """Whether its smallest updates of 768 × 768 are exactly a smaller LoRA, as engines such as vLLM serve it."""
         from tnadapt.algebra.update_plan import UpdatePlan
 
         roles = ["q", "v"] * 12
         weights = AdaptedWeights([(768, 768)] * 24, [place // 2 for place in range(24)], roles, head_size=64)
         smallest = self.ladders(weights)[0].config(1)
-        return UpdatePlan(smallest, weights.shapes, weights.layers, roles).lora_rank is not None
+        rank = UpdatePlan(smallest, weights.shapes, weights.layers, roles).lora_rank
+        # Frozen factors may be as wide as the weight, as RandLoRA's are.
+        return rank is not None and 2 * rank < 768
