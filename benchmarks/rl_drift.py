@@ -496,7 +496,8 @@ def grpo_table(rows: Sequence[Row]) -> str:
             ))  # fmt: skip
     if not any(len(several) >= 3 for several in settings.values()):
         return "No contestant has been trained with three seeds yet.\n"
-    about = f"{rows[-1]['task']} of reasoning-gym, {rows[-1]['steps']} steps, {rows[-1]['machine']['processor']}"
+    processors = " and ".join(sorted({row["machine"]["processor"] for row in rows}))
+    about = f"{rows[-1]['task']} of reasoning-gym, {rows[-1]['steps']} steps, {processors}"
     return f"{list_table(lines)}\n({about}; ± one standard deviation of the seeds)\n"
 
 

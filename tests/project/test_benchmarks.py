@@ -266,6 +266,7 @@ def test_a_training_has_a_row_from_three_seeds_on(benchmark_scripts: Scripts) ->
     shared = {"steps": 20, "task": "sums", "machine": {"processor": "P"}}
     state = {"numbers": 13, "elements": 100, "changed": 5, "change": 0.1, "update": 1.0}
     rows = [{"contestant": "base", "seed": 0, "rate": 0.0, "right": 0.01, "four examples": 0.11, **shared}]
+    rows[0]["machine"] = {"processor": "Q"}
     for title, seeds in (("three", 3), ("two", 2)):
         rows += [
             {
@@ -286,7 +287,7 @@ def test_a_training_has_a_row_from_three_seeds_on(benchmark_scripts: Scripts) ->
     ]
     assert [cell for cell in cells if cell.endswith("%")] == ["1.0 %", "11.0 %"]
     assert "two" not in text
-    assert text.endswith("(sums of reasoning-gym, 20 steps, P; ± one standard deviation of the seeds)\n")
+    assert text.endswith("(sums of reasoning-gym, 20 steps, P and Q; ± one standard deviation of the seeds)\n")
 
 
 # -- The short profile -----------------------------------------------------------------------------
