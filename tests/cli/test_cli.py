@@ -74,6 +74,7 @@ MISTAKES: list[tuple[str, str]] = [
     ("finetune --lr -1", "--lr must be above 0 and at most 1e6; got -1.0"),
     ("finetune --lr nan", "--lr must be above 0 and at most 1e6; got nan"),
     ("finetune --epochs 0", "Invalid value for '--epochs'"),
+    ("finetune --rank half", "'half'"),  # by Typer before 0.29 in other words
     ("finetune --seeds 0", "Invalid value for '--seeds'"),
     ("finetune --engine rey", "no engine 'rey'; expected one of local, ray, slurm"),
     ("finetune --engine-option gpus", "--engine-option takes KEY=VALUE; got 'gpus'"),
@@ -84,6 +85,7 @@ MISTAKES: list[tuple[str, str]] = [
         "finetune --task regression",
         "--task needs --model and --data; without them the data are scikit-learn's digits",
     ),
+    ("finetune --budget 1q", "a budget is a number of parameters, such as 1000 or '1k', or of bytes"),
     ("finetune --report-to wandb", "--report-to needs --model and --data"),
     ("finetune --image-size 8", "--image-size needs --model and --data"),
     ("finetune --model x --data y.csv --task ' '", "--task is empty"),

@@ -100,7 +100,7 @@ def test_the_whole_job_and_a_proof_that_fails(cache: Path, tmp_path: Path, monke
         "325 parameters of the head",
         "448 training, 179 validation, 269 test samples; 3 settings x 1 rate x 1 seed = 3 trainings of 7 steps",
         "loaded on a fresh base: the same predictions on 269 test samples; merged: the same predictions",
-        "each training had 7 steps, and most need hundreds: add --epochs 29, or a smaller --batch",
+        "each training had 7 steps, and most need hundreds: run it with --epochs 29 and another --out",
         f"results: {tmp_path / 'results.jsonl'}",
         f"picture: {tmp_path / 'pareto.png'}",
     ):
@@ -206,7 +206,7 @@ def test_a_budget_of_settings(cache: Path) -> None:
     assert "LoNKr          K = 3, f = 2, r = 1         100" in done.stdout
     assert "Uni-LoRA       p = 100, r = 4              100" in done.stdout
     assert "10 settings x 1 rate x 1 seed = 10 trainings" in done.stdout
-    listed = json.loads(invoke(*QUICK, "--cache", cache, "--budget", 100, "--dry-run", "--json").stdout)
+    listed = json.loads(invoke(*QUICK, "--cache", cache, "--budget", "0.1k", "--dry-run", "--json").stdout)
     assert all(method["parameters"] <= 100 for method in listed["methods"])
     assert listed["trainings"] == 10
     # Nothing asked for is the whole grid.

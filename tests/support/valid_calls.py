@@ -440,6 +440,7 @@ CALLS: dict[str, Arguments] = {
     "planning.largest_rank": lambda b: {"plan": b.plan, "weight": 0, "limit": 64},
     "planning.step_cost": lambda b: {"plan": b.plan},
     "planning.padding_waste": lambda b: {"plan": b.plan},
+    "planning.parameters_of": lambda b: {"budget": "1k", "dtype": "float32"},
     "planning.known_as": lambda b: {"config": b.config},
     "planning.preset_call": lambda b: {"config": b.config},
     "planning.model_targets": lambda b: {"model": b.path("base.safetensors")},

@@ -16,6 +16,7 @@ import typer
 
 from tnadapt.algebra.formats import FORMATS
 from tnadapt.errors import TnadaptError, pluralize
+from tnadapt.planning import parameters_of
 
 from ._options import TARGETS_HELP, job_package, option, preset_option, settings_of, targets_of, word_or_number
 from .terminal import ENGINE_HELP, ENGINE_OPTION_HELP, echo, echo_json, engine_options, print_table, stoppable
@@ -108,26 +109,27 @@ def _next_try(rate: float, tried: Sequence[float], steps: int, epochs: int) -> s
     Examples
     --------
     >>> _next_try(0.03, [0.01, 0.03], steps=200, epochs=3)
-    'its rate, 0.03, is the highest that was tried: add --lr 0.09'
+    'its rate, 0.03, is the highest that was tried: run it again with --lr 0.01 --lr 0.03 --lr 0.09'
     >>> _next_try(0.03, [0.01, 0.03, 0.1], steps=200, epochs=3)
     ''
     >>> _next_try(0.01, [0.01], steps=12, epochs=3)
-    'each training had 12 steps, and most need hundreds: add --epochs 50, or a smaller --batch'
+    'each training had 12 steps, and most need hundreds: run it with --epochs 50 and another --out'
     """
     if steps < _FEW_STEPS:
         more = math.ceil(200 / steps * epochs)
         few = pluralize(steps, "step")
-        return f"each training had {few}, and most need hundreds: add --epochs {more}, or a smaller --batch"
+        return f"each training had {few}, and most need hundreds: run it with --epochs {more} and another --out"
     if len(tried) == 1:
-        return (
-            "one rate was tried, and some models and short trainings need another: "
-            f"add --lr {rate / 3:.2g} --lr {rate * 3:.2g}"
-        )
-    if rate == max(tried):
-        return f"its rate, {rate:g}, is the highest that was tried: add --lr {rate * 3:.2g}"
-    if rate == min(tried):
-        return f"its rate, {rate:g}, is the lowest that was tried: add --lr {rate / 3:.2g}"
-    return ""
+        why, others = "one rate was tried, and some models and short trainings need another", [rate / 3, rate * 3]
+    elif rate == max(tried):
+        why, others = f"its rate, {rate:g}, is the highest that was tried", [rate * 3]
+    elif rate == min(tried):
+        why, others = f"its rate, {rate:g}, is the lowest that was tried", [rate / 3]
+    else:
+        return ""
+    # All rates, since the table and the best adapter are of those that a command names. None is trained twice.
+    rates = sorted([*tried, *(float(f"{other:.2g}") for other in others)])
+    return f"{why}: run it again with {' '.join(f'--lr {each:g}' for each in rates)}"
 
 
 def _others(best: Point) -> str:
@@ -220,8 +222,12 @@ def finetune_command(
         _what("Any other field of Config, for every preset.", "the preset's", names=["--set"], metavar="FIELD=VALUE"),
     ] = None,
     budget: Annotated[
-        list[int] | None,
-        _what("For each family, use the setting with the most parameters up to this; repeat for more.", "none"),
+        list[str] | None,
+        _what(
+            "For each family, use the setting with the most parameters up to this (1000, 1k); repeat for more.",
+            "none",
+            metavar="N",
+        ),
     ] = None,
     targets: Annotated[list[str] | None, _how(f"qv, qkvo, all-linear, conv, embeddings, {TARGETS_HELP}", "qv")] = None,
     keep_trainable: Annotated[
@@ -299,7 +305,8 @@ def finetune_command(
         keep_trainable=tuple(keep_trainable or ()), cache=cache, pretrain_epochs=pretrain_epochs,
     )  # fmt: skip
     choice = job.Choice(
-        presets=tuple(preset or ()), ranks=tuple(rank or ()), changes=changes, budgets=tuple(budget or ()),
+        presets=tuple(preset or ()), ranks=tuple(rank or ()), changes=changes,
+        budgets=tuple(parameters_of(text) for text in budget or ()),
         short=not digits,
     )  # fmt: skip
     folder = out or Path("runs", "digits" if digits else f"{_word(model)}-{_word(data)}")

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, get_args
 import typer
 from typer.core import TyperArgument, TyperCommand, TyperGroup
 
-from tnadapt.errors import TnadaptError, escaped
+from tnadapt.errors import TnadaptError, escaped, safe_repr
 from tnadapt.report import TextTable
 
 from ._options import ENGINE_HELP, ENGINE_OPTION_HELP, engine_options
@@ -128,6 +128,9 @@ def cell(text: str) -> str:
 # -- Errors and help ---------------------------------------------------------------------------------------------------
 
 
+_WANTED = "Input should be "
+
+
 @contextlib.contextmanager
 def _escaping() -> Iterator[None]:
     """Escape Typer's own errors, which quote the command line; of an argument too many, name -o where there is one."""
@@ -139,6 +142,10 @@ def _escaping() -> Iterator[None]:
             without = getattr(getattr(error, "ctx", None), "params", {}).get("out", "") is None
             if without and message.startswith("Got unexpected extra argument") and message.endswith(")"):
                 message += "; give the output by -o"
+            validation = getattr(error.__cause__, "errors", None)  # of pydantic, by which Typer reads values
+            if callable(validation) and message.startswith(_WANTED):
+                wanted = message.removeprefix(_WANTED).partition(", ")[0].replace("a valid integer", "an integer")
+                message = f"must be {wanted}; got {safe_repr(validation()[0]['input'])}"
             error.message = escaped(message)  # type: ignore[attr-defined]  # checked above
         raise
 

@@ -479,6 +479,7 @@ def parameters_of(budget: Any, dtype: str = "float32") -> int:
 
     Examples
     --------
+    >>> from tnadapt.planning import parameters_of
     >>> parameters_of(1000), parameters_of("10,000"), parameters_of("1.5k")
     (1000, 10000, 1500)
     >>> parameters_of("4 kB"), parameters_of("4 KiB", "float16")
