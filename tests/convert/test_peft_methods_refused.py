@@ -106,7 +106,7 @@ def test_positions_from_windows_are_floating_point_numbers(tmp_path: Path) -> No
     assert np.array_equal(found, whole)
 
 
-NO_SHAPE = r"does not store the shapes of the weights, and 'a.q' needs one: give base= \(--base\), a safetensors file"
+NO_SHAPE = r"does not store the shapes of the weights, and 'a.q' needs one: give base= \(--base\), a folder or"
 SEED = "must be an integer that torch takes as a seed; got"
 
 

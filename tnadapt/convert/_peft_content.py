@@ -211,7 +211,7 @@ class PeftContent:
         if stored is None:
             raise FileError(
                 f"a {self.method.title} adapter of PEFT does not store the shapes of the weights, and "
-                f"{safe_repr(path)} needs one: give base= (--base), the folder or file of the base model, or "
+                f"{safe_repr(path)} needs one: give base= (--base), a folder or safetensors file of the base model, or "
                 f"{SHAPES_OF_MODEL}"
             )
         if len(stored) != 2:
