@@ -487,9 +487,9 @@ def grpo_table(rows: Sequence[Row]) -> str:
                 statistics.fmean(reward for row in several for reward in row["rewards"][part])
                 for part in (slice(10), slice(-10, None))
             )
-            shares = [row["right"] for row in several]
             worst = max(several, key=lambda row: row["change"] / row["update"])
-            right = f"{_percent(statistics.fmean(shares))} ± {100 * statistics.stdev(shares):.1f}"
+            # Each of them, as a mean would hide a seed that does not learn.
+            right = ", ".join(f"{100 * row['right']:.1f}" for row in several) + " %"
             lines.append((
                 first["title"], f"{first['numbers']:,}", number(first["rate"]),
                 " → ".join(f"{reward:.3f}" for reward in ends), right, said_of(worst),
@@ -498,7 +498,7 @@ def grpo_table(rows: Sequence[Row]) -> str:
         return "No contestant has been trained with three seeds yet.\n"
     processors = " and ".join(sorted({row["machine"]["processor"] for row in rows}))
     about = f"{rows[-1]['task']} of reasoning-gym, {rows[-1]['steps']} steps, {processors}"
-    return f"{list_table(lines)}\n({about}; ± one standard deviation of the seeds)\n"
+    return f"{list_table(lines)}\n({about}; right answers of each seed)\n"
 
 
 def _percent(share: float) -> str:

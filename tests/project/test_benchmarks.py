@@ -282,12 +282,12 @@ def test_a_training_has_a_row_from_three_seeds_on(benchmark_scripts: Scripts) ->
         "13",
         "0.01",
         "0.000 → 0.500",
-        "20.0 % ± 10.0",
+        "10.0, 20.0, 30.0 %",
         "5% of the numbers changed, by 10% of the update",
     ]
-    assert [cell for cell in cells if cell.endswith("%")] == ["1.0 %", "11.0 %"]
+    assert [cell for cell in cells if cell.endswith("%")] == ["1.0 %", "11.0 %", "10.0, 20.0, 30.0 %"]
     assert "two" not in text
-    assert text.endswith("(sums of reasoning-gym, 20 steps, P and Q; ± one standard deviation of the seeds)\n")
+    assert text.endswith("(sums of reasoning-gym, 20 steps, P and Q; right answers of each seed)\n")
 
 
 # -- The short profile -----------------------------------------------------------------------------

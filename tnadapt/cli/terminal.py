@@ -133,7 +133,7 @@ _WANTED = "Input should be "
 
 @contextlib.contextmanager
 def _escaping() -> Iterator[None]:
-    """Escape Typer's own errors, which quote the command line; of an argument too many, name -o where there is one."""
+    """Escape Typer's own errors, which quote the command line; say -o of an argument too many, and name bad values."""
     try:
         yield
     except Exception as error:
