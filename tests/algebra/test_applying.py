@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 import tnadapt as tna
 from tests.conftest import NUMPY_AND_TORCH, relative_error
 from tnadapt.algebra.applying import APPLYING, Add, Applying, Hadamard, Magnitude, applying_of, norms
-from tnadapt.algebra.rounding import change_in_place, rounded, widened
+from tnadapt.algebra.rounding import change_in_place
 from tnadapt.backends import load_backend
+from tnadapt.backends.stored_floats import rounded, widened
 from tnadapt.testing import verification as laws
 
 P, NUMPY = tna.presets, load_backend("numpy")

@@ -222,7 +222,7 @@ def test_arrays_have_the_scale_exactly_and_one_number_is_never_small() -> None:
 
 
 def test_halves_are_rounded_as_libraries_round_them() -> None:
-    from tnadapt.algebra.norms import rounded_to
+    from tnadapt.backends.stored_floats import rounded_to
 
     torch = pytest.importorskip("torch")
     rng = np.random.default_rng(0)

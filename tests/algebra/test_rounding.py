@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 import tnadapt as tna
 from tnadapt.algebra import rounding
-from tnadapt.algebra.rounding import Float64Deltas, add_in_place, rounded, widened
+from tnadapt.algebra.rounding import Float64Deltas, add_in_place
+from tnadapt.backends.stored_floats import rounded, widened
 from tnadapt.testing.strategies import parameters, plans
 
 # Explicit mantissa bits, least exponent of a normal number, and the largest number.

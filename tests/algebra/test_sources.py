@@ -21,7 +21,6 @@ from tests.algebra.test_init import first_step
 from tests.conftest import NUMPY_AND_TORCH, peak_of, relative_error
 from tnadapt.algebra import rng as draws
 from tnadapt.algebra.init import STEP
-from tnadapt.algebra.norms import rounded_to
 from tnadapt.algebra.sources import (
     SOURCES,
     BaseCore,
@@ -38,6 +37,7 @@ from tnadapt.algebra.sources import (
     source_from_dict,
     source_to_dict,
 )
+from tnadapt.backends.stored_floats import rounded_to
 from tnadapt.plugins import forget_registered
 from tnadapt.testing import SourceContract
 

@@ -20,8 +20,8 @@ from tests.algebra.random_parameters import drawn
 from tests.conftest import NUMPY_AND_TORCH, on_every_library
 from tests.support.references import reference
 from tnadapt.algebra.maps import BroughtMap, make_map
-from tnadapt.algebra.norms import rounded_to
 from tnadapt.backends import Backend, load_backend
+from tnadapt.backends.stored_floats import rounded_to
 
 P = tna.presets
 SHAPES = [(6, 4), (5, 4), (6, 4)]

@@ -18,10 +18,9 @@ from typing import ClassVar, NamedTuple
 import numpy as np
 
 from tnadapt.backends import FLOAT_DTYPES, Array, Backend, load_backend
+from tnadapt.backends.stored_floats import rounded_to
 from tnadapt.errors import BackendError, safe_repr
 from tnadapt.plugins import Registry
-
-from .norms import rounded_to
 
 __all__ = ["APPLYING", "AXES", "Add", "Applying", "Hadamard", "Magnitude", "Rescaling", "applying_of", "norms"]
 

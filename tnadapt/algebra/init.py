@@ -49,12 +49,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tnadapt.backends import FixedArrays
+from tnadapt.backends.stored_floats import rounded_to
 from tnadapt.errors import ConfigError
 
 from . import rng
 from .maps.projection import Projection
 from .network import Network, parsed_name
-from .norms import rounded_to
 from .sources import FrozenArrays, Multiplied, Origin
 from .starting_points import PREFIX, Start, ZeroStart
 

@@ -1,4 +1,4 @@
-"""Norms that neither overflow nor underflow, and rounding to half-precision dtypes."""
+"""Norms that neither overflow nor underflow: numbers are scaled by a power of two before they are squared."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import math
 from collections.abc import Iterable
 
 import numpy as np
-
-# -- Norms: numbers are scaled by a power of two before they are squared -----------------------------------------------
 
 
 def exponent_of(*arrays: np.ndarray) -> int:
@@ -104,21 +102,3 @@ def _times_power(number: float, exponent: int) -> float:
         return math.ldexp(number, exponent)
     except OverflowError:
         return math.inf
-
-
-# -- Rounding of float32 to half precision, on NumPy, which has no bfloat16 --------------------------------------------
-
-
-def rounded_to(array: np.ndarray, dtype: str) -> np.ndarray:
-    """Round values to those of a half-precision dtype, as array libraries do: to nearest, ties to even.
-
-    They are float32 values, or are rounded to float32 first, as a model computes them.
-    """
-    if dtype not in ("float16", "bfloat16"):
-        return array
-    with np.errstate(over="ignore"):
-        array = array.astype(np.float32)
-        if dtype == "float16":
-            return array.astype(np.float16).astype(np.float32)
-    bits = array.view(np.uint32)
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) & np.uint32(0xFFFF0000)).view(np.float32)

@@ -22,11 +22,11 @@ import numpy as np
 
 from tnadapt.argument_checks import from_stored, require_frozen, require_plain
 from tnadapt.backends import Array, Backend, FixedArrays
+from tnadapt.backends.stored_floats import rounded_to
 from tnadapt.errors import ConfigError, TnadaptError, safe_repr, summarize
 from tnadapt.plugins import Registry
 
 from . import rng
-from .norms import rounded_to
 from .singular_vectors import OVERSAMPLING, dominant_basis, dominant_svd, leading_qr, minor_svd, orthonormal
 
 __all__ = [

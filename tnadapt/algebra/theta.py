@@ -16,12 +16,12 @@ from typing import NamedTuple
 import numpy as np
 
 from tnadapt.backends import Array, Backend
+from tnadapt.backends.stored_floats import rounded_to
 from tnadapt.errors import ConfigError
 
 from .config import Config
 from .maps import BroughtMap
 from .maps.projection import THETA_STREAMS, Projection
-from .norms import rounded_to
 
 
 class ThetaPart(NamedTuple):

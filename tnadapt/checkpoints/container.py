@@ -31,6 +31,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from tnadapt.backends.stored_floats import widened
 from tnadapt.errors import FileError, TnadaptError, escaped, safe_repr
 
 # -- The tensors that headers list -------------------------------------------------------------------------------------
@@ -593,7 +594,7 @@ def raw_bytes(array: np.ndarray) -> memoryview:
 def native(tag: str, array: np.ndarray) -> np.ndarray:
     """Return an array of a file in a dtype that NumPy can compute with: bfloat16 as float32."""
     if tag == "BF16":
-        return (array.astype(np.uint32) << np.uint32(16)).view(np.float32)
+        return widened(array, "bfloat16")
     return array.astype(array.dtype.newbyteorder("="), copy=False)
 
 

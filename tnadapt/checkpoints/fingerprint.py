@@ -40,9 +40,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tnadapt.algebra import rng
-from tnadapt.algebra.rounding import widened
 from tnadapt.argument_checks import checks_arguments
 from tnadapt.backends import FLOAT_DTYPES
+from tnadapt.backends.stored_floats import widened
 from tnadapt.errors import BackendError, ConfigError, ShapeError, safe_repr
 
 TOLERANCE = 0.005

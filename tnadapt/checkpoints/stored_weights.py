@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tnadapt.algebra.rounding import widened
+from tnadapt.backends.stored_floats import widened
 from tnadapt.errors import FileError, TargetError, TnadaptError, pluralize, safe_repr, summarize
 from tnadapt.targets.checkpoint_experts import expert_tensors
 from tnadapt.targets.checkpoint_targets import find_stored, is_transposed

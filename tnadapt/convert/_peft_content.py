@@ -19,7 +19,7 @@ from tnadapt.algebra.group import Group
 from tnadapt.algebra.presets import PRESETS
 from tnadapt.algebra.update_plan import UpdatePlan
 from tnadapt.checkpoints.adapter_file import AdapterFile
-from tnadapt.checkpoints.container import DTYPES, Container, raw_bytes, raw_dtype
+from tnadapt.checkpoints.container import DTYPES, Container, native, raw_bytes
 from tnadapt.errors import ConfigError, FileError, safe_repr, summarize
 from tnadapt.targets.checkpoint_targets import is_transposed
 from tnadapt.targets.roles import natural
@@ -29,7 +29,7 @@ from ._base_model import Base, target_of
 from ._file_format import TO_PEFT_LORA, EncodedAdapter, ForeignAdapter
 from ._files import recorded
 from ._peft_settings import CommonSettings, common_config, common_settings, integer_of
-from ._updates import Float, Module, ModuleUpdate, TargetUpdate, common_dtype, from_bfloat16, narrow, widen
+from ._updates import Float, Module, ModuleUpdate, TargetUpdate, common_dtype, narrow, widen
 
 # -- The content of a folder -------------------------------------------------------------------------------------------
 
@@ -410,11 +410,10 @@ def _kept_array(container: Container, names: Sequence[str]) -> tuple[np.ndarray,
                 f"{safe_repr(name)} and {safe_repr(copy)} are copies of one trained parameter, and differ: save the "
                 "adapter again with PEFT"
             )
-    if tag == "BF16":
-        array = from_bfloat16(array)
+    array = native(tag, array)
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         raise FileError(f"{safe_repr(name)} holds NaN or infinity")
-    return (array, "bfloat16") if tag == "BF16" else (array.astype(raw_dtype(tag).newbyteorder("="), copy=False), "")
+    return array, "bfloat16" if tag == "BF16" else ""
 
 
 # -- The interface of methods with a structure of their own, such as VeRA ----------------------------------------------

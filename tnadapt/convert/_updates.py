@@ -18,10 +18,12 @@ from numpy.typing import NDArray
 from tnadapt.algebra.config import MAX_ALPHA, MIN_ALPHA, Config
 from tnadapt.algebra.factoring import Matrix, factoring
 from tnadapt.algebra.network import Network
-from tnadapt.algebra.norms import exponent_of, norm, norm_of_difference, relative, rounded_to, scaled_by, together
+from tnadapt.algebra.norms import exponent_of, norm, norm_of_difference, relative, scaled_by, together
 from tnadapt.algebra.update_plan import UpdatePlan
 from tnadapt.backends import load_backend
+from tnadapt.backends.stored_floats import rounded_to
 from tnadapt.checkpoints.adapter_file import AdapterFile
+from tnadapt.checkpoints.container import native
 from tnadapt.errors import ConfigError, FileError, safe_repr
 from tnadapt.targets.roles import natural
 from tnadapt.targets.target import Target
@@ -190,8 +192,7 @@ def alpha_of(scales: Sequence[float], rank: int) -> float | None:
 
 def widen(name: str, tag: str, array: np.ndarray) -> Float:
     """Return a stored tensor as float64; raise FileError unless it consists of finite floating-point numbers."""
-    if tag == "BF16":
-        array = from_bfloat16(array)
+    array = native(tag, array)
     if name.endswith(".alpha") and array.dtype.kind in "iu":
         return array.astype(np.float64)  # some scripts store alpha as an integer
     if array.dtype.kind != "f":
@@ -199,11 +200,6 @@ def widen(name: str, tag: str, array: np.ndarray) -> Float:
     if not np.isfinite(array).all():
         raise FileError(f"{safe_repr(name)} holds NaN or infinity")
     return array.astype(np.float64)
-
-
-def from_bfloat16(bits: np.ndarray) -> NDArray[np.float32]:
-    """Return stored bfloat16 numbers as float32."""
-    return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
 
 
 def common_dtype(dtypes: set[str]) -> str:

@@ -22,9 +22,8 @@ from ._least_squares import Alternation, least_squares, refine
 from ._network_fit import fit_network, start_network
 from ._parameter_fit import fit_parameters
 from ._reports import FitReport, GroupReport, Step
-from .completion import arrays_on_host, double_on_host
 from .fits import OPEN, Fit, Iteration, Limits, holds, unwatched
-from .linear_algebra import Algebra, at_size, power_of
+from .linear_algebra import Algebra, arrays_on_host, at_size, double_on_host, power_of
 from .lower_bounds import lower_bound
 
 Progress = Callable[[Step], None]

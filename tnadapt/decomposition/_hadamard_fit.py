@@ -20,9 +20,9 @@ from tnadapt.backends import Array
 
 from ._least_squares import refine
 from ._single_tensor import fit_format
-from .completion import ObservedElements, affordable, arrays_on_host, double_on_host, fit_observed, random_start
+from .completion import ObservedElements, affordable, fit_observed, random_start
 from .fits import Fit, Limits, unwatched
-from .linear_algebra import Algebra
+from .linear_algebra import Algebra, arrays_on_host, double_on_host
 
 Arrays = dict[str, Array]
 Watch = Callable[[int, float], None]

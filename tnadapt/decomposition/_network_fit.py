@@ -25,10 +25,10 @@ from tnadapt.backends import Array
 
 from ._hadamard_fit import fit_hadamard
 from ._single_tensor import fit_format
-from .completion import ObservedElements, affordable, arrays_on_host, double_on_host, fit_observed, moved, random_start
+from .completion import ObservedElements, affordable, fit_observed, moved, random_start
 from .cp_als import outer_vector
 from .fits import Fit, Iteration, Limits, unwatched
-from .linear_algebra import Algebra
+from .linear_algebra import Algebra, arrays_on_host, double_on_host
 
 Arrays = dict[str, Array]
 Watch = Callable[[int, float], None]

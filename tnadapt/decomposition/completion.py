@@ -18,7 +18,6 @@ import numpy as np
 from tnadapt.algebra.formats import Format, Permuted
 from tnadapt.algebra.network import Network
 from tnadapt.algebra.products import cp_to_tensor
-from tnadapt.backends import Array, Backend
 
 from ._least_squares import Descent, damped_gauss_newton
 from .block_passes import khatri_rao_product
@@ -317,17 +316,6 @@ def _unpermuted(split: Format, places: Sequence[np.ndarray]) -> tuple[Format, Se
         for axis in split.axes
     ]
     return split.own, indices
-
-
-def double_on_host(backend: Backend, x: Array) -> np.ndarray:
-    """Return an array in NumPy, in double precision, real or complex."""
-    host = np.asarray(backend.to_numpy(x))
-    return host.astype(np.result_type(host.dtype, np.float64))
-
-
-def arrays_on_host(backend: Backend, arrays: Mapping[str, Array]) -> Arrays:
-    """Return arrays in NumPy, in double precision, real or complex."""
-    return {name: double_on_host(backend, array) for name, array in arrays.items()}
 
 
 def unobserved(mask: np.ndarray) -> tuple[int, int] | None:

@@ -19,9 +19,8 @@ import numpy as np
 from tnadapt.algebra.products import cp_to_tensor, hadamard_tensor, khatri_rao, mode_product, unfolded
 from tnadapt.backends import Array, Backend, load_backend
 
-from .completion import double_on_host
 from .fits import Fit, Iteration
-from .linear_algebra import Algebra, Triplets, norm_of
+from .linear_algebra import Algebra, Triplets, double_on_host, norm_of
 from .sparse_tensor import SparseTensor
 
 # -- The driver: SVD of a matrix; else sweeps from several starts, then Levenberg-Marquardt ---------------------------

@@ -14,10 +14,10 @@ import numpy as np
 
 from tnadapt.algebra.config import Config
 from tnadapt.algebra.named_config import config_of
-from tnadapt.algebra.rounding import rounded, widened
 from tnadapt.algebra.update_plan import UpdatePlan
 from tnadapt.argument_checks import checks_arguments
 from tnadapt.backends import load_backend
+from tnadapt.backends.stored_floats import rounded, widened
 from tnadapt.checkpoints.adapter_file import KEPT, AdapterFile
 from tnadapt.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from tnadapt.checkpoints.container import DTYPES

@@ -279,6 +279,17 @@ def on_host(backend: Backend, x: Array) -> bool:
     return "cpu" in str(backend.device(x)).lower()
 
 
+def double_on_host(backend: Backend, x: Array) -> np.ndarray:
+    """Return an array in NumPy, in double precision, real or complex."""
+    host = np.asarray(backend.to_numpy(x))
+    return host.astype(np.result_type(host.dtype, np.float64))
+
+
+def arrays_on_host(backend: Backend, arrays: Mapping[str, Array]) -> dict[str, np.ndarray]:
+    """Return arrays in NumPy, in double precision, real or complex."""
+    return {name: double_on_host(backend, array) for name, array in arrays.items()}
+
+
 # -- Norms, scaling and singular vectors in one library, dtype and device ----------------------------------------------
 
 # TensorLy has one backend for the whole process. Here it is set for the calling thread only, and restored afterwards.

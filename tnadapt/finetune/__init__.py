@@ -24,11 +24,11 @@ if TYPE_CHECKING:
     from ._study import BarReporter, Outcome, Reporter, Study
     from .data import require_data
     from .engines import Engine, open_engine, register_engine, run_tasks
-    from .grid import Choice, Method, default_methods, within
+    from .grid import Choice, Method, Task, default_methods, within
     from .pareto_report import Point, pareto_front
     from .problem import Problem
     from .results import check_out
-    from .training import Task, Training, usable_device
+    from .training import Training, usable_device
 
 if importlib.util.find_spec("torch") is None:
     raise ModuleNotFoundError(
@@ -72,11 +72,11 @@ _LAZY = {
         "_study": ("BarReporter", "Outcome", "Reporter", "Study"),
         "data": ("require_data",),
         "engines": ("Engine", "open_engine", "register_engine", "run_tasks"),
-        "grid": ("Choice", "Method", "default_methods", "within"),
+        "grid": ("Choice", "Method", "Task", "default_methods", "within"),
         "pareto_report": ("Point", "pareto_front"),
         "problem": ("Problem",),
         "results": ("check_out",),
-        "training": ("Task", "Training", "usable_device"),
+        "training": ("Training", "usable_device"),
     }.items()
     for name in names
 }

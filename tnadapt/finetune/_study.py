@@ -23,13 +23,13 @@ from tnadapt.report import ProgressBar, time_left
 from ._pretrained import open_problem
 from ._specification import Spec
 from .engines import Do, Engine, discard, open_engine, run_tasks
-from .grid import BASE, HEAD, Chooser, Method
+from .grid import BASE, HEAD, Chooser, Method, Task
 from .loop import evaluate, steps_of
 from .pareto_report import Control, Point, best_point, better_rate, control_of, points_of, trained_on
 from .problem import Problem, base_digest, samples_digest
 from .results import Results, check_out
 from .together import Together, doing, grouped, lines_of, tasks_of
-from .training import Task, Training, checked_rates, clear_logs, log_folder, train_together
+from .training import Training, checked_rates, clear_logs, log_folder, train_together
 
 # -- The check of a saved adapter --------------------------------------------------------------------------------------
 

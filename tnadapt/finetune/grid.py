@@ -1,9 +1,11 @@
-"""The methods that a study compares: a default grid, presets by name, or the largest within a budget."""
+"""The methods that a study compares, by default, by name or within a budget, and the trainings of each."""
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import inspect
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -63,6 +65,47 @@ def head_alone() -> Method:
 def method_of(config: Config) -> Method:
     """Return the method of a config, under its usual name."""
     return Method(*known_as(config), config)
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """One training to be done."""
+
+    method: Method
+    seed: int
+    rate: float
+
+    @property
+    def key(self) -> str:
+        """The key of its result line, unique within a study."""
+        return hashlib.sha256(repr((self.settings(), self.seed, self.rate)).encode()).hexdigest()[:16]
+
+    @property
+    def name(self) -> str:
+        """What it is called in messages."""
+        return f"{self.method.name}, rate {self.rate:g}, seed {self.seed}"
+
+    def settings(self) -> dict[str, Any] | None:
+        """Return the config with this seed as JSON values; None for the head alone."""
+        if self.method.config is None:
+            return None
+        return self.method.config.replace(seed=self.seed).to_dict()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields of a result line that describe the task."""
+        return {
+            "key": self.key,
+            "family": self.method.family,
+            "label": self.method.label,
+            "config": self.settings(),
+            "seed": self.seed,
+            "rate": self.rate,
+        }
+
+    def file_name(self) -> str:
+        """Return the file name of its adapter."""
+        words = re.findall(r"[a-z0-9.]+", self.method.name.lower())
+        return f"{'-'.join([*words, self.key])}.safetensors"
 
 
 @checks_arguments

@@ -14,10 +14,9 @@ from tnadapt.argument_checks import checks_arguments
 
 from ._learning_task import ACCURACY, Metric
 from .data import PARTS
-from .grid import BASE, HEAD, Method
+from .grid import BASE, HEAD, Method, Task
 from .results import read_lines
 from .tasks import TASKS
-from .training import Task
 
 # -- Points, the Pareto front, and the table ---------------------------------------------------------------------------
 

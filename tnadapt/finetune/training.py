@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import importlib.util
 import math
-import re
 import sys
 import tempfile
 import time
@@ -25,7 +23,7 @@ from tnadapt.errors import TnadaptError, safe_repr
 from ._saved_task import recorded
 from ._specification import Part
 from .data import quiet
-from .grid import Method
+from .grid import Task
 from .loop import OwnRates, Schedule, TrainingStep, evaluate, steps_of
 from .problem import Problem, free
 from .together import Trainee, fit_each, share_base
@@ -96,47 +94,6 @@ class Training:
     def selection(self) -> str | list[str]:
         """The targets, as attach takes them."""
         return self.targets if isinstance(self.targets, str) else list(self.targets)
-
-
-@dataclasses.dataclass(frozen=True)
-class Task:
-    """One training to be done."""
-
-    method: Method
-    seed: int
-    rate: float
-
-    @property
-    def key(self) -> str:
-        """The key of its result line, unique within a study."""
-        return hashlib.sha256(repr((self.settings(), self.seed, self.rate)).encode()).hexdigest()[:16]
-
-    @property
-    def name(self) -> str:
-        """What it is called in messages."""
-        return f"{self.method.name}, rate {self.rate:g}, seed {self.seed}"
-
-    def settings(self) -> dict[str, Any] | None:
-        """Return the config with this seed as JSON values; None for the head alone."""
-        if self.method.config is None:
-            return None
-        return self.method.config.replace(seed=self.seed).to_dict()
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields of a result line that describe the task."""
-        return {
-            "key": self.key,
-            "family": self.method.family,
-            "label": self.method.label,
-            "config": self.settings(),
-            "seed": self.seed,
-            "rate": self.rate,
-        }
-
-    def file_name(self) -> str:
-        """Return the file name of its adapter."""
-        words = re.findall(r"[a-z0-9.]+", self.method.name.lower())
-        return f"{'-'.join([*words, self.key])}.safetensors"
 
 
 def checked_rates(rates: Sequence[float], what: str = "rates") -> None:

@@ -14,10 +14,9 @@ from tnadapt.argument_checks import checks_arguments
 from tnadapt.backends import Array
 from tnadapt.decomposition import completion
 from tnadapt.decomposition.block_passes import OVERSAMPLED, BlockPasses, compressed, khatri_rao_product
-from tnadapt.decomposition.completion import double_on_host
 from tnadapt.decomposition.cp_als import MOVED, Products, SparseSweeps, fit_cp, fit_cp_by_products
 from tnadapt.decomposition.fits import Callback, Fit, Iteration, limits_of
-from tnadapt.decomposition.linear_algebra import Algebra
+from tnadapt.decomposition.linear_algebra import Algebra, double_on_host
 from tnadapt.decomposition.sparse_tensor import check_range
 from tnadapt.errors import BackendError, ConfigError, ShapeError, safe_repr
 

@@ -10,10 +10,9 @@ import numpy as np
 from tnadapt.argument_checks import checks_arguments
 from tnadapt.backends import Array, get_backend
 from tnadapt.decomposition.block_passes import khatri_rao_product
-from tnadapt.decomposition.completion import double_on_host
 from tnadapt.decomposition.cp_als import MOVED, Products, fit_cp_by_products
 from tnadapt.decomposition.fits import Callback, Fit, FitOutcome, Iteration, limits_of
-from tnadapt.decomposition.linear_algebra import Algebra, refuse_trace
+from tnadapt.decomposition.linear_algebra import Algebra, double_on_host, refuse_trace
 from tnadapt.errors import BackendError, ConfigError, ShapeError, safe_repr
 
 from ._decomposed import CPTensor, Result

@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from tnadapt.algebra.rounding import Float64Deltas, change_in_place, rounded, widened
+from tnadapt.algebra.rounding import Float64Deltas, change_in_place
 from tnadapt.argument_checks import checks_arguments
 from tnadapt.backends import one_blas_thread
+from tnadapt.backends.stored_floats import rounded, widened
 from tnadapt.checkpoints.adapter_file import KEPT, AdapterFile
 from tnadapt.checkpoints.adapter_format import chosen_member, content_of, load_single
 from tnadapt.checkpoints.atomic_files import sync_file
