@@ -104,6 +104,23 @@ def test_info_says_whose_adapter_it_is(to: str, library: str, tmp_path: Path) ->
     assert done.stdout.endswith("tnadapt convert reads it\n")
 
 
+@pytest.mark.parametrize(
+    ("config", "method"),
+    [
+        (P.lora(4), "LoRA r = 4"),
+        (P.vera(4), "VeRA r = 4"),
+        (
+            P.superlora(2, groups="layer").replace(order=3, fold="balanced"),
+            "SuperLoRA M = 3, G = layer, balanced, r = 2",
+        ),
+    ],
+    ids=["LoRA", "VeRA", "SuperLoRA"],
+)
+def test_info_names_the_method(config: tna.Config, method: str, tmp_path: Path) -> None:
+    tna.save(tmp_path / "a", made(config))
+    assert f"  method      {method}\n" in run("info", tmp_path / "a").stdout
+
+
 NAMES = [f"attn.{name}_proj.weight" for name in "qkv"]
 
 

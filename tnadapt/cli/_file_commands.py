@@ -310,11 +310,16 @@ def _pretrained(about: dict[str, Any]) -> Iterable[tuple[str, str]]:
 
 def _configs(settings: dict[str, Any]) -> Iterable[tuple[str, str]]:
     if "parts" not in settings:
+        yield "method", _method(settings)
         yield "config", _config(settings)
         return
     yield "configs", f"{len(settings['parts'])}, one after another"
     for part, weights in settings["parts"]:
-        yield "", f"{_config(part)} for {_counted(weights, 'weight')}"
+        yield "", f"{_method(part)} for {_counted(weights, 'weight')}: {_config(part)}"
+
+
+def _method(settings: dict[str, Any]) -> str:
+    return str(tnadapt.planning.known_as(tnadapt.Config.from_dict(settings)))
 
 
 def _config(settings: dict[str, Any]) -> str:
