@@ -258,6 +258,25 @@ def half_learned(task: QualityTask, outcomes: Sequence[Outcome]) -> float | None
     return None
 
 
+def added_by_search(task: QualityTask, outcomes: Sequence[Outcome]) -> float | None:
+    """Return what the best rate that was tried adds to the default one, in gains of dense updates.
+
+    The median of tnadapt's methods, by the seeds with which rates were tried, on test samples. None if no method has
+    its default rate, or dense updates gain nothing.
+    """
+    control, dense = control_of(task, outcomes), dense_of(outcomes)
+    if control is None or dense is None:
+        return None
+    whole = task.quality(dense.mean) - task.quality(control.mean)
+    added = [
+        task.quality(one.best_test) - statistics.fmean(task.quality(one.test[seed]) for seed in seeds)
+        for one in outcomes
+        if one.library == "tnadapt" and one.measured and one.best_test is not None and len(one.tried) > 1
+        for seeds in [sorted(one.test)[: one.tuned_by]]
+    ]
+    return statistics.median(added) / whole if added and whole > 0 else None
+
+
 def spread_of_methods(task: QualityTask, outcomes: Sequence[Outcome], budget: int) -> tuple[float, float] | None:
     """Return the shares of the gain that the median and the best of tnadapt's methods reach at a budget."""
     here = [outcome for outcome in at_budget(outcomes, budget) if outcome.library == "tnadapt"]

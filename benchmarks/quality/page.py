@@ -50,6 +50,7 @@ def page(folder: Path) -> str:
 def _page(folder: Path) -> Iterator[str]:
     yield from wrapped(INTRODUCTION)
     yield from which.answer(folder)
+    yield from wrapped(COLUMNS)
     ratios = step_ratios()
     choices = [choice for one in which.answers(folder) for choice in (one.best, one.served) if choice is not None]
     if steps := sorted(step for choice in choices if (step := step_ratio(ratios, choice.method)) != "–"):
@@ -122,6 +123,13 @@ def _commands() -> Iterator[str]:
 
 INTRODUCTION = """\
 # Which method?
+"""
+
+COLUMNS = """\
+*Clear gain from*: the smallest budget of parameters at which a method is clearly better than the best control. *Half of
+it at*: the number of parameters at which the best methods reach half of the gain of dense updates. *Tuned rate adds*:
+what the best learning rate that was tried gains over the default one, as a share of the gain of dense updates, the
+median over tnadapt's methods; – if it was not measured by this rule.
 """
 
 STEPS = """\

@@ -189,20 +189,21 @@ def _at_best(task: QualityTask, one: Outcome) -> tuple[str, str]:
     """Return the best rate and its test score, if it is another one than that of the row."""
     if one.best_rate == one.rate:
         return f"the same{' ←' * one.edge}", ""
-    return f"{one.best_rate:g}{' ←' * one.edge}", "" if one.best_test is None else _value(task, one.best_test)
+    return f"{one.best_rate:g}{' ←' * one.edge}", "" if one.best_test is None else value(task, one.best_test)
 
 
-def _value(task: QualityTask, value: float) -> str:
-    return f"{100 * value:.1f}" if task.percent else f"{value:.4g}"
+def value(task: QualityTask, score: float) -> str:
+    """Return a score as tables show it."""
+    return f"{100 * score:.1f}" if task.percent else f"{score:.4g}"
 
 
 def _held_out(task: QualityTask, one: Outcome) -> str:
-    return _value(task, statistics.fmean(one.held_out.values()))
+    return value(task, statistics.fmean(one.held_out.values()))
 
 
 def scored(task: QualityTask, one: Outcome) -> str:
     """Return the mean test score and its standard deviation over seeds."""
-    return f"{_value(task, one.mean)} ± {_value(task, one.spread)}" if len(one.test) > 1 else _value(task, one.mean)
+    return f"{value(task, one.mean)} ± {value(task, one.spread)}" if len(one.test) > 1 else value(task, one.mean)
 
 
 def shown(task: QualityTask, found: Difference | None) -> str:
@@ -210,8 +211,8 @@ def shown(task: QualityTask, found: Difference | None) -> str:
     if found is None:
         return ""
     if found.seeds < 2:
-        return _value(task, found.mean)
-    return f"{_value(task, found.mean)} [{_value(task, found.low)}, {_value(task, found.high)}]"
+        return value(task, found.mean)
+    return f"{value(task, found.mean)} [{value(task, found.low)}, {value(task, found.high)}]"
 
 
 def _missing(task: QualityTask, found: store.TaskResults, outcomes: Sequence[Outcome]) -> Iterator[str]:

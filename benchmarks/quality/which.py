@@ -12,11 +12,21 @@ from pathlib import Path
 from tnadapt.report import TextTable
 
 from ..formatting import wrapped
-from .comparison import Outcome, at_budget, control_of, difference, half_learned, improves, leader_of
+from .comparison import (
+    Outcome,
+    added_by_search,
+    at_budget,
+    control_of,
+    difference,
+    half_learned,
+    improves,
+    leader_of,
+)
 from .facts import Facts
 from .figures import budgets_of
-from .recommendation import Recommendation, lora_rank, recommendations, sentence, studies_of
-from .report import scored, shown
+from .methods import BASE, DENSE, FITTED_HEAD
+from .recommendation import Recommendation, Study, lora_rank, recommendations, sentence, studies_of
+from .report import at_best_rates, scored, shown, value
 from .tasks import QualityTask
 
 #: Names in a cell.
@@ -36,15 +46,25 @@ def answer(folder: Path) -> Iterator[str]:
     yield ""
     tied = [f"{one.tied} of {one.compared - 1}" for one in found]
     yield from wrapped(BASIS.format(tied=" and ".join(filter(None, (", ".join(tied[:-1]), *tied[-1:])))))
-    rows = []
-    for study in studies_of(folder):
-        half = half_learned(study.task, study.outcomes)
-        counts = [f"{one.budget:,}" for one in found if study.task.name in one.tasks]
-        cells = [f"`{study.task.name}`", f"{study.facts.size:,}", "not reached" if half is None else f"{half:,.0f}"]
-        rows.append([*cells, ", ".join(counts) or "none"])
-    head = ["measured on", "elements", "half of the gain at", "clear gain at"]
-    yield TextTable(rows, head, (1, 2)).markdown()
+    rows = [_row(study, found) for study in studies_of(folder)]
+    head = ["task", "base", "head alone", "dense", "clear gain from", "half of it at", "tuned rate adds"]
+    yield TextTable(rows, head, range(1, 7)).markdown()
     yield ""
+
+
+def _row(study: Study, found: Sequence[Recommendation]) -> list[str]:
+    """Return what controls reach on a task, how many parameters gain, and what a tuned rate adds."""
+    task, outcomes = study.task, study.outcomes
+    scores = {one.method: value(task, one.mean) for one in outcomes if one.library == "control" and one.measured}
+    clear = min((one.budget for one in found if task.name in one.tasks), default=None)
+    half, tuned = half_learned(task, outcomes), at_best_rates(outcomes)
+    added = None if tuned else added_by_search(task, outcomes)
+    return [
+        f"`{task.name}`, {task.metric}{' (tuned rates)' * tuned}",
+        *(scores.get(control.name, "–") for control in (BASE, FITTED_HEAD, DENSE)),
+        *("never" if count is None else f"{count:,.0f}" for count in (clear, half)),
+        "–" if added is None else f"{100 * added:.0f}%",
+    ]
 
 
 def task_answer(task: QualityTask, outcomes: Sequence[Outcome], facts: Facts) -> str:
@@ -85,6 +105,6 @@ def _tied(task: QualityTask, here: Sequence[Outcome], best: Outcome) -> str:
 
 
 BASIS = """\
-Held-out samples chose the methods; gains are on test samples, over the best control without an adapter. Most
-others are statistically tied with them ({tied}).
+Held-out samples chose the methods; gains are on test samples, over the best control without an adapter, at the default
+rate. Most others are statistically tied with them ({tied}).
 """

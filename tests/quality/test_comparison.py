@@ -23,6 +23,7 @@ pytest.importorskip("benchmarks.quality", reason="the benchmarks are not in this
 import tnadapt as tna
 from benchmarks.quality import report, store
 from benchmarks.quality.comparison import (
+    added_by_search,
     at_budget,
     control_of,
     difference,
@@ -176,6 +177,25 @@ def test_methods_that_are_decided_to_be_worse_are_not_tied() -> None:
     own = study(TASK, *CONTROLS, seeds("a", near(0.7), near(0.7)), seeds("b", near(0.6), near(0.5)))
     (answer,) = recommendations([own, study(Falling(), *FALLING, *(seeds(x, near(0.3), near(0.3)) for x in "ab"))])
     assert (answer.best.name, answer.compared, answer.tied) == ("a", 2, 0)
+
+
+def test_what_a_search_of_the_rate_adds() -> None:
+    """Held-out samples choose the rate, test samples tell what it adds, and the seeds are those of the search."""
+    a = [*seeds("a", near(0.5), near(0.5)), *seeds("a", [0.6], [0.44], rate=0.3), *seeds("a", [0.4], [0.9], rate=0.03)]
+    b = [*seeds("b", near(0.5), near(0.4)), *seeds("b", [0.1], [0.9], rate=0.3), *seeds("b", [0.1], [0.9], rate=0.03)]
+    c = [*seeds("c", near(0.5), near(0.3)), *seeds("c", [0.6], [0.6], rate=0.3), *seeds("c", [0.7], [0.42], rate=0.03)]
+    # Of the first seed: from 0.5 to 0.44, not at all, and from 0.3 to 0.42, over dense updates' gain of 0.6.
+    for some, median in ((a, -0.1), (b, 0.0), (c, 0.2), ([*a, *b, *c], 0.0), ([*a, *c], 0.05)):
+        own = study(TASK, *CONTROLS, some)
+        assert added_by_search(TASK, own.outcomes) == pytest.approx(median, abs=1e-12)
+    theirs = [{**line, "library": "PEFT"} for line in c]
+    for records in ([theirs, *CONTROLS], [c], [c, CONTROLS[0]], [seeds("c", near(0.5), near(0.3)), *CONTROLS]):
+        assert added_by_search(TASK, study(TASK, *records).outcomes) is None
+    # Lower scores are better.
+    own = study(
+        Falling(), *FALLING, seeds("a", near(0.5), near(0.5)), *(seeds("a", [0.4], [0.3], rate=x) for x in (0.2, 0.4))
+    )
+    assert added_by_search(Falling(), own.outcomes) == pytest.approx(0.25)
 
 
 def test_a_method_has_to_be_measured_on_every_task_that_counts() -> None:
