@@ -314,7 +314,7 @@ def test_what_is_no_checkpoint(tmp_path: Path) -> None:
     assert refused(tmp_path / "none") == f"{tmp_path / 'none'}: No such file or directory"
     assert "empty folder" in refused(tmp_path)
     for path in ("", "a\0b"):
-        assert "a path must be a string or PathLike that can name a file" in refused(path)
+        assert f"a path must be a string or PathLike that can name a file; got {path!r}" in refused(path)
     (tmp_path / "readme.txt").write_text("")
     assert "has no safetensors file; it has readme.txt" in refused(tmp_path)
     (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x02")

@@ -328,7 +328,7 @@ def test_baking_a_member_leaves_nothing_of_the_population() -> None:
 
 @pytest.mark.law("member-views")
 @pytest.mark.parametrize("config", ["lora", "vera"])
-def test_a_saved_member_is_converted(config: str, tmp_path: Path) -> None:
+def test_a_member_is_converted_as_it_is_saved(config: str, tmp_path: Path) -> None:
     pytest.importorskip("peft")
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
     handles = []
@@ -340,8 +340,11 @@ def test_a_saved_member_is_converted(config: str, tmp_path: Path) -> None:
     for name, handle in (("alone", alone), ("member", adapters[1])):
         handle.save(tmp_path / name)
         tna.convert(tmp_path / name, tmp_path / f"{name}-peft", to="peft-lora")
+        tna.convert(handle, tmp_path / f"{name}-attached", to="peft-lora")
+    assert tna.convert(adapters, tmp_path / "all", to="peft-lora").exact
     for file in ("adapter_config.json", "adapter_model.safetensors"):
-        assert (tmp_path / "member-peft" / file).read_bytes() == (tmp_path / "alone-peft" / file).read_bytes()
+        folders = ("alone-peft", "alone-attached", "member-peft", "member-attached", "all/1")
+        assert len({(tmp_path / folder / file).read_bytes() for folder in folders}) == 1
 
 
 def test_a_view_is_one_object_with_a_name() -> None:

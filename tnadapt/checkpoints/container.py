@@ -741,7 +741,7 @@ def path_of(value: Any) -> str:
     >>> path_of(3)
     Traceback (most recent call last):
         ...
-    tnadapt.errors.FileError: 3: a path must be a string or PathLike that can name a file
+    tnadapt.errors.FileError: a path must be a string or PathLike that can name a file; got int
     """
     try:
         path = os.fsdecode(value)
@@ -749,7 +749,9 @@ def path_of(value: Any) -> str:
     except (TypeError, UnicodeEncodeError):
         usable = False
     if not usable:
-        raise FileError(f"{safe_repr(value)}: a path must be a string or PathLike that can name a file")
+        # Not the representation of a model.
+        got = safe_repr(value) if isinstance(value, (str, bytes, os.PathLike)) else type(value).__name__
+        raise FileError(f"a path must be a string or PathLike that can name a file; got {got}")
     return path
 
 

@@ -19,6 +19,7 @@ from tnadapt.lazy_names import lazy_names
 
 if TYPE_CHECKING:
     from tnadapt.checkpoints.adapter_file import AdapterFile
+    from tnadapt.checkpoints.population_changes import Attached
     from tnadapt.checkpoints.population_file import PopulationFile
 
     from ._base_model import Base, target_of
@@ -61,7 +62,7 @@ _LAZY = {name: module for module, names in _PLACES.items() for name in names}
 
 @checks_arguments
 def convert(
-    source: str | os.PathLike[str] | AdapterFile | PopulationFile,
+    source: str | os.PathLike[str] | AdapterFile | PopulationFile | Attached,
     out: str | os.PathLike[str] | None = None,
     *,
     to: str = "tnadapt",
@@ -79,10 +80,11 @@ def convert(
 
     Parameters
     ----------
-    source : str, PathLike, AdapterFile or PopulationFile
+    source : str, PathLike, AdapterFile, PopulationFile or attached adapter
         A tnadapt file; a folder that PEFT saved, with LoRA, LoKr, LoHa or one of the other methods that
         :doc:`/convert_reference` lists; a safetensors file of LyCORIS or kohya (LoRA, LoKr, LoHa, full differences) or
-        of diffusers (LoRA); a GGUF adapter that this library wrote; or any path that a registered file format reads.
+        of diffusers (LoRA); a GGUF adapter that this library wrote; or any path that a registered file format reads. An
+        attached adapter is converted as it would be saved.
     out : str or PathLike, optional
         Where to write the result: a folder for PEFT, otherwise a file. Nothing is written if None. All members of a
         population become a folder of such folders, each with the name of its member, or the number of one without.

@@ -21,6 +21,7 @@ from tnadapt.checkpoints.adapter_file import AdapterFile
 from tnadapt.checkpoints.adapter_format import NO_MEMBERS, chosen_member, content_of, example_of, load, load_single
 from tnadapt.checkpoints.atomic_files import replace_file
 from tnadapt.checkpoints.container import file_error_context, path_of
+from tnadapt.checkpoints.population_changes import Attached
 from tnadapt.checkpoints.population_file import MemberRows, PopulationFile, population_of_rows, rows_of
 from tnadapt.errors import ConfigError, FileError, TnadaptError, escaped, pluralize, safe_repr
 from tnadapt.plugins import Registry, load_plugins
@@ -357,7 +358,7 @@ def check_free(path: str | os.PathLike[str], names: Sequence[str], overwrite: bo
 
 
 def run(
-    source: str | os.PathLike[str] | AdapterFile | PopulationFile,
+    source: str | os.PathLike[str] | AdapterFile | PopulationFile | Attached,
     out: str | os.PathLike[str] | None,
     request: ConversionRequest,
     member: int | str | None,
@@ -365,6 +366,7 @@ def run(
     progress: Callable[[int, int], None],
 ) -> Conversion | PopulationConversion:
     """Read an adapter or a population, write it in the requested form, and save that if ``out`` is given."""
+    source = source.to_file() if isinstance(source, Attached) else source
     if out is not None:
         if not isinstance(source, (AdapterFile, PopulationFile)) and not os.path.lexists(path := path_of(source)):
             raise FileError(f"{path}: No such file or directory")
