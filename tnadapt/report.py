@@ -213,13 +213,21 @@ def time_left(seconds: float, done: float) -> str:
     >>> time_left(30, 0.25), time_left(60, 0.01), time_left(0.5, 0.1)
     ('about 1.5 minutes', 'about 1.6 hours', '')
     """
-    if seconds < 1 or done <= 0:
-        return ""
-    left = seconds * (1 - done) / done
+    return "" if seconds < 1 or done <= 0 else about(seconds * (1 - done) / done)
+
+
+def about(seconds: float) -> str:
+    """Return a duration as text.
+
+    Examples
+    --------
+    >>> about(6000), about(200), about(60), about(0.2)
+    ('about 1.7 hours', 'about 3.3 minutes', 'about 60 s', 'about 1 s')
+    """
     for unit, size in (("hour", 3600), ("minute", 60)):
-        if left >= 1.5 * size:
-            return f"about {left / size:.2g} {unit}s"
-    return f"about {max(1, round(left))} s"
+        if seconds >= 1.5 * size:
+            return f"about {seconds / size:.2g} {unit}s"
+    return f"about {max(1, round(seconds))} s"
 
 
 def _place() -> _Nowhere:

@@ -82,9 +82,10 @@ def records(out: Path) -> list[dict[str, Any]]:
 def test_progress_has_the_tables_form(record: dict[str, Any], shown: str, capsys: pytest.CaptureFixture[str]) -> None:
     with training_reporter.reporter() as reporter:
         reporter.begins(3, 1)
+        reporter.estimated(42.0)
         reporter.finished(Task(head_alone(), 0, 0.1), {"diverged": False, "seconds": 2.0, **record})
     assert capsys.readouterr().err == (
-        f"1 of 3 trainings were finished before\n[2/3] head alone, rate 0.1, seed 0: {shown}\n"
+        f"1 of 3 trainings were finished before\nabout 42 s for the rest\n[2/3] head alone, rate 0.1, seed 0: {shown}\n"
     )
 
 

@@ -9,6 +9,7 @@ import json
 import math
 import random
 import sys
+import time
 import types
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -31,7 +32,7 @@ from tnadapt.finetune import Choice, Reporter, Spec, Study, Task, Training, defa
 from tnadapt.finetune.grid import DENSE, HEAD, methods_of
 from tnadapt.finetune.loop import OwnRates, Schedule, batches, fit
 from tnadapt.finetune.problem import base_digest
-from tnadapt.finetune.training import train, usable_device
+from tnadapt.finetune.training import seconds_of, train, usable_device
 from tnadapt.planning.families import usual
 
 from . import tiny_models as tiny
@@ -42,10 +43,15 @@ from .tiny_models import CHOICE, TRAINING, spec, study
 class Counting(Reporter):
     def __init__(self) -> None:
         self.begun: tuple[int, int] | None = None
+        self.seconds: float | None = None
         self.done: list[str] = []
 
     def begins(self, tasks: int, finished: int) -> None:
         self.begun = (tasks, finished)
+
+    def estimated(self, seconds: float) -> None:
+        assert not self.done  # before the first training
+        self.seconds = seconds
 
     def finished(self, task: Task, record: Mapping[str, Any]) -> None:
         self.done.append(task.key)
@@ -68,6 +74,72 @@ def lines(out: Path) -> list[dict[str, Any]]:
 
 def numbers(out: Path) -> dict[str, Any]:
     return {one["key"]: {name: value for name, value in one.items() if name != "seconds"} for one in lines(out)}
+
+
+def timed(monkeypatch: pytest.MonkeyPatch, seconds: dict[str, float]) -> list[str]:
+    """Replace the timing of trainings; return the families that were timed."""
+    families: list[str] = []
+
+    def seconds_of(problem: Any, task: Task, training: Training) -> float:
+        families.append(task.method.family)
+        return seconds[task.method.family]
+
+    monkeypatch.setattr(study_job, "seconds_of", seconds_of)
+    return families
+
+
+def test_the_time_is_estimated_before_the_first_training(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    families = timed(monkeypatch, {HEAD: 1.0, "LoRA": 10.0, "SuperLoRA": 100.0})
+    counting = Counting()
+    # Two rates with the first seed, the better one with the second.
+    Study(spec(cache), CHOICE, TRAINING, (0.01, 0.03), 2, counting, 1).run(tmp_path, jobs=1)
+    assert families == [HEAD, "LoRA", "SuperLoRA"]
+    assert counting.seconds == 3 * 111.0
+    again = Counting()
+    Study(spec(cache), CHOICE, TRAINING, (0.01, 0.03), 2, again, 1).run(tmp_path, jobs=1)
+    assert again.seconds is None  # nothing is left
+    more = Counting()
+    Study(spec(cache), CHOICE, TRAINING, (0.01, 0.03, 0.1), 1, more).run(tmp_path, jobs=2)
+    assert more.seconds == 111.0 / 2  # what is left is shared by two processes
+
+
+def test_slow_methods_are_not_timed_one_by_one(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    families = timed(monkeypatch, {HEAD: 2.0, "LoRA": 4.0, "SuperLoRA": 100.0})
+    monkeypatch.setattr(study_job, "_TIMING", -1.0)
+    monkeypatch.setattr(study_job, "_TIMING_SHARE", 0.0)
+    counting = Counting()
+    Study(spec(cache), CHOICE, TRAINING, (0.01,), 1, counting).run(tmp_path, jobs=1)
+    assert families == [HEAD]
+    assert counting.seconds == 3 * 2.0
+
+
+def test_a_method_that_cannot_be_timed_costs_the_estimate_alone(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timed(monkeypatch, {})
+    counting = Counting()
+    outcome = Study(spec(cache), CHOICE, TRAINING, (0.01,), 1, counting).run(tmp_path, jobs=1)
+    assert (counting.seconds, outcome.trained) == (None, 3)
+
+
+def test_two_steps_and_a_batch_tell_how_long_a_training_takes(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A clock that advances by 1 s in a step and .25 s in a batch of the evaluation.
+    problem = open_problem(spec(cache))
+    state = torch.get_rng_state()
+    task = Task(study(cache).methods[1], 0, 0.01)
+    clock = [0.0]
+    logits = problem.logits
+
+    def slow(model: Any, inputs: Any) -> Any:
+        clock[0] += 1.0 if torch.is_grad_enabled() else 0.25
+        return logits(model, inputs)
+
+    problem = dataclasses.replace(problem, logits=slow)
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    assert seconds_of(problem, task, TRAINING) == 7 * 1.0 + (179 + 269) / 64 * 0.25  # steps, and the evaluation
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_the_outcome(finished: tuple[Path, Any]) -> None:

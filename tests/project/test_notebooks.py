@@ -187,13 +187,17 @@ def test_trainings_of_a_study(notebook: Output) -> None:
         reporter = BarReporter(bar)
         reporter.preparing("pretraining", 0.5)
         reporter.begins(4, 1)
+        reporter.estimated(300.0)
+        reporter.training(first, 0.15)
         reporter.training(first, 0.5)
         reporter.training(second, 0.25)
         reporter.finished(first, {})
     shown = [page.partition("digits ")[2] for page in notebook.pages]
-    assert shown[1:6] == [
+    assert shown[1:8] == [
         '<progress value="0.5000"></progress> 50% pretraining',
         '<progress value="0.2500"></progress> 25% 1 of 4 trainings',
+        '<progress value="0.2500"></progress> 25% 1 of 4 trainings, about 5 minutes',
+        f'<progress value="0.2875"></progress> 29% 1 of 4 trainings, about 4.8 minutes: {first.name}',
         f'<progress value="0.3750"></progress> 38% 1 of 4 trainings: {first.name}',
         f'<progress value="0.4375"></progress> 44% 1 of 4 trainings: {second.name}',
         f'<progress value="0.5625"></progress> 56% 2 of 4 trainings: {first.name}',

@@ -9,17 +9,17 @@ from typing import Any
 
 from tnadapt.errors import pluralize
 from tnadapt.finetune import BarReporter, Reporter, Task
-from tnadapt.report import ProgressBar
+from tnadapt.report import ProgressBar, about
 
 from .terminal import echo
 
 
 class _LineReporter(BarReporter):
-    """Print a line when something is finished, and how long all of it takes as soon as that is known."""
+    """Print how many trainings there are and how long they take, and a line when something is finished."""
 
     def __init__(self) -> None:
         super().__init__(ProgressBar())
-        self.prepared = self.estimated = False
+        self.prepared = False
 
     def preparing(self, what: str, done: float) -> None:
         if not self.prepared:
@@ -33,12 +33,9 @@ class _LineReporter(BarReporter):
         else:
             echo(pluralize(tasks, "training"), err=True)
 
-    def training(self, task: Task, done: float) -> None:
-        super().training(task, done)
-        # The first steps are slower than the others.
-        if not self.estimated and sum(self.running.values()) >= 0.1 and (left := self.left()):
-            self.estimated = True
-            echo(f"{left} for all of them", err=True)
+    def estimated(self, seconds: float) -> None:
+        super().estimated(seconds)
+        echo(f"{about(seconds)} for {'the rest' if self.before else 'all of them'}", err=True)
 
     def finished(self, task: Task, record: Mapping[str, Any]) -> None:
         super().finished(task, record)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import functools
+import gc
+import math
+import statistics
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,18 +22,18 @@ from tnadapt.argument_checks import checks_arguments, integer, wrong_argument
 from tnadapt.checkpoints.adapter_format import load_single
 from tnadapt.checkpoints.atomic_files import replace_file
 from tnadapt.errors import ConfigError, FileError, TnadaptError
-from tnadapt.report import ProgressBar, time_left
+from tnadapt.report import ProgressBar, about, time_left
 
 from ._pretrained import open_problem
 from ._specification import Spec
-from .engines import Do, Engine, discard, open_engine, run_tasks
+from .engines import Do, Engine, discard, open_engine, run_tasks, threads
 from .grid import BASE, HEAD, Chooser, Method, Task
 from .loop import evaluate, steps_of
 from .pareto_report import Control, Point, best_point, better_rate, control_of, points_of, trained_on
 from .problem import Problem, base_digest, samples_digest
 from .results import Results, check_out
 from .together import Together, doing, grouped, lines_of, tasks_of
-from .training import Training, checked_rates, clear_logs, log_folder, train_together
+from .training import Training, checked_rates, clear_logs, log_folder, seconds_of, train_together
 
 # -- The check of a saved adapter --------------------------------------------------------------------------------------
 
@@ -146,6 +150,9 @@ class Reporter:
     def begins(self, tasks: int, finished: int) -> None:
         """Report the total number of trainings and the number already finished."""
 
+    def estimated(self, seconds: float) -> None:
+        """Report about how many seconds the trainings take that are not finished, before they start on this machine."""
+
     def training(self, task: Task, done: float) -> None:
         """Report the fraction done of a training."""
 
@@ -182,6 +189,10 @@ class Outcome:
     trained: int
     reused: int
     control: Control | None = None
+
+
+#: Timing single methods ends after so many seconds, or after this share of what the timed ones will take.
+_TIMING, _TIMING_SHARE = 2.0, 0.02
 
 
 class Study:
@@ -372,6 +383,7 @@ class Study:
             finished = sum(task.key in results.records for task in self.tasks)
             rest = self.seeds[self.tuned_by :] if self.tuned_by else ()
             self.reporter.begins(len(self.tasks) + len(rest) * len(self.methods), finished)
+            self._estimate([task for task in self.tasks if task.key not in results.records], len(rest), engine)
             self._train_missing(self.tasks, results, adapters, engine, most)
             metric = self.problem.task.metric
             tuned = {
@@ -388,6 +400,29 @@ class Study:
         picture = self._draw(points, out / "pareto.png")
         reused = len(self.tasks) + len(others) - trained
         return Outcome(points, best, adapter, proof, picture, trained, reused, control)
+
+    def _estimate(self, missing: Sequence[Task], later: int, engine: Engine) -> None:
+        """Time two steps of some methods, and report how long these tasks and those of later seeds take."""
+        if not missing or engine.device(None) is not None:  # else the workers are machines of another speed
+            return
+        jobs = max(1, min(engine.jobs, len(missing)))
+        counts = collections.Counter(task.method for task in missing)
+        timed: dict[Method, float] = {}
+        began = math.inf
+        with threads(engine.threads(self.problem.threads, jobs)):
+            for method in counts:
+                if time.monotonic() - began > max(_TIMING, _TIMING_SHARE * sum(timed.values())):
+                    break
+                try:
+                    timed[method] = seconds_of(self.problem, Task(method, 0, self.rates[0]), self.training)
+                except Exception:  # its training reports the error, with the results of others saved
+                    return
+                began = min(began, time.monotonic())  # the first one also loads what all need
+        gc.collect()  # models are in cycles of references
+        torch.cuda.empty_cache()  # the memory is for the workers
+        usual = statistics.fmean(timed.values())
+        total = sum(timed.get(method, usual) * (count + later) for method, count in counts.items())
+        self.reporter.estimated(total / jobs)
 
     def _train_missing(
         self, tasks: Sequence[Task], results: Results, adapters: Path, engine: Engine, most: int
@@ -483,7 +518,7 @@ class BarReporter(Reporter):
         self.bar = bar
         self.tasks = self.ended = self.before = 0
         self.running: dict[str, float] = {}
-        self.start = 0.0
+        self.start = self.expected = 0.0
 
     def preparing(self, what: str, done: float) -> None:
         """Show the fraction done of pretraining the base."""
@@ -492,6 +527,15 @@ class BarReporter(Reporter):
     def begins(self, tasks: int, finished: int) -> None:
         """Show how many trainings were finished before."""
         self.tasks, self.ended, self.before = tasks, finished, finished
+        self.expected = 0.0
+        self._start()
+
+    def estimated(self, seconds: float) -> None:
+        """Show how long the trainings take, until a tenth of them tells."""
+        self.expected = seconds
+        self._start()
+
+    def _start(self) -> None:
         self.start = time.monotonic()
         self._show("")
 
@@ -509,7 +553,10 @@ class BarReporter(Reporter):
     def left(self) -> str:
         """Return how long the trainings that are left take, at the speed so far: ``"about 12 minutes"``."""
         done = self.ended + sum(self.running.values()) - self.before
-        return time_left(time.monotonic() - self.start, min(1.0, done / max(1, self.tasks - self.before)))
+        share = min(1.0, done / max(1, self.tasks - self.before))
+        if self.expected and share < 0.1:
+            return about(self.expected * (1 - share))
+        return time_left(time.monotonic() - self.start, share)
 
     def _show(self, name: str) -> None:
         words = ", ".join(filter(None, (f"{self.ended} of {self.tasks} trainings", self.left())))

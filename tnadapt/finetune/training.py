@@ -24,7 +24,7 @@ from ._saved_task import recorded
 from ._specification import Part
 from .data import quiet
 from .grid import Task
-from .loop import OwnRates, Schedule, TrainingStep, evaluate, steps_of
+from .loop import OwnRates, Schedule, TrainingStep, evaluate, fit, order_of, steps_of
 from .problem import Problem, free
 from .together import Trainee, fit_each, share_base
 
@@ -225,6 +225,43 @@ def train_together(
             record["adapter"] = task.file_name()
         records.append(record)
     return records
+
+
+def seconds_of(problem: Problem, task: Task, training: Training) -> float:
+    """Return about how many seconds a training takes: it takes two steps, and evaluates one batch of the second's size.
+
+    Parameters
+    ----------
+    problem : Problem
+    task : Task
+    training : Training
+
+    Returns
+    -------
+    float
+        Building the model, all steps at the speed of the second one, and the evaluation at that of the batch.
+    """
+    device, part = torch.device(training.device), problem.parts["training"]
+    began = time.perf_counter()
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        trainee = _adapted(problem, task, training, device)
+        torch.manual_seed(task.seed)
+        built, step = time.perf_counter() - began, 0.0
+        if trainee.parameters:
+            began = time.perf_counter()
+            for _ in fit(
+                trainee.model, problem.logits, problem.task, part, trainee.parameters, trainee.schedule,
+                training.epochs, training.batch, device, 2, trainee.head,
+            ):  # fmt: skip
+                step, began = time.perf_counter() - began, time.perf_counter()
+        some = part.batch(next(order_of(part, training.batch)), device)
+        trainee.model.eval()
+        began = time.perf_counter()
+        with torch.no_grad():
+            problem.logits(trainee.model, some).sum().item()
+    batches = sum(len(problem.parts[name].labels) for name in ("validation", "test")) / training.batch
+    steps = steps_of(part, training.epochs, training.batch, training.steps)
+    return built + steps * step + batches * (time.perf_counter() - began)
 
 
 def _adapted(problem: Problem, task: Task, training: Training, device: torch.device) -> Trainee:
