@@ -839,6 +839,8 @@ def _header_length(head: bytes, size: int) -> int:
         raise FileError("is a GGUF file, where a safetensors file is expected")
     if size < 8:
         raise FileError(f"is not a safetensors file: it has {size} bytes, and the header's length alone takes 8")
+    if head[8:9] != b"{":
+        raise FileError(f"is not a safetensors file: its ninth byte must be '{{'; it begins with {head!r}")
     length = int.from_bytes(head[:8], "little")
     if length > size - 8:
         raise FileError(
@@ -846,8 +848,6 @@ def _header_length(head: bytes, size: int) -> int:
         )
     if length > MAX_HEADER:
         raise FileError(f"has a header of {length} bytes; at most {MAX_HEADER} are read")
-    if head[8:9] != b"{":
-        raise FileError("is not a safetensors file: its header does not begin with '{'")
     return length
 
 
