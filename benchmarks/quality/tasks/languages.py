@@ -36,6 +36,8 @@ class _Language(QualityTask):
     lower = True
     chosen_lower = True
     percent = False
+    #: With queries and values alone, the biases of all layers learn more in 64 steps than a dense update.
+    targets = "all-linear"
     has_head = False
     head_size = 64
     scales: ClassVar = {

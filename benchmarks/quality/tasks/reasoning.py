@@ -41,6 +41,7 @@ class NumberSequence(QualityTask):
     questions: ClassVar[str] = "number_sequence"
     metric = "exact match"
     chosen_by = "exact match"
+    targets = "all-linear"  # as in benchmarks/rl_drift.py
     has_head = False
     head_size = 64
     scales: ClassVar = {
