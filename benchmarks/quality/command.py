@@ -58,7 +58,9 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--methods", help="names, or tnadapt, PEFT or all, with commas")
     run.add_argument("--budgets", help="numbers of parameters, with commas between them")
     run.add_argument("--seeds", type=int, help="seeds 0 to N - 1")
-    run.add_argument("--tuned-by", type=int, help="number of seeds with which other rates than the default are tried")
+    run.add_argument(
+        "--tuned-by", type=int, help="number of seeds with which other rates than the default are tried; 0 for none"
+    )
     run.add_argument("--scale", help="smoke, small or full: of data and training")
     run.add_argument("--shard", default="1/1", metavar="I/N", help="only every N-th setting, with a file of its own")
     run.add_argument("--retry", action="store_true", help="try trainings again that failed with an error")
@@ -199,8 +201,8 @@ def _grid(task: QualityTask, profile: Profile, options: argparse.Namespace) -> G
 def _plan(profile: Profile, options: argparse.Namespace) -> Plan:
     seeds = profile.seeds if options.seeds is None else options.seeds
     tuned_by = profile.tuned_by if options.tuned_by is None else options.tuned_by
-    if seeds < 1 or tuned_by < 1:
-        raise TnadaptError(f"--seeds and --tuned-by must be at least 1; got {seeds} and {tuned_by}")
+    if seeds < 1 or tuned_by < 0:
+        raise TnadaptError(f"--seeds must be at least 1 and --tuned-by at least 0; got {seeds} and {tuned_by}")
     return Plan(seeds, tuned_by)
 
 

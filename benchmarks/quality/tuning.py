@@ -34,7 +34,7 @@ class Plan:
 
     #: Seeds 0 to ``seeds - 1``, at the default rate.
     seeds: int = 3
-    #: Number of seeds with which other rates are tried.
+    #: Number of seeds with which other rates are tried; 0 for none.
     tuned_by: int = 1
 
 
@@ -64,6 +64,8 @@ def _due(task: QualityTask, scale: str, setting: Setting, records: Records, plan
         return missing(default, 1)
     at_default = missing(default, plan.seeds)
     tuned_by = min(plan.tuned_by, plan.seeds)
+    if not tuned_by:
+        return at_default
     tried = {place: rounded(default * FACTOR**place) for place in (-1, 0, 1)}
     while True:
         trials = [trial for place, rate in tried.items() if place for trial in missing(rate, tuned_by)]

@@ -218,7 +218,7 @@ WRONG = [
     (["run", "--shard", "3/2"], "--shard takes I/N with I from 1 to N, such as 2/8; got '3/2'"),
     (["run", "--budgets", "100,x"], "--budgets takes numbers with commas between them; got '100,x'"),
     (["run", "--together", "-1"], "--together must be at least 0; got -1"),
-    (["run", "--seeds", "0"], "--seeds and --tuned-by must be at least 1; got 0 and 1"),
+    (["run", "--seeds", "0"], "--seeds must be at least 1 and --tuned-by at least 0; got 0 and 1"),
     # The last task is checked before the first one is trained.
     (["run", "digits", "played", "--scale", "smoke"], "task played has the scales small; got 'smoke'"),
     (["run", "played", "--engine-option", "cpus"], "--engine-option takes KEY=VALUE; got 'cpus'"),

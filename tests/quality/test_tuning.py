@@ -68,6 +68,13 @@ def test_all_seeds_get_the_default_rate_and_some_get_others(method: str, tried: 
     assert outcome.best_test == pytest.approx(sum(best) / len(best))
 
 
+def test_no_other_rate_is_tried_until_it_is_asked_for() -> None:
+    setting = setting_of("lora")
+    records = played(setting, Plan(seeds=3, tuned_by=0))
+    assert sorted((line["seed"], line["rate"]) for line in records.values()) == [(0, 0.01), (1, 0.01), (2, 0.01)]
+    assert played(setting, Plan(seeds=3, tuned_by=1), before=records) == played(setting, Plan(seeds=3, tuned_by=1))
+
+
 def test_a_new_head_has_its_own_rate_and_what_trains_nothing_is_measured_once() -> None:
     class Headless(PlayedTask):
         has_head = False
