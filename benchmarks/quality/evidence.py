@@ -77,9 +77,9 @@ def _settings(task: QualityTask, outcomes: Sequence[Outcome], no_gain: Sequence[
     for one in outcomes:
         if one.library != "tnadapt" or not one.measured or one.budget in no_gain:
             continue
-        part = share(task, one, outcomes, held_out=True)
-        if part is not None:
+        held_out, test = (share(task, one, outcomes, held_out) for held_out in (True, False))
+        if held_out is not None and test is not None:
             yield {
-                "config": one.config, "parameters": one.parameters, "held_out_share": round(part, 3),
-                "seeds": len(one.held_out),
+                "config": one.config, "parameters": one.parameters, "held_out_share": round(held_out, 4),
+                "test_share": round(test, 4), "seeds": len(one.held_out),
             }  # fmt: skip

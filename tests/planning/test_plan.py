@@ -51,7 +51,8 @@ def test_every_row_and_the_front(drawn: tuple[Plan, Any]) -> None:
         assert row.fraction == row.freedom / found.size <= 1
     assert len({row.config for row in found.rows}) == len(found.rows)
     assert len({str(row.name) for row in found.rows}) == len(found.rows)
-    order = [(row.measured is None, -(row.measured or 0.0), -row.parameters) for row in found.rows]
+    # The first one may be that of the recommendation.
+    order = [(row.measured is None, -(row.measured or 0.0), -row.parameters) for row in found.rows[1:]]
     assert order == sorted(order)
     # No row beats one on the front, and each other row is beaten by one on it.
     assert found.front
@@ -82,8 +83,9 @@ def test_plans_are_reproducible_and_tell_how_far_they_are(shapes: list[tuple[int
     seen: list[tuple[int, int]] = []
     found = tna.plan(shapes, budget, progress=lambda done, total: seen.append((done, total)))
     assert found.to_dict() == tna.plan(tuple(shapes), f"{budget}").to_dict()
-    assert seen == [(number + 1, len(families.families(shapes))) for number in range(len(seen))]
-    assert seen[-1][0] == seen[-1][1]
+    assert [done for done, _ in seen] == list(range(1, len(seen) + 1))
+    # The recommended method may be one more.
+    assert {total for _, total in seen} == {len(seen)} <= {len(families.families(shapes)) + more for more in (0, 1)}
 
 
 def test_each_method_is_listed_with_its_freest_setting() -> None:

@@ -7,8 +7,9 @@ import functools
 import importlib.resources
 import json
 import math
+import operator
 import statistics
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from tnadapt.algebra.config import Config
@@ -31,13 +32,15 @@ class Setting:
     kind : hashable
         What it has in common with settings of the same method and another size.
     parameters : int
-    share : float
-        Its gain over the best control on held-out samples, divided by that of dense updates.
+    held_out, test : float
+        Its gain over the best control, divided by that of dense updates: on held-out samples, which put methods in
+        order, and on test samples, which tell what was reached.
     """
 
     kind: Hashable
     parameters: int
-    share: float
+    held_out: float
+    test: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,13 +63,13 @@ class TaskMeasurements:
     settings: tuple[Setting, ...]
     no_gain: tuple[int, ...]
 
-    def shares(self, parameters: int) -> dict[Hashable, float]:
-        """Return the share of each kind that was measured with about as many parameters, of the nearest setting."""
+    def nearest(self, parameters: int) -> dict[Hashable, Setting]:
+        """Return the nearest setting of each kind that was measured with about as many parameters."""
         near = [setting for setting in self.settings if _near(setting.parameters, parameters)]
-        shares: dict[Hashable, float] = {}
+        settings: dict[Hashable, Setting] = {}
         for setting in sorted(near, key=lambda setting: _distance(setting.parameters, parameters)):
-            shares.setdefault(setting.kind, setting.share)
-        return shares
+            settings.setdefault(setting.kind, setting)
+        return settings
 
 
 def _distance(one: int, other: int) -> float:
@@ -84,15 +87,16 @@ class Gain:
 
     Attributes
     ----------
-    share : float
-        What part of the gain of dense updates it reached, as a mean over tasks.
+    held_out, test : float
+        What part of the gain of dense updates it reached on held-out and on test samples, as a mean over tasks.
     measured_on : tuple of str
         The tasks on which its method was measured with about as many parameters.
     estimated_on : tuple of str
         The tasks on which only others were; then the share is an estimate.
     """
 
-    share: float
+    held_out: float
+    test: float
     measured_on: tuple[str, ...]
     estimated_on: tuple[str, ...]
 
@@ -103,19 +107,29 @@ def gain_of(tasks: Iterable[TaskMeasurements], config: Config, parameters: int) 
     Tasks differ in how much any method gains, and not all methods are measured on all tasks. So a setting that was not
     measured on a task is assumed to differ from the methods that were measured on all tasks as it does on the others.
     """
-    of_kinds = {task: known for task in tasks if (known := task.shares(parameters))}
+    nearest = {task: settings for task in tasks if (settings := task.nearest(parameters))}
     method = kind_of(config)
-    shares = {task: known[method] for task, known in of_kinds.items() if method in known}
-    if not shares:
+    measured_on = tuple(task.title for task, settings in nearest.items() if method in settings)
+    if not measured_on:
         return None
-    measured_on = tuple(task.title for task in shares)
-    estimated_on = tuple(task.title for task in of_kinds if task not in shares)
-    common = set[Hashable].intersection(*map(set, of_kinds.values()))
+    estimated_on = tuple(task.title for task, settings in nearest.items() if method not in settings)
+    held_out, test = (
+        _mean_share(
+            [{kind: share(setting) for kind, setting in settings.items()} for settings in nearest.values()], method
+        )
+        for share in (operator.attrgetter("held_out"), operator.attrgetter("test"))
+    )
+    return Gain(held_out, test, measured_on, estimated_on)
+
+
+def _mean_share(tasks: Sequence[Mapping[Hashable, float]], method: Hashable) -> float:
+    """Return the mean share of a method over tasks, given those of the methods measured on each."""
+    common = set[Hashable].intersection(*map(set, tasks))
     if not common:
-        return Gain(statistics.fmean(shares.values()), measured_on, estimated_on)
-    levels = {task: statistics.fmean(known[other] for other in common) for task, known in of_kinds.items()}
-    ahead = statistics.fmean(share - levels[task] for task, share in shares.items())
-    return Gain(ahead + statistics.fmean(levels.values()), measured_on, estimated_on)
+        return statistics.fmean(shares[method] for shares in tasks if method in shares)
+    levels = [statistics.fmean(shares[other] for other in common) for shares in tasks]
+    ahead = [shares[method] - level for shares, level in zip(tasks, levels, strict=True) if method in shares]
+    return statistics.fmean(ahead) + statistics.fmean(levels)
 
 
 def without_gain(tasks: Iterable[TaskMeasurements], parameters: Iterable[int]) -> tuple[tuple[str, int], ...]:
@@ -188,7 +202,7 @@ def read(tasks: Iterable[Mapping[str, Any]]) -> tuple[TaskMeasurements, ...]:
 
 def _setting(content: Mapping[str, Any]) -> Setting:
     kind = kind_of(Config.from_dict(content["config"]))
-    return Setting(kind, content["parameters"], content["held_out_share"])
+    return Setting(kind, content["parameters"], content["held_out_share"], content["test_share"])
 
 
 def kind_of(config: Config) -> Hashable:
@@ -201,14 +215,24 @@ def kind_of(config: Config) -> Hashable:
     True
     >>> kind_of(presets.lora(4)) == kind_of(presets.superlora(4))
     False
+    >>> kind_of(presets.fourierft(n=10)) == kind_of(presets.fourierft(n=20))
+    True
     """
     sources = tuple(sorted((name, _without_numbers(source)) for name, source in config.sources.items()))
     named = config.fold if isinstance(config.fold, str) else tuple(map(str, config.fold))
+    steps = config.projection if isinstance(config.projection, tuple) else (config.projection,)
     return (
-        config.groups, named, config.axes, config.format, config.combine, config.leading, config.projection, config.on,
-        config.shared, config.alpha, sources, config.before, config.scope, config.offset, config.apply,
+        config.groups, named, config.axes, config.format, config.combine, config.leading, tuple(map(_map, steps)),
+        config.on, config.shared, config.alpha, sources, config.before, config.scope, config.offset, config.apply,
         config.magnitude_axis, config.start, min(config.order, 3), min(config.splits, 2), min(config.terms, 2),
     )  # fmt: skip
+
+
+def _map(step: Any) -> Hashable:
+    """Return the name of a map, or its type and settings except sizes and positions."""
+    if isinstance(step, str):
+        return step
+    return (type(step).__name__, *(value for value in vars(step).values() if isinstance(value, (str, bool))))
 
 
 def _without_numbers(source: Source) -> Hashable:

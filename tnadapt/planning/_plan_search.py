@@ -20,7 +20,7 @@ from tnadapt.targets.target import Target
 
 from ._measured import TaskMeasurements, gain_of, measurements, recommendation, without_gain
 from ._plan_table import RUNG, Plan, Row, bytes_each, checked_criteria, front_of, parameters_of
-from ._setting_names import known_as, preset_call
+from ._setting_names import known_as
 from .families import Family, Found, Search, families
 
 # -- The search --------------------------------------------------------------------------------------------------------
@@ -114,6 +114,8 @@ def plan(
     size = sum(rows * cols for rows, cols in shapes)
     wanted = parameters_of(budget, dtype)
     search, kinds = Search(shapes, layers, roles), families(shapes, layers, roles)
+    words, method, served = recommendation(min(wanted, size))
+    kinds += _ladders_of(method, search)
     configs = _down(search, kinds, min(wanted, size), progress)
     if not configs:
         least = _least(search, kinds)
@@ -123,26 +125,21 @@ def plan(
         )
     known = measurements(size)
     rows = sorted((_with_gain(Row.of(search.adapter(config), each), known) for config in configs), key=_order)
+    freest = _freest(rows)
+    rows.sort(key=lambda row: not (row.name.family == method and row in freest))
     front = tuple(front_of(rows, names, min(wanted, size)))
     used = {title for row in rows for title in (*row.measured_on, *row.estimated_on)}
     titles = tuple(task.title for task in known if task.title in used)
     no_gain = without_gain(known, [min(wanted, size), *(row.parameters for row in rows if row.measured is not None)])
-    words, method, served = recommendation(min(wanted, size))
-    if method and all(row.name.family != method for row in rows):
-        words += _call_of(method, search, min(wanted, size))
     if served and all(row.name.family != served for row in rows):
         words += _too_large(served, search, min(wanted, size), rows)
-    return Plan(wanted, dtype, tuple(shapes), names, tuple(rows), front, tuple(_freest(rows)), titles, no_gain, words)
+    return Plan(wanted, dtype, tuple(shapes), names, tuple(rows), front, tuple(freest), titles, no_gain, words)
 
 
-def _call_of(method: str, search: Search, allowed: int) -> str:
-    """Return how to attach a method that is not among the rows; nothing if it is no preset or fits no weights."""
+def _ladders_of(method: str, search: Search) -> list[Family]:
+    """Return the family of a preset, given its title; none if it is no preset."""
     weights = AdaptedWeights(search.shapes, search.layers, search.roles)
-    for preset in PRESETS.values():
-        if preset.title == method and (largest := search.largest(preset.ladders(weights), allowed)):
-            call = preset_call(largest.config)
-            return f" {method} is not in the table: {call.attach()}." if call else ""
-    return ""
+    return [preset.ladders(weights) for preset in PRESETS.values() if preset.title == method]
 
 
 def _too_large(served: str, search: Search, allowed: int, rows: Sequence[Row]) -> str:
@@ -161,7 +158,9 @@ def _with_gain(row: Row, known: Sequence[TaskMeasurements]) -> Row:
     gain = gain_of(known, row.config, row.parameters)
     if gain is None:
         return row
-    return dataclasses.replace(row, measured=gain.share, measured_on=gain.measured_on, estimated_on=gain.estimated_on)
+    return dataclasses.replace(
+        row, measured=gain.held_out, gain=gain.test, measured_on=gain.measured_on, estimated_on=gain.estimated_on
+    )
 
 
 def _order(row: Row) -> tuple[float, ...]:

@@ -51,7 +51,9 @@ class Row:
         The setting on the plan's weights.
     measured : float, optional
         What part of the gain of dense updates the method reached on held-out samples with about as many parameters, in
-        published results that apply to these weights; None if there are none.
+        published results that apply to these weights; None if there are none. It puts rows in order.
+    gain : float, optional
+        The same on test samples, which the table shows.
     measured_on : tuple of str
         The tasks of these results.
     estimated_on : tuple of str
@@ -75,6 +77,7 @@ class Row:
     cost: int
     adapter: UpdatePlan = dataclasses.field(compare=False, repr=False)
     measured: float | None = None
+    gain: float | None = None
     measured_on: tuple[str, ...] = ()
     estimated_on: tuple[str, ...] = ()
 
@@ -120,7 +123,7 @@ class Row:
         """Return the row as a dictionary for JSON, including the rank."""
         return {
             "family": self.name.family, "label": self.name.label, "parameters": self.parameters, "bytes": self.bytes,
-            "call": None if self.call is None else str(self.call), "measured": self.measured,
+            "call": None if self.call is None else str(self.call), "measured": self.measured, "gain": self.gain,
             "measured_on": list(self.measured_on), "estimated_on": list(self.estimated_on),
             "rank": self.rank.value, "rank_exact": self.rank.exact, "export": self.export.to_dict(),
             "lora_rank": self.lora_rank, "freedom": self.freedom, "fraction": self.fraction, "waste": self.waste,
@@ -185,8 +188,8 @@ class Plan:
     by : tuple of str
         Criteria of the front.
     rows : tuple of Row
-        All settings that were compared: those with published results by accuracy, then the others, those with the most
-        parameters first.
+        All settings that were compared: the recommended one, those with published results by accuracy, then the others,
+        those with the most parameters first.
     front : tuple of Row
         The Pareto front: the rows for which no other row is as good in everything that ``by`` names and better in
         something. Parameters are compared by tenths: all rows between a tenth of the budget and the budget count as
@@ -297,18 +300,18 @@ class Plan:
     def _symbols(self) -> list[str]:
         labels = " ".join(row.name.label for row in self.shown)
         used = [f"{symbol} {means}" for symbol, means in SYMBOLS.items() if f" {symbol} = " in f" {labels}"]
-        return [f"setting: {'; '.join(used)}"] if used else []
+        return _wrapped(f"setting: {'; '.join(used)}") if used else []
 
     def _order(self) -> list[str]:
         none = self._no_gain()
         if not self.measured_on:
             why = none or "no published results apply to weights and budgets of this size"
             return _wrapped(f"order: by parameters, as {why}")
-        lines = _wrapped(f"order: by accuracy on {'; '.join(self.measured_on)} ('Which method?' in the documentation)")
+        tasks = "; ".join(self.measured_on)
+        lines = _wrapped(f"order: by held-out accuracy on {tasks} ('Which method?' in the documentation)")
         if none:
             lines += _wrapped(f"no gain: {none}")
-        about = "on held-out samples, with about as many parameters"
-        lines.append(f"gain: {about}; 0% is the best control, 100% dense updates")
+        lines.append("gain: on test samples, with about as many parameters; 0% is the best control, 100% dense updates")
         rows = [row for row in self.rows if row.measured is not None]
         if any(row.estimated_on for row in rows):
             lines.append("  ~ estimated: not measured on all of these tasks")
@@ -350,9 +353,9 @@ def _cells(row: Row, front: bool) -> tuple[str, ...]:
 
 
 def _gained(row: Row) -> str:
-    if row.measured is None:
+    if row.gain is None:
         return "–"
-    return f"{'~' if row.estimated_on else ''}{round(row.measured, 2) + 0.0:.0%}"  # no "-0%"
+    return f"{'~' if row.estimated_on else ''}{round(row.gain, 2) + 0.0:.0%}"  # no "-0%"
 
 
 def _exported(export: LoraExport) -> str:
