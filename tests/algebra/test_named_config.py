@@ -66,6 +66,16 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
     ("nothing like it", {}, "no preset 'nothing like it'; the presets are"),
     (tna.presets.lora, {}, "got the preset lora itself: give its name, 'lora', or what it returns, "),
     ("LoRA", {}, "no preset 'LoRA'; did you mean 'lora'?"),
+    (
+        "SuperLoRA + F",
+        {},
+        "no preset 'SuperLoRA + F'; this is 'superlora' with projection='linear' and a ratio, such as ratio=0.1. The",
+    ),
+    (
+        ["q", "v"],
+        {},
+        "such as 'lora', or None; got list; to adapt weights of these names write attach(…, targets=['q', ",
+    ),
     (3, {}, "expected a tnadapt.Config, the name of a preset such as 'lora', or None; got int"),
     ("randlora", {"rows": 4}, "preset 'randlora' needs cols, which depend on the weights of the model: give cols=…"),
     ("lora", {"rank": 0}, "rank must be at least 1"),

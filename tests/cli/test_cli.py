@@ -121,6 +121,7 @@ MISTAKES: list[tuple[str, str]] = [
     ("convert a.txt --to peft-lora --rank 0", "Invalid value for '--rank'"),
     ("convert a.safetensors --base no/such", "base: no/such: No such file or directory"),
     ("convert a.safetensors out", "unexpected extra argument(s) (out); give the output by -o"),
+    ("finetune bert --data a.csv", "unexpected extra argument(s) (bert); give the model by --model"),
     ("convert none.safetensors -o a.txt", "none.safetensors: No such file or directory"),
     ("convert a.safetensors -o .", "exists; give another path, or overwrite=True (--overwrite)"),
     ("merge", "Missing argument 'BASE'"),

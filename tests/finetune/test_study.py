@@ -105,6 +105,14 @@ def test_the_time_is_estimated_before_the_first_training(
     assert more.seconds == 111.0 / 2  # what is left is shared by two processes
 
 
+def test_few_samples_are_passed_over_until_there_are_enough_steps(cache: Path) -> None:
+    for least, epochs in ((0, 1), (7, 1), (8, 2), (200, 29)):  # 448 samples in batches of 64
+        few = Study(spec(cache), CHOICE, dataclasses.replace(TRAINING, least_steps=least), (0.01,))
+        # Results are those of a study that names the epochs.
+        named = Study(spec(cache), CHOICE, dataclasses.replace(TRAINING, epochs=epochs), (0.01,))
+        assert (few.outline(), few.steps) == (named.outline(), 7 * epochs)
+
+
 def test_slow_methods_are_not_timed_one_by_one(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     families = timed(monkeypatch, {HEAD: 2.0, "LoRA": 4.0, "SuperLoRA": 100.0})
     monkeypatch.setattr(study_job, "_TIMING", -1.0)

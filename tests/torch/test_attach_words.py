@@ -247,7 +247,8 @@ NO_CONFIG = "the config of 'q' must be a tnadapt.Config or the name of a preset;
 #: For each error a model, the words of attach() and a regular expression for the message.
 REFUSED: dict[type[Exception], list[tuple[Any, dict[str, Any], str]]] = {
     TargetError: [
-        (small, {"keep_trainable": "haed"}, "no parameter is at or below 'haed'; .*: blocks, head"),
+        (small, {"keep_trainable": "haed"}, r"below 'haed'; did you mean 'head'\? The model's parts are: blocks, head"),
+        (small, {"keep_trainable": "nothing"}, "at or below 'nothing'; the model's parts are: blocks, head"),
         (small, {"name": 3}, "non-empty string of printable characters; got 3"),
         (small, {"name": ""}, "non-empty string of printable characters; got ''"),
         (small, {"name": "a\nb"}, "printable characters"),

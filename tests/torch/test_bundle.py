@@ -229,7 +229,11 @@ def test_the_wrong_base_is_refused(bert: Path, tmp_path: Path) -> None:
 
 
 def test_what_a_file_does_not_say_or_must_not(bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert refusal(tmp_path) == f"{tmp_path}: this folder has no adapter.safetensors, which save_pretrained writes"
+    none = f"{tmp_path}: this folder has no adapter.safetensors, which save_pretrained writes"
+    assert refusal(tmp_path) == none
+    (tmp_path / "config.json").touch()
+    model = "it has a model: tnadapt.torch.attach adapts it, and load puts a saved adapter on it"
+    assert refusal(tmp_path) == f"{none}; {model}"
     for path in ("./missing", "missing", "user/missing.safetensors", tmp_path / "missing"):
         assert "there is no such file or folder; a name on the hub is like 'user/my-adapter'" in refusal(path)
     (tmp_path / "adapter_config.json").write_text("{}")

@@ -133,7 +133,7 @@ def test_what_was_kept_trainable_is_saved(tmp_path: Path) -> None:
     other.top, other.head = other.head, nn.Identity()
     for model, why in (
         (made(5), r"it keeps 'head\.1\.bias' of shape \(3,\), and this model's is \(5,\)"),
-        (other, r"it keeps 'head\.0\.num_batches_tracked', which this Small does not have"),
+        (other, r"it keeps 'head\.0\.num_batches_tracked', which this Small does not have: build the model with"),
     ):
         before = state(model)
         with pytest.raises(tna.FileError, match=why):

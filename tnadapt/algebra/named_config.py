@@ -78,9 +78,13 @@ def config_of(
                 f"tnadapt.presets.{preset}(…)"
             )
         type_name = type(cfg).__name__
+        instead = ""
+        if type_name == "LoraConfig":
+            instead = f". PEFT's LoraConfig(r=8) is {function}(…, 'lora', rank=8) here"
+        elif type_name in ("list", "tuple"):
+            instead = f"; to adapt weights of these names write {function}(…, targets={safe_repr(cfg)})"
         raise ConfigError(
-            f"expected a tnadapt.Config, the name of a preset such as 'lora', or None; got {type_name}"
-            + (f". PEFT's LoraConfig(r=8) is {function}(…, 'lora', rank=8) here" if type_name == "LoraConfig" else "")
+            f"expected a tnadapt.Config, the name of a preset such as 'lora', or None; got {type_name}{instead}"
         )
     for name in settings:
         way = keyword_hint(name)
@@ -175,7 +179,10 @@ def require_setting(name: str, of: Sequence[str] = ()) -> None:
 def _instead(name: str, function: str | None) -> str:
     close = difflib.get_close_matches(name.lower().replace("-", "_"), list(PRESETS), n=1)
     plain = name.lower().replace("-", "").replace("_", "").replace("+", "plus")
-    if plain in _NO_PRESETS:
+    titled = next((key for key, preset in PRESETS.items() if name == f"{preset.title} + F"), None)
+    if titled is not None:
+        meant = f"this is {titled!r} with projection='linear' and a ratio, such as ratio=0.1. The presets are "
+    elif plain in _NO_PRESETS:
         meant = f"{_NO_PRESETS[plain].format(name=plain)}. The presets are "
     elif close:
         meant = f"did you mean {close[0]!r}? The presets are "

@@ -792,7 +792,7 @@ def opened(path: str, foreign: bool = False) -> Iterator[Container]:
         if os.path.exists(os.path.join(path, "adapter_config.json")):
             raise FileError(
                 "is an adapter folder of PEFT; convert it: tnadapt convert FOLDER -o adapter.safetensors, or in Python "
-                "tnadapt.convert(FOLDER, 'adapter.safetensors')"
+                "tnadapt.convert(FOLDER, 'adapter.safetensors'); for VeRA and some others, with --base MODEL or base="
             )
         names = sorted(name for name in map(os.fsdecode, os.listdir(path)) if name.endswith(".safetensors"))
         if "model.safetensors" in names or (

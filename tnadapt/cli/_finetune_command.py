@@ -101,6 +101,8 @@ def _print_outcome(study: Study, outcome: Outcome, folder: Path, as_json: bool) 
 
 #: With fewer steps, no rate trains an adapter to the end.
 _FEW_STEPS = 50
+#: By default, few samples are passed over until there are so many.
+ENOUGH_STEPS = 200
 
 
 def _next_try(rate: float, tried: Sequence[float], steps: int, epochs: int) -> str:
@@ -116,7 +118,7 @@ def _next_try(rate: float, tried: Sequence[float], steps: int, epochs: int) -> s
     'each training had 12 steps, and most need hundreds: run it with --epochs 50 and another --out'
     """
     if steps < _FEW_STEPS:
-        more = math.ceil(200 / steps * epochs)
+        more = math.ceil(ENOUGH_STEPS / steps * epochs)
         few = pluralize(steps, "step")
         return f"each training had {few}, and most need hundreds: run it with --epochs {more} and another --out"
     if len(tried) == 1:
@@ -238,7 +240,10 @@ def finetune_command(
         list[float] | None,
         _how("A learning rate; repeat for more. Every method is trained at each; validation chooses.", "0.01"),
     ] = None,
-    epochs: Annotated[int | None, _how("Passes over the training samples.", "25 for the digits, else 3", min=1)] = None,
+    epochs: Annotated[
+        int | None,
+        _how("Passes over the training samples.", "25 for the digits; else 3, or more on few samples", min=1),
+    ] = None,
     batch: Annotated[int | None, _how("Samples per step.", "32", min=1)] = None,
     seeds: Annotated[int, _how("Number of seeds.", min=1)] = 1,
     device: Annotated[str | None, _how("cpu, cuda, …", "cuda if there is one, else cpu")] = None,
@@ -323,6 +328,7 @@ def finetune_command(
         device_of = (None if dry_run else assumed) or job.usable_device(device)
         training = job.Training(
             epochs=epochs or (25 if digits else 3), batch=batch or 32, device=device_of,
+            least_steps=0 if epochs else ENOUGH_STEPS,
             targets=chosen if isinstance(chosen, str) else tuple(chosen), report_to=report_to.value,
         )  # fmt: skip
         with reporter() as shown:

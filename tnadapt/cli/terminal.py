@@ -131,6 +131,14 @@ def cell(text: str) -> str:
 _WANTED = "Input should be "
 
 
+def _instead_of_argument(context: Any) -> str:
+    """Return the option that an argument too many was probably meant for, if that was not given."""
+    values = getattr(context, "params", {})
+    if not any(parameter.param_type_name == "argument" for parameter in context.command.params):
+        return "; give the model by --model" if values.get("model", "") is None else ""
+    return "; give the output by -o" if values.get("out", "") is None else ""
+
+
 @contextlib.contextmanager
 def _escaping() -> Iterator[None]:
     """Escape Typer's own errors, which quote the command line; say -o of an argument too many, and name bad values."""
@@ -138,10 +146,9 @@ def _escaping() -> Iterator[None]:
         yield
     except Exception as error:
         if isinstance(message := getattr(error, "message", None), str):
-            # Of a command whose -o was not given; the group sees the error again.
-            without = getattr(getattr(error, "ctx", None), "params", {}).get("out", "") is None
-            if without and message.startswith("Got unexpected extra argument") and message.endswith(")"):
-                message += "; give the output by -o"
+            # The group sees the error again.
+            if message.startswith("Got unexpected extra argument") and message.endswith(")"):
+                message += _instead_of_argument(getattr(error, "ctx", None))
             validation = getattr(error.__cause__, "errors", None)  # of pydantic, by which Typer reads values
             if callable(validation) and message.startswith(_WANTED):
                 wanted = message.removeprefix(_WANTED).partition(", ")[0].replace("a valid integer", "an integer")

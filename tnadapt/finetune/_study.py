@@ -242,10 +242,11 @@ class Study:
         if not callable(getattr(choice, "methods", None)):
             raise wrong_argument("choice", "a Choice, or an object with methods()", choice)
         self.tuned_by = tuned_by
-        self.spec, self.training = spec, training
+        self.spec = spec
         self.rates, self.seeds = sorted(set(rates)), range(integer("seeds", seeds, 0, 1 << 20, ConfigError))
         self.reporter = Reporter() if reporter is None else reporter
         self.problem: Problem = open_problem(spec, self.reporter.preparing)
+        self.training = training.on_samples(len(self.problem.parts["training"].labels))
         # Everything is checked on a sketch, before a base is pretrained.
         model = self.problem.sketch() if self.problem.sketch else self.problem.build(0)
         if self.problem.sketch is None:

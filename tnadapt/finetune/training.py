@@ -58,6 +58,8 @@ class Training:
     report_to : str
         The integration of transformers that trainings are reported to, such as ``tensorboard``; ``none`` for no
         reports.
+    least_steps : int
+        A study takes more epochs if the samples are too few for so many steps.
     """
 
     epochs: int
@@ -73,6 +75,7 @@ class Training:
     head_rate: float | None = None
     keep_references: bool = False
     report_to: str = "none"
+    least_steps: int = 0
 
     def __post_init__(self) -> None:
         if self.head_rate is not None:
@@ -86,9 +89,21 @@ class Training:
     def settings(self) -> dict[str, Any]:
         """Return the settings that the outcome depends on; fields in ``_LATER`` only if not at their default."""
         settings = dataclasses.asdict(self)
-        del settings["device"], settings["keep_references"], settings["report_to"]
+        for name in ("device", "keep_references", "report_to", "least_steps"):
+            del settings[name]
         usual = {field.name: field.default for field in dataclasses.fields(self)}
         return {name: value for name, value in settings.items() if name not in _LATER or value != usual[name]}
+
+    def on_samples(self, count: int) -> Training:
+        """Return these settings with the epochs that take ``least_steps`` steps on so many samples.
+
+        Examples
+        --------
+        >>> Training(epochs=3, batch=32, least_steps=200).on_samples(320).epochs
+        20
+        """
+        epochs = max(self.epochs, math.ceil(self.least_steps / math.ceil(count / self.batch)))
+        return dataclasses.replace(self, epochs=epochs, least_steps=0)
 
     @property
     def selection(self) -> str | list[str]:

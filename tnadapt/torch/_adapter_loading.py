@@ -286,7 +286,8 @@ def _located(model: nn.Module, file: AdapterFile) -> list[Target]:
         unclear = " that can be matched unambiguously" if sorted(theirs) == sorted(ours) else ""
         raise FileError(
             f"this {type(model).__name__} does not have its weights ({wrong}), nor weights of the same roles and "
-            f"shapes{unclear}: the file has {_counted(theirs)}, the model {_counted(ours)}"
+            f"shapes{unclear}: the file has {_counted(theirs)}, the model {_counted(ours)}. "
+            "Load it on the model that it was trained on"
         )
     return [dataclasses.replace(new, layer=old.layer) for new, old in zip(partners, file.targets, strict=True)]
 

@@ -229,7 +229,10 @@ def check_kept(model: nn.Module, file: AdapterFile) -> None:
     for name, array in file.kept.items():
         tensor = tensors.get(name)
         if tensor is None:
-            raise FileError(f"it keeps {name!r}, which this {type(model).__name__} does not have")
+            raise FileError(
+                f"it keeps {name!r}, which this {type(model).__name__} does not have: build the model with that part, "
+                "as for training, or let tnadapt.torch.load_pretrained build it"
+            )
         if tuple(tensor.shape) != array.shape:
             raise FileError(
                 f"it keeps {name!r} of shape {array.shape}, and this model's is {tuple(tensor.shape)}: "
@@ -289,6 +292,8 @@ def adapter_path(where: str | os.PathLike[str], revision: str | None = None, tok
             hint = ""
             if (path / "adapter_config.json").is_file():
                 hint = "; it has an adapter of PEFT, which tnadapt.convert (tnadapt convert) turns into one"
+            elif (path / "config.json").is_file():
+                hint = "; it has a model: tnadapt.torch.attach adapts it, and load puts a saved adapter on it"
             raise FileError(f"{path}: this folder has no {FILE_NAME}, which save_pretrained writes{hint}")
         return path / FILE_NAME
     if not path.exists():

@@ -7,6 +7,7 @@ them. Also here: which of the base's parameters stay trainable.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import functools
 import inspect
 import itertools
@@ -130,9 +131,12 @@ def _matching(model: nn.Module, patterns: Sequence[Any]) -> list[str]:
     for pattern in patterns:
         matches = [original for name, original in names.items() if is_within(name, pattern)]
         if not matches:
-            modules = ", ".join(name for name, _ in model.named_children())
+            modules = [name for name, _ in model.named_children()]
+            close = difflib.get_close_matches(pattern, modules, 1)
+            meant = f"did you mean {close[0]!r}? The" if close else "the"
             raise TargetError(
-                f"keep_trainable: no parameter is at or below {safe_repr(pattern)}; the model's parts are: {modules}"
+                f"keep_trainable: no parameter is at or below {safe_repr(pattern)}; {meant} model's parts are: "
+                f"{', '.join(modules)}"
             )
         kept.update(dict.fromkeys(matches))
     return list(kept)

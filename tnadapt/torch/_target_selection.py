@@ -274,10 +274,13 @@ class TargetSearch(roles.ModuleTree[Weight]):
         spelled = name.lower().replace("_", "-")
         word = [] if what else difflib.get_close_matches(spelled, roles.KEYWORDS, 1, 1.0 if close else 0.75)
         meant = f"did you mean {word[0]!r}? " if word else ""
+        listed = (
+            f"; for modules of this name give [{name!r}]" if any(roles.ends_in(path, name) for path in names) else ""
+        )
         return TargetError(
             f"no module of {type(self.model).__name__} matches {safe_repr(name)}{what} ({len(names)} could); "
             f"{meant}{hint}. A list takes whole paths or their last whole parts, a plain string is letters of qkvo or "
-            "a regular expression for a whole path"
+            f"a regular expression for a whole path{listed}"
         )
 
     # -- Functions and targets ---------------------------------------------------------------
