@@ -16,7 +16,9 @@ does so, with its default settings, and a dictionary in place of vLLM receives t
     Train with TRL's GRPO, a cycle at every step. TRL generates with transformers here, so that the cycle changes the
     base that is trained, and not the weights that generate.
 ``tables``
-    Write the tables of the documentation from the results.
+    Write the tables of the documentation from the results. Supervised training on the same questions is run by ``python
+    -m benchmarks.quality run number-sequence --tuned-by 0 --out benchmarks/results/rl_drift``, with ``--budgets 13
+    --methods tinylora`` and with ``--budgets 100,1000,10000 --methods unilora``.
 
 The results are in ``results/rl_drift``; ``tasks`` and ``grpo`` append a line for each task or training and skip those
 that have one. The model is fetched into ``--cache`` by :mod:`paper.registries`. Install the extra ``benchmarks``.
@@ -488,17 +490,48 @@ def grpo_table(rows: Sequence[Row]) -> str:
                 for part in (slice(10), slice(-10, None))
             )
             worst = max(several, key=lambda row: row["change"] / row["update"])
-            # Each of them, as a mean would hide a seed that does not learn.
-            right = ", ".join(f"{100 * row['right']:.1f}" for row in several) + " %"
             lines.append((
                 first["title"], f"{first['numbers']:,}", number(first["rate"]),
-                " → ".join(f"{reward:.3f}" for reward in ends), right, said_of(worst),
+                " → ".join(f"{reward:.3f}" for reward in ends), _each([row["right"] for row in several]),
+                said_of(worst),
             ))  # fmt: skip
     if not any(len(several) >= 3 for several in settings.values()):
         return "No contestant has been trained with three seeds yet.\n"
     processors = " and ".join(sorted({row["machine"]["processor"] for row in rows}))
     about = f"{rows[-1]['task']} of reasoning-gym, {rows[-1]['steps']} steps, {processors}"
     return f"{list_table(lines)}\n({about}; right answers of each seed)\n"
+
+
+#: The contestant of GRPO that has the update of a setting of ``benchmarks.quality``.
+SAME = {
+    ("tinylora", 13): "tinylora-13", ("unilora", 100): "unilora-100", ("unilora", 1000): "unilora-1000",
+    ("lora-8", None): "peft-lora",
+}  # fmt: skip
+
+
+def supervised_table(lines: Sequence[Row], rows: Sequence[Row]) -> str:
+    """Return the documentation's table of supervised training, next to GRPO on the same questions.
+
+    Settings have a row from three seeds on. ``lines`` are those of ``benchmarks.quality``, ``rows`` those of GRPO.
+    """
+    settings: dict[tuple[str, int, int], list[Row]] = collections.defaultdict(list)
+    for line in lines:
+        if "key" in line:
+            settings[line["parameters"], line["method"], line["budget"]].append(line)
+    table = [("", "parameters", "supervised", "GRPO")]
+    for (parameters, method, budget), several in sorted(settings.items()):
+        contestant = SAME.get((method, budget or None))
+        rewarded = [row["right"] for row in rows if row["contestant"] == contestant and row["steps"]]
+        if method == "few-shot" or len(several) >= 3:
+            title = " ".join(filter(None, (several[0]["title"], several[0]["label"])))
+            table.append((title, f"{parameters:,}", _each([line["test"] for line in several]), _each(rewarded)))
+    session = next(line["session"] for line in lines if "session" in line)
+    return f"{list_table(table)}\n({session['processor']}; right answers of each seed)\n"
+
+
+def _each(shares: Sequence[float]) -> str:
+    """Return the share of right answers of each seed; a mean would hide one that does not learn."""
+    return ", ".join(f"{100 * share:.1f}" for share in shares) + " %" if shares else "–"
 
 
 def _percent(share: float) -> str:
@@ -529,6 +562,9 @@ def tables(folder: Path) -> None:
     for part, table in (("cycle", cycle_table), ("grpo", grpo_table)):
         if (rows := read(folder / f"{part}.jsonl")) or part == "grpo":
             (folder / f"{part}.rst").write_text(table(rows), encoding="utf-8")
+    if lines := read(folder / "number-sequence.jsonl"):
+        text = supervised_table(lines, read(folder / "grpo.jsonl"))
+        (folder / "supervised.rst").write_text(text, encoding="utf-8")
 
 
 def main() -> None:

@@ -59,6 +59,12 @@ TABLES: dict[str, tuple[str, Callable[[Any], str]]] = {
     },
     "rl_drift/cycle": ("rl_drift", lambda script: script.cycle_table(results("rl_drift/cycle.jsonl"))),
     "rl_drift/grpo": ("rl_drift", lambda script: script.grpo_table(script.read(script.RESULTS / "grpo.jsonl"))),
+    "rl_drift/supervised": (
+        "rl_drift",
+        lambda script: script.supervised_table(
+            results("rl_drift/number-sequence.jsonl"), results("rl_drift/grpo.jsonl")
+        ),
+    ),
 }
 
 
@@ -526,3 +532,42 @@ def test_the_numbers_of_the_examples_of_populations_are_measured() -> None:
     ) in text
     assert users["of the population"] == users["of models of their own"]
     assert f"{users['of the population']} % in both cases, {users['accuracy of the base']} % before" in text
+
+
+def test_supervised_training_stands_next_to_grpo_with_the_same_update(benchmark_scripts: Scripts) -> None:
+    def line(method: str, parameters: int, budget: int, seed: int, test: float) -> dict[str, Any]:
+        return {
+            "key": "k", "method": method, "title": method.title(), "label": "r = 4" * (method == "unilora"),
+            "parameters": parameters, "budget": budget, "seed": seed, "test": test,
+        }  # fmt: skip
+
+    lines = [
+        {"study": {}}, {"session": {"processor": "P"}}, line("few-shot", 0, 0, 0, 0.09),
+        *(line("unilora", 100, 100, seed, 0.1 * seed) for seed in range(3)),
+        *(line("lora-8", 5000, 0, seed, 0.5) for seed in range(3)),
+        *(line("dense", 9000, 0, seed, 0.6) for seed in range(2)),
+    ]  # fmt: skip
+    rows = [{"contestant": "base", "steps": 0, "right": 0.01}]
+    rows += [{"contestant": "unilora-100", "steps": 20, "right": 0.2 + 0.1 * seed} for seed in range(3)]
+    text = benchmark_scripts("rl_drift").supervised_table(lines, rows)
+    cells = [line[7:] for line in text.splitlines() if line[5:6] == "-"]
+    assert cells[4:] == [
+        *("Few-Shot", "0", "9.0 %", "–"),
+        *("Unilora r = 4", "100", "0.0, 10.0, 20.0 %", "20.0, 30.0, 40.0 %"),
+        *("Lora-8", "5,000", "50.0, 50.0, 50.0 %", "–"),
+    ]
+    assert text.endswith("(P; right answers of each seed)\n")
+
+
+def test_what_the_page_says_of_few_parameters_is_in_the_results() -> None:
+    supervised, rewarded = ({}, {})
+    for line in results("rl_drift/number-sequence.jsonl"):
+        if "key" in line:
+            supervised.setdefault((line["method"], line["budget"]), []).append(line["test"])
+    for row in results("rl_drift/grpo.jsonl"):
+        rewarded.setdefault(row["contestant"], []).append(row["right"])
+    (few_shot,) = supervised["few-shot", 0]
+    assert statistics.fmean(supervised["tinylora", 13]) < few_shot
+    assert statistics.fmean(rewarded["tinylora-13"]) < few_shot
+    spread = statistics.stdev(rewarded["unilora-1000"])
+    assert statistics.fmean(rewarded["peft-lora"]) - statistics.fmean(rewarded["unilora-1000"]) < spread
