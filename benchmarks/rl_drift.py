@@ -505,7 +505,7 @@ def grpo_table(rows: Sequence[Row]) -> str:
 #: The contestant of GRPO that has the update of a setting of ``benchmarks.quality``.
 SAME = {
     ("tinylora", 13): "tinylora-13", ("unilora", 100): "unilora-100", ("unilora", 1000): "unilora-1000",
-    ("lora-8", None): "peft-lora",
+    ("lora-8", 0): "peft-lora",
 }  # fmt: skip
 
 
@@ -520,7 +520,7 @@ def supervised_table(lines: Sequence[Row], rows: Sequence[Row]) -> str:
             settings[line["parameters"], line["method"], line["budget"]].append(line)
     table = [("", "parameters", "supervised", "GRPO")]
     for (parameters, method, budget), several in sorted(settings.items()):
-        contestant = SAME.get((method, budget or None))
+        contestant = SAME.get((method, budget))
         rewarded = [row["right"] for row in rows if row["contestant"] == contestant and row["steps"]]
         if method == "few-shot" or len(several) >= 3:
             title = " ".join(filter(None, (several[0]["title"], several[0]["label"])))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import importlib
 import importlib.util
 import json
@@ -560,14 +561,16 @@ def test_supervised_training_stands_next_to_grpo_with_the_same_update(benchmark_
 
 
 def test_what_the_page_says_of_few_parameters_is_in_the_results() -> None:
-    supervised, rewarded = ({}, {})
+    supervised = collections.defaultdict(list)
+    rewarded = collections.defaultdict(list)
     for line in results("rl_drift/number-sequence.jsonl"):
         if "key" in line:
-            supervised.setdefault((line["method"], line["budget"]), []).append(line["test"])
+            supervised[line["method"], line["budget"]].append(line["test"])
     for row in results("rl_drift/grpo.jsonl"):
-        rewarded.setdefault(row["contestant"], []).append(row["right"])
+        rewarded[row["contestant"]].append(row["right"])
     (few_shot,) = supervised["few-shot", 0]
     assert statistics.fmean(supervised["tinylora", 13]) < few_shot
     assert statistics.fmean(rewarded["tinylora-13"]) < few_shot
     spread = statistics.stdev(rewarded["unilora-1000"])
     assert statistics.fmean(rewarded["peft-lora"]) - statistics.fmean(rewarded["unilora-1000"]) < spread
+    assert 0.75 < statistics.fmean(supervised["unilora", 1000]) / statistics.fmean(supervised["lora-8", 0]) < 1

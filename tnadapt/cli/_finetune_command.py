@@ -328,7 +328,7 @@ def finetune_command(
         device_of = (None if dry_run else assumed) or job.usable_device(device)
         training = job.Training(
             epochs=epochs or (25 if digits else 3), batch=batch or 32, device=device_of,
-            least_steps=0 if epochs else ENOUGH_STEPS,
+            least_steps=0 if epochs or digits else ENOUGH_STEPS,
             targets=chosen if isinstance(chosen, str) else tuple(chosen), report_to=report_to.value,
         )  # fmt: skip
         with reporter() as shown:

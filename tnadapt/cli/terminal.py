@@ -133,7 +133,9 @@ _WANTED = "Input should be "
 
 def _instead_of_argument(context: Any) -> str:
     """Return the option that an argument too many was probably meant for, if that was not given."""
-    values = getattr(context, "params", {})
+    if context is None:
+        return ""
+    values = context.params
     if not any(parameter.param_type_name == "argument" for parameter in context.command.params):
         return "; give the model by --model" if values.get("model", "") is None else ""
     return "; give the output by -o" if values.get("out", "") is None else ""

@@ -246,7 +246,7 @@ class Study:
         self.rates, self.seeds = sorted(set(rates)), range(integer("seeds", seeds, 0, 1 << 20, ConfigError))
         self.reporter = Reporter() if reporter is None else reporter
         self.problem: Problem = open_problem(spec, self.reporter.preparing)
-        self.training = training.on_samples(len(self.problem.parts["training"].labels))
+        self.training = _with_enough_steps(training, len(self.problem.parts["training"].labels))
         # Everything is checked on a sketch, before a base is pretrained.
         model = self.problem.sketch() if self.problem.sketch else self.problem.build(0)
         if self.problem.sketch is None:
@@ -417,10 +417,12 @@ class Study:
                 try:
                     timed[method] = seconds_of(self.problem, Task(method, 0, self.rates[0]), self.training)
                 except Exception:  # its training reports the error, with the results of others saved
-                    return
+                    break
                 began = min(began, time.monotonic())  # the first one also loads what all need
         gc.collect()  # models are in cycles of references
         torch.cuda.empty_cache()  # the memory is for the workers
+        if not timed:
+            return
         usual = statistics.fmean(timed.values())
         total = sum(timed.get(method, usual) * (count + later) for method, count in counts.items())
         self.reporter.estimated(total / jobs)
@@ -488,6 +490,14 @@ class Study:
             pareto(marks, path, title=title, note=note, axis=axis)
             return path
         return None
+
+
+def _with_enough_steps(training: Training, samples: int) -> Training:
+    """Return the settings with the epochs that take ``least_steps`` steps on so many samples."""
+    if not training.least_steps or training.steps is not None:
+        return training
+    epochs = math.ceil(training.least_steps / math.ceil(samples / training.batch))
+    return dataclasses.replace(training, epochs=max(training.epochs, epochs))
 
 
 def _calls(tasks: Sequence[Task], most: int) -> list[Task | Together]:

@@ -59,7 +59,7 @@ class Training:
         The integration of transformers that trainings are reported to, such as ``tensorboard``; ``none`` for no
         reports.
     least_steps : int
-        A study takes more epochs if the samples are too few for so many steps.
+        Where so many epochs are fewer steps, a :class:`~tnadapt.finetune.Study` takes more epochs.
     """
 
     epochs: int
@@ -93,17 +93,6 @@ class Training:
             del settings[name]
         usual = {field.name: field.default for field in dataclasses.fields(self)}
         return {name: value for name, value in settings.items() if name not in _LATER or value != usual[name]}
-
-    def on_samples(self, count: int) -> Training:
-        """Return these settings with the epochs that take ``least_steps`` steps on so many samples.
-
-        Examples
-        --------
-        >>> Training(epochs=3, batch=32, least_steps=200).on_samples(320).epochs
-        20
-        """
-        epochs = max(self.epochs, math.ceil(self.least_steps / math.ceil(count / self.batch)))
-        return dataclasses.replace(self, epochs=epochs, least_steps=0)
 
     @property
     def selection(self) -> str | list[str]:
@@ -243,7 +232,7 @@ def train_together(
 
 
 def seconds_of(problem: Problem, task: Task, training: Training) -> float:
-    """Return about how many seconds a training takes: it takes two steps, and evaluates one batch of the second's size.
+    """Estimate the seconds of a training, from the time of its second step and of the evaluation of one batch.
 
     Parameters
     ----------
@@ -254,7 +243,12 @@ def seconds_of(problem: Problem, task: Task, training: Training) -> float:
     Returns
     -------
     float
-        Building the model, all steps at the speed of the second one, and the evaluation at that of the batch.
+        To build the model, take all steps, and evaluate it. Nothing is saved, and global generators stay as they are.
+
+    Raises
+    ------
+    TnadaptError
+        If the method does not fit the model.
     """
     device, part = torch.device(training.device), problem.parts["training"]
     began = time.perf_counter()
