@@ -1,15 +1,15 @@
 """Does one learning rate fit all settings? ``python benchmarks/rates.py TASK FOLDER`` trains each at five rates.
 
-``digits``, ``reviews`` and ``cifar10`` are the tasks of ``benchmarks/finetune.py``. Presets have ``rate="adam"``, whose
-rate is 1e-2. Each setting is trained at a quarter, half, once, twice and four times that rate, with several seeds;
-the new head has a rate of its own, the same for all settings, so that it does not favor one. Results are written to
-``results/rates/TASK.jsonl``, one line per training; an interrupted run resumes. On two idle cores the digits take half
-an hour, the others three to four hours with three seeds.
+Presets have ``rate="adam"``, whose rate is 1e-2. Each setting is trained at a quarter, half, once, twice and four times
+that rate, with several seeds; the new head has a rate of its own, the same for all settings, so that it does not favor
+one. Results are written to ``results/rates/TASK.jsonl``, one line per training; an interrupted run resumes. On two idle
+cores the digits take half an hour, the others three to four hours with three seeds.
 
 ``python benchmarks/rates.py table`` writes the tables that ``docs/learning_rate.rst`` shows from the results; among
 them that of the powers of N / n in ``results/rates/power.jsonl``, which were trained with ``SPREAD = 0`` in
-``tnadapt.algebra.units``, and that of norms in ``norm.jsonl``, trained with ``step_norm`` 1 for any number of
-weights.
+``tnadapt.algebra.units``, that of norms in ``norm.jsonl``, trained with ``step_norm`` 1 for any number of weights, and
+that of Adam's second beta, from ``results/quality/reviews.jsonl`` and ``beta2.jsonl``. The latter has the same settings
+trained with torch's 0.999, by ``benchmarks.quality`` of commit 3f9f04a7.
 """
 
 from __future__ import annotations
@@ -33,6 +33,9 @@ from tnadapt.finetune.grid import method_of
 from tnadapt.finetune.results import read_lines
 
 RESULTS = Path(__file__).parent / "results" / "rates"
+QUALITY = Path(__file__).parent / "results" / "quality"
+#: Percent of the reviews that a model which has learned nothing classifies correctly, at most.
+CHANCE = 55.0
 DEFAULT = RATE
 RATES = [DEFAULT * factor for factor in (0.25, 0.5, 1.0, 2.0, 4.0)]
 
@@ -70,11 +73,11 @@ class _Settings:
         return Spec(**given, cache=folder / "cache")
 
 
-# The rates of the heads are those that are best for a head alone, of a factor of 4 apart.
+# The rates of the heads are those that are best for a head alone, of a factor of 4 apart. The betas are torch's.
 TASKS = {
-    "digits": _Settings(Training(epochs=25, batch=32, head_rate=0.004)),
-    "reviews": _Settings(Training(epochs=2, batch=16, head_rate=0.001), limit=2000),
-    "cifar10": _Settings(Training(epochs=2, batch=16, head_rate=0.001), limit=1500, image_size=56),
+    "digits": _Settings(Training(epochs=25, batch=32, head_rate=0.004, beta2=0.999)),
+    "reviews": _Settings(Training(epochs=2, batch=16, head_rate=0.001, beta2=0.999), limit=2000),
+    "cifar10": _Settings(Training(epochs=2, batch=16, head_rate=0.001, beta2=0.999), limit=1500, image_size=56),
 }
 
 
@@ -240,6 +243,34 @@ def norm_table() -> str:
     return list_table(text)
 
 
+def beta2_table() -> str:
+    """Return scores of the reviews with the default betas and with torch's, in reStructuredText.
+
+    Only trainings at the default rate count, and seeds that both have.
+    """
+    files = (RESULTS / "beta2.jsonl", QUALITY / "reviews.jsonl")
+    old, new = ({line["key"]: line for line in read_lines(path) if "key" in line} for path in files)
+    scores: dict[tuple[int, str], list[tuple[float, float]]] = {}
+    for key in old.keys() & new.keys():
+        line = new[key]
+        if line["library"] == "tnadapt" and line["rate"] == DEFAULT:
+            pair = (100.0 * old[key]["test"], 100.0 * line["test"])
+            scores.setdefault((line["parameters"], f"{line['title']}, {line['label']}"), []).append(pair)
+    text = [("setting", "parameters", "seeds", "β₂ = 0.999", "lowest", "β₂ = 0.9", "lowest")]
+    worst: list[tuple[float, float]] = []
+    for (parameters, name), pairs in sorted(scores.items()):
+        columns = list(zip(*pairs, strict=True))
+        worst.append((min(columns[0]), min(columns[1])))
+        cells = (f"{value:.1f}" for column in columns for value in (statistics.fmean(column), min(column)))
+        text.append((name, f"{parameters:,}", str(len(pairs)), *cells))
+    means = [statistics.fmean(pair[place] for pairs in scores.values() for pair in pairs) for place in (0, 1)]
+    failed = [sum(lowest[place] < CHANCE for lowest in worst) for place in (0, 1)]
+    return (
+        f"With 0.999, {failed[0]} of {len(worst)} settings end below {CHANCE:g} % with some seed; with 0.9, "
+        f"{failed[1] or 'none'}. The mean test accuracy is {means[0]:.1f} and {means[1]:.1f} %.\n\n{list_table(text)}"
+    )
+
+
 def main() -> None:
     """Run a task, or write the tables."""
     parser = argparse.ArgumentParser(description="Settings at several learning rates.")
@@ -254,7 +285,8 @@ def main() -> None:
             parser.error("give a folder for models and data")
         run(given.task, given.folder, given.seeds, given.jobs, given.engine)
     tables = {name: table(name) for name in TASKS if (RESULTS / f"{name}.jsonl").is_file()}
-    for name, text in {**tables, "summary": summary(), "power": power_table(), "norm": norm_table()}.items():
+    tables |= {"summary": summary(), "power": power_table(), "norm": norm_table(), "beta2": beta2_table()}
+    for name, text in tables.items():
         path = RESULTS / f"{name}.rst"
         path.write_text(text, encoding="utf-8")
         print(path)

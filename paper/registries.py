@@ -52,8 +52,7 @@ def fetch(name: str, folder: Path) -> tuple[Path, Path]:
 
     Parameters
     ----------
-    name : {"cifar10", "few", "llama", "reviews"}
-        "few" is the same as "reviews".
+    name : {"cifar10", "llama", "reviews"}
     folder : Path
         Created if needed.
 
@@ -440,7 +439,6 @@ def _run(command: list[str], place: str | None = None) -> None:
 SOURCES: dict[str, Callable[[Path], tuple[Path, Path]]] = {
     "reviews": reviews,
     "cifar10": cifar10,
-    "few": reviews,
     "llama": llama,
 }
 

@@ -140,6 +140,8 @@ def _way_out(name: str, value: Any, parameters: Collection[str]) -> str | None:
     """Return which argument to give instead of a wrong one, if that is clear."""
     if name == "rank" and "max_error" in parameters and _is_number(value) and 0.0 < float(value) < 1.0:
         return f"for a relative error, max_error={float(value)!r}"
+    if name == "rank" and "mask" in parameters and _is_array(value):
+        return "give an array of known elements as mask=, and one of their weights as weights="
     if name == "members" and (isinstance(value, str) or _is_integer(value)):
         text = safe_repr(value)
         return f"for one, {f'member={text}' if 'member' in parameters else f'members=[{text}]'}"

@@ -168,6 +168,9 @@ _OTHER_KEYWORDS = {
     },
 }  # fmt: skip
 
+# Keywords of an optimizer.
+_OF_TRAINING = ("lr", "learning_rate", "weight_decay")
+
 # Keywords of PEFT without a counterpart, and what to do instead.
 _NOT_NEEDED = {
     "task_type": "attach takes any model, so leave it out; train a new head by keep_trainable=",
@@ -225,6 +228,8 @@ def keyword_hint(name: str) -> str | None:
     >>> keyword_hint("lora_alpha"), keyword_hint("alpha")
     ("PEFT's 'lora_alpha' is 'alpha' here, a setting of tnadapt.Config and its presets", None)
     """
+    if name in _OF_TRAINING:
+        return f"{name!r} is the optimizer's, as in torch.optim.AdamW(adapter.parameters(), lr=0.01)"
     if name in _NOT_NEEDED:
         return f"PEFT's {name!r} has no equivalent: {_NOT_NEEDED[name]}"
     for library, keywords in _OTHER_KEYWORDS.items():

@@ -1,14 +1,16 @@
-"""Tables of results as text, Markdown and HTML, and progress bars."""
+"""Output: tables of results as text, Markdown and HTML, progress bars, and silencing of other libraries."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import html
 import importlib
+import logging
 import shutil
 import sys
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, Self
 
 from tnadapt.argument_checks import checks_arguments, wrong_argument
@@ -268,3 +270,32 @@ class _Terminal(_Nowhere):
 
     def close(self) -> None:
         print(file=sys.stderr)
+
+
+# -- Messages of other libraries -----------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def quiet(*loggers: str, level: int = logging.CRITICAL) -> Iterator[None]:
+    """Show only messages of this level and above of other libraries' loggers inside ``with``."""
+    before = {name: logging.getLogger(name).level for name in loggers}
+    for name in loggers:
+        logging.getLogger(name).setLevel(level)
+    try:
+        yield
+    finally:
+        for name, old in before.items():
+            logging.getLogger(name).setLevel(old)
+
+
+@contextlib.contextmanager
+def silent(transformers: Any, level: int = logging.CRITICAL) -> Iterator[None]:
+    """Silence the messages and progress bars of transformers and of the hub's client inside ``with``."""
+    bars = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        with quiet("transformers", "huggingface_hub", level=level):
+            yield
+    finally:
+        if bars:
+            transformers.utils.logging.enable_progress_bar()

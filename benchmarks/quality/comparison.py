@@ -11,7 +11,7 @@ from typing import Any
 
 from paper.paired_statistics import interval
 
-from .methods import CONTROLS, DENSE
+from .methods import BASE, CONTROLS, DENSE
 from .tasks import QualityTask
 from .tuning import held_out, trains
 
@@ -275,6 +275,24 @@ def added_by_search(task: QualityTask, outcomes: Sequence[Outcome]) -> float | N
         for seeds in [sorted(one.test)[: one.tuned_by]]
     ]
     return statistics.median(added) / whole if added and whole > 0 else None
+
+
+def worse_than_base(task: QualityTask, outcomes: Sequence[Outcome]) -> tuple[int, int] | None:
+    """Return how many of tnadapt's settings are worse than the base with some seed, and how many there are.
+
+    All are at their default rates. Settings that diverged count as worse. None if the base was not measured.
+    """
+    base = next((one for one in outcomes if one.method == BASE.name and one.measured), None)
+    if base is None:
+        return None
+    ours = [one for one in outcomes if one.library == "tnadapt"]
+    worse = [
+        one
+        for one in ours
+        if not one.measured
+        or any(task.quality(score) < task.quality(base.test.get(seed, base.mean)) for seed, score in one.test.items())
+    ]
+    return len(worse), len(ours)
 
 
 def spread_of_methods(task: QualityTask, outcomes: Sequence[Outcome], budget: int) -> tuple[float, float] | None:

@@ -22,6 +22,10 @@ RESULTS = "https://github.com/tnadapt/tnadapt/blob/main/benchmarks/results/quali
 #: Arguments of ``python -m benchmarks.quality run TASK --profile day``, in the order of the runs.
 RUNS: dict[str, tuple[str, ...]] = {
     "digits": ("--budgets 13,100,1000,10000",),
+    "reviews": (
+        "--budgets 1000,10000 "
+        "--methods lora,lorta,superlora,superlora-projected,fastfood,lora_xs,tinylora,unilora,fourierft",
+    ),
 }
 
 
@@ -83,15 +87,20 @@ def _task(folder: Path, task: tasks.QualityTask, scale: str) -> Iterator[str]:
     yield from wrapped(f"### `{task.name}`: {task.title}")
     yield from wrapped(
         f"{task.parts}; {sizes} samples for training, validation and test. {len(facts.shapes)} weights with "
-        f"{facts.size:,} elements are adapted. Controls, test {task.metric}: {scores}."
+        f"{facts.size:,} elements are adapted. Controls, test {task.metric}: {scores}.{_precision(found)}"
     )
-    if report.at_best_rates(outcomes):
-        yield from wrapped(EARLIER)
     if budgets_of(outcomes):
         yield from (f"![Test {task.metric} against parameters]({name}.png)", "")
         yield which.task_answer(task, outcomes, facts)
         yield ""
     yield from wrapped(f"[All settings, seeds, rates and the machine]({RESULTS}/{name}.md)")
+
+
+def _precision(results: store.TaskResults) -> str:
+    """Say which of torch's precisions of products were used, unless all are exact ones of float32."""
+    used = sorted({line.get("precision", "highest") for line in results.records.values()} - {"highest"})
+    calls = " and ".join(f"`torch.set_float32_matmul_precision({word!r})`" for word in used)
+    return f" Trained with {calls}." if used else ""
 
 
 def _learned(folder: Path) -> Iterator[str]:
@@ -129,7 +138,8 @@ COLUMNS = """\
 *Clear gain from*: the smallest budget of parameters at which a method is clearly better than the best control. *Half of
 it at*: the number of parameters at which the best methods reach half of the gain of dense updates. *Tuned rate adds*:
 what the best learning rate that was tried gains over the default one, as a share of the gain of dense updates, the
-median over tnadapt's methods; – if it was not measured by this rule.
+median over tnadapt's methods with the first seed. *Worse than base*: how many of tnadapt's settings are, with
+some seed at the default rate.
 """
 
 STEPS = """\
@@ -160,10 +170,6 @@ Each table has a row for each budget of parameters:
 in another way; the sentences above are about tnadapt's methods alone. {doc}`glossary` has the symbols of settings.
 """
 
-EARLIER = """\
-These results are of an earlier rule: rows are at the best rate tried, with all seeds. They are to be repeated.
-"""
-
 LEARNED = """\
 ## How many parameters a task needs
 
@@ -188,10 +194,10 @@ better than the best control.
 is the control *fitted head*.
 
 **Rates.** Every method is trained with all seeds at its default rate: 0.01 for tnadapt, for PEFT's methods those of
-PEFT's own comparison (MetaMathQA). The first seed is also trained at a third of it and at three times as much. While
-the best rate is the lowest or highest of those tried, one beyond it is tried, at most {beyond} on each side. A rate at
-which a training fails with an error counts as one that diverges. Test samples choose nothing: not the rate, not the
-method, not when to stop.
+PEFT's own comparison (MetaMathQA). All are trained by the same AdamW, with both betas 0.9. The first seed is also
+trained at a third of it and at three times as much. While the best rate is the lowest or highest of those tried, one
+beyond it is tried, at most {beyond} on each side. A rate at which a training fails with an error counts as one that
+diverges. Test samples choose nothing: not the rate, not the method, not when to stop.
 
 **Intervals** are differences of test scores, paired over seeds (the same new head and order of samples), with 95 % of
 Student's t. They are not corrected for the number of methods: of 20 that are as good as the best, one is expected not

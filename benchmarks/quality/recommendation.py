@@ -163,16 +163,17 @@ def _is_served(studies: Sequence[Study], own: Sequence[Outcome]) -> bool:
     return all(lora_rank(one, study.facts) is not None for study, one in zip(studies, own, strict=True))
 
 
-def _percent(shares: Sequence[float]) -> str:
-    """Return the mean in percent, and the lowest and highest of several."""
+def _percent(shares: Sequence[float], of: str = "") -> str:
+    """Return the mean in percent, of what it is, and the lowest and highest of several."""
     mean, *ends = (round(100.0 * one) for one in (statistics.fmean(shares), min(shares), max(shares)))
-    return f"{mean}%" if len(shares) == 1 else f"{mean}%, from {ends[0]}% to {ends[1]}%"
+    return f"{mean}%{of}" if len(shares) == 1 else f"{mean}%{of}, from {ends[0]}% to {ends[1]}%"
 
 
 def sentence(one: Recommendation) -> str:
     """Return the answer in words: which method to choose, and which one if it is to be served as LoRA."""
     best, served = one.best, one.served
-    told = f"Up to {one.budget:,} parameters, choose {best.shown} ({_percent(best.shares)} of dense updates' gain)"
+    share_of_best = _percent(best.shares, " of dense updates' gain")
+    told = f"Up to {one.budget:,} parameters, choose {best.shown} ({share_of_best})"
     if served is None:
         return f"{told}; LoRA servers such as vLLM take no measured method."
     if served.method == best.method:

@@ -12,7 +12,7 @@ from tnadapt.checkpoints.atomic_files import replace_file
 from tnadapt.report import TextTable
 
 from ..formatting import folded, wrapped
-from . import methods, store
+from . import store
 from .comparison import Difference, Outcome, at_budget, control_of, dense_of, difference, leader_of, outcomes_of, tells
 from .figures import LIBRARIES, budgets_of, draw_methods, draw_scores
 from .tasks import QualityTask
@@ -124,8 +124,6 @@ def _about(task: QualityTask, found: store.TaskResults, outcomes: Sequence[Outco
         f"Rates tried, the best of them chosen by {by} seed{'s' * (by != '1')} on held-out {task.chosen_by}: "
         f"{', '.join(f'{rate:g}' for rate in rates)}."
     )
-    if at_best_rates(outcomes):
-        yield "These results are of an earlier rule: rows are at the best rate tried, with all seeds; to be repeated."
     failed = sum("failed" in line for line in records)
     if failed:
         number = f"{failed:,} training{'s' * (failed != 1)}"
@@ -137,12 +135,6 @@ def _about(task: QualityTask, found: store.TaskResults, outcomes: Sequence[Outco
     if edges:
         yield f"The best rate of {len(edges)} settings is the lowest or highest that was tried; they are marked with ←."
     yield f"Machine: {'; '.join(dict.fromkeys(map(_machine, found.sessions)))}."
-
-
-def at_best_rates(outcomes: Sequence[Outcome]) -> bool:
-    """Return whether results are of the earlier rule, by which each method is shown at its best rate."""
-    defaults = {name: methods.find(name).rate for name in methods.names()}
-    return any(outcome.rate != defaults.get(outcome.method, outcome.rate) for outcome in outcomes)
 
 
 def _best_rates(outcomes: Sequence[Outcome], library: str) -> str:

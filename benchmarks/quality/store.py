@@ -44,7 +44,8 @@ def versions() -> dict[str, Any]:
 
 def origin(device: str) -> dict[str, Any]:
     """Return what a training's line says of the machine that it ran on."""
-    return {"device": torch.device(device).type, "versions": installed("peft", "torch")}
+    precision = torch.get_float32_matmul_precision()  # "medium" computes products in bfloat16 where that is faster
+    return {"device": torch.device(device).type, "versions": installed("peft", "torch"), "precision": precision}
 
 
 def stem(task: str, scale: str) -> str:

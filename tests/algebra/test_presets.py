@@ -294,7 +294,10 @@ def test_grouped_query_attention_is_refused_with_the_way_out(name: str) -> None:
     assert tna.UpdatePlan(config.replace(groups=2), [(96, 96)] * 8).num_groups == 2
 
 
-@pytest.mark.parametrize(("name", "takes"), [("lora", "rank"), ("superlora", "rank"), ("vera", "rank")])
+@pytest.mark.parametrize(
+    ("name", "takes"),
+    [("lora", "rank"), ("superlora", "rank"), ("vera", "rank"), ("fourierft", "n, the number for each weight")],
+)
 def test_a_number_of_parameters_is_that_of_other_presets(name: str, takes: str) -> None:
     words = (
         f"parameters=1000: this preset takes {takes}; unilora, tinylora, fastfood and nola take a number of parameters"
@@ -303,7 +306,7 @@ def test_a_number_of_parameters_is_that_of_other_presets(name: str, takes: str) 
         getattr(tna.presets, name)(parameters=1000)
     # With a map before the network, it is that of the map.
     config = getattr(tna.presets, name)(parameters=10, before="one-hot")
-    assert tna.UpdatePlan(config, [(8, 8)] * 4).num_parameters >= 10
+    assert tna.UpdatePlan(config, [(96, 96)] * 4).num_parameters >= 10
 
 
 def test_a_fold_of_the_callers_own_is_of_any_weights() -> None:

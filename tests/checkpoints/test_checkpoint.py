@@ -313,6 +313,12 @@ def test_dtypes_that_numpy_lacks_are_carried(tmp_path: Path, tag: str) -> None:
 @pytest.mark.law("pickle-refused", "merge-disk-faults")
 def test_what_is_no_checkpoint(tmp_path: Path) -> None:
     assert refused(tmp_path / "none") == f"{tmp_path / 'none'}: No such file or directory"
+    (tmp_path / "trained.safetensors").mkdir()
+    meant = f"; did you mean {str(tmp_path / 'trained.safetensors')!r}?"
+    assert refused(tmp_path / "traind.safetensors").endswith(f"No such file or directory{meant}")
+    # A suffix that all files share makes no names similar.
+    assert refused(tmp_path / "none.safetensors").endswith("No such file or directory")
+    (tmp_path / "trained.safetensors").rmdir()
     assert "empty folder" in refused(tmp_path)
     for path in ("", "a\0b"):
         assert f"a path must be a string or PathLike that can name a file; got {path!r}" in refused(path)

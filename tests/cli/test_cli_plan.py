@@ -203,6 +203,8 @@ def test_a_hub_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     ]  # fmt: skip
     with pytest.raises(FileError, match=r"org/none: no such file .* loading it from the hub failed: 404: org/none$"):
         model_targets("org/none")
+    with pytest.raises(FileError, match=r"404: unilra; a model is expected here, and 'unilora' is a method$"):
+        model_targets("unilra")
     # What is here is not asked for there.
     (tmp_path / "gpt2").mkdir()
     with pytest.raises(FileError, match="empty folder"):

@@ -252,14 +252,12 @@ def test_the_table() -> None:
         ]
 
 
-@pytest.mark.parametrize("name", ["digits", "reviews", "cifar10"])
-def test_a_table_is_that_of_its_results(benchmark_scripts: Callable[[str], ModuleType], name: str) -> None:
+def test_a_table_is_that_of_its_results(benchmark_scripts: Callable[[str], ModuleType]) -> None:
     script = benchmark_scripts("finetune")
-    assert name in script.OPTIONS
-    results = script.RESULTS / f"{name}.jsonl"
-    table = (script.RESULTS / f"{name}.csv").read_text(encoding="utf-8")
+    results = script.RESULTS / "digits.jsonl"
+    table = (script.RESULTS / "digits.csv").read_text(encoding="utf-8")
     assert table == script.table(results)
-    assert (script.RESULTS / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert (script.RESULTS / "digits.png").read_bytes().startswith(b"\x89PNG")
     lines = [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()]
     records = [line for line in lines if "key" in line]
     seeds, rates = ({line[field] for line in records} for field in ("seed", "rate"))

@@ -352,6 +352,16 @@ def test_where_the_cache_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert list((tmp_path / "home").rglob("tnadapt/digits/*"))
 
 
+def test_a_training_of_no_steps_is_refused() -> None:
+    for settings, message in (
+        ({"epochs": 0}, "epochs must be at least 1; got 0"),
+        ({"batch": 0}, "batch must be at least 1; got 0"),
+        ({"steps": -1}, "steps must be at least 1; got -1"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            Training(**{"epochs": 1, "batch": 8, **settings})
+
+
 def test_what_does_not_fit_is_refused_before_a_base_is_trained(tmp_path: Path) -> None:
     told: list[str] = []
 
@@ -402,6 +412,38 @@ def test_the_rate_of_a_head(optimiser: str, shape: str) -> None:
             scheduler.step()
     alone, _ = schedule.begin([head], 10, OwnRates([head], 0.4))
     assert len(alone.param_groups) == 1
+
+
+@given(gradients=st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=40), sign=st.sampled_from([-1.0, 1.0]))
+def test_no_step_is_larger_than_the_rate(gradients: list[float], sign: float) -> None:
+    """With equal betas |m| ≤ √v (Jensen): the weights of both means are the same."""
+    assert max(moves(Schedule(0.1), [sign**number * g for number, g in enumerate(gradients)])) <= 0.1 * (1 + 1e-4)
+
+
+@pytest.mark.parametrize("beta2", [0.9, 0.95, 0.999])
+def test_the_largest_step_where_gradients_grow(beta2: float) -> None:
+    """It is (1 - β₁) / √((1 - β₂) (1 - β₁² / β₂)) rates: 1, 1.17 and 7.27 (Cauchy-Schwarz)."""
+    gradients = [1e-3] * 4000 + [1e-3 * (beta2 / 0.9) ** number for number in range(200)]
+    largest = (1 - 0.9) / math.sqrt((1 - beta2) * (1 - 0.9**2 / beta2))
+    assert max(moves(Schedule(1.0, beta2=beta2), gradients)) == pytest.approx(largest, rel=0.02)
+
+
+def moves(schedule: Schedule, gradients: list[float]) -> list[float]:
+    """Return how far one parameter moves in each step of a long training, without the schedule of rates."""
+    parameter = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))
+    optimiser, _ = dataclasses.replace(schedule, warmup=0.0).begin([parameter], 10**6)
+    path = [0.0]
+    for gradient in gradients:
+        parameter.grad = torch.tensor([gradient], dtype=torch.float64)
+        optimiser.step()
+        path.append(parameter.item())
+    return [abs(b - a) for a, b in itertools.pairwise(path)]
+
+
+@pytest.mark.parametrize("beta2", [1.0, -0.1, math.nan])
+def test_a_second_beta_is_from_0_to_below_1(beta2: float) -> None:
+    with pytest.raises(TnadaptError, match=rf"^beta2 must be from 0 to below 1; got {beta2}$"):
+        Training(1, 16, beta2=beta2)
 
 
 def test_a_loss_that_is_not_finite_ends_the_training_before_its_step(cache: Path) -> None:

@@ -82,13 +82,14 @@ def test_every_import_is_declared() -> None:
     def names(requirements: list[str]) -> set[str]:
         return {re.split(r"[>\[]", one)[0].replace("-", "_") for one in requirements}
 
-    required = {"scipy", "numpy", "opt_einsum", "tensorly", "array_api_compat", "safetensors"}
+    required = {"scipy", "numpy", "tensorly", "array_api_compat", "safetensors"}
     optional = {
         "torch", "jax", "typer", "hypothesis", "pytest", "peft", "matplotlib", "transformers", "timm", "datasets",
         "huggingface_hub", "threadpoolctl", "dask", "gguf", "numba", "onnx", "diffusers", "torch_fidelity", "ray",
         "submitit",
     }  # fmt: skip
-    assert required <= names(PROJECT["dependencies"])
+    assert required | {"packaging"} == names(PROJECT["dependencies"])
+    assert required <= {name for _, name in imported()}
     assert optional | {"cupy_cuda12x", "scikit_learn", "pillow"} <= names(EXTRAS)
     known = required | optional | {"cupy", "sklearn", "PIL", "tnadapt", "paper"}
     known |= {"triton"}  # comes with torch, where torch is for CUDA

@@ -34,6 +34,7 @@ from benchmarks.quality.comparison import (
     share,
     spread_of_methods,
     tells,
+    worse_than_base,
 )
 from benchmarks.quality.recommendation import Study, recommendations, sentence
 from tests.quality.played_task import PlayedTask
@@ -163,7 +164,7 @@ def test_held_out_samples_choose_and_the_shares_are_of_test_samples() -> None:
     assert (answer.budget, answer.tasks, answer.best.name) == (100, ("played", "other"), "a")
     assert answer.best.shares == pytest.approx([0.3 / 0.6, 0.4 / 0.8])
     assert answer.served is None
-    told = "Up to 100 parameters, choose a (50%, from 50% to 50% of dense updates' gain)"
+    told = "Up to 100 parameters, choose a (50% of dense updates' gain, from 50% to 50%)"
     assert sentence(answer) == f"{told}; LoRA servers such as vLLM take no measured method."
     assert sentence(dataclasses.replace(answer, served=answer.best)) == f"{told}, which LoRA servers such as vLLM take."
     other = dataclasses.replace(answer.best, name="b", method="b", shares=(0.25,), undecided=("other",))
@@ -177,6 +178,19 @@ def test_methods_that_are_decided_to_be_worse_are_not_tied() -> None:
     own = study(TASK, *CONTROLS, seeds("a", near(0.7), near(0.7)), seeds("b", near(0.6), near(0.5)))
     (answer,) = recommendations([own, study(Falling(), *FALLING, *(seeds(x, near(0.3), near(0.3)) for x in "ab"))])
     assert (answer.best.name, answer.compared, answer.tied) == ("a", 2, 0)
+
+
+def test_settings_that_are_worse_than_the_base_with_some_seed_fail() -> None:
+    held_out = near(0.5)
+    good, tied = seeds("a", held_out, near(0.5)), seeds("b", held_out, near(0.2))
+    bad, diverged = seeds("c", held_out, [0.5, 0.2, 0.5]), seeds("d", held_out, near(0.5), diverged=True)
+    theirs = [{**line, "library": "PEFT"} for line in seeds("e", held_out, near(0.1))]
+    own = study(TASK, *CONTROLS, good, tied, bad, diverged, theirs)
+    assert worse_than_base(TASK, own.outcomes) == (2, 4)
+    # Lower scores are better.
+    own = study(Falling(), *FALLING, good, seeds("b", held_out, [0.5, 0.92, 0.5]))
+    assert worse_than_base(Falling(), own.outcomes) == (1, 2)
+    assert worse_than_base(TASK, study(TASK, good).outcomes) is None
 
 
 def test_what_a_search_of_the_rate_adds() -> None:

@@ -481,6 +481,7 @@ NEGATIVE = tt.CPTensor(None, [-factor for factor in FACTORS])
         ({"n_iter_max": 9}, TypeError, r"'n_iter_max': did you mean 'max_iterations'\?"),
         ({"verbose": 9}, TypeError, "'verbose': it has tensor, rank, max_error, mask"),
         ({"rank": 0.1}, ConfigError, r"rank must be an integer or None; got 0.1; for a relative error, max_error=0.1"),
+        ({"rank": np.ones((2, 3))}, ConfigError, r"rank must be .*; give an array of known elements as mask=, and one"),
         ({"tensor": TENSOR * 1j, "nonnegative": True}, BackendError, "needs a real tensor"),
         ({"symmetric": True}, ShapeError, "is not symmetric: symmetric= needs equal sizes"),
         ({"tensor": numbers((5, 5, 5)), "symmetric": True}, ShapeError, "is not symmetric"),

@@ -63,6 +63,8 @@ def train_until_one_dies(folder: Path, how: str, death: str) -> None:
     running = spread(job, model)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     for number, ((x, y),) in enumerate(batches(job)):
+        if number == 1:
+            dist.barrier()  # process 0 has written the file of the first step; the others do not wait for it in `save`
         if number == 1 and rank == world - 1:
             (folder / "dying").write_text(str(os.getpid()))
             if death == "killed":

@@ -346,6 +346,7 @@ REFUSED: dict[type[Exception], list[tuple[Any, dict[str, Any], str]]] = {
         (small, {"cfg": "lora", "rnak": 3}, "preset 'lora' has no setting"),
         (small, {"cfg": "lora", "stratgy": "weight"}, "preset 'lora' has no setting"),
         (small, {"cfg": "lora", "target_modules": "qv"}, "preset 'lora' has no setting"),
+        (small, {"cfg": "lora", "lr": 0.1}, r"'lr' is the optimizer's, as in torch.optim.AdamW\(adapter.parameters"),
         (
             small, {"cfg": {"q": "lora"}, "rank": 3},
             r"argument 'rank': a config has its settings already: use config.replace\(rank=…\)",

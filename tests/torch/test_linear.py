@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -211,8 +212,13 @@ def test_selective_checkpointing(config: tna.Config, strategy: str, mutable: boo
 
 def peak_of(call: Callable[[], Any]) -> int:
     """Return the peak of bytes that torch allocated on the CPU, beyond those allocated before."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        call()
+    gc.collect()
+    gc.disable()  # a model of an earlier test, collected during the call, would count as memory that the call freed
+    try:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            call()
+    finally:
+        gc.enable()
     events = sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns())
     return max(itertools.accumulate(event.nbytes() for event in events if event.name() == "[memory]"))
 

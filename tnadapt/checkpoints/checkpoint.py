@@ -187,7 +187,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         if os.path.isdir(where):
             where = os.path.join(where, _main(where))
         elif not os.path.lexists(where):
-            raise FileError("No such file or directory")
+            raise container.missing_file(path)
     return _indexed(path, where) if where.endswith(".json") else Checkpoint(path, (where,))
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import codecs
 import collections
 import contextlib
+import difflib
 import errno
 import io
 import itertools
@@ -755,6 +756,18 @@ def path_of(value: Any) -> str:
     return path
 
 
+def missing_file(path: str) -> FileError:
+    """Return the error for a path where nothing is, with the file in its folder whose name is similar, if any."""
+    folder, name = os.path.split(path)
+    near: list[str] = []
+    with contextlib.suppress(OSError):
+        # The names alone are compared: most files have the same suffix.
+        stems = {os.path.splitext(other)[0]: other for other in sorted(os.listdir(folder or ".")) if other != name}
+        near = difflib.get_close_matches(os.path.splitext(name)[0], stems, n=1, cutoff=0.8)
+    meant = f"; did you mean {safe_repr(os.path.join(folder, stems[near[0]]))}?" if near else ""
+    return FileError(f"{path}: No such file or directory{meant}")
+
+
 @contextlib.contextmanager
 def file_error_context(path: str) -> Iterator[None]:
     """Convert errors raised in the block to a FileError whose message begins with the path, once."""
@@ -762,6 +775,8 @@ def file_error_context(path: str) -> Iterator[None]:
         yield
     except TnadaptError as error:
         raise FileError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from error
+    except FileNotFoundError as error:
+        raise missing_file(path) from error
     except OSError as error:
         raise FileError(f"{path}: {error.strerror or error}") from error
     except MemoryError as error:

@@ -12,20 +12,15 @@ from typing import Annotated, Any, TypeAlias
 import typer
 
 import tnadapt
-from tnadapt.errors import FileError, TnadaptError, safe_repr
+from tnadapt.errors import FileError, TnadaptError
+
+from .terminal import pair_of
 
 # -- Values ------------------------------------------------------------------------------------------------------------
 
 
 # Characters that distinguish a regular expression from a name, which may have dots.
 _PATTERN = frozenset(r"\^$*+?{}[]|()")
-
-
-def _pair(text: str, expected: str) -> tuple[str, str]:
-    name, equals, value = text.partition("=")
-    if not equals or not name:
-        raise TnadaptError(f"{expected}; got {safe_repr(text)}")
-    return name, value
 
 
 def settings_of(
@@ -56,7 +51,7 @@ def settings_of(
     tnadapt.errors.TnadaptError: --set gives rank twice; leave one of them out
     """
     settings: dict[str, Any] = {}
-    for name, value in (_pair(text, "--set takes FIELD=VALUE") for text in texts):
+    for name, value in (pair_of(text, "--set takes FIELD=VALUE") for text in texts):
         if name in settings:
             raise TnadaptError(f"--set gives {name} twice; {way}")
         if name in options:
@@ -206,34 +201,6 @@ Member: TypeAlias = Annotated[
     ),
 ]
 AsJson: TypeAlias = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-
-
-# -- Where parallel trainings run --------------------------------------------------------------------------------------
-
-
-ENGINE_HELP = "Where parallel trainings run: local, ray (a Ray cluster) or slurm."
-ENGINE_OPTION_HELP = "A setting of the engine, such as partition=gpu or gpus=1; repeat for more."
-
-
-def engine_options(given: Sequence[str]) -> dict[str, str]:
-    """Parse the options ``--engine-option``.
-
-    Raises
-    ------
-    TnadaptError
-        If one is not KEY=VALUE, or a key is given twice.
-
-    Examples
-    --------
-    >>> engine_options(["partition=gpu", "setup=export A=1"])
-    {'partition': 'gpu', 'setup': 'export A=1'}
-    """
-    options: dict[str, str] = {}
-    for name, value in (_pair(text, "--engine-option takes KEY=VALUE") for text in given):
-        if name in options:
-            raise TnadaptError(f"--engine-option {name} is given twice")
-        options[name] = value
-    return options
 
 
 # -- Import of tnadapt.finetune, which needs extras --------------------------------------------------------------------

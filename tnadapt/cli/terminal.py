@@ -23,28 +23,6 @@ from typer.core import TyperArgument, TyperCommand, TyperGroup
 from tnadapt.errors import TnadaptError, escaped, safe_repr
 from tnadapt.report import TextTable
 
-from ._options import ENGINE_HELP, ENGINE_OPTION_HELP, engine_options
-
-__all__ = [
-    "COMMANDS",
-    "ENGINE_HELP",
-    "ENGINE_OPTION_HELP",
-    "INTERRUPTED",
-    "EscapingCommand",
-    "EscapingGroup",
-    "LazyGroup",
-    "cell",
-    "echo",
-    "echo_json",
-    "echo_table",
-    "engine_options",
-    "exit_on_error",
-    "help_text",
-    "print_table",
-    "stoppable",
-]
-
-
 # -- Ctrl-C ------------------------------------------------------------------------------------------------------------
 
 
@@ -296,3 +274,39 @@ class LazyGroup(EscapingGroup):
 
     def list_commands(self, ctx: Any) -> list[str]:
         return list(self.commands)
+
+
+# -- Where parallel trainings run --------------------------------------------------------------------------------------
+
+
+ENGINE_HELP = "Where parallel trainings run: local, ray (a Ray cluster) or slurm."
+ENGINE_OPTION_HELP = "A setting of the engine, such as partition=gpu or gpus=1; repeat for more."
+
+
+def pair_of(text: str, expected: str) -> tuple[str, str]:
+    """Return the two sides of ``KEY=VALUE``."""
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise TnadaptError(f"{expected}; got {safe_repr(text)}")
+    return name, value
+
+
+def engine_options(given: Sequence[str]) -> dict[str, str]:
+    """Parse the options ``--engine-option``.
+
+    Raises
+    ------
+    TnadaptError
+        If one is not KEY=VALUE, or a key is given twice.
+
+    Examples
+    --------
+    >>> engine_options(["partition=gpu", "setup=export A=1"])
+    {'partition': 'gpu', 'setup': 'export A=1'}
+    """
+    options: dict[str, str] = {}
+    for name, value in (pair_of(text, "--engine-option takes KEY=VALUE") for text in given):
+        if name in options:
+            raise TnadaptError(f"--engine-option {name} is given twice")
+        options[name] = value
+    return options

@@ -20,7 +20,7 @@ from tnadapt.argument_checks import checks_arguments, integer
 from tnadapt.checkpoints.adapter_file import AdapterFile
 from tnadapt.checkpoints.adapter_format import NO_MEMBERS, chosen_member, content_of, example_of, load, load_single
 from tnadapt.checkpoints.atomic_files import replace_file
-from tnadapt.checkpoints.container import file_error_context, path_of
+from tnadapt.checkpoints.container import file_error_context, missing_file, path_of
 from tnadapt.checkpoints.population_changes import Attached
 from tnadapt.checkpoints.population_file import MemberRows, PopulationFile, population_of_rows, rows_of
 from tnadapt.errors import ConfigError, FileError, TnadaptError, escaped, pluralize, safe_repr
@@ -369,7 +369,7 @@ def run(
     source = source.to_file() if isinstance(source, Attached) else source
     if out is not None:
         if not isinstance(source, (AdapterFile, PopulationFile)) and not os.path.lexists(path := path_of(source)):
-            raise FileError(f"{path}: No such file or directory")
+            raise missing_file(path)
         check_free(out, request.format.folder, overwrite)
     adapter = read(source, request, member)
     if adapter.rows is not None:

@@ -104,6 +104,7 @@ NEW = (5, 6, 7, 8, 9)
 RATE = 2e-3
 BATCH = 64
 DECAY = 0.05
+BETA2 = 0.999  # torch's, so that the weights stay those that published results have
 
 
 class Pixels:
@@ -156,7 +157,7 @@ def digits(spec: Spec, progress: Callable[[str, float], None] = lambda what, don
         "data": samples_digest(parts),
         "sizes": {**sizes, "depth": DEPTH, "heads": HEADS, "ratio": RATIO},
         "epochs": spec.pretrain_epochs,
-        "schedule": dataclasses.asdict(Schedule(RATE, weight_decay=DECAY)),
+        "schedule": dataclasses.asdict(Schedule(RATE, weight_decay=DECAY, beta2=BETA2)),
         "batch": BATCH,
     }
 

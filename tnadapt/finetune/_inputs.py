@@ -16,8 +16,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from tnadapt.checkpoints.checkpoint import gguf_place, need_gguf
 from tnadapt.errors import FileError, TnadaptError, safe_repr
+from tnadapt.report import silent
 
-from .data import Samples, first_line, quiet
+from .data import Samples, first_line
 
 # -- Texts as tokens ---------------------------------------------------------------------------------------------------
 
@@ -294,22 +295,6 @@ def refused(what: str, way: str = "") -> Iterator[None]:
         raise
     except Exception as error:
         raise TnadaptError(f"{what}: {first_line(error).rstrip('.') if way else first_line(error)}{way}") from None
-
-
-@contextlib.contextmanager
-def silent(transformers: Any) -> Iterator[None]:
-    """Silence transformers' messages and progress bars inside ``with``."""
-    logging = transformers.utils.logging
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        with quiet("transformers", "huggingface_hub"):
-            yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def transformers_library() -> Any:

@@ -18,8 +18,9 @@ from tnadapt import torch as tnt
 from tnadapt.argument_checks import checks_arguments
 from tnadapt.checkpoints import adapter_format
 from tnadapt.errors import FileError, safe_repr
+from tnadapt.report import silent
 
-from ._inputs import Images, lengths, longest_text, refused, silent, tokenizer_of, transformers_library
+from ._inputs import Images, lengths, longest_text, refused, tokenizer_of, transformers_library
 from ._learning_task import LearningTask, encoded, evidence_of
 from ._pretrained import logits_of
 from ._saved_task import pixel_settings, task_in, tokenizer_in

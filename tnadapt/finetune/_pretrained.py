@@ -14,13 +14,14 @@ from torch import Tensor, nn
 
 from tnadapt.argument_checks import checks_arguments
 from tnadapt.errors import ConfigError, TnadaptError, safe_repr
+from tnadapt.report import quiet, silent
 
 from . import _inputs
 from ._digits import digits
 from ._learning_task import LearningTask, encoded, evidence_of
 from ._saved_task import check_recordable
 from ._specification import Part, Spec, model_place
-from .data import LABEL_COLUMNS, TEXT_COLUMNS, Data, Samples, Table, choose, divide, open_source, quiet
+from .data import LABEL_COLUMNS, TEXT_COLUMNS, Data, Samples, Table, choose, divide, open_source
 from .problem import Problem, check_kept, under
 from .tasks import TASKS
 
@@ -168,7 +169,7 @@ def _transformers(spec: Spec, data: Data, task: LearningTask, samples: dict[str,
     options |= {"gguf_file": file} if file else {}
 
     def build(seed: int) -> nn.Module:
-        with _inputs.silent(transformers), torch.random.fork_rng(devices=[]):
+        with silent(transformers), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model, loaded = auto.from_pretrained(folder, output_loading_info=True, dtype=torch.float32, **options)
         if spec.head_rows:

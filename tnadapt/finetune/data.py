@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import dataclasses
 import itertools
 import json
-import logging
 import math
 import os
 import zipfile
@@ -22,6 +20,7 @@ from numpy.typing import NDArray
 from tnadapt.argument_checks import checks_arguments
 from tnadapt.checkpoints.container import path_of
 from tnadapt.errors import FileError, TnadaptError, pluralize, safe_repr, summarize
+from tnadapt.report import quiet
 
 # -- Samples and their split into parts --------------------------------------------------------------------------------
 
@@ -842,19 +841,6 @@ def first_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     # A line that ends with a colon introduces the others.
     return " ".join(lines)[:500] if lines[0].endswith(":") else lines[0][:300]
-
-
-@contextlib.contextmanager
-def quiet(*loggers: str) -> Iterator[None]:
-    """Silence the loggers of other libraries inside ``with``."""
-    before = {name: logging.getLogger(name).level for name in loggers}
-    for name in loggers:
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        for name, level in before.items():
-            logging.getLogger(name).setLevel(level)
 
 
 # -- Any of these sources ----------------------------------------------------------------------------------------------

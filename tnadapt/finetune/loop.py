@@ -30,6 +30,9 @@ POOL = 16
 OPTIMISERS = ("adamw", "sgd")
 SHAPES = ("cosine", "onecycle")
 
+#: AdamW's first beta.
+BETA1 = 0.9
+
 
 @dataclasses.dataclass(frozen=True)
 class OwnRates:
@@ -70,6 +73,9 @@ class Schedule:
         The gradient is clipped to this norm.
     optimiser : {"adamw", "sgd"}
         SGD has a momentum of 0.9.
+    beta2 : float
+        AdamW's; its first beta is 0.9. With two equal betas no entry moves by more than the rate in a step, which
+        ``rate="adam"`` assumes. With torch's 0.999 the bound is seven rates, approached where gradients grow.
     shape : {"cosine", "onecycle"}
         ``onecycle`` is torch's OneCycleLR with its defaults: up over three tenths of the steps, from a 25th of the
         rate, then down to almost 0; SGD's momentum moves inversely, between 0.95 and 0.85.
@@ -77,7 +83,7 @@ class Schedule:
     Raises
     ------
     TnadaptError
-        If the optimizer or shape is unknown.
+        If the optimizer or shape is unknown, or ``beta2`` is not from 0 to below 1.
     """
 
     rate: float
@@ -86,11 +92,14 @@ class Schedule:
     clip: float = 1.0
     optimiser: str = "adamw"
     shape: str = "cosine"
+    beta2: float = BETA1
 
     def __post_init__(self) -> None:
         for name, word, words in (("optimiser", self.optimiser, OPTIMISERS), ("shape", self.shape, SHAPES)):
             if word not in words:
                 raise TnadaptError(f"{name} must be one of {', '.join(words)}; got {safe_repr(word)}")
+        if not 0.0 <= self.beta2 < 1.0:
+            raise TnadaptError(f"beta2 must be from 0 to below 1; got {safe_repr(self.beta2)}")
 
     def factor(self, step: int, steps: int) -> float:
         """Return the factor of the rate at a step, counted from 0, for the shape ``cosine``.
@@ -118,7 +127,8 @@ class Schedule:
         if self.optimiser == "sgd":
             optimiser = torch.optim.SGD(groups, lr=self.rate, momentum=0.9, weight_decay=self.weight_decay)
         else:
-            optimiser = torch.optim.AdamW(groups, lr=self.rate, weight_decay=self.weight_decay)
+            betas = (BETA1, self.beta2)
+            optimiser = torch.optim.AdamW(groups, lr=self.rate, betas=betas, weight_decay=self.weight_decay)
         if self.shape == "onecycle":
             rates = [group["lr"] for group in optimiser.param_groups]
             return optimiser, lr_scheduler.OneCycleLR(optimiser, rates, total_steps=max(2, steps))

@@ -17,23 +17,23 @@ import torch
 from torch import nn
 
 from tnadapt import torch as tnt
-from tnadapt.argument_checks import checks_arguments
-from tnadapt.errors import TnadaptError, safe_repr
+from tnadapt.argument_checks import checks_arguments, integer
+from tnadapt.errors import ConfigError, TnadaptError, safe_repr
+from tnadapt.report import quiet
 
 from ._saved_task import recorded
 from ._specification import Part
-from .data import quiet
 from .grid import Task
-from .loop import OwnRates, Schedule, TrainingStep, evaluate, fit, order_of, steps_of
+from .loop import BETA1, OwnRates, Schedule, TrainingStep, evaluate, fit, order_of, steps_of
 from .problem import Problem, free
 from .together import Trainee, fit_each, share_base
 
 # -- Settings, and one training ----------------------------------------------------------------------------------------
 
 
-# Fields added later. They are left out of a study's settings while they have their defaults, so that the digest of
-# results written before these fields existed still matches.
-_LATER = ("optimiser", "shape", "steps", "head_rate")
+# Fields added later, with the values of before. A study's settings leave these out, so that the digest of results
+# written before these fields existed still matches.
+_BEFORE = {"optimiser": "adamw", "shape": "cosine", "steps": None, "head_rate": None, "beta2": 0.999}
 
 
 @checks_arguments
@@ -47,7 +47,7 @@ class Training:
     targets : str or tuple of str
         As in :func:`tnadapt.torch.attach`.
     device : str
-    warmup, weight_decay, clip, optimiser, shape
+    warmup, weight_decay, clip, optimiser, shape, beta2
         See :class:`~tnadapt.finetune.loop.Schedule`.
     steps : int, optional
         Instead of epochs.
@@ -76,23 +76,25 @@ class Training:
     keep_references: bool = False
     report_to: str = "none"
     least_steps: int = 0
+    beta2: float = BETA1
 
     def __post_init__(self) -> None:
+        for name in ("epochs", "batch", *(["steps"] if self.steps is not None else [])):
+            integer(name, getattr(self, name), 1, sys.maxsize, ConfigError)
         if self.head_rate is not None:
             checked_rates([self.head_rate], "head_rate")
         self.schedule(1.0)  # rejects unknown words now, not after a base model has been trained
 
     def schedule(self, rate: float) -> Schedule:
         """Return the schedule for one rate."""
-        return Schedule(rate, self.warmup, self.weight_decay, self.clip, self.optimiser, self.shape)
+        return Schedule(rate, self.warmup, self.weight_decay, self.clip, self.optimiser, self.shape, self.beta2)
 
     def settings(self) -> dict[str, Any]:
-        """Return the settings that the outcome depends on; fields in ``_LATER`` only if not at their default."""
+        """Return the settings that the outcome depends on, without those at their values of ``_BEFORE``."""
         settings = dataclasses.asdict(self)
         for name in ("device", "keep_references", "report_to", "least_steps"):
             del settings[name]
-        usual = {field.name: field.default for field in dataclasses.fields(self)}
-        return {name: value for name, value in settings.items() if name not in _LATER or value != usual[name]}
+        return {name: value for name, value in settings.items() if name not in _BEFORE or value != _BEFORE[name]}
 
     @property
     def selection(self) -> str | list[str]:
@@ -371,9 +373,9 @@ def _reported(
             clear_logs(folder)
         arguments = transformers.TrainingArguments(
             output_dir=str(folder), max_steps=steps, per_device_train_batch_size=training.batch,
-            max_grad_norm=training.clip, learning_rate=task.rate, report_to=training.report_to,
-            run_name=task.file_name().removesuffix(".safetensors"), save_strategy="no", logging_steps=every,
-            disable_tqdm=True, use_cpu=torch.device(training.device).type == "cpu",
+            max_grad_norm=training.clip, learning_rate=task.rate, adam_beta2=training.beta2,
+            report_to=training.report_to, run_name=task.file_name().removesuffix(".safetensors"), save_strategy="no",
+            logging_steps=every, disable_tqdm=True, use_cpu=torch.device(training.device).type == "cpu",
         )  # fmt: skip
         state, control = transformers.TrainerState(max_steps=steps, logging_steps=every), transformers.TrainerControl()
         callbacks = [callback() for callback in get_reporting_integration_callbacks(training.report_to)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import os
 import re
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -280,7 +281,11 @@ def _from_hub(name: str) -> Headers:
         raise
     except Exception as error:  # the hub's client raises its own errors, those of its HTTP library, and system errors
         said = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise FileError(f"{name}: no such file or folder here, and loading it from the hub failed: {said}") from error
+        near = difflib.get_close_matches(name, list(PRESETS), n=1)
+        meant = f"; a model is expected here, and {near[0]!r} is a method" if near else ""
+        raise FileError(
+            f"{name}: no such file or folder here, and loading it from the hub failed: {said}{meant}"
+        ) from error
     shapes = {
         tensor: tuple(int(size) for size in entry.shape)
         for file in metadata.files_metadata.values()

@@ -21,6 +21,7 @@ from torch import nn
 from tnadapt.checkpoints.checkpoint import gguf_files, need_gguf
 from tnadapt.checkpoints.pretrained_model import TASKS, Pretrained, PretrainedTask
 from tnadapt.errors import ConfigError, FileError, TnadaptError, safe_repr
+from tnadapt.report import quiet, silent
 
 from ._state import is_array
 
@@ -50,19 +51,6 @@ def refusing(what: str, way: str) -> Iterator[None]:
     except Exception as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise TnadaptError(f"{what}: {(lines or [type(error).__name__])[0][:300]}; {way}") from error
-
-
-@contextlib.contextmanager
-def quiet_loggers(*names: str) -> Iterator[None]:
-    """Show only errors of other libraries' loggers inside ``with``."""
-    before = {name: logging.getLogger(name).level for name in names}
-    for name in names:
-        logging.getLogger(name).setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        for name, level in before.items():
-            logging.getLogger(name).setLevel(level)
 
 
 # -- timm: described from pretrained_cfg, built by timm.create_model ---------------------------------------------------
@@ -111,7 +99,7 @@ class TimmModels:
             settings |= _without_pickles(about.name)
         with (
             refusing(f"cannot load its base model {safe_repr(about.name)} through timm", _GIVE_TIMM_BASE),
-            quiet_loggers("timm", "huggingface_hub"),
+            quiet("timm", "huggingface_hub", level=logging.ERROR),
             torch.random.fork_rng(devices=[]),
         ):
             model = timm.create_model(about.name, pretrained=True, **settings)
@@ -218,7 +206,7 @@ class TransformersModels:
                 settings["device_map"] = {"": device}
         with (
             refusing(f"cannot load its base model {_shown(about)} through transformers", _GIVE_BASE),
-            _silent(transformers),
+            silent(transformers, logging.ERROR),
             torch.random.fork_rng(devices=[]),
         ):
             if os.path.isabs(about.name) and not os.path.exists(about.name):  # not a name on a hub
@@ -242,7 +230,7 @@ class TransformersModels:
                 settings["gguf_file"] = about.file
         with (
             refusing(f"cannot load the {task.processor} from {safe_repr(folder)}", "load it yourself"),
-            _silent(transformers),
+            silent(transformers, logging.ERROR),
         ):
             processor = getattr(transformers, task.processor).from_pretrained(
                 folder, trust_remote_code=False, **settings
@@ -320,19 +308,6 @@ def _dtype(model: nn.Module) -> str:
 
 def _shown(about: Pretrained) -> str:
     return safe_repr(about.name) + (f" at revision {about.revision}" if about.revision else "")
-
-
-@contextlib.contextmanager
-def _silent(transformers: Any) -> Iterator[None]:
-    """Silence transformers' messages and progress bars inside ``with``."""
-    bars = transformers.utils.logging.is_progress_bar_enabled()
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        with quiet_loggers("transformers", "huggingface_hub"):
-            yield
-    finally:
-        if bars:
-            transformers.utils.logging.enable_progress_bar()
 
 
 # -- The libraries by name ---------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ class _Reviews(QualityTask):
     parts = "Sentences of movie reviews, positive or negative (PyPI's vaderSentiment 0.5), split by class"
     scales: ClassVar = {
         "smoke": {"limit": 60, "epochs": 1, "batch": 16, "head_rate": 0.001},
-        "small": {"limit": 2000, "epochs": 2, "batch": 16, "head_rate": 0.001},
+        "small": {"limit": 2000, "epochs": 4, "batch": 16, "head_rate": 0.001},
         "full": {"limit": None, "epochs": 3, "batch": 32, "head_rate": 0.001},
     }
 

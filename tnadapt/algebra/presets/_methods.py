@@ -46,13 +46,19 @@ Named = Callable[[str], Float]
 
 def preset_config(changes: Mapping[str, Any], **settings: Any) -> Config:
     """Return the config of a preset: its settings, what the caller changes, and the rate that all presets share."""
-    if "parameters" in changes and (changes.get("before") or settings.get("before")) is None:
-        of_maps = not isinstance(settings.get("projection", ""), str)  # such as n, the number of scattered values
-        takes = None if of_maps else next((name for name in ("rank", "ratio") if name in settings), None)
-        size = f"this preset takes {takes}; " if takes else ""
-        count = safe_repr(changes["parameters"])
-        raise ConfigError(f"parameters={count}: {size}unilora, tinylora, fastfood and nola take a number of parameters")
+    if settings.get("before") is None:
+        _refuse_count(changes, next((name for name in ("rank", "ratio") if name in settings), ""))
     return Config.from_dict({"rate": "adam", **settings, **changes})
+
+
+def _refuse_count(changes: Mapping[str, Any], size: str) -> None:
+    """Refuse a number of parameters for a preset that takes another size, named if not empty."""
+    if "parameters" in changes and changes.get("before") is None:
+        takes = f"this preset takes {size}; " if size else ""
+        count = safe_repr(changes["parameters"])
+        raise ConfigError(
+            f"parameters={count}: {takes}unilora, tinylora, fastfood and nola take a number of parameters"
+        )
 
 
 def lora_config(changes: Mapping[str, Any], **settings: Any) -> Config:
@@ -1653,8 +1659,12 @@ SOURCE_PRESETS = (
 # -- Methods whose map determines the trained values of each weight: SHiRA, FourierFT, LoCA, WaveFT, C3A and MiSS ------
 
 
-def _few_values(projection: Any, changes: dict[str, Any]) -> Config:
+_SCATTERED = "n, the number for each weight"
+
+
+def _few_values(size: str, projection: Any, changes: dict[str, Any]) -> Config:
     """Return a config with one vector per weight, whose length the map determines, and alpha as the scale."""
+    _refuse_count(changes, size)
     return preset_config(
         changes, groups="weight", order=1, fold="stack", format="dense", rank=1, projection=projection, on="weight"
     )
@@ -1680,7 +1690,7 @@ def shira(n: int = 1000, positions: Sequence[int] | None = None, **changes: Any)
     >>> tna.parameter_count(shira(1000), [(768, 768)] * 24)
     24000
     """
-    return _few_values(_scatter(n, positions), changes)
+    return _few_values(_SCATTERED, _scatter(n, positions), changes)
 
 
 @checks_arguments
@@ -1704,7 +1714,7 @@ def fourierft(n: int = 1000, positions: Sequence[int] | None = None, **changes: 
     >>> tna.parameter_count(fourierft(1000), [(768, 768)] * 24)
     24000
     """
-    return _few_values([_scatter(n, positions), "dft2"], {"alpha": 150.0, **changes})
+    return _few_values(_SCATTERED, [_scatter(n, positions), "dft2"], {"alpha": 150.0, **changes})
 
 
 @checks_arguments
@@ -1728,7 +1738,7 @@ def loca(n: int = 1000, positions: Sequence[int] | None = None, **changes: Any) 
     >>> tna.parameter_count(loca(1000), [(768, 768)] * 24)
     24000
     """
-    return _few_values([_scatter(n, positions), "dct2"], changes)
+    return _few_values(_SCATTERED, [_scatter(n, positions), "dct2"], changes)
 
 
 @checks_arguments
@@ -1755,7 +1765,7 @@ def waveft(n: int = 1000, positions: Sequence[int] | None = None, family: str = 
     >>> tna.parameter_count(waveft(1000), [(768, 768)] * 24)
     24000
     """
-    return _few_values([_scatter(n, positions), Wavelet(family)], {"alpha": 25.0, **changes})
+    return _few_values(_SCATTERED, [_scatter(n, positions), Wavelet(family)], {"alpha": 25.0, **changes})
 
 
 def _scatter(n: int, positions: Sequence[int] | None) -> Scatter:
@@ -1786,7 +1796,7 @@ def c3a(block: int = 768, **changes: Any) -> Config:
     >>> tna.parameter_count(c3a(768), [(768, 768)] * 24), tna.parameter_count(c3a(128), [(768, 768)] * 24)
     (18432, 110592)
     """
-    return _few_values(Circulant(block, average=True), changes)
+    return _few_values("block", Circulant(block, average=True), changes)
 
 
 @checks_arguments
@@ -1810,7 +1820,7 @@ def miss(r: int = 64, mini: int | None = None, **changes: Any) -> Config:
     True
     """
     rows = None if mini is None else integer("mini", mini, 1, MAX_SIZE, ConfigError)
-    return _few_values(Tile(rows, integer("r", r, 1, MAX_SIZE, ConfigError)), changes)
+    return _few_values("r", Tile(rows, integer("r", r, 1, MAX_SIZE, ConfigError)), changes)
 
 
 # -- Maps: formulas, as the papers state them --------------------------------------------------------------------------
