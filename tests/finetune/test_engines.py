@@ -47,7 +47,7 @@ def needs(engine: str) -> pytest.MarkDecorator:
     return pytest.mark.skipif(not there, reason=f"{library} is not installed (the extra {engine})")
 
 
-def wait_for(what: Callable[[], Any], seconds: float = 60.0) -> bool:
+def wait_for(what: Callable[[], Any], seconds: float = 180.0) -> bool:
     """Return whether something becomes true."""
     limit = time.monotonic() + seconds
     while not what() and time.monotonic() < limit:

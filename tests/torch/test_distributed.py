@@ -52,7 +52,7 @@ TWO = in_depth(
 FOUR = in_depth(["ddp-default", "ddp-lora", "fsdp2-default", "fsdp2-linear", "fsdp2-mixed"], ["fsdp2-mixed"])
 
 
-def run(*commands: Sequence[Any], timeout: float = 200.0) -> list[str]:
+def run(*commands: Sequence[Any], timeout: float = 600.0) -> list[str]:
     """Start these commands together, wait for them and return their output. No process outlives the call."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     with contextlib.ExitStack() as stack:  # closes their pipes
