@@ -9,7 +9,7 @@ cores the digits take half an hour, the others three to four hours with three se
 them that of the powers of N / n in ``results/rates/power.jsonl``, which were trained with ``SPREAD = 0`` in
 ``tnadapt.algebra.units``, that of norms in ``norm.jsonl``, trained with ``step_norm`` 1 for any number of weights, and
 that of Adam's second beta, from ``results/quality/reviews.jsonl`` and ``beta2.jsonl``. The latter has the same settings
-trained with torch's 0.999, by ``benchmarks.quality`` of commit 3f9f04a7.
+trained with torch's 0.999: add ``"beta2": 0.999`` to the scale of ``benchmarks/quality/tasks/reviews.py``.
 """
 
 from __future__ import annotations

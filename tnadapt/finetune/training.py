@@ -31,8 +31,8 @@ from .together import Trainee, fit_each, share_base
 # -- Settings, and one training ----------------------------------------------------------------------------------------
 
 
-# Fields added later, with the values of before. A study's settings leave these out, so that the digest of results
-# written before these fields existed still matches.
+# Fields added later, with the values that earlier results had. A study's settings leave these values out, so that the
+# digest of results written before these fields existed still matches.
 _BEFORE = {"optimiser": "adamw", "shape": "cosine", "steps": None, "head_rate": None, "beta2": 0.999}
 
 
