@@ -1,39 +1,57 @@
 """Does one learning rate fit all settings? ``python benchmarks/rates.py TASK FOLDER`` trains each at five rates.
 
-Presets have ``rate="adam"``, whose rate is 1e-2. Each setting is trained at a quarter, half, once, twice and four times
-that rate, with several seeds; the new head has a rate of its own, the same for all settings, so that it does not favor
-one. Results are written to ``results/rates/TASK.jsonl``, one line per training; an interrupted run resumes. On two idle
-cores the digits take half an hour, the others three to four hours with three seeds.
+Presets have ``rate="adam"``, whose rate is 1e-2 for a base of usual weights. Each setting is trained at a quarter,
+half, once, twice and four times that rate, with several seeds; the new head has a rate of its own, the same for all
+settings, so that it does not favor one. Results are written to ``results/rates/TASK.jsonl``, one line per training; an
+interrupted run resumes. On two idle cores the digits take half an hour, the others three to four hours with three
+seeds.
 
-``python benchmarks/rates.py table`` writes the tables that ``docs/learning_rate.rst`` shows from the results; among
-them that of the powers of N / n in ``results/rates/power.jsonl``, which were trained with ``SPREAD = 0`` in
-``tnadapt.algebra.units``, that of norms in ``norm.jsonl``, trained with ``step_norm`` 1 for any number of weights, and
-that of Adam's second beta, from ``results/quality/reviews.jsonl`` and ``beta2.jsonl``. The latter has the same settings
-trained with torch's 0.999: add ``"beta2": 0.999`` to the scale of ``benchmarks/quality/tasks/reviews.py``.
+``python benchmarks/rates.py bases FOLDER`` measures the weights of each task's base, for which
+:func:`tnadapt.learning_rate` chooses the rate.
+
+``python benchmarks/rates.py table`` writes the tables that ``docs/learning_rate.rst`` shows from the results:
+
+- of equal betas and rates a factor of three apart, from ``results/quality`` and, of tasks that it does not have,
+  ``python -m benchmarks.quality run TASK --profile day --seeds 1 --out benchmarks/results/rates/equal_betas``;
+- of the powers of N / n in ``results/rates/power.jsonl``, which were trained with ``SPREAD = 0`` in
+  ``tnadapt.algebra.units``;
+- of norms in ``norm.jsonl``, trained with ``step_norm`` 1 for any number of weights, over the size of the base;
+- of Adam's second beta, from ``results/quality/reviews.jsonl`` and ``beta2.jsonl``. The latter has the same settings
+  trained with torch's 0.999: add ``"beta2": 0.999`` to the scale of ``benchmarks/quality/tasks/reviews.py``.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
+import json
 import math
 import shutil
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from formatting import list_table
 
+from benchmarks.quality import methods, store
+from benchmarks.quality import tasks as quality_tasks
+from benchmarks.quality.comparison import control_of, dense_of, outcomes_of
+from benchmarks.quality.tuning import held_out
 from paper.registries import SOURCES, fetch
 from tnadapt import presets
-from tnadapt.algebra.units import RATE, WEIGHTS, step_norm
+from tnadapt.algebra.units import RATE, WEIGHTS
+from tnadapt.errors import TnadaptError
 from tnadapt.finetune import Method, Spec, Study, Training
 from tnadapt.finetune.grid import method_of
 from tnadapt.finetune.results import read_lines
+from tnadapt.torch import attach
 
 RESULTS = Path(__file__).parent / "results" / "rates"
 QUALITY = Path(__file__).parent / "results" / "quality"
+#: Tasks of :mod:`benchmarks.quality` whose bases are measured.
+BASES = ("digits", "reviews", "reviews-mpnet", "cifar10", "german")
 #: Percent of the reviews that a model which has learned nothing classifies correctly, at most.
 CHANCE = 55.0
 DEFAULT = RATE
@@ -111,6 +129,8 @@ class Row:
 
     name: str
     parameters: int
+    #: The rate that suits the base.
+    default: float
     #: The rate with the best mean validation score; of several that are equal, the nearest to the default.
     best: float
     test_best: tuple[float, ...]
@@ -130,34 +150,35 @@ class Row:
     @property
     def within(self) -> bool:
         """Whether the best rate is within a factor of 2 of the default."""
-        return 0.5 <= self.best / DEFAULT <= 2.0
+        return 0.5 <= self.best / self.default <= 2.0
 
 
-def rows_of(lines: Iterable[dict[str, Any]]) -> list[Row]:
+def rows_of(name: str) -> list[Row]:
     """Return the rows of a task, from the fewest parameters to the most."""
+    lines, default = read_lines(RESULTS / f"{name}.jsonl"), bases()[name]["rate"]
     by: dict[str, dict[float, dict[int, dict[str, Any]]]] = {}
     for line in lines:
         if "key" in line:
-            name = f"{line['family']} {line['label']}".strip()
-            by.setdefault(name, {}).setdefault(line["rate"], {})[line["seed"]] = line
+            setting = f"{line['family']} {line['label']}".strip()
+            by.setdefault(setting, {}).setdefault(line["rate"], {})[line["seed"]] = line
     rows = []
-    for name, rates in by.items():
+    for setting, rates in by.items():
         seeds = sorted(set.intersection(*(set(found) for found in rates.values())))
         if len(rates) < len(RATES) or not seeds:
             continue
         validation = {
             rate: statistics.fmean(found[seed]["validation"] or 0.0 for seed in seeds) for rate, found in rates.items()
         }
-        best = max(validation, key=lambda rate: (validation[rate], -abs(RATES.index(rate) - RATES.index(DEFAULT))))
+        best = max(validation, key=lambda rate: (validation[rate], -abs(RATES.index(rate) - RATES.index(default))))
         tests = {rate: tuple(found[seed]["test"] or 0.0 for seed in seeds) for rate, found in rates.items()}
         count = next(iter(rates[best].values()))["parameters"]
-        rows.append(Row(name, count, best, tests[best], tests[DEFAULT], validation))
+        rows.append(Row(setting, count, default, best, tests[best], tests[default], validation))
     return sorted(rows, key=lambda row: row.parameters)
 
 
 def table(name: str) -> str:
     """Return the table of a task in reStructuredText."""
-    rows = rows_of(read_lines(RESULTS / f"{name}.jsonl"))
+    rows = rows_of(name)
     (count,) = {len(row.test_best) for row in rows}
     text = [
         ("setting", "parameters", *(f"{rate:g}" for rate in RATES), "best", "test at best", "at the default", "lost")
@@ -172,7 +193,7 @@ def table(name: str) -> str:
 
 def summary() -> str:
     """Return what the tables of all tasks say, in reStructuredText."""
-    rows = [row for name in TASKS for row in rows_of(read_lines(RESULTS / f"{name}.jsonl"))]
+    rows = [row for name in TASKS for row in rows_of(name)]
     return f"On all tasks, {_told(rows)}.\n"
 
 
@@ -223,9 +244,10 @@ def power_table() -> str:
 
 
 def norm_table() -> str:
-    """Return the norms of the best steps by the number of weights, trained with a norm of 1, in reStructuredText.
+    """Return the norms of the best steps, trained with a norm of 1, and the sizes of the bases, in reStructuredText.
 
-    The best rate of a setting is that of the lowest validation loss. A line has the geometric mean over settings.
+    The best rate of a setting is that of the lowest validation loss. A line has the geometric mean over settings. The
+    rates of CIFAR-10 and the reviews are those of ``norm.jsonl``.
     """
     losses: dict[tuple[int, str], dict[str, dict[float, list[float]]]] = {}
     own = {"task": "digits", "weights": WEIGHTS}
@@ -234,13 +256,84 @@ def norm_table() -> str:
         settings = losses.setdefault((line["weights"], line["task"]), {})
         rates = settings.setdefault(f"{line['family']} {line['label']}", {})
         rates.setdefault(line["rate"], []).append(_loss(line))
-    text: list[Sequence[object]] = [("task", "weights", "settings", "norm of the best step", "√(8 / w)")]
+    text: list[Sequence[object]] = [
+        ("task", "weights", "settings", "norm of the best step", "root mean square of the weights", "quotient")
+    ]
     for (weights, task), found in sorted(losses.items()):
         whole = {name: rates for name, rates in found.items() if len(rates) == len(RATES)}
         best = [min(rates, key=lambda rate: statistics.fmean(rates[rate])) for rates in whole.values()]
-        norm = statistics.geometric_mean(best) / DEFAULT
-        text.append((task, weights, len(whole), f"{norm:.2f}", f"{step_norm(weights):.2f}"))
+        norm, size = statistics.geometric_mean(best) / DEFAULT, bases()[task]["rms"]
+        text.append((task, weights, len(whole), f"{norm:.2f}", f"{size:.3f}", f"{norm / size:.0f}"))
     return list_table(text)
+
+
+def measure_bases(folder: Path) -> None:
+    """Measure the adapted weights of each task's base."""
+    lines = []
+    for name in BASES:
+        task = quality_tasks.find(name)
+        model = task.open("small", folder / "cache", "cpu").base  # type: ignore[attr-defined]
+        adapter = attach(model, presets.lora(1), task.targets)
+        weights = [target.select(model.get_parameter(target.name).detach()).double() for target in adapter.targets]
+        elements = sum(weight.numel() for weight in weights)
+        size = math.sqrt(sum(float(weight.square().sum()) for weight in weights) / elements)
+        lines.append({
+            "task": name, "weights": len(weights), "elements": elements, "rms": round(size, 5),
+            "rate": adapter.learning_rate(),
+        })  # fmt: skip
+    text = "".join(f"{json.dumps(line)}\n" for line in lines)
+    (RESULTS / "bases.jsonl").write_text(text, encoding="utf-8")
+
+
+@functools.cache
+def bases() -> dict[str, dict[str, Any]]:
+    """Return what was measured of each task's base."""
+    return {line["task"]: line for line in read_lines(RESULTS / "bases.jsonl")}
+
+
+def equal_betas_table() -> str:
+    """Return how near the default is to the best rate with equal betas, in reStructuredText.
+
+    For each task, of tnadapt's settings and of the references, with the first seed.
+    """
+    text: list[Sequence[object]] = [(
+        "task", "size of the base", "default", "settings", "default is the best", "within a factor of 3",
+        "loss of the default", "largest",
+    )]  # fmt: skip
+    ratios: list[float] = []
+    for name in BASES:
+        task = quality_tasks.find(name)
+        found = store.read(QUALITY, name, "small") or store.read(RESULTS / "equal_betas", name, "small")
+        if found is None:
+            continue
+        outcomes = outcomes_of(task, found.records.values())
+        control, dense = control_of(task, outcomes), dense_of(outcomes)
+        if control is None or dense is None:
+            raise TnadaptError(f"{name} has no results of dense updates or of a control")
+        whole = task.quality(dense.mean) - task.quality(control.mean)
+        default = bases()[name]["rate"]
+        settings: dict[str, dict[float, dict[str, Any]]] = {}
+        for line in found.records.values():
+            if methods.find(line["method"]).scaled and line["seed"] == 0:
+                settings.setdefault(f"{line['method']} {line['label']}", {})[line["rate"]] = line
+        tried = [lines for lines in settings.values() if default in lines and len(lines) > 2]
+        best = [max(sorted(lines), key=lambda rate, lines=lines: held_out(task, [lines[rate]])) for lines in tried]
+        tests = [(lines[rate]["test"], lines[default]["test"]) for lines, rate in zip(tried, best, strict=True)]
+        lost = [(task.quality(one) - task.quality(other)) / whole for one, other in tests]
+        own = [rate / default for rate in best]
+        ratios += own
+        text.append((
+            name, f"{bases()[name]['rms']:.3f}", f"{default:g}", len(own), sum(ratio == 1.0 for ratio in own),
+            sum(map(_within_three, own)), f"{100 * statistics.fmean(lost):.0f} %", f"{100 * max(lost):.0f} %",
+        ))  # fmt: skip
+    return (
+        f"{sum(map(_within_three, ratios))} of {len(ratios)} settings have their best rate within a factor of 3 of the "
+        f"default, and {sum(ratio == 1.0 for ratio in ratios)} at the default itself.\n\n{list_table(text)}"
+    )
+
+
+def _within_three(ratio: float) -> bool:
+    return 0.3 < ratio < 3.4  # rates have two digits
 
 
 def beta2_table() -> str:
@@ -274,18 +367,25 @@ def beta2_table() -> str:
 def main() -> None:
     """Run a task, or write the tables."""
     parser = argparse.ArgumentParser(description="Settings at several learning rates.")
-    parser.add_argument("task", choices=[*TASKS, "table"], help="a task to run; or only write the tables of results")
+    parser.add_argument(
+        "task", choices=[*TASKS, "bases", "table"], help="a task to run, what to measure, or table: only write tables"
+    )
     parser.add_argument("folder", type=Path, nargs="?", help="of models and data; needed to run a task")
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds; default 3")
     parser.add_argument("--jobs", type=int, default=2, help="parallel trainings; default 2")
     parser.add_argument("--engine", default="local", help="local (the default), ray or slurm")
     given = parser.parse_args()
-    if given.task != "table":
-        if given.folder is None:
-            parser.error("give a folder for models and data")
+    if given.task != "table" and given.folder is None:
+        parser.error("give a folder for models and data")
+    if given.task == "bases":
+        measure_bases(given.folder)
+    elif given.task != "table":
         run(given.task, given.folder, given.seeds, given.jobs, given.engine)
     tables = {name: table(name) for name in TASKS if (RESULTS / f"{name}.jsonl").is_file()}
-    tables |= {"summary": summary(), "power": power_table(), "norm": norm_table(), "beta2": beta2_table()}
+    tables |= {
+        "summary": summary(), "power": power_table(), "norm": norm_table(), "beta2": beta2_table(),
+        "equal_betas": equal_betas_table(),
+    }  # fmt: skip
     for name, text in tables.items():
         path = RESULTS / f"{name}.rst"
         path.write_text(text, encoding="utf-8")

@@ -78,17 +78,17 @@ report()
 # matrices from one vector, here of 1,000 parameters; :doc:`/presets` lists the other methods.
 #
 # Give ``SFTTrainer`` the model and no ``peft_config``. ``adapter_checkpoints`` makes its checkpoints hold the adapter
-# alone: kilobytes instead of half a gigabyte. Presets are scaled so that a learning rate of 0.01 suits them
-# (:doc:`/learning_rate`); so short a run takes three times as much.
+# alone: kilobytes instead of half a gigabyte. All presets are scaled so that one learning rate suits them, which
+# depends on the base (:doc:`/learning_rate`).
 
 adapter = tna.torch.attach(model, "unilora", parameters=1000, rank=4, targets="all-linear")
 adapter.print_trainable_parameters()
 
 folder = Path(tempfile.mkdtemp())
 arguments = trl.SFTConfig(
-    folder / "checkpoints", learning_rate=0.03, max_steps=10, per_device_train_batch_size=4,
-    lr_scheduler_type="cosine", logging_steps=1, bf16=False, use_cpu=True, gradient_checkpointing=False,
-    disable_tqdm=True, report_to="none",
+    folder / "checkpoints", learning_rate=adapter.learning_rate(), adam_beta2=0.9, max_steps=10,
+    per_device_train_batch_size=4, lr_scheduler_type="cosine", logging_steps=1, bf16=False, use_cpu=True,
+    gradient_checkpointing=False, disable_tqdm=True, report_to="none",
 )  # fmt: skip
 trainer = trl.SFTTrainer(model, arguments, train_dataset=train, processing_class=tokenizer)
 tna.torch.adapter_checkpoints(trainer)

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .algebra.products import cp_to_tensor, kron_matvec, kronecker, tt_to_tensor, tucker_to_tensor
     from .algebra.sources import register_source
     from .algebra.starting_points import register_start
+    from .algebra.units import learning_rate
     from .algebra.update_plan import SuperLoRA as SuperLoRA
     from .algebra.update_plan import UpdatePlan, parameter_count
     from .backends import register_backend
@@ -93,6 +94,7 @@ __all__ = [
     "kron_matvec",
     "kronecker",
     "kronecker_decomposition",
+    "learning_rate",
     "load",
     "maps",
     "merge",
@@ -156,6 +158,7 @@ _LAZY = {
     "kron_matvec": "algebra.products",
     "kronecker": "algebra.products",
     "kronecker_decomposition": "tensors._kronecker",
+    "learning_rate": "algebra.units",
     "load": "checkpoints.adapter_format",
     "merge": "checkpoints.merge",
     "parafac2": "tensors._parafac2",

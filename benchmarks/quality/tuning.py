@@ -15,6 +15,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from tnadapt.algebra.units import RATE
+
 from . import methods
 from .grid import Trial
 from .methods import BASE, Setting
@@ -44,7 +46,8 @@ def default_rate(task: QualityTask, scale: str, setting: Setting) -> float:
         return 0.0
     if setting.method == BASE.name:
         return float(task.scaled(scale).get("head_rate", methods.find(BASE.name).rate))
-    return methods.find(setting.method).rate
+    method = methods.find(setting.method)
+    return rounded(method.rate * task.rate / RATE) if method.scaled else method.rate
 
 
 def due(task: QualityTask, scale: str, settings: Sequence[Setting], records: Records, plan: Plan) -> list[Trial]:

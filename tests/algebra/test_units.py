@@ -17,11 +17,13 @@ import tnadapt as tna
 from tnadapt.algebra import presets
 from tnadapt.algebra.units import (
     RATE,
+    RELATIVE_NORM,
     SPREAD,
     STEP_NORM,
     STEPS,
     WEIGHTS,
 )
+from tnadapt.backends import Backend
 from tnadapt.testing import strategies
 
 SHAPES = [(24, 24)] * 6
@@ -192,3 +194,62 @@ def test_other_trained_arrays_keep_their_units_and_a_given_start_is_one_of_array
     params = training.init()
     assert training.to_arrays(params)[name].tobytes() == start.tobytes()
     assert norm(training.deltas(params)) == 0.0
+
+
+# -- The learning rate that suits a base -------------------------------------------------------------------------------
+
+
+@pytest.mark.law("one-rate")
+@given(
+    st.lists(st.sampled_from([(3, 5), (8, 2), (4, 3, 2), (1,)]), min_size=1, max_size=9),
+    st.integers(-12, 12),
+    st.integers(0, 1 << 30),
+)
+def test_the_norm_of_a_step_is_in_proportion_to_the_base(shapes: list[tuple[int, ...]], power: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    weights = [rng.normal(size=shape) for shape in shapes]
+    rate = tna.learning_rate(weights)
+    size = math.sqrt(np.mean(np.concatenate([weight.reshape(-1) for weight in weights]) ** 2))
+    step = rate / RATE * STEP_NORM * math.sqrt(WEIGHTS / len(weights))
+    # The rate is rounded to a power of two times 1e-2.
+    assert 2**-0.5001 < step / (RELATIVE_NORM * size) < 2**0.5001
+    assert math.log2(rate / RATE).is_integer()
+    # It does not matter how a weight is folded, and a base twice as large takes twice the rate.
+    assert tna.learning_rate(weight.reshape(1, -1) for weight in weights) == rate
+    assert tna.learning_rate(2.0**power * weight for weight in weights) == 2.0**power * rate
+
+
+def test_the_rate_is_that_of_a_plan_that_moves_so(backend: Backend) -> None:
+    rng = np.random.default_rng(0)
+    base = [0.1 * rng.normal(size=shape) for shape in SHAPES]
+    rate = tna.learning_rate([backend.asarray(weight, "float32") for weight in base])
+    training = tna.UpdatePlan(presets.dense(), SHAPES).training_plan
+    step = norm(training.deltas(signs(training, rate)))
+    size = math.sqrt(sum(float((weight**2).sum()) for weight in base) / sum(weight.size for weight in base))
+    # The units and the rate are both rounded to powers of two.
+    assert 0.5 < step / (RELATIVE_NORM * size) < 2.0
+
+
+@pytest.mark.parametrize(
+    ("weights", "error", "message"),
+    [
+        ([], tna.ConfigError, r"these 0 are zero: choose one yourself; 0\.01 suits most models"),
+        ([np.zeros((2, 3))], tna.ConfigError, r"depends on the size of the base weights, and these 1 are zero: choose"),
+        ([np.ones(3), np.array([1.0, np.nan])], tna.ConfigError, r"these 2 hold NaN or infinity: choose one yourself"),
+        ([np.array([np.inf])], tna.ConfigError, r"these 1 hold NaN or infinity: choose one yourself"),
+        ([np.ones(3), np.ones(3, int)], tna.BackendError, r"^base weight 1 must have a real floating dtype .* int64"),
+        ([[1.0]], tna.BackendError, r"^expected an array of one of numpy, .* got list: convert it first"),
+        (3.0, tna.ConfigError, r"^weights must be an iterable; got 3\.0$"),
+    ],
+)
+def test_a_base_without_a_size(weights: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        tna.learning_rate(weights)
+
+
+def test_a_base_without_values() -> None:
+    jax = pytest.importorskip("jax")
+    with pytest.raises(
+        tna.ConfigError, match=r"^base weight 0 has no values: it is on the meta device, or traced; call"
+    ):
+        jax.jit(lambda weight: tna.learning_rate([weight]))(jax.numpy.ones(3))

@@ -446,6 +446,60 @@ def test_a_second_beta_is_from_0_to_below_1(beta2: float) -> None:
         Training(1, 16, beta2=beta2)
 
 
+def test_the_default_rate_suits_the_base(cache: Path, tmp_path: Path) -> None:
+    """A base of larger weights gets a higher rate, and the head beside the adapter does not."""
+    pytest.importorskip("transformers")
+    data, choice = tiny.classes(tmp_path / "films.jsonl"), Choice(presets=("lora",), ranks=(1,))
+    spec = Spec(model=tiny.bert(tmp_path / "bert"), data=data)
+    study = Study(spec, choice, Training(2, 8))
+    adapter = tnt.attach(study.problem.build(0), tna.presets.lora(1))
+    (rate,) = study.rates
+    assert (
+        rate
+        == adapter.learning_rate()
+        == tna.learning_rate(
+            [
+                module.weight
+                for name, module in study.problem.build(0).named_modules()
+                if name.endswith(("query", "value"))
+            ]
+        )
+    )
+    assert rate == 0.04
+    # The same by hand, and with a rate of one's own: the head's is in proportion.
+    by_hand = Study(spec, choice, Training(2, 8, head_rate=0.01), [rate])
+    assert predictions(study, tmp_path / "default") == predictions(by_hand, tmp_path / "hand")
+    given = Study(spec, choice, Training(2, 8), [0.008])
+    assert predictions(given, tmp_path / "given") == predictions(
+        Study(spec, choice, Training(2, 8, head_rate=0.002), [0.008]), tmp_path / "same"
+    )
+    # Further rates resume the study of the default one.
+    more = Study(spec, choice, Training(2, 8), [rate, 3 * rate]).run(tmp_path / "default")
+    assert (more.trained, more.reused) == (2, 2)
+
+
+def predictions(study: Study, out: Path) -> list[str]:
+    return [record["predictions"] for point in study.run(out).points for record in point.records]
+
+
+def test_the_digits_have_the_rate_of_their_base(cache: Path) -> None:
+    problem = open_problem(spec(cache))
+    assert problem.rate == tnt.attach(problem.build(0), tna.presets.lora(1)).learning_rate()
+
+
+def test_a_base_without_a_size_needs_a_rate(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    spec = Spec(model=tiny.bert(tmp_path / "bert"), data=tiny.classes(tmp_path / "films.jsonl"))
+    model = transformers.BertModel.from_pretrained(spec.model)
+    for layer in model.encoder.layer:
+        layer.attention.self.query.weight.data.zero_()
+        layer.attention.self.value.weight.data.zero_()
+    model.save_pretrained(spec.model)
+    with pytest.raises(TnadaptError, match=r"^no learning rate was given \(--lr, rates=\): .* these 4 are zero"):
+        Study(spec, CHOICE, TRAINING)
+    assert Study(spec, CHOICE, TRAINING, [0.01]).training.head_factor is None
+
+
 def test_a_loss_that_is_not_finite_ends_the_training_before_its_step(cache: Path) -> None:
     problem = open_problem(spec(cache))
     model = problem.build(0)

@@ -22,6 +22,7 @@ from benchmarks.quality import methods, tasks
 from benchmarks.quality.tasks import QualityTask
 from benchmarks.quality.tasks._problem_bench import SHOTS, ProblemBench
 from tests.finetune.tiny_models import films, gpt2
+from tnadapt.errors import TnadaptError
 from tnadapt.finetune import Spec, Training, open_problem
 
 
@@ -43,6 +44,7 @@ def test_few_shot_is_the_loss_of_the_same_tokens_after_training_samples(tmp_path
     class Tiny(QualityTask):
         name = "tiny"
         targets = ".*c_fc"
+        rate = 0.02
         has_head = False
         lower = chosen_lower = True
         scales: ClassVar = {"small": {}}
@@ -65,6 +67,9 @@ def test_few_shot_is_the_loss_of_the_same_tokens_after_training_samples(tmp_path
             each = nn.functional.cross_entropy(logits, whole[1:], reduction="none")
             losses.append(each[len(shots) :])
         assert scores[part] == pytest.approx(float(torch.cat(losses).mean()), abs=1e-5)
+    Tiny.rate = 0.01
+    with pytest.raises(TnadaptError, match=r"^the rate that suits the base of task tiny is 0\.02, and not 0\.01$"):
+        Tiny().open("small", tmp_path, "cpu")
     # As many tokens count as without them.
     assert sum(len(each) for each in losses) == sum(len(tokens) - 1 for tokens in problem.parts["test"].tokens)  # type: ignore[attr-defined]
 

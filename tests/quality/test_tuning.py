@@ -16,7 +16,7 @@ from benchmarks.quality.comparison import outcomes_of
 from benchmarks.quality.engine import failed, line_of
 from benchmarks.quality.grid import Trial
 from benchmarks.quality.methods import Setting
-from benchmarks.quality.tuning import Plan, due
+from benchmarks.quality.tuning import Plan, default_rate, due
 from tests.quality.played_task import FOUND, PlayedBench, PlayedTask, setting_of
 
 TASK = PlayedTask()
@@ -66,6 +66,17 @@ def test_all_seeds_get_the_default_rate_and_some_get_others(method: str, tried: 
     assert outcome.edge == (FOUND[method] in (tried[0], tried[-1]))
     best = [line["test"] for line in records.values() if line["rate"] == FOUND[method] and line["seed"] < tuned_by]
     assert outcome.best_test == pytest.approx(sum(best) / len(best))
+
+
+def test_the_default_rate_is_scaled_to_the_base_but_for_methods_of_others() -> None:
+    class Large(PlayedTask):
+        rate = 0.08
+
+    found = {name: default_rate(Large(), "small", setting_of(name)) for name in ("dense", "lora-1", "lora", "biases")}
+    assert found == {"dense": 0.08, "lora-1": 0.08, "lora": 0.08, "biases": 1e-3}
+    assert default_rate(Large(), "small", setting_of("peft-lora")) == default_rate(
+        TASK, "small", setting_of("peft-lora")
+    )
 
 
 def test_no_other_rate_is_tried_until_it_is_asked_for() -> None:

@@ -306,6 +306,7 @@ CALLS: dict[str, Arguments] = {
     "merge": lambda b: {
         "base": b.path("base.safetensors"), "adapter": b.file, "out": b.new(".safetensors"), "check_base": False,
     },
+    "learning_rate": lambda b: {"weights": list(b.weights.values())},
     "parameter_count": lambda b: {"config": b.config, "shapes": SHAPES},
     "plan": lambda b: {"shapes": [(8, 8)], "budget": 40, "by": ("parameters",)},
     "save": lambda b: {"path": b.new(".safetensors"), "adapter_file": b.file},
@@ -501,6 +502,7 @@ CALLS: dict[str, Arguments] = {
     "torch.Adapter.set_trainable": lambda b: {},
     "torch.Adapter.parameter_groups": lambda b: {"lr": 1e-3},
     "torch.Adapter.adam_groups": lambda b: {"lr": 1e-3},
+    "torch.Adapter.learning_rate": lambda b: {},
     "torch.Adapter.start_from": lambda b: {"arrays": b.params()},
     "torch.Adapter.load_arrays": lambda b: {"arrays": b.params()},
     "torch.Adapter.save": lambda b: {"path": b.new(".safetensors")},

@@ -104,6 +104,20 @@ def test_attach_train_save_load(config: tna.Config, tmp_path: Path) -> None:
         tt.load(model(seed=1), tmp_path / "a.safetensors")
 
 
+def test_the_learning_rate_is_that_of_the_numbers_that_codes_stand_for() -> None:
+    tt.register_quantized("packed", Packed)
+    base = model()
+    adapter = tt.attach(base, tna.presets.lora(2), targets="all-linear")
+    assert adapter.learning_rate() == tna.learning_rate([base[0].numbers(), base[2].numbers()])
+    tt.register_quantized("packed", type("Closed", (Packed,), {"dequantize": lambda self, module: None}))
+    message = (
+        r"^the learning rate depends on the base weights, and the values of 0\.weight cannot be read: register its "
+        r"layer type with tnadapt\.torch\.register_quantized, or choose one yourself$"
+    )
+    with pytest.raises(tna.TargetError, match=message):
+        adapter.learning_rate()
+
+
 def test_an_embedding_of_another_package_is_looked_up() -> None:
     class PackedEmbedding(PackedLinear):
         def forward(self, ids: Any) -> Any:

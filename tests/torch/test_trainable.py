@@ -393,6 +393,42 @@ def test_files_have_the_arrays_and_copies_the_units(name: str, dtype: torch.dtyp
             trained(one, [parameter for parameter in one.parameters() if parameter.requires_grad], 1)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_learning_rate_is_that_of_the_adapted_weights(dtype: torch.dtype) -> None:
+    """Of rows of a fused weight, of a weight that several modules share, and of a parametrized one."""
+    torch.manual_seed(0)
+    fused, other = nn.MultiheadAttention(8, 2), nn.Linear(8, 4)
+    shared = nn.Linear(8, 4)
+    shared.weight = other.weight
+    normed = nn.utils.parametrizations.weight_norm(nn.Linear(8, 8))
+    model = nn.ModuleDict({"fused": fused, "first": other, "second": shared, "normed": normed}).to(dtype)
+    with torch.no_grad():
+        fused.in_proj_weight[:8] *= 30.0  # only q and v are adapted
+        fused.in_proj_weight[8:16] = torch.nan
+        other.weight *= 7.0
+    targets = ["fused:qv", "first", "normed"]
+    adapter = attach(model, presets.lora(1), targets, keep_tied=True, dtype=torch.float32)
+    rows = fused.in_proj_weight.detach()
+    weights = [rows[:8], rows[16:], other.weight, normed.weight]
+    assert adapter.learning_rate() == tna.learning_rate(weights) == tna.learning_rate([w.double() for w in weights])
+    assert adapter.learning_rate() > 2 * tna.learning_rate(weights[1:])
+
+
+def test_there_is_no_learning_rate_of_a_merged_adapter_or_of_a_model_without_values() -> None:
+    adapter = attach(base(), presets.lora(1), "all-linear")
+    adapter.merge()
+    with pytest.raises(
+        TargetError, match=r"is merged, and learning_rate\(\) needs it unmerged: call unmerge\(\) first"
+    ):
+        adapter.learning_rate()
+    with torch.device("meta"):
+        empty = base()
+    with pytest.raises(
+        tna.ConfigError, match=r"^base weight 0 has no values: it is on the meta device, or traced; call"
+    ):
+        attach(empty, presets.lora(1), "all-linear").learning_rate()
+
+
 def test_other_arrays_and_files_of_the_other_rate(tmp_path: Path) -> None:
     adapter = attach(base(), presets.lora(1, start="given"), "all-linear")
     start = torch.full((12, 1), 0.25)

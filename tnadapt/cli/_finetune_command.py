@@ -33,10 +33,11 @@ def _print_plan(study: Study, as_json: bool) -> None:
     counts = [(method, study.parameters(method)) for method in study.methods]
     if as_json:
         listed = [{"family": m.family, "label": m.label, "parameters": count} for m, count in counts]
-        echo_json({"study": study.outline(), "methods": listed, "trainings": len(study.tasks)})
+        echo_json({"study": study.outline(), "methods": listed, "rates": study.rates, "trainings": len(study.tasks)})
         return
     print_table(["method", "setting", "parameters"], [[m.family, m.label, f"{n:,}"] for m, n in counts], right=(2,))
     echo(_sizes(study))
+    echo(f"learning rate: {' '.join(f'{rate:g}' for rate in study.rates)}")
 
 
 def _sizes(study: Study) -> str:
@@ -170,8 +171,6 @@ _where = functools.partial(option, panel="Output")
 _SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".npz", ".gguf")
 # Names of F that need no settings of their own.
 PROJECTIONS = ("shuffle", "linear", "linear_v2", "nonlinear", "nonlinear_v2", "gather", "sign-gather")
-# Presets are trained in units with which one learning rate suits all of them.
-RATES = (0.01,)
 
 
 def finetune_command(
@@ -238,7 +237,10 @@ def finetune_command(
     ] = None,
     lr: Annotated[
         list[float] | None,
-        _how("A learning rate; repeat for more. Every method is trained at each; validation chooses.", "0.01"),
+        _how(
+            "A learning rate; repeat for more. Every method is trained at each; validation chooses.",
+            "0.01, scaled to the base's weights",
+        ),
     ] = None,
     epochs: Annotated[
         int | None,
@@ -332,7 +334,7 @@ def finetune_command(
             targets=chosen if isinstance(chosen, str) else tuple(chosen), report_to=report_to.value,
         )  # fmt: skip
         with reporter() as shown:
-            study = job.Study(spec, choice, training, lr or RATES, seeds, shown)
+            study = job.Study(spec, choice, training, lr or None, seeds, shown)
             if not dry_run:
                 outcome = study.run(folder, jobs, fresh, engine, where, together)
     if dry_run:

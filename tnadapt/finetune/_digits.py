@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tnadapt.algebra import units
 from tnadapt.errors import FileError, TnadaptError
 
 from ._specification import Part, Spec
@@ -181,7 +182,7 @@ def digits(spec: Spec, progress: Callable[[str, float], None] = lambda what, don
     # Matrix products of this size do not gain from a second thread, but a second training in parallel does.
     return Problem(
         "the digits 5 to 9", "image", new.classes, new_parts, build, _plain, keep, ("head",), task, threads=1,
-        sketch=sketch,
+        sketch=sketch, rate=units.RATE,
     )  # fmt: skip
 
 

@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 import torch
 
 from tnadapt import torch as tnt
+from tnadapt.algebra import presets
+from tnadapt.algebra.units import RATE
 from tnadapt.algebra.update_plan import UpdatePlan
 from tnadapt.argument_checks import checks_arguments, integer, wrong_argument
 from tnadapt.checkpoints.adapter_format import load_single
@@ -206,8 +208,9 @@ class Study:
         The methods to compare.
     training : Training
         The settings of each training.
-    rates : sequence of float
-        Learning rates; every method is trained with all of them.
+    rates : sequence of float, optional
+        Learning rates; every method is trained with all of them. By default the one that suits the base:
+        :func:`tnadapt.learning_rate` of the targets.
     seeds : int
         Number of seeds, 0 to ``seeds - 1``, for every method and rate.
     reporter : Reporter, optional
@@ -233,17 +236,18 @@ class Study:
         spec: Spec,
         choice: Chooser,
         training: Training,
-        rates: Sequence[float],
+        rates: Sequence[float] | None = None,
         seeds: int = 1,
         reporter: Reporter | None = None,
         tuned_by: int | None = None,
     ) -> None:
-        checked_rates(rates)
+        if rates is not None:
+            checked_rates(rates)
         if not callable(getattr(choice, "methods", None)):
             raise wrong_argument("choice", "a Choice, or an object with methods()", choice)
         self.tuned_by = tuned_by
         self.spec = spec
-        self.rates, self.seeds = sorted(set(rates)), range(integer("seeds", seeds, 0, 1 << 20, ConfigError))
+        self.seeds = range(integer("seeds", seeds, 0, 1 << 20, ConfigError))
         self.reporter = Reporter() if reporter is None else reporter
         self.problem: Problem = open_problem(spec, self.reporter.preparing)
         self.training = _with_enough_steps(training, len(self.problem.parts["training"].labels))
@@ -256,10 +260,25 @@ class Study:
         self.shapes = [target.shape for target in self.targets]
         self.roles = [target.role for target in self.targets]
         self.methods = self._chosen(choice)
+        suited = self._suited_rate(model, needed=rates is None)
+        self.rates = [suited] if rates is None else sorted(set(rates))
+        if suited != RATE and self.training.head_factor is None:
+            self.training = dataclasses.replace(self.training, head_factor=RATE / suited)
         tuning = self.seeds[:tuned_by]
         self.tasks = [
             Task(method, seed, rate) for seed in tuning for method in self.methods for rate in self._rates(method)
         ]
+
+    def _suited_rate(self, model: torch.nn.Module, needed: bool) -> float:
+        """Return the learning rate that suits the base, of which the model, a copy, gets an adapter."""
+        if self.problem.rate is not None:
+            return self.problem.rate
+        try:
+            return tnt.attach(model, presets.lora(1), self.training.selection).learning_rate()
+        except TnadaptError as error:
+            if needed:
+                raise TnadaptError(f"no learning rate was given (--lr, rates=): {error}") from None
+            return RATE
 
     def _rates(self, method: Method) -> list[float]:
         """Return the rates to train with, which is a single unused one for the untrained base."""

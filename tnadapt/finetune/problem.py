@@ -43,6 +43,8 @@ class Problem:
         Number of threads per training; all if None.
     sketch : callable, optional
         ``sketch()`` returns a model of the same structure, for checks before the base is needed; ``build(0)`` if None.
+    rate : float, optional
+        The learning rate that suits the base; by default it follows from the weights of ``build(0)``.
     source : mapping
         What a saved adapter needs to encode inputs: name of the tokenizer, lengths, settings of images.
     """
@@ -58,6 +60,7 @@ class Problem:
     task: LearningTask
     threads: int | None = None
     sketch: Callable[[], nn.Module] | None = None
+    rate: float | None = None
     source: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 

@@ -33,7 +33,9 @@ from .together import Trainee, fit_each, share_base
 
 # Fields added later, with the values that earlier results had. A study's settings leave these values out, so that the
 # digest of results written before these fields existed still matches.
-_BEFORE = {"optimiser": "adamw", "shape": "cosine", "steps": None, "head_rate": None, "beta2": 0.999}
+_BEFORE = {
+    "optimiser": "adamw", "shape": "cosine", "steps": None, "head_rate": None, "beta2": 0.999, "head_factor": None,
+}  # fmt: skip
 
 
 @checks_arguments
@@ -52,7 +54,11 @@ class Training:
     steps : int, optional
         Instead of epochs.
     head_rate : float, optional
-        The rate of what is trained along with every adapter, such as a new head; by default that of the adapter.
+        The rate of what is trained along with every adapter, such as a new head; by default ``head_factor`` times that
+        of the adapter.
+    head_factor : float, optional
+        By default 1. A :class:`~tnadapt.finetune.Study` takes 1e-2 over the rate that suits the base
+        (:func:`tnadapt.learning_rate`), because the size of the base's weights says nothing about a head.
     keep_references : bool
         Whether adapters of references, such as the dense update, are saved, too.
     report_to : str
@@ -77,12 +83,14 @@ class Training:
     report_to: str = "none"
     least_steps: int = 0
     beta2: float = BETA1
+    head_factor: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch", *(["steps"] if self.steps is not None else [])):
             integer(name, getattr(self, name), 1, sys.maxsize, ConfigError)
-        if self.head_rate is not None:
-            checked_rates([self.head_rate], "head_rate")
+        for name in ("head_rate", "head_factor"):
+            if getattr(self, name) is not None:
+                checked_rates([getattr(self, name)], name)
         self.schedule(1.0)  # rejects unknown words now, not after a base model has been trained
 
     def schedule(self, rate: float) -> Schedule:
@@ -95,6 +103,12 @@ class Training:
         for name in ("device", "keep_references", "report_to", "least_steps"):
             del settings[name]
         return {name: value for name, value in settings.items() if name not in _BEFORE or value != _BEFORE[name]}
+
+    def rate_of_head(self, rate: float) -> float | None:
+        """Return the rate of what is trained along with an adapter; None if it is that of the adapter."""
+        if self.head_rate is not None or self.head_factor is None:
+            return self.head_rate
+        return self.head_factor * rate
 
     @property
     def selection(self) -> str | list[str]:
@@ -288,7 +302,9 @@ def _adapted(problem: Problem, task: Task, training: Training, device: torch.dev
             raise TnadaptError(f"there is not enough memory for the parameters of {task.method.name}") from None
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     own = {id(parameter) for parameter in (() if adapter is None else adapter.parameters())}
-    head = OwnRates([parameter for parameter in parameters if id(parameter) not in own], training.head_rate)
+    head = OwnRates(
+        [parameter for parameter in parameters if id(parameter) not in own], training.rate_of_head(task.rate)
+    )
     return Trainee(model, adapter, parameters, head, training.schedule(task.rate), task.seed)
 
 

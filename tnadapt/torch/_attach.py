@@ -285,7 +285,7 @@ def attach(
     self_attn.in_proj_weight  v     16×16  0[256:512]    weight
     368 parameters in 1 group for 512 elements of 2 weights; 16.5 % of the base's 2,224
     merge only: self_attn.in_proj_weight is not the weight of a layer
-    >>> optimizer = torch.optim.AdamW(adapter.parameters(), lr=1e-2, betas=(0.9, 0.9))
+    >>> optimizer = torch.optim.AdamW(adapter.parameters(), lr=adapter.learning_rate(), betas=(0.9, 0.9))
 
     A preset by its name:
 

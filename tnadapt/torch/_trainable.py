@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tnadapt.algebra.factoring import factoring
 from tnadapt.algebra.group import Group
 from tnadapt.algebra.init import Initializer
+from tnadapt.algebra.units import learning_rate
 from tnadapt.algebra.update_plan import UpdatePlan
 from tnadapt.argument_checks import checks_arguments, is_sequence
 from tnadapt.errors import ConfigError, safe_repr, warn
@@ -29,7 +30,7 @@ from ._state import (
     need_unmerged,
     pairs,
 )
-from ._weights import bound
+from ._weights import base_weights, bound
 
 # -- The arrays to train, and learning rates: Local LoRA, asymmetric LoRA, LoRA+ ---------------------------------------
 
@@ -373,6 +374,30 @@ class AdapterParameters:
             return [{"params": fast, "lr": lr}]
         return [{"params": slow, "lr": lr}, *([{"params": fast, "lr": lr * ratio}] if fast else [])]
 
+    def learning_rate(self) -> float:
+        """Return the learning rate for Adam that suits the base: :func:`tnadapt.learning_rate` of the adapted weights.
+
+        Quantized weights are dequantized, and sharded ones gathered (every process must call), one at a time.
+
+        Raises
+        ------
+        ConfigError
+            If the adapted weights are zero, or one holds NaN or infinity. If they are on the meta device.
+        TargetError
+            If the adapter is merged, or the values of a weight cannot be read.
+
+        Examples
+        --------
+        >>> import torch, tnadapt as tna, tnadapt.torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 64))
+        >>> adapter = tnadapt.torch.attach(model, tna.presets.lora(4), "all-linear")
+        >>> adapter.learning_rate()
+        0.005
+        >>> optimizer = torch.optim.AdamW(adapter.parameters(), lr=adapter.learning_rate(), betas=(0.9, 0.9))
+        """
+        need_unmerged(self._state, "learning_rate()")
+        return learning_rate(base_weights(self._state.targets, [slot.owner for slot in self._state.slots]))
+
     @checks_arguments
     def adam_groups(self, lr: float) -> list[dict[str, Any]]:
         """Return parameter groups with which Adam takes the steps of ``rate="adam"``, whatever the config's rate is.
@@ -384,7 +409,7 @@ class AdapterParameters:
         Parameters
         ----------
         lr : float
-            1e-2 suits all configs.
+            :meth:`learning_rate`, or 1e-2.
 
         Returns
         -------

@@ -79,18 +79,42 @@ def bound(
         return plan
 
     def rows_of(index: int) -> Tensor:
+        settings = f"sources, start={plan.config.start!r} or apply={plan.config.apply!r}"
         target, weight = targets[index], numbers(owners[index], targets[index].parameter)
         if weight is None:
-            settings = f"sources, start={plan.config.start!r} or apply={plan.config.apply!r}"
-            raise TargetError(
-                f"the adapter has arrays that are computed from the base weights ({settings}), and the values of "
-                f"{target.name} cannot be read: register its layer type with tnadapt.torch.register_quantized, or give "
-                "the arrays of sources as given="
-            )
+            raise _unreadable(
+                target, f"the adapter has arrays that are computed from the base weights ({settings})",
+                "give the arrays of sources as given=",
+            )  # fmt: skip
         rows: Tensor = target.select(weight).cpu()
         return rows if rows.dtype is torch.float64 else rows.float()
 
     return plan.with_base(rows_of, progress)
+
+
+def base_weights(targets: Sequence[Target], owners: Sequence[nn.Module]) -> Iterator[Tensor]:
+    """Yield the rows of each target as numbers; a weight of several targets in turn is read once.
+
+    Raises
+    ------
+    TargetError
+        If a weight has no values that can be read.
+    """
+    last: tuple[nn.Module, str] | None = None
+    weight: Tensor | None = None
+    for target, owner in zip(targets, owners, strict=False):
+        if last is None or last[0] is not owner or last[1] != target.parameter:
+            last, weight = (owner, target.parameter), numbers(owner, target.parameter)
+        if weight is None:
+            raise _unreadable(target, "the learning rate depends on the base weights", "choose one yourself")
+        yield target.select(weight)
+
+
+def _unreadable(target: Target, why: str, otherwise: str) -> TargetError:
+    return TargetError(
+        f"{why}, and the values of {target.name} cannot be read: register its layer type with "
+        f"tnadapt.torch.register_quantized, or {otherwise}"
+    )
 
 
 # -- Stacks: the matrices of experts that a module keeps in parameters of three axes -----------------------------------

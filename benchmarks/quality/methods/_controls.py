@@ -70,6 +70,8 @@ def _without_bias(model: nn.Module) -> Iterator[nn.Linear]:
 class Reference(Control):
     """A setting that everybody knows, whatever its number of parameters."""
 
+    scaled = True
+
     def __init__(self, name: str, title: str, config: Config) -> None:
         super().__init__(name, title)
         self.config = config

@@ -57,6 +57,8 @@ class Method(abc.ABC):
     library: str
     #: The learning rate of Adam that its users get without a search.
     rate: float = RATE
+    #: Whether that is for a base of usual weights, and scaled to others by :func:`tnadapt.learning_rate`.
+    scaled: bool = False
     #: Whether there is something to train; else it is measured once.
     trains: bool = True
 

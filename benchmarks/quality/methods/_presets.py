@@ -23,6 +23,7 @@ class Preset(Method):
     """A preset with the settings that it offers for given weights."""
 
     library = "tnadapt"
+    scaled = True
 
     def __init__(self, name: str, title: str, family: Callable[[AdaptedWeights], Family]) -> None:
         self.name, self.title, self.family = name, title, family

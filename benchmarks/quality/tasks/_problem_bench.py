@@ -13,12 +13,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from tnadapt import presets
+from tnadapt.errors import TnadaptError
 from tnadapt.finetune import Problem, Training
 from tnadapt.finetune._inputs import IGNORED, Texts, token_targets
 from tnadapt.finetune.loop import OwnRates, evaluate
 from tnadapt.finetune.problem import base_digest, samples_digest, under
 from tnadapt.finetune.together import Trainee, fit_each, share_base
-from tnadapt.torch import adapters
+from tnadapt.torch import adapters, attach
 
 from .. import methods
 from ..methods import FEW_SHOT, FITTED_HEAD, Setting
@@ -39,6 +41,9 @@ class ProblemBench:
         self.task, self.scale, self.problem, self.training, self.score = task, scale, problem, training, score
         self.base = problem.build(0)
         self.facts = task.check(task.facts(self.base))
+        suited = attach(problem.build(0), presets.lora(1), task.targets).learning_rate()
+        if suited != task.rate:
+            raise TnadaptError(f"the rate that suits the base of task {task.name} is {suited:g}, and not {task.rate:g}")
 
     def settings(self) -> dict[str, Any]:
         problem = self.problem

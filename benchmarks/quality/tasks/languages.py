@@ -38,6 +38,7 @@ class _Language(QualityTask):
     percent = False
     #: With queries and values alone, the biases of all layers learn more in 64 steps than a dense update.
     targets = "all-linear"
+    rate = 0.16
     has_head = False
     head_size = 64
     scales: ClassVar = {

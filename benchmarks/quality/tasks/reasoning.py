@@ -42,6 +42,7 @@ class NumberSequence(QualityTask):
     metric = "exact match"
     chosen_by = "exact match"
     targets = "all-linear"  # as in benchmarks/rl_drift.py
+    rate = 0.16
     has_head = False
     head_size = 64
     scales: ClassVar = {

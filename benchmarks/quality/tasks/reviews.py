@@ -50,6 +50,7 @@ class ReviewsMPNet(_Reviews):
     name = "reviews-mpnet"
     title = "MPNet to movie reviews"
     part = "mpnet"
+    rate = 0.02
     head_size = 64
 
     def model(self) -> nn.Module:
