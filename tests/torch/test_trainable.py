@@ -414,6 +414,21 @@ def test_the_learning_rate_is_that_of_the_adapted_weights(dtype: torch.dtype) ->
     assert adapter.learning_rate() > 2 * tna.learning_rate(weights[1:])
 
 
+def test_arrays_that_are_trained_themselves_have_rates_of_their_own() -> None:
+    adapter = attach(base(), presets.lora(2, rate="sgd"), "all-linear")
+    message = r"trains the arrays themselves \(rate='sgd'\), .* give the optimizer adapter\.adam_groups\(\), or attach"
+    with pytest.raises(ConfigError, match=message):
+        adapter.learning_rate()
+    (group,), (same,) = (
+        adapter.adam_groups(),
+        adapter.adam_groups(attach(base(), presets.lora(2), "all-linear").learning_rate()),
+    )
+    assert group["lr"] == same["lr"] != 1e-2
+    adapter.merge()
+    with pytest.raises(TargetError, match=r"is merged, and adam_groups\(\) needs it unmerged"):
+        adapter.adam_groups()
+
+
 def test_there_is_no_learning_rate_of_a_merged_adapter_or_of_a_model_without_values() -> None:
     adapter = attach(base(), presets.lora(1), "all-linear")
     adapter.merge()

@@ -382,7 +382,9 @@ class AdapterParameters:
         Raises
         ------
         ConfigError
-            If the adapted weights are zero, or one holds NaN or infinity. If they are on the meta device.
+            If the adapter trains the arrays themselves (``rate="sgd"``), which have no common rate: see
+            :meth:`adam_groups`. If the adapted weights are zero, one holds NaN or infinity, or they are on the meta
+            device.
         TargetError
             If the adapter is merged, or the values of a weight cannot be read.
 
@@ -395,11 +397,21 @@ class AdapterParameters:
         0.005
         >>> optimizer = torch.optim.AdamW(adapter.parameters(), lr=adapter.learning_rate(), betas=(0.9, 0.9))
         """
-        need_unmerged(self._state, "learning_rate()")
+        if self.plan.units != self.plan.units_for("adam"):
+            raise ConfigError(
+                f"adapter {self._state.name!r} trains the arrays themselves (rate='sgd'), which have no common "
+                "learning rate: give the optimizer adapter.adam_groups(), or attach a config with rate='adam', as "
+                "presets have"
+            )
+        return self._rate_of_base("learning_rate()")
+
+    def _rate_of_base(self, what: str) -> float:
+        """Return the learning rate that suits the base, for a method that needs it."""
+        need_unmerged(self._state, what)
         return learning_rate(base_weights(self._state.targets, [slot.owner for slot in self._state.slots]))
 
     @checks_arguments
-    def adam_groups(self, lr: float) -> list[dict[str, Any]]:
+    def adam_groups(self, lr: float | None = None) -> list[dict[str, Any]]:
         """Return parameter groups with which Adam takes the steps of ``rate="adam"``, whatever the config's rate is.
 
         For adapters that train the arrays themselves (``rate="sgd"``: a config without a preset, an older file): each
@@ -408,8 +420,8 @@ class AdapterParameters:
 
         Parameters
         ----------
-        lr : float
-            :meth:`learning_rate`, or 1e-2.
+        lr : float, optional
+            By default the one that suits the base: :func:`tnadapt.learning_rate`.
 
         Returns
         -------
@@ -422,9 +434,10 @@ class AdapterParameters:
         >>> adapter = tnadapt.torch.attach(torch.nn.Sequential(torch.nn.Linear(64, 64)), tna.Config(), "all-linear")
         >>> [group["lr"] for group in adapter.adam_groups(1e-2)]
         [0.08]
-        >>> optimizer = torch.optim.Adam(adapter.adam_groups(1e-2))
+        >>> optimizer = torch.optim.AdamW(adapter.adam_groups(), betas=(0.9, 0.9))
         """
         wanted, units = self.plan.units_for("adam"), self.plan.units
+        lr = self._rate_of_base("adam_groups()") if lr is None else lr
         groups: dict[float, list[Tensor]] = {}
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:
