@@ -368,6 +368,6 @@ class Member(Adapter):
         """Raise a ConfigError: optimizers train the parameters of the population."""
         self._untrained("parameter_groups(…)")
 
-    def adam_groups(self, lr: float) -> list[dict[str, Any]]:
+    def adam_groups(self, lr: float | None = None) -> list[dict[str, Any]]:
         """Raise a ConfigError: optimizers train the parameters of the population."""
         self._untrained("adam_groups(…)")
