@@ -73,12 +73,6 @@ CONFIGS = {
     ],
 }  # fmt: skip
 CONFIGS["cifar10"] = CONFIGS["reviews"]
-#: Numbers of steps, and the settings of the digits that are trained for each of them.
-STEPS = (50, 500, 5000)
-for _steps in STEPS:
-    CONFIGS[f"digits-{_steps}"] = [
-        P.tinylora(13), P.unilora(100), P.fourierft(50), P.unilora(1000), P.lora(1), P.superlora(8), P.dense(),
-    ]  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,10 +97,6 @@ TASKS = {
     "reviews": _Settings(Training(epochs=2, batch=16, head_rate=0.001, beta2=0.999), limit=2000),
     "cifar10": _Settings(Training(epochs=2, batch=16, head_rate=0.001, beta2=0.999), limit=1500, image_size=56),
 }
-#: With equal betas, and the rate of the head that :mod:`benchmarks.quality` found for 420 steps.
-TASKS_OF_STEPS = {
-    f"digits-{steps}": _Settings(Training(epochs=1, batch=32, steps=steps, head_rate=0.06)) for steps in STEPS
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +116,7 @@ def run(name: str, folder: Path, seeds: int, jobs: int, engine: str = "local") -
     if kept.is_file() and not (out / "results.jsonl").is_file():
         out.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(kept, out / "results.jsonl")
-    settings = (TASKS | TASKS_OF_STEPS)[name]
+    settings = TASKS[name]
     study = Study(settings.spec(name, folder), _Chosen(name), settings.training, RATES, seeds)
     study.run(out, jobs, engine=engine)
     shutil.copyfile(out / "results.jsonl", kept)
@@ -165,8 +155,7 @@ class Row:
 
 def rows_of(name: str) -> list[Row]:
     """Return the rows of a task, from the fewest parameters to the most."""
-    base = "digits" if name in TASKS_OF_STEPS else name
-    lines, default = read_lines(RESULTS / f"{name}.jsonl"), bases()[base]["rate"]
+    lines, default = read_lines(RESULTS / f"{name}.jsonl"), bases()[name]["rate"]
     by: dict[str, dict[float, dict[int, dict[str, Any]]]] = {}
     for line in lines:
         if "key" in line:
@@ -206,21 +195,6 @@ def summary() -> str:
     """Return what the tables of all tasks say, in reStructuredText."""
     rows = [row for name in TASKS for row in rows_of(name)]
     return f"On all tasks, {_told(rows)}.\n"
-
-
-def steps_table() -> str:
-    """Return how near the default is to the best rate after few and many steps, in reStructuredText."""
-    text: list[Sequence[object]] = [
-        ("steps", "settings", "best rate: geometric mean", "within a factor of 2", "points lost on average", "at most")
-    ]
-    for name, settings in TASKS_OF_STEPS.items():
-        rows = rows_of(name)
-        lost = [row.loss for row in rows]
-        text.append((
-            f"{settings.training.steps:,}", len(rows), f"{statistics.geometric_mean(row.best for row in rows):.3f}",
-            sum(row.within for row in rows), f"{statistics.fmean(lost):.1f}", f"{max(lost):.1f}",
-        ))  # fmt: skip
-    return list_table(text)
 
 
 def _told(rows: Sequence[Row]) -> str:
@@ -395,7 +369,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Settings at several learning rates.")
     parser.add_argument(
         "task",
-        choices=[*TASKS, *TASKS_OF_STEPS, "bases", "table"],
+        choices=[*TASKS, "bases", "table"],
         help="a task to run, what to measure, or table: only write tables",
     )
     parser.add_argument("folder", type=Path, nargs="?", help="of models and data; needed to run a task")
@@ -412,7 +386,7 @@ def main() -> None:
     tables = {name: table(name) for name in TASKS if (RESULTS / f"{name}.jsonl").is_file()}
     tables |= {
         "summary": summary(), "power": power_table(), "norm": norm_table(), "beta2": beta2_table(),
-        "equal_betas": equal_betas_table(), "steps": steps_table(),
+        "equal_betas": equal_betas_table(),
     }  # fmt: skip
     for name, text in tables.items():
         path = RESULTS / f"{name}.rst"

@@ -45,7 +45,6 @@ TABLES: dict[str, tuple[str, Callable[[Any], str]]] = {
     "rates/power": ("rates", lambda script: script.power_table()),
     "rates/norm": ("rates", lambda script: script.norm_table()),
     "rates/equal_betas": ("rates", lambda script: script.equal_betas_table()),
-    "rates/steps": ("rates", lambda script: script.steps_table()),
     "rates/beta2": ("rates", lambda script: script.beta2_table()),
     "unmerge": ("unmerge", lambda script: script.table(results("unmerge.json")["rows"])),
     "quantized": ("quantized", lambda script: script.tables(results("quantized.json"))),
