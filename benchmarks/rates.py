@@ -41,7 +41,7 @@ from benchmarks.quality.comparison import control_of, dense_of, outcomes_of
 from benchmarks.quality.tuning import held_out
 from paper.registries import SOURCES, fetch
 from tnadapt import presets
-from tnadapt.algebra.units import RATE, WEIGHTS
+from tnadapt.algebra.units import RATE, WEIGHTS, step_norm
 from tnadapt.errors import TnadaptError
 from tnadapt.finetune import Method, Spec, Study, Training
 from tnadapt.finetune.grid import method_of
@@ -297,8 +297,8 @@ def equal_betas_table() -> str:
     For each task, of tnadapt's settings and of the references, with the first seed.
     """
     text: list[Sequence[object]] = [(
-        "task", "size of the base", "default", "settings", "default is the best", "within a factor of 3",
-        "loss of the default", "largest",
+        "task", "weights", "their root mean square", "norm of the best step, over that", "default", "settings",
+        "default is the best", "within a factor of 3", "loss of the default", "largest",
     )]  # fmt: skip
     ratios: list[float] = []
     for name in BASES:
@@ -311,7 +311,8 @@ def equal_betas_table() -> str:
         if control is None or dense is None:
             raise TnadaptError(f"{name} has no results of dense updates or of a control")
         whole = task.quality(dense.mean) - task.quality(control.mean)
-        default = bases()[name]["rate"]
+        base = bases()[name]
+        default = base["rate"]
         settings: dict[str, dict[float, dict[str, Any]]] = {}
         for line in found.records.values():
             if methods.find(line["method"]).scaled and line["seed"] == 0:
@@ -321,10 +322,12 @@ def equal_betas_table() -> str:
         tests = [(lines[rate]["test"], lines[default]["test"]) for lines, rate in zip(tried, best, strict=True)]
         lost = [(task.quality(one) - task.quality(other)) / whole for one, other in tests]
         own = [rate / default for rate in best]
+        norm = statistics.geometric_mean(best) / RATE * step_norm(base["weights"])
         ratios += own
         text.append((
-            name, f"{bases()[name]['rms']:.3f}", f"{default:g}", len(own), sum(ratio == 1.0 for ratio in own),
-            sum(map(_within_three, own)), f"{100 * statistics.fmean(lost):.0f} %", f"{100 * max(lost):.0f} %",
+            name, base["weights"], f"{base['rms']:.3f}", f"{norm / base['rms']:.0f}", f"{default:g}", len(own),
+            sum(ratio == 1.0 for ratio in own), sum(map(_within_three, own)), f"{100 * statistics.fmean(lost):.0f} %",
+            f"{100 * max(lost):.0f} %",
         ))  # fmt: skip
     return (
         f"{sum(map(_within_three, ratios))} of {len(ratios)} settings have their best rate within a factor of 3 of the "

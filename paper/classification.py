@@ -130,8 +130,10 @@ def study_of(
     spec = Spec(**source, cache=cache)
     how = {name: settings[name] for name in _TRAINING if name in settings}
     assumed = None if engine is None else engine.device(device)
-    training = Training(  # with torch's second beta, as the published results
-        **{"epochs": 1, "beta2": 0.999, **how}, device=assumed or usable_device(device), keep_references=keep_references
+    training = Training(  # with torch's second beta and one rate for the head, too, as the published results
+        **{"epochs": 1, "beta2": 0.999, "head_factor": 1.0, **how},
+        device=assumed or usable_device(device),
+        keep_references=keep_references,
     )
     return Study(
         spec, Arms(recipe), training, rates, seeds or settings["seeds"], reporter,

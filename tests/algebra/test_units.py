@@ -233,7 +233,8 @@ def test_the_rate_is_that_of_a_plan_that_moves_so(backend: Backend) -> None:
 @pytest.mark.parametrize(
     ("weights", "error", "message"),
     [
-        ([], tna.ConfigError, r"these 0 are zero: choose one yourself; 0\.01 suits most models"),
+        ([], tna.ConfigError, r"and there are none: choose one yourself$"),
+        (np.ones((2, 3)), tna.ConfigError, r"^weights must be a list of arrays; got one array: give \[array\]$"),
         ([np.zeros((2, 3))], tna.ConfigError, r"depends on the size of the base weights, and these 1 are zero: choose"),
         ([np.ones(3), np.array([1.0, np.nan])], tna.ConfigError, r"these 2 hold NaN or infinity: choose one yourself"),
         ([np.array([np.inf])], tna.ConfigError, r"these 1 hold NaN or infinity: choose one yourself"),
@@ -250,6 +251,6 @@ def test_a_base_without_a_size(weights: Any, error: type[Exception], message: st
 def test_a_base_without_values() -> None:
     jax = pytest.importorskip("jax")
     with pytest.raises(
-        tna.ConfigError, match=r"^base weight 0 has no values: it is on the meta device, or traced; call"
+        tna.ConfigError, match=r"^base weight 0 has no values: it is on the meta device, traced or sparse; call"
     ):
         jax.jit(lambda weight: tna.learning_rate([weight]))(jax.numpy.ones(3))

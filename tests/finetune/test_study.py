@@ -473,6 +473,10 @@ def test_the_default_rate_suits_the_base(cache: Path, tmp_path: Path) -> None:
     assert predictions(given, tmp_path / "given") == predictions(
         Study(spec, choice, Training(2, 8, head_rate=0.002), [0.008]), tmp_path / "same"
     )
+    alike = Study(spec, choice, Training(2, 8, head_factor=1.0), [0.008])
+    before = {name: value for name, value in study.training.settings().items() if name != "head_factor"}
+    assert alike.training.settings() == before != study.training.settings()
+    assert alike.training.rate_of_head(0.008) is None
     # Further rates resume the study of the default one.
     more = Study(spec, choice, Training(2, 8), [rate, 3 * rate]).run(tmp_path / "default")
     assert (more.trained, more.reused) == (2, 2)
@@ -487,6 +491,18 @@ def test_the_digits_have_the_rate_of_their_base(cache: Path) -> None:
     assert problem.rate == tnt.attach(problem.build(0), tna.presets.lora(1)).learning_rate()
 
 
+@pytest.mark.parametrize(
+    ("choice", "changes"),
+    [(Choice(presets=("lora",), changes={"rate": "sgd"}), {}), (CHOICE, {"optimiser": "sgd"})],
+    ids=["arrays", "optimizer"],
+)
+def test_only_adamw_in_units_has_a_default_rate(cache: Path, choice: Choice, changes: dict[str, Any]) -> None:
+    training = dataclasses.replace(TRAINING, **changes)
+    with pytest.raises(TnadaptError, match=r"^no learning rate was given .* is for AdamW and configs with rate='adam'"):
+        Study(spec(cache), choice, training)
+    assert Study(spec(cache), choice, training, [0.1]).rates == [0.1]
+
+
 def test_a_base_without_a_size_needs_a_rate(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     spec = Spec(model=tiny.bert(tmp_path / "bert"), data=tiny.classes(tmp_path / "films.jsonl"))
@@ -497,7 +513,7 @@ def test_a_base_without_a_size_needs_a_rate(tmp_path: Path) -> None:
     model.save_pretrained(spec.model)
     with pytest.raises(TnadaptError, match=r"^no learning rate was given \(--lr, rates=\): .* these 4 are zero"):
         Study(spec, CHOICE, TRAINING)
-    assert Study(spec, CHOICE, TRAINING, [0.01]).training.head_factor is None
+    assert Study(spec, CHOICE, TRAINING, [0.01]).training.rate_of_head(0.01) is None
 
 
 def test_a_loss_that_is_not_finite_ends_the_training_before_its_step(cache: Path) -> None:

@@ -461,7 +461,7 @@ class Config:
     rate : "adam" or "sgd"
         The optimizer for which one learning rate fits all configs. It determines the units in which the arrays are
         trained (:attr:`tnadapt.UpdatePlan.training_plan`) and does not affect ΔW, its arrays or files of them. With
-        "adam", which is that of the presets, train with Adam at :func:`tnadapt.learning_rate`, about 1e-2; "sgd" trains
+        "adam", which is that of the presets, train with Adam at :func:`tnadapt.learning_rate`; "sgd" trains
         the arrays themselves. Adapter files leave out "sgd".
 
     Raises

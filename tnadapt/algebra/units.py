@@ -173,7 +173,8 @@ def learning_rate(weights: Iterable[Any]) -> float:
     Parameters
     ----------
     weights : iterable of array
-        The base weights that are adapted, each of any shape, and of any library. A generator keeps only one in memory.
+        An array for each weight that is adapted, of any library; give the matrices of a stacked one singly. A generator
+        keeps only one in memory.
 
     Returns
     -------
@@ -184,16 +185,17 @@ def learning_rate(weights: Iterable[Any]) -> float:
     ------
     ConfigError
         If there are no weights, all are zero, or one holds NaN or infinity. If one has no values, such as on the meta
-        device.
+        device. If ``weights`` is itself an array.
     BackendError
         If one is not an array of floating-point numbers.
 
     Notes
     -----
     The units of ``rate="adam"`` make all updates move by a norm of :math:`s = \\sqrt{8 / n_w}` a step at 1e-2, for
-    :math:`n_w` weights. How far a base can move without harm is in proportion to its weights: with this rate, the norm
-    of a step is about fourteen times their root mean square. The rate is 1e-2 for MiniLM, a half of it for a ViT-S, and
-    sixteen times as much for all linear layers of SmolLM2-135M. docs/learning_rate.rst has what it was fitted to.
+    :math:`n_w` weights. How far a base can move without harm is roughly proportional to the size of its weights: with
+    this rate, the norm of a step is about fourteen times their root mean square. The rate is 1e-2 for MiniLM, a half of
+    it for a ViT-S, and sixteen times as much for all linear layers of SmolLM2-135M. docs/learning_rate.rst has what it
+    was fitted to.
 
     A new head has no base; 1e-2 or 1e-3 suits most. Cost: reads all weights once.
 
@@ -205,6 +207,8 @@ def learning_rate(weights: Iterable[Any]) -> float:
     >>> tna.learning_rate(weights), tna.learning_rate([4 * weight for weight in weights])
     (0.01, 0.04)
     """
+    if hasattr(weights, "shape"):
+        raise ConfigError("weights must be a list of arrays; got one array: give [array]")
     square, elements, count = 0.0, 0, 0
     for index, weight in enumerate(weights):
         backend = get_backend(weight)
@@ -212,20 +216,18 @@ def learning_rate(weights: Iterable[Any]) -> float:
         backend.require_float(weight, what)
         # Sums of bfloat16 numbers would be wrong by the first digit.
         wide = weight if backend.dtype_name(weight) == "float64" else backend.astype(weight, "float32")
-        vector = backend.flatten(backend.detached(wide))
         try:
+            vector = backend.flatten(backend.detached(wide))
             square += float(backend.sum(vector * vector, 0))
         except (RuntimeError, TypeError) as error:
             raise ConfigError(
-                f"{what} has no values: it is on the meta device, or traced; call this outside of jit, once the "
-                "weights are loaded"
+                f"{what} has no values: it is on the meta device, traced or sparse; call this outside of jit, once "
+                "dense weights are loaded"
             ) from error
         elements, count = elements + math.prod(weight.shape), count + 1
     if not 0.0 < square < math.inf:
-        raise ConfigError(
-            f"the learning rate depends on the size of the base weights, and these {count} "
-            f"{'hold NaN or infinity' if square else 'are zero'}: choose one yourself; 0.01 suits most models"
-        )
+        why = f"these {count} {'hold NaN or infinity' if square else 'are zero'}" if count else "there are none"
+        raise ConfigError(f"the learning rate depends on the size of the base weights, and {why}: choose one yourself")
     factor = RELATIVE_NORM * math.sqrt(square / elements) / step_norm(count)
     return RATE * 2.0 ** round(math.log2(factor))
 

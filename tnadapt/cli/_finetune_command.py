@@ -239,7 +239,7 @@ def finetune_command(
         list[float] | None,
         _how(
             "A learning rate; repeat for more. Every method is trained at each; validation chooses.",
-            "0.01, scaled to the base's weights",
+            "the one that suits the base, often 0.01",
         ),
     ] = None,
     epochs: Annotated[

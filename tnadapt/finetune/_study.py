@@ -262,8 +262,9 @@ class Study:
         self.methods = self._chosen(choice)
         suited = self._suited_rate(model, needed=rates is None)
         self.rates = [suited] if rates is None else sorted(set(rates))
-        if suited != RATE and self.training.head_factor is None:
-            self.training = dataclasses.replace(self.training, head_factor=RATE / suited)
+        if self.problem.keep_trainable and training.optimiser == "adamw" and training.head_rate is None:
+            factor = RATE / suited if training.head_factor is None else training.head_factor
+            self.training = dataclasses.replace(self.training, head_factor=factor)
         tuning = self.seeds[:tuned_by]
         self.tasks = [
             Task(method, seed, rate) for seed in tuning for method in self.methods for rate in self._rates(method)
@@ -271,6 +272,11 @@ class Study:
 
     def _suited_rate(self, model: torch.nn.Module, needed: bool) -> float:
         """Return the learning rate that suits the base, of which the model, a copy, gets an adapter."""
+        if needed and (self.training.optimiser != "adamw" or any(map(_trains_arrays, self.methods))):
+            raise TnadaptError(
+                "no learning rate was given (--lr, rates=), and the default is for AdamW and configs with rate='adam', "
+                "as presets have"
+            )
         if self.problem.rate is not None:
             return self.problem.rate
         try:
@@ -517,6 +523,11 @@ def _with_enough_steps(training: Training, samples: int) -> Training:
         return training
     epochs = math.ceil(training.least_steps / math.ceil(samples / training.batch))
     return dataclasses.replace(training, epochs=max(training.epochs, epochs))
+
+
+def _trains_arrays(method: Method) -> bool:
+    """Return whether a method trains its arrays themselves, which have no common rate."""
+    return method.config is not None and method.config.rate == "sgd"
 
 
 def _calls(tasks: Sequence[Task], most: int) -> list[Task | Together]:

@@ -57,7 +57,7 @@ class Training:
         The rate of what is trained along with every adapter, such as a new head; by default ``head_factor`` times that
         of the adapter.
     head_factor : float, optional
-        By default 1. A :class:`~tnadapt.finetune.Study` takes 1e-2 over the rate that suits the base
+        By default 1; of a :class:`~tnadapt.finetune.Study` with AdamW, 1e-2 over the rate that suits the base
         (:func:`tnadapt.learning_rate`), because the size of the base's weights says nothing about a head.
     keep_references : bool
         Whether adapters of references, such as the dense update, are saved, too.
@@ -102,11 +102,13 @@ class Training:
         settings = dataclasses.asdict(self)
         for name in ("device", "keep_references", "report_to", "least_steps"):
             del settings[name]
+        if settings["head_factor"] == 1.0:
+            settings["head_factor"] = None
         return {name: value for name, value in settings.items() if name not in _BEFORE or value != _BEFORE[name]}
 
     def rate_of_head(self, rate: float) -> float | None:
         """Return the rate of what is trained along with an adapter; None if it is that of the adapter."""
-        if self.head_rate is not None or self.head_factor is None:
+        if self.head_rate is not None or self.head_factor in (None, 1.0):
             return self.head_rate
         return self.head_factor * rate
 

@@ -94,7 +94,7 @@ class MemberAdamW(Optimizer):
     >>> import torch, tnadapt.torch
     >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2))
     >>> users = tnadapt.torch.attach(model, "lora", ["0"], rank=2, population=1000, keep_trainable=["2"])
-    >>> rates = torch.full((1000,), 1e-2)
+    >>> rates = torch.full((1000,), users.learning_rate())
     >>> rates[17] = 1e-3
     >>> optimizer = tnadapt.torch.MemberAdamW(
     ...     users, [{"params": users.parameters(), "lr": rates}, {"params": model[2].parameters()}], weight_decay=0.1

@@ -421,7 +421,8 @@ class AdapterParameters:
         Parameters
         ----------
         lr : float, optional
-            By default the one that suits the base: :func:`tnadapt.learning_rate`.
+            By default the one that suits the base: :func:`tnadapt.learning_rate`, with the errors of
+            :meth:`learning_rate`.
 
         Returns
         -------
