@@ -238,8 +238,8 @@ def test_the_rate_is_that_of_a_plan_that_moves_so(backend: Backend) -> None:
         ([np.zeros((2, 3))], tna.ConfigError, r"depends on the size of the base weights, and these 1 are zero: choose"),
         ([np.ones(3), np.array([1.0, np.nan])], tna.ConfigError, r"these 2 hold NaN or infinity: choose one yourself"),
         ([np.array([np.inf])], tna.ConfigError, r"these 1 hold NaN or infinity: choose one yourself"),
-        ([np.ones(3), np.ones(3, int)], tna.BackendError, r"^base weight 1 must have a real floating dtype .* int64"),
-        ([[1.0]], tna.BackendError, r"^expected an array of one of numpy, .* got list: convert it first"),
+        ([np.ones(3), np.ones(3, int)], tna.BackendError, r"^weights\[1\] must have a real floating dtype .* int64"),
+        ([[1.0]], tna.BackendError, r"^weights\[0\]: expected an array of one of numpy, .* got list: convert it first"),
         (3.0, tna.ConfigError, r"^weights must be an iterable; got 3\.0$"),
     ],
 )
@@ -251,6 +251,6 @@ def test_a_base_without_a_size(weights: Any, error: type[Exception], message: st
 def test_a_base_without_values() -> None:
     jax = pytest.importorskip("jax")
     with pytest.raises(
-        tna.ConfigError, match=r"^base weight 0 has no values: it is on the meta device, traced or sparse; call"
+        tna.ConfigError, match=r"^weights\[0\] has no values: it is on the meta device, traced or sparse; call"
     ):
         jax.jit(lambda weight: tna.learning_rate([weight]))(jax.numpy.ones(3))

@@ -439,7 +439,7 @@ def test_there_is_no_learning_rate_of_a_merged_adapter_or_of_a_model_without_val
     with torch.device("meta"):
         empty = base()
     with pytest.raises(
-        tna.ConfigError, match=r"^base weight 0 has no values: it is on the meta device, traced or sparse; call"
+        tna.ConfigError, match=r"^weights\[0\] has no values: it is on the meta device, traced or sparse; call"
     ):
         attach(empty, presets.lora(1), "all-linear").learning_rate()
 

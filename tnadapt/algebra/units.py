@@ -39,7 +39,7 @@ from typing import Any
 
 from tnadapt.argument_checks import checks_arguments
 from tnadapt.backends import get_backend
-from tnadapt.errors import ConfigError
+from tnadapt.errors import BackendError, ConfigError
 
 from .group import Group
 from .init import Initializer
@@ -211,8 +211,11 @@ def learning_rate(weights: Iterable[Any]) -> float:
         raise ConfigError("weights must be a list of arrays; got one array: give [array]")
     square, elements, count = 0.0, 0, 0
     for index, weight in enumerate(weights):
-        backend = get_backend(weight)
-        what = f"base weight {index}"
+        what = f"weights[{index}]"
+        try:
+            backend = get_backend(weight)
+        except BackendError as error:
+            raise BackendError(f"{what}: {error}") from None
         backend.require_float(weight, what)
         # Sums of bfloat16 numbers would be wrong by the first digit.
         wide = weight if backend.dtype_name(weight) == "float64" else backend.astype(weight, "float32")
